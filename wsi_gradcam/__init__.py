@@ -1,0 +1,36 @@
+"""Where a CNN looks on whole slides: explanations as OME-Zarr pyramids aligned with the slide.
+
+Importing the package is cheap: torch, dask and the readers are loaded by the first call that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from wsi_gradcam.api import explain, validate
+    from wsi_gradcam.config import Settings
+    from wsi_gradcam.models.load import load_model
+    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.slides import open_slide
+
+__all__ = ["ModelSpec", "Settings", "__version__", "explain", "load_model", "open_slide", "validate"]
+
+_HOME = {
+    "ModelSpec": "wsi_gradcam.models.spec",
+    "Settings": "wsi_gradcam.config",
+    "explain": "wsi_gradcam.api",
+    "load_model": "wsi_gradcam.models.load",
+    "open_slide": "wsi_gradcam.slides",
+    "validate": "wsi_gradcam.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'wsi_gradcam' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

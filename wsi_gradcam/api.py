@@ -1,0 +1,211 @@
+"""The public calls: `explain` an archive, `preview` what that would cost, `validate` a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.config import Settings, make_settings
+from wsi_gradcam.errors import WsiGradcamError, one_line
+from wsi_gradcam.inputs import SlideEntry, find_slides
+from wsi_gradcam.models.spec import ModelSpec, read_spec
+from wsi_gradcam.plan import Estimate, RunPlan, estimate, plan_run
+from wsi_gradcam.plan import plan_slide as make_plan
+from wsi_gradcam.slides import open_slide
+from wsi_gradcam.stages import Task, resized
+from wsi_gradcam.stores.layout import RunFolder
+from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.stores.run_files import check_same_run, read_slides, write_run, write_slides
+from wsi_gradcam.validation import validate
+from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord
+
+if TYPE_CHECKING:
+    from wsi_gradcam.executors.dask import DaskExecutor
+    from wsi_gradcam.executors.serial import SerialExecutor
+
+__all__ = ["Estimate", "Outcome", "SlideRecord", "explain", "preview", "validate"]
+
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its folder and a record a slide, in the order in which they finished."""
+
+    out: Path
+    records: tuple[SlideRecord, ...]
+
+    @property
+    def failed(self) -> tuple[SlideRecord, ...]:
+        """The slides that failed."""
+        return tuple(record for record in self.records if record.status == FAILED)
+
+
+class Listener:
+    """Is told how a run goes; the default does nothing."""
+
+    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """The model is known and the work starts."""
+
+    def task_done(self, task: Task, result: Any) -> None:
+        """A piece of work is done."""
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """A slide is finished or has failed."""
+
+
+def explain(
+    slides: Paths,
+    model: str | ModelSpec,
+    out: str | PathLike[str],
+    settings: Settings | None = None,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    **options: Any,
+) -> Outcome:
+    """Explain slides and write everything below `out`; slides finished before are not computed again.
+
+    Args:
+        slides: slide files and folders.
+        model: whatever `--model` takes, or a `ModelSpec`.
+        out: folder for the results.
+        settings: how slides are explained; or single `options` by the names of `Settings`.
+        workers: run on this many processes of this machine; nothing given: in this process.
+        scheduler: run on the Dask cluster at this address instead.
+        overwrite: recompute where `out` holds results of another model, file or configuration.
+        listener: told about progress.
+
+    Returns:
+        A record for each slide. A slide that failed is in it, with the cause; the others are finished.
+
+    Raises:
+        WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
+            written or holds other results; or the run had to stop, as for a full disk.
+    """
+    settings, entries, spec = _prepared(slides, model, settings, options)
+    listener = listener or Listener()
+    folder = RunFolder(Path(out))
+    with _executor(workers, scheduler, settings) as executor:
+        run = _plan(executor, folder.path, spec, settings)
+        if not overwrite:
+            check_same_run(folder.run, run)
+        write_run(folder.run, run)
+        listener.begun(run, entries, getattr(executor, "dashboard", ""))
+        rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
+        records = []
+        try:
+            for record in executor.run(run, entries, overwrite, listener.task_done):
+                rows[record.slide.id] = _row(record, folder, run, rows.get(record.slide.id))
+                write_slides(folder.slides, rows)
+                records.append(record)
+                listener.slide_done(record)
+        except FatalError as error:
+            raise error.cause from error.cause.__cause__
+    return Outcome(folder.path, tuple(records))
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do: estimates of the slides that can be planned, and errors of the others."""
+
+    run: RunPlan
+    estimates: tuple[Estimate, ...]
+    errors: tuple[tuple[SlideEntry, str], ...]
+
+
+def preview(
+    slides: Paths,
+    model: str | ModelSpec,
+    out: str | PathLike[str],
+    settings: Settings | None = None,
+    **options: Any,
+) -> Preview:
+    """Plan everything and write nothing; arguments and errors as for `explain`."""
+    from wsi_gradcam.executors.serial import SerialExecutor
+
+    settings, entries, spec = _prepared(slides, model, settings, options)
+    run = _plan(SerialExecutor(), Path(out), spec, settings)
+    estimates, errors = [], []
+    for entry in entries:
+        try:
+            slide = open_slide(entry.path, settings.mpp)
+            try:
+                plan, _, _ = make_plan(slide, run)
+            finally:
+                slide.close()
+            estimates.append(estimate(entry, plan, run))
+        except WsiGradcamError as error:
+            errors.append((entry, one_line(error)))
+    return Preview(run, tuple(estimates), tuple(errors))
+
+
+def _prepared(
+    slides: Paths, model: str | ModelSpec, settings: Settings | None, options: dict[str, Any]
+) -> tuple[Settings, list[SlideEntry], ModelSpec]:
+    if settings is None:
+        settings = make_settings(**options)
+    elif options:
+        settings = make_settings(**{**settings.model_dump(), **options})
+    entries = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    spec = read_spec(model) if isinstance(model, str) else model
+    return settings, entries, resized(spec, settings.patch_px)
+
+
+def _plan(executor: SerialExecutor | DaskExecutor, out: Path, spec: ModelSpec, settings: Settings) -> RunPlan:
+    facts = executor.examine(spec, settings.layer, settings.patch_px, settings.device)
+    return plan_run(out.absolute(), spec, facts, settings)
+
+
+@contextmanager
+def _executor(
+    workers: int | None, scheduler: str | None, settings: Settings
+) -> Iterator[SerialExecutor | DaskExecutor]:
+    executor: SerialExecutor | DaskExecutor
+    if workers is None and scheduler is None:
+        from wsi_gradcam.executors.serial import SerialExecutor
+
+        if settings.torch_threads:
+            import torch
+
+            torch.set_num_threads(settings.torch_threads)
+        executor = SerialExecutor()
+    else:
+        from wsi_gradcam.executors.dask import DaskExecutor
+
+        executor = DaskExecutor(workers, scheduler, settings.torch_threads)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str, Any] | None) -> dict[str, Any]:
+    """A row of slides.csv; a slide that was finished before keeps its row."""
+    if record.skipped and before is not None and before["status"] == record.status:
+        return before
+    plan = None if record.status == FAILED and not record.patches else _stored_plan(folder, record)
+    mpp_y, mpp_x = plan["slide_mpp"] if plan else ("", "")
+    return {
+        "id": record.slide.id,
+        "path": record.slide.path,
+        "status": record.status,
+        "error": record.error,
+        "patches": record.patches,
+        "unreadable": record.unreadable,
+        "seconds": f"{record.seconds:.2f}",
+        "mpp_y": mpp_y,
+        "mpp_x": mpp_x,
+        "slide_digest": plan["slide_digest"] if plan else "",
+        "model_digest": run.facts.digest,
+    }
+
+
+def _stored_plan(folder: RunFolder, record: SlideRecord) -> dict[str, Any] | None:
+    return Manifest(folder.slide(record.slide.id).manifest).plan()

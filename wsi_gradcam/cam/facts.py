@@ -1,0 +1,89 @@
+"""What planning must know of a model: found once, on a worker, and sent around instead of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from wsi_gradcam.cam.layers import check_layer, find_layer, probe_images
+
+if TYPE_CHECKING:
+    from wsi_gradcam.models.activation import Activation
+    from wsi_gradcam.models.load import Model
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's description without its weights.
+
+    Attributes:
+        cam_shape: (h, w) of the layer's maps; `channels` of them.
+        parameters: how many numbers the model has.
+        activation_bytes: the largest input plus output of any layer for one patch.
+    """
+
+    name: str
+    source: str
+    digest: str
+    license: str | None
+    classes: tuple[str, ...]
+    activation: Activation
+    patch_px: tuple[int, int]
+    mpp: float | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    layer: str
+    channels: int
+    cam_shape: tuple[int, int]
+    parameters: int
+    activation_bytes: int
+
+
+def examine(model: Model, layer: str | None = None) -> ModelFacts:
+    """Facts of `model`, with `layer`, else the specification's, else the one found, tested.
+
+    Raises:
+        LayerError: no layer can be tapped.
+        ModelError: the tap changes the output.
+    """
+    images = probe_images(model.patch_px).to(next(iter(model.module.parameters()), torch.empty(0)).device)
+    layer = layer or model.layer or find_layer(model.module, images)
+    channels, height, width = check_layer(model.module, layer, images)
+    return ModelFacts(
+        name=model.name,
+        source=model.source,
+        digest=model.digest,
+        license=model.license,
+        classes=model.classes,
+        activation=model.activation,
+        patch_px=model.patch_px,
+        mpp=model.mpp,
+        mean=model.mean,
+        std=model.std,
+        layer=layer,
+        channels=channels,
+        cam_shape=(height, width),
+        parameters=sum(p.numel() for p in model.module.parameters()),
+        activation_bytes=_activation_bytes(model.module, images[:1]),
+    )
+
+
+def _activation_bytes(module: nn.Module, image: Tensor) -> int:
+    largest = 0
+
+    def record(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        nonlocal largest
+        tensors = [t for t in (*args, output) if isinstance(t, Tensor)]
+        largest = max(largest, sum(t.numel() * t.element_size() for t in tensors))
+
+    handles = [part.register_forward_hook(record) for part in module.modules() if not list(part.children())]
+    try:
+        with torch.no_grad():
+            module(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest

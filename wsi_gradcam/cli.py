@@ -1,0 +1,186 @@
+"""The command line: parse, call, print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wsi_gradcam import __version__
+from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+
+DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
+
+# Flags of `explain` that are settings: name, type, help.
+SETTINGS: tuple[tuple[str, Any, str], ...] = (
+    ("method", str, "explanation: gradcam (default) or hirescam"),
+    ("layer", str, "module whose output is explained (default: the model file's, else found)"),
+    ("mpp", str, "the slides' micrometres per level-0 pixel, where the files are wrong: one number, or Y,X"),
+    ("patch-mpp", float, "micrometres per pixel of the model's input (default: the model file's)"),
+    ("patch-px", int, "side of the model's input in pixels (default: the model file's)"),
+    ("overlap", float, "share of a patch its neighbour covers too, 0 (default) to below 1"),
+    ("stride-px", int, "instead of --overlap: patch pixels from one patch to the next"),
+    ("min-tissue", float, "leave out patches with a smaller share of tissue (default 0.1)"),
+    ("heatmap-stride", int, "level-0 pixels per heatmap pixel, a power of two (default 16)"),
+    ("window", str, "how overlapping patches are weighed: hann (default) or uniform"),
+    ("batch-size", int, "patches per forward pass (default 32)"),
+    ("span-patches", int, "patches per unit of work (default 256)"),
+    ("device", str, "where the model runs: cpu (default), cuda, cuda:1, mps"),
+    ("reader-threads", int, "threads that read patches while the model works (default 2)"),
+    ("torch-threads", int, "threads of the model on a CPU (default: all, shared between workers)"),
+    ("max-unreadable", float, "share of unreadable patches above which a slide has failed (default 0.01)"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 all done, 1 some slides failed, 2 wrong usage."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except WsiGradcamError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", WRONG_USAGE)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wsi-gradcam",
+        description="Where a CNN looks on whole slides: heatmaps that open aligned over the slide.",
+    )
+    parser.add_argument("--version", action="version", version=f"wsi-gradcam {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_explain(commands)
+    demo = commands.add_parser("demo", help="explain a real slide with a trained model that comes along")
+    demo.add_argument("slide", nargs="?", help="an H&E slide; without one, an IHC slide is laid out")
+    demo.add_argument("--out", default="demo-output", help="folder for the results (default: demo-output)")
+    demo.add_argument("--workers", type=int, help="number of processes (default: this one)")
+    demo.set_defaults(run=_demo)
+    check = commands.add_parser("validate", help="check results against manifest, specification and slide")
+    check.add_argument("out", help="folder that explain made")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_validate)
+    info = commands.add_parser("info", help="what is known of a slide or a model")
+    info.add_argument("slide", nargs="*", help="slide files")
+    info.add_argument("--model", help="a model, as for explain")
+    info.add_argument("--layer", help="a layer of the model to test")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser("explain", help="explain slides", description="Explain slides.")
+    explain.add_argument("slide", nargs="*", help="slide files, or folders that are searched for slides")
+    explain.add_argument("--model", help="model file, timm:NAME, torchvision:NAME, module:function, or a bundled name")
+    explain.add_argument("--out", help="folder for the results; an unfinished run there is continued")
+    explain.add_argument(
+        "--target",
+        action="append",
+        help="class name, index, 'predicted' or 'all'; may be given several times",
+    )
+    for name, kind, text in SETTINGS:
+        explain.add_argument(f"--{name}", type=kind, help=text)
+    explain.add_argument("--config", type=Path, help="YAML file with the same names as keys; flags come first")
+    where = explain.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, help="run on this many processes of this machine")
+    where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    explain.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    explain.add_argument("--overwrite", action="store_true", help="recompute where --out holds other results")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(run=_explain)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.api import explain, preview
+    from wsi_gradcam.config import make_settings
+    from wsi_gradcam.report import print_outcome, print_preview, progress
+
+    values = _merged(arguments)
+    where = {key: values.pop(key, None) for key in ("slide", "model", "out", "workers", "scheduler")}
+    for key, flag in (("slide", "SLIDE"), ("model", "--model"), ("out", "--out")):
+        if not where[key]:
+            raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
+    settings = make_settings(**values)
+    if arguments.dry_run:
+        found = preview(where["slide"], where["model"], where["out"], settings)
+        print_preview(found, arguments.json)
+        return SOME_FAILED if found.errors else DONE
+    with progress(quiet=arguments.json) as listener:
+        outcome = explain(
+            where["slide"], where["model"], where["out"], settings, workers=where["workers"],
+            scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener,
+        )  # fmt: skip
+    print_outcome(outcome, arguments.json)
+    return SOME_FAILED if outcome.failed else DONE
+
+
+def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keys of the config file, overridden by flags."""
+    from wsi_gradcam.config import read_config
+
+    values = read_config(arguments.config) if arguments.config else {}
+    if isinstance(values.get("slide"), str):
+        values["slide"] = [values["slide"]]
+    names = [
+        "slide",
+        "model",
+        "out",
+        "target",
+        "workers",
+        "scheduler",
+        *(n.replace("-", "_") for n, _, _ in SETTINGS),
+    ]
+    values.update({name: value for name in names if (value := getattr(arguments, name)) not in (None, [])})
+    if isinstance(values.get("mpp"), str):
+        try:
+            values["mpp"] = tuple(float(part) for part in values["mpp"].split(","))
+        except ValueError as error:
+            raise ConfigError(f"--mpp is {values['mpp']!r}, expected a number such as 0.25, or Y,X") from error
+        values["mpp"] = values["mpp"] * 2 if len(values["mpp"]) == 1 else values["mpp"]
+    return values
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.demo.run import run_demo
+
+    return run_demo(arguments.slide, Path(arguments.out), arguments.workers)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.validation import validate
+
+    findings = validate(arguments.out)
+    if arguments.json:
+        print(json.dumps([finding.__dict__ for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.slide or arguments.out}: {finding.problem}")
+        print(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
+    return SOME_FAILED if findings else DONE
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.report import model_info, slide_info
+
+    if not arguments.slide and not arguments.model:
+        raise ConfigError("nothing to show; give slide files, or --model")
+    found = [slide_info(path) for path in arguments.slide]
+    if arguments.model:
+        found.append(model_info(arguments.model, arguments.layer))
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n\n".join("\n".join(f"{key:>16}  {value}" for key, value in item.items()) for item in found))
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Settings of a run: from a YAML file, flags or Python, validated; unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.models.spec import explain_validation
+
+# What only changes how fast or how patiently a result is reached, not the result.
+NOT_IN_IDENTITY = frozenset({"reader_threads", "torch_threads", "max_unreadable"})
+
+
+class Settings(BaseModel):
+    """How slides are explained. Every field is a flag of `wsi-gradcam explain` and a key of its --config file.
+
+    Attributes:
+        target: classes by name or index, `predicted`, or `all`. Nothing given: all of up to 10, else predicted.
+        method: name of the explanation, see `wsi_gradcam.cam.methods`.
+        layer: module to explain; nothing given: the model file's, else found.
+        mpp: replaces the slide's micrometres per level-0 pixel: one value, or (y, x).
+        patch_mpp: replaces the model's micrometres per input pixel.
+        patch_px: replaces the model's input size: one value, or (height, width).
+        overlap: share of a patch that its neighbour covers too, along each axis.
+        stride_px: instead of `overlap`: patch pixels from one patch to the next.
+        min_tissue: patches with a smaller share of tissue are left out.
+        heatmap_stride: level-0 pixels per heatmap pixel, a power of two.
+        window: how overlapping patches are weighed, `hann` or `uniform`.
+        batch_size: patches per forward pass.
+        span_patches: patches per unit of work, a multiple of `batch_size`.
+        device: where the model runs, as torch names it.
+        reader_threads: threads that read patches while the model works.
+        torch_threads: threads of the model on a CPU; nothing given: all, shared between workers.
+        max_unreadable: share of a slide's patches that may be undecodable before the slide counts as failed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: tuple[str, ...] = ()
+    method: str = "gradcam"
+    layer: str | None = None
+    mpp: tuple[float, float] | None = None
+    patch_mpp: PositiveFloat | None = None
+    patch_px: tuple[PositiveInt, PositiveInt] | None = None
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stride_px: PositiveInt | None = None
+    min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.1
+    heatmap_stride: PositiveInt = 16
+    window: Literal["hann", "uniform"] = "hann"
+    batch_size: PositiveInt = 32
+    span_patches: PositiveInt = 256
+    device: str = "cpu"
+    reader_threads: PositiveInt = 2
+    torch_threads: PositiveInt | None = None
+    max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for key in ("mpp", "patch_px"):
+            if isinstance(values.get(key), int | float):
+                values[key] = (values[key], values[key])
+        if isinstance(values.get("target"), str | int):
+            values["target"] = (values["target"],)
+        if values.get("target") is not None:
+            values["target"] = tuple(str(v) for v in values["target"])
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.heatmap_stride & (self.heatmap_stride - 1):
+            raise ValueError(f"heatmap_stride is {self.heatmap_stride}, expected a power of two such as 16")
+        if self.overlap and self.stride_px is not None:
+            raise ValueError("overlap and stride_px say the same thing, give one of them")
+        if self.span_patches % self.batch_size:
+            raise ValueError(
+                f"span_patches is {self.span_patches}, expected a multiple of batch_size {self.batch_size}, "
+                "so that batches are cut the same way everywhere"
+            )
+        return self
+
+    def stride(self, patch_px: tuple[int, int]) -> tuple[int, int]:
+        """(y, x) patch pixels from one patch to the next.
+
+        >>> Settings(overlap=0.5).stride((224, 224))
+        (112, 112)
+        """
+        if self.stride_px is not None:
+            return self.stride_px, self.stride_px
+        height, width = (max(1, round(size * (1 - self.overlap))) for size in patch_px)
+        return height, width
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that results depend on; two runs that differ here must not share an output."""
+        return self.model_dump(mode="json", exclude=set(NOT_IN_IDENTITY))
+
+
+def make_settings(**values: Any) -> Settings:
+    """Settings from keyword arguments.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value, on one line.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise ConfigError(explain_validation(error)) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a --config file, not yet validated.
+
+    Raises:
+        ConfigError: unreadable, or not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values such as 'overlap: 0.5'")
+    return {str(key): value for key, value in values.items()}

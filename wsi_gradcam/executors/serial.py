@@ -1,0 +1,46 @@
+"""One process, one task after the other: the reference that every other executor must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.stages import Context, Task, examine_model, perform
+from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
+
+if TYPE_CHECKING:
+    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.plan import RunPlan
+
+
+class SerialExecutor:
+    """Runs everything in this process."""
+
+    def examine(self, *model: Any) -> ModelFacts:
+        """`stages.examine_model`, here."""
+        return examine_model(*model)
+
+    def run(
+        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer
+    ) -> Iterator[SlideRecord]:
+        """The record of each slide as it is finished.
+
+        Raises:
+            FatalError: the run cannot go on.
+        """
+        context = Context(run, overwrite)
+
+        def perform_and_tell(task: Task) -> Any:
+            result = perform(context, task)
+            observe(task, result)
+            return result
+
+        try:
+            for slide in slides:
+                yield drive(slide_job(slide, run.settings.max_unreadable), perform_and_tell)
+        finally:
+            context.close()
+
+    def close(self) -> None:
+        """Nothing to release."""

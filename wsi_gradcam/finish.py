@@ -1,0 +1,78 @@
+"""The last stage of a slide: display windows, table, overview, final record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.overview import draw_overview
+from wsi_gradcam.stores.files import remove_partials
+from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.stores.patch_store import UNREADABLE, PatchStore
+from wsi_gradcam.table import write_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wsi_gradcam.plan import RunPlan, SlidePlan
+    from wsi_gradcam.slides import Slide
+    from wsi_gradcam.stores.layout import SlideFolder
+
+# Statistics for display come from the finest level of at most this many pixels: 4 million values place a 99.5 %
+# quantile well, and memory stays bounded.
+STATISTICS_PX = 1 << 22
+QUANTILE = 0.995
+
+
+def finish_slide(
+    run: RunPlan, plan: SlidePlan, folder: SlideFolder, slide: Slide, channels: Sequence[Channel]
+) -> dict[str, Any]:
+    """Make what needs all of the slide, and record it as done; returns the record."""
+    manifest, store, heatmap = (
+        Manifest(folder.manifest),
+        PatchStore(folder.cams),
+        HeatmapStore(folder.heatmap),
+    )
+    spans, blocks = manifest.records("spans"), manifest.records("blocks")
+    shown = [_windowed(heatmap, i, channel) for i, channel in enumerate(channels)]
+    heatmap.set_channels(shown)
+    causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
+    write_table(folder.table, run, plan, store, causes)
+    draw_overview(folder.overview, run, plan, slide, heatmap, shown)
+    remove_partials(folder.path)
+    record = {
+        "status": "ok" if plan.patches else "no_tissue",
+        "patches": plan.patches,
+        "unreadable": int((store.status() == UNREADABLE).sum()),
+        "cause": _most_common(causes),
+        "spans": {name: value["digest"] for name, value in spans.items()},
+        "blocks": {name: value["digests"] for name, value in blocks.items()},
+    }
+    manifest.write_done(record)
+    return record
+
+
+def _most_common(causes: dict[int, str]) -> str:
+    return Counter(causes.values()).most_common(1)[0][0] if causes else ""
+
+
+def _windowed(heatmap: HeatmapStore, number: int, channel: Channel) -> Channel:
+    """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile.
+
+    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. Where nothing
+    speaks for the class the window is as wide as the values are large, so that noise is not stretched to hot.
+    """
+    if channel.label.startswith("probability: "):
+        return channel
+    level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
+    whole = Region(0, 0, *heatmap.shapes[level])
+    values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]
+    if not len(values):
+        return channel
+    low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
+    end = top if top > 0 else max(abs(low), abs(high)) or 1.0
+    return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

@@ -1,0 +1,24 @@
+"""Where networks come from: one module per kind of source, each with `build(argument, spec)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network and what its source knows of it; None where it does not.
+
+    `code_digest` identifies the source's code where that is not a released package.
+    """
+
+    module: nn.Module
+    classes: tuple[str, ...] | None = None
+    patch_px: tuple[int, int] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    code_digest: str = ""

@@ -1,0 +1,42 @@
+"""`torchvision:NAME`: the models of torchvision, with published weights unless the specification names others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.sources import Built
+
+if TYPE_CHECKING:
+    from wsi_gradcam.models.spec import ModelSpec
+
+
+def build(name: str, spec: ModelSpec) -> Built:
+    """The torchvision model `name`, with as many outputs as the specification has classes."""
+    from torchvision.models import get_model, get_model_weights
+
+    try:
+        published = get_model_weights(name).DEFAULT
+    except ValueError as error:
+        raise ModelError(f"torchvision:{name}: torchvision has no such model; see torchvision.models") from error
+    arguments: dict[str, Any] = {"weights": published if spec.weights is None else None}
+    if spec.weights is not None and spec.classes is not None:
+        arguments["num_classes"] = len(spec.classes)
+    try:
+        module = get_model(name, **arguments)
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"torchvision:{name}: the published weights cannot be had ({type(error).__name__}: {error}); "
+            "name a file with 'weights:' in a model file, or use 'weights: random' for an untrained network"
+        ) from error
+    transform = published.transforms()
+    side = transform.crop_size[0]
+    classes = _categories(published.meta.get("categories")) if spec.classes is None else None
+    return Built(module, classes, (side, side), tuple(transform.mean), tuple(transform.std))
+
+
+def _categories(names: list[str] | None) -> tuple[str, ...] | None:
+    """Category names made unique: ImageNet has two cranes and two maillots."""
+    if names is None:
+        return None
+    return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names))

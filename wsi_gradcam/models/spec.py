@@ -1,0 +1,137 @@
+"""`ModelSpec`: what the pipeline must know of a model besides its weights, as a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.activation import Activation
+
+ZOO = Path(__file__).parent / "zoo"
+RANDOM = "random"
+
+Colour = tuple[float, float, float]
+
+
+class ModelSpec(BaseModel):
+    """A model file. What is left out is taken from the source where it knows better, else refused when needed.
+
+    Attributes:
+        name: how results name the model.
+        source: `timm:NAME`, `torchvision:NAME` or `module:function`, a function without arguments that returns
+            a `torch.nn.Module`. The last one runs code: use only what you trust.
+        weights: safetensors or a state dict in .pt/.pth, beside the model file; "random" for untrained weights;
+            left out, the source's own (published) weights.
+        sha256: of the weights file; checked when given.
+        classes: names of the outputs, in their order.
+        patch_px: (height, width) of the input.
+        mpp: micrometres per pixel of the input.
+        mean, std: of RGB in 0..1, subtracted and divided by.
+        layer: name of the module whose output is explained; found when left out.
+        activation: how logits become probabilities.
+        license, provenance: kept with the results.
+        folder: where relative paths start; not part of the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = Field(min_length=1)
+    source: str = Field(min_length=3)
+    weights: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
+    classes: tuple[str, ...] | None = None
+    patch_px: tuple[PositiveInt, PositiveInt] | None = None
+    mpp: PositiveFloat | None = None
+    mean: Colour | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    layer: str | None = None
+    activation: Activation = "softmax"
+    license: str | None = None
+    provenance: Any = None
+    folder: Path = Field(default=Path(), exclude=True)
+
+    @field_validator("patch_px", mode="before")
+    @classmethod
+    def _square(cls, value: object) -> object:
+        return (value, value) if isinstance(value, int) else value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return [str(v) for v in value] if isinstance(value, list | tuple) else value
+
+    @field_validator("classes")
+    @classmethod
+    def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and (len(set(value)) != len(value) or not value):
+            raise ValueError("class names must be given and differ from each other")
+        return value
+
+    @property
+    def weights_path(self) -> Path | None:
+        """Where the weights file is; None when there is none."""
+        return None if self.weights in (None, RANDOM) else self.folder / str(self.weights)
+
+
+def read_spec(model: str) -> ModelSpec:
+    """The specification that `--model` names: a YAML file, a model that comes with the package, or a source.
+
+    Raises:
+        ModelError: nothing of that name, or a file that is not a model file.
+    """
+    path = Path(model)
+    if path.suffix in (".yaml", ".yml"):
+        return _from_file(path)
+    if (ZOO / f"{model}.yaml").is_file():
+        return _from_file(ZOO / f"{model}.yaml")
+    if ":" in model:
+        return ModelSpec(name=model, source=model)
+    raise ModelError(
+        f"{model}: no such model; expected a model file (.yaml), timm:NAME, torchvision:NAME, module:function, "
+        f"or one that comes with wsi_gradcam: {', '.join(bundled())}"
+    )
+
+
+def bundled() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.stem for path in ZOO.glob("*.yaml"))
+
+
+def _from_file(path: Path) -> ModelSpec:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected keys and values such as 'source: timm:resnet18'")
+    values.setdefault("name", path.stem)
+    try:
+        return ModelSpec(**{**values, "folder": path.parent})
+    except ValidationError as error:
+        raise ModelError(f"{path}: {explain_validation(error)}") from error
+
+
+def explain_validation(error: ValidationError) -> str:
+    """Pydantic's findings on one line: key, what is wrong, what was given."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {_wording(e['type'], e['msg'])} (given: {e['input']!r})"
+        for e in error.errors()
+    )
+
+
+def _wording(kind: str, message: str) -> str:
+    return "unknown key, check the spelling" if kind == "extra_forbidden" else message

@@ -1,0 +1,136 @@
+"""`overview.png`: the slide beside its heatmaps, with what is needed to read them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.slides import thumbnail
+from wsi_gradcam.stores.files import write_atomic
+from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.plan import RunPlan, SlidePlan
+    from wsi_gradcam.slides import Slide
+
+MAX_PX = 1024  # of the thumbnail
+MAX_MAPS = 4
+COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
+OPACITY = 0.75
+
+
+def draw_overview(
+    path: Path,
+    run: RunPlan,
+    plan: SlidePlan,
+    slide: Slide,
+    heatmap: HeatmapStore,
+    channels: Sequence[Channel],
+) -> None:
+    """Draw thumbnail and overlays (the first explanations, then the first probability) with their colour bars."""
+    mpp_y, mpp_x = plan.slide_mpp
+    rgb = thumbnail(slide, 0.0, MAX_PX)
+    um_per_px = plan.slide_px[1] * mpp_x / rgb.shape[1]
+    explanations = list(range(len(run.targets)))[:MAX_MAPS]
+    shown = [*explanations, len(run.targets) + explanations[-1]]
+    figure, axes = _panels(1 + len(shown), rgb.shape[0] / rgb.shape[1])
+    _show_slide(axes[0], rgb, um_per_px, plan)
+    covered, images = _scaled(heatmap, shown, (rgb.shape[0], rgb.shape[1]))
+    for axis, number, image in zip(axes[1:], shown, images, strict=True):
+        unit = "probability" if number >= len(run.targets) else "logits"
+        _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
+    where = f"{run.facts.name}, layer {run.facts.layer}, {plan.patches:,} patches of {run.patch_px[0]} px at "
+    figure.suptitle(f"{slide.info.path.rsplit('/', 1)[-1]}\n{where}{run.mpp:g} µm/px", fontsize=9)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    width = 4.2
+    figure = Figure(
+        figsize=(width * columns, (width * 0.82 * aspect + 0.45) * rows + 0.6), dpi=120, layout="constrained"
+    )
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    return figure, axes
+
+
+def _show_slide(axis: Axes, rgb: NDArray[np.uint8], um_per_px: float, plan: SlidePlan) -> None:
+    axis.imshow(rgb)
+    axis.set_title("slide" if plan.patches else "slide: no tissue found", fontsize=9)
+    length_um = _round_length(rgb.shape[1] * um_per_px / 4)
+    length_px, margin = length_um / um_per_px, rgb.shape[1] * 0.03
+    y = rgb.shape[0] - rgb.shape[0] * 0.03
+    axis.plot([margin, margin + length_px], [y, y], color="black", linewidth=3, solid_capstyle="butt")
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
+    axis.text(margin, y - rgb.shape[0] * 0.02, text, fontsize=8, va="bottom", bbox=box)
+    axis.set_axis_off()
+
+
+def _show_overlay(
+    figure: Figure,
+    axis: Axes,
+    rgb: NDArray[np.uint8],
+    image: NDArray[np.float32],
+    covered: NDArray[np.bool_],
+    channel: Channel,
+    unit: str,
+) -> None:
+    norm = Normalize(channel.start, channel.end, clip=True)
+    gray = np.repeat(rgb.mean(axis=2, keepdims=True), 3, axis=2) / 255
+    colour = COLOURS(norm(image))[..., :3]
+    alpha = np.where(covered, OPACITY, 0.0)[..., None]
+    axis.imshow(np.where(covered[..., None], gray * (1 - alpha) + colour * alpha, rgb / 255))
+    axis.set_title(channel.label, fontsize=9)
+    axis.set_axis_off()
+    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))
+    bar.set_label(unit, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _extend(channel: Channel) -> str:
+    below, above = channel.minimum < channel.start, channel.maximum > channel.end
+    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+
+
+def _scaled(
+    heatmap: HeatmapStore, channels: Sequence[int], shape: tuple[int, int]
+) -> tuple[NDArray[np.bool_], list[NDArray[np.float32]]]:
+    """Coverage and channels at the thumbnail's size, from the coarsest level that is at least as fine."""
+    level = max((i for i, (h, _) in enumerate(heatmap.shapes) if h >= shape[0]), default=0)
+    h, w = heatmap.shapes[level]
+    # The heatmap's last row and column reach beyond the slide: the thumbnail's pixels are placed by their share
+    # of the slide, the heatmap's by their number.
+    full_h, full_w = heatmap.shapes[0]
+    rows = np.minimum(((np.arange(shape[0]) + 0.5) / shape[0] * full_h / 2**level).astype(int), h - 1)
+    columns = np.minimum(((np.arange(shape[1]) + 0.5) / shape[1] * full_w / 2**level).astype(int), w - 1)
+    whole = Region(0, 0, h, w)
+    covered = ((heatmap.read_flags(level, whole) & EXPLAINED) > 0)[rows[:, None], columns]
+    return covered, [heatmap.read(level, channel, whole)[rows[:, None], columns] for channel in channels]
+
+
+def _round_length(length_um: float) -> float:
+    """The largest 1, 2 or 5 times a power of ten that is not longer.
+
+    >>> _round_length(730.0)
+    500.0
+    """
+    power = 10.0 ** np.floor(np.log10(length_um))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= length_um * (1 + 1e-9)))

@@ -1,0 +1,219 @@
+"""Inputs -> plan: what will be done for a slide, and what it will cost. Nothing is written here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.cam.names import METHOD_NAMES
+from wsi_gradcam.cam.targets import Target, parse_targets
+from wsi_gradcam.errors import ConfigError, ModelError
+from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
+from wsi_gradcam.patches import Patches, choose, patch_grid
+from wsi_gradcam.stitch import Enlarger
+from wsi_gradcam.stores.heatmap import SHARD
+from wsi_gradcam.tissue import tissue_mask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.config import Settings
+    from wsi_gradcam.inputs import SlideEntry
+    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.slides import Slide
+
+FORMAT = 1  # of everything below OUT; raised when old results must not be continued
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is the same for all slides of a run. Small and picklable: workers get it once.
+
+    Attributes:
+        out: folder of the results.
+        spec: the model's specification; workers load the model from it.
+        facts: what was found of the model.
+        settings: how slides are explained.
+        targets: what is explained.
+    """
+
+    out: Path
+    spec: ModelSpec
+    facts: ModelFacts
+    settings: Settings
+    targets: tuple[Target, ...]
+
+    @property
+    def patch_px(self) -> tuple[int, int]:
+        """(height, width) of the model's input."""
+        return self.facts.patch_px
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel of a patch."""
+        mpp = self.settings.patch_mpp or self.facts.mpp
+        assert mpp is not None  # checked by plan_run
+        return mpp
+
+    @property
+    def cell_count(self) -> int:
+        """Cells of a CAM: the factor from a raw Grad-CAM, whose sum is in logits, to a map whose mean is."""
+        return self.facts.cam_shape[0] * self.facts.cam_shape[1]
+
+    def identity(self) -> dict[str, Any]:
+        """All that results depend on besides the slide."""
+        settings = self.settings.identity()
+        settings.update(layer=self.facts.layer, target=[asdict(t) for t in self.targets])
+        return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
+
+    def digest(self) -> str:
+        """sha256 of `identity()`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def plan_run(out: Path, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
+    """The run's plan, checked as far as is possible without a slide.
+
+    Raises:
+        TargetError: a target the model does not have.
+        ConfigError: an unknown method, a stride larger than the patch.
+        ModelError: the model's mpp is not known.
+    """
+    if settings.method not in METHOD_NAMES:
+        raise ConfigError(f"method {settings.method!r} is not known; expected one of {', '.join(METHOD_NAMES)}")
+    if facts.mpp is None and settings.patch_mpp is None:
+        raise ModelError(
+            f"{facts.name}: the micrometres per pixel the model was trained at are not known; add 'mpp: 0.5' to the "
+            "model file or give --patch-mpp"
+        )
+    targets = parse_targets(settings.target, facts.classes)
+    return RunPlan(out, spec, facts, settings, targets)
+
+
+@dataclass(frozen=True)
+class SlidePlan:
+    """What will be done for one slide.
+
+    Attributes:
+        slide_digest, run_digest: what the results belong to.
+        slide_px, slide_mpp: (height, width) of level 0 and its mpp (y, x).
+        footprint: (height, width) of a patch in level-0 px.
+        patches: how many there are; `span` of them form a unit of work.
+        heatmap_px: (height, width) of the heatmap's level 0, `stride` level-0 px a pixel.
+    """
+
+    slide_digest: str
+    run_digest: str
+    slide_px: tuple[int, int]
+    slide_mpp: tuple[float, float]
+    footprint: tuple[float, float]
+    patches: int
+    span: int
+    stride: int
+
+    @property
+    def heatmap_px(self) -> tuple[int, int]:
+        """(height, width) of the heatmap's level 0."""
+        return ceil_div(self.slide_px[0], self.stride), ceil_div(self.slide_px[1], self.stride)
+
+    @property
+    def level_shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of each level of the heatmap."""
+        return pyramid_shapes(*self.heatmap_px)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, end) patch of each span."""
+        return [(i, min(i + self.span, self.patches)) for i in range(0, self.patches, self.span)]
+
+    def blocks(self, level: int) -> list[Region]:
+        """The blocks of a level, each exactly a shard."""
+        return tiles(*self.level_shapes[level], SHARD)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SlidePlan:
+        """The plan that `to_json` wrote."""
+        pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint")}
+        return cls(**{**values, **pairs})
+
+
+def plan_slide(slide: Slide, run: RunPlan) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
+    """The plan of an open slide, its patches and its tissue mask; reads a thumbnail and no more.
+
+    Raises:
+        MppError: the slide's mpp is not known.
+        SlideReadError: the thumbnail cannot be read.
+        ConfigError: patches smaller than a heatmap pixel.
+    """
+    settings, info = run.settings, slide.info
+    slide_px = (info.height, info.width)
+    grid = patch_grid(slide_px, info.mpp_yx, run.patch_px, run.mpp, settings.stride(run.patch_px))
+    Enlarger(grid.footprint, run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
+    mask = tissue_mask(slide)
+    patches = choose(grid, mask, settings.min_tissue, SHARD * settings.heatmap_stride)
+    plan = SlidePlan(
+        slide_digest=info.digest,
+        run_digest=run.digest(),
+        slide_px=slide_px,
+        slide_mpp=info.mpp_yx,
+        footprint=grid.footprint,
+        patches=len(patches.yx),
+        span=settings.span_patches,
+        stride=settings.heatmap_stride,
+    )
+    return plan, patches, mask
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan will cost: tasks, bytes on disk before compression, and memory of one process."""
+
+    slide: SlideEntry
+    patches: int
+    spans: int
+    blocks: int
+    store_bytes: int
+    memory_bytes: int
+
+
+def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
+    """The cost of a slide's plan."""
+    targets, classes = len(run.targets), len(run.facts.classes)
+    per_patch = 4 * (targets * run.cell_count + classes) + 8 + 4 + 1
+    covered_px = min(
+        plan.heatmap_px[0] * plan.heatmap_px[1],
+        plan.patches * plan.footprint[0] * plan.footprint[1] / plan.stride**2,
+    )
+    heatmap = covered_px * 2 * targets * 4 * 4 / 3
+    return Estimate(
+        slide=entry,
+        patches=plan.patches,
+        spans=len(plan.spans),
+        blocks=sum(len(plan.blocks(level)) for level in range(len(plan.level_shapes))),
+        store_bytes=round(plan.patches * per_patch + heatmap),
+        memory_bytes=memory_estimate(run),
+    )
+
+
+def memory_estimate(run: RunPlan) -> int:
+    """Peak memory of one process, a rule of thumb: it depends on batch and block size, not on the slide.
+
+    700 MiB are Python, torch and timm as measured on a CPU; a block's stitching holds five arrays of a shard;
+    a batch's largest layer is held twice, and a copy of the pixels.
+    """
+    batch = run.settings.batch_size
+    pixels = 3 * 4 * run.patch_px[0] * run.patch_px[1]
+    forward = batch * (2 * run.facts.activation_bytes + 3 * pixels)
+    stitching = 5 * 4 * SHARD * SHARD
+    return 700 * MIB + 4 * run.facts.parameters + max(forward, stitching)

@@ -1,0 +1,198 @@
+"""What the command line shows: progress, tables, descriptions."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from wsi_gradcam.api import Listener, Outcome, Preview
+from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.models.spec import read_spec
+from wsi_gradcam.plan import RunPlan
+from wsi_gradcam.slides import open_slide
+from wsi_gradcam.stages import Pending, Task, examine_model
+from wsi_gradcam.workflow import FAILED, SlideRecord
+
+MIB, GIB = 1 << 20, 1 << 30
+LINE_EVERY_S = 30.0
+
+
+class Lines(Listener):
+    """Progress as plain lines on standard error, for logs."""
+
+    def __init__(self) -> None:
+        self.slides = self.slides_done = self.patches = self.patches_done = 0
+        self.started = self.last_line = time.monotonic()
+
+    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """Say what will be done."""
+        self.slides = len(slides)
+        labels = ", ".join(target.label for target in run.targets)
+        self.say(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
+        if dashboard:
+            self.say(f"dashboard {dashboard}")
+
+    def task_done(self, task: Task, result: Any) -> None:
+        """Count patches."""
+        if isinstance(result, Pending):
+            left = sum(1 for _ in result.spans)
+            self.patches += result.patches if left else 0
+            self.say(f"{task.slide.id}: {result.patches} patches, {left} spans to do")
+        elif task.stage == "explain":
+            self.patches_done += result
+            if time.monotonic() - self.last_line > LINE_EVERY_S:
+                self.say(f"{self.patches_done} patches, {self.rate():.0f} patches/s")
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """Say how it ended."""
+        self.slides_done += 1
+        end = f"{record.status}, {record.seconds:.1f} s" + (f": {record.error}" if record.error else "")
+        self.say(f"[{self.slides_done}/{self.slides}] {record.slide.id}: {end}")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.last_line = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
+
+    def rate(self) -> float:
+        """Patches per second since the start."""
+        return self.patches_done / max(1e-9, time.monotonic() - self.started)
+
+
+class Bars(Lines):
+    """Progress as bars on a terminal."""
+
+    def __init__(self, bars: Progress) -> None:
+        super().__init__()
+        self._bars = bars
+        self._slide_bar = bars.add_task("slides", total=None, rate="")
+        self._patch_bar = bars.add_task("patches", total=None, rate="")
+
+    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """Set the number of slides."""
+        super().begun(run, slides, dashboard)
+        self._bars.update(self._slide_bar, total=len(slides))
+
+    def task_done(self, task: Task, result: Any) -> None:
+        """Advance the patches."""
+        super().task_done(task, result)
+        rate = f"{self.rate():.0f} patches/s" if self.patches_done else ""
+        self._bars.update(self._patch_bar, total=self.patches or None, completed=self.patches_done, rate=rate)
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """Advance the slides; only failures are worth a line beside the bars."""
+        if record.status == FAILED:
+            super().slide_done(record)
+        else:
+            self.slides_done += 1
+        self._bars.update(self._slide_bar, completed=self.slides_done)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(text, style="dim", highlight=False, markup=False)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Listener]:
+    """A listener that suits where standard error goes: bars, plain lines, or nothing."""
+    if quiet:
+        yield Listener()
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            yield Bars(bars)
+    else:
+        yield Lines()
+
+
+def print_outcome(outcome: Outcome, as_json: bool) -> None:
+    """The end of a run: how many slides of each status, and a table of those that failed."""
+    if as_json:
+        records = [asdict(record) for record in outcome.records]
+        print(json.dumps({"out": str(outcome.out), "slides": records}, indent=1))
+        return
+    counts = {s: sum(r.status == s for r in outcome.records) for s in {r.status for r in outcome.records}}
+    summary = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(counts.items()))
+    print(f"{summary}; results in {outcome.out}")
+    if outcome.failed:
+        table = Table("slide", "why", title="failed", title_justify="left")
+        for record in outcome.failed:
+            table.add_row(record.slide.id, record.error)
+        Console(stderr=True).print(table)
+
+
+def print_preview(found: Preview, as_json: bool) -> None:
+    """What a run would do, a row a slide and a sum."""
+    rows = [{**asdict(e), "slide": e.slide.id} for e in found.estimates]
+    errors = {entry.id: error for entry, error in found.errors}
+    if as_json:
+        print(json.dumps({"slides": rows, "errors": errors}, indent=1))
+        return
+    table = Table("slide", "patches", "spans", "blocks", "store", "memory")
+    for e in found.estimates:
+        store, memory = f"{e.store_bytes / MIB:.1f} MiB", f"{e.memory_bytes / GIB:.2f} GiB"
+        table.add_row(e.slide.id, f"{e.patches:,}", f"{e.spans:,}", f"{e.blocks:,}", store, memory)
+    Console().print(table)
+    patches, size = sum(e.patches for e in found.estimates), sum(e.store_bytes for e in found.estimates)
+    print(
+        f"{len(rows)} slides, {patches:,} patches, at most {size / MIB:.1f} MiB before compression; memory is an "
+        "estimate for each process"
+    )
+    for slide, error in errors.items():
+        print(f"cannot be planned: {slide}: {error}", file=sys.stderr)
+
+
+def slide_info(path: str) -> dict[str, Any]:
+    """What is known of a slide, as plain values."""
+    slide = open_slide(path)
+    info = slide.info
+    slide.close()
+    levels = [f"{level.height} x {level.width} (1/{level.downsample_y:g})" for level in info.levels]
+    return {
+        "slide": info.path,
+        "format": info.vendor,
+        "size": f"{info.height} x {info.width} px",
+        "levels": ", ".join(levels),
+        "mpp (y, x)": f"{info.mpp[0]:g}, {info.mpp[1]:g} um" if info.mpp else f"unusable: {info.mpp_problem}",
+        "background": "#%02x%02x%02x" % info.background,
+        "bounds": "whole slide" if info.bounds is None else str(info.bounds),
+        "digest": info.digest,
+    }
+
+
+def model_info(model: str, layer: str | None) -> dict[str, Any]:
+    """What is known of a model, with the self-test of the layer that would be explained."""
+    spec = read_spec(model)
+    facts = examine_model(spec, layer, None, "cpu")
+    return {
+        "model": facts.name,
+        "source": facts.source,
+        "digest": facts.digest,
+        "license": facts.license or "not stated",
+        "classes": ", ".join(facts.classes),
+        "patch": f"{facts.patch_px[0]} x {facts.patch_px[1]} px at {facts.mpp or '?'} um/px",
+        "mean, std": f"{facts.mean}, {facts.std}",
+        "activation": facts.activation,
+        "parameters": f"{facts.parameters:,}",
+        "layer": f"{facts.layer} ({facts.channels} x {facts.cam_shape[0]} x {facts.cam_shape[1]})",
+        "self-test": "head(trunk(x)) equals model(x)",
+    }

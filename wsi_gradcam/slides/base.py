@@ -1,0 +1,145 @@
+"""What every slide reader offers: `Slide` and `SlideInfo`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from wsi_gradcam.errors import MppError
+from wsi_gradcam.geometry import Region, ceil_div
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Scanners deliver 0.1 to 1 um per pixel and thumbnails of slides up to about 30. What lies outside is a wrong
+# tag: 72 dpi, which image editors write by default, comes out as 352.8.
+SMALLEST_MPP, LARGEST_MPP = 0.01, 100.0
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of a slide: size in its own pixels and level-0 pixels per pixel, per axis."""
+
+    height: int
+    width: int
+    downsample_y: float
+    downsample_x: float
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What is known of a slide without reading pixels.
+
+    Attributes:
+        path: where the slide was opened.
+        levels: finest first; level 0 has downsample 1.
+        mpp: micrometres per level-0 pixel as (y, x); None when the file does not say, or says nonsense.
+        mpp_problem: why `mpp` is None, naming the property and the mend.
+        vendor: the reader's word for the format.
+        background: RGB that stands for glass, 0 to 255.
+        bounds: the part of level 0 that was scanned, where the format says so.
+        digest: a short content digest, see `content_digest`.
+    """
+
+    path: str
+    levels: tuple[Level, ...]
+    mpp: tuple[float, float] | None
+    mpp_problem: str
+    vendor: str
+    background: tuple[int, int, int]
+    bounds: Region | None
+    digest: str
+
+    @property
+    def height(self) -> int:
+        """Height of level 0 in px."""
+        return self.levels[0].height
+
+    @property
+    def width(self) -> int:
+        """Width of level 0 in px."""
+        return self.levels[0].width
+
+    @property
+    def mpp_yx(self) -> tuple[float, float]:
+        """Micrometres per level-0 pixel as (y, x).
+
+        Raises:
+            MppError: where the file gives none that can be used.
+        """
+        if self.mpp is None:
+            raise MppError(f"{self.path}: {self.mpp_problem}")
+        return self.mpp
+
+
+class Slide(Protocol):
+    """An open slide. Reading is safe from several threads; a slide is not picklable: open one per process."""
+
+    @property
+    def info(self) -> SlideInfo:
+        """What is known of the slide."""
+        ...
+
+    def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Pixels of `region` (in pixels of `level`) as RGB [height, width, 3]; outside the slide: background.
+
+        Raises:
+            SlideReadError: when a tile cannot be decoded. The slide stays usable.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+def levels_of(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
+    """Levels from their (height, width), finest first, with the exact downsample of each axis.
+
+    A writer that shrinks 2967 rows by 4 keeps 741 of 741.75, and 2967 / 741 = 4.004 would drift by 3 px towards
+    the bottom: where a whole factor explains the size up to rounding, the whole factor is taken.
+
+    >>> levels_of([(2967, 2220), (741, 555)])[1]
+    Level(height=741, width=555, downsample_y=4.0, downsample_x=4.0)
+    """
+    height, width = sizes[0]
+    return tuple(Level(h, w, _downsample(height, h), _downsample(width, w)) for h, w in sizes)
+
+
+def _downsample(full: int, reduced: int) -> float:
+    whole = max(1, round(full / reduced))
+    return float(whole) if reduced in (full // whole, ceil_div(full, whole)) else full / reduced
+
+
+def check_mpp(value: float, origin: str) -> str:
+    """An empty string when `value` can be micrometres per pixel, else what is wrong with it and the mend."""
+    if math.isfinite(value) and SMALLEST_MPP <= value <= LARGEST_MPP:
+        return ""
+    return (
+        f"{origin} is {value:g}, expected {SMALLEST_MPP:g} to {LARGEST_MPP:g} um per pixel; "
+        "give the true value with --mpp"
+    )
+
+
+def content_digest(path: Path, *extra: str) -> str:
+    """A sha256 (first 32 hex digits) of size, head, tail and evenly spaced samples: cheap on any file size.
+
+    It changes with the file's length, header, and most rewrites; a single changed byte between the samples of a
+    large file is not seen. Files up to 4 MiB are hashed whole. `extra` is hashed too.
+    """
+    size, block, samples = path.stat().st_size, 1 << 16, 64
+    digest = hashlib.sha256(f"{size}".encode())
+    with path.open("rb") as file:
+        if size <= block * samples:
+            digest.update(file.read())
+        else:
+            for i in range(samples):
+                file.seek((size - block) * i // (samples - 1))
+                digest.update(file.read(block))
+    for text in extra:
+        digest.update(b"\0" + text.encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,100 @@
+"""Any region of a slide at any mpp, from the best level, antialiased."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.geometry import Region, tiles
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.slides.base import Slide, SlideInfo
+
+# A level up to 1 % coarser than asked for is taken: the enlargement cannot be seen, the next finer level would
+# cost four times the pixels or more.
+COARSER = 1.01
+# Larger reads are cut, so that a thumbnail of a slide without a pyramid needs no more memory than this.
+MAX_SOURCE_PX = 1 << 23
+CUT_PX = 256
+
+
+def read_region(
+    slide: Slide, y: float, x: float, height: int, width: int, mpp: float | tuple[float, float]
+) -> NDArray[np.uint8]:
+    """RGB uint8 [height, width, 3] of the slide, whose top left corner is at level-0 (y, x), at `mpp`.
+
+    The result covers exactly height * mpp by width * mpp micrometres, also for anisotropic slides. Pixels come
+    from the coarsest level that is fine enough and are reduced by an antialiasing triangle filter that also sees
+    what lies just outside the region, so that neighbouring regions fit without a seam. Outside the slide there
+    is background. Where `mpp` is the slide's own and (y, x) are whole, pixels are passed through unchanged.
+
+    Raises:
+        MppError: the slide's mpp is not known.
+        SlideReadError: a tile cannot be decoded.
+    """
+    mpp_y, mpp_x = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    slide_y, slide_x = slide.info.mpp_yx
+    step_y, step_x = mpp_y / slide_y, mpp_x / slide_x
+    if min(height, width) < 1 or min(step_y, step_x) <= 0:
+        raise ConfigError(f"cannot read {height} x {width} px at mpp {mpp}: expected positive sizes")
+    level = best_level(slide.info, step_y, step_x)
+    out = np.empty((height, width, 3), np.uint8)
+    down_y, down_x = slide.info.levels[level].downsample_y, slide.info.levels[level].downsample_x
+    whole = height * width * (step_y / down_y) * (step_x / down_x) <= MAX_SOURCE_PX
+    for part in tiles(height, width, max(height, width) if whole else CUT_PX):
+        rows = _Axis((y + part.y * step_y) / down_y, step_y / down_y, part.height)
+        columns = _Axis((x + part.x * step_x) / down_x, step_x / down_x, part.width)
+        out[part.slices] = _read(slide, level, rows, columns)
+    return out
+
+
+def best_level(info: SlideInfo, step_y: float, step_x: float) -> int:
+    """The coarsest level with no more level-0 pixels per pixel than asked for on either axis."""
+    fine_enough = [
+        i
+        for i, level in enumerate(info.levels)
+        if level.downsample_y <= step_y * COARSER and level.downsample_x <= step_x * COARSER
+    ]
+    return max(fine_enough, key=lambda i: info.levels[i].downsample_y, default=0)
+
+
+def thumbnail(slide: Slide, mpp: float, max_px: int) -> NDArray[np.uint8]:
+    """The whole slide at `mpp`, or coarser so that no side exceeds `max_px`; RGB uint8 [h, w, 3].
+
+    Its pixels are `slide height / h` by `slide width / w` level-0 pixels, exactly: it never stops short of the
+    edge nor goes beyond.
+    """
+    mpp_y, mpp_x = slide.info.mpp_yx
+    height_um, width_um = slide.info.height * mpp_y, slide.info.width * mpp_x
+    mpp = max(mpp, height_um / max_px, width_um / max_px)
+    h, w = max(1, round(height_um / mpp)), max(1, round(width_um / mpp))
+    return read_region(slide, 0, 0, h, w, (height_um / h, width_um / w))
+
+
+class _Axis:
+    """Where `size` output pixels of `scale` level pixels each, from `start` on, lie along one axis."""
+
+    def __init__(self, start: float, scale: float, size: int) -> None:
+        # Within a hundredth of a pixel over the whole length there is nothing to resample.
+        self.exact = abs(scale - 1) * size < 0.01 and abs(start - round(start)) < 0.01
+        margin = 0 if self.exact else math.ceil(max(1.0, scale)) + 1
+        self.size = size
+        self.first = round(start) if self.exact else math.floor(start) - margin
+        end = start + scale * size
+        self.length = size if self.exact else math.ceil(end) + margin - self.first
+        self.box = (start - self.first, end - self.first)
+
+
+def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.uint8]:
+    pixels = slide.read_level(level, Region(rows.first, columns.first, rows.length, columns.length))
+    if rows.exact and columns.exact:
+        return pixels
+    box = (columns.box[0], rows.box[0], columns.box[1], rows.box[1])
+    size = (columns.size, rows.size)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))

@@ -1,0 +1,373 @@
+"""The pieces of work: each reads its input from disk, writes its output, and records that it is done.
+
+A piece is named by a stage, a slide and numbers; no pixels travel (P1). Pieces of one stage never write the same
+file (P3), so they run anywhere, in any order, and again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_gradcam.errors import ModelError, ResumeError
+from wsi_gradcam.finish import finish_slide
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.models.activation import probabilities
+from wsi_gradcam.plan import RunPlan, SlidePlan
+from wsi_gradcam.plan import plan_slide as make_plan
+from wsi_gradcam.reading import Batch, read_batches
+from wsi_gradcam.slides import open_slide
+from wsi_gradcam.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
+from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
+from wsi_gradcam.stores.layout import RunFolder, SlideFolder
+from wsi_gradcam.stores.manifest import Manifest, digest_of
+from wsi_gradcam.stores.masks import read_mask, write_mask
+from wsi_gradcam.stores.patch_store import OK, PatchStore, SpanData
+from wsi_gradcam.stores.patch_store import UNREADABLE as PATCH_UNREADABLE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.inputs import SlideEntry
+    from wsi_gradcam.models.load import Model
+    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.slides import Slide
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of work: the name of a stage, a slide, and the piece's numbers."""
+
+    stage: str
+    slide: SlideEntry
+    index: tuple[int, ...] = ()
+
+
+class Context:
+    """What a process keeps between tasks: the model and the slide it has open."""
+
+    def __init__(self, run: RunPlan, overwrite: bool = False) -> None:
+        self.run = run
+        self.overwrite = overwrite
+        self.model_lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
+        self._lock = threading.Lock()
+        self._model: Model | None = None
+        self._slide: tuple[SlideEntry, Slide] | None = None
+
+    def model(self) -> Model:
+        """The run's model, loaded on first use."""
+        with self._lock:
+            if self._model is None:
+                from wsi_gradcam.models.load import load_model
+
+                self._model = load_model(self.run.spec, self.run.settings.device)
+                if self._model.digest != self.run.facts.digest:
+                    raise ModelError(
+                        f"{self.run.spec.name}: this worker loaded another model than the one the run began with; "
+                        "make the model's files and packages the same everywhere"
+                    )
+            return self._model
+
+    def slide(self, entry: SlideEntry) -> Slide:
+        """The slide, opened on first use; the one before is closed."""
+        with self._lock:
+            if self._slide is None or self._slide[0] != entry:
+                self._close_slide()
+                self._slide = entry, open_slide(entry.path, self.run.settings.mpp)
+            return self._slide[1]
+
+    def close(self) -> None:
+        """Release the slide."""
+        with self._lock:
+            self._close_slide()
+
+    def folder(self, entry: SlideEntry) -> SlideFolder:
+        """Where the slide's results are."""
+        return RunFolder(self.run.out).slide(entry.id)
+
+    def plan(self, entry: SlideEntry) -> SlidePlan:
+        """The slide's plan, as `plan_slide` stored it."""
+        values = Manifest(self.folder(entry).manifest).plan()
+        assert values is not None  # the plan stage came first
+        return SlidePlan.from_json(values)
+
+    def _close_slide(self) -> None:
+        if self._slide is not None:
+            self._slide[1].close()
+            self._slide = None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is left to do of a slide after planning: numbers of spans, and of blocks by level."""
+
+    patches: int
+    spans: list[int]
+    blocks: list[list[int]]
+    done: dict[str, Any] | None
+
+
+def examine_model(spec: ModelSpec, layer: str | None, settings_px: tuple[int, int] | None, device: str) -> ModelFacts:
+    """Load the model once to learn what planning needs of it.
+
+    Raises:
+        ModelError: it cannot be loaded, or no layer can be explained.
+    """
+    from wsi_gradcam.cam.facts import examine
+    from wsi_gradcam.models.load import load_model
+
+    return examine(load_model(resized(spec, settings_px), device), layer)
+
+
+def resized(spec: ModelSpec, patch_px: tuple[int, int] | None) -> ModelSpec:
+    """The specification with another input size."""
+    return spec if patch_px is None else spec.model_copy(update={"patch_px": patch_px})
+
+
+def plan_slide(context: Context, entry: SlideEntry) -> Pending:
+    """Plan a slide and lay out its stores, unless that was done; say what is left.
+
+    Raises:
+        ResumeError: the folder holds results of another file, model or configuration.
+    """
+    folder, slide = context.folder(entry), context.slide(entry)
+    manifest = Manifest(folder.manifest)
+    stored = manifest.plan()
+    if stored is not None:
+        plan = SlidePlan.from_json(stored)
+        problem = _mismatch(plan, slide, context.run)
+        if not problem:
+            return _pending(plan, manifest)
+        if not context.overwrite:
+            raise ResumeError(f"{folder.path}: {problem}; choose another --out, or recompute with --overwrite")
+    plan, patches, mask = make_plan(slide, context.run)
+    manifest.clear()
+    run = context.run
+    write_mask(folder.tissue, mask)
+    PatchStore.create(
+        folder.cams, patches, plan.span, len(run.facts.classes), len(run.targets), run.facts.cam_shape,
+        attributes={
+            "targets": [target.label for target in run.targets],
+            "classes": list(run.facts.classes),
+            "heatmap_factor": run.cell_count,
+            "note": "cam is the method's raw map; heatmap values are cam * heatmap_factor, in logits",
+        },
+    )  # fmt: skip
+    HeatmapStore.create(
+        folder.heatmap, entry.id, plan.heatmap_px,
+        (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
+        channels(run), attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
+    )  # fmt: skip
+    manifest.write_plan(plan.to_json())
+    return _pending(plan, manifest)
+
+
+def channels(run: RunPlan) -> list[Channel]:
+    """The heatmap's channels: all explanations, then all probabilities."""
+    maps = [Channel(f"{run.settings.method}: {t.label}", active=i == 0) for i, t in enumerate(run.targets)]
+    return maps + [Channel(f"probability: {t.label}", active=False) for t in run.targets]
+
+
+def explain_span(context: Context, entry: SlideEntry, span: int) -> int:
+    """Run the model over a span and store logits and CAMs; returns how many patches."""
+    plan, folder = context.plan(entry), context.folder(entry)
+    store = PatchStore(folder.cams)
+    start, stop = plan.spans[span]
+    data, causes = _explain(context, context.slide(entry), store.yx(start, stop))
+    store.write_span(start, data)
+    Manifest(folder.manifest).complete(
+        "spans",
+        span_name(span),
+        {"digest": data.digest(), "causes": {str(start + i): c for i, c in causes.items()}},
+    )
+    return stop - start
+
+
+def stitch_block(context: Context, entry: SlideEntry, number: int) -> int:
+    """Blend one block of the heatmap's finest level; returns how many patches it holds."""
+    run, plan, folder = context.run, context.plan(entry), context.folder(entry)
+    block = plan.blocks(0)[number]
+    patches, heatmap = PatchStore(folder.cams), HeatmapStore(folder.heatmap)
+    yx = patches.yx()
+    inside = touching(yx, plan.footprint, plan.stride, block)
+    readable = inside[patches.status()[inside] == OK]
+    enlarger = Enlarger(plan.footprint, run.facts.cam_shape, plan.stride, run.settings.window)
+    digests, covered = [], np.zeros((block.height, block.width), np.bool_)
+    for channel in range(2 * len(run.targets)):  # one at a time: memory does not grow with the targets
+        blender = Blender(enlarger, block)
+        for first, chosen in _by_span(readable, plan.span):
+            values = _channel_values(run, patches, channel, first, min(first + plan.span, plan.patches))
+            blender.add(yx[chosen], values[chosen - first])
+        image, covered = blender.result()
+        heatmap.write(0, channel, block, image)
+        digests.append(digest_of((image,)))
+    flags = _flags(folder, plan, block, covered, yx[np.setdiff1d(inside, readable)])
+    heatmap.write_flags(0, block, flags)
+    _complete_block(folder, 0, number, [*digests, digest_of((flags,))])
+    return len(inside)
+
+
+def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) -> int:
+    """Make one block of a coarser level from the finished level before it."""
+    run, plan, folder = context.run, context.plan(entry), context.folder(entry)
+    block = plan.blocks(level)[number]
+    height, width = plan.level_shapes[level - 1]
+    heatmap = HeatmapStore(folder.heatmap)
+    source = Region(block.y * 2, block.x * 2, block.height * 2, block.width * 2).intersect(Region(0, 0, height, width))
+    bands = [  # the source of a whole block is four blocks large: it is read in bands of a chunk
+        Region(y, source.x, min(2 * CHUNK, source.bottom - y), source.width)
+        for y in range(source.y, source.bottom, 2 * CHUNK)
+    ]
+    flags = np.concatenate([coarsen_flags(heatmap.read_flags(level - 1, band)) for band in bands])
+    heatmap.write_flags(level, block, flags)
+    explained = [(heatmap.read_flags(level - 1, band) & EXPLAINED) > 0 for band in bands]
+    digests = []
+    for channel in range(2 * len(run.targets)):
+        image = np.concatenate(
+            [coarsen(heatmap.read(level - 1, channel, band), e) for band, e in zip(bands, explained, strict=True)]
+        )
+        heatmap.write(level, channel, block, image)
+        digests.append(digest_of((image,)))
+    _complete_block(folder, level, number, [*digests, digest_of((flags,))])
+    return 0
+
+
+def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
+    """Make the slide's table, overview and final record, which is returned."""
+    return finish_slide(
+        context.run, context.plan(entry), context.folder(entry), context.slide(entry), channels(context.run)
+    )
+
+
+STAGES: dict[str, Callable[..., Any]] = {
+    "plan": plan_slide,
+    "explain": explain_span,
+    "stitch": stitch_block,
+    "coarsen": coarsen_block,
+    "finish": finish,
+}
+
+
+def perform(context: Context, task: Task) -> Any:
+    """Do a piece of work and return its small result."""
+    return STAGES[task.stage](context, task.slide, *task.index)
+
+
+def span_name(span: int) -> str:
+    """Name of a span in the manifest."""
+    return f"{span:06d}"
+
+
+def block_name(level: int, number: int) -> str:
+    """Name of a block in the manifest."""
+    return f"{level}-{number:06d}"
+
+
+def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan) -> str:
+    if plan.run_digest != run.digest():
+        return "holds results of another model or configuration"
+    if plan.slide_digest != slide.info.digest:
+        return f"holds results of another file than {slide.info.path} is now"
+    if plan.slide_mpp != slide.info.mpp_yx:
+        return f"holds results at mpp {plan.slide_mpp}, the slide's is {slide.info.mpp_yx}"
+    return ""
+
+
+def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
+    if (done := manifest.done()) is not None:
+        manifest.fold()
+        return Pending(plan.patches, [], [], done)
+    spans, blocks = manifest.completed("spans"), manifest.completed("blocks")
+    return Pending(
+        patches=plan.patches,
+        spans=[i for i in range(len(plan.spans)) if span_name(i) not in spans],
+        blocks=[
+            [i for i in range(len(plan.blocks(level))) if block_name(level, i) not in blocks]
+            for level in range(len(plan.level_shapes))
+        ],
+        done=None,
+    )
+
+
+def _explain(context: Context, slide: Slide, yx: NDArray[np.int64]) -> tuple[SpanData, dict[int, str]]:
+    run, settings = context.run, context.run.settings
+    logits = np.zeros((len(yx), len(run.facts.classes)), np.float32)
+    cams = np.zeros((len(yx), len(run.targets), *run.facts.cam_shape), np.float32)
+    status = np.full(len(yx), OK, np.uint8)
+    causes: dict[int, str] = {}
+    for batch in read_batches(slide, yx, run.patch_px, run.mpp, settings.batch_size, settings.reader_threads):
+        part = slice(batch.start, batch.start + len(batch.rgb))
+        logits[part], cams[part] = _run_model(context, batch)
+        for i, cause in batch.causes.items():
+            at = batch.start + i
+            logits[at], cams[at], status[at], causes[at] = 0, 0, PATCH_UNREADABLE, cause
+    finite = np.isfinite(logits).all(axis=1) & np.isfinite(cams).all(axis=(1, 2, 3))
+    if not finite.all():
+        y, x = yx[int(np.argmin(finite))].tolist()
+        raise ModelError(
+            f"{slide.info.path}: the model gives NaN or infinite values for the patch at level-0 y {y}, x {x}; "
+            "check its weights and normalisation"
+        )
+    return SpanData(logits, cams, status), causes
+
+
+def _run_model(context: Context, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    import torch
+
+    from wsi_gradcam.cam.engine import explain_batch
+    from wsi_gradcam.cam.methods import METHODS
+
+    run, model = context.run, context.model()
+    images = model.normalise(torch.from_numpy(batch.rgb).to(run.settings.device))
+    with context.model_lock:
+        logits, cams = explain_batch(model.module, run.facts.layer, images, run.targets, METHODS[run.settings.method])
+    return logits.float().cpu().numpy(), cams.float().cpu().numpy()
+
+
+def _channel_values(run: RunPlan, store: PatchStore, channel: int, start: int, stop: int) -> NDArray[np.float32]:
+    """What a heatmap channel shows of patches, float32 [n, h, w]: explanations in logits, or the probability."""
+    if channel < len(run.targets):
+        return store.cams(start, stop, channel) * np.float32(run.cell_count)
+    target = run.targets[channel - len(run.targets)]
+    shares = probabilities(store.logits(start, stop), run.facts.activation)
+    share = shares.max(axis=1) if target.index is None else shares[:, target.index]
+    return np.broadcast_to(share[:, None, None], (len(share), *run.facts.cam_shape))
+
+
+def _by_span(indices: NDArray[np.int64], span: int) -> list[tuple[int, NDArray[np.int64]]]:
+    """(first patch of the span, the indices in it) for each span that has some."""
+    if not len(indices):
+        return []
+    cuts = np.flatnonzero(np.diff(indices // span)) + 1
+    return [(int(part[0]) // span * span, part) for part in np.split(indices, cuts)]
+
+
+def _flags(
+    folder: SlideFolder,
+    plan: SlidePlan,
+    block: Region,
+    covered: NDArray[np.bool_],
+    unreadable: NDArray[np.int64],
+) -> NDArray[np.uint8]:
+    """The coverage label of a block: tissue from the mask's nearest pixel, explained, unreadable."""
+    mask = read_mask(folder.tissue)
+    y = (np.arange(block.y, block.bottom) + 0.5) * plan.stride * mask.shape[0] / plan.slide_px[0]
+    x = (np.arange(block.x, block.right) + 0.5) * plan.stride * mask.shape[1] / plan.slide_px[1]
+    rows, columns = np.minimum(y.astype(int), mask.shape[0] - 1), np.minimum(x.astype(int), mask.shape[1] - 1)
+    flags = np.where(mask[rows[:, None], columns], TISSUE, 0).astype(np.uint8)
+    flags[covered] |= EXPLAINED
+    for top, left in unreadable.tolist():
+        first_y, first_x = max(0, top // plan.stride - block.y), max(0, left // plan.stride - block.x)
+        end_y = max(0, int(-(-(top + plan.footprint[0]) // plan.stride)) - block.y)
+        end_x = max(0, int(-(-(left + plan.footprint[1]) // plan.stride)) - block.x)
+        flags[first_y:end_y, first_x:end_x] |= UNREADABLE
+    return flags
+
+
+def _complete_block(folder: SlideFolder, level: int, number: int, digests: list[str]) -> None:
+    Manifest(folder.manifest).complete("blocks", block_name(level, number), {"digests": digests})

@@ -1,0 +1,94 @@
+"""What is done of a slide. A finished piece of work is a small file that is written after its data.
+
+While a slide is worked on there is a file a span and a block; when it is finished they are folded into one
+`done.json`, so that an archive does not end with millions of files. The existence of a chunk proves nothing: a
+chunk of zeros is never written, and a killed process may have left one of another attempt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_gradcam.errors import StoreError
+from wsi_gradcam.stores.files import storing, write_atomic
+
+PLAN, DONE = "plan.json", "done.json"
+
+
+class Manifest:
+    """The manifest folder of one slide."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def plan(self) -> dict[str, Any] | None:
+        """The plan that results follow; None before planning."""
+        return self._read(PLAN)
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """Record the plan: the templates of all stores exist now."""
+        self._write(PLAN, plan)
+
+    def done(self) -> dict[str, Any] | None:
+        """The final record; None while work is left."""
+        return self._read(DONE)
+
+    def write_done(self, record: dict[str, Any]) -> None:
+        """Record the slide as finished and fold the pieces away."""
+        self._write(DONE, record)
+        self.fold()
+
+    def fold(self) -> None:
+        """Delete the pieces' files of a finished slide (a process may have been killed while doing so)."""
+        for kind in [path for path in self._path.iterdir() if path.is_dir()]:
+            with storing(kind):
+                shutil.rmtree(kind)
+
+    def complete(self, kind: str, name: str, record: dict[str, Any]) -> None:
+        """Record a piece of work, whose data is on disk already."""
+        self._write(f"{kind}/{name}.json", record)
+
+    def completed(self, kind: str) -> set[str]:
+        """Names of the finished pieces of a kind."""
+        return {path.stem for path in (self._path / kind).glob("*.json")}
+
+    def records(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The finished pieces' records by name, sorted."""
+        return {name: self._read(f"{kind}/{name}.json") or {} for name in sorted(self.completed(kind))}
+
+    def clear(self) -> None:
+        """Forget everything: called before a slide's stores are made anew."""
+        if self._path.exists():
+            (self._path / PLAN).unlink(missing_ok=True)  # first, so that no half-cleared manifest looks valid
+            with storing(self._path):
+                shutil.rmtree(self._path)
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        write_atomic(self._path / name, json.dumps(value, indent=1, sort_keys=True).encode())
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self._path / name
+        try:
+            value: dict[str, Any] = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StoreError(f"{path}: damaged; delete the slide's folder and run again, or use --overwrite") from error
+        return value
+
+
+def digest_of(arrays: Iterable[NDArray[np.generic]]) -> str:
+    """sha256 of arrays' values, shapes and types: what is in a store, whatever its compression."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

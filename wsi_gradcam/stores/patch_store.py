@@ -1,0 +1,130 @@
+"""`cams.zarr`: logits and CAMs of patches at layer resolution. A span owns whole chunks of every array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from wsi_gradcam.stores.files import storing
+from wsi_gradcam.stores.manifest import digest_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.patches import Patches
+
+PENDING, OK, UNREADABLE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class SpanData:
+    """What a span found out of its n patches.
+
+    Attributes:
+        logits: float32 [n, classes].
+        cams: float32 [n, targets, h, w], raw and signed.
+        status: uint8 [n], OK or UNREADABLE; an unreadable patch has zeros.
+    """
+
+    logits: NDArray[np.float32]
+    cams: NDArray[np.float32]
+    status: NDArray[np.uint8]
+
+    def digest(self) -> str:
+        """sha256 of the values."""
+        return digest_of((self.logits, self.cams, self.status))
+
+
+class PatchStore:
+    """Reads and writes a patch store.
+
+    Arrays: `xy` int32 [N, 2] (x, y of the top left in level-0 px), `tissue` float32 [N], `logits` float32
+    [N, classes], `cam` float32 [N, targets, h, w], `status` uint8 [N] (0 not done, 1 ok, 2 unreadable).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._group = zarr.open_group(path, mode="r+")
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        patches: Patches,
+        span: int,
+        classes: int,
+        targets: int,
+        cam_shape: tuple[int, int],
+        attributes: dict[str, Any],
+    ) -> PatchStore:
+        """A store for `patches`, with everything but the results written; what stood at `path` is replaced."""
+        count = len(patches.yx)
+        with storing(path):
+            group = zarr.create_group(path, overwrite=True, attributes=attributes)
+            xy = group.create_array(
+                "xy", shape=(count, 2), chunks=(span, 2), dtype="int32", dimension_names=("patch", "xy")
+            )
+            tissue = group.create_array("tissue", shape=(count,), chunks=(span,), dtype="float32")
+            if count:
+                xy[:] = patches.yx[:, ::-1].astype(np.int32)
+                tissue[:] = patches.tissue
+            group.create_array("status", shape=(count,), chunks=(span,), dtype="uint8")
+            group.create_array(
+                "logits", shape=(count, classes), chunks=(span, classes), dtype="float32",
+                dimension_names=("patch", "class"),
+            )  # fmt: skip
+            # One file a span, one chunk in it a target: stitching reads one target at a time.
+            group.create_array(
+                "cam", shape=(count, targets, *cam_shape), chunks=(span, 1, *cam_shape),
+                shards=(span, targets, *cam_shape), dtype="float32", dimension_names=("patch", "target", "y", "x"),
+            )  # fmt: skip
+        return cls(path)
+
+    def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Level-0 px of the patches' top left corners, int64 [n, 2]."""
+        return self._read("xy", slice(start, stop))[:, ::-1].astype(np.int64)
+
+    def write_span(self, start: int, data: SpanData) -> None:
+        """Write a whole span that begins with patch `start`.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        part = slice(start, start + len(data.status))
+        with storing(self._path):
+            self._array("logits")[part] = data.logits
+            self._array("cam")[part] = data.cams
+            self._array("status")[part] = data.status
+
+    def read_span(self, start: int, stop: int) -> SpanData:
+        """Everything of the patches from `start` to `stop`."""
+        part = slice(start, stop)
+        return SpanData(self._read("logits", part), self._read("cam", part), self._read("status", part))
+
+    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Logits float32 [n, classes]."""
+        return self._read("logits", slice(start, stop))
+
+    def cams(self, start: int, stop: int, target: int) -> NDArray[np.float32]:
+        """CAMs of one target, float32 [n, h, w]."""
+        return self._read("cam", (slice(start, stop), target))
+
+    def status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Status of patches, uint8 [n]."""
+        return self._read("status", slice(start, stop))
+
+    def tissue(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Share of tissue, float32 [n]."""
+        return self._read("tissue", slice(start, stop))
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def _read(self, name: str, selection: Any) -> Any:
+        return np.asarray(self._array(name)[selection])

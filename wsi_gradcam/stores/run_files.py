@@ -1,0 +1,134 @@
+"""`run.yaml` and `slides.csv`: what a run was, and how each of its slides ended."""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.stores.files import write_atomic
+
+if TYPE_CHECKING:
+    from wsi_gradcam.plan import RunPlan
+
+COLUMNS = (
+    "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
+    "model_digest",
+)  # fmt: skip
+PACKAGES = (
+    "wsi-gradcam", "torch", "torchvision", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "zarr",
+    "dask", "distributed", "scikit-image", "pillow",
+)  # fmt: skip
+
+
+def write_run(path: Path, run: RunPlan) -> None:
+    """Write `run.yaml`: the resolved configuration, versions and digests.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    facts = run.facts
+    model = {
+        "name": facts.name,
+        "source": facts.source,
+        "digest": facts.digest,
+        "license": facts.license,
+        "classes": list(facts.classes),
+        "activation": facts.activation,
+        "patch_px": list(facts.patch_px),
+        "mpp": run.mpp,
+        "mean": list(facts.mean),
+        "std": list(facts.std),
+        "layer": facts.layer,
+        "cam_shape": list(facts.cam_shape),
+        "provenance": run.spec.provenance,
+    }
+    values = {
+        "run_digest": run.digest(),
+        "identity": run.identity(),
+        "settings": run.settings.model_dump(mode="json"),
+        "model": model,
+        "targets": [asdict(target) for target in run.targets],
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+    write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+
+
+def read_run(path: Path) -> dict[str, Any] | None:
+    """What `write_run` wrote; None when there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: damaged; choose another --out, or use --overwrite") from error
+    if not isinstance(values, dict) or "run_digest" not in values:
+        raise StoreError(f"{path}: not a run.yaml of wsi_gradcam; choose another --out")
+    return values
+
+
+def check_same_run(path: Path, run: RunPlan) -> None:
+    """Refuse to mix results.
+
+    Raises:
+        ResumeError: OUT was made by another model or configuration; says what differs.
+    """
+    stored = read_run(path)
+    if stored is None or stored["run_digest"] == run.digest():
+        return
+    differences = _differences(stored["identity"], run.identity())
+    raise ResumeError(
+        f"{path.parent}: holds results of another model or configuration ({differences}); choose another --out, "
+        "or recompute everything with --overwrite"
+    )
+
+
+def read_slides(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of slides.csv by slide id; empty when there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    return {row["id"]: row for row in csv.DictReader(io.StringIO(text))}
+
+
+def write_slides(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write slides.csv, sorted by id.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows[key] for key in sorted(rows))
+    write_atomic(path, buffer.getvalue().encode())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    flat_old, flat_new = ({**i["settings"], "model": i["model"], "format": i["format"]} for i in (old, new))
+    changed = [key for key in sorted({*flat_old, *flat_new}) if flat_old.get(key) != flat_new.get(key)]
+
+    def shown(value: object) -> str:
+        text = str(value)
+        return text if len(text) <= 40 else text[:12] + "..."
+
+    return ", ".join(f"{key}: {shown(flat_old.get(key))} there, {shown(flat_new.get(key))} now" for key in changed)

@@ -1,0 +1,72 @@
+"""`patches.parquet`: a row a patch, streamed from the patch store."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wsi_gradcam.models.activation import probabilities
+from wsi_gradcam.stores.files import PARTIAL, storing
+from wsi_gradcam.stores.patch_store import OK, PatchStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wsi_gradcam.plan import RunPlan, SlidePlan
+
+ROWS = 1 << 16  # in a row group
+
+
+def write_table(path: Path, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str]) -> None:
+    """Write the table of a slide; `causes` says by patch number why a patch could not be read.
+
+    Columns: `y`, `x` (level-0 px of the top left), `tissue` (share), `status` (ok, unreadable), `cause`,
+    `logit_CLASS`, `probability_CLASS`, `cam_mean_TARGET`, `cam_max_TARGET`. The CAM's statistics are in the
+    heatmap's unit, logits: with global average pooling and a linear layer, cam_mean + bias = logit. Numbers of
+    unreadable patches are null.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    schema = _schema(run)
+    with storing(path):
+        try:
+            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+                step = max(1, ROWS // plan.span) * plan.span
+                for start in range(0, plan.patches, step):
+                    writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema))
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _schema(run: RunPlan) -> pa.Schema:
+    names = [f"{kind}_{label}" for kind in ("logit", "probability") for label in run.facts.classes]
+    names += [f"cam_{kind}_{target.label}" for kind in ("mean", "max") for target in run.targets]
+    fields = [
+        ("y", pa.int64()), ("x", pa.int64()), ("tissue", pa.float32()), ("status", pa.string()), ("cause", pa.string()),
+        *((name, pa.float32()) for name in names),
+    ]  # fmt: skip
+    about = {"unit of cam_*": "logit", "y, x": "level-0 px of the patch's top left", **run.identity()}
+    return pa.schema(fields, metadata={"wsi_gradcam": json.dumps(about, sort_keys=True)})
+
+
+def _rows(
+    run: RunPlan, store: PatchStore, start: int, stop: int, causes: dict[int, str], schema: pa.Schema
+) -> pa.Table:
+    yx, status, logits = store.yx(start, stop), store.status(start, stop), store.logits(start, stop)
+    missing = status != OK
+    shares = probabilities(logits, run.facts.activation)
+    columns: list[Any] = [yx[:, 0], yx[:, 1], store.tissue(start, stop)]
+    columns.append(np.where(missing, "unreadable", "ok"))
+    columns.append([causes.get(i) for i in range(start, stop)])
+    numbers = [*logits.T, *shares.T]
+    cams = [store.cams(start, stop, t) * np.float32(run.cell_count) for t in range(len(run.targets))]
+    numbers += [cam.mean(axis=(1, 2)) for cam in cams] + [cam.max(axis=(1, 2)) for cam in cams]
+    columns += [pa.array(values, pa.float32(), mask=missing) for values in numbers]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,0 +1,93 @@
+"""What is done for a slide, in which order; executors decide where and when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from wsi_gradcam.errors import StoreError, WorkerError, one_line
+from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.stages import Pending, Task
+
+OK, FAILED, NO_TISSUE = "ok", "failed", "no_tissue"
+
+# Told after each task, with its result: executors call it, the command line draws progress from it.
+Observer = Callable[[Task, Any], None]
+
+
+class FatalError(Exception):
+    """Wraps an error that concerns the whole run, such as a full disk: no other slide is tried."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class SlideRecord:
+    """How a slide ended: a row of slides.csv."""
+
+    slide: SlideEntry
+    status: str
+    error: str
+    patches: int
+    unreadable: int
+    seconds: float
+    skipped: bool = False
+
+
+SlideJob = Generator[list[Task], list[Any], SlideRecord]
+
+
+def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
+    """The phases of a slide: yields the tasks of one, wants their results, and ends with the slide's record.
+
+    All tasks of a phase may run at once; a phase begins when the one before is whole. An error of this slide
+    ends this job alone; an error of the store or of the cluster is raised as `FatalError`.
+    """
+    started = time.monotonic()
+    try:
+        (pending,) = yield [Task("plan", slide)]
+        assert isinstance(pending, Pending)
+        record, skipped = pending.done, pending.done is not None
+        if record is None:
+            yield [Task("explain", slide, (i,)) for i in pending.spans]
+            for level, numbers in enumerate(pending.blocks):
+                yield [Task("coarsen", slide, (level, i)) if level else Task("stitch", slide, (i,)) for i in numbers]
+            (record,) = yield [Task("finish", slide)]
+    except (StoreError, WorkerError) as error:
+        raise FatalError(error) from error
+    except Exception as error:
+        return SlideRecord(slide, FAILED, one_line(error), 0, 0, time.monotonic() - started)
+    return _record(slide, record, max_unreadable, time.monotonic() - started, skipped)
+
+
+def drive(job: SlideJob, perform: Callable[[Task], Any]) -> SlideRecord:
+    """Run a job to its end, one task after the other."""
+    try:
+        tasks = next(job)
+        while True:
+            try:
+                results = [perform(task) for task in tasks]
+            except Exception as error:
+                tasks = job.throw(error)
+            else:
+                tasks = job.send(results)
+    except StopIteration as end:
+        record: SlideRecord = end.value
+        return record
+
+
+def _record(
+    slide: SlideEntry, done: dict[str, Any], max_unreadable: float, seconds: float, skipped: bool
+) -> SlideRecord:
+    patches, unreadable = done["patches"], done["unreadable"]
+    status, error = done["status"], ""
+    if unreadable:
+        error = f"{unreadable} of {patches} patches unreadable: {done['cause']}"
+        if unreadable > max_unreadable * patches:
+            status = FAILED
+            error += f"; more than --max-unreadable {max_unreadable:g}"
+    return SlideRecord(slide, status, error, patches, unreadable, seconds, skipped)
