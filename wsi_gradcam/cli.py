@@ -151,7 +151,8 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
 def _demo(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.demo.run import run_demo
 
-    return run_demo(arguments.slide, Path(arguments.out), arguments.workers)
+    run_demo(arguments.slide, Path(arguments.out), arguments.workers)
+    return DONE
 
 
 def _validate(arguments: argparse.Namespace) -> int:

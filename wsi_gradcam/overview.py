@@ -42,9 +42,8 @@ def draw_overview(
     channels: Sequence[Channel],
 ) -> None:
     """Draw thumbnail and overlays (the first explanations, then the first probability) with their colour bars."""
-    mpp_y, mpp_x = plan.slide_mpp
     rgb = thumbnail(slide, 0.0, MAX_PX)
-    um_per_px = plan.slide_px[1] * mpp_x / rgb.shape[1]
+    um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     explanations = list(range(len(run.targets)))[:MAX_MAPS]
     shown = [*explanations, len(run.targets) + explanations[-1]]
     figure, axes = _panels(1 + len(shown), rgb.shape[0] / rgb.shape[1])
@@ -61,7 +60,8 @@ def draw_overview(
 
 
 def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
+    # Tall pictures stand in a row, wide ones lie in two.
+    columns = min(count, 4 if aspect > 1 else 2)
     rows = -(-count // columns)
     width = 4.2
     figure = Figure(

@@ -173,7 +173,7 @@ def slide_info(path: str) -> dict[str, Any]:
         "size": f"{info.height} x {info.width} px",
         "levels": ", ".join(levels),
         "mpp (y, x)": f"{info.mpp[0]:g}, {info.mpp[1]:g} um" if info.mpp else f"unusable: {info.mpp_problem}",
-        "background": "#%02x%02x%02x" % info.background,
+        "background": "#" + bytes(info.background).hex(),
         "bounds": "whole slide" if info.bounds is None else str(info.bounds),
         "digest": info.digest,
     }

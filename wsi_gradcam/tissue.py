@@ -89,4 +89,5 @@ def fraction_in(mask: NDArray[np.bool_], boxes: NDArray[np.float64]) -> NDArray[
         return result
 
     inside = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
-    return (inside / ((bottom - top) * (right - left))).astype(np.float32)
+    share: NDArray[np.float32] = (inside / ((bottom - top) * (right - left))).astype(np.float32)
+    return share

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dask
-from distributed import Client, Future, LocalCluster, WorkerPlugin, as_completed, get_worker
+from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import WorkerError
@@ -33,7 +33,7 @@ TASKS_PER_THREAD = 3  # in flight: one running, one waiting, one arriving
 SLIDES_AHEAD = 2  # begun beyond the number of threads
 
 
-class RunPlugin(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
+class RunPlugin(WorkerPlugin):
     """Gives every worker, also those that join later, the run's context."""
 
     def __init__(self, name: str, run: RunPlan, overwrite: bool, torch_threads: int | None) -> None:
@@ -42,12 +42,12 @@ class RunPlugin(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         self._torch_threads = torch_threads
         self.context: Context | None = None
 
-    def setup(self, worker: Any) -> None:
+    def setup(self, worker: Worker) -> None:
         """Called on the worker."""
         _use_threads(self._torch_threads or worker.state.nthreads)
         self.context = Context(*self._make)
 
-    def teardown(self, worker: Any) -> None:
+    def teardown(self, worker: Worker) -> None:
         """Called on the worker at the end of the run."""
         if self.context is not None:
             self.context.close()
@@ -126,13 +126,13 @@ class _Flow:
         self._client, self._name = client, name
         self._max_unreadable, self._observe = max_unreadable, observe
         self._active: list[_Running] = []
-        self._futures: dict[Future, tuple[_Running, int, Task]] = {}
+        self._futures: dict[Future[Any], tuple[_Running, int, Task]] = {}
         self._finished: deque[SlideRecord] = deque()
 
     def run(self, slides: Iterable[SlideEntry]) -> Iterator[SlideRecord]:
         """Records as slides finish."""
         left = enumerate(slides)
-        completed = as_completed()
+        completed = as_completed(loop=self._client.loop)
         try:
             while True:
                 self._fill(left, completed)
@@ -171,7 +171,7 @@ class _Flow:
         running.in_flight += 1
         completed.add(future)
 
-    def _take(self, future: Future) -> None:
+    def _take(self, future: Future[Any]) -> None:
         running, position, task = self._futures.pop(future)
         running.in_flight -= 1
         error = future.exception()
@@ -212,8 +212,10 @@ class _Flow:
 
 def _perform_here(name: str, task: Task) -> Any:
     """On a worker: perform a task with the context that the plugin made."""
-    context = get_worker().plugins[name].context
-    return perform(context, task)
+    plugin = get_worker().plugins[name]
+    assert isinstance(plugin, RunPlugin)
+    assert plugin.context is not None  # setup comes before any task
+    return perform(plugin.context, task)
 
 
 def _explained(error: BaseException, task: Task) -> BaseException:

@@ -23,4 +23,5 @@ def probabilities(logits: NDArray[np.float32], activation: Activation) -> NDArra
     if activation == "sigmoid":
         return (0.5 * (1 + np.tanh(logits / 2))).astype(np.float32)  # does not overflow
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
+    shares: NDArray[np.float32] = shifted / shifted.sum(axis=1, keepdims=True)
+    return shares

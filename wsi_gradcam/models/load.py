@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.sources import Built
+from wsi_gradcam.models.sources import Built, function, timm, torchvision
 from wsi_gradcam.models.spec import RANDOM, ModelSpec, read_spec
 
 if TYPE_CHECKING:
@@ -111,14 +111,10 @@ def _build(spec: ModelSpec) -> Built:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # untrained weights are the same in every process
         if kind == "timm":
-            from wsi_gradcam.models.sources.timm import build
-        elif kind == "torchvision":
-            from wsi_gradcam.models.sources.torchvision import build
-        else:
-            from wsi_gradcam.models.sources.function import build
-
-            argument = spec.source
-        return build(argument, spec)
+            return timm.build(argument, spec)
+        if kind == "torchvision":
+            return torchvision.build(argument, spec)
+        return function.build(spec.source, spec)
 
 
 def _load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> None:

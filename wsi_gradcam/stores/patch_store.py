@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import zarr
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.patches import Patches
+
+T = TypeVar("T", bound=np.generic)
 
 PENDING, OK, UNREADABLE = 0, 1, 2
 
@@ -86,7 +88,7 @@ class PatchStore:
 
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Level-0 px of the patches' top left corners, int64 [n, 2]."""
-        return self._read("xy", slice(start, stop))[:, ::-1].astype(np.int64)
+        return self._read("xy", slice(start, stop), np.int64)[:, ::-1]
 
     def write_span(self, start: int, data: SpanData) -> None:
         """Write a whole span that begins with patch `start`.
@@ -103,28 +105,32 @@ class PatchStore:
     def read_span(self, start: int, stop: int) -> SpanData:
         """Everything of the patches from `start` to `stop`."""
         part = slice(start, stop)
-        return SpanData(self._read("logits", part), self._read("cam", part), self._read("status", part))
+        return SpanData(
+            self._read("logits", part, np.float32),
+            self._read("cam", part, np.float32),
+            self._read("status", part, np.uint8),
+        )
 
     def logits(self, start: int, stop: int) -> NDArray[np.float32]:
         """Logits float32 [n, classes]."""
-        return self._read("logits", slice(start, stop))
+        return self._read("logits", slice(start, stop), np.float32)
 
     def cams(self, start: int, stop: int, target: int) -> NDArray[np.float32]:
         """CAMs of one target, float32 [n, h, w]."""
-        return self._read("cam", (slice(start, stop), target))
+        return self._read("cam", (slice(start, stop), target), np.float32)
 
     def status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """Status of patches, uint8 [n]."""
-        return self._read("status", slice(start, stop))
+        return self._read("status", slice(start, stop), np.uint8)
 
     def tissue(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Share of tissue, float32 [n]."""
-        return self._read("tissue", slice(start, stop))
+        return self._read("tissue", slice(start, stop), np.float32)
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
         return array
 
-    def _read(self, name: str, selection: Any) -> Any:
-        return np.asarray(self._array(name)[selection])
+    def _read(self, name: str, selection: Any, dtype: type[T]) -> NDArray[T]:
+        return np.asarray(self._array(name)[selection], dtype)

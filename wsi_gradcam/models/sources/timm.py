@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.sources import Built
@@ -18,7 +18,7 @@ def build(name: str, spec: ModelSpec) -> Built:
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name[:6]}*")[:5]
         raise ModelError(f"timm:{name}: timm has no such model; near names: {', '.join(near) or 'none'}")
-    outputs = {} if spec.classes is None else {"num_classes": len(spec.classes)}
+    outputs: dict[str, Any] = {} if spec.classes is None else {"num_classes": len(spec.classes)}
     try:
         module = timm.create_model(name, pretrained=spec.weights is None, **outputs)
     except (OSError, RuntimeError) as error:
@@ -26,6 +26,6 @@ def build(name: str, spec: ModelSpec) -> Built:
             f"timm:{name}: the published weights cannot be had ({type(error).__name__}: {error}); "
             "name a file with 'weights:' in a model file, or use 'weights: random' for an untrained network"
         ) from error
-    config = module.pretrained_cfg
+    config: dict[str, Any] = module.pretrained_cfg  # type: ignore[assignment]  # set by timm, not declared
     _, height, width = config["input_size"]
     return Built(module, patch_px=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"]))
