@@ -151,8 +151,7 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
 def _demo(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.demo.run import run_demo
 
-    run_demo(arguments.slide, Path(arguments.out), arguments.workers)
-    return DONE
+    return DONE if run_demo(arguments.slide, Path(arguments.out), arguments.workers) else SOME_FAILED
 
 
 def _validate(arguments: argparse.Namespace) -> int:

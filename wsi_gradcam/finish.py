@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.stores.layout import SlideFolder
 
-# Statistics for display come from the finest level of at most this many pixels: 4 million values place a 99.5 %
+# Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
 # quantile well, and memory stays bounded.
-STATISTICS_PX = 1 << 22
+STATISTICS_PX = 1 << 20
 QUANTILE = 0.995
 
 

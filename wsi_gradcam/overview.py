@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan, SlidePlan
     from wsi_gradcam.slides import Slide
 
-MAX_PX = 1024  # of the thumbnail
+MAX_PX = 900  # of the thumbnail
 MAX_MAPS = 4
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
 OPACITY = 0.75
@@ -94,10 +94,11 @@ def _show_overlay(
     unit: str,
 ) -> None:
     norm = Normalize(channel.start, channel.end, clip=True)
-    gray = np.repeat(rgb.mean(axis=2, keepdims=True), 3, axis=2) / 255
-    colour = COLOURS(norm(image))[..., :3]
-    alpha = np.where(covered, OPACITY, 0.0)[..., None]
-    axis.imshow(np.where(covered[..., None], gray * (1 - alpha) + colour * alpha, rgb / 255))
+    shown = rgb.copy()  # bytes throughout: five panels of float64 colours would be 150 MB
+    gray = rgb[covered].mean(axis=1, dtype=np.float32)[:, None]
+    colour = COLOURS(norm(image[covered]), bytes=True)[:, :3].astype(np.float32)
+    shown[covered] = (gray * (1 - OPACITY) + colour * OPACITY + 0.5).astype(np.uint8)
+    axis.imshow(shown)
     axis.set_title(channel.label, fontsize=9)
     axis.set_axis_off()
     bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))

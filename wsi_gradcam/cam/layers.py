@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.tap import gradients, tapped
+from wsi_gradcam.cam.tap import tapped
 from wsi_gradcam.errors import LayerError, ModelError
 
 if TYPE_CHECKING:
@@ -134,12 +134,14 @@ def check_layer(module: nn.Module, layer: str, images: Tensor) -> tuple[int, int
     with tapped(module, layer) as tap:
         output = tap.forward(module, images)
         activation = tap.activation
-        if activation is None or activation.ndim != 4 or activation.shape[2] * activation.shape[3] < 2:
-            shape = None if activation is None else tuple(activation.shape)
-            raise LayerError(f"layer {layer!r} has output of shape {shape}, expected a map (batch, channels, h, w)")
-        if not output.requires_grad:
+        assert activation is not None  # Tap.forward raises otherwise
+        if not _is_map(activation, images):
+            raise LayerError(
+                f"layer {layer!r} has output of shape {tuple(activation.shape)} for {len(images)} pictures, expected "
+                "a map (batch, channels, h, w) of the picture's proportions; choose another with --layer"
+            )
+        if not _depends(output, activation):
             raise LayerError(f"the model's output does not depend on layer {layer!r}; choose another with --layer")
-        next(iter(gradients(output[:, :1], activation)))
     if not _same(output.detach(), plain):
         raise ModelError(
             f"tapping layer {layer!r} changes the model's output by {float((output - plain).abs().max()):.2g}; "
@@ -147,6 +149,13 @@ def check_layer(module: nn.Module, layer: str, images: Tensor) -> tuple[int, int
         )
     _, channels, height, width = activation.shape
     return channels, height, width
+
+
+def _depends(output: Tensor, activation: Tensor) -> bool:
+    if not output.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(output.sum(), activation, allow_unused=True)
+    return gradient is not None
 
 
 def _is_map(output: Tensor, images: Tensor) -> bool:

@@ -68,8 +68,8 @@ def tapped(module: nn.Module, layer: str) -> Iterator[Tap]:
     tap = Tap(layer)
     modes = [(part, part.training) for part in module.modules()]
     handle = modules[layer].register_forward_hook(tap.hook)
-    module.eval()
     try:
+        module.eval()
         yield tap
     finally:
         handle.remove()

@@ -29,12 +29,13 @@ def parse_targets(wanted: Sequence[str], classes: Sequence[str]) -> tuple[Target
     Raises:
         TargetError: a name that is no class, an index out of range, or the same target twice.
     """
+    every = [Target(name, i) for i, name in enumerate(classes)]
     if not wanted:
-        wanted = [ALL] if len(classes) <= MOST_BY_DEFAULT else [PREDICTED]
+        return tuple(every) if len(classes) <= MOST_BY_DEFAULT else (Target(PREDICTED, None),)
     targets: list[Target] = []
     for text in wanted:
         if text == ALL and ALL not in classes:
-            targets += [Target(name, i) for i, name in enumerate(classes)]
+            targets += every
         else:
             targets.append(_parse(text, classes))
     labels = [target.label for target in targets]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wsi_gradcam.errors import ModelError
@@ -122,8 +120,12 @@ def _load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> None:
         raise ModelError(f"{spec.name}: no weights file {path}; paths are relative to the model file, or {RANDOM!r}")
     if spec.sha256 and (found := _sha256(path)) != spec.sha256.lower():
         raise ModelError(f"{spec.name}: {path} has sha256 {found}, expected {spec.sha256}; fetch the right file")
+    state = _state_dict(path)
+    own = module.state_dict().keys()
+    if not state.keys() & own:  # training with DataParallel or DDP puts a prefix before each name
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     try:
-        module.load_state_dict(_state_dict(path))
+        module.load_state_dict(state)
     except RuntimeError as error:
         lines = " ".join(str(error).split())
         raise ModelError(f"{spec.name}: {path} does not fit {spec.source}: {lines[:400]}") from error
@@ -140,7 +142,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
         raise ModelError(
             f"{path}: not a plain state dict ({type(error).__name__}); objects in pickles are never loaded; save "
             "model.state_dict() with safetensors.torch.save_file"
@@ -148,9 +150,11 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ModelError(f"{path}: expected a state dict of tensors, found a {type(state).__name__}")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
+        raise ModelError(f"{path}: expected a state dict of tensors, found a {type(state).__name__} of other things")
+    return state
 
 
 def _count_outputs(name: str, module: nn.Module, patch_px: tuple[int, int]) -> int:

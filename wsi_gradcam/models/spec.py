@@ -45,7 +45,7 @@ class ModelSpec(BaseModel):
         folder: where relative paths start; not part of the file.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     name: str = Field(min_length=1)
     source: str = Field(min_length=3)
@@ -70,7 +70,11 @@ class ModelSpec(BaseModel):
     @field_validator("classes", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
-        return [str(v) for v in value] if isinstance(value, list | tuple) else value
+        if not isinstance(value, list | tuple):
+            return value
+        if wrong := [v for v in value if isinstance(v, bool) or not isinstance(v, str | int | float)]:
+            raise ValueError(f"{wrong[0]} is no name; YAML reads yes, no, on and off as true and false: quote them")
+        return [str(v) for v in value]
 
     @field_validator("classes")
     @classmethod
@@ -97,7 +101,7 @@ def read_spec(model: str) -> ModelSpec:
     if (ZOO / f"{model}.yaml").is_file():
         return _from_file(ZOO / f"{model}.yaml")
     if ":" in model:
-        return ModelSpec(name=model, source=model)
+        return _validated({"name": model, "source": model}, Path(), model)
     raise ModelError(
         f"{model}: no such model; expected a model file (.yaml), timm:NAME, torchvision:NAME, module:function, "
         f"or one that comes with wsi_gradcam: {', '.join(bundled())}"
@@ -115,20 +119,26 @@ def _from_file(path: Path) -> ModelSpec:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not a YAML file: {error}") from error
+        raise ModelError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected keys and values such as 'source: timm:resnet18'")
-    values.setdefault("name", path.stem)
+    if "folder" in values:
+        raise ModelError(f"{path}: folder: {_wording('extra_forbidden', '')}")  # ours, not the file's
+    return _validated({"name": path.stem, **values}, path.parent, str(path))
+
+
+def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:
     try:
-        return ModelSpec(**{**values, "folder": path.parent})
+        return ModelSpec.model_validate({**values, "folder": folder})
     except ValidationError as error:
-        raise ModelError(f"{path}: {explain_validation(error)}") from error
+        raise ModelError(f"{origin}: {explain_validation(error)}") from error
 
 
 def explain_validation(error: ValidationError) -> str:
     """Pydantic's findings on one line: key, what is wrong, what was given."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {_wording(e['type'], e['msg'])} (given: {e['input']!r})"
+        f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {_wording(e['type'], e['msg'])}"
+        + ("" if e["type"] == "missing" else f" (given: {e['input']!r})")
         for e in error.errors()
     )
 

@@ -18,6 +18,12 @@ def build(name: str, spec: ModelSpec) -> Built:
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name[:6]}*")[:5]
         raise ModelError(f"timm:{name}: timm has no such model; near names: {', '.join(near) or 'none'}")
+    if spec.weights is None and not timm.is_model_pretrained(name):
+        # timm would warn in its log and go on with random weights.
+        raise ModelError(
+            f"timm:{name}: there are no published weights; name a file with 'weights:' in a model file, or use "
+            "'weights: random' for an untrained network"
+        )
     outputs: dict[str, Any] = {} if spec.classes is None else {"num_classes": len(spec.classes)}
     try:
         module = timm.create_model(name, pretrained=spec.weights is None, **outputs)

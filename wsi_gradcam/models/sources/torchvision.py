@@ -19,6 +19,9 @@ def build(name: str, spec: ModelSpec) -> Built:
         published = get_model_weights(name).DEFAULT
     except ValueError as error:
         raise ModelError(f"torchvision:{name}: torchvision has no such model; see torchvision.models") from error
+    transform = published.transforms()
+    if not hasattr(transform, "crop_size"):
+        raise ModelError(f"torchvision:{name}: not a classifier of images, expected one such as torchvision:resnet18")
     arguments: dict[str, Any] = {"weights": published if spec.weights is None else None}
     if spec.weights is not None and spec.classes is not None:
         arguments["num_classes"] = len(spec.classes)
@@ -29,7 +32,6 @@ def build(name: str, spec: ModelSpec) -> Built:
             f"torchvision:{name}: the published weights cannot be had ({type(error).__name__}: {error}); "
             "name a file with 'weights:' in a model file, or use 'weights: random' for an untrained network"
         ) from error
-    transform = published.transforms()
     side = transform.crop_size[0]
     classes = _categories(published.meta.get("categories")) if spec.classes is None else None
     return Built(module, classes, (side, side), tuple(transform.mean), tuple(transform.std))

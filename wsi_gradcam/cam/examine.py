@@ -1,45 +1,17 @@
-"""What planning must know of a model: found once, on a worker, and sent around instead of the model."""
+"""Finds out, once a run and on a worker, what planning must know of a model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from wsi_gradcam.cam.layers import check_layer, find_layer, probe_images
+from wsi_gradcam.models.facts import ModelFacts
 
 if TYPE_CHECKING:
-    from wsi_gradcam.models.activation import Activation
     from wsi_gradcam.models.load import Model
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """A model's description without its weights.
-
-    Attributes:
-        cam_shape: (h, w) of the layer's maps; `channels` of them.
-        parameters: how many numbers the model has.
-        activation_bytes: the largest input plus output of any layer for one patch.
-    """
-
-    name: str
-    source: str
-    digest: str
-    license: str | None
-    classes: tuple[str, ...]
-    activation: Activation
-    patch_px: tuple[int, int]
-    mpp: float | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    layer: str
-    channels: int
-    cam_shape: tuple[int, int]
-    parameters: int
-    activation_bytes: int
 
 
 def examine(model: Model, layer: str | None = None) -> ModelFacts:

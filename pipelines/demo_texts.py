@@ -1,0 +1,143 @@
+"""The words of the model cards around their figures."""
+
+from collections.abc import Sequence
+
+from demo_card import Result, Spec, map_table, model_section, patch_section
+from demo_training import Recipe
+
+from wsi_gradcam.demo.ihc import DAB_SIGMA_PX, DAB_THRESHOLD
+from wsi_gradcam.models.zoo.nets import PatchCNN
+
+MAPS = """\
+Each patch's probability is painted over its footprint, and its raw signed Grad-CAM is enlarged to it
+(bilinear, no per-patch scaling); patches that overlap are averaged. ROC AUC is over 16 px cells against the
+majority of the mask. "True share" paints the mask's own share over each patch: as fine as patches allow
+without overlap."""
+
+
+def oral_card(
+    spec: Spec, model: PatchCNN, recipe: Recipe, results: Sequence[Result], match: float, glass: float
+) -> str:
+    """The card of oral-tumour; ``match``: largest correlation of two crops; ``glass``: as below."""
+    return f"""\
+# oral-tumour
+
+Tumour or other tissue in H&E of oral squamous cell carcinoma. Written by
+`pipelines/train_demo.py oral-tumour`.
+
+## Intended use
+
+Showing and testing `wsi_gradcam` on real tissue. **Not for diagnosis**, and not for any slide but the one it
+learnt from.
+
+## Model
+
+{model_section(spec, model, recipe)}
+
+## Data and licence
+
+Seven 640 px crops of one slide (1009009) with pixel masks of tumour, from the OCDC data set,
+https://doi.org/10.17632/9bsc36jyrt (CC BY 4.0), by way of the public repositories
+sarah-antillia/ImageMask-Dataset-OCDC and sarah-antillia/Tensorflow-Image-Segmentation-OCDC (Apache-2.0).
+The weights are given under CC BY 4.0, with attribution to the authors of the data set. Masks are JPEG and
+are cut at half of 255. 0.5 mpp is assumed.
+
+The oral-cancer tiles of atlan-antillia/EfficientNet-Histopathologic-Oral-Cancer were considered and left out:
+one label a tile and no masks, two other magnifications, and of 1,224 files 14 groups are
+byte-identical under both labels and 2 in both splits.
+
+## Held-out figures
+
+Split by crop: each crop is judged by a model that was trained on the six others with the same recipe. The
+weights given are trained on all seven crops: **no pixel with truth was left to judge these very weights**,
+and the figures are those of the recipe. They flatter a little: patch size, network and loss were chosen
+by the same cross-validation, steps and weight decay by three of its crops. No two crops share tissue: the
+highest phase correlation of two under shifts, turns and mirrors is {match:.3f}; a copy gives 1, and crops that
+share a quarter 0.17.
+
+### Maps
+
+{MAPS}
+
+{map_table(results)}
+
+"All together" ranks cells of seven different models on one scale.
+
+### Patches
+
+A patch is tumour when more than half of its pixels are. Colour alone is a logistic regression on mean and
+standard deviation of R, G, B, trained and judged by the same split.
+
+{patch_section(results)}
+
+Bare glass, flat from 225 to 255: highest probability of tumour {glass:.3f}.
+
+## Limits
+
+- One slide, one patient, one laboratory, one scanner: another stain or organ is outside what it knows, and
+  nothing here measures that. Calibration holds within the slide at best.
+- Every crop holds tumour; what is negative is the keratin, inflammation, stroma and glass beside it. Normal
+  epithelium, muscle, glands and fat were never seen.
+- Without overlap the probability map is as blocky as its {spec.patch_px} px patches: see "true share"
+  above. Patches that overlap make it finer.
+- Cells were trained with the mask, so that Grad-CAM follows edges better than the probability does. It shows
+  how the score is made up; it is no independent evidence.
+"""
+
+
+def ihc_card(spec: Spec, model: PatchCNN, recipe: Recipe, result: Result, glass: float) -> str:
+    """The card of ihc-dab; ``glass``: the highest probability of bare glass."""
+    return f"""\
+# ihc-dab
+
+DAB-positive or negative tissue in an immunohistochemistry micrograph. Written by
+`pipelines/train_demo.py ihc-dab`.
+
+## Intended use
+
+The model of `wsi-gradcam demo`: small, quick, and about something anyone can check by eye. **Not for scoring
+stains**: colour deconvolution, which gave the truth, does that without a CNN.
+
+## Model
+
+{model_section(spec, model, recipe)}
+
+## Data and licence
+
+`skimage.data.immunohistochemistry()`: one 512 px micrograph of colonic glands, FHL2 in DAB, haematoxylin
+counterstain, from the Center for Microscopy and Molecular Imaging; no known copyright restrictions. The
+weights are given under CC0 1.0. The pixel size is not recorded; 0.5 mpp is assumed.
+
+Truth is made, not annotated: the DAB channel of `skimage.color.rgb2hed`, smoothed by {DAB_SIGMA_PX:g} px so
+that unstained nuclei belong to their stained cells, above {DAB_THRESHOLD:g}, the valley between the two
+modes of its histogram.
+
+## Held-out figures
+
+Split by quadrant: the bottom right one (256 px) is painted white before training and is only judged. The
+weights given are the ones judged. The quadrant is a small gland in stroma, of the same micrograph and stain,
+and two glands cross its edge: an easy test.
+
+### Maps
+
+{MAPS}
+
+{map_table([result])}
+
+### Patches
+
+A patch is positive when more than half of its pixels are. Colour alone is a logistic regression on mean and
+standard deviation of R, G, B, trained on the other quadrants; the label is a matter of
+colour.
+
+{patch_section([result])}
+
+Bare glass, flat from 225 to 255: highest probability of positive {glass:.3f}.
+
+## Limits
+
+- One micrograph: other antibodies, stains, scanners, nuclear or membranous patterns were never seen.
+- Brown that is not DAB (pigment, folds, ink) will read as positive.
+- {result.apart.truth.size} cells and {result.overlapping.patch_share.size} overlapping patches are few, and
+  neighbours are alike: the figures have wide errors, which are not given.
+"""
