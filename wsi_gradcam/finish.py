@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from wsi_gradcam.table import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from wsi_gradcam.plan import RunPlan, SlidePlan
     from wsi_gradcam.slides import Slide
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 # quantile well, and memory stays bounded.
 STATISTICS_PX = 1 << 20
 QUANTILE = 0.995
+NARROWEST = 1.0  # logits
 
 
 def finish_slide(
@@ -51,9 +54,16 @@ def finish_slide(
         "cause": _most_common(causes),
         "spans": {name: value["digest"] for name, value in spans.items()},
         "blocks": {name: value["digests"] for name, value in blocks.items()},
+        "files": {path.name: sha256_of(path) for path in (folder.table, folder.overview, folder.tissue)},
     }
     manifest.write_done(record)
     return record
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _most_common(causes: dict[int, str]) -> str:
@@ -63,8 +73,8 @@ def _most_common(causes: dict[int, str]) -> str:
 def _windowed(heatmap: HeatmapStore, number: int, channel: Channel) -> Channel:
     """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile.
 
-    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. Where nothing
-    speaks for the class the window is as wide as the values are large, so that noise is not stretched to hot.
+    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
+    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot.
     """
     if channel.label.startswith("probability: "):
         return channel
@@ -74,5 +84,5 @@ def _windowed(heatmap: HeatmapStore, number: int, channel: Channel) -> Channel:
     if not len(values):
         return channel
     low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
-    end = top if top > 0 else max(abs(low), abs(high)) or 1.0
+    end = max(top, NARROWEST)
     return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 MAX_PX = 900  # of the thumbnail
 MAX_MAPS = 4
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
-OPACITY = 0.75
+OPACITY = 0.7
 
 
 def draw_overview(
@@ -48,20 +49,23 @@ def draw_overview(
     shown = [*explanations, len(run.targets) + explanations[-1]]
     figure, axes = _panels(1 + len(shown), rgb.shape[0] / rgb.shape[1])
     _show_slide(axes[0], rgb, um_per_px, plan)
-    covered, images = _scaled(heatmap, shown, (rgb.shape[0], rgb.shape[1]))
+    covered, images = _scaled(heatmap, plan, shown, (rgb.shape[0], rgb.shape[1]))
     for axis, number, image in zip(axes[1:], shown, images, strict=True):
         unit = "probability" if number >= len(run.targets) else "logits"
         _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
     where = f"{run.facts.name}, layer {run.facts.layer}, {plan.patches:,} patches of {run.patch_px[0]} px at "
-    figure.suptitle(f"{slide.info.path.rsplit('/', 1)[-1]}\n{where}{run.mpp:g} µm/px", fontsize=9)
+    title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{where}{run.mpp:g} µm/px"
+    figure.suptitle(_shown(title), fontsize=9, parse_math=False)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:
-    # Tall pictures stand in a row, wide ones lie in two.
-    columns = min(count, 4 if aspect > 1 else 2)
+    # Tall pictures stand in one row, wide ones in two.
+    columns = count if count <= 3 else 4 if aspect > 1 else 2
     rows = -(-count // columns)
     width = 4.2
     figure = Figure(
@@ -96,14 +100,22 @@ def _show_overlay(
     norm = Normalize(channel.start, channel.end, clip=True)
     shown = rgb.copy()  # bytes throughout: five panels of float64 colours would be 150 MB
     gray = rgb[covered].mean(axis=1, dtype=np.float32)[:, None]
-    colour = COLOURS(norm(image[covered]), bytes=True)[:, :3].astype(np.float32)
-    shown[covered] = (gray * (1 - OPACITY) + colour * OPACITY + 0.5).astype(np.uint8)
+    value = norm(image[covered])
+    colour = COLOURS(value, bytes=True)[:, :3].astype(np.float32)
+    # Tissue without evidence stays readable in gray; colour gathers strength over the first quarter of the scale.
+    opacity = OPACITY * np.minimum(1, np.asarray(value, np.float32) * 4)[:, None]
+    shown[covered] = (gray * (1 - opacity) + colour * opacity + 0.5).astype(np.uint8)
     axis.imshow(shown)
-    axis.set_title(channel.label, fontsize=9)
+    axis.set_title(_shown(channel.label), fontsize=9, parse_math=False)
     axis.set_axis_off()
     bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
+
+
+def _shown(name: str) -> str:
+    """A name that can be drawn: file names that are not UTF-8 have surrogates in them."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _extend(channel: Channel) -> str:
@@ -112,16 +124,15 @@ def _extend(channel: Channel) -> str:
 
 
 def _scaled(
-    heatmap: HeatmapStore, channels: Sequence[int], shape: tuple[int, int]
+    heatmap: HeatmapStore, plan: SlidePlan, channels: Sequence[int], shape: tuple[int, int]
 ) -> tuple[NDArray[np.bool_], list[NDArray[np.float32]]]:
     """Coverage and channels at the thumbnail's size, from the coarsest level that is at least as fine."""
     level = max((i for i, (h, _) in enumerate(heatmap.shapes) if h >= shape[0]), default=0)
     h, w = heatmap.shapes[level]
-    # The heatmap's last row and column reach beyond the slide: the thumbnail's pixels are placed by their share
-    # of the slide, the heatmap's by their number.
-    full_h, full_w = heatmap.shapes[0]
-    rows = np.minimum(((np.arange(shape[0]) + 0.5) / shape[0] * full_h / 2**level).astype(int), h - 1)
-    columns = np.minimum(((np.arange(shape[1]) + 0.5) / shape[1] * full_w / 2**level).astype(int), w - 1)
+    # The heatmap's last row and column reach beyond the slide, the thumbnail's do not.
+    step = plan.stride * 2**level
+    rows = np.minimum(((np.arange(shape[0]) + 0.5) * plan.slide_px[0] / shape[0] / step).astype(int), h - 1)
+    columns = np.minimum(((np.arange(shape[1]) + 0.5) * plan.slide_px[1] / shape[1] / step).astype(int), w - 1)
     whole = Region(0, 0, h, w)
     covered = ((heatmap.read_flags(level, whole) & EXPLAINED) > 0)[rows[:, None], columns]
     return covered, [heatmap.read(level, channel, whole)[rows[:, None], columns] for channel in channels]

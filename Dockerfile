@@ -1,0 +1,23 @@
+# GPU by default: PyTorch's ordinary wheels carry CUDA. Run with `docker run --gpus all ... --device cuda`.
+# For a smaller CPU image name an index of CPU wheels of PyTorch:
+#   docker build --build-arg TORCH_INDEX=ADDRESS -t wsi-gradcam:cpu .
+FROM python:3.11-slim
+
+ARG TORCH_INDEX=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+WORKDIR /opt/wsi-gradcam
+COPY constraints.txt ./
+RUN versions=$(grep -E '^(torch|torchvision)==' constraints.txt) \
+ && if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" $versions; else pip install $versions; fi
+
+COPY pyproject.toml README.md LICENSE ./
+COPY wsi_gradcam ./wsi_gradcam
+RUN grep -vE '^(torch|torchvision|nvidia-|cuda-|triton)' constraints.txt > without-torch.txt \
+ && pip install -c without-torch.txt .
+
+RUN useradd --create-home reader
+USER reader
+WORKDIR /data
+ENTRYPOINT ["wsi-gradcam"]
+CMD ["--help"]

@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first command makes. System Python 3.11 or newer is all that is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+SLIDE ?=
+OUT ?= demo-output
+
+.PHONY: help venv demo test check format proofs clean
+
+help:
+	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
+	@echo "make test               run the tests"
+	@echo "make check              format, lint, types, tests (what CI runs)"
+	@echo "make proofs             the long proofs: gigapixel memory, repeated kills"
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/wsi-gradcam demo $(SLIDE) --out $(OUT)
+
+test: venv
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proofs: venv
+	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf .venv demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
