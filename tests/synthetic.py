@@ -121,9 +121,7 @@ def write_gigapixel_slide(
         file.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
         link = 8
         for factor in (1, *downsamples):
-            tiles = _write_tiles(
-                file, tissue, shrink(texture, factor), shrink(glass, factor), tile_px, quality
-            )
+            tiles = _write_tiles(file, tissue, shrink(texture, factor), shrink(glass, factor), tile_px, quality)
             size = (-(-height // factor), -(-width // factor))
             link = _write_directory(file, link, _jpeg_fields(size, tile_px, factor, mpp, tiles), big=True)
     return GigapixelSlide(path, height, width, mpp, tile_px, (1, *downsamples), tissue)
@@ -161,19 +159,13 @@ def write_marker_slide(
     for centre in markers:
         top, left, bottom, right = _box(centre, marker_px)
         if top < 0 or left < 0 or bottom > height or right > width:
-            raise ValueError(
-                f"a marker of {marker_px} px at {centre} leaves the slide of {height} x {width} px"
-            )
+            raise ValueError(f"a marker of {marker_px} px at {centre} leaves the slide of {height} x {width} px")
         level0[top:bottom, left:right] = colour
-    write_slide(
-        path, level0, mpp=mpp, tile_px=tile_px, downsample=tuple(downsamples), compression=compression
-    )
+    write_slide(path, level0, mpp=mpp, tile_px=tile_px, downsample=tuple(downsamples), compression=compression)
     return MarkerSlide(path, level0, mpp, tuple(markers), marker_px, colour)
 
 
-def corrupt_tile(
-    src: Path, dst: Path, level: int, row: int, col: int, *, damage: Damage = "unreadable"
-) -> None:
+def corrupt_tile(src: Path, dst: Path, level: int, row: int, col: int, *, damage: Damage = "unreadable") -> None:
     """Copy a tiled TIFF with exactly one encoded tile damaged.
 
     The damaged bytes are appended and the tile's offset points there: tiles that share its bytes stay whole.
@@ -187,9 +179,7 @@ def corrupt_tile(
     with tifffile.TiffFile(src) as tiff:
         page, order = cast(tifffile.TiffPage, tiff.pages[level]), tiff.byteorder
         if page.compression == 1:
-            raise ValueError(
-                f"{src} is not compressed, so any bytes decode; write it with 'jpeg' or 'deflate'"
-            )
+            raise ValueError(f"{src} is not compressed, so any bytes decode; write it with 'jpeg' or 'deflate'")
         rows, cols = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
         if not (0 <= row < rows and 0 <= col < cols):
             raise ValueError(f"{src} level {level} has {rows} x {cols} tiles, so none at {(row, col)}")
@@ -267,9 +257,7 @@ def _smooth_noise(side_px: int, sigma_px: float, rng: np.random.Generator) -> np
     return scaled
 
 
-def _noisy(
-    colour: tuple[int, int, int], shape: tuple[int, ...], sigma: float, rng: np.random.Generator
-) -> Rgb:
+def _noisy(colour: tuple[int, int, int], shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> Rgb:
     noise = np.rint(rng.normal(colour, sigma, (*shape, 3)))
     return np.clip(noise, 0, 255).astype(np.uint8)
 
@@ -323,9 +311,7 @@ def _write_tiles(
                 y, x = phase[0] * cell_px, phase[1] * cell_px
                 where = cells.repeat(cell_px, 0).repeat(cell_px, 1)[..., None]
                 rgb = np.where(where, canvas[y : y + tile_px, x : x + tile_px], empty)
-                encoded = imagecodecs.jpeg8_encode(
-                    rgb, level=quality, colorspace="RGB", outcolorspace="YCBCR"
-                )
+                encoded = imagecodecs.jpeg8_encode(rgb, level=quality, colorspace="RGB", outcolorspace="YCBCR")
                 known[key] = (file.tell(), file.write(encoded))
             placed.append(known[key])
     offsets, counts = zip(*placed, strict=True)

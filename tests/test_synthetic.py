@@ -109,9 +109,7 @@ class TestGigapixelSlide:
             assert tissue == giant.tissue[row, col : col + 2].tolist()
 
     def test_coarse_levels_are_the_mean_of_level_0(self, tmp_path: Path) -> None:
-        texture = tissue_texture(
-            3 * 64, np.random.default_rng(1)
-        )  # a period of 3 tiles: no divisor of 4 or 16
+        texture = tissue_texture(3 * 64, np.random.default_rng(1))  # a period of 3 tiles: no divisor of 4 or 16
         slide = write_gigapixel_slide(
             tmp_path / "s.tiff",
             1_500,
@@ -125,9 +123,7 @@ class TestGigapixelSlide:
         )
         level0 = read(slide.path, 0, 0, (1_500, 2_000))[..., :3]
         for level, factor in enumerate(slide.downsamples[1:], start=1):
-            coarse = shrink(level0, factor)[:-1, :-1].astype(
-                int
-            )  # the last row and column reach over the edge
+            coarse = shrink(level0, factor)[:-1, :-1].astype(int)  # the last row and column reach over the edge
             found = read(slide.path, 0, 0, coarse.shape[:2], level)[..., :3]
             assert np.abs(found - coarse).mean() < 2.5
         assert mpp_of(slide.path) == (None, None)
@@ -135,9 +131,7 @@ class TestGigapixelSlide:
 
 class TestMarkerSlide:
     @pytest.mark.parametrize("downsamples", [(2, 4), (4,), (3, 7), (3, 9)])
-    def test_markers_stand_at_their_place_on_every_level(
-        self, tmp_path: Path, downsamples: tuple[int, ...]
-    ) -> None:
+    def test_markers_stand_at_their_place_on_every_level(self, tmp_path: Path, downsamples: tuple[int, ...]) -> None:
         slide = write_marker_slide(
             tmp_path / "m.tiff",
             1_000,
@@ -178,9 +172,7 @@ class TestDamage:
     def damaged_and_others(self) -> list[tuple[bool, int, int]]:
         return [((row, col) == (self.ROW, self.COL), row, col) for row in range(3) for col in range(5)]
 
-    def test_an_unreadable_tile_raises_and_its_neighbours_do_not(
-        self, small: MarkerSlide, tmp_path: Path
-    ) -> None:
+    def test_an_unreadable_tile_raises_and_its_neighbours_do_not(self, small: MarkerSlide, tmp_path: Path) -> None:
         damaged = tmp_path / "damaged.tiff"
         corrupt_tile(small.path, damaged, 0, self.ROW, self.COL)
         for bad, row, col in self.damaged_and_others():
@@ -219,9 +211,7 @@ class TestDamage:
             expected = 0 if bad else read(small.path, *place)
             assert (read(damaged, *place) == expected).all()
 
-    def test_one_of_many_tiles_that_share_bytes_is_damaged(
-        self, giant: GigapixelSlide, tmp_path: Path
-    ) -> None:
+    def test_one_of_many_tiles_that_share_bytes_is_damaged(self, giant: GigapixelSlide, tmp_path: Path) -> None:
         damaged = tmp_path / "damaged.tiff"
         corrupt_tile(giant.path, damaged, 0, 7, 9)
         with pytest.raises(openslide.OpenSlideError, match="Not a JPEG file"):
@@ -241,9 +231,7 @@ class TestDamage:
             corrupt_tile(small.path, tmp_path / "damaged.tiff", 0, 3, 0)
 
     @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.99])
-    def test_a_truncated_file_does_not_open(
-        self, small: MarkerSlide, tmp_path: Path, fraction: float
-    ) -> None:
+    def test_a_truncated_file_does_not_open(self, small: MarkerSlide, tmp_path: Path, fraction: float) -> None:
         truncate(small.path, tmp_path / "short.tiff", fraction)
         with pytest.raises(openslide.OpenSlideError):
             openslide.OpenSlide(tmp_path / "short.tiff")
@@ -278,9 +266,7 @@ class TestResolution:
         found = mpp_of(tmp_path / "set.tiff")
         assert found == (mpp if None in mpp else pytest.approx(mpp))
 
-    def test_a_zero_denominator_in_a_bigtiff_hides_the_slide(
-        self, giant: GigapixelSlide, tmp_path: Path
-    ) -> None:
+    def test_a_zero_denominator_in_a_bigtiff_hides_the_slide(self, giant: GigapixelSlide, tmp_path: Path) -> None:
         set_resolution(giant.path, tmp_path / "set.tiff", (1, 0), (1, 0))
         with pytest.raises(openslide.OpenSlideUnsupportedFormatError):
             openslide.OpenSlide(tmp_path / "set.tiff")
@@ -302,9 +288,7 @@ class TestWriteSlide:
 
     def test_jpeg_keeps_the_picture(self, tmp_path: Path) -> None:
         level0 = tissue_texture(512, np.random.default_rng(0))[:500, :300]
-        path = write_slide(
-            tmp_path / "a.tiff", level0, mpp=0.5, tile_px=128, levels=2, downsample=4, quality=95
-        )
+        path = write_slide(tmp_path / "a.tiff", level0, mpp=0.5, tile_px=128, levels=2, downsample=4, quality=95)
         with openslide.OpenSlide(path) as slide:
             assert slide.level_dimensions == ((300, 500), (75, 125))
         error = read(path, 0, 0, (500, 300))[..., :3].astype(int) - level0
@@ -328,9 +312,7 @@ class TestWriteSlide:
             ({"compression": "lzw"}, "'lzw'; expected 'jpeg'"),
         ],
     )
-    def test_impossible_pyramids_are_refused(
-        self, tmp_path: Path, options: dict[str, object], message: str
-    ) -> None:
+    def test_impossible_pyramids_are_refused(self, tmp_path: Path, options: dict[str, object], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             write_slide(tmp_path / "a.tiff", np.zeros((64, 64, 3), np.uint8), mpp=1, **options)  # type: ignore[arg-type]
         assert not list(tmp_path.iterdir())

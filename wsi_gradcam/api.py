@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.config import Settings, make_settings
-from wsi_gradcam.errors import WsiGradcamError, one_line
+from wsi_gradcam.errors import ConfigError, one_line
 from wsi_gradcam.inputs import SlideEntry, find_slides
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.plan import Estimate, RunPlan, estimate, plan_run
@@ -19,7 +19,7 @@ from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import Task, resized
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.run_files import check_same_run, read_slides, write_run, write_slides
+from wsi_gradcam.stores.run_files import check_same_run, read_slides, remove_leftovers, write_run, write_slides
 from wsi_gradcam.validation import validate
 from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord
 
@@ -91,14 +91,15 @@ def explain(
     """
     settings, entries, spec = _prepared(slides, model, settings, options)
     listener = listener or Listener()
-    folder = RunFolder(Path(out))
+    folder = RunFolder(_local(out))
     with _executor(workers, scheduler, settings) as executor:
         run = _plan(executor, folder.path, spec, settings)
         if not overwrite:
             check_same_run(folder.run, run)
+        rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
+        remove_leftovers(folder.path)
         write_run(folder.run, run)
         listener.begun(run, entries, getattr(executor, "dashboard", ""))
-        rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         records = []
         try:
             for record in executor.run(run, entries, overwrite, listener.task_done):
@@ -131,7 +132,7 @@ def preview(
     from wsi_gradcam.executors.serial import SerialExecutor
 
     settings, entries, spec = _prepared(slides, model, settings, options)
-    run = _plan(SerialExecutor(), Path(out), spec, settings)
+    run = _plan(SerialExecutor(), _local(out), spec, settings)
     estimates, errors = [], []
     for entry in entries:
         try:
@@ -141,7 +142,7 @@ def preview(
             finally:
                 slide.close()
             estimates.append(estimate(entry, plan, run))
-        except WsiGradcamError as error:
+        except Exception as error:  # as in a run: a bad slide never hides the others
             errors.append((entry, one_line(error)))
     return Preview(run, tuple(estimates), tuple(errors))
 
@@ -155,7 +156,14 @@ def _prepared(
         settings = make_settings(**{**settings.model_dump(), **options})
     entries = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
     spec = read_spec(model) if isinstance(model, str) else model
+    spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
     return settings, entries, resized(spec, settings.patch_px)
+
+
+def _local(out: str | PathLike[str]) -> Path:
+    if "://" in str(out):
+        raise ConfigError(f"{out}: object stores cannot be written yet; give a folder")
+    return Path(out)
 
 
 def _plan(executor: SerialExecutor | DaskExecutor, out: Path, spec: ModelSpec, settings: Settings) -> RunPlan:
@@ -168,6 +176,10 @@ def _executor(
     workers: int | None, scheduler: str | None, settings: Settings
 ) -> Iterator[SerialExecutor | DaskExecutor]:
     executor: SerialExecutor | DaskExecutor
+    if workers is not None and scheduler is not None:
+        raise ConfigError("workers and scheduler are both given; give one of them")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
     if workers is None and scheduler is None:
         from wsi_gradcam.executors.serial import SerialExecutor
 
@@ -187,9 +199,8 @@ def _executor(
 
 
 def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str, Any] | None) -> dict[str, Any]:
-    """A row of slides.csv; a slide that was finished before keeps its row."""
-    if record.skipped and before is not None and before["status"] == record.status:
-        return before
+    """A row of slides.csv; a slide that was finished before keeps its seconds."""
+    seconds = before["seconds"] if record.skipped and before is not None else f"{record.seconds:.2f}"
     plan = None if record.status == FAILED and not record.patches else _stored_plan(folder, record)
     mpp_y, mpp_x = plan["slide_mpp"] if plan else ("", "")
     return {
@@ -199,7 +210,7 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
         "error": record.error,
         "patches": record.patches,
         "unreadable": record.unreadable,
-        "seconds": f"{record.seconds:.2f}",
+        "seconds": seconds,
         "mpp_y": mpp_y,
         "mpp_x": mpp_x,
         "slide_digest": plan["slide_digest"] if plan else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -35,8 +36,13 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+# Keys of a config file that are no settings.
+WHERE: dict[str, type] = {"slide": list, "model": str, "out": str, "workers": int, "scheduler": str}
+WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 all done, 1 some slides failed, 2 wrong usage."""
+    """Run the command line; returns 0 all done, 1 some slides failed or the run stopped, 2 nothing could start."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except WsiGradcamError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return getattr(error, "exit_code", WRONG_USAGE)
+        return WRONG_USAGE
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on where it stopped", file=sys.stderr)
         return 130
@@ -104,7 +110,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.report import print_outcome, print_preview, progress
 
     values = _merged(arguments)
-    where = {key: values.pop(key, None) for key in ("slide", "model", "out", "workers", "scheduler")}
+    where = {key: values.pop(key, None) for key in WHERE}
     for key, flag in (("slide", "SLIDE"), ("model", "--model"), ("out", "--out")):
         if not where[key]:
             raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
@@ -113,11 +119,20 @@ def _explain(arguments: argparse.Namespace) -> int:
         found = preview(where["slide"], where["model"], where["out"], settings)
         print_preview(found, arguments.json)
         return SOME_FAILED if found.errors else DONE
+    stopped: WsiGradcamError | None = None
     with progress(quiet=arguments.json) as listener:
-        outcome = explain(
-            where["slide"], where["model"], where["out"], settings, workers=where["workers"],
-            scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener,
-        )  # fmt: skip
+        try:
+            outcome = explain(
+                where["slide"], where["model"], where["out"], settings, workers=where["workers"],
+                scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener,
+            )  # fmt: skip
+        except WsiGradcamError as error:
+            if not listener.began:
+                raise
+            stopped = error  # the disk is full, the cluster is gone: what is finished stays
+    if stopped is not None:
+        print(f"error: {one_line(stopped)}", file=sys.stderr)
+        return SOME_FAILED
     print_outcome(outcome, arguments.json)
     return SOME_FAILED if outcome.failed else DONE
 
@@ -126,19 +141,23 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keys of the config file, overridden by flags."""
     from wsi_gradcam.config import read_config
 
+    names = [*WHERE, "target", *(name.replace("-", "_") for name, _, _ in SETTINGS)]
     values = read_config(arguments.config) if arguments.config else {}
+    values = {key.replace("-", "_"): value for key, value in values.items() if value is not None}
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            expected = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+            raise ConfigError(f"{arguments.config}: unknown key {key!r}; {expected}")
     if isinstance(values.get("slide"), str):
         values["slide"] = [values["slide"]]
-    names = [
-        "slide",
-        "model",
-        "out",
-        "target",
-        "workers",
-        "scheduler",
-        *(n.replace("-", "_") for n, _, _ in SETTINGS),
-    ]
-    values.update({name: value for name in names if (value := getattr(arguments, name)) not in (None, [])})
+    for key, kind in WHERE.items():
+        if key in values and not (type(values[key]) is kind and (kind is not list or _all_text(values[key]))):
+            raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {WHERE_TEXT[kind]}")
+    given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
+    if {"workers", "scheduler"} & given.keys():  # one replaces the other
+        values = {key: value for key, value in values.items() if key not in ("workers", "scheduler")}
+    values.update(given)
     if isinstance(values.get("mpp"), str):
         try:
             values["mpp"] = tuple(float(part) for part in values["mpp"].split(","))
@@ -146,6 +165,10 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"--mpp is {values['mpp']!r}, expected a number such as 0.25, or Y,X") from error
         values["mpp"] = values["mpp"] * 2 if len(values["mpp"]) == 1 else values["mpp"]
     return values
+
+
+def _all_text(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

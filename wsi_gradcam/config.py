@@ -46,7 +46,7 @@ class Settings(BaseModel):
         max_unreadable: share of a slide's patches that may be undecodable before the slide counts as failed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     target: tuple[str, ...] = ()
     method: str = "gradcam"
@@ -77,13 +77,13 @@ class Settings(BaseModel):
                 values[key] = (values[key], values[key])
         if isinstance(values.get("target"), str | int):
             values["target"] = (values["target"],)
-        if values.get("target") is not None:
+        if isinstance(values.get("target"), list | tuple):
             values["target"] = tuple(str(v) for v in values["target"])
         return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.heatmap_stride & (self.heatmap_stride - 1):
+        if self.heatmap_stride < 2 or self.heatmap_stride & (self.heatmap_stride - 1):
             raise ValueError(f"heatmap_stride is {self.heatmap_stride}, expected a power of two such as 16")
         if self.overlap and self.stride_px is not None:
             raise ValueError("overlap and stride_px say the same thing, give one of them")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STATISTICS_PX = 1 << 20
 QUANTILE = 0.995
 NARROWEST = 1.0  # logits
+RECORD_KEYS = frozenset({"status", "patches", "unreadable", "cause", "spans", "blocks", "files"})
 
 
 def finish_slide(

@@ -63,7 +63,7 @@ def pyramid_shapes(height: int, width: int, smallest: int = 64) -> list[tuple[in
     shapes = [(height, width)]
     while True:
         height, width = ceil_div(height, 2), ceil_div(width, 2)
-        if min(height, width) < smallest:
+        if min(height, width) < smallest or (height, width) == shapes[-1]:
             return shapes
         shapes.append((height, width))
 

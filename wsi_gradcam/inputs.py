@@ -10,6 +10,10 @@ from pathlib import Path
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
 from wsi_gradcam.slides import SUFFIXES
 
+# Tag (0020,000E), little endian, with its type (DICOM PS3.5 section 7.1.2); it stands before any pixels.
+SERIES_INSTANCE_UID = b"\x20\x00\x0e\x00UI"
+HEAD_BYTES = 1 << 16
+
 
 @dataclass(frozen=True)
 class SlideEntry:
@@ -31,7 +35,7 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     """
     if not paths:
         raise ConfigError("no slide given; expected slide files or folders")
-    found: dict[Path, str] = {}
+    found: dict[Path, tuple[Path, str]] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise SlideNotFoundError(f"{path}: does not exist, expected a slide file or a folder; check the path")
@@ -42,22 +46,29 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
                 f"{path}: no slides in this folder; expected files ending in {' '.join(sorted(SUFFIXES))}"
             )
         for file in files:
-            found.setdefault(file.absolute(), file.relative_to(root).as_posix())
-    ids = list(found.values())
-    if len(set(ids)) < len(ids):
-        common = Path(os.path.commonpath([file.parent for file in found]))
-        found = {file: file.relative_to(common).as_posix() for file in found}
-    return sorted((SlideEntry(name, str(file)) for file, name in found.items()), key=lambda s: s.id)
+            # The folder resolved and the name as given: a link is a slide of its own, `a/../a` is not.
+            place = file.parent.resolve() / file.name
+            found.setdefault(_slide_of(place), (place, file.relative_to(root).as_posix()))
+    named = list(found.values())
+    if len({name for _, name in named}) < len(named):
+        common = Path(os.path.commonpath([place.parent for place, _ in named]))
+        named = [(place, place.relative_to(common).as_posix()) for place, _ in named]
+    return sorted((SlideEntry(name, str(place)) for place, name in named), key=lambda s: s.id)
 
 
 def _slides_in(folder: Path) -> list[Path]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    series: set[Path] = set()
-    kept = []
-    for file in files:
-        if file.suffix.lower() == ".dcm":  # the files of one DICOM slide lie in one folder; any of them opens it
-            if file.parent in series:
-                continue
-            series.add(file.parent)
-        kept.append(file)
-    return kept
+    files = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    return sorted(f for f in files if not f.name.startswith("._"))  # macOS leaves such a file beside each slide
+
+
+def _slide_of(file: Path) -> Path:
+    """What is equal for the files of one slide: of DICOM, the folder and the series in it; else the file itself."""
+    if file.suffix.lower() != ".dcm":
+        return file
+    with file.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    start = head.find(SERIES_INSTANCE_UID) + len(SERIES_INSTANCE_UID)
+    if start < len(SERIES_INSTANCE_UID):
+        return file.parent
+    length = int.from_bytes(head[start : start + 2], "little")
+    return file.parent / head[start + 2 : start + 2 + length].hex()

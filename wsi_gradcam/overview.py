@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_PX = 900  # of the thumbnail
 MAX_MAPS = 4
+UNREADABLE_GRAY = 128
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
 OPACITY = 0.7
 
@@ -43,7 +44,7 @@ def draw_overview(
     channels: Sequence[Channel],
 ) -> None:
     """Draw thumbnail and overlays (the first explanations, then the first probability) with their colour bars."""
-    rgb = thumbnail(slide, 0.0, MAX_PX)
+    rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     explanations = list(range(len(run.targets)))[:MAX_MAPS]
     shown = [*explanations, len(run.targets) + explanations[-1]]
@@ -61,6 +62,13 @@ def draw_overview(
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
+    """The slide's thumbnail, gray where it cannot be decoded."""
+    thumb = thumbnail(slide, 0.0, MAX_PX)
+    thumb.rgb[thumb.unreadable] = UNREADABLE_GRAY
+    return thumb.rgb
 
 
 def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:

@@ -52,7 +52,7 @@ class Patches:
 
     Attributes:
         yx: int64 [n, 2], level-0 px of the top left corners.
-        tissue: float32 [n], share of the patch that is tissue.
+        tissue: float32 [n], share of the patch, as far as it lies on the slide, that is tissue.
     """
 
     yx: NDArray[np.int64]
@@ -89,17 +89,20 @@ def patch_grid(
 def choose(grid: PatchGrid, mask: NDArray[np.bool_], min_tissue: float, block_px: int) -> Patches:
     """The patches with at least `min_tissue` of their area on tissue (and more than none), in working order.
 
-    `mask` covers the whole slide. Order: by blocks of `block_px` x `block_px` level-0 px that hold the top left
+    `mask` covers the whole slide; of a patch that reaches beyond it only the part on the slide counts, so that a
+    strip of tissue along the edge is not left out. Order: by blocks of `block_px` x `block_px` level-0 px that hold the top left
     corner, row by row; inside a block row by row. So reads stay local, and a block of the heatmap needs a few
     runs of patches: its own and a rim above and to the left.
     """
     scale_y, scale_x = mask.shape[0] / grid.slide_px[0], mask.shape[1] / grid.slide_px[1]
     ys, xs = grid.positions(0), grid.positions(1)
-    left, right = xs * scale_x, (xs + grid.footprint[1]) * scale_x
+    left = xs * scale_x
+    right = np.minimum((xs + grid.footprint[1]) * scale_x, mask.shape[1])
     places: list[NDArray[np.int64]] = []
     shares: list[NDArray[np.float32]] = []
     for y in ys:  # a row at a time: the boxes of a whole 100-gigapixel grid would be 300 MB
-        top, bottom = np.full_like(left, y * scale_y), np.full_like(left, (y + grid.footprint[0]) * scale_y)
+        top = np.full_like(left, y * scale_y)
+        bottom = np.full_like(left, min((y + grid.footprint[0]) * scale_y, mask.shape[0]))
         share = fraction_in(mask, np.stack([top, left, bottom, right], axis=1))
         keep = (share >= min_tissue) & (share > 0)
         places.append(np.stack([np.full(int(keep.sum()), y), xs[keep]], axis=1))

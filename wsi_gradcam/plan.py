@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.cam.names import METHOD_NAMES
 from wsi_gradcam.cam.targets import Target, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError
+from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
 from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
 from wsi_gradcam.patches import Patches, choose, patch_grid
 from wsi_gradcam.stitch import Enlarger
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.config import Settings
     from wsi_gradcam.inputs import SlideEntry
+    from wsi_gradcam.models.facts import ModelFacts
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
 
@@ -143,9 +143,19 @@ class SlidePlan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SlidePlan:
-        """The plan that `to_json` wrote."""
-        pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint")}
-        return cls(**{**values, **pairs})
+        """The plan that `to_json` wrote.
+
+        Raises:
+            StoreError: another version wrote it, or it is damaged.
+        """
+        try:
+            pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint")}
+            return cls(**{**values, **pairs})
+        except (KeyError, TypeError) as error:
+            raise StoreError(
+                f"manifest/plan.json: not a plan of this version ({one_line(error)}); choose another --out, or "
+                "recompute with --overwrite"
+            ) from error
 
 
 def plan_slide(slide: Slide, run: RunPlan) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
@@ -195,7 +205,8 @@ def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
         plan.heatmap_px[0] * plan.heatmap_px[1],
         plan.patches * plan.footprint[0] * plan.footprint[1] / plan.stride**2,
     )
-    heatmap = covered_px * 2 * targets * 4 * 4 / 3
+    per_pixel = 4 * 2 * targets + 1  # two channels a target, and the label
+    heatmap = covered_px * per_pixel * 4 / 3
     return Estimate(
         slide=entry,
         patches=plan.patches,

@@ -42,16 +42,19 @@ def read_batches(
     threads: int,
 ) -> Iterator[Batch]:
     """The patches at level-0 `yx` [n, 2] in order, `batch_size` at a time; one batch is read ahead."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
-        def submit(start: int) -> list[Future[NDArray[np.uint8]]]:
-            places = yx[start : start + batch_size].tolist()
-            return [pool.submit(read_region, slide, y, x, *patch_px, mpp) for y, x in places]
+    def submit(start: int) -> list[Future[NDArray[np.uint8]]]:
+        places = yx[start : start + batch_size].tolist()
+        return [pool.submit(read_region, slide, y, x, *patch_px, mpp) for y, x in places]
 
+    try:
         ahead = submit(0)
         for start in range(0, len(yx), batch_size):
             futures, ahead = ahead, submit(start + batch_size)
             yield _collect(start, futures, patch_px)
+    finally:  # also where the caller stops early: what was read ahead is not waited for
+        pool.shutdown(cancel_futures=True)
 
 
 def _collect(start: int, futures: list[Future[NDArray[np.uint8]]], patch_px: tuple[int, int]) -> Batch:

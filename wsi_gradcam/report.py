@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from wsi_gradcam.api import Listener, Outcome, Preview
 from wsi_gradcam.inputs import SlideEntry
@@ -27,13 +28,23 @@ from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.plan import RunPlan
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import Pending, Task, examine_model
-from wsi_gradcam.workflow import FAILED, SlideRecord
+from wsi_gradcam.workflow import SlideRecord
 
 MIB, GIB = 1 << 20, 1 << 30
 LINE_EVERY_S = 30.0
 
 
-class Lines(Listener):
+class Quiet(Listener):
+    """Says nothing; knows whether the work has begun."""
+
+    began = False
+
+    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """From now on an error leaves something finished behind."""
+        self.began = True
+
+
+class Lines(Quiet):
     """Progress as plain lines on standard error, for logs."""
 
     def __init__(self) -> None:
@@ -42,6 +53,7 @@ class Lines(Listener):
 
     def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """Say what will be done."""
+        super().begun(run, slides, dashboard)
         self.slides = len(slides)
         labels = ", ".join(target.label for target in run.targets)
         self.say(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
@@ -51,9 +63,8 @@ class Lines(Listener):
     def task_done(self, task: Task, result: Any) -> None:
         """Count patches."""
         if isinstance(result, Pending):
-            left = sum(1 for _ in result.spans)
-            self.patches += result.patches if left else 0
-            self.say(f"{task.slide.id}: {result.patches} patches, {left} spans to do")
+            self.patches += result.left
+            self.say(f"{task.slide.id}: {result.patches} patches, {result.left} to do")
         elif task.stage == "explain":
             self.patches_done += result
             if time.monotonic() - self.last_line > LINE_EVERY_S:
@@ -96,8 +107,8 @@ class Bars(Lines):
         self._bars.update(self._patch_bar, total=self.patches or None, completed=self.patches_done, rate=rate)
 
     def slide_done(self, record: SlideRecord) -> None:
-        """Advance the slides; only failures are worth a line beside the bars."""
-        if record.status == FAILED:
+        """Advance the slides; only what went wrong is worth a line beside the bars."""
+        if record.error:
             super().slide_done(record)
         else:
             self.slides_done += 1
@@ -109,10 +120,10 @@ class Bars(Lines):
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Listener]:
+def progress(quiet: bool) -> Iterator[Quiet]:
     """A listener that suits where standard error goes: bars, plain lines, or nothing."""
     if quiet:
-        yield Listener()
+        yield Quiet()
     elif sys.stderr.isatty():
         columns = (
             TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
@@ -136,7 +147,7 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     if outcome.failed:
         table = Table("slide", "why", title="failed", title_justify="left")
         for record in outcome.failed:
-            table.add_row(record.slide.id, record.error)
+            table.add_row(Text(record.slide.id), Text(record.error))  # brackets in names are no markup
         Console(stderr=True).print(table)
 
 
@@ -150,7 +161,7 @@ def print_preview(found: Preview, as_json: bool) -> None:
     table = Table("slide", "patches", "spans", "blocks", "store", "memory")
     for e in found.estimates:
         store, memory = f"{e.store_bytes / MIB:.1f} MiB", f"{e.memory_bytes / GIB:.2f} GiB"
-        table.add_row(e.slide.id, f"{e.patches:,}", f"{e.spans:,}", f"{e.blocks:,}", store, memory)
+        table.add_row(Text(e.slide.id), f"{e.patches:,}", f"{e.spans:,}", f"{e.blocks:,}", store, memory)
     Console().print(table)
     patches, size = sum(e.patches for e in found.estimates), sum(e.store_bytes for e in found.estimates)
     print(

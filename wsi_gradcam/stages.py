@@ -7,14 +7,15 @@ file (P3), so they run anywhere, in any order, and again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.errors import ModelError, ResumeError
-from wsi_gradcam.finish import finish_slide
+from wsi_gradcam.errors import ModelError, ResumeError, StoreError, one_line
+from wsi_gradcam.finish import RECORD_KEYS, finish_slide
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.plan import RunPlan, SlidePlan
@@ -32,8 +33,8 @@ from wsi_gradcam.stores.patch_store import UNREADABLE as PATCH_UNREADABLE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.inputs import SlideEntry
+    from wsi_gradcam.models.facts import ModelFacts
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
@@ -57,7 +58,7 @@ class Context:
         self.model_lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
         self._lock = threading.Lock()
         self._model: Model | None = None
-        self._slide: tuple[SlideEntry, Slide] | None = None
+        self._slides: dict[SlideEntry, _Opened] = {}
 
     def model(self) -> Model:
         """The run's model, loaded on first use."""
@@ -73,18 +74,28 @@ class Context:
                     )
             return self._model
 
-    def slide(self, entry: SlideEntry) -> Slide:
-        """The slide, opened on first use; the one before is closed."""
+    @contextmanager
+    def slide(self, entry: SlideEntry) -> Iterator[Slide]:
+        """The slide, opened on first use. The last one stays open for the next task.
+
+        Threads of one process may work on different slides: what one of them reads is never closed.
+        """
         with self._lock:
-            if self._slide is None or self._slide[0] != entry:
-                self._close_slide()
-                self._slide = entry, open_slide(entry.path, self.run.settings.mpp)
-            return self._slide[1]
+            if entry not in self._slides:
+                self._close_unused()
+                self._slides[entry] = _Opened(open_slide(entry.path, self.run.settings.mpp))
+            opened = self._slides[entry]
+            opened.users += 1
+        try:
+            yield opened.slide
+        finally:
+            with self._lock:
+                opened.users -= 1
 
     def close(self) -> None:
-        """Release the slide."""
+        """Release the slides that nobody uses."""
         with self._lock:
-            self._close_slide()
+            self._close_unused()
 
     def folder(self, entry: SlideEntry) -> SlideFolder:
         """Where the slide's results are."""
@@ -96,17 +107,25 @@ class Context:
         assert values is not None  # the plan stage came first
         return SlidePlan.from_json(values)
 
-    def _close_slide(self) -> None:
-        if self._slide is not None:
-            self._slide[1].close()
-            self._slide = None
+    def _close_unused(self) -> None:
+        for entry in [entry for entry, opened in self._slides.items() if not opened.users]:
+            self._slides.pop(entry).slide.close()
+
+
+@dataclass
+class _Opened:
+    """An open slide and how many tasks read it."""
+
+    slide: Slide
+    users: int = 0
 
 
 @dataclass(frozen=True)
 class Pending:
-    """What is left to do of a slide after planning: numbers of spans, and of blocks by level."""
+    """What is left to do of a slide after planning: `left` of its patches, in spans, and blocks by level."""
 
     patches: int
+    left: int
     spans: list[int]
     blocks: list[list[int]]
     done: dict[str, Any] | None
@@ -118,7 +137,7 @@ def examine_model(spec: ModelSpec, layer: str | None, settings_px: tuple[int, in
     Raises:
         ModelError: it cannot be loaded, or no layer can be explained.
     """
-    from wsi_gradcam.cam.facts import examine
+    from wsi_gradcam.cam.examine import examine
     from wsi_gradcam.models.load import load_model
 
     return examine(load_model(resized(spec, settings_px), device), layer)
@@ -134,20 +153,20 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
 
     Raises:
         ResumeError: the folder holds results of another file, model or configuration.
+        StoreError: it cannot be made.
     """
-    folder, slide = context.folder(entry), context.slide(entry)
+    folder, run = context.folder(entry), context.run
+    if folder.path.is_file():  # OUT is the archive itself
+        raise StoreError(f"{folder.path}: a file stands where the slide's results would be; choose another --out")
+    with context.slide(entry) as slide:
+        pending, problem = _stored(folder, slide, run)
+        if pending is not None:
+            return pending
+        if problem and not context.overwrite:
+            raise ResumeError(problem)
+        plan, patches, mask = make_plan(slide, run)
     manifest = Manifest(folder.manifest)
-    stored = manifest.plan()
-    if stored is not None:
-        plan = SlidePlan.from_json(stored)
-        problem = _mismatch(plan, slide, context.run)
-        if not problem:
-            return _pending(plan, manifest)
-        if not context.overwrite:
-            raise ResumeError(f"{folder.path}: {problem}; choose another --out, or recompute with --overwrite")
-    plan, patches, mask = make_plan(slide, context.run)
     manifest.clear()
-    run = context.run
     write_mask(folder.tissue, mask)
     PatchStore.create(
         folder.cams, patches, plan.span, len(run.facts.classes), len(run.targets), run.facts.cam_shape,
@@ -178,7 +197,8 @@ def explain_span(context: Context, entry: SlideEntry, span: int) -> int:
     plan, folder = context.plan(entry), context.folder(entry)
     store = PatchStore(folder.cams)
     start, stop = plan.spans[span]
-    data, causes = _explain(context, context.slide(entry), store.yx(start, stop))
+    with context.slide(entry) as slide:
+        data, causes = _explain(context, slide, store.yx(start, stop))
     store.write_span(start, data)
     Manifest(folder.manifest).complete(
         "spans",
@@ -238,10 +258,17 @@ def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) 
 
 
 def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
-    """Make the slide's table, overview and final record, which is returned."""
-    return finish_slide(
-        context.run, context.plan(entry), context.folder(entry), context.slide(entry), channels(context.run)
-    )
+    """Make the slide's table, overview and final record, which is returned.
+
+    A cluster may ask twice, when the worker that did it dies before it tells: the record stays as it is.
+    """
+    folder = context.folder(entry)
+    manifest = Manifest(folder.manifest)
+    if (done := manifest.done()) is not None:
+        manifest.fold()
+        return done
+    with context.slide(entry) as slide:
+        return finish_slide(context.run, context.plan(entry), folder, slide, channels(context.run))
 
 
 STAGES: dict[str, Callable[..., Any]] = {
@@ -268,6 +295,22 @@ def block_name(level: int, number: int) -> str:
     return f"{level}-{number:06d}"
 
 
+def _stored(folder: SlideFolder, slide: Slide, run: RunPlan) -> tuple[Pending | None, str]:
+    """What is left to do where the slide was planned before; else why that cannot be continued, if it was."""
+    manifest = Manifest(folder.manifest)
+    try:
+        stored = manifest.plan()
+        if stored is None:
+            return None, ""
+        plan = SlidePlan.from_json(stored)
+        problem = _mismatch(plan, slide, run)
+        if not problem:
+            return _pending(plan, manifest), ""
+    except (StoreError, KeyError, TypeError) as error:  # this slide's matter, not the whole run's
+        return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
+    return None, f"{folder.path}: {problem}; choose another --out, or recompute with --overwrite"
+
+
 def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan) -> str:
     if plan.run_digest != run.digest():
         return "holds results of another model or configuration"
@@ -280,12 +323,16 @@ def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan) -> str:
 
 def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
     if (done := manifest.done()) is not None:
+        if missing := RECORD_KEYS - done.keys():
+            raise KeyError(f"done.json has no {', '.join(sorted(missing))}")
         manifest.fold()
-        return Pending(plan.patches, [], [], done)
-    spans, blocks = manifest.completed("spans"), manifest.completed("blocks")
+        return Pending(plan.patches, 0, [], [], done)
+    explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
+    spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
     return Pending(
         patches=plan.patches,
-        spans=[i for i in range(len(plan.spans)) if span_name(i) not in spans],
+        left=sum(stop - start for start, stop in (plan.spans[i] for i in spans)),
+        spans=spans,
         blocks=[
             [i for i in range(len(plan.blocks(level))) if block_name(level, i) not in blocks]
             for level in range(len(plan.level_shapes))

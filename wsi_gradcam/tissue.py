@@ -17,23 +17,28 @@ if TYPE_CHECKING:
 
 MASK_MPP = 8.0  # about one nucleus a pixel
 MASK_MAX_PX = 2048
-# Otsu's threshold splits any picture in two, also pure glass and pure tissue. Glass varies by 2 % of full scale
-# and pale fat or mucus differs from it by 6 %; so the threshold is kept between.
-LOWEST, HIGHEST = 0.035, 0.09
+# Otsu's threshold splits any picture in two, also pure glass and pure tissue, and beside dark tissue it lies above
+# pale tissue. Glass varies by 2 % of full scale and pale fat or mucus differs from it by 6 %; so the threshold is
+# kept between. At most 0.09 lost a quarter of a pale tumour, at most 0.05 loses none and adds 3 % to other slides.
+LOWEST, HIGHEST = 0.035, 0.05
 SMALLEST_UM2 = 5_000.0  # a speck of dust; a needle biopsy fragment is a hundred times that
 
 
 def tissue_mask(slide: Slide) -> NDArray[np.bool_]:
     """Tissue of the whole slide, bool [h, w], each pixel `height / h` by `width / w` level-0 pixels.
 
+    What cannot be decoded counts as tissue: its patches are tried, and recorded as unreadable where they are, so
+    that a bad region never silently becomes glass.
+
     Raises:
         MppError: the slide's mpp is not known.
-        SlideReadError: the thumbnail's level cannot be decoded.
+        SlideReadError: most of the slide cannot be decoded.
     """
-    rgb = thumbnail(slide, MASK_MPP, MASK_MAX_PX)
+    thumb = thumbnail(slide, MASK_MPP, MASK_MAX_PX)
+    rgb = thumb.rgb
     mpp_y, mpp_x = slide.info.mpp_yx
     pixel_um2 = (slide.info.height * mpp_y / rgb.shape[0]) * (slide.info.width * mpp_x / rgb.shape[1])
-    return mask_of(rgb, int(SMALLEST_UM2 / pixel_um2))
+    return mask_of(rgb, int(SMALLEST_UM2 / pixel_um2)) | thumb.unreadable
 
 
 def mask_of(rgb: NDArray[np.uint8], smallest_px: int = 0) -> NDArray[np.bool_]:
@@ -72,7 +77,8 @@ def fraction_in(mask: NDArray[np.bool_], boxes: NDArray[np.float64]) -> NDArray[
     """Share of each box that is True in `mask`, float32 [n]; what lies outside the mask counts as False.
 
     `boxes` is [n, 4] of (top, left, bottom, right) in mask pixels, fractions allowed. Exact: the integral image
-    is linear between its nodes where the mask is constant, so it is interpolated there.
+    is linear between its nodes where the mask is constant, so it is interpolated there. Rounded to a millionth,
+    so that none is 0 and all is 1.
     """
     h, w = mask.shape
     integral = np.zeros((h + 1, w + 1), np.float64)
@@ -89,5 +95,7 @@ def fraction_in(mask: NDArray[np.bool_], boxes: NDArray[np.float64]) -> NDArray[
         return result
 
     inside = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
-    share: NDArray[np.float32] = (inside / ((bottom - top) * (right - left))).astype(np.float32)
-    return share
+    # A box may be empty: rounding puts a last patch on the very edge.
+    area = (bottom - top) * (right - left)
+    share: NDArray[np.float64] = np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
+    return np.abs(share.round(6)).astype(np.float32)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,15 +16,18 @@ import pyarrow.parquet as pq
 import yaozarrs
 
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.finish import sha256_of
 from wsi_gradcam.plan import SlidePlan
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import block_name, span_name
-from wsi_gradcam.stores.heatmap import HeatmapStore
+from wsi_gradcam.stores.heatmap import LABEL, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
-from wsi_gradcam.stores.manifest import Manifest, digest_of
-from wsi_gradcam.stores.patch_store import PatchStore
+from wsi_gradcam.stores.manifest import DONE, PLAN, Manifest, digest_of
+from wsi_gradcam.stores.patch_store import OK, PatchStore
 from wsi_gradcam.stores.run_files import read_run, read_slides
 from wsi_gradcam.workflow import FAILED
+
+UNFINISHED = "is not finished; run the same explain command again"
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,10 @@ class Finding:
 def validate(out: str | PathLike[str]) -> list[Finding]:
     """All that is wrong with the results in `out`; empty when everything is right.
 
-    For each slide that slides.csv calls finished: the stores hold exactly the values that the manifest recorded,
-    span by span and block by block; the heatmap obeys OME-Zarr 0.5 and lies over the whole slide at the right
-    scale on every level; the table has a row a patch with the stored values; the slide is still the same file.
+    For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
+    block by block; the heatmap obeys OME-Zarr 0.5 and lies over the whole slide at the right scale on every level;
+    the table has a row a patch with the stored values; the files beside are as they were made; the slide is still
+    the same file. A slide that was begun and neither finished nor failed is a finding.
 
     Raises:
         ConfigError: `out` is no result.
@@ -49,9 +56,19 @@ def validate(out: str | PathLike[str]) -> list[Finding]:
     rows = read_slides(folder.slides)
     findings = [] if rows else [Finding("", "slides.csv is missing or empty; run explain again to finish")]
     for name, row in rows.items():
-        if row["status"] != FAILED:
+        if row["status"] != FAILED or (folder.slide(name).manifest / DONE).exists():
             findings += [Finding(name, problem) for problem in _checked(folder.slide(name), row, run)]
-    return findings
+    return findings + [Finding(name, UNFINISHED) for name in _begun(folder.path) if name not in rows]
+
+
+def _begun(out: Path) -> list[str]:
+    """Ids of the slides that have a plan."""
+    found = []
+    for place, folders, _ in os.walk(out):
+        if (SlideFolder(Path(place)).manifest / PLAN).exists():
+            found.append(Path(place).relative_to(out).as_posix())
+        folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
+    return found
 
 
 def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
@@ -67,7 +84,7 @@ def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Ite
     manifest = Manifest(folder.manifest)
     stored, done = manifest.plan(), manifest.done()
     if stored is None or done is None:
-        yield "is not finished: manifest/plan.json or done.json is missing; run explain again"
+        yield UNFINISHED
         return
     plan = SlidePlan.from_json(stored)
     if plan.run_digest != run["run_digest"]:
@@ -75,8 +92,11 @@ def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Ite
     yield from _check_spans(folder, plan, done)
     yield from _check_heatmap(folder, plan, done)
     yield from _check_table(folder, plan, run)
-    if not folder.overview.is_file():
-        yield "overview.png is missing"
+    for name, digest in done["files"].items():
+        if not (path := folder.path / name).is_file():
+            yield f"{name} is missing"
+        elif sha256_of(path) != digest:
+            yield f"{name} differs from what was made"
     yield from _check_slide(row, plan)
 
 
@@ -92,7 +112,7 @@ def _check_spans(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -> 
 
 def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -> Iterator[str]:
     try:
-        yaozarrs.validate_zarr_store(str(folder.heatmap))
+        _check_specification(folder.heatmap)
     except Exception as error:  # its own error types differ between releases
         yield f"heatmap.ome.zarr is not valid OME-Zarr: {one_line(error)}"
         return
@@ -101,10 +121,9 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -
         yield f"heatmap.ome.zarr has levels {heatmap.shapes}, expected {plan.level_shapes} for this slide"
         return
     ome = heatmap.attributes["ome"]
-    for level, dataset in enumerate(ome["multiscales"][0]["datasets"]):
-        expected = [mpp * plan.stride * 2**level for mpp in plan.slide_mpp]
-        if not np.allclose(dataset["coordinateTransformations"][0]["scale"][1:], expected, rtol=1e-9):
-            yield f"level {level} of heatmap.ome.zarr has another scale than {expected} um"
+    label = json.loads((folder.heatmap / "labels" / LABEL / "zarr.json").read_bytes())
+    yield from _check_scales("heatmap.ome.zarr", ome, plan)
+    yield from _check_scales(f"label {LABEL}", label["attributes"]["ome"], plan)
     count = len(ome["omero"]["channels"])
     for level in range(len(plan.level_shapes)):
         for number, block in enumerate(plan.blocks(level)):
@@ -112,6 +131,25 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -
             found.append(digest_of((heatmap.read_flags(level, block),)))
             if done["blocks"].get(block_name(level, number)) != found:
                 yield f"level {level} of heatmap.ome.zarr, block {number}, differs from what was computed"
+
+
+def _check_specification(heatmap: Path) -> None:
+    """Raises whatever yaozarrs raises. It takes brackets in a path for a pattern, so it gets another path."""
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / "heatmap.ome.zarr"
+        link.symlink_to(heatmap.absolute(), target_is_directory=True)
+        yaozarrs.validate_zarr_store(link)
+
+
+def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[str]:
+    datasets = ome["multiscales"][0]["datasets"]
+    if len(datasets) != len(plan.level_shapes):
+        yield f"{name} names {len(datasets)} levels, expected {len(plan.level_shapes)}"
+    for level, dataset in enumerate(datasets):
+        expected = [mpp * plan.stride * 2**level for mpp in plan.slide_mpp]
+        transforms = dataset["coordinateTransformations"]
+        if len(transforms) != 1 or not np.allclose(transforms[0]["scale"][-2:], expected, rtol=1e-9, atol=0):
+            yield f"level {level} of {name} has {transforms}, expected only the scale {expected} um"
 
 
 def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> Iterator[str]:
@@ -123,7 +161,11 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> I
     yx = store.yx()
     if not (np.array_equal(table["y"], yx[:, 0]) and np.array_equal(table["x"], yx[:, 1])):
         yield "patches.parquet has other positions than cams.zarr"
+    if not np.array_equal(table["tissue"], store.tissue()):
+        yield "patches.parquet has other shares of tissue than cams.zarr"
     ok = np.asarray(table["status"]) == "ok"
+    if not np.array_equal(ok, store.status() == OK):
+        yield "patches.parquet has another status of some patches than cams.zarr"
     logits = store.logits(0, plan.patches)
     for i, name in enumerate(run["model"]["classes"]):
         if not np.array_equal(np.asarray(table[f"logit_{name}"])[ok], logits[ok, i]):

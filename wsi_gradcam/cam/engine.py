@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.targets import Target
 
 
+@torch.enable_grad()  # also for a caller under no_grad
 def explain_batch(
     module: nn.Module, layer: str, images: Tensor, targets: Sequence[Target], method: Method
 ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_gradcam.cam.layers import check_layer, find_layer, probe_images
+from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ def examine(model: Model, layer: str | None = None) -> ModelFacts:
 
     Raises:
         LayerError: no layer can be tapped.
-        ModelError: the tap changes the output.
+        ModelError: the output is not finite, or the tap changes it.
     """
     images = probe_images(model.patch_px).to(next(iter(model.module.parameters()), torch.empty(0)).device)
+    _check_finite(model, images)
     layer = layer or model.layer or find_layer(model.module, images)
     channels, height, width = check_layer(model.module, layer, images)
     return ModelFacts(
@@ -41,6 +43,13 @@ def examine(model: Model, layer: str | None = None) -> ModelFacts:
         parameters=sum(p.numel() for p in model.module.parameters()),
         activation_bytes=_activation_bytes(model.module, images[:1]),
     )
+
+
+def _check_finite(model: Model, images: Tensor) -> None:
+    with torch.no_grad():
+        output = model.module(images)
+    if not torch.isfinite(output).all():
+        raise ModelError(f"{model.name}: gives NaN or infinite values for pictures of noise; check its weights")
 
 
 def _activation_bytes(module: nn.Module, image: Tensor) -> int:

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import dask
-from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from dask.system import CPU_COUNT
+from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-from wsi_gradcam.errors import WorkerError
+from wsi_gradcam.errors import SlideError, WorkerError, one_line
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.stages import Context, Task, examine_model, perform
-from wsi_gradcam.workflow import Observer, SlideJob, SlideRecord, slide_job
+from wsi_gradcam.workflow import FatalError, Observer, SlideJob, SlideRecord, slide_job
 
 if TYPE_CHECKING:
-    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.models.facts import ModelFacts
     from wsi_gradcam.plan import RunPlan
 
 NO_WORKER_S = 60
@@ -66,6 +69,16 @@ class _Running:
     phase: int = 0
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """A task of a slide's phase, on its way."""
+
+    running: _Running
+    position: int
+    task: Task
+    alone: bool = False
+
+
 class DaskExecutor:
     """Runs jobs on Dask workers."""
 
@@ -73,11 +86,14 @@ class DaskExecutor:
         self._cluster = None if scheduler else _local_cluster(workers or 1)
         self._torch_threads = torch_threads
         if self._cluster is not None and torch_threads is None:
-            self._torch_threads = max(1, (os.cpu_count() or 1) // (workers or 1))
+            self._torch_threads = max(1, CPU_COUNT // (workers or 1))
         try:
             self._client = Client(scheduler or self._cluster, set_as_default=False, timeout=NO_WORKER_S)
-        except (OSError, TimeoutError) as error:
-            raise WorkerError(f"no Dask scheduler answers at {scheduler}: {error}; check the address") from error
+        except (OSError, ValueError) as error:  # a TimeoutError is an OSError
+            raise WorkerError(
+                f"no Dask scheduler answers at {scheduler}: {one_line(error)}; check the address, such as "
+                "tcp://10.0.0.1:8786"
+            ) from error
         try:
             self._client.wait_for_workers(1, timeout=NO_WORKER_S)
         except TimeoutError as error:
@@ -94,7 +110,12 @@ class DaskExecutor:
 
     def examine(self, *model: Any) -> ModelFacts:
         """`stages.examine_model`, on a worker: this process never loads torch."""
-        facts: ModelFacts = self._client.submit(examine_model, *model, pure=False).result()
+        try:
+            facts: ModelFacts = self._client.submit(examine_model, *model, pure=False).result()
+        except KilledWorker as error:
+            raise WorkerError("workers died while they loaded the model; give them more memory") from error
+        except (NoValidWorkerError, CancelledError) as error:
+            raise WorkerError("the workers are gone; start some and run the same command again") from error
         return facts
 
     def run(
@@ -110,7 +131,8 @@ class DaskExecutor:
         try:
             yield from _Flow(self._client, name, run.settings.max_unreadable, observe).run(slides)
         finally:
-            self._client.unregister_worker_plugin(name)
+            if self._client.status == "running":
+                self._client.unregister_worker_plugin(name)
 
     def close(self) -> None:
         """Leave the cluster; the local one is stopped."""
@@ -120,34 +142,42 @@ class DaskExecutor:
 
 
 class _Flow:
-    """Keeps a window of tasks in flight, the oldest slides first."""
+    """Keeps a window of tasks in flight, the oldest slides first.
+
+    Dask blames all tasks of a worker that dies. A task so blamed too often runs once more, alone: if that kills
+    workers too, it is the culprit, and its slide has failed.
+    """
 
     def __init__(self, client: Client, name: str, max_unreadable: float, observe: Observer) -> None:
         self._client, self._name = client, name
         self._max_unreadable, self._observe = max_unreadable, observe
         self._active: list[_Running] = []
-        self._futures: dict[Future[Any], tuple[_Running, int, Task]] = {}
+        self._futures: dict[Future[Any], _Sent] = {}
+        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._suspects: deque[_Sent] = deque()
         self._finished: deque[SlideRecord] = deque()
 
     def run(self, slides: Iterable[SlideEntry]) -> Iterator[SlideRecord]:
         """Records as slides finish."""
         left = enumerate(slides)
-        completed = as_completed(loop=self._client.loop)
         try:
             while True:
-                self._fill(left, completed)
+                self._fill(left)
                 yield from self._drain()
-                if not self._futures:
-                    if not self._active:
-                        return
-                    continue
-                self._take(next(completed))
-                yield from self._drain()
+                if self._futures:
+                    self._take(self._next())
+                    yield from self._drain()
+                elif not self._active:
+                    return
         finally:
-            if self._futures:
+            if self._futures and self._client.status == "running":
                 self._client.cancel(list(self._futures))
 
-    def _fill(self, left: Iterator[tuple[int, SlideEntry]], completed: Any) -> None:
+    def _fill(self, left: Iterator[tuple[int, SlideEntry]]) -> None:
+        if self._suspects:
+            if not self._futures:
+                self._submit(replace(self._suspects.popleft(), alone=True))
+            return  # whatever the suspect does, nothing else is on its worker
         threads = max(1, sum(self._client.nthreads().values()))
         while len(self._futures) < threads * TASKS_PER_THREAD:
             running = next((r for r in self._active if r.waiting), None)
@@ -160,27 +190,46 @@ class _Flow:
                 self._active.append(running)
                 self._advance(running, first=True)
                 continue
-            self._submit(running, completed)
+            self._submit(_Sent(running, *running.waiting.popleft()))
+            running.in_flight += 1
 
-    def _submit(self, running: _Running, completed: Any) -> None:
-        position, task = running.waiting.popleft()
-        key = f"{self._name}-{task.stage}-{running.number}-{running.phase}-{position}"
+    def _next(self) -> Future[Any]:
+        """The next future that is done, or lost."""
+        while True:
+            try:
+                return self._done.get(timeout=NO_WORKER_S)
+            except queue.Empty:
+                if self._client.status != "running" or not self._client.nthreads():
+                    raise _lost(f"no worker has been left for {NO_WORKER_S} s; start some") from None
+
+    def _submit(self, sent: _Sent) -> None:
+        running, task = sent.running, sent.task
+        key = f"{self._name}-{task.stage}-{running.number}-{running.phase}-{sent.position}{'-alone' * sent.alone}"
         # A slide that began first is finished first, so that results come out steadily.
         future = self._client.submit(_perform_here, self._name, task, key=key, pure=False, priority=-running.number)
-        self._futures[future] = running, position, task
-        running.in_flight += 1
-        completed.add(future)
+        self._futures[future] = sent
+        future.add_done_callback(self._done.put)
 
     def _take(self, future: Future[Any]) -> None:
-        running, position, task = self._futures.pop(future)
+        sent = self._futures.pop(future)
+        running, task = sent.running, sent.task
+        try:
+            error = future.exception()
+        except CancelledError as lost:
+            raise _lost("the connection to the Dask scheduler is lost; start it anew") from lost
+        if isinstance(error, KilledWorker) and not sent.alone and running.error is None:
+            self._suspects.append(sent)
+            return
         running.in_flight -= 1
-        error = future.exception()
         if error is None:
-            running.results[position] = future.result()
-            self._observe(task, running.results[position])
+            running.results[sent.position] = future.result()
+            self._observe(task, running.results[sent.position])
         elif running.error is None:
             running.error = _explained(error, task)
             running.waiting.clear()
+            innocent = [other for other in self._suspects if other.running is not running]
+            running.in_flight -= len(self._suspects) - len(innocent)
+            self._suspects = deque(innocent)
         if not running.waiting and not running.in_flight:
             self._advance(running)
 
@@ -218,12 +267,16 @@ def _perform_here(name: str, task: Task) -> Any:
     return perform(plugin.context, task)
 
 
+def _lost(what: str) -> FatalError:
+    return FatalError(WorkerError(f"{what} and run the same command again, nothing finished is lost"))
+
+
 def _explained(error: BaseException, task: Task) -> BaseException:
     if isinstance(error, KilledWorker):
         where = " ".join([task.stage, *map(str, task.index)])
-        return RuntimeError(
-            f"{task.slide.path}: workers died repeatedly on '{where}', mostly for lack of memory; give workers more "
-            "memory, or lower --batch-size"
+        return SlideError(
+            f"{task.slide.path}: workers died repeatedly on '{where}' alone, mostly for lack of memory; give workers "
+            "more memory, or lower --batch-size"
         )
     if isinstance(error, NoValidWorkerError):
         return WorkerError(f"no worker can run the task: {error}")
@@ -241,7 +294,11 @@ def _use_threads(count: int) -> None:
 
 def _local_cluster(workers: int) -> LocalCluster:
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    with dask.config.set({"distributed.scheduler.no-workers-timeout": NO_WORKER_S}):
+    patience = {
+        "distributed.scheduler.no-workers-timeout": NO_WORKER_S,
+        "distributed.scheduler.allowed-failures": 1,  # a suspect gets another chance, alone
+    }
+    with dask.config.set(patience):
         return LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
             dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR,

@@ -10,7 +10,7 @@ from wsi_gradcam.stages import Context, Task, examine_model, perform
 from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
 
 if TYPE_CHECKING:
-    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.models.facts import ModelFacts
     from wsi_gradcam.plan import RunPlan
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import MppError, SlideNotFoundError
 from wsi_gradcam.slides.base import Level, Slide, SlideInfo, check_mpp
-from wsi_gradcam.slides.resample import read_region, thumbnail
+from wsi_gradcam.slides.resample import Thumbnail, read_region, thumbnail
 
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["SUFFIXES", "Level", "Slide", "SlideInfo", "open_slide", "read_region", "thumbnail"]
+__all__ = ["SUFFIXES", "Level", "Slide", "SlideInfo", "Thumbnail", "open_slide", "read_region", "thumbnail"]
 
 # What is looked for in a folder; a file that is named outright is tried whatever its ending.
 SUFFIXES = frozenset(

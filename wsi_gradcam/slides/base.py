@@ -101,18 +101,33 @@ def levels_of(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
     """Levels from their (height, width), finest first, with the exact downsample of each axis.
 
     A writer that shrinks 2967 rows by 4 keeps 741 of 741.75, and 2967 / 741 = 4.004 would drift by 3 px towards
-    the bottom: where a whole factor explains the size up to rounding, the whole factor is taken.
+    the bottom: where a whole factor explains the sizes up to rounding, the whole factor is taken. Of small levels
+    several do: one that explains both axes goes first, and of these a power of two.
 
     >>> levels_of([(2967, 2220), (741, 555)])[1]
     Level(height=741, width=555, downsample_y=4.0, downsample_x=4.0)
     """
     height, width = sizes[0]
-    return tuple(Level(h, w, _downsample(height, h), _downsample(width, w)) for h, w in sizes)
+    return tuple(Level(h, w, *_downsamples((height, width), (h, w))) for h, w in sizes)
+
+
+def _downsamples(full: tuple[int, int], reduced: tuple[int, int]) -> tuple[float, float]:
+    ratios = (full[0] / reduced[0], full[1] / reduced[1])
+    ratio = ratios[0] if reduced[0] > reduced[1] else ratios[1]  # rounding tells least on the longer axis
+    for whole in (2 ** max(0, round(math.log2(ratio))), max(1, round(ratio))):
+        if all(_explains(whole, *sizes) for sizes in zip(full, reduced, strict=True)):
+            return float(whole), float(whole)
+    down_y, down_x = (_downsample(*sizes) for sizes in zip(full, reduced, strict=True))
+    return down_y, down_x
 
 
 def _downsample(full: int, reduced: int) -> float:
     whole = max(1, round(full / reduced))
-    return float(whole) if reduced in (full // whole, ceil_div(full, whole)) else full / reduced
+    return float(whole) if _explains(whole, full, reduced) else full / reduced
+
+
+def _explains(whole: int, full: int, reduced: int) -> bool:
+    return reduced in (full // whole, ceil_div(full, whole))
 
 
 def check_mpp(value: float, origin: str) -> str:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WHITE = (255, 255, 255)
+# Formats whose scanners store every tile: one without data was lost, and OpenSlide shows it as transparent without an
+# error. Other formats (MIRAX, Philips, Leica, Ventana, ...) leave out tiles of bare glass on purpose.
+DENSE = frozenset({"aperio", "generic-tiff", "trestle"})
 
 
 class OpenSlideSlide:
@@ -42,24 +45,54 @@ class OpenSlideSlide:
         return self._info
 
     def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Pixels of `region` of `level` as RGB uint8 [height, width, 3], transparency on the background."""
-        # OpenSlide wants level-0 coordinates and divides them by its own downsample, the mean of both axes.
-        factor = self._downsamples[level]
-        location = (round(region.x * factor), round(region.y * factor))
-        handle = self._handle
-        try:
-            rgba = handle.read_region(location, level, (region.width, region.height))
-        except openslide.OpenSlideError as error:
-            self._replace(handle)
-            raise SlideReadError(
-                f"{self._path}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px "
-                f"cannot be decoded: {error}"
-            ) from error
-        return _composite(rgba, self._info.background)
+        """Pixels of `region` of `level` as RGB uint8 [height, width, 3], transparency on the background.
+
+        Raises:
+            SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
+        """
+        size = self._info.levels[level]
+        inside = region.intersect(Region(0, 0, size.height, size.width))
+        if inside.height == 0 or inside.width == 0:
+            return self._glass(region)
+        rgba = self._read(level, inside)
+        if self._info.vendor in DENSE and rgba.getchannel("A").getextrema()[0] == 0:
+            raise SlideReadError(f"{self._where(level, region)} has no data: a tile is missing in the file")
+        pixels = _composite(rgba, self._info.background)
+        if inside == region:
+            return pixels
+        # OpenSlide's own padding above and to the left is a pixel off where its downsample is not whole.
+        canvas = self._glass(region)
+        canvas[Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width).slices] = pixels
+        return canvas
 
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
+
+    def _glass(self, region: Region) -> NDArray[np.uint8]:
+        return np.full((region.height, region.width, 3), self._info.background, np.uint8)
+
+    def _read(self, level: int, region: Region) -> Image.Image:
+        # OpenSlide wants level-0 coordinates and divides them by its own downsample, the mean of both axes. Where
+        # that is not whole it interpolates, up to half a level-0 pixel off.
+        factor = self._downsamples[level]
+        location = (round(region.x * factor), round(region.y * factor))
+        size = (region.width, region.height)
+        handle = self._handle
+        try:
+            return handle.read_region(location, level, size)
+        except openslide.OpenSlideError:
+            self._replace(handle)
+        # The handle may have been spoilt by another thread's bad region: only one that nobody shares can tell.
+        with _open(self._path) as own:
+            try:
+                return own.read_region(location, level, size)
+            except openslide.OpenSlideError as error:
+                raise SlideReadError(f"{self._where(level, region)} cannot be decoded: {error}") from error
+
+    def _where(self, level: int, region: Region) -> str:
+        size = f"{region.height} x {region.width} px"
+        return f"{self._path}: level {level}, y {region.y}, x {region.x}, {size}"
 
     def _replace(self, failed: openslide.AbstractSlide) -> None:
         with self._lock:
@@ -72,12 +105,14 @@ def _open(path: Path) -> openslide.OpenSlide:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise SlideFormatError(
-            f"{path}: not a slide that OpenSlide reads; expected Aperio, Hamamatsu, Leica, MIRAX, Philips, Sakura, "
-            "Trestle, Ventana, Zeiss, DICOM or tiled TIFF; convert it, for example to a tiled TIFF"
+            f"{path}: not a slide that OpenSlide reads, or one cut short; expected Aperio, Hamamatsu, Leica, MIRAX, "
+            "Philips, Sakura, Trestle, Ventana, Zeiss, DICOM or tiled TIFF; copy the file again from its source or "
+            "convert it, for example to a tiled TIFF"
         ) from error
     except openslide.OpenSlideError as error:
         raise SlideFormatError(
-            f"{path}: damaged or truncated slide, OpenSlide says: {error}; copy the file again from its source"
+            f"{path}: damaged, truncated or unsupported slide, OpenSlide says: {error}; copy the file again from its "
+            "source or convert it, for example to a tiled TIFF"
         ) from error
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.errors import ConfigError, SlideReadError
 from wsi_gradcam.geometry import Region, tiles
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 COARSER = 1.01
 # Larger reads are cut, so that a thumbnail of a slide without a pyramid needs no more memory than this.
 MAX_SOURCE_PX = 1 << 23
-CUT_PX = 256
+# Side of the smallest part of a thumbnail that is given up when it cannot be decoded.
+UNREADABLE_PX = 16
 
 
 def read_region(
@@ -41,13 +43,15 @@ def read_region(
     mpp_y, mpp_x = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     slide_y, slide_x = slide.info.mpp_yx
     step_y, step_x = mpp_y / slide_y, mpp_x / slide_x
-    if min(height, width) < 1 or min(step_y, step_x) <= 0:
-        raise ConfigError(f"cannot read {height} x {width} px at mpp {mpp}: expected positive sizes")
+    if min(height, width) < 1 or not all(0 < step < math.inf for step in (step_y, step_x)):
+        raise ConfigError(f"cannot read {height} x {width} px at mpp {mpp}: expected positive, finite sizes")
     level = best_level(slide.info, step_y, step_x)
     out = np.empty((height, width, 3), np.uint8)
     down_y, down_x = slide.info.levels[level].downsample_y, slide.info.levels[level].downsample_x
-    whole = height * width * (step_y / down_y) * (step_x / down_x) <= MAX_SOURCE_PX
-    for part in tiles(height, width, max(height, width) if whole else CUT_PX):
+    source_per_px = (step_y / down_y) * (step_x / down_x)
+    whole = height * width * source_per_px <= MAX_SOURCE_PX
+    side = max(height, width) if whole else max(1, math.isqrt(int(MAX_SOURCE_PX / source_per_px)))
+    for part in tiles(height, width, side):
         rows = _Axis((y + part.y * step_y) / down_y, step_y / down_y, part.height)
         columns = _Axis((x + part.x * step_x) / down_x, step_x / down_x, part.width)
         out[part.slices] = _read(slide, level, rows, columns)
@@ -64,17 +68,53 @@ def best_level(info: SlideInfo, step_y: float, step_x: float) -> int:
     return max(fine_enough, key=lambda i: info.levels[i].downsample_y, default=0)
 
 
-def thumbnail(slide: Slide, mpp: float, max_px: int) -> NDArray[np.uint8]:
-    """The whole slide at `mpp`, or coarser so that no side exceeds `max_px`; RGB uint8 [h, w, 3].
+@dataclass(frozen=True)
+class Thumbnail:
+    """A whole slide at a glance.
 
-    Its pixels are `slide height / h` by `slide width / w` level-0 pixels, exactly: it never stops short of the
-    edge nor goes beyond.
+    Attributes:
+        rgb: uint8 [h, w, 3]; each pixel is `slide height / h` by `slide width / w` level-0 pixels, exactly.
+        unreadable: bool [h, w], where the file could not be decoded; `rgb` has background there.
+    """
+
+    rgb: NDArray[np.uint8]
+    unreadable: NDArray[np.bool_]
+
+
+def thumbnail(slide: Slide, mpp: float, max_px: int) -> Thumbnail:
+    """The whole slide at `mpp`, or coarser so that no side exceeds `max_px`.
+
+    Raises:
+        MppError: the slide's mpp is not known.
+        SlideReadError: most of it cannot be decoded.
     """
     mpp_y, mpp_x = slide.info.mpp_yx
     height_um, width_um = slide.info.height * mpp_y, slide.info.width * mpp_x
     mpp = max(mpp, height_um / max_px, width_um / max_px)
     h, w = max(1, round(height_um / mpp)), max(1, round(width_um / mpp))
-    return read_region(slide, 0, 0, h, w, (height_um / h, width_um / w))
+    thumb = Thumbnail(np.empty((h, w, 3), np.uint8), np.zeros((h, w), np.bool_))
+    _fill(slide, thumb, Region(0, 0, h, w))
+    return thumb
+
+
+def _fill(slide: Slide, thumb: Thumbnail, part: Region) -> None:
+    """Read a part of a thumbnail; what fails is halved until only the unreadable is left out."""
+    h, w = thumb.unreadable.shape
+    step_y, step_x = slide.info.height / h, slide.info.width / w
+    mpp_y, mpp_x = slide.info.mpp_yx
+    try:
+        thumb.rgb[part.slices] = read_region(
+            slide, part.y * step_y, part.x * step_x, part.height, part.width, (step_y * mpp_y, step_x * mpp_x)
+        )
+    except SlideReadError:
+        if max(part.height, part.width) <= UNREADABLE_PX:
+            thumb.rgb[part.slices] = slide.info.background
+            thumb.unreadable[part.slices] = True
+            if thumb.unreadable.mean() > 0.5:
+                raise
+            return
+        for half in tiles(part.height, part.width, -(-max(part.height, part.width) // 2)):
+            _fill(slide, thumb, Region(part.y + half.y, part.x + half.x, half.height, half.width))
 
 
 class _Axis:
@@ -88,7 +128,7 @@ class _Axis:
         self.first = round(start) if self.exact else math.floor(start) - margin
         end = start + scale * size
         self.length = size if self.exact else math.ceil(end) + margin - self.first
-        self.box = (start - self.first, end - self.first)
+        self.box = (0.0, float(size)) if self.exact else (start - self.first, end - self.first)
 
 
 def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.uint8]:

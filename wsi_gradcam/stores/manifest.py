@@ -67,8 +67,8 @@ class Manifest:
     def clear(self) -> None:
         """Forget everything: called before a slide's stores are made anew."""
         if self._path.exists():
-            (self._path / PLAN).unlink(missing_ok=True)  # first, so that no half-cleared manifest looks valid
             with storing(self._path):
+                (self._path / PLAN).unlink(missing_ok=True)  # first, so that no half-cleared manifest looks valid
                 shutil.rmtree(self._path)
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
@@ -77,12 +77,18 @@ class Manifest:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self._path / name
         try:
-            value: dict[str, Any] = json.loads(path.read_bytes())
+            value = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise StoreError(f"{path}: damaged; delete the slide's folder and run again, or use --overwrite") from error
+            raise _damaged(path) from error
+        if not isinstance(value, dict):
+            raise _damaged(path)
         return value
+
+
+def _damaged(path: Path) -> StoreError:
+    return StoreError(f"{path}: damaged; delete the slide's folder and run again, or use --overwrite")
 
 
 def digest_of(arrays: Iterable[NDArray[np.generic]]) -> str:

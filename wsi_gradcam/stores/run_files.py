@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.stores.files import write_atomic
+from wsi_gradcam.stores.files import PARTIAL, write_atomic
 
 if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
@@ -26,6 +26,9 @@ PACKAGES = (
     "wsi-gradcam", "torch", "torchvision", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "zarr",
     "dask", "distributed", "scikit-image", "pillow",
 )  # fmt: skip
+
+
+NAMES = "surrogateescape"  # file names on Linux are bytes: one that is not UTF-8 must not stop an archive
 
 
 def write_run(path: Path, run: RunPlan) -> None:
@@ -71,9 +74,11 @@ def read_run(path: Path) -> dict[str, Any] | None:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StoreError(f"{path}: damaged; choose another --out, or use --overwrite") from error
-    if not isinstance(values, dict) or "run_digest" not in values:
+    if not isinstance(values, dict) or not {"run_digest", "identity", "model"} <= values.keys():
         raise StoreError(f"{path}: not a run.yaml of wsi_gradcam; choose another --out")
     return values
 
@@ -95,12 +100,22 @@ def check_same_run(path: Path, run: RunPlan) -> None:
 
 
 def read_slides(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of slides.csv by slide id; empty when there is none."""
+    """Rows of slides.csv by slide id; empty when there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8", NAMES)
     except FileNotFoundError:
         return {}
-    return {row["id"]: row for row in csv.DictReader(io.StringIO(text))}
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = list(reader)
+    if ((rows or text) and tuple(reader.fieldnames or ()) != COLUMNS) or any(None in row.values() for row in rows):
+        raise StoreError(f"{path}: damaged; delete it and run the same command again, finished slides stay finished")
+    return {row["id"]: row for row in rows}
 
 
 def write_slides(path: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -109,11 +124,17 @@ def write_slides(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     Raises:
         StoreError: the folder cannot be written.
     """
-    buffer = io.StringIO()
+    buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows[key] for key in sorted(rows))
-    write_atomic(path, buffer.getvalue().encode())
+    write_atomic(path, buffer.getvalue().encode("utf-8", NAMES))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half-written directly in OUT."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str:

@@ -33,12 +33,10 @@ def build(name: str, spec: ModelSpec) -> Built:
             "name a file with 'weights:' in a model file, or use 'weights: random' for an untrained network"
         ) from error
     side = transform.crop_size[0]
-    classes = _categories(published.meta.get("categories")) if spec.classes is None else None
+    classes = _unique(published.meta["categories"]) if spec.classes is None else None
     return Built(module, classes, (side, side), tuple(transform.mean), tuple(transform.std))
 
 
-def _categories(names: list[str] | None) -> tuple[str, ...] | None:
+def _unique(names: list[str]) -> tuple[str, ...]:
     """Category names made unique: ImageNet has two cranes and two maillots."""
-    if names is None:
-        return None
     return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names))

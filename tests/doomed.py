@@ -1,0 +1,46 @@
+"""Runs in processes that are killed: `runs.start` forks them from a server that has imported this module."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch  # noqa: F401 - imported once, by the server
+import zarr  # noqa: F401
+
+import wsi_gradcam.cam.engine
+import wsi_gradcam.models.load
+import wsi_gradcam.stages  # noqa: F401
+from tests.runs import SMALL, toy_spec
+from tests.toy_models import SLOWNESS_S
+from wsi_gradcam.api import explain
+
+CHANGES = ("replace", "unlink", "rmdir")  # functions of `os` through which every change of a result goes
+
+
+def explain_and_die(slides: list[str], model: str, out: str, die_at_change: int | None, slowness_s: float) -> None:
+    """Explains slides; with `die_at_change`, until so many files have been put in place or deleted."""
+    os.environ[SLOWNESS_S] = str(slowness_s)
+    if die_at_change is not None:
+        _die_at(die_at_change)
+    explain(slides, toy_spec(model), out, **SMALL)
+
+
+def _die_at(change: int) -> None:
+    """The package and zarr write a file beside its place, then rename it: count renames and deletions."""
+    left = change
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return function(*args, **kwargs)
+
+        return called
+
+    for name in CHANGES:
+        setattr(os, name, counted(getattr(os, name)))

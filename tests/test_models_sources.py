@@ -1,0 +1,158 @@
+"""timm, torchvision and functions: what they know of a model, and what happens when they cannot deliver."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import timm.models._builder
+import torchvision.models._api
+
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.load import Model, load_model
+from wsi_gradcam.models.spec import ModelSpec
+
+NET = "import torch\n\n\ndef build() -> torch.nn.Module:\n    return torch.nn.Sequential({layers})\n"
+POOLED = "torch.nn.Conv2d(3, {classes}, 8, stride=8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()"
+
+
+def load(source: str, folder: Path = Path(), **values: Any) -> Model:
+    return load_model(ModelSpec(**{"name": "n", "source": source, "weights": "random", "folder": folder, **values}))
+
+
+def refused(source: str, folder: Path = Path(), **values: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        load(source, folder, **values)
+    return str(caught.value)
+
+
+def offline(*args: object, **kwargs: object) -> NoReturn:
+    raise OSError(101, "Network is unreachable")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fetch in ("load_state_dict_from_hf", "load_state_dict_from_url"):
+        monkeypatch.setattr(timm.models._builder, fetch, offline)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for modules of the test's own; they are forgotten afterwards."""
+    before, path = set(sys.modules), list(sys.path)
+    yield tmp_path
+    assert sys.path == path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("source", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_published_weights_without_a_network_are_one_clear_line(source: str) -> None:
+    message = refused(source, weights=None)
+    assert message.startswith(f"{source}: the published weights cannot be had (OSError: ")
+    assert "Network is unreachable" in message
+    assert "'weights:' in a model file, or use 'weights: random'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("source", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_untrained_networks_need_no_network(source: str) -> None:
+    assert load(source, classes=["a", "b", "c"], patch_px=64).classes == ("a", "b", "c")
+
+
+def test_untrained_is_never_taken_for_published() -> None:
+    assert "timm:botnet50ts_256: there are no published weights" in refused("timm:botnet50ts_256", weights=None)
+
+
+def test_timm_knows_the_input() -> None:
+    model = load("timm:test_convnext")
+    assert (model.patch_px, len(model.classes)) == ((160, 160), 1000)
+    assert (model.mean, model.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_torchvision_knows_the_input_and_the_classes() -> None:
+    model = load("torchvision:squeezenet1_1")
+    assert (model.patch_px, len(model.classes), len(set(model.classes))) == ((224, 224), 1000, 1000)
+    assert model.classes[207] == "golden retriever"
+    assert (model.mean, model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_what_the_model_file_says_goes_first() -> None:
+    model = load("timm:test_convnext", patch_px=96, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], classes=["x", "y"])
+    assert (model.patch_px, model.mean, model.std) == ((96, 96), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert model.classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("timm:resnet18x", "timm has no such model; near names: "),
+        ("timm:", "timm has no such model"),
+        ("timm:hf-hub:someone/model", "timm has no such model"),
+        ("torchvision:resnet19", "torchvision has no such model"),
+        ("torchvision:ssd300_vgg16", "not a classifier of images"),
+        ("torchvision:fcn_resnet50", "not a classifier of images"),
+        ("json:no_such_function", "'json' has no function 'no_such_function'"),
+        ("json:__doc__", "'json' has no function '__doc__'"),
+        ("json:", "'json' has no function ''"),
+        ("no_such_module:build", "cannot import 'no_such_module'"),
+        (":build", "cannot import ''"),
+        ("..:build", "cannot import '..'"),
+        ("resnet18", "cannot import 'resnet18'"),
+        ("json:loads", "loads() fails: TypeError"),
+        ("json:JSONDecoder", "returned a JSONDecoder, expected a torch.nn.Module"),
+    ],
+)
+def test_a_source_that_gives_no_network_is_refused(source: str, problem: str) -> None:
+    message = refused(source)
+    assert message.startswith(source.rstrip())
+    assert problem in message
+
+
+def test_a_function_may_lie_beside_the_model_file(folder: Path) -> None:
+    (folder / "net_beside.py").write_text(NET.format(layers=POOLED.format(classes=4)))
+    assert len(load("net_beside:build", folder, patch_px=32).classes) == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("import no_such_thing", "cannot import 'net_broken' (ModuleNotFoundError: No module named 'no_such_thing')"),
+        ("def build(:", "cannot import 'net_broken' (SyntaxError"),
+        ("1 / 0", "cannot import 'net_broken' (ZeroDivisionError"),
+        ("def build(size):\n    return size", "build() fails: TypeError"),
+        ("def build():\n    raise OSError('no\\nfile')", "build() fails: OSError: no file"),
+    ],
+)
+def test_code_that_fails_is_named(code: str, problem: str, folder: Path) -> None:
+    (folder / "net_broken.py").write_text(code)
+    message = refused("net_broken:build", folder, patch_px=32)
+    assert problem in message
+    assert "\n" not in message
+
+
+def test_a_namesake_loaded_before_is_not_taken_for_it(folder: Path) -> None:
+    for name, classes in (("a", 2), ("b", 3)):
+        (folder / name).mkdir()
+        (folder / name / "net_twice.py").write_text(NET.format(layers=POOLED.format(classes=classes)))
+    assert len(load("net_twice:build", folder / "a", patch_px=32).classes) == 2
+    message = refused("net_twice:build", folder / "b", patch_px=32)
+    assert str(folder / "a" / "net_twice.py") in message
+    assert "rename one of them" in message
+    assert len(load("net_twice:build", folder / "a", patch_px=32).classes) == 2
+
+
+def test_the_digest_tells_the_source_code(folder: Path) -> None:
+    path, digests = folder / "net_edited.py", []
+    for remark in ("", "# changed\n", ""):
+        path.write_text(NET.format(layers=POOLED.format(classes=2)) + remark)
+        sys.modules.pop("net_edited", None)
+        digests.append(load("net_edited:build", folder, patch_px=32).digest)
+    assert digests[0] == digests[2] != digests[1]

@@ -1,0 +1,147 @@
+"""Batches of patches: order, content, reading ahead, unreadable patches, and threads that end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.oracles import crop
+from tests.slides_in_memory import BACKGROUND, ArraySlide
+from wsi_gradcam.errors import MppError, SlideFormatError
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.reading import Batch, read_batches
+
+LEVEL0 = np.random.default_rng(2).integers(0, 256, (60, 80, 3), np.uint8)
+MPP = 0.5
+
+
+def slide(bad: Region | None = None) -> ArraySlide:
+    return ArraySlide([LEVEL0], (MPP, MPP), bad)
+
+
+def places(count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(count).integers(-5, 60, (count, 2))
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes true within some seconds."""
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    return condition()
+
+
+def reader_threads() -> int:
+    return sum(thread.name.startswith("read") for thread in threading.enumerate())
+
+
+@given(st.integers(0, 23), st.integers(1, 9), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_patches_come_in_order_whatever_the_batch_and_threads(count: int, batch_size: int, threads: int) -> None:
+    yx = places(count)
+    batches = list(read_batches(slide(), yx, (7, 9), MPP, batch_size, threads))
+    assert [batch.start for batch in batches] == list(range(0, count, batch_size))
+    assert [len(batch.rgb) for batch in batches] == [min(batch_size, count - b.start) for b in batches]
+    for batch in batches:
+        assert batch.causes == {}
+        for patch, (y, x) in zip(batch.rgb, yx[batch.start :].tolist(), strict=False):
+            np.testing.assert_array_equal(patch, crop(LEVEL0, y, x, 7, 9, BACKGROUND))
+
+
+def test_reads_at_the_mpp_asked_for() -> None:
+    (batch,) = read_batches(slide(), np.array([[0, 0]]), (15, 20), 4 * MPP, 1, 1)
+    means = LEVEL0.reshape(15, 4, 20, 4, 3).mean(axis=(1, 3))
+    assert np.abs(batch.rgb[0] - means).mean() < 25
+    assert batch.rgb[0].std() < LEVEL0.std() / 2
+
+
+def test_an_unreadable_patch_is_told_with_its_cause_and_the_rest_is_kept() -> None:
+    yx = np.array([[0, 0], [30, 40], [10, 0], [32, 42], [50, 60]])
+    batches = list(read_batches(slide(Region(33, 43, 2, 2)), yx, (8, 8), MPP, 3, 2))
+    assert [sorted(batch.causes) for batch in batches] == [[1], [0]]
+    assert "memory: level 0, Region(y=30, x=40" in batches[0].causes[1]
+    for batch in batches:
+        for i, patch in enumerate(batch.rgb):
+            y, x = yx[batch.start + i].tolist()
+            expected = np.zeros((8, 8, 3)) if i in batch.causes else crop(LEVEL0, y, x, 8, 8, BACKGROUND)
+            np.testing.assert_array_equal(patch, expected)
+
+
+def test_exactly_one_batch_is_read_ahead() -> None:
+    source = slide()
+    batches = read_batches(source, places(20), (5, 5), MPP, 4, 2)
+    for consumed in range(1, 6):
+        next(batches)
+        ahead = min(20, 4 * (consumed + 1))
+        assert until(lambda ahead=ahead: len(source.reads) == ahead)  # type: ignore[misc]
+        time.sleep(0.01)
+        assert len(source.reads) == ahead
+    assert list(batches) == []
+
+
+def test_nothing_is_read_before_it_is_asked_for() -> None:
+    source = slide()
+    batches = read_batches(source, places(20), (5, 5), MPP, 4, 2)
+    assert source.reads == []
+    batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_threads_than_asked_for(threads: int) -> None:
+    batches = read_batches(slide(), places(40), (5, 5), MPP, 20, threads)
+    next(batches)
+    assert 1 <= reader_threads() <= threads
+    list(batches)
+    assert reader_threads() == 0
+
+
+def test_threads_end_when_the_caller_stops_early() -> None:
+    batches = read_batches(slide(), places(30), (5, 5), MPP, 4, 3)
+    next(batches)
+    assert reader_threads() > 0
+    batches.close()  # type: ignore[attr-defined]
+    assert reader_threads() == 0
+
+
+class SlowSlide(ArraySlide):
+    def read_level(self, level: int, region: Region) -> npt.NDArray[np.uint8]:
+        time.sleep(0.01)
+        return super().read_level(level, region)
+
+
+def test_what_was_read_ahead_is_not_waited_for_when_the_caller_stops() -> None:
+    source = SlowSlide([LEVEL0], (MPP, MPP))
+    batches = read_batches(source, places(100), (5, 5), MPP, 50, 1)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert len(source.reads) < 75
+
+
+class VanishedSlide(ArraySlide):
+    def read_level(self, level: int, region: Region) -> npt.NDArray[np.uint8]:
+        raise SlideFormatError("gone.svs: vanished")
+
+
+@pytest.mark.parametrize(
+    ("source", "error"), [(VanishedSlide([LEVEL0]), SlideFormatError), (ArraySlide([LEVEL0], None), MppError)]
+)
+def test_what_is_wrong_with_the_whole_slide_is_raised_and_threads_end(
+    source: ArraySlide, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        list(read_batches(source, places(9), (5, 5), MPP, 2, 2))
+    assert reader_threads() == 0
+
+
+def test_a_batch_is_the_callers_own() -> None:
+    first, second = read_batches(slide(), np.array([[0, 0], [0, 0]]), (5, 5), MPP, 1, 1)
+    first.rgb[:] = 0
+    np.testing.assert_array_equal(second.rgb[0], LEVEL0[:5, :5])
+    assert isinstance(first, Batch)

