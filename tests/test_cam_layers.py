@@ -189,6 +189,12 @@ def test_candidates_say_their_shape_and_depth() -> None:
     assert leaves == 6
 
 
+def test_a_module_that_runs_twice_is_no_candidate() -> None:
+    candidates, _ = candidate_layers(Net(reused), IMAGES)
+    assert "second" in [c.name for c in candidates]
+    assert "third" not in [c.name for c in candidates]
+
+
 def test_a_layer_dominates_only_when_nothing_bypasses_it() -> None:
     assert dominates(Net(plain), "first", IMAGES)
     assert not dominates(Net(bypassed), "third", IMAGES)

@@ -228,6 +228,7 @@ def test_classes_without_names_are_numbered() -> None:
         ("tests.toy_models:pair", "returns a tuple, expected a tensor of shape (batch, classes)"),
         ("tests.toy_models:not_a_module", "returned a int, expected a torch.nn.Module"),
         (f"{__name__}:flattened", "returns shape (4,)"),
+        (f"{__name__}:averaged", "returns shape (1, 2) for a batch of 2"),
         (f"{__name__}:choosy", "fails on a batch of shape (2, 3, 32, 32): ValueError: only gray"),
     ],
 )
@@ -242,6 +243,15 @@ class Fail(nn.Module):
 
 def choosy() -> nn.Module:
     return Fail()
+
+
+class Averaged(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).mean(dim=0, keepdim=True)
+
+
+def averaged() -> nn.Module:
+    return Averaged()
 
 
 def flattened() -> nn.Module:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import timm.models._builder
 import torchvision.models._api
+from torch import nn
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import Model, load_model
@@ -69,6 +70,17 @@ def test_untrained_networks_need_no_network(source: str) -> None:
 
 def test_untrained_is_never_taken_for_published() -> None:
     assert "timm:botnet50ts_256: there are no published weights" in refused("timm:botnet50ts_256", weights=None)
+
+
+@pytest.mark.parametrize("source", ["timm:test_convnext", "torchvision:squeezenet1_1"])
+def test_published_weights_never_get_an_untrained_head(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def untrained(create: Callable[..., nn.Module], key: str, value: object) -> Callable[..., nn.Module]:
+        return lambda name, **arguments: create(name, **{**arguments, key: value})
+
+    monkeypatch.setattr(timm, "create_model", untrained(timm.create_model, "pretrained", False))
+    monkeypatch.setattr(torchvision.models, "get_model", untrained(torchvision.models.get_model, "weights", None))
+    message = refused(source, weights=None, classes=["a", "b"])
+    assert "2 classes are named, but the model has 1000 outputs" in message
 
 
 def test_timm_knows_the_input() -> None:

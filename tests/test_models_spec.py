@@ -123,12 +123,12 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_yaml_runs_no_code(tmp_path: Path) -> None:
-    touched = tmp_path / "touched"
-    path = write(
-        tmp_path, f"source: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{touched}]]"
-    )
+    made = tmp_path / "made"
+    path = write(tmp_path, f"source: !!python/object/apply:os.mkdir ['{made}']\n")
     assert "not a YAML file" in refused(path)
-    assert not touched.exists()
+    assert not made.exists()
+    yaml.unsafe_load(path.read_text())
+    assert made.exists()  # it would have
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -194,6 +194,12 @@ def test_touching_finds_every_patch_that_covers_a_pixel(case: Case) -> None:
         assert not (apart and covered.any())
 
 
+def test_a_patch_that_ends_where_a_block_begins_does_not_touch_it() -> None:
+    yx = np.array([[40, 16], [16, 40], [17, 17], [47, 47], [47, 48], [48, 47]])
+    assert touching(yx, (16.0, 16.0), 16, Region(2, 2, 1, 1)).tolist() == [2, 3]
+    assert touching(yx, (16.5, 16.5), 16, Region(2, 2, 1, 1)).tolist() == [0, 1, 2, 3]
+
+
 def test_the_middle_of_a_patch_outweighs_its_neighbours_edge() -> None:
     yx, cams = np.array([[0, 0], [0, 8]]), np.array([[[0.0]], [[1.0]]], np.float32)
     region = Region(0, 0, 16, 24)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import dask
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, get_worker
+from distributed.client import ClosedClientError
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import SlideError, WorkerError, one_line
@@ -169,6 +171,8 @@ class _Flow:
                     yield from self._drain()
                 elif not self._active:
                     return
+        except (CancelledError, CommClosedError, ClosedClientError) as error:
+            raise _lost("the connection to the Dask scheduler is lost; start it anew") from error
         finally:
             if self._futures and self._client.status == "running":
                 self._client.cancel(list(self._futures))
@@ -200,7 +204,7 @@ class _Flow:
                 return self._done.get(timeout=NO_WORKER_S)
             except queue.Empty:
                 if self._client.status != "running" or not self._client.nthreads():
-                    raise _lost(f"no worker has been left for {NO_WORKER_S} s; start some") from None
+                    raise _lost(f"no worker is left and none has come for {NO_WORKER_S} s; start some") from None
 
     def _submit(self, sent: _Sent) -> None:
         running, task = sent.running, sent.task
@@ -213,10 +217,7 @@ class _Flow:
     def _take(self, future: Future[Any]) -> None:
         sent = self._futures.pop(future)
         running, task = sent.running, sent.task
-        try:
-            error = future.exception()
-        except CancelledError as lost:
-            raise _lost("the connection to the Dask scheduler is lost; start it anew") from lost
+        error = future.exception()
         if isinstance(error, KilledWorker) and not sent.alone and running.error is None:
             self._suspects.append(sent)
             return
@@ -293,7 +294,7 @@ def _use_threads(count: int) -> None:
 
 
 def _local_cluster(workers: int) -> LocalCluster:
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what fails is reported with its slide
     patience = {
         "distributed.scheduler.no-workers-timeout": NO_WORKER_S,
         "distributed.scheduler.allowed-failures": 1,  # a suspect gets another chance, alone
@@ -301,5 +302,5 @@ def _local_cluster(workers: int) -> LocalCluster:
     with dask.config.set(patience):
         return LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
-            dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR,
+            dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
         )  # fmt: skip

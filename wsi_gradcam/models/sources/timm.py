@@ -24,7 +24,9 @@ def build(name: str, spec: ModelSpec) -> Built:
             f"timm:{name}: there are no published weights; name a file with 'weights:' in a model file, or use "
             "'weights: random' for an untrained network"
         )
-    outputs: dict[str, Any] = {} if spec.classes is None else {"num_classes": len(spec.classes)}
+    outputs: dict[str, Any] = {}
+    if spec.weights is not None and spec.classes is not None:  # timm would put a random head on published weights
+        outputs["num_classes"] = len(spec.classes)
     try:
         module = timm.create_model(name, pretrained=spec.weights is None, **outputs)
     except (OSError, RuntimeError) as error:

@@ -33,10 +33,5 @@ def build(name: str, spec: ModelSpec) -> Built:
             "name a file with 'weights:' in a model file, or use 'weights: random' for an untrained network"
         ) from error
     side = transform.crop_size[0]
-    classes = _unique(published.meta["categories"]) if spec.classes is None else None
+    classes = tuple(published.meta["categories"]) if spec.classes is None else None
     return Built(module, classes, (side, side), tuple(transform.mean), tuple(transform.std))
-
-
-def _unique(names: list[str]) -> tuple[str, ...]:
-    """Category names made unique: ImageNet has two cranes and two maillots."""
-    return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names))

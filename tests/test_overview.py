@@ -1,0 +1,67 @@
+"""The overview lies right over the thumbnail, and one bad tile does not cost it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.synthetic import corrupt_tile, write_marker_slide
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.overview import UNREADABLE_GRAY, _round_length, _scaled, _thumbnail
+from wsi_gradcam.plan import SlidePlan
+from wsi_gradcam.slides import open_slide
+from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
+
+
+def plan_of(slide_px: tuple[int, int], stride: int) -> SlidePlan:
+    return SlidePlan("", "", slide_px, (0.25, 0.25), (64.0, 64.0), 1, 256, stride)
+
+
+@pytest.mark.parametrize("slide_px", [(1601, 1601), (3201, 2417), (1615, 4000), (700, 333)])
+@pytest.mark.parametrize("shape", [(97, 143), (160, 160), (12, 20)])
+def test_overlays_lie_where_the_heatmap_says(tmp_path: Path, slide_px: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Each heatmap pixel holds its own centre's place; read back, a thumbnail's pixel must find its own."""
+    plan = plan_of(slide_px, 16)
+    store = HeatmapStore.create(tmp_path / "h", "h", plan.heatmap_px, (4.0, 4.0), [Channel("y"), Channel("x")], {})
+    for level, (height, width) in enumerate(plan.level_shapes):
+        step, whole = 16 * 2**level, Region(0, 0, height, width)
+        y, x = (np.mgrid[:height, :width] + 0.5) * step
+        store.write(level, 0, whole, y.astype(np.float32))
+        store.write(level, 1, whole, x.astype(np.float32))
+        store.write_flags(level, whole, np.where(x > slide_px[1] / 2, EXPLAINED, 0).astype(np.uint8))
+    covered, (found_y, found_x) = _scaled(store, plan, [0, 1], shape)
+    pitch_y, pitch_x = slide_px[0] / shape[0], slide_px[1] / shape[1]
+    true_y, true_x = (np.mgrid[: shape[0], : shape[1]] + 0.5) * np.array([pitch_y, pitch_x])[:, None, None]
+    step = 16 * 2 ** max((i for i, (h, _) in enumerate(plan.level_shapes) if h >= shape[0]), default=0)
+    assert np.abs(found_y - true_y).max() <= step / 2 + 1e-3  # inside the heatmap pixel that is shown
+    assert np.abs(found_x - true_x).max() <= step / 2 + 1e-3
+    np.testing.assert_array_equal(covered, found_x > slide_px[1] / 2)
+
+
+def test_an_unreadable_tile_is_gray_and_the_rest_is_there(tmp_path: Path) -> None:
+    good = write_marker_slide(
+        tmp_path / "good.tif", 1024, 1536, mpp=(0.25, 0.3), markers=[(700, 900)], marker_px=60, downsamples=(8,)
+    )
+    corrupt_tile(good.path, tmp_path / "torn.tif", 0, 1, 2)
+    with_tile, slide = open_slide(good.path), open_slide(tmp_path / "torn.tif")
+    try:
+        expected, found = _thumbnail(with_tile), _thumbnail(slide)
+    finally:
+        with_tile.close()
+        slide.close()
+    assert found.shape == expected.shape
+    gray = (found == UNREADABLE_GRAY).all(axis=2)
+    y, x = np.argwhere(gray).T
+    step_y, step_x = 1024 / found.shape[0], 1536 / found.shape[1]
+    assert 256 - 33 * step_y <= y.min() * step_y <= 256
+    assert 512 <= (y.max() + 1) * step_y <= 512 + 33 * step_y
+    assert 512 - 33 * step_x <= x.min() * step_x <= 512
+    assert 768 <= (x.max() + 1) * step_x <= 768 + 33 * step_x
+    np.testing.assert_allclose(found[~gray].astype(int), expected[~gray].astype(int), atol=2)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(730, 500), (500, 500), (499, 200), (0.19, 0.1), (1.0, 1.0), (99, 50)])
+def test_scale_bars_have_round_lengths(length: float, shown: float) -> None:
+    assert _round_length(length) == pytest.approx(shown)
