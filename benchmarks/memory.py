@@ -73,7 +73,8 @@ def measure(folder: Path, sides: dict[str, int], tissue: float) -> dict[str, dic
             command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", str(slide), "--model", str(model)]
             started = time.monotonic()
             peaks[mode][name] = peak_rss_mib([*command, "--out", str(out), "--batch-size", "32", *extra])
-            print(f"{mode:>10} {name:>14} {peaks[mode][name]:8.0f} MiB {time.monotonic() - started:6.0f} s", file=sys.stderr)
+            seconds = time.monotonic() - started
+            print(f"{mode:>10} {name:>14} {peaks[mode][name]:8.0f} MiB {seconds:6.0f} s", file=sys.stderr)
     return peaks
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from demo_evaluation import Maps, brier, expected_calibration_error, reliability, roc_auc
-from demo_training import Recipe
 from safetensors.torch import save
 
+from demo_evaluation import Maps, brier, expected_calibration_error, reliability, roc_auc
+from demo_training import Recipe
 from wsi_gradcam.models.zoo.nets import PatchCNN
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_training import Mask, Rgb
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import rankdata
 from torch import Tensor
 
+from demo_training import Mask, Rgb
 from wsi_gradcam.models.zoo.nets import PatchCNN
 
 CELL_PX = 16

@@ -15,7 +15,7 @@ import wsi_gradcam
 
 def main() -> int:
     """Run; returns 0 when every slide is done and valid."""
-    parser = argparse.ArgumentParser(description="Explain the slides of a folder on this machine and check the results.")
+    parser = argparse.ArgumentParser(description="Explain slides on this machine and check the results.")
     parser.add_argument("slides", nargs="+", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--target", action="append", default=[])

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_card import Result, Spec, write_model
-from demo_evaluation import Maps, colour_baseline, cut, maps_of, predict, roc_auc
-from demo_texts import ihc_card, oral_card
-from demo_training import Annotated, Recipe, train
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.fft import irfft2, rfft2
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from demo_card import Result, Spec, write_model
+from demo_evaluation import Maps, colour_baseline, cut, maps_of, predict, roc_auc
+from demo_texts import ihc_card, oral_card
+from demo_training import Annotated, Recipe, train
 from wsi_gradcam.demo.ihc import HELD_OUT, dab_positive, micrograph
 from wsi_gradcam.models.zoo import nets
 

@@ -30,7 +30,7 @@ MARKERS = ((14, 14), (512, 640), (801, 1907), (1499, 333), (1733, 1405), (2286, 
 UNALIGNED = (3, 7)  # no level of the slide is a power of two smaller than level 0
 
 
-SLIDE_PX = (600, 1100)
+SLIDE_PX = (360, 500)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def marker_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def slide(tmp_path_factory: pytest.TempPathFactory) -> MarkerSlide:
     """A small slide, all tissue."""
     return write_marker_slide(
-        tmp_path_factory.mktemp("slide") / "whole.tif", *SLIDE_PX, mpp=0.25, markers=[(100, 200), (590, 1090)],
+        tmp_path_factory.mktemp("slide") / "whole.tif", *SLIDE_PX, mpp=0.25, markers=[(100, 200), (350, 490)],
         marker_px=16,
     )  # fmt: skip
 
@@ -253,6 +253,16 @@ def test_reader_threads_change_nothing(slide: MarkerSlide, plain_run: Path, tmp_
     explain(slide.path, toy_spec("pooled_linear", mpp=0.25), tmp_path, **SMALL, reader_threads=5)
     found, expected = contents(tmp_path), contents(plain_run.parent)
     assert {name for name in expected if found[name] != expected[name]} == {"run.yaml"}
+
+
+def test_torch_threads_are_set(slide: MarkerSlide, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        explain(slide.path, toy_spec("pooled_linear"), tmp_path, **SMALL, torch_threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_run_yaml_tells_what_was_done(plain_run: Path) -> None:

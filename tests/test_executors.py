@@ -177,6 +177,13 @@ def test_a_patch_that_kills_workers_costs_its_slide_alone(
     assert differing(tmp_path, serial) == []
 
 
+def test_a_model_that_kills_workers_is_told(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(POISON, "load")
+    with pytest.raises(WorkerError, match="workers died while they loaded the model; give them more memory"):
+        explain(archive, toy_spec("deadly"), tmp_path / "out", **SMALL, workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "127.0.0.1:1", "nonsense", "tcp://127.0.0.1:port"])
 def test_no_scheduler_there(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr(dask_executor, "NO_WORKER_S", 1)

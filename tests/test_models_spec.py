@@ -161,3 +161,11 @@ def test_whatever_is_typed_is_a_specification_or_a_model_error(text: str) -> Non
     except ModelError as error:
         told = str(error)
     assert text in told or text in bundled()
+
+
+@pytest.mark.parametrize("values", [{"mean": [178, 140, 178]}, {"std": [38, 46, 38]}, {"std": [0, 0.1, 0.1]}])
+def test_colours_of_0_to_255_are_refused(values: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(yaml.safe_dump({"source": "a:b", **values}))
+    with pytest.raises(ModelError, match=r"less than or equal to 1|greater than 0"):
+        read_spec(str(path))

@@ -285,6 +285,11 @@ def test_a_damaged_slides_csv_is_refused(tmp_path: Path, text: str) -> None:
         read_slides(path)
 
 
+def test_a_folder_in_the_place_of_slides_csv_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be read: Is a directory; choose another --out"):
+        read_slides(tmp_path)
+
+
 def test_an_empty_slides_csv_has_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "slides.csv"
     path.touch()

@@ -116,6 +116,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "not valid OME-Zarr",
     ),
+    "a level not named": (
+        lambda f: edit(
+            f / "heatmap.ome.zarr/zarr.json", lambda a: a["attributes"]["ome"]["multiscales"][0]["datasets"].pop()
+        ),
+        "names 1 levels, expected 2",
+    ),
     "a lost row": (lambda f: table(f, lambda t: t.slice(1)), "patches.parquet has "),
     "rows swapped": (lambda f: table(f, lambda t: t.take([1, 0, *range(2, t.num_rows)])), "other positions"),
     "a logit in the table": (lambda f: table(f, lambda t: with_first(t, "logit_marker", 5.0)), "of marker"),
@@ -134,6 +140,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a block not recorded": (lambda f: edit(f / "manifest/done.json", lambda d: d["blocks"].popitem()), "level 1 of"),
     "the run": (lambda f: edit(f / "manifest/plan.json", lambda p: p.update(run_digest="x")), "another model or conf"),
+    "the slide's size": (lambda f: edit(f / "manifest/plan.json", lambda p: p.update(slide_px=[900, 400])), "levels"),
+    "a pixel more": (
+        lambda f: edit(f / "manifest/plan.json", lambda p: p.update(slide_px=[300, 399])),
+        "expected (300",
+    ),
     "the manifest": (lambda f: (f / "manifest/plan.json").write_text("{"), "plan.json: damaged"),
     "the record": (lambda f: (f / "manifest/done.json").write_text("{}"), "cannot be read"),
 }

@@ -116,6 +116,13 @@ def poisoned() -> nn.Module:
     return Poisoned(cast(PooledLinear, pooled_linear()).features, 12)
 
 
+def deadly() -> nn.Module:
+    """Kills its process while it is built, when the environment says "load"."""
+    if os.environ.get(POISON) == "load":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pooled_linear()
+
+
 def _first_time(action: str) -> bool:
     if action == "always":
         return True

@@ -90,9 +90,11 @@ def choose(grid: PatchGrid, mask: NDArray[np.bool_], min_tissue: float, block_px
     """The patches with at least `min_tissue` of their area on tissue (and more than none), in working order.
 
     `mask` covers the whole slide; of a patch that reaches beyond it only the part on the slide counts, so that a
-    strip of tissue along the edge is not left out. Order: by blocks of `block_px` x `block_px` level-0 px that hold the top left
-    corner, row by row; inside a block row by row. So reads stay local, and a block of the heatmap needs a few
-    runs of patches: its own and a rim above and to the left.
+    strip of tissue along the edge is not left out.
+
+    Order: by blocks of `block_px` x `block_px` level-0 px that hold the top left corner, row by row; inside a block
+    row by row. So reads stay local, and a block of the heatmap needs a few runs of patches: its own and a rim above
+    and to the left.
     """
     scale_y, scale_x = mask.shape[0] / grid.slide_px[0], mask.shape[1] / grid.slide_px[1]
     ys, xs = grid.positions(0), grid.positions(1)

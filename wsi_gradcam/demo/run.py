@@ -13,9 +13,9 @@ from wsi_gradcam.demo.agreement import majority, roc_auc
 from wsi_gradcam.demo.ihc import HELD_OUT, dab_positive, micrograph
 from wsi_gradcam.demo.layout import Layout, lay_out
 from wsi_gradcam.demo.slide import write_slide
-from wsi_gradcam.errors import StoreError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.report import print_outcome, progress
+from wsi_gradcam.stores.files import storing
 from wsi_gradcam.stores.heatmap import EXPLAINED, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder
 
@@ -35,19 +35,22 @@ def run_demo(slide: str | None, out: Path, workers: int | None) -> bool:
     the truth. Returns whether all went well.
 
     Raises:
-        WsiGradcamError: the slide or the output cannot be used.
+        StoreError: the output cannot be written.
+        SlideNotFoundError: there is no such slide.
     """
     started = time.monotonic()
     layout = None
     if slide is None:
         print(f"laying out an IHC slide of {SIDE_PX} x {SIDE_PX} px ...", flush=True)
         path, layout = lay_out_slide(out / SLIDE_NAME)
-        model, target = "ihc-dab", "positive"
+        model, target, overlap = "ihc-dab", "positive", 0.25
     else:
-        path, model, target = Path(slide), "oral-tumour", "tumour"
+        path, model, target, overlap = Path(slide), "oral-tumour", "tumour", 0.5
     results = RunFolder(out / model)
     with progress(quiet=False) as listener:
-        outcome = explain(path, model, results.path, workers=workers, listener=listener, target=[target], overlap=0.5)
+        outcome = explain(
+            path, model, results.path, workers=workers, listener=listener, target=[target], overlap=overlap
+        )
     print_outcome(outcome, as_json=False)
     if outcome.failed:
         return False
@@ -61,14 +64,10 @@ def run_demo(slide: str | None, out: Path, workers: int | None) -> bool:
 
 def lay_out_slide(path: Path) -> tuple[Path, Layout]:
     """Write the demo's slide to `path`: the micrograph on glass, a tiled pyramidal TIFF."""
-    try:
+    rgb, layout = lay_out(micrograph(), (SIDE_PX, SIDE_PX))
+    with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        rgb, layout = lay_out(micrograph(), (SIDE_PX, SIDE_PX))
         write_slide(path, rgb, mpp=MPP)
-    except OSError as error:
-        raise WsiGradcamError(
-            f"{path}: cannot write the demo's slide: {error.strerror}; choose another --out"
-        ) from error
     return path, layout
 
 

@@ -22,7 +22,9 @@ from wsi_gradcam.models.activation import Activation
 ZOO = Path(__file__).parent / "zoo"
 RANDOM = "random"
 
-Colour = tuple[float, float, float]
+# In 0..1: values of 0..255 are a mistake that would silently whiten every patch.
+Mean = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class ModelSpec(BaseModel):
@@ -54,8 +56,8 @@ class ModelSpec(BaseModel):
     classes: tuple[str, ...] | None = None
     patch_px: tuple[PositiveInt, PositiveInt] | None = None
     mpp: PositiveFloat | None = None
-    mean: Colour | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    mean: tuple[Mean, Mean, Mean] | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
     layer: str | None = None
     activation: Activation = "softmax"
     license: str | None = None
