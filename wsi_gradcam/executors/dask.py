@@ -21,7 +21,7 @@ import dask
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, get_worker
 from distributed.client import ClosedClientError
-from distributed.comm import CommClosedError
+from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import SlideError, WorkerError, one_line
