@@ -1,6 +1,6 @@
 """Explain the slides of a folder on this machine and check the results, through the public Python calls.
 
-    python pipelines/local.py slides/ --model oral-tumour --target tumour --out results/ --workers 2
+    python pipelines/local.py slides/ --model oral-tumour --target tumour --out results-local/ --workers 2
 
 Copy it and change what you need. The guard at the end matters: worker processes import this file.
 """

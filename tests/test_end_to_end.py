@@ -140,12 +140,21 @@ def _centroid(image: npt.NDArray[np.float32], truth: npt.NDArray[np.float64]) ->
     return centre
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.4])
-@pytest.mark.parametrize("window", ["hann", "uniform"])
+@pytest.mark.parametrize(
+    ("changes", "mpp"),
+    [
+        ({"window": "hann"}, 0.5),
+        ({"window": "uniform"}, 0.5),
+        ({"window": "hann", "overlap": 0.4}, 0.5),
+        ({"window": "uniform", "overlap": 0.4}, 0.5),
+        ({"window": "hann"}, 0.73),  # patches begin anywhere in a pixel of the heatmap
+        ({"window": "hann", "heatmap_stride": 2}, 0.73),
+    ],
+)
 def test_a_constant_cam_gives_a_constant_heatmap(
-    slide: MarkerSlide, tmp_path: Path, overlap: float, window: str
+    slide: MarkerSlide, tmp_path: Path, changes: dict[str, Any], mpp: float
 ) -> None:
-    explain(slide.path, toy_spec("constant"), tmp_path, **{**SMALL, "overlap": overlap, "window": window})
+    explain(slide.path, toy_spec("constant", mpp=mpp), tmp_path, **{**SMALL, **changes})
     heatmap = Heatmap(tmp_path / slide.path.name)
     for level in range(len(heatmap.datasets)):
         explained = heatmap.flags(level) & 2 > 0

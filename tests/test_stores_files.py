@@ -125,8 +125,9 @@ def test_other_errors_pass_unchanged(error: Exception) -> None:
 
 
 def test_partials_are_removed_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
-    kept = ["a.json", "x/c/0/0", "x/partial", "x/a.partial.json"]
-    for name in (*kept, f"a.json.1{PARTIAL}", f"x/c/0/0.9f{PARTIAL}"):
+    kept = ["a.json", "x/c/0/0", "x/partial", "x/a.partial.json", "slide.svs.1a2b3c4d.partial"]
+    ours = "0123456789abcdef" * 2
+    for name in (*kept, f"a.json.{ours}{PARTIAL}", f"x/c/0/0.{ours}{PARTIAL}"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     remove_partials(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import Task, resized
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.run_files import check_same_run, read_slides, remove_leftovers, write_run, write_slides
+from wsi_gradcam.stores.run_files import SlideTable, check_same_run, read_slides, remove_leftovers, write_run
 from wsi_gradcam.validation import validate
 from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord
 
@@ -60,7 +60,7 @@ class Listener:
 
 def explain(
     slides: Paths,
-    model: str | ModelSpec,
+    model: str | PathLike[str] | ModelSpec,
     out: str | PathLike[str],
     settings: Settings | None = None,
     *,
@@ -79,7 +79,8 @@ def explain(
         settings: how slides are explained; or single `options` by the names of `Settings`.
         workers: run on this many processes of this machine; nothing given: in this process.
         scheduler: run on the Dask cluster at this address instead.
-        overwrite: recompute where `out` holds results of another model, file or configuration.
+        overwrite: recompute slides that are finished, and where `out` holds results of another model, file or
+            configuration. To go on with an overwriting run that was stopped, leave it out.
         listener: told about progress.
 
     Returns:
@@ -94,21 +95,23 @@ def explain(
     folder = RunFolder(_local(out))
     with _executor(workers, scheduler, settings) as executor:
         run = _plan(executor, folder.path, spec, settings)
-        if not overwrite:
-            check_same_run(folder.run, run)
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
+        if not overwrite and not _nothing_but_failures(rows):
+            check_same_run(folder.run, run)
         remove_leftovers(folder.path)
         write_run(folder.run, run)
         listener.begun(run, entries, getattr(executor, "dashboard", ""))
         records = []
+        table = SlideTable(folder.slides)
         try:
             for record in executor.run(run, entries, overwrite, listener.task_done):
-                rows[record.slide.id] = _row(record, folder, run, rows.get(record.slide.id))
-                write_slides(folder.slides, rows)
+                table.add(_row(record, folder, run, rows.get(record.slide.id)))
                 records.append(record)
                 listener.slide_done(record)
         except FatalError as error:
             raise error.cause from error.cause.__cause__
+        finally:
+            table.flush()
     return Outcome(folder.path, tuple(records))
 
 
@@ -123,7 +126,7 @@ class Preview:
 
 def preview(
     slides: Paths,
-    model: str | ModelSpec,
+    model: str | PathLike[str] | ModelSpec,
     out: str | PathLike[str],
     settings: Settings | None = None,
     **options: Any,
@@ -148,14 +151,14 @@ def preview(
 
 
 def _prepared(
-    slides: Paths, model: str | ModelSpec, settings: Settings | None, options: dict[str, Any]
+    slides: Paths, model: str | PathLike[str] | ModelSpec, settings: Settings | None, options: dict[str, Any]
 ) -> tuple[Settings, list[SlideEntry], ModelSpec]:
     if settings is None:
         settings = make_settings(**options)
     elif options:
         settings = make_settings(**{**settings.model_dump(), **options})
     entries = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
-    spec = read_spec(model) if isinstance(model, str) else model
+    spec = model if isinstance(model, ModelSpec) else read_spec(fspath(model))
     spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
     return settings, entries, resized(spec, settings.patch_px)
 
@@ -216,6 +219,11 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
         "slide_digest": plan["slide_digest"] if plan else "",
         "model_digest": run.facts.digest,
     }
+
+
+def _nothing_but_failures(rows: dict[str, dict[str, Any]]) -> bool:
+    """Whether no slide has begun: such an `out` may be used with other settings, such as the --mpp that was missing."""
+    return bool(rows) and all(row["status"] == FAILED and row["patches"] == "0" for row in rows.values())
 
 
 def _stored_plan(folder: RunFolder, record: SlideRecord) -> dict[str, Any] | None:

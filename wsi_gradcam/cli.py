@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="explain a real slide with a trained model that comes along")
     demo.add_argument("slide", nargs="?", help="an H&E slide; without one, an IHC slide is laid out")
     demo.add_argument("--out", default="demo-output", help="folder for the results (default: demo-output)")
+    demo.add_argument("--mpp", type=float, help="the slide's micrometres per pixel, where the file is wrong")
     demo.add_argument("--workers", type=int, help="number of processes (default: this one)")
     demo.set_defaults(run=_demo)
     check = commands.add_parser("validate", help="check results against manifest, specification and slide")
@@ -99,7 +100,11 @@ def _add_explain(commands: Any) -> None:
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
     where.add_argument("--scheduler", help="run on the Dask cluster at this address")
     explain.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
-    explain.add_argument("--overwrite", action="store_true", help="recompute where --out holds other results")
+    explain.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="make finished slides anew, whatever settings --out holds",
+    )
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
 
@@ -174,7 +179,7 @@ def _all_text(values: list[Any]) -> bool:
 def _demo(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.demo.run import run_demo
 
-    return DONE if run_demo(arguments.slide, Path(arguments.out), arguments.workers) else SOME_FAILED
+    return DONE if run_demo(arguments.slide, Path(arguments.out), arguments.workers, arguments.mpp) else SOME_FAILED
 
 
 def _validate(arguments: argparse.Namespace) -> int:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.overview import draw_overview
 from wsi_gradcam.stores.files import remove_partials
 from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
-from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.stores.manifest import Manifest, span_name
 from wsi_gradcam.stores.patch_store import UNREADABLE, PatchStore
 from wsi_gradcam.table import write_table
 
@@ -35,13 +36,18 @@ RECORD_KEYS = frozenset({"status", "patches", "unreadable", "cause", "spans", "b
 def finish_slide(
     run: RunPlan, plan: SlidePlan, folder: SlideFolder, slide: Slide, channels: Sequence[Channel]
 ) -> dict[str, Any]:
-    """Make what needs all of the slide, and record it as done; returns the record."""
+    """Make what needs all of the slide, and record it as done; returns the record.
+
+    Raises:
+        ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them anew.
+    """
     manifest, store, heatmap = (
         Manifest(folder.manifest),
         PatchStore(folder.cams),
         HeatmapStore(folder.heatmap),
     )
     spans, blocks = manifest.records("spans"), manifest.records("blocks")
+    _refuse_foreign(manifest, plan, store, spans, blocks)
     shown = [_windowed(heatmap, i, channel) for i, channel in enumerate(channels)]
     heatmap.set_channels(shown)
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
@@ -59,6 +65,28 @@ def finish_slide(
     }
     manifest.write_done(record)
     return record
+
+
+def _refuse_foreign(
+    manifest: Manifest, plan: SlidePlan, store: PatchStore, spans: dict[str, Any], blocks: dict[str, Any]
+) -> None:
+    """Another run's process that was still busy when this run began may have written over its pieces."""
+    parts = dict(zip(map(span_name, range(len(plan.spans))), plan.spans, strict=True))
+    foreign = [
+        name
+        for name, (start, stop) in parts.items()
+        if spans.get(name, {}).get("run") != plan.run_digest
+        or store.read_span(start, stop).digest() != spans[name]["digest"]
+    ]
+    count = sum(len(plan.blocks(level)) for level in range(len(plan.level_shapes)))
+    whole = len(blocks) == count and all(block.get("run") == plan.run_digest for block in blocks.values())
+    if foreign or not whole:
+        manifest.forget("spans", foreign)
+        manifest.forget("blocks", blocks)
+        raise ResumeError(
+            f"{len(foreign)} spans of the slide were written over by another process; let one run at a time use an "
+            "--out, and run the same command again"
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -53,20 +53,34 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     if len({name for _, name in named}) < len(named):
         common = Path(os.path.commonpath([place.parent for place, _ in named]))
         named = [(place, place.relative_to(common).as_posix()) for place, _ in named]
+    ids = {name for _, name in named}
+    for name in ids:
+        if inner := next((parent.as_posix() for parent in Path(name).parents if parent.as_posix() in ids), None):
+            raise ConfigError(f"slides {inner} and {name} would share a folder below --out; explain them apart")
     return sorted((SlideEntry(name, str(place)) for place, name in named), key=lambda s: s.id)
 
 
 def _slides_in(folder: Path) -> list[Path]:
-    files = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    return sorted(f for f in files if not f.name.startswith("._"))  # macOS leaves such a file beside each slide
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # links may lead round in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    # macOS leaves a file that begins with ._ beside each slide.
+    return sorted(f for f in found if f.is_file() and not f.name.startswith("._"))
 
 
 def _slide_of(file: Path) -> Path:
     """What is equal for the files of one slide: of DICOM, the folder and the series in it; else the file itself."""
     if file.suffix.lower() != ".dcm":
         return file
-    with file.open("rb") as stream:
-        head = stream.read(HEAD_BYTES)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except OSError:  # it will fail as a slide of its own, with this cause
+        return file
     start = head.find(SERIES_INSTANCE_UID) + len(SERIES_INSTANCE_UID)
     if start < len(SERIES_INSTANCE_UID):
         return file.parent

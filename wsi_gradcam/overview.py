@@ -12,10 +12,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.models.spec import RANDOM
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.stores.files import write_atomic
 from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
 
 MAX_PX = 900  # of the thumbnail
-MAX_MAPS = 4
+MAX_MAPS = 3
 UNREADABLE_GRAY = 128
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
 OPACITY = 0.7
+TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are seen
 
 
 def draw_overview(
@@ -47,21 +49,34 @@ def draw_overview(
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     explanations = list(range(len(run.targets)))[:MAX_MAPS]
-    shown = [*explanations, len(run.targets) + explanations[-1]]
+    shown = [*explanations, *(len(run.targets) + i for i in explanations)]
     figure, axes = _panels(1 + len(shown), rgb.shape[0] / rgb.shape[1])
     _show_slide(axes[0], rgb, um_per_px, plan)
     covered, images = _scaled(heatmap, plan, shown, (rgb.shape[0], rgb.shape[1]))
     for axis, number, image in zip(axes[1:], shown, images, strict=True):
         unit = "probability" if number >= len(run.targets) else "logits"
         _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
-    where = f"{run.facts.name}, layer {run.facts.layer}, {plan.patches:,} patches of {run.patch_px[0]} px at "
-    title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{where}{run.mpp:g} µm/px"
+    title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{_about(run, plan)}"
     figure.suptitle(_shown(title), fontsize=9, parse_math=False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def _about(run: RunPlan, plan: SlidePlan) -> str:
+    """What one must know to read the picture."""
+    stride = run.settings.stride(run.patch_px)
+    parts = [
+        run.facts.name + (" (UNTRAINED, random weights)" if run.spec.weights == RANDOM else ""),
+        f"layer {run.facts.layer}",
+        f"{plan.patches:,} patches of {run.patch_px[0]} px at {run.mpp:g} µm/px",
+        "no overlap: patch borders show" if stride == run.patch_px else f"a patch each {stride[0]} px",
+    ]
+    if len(run.targets) > MAX_MAPS:
+        parts.append(f"the first {MAX_MAPS} of {len(run.targets)} targets")
+    return ", ".join(parts)
 
 
 def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
@@ -106,17 +121,17 @@ def _show_overlay(
     unit: str,
 ) -> None:
     norm = Normalize(channel.start, channel.end, clip=True)
-    shown = rgb.copy()  # bytes throughout: five panels of float64 colours would be 150 MB
-    gray = rgb[covered].mean(axis=1, dtype=np.float32)[:, None]
-    value = norm(image[covered])
-    colour = COLOURS(value, bytes=True)[:, :3].astype(np.float32)
-    # Tissue without evidence stays readable in gray; colour gathers strength over the first quarter of the scale.
-    opacity = OPACITY * np.minimum(1, np.asarray(value, np.float32) * 4)[:, None]
-    shown[covered] = (gray * (1 - opacity) + colour * opacity + 0.5).astype(np.uint8)
+    # All in gray, so that no stain is taken for a value; what was not explained is paler. Bytes throughout: five
+    # panels of float64 colours would be 150 MB.
+    gray = rgb.mean(axis=2, dtype=np.float32)
+    shown = np.repeat((128 + gray / 2).astype(np.uint8)[..., None], 3, axis=2)
+    shown[covered] = _blended(np.asarray(norm(image[covered]), np.float32), gray[covered])
     axis.imshow(shown)
     axis.set_title(_shown(channel.label), fontsize=9, parse_math=False)
     axis.set_axis_off()
-    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))
+    steps = np.linspace(0, 1, 256, dtype=np.float32)
+    seen = ListedColormap(_blended(steps, np.full(256, TISSUE_GRAY, np.float32)) / 255)
+    bar = figure.colorbar(ScalarMappable(norm, seen), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -124,6 +139,16 @@ def _show_overlay(
 def _shown(name: str) -> str:
     """A name that can be drawn: file names that are not UTF-8 have surrogates in them."""
     return name.encode("utf-8", "replace").decode()
+
+
+def _blended(value: NDArray[np.float32], gray: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Colours [n, 3] of values 0 to 1 over gray tissue.
+
+    Tissue without evidence stays readable in gray; colour gathers strength over the first quarter of the scale.
+    """
+    colour = COLOURS(value, bytes=True)[:, :3].astype(np.float32)
+    opacity = OPACITY * np.minimum(1, value * 4)[:, None]
+    return (gray[:, None] * (1 - opacity) + colour * opacity + 0.5).astype(np.uint8)
 
 
 def _extend(channel: Channel) -> str:

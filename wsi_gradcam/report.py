@@ -31,6 +31,7 @@ from wsi_gradcam.stages import Pending, Task, examine_model
 from wsi_gradcam.workflow import SlideRecord
 
 MIB, GIB = 1 << 20, 1 << 30
+NAMED = 5  # slides of one cause
 LINE_EVERY_S = 30.0
 
 
@@ -145,10 +146,21 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     summary = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(counts.items()))
     print(f"{summary}; results in {outcome.out}")
     if outcome.failed:
-        table = Table("slide", "why", title="failed", title_justify="left")
-        for record in outcome.failed:
-            table.add_row(Text(record.slide.id), Text(record.error))  # brackets in names are no markup
-        Console(stderr=True).print(table)
+        _print_failures(outcome)
+
+
+def _print_failures(outcome: Outcome) -> None:
+    """Which slides failed and why, a line a cause: a folder of wrong files has one cause a thousand times."""
+    causes: dict[str, list[str]] = {}
+    for record in outcome.failed:
+        cause = record.error.replace(f"{record.slide.path}: ", "").replace(record.slide.path, "the file")
+        causes.setdefault(cause, []).append(record.slide.id)
+    print("failed:", file=sys.stderr)
+    for cause, slides in causes.items():
+        more = f" and {len(slides) - NAMED} more" if len(slides) > NAMED else ""
+        print(f"  {', '.join(slides[:NAMED])}{more}: {cause}", file=sys.stderr)
+    if len(outcome.failed) > NAMED:
+        print(f"  all of them are in {outcome.out / 'slides.csv'}", file=sys.stderr)
 
 
 def print_preview(found: Preview, as_json: bool) -> None:
@@ -204,6 +216,7 @@ def model_info(model: str, layer: str | None) -> dict[str, Any]:
         "mean, std": f"{facts.mean}, {facts.std}",
         "activation": facts.activation,
         "parameters": f"{facts.parameters:,}",
+        "weights": spec.weights or "the source's own",
         "layer": f"{facts.layer} ({facts.channels} x {facts.cam_shape[0]} x {facts.cam_shape[1]})",
         "self-test": "head(trunk(x)) equals model(x)",
     }

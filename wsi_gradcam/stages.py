@@ -18,6 +18,7 @@ from wsi_gradcam.errors import ModelError, ResumeError, StoreError, one_line
 from wsi_gradcam.finish import RECORD_KEYS, finish_slide
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.activation import probabilities
+from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.plan import RunPlan, SlidePlan
 from wsi_gradcam.plan import plan_slide as make_plan
 from wsi_gradcam.reading import Batch, read_batches
@@ -25,7 +26,7 @@ from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
 from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
-from wsi_gradcam.stores.manifest import Manifest, digest_of
+from wsi_gradcam.stores.manifest import Manifest, block_name, digest_of, span_name
 from wsi_gradcam.stores.masks import read_mask, write_mask
 from wsi_gradcam.stores.patch_store import OK, PatchStore, SpanData
 from wsi_gradcam.stores.patch_store import UNREADABLE as PATCH_UNREADABLE
@@ -64,6 +65,7 @@ class Context:
         """The run's model, loaded on first use."""
         with self._lock:
             if self._model is None:
+                steady_sums()
                 from wsi_gradcam.models.load import load_model
 
                 self._model = load_model(self.run.spec, self.run.settings.device)
@@ -102,10 +104,24 @@ class Context:
         return RunFolder(self.run.out).slide(entry.id)
 
     def plan(self, entry: SlideEntry) -> SlidePlan:
-        """The slide's plan, as `plan_slide` stored it."""
-        values = Manifest(self.folder(entry).manifest).plan()
-        assert values is not None  # the plan stage came first
-        return SlidePlan.from_json(values)
+        """The slide's plan, as `plan_slide` stored it.
+
+        Raises:
+            StoreError: this process does not see it.
+            ResumeError: another run has replaced it meanwhile.
+        """
+        folder = self.folder(entry)
+        values = Manifest(folder.manifest).plan()
+        if values is None:
+            raise StoreError(
+                f"{folder.manifest}: no plan to be seen there; --out must be a folder that all workers share"
+            )
+        plan = SlidePlan.from_json(values)
+        if plan.run_digest != self.run.digest():
+            raise ResumeError(
+                f"{folder.path}: another run has begun there meanwhile; let one run at a time use an --out"
+            )
+        return plan
 
     def _close_unused(self) -> None:
         for entry in [entry for entry, opened in self._slides.items() if not opened.users]:
@@ -137,6 +153,7 @@ def examine_model(spec: ModelSpec, layer: str | None, settings_px: tuple[int, in
     Raises:
         ModelError: it cannot be loaded, or no layer can be explained.
     """
+    steady_sums()
     from wsi_gradcam.cam.examine import examine
     from wsi_gradcam.models.load import load_model
 
@@ -160,7 +177,7 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
         raise StoreError(f"{folder.path}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
         pending, problem = _stored(folder, slide, run)
-        if pending is not None:
+        if pending is not None and not (context.overwrite and pending.done is not None):
             return pending
         if problem and not context.overwrite:
             raise ResumeError(problem)
@@ -203,7 +220,11 @@ def explain_span(context: Context, entry: SlideEntry, span: int) -> int:
     Manifest(folder.manifest).complete(
         "spans",
         span_name(span),
-        {"digest": data.digest(), "causes": {str(start + i): c for i, c in causes.items()}},
+        {
+            "digest": data.digest(),
+            "run": plan.run_digest,
+            "causes": {str(start + i): c for i, c in causes.items()},
+        },
     )
     return stop - start
 
@@ -228,7 +249,7 @@ def stitch_block(context: Context, entry: SlideEntry, number: int) -> int:
         digests.append(digest_of((image,)))
     flags = _flags(folder, plan, block, covered, yx[np.setdiff1d(inside, readable)])
     heatmap.write_flags(0, block, flags)
-    _complete_block(folder, 0, number, [*digests, digest_of((flags,))])
+    _complete_block(folder, plan, 0, number, [*digests, digest_of((flags,))])
     return len(inside)
 
 
@@ -253,7 +274,7 @@ def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) 
         )
         heatmap.write(level, channel, block, image)
         digests.append(digest_of((image,)))
-    _complete_block(folder, level, number, [*digests, digest_of((flags,))])
+    _complete_block(folder, plan, level, number, [*digests, digest_of((flags,))])
     return 0
 
 
@@ -283,16 +304,6 @@ STAGES: dict[str, Callable[..., Any]] = {
 def perform(context: Context, task: Task) -> Any:
     """Do a piece of work and return its small result."""
     return STAGES[task.stage](context, task.slide, *task.index)
-
-
-def span_name(span: int) -> str:
-    """Name of a span in the manifest."""
-    return f"{span:06d}"
-
-
-def block_name(level: int, number: int) -> str:
-    """Name of a block in the manifest."""
-    return f"{level}-{number:06d}"
 
 
 def _stored(folder: SlideFolder, slide: Slide, run: RunPlan) -> tuple[Pending | None, str]:
@@ -370,10 +381,14 @@ def _run_model(context: Context, batch: Batch) -> tuple[NDArray[np.float32], NDA
     from wsi_gradcam.cam.methods import METHODS
 
     run, model = context.run, context.model()
-    images = model.normalise(torch.from_numpy(batch.rgb).to(run.settings.device))
+    # A last, shorter batch is filled up: for another size torch chooses other kernels, whose sums differ in the last
+    # bit with the number of threads (DenseNet-121, 7 patches).
+    count, missing = len(batch.rgb), run.settings.batch_size - len(batch.rgb)
+    full = np.pad(batch.rgb, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    images = model.normalise(torch.from_numpy(full).to(run.settings.device))
     with context.model_lock:
         logits, cams = explain_batch(model.module, run.facts.layer, images, run.targets, METHODS[run.settings.method])
-    return logits.float().cpu().numpy(), cams.float().cpu().numpy()
+    return logits[:count].float().cpu().numpy(), cams[:count].float().cpu().numpy()
 
 
 def _channel_values(run: RunPlan, store: PatchStore, channel: int, start: int, stop: int) -> NDArray[np.float32]:
@@ -416,5 +431,6 @@ def _flags(
     return flags
 
 
-def _complete_block(folder: SlideFolder, level: int, number: int, digests: list[str]) -> None:
-    Manifest(folder.manifest).complete("blocks", block_name(level, number), {"digests": digests})
+def _complete_block(folder: SlideFolder, plan: SlidePlan, level: int, number: int, digests: list[str]) -> None:
+    record = {"digests": digests, "run": plan.run_digest}
+    Manifest(folder.manifest).complete("blocks", block_name(level, number), record)

@@ -34,7 +34,8 @@ def write_table(path: Path, run: RunPlan, plan: SlidePlan, store: PatchStore, ca
     schema = _schema(run)
     with storing(path):
         try:
-            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            # Opened here: pyarrow takes no path that is not UTF-8.
+            with partial.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 step = max(1, ROWS // plan.span) * plan.span
                 for start in range(0, plan.patches, step):
                     writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema))

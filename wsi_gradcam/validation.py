@@ -19,10 +19,9 @@ from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
 from wsi_gradcam.finish import sha256_of
 from wsi_gradcam.plan import SlidePlan
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.stages import block_name, span_name
 from wsi_gradcam.stores.heatmap import LABEL, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
-from wsi_gradcam.stores.manifest import DONE, PLAN, Manifest, digest_of
+from wsi_gradcam.stores.manifest import DONE, PLAN, Manifest, block_name, digest_of, span_name
 from wsi_gradcam.stores.patch_store import OK, PatchStore
 from wsi_gradcam.stores.run_files import read_run, read_slides
 from wsi_gradcam.workflow import FAILED
@@ -153,7 +152,8 @@ def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[s
 
 
 def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> Iterator[str]:
-    table = pq.read_table(folder.table)
+    with folder.table.open("rb") as file:
+        table = pq.read_table(file)
     store = PatchStore(folder.cams)
     if table.num_rows != plan.patches:
         yield f"patches.parquet has {table.num_rows} rows, expected {plan.patches}"

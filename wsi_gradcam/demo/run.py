@@ -28,7 +28,7 @@ SIDE_PX, MPP = 8192, 0.5  # the micrograph's pixel size is not known: 0.5 um is 
 SLIDE_NAME = "ihc-demo.tiff"
 
 
-def run_demo(slide: str | None, out: Path, workers: int | None) -> bool:
+def run_demo(slide: str | None, out: Path, workers: int | None = None, mpp: float | None = None) -> bool:
     """Explain `slide` (H&E) with `oral-tumour`, or a slide laid out of an IHC micrograph with `ihc-dab`.
 
     Everything is written below `out`; prints where, and for the laid-out slide how well the heatmap agrees with
@@ -49,12 +49,13 @@ def run_demo(slide: str | None, out: Path, workers: int | None) -> bool:
     results = RunFolder(out / model)
     with progress(quiet=False) as listener:
         outcome = explain(
-            path, model, results.path, workers=workers, listener=listener, target=[target], overlap=overlap
-        )
+            path, model, results.path, workers=workers, overwrite=True, listener=listener, target=[target],
+            overlap=overlap, mpp=mpp,
+        )  # fmt: skip
     print_outcome(outcome, as_json=False)
     if outcome.failed:
         return False
-    folder = results.slide(path.name)
+    folder = results.slide(outcome.records[0].slide.id)
     print(f"\n  picture  {folder.overview}\n  heatmap  {folder.heatmap}\n  table    {folder.table}")
     if layout is not None:
         _print_agreement(folder, layout)

@@ -14,6 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import dask
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, get_worker
 from distributed.client import ClosedClientError
+from distributed.comm.addressing import resolve_address
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
@@ -85,25 +87,23 @@ class DaskExecutor:
     """Runs jobs on Dask workers."""
 
     def __init__(self, workers: int | None = None, scheduler: str | None = None, torch_threads: int | None = None):
-        self._cluster = None if scheduler else _local_cluster(workers or 1)
         self._torch_threads = torch_threads
-        if self._cluster is not None and torch_threads is None:
+        if scheduler is None and torch_threads is None:
             self._torch_threads = max(1, CPU_COUNT // (workers or 1))
-        try:
-            self._client = Client(scheduler or self._cluster, set_as_default=False, timeout=NO_WORKER_S)
-        except (OSError, ValueError) as error:  # a TimeoutError is an OSError
-            raise WorkerError(
-                f"no Dask scheduler answers at {scheduler}: {one_line(error)}; check the address, such as "
-                "tcp://10.0.0.1:8786"
-            ) from error
-        try:
-            self._client.wait_for_workers(1, timeout=NO_WORKER_S)
-        except TimeoutError as error:
-            self.close()
-            raise WorkerError(
-                f"no Dask worker joined {scheduler or 'the local cluster'} within {NO_WORKER_S} s; start some with "
-                "'dask worker ADDRESS'"
-            ) from error
+        with ExitStack() as opened:
+            where = opened.enter_context(_local_cluster(workers or 1)) if scheduler is None else _address(scheduler)
+            try:
+                self._client = opened.enter_context(Client(where, set_as_default=False, timeout=NO_WORKER_S))
+            except (OSError, ValueError) as error:  # a TimeoutError is an OSError
+                raise _silent(scheduler, error) from error
+            try:
+                self._client.wait_for_workers(1, timeout=NO_WORKER_S)
+            except TimeoutError as error:
+                raise WorkerError(
+                    f"no Dask worker joined {scheduler or 'the local cluster'} within {NO_WORKER_S} s; start some with "
+                    "'dask worker ADDRESS'"
+                ) from error
+            self._opened = opened.pop_all()
 
     @property
     def dashboard(self) -> str:
@@ -134,13 +134,12 @@ class DaskExecutor:
             yield from _Flow(self._client, name, run.settings.max_unreadable, observe).run(slides)
         finally:
             if self._client.status == "running":
-                self._client.unregister_worker_plugin(name)
+                with suppress(Exception):  # after Ctrl-C the cluster may be half gone: what matters is on disk
+                    self._client.unregister_worker_plugin(name)
 
     def close(self) -> None:
         """Leave the cluster; the local one is stopped."""
-        self._client.close()
-        if self._cluster is not None:
-            self._cluster.close()
+        self._opened.close()
 
 
 class _Flow:
@@ -205,6 +204,13 @@ class _Flow:
             except queue.Empty:
                 if self._client.status != "running" or not self._client.nthreads():
                     raise _lost(f"no worker is left and none has come for {NO_WORKER_S} s; start some") from None
+                if not any(state == "running" for state in self._worker_states()):
+                    raise _lost("all workers are paused for lack of memory; give them more, or start fewer") from None
+
+    def _worker_states(self) -> list[str]:
+        """What each worker says of itself: running, paused, closing."""
+        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        return [str(worker.get("status", "")) for worker in workers.values()]
 
     def _submit(self, sent: _Sent) -> None:
         running, task = sent.running, sent.task
@@ -293,14 +299,33 @@ def _use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def _local_cluster(workers: int) -> LocalCluster:
+def _address(scheduler: str) -> str:
+    try:
+        resolve_address(scheduler)  # a client that is given nonsense may wait for ever
+    except (OSError, ValueError) as error:
+        raise _silent(scheduler, error) from error
+    return scheduler
+
+
+def _silent(scheduler: str | None, error: Exception) -> WorkerError:
+    return WorkerError(
+        f"no Dask scheduler answers at {scheduler}: {one_line(error)}; check the address, such as tcp://10.0.0.1:8786"
+    )
+
+
+@contextmanager
+def _local_cluster(workers: int) -> Iterator[LocalCluster]:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what fails is reported with its slide
     patience = {
         "distributed.scheduler.no-workers-timeout": NO_WORKER_S,
         "distributed.scheduler.allowed-failures": 1,  # a suspect gets another chance, alone
+        # A worker that dies again while it starts anew is not lost: after 15 s it would be given up for good.
+        "distributed.deploy.lost-worker-timeout": "1 day",
     }
-    with dask.config.set(patience):
-        return LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
-            dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
-        )  # fmt: skip
+    with dask.config.set(patience), LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
+        dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
+        # No limit: torch never gives memory back, so a worker that Dask pauses would wait for ever.
+        memory_limit=0,
+    ) as cluster:  # fmt: skip
+        yield cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,13 +60,13 @@ class Model:
         return ((rgb.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def load_model(spec: ModelSpec | str, device: str = "cpu") -> Model:
+def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Model:
     """The model of a specification, or of whatever `--model` takes, on `device`.
 
     Raises:
         ModelError: no such source, weights that do not fit, a wrong checksum, an output of the wrong shape.
     """
-    spec = read_spec(spec) if isinstance(spec, str) else spec
+    spec = spec if isinstance(spec, ModelSpec) else read_spec(fspath(spec))
     built = _build(spec)
     if (path := spec.weights_path) is not None:
         _load_weights(built.module, path, spec)
@@ -77,6 +78,11 @@ def load_model(spec: ModelSpec | str, device: str = "cpu") -> Model:
     outputs = _count_outputs(spec.name, module, patch_px)
     if classes and len(classes) != outputs:
         raise ModelError(f"{spec.name}: {len(classes)} classes are named, but the model has {outputs} outputs")
+    if outputs == 1 and spec.activation == "softmax":
+        raise ModelError(
+            f"{spec.name}: the softmax of a single output is always 1; add 'activation: sigmoid' (or none) and one "
+            "class name to the model file"
+        )
     resolved = Model(
         name=spec.name,
         source=spec.source,

@@ -15,6 +15,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic_core import ErrorDetails
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.activation import Activation
@@ -125,7 +126,7 @@ def _from_file(path: Path) -> ModelSpec:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected keys and values such as 'source: timm:resnet18'")
     if "folder" in values:
-        raise ModelError(f"{path}: folder: {_wording('extra_forbidden', '')}")  # ours, not the file's
+        raise ModelError(f"{path}: folder: unknown key, check the spelling")  # ours, not the file's
     return _validated({"name": path.stem, **values}, path.parent, str(path))
 
 
@@ -138,12 +139,15 @@ def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:
 
 def explain_validation(error: ValidationError) -> str:
     """Pydantic's findings on one line: key, what is wrong, what was given."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {_wording(e['type'], e['msg'])}"
-        + ("" if e["type"] == "missing" else f" (given: {e['input']!r})")
-        for e in error.errors()
-    )
+    return "; ".join(_finding(e) for e in error.errors())
 
 
-def _wording(kind: str, message: str) -> str:
-    return "unknown key, check the spelling" if kind == "extra_forbidden" else message
+def _finding(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # of several keys together: the message names them
+        return message
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{key}: {message}"
+    known = "unknown key, check the spelling" if error["type"] == "extra_forbidden" else message
+    return f"{key}: {known} (given: {error['input']!r})"

@@ -54,6 +54,6 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what killed processes left half-written below `folder`."""
-    for path in folder.rglob(f"*{PARTIAL}"):
+    """Delete what killed processes left half-written below `folder`: files that end as ours and zarr's do."""
+    for path in folder.rglob(f"*.{'[0-9a-f]' * 32}{PARTIAL}"):
         path.unlink(missing_ok=True)

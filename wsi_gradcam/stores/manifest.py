@@ -64,6 +64,12 @@ class Manifest:
         """The finished pieces' records by name, sorted."""
         return {name: self._read(f"{kind}/{name}.json") or {} for name in sorted(self.completed(kind))}
 
+    def forget(self, kind: str, names: Iterable[str]) -> None:
+        """Take back that pieces are finished: they will be made again."""
+        for name in names:
+            with storing(self._path):
+                (self._path / kind / f"{name}.json").unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Forget everything: called before a slide's stores are made anew."""
         if self._path.exists():
@@ -89,6 +95,16 @@ class Manifest:
 
 def _damaged(path: Path) -> StoreError:
     return StoreError(f"{path}: damaged; delete the slide's folder and run again, or use --overwrite")
+
+
+def span_name(span: int) -> str:
+    """Name of a span in the manifest."""
+    return f"{span:06d}"
+
+
+def block_name(level: int, number: int) -> str:
+    """Name of a block in the manifest."""
+    return f"{level}-{number:06d}"
 
 
 def digest_of(arrays: Iterable[NDArray[np.generic]]) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.stores.files import PARTIAL, write_atomic
+from wsi_gradcam.stores.files import PARTIAL, storing, write_atomic
 
 if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
 
+LOCK = ".lock"
 COLUMNS = (
     "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
     "model_digest",
@@ -51,6 +60,7 @@ def write_run(path: Path, run: RunPlan) -> None:
         "std": list(facts.std),
         "layer": facts.layer,
         "cam_shape": list(facts.cam_shape),
+        "weights": run.spec.weights or "the source's own",
         "provenance": run.spec.provenance,
     }
     values = {
@@ -131,10 +141,54 @@ def write_slides(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     write_atomic(path, buffer.getvalue().encode("utf-8", NAMES))
 
 
+class SlideTable:
+    """Adds rows to slides.csv; other processes may add theirs to the same file.
+
+    The file is written whole each time, so for a large archive not after every slide: rows wait until writing costs
+    less than a twentieth of the time. Rows lost with a killed process are made again from the manifests.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: dict[str, dict[str, Any]] = {}
+        self._next = 0.0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row, and write all that wait if it is time."""
+        self._waiting[row["id"]] = row
+        started = time.monotonic()
+        if started >= self._next:
+            self.flush()
+            now = time.monotonic()
+            self._next = now + 20 * (now - started)
+
+    def flush(self) -> None:
+        """Write the rows that wait.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        if self._waiting:
+            with _locked(self._path.parent):
+                write_slides(self._path, {**read_slides(self._path), **self._waiting})
+            self._waiting = {}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold OUT's lock file, as far as the system and the file system know locks."""
+    with storing(folder), (folder / LOCK).open("w") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written directly in OUT."""
-    for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+    """Delete what killed processes left half-written of the files directly in OUT."""
+    for name in ("run.yaml", "slides.csv"):
+        for path in folder.glob(f"{name}.{'[0-9a-f]' * 32}{PARTIAL}"):
+            path.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str:
