@@ -178,3 +178,21 @@ class TestDicom:
         assert {(slide.info.height, slide.info.width) for slide in slides} == {(50, 50), (700, 1152)}
         for slide in slides:
             slide.close()
+
+
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x.svs").write_bytes(b"")
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "circle").symlink_to(tmp_path / "archive")
+    assert [slide.id for slide in find_slides([tmp_path / "archive"])] == ["link/x.svs"]
+
+
+def test_slides_that_would_lie_in_each_others_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "q" / "a.svs").mkdir(parents=True)
+    (tmp_path / "p" / "a.svs").write_bytes(b"")
+    (tmp_path / "q" / "a.svs" / "b.svs").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"a.svs and a.svs/b.svs would share a folder"):
+        find_slides([tmp_path / "p" / "a.svs", tmp_path / "q"])

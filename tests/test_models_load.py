@@ -355,3 +355,12 @@ def test_loading_leaves_the_callers_random_numbers_alone() -> None:
     torch.manual_seed(8)
     load_model(spec())
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_softmax_of_one_output_is_refused() -> None:
+    spec = ModelSpec(
+        name="one", source="torchvision:resnet18", weights="random", classes=("tumour",), patch_px=(32, 32)
+    )
+    with pytest.raises(ModelError, match="activation: sigmoid"):
+        load_model(spec)
+    assert load_model(spec.model_copy(update={"activation": "sigmoid"})).classes == ("tumour",)

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +18,17 @@ import pytest
 
 from tests.doomed import CHANGES
 from tests.runs import SMALL, differing, rows_of, start, toy_spec
-from tests.synthetic import write_marker_slide
+from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.inputs import find_slides
-from wsi_gradcam.plan import plan_run
-from wsi_gradcam.stages import Context, Pending, Task, examine_model, finish
+from wsi_gradcam.plan import RunPlan, plan_run
+from wsi_gradcam.stages import Context, Pending, Task, examine_model, explain_span, finish, perform, plan_slide
+from wsi_gradcam.stores.manifest import Manifest
 from wsi_gradcam.stores.run_files import check_same_run, read_run, read_slides
 from wsi_gradcam.validation import validate
+from wsi_gradcam.workflow import SlideRecord
 
 KILLED = -signal.SIGKILL
 
@@ -228,7 +232,7 @@ def test_a_replaced_slide_is_refused_alone(slides: list[Path], undisturbed: Path
     assert "--overwrite" in failed.error
     assert rows_of(out)["a.tif"]["status"] == "ok"
     again = explain(archive, toy_spec("slow_linear"), out, **SMALL, overwrite=True)
-    assert [record.skipped for record in again.records] == [True, False]
+    assert [record.skipped for record in again.records] == [False, False]  # --overwrite makes all anew
     assert validate(out) == []
 
 
@@ -261,10 +265,10 @@ def test_finishing_twice_keeps_the_record(slides: list[Path], alone: tuple[Path,
 
 
 def test_leftovers_of_killed_writes_are_removed(slides: list[Path], alone: tuple[Path, int], tmp_path: Path) -> None:
-    (tmp_path / "run.yaml.0123.partial").write_bytes(b"half")
+    (tmp_path / f"run.yaml.{'0123' * 8}.partial").write_bytes(b"half")
     (tmp_path / "a.tif" / "manifest").mkdir(parents=True)
-    (tmp_path / "a.tif" / "manifest" / "plan.json.0123.partial").write_bytes(b"half")
-    (tmp_path / "a.tif" / "overview.png.0123.partial").write_bytes(b"half")
+    (tmp_path / "a.tif" / "manifest" / f"plan.json.{'0123' * 8}.partial").write_bytes(b"half")
+    (tmp_path / "a.tif" / f"overview.png.{'0123' * 8}.partial").write_bytes(b"half")
     resumed(slides[:1], tmp_path)
     assert differing(tmp_path, alone[0]) == []
 
@@ -301,3 +305,84 @@ def test_no_run_yet_is_no_mismatch(tmp_path: Path) -> None:
     run = plan_run(tmp_path, spec, examine_model(spec, None, None, "cpu"), make_settings(**SMALL))
     check_same_run(tmp_path / "run.yaml", run)
     assert not list(tmp_path.iterdir())
+
+
+def test_work_of_another_run_never_enters_a_finished_slide(slides: list[Path], tmp_path: Path) -> None:
+    """A process of an old run, still busy when --overwrite begins a new one, finishes a span of it."""
+    old, new = Context(run_of("slow_linear", tmp_path)), Context(run_of("other_linear", tmp_path), overwrite=True)
+    (entry,) = find_slides(slides[:1])
+    perform(old, Task("plan", entry))
+    plan_slide(new, entry)
+    with pytest.raises(ResumeError, match="another run has begun there"):
+        explain_span(old, entry, 0)
+    stale = Manifest(tmp_path / "a.tif" / "manifest")
+    new_plan = stale.plan()
+    assert new_plan is not None
+    stale.write_plan({**new_plan, "run_digest": old.run.digest()})  # it looked before the new plan came
+    explain_span(old, entry, 0)
+    stale.write_plan(new_plan)
+    for span in range(1, len(new.plan(entry).spans)):
+        explain_span(new, entry, span)
+    for level, shape in enumerate(new.plan(entry).level_shapes):
+        assert len(new.plan(entry).blocks(level)) == 1, shape
+        perform(new, Task("coarsen", entry, (level, 0)) if level else Task("stitch", entry, (0,)))
+    with pytest.raises(ResumeError, match="1 spans of the slide were written over by another process"):
+        finish(new, entry)
+    outcome = explain(slides[:1], toy_spec("other_linear"), tmp_path / "clean", **SMALL)
+    assert not outcome.failed
+    again = plan_slide(Context(new.run), entry)
+    assert again.spans == [0]
+    assert sum(map(len, again.blocks)) == len(new.plan(entry).level_shapes)
+
+
+def test_overwrite_makes_a_damaged_slide_anew(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    (out / "a.tif" / "patches.parquet").unlink()
+    assert validate(out)
+    explain(slides, toy_spec("slow_linear"), out, **SMALL, overwrite=True)
+    assert validate(out) == []
+    assert differing(out, undisturbed) == []
+
+
+def test_two_processes_that_share_an_out_keep_each_others_rows(slides: list[Path], tmp_path: Path) -> None:
+    class Meddler(Listener):
+        def slide_done(self, record: SlideRecord) -> None:
+            if record.slide.id == "a.tif":  # meanwhile another process finishes b.tif
+                explain(slides[1:], toy_spec("slow_linear"), tmp_path, **SMALL)
+
+    explain(slides[:1], toy_spec("slow_linear"), tmp_path, **SMALL, listener=Meddler())
+    explain(slides[:1], toy_spec("slow_linear"), tmp_path, **SMALL)
+    assert {name: row["status"] for name, row in rows_of(tmp_path).items()} == {"a.tif": "ok", "b.tif": "ok"}
+
+
+def test_an_out_with_nothing_but_failures_takes_other_settings(tmp_path: Path) -> None:
+    slide = write_marker_slide(tmp_path / "a.tif", 390, 500, mpp=0.25, markers=[], marker_px=16).path
+    strip_mpp(slide, tmp_path / "bare.tif")
+    out = tmp_path / "out"
+    assert explain(tmp_path / "bare.tif", toy_spec("slow_linear"), out, **SMALL).failed
+    assert not explain(tmp_path / "bare.tif", toy_spec("slow_linear"), out, **SMALL, mpp=0.25).failed
+
+
+def test_the_number_of_threads_does_not_change_a_bit(slides: list[Path], tmp_path: Path) -> None:
+    """DenseNet with a short last batch and VGG's large matrices are where torch's sums depend on it."""
+    script = (
+        "import sys; from pathlib import Path; from wsi_gradcam.api import explain;"
+        "from wsi_gradcam.models.spec import ModelSpec\n"
+        "for name in ('densenet121', 'vgg11'):\n"
+        "  spec = ModelSpec(name=name, source='torchvision:' + name, weights='random', classes=('a', 'b'),"
+        " patch_px=(64, 64), mpp=0.5)\n"
+        "  assert not explain(sys.argv[1], spec, Path(sys.argv[2]) / name, batch_size=16, span_patches=16,"
+        " torch_threads=int(sys.argv[3])).failed\n"
+    )
+    for threads in (1, 2):
+        subprocess.run(
+            [sys.executable, "-c", script, str(slides[0]), str(tmp_path / str(threads)), str(threads)], check=True
+        )
+    for name in ("densenet121", "vgg11"):
+        assert differing(tmp_path / "1" / name, tmp_path / "2" / name) == ["run.yaml"]  # which names the threads
+
+
+def run_of(name: str, out: Path) -> RunPlan:
+    spec, settings = toy_spec(name), make_settings(**SMALL)
+    return plan_run(out, spec, examine_model(spec, None, None, "cpu"), settings)
