@@ -45,12 +45,12 @@ def draw_overview(
     heatmap: HeatmapStore,
     channels: Sequence[Channel],
 ) -> None:
-    """Draw thumbnail and overlays (the first explanations, then the first probability) with their colour bars."""
+    """Draw thumbnail and overlays (the first explanations and their probabilities) with their colour bars."""
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     explanations = list(range(len(run.targets)))[:MAX_MAPS]
     shown = [*explanations, *(len(run.targets) + i for i in explanations)]
-    figure, axes = _panels(1 + len(shown), rgb.shape[0] / rgb.shape[1])
+    figure, axes = _panels(len(explanations), rgb.shape[0] / rgb.shape[1])
     _show_slide(axes[0], rgb, um_per_px, plan)
     covered, images = _scaled(heatmap, plan, shown, (rgb.shape[0], rgb.shape[1]))
     for axis, number, image in zip(axes[1:], shown, images, strict=True):
@@ -86,16 +86,15 @@ def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
     return thumb.rgb
 
 
-def _panels(count: int, aspect: float) -> tuple[Figure, list[Axes]]:
-    # Tall pictures stand in one row, wide ones in two.
-    columns = count if count <= 3 else 4 if aspect > 1 else 2
-    rows = -(-count // columns)
+def _panels(maps: int, aspect: float) -> tuple[Figure, list[Axes]]:
+    """Axes for the slide, `maps` explanations, and below each its probability; one map alone makes one row."""
+    columns, rows = (3, 1) if maps == 1 else (1 + maps, 2)
+    places = [1, 2, 3] if maps == 1 else [*range(1, 2 + maps), *range(3 + maps, 3 + 2 * maps)]
     width = 4.2
     figure = Figure(
         figsize=(width * columns, (width * 0.82 * aspect + 0.45) * rows + 0.6), dpi=120, layout="constrained"
     )
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    return figure, axes
+    return figure, [figure.add_subplot(rows, columns, place) for place in places]
 
 
 def _show_slide(axis: Axes, rgb: NDArray[np.uint8], um_per_px: float, plan: SlidePlan) -> None:
