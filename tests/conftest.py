@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from wsi_gradcam.models.reproducible import steady_sums
+
 # A busy machine is no failure; and CI shall not find a new example in an unrelated change.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
+
+steady_sums()  # before any test uses torch: runs in this process must agree with those in workers
+
+# Before anything uses torch: runs in this process are compared with runs in fresh ones, bit by bit.
+steady_sums()
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
