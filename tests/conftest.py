@@ -14,8 +14,6 @@ from wsi_gradcam.models.reproducible import steady_sums
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
 
-steady_sums()  # before any test uses torch: runs in this process must agree with those in workers
-
 # Before anything uses torch: runs in this process are compared with runs in fresh ones, bit by bit.
 steady_sums()
 
