@@ -14,7 +14,7 @@ RUN versions=$(grep -E '^(torch|torchvision)==' constraints.txt) \
 COPY pyproject.toml README.md LICENSE ./
 COPY wsi_gradcam ./wsi_gradcam
 RUN grep -vE '^(torch|torchvision|nvidia-|cuda-|triton)' constraints.txt > without-torch.txt \
- && pip install -c without-torch.txt .
+ && pip install -c without-torch.txt ".${TORCH_INDEX:+[engines]}"
 
 RUN useradd --create-home reader
 USER reader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ settings.load_profile("project")
 
 # Before anything uses torch: runs in this process are compared with runs in fresh ones, bit by bit.
 steady_sums()
+
+# What `auto` chooses is kept between runs: not in the user's folder, and from one test session to the next not at all.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wsi-gradcam-tests-")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

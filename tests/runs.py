@@ -28,6 +28,9 @@ SMALL: dict[str, Any] = {
     "heatmap_stride": 8,
     "batch_size": 4,
     "span_patches": 12,
+    # What `auto` finds out takes longer than these runs, and depends on how busy the machine is.
+    "engine": "eager",
+    "precision": "float32",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import timm
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
+from tests.families import FAMILIES, network_of
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam.cam.layers import candidate_layers, check_layer, dominates, find_layer, probe_images
+from wsi_gradcam.cam.layout import Layout
 from wsi_gradcam.errors import LayerError, ModelError
 
 IMAGES = probe_images((32, 32))
@@ -96,37 +98,99 @@ def hooks(module: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("build", "layer"),
     [
-        (lambda: get_model("resnet18"), "layer4"),
         (lambda: get_model("vgg11", init_weights=False), "features.19"),
         (lambda: get_model("mobilenet_v3_small"), "features"),
-        (lambda: timm.create_model("densenet121"), "features"),
+        (lambda: get_model("densenet121"), "features"),
         (lambda: timm.create_model("efficientnet_b0"), "bn2"),
-        (lambda: timm.create_model("convnext_atto"), "stages"),
+        (lambda: timm.create_model("maxvit_pico_rw_256", img_size=64, num_classes=5), "norm"),
         (pooled_linear, "features"),
     ],
-    ids=["resnet18", "vgg11", "mobilenet_v3", "timm densenet121", "timm efficientnet_b0", "timm convnext", "toy"],
+    ids=["vgg11", "mobilenet_v3", "densenet121", "timm efficientnet_b0", "maxvit", "toy"],
 )
 def test_the_last_map_that_the_output_passes_through_is_found(build: Callable[[], nn.Module], layer: str) -> None:
     torch.manual_seed(0)
     network = build().eval().requires_grad_(False)
     images = probe_images((64, 64))
     assert find_layer(network, images) == layer
-    assert check_layer(network, layer, images)[0] > 1
+    assert check_layer(network, layer, images).channels > 1
     assert not hooks(network)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("vit_tiny_patch16_224", {"depth": 3}),
-        ("swin_tiny_patch4_window7_224", {"window_size": 2, "depths": (1, 1, 1, 1), "embed_dim": 12}),
-    ],
-)
-def test_a_transformer_is_refused_with_the_reason(name: str, size: dict[str, Any]) -> None:
-    network = timm.create_model(name, img_size=64, **size).eval()
-    with pytest.raises(LayerError, match=r"no layer .* is a spatial map .* name one with --layer"):
-        find_layer(network, probe_images((64, 64)))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_layer_and_layout_of_every_family_are_found(name: str) -> None:
+    """Behind the last block but one of a transformer with a class token no gradient reaches the picture's tokens."""
+    network, family = network_of(name), FAMILIES[name]
+    images = probe_images(family.size)
+    assert find_layer(network, images) == family.layer
+    assert check_layer(network, family.layer, images) == family.layout
     assert not hooks(network)
+
+
+def test_the_last_block_of_a_transformer_that_reads_its_class_token_alone_is_refused() -> None:
+    network = network_of("vit, class token")
+    with pytest.raises(LayerError, match=r"does not depend on the map of layer 'blocks\.3'; choose another"):
+        check_layer(network, "blocks.3", probe_images((64, 96)))
+
+
+class Sequences(nn.Module):
+    """A map whose cells are put in one axis, channels first, normalised there, and averaged."""
+
+    def __init__(self, channels: int, cells: int, norm: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 1)
+        self.conv = nn.Conv2d(5, channels, 4, stride=4)
+        self.flat = nn.Flatten(2)
+        self.norm = nn.LayerNorm(cells) if norm else nn.Identity()
+        self.fc = nn.Linear(channels, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.fc(self.norm(self.flat(torch.tanh(self.conv(self.stem(images))))).mean(dim=2)))
+
+
+@pytest.mark.parametrize("channels", [49, 50, 100])
+def test_maps_with_cells_in_one_axis_are_not_taken_for_tokens(channels: int) -> None:
+    """[B, K, h w] with K = 49 or 100 could be 7 x 7 or 10 x 10 tokens, with 50 a class token and 7 x 7."""
+    network = Sequences(channels, 64, norm=True).eval()
+    candidates, _ = candidate_layers(network, IMAGES)
+    assert [c.name for c in candidates] == ["stem", "conv"]
+    assert find_layer(network, IMAGES) == "conv"
+
+
+def test_a_view_of_a_map_is_no_map_of_its_own() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Tanh(), nn.Flatten(2), nn.Flatten(1), nn.Linear(256, 3)).eval()
+    candidates, _ = candidate_layers(network, IMAGES)
+    assert [(c.name, c.layout.axes) for c in candidates] == [("0", "bkhw"), ("1", "bkhw")]
+
+
+def test_attention_weights_are_not_taken_for_a_map() -> None:
+    """[B, heads, N, N] has a picture's proportions, but the values that are weighted go around it."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 8, stride=8)
+            self.norm = nn.LayerNorm(8)
+            self.softmax = nn.Softmax(dim=-1)
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.norm(self.conv(images).flatten(2).mT)
+            weights = self.softmax(tokens @ tokens.mT)
+            return cast(Tensor, self.fc((weights @ tokens).mean(dim=1)))
+
+    network = Attending().eval()
+    images = probe_images((32, 32))
+    assert "softmax" not in {find_layer(network, images)}
+    assert find_layer(network, images) == "norm"
+
+
+def test_modules_that_return_numbers_and_scalars_do_not_mislead() -> None:
+    class Scalar(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, images: plain(net, images) + 0 * cast(Tensor, self.scale(images.mean())))
+            self.scale = nn.Identity()
+
+    assert find_layer(Scalar(), IMAGES) == "third"
 
 
 @pytest.mark.parametrize(
@@ -174,17 +238,18 @@ def test_an_output_that_ignores_the_picture_has_no_layer() -> None:
 def test_the_grad_mode_of_the_caller_does_not_matter() -> None:
     with torch.no_grad():
         assert find_layer(Net(plain), IMAGES) == "third"
-        assert check_layer(Net(plain), "third", IMAGES) == (4, 16, 16)
+        assert check_layer(Net(plain), "third", IMAGES) == Layout("bkhw", 4, 16, 16)
 
 
 def test_candidates_say_their_shape_and_depth() -> None:
     candidates, leaves = candidate_layers(Net(plain), IMAGES)
-    assert [(c.name, c.shape, c.passive, c.depth) for c in candidates] == [
-        ("first.0", (4, 16, 16), False, 1),
-        ("first.1", (4, 16, 16), False, 2),
-        ("first", (4, 16, 16), False, 2),
-        ("second", (4, 16, 16), False, 3),
-        ("third", (4, 16, 16), False, 4),
+    layout = Layout("bkhw", 4, 16, 16)
+    assert [(c.name, c.layout, c.passive, c.depth) for c in candidates] == [
+        ("first.0", layout, False, 1),
+        ("first.1", layout, False, 2),
+        ("first", layout, False, 2),
+        ("second", layout, False, 3),
+        ("third", layout, False, 4),
     ]
     assert leaves == 6
 
@@ -202,7 +267,7 @@ def test_a_layer_dominates_only_when_nothing_bypasses_it() -> None:
 
 @pytest.mark.parametrize("layer", ["first", "second", "third"])
 def test_a_named_layer_may_be_bypassed(layer: str) -> None:
-    assert check_layer(Net(bypassed), layer, IMAGES) == (4, 16, 16)
+    assert check_layer(Net(bypassed), layer, IMAGES) == Layout("bkhw", 4, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +275,8 @@ def test_a_named_layer_may_be_bypassed(layer: str) -> None:
     [
         ("fc", r"output of shape \(2, 3\)"),
         ("pool", r"output of shape \(2, 4, 1, 1\)"),
-        ("fourth", "no layer 'fourth'; it has first, second, third, pool, fc"),
+        ("layer4", "no layer 'layer4'; it has first, second, third, pool, fc"),
+        ("thrid", r"no layer 'thrid'; did you mean third(, first)?\?"),
     ],
 )
 def test_a_named_layer_that_is_no_map_is_refused(layer: str, problem: str) -> None:
@@ -221,11 +287,11 @@ def test_a_named_layer_that_is_no_map_is_refused(layer: str, problem: str) -> No
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.permute(0, 2, 3, 1).repeat(1, 1, 1, 20),  # [B, h, w, K], as in Swin
+        lambda x: x.permute(2, 0, 1, 3),  # rows first
         lambda x: x.reshape(8, 3, 16, 16),  # cut into quarters
         lambda x: x[:1],
     ],
-    ids=["channels last", "more maps than pictures", "fewer maps than pictures"],
+    ids=["rows first", "more maps than pictures", "fewer maps than pictures"],
 )
 def test_maps_of_another_kind_are_refused(function: Callable[[Tensor], Tensor]) -> None:
     network = Net(lambda net, images: net.fc(net.second(images).flatten()[:8].reshape(2, 4)))
@@ -237,7 +303,7 @@ def test_maps_of_another_kind_are_refused(function: Callable[[Tensor], Tensor]) 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_layer_that_the_output_does_not_depend_on_is_refused(frozen: bool) -> None:
     network = Net(side_branch).requires_grad_(not frozen)
-    with pytest.raises(LayerError, match="does not depend on layer 'third'"):
+    with pytest.raises(LayerError, match="does not depend on the map of layer 'third'"):
         check_layer(network, "third", IMAGES)
 
 
@@ -259,7 +325,7 @@ def test_a_model_that_cannot_be_differentiated_is_refused() -> None:
 def test_pictures_with_other_proportions_keep_them() -> None:
     images = probe_images((64, 32))
     assert find_layer(Net(plain), images) == "third"
-    assert check_layer(Net(plain), "third", images) == (4, 32, 16)
+    assert check_layer(Net(plain), "third", images) == Layout("bkhw", 4, 32, 16)
 
 
 @pytest.fixture

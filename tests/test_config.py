@@ -15,7 +15,7 @@ from wsi_gradcam.errors import ConfigError
 # A valid value that differs from the default, for every setting.
 OTHER: dict[str, Any] = {
     "target": ("tumour",),
-    "method": "hirescam",
+    "method": ("hirescam", "eigencam"),
     "layer": "layer3",
     "mpp": (0.25, 0.25),
     "patch_mpp": 1.0,
@@ -28,6 +28,8 @@ OTHER: dict[str, Any] = {
     "batch_size": 16,
     "span_patches": 512,
     "device": "cuda",
+    "engine": "openvino",
+    "precision": "bfloat16",
     "reader_threads": 4,
     "torch_threads": 3,
     "max_unreadable": 0.5,

@@ -11,7 +11,9 @@ from PIL import Image
 from scipy.stats import mannwhitneyu
 
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.methods import gradcam
+from wsi_gradcam.cam.layers import check_layer
+from wsi_gradcam.cam.layout import Layer
+from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.cli import main
 from wsi_gradcam.demo import run as demo
@@ -72,14 +74,16 @@ def test_cams_of_the_bundled_models_add_up_to_the_logits(model: Model) -> None:
     images = torch.randn(4, 3, *model.patch_px, generator=torch.Generator().manual_seed(1))
     assert model.layer is not None
     targets = [Target(name, i) for i, name in enumerate(model.classes)]
-    logits, cams = explain_batch(model.module, model.layer, images, targets, gradcam)
+    layer = Layer(model.layer, check_layer(model.module, model.layer, images))
+    explained = explain_batch(EagerProgram(model.module, (layer,)), images, targets)
+    logits, cams = explained.logits, explained.cams["gradcam"]
     linear = [part for part in model.module.modules() if isinstance(part, torch.nn.Linear)][-1]
     torch.testing.assert_close(cams.sum(dim=(2, 3)) + linear.bias, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_glass_is_no_tumour_and_not_positive(model: Model) -> None:
     glass = torch.full((1, *model.patch_px, 3), 244, dtype=torch.uint8)
-    probabilities = model.module(model.normalise(glass)).softmax(dim=1)
+    probabilities = model.module(model.prepare(glass)).softmax(dim=1)
     assert float(probabilities[0, 1]) < 0.05
 
 
@@ -88,7 +92,7 @@ def test_ihc_model_knows_the_quadrant_it_never_saw() -> None:
     side = model.patch_px[0]
     positive = cut(np.repeat(dab_positive(micrograph())[HELD_OUT][..., None], 3, axis=2).astype(np.uint8), side)
     truth = positive[..., 0].float().mean(dim=(1, 2)).numpy() > 0.5
-    scores = model.module(model.normalise(cut(micrograph()[HELD_OUT], side))).softmax(dim=1)[:, 1].numpy()
+    scores = model.module(model.prepare(cut(micrograph()[HELD_OUT], side))).softmax(dim=1)[:, 1].numpy()
     assert roc_auc(scores, truth) > 0.95
 
 
@@ -101,7 +105,7 @@ def test_oral_model_tells_tumour_from_the_rest(shared_data: Path) -> None:
         mask = np.asarray(Image.open(path.parents[1] / "masks" / path.name).convert("L")) > 127
         shares = cut(np.repeat(mask[..., None], 3, axis=2).astype(np.uint8), model.patch_px[0])[..., 0]
         truths.append(shares.float().mean(dim=(1, 2)).numpy() > 0.5)
-        patches = model.normalise(cut(rgb, model.patch_px[0]))
+        patches = model.prepare(cut(rgb, model.patch_px[0]))
         scores.append(model.module(patches).softmax(dim=1)[:, 1].numpy())
     assert roc_auc(np.concatenate(scores), np.concatenate(truths)) > 0.97
 

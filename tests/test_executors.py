@@ -458,7 +458,7 @@ class FakeSlide:
 @pytest.fixture
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     spec = toy_spec("poisoned")
-    run = plan_run(tmp_path, spec, examine_model(spec, None, None, "cpu"), make_settings(**SMALL))
+    run = plan_run(tmp_path, spec, examine_model(spec, make_settings(**SMALL), []).facts, make_settings(**SMALL))
     monkeypatch.setattr(stages, "open_slide", FakeSlide)
     return Context(run)
 

@@ -25,13 +25,18 @@ errors
 geometry
 slides.base  slides.openslide_reader  slides.resample  slides
 inputs
-models  models.activation  models.spec  models.facts  models.zoo
+models  models.activation  models.spec  models.zoo
 config
-tissue  patches  reading
-models.sources  models.sources.function  models.sources.timm  models.sources.torchvision  models.load
-cam  cam.names  cam.targets  cam.methods  cam.tap  cam.layers  cam.engine  cam.examine
+tissue  patches  reading  sampling
+stores  stores.files
+models.outputs  models.graph  models.transform  models.batches  models.pickles
+models.sources  models.reproducible  models.load  models.live
+cam  cam.names  cam.choice  cam.remembered  cam.targets  cam.probe  cam.score  cam.layout  cam.facts
+cam.methods  cam.finer  cam.perturbation  cam.pixels  cam.probing
+cam.tap  cam.guided  cam.trunks  cam.program  cam.engine  cam.layers  cam.batch  cam.auto  cam.examine
+explainer  gradcam
 stitch
-stores  stores.files  stores.layout  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
+stores.layout  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
 stores.run_files
 table  overview  finish
@@ -147,7 +152,7 @@ def test_modules_of_the_client_never_load_torch(module: str) -> None:
 
 def test_public_names_are_what_they_say() -> None:
     code = "import wsi_gradcam as w; print([getattr(w, n).__name__ for n in sorted(w.__all__) if n[0] != '_'])"
-    assert python(code) == "['ModelSpec', 'Settings', 'explain', 'load_model', 'open_slide', 'validate']"
+    assert python(code) == "['GradCAM', 'ModelSpec', 'Settings', 'explain', 'load_model', 'open_slide', 'validate']"
     assert python("import wsi_gradcam as w\ntry: w.nonsense\nexcept AttributeError as e: print(e)") == (
         "module 'wsi_gradcam' has no attribute 'nonsense'"
     )

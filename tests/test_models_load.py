@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.toy_models import other_linear, pooled_linear
 from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.live import model_of
 from wsi_gradcam.models.load import IMAGENET_MEAN, IMAGENET_STD, Model, load_model
 from wsi_gradcam.models.spec import ModelSpec, bundled
 
@@ -225,7 +228,7 @@ def test_classes_without_names_are_numbered() -> None:
     ("source", "problem"),
     [
         ("tests.toy_models:wrong_shape", r"returns shape (2, 2, 15, 15) for a batch of 2, expected (2, classes)"),
-        ("tests.toy_models:pair", "returns a tuple, expected a tensor of shape (batch, classes)"),
+        (f"{__name__}:maps", "returns a tuple, expected a tensor of shape (batch, classes)"),
         ("tests.toy_models:not_a_module", "returned a int, expected a torch.nn.Module"),
         (f"{__name__}:flattened", "returns shape (4,)"),
         (f"{__name__}:averaged", "returns shape (1, 2) for a batch of 2"),
@@ -254,6 +257,15 @@ def averaged() -> nn.Module:
     return Averaged()
 
 
+class Maps(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        return images, None
+
+
+def maps() -> nn.Module:
+    return Maps()
+
+
 def flattened() -> nn.Module:
     return nn.Sequential(pooled_linear(), nn.Flatten(0))
 
@@ -274,6 +286,79 @@ def test_a_loaded_network_is_frozen_and_in_evaluation_mode() -> None:
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def conv(channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def gray() -> nn.Module:
+    return conv(1)
+
+
+def four() -> nn.Module:
+    return conv(4)
+
+
+@pytest.mark.parametrize(("source", "words"), [("gray", "images of 1 channel, but"), ("four", "images of 4 channels,")])
+def test_a_network_of_other_channels_is_refused(source: str, words: str) -> None:
+    message = refused(spec(source=f"{__name__}:{source}"))
+    assert words in message
+    assert "patches are RGB" in message
+
+
+@pytest.mark.parametrize("where", ["features.0.weight", "fc.bias"])
+def test_weights_that_are_no_numbers_are_refused(where: str, state: State, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in state.items()}
+    state[where].view(-1)[1] = float("nan")
+    save(tmp_path / "w.pt", state)
+    message = refused(spec(tmp_path, weights="w.pt"))
+    assert f"1 of {state[where].numel()} values of {where} are NaN" in message
+
+
+def left_training() -> nn.Module:
+    """Dropout and batch normalisation, as training left them."""
+    torch.manual_seed(7)
+    parts = [nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network = nn.Sequential(*parts, nn.Linear(8, 2))
+    network(torch.rand(16, 3, 32, 32))
+    return network.train()
+
+
+def test_a_network_left_in_training_mode_is_put_right() -> None:
+    images = torch.rand(4, 3, 32, 32)
+    found = load_model(spec(source=f"{__name__}:left_training")).module(images)
+    assert torch.equal(found, left_training().eval()(images))
+    assert not torch.allclose(found, left_training()(images))
+
+
+class InBatches(Wrapped):
+    """Says of an image something else in other company."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images - images.mean(dim=0))
+
+
+def in_batches() -> nn.Module:
+    return InBatches()
+
+
+def test_a_network_whose_answer_depends_on_the_batch_is_refused() -> None:
+    assert "answers differently for an image alone and in a batch" in refused(spec(source=f"{__name__}:in_batches"))
+
+
+def halved() -> nn.Module:
+    return pooled_linear().half()
+
+
+def test_weights_of_half_precision_become_float32() -> None:
+    module = load_model(spec(source=f"{__name__}:halved")).module
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("weights", [None, "random"])
+def test_a_checksum_without_a_file_is_refused(weights: str | None) -> None:
+    assert "sha256 is of a weights file, but there is no 'weights:'" in refused(spec(weights=weights, sha256="0" * 64))
+
+
 def test_normalisation_is_the_formula() -> None:
     model = load_model(spec(mean=[0.7, 0.5, 0.6], std=[0.1, 0.2, 0.3]))
     rgb = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -282,6 +367,21 @@ def test_normalisation_is_the_formula() -> None:
     for b, y, x, c in np.ndindex(2, 4, 5, 3):
         expected = (int(rgb[b, y, x, c]) / 255 - model.mean[c]) / model.std[c]
         assert float(found[b, c, y, x]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_colours_of_0_to_255_go_in_as_they_are() -> None:
+    rgb = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    model = load_model(spec(scale=255))
+    assert torch.equal(model.prepare(rgb), rgb.permute(0, 3, 1, 2).float())
+    assert load_model(spec(scale=255, mean=[128] * 3, std=[64] * 3)).prepare(rgb).abs().max() <= 2
+
+
+def test_patches_are_resized_and_cropped_as_the_model_file_says() -> None:
+    model = load_model(spec(patch_px=[100, 80], transform={"resize": 40, "crop": 32}))
+    assert (model.patch_px, model.input_px) == ((100, 80), (32, 32))
+    rgb = torch.randint(0, 256, (2, 100, 80, 3), dtype=torch.uint8)
+    assert model.module(model.prepare(rgb)).shape == (2, 2)
+    assert model.view == pytest.approx((9 * 2.0, 4 * 2.0, 64, 64))
 
 
 def test_without_a_word_normalisation_is_imagenets() -> None:
@@ -310,6 +410,10 @@ def test_the_digest_is_stable() -> None:
         {"patch_px": 40},
         {"classes": ["a", "b"]},
         {"activation": "none"},
+        {"scale": 255.0},
+        {"transform": {"resize": 40}},
+        {"transform": {"crop": 24}},
+        {"transform": {"resize": 40, "interpolation": "bicubic"}},
         {"source": "tests.toy_models:other_linear"},
     ],
     ids=lambda change: next(iter(change)),
@@ -364,3 +468,125 @@ def test_the_softmax_of_one_output_is_refused() -> None:
     with pytest.raises(ModelError, match="activation: sigmoid"):
         load_model(spec)
     assert load_model(spec.model_copy(update={"activation": "sigmoid"})).classes == ("tumour",)
+
+
+# A live module.
+
+
+def test_a_live_module_is_copied_and_left_as_it_was() -> None:
+    network = left_training()
+    model = model_of(network, patch_px=32, mpp=0.5, classes=["a", "b"], mean=[0.5] * 3, std=[0.2] * 3, layer="0")
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model.module(images), left_training().eval()(images))
+    assert (model.name, model.classes, model.mpp, model.layer) == ("Sequential", ("a", "b"), 0.5, "0")
+    assert (model.patch_px, model.mean, model.std) == ((32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    assert not model.runs_code
+
+
+def test_the_digest_of_a_live_module_is_of_its_class_and_weights() -> None:
+    torch.manual_seed(0)
+    network = pooled_linear()
+    first = model_of(network, patch_px=32).digest
+    assert model_of(network, patch_px=32, name="x").digest == first
+    assert model_of(nn.Sequential(network), patch_px=32).digest != first
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] += 1e-4
+    assert model_of(network, patch_px=32).digest != first
+
+
+@pytest.mark.parametrize(
+    ("network", "values", "problem"),
+    [
+        (pooled_linear(), {"patch_px": 0}, "patch_px"),
+        (pooled_linear(), {"patch_px": 32, "activation": "relu"}, "activation"),
+        (pooled_linear(), {"patch_px": 32, "mean": [178, 140, 178]}, "scale: 255"),
+        (pooled_linear(), {"patch_px": 32, "classes": ["a"]}, "1 classes are named, but the model has 2 outputs"),
+        (Fail(), {"patch_px": 32}, "Fail: fails on a batch of shape (2, 3, 32, 32): ValueError: only gray"),
+    ],
+)
+def test_a_live_module_that_cannot_be_used_is_refused(network: nn.Module, values: Any, problem: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        model_of(network, **values)
+    assert problem in str(caught.value)
+
+
+def test_a_live_module_that_cannot_be_copied_is_refused() -> None:
+    network: Any = pooled_linear()
+    network.lock = threading.Lock()
+    with pytest.raises(ModelError, match="cannot be copied"):
+        model_of(network, patch_px=32)
+
+
+# Foreign weights: https://github.com/Heartfirey/Shufflenet-in-lung-colon-image-classification
+
+
+def shuffled(maps: Tensor, groups: int) -> Tensor:
+    """Channels dealt out among the groups."""
+    count, channels, height, width = maps.shape
+    return maps.view(count, groups, channels // groups, height, width).transpose(1, 2).reshape(maps.shape)
+
+
+class ShuffleUnit(nn.Module):
+    """A unit of ShuffleNet (1707.01083, figure 2): grouped 1 x 1, shuffle, depthwise 3 x 3, grouped 1 x 1."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        own = after - before if stride == 2 else after
+        inner = own // 4
+        self.stride, self.groups = stride, 1 if before == 24 else 2
+        self.conv1 = nn.Conv2d(before, inner, 1, groups=self.groups, bias=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.conv3 = nn.Conv2d(inner, own, 1, groups=2, bias=False)
+        self.bn1, self.bn2, self.bn3 = nn.BatchNorm2d(inner), nn.BatchNorm2d(inner), nn.BatchNorm2d(own)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        new = shuffled(self.bn1(self.conv1(maps)).relu(), self.groups)
+        new = self.bn3(self.conv3(self.bn2(self.conv2(new)).relu()))
+        new = torch.cat([new, nn.functional.avg_pool2d(maps, 3, 2, 1)], 1) if self.stride == 2 else new + maps
+        return torch.relu(new)
+
+
+class ShuffleNet(nn.Module):
+    """ShuffleNet of two groups for pictures of 32 px."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24)
+        widths = [24, 200, 400, 800]
+        for i, units in enumerate((4, 8, 4)):
+            first = ShuffleUnit(widths[i], widths[i + 1], 2)
+            others = [ShuffleUnit(widths[i + 1], widths[i + 1], 1) for _ in range(units - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(first, *others))
+        self.layers = [f"layer{i + 1}" for i in range(3)]
+        self.linear = nn.Linear(800, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.bn1(self.conv1(images)).relu()
+        for name in self.layers:
+            maps = self.get_submodule(name)(maps)
+        logits: Tensor = self.linear(nn.functional.avg_pool2d(maps, 4).flatten(1))
+        return logits
+
+
+def shufflenet() -> nn.Module:
+    return ShuffleNet()
+
+
+def test_foreign_weights_load_into_a_class_written_anew(shared_data: Path) -> None:
+    (path,) = (shared_data / "weights" / "shufflenet_lc25000").glob("*.pkl")
+    model = load_model(
+        spec(source=f"{__name__}:shufflenet", weights=str(path), scale=255, classes=["a", "b", "c", "d", "e"])
+    )
+    assert sum(p.numel() for p in model.module.parameters()) == 883_577
+    # Tissue in 0..255 is what its first normalisation has seen in training; in 0..1 it would be nearly constant.
+    tile = Image.open(next((shared_data / "tiles" / "oscc_oral").rglob("*.jpg"))).convert("RGB").resize((128, 128))
+    rgb = torch.from_numpy(np.asarray(tile).copy()).unfold(0, 32, 32).unfold(1, 32, 32)
+    rgb = rgb.permute(0, 1, 3, 4, 2).reshape(-1, 32, 32, 3)
+    network: Any = model.module
+    assert 0.3 < network.bn1(network.conv1(model.prepare(rgb))).std() < 3
+    assert network.bn1(network.conv1(model.prepare(rgb) / 255)).std(dim=(0, 2, 3)).max() < 0.1
+    logits = model.module(model.prepare(rgb))
+    assert logits.shape == (16, 5)
+    assert float(logits.std(dim=0).min()) > 0.01

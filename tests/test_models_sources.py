@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import timm.models._builder
+import torch
 import torchvision.models._api
 from torch import nn
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import Model, load_model
+from wsi_gradcam.models.pickles import tensors_only
+from wsi_gradcam.models.sources.code import code_digest
 from wsi_gradcam.models.spec import ModelSpec
 
 NET = "import torch\n\n\ndef build() -> torch.nn.Module:\n    return torch.nn.Sequential({layers})\n"
@@ -39,6 +47,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for fetch in ("load_state_dict_from_hf", "load_state_dict_from_url"):
         monkeypatch.setattr(timm.models._builder, fetch, offline)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [])  # there is a name server, but no more
 
 
 @pytest.fixture
@@ -62,6 +71,15 @@ def test_published_weights_without_a_network_are_one_clear_line(source: str) -> 
     assert "\n" not in message
 
 
+def test_without_a_name_server_published_weights_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    started = time.perf_counter()
+    assert "cannot be had (no way to huggingface.co: [Errno 101]" in refused("timm:resnet10t", weights=None)
+    assert time.perf_counter() - started < 10  # the hub's client would try for 50 s
+
+
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("source", ["timm:resnet10t", "torchvision:squeezenet1_1"])
 def test_untrained_networks_need_no_network(source: str) -> None:
@@ -77,6 +95,7 @@ def test_published_weights_never_get_an_untrained_head(source: str, monkeypatch:
     def untrained(create: Callable[..., nn.Module], key: str, value: object) -> Callable[..., nn.Module]:
         return lambda name, **arguments: create(name, **{**arguments, key: value})
 
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [])
     monkeypatch.setattr(timm, "create_model", untrained(timm.create_model, "pretrained", False))
     monkeypatch.setattr(torchvision.models, "get_model", untrained(torchvision.models.get_model, "weights", None))
     message = refused(source, weights=None, classes=["a", "b"])
@@ -168,3 +187,68 @@ def test_the_digest_tells_the_source_code(folder: Path) -> None:
         sys.modules.pop("net_edited", None)
         digests.append(load("net_edited:build", folder, patch_px=32).digest)
     assert digests[0] == digests[2] != digests[1]
+
+
+def write_package(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+PACKAGE = {
+    "pack_a/__init__.py": "",
+    "pack_a/nets.py": "import json\nfrom . import parts\nfrom pack_a.deep.more import width\n"
+    + NET.format(layers=POOLED.format(classes=2)),
+    "pack_a/parts.py": "import pack_a.nets\n",
+    "pack_a/deep/__init__.py": "",
+    "pack_a/deep/more.py": "width = 3\n",
+    "pack_a/other.py": "x = 1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "matters"),
+    [
+        ("pack_a/nets.py", True),
+        ("pack_a/parts.py", True),
+        ("pack_a/deep/more.py", True),
+        ("pack_a/other.py", False),
+    ],
+)
+def test_the_digest_tells_the_code_that_the_source_imports(file: str, matters: bool, folder: Path) -> None:
+    write_package(folder, PACKAGE)
+    first = load("pack_a.nets:build", folder, patch_px=32).digest
+    with (folder / file).open("a") as text:
+        text.write("# changed\n")
+    assert (load("pack_a.nets:build", folder, patch_px=32).digest != first) == matters
+
+
+def test_the_digest_follows_modules_that_lie_beside(folder: Path) -> None:
+    write_package(
+        folder,
+        {
+            "near.py": "x = 1\n",
+            "net_near.py": "import near\nimport torch\n" + NET.format(layers=POOLED.format(classes=2)),
+        },
+    )
+    first = load("net_near:build", folder, patch_px=32).digest
+    (folder / "near.py").write_text("x = 2\n")
+    assert load("net_near:build", folder, patch_px=32).digest != first
+
+
+def test_the_digest_of_a_single_module_is_that_of_its_file(folder: Path) -> None:
+    (folder / "net_single.py").write_text("import json\n")
+    path = folder / "net_single.py"
+    assert code_digest("net_single", str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert code_digest("net_single", None) == ""
+
+
+def test_pickles_of_libraries_are_read_as_tensors_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.save({"a": Path("x")}, tmp_path / "object.pt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with tensors_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "object.pt", weights_only=False)
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert torch.load(tmp_path / "object.pt", weights_only=False) == {"a": Path("x")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ FULL = {
     "mpp": 0.5,
     "mean": [0.7, 0.55, 0.7],
     "std": [0.15, 0.18, 0.15],
+    "scale": 1.0,
+    "transform": {"resize": 256, "crop": [224, 192], "interpolation": "bicubic"},
+    "output": "logits",
     "layer": "layer4",
     "activation": "sigmoid",
     "license": "Apache-2.0",
@@ -93,6 +97,12 @@ def test_class_names_may_look_like_numbers(tmp_path: Path) -> None:
         ({"mean": [0.5, 0.5]}, "mean"),
         ({"mean": [0.5, 0.5, float("nan")]}, "mean"),
         ({"std": [0.1, 0.1, 0]}, "std.2"),
+        ({"scale": 0}, "scale"),
+        ({"mean": [0.5, 1.5, 0.5]}, "less than or equal to 1"),
+        ({"scale": 255, "mean": [178, 256, 178], "std": [30, 30, 30]}, "less than or equal to 255"),
+        ({"transform": {"resise": 3}}, "transform.resise: unknown key"),
+        ({"transform": {"interpolation": "cubic"}}, "transform.interpolation"),
+        ({"transform": {"crop_rounds": False}}, "transform.crop_rounds: unknown key"),
         ({"sha256": "a" * 63}, "sha256"),
         ({"activation": "relu"}, "activation"),
         ({"source": ""}, "source"),
@@ -135,9 +145,94 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "cannot be read: No such file" in refused(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("source", ["timm:resnet18", "torchvision:vgg16", "my_package.models:build"])
-def test_a_source_alone_is_a_specification(source: str) -> None:
-    assert read_spec(source) == ModelSpec(name=source, source=source)
+@pytest.mark.parametrize(
+    ("source", "kind", "runs_code"),
+    [
+        ("timm:resnet18", "timm", False),
+        ("torchvision:vgg16", "torchvision", False),
+        ("torchscript:m.pt", "torchscript", True),
+        ("export:m.pt2", "export", True),
+        ("wsinfer:folder", "wsinfer", True),
+        ("hf:folder", "hf", False),
+        ("my_package.models:build", "function", True),
+    ],
+)
+def test_a_source_alone_is_a_specification(source: str, kind: str, runs_code: bool) -> None:
+    spec = read_spec(source)
+    assert spec == ModelSpec(name=source, source=source)
+    assert (spec.kind, spec.runs_code) == (kind, runs_code)
+    assert spec.argument == (source if kind == "function" else source.partition(":")[2])
+
+
+def test_colours_of_0_to_255_have_a_scale(tmp_path: Path) -> None:
+    spec = read_spec(str(write(tmp_path, {**FULL, "scale": 255, "mean": [178, 140, 178], "std": [38, 46, 38]})))
+    assert (spec.scale, spec.mean) == (255, (178, 140, 178))
+
+
+def archive(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, b"x")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ts", ".torchscript"])
+def test_a_torchscript_archive_is_known_by_what_is_in_it(suffix: str, tmp_path: Path) -> None:
+    path = archive(tmp_path / f"net{suffix}", "net/data.pkl", "net/constants.pkl", "net/code/__torch__.py")
+    spec = read_spec(str(path))
+    assert (spec.name, spec.source, spec.source_path) == ("net", f"torchscript:{path}", path)
+
+
+def test_an_exported_program_is_known_by_its_ending(tmp_path: Path) -> None:
+    path = archive(tmp_path / "net.pt2", "x")
+    assert read_spec(str(path)).source == f"export:{path}"
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])
+def test_weights_alone_are_no_model(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(content)
+    message = refused(tmp_path / "w.pt")
+    assert "holds no TorchScript program" in message
+    assert "'weights: w.pt'" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["config.json", "torchscript_model.pt"], "wsinfer"),
+        (["config.json", "model.safetensors"], "hf"),
+        (["config.json", "model-00001-of-00002.safetensors"], "hf"),
+        (["config.json", "torchscript_model.pt", "model.safetensors"], "wsinfer"),
+    ],
+)
+def test_a_folder_is_known_by_what_is_in_it(files: list[str], kind: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    spec = read_spec(str(tmp_path))
+    assert (spec.name, spec.source) == (tmp_path.name, f"{kind}:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ([], "a folder without config.json is no model"),
+        (["model.safetensors"], "a folder without config.json is no model"),
+        (["config.json", "pytorch_model.bin"], "weights in pickles (.bin, .pt, .pth) are not loaded"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_is_missing(files: list[str], problem: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    message = refused(tmp_path)
+    assert message.startswith(f"{tmp_path}: ")
+    assert problem in message
+
+
+def test_the_folder_one_stands_in_is_a_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert (read_spec(".").name, read_spec(".").source) == (tmp_path.name, "hf:.")
 
 
 def test_bundled_models_are_known_by_name() -> None:
@@ -151,7 +246,8 @@ def test_bundled_models_are_known_by_name() -> None:
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
     message = refused("resnet18")
-    assert all(name in message for name in [*bundled(), "timm:NAME", ".yaml"])
+    forms = ["timm:NAME", "torchvision:NAME", "torchscript:FILE", "export:FILE", "wsinfer:FOLDER", "hf:FOLDER"]
+    assert all(name in message for name in [*bundled(), *forms, "module:function", ".yaml"])
 
 
 @given(st.text(max_size=8))

@@ -16,7 +16,7 @@ from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
 
 
 def plan_of(slide_px: tuple[int, int], stride: int) -> SlidePlan:
-    return SlidePlan("", "", slide_px, (0.25, 0.25), (64.0, 64.0), 1, 256, stride)
+    return SlidePlan("", "", slide_px, (0.25, 0.25), (64.0, 64.0), (0.0, 0.0, 64.0, 64.0), 1, 256, stride)
 
 
 @pytest.mark.parametrize("slide_px", [(1601, 1601), (3201, 2417), (1615, 4000), (700, 333)])

@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.slides_in_memory import ArraySlide
+from wsi_gradcam.cam.choice import Choice, Trial
+from wsi_gradcam.cam.facts import ModelFacts
+from wsi_gradcam.cam.layout import Layer, Layout
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.config import NOT_IN_IDENTITY, Settings, make_settings
 from wsi_gradcam.errors import ConfigError, ModelError, MppError, StoreError, TargetError
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.models.facts import ModelFacts
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.patches import Patches
 from wsi_gradcam.plan import RunPlan, SlidePlan, estimate, memory_estimate, plan_run, plan_slide
@@ -37,15 +39,18 @@ FACTS = ModelFacts(
     mpp=0.5,
     mean=(0.0, 0.0, 0.0),
     std=(1.0, 1.0, 1.0),
-    layer="features",
-    channels=12,
+    view=(0.0, 0.0, 32.0, 64.0),
+    layers=(Layer("features", Layout("bkhw", 12, 4, 8)),),
+    traced=False,
     cam_shape=(4, 8),
     parameters=1000,
     activation_bytes=1 << 16,
+    batch_size=32,
+    choice=Choice("eager", "float32"),
 )
 SPEC = ModelSpec(name="toy", source="tests:toy")
 ENTRY = SlideEntry("a", "/slides/a.svs")
-PLAN = SlidePlan("s", "r", (1000, 900), (0.25, 0.3), (128.0, 213.3), 1000, 256, 16)
+PLAN = SlidePlan("s", "r", (1000, 900), (0.25, 0.3), (128.0, 213.3), (0.0, 0.0, 128.0, 213.3), 1000, 256, 16)
 
 
 def run_of(facts: ModelFacts = FACTS, **settings: Any) -> RunPlan:
@@ -55,7 +60,7 @@ def run_of(facts: ModelFacts = FACTS, **settings: Any) -> RunPlan:
 # Every setting with a value that is not its default.
 CHANGES: dict[str, Any] = {
     "target": ("tumour",),
-    "method": "hirescam",
+    "method": ("hirescam",),
     "layer": "features",
     "mpp": (0.25, 0.25),
     "patch_mpp": 1.0,
@@ -68,6 +73,8 @@ CHANGES: dict[str, Any] = {
     "batch_size": 16,
     "span_patches": 512,
     "device": "cuda",
+    "engine": "openvino",
+    "precision": "bfloat16",
     "reader_threads": 7,
     "torch_threads": 3,
     "max_unreadable": 0.5,
@@ -81,7 +88,10 @@ def test_every_setting_is_tried_here() -> None:
     )
 
 
-@pytest.mark.parametrize("key", sorted(set(CHANGES) - NOT_IN_IDENTITY - {"layer"}))
+FOUND_OUT = {"layer", "engine", "precision", "batch_size"}  # what counts is what was found, not what was asked
+
+
+@pytest.mark.parametrize("key", sorted(set(CHANGES) - NOT_IN_IDENTITY - FOUND_OUT))
 def test_a_setting_that_changes_results_changes_the_digest(key: str) -> None:
     assert run_of(**{key: CHANGES[key]}).digest() != run_of().digest()
 
@@ -93,7 +103,37 @@ def test_a_setting_that_changes_speed_alone_does_not(key: str) -> None:
 
 def test_the_layer_counts_as_found_however_it_was_named() -> None:
     assert run_of(layer="features").digest() == run_of().digest()
-    assert run_of(replace(FACTS, layer="other")).digest() != run_of().digest()
+    other = (replace(FACTS.layers[0], name="other"),)
+    assert run_of(replace(FACTS, layers=other)).digest() != run_of().digest()
+
+
+def test_engine_precision_and_batch_size_count_as_found_however_they_were_asked_for() -> None:
+    asked = run_of(engine="eager", precision="float32", batch_size="auto")
+    assert asked.digest() == run_of().digest()
+    for choice in (Choice("openvino", "float32"), Choice("eager", "bfloat16")):
+        assert run_of(replace(FACTS, choice=choice)).digest() != run_of().digest()
+    assert run_of(replace(FACTS, batch_size=16)).digest() != run_of().digest()
+
+
+def test_how_engines_did_in_trials_does_not_count() -> None:
+    trials = (Trial("openvino", "float32", 3.5),)
+    assert run_of(replace(FACTS, choice=replace(FACTS.choice, trials=trials))).digest() == run_of().digest()
+
+
+def test_a_span_must_hold_whole_batches_of_the_size_that_was_found() -> None:
+    with pytest.raises(ConfigError, match="span_patches is 48, expected a multiple of the batch size 32"):
+        run_of(batch_size="auto", span_patches=48)
+
+
+def test_every_method_explains_every_target() -> None:
+    run = run_of(method="gradcam,eigencam", target=["tumour", "tumour-other", "predicted"])
+    assert [m.label for m in run.maps] == [
+        f"{method}: {target}"
+        for method in ("gradcam", "eigencam")
+        for target in ("tumour", "tumour-other", "predicted")
+    ]
+    assert [m.factor for m in run.maps] == [32] * 3 + [1] * 3
+    assert [t.label for t in run.probabilities] == ["tumour", "predicted"]
 
 
 def test_the_model_counts() -> None:
@@ -116,7 +156,7 @@ def test_a_worker_gets_the_same_run() -> None:
 @pytest.mark.parametrize(
     ("facts", "settings", "error", "problem"),
     [
-        (FACTS, {"method": "gradcan"}, ConfigError, "method 'gradcan' is not known; expected one of gradcam, hirescam"),
+        (FACTS, {"method": "gradcan"}, ConfigError, "method 'gradcan' is not known; expected one of cam, gradcam"),
         (FACTS, {"target": ["cat"]}, TargetError, "target 'cat' is not a class"),
         (replace(FACTS, mpp=None), {}, ModelError, "add 'mpp: 0.5' to the model file or give --patch-mpp"),
     ],
@@ -145,6 +185,7 @@ def test_a_run_explains_what_was_asked() -> None:
     SlidePlan,
     st.text(), st.text(), st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)),
     st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)), st.tuples(st.floats(1, 10**4), st.floats(1, 10**4)),
+    st.tuples(*[st.floats(0, 10**4)] * 4),
     st.integers(0, 10**6), st.integers(1, 10**4), st.sampled_from([1, 16, 64]),
 ))  # fmt: skip
 def test_a_plan_comes_back_from_json_exactly(plan: SlidePlan) -> None:
@@ -194,7 +235,15 @@ def test_a_slides_plan_follows_slide_model_and_settings(slide: ArraySlide) -> No
     run = run_of(overlap=0.5, span_patches=64)
     plan, patches, mask = plan_slide(slide, run)
     assert plan == SlidePlan(
-        "0", run.digest(), (1024, 2048), (0.25, 0.25), (64.0, 128.0), len(patches.yx), run.settings.span_patches, 16
+        "0",
+        run.digest(),
+        (1024, 2048),
+        (0.25, 0.25),
+        (64.0, 128.0),
+        (0.0, 0.0, 64.0, 128.0),
+        len(patches.yx),
+        run.settings.span_patches,
+        16,
     )
     left = mask[:, : mask.shape[1] // 2]
     assert left.mean() > 0.9
@@ -261,5 +310,5 @@ def test_memory_depends_on_the_batch_and_not_on_the_slide() -> None:
     run = run_of(replace(FACTS, activation_bytes=1 << 24))
     huge = replace(PLAN, slide_px=(10**6, 10**6), patches=10**6)
     assert estimate(ENTRY, huge, run).memory_bytes == estimate(ENTRY, PLAN, run).memory_bytes == memory_estimate(run)
-    double = run_of(replace(FACTS, activation_bytes=1 << 24), batch_size=64)
+    double = run_of(replace(FACTS, activation_bytes=1 << 24, batch_size=64))
     assert memory_estimate(double) - memory_estimate(run) == 32 * (2 * (1 << 24) + 3 * 3 * 4 * 32 * 64)

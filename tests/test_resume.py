@@ -256,7 +256,7 @@ def test_finishing_twice_keeps_the_record(slides: list[Path], alone: tuple[Path,
     """A cluster does a task again when the worker that did it dies before it could tell."""
     shutil.copytree(alone[0], tmp_path, dirs_exist_ok=True)
     spec, settings = toy_spec("slow_linear"), make_settings(**SMALL)
-    run = plan_run(tmp_path, spec, examine_model(spec, None, None, "cpu"), settings)
+    run = plan_run(tmp_path, spec, examine_model(spec, settings, []).facts, settings)
     (entry,) = find_slides(slides[:1])
     record = finish(Context(run), entry)
     assert record == json.loads((tmp_path / "a.tif" / "manifest" / "done.json").read_bytes())
@@ -302,7 +302,7 @@ def test_an_empty_slides_csv_has_no_rows(tmp_path: Path) -> None:
 
 def test_no_run_yet_is_no_mismatch(tmp_path: Path) -> None:
     spec = toy_spec("slow_linear")
-    run = plan_run(tmp_path, spec, examine_model(spec, None, None, "cpu"), make_settings(**SMALL))
+    run = plan_run(tmp_path, spec, examine_model(spec, make_settings(**SMALL), []).facts, make_settings(**SMALL))
     check_same_run(tmp_path / "run.yaml", run)
     assert not list(tmp_path.iterdir())
 
@@ -385,4 +385,4 @@ def test_the_number_of_threads_does_not_change_a_bit(slides: list[Path], tmp_pat
 
 def run_of(name: str, out: Path) -> RunPlan:
     spec, settings = toy_spec(name), make_settings(**SMALL)
-    return plan_run(out, spec, examine_model(spec, None, None, "cpu"), settings)
+    return plan_run(out, spec, examine_model(spec, settings, []).facts, settings)

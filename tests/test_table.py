@@ -16,12 +16,14 @@ import torch
 
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam import table
+from wsi_gradcam.cam.choice import Choice
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.methods import gradcam
+from wsi_gradcam.cam.facts import ModelFacts
+from wsi_gradcam.cam.layout import Layer, Layout
+from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.models.activation import Activation
-from wsi_gradcam.models.facts import ModelFacts
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.patches import Patches
 from wsi_gradcam.plan import RunPlan, SlidePlan, plan_run
@@ -43,11 +45,14 @@ FACTS = ModelFacts(
     mpp=0.5,
     mean=(0.0, 0.0, 0.0),
     std=(1.0, 1.0, 1.0),
-    layer="features",
-    channels=12,
+    view=(0.0, 0.0, 32.0, 32.0),
+    layers=(Layer("features", Layout("bkhw", 12, 4, 4)),),
+    traced=False,
     cam_shape=(4, 4),
     parameters=0,
     activation_bytes=0,
+    batch_size=32,
+    choice=Choice("eager", "float32"),
 )
 
 
@@ -64,7 +69,7 @@ def run_of(activation: Activation = "softmax") -> RunPlan:
 
 
 def plan_of(run: RunPlan, count: int = COUNT) -> SlidePlan:
-    return SlidePlan("s", run.digest(), (1000, 1000), (0.5, 0.5), (32.0, 32.0), count, SPAN, 16)
+    return SlidePlan("s", run.digest(), (1000, 1000), (0.5, 0.5), (32.0, 32.0), (0.0, 0.0, 32.0, 32.0), count, SPAN, 16)
 
 
 def store_of(path: Path, run: RunPlan, network: PooledLinear, count: int = COUNT) -> PatchStore:
@@ -74,7 +79,8 @@ def store_of(path: Path, run: RunPlan, network: PooledLinear, count: int = COUNT
     store = PatchStore.create(path, patches, SPAN, len(CLASSES), len(run.targets), FACTS.cam_shape, {})
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for start in range(0, count, SPAN):
-        logits, cams = explain_batch(network, "features", images[start : start + SPAN], run.targets, gradcam)
+        explained = explain_batch(EagerProgram(network, FACTS.layers), images[start : start + SPAN], run.targets)
+        logits, cams = explained.logits, explained.cams["gradcam"]
         data = SpanData(logits.numpy().copy(), cams.numpy().copy(), np.full(len(logits), OK, np.uint8))
         if start <= BAD < start + SPAN:
             data.logits[BAD - start], data.cams[BAD - start], data.status[BAD - start] = 0, 0, UNREADABLE
@@ -181,7 +187,7 @@ def test_the_file_says_what_it_belongs_to(tmp_path: Path, network: PooledLinear)
     written(tmp_path, network)
     about = json.loads(pq.read_schema(tmp_path / "patches.parquet").metadata[b"wsi_gradcam"])
     assert about["model"] == "d"
-    assert about["unit of cam_*"] == "logit"
+    assert set(about["units"].values()) == {"logit"}
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from wsi_gradcam.api import explain, validate
     from wsi_gradcam.config import Settings
+    from wsi_gradcam.gradcam import GradCAM
     from wsi_gradcam.models.load import load_model
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import open_slide
 
-__all__ = ["ModelSpec", "Settings", "__version__", "explain", "load_model", "open_slide", "validate"]
+__all__ = ["GradCAM", "ModelSpec", "Settings", "__version__", "explain", "load_model", "open_slide", "validate"]
 
 _HOME = {
+    "GradCAM": "wsi_gradcam.gradcam",
     "ModelSpec": "wsi_gradcam.models.spec",
     "Settings": "wsi_gradcam.config",
     "explain": "wsi_gradcam.api",

@@ -10,20 +10,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.config import Settings, make_settings
-from wsi_gradcam.errors import ConfigError, one_line
+from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.inputs import SlideEntry, find_slides
 from wsi_gradcam.models.spec import ModelSpec, read_spec
-from wsi_gradcam.plan import Estimate, RunPlan, estimate, plan_run
+from wsi_gradcam.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.plan import plan_slide as make_plan
+from wsi_gradcam.sampling import SLIDES_TRIED
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.stages import Task, resized
+from wsi_gradcam.stages import Task
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.run_files import SlideTable, check_same_run, read_slides, remove_leftovers, write_run
+from wsi_gradcam.stores.run_files import (
+    SlideTable,
+    check_same_run,
+    choice_from,
+    read_run,
+    read_slides,
+    remove_leftovers,
+    write_run,
+)
 from wsi_gradcam.validation import validate
 from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord
 
 if TYPE_CHECKING:
+    from wsi_gradcam.cam.choice import Choice
     from wsi_gradcam.executors.dask import DaskExecutor
     from wsi_gradcam.executors.serial import SerialExecutor
 
@@ -94,7 +104,8 @@ def explain(
     listener = listener or Listener()
     folder = RunFolder(_local(out))
     with _executor(workers, scheduler, settings) as executor:
-        run = _plan(executor, folder.path, spec, settings)
+        choice = None if overwrite else _choice_before(folder.run, settings)
+        run = _plan(executor, folder.path, spec, settings, entries, choice)
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         if not overwrite and not _nothing_but_failures(rows):
             check_same_run(folder.run, run)
@@ -135,7 +146,9 @@ def preview(
     from wsi_gradcam.executors.serial import SerialExecutor
 
     settings, entries, spec = _prepared(slides, model, settings, options)
-    run = _plan(SerialExecutor(), _local(out), spec, settings)
+    # What will be chosen to run the model changes no estimate, and finding it out takes time.
+    plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
+    run = _plan(SerialExecutor(), _local(out), spec, plain, entries, None)
     estimates, errors = [], []
     for entry in entries:
         try:
@@ -160,7 +173,9 @@ def _prepared(
     entries = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
     spec = model if isinstance(model, ModelSpec) else read_spec(fspath(model))
     spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
-    return settings, entries, resized(spec, settings.patch_px)
+    if settings.patch_px is not None:
+        spec = spec.model_copy(update={"patch_px": settings.patch_px})
+    return settings, entries, spec
 
 
 def _local(out: str | PathLike[str]) -> Path:
@@ -169,9 +184,30 @@ def _local(out: str | PathLike[str]) -> Path:
     return Path(out)
 
 
-def _plan(executor: SerialExecutor | DaskExecutor, out: Path, spec: ModelSpec, settings: Settings) -> RunPlan:
-    facts = executor.examine(spec, settings.layer, settings.patch_px, settings.device)
+def _plan(
+    executor: SerialExecutor | DaskExecutor,
+    out: Path,
+    spec: ModelSpec,
+    settings: Settings,
+    entries: Sequence[SlideEntry],
+    choice: Choice | None,
+) -> RunPlan:
+    check_methods(settings.method)
+    facts = executor.examine(spec, settings, entries[:SLIDES_TRIED], choice)
     return plan_run(out.absolute(), spec, facts, settings)
+
+
+def _choice_before(path: Path, settings: Settings) -> Choice | None:
+    """The engine and precision that a run which is continued has chosen, if the same was asked for."""
+    try:
+        stored = read_run(path)
+    except StoreError:  # reported when it is compared with this run
+        return None
+    asked = ("engine", "precision", "layer", "device")
+    now = settings.model_dump(mode="json")
+    if stored is None or any(stored.get("settings", {}).get(key) != now[key] for key in asked):
+        return None
+    return choice_from(stored)
 
 
 @contextmanager

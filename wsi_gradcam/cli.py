@@ -17,8 +17,8 @@ DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 
 # Flags of `explain` that are settings: name, type, help.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
-    ("method", str, "explanation: gradcam (default) or hirescam"),
-    ("layer", str, "module whose output is explained (default: the model file's, else found)"),
+    ("method", str, "explanations, several joined by commas: gradcam (default), hirescam, ...; 'info' lists all"),
+    ("layer", str, "module whose output is explained, or A+B (default: the model file's, else found)"),
     ("mpp", str, "the slides' micrometres per level-0 pixel, where the files are wrong: one number, or Y,X"),
     ("patch-mpp", float, "micrometres per pixel of the model's input (default: the model file's)"),
     ("patch-px", int, "side of the model's input in pixels (default: the model file's)"),
@@ -27,9 +27,11 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("min-tissue", float, "leave out patches with a smaller share of tissue (default 0.1)"),
     ("heatmap-stride", int, "level-0 pixels per heatmap pixel, a power of two (default 16)"),
     ("window", str, "how overlapping patches are weighed: hann (default) or uniform"),
-    ("batch-size", int, "patches per forward pass (default 32)"),
+    ("batch-size", str, "patches per forward pass (default 32), or auto"),
     ("span-patches", int, "patches per unit of work (default 256)"),
     ("device", str, "where the model runs: cpu (default), cuda, cuda:1, mps"),
+    ("engine", str, "what runs the network up to the layer: auto (default), eager, compile, openvino"),
+    ("precision", str, "of the network up to the layer: auto (default), float32, bfloat16, float16"),
     ("reader-threads", int, "threads that read patches while the model works (default 2)"),
     ("torch-threads", int, "threads of the model on a CPU (default: all, shared between workers)"),
     ("max-unreadable", float, "share of unreadable patches above which a slide has failed (default 0.01)"),
@@ -86,12 +88,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_explain(commands: Any) -> None:
     explain = commands.add_parser("explain", help="explain slides", description="Explain slides.")
     explain.add_argument("slide", nargs="*", help="slide files, or folders that are searched for slides")
-    explain.add_argument("--model", help="model file, timm:NAME, torchvision:NAME, module:function, or a bundled name")
+    explain.add_argument(
+        "--model",
+        help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
+        "file, a WSInfer or Hugging Face folder",
+    )
     explain.add_argument("--out", help="folder for the results; an unfinished run there is continued")
     explain.add_argument(
         "--target",
         action="append",
-        help="class name, index, 'predicted' or 'all'; may be given several times",
+        help="class name, index, 'predicted', 'all', CLASS-CLASS or module:function; may be given several times "
+        "(default: all of up to 10 classes, else predicted)",
     )
     for name, kind, text in SETTINGS:
         explain.add_argument(f"--{name}", type=kind, help=text)
@@ -163,6 +170,8 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
     if {"workers", "scheduler"} & given.keys():  # one replaces the other
         values = {key: value for key, value in values.items() if key not in ("workers", "scheduler")}
     values.update(given)
+    if isinstance(values.get("batch_size"), str) and values["batch_size"].isdecimal():
+        values["batch_size"] = int(values["batch_size"])
     if isinstance(values.get("mpp"), str):
         try:
             values["mpp"] = tuple(float(part) for part in values["mpp"].split(","))

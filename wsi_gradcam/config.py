@@ -28,8 +28,9 @@ class Settings(BaseModel):
 
     Attributes:
         target: classes by name or index, `predicted`, or `all`. Nothing given: all of up to 10, else predicted.
-        method: name of the explanation, see `wsi_gradcam.cam.methods`.
-        layer: module to explain; nothing given: the model file's, else found.
+        method: explanations by name, see `wsi_gradcam.cam.names`; several share the forward pass.
+        layer: module to explain, or several joined by "+", whose maps are averaged; nothing given: the model
+            file's, else found.
         mpp: replaces the slide's micrometres per level-0 pixel: one value, or (y, x).
         patch_mpp: replaces the model's micrometres per input pixel.
         patch_px: replaces the model's input size: one value, or (height, width).
@@ -38,9 +39,12 @@ class Settings(BaseModel):
         min_tissue: patches with a smaller share of tissue are left out.
         heatmap_stride: level-0 pixels per heatmap pixel, a power of two.
         window: how overlapping patches are weighed, `hann` or `uniform`.
-        batch_size: patches per forward pass.
+        batch_size: patches per forward pass; "auto": as many as bring speed and fit into memory.
         span_patches: patches per unit of work, a multiple of `batch_size`.
         device: where the model runs, as torch names it.
+        engine: what runs the network up to the layer: eager, compile, openvino; "auto": the fastest, see `precision`.
+        precision: of the network up to the layer: float32, bfloat16, float16; "auto": the fastest that keeps the
+            maps, which is found out on the first patches of a run and kept for all of it.
         reader_threads: threads that read patches while the model works.
         torch_threads: threads of the model on a CPU; nothing given: all, shared between workers.
         max_unreadable: share of a slide's patches that may be undecodable before the slide counts as failed.
@@ -49,7 +53,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     target: tuple[str, ...] = ()
-    method: str = "gradcam"
+    method: tuple[str, ...] = ("gradcam",)
     layer: str | None = None
     mpp: tuple[float, float] | None = None
     patch_mpp: PositiveFloat | None = None
@@ -59,9 +63,11 @@ class Settings(BaseModel):
     min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.1
     heatmap_stride: PositiveInt = 16
     window: Literal["hann", "uniform"] = "hann"
-    batch_size: PositiveInt = 32
+    batch_size: PositiveInt | Literal["auto"] = 32
     span_patches: PositiveInt = 256
     device: str = "cpu"
+    engine: Literal["auto", "eager", "compile", "openvino"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     reader_threads: PositiveInt = 2
     torch_threads: PositiveInt | None = None
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -79,6 +85,8 @@ class Settings(BaseModel):
             values["target"] = (values["target"],)
         if isinstance(values.get("target"), list | tuple):
             values["target"] = tuple(str(v) for v in values["target"])
+        if isinstance(values.get("method"), str):
+            values["method"] = tuple(name.strip() for name in values["method"].split(","))
         return values
 
     @model_validator(mode="after")
@@ -87,7 +95,9 @@ class Settings(BaseModel):
             raise ValueError(f"heatmap_stride is {self.heatmap_stride}, expected a power of two such as 16")
         if self.overlap and self.stride_px is not None:
             raise ValueError("overlap and stride_px say the same thing, give one of them")
-        if self.span_patches % self.batch_size:
+        if not self.method or len(set(self.method)) != len(self.method):
+            raise ValueError(f"method is {', '.join(self.method) or 'empty'}, expected names that differ")
+        if isinstance(self.batch_size, int) and self.span_patches % self.batch_size:
             raise ValueError(
                 f"span_patches is {self.span_patches}, expected a multiple of batch_size {self.batch_size}, "
                 "so that batches are cut the same way everywhere"

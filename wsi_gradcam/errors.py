@@ -43,6 +43,10 @@ class LayerError(ModelError):
     """No layer to explain, or a named layer that cannot be tapped."""
 
 
+class EngineError(ModelError):
+    """An engine that is not there, or cannot run the model."""
+
+
 class TargetError(WsiGradcamError, ValueError):
     """A target that the model does not have."""
 

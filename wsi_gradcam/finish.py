@@ -48,7 +48,10 @@ def finish_slide(
     )
     spans, blocks = manifest.records("spans"), manifest.records("blocks")
     _refuse_foreign(manifest, plan, store, spans, blocks)
-    shown = [_windowed(heatmap, i, channel) for i, channel in enumerate(channels)]
+    units = [shown.info.unit for shown in run.maps]
+    shown = [
+        _windowed(heatmap, i, channel, units[i]) if i < len(units) else channel for i, channel in enumerate(channels)
+    ]
     heatmap.set_channels(shown)
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
     write_table(folder.table, run, plan, store, causes)
@@ -99,19 +102,18 @@ def _most_common(causes: dict[int, str]) -> str:
     return Counter(causes.values()).most_common(1)[0][0] if causes else ""
 
 
-def _windowed(heatmap: HeatmapStore, number: int, channel: Channel) -> Channel:
+def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
     """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile.
 
     What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
-    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot.
+    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
+    methods whose values are not logits have no such floor.
     """
-    if channel.label.startswith("probability: "):
-        return channel
     level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
     whole = Region(0, 0, *heatmap.shapes[level])
     values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]
     if not len(values):
         return channel
     low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
-    end = max(top, NARROWEST)
+    end = max(top, NARROWEST) if unit == "logit" or top <= 0 else top
     return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

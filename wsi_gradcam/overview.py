@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
+from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import RANDOM
 from wsi_gradcam.slides import thumbnail
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.plan import RunPlan, SlidePlan
+    from wsi_gradcam.plan import Map, RunPlan, SlidePlan
     from wsi_gradcam.slides import Slide
 
 MAX_PX = 900  # of the thumbnail
@@ -34,6 +35,7 @@ MAX_MAPS = 3
 UNREADABLE_GRAY = 128
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
 OPACITY = 0.7
+UNITS = {"logit": "logits", "arbitrary": "arbitrary unit"}
 TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are seen
 
 
@@ -48,14 +50,17 @@ def draw_overview(
     """Draw thumbnail and overlays (the first explanations and their probabilities) with their colour bars."""
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
-    explanations = list(range(len(run.targets)))[:MAX_MAPS]
-    shown = [*explanations, *(len(run.targets) + i for i in explanations)]
-    figure, axes = _panels(len(explanations), rgb.shape[0] / rgb.shape[1])
+    maps = run.maps[:MAX_MAPS]
+    panels: list[tuple[int | None, str]] = [(number, UNITS[shown.info.unit]) for number, shown in enumerate(maps)]
+    panels += [(_probability(run, shown), "probability") for shown in maps]
+    figure, axes = _panels(len(maps), rgb.shape[0] / rgb.shape[1])
     _show_slide(axes[0], rgb, um_per_px, plan)
-    covered, images = _scaled(heatmap, plan, shown, (rgb.shape[0], rgb.shape[1]))
-    for axis, number, image in zip(axes[1:], shown, images, strict=True):
-        unit = "probability" if number >= len(run.targets) else "logits"
-        _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
+    covered, images = _scaled(heatmap, plan, [number or 0 for number, _ in panels], (rgb.shape[0], rgb.shape[1]))
+    for axis, (number, unit), image in zip(axes[1:], panels, images, strict=True):
+        if number is None:  # a contrast has no probability
+            axis.set_axis_off()
+        else:
+            _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
     title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{_about(run, plan)}"
     figure.suptitle(_shown(title), fontsize=9, parse_math=False)
     buffer = io.BytesIO()
@@ -65,17 +70,23 @@ def draw_overview(
     write_atomic(path, buffer.getvalue())
 
 
+def _probability(run: RunPlan, shown: Map) -> int | None:
+    """The channel with the probability of a map's target."""
+    return len(run.maps) + run.probabilities.index(shown.target) if shown.target in run.probabilities else None
+
+
 def _about(run: RunPlan, plan: SlidePlan) -> str:
     """What one must know to read the picture."""
     stride = run.settings.stride(run.patch_px)
+    methods = ", ".join(METHOD_INFO[method].title for method in run.settings.method)
     parts = [
         run.facts.name + (" (UNTRAINED, random weights)" if run.spec.weights == RANDOM else ""),
-        f"layer {run.facts.layer}",
+        f"{methods} at layer {run.facts.layer}",
         f"{plan.patches:,} patches of {run.patch_px[0]} px at {run.mpp:g} µm/px",
         "no overlap: patch borders show" if stride == run.patch_px else f"a patch each {stride[0]} px",
     ]
-    if len(run.targets) > MAX_MAPS:
-        parts.append(f"the first {MAX_MAPS} of {len(run.targets)} targets")
+    if len(run.maps) > MAX_MAPS:
+        parts.append(f"the first {MAX_MAPS} of {len(run.maps)} maps")
     return ", ".join(parts)
 
 

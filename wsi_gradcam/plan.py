@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.cam.names import METHOD_NAMES
+from wsi_gradcam.cam.names import METHOD_INFO, MethodInfo
+from wsi_gradcam.cam.score import function_digest
 from wsi_gradcam.cam.targets import Target, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
 from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
@@ -17,19 +18,43 @@ from wsi_gradcam.stores.heatmap import SHARD
 from wsi_gradcam.tissue import tissue_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.config import Settings
     from wsi_gradcam.inputs import SlideEntry
-    from wsi_gradcam.models.facts import ModelFacts
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
 
-FORMAT = 1  # of everything below OUT; raised when old results must not be continued
+FORMAT = 2  # of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Map:
+    """An explanation of a run: a channel of the heatmap, a row of the patch store's maps.
+
+    Attributes:
+        factor: from the raw map to what the heatmap shows, see `MethodInfo.scale`.
+    """
+
+    method: str
+    target: Target
+    factor: int
+
+    @property
+    def label(self) -> str:
+        """As the heatmap's channel is called."""
+        return f"{self.method}: {self.target.label}"
+
+    @property
+    def info(self) -> MethodInfo:
+        """What is known of the method."""
+        return METHOD_INFO[self.method]
 
 
 @dataclass(frozen=True)
@@ -63,14 +88,30 @@ class RunPlan:
         return mpp
 
     @property
-    def cell_count(self) -> int:
-        """Cells of a CAM: the factor from a raw Grad-CAM, whose sum is in logits, to a map whose mean is."""
-        return self.facts.cam_shape[0] * self.facts.cam_shape[1]
+    def maps(self) -> tuple[Map, ...]:
+        """What is explained: each method, of each target."""
+        cells = self.facts.cam_shape[0] * self.facts.cam_shape[1]
+        return tuple(
+            Map(method, target, cells if METHOD_INFO[method].scale == "cells" else 1)
+            for method in self.settings.method
+            for target in self.targets
+        )
+
+    @property
+    def probabilities(self) -> tuple[Target, ...]:
+        """The targets that have a probability, which is a channel too."""
+        return tuple(target for target in self.targets if target.is_class)
 
     def identity(self) -> dict[str, Any]:
         """All that results depend on besides the slide."""
         settings = self.settings.identity()
-        settings.update(layer=self.facts.layer, target=[asdict(t) for t in self.targets])
+        settings.update(
+            layer=self.facts.layer,
+            target=[asdict(t) for t in self.targets],
+            engine=self.facts.choice.engine,
+            precision=self.facts.choice.precision,
+            batch_size=self.facts.batch_size,
+        )
         return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
 
     def digest(self) -> str:
@@ -86,15 +127,29 @@ def plan_run(out: Path, spec: ModelSpec, facts: ModelFacts, settings: Settings) 
         ConfigError: an unknown method, a stride larger than the patch.
         ModelError: the model's mpp is not known.
     """
-    if settings.method not in METHOD_NAMES:
-        raise ConfigError(f"method {settings.method!r} is not known; expected one of {', '.join(METHOD_NAMES)}")
+    check_methods(settings.method)
+    if settings.span_patches % facts.batch_size:
+        raise ConfigError(
+            f"span_patches is {settings.span_patches}, expected a multiple of the batch size {facts.batch_size}, so "
+            "that batches are cut the same way everywhere"
+        )
     if facts.mpp is None and settings.patch_mpp is None:
         raise ModelError(
             f"{facts.name}: the micrometres per pixel the model was trained at are not known; add 'mpp: 0.5' to the "
             "model file or give --patch-mpp"
         )
-    targets = parse_targets(settings.target, facts.classes)
+    targets = tuple(
+        target if target.function is None else replace(target, digest=function_digest(target.function))
+        for target in parse_targets(settings.target, facts.classes)
+    )
     return RunPlan(out, spec, facts, settings, targets)
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Raises ConfigError for a method that is not known."""
+    for method in methods:
+        if method not in METHOD_INFO:
+            raise ConfigError(f"method {method!r} is not known; expected one of {', '.join(METHOD_INFO)}")
 
 
 @dataclass(frozen=True)
@@ -105,6 +160,7 @@ class SlidePlan:
         slide_digest, run_digest: what the results belong to.
         slide_px, slide_mpp: (height, width) of level 0 and its mpp (y, x).
         footprint: (height, width) of a patch in level-0 px.
+        view: (y, x, height, width) in level-0 px from a patch's top left: what the network sees of it.
         patches: how many there are; `span` of them form a unit of work.
         heatmap_px: (height, width) of the heatmap's level 0, `stride` level-0 px a pixel.
     """
@@ -114,6 +170,7 @@ class SlidePlan:
     slide_px: tuple[int, int]
     slide_mpp: tuple[float, float]
     footprint: tuple[float, float]
+    view: tuple[float, float, float, float]
     patches: int
     span: int
     stride: int
@@ -149,7 +206,7 @@ class SlidePlan:
             StoreError: another version wrote it, or it is damaged.
         """
         try:
-            pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint")}
+            pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint", "view")}
             return cls(**{**values, **pairs})
         except (KeyError, TypeError) as error:
             raise StoreError(
@@ -169,7 +226,10 @@ def plan_slide(slide: Slide, run: RunPlan) -> tuple[SlidePlan, Patches, NDArray[
     settings, info = run.settings, slide.info
     slide_px = (info.height, info.width)
     grid = patch_grid(slide_px, info.mpp_yx, run.patch_px, run.mpp, settings.stride(run.patch_px))
-    Enlarger(grid.footprint, run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
+    scale = grid.footprint[0] / run.patch_px[0], grid.footprint[1] / run.patch_px[1]
+    y, x, height, width = run.facts.view
+    view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
+    Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
     mask = tissue_mask(slide)
     patches = choose(grid, mask, settings.min_tissue, SHARD * settings.heatmap_stride)
     plan = SlidePlan(
@@ -178,6 +238,7 @@ def plan_slide(slide: Slide, run: RunPlan) -> tuple[SlidePlan, Patches, NDArray[
         slide_px=slide_px,
         slide_mpp=info.mpp_yx,
         footprint=grid.footprint,
+        view=view,
         patches=len(patches.yx),
         span=settings.span_patches,
         stride=settings.heatmap_stride,
@@ -199,13 +260,14 @@ class Estimate:
 
 def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
     """The cost of a slide's plan."""
-    targets, classes = len(run.targets), len(run.facts.classes)
-    per_patch = 4 * (targets * run.cell_count + classes) + 8 + 4 + 1
+    maps, classes = len(run.maps), len(run.facts.classes)
+    cells = run.facts.cam_shape[0] * run.facts.cam_shape[1]
+    per_patch = 4 * (maps * cells + classes) + 8 + 4 + 1
     covered_px = min(
         plan.heatmap_px[0] * plan.heatmap_px[1],
         plan.patches * plan.footprint[0] * plan.footprint[1] / plan.stride**2,
     )
-    per_pixel = 4 * 2 * targets + 1  # two channels a target, and the label
+    per_pixel = 4 * (maps + len(run.probabilities)) + 1  # channels, and the label
     heatmap = covered_px * per_pixel * 4 / 3
     return Estimate(
         slide=entry,
@@ -223,7 +285,7 @@ def memory_estimate(run: RunPlan) -> int:
     700 MiB are Python, torch and timm as measured on a CPU; a block's stitching holds five arrays of a shard;
     a batch's largest layer is held twice, and a copy of the pixels.
     """
-    batch = run.settings.batch_size
+    batch = run.facts.batch_size
     pixels = 3 * 4 * run.patch_px[0] * run.patch_px[1]
     forward = batch * (2 * run.facts.activation_bytes + 3 * pixels)
     stitching = 5 * 4 * SHARD * SHARD

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wsi_gradcam.api import Listener, Outcome, Preview
+from wsi_gradcam.config import make_settings
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.plan import RunPlan
@@ -30,8 +31,13 @@ from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import Pending, Task, examine_model
 from wsi_gradcam.workflow import SlideRecord
 
+if TYPE_CHECKING:
+    from wsi_gradcam.cam.choice import Choice
+    from wsi_gradcam.cam.layout import Layout
+
 MIB, GIB = 1 << 20, 1 << 30
 NAMED = 5  # slides of one cause
+LISTED = 20  # classes, layers
 LINE_EVERY_S = 30.0
 
 
@@ -58,6 +64,7 @@ class Lines(Quiet):
         self.slides = len(slides)
         labels = ", ".join(target.label for target in run.targets)
         self.say(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
+        self.say(_engine_line(run.facts.choice))
         if dashboard:
             self.say(f"dashboard {dashboard}")
 
@@ -149,6 +156,18 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         _print_failures(outcome)
 
 
+def _engine_line(choice: Choice) -> str:
+    """What runs the model, and how what was not taken did."""
+    tried = []
+    for trial in choice.trials:
+        if (trial.engine, trial.precision) != (choice.engine, choice.precision):
+            rate = "" if trial.patches_per_s is None else f"{trial.patches_per_s:.0f}/s"
+            tried.append(f"{trial.engine} {trial.precision} {', '.join(filter(None, (rate, trial.remark)))}".rstrip())
+    taken = [t.patches_per_s for t in choice.trials if (t.engine, t.precision) == (choice.engine, choice.precision)]
+    speed = f" {taken[0]:.0f} patches/s" if taken and taken[0] else ""
+    return f"engine {choice.engine} {choice.precision}{speed}" + (f" (also tried: {'; '.join(tried)})" if tried else "")
+
+
 def _print_failures(outcome: Outcome) -> None:
     """Which slides failed and why, a line a cause: a folder of wrong files has one cause a thousand times."""
     causes: dict[str, list[str]] = {}
@@ -203,20 +222,37 @@ def slide_info(path: str) -> dict[str, Any]:
 
 
 def model_info(model: str, layer: str | None) -> dict[str, Any]:
-    """What is known of a model, with the self-test of the layer that would be explained."""
+    """What is known of a model: its layers that can be explained, and the self-test of the one that would be."""
+    from wsi_gradcam.cam.names import METHOD_INFO
+
     spec = read_spec(model)
-    facts = examine_model(spec, layer, None, "cpu")
+    explainer = examine_model(spec, make_settings(layer=layer, engine="eager", precision="float32"), [])
+    facts = explainer.facts
     return {
         "model": facts.name,
         "source": facts.source,
+        "loading it": "runs code in it: load only what you trust" if spec.runs_code else "runs no code",
         "digest": facts.digest,
         "license": facts.license or "not stated",
-        "classes": ", ".join(facts.classes),
+        "classes": _shortened(facts.classes, ", "),
         "patch": f"{facts.patch_px[0]} x {facts.patch_px[1]} px at {facts.mpp or '?'} um/px",
+        "input": f"{explainer.input_px[0]} x {explainer.input_px[1]} px",
         "mean, std": f"{facts.mean}, {facts.std}",
         "activation": facts.activation,
         "parameters": f"{facts.parameters:,}",
         "weights": spec.weights or "the source's own",
-        "layer": f"{facts.layer} ({facts.channels} x {facts.cam_shape[0]} x {facts.cam_shape[1]})",
+        "layers": _shortened([f"{found.name} {_shape(found.layout)}" for found in explainer.layers()[::-1]], "; "),
+        "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
         "self-test": "head(trunk(x)) equals model(x)",
+        "methods": ", ".join(METHOD_INFO),
     }
+
+
+def _shape(layout: Layout) -> str:
+    tokens = f" tokens after {layout.prefix} others" if layout.axes == "bnk" else ""
+    return f"({layout.channels} x {layout.height} x {layout.width}{tokens})"
+
+
+def _shortened(texts: Sequence[str], between: str) -> str:
+    more = f"{between}... ({len(texts)} in all)" if len(texts) > LISTED else ""
+    return between.join(texts[:LISTED]) + more

@@ -7,7 +7,7 @@ file (P3), so they run anywhere, in any order, and again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.plan import RunPlan, SlidePlan
 from wsi_gradcam.plan import plan_slide as make_plan
-from wsi_gradcam.reading import Batch, read_batches
+from wsi_gradcam.reading import read_batches
+from wsi_gradcam.sampling import sample_patches
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
 from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
@@ -34,8 +35,10 @@ from wsi_gradcam.stores.patch_store import UNREADABLE as PATCH_UNREADABLE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.cam.choice import Choice
+    from wsi_gradcam.config import Settings
+    from wsi_gradcam.explainer import Explainer
     from wsi_gradcam.inputs import SlideEntry
-    from wsi_gradcam.models.facts import ModelFacts
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
@@ -53,27 +56,21 @@ class Task:
 class Context:
     """What a process keeps between tasks: the model and the slide it has open."""
 
-    def __init__(self, run: RunPlan, overwrite: bool = False) -> None:
+    def __init__(self, run: RunPlan, overwrite: bool = False, model: Explainer | None = None) -> None:
         self.run = run
         self.overwrite = overwrite
-        self.model_lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
         self._lock = threading.Lock()
-        self._model: Model | None = None
+        self._model = model
         self._slides: dict[SlideEntry, _Opened] = {}
 
-    def model(self) -> Model:
-        """The run's model, loaded on first use."""
+    def model(self) -> Explainer:
+        """The run's model, loaded on first use unless it was given."""
         with self._lock:
             if self._model is None:
                 steady_sums()
-                from wsi_gradcam.models.load import load_model
+                from wsi_gradcam.explainer import Explainer
 
-                self._model = load_model(self.run.spec, self.run.settings.device)
-                if self._model.digest != self.run.facts.digest:
-                    raise ModelError(
-                        f"{self.run.spec.name}: this worker loaded another model than the one the run began with; "
-                        "make the model's files and packages the same everywhere"
-                    )
+                self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)
             return self._model
 
     @contextmanager
@@ -147,22 +144,25 @@ class Pending:
     done: dict[str, Any] | None
 
 
-def examine_model(spec: ModelSpec, layer: str | None, settings_px: tuple[int, int] | None, device: str) -> ModelFacts:
-    """Load the model once to learn what planning needs of it.
+def examine_model(
+    spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
+) -> Explainer:
+    """Load the model once to learn what planning needs of it, and to choose what runs it; `choice` was made before.
 
     Raises:
-        ModelError: it cannot be loaded, or no layer can be explained.
+        ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
     """
     steady_sums()
-    from wsi_gradcam.cam.examine import examine
+    from wsi_gradcam.cam.examine import MOST_FOR_CHOICE, Request
+    from wsi_gradcam.explainer import Explainer
     from wsi_gradcam.models.load import load_model
 
-    return examine(load_model(resized(spec, settings_px), device), layer)
+    def patches(model: Model) -> NDArray[np.uint8] | None:
+        mpp = settings.patch_mpp or model.mpp
+        return None if mpp is None else sample_patches(slides, settings, model.patch_px, mpp, MOST_FOR_CHOICE)
 
-
-def resized(spec: ModelSpec, patch_px: tuple[int, int] | None) -> ModelSpec:
-    """The specification with another input size."""
-    return spec if patch_px is None else spec.model_copy(update={"patch_px": patch_px})
+    request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
+    return Explainer.examine(load_model(spec, settings.device), request, patches)
 
 
 def plan_slide(context: Context, entry: SlideEntry) -> Pending:
@@ -186,12 +186,14 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
     manifest.clear()
     write_mask(folder.tissue, mask)
     PatchStore.create(
-        folder.cams, patches, plan.span, len(run.facts.classes), len(run.targets), run.facts.cam_shape,
+        folder.cams, patches, plan.span, len(run.facts.classes), len(run.maps), run.facts.cam_shape,
         attributes={
             "targets": [target.label for target in run.targets],
+            "methods": list(run.settings.method),
+            "maps": [shown.label for shown in run.maps],
             "classes": list(run.facts.classes),
-            "heatmap_factor": run.cell_count,
-            "note": "cam is the method's raw map; heatmap values are cam * heatmap_factor, in logits",
+            "heatmap_factor": [shown.factor for shown in run.maps],
+            "note": "cam holds the methods' raw maps; heatmap values are cam * heatmap_factor",
         },
     )  # fmt: skip
     HeatmapStore.create(
@@ -205,8 +207,8 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
 
 def channels(run: RunPlan) -> list[Channel]:
     """The heatmap's channels: all explanations, then all probabilities."""
-    maps = [Channel(f"{run.settings.method}: {t.label}", active=i == 0) for i, t in enumerate(run.targets)]
-    return maps + [Channel(f"probability: {t.label}", active=False) for t in run.targets]
+    maps = [Channel(shown.label, active=i == 0) for i, shown in enumerate(run.maps)]
+    return maps + [Channel(f"probability: {t.label}", active=False) for t in run.probabilities]
 
 
 def explain_span(context: Context, entry: SlideEntry, span: int) -> int:
@@ -234,20 +236,20 @@ def stitch_block(context: Context, entry: SlideEntry, number: int) -> int:
     run, plan, folder = context.run, context.plan(entry), context.folder(entry)
     block = plan.blocks(0)[number]
     patches, heatmap = PatchStore(folder.cams), HeatmapStore(folder.heatmap)
-    yx = patches.yx()
-    inside = touching(yx, plan.footprint, plan.stride, block)
+    seen = _seen(plan, patches.yx())
+    inside = touching(seen, plan.view[2:], plan.stride, block)
     readable = inside[patches.status()[inside] == OK]
-    enlarger = Enlarger(plan.footprint, run.facts.cam_shape, plan.stride, run.settings.window)
+    enlarger = Enlarger(plan.view[2:], run.facts.cam_shape, plan.stride, run.settings.window)
     digests, covered = [], np.zeros((block.height, block.width), np.bool_)
-    for channel in range(2 * len(run.targets)):  # one at a time: memory does not grow with the targets
+    for channel in range(len(channels(run))):  # one at a time: memory does not grow with the targets
         blender = Blender(enlarger, block)
         for first, chosen in _by_span(readable, plan.span):
             values = _channel_values(run, patches, channel, first, min(first + plan.span, plan.patches))
-            blender.add(yx[chosen], values[chosen - first])
+            blender.add(seen[chosen], values[chosen - first])
         image, covered = blender.result()
         heatmap.write(0, channel, block, image)
         digests.append(digest_of((image,)))
-    flags = _flags(folder, plan, block, covered, yx[np.setdiff1d(inside, readable)])
+    flags = _flags(folder, plan, block, covered, seen[np.setdiff1d(inside, readable)])
     heatmap.write_flags(0, block, flags)
     _complete_block(folder, plan, 0, number, [*digests, digest_of((flags,))])
     return len(inside)
@@ -268,7 +270,7 @@ def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) 
     heatmap.write_flags(level, block, flags)
     explained = [(heatmap.read_flags(level - 1, band) & EXPLAINED) > 0 for band in bands]
     digests = []
-    for channel in range(2 * len(run.targets)):
+    for channel in range(len(channels(run))):
         image = np.concatenate(
             [coarsen(heatmap.read(level - 1, channel, band), e) for band, e in zip(bands, explained, strict=True)]
         )
@@ -355,12 +357,12 @@ def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
 def _explain(context: Context, slide: Slide, yx: NDArray[np.int64]) -> tuple[SpanData, dict[int, str]]:
     run, settings = context.run, context.run.settings
     logits = np.zeros((len(yx), len(run.facts.classes)), np.float32)
-    cams = np.zeros((len(yx), len(run.targets), *run.facts.cam_shape), np.float32)
+    cams = np.zeros((len(yx), len(run.maps), *run.facts.cam_shape), np.float32)
     status = np.full(len(yx), OK, np.uint8)
     causes: dict[int, str] = {}
-    for batch in read_batches(slide, yx, run.patch_px, run.mpp, settings.batch_size, settings.reader_threads):
+    for batch in read_batches(slide, yx, run.patch_px, run.mpp, run.facts.batch_size, settings.reader_threads):
         part = slice(batch.start, batch.start + len(batch.rgb))
-        logits[part], cams[part] = _run_model(context, batch)
+        logits[part], cams[part] = context.model().explain(batch.rgb, run.targets, settings.method)
         for i, cause in batch.causes.items():
             at = batch.start + i
             logits[at], cams[at], status[at], causes[at] = 0, 0, PATCH_UNREADABLE, cause
@@ -374,28 +376,16 @@ def _explain(context: Context, slide: Slide, yx: NDArray[np.int64]) -> tuple[Spa
     return SpanData(logits, cams, status), causes
 
 
-def _run_model(context: Context, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    import torch
-
-    from wsi_gradcam.cam.engine import explain_batch
-    from wsi_gradcam.cam.methods import METHODS
-
-    run, model = context.run, context.model()
-    # A last, shorter batch is filled up: for another size torch chooses other kernels, whose sums differ in the last
-    # bit with the number of threads (DenseNet-121, 7 patches).
-    count, missing = len(batch.rgb), run.settings.batch_size - len(batch.rgb)
-    full = np.pad(batch.rgb, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    images = model.normalise(torch.from_numpy(full).to(run.settings.device))
-    with context.model_lock:
-        logits, cams = explain_batch(model.module, run.facts.layer, images, run.targets, METHODS[run.settings.method])
-    return logits[:count].float().cpu().numpy(), cams[:count].float().cpu().numpy()
+def _seen(plan: SlidePlan, yx: NDArray[np.int64]) -> NDArray[Any]:
+    """Where the part of each patch begins that the network sees, level-0 px [n, 2]."""
+    return yx + np.array(plan.view[:2]) if any(plan.view[:2]) else yx
 
 
 def _channel_values(run: RunPlan, store: PatchStore, channel: int, start: int, stop: int) -> NDArray[np.float32]:
-    """What a heatmap channel shows of patches, float32 [n, h, w]: explanations in logits, or the probability."""
-    if channel < len(run.targets):
-        return store.cams(start, stop, channel) * np.float32(run.cell_count)
-    target = run.targets[channel - len(run.targets)]
+    """What a heatmap channel shows of patches, float32 [n, h, w]: an explanation, or the probability."""
+    if channel < len(run.maps):
+        return store.cams(start, stop, channel) * np.float32(run.maps[channel].factor)
+    target = run.probabilities[channel - len(run.maps)]
     shares = probabilities(store.logits(start, stop), run.facts.activation)
     share = shares.max(axis=1) if target.index is None else shares[:, target.index]
     return np.broadcast_to(share[:, None, None], (len(share), *run.facts.cam_shape))
@@ -414,7 +404,7 @@ def _flags(
     plan: SlidePlan,
     block: Region,
     covered: NDArray[np.bool_],
-    unreadable: NDArray[np.int64],
+    unreadable: NDArray[Any],
 ) -> NDArray[np.uint8]:
     """The coverage label of a block: tissue from the mask's nearest pixel, explained, unreadable."""
     mask = read_mask(folder.tissue)
@@ -424,9 +414,9 @@ def _flags(
     flags = np.where(mask[rows[:, None], columns], TISSUE, 0).astype(np.uint8)
     flags[covered] |= EXPLAINED
     for top, left in unreadable.tolist():
-        first_y, first_x = max(0, top // plan.stride - block.y), max(0, left // plan.stride - block.x)
-        end_y = max(0, int(-(-(top + plan.footprint[0]) // plan.stride)) - block.y)
-        end_x = max(0, int(-(-(left + plan.footprint[1]) // plan.stride)) - block.x)
+        first_y, first_x = max(0, int(top // plan.stride) - block.y), max(0, int(left // plan.stride) - block.x)
+        end_y = max(0, int(-(-(top + plan.view[2]) // plan.stride)) - block.y)
+        end_x = max(0, int(-(-(left + plan.view[3]) // plan.stride)) - block.x)
         flags[first_y:end_y, first_x:end_x] |= UNREADABLE
     return flags
 

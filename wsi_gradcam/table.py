@@ -17,7 +17,7 @@ from wsi_gradcam.stores.patch_store import OK, PatchStore
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wsi_gradcam.plan import RunPlan, SlidePlan
+    from wsi_gradcam.plan import Map, RunPlan, SlidePlan
 
 ROWS = 1 << 16  # in a row group
 
@@ -26,9 +26,9 @@ def write_table(path: Path, run: RunPlan, plan: SlidePlan, store: PatchStore, ca
     """Write the table of a slide; `causes` says by patch number why a patch could not be read.
 
     Columns: `y`, `x` (level-0 px of the top left), `tissue` (share), `status` (ok, unreadable), `cause`,
-    `logit_CLASS`, `probability_CLASS`, `cam_mean_TARGET`, `cam_max_TARGET`. The CAM's statistics are in the
-    heatmap's unit, logits: with global average pooling and a linear layer, cam_mean + bias = logit. Numbers of
-    unreadable patches are null.
+    `logit_CLASS`, `probability_CLASS`, `cam_mean_TARGET`, `cam_max_TARGET`; for a second method and those after it
+    `METHOD_mean_TARGET`, `METHOD_max_TARGET`. The CAM's statistics are in the heatmap's unit, for Grad-CAM logits:
+    with global average pooling and a linear layer, cam_mean + bias = logit. Numbers of unreadable patches are null.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     schema = _schema(run)
@@ -45,14 +45,21 @@ def write_table(path: Path, run: RunPlan, plan: SlidePlan, store: PatchStore, ca
             raise
 
 
+def column(run: RunPlan, shown: Map, kind: str) -> str:
+    """Name of a column with a statistic of a map's patches."""
+    method = "cam" if shown.method == run.settings.method[0] else shown.method
+    return f"{method}_{kind}_{shown.target.label}"
+
+
 def _schema(run: RunPlan) -> pa.Schema:
     names = [f"{kind}_{label}" for kind in ("logit", "probability") for label in run.facts.classes]
-    names += [f"cam_{kind}_{target.label}" for kind in ("mean", "max") for target in run.targets]
+    names += [column(run, m, kind) for kind in ("mean", "max") for m in run.maps]
     fields = [
         ("y", pa.int64()), ("x", pa.int64()), ("tissue", pa.float32()), ("status", pa.string()), ("cause", pa.string()),
         *((name, pa.float32()) for name in names),
     ]  # fmt: skip
-    about = {"unit of cam_*": "logit", "y, x": "level-0 px of the patch's top left", **run.identity()}
+    units = {column(run, m, "*"): m.info.unit for m in run.maps}
+    about = {"units": units, "y, x": "level-0 px of the patch's top left", **run.identity()}
     return pa.schema(fields, metadata={"wsi_gradcam": json.dumps(about, sort_keys=True)})
 
 
@@ -66,7 +73,7 @@ def _rows(
     columns.append(np.where(missing, "unreadable", "ok"))
     columns.append([causes.get(i) for i in range(start, stop)])
     numbers = [*logits.T, *shares.T]
-    cams = [store.cams(start, stop, t) * np.float32(run.cell_count) for t in range(len(run.targets))]
+    cams = [store.cams(start, stop, i) * np.float32(m.factor) for i, m in enumerate(run.maps)]
     numbers += [cam.mean(axis=(1, 2)) for cam in cams] + [cam.max(axis=(1, 2)) for cam in cams]
     columns += [pa.array(values, pa.float32(), mask=missing) for values in numbers]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]

@@ -2,31 +2,98 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.layers import check_layer, find_layer, probe_images
-from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.facts import ModelFacts
+from wsi_gradcam.cam.auto import choose, choose_again, make_program
+from wsi_gradcam.cam.batch import activation_bytes, find_batch_size
+from wsi_gradcam.cam.choice import AUTO, Choice
+from wsi_gradcam.cam.engine import explain_batch, gradients
+from wsi_gradcam.cam.facts import ModelFacts
+from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, probe_images
+from wsi_gradcam.cam.layout import Layer
+from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.program import Program, follow
+from wsi_gradcam.cam.remembered import choice_key, recall, remember
+from wsi_gradcam.cam.tap import evaluating
+from wsi_gradcam.cam.targets import PREDICTED, Target
+from wsi_gradcam.errors import LayerError, ModelError
+from wsi_gradcam.models.graph import with_points
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from wsi_gradcam.models.load import Model
 
+CANCELLING = 1e-4  # of the terms of a sum; rounding leaves 1e-6
+MOST_FOR_CHOICE = 64  # patches whose maps are compared
 
-def examine(model: Model, layer: str | None = None) -> ModelFacts:
-    """Facts of `model`, with `layer`, else the specification's, else the one found, tested.
+
+@dataclass(frozen=True)
+class Request:
+    """What a run asks of a model.
+
+    Attributes:
+        layer: one name, or several joined by "+"; None: the model file's, else found.
+        methods: all must be able to explain the model.
+        engine, precision: `auto` or a name.
+        batch_size: `auto` or a number.
+        choice: made before, when a run is continued.
+    """
+
+    layer: str | None = None
+    methods: tuple[str, ...] = ("gradcam",)
+    engine: str = "eager"
+    precision: str = "float32"
+    batch_size: int | str = 32
+    choice: Choice | None = None
+
+    @property
+    def needs_patches(self) -> bool:
+        """Whether something is to be found out on real patches."""
+        return self.choice is None and AUTO in (self.engine, self.precision)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model ready for a run: facts for planning, and the program that explains it."""
+
+    facts: ModelFacts
+    program: Program
+
+
+def examine(model: Model, request: Request = Request(), patches: Tensor | None = None) -> Examined:
+    """The facts of `model` and its program, all tested on `patches`, uint8 [B, H, W, 3], else on noise.
 
     Raises:
-        LayerError: no layer can be tapped.
+        LayerError: no layer can be tapped, or a method cannot explain it.
         ModelError: the output is not finite, or the tap changes it.
+        EngineError: the engine or precision that is asked for cannot be had.
     """
-    images = probe_images(model.patch_px).to(next(iter(model.module.parameters()), torch.empty(0)).device)
-    _check_finite(model, images)
-    layer = layer or model.layer or find_layer(model.module, images)
-    channels, height, width = check_layer(model.module, layer, images)
-    return ModelFacts(
+    device = next(iter(model.module.parameters()), torch.empty(0)).device
+    noise = probe_images(model.input_px).to(device)
+    _check_finite(model, noise)
+    module, layers, traced = locate_layers(model.module, request.layer or model.layer, noise)
+    images = noise if patches is None or len(patches) < 2 else model.prepare(patches.to(device))
+    batch_size = request.batch_size
+    if isinstance(batch_size, str):
+        batch_size = find_batch_size(module, layers, noise)
+    images = _repeated(images, batch_size * max(1, min(MOST_FOR_CHOICE, len(images)) // batch_size))
+    if request.choice is not None:
+        choice = request.choice
+        program = make_program(module, layers, choice.engine, choice.precision, images[:batch_size])
+    elif AUTO in (request.engine, request.precision):
+        asked = [model.digest, [layer.name for layer in layers], batch_size, request.engine, request.precision]
+        choice, program = _chosen(choice_key(device, *asked), module, layers, request, images, batch_size)
+    else:
+        choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
+    _check_methods(model, program, request.methods, _repeated(noise, batch_size))
+    shapes = [(layer.layout.height, layer.layout.width) for layer in layers]
+    facts = ModelFacts(
         name=model.name,
         source=model.source,
         digest=model.digest,
@@ -34,37 +101,141 @@ def examine(model: Model, layer: str | None = None) -> ModelFacts:
         classes=model.classes,
         activation=model.activation,
         patch_px=model.patch_px,
+        view=model.view,
         mpp=model.mpp,
         mean=model.mean,
         std=model.std,
-        layer=layer,
-        channels=channels,
-        cam_shape=(height, width),
+        layers=layers,
+        traced=traced,
+        cam_shape=max(shapes),
         parameters=sum(p.numel() for p in model.module.parameters()),
-        activation_bytes=_activation_bytes(model.module, images[:1]),
+        activation_bytes=activation_bytes(model.module, noise[:1]),
+        batch_size=batch_size,
+        choice=choice,
     )
+    return Examined(facts, program)
+
+
+def _chosen(
+    key: str, module: nn.Module, layers: tuple[Layer, ...], request: Request, images: Tensor, batch_size: int
+) -> tuple[Choice, Program]:
+    """What this machine chose before, else what it chooses now."""
+    before = recall(key)
+    program = None if before is None else choose_again(before, module, layers, images, batch_size)
+    if before is not None and program is not None:
+        return before, program
+    choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
+    remember(key, choice)
+    return choice, program
+
+
+def prepare_program(model: Model, facts: ModelFacts) -> Program:
+    """The program that `examine` chose, made anew in another process.
+
+    Raises:
+        EngineError: this machine cannot run it.
+    """
+    device = next(iter(model.module.parameters()), torch.empty(0)).device
+    noise = probe_images(model.input_px).to(device)
+    module = traced_module(model.module, noise) if facts.traced else model.module
+    images = _repeated(noise, facts.batch_size)
+    return make_program(module, facts.layers, facts.choice.engine, facts.choice.precision, images)
+
+
+def explainable_layers(model: Model, facts: ModelFacts) -> list[Layer]:
+    """Layers whose output holds a map, in the order in which they run; the self-test is not made for each."""
+    noise = probe_images(model.input_px).to(next(iter(model.module.parameters()), torch.empty(0)).device)
+    module = traced_module(model.module, noise) if facts.traced else model.module
+    return [Layer(candidate.name, candidate.layout) for candidate in candidate_layers(module, noise)[0]]
+
+
+def traced_module(module: nn.Module, images: Tensor) -> nn.Module:
+    """The network as a graph, whose operators are layers: for networks without modules to hook."""
+    with evaluating(module):
+        return with_points(follow(module, images))
+
+
+def locate_layers(module: nn.Module, wanted: str | None, images: Tensor) -> tuple[nn.Module, tuple[Layer, ...], bool]:
+    """The module that is tapped, its layers to explain, and whether it is the network's graph.
+
+    `wanted` is one name, several joined by "+", or None for the layer to be found. Where the network itself has no
+    such layer, its operators are tried, as in a network that calls functions instead of modules.
+
+    Raises:
+        LayerError: there is no such layer.
+    """
+    try:
+        return module, _layers(module, wanted, images), False
+    except LayerError:
+        try:
+            graph = traced_module(module, images)
+        except ModelError:
+            graph = None
+        with suppress(LayerError):
+            if graph is not None:
+                return graph, _layers(graph, wanted, images), True
+        raise
+
+
+def _layers(module: nn.Module, wanted: str | None, images: Tensor) -> tuple[Layer, ...]:
+    names = [find_layer(module, images)] if wanted is None else [name.strip() for name in wanted.split("+")]
+    if len(set(names)) != len(names):
+        raise LayerError(f"layer {wanted!r} names a layer twice")
+    return tuple(Layer(name, check_layer(module, name, images)) for name in names)
 
 
 def _check_finite(model: Model, images: Tensor) -> None:
-    with torch.no_grad():
+    with evaluating(model.module), torch.no_grad():
         output = model.module(images)
     if not torch.isfinite(output).all():
         raise ModelError(f"{model.name}: gives NaN or infinite values for pictures of noise; check its weights")
 
 
-def _activation_bytes(module: nn.Module, image: Tensor) -> int:
-    largest = 0
+def _check_methods(model: Model, program: Program, methods: Sequence[str], images: Tensor) -> None:
+    """Every method must suit the model, which is found out now and not after hours.
 
-    def record(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        nonlocal largest
-        tensors = [t for t in (*args, output) if isinstance(t, Tensor)]
-        largest = max(largest, sum(t.numel() * t.element_size() for t in tensors))
+    Those that run the model hundreds of times suit any, at one layer; guided backprop does not.
+    """
+    asking = [method for method in methods if METHOD_INFO[method].asks == "model"]
+    if asking and len(program.layers) > 1:
+        raise LayerError(f"{model.name}: {', '.join(asking)} can explain one layer only; give one --layer")
+    for method in [m for m in methods if METHOD_INFO[m].asks == "gradient" or m == "guided_backprop"]:
+        cams = explain_batch(program, images, [Target(PREDICTED)], [method]).cams[method]
+        if not torch.isfinite(cams).all():
+            raise LayerError(f"{model.name}: {method} gives NaN or infinite values for pictures of noise")
+    if "cam" in methods:
+        _check_linear(model, program, images)
+    if "hirescam" in methods:
+        _check_not_cancelling(model, program, images)
 
-    handles = [part.register_forward_hook(record) for part in module.modules() if not list(part.children())]
-    try:
-        with torch.no_grad():
-            module(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return largest
+
+def _check_linear(model: Model, program: Program, images: Tensor) -> None:
+    """CAM's weights are those of a linear layer: the same for every picture."""
+    done = program.forward(images)
+    ((gradient,),) = gradients(done.logits, [lambda logits: logits[:, 0]], done.values)
+    size = float(gradient.abs().max())
+    if not torch.allclose(gradient[:1].expand_as(gradient), gradient, rtol=0, atol=1e-4 * size):
+        raise LayerError(
+            f"{model.name}: cam is defined for global average pooling and one linear layer, and here the gradient "
+            "depends on the picture; use gradcam"
+        )
+
+
+def _check_not_cancelling(model: Model, program: Program, images: Tensor) -> None:
+    """HiResCAM's sum over channels, g A, is 0 in every cell where a normalisation follows that takes each cell alone:
+    a factor of all channels changes nothing behind it. In a transformer that holds before its last attention.
+    """
+    done = program.forward(images)
+    (found,) = gradients(done.logits, [lambda logits: logits.amax(dim=1)], done.values)
+    for layer, value, gradient in zip(program.layers, done.values, found, strict=True):
+        terms = layer.layout.to_map(value.detach() * gradient)
+        if float(terms.sum(dim=1).abs().max()) <= CANCELLING * float(terms.abs().sum(dim=1).max()):
+            raise LayerError(
+                f"{model.name}: hirescam is 0 at layer {layer.name!r} but for rounding, because of the normalisation "
+                "behind it; use gradcam, or name that normalisation with --layer (such as blocks.11.norm1)"
+            )
+
+
+def _repeated(images: Tensor, count: int) -> Tensor:
+    """`count` of the images, over and over."""
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]

@@ -1,95 +1,127 @@
 """One forward pass that is cheap up to a layer and differentiable behind it.
 
 The trunk runs without a graph; the layer's output becomes a leaf; the head runs with a graph. The gradient of
-any scalar of the output with respect to the leaf is the head's alone, also where skips bypass the layer.
+any scalar of the output with respect to the leaf is the head's alone, also where skips bypass the layer. Of several
+layers the one that runs first is the leaf, and what follows it is part of the graph.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from wsi_gradcam.errors import LayerError
+from wsi_gradcam.models.outputs import named_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 class Tap:
-    """What a tapped layer gave in the last forward pass.
+    """What tapped layers gave in the last forward pass.
 
     Attributes:
-        activation: the layer's output [B, K, h, w] as a leaf that requires grad, before any later in-place
-            operation; None before the first pass.
-        replacement: when set, the head gets this instead of the layer's output.
+        values: each layer's output, part of the head's graph, as it was before any later in-place operation.
+        replacement: when set, the head gets this instead of the output of the only layer.
     """
 
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
-        self.activation: Tensor | None = None
+    def __init__(self, layers: tuple[str, ...]) -> None:
+        self.layers = layers
+        self.values: dict[str, Tensor] = {}
         self.replacement: Tensor | None = None
 
     def forward(self, module: nn.Module, images: Tensor) -> Tensor:
-        """The module's output for `images` [B, 3, H, W], differentiable with respect to `activation`."""
-        self.activation = None
+        """The module's output for `images` [B, 3, H, W], differentiable with respect to `values`.
+
+        Raises:
+            LayerError: a layer does not run, runs twice, or gives no tensor.
+        """
+        self.values = {}
         with torch.no_grad():  # the hook switches gradients on; leaving this block restores the caller's mode
             output: Tensor = module(images)
-        if self.activation is None:
-            raise LayerError(f"layer {self.layer!r} is not used in the forward pass; choose another with --layer")
+        for layer in self.layers:
+            if layer not in self.values:
+                raise LayerError(f"layer {layer!r} is not used in the forward pass; choose another with --layer")
         return output
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: object) -> Tensor:
-        """Forward hook: cut the graph here."""
+    def value(self) -> Tensor:
+        """The output of the only layer."""
+        (value,) = self.values.values()
+        return value
+
+    def hook(self, layer: str, output: object) -> Tensor:
+        """What goes on to the head instead of `output`: the graph begins here."""
         if not isinstance(output, Tensor):
-            raise LayerError(f"layer {self.layer!r} returns a {type(output).__name__}, expected a tensor")
-        if self.activation is not None:
-            raise LayerError(f"layer {self.layer!r} runs more than once in a pass; choose a module that runs once")
+            raise LayerError(f"layer {layer!r} returns a {type(output).__name__}, expected a tensor")
+        if layer in self.values:
+            raise LayerError(f"layer {layer!r} runs more than once in a pass; choose a module that runs once")
         value = output if self.replacement is None else self.replacement
-        self.activation = value.detach().requires_grad_(True)
+        if torch.is_inference(value):  # a network that switches inference mode on by itself
+            value = value.clone()
+        self.values[layer] = value if value.requires_grad else value.detach().requires_grad_(True)
         torch.set_grad_enabled(True)
         # A copy: a later in-place operation (inplace ReLU) would change the leaf, which autograd forbids and
         # which would make the activation's value depend on what follows.
-        return self.activation.clone()
+        return self.values[layer].clone()
 
 
 @contextmanager
-def tapped(module: nn.Module, layer: str) -> Iterator[Tap]:
-    """Taps `layer` of `module`, put in evaluation mode; hooks and modes are restored whatever happens.
+def tapped(module: nn.Module, *layers: str) -> Iterator[Tap]:
+    """Taps `layers` of `module`, put in evaluation mode; hooks and modes are restored whatever happens.
 
     Raises:
         LayerError: no such layer.
     """
-    modules = dict(module.named_modules())
-    if layer not in modules or not layer:
-        raise LayerError(f"the model has no layer {layer!r}; it has {_some(modules)}")
-    tap = Tap(layer)
+    parts = [find_module(module, layer) for layer in layers]
+    tap = Tap(layers)
+    handles = []
+    with evaluating(module):
+        try:
+            for layer, part in zip(layers, parts, strict=True):
+                handles.append(part.register_forward_hook(_hook(tap, layer)))  # all are removed
+            yield tap
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; each part's own mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
-    handle = modules[layer].register_forward_hook(tap.hook)
     try:
         module.eval()
-        yield tap
+        yield
     finally:
-        handle.remove()
         for part, training in modes:
             part.training = training
 
 
-def gradients(scalars: Tensor, activation: Tensor) -> Iterator[Tensor]:
-    """Gradient of each column of `scalars` [B, T] with respect to `activation`: T tensors [B, K, h, w].
+def find_module(module: nn.Module, layer: str) -> nn.Module:
+    """The submodule called `layer`.
 
-    Images of a batch must not influence each other, which evaluation mode ensures.
+    Raises:
+        LayerError: no such layer.
     """
-    count = scalars.shape[1]
-    for target in range(count):
-        (gradient,) = torch.autograd.grad(
-            scalars[:, target].sum(), activation, retain_graph=target + 1 < count, allow_unused=True
-        )
-        yield torch.zeros_like(activation) if gradient is None else gradient
+    parts = named_layers(module)
+    if layer not in parts:
+        near = get_close_matches(layer, parts, n=5, cutoff=0.5)
+        meant = f"did you mean {', '.join(near)}?" if near else f"it has {_some(parts)}"
+        raise LayerError(f"the model has no layer {layer!r}; {meant}; 'wsi-gradcam info --model' lists them")
+    return parts[layer]
+
+
+def _hook(tap: Tap, layer: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: object) -> Tensor:
+        return tap.hook(layer, output)
+
+    return hook
 
 
 def _some(modules: dict[str, nn.Module], most: int = 12) -> str:
-    names = [name for name in modules if name and name.count(".") == 0]
+    names = [name for name in modules if name.count(".") == 0]
     return ", ".join(names[-most:]) or "none"

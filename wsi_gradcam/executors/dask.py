@@ -32,7 +32,7 @@ from wsi_gradcam.stages import Context, Task, examine_model, perform
 from wsi_gradcam.workflow import FatalError, Observer, SlideJob, SlideRecord, slide_job
 
 if TYPE_CHECKING:
-    from wsi_gradcam.models.facts import ModelFacts
+    from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.plan import RunPlan
 
 NO_WORKER_S = 60
@@ -83,6 +83,11 @@ class _Sent:
     alone: bool = False
 
 
+def _examine(*model: Any) -> ModelFacts:
+    """On a worker: what it learns is small, the model stays there."""
+    return examine_model(*model).facts
+
+
 class DaskExecutor:
     """Runs jobs on Dask workers."""
 
@@ -113,7 +118,7 @@ class DaskExecutor:
     def examine(self, *model: Any) -> ModelFacts:
         """`stages.examine_model`, on a worker: this process never loads torch."""
         try:
-            facts: ModelFacts = self._client.submit(examine_model, *model, pure=False).result()
+            facts: ModelFacts = self._client.submit(_examine, *model, pure=False).result()
         except KilledWorker as error:
             raise WorkerError("workers died while they loaded the model; give them more memory") from error
         except (NoValidWorkerError, CancelledError) as error:

@@ -10,16 +10,21 @@ from wsi_gradcam.stages import Context, Task, examine_model, perform
 from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
 
 if TYPE_CHECKING:
-    from wsi_gradcam.models.facts import ModelFacts
+    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.explainer import Explainer
     from wsi_gradcam.plan import RunPlan
 
 
 class SerialExecutor:
     """Runs everything in this process."""
 
+    def __init__(self) -> None:
+        self._explainer: Explainer | None = None
+
     def examine(self, *model: Any) -> ModelFacts:
-        """`stages.examine_model`, here."""
-        return examine_model(*model)
+        """`stages.examine_model`, here; the model stays loaded for the run."""
+        self._explainer = examine_model(*model)
+        return self._explainer.facts
 
     def run(
         self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer
@@ -29,7 +34,7 @@ class SerialExecutor:
         Raises:
             FatalError: the run cannot go on.
         """
-        context = Context(run, overwrite)
+        context = Context(run, overwrite, self._explainer)
 
         def perform_and_tell(task: Task) -> Any:
             result = perform(context, task)

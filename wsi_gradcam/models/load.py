@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.sources import Built, function, timm, torchvision
-from wsi_gradcam.models.spec import RANDOM, ModelSpec, read_spec
+from wsi_gradcam.models.outputs import with_logits
+from wsi_gradcam.models.pickles import tensors_only
+from wsi_gradcam.models.sources import Built, export, function, hf, timm, torchscript, torchvision, wsinfer
+from wsi_gradcam.models.sources.programs import failure
+from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, read_spec
+from wsi_gradcam.models.transform import Transform, make_transform
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from wsi_gradcam.models.activation import Activation
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+SOURCES = {
+    "timm": timm.build,
+    "torchvision": torchvision.build,
+    "torchscript": torchscript.build,
+    "export": export.build,
+    "wsinfer": wsinfer.build,
+    "hf": hf.build,
+}
+ALONE = 1e-3  # of the largest logit; kernels for one image differ from those for two by far less
 
 
 @dataclass(frozen=True)
@@ -30,11 +43,12 @@ class Model:
 
     Attributes:
         name: how results name it.
-        module: float32 [B, 3, H, W], normalised -> logits [B, K]; in evaluation mode, parameters frozen.
+        source: where it comes from; `runs_code` tells whether loading that runs what is written in it.
+        module: float32 [B, 3, *input_px] as `prepare` makes them -> logits [B, K]; in evaluation mode, parameters
+            frozen.
         classes: K names.
-        patch_px: (height, width) of the input.
-        mpp: micrometres per input pixel; None when not known.
-        mean, std: of RGB in 0..1.
+        mpp: micrometres per pixel of the patch; None when not known.
+        transform: what `prepare` does.
         activation: softmax, sigmoid or none.
         layer: the layer to explain where the specification names one.
         digest: sha256 of weights and of everything above that changes results.
@@ -44,20 +58,46 @@ class Model:
     source: str
     module: nn.Module
     classes: tuple[str, ...]
-    patch_px: tuple[int, int]
     mpp: float | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    transform: Transform
     activation: Activation
     layer: str | None
     license: str | None
+    runs_code: bool
     digest: str
 
+    @property
+    def patch_px(self) -> tuple[int, int]:
+        """(height, width) of what is read from the slide."""
+        return self.transform.patch_px
+
+    @property
+    def input_px(self) -> tuple[int, int]:
+        """(height, width) of what the network sees."""
+        return self.transform.input_px
+
+    @property
+    def view(self) -> tuple[float, float, float, float]:
+        """(y, x, height, width) of the part of a patch that the network sees, in pixels of the patch."""
+        return self.transform.view
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Subtracted from RGB in 0..scale."""
+        return self.transform.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Divides what is left."""
+        return self.transform.std
+
+    def prepare(self, rgb: Tensor) -> Tensor:
+        """uint8 [B, *patch_px, 3] -> float32 [B, 3, *input_px], on the same device, as the model's format wants it."""
+        return self.transform(rgb)
+
     def normalise(self, rgb: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], ((rgb / 255) - mean) / std, on the same device."""
-        mean = torch.tensor(self.mean, device=rgb.device) * 255
-        std = torch.tensor(self.std, device=rgb.device) * 255
-        return ((rgb.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+        """The same as `prepare`."""
+        return self.prepare(rgb)
 
 
 def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Model:
@@ -70,15 +110,28 @@ def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Mo
     built = _build(spec)
     if (path := spec.weights_path) is not None:
         _load_weights(built.module, path, spec)
-    module = built.module.eval().requires_grad_(False)
-    patch_px = spec.patch_px or built.patch_px
-    if patch_px is None:
-        raise ModelError(f"{spec.name}: the input size is not known; add 'patch_px: 224' to the model file")
-    classes = spec.classes or built.classes or ()
-    outputs = _count_outputs(spec.name, module, patch_px)
-    if classes and len(classes) != outputs:
+    elif spec.sha256 is not None and spec.kind not in FILES:
+        raise ModelError(
+            f"{spec.name}: sha256 is of a weights file, but there is no 'weights:'; name it, or leave out both"
+        )
+    return finish(spec, built, device)
+
+
+def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
+    """The model of a network that was built, with what was left open filled in and checked.
+
+    Raises:
+        ModelError: it does not do what its specification says.
+    """
+    _check_numbers(spec.name, built.module)
+    transform = _transform(spec, built)
+    module, outputs = _checked(spec, built.module.eval().float().requires_grad_(False), transform.input_px)
+    classes = spec.classes or built.classes or tuple(str(i) for i in range(outputs))
+    if len(classes) != outputs:
         raise ModelError(f"{spec.name}: {len(classes)} classes are named, but the model has {outputs} outputs")
-    if outputs == 1 and spec.activation == "softmax":
+    declared = built.activation if "activation" not in spec.model_fields_set else None
+    activation = declared or spec.activation
+    if outputs == 1 and activation == "softmax":
         raise ModelError(
             f"{spec.name}: the softmax of a single output is always 1; add 'activation: sigmoid' (or none) and one "
             "class name to the model file"
@@ -87,17 +140,26 @@ def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Mo
         name=spec.name,
         source=spec.source,
         module=module.to(_device(device)),
-        classes=classes or tuple(str(i) for i in range(outputs)),
-        patch_px=patch_px,
-        mpp=spec.mpp,
-        mean=spec.mean or built.mean or IMAGENET_MEAN,
-        std=spec.std or built.std or IMAGENET_STD,
-        activation=spec.activation,
+        classes=classes,
+        mpp=spec.mpp or built.mpp,
+        transform=transform,
+        activation=activation,
         layer=spec.layer,
-        license=spec.license,
+        license=spec.license or built.license,
+        runs_code=spec.runs_code,
         digest="",
     )
-    return Model(**{**resolved.__dict__, "digest": _digest(resolved, built.code_digest)})
+    return replace(resolved, digest=_digest(spec, resolved, built.code_digest))
+
+
+def _transform(spec: ModelSpec, built: Built) -> Transform:
+    patch_px = spec.patch_px or built.patch_px
+    if patch_px is None:
+        raise ModelError(f"{spec.name}: the input size is not known; add 'patch_px: 224' to the model file")
+    plain = spec.scale is not None  # what is known of other values of white says nothing of these
+    mean, std = (NO_MEAN, NO_STD) if plain else (built.mean or IMAGENET_MEAN, built.std or IMAGENET_STD)
+    scale = spec.scale or built.scale or 1.0
+    return make_transform(patch_px, spec.mean or mean, spec.std or std, scale, spec.transform or built.resizing)
 
 
 def _device(name: str) -> torch.device:
@@ -111,14 +173,14 @@ def _device(name: str) -> torch.device:
 
 
 def _build(spec: ModelSpec) -> Built:
-    kind, _, argument = spec.source.partition(":")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # untrained weights are the same in every process
-        if kind == "timm":
-            return timm.build(argument, spec)
-        if kind == "torchvision":
-            return torchvision.build(argument, spec)
-        return function.build(spec.source, spec)
+    if spec.kind == "live":
+        raise ModelError(f"{spec.source}: a live module is known only where it was made; give it to model_of")
+    with torch.random.fork_rng(devices=[]):  # an untrained network is the same in every process
+        torch.manual_seed(0)
+        if spec.kind == "function":
+            return function.build(spec.source, spec)
+        with tensors_only():
+            return SOURCES[spec.kind](spec.argument, spec)
 
 
 def _load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> None:
@@ -163,27 +225,49 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _count_outputs(name: str, module: nn.Module, patch_px: tuple[int, int]) -> int:
+def _check_numbers(name: str, module: nn.Module) -> None:
+    """Refuse weights that are no numbers: every explanation would be NaN."""
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            count = int(torch.isnan(tensor).sum())
+            raise ModelError(
+                f"{name}: {count} of {tensor.numel()} values of {key} are NaN; its training has diverged or "
+                "the file is damaged: use an earlier checkpoint"
+            )
+
+
+def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> tuple[nn.Module, int]:
+    """The network giving one row of logits for each image, and how many they are."""
+    images = torch.randn(2, 3, *input_px, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            output = module(torch.zeros(2, 3, *patch_px))
+            module, output = with_logits(module, images, spec.output)
+            alone = module(images[:1])
+    except ModelError as error:
+        raise ModelError(f"{spec.name}: {error}") from error
     except Exception as error:  # the model's own code may raise anything
+        raise ModelError(failure(spec.name, images, error)) from error
+    if output.ndim != 2 or len(output) != 2 or output.shape[1] == 0:
         raise ModelError(
-            f"{name}: fails on a batch of shape (2, 3, {patch_px[0]}, {patch_px[1]}): {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(f"{name}: returns a {type(output).__name__}, expected a tensor of shape (batch, classes)")
-    if output.ndim != 2 or len(output) != 2:
-        raise ModelError(
-            f"{name}: returns shape {tuple(output.shape)} for a batch of 2, expected (2, classes); "
+            f"{spec.name}: returns shape {tuple(output.shape)} for a batch of 2, expected (2, classes); "
             "wrap the model so that it returns one logit per class"
         )
-    return int(output.shape[1])
+    if alone.shape != output[:1].shape or _differ(alone, output[:1]):
+        raise ModelError(
+            f"{spec.name}: answers differently for an image alone and in a batch; was it saved in training mode (batch "
+            "normalisation, dropout)? Save it after model.eval()"
+        )
+    return module, int(output.shape[1])
 
 
-def _digest(model: Model, code: str) -> str:
-    about = [
-        model.source,
+def _differ(found: Tensor, expected: Tensor) -> bool:
+    scale = float(expected.abs().max()) or 1.0
+    return float((found - expected).abs().max()) > ALONE * scale
+
+
+def _digest(spec: ModelSpec, model: Model, code: str) -> str:
+    about: list[object] = [
+        spec.kind if spec.kind in FILES else model.source,  # where a file lies changes nothing
         model.classes,
         model.patch_px,
         model.mpp,
@@ -192,6 +276,11 @@ def _digest(model: Model, code: str) -> str:
         model.activation,
         code,
     ]
+    transform = model.transform
+    if transform != Transform(model.patch_px, model.mean, model.std):
+        about.append([transform.scale, transform.resize_px, transform.interpolation, transform.crop])
+    if spec.output is not None:
+        about.append(str(spec.output))
     digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in sorted(model.module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -23,9 +25,46 @@ from wsi_gradcam.models.activation import Activation
 ZOO = Path(__file__).parent / "zoo"
 RANDOM = "random"
 
-# In 0..1: values of 0..255 are a mistake that would silently whiten every patch.
-Mean = Annotated[float, Field(ge=0, le=1)]
-Deviation = Annotated[float, Field(gt=0, le=1)]
+Mean = Annotated[float, Field(ge=0)]
+Deviation = Annotated[float, Field(gt=0)]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+Size = tuple[PositiveInt, PositiveInt]
+
+# Sources that are files or folders; their weights lie inside.
+FILES = ("torchscript", "export", "wsinfer", "hf")
+# Sources of which loading or running runs what is written in them: TorchScript and exported programs are programs, and
+# `torch.export.load` evaluates text in the file.
+RUNS_CODE = ("torchscript", "export", "wsinfer", "function")
+SCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+FORMS = (
+    "a model file (.yaml), timm:NAME, torchvision:NAME, torchscript:FILE (.pt, .pth, .ts, .torchscript), export:FILE "
+    "(.pt2), wsinfer:FOLDER (config.json and torchscript_model.pt), hf:FOLDER (config.json and *.safetensors), "
+    "module:function"
+)
+
+
+class Resizing(BaseModel):
+    """What happens to a patch before the network sees it, besides its colours: resized, then cropped.
+
+    Attributes:
+        resize: new length of the shorter side, or new (height, width).
+        crop: side or (height, width) of the centre that goes on.
+        interpolation: of the resizing, by Pillow.
+        crop_rounds: a crop half a pixel off the middle goes to the even pixel, as torchvision does, or else down.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: PositiveInt | Size | None = None
+    crop: PositiveInt | Size | None = None
+    interpolation: Interpolation = "bilinear"
+    crop_rounds: ClassVar[bool] = True
+
+
+class ResizingDown(Resizing):
+    """The same with crops half a pixel off going down, as in Hugging Face's processors."""
+
+    crop_rounds: ClassVar[bool] = False
 
 
 class ModelSpec(BaseModel):
@@ -33,15 +72,20 @@ class ModelSpec(BaseModel):
 
     Attributes:
         name: how results name the model.
-        source: `timm:NAME`, `torchvision:NAME` or `module:function`, a function without arguments that returns
-            a `torch.nn.Module`. The last one runs code: use only what you trust.
+        source: `timm:NAME`, `torchvision:NAME`, `torchscript:FILE`, `export:FILE.pt2`, `wsinfer:FOLDER`, `hf:FOLDER` or
+            `module:function`, a function without arguments that returns a `torch.nn.Module`. Files lie beside the
+            model file. Where `runs_code` is true, use only what you trust.
         weights: safetensors or a state dict in .pt/.pth, beside the model file; "random" for untrained weights;
             left out, the source's own (published) weights.
-        sha256: of the weights file; checked when given.
+        sha256: of the weights file, or of the one file of a source that is a file; checked when given.
         classes: names of the outputs, in their order.
-        patch_px: (height, width) of the input.
-        mpp: micrometres per pixel of the input.
-        mean, std: of RGB in 0..1, subtracted and divided by.
+        patch_px: (height, width) of what is read from the slide; also the network's input, unless it is resized.
+        mpp: micrometres per pixel of the patch.
+        scale: white as the network expects it before `mean`: 1, or 255 for colours of 0..255. Colours with a scale,
+            but without mean and std, are not normalised.
+        mean, std: of RGB in 0..scale, subtracted and divided by.
+        transform: how a patch is resized and cropped to the network's input.
+        output: which of several outputs are the logits: a key, or a place in a tuple; found when left out.
         layer: name of the module whose output is explained; found when left out.
         activation: how logits become probabilities.
         license, provenance: kept with the results.
@@ -55,10 +99,13 @@ class ModelSpec(BaseModel):
     weights: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
     classes: tuple[str, ...] | None = None
-    patch_px: tuple[PositiveInt, PositiveInt] | None = None
+    patch_px: Size | None = None
     mpp: PositiveFloat | None = None
+    scale: PositiveFloat | None = None
     mean: tuple[Mean, Mean, Mean] | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
+    transform: Resizing | None = None
+    output: str | int | None = None
     layer: str | None = None
     activation: Activation = "softmax"
     license: str | None = None
@@ -86,6 +133,39 @@ class ModelSpec(BaseModel):
             raise ValueError("class names must be given and differ from each other")
         return value
 
+    @model_validator(mode="after")
+    def _colours(self) -> ModelSpec:
+        """Colours of 0..255 taken for 0..1 would silently whiten every patch."""
+        scale = self.scale or 1
+        if max(*(self.mean or (0,)), *(self.std or (0,)), 0) > scale:
+            raise ValueError(
+                f"mean and std should be less than or equal to {scale:g}, being of colours in 0..{scale:g}; for a "
+                "network that takes colours of 0..255 add 'scale: 255', else divide them by 255"
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The part of `source` before the colon where that is known, else `function`; `live` is made by `model_of`."""
+        kind = self.source.partition(":")[0]
+        return kind if kind in ("timm", "torchvision", "live", *FILES) else "function"
+
+    @property
+    def argument(self) -> str:
+        """What follows the kind in `source`; all of it for a function."""
+        return self.source if self.kind == "function" else self.source.partition(":")[2]
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether loading the model runs what is written in it: only for models from people you trust."""
+        ours = self.kind == "function" and self.source.startswith("wsi_gradcam.")
+        return self.kind in RUNS_CODE and not ours
+
+    @property
+    def source_path(self) -> Path | None:
+        """The file or folder of a source that is one."""
+        return self.folder / Path(self.argument).expanduser() if self.kind in FILES else None
+
     @property
     def weights_path(self) -> Path | None:
         """Where the weights file is; None when there is none."""
@@ -103,12 +183,59 @@ def read_spec(model: str) -> ModelSpec:
         return _from_file(path)
     if (ZOO / f"{model}.yaml").is_file():
         return _from_file(ZOO / f"{model}.yaml")
+    if model and (kind := _kind_of(path, model)) is not None:
+        name = path.stem if path.is_file() else path.resolve().name
+        return _validated({"name": name or model, "source": f"{kind}:{model}"}, Path(), model)
     if ":" in model:
         return _validated({"name": model, "source": model}, Path(), model)
     raise ModelError(
-        f"{model}: no such model; expected a model file (.yaml), timm:NAME, torchvision:NAME, module:function, "
-        f"or one that comes with wsi_gradcam: {', '.join(bundled())}"
+        f"{model}: no such model; expected {FORMS}, or one that comes with wsi_gradcam: {', '.join(bundled())}"
     )
+
+
+def _kind_of(path: Path, given: str) -> str | None:
+    """Which kind of source a file or folder is; None where there is none.
+
+    Raises:
+        ModelError: it is there, but nothing that can be used.
+    """
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except (OSError, ValueError):  # no path at all: a name too long, a zero byte
+        return None
+    if there and path.suffix == ".pt2":
+        return "export"
+    if there and not folder and path.suffix in SCRIPT_SUFFIXES:
+        if is_torchscript(path):
+            return "torchscript"
+        raise ModelError(
+            f"{given}: holds no TorchScript program; weights alone need a model file (.yaml) that names their network: "
+            f"'source: timm:resnet18' (or another) and 'weights: {path.name}'"
+        )
+    return _kind_of_folder(path, given) if folder else None
+
+
+def _kind_of_folder(path: Path, given: str) -> str:
+    if (path / "torchscript_model.pt").exists():
+        return "wsinfer"
+    if not (path / "config.json").exists():
+        raise ModelError(f"{given}: a folder without config.json is no model; expected {FORMS}")
+    if any(path.glob("*.safetensors")):
+        return "hf"
+    raise ModelError(
+        f"{given}: neither torchscript_model.pt (WSInfer) nor *.safetensors (Hugging Face) lies beside config.json; "
+        "weights in pickles (.bin, .pt, .pth) are not loaded: save them with save_pretrained or "
+        "safetensors.torch.save_file"
+    )
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive; state dicts and pickled models have the same endings."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return False
 
 
 def bundled() -> list[str]:

@@ -20,6 +20,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+from wsi_gradcam.cam.choice import Choice
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.stores.files import PARTIAL, storing, write_atomic
 
@@ -33,7 +34,7 @@ COLUMNS = (
 )  # fmt: skip
 PACKAGES = (
     "wsi-gradcam", "torch", "torchvision", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "zarr",
-    "dask", "distributed", "scikit-image", "pillow",
+    "dask", "distributed", "scikit-image", "pillow", "openvino",
 )  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def write_run(path: Path, run: RunPlan) -> None:
         "mean": list(facts.mean),
         "std": list(facts.std),
         "layer": facts.layer,
+        "view": list(facts.view),
+        "batch_size": facts.batch_size,
         "cam_shape": list(facts.cam_shape),
         "weights": run.spec.weights or "the source's own",
         "provenance": run.spec.provenance,
@@ -69,6 +72,7 @@ def write_run(path: Path, run: RunPlan) -> None:
         "settings": run.settings.model_dump(mode="json"),
         "model": model,
         "targets": [asdict(target) for target in run.targets],
+        "choice": facts.choice.to_json(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
@@ -91,6 +95,14 @@ def read_run(path: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict) or not {"run_digest", "identity", "model"} <= values.keys():
         raise StoreError(f"{path}: not a run.yaml of wsi_gradcam; choose another --out")
     return values
+
+
+def choice_from(stored: dict[str, Any]) -> Choice | None:
+    """The engine and precision in what `read_run` gave; None where an older version wrote it."""
+    try:
+        return Choice.from_json(stored["choice"])
+    except (KeyError, TypeError):
+        return None
 
 
 def check_same_run(path: Path, run: RunPlan) -> None:

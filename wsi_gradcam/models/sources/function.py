@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import sys
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from torch import nn
 
 from wsi_gradcam.errors import ModelError, one_line
 from wsi_gradcam.models.sources import Built
+from wsi_gradcam.models.sources.code import code_digest
+from wsi_gradcam.models.spec import FORMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +30,8 @@ def build(source: str, spec: ModelSpec) -> Built:
             python = importlib.import_module(module_name)
         except Exception as error:  # the module's own code may raise anything
             raise ModelError(
-                f"{source}: cannot import {module_name!r} ({one_line(error)}); expected timm:NAME, torchvision:NAME or "
-                "an importable module:function (install it, or put it beside the model file)"
+                f"{source}: cannot import {module_name!r} ({one_line(error)}); expected an importable "
+                f"module:function (install it, or put it beside the model file), or another of {FORMS}"
             ) from error
         _check_origin(source, python, spec.folder / f"{module_name}.py")
         function = getattr(python, function_name, None)
@@ -42,7 +43,7 @@ def build(source: str, spec: ModelSpec) -> Built:
             raise ModelError(f"{source}: {function_name}() fails: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ModelError(f"{source}: returned a {type(network).__name__}, expected a torch.nn.Module")
-    return Built(network, code_digest=_digest_of(python.__file__))
+    return Built(network, code_digest=code_digest(module_name, python.__file__))
 
 
 def _check_origin(source: str, python: ModuleType, beside: Path) -> None:
@@ -63,7 +64,3 @@ def _searching(*folders: Path) -> Iterator[None]:
     finally:
         for folder in added:
             sys.path.remove(folder)
-
-
-def _digest_of(file: str | None) -> str:
-    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ModelError
@@ -24,6 +27,8 @@ def build(name: str, spec: ModelSpec) -> Built:
             f"timm:{name}: there are no published weights; name a file with 'weights:' in a model file, or use "
             "'weights: random' for an untrained network"
         )
+    if spec.weights is None:
+        _check_network(name, timm.get_pretrained_cfg(name))
     outputs: dict[str, Any] = {}
     if spec.weights is not None and spec.classes is not None:  # timm would put a random head on published weights
         outputs["num_classes"] = len(spec.classes)
@@ -37,3 +42,27 @@ def build(name: str, spec: ModelSpec) -> Built:
     config: dict[str, Any] = module.pretrained_cfg  # type: ignore[assignment]  # set by timm, not declared
     _, height, width = config["input_size"]
     return Built(module, patch_px=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"]))
+
+
+def _check_network(name: str, config: Any) -> None:
+    """Refuse at once where the hub's name is not known: its client would try again for 50 s.
+
+    Raises:
+        ModelError: the weights are neither here nor can be had.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    repository = getattr(config, "hf_hub_id", None)
+    if not repository or not host or urllib.request.getproxies():  # fetched from elsewhere, or by another way
+        return
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(try_to_load_from_cache(str(repository), file), str):
+            return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise ModelError(
+            f"timm:{name}: the published weights cannot be had (no way to {host}: {error}); "
+            "name a file with 'weights:' in a model file, or use 'weights: random' for an untrained network"
+        ) from error

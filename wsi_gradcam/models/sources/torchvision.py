@@ -34,4 +34,5 @@ def build(name: str, spec: ModelSpec) -> Built:
         ) from error
     side = transform.crop_size[0]
     classes = tuple(published.meta["categories"]) if spec.classes is None else None
-    return Built(module, classes, (side, side), tuple(transform.mean), tuple(transform.std))
+    mean, std = tuple(transform.mean), tuple(transform.std)
+    return Built(module, classes, patch_px=(side, side), mean=mean, std=std)

@@ -1,0 +1,126 @@
+"""The batch that is found is one that helps and fits; what says that memory does not suffice is known."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.toy_models import PooledLinear, pooled_linear
+from wsi_gradcam.cam import batch
+from wsi_gradcam.cam.batch import LARGEST, SMALLEST, activation_bytes, find_batch_size, is_out_of_memory
+from wsi_gradcam.cam.layout import Layer, Layout
+from wsi_gradcam.cam.program import EagerProgram
+
+LAYERS = (Layer("features", Layout("bkhw", 12, 4, 4)),)
+IMAGES = torch.zeros(2, 3, 32, 32)
+
+
+def timing(monkeypatch: pytest.MonkeyPatch, per_s: dict[int, float]) -> list[int]:
+    """Passes take the time that gives `per_s` patches a second for each batch size; returns the sizes tried."""
+    tried: list[int] = []
+
+    def seconds(program: EagerProgram, images: Tensor) -> float:
+        tried.append(len(images))
+        if per_s[len(images)] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return len(images) / per_s[len(images)]
+
+    monkeypatch.setattr(batch, "_seconds", seconds)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("per_s", "found"),
+    [
+        ({8: 10, 16: 20, 32: 40, 64: 41}, 32),  # a gain of less than 5 % ends it
+        ({8: 10, 16: 9}, 8),
+        ({8: 10, 16: 20, 32: 40, 64: 80, 128: 160, 256: 320}, 256),
+        ({8: 10, 16: 20, 32: 0}, 16),  # out of memory
+        ({8: 0}, 8),
+    ],
+)
+def test_batches_grow_as_long_as_that_brings_speed(
+    per_s: dict[int, float], found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = timing(monkeypatch, per_s)
+    assert find_batch_size(pooled_linear().eval(), LAYERS, IMAGES) == found
+    assert tried == list(per_s)
+
+
+@pytest.mark.parametrize("times", [1, 4, 9])
+def test_batches_grow_into_half_of_the_free_memory_alone(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = pooled_linear().eval()
+    each = 3 * activation_bytes(network, IMAGES[:1])
+    monkeypatch.setattr(batch, "_free_bytes", lambda device: 2 * each * SMALLEST * times)
+    timing(monkeypatch, {8 * 2**i: 10.0 * 2**i for i in range(6)})
+    assert find_batch_size(network, LAYERS, IMAGES) == {1: 8, 4: 32, 9: 64}[times]
+
+
+def test_the_smallest_batch_is_the_answer_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_free_bytes", lambda device: 0)
+    assert find_batch_size(pooled_linear().eval(), LAYERS, IMAGES) == SMALLEST
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(program: EagerProgram, images: Tensor) -> float:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(batch, "_seconds", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        find_batch_size(pooled_linear().eval(), LAYERS, IMAGES)
+
+
+def test_a_real_network_has_a_batch_of_a_power_of_two() -> None:
+    found = find_batch_size(pooled_linear().eval(), LAYERS, IMAGES)
+    assert SMALLEST <= found <= LARGEST
+    assert found & (found - 1) == 0
+
+
+def test_activation_bytes_are_of_the_largest_layer_in_evaluation_mode() -> None:
+    network = cast(PooledLinear, pooled_linear())
+    first, second = 4 * (3 * 32 * 32 + 8 * 8 * 8), 4 * (8 * 8 * 8 * 2)
+    assert first > second
+    assert activation_bytes(network, IMAGES[:1]) == first
+    assert network.training
+    assert not any(part._forward_hooks for part in network.modules())
+
+
+def test_an_exception_leaves_no_hook() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU())
+    with pytest.raises(RuntimeError, match="channels"):
+        activation_bytes(network, IMAGES[:1])
+    assert not any(part._forward_hooks for part in network.modules())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+        RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp:224: std::bad_alloc"),
+        RuntimeError("bad allocation"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_lack_of_memory_is_recognised(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_a_real_lack_of_memory_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes"), ValueError("bad allocation"), OSError("can't allocate memory")]
+)
+def test_other_errors_are_no_lack_of_memory(error: BaseException) -> None:
+    assert not is_out_of_memory(error)

@@ -1,0 +1,216 @@
+"""Whatever engine runs a trunk in whatever precision: float32 comes out, alike, the same on any number of threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models import get_model
+
+from tests.split_models import curved, pictures, pooled, relative
+from wsi_gradcam.cam import trunks
+from wsi_gradcam.cam.auto import make_program
+from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.layers import check_layer, find_layer, probe_images
+from wsi_gradcam.cam.layout import Layer
+from wsi_gradcam.cam.program import cut_at
+from wsi_gradcam.cam.targets import Target
+from wsi_gradcam.cam.trunks import low_precisions, make_trunk
+from wsi_gradcam.errors import EngineError
+
+CPU = torch.device("cpu")
+CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
+
+
+@pytest.fixture
+def openvino() -> None:
+    pytest.importorskip("openvino", reason="only the engines extra installs OpenVINO")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def trunk_of(network: nn.Module, layer: str, images: Tensor) -> fx.GraphModule:
+    return cut_at(network, layer, images)[0]
+
+
+@pytest.mark.parametrize("precision", CLOSE)
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+@pytest.mark.parametrize("build", [curved, pooled])
+def test_values_are_float32_and_close(engine: str, precision: str, build: type[nn.Module], openvino: None) -> None:
+    """In the precisions that a machine has no instructions for, engines calculate in another."""
+    network, images = build(), pictures(3)
+    graph = trunk_of(network, "features", images)
+    (expected,) = graph(images)
+    trunk = make_trunk(graph, engine, precision, images)
+    (found,) = trunk(images)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    assert not found.requires_grad
+    assert relative(found, expected) < CLOSE[precision]
+    if precision in low_precisions(engine, CPU):
+        assert relative(found, expected) > 1e-5  # it is low indeed
+    with torch.no_grad():
+        again = trunk(images.flip(0))[0]
+    assert relative(again, expected.flip(0)) < CLOSE[precision]
+    assert relative(found, expected) < CLOSE[precision]  # what was given before stays as it was
+    assert relative(trunk(images[:1])[0], expected[:1]) < CLOSE[precision]
+
+
+def test_a_low_precision_leaves_the_graph_as_it_was() -> None:
+    images = pictures(2)
+    graph = trunk_of(curved(), "features", images)
+    before = [tensor.clone() for tensor in graph.buffers()]
+    make_trunk(graph, "eager", "bfloat16", images)
+    assert all(torch.equal(a, b) for a, b in zip(graph.buffers(), before, strict=True))
+    assert {tensor.dtype for tensor in graph.buffers()} <= {torch.float32, torch.int64}
+
+
+def test_a_compiled_trunk_gives_the_same() -> None:
+    """One small network: compiling takes its time."""
+    if not trunks._has_compiler():
+        pytest.skip("torch.compile needs a C++ compiler, which is not on this machine")
+    images = pictures(2)
+    graph = trunk_of(pooled(), "features", images)
+    trunk = make_trunk(graph, "compile", "float32", images)
+    (found,) = trunk(images)
+    assert found.dtype == torch.float32
+    assert relative(found, graph(images)[0]) < 1e-5
+
+
+def test_compile_without_a_compiler_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trunks, "_has_compiler", lambda: False)
+    with pytest.raises(EngineError, match=r"needs a C\+\+ compiler on this machine: install g\+\+, or use another"):
+        make_trunk(trunk_of(pooled(), "features", pictures(2)), "compile", "float32", pictures(2))
+
+
+def test_a_compiler_that_is_not_found_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise RuntimeError("InvalidCxxCompiler")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", fail)
+    assert not trunks._has_compiler()
+
+
+def test_without_openvino_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineError, match=r"openvino is not installed here: pip install 'wsi-gradcam\[engines\]'"):
+        make_trunk(trunk_of(pooled(), "features", pictures(2)), "openvino", "float32", pictures(2))
+    with pytest.raises(EngineError, match="not installed"):
+        low_precisions("openvino", CPU)
+
+
+def test_openvino_off_the_cpu_is_refused() -> None:
+    with pytest.raises(EngineError, match="runs on the CPU, not on meta"):
+        make_trunk(trunk_of(pooled(), "features", pictures(2)), "openvino", "float32", pictures(2).to("meta"))
+
+
+def test_what_an_engine_cannot_run_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> trunks.Trunk:
+        raise ZeroDivisionError("too\nmany things")
+
+    monkeypatch.setattr(trunks, "_eager", fail)
+    graph = trunk_of(pooled(), "features", pictures(2))
+    with pytest.raises(EngineError, match="engine eager cannot run this model in float32: ZeroDivisionError: too many"):
+        make_trunk(graph, "eager", "float32", pictures(2))
+
+
+def test_numbers_that_cross_a_cut_keep_their_kind() -> None:
+    """Indices in float32 could not be used as such behind the cut."""
+
+    class Indexing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 4, stride=4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            order = images.mean(dim=(2, 3)).argsort(dim=1)
+            return self.layer(images).mean(dim=(2, 3)).gather(1, order)  # type: ignore[no-any-return]
+
+    network, images = Indexing().eval(), pictures(3)
+    trunk, head = cut_at(network, "layer", images)
+    engines = ["eager", "openvino"] if "openvino" in sys.modules else ["eager"]
+    for engine in engines:
+        for precision in ("float32", "bfloat16"):
+            values = make_trunk(trunk, engine, precision, images)(images)
+            assert values[0].dtype == torch.float32
+            assert not values[1].is_floating_point()
+            if precision == "float32":
+                assert relative(head(*values), network(images)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("engine", "known", "expected"),
+    [
+        ("eager", {"avx512_bf16": True}, ("bfloat16",)),
+        ("eager", {"amx_bf16": True}, ("bfloat16",)),
+        ("eager", {"avx2": True}, ()),
+        ("compile", {}, ()),
+        ("openvino", ["FP32", "BF16", "FP16", "INT8"], ("bfloat16", "float16")),
+        ("openvino", ["FP32", "INT8"], ()),
+    ],
+)
+def test_low_precisions_are_those_the_machine_has_instructions_for(
+    engine: str, known: object, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Core:
+        def get_property(self, device: str, name: str) -> object:
+            assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+            return known
+
+    monkeypatch.setattr(trunks, "_core", Core)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert low_precisions(engine, CPU) == expected
+
+
+def test_an_old_pytorch_that_does_not_tell_has_no_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert low_precisions("eager", CPU) == ()
+
+
+def test_importing_openvino_reports_to_nobody(openvino: None) -> None:
+    code = (
+        "import sys, torch\n"
+        "from wsi_gradcam.cam.trunks import _core, _ov\n"
+        "model = _ov().convert_model(torch.nn.ReLU(), example_input=torch.zeros(1, 2))\n"
+        "_core().compile_model(model, 'CPU')\n"
+        "print([m for m in sys.modules if m.startswith('openvino_telemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+# What eager float32 gives for 8 patches or fewer can depend on the number of threads: oneDNN then shares the channels
+# of a 1 x 1 convolution among them, with every setting that was tried (DenseNet, EfficientNet, ResNet-50).
+STEADY = [("openvino", "float32"), ("openvino", "bfloat16"), ("eager", "float32"), ("eager", "bfloat16")]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "convnext_tiny"])
+def test_results_are_the_same_to_the_last_bit_on_one_thread_and_on_two(
+    name: str, threads: None, openvino: None
+) -> None:
+    torch.manual_seed(0)
+    network: nn.Module = get_model(name, num_classes=5).eval()
+    layer = find_layer(network, probe_images((64, 64)))
+    layers = (Layer(layer, check_layer(network, layer, probe_images((64, 64)))),)
+    images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    differing = []
+    for engine, precision in STEADY:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)  # read when the trunk is made
+            program = make_program(network, layers, engine, precision, images)
+            found = explain_batch(program, images, [Target("predicted"), Target("a", 1)], ["gradcam", "gradcam++"])
+            results.append([found.logits, *found.cams.values()])
+        if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
+            differing.append((engine, precision))
+    assert not differing

@@ -1,0 +1,496 @@
+"""`GradCAM` for plain images: what it takes, gives and refuses, and that it leaves everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import LayerGradCam
+from torch import Tensor, nn
+from torchvision.models import get_model
+
+import wsi_gradcam
+from tests.families import FAMILIES, images_of, network_of
+from tests.split_models import Split, curved, pictures, pooled, relative
+from tests.toy_models import PooledLinear
+from wsi_gradcam import GradCAM, gradcam
+from wsi_gradcam.cam.auto import make_program
+from wsi_gradcam.cam.choice import Choice
+from wsi_gradcam.cam.layout import Layer
+from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram
+from wsi_gradcam.errors import ConfigError, LayerError, ModelError, TargetError, WsiGradcamError
+from wsi_gradcam.models.live import model_of
+from wsi_gradcam.models.spec import ModelSpec
+
+CLASSES = ["other", "tumor", "stroma", "fat"]
+
+
+@pytest.fixture
+def network() -> Split:
+    return curved()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return pictures(5)
+
+
+def plain(network: nn.Module, **options: Any) -> GradCAM:
+    return GradCAM(network, **{"layer": "features", "engine": "eager", "precision": "float32", **options})
+
+
+def by_autograd(network: Split, images: Tensor, weights: Sequence[float]) -> Tensor:
+    """Grad-CAM [B, h, w] of a weighted sum of the logits."""
+    leaf = network.features(images).detach().requires_grad_(True)
+    logits = network.head(leaf.clone())
+    (g,) = torch.autograd.grad((logits * torch.tensor(weights)).sum(), leaf)
+    maps: Tensor = (g.mean(dim=(2, 3), keepdim=True) * leaf.detach()).sum(dim=1)
+    return maps
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+# --- use ---
+
+
+def test_three_lines_are_enough() -> None:
+    network = get_model("resnet18").eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+    explain = GradCAM(network)
+    found = explain(images)
+
+    expected = LayerGradCam(network, network.layer4).attribute(
+        images, target=network(images).argmax(dim=1), relu_attributions=False
+    )
+    assert explain.layers(images) == ("layer4",)
+    assert found.targets == ("predicted",)
+    assert relative(found.cams, expected) < 1e-5
+    assert relative(found.logits, network(images)) < 1e-5
+    assert wsi_gradcam.GradCAM is GradCAM
+
+
+@pytest.mark.parametrize(
+    ("target", "label", "weights"),
+    [
+        (2, "stroma", [0.0, 0.0, 1.0, 0.0]),
+        (np.int64(2), "stroma", [0.0, 0.0, 1.0, 0.0]),
+        ("3", "fat", [0.0, 0.0, 0.0, 1.0]),
+        ("tumor", "tumor", [0.0, 1.0, 0.0, 0.0]),
+        ("tumor-stroma", "tumor-stroma", [0.0, 1.0, -1.0, 0.0]),
+        (lambda logits: logits[:, 0] + 2 * logits[:, 3], "<lambda>", [1.0, 0.0, 0.0, 2.0]),
+    ],
+)
+def test_a_target_is_what_it_says(
+    target: Any, label: str, weights: list[float], network: Split, images: Tensor
+) -> None:
+    found = plain(network, classes=CLASSES)(images, target)
+    assert found.targets == (label,)
+    assert relative(found.cams[:, 0], by_autograd(network, images, weights)) < 1e-5
+    assert relative(found.logits, network(images)) < 1e-5
+
+
+def test_predicted_is_each_images_own_class(network: Split, images: Tensor) -> None:
+    with torch.no_grad():  # several classes shall win
+        cast(nn.Linear, network.head[5]).bias.sub_(network(images).mean(dim=0))  # type: ignore[index]
+    explain = plain(network)
+    every, predicted = explain(images, "all"), explain(images)
+    winners = every.logits.argmax(dim=1)
+    assert len(set(winners.tolist())) > 1
+    assert every.targets == ("0", "1", "2", "3")
+    torch.testing.assert_close(predicted.cams[:, 0], every.cams[torch.arange(5), winners])
+
+
+def test_several_methods_and_targets_at_once(network: Split, images: Tensor) -> None:
+    together = plain(network, method="layercam, gradcam,occlusion,gradient")(images, [1, "predicted", 0])
+    assert list(together.by_method) == ["layercam", "gradcam", "occlusion", "gradient"]
+    assert together.cams is together.by_method["layercam"]
+    assert together.by_method["gradient"].shape == (5, 3, 32, 24)
+    for method, maps in together.by_method.items():
+        alone = plain(network, method=[method])(images, [1, "predicted", 0]).cams
+        torch.testing.assert_close(maps, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_several_layers_are_fused(network: Split, images: Tensor) -> None:
+    found = plain(network, layer="features.2+features")(images, 1).cams
+    assert found.shape == (5, 1, 8, 6)
+    parts = [plain(network, layer=layer)(images, 1).cams for layer in ("features.2", "features")]
+    torch.testing.assert_close(found, (parts[0] + parts[1]) / 2)
+
+
+def test_maps_can_be_enlarged_to_lie_over_the_image(network: Split, images: Tensor) -> None:
+    found = plain(network)(images, [0, 1])
+    larger = found.enlarged(32, 24)
+    assert larger.shape == (5, 2, 32, 24)
+    torch.testing.assert_close(larger.mean(dim=(2, 3)), found.cams.mean(dim=(2, 3)), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
+def test_batches_and_a_short_last_one_do_not_matter(batch_size: int, network: Split, images: Tensor) -> None:
+    expected = plain(network)(images, ["predicted", 1])
+    found = plain(network, batch_size=batch_size)(images, ["predicted", 1])
+    assert relative(found.logits, expected.logits) < 1e-5
+    for t in range(2):
+        assert relative(found.cams[:, t], expected.cams[:, t]) < 1e-5
+
+
+def test_a_single_image_is_a_batch_of_one(network: Split, images: Tensor) -> None:
+    expected = plain(network)(images, 1)
+    found = plain(network)(images[2:3], 1)
+    assert relative(found.cams, expected.cams[2:3]) < 1e-5
+
+
+def test_images_of_several_sizes_have_layers_of_their_own(network: Split) -> None:
+    explain = plain(network)
+    for height, width in ((32, 24), (64, 64), (32, 24)):
+        found = explain(torch.randn(2, 3, height, width), 1)
+        assert found.cams.shape == (2, 1, height // 4, width // 4)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_of_another_precision_are_taken_as_float32(kind: torch.dtype, network: Split, images: Tensor) -> None:
+    found = plain(network)(images.to(kind), 1)
+    assert torch.equal(found.cams, plain(network)(images.to(kind).float(), 1).cams)
+    assert found.cams.dtype == found.logits.dtype == torch.float32
+
+
+# --- models ---
+
+
+def test_whatever_model_takes_is_taken(images: Tensor, tmp_path: Path) -> None:
+    spec = ModelSpec(name="toy", source="tests.toy_models:pooled_linear", patch_px=32, classes=("a", "b"))
+    path = tmp_path / "model.yaml"
+    path.write_text("name: toy\nsource: tests.toy_models:pooled_linear\npatch_px: 32\nclasses: [a, b]\n")
+    found = [GradCAM(model)(pictures(2)[..., :24], "b") for model in (spec, path, str(path))]
+    assert all(torch.equal(each.cams, found[0].cams) for each in found)
+    assert found[0].targets == ("b",)
+
+
+def test_a_loaded_model_brings_its_classes_and_layer(network: Split, images: Tensor) -> None:
+    model = model_of(network, patch_px=(32, 24), classes=CLASSES, layer="features.2")
+    explain = GradCAM(model)
+    assert explain.layers(images) == ("features.2",)
+    assert GradCAM(model, layer="features").layers(images) == ("features",)
+    found = explain(images, "tumor-fat")
+    expected = plain(network, layer="features.2")(images, "1-3")
+    assert found.targets == ("tumor-fat",)
+    assert relative(found.cams, expected.cams) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "column"])
+def test_networks_that_return_more_or_less_than_logits_are_taken(kind: str, network: Split, images: Tensor) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network
+
+        def forward(self, x: Tensor) -> object:
+            logits = self.inner(x)
+            return {"dict": {"x": x, "logits": logits}, "tuple": (logits, x), "column": logits[:, 1]}[kind]
+
+    found = plain(Other(), layer="inner.features")(images, 0 if kind == "column" else 1)
+    assert relative(found.cams, plain(network)(images, 1).cams) < 1e-5
+    assert found.logits.shape == (5, 1 if kind == "column" else 4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_explained_without_being_told_how(name: str) -> None:
+    explain = GradCAM(network_of(name))
+    images = images_of(name, 2)
+    found = explain(images)
+    assert explain.layers(images) == (FAMILIES[name].layer,)
+    assert found.cams.shape == (2, 1, FAMILIES[name].layout.height, FAMILIES[name].layout.width)
+    assert found.cams.any()
+    assert not hooks(network_of(name))
+
+
+# --- the model as it was ---
+
+
+class Training(PooledLinear):
+    """Batch normalisation and dropout."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(4)
+        features = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5))
+        super().__init__(features, 6, classes=3)
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("eager", "float32"), ("eager", "bfloat16")])
+def test_a_model_in_training_is_explained_as_in_evaluation_and_left_in_training(
+    engine: str, precision: str, images: Tensor
+) -> None:
+    network = Training()
+    expected = GradCAM(network.eval(), engine=engine, precision=precision)(images)
+    network.train()
+    network.features.eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = GradCAM(network, engine=engine, precision=precision)(images)
+    assert torch.equal(found.cams, expected.cams)
+    assert torch.equal(found.logits, expected.logits)
+    assert [network.training, network.features.training, network.fc.training] == [True, False, True]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    assert not hooks(network)
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("eager", "float32"), ("eager", "bfloat16")])
+def test_a_step_of_training_between_two_calls_counts(engine: str, precision: str, images: Tensor) -> None:
+    """Engines hold copies of the weights."""
+    network = Training()
+    explain = GradCAM(network, engine=engine, precision=precision)
+    before = explain(images, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    network(images).square().sum().backward()
+    optimizer.step()
+    found = explain(images, 1)
+    expected = GradCAM(network, engine=engine, precision=precision)(images, 1)
+    assert torch.equal(found.cams, expected.cams)
+    assert relative(found.cams, before.cams) > 0.01
+
+
+def test_programs_are_made_once(network: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, batch: Tensor) -> Program:
+        made.append(len(batch))
+        return make_program(module, layers, engine, precision, batch)
+
+    monkeypatch.setattr(gradcam, "make_program", counted)
+    explain = GradCAM(network, layer="features", precision="bfloat16", batch_size=3)
+    explain(pictures(5))
+    explain(pictures(4))
+    explain(pictures(1))
+    assert made == [3]
+    explain(torch.randn(2, 3, 64, 64))
+    assert made == [3, 2]
+
+
+def test_hooks_and_modes_are_restored_after_an_exception(network: Split, images: Tensor) -> None:
+    class Failing(nn.Module):
+        fails = False
+
+        def forward(self, maps: Tensor) -> Tensor:
+            if self.fails:
+                raise ZeroDivisionError
+            return maps
+
+    failing = Failing()
+    whole = nn.Sequential(network.features, failing, network.head).train()
+    explain = plain(whole, layer="0")
+    explain(images)
+    failing.fails = True
+    with pytest.raises(ZeroDivisionError):
+        explain(images)
+    assert not hooks(whole)
+    assert whole.training
+    assert torch.is_grad_enabled()
+    with pytest.raises(ModelError, match=r"the model fails on images of shape \(3, 32, 24\): ZeroDivisionError"):
+        plain(whole, layer="0")(images)
+    assert not hooks(whole)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_callers_grad_mode_does_not_matter(
+    mode: Callable[[], Any], precision: str, network: Split, images: Tensor
+) -> None:
+    expected = plain(network, precision=precision, method="gradcam,gradient")(images, [0, 1])
+    with mode():
+        enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        explain = plain(network, precision=precision, method="gradcam,gradient")
+        found = explain(images * 1, [0, 1])  # made in that mode
+        assert explain.layers(images) == ("features",)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (enabled, inference)
+    for method in ("gradcam", "gradient"):
+        assert torch.equal(found.by_method[method], expected.by_method[method])
+    assert not found.cams.requires_grad
+    assert not found.cams.is_inference()
+    assert not found.logits.requires_grad
+
+
+def test_images_that_require_gradients_get_none(network: Split, images: Tensor) -> None:
+    leaf = images.clone().requires_grad_(True)
+    found = plain(network, method="gradcam,gradient")(leaf, 1)
+    assert leaf.grad is None
+    assert not found.by_method["gradient"].requires_grad
+    assert torch.equal(leaf, images)
+
+
+# --- what is refused, and what is not ---
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"images are \(2, 3, 32, 32\) torch.uint8, expected normalised"),
+        (torch.zeros(3, 32, 32), r"images are \(3, 32, 32\) torch.float32, expected"),
+        (torch.zeros(0, 3, 32, 32), r"images are \(0, 3, 32, 32\)"),
+        (np.zeros((2, 3, 32, 32), np.float32), "images are ndarray"),
+        (torch.zeros(2, 4, 32, 24), r"fails on images of shape \(4, 32, 24\).*to have 3 channels, but got 4 channels"),
+        (torch.zeros(2, 3, 2, 2), r"fails on images of shape \(3, 2, 2\)"),
+    ],
+)
+def test_wrong_images_are_refused(given: Any, problem: str, network: Split) -> None:
+    with pytest.raises(ModelError, match=problem):
+        plain(network)(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"method": "gradcan"}, "method 'gradcan' is not known; expected one of cam, gradcam"),
+        ({"method": "gradcam,gradcam"}, "names one twice"),
+        ({"method": []}, "is empty"),
+        ({"engine": "quantum"}, "engine 'quantum' is not known; expected one of auto, eager, compile, openvino"),
+        ({"precision": "int8"}, "precision 'int8' is not known; expected one of auto, float32"),
+        ({"batch_size": 0}, "batch_size 0 is too small"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(options: dict[str, Any], problem: str, network: Split) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        plain(network, **options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "problem"),
+    [
+        ("cat", "target 'cat' is not a class of the model"),
+        (4, "target '4' is not a class"),
+        (-1, "target '-1' is not a class"),
+        ([], "no target is given"),
+        ([0, lambda logits: logits], "<lambda>: returned shape"),
+        (lambda logits: logits.detach()[:, 0], "does not depend on the logits"),
+    ],
+)
+def test_wrong_targets_are_refused(targets: Any, problem: str, network: Split, images: Tensor) -> None:
+    with pytest.raises(TargetError, match=problem):
+        plain(network)(images, targets)
+
+
+def test_a_wrong_number_of_classes_is_refused(network: Split, images: Tensor) -> None:
+    with pytest.raises(TargetError, match="3 classes are named, but the model has 4 outputs"):
+        plain(network, classes=["a", "b", "c"])(images, "c")
+
+
+@pytest.mark.parametrize("layer", [None, "features"])
+def test_weights_that_are_not_numbers_are_refused_as_such(layer: str | None, network: Split, images: Tensor) -> None:
+    with torch.no_grad():
+        network.features[0].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index]
+    with pytest.raises(ModelError, match="gives NaN or infinite values for pictures of noise; check its weights"):
+        plain(network, layer=layer)(images)
+
+
+def test_an_image_that_is_not_a_number_has_a_map_of_its_own(network: Split, images: Tensor) -> None:
+    broken = images.clone()
+    broken[1, 0, 3, 3] = torch.nan
+    found, expected = plain(network)(broken, 1), plain(network)(images, 1)
+    assert found.logits[1].isnan().all()
+    assert found.cams[1].isnan().any()
+    others = [0, 2, 3, 4]
+    assert torch.equal(found.cams[others], expected.cams[others])
+
+
+def test_a_layer_that_is_zero_gives_maps_of_zeros() -> None:
+    network = pooled()
+    with torch.no_grad():
+        for parameter in network.features.parameters():
+            parameter.zero_()
+    methods = "gradcam,gradcam++,hirescam,layercam,xgradcam,eigencam,finercam,cam"
+    found = plain(network, method=methods)(pictures(3), [0, "predicted"])
+    for maps in found.by_method.values():
+        assert torch.equal(maps, torch.zeros(3, 2, 4, 3))
+    assert torch.isfinite(found.logits).all()
+
+
+def test_a_wrong_layer_is_refused_with_those_that_are_like_it(network: Split, images: Tensor) -> None:
+    with pytest.raises(LayerError, match=r"no layer 'feature'; did you mean features"):
+        plain(network, layer="feature")(images)
+
+
+def test_a_network_without_logits_is_refused(images: Tensor) -> None:
+    with pytest.raises(ModelError, match=r"returns shape \(2, 4, 30, 22\) for a batch of 2, expected \(2, classes\)"):
+        GradCAM(nn.Conv2d(3, 4, 3))(images)
+
+
+def test_a_network_made_under_inference_mode_is_refused(images: Tensor) -> None:
+    with torch.inference_mode():
+        network = curved()
+    with pytest.raises(
+        ModelError, match=r"made under torch.inference_mode, which rules out gradients; make it outside"
+    ):
+        plain(network)(images)
+
+
+def test_a_lack_of_memory_says_what_to_do(network: Split, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EagerProgram, "forward", fail)
+    with pytest.raises(ModelError, match="out of memory with 5 images at once; give GradCAM a smaller batch_size"):
+        plain(network)(images)
+
+
+def test_all_that_is_refused_can_be_caught_as_one() -> None:
+    assert issubclass(ConfigError, WsiGradcamError)
+    assert issubclass(TargetError, ValueError)
+
+
+# --- engines ---
+
+
+def test_few_images_are_explained_by_float32_and_many_make_a_choice(
+    network: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, int]] = []
+
+    def choose(
+        module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, batch: Tensor, size: int
+    ) -> tuple[Choice, Program]:
+        asked.append((engine, precision, size))
+        return Choice("eager", "bfloat16"), make_program(module, layers, "eager", "bfloat16", batch)
+
+    few_expected, expected = (plain(network)(pictures(count), 1).cams for count in (15, 16))
+    monkeypatch.setattr(gradcam, "choose", choose)
+    explain = GradCAM(network, layer="features", batch_size=12)
+    few = explain(pictures(15), 1)
+    assert explain.choice is None
+    assert not asked
+    assert relative(few.cams, few_expected) < 1e-5
+    many = explain(pictures(16), 1)
+    assert asked == [("auto", "auto", 12)]
+    assert explain.choice == Choice("eager", "bfloat16")
+    assert 1e-6 < relative(many.cams, expected) < 0.1
+    explain(pictures(3), 1)
+    explain(pictures(40), 1)
+    assert len(asked) == 1
+
+
+def test_an_engine_that_is_asked_for_is_used_from_the_first_image_on(network: Split, images: Tensor) -> None:
+    explain = GradCAM(network, layer="features", engine="eager", precision="bfloat16")
+    found = explain(images[:1], 1)
+    assert explain.choice == Choice("eager", "bfloat16")
+    assert 1e-6 < relative(found.cams, plain(network)(images[:1], 1).cams) < 0.1
+
+
+@pytest.mark.parametrize("name", ["vit, class token", "resnet18"])
+def test_openvino_takes_batches_of_any_size(name: str) -> None:
+    """Also of a transformer, whose graph computes the size of the batch."""
+    pytest.importorskip("openvino", reason="only the engines extra installs OpenVINO")
+    images = images_of(name, 7)
+    explain = GradCAM(network_of(name), engine="openvino", precision="float32", batch_size=4)
+    expected = GradCAM(network_of(name), engine="eager", precision="float32")
+    for count in (7, 4, 1):
+        found = explain(images[:count], [0, "predicted"])
+        wanted = expected(images[:count], [0, "predicted"])
+        assert relative(found.logits, wanted.logits) < 1e-5
+        assert relative(found.cams[:, 0], wanted.cams[:, 0]) < 1e-5
+        assert relative(found.cams[:, 1], wanted.cams[:, 1]) < 1e-5
+    assert all(isinstance(program, SplitProgram) for program in explain._programs.values())
+    assert explain.choice == Choice("openvino", "float32")

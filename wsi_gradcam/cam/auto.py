@@ -1,0 +1,269 @@
+"""Makes the program that explains a run, and finds the fastest one that keeps the maps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from wsi_gradcam.cam.choice import AUTO, ENGINES, PRECISIONS, Choice, Trial
+from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram, cut_at
+from wsi_gradcam.cam.score import make_score
+from wsi_gradcam.cam.targets import PREDICTED, Target
+from wsi_gradcam.cam.trunks import low_precisions, make_trunk
+from wsi_gradcam.errors import EngineError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor, fx, nn
+
+    from wsi_gradcam.cam.layout import Layer
+    from wsi_gradcam.cam.probe import Score
+
+# Stricter than what is promised of all patches (0.999 and 99 %), because a few dozen stand for them here: over 2,970
+# patches the lowest correlation of bfloat16 was 0.9992 where 32 patches had 0.99995.
+LEAST_PEARSON, MOST_PEAK_RISK = 0.9998, 0.003
+# A less exact or less plain program must be worth it, and two runs on one machine should choose alike.
+WORTH = 1.2
+SAME = 1e-3  # of the largest logit: what float32 may differ by on another engine
+TIMED_S = 0.4
+MOST_TIMED = 5
+
+
+def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor) -> Program:
+    """The program on a given engine in a given precision; `images` [B, 3, H, W] are as large as its batches.
+
+    Raises:
+        EngineError: that cannot be had, with the reason.
+    """
+    if engine == "eager" and precision == "float32":
+        return EagerProgram(module, layers)
+    return _split_program(module, layers, engine, precision, images, _Cut(module, layers, images))
+
+
+def choose(
+    module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor, batch_size: int
+) -> tuple[Choice, Program]:
+    """The choice for a run, and its program; `images` [N, 3, H, W] should be whole batches of the run's own patches.
+
+    What is asked for is used. Of what is left to `auto`, programs are timed on `images`, and their Grad-CAM of the
+    predicted class compared with eager float32's map by map. Kept is the fastest that is alike.
+
+    Raises:
+        EngineError: an engine or precision is asked for that cannot be had.
+    """
+    if AUTO not in (engine, precision):
+        return Choice(engine, precision), make_program(module, layers, engine, precision, images[:batch_size])
+    batches = torch.split(images, batch_size)
+    plain = EagerProgram(module, layers)
+    asked = _predictions(plain, batches)
+    reference, rate = _timed(plain, batches, asked)
+    trials = [Trial("eager", "float32", rate, 1.0, 1.0, 0.0)]
+    best: tuple[Trial, Program] | None = None
+    if engine in ("eager", AUTO) and precision in ("float32", AUTO):
+        best = trials[0], plain
+    cut = _Cut(module, layers, batches[0])
+    for candidate in _candidates(engine, precision, images.device):
+        if candidate[1] == "float16" and best is not None and best[0].precision == "bfloat16":
+            continue  # not faster than bfloat16 on any hardware that has both
+        if candidate[0] == "eager" and best is not None and best[0].engine == "openvino":
+            continue
+        must_agree = precision == AUTO or candidate[1] == "float32"
+        trial, program = _try(candidate, module, layers, batches, cut, asked, reference, must_agree)
+        if program is not None and best is not None and not _faster(trial, best[0]):
+            trial = replace(trial, remark=f"not {WORTH:g} times faster than {best[0].engine} {best[0].precision}")
+        elif program is not None:
+            best = trial, program
+        trials.append(trial)
+    if best is None:
+        reasons = "; ".join(f"{t.engine} {t.precision}: {t.remark}" for t in trials[1:])
+        raise EngineError(f"no program for --engine {engine} --precision {precision}: {reasons}")
+    return Choice(best[0].engine, best[0].precision, tuple(trials)), best[1]
+
+
+def choose_again(
+    choice: Choice, module: nn.Module, layers: tuple[Layer, ...], images: Tensor, batch_size: int
+) -> Program | None:
+    """The program of a choice made before; None where it does not work here, or does not keep the maps of `images`.
+
+    A precision below float32 is compared anew, because how much it changes depends on the slides.
+    """
+    try:
+        program = make_program(module, layers, choice.engine, choice.precision, images[:batch_size])
+    except EngineError:
+        return None
+    if choice.precision == "float32":
+        return program
+    batches = torch.split(images, batch_size)
+    plain = EagerProgram(module, layers)
+    asked = _predictions(plain, batches)
+    found, reference = (
+        torch.cat([_explain(p, batch, score) for batch, score in zip(batches, asked, strict=True)])
+        for p in (program, plain)
+    )
+    return program if _alike(fidelity(found, reference)) else None
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How alike maps are, see `Trial`."""
+
+    pearson: float
+    same_peak: float
+    peak_risk: float
+
+
+def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
+    """How alike the maps [N, T, h, w] are to those of `reference`, pair by pair.
+
+    Two constant maps are alike; a constant one and another are not. The risk that a peak moves is estimated from all
+    pairs of one map's lead of its highest cell over the second with another map's error of that lead, both in
+    units of the map's deviation: a few dozen maps tell of risks far below one in a few dozen.
+    """
+    a, b = reference.flatten(0, 1).flatten(1).double(), cams.flatten(0, 1).flatten(1).double()
+    same_peak = (a.argmax(dim=1) == b.argmax(dim=1)).double().mean()
+    spread = a.std(dim=1)
+    first, second = a.topk(2, dim=1).indices.unbind(dim=1)
+    rows = torch.arange(len(a), device=a.device)
+    lead, found = a[rows, first] - a[rows, second], b[rows, first] - b[rows, second]
+    varied = spread > 0
+    leads, errors = (lead / spread)[varied], ((found - lead) / spread)[varied]
+    risk = (leads[:, None] + errors[None] < 0).double().mean() if varied.any() else torch.zeros(())
+    centred_a, centred_b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    sizes = centred_a.norm(dim=1) * centred_b.norm(dim=1)
+    pearson = (centred_a * centred_b).sum(dim=1) / sizes.clamp(min=torch.finfo(torch.float64).tiny)
+    pearson[(centred_a.norm(dim=1) == 0) & (centred_b.norm(dim=1) == 0)] = 1.0
+    return Fidelity(float(pearson.nan_to_num(nan=-1.0).min()), float(same_peak), float(risk))
+
+
+class _Cut:
+    """Trunk and head of a network, made when first asked for."""
+
+    def __init__(self, module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> None:
+        self._made: tuple[fx.GraphModule, fx.GraphModule] | EngineError | None = None
+        self._arguments = module, layers, images
+
+    def parts(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """(trunk, head)."""
+        if self._made is None:
+            module, layers, images = self._arguments
+            try:
+                if len(layers) > 1:
+                    raise EngineError("several layers are explained by eager float32 alone")
+                self._made = cut_at(module, layers[0].name, images)
+            except EngineError as error:
+                self._made = error
+        if isinstance(self._made, EngineError):
+            raise self._made
+        return self._made
+
+
+def _split_program(
+    module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor, cut: _Cut
+) -> Program:
+    trunk, head = cut.parts()
+    program = SplitProgram(module, layers[0], make_trunk(trunk, engine, precision, images), head)
+    try:
+        found = program.answer(images)
+    except Exception as error:  # the head may not take what another engine hands it
+        raise EngineError(f"engine {engine} cannot run this model in {precision}: {one_line(error)[:300]}") from error
+    if precision == "float32":
+        _self_test(engine, found, EagerProgram(module, layers).answer(images))
+    return program
+
+
+def _self_test(engine: str, found: Tensor, expected: Tensor) -> None:
+    off = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+    if not off <= SAME:  # also for NaN
+        raise EngineError(f"engine {engine} gives other outputs than the model, by {off:.2g} of the largest")
+
+
+def _candidates(engine: str, precision: str, device: torch.device) -> Iterator[tuple[str, str]]:
+    """Engines and precisions to try besides eager float32, the plainest first.
+
+    On a CPU with OpenVINO the others are not tried, unless it fails in the one precision that is asked for:
+    torch.compile compiles for up to minutes, in every worker, and both were slower on every network that was measured.
+    """
+    for name in _engines(device, precision) if engine == AUTO else (engine,):
+        if name not in ENGINES:
+            raise EngineError(f"engine {name!r} is not known; expected {AUTO}, {', '.join(ENGINES)}")
+        try:
+            low = low_precisions(name, device)
+        except EngineError:
+            low = ()
+        for one in ("float32", *low) if precision == AUTO else (precision,):
+            if one not in PRECISIONS:
+                raise EngineError(f"precision {one!r} is not known; expected {AUTO}, {', '.join(PRECISIONS)}")
+            if (name, one) != ("eager", "float32"):
+                yield name, one
+
+
+def _engines(device: torch.device, precision: str) -> tuple[str, ...]:
+    if device.type != "cpu":
+        return "eager", "compile"
+    if find_spec("openvino") is None:
+        return ("eager",)
+    return ("openvino",) if precision in (AUTO, "float32") else ("openvino", "eager")
+
+
+def _try(
+    candidate: tuple[str, str],
+    module: nn.Module,
+    layers: tuple[Layer, ...],
+    batches: Sequence[Tensor],
+    cut: _Cut,
+    asked: Sequence[Score],
+    reference: Tensor,
+    must_agree: bool,
+) -> tuple[Trial, Program | None]:
+    trial = Trial(*candidate)
+    try:
+        program = _split_program(module, layers, *candidate, batches[0], cut)
+        cams, rate = _timed(program, batches, asked)
+    except EngineError as error:
+        return replace(trial, remark=str(error)), None
+    alike = fidelity(cams, reference)
+    trial = replace(trial, patches_per_s=rate, **asdict(alike))
+    if must_agree and not _alike(alike):
+        return replace(trial, remark="maps differ from float32's"), None
+    return trial, program
+
+
+def _alike(found: Fidelity) -> bool:
+    return found.pearson >= LEAST_PEARSON and found.peak_risk <= MOST_PEAK_RISK
+
+
+def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:
+    """The logits of the classes that float32 predicts, batch by batch: programs explain the same thing, also where
+    two classes are so close that another precision predicts the other.
+    """
+    return [make_score(Target(PREDICTED), plain.answer(batch)) for batch in batches]
+
+
+def _timed(program: Program, batches: Sequence[Tensor], asked: Sequence[Score]) -> tuple[Tensor, float]:
+    """Grad-CAM of the predicted class of all batches, and patches per second of the first, the best of a few."""
+    cams = torch.cat([_explain(program, batch, score) for batch, score in zip(batches, asked, strict=True)])
+    times: list[float] = []
+    while len(times) < MOST_TIMED and sum(times) < TIMED_S:
+        started = time.perf_counter()
+        _explain(program, batches[0], asked[0])
+        times.append(time.perf_counter() - started)
+    return cams, len(batches[0]) / min(times)
+
+
+def _explain(program: Program, images: Tensor, score: Score) -> Tensor:
+    cams = explain_batch(program, images, [score]).cams["gradcam"]
+    if cams.is_cuda:
+        torch.cuda.synchronize()
+    return cams
+
+
+def _faster(trial: Trial, best: Trial) -> bool:
+    assert trial.patches_per_s is not None
+    assert best.patches_per_s is not None
+    return trial.patches_per_s >= WORTH * best.patches_per_s

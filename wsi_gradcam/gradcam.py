@@ -1,0 +1,253 @@
+"""`GradCAM`: explain plain images with any network, outside slides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wsi_gradcam.cam.auto import choose, make_program
+from wsi_gradcam.cam.batch import is_out_of_memory
+from wsi_gradcam.cam.choice import AUTO, ENGINES, PRECISIONS, Choice
+from wsi_gradcam.cam.engine import Explained, explain_batch
+from wsi_gradcam.cam.examine import locate_layers
+from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.tap import evaluating
+from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
+from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, one_line
+from wsi_gradcam.models.load import Model, load_model
+from wsi_gradcam.models.outputs import with_logits
+
+if TYPE_CHECKING:
+    from wsi_gradcam.cam.layout import Layer
+    from wsi_gradcam.cam.program import Program
+    from wsi_gradcam.models.spec import ModelSpec
+
+OneTarget = int | str | Callable[[Tensor], Tensor]
+WORTH_CHOOSING = 16  # images in a call: for fewer, trying engines costs more than it can bring
+PROGRAMS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a network says about images, and why.
+
+    Attributes:
+        cams: raw signed maps float32 [B, T, h, w] of the first method, on the layer's grid, or for methods of
+            pixels on the images' own.
+        logits: float32 [B, K].
+        by_method: the maps of every method.
+        targets: what is explained, T labels.
+    """
+
+    cams: Tensor
+    logits: Tensor
+    by_method: dict[str, Tensor]
+    targets: tuple[str, ...]
+
+    def enlarged(self, height: int, width: int) -> Tensor:
+        """`cams` by bilinear interpolation at an image's size, [B, T, height, width], to lay over the image."""
+        return F.interpolate(self.cams, (height, width), mode="bilinear", align_corners=False)
+
+
+class GradCAM:
+    """Explains images: Grad-CAM and its kin for any CNN, prediction and explanation in one pass.
+
+    >>> import torch
+    >>> from wsi_gradcam import GradCAM
+    >>> _ = torch.manual_seed(0)
+    >>> network = torch.nn.Sequential(
+    ...     torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+    ...     torch.nn.Linear(8, 2),
+    ... )
+    >>> explain = GradCAM(network, layer="1")
+    >>> found = explain(torch.rand(4, 3, 16, 16), targets=[0, 1])
+    >>> found.cams.shape, found.logits.shape
+    (torch.Size([4, 2, 16, 16]), torch.Size([4, 2]))
+
+    With global average pooling and a linear layer, a map's sum and the bias are the logit:
+
+    >>> torch.allclose(found.cams.sum(dim=(2, 3)) + network[-1].bias, found.logits, atol=1e-5)
+    True
+
+    Args:
+        model: a network, normalised images -> logits; or whatever `--model` takes, or a loaded `Model`.
+        layer: name of the module to explain, or several joined by "+"; nothing given: found.
+        method: a name from `wsi_gradcam.cam.names`, or several joined by commas, which share the forward pass.
+        precision: of the network up to the layer: float32, bfloat16, float16; auto: the fastest that keeps the maps.
+        engine: what runs the network up to the layer: eager, compile, openvino; auto: the fastest. It is chosen in
+            the first call with 16 images or more; until then eager float32 works.
+        batch_size: images per forward pass.
+        classes: names of the outputs, so that targets can be named.
+
+    The weights may change between calls, as in training: what was made of them is then made anew.
+
+    Raises:
+        ConfigError: a method, engine or precision that does not exist.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Model | ModelSpec | str | PathLike[str],
+        layer: str | None = None,
+        method: str | Sequence[str] = "gradcam",
+        precision: str = AUTO,
+        engine: str = AUTO,
+        *,
+        batch_size: int = 32,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        names = method.split(",") if isinstance(method, str) else method
+        self.methods = tuple(name.strip() for name in names)
+        for name in self.methods:
+            _check("method", name, METHOD_INFO)
+        if not self.methods or len(set(self.methods)) != len(self.methods):
+            raise ConfigError(
+                f"method {method!r} is empty or names one twice; expected some of {', '.join(METHOD_INFO)}"
+            )
+        if batch_size < 1:
+            raise ConfigError(f"batch_size {batch_size} is too small; expected 1 or more")
+        _check("engine", engine, (AUTO, *ENGINES))
+        _check("precision", precision, (AUTO, *PRECISIONS))
+        if not isinstance(model, nn.Module | Model):
+            model = load_model(fspath(model) if isinstance(model, PathLike) else model)
+        self._module = model.module if isinstance(model, Model) else model
+        self._classes = tuple(classes or (model.classes if isinstance(model, Model) else ()))
+        self._wanted = layer or (model.layer if isinstance(model, Model) else None)
+        self._asked = engine, precision
+        self._batch_size = batch_size
+        self._located: dict[tuple[int, ...], tuple[nn.Module, tuple[Layer, ...]]] = {}
+        self._programs: dict[tuple[object, ...], Program] = {}
+        self._weights: list[tuple[int, int]] = []
+        self._outputs = 0
+        self.choice: Choice | None = None
+
+    @torch.inference_mode(False)  # also for a caller in it, where there are no gradients
+    def __call__(self, images: Tensor, targets: OneTarget | Sequence[OneTarget] | None = None) -> Explanation:
+        """Explain `images`, normalised float [B, 3, H, W], for each of `targets`.
+
+        A target is a class by index or name, "predicted", "all", a contrast such as "tumor-stroma", or a function
+        of logits [B, K] that gives a number per image [B]. Nothing given: each image's predicted class.
+
+        Raises:
+            ModelError: images that the network does not take, or a network that cannot be explained.
+            TargetError: a target that the network does not have.
+        """
+        images = self._checked(images)
+        parts, parsed = [], None
+        for batch in torch.split(images, self._batch_size):
+            program = self._program(batch, enough=len(images) >= WORTH_CHOOSING)
+            if parsed is None:
+                parsed = self._parsed(targets)
+            parts.append(_explain(program, batch, parsed, self.methods))
+        assert parsed is not None  # an empty batch is refused
+        by_method = {name: torch.cat([part.cams[name] for part in parts]) for name in self.methods}
+        labels = tuple(t.label if isinstance(t, Target) else getattr(t, "__name__", "function") for t in parsed)
+        return Explanation(by_method[self.methods[0]], torch.cat([part.logits for part in parts]), by_method, labels)
+
+    @torch.inference_mode(False)
+    def layers(self, images: Tensor) -> tuple[str, ...]:
+        """Names of the layers that are explained for images of this size."""
+        return tuple(layer.name for layer in self._locate(self._checked(images))[1])
+
+    def _checked(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images) or not images.is_floating_point():
+            given = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+            raise ModelError(f"images are {given}, expected normalised float images [B, 3, H, W]")
+        self._forget_if_changed()
+        device = next(iter(self._module.parameters()), images).device
+        images = images.detach().to(device, torch.float32)
+        return images.clone() if images.is_inference() else images
+
+    def _forget_if_changed(self) -> None:
+        """Engines hold copies of the weights: where those have changed since, they are of no use."""
+        tensors = [*self._module.parameters(), *self._module.buffers()]
+        if any(tensor.is_inference() for tensor in tensors):
+            raise ModelError(
+                "the model was made under torch.inference_mode, which rules out gradients; make it outside"
+            )
+        weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if weights != self._weights:
+            self._located, self._programs, self.choice, self._weights = {}, {}, None, weights
+
+    def _locate(self, images: Tensor) -> tuple[nn.Module, tuple[Layer, ...]]:
+        size = tuple(images.shape[1:])
+        if size not in self._located:
+            noise = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(images.device)
+            try:
+                network, self._outputs = _logits_of(self._module, noise)
+                module, layers, _ = locate_layers(network, self._wanted, noise)
+            except WsiGradcamError:
+                raise
+            except Exception as error:  # the network's own code may raise anything
+                raise ModelError(f"the model fails on images of shape {size}: {one_line(error)}") from error
+            self._located[size] = module, layers
+        return self._located[size]
+
+    def _program(self, batch: Tensor, enough: bool) -> Program:
+        module, layers = self._locate(batch)
+        if self.choice is None and (enough or AUTO not in self._asked):
+            self.choice, program = choose(module, layers, *self._asked, batch, len(batch))
+            self._programs[self.choice.engine, self.choice.precision, *batch.shape[1:]] = program
+        if self.choice is None:
+            engine, precision = self._asked
+            engine, precision = engine.replace(AUTO, "eager"), precision.replace(AUTO, "float32")
+        else:
+            engine, precision = self.choice.engine, self.choice.precision
+        key = engine, precision, *batch.shape[1:]
+        if key not in self._programs:
+            while len(self._programs) >= PROGRAMS_KEPT:
+                self._programs.pop(next(iter(self._programs)))
+            self._programs[key] = make_program(module, layers, engine, precision, batch)
+        return self._programs[key]
+
+    def _parsed(self, targets: Any) -> list[Target | Callable[[Tensor], Tensor]]:
+        if targets is None:
+            return [Target(PREDICTED)]
+        several = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets]
+        if not several:
+            raise TargetError("no target is given; leave targets out for the predicted class, or give a list of some")
+        classes = self._classes or tuple(str(i) for i in range(self._outputs))
+        if len(classes) != self._outputs:
+            raise TargetError(f"{len(classes)} classes are named, but the model has {self._outputs} outputs")
+        parsed: list[Target | Callable[[Tensor], Tensor]] = []
+        for target in several:
+            parsed += [target] if callable(target) else parse_targets([str(target)], classes)
+        return parsed
+
+
+def _logits_of(module: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
+    """The network giving logits [B, K], whatever it returns, tried on `images`; and K."""
+    with evaluating(module), torch.no_grad():
+        network, logits = with_logits(module, images, None)
+    if logits.ndim != 2 or len(logits) != len(images) or not logits.shape[1]:
+        raise ModelError(
+            f"the model returns shape {tuple(logits.shape)} for a batch of {len(images)}, expected ({len(images)}, "
+            "classes); wrap it so that it returns one logit per class"
+        )
+    if not torch.isfinite(logits).all():
+        raise ModelError("the model gives NaN or infinite values for pictures of noise; check its weights")
+    return network, logits.shape[1]
+
+
+def _explain(program: Program, images: Tensor, targets: Sequence[Any], methods: Sequence[str]) -> Explained:
+    try:
+        return explain_batch(program, images, targets, methods)
+    except WsiGradcamError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"out of memory with {len(images)} images at once; give GradCAM a smaller batch_size"
+            ) from error
+        raise
+
+
+def _check(what: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise ConfigError(f"{what} {name!r} is not known; expected one of {', '.join(known)}")

@@ -1,0 +1,216 @@
+"""Any network as a flat graph of operators, whatever it was: eager module, TorchScript, exported program.
+
+The graph can be tapped at every operator (`with_points`) and cut in two (`split`), which neither TorchScript nor
+compiled programs allow.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from wsi_gradcam.errors import ModelError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+TOLERANCE = 1e-5  # of the largest logit; other kernels sum in another order
+
+
+def trace(call: Callable[[Tensor], Tensor], images: Tensor, *, read_values: bool = False) -> fx.GraphModule:
+    """The operators that `call` runs for `images`, as a graph without in-place operations.
+
+    Tried first with two images, and taken when it also answers for three: it then serves batches of any size.
+    Else the graph is fixed to the size of `images`, see `fixed_batch`.
+
+    With `read_values` the call may turn tensors into Python numbers, which the graph then holds: programs of
+    `torch.jit.trace` compute sizes so. Whether it was sizes must be checked with other images.
+
+    Raises:
+        ModelError: the call cannot be followed, or the graph answers differently, as where random numbers or the
+            pictures' contents decide what is computed.
+    """
+    sample = images[:1].expand(2, *images.shape[1:]).contiguous() if len(images) < 2 else images[:2]
+    third = torch.cat([sample, sample[:1].flip(3)])
+    for batch, checked in ((sample, third), (images, images)):
+        graph = _traced(call, batch, read_values)
+        if agree(graph, call, checked):
+            graph.meta["fixed_batch"] = len(batch) if checked is images else None
+            return graph
+    raise ModelError(
+        "the model cannot be followed operator by operator: a graph of it gives other outputs than the model; "
+        "is it random, or does it choose its path by what a picture shows?"
+    )
+
+
+def fixed_batch(graph: fx.GraphModule) -> int | None:
+    """The only number of images that the graph takes; None where it takes any."""
+    size: int | None = graph.meta["fixed_batch"]
+    return size
+
+
+def agree(graph: Callable[[Tensor], Tensor], call: Callable[[Tensor], Tensor], images: Tensor) -> bool:
+    """Whether both give the same for `images`; False also where the graph fails on them."""
+    with torch.no_grad():
+        expected = call(images)
+        try:
+            found = graph(images)
+        except (RuntimeError, ValueError, AssertionError):
+            return False
+    scale = float(expected.abs().max()) or 1.0
+    return found.shape == expected.shape and float((found - expected).abs().max()) <= TOLERANCE * scale
+
+
+def with_points(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph with each operator's result passed through a submodule of the operator's name, for hooks."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function"]:
+        name = _point_name(graph, node)
+        graph.add_submodule(name, Pooled() if _pools(node) else Point())
+        with graph.graph.inserting_after(node):
+            point = graph.graph.call_module(name, (node,))
+        node.replace_all_uses_with(point, delete_user_cb=lambda user, point=point: user is not point)
+    graph.recompile()
+    return graph
+
+
+class Point(nn.Module):
+    """Passes on what an operator gave."""
+
+    def forward(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+
+class Pooled(Point):
+    """Passes on what a pooling operator gave."""
+
+
+def split(graph: fx.GraphModule, cut: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Trunk and head of a graph: `head(*trunk(images)) == graph(images)`.
+
+    The head is all that depends on `cut`; the trunk gives the cut's value first, then whatever else the head
+    needs, as where a skip bypasses the cut.
+    """
+    nodes = list(graph.graph.nodes)
+    behind = {cut}
+    for node in nodes:
+        if node.op != "output" and behind.intersection(node.all_input_nodes):
+            behind.add(node)
+    (result,) = (node.args[0] for node in nodes if node.op == "output")
+    if result not in behind:
+        raise ModelError(f"the output does not depend on {cut.name}")
+    head_nodes = [node for node in nodes if node in behind and node is not cut]
+    inputs = [a for node in head_nodes for a in node.all_input_nodes if a not in behind and a.op != "get_attr"]
+    crossing = [cut, *dict.fromkeys(inputs)]
+    needed = _ancestors(crossing)
+    trunk_nodes = [node for node in nodes if node in needed or node.op == "placeholder"]
+    trunk = _copy(graph, [], trunk_nodes, tuple(crossing))
+    constants = [a for node in head_nodes for a in node.all_input_nodes if a.op == "get_attr"]
+    head = _copy(graph, crossing, [*dict.fromkeys(constants), *head_nodes], result)
+    return trunk, head
+
+
+def _traced(call: Callable[[Tensor], Tensor], images: Tensor, read_values: bool) -> fx.GraphModule:
+    try:
+        # TorchScript's own optimiser would fuse operators into ones that cannot be differentiated here.
+        with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            graph = make_fx(lambda batch: call(batch), pre_dispatch=True, _error_on_data_dependent_ops=not read_values)(
+                images
+            )
+    except Exception as error:  # the model's own code may raise anything
+        raise ModelError(f"the model cannot be followed operator by operator: {one_line(error)}") from error
+    for node in list(graph.graph.nodes):  # a backbone wrapped in no_grad: the head behind it must have gradients
+        if node.target is torch._C._set_grad_enabled:
+            graph.graph.erase_node(node)
+    _fold_constants(graph, images.new_empty(0))
+    _remove_mutations(graph)
+    return graph
+
+
+def _fold_constants(graph: fx.GraphModule, like: Tensor) -> None:
+    """Compute once what does not depend on the images, such as attention masks, which are often filled in place.
+
+    `x.new_zeros(shape)` takes no more from x than type and device, which `like` has too.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in list(graph.graph.nodes):
+        makes_new = node.op == "call_function" and node.name.startswith("new_")
+        if node.op == "get_attr":
+            values[node] = getattr(graph, node.target)
+        elif makes_new or (node.op == "call_function" and all(source in values for source in node.all_input_nodes)):
+            arguments, options = fx.map_arg((node.args, node.kwargs), lambda source: values.get(source, like))
+            values[node] = node.target(*arguments, **options)
+    folded = [node for node in values if node.op != "get_attr" and isinstance(values[node], Tensor)]
+    for i, node in enumerate(folded):
+        if not all(user in values for user in node.users):
+            graph.register_buffer(f"_folded{i}", values[node].detach())
+            with graph.graph.inserting_before(node):
+                constant = graph.graph.get_attr(f"_folded{i}")
+            node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
+    for node in reversed(list(graph.graph.nodes)):
+        if node in values and not node.users:
+            graph.graph.erase_node(node)
+
+
+def _remove_mutations(graph: fx.GraphModule) -> None:
+    """Turn `relu_(x)` into `relu(x)`, and let what used x afterwards use the result."""
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in list(order):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        changed = node.args[0]
+        assert isinstance(changed, fx.Node)
+        node.target = _without_mutation(node.target)
+        place = order[node]
+        changed.replace_all_uses_with(node, delete_user_cb=partial(_is_behind, order, place))
+    graph.recompile()
+
+
+def _is_behind(order: dict[fx.Node, int], place: int, user: fx.Node) -> bool:
+    return order[user] > place
+
+
+def _without_mutation(operator: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    namespace, _, name = operator._schema.name.partition("::")
+    try:
+        packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"))
+        return getattr(packet, operator._overloadname)  # type: ignore[no-any-return]
+    except AttributeError as error:
+        raise ModelError(f"the model changes a tensor in place by {operator}, which has no plain form") from error
+
+
+def _point_name(graph: fx.GraphModule, node: fx.Node) -> str:
+    """`relu__3`, once `relu_`, is `relu_3` for users, unless there is such a node."""
+    taken = {other.name for other in graph.graph.nodes} | set(graph._modules)
+    plain = node.name.replace("__", "_").removesuffix("_")
+    return node.name if plain in taken - {node.name} else plain
+
+
+def _pools(node: fx.Node) -> bool:
+    return "pool" in str(node.target) or "upsample" in str(node.target)
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _copy(graph: fx.GraphModule, inputs: list[fx.Node], nodes: list[fx.Node], output: Any) -> fx.GraphModule:
+    copy = fx.Graph()
+    made = {node: copy.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        made[node] = copy.node_copy(node, lambda source: made[source])
+    copy.output(fx.map_arg(output, lambda source: made[source]))
+    part = fx.GraphModule(graph, copy)
+    part.meta["fixed_batch"] = fixed_batch(graph)
+    return part

@@ -1,0 +1,142 @@
+"""What happens to a patch of a slide before the network sees it, as the model's own format declares it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.spec import Interpolation, Resizing
+
+Triple = tuple[float, float, float]
+Size = tuple[int, int]
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, crop, scale, subtract, divide: in this order, each left out where it changes nothing.
+
+    Attributes:
+        patch_px: (height, width) of what is read from the slide.
+        resize_px: (height, width) the patch is resized to; None where it is not.
+        interpolation: of the resizing, by Pillow, which widens the filter where it makes smaller (antialiasing).
+        crop: (y, x, height, width) of the part that goes on, in pixels after resizing; None for all.
+        scale: white before `mean` is subtracted: 1 for values of 0..1, 255 for 0..255.
+        mean, std: of RGB, in units of `scale`.
+    """
+
+    patch_px: Size
+    mean: Triple
+    std: Triple
+    scale: float = 1.0
+    resize_px: Size | None = None
+    interpolation: Interpolation = "bilinear"
+    crop: tuple[int, int, int, int] | None = None
+
+    @property
+    def input_px(self) -> Size:
+        """(height, width) of what the network sees."""
+        return (self.crop[2], self.crop[3]) if self.crop else self.resize_px or self.patch_px
+
+    @property
+    def view(self) -> tuple[float, float, float, float]:
+        """(y, x, height, width) of the part that the network sees, in pixels of the patch."""
+        resized = self.resize_px or self.patch_px
+        y, x, height, width = self.crop or (0, 0, *resized)
+        by_y, by_x = self.patch_px[0] / resized[0], self.patch_px[1] / resized[1]
+        return (y * by_y, x * by_x, height * by_y, width * by_x)
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 3, h, w] on the same device.
+
+        Without resizing patches may have any size that holds the crop. Resized pixels are rounded to 8 bits, as
+        Pillow does and so torchvision on PIL images; those are then treated by torchvision's very sums.
+        """
+        if self.resize_px is None:
+            return self._normalised(self._cropped(rgb))
+        images = self._cropped(self._resized(rgb)).permute(0, 3, 1, 2).contiguous().float()
+        if self.scale != 255:
+            images.div_(255 / self.scale)
+        mean, std = (torch.tensor(v, device=rgb.device)[:, None, None] for v in (self.mean, self.std))
+        return images.sub_(mean).div_(std)
+
+    def _normalised(self, rgb: Tensor) -> Tensor:
+        mean = torch.tensor(self.mean, device=rgb.device) * (255 / self.scale)
+        std = torch.tensor(self.std, device=rgb.device) * (255 / self.scale)
+        return ((rgb.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    def _cropped(self, rgb: Tensor) -> Tensor:
+        if self.crop is None:
+            return rgb
+        y, x, height, width = self.crop
+        return rgb[:, y : y + height, x : x + width]
+
+    def _resized(self, rgb: Tensor) -> Tensor:
+        if tuple(rgb.shape[1:3]) != self.patch_px:
+            raise ModelError(f"patches of {tuple(rgb.shape[1:3])} px are given, expected {self.patch_px}")
+        assert self.resize_px is not None
+        height, width = self.resize_px
+        resized = np.empty((len(rgb), height, width, 3), np.uint8)
+        for target, patch in zip(resized, rgb.cpu().numpy(), strict=True):
+            target[:] = np.asarray(Image.fromarray(patch).resize((width, height), RESAMPLING[self.interpolation]))
+        return torch.from_numpy(resized).to(rgb.device)
+
+
+def make_transform(
+    patch_px: Size, mean: Triple, std: Triple, scale: float = 1.0, resizing: Resizing | None = None
+) -> Transform:
+    """The transform of patches of `patch_px`, with resizing and crop worked out as torchvision does.
+
+    Raises:
+        ModelError: the crop is larger than what it is cut from.
+    """
+    resizing = resizing or Resizing()
+    resized = resized_px(resizing.resize, patch_px) if resizing.resize else patch_px
+    crop = centre(resizing.crop, resized, resizing.crop_rounds) if resizing.crop else None
+    return Transform(
+        patch_px=patch_px,
+        mean=mean,
+        std=std,
+        scale=scale,
+        resize_px=None if resized == patch_px else resized,
+        interpolation=resizing.interpolation,
+        crop=None if crop == (0, 0, *resized) else crop,
+    )
+
+
+def resized_px(size: int | Size, patch_px: Size) -> Size:
+    """(height, width) after resizing to `size`: of the shorter side, or both.
+
+    >>> resized_px(224, (350, 500)), resized_px((224, 200), (350, 500))
+    ((224, 320), (224, 200))
+    """
+    if not isinstance(size, int):
+        return size
+    height, width = patch_px
+    return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+
+
+def centre(size: int | Size, outer: Size, rounds: bool = True) -> tuple[int, int, int, int]:
+    """(y, x, height, width) of the centre crop; where it is half a pixel off, `rounds` to even or else down.
+
+    >>> centre(224, (256, 259)), centre(224, (256, 259), rounds=False)
+    ((16, 18, 224, 224), (16, 17, 224, 224))
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if height > outer[0] or width > outer[1]:
+        raise ModelError(f"a crop of ({height}, {width}) px does not fit in {outer} px; make patch_px or resize larger")
+    y, x = (outer[0] - height) / 2, (outer[1] - width) / 2
+    return (round(y), round(x), height, width) if rounds else (int(y), int(x), height, width)
