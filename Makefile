@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 SLIDE ?=
 OUT ?= demo-output
+JOBS ?= 2
 
 .PHONY: help venv demo test check format proofs clean
 
 help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
-	@echo "make test               run the tests"
+	@echo "make test [JOBS=n]      run the tests, in n processes"
 	@echo "make check              format, lint, types, tests (what CI runs)"
 	@echo "make proofs             the long proofs: gigapixel memory, repeated kills"
 
@@ -24,7 +25,7 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
 check: venv
 	$(BIN)/ruff format --check .
