@@ -23,6 +23,7 @@ EXPECTED = {
     "SlideReadError": OSError,
     "ModelError": ValueError,
     "LayerError": ValueError,
+    "EngineError": ValueError,
     "TargetError": ValueError,
     "StoreError": OSError,
     "ResumeError": ValueError,
