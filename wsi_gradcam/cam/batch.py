@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.cam.layout import Layer
 
-SMALLEST, LARGEST = (
+SMALLEST, LARGEST = 8, 256  # powers of two: a span of 256 patches holds whole batches
     16,
     256,
 )  # eager sums of 8 patches can depend on the threads; powers of two: a span of 256 patches holds whole batches
