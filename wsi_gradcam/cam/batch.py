@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.layout import Layer
 
 SMALLEST, LARGEST = 8, 256  # powers of two: a span of 256 patches holds whole batches
-    16,
-    256,
-)  # eager sums of 8 patches can depend on the threads; powers of two: a span of 256 patches holds whole batches
 GAIN = 1.05  # a batch twice as large must bring this much
 MEMORY_SHARE = 0.5  # of what is free
 
