@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,42 @@ def test_importing_openvino_reports_to_nobody(openvino: None) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_openvino_gets_a_batch_in_slices(monkeypatch: pytest.MonkeyPatch, openvino: None) -> None:
+    monkeypatch.setitem(trunks.SLICE, "float32", 4)
+    shapes = []
+    compile_model = trunks._core().__class__.compile_model
+
+    def compiled(core: object, model: Any, *rest: Any) -> Any:
+        shapes.append(tuple(model.inputs[0].shape))
+        return compile_model(core, model, *rest)
+
+    monkeypatch.setattr(trunks._core().__class__, "compile_model", compiled)
+    images = pictures(10)
+    graph = trunk_of(curved(), "features", images)
+    trunk = make_trunk(graph, "openvino", "float32", images)
+    assert relative(trunk(images)[0], graph(images)[0]) < 1e-5
+    assert shapes == [(4, 3, 32, 24), (2, 3, 32, 24)]
+
+
+def test_what_is_not_of_single_images_is_not_cut_in_slices(monkeypatch: pytest.MonkeyPatch, openvino: None) -> None:
+    """Such as a value of the whole batch, or a table that only the head needs."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 4, stride=4)
+            self.table = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, images: Tensor) -> Tensor:
+            table = self.table * images.amax()
+            return self.layer(images).mean(dim=(2, 3)) @ table  # type: ignore[no-any-return]
+
+    monkeypatch.setitem(trunks.SLICE, "float32", 2)
+    network, images = Table().eval(), pictures(8)
+    trunk, head = cut_at(network, "layer", images)
+    assert relative(head(*make_trunk(trunk, "openvino", "float32", images)(images)), network(images)) < 1e-5
 
 
 # What eager float32 gives for 8 patches or fewer can depend on the number of threads: oneDNN then shares the channels

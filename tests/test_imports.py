@@ -21,7 +21,7 @@ HEAVY = ("torch", "torchvision", "timm", "dask", "distributed", "zarr", "numpy",
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
-errors
+errors  memory
 geometry
 slides.base  slides.openslide_reader  slides.resample  slides
 inputs

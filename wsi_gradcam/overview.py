@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.plan import Map, RunPlan, SlidePlan
     from wsi_gradcam.slides import Slide
 
-MAX_PX = 900  # of the thumbnail
+MAX_PX = 600  # of the thumbnail: a panel has some 450
 MAX_MAPS = 3
 UNREADABLE_GRAY = 128
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E

@@ -17,6 +17,7 @@ import numpy as np
 from wsi_gradcam.errors import ModelError, ResumeError, StoreError, one_line
 from wsi_gradcam.finish import RECORD_KEYS, finish_slide
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.memory import give_back
 from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.plan import RunPlan, SlidePlan
@@ -305,7 +306,10 @@ STAGES: dict[str, Callable[..., Any]] = {
 
 def perform(context: Context, task: Task) -> Any:
     """Do a piece of work and return its small result."""
-    return STAGES[task.stage](context, task.slide, *task.index)
+    try:
+        return STAGES[task.stage](context, task.slide, *task.index)
+    finally:
+        give_back()
 
 
 def _stored(folder: SlideFolder, slide: Slide, run: RunPlan) -> tuple[Pending | None, str]:

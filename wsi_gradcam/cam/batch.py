@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.cam.layout import Layer
 
-SMALLEST, LARGEST = 8, 256  # powers of two: a span of 256 patches holds whole batches
+# Powers of two: a span of 256 patches holds whole batches. For fewer than 16 eager float32 can depend on the number of
+# threads (1 x 1 convolutions), and runs would not agree.
+SMALLEST, LARGEST = 16, 256
 GAIN = 1.05  # a batch twice as large must bring this much
 MEMORY_SHARE = 0.5  # of what is free
 

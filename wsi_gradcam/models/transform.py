@@ -74,9 +74,11 @@ class Transform:
         return images.sub_(mean).div_(std)
 
     def _normalised(self, rgb: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=rgb.device) * (255 / self.scale)
-        std = torch.tensor(self.std, device=rgb.device) * (255 / self.scale)
-        return ((rgb.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+        mean, std = (
+            torch.tensor(v, device=rgb.device)[:, None, None] * (255 / self.scale) for v in (self.mean, self.std)
+        )
+        images = torch.empty(len(rgb), 3, *rgb.shape[1:3], device=rgb.device).copy_(rgb.permute(0, 3, 1, 2))
+        return images.sub_(mean).div_(std)
 
     def _cropped(self, rgb: Tensor) -> Tensor:
         if self.crop is None:

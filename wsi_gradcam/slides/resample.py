@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # cost four times the pixels or more.
 COARSER = 1.01
 # Larger reads are cut, so that a thumbnail of a slide without a pyramid needs no more memory than this.
-MAX_SOURCE_PX = 1 << 23
+MAX_SOURCE_PX = 1 << 21
 # Side of the smallest part of a thumbnail that is given up when it cannot be decoded.
 UNREADABLE_PX = 16
 

@@ -1,0 +1,32 @@
+"""What was freed goes back to the system, and where that cannot be asked for nothing happens."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numpy as np
+import psutil
+import pytest
+
+from wsi_gradcam import memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators cannot be asked")
+def test_freed_memory_goes_back() -> None:
+    process = psutil.Process()
+    blocks = [np.ones(1 << 16, np.uint8) for _ in range(2000)]  # 125 MiB in pieces that the allocator keeps
+    last = np.ones(1 << 16, np.uint8)  # above them, so that they are not the end of the heap
+    full = process.memory_info().rss
+    del blocks
+    memory.give_back()
+    assert full - process.memory_info().rss > 100 << 20
+    assert last.all()
+
+
+def test_where_the_allocator_cannot_be_asked_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    memory.give_back()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: 1 / 0)
+    memory.give_back()
