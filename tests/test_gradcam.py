@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import timm
 import torch
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
@@ -432,9 +434,11 @@ def test_a_lack_of_memory_says_what_to_do(network: Split, images: Tensor, monkey
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    explain = plain(network)
+    explain(images[:1])
     monkeypatch.setattr(EagerProgram, "forward", fail)
     with pytest.raises(ModelError, match="out of memory with 5 images at once; give GradCAM a smaller batch_size"):
-        plain(network)(images)
+        explain(images)
 
 
 def test_all_that_is_refused_can_be_caught_as_one() -> None:
@@ -494,3 +498,22 @@ def test_openvino_takes_batches_of_any_size(name: str) -> None:
         assert relative(found.cams[:, 1], wanted.cams[:, 1]) < 1e-5
     assert all(isinstance(program, SplitProgram) for program in explain._programs.values())
     assert explain.choice == Choice("openvino", "float32")
+
+
+def test_a_method_that_cannot_explain_the_layer_is_refused() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=4).eval()
+    with pytest.raises(LayerError, match=r"hirescam is 0 at layer 'blocks.1' but for rounding.*norm1"):
+        GradCAM(network, method="hirescam")(torch.randn(2, 3, 64, 64))
+    assert GradCAM(network, "blocks.2.norm1", "hirescam")(torch.randn(2, 3, 64, 64)).cams.abs().max() > 0
+    with pytest.raises(LayerError, match="CAM is defined only where global average pooling and a linear layer follow"):
+        plain(curved(), method="cam")(pictures(2))
+
+
+def test_threads_may_share_one(network: Split, images: Tensor) -> None:
+    """A network holds one hook at a time."""
+    explain = plain(network)
+    expected = [explain(images, i).cams for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: explain(images, i % 4).cams, range(64)))
+    assert all(torch.equal(cams, expected[i % 4]) for i, cams in enumerate(found))
+    assert hooks(network) == 0

@@ -152,7 +152,10 @@ def test_modules_of_the_client_never_load_torch(module: str) -> None:
 
 def test_public_names_are_what_they_say() -> None:
     code = "import wsi_gradcam as w; print([getattr(w, n).__name__ for n in sorted(w.__all__) if n[0] != '_'])"
-    assert python(code) == "['GradCAM', 'ModelSpec', 'Settings', 'explain', 'load_model', 'open_slide', 'validate']"
+    assert (
+        python(code)
+        == "['GradCAM', 'ModelSpec', 'Settings', 'explain', 'load_model', 'model_of', 'open_slide', 'validate']"
+    )
     assert python("import wsi_gradcam as w\ntry: w.nonsense\nexcept AttributeError as e: print(e)") == (
         "module 'wsi_gradcam' has no attribute 'nonsense'"
     )

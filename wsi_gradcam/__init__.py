@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from wsi_gradcam.api import explain, validate
     from wsi_gradcam.config import Settings
     from wsi_gradcam.gradcam import GradCAM
+    from wsi_gradcam.models.live import model_of
     from wsi_gradcam.models.load import load_model
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import open_slide
 
-__all__ = ["GradCAM", "ModelSpec", "Settings", "__version__", "explain", "load_model", "open_slide", "validate"]
+__all__ = [
+    "GradCAM",
+    "ModelSpec",
+    "Settings",
+    "__version__",
+    "explain",
+    "load_model",
+    "model_of",
+    "open_slide",
+    "validate",
+]
 
 _HOME = {
     "GradCAM": "wsi_gradcam.gradcam",
@@ -26,6 +37,7 @@ _HOME = {
     "Settings": "wsi_gradcam.config",
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",
+    "model_of": "wsi_gradcam.models.live",
     "open_slide": "wsi_gradcam.slides",
     "validate": "wsi_gradcam.api",
 }

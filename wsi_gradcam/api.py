@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.choice import Choice
     from wsi_gradcam.executors.dask import DaskExecutor
     from wsi_gradcam.executors.serial import SerialExecutor
+    from wsi_gradcam.models.load import Model
 
 __all__ = ["Estimate", "Outcome", "SlideRecord", "explain", "preview", "validate"]
 
@@ -70,7 +71,7 @@ class Listener:
 
 def explain(
     slides: Paths,
-    model: str | PathLike[str] | ModelSpec,
+    model: str | PathLike[str] | ModelSpec | Model,
     out: str | PathLike[str],
     settings: Settings | None = None,
     *,
@@ -84,7 +85,8 @@ def explain(
 
     Args:
         slides: slide files and folders.
-        model: whatever `--model` takes, or a `ModelSpec`.
+        model: whatever `--model` takes, a `ModelSpec`, or a loaded `Model`, such as `model_of` makes of a network that
+            Python code holds; that one explains in this process, on the device where it is.
         out: folder for the results.
         settings: how slides are explained; or single `options` by the names of `Settings`.
         workers: run on this many processes of this machine; nothing given: in this process.
@@ -100,10 +102,10 @@ def explain(
         WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
             written or holds other results; or the run had to stop, as for a full disk.
     """
-    settings, entries, spec = _prepared(slides, model, settings, options)
+    settings, entries, spec, loaded = _prepared(slides, model, settings, options)
     listener = listener or Listener()
     folder = RunFolder(_local(out))
-    with _executor(workers, scheduler, settings) as executor:
+    with _executor(workers, scheduler, settings, loaded) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.path, spec, settings, entries, choice)
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
@@ -137,7 +139,7 @@ class Preview:
 
 def preview(
     slides: Paths,
-    model: str | PathLike[str] | ModelSpec,
+    model: str | PathLike[str] | ModelSpec | Model,
     out: str | PathLike[str],
     settings: Settings | None = None,
     **options: Any,
@@ -145,10 +147,10 @@ def preview(
     """Plan everything and write nothing; arguments and errors as for `explain`."""
     from wsi_gradcam.executors.serial import SerialExecutor
 
-    settings, entries, spec = _prepared(slides, model, settings, options)
+    settings, entries, spec, loaded = _prepared(slides, model, settings, options)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
-    run = _plan(SerialExecutor(), _local(out), spec, plain, entries, None)
+    run = _plan(SerialExecutor(loaded), _local(out), spec, plain, entries, None)
     estimates, errors = [], []
     for entry in entries:
         try:
@@ -164,18 +166,23 @@ def preview(
 
 
 def _prepared(
-    slides: Paths, model: str | PathLike[str] | ModelSpec, settings: Settings | None, options: dict[str, Any]
-) -> tuple[Settings, list[SlideEntry], ModelSpec]:
+    slides: Paths, model: str | PathLike[str] | ModelSpec | Model, settings: Settings | None, options: dict[str, Any]
+) -> tuple[Settings, list[SlideEntry], ModelSpec, Model | None]:
+    """What a run needs of its arguments, the model only where it is loaded already."""
     if settings is None:
         settings = make_settings(**options)
     elif options:
         settings = make_settings(**{**settings.model_dump(), **options})
     entries = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    if not isinstance(model, str | PathLike | ModelSpec):
+        if settings.patch_px not in (None, model.patch_px):
+            raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")
+        return settings, entries, model.spec, model
     spec = model if isinstance(model, ModelSpec) else read_spec(fspath(model))
     spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
-    return settings, entries, spec
+    return settings, entries, spec, None
 
 
 def _local(out: str | PathLike[str]) -> Path:
@@ -212,13 +219,18 @@ def _choice_before(path: Path, settings: Settings) -> Choice | None:
 
 @contextmanager
 def _executor(
-    workers: int | None, scheduler: str | None, settings: Settings
+    workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None
 ) -> Iterator[SerialExecutor | DaskExecutor]:
     executor: SerialExecutor | DaskExecutor
     if workers is not None and scheduler is not None:
         raise ConfigError("workers and scheduler are both given; give one of them")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
+    if loaded is not None and (workers, scheduler) != (None, None):
+        raise ConfigError(
+            f"{loaded.name}: a loaded model works in this process only; for workers give what each can load itself, "
+            "such as a file that torch.export.save wrote, or module:function"
+        )
     if workers is None and scheduler is None:
         from wsi_gradcam.executors.serial import SerialExecutor
 
@@ -226,7 +238,7 @@ def _executor(
             import torch
 
             torch.set_num_threads(settings.torch_threads)
-        executor = SerialExecutor()
+        executor = SerialExecutor(loaded)
     else:
         from wsi_gradcam.executors.dask import DaskExecutor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -15,8 +16,9 @@ from wsi_gradcam.cam.auto import choose, make_program
 from wsi_gradcam.cam.batch import is_out_of_memory
 from wsi_gradcam.cam.choice import AUTO, ENGINES, PRECISIONS, Choice
 from wsi_gradcam.cam.engine import Explained, explain_batch
-from wsi_gradcam.cam.examine import locate_layers
+from wsi_gradcam.cam.examine import check_methods, locate_layers
 from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, one_line
@@ -125,6 +127,7 @@ class GradCAM:
         self._programs: dict[tuple[object, ...], Program] = {}
         self._weights: list[tuple[int, int]] = []
         self._outputs = 0
+        self._lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
         self.choice: Choice | None = None
 
     @torch.inference_mode(False)  # also for a caller in it, where there are no gradients
@@ -136,15 +139,17 @@ class GradCAM:
 
         Raises:
             ModelError: images that the network does not take, or a network that cannot be explained.
+        LayerError: no such layer, or one that a method cannot explain.
             TargetError: a target that the network does not have.
         """
-        images = self._checked(images)
         parts, parsed = [], None
-        for batch in torch.split(images, self._batch_size):
-            program = self._program(batch, enough=len(images) >= WORTH_CHOOSING)
-            if parsed is None:
-                parsed = self._parsed(targets)
-            parts.append(_explain(program, batch, parsed, self.methods))
+        with self._lock:
+            images = self._checked(images)
+            for batch in torch.split(images, self._batch_size):
+                program = self._program(batch, enough=len(images) >= WORTH_CHOOSING)
+                if parsed is None:
+                    parsed = self._parsed(targets)
+                parts.append(_explain(program, batch, parsed, self.methods))
         assert parsed is not None  # an empty batch is refused
         by_method = {name: torch.cat([part.cams[name] for part in parts]) for name in self.methods}
         labels = tuple(t.label if isinstance(t, Target) else getattr(t, "__name__", "function") for t in parsed)
@@ -153,7 +158,8 @@ class GradCAM:
     @torch.inference_mode(False)
     def layers(self, images: Tensor) -> tuple[str, ...]:
         """Names of the layers that are explained for images of this size."""
-        return tuple(layer.name for layer in self._locate(self._checked(images))[1])
+        with self._lock:
+            return tuple(layer.name for layer in self._locate(self._checked(images))[1])
 
     def _checked(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images) or not images.is_floating_point():
@@ -186,6 +192,7 @@ class GradCAM:
                 raise
             except Exception as error:  # the network's own code may raise anything
                 raise ModelError(f"the model fails on images of shape {size}: {one_line(error)}") from error
+            check_methods("the model", EagerProgram(module, layers), self.methods, noise)
             self._located[size] = module, layers
         return self._located[size]
 

@@ -20,6 +20,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.memory import give_back
 from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.models.reproducible import steady_sums
+from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.plan import RunPlan, SlidePlan
 from wsi_gradcam.plan import plan_slide as make_plan
 from wsi_gradcam.reading import read_batches
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.explainer import Explainer
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.models.load import Model
-    from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
 
 
@@ -146,9 +146,11 @@ class Pending:
 
 
 def examine_model(
-    spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
+    model: ModelSpec | Model, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
 ) -> Explainer:
-    """Load the model once to learn what planning needs of it, and to choose what runs it; `choice` was made before.
+    """Learn of a model, loaded here unless it is, what planning needs, and choose what runs it.
+
+    A `choice` that was made before is kept.
 
     Raises:
         ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
@@ -163,7 +165,8 @@ def examine_model(
         return None if mpp is None else sample_patches(slides, settings, model.patch_px, mpp, MOST_FOR_CHOICE)
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
-    return Explainer.examine(load_model(spec, settings.device), request, patches)
+    loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
+    return Explainer.examine(loaded, request, patches)
 
 
 def plan_slide(context: Context, entry: SlideEntry) -> Pending:

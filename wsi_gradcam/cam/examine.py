@@ -91,7 +91,7 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
         choice, program = _chosen(choice_key(device, *asked), module, layers, request, images, batch_size)
     else:
         choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
-    _check_methods(model, program, request.methods, _repeated(noise, batch_size))
+    check_methods(model.name, program, request.methods, _repeated(noise, batch_size))
     shapes = [(layer.layout.height, layer.layout.width) for layer in layers]
     facts = ModelFacts(
         name=model.name,
@@ -191,37 +191,40 @@ def _check_finite(model: Model, images: Tensor) -> None:
         raise ModelError(f"{model.name}: gives NaN or infinite values for pictures of noise; check its weights")
 
 
-def _check_methods(model: Model, program: Program, methods: Sequence[str], images: Tensor) -> None:
-    """Every method must suit the model, which is found out now and not after hours.
+def check_methods(name: str, program: Program, methods: Sequence[str], images: Tensor) -> None:
+    """Every method must suit the model called `name`, which is found out now and not after hours.
 
     Those that run the model hundreds of times suit any, at one layer; guided backprop does not.
+
+    Raises:
+        LayerError: one does not.
     """
     asking = [method for method in methods if METHOD_INFO[method].asks == "model"]
     if asking and len(program.layers) > 1:
-        raise LayerError(f"{model.name}: {', '.join(asking)} can explain one layer only; give one --layer")
+        raise LayerError(f"{name}: {', '.join(asking)} can explain one layer only; give one --layer")
     for method in [m for m in methods if METHOD_INFO[m].asks == "gradient" or m == "guided_backprop"]:
         cams = explain_batch(program, images, [Target(PREDICTED)], [method]).cams[method]
         if not torch.isfinite(cams).all():
-            raise LayerError(f"{model.name}: {method} gives NaN or infinite values for pictures of noise")
+            raise LayerError(f"{name}: {method} gives NaN or infinite values for pictures of noise")
     if "cam" in methods:
-        _check_linear(model, program, images)
+        _check_linear(name, program, images)
     if "hirescam" in methods:
-        _check_not_cancelling(model, program, images)
+        _check_not_cancelling(name, program, images)
 
 
-def _check_linear(model: Model, program: Program, images: Tensor) -> None:
+def _check_linear(name: str, program: Program, images: Tensor) -> None:
     """CAM's weights are those of a linear layer: the same for every picture."""
     done = program.forward(images)
     ((gradient,),) = gradients(done.logits, [lambda logits: logits[:, 0]], done.values)
     size = float(gradient.abs().max())
     if not torch.allclose(gradient[:1].expand_as(gradient), gradient, rtol=0, atol=1e-4 * size):
         raise LayerError(
-            f"{model.name}: cam is defined for global average pooling and one linear layer, and here the gradient "
+            f"{name}: cam is defined for global average pooling and one linear layer, and here the gradient "
             "depends on the picture; use gradcam"
         )
 
 
-def _check_not_cancelling(model: Model, program: Program, images: Tensor) -> None:
+def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
     """HiResCAM's sum over channels, g A, is 0 in every cell where a normalisation follows that takes each cell alone:
     a factor of all channels changes nothing behind it. In a transformer that holds before its last attention.
     """
@@ -229,10 +232,11 @@ def _check_not_cancelling(model: Model, program: Program, images: Tensor) -> Non
     (found,) = gradients(done.logits, [lambda logits: logits.amax(dim=1)], done.values)
     for layer, value, gradient in zip(program.layers, done.values, found, strict=True):
         terms = layer.layout.to_map(value.detach() * gradient)
-        if float(terms.sum(dim=1).abs().max()) <= CANCELLING * float(terms.abs().sum(dim=1).max()):
+        largest = float(terms.abs().sum(dim=1).max())
+        if 0 < largest and float(terms.sum(dim=1).abs().max()) <= CANCELLING * largest:
             raise LayerError(
-                f"{model.name}: hirescam is 0 at layer {layer.name!r} but for rounding, because of the normalisation "
-                "behind it; use gradcam, or name that normalisation with --layer (such as blocks.11.norm1)"
+                f"{name}: hirescam is 0 at layer {layer.name!r} but for rounding, because of the normalisation "
+                "behind it; use gradcam, or name that normalisation as the layer (such as blocks.11.norm1)"
             )
 
 

@@ -12,18 +12,21 @@ from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.explainer import Explainer
+    from wsi_gradcam.models.load import Model
+    from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.plan import RunPlan
 
 
 class SerialExecutor:
     """Runs everything in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model | None = None) -> None:
+        self._model = model
         self._explainer: Explainer | None = None
 
-    def examine(self, *model: Any) -> ModelFacts:
+    def examine(self, spec: ModelSpec, *request: Any) -> ModelFacts:
         """`stages.examine_model`, here; the model stays loaded for the run."""
-        self._explainer = examine_model(*model)
+        self._explainer = examine_model(self._model or spec, *request)
         return self._explainer.facts
 
     def run(

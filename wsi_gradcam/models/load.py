@@ -42,6 +42,7 @@ class Model:
     """A network ready to explain patches.
 
     Attributes:
+        spec: what it was made of.
         name: how results name it.
         source: where it comes from; `runs_code` tells whether loading that runs what is written in it.
         module: float32 [B, 3, *input_px] as `prepare` makes them -> logits [B, K]; in evaluation mode, parameters
@@ -54,6 +55,7 @@ class Model:
         digest: sha256 of weights and of everything above that changes results.
     """
 
+    spec: ModelSpec
     name: str
     source: str
     module: nn.Module
@@ -137,6 +139,7 @@ def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
             "class name to the model file"
         )
     resolved = Model(
+        spec=spec,
         name=spec.name,
         source=spec.source,
         module=module.to(_device(device)),
