@@ -16,6 +16,7 @@ from wsi_gradcam.cam.score import make_score
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.cam.trunks import low_precisions, make_trunk
 from wsi_gradcam.errors import EngineError, one_line
+from wsi_gradcam.memory import give_back
 from wsi_gradcam.models.graph import fixed_batch
 
 if TYPE_CHECKING:
@@ -76,12 +77,14 @@ def choose(
         if candidate[0] == "eager" and best is not None and best[0].engine == "openvino":
             continue
         must_agree = precision == AUTO or candidate[1] == "float32"
+        give_back()  # what the one before left
         trial, program = _try(candidate, module, layers, batches, cut, asked, reference, must_agree)
         if program is not None and best is not None and not _faster(trial, best[0]):
             trial = replace(trial, remark=f"not {WORTH:g} times faster than {best[0].engine} {best[0].precision}")
         elif program is not None:
             best = trial, program
         trials.append(trial)
+        del program  # it may be as large as the network
     if best is None:
         reasons = "; ".join(f"{t.engine} {t.precision}: {t.remark}" for t in trials[1:])
         raise EngineError(f"no program for --engine {engine} --precision {precision}: {reasons}")
