@@ -233,7 +233,7 @@ def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
     for layer, value, gradient in zip(program.layers, done.values, found, strict=True):
         terms = layer.layout.to_map(value.detach() * gradient)
         largest = float(terms.abs().sum(dim=1).max())
-        if 0 < largest and float(terms.sum(dim=1).abs().max()) <= CANCELLING * largest:
+        if largest > 0 and float(terms.sum(dim=1).abs().max()) <= CANCELLING * largest:
             raise LayerError(
                 f"{name}: hirescam is 0 at layer {layer.name!r} but for rounding, because of the normalisation "
                 "behind it; use gradcam, or name that normalisation as the layer (such as blocks.11.norm1)"
