@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import io
 import itertools
@@ -339,6 +340,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         case = Case(name, build(name), NETWORKS[name][1], patches, arguments.batch_size)
         turn_s = QUICK_TURN_S if arguments.quick else TURN_S
         measure(case, Ours.make(case, engine, precision), arguments.rounds, turn_s, found)
+        gc.collect()  # some libraries hold a batch's graph, gigabytes, in circles of references
         found["auto"][name] = auto_choice(case)
         for side, rate in found["patches_per_s"][name].items():
             print(f"{name:>16} {side:>20} {rate:8.1f} patches/s", file=sys.stderr)

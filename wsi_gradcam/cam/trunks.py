@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 Trunk = Callable[[Tensor], tuple[Tensor, ...]]
 Engine = Literal["eager", "compile", "openvino"]
 Precision = Literal["float32", "bfloat16", "float16"]
-# Images that OpenVINO is handed at once. All of 32 are no faster (ResNet, VGG) or slower by up to a fifth
-# (DenseNet-121, EfficientNet-B0), because their maps leave the caches, and take a hundred megabytes more.
-SLICE = {"float32": 8, "bfloat16": 16, "float16": 16}
+# Images that OpenVINO is handed at once, each slice for some of the threads. All of 32 for all threads are no faster
+# (ResNet, VGG) or slower by up to a fifth (DenseNet-121, EfficientNet-B0), because their maps leave the caches, and
+# take a hundred megabytes more.
+SLICE = {"float32": 4, "bfloat16": 16, "float16": 16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -114,9 +115,10 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     # Its converter turns sizes that the graph computes into numbers.
     sized = fixed_batch(graph) or any(node.target is torch.ops.aten.sym_size.int for node in graph.graph.nodes)
     at_once = SLICE[precision] if _is_by_image(graph, images) else None
-    requests: dict[torch.Size, Any] = {}
+    streams = max(1, min(threads, len(images) // at_once)) if at_once else 1
+    queues: dict[torch.Size, Any] = {}
 
-    def request(batch: Tensor) -> Any:
+    def queue(batch: Tensor) -> Any:
         """For batches of one size, which run up to a tenth faster than where any size is allowed (ResNet-18)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's remarks on constants
@@ -127,22 +129,28 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
                 traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
             model = _ov().convert_model(traced, example_input=(example,), input=[list(batch.shape)])
         hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[precision]
-        return core.compile_model(model, "CPU", {
-            "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
-        }).create_infer_request()  # fmt: skip
+        compiled = core.compile_model(model, "CPU", {
+            "INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads,
+        })  # fmt: skip
+        made = _ov().AsyncInferQueue(compiled, streams)
+        made.set_callback(store)
+        return made
 
-    def outputs(batch: Tensor) -> list[Tensor]:
-        if batch.shape not in requests:
-            requests[batch.shape] = request(batch)
-        ready = requests[batch.shape]
-        ready.infer([batch.numpy()], share_inputs=True)
+    def store(request: Any, wanted: tuple[list[list[Tensor]], int]) -> None:
+        found, number = wanted
         # Copies: the next call writes into the same memory.
-        return [torch.from_numpy(np.array(output.data)) for output in ready.output_tensors]
+        found[number] = [torch.from_numpy(np.array(output.data)) for output in request.output_tensors]
 
     def run(batch: Tensor) -> tuple[Tensor, ...]:
-        found = [outputs(part) for part in torch.split(batch.contiguous(), at_once or len(batch))]
-        return _plain([torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)])
+        parts = torch.split(batch.contiguous(), at_once or len(batch))
+        found: list[list[Tensor]] = [[] for _ in parts]
+        for number, part in enumerate(parts):
+            if part.shape not in queues:
+                queues[part.shape] = queue(part)
+            queues[part.shape].start_async([part.numpy()], (found, number), share_inputs=True)
+        for shape in {part.shape for part in parts}:
+            queues[shape].wait_all()
+        return _plain([torch.cat(some) if len(some) > 1 else some[0] for some in zip(*found, strict=True)])
 
     return run
 
