@@ -11,7 +11,7 @@ help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
 	@echo "make test [JOBS=n]      run the tests, in n processes"
 	@echo "make check              format, lint, types, tests (what CI runs)"
-	@echo "make proofs             the long proofs: gigapixel memory, repeated kills"
+	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, ten thousand damaged slides"
 
 venv: .venv/installed
 
@@ -40,6 +40,7 @@ format: venv
 proofs: venv
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m tests.fuzz --cases 10000
 
 clean:
 	rm -rf .venv demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

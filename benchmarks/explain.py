@@ -164,6 +164,7 @@ def alternate(sides: dict[str, Run], rounds: int, turn_s: float) -> dict[str, fl
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds):
         for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
+            gc.collect()  # some libraries hold a batch's graph, gigabytes, in circles of references
             time.sleep(PAUSE_S)
             rates[name].append(_rate(sides[name], turn_s))
     return {name: statistics.median(values) for name, values in rates.items()}
@@ -340,7 +341,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         case = Case(name, build(name), NETWORKS[name][1], patches, arguments.batch_size)
         turn_s = QUICK_TURN_S if arguments.quick else TURN_S
         measure(case, Ours.make(case, engine, precision), arguments.rounds, turn_s, found)
-        gc.collect()  # some libraries hold a batch's graph, gigabytes, in circles of references
         found["auto"][name] = auto_choice(case)
         for side, rate in found["patches_per_s"][name].items():
             print(f"{name:>16} {side:>20} {rate:8.1f} patches/s", file=sys.stderr)

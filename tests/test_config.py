@@ -23,6 +23,10 @@ OTHER: dict[str, Any] = {
     "overlap": 0.5,
     "stride_px": 100,
     "min_tissue": 0.3,
+    "tissue": "with-pen",
+    "mask": Path("masks"),
+    "include": ("tumour",),
+    "exclude": ("fold",),
     "heatmap_stride": 8,
     "window": "uniform",
     "batch_size": 16,
@@ -30,6 +34,8 @@ OTHER: dict[str, Any] = {
     "device": "cuda",
     "engine": "openvino",
     "precision": "bfloat16",
+    "reader": "openslide",
+    "trust_objective": True,
     "reader_threads": 4,
     "torch_threads": 3,
     "max_unreadable": 0.5,
@@ -170,7 +176,7 @@ class TestIdentity:
     @pytest.mark.parametrize("key", OTHER)
     def test_differs_where_the_result_may_differ(self, key: str) -> None:
         same = make_settings(**{key: OTHER[key]}).identity() == make_settings().identity()
-        assert same == (key in {"reader_threads", "torch_threads", "max_unreadable"})
+        assert same == (key in {"reader_threads", "torch_threads", "max_unreadable", "mask"})
 
     def test_leaves_out_speed_and_patience_only(self) -> None:
         assert set(Settings.model_fields) - set(make_settings().identity()) == NOT_IN_IDENTITY

@@ -21,6 +21,8 @@ EXPECTED = {
     "SlideFormatError": ValueError,
     "MppError": ValueError,
     "SlideReadError": OSError,
+    "AnnotationError": ValueError,
+    "StainError": ValueError,
     "ModelError": ValueError,
     "LayerError": ValueError,
     "EngineError": ValueError,

@@ -381,7 +381,7 @@ def test_serial_and_flow_make_the_same_records() -> None:
     client = FakeClient(2, FakeArchive(spans, bad, set()).perform, random.Random(0))
     found = {r.slide.id: (r.status, r.error, r.patches) for r in flow(client).run(map(entry, range(4)))}
     reference = FakeArchive(spans, bad, set()).perform
-    expected = [drive(slide_job(entry(i), 0.01), reference) for i in range(4)]
+    expected = [drive(slide_job(entry(i), 0.01), lambda task, then: reference(task)) for i in range(4)]
     assert found == {r.slide.id: (r.status, r.error, r.patches) for r in expected}
 
 
@@ -439,7 +439,7 @@ def test_errors_of_the_whole_run_stop_it(error: Exception) -> None:
         list(flow(FakeClient(2, perform, random.Random(0))).run(map(entry, range(3))))
     assert caught.value.cause is error
     with pytest.raises(FatalError):
-        drive(slide_job(entry(0), 0.01), perform)
+        drive(slide_job(entry(0), 0.01), lambda task, then: perform(task))
 
 
 # --- what a process keeps ------------------------------------------------------------------------------------------

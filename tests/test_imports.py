@@ -23,12 +23,15 @@ HEAVY = ("torch", "torchvision", "timm", "dask", "distributed", "zarr", "numpy",
 ROOMS = """
 errors  memory
 geometry
-slides.base  slides.openslide_reader  slides.resample  slides
-inputs
-models  models.activation  models.spec  models.zoo
+stain.density  stain.macenko  stain.reinhard  stain
+slides.base  slides.openslide_reader  slides.picture_reader  slides.ome_zarr_reader
+slides.tile_cache  slides.colours  slides.tiff_levels  slides.tiff_check  slides.tiff_info  slides.tiff_reader
+slides.opening  slides.resample  slides
+slide_list  inputs
+models  models.activation  models.staining  models.spec  models.zoo
 config
-tissue  patches  reading  sampling
-stores  stores.files
+quality  annotations  tissue  patches  reading  sampling
+stores  stores.files  mask_picture
 models.outputs  models.graph  models.transform  models.batches  models.pickles
 models.sources  models.reproducible  models.load  models.live
 cam  cam.names  cam.choice  cam.remembered  cam.targets  cam.probe  cam.score  cam.layout  cam.facts
@@ -125,7 +128,7 @@ def test_every_room_exists() -> None:
         ("openslide", {"slides.openslide_reader"}),
         ("rich", {"report", "demo"}),
         ("yaozarrs", {"validation"}),
-        ("zarr", {"stores.heatmap", "stores.patch_store"}),
+        ("zarr", {"stores.heatmap", "stores.patch_store", "slides.ome_zarr_reader"}),
         ("matplotlib", {"overview"}),
     ],
 )

@@ -25,6 +25,7 @@ FULL = {
     "mean": [0.7, 0.55, 0.7],
     "std": [0.15, 0.18, 0.15],
     "scale": 1.0,
+    "stain": {"method": "macenko", "target": "reference.png"},
     "transform": {"resize": 256, "crop": [224, 192], "interpolation": "bicubic"},
     "output": "logits",
     "layer": "layer4",

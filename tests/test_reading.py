@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from tests.oracles import crop
 from tests.slides_in_memory import BACKGROUND, ArraySlide
 from wsi_gradcam.errors import MppError, SlideFormatError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.reading import Batch, read_batches
+from wsi_gradcam.reading import Batch, PatchReader, read_batches
 
 LEVEL0 = np.random.default_rng(2).integers(0, 256, (60, 80, 3), np.uint8)
 MPP = 0.5
@@ -145,3 +146,36 @@ def test_a_batch_is_the_callers_own() -> None:
     first.rgb[:] = 0
     np.testing.assert_array_equal(second.rgb[0], LEVEL0[:5, :5])
     assert isinstance(first, Batch)
+
+
+def test_the_first_batch_of_what_follows_is_read_ahead() -> None:
+    source = slide()
+    first, second = places(6), places(7)
+    with closing(PatchReader(source, (5, 5), MPP, 4, 2)) as reader:
+        list(reader.batches(first, second))
+        assert until(lambda: len(source.reads) == 10)
+        found = list(reader.batches(second))
+    assert len(source.reads) == 13  # nothing was read twice
+    for batch in found:
+        for patch, (y, x) in zip(batch.rgb, second[batch.start :].tolist(), strict=False):
+            np.testing.assert_array_equal(patch, crop(LEVEL0, y, x, 5, 5, BACKGROUND))
+    assert reader_threads() == 0
+
+
+def test_what_follows_otherwise_than_expected_is_read_anew() -> None:
+    source = slide()
+    first, expected, other = places(4), places(5), places(6)
+    with closing(PatchReader(source, (5, 5), MPP, 4, 2)) as reader:
+        list(reader.batches(first, expected))
+        (batch, _) = reader.batches(other)
+    y, x = other[0].tolist()
+    np.testing.assert_array_equal(batch.rgb[0], crop(LEVEL0, y, x, 5, 5, BACKGROUND))
+
+
+def test_a_read_ahead_that_failed_is_told_where_it_is_due() -> None:
+    source = slide(Region(33, 43, 2, 2))
+    first, second = np.array([[0, 0]]), np.array([[30, 40]])
+    with closing(PatchReader(source, (8, 8), MPP, 4, 1)) as reader:
+        (fine,) = reader.batches(first, second)
+        (bad,) = reader.batches(second)
+    assert (fine.causes, sorted(bad.causes)) == ({}, [0])

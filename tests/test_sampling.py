@@ -37,11 +37,11 @@ class Archive:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.slides: dict[str, ArraySlide | Exception] = {}
         self.opened: list[str] = []
-        monkeypatch.setattr(sampling, "open_slide", self.open)
+        monkeypatch.setattr(sampling, "open_entry", self.open)
 
-    def open(self, path: str, mpp: object) -> ArraySlide:
-        self.opened.append(path)
-        slide = self.slides[path]
+    def open(self, entry: SlideEntry, settings: Settings) -> ArraySlide:
+        self.opened.append(entry.path)
+        slide = self.slides[entry.path]
         if isinstance(slide, Exception):
             raise slide
         return slide

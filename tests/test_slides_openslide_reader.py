@@ -19,11 +19,17 @@ from PIL import Image
 
 from tests.oracles import crop
 from tests.synthetic import corrupt_tile, set_resolution, strip_mpp, tissue_texture, truncate
+from wsi_gradcam import slides as readers
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.errors import MppError, SlideFormatError, SlideReadError, one_line
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides import Slide, open_slide, openslide_reader, read_region
+from wsi_gradcam.slides import Slide, openslide_reader, read_region
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide
+
+
+def open_slide(path: Path, mpp: float | tuple[float, float] | None = None) -> Slide:
+    return readers.open_slide(path, mpp, "openslide")
+
 
 Rgb = npt.NDArray[np.uint8]
 WHITE = (255, 255, 255)

@@ -15,14 +15,15 @@ import zarr
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.patches import Patches
-from wsi_gradcam.stores.patch_store import OK, PENDING, UNREADABLE, PatchStore, SpanData
+from wsi_gradcam.stores.patch_store import OK, PENDING, SHARES, UNREADABLE, PatchStore, SpanData
 
 SPAN, CLASSES, TARGETS, CAM = 4, 3, 2, (2, 5)
 
 
 def patches(count: int) -> Patches:
     yx = np.stack([np.arange(count) * 7, 100_000 + np.arange(count) * 3], axis=1)
-    return Patches(yx, np.linspace(0, 1, count, dtype=np.float32))
+    share = np.linspace(0, 1, count, dtype=np.float32)
+    return Patches(yx, share, share[::-1].copy(), 1 - share)
 
 
 def create(path: Path, count: int) -> PatchStore:
@@ -35,6 +36,7 @@ def data(start: int, count: int) -> SpanData:
         rng.normal(size=(count, CLASSES)).astype(np.float32),
         rng.normal(size=(count, TARGETS, *CAM)).astype(np.float32),
         np.where(rng.random(count) < 0.8, OK, UNREADABLE).astype(np.uint8),
+        np.where(rng.random(count) < 0.8, rng.random(count), np.nan).astype(np.float32),
     )
 
 
@@ -48,7 +50,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def same(a: SpanData, b: SpanData) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])
@@ -63,6 +65,7 @@ def test_what_spans_wrote_in_any_order_is_read(count: int, tmp_path: Path) -> No
         assert again.read_span(*part).digest() == expected.digest()
         assert np.array_equal(again.logits(*part), expected.logits)
         assert np.array_equal(again.status(*part), expected.status)
+        assert np.array_equal(again.blur(*part), expected.blur, equal_nan=True)
         for target in range(TARGETS):
             assert np.array_equal(again.cams(*part, target), expected.cams[:, target])
 
@@ -72,7 +75,9 @@ def test_positions_and_tissue_are_there_before_any_result(count: int, tmp_path: 
     store, given = create(tmp_path / "cams.zarr", count), patches(count)
     assert np.array_equal(store.yx(), given.yx)
     assert np.array_equal(store.yx(0, 1), given.yx[:1])
-    assert np.array_equal(store.tissue(), given.tissue)
+    for name in SHARES:
+        assert np.array_equal(store.share(name), getattr(given, name))
+    assert np.isnan(store.blur()).all()
     assert store.yx().dtype == np.int64
     assert np.all(store.status() == PENDING)
 
@@ -86,7 +91,7 @@ def test_on_disk_positions_are_x_before_y(tmp_path: Path) -> None:
 def test_no_patches_at_all(tmp_path: Path) -> None:
     store = create(tmp_path / "cams.zarr", 0)
     assert store.yx().shape == (0, 2)
-    assert store.status().shape == store.tissue().shape == (0,)
+    assert store.status().shape == store.share("tissue").shape == (0,)
     assert store.cams(0, 0, 1).shape == (0, *CAM)
     assert store.read_span(0, 0).digest() == store.read_span(0, 0).digest()
 
@@ -99,7 +104,7 @@ def test_a_span_owns_its_files(tmp_path: Path) -> None:
         store.write_span(start, data(start, size))
         after = files(path)
         assert {name: after[name] for name in before} == before
-        assert len(after) == len(before) + 3  # logits, cam, status
+        assert len(after) == len(before) + 4  # logits, cam, status, blur
 
 
 def write_every_other(path: Path, first: int, count: int) -> None:
@@ -139,7 +144,7 @@ def test_a_targets_cams_are_read_without_the_others(tmp_path: Path) -> None:
     assert (cam.chunks, cam.shards) == ((SPAN, 1, *CAM), (SPAN, TARGETS, *CAM))
 
 
-@pytest.mark.parametrize("field", ["logits", "cams", "status"])
+@pytest.mark.parametrize("field", ["logits", "cams", "status", "blur"])
 def test_the_digest_tells_every_value(field: str) -> None:
     original = data(0, 4)
     changed = getattr(original, field).copy()

@@ -75,15 +75,18 @@ def plan_of(run: RunPlan, count: int = COUNT) -> SlidePlan:
 def store_of(path: Path, run: RunPlan, network: PooledLinear, count: int = COUNT) -> PatchStore:
     """A filled store with what the network says of noise; one patch is unreadable."""
     yx = np.stack([np.arange(count) * 11, 90_000 - np.arange(count)], axis=1)
-    patches = Patches(yx, np.linspace(0.1, 1, count, dtype=np.float32))
+    share = np.linspace(0.1, 1, count, dtype=np.float32)
+    patches = Patches(yx, share, share[::-1].copy(), 1 - share)
     store = PatchStore.create(path, patches, SPAN, len(CLASSES), len(run.targets), FACTS.cam_shape, {})
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for start in range(0, count, SPAN):
         explained = explain_batch(EagerProgram(network, FACTS.layers), images[start : start + SPAN], run.targets)
         logits, cams = explained.logits, explained.cams["gradcam"]
-        data = SpanData(logits.numpy().copy(), cams.numpy().copy(), np.full(len(logits), OK, np.uint8))
+        blur = np.arange(start, start + len(logits), dtype=np.float32)
+        data = SpanData(logits.numpy().copy(), cams.numpy().copy(), np.full(len(logits), OK, np.uint8), blur)
         if start <= BAD < start + SPAN:
             data.logits[BAD - start], data.cams[BAD - start], data.status[BAD - start] = 0, 0, UNREADABLE
+            data.blur[BAD - start] = np.nan
         store.write_span(start, data)
     return store
 
@@ -97,7 +100,7 @@ def written(path: Path, network: PooledLinear, activation: Activation = "softmax
 
 def test_columns_are_as_documented_in_order(tmp_path: Path, network: PooledLinear) -> None:
     assert list(written(tmp_path, network)) == [
-        "y", "x", "tissue", "status", "cause",
+        "y", "x", "tissue", "pen", "glass", "blur", "status", "cause",
         "logit_other", f"logit_{CLASSES[1]}", "probability_other", f"probability_{CLASSES[1]}",
         "cam_mean_other", f"cam_mean_{CLASSES[1]}", "cam_mean_predicted",
         "cam_max_other", f"cam_max_{CLASSES[1]}", "cam_max_predicted",
@@ -109,7 +112,10 @@ def test_rows_are_the_stores_patches(tmp_path: Path, network: PooledLinear) -> N
     store = PatchStore(tmp_path / "cams.zarr")
     assert columns["y"] == [i * 11 for i in range(COUNT)]
     assert columns["x"] == [90_000 - i for i in range(COUNT)]
-    assert columns["tissue"] == store.tissue().tolist()
+    for name in ("tissue", "pen", "glass"):
+        assert columns[name] == store.share(name).tolist()
+    assert columns["pen"] != columns["tissue"] != columns["glass"]
+    assert columns["blur"] == [None if i == BAD else i for i in range(COUNT)]
     for i, name in enumerate(CLASSES):
         logits = store.logits(0, COUNT)[:, i].tolist()
         assert columns[f"logit_{name}"] == [*logits[:BAD], None, *logits[BAD + 1 :]]
@@ -119,7 +125,7 @@ def test_a_patch_that_could_not_be_read_has_a_cause_and_no_numbers(tmp_path: Pat
     columns = written(tmp_path, network)
     row = {name: values[BAD] for name, values in columns.items()}
     assert (row["y"], row["x"], row["status"], row["cause"]) == (BAD * 11, 90_000 - BAD, "unreadable", CAUSE)
-    assert all(value is None for name, value in row.items() if name.startswith(("logit", "probability", "cam")))
+    assert all(value is None for name, value in row.items() if name.startswith(("blur", "logit", "probability", "cam")))
     others = [values[:BAD] + values[BAD + 1 :] for name, values in columns.items() if name != "cause"]
     assert all(value is not None for values in others for value in values)
     assert {columns["status"][i] for i in range(COUNT) if i != BAD} == {"ok"}
@@ -180,7 +186,7 @@ def test_no_patches_give_a_table_without_rows(tmp_path: Path, network: PooledLin
     store = store_of(tmp_path / "cams.zarr", run, network, count=0)
     write_table(tmp_path / "patches.parquet", run, plan_of(run, 0), store, {})
     found = pq.read_table(tmp_path / "patches.parquet")
-    assert (found.num_rows, found.num_columns) == (0, 15)
+    assert (found.num_rows, found.num_columns) == (0, 18)
 
 
 def test_the_file_says_what_it_belongs_to(tmp_path: Path, network: PooledLinear) -> None:

@@ -9,14 +9,15 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.annotations import check_mask, regions_of
 from wsi_gradcam.config import Settings, make_settings
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.inputs import SlideEntry, find_slides
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.plan import plan_slide as make_plan
+from wsi_gradcam.reading import open_entry
 from wsi_gradcam.sampling import SLIDES_TRIED
-from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import Task
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
@@ -84,7 +85,7 @@ def explain(
     """Explain slides and write everything below `out`; slides finished before are not computed again.
 
     Args:
-        slides: slide files and folders.
+        slides: slide files, folders, and lists of slides, see `find_slides`.
         model: whatever `--model` takes, a `ModelSpec`, or a loaded `Model`, such as `model_of` makes of a network that
             Python code holds; that one explains in this process, on the device where it is.
         out: folder for the results.
@@ -154,9 +155,10 @@ def preview(
     estimates, errors = [], []
     for entry in entries:
         try:
-            slide = open_slide(entry.path, settings.mpp)
+            slide = open_entry(entry, settings)
             try:
-                plan, _, _ = make_plan(slide, run)
+                regions = regions_of(settings.mask, entry.id, settings.include, settings.exclude)
+                plan, _, _ = make_plan(slide, run, regions)
             finally:
                 slide.close()
             estimates.append(estimate(entry, plan, run))
@@ -174,6 +176,7 @@ def _prepared(
     elif options:
         settings = make_settings(**{**settings.model_dump(), **options})
     entries = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    check_mask(settings.mask, settings.include, settings.exclude, len(entries))
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):
             raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")

@@ -25,6 +25,10 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("overlap", float, "share of a patch its neighbour covers too, 0 (default) to below 1"),
     ("stride-px", int, "instead of --overlap: patch pixels from one patch to the next"),
     ("min-tissue", float, "leave out patches with a smaller share of tissue (default 0.1)"),
+    ("tissue", str, "what counts as tissue: auto (default), with-pen for stains that look like ink, everything"),
+    ("mask", str, "part to explain: a PNG, GeoJSON, ASAP or ImageScope file, or a folder with one a slide"),
+    ("include", list, "annotation classes of --mask that are in (default: all that are not excluded)"),
+    ("exclude", list, "annotation classes of --mask that are out"),
     ("heatmap-stride", int, "level-0 pixels per heatmap pixel, a power of two (default 16)"),
     ("window", str, "how overlapping patches are weighed: hann (default) or uniform"),
     ("batch-size", str, "patches per forward pass (default 32), or auto"),
@@ -32,11 +36,18 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("device", str, "where the model runs: cpu (default), cuda, cuda:1, mps"),
     ("engine", str, "what runs the network up to the layer: auto (default), eager, compile, openvino"),
     ("precision", str, "of the network up to the layer: auto (default), float32, bfloat16, float16"),
+    ("reader", str, "what opens slides: auto (default), openslide, tiff, ome-zarr, picture"),
+    ("trust-objective", bool, "take the mpp of slides that do not tell it from the objective's power (40x: 0.25)"),
     ("reader-threads", int, "threads that read patches while the model works (default 2)"),
     ("torch-threads", int, "threads of the model on a CPU (default: all, shared between workers)"),
     ("max-unreadable", float, "share of unreadable patches above which a slide has failed (default 0.01)"),
 )
 
+# How argparse takes kinds of flags that have not just one value.
+KINDS: dict[type, dict[str, Any]] = {
+    bool: {"action": "store_true", "default": None},
+    list: {"nargs": "+", "action": "extend", "metavar": "NAME"},
+}
 
 # Keys of a config file that are no settings.
 WHERE: dict[str, type] = {"slide": list, "model": str, "out": str, "workers": int, "scheduler": str}
@@ -80,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("slide", nargs="*", help="slide files")
     info.add_argument("--model", help="a model, as for explain")
     info.add_argument("--layer", help="a layer of the model to test")
+    info.add_argument("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
+    for name in ("mpp", "tissue", "mask", "include", "exclude"):
+        kind, text = next((kind, text) for known, kind, text in SETTINGS if known == name)
+        info.add_argument(f"--{name}", help=f"with --mask-out: {text}", **KINDS.get(kind, {"type": kind}))
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
     return parser
@@ -87,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_explain(commands: Any) -> None:
     explain = commands.add_parser("explain", help="explain slides", description="Explain slides.")
-    explain.add_argument("slide", nargs="*", help="slide files, or folders that are searched for slides")
+    explain.add_argument("slide", nargs="*", help="slide files, folders that are searched for slides, lists (.csv)")
     explain.add_argument(
         "--model",
         help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
@@ -101,7 +116,7 @@ def _add_explain(commands: Any) -> None:
         "(default: all of up to 10 classes, else predicted)",
     )
     for name, kind, text in SETTINGS:
-        explain.add_argument(f"--{name}", type=kind, help=text)
+        explain.add_argument(f"--{name}", help=text, **KINDS.get(kind, {"type": kind}))
     explain.add_argument("--config", type=Path, help="YAML file with the same names as keys; flags come first")
     where = explain.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
@@ -172,6 +187,11 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
     values.update(given)
     if isinstance(values.get("batch_size"), str) and values["batch_size"].isdecimal():
         values["batch_size"] = int(values["batch_size"])
+    return _pair(values)
+
+
+def _pair(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with an mpp that is text as (y, x)."""
     if isinstance(values.get("mpp"), str):
         try:
             values["mpp"] = tuple(float(part) for part in values["mpp"].split(","))
@@ -205,11 +225,17 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.report import model_info, slide_info
+    from wsi_gradcam.report import mask_info, model_info, slide_info
 
     if not arguments.slide and not arguments.model:
         raise ConfigError("nothing to show; give slide files, or --model")
     found = [slide_info(path) for path in arguments.slide]
+    if arguments.mask_out:
+        if len(found) != 1:
+            raise ConfigError(f"--mask-out makes a picture of one slide, {len(found)} are given")
+        names = ("mpp", "tissue", "mask", "include", "exclude")
+        values = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+        found[0] |= mask_info(arguments.slide[0], arguments.mask_out, _pair(values))
     if arguments.model:
         found.append(model_info(arguments.model, arguments.layer))
     if arguments.json:

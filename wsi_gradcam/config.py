@@ -20,7 +20,8 @@ from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.models.spec import explain_validation
 
 # What only changes how fast or how patiently a result is reached, not the result.
-NOT_IN_IDENTITY = frozenset({"reader_threads", "torch_threads", "max_unreadable"})
+# Where the mask lies does not count either: its content does, slide by slide.
+NOT_IN_IDENTITY = frozenset({"reader_threads", "torch_threads", "max_unreadable", "mask"})
 
 
 class Settings(BaseModel):
@@ -31,12 +32,18 @@ class Settings(BaseModel):
         method: explanations by name, see `wsi_gradcam.cam.names`; several share the forward pass.
         layer: module to explain, or several joined by "+", whose maps are averaged; nothing given: the model
             file's, else found.
-        mpp: replaces the slide's micrometres per level-0 pixel: one value, or (y, x).
+        mpp: replaces the slide's micrometres per level-0 pixel: one value, or (y, x); a list's own value goes first.
         patch_mpp: replaces the model's micrometres per input pixel.
         patch_px: replaces the model's input size: one value, or (height, width).
         overlap: share of a patch that its neighbour covers too, along each axis.
         stride_px: instead of `overlap`: patch pixels from one patch to the next.
         min_tissue: patches with a smaller share of tissue are left out.
+        tissue: what counts as tissue: "auto", what differs from glass and is neither ink nor shadow; "with-pen", ink
+            too, for stains that look like it (trichrome, Alcian blue); "everything", all of the slide.
+        mask: which part is explained: a file that covers the slide (PNG, not black is in; GeoJSON; XML of ASAP or
+            ImageScope), or a folder with one for each slide. Of what is in, `tissue` is explained.
+        include: names of the annotation classes of `mask` that are in; nothing given: all but those excluded.
+        exclude: names of the annotation classes of `mask` that are out, also where they lie on others.
         heatmap_stride: level-0 pixels per heatmap pixel, a power of two.
         window: how overlapping patches are weighed, `hann` or `uniform`.
         batch_size: patches per forward pass; "auto": as many as bring speed and fit into memory.
@@ -45,6 +52,8 @@ class Settings(BaseModel):
         engine: what runs the network up to the layer: eager, compile, openvino; "auto": the fastest, see `precision`.
         precision: of the network up to the layer: float32, bfloat16, float16; "auto": the fastest that keeps the
             maps, which is found out on the first patches of a run and kept for all of it.
+        reader: what opens slides: openslide, tiff, ome-zarr, picture; "auto": the fastest that shows a file rightly.
+        trust_objective: take the mpp of slides that do not tell it from the objective's power (40x: 0.25).
         reader_threads: threads that read patches while the model works.
         torch_threads: threads of the model on a CPU; nothing given: all, shared between workers.
         max_unreadable: share of a slide's patches that may be undecodable before the slide counts as failed.
@@ -61,6 +70,10 @@ class Settings(BaseModel):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
     stride_px: PositiveInt | None = None
     min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.1
+    tissue: Literal["auto", "with-pen", "everything"] = "auto"
+    mask: Path | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     heatmap_stride: PositiveInt = 16
     window: Literal["hann", "uniform"] = "hann"
     batch_size: PositiveInt | Literal["auto"] = 32
@@ -68,6 +81,8 @@ class Settings(BaseModel):
     device: str = "cpu"
     engine: Literal["auto", "eager", "compile", "openvino"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    reader: Literal["auto", "openslide", "tiff", "ome-zarr", "picture"] = "auto"
+    trust_objective: bool = False
     reader_threads: PositiveInt = 2
     torch_threads: PositiveInt | None = None
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -81,10 +96,13 @@ class Settings(BaseModel):
         for key in ("mpp", "patch_px"):
             if isinstance(values.get(key), int | float):
                 values[key] = (values[key], values[key])
-        if isinstance(values.get("target"), str | int):
-            values["target"] = (values["target"],)
-        if isinstance(values.get("target"), list | tuple):
-            values["target"] = tuple(str(v) for v in values["target"])
+        for key in ("target", "include", "exclude"):
+            if isinstance(values.get(key), str | int):
+                values[key] = (values[key],)
+            if isinstance(values.get(key), list | tuple):
+                values[key] = tuple(str(v) for v in values[key])
+        if isinstance(values.get("mask"), str | Path):
+            values["mask"] = Path(values["mask"]).absolute()  # workers may run in another folder
         if isinstance(values.get("method"), str):
             values["method"] = tuple(name.strip() for name in values["method"].split(","))
         return values

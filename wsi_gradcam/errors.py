@@ -35,6 +35,14 @@ class SlideReadError(SlideError, OSError):
     """A region of an opened slide could not be decoded."""
 
 
+class StainError(SlideError, ValueError):
+    """Tissue whose stain cannot be measured, and so not be normalised."""
+
+
+class AnnotationError(WsiGradcamError, ValueError):
+    """A mask or a file of annotations that cannot be used; the message names it."""
+
+
 class ModelError(WsiGradcamError, ValueError):
     """A model that cannot be loaded, or does not behave as its specification says."""
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.tissue import fraction_in
+from wsi_gradcam.tissue import Shares
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+AT_ONCE = 1 << 16  # patches whose boxes are in memory together
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ class Patches:
 
     Attributes:
         yx: int64 [n, 2], level-0 px of the top left corners.
-        tissue: float32 [n], share of the patch, as far as it lies on the slide, that is tissue.
+        tissue: float32 [n], share of the patch, as far as it lies on the slide, that is tissue to be explained.
+        pen: float32 [n], the same of ink.
+        glass: float32 [n], the same of what is neither tissue nor ink.
     """
 
     yx: NDArray[np.int64]
     tissue: NDArray[np.float32]
+    pen: NDArray[np.float32]
+    glass: NDArray[np.float32]
 
 
 def patch_grid(
@@ -86,29 +92,50 @@ def patch_grid(
     )
 
 
-def choose(grid: PatchGrid, mask: NDArray[np.bool_], min_tissue: float, block_px: int) -> Patches:
+def choose(
+    grid: PatchGrid,
+    mask: NDArray[np.bool_],
+    min_tissue: float,
+    block_px: int,
+    pen: NDArray[np.bool_] | None = None,
+    glass: NDArray[np.bool_] | None = None,
+) -> Patches:
     """The patches with at least `min_tissue` of their area on tissue (and more than none), in working order.
 
-    `mask` covers the whole slide; of a patch that reaches beyond it only the part on the slide counts, so that a
-    strip of tissue along the edge is not left out.
+    The masks cover the whole slide. `mask` says where the tissue is; nothing given for the others, there is no ink
+    and the rest is glass. Of a patch that reaches beyond the slide only the part on it counts, so that a strip of
+    tissue along the edge is not left out.
 
     Order: by blocks of `block_px` x `block_px` level-0 px that hold the top left corner, row by row; inside a block
     row by row. So reads stay local, and a block of the heatmap needs a few runs of patches: its own and a rim above
     and to the left.
     """
-    scale_y, scale_x = mask.shape[0] / grid.slide_px[0], mask.shape[1] / grid.slide_px[1]
     ys, xs = grid.positions(0), grid.positions(1)
-    left = xs * scale_x
-    right = np.minimum((xs + grid.footprint[1]) * scale_x, mask.shape[1])
+    on_tissue = Shares(mask)
     places: list[NDArray[np.int64]] = []
     shares: list[NDArray[np.float32]] = []
     for y in ys:  # a row at a time: the boxes of a whole 100-gigapixel grid would be 300 MB
-        top = np.full_like(left, y * scale_y)
-        bottom = np.full_like(left, min((y + grid.footprint[0]) * scale_y, mask.shape[0]))
-        share = fraction_in(mask, np.stack([top, left, bottom, right], axis=1))
+        row = np.stack([np.full(len(xs), y), xs], axis=1)
+        share = on_tissue.of(_boxes(grid, row, mask.shape))
         keep = (share >= min_tissue) & (share > 0)
-        places.append(np.stack([np.full(int(keep.sum()), y), xs[keep]], axis=1))
+        places.append(row[keep])
         shares.append(share[keep])
     yx, tissue = np.concatenate(places), np.concatenate(shares)
     order = np.lexsort((yx[:, 1], yx[:, 0], yx[:, 1] // block_px, yx[:, 0] // block_px))
-    return Patches(yx[order], tissue[order])
+    yx, tissue = yx[order], tissue[order]
+    ink = np.zeros(len(yx), np.float32) if pen is None else _shares(grid, yx, pen)
+    return Patches(yx, tissue, ink, _shares(grid, yx, ~mask if glass is None else glass))
+
+
+def _boxes(grid: PatchGrid, yx: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """The patches, as far as they lie on the slide, in pixels of a mask of `shape`."""
+    scale = np.array([shape[0] / grid.slide_px[0], shape[1] / grid.slide_px[1]])
+    end = np.minimum((yx + np.array(grid.footprint)) * scale, shape)
+    return np.concatenate([yx * scale, end], axis=1)
+
+
+def _shares(grid: PatchGrid, yx: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The share of each patch that is in the mask, float32 [n]."""
+    inside = Shares(mask)
+    parts = [inside.of(_boxes(grid, yx[i : i + AT_ONCE], mask.shape)) for i in range(0, len(yx), AT_ONCE)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)

@@ -13,9 +13,11 @@ from wsi_gradcam.cam.targets import Target, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
 from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
 from wsi_gradcam.patches import Patches, choose, patch_grid
+from wsi_gradcam.sampling import fit_stain
+from wsi_gradcam.stain import StainFit
 from wsi_gradcam.stitch import Enlarger
 from wsi_gradcam.stores.heatmap import SHARD
-from wsi_gradcam.tissue import tissue_mask
+from wsi_gradcam.tissue import slide_masks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,13 +26,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from wsi_gradcam.annotations import Regions
     from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.config import Settings
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
 
-FORMAT = 2  # of everything below OUT; raised when old results must not be continued
+FORMAT = 3  # of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
 
 
@@ -163,6 +166,8 @@ class SlidePlan:
         view: (y, x, height, width) in level-0 px from a patch's top left: what the network sees of it.
         patches: how many there are; `span` of them form a unit of work.
         heatmap_px: (height, width) of the heatmap's level 0, `stride` level-0 px a pixel.
+        mask_digest: of the file that says which part is explained; "" without one.
+        stain: what normalises its patches, where the model asks for it and there are any.
     """
 
     slide_digest: str
@@ -174,6 +179,8 @@ class SlidePlan:
     patches: int
     span: int
     stride: int
+    mask_digest: str = ""
+    stain: StainFit | None = None
 
     @property
     def heatmap_px(self) -> tuple[int, int]:
@@ -196,7 +203,7 @@ class SlidePlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
-        return asdict(self)
+        return {**asdict(self), "stain": None if self.stain is None else self.stain.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SlidePlan:
@@ -207,20 +214,25 @@ class SlidePlan:
         """
         try:
             pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint", "view")}
-            return cls(**{**values, **pairs})
-        except (KeyError, TypeError) as error:
+            stain = values.get("stain")
+            return cls(**{**values, **pairs, "stain": None if stain is None else StainFit.from_json(stain)})
+        except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"manifest/plan.json: not a plan of this version ({one_line(error)}); choose another --out, or "
                 "recompute with --overwrite"
             ) from error
 
 
-def plan_slide(slide: Slide, run: RunPlan) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
-    """The plan of an open slide, its patches and its tissue mask; reads a thumbnail and no more.
+def plan_slide(
+    slide: Slide, run: RunPlan, regions: Regions | None = None
+) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
+    """The plan of an open slide, its patches and its tissue mask; reads a thumbnail, and some tissue for its stain.
 
     Raises:
         MppError: the slide's mpp is not known.
         SlideReadError: the thumbnail cannot be read.
+        AnnotationError: the regions cannot be understood.
+        StainError: its stain cannot be measured, and the model asks for that.
         ConfigError: patches smaller than a heatmap pixel.
     """
     settings, info = run.settings, slide.info
@@ -230,8 +242,13 @@ def plan_slide(slide: Slide, run: RunPlan) -> tuple[SlidePlan, Patches, NDArray[
     y, x, height, width = run.facts.view
     view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
     Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
-    mask = tissue_mask(slide)
-    patches = choose(grid, mask, settings.min_tissue, SHARD * settings.heatmap_stride)
+    masks = slide_masks(slide)
+    mask = masks.counted(settings.tissue)
+    if regions is not None:
+        mask = mask & regions.mask(slide_px, mask.shape)
+    block_px = SHARD * settings.heatmap_stride
+    patches = choose(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
+    target = run.facts.stain
     plan = SlidePlan(
         slide_digest=info.digest,
         run_digest=run.digest(),
@@ -242,6 +259,8 @@ def plan_slide(slide: Slide, run: RunPlan) -> tuple[SlidePlan, Patches, NDArray[
         patches=len(patches.yx),
         span=settings.span_patches,
         stride=settings.heatmap_stride,
+        mask_digest=regions.digest if regions else "",
+        stain=fit_stain(slide, masks.tissue, run.mpp, target) if target is not None and len(patches.yx) else None,
     )
     return plan, patches, mask
 
@@ -262,7 +281,7 @@ def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
     """The cost of a slide's plan."""
     maps, classes = len(run.maps), len(run.facts.classes)
     cells = run.facts.cam_shape[0] * run.facts.cam_shape[1]
-    per_patch = 4 * (maps * cells + classes) + 8 + 4 + 1
+    per_patch = 4 * (maps * cells + classes) + 8 + 4 * 4 + 1  # place, shares and blur, status
     covered_px = min(
         plan.heatmap_px[0] * plan.heatmap_px[1],
         plan.patches * plan.footprint[0] * plan.footprint[1] / plan.stride**2,

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
-from wsi_gradcam.slides import read_region
+from wsi_gradcam.slides import open_slide, read_region
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.config import Settings
+    from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.slides import Slide
+
+    Reads = list[Future[NDArray[np.uint8]]]
+
+
+def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
+    """A slide of a run, opened as its settings say. Errors as of `open_slide`."""
+    mpp = entry.mpp or settings.mpp
+    return open_slide(entry.path, mpp, settings.reader, trust_objective=settings.trust_objective)
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,55 @@ class Batch:
     causes: dict[int, str]
 
 
+class PatchReader:
+    """Reads the patches of a slide with a few threads, a batch ahead of whoever consumes them."""
+
+    def __init__(self, slide: Slide, patch_px: tuple[int, int], mpp: float, batch_size: int, threads: int) -> None:
+        self._slide = slide
+        self._patch_px = patch_px
+        self._mpp = mpp
+        self._batch_size = batch_size
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._kept: tuple[list[list[int]], Reads] = ([], [])
+        self._lock = threading.Lock()
+
+    def batches(self, yx: NDArray[np.int64], then: NDArray[np.int64] | None = None) -> Iterator[Batch]:
+        """The patches at level-0 `yx` [n, 2] in order, a batch at a time.
+
+        While the last one is consumed, the first batch of `then` is read, and kept for the call that asks for it.
+        """
+        size, places = self._batch_size, yx.tolist()
+        ahead = self._first(places[:size])
+        for start in range(0, len(places), size):
+            reads, following = ahead, places[start + size : start + 2 * size]
+            if following:
+                ahead = self._submit(following)
+            elif then is not None:
+                self._keep(then[:size].tolist())
+            yield _collect(start, reads, self._patch_px)
+
+    def close(self) -> None:
+        """End the threads; what was read ahead is not waited for."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, places: list[list[int]]) -> Reads:
+        return [self._pool.submit(read_region, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
+
+    def _keep(self, places: list[list[int]]) -> None:
+        with self._lock:
+            self._kept = (places, self._submit(places))
+
+    def _first(self, places: list[list[int]]) -> Reads:
+        """The reads of a span's first batch, begun before or now."""
+        with self._lock:
+            (known, reads), self._kept = self._kept, ([], [])
+        if known == places:
+            return reads
+        for read in reads:
+            read.cancel()
+        return self._submit(places)
+
+
 def read_batches(
     slide: Slide,
     yx: NDArray[np.int64],
@@ -42,22 +103,11 @@ def read_batches(
     threads: int,
 ) -> Iterator[Batch]:
     """The patches at level-0 `yx` [n, 2] in order, `batch_size` at a time; one batch is read ahead."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-
-    def submit(start: int) -> list[Future[NDArray[np.uint8]]]:
-        places = yx[start : start + batch_size].tolist()
-        return [pool.submit(read_region, slide, y, x, *patch_px, mpp) for y, x in places]
-
-    try:
-        ahead = submit(0)
-        for start in range(0, len(yx), batch_size):
-            futures, ahead = ahead, submit(start + batch_size)
-            yield _collect(start, futures, patch_px)
-    finally:  # also where the caller stops early: what was read ahead is not waited for
-        pool.shutdown(cancel_futures=True)
+    with closing(PatchReader(slide, patch_px, mpp, batch_size, threads)) as reader:
+        yield from reader.batches(yx)
 
 
-def _collect(start: int, futures: list[Future[NDArray[np.uint8]]], patch_px: tuple[int, int]) -> Batch:
+def _collect(start: int, futures: Reads, patch_px: tuple[int, int]) -> Batch:
     rgb = np.zeros((len(futures), *patch_px, 3), np.uint8)
     causes: dict[int, str] = {}
     for i, future in enumerate(futures):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,9 +23,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from wsi_gradcam.annotations import check_mask, regions_of
 from wsi_gradcam.api import Listener, Outcome, Preview
 from wsi_gradcam.config import make_settings
 from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.mask_picture import write_mask_picture
 from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.plan import RunPlan
 from wsi_gradcam.slides import open_slide
@@ -34,6 +37,7 @@ from wsi_gradcam.workflow import SlideRecord
 if TYPE_CHECKING:
     from wsi_gradcam.cam.choice import Choice
     from wsi_gradcam.cam.layout import Layout
+    from wsi_gradcam.stain import Stain
 
 MIB, GIB = 1 << 20, 1 << 30
 NAMED = 5  # slides of one cause
@@ -221,6 +225,25 @@ def slide_info(path: str) -> dict[str, Any]:
     }
 
 
+def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Write the picture of a slide's masks, see `write_mask_picture`; what it shows, as plain values.
+
+    `values` are settings: `mpp`, `tissue`, `mask`, `include`, `exclude`.
+    """
+    settings = make_settings(**values)
+    check_mask(settings.mask, settings.include, settings.exclude, 1)
+    regions = regions_of(settings.mask, Path(path).name, settings.include, settings.exclude)
+    slide = open_slide(path, settings.mpp)
+    try:
+        shares = write_mask_picture(out, slide, settings.tissue, regions)
+    finally:
+        slide.close()
+    colours = {"tissue": "tissue outlined in green", "pen": "ink orange", "shadow": "shadows and lines blue"}
+    if regions is not None:
+        colours["excluded"] = "left out by the mask dark gray"
+    return {"picture": str(out), "it shows": ", ".join(f"{text} {shares[key]:.1%}" for key, text in colours.items())}
+
+
 def model_info(model: str, layer: str | None) -> dict[str, Any]:
     """What is known of a model: its layers that can be explained, and the self-test of the one that would be."""
     from wsi_gradcam.cam.names import METHOD_INFO
@@ -238,6 +261,7 @@ def model_info(model: str, layer: str | None) -> dict[str, Any]:
         "patch": f"{facts.patch_px[0]} x {facts.patch_px[1]} px at {facts.mpp or '?'} um/px",
         "input": f"{explainer.input_px[0]} x {explainer.input_px[1]} px",
         "mean, std": f"{facts.mean}, {facts.std}",
+        "stain": _stain(facts.stain),
         "activation": facts.activation,
         "parameters": f"{facts.parameters:,}",
         "weights": spec.weights or "the source's own",
@@ -246,6 +270,13 @@ def model_info(model: str, layer: str | None) -> dict[str, Any]:
         "self-test": "head(trunk(x)) equals model(x)",
         "methods": ", ".join(METHOD_INFO),
     }
+
+
+def _stain(target: Stain | None) -> str:
+    if target is None:
+        return "as it is"
+    values = target.to_json()
+    return f"{values.pop('method')}, to {', '.join(f'{key} {value}' for key, value in values.items())}"
 
 
 def _shape(layout: Layout) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wsi_gradcam.annotations import Regions, regions_of
 from wsi_gradcam.errors import ModelError, ResumeError, StoreError, one_line
 from wsi_gradcam.finish import RECORD_KEYS, finish_slide
 from wsi_gradcam.geometry import Region
@@ -23,9 +24,10 @@ from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.plan import RunPlan, SlidePlan
 from wsi_gradcam.plan import plan_slide as make_plan
-from wsi_gradcam.reading import read_batches
+from wsi_gradcam.quality import blur_of
+from wsi_gradcam.reading import Batch, PatchReader, open_entry
 from wsi_gradcam.sampling import sample_patches
-from wsi_gradcam.slides import open_slide
+from wsi_gradcam.stain import apply
 from wsi_gradcam.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
 from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.slides import Slide
+    from wsi_gradcam.stain import StainFit
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Context:
     def __init__(self, run: RunPlan, overwrite: bool = False, model: Explainer | None = None) -> None:
         self.run = run
         self.overwrite = overwrite
+        self.upcoming: Task | None = None
         self._lock = threading.Lock()
         self._model = model
         self._slides: dict[SlideEntry, _Opened] = {}
@@ -83,7 +87,7 @@ class Context:
         with self._lock:
             if entry not in self._slides:
                 self._close_unused()
-                self._slides[entry] = _Opened(open_slide(entry.path, self.run.settings.mpp))
+                self._slides[entry] = _Opened(open_entry(entry, self.run.settings))
             opened = self._slides[entry]
             opened.users += 1
         try:
@@ -91,6 +95,18 @@ class Context:
         finally:
             with self._lock:
                 opened.users -= 1
+
+    @contextmanager
+    def patches(self, entry: SlideEntry) -> Iterator[PatchReader]:
+        """What reads the slide's patches; it stays as long as the slide is open."""
+        run = self.run
+        with self.slide(entry) as slide:
+            with self._lock:
+                opened = self._slides[entry]
+                if opened.reader is None:
+                    size, threads = run.facts.batch_size, run.settings.reader_threads
+                    opened.reader = PatchReader(slide, run.patch_px, run.mpp, size, threads)
+            yield opened.reader
 
     def close(self) -> None:
         """Release the slides that nobody uses."""
@@ -123,15 +139,19 @@ class Context:
 
     def _close_unused(self) -> None:
         for entry in [entry for entry, opened in self._slides.items() if not opened.users]:
-            self._slides.pop(entry).slide.close()
+            opened = self._slides.pop(entry)
+            if opened.reader is not None:
+                opened.reader.close()
+            opened.slide.close()
 
 
 @dataclass
 class _Opened:
-    """An open slide and how many tasks read it."""
+    """An open slide, how many tasks read it, and what reads its patches."""
 
     slide: Slide
     users: int = 0
+    reader: PatchReader | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,9 @@ def examine_model(
 
     def patches(model: Model) -> NDArray[np.uint8] | None:
         mpp = settings.patch_mpp or model.mpp
-        return None if mpp is None else sample_patches(slides, settings, model.patch_px, mpp, MOST_FOR_CHOICE)
+        return (
+            None if mpp is None else sample_patches(slides, settings, model.patch_px, mpp, MOST_FOR_CHOICE, model.stain)
+        )
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
     loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
@@ -180,12 +202,13 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
     if folder.path.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.path}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
-        pending, problem = _stored(folder, slide, run)
+        regions = regions_of(run.settings.mask, entry.id, run.settings.include, run.settings.exclude)
+        pending, problem = _stored(folder, slide, run, regions)
         if pending is not None and not (context.overwrite and pending.done is not None):
             return pending
         if problem and not context.overwrite:
             raise ResumeError(problem)
-        plan, patches, mask = make_plan(slide, run)
+        plan, patches, mask = make_plan(slide, run, regions)
     manifest = Manifest(folder.manifest)
     manifest.clear()
     write_mask(folder.tissue, mask)
@@ -220,8 +243,11 @@ def explain_span(context: Context, entry: SlideEntry, span: int) -> int:
     plan, folder = context.plan(entry), context.folder(entry)
     store = PatchStore(folder.cams)
     start, stop = plan.spans[span]
-    with context.slide(entry) as slide:
-        data, causes = _explain(context, slide, store.yx(start, stop))
+    following = context.upcoming.index if context.upcoming and context.upcoming.stage == "explain" else ()
+    then = store.yx(*plan.spans[following[0]]) if following else None
+    with context.patches(entry) as reader:
+        yx = store.yx(start, stop)
+        data, causes = _explain(context, entry, yx, reader.batches(yx, then), plan.stain)
     store.write_span(start, data)
     Manifest(folder.manifest).complete(
         "spans",
@@ -307,15 +333,16 @@ STAGES: dict[str, Callable[..., Any]] = {
 }
 
 
-def perform(context: Context, task: Task) -> Any:
-    """Do a piece of work and return its small result."""
+def perform(context: Context, task: Task, then: Task | None = None) -> Any:
+    """Do a piece of work and return its small result; where it is known what follows, that may be prepared."""
+    context.upcoming = then
     try:
         return STAGES[task.stage](context, task.slide, *task.index)
     finally:
         give_back()
 
 
-def _stored(folder: SlideFolder, slide: Slide, run: RunPlan) -> tuple[Pending | None, str]:
+def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None) -> tuple[Pending | None, str]:
     """What is left to do where the slide was planned before; else why that cannot be continued, if it was."""
     manifest = Manifest(folder.manifest)
     try:
@@ -323,7 +350,7 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan) -> tuple[Pending | 
         if stored is None:
             return None, ""
         plan = SlidePlan.from_json(stored)
-        problem = _mismatch(plan, slide, run)
+        problem = _mismatch(plan, slide, run, regions)
         if not problem:
             return _pending(plan, manifest), ""
     except (StoreError, KeyError, TypeError) as error:  # this slide's matter, not the whole run's
@@ -331,13 +358,15 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan) -> tuple[Pending | 
     return None, f"{folder.path}: {problem}; choose another --out, or recompute with --overwrite"
 
 
-def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan) -> str:
+def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | None) -> str:
     if plan.run_digest != run.digest():
         return "holds results of another model or configuration"
     if plan.slide_digest != slide.info.digest:
         return f"holds results of another file than {slide.info.path} is now"
     if plan.slide_mpp != slide.info.mpp_yx:
         return f"holds results at mpp {plan.slide_mpp}, the slide's is {slide.info.mpp_yx}"
+    if plan.mask_digest != (regions.digest if regions else ""):
+        return f"holds results of another mask than {regions.path if regions else 'none'} is now"
     return ""
 
 
@@ -361,26 +390,31 @@ def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
     )
 
 
-def _explain(context: Context, slide: Slide, yx: NDArray[np.int64]) -> tuple[SpanData, dict[int, str]]:
-    run, settings = context.run, context.run.settings
-    logits = np.zeros((len(yx), len(run.facts.classes)), np.float32)
-    cams = np.zeros((len(yx), len(run.maps), *run.facts.cam_shape), np.float32)
-    status = np.full(len(yx), OK, np.uint8)
+def _explain(
+    context: Context, entry: SlideEntry, yx: NDArray[np.int64], batches: Iterator[Batch], stain: StainFit | None
+) -> tuple[SpanData, dict[int, str]]:
+    run, count = context.run, len(yx)
+    logits = np.zeros((count, len(run.facts.classes)), np.float32)
+    cams = np.zeros((count, len(run.maps), *run.facts.cam_shape), np.float32)
+    status = np.full(count, OK, np.uint8)
+    blur = np.full(count, np.nan, np.float32)
     causes: dict[int, str] = {}
-    for batch in read_batches(slide, yx, run.patch_px, run.mpp, run.facts.batch_size, settings.reader_threads):
+    for batch in batches:
         part = slice(batch.start, batch.start + len(batch.rgb))
-        logits[part], cams[part] = context.model().explain(batch.rgb, run.targets, settings.method)
+        rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
+        logits[part], cams[part] = context.model().explain(rgb, run.targets, run.settings.method)
+        blur[part] = blur_of(batch.rgb)  # as read: another stain is no sharper
         for i, cause in batch.causes.items():
             at = batch.start + i
-            logits[at], cams[at], status[at], causes[at] = 0, 0, PATCH_UNREADABLE, cause
+            logits[at], cams[at], status[at], causes[at], blur[at] = 0, 0, PATCH_UNREADABLE, cause, np.nan
     finite = np.isfinite(logits).all(axis=1) & np.isfinite(cams).all(axis=(1, 2, 3))
     if not finite.all():
         y, x = yx[int(np.argmin(finite))].tolist()
         raise ModelError(
-            f"{slide.info.path}: the model gives NaN or infinite values for the patch at level-0 y {y}, x {x}; "
+            f"{entry.path}: the model gives NaN or infinite values for the patch at level-0 y {y}, x {x}; "
             "check its weights and normalisation"
         )
-    return SpanData(logits, cams, status), causes
+    return SpanData(logits, cams, status, blur), causes
 
 
 def _seen(plan: SlidePlan, yx: NDArray[np.int64]) -> NDArray[Any]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.stores.files import PARTIAL, storing
-from wsi_gradcam.stores.patch_store import OK, PatchStore
+from wsi_gradcam.stores.patch_store import OK, SHARES, PatchStore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,10 +25,11 @@ ROWS = 1 << 16  # in a row group
 def write_table(path: Path, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str]) -> None:
     """Write the table of a slide; `causes` says by patch number why a patch could not be read.
 
-    Columns: `y`, `x` (level-0 px of the top left), `tissue` (share), `status` (ok, unreadable), `cause`,
-    `logit_CLASS`, `probability_CLASS`, `cam_mean_TARGET`, `cam_max_TARGET`; for a second method and those after it
-    `METHOD_mean_TARGET`, `METHOD_max_TARGET`. The CAM's statistics are in the heatmap's unit, for Grad-CAM logits:
-    with global average pooling and a linear layer, cam_mean + bias = logit. Numbers of unreadable patches are null.
+    Columns: `y`, `x` (level-0 px of the top left), `tissue`, `pen`, `glass` (shares), `blur` (see `quality.blur_of`),
+    `status` (ok, unreadable), `cause`, `logit_CLASS`, `probability_CLASS`, `cam_mean_TARGET`, `cam_max_TARGET`; for a
+    second method and those after it `METHOD_mean_TARGET`, `METHOD_max_TARGET`. The CAM's statistics are in the
+    heatmap's unit, for Grad-CAM logits: with global average pooling and a linear layer, cam_mean + bias = logit.
+    Numbers of unreadable patches are null, also `blur`, which patches of one colour do not have either.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     schema = _schema(run)
@@ -55,7 +56,8 @@ def _schema(run: RunPlan) -> pa.Schema:
     names = [f"{kind}_{label}" for kind in ("logit", "probability") for label in run.facts.classes]
     names += [column(run, m, kind) for kind in ("mean", "max") for m in run.maps]
     fields = [
-        ("y", pa.int64()), ("x", pa.int64()), ("tissue", pa.float32()), ("status", pa.string()), ("cause", pa.string()),
+        ("y", pa.int64()), ("x", pa.int64()), *((name, pa.float32()) for name in (*SHARES, "blur")),
+        ("status", pa.string()), ("cause", pa.string()),
         *((name, pa.float32()) for name in names),
     ]  # fmt: skip
     units = {column(run, m, "*"): m.info.unit for m in run.maps}
@@ -69,7 +71,9 @@ def _rows(
     yx, status, logits = store.yx(start, stop), store.status(start, stop), store.logits(start, stop)
     missing = status != OK
     shares = probabilities(logits, run.facts.activation)
-    columns: list[Any] = [yx[:, 0], yx[:, 1], store.tissue(start, stop)]
+    columns: list[Any] = [yx[:, 0], yx[:, 1], *(store.share(name, start, stop) for name in SHARES)]
+    blur = store.blur(start, stop)
+    columns.append(pa.array(blur, pa.float32(), mask=np.isnan(blur)))
     columns.append(np.where(missing, "unreadable", "ok"))
     columns.append([causes.get(i) for i in range(start, stop)])
     numbers = [*logits.T, *shares.T]

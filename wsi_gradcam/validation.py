@@ -96,7 +96,7 @@ def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Ite
             yield f"{name} is missing"
         elif sha256_of(path) != digest:
             yield f"{name} differs from what was made"
-    yield from _check_slide(row, plan)
+    yield from _check_slide(row, plan, run["settings"].get("reader", "auto"))
 
 
 def _check_spans(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> I
     yx = store.yx()
     if not (np.array_equal(table["y"], yx[:, 0]) and np.array_equal(table["x"], yx[:, 1])):
         yield "patches.parquet has other positions than cams.zarr"
-    if not np.array_equal(table["tissue"], store.tissue()):
+    if not np.array_equal(table["tissue"], store.share("tissue")):
         yield "patches.parquet has other shares of tissue than cams.zarr"
     ok = np.asarray(table["status"]) == "ok"
     if not np.array_equal(ok, store.status() == OK):
@@ -172,8 +172,8 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> I
             yield f"patches.parquet has other logits of {name} than cams.zarr"
 
 
-def _check_slide(row: dict[str, str], plan: SlidePlan) -> Iterator[str]:
-    slide = open_slide(row["path"], plan.slide_mpp)
+def _check_slide(row: dict[str, str], plan: SlidePlan, reader: str) -> Iterator[str]:
+    slide = open_slide(row["path"], plan.slide_mpp, reader)
     try:
         if slide.info.digest != plan.slide_digest:
             yield f"{row['path']} is another file now than when it was explained"

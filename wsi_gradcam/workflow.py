@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from wsi_gradcam.errors import StoreError, WorkerError, one_line
@@ -64,13 +65,13 @@ def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
     return _record(slide, record, max_unreadable, time.monotonic() - started, skipped)
 
 
-def drive(job: SlideJob, perform: Callable[[Task], Any]) -> SlideRecord:
-    """Run a job to its end, one task after the other."""
+def drive(job: SlideJob, perform: Callable[[Task, Task | None], Any]) -> SlideRecord:
+    """Run a job to its end, one task after the other; `perform` is told the next one of the phase too."""
     try:
         tasks = next(job)
         while True:
             try:
-                results = [perform(task) for task in tasks]
+                results = [perform(task, then) for task, then in zip_longest(tasks, tasks[1:])]
             except Exception as error:
                 tasks = job.throw(error)
             else:

@@ -112,6 +112,7 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
         activation_bytes=activation_bytes(model.module, noise[:1]),
         batch_size=batch_size,
         choice=choice,
+        stain=model.stain,
     )
     return Examined(facts, program)
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.choice import Choice
     from wsi_gradcam.cam.layout import Layer
     from wsi_gradcam.models.activation import Activation
+    from wsi_gradcam.stain import Stain
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ModelFacts:
         activation_bytes: the largest input plus output of any layer for one patch.
         batch_size: patches per forward pass.
         choice: engine and precision.
+        stain: what slides are normalised to; None: they stay as they are.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ModelFacts:
     activation_bytes: int
     batch_size: int
     choice: Choice
+    stain: Stain | None = None
 
     @property
     def layer(self) -> str:

@@ -39,8 +39,8 @@ class SerialExecutor:
         """
         context = Context(run, overwrite, self._explainer)
 
-        def perform_and_tell(task: Task) -> Any:
-            result = perform(context, task)
+        def perform_and_tell(task: Task, then: Task | None) -> Any:
+            result = perform(context, task, then)
             observe(task, result)
             return result
 

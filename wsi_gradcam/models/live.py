@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import nn
@@ -14,7 +14,7 @@ from wsi_gradcam.models.sources import Built
 from wsi_gradcam.models.spec import ModelSpec, Resizing, explain_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from wsi_gradcam.models.activation import Activation
 
@@ -29,6 +29,7 @@ def model_of(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     scale: float | None = None,
+    stain: str | Mapping[str, Any] | None = None,
     transform: Resizing | None = None,
     activation: Activation = "softmax",
     layer: str | None = None,
@@ -51,7 +52,7 @@ def model_of(
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     values = {
         "patch_px": patch_px, "mpp": mpp, "classes": classes, "mean": mean, "std": std, "scale": scale,
-        "transform": transform, "layer": layer, "output": output, "activation": activation,
+        "stain": stain, "transform": transform, "layer": layer, "output": output, "activation": activation,
     }  # fmt: skip
     try:
         spec = ModelSpec.model_validate({"name": name or type(module).__name__, "source": f"live:{kind}", **values})

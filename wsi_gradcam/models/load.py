@@ -19,10 +19,12 @@ from wsi_gradcam.models.pickles import tensors_only
 from wsi_gradcam.models.sources import Built, export, function, hf, timm, torchscript, torchvision, wsinfer
 from wsi_gradcam.models.sources.programs import failure
 from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, read_spec
+from wsi_gradcam.models.staining import stain_target
 from wsi_gradcam.models.transform import Transform, make_transform
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.activation import Activation
+    from wsi_gradcam.stain import Stain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -52,7 +54,8 @@ class Model:
         transform: what `prepare` does.
         activation: softmax, sigmoid or none.
         layer: the layer to explain where the specification names one.
-        digest: sha256 of weights and of everything above that changes results.
+        digest: sha256 of weights and of everything above and below that changes results.
+        stain: what slides are normalised to before `prepare`; None: they stay as they are.
     """
 
     spec: ModelSpec
@@ -67,6 +70,7 @@ class Model:
     license: str | None
     runs_code: bool
     digest: str
+    stain: Stain | None = None
 
     @property
     def patch_px(self) -> tuple[int, int]:
@@ -151,6 +155,7 @@ def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
         license=spec.license or built.license,
         runs_code=spec.runs_code,
         digest="",
+        stain=stain_target(spec.stain, spec.folder),
     )
     return replace(resolved, digest=_digest(spec, resolved, built.code_digest))
 
@@ -284,6 +289,8 @@ def _digest(spec: ModelSpec, model: Model, code: str) -> str:
         about.append([transform.scale, transform.resize_px, transform.interpolation, transform.crop])
     if spec.output is not None:
         about.append(str(spec.output))
+    if model.stain is not None:
+        about.append(model.stain.to_json())
     digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in sorted(model.module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.activation import Activation
+from wsi_gradcam.models.staining import StainSpec
 
 ZOO = Path(__file__).parent / "zoo"
 RANDOM = "random"
@@ -84,6 +85,7 @@ class ModelSpec(BaseModel):
         scale: white as the network expects it before `mean`: 1, or 255 for colours of 0..255. Colours with a scale,
             but without mean and std, are not normalised.
         mean, std: of RGB in 0..scale, subtracted and divided by.
+        stain: how patches are normalised before anything else, see `StainSpec`; None: not at all.
         transform: how a patch is resized and cropped to the network's input.
         output: which of several outputs are the logits: a key, or a place in a tuple; found when left out.
         layer: name of the module whose output is explained; found when left out.
@@ -104,6 +106,7 @@ class ModelSpec(BaseModel):
     scale: PositiveFloat | None = None
     mean: tuple[Mean, Mean, Mean] | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
+    stain: StainSpec | None = None
     transform: Resizing | None = None
     output: str | int | None = None
     layer: str | None = None
@@ -116,6 +119,16 @@ class ModelSpec(BaseModel):
     @classmethod
     def _square(cls, value: object) -> object:
         return (value, value) if isinstance(value, int) else value
+
+    @field_validator("stain", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        return {"method": value} if isinstance(value, str) else value
+
+    @field_validator("stain")
+    @classmethod
+    def _some(cls, value: StainSpec | None) -> StainSpec | None:
+        return None if value is not None and value.method == "none" else value
 
     @field_validator("classes", mode="before")
     @classmethod

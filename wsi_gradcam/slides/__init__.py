@@ -5,38 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.errors import MppError, SlideNotFoundError
+from wsi_gradcam.errors import ConfigError, MppError, SlideNotFoundError
 from wsi_gradcam.slides.base import Level, Slide, SlideInfo, check_mpp
 from wsi_gradcam.slides.resample import Thumbnail, read_region, thumbnail
 
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["SUFFIXES", "Level", "Slide", "SlideInfo", "Thumbnail", "open_slide", "read_region", "thumbnail"]
+__all__ = [
+    "SUFFIXES", "Level", "Slide", "SlideInfo", "Thumbnail", "check_mpp", "is_zarr", "open_slide", "read_region",
+    "thumbnail",
+]  # fmt: skip
 
+# Files that make a folder a Zarr group, of either format.
+ZARR_FILES = ("zarr.json", ".zgroup")
 # What is looked for in a folder; a file that is named outright is tried whatever its ending.
 SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm".split()  # noqa: SIM905
 )
 
 
-def open_slide(path: str | PathLike[str], mpp: float | tuple[float, float] | None = None) -> Slide:
-    """The slide at `path`; `mpp` (or (y, x)) replaces what the file says of its micrometres per level-0 pixel.
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr group, and so one image rather than many files."""
+    return path.is_dir() and any((path / name).is_file() for name in ZARR_FILES)
+
+
+def open_slide(
+    path: str | PathLike[str],
+    mpp: float | tuple[float, float] | None = None,
+    reader: str = "auto",
+    *,
+    trust_objective: bool = False,
+) -> Slide:
+    """The slide at `path`; `mpp` (or (y, x)) replaces the file's own micrometres per level-0 pixel.
+
+    With `trust_objective` the power of the objective stands in for an mpp that is not known.
+
+    Readers are `openslide`, `tiff`, `ome-zarr`, `picture`; `auto` takes the fastest that shows the file rightly.
 
     Raises:
+        ConfigError: there is no such reader.
         SlideNotFoundError: no file there.
         SlideFormatError: not a slide, or damaged.
         MppError: the given mpp is not possible. (A missing one is raised on the first use of `info.mpp_yx`.)
     """
     # Not above: `import wsi_gradcam.slides` shall not need the shared library.
-    from wsi_gradcam.slides.openslide_reader import OpenSlideSlide
+    from wsi_gradcam.slides.opening import READERS, open_as
 
+    if reader not in READERS:
+        raise ConfigError(f"reader {reader!r} is not known; expected {', '.join(READERS)}")
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() and not is_zarr(path):
         what = "is a folder" if path.is_dir() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
     for value in given or ():
         if problem := check_mpp(value, "the given mpp"):
             raise MppError(f"{path}: {problem}")
-    return OpenSlideSlide(path, given)
+    return open_as(path, given, reader, trust_objective)

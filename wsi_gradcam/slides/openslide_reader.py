@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from PIL import Image
 
 from wsi_gradcam.errors import SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, content_digest, levels_of
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, content_digest, levels_of, mpp_of_objective
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,11 +33,12 @@ class OpenSlideSlide:
     file anew: one bad region must not cost the rest of the slide.
     """
 
-    def __init__(self, path: Path, mpp: tuple[float, float] | None = None) -> None:
+    def __init__(self, path: Path, mpp: tuple[float, float] | None = None, trust_objective: bool = False) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._handle = _open(path)
-        self._info = _describe(path, self._handle, mpp)
+        info = _describe(path, self._handle, mpp)
+        self._info = mpp_of_objective(info) if trust_objective else info
         self._downsamples = self._handle.level_downsamples
 
     @property
@@ -64,6 +66,10 @@ class OpenSlideSlide:
         canvas = self._glass(region)
         canvas[Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width).slices] = pixels
         return canvas
+
+    def is_exact(self, level: int) -> bool:
+        """Whether OpenSlide gives a level's pixels as they are; where its downsample is not whole it interpolates."""
+        return float(self._downsamples[level]).is_integer()
 
     def close(self) -> None:
         """Release the file."""
@@ -100,6 +106,12 @@ class OpenSlideSlide:
                 self._handle = _open(self._path)
 
 
+def vendor_of(path: Path) -> str | None:
+    """OpenSlide's word for a file's format; None where it knows none."""
+    vendor: str | None = openslide.OpenSlide.detect_format(path)
+    return vendor
+
+
 def _open(path: Path) -> openslide.OpenSlide:
     try:
         return openslide.OpenSlide(path)
@@ -129,7 +141,16 @@ def _describe(path: Path, handle: openslide.OpenSlide, mpp: tuple[float, float] 
         bounds=_bounds(properties),
         # Formats of many files (MIRAX, DICOM) have their pixels elsewhere: OpenSlide's own hash covers them.
         digest=content_digest(path, properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")),
+        objective=_objective(properties),
     )
+
+
+def _objective(properties: Mapping[str, str]) -> float | None:
+    try:
+        power = float(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER, "nan"))
+    except ValueError:
+        return None
+    return power if 0 < power < math.inf else None
 
 
 def _mpp(properties: Mapping[str, str]) -> tuple[tuple[float, float] | None, str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COARSER = 1.01
 # Larger reads are cut, so that a thumbnail of a slide without a pyramid needs no more memory than this.
 MAX_SOURCE_PX = 1 << 21
+MOST_READ_PX = 1 << 25
 # Side of the smallest part of a thumbnail that is given up when it cannot be decoded.
 UNREADABLE_PX = 16
 
@@ -132,6 +133,11 @@ class _Axis:
 
 
 def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.uint8]:
+    if rows.length * columns.length > MOST_READ_PX:
+        raise SlideReadError(
+            f"{slide.info.path}: level {level}, y {rows.first}, x {columns.first}: {rows.length} x {columns.length} px "
+            "would have to be read at once, because no level is coarse enough; write the slide anew with a pyramid"
+        )
     pixels = slide.read_level(level, Region(rows.first, columns.first, rows.length, columns.length))
     if rows.exact and columns.exact:
         return pixels

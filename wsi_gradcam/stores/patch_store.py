@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=np.generic)
 
 PENDING, OK, UNREADABLE = 0, 1, 2
+SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is explained
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,25 @@ class SpanData:
         logits: float32 [n, classes].
         cams: float32 [n, targets, h, w], raw and signed.
         status: uint8 [n], OK or UNREADABLE; an unreadable patch has zeros.
+        blur: float32 [n], see `wsi_gradcam.quality.blur_of`; NaN for an unreadable patch.
     """
 
     logits: NDArray[np.float32]
     cams: NDArray[np.float32]
     status: NDArray[np.uint8]
+    blur: NDArray[np.float32]
 
     def digest(self) -> str:
         """sha256 of the values."""
-        return digest_of((self.logits, self.cams, self.status))
+        return digest_of((self.logits, self.cams, self.status, self.blur))
 
 
 class PatchStore:
     """Reads and writes a patch store.
 
-    Arrays: `xy` int32 [N, 2] (x, y of the top left in level-0 px), `tissue` float32 [N], `logits` float32
-    [N, classes], `cam` float32 [N, targets, h, w], `status` uint8 [N] (0 not done, 1 ok, 2 unreadable).
+    Arrays: `xy` int32 [N, 2] (x, y of the top left in level-0 px), `tissue`, `pen`, `glass`, `blur` float32 [N],
+    `logits` float32 [N, classes], `cam` float32 [N, targets, h, w], `status` uint8 [N] (0 not done, 1 ok, 2
+    unreadable).
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,11 +74,13 @@ class PatchStore:
             xy = group.create_array(
                 "xy", shape=(count, 2), chunks=(span, 2), dtype="int32", dimension_names=("patch", "xy")
             )
-            tissue = group.create_array("tissue", shape=(count,), chunks=(span,), dtype="float32")
+            shares = {n: group.create_array(n, shape=(count,), chunks=(span,), dtype="float32") for n in SHARES}
             if count:
                 xy[:] = patches.yx[:, ::-1].astype(np.int32)
-                tissue[:] = patches.tissue
+                for name, array in shares.items():
+                    array[:] = getattr(patches, name)
             group.create_array("status", shape=(count,), chunks=(span,), dtype="uint8")
+            group.create_array("blur", shape=(count,), chunks=(span,), dtype="float32", fill_value=np.nan)
             group.create_array(
                 "logits", shape=(count, classes), chunks=(span, classes), dtype="float32",
                 dimension_names=("patch", "class"),
@@ -101,6 +107,7 @@ class PatchStore:
             self._array("logits")[part] = data.logits
             self._array("cam")[part] = data.cams
             self._array("status")[part] = data.status
+            self._array("blur")[part] = data.blur
 
     def read_span(self, start: int, stop: int) -> SpanData:
         """Everything of the patches from `start` to `stop`."""
@@ -109,6 +116,7 @@ class PatchStore:
             self._read("logits", part, np.float32),
             self._read("cam", part, np.float32),
             self._read("status", part, np.uint8),
+            self._read("blur", part, np.float32),
         )
 
     def logits(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -123,9 +131,13 @@ class PatchStore:
         """Status of patches, uint8 [n]."""
         return self._read("status", slice(start, stop), np.uint8)
 
-    def tissue(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Share of tissue, float32 [n]."""
-        return self._read("tissue", slice(start, stop), np.float32)
+    def share(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Share of each patch that is `tissue`, `pen` or `glass`, float32 [n]."""
+        return self._read(name, slice(start, stop), np.float32)
+
+    def blur(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """How blurred patches are, float32 [n]; NaN where that is not known."""
+        return self._read("blur", slice(start, stop), np.float32)
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array = self._group[name]

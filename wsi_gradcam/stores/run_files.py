@@ -59,6 +59,7 @@ def write_run(path: Path, run: RunPlan) -> None:
         "mpp": run.mpp,
         "mean": list(facts.mean),
         "std": list(facts.std),
+        "stain": None if facts.stain is None else facts.stain.to_json(),
         "layer": facts.layer,
         "view": list(facts.view),
         "batch_size": facts.batch_size,

@@ -1,0 +1,220 @@
+"""A whole slide from begin to end, against its reading alone and its model alone: who waits for whom?
+
+One process, sides alternating, the same patches (ResNet-18, 224 px, batches of 32) of a slide of tissue in JPEG. The
+model is loaded and chosen before the clock runs, for every side. `wall_over_bound` is the run's time, with planning,
+stitching, table and overview, over the longer of reading alone and model alone: 1 is perfect overlap on a machine
+with cores to spare; where reading and model share all cores, the sum of both is the bound, and stands beside it.
+
+    python benchmarks/slide.py [--side 8192] [--rounds 3] [--engine auto] [--precision auto] [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from skimage.data import immunohistochemistry
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from wsi_gradcam import reading
+from wsi_gradcam.config import Settings, make_settings
+from wsi_gradcam.demo.slide import write_slide
+from wsi_gradcam.executors.serial import SerialExecutor
+from wsi_gradcam.explainer import Explainer
+from wsi_gradcam.inputs import SlideEntry, find_slides
+from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.plan import RunPlan, plan_run
+from wsi_gradcam.reading import PatchReader, open_entry
+from wsi_gradcam.slides import read_region
+from wsi_gradcam.stages import Context, Task, perform
+from wsi_gradcam.stores.layout import RunFolder
+from wsi_gradcam.stores.patch_store import PatchStore
+
+MPP = 0.25
+
+
+@dataclass
+class TimeLine:
+    """When the model and the reading threads were at work, in seconds from the begin."""
+
+    began: float = field(default_factory=time.perf_counter)
+    model: list[tuple[float, float]] = field(default_factory=list)
+    read: list[tuple[float, float]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def told(self, what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, whose times are noted."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*arguments, **options)
+            finally:
+                with self._lock:
+                    getattr(self, what).append((start - self.began, time.perf_counter() - self.began))
+
+        return timed
+
+    def summary(self) -> dict[str, Any]:
+        """Busy seconds, what the model waited for between its first and last batch, and both lines."""
+        model = sorted(self.model)
+        waited = sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(model))
+        return {
+            "model_busy_s": sum(end - start for start, end in model), "model_waited_s": waited,
+            "read_busy_s": sum(end - start for start, end in self.read),
+            "model": [[round(t, 4) for t in span] for span in model],
+            "read": [[round(t, 4) for t in span] for span in _joined(sorted(self.read))],
+        }  # fmt: skip
+
+
+def _joined(spans: list[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Spans that touch or overlap, as one."""
+    at: tuple[float, float] | None = None
+    for start, end in spans:
+        if at is None or start > at[1] + 1e-3:
+            if at is not None:
+                yield at
+            at = (start, end)
+        else:
+            at = (at[0], max(at[1], end))
+    if at is not None:
+        yield at
+
+
+@contextmanager
+def watched() -> Iterator[TimeLine]:
+    """Notes when models explain and patches are read."""
+    line, explain, read = TimeLine(), Explainer.explain, read_region
+    Explainer.explain = line.told("model", explain)  # type: ignore[method-assign]
+    reading.read_region = line.told("read", read)  # type: ignore[attr-defined]
+    try:
+        yield line
+    finally:
+        Explainer.explain = explain  # type: ignore[method-assign]
+        reading.read_region = read  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A slide, and the model that is loaded and chosen for it."""
+
+    executor: SerialExecutor
+    run: RunPlan
+    entry: SlideEntry
+
+    def end_to_end(self, out: Path) -> float:
+        """Seconds of the whole slide."""
+        run = self._to(out)
+        started = time.perf_counter()
+        (record,) = self.executor.run(run, [self.entry], False, lambda *_: None)
+        seconds = time.perf_counter() - started
+        assert record.status == "ok", record
+        return seconds
+
+    def places(self, out: Path) -> Any:
+        """Where the run's patches are, in working order."""
+        context = Context(self._to(out))
+        perform(context, Task("plan", self.entry))
+        context.close()
+        return PatchStore(RunFolder(out).slide(self.entry.id).cams).yx()
+
+    def decode_only(self, yx: Any) -> float:
+        """Seconds to read all patches."""
+        slide = open_entry(self.entry, self.run.settings)
+        size, threads = self.run.facts.batch_size, self.run.settings.reader_threads
+        started = time.perf_counter()
+        with closing(PatchReader(slide, self.run.patch_px, self.run.mpp, size, threads)) as reader:
+            count = sum(len(batch.rgb) for batch in reader.batches(yx))
+        seconds = time.perf_counter() - started
+        slide.close()
+        assert count == len(yx)
+        return seconds
+
+    def model_only(self, count: int) -> float:
+        """Seconds to explain as many patches that are in memory."""
+        explainer, size = self.executor._explainer, self.run.facts.batch_size
+        assert explainer is not None
+        rgb = np.random.default_rng(0).integers(0, 256, (size, *self.run.patch_px, 3), np.uint8)
+        started = time.perf_counter()
+        for start in range(0, count, size):
+            explainer.explain(rgb[: count - start], self.run.targets, self.run.settings.method)
+        return time.perf_counter() - started
+
+    def _to(self, out: Path) -> RunPlan:
+        return plan_run(out, self.run.spec, self.run.facts, self.run.settings)
+
+
+def prepare(folder: Path, side: int, settings: Settings) -> Work:
+    """A slide of `side` px and its model."""
+    micrograph = immunohistochemistry()
+    pair = np.concatenate([micrograph, micrograph[:, ::-1]], axis=1)
+    four = np.concatenate([pair, pair[::-1]])
+    repeats = -(-side // len(four))
+    write_slide(folder / "slide.tif", np.tile(four, (repeats, repeats, 1))[:side, :side], mpp=MPP)
+    entries = find_slides([folder / "slide.tif"])
+    spec = ModelSpec(
+        name="resnet18", source="torchvision:resnet18", weights="random", classes=("other", "tumour"),
+        patch_px=(224, 224), mpp=MPP,
+    )  # fmt: skip
+    executor = SerialExecutor()
+    facts = executor.examine(spec, settings, entries)
+    return Work(executor, plan_run(folder / "out", spec, facts, settings), entries[0])
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All figures."""
+    settings = make_settings(engine=arguments.engine, precision=arguments.precision, min_tissue=0.0)
+    work = prepare(folder, arguments.side, settings)
+    yx = work.places(folder / "plan")
+    times: dict[str, list[float]] = {"wall": [], "decode": [], "model": []}
+    for i in range(arguments.rounds + 1):
+        sides: list[tuple[str, Callable[[], float]]] = [
+            ("decode", lambda: work.decode_only(yx)),
+            ("model", lambda: work.model_only(len(yx))),
+            ("wall", lambda i=i: work.end_to_end(folder / f"run{i}")),  # type: ignore[misc]
+        ]
+        for name, side in sides if i % 2 == 0 else sides[::-1]:
+            seconds = side()
+            if i:  # the first round warms up
+                times[name].append(seconds)
+    with watched() as line:
+        work.end_to_end(folder / "watched")
+    wall, decode, model = (statistics.median(times[name]) for name in ("wall", "decode", "model"))
+    return {
+        "ratios": {"wall_over_bound": wall / max(decode, model), "wall_over_sum": wall / (decode + model)},
+        "seconds": {"wall": wall, "decode_only": decode, "model_only": model},
+        "patches": len(yx), "engine": work.run.facts.choice.engine, "precision": work.run.facts.choice.precision,
+        "time_line": line.summary(),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=8192, help="of the slide in px (default 8192)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
+    parser.add_argument("--engine", default="auto", help="as for explain")
+    parser.add_argument("--precision", default="auto", help="as for explain")
+    parser.add_argument("--quick", action="store_true", help="a small slide, one round: does it run?")
+    parser.add_argument("--json", action="store_true", help="print JSON on one line")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.side, arguments.rounds, arguments.engine, arguments.precision = 1024, 1, "eager", "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(arguments, Path(folder))
+    print(json.dumps(found, indent=None if arguments.json else 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The benchmark of reading runs, reports ratios of what it measured, and its sides see the same pixels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.runs import ROOT
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    command = [sys.executable, "benchmarks/read.py", "--quick", "--json"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout)
+    return found
+
+
+def test_ratios_are_of_the_rates_that_are_reported(figures: dict[str, Any]) -> None:
+    for name, rates in figures["patches_per_s"].items():
+        assert {"fast", "openslide", "bare_decode"} <= rates.keys()
+        assert ("aszarr" in rates) == ("_by_" not in name)
+        for side in rates.keys() - {"fast"}:
+            assert figures["ratios"][f"fast_over_{side}_{name}"] == rates["fast"] / rates[side]
+
+
+def test_every_codec_grid_and_scale_is_measured(figures: dict[str, Any]) -> None:
+    names = {
+        f"{c}_{g}{s}" for c in ("jpeg", "jpeg2000") for g in ("aligned", "unaligned") for s in ("", "_by_2", "_by_1.37")
+    }
+    assert figures["patches_per_s"].keys() == names
+
+
+def test_pixels_are_openslides(figures: dict[str, Any]) -> None:
+    assert all(figures["identical_to_openslide"].values())
+    assert len(figures["identical_to_openslide"]) == 4

@@ -1,0 +1,167 @@
+"""OME-Zarr images of either version are slides; what is missing in them is never black."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import zarr
+
+from tests.runs import SMALL, rows_of, toy_spec
+from tests.synthetic import PINK
+from wsi_gradcam.api import explain, validate
+from wsi_gradcam.errors import MppError, SlideFormatError, SlideReadError
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.slides import open_slide
+
+Rgb = npt.NDArray[np.uint8]
+SIZE = (230, 310)
+
+
+@pytest.fixture
+def picture() -> Rgb:
+    return np.random.default_rng(0).integers(1, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+def write(
+    path: Path,
+    data: npt.NDArray[Any],
+    axes: str = "cyx",
+    version: str = "0.5",
+    scale: float = 0.5,
+    unit: str | None = "micrometer",
+    levels: int = 2,
+    **options: Any,
+) -> Path:
+    """`data` in the order of `axes`; each level has every second row and column of the one before."""
+    group = zarr.open_group(path, mode="w", zarr_format=3 if version == "0.5" else 2)
+    steps = {"y": 2, "x": 2}
+    for level in range(levels):
+        if level:
+            data = data[tuple(slice(None, None, steps.get(axis, 1)) for axis in axes)]
+        chunks = tuple({"y": 64, "x": 100}.get(axis, 1) for axis in axes)
+        group.create_array(str(level), data=np.ascontiguousarray(data), chunks=chunks, **options)
+    kinds = {"c": "channel", "t": "time"}
+    units = {"unit": unit} if unit else {}
+    described = [{"name": a, "type": kinds.get(a, "space"), **(units if a in "zyx" else {})} for a in axes]
+    datasets = [
+        {
+            "path": str(i),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [scale * 2**i if a in "yx" else 1.0 for a in axes]}
+            ],
+        }
+        for i in range(levels)
+    ]
+    metadata: Any = {"multiscales": [{"axes": described, "datasets": datasets, "version": version}]}
+    group.attrs.update({"ome": {"version": version, **metadata}} if version == "0.5" else metadata)
+    return path
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("axes", ["cyx", "yxc", "tczyx"])
+def test_pixels_and_mpp_are_the_images(version: str, axes: str, picture: Rgb, tmp_path: Path) -> None:
+    data = np.moveaxis(picture, -1, 0) if axes != "yxc" else picture
+    data = data[None, :, None] if axes == "tczyx" else data
+    slide = open_slide(write(tmp_path / "a.ome.zarr", data, axes, version))
+    assert slide.info.mpp == (0.5, 0.5)
+    assert [(level.height, level.width) for level in slide.info.levels] == [SIZE, (115, 155)]
+    padded = np.pad(picture, ((50, 50), (50, 50), (0, 0)), constant_values=255)
+    for region in (Region(0, 0, *SIZE), Region(-20, 60, 90, 100), Region(200, 300, 60, 40), Region(500, 0, 5, 5)):
+        expected = padded[50 + region.y : 50 + region.bottom, 50 + region.x : 50 + region.right]
+        if expected.size:
+            np.testing.assert_array_equal(slide.read_level(0, region), expected)
+        else:
+            assert (slide.read_level(0, region) == 255).all()
+    np.testing.assert_array_equal(slide.read_level(1, Region(0, 0, 115, 155)), picture[::2, ::2])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gray_is_repeated_and_sixteen_bits_scaled(
+    dtype: type[np.unsignedinteger[Any]], picture: Rgb, tmp_path: Path
+) -> None:
+    gray = picture[..., 0]
+    path = write(tmp_path / "a.zarr", gray.astype(dtype) * (257 if dtype is np.uint16 else 1), "yx")
+    found = open_slide(path).read_level(0, Region(0, 0, *SIZE))
+    np.testing.assert_array_equal(found, np.repeat(gray[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("nanometer", 250.0), ("millimeter", 0.00025)])
+def test_units_are_honoured(unit: str, scale: float, picture: Rgb, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.zarr", picture[..., 0], "yx", unit=unit, scale=scale)
+    assert open_slide(path).info.mpp == pytest.approx((0.25, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("unit", "scale", "said"),
+    [
+        (None, 1.0, "axis y has unit None; give the micrometres per pixel with --mpp"),
+        ("micrometer", 352.8, "the scale of axis y is 352.8, expected 0.01 to 100"),
+    ],
+)
+def test_an_image_without_mpp_says_so(unit: str | None, scale: float, said: str, tmp_path: Path) -> None:
+    slide = open_slide(write(tmp_path / "a.zarr", np.ones(SIZE, np.uint8), "yx", unit=unit, scale=scale))
+    with pytest.raises(MppError, match=f"a.zarr: {said}"):
+        _ = slide.info.mpp_yx
+    assert open_slide(tmp_path / "a.zarr", 0.5).info.mpp_yx == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("data", "axes", "said"),
+    [
+        (np.ones((4, *SIZE), np.uint8), "cyx", "4 channels of uint8, expected RGB or gray"),
+        (np.ones((3, *SIZE), np.float32), "cyx", "3 channels of float32"),
+        (np.ones((5, *SIZE), np.uint8), "zyx", "expected one picture of y, x and colours"),
+    ],
+)
+def test_what_is_no_picture_is_refused(data: npt.NDArray[Any], axes: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(SlideFormatError, match=said):
+        open_slide(write(tmp_path / "a.zarr", data, axes))
+
+
+def test_other_zarr_is_refused(tmp_path: Path) -> None:
+    zarr.open_group(tmp_path / "a.zarr", mode="w")
+    with pytest.raises(SlideFormatError, match=r"a\.zarr: a Zarr group without multiscales"):
+        open_slide(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr/zarr.json").write_text('{"zarr_format": 3')
+    with pytest.raises(SlideFormatError, match=r"a\.zarr: not an OME-Zarr image that can be read"):
+        open_slide(tmp_path / "a.zarr")
+
+
+def test_a_missing_or_damaged_chunk_is_its_own_matter(picture: Rgb, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.zarr", np.moveaxis(picture, -1, 0))
+    for channel in range(3):
+        (path / f"0/c/{channel}/0/1").unlink()
+    (path / "0/c/1/1/0").write_bytes(b"damaged")
+    slide = open_slide(path)
+    with pytest.raises(SlideReadError, match=r"level 0, y 0, x 50, 20 x 60 px has no data: a chunk is missing"):
+        slide.read_level(0, Region(0, 50, 20, 60))
+    with pytest.raises(SlideReadError, match=r"level 0, y 100, x 10, 20 x 60 px cannot be decoded"):
+        slide.read_level(0, Region(100, 10, 20, 60))
+    np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 64, 100)), picture[:64, :100])
+
+
+def test_the_digest_tells_images_apart(picture: Rgb, tmp_path: Path) -> None:
+    data = np.moveaxis(picture, -1, 0)
+    first = open_slide(write(tmp_path / "a.zarr", data)).info.digest
+    shutil.copytree(tmp_path / "a.zarr", tmp_path / "b.zarr")
+    assert open_slide(tmp_path / "b.zarr").info.digest == first
+    assert open_slide(write(tmp_path / "c.zarr", 255 - data)).info.digest != first
+    assert open_slide(write(tmp_path / "d.zarr", data, scale=0.25)).info.digest != first
+
+
+def test_images_are_found_in_folders_and_explained(picture: Rgb, tmp_path: Path) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    write(slides / "deep/a.ome.zarr", np.moveaxis(np.array(PINK, np.uint8) - picture // 16, -1, 0))
+    assert [slide.id for slide in find_slides([slides])] == ["deep/a.ome.zarr"]
+    assert [slide.id for slide in find_slides([slides / "deep/a.ome.zarr"])] == ["a.ome.zarr"]
+    explain(slides, toy_spec("pooled_linear"), out, **SMALL)
+    assert rows_of(out)["deep/a.ome.zarr"]["status"] == "ok"
+    assert not validate(out)
+    with pytest.raises(ValueError, match="no slides in this folder"):
+        find_slides([out])  # results are no slides

@@ -1,0 +1,100 @@
+"""Files that claim more than they hold are refused before a C library believes them."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from tests.fuzz import fuzz, tags
+from wsi_gradcam.errors import SlideFormatError
+from wsi_gradcam.slides import open_slide
+from wsi_gradcam.slides.tiff_check import check_tiff
+
+
+@pytest.fixture(params=[("<", False), (">", False), ("<", True)], ids=str)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    order, big = request.param
+    made = tmp_path / "a.tif"
+    with tifffile.TiffWriter(made, bigtiff=big, byteorder=order) as writer:
+        for size in (64, 32):
+            picture = np.full((size, size, 3), 200, np.uint8)
+            writer.write(picture, tile=(32, 32), photometric="rgb", metadata=None, subfiletype=int(size == 32))
+    return made
+
+
+def change(path: Path, tag: int, *, count: int | None = None, value: int | None = None, directory: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    found = [
+        (order, at, size)
+        for order, at, size in tags(bytes(data))
+        if struct.unpack_from(order + "H", data, at)[0] == tag
+    ]
+    order, at, size = found[directory]
+    word, start = ("I", 4) if size == 12 else ("Q", 4)
+    if count is not None:
+        struct.pack_into(order + word, data, at + start, count)
+    if value is not None:
+        struct.pack_into(order + "H", data, at + 2, 4)
+        struct.pack_into(order + "I", data, at + start + struct.calcsize(word), value)
+    path.write_bytes(data)
+
+
+def test_a_sound_file_passes(path: Path) -> None:
+    check_tiff(path)
+    slide = open_slide(path, 0.5)
+    assert [level.height for level in slide.info.levels] == [64, 32]
+    slide.close()
+
+
+@pytest.mark.parametrize("directory", [0, 1])
+def test_more_values_than_bytes_are_refused(path: Path, directory: int) -> None:
+    change(path, 258, count=1 << 30, directory=directory)
+    with pytest.raises(
+        SlideFormatError, match=rf"a\.tif: .*tag 258 of directory {directory} claims 1,073,741,824 values"
+    ):
+        open_slide(path)
+
+
+def test_tiles_beyond_all_measure_are_refused(path: Path) -> None:
+    change(path, 322, value=1 << 20)
+    change(path, 323, value=1 << 12)
+    with pytest.raises(SlideFormatError, match=r"tiles of 4096 x 1048576 px in directory 0, expected up to"):
+        open_slide(path)
+
+
+def test_a_tile_larger_than_the_file_is_refused(path: Path) -> None:
+    with tifffile.TiffFile(path) as file:
+        tag: Any = file.pages[0].tags["TileByteCounts"]  # type: ignore[union-attr]
+        order, place, kind = file.byteorder, tag.valueoffset, {3: "H", 4: "I", 16: "Q"}[tag.dtype]
+    data = bytearray(path.read_bytes())
+    struct.pack_into(order + kind, data, place, 60_000)
+    path.write_bytes(data)
+    with pytest.raises(SlideFormatError, match=r"a tile of 60,000 bytes in directory 0, more than the file's"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("keep", [3, 9, 15, 40, 200])
+def test_what_is_cut_short_is_not_walked_beyond_its_end(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+    check_tiff(path)
+
+
+def test_directories_in_a_circle_end(path: Path) -> None:
+    with tifffile.TiffFile(path) as file:
+        first, place = file.pages[0].offset, file.pages.next_page_offset
+        order, size = file.byteorder, file.tiff.offsetsize
+    assert place is not None
+    data = bytearray(path.read_bytes())
+    struct.pack_into(order + {4: "I", 8: "Q"}[size], data, place, first)
+    path.write_bytes(data)
+    check_tiff(path)
+
+
+def test_slides_damaged_in_many_ways_are_read_or_refused() -> None:
+    """The short form; `make proofs` runs ten thousand."""
+    assert fuzz(300, seed=5) == []

@@ -1,0 +1,10 @@
+"""What people drew on slides: `read_annotations` gives areas in level-0 pixels, `rasterise` masks of them."""
+
+from __future__ import annotations
+
+from wsi_gradcam.annotations.base import Annotations, Area
+from wsi_gradcam.annotations.files import read_annotations
+from wsi_gradcam.annotations.raster import rasterise
+from wsi_gradcam.annotations.regions import Regions, check_mask, regions_of
+
+__all__ = ["Annotations", "Area", "Regions", "check_mask", "rasterise", "read_annotations", "regions_of"]

@@ -1,0 +1,113 @@
+"""The part of a slide that is to be explained, as a file of annotations or a mask says it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsi_gradcam.annotations.files import PICTURE, file_for, parse, read_bytes
+from wsi_gradcam.annotations.picture import read_picture, resized
+from wsi_gradcam.annotations.raster import rasterise
+from wsi_gradcam.errors import AnnotationError, ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.annotations.base import Annotations
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A slide's mask file, read but not yet understood.
+
+    Attributes:
+        path: of the file.
+        data: its content.
+        include: names of the classes that are in; none: all that are not excluded.
+        exclude: names of the classes that are out.
+        shared: whether the file is one of a folder, where not every class is on every slide.
+    """
+
+    path: Path
+    data: bytes
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    shared: bool = False
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the content."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def mask(self, slide_px: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """What is to be explained, bool [h, w] over the whole slide of `slide_px` (height, width).
+
+        Included classes without what excluded ones cover. Where only classes to exclude were drawn, it is the rest
+        of the slide.
+
+        Raises:
+            AnnotationError: the file cannot be understood, or a class is not in it.
+        """
+        if self.path.suffix.lower() == PICTURE:
+            if self.include or self.exclude:
+                raise AnnotationError(f"{self.path}: a picture has no classes; leave --include and --exclude out")
+            return resized(read_picture(self.path, self.data), shape)
+        found = parse(self.path, self.data)
+        self._check(found)
+        wanted = set(self.include or found.names) - set(self.exclude)
+        unwanted = [area for area in found.areas if area.name in self.exclude]
+        areas = [area for area in found.areas if area.name in wanted]
+        whole = not areas and not self.include
+        mask = np.ones(shape, np.bool_) if whole else rasterise(areas, slide_px, shape, str(self.path))
+        return mask & ~rasterise(unwanted, slide_px, shape, str(self.path)) if unwanted else mask
+
+    def _check(self, found: Annotations) -> None:
+        """Refuse names that are nowhere: what was misspelt would be left out, or explained, without a word."""
+        missing = sorted({*self.include, *self.exclude} - set(found.names))
+        if self.shared:
+            missing = [] if not self.include or set(self.include) & set(found.names) else sorted(self.include)
+        if missing:
+            listed = ", ".join(repr(name) for name in found.names)
+            raise AnnotationError(f"{self.path}: no annotation is called {missing[0]!r}; there are {listed}")
+
+
+def regions_of(
+    mask: Path | None, slide_id: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+) -> Regions | None:
+    """What is to be explained of a slide; None without a mask: all of it.
+
+    Args:
+        mask: a file, or a folder with a file for each slide.
+        slide_id: of the slide, its path relative to the archive.
+
+    Raises:
+        AnnotationError: there is no such file, or it cannot be read.
+    """
+    if mask is None:
+        return None
+    shared = mask.is_dir()
+    path = file_for(mask, slide_id) if shared else mask
+    return Regions(path, read_bytes(path), include, exclude, shared)
+
+
+def check_mask(mask: Path | None, include: Sequence[str], exclude: Sequence[str], slides: int) -> None:
+    """Refuse before any work what can be fulfilled for no slide.
+
+    Raises:
+        ConfigError: classes without a mask, a mask that does not exist, or one file for several slides.
+    """
+    if mask is None:
+        if include or exclude:
+            raise ConfigError("include and exclude name classes of a mask; give the file with --mask")
+        return
+    if not mask.exists():
+        raise ConfigError(f"{mask}: does not exist, expected a file or a folder for --mask; check the path")
+    if slides > 1 and not mask.is_dir():
+        raise ConfigError(
+            f"{mask}: one mask for {slides} slides; give a folder that holds a file for each, named as the slide"
+        )

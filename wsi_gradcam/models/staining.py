@@ -1,0 +1,130 @@
+"""The stain that a model file asks for: a method, and what tissue is made to look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, model_validator
+
+from wsi_gradcam.errors import ModelError, StainError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.stain import Stain
+
+Density = Annotated[float, Field(ge=0)]
+Lightness = Annotated[float, Field(ge=0, le=100)]
+Chroma = Annotated[float, Field(ge=-128, le=128)]
+
+LARGEST_PX = 1 << 26  # of a target's picture: what is more is a slide by mistake
+MEASURED_PX = 1 << 20  # of it, evenly
+CLOSEST_DEG = 3.0  # two stains that are nearer to each other are one
+
+
+class MacenkoTarget(BaseModel):
+    """Optical densities of (red, green, blue) of haematoxylin and of eosin, and the 99th percentile of each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    stains: tuple[tuple[Density, Density, Density], tuple[Density, Density, Density]]
+    concentrations: tuple[PositiveFloat, PositiveFloat]
+
+    @model_validator(mode="after")
+    def _two_stains(self) -> MacenkoTarget:
+        haematoxylin, eosin = np.asarray(self.stains)
+        lengths = np.linalg.norm(haematoxylin) * np.linalg.norm(eosin)
+        if lengths == 0 or haematoxylin @ eosin / lengths > np.cos(np.radians(CLOSEST_DEG)):
+            raise ValueError("the stains must be two different colours, of haematoxylin and of eosin")
+        return self
+
+
+class ReinhardTarget(BaseModel):
+    """Mean and standard deviation of L* (0 to 100), a* and b*."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    mean: tuple[Lightness, Chroma, Chroma]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+def _form(target: object) -> str:
+    if isinstance(target, str):
+        return "picture"
+    keys = target if isinstance(target, dict) else getattr(target, "__dict__", {})
+    return "macenko" if "stains" in keys or "concentrations" in keys else "reinhard"
+
+
+Target = Annotated[
+    Annotated[str, Tag("picture")]
+    | Annotated[MacenkoTarget, Tag("macenko")]
+    | Annotated[ReinhardTarget, Tag("reinhard")],
+    Discriminator(_form),
+]
+
+
+class StainSpec(BaseModel):
+    """How patches are normalised before the network sees them.
+
+    Attributes:
+        method: macenko, reinhard or none.
+        target: what tissue is made to look like: a picture beside the model file, or the method's numbers; left out,
+            published ones.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["none", "macenko", "reinhard"]
+    target: Target | None = None
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> StainSpec:
+        if self.target is not None and self.method == "none":
+            raise ValueError("method none takes no target; leave it out, or name macenko or reinhard")
+        if self.target is not None and _form(self.target) not in ("picture", self.method):
+            keys = "stains, concentrations" if self.method == "macenko" else "mean, std"
+            raise ValueError(f"the target's keys are not those of {self.method}: {keys}")
+        return self
+
+
+def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
+    """What tissue is made to look like; None where nothing is changed. A picture lies in `folder`.
+
+    Raises:
+        ModelError: the picture cannot be read, or shows no stain.
+    """
+    if spec is None:
+        return None
+    from wsi_gradcam.stain import PUBLISHED, measure, stain_from_json  # here: reading model files needs no skimage
+
+    if spec.target is None:
+        return PUBLISHED[spec.method]
+    if not isinstance(spec.target, str):
+        return stain_from_json({"method": spec.method, **spec.target.model_dump()})
+    path = folder / Path(spec.target).expanduser()
+    try:
+        return measure(_pixels(path), spec.method)
+    except StainError as error:
+        raise ModelError(f"{path}: no target for {spec.method}: {error}; take a picture of stained tissue") from error
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    """RGB uint8 [n, 3] of a picture, evenly over it."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such stain target; paths are relative to the model file")
+    try:
+        with Image.open(path) as picture:
+            if picture.mode != "RGB" or picture.width * picture.height > LARGEST_PX:
+                raise ModelError(
+                    f"{path}: a picture of {picture.width} x {picture.height} px, {picture.mode}; expected 8-bit RGB "
+                    f"of at most {LARGEST_PX} px as stain target"
+                )
+            rgb = np.asarray(picture).reshape(-1, 3)
+    except ModelError:
+        raise
+    except Exception as error:  # damaged pictures raise many errors
+        raise ModelError(f"{path}: no picture ({type(error).__name__}); give a PNG or JPEG as stain target") from error
+    return rgb[:: -(-len(rgb) // MEASURED_PX)]

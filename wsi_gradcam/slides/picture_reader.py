@@ -1,0 +1,93 @@
+"""Plain PNG and JPEG pictures as slides of one level; micrometres per pixel must be given."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from wsi_gradcam.errors import SlideFormatError, one_line
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.slides.base import SlideInfo, content_digest, levels_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMATS = ("PNG", "JPEG")
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+WHITE = (255, 255, 255)
+MOST_PX = 1 << 26  # decoded as a whole, in 0.5 GB
+NO_MPP = "a picture does not say how large its pixels are; give the micrometres per pixel with --mpp"
+
+
+class PictureSlide:
+    """A `Slide` that is one picture, held in memory."""
+
+    def __init__(self, path: Path, mpp: tuple[float, float] | None = None, trust_objective: bool = False) -> None:
+        self._pixels = _decoded(path)
+        self._info = SlideInfo(
+            path=str(path),
+            levels=levels_of([self._pixels.shape[:2]]),
+            mpp=mpp,
+            mpp_problem="" if mpp else NO_MPP,
+            vendor="picture",
+            background=WHITE,
+            bounds=None,
+            digest=content_digest(path),
+        )
+
+    @property
+    def info(self) -> SlideInfo:
+        """What is known of the slide."""
+        return self._info
+
+    def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Pixels of `region` as RGB uint8 [height, width, 3]; outside the picture: white."""
+        canvas = np.full((region.height, region.width, 3), WHITE, np.uint8)
+        inside = region.intersect(Region(0, 0, *self._pixels.shape[:2]))
+        place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
+        canvas[place.slices] = self._pixels[inside.slices]
+        return canvas
+
+    def close(self) -> None:
+        """Release the memory."""
+        self._pixels = self._pixels[:0]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as a PNG or JPEG does."""
+    with path.open("rb") as file:
+        return file.read(8).startswith(SIGNATURES)
+
+
+def _decoded(path: Path) -> NDArray[np.uint8]:
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as picture:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a tighter bound is checked here
+            if picture.width * picture.height > MOST_PX:
+                raise SlideFormatError(
+                    f"{path}: a picture of {picture.height} x {picture.width} px; expected up to {MOST_PX:,} px: "
+                    "convert it to a tiled TIFF"
+                )
+            return _rgb(ImageOps.exif_transpose(picture))
+    except SlideFormatError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise SlideFormatError(
+            f"{path}: damaged or cut short ({one_line(error)}); copy the picture again from its source"
+        ) from error
+
+
+def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
+        gray = ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        canvas = Image.new("RGB", picture.size, WHITE)
+        canvas.paste(picture, mask=picture.getchannel("A"))
+        return np.asarray(canvas)
+    return np.asarray(picture.convert("RGB"))

@@ -1,0 +1,99 @@
+"""Whether a TIFF file claims more than it can hold: C libraries believe it, and end the process for want of memory."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from wsi_gradcam.errors import SlideFormatError
+from wsi_gradcam.slides.tiff_levels import AGAIN, MOST_TILE_PX
+
+ORDERS = {b"II": "<", b"MM": ">"}
+CLASSIC, BIG = 42, 43
+# Bytes of a value by its type (TIFF 6.0, section 2, and BigTIFF).
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+WHOLE_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
+TILE_WIDTH, TILE_LENGTH = 322, 323
+BYTE_COUNTS = (279, 325)  # of strips, of tiles
+MOST_DIRECTORIES, MOST_ENTRIES = 4096, 4096
+
+Entry = tuple[int, int, int, bytes]  # tag, type, count, the field that holds the value or its place
+
+
+def check_tiff(path: Path) -> None:
+    """Walk the directories of a TIFF as far as they can be read.
+
+    Raises:
+        SlideFormatError: one says that it holds more than the file does, or tiles beyond all measure.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number, (order, entries) in enumerate(_directories(file, size)):
+            for tag, kind, count, field in entries:
+                if TYPE_BYTES.get(kind, 0) * count > size:
+                    raise SlideFormatError(
+                        f"{path}: damaged TIFF: tag {tag} of directory {number} claims {count:,} values, more than "
+                        f"the file's {size:,} bytes can hold; {AGAIN}"
+                    )
+                if tag in BYTE_COUNTS and (largest := _largest(path, order, (tag, kind, count, field))) > size:
+                    raise SlideFormatError(
+                        f"{path}: damaged TIFF: a tile of {largest:,} bytes in directory {number}, more than "
+                        f"the file's {size:,}; {AGAIN}"
+                    )
+            sides = [_largest(path, order, entry) for entry in entries if entry[0] in (TILE_WIDTH, TILE_LENGTH)]
+            if len(sides) == 2 and sides[0] * sides[1] > MOST_TILE_PX:
+                raise SlideFormatError(
+                    f"{path}: damaged TIFF: tiles of {sides[1]} x {sides[0]} px in directory {number}, expected up to "
+                    f"{MOST_TILE_PX:,} px; {AGAIN}"
+                )
+
+
+def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]:
+    """Byte order and entries of each directory, to the end of the chain or to where it leaves the file."""
+    head = file.read(16)
+    order = ORDERS.get(head[:2])
+    if order is None or len(head) < 16:
+        return
+    (version,) = struct.unpack(order + "H", head[2:4])
+    if version not in (CLASSIC, BIG):
+        return
+    word, number, shape = ("Q", "Q", "HHQ8s") if version == BIG else ("I", "H", "HHI4s")
+    (place,) = struct.unpack_from(order + word, head, 8 if version == BIG else 4)
+    seen: set[int] = set()
+    while 0 < place < size and place not in seen and len(seen) < MOST_DIRECTORIES:
+        seen.add(place)
+        file.seek(place)
+        count = _unpacked(file, order + number)
+        if count is None or count > MOST_ENTRIES:
+            return
+        length = struct.calcsize(order + shape)
+        raw = file.read(count * length)
+        whole = len(raw) - len(raw) % length
+        yield order, [struct.unpack_from(order + shape, raw, at) for at in range(0, whole, length)]
+        place = _unpacked(file, order + word) or 0
+
+
+def _unpacked(file: BinaryIO, layout: str) -> int | None:
+    data = file.read(struct.calcsize(layout))
+    return struct.unpack(layout, data)[0] if len(data) == struct.calcsize(layout) else None
+
+
+def _largest(path: Path, order: str, entry: Entry) -> int:
+    """The largest of an entry's values; 0 where they are no whole numbers or lie outside the file."""
+    _, kind, count, field = entry
+    if kind not in WHOLE_NUMBERS or not count:
+        return 0
+    dtype = np.dtype(order + WHOLE_NUMBERS[kind])
+    if dtype.itemsize * count <= len(field):
+        return int(np.frombuffer(field, dtype, count).max())
+    place = int.from_bytes(field, "little" if order == "<" else "big")
+    if place > path.stat().st_size:
+        return 0
+    with path.open("rb") as file:
+        file.seek(place)
+        data = file.read(dtype.itemsize * count)
+    return int(np.frombuffer(data, dtype, len(data) // dtype.itemsize).max(initial=0))

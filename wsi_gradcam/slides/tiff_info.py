@@ -1,0 +1,95 @@
+"""What a TIFF file that OpenSlide does not know says of itself: size of its pixels, name of its maker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from tifffile import RESUNIT, TiffFile
+
+from wsi_gradcam.errors import one_line
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, content_digest, levels_of
+
+if TYPE_CHECKING:
+    from tifffile import TiffPage
+
+    from wsi_gradcam.slides.tiff_levels import TiffLevel
+
+WHITE = (255, 255, 255)
+UM_PER_UNIT = {
+    RESUNIT.INCH: 25_400.0,
+    RESUNIT.CENTIMETER: 10_000.0,
+    RESUNIT.MILLIMETER: 1_000.0,
+    RESUNIT.MICROMETER: 1.0,
+}
+# Length units that OME-XML allows, as far as microscopes use them; µ comes as two characters.
+UM_PER_OME_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+LARGEST_XML = 1 << 24
+SWAPPED = 4  # orientations above it exchange rows and columns
+
+
+def describe_tiff(path: Path, file: TiffFile, levels: list[TiffLevel], mpp: tuple[float, float] | None) -> SlideInfo:
+    """The facts of a slide in `file`, whose `levels` are known; `mpp` (y, x) replaces the file's own."""
+    found, problem = (mpp, "") if mpp is not None else tiff_mpp(file)
+    if mpp is None and found is not None and levels[0].orientation > SWAPPED:
+        found = (found[1], found[0])
+    return SlideInfo(
+        path=str(path),
+        levels=levels_of([level.shown_px for level in levels]),
+        mpp=found,
+        mpp_problem=problem,
+        vendor="ome-tiff" if file.is_ome else "tiff",
+        background=WHITE,
+        bounds=None,
+        digest=content_digest(path),
+    )
+
+
+def tiff_mpp(file: TiffFile) -> tuple[tuple[float, float] | None, str]:
+    """Micrometres per stored pixel (y, x) and an empty string, or None and what is wrong, with the mend."""
+    if file.is_ome:
+        return _ome_mpp(file.ome_metadata or "")
+    page: Any = file.pages[0]
+    values = [_resolution(page, axis) for axis in ("YResolution", "XResolution")]
+    if None in values:
+        return None, "the file says nothing of its resolution; give the micrometres per pixel with --mpp"
+    for axis, value in zip("YX", values, strict=True):
+        if problem := check_mpp(float(value or 0), f"the pixel size by tag {axis}Resolution"):
+            return None, problem
+    return (float(values[0] or 0), float(values[1] or 0)), ""
+
+
+def _resolution(page: TiffPage, name: str) -> float | None:
+    """Micrometres per pixel by a TIFF resolution tag; None where it or its unit is missing."""
+    value = page.tags.valueof(name)
+    unit = page.tags.valueof("ResolutionUnit", default=RESUNIT.INCH)  # the default of TIFF 6.0
+    if unit not in UM_PER_UNIT or not isinstance(value, tuple) or len(value) != 2:
+        return None
+    pixels, units = value
+    return UM_PER_UNIT[unit] * units / pixels if pixels else 0.0
+
+
+def _ome_mpp(xml: str) -> tuple[tuple[float, float] | None, str]:
+    """PhysicalSizeY and PhysicalSizeX of the first picture (OME-XML 2016-06)."""
+    if len(xml) > LARGEST_XML:
+        return None, f"its OME-XML of {len(xml):,} characters is too long; give the micrometres per pixel with --mpp"
+    try:
+        root = ElementTree.fromstring(xml)
+    except ElementTree.ParseError as error:
+        return None, f"its OME-XML cannot be read ({one_line(error)}); give the micrometres per pixel with --mpp"
+    pixels = next((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), None)
+    values = []
+    for axis in "YX":
+        text = None if pixels is None else pixels.get(f"PhysicalSize{axis}")
+        if text is None or pixels is None:
+            return None, f"the file has no PhysicalSize{axis}; give the micrometres per pixel with --mpp"
+        unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        try:
+            value = float(text) * UM_PER_OME_UNIT[unit]
+        except (ValueError, KeyError):
+            return None, f"PhysicalSize{axis} is {text!r} {unit!r}, expected a length; give the true value with --mpp"
+        if problem := check_mpp(value, f"PhysicalSize{axis}"):
+            return None, problem
+        values.append(value)
+    return (values[0], values[1]), ""

@@ -1,0 +1,224 @@
+"""The pyramid in a TIFF file: which of its pages are levels of the slide, and where their tiles lie."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tifffile import TiffFile
+
+from wsi_gradcam.errors import SlideFormatError, one_line
+from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.slides.colours import rgb_converter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from tifffile import TiffPage
+
+    from wsi_gradcam.slides.colours import ToRGB
+
+# Bounds on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
+MOST_TILES = 1 << 24
+MOST_TILE_PX = 1 << 25  # 100 MB decoded: a slide in one strip is no slide
+AGAIN = "copy the file again from its source"
+MOST_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
+CONTIGUOUS = 1
+TOP_LEFT = 1
+
+
+@dataclass(frozen=True)
+class TiffLevel:
+    """A page as a grid of tiles; strips are tiles as wide as the page.
+
+    Attributes:
+        height, width: of the page as it is stored, before its orientation.
+        tile_px: (height, width) of a tile; those at the bottom and right edges may be stored shorter.
+        planes: 1, or the number of samples where each has tiles of its own.
+        offsets, counts: int64 [planes * rows * columns], bytes in the file.
+        orientation: the TIFF tag, 1 to 8.
+        samples: numbers a pixel, stored in each tile or plane by plane.
+        jpegtables: what the tiles share, where they are JPEG.
+        decode_piece: tifffile's decoder of this page.
+        to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
+    """
+
+    height: int
+    width: int
+    tile_px: tuple[int, int]
+    planes: int
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    orientation: int
+    samples: int
+    jpegtables: bytes | None
+    decode_piece: Callable[..., Any]
+    to_rgb: ToRGB
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of tiles."""
+        return ceil_div(self.height, self.tile_px[0]), ceil_div(self.width, self.tile_px[1])
+
+    @property
+    def shown_px(self) -> tuple[int, int]:
+        """(height, width) as it is to be seen."""
+        return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
+
+    def tile_region(self, row: int, column: int) -> Region:
+        """The part of the page that a tile shows."""
+        y, x = row * self.tile_px[0], column * self.tile_px[1]
+        return Region(y, x, min(self.tile_px[0], self.height - y), min(self.tile_px[1], self.width - x))
+
+    def tiles_of(self, region: Region) -> Iterator[tuple[int, int]]:
+        """(row, column) of the tiles that a region of the page touches, in the order of the file."""
+        rows = range(region.y // self.tile_px[0], ceil_div(region.bottom, self.tile_px[0]))
+        columns = range(region.x // self.tile_px[1], ceil_div(region.right, self.tile_px[1]))
+        return ((row, column) for row in rows for column in columns)
+
+    def pieces(self, row: int, column: int) -> list[int]:
+        """Indices of a tile's data: one, or one a plane."""
+        rows, columns = self.grid
+        return [plane * rows * columns + row * columns + column for plane in range(self.planes)]
+
+    def decode(self, pieces: list[int], data: list[bytes]) -> NDArray[np.uint8]:
+        """RGB [h, w, 3] of a tile from the bytes of its pieces.
+
+        Raises:
+            ValueError: they are damaged. (Decoders raise others too.)
+        """
+        parts = []
+        for index, encoded in zip(pieces, data, strict=True):
+            array, _, shape = self.decode_piece(encoded, index, jpegtables=self.jpegtables)
+            if array is None or array.ndim != 4 or len(array) != 1:
+                raise ValueError(f"decoded to nothing that is a tile: {None if array is None else array.shape}")
+            parts.append(array[0, : shape[1], : shape[2]])
+        return self.to_rgb(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2))
+
+
+def open_tiff(path: Path) -> TiffFile:
+    """The file for parsing; other files that an OME-TIFF names are not opened."""
+    return TiffFile(path, _multifile=False)
+
+
+def tiff_levels(file: TiffFile) -> list[TiffLevel]:
+    """The levels of the slide in `file`, finest first.
+
+    Raises:
+        SlideFormatError: it holds no picture that can be shown, with the reason.
+    """
+    try:
+        pages = _pyramid(file)
+        levels = [_level(page) for page in pages]
+    except SlideFormatError:
+        raise
+    except Exception as error:  # parsing a damaged file may raise anything
+        raise SlideFormatError(f"damaged TIFF: {one_line(error)[:200]}; {AGAIN}") from error
+    _check_whole(file, levels)
+    turned = {level.orientation for level in levels}
+    if len(turned) > 1:
+        raise SlideFormatError(f"levels have different orientations: {sorted(turned)}")
+    return levels
+
+
+def _check_whole(file: TiffFile, levels: list[TiffLevel]) -> None:
+    """Refuse what is left of a file that was cut short; a few lost tiles are their patches' matter."""
+    file.filehandle.seek(file.pages.next_page_offset or 0)
+    following = file.filehandle.read(file.tiff.offsetsize)
+    beyond = sum(int((level.offsets + level.counts > file.filehandle.size).sum()) for level in levels)
+    total = sum(len(level.offsets) for level in levels)
+    if any(following) or beyond > MOST_BEYOND * total:
+        what = f"{beyond:,} of {total:,} tiles lie beyond the end of the file" if beyond else "pages are missing"
+        raise SlideFormatError(f"cut short or damaged: {what}; {AGAIN}")
+
+
+def _pyramid(file: TiffFile) -> list[TiffPage]:
+    """The pages of the first series' levels, as they shrink."""
+    alone: Any = file.pages[0] if len(file.pages) == 1 else None
+    if alone is not None and not alone.subifds:  # whatever it says of planes in other files
+        return [alone]
+    if not file.series:
+        raise SlideFormatError("no picture in the file")
+    first = file.series[0]
+    if len(first.pages) != 1:
+        what = f"axes {first.axes} with sizes {tuple(first.shape)}"
+        raise SlideFormatError(
+            f"{len(first.pages)} pictures that belong together ({what}), as of stains in fluorescence, planes or time; "
+            "expected one in colour or gray"
+        )
+    found: list[TiffPage] = []
+    for series in first.levels:
+        page: Any = series.keyframe if series.keyframe is not None else series.pages[0]
+        # A level larger than the one before, or not of its shape, is another picture.
+        if found and (page.imagelength > found[-1].imagelength or page.imagewidth > found[-1].imagewidth):
+            break
+        found.append(page)
+    return found
+
+
+def _level(page: TiffPage) -> TiffLevel:
+    height, width = int(page.imagelength), int(page.imagewidth)
+    if min(height, width) < 1 or page.imagedepth != 1:
+        raise SlideFormatError(f"damaged TIFF: a picture of {page.imagedepth} x {height} x {width} px; {AGAIN}")
+    tile = (
+        (int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (min(int(page.rowsperstrip), height), width)
+    )
+    if min(tile) < 1 or math.prod(tile) > MOST_TILE_PX:
+        raise SlideFormatError(
+            f"tiles or strips of {tile[0]} x {tile[1]} px, expected up to {MOST_TILE_PX:,} px; convert it to tiles"
+        )
+    planes = 1 if page.planarconfig == CONTIGUOUS else int(page.samplesperpixel)
+    expected = planes * ceil_div(height, tile[0]) * ceil_div(width, tile[1])
+    if expected > MOST_TILES:
+        raise SlideFormatError(f"{height} x {width} px in {expected:,} tiles, expected up to {MOST_TILES:,}")
+    offsets, counts = (np.asarray(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
+    if not expected == len(offsets) == len(counts):
+        raise SlideFormatError(
+            f"damaged TIFF: {len(offsets)} tiles are listed, but {height} x {width} px have {expected}; {AGAIN}"
+        )
+    orientation = int(page.tags.valueof("Orientation", default=TOP_LEFT)) or TOP_LEFT  # some writers put 0
+    if orientation not in range(1, 9):
+        raise SlideFormatError(f"damaged TIFF: orientation {orientation}, expected 1 to 8; {AGAIN}")
+    return TiffLevel(
+        height, width, tile, planes, offsets, counts, orientation, int(page.samplesperpixel), page.jpegtables,
+        page.decode,  # made now: it looks into the file
+        rgb_converter(page),
+    )  # fmt: skip
+
+
+def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -> Region:
+    """Where a region of the picture as shown lies in the page as stored.
+
+    >>> stored_region(Region(0, 0, 2, 3), (10, 20), 3)
+    Region(y=8, x=17, height=2, width=3)
+    >>> stored_region(Region(1, 0, 2, 3), (10, 20), 6)
+    Region(y=17, x=1, height=3, width=2)
+    """
+    (height, width), (y, x) = shown_px, (region.y, region.x)
+    from_bottom, from_right = height - region.bottom, width - region.right
+    upright = {1: (y, x), 2: (y, from_right), 3: (from_bottom, from_right), 4: (from_bottom, x)}
+    if orientation in upright:
+        return Region(*upright[orientation], region.height, region.width)
+    turned = {5: (x, y), 6: (from_right, y), 7: (from_right, from_bottom), 8: (x, from_bottom)}
+    return Region(*turned[orientation], region.width, region.height)
+
+
+def shown_region(region: Region, level: TiffLevel) -> Region:
+    """Where a region of the page as stored is seen: the other way of `stored_region`."""
+    back = {6: 8, 8: 6}.get(level.orientation, level.orientation)
+    return stored_region(region, (level.height, level.width), back)
+
+
+def as_shown(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Pixels as stored, turned and mirrored to how the TIFF tag wants them seen."""
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    flip_y, flip_x = {
+        1: (False, False), 2: (False, True), 3: (True, True), 4: (True, False),
+        5: (False, False), 6: (False, True), 7: (True, True), 8: (True, False),
+    }[orientation]  # fmt: skip
+    return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
