@@ -16,7 +16,7 @@ from tests.oracles import share_of
 from tests.slides_in_memory import ArraySlide
 from tests.synthetic import GLASS, tissue_texture
 from wsi_gradcam.errors import MppError
-from wsi_gradcam.tissue import fraction_in, glass_colour, mask_of, tissue_mask
+from wsi_gradcam.tissue import fraction_in, glass_colour, mask_of, masks_of, tissue_mask
 
 Rgb = npt.NDArray[np.uint8]
 PINK_PALE, FAT = (232, 222, 230), (226, 226, 228)
@@ -188,3 +188,16 @@ def test_none_is_zero_and_all_is_one_exactly(size: int, side: float, data: st.Da
     assert fraction_in(full, box)[0] == 1
     full[np.floor(left).astype(int) : np.ceil(left + side).astype(int)] = False
     assert fraction_in(full, box)[0] == 0
+
+
+def test_a_slide_without_colour_has_tissue_and_no_shadows() -> None:
+    gray = np.full((200, 300, 3), 240, np.uint8)
+    gray[:, :10] = 0
+    gray[50:150, 80:220] = np.random.default_rng(0).integers(60, 160, (100, 140, 1), dtype=np.uint8)
+    found = masks_of(gray, 20)
+    assert found.tissue[60:140, 90:210].mean() > 0.95
+    assert not found.shadow[:, 20:].any()
+    assert not found.tissue[:, :10].any()
+    assert not found.pen.any()
+    gray[10:40, 10:290] = (200, 120, 160)  # with some colour, gray is a shadow again
+    assert masks_of(gray, 20).shadow[60:140, 90:210].mean() > 0.9

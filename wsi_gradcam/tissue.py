@@ -29,6 +29,8 @@ SMALLEST_PX = 16  # fewer pixels of ink or shadow than this prove nothing, whate
 # tumour, an IHC micrograph and an Aperio slide; 0.3 % of 528 photographs of oral tissue, in two with dark gray glass.
 # Of what a green and a red pen left on glass 95 to 100 % is found.
 RIM_PX = 4  # of ink and shadows: what is still darker than glass, but too pale to have a colour
+GRAY_RANGE, GRAY_SHARE = 3, 0.999
+BLACK = 20  # darker is a border or nothing, also where there is no colour
 SMALLEST_UM2 = 5_000.0  # a speck of dust; a needle biopsy fragment is a hundred times that
 
 
@@ -94,19 +96,28 @@ def masks_of(rgb: NDArray[np.uint8], smallest_px: int = 0) -> SlideMasks:
 
     A pixel is tissue when, after smoothing, some channel differs from the glass's colour by more than Otsu's
     threshold, which is kept between bounds measured on glass and on pale tissue, and when it is neither ink nor a
-    gray that no stain has. Fragments and holes smaller than `smallest_px` pixels are dropped.
+    gray that no stain has; in a picture without any colour neither is looked for. Fragments and holes smaller than
+    `smallest_px` pixels are dropped.
     """
     glass = glass_colour(rgb)
     smooth = _difference(rgb, glass)
     threshold = LOWEST if np.ptp(smooth) == 0 else float(np.clip(threshold_otsu(smooth), LOWEST, HIGHEST))
     differs = smooth > threshold
     least = min(max(SMALLEST_PX, smallest_px), differs.size)
-    pen = _with_rim(pen_of(rgb, least), differs)
-    shadow = _with_rim(shadow_of(rgb, glass, least), differs)
+    if _without_colour(rgb):
+        pen, shadow = np.zeros_like(differs), rgb.max(axis=2) < BLACK
+    else:
+        pen = _with_rim(pen_of(rgb, least), differs)
+        shadow = _with_rim(shadow_of(rgb, glass, least), differs)
     mask: NDArray[np.bool_] = closing(differs & ~pen & ~shadow, disk(2)) & ~pen & ~shadow
     if smallest_px > 1:
         mask = remove_small_holes(remove_small_objects(mask, max_size=smallest_px), max_size=smallest_px)
     return SlideMasks(rgb, mask, pen & ~mask, shadow & ~mask & ~pen)
+
+
+def _without_colour(rgb: NDArray[np.uint8]) -> bool:
+    """Whether a picture is gray throughout, as of a scanner without colour: then gray tells nothing of shadows."""
+    return bool((np.ptp(rgb, axis=2) <= GRAY_RANGE).mean() > GRAY_SHARE)
 
 
 def _with_rim(found: NDArray[np.bool_], differs: NDArray[np.bool_]) -> NDArray[np.bool_]:
