@@ -67,7 +67,7 @@ def choose(
     asked = _predictions(plain, batches)
     reference, rate = _timed(plain, batches, asked)
     trials = [Trial("eager", "float32", rate, 1.0, 1.0, 0.0)]
-    best: tuple[Trial, Program] | None = None
+    best: tuple[Trial, Program | None] | None = None
     if engine in ("eager", AUTO) and precision in ("float32", AUTO):
         best = trials[0], plain
     cut = _Cut(module, layers, batches[0])
@@ -82,13 +82,18 @@ def choose(
         if program is not None and best is not None and not _faster(trial, best[0]):
             trial = replace(trial, remark=f"not {WORTH:g} times faster than {best[0].engine} {best[0].precision}")
         elif program is not None:
-            best = trial, program
+            # Made again at the end, in a second or two: two of them would be the most memory that a run needs.
+            best = trial, None if trial.engine == "openvino" else program
         trials.append(trial)
-        del program  # it may be as large as the network
+        del program
     if best is None:
         reasons = "; ".join(f"{t.engine} {t.precision}: {t.remark}" for t in trials[1:])
         raise EngineError(f"no program for --engine {engine} --precision {precision}: {reasons}")
-    return Choice(best[0].engine, best[0].precision, tuple(trials)), best[1]
+    chosen, made = best
+    if made is None:
+        give_back()
+        made = _split_program(module, layers, chosen.engine, chosen.precision, batches[0], cut)
+    return Choice(chosen.engine, chosen.precision, tuple(trials)), made
 
 
 def choose_again(
