@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -118,9 +119,9 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     sized = fixed_batch(graph) or any(node.target is torch.ops.aten.sym_size.int for node in graph.graph.nodes)
     at_once = SLICE[precision] if _is_by_image(graph, images) else None
     streams = max(1, min(threads, len(images) // at_once)) if at_once else 1
-    queues: dict[torch.Size, Any] = {}
+    requests: dict[torch.Size, list[Any]] = {}
 
-    def queue(batch: Tensor) -> Any:
+    def made(batch: Tensor) -> list[Any]:
         """For batches of one size, which run up to a tenth faster than where any size is allowed (ResNet-18)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's remarks on constants
@@ -134,27 +135,37 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
         compiled = core.compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads,
         })  # fmt: skip
-        made = _ov().AsyncInferQueue(compiled, streams)
-        made.set_callback(store)
-        return made
-
-    def store(request: Any, wanted: tuple[list[list[Tensor]], int]) -> None:
-        found, number = wanted
-        # Copies: the next call writes into the same memory.
-        found[number] = [torch.from_numpy(np.array(output.data)) for output in request.output_tensors]
+        # Requests that are waited for, not OpenVINO's queue: its calls back into Python have deadlocked when it ended.
+        return [compiled.create_infer_request() for _ in range(streams)]
 
     def run(batch: Tensor) -> tuple[Tensor, ...]:
         parts = torch.split(batch.contiguous(), at_once or len(batch))
-        found: list[list[Tensor]] = [[] for _ in parts]
-        for number, part in enumerate(parts):
-            if part.shape not in queues:
-                queues[part.shape] = queue(part)
-            queues[part.shape].start_async([part.numpy()], (found, number), share_inputs=True)
-        for shape in {part.shape for part in parts}:
-            queues[shape].wait_all()
+        found: list[list[Tensor]] = []
+        at_work: deque[Any] = deque()  # requests, in the order of their parts
+        try:
+            for number, part in enumerate(parts):
+                if len(at_work) == streams:
+                    found.append(_outputs(at_work.popleft()))
+                if part.shape not in requests:
+                    requests[part.shape] = made(part)
+                request = requests[part.shape][number % streams]
+                request.start_async([part.numpy()], share_inputs=True)
+                at_work.append(request)
+            while at_work:
+                found.append(_outputs(at_work.popleft()))
+        finally:  # after an error the others must end before they are used again
+            for request in at_work:
+                with suppress(Exception):
+                    request.wait()
         return _plain([torch.cat(some) if len(some) > 1 else some[0] for some in zip(*found, strict=True)])
 
     return run
+
+
+def _outputs(request: Any) -> list[Tensor]:
+    """What a request gives when it is done, copied: the next one writes into the same memory."""
+    request.wait()
+    return [torch.from_numpy(np.array(output.data)) for output in request.output_tensors]
 
 
 def _is_by_image(graph: fx.GraphModule, images: Tensor) -> bool:
