@@ -459,7 +459,7 @@ class FakeSlide:
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     spec = toy_spec("poisoned")
     run = plan_run(tmp_path, spec, examine_model(spec, make_settings(**SMALL), []).facts, make_settings(**SMALL))
-    monkeypatch.setattr(stages, "open_slide", FakeSlide)
+    monkeypatch.setattr(stages, "open_entry", FakeSlide)
     return Context(run)
 
 
