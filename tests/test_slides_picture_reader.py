@@ -93,3 +93,10 @@ def test_pictures_are_explained(rgb: Any, tmp_path: Path) -> None:
     Image.fromarray(pink).save(tmp_path / "a.png")
     explain(tmp_path / "a.png", toy_spec("pooled_linear"), tmp_path / "out", mpp=0.5, **SMALL)
     assert rows_of(tmp_path / "out")["a.png"]["status"] == "ok"
+
+
+def test_what_was_read_is_the_callers_own(rgb: Any, tmp_path: Path) -> None:
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    slide = open_slide(tmp_path / "a.png", 0.5)
+    slide.read_level(0, Region(0, 0, *SIZE))[:] = 0
+    np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, *SIZE)), rgb)

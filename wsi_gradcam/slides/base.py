@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from wsi_gradcam.errors import MppError
 from wsi_gradcam.geometry import Region, ceil_div
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 # Scanners deliver 0.1 to 1 um per pixel and thumbnails of slides up to about 30. What lies outside is a wrong
@@ -98,6 +101,22 @@ class Slide(Protocol):
     def close(self) -> None:
         """Release the file."""
         ...
+
+
+def on_background(
+    region: Region, size: Level, colour: tuple[int, int, int], read: Callable[[Region], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """Pixels of `region` of a level, RGB uint8 [height, width, 3]: what `read` gives of its part inside the level, and
+    `colour` around it.
+    """
+    inside = region.intersect(Region(0, 0, size.height, size.width))
+    if inside == region:
+        return np.ascontiguousarray(read(region))
+    canvas = np.full((region.height, region.width, 3), colour, np.uint8)
+    if inside.height and inside.width:
+        place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
+        canvas[place.slices] = read(inside)
+    return canvas
 
 
 def levels_of(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:

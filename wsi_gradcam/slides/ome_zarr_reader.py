@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import zarr
 
 from wsi_gradcam.errors import SlideError, SlideFormatError, SlideReadError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, levels_of
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, levels_of, on_background
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,13 +54,7 @@ class OmeZarrSlide:
         Raises:
             SlideReadError: a chunk cannot be decoded, or is missing where zarr would fill in black.
         """
-        size = self._info.levels[level]
-        canvas = np.full((region.height, region.width, 3), WHITE, np.uint8)
-        inside = region.intersect(Region(0, 0, size.height, size.width))
-        if inside.height and inside.width:
-            place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
-            canvas[place.slices] = self._pixels(level, inside)
-        return canvas
+        return on_background(region, self._info.levels[level], WHITE, partial(self._pixels, level))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from wsi_gradcam.errors import SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, content_digest, levels_of, mpp_of_objective
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, content_digest, levels_of, mpp_of_objective, on_background
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,20 +52,15 @@ class OpenSlideSlide:
         Raises:
             SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
         """
-        size = self._info.levels[level]
-        inside = region.intersect(Region(0, 0, size.height, size.width))
-        if inside.height == 0 or inside.width == 0:
-            return self._glass(region)
-        rgba = self._read(level, inside)
-        if self._info.vendor in DENSE and rgba.getchannel("A").getextrema()[0] == 0:
-            raise SlideReadError(f"{self._where(level, region)} has no data: a tile is missing in the file")
-        pixels = _composite(rgba, self._info.background)
-        if inside == region:
-            return pixels
+
+        def read(inside: Region) -> NDArray[np.uint8]:
+            rgba = self._read(level, inside)
+            if self._info.vendor in DENSE and rgba.getchannel("A").getextrema()[0] == 0:
+                raise SlideReadError(f"{self._where(level, region)} has no data: a tile is missing in the file")
+            return _composite(rgba, self._info.background)
+
         # OpenSlide's own padding above and to the left is a pixel off where its downsample is not whole.
-        canvas = self._glass(region)
-        canvas[Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width).slices] = pixels
-        return canvas
+        return on_background(region, self._info.levels[level], self._info.background, read)
 
     def is_exact(self, level: int) -> bool:
         """Whether OpenSlide gives a level's pixels as they are; where its downsample is not whole it interpolates."""
@@ -74,9 +69,6 @@ class OpenSlideSlide:
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
-
-    def _glass(self, region: Region) -> NDArray[np.uint8]:
-        return np.full((region.height, region.width, 3), self._info.background, np.uint8)
 
     def _read(self, level: int, region: Region) -> Image.Image:
         # OpenSlide wants level-0 coordinates and divides them by its own downsample, the mean of both axes. Where

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides.base import SlideInfo, content_digest, levels_of
+from wsi_gradcam.slides.base import SlideInfo, content_digest, levels_of, on_background
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,11 +46,7 @@ class PictureSlide:
 
     def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
         """Pixels of `region` as RGB uint8 [height, width, 3]; outside the picture: white."""
-        canvas = np.full((region.height, region.width, 3), WHITE, np.uint8)
-        inside = region.intersect(Region(0, 0, *self._pixels.shape[:2]))
-        place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
-        canvas[place.slices] = self._pixels[inside.slices]
-        return canvas
+        return on_background(region, self._info.levels[level], WHITE, lambda inside: self._pixels[inside.slices].copy())
 
     def close(self) -> None:
         """Release the memory."""

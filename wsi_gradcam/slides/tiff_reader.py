@@ -11,6 +11,7 @@ import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.slides.base import on_background
 from wsi_gradcam.slides.tiff_levels import TiffLevel, as_shown, shown_region, stored_region
 from wsi_gradcam.slides.tile_cache import TileCache
 
@@ -45,18 +46,7 @@ class TiffSlide:
         Raises:
             SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
         """
-        stored = self._levels[level]
-        size = self._info.levels[level]
-        inside = region.intersect(Region(0, 0, size.height, size.width))
-        if inside.height == 0 or inside.width == 0:
-            return self._glass(region)
-        pixels = self._assembled(level, stored_region(inside, stored.shown_px, stored.orientation))
-        pixels = as_shown(pixels, stored.orientation)
-        if inside == region:
-            return np.ascontiguousarray(pixels)
-        canvas = self._glass(region)
-        canvas[Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width).slices] = pixels
-        return canvas
+        return on_background(region, self._info.levels[level], self._info.background, partial(self._shown, level))
 
     def some_tiles(self, level: int, count: int) -> list[Region]:
         """Up to `count` tiles of a level that have data, evenly over the file, as regions of the level."""
@@ -71,8 +61,11 @@ class TiffSlide:
         """Release the file."""
         os.close(self._file)
 
-    def _glass(self, region: Region) -> NDArray[np.uint8]:
-        return np.full((region.height, region.width, 3), self._info.background, np.uint8)
+    def _shown(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """A region of the page as it is to be seen."""
+        stored = self._levels[level]
+        pixels = self._assembled(level, stored_region(region, stored.shown_px, stored.orientation))
+        return as_shown(pixels, stored.orientation)
 
     def _assembled(self, level: int, region: Region) -> NDArray[np.uint8]:
         """A region of the page as stored, from its tiles."""
