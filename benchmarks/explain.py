@@ -36,10 +36,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram
 from wsi_gradcam.cam.score import make_score
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.cam.trunks import low_precisions
+from wsi_gradcam.memory import give_back
 
 ROOT = Path(__file__).parents[1]
 TILES = ROOT.parent / "shared/data/tiles/oscc_oral"
@@ -164,10 +167,16 @@ def alternate(sides: dict[str, Run], rounds: int, turn_s: float) -> dict[str, fl
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds):
         for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
-            gc.collect()  # some libraries hold a batch's graph, gigabytes, in circles of references
+            _clean()
             time.sleep(PAUSE_S)
             rates[name].append(_rate(sides[name], turn_s))
     return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def _clean() -> None:
+    """Some libraries hold a batch's graph, gigabytes, in circles of references; and the allocator what was freed."""
+    gc.collect()
+    give_back()
 
 
 def _rate(run: Run, turn_s: float) -> float:
@@ -337,14 +346,43 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if arguments.profile:
         found["profile"] = {}
-    for name in arguments.networks:
-        case = Case(name, build(name), NETWORKS[name][1], patches, arguments.batch_size)
-        turn_s = QUICK_TURN_S if arguments.quick else TURN_S
-        measure(case, Ours.make(case, engine, precision), arguments.rounds, turn_s, found)
-        found["auto"][name] = auto_choice(case)
-        for side, rate in found["patches_per_s"][name].items():
-            print(f"{name:>16} {side:>20} {rate:8.1f} patches/s", file=sys.stderr)
+    for part in _of_each(arguments, patches, engine, precision):
+        for key, value in part.items():
+            found[key] = found[key] + value if isinstance(value, list) else found[key] | value
     found["fidelity_trained"] = fidelity_trained(rgb, arguments.batch_size, engine, precision, arguments.quick)
+    return found
+
+
+def _of_each(arguments: argparse.Namespace, *common: Any) -> Iterator[dict[str, Any]]:
+    """The figures of each network; several get a process each, because some libraries never let go of their graphs."""
+    if len(arguments.networks) == 1:
+        yield of_network(arguments.networks[0], arguments, *common)
+        return
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for name in arguments.networks:
+            yield processes.submit(_silent, name, arguments, *common).result()
+
+
+def _silent(*call: Any) -> dict[str, Any]:
+    with _silence():
+        return of_network(*call)
+
+
+def of_network(
+    name: str, arguments: argparse.Namespace, patches: Tensor, engine: str, precision: str
+) -> dict[str, Any]:
+    """The figures of a network."""
+    case = Case(name, build(name), NETWORKS[name][1], patches, arguments.batch_size)
+    found: dict[str, Any] = {
+        "ratios": {}, "patches_per_s": {}, "auto": {}, "fidelity": {}, "saved_mib_per_patch": {}, "notes": [],
+    }  # fmt: skip
+    if arguments.profile:
+        found["profile"] = {}
+    turn_s = QUICK_TURN_S if arguments.quick else TURN_S
+    measure(case, Ours.make(case, engine, precision), arguments.rounds, turn_s, found)
+    found["auto"][name] = auto_choice(case)
+    for side, rate in found["patches_per_s"][name].items():
+        print(f"{name:>16} {side:>20} {rate:8.1f} patches/s", file=sys.stderr)
     return found
 
 

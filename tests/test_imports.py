@@ -17,16 +17,21 @@ from tests.runs import ROOT
 from tests.synthetic import write_marker_slide
 
 PACKAGE = ROOT / "wsi_gradcam"
-HEAVY = ("torch", "torchvision", "timm", "dask", "distributed", "zarr", "numpy", "pydantic", "openslide", "matplotlib")
+HEAVY = (
+    "torch", "torchvision", "timm", "dask", "distributed", "zarr", "numpy", "pydantic", "openslide", "matplotlib",
+    "obstore",
+)  # fmt: skip
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
-errors  memory
+errors  memory  urls
+isolation
 geometry
 stain.density  stain.macenko  stain.reinhard  stain
-slides.base  slides.openslide_reader  slides.picture_reader  slides.ome_zarr_reader
-slides.tile_cache  slides.colours  slides.tiff_levels  slides.tiff_check  slides.tiff_info  slides.tiff_reader
-slides.opening  slides.resample  slides
+slides.base  slides.tile_cache  slides.files  slides.remote  slides.remote_zarr
+slides.openslide_reader  slides.picture_reader  slides.ome_zarr_reader
+slides.colours  slides.tiff_levels  slides.tiff_check  slides.tiff_info  slides.tiff_reader  slides.tiff_vendor
+slides.opening  slides.remote_opening  slides.resample  slides
 slide_list  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
@@ -43,7 +48,7 @@ stores.layout  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
 stores.run_files
 table  overview  finish
-stages
+stages.context  stages.stitching  stages.planning  stages.explaining  stages
 workflow
 validation
 executors  executors.serial  executors.dask
@@ -128,7 +133,8 @@ def test_every_room_exists() -> None:
         ("openslide", {"slides.openslide_reader"}),
         ("rich", {"report", "demo"}),
         ("yaozarrs", {"validation"}),
-        ("zarr", {"stores.heatmap", "stores.patch_store", "slides.ome_zarr_reader"}),
+        ("zarr", {"stores.heatmap", "stores.patch_store", "slides.ome_zarr_reader", "slides.remote_zarr"}),
+        ("obstore", {"slides.remote"}),
         ("matplotlib", {"overview"}),
     ],
 )
@@ -138,7 +144,7 @@ def test_a_library_is_known_in_one_place(library: str, allowed: set[str]) -> Non
     assert users <= allowed
 
 
-@pytest.mark.parametrize("module", ["geometry", "errors"])
+@pytest.mark.parametrize("module", ["geometry", "errors", "urls"])
 def test_the_ground_needs_the_standard_library_only(module: str) -> None:
     tops = {name.partition(".")[0] for name in imported(modules()[module])} - {"__future__"}
     assert tops <= sys.stdlib_module_names

@@ -6,7 +6,6 @@ import hashlib
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.toy_models import other_linear, pooled_linear
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.live import model_of
 from wsi_gradcam.models.load import IMAGENET_MEAN, IMAGENET_STD, Model, load_model
 from wsi_gradcam.models.spec import ModelSpec, bundled
 
@@ -468,125 +465,3 @@ def test_the_softmax_of_one_output_is_refused() -> None:
     with pytest.raises(ModelError, match="activation: sigmoid"):
         load_model(spec)
     assert load_model(spec.model_copy(update={"activation": "sigmoid"})).classes == ("tumour",)
-
-
-# A live module.
-
-
-def test_a_live_module_is_copied_and_left_as_it_was() -> None:
-    network = left_training()
-    model = model_of(network, patch_px=32, mpp=0.5, classes=["a", "b"], mean=[0.5] * 3, std=[0.2] * 3, layer="0")
-    assert network.training
-    assert all(parameter.requires_grad for parameter in network.parameters())
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(model.module(images), left_training().eval()(images))
-    assert (model.name, model.classes, model.mpp, model.layer) == ("Sequential", ("a", "b"), 0.5, "0")
-    assert (model.patch_px, model.mean, model.std) == ((32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-    assert not model.runs_code
-
-
-def test_the_digest_of_a_live_module_is_of_its_class_and_weights() -> None:
-    torch.manual_seed(0)
-    network = pooled_linear()
-    first = model_of(network, patch_px=32).digest
-    assert model_of(network, patch_px=32, name="x").digest == first
-    assert model_of(nn.Sequential(network), patch_px=32).digest != first
-    with torch.no_grad():
-        next(network.parameters()).view(-1)[0] += 1e-4
-    assert model_of(network, patch_px=32).digest != first
-
-
-@pytest.mark.parametrize(
-    ("network", "values", "problem"),
-    [
-        (pooled_linear(), {"patch_px": 0}, "patch_px"),
-        (pooled_linear(), {"patch_px": 32, "activation": "relu"}, "activation"),
-        (pooled_linear(), {"patch_px": 32, "mean": [178, 140, 178]}, "scale: 255"),
-        (pooled_linear(), {"patch_px": 32, "classes": ["a"]}, "1 classes are named, but the model has 2 outputs"),
-        (Fail(), {"patch_px": 32}, "Fail: fails on a batch of shape (2, 3, 32, 32): ValueError: only gray"),
-    ],
-)
-def test_a_live_module_that_cannot_be_used_is_refused(network: nn.Module, values: Any, problem: str) -> None:
-    with pytest.raises(ModelError) as caught:
-        model_of(network, **values)
-    assert problem in str(caught.value)
-
-
-def test_a_live_module_that_cannot_be_copied_is_refused() -> None:
-    network: Any = pooled_linear()
-    network.lock = threading.Lock()
-    with pytest.raises(ModelError, match="cannot be copied"):
-        model_of(network, patch_px=32)
-
-
-# Foreign weights: https://github.com/Heartfirey/Shufflenet-in-lung-colon-image-classification
-
-
-def shuffled(maps: Tensor, groups: int) -> Tensor:
-    """Channels dealt out among the groups."""
-    count, channels, height, width = maps.shape
-    return maps.view(count, groups, channels // groups, height, width).transpose(1, 2).reshape(maps.shape)
-
-
-class ShuffleUnit(nn.Module):
-    """A unit of ShuffleNet (1707.01083, figure 2): grouped 1 x 1, shuffle, depthwise 3 x 3, grouped 1 x 1."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        own = after - before if stride == 2 else after
-        inner = own // 4
-        self.stride, self.groups = stride, 1 if before == 24 else 2
-        self.conv1 = nn.Conv2d(before, inner, 1, groups=self.groups, bias=False)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
-        self.conv3 = nn.Conv2d(inner, own, 1, groups=2, bias=False)
-        self.bn1, self.bn2, self.bn3 = nn.BatchNorm2d(inner), nn.BatchNorm2d(inner), nn.BatchNorm2d(own)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        new = shuffled(self.bn1(self.conv1(maps)).relu(), self.groups)
-        new = self.bn3(self.conv3(self.bn2(self.conv2(new)).relu()))
-        new = torch.cat([new, nn.functional.avg_pool2d(maps, 3, 2, 1)], 1) if self.stride == 2 else new + maps
-        return torch.relu(new)
-
-
-class ShuffleNet(nn.Module):
-    """ShuffleNet of two groups for pictures of 32 px."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24)
-        widths = [24, 200, 400, 800]
-        for i, units in enumerate((4, 8, 4)):
-            first = ShuffleUnit(widths[i], widths[i + 1], 2)
-            others = [ShuffleUnit(widths[i + 1], widths[i + 1], 1) for _ in range(units - 1)]
-            self.add_module(f"layer{i + 1}", nn.Sequential(first, *others))
-        self.layers = [f"layer{i + 1}" for i in range(3)]
-        self.linear = nn.Linear(800, 5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.bn1(self.conv1(images)).relu()
-        for name in self.layers:
-            maps = self.get_submodule(name)(maps)
-        logits: Tensor = self.linear(nn.functional.avg_pool2d(maps, 4).flatten(1))
-        return logits
-
-
-def shufflenet() -> nn.Module:
-    return ShuffleNet()
-
-
-def test_foreign_weights_load_into_a_class_written_anew(shared_data: Path) -> None:
-    (path,) = (shared_data / "weights" / "shufflenet_lc25000").glob("*.pkl")
-    model = load_model(
-        spec(source=f"{__name__}:shufflenet", weights=str(path), scale=255, classes=["a", "b", "c", "d", "e"])
-    )
-    assert sum(p.numel() for p in model.module.parameters()) == 883_577
-    # Tissue in 0..255 is what its first normalisation has seen in training; in 0..1 it would be nearly constant.
-    tile = Image.open(next((shared_data / "tiles" / "oscc_oral").rglob("*.jpg"))).convert("RGB").resize((128, 128))
-    rgb = torch.from_numpy(np.asarray(tile).copy()).unfold(0, 32, 32).unfold(1, 32, 32)
-    rgb = rgb.permute(0, 1, 3, 4, 2).reshape(-1, 32, 32, 3)
-    network: Any = model.module
-    assert 0.3 < network.bn1(network.conv1(model.prepare(rgb))).std() < 3
-    assert network.bn1(network.conv1(model.prepare(rgb) / 255)).std(dim=(0, 2, 3)).max() < 0.1
-    logits = model.module(model.prepare(rgb))
-    assert logits.shape == (16, 5)
-    assert float(logits.std(dim=0).min()) > 0.01

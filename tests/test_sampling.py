@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.sampling import SLIDES_TRIED, sample_patches
+from wsi_gradcam.tissue import SlideMasks
 
 Rgb = npt.NDArray[np.uint8]
 SETTINGS = Settings(min_tissue=0.5)
@@ -29,6 +31,11 @@ def tissue(height: int, width: int, left: int = 0) -> Rgb:
     y, x = np.mgrid[:height, left:width]
     pixels[:, left:] = np.stack([140 + y * 60 // height, 60 + x * 60 // width, 150 + 0 * y], axis=-1)
     return pixels
+
+
+def all_tissue(slide: object) -> SlideMasks:
+    mask = np.ones((10, 10), np.bool_)
+    return SlideMasks(np.zeros((10, 10, 3), np.uint8), mask, ~mask, ~mask)
 
 
 class Archive:
@@ -86,6 +93,76 @@ def test_only_tissue_is_taken(archive: Archive) -> None:
     assert found[..., 1].max() < 200
 
 
+def square(name: str, top: int, left: int, bottom: int, right: int) -> dict[str, object]:
+    ring = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+    about = {"classification": {"name": name}}
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": about}
+
+
+REGIONS = [square("tumour", 64, 96, 320, 480), square("stroma", 384, 480, 512, 768), square("fold", 64, 96, 128, 288)]
+TUMOUR = {(y, x) for y in range(64, 320, 64) for x in range(96, 480, 96)}
+STROMA = {(y, x) for y in range(384, 512, 64) for x in range(480, 768, 96)}
+FOLD = {(64, 96), (64, 192)}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, TUMOUR | STROMA),
+        ({"include": ("stroma",)}, STROMA),
+        ({"exclude": ("fold",)}, TUMOUR - FOLD | STROMA),
+        ({"include": ("tumour",), "exclude": ("fold",)}, TUMOUR - FOLD),
+    ],
+    ids=str,
+)
+def test_only_what_the_mask_says_is_taken(
+    chosen: dict[str, tuple[str, ...]], expected: set[tuple[int, int]], archive: Archive, tmp_path: Path
+) -> None:
+    """As a run does: the red and green of a patch tell where it is from."""
+    mask = tmp_path / "regions.geojson"
+    mask.write_text(json.dumps({"type": "FeatureCollection", "features": REGIONS}), encoding="utf-8")
+    pixels = tissue(640, 960)
+    archive.slides["a"] = ArraySlide([pixels])
+    found = archive.sample(1000, Settings(min_tissue=0.9, mask=mask, **chosen))
+    assert found is not None
+    places = set()
+    for patch in found:
+        red, green = (float(patch[..., c].mean()) for c in (0, 1))
+        y = min(range(0, 640, 64), key=lambda y: abs(pixels[y : y + 64, 0, 0].mean() - red))
+        places.add((y, min(range(0, 960, 96), key=lambda x: abs(pixels[0, x : x + 96, 1].mean() - green))))
+    assert places == expected
+    assert len(found) == len(expected)
+
+
+def test_a_mask_in_a_folder_is_the_slides_own(
+    archive: Archive, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A slide that has none is passed over, and that is told."""
+    features = {"type": "FeatureCollection", "features": REGIONS}
+    (tmp_path / "b.geojson").write_text(json.dumps(features), encoding="utf-8")
+    archive.slides = {"a.tif": ArraySlide([tissue(640, 960)]), "b.tif": ArraySlide([tissue(640, 960)])}
+    with caplog.at_level("INFO", "wsi_gradcam"):
+        found = archive.sample(1000, Settings(min_tissue=0.9, mask=tmp_path, include=("stroma",)))
+    assert found is not None
+    assert len(found) == len(STROMA)
+    (line,) = caplog.messages
+    assert line.startswith("engines are not tried on a.tif: ")
+
+
+@pytest.mark.parametrize(("what", "count"), [("auto", 5), ("with-pen", 10), ("everything", 15)])
+def test_what_counts_as_tissue_is_taken(
+    what: str, count: int, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stained, ink = np.zeros((10, 15), np.bool_), np.zeros((10, 15), np.bool_)
+    stained[:, :5], ink[:, 5:10] = True, True
+    masks = SlideMasks(np.zeros((10, 15, 3), np.uint8), stained, ink, np.zeros_like(ink))
+    monkeypatch.setattr(sampling, "slide_masks", lambda slide: masks)
+    archive.slides["a"] = ArraySlide([tissue(640, 1440)])
+    found = archive.sample(1000, Settings(min_tissue=0.5, tissue=what))
+    assert found is not None
+    assert len(found) == 10 * count
+
+
 def test_the_same_archive_gives_the_same_patches(archive: Archive) -> None:
     archive.slides["a"] = ArraySlide([tissue(640, 960)])
     first, second = archive.sample(20), archive.sample(20)
@@ -95,7 +172,8 @@ def test_the_same_archive_gives_the_same_patches(archive: Archive) -> None:
     assert len(np.unique(first, axis=0)) == 20
 
 
-def test_the_first_slide_that_can_be_read_is_used(archive: Archive) -> None:
+def test_the_first_slide_that_can_be_read_is_used(archive: Archive, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "wsi_gradcam")
     archive.slides = {
         "broken": SlideFormatError("not a slide"),
         "glass": ArraySlide([np.full((640, 960, 3), 245, np.uint8)]),
@@ -106,6 +184,10 @@ def test_the_first_slide_that_can_be_read_is_used(archive: Archive) -> None:
     assert found is not None
     assert len(found) == 4
     assert archive.opened == ["broken", "glass", "good"]
+    assert caplog.messages == [
+        "engines are not tried on broken: not a slide",
+        "engines are not tried on glass: it has no patch that is to be explained and can be read",
+    ]
     assert all(slide.closed for slide in archive.slides.values() if isinstance(slide, ArraySlide) and slide.reads)
 
 
@@ -118,11 +200,14 @@ def test_slides_without_a_resolution_are_passed_over(archive: Archive) -> None:
     assert first.closed
 
 
-def test_regions_that_cannot_be_decoded_are_left_out(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "tissue_mask", lambda slide: np.ones((10, 10), bool))
+def test_regions_that_cannot_be_decoded_are_left_out(
+    archive: Archive, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "slide_masks", all_tissue)
     whole = ArraySlide([tissue(640, 960)])
     archive.slides["a"] = ArraySlide([tissue(640, 960)], bad=Region(0, 0, 320, 960))
-    found = archive.sample(1000)
+    with caplog.at_level("INFO", "wsi_gradcam"):
+        found = archive.sample(1000)
     archive.slides["a"] = whole
     expected = archive.sample(1000)
     assert found is not None
@@ -131,10 +216,12 @@ def test_regions_that_cannot_be_decoded_are_left_out(archive: Archive, monkeypat
     # The filter of a patch at the edge of what is bad reads a few pixels of it.
     assert len(found) == 40
     assert np.array_equal(found, expected[60:])
+    lost = [line for line in caplog.messages if line.startswith("engines are tried without a patch: memory: level 0, ")]
+    assert len(lost) == 60
 
 
 def test_an_archive_without_a_readable_patch_gives_none(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "tissue_mask", lambda slide: np.ones((10, 10), bool))
+    monkeypatch.setattr(sampling, "slide_masks", all_tissue)
     archive.slides["a"] = ArraySlide([tissue(640, 960)], bad=Region(0, 0, 640, 960))
     assert archive.sample(4) is None
     archive.slides = {}

@@ -241,12 +241,28 @@ def test_a_slide_without_mpp_is_refused() -> None:
         read_region(ArraySlide([np.zeros((9, 9, 3), np.uint8)], None), 0, 0, 5, 5, 0.5)
 
 
-def test_what_cannot_be_decoded_is_raised_also_where_only_the_margin_meets_it() -> None:
+def test_what_cannot_be_decoded_is_raised_also_where_only_the_filter_meets_it() -> None:
     slide = memory_slide("one level")
     slide.bad = Region(50, 50, 10, 10)
-    assert read_region(slide, 0, 0, 50, 50, 0.5).any()
-    with pytest.raises(SlideReadError):
-        read_region(slide, 0.5, 0.5, 49, 49, 0.5)
+    for place, size, mpp in ((0, 50, 0.5), (0.5, 49, 0.5), (0, 24, 1.0), (0, 99, 0.25)):
+        assert read_region(slide, place, place, size, size, mpp).any()
+    for place, size, mpp in ((0.5, 50, 0.5), (0, 25, 1.0), (0, 100, 0.25)):  # all end at 50, or half a pixel beyond
+        with pytest.raises(SlideReadError):
+            read_region(slide, place, place, size, size, mpp)
+
+
+@given(st.one_of(st.floats(-30, 90), st.integers(-30, 90)), st.integers(1, 40), st.floats(0.15, 3))
+def test_exactly_what_the_filter_weighs_is_read(start: float, size: int, step: float) -> None:
+    """What lies beside it may be damaged. A start within 0.01 px of whole may count as whole."""
+    slide = ArraySlide([SLIDES["one level"].levels[0]], (1.0, 1.0))
+    read_region(slide, start, 0, size, 5, (step, 1.0))
+    ((_, read),) = slide.reads
+    centres = start + (np.arange(size) + 0.5) * step
+    rows = np.arange(-60, 260)
+    away = np.abs(rows[:, None] + 0.5 - centres).min(axis=1) - max(1.0, step)
+    found = (rows >= read.y) & (rows < read.bottom)
+    assert found[away < -0.02].all()
+    assert not found[away > 0.02].any()
 
 
 @pytest.mark.parametrize("damage", ["unreadable", "missing"])

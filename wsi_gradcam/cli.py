@@ -12,6 +12,7 @@ from typing import Any
 
 from wsi_gradcam import __version__
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.isolation import guard
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 all done, 1 some slides failed or the run stopped, 2 nothing could start."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if argv is None and arguments.run in (_explain, _demo):  # a command of its own: no threads yet
+        guard()
     try:
         code: int = arguments.run(arguments)
         return code

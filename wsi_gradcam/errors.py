@@ -27,6 +27,10 @@ class SlideFormatError(SlideError, ValueError):
     """The file is not a slide that a reader knows, or is damaged beyond opening."""
 
 
+class SlideAccessError(SlideError, ConnectionError):
+    """A remote slide that cannot be reached, or may not be read."""
+
+
 class MppError(SlideError, ValueError):
     """The slide's micrometres per pixel are missing or make no sense."""
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
+from wsi_gradcam.isolation import WATCH
 from wsi_gradcam.slides import open_slide, read_region
+from wsi_gradcam.urls import is_url
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,10 +26,19 @@ if TYPE_CHECKING:
     Reads = list[Future[NDArray[np.uint8]]]
 
 
+# Of a remote slide, patches that are read at the same time.
+WAITING_THREADS = 16
+
+
 def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
-    """A slide of a run, opened as its settings say. Errors as of `open_slide`."""
+    """A slide of a run, opened as its settings say.
+
+    Raises:
+        SlideError: as of `open_slide`, or it has ended a process before.
+    """
+    WATCH.opening(entry.path)
     mpp = entry.mpp or settings.mpp
-    return open_slide(entry.path, mpp, settings.reader, trust_objective=settings.trust_objective)
+    return open_slide(entry.address, mpp, settings.reader, trust_objective=settings.trust_objective)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class PatchReader:
         self._patch_px = patch_px
         self._mpp = mpp
         self._batch_size = batch_size
+        if is_url(slide.info.path):  # they wait more than they compute
+            threads = max(threads, WAITING_THREADS)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._kept: tuple[list[list[int]], Reads] = ([], [])
         self._lock = threading.Lock()
@@ -69,8 +82,14 @@ class PatchReader:
             if following:
                 ahead = self._submit(following)
             elif then is not None:
-                self._keep(then[:size].tolist())
+                self.read_ahead(then)
             yield _collect(start, reads, self._patch_px)
+
+    def read_ahead(self, yx: NDArray[np.int64]) -> None:
+        """Begin to read the first batch of the patches at `yx`, and keep it for the call that asks for them."""
+        places = yx[: self._batch_size].tolist()
+        with self._lock:
+            self._kept = (places, self._submit(places))
 
     def close(self) -> None:
         """End the threads; what was read ahead is not waited for."""
@@ -78,10 +97,6 @@ class PatchReader:
 
     def _submit(self, places: list[list[int]]) -> Reads:
         return [self._pool.submit(read_region, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
-
-    def _keep(self, places: list[list[int]]) -> None:
-        with self._lock:
-            self._kept = (places, self._submit(places))
 
     def _first(self, places: list[list[int]]) -> Reads:
         """The reads of a span's first batch, begun before or now."""

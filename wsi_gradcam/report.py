@@ -32,6 +32,7 @@ from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.plan import RunPlan
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import Pending, Task, examine_model
+from wsi_gradcam.urls import is_url, name_of
 from wsi_gradcam.workflow import SlideRecord
 
 if TYPE_CHECKING:
@@ -232,7 +233,8 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     """
     settings = make_settings(**values)
     check_mask(settings.mask, settings.include, settings.exclude, 1)
-    regions = regions_of(settings.mask, Path(path).name, settings.include, settings.exclude)
+    name = name_of(path) if is_url(path) else Path(path).name
+    regions = regions_of(settings.mask, name, settings.include, settings.exclude)
     slide = open_slide(path, settings.mpp)
     try:
         shares = write_mask_picture(out, slide, settings.tissue, regions)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.errors import SlideReadError
+from wsi_gradcam.annotations import regions_of
+from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.patches import choose, patch_grid
 from wsi_gradcam.reading import open_entry
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.stain import StainFit, apply, fit
-from wsi_gradcam.tissue import tissue_mask
+from wsi_gradcam.tissue import slide_masks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.stain import Stain
+
+LOG = logging.getLogger("wsi_gradcam")
 
 SLIDES_TRIED = 3
 BLOCK_PX = 1 << 15
@@ -71,18 +75,21 @@ def sample_patches(
     count: int,
     stain: Stain | None = None,
 ) -> NDArray[np.uint8] | None:
-    """Up to `count` patches uint8 [n, H, W, 3], evenly over the tissue of the first slide that can be read.
+    """Up to `count` patches uint8 [n, H, W, 3] of those a run explains, evenly over the first slide that can be read.
 
-    With a `stain` they are normalised to it. The same for the same archive and settings. None where none of the first
-    slides has a readable patch.
+    Of tissue and inside the mask, as the settings say; with a `stain` normalised to it. The same for the same archive
+    and settings. None where none of the first slides has a readable patch. What cannot be read is logged, and
+    reported when the slide's turn comes.
     """
     for entry in slides[:SLIDES_TRIED]:
         try:
             patches = _of_slide(entry, settings, patch_px, mpp, count, stain)
-        except Exception:  # a bad slide is reported when its turn comes
+        except Exception as error:  # decoders and annotations of damaged files raise many kinds
+            LOG.info("engines are not tried on %s: %s", entry.id, one_line(error))
             continue
         if len(patches):
             return patches
+        LOG.info("engines are not tried on %s: it has no patch that is to be explained and can be read", entry.id)
     return None
 
 
@@ -93,16 +100,26 @@ def _of_slide(
     try:
         info = slide.info
         grid = patch_grid((info.height, info.width), info.mpp_yx, patch_px, mpp, settings.stride(patch_px))
-        mask = tissue_mask(slide)
+        masks = slide_masks(slide)
+        mask = masks.counted(settings.tissue)
+        regions = regions_of(settings.mask, entry.id, settings.include, settings.exclude)
+        if regions is not None:
+            mask = mask & regions.mask(grid.slide_px, mask.shape)
         places = choose(grid, mask, settings.min_tissue, BLOCK_PX).yx
         places = places[np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
-        found = []
-        for y, x in places.tolist():
-            try:
-                found.append(read_region(slide, y, x, *patch_px, mpp))
-            except SlideReadError:
-                continue
-        patches = np.stack(found) if found else np.zeros((0, *patch_px, 3), np.uint8)
-        return patches if stain is None or not found else apply(fit_stain(slide, mask, mpp, stain), patches)
+        patches = _readable(slide, places.tolist(), patch_px, mpp)
+        if stain is None or not len(patches):
+            return patches
+        return apply(fit_stain(slide, masks.tissue, mpp, stain), patches)
     finally:
         slide.close()
+
+
+def _readable(slide: Slide, places: list[list[int]], patch_px: tuple[int, int], mpp: float) -> NDArray[np.uint8]:
+    found = [np.zeros((0, *patch_px, 3), np.uint8)]
+    for y, x in places:
+        try:
+            found.append(read_region(slide, y, x, *patch_px, mpp)[None])
+        except SlideReadError as error:
+            LOG.info("engines are tried without a patch: %s", one_line(error))
+    return np.concatenate(found)

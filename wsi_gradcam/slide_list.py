@@ -8,13 +8,14 @@ from pathlib import Path, PurePath
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError, one_line
 from wsi_gradcam.slides import check_mpp
+from wsi_gradcam.urls import is_url, name_of
 
 Mpp = tuple[float, float] | None
 COLUMNS = "slide, and if need be mpp, or mpp_y and mpp_x"
 
 
-def read_list(path: Path) -> Iterator[tuple[Path, str, Mpp]]:
-    """File, name and mpp (y, x) of each slide in a CSV list; relative paths start at the list's folder.
+def read_list(path: Path) -> Iterator[tuple[Path | str, str, Mpp]]:
+    """File or URL, name and mpp (y, x) of each slide in a CSV list; relative paths start at the list's folder.
 
     Raises:
         ConfigError: not such a list, or a value that is none; the message names the line.
@@ -34,6 +35,9 @@ def read_list(path: Path) -> Iterator[tuple[Path, str, Mpp]]:
         where = f"{path}, line {number}"
         if not (name := (row["slide"] or "").strip()):
             raise ConfigError(f"{where}: no slide named")
+        if is_url(name):
+            yield name, name_of(name), _mpp(row, where)
+            continue
         file_path = path.parent / Path(name).expanduser()
         if not file_path.exists():
             raise SlideNotFoundError(f"{where}: {file_path} does not exist; paths start at the list's own folder")

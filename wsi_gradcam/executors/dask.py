@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
 
 NO_WORKER_S = 60
+THREADS = 2  # of a local worker: one has patches read while the model works for the other
 TASKS_PER_THREAD = 3  # in flight: one running, one waiting, one arriving
 SLIDES_AHEAD = 2  # begun beyond the number of threads
 
@@ -328,7 +329,7 @@ def _local_cluster(workers: int) -> Iterator[LocalCluster]:
         "distributed.deploy.lost-worker-timeout": "1 day",
     }
     with dask.config.set(patience), LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
+        n_workers=workers, threads_per_worker=THREADS, processes=True, host="127.0.0.1",
         dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
         # No limit: torch never gives memory back, so a worker that Dask pauses would wait for ever.
         memory_limit=0,

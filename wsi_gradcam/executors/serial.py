@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Context, Task, examine_model, perform
+from wsi_gradcam.isolation import WATCH
+from wsi_gradcam.stages import Context, Task, examine_model, perform, read_ahead
 from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SerialExecutor:
-    """Runs everything in this process."""
+    """Runs everything in this process; while the model works, the next slide is planned in a thread."""
 
     def __init__(self, model: Model | None = None) -> None:
         self._model = model
@@ -38,17 +40,64 @@ class SerialExecutor:
             FatalError: the run cannot go on.
         """
         context = Context(run, overwrite, self._explainer)
+        ahead = _Ahead(context, slides)
 
         def perform_and_tell(task: Task, then: Task | None) -> Any:
-            result = perform(context, task, then)
+            if task.stage == "explain":
+                ahead.plan_next()
+            result = ahead.planned(task) if task.stage == "plan" else perform(context, task, then)
             observe(task, result)
             return result
 
         try:
-            for slide in slides:
+            for slide in ahead:
                 yield drive(slide_job(slide, run.settings.max_unreadable), perform_and_tell)
+                WATCH.finished(slide.path)
         finally:
+            ahead.close()
             context.close()
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+class _Ahead:
+    """The slides; while one is worked on, the next is planned and its first patches are read, in a thread."""
+
+    def __init__(self, context: Context, slides: Iterable[SlideEntry]) -> None:
+        self._context = context
+        self._slides = iter(slides)
+        self._next: SlideEntry | None = None
+        self._plan: Future[Any] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="plan")
+
+    def __iter__(self) -> Iterator[SlideEntry]:
+        while (slide := self._following()) is not None:
+            self._next = None
+            yield slide
+
+    def plan_next(self) -> None:
+        """Begin to plan the next slide, unless that was done."""
+        if self._plan is None and not WATCH.one_at_a_time and (slide := self._following()) is not None:
+            self._plan = self._pool.submit(self._prepare, slide)
+
+    def planned(self, task: Task) -> Any:
+        """The result of planning a slide, ahead of its turn or now."""
+        plan, self._plan = self._plan, None
+        return perform(self._context, task) if plan is None else plan.result()
+
+    def close(self) -> None:
+        """Wait until nothing is planned any more."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, slide: SlideEntry) -> Any:
+        """Plan a slide and begin to read it; what comes of that is kept for its turn."""
+        pending = perform(self._context, Task("plan", slide))
+        if pending.spans:
+            read_ahead(self._context, slide, pending.spans[0])
+        return pending
+
+    def _following(self) -> SlideEntry | None:
+        if self._next is None:
+            self._next = next(self._slides, None)
+        return self._next

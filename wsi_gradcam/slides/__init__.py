@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import ConfigError, MppError, SlideNotFoundError
-from wsi_gradcam.slides.base import Level, Slide, SlideInfo, check_mpp
+from wsi_gradcam.slides.base import ZARR_FILES, Level, Slide, SlideInfo, check_mpp
 from wsi_gradcam.slides.resample import Thumbnail, read_region, thumbnail
+from wsi_gradcam.urls import is_url, shown_url
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -17,8 +18,6 @@ __all__ = [
     "thumbnail",
 ]  # fmt: skip
 
-# Files that make a folder a Zarr group, of either format.
-ZARR_FILES = ("zarr.json", ".zgroup")
 # What is looked for in a folder; a file that is named outright is tried whatever its ending.
 SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm".split()  # noqa: SIM905
@@ -37,7 +36,7 @@ def open_slide(
     *,
     trust_objective: bool = False,
 ) -> Slide:
-    """The slide at `path`; `mpp` (or (y, x)) replaces the file's own micrometres per level-0 pixel.
+    """The slide at `path`, a file, a Zarr folder or a URL; `mpp` (or (y, x)) replaces its own micrometres per px.
 
     With `trust_objective` the power of the objective stands in for an mpp that is not known.
 
@@ -46,6 +45,7 @@ def open_slide(
     Raises:
         ConfigError: there is no such reader.
         SlideNotFoundError: no file there.
+        SlideAccessError: the server of a URL does not let it be read.
         SlideFormatError: not a slide, or damaged.
         MppError: the given mpp is not possible. (A missing one is raised on the first use of `info.mpp_yx`.)
     """
@@ -54,12 +54,22 @@ def open_slide(
 
     if reader not in READERS:
         raise ConfigError(f"reader {reader!r} is not known; expected {', '.join(READERS)}")
+    given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
+    if isinstance(path, str) and is_url(path):
+        # Not above: files shall not need the client of object stores.
+        from wsi_gradcam.slides.remote_opening import open_url
+
+        _check_given(given, shown_url(path))
+        return open_url(path, given, reader, trust_objective)
     path = Path(path)
     if not path.is_file() and not is_zarr(path):
         what = "is a folder" if path.is_dir() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
-    given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
-    for value in given or ():
-        if problem := check_mpp(value, "the given mpp"):
-            raise MppError(f"{path}: {problem}")
+    _check_given(given, str(path))
     return open_as(path, given, reader, trust_objective)
+
+
+def _check_given(mpp: tuple[float, float] | None, name: str) -> None:
+    for value in mpp or ():
+        if problem := check_mpp(value, "the given mpp"):
+            raise MppError(f"{name}: {problem}")

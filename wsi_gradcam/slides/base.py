@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # tag: 72 dpi, which image editors write by default, comes out as 352.8.
 SMALLEST_MPP, LARGEST_MPP = 0.01, 100.0
 UM_AT_1X = 10.0
+# Files that make a folder a Zarr group, of either format.
+ZARR_FILES = ("zarr.json", ".zgroup")
 
 
 @dataclass(frozen=True)

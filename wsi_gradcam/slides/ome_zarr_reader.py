@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,35 +14,62 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from wsi_gradcam.errors import SlideError, SlideFormatError, SlideReadError, one_line
+from wsi_gradcam.errors import (
+    SlideAccessError,
+    SlideError,
+    SlideFormatError,
+    SlideNotFoundError,
+    SlideReadError,
+    one_line,
+)
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.slides.base import SlideInfo, check_mpp, levels_of, on_background
+from wsi_gradcam.slides.tile_cache import TileCache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.slides.remote_zarr import RemoteZarr
+
+    Rgb = NDArray[np.uint8]
+    Key = tuple[int, int, int]  # level, row, column
+
 WHITE = (255, 255, 255)
 UM_PER_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6}
 KEPT_IN_DIGEST = 1 << 22  # bytes of the coarsest level
+SEEN_IN_DIGEST = 4  # remote chunks of a level, whose versions are asked for
+CACHE_BYTES = 32 << 20
+MOST_CHUNK_PX = 1 << 22  # larger ones would fill the cache alone: of them what is asked for is read
+WAITING_THREADS = 8  # chunks of one region that are fetched at once
 
 
 class OmeZarrSlide:
-    """A `Slide` in an OME-Zarr image of one picture in colour or gray."""
+    """A `Slide` in an OME-Zarr image of one picture in colour or gray, in a folder or behind a URL."""
 
-    def __init__(self, path: Path, mpp: tuple[float, float] | None = None, trust_objective: bool = False) -> None:
-        self._path = path
+    def __init__(
+        self, place: Path | RemoteZarr, mpp: tuple[float, float] | None = None, trust_objective: bool = False
+    ) -> None:
+        self._remote = None if isinstance(place, Path) else place
+        self._path = str(place) if isinstance(place, Path) else place.name
+        self._cache: TileCache[Key, Rgb] = TileCache(CACHE_BYTES)
+        self._pool = None if self._remote is None else ThreadPoolExecutor(WAITING_THREADS, "chunk")
         try:
-            group = zarr.open_group(path, mode="r")
+            group = zarr.open_group(place, mode="r")
             self._scales = _multiscales(group)
             self._levels: list[Any] = [group[dataset["path"]] for dataset in self._scales["datasets"]]
             self._axes = [axis["name"] for axis in self._scales["axes"]]
             self._check()
             self._info = self._described(mpp)
+        except SlideAccessError:
+            raise
         except SlideError as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{self._path}: {error}") from error
         except Exception as error:  # metadata may be anything
+            if self._remote is not None and isinstance(error, FileNotFoundError):
+                raise SlideNotFoundError(f"{self._path}: no Zarr group there; check the URL") from error
             raise SlideFormatError(
-                f"{path}: not an OME-Zarr image that can be read ({one_line(error)[:200]}); expected OME-NGFF 0.4, 0.5"
+                f"{self._path}: not an OME-Zarr image that can be read ({one_line(error)[:200]}); expected OME-NGFF "
+                "0.4, 0.5"
             ) from error
 
     @property
@@ -48,40 +77,83 @@ class OmeZarrSlide:
         """What is known of the slide."""
         return self._info
 
-    def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
+    def read_level(self, level: int, region: Region) -> Rgb:
         """Pixels of `region` of `level` as RGB uint8 [height, width, 3]; outside the slide: white.
 
         Raises:
             SlideReadError: a chunk cannot be decoded, or is missing where zarr would fill in black.
+            SlideAccessError: a remote image cannot be reached any more.
         """
         return on_background(region, self._info.levels[level], WHITE, partial(self._pixels, level))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """End the threads that fetch; nothing else is held open."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
-    def _pixels(self, level: int, region: Region) -> NDArray[np.uint8]:
-        array = self._levels[level]
-        where = f"{self._path}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px"
+    def _pixels(self, level: int, region: Region) -> Rgb:
+        chunks = self._chunks(level, region)
+        rgb = np.empty((region.height, region.width, 3), np.uint8)
+        whole = math.prod(self._chunk_px(level)) <= MOST_CHUNK_PX
+        tiles = self._cache.get_many(list(chunks), self._made) if whole else []
+        for (key, part), tile in zip(chunks.items(), tiles, strict=False):
+            chunk = self._chunk_region(*key)
+            place = Region(part.y - region.y, part.x - region.x, part.height, part.width)
+            rgb[place.slices] = tile[Region(part.y - chunk.y, part.x - chunk.x, part.height, part.width).slices]
+        if not whole:
+            rgb = self._converted(level, region)
+        for part in chunks.values():
+            if not rgb[Region(part.y - region.y, part.x - region.x, part.height, part.width).slices].any():
+                raise SlideReadError(
+                    f"{self._where(level, region)} has no data: a chunk is missing in the file, or black throughout"
+                )
+        return rgb
+
+    def _made(self, keys: list[Key]) -> list[Rgb | Exception]:
+        """Chunks as they are decoded; of one that cannot be, why."""
+        return list(map(self._chunk, keys) if self._pool is None else self._pool.map(self._chunk, keys))
+
+    def _chunk(self, key: Key) -> Rgb | Exception:
+        try:
+            return self._converted(key[0], self._chunk_region(*key))
+        except SlideError as error:
+            return error
+
+    def _converted(self, level: int, region: Region) -> Rgb:
+        """A region as it is stored, in RGB."""
         wanted = {"y": slice(region.y, region.bottom), "x": slice(region.x, region.right), "c": slice(None)}
         try:
-            values = np.asarray(array[tuple(wanted.get(axis, 0) for axis in self._axes)])
+            values = np.asarray(self._levels[level][tuple(wanted.get(axis, 0) for axis in self._axes)])
+        except SlideError:
+            raise
         except Exception as error:  # codecs raise many kinds
-            raise SlideReadError(f"{where} cannot be decoded: {one_line(error)}") from error
+            raise SlideReadError(f"{self._where(level, region)} cannot be decoded: {one_line(error)}") from error
         left = [axis for axis in self._axes if axis in wanted]
-        values = np.moveaxis(values, left.index("c"), -1) if "c" in left else values[..., None]
+        # Axes may be in any order; pixels are cut and pasted as y, x, colour.
+        order = [left.index("y"), left.index("x"), *([left.index("c")] if "c" in left else [])]
+        values = values.transpose(order) if "c" in left else values.transpose(order)[..., None]
         scaled = values if values.dtype == np.uint8 else (values.astype(np.uint32) + 128) // 257
         rgb = np.repeat(scaled, 3, axis=2) if scaled.shape[2] == 1 else scaled
-        if any(not rgb[part.slices].any() for part in self._chunks(array, region)):
-            raise SlideReadError(f"{where} has no data: a chunk is missing in the file, or black throughout")
-        return rgb.astype(np.uint8, copy=False)
+        return np.ascontiguousarray(rgb.astype(np.uint8, copy=False))
 
-    def _chunks(self, array: Any, region: Region) -> list[Region]:
-        """The parts of a region that lie in one chunk each, from the region's corner."""
-        height, width = (array.chunks[self._axes.index(axis)] for axis in "yx")
+    def _where(self, level: int, region: Region) -> str:
+        return f"{self._path}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px"
+
+    def _chunk_px(self, level: int) -> tuple[int, int]:
+        """(height, width) of a chunk, the inner one where there are shards."""
+        chunks = self._levels[level].chunks
+        return int(chunks[self._axes.index("y")]), int(chunks[self._axes.index("x")])
+
+    def _chunk_region(self, level: int, row: int, column: int) -> Region:
+        (height, width), size = self._chunk_px(level), self._info.levels[level]
+        return Region(row * height, column * width, height, width).intersect(Region(0, 0, size.height, size.width))
+
+    def _chunks(self, level: int, region: Region) -> dict[Key, Region]:
+        """The chunks that a region touches, and the parts of it that lie in them."""
+        height, width = self._chunk_px(level)
         rows = range(region.y // height, ceil_div(region.bottom, height))
         columns = range(region.x // width, ceil_div(region.right, width))
-        parts = (Region(r * height, c * width, height, width).intersect(region) for r in rows for c in columns)
-        return [Region(part.y - region.y, part.x - region.x, part.height, part.width) for part in parts]
+        return {(level, r, c): self._chunk_region(level, r, c).intersect(region) for r in rows for c in columns}
 
     def _check(self) -> None:
         array = self._levels[0]
@@ -98,7 +170,7 @@ class OmeZarrSlide:
         y, x = self._axes.index("y"), self._axes.index("x")
         found, problem = (mpp, "") if mpp is not None else self._mpp()
         return SlideInfo(
-            path=str(self._path),
+            path=self._path,
             levels=levels_of([(level.shape[y], level.shape[x]) for level in self._levels]),
             mpp=found,
             mpp_problem=problem,
@@ -123,16 +195,31 @@ class OmeZarrSlide:
         return (values[0], values[1]), ""
 
     def _digest(self) -> str:
-        """Of the metadata and the beginning of the coarsest level, which stands for the rest as in OpenSlide's hash."""
+        """Of the metadata and of some pixels or, where those are far, of the versions of some chunks."""
         digest = hashlib.sha256(json.dumps(self._scales, sort_keys=True, default=str).encode())
         for level in self._levels:
             digest.update(f"{level.shape} {level.dtype} {level.chunks}".encode())
-        coarsest = self._levels[-1]
+        if self._remote is not None and self._pool is not None:
+            names = self._some_objects()
+            for name, identity in zip(names, self._pool.map(self._remote.identity, names), strict=True):
+                digest.update(f"{name} {identity}".encode())
+            return digest.hexdigest()[:32]
+        coarsest = self._levels[-1]  # it stands for the rest, as in OpenSlide's hash
         rows = max(1, KEPT_IN_DIGEST // max(1, coarsest.nbytes // coarsest.shape[self._axes.index("y")]))
         digest.update(
             np.asarray(coarsest[tuple(slice(rows) if a == "y" else slice(None) for a in self._axes)]).tobytes()
         )
         return digest.hexdigest()[:32]
+
+    def _some_objects(self) -> list[str]:
+        """Names of a few chunks or shards of each level, from its first to its last."""
+        found = []
+        for level in self._levels:
+            grid = [ceil_div(n, size) for n, size in zip(level.shape, level.shards or level.chunks, strict=True)]
+            for number in np.unique(np.linspace(0, math.prod(grid) - 1, SEEN_IN_DIGEST).astype(int)):
+                place = tuple(int(i) for i in np.unravel_index(number, grid))
+                found.append(f"{level.path}/{level.metadata.encode_chunk_key(place)}")
+        return found
 
 
 def _multiscales(group: Any) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from wsi_gradcam.errors import SlideError, SlideFormatError, SlideReadError, one_line
+from wsi_gradcam.slides.files import LocalFile
 from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, vendor_of
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
@@ -17,9 +20,15 @@ from wsi_gradcam.slides.tiff_check import check_tiff
 from wsi_gradcam.slides.tiff_info import describe_tiff
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
 from wsi_gradcam.slides.tiff_reader import TiffSlide
+from wsi_gradcam.slides.tiff_vendor import PLAIN
 
 if TYPE_CHECKING:
+    from tifffile import TiffFile
+
     from wsi_gradcam.slides.base import Slide, SlideInfo
+    from wsi_gradcam.slides.files import SlideFile
+
+    Facts = tuple[list[TiffLevel], SlideInfo]
 
 LOG = logging.getLogger("wsi_gradcam")
 
@@ -27,9 +36,6 @@ Reader = Literal["auto", "openslide", "tiff", "ome-zarr", "picture"]
 READERS: tuple[str, ...] = get_args(Reader)
 Mpp = tuple[float, float] | None
 
-# What OpenSlide calls the formats that are plain pyramids of tiles. In others tiles overlap, lie elsewhere or are
-# left out where there is glass.
-PLAIN = frozenset({"aperio", "generic-tiff"})
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILES_COMPARED = 3  # a level
 
@@ -40,9 +46,39 @@ def open_as(path: Path, mpp: Mpp, reader: str, trust_objective: bool = False) ->
     Raises:
         SlideFormatError: the reader does not know the file, or it is damaged.
     """
-    if path.is_file() and _is_tiff(path):
-        check_tiff(path)
+    if path.is_file():
+        with closing(LocalFile(path)) as file:
+            if is_tiff(file):
+                check_tiff(file)
     return OPENERS[reader](path, mpp, trust_objective)
+
+
+def open_plain_tiff(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Facts]) -> TiffSlide:
+    """The slide in a TIFF file by our own reader, which owns the file; `facts` tells them of the parsed one.
+
+    Raises:
+        SlideFormatError: it holds no picture that can be shown, or is damaged.
+    """
+    try:
+        try:
+            with open_tiff(file) as parsed:
+                levels, info = facts(file, parsed)
+        except SlideFormatError as error:
+            raise SlideFormatError(f"{file.name}: {error}") from error
+        except SlideError:
+            raise
+        except Exception as error:  # parsing a damaged file may raise anything
+            raise SlideFormatError(f"{file.name}: damaged TIFF ({one_line(error)[:200]}); {AGAIN}") from error
+    except BaseException:
+        file.close()
+        raise
+    return TiffSlide(file, levels, info)
+
+
+def is_tiff(file: SlideFile) -> bool:
+    """Whether a file begins as a TIFF does."""
+    with file.stream() as stream:
+        return stream.read(4) in TIFF_SIGNATURES
 
 
 def _auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
@@ -51,13 +87,13 @@ def _auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
     if is_picture(path):
         return PictureSlide(path, mpp)
     vendor = vendor_of(path)
-    if vendor is None and _is_tiff(path):
+    if vendor is None and _begins_as_tiff(path):
         return _tiff(path, mpp, trust_objective)
     known = OpenSlideSlide(path, mpp, trust_objective)
     if vendor not in PLAIN:
         return known
     try:
-        fast = _like(path, mpp, known)
+        fast = _like(LocalFile(path), mpp, known)
     except Exception as error:  # tifffile need not know what OpenSlide does
         LOG.info("%s is read by OpenSlide: %s", path, one_line(error))
         return known
@@ -65,27 +101,33 @@ def _auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
     return fast
 
 
-def _like(path: Path, mpp: Mpp, known: OpenSlideSlide) -> TiffSlide:
-    """The slide by our own reader, if some tiles of each level are what OpenSlide shows.
+def _like(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlide:
+    """The slide by our own reader, if some tiles of each level are what OpenSlide shows. It owns the file.
 
     Raises:
         SlideFormatError: they are not.
     """
-    info = known.info
-    with open_tiff(path) as file:
-        levels = tiff_levels(file)
-        if levels[0].orientation != TOP_LEFT:  # OpenSlide does not turn pictures
-            return TiffSlide(path, levels, describe_tiff(path, file, levels, mpp))
-        if file.is_ome and len(levels) > len(info.levels):  # OpenSlide knows no levels in SubIFDs
-            info = describe_tiff(path, file, levels, mpp)
-    fast = TiffSlide(path, _same_sizes(levels, info), info)
     try:
-        for level in range(min(len(info.levels), len(known.info.levels))):
-            _compare(fast, known, level)
+        levels, info = _facts(file, mpp, known.info)
+        fast = TiffSlide(file, levels, info)
+        if levels[0].orientation == TOP_LEFT:  # OpenSlide does not turn pictures
+            for level in range(min(len(info.levels), len(known.info.levels))):
+                _compare(fast, known, level)
     except BaseException:
-        fast.close()
+        file.close()
         raise
     return fast
+
+
+def _facts(file: LocalFile, mpp: Mpp, known: SlideInfo) -> Facts:
+    """Levels and description of a file that OpenSlide knows, from it as far as it sees all of the file."""
+    with open_tiff(file) as parsed:
+        levels = tiff_levels(parsed)
+        if levels[0].orientation != TOP_LEFT:
+            return levels, describe_tiff(file, parsed, levels, mpp)
+        more = parsed.is_ome and len(levels) > len(known.levels)  # OpenSlide knows no levels in SubIFDs
+        info = describe_tiff(file, parsed, levels, mpp) if more else known
+    return _same_sizes(levels, info), info
 
 
 def _same_sizes(levels: Sequence[TiffLevel], info: SlideInfo) -> list[TiffLevel]:
@@ -112,22 +154,18 @@ def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
 
 
 def _tiff(path: Path, mpp: Mpp, trust_objective: bool) -> TiffSlide:
-    try:
-        with open_tiff(path) as file:
-            levels = tiff_levels(file)
-            info = describe_tiff(path, file, levels, mpp)
-    except SlideFormatError as error:
-        raise SlideFormatError(f"{path}: {error}") from error
-    except SlideError:
-        raise
-    except Exception as error:  # parsing a damaged file may raise anything
-        raise SlideFormatError(f"{path}: damaged TIFF ({one_line(error)[:200]}); {AGAIN}") from error
-    return TiffSlide(path, levels, info)
+    return open_plain_tiff(LocalFile(path), partial(own_facts, mpp=mpp))
 
 
-def _is_tiff(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) in TIFF_SIGNATURES
+def own_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp) -> Facts:
+    """Levels and description of a file by what it says itself."""
+    levels = tiff_levels(parsed)
+    return levels, describe_tiff(file, parsed, levels, mpp)
+
+
+def _begins_as_tiff(path: Path) -> bool:
+    with closing(LocalFile(path)) as file:
+        return is_tiff(file)
 
 
 OPENERS: dict[str, Callable[[Path, Mpp, bool], Slide]] = {

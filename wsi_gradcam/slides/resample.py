@@ -23,6 +23,8 @@ COARSER = 1.01
 # Larger reads are cut, so that a thumbnail of a slide without a pyramid needs no more memory than this.
 MAX_SOURCE_PX = 1 << 21
 MOST_READ_PX = 1 << 25
+# Of a pixel, what is lost in computing where it lies.
+TINY = 1e-6
 # Side of the smallest part of a thumbnail that is given up when it cannot be decoded.
 UNREADABLE_PX = 16
 
@@ -124,12 +126,15 @@ class _Axis:
     def __init__(self, start: float, scale: float, size: int) -> None:
         # Within a hundredth of a pixel over the whole length there is nothing to resample.
         self.exact = abs(scale - 1) * size < 0.01 and abs(start - round(start)) < 0.01
-        margin = 0 if self.exact else math.ceil(max(1.0, scale)) + 1
         self.size = size
-        self.first = round(start) if self.exact else math.floor(start) - margin
-        end = start + scale * size
-        self.length = size if self.exact else math.ceil(end) + margin - self.first
-        self.box = (0.0, float(size)) if self.exact else (start - self.first, end - self.first)
+        if self.exact:
+            self.first, self.length, self.box = round(start), size, (0.0, float(size))
+            return
+        # The pixels that the filter weighs and no more: a damaged tile beside them is none of the region's business.
+        end, margin = start + scale * size, max(1.0, scale) - scale / 2 - 0.5
+        self.first = math.floor(min(start, start - margin + TINY))
+        self.length = math.ceil(max(end, end + margin - TINY)) - self.first
+        self.box = (start - self.first, end - self.first)
 
 
 def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.uint8]:

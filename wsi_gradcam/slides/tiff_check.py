@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.slides.tiff_levels import AGAIN, MOST_TILE_PX
+
+if TYPE_CHECKING:
+    from wsi_gradcam.slides.files import SlideFile
 
 ORDERS = {b"II": "<", b"MM": ">"}
 CLASSIC, BIG = 42, 43
@@ -24,31 +26,32 @@ MOST_DIRECTORIES, MOST_ENTRIES = 4096, 4096
 Entry = tuple[int, int, int, bytes]  # tag, type, count, the field that holds the value or its place
 
 
-def check_tiff(path: Path) -> None:
+def check_tiff(file: SlideFile) -> None:
     """Walk the directories of a TIFF as far as they can be read.
 
     Raises:
         SlideFormatError: one says that it holds more than the file does, or tiles beyond all measure.
+        SlideAccessError: a remote file cannot be reached.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for number, (order, entries) in enumerate(_directories(file, size)):
+    size = file.size
+    with file.stream() as stream:
+        for number, (order, entries) in enumerate(_directories(stream, size)):
             for tag, kind, count, field in entries:
                 if TYPE_BYTES.get(kind, 0) * count > size:
                     raise SlideFormatError(
-                        f"{path}: damaged TIFF: tag {tag} of directory {number} claims {count:,} values, more than "
-                        f"the file's {size:,} bytes can hold; {AGAIN}"
+                        f"{file.name}: damaged TIFF: tag {tag} of directory {number} claims {count:,} values, more "
+                        f"than the file's {size:,} bytes can hold; {AGAIN}"
                     )
-                if tag in BYTE_COUNTS and (largest := _largest(path, order, (tag, kind, count, field))) > size:
+                if tag in BYTE_COUNTS and (largest := _largest(file, order, (tag, kind, count, field))) > size:
                     raise SlideFormatError(
-                        f"{path}: damaged TIFF: a tile of {largest:,} bytes in directory {number}, more than "
+                        f"{file.name}: damaged TIFF: a tile of {largest:,} bytes in directory {number}, more than "
                         f"the file's {size:,}; {AGAIN}"
                     )
-            sides = [_largest(path, order, entry) for entry in entries if entry[0] in (TILE_WIDTH, TILE_LENGTH)]
+            sides = [_largest(file, order, entry) for entry in entries if entry[0] in (TILE_WIDTH, TILE_LENGTH)]
             if len(sides) == 2 and sides[0] * sides[1] > MOST_TILE_PX:
                 raise SlideFormatError(
-                    f"{path}: damaged TIFF: tiles of {sides[1]} x {sides[0]} px in directory {number}, expected up to "
-                    f"{MOST_TILE_PX:,} px; {AGAIN}"
+                    f"{file.name}: damaged TIFF: tiles of {sides[1]} x {sides[0]} px in directory {number}, expected "
+                    f"up to {MOST_TILE_PX:,} px; {AGAIN}"
                 )
 
 
@@ -82,7 +85,7 @@ def _unpacked(file: BinaryIO, layout: str) -> int | None:
     return struct.unpack(layout, data)[0] if len(data) == struct.calcsize(layout) else None
 
 
-def _largest(path: Path, order: str, entry: Entry) -> int:
+def _largest(file: SlideFile, order: str, entry: Entry) -> int:
     """The largest of an entry's values; 0 where they are no whole numbers or lie outside the file."""
     _, kind, count, field = entry
     if kind not in WHOLE_NUMBERS or not count:
@@ -91,9 +94,9 @@ def _largest(path: Path, order: str, entry: Entry) -> int:
     if dtype.itemsize * count <= len(field):
         return int(np.frombuffer(field, dtype, count).max())
     place = int.from_bytes(field, "little" if order == "<" else "big")
-    if place > path.stat().st_size:
+    if place > file.size:
         return 0
-    with path.open("rb") as file:
-        file.seek(place)
-        data = file.read(dtype.itemsize * count)
+    with file.stream() as stream:
+        stream.seek(place)
+        data = stream.read(dtype.itemsize * count)
     return int(np.frombuffer(data, dtype, len(data) // dtype.itemsize).max(initial=0))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from tifffile import RESUNIT, TiffFile
 
 from wsi_gradcam.errors import one_line
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, content_digest, levels_of
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, levels_of
 
 if TYPE_CHECKING:
     from tifffile import TiffPage
 
+    from wsi_gradcam.slides.files import SlideFile
     from wsi_gradcam.slides.tiff_levels import TiffLevel
 
 WHITE = (255, 255, 255)
@@ -29,20 +29,22 @@ LARGEST_XML = 1 << 24
 SWAPPED = 4  # orientations above it exchange rows and columns
 
 
-def describe_tiff(path: Path, file: TiffFile, levels: list[TiffLevel], mpp: tuple[float, float] | None) -> SlideInfo:
-    """The facts of a slide in `file`, whose `levels` are known; `mpp` (y, x) replaces the file's own."""
+def describe_tiff(
+    source: SlideFile, file: TiffFile, levels: list[TiffLevel], mpp: tuple[float, float] | None
+) -> SlideInfo:
+    """The facts of a slide in `source`, parsed as `file`, whose `levels` are known; `mpp` (y, x) replaces its own."""
     found, problem = (mpp, "") if mpp is not None else tiff_mpp(file)
     if mpp is None and found is not None and levels[0].orientation > SWAPPED:
         found = (found[1], found[0])
     return SlideInfo(
-        path=str(path),
+        path=source.name,
         levels=levels_of([level.shown_px for level in levels]),
         mpp=found,
         mpp_problem=problem,
         vendor="ome-tiff" if file.is_ome else "tiff",
         background=WHITE,
         bounds=None,
-        digest=content_digest(path),
+        digest=source.digest(),
     )
 
 
@@ -50,7 +52,11 @@ def tiff_mpp(file: TiffFile) -> tuple[tuple[float, float] | None, str]:
     """Micrometres per stored pixel (y, x) and an empty string, or None and what is wrong, with the mend."""
     if file.is_ome:
         return _ome_mpp(file.ome_metadata or "")
-    page: Any = file.pages[0]
+    return page_mpp(file.pages[0])
+
+
+def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
+    """The same by the resolution tags of a page."""
     values = [_resolution(page, axis) for axis in ("YResolution", "XResolution")]
     if None in values:
         return None, "the file says nothing of its resolution; give the micrometres per pixel with --mpp"
@@ -67,7 +73,7 @@ def _resolution(page: TiffPage, name: str) -> float | None:
     if unit not in UM_PER_UNIT or not isinstance(value, tuple) or len(value) != 2:
         return None
     pixels, units = value
-    return UM_PER_UNIT[unit] * units / pixels if pixels else 0.0
+    return UM_PER_UNIT[unit] / (pixels / units) if pixels and units else 0.0  # digit for digit as OpenSlide
 
 
 def _ome_mpp(xml: str) -> tuple[tuple[float, float] | None, str]:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tifffile import TiffFile
 
-from wsi_gradcam.errors import SlideFormatError, one_line
+from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.slides.colours import rgb_converter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
     from tifffile import TiffPage
 
     from wsi_gradcam.slides.colours import ToRGB
+    from wsi_gradcam.slides.files import SlideFile
 
 # Bounds on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
 MOST_TILES = 1 << 24
@@ -100,9 +101,11 @@ class TiffLevel:
         return self.to_rgb(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2))
 
 
-def open_tiff(path: Path) -> TiffFile:
+@contextmanager
+def open_tiff(file: SlideFile) -> Iterator[TiffFile]:
     """The file for parsing; other files that an OME-TIFF names are not opened."""
-    return TiffFile(path, _multifile=False)
+    with file.stream() as stream, TiffFile(stream, _multifile=False) as parsed:
+        yield parsed
 
 
 def tiff_levels(file: TiffFile) -> list[TiffLevel]:
@@ -114,7 +117,7 @@ def tiff_levels(file: TiffFile) -> list[TiffLevel]:
     try:
         pages = _pyramid(file)
         levels = [_level(page) for page in pages]
-    except SlideFormatError:
+    except SlideError:
         raise
     except Exception as error:  # parsing a damaged file may raise anything
         raise SlideFormatError(f"damaged TIFF: {one_line(error)[:200]}; {AGAIN}") from error

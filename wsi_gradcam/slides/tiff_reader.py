@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,21 +17,26 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.slides.base import SlideInfo
+    from wsi_gradcam.slides.files import ByteRange, SlideFile
+
+    Tile = NDArray[np.uint8]
+    Key = tuple[int, int, int]  # level, row, column
 
 CACHE_BYTES = 32 << 20  # a row of tiles of 256 px as wide as a block of patches, and what is read of the next
+# Tiles that are read in one go, at most; these too are held until the region is put together.
+AT_ONCE_PX = 1 << 22
 # A tile cannot need more than its pixels and some header: what claims more is not read.
 SPARE_BYTES = 1 << 16
 
 
 class TiffSlide:
-    """A `Slide` in a tiled TIFF file, read by tifffile's decoders."""
+    """A `Slide` in a tiled TIFF file, read by tifffile's decoders. It owns the file."""
 
-    def __init__(self, path: Path, levels: list[TiffLevel], info: SlideInfo) -> None:
-        self._path = path
+    def __init__(self, file: SlideFile, levels: list[TiffLevel], info: SlideInfo) -> None:
+        self._file = file
         self._levels = levels
         self._info = info
-        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._cache = TileCache(CACHE_BYTES)
+        self._cache: TileCache[Key, Tile] = TileCache(CACHE_BYTES)
 
     @property
     def info(self) -> SlideInfo:
@@ -45,6 +48,7 @@ class TiffSlide:
 
         Raises:
             SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
+            SlideAccessError: a remote file cannot be reached any more.
         """
         return on_background(region, self._info.levels[level], self._info.background, partial(self._shown, level))
 
@@ -59,7 +63,7 @@ class TiffSlide:
 
     def close(self) -> None:
         """Release the file."""
-        os.close(self._file)
+        self._file.close()
 
     def _shown(self, level: int, region: Region) -> NDArray[np.uint8]:
         """A region of the page as it is to be seen."""
@@ -72,43 +76,78 @@ class TiffSlide:
         stored = self._levels[level]
         height, width = stored.tile_px
         out = np.empty((region.height, region.width, 3), np.uint8)
-        for row, column in stored.tiles_of(region):
-            key = level, row, column
-            tile = self._cache.get(key, partial(self._decoded, *key))
-            y, x = row * height, column * width  # plain numbers: this runs several times a patch
-            top, bottom = max(y, region.y), min(y + height, region.bottom)
-            left, right = max(x, region.x), min(x + width, region.right)
-            out[top - region.y : bottom - region.y, left - region.x : right - region.x] = tile[
-                top - y : bottom - y, left - x : right - x
-            ]
+        wanted = [(level, row, column) for row, column in stored.tiles_of(region)]
+        at_once = max(1, AT_ONCE_PX // (height * width))
+        for first in range(0, len(wanted), at_once):
+            keys = wanted[first : first + at_once]
+            for (_, row, column), tile in zip(keys, self._cache.get_many(keys, self._made), strict=True):
+                y, x = row * height, column * width  # plain numbers: this runs several times a patch
+                top, bottom = max(y, region.y), min(y + height, region.bottom)
+                left, right = max(x, region.x), min(x + width, region.right)
+                out[top - region.y : bottom - region.y, left - region.x : right - region.x] = tile[
+                    top - y : bottom - y, left - x : right - x
+                ]
         return out
 
-    def _decoded(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
+    def _made(self, keys: list[Key]) -> list[Tile | Exception]:
+        """Tiles decoded from what is read in one go; of one that cannot be, why."""
+        places = [_places(self._levels[level], row, column) for level, row, column in keys]
+        data = iter(self._file.read_many([place for found in places if isinstance(found, list) for place in found]))
+        made: list[Tile | Exception] = []
+        for key, found in zip(keys, places, strict=True):
+            try:
+                made.append(self._decoded(*key, found, [] if isinstance(found, str) else [next(data) for _ in found]))
+            except SlideReadError as error:
+                made.append(error)
+        return made
+
+    def _decoded(
+        self, level: int, row: int, column: int, places: list[ByteRange] | str, found: list[bytes | OSError]
+    ) -> NDArray[np.uint8]:
         stored = self._levels[level]
-        place = stored.tile_region(row, column)
-        pieces = stored.pieces(row, column)
+        region = stored.tile_region(row, column)
         try:
-            tile = stored.decode(pieces, [self._bytes(stored, index) for index in pieces])
+            tile = stored.decode(stored.pieces(row, column), _whole(places, found))
         except Exception as error:  # decoders of damaged bytes raise many kinds
             raise SlideReadError(
-                f"{self._path}: level {level}, y {place.y}, x {place.x}, {place.height} x {place.width} px cannot be "
-                f"decoded: {one_line(error)}"
+                f"{self._file.name}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px "
+                f"cannot be decoded: {one_line(error)}"
             ) from error
-        if tile.shape[0] < place.height or tile.shape[1] < place.width:
+        if tile.shape[0] < region.height or tile.shape[1] < region.width:
             raise SlideReadError(
-                f"{self._path}: level {level}, y {place.y}, x {place.x}: the tile has {tile.shape[0]} x "
-                f"{tile.shape[1]} px, expected {place.height} x {place.width}"
+                f"{self._file.name}: level {level}, y {region.y}, x {region.x}: the tile has {tile.shape[0]} x "
+                f"{tile.shape[1]} px, expected {region.height} x {region.width}"
             )
         return tile
 
-    def _bytes(self, stored: TiffLevel, index: int) -> bytes:
+
+def _places(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
+    """Where the pieces of a tile lie in the file, or why they cannot be read."""
+    largest = 4 * stored.tile_px[0] * stored.tile_px[1] * stored.samples + SPARE_BYTES
+    places = []
+    for index in stored.pieces(row, column):
         offset, count = int(stored.offsets[index]), int(stored.counts[index])
         if not (offset and count):
-            raise ValueError("no data: a tile is missing in the file")
-        largest = 4 * stored.tile_px[0] * stored.tile_px[1] * stored.samples + SPARE_BYTES
+            return "no data: a tile is missing in the file"
         if offset < 0 or not 0 < count <= largest:
-            raise ValueError(f"{count} bytes at {offset} are claimed for a tile")
-        data = os.pread(self._file, count, offset)
+            return f"{count} bytes at {offset} are claimed for a tile"
+        places.append((offset, count))
+    return places
+
+
+def _whole(places: list[ByteRange] | str, found: list[bytes | OSError]) -> list[bytes]:
+    """The pieces of a tile, if they are all there.
+
+    Raises:
+        ValueError: they are not. (Or what the disk raised.)
+    """
+    if isinstance(places, str):
+        raise ValueError(places)
+    whole = []
+    for (_, count), data in zip(places, found, strict=True):
+        if isinstance(data, OSError):
+            raise data
         if len(data) < count:
             raise ValueError(f"the file ends {count - len(data)} bytes before the tile does")
-        return data
+        whole.append(data)
+    return whole

@@ -1,0 +1,71 @@
+"""What a process keeps between its tasks: the slide that is open, the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import SMALL, toy_spec
+from wsi_gradcam.config import make_settings
+from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.plan import plan_run
+from wsi_gradcam.stages import Context, examine_model
+
+
+def entry(number: int) -> SlideEntry:
+    return SlideEntry(f"{number}", f"/{number}")
+
+
+class FakeSlide:
+    """A slide that knows whether it is open."""
+
+    def __init__(self, path: str, *_: Any) -> None:
+        self.path, self.open = path, True
+
+    def close(self) -> None:
+        self.open = False
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+    spec = toy_spec("poisoned")
+    run = plan_run(tmp_path, spec, examine_model(spec, make_settings(**SMALL), []).facts, make_settings(**SMALL))
+    monkeypatch.setattr("wsi_gradcam.stages.context.open_entry", FakeSlide)
+    return Context(run)
+
+
+def test_a_slide_in_use_is_never_closed(context: Context) -> None:
+    """Threads of a worker work on different slides."""
+    with context.slide(entry(0)) as first, context.slide(entry(1)) as second:
+        with context.slide(entry(0)) as again:
+            assert again is first
+        assert first.open  # type: ignore[attr-defined]
+        assert second.open  # type: ignore[attr-defined]
+
+
+def test_the_last_two_slides_stay_open_for_the_next_tasks(context: Context) -> None:
+    """The one in work and the next: not the one that was opened first, but the one that was used first, is closed."""
+    with context.slide(entry(0)) as first, context.slide(entry(1)) as second:
+        pass
+    with context.slide(entry(0)) as again:
+        assert again is first
+    with context.slide(entry(2)):
+        assert first.open  # type: ignore[attr-defined]
+        assert not second.open  # type: ignore[attr-defined]
+
+
+def test_close_releases_the_slides(context: Context) -> None:
+    with pytest.raises(KeyError), context.slide(entry(0)) as slide:
+        raise KeyError
+    context.close()
+    assert not slide.open  # type: ignore[attr-defined]
+
+
+def test_a_worker_with_another_model_refuses(context: Context) -> None:
+    from wsi_gradcam.errors import ModelError
+
+    object.__setattr__(context.run, "spec", toy_spec("other_linear"))
+    with pytest.raises(ModelError, match="loaded another model than the one the run began with"):
+        context.model()

@@ -1,0 +1,334 @@
+"""Slides behind URLs, read by ranges through obstore: s3://, https:// and http://. The only module that knows it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from urllib.parse import unquote
+
+from wsi_gradcam.errors import SlideAccessError, SlideError, SlideFormatError, SlideNotFoundError
+from wsi_gradcam.geometry import ceil_div
+from wsi_gradcam.slides.base import ZARR_FILES
+from wsi_gradcam.slides.tile_cache import TileCache
+from wsi_gradcam.urls import WEB, shown_url, split_url
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from obstore.store import ClientConfig, HTTPStore, ObjectStore, RetryConfig, S3Store
+
+    from wsi_gradcam.slides.files import ByteRange
+
+S3 = "s3"
+SCHEMES = (S3, *WEB)
+# A request that fails is sent again for so long.
+PATIENCE_S = 30
+# Tiles that touch are one request; writers of cloud-optimised TIFF leave 8 bytes between them, others pad by one.
+GAP_BYTES = 8
+# Headers are small and scattered: larger blocks would cost more bytes than they save requests.
+BLOCK_BYTES = 1 << 11
+MOST_BLOCKS = 1 << 14
+# Compressed tiles, which are a tenth of what the cache of pixels holds: what it drops need not be fetched again.
+KEPT_BYTES = 64 << 20
+ERROR_CHARACTERS = 240
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+# Where machines in a cloud ask for credentials, and so does obstore where there are none.
+INSTANCE_METADATA = "169.254.169.254"
+
+
+class RemoteFile:
+    """A `SlideFile` behind a URL. Of its tiles, no byte is fetched twice as long as it is kept."""
+
+    def __init__(self, url: str) -> None:
+        self.name = shown_url(url)
+        self._store, self._path = store_of(url)
+        self._ranges: TileCache[ByteRange, bytes] = TileCache(KEPT_BYTES)
+        self._trouble: SlideError | None = None
+        try:
+            self.size, self._identity, head = look(self._store, self._path, BLOCK_BYTES)
+        except Exception as error:  # obstore raises many kinds
+            raise access_error(self.name, error) from None
+        self._head = head
+        self._blocks = {0: head}
+
+    def read_many(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """The bytes of each (offset, count); fewer where the file ends before.
+
+        Raises:
+            SlideAccessError: it cannot be reached any more, or has changed.
+        """
+        return self._ranges.get_many(ranges, self._fetched)
+
+    def stream(self) -> BinaryIO:
+        """The file from its beginning; blocks that were read are shared by all streams until `end_of_headers`."""
+        return cast("BinaryIO", _Stream(self))
+
+    def digest(self) -> str:
+        """Of the size, what the server says of the version, and the beginning; no byte is fetched for it."""
+        digest = hashlib.sha256(f"{self.size} {self._identity}".encode())
+        digest.update(self._head)
+        return digest.hexdigest()[:32]
+
+    def end_of_headers(self) -> None:
+        """Forget what was read for parsing.
+
+        Raises:
+            SlideAccessError: some of it could not be read, whatever the parser made of that.
+        """
+        self._blocks = {0: self._head}
+        if self._trouble is not None:
+            raise self._trouble
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def peek(self, start: int, count: int) -> bytes:
+        """Some bytes by way of blocks, fewer where the file ends before."""
+        stop = min(start + count, self.size)
+        if start >= stop:
+            return b""
+        first, last = start // BLOCK_BYTES, ceil_div(stop, BLOCK_BYTES)
+        missing = [number for number in range(first, last) if number not in self._blocks]
+        found = dict(zip(missing, self._peeked(missing), strict=True)) if missing else {}
+        data = b"".join(found[n] if n in found else self._blocks[n] for n in range(first, last))
+        self._blocks |= found
+        while len(self._blocks) > MOST_BLOCKS:
+            del self._blocks[next(iter(self._blocks))]
+        return data[start - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
+
+    def _peeked(self, numbers: list[int]) -> list[bytes]:
+        try:
+            return self._fetched([(number * BLOCK_BYTES, BLOCK_BYTES) for number in numbers])
+        except SlideError as error:  # parsers may swallow it
+            self._trouble = error
+            raise
+
+    def _fetched(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        import obstore
+
+        spans = [(min(offset, self.size), min(offset + count, self.size)) for offset, count in ranges]
+        runs = joined(spans)
+        starts, ends = [start for start, _ in runs], [stop for _, stop in runs]
+        try:
+            found = obstore.get_ranges(self._store, self._path, starts=starts, ends=ends, coalesce=0) if runs else []
+        except Exception as error:  # obstore raises many kinds
+            raise access_error(self.name, error) from None
+        if [len(data) for data in found] != [stop - start for start, stop in runs]:
+            raise SlideAccessError(f"{self.name}: shorter than {self.size:,} bytes now; let it not change in a run")
+        views = [memoryview(data) for data in found]
+        parts = []
+        for start, stop in spans:
+            run = max(0, bisect_right(starts, start) - 1)
+            parts.append(bytes(views[run][start - starts[run] : stop - starts[run]]) if start < stop else b"")
+        return parts
+
+
+def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open spans joined where they touch or nearly do, sorted; empty ones are left out.
+
+    Obstore would join them too, but panics where a server then sends less than was asked for.
+
+    >>> joined([(30, 40), (0, 10), (18, 20), (50, 50)])
+    [(0, 20), (30, 40)]
+    """
+    runs: list[tuple[int, int]] = []
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if runs and start - runs[-1][1] <= GAP_BYTES:
+            runs[-1] = runs[-1][0], max(runs[-1][1], stop)
+        else:
+            runs.append((start, stop))
+    return runs
+
+
+class _Stream(io.RawIOBase):
+    """What a parser reads of a remote file."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
+        self._place = 0
+        self.name = file.name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence])
+        return self._place
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._file.peek(self._place, len(view))
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def look(store: ObjectStore, path: str, count: int = 1) -> tuple[int, str, bytes]:
+    """Size of an object, what tells its version from others, and its first bytes.
+
+    By a ranged GET: addresses that are signed for GET refuse HEAD.
+    """
+    import obstore
+
+    result = obstore.get(store, path, options={"range": (0, count)})
+    meta = result.meta
+    identity = meta["e_tag"] or f"{meta['last_modified'].isoformat()} {meta['version']}"
+    return meta["size"], identity, bytes(result.bytes())
+
+
+def is_zarr_at(url: str) -> bool:
+    """Whether one of the files that make a folder a Zarr group lies below a URL.
+
+    Raises:
+        SlideAccessError: that cannot be found out.
+    """
+    store = folder_of(url)
+    for name in ZARR_FILES:
+        try:
+            look(store, name)
+        except FileNotFoundError:
+            continue
+        except Exception as error:
+            raise access_error(shown_url(url), error) from None
+        return True
+    return False
+
+
+def listed(url: str) -> tuple[list[str], list[str]]:
+    """URLs of the folders, with a slash at their end, and of the files right below `url`, an s3:// folder.
+
+    Raises:
+        SlideAccessError: it cannot be listed.
+    """
+    import obstore
+
+    if split_url(url)[0] != S3:
+        raise SlideAccessError(
+            f"{shown_url(url)}: web servers cannot be asked what lies below; name the slides one by one, or in a list "
+            "(.csv)"
+        )
+    bucket, _ = _bucket_and_key(url)
+    try:
+        found = obstore.list_with_delimiter(folder_of(url))
+    except Exception as error:
+        raise access_error(shown_url(url), error) from None
+    base = url.rstrip("/") if split_url(url)[2] else f"{S3}://{bucket}"
+    folders = [f"{base}/{name.rstrip('/')}/" for name in found["common_prefixes"]]
+    return folders, [f"{base}/{item['path']}" for item in found["objects"]]
+
+
+def folder_of(url: str) -> ObjectStore:
+    """The store whose paths start at `url`."""
+    if split_url(url)[0] != S3:
+        scheme, _, rest = url.partition("://")
+        place, mark, query = rest.partition("?")
+        return _web_store(f"{scheme}://{place.rstrip('/')}{mark}{query}")
+    bucket, key = _bucket_and_key(url)
+    return _s3_store(bucket, key.rstrip("/") or None)
+
+
+def store_of(url: str) -> tuple[ObjectStore, str]:
+    """The store of a file, and its path there.
+
+    Raises:
+        SlideAccessError: a URL that cannot be read, with the reason.
+    """
+    if split_url(url)[0] != S3:
+        return _web_store(url), ""  # all in the address, so that a query stays in its place
+    bucket, key = _bucket_and_key(url)
+    return _s3_store(bucket, None), key
+
+
+def _bucket_and_key(url: str) -> tuple[str, str]:
+    _, bucket, key = split_url(url)
+    if not bucket or "@" in bucket:
+        raise SlideAccessError(
+            f"{shown_url(url)}: expected s3://BUCKET/KEY; credentials are given as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment"
+        )
+    return bucket, key
+
+
+def _s3_store(bucket: str, prefix: str | None) -> S3Store:
+    from obstore.store import S3Store
+
+    # Set by the user, and other tools take that for leave enough.
+    plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
+    return S3Store(bucket, prefix=prefix, client_options=_client(plain), retry_config=_retries())
+
+
+def _web_store(url: str) -> HTTPStore:
+    from obstore.store import HTTPStore
+
+    scheme, host, _ = split_url(url)
+    if scheme not in SCHEMES or not host.rpartition("@")[2]:
+        raise SlideAccessError(f"{shown_url(url)}: expected a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
+    options = _client(scheme == "http")
+    user, at, _ = host.rpartition("@")
+    if at:
+        token = base64.b64encode(unquote(user).encode()).decode()
+        options["default_headers"] = {"authorization": f"Basic {token}"}
+        url = url.replace(user + at, "", 1)
+    try:
+        return HTTPStore(url, client_options=options, retry_config=_retries())
+    except ValueError as error:
+        raise access_error(shown_url(url), error) from None
+
+
+def _client(plain: bool) -> ClientConfig:
+    return {"allow_http": plain, "connect_timeout": "5s", "timeout": f"{PATIENCE_S}s"}
+
+
+def _retries() -> RetryConfig:
+    backoff: Any = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2}
+    return {"max_retries": 100, "retry_timeout": timedelta(seconds=PATIENCE_S), "backoff": backoff}
+
+
+def access_error(name: str, error: Exception) -> SlideError:
+    """What an error of obstore means for the slide, without the secrets that a URL or a request may hold."""
+    if isinstance(error, SlideError):
+        return error
+    from obstore import exceptions
+
+    text = str(error)
+    if isinstance(error, FileNotFoundError):
+        if "NoSuchBucket" in text:
+            return SlideNotFoundError(f"{name}: no such bucket; check the URL and the endpoint in AWS_ENDPOINT_URL")
+        return SlideNotFoundError(f"{name}: does not exist, expected a slide; check the URL, and end a folder's by /")
+    if isinstance(error, exceptions.NotSupportedError):
+        return SlideAccessError(
+            f"{name}: the server ignores Range, so that the whole file would be sent for each tile; copy it to a disk"
+        )
+    denied = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+    if isinstance(error, denied) or INSTANCE_METADATA in text:
+        s3 = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+        web = "check user and password in the URL, or make a new signed one"
+        what = "access was refused" if isinstance(error, denied) else "there are no credentials"
+        return SlideAccessError(f"{name}: {what}; {s3 if split_url(name)[0] == S3 else web}")
+    if "416" in text and "Range" in text:
+        return SlideFormatError(f"{name}: empty, expected a slide; copy it again from its source")
+    if "redirect" in text.lower():
+        return SlideAccessError(f"{name}: it lies elsewhere ({_short(text)}); set AWS_REGION, or give the final URL")
+    return SlideAccessError(
+        f"{name}: cannot be read from its server ({_short(text)}); check both and the network, and run the same "
+        "command again: what is done is kept"
+    )
+
+
+def _short(text: str) -> str:
+    """The first line of obstore's message, without queries and what comes before a host."""
+    line = text.split("\n", 1)[0]
+    line = re.sub(r"\?\S*", "", line)
+    return re.sub(r"://[^/\s@]*@", "://", line)[:ERROR_CHARACTERS]

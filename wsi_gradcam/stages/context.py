@@ -1,0 +1,137 @@
+"""What a piece of work is, and what a process keeps from one to the next."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.isolation import WATCH
+from wsi_gradcam.models.reproducible import steady_sums
+from wsi_gradcam.plan import SlidePlan
+from wsi_gradcam.reading import PatchReader, open_entry
+from wsi_gradcam.stores.layout import RunFolder, SlideFolder
+from wsi_gradcam.stores.manifest import Manifest
+
+if TYPE_CHECKING:
+    from wsi_gradcam.explainer import Explainer
+    from wsi_gradcam.inputs import SlideEntry
+    from wsi_gradcam.plan import RunPlan
+    from wsi_gradcam.slides import Slide
+
+KEPT_OPEN = 2  # the slide in work and the next one
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of work: the name of a stage, a slide, and the piece's numbers."""
+
+    stage: str
+    slide: SlideEntry
+    index: tuple[int, ...] = ()
+
+
+class Context:
+    """What a process keeps between tasks: the model and the slides it has open."""
+
+    def __init__(self, run: RunPlan, overwrite: bool = False, model: Explainer | None = None) -> None:
+        self.run = run
+        self._overwrite = overwrite
+        self._lock = threading.Lock()
+        self._model = model
+        self._slides: dict[SlideEntry, _Opened] = {}
+
+    def model(self) -> Explainer:
+        """The run's model, loaded on first use unless it was given."""
+        with self._lock:
+            if self._model is None:
+                steady_sums()
+                from wsi_gradcam.explainer import Explainer
+
+                self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)
+            return self._model
+
+    def overwrites(self, entry: SlideEntry) -> bool:
+        """Whether results of the slide are made anew, if it has any: not those that this very run has finished."""
+        return self._overwrite and entry.path not in WATCH.finished_before
+
+    @contextmanager
+    def slide(self, entry: SlideEntry) -> Iterator[Slide]:
+        """The slide, opened on first use. The last few stay open for the next tasks.
+
+        Threads of one process may work on different slides: what one of them reads is never closed.
+        """
+        with self._lock:
+            opened = self._slides.pop(entry, None)
+            if opened is None:
+                self._close_unused(KEPT_OPEN - 1)
+                opened = _Opened(open_entry(entry, self.run.settings))
+            self._slides[entry] = opened  # the last one
+            opened.users += 1
+        try:
+            yield opened.slide
+        finally:
+            with self._lock:
+                opened.users -= 1
+
+    @contextmanager
+    def patches(self, entry: SlideEntry) -> Iterator[PatchReader]:
+        """What reads the slide's patches; it stays as long as the slide is open."""
+        run = self.run
+        with self.slide(entry) as slide:
+            with self._lock:
+                opened = self._slides[entry]
+                if opened.reader is None:
+                    size, threads = run.facts.batch_size, run.settings.reader_threads
+                    opened.reader = PatchReader(slide, run.patch_px, run.mpp, size, threads)
+            yield opened.reader
+
+    def close(self) -> None:
+        """Release the slides that nobody uses."""
+        with self._lock:
+            self._close_unused(0)
+
+    def folder(self, entry: SlideEntry) -> SlideFolder:
+        """Where the slide's results are."""
+        return RunFolder(self.run.out).slide(entry.id)
+
+    def plan(self, entry: SlideEntry) -> SlidePlan:
+        """The slide's plan, as `plan_slide` stored it.
+
+        Raises:
+            StoreError: this process does not see it.
+            ResumeError: another run has replaced it meanwhile.
+        """
+        folder = self.folder(entry)
+        values = Manifest(folder.manifest).plan()
+        if values is None:
+            raise StoreError(
+                f"{folder.manifest}: no plan to be seen there; --out must be a folder that all workers share"
+            )
+        plan = SlidePlan.from_json(values)
+        if plan.run_digest != self.run.digest():
+            raise ResumeError(
+                f"{folder.path}: another run has begun there meanwhile; let one run at a time use an --out"
+            )
+        return plan
+
+    def _close_unused(self, keep: int) -> None:
+        """Close the slides that were used longest ago, down to `keep`; more stay where more are in use."""
+        unused = [entry for entry, opened in self._slides.items() if not opened.users]
+        for entry in unused[: max(0, len(self._slides) - keep)]:
+            opened = self._slides.pop(entry)
+            if opened.reader is not None:
+                opened.reader.close()
+            opened.slide.close()
+
+
+@dataclass
+class _Opened:
+    """An open slide, how many tasks read it, and what reads its patches."""
+
+    slide: Slide
+    users: int = 0
+    reader: PatchReader | None = None

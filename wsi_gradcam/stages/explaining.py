@@ -1,0 +1,82 @@
+"""The stage that runs the model: a span of patches in, their logits and CAMs out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.quality import blur_of
+from wsi_gradcam.stain import apply
+from wsi_gradcam.stores.manifest import Manifest, span_name
+from wsi_gradcam.stores.patch_store import OK, UNREADABLE, PatchStore, SpanData
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.inputs import SlideEntry
+    from wsi_gradcam.reading import Batch
+    from wsi_gradcam.stages.context import Context
+    from wsi_gradcam.stain import StainFit
+
+
+def explain_span(context: Context, entry: SlideEntry, span: int, following: int | None = None) -> int:
+    """Run the model over a span and store logits and CAMs; returns how many patches.
+
+    Where it is known which span of the slide is the `following` one, its first patches are read meanwhile.
+    """
+    plan, folder = context.plan(entry), context.folder(entry)
+    store = PatchStore(folder.cams)
+    start, stop = plan.spans[span]
+    then = None if following is None else store.yx(*plan.spans[following])
+    with context.patches(entry) as reader:
+        yx = store.yx(start, stop)
+        data, causes = _explain(context, entry, yx, reader.batches(yx, then), plan.stain)
+    store.write_span(start, data)
+    Manifest(folder.manifest).complete(
+        "spans",
+        span_name(span),
+        {
+            "digest": data.digest(),
+            "run": plan.run_digest,
+            "causes": {str(start + i): c for i, c in causes.items()},
+        },
+    )
+    return stop - start
+
+
+def read_ahead(context: Context, entry: SlideEntry, span: int) -> None:
+    """Begin to read the first patches of a span, which will be explained next of the slide's."""
+    start, stop = context.plan(entry).spans[span]
+    with context.patches(entry) as reader:
+        reader.read_ahead(PatchStore(context.folder(entry).cams).yx(start, stop))
+
+
+def _explain(
+    context: Context, entry: SlideEntry, yx: NDArray[np.int64], batches: Iterator[Batch], stain: StainFit | None
+) -> tuple[SpanData, dict[int, str]]:
+    run, count = context.run, len(yx)
+    logits = np.zeros((count, len(run.facts.classes)), np.float32)
+    cams = np.zeros((count, len(run.maps), *run.facts.cam_shape), np.float32)
+    status = np.full(count, OK, np.uint8)
+    blur = np.full(count, np.nan, np.float32)
+    causes: dict[int, str] = {}
+    for batch in batches:
+        part = slice(batch.start, batch.start + len(batch.rgb))
+        rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
+        logits[part], cams[part] = context.model().explain(rgb, run.targets, run.settings.method)
+        blur[part] = blur_of(batch.rgb)  # as read: another stain is no sharper
+        for i, cause in batch.causes.items():
+            at = batch.start + i
+            logits[at], cams[at], status[at], causes[at], blur[at] = 0, 0, UNREADABLE, cause, np.nan
+    finite = np.isfinite(logits).all(axis=1) & np.isfinite(cams).all(axis=(1, 2, 3))
+    if not finite.all():
+        y, x = yx[int(np.argmin(finite))].tolist()
+        raise ModelError(
+            f"{entry.path}: the model gives NaN or infinite values for the patch at level-0 y {y}, x {x}; "
+            "check its weights and normalisation"
+        )
+    return SpanData(logits, cams, status, blur), causes
