@@ -113,7 +113,7 @@ FOLD = {(64, 96), (64, 192)}
         ({"exclude": ("fold",)}, TUMOUR - FOLD | STROMA),
         ({"include": ("tumour",), "exclude": ("fold",)}, TUMOUR - FOLD),
     ],
-    ids=str,
+    ids=["all", "include", "exclude", "both"],
 )
 def test_only_what_the_mask_says_is_taken(
     chosen: dict[str, tuple[str, ...]], expected: set[tuple[int, int]], archive: Archive, tmp_path: Path

@@ -17,7 +17,7 @@ from wsi_gradcam.api import explain, validate
 from wsi_gradcam.errors import MppError, SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs import find_slides
-from wsi_gradcam.slides import open_slide
+from wsi_gradcam.slides import ome_zarr_reader, open_slide
 
 Rgb = npt.NDArray[np.uint8]
 SIZE = (230, 310)
@@ -144,6 +144,19 @@ def test_a_missing_or_damaged_chunk_is_its_own_matter(picture: Rgb, tmp_path: Pa
     with pytest.raises(SlideReadError, match=r"level 0, y 64, x 0, 64 x 100 px cannot be decoded"):
         slide.read_level(0, Region(100, 10, 20, 60))
     np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 64, 100)), picture[:64, :100])
+
+
+def test_chunks_that_would_fill_the_cache_are_read_in_part(
+    picture: Rgb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ome_zarr_reader, "MOST_CHUNK_PX", 100)
+    path = write(tmp_path / "a.zarr", np.moveaxis(picture, -1, 0))
+    for channel in range(3):
+        (path / f"0/c/{channel}/0/1").unlink()
+    slide = open_slide(path)
+    np.testing.assert_array_equal(slide.read_level(0, Region(70, 30, 90, 150)), picture[70:160, 30:180])
+    with pytest.raises(SlideReadError, match="has no data: a chunk is missing"):
+        slide.read_level(0, Region(0, 50, 90, 60))
 
 
 def test_the_digest_tells_images_apart(picture: Rgb, tmp_path: Path) -> None:

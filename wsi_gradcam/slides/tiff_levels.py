@@ -153,14 +153,32 @@ def _pyramid(file: TiffFile) -> list[TiffPage]:
             f"{len(first.pages)} pictures that belong together ({what}), as of stains in fluorescence, planes or time; "
             "expected one in colour or gray"
         )
-    found: list[TiffPage] = []
-    for series in first.levels:
-        page: Any = series.keyframe if series.keyframe is not None else series.pages[0]
-        # A level larger than the one before, or not of its shape, is another picture.
-        if found and (page.imagelength > found[-1].imagelength or page.imagewidth > found[-1].imagewidth):
+    pages: list[Any] = [s.keyframe if s.keyframe is not None else s.pages[0] for s in first.levels]
+    marked = [] if file.is_ome else _marked(file)
+    return max(_shrinking(pages), _shrinking(marked), key=len)
+
+
+def _marked(file: TiffFile) -> list[Any]:
+    """The tiled pages that say that they are the first one reduced, or an Aperio's: series of tifffile need one factor."""
+    pages: Any = list(file.pages)
+    return [pages[0], *(p for p in pages[1:] if p.is_tiled and (p.is_reduced or pages[0].is_svs))]
+
+
+def _shrinking(pages: list[Any]) -> list[Any]:
+    """The pages from the first on that shrink in one shape; another picture ends them."""
+    found = pages[:1]
+    for page in pages[1:]:
+        sizes = (page.imagelength, page.imagewidth)
+        if sizes[0] > found[-1].imagelength or sizes[1] > found[-1].imagewidth or not _alike(found[0], page):
             break
         found.append(page)
     return found
+
+
+def _alike(first: Any, page: Any) -> bool:
+    """Whether a page has the shape of the first, as far as whole pixels can tell."""
+    factor = first.imagelength / max(1, page.imagelength)
+    return bool(abs(first.imagewidth / factor - page.imagewidth) < 1 + page.imagewidth / max(1, page.imagelength))
 
 
 def _level(page: TiffPage) -> TiffLevel:
