@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 
 import numpy as np
@@ -24,9 +25,28 @@ def test_freed_memory_goes_back() -> None:
     assert last.all()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators cannot be asked")
+def test_threads_share_arenas() -> None:
+    """In a process of its own: each thread takes 64 MiB of addresses for an arena that is its alone."""
+    code = (
+        "import sys, threading, psutil; from wsi_gradcam.memory import share_arenas; share_arenas() if {} else None;"
+        "held, barrier = [], threading.Barrier(13);"
+        "work = lambda: (held.append(bytes(1000)), barrier.wait());"
+        "[threading.Thread(target=work).start() for _ in range(12)];"
+        "print(psutil.Process().memory_info().vms >> 20); barrier.wait()"
+    )
+    apart, shared = (
+        int(subprocess.run([sys.executable, "-c", code.format(share)], capture_output=True, check=True).stdout)
+        for share in (False, True)
+    )
+    assert apart - shared > 5 * 64
+
+
 def test_where_the_allocator_cannot_be_asked_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     memory.give_back()
+    memory.share_arenas()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: 1 / 0)
     memory.give_back()
+    memory.share_arenas()

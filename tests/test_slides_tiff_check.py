@@ -70,8 +70,29 @@ def test_more_values_than_bytes_are_refused(path: Path, directory: int) -> None:
 def test_tiles_beyond_all_measure_are_refused(path: Path) -> None:
     change(path, 322, value=1 << 20)
     change(path, 323, value=1 << 12)
-    with pytest.raises(SlideFormatError, match=r"tiles of 4096 x 1048576 px in directory 0, expected up to"):
+    with pytest.raises(
+        SlideFormatError, match=r"tiles of 4096 x 1048576 px, expected up to 33,554,432 px, in directory 0"
+    ):
         open_slide(path)
+
+
+@pytest.mark.parametrize("tag", [256, 257])
+@pytest.mark.parametrize("directory", [0, 1])
+def test_sizes_beyond_the_tiles_are_refused(path: Path, tag: int, directory: int) -> None:
+    """A damaged width of millions would have C libraries look for tiles that nobody listed."""
+    change(path, tag, value=1 << 22, directory=directory)
+    with pytest.raises(
+        SlideFormatError, match=rf"a.tif: damaged TIFF: \d tiles, expected .* in directory {directory};"
+    ):
+        check(path)
+
+
+def test_colours_as_facsimile_are_refused(path: Path) -> None:
+    """One changed number: the decoder would make black and white of them."""
+    for directory in (0, 1):
+        change(path, 259, value=2, directory=directory)
+    with pytest.raises(SlideFormatError, match="8-bit samples compressed as facsimile"):
+        open_slide(path, 0.5, "tiff")
 
 
 def test_a_tile_larger_than_the_file_is_refused(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,26 @@ def test_a_tiff_without_mpp_says_so(resolution: tuple[int, int], unit: str, said
     tifffile.imwrite(path, noise(50, 60), photometric="rgb", resolution=resolution, resolutionunit=unit, metadata=None)
     with pytest.raises(MppError, match=said):
         _ = open_slide(path, reader="tiff").info.mpp_yx
+
+
+@pytest.mark.parametrize("downsamples", [(4, 8), (3, 7), (2, 3, 16)])
+def test_levels_may_shrink_by_different_factors(downsamples: tuple[int, ...], tmp_path: Path) -> None:
+    made = write_marker_slide(
+        tmp_path / "a.tif", 1024, 1536, mpp=0.5, markers=[(9, 9)], marker_px=9, downsamples=downsamples
+    )
+    with closing(open_slide(made.path)) as slide:
+        assert isinstance(slide, TiffSlide)
+        assert [level.width for level in slide.info.levels] == [1536, *(-(-1536 // d) for d in downsamples)]
+
+
+def test_a_reduced_picture_of_another_shape_is_no_level(tmp_path: Path) -> None:
+    """Such as a macro picture of the glass, in tiles."""
+    picture = np.random.default_rng(0).integers(0, 256, (256, 384, 3), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for kind, part in enumerate((picture, picture[::2, ::2], picture[:32, :16])):
+            writer.write(part, tile=(64, 64), photometric="rgb", subfiletype=int(kind > 0), metadata=None)
+    with closing(open_slide(tmp_path / "a.tif", 0.5, "tiff")) as slide:
+        assert [(level.height, level.width) for level in slide.info.levels] == [(256, 384), (128, 192)]
 
 
 def test_several_pictures_that_belong_together_are_refused(tmp_path: Path) -> None:

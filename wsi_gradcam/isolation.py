@@ -6,12 +6,10 @@ slide that it had in hand. The process that waits imports nothing that is large.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -101,8 +99,7 @@ def guard(watch: Watch = WATCH) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     deaths = 0
     while True:
-        with tempfile.TemporaryFile() as notes:
-            watch.notes = notes.fileno()
+        with os.fdopen(os.memfd_create("notes"), "rb") as notes:
             parent, child = os.getpid(), os.fork()
             if not child:
                 watch.notes = os.dup(notes.fileno())
@@ -137,6 +134,8 @@ def _wait_for(child: int, signals: set[signal.Signals]) -> int:
 
 def _die_with(parent: int) -> None:
     """Have this process killed when its parent is, so that two never do the same work."""
+    import ctypes  # not for the process that waits
+
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # already
         os._exit(1)

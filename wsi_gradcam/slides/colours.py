@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 WHITE = 255
 # Codecs whose decoder gives RGB of YCbCr; others would give the samples as they are.
 CONVERTING = (COMPRESSION.JPEG, COMPRESSION.OJPEG, COMPRESSION.ALT_JPEG)
+# Facsimile holds single bits: whatever else the file says, its decoder makes noise of other samples.
+FAX = (COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6)
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 CMYK_INKS = 1  # tag InkSet, the default
 # Contributions of chroma by its value: red and blue in gray levels, green in 1/65536, rounded as OpenSlide's are.
@@ -41,6 +43,11 @@ def rgb_converter(page: TiffPage) -> ToRGB:
     if bits not in (8, 16) or page.bitspersample != bits:
         raise SlideFormatError(
             f"samples are {_kind(page)}, expected 8 or 16 bits without sign; convert it to 8-bit RGB"
+        )
+    if page.compression in FAX:
+        raise SlideFormatError(
+            f"{bits}-bit samples compressed as facsimile ({COMPRESSION(page.compression).name}), which holds single "
+            "bits: damaged, or no picture in colour or gray; copy it again from its source, or convert it to 8-bit RGB"
         )
     extra = len(page.extrasamples)
     colours = page.samplesperpixel - extra

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from wsi_gradcam.errors import SlideFormatError
+from wsi_gradcam.geometry import ceil_div
 from wsi_gradcam.slides.tiff_levels import AGAIN, MOST_TILE_PX
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ CLASSIC, BIG = 42, 43
 # Bytes of a value by its type (TIFF 6.0, section 2, and BigTIFF).
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 WHOLE_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
-TILE_WIDTH, TILE_LENGTH = 322, 323
+IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH = SIZES = (256, 257, 322, 323)
+TILE_OFFSETS = 324
 BYTE_COUNTS = (279, 325)  # of strips, of tiles
 MOST_DIRECTORIES, MOST_ENTRIES = 4096, 4096
 
@@ -30,7 +32,7 @@ def check_tiff(file: SlideFile) -> None:
     """Walk the directories of a TIFF as far as they can be read.
 
     Raises:
-        SlideFormatError: one says that it holds more than the file does, or tiles beyond all measure.
+        SlideFormatError: one says that it holds more than the file or its tiles do, or tiles beyond all measure.
         SlideAccessError: a remote file cannot be reached.
     """
     size = file.size
@@ -47,12 +49,21 @@ def check_tiff(file: SlideFile) -> None:
                         f"{file.name}: damaged TIFF: a tile of {largest:,} bytes in directory {number}, more than "
                         f"the file's {size:,}; {AGAIN}"
                     )
-            sides = [_largest(file, order, entry) for entry in entries if entry[0] in (TILE_WIDTH, TILE_LENGTH)]
-            if len(sides) == 2 and sides[0] * sides[1] > MOST_TILE_PX:
-                raise SlideFormatError(
-                    f"{file.name}: damaged TIFF: tiles of {sides[1]} x {sides[0]} px in directory {number}, expected "
-                    f"up to {MOST_TILE_PX:,} px; {AGAIN}"
-                )
+            sizes = {entry[0]: _largest(file, order, entry) for entry in entries if entry[0] in SIZES}
+            listed = next((count for tag, _, count, _ in entries if tag == TILE_OFFSETS), None)
+            if problem := _tile_problem(sizes, listed):
+                raise SlideFormatError(f"{file.name}: damaged TIFF: {problem} in directory {number}; {AGAIN}")
+
+
+def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
+    """What is wrong with the tiles of a directory, of which so many are listed; empty where nothing is."""
+    width, length = sizes.get(TILE_WIDTH, 0), sizes.get(TILE_LENGTH, 0)
+    if width * length > MOST_TILE_PX:
+        return f"tiles of {length} x {width} px, expected up to {MOST_TILE_PX:,} px,"
+    if not width * length or listed is None:
+        return ""
+    needed = ceil_div(sizes.get(IMAGE_WIDTH, 0), width) * ceil_div(sizes.get(IMAGE_LENGTH, 0), length)
+    return f"{listed:,} tiles, expected {needed:,} for its size," if listed < needed else ""
 
 
 def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ AGAIN = "copy the file again from its source"
 MOST_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
 CONTIGUOUS = 1
 TOP_LEFT = 1
+
+# What it says of a damaged file goes to logs that a user sets up, not to the terminal: the slide's error says it.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,10 @@ def _pyramid(file: TiffFile) -> list[TiffPage]:
 
 
 def _marked(file: TiffFile) -> list[Any]:
-    """The tiled pages that say that they are the first one reduced, or an Aperio's: series of tifffile need one factor."""
+    """The tiled pages that say that they are the first one reduced, or an Aperio's.
+
+    Tifffile's series are pyramids only where each level is as much smaller than the one before as all others.
+    """
     pages: Any = list(file.pages)
     return [pages[0], *(p for p in pages[1:] if p.is_tiled and (p.is_reduced or pages[0].is_svs))]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.finish import finish_slide
-from wsi_gradcam.memory import give_back
+from wsi_gradcam.memory import give_back, share_arenas
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.sampling import sample_patches
@@ -47,6 +47,7 @@ def examine_model(
         ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
     """
     steady_sums()
+    share_arenas()
     from wsi_gradcam.cam.examine import MOST_FOR_CHOICE, Request
     from wsi_gradcam.explainer import Explainer
     from wsi_gradcam.models.load import load_model

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.isolation import WATCH
+from wsi_gradcam.memory import share_arenas
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.plan import SlidePlan
 from wsi_gradcam.reading import PatchReader, open_entry
@@ -38,6 +39,7 @@ class Context:
     """What a process keeps between tasks: the model and the slides it has open."""
 
     def __init__(self, run: RunPlan, overwrite: bool = False, model: Explainer | None = None) -> None:
+        share_arenas()
         self.run = run
         self._overwrite = overwrite
         self._lock = threading.Lock()
