@@ -181,6 +181,16 @@ def test_levels_in_subifds_are_found(metadata: dict[str, Any], mpp: tuple[float,
         np.testing.assert_array_equal(slide.read_level(number, Region(0, 0, *expected.shape[:2])), expected)
 
 
+def test_a_single_level_says_its_mpp_in_ome_xml(tmp_path: Path) -> None:
+    """OpenSlide knows such a file, and looks at its resolution tags alone."""
+    about: Any = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}
+    picture = noise(300, 400)
+    tifffile.imwrite(tmp_path / "a.ome.tif", picture, ome=True, tile=(128, 128), photometric="rgb", metadata=about)
+    with closing(open_slide(tmp_path / "a.ome.tif")) as slide:
+        assert slide.info.mpp == pytest.approx((0.5, 0.25))
+        np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 300, 400)), picture)
+
+
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [

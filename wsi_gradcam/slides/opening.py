@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -17,7 +18,7 @@ from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, vendor_of
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
 from wsi_gradcam.slides.tiff_check import check_tiff
-from wsi_gradcam.slides.tiff_info import describe_tiff
+from wsi_gradcam.slides.tiff_info import describe_tiff, tiff_mpp
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
 from wsi_gradcam.slides.tiff_reader import TiffSlide
 from wsi_gradcam.slides.tiff_vendor import PLAIN
@@ -127,6 +128,8 @@ def _facts(file: LocalFile, mpp: Mpp, known: SlideInfo) -> Facts:
             return levels, describe_tiff(file, parsed, levels, mpp)
         more = parsed.is_ome and len(levels) > len(known.levels)  # OpenSlide knows no levels in SubIFDs
         info = describe_tiff(file, parsed, levels, mpp) if more else known
+        if parsed.is_ome and info.mpp is None and (said := tiff_mpp(parsed))[0] is not None:  # nor any OME-XML
+            info = replace(info, mpp=said[0], mpp_problem="")
     return _same_sizes(levels, info), info
 
 
