@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ from tests.synthetic import corrupt_tile, write_marker_slide
 from wsi_gradcam.errors import MppError, SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import Slide, open_slide, opening, read_region
+from wsi_gradcam.slides.files import LocalFile
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide
+from wsi_gradcam.slides.tiff_levels import tiff_levels
 from wsi_gradcam.slides.tiff_reader import TiffSlide
 
 Rgb = npt.NDArray[np.uint8]
@@ -295,3 +297,28 @@ def test_an_unknown_reader_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="reader 'tif' is not known; expected auto, openslide, tiff, ome-zarr"):
         open_slide(path, reader="tif")
+
+
+@pytest.mark.parametrize("colours", ["rgb", "ycbcr"])
+def test_jpeg_tiles_are_decoded_as_by_tifffile(colours: Any, tmp_path: Path) -> None:
+    """Whole tiles by way of memory of our own, those at the edges and damaged ones by way of tifffile."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, noise(200, 300), tile=(64, 64), photometric="rgb", compression="jpeg", metadata=None,
+        compressionargs={"outcolorspace": colours},
+    )  # fmt: skip
+    with tifffile.TiffFile(path) as file, closing(LocalFile(path)) as source:
+        (level,), page = tiff_levels(file), cast(tifffile.TiffPage, file.pages[0])
+        assert level.decode_whole is not None
+        whole = [i for i in range(20) if level._is_whole(i)]
+        assert whole == [5 * row + column for row in range(3) for column in range(4)]
+        for i in range(20):
+            (data,) = source.read_many([(int(level.offsets[i]), int(level.counts[i]))])
+            assert isinstance(data, bytes)
+            expected, _, shape = page.decode(data, i, jpegtables=level.jpegtables)
+            assert expected is not None
+            np.testing.assert_array_equal(level.decode([i], [data]), expected[0, : shape[1], : shape[2]])
+            if i in whole:
+                found = level.decode_whole(data)
+                np.testing.assert_array_equal(found, expected[0])
+                assert found.ctypes.data % 32 == 16

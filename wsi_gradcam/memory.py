@@ -6,8 +6,10 @@ import ctypes
 import sys
 from contextlib import suppress
 
-M_ARENA_MAX = -8  # of glibc's mallopt
+# Of glibc's mallopt.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 ARENAS = 2
+MIB = 1 << 20
 
 
 def share_arenas() -> None:
@@ -19,6 +21,19 @@ def share_arenas() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+
+
+def keep_freed() -> None:
+    """Have the allocator keep up to 64 MiB that were freed, as glibc itself does from the first freed 32 MiB on.
+
+    Until then it returns every tile to the system, and each new one costs as much again as its decoding (JPEG of
+    256 px: 490 against 300 us).
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(None)
+            library.mallopt(M_MMAP_THRESHOLD, 32 * MIB)
+            library.mallopt(M_TRIM_THRESHOLD, 64 * MIB)
 
 
 def give_back() -> None:

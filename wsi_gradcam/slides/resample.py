@@ -49,12 +49,14 @@ def read_region(
     if min(height, width) < 1 or not all(0 < step < math.inf for step in (step_y, step_x)):
         raise ConfigError(f"cannot read {height} x {width} px at mpp {mpp}: expected positive, finite sizes")
     level = best_level(slide.info, step_y, step_x)
-    out = np.empty((height, width, 3), np.uint8)
     down_y, down_x = slide.info.levels[level].downsample_y, slide.info.levels[level].downsample_x
     source_per_px = (step_y / down_y) * (step_x / down_x)
-    whole = height * width * source_per_px <= MAX_SOURCE_PX
-    side = max(height, width) if whole else max(1, math.isqrt(int(MAX_SOURCE_PX / source_per_px)))
-    for part in tiles(height, width, side):
+    if height * width * source_per_px <= MAX_SOURCE_PX:
+        return _read(
+            slide, level, _Axis(y / down_y, step_y / down_y, height), _Axis(x / down_x, step_x / down_x, width)
+        )
+    out = np.empty((height, width, 3), np.uint8)
+    for part in tiles(height, width, max(1, math.isqrt(int(MAX_SOURCE_PX / source_per_px)))):
         rows = _Axis((y + part.y * step_y) / down_y, step_y / down_y, part.height)
         columns = _Axis((x + part.x * step_x) / down_x, step_x / down_x, part.width)
         out[part.slices] = _read(slide, level, rows, columns)
@@ -148,4 +150,4 @@ def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.u
         return pixels
     box = (columns.box[0], rows.box[0], columns.box[1], rows.box[1])
     size = (columns.size, rows.size)
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from tifffile import TiffFile
 from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.slides.colours import rgb_converter
+from wsi_gradcam.slides.jpeg import whole_tile_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.slides.colours import ToRGB
     from wsi_gradcam.slides.files import SlideFile
+    from wsi_gradcam.slides.jpeg import Decode
 
 # Bounds on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
 MOST_TILES = 1 << 24
@@ -49,6 +51,7 @@ class TiffLevel:
         samples: numbers a pixel, stored in each tile or plane by plane.
         jpegtables: what the tiles share, where they are JPEG.
         decode_piece: tifffile's decoder of this page.
+        decode_whole: a faster one for tiles that lie wholly in the page, where there is one.
         to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
     """
 
@@ -62,6 +65,7 @@ class TiffLevel:
     samples: int
     jpegtables: bytes | None
     decode_piece: Callable[..., Any]
+    decode_whole: Decode | None
     to_rgb: ToRGB
 
     @property
@@ -96,6 +100,9 @@ class TiffLevel:
         Raises:
             ValueError: they are damaged. (Decoders raise others too.)
         """
+        if self.decode_whole is not None and self._is_whole(pieces[0]):
+            with suppress(Exception):  # of damaged ones tifffile has more to say
+                return self.to_rgb(self.decode_whole(data[0]))
         parts = []
         for index, encoded in zip(pieces, data, strict=True):
             array, _, shape = self.decode_piece(encoded, index, jpegtables=self.jpegtables)
@@ -103,6 +110,10 @@ class TiffLevel:
                 raise ValueError(f"decoded to nothing that is a tile: {None if array is None else array.shape}")
             parts.append(array[0, : shape[1], : shape[2]])
         return self.to_rgb(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2))
+
+    def _is_whole(self, index: int) -> bool:
+        row, column = divmod(index, self.grid[1])
+        return (row + 1) * self.tile_px[0] <= self.height and (column + 1) * self.tile_px[1] <= self.width
 
 
 @contextmanager
@@ -214,6 +225,7 @@ def _level(page: TiffPage) -> TiffLevel:
     return TiffLevel(
         height, width, tile, planes, offsets, counts, orientation, int(page.samplesperpixel), page.jpegtables,
         page.decode,  # made now: it looks into the file
+        whole_tile_decoder(page, tile),
         rgb_converter(page),
     )  # fmt: skip
 

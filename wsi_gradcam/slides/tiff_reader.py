@@ -9,8 +9,9 @@ import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.memory import keep_freed
 from wsi_gradcam.slides.base import on_background
-from wsi_gradcam.slides.tiff_levels import TiffLevel, as_shown, shown_region, stored_region
+from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, as_shown, shown_region, stored_region
 from wsi_gradcam.slides.tile_cache import TileCache
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class TiffSlide:
     """A `Slide` in a tiled TIFF file, read by tifffile's decoders. It owns the file."""
 
     def __init__(self, file: SlideFile, levels: list[TiffLevel], info: SlideInfo) -> None:
+        keep_freed()
         self._file = file
         self._levels = levels
         self._info = info
@@ -68,6 +70,8 @@ class TiffSlide:
     def _shown(self, level: int, region: Region) -> NDArray[np.uint8]:
         """A region of the page as it is to be seen."""
         stored = self._levels[level]
+        if stored.orientation == TOP_LEFT:  # nearly all, and this runs for every patch
+            return self._assembled(level, region)
         pixels = self._assembled(level, stored_region(region, stored.shown_px, stored.orientation))
         return as_shown(pixels, stored.orientation)
 
