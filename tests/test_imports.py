@@ -30,7 +30,8 @@ geometry
 stain.density  stain.macenko  stain.reinhard  stain
 slides.base  slides.tile_cache  slides.files  slides.remote  slides.remote_zarr
 slides.openslide_reader  slides.picture_reader  slides.ome_zarr_reader
-slides.colours  slides.jpeg  slides.tiff_levels  slides.tiff_check  slides.tiff_info  slides.tiff_reader  slides.tiff_vendor
+slides.colours  slides.jpeg  slides.tiff_levels  slides.tiff_check
+slides.tiff_info  slides.tiff_reader  slides.tiff_vendor
 slides.opening  slides.remote_opening  slides.resample  slides
 slide_list  inputs
 models  models.activation  models.staining  models.spec  models.zoo
