@@ -46,4 +46,5 @@ if __name__ == "__main__":
         _prepare()
 
     cli.__dict__["guard"] = guarded
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
     sys.exit(cli.main())

@@ -307,3 +307,12 @@ def test_errors_before_anything_began_are_not_failures(
     code, _, err = run("explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path)
     assert (code, only_error(err)) == (2, "the disk is full")
     assert not list(tmp_path.iterdir())
+
+
+def test_json_shows_no_secrets_of_urls(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = SlideEntry("a.svs", "https://host/a.svs", url="https://me:secret@host/a.svs?signature=hidden")
+    print_outcome(Outcome(Path("out"), (SlideRecord(entry, "ok", "", 1, 0, 1.0),)), as_json=True)
+    printed = capsys.readouterr().out
+    assert "https://host/a.svs" in printed
+    assert "secret" not in printed
+    assert "hidden" not in printed

@@ -152,6 +152,8 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     """The end of a run: how many slides of each status, and a table of those that failed."""
     if as_json:
         records = [asdict(record) for record in outcome.records]
+        for record in records:
+            del record["slide"]["url"]  # it may hold secrets; what is shown of it is the path
         print(json.dumps({"out": str(outcome.out), "slides": records}, indent=1))
         return
     counts = {s: sum(r.status == s for r in outcome.records) for s in {r.status for r in outcome.records}}
