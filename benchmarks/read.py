@@ -125,7 +125,7 @@ def by_aszarr(case: Case) -> Iterator[Read]:
 def by_fastslide(case: Case) -> Iterator[Read]:
     """A rival in C++."""
     slide = importlib.import_module("fastslide").FastSlide.from_file_path(str(case.path))
-    yield lambda y, x: np.asarray(slide.read_region((x, y), 0, (TILE_PX, TILE_PX)))
+    yield lambda y, x: np.asarray(slide.read_region((x, y), 0, (TILE_PX, TILE_PX)).numpy())
 
 
 def bare_decode(case: Case, threads: int) -> float:
