@@ -66,7 +66,7 @@ def draw_overview(
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        FigureCanvasAgg(figure).print_png(buffer)
+        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})  # thrice as fast, a little larger
     write_atomic(path, buffer.getvalue())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,14 +65,16 @@ def _explain(
     status = np.full(count, OK, np.uint8)
     blur = np.full(count, np.nan, np.float32)
     causes: dict[int, str] = {}
-    for batch in batches:
-        part = slice(batch.start, batch.start + len(batch.rgb))
-        rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
-        logits[part], cams[part] = context.model().explain(rgb, run.targets, run.settings.method)
-        blur[part] = blur_of(batch.rgb)  # as read: another stain is no sharper
-        for i, cause in batch.causes.items():
-            at = batch.start + i
-            logits[at], cams[at], status[at], causes[at], blur[at] = 0, 0, UNREADABLE, cause, np.nan
+    with ThreadPoolExecutor(1) as aside:
+        for batch in batches:
+            part = slice(batch.start, batch.start + len(batch.rgb))
+            blurred = aside.submit(blur_of, batch.rgb)  # as read: another stain is no sharper
+            rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
+            logits[part], cams[part] = context.model().explain(rgb, run.targets, run.settings.method)
+            blur[part] = blurred.result()
+            for i, cause in batch.causes.items():
+                at = batch.start + i
+                logits[at], cams[at], status[at], causes[at], blur[at] = 0, 0, UNREADABLE, cause, np.nan
     finite = np.isfinite(logits).all(axis=1) & np.isfinite(cams).all(axis=(1, 2, 3))
     if not finite.all():
         y, x = yx[int(np.argmin(finite))].tolist()
