@@ -24,7 +24,7 @@ HEAVY = (
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
-errors  memory  urls
+errors  memory  urls  windows
 isolation
 geometry
 stain.density  stain.macenko  stain.reinhard  stain
@@ -51,7 +51,7 @@ stores.run_files
 table  overview  finish
 stages.context  stages.stitching  stages.planning  stages.explaining  stages
 workflow
-result.channels  result.notebook  result.lazy  result.slide  result.run  result
+result.channels  result.notebook  result.lazy  result.slide  result.sketch  result.display  result.run  result
 validation
 executors  executors.serial  executors.dask
 api
