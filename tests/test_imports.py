@@ -52,6 +52,8 @@ table  overview  finish
 stages.context  stages.stitching  stages.planning  stages.explaining  stages
 workflow
 result.channels  result.notebook  result.lazy  result.slide  result.sketch  result.display  result.run  result
+export.files  export.colours  export.job  export.outlines  export.regions
+export.ome_tiff  export.ome_zarr_04  export.tiff  export.deepzoom  export.png  export.geojson  export.qupath  export
 validation
 executors  executors.serial  executors.dask
 api
@@ -135,9 +137,19 @@ def test_every_room_exists() -> None:
         ("openslide", {"slides.openslide_reader"}),
         ("rich", {"report", "demo"}),
         ("yaozarrs", {"validation"}),
-        ("zarr", {"stores.heatmap", "stores.patch_store", "slides.ome_zarr_reader", "slides.remote_zarr"}),
+        (
+            "zarr",
+            {
+                "stores.heatmap",
+                "stores.patch_store",
+                "slides.ome_zarr_reader",
+                "slides.remote_zarr",
+                "export.ome_zarr_04",
+            },
+        ),
         ("obstore", {"slides.remote"}),
-        ("matplotlib", {"overview"}),
+        ("matplotlib", {"overview", "export.colours", "export.png"}),
+        ("shapely", {"export.outlines", "export.regions", "export.geojson"}),
     ],
 )
 def test_a_library_is_known_in_one_place(library: str, allowed: set[str]) -> None:
