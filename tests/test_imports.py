@@ -37,7 +37,8 @@ slide_list  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
 quality  annotations  tissue  patches  reading  sampling
-stores  stores.files  stores.place  stores.local_place  stores.remote_place  stores.remote_zarr  stores.places
+stores  stores.files  stores.place  stores.local_place
+stores.buckets  stores.remote_zarr  stores.remote_place  stores.places
 mask_picture
 models.outputs  models.graph  models.transform  models.batches  models.pickles
 models.sources  models.reproducible  models.load  models.live

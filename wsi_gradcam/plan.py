@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.stores.places import Place
 
-FORMAT = 3  # of everything below OUT; raised when old results must not be continued
+FORMAT = 4  # of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
 
 

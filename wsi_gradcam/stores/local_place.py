@@ -207,7 +207,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
     except OSError as error:
         raise StoreError(
-            f"{path}: cannot be read: {error.strerror or error}; choose another --out, or check the storage and its permissions"
+            f"{path}: cannot be read: {error.strerror or error}; choose another --out, or check the storage and its "
+            "permissions"
         ) from error
 
 

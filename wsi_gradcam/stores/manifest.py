@@ -61,6 +61,10 @@ class Manifest:
         """Names of the finished pieces of a kind."""
         return {name.removesuffix(ENDING) for name in (self._place / kind).names() if name.endswith(ENDING)}
 
+    def has(self, kind: str, name: str, run: str) -> bool:
+        """Whether a piece of work is finished, by the run of that digest."""
+        return (self._read(f"{kind}/{name}.json") or {}).get("run") == run
+
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
         """The finished pieces' records by name, sorted."""
         names = sorted(self.completed(kind))
