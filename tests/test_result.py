@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,7 @@ def test_nothing_finished_has_no_patches(tmp_path: Path, out: Path) -> None:
 def test_what_is_no_result_is_refused(tmp_path: Path, out: Path) -> None:
     with pytest.raises(ResultError, match="does not exist"):
         open_result(tmp_path / "nothing")
+    (tmp_path / "a.txt").touch()
     with pytest.raises(ResultError, match=r"no run\.yaml.*give the --out"):
         open_result(tmp_path)
     with pytest.raises(ResultError, match=f"open {out} and take the slide"):
@@ -276,5 +278,5 @@ def test_near_names() -> None:
 
 
 def test_the_overview_is_a_picture(slide: SlideResult) -> None:
-    with Image.open(slide.folder.overview) as image:
+    with Image.open(BytesIO(slide.folder.overview.read())) as image:
         assert image.format == "PNG"

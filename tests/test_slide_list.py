@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import SMALL, rows_of, toy_spec
-from tests.synthetic import write_marker_slide
+from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.errors import ConfigError, ResumeError, SlideNotFoundError
 from wsi_gradcam.inputs import SlideEntry, find_slides
@@ -85,8 +85,8 @@ def test_what_is_no_text_is_no_list(tmp_path: Path) -> None:
 
 
 def test_the_lists_mpp_is_what_a_run_uses(tmp_path: Path) -> None:
-    for name in ("a.tif", "b.tif"):
-        write_marker_slide(tmp_path / name, 300, 400, mpp=0.25, markers=[(100, 200)], marker_px=16)
+    slide = write_marker_slide(tmp_path / "b.tif", 300, 400, mpp=0.25, markers=[(100, 200)], marker_px=16).path
+    strip_mpp(slide, tmp_path / "a.tif")
     path, out = tmp_path / "list.csv", tmp_path / "out"
     path.write_text("slide,mpp\na.tif,0.5\nb.tif,\n")
     explain(path, toy_spec("pooled_linear"), out, **SMALL)

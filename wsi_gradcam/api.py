@@ -21,13 +21,13 @@ from wsi_gradcam.sampling import SLIDES_TRIED
 from wsi_gradcam.stages import Task
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.stores.places import AnyPlace, Place, RemotePlace, place_of
 from wsi_gradcam.stores.run_files import (
     SlideTable,
     check_same_run,
     choice_from,
     read_run,
     read_slides,
-    remove_leftovers,
     write_run,
 )
 from wsi_gradcam.validation import validate
@@ -46,9 +46,9 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its folder and a record a slide, in the order in which they finished."""
+    """How a run ended: its folder, on a disk a `Path`, and a record a slide, in the order in which they finished."""
 
-    out: Path
+    out: Path | RemotePlace
     records: tuple[SlideRecord, ...]
 
     @property
@@ -73,7 +73,7 @@ class Listener:
 def explain(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: str | PathLike[str],
+    out: AnyPlace,
     settings: Settings | None = None,
     *,
     workers: int | None = None,
@@ -88,7 +88,7 @@ def explain(
         slides: slide files, folders, and lists of slides, see `find_slides`.
         model: whatever `--model` takes, a `ModelSpec`, or a loaded `Model`, such as `model_of` makes of a network that
             Python code holds; that one explains in this process, on the device where it is.
-        out: folder for the results.
+        out: folder for the results, or s3://BUCKET/KEY.
         settings: how slides are explained; or single `options` by the names of `Settings`.
         workers: run on this many processes of this machine; nothing given: in this process.
         scheduler: run on the Dask cluster at this address instead.
@@ -105,14 +105,14 @@ def explain(
     """
     settings, entries, spec, loaded = _prepared(slides, model, settings, options)
     listener = listener or Listener()
-    folder = RunFolder(_local(out))
+    folder = RunFolder(place_of(out).absolute())
     with _executor(workers, scheduler, settings, loaded) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
-        run = _plan(executor, folder.path, spec, settings, entries, choice)
+        run = _plan(executor, folder.place, spec, settings, entries, choice)
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         if not overwrite and not _nothing_but_failures(rows):
             check_same_run(folder.run, run)
-        remove_leftovers(folder.path)
+        folder.place.remove_partials(below=False)
         write_run(folder.run, run)
         listener.begun(run, entries, getattr(executor, "dashboard", ""))
         records = []
@@ -126,7 +126,7 @@ def explain(
             raise error.cause from error.cause.__cause__
         finally:
             table.flush()
-    return Outcome(folder.path, tuple(records))
+    return Outcome(_shown(out), tuple(records))
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Preview:
 def preview(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: str | PathLike[str],
+    out: AnyPlace,
     settings: Settings | None = None,
     **options: Any,
 ) -> Preview:
@@ -151,7 +151,7 @@ def preview(
     settings, entries, spec, loaded = _prepared(slides, model, settings, options)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
-    run = _plan(SerialExecutor(loaded), _local(out), spec, plain, entries, None)
+    run = _plan(SerialExecutor(loaded), place_of(out), spec, plain, entries, None)
     estimates, errors = [], []
     for entry in entries:
         try:
@@ -188,15 +188,14 @@ def _prepared(
     return settings, entries, spec, None
 
 
-def _local(out: str | PathLike[str]) -> Path:
-    if "://" in str(out):
-        raise ConfigError(f"{out}: object stores cannot be written yet; give a folder")
-    return Path(out)
+def _shown(out: AnyPlace) -> Path | RemotePlace:
+    place = place_of(out)
+    return place if isinstance(place, RemotePlace) else Path(str(place))
 
 
 def _plan(
     executor: SerialExecutor | DaskExecutor,
-    out: Path,
+    out: Place,
     spec: ModelSpec,
     settings: Settings,
     entries: Sequence[SlideEntry],
@@ -204,13 +203,13 @@ def _plan(
 ) -> RunPlan:
     check_methods(settings.method)
     facts = executor.examine(spec, settings, entries[:SLIDES_TRIED], choice)
-    return plan_run(out.absolute(), spec, facts, settings)
+    return plan_run(out, spec, facts, settings)
 
 
-def _choice_before(path: Path, settings: Settings) -> Choice | None:
+def _choice_before(place: Place, settings: Settings) -> Choice | None:
     """The engine and precision that a run which is continued has chosen, if the same was asked for."""
     try:
-        stored = read_run(path)
+        stored = read_run(place)
     except StoreError:  # reported when it is compared with this run
         return None
     asked = ("engine", "precision", "layer", "device")

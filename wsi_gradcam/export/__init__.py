@@ -12,6 +12,7 @@ from typing import Any
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.export.job import RUN, Job, Options
 from wsi_gradcam.result import Result, SlideResult, open_result
+from wsi_gradcam.stores.places import AnyPlace
 
 __all__ = ["FORMATS", "Exported", "Options", "export"]
 
@@ -37,7 +38,7 @@ class Exported:
 
 
 def export(
-    result: Result | str | PathLike[str],
+    result: Result | AnyPlace,
     to: str,
     dest: str | PathLike[str],
     slides: Sequence[str] = (),
@@ -47,7 +48,7 @@ def export(
     """Write slides of a result into the folder `dest`, as DEST/SLIDE.ENDING.
 
     Args:
-        result: an open result, or its folder.
+        result: an open result, or its folder or s3:// URL.
         to: one of FORMATS.
         slides: their ids; nothing given: all that are finished.
         listener: told of each slide.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
@@ -60,17 +61,14 @@ def patch_features(job: Job) -> Iterator[Feature]:
     """A detection a patch, classified as its most probable class; unreadable ones have no measurements."""
     height, width = job.slide.plan.footprint
     classes = _Classes(job)
-    with job.slide.folder.table.open("rb") as file:
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(ROWS):
-            for row in batch.to_pylist():
-                x, y = row["x"], row["y"]
-                ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
-                yield _feature(
-                    job, f"patch {number}", {"type": "Polygon", "coordinates": [ring]}, "detection",
-                    classes.of(row), _measurements(row),
-                )  # fmt: skip
-                number += 1
+    number = 0
+    for batch in pq.ParquetFile(pa.BufferReader(job.slide.folder.table.read())).iter_batches(ROWS):
+        for row in batch.to_pylist():
+            x, y = row["x"], row["y"]
+            ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+            geometry = {"type": "Polygon", "coordinates": [ring]}
+            yield _feature(job, f"patch {number}", geometry, "detection", classes.of(row), _measurements(row))
+            number += 1
 
 
 def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:

@@ -154,12 +154,12 @@ class SlideResult:
         Raises:
             ResultError: the slide is not finished.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not self.is_finished:
             raise ResultError(f"{self.id}: is {self.status}, there is no table yet; run explain again to finish")
-        with self.folder.table.open("rb") as file:
-            return pq.read_table(file, columns=columns)
+        return pq.read_table(pa.BufferReader(self.folder.table.read()), columns=columns)
 
     @property
     def patches(self) -> pd.DataFrame:
@@ -227,7 +227,7 @@ class SlideResult:
 
     def _repr_png_(self) -> bytes | None:
         """overview.png: slide, overlays and colour bars."""
-        return self.folder.overview.read_bytes() if self.is_finished else None
+        return self.folder.overview.read() if self.is_finished else None
 
     def _repr_html_(self) -> str:
         """A description with the overview, for notebooks."""
