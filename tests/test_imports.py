@@ -56,6 +56,7 @@ workflow
 result.channels  result.notebook  result.lazy  result.slide  result.sketch  result.display  result.run  result
 export.files  export.colours  export.job  export.outlines  export.regions
 export.ome_tiff  export.ome_zarr_04  export.tiff  export.deepzoom  export.png  export.geojson  export.qupath  export
+napari_reader
 validation
 executors  executors.serial  executors.dask
 api
