@@ -185,9 +185,7 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
     return make_settings(**{**settings.model_dump(), **options}) if options else settings
 
 
-def _chosen(
-    slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]
-) -> list[SlideEntry]:
+def _chosen(slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]) -> list[SlideEntry]:
     """The slides to explain, with the ids that a run which is continued has for them."""
     found = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
