@@ -18,7 +18,10 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
 
 # What a job scheduler or a remote machine does, done here; workers end with their scheduler.
-SBATCH = 'cp "$1" {folder}/script.sh\nbash "$1" >{folder}/worker.log 2>&1 </dev/null &\necho "Submitted batch job $!"\n'
+SBATCH = (
+    'cp "$1" {folder}/script.sh\nbash {folder}/script.sh >{folder}/worker.log 2>&1 </dev/null &\n'
+    'echo "Submitted batch job $!"\n'
+)
 SSH = '[ "$1 $2 $3" = "-o BatchMode=yes node1" ] || exit 255\nexec sh -c "$4" >{folder}/worker.log 2>&1\n'
 
 
@@ -95,6 +98,13 @@ def test_a_slurm_worker_without_a_gpu_promises_none(tmp_path: Path) -> None:
     assert not {"--gres", "-p", "-A"} & directives.keys()
     assert "--resources" not in worker
     assert option(worker, "--lifetime") == "45m"
+
+
+@pytest.mark.parametrize("wrong", [("--hours", "0"), ("--minimum", "0"), ("--minimum", "3")])
+def test_slurm_jobs_that_cannot_be_are_refused(tmp_path: Path, wrong: tuple[str, str]) -> None:
+    done = recipe("slurm", tmp_path, *wrong, "--print")
+    assert done.returncode == 2
+    assert "expected --hours of 1 or more, and 1 <= --minimum <= --workers" in done.stderr
 
 
 def test_slurm_jobs_explain_as_this_process_does(made: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _add_explain(commands: Any) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.api import explain, preview
+    from wsi_gradcam.api import check_where, explain, preview
     from wsi_gradcam.config import make_settings
     from wsi_gradcam.report import print_outcome, print_preview, progress
 
@@ -157,6 +157,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         if not where[key]:
             raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
     settings = make_settings(**values)
+    check_where(where["workers"], where["scheduler"])
     chosen = {key: where[key] or () for key in ("only", "skip")}
     if arguments.dry_run:
         found = preview(where["slide"], where["model"], where["out"], settings, **chosen)

@@ -82,5 +82,5 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _is_slide(entry: os.DirEntry[str], is_folder: bool, endings: frozenset[str]) -> bool:
     if is_folder:
         return entry.name.endswith(IMAGE_SUFFIX) and entry.name != OURS and is_zarr(Path(entry.path))
-    ends_so = os.path.splitext(entry.name)[1].lower() in endings  # noqa: PTH122 - as above
+    ends_so = os.path.splitext(entry.name)[1].lower() in endings  # noqa: PTH122 - a text too
     return ends_so and (entry.is_file(follow_symlinks=False) or entry.is_symlink())
