@@ -75,6 +75,15 @@ def test_a_link_of_which_nobody_can_tell_where_it_leads_is_named(
         names_in(tmp_path)
 
 
+def test_a_path_that_may_not_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(ConfigError, match=r"/a\.svs: cannot be read: Permission denied; let it be read, or give other"):
+        find_slides([tmp_path / "a.svs"])
+
+
 def test_a_link_to_itself_stops_nothing(tmp_path: Path) -> None:
     touch(tmp_path, "a.svs")
     (tmp_path / "round").symlink_to(tmp_path / "round")

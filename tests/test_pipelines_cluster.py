@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -224,3 +225,40 @@ def test_the_job_finds_the_scheduler_through_its_service() -> None:
         "--scheduler", "tcp://lung-scheduler:8786",
     ]  # fmt: skip
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy needs
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+SLOW_TO_END = """\
+import signal, sys, time
+def end(number, frame):
+    time.sleep(0.5)
+    sys.exit(7)
+for one in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(one, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+CALL = """\
+import signal, sys, explaining
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
+sys.executable = sys.argv[1]
+sys.exit(explaining.explain([], "tcp://127.0.0.1:1"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_explain_ends_in_its_own_time(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_TO_END, encoding="utf-8")
+    path = programs(tmp_path / "bin", python=f"exec {shlex.quote(sys.executable)} {tmp_path / 'slow.py'}\n")
+    with subprocess.Popen(
+        [sys.executable, "-c", CALL, path / "python"], stdout=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "pipelines")},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        assert process.wait(30) == 7

@@ -158,8 +158,13 @@ def _beginning(places: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _local(path: Path) -> Iterator[tuple[object, _Found]]:
-    for place, name, told in _named(path):
-        yield _slide_at(place, name, told) if is_url(place) else (_slide_of(place), _Found(place, name, told))
+    try:
+        for place, name, told in _named(path):
+            yield _slide_at(place, name, told) if is_url(place) else (_slide_of(place), _Found(place, name, told))
+    except PermissionError as error:
+        raise ConfigError(
+            f"{error.filename or path}: cannot be read: {error.strerror}; let it be read, or give other slides"
+        ) from error
 
 
 def _remote(url: str) -> Iterator[tuple[object, _Found]]:

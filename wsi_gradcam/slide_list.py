@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -64,11 +65,15 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Told]]:
     rows = _parquet_rows(path) if path.suffix.lower() == PARQUET else _csv_rows(path)
     none = True
     resolved = cache(os.path.realpath)  # of folders, each of which holds many slides
+    once: dict[Mpp, Mpp] = {}  # equal values are one object: there may be 100,000 slides
     for where, row in rows:
         none = False
         if not (name := row.get("slide", "")):
             raise ConfigError(f"{where}: no slide named")
-        told = Told(_mpp(row, where), _mask(path, row, where), *(row.get(key, "") for key in COLUMNS[-3:]))
+        mpp = _mpp(row, where)
+        told = Told(
+            once.setdefault(mpp, mpp), _mask(path, row, where), *(sys.intern(row.get(key, "")) for key in COLUMNS[-3:])
+        )
         if is_url(name):
             yield name, name_of(name), told
             continue
