@@ -85,7 +85,7 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     for text in [os.fspath(path) for path in paths]:
         for key, slide in _remote(text) if is_url(text) else _local(Path(text)):
             known = found.setdefault(key, slide)
-            if known is not slide:
+            if known is not slide and slide.told is not NOTHING:
                 found[key] = replace(known, told=known.told.then(slide.told))
     slides = list(found.values())
     names = [slide.name for slide in slides]
