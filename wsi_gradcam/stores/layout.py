@@ -59,6 +59,11 @@ class RunFolder:
         """A row a slide."""
         return self.path / "slides.csv"
 
+    @property
+    def record(self) -> Path:
+        """The slides with their ids, written before work begins."""
+        return self.path / "slides.jsonl"
+
     def slide(self, slide_id: str) -> SlideFolder:
         """The folder of a slide."""
         return SlideFolder(self.path / slide_id)

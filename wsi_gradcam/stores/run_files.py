@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 COLUMNS = (
     "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
-    "model_digest",
+    "model_digest", "label", "site", "scanner",
 )  # fmt: skip
+OLDEST = 11  # columns that every version had, the first ones
 PACKAGES = (
     "wsi-gradcam", "torch", "torchvision", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "zarr",
     "dask", "distributed", "scikit-image", "pillow", "openvino",
@@ -136,9 +137,11 @@ def read_slides(path: Path) -> dict[str, dict[str, str]]:
         raise StoreError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = list(reader)
-    if ((rows or text) and tuple(reader.fieldnames or ()) != COLUMNS) or any(None in row.values() for row in rows):
+    names = tuple(reader.fieldnames or ())
+    ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
+    if ((rows or text) and not ours) or any(None in row.values() for row in rows):
         raise StoreError(f"{path}: damaged; delete it and run the same command again, finished slides stay finished")
-    return {row["id"]: row for row in rows}
+    return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
 
 
 def write_slides(path: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -182,13 +185,13 @@ class SlideTable:
             StoreError: the folder cannot be written.
         """
         if self._waiting:
-            with _locked(self._path.parent):
+            with locked(self._path.parent):
                 write_slides(self._path, {**read_slides(self._path), **self._waiting})
             self._waiting = {}
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold OUT's lock file, as far as the system and the file system know locks."""
     with storing(folder), (folder / LOCK).open("w") as file:
         if fcntl is not None:
@@ -199,7 +202,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half-written of the files directly in OUT."""
-    for name in ("run.yaml", "slides.csv"):
+    for name in ("run.yaml", "slides.csv", "slides.jsonl"):
         for path in folder.glob(f"{name}.{'[0-9a-f]' * 32}{PARTIAL}"):
             path.unlink(missing_ok=True)
 
