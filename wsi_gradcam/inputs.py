@@ -27,7 +27,7 @@ class SlideEntry:
     Attributes:
         id: its path relative to the folder that was given, with forward slashes.
         path: where it is; of a URL, without what may be secret.
-        mpp: (y, x) micrometres per level-0 pixel by a list, which replaces what the file says.
+        mpp: (y, x) micrometres per level-0 pixel by a list, for a file that does not say it.
         url: the URL as it was given, where it has more than `path` shows. Not to be printed.
         mask: path of its mask by a list, which goes before the run's.
         label, site, scanner: what a list tells of it. They change no result.
