@@ -22,8 +22,6 @@ from wsi_gradcam.stores import buckets
 from wsi_gradcam.stores.local_place import LOCK
 from wsi_gradcam.stores.places import RemotePlace, place_of
 
-SPAN = SMALL["span_patches"]
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,10 +50,10 @@ def test_a_run_leaves_the_same_bytes_and_asks_little(
     assert differing(s3_out, expected) == []
     methods = Counter(method for method, _ in s3_proxy.passed.requests)
     spans = sum("/manifest/spans/" in target for method, target in s3_proxy.passed.requests if method == "PUT")
-    assert spans == 20
+    assert spans == 7
     # logits, cam, status, blur and the manifest's; the rest are templates, heatmaps and what lies beside them
     assert methods["PUT"] <= 5 * spans + 80
-    assert methods["GET"] <= 25 * spans + 140
+    assert methods["GET"] <= 30 * spans + 140
     assert validate(s3_out) == []
     s3_proxy.passed.requests.clear()
     again = explain(inputs / "slides", toy_spec("pooled_linear"), s3_out, **SMALL)
@@ -111,7 +109,7 @@ def doomed(s3_proxy: Proxy, inputs: Path, s3_out: str) -> Iterator[Callable[[int
         process.join()
 
 
-@pytest.mark.parametrize("change", [0, 1, 12, 60, 100, 150])
+@pytest.mark.parametrize("change", [0, 12, 40, 60, 90])
 def test_a_killed_run_continues(
     change: int, doomed: Callable[[int], None], inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy
 ) -> None:

@@ -8,6 +8,7 @@ import pickle
 import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def seen(out: Place) -> list[Any]:
     for name in NAMES:
         file = out / name
         found += [told(file.read), told(file.size), file.is_file(), file.exists(), file.name]
-        found += [told(lambda file=file, r=r: file.read_range(*r)) for r in ((0, 2), (1, 99), (99, 3), (0, 0))]
+        found += [told(partial(file.read_range, *part)) for part in ((0, 2), (1, 99), (99, 3), (0, 0))]
     for name in FOLDERS:
         folder = at(out, name)
         found += [folder.names(), folder.folders(), folder.exists(), folder.is_file()]
@@ -211,7 +212,7 @@ def test_zarr_reads_what_it_wrote(out: Place) -> None:
     array = inner.create_array("0", shape=values.shape, chunks=(16, 16), shards=(64, 64), dtype="float32")
     array[:] = values
     store = pickle.loads(pickle.dumps((out / "a.zarr").zarr(read_only=True)))
-    again = zarr.open_group(store, mode="r")
+    again: Any = zarr.open_group(store, mode="r")
     assert again.attrs.asdict() == {"about": "ü"}
     assert [name for name, _ in again.members(max_depth=None)] == ["labels", "labels/0"]
     np.testing.assert_array_equal(again["labels/0"][3:40, 60:], values[3:40, 60:])
@@ -225,6 +226,7 @@ def test_zarr_reads_what_it_wrote(out: Place) -> None:
 
 def test_remote_zarr_is_a_store(s3_out: str) -> None:
     """The rest of what zarr may ask."""
+    from zarr.abc.store import OffsetByteRequest
     from zarr.core.buffer import default_buffer_prototype
     from zarr.core.sync import sync
 
@@ -248,7 +250,7 @@ def test_remote_zarr_is_a_store(s3_out: str) -> None:
     sync(store.delete("a/c"))
     parts = sync(store.get_partial_values(default_buffer_prototype(), [("a/b", None), ("a/c", None)]))
     assert [part and part.to_bytes() for part in parts] == [b"one", None]
-    offset = sync(store.get("a/b", default_buffer_prototype(), zarr.abc.store.OffsetByteRequest(1)))
+    offset = sync(store.get("a/b", default_buffer_prototype(), OffsetByteRequest(1)))
     assert offset.to_bytes() == b"ne"
     assert str(store) == str(out / "z")
     assert store != (out / "z").zarr(read_only=True)

@@ -62,6 +62,11 @@ class RunFolder:
         """A row a slide."""
         return self.place / "slides.csv"
 
+    @property
+    def record(self) -> Place:
+        """The slides with their ids, written before work begins."""
+        return self.place / "slides.jsonl"
+
     def slide(self, slide_id: str) -> SlideFolder:
         """The folder of a slide."""
         return SlideFolder(self.place / slide_id)
