@@ -71,9 +71,9 @@ def test_json_says_the_same(run: Run, quick: None, tmp_path: Path) -> None:
 
 
 def test_wrong_usage_is_told_before_any_check(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("doctor", "--out", "s3://bucket/out")
+    code, out, err = run("doctor", "--out", "https://host/out")
     assert (code, out) == (2, "")
-    assert "give a folder" in only_error(err)
+    assert "expected a folder, or s3://BUCKET/KEY" in only_error(err)
     code, out, err = run("doctor", "--model", tmp_path / "none.yaml")
     assert (code, out) == (2, "")
     assert "none.yaml" in only_error(err)

@@ -17,6 +17,7 @@ from tests.runs import SMALL, contents, objects, start, toy_spec
 from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam import object_stores
 from wsi_gradcam.api import explain, validate
+from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.stores import buckets
 from wsi_gradcam.stores.local_place import LOCK
@@ -52,8 +53,8 @@ def test_a_run_leaves_the_same_bytes_and_asks_little(
     spans = sum("/manifest/spans/" in target for method, target in s3_proxy.passed.requests if method == "PUT")
     assert spans == 7
     # logits, cam, status, blur and the manifest's; the rest are templates, heatmaps and what lies beside them
-    assert methods["PUT"] <= 5 * spans + 80
-    assert methods["GET"] <= 30 * spans + 140
+    assert methods["PUT"] <= 5 * spans + 2 * 40
+    assert methods["GET"] <= 25 * spans + 2 * 140
     assert validate(s3_out) == []
     s3_proxy.passed.requests.clear()
     again = explain(inputs / "slides", toy_spec("pooled_linear"), s3_out, **SMALL)
@@ -187,3 +188,13 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
     assert (code, f"{s3_out}/none: no run.yaml there" in error) == (2, True)
     code, _, error = call(*explaining[: -len(SMALL_FLAGS) - 1], "https://host/out")
     assert (code, "https://host/out: expected a folder, or s3://BUCKET/KEY" in error) == (2, True)
+
+
+def test_the_doctor_tries_a_bucket_and_leaves_nothing(s3_out: str, s3_proxy: Proxy) -> None:
+    checks = list(folder_of_results(place_of(s3_out)))
+    assert [(check.name, check.status) for check in checks] == [("OUT: arrays", "ok"), ("OUT: claims", "ok")]
+    assert not place_of(s3_out).exists()
+    s3_proxy.passed.fails = lambda method, target: "403" if method == "PUT" else ""
+    (check,) = folder_of_results(place_of(s3_out))
+    assert check.status == "fail"
+    assert "access was refused" in check.found
