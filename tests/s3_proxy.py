@@ -41,7 +41,7 @@ def at_random(share: float, seed: int) -> Callable[[str, str], str]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: Proxy
 
     def _pass(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -80,7 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Be quiet."""
 
 
-class _Server(ThreadingHTTPServer):
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on; `passed` notes them."""
+
     daemon_threads = True
     request_queue_size = 64
 
@@ -111,9 +113,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def passing(upstream: str) -> Iterator[_Server]:
+def passing(upstream: str) -> Iterator[Proxy]:
     """A server on loopback that passes all requests on to `upstream`."""
-    server = _Server(upstream)
+    server = Proxy(upstream)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

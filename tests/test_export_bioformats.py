@@ -28,7 +28,14 @@ def java(tool: str, *arguments: str | Path) -> str:
     command = ["java", "-Xmx1g", "-cp", jar, f"loci.formats.tools.{tool}", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_bio_formats_finds_the_ome_xml_of_ome_zarr_valid(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", {"a.svs": Made((1500, 1300), steps((94, 82)))})
+    (done,) = export(out, "ome-zarr-0.4", tmp_path)
+    assert "No validation errors found" in java("XMLValidate", done.paths[0] / "OME" / "METADATA.ome.xml")
 
 
 @pytest.mark.slow

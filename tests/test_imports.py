@@ -33,7 +33,7 @@ slides.openslide_reader  slides.picture_reader  slides.ome_zarr_reader
 slides.colours  slides.jpeg  slides.tiff_levels  slides.tiff_check
 slides.tiff_info  slides.tiff_reader  slides.tiff_vendor
 slides.opening  slides.remote_opening  slides.resample  slides
-slide_list  inputs
+patterns  slide_list  file_search  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
 quality  annotations  tissue  patches  reading  sampling
@@ -49,7 +49,7 @@ explainer  gradcam
 stitch
 stores.layout  stores.groups  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
-stores.run_files
+stores.run_files  stores.slide_record
 table  overview  finish
 stages.context  stages.stitching  stages.planning  stages.explaining  stages
 workflow
@@ -61,6 +61,7 @@ validation
 executors  executors.serial  executors.dask
 api
 report
+doctor
 demo
 cli
 """

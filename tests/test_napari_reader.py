@@ -19,6 +19,7 @@ from tests.made_results import Flags, Made, Values, make
 from tests.runs import ROOT
 from tests.synthetic import MarkerSlide, write_marker_slide
 from wsi_gradcam.errors import ResultError
+from wsi_gradcam.export import export
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.napari_reader import get_reader, read
 from wsi_gradcam.result import open_result
@@ -152,19 +153,52 @@ print(json.dumps({"names": [layer.name for layer in layers], "centres": found}))
 """
 
 
-@pytest.mark.slow
-def test_napari_itself_opens_a_result(out: Path) -> None:
-    """With the extra `viewers`; or NAPARI_PYTHON, a Python of another environment that has napari and what we need."""
+def in_napari(script: str, *arguments: Path) -> Any:
+    """What a script that runs where napari is prints last, as JSON.
+
+    That is with the extra `viewers`, or in NAPARI_PYTHON, a Python of another environment that has all we need.
+    """
     python = os.environ.get("NAPARI_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import napari"], capture_output=True, check=False).returncode:
+    if subprocess.run([python, "-c", "import napari, napari_ome_zarr"], capture_output=True, check=False).returncode:
         pytest.skip("needs napari: pip install '.[viewers]', or NAPARI_PYTHON")
     done = subprocess.run(
-        [python, "-c", IN_NAPARI, str(out / "a.tif")], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [python, "-c", script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={"QT_QPA_PLATFORM": "offscreen", **os.environ}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_napari_itself_opens_a_result(out: Path) -> None:
+    told = in_napari(IN_NAPARI, out / "a.tif")
     assert told["names"][0] == "a.tif"
     assert len(told["names"]) == 5
     truth = (np.array(MARKER) - 0.5) * MPP
     np.testing.assert_allclose(told["centres"], [truth, truth], atol=1e-6)
+
+
+IN_NAPARI_OME_ZARR = """
+import json, sys
+import numpy as np
+from napari_ome_zarr._reader import napari_get_reader
+found = []
+for path in sys.argv[1:]:
+    (levels, image, _), (flags, label, kind) = napari_get_reader(path)(path)
+    places = np.argwhere(np.asarray(levels[0])[0] == 2).mean(axis=0)
+    found.append([list(places * np.array(image["scale"][-2:])), [list(x.shape) for x in levels], image["name"], kind])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_napari_ome_zarr_opens_heatmap_and_export(out: Path, tmp_path: Path) -> None:
+    """By the corner-based scale alone: half a heatmap pixel, less half a slide's, off, which our reader sets right."""
+    (done,) = export(out, "ome-zarr-0.4", tmp_path)
+    told = in_napari(IN_NAPARI_OME_ZARR, out / "a.tif" / "heatmap.ome.zarr", done.paths[0])
+    labels = [channel.label for channel in open_result(out)["a.tif"].channels]
+    for centre, shapes, names, kind in told:
+        np.testing.assert_allclose(centre, (np.array(MARKER) - STRIDE / 2) * MPP)
+        assert shapes == [[3, *shape] for shape in open_result(out)["a.tif"].levels]
+        assert [name.removeprefix("a.tif: ") for name in names] == labels
+        assert kind == "labels"

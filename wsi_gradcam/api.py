@@ -9,10 +9,10 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.annotations import check_mask, regions_of
+from wsi_gradcam.annotations import check_masks, regions_for
 from wsi_gradcam.config import Settings, make_settings
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
-from wsi_gradcam.inputs import SlideEntry, find_slides
+from wsi_gradcam.inputs import SlideEntry, choose_slides, find_slides
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.plan import plan_slide as make_plan
@@ -30,6 +30,7 @@ from wsi_gradcam.stores.run_files import (
     read_slides,
     write_run,
 )
+from wsi_gradcam.stores.slide_record import keep_record, read_record, settle
 from wsi_gradcam.validation import validate
 from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord
 
@@ -79,13 +80,15 @@ def explain(
     workers: int | None = None,
     scheduler: str | None = None,
     overwrite: bool = False,
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     listener: Listener | None = None,
     **options: Any,
 ) -> Outcome:
     """Explain slides and write everything below `out`; slides finished before are not computed again.
 
     Args:
-        slides: slide files, folders, and lists of slides, see `find_slides`.
+        slides: slide files, folders, patterns, URLs, and lists of slides, see `find_slides`.
         model: whatever `--model` takes, a `ModelSpec`, or a loaded `Model`, such as `model_of` makes of a network that
             Python code holds; that one explains in this process, on the device where it is.
         out: folder for the results, or s3://BUCKET/KEY.
@@ -94,6 +97,8 @@ def explain(
         scheduler: run on the Dask cluster at this address instead.
         overwrite: recompute slides that are finished, and where `out` holds results of another model, file or
             configuration. To go on with an overwriting run that was stopped, leave it out.
+        only: patterns of ids, such as "2023/**": of the slides found, only those are explained.
+        skip: patterns of ids that are left out.
         listener: told about progress.
 
     Returns:
@@ -103,9 +108,10 @@ def explain(
         WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
             written or holds other results; or the run had to stop, as for a full disk.
     """
-    settings, entries, spec, loaded = _prepared(slides, model, settings, options)
+    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
+    entries = _chosen(slides, folder, only, skip)
+    spec, loaded = _prepared(entries, model, settings)
     listener = listener or Listener()
-    folder = RunFolder(place_of(out).absolute())
     with _executor(workers, scheduler, settings, loaded) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.place, spec, settings, entries, choice)
@@ -114,6 +120,7 @@ def explain(
             check_same_run(folder.run, run)
         folder.place.remove_partials(below=False)
         write_run(folder.run, run)
+        entries = keep_record(folder.record, entries)
         listener.begun(run, entries, getattr(executor, "dashboard", ""))
         records = []
         table = SlideTable(folder.slides)
@@ -143,21 +150,26 @@ def preview(
     model: str | PathLike[str] | ModelSpec | Model,
     out: AnyPlace,
     settings: Settings | None = None,
+    *,
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     **options: Any,
 ) -> Preview:
     """Plan everything and write nothing; arguments and errors as for `explain`."""
     from wsi_gradcam.executors.serial import SerialExecutor
 
-    settings, entries, spec, loaded = _prepared(slides, model, settings, options)
+    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
+    entries = _chosen(slides, folder, only, skip)
+    spec, loaded = _prepared(entries, model, settings)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
-    run = _plan(SerialExecutor(loaded), place_of(out), spec, plain, entries, None)
+    run = _plan(SerialExecutor(loaded), folder.place, spec, plain, entries, None)
     estimates, errors = [], []
     for entry in entries:
         try:
             slide = open_entry(entry, settings)
             try:
-                regions = regions_of(settings.mask, entry.id, settings.include, settings.exclude)
+                regions = regions_for(entry, settings)
                 plan, _, _ = make_plan(slide, run, regions)
             finally:
                 slide.close()
@@ -167,25 +179,33 @@ def preview(
     return Preview(run, tuple(estimates), tuple(errors))
 
 
-def _prepared(
-    slides: Paths, model: str | PathLike[str] | ModelSpec | Model, settings: Settings | None, options: dict[str, Any]
-) -> tuple[Settings, list[SlideEntry], ModelSpec, Model | None]:
-    """What a run needs of its arguments, the model only where it is loaded already."""
+def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
     if settings is None:
-        settings = make_settings(**options)
-    elif options:
-        settings = make_settings(**{**settings.model_dump(), **options})
-    entries = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
-    check_mask(settings.mask, settings.include, settings.exclude, len(entries))
+        return make_settings(**options)
+    return make_settings(**{**settings.model_dump(), **options}) if options else settings
+
+
+def _chosen(slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]) -> list[SlideEntry]:
+    """The slides to explain, with the ids that a run which is continued has for them."""
+    found = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
+    return choose_slides(settle(found, read_record(folder.record)), *patterns)
+
+
+def _prepared(
+    entries: Sequence[SlideEntry], model: str | PathLike[str] | ModelSpec | Model, settings: Settings
+) -> tuple[ModelSpec, Model | None]:
+    """What a run needs of its arguments, the model only where it is loaded already."""
+    check_masks(entries, settings)
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):
             raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")
-        return settings, entries, model.spec, model
+        return model.spec, model
     spec = model if isinstance(model, ModelSpec) else read_spec(fspath(model))
     spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
-    return settings, entries, spec, None
+    return spec, None
 
 
 def _shown(out: AnyPlace) -> Path | RemotePlace:
@@ -219,15 +239,24 @@ def _choice_before(place: Place, settings: Settings) -> Choice | None:
     return choice_from(stored)
 
 
+def check_where(workers: int | None, scheduler: str | None) -> None:
+    """Refuse what says nowhere to work, or in two places.
+
+    Raises:
+        ConfigError: fewer than one worker, or both are given.
+    """
+    if workers is not None and scheduler is not None:
+        raise ConfigError("workers and scheduler are both given; give one of them")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
+
+
 @contextmanager
 def _executor(
     workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None
 ) -> Iterator[SerialExecutor | DaskExecutor]:
     executor: SerialExecutor | DaskExecutor
-    if workers is not None and scheduler is not None:
-        raise ConfigError("workers and scheduler are both given; give one of them")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
+    check_where(workers, scheduler)
     if loaded is not None and (workers, scheduler) != (None, None):
         raise ConfigError(
             f"{loaded.name}: a loaded model works in this process only; for workers give what each can load itself, "
@@ -268,6 +297,9 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
         "mpp_x": mpp_x,
         "slide_digest": plan["slide_digest"] if plan else "",
         "model_digest": run.facts.digest,
+        "label": record.slide.label,
+        "site": record.slide.site,
+        "scanner": record.slide.scanner,
     }
 
 

@@ -52,7 +52,9 @@ KINDS: dict[type, dict[str, Any]] = {
 }
 
 # Keys of a config file that are no settings.
-WHERE: dict[str, type] = {"slide": list, "model": str, "out": str, "workers": int, "scheduler": str}
+WHERE: dict[str, type] = {
+    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "only": list, "skip": list,
+}  # fmt: skip
 WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number"}
 
 
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--workers", type=int, help="number of processes (default: this one)")
     demo.set_defaults(run=_demo)
     check = commands.add_parser("validate", help="check results against manifest, specification and slide")
-    check.add_argument("out", help="folder that explain made")
+    check.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_validate)
     _add_export(commands)
@@ -102,18 +104,24 @@ def _parser() -> argparse.ArgumentParser:
         info.add_argument(f"--{name}", help=f"with --mask-out: {text}", **KINDS.get(kind, {"type": kind}))
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
+    doctor = commands.add_parser("doctor", help="check this machine, a folder for results, and a cluster's workers")
+    doctor.add_argument("--out", help="folder for the results, to be tried here and from the workers")
+    doctor.add_argument("--scheduler", help="address of a Dask scheduler, whose workers are checked")
+    doctor.add_argument("--model", help="a model, as for explain, to be loaded here and on the workers")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
 def _add_explain(commands: Any) -> None:
     explain = commands.add_parser("explain", help="explain slides", description="Explain slides.")
-    explain.add_argument("slide", nargs="*", help="slide files, folders that are searched for slides, lists (.csv)")
+    explain.add_argument("slide", nargs="*", help="slides, folders, patterns ('a/**/*.svs'), lists (.csv, .parquet)")
     explain.add_argument(
         "--model",
         help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
         "file, a WSInfer or Hugging Face folder",
     )
-    explain.add_argument("--out", help="folder for the results; an unfinished run there is continued")
+    explain.add_argument("--out", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
     explain.add_argument(
         "--target",
         action="append",
@@ -122,6 +130,10 @@ def _add_explain(commands: Any) -> None:
     )
     for name, kind, text in SETTINGS:
         explain.add_argument(f"--{name}", help=text, **KINDS.get(kind, {"type": kind}))
+    for name, text in (("only", "explain only slides with"), ("skip", "leave out slides with")):
+        explain.add_argument(
+            f"--{name}", nargs="+", action="extend", metavar="PATTERN", help=f"{text} ids like these: '2023/**'"
+        )
     explain.add_argument("--config", type=Path, help="YAML file with the same names as keys; flags come first")
     where = explain.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
@@ -190,7 +202,7 @@ def _window(text: str) -> tuple[float, float]:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.api import explain, preview
+    from wsi_gradcam.api import check_where, explain, preview
     from wsi_gradcam.config import make_settings
     from wsi_gradcam.report import print_outcome, print_preview, progress
 
@@ -200,8 +212,10 @@ def _explain(arguments: argparse.Namespace) -> int:
         if not where[key]:
             raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
     settings = make_settings(**values)
+    check_where(where["workers"], where["scheduler"])
+    chosen = {key: where[key] or () for key in ("only", "skip")}
     if arguments.dry_run:
-        found = preview(where["slide"], where["model"], where["out"], settings)
+        found = preview(where["slide"], where["model"], where["out"], settings, **chosen)
         print_preview(found, arguments.json)
         return SOME_FAILED if found.errors else DONE
     stopped: WsiGradcamError | None = None
@@ -209,7 +223,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         try:
             outcome = explain(
                 where["slide"], where["model"], where["out"], settings, workers=where["workers"],
-                scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener,
+                scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener, **chosen,
             )  # fmt: skip
         except WsiGradcamError as error:
             if not listener.began:
@@ -234,11 +248,13 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
             near = difflib.get_close_matches(key, names, 1)
             expected = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
             raise ConfigError(f"{arguments.config}: unknown key {key!r}; {expected}")
-    if isinstance(values.get("slide"), str):
-        values["slide"] = [values["slide"]]
+    for key, kind in WHERE.items():
+        if kind is list and isinstance(values.get(key), str):
+            values[key] = [values[key]]
     for key, kind in WHERE.items():
         if key in values and not (type(values[key]) is kind and (kind is not list or _all_text(values[key]))):
-            raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {WHERE_TEXT[kind]}")
+            expected = "a pattern or a list of patterns" if key in ("only", "skip") else WHERE_TEXT[kind]
+            raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {expected}")
     given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
     if {"workers", "scheduler"} & given.keys():  # one replaces the other
         values = {key: value for key, value in values.items() if key not in ("workers", "scheduler")}
@@ -301,6 +317,20 @@ def _info(arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join("\n".join(f"{key:>16}  {value}" for key, value in item.items()) for item in found))
     return DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.doctor import FAIL, examine, shown, worst
+
+    checks = []
+    for check in examine(arguments.out, arguments.scheduler, arguments.model):
+        checks.append(check)
+        if not arguments.json:
+            print(shown(check), flush=True)
+    status = worst(checks)
+    if arguments.json:
+        print(json.dumps({"status": status, "checks": [check.__dict__ for check in checks]}))
+    return SOME_FAILED if status == FAIL else DONE
 
 
 if __name__ == "__main__":

@@ -74,12 +74,9 @@ def _refuse_foreign(
 ) -> None:
     """Another run's process that was still busy when this run began may have written over its pieces."""
     parts = dict(zip(map(span_name, range(len(plan.spans))), plan.spans, strict=True))
-    foreign = [
-        name
-        for name, (start, stop) in parts.items()
-        if spans.get(name, {}).get("run") != plan.run_digest
-        or store.read_span(start, stop).digest() != spans[name]["digest"]
-    ]
+    found = zip(parts, store.digests(list(parts.values())), strict=True)
+    records = ((name, spans.get(name, {}), digest) for name, digest in found)
+    foreign = [name for name, r, digest in records if (r.get("run"), r.get("digest")) != (plan.run_digest, digest)]
     count = sum(len(plan.blocks(level)) for level in range(len(plan.level_shapes)))
     whole = len(blocks) == count and all(block.get("run") == plan.run_digest for block in blocks.values())
     if foreign or not whole:

@@ -12,7 +12,7 @@ import os
 import queue
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
 
 NO_WORKER_S = 60
+ANSWER_S = 10
 THREADS = 2  # of a local worker: one has patches read while the model works for the other
 TASKS_PER_THREAD = 3  # in flight: one running, one waiting, one arriving
 SLIDES_AHEAD = 2  # begun beyond the number of threads
@@ -270,6 +271,25 @@ class _Flow:
     def _drain(self) -> Iterator[SlideRecord]:
         while self._finished:
             yield self._finished.popleft()
+
+
+def ask_workers(
+    scheduler: str, function: Callable[..., Any], *arguments: Any, timeout_s: float = ANSWER_S
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the scheduler knows of each worker, and what `function` returns there, by the worker's address.
+
+    What it raises on a worker is among the answers, also that the worker does not have the function.
+
+    Raises:
+        WorkerError: no scheduler answers.
+    """
+    try:
+        client = Client(_address(scheduler), set_as_default=False, timeout=timeout_s)
+    except (OSError, ValueError) as error:
+        raise _silent(scheduler, error) from error
+    with client:
+        workers = dict(client.scheduler_info(n_workers=-1)["workers"])
+        return workers, client.run(function, *arguments, workers=list(workers), on_error="return")
 
 
 def _perform_here(name: str, task: Task) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.annotations import Regions, regions_of
+from wsi_gradcam.annotations import Regions, regions_for
 from wsi_gradcam.errors import ResumeError, StoreError, one_line
 from wsi_gradcam.finish import RECORD_KEYS
 from wsi_gradcam.plan import RunPlan, SlidePlan
@@ -45,7 +45,7 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
     if folder.place.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
-        regions = regions_of(run.settings.mask, entry.id, run.settings.include, run.settings.exclude)
+        regions = regions_for(entry, run.settings)
         pending, problem = _stored(folder, slide, run, regions)
         if pending is not None and not (context.overwrites(entry) and pending.done is not None):
             return pending

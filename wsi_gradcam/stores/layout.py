@@ -67,6 +67,11 @@ class RunFolder:
         """The run's display windows, made when first asked for."""
         return self.place / "display.json"
 
+    @property
+    def record(self) -> Place:
+        """The slides with their ids, written before work begins."""
+        return self.place / "slides.jsonl"
+
     def slide(self, slide_id: str) -> SlideFolder:
         """The folder of a slide."""
         return SlideFolder(self.place / slide_id)

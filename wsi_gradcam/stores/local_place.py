@@ -129,13 +129,14 @@ class LocalPlace(Place):
             self.write(data)
             return True
 
-    def update(self, change: Callable[[bytes | None], bytes]) -> None:
+    def update(self, change: Callable[[bytes | None], bytes | None]) -> None:
         with self._locked():
             try:
-                data = self.read()
+                old = self.read()
             except FileNotFoundError:
-                data = None
-            self.write(change(data))
+                old = None
+            if (new := change(old)) is not None:
+                self.write(new)
 
     @contextmanager
     def writing(self) -> Iterator[BinaryIO]:

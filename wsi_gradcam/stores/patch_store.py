@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,7 @@ T = TypeVar("T", bound=np.generic)
 
 PENDING, OK, UNREADABLE = 0, 1, 2
 KNOWN_ROWS = 1 << 16
+SPANS_AT_ONCE = 16
 SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is explained
 
 
@@ -129,6 +131,16 @@ class PatchStore:
             self._read("status", part, np.uint8),
             self._read("blur", part, np.float32),
         )
+
+    def digests(self, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+        """`SpanData.digest` of consecutive (first, end); several are read at a time, as their chunks can be."""
+        for i in range(0, len(spans), SPANS_AT_ONCE):
+            some = spans[i : i + SPANS_AT_ONCE]
+            first = some[0][0]
+            data = self.read_span(first, some[-1][1])
+            for start, stop in some:
+                part = slice(start - first, stop - first)
+                yield SpanData(data.logits[part], data.cams[part], data.status[part], data.blur[part]).digest()
 
     def logits(self, start: int, stop: int) -> NDArray[np.float32]:
         """Logits float32 [n, classes]."""

@@ -149,10 +149,11 @@ class Place(ABC):
     def storing(self) -> AbstractContextManager[None]:
         """Turns what zarr raises when it cannot write below this place into a `StoreError`."""
 
-    def update(self, change: Callable[[bytes | None], bytes]) -> None:
+    def update(self, change: Callable[[bytes | None], bytes | None]) -> None:
         """Make the file what `change` makes of it (None where there is none); nobody else's update is lost.
 
-        `change` is called again with what another process has written meanwhile.
+        Where `change` gives None, all stays as it is. It is called again with what another process has written
+        meanwhile.
 
         Raises:
             StoreError: it cannot be written, or others have always been faster.
@@ -166,9 +167,11 @@ class Place(ABC):
             "command again, nothing finished is lost"
         )
 
-    def _changed(self, change: Callable[[bytes | None], bytes]) -> bool:
+    def _changed(self, change: Callable[[bytes | None], bytes | None]) -> bool:
         try:
-            data, version = self.read_versioned()
+            old, version = self.read_versioned()
         except FileNotFoundError:
-            return self.create(change(None))
-        return self.replace(change(data), version)
+            new = change(None)
+            return new is None or self.create(new)
+        new = change(old)
+        return new is None or self.replace(new, version)

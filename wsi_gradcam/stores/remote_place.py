@@ -78,10 +78,10 @@ class RemotePlace(Place):
         return self._asked(lambda store: bytes(store.get(self.key).bytes()))
 
     def read_range(self, start: int, count: int) -> bytes:
-        if count <= 0:
-            return b""
-
         def ranged(store: ObjectStore) -> bytes:
+            if count <= 0:  # no range that servers know
+                store.head(self.key)
+                return b""
             try:
                 return bytes(store.get(self.key, options={"range": (start, start + count)}).bytes())
             except Exception as error:

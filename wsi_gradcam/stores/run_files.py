@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
-    "model_digest",
+    "model_digest", "label", "site", "scanner",
 )  # fmt: skip
+OLDEST = 11  # columns that every version had, the first ones
 PACKAGES = (
     "wsi-gradcam", "torch", "torchvision", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "zarr",
     "dask", "distributed", "scikit-image", "pillow", "openvino",
@@ -127,9 +128,11 @@ def _parsed(place: AnyPlace, data: bytes) -> dict[str, dict[str, str]]:
     text = data.decode("utf-8", NAMES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = list(reader)
-    if ((rows or text) and tuple(reader.fieldnames or ()) != COLUMNS) or any(None in row.values() for row in rows):
+    names = tuple(reader.fieldnames or ())
+    ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
+    if ((rows or text) and not ours) or any(None in row.values() for row in rows):
         raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
-    return {row["id"]: row for row in rows}
+    return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
 
 
 def write_slides(place: AnyPlace, rows: dict[str, dict[str, Any]]) -> None:
