@@ -12,6 +12,7 @@ import pytest
 from matplotlib import colormaps
 
 from tests.made_results import Made, make, steps
+from wsi_gradcam import cli
 from wsi_gradcam.cli import main
 from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError
 from wsi_gradcam.export import FORMATS, Options, export, tiff
@@ -81,6 +82,14 @@ def test_a_slide_that_cannot_be_read_does_not_stop_the_others(out: Path, tmp_pat
     assert names(tmp_path / "dest") == ["in/b.svs.0-gradcam-tumour.tiff"]
 
 
+def test_a_slide_that_is_not_finished_is_not_exported(out: Path, tmp_path: Path) -> None:
+    (out / "a.svs" / "manifest" / "done.json").unlink()
+    unfinished, failed = export(out, "tiff", tmp_path / "dest", ["a.svs", "c.svs"])
+    assert "run explain again" in unfinished.error
+    assert "c.svs: is failed" in failed.error
+    assert names(tmp_path / "dest") == []
+
+
 def test_an_export_that_breaks_leaves_nothing(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("power cut")
@@ -109,6 +118,14 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
         raise KeyError
     assert names(tmp_path) == ["x/new"]
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_large_archive_s_window_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for done in range(1, 251):
+        cli._tell_progress(done, 250)
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "100 of 250 slides read", "200 of 250 slides read",
+    ]  # fmt: skip
 
 
 def test_windows(out: Path, tmp_path: Path) -> None:

@@ -176,7 +176,10 @@ def test_the_package_is_imported_without_anything_heavy() -> None:
     assert python(f"import sys, wsi_gradcam; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
-@pytest.mark.parametrize("module", ["api", "cli", "config", "report", "executors.dask", "slides", "validation"])
+@pytest.mark.parametrize(
+    "module",
+    ["api", "cli", "config", "report", "executors.dask", "slides", "validation", "export.qupath", "napari_reader"],
+)
 def test_modules_of_the_client_never_load_torch(module: str) -> None:
     assert python(f"import sys, wsi_gradcam.{module}; print('torch' in sys.modules)") == "False"
 

@@ -186,10 +186,17 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.dest is None and "://" in arguments.out:
         raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
     dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)
-    done = export(arguments.out, arguments.to, dest, arguments.slide, None if arguments.json else tell, **options)
+    listeners = (None, None) if arguments.json else (tell, _tell_progress)
+    done = export(arguments.out, arguments.to, dest, arguments.slide, *listeners, **options)
     if arguments.json:
         print(json.dumps([{**each.__dict__, "paths": [str(path) for path in each.paths]} for each in done]))
     return SOME_FAILED if any(each.error for each in done) else DONE
+
+
+def _tell_progress(done: int, total: int) -> None:
+    """A line now and then while the run's window is found out, which takes a while for an archive."""
+    if done % 100 == 0:
+        print(f"display window of the run: {done} of {total} slides read", file=sys.stderr, flush=True)
 
 
 def _window(text: str) -> tuple[float, float]:

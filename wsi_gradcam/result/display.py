@@ -16,7 +16,7 @@ from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.result.channels import PROBABILITY, ChannelInfo
 from wsi_gradcam.result.sketch import Sketch
-from wsi_gradcam.result.slide import UNFINISHED, SlideResult
+from wsi_gradcam.result.slide import SlideResult
 from wsi_gradcam.stores.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.windows import QUANTILE, window_end
 from wsi_gradcam.workflow import FAILED
@@ -80,7 +80,7 @@ def _window(unit: str, sketch: Sketch) -> tuple[float, float]:
 
 def _add(sketches: dict[str, tuple[str, Sketch]], slide: SlideResult) -> None:
     """Count a slide's explained pixels: into all sketches, or, where it cannot be read, into none."""
-    if slide.status == UNFINISHED:
+    if not slide.is_finished:
         raise StoreError(f"{slide.id}: is not finished")
     level = next((i for i, (h, w) in enumerate(slide.levels) if h * w <= STATISTICS_PX), len(slide.levels) - 1)
     found = [(channel, _sketch(slide, channel, level)) for channel in slide.channels]

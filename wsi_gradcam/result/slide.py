@@ -16,7 +16,6 @@ from wsi_gradcam.slides import open_slide, read_region, thumbnail
 from wsi_gradcam.stores.heatmap import HeatmapStore
 from wsi_gradcam.stores.manifest import Manifest
 from wsi_gradcam.stores.patch_store import PatchStore
-from wsi_gradcam.workflow import FAILED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +31,7 @@ UNFINISHED = "unfinished"
 
 
 class SlideResult:
-    """What a run knows of one slide. Opening it reads nothing; safe to share between threads.
+    """What a run knows of one slide, as of when the result was opened. Safe to share between threads.
 
     Attributes:
         id: name of the slide in the run.
@@ -50,10 +49,9 @@ class SlideResult:
 
     @cached_property
     def status(self) -> str:
-        """`ok`, `no_tissue`, `failed`, or `unfinished`."""
-        if self.row.get("status") == FAILED:
-            return FAILED
-        return self.row["status"] if self.row and self.is_finished else UNFINISHED
+        """`ok`, `no_tissue`, `failed`, or `unfinished`; of slides in slides.csv nothing has to be read for it."""
+        done = None if self.row else Manifest(self.folder.manifest).done()
+        return self.row["status"] if self.row else str(done["status"]) if done else UNFINISHED
 
     @property
     def error(self) -> str:
