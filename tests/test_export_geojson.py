@@ -176,6 +176,7 @@ def test_regions_are_annotations(out: Path, tmp_path: Path) -> None:
         assert not any(ring.is_ccw for ring in polygon.interiors)
         properties = feature["properties"]
         assert (properties["objectType"], properties["classification"]["name"]) == ("annotation", "tumour hot")
+        assert properties["classification"]["color"] == [0x00, 0x72, 0xB2]  # of class 1, as its patches have
         assert properties["measurements"]["area µm²"] == pytest.approx(polygon.area * 0.25 * 0.3)
 
 

@@ -75,12 +75,12 @@ def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
     """An annotation a hot region."""
     found = hot_regions(job, channel)
     um2 = job.slide.mpp[0] * job.slide.mpp[1]
-    colour = tuple(bytes.fromhex(channel.colour))
+    colour = _Classes(job).colour(channel.target) or list(bytes.fromhex(channel.colour))
     for number, polygon in enumerate(found.polygons):
         measured = {"area µm²": polygon.area * um2, "threshold": found.threshold, "traced on level": found.level}
         yield _feature(
             job, f"{channel.label} {number}", json.loads(shapely.to_geojson(polygon)), "annotation",
-            {"name": f"{channel.target} hot", "color": list(colour)}, measured,
+            {"name": f"{channel.target} hot", "color": colour}, measured,
         )  # fmt: skip
 
 
@@ -94,8 +94,14 @@ class _Classes:
         """The classification of a patch."""
         if row["status"] != "ok":
             return {"name": "unreadable", "color": list(GRAY)}
-        best = int(np.argmax([row[f"logit_{name}"] for name in self._names]))
-        return {"name": self._names[best], "color": list(bytes.fromhex(COLOURS[best % len(COLOURS)]))}
+        best = self._names[int(np.argmax([row[f"logit_{name}"] for name in self._names]))]
+        return {"name": best, "color": self.colour(best)}
+
+    def colour(self, name: str) -> list[int] | None:
+        """Red, green, blue of a class; None of another target."""
+        if name not in self._names:
+            return None
+        return list(bytes.fromhex(COLOURS[self._names.index(name) % len(COLOURS)]))
 
 
 def _measurements(row: dict[str, Any]) -> dict[str, float]:
