@@ -18,7 +18,7 @@ from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask.failures import explained, lost
 from wsi_gradcam.executors.dask.mail import Mail
 from wsi_gradcam.executors.dask.plugin import Answer, Order, stop_here
-from wsi_gradcam.executors.dask.rates import ORDER_S, Rates
+from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
 from wsi_gradcam.executors.dask.running import MODEL, Running, Sent
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.executors.retries import PAUSES_S, say_again
@@ -28,11 +28,11 @@ from wsi_gradcam.stopping import GRACE_S, LOOK_S, STOP
 from wsi_gradcam.workflow import FatalError, Observer, SlideRecord, slide_job
 
 # Orders in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler
-# knows) / 5 s: 6 orders of 2 s ask for more than twice the workers there are, until there are enough. A lost
-# connection or a full stop costs no more than these.
-ORDERS_PER_SLOT = 6
+# knows) / 5 s: 4 orders of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
+# are left to each while a slide is planned.
+ORDERS_PER_SLOT = 4
 LOOK_AT_WORKERS_S = 2.0
-# A task that was begun alone in its process so often, and each time the process died, has killed it. Once may be chance.
+# A task that was begun alone in its process so often, and each time the process died, has killed it.
 DEATHS_ALONE = 2
 MOST_TRIALS = 4  # of a task whose workers always die before it begins
 
@@ -98,11 +98,11 @@ class Flow:
         while self._suspects and self._out["alone"] < max(1, len(self._workers.addresses) // 4):
             self._send(self._suspects.popleft())
         room = {model: ORDERS_PER_SLOT * max(1, slots) for model, slots in self._workers.slots.items()}
-        budget_s = {model: self._budget_s(model) for model in (True, False)}
+        budgets_s = self._budgets_s()
         waiting = 0
         for running in self._active:
             while (stage := running.waits_for) and self._out[kind_of(stage)] < room[stage == MODEL]:
-                self._send(running.take(self._rates, budget_s[stage == MODEL]))
+                self._send(running.take(self._rates, budgets_s[stage == MODEL]))
             waiting += running.spans
         begun = self._out["plan"]
         while (
@@ -112,13 +112,19 @@ class Flow:
                 break
             begun += 1
 
-    def _budget_s(self, model: bool) -> float:
-        """Seconds of work in an order: less where little is left for many workers."""
+    def _budgets_s(self) -> dict[bool, float]:
+        """Seconds of work in an order, of the model and else: at the end half of a worker's share of what is left."""
         if self._more:
-            return ORDER_S
-        stages = [(r.waits_for, len(r.phases[0])) for r in self._active if r.waits_for]
-        left_s = sum(count * self._rates.seconds(stage) for stage, count in stages if (stage == MODEL) == model)
-        return min(ORDER_S, left_s / max(1, self._workers.slots[model]))
+            return {True: ORDER_S, False: ORDER_S}
+        left_s = Counter({True: 0.0, False: 0.0})
+        for running in self._active:
+            for phase in running.phases:
+                stage = phase[0][1].stage
+                left_s[stage == MODEL] += len(phase) * self._rates.seconds(stage)
+        for sent in self._sent.values():
+            left_s[sent.model] += sum(self._rates.seconds(task.stage) for task in sent.tasks)
+        slots = self._workers.slots
+        return {model: min(ORDER_S, max(LEAST_S, s / max(1, slots[model]) / 2)) for model, s in left_s.items()}
 
     def _begin(self, left: Iterator[tuple[int, SlideEntry]]) -> bool:
         """Begin the next slide, if there is one."""
