@@ -298,4 +298,4 @@ def test_ctrl_c_says_how_to_go_on(run: Run, made: Path, tmp_path: Path, monkeypa
         "explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path, *SMALL_FLAGS
     )
     assert code == 130
-    assert err.splitlines()[-1] == "stopped; run the same command again to go on where it stopped"
+    assert err.splitlines()[-1] == "stopped; run the same command again to go on, nothing finished is lost"

@@ -25,8 +25,10 @@ from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
-from wsi_gradcam.executors import dask as dask_executor
-from wsi_gradcam.executors.dask import DaskExecutor, _perform_here
+from wsi_gradcam.executors.dask import DaskExecutor
+from wsi_gradcam.executors.dask import executor as dask_executor
+from wsi_gradcam.executors.dask.plugin import Order, perform_order
+from wsi_gradcam.executors.dask.rates import MOST
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.stages import Task
 from wsi_gradcam.validation import validate
@@ -185,11 +187,13 @@ def test_no_scheduler_there(archive: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "out").exists()
 
 
-def test_no_worker_there(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask_executor, "NO_WORKER_S", 1)
-    with scheduler(tmp_path) as (_, address), pytest.raises(WorkerError, match="'dask worker ADDRESS'") as caught:
-        explain(archive, toy_spec("poisoned"), tmp_path / "out", **SMALL, scheduler=address)
-    assert address in str(caught.value)
+def test_no_worker_there(archive: Path, tmp_path: Path) -> None:
+    with (
+        scheduler(tmp_path) as (_, address),
+        pytest.raises(WorkerError, match="waited 1 s: there is no worker") as caught,
+    ):
+        explain(archive, toy_spec("poisoned"), tmp_path / "out", **SMALL, scheduler=address, wait_for_workers=1)
+    assert f"'dask worker {address}'" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -209,7 +213,7 @@ class Calls(Listener):
 def test_a_cluster_that_dies_stops_the_run_and_loses_nothing(
     archive: Path, serial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    monkeypatch.setattr(dask_executor, "NO_WORKER_S", 3)
+    monkeypatch.setattr(dask_executor, "WAIT_S", 3)
     with scheduler(tmp_path) as (boss, address), process(tmp_path, *worker(address)) as hand:
         listener = Calls((boss if victim == "scheduler" else hand).kill)
         with pytest.raises(WorkerError, match="run the same command again, nothing finished is lost"):
@@ -238,18 +242,19 @@ def test_impossible_places_are_refused(archive: Path, tmp_path: Path, where: dic
         explain(archive, toy_spec("poisoned"), tmp_path, **SMALL, **where)
 
 
-def test_a_task_is_small_on_the_wire() -> None:
+def test_an_order_is_small_on_the_wire() -> None:
+    """As many tasks as one ever holds, of a slide with a long name."""
     entry = SlideEntry("a/long/" * 20 + "slide.svs", "/an/archive/of/slides/" * 20 + "slide.svs")
-    task = Task("explain", entry, (123456,))
-    sent = pickle.dumps((_perform_here, "wsi-gradcam-12345678", task))
-    assert len(sent) < 2000
-    assert pickle.loads(sent) == (_perform_here, "wsi-gradcam-12345678", task)
+    order = Order("wsi-gradcam-12345678", tuple(Task("explain", entry, (100_000 + i,)) for i in range(MOST)))
+    sent = pickle.dumps((perform_order, order))
+    assert len(sent) < 10_000
+    assert pickle.loads(sent) == (perform_order, order)
 
 
 def test_the_executor_closes_its_cluster_when_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    monkeypatch.setattr(Client, "wait_for_workers", _times_out)
-    with pytest.raises(WorkerError, match="no Dask worker joined the local cluster"):
+    monkeypatch.setattr(dask_executor.DaskExecutor, "_wait", _times_out)
+    with pytest.raises(TimeoutError):
         DaskExecutor(workers=1)
     left = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
     assert not [child for child in left if any("spawn_main" in part for part in child.cmdline())]

@@ -25,7 +25,7 @@ HEAVY = (
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
 errors  memory  urls
-isolation
+isolation  stopping
 geometry
 stain.density  stain.macenko  stain.reinhard  stain
 slides.base  slides.tile_cache  slides.files  slides.remote  slides.remote_zarr
@@ -52,7 +52,7 @@ table  overview  finish
 stages.context  stages.stitching  stages.planning  stages.explaining  stages
 workflow
 validation
-executors  executors.serial  executors.dask
+executors  executors.retries  executors.serial  executors.dask
 api
 report
 doctor

@@ -79,6 +79,7 @@ def explain(
     *,
     workers: int | None = None,
     scheduler: str | None = None,
+    wait_for_workers: float | None = None,
     overwrite: bool = False,
     only: str | Sequence[str] = (),
     skip: str | Sequence[str] = (),
@@ -95,6 +96,8 @@ def explain(
         settings: how slides are explained; or single `options` by the names of `Settings`.
         workers: run on this many processes of this machine; nothing given: in this process.
         scheduler: run on the Dask cluster at this address instead.
+        wait_for_workers: seconds to wait for workers that are missing, at the start or later (default 50); longer for
+            a queue that may let none begin for hours.
         overwrite: recompute slides that are finished, and where `out` holds results of another model, file or
             configuration. To go on with an overwriting run that was stopped, leave it out.
         only: patterns of ids, such as "2023/**": of the slides found, only those are explained.
@@ -106,13 +109,14 @@ def explain(
 
     Raises:
         WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
-            written or holds other results; or the run had to stop, as for a full disk.
+            written or holds other results; or the run had to stop, as for a full disk; a `StoppedError` where the
+            command line was told to.
     """
     settings, folder = _settings(settings, options), RunFolder(_local(out))
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
     listener = listener or Listener()
-    with _executor(workers, scheduler, settings, loaded) as executor:
+    with _executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.path, spec, settings, entries, choice)
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
@@ -254,7 +258,7 @@ def check_where(workers: int | None, scheduler: str | None) -> None:
 
 @contextmanager
 def _executor(
-    workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None
+    workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None, wait_s: float | None
 ) -> Iterator[SerialExecutor | DaskExecutor]:
     executor: SerialExecutor | DaskExecutor
     check_where(workers, scheduler)
@@ -274,7 +278,7 @@ def _executor(
     else:
         from wsi_gradcam.executors.dask import DaskExecutor
 
-        executor = DaskExecutor(workers, scheduler, settings.torch_threads)
+        executor = DaskExecutor(workers, scheduler, settings.torch_threads, settings.device, wait_s)
     try:
         yield executor
     finally:

@@ -7,12 +7,14 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from wsi_gradcam import __version__
-from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line
 from wsi_gradcam.isolation import guard
+from wsi_gradcam.stopping import STOP
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -53,26 +55,36 @@ KINDS: dict[type, dict[str, Any]] = {
 
 # Keys of a config file that are no settings.
 WHERE: dict[str, type] = {
-    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "only": list, "skip": list,
+    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "wait_for_workers": float, "only": list,
+    "skip": list,
 }  # fmt: skip
-WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number"}
+WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number", float: "a number of seconds"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 all done, 1 some slides failed or the run stopped, 2 nothing could start."""
+    """Run the command line; returns 0 all done, 1 some slides failed or the run could not go on, 2 nothing could start.
+
+    Told to stop by SIGINT or SIGTERM it returns 130 or 143, once what was in work is finished.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
+    stoppable: AbstractContextManager[None] = nullcontext()
     if argv is None and arguments.run in (_explain, _demo):  # a command of its own: no threads yet
         guard()
+        stoppable = STOP.at_signals()
     try:
-        code: int = arguments.run(arguments)
-        return code
+        with stoppable:
+            code: int = arguments.run(arguments)
+            return code
+    except StoppedError as error:
+        print(one_line(error), file=sys.stderr)
+        return STOP.exit_code
     except WsiGradcamError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return WRONG_USAGE
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
+        print(one_line(STOP.error()), file=sys.stderr)
+        return STOP.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,6 +149,9 @@ def _add_explain(commands: Any) -> None:
     where = explain.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
     where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    explain.add_argument(
+        "--wait-for-workers", type=float, metavar="SECONDS", help="how long to wait for missing workers (default 50)"
+    )
     explain.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     explain.add_argument(
         "--overwrite",
@@ -169,8 +184,11 @@ def _explain(arguments: argparse.Namespace) -> int:
         try:
             outcome = explain(
                 where["slide"], where["model"], where["out"], settings, workers=where["workers"],
-                scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener, **chosen,
+                scheduler=where["scheduler"], wait_for_workers=where["wait_for_workers"],
+                overwrite=arguments.overwrite, listener=listener, **chosen,
             )  # fmt: skip
+        except StoppedError:
+            raise
         except WsiGradcamError as error:
             if not listener.began:
                 raise
@@ -198,7 +216,8 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
         if kind is list and isinstance(values.get(key), str):
             values[key] = [values[key]]
     for key, kind in WHERE.items():
-        if key in values and not (type(values[key]) is kind and (kind is not list or _all_text(values[key]))):
+        kinds = (int, float) if kind is float else (kind,)
+        if key in values and not (type(values[key]) in kinds and (kind is not list or _all_text(values[key]))):
             expected = "a pattern or a list of patterns" if key in ("only", "skip") else WHERE_TEXT[kind]
             raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {expected}")
     given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}

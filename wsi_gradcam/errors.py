@@ -75,6 +75,10 @@ class WorkerError(WsiGradcamError, RuntimeError):
     """The cluster cannot do the work: no worker, or one that died too often on the same task."""
 
 
+class StoppedError(WsiGradcamError, RuntimeError):
+    """The run was told to stop before all was done."""
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line, with its type in front when it is not one of ours.
 

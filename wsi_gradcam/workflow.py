@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from wsi_gradcam.errors import StoreError, WorkerError, one_line
+from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.stages import Pending, Task
 
@@ -39,26 +39,28 @@ class SlideRecord:
     skipped: bool = False
 
 
-SlideJob = Generator[list[Task], list[Any], SlideRecord]
+Phases = list[list[Task]]
+SlideJob = Generator[Phases, list[Any], SlideRecord]
 
 
 def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
-    """The phases of a slide: yields the tasks of one, wants their results, and ends with the slide's record.
+    """The phases of a slide: yields the tasks of several, wants all their results, ends with the slide's record.
 
     All tasks of a phase may run at once; a phase begins when the one before is whole. An error of this slide
     ends this job alone; an error of the store or of the cluster is raised as `FatalError`.
     """
     started = time.monotonic()
     try:
-        (pending,) = yield [Task("plan", slide)]
+        (pending,) = yield [[Task("plan", slide)]]
         assert isinstance(pending, Pending)
         record, skipped = pending.done, pending.done is not None
         if record is None:
-            yield [Task("explain", slide, (i,)) for i in pending.spans]
-            for level, numbers in enumerate(pending.blocks):
-                yield [Task("coarsen", slide, (level, i)) if level else Task("stitch", slide, (i,)) for i in numbers]
-            (record,) = yield [Task("finish", slide)]
-    except (StoreError, WorkerError) as error:
+            *_, record = yield [
+                [Task("explain", slide, (i,)) for i in pending.spans],
+                *(_blocks(slide, level, numbers) for level, numbers in enumerate(pending.blocks)),
+                [Task("finish", slide)],
+            ]
+    except (StoppedError, StoreError, WorkerError) as error:
         raise FatalError(error) from error
     except Exception as error:
         return SlideRecord(slide, FAILED, one_line(error), 0, 0, time.monotonic() - started)
@@ -66,19 +68,25 @@ def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
 
 
 def drive(job: SlideJob, perform: Callable[[Task, Task | None], Any]) -> SlideRecord:
-    """Run a job to its end, one task after the other; `perform` is told the next one of the phase too."""
+    """Run a job to its end, one task after the other; `perform` is told the next one too."""
     try:
-        tasks = next(job)
+        phases = next(job)
         while True:
+            tasks = [task for phase in phases for task in phase]
             try:
                 results = [perform(task, then) for task, then in zip_longest(tasks, tasks[1:])]
             except Exception as error:
-                tasks = job.throw(error)
+                phases = job.throw(error)
             else:
-                tasks = job.send(results)
+                phases = job.send(results)
     except StopIteration as end:
         record: SlideRecord = end.value
         return record
+
+
+def _blocks(slide: SlideEntry, level: int, numbers: list[int]) -> list[Task]:
+    """The tasks that make blocks of a level."""
+    return [Task("coarsen", slide, (level, i)) if level else Task("stitch", slide, (i,)) for i in numbers]
 
 
 def _record(

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.executors.retries import retried
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.isolation import WATCH
 from wsi_gradcam.stages import Context, Task, examine_model, perform, read_ahead
+from wsi_gradcam.stopping import STOP
 from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
 
 if TYPE_CHECKING:
@@ -43,16 +45,19 @@ class SerialExecutor:
         ahead = _Ahead(context, slides)
 
         def perform_and_tell(task: Task, then: Task | None) -> Any:
+            STOP.check()
             if task.stage == "explain":
                 ahead.plan_next()
-            result = ahead.planned(task) if task.stage == "plan" else perform(context, task, then)
+            planning = task.stage == "plan"
+            result = retried(lambda: ahead.planned(task) if planning else perform(context, task, then), task)
             observe(task, result)
             return result
 
         try:
-            for slide in ahead:
-                yield drive(slide_job(slide, run.settings.max_unreadable), perform_and_tell)
-                WATCH.finished(slide.path)
+            with STOP.heeded():
+                for slide in ahead:
+                    yield drive(slide_job(slide, run.settings.max_unreadable), perform_and_tell)
+                    WATCH.finished(slide.path)
         finally:
             ahead.close()
             context.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.finish import finish_slide
+from wsi_gradcam.finish import finish_slide, told
 from wsi_gradcam.memory import give_back, share_arenas
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
@@ -64,7 +64,7 @@ def examine_model(
 
 
 def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
-    """Make the slide's table, overview and final record, which is returned.
+    """Make the slide's table, overview and final record; returns what must be known of that.
 
     A cluster may ask twice, when the worker that did it dies before it tells: the record stays as it is.
     """
@@ -72,9 +72,9 @@ def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
     manifest = Manifest(folder.manifest)
     if (done := manifest.done()) is not None:
         manifest.fold()
-        return done
+        return told(done)
     with context.slide(entry) as slide:
-        return finish_slide(context.run, context.plan(entry), folder, slide, channels(context.run))
+        return told(finish_slide(context.run, context.plan(entry), folder, slide, channels(context.run)))
 
 
 STAGES: dict[str, Callable[..., Any]] = {
