@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import dask
@@ -38,7 +38,7 @@ class Clock:
 
     def __init__(self, slowness: float) -> None:
         self.slowness = slowness
-        self.spent_s: Counter[str] = Counter()
+        self.spent_s: defaultdict[str, float] = defaultdict(float)
         self.patches = 0
         self.first, self.last = float("inf"), 0.0
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,8 @@ import psutil
 import pytest
 from distributed import Client
 
-from tests.runs import ROOT, SMALL, differing, rows_of, stored, toy_file, toy_spec
+from tests.clusters import process, scheduler, worker
+from tests.runs import SMALL, differing, rows_of, stored, toy_file, toy_spec
 from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
 from wsi_gradcam.api import Listener, explain
@@ -54,41 +50,6 @@ def serial(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     statuses = {name: row["status"] for name, row in rows_of(out).items()}
     assert statuses == {"a.tif": "ok", "cut.tif": "failed", "glass.tif": "no_tissue", "more/a.tif": "ok"}
     return out
-
-
-@contextmanager
-def process(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`dask ARGUMENTS`, in another folder than the tests'."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
-    started = subprocess.Popen(
-        [sys.executable, "-m", "dask", *arguments], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait(10)
-
-
-@contextmanager
-def scheduler(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A Dask scheduler and its address."""
-    file = folder / "scheduler.json"
-    with process(
-        folder, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)
-    ) as started:
-        deadline = time.monotonic() + 60
-        while not file.exists() or not file.read_text(encoding="utf-8").strip():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield started, json.loads(file.read_text(encoding="utf-8"))["address"]
-
-
-def worker(address: str, threads: int = 1) -> list[str]:
-    return [
-        "worker", address, "--nthreads", str(threads), "--no-dashboard", "--no-nanny", "--host", "127.0.0.1",
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

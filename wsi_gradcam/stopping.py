@@ -19,6 +19,7 @@ from wsi_gradcam.errors import StoppedError
 GRACE_S = 30.0
 SHOW_CURSOR = "\x1b[?25h"
 LOOK_S = 0.2  # how often those who wait look
+ECHO_S = 0.5  # a signal to all of a group comes twice: by itself, and passed on by the process that guards this one
 
 
 class Stopping:
@@ -27,6 +28,7 @@ class Stopping:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._heeded = 0
+        self._asked_at = 0.0
         self._overdue: threading.Timer | None = None
         self._over = False
 
@@ -85,10 +87,12 @@ class Stopping:
         if self._over:
             raise KeyboardInterrupt
         if self.signal is not None:
+            if time.monotonic() - self._asked_at < ECHO_S:
+                return
             if sys.stderr.isatty():
                 os.write(2, SHOW_CURSOR.encode())  # progress bars had hidden it
             os._exit(self.exit_code)
-        self.signal = signal.Signals(number)
+        self.signal, self._asked_at = signal.Signals(number), time.monotonic()
         if not self._heeded:
             raise KeyboardInterrupt
         os.write(

@@ -116,7 +116,7 @@ class Flow:
         """Seconds of work in an order, of the model and else: at the end half of a worker's share of what is left."""
         if self._more:
             return {True: ORDER_S, False: ORDER_S}
-        left_s = Counter({True: 0.0, False: 0.0})
+        left_s = {True: 0.0, False: 0.0}
         for running in self._active:
             for phase in running.phases:
                 stage = phase[0][1].stage

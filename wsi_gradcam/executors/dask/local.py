@@ -19,7 +19,7 @@ from distributed.deploy.cluster import Cluster
 from distributed.system import MEMORY_LIMIT
 
 from wsi_gradcam.errors import WorkerError
-from wsi_gradcam.executors.dask.local_signals import not_interrupted
+from wsi_gradcam.executors.dask import local_signals
 
 THREADS = 2  # of a worker: one has patches read while the model works for the other
 HOST = "127.0.0.1"
@@ -52,13 +52,15 @@ def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
     """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what fails is reported with its slide
     gpus = gpus_for(workers) if device == "cuda" else None
-    options: dict[str, Any] = {"memory_limit": MEMORY_LIMIT // workers}
+    options: dict[str, Any] = {"memory_limit": MEMORY_LIMIT // workers, "preload": [local_signals.__name__]}
     if device != "cpu":
         options["resources"] = {"GPU": 1}
-    with dask.config.set(SETTINGS), not_interrupted():
-        cluster = _on_cores(workers, options) if gpus is None else _on_gpus(gpus, options)
-    with dask.config.set(SETTINGS), cluster:
+    with dask.config.set(SETTINGS), _started(workers, gpus, options) as cluster:
         yield cluster
+
+
+def _started(workers: int, gpus: list[str] | None, options: dict[str, Any]) -> Cluster:
+    return _on_cores(workers, options) if gpus is None else _on_gpus(gpus, options)
 
 
 def _on_cores(workers: int, options: dict[str, Any]) -> Cluster:

@@ -1,23 +1,15 @@
-"""A terminal's Ctrl-C reaches all processes of a command: the client shall heed it, its workers not."""
+"""Loaded into workers on this machine: a terminal's Ctrl-C reaches all processes of a command, and only one heeds it.
+
+A worker would print a traceback and die with its work; the client has it finish that, and then ends it.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+
+from distributed import Worker
 
 
-@contextmanager
-def not_interrupted() -> Iterator[None]:
-    """Threads and processes that are started while this lasts, and those they start, never get SIGINT.
-
-    A worker would print a traceback and die with its work; the client has it finish that, and then ends it.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def dask_setup(worker: Worker) -> None:
+    """Called by Dask in a new worker's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
