@@ -24,7 +24,7 @@ HEAVY = (
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
-errors  memory  urls
+errors  memory  urls  object_stores
 isolation  stopping
 geometry
 stain.density  stain.macenko  stain.reinhard  stain
@@ -37,7 +37,9 @@ patterns  slide_list  file_search  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
 quality  annotations  tissue  patches  reading  sampling
-stores  stores.files  mask_picture
+stores  stores.files  stores.place  stores.local_place
+stores.buckets  stores.remote_zarr  stores.remote_place  stores.places
+mask_picture
 models.outputs  models.graph  models.transform  models.batches  models.pickles
 models.sources  models.reproducible  models.load  models.live
 cam  cam.names  cam.choice  cam.remembered  cam.targets  cam.probe  cam.score  cam.layout  cam.facts
@@ -45,7 +47,7 @@ cam.methods  cam.finer  cam.perturbation  cam.pixels  cam.probing
 cam.tap  cam.guided  cam.trunks  cam.program  cam.engine  cam.layers  cam.batch  cam.auto  cam.examine
 explainer  gradcam
 stitch
-stores.layout  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
+stores.layout  stores.groups  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
 stores.run_files  stores.slide_record
 table  overview  finish
@@ -135,8 +137,20 @@ def test_every_room_exists() -> None:
         ("openslide", {"slides.openslide_reader"}),
         ("rich", {"report", "demo"}),
         ("yaozarrs", {"validation"}),
-        ("zarr", {"stores.heatmap", "stores.patch_store", "slides.ome_zarr_reader", "slides.remote_zarr"}),
-        ("obstore", {"slides.remote"}),
+        (
+            "zarr",
+            {
+                "stores.heatmap",
+                "stores.patch_store",
+                "stores.place",
+                "stores.local_place",
+                "stores.remote_zarr",
+                "stores.groups",
+                "slides.ome_zarr_reader",
+                "slides.remote_zarr",
+            },
+        ),
+        ("obstore", {"object_stores"}),
         ("matplotlib", {"overview"}),
     ],
 )
