@@ -28,7 +28,7 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import SlideError, WorkerError, one_line
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Context, Task, examine_model, perform
+from wsi_gradcam.stages import Context, Performed, Task, examine_model, perform
 from wsi_gradcam.workflow import FatalError, Observer, SlideJob, SlideRecord, slide_job
 
 if TYPE_CHECKING:
@@ -233,13 +233,16 @@ class _Flow:
         error = future.exception()
         if isinstance(error, KilledWorker) and not sent.alone and running.error is None:
             self._suspects.append(sent)
+            self._observe(task, _failed(error, again=True))
             return
         running.in_flight -= 1
         if error is None:
-            running.results[sent.position] = future.result()
-            self._observe(task, running.results[sent.position])
+            performed = future.result()
+            running.results[sent.position] = performed.result
+            self._observe(task, performed)
         elif running.error is None:
             running.error = _explained(error, task)
+            self._observe(task, _failed(error))
             running.waiting.clear()
             innocent = [other for other in self._suspects if other.running is not running]
             running.in_flight -= len(self._suspects) - len(innocent)
@@ -292,12 +295,17 @@ def ask_workers(
         return workers, client.run(function, *arguments, workers=list(workers), on_error="return")
 
 
-def _perform_here(name: str, task: Task) -> Any:
+def _perform_here(name: str, task: Task) -> Performed:
     """On a worker: perform a task with the context that the plugin made."""
     plugin = get_worker().plugins[name]
     assert isinstance(plugin, RunPlugin)
     assert plugin.context is not None  # setup comes before any task
     return perform(plugin.context, task)
+
+
+def _failed(error: BaseException, again: bool = False) -> Performed:
+    worker = getattr(error, "last_worker", None)  # of a KilledWorker
+    return Performed(None, worker=str(getattr(worker, "name", "")), error=one_line(error), again=again)
 
 
 def _lost(what: str) -> FatalError:
