@@ -22,6 +22,7 @@ from wsi_gradcam.models.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("other", "marker")
+OF_ITSELF = {"claim.json", "status.json", "run.html", ".lock"}
 # Patches of 32 x 32 px at 0.5 um on slides of 0.25: 64 level-0 px, 8 pixels of the heatmap.
 SMALL: dict[str, Any] = {
     "min_tissue": 0.0,
@@ -75,8 +76,12 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file below `out` by name; of slides.csv without the seconds, the one thing that may differ."""
+    """Every result below `out` by name; of slides.csv without the seconds, the one thing that may differ.
+
+    What a run tells of itself is no result.
+    """
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    files = {name: data for name, data in files.items() if name not in OF_ITSELF and not name.startswith("log/")}
     if "slides.csv" in files:
         rows = list(csv.DictReader(io.StringIO(files["slides.csv"].decode())))
         files["slides.csv"] = json.dumps([{**row, "seconds": ""} for row in rows]).encode()

@@ -28,7 +28,7 @@ from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
 from wsi_gradcam.executors import dask as dask_executor
 from wsi_gradcam.executors.dask import DaskExecutor, _perform_here
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Task
+from wsi_gradcam.stages import Performed, Task
 from wsi_gradcam.validation import validate
 
 
@@ -138,7 +138,7 @@ class KillsWorkers(Listener):
     def __init__(self, moments: set[int]) -> None:
         self.moments, self.done, self.killed = moments, 0, 0
 
-    def task_done(self, task: Task, result: Any) -> None:
+    def task_done(self, task: Task, performed: Performed) -> None:
         self.done += task.stage == "explain"
         if task.stage == "explain" and self.done in self.moments:
             family = psutil.Process().children(recursive=True)
@@ -199,7 +199,7 @@ class Calls(Listener):
     def __init__(self, function: Callable[[], None]) -> None:
         self.function: Callable[[], None] | None = function
 
-    def task_done(self, task: Task, result: Any) -> None:
+    def task_done(self, task: Task, performed: Performed) -> None:
         if task.stage == "explain" and self.function is not None:
             function, self.function = self.function, None
             function()

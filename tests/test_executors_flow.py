@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from wsi_gradcam.errors import StoreError, WorkerError
 from wsi_gradcam.executors.dask import TASKS_PER_THREAD, _Flow
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Pending, Task
+from wsi_gradcam.stages import Pending, Performed, Task
 from wsi_gradcam.workflow import FatalError, SlideRecord, drive, slide_job
 
 
@@ -59,7 +59,7 @@ class FakeClient:
         return {"worker": self.threads}
 
     def submit(self, function: Any, name: str, task: Task, key: str, pure: bool, priority: int) -> FakeFuture:
-        future = FakeFuture(lambda: self.perform(task))
+        future = FakeFuture(lambda: Performed(self.perform(task)))
         self.waiting.append(future)
         self.keys.append(key)
         self.most = max(self.most, len(self.waiting))

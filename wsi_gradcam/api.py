@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.annotations import check_masks, regions_for
 from wsi_gradcam.config import Settings, make_settings
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
+from wsi_gradcam.failures import attempt_digest, forget_unreadable, split_failed
 from wsi_gradcam.inputs import SlideEntry, choose_slides, find_slides
+from wsi_gradcam.journal import Journal
+from wsi_gradcam.listening import Listener
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.plan import plan_slide as make_plan
 from wsi_gradcam.reading import open_entry
 from wsi_gradcam.sampling import SLIDES_TRIED
-from wsi_gradcam.stages import Task
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.stores.places import place_of
 from wsi_gradcam.stores.run_files import (
     SlideTable,
     check_same_run,
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.executors.serial import SerialExecutor
     from wsi_gradcam.models.load import Model
 
-__all__ = ["Estimate", "Outcome", "SlideRecord", "explain", "preview", "validate"]
+__all__ = ["Estimate", "Listener", "Outcome", "SlideRecord", "explain", "preview", "validate"]
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -58,19 +61,6 @@ class Outcome:
         return tuple(record for record in self.records if record.status == FAILED)
 
 
-class Listener:
-    """Is told how a run goes; the default does nothing."""
-
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """The model is known and the work starts."""
-
-    def task_done(self, task: Task, result: Any) -> None:
-        """A piece of work is done."""
-
-    def slide_done(self, record: SlideRecord) -> None:
-        """A slide is finished or has failed."""
-
-
 def explain(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
@@ -82,10 +72,15 @@ def explain(
     overwrite: bool = False,
     only: str | Sequence[str] = (),
     skip: str | Sequence[str] = (),
+    retry_failed: bool = False,
+    log_tasks: bool = False,
     listener: Listener | None = None,
     **options: Any,
 ) -> Outcome:
     """Explain slides and write everything below `out`; slides finished before are not computed again.
+
+    Nor are slides that failed before for a reason of their own, as long as their file, the settings and the versions
+    are what they were. While it runs, another run on the same `out` is refused.
 
     Args:
         slides: slide files, folders, patterns, URLs, and lists of slides, see `find_slides`.
@@ -99,6 +94,8 @@ def explain(
             configuration. To go on with an overwriting run that was stopped, leave it out.
         only: patterns of ids, such as "2023/**": of the slides found, only those are explained.
         skip: patterns of ids that are left out.
+        retry_failed: try all slides again that failed before.
+        log_tasks: have a line in the run's log for each task, not just for each slide.
         listener: told about progress.
 
     Returns:
@@ -106,29 +103,37 @@ def explain(
 
     Raises:
         WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
-            written or holds other results; or the run had to stop, as for a full disk.
+            written, holds other results or is in use; or the run had to stop, as for a full disk.
     """
     settings, folder = _settings(settings, options), RunFolder(_local(out))
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
-    listener = listener or Listener()
-    with _executor(workers, scheduler, settings, loaded) as executor:
+    journal = Journal(folder, place_of(folder.path), listener or Listener(), log_tasks)
+    with journal, _executor(workers, scheduler, settings, loaded) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.path, spec, settings, entries, choice)
+        journal.claim()
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         if not overwrite and not _nothing_but_failures(rows):
             check_same_run(folder.run, run)
         remove_leftovers(folder.path)
         write_run(folder.run, run)
         entries = keep_record(folder.record, entries)
-        listener.begun(run, entries, getattr(executor, "dashboard", ""))
-        records = []
+        journal.begun(run, entries, getattr(executor, "dashboard", ""))
+        wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
+        if retry_failed:
+            forget_unreadable(wanted, rows, folder)
+        if known:
+            journal.remarked(f"{len(known)} slides failed before and are not tried again; --retry-failed does")
+        records = list(known)
+        for record in known:
+            journal.slide_done(record)
         table = SlideTable(folder.slides)
         try:
-            for record in executor.run(run, entries, overwrite, listener.task_done):
+            for record in executor.run(run, wanted, overwrite, journal.attempted):
                 table.add(_row(record, folder, run, rows.get(record.slide.id)))
                 records.append(record)
-                listener.slide_done(record)
+                journal.slide_done(record)
         except FatalError as error:
             raise error.cause from error.cause.__cause__
         finally:
@@ -185,9 +190,7 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
     return make_settings(**{**settings.model_dump(), **options}) if options else settings
 
 
-def _chosen(
-    slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]
-) -> list[SlideEntry]:
+def _chosen(slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]) -> list[SlideEntry]:
     """The slides to explain, with the ids that a run which is continued has for them."""
     found = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
@@ -294,6 +297,7 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
         "label": record.slide.label,
         "site": record.slide.site,
         "scanner": record.slide.scanner,
+        "tried": attempt_digest(record.slide, run) if record.lasting else "",
     }
 
 

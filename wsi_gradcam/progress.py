@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Throughput:
 
     def since(self, from_s: float) -> int:
         """Patches in the bins that begin at `from_s` or later."""
-        return sum(self.patches[-(-int(from_s) // max(1, int(self.width_s))) :])
+        return sum(self.patches[math.ceil(from_s / self.width_s) :])
 
 
 @dataclass
@@ -151,11 +152,8 @@ class Progress:
     def rate(self) -> float:
         """Patches per second over the last minutes."""
         now_s = self.elapsed_s()
-        from_s = max(0.0, now_s - RECENT_S)
         width_s = self.throughput.width_s
-        from_s = -(-from_s // width_s) * width_s  # whole bins
-        if from_s >= now_s:
-            from_s = 0.0
+        from_s = math.ceil(max(0.0, now_s - max(RECENT_S, 2 * width_s)) / width_s) * width_s  # whole bins
         return self.throughput.since(from_s) / max(1e-9, now_s - from_s)
 
     def left_s(self) -> float | None:

@@ -28,6 +28,10 @@ class RunLog:
         self._number, self._written = 0, 0
         self._lock = threading.Lock()
 
+    def remove_leftovers(self) -> None:
+        """Delete what killed runs left half-written."""
+        self._folder.remove_partials()
+
     def add(self, event: str, level: str = "info", **facts: Any) -> None:
         """Take a line: the time, the level (info, warning, error), what happened, and facts, which are plain values."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

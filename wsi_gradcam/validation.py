@@ -60,6 +60,11 @@ def validate(out: str | PathLike[str]) -> list[Finding]:
     return findings + [Finding(name, UNFINISHED) for name in _begun(folder.path) if name not in rows]
 
 
+def failed_slides(out: str | PathLike[str]) -> list[str]:
+    """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
+    return [name for name, row in read_slides(RunFolder(Path(out)).slides).items() if row["status"] == FAILED]
+
+
 def _begun(out: Path) -> list[str]:
     """Ids of the slides that have a plan."""
     found = []

@@ -26,7 +26,7 @@ from distributed.comm.addressing import resolve_address
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-from wsi_gradcam.errors import SlideError, WorkerError, one_line
+from wsi_gradcam.errors import SlideMemoryError, WorkerError, one_line
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.stages import Context, Performed, Task, examine_model, perform
 from wsi_gradcam.workflow import FatalError, Observer, SlideJob, SlideRecord, slide_job
@@ -315,7 +315,7 @@ def _lost(what: str) -> FatalError:
 def _explained(error: BaseException, task: Task) -> BaseException:
     if isinstance(error, KilledWorker):
         where = " ".join([task.stage, *map(str, task.index)])
-        return SlideError(
+        return SlideMemoryError(
             f"{task.slide.path}: workers died repeatedly on '{where}' alone, mostly for lack of memory; give workers "
             "more memory, or lower --batch-size"
         )

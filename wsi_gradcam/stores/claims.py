@@ -9,11 +9,11 @@ runs one alone holds the claim, and a run finds out that it has lost it.
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -52,11 +52,9 @@ class Holder:
         """What `to_bytes` made; None where it is anything else."""
         try:
             values = json.loads(data)
-            process = Process(**values["process"])
-            holder = cls(**{**values, "process": process})
+            return cls(**{**values, "process": Process(**values["process"])})
         except (ValueError, KeyError, TypeError):
             return None
-        return holder if all(isinstance(getattr(holder, f.name), (str, int, Process)) for f in fields(cls)) else None
 
 
 def new_run_id() -> str:
@@ -79,8 +77,8 @@ class Claim:
         self._out, self._place, self._say = out, out / CLAIM, say
         self._mine = Holder(run_id, this_process(), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         self._version = ""
-        self._lock = threading.Lock()
         self._taken_by: str | None = None
+        self._gone = ""  # the version of a claim whose run is known to be gone
         self._ticker = Ticker(HEARTBEAT_S, self._beat, "claim")
 
     def __enter__(self) -> Self:
@@ -105,34 +103,39 @@ class Claim:
         except StoreError as problem:  # it counts as gone with its process
             self._say(f"the claim on {self._out} stays behind: {problem}")
 
+    def look_first(self) -> None:
+        """Find out, without a change, whether another run is at work; the claim is then taken at once.
+
+        Raises:
+            ResumeError: one is.
+        """
+        with suppress(FileNotFoundError):
+            data, version = self._place.read_versioned()
+            self._wait_until_gone(Holder.from_bytes(data), version)
+
     def check(self) -> None:
         """Raises ResumeError where another run has taken the claim: this one must stop."""
-        with self._lock:
-            taken_by = self._taken_by
-        if taken_by is not None:
+        if self._taken_by is not None:
             raise ResumeError(
-                f"{self._out}: taken over by {taken_by}, as nothing was heard of this one for {SILENT_S:.0f} s; it is "
-                "stopped here, the other goes on with what is finished"
+                f"{self._out}: taken over by {self._taken_by}, as nothing was heard of this one for {SILENT_S:.0f} s; "
+                "it is stopped here, the other goes on with what is finished"
             )
 
     def _taken(self) -> bool:
         """One attempt to take the claim."""
+        self._taken_by = None
         if self._place.create(self._mine.to_bytes()):
-            self._version = self._place.read_versioned()[1]
             return self._holds()
         try:
             data, version = self._place.read_versioned()
         except FileNotFoundError:
             return False
-        reason = self._wait_until_gone(Holder.from_bytes(data), version)
-        if reason is None or not self._place.replace(self._mine.to_bytes(), version):
+        if version != self._gone and not self._wait_until_gone(Holder.from_bytes(data), version):
             return False
-        self._say(reason)
-        self._version = self._place.read_versioned()[1]
-        return self._holds()
+        return self._place.replace(self._mine.to_bytes(), version) and self._holds()
 
-    def _wait_until_gone(self, holder: Holder | None, version: str) -> str | None:
-        """Why the run that wrote this version of the claim is gone; None where the claim has changed hands.
+    def _wait_until_gone(self, holder: Holder | None, version: str) -> bool:
+        """Wait until the run that wrote this version of the claim is known to be gone; False where another did.
 
         Raises:
             ResumeError: that run goes on.
@@ -141,7 +144,9 @@ class Claim:
         if holder is not None and alive:
             raise _refusal(self._out, holder)
         if holder is not None and alive is False:
-            return f"{holder} has ended without a word; going on with what it has finished"
+            self._say(f"{holder} has ended without a word; going on with what it has finished")
+            self._gone = version
+            return True
         named = str(holder) if holder else "a run that cannot be told"
         self._say(f"{self._out} is claimed by {named}; waiting up to {SILENT_S:.0f} s for a sign of life")
         until = time.monotonic() + SILENT_S
@@ -150,12 +155,14 @@ class Claim:
             try:
                 data, now = self._place.read_versioned()
             except FileNotFoundError:
-                return None
+                return False
             if now != version:
-                if holder is not None and (other := Holder.from_bytes(data)) is not None:
+                if (other := Holder.from_bytes(data)) is not None:
                     raise _refusal(self._out, other)
-                return None
-        return f"nothing was heard of {named} for {SILENT_S:.0f} s; taking its place"
+                return False
+        self._say(f"nothing was heard of {named} for {SILENT_S:.0f} s; taking its place")
+        self._gone = version
+        return True
 
     def _holds(self) -> bool:
         """Whether the claim that stands there is this run's; what it is now is remembered."""
@@ -164,28 +171,24 @@ class Claim:
         except FileNotFoundError:
             return False
         holder = Holder.from_bytes(data)
-        if holder is None or (holder.run_id, holder.process) != (self._mine.run_id, self._mine.process):
-            with self._lock:
-                self._taken_by = str(holder) if holder else "another process"
+        if holder is None or holder.run_id != self._mine.run_id:
+            self._taken_by = str(holder) if holder else "another process"
             return False
         self._version = version
         return True
 
     def _beat(self) -> None:
-        """Renew the claim; a store that fails now may work the next time."""
-        try:
-            following = Holder(self._mine.run_id, self._mine.process, self._mine.since, self._mine.beat + 1)
-            if self._place.replace(following.to_bytes(), self._version):
-                self._mine = following
-                self._version = self._place.read_versioned()[1]
-            elif not self._holds() and not (self._place.exists() or self._place.create(following.to_bytes())):
-                self._holds()
-        except (StoreError, FileNotFoundError):
-            pass
+        """Renew the claim, also where it has vanished; a store that fails now may work the next time."""
+        with suppress(StoreError):
+            self._mine = replace(self._mine, beat=self._mine.beat + 1)
+            data = self._mine.to_bytes()
+            if not (self._place.replace(data, self._version) or self._holds()):
+                self._place.create(data)
+            self._holds()
 
 
 def _refusal(out: Place, holder: Holder) -> ResumeError:
     return ResumeError(
-        f"{out}: {holder} is at work there; wait until it is done (`wsi-gradcam status {out}` shows how far it is), stop "
-        "it, or choose another --out"
+        f"{out}: {holder} is at work there; wait until it is done (`wsi-gradcam status {out}` shows how far it is), "
+        "stop it, or choose another --out"
     )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 COLUMNS = (
     "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
-    "model_digest", "label", "site", "scanner",
+    "model_digest", "label", "site", "scanner", "tried",
 )  # fmt: skip
 OLDEST = 11  # columns that every version had, the first ones
 PACKAGES = (
@@ -75,7 +76,7 @@ def write_run(path: Path, run: RunPlan) -> None:
         "model": model,
         "targets": [asdict(target) for target in run.targets],
         "choice": facts.choice.to_json(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
     write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
@@ -202,9 +203,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half-written of the files directly in OUT."""
-    for name in ("run.yaml", "slides.csv", "slides.jsonl"):
+    for name in ("run.yaml", "slides.csv", "slides.jsonl", "claim.json", "status.json", "run.html"):
         for path in folder.glob(f"{name}.{'[0-9a-f]' * 32}{PARTIAL}"):
             path.unlink(missing_ok=True)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Python and of all packages that results may depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:
