@@ -77,7 +77,7 @@ def status(**changes: Any) -> dict[str, Any]:
 
 
 def row(name: str, state: str = "ok", error: str = "") -> dict[str, str]:
-    return {"id": name, "status": state, "error": error, "patches": "88", "seconds": "19"}
+    return {"id": name, "path": f"/slides/{name}", "status": state, "error": error, "patches": "88", "seconds": "19"}
 
 
 def test_it_says_what_ran_and_how_it_ended() -> None:

@@ -204,7 +204,12 @@ class Progress:
 
 def cause_of(record: SlideRecord) -> str:
     """Why a slide failed, without its name: a folder of wrong files has one cause a thousand times."""
-    return record.error.replace(f"{record.slide.path}: ", "").replace(record.slide.path, "the file")
+    return without_path(record.error, record.slide.path)
+
+
+def without_path(error: str, path: str) -> str:
+    """An error that does not name the slide, where it stands beside it."""
+    return error.replace(f"{path}: ", "").replace(path, "the file") if path else error
 
 
 def duration(seconds: float) -> str:

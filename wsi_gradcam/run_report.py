@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from wsi_gradcam.progress import duration
+from wsi_gradcam.progress import duration, without_path
 from wsi_gradcam.run_style import STYLE
 from wsi_gradcam.stores.status_file import FINISHED, RUNNING
 from wsi_gradcam.workflow import FAILED
@@ -43,6 +43,8 @@ def render(status: Mapping[str, Any], rows: Mapping[str, Mapping[str, str]]) -> 
 
 def _head(status: Mapping[str, Any]) -> str:
     end = {FINISHED: "finished", RUNNING: "running"}.get(status["state"], f"stopped: {status['cause']}")
+    if failed := status["slides"].get(FAILED, 0):
+        end += f"; {failed:,} of {status['slides']['total']:,} slides failed"
     facts = {
         "Model": f"{status['model']} ({status['model_digest'][:12]})",
         "Layer": status["layer"],
@@ -50,7 +52,7 @@ def _head(status: Mapping[str, Any]) -> str:
         "Method": ", ".join(status["settings"]["method"]),
         "Computed with": status["engine"],
         "Began": status["begun"],
-        "Last news": f"{status['updated']}, after {duration(status['elapsed_s'])}",
+        "Ended": f"{status['updated']}, after {duration(status['elapsed_s'])}",
         "Results": status["out"],
         "Command": status["command"],
     }
@@ -148,9 +150,9 @@ def _slides(rows: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
         (
             _Link(name, f"{name}/overview.png") if row["status"] != FAILED else name,
-            STATUSES.get(row["status"], row["status"]),
+            _Word(STATUSES.get(row["status"], row["status"])),
             row["patches"],
-            row["error"],
+            without_path(row["error"], row["path"]),
         )
         for name, row in chosen
     ]
@@ -163,7 +165,15 @@ class _Bar(float):
 
     def __str__(self) -> str:
         width = f"{min(1.0, max(0.0, self)):.0%}"
-        return f'<span class="bar"><span style="width:{width}"></span></span><span class="number">{width}</span>'
+        bar = f'<span class="bar"><span style="width:{width}"></span></span>'
+        return f'<span class="share">{bar}<span class="number">{width}</span></span>'
+
+
+class _Word(str):
+    """A text of one line."""
+
+    def __str__(self) -> str:
+        return f'<span class="word">{_text(self[:])}</span>'
 
 
 class _Link:
@@ -182,10 +192,9 @@ def _section(title: str, content: str) -> str:
 
 
 def _facts(facts: Iterable[tuple[str, Any]]) -> str:
-    shown = "".join(
-        f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts if value not in ("", None)
-    )
-    return f"<dl>{shown}</dl>"
+    texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts}
+    shown = (f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in texts.items() if text not in ("", None))
+    return f"<dl>{''.join(shown)}</dl>"
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -201,7 +210,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value) if isinstance(value, _Bar | _Link) else _text(value)
+    return str(value) if isinstance(value, _Bar | _Link | _Word) else _text(value)
 
 
 def _text(value: object) -> str:

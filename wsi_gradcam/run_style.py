@@ -20,11 +20,13 @@ dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 .counts strong { display: block; font-size: 1.6rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.75rem 0.35rem 0; border-bottom: 1px solid #e4e7eb; }
-th { color: #4b535d; font-weight: 600; }
+th { color: #4b535d; font-weight: 600; white-space: nowrap; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.bar { display: inline-block; width: calc(100% - 3.5rem); min-width: 3rem; height: 0.8rem; background: #e4e7eb; }
+.share { display: flex; align-items: center; gap: 0.5rem; }
+.bar { flex: 1; min-width: 3rem; height: 0.8rem; background: #e4e7eb; }
 .bar span { display: block; height: 100%; background: #2b5fa8; }
-.number { display: inline-block; width: 3.2rem; text-align: right; }
+.number { width: 3.2rem; text-align: right; white-space: nowrap; }
+.word { white-space: nowrap; }
 figure { margin: 0; }
 figcaption { color: #4b535d; margin-bottom: 0.4rem; }
 svg { display: block; width: 100%; height: 11rem; background: #f0f2f5; border-bottom: 2px solid #4b535d; }
