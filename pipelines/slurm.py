@@ -15,11 +15,11 @@ command again.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 
 from dask_jobqueue.slurm import SLURMCluster
 from distributed import Client
+
+import explaining
 
 
 def main() -> int:
@@ -29,23 +29,12 @@ def main() -> int:
         if given.print:
             print(cluster.job_script())
             return 0
-        cluster.adapt(minimum=given.minimum or given.workers, maximum=given.workers)
-        print(
-            f"scheduler {cluster.scheduler_address}, dashboard {cluster.dashboard_link}; waiting for a worker",
-            flush=True,
-        )
+        cluster.adapt(minimum=given.minimum, maximum=given.workers)
+        where = f"scheduler {cluster.scheduler_address}, dashboard {cluster.dashboard_link}"
+        print(f"{where}; waiting for a worker", flush=True)
         with Client(cluster, set_as_default=False) as client:
             client.wait_for_workers(1)  # as long as the queue is
-        command = [
-            sys.executable,
-            "-m",
-            "wsi_gradcam.cli",
-            "explain",
-            *explain,
-            "--scheduler",
-            cluster.scheduler_address,
-        ]
-        return subprocess.run(command, check=False).returncode
+        return explaining.explain(explain, cluster.scheduler_address)
 
 
 def parsed() -> tuple[argparse.Namespace, list[str]]:
@@ -64,7 +53,11 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--interface", help="network that the nodes share, such as ib0")
     parser.add_argument("--logs", default="slurm-logs", help="folder for what jobs print (default slurm-logs)")
     parser.add_argument("--print", action="store_true", help="print the job script and submit nothing")
-    return parser.parse_known_args()
+    given, explain = parser.parse_known_args()
+    given.minimum = given.workers if given.minimum is None else given.minimum
+    if given.hours < 1 or not 1 <= given.minimum <= given.workers:
+        parser.error("expected --hours of 1 or more, and 1 <= --minimum <= --workers")
+    return given, explain
 
 
 def make_cluster(given: argparse.Namespace) -> SLURMCluster:

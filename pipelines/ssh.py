@@ -22,6 +22,8 @@ from pathlib import Path
 from distributed import Client, LocalCluster
 from distributed.utils import get_ip
 
+import explaining
+
 FIRST_WORKER_S, END_S = 120, 30
 
 
@@ -38,15 +40,15 @@ def main() -> int:
         started.callback(end, processes)  # after the cluster is closed: workers end with their scheduler
         where = {"host": given.address, "scheduler_port": given.port, "dashboard_address": given.dashboard}
         cluster = started.enter_context(LocalCluster(n_workers=0, **where))
-        processes += [subprocess.Popen(line, stdin=subprocess.DEVNULL) for line in commands]
+        # In sessions of their own: Ctrl-C ends `explain`, which still needs workers then.
+        processes += [subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True) for line in commands]
         print(f"scheduler {address}, dashboard {cluster.dashboard_link}; waiting for a worker", flush=True)
         with Client(cluster, set_as_default=False) as client:
             try:
                 client.wait_for_workers(1, timeout=FIRST_WORKER_S)
             except TimeoutError:
                 raise SystemExit(f"no worker came within {FIRST_WORKER_S} s; try a line that --print shows") from None
-        run = [sys.executable, "-m", "wsi_gradcam.cli", "explain", *explain, "--scheduler", address]
-        return subprocess.run(run, check=False).returncode
+        return explaining.explain(explain, address)
 
 
 def parsed() -> tuple[argparse.Namespace, list[str]]:

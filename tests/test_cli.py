@@ -14,7 +14,8 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
-from tests.cli_runs import SMALL_FLAGS, Run, calling, only_error, write_inputs
+from tests import cli_runs
+from tests.cli_runs import SMALL_FLAGS, Run, only_error
 from tests.runs import SMALL, command, differing, rows_of, toy_spec
 from tests.synthetic import strip_mpp
 from wsi_gradcam import __version__, terminal
@@ -27,23 +28,7 @@ from wsi_gradcam.report import print_outcome
 from wsi_gradcam.terminal import Bars, Lines, Quiet, progress
 from wsi_gradcam.workflow import SlideRecord
 
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return calling(capsys)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def finished(made: Path) -> Path:
-    """The results of both slides."""
-    out = made / "finished"
-    explain(made / "slides", str(made / "pooled_linear.yaml"), out, **SMALL)
-    return out
+run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

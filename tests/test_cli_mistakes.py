@@ -12,29 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.cli_runs import SMALL_FLAGS, Run, calling, only_error, write_inputs
-from tests.runs import SMALL, contents, differing, rows_of
+from tests import cli_runs
+from tests.cli_runs import SMALL_FLAGS, Run, only_error
+from tests.runs import contents, differing, rows_of
 from tests.synthetic import set_resolution, strip_mpp, truncate
-from wsi_gradcam.api import explain
 from wsi_gradcam.cli import main
 
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return calling(capsys)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def finished(made: Path) -> Path:
-    """The results of both slides."""
-    out = made / "finished"
-    explain(made / "slides", str(made / "pooled_linear.yaml"), out, **SMALL)
-    return out
+run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
 
 
 # --- nothing could start: exit code 2 and one line ------------------------------------------------------------------
@@ -63,6 +47,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "mpp count": (["--mpp", "1,2,3"], r"mpp: .*at most 2 items"),
     "device": (["--device", "nonsense"], r"device 'nonsense' cannot be used here: .*try --device cpu"),
     "workers": (["--workers", "0"], r"workers is 0, expected 1 or more"),
+    "workers of a dry run": (["--workers", "0", "--dry-run"], r"workers is 0, expected 1 or more"),
     "out below a file": (["--out", "{made}/file/out"], r"{made}/file/out.*choose another --out"),
     "out is a file": (["--out", "{made}/file"], r"{made}/file.*choose another --out"),
     "out in /proc": (["--out", "/proc/out"], r"/proc/out/claim\.json: cannot write: .*"),

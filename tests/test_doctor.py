@@ -23,17 +23,15 @@ import tifffile
 import torch
 from distributed import Client, LocalCluster
 
-from tests.cli_runs import Run, calling, only_error
+from tests import cli_runs
+from tests.cli_runs import Run, only_error
 from tests.runs import ROOT, toy_file
 from wsi_gradcam.cam import remembered
 from wsi_gradcam.doctor import FAIL, OK, WARN, Check, check, cluster, environment, examine, folder, machine, worst
 from wsi_gradcam.slides import openslide_reader
 from wsi_gradcam.stores.patch_store import PatchStore
 
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return calling(capsys)
+run = cli_runs.run  # a fixture
 
 
 def by_name(checks: Iterator[Check]) -> dict[str, Check]:

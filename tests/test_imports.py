@@ -33,7 +33,7 @@ slides.openslide_reader  slides.picture_reader  slides.ome_zarr_reader
 slides.colours  slides.jpeg  slides.tiff_levels  slides.tiff_check
 slides.tiff_info  slides.tiff_reader  slides.tiff_vendor
 slides.opening  slides.remote_opening  slides.resample  slides
-patterns  slide_list  inputs
+patterns  slide_list  file_search  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
 quality  annotations  tissue  patches  reading  sampling

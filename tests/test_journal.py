@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,24 @@ def test_trouble_with_what_a_run_tells_stops_nothing(
     outcome = explain(made / "slides" / "b.tif", MODEL, tmp_path, **SMALL, listener=Told())
     assert [record.status for record in outcome.records] == ["ok"]
     assert remarks == ["how far the run is cannot be written: no", "the run's report cannot be written: no"]
+
+
+def test_warnings_are_in_the_log_and_seen_as_before(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Warns(Listener):
+        def slide_done(self, record: SlideRecord) -> None:
+            logging.getLogger("wsi_gradcam").warning("mind the %s", "gap")
+
+    seen: list[str] = []
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of the tests
+    monkeypatch.setattr(logging.lastResort, "handle", lambda record: seen.append(record.getMessage()))
+    explain(made / "slides" / "b.tif", MODEL, tmp_path, **SMALL, listener=Warns())
+    assert [(line["level"], line["text"]) for line in log_of(tmp_path) if line["event"] == "warned"] == [
+        ("warning", "mind the gap")
+    ]
+    assert seen == ["mind the gap"]
+    assert logging.getLogger("wsi_gradcam").handlers == []
 
 
 def test_attempts_that_failed_are_told(tmp_path: Path) -> None:

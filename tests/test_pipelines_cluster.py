@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,10 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
 
 # What a job scheduler or a remote machine does, done here; workers end with their scheduler.
-SBATCH = 'cp "$1" {folder}/script.sh\nbash "$1" >{folder}/worker.log 2>&1 </dev/null &\necho "Submitted batch job $!"\n'
+SBATCH = (
+    'cp "$1" {folder}/script.sh\nbash {folder}/script.sh >{folder}/worker.log 2>&1 </dev/null &\n'
+    'echo "Submitted batch job $!"\n'
+)
 SSH = '[ "$1 $2 $3" = "-o BatchMode=yes node1" ] || exit 255\nexec sh -c "$4" >{folder}/worker.log 2>&1\n'
 
 
@@ -95,6 +99,13 @@ def test_a_slurm_worker_without_a_gpu_promises_none(tmp_path: Path) -> None:
     assert not {"--gres", "-p", "-A"} & directives.keys()
     assert "--resources" not in worker
     assert option(worker, "--lifetime") == "45m"
+
+
+@pytest.mark.parametrize("wrong", [("--hours", "0"), ("--minimum", "0"), ("--minimum", "3")])
+def test_slurm_jobs_that_cannot_be_are_refused(tmp_path: Path, wrong: tuple[str, str]) -> None:
+    done = recipe("slurm", tmp_path, *wrong, "--print")
+    assert done.returncode == 2
+    assert "expected --hours of 1 or more, and 1 <= --minimum <= --workers" in done.stderr
 
 
 def test_slurm_jobs_explain_as_this_process_does(made: Path, tmp_path: Path) -> None:
@@ -214,3 +225,40 @@ def test_the_job_finds_the_scheduler_through_its_service() -> None:
         "--scheduler", "tcp://lung-scheduler:8786",
     ]  # fmt: skip
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy needs
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+SLOW_TO_END = """\
+import signal, sys, time
+def end(number, frame):
+    time.sleep(0.5)
+    sys.exit(7)
+for one in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(one, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+CALL = """\
+import signal, sys, explaining
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
+sys.executable = sys.argv[1]
+sys.exit(explaining.explain([], "tcp://127.0.0.1:1"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_explain_ends_in_its_own_time(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_TO_END, encoding="utf-8")
+    path = programs(tmp_path / "bin", python=f"exec {shlex.quote(sys.executable)} {tmp_path / 'slow.py'}\n")
+    with subprocess.Popen(
+        [sys.executable, "-c", CALL, path / "python"], stdout=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "pipelines")},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        assert process.wait(30) == 7

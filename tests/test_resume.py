@@ -274,6 +274,23 @@ def test_finishing_twice_keeps_the_record(slides: list[Path], alone: tuple[Path,
     assert differing(tmp_path, alone[0]) == []
 
 
+def test_a_span_that_is_finished_is_not_explained_again(slides: list[Path], tmp_path: Path) -> None:
+    """Nor is its slide read: as above."""
+    spec, settings = toy_spec("slow_linear"), make_settings(**SMALL)
+    run = plan_run(tmp_path, spec, examine_model(spec, settings, []).facts, settings)
+    (entry,) = find_slides(slides[:1])
+    context = Context(run)
+    plan_slide(context, entry)
+    assert explain_span(context, entry, 0) == SMALL["span_patches"]
+    stored = tmp_path / "a.tif" / "cams.zarr" / "cam" / "c" / "0/0/0/0"
+    before = stored.stat().st_mtime_ns
+    context.patches = None  # type: ignore[method-assign, assignment]
+    assert explain_span(context, entry, 0) == SMALL["span_patches"]
+    assert stored.stat().st_mtime_ns == before
+    with pytest.raises(TypeError):
+        explain_span(context, entry, 1)
+
+
 def test_leftovers_of_killed_writes_are_removed(slides: list[Path], alone: tuple[Path, int], tmp_path: Path) -> None:
     (tmp_path / f"run.yaml.{'0123' * 8}.partial").write_bytes(b"half")
     (tmp_path / "a.tif" / "manifest").mkdir(parents=True)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.runs import SMALL, rows_of, toy_spec
-from tests.synthetic import write_marker_slide
+from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import ConfigError, ResumeError, SlideNotFoundError
@@ -94,9 +94,21 @@ def test_what_is_no_text_is_no_list(tmp_path: Path) -> None:
         find_slides([tmp_path / "list.csv"])
 
 
+@pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
+def test_a_list_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_bytes(b"slide")
+
+    def closed(path: Path, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(ConfigError, match=rf"{name}: not a list of slides \(PermissionError: .*Permission denied"):
+        find_slides([tmp_path / name])
+
+
 def test_the_lists_mpp_is_what_a_run_uses(tmp_path: Path) -> None:
-    for name in ("a.tif", "b.tif"):
-        write_marker_slide(tmp_path / name, 300, 400, mpp=0.25, markers=[(100, 200)], marker_px=16)
+    slide = write_marker_slide(tmp_path / "b.tif", 300, 400, mpp=0.25, markers=[(100, 200)], marker_px=16).path
+    strip_mpp(slide, tmp_path / "a.tif")
     path, out = tmp_path / "list.csv", tmp_path / "out"
     path.write_text("slide,mpp\na.tif,0.5\nb.tif,\n")
     explain(path, toy_spec("pooled_linear"), out, **SMALL)

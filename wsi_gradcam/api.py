@@ -245,15 +245,24 @@ def _choice_before(path: Path, settings: Settings) -> Choice | None:
     return choice_from(stored)
 
 
+def check_where(workers: int | None, scheduler: str | None) -> None:
+    """Refuse what says nowhere to work, or in two places.
+
+    Raises:
+        ConfigError: fewer than one worker, or both are given.
+    """
+    if workers is not None and scheduler is not None:
+        raise ConfigError("workers and scheduler are both given; give one of them")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
+
+
 @contextmanager
 def _executor(
     workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None
 ) -> Iterator[SerialExecutor | DaskExecutor]:
     executor: SerialExecutor | DaskExecutor
-    if workers is not None and scheduler is not None:
-        raise ConfigError("workers and scheduler are both given; give one of them")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
+    check_where(workers, scheduler)
     if loaded is not None and (workers, scheduler) != (None, None):
         raise ConfigError(
             f"{loaded.name}: a loaded model works in this process only; for workers give what each can load itself, "

@@ -20,7 +20,8 @@ DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("method", str, "explanations, several joined by commas: gradcam (default), hirescam, ...; 'info' lists all"),
     ("layer", str, "module whose output is explained, or A+B (default: the model file's, else found)"),
-    ("mpp", str, "the slides' micrometres per level-0 pixel, where the files are wrong: one number, or Y,X"),
+    ("mpp", str, "micrometres per level-0 pixel of slides that do not tell theirs: one number, or Y,X"),
+    ("replace-mpp", bool, "use --mpp, and the mpp of a list, also for slides that tell another"),
     ("patch-mpp", float, "micrometres per pixel of the model's input (default: the model file's)"),
     ("patch-px", int, "side of the model's input in pixels (default: the model file's)"),
     ("overlap", float, "share of a patch its neighbour covers too, 0 (default) to below 1"),
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--model", help="a model, as for explain")
     info.add_argument("--layer", help="a layer of the model to test")
     info.add_argument("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
-    for name in ("mpp", "tissue", "mask", "include", "exclude"):
+    for name in ("mpp", "replace-mpp", "tissue", "mask", "include", "exclude"):
         kind, text = next((kind, text) for known, kind, text in SETTINGS if known == name)
         info.add_argument(f"--{name}", help=f"with --mask-out: {text}", **KINDS.get(kind, {"type": kind}))
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -154,7 +155,7 @@ def _add_explain(commands: Any) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.api import explain, preview
+    from wsi_gradcam.api import check_where, explain, preview
     from wsi_gradcam.config import make_settings
     from wsi_gradcam.report import print_outcome, print_preview
     from wsi_gradcam.terminal import progress
@@ -165,6 +166,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         if not where[key]:
             raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
     settings = make_settings(**values)
+    check_where(where["workers"], where["scheduler"])
     chosen = {key: where[key] or () for key in ("only", "skip")}
     if arguments.dry_run:
         found = preview(where["slide"], where["model"], where["out"], settings, **chosen)
@@ -278,7 +280,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.mask_out:
         if len(found) != 1:
             raise ConfigError(f"--mask-out makes a picture of one slide, {len(found)} are given")
-        names = ("mpp", "tissue", "mask", "include", "exclude")
+        names = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude")
         values = {name: value for name in names if (value := getattr(arguments, name)) is not None}
         found[0] |= mask_info(arguments.slide[0], arguments.mask_out, _pair(values))
     if arguments.model:

@@ -9,27 +9,25 @@ from itertools import chain
 from pathlib import Path
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
-from wsi_gradcam.patterns import has_wildcard, matches, may_hold, parts_of_pattern, split_pattern
-from wsi_gradcam.slide_list import NOTHING, Mpp, Told, is_list, read_list
+from wsi_gradcam.file_search import IMAGE_SUFFIX, OURS, ZARR, slides_in
+from wsi_gradcam.patterns import has_wildcard, matches, parts_of_pattern, split_pattern
+from wsi_gradcam.slide_list import ENDINGS, NOTHING, Mpp, Told, is_list, read_list
 from wsi_gradcam.slides import SUFFIXES, is_zarr
 from wsi_gradcam.urls import is_url, name_of, parts_of, shown_url
 
 # Tag (0020,000E), little endian, with its type (DICOM PS3.5 section 7.1.2); it stands before any pixels.
 SERIES_INSTANCE_UID = b"\x20\x00\x0e\x00UI"
 HEAD_BYTES = 1 << 16
-# Folders that are slides, and one that is none: the heatmap of a result.
-IMAGE_SUFFIX, OURS = ".ome.zarr", "heatmap.ome.zarr"
-ZARR = ".zarr"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SlideEntry:
     """A slide of a run.
 
     Attributes:
         id: its path relative to the folder that was given, with forward slashes.
         path: where it is; of a URL, without what may be secret.
-        mpp: (y, x) micrometres per level-0 pixel by a list, which replaces what the file says.
+        mpp: (y, x) micrometres per level-0 pixel by a list, for a file that does not say it.
         url: the URL as it was given, where it has more than `path` shows. Not to be printed.
         mask: path of its mask by a list, which goes before the run's.
         label, site, scanner: what a list tells of it. They change no result.
@@ -50,7 +48,7 @@ class SlideEntry:
         return self.url or self.path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Found:
     """A slide before it has its id: where it is, what it is called, what a list tells of it, and its full URL."""
 
@@ -58,6 +56,10 @@ class _Found:
     name: str
     told: Told
     url: str = ""
+
+    def entry(self, slide_id: str) -> SlideEntry:
+        told = self.told
+        return SlideEntry(slide_id, self.path, told.mpp, self.url, told.mask, told.label, told.site, told.scanner)
 
 
 def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
@@ -83,12 +85,12 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     for text in [os.fspath(path) for path in paths]:
         for key, slide in _remote(text) if is_url(text) else _local(Path(text)):
             known = found.setdefault(key, slide)
-            if known is not slide and known.path == slide.path:
+            if known is not slide and slide.told is not NOTHING:
                 found[key] = replace(known, told=known.told.then(slide.told))
     slides = list(found.values())
     names = [slide.name for slide in slides]
     if len(set(names)) < len(names):
-        places = [place_of(slide.path) for slide in slides]
+        places = [path_parts(slide.path) for slide in slides]
         shared = len(_beginning([place[:-1] for place in places]))
         names = ["/".join(place[shared:]) for place in places]
     ids = set(names)
@@ -97,7 +99,7 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     for name in ids:
         if inner := next((folder for folder in folders_of(name) if folder in ids), None):
             raise ConfigError(f"slides {inner} and {name} would share a folder below --out; explain them apart")
-    entries = [SlideEntry(name, s.path, url=s.url, **vars(s.told)) for name, s in zip(names, slides, strict=True)]
+    entries = [slide.entry(name) for name, slide in zip(names, slides, strict=True)]
     return sorted(entries, key=lambda entry: entry.id)
 
 
@@ -109,7 +111,7 @@ def choose_slides(entries: Sequence[SlideEntry], only: Sequence[str], skip: Sequ
     """
     if not only and not skip:
         return list(entries)
-    ids = {entry.id: entry.id.split("/") for entry in entries}
+    ids = [entry.id for entry in entries]
     wanted, unwanted = (
         set(chain.from_iterable(_matching_ids(ids, flag, pattern) for pattern in patterns))
         for flag, patterns in (("only", only), ("skip", skip))
@@ -120,18 +122,18 @@ def choose_slides(entries: Sequence[SlideEntry], only: Sequence[str], skip: Sequ
     return chosen
 
 
-def _matching_ids(ids: dict[str, list[str]], flag: str, pattern: str) -> list[str]:
+def _matching_ids(ids: Sequence[str], flag: str, pattern: str) -> list[str]:
     parts = parts_of_pattern(pattern)
-    found = [name for name, place in ids.items() if parts and matches(place, parts)]
+    found = [name for name in ids if parts and matches(name.split("/"), parts)]
     if not found:
         raise ConfigError(
-            f"--{flag} {pattern!r} matches no slide; expected a pattern of ids such as {next(iter(ids))!r}, where * "
+            f"--{flag} {pattern!r} matches no slide; expected a pattern of ids such as {ids[0]!r}, where * "
             "stays in one folder and ** goes through all"
         )
     return found
 
 
-def place_of(path: str) -> tuple[str, ...]:
+def path_parts(path: str) -> tuple[str, ...]:
     """The parts of a slide's path, from the disk's root or the URL's host on, as they can name folders."""
     if is_url(path):
         return parts_of(path)
@@ -156,8 +158,13 @@ def _beginning(places: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _local(path: Path) -> Iterator[tuple[object, _Found]]:
-    for place, name, told in _named(path):
-        yield _slide_at(place, name, told) if is_url(place) else (_slide_of(place), _Found(place, name, told))
+    try:
+        for place, name, told in _named(path):
+            yield _slide_at(place, name, told) if is_url(place) else (_slide_of(place), _Found(place, name, told))
+    except PermissionError as error:
+        raise ConfigError(
+            f"{error.filename or path}: cannot be read: {error.strerror}; let it be read, or give other slides"
+        ) from error
 
 
 def _remote(url: str) -> Iterator[tuple[object, _Found]]:
@@ -184,7 +191,7 @@ def _slide_at(url: str, name: str, told: Told) -> tuple[object, _Found]:
 
 
 def _slides_below(url: str) -> list[str]:
-    """URLs of the slides in a remote folder, as `_slides_in` finds them in a local one."""
+    """URLs of the slides in a remote folder, as `slides_in` finds them in a local one."""
     from wsi_gradcam.slides.remote import is_zarr_at, listed
 
     folders, files = listed(url)
@@ -205,15 +212,17 @@ def _named(path: Path) -> Iterator[tuple[str, str, Told]]:
     elif is_list(path):
         yield from read_list(path)
     elif path.is_dir() and not is_zarr(path):
-        files = _slides_in(path)
-        if not files:
+        none = True
+        for place, name in slides_in(path):
+            none = False
+            yield place, name, NOTHING
+        if none:
             endings = " ".join(sorted(SUFFIXES))
             raise ConfigError(f"{path}: no slides in this folder; expected files ending in {endings}")
-        yield from ((place, name, NOTHING) for place, name in files)
     else:
         # The folder resolved and the name as given: a link is a slide of its own, `a/../a` is not.
-        place = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
-        yield str(place), place.name, NOTHING
+        itself = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+        yield str(itself), itself.name, NOTHING
 
 
 def _matching(path: Path) -> Iterator[tuple[str, str, Told]]:
@@ -224,46 +233,17 @@ def _matching(path: Path) -> Iterator[tuple[str, str, Told]]:
         raise SlideNotFoundError(f"{where}: does not exist, expected a slide file or a folder; check the path")
     ending = Path(pattern[-1]).suffix.lower()
     endings = SUFFIXES if not ending or has_wildcard(ending) else SUFFIXES | {ending}
-    found = [(p, name) for p, name in _slides_in(root, endings, pattern) if matches(name.split("/"), pattern)]
-    if not found:
-        raise ConfigError(f"{path}: no slide in {root} matches this pattern; expected such as 'archive/**/*.svs'")
-    for place, name in found:
-        if is_list(Path(place)):
+    none = True
+    for place, name in slides_in(root, endings, pattern):
+        if not matches(name.split("/"), pattern):
+            continue
+        none = False
+        if place.lower().endswith(ENDINGS) and is_list(Path(place)):
             yield from read_list(Path(place))
         else:
             yield place, name, NOTHING
-
-
-def _slides_in(
-    folder: Path, endings: frozenset[str] = SUFFIXES, pattern: Sequence[str] = ("**",)
-) -> list[tuple[str, str]]:
-    """Path and name, from the folder on, of what ends so below it; searched is what may hold what matches the pattern.
-
-    Of the paths all folders are resolved.
-    """
-    found: list[tuple[str, str]] = []
-    seen: set[str] = set()
-    root = str(folder)
-    for place, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # links may lead round in circles
-            folders.clear()
-            continue
-        seen.add(real)
-        below = place[len(root) :].strip(os.sep).replace(os.sep, "/")
-        images = [name for name in folders if name.endswith(IMAGE_SUFFIX) and name != OURS]
-        slides = [name for name in images if is_zarr(Path(place, name))]
-        inner = below.split("/") if below else []
-        folders[:] = [name for name in folders if not name.endswith(ZARR) and may_hold([*inner, name], pattern)]
-        slides += [name for name in names if _is_slide_file(place, name, endings)]
-        # macOS leaves a file that begins with ._ beside each slide.
-        named = [name for name in slides if not name.startswith("._")]
-        found += [(os.path.join(real, name), f"{below}/{name}" if below else name) for name in named]  # noqa: PTH118
-    return sorted(found, key=lambda slide: slide[1])
-
-
-def _is_slide_file(folder: str, name: str, endings: frozenset[str]) -> bool:
-    # Texts, not paths, which take three times as long: there may be 100,000 of them.
-    return os.path.splitext(name)[1].lower() in endings and os.path.isfile(os.path.join(folder, name))  # noqa: PTH113, PTH118, PTH122
+    if none:
+        raise ConfigError(f"{path}: no slide in {root} matches this pattern; expected such as 'archive/**/*.svs'")
 
 
 def _slide_of(file: str) -> str | Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.stores.places import Place
 
 RENEWED_S = 3.0
+PACKAGE = logging.getLogger("wsi_gradcam")
 
 
 class Journal(Listener):
@@ -84,6 +86,7 @@ class Journal(Listener):
         self._log.add("run begun", slides=len(slides), **self._facts, versions=versions(), run_digest=run.digest())
         self._renew()
         self._opened.enter_context(Ticker(RENEWED_S, self._renew, "journal"))
+        self._opened.enter_context(_noting(self._log))
         self._listener.begun(run, slides, dashboard)
 
     def attempted(self, task: Task, performed: Performed) -> None:
@@ -185,6 +188,31 @@ class Journal(Listener):
             (self._out / REPORT).write(render(status, read_slides(self._folder.slides)))
         except WsiGradcamError as trouble:
             self._listener.remarked(f"the run's report cannot be written: {one_line(trouble)}")
+
+
+class _Noting(logging.Handler):
+    """Has warnings of this process in the run's log too."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A line; where nobody else shows warnings, they go where they would go without this one."""
+        self._log.add("warned", record.levelname.lower(), text=record.getMessage())
+        others = [handler for handler in (*PACKAGE.handlers, *logging.getLogger().handlers) if handler is not self]
+        if not others and logging.lastResort is not None:
+            logging.lastResort.handle(record)
+
+
+@contextmanager
+def _noting(log: RunLog) -> Iterator[None]:
+    handler = _Noting(log)
+    PACKAGE.addHandler(handler)
+    try:
+        yield
+    finally:
+        PACKAGE.removeHandler(handler)
 
 
 def command_line(argv: Sequence[str]) -> str:

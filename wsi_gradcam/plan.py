@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
 
-FORMAT = 3  # of everything below OUT; raised when old results must not be continued
+FORMAT = 4  # of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,20 +28,48 @@ if TYPE_CHECKING:
 
     Reads = list[Future[tuple[NDArray[np.uint8], float]]]
 
+LOG = logging.getLogger("wsi_gradcam")
+
 
 # Of a remote slide, patches that are read at the same time.
 WAITING_THREADS = 16
+# Scanners of one kind differ so much in what they say, relatively.
+NEARLY = 0.02
+
+_TOLD: set[tuple[float, ...]] = set()
 
 
 def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     """A slide of a run, opened as its settings say.
 
+    Its mpp is what the file says; else, where that is trusted, what the power of the objective means; else what a
+    list or the settings give, which go first with `replace_mpp`.
+
     Raises:
         SlideError: as of `open_slide`, or it has ended a process before.
     """
     WATCH.opening(entry.path)
-    mpp = entry.mpp or settings.mpp
-    return open_slide(entry.address, mpp, settings.reader, trust_objective=settings.trust_objective)
+    given = entry.mpp or settings.mpp
+    opened = partial(open_slide, entry.address, reader=settings.reader, trust_objective=settings.trust_objective)
+    if settings.replace_mpp or given is None:
+        return opened(given)
+    slide = opened()
+    if slide.info.mpp is None:
+        slide.close()
+        return opened(given)
+    _tell_unused(entry.path, slide.info.mpp, given)
+    return slide
+
+
+def _tell_unused(path: str, said: tuple[float, float], given: tuple[float, float]) -> None:
+    """Say once of what kind of slides the given mpp is not used."""
+    kind = (*(round(value, 2) for value in said), *given)
+    if kind not in _TOLD and not np.allclose(said, given, rtol=NEARLY, atol=0):
+        _TOLD.add(kind)
+        LOG.warning(
+            "%s: its own mpp %g, %g is used, not the given %g, %g, as for all slides that tell theirs; if the files "
+            "are wrong, use --replace-mpp", path, *said, *given,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from rich.text import Text
 from wsi_gradcam.annotations import check_mask, regions_of
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.config import make_settings
+from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.mask_picture import write_mask_picture
 from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.progress import cause_of
+from wsi_gradcam.reading import open_entry
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stages import examine_model
 from wsi_gradcam.urls import is_url, name_of
@@ -104,13 +106,13 @@ def slide_info(path: str) -> dict[str, Any]:
 def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Write the picture of a slide's masks, see `write_mask_picture`; what it shows, as plain values.
 
-    `values` are settings: `mpp`, `tissue`, `mask`, `include`, `exclude`.
+    `values` are settings: `mpp`, `replace_mpp`, `tissue`, `mask`, `include`, `exclude`.
     """
     settings = make_settings(**values)
     check_mask(settings.mask, settings.include, settings.exclude, 1)
     name = name_of(path) if is_url(path) else Path(path).name
     regions = regions_of(settings.mask, name, settings.include, settings.exclude)
-    slide = open_slide(path, settings.mpp)
+    slide = open_entry(SlideEntry(name, path), settings)
     try:
         shares = write_mask_picture(out, slide, settings.tissue, regions)
     finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,12 +18,13 @@ from wsi_gradcam.urls import is_url, name_of
 
 Mpp = tuple[float, float] | None
 Row = dict[str, str]
-CSV, PARQUET = ".csv", ".parquet"
+ENDINGS = CSV, PARQUET = (".csv", ".parquet")
+BATCH_ROWS = 4096  # in memory at a time
 COLUMNS = ("slide", "mpp", "mpp_y", "mpp_x", "mask", "label", "site", "scanner")
 EXPECTED = "slide, and if need be mpp, or mpp_y and mpp_x, and mask, label, site, scanner"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Told:
     """What a list tells of a slide; empty where it tells nothing.
 
@@ -47,7 +50,7 @@ NOTHING = Told()
 
 def is_list(path: Path) -> bool:
     """Whether a path is a list of slides, by its ending."""
-    return path.suffix.lower() in (CSV, PARQUET) and path.is_file()
+    return path.suffix.lower() in ENDINGS and path.is_file()
 
 
 def read_list(path: Path) -> Iterator[tuple[str, str, Told]]:
@@ -60,13 +63,17 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Told]]:
         SlideNotFoundError: a slide that is not there.
     """
     rows = _parquet_rows(path) if path.suffix.lower() == PARQUET else _csv_rows(path)
-    if not rows:
-        raise ConfigError(f"{path}: no slide in this list")
+    none = True
     resolved = cache(os.path.realpath)  # of folders, each of which holds many slides
+    once: dict[Mpp, Mpp] = {}  # equal values are one object: there may be 100,000 slides
     for where, row in rows:
+        none = False
         if not (name := row.get("slide", "")):
             raise ConfigError(f"{where}: no slide named")
-        told = Told(_mpp(row, where), _mask(path, row, where), *(row.get(key, "") for key in COLUMNS[-3:]))
+        mpp = _mpp(row, where)
+        told = Told(
+            once.setdefault(mpp, mpp), _mask(path, row, where), *(sys.intern(row.get(key, "")) for key in COLUMNS[-3:])
+        )
         if is_url(name):
             yield name, name_of(name), told
             continue
@@ -77,6 +84,8 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Told]]:
         folder, last = os.path.split(file)
         inside = not pure.is_absolute() and ".." not in pure.parts
         yield os.path.join(resolved(folder), last), pure.as_posix() if inside else last, told  # noqa: PTH118
+    if none:
+        raise ConfigError(f"{path}: no slide in this list")
 
 
 def _expanded(name: str) -> PurePath:
@@ -84,20 +93,19 @@ def _expanded(name: str) -> PurePath:
     return PurePath(os.path.expanduser(name))  # noqa: PTH111 - pathlib's own raises for unknown users
 
 
-def _csv_rows(path: Path) -> list[tuple[str, Row]]:
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Place and known cells of each line."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file, skipinitialspace=True)
             known = _known(path, reader.fieldnames or (), " in its first line")
-            return [
-                (f"{path}, line {reader.line_num}", {key: (row[key] or "").strip() for key in known}) for row in reader
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: not a list of slides ({one_line(error)}); expected CSV in UTF-8") from error
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", {key: (row[key] or "").strip() for key in known}
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise _no_list(path, error, "CSV in UTF-8") from error
 
 
-def _parquet_rows(path: Path) -> list[tuple[str, Row]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Place and known cells of each row."""
     import pyarrow as pa  # not above: most runs have no such list
     import pyarrow.parquet as pq
@@ -106,13 +114,15 @@ def _parquet_rows(path: Path) -> list[tuple[str, Row]]:
         with path.open("rb") as stream:
             file = pq.ParquetFile(stream)
             known = _known(path, file.schema_arrow.names)
-            rows = file.read(columns=known).to_pylist()
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=known))
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, row {number}", {key: _text(value) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: not a list of slides ({one_line(error)}); expected a Parquet file") from error
-    return [
-        (f"{path}, row {number}", {key: _text(value) for key, value in row.items()})
-        for number, row in enumerate(rows, 1)
-    ]
+        raise _no_list(path, error, "a Parquet file") from error
+
+
+def _no_list(path: Path, error: Exception, expected: str) -> ConfigError:
+    return ConfigError(f"{path}: not a list of slides ({one_line(error)}); expected {expected}")
 
 
 def _known(path: Path, names: Sequence[str], where: str = "") -> list[str]:

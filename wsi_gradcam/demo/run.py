@@ -51,7 +51,7 @@ def run_demo(slide: str | None, out: Path, workers: int | None = None, mpp: floa
     with progress(quiet=False) as listener:
         outcome = explain(
             path, model, results.path, workers=workers, overwrite=True, listener=listener, target=[target],
-            overlap=overlap, mpp=mpp,
+            overlap=overlap, mpp=mpp, replace_mpp=mpp is not None,
         )  # fmt: skip
     print_outcome(outcome, as_json=False)
     if outcome.failed:

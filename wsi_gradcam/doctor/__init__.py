@@ -42,8 +42,8 @@ def _examine(out: Path | None, scheduler: str | None, spec: ModelSpec | None) ->
     yield from this_machine()
     if spec is not None:
         problem = load(spec)
-        yield Check(
-            "model", FAIL if problem else OK, problem or f"{spec.name} loads", "see docs/models.md" * bool(problem)
+        yield (
+            Check("model", FAIL, problem, "see docs/models.md") if problem else Check("model", OK, f"{spec.name} loads")
         )
     if out is not None:
         yield from guarded("OUT", folder_of_results, out)

@@ -60,6 +60,10 @@ class Manifest:
         """Names of the finished pieces of a kind."""
         return {path.stem for path in (self._path / kind).glob("*.json")}
 
+    def has(self, kind: str, name: str, run: str) -> bool:
+        """Whether a piece of work is finished, by the run of that digest."""
+        return (self._read(f"{kind}/{name}.json") or {}).get("run") == run
+
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
         """The finished pieces' records by name, sorted."""
         return {name: self._read(f"{kind}/{name}.json") or {} for name in sorted(self.completed(kind))}

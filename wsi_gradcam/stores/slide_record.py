@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.inputs import SlideEntry, folders_of, place_of
+from wsi_gradcam.inputs import SlideEntry, folders_of, path_parts
 from wsi_gradcam.stores.files import write_atomic
 from wsi_gradcam.stores.run_files import locked
 from wsi_gradcam.urls import is_url
@@ -30,15 +30,14 @@ def read_record(path: Path) -> Record:
         StoreError: it cannot be read, or is damaged.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as lines:
+            rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
+            raise TypeError("an id or a path is no text")
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
-    try:
-        rows = [json.loads(line) for line in lines]
-        if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
-            raise TypeError("an id or a path is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{path}: damaged; delete it and run the same command again, slides then get the ids of a new run"
@@ -86,7 +85,8 @@ def settle(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, Any]
         if entry.path not in names:
             names[entry.path] = next(name for name in _longer(entry.path) if ids.fits(name))
             ids.add(names[entry.path])
-    return sorted((replace(entry, id=names[entry.path]) for entry in entries), key=lambda entry: entry.id)
+    settled = (e if e.id == names[e.path] else replace(e, id=names[e.path]) for e in entries)
+    return sorted(settled, key=lambda entry: entry.id)
 
 
 class _Ids:
@@ -110,7 +110,7 @@ class _Ids:
 
 def _longer(path: str) -> Iterator[str]:
     """Ids of a slide, with more and more of its path; in the end numbered, without an end."""
-    parts = place_of(path)
+    parts = path_parts(path)
     for count in range(1, len(parts) + 1):
         yield "/".join(parts[-count:])
     number = 2
