@@ -94,6 +94,8 @@ class Progress:
         self.stages: dict[str, StageSum] = {}
         self.workers: dict[str, WorkerSum] = {}
         self.throughput = Throughput()
+        self._in_work: set[str] = set()
+        self._never_planned = 0
         self._causes: dict[str, _Cause] = {}
         self._slowest: list[tuple[float, str, int]] = []
 
@@ -116,6 +118,7 @@ class Progress:
         if isinstance(result, Pending):
             self.planned += 1
             self.patches += result.left
+            self._in_work.add(task.slide.id)
         elif isinstance(result, Explained):
             self.patches_done += result.patches
             self.throughput.add(now_s, result.patches)
@@ -128,6 +131,8 @@ class Progress:
         """Count a slide that has ended."""
         self.ended[record.status] += 1
         self.skipped += record.skipped
+        self._never_planned += record.slide.id not in self._in_work
+        self._in_work.discard(record.slide.id)
         if record.status == FAILED:
             self._count_cause(record)
         if not record.skipped:
@@ -146,7 +151,7 @@ class Progress:
     @property
     def patches_expected(self) -> int:
         """Patches to be done in all, with the mean of the slides planned so far for the others."""
-        unplanned = max(0, self.slides - max(self.planned, self.slides_done))
+        unplanned = max(0, self.slides - self.planned - self._never_planned)
         return self.patches + round(unplanned * self.patches / self.planned) if self.planned else 0
 
     def rate(self) -> float:

@@ -304,8 +304,9 @@ def _perform_here(name: str, task: Task) -> Performed:
 
 
 def _failed(error: BaseException, again: bool = False) -> Performed:
-    worker = getattr(error, "last_worker", None)  # of a KilledWorker
-    return Performed(None, worker=str(getattr(worker, "name", "")), error=one_line(error), again=again)
+    if isinstance(error, KilledWorker):
+        return Performed(None, error="the worker that had it in hand died", again=again)
+    return Performed(None, error=one_line(error), again=again)
 
 
 def _lost(what: str) -> FatalError:
