@@ -37,7 +37,8 @@ patterns  slide_list  file_search  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
 quality  annotations  tissue  patches  reading  sampling
-stores  stores.files  stores.place  stores.local_place  stores.remote_zarr  stores.remote_place  stores.places
+stores  stores.files  stores.place  stores.local_place
+stores.buckets  stores.remote_zarr  stores.remote_place  stores.places
 mask_picture
 models.outputs  models.graph  models.transform  models.batches  models.pickles
 models.sources  models.reproducible  models.load  models.live
@@ -46,7 +47,7 @@ cam.methods  cam.finer  cam.perturbation  cam.pixels  cam.probing
 cam.tap  cam.guided  cam.trunks  cam.program  cam.engine  cam.layers  cam.batch  cam.auto  cam.examine
 explainer  gradcam
 stitch
-stores.layout  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
+stores.layout  stores.groups  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
 stores.run_files  stores.slide_record  stores.claims  stores.status_file
 table  overview  finish
@@ -142,8 +143,10 @@ def test_every_room_exists() -> None:
             {
                 "stores.heatmap",
                 "stores.patch_store",
+                "stores.place",
                 "stores.local_place",
                 "stores.remote_zarr",
+                "stores.groups",
                 "slides.ome_zarr_reader",
                 "slides.remote_zarr",
             },

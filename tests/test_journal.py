@@ -211,7 +211,7 @@ def test_attempts_that_failed_are_told(tmp_path: Path) -> None:
         def task_failed(self, task: Task, performed: Performed) -> None:
             heard.append(performed.again)
 
-    told = journal.Journal(RunFolder(tmp_path), place_of(tmp_path), Told())
+    told = journal.Journal(RunFolder(place_of(tmp_path)), Told())
     task = Task("stitch", SlideEntry("a.svs", "/a.svs"), (3,))
     told.attempted(task, Performed(1, 0.5, "w"))
     told.attempted(task, Performed(None, worker="w", error="died", again=True))

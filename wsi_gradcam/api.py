@@ -23,14 +23,13 @@ from wsi_gradcam.reading import open_entry
 from wsi_gradcam.sampling import SLIDES_TRIED
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.places import place_of
+from wsi_gradcam.stores.places import AnyPlace, Place, RemotePlace, place_of
 from wsi_gradcam.stores.run_files import (
     SlideTable,
     check_same_run,
     choice_from,
     read_run,
     read_slides,
-    remove_leftovers,
     write_run,
 )
 from wsi_gradcam.stores.slide_record import keep_record, read_record, settle
@@ -50,9 +49,9 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its folder and a record a slide, in the order in which they finished."""
+    """How a run ended: its folder, on a disk a `Path`, and a record a slide, in the order in which they finished."""
 
-    out: Path
+    out: Path | RemotePlace
     records: tuple[SlideRecord, ...]
 
     @property
@@ -64,7 +63,7 @@ class Outcome:
 def explain(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: str | PathLike[str],
+    out: AnyPlace,
     settings: Settings | None = None,
     *,
     workers: int | None = None,
@@ -86,7 +85,7 @@ def explain(
         slides: slide files, folders, patterns, URLs, and lists of slides, see `find_slides`.
         model: whatever `--model` takes, a `ModelSpec`, or a loaded `Model`, such as `model_of` makes of a network that
             Python code holds; that one explains in this process, on the device where it is.
-        out: folder for the results.
+        out: folder for the results, or s3://BUCKET/KEY.
         settings: how slides are explained; or single `options` by the names of `Settings`.
         workers: run on this many processes of this machine; nothing given: in this process.
         scheduler: run on the Dask cluster at this address instead.
@@ -105,18 +104,18 @@ def explain(
         WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
             written, holds other results or is in use; or the run had to stop, as for a full disk.
     """
-    settings, folder = _settings(settings, options), RunFolder(_local(out))
+    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
-    journal = Journal(folder, place_of(folder.path), listener or Listener(), log_tasks)
+    journal = Journal(folder, listener or Listener(), log_tasks)
     with journal, _executor(workers, scheduler, settings, loaded) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
-        run = _plan(executor, folder.path, spec, settings, entries, choice)
+        run = _plan(executor, folder.place, spec, settings, entries, choice)
         journal.claim()
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         if not overwrite and not _nothing_but_failures(rows):
             check_same_run(folder.run, run)
-        remove_leftovers(folder.path)
+        folder.place.remove_partials(below=False)
         write_run(folder.run, run)
         entries = keep_record(folder.record, entries)
         journal.begun(run, entries, getattr(executor, "dashboard", ""))
@@ -138,7 +137,7 @@ def explain(
             raise error.cause from error.cause.__cause__
         finally:
             table.flush()
-    return Outcome(folder.path, tuple(records))
+    return Outcome(_shown(out), tuple(records))
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Preview:
 def preview(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: str | PathLike[str],
+    out: AnyPlace,
     settings: Settings | None = None,
     *,
     only: str | Sequence[str] = (),
@@ -163,12 +162,12 @@ def preview(
     """Plan everything and write nothing; arguments and errors as for `explain`."""
     from wsi_gradcam.executors.serial import SerialExecutor
 
-    settings, folder = _settings(settings, options), RunFolder(_local(out))
+    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
-    run = _plan(SerialExecutor(loaded), folder.path, spec, plain, entries, None)
+    run = _plan(SerialExecutor(loaded), folder.place, spec, plain, entries, None)
     estimates, errors = [], []
     for entry in entries:
         try:
@@ -213,15 +212,14 @@ def _prepared(
     return spec, None
 
 
-def _local(out: str | PathLike[str]) -> Path:
-    if "://" in str(out):
-        raise ConfigError(f"{out}: object stores cannot be written yet; give a folder")
-    return Path(out)
+def _shown(out: AnyPlace) -> Path | RemotePlace:
+    place = place_of(out)
+    return place if isinstance(place, RemotePlace) else Path(str(place))
 
 
 def _plan(
     executor: SerialExecutor | DaskExecutor,
-    out: Path,
+    out: Place,
     spec: ModelSpec,
     settings: Settings,
     entries: Sequence[SlideEntry],
@@ -229,13 +227,13 @@ def _plan(
 ) -> RunPlan:
     check_methods(settings.method)
     facts = executor.examine(spec, settings, entries[:SLIDES_TRIED], choice)
-    return plan_run(out.absolute(), spec, facts, settings)
+    return plan_run(out, spec, facts, settings)
 
 
-def _choice_before(path: Path, settings: Settings) -> Choice | None:
+def _choice_before(place: Place, settings: Settings) -> Choice | None:
     """The engine and precision that a run which is continued has chosen, if the same was asked for."""
     try:
-        stored = read_run(path)
+        stored = read_run(place)
     except StoreError:  # reported when it is compared with this run
         return None
     asked = ("engine", "precision", "layer", "device")

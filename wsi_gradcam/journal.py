@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.plan import RunPlan
     from wsi_gradcam.stores.layout import RunFolder
-    from wsi_gradcam.stores.places import Place
 
 RENEWED_S = 3.0
 PACKAGE = logging.getLogger("wsi_gradcam")
@@ -41,15 +40,15 @@ PACKAGE = logging.getLogger("wsi_gradcam")
 class Journal(Listener):
     """A listener that keeps all of this, and hands on what it hears; the context of a run."""
 
-    def __init__(self, folder: RunFolder, out: Place, listener: Listener, every_task: bool = False) -> None:
+    def __init__(self, folder: RunFolder, listener: Listener, every_task: bool = False) -> None:
         self.run_id = new_run_id()
-        self._folder, self._out, self._listener, self._every_task = folder, out, listener, every_task
-        self._log = RunLog(out, self.run_id)
+        self._folder, self._out, self._listener, self._every_task = folder, folder.place, listener, every_task
+        self._log = RunLog(self._out, self.run_id)
         self._progress = Progress()
         self._lock = threading.Lock()
         self._facts: dict[str, Any] = {}
         self._slides: dict[str, dict[str, Any]] = {}  # sums of the slides in work
-        self._claim = Claim(out, self.run_id, self.remarked)
+        self._claim = Claim(self._out, self.run_id, self.remarked)
         self._opened = ExitStack()
         self._troubled = False
 

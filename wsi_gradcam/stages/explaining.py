@@ -14,7 +14,7 @@ from wsi_gradcam.quality import blur_of
 from wsi_gradcam.stages.context import Explained
 from wsi_gradcam.stain import apply
 from wsi_gradcam.stores.manifest import Manifest, span_name
-from wsi_gradcam.stores.patch_store import OK, UNREADABLE, PatchStore, SpanData
+from wsi_gradcam.stores.patch_store import OK, UNREADABLE, SpanData
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -38,7 +38,7 @@ def explain_span(context: Context, entry: SlideEntry, span: int, following: int 
     manifest = Manifest(folder.manifest)
     if manifest.has("spans", span_name(span), plan.run_digest):
         return Explained(stop - start)
-    store = PatchStore(folder.cams)
+    store = context.patch_store(entry)
     then = None if following is None else store.yx(*plan.spans[following])
     with context.patches(entry) as reader:
         yx = store.yx(start, stop)
@@ -61,7 +61,7 @@ def read_ahead(context: Context, entry: SlideEntry, span: int) -> None:
     """Begin to read the first patches of a span, which will be explained next of the slide's."""
     start, stop = context.plan(entry).spans[span]
     with context.patches(entry) as reader:
-        reader.read_ahead(PatchStore(context.folder(entry).cams).yx(start, stop))
+        reader.read_ahead(context.patch_store(entry).yx(start, stop))
 
 
 @dataclass

@@ -42,8 +42,8 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
         StoreError: it cannot be made.
     """
     folder, run = context.folder(entry), context.run
-    if folder.path.is_file():  # OUT is the archive itself
-        raise StoreError(f"{folder.path}: a file stands where the slide's results would be; choose another --out")
+    if folder.place.is_file():  # OUT is the archive itself
+        raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
         regions = regions_for(entry, run.settings)
         pending, problem = _stored(folder, slide, run, regions)
@@ -54,6 +54,7 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
         plan, patches, mask = make_plan(slide, run, regions)
     manifest = Manifest(folder.manifest)
     manifest.clear()
+    context.forget_stores(entry)
     write_mask(folder.tissue, mask)
     PatchStore.create(
         folder.cams, patches, plan.span, len(run.facts.classes), len(run.maps), run.facts.cam_shape,
@@ -88,7 +89,7 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | 
             return _pending(plan, manifest), ""
     except (StoreError, KeyError, TypeError) as error:  # this slide's matter, not the whole run's
         return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
-    return None, f"{folder.path}: {problem}; choose another --out, or recompute with --overwrite"
+    return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
 
 
 def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | None) -> str:

@@ -53,7 +53,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what killed processes left half-written below `folder`: files that end as ours and zarr's do."""
-    for path in folder.rglob(f"*.{'[0-9a-f]' * 32}{PARTIAL}"):
+def remove_partials(folder: Path, below: bool = True) -> None:
+    """Delete what killed processes left half-written in `folder`, and below: files that end as ours and zarr's do."""
+    pattern = f"*.{'[0-9a-f]' * 32}{PARTIAL}"
+    for path in folder.rglob(pattern) if below else folder.glob(pattern):
         path.unlink(missing_ok=True)
