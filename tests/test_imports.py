@@ -24,7 +24,7 @@ HEAVY = (
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
-errors  memory  urls  object_stores  processes  ticking
+errors  memory  urls  object_stores  processes  ticking  durations
 isolation
 geometry
 stain.density  stain.macenko  stain.reinhard  stain

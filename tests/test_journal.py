@@ -17,11 +17,11 @@ from wsi_gradcam import journal
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
 from wsi_gradcam.isolation import WATCH
-from wsi_gradcam.run_report import REPORT
 from wsi_gradcam.stages import Performed, Task
 from wsi_gradcam.status import look, shown
 from wsi_gradcam.stores.claims import CLAIM
 from wsi_gradcam.stores.local_place import LocalPlace
+from wsi_gradcam.stores.status_file import REPORT
 from wsi_gradcam.workflow import SlideRecord
 
 MODEL = toy_spec("pooled_linear")

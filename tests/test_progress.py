@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsi_gradcam.durations import duration
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput, duration
+from wsi_gradcam.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
 from wsi_gradcam.stages import Explained, Pending, Performed, Task
 from wsi_gradcam.workflow import SlideRecord
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cli_runs import Run, calling, only_error
+from tests.runs import ROOT
 from tests.test_run_report import status as told_by
 from wsi_gradcam import status as module
 from wsi_gradcam.processes import this_process
@@ -150,3 +153,12 @@ def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, tex
     assert code == 2
     assert only_error(err).startswith(f"{tmp_path}: no run there")
     assert read_holder(place_of(tmp_path)) is None
+
+
+def test_it_loads_nothing_heavy() -> None:
+    """It is for login nodes."""
+    code = "import sys, wsi_gradcam.status; print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "[]\n"

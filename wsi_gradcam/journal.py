@@ -19,11 +19,11 @@ from wsi_gradcam.errors import WsiGradcamError, one_line
 from wsi_gradcam.listening import Listener
 from wsi_gradcam.progress import Progress
 from wsi_gradcam.run_log import RunLog
-from wsi_gradcam.run_report import REPORT, render
+from wsi_gradcam.run_report import render
 from wsi_gradcam.stages import Explained, Pending, Performed, Task
 from wsi_gradcam.stores.claims import Claim, new_run_id
 from wsi_gradcam.stores.run_files import read_slides, versions
-from wsi_gradcam.stores.status_file import FINISHED, RUNNING, STOPPED, write_status
+from wsi_gradcam.stores.status_file import FINISHED, REPORT, RUNNING, STOPPED, write_status
 from wsi_gradcam.ticking import Ticker
 from wsi_gradcam.urls import SCHEME, shown_url
 from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord

@@ -7,12 +7,12 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from wsi_gradcam.progress import duration, without_path
+from wsi_gradcam.durations import duration
+from wsi_gradcam.progress import without_path
 from wsi_gradcam.run_style import STYLE
 from wsi_gradcam.stores.status_file import FINISHED, RUNNING
 from wsi_gradcam.workflow import FAILED
 
-REPORT = "run.html"
 LISTED = 1000  # slides with a line of their own
 STATUSES = {"ok": "explained", "no_tissue": "without tissue", FAILED: "failed"}
 NO_MEND = "look at the file, and give the same command again with --retry-failed"

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.durations import duration
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.progress import duration
-from wsi_gradcam.run_report import REPORT
 from wsi_gradcam.stores.claims import HEARTBEAT_S, Holder, read_holder
 from wsi_gradcam.stores.places import place_of
-from wsi_gradcam.stores.status_file import FINISHED, RUNNING, STOPPED, read_status
+from wsi_gradcam.stores.status_file import FINISHED, REPORT, RUNNING, STOPPED, read_status
 
 if TYPE_CHECKING:
     from wsi_gradcam.stores.places import Place

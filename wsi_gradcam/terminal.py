@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from wsi_gradcam.api import Listener
-from wsi_gradcam.progress import Progress, duration
+from wsi_gradcam.durations import duration
+from wsi_gradcam.progress import Progress
 from wsi_gradcam.stages import Pending, Performed, Task
 
 if TYPE_CHECKING:

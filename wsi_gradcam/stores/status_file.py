@@ -1,4 +1,4 @@
-"""`status.json`: how far the last run on OUT is, for whoever looks from outside."""
+"""`status.json`: how far the last run on OUT is, for whoever looks from outside; beside it lies the run's report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wsi_gradcam.stores.places import Place
 
-STATUS = "status.json"
+STATUS, REPORT = "status.json", "run.html"
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
 
 
