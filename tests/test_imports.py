@@ -53,7 +53,7 @@ stores.run_files  stores.slide_record  stores.claims  stores.status_file
 table  overview  finish
 stages.context  stages.stitching  stages.planning  stages.explaining  stages
 workflow
-listening  progress  run_log  run_style  run_report  journal  failures
+listening  progress  run_log  run_facts  run_style  run_report  journal  failures
 validation
 executors  executors.serial  executors.dask
 api

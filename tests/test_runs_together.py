@@ -154,3 +154,8 @@ def test_a_run_that_loses_its_claim_stops(
     holder = read_holder(out)
     assert holder is not None
     assert holder.run_id == "theirs"
+    told = json.loads((tmp_path / "status.json").read_bytes())
+    assert told["state"] == RUNNING, "what stands there belongs to the other"
+    assert not (tmp_path / "run.html").exists()
+    log = "".join(part.read_text() for part in (tmp_path / "log").iterdir())
+    assert '"event": "run ended"' in log

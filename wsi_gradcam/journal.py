@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
-import shlex
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from wsi_gradcam.errors import WsiGradcamError, one_line
 from wsi_gradcam.listening import Listener
 from wsi_gradcam.progress import Progress
+from wsi_gradcam.run_facts import facts_of, now
 from wsi_gradcam.run_log import RunLog
 from wsi_gradcam.run_report import render
 from wsi_gradcam.stages import Explained, Pending, Performed, Task
@@ -25,7 +21,6 @@ from wsi_gradcam.stores.claims import Claim, new_run_id
 from wsi_gradcam.stores.run_files import read_slides, versions
 from wsi_gradcam.stores.status_file import FINISHED, REPORT, RUNNING, STOPPED, write_status
 from wsi_gradcam.ticking import Ticker
-from wsi_gradcam.urls import SCHEME, shown_url
 from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord
 
 if TYPE_CHECKING:
@@ -49,7 +44,7 @@ class Journal(Listener):
         self._facts: dict[str, Any] = {}
         self._slides: dict[str, dict[str, Any]] = {}  # sums of the slides in work
         self._claim = Claim(self._out, self.run_id, self.remarked)
-        self._opened = ExitStack()
+        self._claimed, self._working = ExitStack(), ExitStack()
         self._troubled = False
 
     def __enter__(self) -> Self:
@@ -68,24 +63,25 @@ class Journal(Listener):
             ResumeError: another run is at work there.
             StoreError: it cannot be written.
         """
-        self._opened.enter_context(self._claim)
+        self._claimed.enter_context(self._claim)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._opened:
+        with self._claimed:
+            self._working.close()  # first: what is renewed must not come after the end
             if self._facts:
                 self._end(error)
 
     def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """The work starts: from now on there is a log, and how far it is can be read."""
         self._progress.begin(len(slides), run.settings.reader_threads)
-        self._facts = _facts(run, self.run_id, dashboard)
+        self._facts = facts_of(run, self.run_id, dashboard)
         self._log.remove_leftovers()
         self._log.add("run begun", slides=len(slides), **self._facts, versions=versions(), run_digest=run.digest())
         self._renew()
-        self._opened.enter_context(Ticker(RENEWED_S, self._renew, "journal"))
-        self._opened.enter_context(_noting(self._log))
+        self._working.enter_context(Ticker(RENEWED_S, self._renew, "journal"))
+        self._working.enter_context(_noting(self._log))
         self._listener.begun(run, slides, dashboard)
 
     def attempted(self, task: Task, performed: Performed) -> None:
@@ -170,9 +166,10 @@ class Journal(Listener):
     def _write(self, state: str, cause: str = "") -> dict[str, Any]:
         with self._lock:
             numbers = self._progress.to_json()
-        status = {**self._facts, "state": state, "cause": cause, "updated": _now(), **numbers}
+        status = {**self._facts, "state": state, "cause": cause, "updated": now(), **numbers}
         self._log.flush()
-        write_status(self._out, status)
+        if not self._claim.lost:  # the rest belongs to another run now
+            write_status(self._out, status)
         return status
 
     def _end(self, error: BaseException | None) -> None:
@@ -184,7 +181,8 @@ class Journal(Listener):
         self._log.add("run ended", "info" if error is None else "error", state=state, cause=cause, **told)
         try:
             status = self._write(state, cause)
-            (self._out / REPORT).write(render(status, read_slides(self._folder.slides)))
+            if not self._claim.lost:
+                (self._out / REPORT).write(render(status, read_slides(self._folder.slides)))
         except WsiGradcamError as trouble:
             self._listener.remarked(f"the run's report cannot be written: {one_line(trouble)}")
 
@@ -214,50 +212,9 @@ def _noting(log: RunLog) -> Iterator[None]:
         PACKAGE.removeHandler(handler)
 
 
-def command_line(argv: Sequence[str]) -> str:
-    """The command as it was given, URLs without secrets; of programs other than ours the name alone.
-
-    >>> command_line(["/usr/bin/wsi-gradcam", "explain", "https://me:pw@host/a b.svs?key=1", "--out=s3://x/y"])
-    "wsi-gradcam explain 'https://host/a b.svs' --out=s3://x/y"
-    >>> command_line(["study.py", "--token", "secret"])
-    'python study.py'
-    """
-    program = Path(argv[0]) if argv and argv[0] else Path("-c")
-    if program.stem != "wsi-gradcam" and program.parts[-2:] != ("wsi_gradcam", "cli.py"):
-        return f"python {program.name}"
-    return shlex.join(["wsi-gradcam", *map(_without_secrets, argv[1:])])
-
-
-def _without_secrets(argument: str) -> str:
-    found = re.search(SCHEME, argument)
-    return argument if found is None else argument[: found.start()] + shown_url(argument[found.start() :])
-
-
-def _facts(run: RunPlan, run_id: str, dashboard: str) -> dict[str, Any]:
-    """What is the same all through a run, as plain values."""
-    facts = run.facts
-    return {
-        "run": run_id,
-        "begun": _now(),
-        "command": command_line(sys.argv),
-        "out": str(run.out),
-        "model": facts.name,
-        "model_digest": facts.digest,
-        "layer": facts.layer,
-        "engine": f"{facts.choice.engine} {facts.choice.precision}",
-        "targets": [target.label for target in run.targets],
-        "settings": run.settings.model_dump(mode="json"),
-        "dashboard": dashboard,
-    }
-
-
 def _named(task: Task) -> dict[str, Any]:
     return {"slide": task.slide.id, "stage": task.stage, "index": list(task.index)}
 
 
 def _cause(error: BaseException) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
-
-
-def _now() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"

@@ -113,6 +113,11 @@ class Claim:
             data, version = self._place.read_versioned()
             self._wait_until_gone(Holder.from_bytes(data), version)
 
+    @property
+    def lost(self) -> bool:
+        """Whether another run has taken the claim."""
+        return self._taken_by is not None
+
     def check(self) -> None:
         """Raises ResumeError where another run has taken the claim: this one must stop."""
         if self._taken_by is not None:
