@@ -48,7 +48,8 @@ from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs import SlideEntry, find_slides
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.plan import RunPlan, plan_run
-from wsi_gradcam.stages import Task
+from wsi_gradcam.stages import Performed, Task
+from wsi_gradcam.stores.places import LocalPlace
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -105,9 +106,9 @@ def rate(executor: SerialExecutor | DaskExecutor, run: RunPlan, slides: Sequence
     """Patches per second, from the moment when a tenth is done to the end."""
     moments: list[tuple[float, int]] = []
 
-    def observe(task: Task, result: Any) -> None:
-        if task.stage == "explain":
-            moments.append((time.perf_counter(), result + (moments[-1][1] if moments else 0)))
+    def observe(task: Task, performed: Performed) -> None:
+        if task.stage == "explain" and not performed.error:
+            moments.append((time.perf_counter(), performed.result.patches + (moments[-1][1] if moments else 0)))
 
     records = list(executor.run(run, slides, False, observe))
     end, total = time.perf_counter(), moments[-1][1]
@@ -135,8 +136,8 @@ def overhead(folder: Path, scale: Scale, found: dict[str, Any]) -> None:
         plan = plan_run(folder, spec(), facts, settings)
         rates = alternate(
             {
-                "serial": lambda out: rate(serial, replace(plan, out=out), slides),
-                "dask": lambda out: rate(one, replace(plan, out=out), slides),
+                "serial": lambda out: rate(serial, replace(plan, out=LocalPlace(out)), slides),
+                "dask": lambda out: rate(one, replace(plan, out=LocalPlace(out)), slides),
             },
             scale.rounds,
             folder,
@@ -155,7 +156,7 @@ def speedup(folder: Path, scale: Scale, found: dict[str, Any]) -> None:
 
     def on(workers: int, out: Path) -> float:
         with closing(DaskExecutor(workers=workers, torch_threads=1)) as executor:
-            return rate(executor, replace(plan, out=out), slides)
+            return rate(executor, replace(plan, out=LocalPlace(out)), slides)
 
     rates = alternate({"1_worker": lambda out: on(1, out), "2_workers": lambda out: on(2, out)}, scale.rounds, folder)
     middle = {name: statistics.median(values) for name, values in rates.items()}

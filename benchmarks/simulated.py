@@ -16,7 +16,7 @@ import dask
 from distributed import Worker
 
 from wsi_gradcam.executors.dask import plugin
-from wsi_gradcam.stages import Pending, Task
+from wsi_gradcam.stages import Explained, Pending, Performed, Task
 
 PATCHES, SPAN = 1000, 256  # of a slide
 BLOCKS = (12, 4, 1, 1, 1, 1, 1)  # by level: 100,000 x 80,000 px at the default stride
@@ -42,7 +42,7 @@ class Clock:
         self.patches = 0
         self.first, self.last = float("inf"), 0.0
 
-    def perform(self, context: Any, task: Task, then: Task | None = None) -> Any:
+    def perform(self, context: Any, task: Task, then: Task | None = None) -> Performed:
         """In place of `stages.perform`."""
         start = time.time()
         patches = min(SPAN, PATCHES - SPAN * task.index[0]) if task.stage == "explain" else 0
@@ -52,7 +52,7 @@ class Clock:
         if task.stage == "explain":
             self.patches += patches
             self.first, self.last = min(self.first, start), max(self.last, end)
-        return result_of(task, patches)
+        return Performed(result_of(task, patches), end - start, str(os.getpid()))
 
     def report(self) -> dict[str, Any]:
         """For the one who asks, once a process."""
@@ -69,7 +69,7 @@ def result_of(task: Task, patches: int) -> Any:
         return Pending(PATCHES, PATCHES, spans, [list(range(count)) for count in BLOCKS], None)
     if task.stage == "finish":
         return {"status": "ok", "patches": PATCHES, "unreadable": 0, "cause": ""}
-    return patches
+    return Explained(patches)
 
 
 def report() -> dict[str, Any]:
@@ -95,7 +95,7 @@ if __name__ == "__main__":
 
     simulated.CLOCK.slowness = float(sys.argv[4])
     changes: dict[str, Any] = {
-        "perform": simulated.CLOCK.perform, "check_device": lambda *_: None, "_done_before": lambda *_: {},
+        "perform": simulated.CLOCK.perform, "check_device": lambda *_: None,
     }  # fmt: skip
     vars(plugin).update(changes)
     with dask.config.set(QUIET):

@@ -26,7 +26,7 @@ from wsi_gradcam.executors.dask import executor as dask_executor
 from wsi_gradcam.executors.dask.plugin import Order, perform_order
 from wsi_gradcam.executors.dask.rates import MOST
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Task
+from wsi_gradcam.stages import Performed, Task
 from wsi_gradcam.validation import validate
 
 
@@ -101,7 +101,7 @@ class KillsWorkers(Listener):
     def __init__(self, moments: set[int]) -> None:
         self.moments, self.done, self.killed = moments, 0, 0
 
-    def task_done(self, task: Task, result: Any) -> None:
+    def task_done(self, task: Task, performed: Performed) -> None:
         self.done += task.stage == "explain"
         if task.stage == "explain" and self.done in self.moments:
             family = psutil.Process().children(recursive=True)
@@ -164,7 +164,7 @@ class Calls(Listener):
     def __init__(self, function: Callable[[], None]) -> None:
         self.function: Callable[[], None] | None = function
 
-    def task_done(self, task: Task, result: Any) -> None:
+    def task_done(self, task: Task, performed: Performed) -> None:
         if task.stage == "explain" and self.function is not None:
             function, self.function = self.function, None
             function()

@@ -22,15 +22,11 @@ from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file, toy_spe
 from tests.synthetic import write_marker_slide
 from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import Listener, explain
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
-from wsi_gradcam.executors.dask import plugin as dask_plugin
 from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.workers import Workers
-from wsi_gradcam.inputs import find_slides
-from wsi_gradcam.plan import plan_run
-from wsi_gradcam.stages import Context, Task, examine_model, perform
+from wsi_gradcam.stages import Task
 
 WITHIN_S = 60.0
 
@@ -234,20 +230,6 @@ def test_a_signal_stops_a_run_on_workers(
     explain(slides, str(tmp_path / "slow_linear.yaml"), out, **SMALL)
     assert differing(out, serial) == []
     assert {row["status"] for row in rows_of(out).values()} == {"ok"}
-
-
-def test_spans_that_are_done_are_not_explained_again(slides: Path, tmp_path: Path) -> None:
-    """A worker may die when it has finished some of an order: the next one that gets it sees that."""
-    done_before = dask_plugin._done_before
-    settings, (entry, *_) = make_settings(**SMALL), find_slides([slides])
-    explainer = examine_model(toy_spec("slow_linear"), settings, [entry])
-    context = Context(plan_run(tmp_path, toy_spec("slow_linear"), explainer.facts, settings), model=explainer)
-    perform(context, Task("plan", entry))
-    tasks = tuple(Task("explain", entry, (i,)) for i in range(4))
-    assert done_before(context, tasks) == {}
-    patches = perform(context, tasks[2])
-    assert done_before(context, tasks) == {tasks[2]: patches}
-    assert done_before(context, (Task("stitch", entry, (0,)),)) == {}
 
 
 def test_waiting_for_less_than_no_time_is_refused() -> None:

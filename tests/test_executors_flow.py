@@ -21,7 +21,7 @@ from wsi_gradcam.executors.dask.flow import ORDERS_PER_SLOT, Flow
 from wsi_gradcam.executors.dask.plugin import Answer, Order
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Pending, Task
+from wsi_gradcam.stages import Pending, Performed, Task
 from wsi_gradcam.stopping import Stopping
 from wsi_gradcam.workflow import FatalError, SlideRecord, drive, slide_job
 
@@ -85,7 +85,7 @@ class FakeClient:
         answer = Answer("tcp://a:1")
         for task in future.order.tasks:
             try:
-                answer.results.append(self.perform(task))
+                answer.results.append(Performed(self.perform(task), self.task_s))
             except (KilledWorker, CancelledError) as error:
                 for _ in range(2 * future.order.alone):
                     self.note((0.0, {"alone": future.key}))
@@ -93,7 +93,6 @@ class FakeClient:
             except Exception as error:
                 answer.error, answer.may_pass = error, retries.is_transient(error)
                 break
-            answer.seconds.append(self.task_s)
         return [(future, answer)]
 
 

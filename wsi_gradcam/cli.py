@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_validate)
+    status = commands.add_parser("status", help="how far a run is, seen from outside")
+    status.add_argument("out", help="folder that explain works on")
+    status.add_argument("--watch", action="store_true", help="go on until the run ends")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
     info = commands.add_parser("info", help="what is known of a slide or a model")
     info.add_argument("slide", nargs="*", help="slide files")
     info.add_argument("--model", help="a model, as for explain")
@@ -158,6 +163,8 @@ def _add_explain(commands: Any) -> None:
         action="store_true",
         help="make finished slides anew, whatever settings --out holds",
     )
+    explain.add_argument("--retry-failed", action="store_true", help="try slides again that failed before")
+    explain.add_argument("--log-tasks", action="store_true", help="a line for each task in the log below --out")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
 
@@ -165,7 +172,8 @@ def _add_explain(commands: Any) -> None:
 def _explain(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.api import check_where, explain, preview
     from wsi_gradcam.config import make_settings
-    from wsi_gradcam.report import print_outcome, print_preview, progress
+    from wsi_gradcam.report import print_outcome, print_preview
+    from wsi_gradcam.terminal import progress
 
     values = _merged(arguments)
     where = {key: values.pop(key, None) for key in WHERE}
@@ -185,7 +193,8 @@ def _explain(arguments: argparse.Namespace) -> int:
             outcome = explain(
                 where["slide"], where["model"], where["out"], settings, workers=where["workers"],
                 scheduler=where["scheduler"], wait_for_workers=where["wait_for_workers"],
-                overwrite=arguments.overwrite, listener=listener, **chosen,
+                overwrite=arguments.overwrite, retry_failed=arguments.retry_failed, log_tasks=arguments.log_tasks,
+                listener=listener, **chosen,
             )  # fmt: skip
         except StoppedError:
             raise
@@ -251,7 +260,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.validation import validate
+    from wsi_gradcam.validation import failed_slides, validate
 
     findings = validate(arguments.out)
     if arguments.json:
@@ -260,7 +269,25 @@ def _validate(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{finding.slide or arguments.out}: {finding.problem}")
         print(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
+    if failed := failed_slides(arguments.out):
+        print(
+            f"{len(failed)} slides of the run failed and have no results that could be checked: "
+            f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
+            file=sys.stderr if arguments.json else sys.stdout,
+        )
     return SOME_FAILED if findings else DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.status import look, shown
+
+    before = None
+    for state in look(arguments.out, arguments.watch):
+        text = json.dumps(state.to_json()) if arguments.json else shown(state)
+        if text != before:
+            print(text, flush=True)
+        before = text
+    return DONE if state.well else SOME_FAILED
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -39,6 +39,10 @@ class SlideReadError(SlideError, OSError):
     """A region of an opened slide could not be decoded."""
 
 
+class SlideMemoryError(SlideError, MemoryError):
+    """A slide on which workers died, mostly for lack of memory."""
+
+
 class StainError(SlideError, ValueError):
     """Tissue whose stain cannot be measured, and so not be normalised."""
 
@@ -68,7 +72,7 @@ class StoreError(WsiGradcamError, OSError):
 
 
 class ResumeError(WsiGradcamError, ValueError):
-    """The output folder holds results of another model, slide or configuration."""
+    """The output folder holds results of another model, slide or configuration, or another run is at work there."""
 
 
 class WorkerError(WsiGradcamError, RuntimeError):

@@ -65,6 +65,11 @@ def validate(out: AnyPlace) -> list[Finding]:
     return findings + [Finding(name, UNFINISHED) for name in _begun(folder, rows)]
 
 
+def failed_slides(out: AnyPlace) -> list[str]:
+    """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
+    return [name for name, row in read_slides(RunFolder(place_of(out)).slides).items() if row["status"] == FAILED]
+
+
 def _begun(folder: RunFolder, known: Container[str], inside: str = "") -> Iterator[str]:
     """Ids of the slides that have a plan and are not `known`."""
     for name in (folder.place / inside if inside else folder.place).folders():

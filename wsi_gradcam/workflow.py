@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
+from wsi_gradcam.errors import AnnotationError, ResumeError, StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Pending, Task
+from wsi_gradcam.stages import Pending, Performed, Task
 
 OK, FAILED, NO_TISSUE = "ok", "failed", "no_tissue"
 
-# Told after each task, with its result: executors call it, the command line draws progress from it.
-Observer = Callable[[Task, Any], None]
+# Told after each attempt at a task: executors call it, the command line draws progress from it.
+Observer = Callable[[Task, Performed], None]
+
+# What may be otherwise the next time, or is found out at no cost; all else lasts as long as slide and settings do.
+PASSING = (AnnotationError, ConnectionError, MemoryError, ResumeError, TimeoutError)
 
 
 class FatalError(Exception):
@@ -28,7 +31,12 @@ class FatalError(Exception):
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """How a slide ended: a row of slides.csv."""
+    """How a slide ended: a row of slides.csv.
+
+    Attributes:
+        skipped: nothing was done, it had ended before.
+        lasting: it has failed, and the same command would fail again.
+    """
 
     slide: SlideEntry
     status: str
@@ -37,6 +45,7 @@ class SlideRecord:
     unreadable: int
     seconds: float
     skipped: bool = False
+    lasting: bool = False
 
 
 Phases = list[list[Task]]
@@ -62,8 +71,11 @@ def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
             ]
     except (StoppedError, StoreError, WorkerError) as error:
         raise FatalError(error) from error
+    except FatalError:  # of whoever was told of the task
+        raise
     except Exception as error:
-        return SlideRecord(slide, FAILED, one_line(error), 0, 0, time.monotonic() - started)
+        seconds, lasting = time.monotonic() - started, not isinstance(error, PASSING)
+        return SlideRecord(slide, FAILED, one_line(error), 0, 0, seconds, lasting=lasting)
     return _record(slide, record, max_unreadable, time.monotonic() - started, skipped)
 
 
@@ -99,4 +111,4 @@ def _record(
         if unreadable > max_unreadable * patches:
             status = FAILED
             error += f"; more than --max-unreadable {max_unreadable:g}"
-    return SlideRecord(slide, status, error, patches, unreadable, seconds, skipped)
+    return SlideRecord(slide, status, error, patches, unreadable, seconds, skipped, lasting=status == FAILED)

@@ -47,8 +47,8 @@ def say_again(task: Task, error: BaseException, attempt: int) -> None:
     )  # fmt: skip
 
 
-def retried(work: Callable[[], T], task: Task) -> T:
-    """What `work` returns, which is tried again after errors that may not come again."""
+def retried(work: Callable[[], T], task: Task, tell: Callable[[Exception, bool], None]) -> T:
+    """What `work` returns, which is tried again after errors that may not come again; `tell` is told of each."""
     for attempt, pause_s in enumerate(PAUSES_S):
         try:
             return work()
@@ -56,6 +56,7 @@ def retried(work: Callable[[], T], task: Task) -> T:
             if not is_transient(error):
                 raise
             say_again(task, error, attempt)
+            tell(error, True)
             STOP.wait(pause_s)
             STOP.check()
     return work()

@@ -15,7 +15,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsi_gradcam.errors import WorkerError
-from wsi_gradcam.executors.dask.failures import explained, lost
+from wsi_gradcam.executors.dask.failures import explained, failed, lost
 from wsi_gradcam.executors.dask.mail import Mail
 from wsi_gradcam.executors.dask.plugin import Answer, Order, stop_here
 from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
@@ -23,7 +23,7 @@ from wsi_gradcam.executors.dask.running import MODEL, Running, Sent
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.executors.retries import PAUSES_S, say_again
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Task
+from wsi_gradcam.stages import Performed, Task
 from wsi_gradcam.stopping import GRACE_S, LOOK_S, STOP
 from wsi_gradcam.workflow import FatalError, Observer, SlideRecord, slide_job
 
@@ -200,15 +200,14 @@ class Flow:
     def _take(self, sent: Sent, answer: Answer | BaseException) -> None:
         """Make use of what came back."""
         if isinstance(answer, KilledWorker) and not self._convicted(sent):
+            self._observe(sent.tasks[0], failed(answer, again=True))
             return
         if not isinstance(answer, Answer):
             self._failed(sent, answer)
             return
         running, done = sent.running, len(answer.results)
-        for position, task, result in zip(sent.positions, sent.tasks, answer.results, strict=False):
-            self._done(running, position, task, result)
-        for task, seconds in zip(sent.tasks, answer.seconds, strict=False):
-            self._rates.learn(task.stage, seconds)
+        for position, task, performed in zip(sent.positions, sent.tasks, answer.results, strict=False):
+            self._done(running, position, task, performed)
         if done == len(sent.tasks):
             self._leave(running, done)
         elif answer.error is None:  # the worker begins nothing more
@@ -216,6 +215,7 @@ class Flow:
                 raise lost("workers were told to drop the run, as after a lost connection;")
         elif answer.may_pass and sent.attempt < len(PAUSES_S):
             say_again(sent.tasks[done], answer.error, sent.attempt)
+            self._observe(sent.tasks[done], failed(answer.error, answer.worker, again=True))
             running.out -= done
             attempt = 0 if done else sent.attempt
             again = sent.rest(done, attempt=attempt + 1, avoid=answer.worker)
@@ -240,11 +240,13 @@ class Flow:
     def _key(self, sent: Sent) -> str:
         return f"wsi-{sent.tasks[0].stage}-{self._name}-{sent.running.number}-{sent.order}"
 
-    def _done(self, running: Running, position: int, task: Task, result: Any) -> None:
-        running.results[position] = result
-        self._observe(task, result)
+    def _done(self, running: Running, position: int, task: Task, performed: Performed) -> None:
+        running.results[position] = performed.result
+        self._rates.learn(task.stage, performed.seconds)
+        self._observe(task, performed)
 
     def _failed(self, sent: Sent, error: BaseException) -> None:
+        self._observe(sent.tasks[0], failed(error))
         sent.running.fail(explained(error, sent.tasks[0]))
         self._leave(sent.running, len(sent.tasks))
 

@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distributed import Worker, WorkerPlugin, get_worker
 
 from wsi_gradcam.errors import WorkerError, one_line
 from wsi_gradcam.executors.dask.failures import may_pass
 from wsi_gradcam.memory import give_back
-from wsi_gradcam.stages import Context, Task, perform
-from wsi_gradcam.stores.manifest import Manifest, span_name
+from wsi_gradcam.stages import Context, Performed, Task, perform
 
 if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
@@ -46,15 +45,13 @@ class Answer:
 
     Attributes:
         worker: address of who did it.
-        results: of the first tasks, as many as succeeded.
-        seconds: what each of them took.
+        results: what came of the first tasks, as many as succeeded.
         error: what the next one ended with; None where nothing went wrong.
         may_pass: whether that may succeed a moment later, or elsewhere.
     """
 
     worker: str
-    results: list[Any] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    results: list[Performed] = field(default_factory=list)
     error: BaseException | None = None
     may_pass: bool = False
 
@@ -122,19 +119,16 @@ def perform_order(order: Order) -> Answer:
     with plugin.floor.entered(order.alone):
         if order.alone:
             _tell_begun(worker, order.run)
-        done = _done_before(context, order.tasks)
         for task, then in zip_longest(order.tasks, order.tasks[1:]):
             if plugin.stopped:
                 break
-            started = time.perf_counter()
             try:
                 if task.stage == "explain":
                     check_device(context.run.settings.device, worker.address)
-                answer.results.append(done[task] if task in done else perform(context, task, then))
+                answer.results.append(perform(context, task, then))
             except Exception as error:
                 answer.error, answer.may_pass = portable(error), may_pass(error)
                 break
-            answer.seconds.append(time.perf_counter() - started)
     return answer
 
 
@@ -142,17 +136,6 @@ def _tell_begun(worker: Worker, run: str) -> None:
     """Have the client know that from now on only this order can be what kills the process."""
     worker.log_event(run, {"alone": str(worker.get_current_task())})
     time.sleep(TELLING_S)
-
-
-def _done_before(context: Context, tasks: tuple[Task, ...]) -> dict[Task, Any]:
-    """Spans that a worker had finished before it died, with their number of patches: they are not explained again."""
-    if tasks[0].stage != "explain":
-        return {}
-    entry = tasks[0].slide
-    finished = Manifest(context.folder(entry).manifest).completed("spans")
-    known = [task for task in tasks if task.stage == "explain" and span_name(task.index[0]) in finished]
-    spans = context.plan(entry).spans if known else []
-    return {task: spans[task.index[0]][1] - spans[task.index[0]][0] for task in known}
 
 
 def portable(error: Exception) -> Exception:
