@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,10 +17,11 @@ import yaozarrs
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
 from wsi_gradcam.finish import sha256_of
 from wsi_gradcam.plan import SlidePlan
+from wsi_gradcam.result.run import begun
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stores.heatmap import LABEL, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
-from wsi_gradcam.stores.manifest import DONE, PLAN, Manifest, block_name, digest_of, span_name
+from wsi_gradcam.stores.manifest import DONE, Manifest, block_name, digest_of, span_name
 from wsi_gradcam.stores.patch_store import OK, PatchStore
 from wsi_gradcam.stores.places import AnyPlace, place_of
 from wsi_gradcam.stores.run_files import read_run, read_slides
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.stores.places import Place
 
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
-PARTS = {"manifest", "cams.zarr", "heatmap.ome.zarr", "audit"}  # folders in that of a slide
 UNFINISHED = "is not finished; run the same explain command again"
 
 
@@ -62,23 +62,12 @@ def validate(out: AnyPlace) -> list[Finding]:
     for name, row in rows.items():
         if row["status"] != FAILED or (folder.slide(name).manifest / DONE).is_file():
             findings += [Finding(name, problem) for problem in _checked(folder.slide(name), row, run)]
-    return findings + [Finding(name, UNFINISHED) for name in _begun(folder, rows)]
+    return findings + [Finding(name, UNFINISHED) for name in begun(folder) if name not in rows]
 
 
 def failed_slides(out: AnyPlace) -> list[str]:
     """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
     return [name for name, row in read_slides(RunFolder(place_of(out)).slides).items() if row["status"] == FAILED]
-
-
-def _begun(folder: RunFolder, known: Container[str], inside: str = "") -> Iterator[str]:
-    """Ids of the slides that have a plan and are not `known`."""
-    for name in (folder.place / inside if inside else folder.place).folders():
-        if inside and name in PARTS:
-            continue
-        slide = f"{inside}/{name}" if inside else name
-        if slide not in known and (folder.slide(slide).manifest / PLAN).is_file():
-            yield slide
-        yield from _begun(folder, known, slide)
 
 
 def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:

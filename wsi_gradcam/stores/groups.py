@@ -38,10 +38,10 @@ class OpenGroup:
         FileNotFoundError: there is none.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, read_only: bool = False) -> None:
         if isinstance(place, LocalPlace) and not place.path.is_dir():  # zarr would make the folder
             raise FileNotFoundError(f"{place}: does not exist")
-        self.group = zarr.open_group(place.zarr(), mode="r+", zarr_format=3)
+        self.group = zarr.open_group(place.zarr(read_only), mode="r" if read_only else "r+", zarr_format=3)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def array(self, name: str) -> zarr.Array[Any]:

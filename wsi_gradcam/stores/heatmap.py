@@ -48,9 +48,9 @@ class HeatmapStore:
     A block is a region that is exactly one shard: no two tasks ever write the same file.
     """
 
-    def __init__(self, place: AnyPlace) -> None:
+    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
         self._place = place_of(place)
-        self._group = OpenGroup(self._place)
+        self._group = OpenGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
@@ -88,13 +88,27 @@ class HeatmapStore:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """[h, w] of each level."""
-        height, width = self._array(0).shape[1:]
+        height, width = self.array(0).shape[1:]
         return pyramid_shapes(height, width)
 
     @property
     def attributes(self) -> dict[str, Any]:
         """All metadata of the image."""
         return dict(self._group.group.attrs.asdict())
+
+    @property
+    def label_attributes(self) -> dict[str, Any]:
+        """All metadata of the coverage label."""
+        return dict(self._group.group[f"labels/{LABEL}"].attrs.asdict())
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels and how they are shown, as the metadata say."""
+        return [
+            Channel(shown["label"], window["min"], window["max"], window["start"], window["end"], shown["active"])
+            for shown in self.attributes["ome"]["omero"]["channels"]
+            for window in [shown["window"]]
+        ]
 
     def blocks(self, level: int) -> list[Region]:
         """The blocks of a level."""
@@ -103,20 +117,20 @@ class HeatmapStore:
     def write(self, level: int, channel: int, block: Region, values: NDArray[np.float32]) -> None:
         """Write one channel of one block, float32 [height, width] of the block."""
         with self._place.storing():
-            self._array(level)[(channel, *block.slices)] = values
+            self.array(level)[(channel, *block.slices)] = values
 
     def write_flags(self, level: int, block: Region, flags: NDArray[np.uint8]) -> None:
         """Write the coverage label of one block: bits TISSUE, EXPLAINED, UNREADABLE."""
         with self._place.storing():
-            self._labels(level)[block.slices] = flags
+            self.labels(level)[block.slices] = flags
 
     def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
         """One channel of a region of a level, float32 [height, width]."""
-        return np.asarray(self._array(level)[(channel, *region.slices)], np.float32)
+        return np.asarray(self.array(level)[(channel, *region.slices)], np.float32)
 
     def read_flags(self, level: int, region: Region) -> NDArray[np.uint8]:
         """The coverage label of a region of a level."""
-        return np.asarray(self._labels(level)[region.slices], np.uint8)
+        return np.asarray(self.labels(level)[region.slices], np.uint8)
 
     def set_channels(self, channels: Sequence[Channel]) -> None:
         """Replace how channels are shown; values are never touched."""
@@ -125,10 +139,12 @@ class HeatmapStore:
             ome["omero"] = _omero(channels)
             self._group.group.attrs["ome"] = ome
 
-    def _array(self, level: int) -> zarr.Array[Any]:
+    def array(self, level: int) -> zarr.Array[Any]:
+        """All channels of a level, float32 [channels, h, w], not read yet."""
         return self._group.array(str(level))
 
-    def _labels(self, level: int) -> zarr.Array[Any]:
+    def labels(self, level: int) -> zarr.Array[Any]:
+        """The coverage label of a level, uint8 [h, w], not read yet."""
         return self._group.array(f"labels/{LABEL}/{level}")
 
 

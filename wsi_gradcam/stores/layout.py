@@ -63,6 +63,11 @@ class RunFolder:
         return self.place / "slides.csv"
 
     @property
+    def display(self) -> Place:
+        """The run's display windows, made when first asked for."""
+        return self.place / "display.json"
+
+    @property
     def record(self) -> Place:
         """The slides with their ids, written before work begins."""
         return self.place / "slides.jsonl"

@@ -56,9 +56,9 @@ class PatchStore:
     unreadable).
     """
 
-    def __init__(self, place: AnyPlace) -> None:
+    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
         self._place = place_of(place)
-        self._group = OpenGroup(self._place)
+        self._group = OpenGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
@@ -99,6 +99,11 @@ class PatchStore:
 
         lay_out(place_of(place), build)
         return cls(place)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the arrays mean: maps, classes, factors."""
+        return dict(self._group.group.attrs.asdict())
 
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Level-0 px of the patches' top left corners, int64 [n, 2]."""
