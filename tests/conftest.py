@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import mirror
 from tests.s3_proxy import Proxy, passing
 from tests.servers import BUCKET, CREDENTIALS, s3_server
 from wsi_gradcam.models.reproducible import steady_sums
@@ -24,6 +25,9 @@ steady_sums()
 # What `auto` chooses is kept between runs: not in the user's folder, and from one test session to the next not at all.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wsi-gradcam-tests-")
 
+if os.environ.get(mirror.VARIABLE) == "s3":
+    mirror.install()
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -32,6 +36,13 @@ def s3_upstream() -> Iterator[str]:
     """The URL of an S3 server with one empty bucket, for all tests of this process."""
     with s3_server() as url:
         yield url
+
+
+@pytest.fixture(autouse=os.environ.get(mirror.VARIABLE) == "s3")
+def out_in_the_store(s3_upstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `WSI_GRADCAM_TEST_OUT=s3` every test has a store."""
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_upstream}.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

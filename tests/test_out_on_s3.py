@@ -17,10 +17,15 @@ from tests.runs import SMALL, contents, objects, start, toy_spec
 from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam import object_stores
 from wsi_gradcam.api import explain, validate
+from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.stores import buckets
 from wsi_gradcam.stores.local_place import LOCK
 from wsi_gradcam.stores.places import RemotePlace, place_of
+
+
+def slow(value: int) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +57,8 @@ def test_a_run_leaves_the_same_bytes_and_asks_little(
     spans = sum("/manifest/spans/" in target for method, target in s3_proxy.passed.requests if method == "PUT")
     assert spans == 7
     # logits, cam, status, blur and the manifest's; the rest are templates, heatmaps and what lies beside them
-    assert methods["PUT"] <= 5 * spans + 80
-    assert methods["GET"] <= 30 * spans + 140
+    assert methods["PUT"] <= 5 * spans + 2 * 40
+    assert methods["GET"] <= 25 * spans + 2 * 140
     assert validate(s3_out) == []
     s3_proxy.passed.requests.clear()
     again = explain(inputs / "slides", toy_spec("pooled_linear"), s3_out, **SMALL)
@@ -62,7 +67,7 @@ def test_a_run_leaves_the_same_bytes_and_asks_little(
     assert differing(s3_out, expected) == []
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, slow(2)])
 def test_a_store_that_fails_a_twentieth_of_its_requests(
     workers: int | None, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy
 ) -> None:
@@ -109,7 +114,7 @@ def doomed(s3_proxy: Proxy, inputs: Path, s3_out: str) -> Iterator[Callable[[int
         process.join()
 
 
-@pytest.mark.parametrize("change", [0, 12, 40, 60, 90])
+@pytest.mark.parametrize("change", [slow(0), 12, slow(40), slow(60), 90])
 def test_a_killed_run_continues(
     change: int, doomed: Callable[[int], None], inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy
 ) -> None:
@@ -124,7 +129,7 @@ def test_a_killed_run_continues(
     assert differing(s3_out, expected) == []
 
 
-@pytest.mark.parametrize("change", [0, 70])
+@pytest.mark.parametrize("change", [slow(0), 70])
 def test_a_store_that_goes_away_stops_the_run(
     change: int, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy,
     monkeypatch: pytest.MonkeyPatch,
@@ -187,3 +192,13 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
     assert (code, f"{s3_out}/none: no run.yaml there" in error) == (2, True)
     code, _, error = call(*explaining[: -len(SMALL_FLAGS) - 1], "https://host/out")
     assert (code, "https://host/out: expected a folder, or s3://BUCKET/KEY" in error) == (2, True)
+
+
+def test_the_doctor_tries_a_bucket_and_leaves_nothing(s3_out: str, s3_proxy: Proxy) -> None:
+    checks = list(folder_of_results(place_of(s3_out)))
+    assert [(check.name, check.status) for check in checks] == [("OUT: arrays", "ok"), ("OUT: claims", "ok")]
+    assert not place_of(s3_out).exists()
+    s3_proxy.passed.fails = lambda method, target: "403" if method == "PUT" else ""
+    (check,) = folder_of_results(place_of(s3_out))
+    assert check.status == "fail"
+    assert "access was refused" in check.found

@@ -105,7 +105,7 @@ def seen(out: Place) -> list[Any]:
     return [*found, out.read_each(present), told(lambda: out.read_each([*present, "gone"]))]
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(ACTIONS, max_size=10))
 def test_disk_and_object_store_agree(actions: list[tuple[Any, ...]], s3_out: str, tmp_path: Path) -> None:
     new = uuid.uuid4().hex

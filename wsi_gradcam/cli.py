@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--workers", type=int, help="number of processes (default: this one)")
     demo.set_defaults(run=_demo)
     check = commands.add_parser("validate", help="check results against manifest, specification and slide")
-    check.add_argument("out", help="folder that explain made")
+    check.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_validate)
     status = commands.add_parser("status", help="how far a run is, seen from outside")
@@ -125,7 +125,7 @@ def _add_explain(commands: Any) -> None:
         help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
         "file, a WSInfer or Hugging Face folder",
     )
-    explain.add_argument("--out", help="folder for the results; an unfinished run there is continued")
+    explain.add_argument("--out", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
     explain.add_argument(
         "--target",
         action="append",
