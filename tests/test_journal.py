@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ from tests.runs import SMALL, flags, toy_spec
 from tests.synthetic import strip_mpp
 from wsi_gradcam import journal
 from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
+from wsi_gradcam.failures import attempt_digest
+from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.isolation import WATCH
-from wsi_gradcam.stages import Performed, Task
+from wsi_gradcam.plan import plan_run
+from wsi_gradcam.stages import Performed, Task, examine_model
 from wsi_gradcam.status import look, shown
 from wsi_gradcam.stores.claims import CLAIM
+from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.local_place import LocalPlace
+from wsi_gradcam.stores.places import place_of
 from wsi_gradcam.stores.status_file import REPORT
 from wsi_gradcam.workflow import SlideRecord
 
@@ -201,10 +208,6 @@ def test_warnings_are_in_the_log_and_seen_as_before(
 
 def test_attempts_that_failed_are_told(tmp_path: Path) -> None:
     """As a cluster makes them; here by hand."""
-    from wsi_gradcam.inputs import SlideEntry
-    from wsi_gradcam.stores.layout import RunFolder
-    from wsi_gradcam.stores.places import place_of
-
     heard: list[bool] = []
 
     class Told(Listener):
@@ -342,3 +345,18 @@ def test_validate_tells_of_slides_that_failed(finished: Path, run: Run) -> None:
     code, printed, err = run("validate", finished, "--json")
     assert (code, json.loads(printed)) == (0, [])
     assert "1 slides of the run failed" in err
+
+
+def test_an_attempt_depends_on_the_file_and_on_what_is_told_of_it(made: Path) -> None:
+    run = plan_run(
+        place_of(made), MODEL, examine_model(MODEL, make_settings(**SMALL), []).facts, make_settings(**SMALL)
+    )
+    local = SlideEntry("b.tif", str(made / "slides" / "b.tif"))
+    told = [
+        local, replace(local, mpp=(0.3, 0.3)), replace(local, path=str(made / "slides" / "a.tif")),
+        replace(local, path=str(made / "gone.tif")), replace(local, path="https://host/b.tif"),
+        replace(local, path="https://host/b.tif", url="https://host/b.tif?signature=new"),
+    ]  # fmt: skip
+    digests = [attempt_digest(entry, run) for entry in told]
+    assert digests == [attempt_digest(entry, run) for entry in told]
+    assert len(set(digests)) == len(told)

@@ -138,7 +138,8 @@ def progress(quiet: bool) -> Iterator[Quiet]:
 def pace(numbers: Progress, whole: bool = False) -> str:
     """How fast it goes, who is busy, how long it will take; as a `whole` line with counts and each worker."""
     parts = [f"{numbers.rate():.0f} patches/s"]
-    shares = {name: worker.shares(numbers.elapsed_s(), numbers.readers) for name, worker in numbers.workers.items()}
+    now_s, explaining = numbers.elapsed_s(), ((name, w) for name, w in numbers.workers.items() if w.patches)
+    shares = {name: worker.shares(now_s, numbers.readers) for name, worker in explaining}
     if shares:
         mean = {key: sum(share[key] for share in shares.values()) / len(shares) for key in ("model", "reading")}
         parts.append(f"model busy {mean['model']:.0%}, reading {mean['reading']:.0%}")
