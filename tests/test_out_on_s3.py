@@ -185,7 +185,9 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
     assert f"results in {s3_out}" in told
     assert set(objects(s3_out)) == set(expected)
     assert call("validate", s3_out)[:2] == (0, f"{s3_out}: valid\n")
-    code, _, error = call("explain", inputs / "slides", "--model", inputs / "other_linear.yaml", "--out", s3_out)
+    code, _, error = call(
+        "explain", inputs / "slides", "--model", inputs / "other_linear.yaml", "--out", s3_out, *SMALL_FLAGS
+    )
     assert code == 2
     assert f"error: {s3_out}: holds results of another model" in error
     code, _, error = call("validate", f"{s3_out}/none")
