@@ -21,7 +21,7 @@ from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
-from wsi_gradcam.executors.dask import DaskExecutor
+from wsi_gradcam.executors.dask import DaskExecutor, local
 from wsi_gradcam.executors.dask import executor as dask_executor
 from wsi_gradcam.executors.dask.plugin import Order, perform_order
 from wsi_gradcam.executors.dask.rates import MOST
@@ -131,6 +131,19 @@ def test_a_patch_that_kills_workers_costs_its_slide_alone(
     monkeypatch.delenv(POISON)
     explain(archive, toy_spec("poisoned"), tmp_path, **SMALL)
     assert differing(tmp_path, serial) == []
+
+
+def test_a_worker_that_eats_the_machine_is_replaced(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; its span is tried again, and nobody waits for a paused worker."""
+    explain(archive / "a.tif", toy_spec("hungry"), tmp_path / "serial", **SMALL)
+    monkeypatch.setenv(POISON, str(tmp_path / "eaten"))
+    monkeypatch.setattr(local, "MEMORY_LIMIT", 3 << 29)
+    outcome = explain(archive / "a.tif", toy_spec("hungry"), tmp_path / "out", **SMALL, workers=1)
+    assert (tmp_path / "eaten").exists()
+    assert [record.status for record in outcome.records] == ["ok"]
+    assert differing(tmp_path / "out", tmp_path / "serial") == []
 
 
 def test_a_model_that_kills_workers_is_told(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

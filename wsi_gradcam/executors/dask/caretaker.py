@@ -13,11 +13,6 @@ class Caretaker(SchedulerPlugin):
     def __init__(self, run: str, client: str) -> None:
         self.name = f"{run}-caretaker"
         self._run, self._client = run, client
-        self._scheduler: Scheduler | None = None
-
-    async def start(self, scheduler: Scheduler) -> None:
-        """Called on the scheduler."""
-        self._scheduler = scheduler
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Called on the scheduler when a client leaves, or its connection ends."""

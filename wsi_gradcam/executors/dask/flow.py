@@ -19,7 +19,7 @@ from wsi_gradcam.executors.dask.failures import explained, failed, lost
 from wsi_gradcam.executors.dask.mail import Mail
 from wsi_gradcam.executors.dask.plugin import Answer, Order, stop_here
 from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
-from wsi_gradcam.executors.dask.running import MODEL, Running, Sent
+from wsi_gradcam.executors.dask.running import MODEL, Running, Sent, kind_of
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.executors.retries import PAUSES_S, say_again
 from wsi_gradcam.inputs import SlideEntry
@@ -100,7 +100,7 @@ class Flow:
         room = {model: ORDERS_PER_SLOT * max(1, slots) for model, slots in self._workers.slots.items()}
         budgets_s = self._budgets_s()
         waiting = 0
-        for running in self._active:
+        for running in list(self._active):
             while (stage := running.waits_for) and self._out[kind_of(stage)] < room[stage == MODEL]:
                 self._send(running.take(self._rates, budgets_s[stage == MODEL]))
             waiting += running.spans
@@ -152,7 +152,7 @@ class Flow:
             **self._elsewhere(sent),
         )  # fmt: skip
         self._sent[future] = sent
-        self._out[_kind(sent)] += 1
+        self._out[sent.kind] += 1
         self._mail.expect(future)
 
     def _elsewhere(self, sent: Sent) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Flow:
         """What a future was for; None where that was sent anew."""
         sent = self._sent.pop(future, None)
         if sent is not None:
-            self._out[_kind(sent)] -= 1
+            self._out[sent.kind] -= 1
         return sent
 
     def _send_anew(self) -> None:
@@ -272,13 +272,3 @@ class Flow:
     def _drain(self) -> Iterator[SlideRecord]:
         while self._finished:
             yield self._finished.popleft()
-
-
-def _kind(sent: Sent) -> str:
-    """What orders are counted together."""
-    return "alone" if sent.alone else kind_of(sent.tasks[0].stage)
-
-
-def kind_of(stage: str) -> str:
-    """What stages are counted together: those of other workers than the model's have a window of their own."""
-    return stage if stage in (MODEL, "plan") else "other"

@@ -137,6 +137,11 @@ class Sent:
         """Whether they want the run's device."""
         return self.tasks[0].stage == MODEL
 
+    @property
+    def kind(self) -> str:
+        """What is counted together."""
+        return "alone" if self.alone else kind_of(self.tasks[0].stage)
+
     def rest(self, done: int, **changes: Any) -> Sent:
         """What is left of it after the first tasks, under a new number."""
         self.running.orders += 1
@@ -149,3 +154,8 @@ class Sent:
             return [self.rest(0, alone=True)]
         pairs = enumerate(zip(self.positions, self.tasks, strict=True))
         return [replace(self.rest(i, alone=True), positions=(at,), tasks=(task,)) for i, (at, task) in pairs]
+
+
+def kind_of(stage: str) -> str:
+    """What stages are counted together: those of other workers than the model's have a window of their own."""
+    return stage if stage in (MODEL, "plan") else "other"
