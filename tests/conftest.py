@@ -38,11 +38,13 @@ def s3_upstream() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(autouse=os.environ.get(mirror.VARIABLE) == "s3")
-def out_in_the_store(s3_upstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `WSI_GRADCAM_TEST_OUT=s3` every test has a store."""
-    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_upstream}.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(scope="session", autouse=os.environ.get(mirror.VARIABLE) == "s3")
+def out_in_the_store(s3_upstream: str) -> Iterator[None]:
+    """With `WSI_GRADCAM_TEST_OUT=s3` every test and every fixture has a store."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_upstream}.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from wsi_gradcam.stores.places import RemotePlace
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("other", "marker")
+OF_ITSELF = {"claim.json", "status.json", "run.html", ".lock"}
 # Patches of 32 x 32 px at 0.5 um on slides of 0.25: 64 level-0 px, 8 pixels of the heatmap.
 SMALL: dict[str, Any] = {
     "min_tissue": 0.0,
@@ -76,12 +77,16 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file below `out` by name; of slides.csv without the seconds, the one thing that may differ."""
+    """Every result below `out` by name; of slides.csv without the seconds, the one thing that may differ.
+
+    What a run tells of itself is no result.
+    """
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    return _without_seconds(files)
+    return _results(files)
 
 
-def _without_seconds(files: dict[str, bytes]) -> dict[str, bytes]:
+def _results(files: dict[str, bytes]) -> dict[str, bytes]:
+    files = {name: data for name, data in files.items() if name not in OF_ITSELF and not name.startswith("log/")}
     if "slides.csv" in files:
         rows = list(csv.DictReader(io.StringIO(files["slides.csv"].decode())))
         files["slides.csv"] = json.dumps([{**row, "seconds": ""} for row in rows]).encode()
@@ -93,7 +98,7 @@ def objects(out: str) -> dict[str, bytes]:
     place = RemotePlace.at(out)
     keys = [item["path"] for item in place.bucket.store.list(f"{place.key}/").collect()]
     files = {key.removeprefix(f"{place.key}/"): bytes(place.bucket.store.get(key).bytes()) for key in keys}
-    return _without_seconds(files)
+    return _results(files)
 
 
 def differing(out: Path, expected: Path) -> list[str]:

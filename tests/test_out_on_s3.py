@@ -24,6 +24,10 @@ from wsi_gradcam.stores.local_place import LOCK
 from wsi_gradcam.stores.places import RemotePlace, place_of
 
 
+def slow(value: int) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
@@ -63,7 +67,7 @@ def test_a_run_leaves_the_same_bytes_and_asks_little(
     assert differing(s3_out, expected) == []
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, slow(2)])
 def test_a_store_that_fails_a_twentieth_of_its_requests(
     workers: int | None, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy
 ) -> None:
@@ -110,7 +114,7 @@ def doomed(s3_proxy: Proxy, inputs: Path, s3_out: str) -> Iterator[Callable[[int
         process.join()
 
 
-@pytest.mark.parametrize("change", [0, 12, 40, 60, 90])
+@pytest.mark.parametrize("change", [slow(0), 12, slow(40), slow(60), 90])
 def test_a_killed_run_continues(
     change: int, doomed: Callable[[int], None], inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy
 ) -> None:
@@ -125,7 +129,7 @@ def test_a_killed_run_continues(
     assert differing(s3_out, expected) == []
 
 
-@pytest.mark.parametrize("change", [0, 70])
+@pytest.mark.parametrize("change", [slow(0), 70])
 def test_a_store_that_goes_away_stops_the_run(
     change: int, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy,
     monkeypatch: pytest.MonkeyPatch,
@@ -181,7 +185,9 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
     assert f"results in {s3_out}" in told
     assert set(objects(s3_out)) == set(expected)
     assert call("validate", s3_out)[:2] == (0, f"{s3_out}: valid\n")
-    code, _, error = call("explain", inputs / "slides", "--model", inputs / "other_linear.yaml", "--out", s3_out)
+    code, _, error = call(
+        "explain", inputs / "slides", "--model", inputs / "other_linear.yaml", "--out", s3_out, *SMALL_FLAGS
+    )
     assert code == 2
     assert f"error: {s3_out}: holds results of another model" in error
     code, _, error = call("validate", f"{s3_out}/none")

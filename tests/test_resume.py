@@ -24,7 +24,17 @@ from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.inputs import find_slides
 from wsi_gradcam.plan import RunPlan, plan_run
-from wsi_gradcam.stages import Context, Pending, Task, examine_model, explain_span, finish, perform, plan_slide
+from wsi_gradcam.stages import (
+    Context,
+    Pending,
+    Performed,
+    Task,
+    examine_model,
+    explain_span,
+    finish,
+    perform,
+    plan_slide,
+)
 from wsi_gradcam.stores.manifest import Manifest
 from wsi_gradcam.stores.run_files import check_same_run, read_run, read_slides
 from wsi_gradcam.validation import validate
@@ -40,10 +50,10 @@ class Counter(Listener):
         self.tasks: list[Task] = []
         self.left: list[int] = []
 
-    def task_done(self, task: Task, result: Any) -> None:
+    def task_done(self, task: Task, performed: Performed) -> None:
         self.tasks.append(task)
-        if isinstance(result, Pending):
-            self.left.append(result.left)
+        if isinstance(performed.result, Pending):
+            self.left.append(performed.result.left)
 
     def spans(self) -> set[tuple[str, int]]:
         """(slide, span) of what was explained."""
@@ -362,13 +372,14 @@ def test_overwrite_makes_a_damaged_slide_anew(slides: list[Path], undisturbed: P
     assert differing(out, undisturbed) == []
 
 
-def test_two_processes_that_share_an_out_keep_each_others_rows(slides: list[Path], tmp_path: Path) -> None:
+def test_runs_that_share_an_out_one_after_the_other_keep_each_others_rows(slides: list[Path], tmp_path: Path) -> None:
     class Meddler(Listener):
         def slide_done(self, record: SlideRecord) -> None:
-            if record.slide.id == "a.tif":  # meanwhile another process finishes b.tif
+            with pytest.raises(ResumeError, match="is at work there; wait until it is done"):
                 explain(slides[1:], toy_spec("slow_linear"), tmp_path, **SMALL)
 
     explain(slides[:1], toy_spec("slow_linear"), tmp_path, **SMALL, listener=Meddler())
+    explain(slides[1:], toy_spec("slow_linear"), tmp_path, **SMALL)
     explain(slides[:1], toy_spec("slow_linear"), tmp_path, **SMALL)
     assert {name: row["status"] for name, row in rows_of(tmp_path).items()} == {"a.tif": "ok", "b.tif": "ok"}
 

@@ -7,12 +7,14 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from wsi_gradcam import __version__
-from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line
 from wsi_gradcam.isolation import guard
+from wsi_gradcam.stopping import STOP
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -53,26 +55,36 @@ KINDS: dict[type, dict[str, Any]] = {
 
 # Keys of a config file that are no settings.
 WHERE: dict[str, type] = {
-    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "only": list, "skip": list,
+    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "wait_for_workers": float, "only": list,
+    "skip": list,
 }  # fmt: skip
-WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number"}
+WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number", float: "a number of seconds"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 all done, 1 some slides failed or the run stopped, 2 nothing could start."""
+    """Run the command line; returns 0 all done, 1 some slides failed or the run could not go on, 2 nothing could start.
+
+    Told to stop by SIGINT or SIGTERM it returns 130 or 143, once what was in work is finished.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
+    stoppable: AbstractContextManager[None] = nullcontext()
     if argv is None and arguments.run in (_explain, _demo):  # a command of its own: no threads yet
         guard()
+        stoppable = STOP.at_signals()
     try:
-        code: int = arguments.run(arguments)
-        return code
+        with stoppable:
+            code: int = arguments.run(arguments)
+            return code
+    except StoppedError as error:
+        print(one_line(error), file=sys.stderr)
+        return STOP.exit_code
     except WsiGradcamError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return WRONG_USAGE
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
+        print(one_line(STOP.error()), file=sys.stderr)
+        return STOP.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_validate)
+    status = commands.add_parser("status", help="how far a run is, seen from outside")
+    status.add_argument("out", help="folder that explain works on")
+    status.add_argument("--watch", action="store_true", help="go on until the run ends")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
     _add_export(commands)
     info = commands.add_parser("info", help="what is known of a slide or a model")
     info.add_argument("slide", nargs="*", help="slide files")
@@ -138,12 +155,17 @@ def _add_explain(commands: Any) -> None:
     where = explain.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
     where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    explain.add_argument(
+        "--wait-for-workers", type=float, metavar="SECONDS", help="how long to wait for missing workers (default 50)"
+    )
     explain.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     explain.add_argument(
         "--overwrite",
         action="store_true",
         help="make finished slides anew, whatever settings --out holds",
     )
+    explain.add_argument("--retry-failed", action="store_true", help="try slides again that failed before")
+    explain.add_argument("--log-tasks", action="store_true", help="a line for each task in the log below --out")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
 
@@ -211,7 +233,8 @@ def _window(text: str) -> tuple[float, float]:
 def _explain(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.api import check_where, explain, preview
     from wsi_gradcam.config import make_settings
-    from wsi_gradcam.report import print_outcome, print_preview, progress
+    from wsi_gradcam.report import print_outcome, print_preview
+    from wsi_gradcam.terminal import progress
 
     values = _merged(arguments)
     where = {key: values.pop(key, None) for key in WHERE}
@@ -230,8 +253,12 @@ def _explain(arguments: argparse.Namespace) -> int:
         try:
             outcome = explain(
                 where["slide"], where["model"], where["out"], settings, workers=where["workers"],
-                scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener, **chosen,
+                scheduler=where["scheduler"], wait_for_workers=where["wait_for_workers"],
+                overwrite=arguments.overwrite, retry_failed=arguments.retry_failed, log_tasks=arguments.log_tasks,
+                listener=listener, **chosen,
             )  # fmt: skip
+        except StoppedError:
+            raise
         except WsiGradcamError as error:
             if not listener.began:
                 raise
@@ -259,7 +286,8 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
         if kind is list and isinstance(values.get(key), str):
             values[key] = [values[key]]
     for key, kind in WHERE.items():
-        if key in values and not (type(values[key]) is kind and (kind is not list or _all_text(values[key]))):
+        kinds = (int, float) if kind is float else (kind,)
+        if key in values and not (type(values[key]) in kinds and (kind is not list or _all_text(values[key]))):
             expected = "a pattern or a list of patterns" if key in ("only", "skip") else WHERE_TEXT[kind]
             raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {expected}")
     given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
@@ -293,7 +321,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.validation import validate
+    from wsi_gradcam.validation import failed_slides, validate
 
     findings = validate(arguments.out)
     if arguments.json:
@@ -302,7 +330,25 @@ def _validate(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{finding.slide or arguments.out}: {finding.problem}")
         print(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
+    if failed := failed_slides(arguments.out):
+        print(
+            f"{len(failed)} slides of the run failed and have no results that could be checked: "
+            f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
+            file=sys.stderr if arguments.json else sys.stdout,
+        )
     return SOME_FAILED if findings else DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.status import look, shown
+
+    before = None
+    for state in look(arguments.out, arguments.watch):
+        text = json.dumps(state.to_json()) if arguments.json else shown(state)
+        if text != before:
+            print(text, flush=True)
+        before = text
+    return DONE if state.well else SOME_FAILED
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 STATISTICS_PX = 1 << 20
 READ_BYTES = 16 << 20
 RECORD_KEYS = frozenset({"status", "patches", "unreadable", "cause", "spans", "blocks", "files"})
+TOLD_KEYS = ("status", "patches", "unreadable", "cause")
+
+
+def told(record: dict[str, Any]) -> dict[str, Any]:
+    """What whoever runs slides must know of a slide's final record: the digests in it are many, and stay."""
+    return {key: record[key] for key in TOLD_KEYS}
 
 
 def finish_slide(

@@ -65,6 +65,11 @@ def validate(out: AnyPlace) -> list[Finding]:
     return findings + [Finding(name, UNFINISHED) for name in begun(folder) if name not in rows]
 
 
+def failed_slides(out: AnyPlace) -> list[str]:
+    """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
+    return [name for name, row in read_slides(RunFolder(place_of(out)).slides).items() if row["status"] == FAILED]
+
+
 def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
     try:
         yield from _check(folder, row, run)

@@ -14,11 +14,12 @@ from wsi_gradcam.demo.ihc import HELD_OUT, dab_positive, micrograph
 from wsi_gradcam.demo.layout import Layout, lay_out
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.report import print_outcome, progress
+from wsi_gradcam.report import print_outcome
 from wsi_gradcam.stores.files import storing
 from wsi_gradcam.stores.heatmap import EXPLAINED, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.terminal import progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -167,7 +167,7 @@ def _upwards(place: Place) -> Iterator[tuple[Place, tuple[str, ...]]]:
 def begun(folder: RunFolder, inside: str = "") -> Iterator[str]:
     """Ids of the slides that have a plan."""
     for name in (folder.place / inside if inside else folder.place).folders():
-        if name in PARTS:
+        if inside and name in PARTS:
             continue
         slide = f"{inside}/{name}" if inside else name
         if (folder.slide(slide).manifest / PLAN).is_file():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.isolation import WATCH
@@ -41,12 +43,49 @@ class Task:
     index: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Explained:
+    """What explaining a span took.
+
+    Attributes:
+        patches: how many there were.
+        waited_s: seconds that the model waited for pixels.
+        model_s: seconds of the model, and of preparing its input.
+        read_s: seconds that threads spent reading patches, summed over the threads.
+    """
+
+    patches: int
+    waited_s: float = 0.0
+    model_s: float = 0.0
+    read_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Performed:
+    """An attempt at a task: what came of it, how long it took, and which process did it.
+
+    Attributes:
+        result: the stage's small result; None after an error.
+        seconds: wall time.
+        worker: the process, as `host:process id`.
+        error: why it failed, on one line; "" where it did not.
+        again: whether the task is tried once more after the error.
+    """
+
+    result: Any
+    seconds: float = 0.0
+    worker: str = ""
+    error: str = ""
+    again: bool = False
+
+
 class Context:
     """What a process keeps between tasks: the model and the slides it has open."""
 
     def __init__(self, run: RunPlan, overwrite: bool = False, model: Explainer | None = None) -> None:
         share_arenas()
         self.run = run
+        self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self._overwrite = overwrite
         self._lock = threading.Lock()
         self._model = model

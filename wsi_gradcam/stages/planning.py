@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.annotations import Regions, regions_for
 from wsi_gradcam.errors import ResumeError, StoreError, one_line
-from wsi_gradcam.finish import RECORD_KEYS
+from wsi_gradcam.finish import RECORD_KEYS, told
 from wsi_gradcam.plan import RunPlan, SlidePlan
 from wsi_gradcam.plan import plan_slide as make_plan
 from wsi_gradcam.stages.stitching import channels
@@ -109,7 +109,7 @@ def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
         if missing := RECORD_KEYS - done.keys():
             raise KeyError(f"done.json has no {', '.join(sorted(missing))}")
         manifest.fold()
-        return Pending(plan.patches, 0, [], [], done)
+        return Pending(plan.patches, 0, [], [], told(done))
     explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
     return Pending(

@@ -7,6 +7,7 @@ import io
 import platform
 import time
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
-    "model_digest", "label", "site", "scanner",
+    "model_digest", "label", "site", "scanner", "tried",
 )  # fmt: skip
 OLDEST = 11  # columns that every version had, the first ones
 PACKAGES = (
@@ -66,7 +67,7 @@ def write_run(place: AnyPlace, run: RunPlan) -> None:
         "model": model,
         "targets": [asdict(target) for target in run.targets],
         "choice": facts.choice.to_json(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
     place_of(place).write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
@@ -185,6 +186,12 @@ class SlideTable:
 
     def _with_waiting(self, data: bytes | None) -> bytes:
         return _encoded({**({} if data is None else _parsed(self._place, data)), **self._waiting})
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Python and of all packages that results may depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:
