@@ -283,7 +283,7 @@ def test_a_table_that_names_folders_outside_is_refused(tmp_path: Path, out: Path
 def test_exports_in_out_are_no_slides(tmp_path: Path, out: Path) -> None:
     shutil.copytree(out, tmp_path / "out")
     (tmp_path / "out" / "slides.csv").unlink()
-    for name in ("exports/a.ome.zarr/x/manifest", "manifest/x/manifest"):
+    for name in ("exports/a.ome.zarr/x/manifest", "b/manifest/x/manifest"):
         (tmp_path / "out" / name).mkdir(parents=True)
         shutil.copy(out / "a.tif" / "manifest" / "plan.json", tmp_path / "out" / name)
     assert open_result(tmp_path / "out").ids == ["a.tif", "inner/b.tif"]
