@@ -21,7 +21,7 @@ from wsi_gradcam.stages import Explained, Pending, Performed, Task
 PATCHES, SPAN = 1000, 256  # of a slide
 BLOCKS = (12, 4, 1, 1, 1, 1, 1)  # by level: 100,000 x 80,000 px at the default stride
 # Patches/s of a GPU: ResNet-50 at 224 px runs forward at 1,000 to 2,500 (T4 to A100, half precision, published
-# figures); explaining the last layer costs a tenth more. The others were measured here, on one core.
+# figures); explaining the last layer costs a tenth more. The seconds of other stages are assumed, not measured.
 RATE = 1000.0
 SECONDS = {"plan": 0.5, "stitch": 0.1, "coarsen": 0.04, "finish": 0.4}
 # What belongs to a worker of its own machine is not to slow down its neighbours here.
