@@ -33,6 +33,8 @@ EXPECTED = {
     "UnknownNameError": LookupError,
     "ResumeError": ValueError,
     "WorkerError": RuntimeError,
+    "SlideMemoryError": RuntimeError,
+    "StoppedError": WsiGradcamError,
 }
 
 

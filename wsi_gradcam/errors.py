@@ -39,7 +39,7 @@ class SlideReadError(SlideError, OSError):
     """A region of an opened slide could not be decoded."""
 
 
-class SlideMemoryError(SlideError, MemoryError):
+class SlideMemoryError(SlideError, RuntimeError):
     """A slide on which workers died, mostly for lack of memory."""
 
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from wsi_gradcam.errors import AnnotationError, ResumeError, StoppedError, StoreError, WorkerError, one_line
+from wsi_gradcam.errors import (
+    AnnotationError,
+    ResumeError,
+    SlideMemoryError,
+    StoppedError,
+    StoreError,
+    WorkerError,
+    one_line,
+)
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.stages import Pending, Performed, Task
 
@@ -18,7 +26,7 @@ OK, FAILED, NO_TISSUE = "ok", "failed", "no_tissue"
 Observer = Callable[[Task, Performed], None]
 
 # What may be otherwise the next time, or is found out at no cost; all else lasts as long as slide and settings do.
-PASSING = (AnnotationError, ConnectionError, MemoryError, ResumeError, TimeoutError)
+PASSING = (AnnotationError, ConnectionError, MemoryError, ResumeError, SlideMemoryError, TimeoutError)
 
 
 class FatalError(Exception):
