@@ -34,7 +34,7 @@ EXPECTED = {
     "ResumeError": ValueError,
     "WorkerError": RuntimeError,
     "SlideMemoryError": RuntimeError,
-    "StoppedError": WsiGradcamError,
+    "StoppedError": RuntimeError,
 }
 
 
