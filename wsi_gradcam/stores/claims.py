@@ -61,7 +61,8 @@ class Holder:
 
 def new_run_id() -> str:
     """A name for a run, which sorts by time."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{uuid.uuid4().hex[:6]}"
 
 
 def read_holder(out: Place) -> Holder | None:
