@@ -12,10 +12,10 @@
 The first two: real slides, ResNet-18 in eager float32, sides taking turns, medians; from the moment when a tenth of
 the patches is done to the end of the run, so that starting processes and loading the model do not count.
 
-The simulation: a scheduler as a process, the real executor, plugin, orders and answers; real Dask workers with GPU=1,
-many in a process, whose tasks sleep. A slide has 1,000 patches; GPUs explain 1,000 patches/s, which is assumed; what
-all else takes is measured before, on a slide of 10 gigapixels with as many patches, on this machine's disk. 8 workers
-get 250 slides, 64 get 2,000, 256 get 8,000: half a minute of work for each. Time is slowed down by the factor
+The simulation: a scheduler as a process, the real executor, plugin, orders and answers; real Dask workers with GPU=1
+and four threads, many in a process, whose tasks sleep. A slide has 1,000 patches; GPUs explain 1,000 patches/s, which
+is assumed; what all else takes is measured before, on a slide of 1 gigapixel with 5 % tissue, which is as many patches.
+8 workers get 250 slides, 64 get 2,000, 256 get 8,000: half a minute of work for each. Time is slowed down by the factor
 `slowness`, so that two cores can be all those machines: sleeps and the sizes of orders are multiplied by it.
 `scheduler_load` and `client_load` are their CPU seconds over the time that the run would take without it: below 1
 they keep up in real time.
@@ -72,13 +72,13 @@ class Scale:
     rounds: int
     side_px: int
     slides: int
-    gigapixel_px: int
+    slide_px: int
     simulations: tuple[tuple[int, float], ...]
     slides_a_worker: float
     counts: tuple[int, ...]
 
 
-FULL = Scale(3, 6144, 3, 98_400, SIMULATIONS, SLIDES_A_WORKER, COUNTS)
+FULL = Scale(3, 6144, 3, 31_623, SIMULATIONS, SLIDES_A_WORKER, COUNTS)
 QUICK = Scale(1, 900, 2, 1500, ((4, 1.0),), 3, (10, 300))
 
 
@@ -215,8 +215,8 @@ class Peak:
                 return
 
 
-def stage_seconds(folder: Path, side_px: int) -> dict[str, float]:
-    """What the tasks of a slide with about PATCHES patches take on this machine, the model apart: medians."""
+def costs_of(folder: Path, side_px: int) -> dict[str, Any]:
+    """The tasks of a slide with about PATCHES patches: mean seconds on this machine, the model apart, and blocks."""
     from tests.synthetic import write_gigapixel_slide
 
     slide = folder / "slide.tiff"
@@ -226,7 +226,11 @@ def stage_seconds(folder: Path, side_px: int) -> dict[str, float]:
     executor, slides = SerialExecutor(), find_slides([slide])
     seconds: defaultdict[str, list[float]] = defaultdict(list)
 
+    blocks: list[int] = []
+
     def observe(task: Task, performed: Performed) -> None:
+        if task.stage == "plan":
+            blocks.extend(len(level) for level in performed.result.blocks)
         if task.stage != "explain":
             seconds[task.stage].append(performed.seconds)
             return
@@ -237,10 +241,10 @@ def stage_seconds(folder: Path, side_px: int) -> dict[str, float]:
 
     plan = plan_run(folder / "out", spec(), executor.examine(spec(), settings, slides), settings)
     assert [record.status for record in executor.run(plan, slides, False, observe)] == ["ok"]
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {"seconds": {name: statistics.fmean(values) for name, values in seconds.items()}, "blocks": blocks}
 
 
-def simulate(folder: Path, workers: int, slowness: float, slides: int, seconds: dict[str, float]) -> dict[str, float]:
+def simulate(folder: Path, workers: int, slowness: float, slides: int, costs: dict[str, Any]) -> dict[str, float]:
     """Figures of a run on simulated workers."""
     file = folder / "scheduler.json"
     with ExitStack() as stack:
@@ -274,7 +278,7 @@ def simulate(folder: Path, workers: int, slowness: float, slides: int, seconds: 
                 str(count),
                 str(THREADS),
                 str(slowness),
-                json.dumps(seconds),
+                json.dumps(costs),
             )
             stack.enter_context(process(*arguments))
         executor = stack.enter_context(closing(DaskExecutor(scheduler=address, device="cuda", wait_s=300)))
@@ -327,12 +331,12 @@ def _cpu_s(watched: psutil.Process) -> float:
 def simulation(folder: Path, scale: Scale, found: dict[str, Any]) -> None:
     """Clusters of several sizes."""
     folder.mkdir(parents=True)
-    seconds = stage_seconds(folder, scale.gigapixel_px)
-    found["simulation"] = {"patches_per_s": RATE, "span": SPAN, "patches_a_slide": PATCHES, "seconds": seconds}
+    costs = costs_of(folder, scale.slide_px)
+    found["simulation"] = {"patches_per_s": RATE, "span": SPAN, "patches_a_slide": PATCHES, "threads": THREADS, **costs}
     for workers, slowness in scale.simulations:
         place = folder / str(workers)
         place.mkdir()
-        figures = simulate(place, workers, slowness, round(workers * scale.slides_a_worker), seconds)
+        figures = simulate(place, workers, slowness, round(workers * scale.slides_a_worker), costs)
         found["simulation"][f"{workers}_workers"] = figures
         found["ratios"] |= {f"{name}_{workers}_workers": figures[name] for name in ("busy", "gpu")}
 

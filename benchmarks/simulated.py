@@ -1,7 +1,7 @@
 """Workers whose tasks are sleeps, many in a process: `python -m benchmarks.simulated ADDRESS COUNT THREADS SLOWNESS S`.
 
 They are real Dask workers with the run's real plugin; only `perform` is replaced. For `scale.py`, which measures S
-(JSON): seconds of the stages, and what a span takes beside the model.
+(JSON): seconds of the stages, what a span takes beside the model, and how many blocks a slide has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from wsi_gradcam.executors.dask import plugin
 from wsi_gradcam.stages import Explained, Pending, Performed, Task
 
 PATCHES, SPAN = 1000, 256  # of a slide
-BLOCKS = (12, 4, 1, 1, 1, 1, 1)  # by level: 100,000 x 80,000 px at the default stride
 RATE = 1000.0  # patches/s of a GPU, as of ResNet-50 at 224 px in half precision; assumed, no GPU was at hand
 # Seconds beside the stages': to read the first batch of an order, while which the GPU waits, and to write a span.
 FIRST_BATCH, WRITING = "first batch", "writing"
@@ -42,6 +41,7 @@ class Clock:
     def __init__(self, slowness: float) -> None:
         self.slowness = slowness
         self.seconds: dict[str, float] = {}
+        self.blocks: list[int] = []  # of a slide, by level
         self.spent_s: defaultdict[str, float] = defaultdict(float)
         self.patches = 0
         self.within_s = 0.0  # in tasks that explain
@@ -64,7 +64,7 @@ class Clock:
                 self.patches += patches
                 self.within_s += end - start
                 self.first, self.last = min(self.first, start), max(self.last, end)
-        return Performed(result_of(task, patches), end - start, str(os.getpid()))
+        return Performed(self._result_of(task, patches), end - start, str(os.getpid()))
 
     def _parts(self, task: Task, patches: int) -> Iterator[tuple[str, float]]:
         """What is done one after the other, and its seconds."""
@@ -76,22 +76,21 @@ class Clock:
         yield task.stage, patches / RATE
         yield WRITING, self.seconds[WRITING]
 
+    def _result_of(self, task: Task, patches: int) -> Any:
+        """What the stage would return."""
+        if task.stage == "plan":
+            spans = list(range(-(-PATCHES // SPAN)))
+            return Pending(PATCHES, PATCHES, spans, [list(range(count)) for count in self.blocks], None)
+        if task.stage == "finish":
+            return {"status": "ok", "patches": PATCHES, "unreadable": 0, "cause": ""}
+        return Explained(patches)
+
     def report(self) -> dict[str, Any]:
         """For the one who asks, once a process."""
         return {
             "pid": os.getpid(), "spent_s": dict(self.spent_s), "within_s": self.within_s, "patches": self.patches,
             "first": self.first, "last": self.last,
         }  # fmt: skip
-
-
-def result_of(task: Task, patches: int) -> Any:
-    """What the stage would return."""
-    if task.stage == "plan":
-        spans = list(range(-(-PATCHES // SPAN)))
-        return Pending(PATCHES, PATCHES, spans, [list(range(count)) for count in BLOCKS], None)
-    if task.stage == "finish":
-        return {"status": "ok", "patches": PATCHES, "unreadable": 0, "cause": ""}
-    return Explained(patches)
 
 
 def report() -> dict[str, Any]:
@@ -115,7 +114,9 @@ CLOCK = Clock(1.0)
 if __name__ == "__main__":
     from benchmarks import simulated  # by the name that tasks know it by
 
-    simulated.CLOCK.slowness, simulated.CLOCK.seconds = float(sys.argv[4]), json.loads(sys.argv[5])
+    costs = json.loads(sys.argv[5])
+    simulated.CLOCK.slowness = float(sys.argv[4])
+    simulated.CLOCK.seconds, simulated.CLOCK.blocks = costs["seconds"], costs["blocks"]
     changes: dict[str, Any] = {
         "perform": simulated.CLOCK.perform, "check_device": lambda *_: None,
     }  # fmt: skip
