@@ -24,7 +24,7 @@ HEAVY = (
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
-errors  memory  urls
+errors  memory  urls  object_stores
 isolation
 geometry
 stain.density  stain.macenko  stain.reinhard  stain
@@ -37,7 +37,8 @@ slide_list  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
 quality  annotations  tissue  patches  reading  sampling
-stores  stores.files  mask_picture
+stores  stores.files  stores.place  stores.local_place  stores.remote_zarr  stores.remote_place  stores.places
+mask_picture
 models.outputs  models.graph  models.transform  models.batches  models.pickles
 models.sources  models.reproducible  models.load  models.live
 cam  cam.names  cam.choice  cam.remembered  cam.targets  cam.probe  cam.score  cam.layout  cam.facts
@@ -134,8 +135,18 @@ def test_every_room_exists() -> None:
         ("openslide", {"slides.openslide_reader"}),
         ("rich", {"report", "demo"}),
         ("yaozarrs", {"validation"}),
-        ("zarr", {"stores.heatmap", "stores.patch_store", "slides.ome_zarr_reader", "slides.remote_zarr"}),
-        ("obstore", {"slides.remote"}),
+        (
+            "zarr",
+            {
+                "stores.heatmap",
+                "stores.patch_store",
+                "stores.local_place",
+                "stores.remote_zarr",
+                "slides.ome_zarr_reader",
+                "slides.remote_zarr",
+            },
+        ),
+        ("obstore", {"object_stores"}),
         ("matplotlib", {"overview"}),
     ],
 )
