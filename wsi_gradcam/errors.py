@@ -71,6 +71,14 @@ class ResumeError(WsiGradcamError, ValueError):
     """The output folder holds results of another model, slide or configuration."""
 
 
+class TileError(WsiGradcamError, LookupError):
+    """A tile that the viewer's page cannot ask for: there is none."""
+
+
+class RangeError(WsiGradcamError, ValueError):
+    """A Range header that is not answered."""
+
+
 class WorkerError(WsiGradcamError, RuntimeError):
     """The cluster cannot do the work: no worker, or one that died too often on the same task."""
 
