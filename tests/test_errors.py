@@ -29,6 +29,8 @@ EXPECTED = {
     "EngineError": ValueError,
     "TargetError": ValueError,
     "StoreError": OSError,
+    "ResultError": ValueError,
+    "UnknownNameError": LookupError,
     "ResumeError": ValueError,
     "WorkerError": RuntimeError,
 }

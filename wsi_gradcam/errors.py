@@ -67,6 +67,14 @@ class StoreError(WsiGradcamError, OSError):
     """The output folder cannot be written or read."""
 
 
+class ResultError(WsiGradcamError, ValueError):
+    """A folder that holds no results, or results that are not there yet."""
+
+
+class UnknownNameError(ResultError, LookupError):
+    """A slide or channel that a result does not have."""
+
+
 class ResumeError(WsiGradcamError, ValueError):
     """The output folder holds results of another model, slide or configuration."""
 

@@ -47,10 +47,10 @@ class HeatmapStore:
     A block is a region that is exactly one shard: no two tasks ever write the same file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
-        self._group = zarr.open_group(path, mode="r+")
-        self._label = self._child(f"labels/{LABEL}")
+        self._group = zarr.open_group(path, mode="r" if read_only else "r+")
+        self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
     def create(
@@ -85,13 +85,22 @@ class HeatmapStore:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """[h, w] of each level."""
-        height, width = self._array(0).shape[1:]
+        height, width = self.array(0).shape[1:]
         return pyramid_shapes(height, width)
 
     @property
     def attributes(self) -> dict[str, Any]:
         """All metadata of the image."""
         return dict(self._group.attrs.asdict())
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels and how they are shown, as the metadata say."""
+        return [
+            Channel(shown["label"], window["min"], window["max"], window["start"], window["end"], shown["active"])
+            for shown in self.attributes["ome"]["omero"]["channels"]
+            for window in [shown["window"]]
+        ]
 
     def blocks(self, level: int) -> list[Region]:
         """The blocks of a level."""
@@ -100,20 +109,20 @@ class HeatmapStore:
     def write(self, level: int, channel: int, block: Region, values: NDArray[np.float32]) -> None:
         """Write one channel of one block, float32 [height, width] of the block."""
         with storing(self._path):
-            self._array(level)[(channel, *block.slices)] = values
+            self.array(level)[(channel, *block.slices)] = values
 
     def write_flags(self, level: int, block: Region, flags: NDArray[np.uint8]) -> None:
         """Write the coverage label of one block: bits TISSUE, EXPLAINED, UNREADABLE."""
         with storing(self._path):
-            self._labels(level)[block.slices] = flags
+            self.labels(level)[block.slices] = flags
 
     def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
         """One channel of a region of a level, float32 [height, width]."""
-        return np.asarray(self._array(level)[(channel, *region.slices)], np.float32)
+        return np.asarray(self.array(level)[(channel, *region.slices)], np.float32)
 
     def read_flags(self, level: int, region: Region) -> NDArray[np.uint8]:
         """The coverage label of a region of a level."""
-        return np.asarray(self._labels(level)[region.slices], np.uint8)
+        return np.asarray(self.labels(level)[region.slices], np.uint8)
 
     def set_channels(self, channels: Sequence[Channel]) -> None:
         """Replace how channels are shown; values are never touched."""
@@ -122,20 +131,21 @@ class HeatmapStore:
             ome["omero"] = _omero(channels)
             self._group.attrs["ome"] = ome
 
-    def _array(self, level: int) -> zarr.Array[Any]:
-        array = self._group[str(level)]
-        assert isinstance(array, zarr.Array)
-        return array
+    def array(self, level: int) -> zarr.Array[Any]:
+        """All channels of a level, float32 [channels, h, w], as a lazy array."""
+        return self._opened(str(level))
 
-    def _labels(self, level: int) -> zarr.Array[Any]:
-        array = self._label[str(level)]
-        assert isinstance(array, zarr.Array)
-        return array
+    def labels(self, level: int) -> zarr.Array[Any]:
+        """The coverage label of a level, uint8 [h, w], as a lazy array."""
+        return self._opened(f"labels/{LABEL}/{level}")
 
-    def _child(self, name: str) -> zarr.Group:
-        group = self._group[name]
-        assert isinstance(group, zarr.Group)
-        return group
+    def _opened(self, name: str) -> zarr.Array[Any]:
+        """An array, opened once: its metadata never change, and opening costs as much as reading a chunk."""
+        if (array := self._arrays.get(name)) is None:
+            found = self._group[name]
+            assert isinstance(found, zarr.Array)
+            array = self._arrays[name] = found
+        return array
 
 
 def _image_metadata(

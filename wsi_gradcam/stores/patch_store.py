@@ -52,9 +52,9 @@ class PatchStore:
     unreadable).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
-        self._group = zarr.open_group(path, mode="r+")
+        self._group = zarr.open_group(path, mode="r" if read_only else "r+")
 
     @classmethod
     def create(
@@ -91,6 +91,11 @@ class PatchStore:
                 shards=(span, targets, *cam_shape), dtype="float32", dimension_names=("patch", "target", "y", "x"),
             )  # fmt: skip
         return cls(path)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the arrays mean: maps, classes, factors."""
+        return dict(self._group.attrs.asdict())
 
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Level-0 px of the patches' top left corners, int64 [n, 2]."""

@@ -1,0 +1,164 @@
+"""`open_result`: a finished, or partly finished, run."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.errors import ResultError, UnknownNameError
+from wsi_gradcam.result.channels import nearest
+from wsi_gradcam.result.notebook import rows_html
+from wsi_gradcam.result.slide import SlideResult
+from wsi_gradcam.stores.layout import RunFolder, SlideFolder
+from wsi_gradcam.stores.manifest import PLAN
+from wsi_gradcam.stores.run_files import read_run, read_slides
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+LISTED = 20  # slides in a notebook
+
+
+class Result:
+    """A run's results: iterates over its slides, `result["a.svs"]` is one of them.
+
+    Attributes:
+        out: the folder, as text.
+        folder: names of its files.
+        run: what run.yaml holds: settings, model, targets, versions.
+    """
+
+    def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
+        self.out, self.folder, self.run = str(folder.path), folder, run
+        rows = read_slides(folder.slides)
+        names = list(rows) or begun(folder.path)
+        self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), run) for name in names}
+
+    def __repr__(self) -> str:
+        return f"<Result {self.out}: {len(self)} slides of {self.run['model']['name']}>"
+
+    def __len__(self) -> int:
+        return len(self._slides)
+
+    def __iter__(self) -> Iterator[SlideResult]:
+        return iter(self._slides.values())
+
+    def __contains__(self, slide_id: object) -> bool:
+        return slide_id in self._slides
+
+    def __getitem__(self, slide_id: str) -> SlideResult:
+        """A slide's results; also of one that is in work and not in slides.csv yet.
+
+        Raises:
+            UnknownNameError: the run has no such slide.
+        """
+        if (found := self._slides.get(slide_id)) is not None:
+            return found
+        parts = slide_id.split("/")
+        folder = self.folder.slide(slide_id)
+        if not {"", ".", ".."} & set(parts) and (folder.manifest / PLAN).exists():
+            return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.run))
+        raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {nearest(slide_id, self.ids)}")
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the slides: those in slides.csv; where that is not there yet, those that were begun."""
+        return list(self._slides)
+
+    @property
+    def classes(self) -> list[str]:
+        """The model's classes."""
+        return list(self.run["model"]["classes"])
+
+    def heatmap(self, channel: str, slide: str | None = None, level: int = 0, *, masked: bool = False) -> xr.DataArray:
+        """A channel of a slide as a lazy array, see `SlideResult.heatmap`; of a run of one slide `slide` is it."""
+        return self._one(slide).heatmap(channel, level, masked=masked)
+
+    @property
+    def patches(self) -> pd.DataFrame:
+        """A row a patch of all finished slides, with the slide's name in the first column `slide`.
+
+        All of it is in memory: a million patches of ten classes take some 200 MB.
+        """
+        import pandas as pd
+
+        frames = {slide.id: slide.patches for slide in self if slide.is_finished}
+        if not frames:
+            raise ResultError(f"{self.out}: no slide is finished; run explain again")
+        whole = pd.concat(frames, names=["slide", "patch"]).reset_index()
+        return whole.astype({"slide": "category"})
+
+    def _one(self, slide_id: str | None) -> SlideResult:
+        if slide_id is not None:
+            return self[slide_id]
+        if len(self) != 1:
+            raise UnknownNameError(f"{self.out}: has {len(self)} slides; say which, {nearest('', self.ids)}")
+        return next(iter(self))
+
+    def _repr_png_(self) -> bytes | None:
+        """The overview, of a run of one slide."""
+        return self._one(None)._repr_png_() if len(self) == 1 else None
+
+    def _repr_html_(self) -> str:
+        """A description for notebooks."""
+        model, slides = self.run["model"], list(self)
+        counts = Counter(slide.status for slide in slides)
+        states = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
+        title = f"{self.out}: {model['name']}, layer {model['layer']}; {len(self):,} slides: {states}"
+        rows = [(slide.id, slide.status, slide.row.get("patches", ""), slide.error) for slide in slides[:LISTED]]
+        return rows_html(title, ("slide", "status", "patches", "error"), rows, len(slides) - len(rows))
+
+
+def open_result(path: str | PathLike[str]) -> Result:
+    """The results in `path`, the folder that `explain` was given as `out`; the run may still be going on.
+
+    Raises:
+        ResultError: there are none; where it is a slide's folder the message says which to open.
+        StoreError: they are damaged.
+    """
+    folder = RunFolder(_local(path))
+    run = read_run(folder.run)
+    if run is not None:
+        return Result(folder, run)
+    if not folder.path.exists():
+        raise ResultError(f"{folder.path}: does not exist, expected a folder that explain made; check the path")
+    above = next((parent for parent in folder.path.absolute().parents if RunFolder(parent).run.exists()), None)
+    mend = f"open {above} and take the slide from it" if above else "give the --out of an explain command"
+    raise ResultError(f"{folder.path}: holds no run.yaml, so it is no result; {mend}")
+
+
+def locate(path: str | PathLike[str]) -> tuple[Result, SlideResult | None]:
+    """The result that `path` is, or is inside of; with the slide whose folder, or a file of it, it is.
+
+    Raises:
+        ResultError: there is none.
+    """
+    place = Path(fspath(path)).absolute()
+    for folder in (place, *place.parents):
+        if RunFolder(folder).run.is_file():
+            result = open_result(folder)
+            inside = place.relative_to(folder).parts
+            names = ["/".join(inside[:count]) for count in range(len(inside), 0, -1)]
+            return result, next((result[name] for name in names if name in result), None)
+    return open_result(path), None
+
+
+def begun(out: Path) -> list[str]:
+    """Ids of the slides below `out` that have a plan."""
+    found = []
+    for place, folders, _ in os.walk(out):
+        if (SlideFolder(Path(place)).manifest / PLAN).exists():
+            found.append(Path(place).relative_to(out).as_posix())
+        folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
+    return sorted(found)
+
+
+def _local(path: str | PathLike[str]) -> Path:
+    if "://" in fspath(path):
+        raise ResultError(f"{path}: object stores cannot be read yet; give a folder")
+    return Path(fspath(path))
