@@ -32,6 +32,10 @@ EXPECTED = {
     "ResultError": ValueError,
     "UnknownNameError": LookupError,
     "ResumeError": ValueError,
+    "TileError": LookupError,
+    "NotShownError": LookupError,
+    "OutsideError": PermissionError,
+    "RangeError": ValueError,
     "WorkerError": RuntimeError,
 }
 

@@ -58,6 +58,7 @@ executors  executors.serial  executors.dask
 api
 report
 demo
+viewer
 cli
 """
 ORDER = {name: number for number, name in enumerate(ROOMS.split())}
@@ -149,6 +150,8 @@ def test_every_room_exists() -> None:
         ),
         ("obstore", {"object_stores"}),
         ("matplotlib", {"overview"}),
+        ("starlette", {"viewer"}),
+        ("uvicorn", {"viewer"}),
     ],
 )
 def test_a_library_is_known_in_one_place(library: str, allowed: set[str]) -> None:

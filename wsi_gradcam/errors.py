@@ -83,6 +83,14 @@ class TileError(WsiGradcamError, LookupError):
     """A tile that the viewer's page cannot ask for: there is none."""
 
 
+class NotShownError(WsiGradcamError, LookupError):
+    """A slide, patch or column that the viewer is asked for and that the results do not have."""
+
+
+class OutsideError(WsiGradcamError, PermissionError):
+    """A path or a link that leads out of the results."""
+
+
 class RangeError(WsiGradcamError, ValueError):
     """A Range header that is not answered."""
 

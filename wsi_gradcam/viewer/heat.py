@@ -1,0 +1,105 @@
+"""Values of heatmaps by region and by point, through a cache of decoded chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_gradcam.errors import TileError
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE
+from wsi_gradcam.viewer.memo import Memo
+from wsi_gradcam.viewer.tile_grid import TileGrid
+from wsi_gradcam.viewer.tiles import Scale, chunks_of, heat_tile, pixel_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.result import ChannelInfo, SlideResult
+    from wsi_gradcam.viewer.archive import Shown
+
+COVERAGE = -1  # instead of a channel's number
+
+
+class Heat:
+    """Reads heatmaps of all slides; decoded chunks are kept up to `most_bytes`."""
+
+    def __init__(self, most_bytes: int = 96 << 20) -> None:
+        self._chunks = Memo(most_bytes)
+
+    def tile(self, shown: Shown, channel: int, level: int, row: int, column: int) -> bytes:
+        """A tile of a channel, see `heat_tile`.
+
+        Raises:
+            TileError: there is no such tile or channel.
+        """
+        found, region = channel_of(shown.result, channel), heat_grid(shown.result).region(level, row, column)
+        values, flags = self.read(shown, channel, level, region), self.read(shown, COVERAGE, level, region)
+        return heat_tile(values, flags.astype(np.uint8), scale_of(found))
+
+    def at(self, shown: Shown, y: float, x: float) -> dict[str, Any] | None:
+        """All channels' values over level-0 (y, x), None for those without; None outside the heatmap."""
+        result = shown.result
+        pixel = pixel_of(y, x, result.stride_px, result.levels[0])
+        if pixel is None:
+            return None
+        region = Region(*pixel, 1, 1)
+        bits = int(self.read(shown, COVERAGE, 0, region)[0, 0])
+        values = [float(self.read(shown, channel.number, 0, region)[0, 0]) for channel in result.channels]
+        return {
+            "values": [round(value, 6) if bits & EXPLAINED else None for value in values],
+            "tissue": bool(bits & TISSUE),
+            "explained": bool(bits & EXPLAINED),
+            "unreadable": bool(bits & UNREADABLE),
+        }
+
+    def read(self, shown: Shown, channel: int, level: int, region: Region) -> NDArray[Any]:
+        """Values of a channel, or of the coverage, in a region of a level [h, w]."""
+        parts = chunks_of(region, CHUNK)
+        if len(parts) == 1:
+            return _part(self._chunk(shown, channel, level, *parts[0]), *parts[0], region)
+        out = np.zeros((region.height, region.width), np.uint8 if channel == COVERAGE else np.float32)
+        for row, column in parts:
+            inside = region.intersect(Region(row * CHUNK, column * CHUNK, CHUNK, CHUNK))
+            place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
+            out[place.slices] = _part(self._chunk(shown, channel, level, row, column), row, column, inside)
+        return out
+
+    def _chunk(self, shown: Shown, channel: int, level: int, row: int, column: int) -> NDArray[Any]:
+        result, key = shown.result, (shown.key, shown.version, channel, level, row, column)
+
+        def read() -> NDArray[Any]:
+            whole = Region(0, 0, *result.levels[level])
+            region = Region(row * CHUNK, column * CHUNK, CHUNK, CHUNK).intersect(whole)
+            if channel == COVERAGE:
+                return result.read_coverage(level, region)
+            return result.read(result.channels[channel], level, region)
+
+        return self._chunks.get(key, read, lambda chunk: int(chunk.nbytes)) if shown.is_kept else read()
+
+
+def heat_grid(result: SlideResult) -> TileGrid:
+    """The tiles of a slide's heatmap: its own levels."""
+    return TileGrid(*result.levels[0], len(result.levels))
+
+
+def channel_of(result: SlideResult, number: int) -> ChannelInfo:
+    """A channel by its number.
+
+    Raises:
+        TileError: there is none.
+    """
+    if not 0 <= number < len(result.channels):
+        raise TileError(f"no channel {number}; there are {len(result.channels)}, counted from 0")
+    return result.channels[number]
+
+
+def scale_of(channel: ChannelInfo) -> Scale:
+    """How the values of a channel are written in tiles."""
+    return Scale.around(channel.minimum, channel.maximum)
+
+
+def _part(chunk: NDArray[Any], row: int, column: int, region: Region) -> NDArray[Any]:
+    y, x = region.y - row * CHUNK, region.x - column * CHUNK
+    return chunk[y : y + region.height, x : x + region.width]
