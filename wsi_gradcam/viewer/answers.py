@@ -18,7 +18,7 @@ from wsi_gradcam.errors import (
     WsiGradcamError,
     one_line,
 )
-from wsi_gradcam.viewer.gallery import plain
+from wsi_gradcam.viewer.archive import shown_name
 from wsi_gradcam.viewer.ranges import byte_range
 from wsi_gradcam.viewer.work import BusyError, GoneError
 
@@ -101,6 +101,6 @@ def answered(handler: Handler) -> Handler:
             headers = {"Cache-Control": NEVER}
             if status == 503:
                 headers["Retry-After"] = "1"
-            return JSONResponse({"error": plain(one_line(error))}, status, headers)
+            return JSONResponse({"error": shown_name(one_line(error))}, status, headers)
 
     return answer

@@ -1,7 +1,7 @@
 """The server's addresses. Each handler finds its slide, has a thread make the answer, and says how long it holds.
 
 /                                              the page; /page/... its modules
-/api/run, /api/slides, /api/slides/KEY         JSON
+/api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
 /api/slides/KEY/values, .../patches/...        what lies at a point, a patch, the highest patches
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  and heat/CHANNEL/LEVEL/ROW_COLUMN.png, patch/NUMBER.jpg, thumb.jpg
 /files/KEY/..., /zarr/ID/heatmap.ome.zarr/...  files of the results, the second by ranges
@@ -80,6 +80,7 @@ class Viewer:
         found = {
             "/api/run": self.run,
             "/api/slides": self.slides,
+            "/api/slide": self.slide_named,
             slide: self.slide,
             f"{slide}/values": self.values,
             f"{slide}/patches/at": self.patch_at,
@@ -116,6 +117,14 @@ class Viewer:
         """Facts of a slide."""
         key = request.path_params["key"]
         return json_answer(await self._made(request, lambda: self._inquiries.slide(key), self._slide_work))
+
+    async def slide_named(self, request: Request) -> Response:
+        """Facts of the slide with an id."""
+        name = request.query_params.get("id", "")
+        facts = await self._made(
+            request, lambda: self._inquiries.slide(self._archive.named(name).key), self._slide_work
+        )
+        return json_answer(facts)
 
     async def values(self, request: Request) -> Response:
         """All channels' values at a point."""

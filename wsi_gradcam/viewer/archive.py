@@ -92,9 +92,12 @@ class Archive:
             self._checked.add((key, shown.version))
         return shown
 
-    def find_id(self, slide_id: str) -> Shown:
-        """The slide with an id; otherwise as `find`."""
-        return self.find(key_of(slide_id))
+    def named(self, slide_id: str) -> Shown:
+        """The slide with an id, or with one that looks so where it is no text; otherwise as `find`."""
+        if (key := key_of(slide_id)) in self._shown:
+            return self.find(key)
+        similar = (s.key for s in self.slides() if shown_name(s.result.id) == slide_id)
+        return self.find(next(similar, key))
 
     def open_slide(self, shown: Shown) -> Slide:
         """The slide itself; also of one that failed before it had a plan.
@@ -144,6 +147,11 @@ class Archive:
 def key_of(slide_id: str) -> str:
     """What stands for a slide's id in addresses."""
     return _digest(slide_id)[:16]
+
+
+def shown_name(text: str) -> str:
+    """Text for JSON: file names that are not UTF-8 have surrogates in them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _digest(text: str) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam import __version__
 from wsi_gradcam.errors import SlideError, WsiGradcamError, one_line
 from wsi_gradcam.stores.places import place_of
-from wsi_gradcam.viewer.gallery import plain, status_of
+from wsi_gradcam.viewer.archive import shown_name
+from wsi_gradcam.viewer.gallery import status_of
 from wsi_gradcam.viewer.heat import heat_grid, scale_of
 from wsi_gradcam.viewer.tiles import slide_grid
 
@@ -27,11 +28,11 @@ def run_facts(archive: Archive) -> dict[str, Any]:
     settings = result.run.get("settings", {})
     return {
         "version": __version__,
-        "name": plain(archive.out.name),
-        "model": plain(str(model["name"])),
+        "name": shown_name(archive.out.name),
+        "model": shown_name(str(model["name"])),
         "untrained": model.get("weights") == "random",
         "layer": str(model.get("layer", "")),
-        "classes": [plain(label) for label in result.classes],
+        "classes": [shown_name(label) for label in result.classes],
         "methods": list(settings.get("method", [])),
         "patch_px": list(model["patch_px"]),
         "patch_mpp": model["mpp"],
@@ -45,9 +46,9 @@ def slide_facts(archive: Archive, shown: Shown, slide: Slide | SlideError) -> di
     facts: dict[str, Any] = {
         "key": shown.key,
         "version": shown.version,
-        "id": plain(result.id),
+        "id": shown_name(result.id),
         "status": status_of(shown),
-        "error": plain(result.error),
+        "error": shown_name(result.error),
         "slide": _picture(slide),
         "heat": None,
         "channels": [],
@@ -69,7 +70,7 @@ def slide_facts(archive: Archive, shown: Shown, slide: Slide | SlideError) -> di
         facts["table"] = result.is_finished and plan.patches > 0
         facts["audit"] = f"/files/{shown.key}/report.html" if _has(place_of(result.folder.path) / AUDIT) else None
     except (WsiGradcamError, OSError, KeyError) as error:
-        facts["heat_problem"] = plain(facts["error"] or one_line(error))
+        facts["heat_problem"] = shown_name(facts["error"] or one_line(error))
         if not isinstance(slide, SlideError):
             facts["size_px"], facts["mpp"] = [slide.info.height, slide.info.width], list(slide.info.mpp_yx)
     return facts
@@ -87,7 +88,7 @@ def patch_columns(result: SlideResult, number: int) -> list[dict[str, Any]]:
     return [
         {
             "channel": channel.number,
-            "label": plain(channel.label),
+            "label": shown_name(channel.label),
             "unit": channel.unit,
             "values": [[round(float(value), 5) for value in row] for row in cam],
         }
@@ -97,7 +98,7 @@ def patch_columns(result: SlideResult, number: int) -> list[dict[str, Any]]:
 
 def _picture(slide: Slide | SlideError) -> dict[str, Any]:
     if isinstance(slide, SlideError):
-        return {"problem": plain(one_line(slide))}
+        return {"problem": shown_name(one_line(slide))}
     grid = slide_grid(slide.info)
     return {
         "problem": None,
@@ -112,9 +113,9 @@ def _channel(channel: ChannelInfo, windows: dict[str, tuple[float, float]]) -> d
     scale, run = scale_of(channel), windows.get(channel.label)
     return {
         "number": channel.number,
-        "label": plain(channel.label),
+        "label": shown_name(channel.label),
         "method": channel.method,
-        "target": plain(channel.target),
+        "target": shown_name(channel.target),
         "unit": channel.unit,
         "range": [channel.minimum, channel.maximum],
         "window": list(channel.window),

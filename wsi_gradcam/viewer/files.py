@@ -66,7 +66,7 @@ class Files:
         slide_id, found, inner = path.partition(f"/{HEATMAP}/")
         if not found:
             raise NotShownError(f"no such file; expected SLIDE/{HEATMAP}/...")
-        shown = self._archive.find_id(slide_id)
+        shown = self._archive.named(slide_id)
         place = below(place_of(shown.result.folder.heatmap), inner)
         check_inside(self._archive.out, place)
         try:

@@ -11,6 +11,7 @@ import numpy as np
 
 from wsi_gradcam.errors import WsiGradcamError
 from wsi_gradcam.result.slide import UNFINISHED
+from wsi_gradcam.viewer.archive import shown_name
 
 if TYPE_CHECKING:
     from wsi_gradcam.result import SlideResult
@@ -121,9 +122,9 @@ def _row(shown: Shown, scores: Scores | None) -> dict[str, Any]:
     return {
         "key": shown.key,
         "version": shown.version,
-        "id": plain(result.id),
+        "id": shown_name(result.id),
         "status": status_of(shown),
-        "error": plain(result.error),
+        "error": shown_name(result.error),
         "patches": int(result.row.get("patches") or 0),
         "unreadable": int(result.row.get("unreadable") or 0),
         "scores": scores,
@@ -133,8 +134,3 @@ def _row(shown: Shown, scores: Scores | None) -> dict[str, Any]:
 def status_of(shown: Shown) -> str:
     """As slides.csv says; looking into the folder of each slide of an archive would take minutes."""
     return shown.result.row.get("status") or UNFINISHED
-
-
-def plain(text: str) -> str:
-    """Text for JSON: file names that are not UTF-8 have surrogates in them."""
-    return text.encode("utf-8", "replace").decode()

@@ -1,7 +1,7 @@
 // The panel that sets the layers of the view that is worked on.
 
 import { MAPS } from "./colours.js";
-import { element, find, option, short } from "./dom.js";
+import { element, fill, find, option, short } from "./dom.js";
 import { WINDOWS, fresh, withWindow } from "./layers.js";
 
 const SLIDER = 1000; // steps
@@ -18,7 +18,8 @@ export class Controls {
   show(slide, layers, active, views) {
     this.slide = slide;
     this.layers = layers;
-    this.element.replaceChildren(
+    fill(
+      this.element,
       element("h2", {}, "Layers"),
       views > 1 ? this.viewChoice(active) : null,
       ...this.emptyText(),
@@ -72,7 +73,7 @@ export class Controls {
       })),
       ...this.windowRows(number, layer, channel),
       row("Hide below", ...this.threshold(layer, channel, set)),
-      row("Fade low values", element("input", {
+      row("Fade low", element("input", {
         type: "checkbox", checked: layer.fade, "data-name": "fade",
         onchange: (event) => set({ fade: event.target.checked }),
       })),

@@ -15,6 +15,11 @@ export function element(tag, settings = {}, ...children) {
   return made;
 }
 
+/** Replace what is in an element; null stands for nothing. */
+export function fill(parent, ...children) {
+  parent.replaceChildren(...children.filter((child) => child !== null && child !== undefined));
+}
+
 export function option(value, text, chosen = false) {
   return element("option", { value, selected: chosen }, text);
 }
@@ -26,6 +31,13 @@ export function later(wait, action) {
     clearTimeout(timer);
     timer = setTimeout(() => action(...given), wait);
   };
+}
+
+/** A bar for a share of 0 to 1, beside its number. */
+export function shareBar(share) {
+  const bar = element("span", { class: "share", "aria-hidden": "true" }, element("span"));
+  bar.firstChild.style.width = `${100 * Math.min(1, Math.max(0, share || 0))}%`;
+  return bar;
 }
 
 /** Tell screen readers. */

@@ -1,8 +1,8 @@
 // The slides of the run: pictures with scores, searched and sorted by the server, a page at a time.
 
 import { recolour, table } from "./colours.js";
-import { element, find, later, option, say } from "./dom.js";
-import { fresh } from "./layers.js";
+import { element, find, later, option, shareBar } from "./dom.js";
+import { firstChannel, fresh } from "./layers.js";
 import * as server from "./server.js";
 
 const PAGE = 24;
@@ -106,7 +106,7 @@ export class Gallery {
     return element("dl", { class: "scores" }, ...Object.entries(scores).flatMap(([label, { share, top }]) => [
       element("dt", {}, label),
       element("dd", { title: "share of the patches given to this class; mean probability of the ten highest" },
-        element("meter", { value: share, min: 0, max: 1, "aria-label": `share of ${label}` }),
+        shareBar(share),
         ` ${(100 * share).toFixed(1)} %, top ${top.toFixed(2)}`),
     ]));
   }
@@ -115,20 +115,20 @@ export class Gallery {
     for (const { isIntersecting, target } of seen) {
       if (!isIntersecting) continue;
       this.painter.unobserve(target);
-      paintThumb(target).catch(() => target.classList.add("empty"));
+      paintThumb(target, this.run).catch(() => target.classList.add("empty"));
     }
   }
 }
 
 /** The slide, small, with the first channel over it. */
-async function paintThumb(target) {
+async function paintThumb(target, run) {
   if (target.slide.status === "failed") return target.classList.add("empty");
   const facts = await server.slide(target.slide.key);
   if (!facts.slide.problem) {
     target.append(element("img", { src: server.thumb(facts), alt: "", loading: "lazy" }));
   }
   if (!facts.heat) return undefined;
-  const canvas = await heatCanvas(facts, facts.channels[0]);
+  const canvas = await heatCanvas(facts, firstChannel(facts.channels, run.classes));
   // The heatmap's last pixels reach beyond the slide.
   const [height, width] = facts.heat.size_px.map((size, i) => (size * facts.heat.stride_px) / facts.size_px[i]);
   canvas.style.width = `${100 * width}%`;
@@ -136,7 +136,7 @@ async function paintThumb(target) {
   const frame = element("div", { class: "thumb-frame" }, ...target.children, canvas);
   frame.style.aspectRatio = `${facts.size_px[1]} / ${facts.size_px[0]}`;
   target.replaceChildren(frame);
-  return say("");
+  return undefined;
 }
 
 async function heatCanvas(facts, channel) {

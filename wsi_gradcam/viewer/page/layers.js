@@ -4,6 +4,13 @@ import { MAPS, isSigned } from "./colours.js";
 
 export const WINDOWS = { slide: "of this slide", run: "of the whole run", fixed: "fixed" };
 
+/** The channel to begin with: the first; of two classes that both are explained, the second, as it is the positive. */
+export function firstChannel(channels, classes) {
+  const { method } = channels[0];
+  const positive = classes.length === 2 && channels.find((c) => c.method === method && c.target === classes[1]);
+  return positive || channels[0];
+}
+
 /** The layer that a channel begins with; the `order`-th of a view. */
 export function fresh(channel, order = 0) {
   const singles = ["inferno", "blue", "green", "pink", "orange"];
@@ -33,7 +40,7 @@ export function written(layer) {
   const parts = [layer.channel, layer.on ? "on" : "off", layer.map, layer.opacity, layer.kind];
   parts.push(layer.kind === "fixed" ? layer.window.map(plain).join("..") : "");
   parts.push(layer.threshold === null ? "" : plain(layer.threshold), layer.fade ? "fade" : "full");
-  return parts.map((part) => encodeURIComponent(part)).join("~");
+  return parts.map((part) => String(part).replace(/[%~;]/g, escaped)).join("~");
 }
 
 /** The layer that `written` made a text of; null where it is none, or of no channel there is. */
@@ -56,4 +63,5 @@ export function read(text, channels) {
   return withWindow(layer, channel, parts[4], usable ? given : channel.window);
 }
 
+const escaped = (sign) => `%${sign.charCodeAt(0).toString(16)}`;
 const plain = (value) => String(Number(value.toPrecision(6)));

@@ -62,18 +62,17 @@ class App {
   }
 
   async showSlide(wanted) {
-    const key = await keyOf(wanted.slide);
     this.closeSlide();
     this.slide = null;
     document.body.classList.add("has-slide");
     this.gallery.hide();
     find("show-gallery").setAttribute("aria-pressed", "false");
-    const slide = await server.slide(key);
+    const slide = await server.slideNamed(wanted.slide);
     this.slide = slide;
     find("title").textContent = slide.id;
     this.describe(slide);
     if (!slide.size_px || (slide.slide.problem && !slide.heat)) return;
-    this.views = new Views(slide, {
+    this.views = new Views(slide, this.run.classes, {
       pointed: (y, x) => this.pointed(y, x),
       clicked: (y, x) => this.clicked(y, x),
       rested: () => this.remember(),
@@ -188,9 +187,14 @@ class App {
     try {
       const found = await server.values(slide.key, y, x, this.asked.signal);
       if (this.slide !== slide) return;
-      const known = slide.channels.map(({ label }, i) => `${label} ${short(found.values?.[i])}`);
+      const seen = new Set(this.views.layers.flat().map(({ channel }) => channel));
+      const known = slide.channels
+        .map(({ label }, i) => ({ label, text: `${label} ${short(found.values?.[i])}` }))
+        .sort((a, b) => seen.has(b.label) - seen.has(a.label))
+        .map(({ text }) => text);
       const text = found.explained ? known.join(" · ") : found.tissue ? "tissue, not explained" : "not explained";
       find("values").textContent = found.unreadable ? `${text} · partly unreadable` : text;
+      find("values").title = find("values").textContent;
     } catch (error) {
       if (error.name !== "AbortError") find("values").textContent = error.message;
     }
@@ -328,12 +332,6 @@ class App {
       [["?"], "this help", () => find("help-dialog").showModal()],
     ]);
   }
-}
-
-/** What stands for a slide's id in the server's addresses: the beginning of its sha256. */
-async function keyOf(id) {
-  const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(id));
-  return [...new Uint8Array(digest)].slice(0, 8).map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 try {

@@ -1,7 +1,7 @@
 // The panel of one patch: what the model saw, its own CAMs over it, numbers, quality, neighbours.
 
 import { colours, shade } from "./colours.js";
-import { element, find, option, say, short } from "./dom.js";
+import { element, fill, find, option, say, shareBar, short } from "./dom.js";
 import { fresh } from "./layers.js";
 import { UNITS } from "./legend.js";
 import { patchPicture } from "./server.js";
@@ -27,7 +27,8 @@ export class PatchPanel {
     this.element.hidden = false;
     const [height, width] = slide.patch.footprint_px;
     const middle = [patch.y + height / 2, patch.x + width / 2].map((px, i) => Math.round(px * slide.mpp[i]));
-    this.element.replaceChildren(
+    fill(
+      this.element,
       element("div", { class: "panel-head" },
         element("h2", {}, `Patch ${patch.number}`),
         element("button", { type: "button", class: "small", "aria-label": "Close patch", onclick: () => this.close() },
@@ -127,9 +128,7 @@ export class PatchPanel {
       element("th", { scope: "row" }, label),
       element("td", {}, short(patch[`logit_${label}`])),
       element("td", {}, short(patch[`probability_${label}`])),
-      element("td", {}, element("meter", {
-        min: 0, max: 1, value: patch[`probability_${label}`] ?? 0, "aria-label": `probability of ${label}`,
-      })));
+      element("td", {}, shareBar(patch[`probability_${label}`])));
     const heads = ["class", "logit", "probability", ""].map((text) =>
       text ? element("th", { scope: "col" }, text) : element("td"));
     return element("table", {}, element("thead", {}, element("tr", {}, ...heads)),

@@ -11,6 +11,7 @@ const query = (values) => new URLSearchParams(values).toString();
 
 export const run = () => json("/api/run");
 export const slides = (values, signal) => json(`/api/slides?${query(values)}`, signal);
+export const slideNamed = (id) => json(`/api/slide?${query({ id })}`);
 export const slide = (key) => json(`/api/slides/${key}`);
 export const values = (key, y, x, signal) => json(`/api/slides/${key}/values?${query({ y, x })}`, signal);
 export const patchAt = (key, y, x) => json(`/api/slides/${key}/patches/at?${query({ y, x })}`);

@@ -1,14 +1,15 @@
 // The one or two views of a slide: what each shows, and that both show the same place.
 
 import { find } from "./dom.js";
-import { fresh, read, written } from "./layers.js";
+import { firstChannel, fresh, read, written } from "./layers.js";
 import { showLegend } from "./legend.js";
 import { Pane } from "./pane.js";
 
 export class Views {
   /** `events` as a pane's, and moved() once for all of them. */
-  constructor(slide, events) {
+  constructor(slide, classes, events) {
     this.slide = slide;
+    this.classes = classes;
     this.events = events;
     this.panes = [];
     this.layers = [];
@@ -20,7 +21,7 @@ export class Views {
   async open(texts) {
     const { channels } = this.slide;
     const known = texts.map((list) => list.map((text) => read(text, channels)).filter(Boolean));
-    const first = known[0] || channels.slice(0, 1).map((channel) => fresh(channel));
+    const first = known[0] || (channels.length ? [fresh(firstChannel(channels, this.classes))] : []);
     await this.add(first);
     if (known[1]) await this.add(known[1]);
   }
