@@ -3,7 +3,7 @@
 /                                              the page; /page/... its modules
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
 /api/slides/KEY/values, .../patches/...        what lies at a point, a patch, the highest patches
-/tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  and heat/CHANNEL/LEVEL/ROW_COLUMN.png, patch/NUMBER.jpg, thumb.jpg
+/tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
 /files/KEY/..., /zarr/ID/heatmap.ome.zarr/...  files of the results, the second by ranges
 """
 
@@ -88,6 +88,7 @@ class Viewer:
             f"{slide}/patches/{{patch:str}}": self.patch,
             f"{tiles}/slide/{{level:str}}/{{row:str}}_{{column:str}}.jpg": self.slide_tile,
             f"{tiles}/heat/{{channel:str}}/{{level:str}}/{{row:str}}_{{column:str}}.png": self.heat_tile,
+            f"{tiles}/cells/{{channel:str}}/{{level:str}}/{{row:str}}_{{column:str}}.png": self.heat_tile,
             f"{tiles}/patch/{{patch:str}}.jpg": self.patch_picture,
             f"{tiles}/thumb.jpg": self.thumb,
             f"/files/{KEY}/{{path:path}}": self.file,
@@ -153,9 +154,9 @@ class Viewer:
         return await self._picture(request, JPEG, lambda shown: self._pictures.slide_tile(shown, *tile))
 
     async def heat_tile(self, request: Request) -> Response:
-        """A tile of a channel."""
-        channel, tile = number(request.path_params["channel"]), _tile(request)
-        return await self._picture(request, PNG, lambda shown: self._pictures.heat_tile(shown, channel, *tile))
+        """A tile of a channel, with its pixels enlarged smoothly (heat) or as they are (cells)."""
+        channel, tile, smooth = number(request.path_params["channel"]), _tile(request), "/heat/" in request.url.path
+        return await self._picture(request, PNG, lambda shown: self._pictures.heat_tile(shown, channel, *tile, smooth))
 
     async def patch_picture(self, request: Request) -> Response:
         """What the model saw of a patch."""

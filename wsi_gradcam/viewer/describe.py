@@ -9,7 +9,7 @@ from wsi_gradcam.errors import SlideError, WsiGradcamError, one_line
 from wsi_gradcam.stores.places import place_of
 from wsi_gradcam.viewer.archive import shown_name
 from wsi_gradcam.viewer.gallery import status_of
-from wsi_gradcam.viewer.heat import heat_grid, scale_of
+from wsi_gradcam.viewer.heat import finer_levels, heat_grid, scale_of
 from wsi_gradcam.viewer.tiles import slide_grid
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def slide_facts(archive: Archive, shown: Shown, slide: Slide | SlideError) -> di
             "size_px": [grid.height, grid.width],
             "levels": grid.levels,
             "tile_px": grid.tile_px,
+            "finer": finer_levels(result),
             "stride_px": result.stride_px,
         }
         windows = run_windows(archive.result)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from wsi_gradcam.errors import TileError
-from wsi_gradcam.geometry import Region
+from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE
 from wsi_gradcam.viewer.memo import Memo
 from wsi_gradcam.viewer.tile_grid import TileGrid
@@ -28,15 +29,18 @@ class Heat:
     def __init__(self, most_bytes: int = 96 << 20) -> None:
         self._chunks = Memo(most_bytes)
 
-    def tile(self, shown: Shown, channel: int, level: int, row: int, column: int) -> bytes:
-        """A tile of a channel, see `heat_tile`.
+    def tile(self, shown: Shown, channel: int, level: int, row: int, column: int, smooth: bool = True) -> bytes:
+        """A tile of a channel, see `heat_tile`; levels finer than the stored are interpolated, or repeat its pixels.
 
         Raises:
             TileError: there is no such tile or channel.
         """
         found, region = channel_of(shown.result, channel), heat_grid(shown.result).region(level, row, column)
-        values, flags = self.read(shown, channel, level, region), self.read(shown, COVERAGE, level, region)
-        return heat_tile(values, flags.astype(np.uint8), scale_of(found))
+        stored = level - finer_levels(shown.result)
+        if stored < 0:
+            return heat_tile(*self._enlarged(shown, channel, region, 1 << -stored, smooth), scale_of(found))
+        values, flags = self.read(shown, channel, stored, region), self.read(shown, COVERAGE, stored, region)
+        return heat_tile(values, flags, scale_of(found))
 
     def at(self, shown: Shown, y: float, x: float) -> dict[str, Any] | None:
         """All channels' values over level-0 (y, x), None for those without; None outside the heatmap."""
@@ -66,6 +70,36 @@ class Heat:
             out[place.slices] = _part(self._chunk(shown, channel, level, row, column), row, column, inside)
         return out
 
+    def _enlarged(
+        self, shown: Shown, channel: int, region: Region, factor: int, smooth: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Values and coverage of a region of the heatmap's level 0 enlarged by `factor`.
+
+        Smooth values are interpolated from pixel centre to pixel centre, coverage is not; what was not explained has no part
+        in its neighbours' values.
+        """
+        height, width = shown.result.levels[0]
+        y, x = max(0, region.y // factor - 1), max(0, region.x // factor - 1)
+        bottom, right = min(height, ceil_div(region.bottom, factor) + 1), min(width, ceil_div(region.right, factor) + 1)
+        source = Region(y, x, bottom - y, right - x)
+        values, flags = self.read(shown, channel, 0, source), self.read(shown, COVERAGE, 0, source)
+        rows, columns = (
+            np.arange(start, stop) // factor - first
+            for start, stop, first in ((region.y, region.bottom, y), (region.x, region.right, x))
+        )
+        if not smooth:
+            return values[rows[:, None], columns], flags[rows[:, None], columns]
+        box = (region.x / factor - x, region.y / factor - y, region.right / factor - x, region.bottom / factor - y)
+
+        def resized(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            return np.asarray(image.resize((region.width, region.height), Image.Resampling.BILINEAR, box=box))
+
+        known = ((flags & EXPLAINED) > 0).astype(np.float32)
+        weights = resized(known)
+        means = resized(values * known) / np.maximum(weights, np.float32(1e-6))
+        return means, flags[rows[:, None], columns]
+
     def _chunk(self, shown: Shown, channel: int, level: int, row: int, column: int) -> NDArray[Any]:
         result, key = shown.result, (shown.key, shown.version, channel, level, row, column)
 
@@ -79,9 +113,19 @@ class Heat:
         return self._chunks.get(key, read, lambda chunk: int(chunk.nbytes)) if shown.is_kept else read()
 
 
+def finer_levels(result: SlideResult) -> int:
+    """Levels finer than what is stored, down to one pixel per level-0 pixel of the slide.
+
+    A browser enlarges each tile by itself, which shows as seams between them where a pixel is many of the screen.
+    """
+    return result.stride_px.bit_length() - 1
+
+
 def heat_grid(result: SlideResult) -> TileGrid:
-    """The tiles of a slide's heatmap: its own levels."""
-    return TileGrid(*result.levels[0], len(result.levels))
+    """The tiles of a slide's heatmap: its own levels below the finer ones."""
+    height, width = result.levels[0]
+    finer = finer_levels(result)
+    return TileGrid(height << finer, width << finer, len(result.levels) + finer)
 
 
 def channel_of(result: SlideResult, number: int) -> ChannelInfo:

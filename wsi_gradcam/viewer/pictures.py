@@ -35,15 +35,15 @@ class Pictures:
             shown, ("slide", level, row, column), lambda s: slide_tile(s, slide_grid(s.info), level, row, column)
         )
 
-    def heat_tile(self, shown: Shown, channel: int, level: int, row: int, column: int) -> bytes:
-        """A tile of a channel, PNG."""
+    def heat_tile(self, shown: Shown, channel: int, level: int, row: int, column: int, smooth: bool) -> bytes:
+        """A tile of a channel, PNG; see `Heat.tile`."""
 
         def make() -> bytes:
-            return self._heat.tile(shown, channel, level, row, column)
+            return self._heat.tile(shown, channel, level, row, column, smooth)
 
         if not shown.is_kept:
             return make()
-        return self._kept.get((shown.key, shown.version, "heat", channel, level, row, column), make, len)
+        return self._kept.get((shown.key, shown.version, smooth, channel, level, row, column), make, len)
 
     def patch(self, shown: Shown, number: int) -> bytes:
         """What the model saw of a patch, before its own transform, JPEG."""

@@ -130,7 +130,7 @@ async function paintThumb(target, run) {
   if (!facts.heat) return undefined;
   const canvas = await heatCanvas(facts, firstChannel(facts.channels, run.classes));
   // The heatmap's last pixels reach beyond the slide.
-  const [height, width] = facts.heat.size_px.map((size, i) => (size * facts.heat.stride_px) / facts.size_px[i]);
+  const [height, width] = facts.heat.size_px.map((size, i) => size / facts.size_px[i]);
   canvas.style.width = `${100 * width}%`;
   canvas.style.height = `${100 * height}%`;
   const frame = element("div", { class: "thumb-frame" }, ...target.children, canvas);

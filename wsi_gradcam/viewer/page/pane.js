@@ -17,6 +17,7 @@ export class Pane {
     this.screen = element("div", { class: "screen" });
     this.element.append(this.screen);
     this.layers = [];
+    this.smooth = true;
     this.shown = []; // a tiled image a layer, or a promise of it
     this.viewer = OpenSeadragon({ ...SETTINGS, element: this.screen });
     this.viewer.canvas.setAttribute("role", "application");
@@ -53,18 +54,18 @@ export class Pane {
   addHeat(channel, opacity) {
     const { heat, size_px: size } = this.slide;
     const [height, width] = heat.size_px;
-    const url = (level, row, column) => heatTile(this.slide, channel.number, level, row, column);
-    const settings = { height, width, levels: heat.levels, tilePx: heat.tile_px, url };
-    return this.add(settings, (width * heat.stride_px) / size[1], { opacity });
+    const { smooth } = this;
+    const url = (level, row, column) => heatTile(this.slide, channel.number, level, row, column, smooth);
+    return this.add({ height, width, levels: heat.levels, tilePx: heat.tile_px, url }, width / size[1], { opacity });
   }
 
   /** Show these layers, from below to above. Changed settings alone need no request. */
-  async setLayers(layers) {
+  async setLayers(layers, anew = false) {
     const before = this.layers;
     this.layers = layers;
     const old = this.shown;
     this.shown = layers.map((layer, i) => {
-      const same = before[i] && before[i].channel === layer.channel && old[i];
+      const same = !anew && before[i] && before[i].channel === layer.channel && old[i];
       return same ? old[i] : this.addHeat(this.channel(layer), 0);
     });
     old.forEach((item, i) => {
@@ -147,8 +148,11 @@ export class Pane {
     this.viewer.addOverlay({ element: this.framed, location: new OpenSeadragon.Rect(x, y, across, height) });
   }
 
+  /** Interpolate between the heatmap's pixels, or show each as it is. */
   setSmooth(smooth) {
-    this.viewer.drawer.setImageSmoothingEnabled(smooth);
+    if (smooth === this.smooth) return;
+    this.smooth = smooth;
+    this.setLayers(this.layers, true);
   }
 
   position(webPoint) {

@@ -73,8 +73,9 @@ export class Views {
   draw(number) {
     const pane = this.panes[number];
     showLegend(pane, this.layers[number]);
+    const drawn = pane.setLayers(this.layers[number]);
     pane.setSmooth(this.smooth);
-    return pane.setLayers(this.layers[number]);
+    return drawn;
   }
 
   led(pane) {
