@@ -75,8 +75,8 @@ class Heat:
     ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Values and coverage of a region of the heatmap's level 0 enlarged by `factor`.
 
-        Smooth values are interpolated from pixel centre to pixel centre, coverage is not; what was not explained has no part
-        in its neighbours' values.
+        Smooth values are interpolated from pixel centre to pixel centre, coverage is not; what was not explained has
+        no part in its neighbours' values.
         """
         height, width = shown.result.levels[0]
         y, x = max(0, region.y // factor - 1), max(0, region.x // factor - 1)
