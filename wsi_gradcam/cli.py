@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("out", help="folder that explain made")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_validate)
+    _add_export(commands)
     _add_view(commands)
     info = commands.add_parser("info", help="what is known of a slide or a model")
     info.add_argument("slide", nargs="*", help="slide files")
@@ -145,6 +146,59 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write results in the formats of other programs")
+    export.add_argument("out", help="folder that explain made")
+    formats = "ome-zarr-0.4, ome-tiff, tiff, geojson, qupath, png, deepzoom; docs/exports.md says which for what"
+    export.add_argument("--to", required=True, metavar="FORMAT", help=formats)
+    export.add_argument("--dest", help="folder for the files (default: OUT/exports)")
+    export.add_argument("--slide", nargs="+", action="extend", default=[], metavar="ID", help="default: all")
+    export.add_argument(
+        "--channel", nargs="+", action="extend", metavar="NAME",
+        help='labels such as "gradcam: tumour", or classes (default: all; of pictures and regions, the first)',
+    )  # fmt: skip
+    export.add_argument("--colormap", help="a colour map of matplotlib (default inferno); gray: one sample")
+    export.add_argument("--window", help="values that colour runs between: run (default), slide, or LOW,HIGH")
+    export.add_argument("--threshold", type=float, help="show values from this on; regions: default middle of window")
+    export.add_argument("--alpha", type=float, help="opacity over the slide (default 0.6)")
+    export.add_argument("--size", type=int, help="longest side of a PNG in pixels (default 2000)")
+    export.add_argument("--overwrite", action="store_true", default=None, help="replace files that exist")
+    export.add_argument("--json", action="store_true", help="print JSON")
+    export.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.export import Exported, export
+
+    names = ("channel", "colormap", "window", "threshold", "alpha", "size", "overwrite")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if "channel" in options:
+        options["channel"] = tuple(options["channel"])
+    if "," in options.get("window", ""):
+        options["window"] = _window(options["window"])
+
+    def tell(done: Exported) -> None:
+        for line in [f"error: {done.slide}: {done.error}"] if done.error else map(str, done.paths):
+            print(line, file=sys.stderr if done.error else sys.stdout, flush=True)
+
+    if arguments.dest is None and "://" in arguments.out:
+        raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
+    dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)
+    done = export(arguments.out, arguments.to, dest, arguments.slide, None if arguments.json else tell, **options)
+    if arguments.json:
+        print(json.dumps([{**each.__dict__, "paths": [str(path) for path in each.paths]} for each in done]))
+    return SOME_FAILED if any(each.error for each in done) else DONE
+
+
+def _window(text: str) -> tuple[float, float]:
+    """LOW,HIGH."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--window is {text!r}, expected run, slide, or two numbers LOW,HIGH") from error
+    return low, high
 
 
 def _explain(arguments: argparse.Namespace) -> int:

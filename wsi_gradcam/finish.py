@@ -16,6 +16,7 @@ from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.stores.manifest import Manifest, span_name
 from wsi_gradcam.stores.patch_store import UNREADABLE, PatchStore
 from wsi_gradcam.table import write_table
+from wsi_gradcam.windows import QUANTILE, window_end
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 # Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
 # quantile well, and memory stays bounded.
 STATISTICS_PX = 1 << 20
-QUANTILE = 0.995
-NARROWEST = 1.0  # logits
 RECORD_KEYS = frozenset({"status", "patches", "unreadable", "cause", "spans", "blocks", "files"})
 
 
@@ -103,17 +102,12 @@ def _most_common(causes: dict[int, str]) -> str:
 
 
 def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
-    """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile.
-
-    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
-    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
-    methods whose values are not logits have no such floor.
-    """
+    """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile."""
     level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
     whole = Region(0, 0, *heatmap.shapes[level])
     values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]
     if not len(values):
         return channel
     low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
-    end = max(top, NARROWEST) if unit == "logit" or top <= 0 else top
+    end = window_end(top, unit)
     return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

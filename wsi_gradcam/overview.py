@@ -111,7 +111,7 @@ def _panels(maps: int, aspect: float) -> tuple[Figure, list[Axes]]:
 def _show_slide(axis: Axes, rgb: NDArray[np.uint8], um_per_px: float, plan: SlidePlan) -> None:
     axis.imshow(rgb)
     axis.set_title("slide" if plan.patches else "slide: no tissue found", fontsize=9)
-    length_um = _round_length(rgb.shape[1] * um_per_px / 4)
+    length_um = round_length(rgb.shape[1] * um_per_px / 4)
     length_px, margin = length_um / um_per_px, rgb.shape[1] * 0.03
     y = rgb.shape[0] - rgb.shape[0] * 0.03
     axis.plot([margin, margin + length_px], [y, y], color="black", linewidth=3, solid_capstyle="butt")
@@ -181,10 +181,10 @@ def _scaled(
     return covered, [heatmap.read(level, channel, whole)[rows[:, None], columns] for channel in channels]
 
 
-def _round_length(length_um: float) -> float:
+def round_length(length_um: float) -> float:
     """The largest 1, 2 or 5 times a power of ten that is not longer.
 
-    >>> _round_length(730.0)
+    >>> round_length(730.0)
     500.0
     """
     power = 10.0 ** np.floor(np.log10(length_um))

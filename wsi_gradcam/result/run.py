@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ResultError, UnknownNameError
 from wsi_gradcam.result.channels import nearest
+from wsi_gradcam.result.display import Progress, run_windows
 from wsi_gradcam.result.notebook import rows_html
 from wsi_gradcam.result.slide import SlideResult
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
@@ -36,6 +37,9 @@ class Result:
     def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
         self.out, self.folder, self.run = str(folder.path), folder, run
         rows = read_slides(folder.slides)
+        for name in rows:
+            if not _is_name(name):
+                raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
         names = list(rows) or begun(folder.path)
         self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), run) for name in names}
 
@@ -59,9 +63,8 @@ class Result:
         """
         if (found := self._slides.get(slide_id)) is not None:
             return found
-        parts = slide_id.split("/")
-        folder = self.folder.slide(slide_id)
-        if not {"", ".", ".."} & set(parts) and (folder.manifest / PLAN).exists():
+        if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).exists():
+            folder = self.folder.slide(slide_id)
             return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.run))
         raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {nearest(slide_id, self.ids)}")
 
@@ -92,6 +95,13 @@ class Result:
             raise ResultError(f"{self.out}: no slide is finished; run explain again")
         whole = pd.concat(frames, names=["slide", "patch"]).reset_index()
         return whole.astype({"slide": "category"})
+
+    def windows(self, progress: Progress | None = None) -> dict[str, tuple[float, float]]:
+        """The display window (low, high) of each channel over all slides, by the channel's label.
+
+        Kept in display.json; the first call, and one after slides have come, reads the new slides.
+        """
+        return run_windows(self, self.folder.display, self.run["run_digest"], progress)
 
     def _one(self, slide_id: str | None) -> SlideResult:
         if slide_id is not None:
@@ -156,6 +166,11 @@ def begun(out: Path) -> list[str]:
             found.append(Path(place).relative_to(out).as_posix())
         folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
     return sorted(found)
+
+
+def _is_name(slide_id: str) -> bool:
+    """Whether it names a folder below OUT, and nothing outside."""
+    return not {"", ".", ".."} & set(slide_id.split("/")) and "\\" not in slide_id
 
 
 def _local(path: str | PathLike[str]) -> Path:

@@ -98,6 +98,11 @@ class SlideResult:
         """(height, width) of the heatmap's levels, finest first; they cover the slide from its corner (0, 0)."""
         return self.plan.level_shapes
 
+    @property
+    def classes(self) -> list[str]:
+        """The model's classes."""
+        return list(self._run["model"]["classes"])
+
     @cached_property
     def store(self) -> HeatmapStore:
         """The heatmap, opened for reading."""

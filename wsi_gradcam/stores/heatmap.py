@@ -94,6 +94,11 @@ class HeatmapStore:
         return dict(self._group.attrs.asdict())
 
     @property
+    def label_attributes(self) -> dict[str, Any]:
+        """All metadata of the coverage label."""
+        return dict(self._group[f"labels/{LABEL}"].attrs.asdict())
+
+    @property
     def channels(self) -> list[Channel]:
         """The channels and how they are shown, as the metadata say."""
         return [

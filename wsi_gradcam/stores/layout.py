@@ -59,6 +59,11 @@ class RunFolder:
         """A row a slide."""
         return self.path / "slides.csv"
 
+    @property
+    def display(self) -> Path:
+        """The run's display windows, made when first asked for."""
+        return self.path / "display.json"
+
     def slide(self, slide_id: str) -> SlideFolder:
         """The folder of a slide."""
         return SlideFolder(self.path / slide_id)

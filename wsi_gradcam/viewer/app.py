@@ -59,9 +59,9 @@ class Viewer:
         slides = OpenSlides()
         self._slides = slides
         self._pictures = Pictures(archive, slides)
-        self._inquiries = Inquiries(archive, slides)
-        self._files = Files(archive)
         self._scorer = Scorer(archive)
+        self._inquiries = Inquiries(archive, slides, self._scorer.windows)
+        self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
         # A slide in an object store may be slow: heatmaps do not wait behind it.
         self._slide_work, self._work = Work(threads), Work(threads)

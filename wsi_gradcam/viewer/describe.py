@@ -13,11 +13,12 @@ from wsi_gradcam.viewer.heat import finer_levels, heat_grid, scale_of
 from wsi_gradcam.viewer.tiles import slide_grid
 
 if TYPE_CHECKING:
-    from wsi_gradcam.result import ChannelInfo, Result, SlideResult
+    from wsi_gradcam.result import ChannelInfo, SlideResult
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.stores.places import Place
     from wsi_gradcam.viewer.archive import Archive, Shown
 
+Windows = dict[str, tuple[float, float]]
 AUDIT = "audit/report.html"
 
 
@@ -40,8 +41,11 @@ def run_facts(archive: Archive) -> dict[str, Any]:
     }
 
 
-def slide_facts(archive: Archive, shown: Shown, slide: Slide | SlideError) -> dict[str, Any]:
-    """Of a slide: its own picture, its heatmap, patches. Either of the first two may be missing, with the reason."""
+def slide_facts(shown: Shown, slide: Slide | SlideError, windows: Windows) -> dict[str, Any]:
+    """Of a slide: its own picture, its heatmap, patches. Either of the first two may be missing, with the reason.
+
+    `windows` are those of the whole run, as far as they are known.
+    """
     result = shown.result
     facts: dict[str, Any] = {
         "key": shown.key,
@@ -66,7 +70,6 @@ def slide_facts(archive: Archive, shown: Shown, slide: Slide | SlideError) -> di
             "finer": finer_levels(result),
             "stride_px": result.stride_px,
         }
-        windows = run_windows(archive.result)
         facts["channels"] = [_channel(channel, windows) for channel in result.channels]
         facts["table"] = result.is_finished and plan.patches > 0
         facts["audit"] = f"/files/{shown.key}/report.html" if _has(place_of(result.folder.path) / AUDIT) else None
@@ -75,12 +78,6 @@ def slide_facts(archive: Archive, shown: Shown, slide: Slide | SlideError) -> di
         if not isinstance(slide, SlideError):
             facts["size_px"], facts["mpp"] = [slide.info.height, slide.info.width], list(slide.info.mpp_yx)
     return facts
-
-
-def run_windows(result: Result) -> dict[str, tuple[float, float]]:
-    """The windows that are the same for all slides of the run, by channel; empty where none were measured."""
-    windows = getattr(result, "windows", None)
-    return dict(windows) if windows else {}
 
 
 def patch_columns(result: SlideResult, number: int) -> list[dict[str, Any]]:
@@ -110,7 +107,7 @@ def _picture(slide: Slide | SlideError) -> dict[str, Any]:
     }
 
 
-def _channel(channel: ChannelInfo, windows: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def _channel(channel: ChannelInfo, windows: Windows) -> dict[str, Any]:
     scale, run = scale_of(channel), windows.get(channel.label)
     return {
         "number": channel.number,

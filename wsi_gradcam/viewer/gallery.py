@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,14 @@ class Scorer:
         self._archive = archive
         self._known: dict[tuple[str, str], Scores] = {}
         self._stop = threading.Event()
+        self._found = threading.Event()
+        self._windows: dict[str, tuple[float, float]] = {}
         self._thread = threading.Thread(target=self._find_all, name="scores", daemon=True)
+
+    def windows(self, wait_s: float = 2.0) -> dict[str, tuple[float, float]]:
+        """The display windows that are the same for all slides, by channel; empty while they are not found yet."""
+        self._found.wait(wait_s)
+        return self._windows
 
     def start(self) -> None:
         """Begin."""
@@ -45,6 +53,9 @@ class Scorer:
 
     def _find_all(self) -> None:
         while True:
+            with suppress(WsiGradcamError, OSError, ValueError):
+                self._windows = self._archive.result.windows()
+            self._found.set()
             for shown in self._archive.slides():
                 if self._stop.is_set():
                     return

@@ -13,7 +13,10 @@ from wsi_gradcam.viewer.memo import Memo
 from wsi_gradcam.viewer.patch_table import PatchTable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from wsi_gradcam.viewer.archive import Archive, Shown
+    from wsi_gradcam.viewer.describe import Windows
     from wsi_gradcam.viewer.slides_open import OpenSlides
 
 MOST_TOP = 100
@@ -24,8 +27,8 @@ WHOLE = re.compile(r"\d{1,9}", re.ASCII)
 class Inquiries:
     """Answers them; the tables of the slides looked at last are kept."""
 
-    def __init__(self, archive: Archive, slides: OpenSlides) -> None:
-        self._archive, self._slides = archive, slides
+    def __init__(self, archive: Archive, slides: OpenSlides, windows: Callable[[], Windows]) -> None:
+        self._archive, self._slides, self._windows = archive, slides, windows
         self._heat = Heat(16 << 20)
         self._tables = Memo(TABLE_BYTES)
 
@@ -34,9 +37,9 @@ class Inquiries:
         shown = self._archive.find(key)
         try:
             with self._slides.lent(f"{key} {shown.version}", lambda: self._archive.open_slide(shown)) as slide:
-                return slide_facts(self._archive, shown, slide)
+                return slide_facts(shown, slide, self._windows())
         except SlideError as error:
-            return slide_facts(self._archive, shown, error)
+            return slide_facts(shown, error, self._windows())
 
     def values(self, key: str, y: float, x: float) -> dict[str, Any]:
         """All channels' values over level-0 (y, x)."""
