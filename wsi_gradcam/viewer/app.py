@@ -170,11 +170,13 @@ class Viewer:
     async def file(self, request: Request) -> Response:
         """A file of a slide's results that people look at."""
         key, path = request.path_params["key"], request.path_params["path"]
-        return await self._made(request, lambda: self._files.file(request, key, path))
+        found: Response = await self._made(request, lambda: self._files.file(request, key, path))
+        return found
 
     async def zarr(self, request: Request) -> Response:
         """A file of a heatmap, for other viewers on this machine."""
-        return await self._made(request, lambda: self._files.zarr(request, request.path_params["path"]))
+        found: Response = await self._made(request, lambda: self._files.zarr(request, request.path_params["path"]))
+        return found
 
     async def _picture(self, request: Request, kind: str, make: Callable[[Shown], bytes]) -> Response:
         """A picture of a slide (JPEG) or of its heatmap (PNG), kept by browsers unless it may change."""

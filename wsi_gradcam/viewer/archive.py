@@ -57,6 +57,7 @@ class Archive:
         self._given, self._slides_folder = out, slides_folder
         self._lock = threading.Lock()
         self._checked: set[tuple[str, str]] = set()
+        self._looked_at, self._known_size = 0.0, -1
         self._read()
 
     @property

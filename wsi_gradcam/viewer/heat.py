@@ -93,11 +93,13 @@ class Heat:
 
         def resized(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
             image = Image.fromarray(np.ascontiguousarray(pixels))
-            return np.asarray(image.resize((region.width, region.height), Image.Resampling.BILINEAR, box=box))
+            return np.asarray(
+                image.resize((region.width, region.height), Image.Resampling.BILINEAR, box=box), np.float32
+            )
 
         known = ((flags & EXPLAINED) > 0).astype(np.float32)
         weights = resized(known)
-        means = resized(values * known) / np.maximum(weights, np.float32(1e-6))
+        means = np.asarray(resized(values * known) / np.maximum(weights, np.float32(1e-6)), np.float32)
         return means, flags[rows[:, None], columns]
 
     def _chunk(self, shown: Shown, channel: int, level: int, row: int, column: int) -> NDArray[Any]:

@@ -93,7 +93,8 @@ class PatchTable:
         return self.values[name]
 
     def _distances(self, numbers: NDArray[np.intp], y: float, x: float) -> NDArray[np.float64]:
-        return np.hypot(self.y[numbers] - y, self.x[numbers] - x)
+        found: NDArray[np.float64] = np.hypot(self.y[numbers] - y, self.x[numbers] - x)
+        return found
 
     def _overlaps(self, number: int, chosen: list[int]) -> bool:
         """Whether a patch shares more than half its length with one of others, along both axes."""

@@ -52,8 +52,8 @@ class Pictures:
         def make(slide: Slide) -> bytes:
             if not 0 <= number < shown.result.plan.patches:
                 raise NotShownError(f"no patch {number}; there are {shown.result.plan.patches}, counted from 0")
-            y, x = shown.result.patch_yx(number)
-            return jpeg(read_region(slide, y, x, *model["patch_px"], model["mpp"]), PATCH_QUALITY)
+            (y, x), (height, width) = shown.result.patch_yx(number), model["patch_px"]
+            return jpeg(read_region(slide, y, x, height, width, model["mpp"]), PATCH_QUALITY)
 
         return self._of_slide(shown, ("patch", number), make)
 

@@ -80,7 +80,8 @@ class Scale:
     def steps(self, values: NDArray[np.float32]) -> NDArray[np.uint16]:
         """Values as whole numbers, to the nearest; beyond the ends, the ends. NaN is 0."""
         scaled = (values - np.float32(self.low)) * np.float32(STEPS / (self.high - self.low))
-        return np.clip(np.nan_to_num(np.rint(scaled), nan=0.0), 0, STEPS).astype(np.uint16)
+        steps: NDArray[np.uint16] = np.clip(np.nan_to_num(np.rint(scaled), nan=0.0), 0, STEPS).astype(np.uint16)
+        return steps
 
 
 def heat_tile(values: NDArray[np.float32], flags: NDArray[np.uint8], scale: Scale) -> bytes:

@@ -21,6 +21,7 @@ const SIGNED = new Set(["coolwarm"]);
 const EXPLAINED = 2; // bit of the coverage
 const FADE = 4; // colour gathers strength over the first quarter of the window, as in overview.png
 const STEPS = 65535;
+const SHADES = 1023;
 
 export const MAPS = [...Object.keys(SAMPLED), ...Object.keys(SINGLE)];
 export const isSigned = (map) => SIGNED.has(map);
@@ -60,11 +61,28 @@ export function shade(settings, list, value) {
 
 /** A colour for each step of a tile whose values run from scale[0] to scale[1], as canvas pixels. */
 export function table(settings, scale) {
-  const list = colours(settings.map);
-  const made = new Uint8ClampedArray((STEPS + 1) * 4);
+  const { window: [low, high], threshold, map } = settings;
+  const shades = palette(settings);
+  const made = new Uint32Array(STEPS + 1);
   const width = (scale[1] - scale[0]) / STEPS;
+  const perValue = SHADES / (high - low || 1);
+  const least = threshold === null ? -Infinity : threshold;
+  const signed = isSigned(map);
   for (let step = 0; step <= STEPS; step += 1) {
-    made.set(shade(settings, list, scale[0] + step * width), step * 4);
+    const value = scale[0] + step * width;
+    if ((signed ? Math.abs(value) : value) < least) continue; // stays transparent
+    made[step] = shades[Math.min(SHADES, Math.max(0, Math.round((value - low) * perValue)))];
+  }
+  return made;
+}
+
+/** The colours of a layer from its window's low to its high end, as canvas pixels. */
+function palette(settings) {
+  const [low, high] = settings.window;
+  const list = colours(settings.map);
+  const made = new Uint8ClampedArray((SHADES + 1) * 4);
+  for (let i = 0; i <= SHADES; i += 1) {
+    made.set(shade({ ...settings, threshold: null }, list, low + ((high - low) * i) / SHADES), i * 4);
   }
   return new Uint32Array(made.buffer);
 }

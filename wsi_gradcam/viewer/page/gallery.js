@@ -95,7 +95,7 @@ export class Gallery {
         element("span", { class: "facts" }, element("span", { class: "badge" }, STATES[slide.status] || slide.status),
           slide.status === "failed" ? "" : ` ${facts.join(", ")}`),
       ),
-      slide.error ? element("p", { class: "error" }, slide.error) : null,
+      slide.error ? element("p", { class: "error", title: slide.error }, slide.error) : null,
       slide.scores ? this.scores(slide.scores) : null,
     );
     this.painter.observe(picture);

@@ -19,6 +19,7 @@ class App {
     this.run = run;
     this.slide = null;
     this.views = null;
+    this.turn = 0;
     this.gallery = new Gallery(run);
     this.controls = new Controls({
       changed: (layers, rebuilt) => this.setLayers(layers, rebuilt),
@@ -48,44 +49,66 @@ class App {
   /** Show what the address says. */
   async followAddress() {
     if (location.hash === this.written) return;
+    this.turn += 1; // what an earlier address still waits for is not shown any more
+    const { turn } = this;
+    this.written = location.hash;
     const wanted = parsed(location.hash);
-    if (wanted.slide === null) {
-      await this.showGallery();
-      return;
-    }
     try {
-      await this.showSlide(wanted);
+      if (wanted.slide === null) {
+        await this.showGallery();
+        return;
+      }
+      if (this.views && this.slide?.id === wanted.slide && wanted.views.length === this.views.panes.length) {
+        await this.changeView(wanted);
+      } else await this.showSlide(wanted, turn);
     } catch (error) {
+      if (turn !== this.turn) return;
       this.notice(`${wanted.slide}: ${error.message}`);
       say(error.message);
     }
   }
 
-  async showSlide(wanted) {
+  async showSlide(wanted, turn) {
     this.closeSlide();
-    this.slide = null;
     document.body.classList.add("has-slide");
     this.gallery.hide();
     find("show-gallery").setAttribute("aria-pressed", "false");
     const slide = await server.slideNamed(wanted.slide);
+    if (turn !== this.turn) return;
     this.slide = slide;
     find("title").textContent = slide.id;
     this.describe(slide);
-    if (!slide.size_px || (slide.slide.problem && !slide.heat)) return;
-    this.views = new Views(slide, this.run.classes, {
+    if (!slide.size_px || (slide.slide.problem && !slide.heat)) {
+      document.body.dataset.ready = slide.key;
+      return;
+    }
+    const views = new Views(slide, this.run.classes, {
       pointed: (y, x) => this.pointed(y, x),
       clicked: (y, x) => this.clicked(y, x),
       rested: () => this.remember(),
       activated: () => this.showControls(),
     });
-    this.views.smooth = this.controls.smooth;
-    await this.views.open(wanted.views);
+    this.views = views;
+    views.smooth = this.controls.smooth;
+    await views.open(wanted.views);
+    if (this.views !== views) return;
+    if (this.strip.isShown) this.strip.show(slide);
+    if (!wanted.centre) views.pane.home(true);
+    await this.showPlace(wanted);
+  }
+
+  /** Another view of the slide that is shown. */
+  async changeView(wanted) {
+    await this.views.setTexts(wanted.views);
+    if (wanted.patch === null && this.panel.patch) this.panel.close();
+    await this.showPlace(wanted);
+  }
+
+  async showPlace(wanted) {
     this.showControls();
     if (wanted.centre) this.views.goTo(wanted.centre, wanted.um, true);
-    else this.views.pane.home(true);
-    if (this.strip.isShown) this.strip.show(slide);
     if (wanted.patch !== null) await this.showPatch(wanted.patch, false);
-    document.body.dataset.ready = slide.key;
+    document.body.dataset.ready = this.slide.key;
     this.writeAddress();
   }
 
@@ -93,6 +116,7 @@ class App {
     delete document.body.dataset.ready;
     this.views?.close();
     this.views = null;
+    this.slide = null;
     this.panel.element.hidden = true;
     this.panel.patch = null;
     this.notice("");
@@ -126,7 +150,6 @@ class App {
 
   async showGallery() {
     this.closeSlide();
-    this.slide = null;
     this.strip.hide();
     document.body.classList.remove("has-slide");
     find("show-gallery").setAttribute("aria-pressed", "true");

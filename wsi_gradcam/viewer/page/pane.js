@@ -11,11 +11,12 @@ let names = 0;
 
 export class Pane {
   /** `events`: moved(pane), pointed(y, x), clicked(y, x), led(pane). */
-  constructor(slide, label, events) {
+  constructor(parent, slide, label, events) {
     this.slide = slide;
     this.element = element("div", { class: "pane" });
     this.screen = element("div", { class: "screen" });
     this.element.append(this.screen);
+    parent.append(this.element); // before the viewer is made: it measures itself
     this.layers = [];
     this.smooth = true;
     this.shown = []; // a tiled image a layer, or a promise of it
@@ -45,10 +46,23 @@ export class Pane {
     return new Promise((resolve, reject) => {
       this.viewer.addTiledImage({
         tileSource: source, x: 0, y: 0, width, ...more,
-        success: ({ item }) => resolve(item),
+        success: ({ item }) => {
+          item.addHandler("fully-loaded-change", () => this.showLoading());
+          item.addHandler("opacity-change", () => this.showLoading());
+          this.showLoading();
+          resolve(item);
+        },
         error: ({ message }) => reject(new Error(message)),
       });
     });
+  }
+
+  /** Say whether tiles are still to come. */
+  showLoading() {
+    const { world } = this.viewer;
+    const items = Array.from({ length: world?.getItemCount() || 0 }, (_, i) => world.getItemAt(i));
+    const loading = items.some((item) => item.getOpacity() > 0 && !item.getFullyLoaded());
+    this.element.classList.toggle("loading", loading);
   }
 
   addHeat(channel, opacity) {
@@ -216,6 +230,7 @@ const SETTINGS = {
   navigatorOpacity: 1,
   animationTime: window.matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : 0.5,
   blendTime: 0,
+  preserveImageSizeOnResize: true, // a panel that opens does not change the magnification
   imageLoaderLimit: 8,
   maxImageCacheCount: 600,
   maxZoomPixelRatio: MOST_SCREEN_PX,

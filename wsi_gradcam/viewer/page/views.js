@@ -20,25 +20,35 @@ export class Views {
   /** Show lists of layers as texts, one a view; without any, the first channel. */
   async open(texts) {
     const { channels } = this.slide;
-    const known = texts.map((list) => list.map((text) => read(text, channels)).filter(Boolean));
+    const known = this.known(texts);
     const first = known[0] || (channels.length ? [fresh(firstChannel(channels, this.classes))] : []);
     await this.add(first);
     if (known[1]) await this.add(known[1]);
   }
 
+  /** Show other lists of layers, as many as there are views. */
+  async setTexts(texts) {
+    this.layers = this.known(texts);
+    await Promise.all(this.panes.map((_, number) => this.draw(number)));
+  }
+
+  known(texts) {
+    return texts.map((list) => list.map((text) => read(text, this.slide.channels)).filter(Boolean));
+  }
+
   async add(layers) {
     const label = this.panes.length ? "right view" : "slide";
-    const pane = new Pane(this.slide, label, {
+    const pane = new Pane(find("views"), this.slide, label, {
       ...this.events,
       moved: (moved) => this.moved(moved),
       led: (leader) => this.led(leader),
     });
-    find("views").append(pane.element);
-    await pane.open();
     this.panes.push(pane);
     this.layers.push(layers);
+    await pane.open();
+    if (!this.panes.includes(pane)) return; // closed meanwhile
     find("views").classList.toggle("two", this.panes.length > 1);
-    await this.draw(this.panes.length - 1);
+    await this.draw(this.panes.indexOf(pane));
   }
 
   /** A second view of the place, of the next channel; or no second view. */
