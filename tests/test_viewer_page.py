@@ -326,12 +326,17 @@ def test_the_gallery_searches_sorts_and_opens(open_page: Callable[..., Page]) ->
     page.locator("#status").select_option("failed")
     expect(page.locator(".card")).to_have_count(1)
     page.locator("#status").select_option("")
+    expect(page.locator(".card")).to_have_count(3)
     page.locator("#sort").select_option("top:marker:down")
     expect(page.locator(".card").last).to_contain_text(BROKEN)  # it has no score
-    page.get_by_role("link", name="b.tif").click()
-    expect(page.locator("#title")).to_have_text("inner/b.tif")
+    page.wait_for_timeout(400)
+    first, second = page.locator(".card .name").all_text_contents()[:2]
+    page.locator(".card a").first.click()
+    expect(page.locator("#title")).to_contain_text(first)
     page.keyboard.press("n")
-    expect(page.locator("#title")).not_to_have_text("inner/b.tif")
+    expect(page.locator("#title")).to_contain_text(second)
+    page.keyboard.press("p")
+    expect(page.locator("#title")).to_contain_text(first)
     page.keyboard.press("g")
     expect(page.locator("#gallery")).to_be_visible()
 
@@ -350,6 +355,7 @@ def test_a_slide_that_is_gone_shows_its_heatmap_alone(open_page: Callable[..., P
             assert centre_of(image, ORANGE) == pytest.approx(np.array(image.shape[:2]) / 2, abs=1)
             page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
             expect(page.locator("#patch .no-picture").first).to_be_visible()
+            page.close()
     finally:
         place.with_suffix(".moved").rename(place)
 
@@ -381,7 +387,7 @@ def test_it_is_accessible_and_fits(open_page: Callable[..., Page], size: str) ->
     """WCAG 2.1 A and AA by axe-core, nothing wider than the screen; pictures are kept for people."""
     SCREENSHOTS.mkdir(exist_ok=True)
     page = open_page(size=size, has_touch=size == "phone")
-    expect(page.locator(".card canvas")).to_have_count(2)
+    expect(page.locator(".card canvas").first).to_be_visible()
     check(page, f"{size}-gallery")
     y, x = MARKERS[SLIDE][0]
     go(page, at(SLIDE, y, x, 0.5, layer("gradcam: marker", "inferno", 0.7)))

@@ -33,7 +33,9 @@ class BoundedProtocol(H11Protocol):
         self._timer = self.loop.call_later(SWEEP_S, self._sweep)
         if len(self.connections) > MOST_CONNECTIONS:
             others = [other for other in self.connections if isinstance(other, BoundedProtocol) and other.is_idle]
-            min(others, key=lambda other: other._waiting_since).transport.abort()
+            longest = min(others, key=lambda other: other._waiting_since)
+            self.connections.discard(longest)  # now: many more may be taken before it is told that it is lost
+            longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.errors import NotShownError, OutsideError
+from wsi_gradcam.errors import NotShownError, StoreError, WsiGradcamError
 from wsi_gradcam.stores.places import place_of
 from wsi_gradcam.viewer.answers import ranged, unchanged_or
 from wsi_gradcam.viewer.inside import below, check_inside
@@ -71,11 +71,19 @@ class Files:
         check_inside(self._archive.out, place)
         try:
             return ranged(request, place, KINDS["json"] if inner.endswith(".json") else BYTES)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise NotShownError("no such file") from error
+        except (FileNotFoundError, StoreError) as error:
+            raise _missing(error) from error
 
     def _read(self, place: Place) -> bytes:
         try:
             return place.read()
-        except (FileNotFoundError, IsADirectoryError, OutsideError) as error:
-            raise NotShownError("no such file") from error
+        except (FileNotFoundError, StoreError) as error:
+            raise _missing(error) from error
+
+
+def _missing(error: OSError) -> WsiGradcamError:
+    """That there is no such file, where a folder is asked for too; else what the store says."""
+    is_missing = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, IsADirectoryError)
+    if not is_missing and isinstance(error, StoreError):
+        return error
+    return NotShownError("no such file")

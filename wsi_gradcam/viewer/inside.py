@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.errors import OutsideError
+from wsi_gradcam.errors import NotShownError, OutsideError
 from wsi_gradcam.stores.places import LocalPlace
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ def below(folder: Place, path: str) -> Place:
     """The place of a request's path below a folder.
 
     Raises:
-        OutsideError: the path has parts that no file of ours has.
+        NotShownError: the path has parts that no file of ours has.
     """
     parts = path.split("/")
     if len(parts) > MOST_PARTS or not all(PART.fullmatch(part) for part in parts):
-        raise OutsideError(f"{path[:200]!r}: no such file")
+        raise NotShownError("no such file")
     return folder / path
 
 

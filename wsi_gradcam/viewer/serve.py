@@ -56,7 +56,7 @@ def view(
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A bound socket.
+    """A socket that listens.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -69,6 +69,7 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)  # who is told the address may connect at once
     except OSError as error:
         bound.close()
         raise ConfigError(f"port {port} on {host}: {error.strerror}; choose another --port, or 0 for any") from error

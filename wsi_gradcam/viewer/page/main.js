@@ -34,7 +34,7 @@ class App {
     this.askValues = later(60, (y, x) => this.showValues(y, x));
     this.buttons();
     this.keys();
-    window.addEventListener("hashchange", () => this.followAddress());
+    window.addEventListener("popstate", () => this.followAddress());
   }
 
   async start() {
@@ -44,6 +44,12 @@ class App {
       if (total === 1) history.replaceState(null, "", formed({ slide: slides[0].id, views: [] }));
     }
     await this.followAddress();
+  }
+
+  /** Go to another address, at once: setting location.hash is noticed later, and might be overwritten meanwhile. */
+  go(address) {
+    history.pushState(null, "", address);
+    return this.followAddress();
   }
 
   /** Show what the address says. */
@@ -235,7 +241,8 @@ class App {
     this.openPatch(patch);
     if (!jumps) return;
     const [height, width] = this.slide.patch.footprint_px;
-    const um = Math.min(this.views.pane.place().um, (width * this.slide.mpp[1]) / PATCH_SCREEN_PX);
+    const fitting = Math.max(this.slide.mpp[1] / 2, (width * this.slide.mpp[1]) / PATCH_SCREEN_PX);
+    const um = Math.min(this.views.pane.place().um, fitting);
     this.views.goTo([patch.y + height / 2, patch.x + width / 2], um);
   }
 
@@ -292,7 +299,7 @@ class App {
     if (!this.slide) return;
     if (!this.gallery.slides.length) await this.gallery.load();
     const next = this.gallery.beside(this.slide.key, step);
-    if (next) location.hash = formed({ slide: next.id, views: this.views ? this.views.texts() : [] });
+    if (next) this.go(formed({ slide: next.id, views: this.views ? this.views.texts() : [] }));
   }
 
   setTimes(times) {
@@ -313,7 +320,7 @@ class App {
 
   buttons() {
     const pressed = (id, action) => find(id).addEventListener("click", action);
-    pressed("show-gallery", () => { location.hash = "#"; });
+    pressed("show-gallery", () => this.go("#"));
     pressed("beside", () => this.toggleBeside());
     pressed("show-layers", () => this.toggleLayers());
     pressed("show-top", () => this.toggleStrip());
@@ -350,7 +357,7 @@ class App {
       [["t"], "show or hide the top patches", () => this.toggleStrip()],
       [["n"], "next slide", () => this.nextSlide(1)],
       [["p"], "previous slide", () => this.nextSlide(-1)],
-      [["g"], "all slides", () => { location.hash = "#"; }],
+      [["g"], "all slides", () => this.go("#")],
       [["Escape"], "close the patch", () => this.panel.patch && this.panel.close()],
       [["?"], "this help", () => find("help-dialog").showModal()],
     ]);

@@ -15,6 +15,7 @@ export class Views {
     this.layers = [];
     this.active = 0;
     this.smooth = true;
+    this.framed = null;
   }
 
   /** Show lists of layers as texts, one a view; without any, the first channel. */
@@ -48,6 +49,7 @@ export class Views {
     await pane.open();
     if (!this.panes.includes(pane)) return; // closed meanwhile
     find("views").classList.toggle("two", this.panes.length > 1);
+    pane.frame(this.framed);
     await this.draw(this.panes.indexOf(pane));
   }
 
@@ -112,6 +114,7 @@ export class Views {
   }
 
   frame(rectangle) {
+    this.framed = rectangle;
     this.panes.forEach((pane) => pane.frame(rectangle));
   }
 
