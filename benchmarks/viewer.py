@@ -130,7 +130,7 @@ def first_paint_s(url: str) -> float | None:
         return None
     from playwright.sync_api import sync_playwright
 
-    found = []
+    found: list[float] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         for _ in range(5):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response, expect, sync_playwright
 
 from tests.runs import ROOT
 from tests.viewer_runs import BROKEN, MARKERS, MPP, Served, make_run, plant, served
@@ -69,14 +69,22 @@ def open_page(browser: Browser, server: Served) -> Iterator[Callable[..., Page]]
     problems: list[str] = []
     contexts = []
 
+    def said(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            problems.append(message.text)
+
+    def answered(answer: Response) -> None:
+        if answer.status >= 400:
+            problems.append(f"{answer.status} {answer.url}")
+
     def opened(address: str = "", size: str = "", url: str = server.url, **more: Any) -> Page:
         width, height = SIZES.get(size, SMALL)
         context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **more)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("console", said)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("response", lambda answer: answer.status >= 400 and problems.append(f"{answer.status} {answer.url}"))
+        page.on("response", answered)
         page.goto(f"{url}/{address}")
         page.wait_for_selector("body[data-ready]")
         return page
@@ -118,7 +126,7 @@ def layer(channel: str = "gradcam: other", colours: str = "orange", opacity: flo
     return f"{channel}~on~{colours}~{opacity}~fixed~0..1~{threshold}~full"
 
 
-def pixels(page: Page, around: Sequence[float], reach: int = 130) -> tuple[Pixels, Pixels]:
+def pixels(page: Page, around: Sequence[float] | Pixels, reach: int = 130) -> tuple[Pixels, Pixels]:
     """What is on the screen around a place (y, x) of the first view, RGB, and where its top left corner is."""
     box = page.locator(".screen").first.bounding_box()
     assert box is not None
@@ -134,12 +142,19 @@ def centre_of(image: Pixels, colour: tuple[int, int, int]) -> Pixels:
     weight = np.clip(1 - np.abs(image - np.array(colour)).max(axis=2) / 90, 0, 1)
     assert weight.sum() > 30, "the marker is not seen"
     rows, columns = np.indices(weight.shape) + 0.5
-    return np.array([(rows * weight).sum(), (columns * weight).sum()]) / weight.sum()
+    centroid: Pixels = np.array([(rows * weight).sum(), (columns * weight).sum()]) / weight.sum()
+    return centroid
 
 
 def control(page: Page, name: str, number: int = 0) -> Locator:
     """A control of a layer; number 0 is the lowest layer."""
     return page.locator(f"#layer-{number} [data-name={name}]")
+
+
+def enter(field: Locator, text: str) -> None:
+    """Type into a field and end."""
+    field.fill(text)
+    field.press("Enter")
 
 
 def slide_to(slider: Locator, share: float) -> None:
@@ -180,7 +195,7 @@ def test_each_control_changes_the_view(open_page: Callable[..., Page]) -> None:
         "map": lambda: control(page, "map").select_option("viridis"),
         "fade": lambda: control(page, "fade").click(),
         "threshold": lambda: slide_to(control(page, "threshold"), 0.5),
-        "high": lambda: (control(page, "high").fill("9"), control(page, "high").press("Enter")),
+        "high": lambda: enter(control(page, "high"), "9"),
         "window": lambda: control(page, "window").select_option("slide"),
         "channel": lambda: control(page, "channel").select_option("probability: other"),
         "smooth": lambda: page.locator("[data-name=smooth]").click(),
@@ -199,8 +214,7 @@ def test_each_control_changes_the_view(open_page: Callable[..., Page]) -> None:
     assert looks() != before
     page.get_by_role("button", name="Remove layer 2").click()
     expect(page.locator(".layer")).to_have_count(1)
-    control(page, "low").fill("99")
-    control(page, "low").press("Enter")
+    enter(control(page, "low"), "99")
     expect(control(page, "low")).to_have_attribute("aria-invalid", "true")
 
 

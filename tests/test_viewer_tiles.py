@@ -129,7 +129,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     return archive.named("a.tif")
 
 
-def decoded(data: bytes, scale: Scale) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def decoded(data: bytes, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
     rgb = np.asarray(Image.open(io.BytesIO(data))).astype(np.int64)
     steps = rgb[..., 0] * 256 + rgb[..., 1]
     return scale.low + steps * (scale.high - scale.low) / 65535, rgb[..., 2]
@@ -181,7 +181,7 @@ def test_what_was_not_explained_has_no_part_in_its_neighbours(
     half = np.zeros((64, 64), np.float32)
     half[:, :32] = 5.0
 
-    def read(self: Heat, shown: Shown, channel: int, level: int, region: Region) -> np.ndarray:  # type: ignore[type-arg]
+    def read(self: Heat, shown: Shown, channel: int, level: int, region: Region) -> np.ndarray:
         part = half[region.slices]
         return (part > 0).astype(np.uint8) * EXPLAINED if channel == COVERAGE else part
 
