@@ -19,4 +19,4 @@ def test_it_reports_ratios_of_its_figures() -> None:
     assert found["ratios"]["overlay_p95_over_30_ms"] == pytest.approx(found["p95_ms"]["heat"] / 30)
     assert found["ratios"]["slide_p95_over_60_ms"] == pytest.approx(found["p95_ms"]["slide"] / 60)
     assert len(found["resident_mib"]) == 10
-    assert found["tiles"]["heat"] == 100
+    assert 50 < found["tiles"]["heat"] <= 100
