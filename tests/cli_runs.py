@@ -9,6 +9,7 @@ import pytest
 
 from tests.runs import SMALL, flags, toy_file
 from tests.synthetic import write_marker_slide
+from wsi_gradcam.api import explain
 from wsi_gradcam.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -41,6 +42,26 @@ def write_inputs(folder: Path) -> Path:
     (folder / "empty").mkdir()
     (folder / "file").write_text("a file", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command, called in the process of the tests."""
+    return calling(capsys)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the slides and model files of `write_inputs`."""
+    return write_inputs(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def finished(made: Path) -> Path:
+    """The results of both slides."""
+    out = made / "finished"
+    explain(made / "slides", str(made / "pooled_linear.yaml"), out, **SMALL)
+    return out
 
 
 def only_error(err: str) -> str:

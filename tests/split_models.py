@@ -6,9 +6,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from wsi_gradcam import GradCAM
 from wsi_gradcam.cam.probe import Probe, Score
 
 CLASSES = 4
@@ -134,3 +136,20 @@ def relative(found: Tensor, expected: Tensor) -> float:
     found, expected = found.detach(), expected.detach()
     scale = expected.abs().flatten(1).amax(dim=1).clamp(min=1e-30)
     return float(((found - expected).abs().flatten(1).amax(dim=1) / scale).max())
+
+
+@pytest.fixture
+def network() -> Split:
+    """`curved`, made anew for each test."""
+    return curved()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Five pictures."""
+    return pictures(5)
+
+
+def plain(network: nn.Module, **options: Any) -> GradCAM:
+    """`GradCAM` of a network's `features`, run by PyTorch alone."""
+    return GradCAM(network, **{"layer": "features", "engine": "eager", "precision": "float32", **options})

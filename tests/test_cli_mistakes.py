@@ -12,29 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.cli_runs import SMALL_FLAGS, Run, calling, only_error, write_inputs
-from tests.runs import SMALL, contents, differing, rows_of
+from tests import cli_runs
+from tests.cli_runs import SMALL_FLAGS, Run, only_error
+from tests.runs import contents, differing, rows_of
 from tests.synthetic import set_resolution, strip_mpp, truncate
-from wsi_gradcam.api import explain
 from wsi_gradcam.cli import main
 
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return calling(capsys)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def finished(made: Path) -> Path:
-    """The results of both slides."""
-    out = made / "finished"
-    explain(made / "slides", str(made / "pooled_linear.yaml"), out, **SMALL)
-    return out
+run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
 
 
 # --- nothing could start: exit code 2 and one line ------------------------------------------------------------------
@@ -63,9 +47,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "mpp count": (["--mpp", "1,2,3"], r"mpp: .*at most 2 items"),
     "device": (["--device", "nonsense"], r"device 'nonsense' cannot be used here: .*try --device cpu"),
     "workers": (["--workers", "0"], r"workers is 0, expected 1 or more"),
+    "workers of a dry run": (["--workers", "0", "--dry-run"], r"workers is 0, expected 1 or more"),
     "out below a file": (["--out", "{made}/file/out"], r"{made}/file/out.*choose another --out"),
     "out is a file": (["--out", "{made}/file"], r"{made}/file.*choose another --out"),
-    "out in /proc": (["--out", "/proc/out"], r"/proc/out/run\.yaml: cannot write: .*"),
+    "out in /proc": (["--out", "/proc/out"], r"/proc/out/claim\.json: cannot write: .*"),
     "object store": (["--out", "s3://bucket/out"], r"s3://bucket/out: object stores cannot be written yet"),
     "no such config": (["--config", "{made}/none.yaml"], r"none\.yaml: cannot be read: No such file"),
 }
@@ -224,7 +209,8 @@ def test_a_bad_slide_is_named_and_the_others_are_finished(
     (line,) = (line for line in err.splitlines() if line.startswith("[3/3] bad.tif: failed, "))
     assert line.endswith(row["error"])
     assert "Traceback" not in err
-    assert {name for name in differing(out, finished) if not name.startswith("bad.tif/")} == {"slides.csv"}
+    others = {name for name in differing(out, finished) if not name.startswith("bad.tif/")}
+    assert others == {"slides.csv", "slides.jsonl"}  # which have paths
     assert {name: rows_of(out)[name]["status"] for name in ("a.tif", "b.tif")} == {"a.tif": "ok", "b.tif": "ok"}
 
 
@@ -312,4 +298,4 @@ def test_ctrl_c_says_how_to_go_on(run: Run, made: Path, tmp_path: Path, monkeypa
         "explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path, *SMALL_FLAGS
     )
     assert code == 130
-    assert err.splitlines()[-1] == "stopped; run the same command again to go on where it stopped"
+    assert err.splitlines()[-1] == "stopped; run the same command again to go on, nothing finished is lost"

@@ -18,6 +18,7 @@ OTHER: dict[str, Any] = {
     "method": ("hirescam", "eigencam"),
     "layer": "layer3",
     "mpp": (0.25, 0.25),
+    "replace_mpp": True,
     "patch_mpp": 1.0,
     "patch_px": (128, 128),
     "overlap": 0.5,
@@ -176,13 +177,22 @@ class TestIdentity:
     @pytest.mark.parametrize("key", OTHER)
     def test_differs_where_the_result_may_differ(self, key: str) -> None:
         same = make_settings(**{key: OTHER[key]}).identity() == make_settings().identity()
-        assert same == (key in {"reader_threads", "torch_threads", "max_unreadable", "mask"})
+        assert same == (key in NOT_IN_IDENTITY)
 
-    def test_leaves_out_speed_and_patience_only(self) -> None:
-        assert set(Settings.model_fields) - set(make_settings().identity()) == NOT_IN_IDENTITY
+    def test_leaves_out_speed_patience_and_what_counts_slide_by_slide(self) -> None:
+        left_out = {
+            "reader_threads",
+            "torch_threads",
+            "max_unreadable",
+            "mask",
+            "mpp",
+            "replace_mpp",
+            "trust_objective",
+        }
+        assert set(Settings.model_fields) - set(make_settings().identity()) == left_out == NOT_IN_IDENTITY
 
     def test_survives_json(self) -> None:
-        settings = make_settings(mpp=0.3, target=["a", 1], patch_px=64, overlap=0.1)
+        settings = make_settings(patch_mpp=0.3, target=["a", 1], patch_px=64, overlap=0.1)
         assert make_settings(**settings.identity()) == settings
 
 

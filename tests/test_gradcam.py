@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 import wsi_gradcam
+from tests import split_models
 from tests.families import FAMILIES, images_of, network_of
-from tests.split_models import Split, curved, pictures, relative
+from tests.split_models import Split, curved, pictures, plain, relative
 from tests.toy_models import PooledLinear
 from wsi_gradcam import GradCAM, gradcam
 from wsi_gradcam.cam.auto import make_program
@@ -31,18 +32,7 @@ from wsi_gradcam.models.spec import ModelSpec
 CLASSES = ["other", "tumor", "stroma", "fat"]
 
 
-@pytest.fixture
-def network() -> Split:
-    return curved()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return pictures(5)
-
-
-def plain(network: nn.Module, **options: Any) -> GradCAM:
-    return GradCAM(network, **{"layer": "features", "engine": "eager", "precision": "float32", **options})
+network, images = split_models.network, split_models.images  # fixtures
 
 
 def by_autograd(network: Split, images: Tensor, weights: Sequence[float]) -> Tensor:

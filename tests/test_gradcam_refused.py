@@ -9,21 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.split_models import Split, curved, pictures, pooled
-from tests.test_gradcam import plain
+from tests import split_models
+from tests.split_models import Split, curved, pictures, plain, pooled
 from wsi_gradcam import GradCAM
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.errors import ConfigError, LayerError, ModelError, TargetError, WsiGradcamError
 
-
-@pytest.fixture
-def network() -> Split:
-    return curved()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return pictures(5)
+network, images = split_models.network, split_models.images  # fixtures
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ HEAVY = (
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
-errors  memory  urls  object_stores  windows
-isolation
+errors  memory  urls  windows  object_stores  processes  ticking  durations
+isolation  stopping
 geometry
 stain.density  stain.macenko  stain.reinhard  stain
 slides.base  slides.tile_cache  slides.files  slides.remote  slides.remote_zarr
@@ -33,11 +33,12 @@ slides.openslide_reader  slides.picture_reader  slides.ome_zarr_reader
 slides.colours  slides.jpeg  slides.tiff_levels  slides.tiff_check
 slides.tiff_info  slides.tiff_reader  slides.tiff_vendor
 slides.opening  slides.remote_opening  slides.resample  slides
-slide_list  inputs
+patterns  slide_list  file_search  inputs
 models  models.activation  models.staining  models.spec  models.zoo
 config
 quality  annotations  tissue  patches  reading  sampling
-stores  stores.files  stores.place  stores.local_place  stores.remote_zarr  stores.remote_place  stores.places
+stores  stores.files  stores.place  stores.local_place
+stores.buckets  stores.remote_zarr  stores.remote_place  stores.places
 mask_picture
 models.outputs  models.graph  models.transform  models.batches  models.pickles
 models.sources  models.reproducible  models.load  models.live
@@ -46,19 +47,22 @@ cam.methods  cam.finer  cam.perturbation  cam.pixels  cam.probing
 cam.tap  cam.guided  cam.trunks  cam.program  cam.engine  cam.layers  cam.batch  cam.auto  cam.examine
 explainer  gradcam
 stitch
-stores.layout  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
+stores.layout  stores.groups  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
-stores.run_files
+stores.run_files  stores.slide_record  stores.claims  stores.status_file
 table  overview  finish
 stages.context  stages.stitching  stages.planning  stages.explaining  stages
 workflow
+listening  progress  run_log  run_facts  run_style  run_report  journal  failures
 result.channels  result.notebook  result.lazy  result.slide  result.sketch  result.display  result.run  result
 export.files  export.colours  export.job  export.outlines  export.regions
 export.ome_tiff  export.ome_zarr_04  export.tiff  export.deepzoom  export.png  export.geojson  export.qupath  export
+napari_reader
 validation
-executors  executors.serial  executors.dask
+executors  executors.retries  executors.serial  executors.dask
 api
-report
+terminal  report  status
+doctor
 demo
 viewer
 cli
@@ -137,15 +141,17 @@ def test_every_room_exists() -> None:
         ("distributed", {"executors.dask"}),
         ("dask", {"executors.dask", "result.lazy"}),
         ("openslide", {"slides.openslide_reader"}),
-        ("rich", {"report", "demo"}),
+        ("rich", {"report", "terminal"}),
         ("yaozarrs", {"validation"}),
         (
             "zarr",
             {
                 "stores.heatmap",
                 "stores.patch_store",
+                "stores.place",
                 "stores.local_place",
                 "stores.remote_zarr",
+                "stores.groups",
                 "slides.ome_zarr_reader",
                 "slides.remote_zarr",
                 "export.ome_zarr_04",
@@ -174,7 +180,10 @@ def test_the_package_is_imported_without_anything_heavy() -> None:
     assert python(f"import sys, wsi_gradcam; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
-@pytest.mark.parametrize("module", ["api", "cli", "config", "report", "executors.dask", "slides", "validation"])
+@pytest.mark.parametrize(
+    "module",
+    ["api", "cli", "config", "report", "executors.dask", "slides", "validation", "export.qupath", "napari_reader"],
+)
 def test_modules_of_the_client_never_load_torch(module: str) -> None:
     assert python(f"import sys, wsi_gradcam.{module}; print('torch' in sys.modules)") == "False"
 

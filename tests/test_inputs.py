@@ -171,6 +171,12 @@ class TestDicom:
         touch(tmp_path, "a/0.dcm", "a/1.DCM", "b/0.dcm")
         assert ids(tmp_path) == ["a/0.dcm", "b/0.dcm"]
 
+    def test_what_a_list_tells_of_any_file_is_told_of_the_slide(self, tmp_path: Path) -> None:
+        self.write(tmp_path, {f"s/{i}.dcm": ("1.2.3", i) for i in range(3)})
+        (tmp_path / "list.csv").write_text("slide,mpp\ns/1.dcm,0.5\n", encoding="utf-8")
+        (slide,) = find_slides([tmp_path / "s", tmp_path / "list.csv"])
+        assert (slide.id, slide.mpp) == ("0.dcm", (0.5, 0.5))
+
     def test_real_slides_in_one_folder_are_all_found_and_open(self, shared_data: Path, tmp_path: Path) -> None:
         for name in ("highdicom-sm_image", "gcp-multi_frame_jpeg_camelyon_challenge_image"):
             shutil.copy(shared_data / "slides/dicom" / name / f"{name}.dcm", tmp_path)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +449,13 @@ def test_untrained_weights_are_the_same_in_every_process() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     torch.rand(7)
     assert load_model(spec()).digest == done.stdout.strip()
+
+
+def test_untrained_weights_are_the_same_in_threads_that_load_at_once() -> None:
+    loaded = spec()
+    with ThreadPoolExecutor(4) as pool:
+        digests = {model.digest for model in pool.map(lambda _: load_model(loaded), range(16))}
+    assert digests == {load_model(loaded).digest}
 
 
 def test_loading_leaves_the_callers_random_numbers_alone() -> None:

@@ -63,6 +63,7 @@ CHANGES: dict[str, Any] = {
     "method": ("hirescam",),
     "layer": "features",
     "mpp": (0.25, 0.25),
+    "replace_mpp": True,
     "patch_mpp": 1.0,
     "patch_px": (32, 32),
     "overlap": 0.5,
@@ -103,7 +104,7 @@ def test_a_setting_that_changes_results_changes_the_digest(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", sorted(NOT_IN_IDENTITY))
-def test_a_setting_that_changes_speed_alone_does_not(key: str) -> None:
+def test_a_setting_that_changes_speed_or_slides_alone_does_not(key: str) -> None:
     assert run_of(**{key: CHANGES[key]}).digest() == run_of().digest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_an_unfinished_slide_shows_what_there_is(tmp_path: Path, out: Path) -> N
     (tmp_path / "out" / "a.tif" / "manifest" / "done.json").unlink()
     result = open_result(tmp_path / "out")
     assert result.ids == ["a.tif", "inner/b.tif"]
-    assert [slide.status for slide in result] == ["unfinished", "unfinished"]
+    assert [slide.status for slide in result] == ["unfinished", "ok"]
     assert result["a.tif"].heatmap("marker").shape == (138, 188)
     with pytest.raises(ResultError, match="unfinished, there is no table yet"):
         _ = result["a.tif"].patches
@@ -220,7 +221,7 @@ def test_a_slide_in_work_is_found_by_its_name(tmp_path: Path, out: Path) -> None
     shutil.copytree(out, tmp_path / "out")
     result = open_result(tmp_path / "out")
     shutil.copytree(out / "a.tif", tmp_path / "out" / "new.tif")
-    assert result["new.tif"].status == "unfinished"
+    assert result["new.tif"].status == "ok"
     assert len(result) == 4
 
 
@@ -233,6 +234,7 @@ def test_nothing_finished_has_no_patches(tmp_path: Path, out: Path) -> None:
 def test_what_is_no_result_is_refused(tmp_path: Path, out: Path) -> None:
     with pytest.raises(ResultError, match="does not exist"):
         open_result(tmp_path / "nothing")
+    (tmp_path / "a.txt").touch()
     with pytest.raises(ResultError, match=r"no run\.yaml.*give the --out"):
         open_result(tmp_path)
     with pytest.raises(ResultError, match=f"open {out} and take the slide"):
@@ -270,11 +272,28 @@ def test_nothing_is_written(out: Path, slide: SlideResult) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_a_table_that_names_folders_outside_is_refused(tmp_path: Path, out: Path) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    table = (tmp_path / "out" / "slides.csv").read_text()
+    (tmp_path / "out" / "slides.csv").write_text(table.replace("inner/b.tif,", "../b.tif,"))
+    with pytest.raises(ResultError, match="is no name of a slide below OUT"):
+        open_result(tmp_path / "out")
+
+
+def test_exports_in_out_are_no_slides(tmp_path: Path, out: Path) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "slides.csv").unlink()
+    for name in ("exports/a.ome.zarr/x/manifest", "manifest/x/manifest"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        shutil.copy(out / "a.tif" / "manifest" / "plan.json", tmp_path / "out" / name)
+    assert open_result(tmp_path / "out").ids == ["a.tif", "inner/b.tif"]
+
+
 def test_near_names() -> None:
     assert nearest("x", []) == "there are none"
     assert nearest("zz", [f"n{i}" for i in range(20)]).endswith("n11, and 8 more")
 
 
 def test_the_overview_is_a_picture(slide: SlideResult) -> None:
-    with Image.open(slide.folder.overview) as image:
+    with Image.open(BytesIO(slide.folder.overview.read())) as image:
         assert image.format == "PNG"

@@ -7,12 +7,14 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from wsi_gradcam import __version__
-from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line
 from wsi_gradcam.isolation import guard
+from wsi_gradcam.stopping import STOP
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -20,7 +22,8 @@ DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("method", str, "explanations, several joined by commas: gradcam (default), hirescam, ...; 'info' lists all"),
     ("layer", str, "module whose output is explained, or A+B (default: the model file's, else found)"),
-    ("mpp", str, "the slides' micrometres per level-0 pixel, where the files are wrong: one number, or Y,X"),
+    ("mpp", str, "micrometres per level-0 pixel of slides that do not tell theirs: one number, or Y,X"),
+    ("replace-mpp", bool, "use --mpp, and the mpp of a list, also for slides that tell another"),
     ("patch-mpp", float, "micrometres per pixel of the model's input (default: the model file's)"),
     ("patch-px", int, "side of the model's input in pixels (default: the model file's)"),
     ("overlap", float, "share of a patch its neighbour covers too, 0 (default) to below 1"),
@@ -51,25 +54,37 @@ KINDS: dict[type, dict[str, Any]] = {
 }
 
 # Keys of a config file that are no settings.
-WHERE: dict[str, type] = {"slide": list, "model": str, "out": str, "workers": int, "scheduler": str}
-WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number"}
+WHERE: dict[str, type] = {
+    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "wait_for_workers": float, "only": list,
+    "skip": list,
+}  # fmt: skip
+WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number", float: "a number of seconds"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 all done, 1 some slides failed or the run stopped, 2 nothing could start."""
+    """Run the command line; returns 0 all done, 1 some slides failed or the run could not go on, 2 nothing could start.
+
+    Told to stop by SIGINT or SIGTERM it returns 130 or 143, once what was in work is finished.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
+    stoppable: AbstractContextManager[None] = nullcontext()
     if argv is None and arguments.run in (_explain, _demo):  # a command of its own: no threads yet
         guard()
+        stoppable = STOP.at_signals()
     try:
-        code: int = arguments.run(arguments)
-        return code
+        with stoppable:
+            code: int = arguments.run(arguments)
+            return code
+    except StoppedError as error:
+        print(one_line(error), file=sys.stderr)
+        return STOP.exit_code
     except WsiGradcamError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return WRONG_USAGE
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
+        print(one_line(STOP.error()), file=sys.stderr)
+        return STOP.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,9 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--workers", type=int, help="number of processes (default: this one)")
     demo.set_defaults(run=_demo)
     check = commands.add_parser("validate", help="check results against manifest, specification and slide")
-    check.add_argument("out", help="folder that explain made")
+    check.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_validate)
+    status = commands.add_parser("status", help="how far a run is, seen from outside")
+    status.add_argument("out", help="folder that explain works on")
+    status.add_argument("--watch", action="store_true", help="go on until the run ends")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
     _add_export(commands)
     _add_view(commands)
     info = commands.add_parser("info", help="what is known of a slide or a model")
@@ -97,11 +117,17 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--model", help="a model, as for explain")
     info.add_argument("--layer", help="a layer of the model to test")
     info.add_argument("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
-    for name in ("mpp", "tissue", "mask", "include", "exclude"):
+    for name in ("mpp", "replace-mpp", "tissue", "mask", "include", "exclude"):
         kind, text = next((kind, text) for known, kind, text in SETTINGS if known == name)
         info.add_argument(f"--{name}", help=f"with --mask-out: {text}", **KINDS.get(kind, {"type": kind}))
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
+    doctor = commands.add_parser("doctor", help="check this machine, a folder for results, and a cluster's workers")
+    doctor.add_argument("--out", help="folder for the results, to be tried here and from the workers")
+    doctor.add_argument("--scheduler", help="address of a Dask scheduler, whose workers are checked")
+    doctor.add_argument("--model", help="a model, as for explain, to be loaded here and on the workers")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -119,13 +145,13 @@ def _add_view(commands: Any) -> None:
 
 def _add_explain(commands: Any) -> None:
     explain = commands.add_parser("explain", help="explain slides", description="Explain slides.")
-    explain.add_argument("slide", nargs="*", help="slide files, folders that are searched for slides, lists (.csv)")
+    explain.add_argument("slide", nargs="*", help="slides, folders, patterns ('a/**/*.svs'), lists (.csv, .parquet)")
     explain.add_argument(
         "--model",
         help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
         "file, a WSInfer or Hugging Face folder",
     )
-    explain.add_argument("--out", help="folder for the results; an unfinished run there is continued")
+    explain.add_argument("--out", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
     explain.add_argument(
         "--target",
         action="append",
@@ -134,16 +160,25 @@ def _add_explain(commands: Any) -> None:
     )
     for name, kind, text in SETTINGS:
         explain.add_argument(f"--{name}", help=text, **KINDS.get(kind, {"type": kind}))
+    for name, text in (("only", "explain only slides with"), ("skip", "leave out slides with")):
+        explain.add_argument(
+            f"--{name}", nargs="+", action="extend", metavar="PATTERN", help=f"{text} ids like these: '2023/**'"
+        )
     explain.add_argument("--config", type=Path, help="YAML file with the same names as keys; flags come first")
     where = explain.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
     where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    explain.add_argument(
+        "--wait-for-workers", type=float, metavar="SECONDS", help="how long to wait for missing workers (default 50)"
+    )
     explain.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     explain.add_argument(
         "--overwrite",
         action="store_true",
         help="make finished slides anew, whatever settings --out holds",
     )
+    explain.add_argument("--retry-failed", action="store_true", help="try slides again that failed before")
+    explain.add_argument("--log-tasks", action="store_true", help="a line for each task in the log below --out")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
 
@@ -186,10 +221,17 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.dest is None and "://" in arguments.out:
         raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
     dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)
-    done = export(arguments.out, arguments.to, dest, arguments.slide, None if arguments.json else tell, **options)
+    listeners = (None, None) if arguments.json else (tell, _tell_progress)
+    done = export(arguments.out, arguments.to, dest, arguments.slide, *listeners, **options)
     if arguments.json:
         print(json.dumps([{**each.__dict__, "paths": [str(path) for path in each.paths]} for each in done]))
     return SOME_FAILED if any(each.error for each in done) else DONE
+
+
+def _tell_progress(done: int, total: int) -> None:
+    """A line now and then while the run's window is found out, which takes a while for an archive."""
+    if done % 100 == 0:
+        print(f"display window of the run: {done} of {total} slides read", file=sys.stderr, flush=True)
 
 
 def _window(text: str) -> tuple[float, float]:
@@ -202,9 +244,10 @@ def _window(text: str) -> tuple[float, float]:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.api import explain, preview
+    from wsi_gradcam.api import check_where, explain, preview
     from wsi_gradcam.config import make_settings
-    from wsi_gradcam.report import print_outcome, print_preview, progress
+    from wsi_gradcam.report import print_outcome, print_preview
+    from wsi_gradcam.terminal import progress
 
     values = _merged(arguments)
     where = {key: values.pop(key, None) for key in WHERE}
@@ -212,8 +255,10 @@ def _explain(arguments: argparse.Namespace) -> int:
         if not where[key]:
             raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
     settings = make_settings(**values)
+    check_where(where["workers"], where["scheduler"])
+    chosen = {key: where[key] or () for key in ("only", "skip")}
     if arguments.dry_run:
-        found = preview(where["slide"], where["model"], where["out"], settings)
+        found = preview(where["slide"], where["model"], where["out"], settings, **chosen)
         print_preview(found, arguments.json)
         return SOME_FAILED if found.errors else DONE
     stopped: WsiGradcamError | None = None
@@ -221,8 +266,12 @@ def _explain(arguments: argparse.Namespace) -> int:
         try:
             outcome = explain(
                 where["slide"], where["model"], where["out"], settings, workers=where["workers"],
-                scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener,
+                scheduler=where["scheduler"], wait_for_workers=where["wait_for_workers"],
+                overwrite=arguments.overwrite, retry_failed=arguments.retry_failed, log_tasks=arguments.log_tasks,
+                listener=listener, **chosen,
             )  # fmt: skip
+        except StoppedError:
+            raise
         except WsiGradcamError as error:
             if not listener.began:
                 raise
@@ -246,11 +295,14 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
             near = difflib.get_close_matches(key, names, 1)
             expected = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
             raise ConfigError(f"{arguments.config}: unknown key {key!r}; {expected}")
-    if isinstance(values.get("slide"), str):
-        values["slide"] = [values["slide"]]
     for key, kind in WHERE.items():
-        if key in values and not (type(values[key]) is kind and (kind is not list or _all_text(values[key]))):
-            raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {WHERE_TEXT[kind]}")
+        if kind is list and isinstance(values.get(key), str):
+            values[key] = [values[key]]
+    for key, kind in WHERE.items():
+        kinds = (int, float) if kind is float else (kind,)
+        if key in values and not (type(values[key]) in kinds and (kind is not list or _all_text(values[key]))):
+            expected = "a pattern or a list of patterns" if key in ("only", "skip") else WHERE_TEXT[kind]
+            raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {expected}")
     given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
     if {"workers", "scheduler"} & given.keys():  # one replaces the other
         values = {key: value for key, value in values.items() if key not in ("workers", "scheduler")}
@@ -282,7 +334,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.validation import validate
+    from wsi_gradcam.validation import failed_slides, validate
 
     findings = validate(arguments.out)
     if arguments.json:
@@ -291,6 +343,12 @@ def _validate(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{finding.slide or arguments.out}: {finding.problem}")
         print(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
+    if failed := failed_slides(arguments.out):
+        print(
+            f"{len(failed)} slides of the run failed and have no results that could be checked: "
+            f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
+            file=sys.stderr if arguments.json else sys.stdout,
+        )
     return SOME_FAILED if findings else DONE
 
 
@@ -304,6 +362,18 @@ def _view(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _status(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.status import look, shown
+
+    before = None
+    for state in look(arguments.out, arguments.watch):
+        text = json.dumps(state.to_json()) if arguments.json else shown(state)
+        if text != before:
+            print(text, flush=True)
+        before = text
+    return DONE if state.well else SOME_FAILED
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.report import mask_info, model_info, slide_info
 
@@ -313,7 +383,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.mask_out:
         if len(found) != 1:
             raise ConfigError(f"--mask-out makes a picture of one slide, {len(found)} are given")
-        names = ("mpp", "tissue", "mask", "include", "exclude")
+        names = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude")
         values = {name: value for name in names if (value := getattr(arguments, name)) is not None}
         found[0] |= mask_info(arguments.slide[0], arguments.mask_out, _pair(values))
     if arguments.model:
@@ -323,6 +393,20 @@ def _info(arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join("\n".join(f"{key:>16}  {value}" for key, value in item.items()) for item in found))
     return DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.doctor import FAIL, examine, shown, worst
+
+    checks = []
+    for check in examine(arguments.out, arguments.scheduler, arguments.model):
+        checks.append(check)
+        if not arguments.json:
+            print(shown(check), flush=True)
+    status = worst(checks)
+    if arguments.json:
+        print(json.dumps({"status": status, "checks": [check.__dict__ for check in checks]}))
+    return SOME_FAILED if status == FAIL else DONE
 
 
 if __name__ == "__main__":

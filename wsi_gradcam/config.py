@@ -20,8 +20,10 @@ from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.models.spec import explain_validation
 
 # What only changes how fast or how patiently a result is reached, not the result.
-# Where the mask lies does not count either: its content does, slide by slide.
-NOT_IN_IDENTITY = frozenset({"reader_threads", "torch_threads", "max_unreadable", "mask"})
+# Nor where the mask lies, or where a slide's mpp is from: the mask's content and the mpp count, slide by slide.
+NOT_IN_IDENTITY = frozenset(
+    {"reader_threads", "torch_threads", "max_unreadable", "mask", "mpp", "replace_mpp", "trust_objective"}
+)
 
 
 class Settings(BaseModel):
@@ -32,7 +34,9 @@ class Settings(BaseModel):
         method: explanations by name, see `wsi_gradcam.cam.names`; several share the forward pass.
         layer: module to explain, or several joined by "+", whose maps are averaged; nothing given: the model
             file's, else found.
-        mpp: replaces the slide's micrometres per level-0 pixel: one value, or (y, x); a list's own value goes first.
+        mpp: micrometres per level-0 pixel of slides that do not tell theirs: one value, or (y, x); a list's own value
+            goes first.
+        replace_mpp: use `mpp`, and that of a list, also for slides that tell another.
         patch_mpp: replaces the model's micrometres per input pixel.
         patch_px: replaces the model's input size: one value, or (height, width).
         overlap: share of a patch that its neighbour covers too, along each axis.
@@ -65,6 +69,7 @@ class Settings(BaseModel):
     method: tuple[str, ...] = ("gradcam",)
     layer: str | None = None
     mpp: tuple[float, float] | None = None
+    replace_mpp: bool = False
     patch_mpp: PositiveFloat | None = None
     patch_px: tuple[PositiveInt, PositiveInt] | None = None
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0

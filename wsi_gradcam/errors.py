@@ -39,6 +39,10 @@ class SlideReadError(SlideError, OSError):
     """A region of an opened slide could not be decoded."""
 
 
+class SlideMemoryError(SlideError, MemoryError):
+    """A slide on which workers died, mostly for lack of memory."""
+
+
 class StainError(SlideError, ValueError):
     """Tissue whose stain cannot be measured, and so not be normalised."""
 
@@ -76,7 +80,7 @@ class UnknownNameError(ResultError, LookupError):
 
 
 class ResumeError(WsiGradcamError, ValueError):
-    """The output folder holds results of another model, slide or configuration."""
+    """The output folder holds results of another model, slide or configuration, or another run is at work there."""
 
 
 class TileError(WsiGradcamError, LookupError):
@@ -97,6 +101,10 @@ class RangeError(WsiGradcamError, ValueError):
 
 class WorkerError(WsiGradcamError, RuntimeError):
     """The cluster cannot do the work: no worker, or one that died too often on the same task."""
+
+
+class StoppedError(WsiGradcamError, RuntimeError):
+    """The run was told to stop before all was done."""
 
 
 def one_line(error: BaseException) -> str:

@@ -19,12 +19,10 @@ from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import RANDOM
 from wsi_gradcam.slides import thumbnail
-from wsi_gradcam.stores.files import write_atomic
 from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.stores.places import AnyPlace, place_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from wsi_gradcam.plan import Map, RunPlan, SlidePlan
@@ -40,7 +38,7 @@ TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are s
 
 
 def draw_overview(
-    path: Path,
+    place: AnyPlace,
     run: RunPlan,
     plan: SlidePlan,
     slide: Slide,
@@ -67,7 +65,7 @@ def draw_overview(
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})  # thrice as fast, a little larger
-    write_atomic(path, buffer.getvalue())
+    place_of(place).write(buffer.getvalue())
 
 
 def _probability(run: RunPlan, shown: Map) -> int | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,22 +26,50 @@ if TYPE_CHECKING:
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.slides import Slide
 
-    Reads = list[Future[NDArray[np.uint8]]]
+    Reads = list[Future[tuple[NDArray[np.uint8], float]]]
+
+LOG = logging.getLogger("wsi_gradcam")
 
 
 # Of a remote slide, patches that are read at the same time.
 WAITING_THREADS = 16
+# Scanners of one kind differ so much in what they say, relatively.
+NEARLY = 0.02
+
+_TOLD: set[tuple[float, ...]] = set()
 
 
 def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     """A slide of a run, opened as its settings say.
 
+    Its mpp is what the file says; else, where that is trusted, what the power of the objective means; else what a
+    list or the settings give, which go first with `replace_mpp`.
+
     Raises:
         SlideError: as of `open_slide`, or it has ended a process before.
     """
     WATCH.opening(entry.path)
-    mpp = entry.mpp or settings.mpp
-    return open_slide(entry.address, mpp, settings.reader, trust_objective=settings.trust_objective)
+    given = entry.mpp or settings.mpp
+    opened = partial(open_slide, entry.address, reader=settings.reader, trust_objective=settings.trust_objective)
+    if settings.replace_mpp or given is None:
+        return opened(given)
+    slide = opened()
+    if slide.info.mpp is None:
+        slide.close()
+        return opened(given)
+    _tell_unused(entry.path, slide.info.mpp, given)
+    return slide
+
+
+def _tell_unused(path: str, said: tuple[float, float], given: tuple[float, float]) -> None:
+    """Say once of what kind of slides the given mpp is not used."""
+    kind = (*(round(value, 2) for value in said), *given)
+    if kind not in _TOLD and not np.allclose(said, given, rtol=NEARLY, atol=0):
+        _TOLD.add(kind)
+        LOG.warning(
+            "%s: its own mpp %g, %g is used, not the given %g, %g, as for all slides that tell theirs; if the files "
+            "are wrong, use --replace-mpp", path, *said, *given,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,11 +80,13 @@ class Batch:
         start: index of the first in the span.
         rgb: uint8 [n, height, width, 3]; an unreadable patch is zeros and must not be used.
         causes: why a patch could not be read, by its index in the batch.
+        read_s: seconds that threads spent reading the patches that could be read.
     """
 
     start: int
     rgb: NDArray[np.uint8]
     causes: dict[int, str]
+    read_s: float = 0.0
 
 
 class PatchReader:
@@ -96,7 +129,7 @@ class PatchReader:
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, places: list[list[int]]) -> Reads:
-        return [self._pool.submit(read_region, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
+        return [self._pool.submit(_read, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
 
     def _first(self, places: list[list[int]]) -> Reads:
         """The reads of a span's first batch, begun before or now."""
@@ -122,12 +155,20 @@ def read_batches(
         yield from reader.batches(yx)
 
 
+def _read(slide: Slide, *place: Any) -> tuple[NDArray[np.uint8], float]:
+    """A patch, and the seconds that reading it took."""
+    started = time.perf_counter()
+    return read_region(slide, *place), time.perf_counter() - started
+
+
 def _collect(start: int, futures: Reads, patch_px: tuple[int, int]) -> Batch:
     rgb = np.zeros((len(futures), *patch_px, 3), np.uint8)
     causes: dict[int, str] = {}
+    read_s = 0.0
     for i, future in enumerate(futures):
         try:
-            rgb[i] = future.result()
+            rgb[i], seconds = future.result()
+            read_s += seconds
         except SlideReadError as error:
             causes[i] = one_line(error)
-    return Batch(start, rgb, causes)
+    return Batch(start, rgb, causes, read_s)

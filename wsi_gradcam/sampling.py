@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.annotations import regions_of
+from wsi_gradcam.annotations import regions_for
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.patches import choose, patch_grid
 from wsi_gradcam.reading import open_entry
@@ -102,7 +102,7 @@ def _of_slide(
         grid = patch_grid((info.height, info.width), info.mpp_yx, patch_px, mpp, settings.stride(patch_px))
         masks = slide_masks(slide)
         mask = masks.counted(settings.tissue)
-        regions = regions_of(settings.mask, entry.id, settings.include, settings.exclude)
+        regions = regions_for(entry, settings)
         if regions is not None:
             mask = mask & regions.mask(grid.slide_px, mask.shape)
         places = choose(grid, mask, settings.min_tissue, BLOCK_PX).yx

@@ -5,6 +5,9 @@ from __future__ import annotations
 from wsi_gradcam.annotations.base import Annotations, Area
 from wsi_gradcam.annotations.files import read_annotations
 from wsi_gradcam.annotations.raster import rasterise
-from wsi_gradcam.annotations.regions import Regions, check_mask, regions_of
+from wsi_gradcam.annotations.regions import Regions, check_mask, check_masks, regions_for, regions_of
 
-__all__ = ["Annotations", "Area", "Regions", "check_mask", "rasterise", "read_annotations", "regions_of"]
+__all__ = [
+    "Annotations", "Area", "Regions", "check_mask", "check_masks", "rasterise", "read_annotations", "regions_for",
+    "regions_of",
+]  # fmt: skip

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.annotations.base import Annotations
+    from wsi_gradcam.config import Settings
+    from wsi_gradcam.inputs import SlideEntry
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,25 @@ def regions_of(
     shared = mask.is_dir()
     path = file_for(mask, slide_id) if shared else mask
     return Regions(path, read_bytes(path), include, exclude, shared)
+
+
+def regions_for(entry: SlideEntry, settings: Settings) -> Regions | None:
+    """What is to be explained of a slide of a run: by its own mask, which a list names, else by the settings'.
+
+    Raises:
+        AnnotationError: there is no such file, or it cannot be read.
+    """
+    if not entry.mask:
+        return regions_of(settings.mask, entry.id, settings.include, settings.exclude)
+    path = Path(entry.mask)
+    return Regions(path, read_bytes(path), settings.include, settings.exclude, shared=True)
+
+
+def check_masks(entries: Sequence[SlideEntry], settings: Settings) -> None:
+    """Refuse before any work what can be fulfilled for no slide; errors as of `check_mask`."""
+    without = sum(not entry.mask for entry in entries)
+    if settings.mask is not None or without == len(entries):
+        check_mask(settings.mask, settings.include, settings.exclude, without)
 
 
 def check_mask(mask: Path | None, include: Sequence[str], exclude: Sequence[str], slides: int) -> None:

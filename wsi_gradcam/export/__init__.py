@@ -12,6 +12,7 @@ from typing import Any
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.export.job import RUN, Job, Options
 from wsi_gradcam.result import Result, SlideResult, open_result
+from wsi_gradcam.stores.places import AnyPlace
 
 __all__ = ["FORMATS", "Exported", "Options", "export"]
 
@@ -37,20 +38,22 @@ class Exported:
 
 
 def export(
-    result: Result | str | PathLike[str],
+    result: Result | AnyPlace,
     to: str,
     dest: str | PathLike[str],
     slides: Sequence[str] = (),
     listener: Callable[[Exported], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> list[Exported]:
     """Write slides of a result into the folder `dest`, as DEST/SLIDE.ENDING.
 
     Args:
-        result: an open result, or its folder.
+        result: an open result, or its folder or s3:// URL.
         to: one of FORMATS.
         slides: their ids; nothing given: all that are finished.
         listener: told of each slide.
+        progress: told how many slides are read for the run's window, and of how many.
         options: see `Options`.
 
     Returns:
@@ -68,7 +71,7 @@ def export(
     found = [opened[name] for name in slides] or [slide for slide in opened if slide.is_finished]
     if not found:
         raise ConfigError(f"{opened.out}: no slide is finished; run explain again")
-    windows = opened.windows() if chosen.window == RUN else {}
+    windows = opened.windows(progress) if chosen.window == RUN else {}
     records = []
     for slide in found:
         records.append(_exported(slide, Job(slide, Path(dest) / slide.id, chosen, windows), to))
@@ -78,6 +81,8 @@ def export(
 
 
 def _exported(slide: SlideResult, job: Job, to: str) -> Exported:
+    if not slide.is_finished:
+        return Exported(slide.id, (), f"{slide.id}: is {slide.status}; run explain again, then export it")
     try:
         paths = import_module(f"wsi_gradcam.export.{FORMATS[to]}").write(job)
     except StoreError as error:

@@ -22,13 +22,13 @@ def new(path: Path, overwrite: bool) -> Iterator[Path]:
     if not overwrite and path.exists():
         raise StoreError(f"{path}: exists already; use --overwrite, or another --dest")
     partial = _beside(path)
-    try:
-        with storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield partial
             _replace(partial, path)
-    finally:
-        _remove(partial)
+        finally:
+            _remove(partial)
 
 
 def _replace(partial: Path, path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
@@ -60,29 +61,26 @@ def patch_features(job: Job) -> Iterator[Feature]:
     """A detection a patch, classified as its most probable class; unreadable ones have no measurements."""
     height, width = job.slide.plan.footprint
     classes = _Classes(job)
-    with job.slide.folder.table.open("rb") as file:
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(ROWS):
-            for row in batch.to_pylist():
-                x, y = row["x"], row["y"]
-                ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
-                yield _feature(
-                    job, f"patch {number}", {"type": "Polygon", "coordinates": [ring]}, "detection",
-                    classes.of(row), _measurements(row),
-                )  # fmt: skip
-                number += 1
+    number = 0
+    for batch in pq.ParquetFile(pa.BufferReader(job.slide.folder.table.read())).iter_batches(ROWS):
+        for row in batch.to_pylist():
+            x, y = row["x"], row["y"]
+            ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
+            geometry = {"type": "Polygon", "coordinates": [ring]}
+            yield _feature(job, f"patch {number}", geometry, "detection", classes.of(row), _measurements(row))
+            number += 1
 
 
 def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
     """An annotation a hot region."""
     found = hot_regions(job, channel)
     um2 = job.slide.mpp[0] * job.slide.mpp[1]
-    colour = tuple(bytes.fromhex(channel.colour))
+    colour = _Classes(job).colour(channel.target) or list(bytes.fromhex(channel.colour))
     for number, polygon in enumerate(found.polygons):
         measured = {"area µm²": polygon.area * um2, "threshold": found.threshold, "traced on level": found.level}
         yield _feature(
             job, f"{channel.label} {number}", json.loads(shapely.to_geojson(polygon)), "annotation",
-            {"name": f"{channel.target} hot", "color": list(colour)}, measured,
+            {"name": f"{channel.target} hot", "color": colour}, measured,
         )  # fmt: skip
 
 
@@ -96,8 +94,14 @@ class _Classes:
         """The classification of a patch."""
         if row["status"] != "ok":
             return {"name": "unreadable", "color": list(GRAY)}
-        best = int(np.argmax([row[f"logit_{name}"] for name in self._names]))
-        return {"name": self._names[best], "color": list(bytes.fromhex(COLOURS[best % len(COLOURS)]))}
+        best = self._names[int(np.argmax([row[f"logit_{name}"] for name in self._names]))]
+        return {"name": best, "color": self.colour(best)}
+
+    def colour(self, name: str) -> list[int] | None:
+        """Red, green, blue of a class; None of another target."""
+        if name not in self._names:
+            return None
+        return list(bytes.fromhex(COLOURS[self._names.index(name) % len(COLOURS)]))
 
 
 def _measurements(row: dict[str, Any]) -> dict[str, float]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.4"
 NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+XSI = "http://www.w3.org/2001/XMLSchema-instance"
 
 
 def write(job: Job) -> list[Path]:
@@ -87,7 +88,8 @@ def ome_xml(job: Job) -> bytes:
     """OME-XML of the image without its pixels."""
     (height, width), (um_y, um_x) = job.slide.levels[0], job.um_per_px(0)
     name = job.slide.id.encode("utf-8", "replace").decode()
-    root = ET.Element("OME", {"xmlns": NAMESPACE})
+    schema = {"xmlns:xsi": XSI, "xsi:schemaLocation": f"{NAMESPACE} {NAMESPACE}/ome.xsd"}
+    root = ET.Element("OME", {"xmlns": NAMESPACE, **schema})
     image = ET.SubElement(root, "Image", {"ID": "Image:0", "Name": name})
     numbers = {"SizeX": width, "SizeY": height, "SizeZ": 1, "SizeC": len(job.channels), "SizeT": 1}
     pixels = ET.SubElement(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -36,6 +37,7 @@ SOURCES = {
     "wsinfer": wsinfer.build,
     "hf": hf.build,
 }
+_SEEDED = threading.Lock()  # torch's seed is the process's: networks that are built at once would share one
 ALONE = 1e-3  # of the largest logit; kernels for one image differ from those for two by far less
 
 
@@ -183,7 +185,7 @@ def _device(name: str) -> torch.device:
 def _build(spec: ModelSpec) -> Built:
     if spec.kind == "live":
         raise ModelError(f"{spec.source}: a live module is known only where it was made; give it to model_of")
-    with torch.random.fork_rng(devices=[]):  # an untrained network is the same in every process
+    with _SEEDED, torch.random.fork_rng(devices=[]):  # an untrained network is the same in every process
         torch.manual_seed(0)
         if spec.kind == "function":
             return function.build(spec.source, spec)

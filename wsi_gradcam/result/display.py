@@ -16,14 +16,13 @@ from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.result.channels import PROBABILITY, ChannelInfo
 from wsi_gradcam.result.sketch import Sketch
-from wsi_gradcam.result.slide import UNFINISHED, SlideResult
-from wsi_gradcam.stores.files import write_atomic
+from wsi_gradcam.result.slide import SlideResult
 from wsi_gradcam.stores.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.windows import QUANTILE, window_end
 from wsi_gradcam.workflow import FAILED
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from wsi_gradcam.stores.places import Place
 
 VERSION = 1
 # Of each slide the finest level of at most this many pixels is read: a 100-gigapixel slide costs no more than a small
@@ -34,9 +33,9 @@ Progress = Callable[[int, int], None]
 
 
 def run_windows(
-    slides: Iterable[SlideResult], path: Path, run_digest: str, progress: Progress | None = None
+    slides: Iterable[SlideResult], place: Place, run_digest: str, progress: Progress | None = None
 ) -> dict[str, tuple[float, float]]:
-    """The window (low, high) of each channel, by its label, over all finished slides; kept at `path`.
+    """The window (low, high) of each channel, by its label, over all finished slides; kept at `place`.
 
     Probabilities run from 0 to 1; explanations as on a single slide from 0 to the 99.5 % quantile, see `window_end`,
     each explained pixel of the run counting once. Slides that cannot be read are left out and named in the file.
@@ -47,7 +46,7 @@ def run_windows(
     """
     finished = {slide.id: slide for slide in slides if slide.row and slide.row["status"] != FAILED}
     keys = {name: _key(slide) for name, slide in finished.items()}
-    stored = _stored(path, run_digest)
+    stored = _stored(place, run_digest)
     known: dict[str, str] = stored["slides"] if stored else {}
     if any(keys.get(name) != key for name, key in known.items()):  # one was made anew, or is gone
         stored, known = None, {}
@@ -69,7 +68,7 @@ def run_windows(
             for label, (unit, sketch) in sketches.items()
         }
         values = {"version": VERSION, "run_digest": run_digest, "quantile": QUANTILE, "channels": channels}
-        _store(path, {**values, "slides": keys, "left_out": left_out})
+        _store(place, {**values, "slides": keys, "left_out": left_out})
     return windows
 
 
@@ -81,7 +80,7 @@ def _window(unit: str, sketch: Sketch) -> tuple[float, float]:
 
 def _add(sketches: dict[str, tuple[str, Sketch]], slide: SlideResult) -> None:
     """Count a slide's explained pixels: into all sketches, or, where it cannot be read, into none."""
-    if slide.status == UNFINISHED:
+    if not slide.is_finished:
         raise StoreError(f"{slide.id}: is not finished")
     level = next((i for i, (h, w) in enumerate(slide.levels) if h * w <= STATISTICS_PX), len(slide.levels) - 1)
     found = [(channel, _sketch(slide, channel, level)) for channel in slide.channels]
@@ -106,10 +105,10 @@ def _key(slide: SlideResult) -> str:
     return hashlib.sha256(json.dumps(slide.row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _stored(path: Path, run_digest: str) -> dict[str, Any] | None:
+def _stored(place: Place, run_digest: str) -> dict[str, Any] | None:
     """What was kept, if it is this run's and of this version."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(place.read())
         for channel in values["channels"].values():
             Sketch.from_json(channel)
         same = (values["version"], values["run_digest"], values["quantile"]) == (VERSION, run_digest, QUANTILE)
@@ -118,8 +117,8 @@ def _stored(path: Path, run_digest: str) -> dict[str, Any] | None:
         return None  # made anew
 
 
-def _store(path: Path, values: dict[str, Any]) -> None:
+def _store(place: Place, values: dict[str, Any]) -> None:
     try:
-        write_atomic(path, json.dumps(values, sort_keys=True).encode())
+        place.write(json.dumps(values, sort_keys=True).encode())
     except StoreError:  # OUT may be read only
         return

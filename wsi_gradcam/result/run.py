@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
-from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ResultError, UnknownNameError
@@ -14,8 +11,9 @@ from wsi_gradcam.result.channels import nearest
 from wsi_gradcam.result.display import Progress, run_windows
 from wsi_gradcam.result.notebook import rows_html
 from wsi_gradcam.result.slide import SlideResult
-from wsi_gradcam.stores.layout import RunFolder, SlideFolder
+from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import PLAN
+from wsi_gradcam.stores.places import AnyPlace, Place, place_of
 from wsi_gradcam.stores.run_files import read_run, read_slides
 
 if TYPE_CHECKING:
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 LISTED = 20  # slides in a notebook
+PARTS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest", "audit"})  # of a slide's folder, where no slide is
 
 
 class Result:
@@ -35,12 +34,12 @@ class Result:
     """
 
     def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
-        self.out, self.folder, self.run = str(folder.path), folder, run
+        self.out, self.folder, self.run = str(folder.place), folder, run
         rows = read_slides(folder.slides)
         for name in rows:
             if not _is_name(name):
                 raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
-        names = list(rows) or begun(folder.path)
+        names = list(rows) or list(begun(folder))
         self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), run) for name in names}
 
     def __repr__(self) -> str:
@@ -63,7 +62,7 @@ class Result:
         """
         if (found := self._slides.get(slide_id)) is not None:
             return found
-        if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).exists():
+        if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
             folder = self.folder.slide(slide_id)
             return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.run))
         raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {nearest(slide_id, self.ids)}")
@@ -124,56 +123,59 @@ class Result:
         return rows_html(title, ("slide", "status", "patches", "error"), rows, len(slides) - len(rows))
 
 
-def open_result(path: str | PathLike[str]) -> Result:
-    """The results in `path`, the folder that `explain` was given as `out`; the run may still be going on.
+def open_result(out: AnyPlace) -> Result:
+    """The results in `out`, the folder or s3:// URL that `explain` was given; the run may still be going on.
 
     Raises:
         ResultError: there are none; where it is a slide's folder the message says which to open.
-        StoreError: they are damaged.
+        StoreError: they are damaged, or cannot be read.
     """
-    folder = RunFolder(_local(path))
+    folder = RunFolder(place_of(out))
     run = read_run(folder.run)
     if run is not None:
         return Result(folder, run)
-    if not folder.path.exists():
-        raise ResultError(f"{folder.path}: does not exist, expected a folder that explain made; check the path")
-    above = next((parent for parent in folder.path.absolute().parents if RunFolder(parent).run.exists()), None)
+    if not folder.place.exists():
+        raise ResultError(f"{folder.place}: does not exist or is empty, expected what explain made; check the path")
+    above = next((place for place, inside in _upwards(folder.place) if inside and RunFolder(place).run.is_file()), None)
     mend = f"open {above} and take the slide from it" if above else "give the --out of an explain command"
-    raise ResultError(f"{folder.path}: holds no run.yaml, so it is no result; {mend}")
+    raise ResultError(f"{folder.place}: holds no run.yaml, so it is no result; {mend}")
 
 
-def locate(path: str | PathLike[str]) -> tuple[Result, SlideResult | None]:
+def locate(path: AnyPlace) -> tuple[Result, SlideResult | None]:
     """The result that `path` is, or is inside of; with the slide whose folder, or a file of it, it is.
 
     Raises:
         ResultError: there is none.
     """
-    place = Path(fspath(path)).absolute()
-    for folder in (place, *place.parents):
-        if RunFolder(folder).run.is_file():
-            result = open_result(folder)
-            inside = place.relative_to(folder).parts
+    for place, inside in _upwards(place_of(path)):
+        if RunFolder(place).run.is_file():
+            result = open_result(place)
             names = ["/".join(inside[:count]) for count in range(len(inside), 0, -1)]
             return result, next((result[name] for name in names if name in result), None)
     return open_result(path), None
 
 
-def begun(out: Path) -> list[str]:
-    """Ids of the slides below `out` that have a plan."""
-    found = []
-    for place, folders, _ in os.walk(out):
-        if (SlideFolder(Path(place)).manifest / PLAN).exists():
-            found.append(Path(place).relative_to(out).as_posix())
-        folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
-    return sorted(found)
+def _upwards(place: Place) -> Iterator[tuple[Place, tuple[str, ...]]]:
+    """A place and those that it is in, with the names that lead from them to it."""
+    here, inside = place.absolute(), tuple[str, ...]()
+    yield here, inside
+    while (above := here.parent) != here:
+        here, inside = above, (here.name, *inside)
+        yield here, inside
+
+
+def begun(folder: RunFolder, inside: str = "") -> Iterator[str]:
+    """Ids of the slides that have a plan."""
+    for name in (folder.place / inside if inside else folder.place).folders():
+        if inside and name in PARTS:
+            continue
+        slide = f"{inside}/{name}" if inside else name
+        if (folder.slide(slide).manifest / PLAN).is_file():
+            yield slide
+        elif not name.endswith((".zarr", "_files")):  # images that were exported
+            yield from begun(folder, slide)
 
 
 def _is_name(slide_id: str) -> bool:
     """Whether it names a folder below OUT, and nothing outside."""
     return not {"", ".", ".."} & set(slide_id.split("/")) and "\\" not in slide_id
-
-
-def _local(path: str | PathLike[str]) -> Path:
-    if "://" in fspath(path):
-        raise ResultError(f"{path}: object stores cannot be read yet; give a folder")
-    return Path(fspath(path))

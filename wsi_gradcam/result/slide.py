@@ -16,7 +16,6 @@ from wsi_gradcam.slides import open_slide, read_region, thumbnail
 from wsi_gradcam.stores.heatmap import HeatmapStore
 from wsi_gradcam.stores.manifest import Manifest
 from wsi_gradcam.stores.patch_store import PatchStore
-from wsi_gradcam.workflow import FAILED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +31,7 @@ UNFINISHED = "unfinished"
 
 
 class SlideResult:
-    """What a run knows of one slide. Opening it reads nothing; safe to share between threads.
+    """What a run knows of one slide, as of when the result was opened. Safe to share between threads.
 
     Attributes:
         id: name of the slide in the run.
@@ -50,10 +49,9 @@ class SlideResult:
 
     @cached_property
     def status(self) -> str:
-        """`ok`, `no_tissue`, `failed`, or `unfinished`."""
-        if self.row.get("status") == FAILED:
-            return FAILED
-        return self.row["status"] if self.row and self.is_finished else UNFINISHED
+        """`ok`, `no_tissue`, `failed`, or `unfinished`; of slides in slides.csv nothing has to be read for it."""
+        done = None if self.row else Manifest(self.folder.manifest).done()
+        return self.row["status"] if self.row else str(done["status"]) if done else UNFINISHED
 
     @property
     def error(self) -> str:
@@ -154,12 +152,12 @@ class SlideResult:
         Raises:
             ResultError: the slide is not finished.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not self.is_finished:
             raise ResultError(f"{self.id}: is {self.status}, there is no table yet; run explain again to finish")
-        with self.folder.table.open("rb") as file:
-            return pq.read_table(file, columns=columns)
+        return pq.read_table(pa.BufferReader(self.folder.table.read()), columns=columns)
 
     @property
     def patches(self) -> pd.DataFrame:
@@ -232,7 +230,7 @@ class SlideResult:
 
     def _repr_png_(self) -> bytes | None:
         """overview.png: slide, overlays and colour bars."""
-        return self.folder.overview.read_bytes() if self.is_finished else None
+        return self.folder.overview.read() if self.is_finished else None
 
     def _repr_html_(self) -> str:
         """A description with the overview, for notebooks."""

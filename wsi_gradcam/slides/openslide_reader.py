@@ -26,6 +26,11 @@ WHITE = (255, 255, 255)
 DENSE = frozenset({"aperio", "generic-tiff", "trestle"})
 
 
+def library_version() -> str:
+    """The version of the OpenSlide library that is loaded."""
+    return str(openslide.__library_version__)
+
+
 class OpenSlideSlide:
     """A `Slide` read by OpenSlide.
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 
 from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
-from wsi_gradcam.stores.files import storing
+from wsi_gradcam.stores.groups import OpenGroup, lay_out
+from wsi_gradcam.stores.places import AnyPlace, place_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from zarr.abc.store import Store
 
 CHUNK, SHARD = 512, 2048
 LABEL = "coverage"
@@ -47,15 +48,14 @@ class HeatmapStore:
     A block is a region that is exactly one shard: no two tasks ever write the same file.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self._path = path
-        self._group = zarr.open_group(path, mode="r" if read_only else "r+")
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
+        self._place = place_of(place)
+        self._group = OpenGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
         cls,
-        path: Path,
+        place: AnyPlace,
         name: str,
         shape: tuple[int, int],
         scale_um: tuple[float, float],
@@ -64,8 +64,9 @@ class HeatmapStore:
     ) -> HeatmapStore:
         """A template of zeros for a heatmap of `shape` [h, w], `scale_um` (y, x) micrometres per pixel."""
         shapes = pyramid_shapes(*shape)
-        with storing(path):
-            group = zarr.create_group(path, overwrite=True)
+
+        def build(store: Store) -> None:
+            group = zarr.create_group(store)
             labels = group.create_group("labels")
             label = labels.create_group(LABEL)
             for level, (height, width) in enumerate(shapes):
@@ -80,7 +81,9 @@ class HeatmapStore:
             labels.attrs["ome"] = {"version": "0.5", "labels": [LABEL]}
             label.attrs["ome"] = _label_metadata(shapes, scale_um)
             group.attrs.put({"ome": _image_metadata(name, shapes, scale_um, channels), "wsi_gradcam": attributes})
-        return cls(path)
+
+        lay_out(place_of(place), build)
+        return cls(place)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -91,12 +94,12 @@ class HeatmapStore:
     @property
     def attributes(self) -> dict[str, Any]:
         """All metadata of the image."""
-        return dict(self._group.attrs.asdict())
+        return dict(self._group.group.attrs.asdict())
 
     @property
     def label_attributes(self) -> dict[str, Any]:
         """All metadata of the coverage label."""
-        return dict(self._group[f"labels/{LABEL}"].attrs.asdict())
+        return dict(self._group.group[f"labels/{LABEL}"].attrs.asdict())
 
     @property
     def channels(self) -> list[Channel]:
@@ -113,12 +116,12 @@ class HeatmapStore:
 
     def write(self, level: int, channel: int, block: Region, values: NDArray[np.float32]) -> None:
         """Write one channel of one block, float32 [height, width] of the block."""
-        with storing(self._path):
+        with self._place.storing():
             self.array(level)[(channel, *block.slices)] = values
 
     def write_flags(self, level: int, block: Region, flags: NDArray[np.uint8]) -> None:
         """Write the coverage label of one block: bits TISSUE, EXPLAINED, UNREADABLE."""
-        with storing(self._path):
+        with self._place.storing():
             self.labels(level)[block.slices] = flags
 
     def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
@@ -131,26 +134,18 @@ class HeatmapStore:
 
     def set_channels(self, channels: Sequence[Channel]) -> None:
         """Replace how channels are shown; values are never touched."""
-        with storing(self._path):
+        with self._place.storing():
             ome = dict(self.attributes["ome"])
             ome["omero"] = _omero(channels)
-            self._group.attrs["ome"] = ome
+            self._group.group.attrs["ome"] = ome
 
     def array(self, level: int) -> zarr.Array[Any]:
-        """All channels of a level, float32 [channels, h, w], as a lazy array."""
-        return self._opened(str(level))
+        """All channels of a level, float32 [channels, h, w], not read yet."""
+        return self._group.array(str(level))
 
     def labels(self, level: int) -> zarr.Array[Any]:
-        """The coverage label of a level, uint8 [h, w], as a lazy array."""
-        return self._opened(f"labels/{LABEL}/{level}")
-
-    def _opened(self, name: str) -> zarr.Array[Any]:
-        """An array, opened once: its metadata never change, and opening costs as much as reading a chunk."""
-        if (array := self._arrays.get(name)) is None:
-            found = self._group[name]
-            assert isinstance(found, zarr.Array)
-            array = self._arrays[name] = found
-        return array
+        """The coverage label of a level, uint8 [h, w], not read yet."""
+        return self._group.array(f"labels/{LABEL}/{level}")
 
 
 def _image_metadata(

@@ -7,9 +7,10 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -73,11 +74,13 @@ class LocalPlace(Place):
 
     def size(self) -> int:
         with _reading(self.path):
-            return self.path.stat().st_size
+            found = self.path.stat()
+            if stat.S_ISDIR(found.st_mode):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+            return found.st_size
 
     def exists(self) -> bool:
-        with _reading(self.path):
-            return self.path.is_file() or _holds_files(self.path)
+        return self.is_file() or _holds_files(self.path)
 
     def names(self) -> list[str]:
         return sorted(entry.name for entry in self._entries() if entry.is_file() and not _is_ours(entry.name))
@@ -126,6 +129,15 @@ class LocalPlace(Place):
             self.write(data)
             return True
 
+    def update(self, change: Callable[[bytes | None], bytes | None]) -> None:
+        with self._locked():
+            try:
+                old = self.read()
+            except FileNotFoundError:
+                old = None
+            if (new := change(old)) is not None:
+                self.write(new)
+
     @contextmanager
     def writing(self) -> Iterator[BinaryIO]:
         partial = self._partial()
@@ -146,13 +158,16 @@ class LocalPlace(Place):
         with storing(self.path), suppress(FileNotFoundError, NotADirectoryError):
             shutil.rmtree(self.path)
 
-    def remove_partials(self) -> None:
-        remove_partials(self.path)
+    def remove_partials(self, below: bool = True) -> None:
+        remove_partials(self.path, below)
 
     def zarr(self, read_only: bool = False) -> LocalStore:
         from zarr.storage import LocalStore
 
         return LocalStore(self.path, read_only=read_only)
+
+    def storing(self) -> AbstractContextManager[None]:
+        return storing(self.path)
 
     def _partial(self) -> Path:
         return self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}{PARTIAL}")
@@ -172,7 +187,10 @@ class LocalPlace(Place):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock file of the folder, as far as the system and the file system know locks."""
-        with storing(self.path), (self.path.parent / LOCK).open("w") as file:
+        with storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = (self.path.parent / LOCK).open("w")
+        with file:
             if fcntl is not None:
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
@@ -190,7 +208,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
     except OSError as error:
         raise StoreError(
-            f"{path}: cannot be read: {error.strerror or error}; check the storage and its permissions, and run again"
+            f"{path}: cannot be read: {error.strerror or error}; choose another --out, or check the storage and its "
+            "permissions"
         ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -84,6 +84,14 @@ class Place(ABC):
     def exists(self) -> bool:
         """Whether it is a file, or a folder with a file somewhere in it."""
 
+    def is_file(self) -> bool:
+        """Whether it is a file."""
+        try:
+            self.size()
+        except FileNotFoundError:
+            return False
+        return True
+
     @abstractmethod
     def names(self) -> list[str]:
         """Names of the files right below, sorted."""
@@ -117,17 +125,35 @@ class Place(ABC):
         """Delete the folder with everything below, if there is one."""
 
     @abstractmethod
-    def remove_partials(self) -> None:
-        """Delete what killed processes left half-written in the folder and below."""
+    def remove_partials(self, below: bool = True) -> None:
+        """Delete what killed processes left half-written in the folder, and in the folders below."""
 
     @abstractmethod
     def zarr(self, read_only: bool = False) -> Store:
         """The folder for `zarr.open_group(store=...)`. Each chunk is written whole or not at all."""
 
-    def update(self, change: Callable[[bytes | None], bytes]) -> None:
+    def read_each(self, names: Sequence[str]) -> list[bytes]:
+        """The files of these names right below, in this order.
+
+        Raises:
+            FileNotFoundError: one is not there.
+        """
+        return [(self / name).read() for name in names]
+
+    def write_each(self, files: Mapping[str, bytes]) -> None:
+        """Write files by name, which may have several parts; each is whole or not there."""
+        for name, data in files.items():
+            (self / name).write(data)
+
+    @abstractmethod
+    def storing(self) -> AbstractContextManager[None]:
+        """Turns what zarr raises when it cannot write below this place into a `StoreError`."""
+
+    def update(self, change: Callable[[bytes | None], bytes | None]) -> None:
         """Make the file what `change` makes of it (None where there is none); nobody else's update is lost.
 
-        `change` is called again with what another process has written meanwhile.
+        Where `change` gives None, all stays as it is. It is called again with what another process has written
+        meanwhile.
 
         Raises:
             StoreError: it cannot be written, or others have always been faster.
@@ -141,9 +167,11 @@ class Place(ABC):
             "command again, nothing finished is lost"
         )
 
-    def _changed(self, change: Callable[[bytes | None], bytes]) -> bool:
+    def _changed(self, change: Callable[[bytes | None], bytes | None]) -> bool:
         try:
-            data, version = self.read_versioned()
+            old, version = self.read_versioned()
         except FileNotFoundError:
-            return self.create(change(None))
-        return self.replace(change(data), version)
+            new = change(None)
+            return new is None or self.create(new)
+        new = change(old)
+        return new is None or self.replace(new, version)

@@ -13,10 +13,12 @@ from wsi_gradcam.stores.place import Place
 from wsi_gradcam.stores.remote_place import RemotePlace
 from wsi_gradcam.urls import is_url, shown_url, split_url
 
-__all__ = ["LocalPlace", "Place", "RemotePlace", "place_of"]
+__all__ = ["AnyPlace", "LocalPlace", "Place", "RemotePlace", "place_of"]
+
+AnyPlace = str | os.PathLike[str] | Place
 
 
-def place_of(out: str | os.PathLike[str] | Place) -> Place:
+def place_of(out: AnyPlace) -> Place:
     """The place that a user names: a path, or s3://BUCKET/KEY.
 
     Raises:

@@ -7,25 +7,16 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.object_stores import (
-    CREDENTIALS_MEND,
-    S3,
-    S3_FORM,
-    Trouble,
-    bucket_and_key,
-    patiently,
-    pauses,
-    s3_store,
-    short,
-    trouble_of,
-)
+from wsi_gradcam.object_stores import S3, S3_FORM, Trouble, bucket_and_key, patiently, pauses, trouble_of
+from wsi_gradcam.stores import buckets
+from wsi_gradcam.stores.buckets import Bucket, error_of
 from wsi_gradcam.stores.place import Place
 from wsi_gradcam.urls import shown_url
 
@@ -35,35 +26,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A store that is away for longer stops the run.
-PATIENCE_S = 60.0
+AT_ONCE = 16  # requests of one call
 # What is streamed lies in memory up to this size, and in a temporary file beyond it.
 STREAM_BYTES = 16 << 20
 # An object says who wrote it: a request whose answer was lost can so be told from another's.
 WRITER = "writer"
 # What no key can hold: control characters, and bytes of file names that are not UTF-8.
 _NOT_FOR_KEYS = re.compile("[\x00-\x1f\x7f\udc80-\udcff]")
-
-
-class Bucket:
-    """A bucket whose client is made when it is first used, and stays behind when the bucket is sent elsewhere."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    @cached_property
-    def store(self) -> ObjectStore:
-        """The client, one in a process: it keeps connections and credentials."""
-        return s3_store(self.name, patience_s=PATIENCE_S)
-
-    def __getstate__(self) -> dict[str, str]:
-        return {"name": self.name}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Bucket) and self.name == other.name
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
 
 @dataclass(frozen=True)
@@ -109,10 +78,10 @@ class RemotePlace(Place):
         return self._asked(lambda store: bytes(store.get(self.key).bytes()))
 
     def read_range(self, start: int, count: int) -> bytes:
-        if count <= 0:
-            return b""
-
         def ranged(store: ObjectStore) -> bytes:
+            if count <= 0:  # no range that servers know
+                store.head(self.key)
+                return b""
             try:
                 return bytes(store.get(self.key, options={"range": (start, start + count)}).bytes())
             except Exception as error:
@@ -188,13 +157,24 @@ class RemotePlace(Place):
 
         self._asked(remove, "written")
 
-    def remove_partials(self) -> None:
+    def read_each(self, names: Sequence[str]) -> list[bytes]:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda name: (self / name).read(), names))
+
+    def write_each(self, files: Mapping[str, bytes]) -> None:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda item: (self / item[0]).write(item[1]), files.items()))
+
+    def remove_partials(self, below: bool = True) -> None:
         """Nothing half-written can be seen there."""
 
     def zarr(self, read_only: bool = False) -> RemoteStore:
         from wsi_gradcam.stores.remote_zarr import RemoteStore
 
-        return RemoteStore(self, read_only)
+        return RemoteStore(self, self.bucket, self.key, read_only)
+
+    def storing(self) -> AbstractContextManager[None]:
+        return nullcontext()  # `RemoteStore` says it itself
 
     @property
     def _prefix(self) -> str:
@@ -203,7 +183,7 @@ class RemotePlace(Place):
     def _asked(self, call: Callable[[ObjectStore], T], done: str = "read") -> T:
         """What the store answers, tried again while its trouble may pass."""
         try:
-            return patiently(lambda: call(self.bucket.store), PATIENCE_S)
+            return patiently(lambda: call(self.bucket.store), buckets.PATIENCE_S)
         except StoreError:
             raise
         except Exception as error:  # obstore raises many kinds
@@ -212,7 +192,7 @@ class RemotePlace(Place):
     def _put_if(self, mode: Any, data: bytes) -> bool:
         """Put on a condition; whether it was met. Its own put that succeeded unheard is taken for what it is."""
         token = uuid.uuid4().hex
-        waits = pauses(PATIENCE_S)
+        waits = pauses(buckets.PATIENCE_S)
         while True:
             try:
                 self.bucket.store.put(self.key, data, mode=mode, attributes={WRITER: token})
@@ -247,24 +227,3 @@ def _key(path: str) -> str:
     """A key without empty parts, percent signs in place of characters that no key can have."""
     whole = "/".join(part for part in path.split("/") if part)
     return _NOT_FOR_KEYS.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", whole)
-
-
-def error_of(place: RemotePlace, error: Exception, done: str) -> OSError:
-    """What an error of obstore means for OUT; a file that is not there is a plain `FileNotFoundError`.
-
-    `done` is what could not be done: "read" or "written".
-    """
-    trouble = trouble_of(error)
-    if trouble is Trouble.MISSING:
-        return FileNotFoundError(f"{place}: does not exist")
-    mends = {
-        Trouble.NO_BUCKET: "no such bucket; make it, or check --out and the endpoint in AWS_ENDPOINT_URL",
-        Trouble.REFUSED: f"access was refused ({short(error)}); {CREDENTIALS_MEND}, and let them read, write, list "
-        "and delete there",
-        Trouble.NO_CREDENTIALS: f"there are no credentials; {CREDENTIALS_MEND}",
-        Trouble.ELSEWHERE: f"it lies elsewhere ({short(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
-        Trouble.REJECTED: f"the store refuses that ({short(error)}); check --out and the store's settings",
-    }
-    other = f"the store does not answer as it should ({short(error)}); check it and the network, and run the same "
-    mend = mends.get(trouble, other + "command again, nothing finished is lost")
-    return StoreError(f"{place}: cannot be {done}: {mend}")

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
 from wsi_gradcam.object_stores import Trouble, pauses, trouble_of
-from wsi_gradcam.stores import remote_place
+from wsi_gradcam.stores import buckets
+from wsi_gradcam.stores.buckets import error_of
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from wsi_gradcam.object_stores import ObjectStore
-    from wsi_gradcam.stores.remote_place import RemotePlace
+    from wsi_gradcam.stores.buckets import Bucket
+    from wsi_gradcam.stores.place import Place
 
 T = TypeVar("T")
 
@@ -28,12 +30,14 @@ class RemoteStore(Store):
     supports_deletes = True
     supports_listing = True
 
-    def __init__(self, place: RemotePlace, read_only: bool = False) -> None:
+    def __init__(self, place: Place, bucket: Bucket, key: str, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
         self.place = place
+        self.bucket = bucket
+        self.key = key
 
     def with_read_only(self, read_only: bool = False) -> RemoteStore:
-        return RemoteStore(self.place, read_only)
+        return RemoteStore(self.place, self.bucket, self.key, read_only)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemoteStore) and (self.place, self.read_only) == (other.place, other.read_only)
@@ -92,8 +96,12 @@ class RemoteStore(Store):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         start = len(self._path(""))
-        for key in await asyncio.to_thread((self.place / prefix).keys):
-            yield key[start:]
+
+        async def paths(store: ObjectStore) -> list[str]:
+            return [item["path"] for item in await store.list(self._path(prefix)).collect_async()]
+
+        for path in await self._asked(prefix, paths, "read"):
+            yield path[start:]
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         folder = self.place / prefix
@@ -101,18 +109,18 @@ class RemoteStore(Store):
             yield name
 
     def _path(self, key: str) -> str:
-        return f"{self.place.key}/{key}" if self.place.key else key
+        return f"{self.key}/{key}" if self.key else key
 
     async def _asked(self, key: str, call: Callable[[ObjectStore], Awaitable[T]], done: str) -> T:
         """What the store answers, tried again while its trouble may pass."""
-        waits = pauses(remote_place.PATIENCE_S)
+        waits = pauses(buckets.PATIENCE_S)
         while True:
             try:
-                return await call(self.place.bucket.store)
+                return await call(self.bucket.store)
             except Exception as error:  # obstore raises many kinds
                 pause = next(waits, None) if trouble_of(error) is Trouble.UNREACHABLE else None
                 if pause is None:
-                    raise remote_place.error_of(self.place / key, error, done) from None
+                    raise error_of(self.place / key, error, done) from None
             await asyncio.sleep(pause)
 
 

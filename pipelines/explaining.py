@@ -1,0 +1,29 @@
+"""What recipes for clusters share: `wsi-gradcam explain` as a process of its own, beside the scheduler in this one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+
+def explain(arguments: Sequence[str], scheduler: str) -> int:
+    """Run it on the scheduler at this address; returns its exit status, after Ctrl-C or SIGTERM too.
+
+    A terminal sends Ctrl-C to both processes; SIGTERM is passed on. In either case `explain` ends in its own time, so
+    that the scheduler, which ends with this process, is there until then.
+    """
+    command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", *arguments, "--scheduler", scheduler]
+    with subprocess.Popen(command) as process:
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        signal.signal(signal.SIGTERM, pass_on)
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue

@@ -1,0 +1,84 @@
+"""Explain slides on a SLURM cluster: each worker is a job; this program, on the login node, is their scheduler.
+
+    python pipelines/slurm.py --partition gpu --gres gpu:1 --workers 8 --hours 8 \\
+        slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
+
+What --help does not list are arguments of `wsi-gradcam explain`. With --print the job script is printed, and nothing
+is submitted. Needs `pip install 'wsi-gradcam[cluster]'` in an environment that all nodes see, and slides, model file
+and --out at the same paths everywhere.
+
+Jobs that end, or are preempted, are replaced while the run goes on. A worker leaves some 15 minutes before its job's
+time is over; what it had in hand is done by another. After Ctrl-C, or when the login node went down, give the same
+command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dask_jobqueue.slurm import SLURMCluster
+from distributed import Client
+
+import explaining
+
+
+def main() -> int:
+    """Run; returns what `wsi-gradcam explain` does."""
+    given, explain = parsed()
+    with make_cluster(given) as cluster:
+        if given.print:
+            print(cluster.job_script())
+            return 0
+        cluster.adapt(minimum=given.minimum, maximum=given.workers)
+        where = f"scheduler {cluster.scheduler_address}, dashboard {cluster.dashboard_link}"
+        print(f"{where}; waiting for a worker", flush=True)
+        with Client(cluster, set_as_default=False) as client:
+            client.wait_for_workers(1)  # as long as the queue is
+        return explaining.explain(explain, cluster.scheduler_address)
+
+
+def parsed() -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of this program, and those of `explain`."""
+    parser = argparse.ArgumentParser(description="Explain slides on a SLURM cluster.", allow_abbrev=False)
+    parser.add_argument("--partition", help="SLURM's name of the queue")
+    parser.add_argument("--account", help="whom SLURM charges")
+    parser.add_argument("--workers", type=int, default=2, help="jobs, one worker each (default 2)")
+    parser.add_argument(
+        "--minimum", type=int, help="keep that many jobs only while there is little to do (default: all)"
+    )
+    parser.add_argument("--gres", help="what a job gets besides cores and memory, such as gpu:1")
+    parser.add_argument("--cpus", type=int, default=4, help="cores of a job (default 4)")
+    parser.add_argument("--memory", default="8GiB", help="memory of a job (default 8GiB)")
+    parser.add_argument("--hours", type=int, default=4, help="time of a job in whole hours (default 4)")
+    parser.add_argument("--interface", help="network that the nodes share, such as ib0")
+    parser.add_argument("--logs", default="slurm-logs", help="folder for what jobs print (default slurm-logs)")
+    parser.add_argument("--print", action="store_true", help="print the job script and submit nothing")
+    given, explain = parser.parse_known_args()
+    given.minimum = given.workers if given.minimum is None else given.minimum
+    if given.hours < 1 or not 1 <= given.minimum <= given.workers:
+        parser.error("expected --hours of 1 or more, and 1 <= --minimum <= --workers")
+    return given, explain
+
+
+def make_cluster(given: argparse.Namespace) -> SLURMCluster:
+    """A scheduler here, that submits jobs when told to. Two threads a worker: one has patches read for the other."""
+    # No limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. SLURM's limit holds.
+    worker = ["--memory-limit", "0", "--lifetime", f"{60 * given.hours - 15}m", "--lifetime-stagger", "5m"]
+    return SLURMCluster(
+        queue=given.partition,
+        account=given.account,
+        walltime=f"{given.hours:02d}:00:00",
+        cores=2,
+        processes=1,
+        job_cpu=given.cpus,
+        memory=given.memory,
+        interface=given.interface,
+        job_name="wsi-gradcam",
+        log_directory=given.logs,
+        job_extra_directives=[f"--gres={given.gres}"] if given.gres else [],
+        worker_extra_args=[*worker, "--resources", "GPU=1"] if given.gres else worker,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""Explain slides on machines that `ssh` reaches: this program is the scheduler, workers are started over ssh.
+
+    python pipelines/ssh.py --hosts node1,node2 --per-host 2 --gpus \\
+        slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
+
+What --help does not list are arguments of `wsi-gradcam explain`. With --print the command lines are printed, and
+nothing is started. `ssh HOST` must work without a password (keys, an agent, ~/.ssh/config), and the hosts must see
+this environment, slides, model file and --out at the same paths, and reach this machine's port 8786.
+
+The system's own ssh is used, not distributed's SSHCluster: your configuration holds, and what is run can be shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from distributed import Client, LocalCluster
+from distributed.utils import get_ip
+
+import explaining
+
+FIRST_WORKER_S, END_S = 120, 30
+
+
+def main() -> int:
+    """Run; returns what `wsi-gradcam explain` does."""
+    given, explain = parsed()
+    address = f"tcp://{given.address}:{given.port}"
+    commands = [command(host, number, address, given) for host in given.hosts for number in range(given.per_host)]
+    if given.print:
+        print("\n".join(map(shlex.join, commands)))
+        return 0
+    with ExitStack() as started:
+        processes: list[subprocess.Popen[bytes]] = []
+        started.callback(end, processes)  # after the cluster is closed: workers end with their scheduler
+        where = {"host": given.address, "scheduler_port": given.port, "dashboard_address": given.dashboard}
+        cluster = started.enter_context(LocalCluster(n_workers=0, **where))
+        # In sessions of their own: Ctrl-C ends `explain`, which still needs workers then.
+        processes += [subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True) for line in commands]
+        print(f"scheduler {address}, dashboard {cluster.dashboard_link}; waiting for a worker", flush=True)
+        with Client(cluster, set_as_default=False) as client:
+            try:
+                client.wait_for_workers(1, timeout=FIRST_WORKER_S)
+            except TimeoutError:
+                raise SystemExit(f"no worker came within {FIRST_WORKER_S} s; try a line that --print shows") from None
+        return explaining.explain(explain, address)
+
+
+def parsed() -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of this program, and those of `explain`."""
+    parser = argparse.ArgumentParser(description="Explain slides on machines that ssh reaches.", allow_abbrev=False)
+    parser.add_argument("--hosts", required=True, type=lambda text: text.split(","), help="names, joined by commas")
+    parser.add_argument("--per-host", type=int, default=1, help="workers on each (default 1); with --gpus, one a GPU")
+    parser.add_argument("--gpus", action="store_true", help="give each worker of a host a GPU of its own")
+    parser.add_argument("--address", default=get_ip(), help="of this machine, as the hosts know it")
+    parser.add_argument("--port", type=int, default=8786, help="of the scheduler (default 8786)")
+    parser.add_argument("--dashboard", default=":8787", help="address of Dask's page (default :8787)")
+    parser.add_argument("--python", default=sys.executable, help="the hosts' Python (default: this one's path)")
+    parser.add_argument("--print", action="store_true", help="print the command lines and start nothing")
+    return parser.parse_known_args()
+
+
+def command(host: str, number: int, address: str, given: argparse.Namespace) -> list[str]:
+    """What starts worker `number` of a host. Two threads: one has patches read while the model works for the other."""
+    # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back.
+    worker = [given.python, "-m", "dask", "worker", address, "--nthreads", "2", "--memory-limit", "0"]
+    worker += ["--death-timeout", "60", "--no-dashboard"]
+    if given.gpus:
+        worker = ["env", f"CUDA_VISIBLE_DEVICES={number}", *worker, "--resources", "GPU=1"]
+    return ["ssh", "-o", "BatchMode=yes", host, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(worker)}"]
+
+
+def end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for workers, which end with their scheduler; and not for ever."""
+    for process in processes:
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

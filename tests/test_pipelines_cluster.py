@@ -1,0 +1,264 @@
+"""Recipes for clusters: what they would submit; and whole runs, where stand-ins start the workers on this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file
+from tests.synthetic import write_marker_slide
+from wsi_gradcam.api import explain
+
+# What a job scheduler or a remote machine does, done here; workers end with their scheduler.
+SBATCH = (
+    'cp "$1" {folder}/script.sh\nbash {folder}/script.sh >{folder}/worker.log 2>&1 </dev/null &\n'
+    'echo "Submitted batch job $!"\n'
+)
+SSH = '[ "$1 $2 $3" = "-o BatchMode=yes node1" ] || exit 255\nexec sh -c "$4" >{folder}/worker.log 2>&1\n'
+
+
+def recipe(name: str, at: Path, *arguments: str | Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a recipe in the folder `at`, as a user does; programs in `path` come before the system's."""
+    places = [str(path)] if path else []
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *map(str, arguments)], cwd=at, capture_output=True,
+        text=True, check=False, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join([*places, os.environ["PATH"]])},
+    )  # fmt: skip
+
+
+def programs(folder: Path, **scripts: str) -> Path:
+    """A folder of shell scripts with these names."""
+    folder.mkdir()
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text.format(folder=folder)}", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide, a model, and its results in this process."""
+    folder = tmp_path_factory.mktemp("made")
+    write_marker_slide(folder / "a.tif", 390, 500, mpp=0.25, markers=[(200, 200)], marker_px=16)
+    explain(folder / "a.tif", str(toy_file(folder, "pooled_linear")), folder / "serial", **SMALL)
+    return folder
+
+
+def arguments_of_explain(made: Path, out: Path) -> list[str]:
+    return [str(made / "a.tif"), "--model", str(made / "pooled_linear.yaml"), "--out", str(out), *flags(SMALL)]
+
+
+def option(words: list[str], name: str) -> str:
+    assert words.count(name) >= 1, f"{name} is not among {words}"
+    return words[len(words) - 1 - words[::-1].index(name) + 1]  # the last one counts
+
+
+# --- SLURM -----------------------------------------------------------------------------------------------------------
+
+
+def slurm_script(at: Path, *arguments: str) -> tuple[dict[str, str], list[str]]:
+    """Directives of the job script, and the words of the worker's command."""
+    done = recipe("slurm", at, *arguments, "--print")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    given = [line.removeprefix("#SBATCH ").replace("=", " ").split(" ", 1) for line in lines if "#SBATCH" in line]
+    return {line[0]: line[1] for line in given}, shlex.split(next(line for line in lines if "--nthreads" in line))
+
+
+def test_the_slurm_script_asks_for_what_a_gpu_worker_needs(tmp_path: Path) -> None:
+    directives, worker = slurm_script(
+        tmp_path, "--partition", "gpu", "--gres", "gpu:1", "--account", "lab", "--hours", "8", "--memory", "12GiB",
+        "--cpus", "6",
+    )  # fmt: skip
+    assert directives.pop("-e").startswith("slurm-logs/")
+    assert directives.pop("-o").startswith("slurm-logs/")
+    assert directives == {
+        "-J": "wsi-gradcam", "-p": "gpu", "-A": "lab", "-n": "1", "--cpus-per-task": "6", "--mem": "12G",
+        "-t": "08:00:00", "--gres": "gpu:1",
+    }  # fmt: skip
+    assert worker[0] == sys.executable
+    assert option(worker, "--nthreads") == "2"
+    assert option(worker, "--memory-limit") == "0"
+    assert option(worker, "--resources") == "GPU=1"
+    assert option(worker, "--lifetime") == "465m"
+    assert "--nanny" in worker
+
+
+def test_a_slurm_worker_without_a_gpu_promises_none(tmp_path: Path) -> None:
+    directives, worker = slurm_script(tmp_path, "--hours", "1")
+    assert not {"--gres", "-p", "-A"} & directives.keys()
+    assert "--resources" not in worker
+    assert option(worker, "--lifetime") == "45m"
+
+
+@pytest.mark.parametrize("wrong", [("--hours", "0"), ("--minimum", "0"), ("--minimum", "3")])
+def test_slurm_jobs_that_cannot_be_are_refused(tmp_path: Path, wrong: tuple[str, str]) -> None:
+    done = recipe("slurm", tmp_path, *wrong, "--print")
+    assert done.returncode == 2
+    assert "expected --hours of 1 or more, and 1 <= --minimum <= --workers" in done.stderr
+
+
+def test_slurm_jobs_explain_as_this_process_does(made: Path, tmp_path: Path) -> None:
+    path = programs(tmp_path / "bin", sbatch=SBATCH, scancel='kill "$1" 2>/dev/null\n')
+    out = tmp_path / "out"
+    done = recipe(
+        "slurm", tmp_path, "--workers", "1", "--logs", tmp_path / "logs", *arguments_of_explain(made, out), path=path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert differing(out, made / "serial") == []
+    assert "--nthreads 2" in (path / "script.sh").read_text(encoding="utf-8")
+
+
+# --- SSH -------------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_ssh_starts_a_worker_a_gpu_on_each_host(tmp_path: Path) -> None:
+    done = recipe(
+        "ssh", tmp_path, "--hosts", "node1,node2", "--per-host", "2", "--gpus", "--address", "10.0.0.1", "--print"
+    )
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [words[:4] for words in commands] == [["ssh", "-o", "BatchMode=yes", f"node{n}"] for n in (1, 1, 2, 2)]
+    workers = [shlex.split(words[4].partition(" && exec ")[2]) for words in commands]
+    assert [words[:2] for words in workers] == [["env", f"CUDA_VISIBLE_DEVICES={n}"] for n in (0, 1, 0, 1)]
+    for words in workers:
+        assert words[2:7] == [sys.executable, "-m", "dask", "worker", "tcp://10.0.0.1:8786"]
+        assert (option(words, "--nthreads"), option(words, "--memory-limit")) == ("2", "0")
+        assert option(words, "--resources") == "GPU=1"
+
+
+def test_ssh_without_gpus_promises_none(tmp_path: Path) -> None:
+    done = recipe("ssh", tmp_path, "--hosts", "node1", "--python", "/opt/my env/python", "--print")
+    (line,) = done.stdout.splitlines()
+    assert "CUDA" not in line
+    assert "--resources" not in line
+    remote = shlex.split(line)[4]
+    assert shlex.split(remote)[:5] == ["cd", str(tmp_path), "&&", "exec", "/opt/my env/python"]
+
+
+def test_workers_over_ssh_explain_as_this_process_does(made: Path, tmp_path: Path) -> None:
+    path = programs(tmp_path / "bin", ssh=SSH)
+    out = tmp_path / "out"
+    here = ("--hosts", "node1", "--address", "127.0.0.1", "--port", str(free_port()), "--dashboard", "127.0.0.1:0")
+    done = recipe("ssh", tmp_path, *here, *arguments_of_explain(made, out), path=path)
+    assert done.returncode == 0, done.stderr
+    assert differing(out, made / "serial") == []
+    failed = recipe(
+        "ssh", tmp_path, *here, made / "a.tif", "--model", "nonsense", "--out", tmp_path / "none", path=path
+    )
+    assert failed.returncode == 2  # as explain's
+    assert not rows_of(out)["a.tif"]["error"]
+
+
+# --- Kubernetes ------------------------------------------------------------------------------------------------------
+
+
+def manifests(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The DaskCluster and the Job."""
+    claims = ("--image", "registry/wsi-gradcam:1", "--slides-claim", "archive", "--out-claim", "results")
+    done = recipe("kubernetes", ROOT, *claims, *arguments)
+    assert done.returncode == 0, done.stderr
+    cluster, job = yaml.safe_load_all(done.stdout)
+    assert (cluster["apiVersion"], cluster["kind"]) == ("kubernetes.dask.org/v1", "DaskCluster")
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    return cluster, job
+
+
+def pods(cluster: dict[str, Any], job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    parts = {part: cluster["spec"][part]["spec"] for part in ("worker", "scheduler")}
+    return {**parts, "explain": job["spec"]["template"]["spec"]}
+
+
+def test_all_pods_share_image_slides_and_results() -> None:
+    for name, pod in pods(*manifests()).items():
+        (container,) = pod["containers"]
+        assert (container["name"], container["image"]) == (name, "registry/wsi-gradcam:1")
+        claims = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
+        seen = {mount["mountPath"]: claims[mount["name"]] for mount in container["volumeMounts"]}
+        assert seen == {"/slides": "archive", "/out": "results"}
+        assert [m["mountPath"] for m in container["volumeMounts"] if m.get("readOnly")] == ["/slides"]
+        assert pod["securityContext"]["fsGroup"] == 1000
+
+
+def test_workers_have_gpus_only_when_asked_for() -> None:
+    cluster, _ = manifests("--workers", "8", "--gpus", "1", "--cpus", "6", "--memory", "12Gi")
+    worker = cluster["spec"]["worker"]
+    (container,) = worker["spec"]["containers"]
+    assert worker["replicas"] == 8
+    assert container["resources"]["limits"] == {"cpu": "6", "memory": "12Gi", "nvidia.com/gpu": "1"}
+    assert container["command"][:4] == ["dask", "worker", "--name", "$(DASK_WORKER_NAME)"]
+    assert option(container["command"], "--nthreads") == "2"
+    assert option(container["command"], "--memory-limit") == "0"
+    assert option(container["command"], "--resources") == "GPU=1"
+    (plain,) = manifests()[0]["spec"]["worker"]["spec"]["containers"]
+    assert "nvidia.com/gpu" not in plain["resources"]["limits"]
+    assert "--resources" not in plain["command"]
+
+
+def test_the_job_finds_the_scheduler_through_its_service() -> None:
+    cluster, job = manifests("--name", "lung", "--model", "oral-tumour", "--target", "tumour")
+    service = cluster["spec"]["scheduler"]["service"]
+    assert service["selector"] == {"dask.org/cluster-name": "lung", "dask.org/component": "scheduler"}
+    (scheduler,) = cluster["spec"]["scheduler"]["spec"]["containers"]
+    listening = {port["name"]: port["containerPort"] for port in scheduler["ports"]}
+    assert {port["port"]: listening[port["targetPort"]] for port in service["ports"]} == {8786: 8786, 8787: 8787}
+    assert scheduler["readinessProbe"]["httpGet"]["port"] in listening
+    (client,) = job["spec"]["template"]["spec"]["containers"]
+    assert client["args"] == [
+        "explain", "/slides", "--model", "oral-tumour", "--target", "tumour", "--out", "/out",
+        "--scheduler", "tcp://lung-scheduler:8786",
+    ]  # fmt: skip
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy needs
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+SLOW_TO_END = """\
+import signal, sys, time
+def end(number, frame):
+    time.sleep(0.5)
+    sys.exit(7)
+for one in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(one, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+CALL = """\
+import signal, sys, explaining
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
+sys.executable = sys.argv[1]
+sys.exit(explaining.explain([], "tcp://127.0.0.1:1"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_explain_ends_in_its_own_time(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_TO_END, encoding="utf-8")
+    path = programs(tmp_path / "bin", python=f"exec {shlex.quote(sys.executable)} {tmp_path / 'slow.py'}\n")
+    with subprocess.Popen(
+        [sys.executable, "-c", CALL, path / "python"], stdout=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "pipelines")},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        assert process.wait(30) == 7
