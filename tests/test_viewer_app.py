@@ -20,6 +20,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.runs import ROOT, Heatmap
+from tests.servers import BUCKET, CREDENTIALS, put_folder
 from tests.viewer_runs import BROKEN, client, facts_of, fetched, make_run, served, tiles_of
 from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.geometry import Region
@@ -320,3 +321,26 @@ def test_chunks_that_were_never_written_are_zero(server: TestClient, out: Path) 
     result = open_result(out)["a.tif"]
     empty = [c.number for c in result.channels if not result.read(c, 0, Region(0, 0, 8, 8)).any()]
     assert server.get(f"{tiles_of(facts)}/heat/{(empty or [0])[0]}/3/0_0.png").status_code == 200
+
+
+def test_out_in_an_object_store_shows_the_same(out: Path, s3_upstream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_upstream}.items():
+        monkeypatch.setenv(name, value)
+    put_folder(s3_upstream, out, "viewer/out")
+    with client(out) as here, client(f"s3://{BUCKET}/viewer/out") as there:
+        facts = facts_of(here, "a.tif")
+        assert facts_of(there, "a.tif") == facts
+        key, tiles = facts["key"], tiles_of(facts)
+        for address in (
+            f"{tiles}/heat/1/3/0_0.png", f"{tiles}/slide/0/1_1.jpg", f"/api/slides/{key}/values?y=808&x=1200",
+            f"/api/slides/{key}/patches/at?y=808&x=1200", f"/files/{key}/overview.png",
+            "/zarr/a.tif/heatmap.ome.zarr/zarr.json", f"/api/slides/{key}/patches/top?by=blur&count=3",
+        ):  # fmt: skip
+            answers = [server.get(address) for server in (here, there)]
+            assert [answer.status_code for answer in answers] == [200, 200], address
+            assert answers[0].content == answers[1].content, address
+        address = "/zarr/a.tif/heatmap.ome.zarr/0/c/1/0/0"
+        parts = [server.get(address, headers={"Range": "bytes=5-40"}) for server in (here, there)]
+        assert parts[0].content == parts[1].content
+        assert there.get("/zarr/a.tif/heatmap.ome.zarr/0/c/9/9/9").status_code == 404
+        assert there.get("/files/run/report.html").status_code == 404

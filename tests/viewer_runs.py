@@ -72,7 +72,7 @@ def _share(start: int, length: int, step: int, count: int) -> np.ndarray[Any, np
 
 
 @contextmanager
-def client(out: Path, access: Access | None = None, **given: Any) -> Iterator[TestClient]:
+def client(out: Path | str, access: Access | None = None, **given: Any) -> Iterator[TestClient]:
     """A client of the server, without a network."""
     app = make_app(Archive(out, **given), access or Access.for_host("127.0.0.1", ""))
     with TestClient(app, base_url=BASE) as found:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from wsi_gradcam.errors import NotShownError, SlideNotFoundError, WsiGradcamError
 from wsi_gradcam.result import open_result
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.stores.places import place_of
 from wsi_gradcam.viewer.inside import check_tree
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Archive:
     @property
     def out(self) -> Place:
         """The run's folder."""
-        return place_of(self._result.folder.path)
+        return self._result.folder.place
 
     def slides(self) -> list[Shown]:
         """All slides, in the run's order."""
@@ -89,7 +88,7 @@ class Archive:
         if shown is None:
             raise NotShownError("no such slide in this run")
         if (key, shown.version) not in self._checked:
-            check_tree(self.out, place_of(shown.result.folder.path))
+            check_tree(self.out, shown.result.folder.place)
             self._checked.add((key, shown.version))
         return shown
 
@@ -140,7 +139,7 @@ class Archive:
 
     def _size(self) -> int:
         try:
-            return place_of(self._result.folder.slides).size()
+            return self._result.folder.slides.size()
         except FileNotFoundError:
             return -1
 

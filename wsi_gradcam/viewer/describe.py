@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam import __version__
 from wsi_gradcam.errors import SlideError, WsiGradcamError, one_line
-from wsi_gradcam.stores.places import place_of
 from wsi_gradcam.viewer.archive import shown_name
 from wsi_gradcam.viewer.gallery import status_of
 from wsi_gradcam.viewer.heat import finer_levels, heat_grid, scale_of
@@ -72,7 +71,7 @@ def slide_facts(shown: Shown, slide: Slide | SlideError, windows: Windows) -> di
         }
         facts["channels"] = [_channel(channel, windows) for channel in result.channels]
         facts["table"] = result.is_finished and plan.patches > 0
-        facts["audit"] = f"/files/{shown.key}/report.html" if _has(place_of(result.folder.path) / AUDIT) else None
+        facts["audit"] = f"/files/{shown.key}/report.html" if _has(result.folder.place / AUDIT) else None
     except (WsiGradcamError, OSError, KeyError) as error:
         facts["heat_problem"] = shown_name(facts["error"] or one_line(error))
         if not isinstance(slide, SlideError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import NotShownError, StoreError, WsiGradcamError
-from wsi_gradcam.stores.places import place_of
 from wsi_gradcam.viewer.answers import ranged, unchanged_or
 from wsi_gradcam.viewer.inside import below, check_inside
 
@@ -47,7 +46,7 @@ class Files:
             NotShownError: there is none.
             OutsideError: it is not below OUT.
         """
-        folder = self._archive.out if key == "run" else place_of(self._archive.find(key).result.folder.path)
+        folder = self._archive.out if key == "run" else self._archive.find(key).result.folder.place
         kind = KINDS.get(path.rpartition(".")[2].lower())
         if kind is None:
             raise NotShownError("no such file")
@@ -67,7 +66,7 @@ class Files:
         if not found:
             raise NotShownError(f"no such file; expected SLIDE/{HEATMAP}/...")
         shown = self._archive.named(slide_id)
-        place = below(place_of(shown.result.folder.heatmap), inner)
+        place = below(shown.result.folder.heatmap, inner)
         check_inside(self._archive.out, place)
         try:
             return ranged(request, place, KINDS["json"] if inner.endswith(".json") else BYTES)
