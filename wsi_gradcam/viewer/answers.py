@@ -12,6 +12,7 @@ from wsi_gradcam.errors import (
     NotShownError,
     OutsideError,
     RangeError,
+    ResultError,
     SlideError,
     SlideReadError,
     TileError,
@@ -35,6 +36,7 @@ MOST_BYTES = 32 << 20
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (TileError, 404),
     (NotShownError, 404),
+    (ResultError, 404),
     (FileNotFoundError, 404),
     (OutsideError, 403),
     (RangeError, 416),
