@@ -98,6 +98,8 @@ class Heat:
             )
 
         known = ((flags & EXPLAINED) > 0).astype(np.float32)
+        if known.all():
+            return resized(values), flags[rows[:, None], columns]
         weights = resized(known)
         means = np.asarray(resized(values * known) / np.maximum(weights, np.float32(1e-6)), np.float32)
         return means, flags[rows[:, None], columns]
