@@ -64,6 +64,7 @@ api
 terminal  report  status
 doctor
 demo
+viewer
 cli
 """
 ORDER = {name: number for number, name in enumerate(ROOMS.split())}
@@ -157,6 +158,8 @@ def test_every_room_exists() -> None:
             },
         ),
         ("obstore", {"object_stores"}),
+        ("starlette", {"viewer"}),
+        ("uvicorn", {"viewer"}),
         ("matplotlib", {"overview", "export.colours", "export.png"}),
         ("shapely", {"export.outlines", "export.regions", "export.geojson"}),
     ],
