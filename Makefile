@@ -54,6 +54,8 @@ proofs: venv
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -m tests.fuzz --cases 10000
+	$(BIN)/python -m tests.chaos --kills 30
+	$(BIN)/python -m tests.chaos --kills 30 --store s3
 
 clean:
 	rm -rf .venv demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

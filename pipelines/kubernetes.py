@@ -72,7 +72,7 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def job(given: argparse.Namespace, explain: list[str]) -> dict[str, Any]:
-    """The client. It is started again until it finds the scheduler; not when slides have failed: slides.csv names them."""
+    """The client. It is started again until it finds the scheduler; not when slides have failed, as slides.csv says."""
     where = ["--out", "/out", "--scheduler", f"tcp://{given.name}-scheduler:8786"]
     args = ["explain", "/slides", "--wait-for-workers", QUEUE_S, *explain, *where]
     template = pod(given, container(given, "explain", {"cpu": "1", "memory": "2Gi"}, args=args))

@@ -51,7 +51,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "out below a file": (["--out", "{made}/file/out"], r"{made}/file/out.*choose another --out"),
     "out is a file": (["--out", "{made}/file"], r"{made}/file.*choose another --out"),
     "out in /proc": (["--out", "/proc/out"], r"/proc/out/claim\.json: cannot write: .*"),
-    "object store": (["--out", "s3://bucket/out"], r"s3://bucket/out: object stores cannot be written yet"),
+    "another object store": (["--out", "gs://bucket/out"], r"gs://bucket/out: .*expected .*s3://"),
     "no such config": (["--config", "{made}/none.yaml"], r"none\.yaml: cannot be read: No such file"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import statistics
 import subprocess
@@ -70,6 +71,7 @@ cli
 ORDER = {name: number for number, name in enumerate(ROOMS.split())}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """All modules of the package by name without "wsi_gradcam."; the package itself is ""."""
     found = {}
@@ -79,8 +81,13 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported(path: Path) -> Iterator[str]:
+@functools.cache
+def imported(path: Path) -> tuple[str, ...]:
     """Names of the modules that a file imports anywhere, also in functions and for type checking."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)

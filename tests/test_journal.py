@@ -321,6 +321,7 @@ def test_causes_that_pass_by_themselves_are_tried_again(
         raise SlideAccessError("the server does not answer")
 
     with monkeypatch.context() as patch:
+        patch.setattr("wsi_gradcam.executors.retries.PAUSES_S", ())  # within a run it is tried again as well
         patch.setattr("wsi_gradcam.reading.open_slide", away)
         assert tried(made / "slides" / "b.tif", tmp_path) == (["b.tif"], ["b.tif"])
     assert tried(made / "slides" / "b.tif", tmp_path) == (["b.tif"], [])

@@ -31,7 +31,7 @@ def interrupt_and_sleep() -> None:
 
 
 def test_the_first_signal_asks_those_who_look() -> None:
-    stop = Stopping()
+    stop, before = Stopping(), signal.getsignal(signal.SIGTERM)
     with stop.at_signals(), stop.heeded():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked()
@@ -41,7 +41,7 @@ def test_the_first_signal_asks_those_who_look() -> None:
         stop.wait(60)
         assert time.monotonic() - began < 30
     assert stop.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_where_nobody_looks_it_interrupts() -> None:

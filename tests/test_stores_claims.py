@@ -142,6 +142,20 @@ def test_a_killed_run_of_this_machine_is_followed_at_once(out: Place, monkeypatc
     assert line.endswith("has ended without a word; going on with what it has finished")
 
 
+def test_a_run_that_ended_while_the_store_was_away_is_followed_by_the_next_of_its_process(
+    out: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: Place) -> None:
+        raise StoreError("away")
+
+    with monkeypatch.context() as patch, claim(out, "first", say=(told := Told())):
+        patch.setattr(type(out), "remove", away)
+    assert told == [f"the claim on {out} stays behind: away"]
+    assert read_holder(out) is not None
+    with claim(out, "second") as mine:
+        mine.check()
+
+
 def test_a_silent_run_elsewhere_is_waited_for_and_then_replaced(out: Place) -> None:
     stand(out)
     started = time.monotonic()

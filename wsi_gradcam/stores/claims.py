@@ -30,6 +30,8 @@ HEARTBEAT_S = 3.0
 SILENT_S = 20.0  # without a heartbeat a run on another machine counts as gone: some heartbeats may be late
 POLL_S = 0.5
 
+_ENDED: set[str] = set()  # runs of this process that are over, though their claims may stand: the store was away
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -59,7 +61,8 @@ class Holder:
 
 def new_run_id() -> str:
     """A name for a run, which sorts by time."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{uuid.uuid4().hex[:6]}"
 
 
 def read_holder(out: Place) -> Holder | None:
@@ -100,7 +103,8 @@ class Claim:
         try:
             if self._holds():
                 self._place.remove()
-        except StoreError as problem:  # it counts as gone with its process
+        except StoreError as problem:
+            _ENDED.add(self._mine.run_id)
             self._say(f"the claim on {self._out} stays behind: {problem}")
 
     def look_first(self) -> None:
@@ -146,6 +150,8 @@ class Claim:
             ResumeError: that run goes on.
         """
         alive = None if holder is None else holder.process.alive()
+        if holder is not None and holder.run_id in _ENDED:
+            alive = False
         if holder is not None and alive:
             raise _refusal(self._out, holder)
         if holder is not None and alive is False:
