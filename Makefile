@@ -16,12 +16,14 @@ help:
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt hatch_build.py
+	@command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; } || \
+		echo "npm is missing: wsi-gradcam view will lack its page"
 	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --editable '.[dev]'
 	@touch $@
 
-# Tests of the viewer's page need Debian's Chromium, and building the page npm; elsewhere install them by hand.
+# Tests of the viewer's page need Debian's Chromium; elsewhere install it by hand.
 browser:
 	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || \
 		echo "chromium is missing: the page's tests are skipped"

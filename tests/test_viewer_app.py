@@ -53,6 +53,8 @@ def test_facts_of_the_run(server: TestClient) -> None:
     assert facts["classes"] == CLASSES
     assert facts["methods"] == ["gradcam", "hirescam"]
     assert (facts["patch_px"], facts["patch_mpp"], facts["audit"]) == ([32, 32], 0.5, None)
+    assert facts["report"] == "/files/run/run.html"
+    assert b"<h1" in server.get(facts["report"]).content
 
 
 def test_the_list_is_searched_sorted_and_paged(server: TestClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def server(out: Path) -> Iterator[Served]:
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     if path is None:
+        assert "CI" not in os.environ, "chromium is not installed, and in CI these tests must run"
         pytest.skip("chromium is not installed; `make browser` does")
     arguments = [
         OFFLINE,
@@ -372,6 +374,14 @@ def test_a_slide_that_is_gone_shows_its_heatmap_alone(open_page: Callable[..., P
             page.close()
     finally:
         place.with_suffix(".moved").rename(place)
+
+
+def test_the_report_of_the_run_is_linked(open_page: Callable[..., Page]) -> None:
+    page = open_page(at(SLIDE, 700, 900, 0.5))
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name="Run", exact=True).click()
+    expect(opened.value.locator("h1")).to_be_visible()
+    opened.value.close()
 
 
 def test_the_audit_is_linked(open_page: Callable[..., Page]) -> None:

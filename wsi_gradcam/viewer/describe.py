@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Windows = dict[str, tuple[float, float]]
 AUDIT = "audit/report.html"
+REPORT = "run.html"
 
 
 def run_facts(archive: Archive) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def run_facts(archive: Archive) -> dict[str, Any]:
         "methods": list(settings.get("method", [])),
         "patch_px": list(model["patch_px"]),
         "patch_mpp": model["mpp"],
+        "report": f"/files/run/{REPORT}" if _has(archive.out / REPORT) else None,
         "audit": "/files/run/report.html" if _has(archive.out / AUDIT) else None,
     }
 

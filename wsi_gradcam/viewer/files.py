@@ -40,7 +40,7 @@ class Files:
         self._archive = archive
 
     def file(self, request: Request, key: str, path: str) -> Response:
-        """A file of the audit of a slide, or with the key `run` of the whole run; or a slide's `overview.png`.
+        """A file of the audit of a slide, or with the key `run` of the whole run; or `overview.png`, or the run's `run.html`.
 
         Raises:
             NotShownError: there is none.
@@ -50,8 +50,8 @@ class Files:
         kind = KINDS.get(path.rpartition(".")[2].lower())
         if kind is None:
             raise NotShownError("no such file")
-        is_overview = path == "overview.png" and key != "run"
-        place = below(folder if is_overview else folder / "audit", path)
+        is_beside = path == ("run.html" if key == "run" else "overview.png")
+        place = below(folder if is_beside else folder / "audit", path)
         check_inside(self._archive.out, place)
         return unchanged_or(request, self._read(place), kind, {"Content-Security-Policy": REPORT_POLICY})
 

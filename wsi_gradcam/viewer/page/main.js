@@ -14,6 +14,13 @@ import { Views } from "./views.js";
 const TIMES = [1, 5, 10, 20, 40];
 const PATCH_SCREEN_PX = 220; // of a patch that is jumped to
 
+/** Show a link of the bar, if there is something to show. */
+function linkTo(name, address) {
+  const link = find(name);
+  link.hidden = !address;
+  link.href = address || "#";
+}
+
 class App {
   constructor(run) {
     this.run = run;
@@ -131,12 +138,11 @@ class App {
   }
 
   describe(slide) {
+    linkTo("report", this.run.report);
     const state = find("state");
     state.hidden = slide.status === "ok";
     state.textContent = slide.status.replace("_", " ");
-    const audit = find("audit");
-    audit.hidden = !(slide.audit || this.run.audit);
-    audit.href = slide.audit || this.run.audit || "#";
+    linkTo("audit", slide.audit || this.run.audit);
     const lines = [];
     if (slide.slide.problem && slide.heat) {
       lines.push(`The slide cannot be shown, so the heatmap is shown alone. ${slide.slide.problem}`);
@@ -161,8 +167,8 @@ class App {
     find("show-gallery").setAttribute("aria-pressed", "true");
     find("title").textContent = `${this.run.name}: ${this.run.model}${this.run.untrained ? " (untrained)" : ""}`;
     find("state").hidden = true;
-    find("audit").hidden = !this.run.audit;
-    if (this.run.audit) find("audit").href = this.run.audit;
+    linkTo("audit", this.run.audit);
+    linkTo("report", this.run.report);
     await this.gallery.show();
     document.body.dataset.ready = "gallery";
   }
