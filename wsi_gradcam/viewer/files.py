@@ -40,7 +40,7 @@ class Files:
         self._archive = archive
 
     def file(self, request: Request, key: str, path: str) -> Response:
-        """A file of the audit of a slide, or with the key `run` of the whole run; or `overview.png`, or the run's `run.html`.
+        """A file of the audit of a slide, or with the key `run` of the whole run; `overview.png`; the run's `run.html`.
 
         Raises:
             NotShownError: there is none.
