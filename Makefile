@@ -5,7 +5,7 @@ SLIDE ?=
 OUT ?= demo-output
 JOBS ?= 2
 
-.PHONY: help venv demo test test-s3 check format proofs clean
+.PHONY: help venv browser demo test test-s3 check format proofs clean
 
 help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
@@ -16,15 +16,22 @@ help:
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt hatch_build.py
+	@command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; } || \
+		echo "npm is missing: wsi-gradcam view will lack its page"
 	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --editable '.[dev]'
 	@touch $@
 
+# Tests of the viewer's page need Debian's Chromium; elsewhere install it by hand.
+browser:
+	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || \
+		echo "chromium is missing: the page's tests are skipped"
+
 demo: venv
 	$(BIN)/wsi-gradcam demo $(SLIDE) --out $(OUT)
 
-test: venv
+test: venv browser
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 

@@ -65,6 +65,7 @@ api
 terminal  report  status
 doctor
 demo
+viewer
 cli
 """
 ORDER = {name: number for number, name in enumerate(ROOMS.split())}
@@ -164,6 +165,8 @@ def test_every_room_exists() -> None:
             },
         ),
         ("obstore", {"object_stores"}),
+        ("starlette", {"viewer"}),
+        ("uvicorn", {"viewer"}),
         ("matplotlib", {"overview", "export.colours", "export.png"}),
         ("shapely", {"export.outlines", "export.regions", "export.geojson"}),
     ],
