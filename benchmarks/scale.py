@@ -291,7 +291,7 @@ def _run_simulated(
     executor: DaskExecutor, boss: psutil.Process, folder: Path, slowness: float, slides: int, workers: int
 ) -> dict[str, float]:
     run = RunPlan(LocalPlace(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
-    entries = (SlideEntry(f"site/{i:06d}.svs", f"/archive/site/{i:06d}.svs") for i in range(slides))
+    entries = [SlideEntry(f"site/{i:06d}.svs", f"/archive/site/{i:06d}.svs") for i in range(slides)]
     client, before = psutil.Process(), (_cpu_s(boss), _cpu_s(psutil.Process()))
     with Peak(boss) as peak, slowed(slowness):
         started = time.time()

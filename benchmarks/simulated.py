@@ -101,7 +101,14 @@ def report() -> dict[str, Any]:
 async def work(address: str, count: int, threads: int) -> None:
     """Workers of a GPU each, until the scheduler ends them."""
     workers = [
-        Worker(address, nthreads=threads, resources={"GPU": 1}, memory_limit=0, dashboard=False, silence_logs=50)
+        Worker(
+            address,
+            nthreads=threads,
+            resources={"GPU": 1, "CPU": threads - 1},
+            memory_limit=0,
+            dashboard=False,
+            silence_logs=50,
+        )
         for _ in range(count)
     ]
     for start in range(0, count, 16):

@@ -78,7 +78,7 @@ def test_each_worker_has_a_gpu_of_its_own(made: list[dict[str, Any]], monkeypatc
     start(3, "cuda")
     workers = [worker["options"] for worker in made[0]["workers"].values()]
     assert [worker["env"] for worker in workers] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
-    assert all(worker["resources"] == {"GPU": 1} for worker in workers)
+    assert all(worker["resources"] == {"GPU": 1, "CPU": 3} for worker in workers)
     assert all(worker["nthreads"] == 4 for worker in workers)
     assert all(worker["memory_limit"] == MEMORY_LIMIT // 3 for worker in workers)
 
@@ -92,7 +92,7 @@ def test_dask_cuda_is_used_where_it_is_installed(made: list[dict[str, Any]], mon
     start(2, "cuda")
     (options,) = made
     assert options["CUDA_VISIBLE_DEVICES"] == ["0", "1"]
-    assert options["resources"] == {"GPU": 1}
+    assert options["resources"] == {"GPU": 1, "CPU": 3}
 
 
 @pytest.mark.usefixtures("four_gpus", "made")
@@ -131,7 +131,7 @@ def test_a_named_device_stays_as_it_is(made: list[dict[str, Any]]) -> None:
     start(2, "cuda:1")
     (options,) = made
     assert options["n_workers"] == 2
-    assert options["resources"] == {"GPU": 1}
+    assert options["resources"] == {"GPU": 1, "CPU": 3}
 
 
 def torch_threads(task: Any) -> int:

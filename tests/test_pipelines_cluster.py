@@ -89,7 +89,7 @@ def test_the_slurm_script_asks_for_what_a_gpu_worker_needs(tmp_path: Path) -> No
     assert worker[0] == sys.executable
     assert option(worker, "--nthreads") == "4"
     assert option(worker, "--memory-limit") == "0"
-    assert option(worker, "--resources") == "GPU=1"
+    assert option(worker, "--resources") == "GPU=1,CPU=3"
     assert option(worker, "--lifetime") == "465m"
     assert "--nanny" in worker
 
@@ -140,7 +140,7 @@ def test_ssh_starts_a_worker_a_gpu_on_each_host(tmp_path: Path) -> None:
     for words in workers:
         assert words[2:7] == [sys.executable, "-m", "dask", "worker", "tcp://10.0.0.1:8786"]
         assert (option(words, "--nthreads"), option(words, "--memory-limit")) == ("4", "0")
-        assert option(words, "--resources") == "GPU=1"
+        assert option(words, "--resources") == "GPU=1,CPU=3"
 
 
 def test_ssh_without_gpus_promises_none(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_workers_have_gpus_only_when_asked_for() -> None:
     assert container["command"][:4] == ["dask", "worker", "--name", "$(DASK_WORKER_NAME)"]
     assert option(container["command"], "--nthreads") == "4"
     assert option(container["command"], "--memory-limit") == "0"
-    assert option(container["command"], "--resources") == "GPU=1"
+    assert option(container["command"], "--resources") == "GPU=1,CPU=3"
     (plain,) = manifests()[0]["spec"]["worker"]["spec"]["containers"]
     assert "nvidia.com/gpu" not in plain["resources"]["limits"]
     assert option(plain["command"], "--nthreads") == "2"
