@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
@@ -31,6 +31,9 @@ from wsi_gradcam.workflow import FatalError, Observer, SlideRecord, slide_job
 # knows) / 5 s: 4 orders of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
 # are left to each while a slide is planned.
 ORDERS_PER_SLOT = 4
+# When little is left, fewer and smaller orders wait, so that workers end together: an order of the model is then at
+# most one of so many parts of what is left for each, and so many are in flight.
+LAST_PARTS, LAST_PER_SLOT = 8, 2
 LOOK_AT_WORKERS_S = 2.0
 # A task that was begun alone in its process so often, and each time the process died, has killed it.
 DEATHS_ALONE = 2
@@ -67,6 +70,9 @@ class Flow:
         self._out: Counter[str] = Counter()
         self._finished: deque[SlideRecord] = deque()
         self._more = True
+        self._ahead = 0  # slides that are not begun, as far as that is known
+        self._planned, self._spans = 0, 0
+        self._at: Counter[str] = Counter()  # orders of the model that were sent to a worker
 
     def run(self, slides: Iterable[SlideEntry]) -> Iterator[SlideRecord]:
         """Records as slides finish.
@@ -74,7 +80,7 @@ class Flow:
         Raises:
             FatalError: the run cannot go on.
         """
-        left = enumerate(slides)
+        left, self._ahead = enumerate(slides), len(slides) if isinstance(slides, Sized) else 0
         try:
             while self._active or self._more:
                 if STOP.asked():
@@ -97,8 +103,8 @@ class Flow:
             self._send(again)
         while self._suspects and self._out["alone"] < max(1, len(self._workers.addresses) // 4):
             self._send(self._suspects.popleft())
-        room = {model: ORDERS_PER_SLOT * max(1, slots) for model, slots in self._workers.slots.items()}
-        budgets_s = self._budgets_s()
+        budgets_s, per_slot = self._budgets_s()
+        room = {model: per_slot[model] * max(1, slots) for model, slots in self._workers.slots.items()}
         waiting = 0
         for running in list(self._active):
             while (stage := running.waits_for) and self._out[kind_of(stage)] < room[stage == MODEL]:
@@ -112,19 +118,26 @@ class Flow:
                 break
             begun += 1
 
-    def _budgets_s(self) -> dict[bool, float]:
-        """Seconds of work in an order, of the model and else: at the end half of a worker's share of what is left."""
-        if self._more:
-            return {True: ORDER_S, False: ORDER_S}
-        left_s = {True: 0.0, False: 0.0}
+    def _budgets_s(self) -> tuple[dict[bool, float], dict[bool, int]]:
+        """Seconds of work in an order, of the model and else, and orders for a slot: less of both towards the end."""
+        slots = {model: max(1, count) for model, count in self._workers.slots.items()}
+        budgets_s, per_slot = {True: ORDER_S, False: ORDER_S}, {True: ORDERS_PER_SLOT, False: ORDERS_PER_SLOT}
+        ahead_s = self._ahead * self._rates.seconds(MODEL) * self._spans / max(1, self._planned)
+        if self._more and (not self._ahead or ahead_s > LAST_PARTS * ORDER_S * slots[True]):
+            return budgets_s, per_slot
+        left_s = {True: ahead_s, False: 0.0}
         for running in self._active:
             for phase in running.phases:
                 stage = phase[0][1].stage
                 left_s[stage == MODEL] += len(phase) * self._rates.seconds(stage)
         for sent in self._sent.values():
             left_s[sent.model] += sum(self._rates.seconds(task.stage) for task in sent.tasks)
-        slots = self._workers.slots
-        return {model: min(ORDER_S, max(LEAST_S, s / max(1, slots[model]) / 2)) for model, s in left_s.items()}
+        budgets_s[True] = min(ORDER_S, max(LEAST_S, left_s[True] / slots[True] / LAST_PARTS))
+        if left_s[True] < LAST_PARTS * ORDER_S * slots[True]:
+            per_slot[True] = LAST_PER_SLOT
+        if not self._more:
+            budgets_s[False] = min(ORDER_S, max(LEAST_S, left_s[False] / slots[False] / 2))
+        return budgets_s, per_slot
 
     def _begin(self, left: Iterator[tuple[int, SlideEntry]]) -> bool:
         """Begin the next slide, if there is one."""
@@ -132,6 +145,7 @@ class Flow:
         if entry is None:
             self._more = False
             return False
+        self._ahead = max(0, self._ahead - 1)
         number, slide = entry
         running = Running(slide_job(slide, self._max_unreadable), number)
         self._active.append(running)
@@ -145,23 +159,32 @@ class Flow:
             self._leave(running, len(sent.tasks))
             return
         # What is planned is ready when it is wanted; a slide that began first is finished first.
+        sent = self._placed(sent)
         future = self._client.submit(
             *self._mail.letter(Order(self._name, sent.tasks, sent.alone)),
             key=self._key(sent), pure=False,
             priority=1 if stage == "plan" else -running.number, resources=self._workers.needs[sent.model],
-            **self._elsewhere(sent),
+            **self._where(sent),
         )  # fmt: skip
         self._sent[future] = sent
         self._out[sent.kind] += 1
         self._mail.expect(future)
 
-    def _elsewhere(self, sent: Sent) -> dict[str, Any]:
-        """Where to, rather than to the worker that could not do it; only where every worker could be taken."""
-        addresses, able = self._workers.addresses, self._workers.able[sent.model]
-        others = [address for address in addresses if address != sent.avoid]
-        if not sent.avoid or not others or len(able) < len(addresses):
-            return {}
-        return {"workers": others, "allow_other_workers": True}
+    def _placed(self, sent: Sent) -> Sent:
+        """With the worker that it goes to: of those of the model the one with the fewest orders, so that none runs dry.
+
+        Only where every worker could be taken: one that is gone is replaced by any other.
+        """
+        able = self._workers.able[sent.model]
+        others = [address for address in able if address != sent.avoid]
+        if not others or len(able) < len(self._workers.addresses) or not (sent.model or sent.avoid):
+            return replace(sent, worker="")
+        worker = min(others, key=self._at.__getitem__)
+        self._at[worker] += 1
+        return replace(sent, worker=worker)
+
+    def _where(self, sent: Sent) -> dict[str, Any]:
+        return {"workers": [sent.worker], "allow_other_workers": True} if sent.worker else {}
 
     def _collect(self) -> None:
         """Wait for a moment, take what has come, and see to it that there are workers for the rest."""
@@ -187,6 +210,7 @@ class Flow:
         sent = self._sent.pop(future, None)
         if sent is not None:
             self._out[sent.kind] -= 1
+            self._at[sent.worker] -= bool(sent.worker)
         return sent
 
     def _send_anew(self) -> None:
@@ -259,6 +283,9 @@ class Flow:
                 self._active.remove(running)
                 self._finished.append(record)
                 return
+            if not running.planned:
+                running.planned = True
+                self._planned, self._spans = self._planned + 1, self._spans + running.spans
 
     def _stop(self) -> Iterator[SlideRecord]:
         """Let workers finish what they have begun, within a bound, and end the run."""

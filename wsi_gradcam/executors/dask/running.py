@@ -23,6 +23,7 @@ class Running:
         out: how many tasks are on their way.
         open: whether tasks of the first phase may be sent now.
         orders: how many were made.
+        planned: whether it is known what there is to do.
     """
 
     job: SlideJob
@@ -32,6 +33,7 @@ class Running:
     out: int = 0
     open: bool = True
     orders: int = 0
+    planned: bool = False
     error: BaseException | None = None
 
     def begin(self) -> SlideRecord | None:
@@ -120,6 +122,7 @@ class Sent:
         trials: how often they were sent so.
         begun: how often a worker has begun them so, and died.
         avoid: address of a worker that could not do them.
+        worker: address of the one that they are sent to; empty for any.
     """
 
     running: Running
@@ -131,6 +134,7 @@ class Sent:
     trials: int = 0
     begun: int = 0
     avoid: str = ""
+    worker: str = ""
 
     @property
     def model(self) -> bool:
