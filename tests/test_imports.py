@@ -45,6 +45,7 @@ cam.methods  cam.finer  cam.perturbation  cam.pixels  cam.probing
 cam.tap  cam.guided  cam.trunks  cam.program  cam.engine  cam.layers  cam.batch  cam.auto  cam.examine
 explainer  gradcam
 stitch
+audit
 stores.layout  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
 stores.run_files  stores.slide_record

@@ -1,0 +1,99 @@
+"""Patches and tiny networks of which the truth is known, so that every check of the audit can be put to the test.
+
+Patches are 32 px of pink tissue with grain. Those of class 1 hold a dark purple disc (a nucleus); a green square (a
+marker) may lie on any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.toy_models import PooledLinear
+from wsi_gradcam.audit.subject import Subject
+from wsi_gradcam.models.live import model_of
+
+SIDE_PX, DISC_PX, MARKER_PX = 32, 5, 6
+PINK, PURPLE, GREEN, GLASS = (225, 150, 195), (90, 50, 120), (30, 160, 60), (242, 242, 242)
+Rgb = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Patches uint8 [n, 32, 32, 3], their class int64 [n], and where disc and marker are, bool [n, 32, 32]."""
+
+    rgb: Rgb
+    label: NDArray[np.int64]
+    disc: Mask
+    marker: Mask
+
+
+def patches(count: int, seed: int, marked: str = "none") -> Patches:
+    """Half of each class; `marked`: "none", "tumour" (class 1), "random" (half of all), or "all" patches."""
+    random = np.random.default_rng(seed)
+    label = np.arange(count) % 2
+    rgb = np.array(PINK) + random.normal(0, 12, (count, SIDE_PX, SIDE_PX, 3))
+    disc, marker = np.zeros((2, count, SIDE_PX, SIDE_PX), bool)
+    y, x = np.mgrid[:SIDE_PX, :SIDE_PX]
+    has_marker = {"none": label < 0, "tumour": label == 1, "random": random.random(count) < 0.5, "all": label >= 0}
+    for i in range(count):
+        cy, cx = random.integers(6, SIDE_PX - 6, 2)
+        if label[i]:
+            disc[i] = (y - cy) ** 2 + (x - cx) ** 2 < DISC_PX**2
+        if has_marker[marked][i]:  # in the quarter across from the disc
+            top, left = (random.integers(1, 8) + (14 if c < SIDE_PX // 2 else 0) for c in (cy, cx))
+            marker[i, top : top + MARKER_PX, left : left + MARKER_PX] = True
+    rgb[disc] = np.array(PURPLE) + random.normal(0, 12, (int(disc.sum()), 3))
+    rgb[marker] = GREEN
+    return Patches(rgb.clip(0, 255).astype(np.uint8), label, disc, marker)
+
+
+def features() -> nn.Module:
+    """Two convolutions: cells of 4 px, 8 x 8 of them."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.ReLU()
+    )
+
+
+def untrained(seed: int = 0) -> PooledLinear:
+    """The network as it begins."""
+    torch.manual_seed(seed)
+    return PooledLinear(features(), 12)
+
+
+@cache
+def trained(marked: str = "none", seed: int = 0, steps: int = 150) -> PooledLinear:
+    """The network trained to tell the classes, with markers as in `patches`: about a second."""
+    network = untrained(seed)
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
+    sample = patches(256, 1000 + seed, marked)
+    images, labels = to_images(sample.rgb), torch.from_numpy(sample.label)
+    chosen = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(images), (64,), generator=chosen)
+        optimiser.zero_grad()
+        F.cross_entropy(network(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return network.eval()
+
+
+def to_images(rgb: Rgb) -> Tensor:
+    """As the networks here see patches: about -1 to 1."""
+    return torch.from_numpy(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def subject_of(
+    network: nn.Module, *, methods: tuple[str, ...] = ("gradcam",), layer: str | None = "features"
+) -> Subject:
+    """The network under audit."""
+    model = model_of(
+        network, patch_px=SIDE_PX, mpp=0.5, classes=["other", "tumour"], mean=(0.5,) * 3, std=(0.5,) * 3, layer=layer
+    )
+    return Subject.of(model, methods, batch_size=64)
