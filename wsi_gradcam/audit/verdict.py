@@ -1,0 +1,143 @@
+"""From numbers and their controls to plain words.
+
+What is enough comes from controls: a map must beat maps that know nothing, a cause must do more than an equal area
+elsewhere. What cannot be told with the patches at hand is said to be unclear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from numpy.typing import ArrayLike
+
+from wsi_gradcam.audit.estimates import Comparison, Estimate, compare, holm
+
+Outcome = Literal["holds", "fails", "unclear"]
+ALPHA = 0.05
+MOST = 0.5
+# A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
+ENOUGH = 34
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer to one question of the audit.
+
+    Attributes:
+        question: as a reader would ask it.
+        outcome: `holds`: the explanation, or the model, passes; `fails`; `unclear`: these patches do not tell.
+        words: why, in a sentence.
+        evidence: the numbers behind it, by name.
+    """
+
+    question: str
+    outcome: Outcome
+    words: str
+    evidence: Mapping[str, Comparison | Estimate | float] = field(default_factory=dict)
+
+
+def faithful(
+    score: ArrayLike,
+    controls: Mapping[str, ArrayLike],
+    slides: ArrayLike,
+    weights: ArrayLike | None = None,
+    seed: int = 0,
+    chance: str = "random",
+) -> Verdict:
+    """Whether the answer hangs on what the map calls relevant: scores [N] of the map against those of each control.
+
+    It holds where the map beats every control, and fails where a control beats it, or where enough patches do not set
+    it apart from `chance`.
+    """
+    question = "Does the model's answer hang on what the map shows?"
+    found = {name: compare(score, other, slides, weights, seed) for name, other in controls.items()}
+    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+    sure = {name: adjusted[name] < ALPHA for name in found}
+    beaten = [name for name in found if sure[name] and found[name].difference.value > 0]
+    lost = [name for name in found if sure[name] and found[name].difference.value < 0]
+    others = [name for name in found if name not in beaten]
+    if not others:
+        return Verdict(question, "holds", f"The map beats every control: {_list(beaten)}.", found)
+    if lost:
+        words = f"Taking pixels away in the order of {_list(lost)}, which ignores the model, tells more than the map."
+        return Verdict(question, "fails", words, found)
+    if chance in others and found[chance].difference.patches >= ENOUGH:
+        return Verdict(question, "fails", "The map's order of the pixels is worth no more than a random one.", found)
+    words = f"The map is not told apart from {_list(others)} with these patches."
+    return Verdict(question, "unclear", words, found)
+
+
+def depends_on_weights(resembles: Estimate) -> Verdict:
+    """Whether the map follows what the model has learned: the share of patches whose map stays, with random weights.
+
+    A map stays where it is more alike than 95 % of its own cells' permutations are.
+    """
+    question = "Does the map depend on what the model has learned?"
+    evidence = {"maps that stay": resembles}
+    if resembles.low > MOST:
+        words = (
+            f"With random weights {_percent(resembles.value)} of the maps stay: they show the picture, not the model."
+        )
+        return Verdict(question, "fails", words, evidence)
+    if resembles.high < MOST:
+        words = f"With random weights most maps change; {_percent(resembles.value)} stay."
+        return Verdict(question, "holds", words, evidence)
+    return Verdict(question, "unclear", "About half of the maps stay when weights are random.", evidence)
+
+
+def free_of(suspect: str, drop: Comparison, flips: Comparison) -> Verdict:
+    """Whether the model leaves a suspect region alone: what hiding it does, against equal areas elsewhere.
+
+    Args:
+        suspect: such as "pen".
+        drop: size of the logit's change with the suspect hidden, against equal areas.
+        flips: whether the predicted class changes (0 or 1), against its share for equal areas.
+    """
+    question = f"Is the answer free of {suspect}?"
+    evidence = {"change of the logit": drop, "changed answers": flips}
+    if flips.p < ALPHA and flips.difference.value > 0:
+        share = _percent(flips.difference.value)
+        words = f"Hiding {suspect} changes the answer for {share} more of the patches than hiding as much elsewhere."
+        return Verdict(question, "fails", words, evidence)
+    if drop.p < ALPHA and drop.difference.value > 0:
+        words = f"{suspect.capitalize()} moves the logit more than an equal area does, but seldom decides."
+        return Verdict(question, "unclear", words, evidence)
+    if drop.difference.patches < ENOUGH:
+        return Verdict(question, "unclear", f"Only {drop.difference.patches} patches show {suspect}.", evidence)
+    return Verdict(question, "holds", f"Hiding {suspect} does no more than hiding as much elsewhere.", evidence)
+
+
+def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
+    """Whether answers survive a change that slides vary by, against a harmless one: 0 or 1 a patch, if it changed."""
+    question = f"Does the answer survive {change}?"
+    evidence = {"changed answers": flips}
+    if flips.p < ALPHA and flips.difference.value > 0:
+        share = _percent(flips.difference.value)
+        words = f"{change.capitalize()} changes the answer for {share} more of the patches than {control} does."
+        return Verdict(question, "fails", words, evidence)
+    if flips.difference.patches < ENOUGH:
+        return Verdict(question, "unclear", f"{flips.difference.patches} patches are too few to tell.", evidence)
+    words = f"{change.capitalize()} changes the answer no more often than {control} does."
+    return Verdict(question, "holds", words, evidence)
+
+
+def quadrant(is_faithful: Verdict, is_plausible: Verdict) -> str:
+    """What the two together mean; they are never mixed into one number."""
+    if "unclear" in (is_faithful.outcome, is_plausible.outcome):
+        return "One of the two is not known: no statement about the pair."
+    return {
+        (True, True): "The model looks where a pathologist would, and its answer hangs on that.",
+        (True, False): "The answer hangs on something else than what was annotated: a shortcut, or something new.",
+        (False, True): "The map looks right, but the answer does not hang on it: it flatters the model.",
+        (False, False): "The map shows neither what the model uses nor what was annotated: it says nothing.",
+    }[is_faithful.outcome == "holds", is_plausible.outcome == "holds"]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names)
