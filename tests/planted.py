@@ -62,21 +62,29 @@ def features() -> nn.Module:
     )
 
 
-def untrained(seed: int = 0) -> PooledLinear:
+def deep_features() -> nn.Module:
+    """Five convolutions and two poolings: cells of 4 px, 8 x 8 of them; deep enough for guided backprop's edges."""
+    layers: list[nn.Module] = []
+    for given, made, pooled in ((3, 8, False), (8, 8, True), (8, 16, False), (16, 16, True), (16, 12, False)):
+        layers += [nn.Conv2d(given, made, 3, padding=1), nn.ReLU(), *([nn.MaxPool2d(2)] if pooled else [])]
+    return nn.Sequential(*layers)
+
+
+def untrained(seed: int = 0, deep: bool = False) -> PooledLinear:
     """The network as it begins."""
     torch.manual_seed(seed)
-    return PooledLinear(features(), 12)
+    return PooledLinear(deep_features() if deep else features(), 12)
 
 
 @cache
-def trained(marked: str = "none", seed: int = 0, steps: int = 150) -> PooledLinear:
+def trained(marked: str = "none", seed: int = 0, deep: bool = False) -> PooledLinear:
     """The network trained to tell the classes, with markers as in `patches`: about a second."""
-    network = untrained(seed)
+    network = untrained(seed, deep)
     optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
     sample = patches(256, 1000 + seed, marked)
     images, labels = to_images(sample.rgb), torch.from_numpy(sample.label)
     chosen = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    for _ in range(150):
         rows = torch.randint(len(images), (64,), generator=chosen)
         optimiser.zero_grad()
         F.cross_entropy(network(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]

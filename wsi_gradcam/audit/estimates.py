@@ -89,7 +89,8 @@ def stratified_sample(
 def estimate(values: ArrayLike, slides: ArrayLike, weights: ArrayLike | None = None, seed: int = 0) -> Estimate:
     """The weighted mean of `values` [N], and its interval by bootstrap of slides (`slides` [N] are their ids).
 
-    NaN are left out, and counted.
+    Other things that make values alike may stand for slides, such as draws of random weights. NaN are left out, and
+    counted.
     """
     sums, heavy, unit, counted = _units(np.asarray(values, np.float64)[None], slides, weights)
     number = len(np.asarray(values))
