@@ -1,7 +1,7 @@
 """Patches and tiny networks of which the truth is known, so that every check of the audit can be put to the test.
 
-Patches are 32 px of pink tissue with grain. Those of class 1 hold a dark purple disc (a nucleus); a green square (a
-marker) may lie on any.
+Patches are 32 px of pink tissue with grain. Those of class 1 hold a purple disc (a nucleus); a green square (a
+marker) may lie on any; where there are markers, discs are pale, so that a marker is what is learned first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from wsi_gradcam.audit.subject import Subject
 from wsi_gradcam.models.live import model_of
 
 SIDE_PX, DISC_PX, MARKER_PX = 32, 5, 6
-PINK, PURPLE, GREEN, GLASS = (225, 150, 195), (90, 50, 120), (30, 160, 60), (242, 242, 242)
+PINK, PURPLE, PALE = (225, 150, 195), (90, 50, 120), (175, 105, 165)
+GREEN, GLASS = (30, 160, 60), (242, 242, 242)
 Rgb = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
@@ -50,7 +51,7 @@ def patches(count: int, seed: int, marked: str = "none") -> Patches:
         if has_marker[marked][i]:  # in the quarter across from the disc
             top, left = (random.integers(1, 8) + (14 if c < SIDE_PX // 2 else 0) for c in (cy, cx))
             marker[i, top : top + MARKER_PX, left : left + MARKER_PX] = True
-    rgb[disc] = np.array(PURPLE) + random.normal(0, 12, (int(disc.sum()), 3))
+    rgb[disc] = np.array(PURPLE if marked == "none" else PALE) + random.normal(0, 12, (int(disc.sum()), 3))
     rgb[marker] = GREEN
     return Patches(rgb.clip(0, 255).astype(np.uint8), label, disc, marker)
 

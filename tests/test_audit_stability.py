@@ -88,7 +88,7 @@ def test_the_largest_change_is_captums_sensitivity(subject: Subject) -> None:
         return inputs + next(turns).permute(0, 3, 1, 2).float() / 127.5
 
     expected = metrics.sensitivity_max(
-        lambda inputs: subject.maps(inputs[0] if isinstance(inputs, tuple) else inputs, aim), images, perturb,
+        lambda inputs: (subject.maps(inputs[0] if isinstance(inputs, tuple) else inputs, aim),), images, perturb,
         n_perturb_samples=3, max_examples_per_batch=6,
     )  # fmt: skip
     before = subject.maps(images, aim)
