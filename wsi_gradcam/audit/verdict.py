@@ -123,6 +123,24 @@ def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
     return Verdict(question, "holds", words, evidence)
 
 
+def promises_kept(worth: Estimate) -> Verdict:
+    """Whether the logit moves as the gradient promises when the picture really changes: `FiniteSteps.worth`.
+
+    0 is what promising no change at all is worth.
+    """
+    question = "Does the model do what its gradient promises?"
+    evidence = {"worth of the promise": worth}
+    if worth.low > 0:
+        words = "Real changes along the map move the answer about as the map promises."
+        return Verdict(question, "holds", words, evidence)
+    if worth.high < 0:
+        words = (
+            "Real changes along the map move the answer otherwise than it promises: it tells of the nearest step only."
+        )
+        return Verdict(question, "fails", words, evidence)
+    return Verdict(question, "unclear", "The map's promise is not told apart from promising no change.", evidence)
+
+
 def quadrant(is_faithful: Verdict, is_plausible: Verdict) -> str:
     """What the two together mean; they are never mixed into one number."""
     if "unclear" in (is_faithful.outcome, is_plausible.outcome):
