@@ -21,7 +21,7 @@ from wsi_gradcam.models.live import model_of
 
 SIDE_PX, DISC_PX, MARKER_PX = 32, 5, 6
 PINK, PURPLE, PALE = (225, 150, 195), (90, 50, 120), (175, 105, 165)
-GREEN, GLASS = (30, 160, 60), (242, 242, 242)
+GREEN, INK, GLASS = (30, 160, 60), (120, 20, 60), (242, 242, 242)
 Rgb = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
@@ -106,3 +106,34 @@ def subject_of(
         network, patch_px=SIDE_PX, mpp=0.5, classes=["other", "tumour"], mean=(0.5,) * 3, std=(0.5,) * 3, layer=layer
     )
     return Subject.of(model, methods, batch_size=64)
+
+
+class Green(nn.Module):
+    """How much greener than red and blue a cell of 4 px is."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        red, green, blue = images.unbind(dim=1)
+        return F.avg_pool2d((green - torch.maximum(red, blue)).relu()[:, None], 4)
+
+
+def marker_only() -> PooledLinear:
+    """Calls tumour what holds green, and sees nothing else."""
+    network = PooledLinear(Green(), 1)
+    with torch.no_grad():
+        network.fc.weight[:, 0] = torch.tensor([0.0, 200.0])
+        network.fc.bias[:] = torch.tensor([0.0, -1.0])
+    return network
+
+
+def with_ink(sample: Patches, seed: int, squares: int = 3) -> Patches:
+    """The patches with dark red squares, of the marker's size, that mean nothing; none on a disc or a marker."""
+    random = np.random.default_rng(seed)
+    rgb = sample.rgb.copy()
+    for i in range(len(rgb)):
+        taken = sample.disc[i] | sample.marker[i]
+        for _ in range(squares):
+            y, x = random.integers(0, SIDE_PX - MARKER_PX, 2)
+            here = slice(y, y + MARKER_PX), slice(x, x + MARKER_PX)
+            if not taken[here].any():
+                rgb[i][here] = INK
+    return Patches(rgb, sample.label, sample.disc, sample.marker)

@@ -12,7 +12,7 @@ from wsi_gradcam.audit.estimates import across, compare, estimate, holm, stratif
 from wsi_gradcam.errors import ConfigError
 
 
-def clustered(random: np.random.Generator, slides: int, each: int, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def clustered(random: np.random.Generator, slides: int, each: int, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Values whose slides differ as much as their patches, and the slides' numbers."""
     values = mean + random.normal(0, 1, (slides, 1)) + random.normal(0, 1, (slides, each))
     return values.ravel(), np.repeat(np.arange(slides), each)

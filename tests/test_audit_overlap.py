@@ -10,7 +10,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.stitch import GROUP, Blender, Enlarger, Window
 
 
-def some(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def some(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     return random.integers(0, 200, (count, 2)), random.normal(0, 1, (count, 3, 3)).astype(np.float32)
 

@@ -55,7 +55,7 @@ def by_definition(name: str, values: list[float], mask: list[bool]) -> float:
 
 @pytest.mark.parametrize("name", PLAUSIBILITY)
 @given(maps=SMALL, masks=MASKS)
-def test_measures_are_what_they_say(name: str, maps: np.ndarray, masks: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_measures_are_what_they_say(name: str, maps: np.ndarray, masks: np.ndarray) -> None:
     found = PLAUSIBILITY[name](maps, masks)
     expected = [by_definition(name, a.ravel().tolist(), m.ravel().tolist()) for a, m in zip(maps, masks, strict=True)]
     np.testing.assert_allclose(found, expected, atol=1e-9)
@@ -89,7 +89,7 @@ def test_random_maps_score_as_chance_does() -> None:
 
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="expected bool masks of equal shape"):
-        iou(np.zeros((1, 2, 2), np.float32), np.zeros((1, 2, 2), np.int64))  # type: ignore[arg-type]
+        iou(np.zeros((1, 2, 2), np.float32), np.zeros((1, 2, 2), np.int64))
 
 
 def test_a_model_that_looks_at_the_disc_is_told_from_one_that_looks_at_the_marker() -> None:

@@ -52,7 +52,7 @@ def test_the_ratio_is_that_of_gradients_by_hand() -> None:
 def test_channels_that_are_never_on_are_dead() -> None:
     network = PooledLinear(features(), 12)
     with torch.no_grad():
-        network.features[2].bias[[3, 7]] = -1e6  # type: ignore[index, union-attr]
+        network.features[2].bias[[3, 7]] = -1e6  # type: ignore[index]
     subject = subject_of(network)
     images = subject.images(patches(6, 0).rgb)
     found = saturation(subject, images, subject.aim(images, TUMOUR))
@@ -69,7 +69,7 @@ class Gated(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(12, 1), nn.ReLU())
         self.fc = nn.Linear(1, 2)
         with torch.no_grad():
-            self.hidden[0].bias.fill_(bias)  # type: ignore[operator, union-attr]
+            self.hidden[0].bias.fill_(bias)  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.hidden(self.features(images).mean(dim=(2, 3))))  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ def outcome(found: Masking, seed: int = 0) -> str:
 
 @pytest.mark.parametrize("seeds", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_marker_that_decides_is_found_and_another_is_not(seeds: int) -> None:
-    """Of 50 seeds of patches: found in all for the model with the shortcut, never for the one without."""
+    """With every seed for the model with the shortcut, with at most 6 % of them for the one without."""
     shortcut, honest = subject_of(trained("tumour")), subject_of(trained("random"))
     assert [outcome(masked(shortcut, seed), seed) for seed in range(seeds)] == ["fails"] * seeds
     assert [outcome(masked(honest, seed), seed) for seed in range(seeds)].count("fails") <= 0.06 * seeds

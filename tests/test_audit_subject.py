@@ -22,7 +22,7 @@ PREDICTED = Target("predicted")
 def subject() -> Subject:
     network = untrained(3)
     with torch.no_grad():  # both classes shall win
-        network.fc.bias -= network(to_images(patches(9, 0).rgb)).mean(dim=0)
+        network.fc.bias.sub_(network(to_images(patches(9, 0).rgb)).mean(dim=0))
     return subject_of(network, methods=("gradcam", "guided_backprop"))
 
 
@@ -81,7 +81,7 @@ def test_a_colour_is_what_the_network_sees(subject: Subject) -> None:
 @pytest.mark.parametrize(
     "rgb", [np.zeros((2, 32, 32, 4), np.uint8), np.zeros((2, 32, 32, 3)), np.zeros((0, 32, 32, 3), np.uint8)]
 )
-def test_what_is_no_patch_is_refused(subject: Subject, rgb: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_what_is_no_patch_is_refused(subject: Subject, rgb: np.ndarray) -> None:
     with pytest.raises(ModelError, match=r"expected uint8 \[patches, height, width, 3\]"):
         subject.images(rgb)
 

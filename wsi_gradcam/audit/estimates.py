@@ -155,7 +155,7 @@ def _units(
     values: Floats, slides: ArrayLike, weights: ArrayLike | None
 ) -> tuple[Floats, Floats, Unit, NDArray[np.bool_]]:
     """Weighted sums [V, U] of `values` [V, N] and weights [U] by unit; the unit; which rows count [N]."""
-    counted = ~np.isnan(values).any(axis=0)
+    counted: NDArray[np.bool_] = ~np.logical_or.reduce(np.isnan(values), axis=0)
     slide = np.asarray(slides)[counted]
     weight = np.ones(counted.sum()) if weights is None else np.asarray(weights, np.float64)[counted]
     names, member = np.unique(slide, return_inverse=True)
@@ -163,8 +163,9 @@ def _units(
     if unit == "patch":
         member = np.arange(len(slide))
     count = int(member.max()) + 1 if len(member) else 0
-    sums = np.stack([np.bincount(member, weight * row[counted], count) for row in values])
-    return sums, np.bincount(member, weight, count), unit, counted
+    sums = np.stack([np.bincount(member, weight * row[counted], count) for row in values]).astype(np.float64)
+    heavy: Floats = np.bincount(member, weight, count).astype(np.float64)
+    return sums, heavy, unit, counted
 
 
 def _resampled(units: Floats, seed: int) -> Floats:

@@ -28,7 +28,8 @@ def is_constant(maps: Maps) -> NDArray[np.bool_]:
     flat = maps.reshape(len(maps), -1)
     with np.errstate(invalid="ignore"):
         spread, size = np.ptp(flat, axis=1), np.abs(flat).max(axis=1)
-    return ~(spread > 1e-6 * size)
+    constant: NDArray[np.bool_] = ~(spread > 1e-6 * size)
+    return constant
 
 
 def spearman(first: Maps, second: Maps) -> Numbers:
@@ -94,7 +95,8 @@ def _ranks(maps: Maps) -> Numbers:
 def _correlation(a: Numbers, b: Numbers) -> Numbers:
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
     size = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    return np.divide((a * b).sum(axis=1), size, out=np.full(len(a), np.nan), where=size > 0)
+    found: Numbers = np.divide((a * b).sum(axis=1), size, out=np.full(len(a), np.nan), where=size > 0)
+    return found
 
 
 def _hog(map_: NDArray[np.float32]) -> Numbers:

@@ -89,7 +89,7 @@ def finite_steps(
 @torch.enable_grad()
 def input_gradient(subject: Subject, images: Tensor, aim: Aim) -> Tensor:
     """ds/dx [P, 3, H, W] of the explained scalar, in float32."""
-    found = []
+    found: list[Tensor] = []
     for start in range(0, len(images), subject.batch_size):
         rows = slice(start, start + subject.batch_size)
         leaf = images[rows].detach().clone().requires_grad_(True)

@@ -148,7 +148,8 @@ def complexity_rise(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
     model is random. NaN where H(before) is 0.
     """
     first, second = (np.array([_entropy(map_) for map_ in maps]) for maps in (before, after))
-    return np.divide(second - first, first, out=np.full(len(first), np.nan), where=first > 0)
+    rise: NDArray[np.float64] = np.divide(second - first, first, out=np.full(len(first), np.nan), where=first > 0)
+    return rise
 
 
 def _entropy(map_: NDArray[np.float32]) -> float:
@@ -184,7 +185,7 @@ def _maps(
     for _ in range(samples):
         noise = torch.randn(images.shape[1:], generator=generator).to(images)
         total += _at(subject.maps(images + deviation * noise, aim, method), grid)
-    return total / samples
+    return total / np.float32(samples)
 
 
 def _at(maps: Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:

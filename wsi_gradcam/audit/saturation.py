@@ -67,13 +67,14 @@ def saturation(subject: Subject, images: Tensor, aim: Aim) -> Saturation:
             sizes.append(torch.stack([g[0].detach().flatten(1).norm(dim=1) for g in found], dim=1))
         off.append((layout.to_map(done.values[0].detach()) == 0).flatten(2).all(dim=2))
     of_logit, of_probability = torch.cat(sizes).double().cpu().numpy().T
-    dead = torch.cat(off).cpu().numpy()
+    dead: NDArray[np.bool_] = torch.cat(off).cpu().numpy()
+    always: NDArray[np.bool_] = np.logical_and.reduce(dead, axis=0)
     near = np.minimum(probability.cpu().numpy(), 1 - probability.cpu().numpy())
     return Saturation(
         (near < SATURATED).astype(np.float64),
         np.divide(of_probability, of_logit, out=np.full(len(of_logit), np.nan), where=of_logit > 0),
         (of_logit == 0).astype(np.float64),
-        dead.all(axis=0),
+        always,
         dead.mean(axis=1),
     )
 

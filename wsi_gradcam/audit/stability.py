@@ -85,8 +85,9 @@ def moves(
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """|after - before| / |before| [P] of maps [P, h, w], Euclidean; NaN where `before` is 0."""
-    size = before.flatten(1).norm(dim=1)
-    return (after - before).flatten(1).norm(dim=1) / torch.where(size > 0, size, torch.nan)
+    size: Tensor = before.flatten(1).norm(dim=1)
+    moved: Tensor = (after - before).flatten(1).norm(dim=1)
+    return moved / torch.where(size > 0, size, torch.nan)
 
 
 def noise(patch: Rgb, random: np.random.Generator, levels: float = NOISE_LEVELS) -> Rgb:

@@ -17,6 +17,7 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, compare, holm
 Outcome = Literal["holds", "fails", "unclear"]
 ALPHA = 0.05
 MOST = 0.5
+CHANCE = 0.5  # of the area under a ROC curve
 # A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
 ENOUGH = 34
 
@@ -139,6 +140,19 @@ def promises_kept(worth: Estimate) -> Verdict:
         )
         return Verdict(question, "fails", words, evidence)
     return Verdict(question, "unclear", "The map's promise is not told apart from promising no change.", evidence)
+
+
+def plausible(area: Estimate) -> Verdict:
+    """Whether the map looks where the annotation says: `wsi_gradcam.audit.plausibility.auroc`, 0.5 by chance."""
+    question = "Does the map look where the annotation says?"
+    evidence = {"auroc": area}
+    if area.low > CHANCE:
+        words = f"In {_percent(area.value)} of all pairs, what was annotated is higher on the map than what was not."
+        return Verdict(question, "holds", words, evidence)
+    if area.high < CHANCE:
+        words = "What was annotated is lower on the map than what was not: the model looks elsewhere."
+        return Verdict(question, "fails", words, evidence)
+    return Verdict(question, "unclear", "The map meets the annotation no better than chance does.", evidence)
 
 
 def quadrant(is_faithful: Verdict, is_plausible: Verdict) -> str:
