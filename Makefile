@@ -5,11 +5,12 @@ SLIDE ?=
 OUT ?= demo-output
 JOBS ?= 2
 
-.PHONY: help venv demo test check format proofs clean
+.PHONY: help venv demo test test-s3 check format proofs clean
 
 help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
 	@echo "make test [JOBS=n]      run the tests, in n processes"
+	@echo "make test-s3 [JOBS=n]   run the suites of runs with all results in a local S3 server"
 	@echo "make check              format, lint, types, tests (what CI runs)"
 	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, ten thousand damaged slides"
 
@@ -27,6 +28,13 @@ test: venv
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
+S3_SUITES := tests/test_end_to_end.py tests/test_end_to_end_damage.py tests/test_executors.py tests/test_executors_flow.py \
+  tests/test_masked_run.py tests/test_stain_runs.py tests/test_remote_runs.py tests/test_resume.py tests/test_validation.py \
+  tests/test_out_on_s3.py tests/test_stores_places.py
+
+test-s3: venv
+	WSI_GRADCAM_TEST_OUT=s3 $(BIN)/python -m pytest -n $(JOBS) --no-cov $(S3_SUITES)
+
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -41,6 +49,8 @@ proofs: venv
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -m tests.fuzz --cases 10000
+	$(BIN)/python -m tests.chaos --kills 30
+	$(BIN)/python -m tests.chaos --kills 30 --store s3
 
 clean:
 	rm -rf .venv demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

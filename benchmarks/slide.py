@@ -41,6 +41,7 @@ from wsi_gradcam.slides import read_region
 from wsi_gradcam.stages import Context, Task, perform
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.patch_store import PatchStore
+from wsi_gradcam.stores.places import place_of
 
 MPP = 0.25
 
@@ -128,7 +129,7 @@ class Work:
         context = Context(self._to(out))
         perform(context, Task("plan", self.entry))
         context.close()
-        return PatchStore(RunFolder(out).slide(self.entry.id).cams).yx()
+        return PatchStore(RunFolder(place_of(out)).slide(self.entry.id).cams).yx()
 
     def decode_only(self, yx: Any) -> float:
         """Seconds to read all patches."""

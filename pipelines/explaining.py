@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from types import FrameType
 
 
-def explain(arguments: Sequence[str], scheduler: str) -> int:
+def explain(arguments: Sequence[str], scheduler: str, wait_s: int | None = None) -> int:
     """Run it on the scheduler at this address; returns its exit status, after Ctrl-C or SIGTERM too.
+
+    For workers that are missing it waits `wait_s`, unless the arguments say otherwise.
 
     A terminal sends Ctrl-C to both processes; SIGTERM is passed on. In either case `explain` ends in its own time, so
     that the scheduler, which ends with this process, is there until then.
     """
-    command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", *arguments, "--scheduler", scheduler]
+    waiting = [] if wait_s is None else ["--wait-for-workers", str(wait_s)]
+    command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", *waiting, *arguments, "--scheduler", scheduler]
     with subprocess.Popen(command) as process:
 
         def pass_on(number: int, frame: FrameType | None) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+QUEUE_S = "86400"  # how long nodes may be missing
+
 
 def main() -> int:
     """Print the manifests."""
@@ -70,9 +72,9 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def job(given: argparse.Namespace, explain: list[str]) -> dict[str, Any]:
-    """The client. It is started again until it finds workers; not when slides have failed, which slides.csv names."""
+    """The client. It is started again until it finds the scheduler; not when slides have failed, as slides.csv says."""
     where = ["--out", "/out", "--scheduler", f"tcp://{given.name}-scheduler:8786"]
-    args = ["explain", "/slides", *explain, *where]
+    args = ["explain", "/slides", "--wait-for-workers", QUEUE_S, *explain, *where]
     template = pod(given, container(given, "explain", {"cpu": "1", "memory": "2Gi"}, args=args))
     failed = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1]}}
     spec = {"backoffLimit": 20, "podFailurePolicy": {"rules": [failed]}}

@@ -21,6 +21,8 @@ from distributed import Client
 
 import explaining
 
+QUEUE_S = 86_400  # the queue may let a run wait for workers so long
+
 
 def main() -> int:
     """Run; returns what `wsi-gradcam explain` does."""
@@ -34,7 +36,7 @@ def main() -> int:
         print(f"{where}; waiting for a worker", flush=True)
         with Client(cluster, set_as_default=False) as client:
             client.wait_for_workers(1)  # as long as the queue is
-        return explaining.explain(explain, cluster.scheduler_address)
+        return explaining.explain(explain, cluster.scheduler_address, QUEUE_S)
 
 
 def parsed() -> tuple[argparse.Namespace, list[str]]:

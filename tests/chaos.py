@@ -6,6 +6,7 @@ An archive of real and synthetic slides, one that kills every worker which expla
 explained on three worker processes. Whatever is killed is started again, as SLURM or Kubernetes would; the client by
 its user, with the same command. In the end all arrays and tables must be those of an undisturbed run, byte for byte,
 the two bad slides must be named with their causes, and no span may have been computed after its record was there.
+With `--store s3`, OUT is in a local S3 server behind a proxy that fails 5 % of all requests.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from tests.chaos_journal import BEGUN, JOURNAL
+from tests.mirror import bring, url_of
 from tests.runs import ROOT, contents, flags, rows_of, toy_file, toy_spec
+from tests.s3_proxy import Proxy, at_random, passing
+from tests.servers import CREDENTIALS, s3_server
 from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
 from wsi_gradcam.api import explain
@@ -120,14 +124,14 @@ class Machine:
                 process.wait()
 
 
-def cluster(folder: Path, journal: Path, environment: dict[str, str]) -> tuple[Machine, str]:
+def cluster(folder: Path, journal: Path) -> tuple[Machine, str]:
     """A scheduler and three workers that die of poison, and the scheduler's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir()
     values = {
-        **os.environ, **environment, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
+        **os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
         POISON: "always", JOURNAL: str(journal), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     dask, address = [sys.executable, "-m", "dask"], f"tcp://127.0.0.1:{port}"
@@ -232,23 +236,30 @@ class Finding:
     problems: list[str]
 
 
-def try_out(
-    folder: Path, archive: Path, expected: Path, kills: int, seed: int, fetch: Callable[[str, Path], None] | None = None
-) -> Finding:
-    """One run with so many kills; with `fetch` OUT is s3://chaos/SEED, and that copies it to a folder."""
+def try_out(folder: Path, archive: Path, expected: Path, kills: int, seed: int, remote: bool = False) -> Finding:
+    """One run with so many kills; `remote`: OUT is in the object store that the environment tells of."""
     folder.mkdir()
     journal, out = folder / "journal", folder / "out"
     journal.touch()
-    machine, address = cluster(folder / "machine", journal, {})
-    target = str(out) if fetch is None else f"s3://chaos/{seed}"
+    machine, address = cluster(folder / "machine", journal)
+    target = url_of(out) if remote else str(out)
     model = toy_file(folder, "poisoned")
     arguments = ["explain", str(archive), "--model", str(model), "--out", target, "--scheduler", address]
     killed = disturbed([*arguments, *flags(SETTINGS)], machine, kills, random.Random(seed))
-    if fetch is not None:
-        fetch(target, out)
+    if remote:
+        bring(out)
     twice = [f"{span} was computed again" for span in computed_twice(journal)]
     spans = journal.read_text(encoding="utf-8").count(BEGUN)
     return Finding(killed, spans, problems(out, expected) + twice)
+
+
+@contextmanager
+def flaky_store(seed: int) -> Iterator[Proxy]:
+    """An S3 server that fails 5 % of its requests, for this process and those that it starts."""
+    with s3_server() as url, passing(url) as proxy:
+        os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=proxy.url)
+        proxy.passed.fails = at_random(0.05, seed)
+        yield proxy
 
 
 def undisturbed(folder: Path, archive: Path) -> Path:
@@ -263,6 +274,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--slides", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", choices=("disk", "s3"), default="disk")
     parser.add_argument("--keep", type=Path, help="a folder for everything, which is kept")
     arguments = parser.parse_args()
     with ExitStack() as stack:
@@ -270,13 +282,17 @@ def main() -> int:
         folder.mkdir(exist_ok=True)
         archive = write_archive(folder / "archive", arguments.slides)
         expected = undisturbed(folder / "expected", archive)
+        remote = arguments.store == "s3"
+        if remote:
+            stack.enter_context(flaky_store(arguments.seed))
         killed: list[str] = []
         wrong: list[str] = []
         for turn in range(arguments.kills):
             if len(killed) >= arguments.kills:
                 break
             started = time.monotonic()
-            found = try_out(folder / f"run-{turn}", archive, expected, arguments.kills // 2, arguments.seed + turn)
+            kills, seed = max(1, arguments.kills // 2), arguments.seed + turn
+            found = try_out(folder / f"run-{turn}", archive, expected, kills, seed, remote)
             killed += found.killed
             wrong += found.problems
             seconds = time.monotonic() - started

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests import mirror
+from tests.s3_proxy import Proxy, passing
+from tests.servers import BUCKET, CREDENTIALS, s3_server
 from wsi_gradcam.models.reproducible import steady_sums
 
 # A busy machine is no failure; and CI shall not find a new example in an unrelated change.
@@ -21,7 +25,41 @@ steady_sums()
 # What `auto` chooses is kept between runs: not in the user's folder, and from one test session to the next not at all.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wsi-gradcam-tests-")
 
+if os.environ.get(mirror.VARIABLE) == "s3":
+    mirror.install()
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def s3_upstream() -> Iterator[str]:
+    """The URL of an S3 server with one empty bucket, for all tests of this process."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session", autouse=os.environ.get(mirror.VARIABLE) == "s3")
+def out_in_the_store(s3_upstream: str) -> Iterator[None]:
+    """With `WSI_GRADCAM_TEST_OUT=s3` every test and every fixture has a store."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_upstream}.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture
+def s3_proxy(s3_upstream: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """What stands before that server, and is where the environment says the store is."""
+    with passing(s3_upstream) as proxy:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": proxy.url}.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+@pytest.fixture
+def s3_out(s3_proxy: Proxy, tmp_path: Path) -> str:
+    """The URL of a folder of its own for each test."""
+    return f"s3://{BUCKET}/{tmp_path.parent.name}/{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")

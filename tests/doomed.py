@@ -20,9 +20,11 @@ from wsi_gradcam.api import explain
 CHANGES = ("replace", "unlink", "rmdir")  # functions of `os` through which every change of a result goes
 
 
-def explain_and_die(slides: list[str], model: str, out: str, die_at_change: int | None, slowness_s: float) -> None:
+def explain_and_die(
+    slides: list[str], model: str, out: str, die_at_change: int | None, slowness_s: float, environment: dict[str, str]
+) -> None:
     """Explains slides; with `die_at_change`, until so many files have been put in place or deleted."""
-    os.environ[SLOWNESS_S] = str(slowness_s)
+    os.environ.update(environment, **{SLOWNESS_S: str(slowness_s)})
     if die_at_change is not None:
         _die_at(die_at_change)
     explain(slides, toy_spec(model), out, **SMALL)

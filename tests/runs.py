@@ -19,9 +19,11 @@ import yaml
 import zarr
 
 from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.stores.places import RemotePlace
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("other", "marker")
+OF_ITSELF = {"claim.json", "status.json", "run.html", ".lock"}
 # Patches of 32 x 32 px at 0.5 um on slides of 0.25: 64 level-0 px, 8 pixels of the heatmap.
 SMALL: dict[str, Any] = {
     "min_tissue": 0.0,
@@ -75,12 +77,28 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file below `out` by name; of slides.csv without the seconds, the one thing that may differ."""
+    """Every result below `out` by name; of slides.csv without the seconds, the one thing that may differ.
+
+    What a run tells of itself is no result.
+    """
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return _results(files)
+
+
+def _results(files: dict[str, bytes]) -> dict[str, bytes]:
+    files = {name: data for name, data in files.items() if name not in OF_ITSELF and not name.startswith("log/")}
     if "slides.csv" in files:
         rows = list(csv.DictReader(io.StringIO(files["slides.csv"].decode())))
         files["slides.csv"] = json.dumps([{**row, "seconds": ""} for row in rows]).encode()
     return files
+
+
+def objects(out: str) -> dict[str, bytes]:
+    """As `contents`, of a folder in an object store."""
+    place = RemotePlace.at(out)
+    keys = [item["path"] for item in place.bucket.store.list(f"{place.key}/").collect()]
+    files = {key.removeprefix(f"{place.key}/"): bytes(place.bucket.store.get(key).bytes()) for key in keys}
+    return _results(files)
 
 
 def differing(out: Path, expected: Path) -> list[str]:
@@ -126,8 +144,9 @@ def stored(slide_folder: Path, name: str) -> npt.NDArray[Any]:
 
 
 def start(
-    slides: Sequence[Path], model: str, out: Path, *, die_at_change: int | None = None, slowness_s: float = 0.0
-) -> Any:
+    slides: Sequence[Path], model: str, out: Path | str, *, die_at_change: int | None = None, slowness_s: float = 0.0,
+    environment: dict[str, str] | None = None,
+) -> Any:  # fmt: skip
     """A process that explains `slides` with a toy model, to be killed; it is forked from one that has torch loaded.
 
     It kills itself when it is about to change the folder for the `die_at_change`-th time, counted from 0; the model
@@ -137,7 +156,7 @@ def start(
     context.set_forkserver_preload(["tests.doomed"])
     from tests.doomed import explain_and_die
 
-    arguments = (list(map(str, slides)), model, str(out), die_at_change, slowness_s)
+    arguments = (list(map(str, slides)), model, str(out), die_at_change, slowness_s, environment or {})
     process = context.Process(target=explain_and_die, args=arguments)
     process.start()
     return process

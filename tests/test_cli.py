@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as RichProgress
 
 from tests import cli_runs
 from tests.cli_runs import SMALL_FLAGS, Run, only_error
 from tests.runs import SMALL, command, differing, rows_of, toy_spec
 from tests.synthetic import strip_mpp
-from wsi_gradcam import __version__, report
+from wsi_gradcam import __version__, terminal
 from wsi_gradcam.api import Outcome, explain, preview
 from wsi_gradcam.cli import SETTINGS, main
 from wsi_gradcam.config import Settings
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.report import Bars, Lines, print_outcome, progress
+from wsi_gradcam.report import print_outcome
+from wsi_gradcam.terminal import Bars, Lines, Quiet, progress
 from wsi_gradcam.workflow import SlideRecord
 
 run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
@@ -213,7 +214,12 @@ def test_lines_count_patches_and_slides(made: Path, tmp_path: Path, capsys: pyte
     spec = toy_spec("pooled_linear")
     lines = Lines()
     explain(tmp_path / "slides", spec, tmp_path / "out", **SMALL, listener=lines)
-    assert (lines.slides, lines.slides_done, lines.patches, lines.patches_done) == (3, 3, 76, 76)
+    assert (lines.progress.slides, lines.progress.slides_done, lines.progress.patches, lines.progress.patches_done) == (
+        3,
+        3,
+        76,
+        76,
+    )
     manifest = tmp_path / "out" / "a.tif" / "manifest"
     shutil.rmtree(tmp_path / "out" / "b.tif")
     (manifest / "done.json").unlink()
@@ -223,17 +229,18 @@ def test_lines_count_patches_and_slides(made: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     lines = Lines()
     explain(tmp_path / "slides", spec, tmp_path / "out", **SMALL, listener=lines)
-    assert (lines.slides_done, lines.patches, lines.patches_done) == (3, 56, 56)
+    assert (lines.progress.slides_done, lines.progress.patches, lines.progress.patches_done) == (3, 56, 56)
     assert "a.tif: 56 patches, 36 to do" in capsys.readouterr().err.splitlines()
-    assert lines.rate() > 0
+    assert lines.progress.rate() > 0
 
 
 def test_lines_tell_the_rate_now_and_then(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
     explain(made / "slides" / "b.tif", toy_spec("pooled_linear"), tmp_path, **SMALL, listener=Lines())
-    assert re.search(r"^12 patches, \d+ patches/s$", capsys.readouterr().err, re.MULTILINE)
+    pace = r"^0/1 slides, 12 patches, \d+ patches/s, model busy \d+%, reading \d+%, about 0 s left$"
+    assert re.search(pace, capsys.readouterr().err, re.MULTILINE)
 
 
 def test_bars_reach_their_ends_and_tell_failures(made: Path, tmp_path: Path) -> None:
@@ -241,7 +248,7 @@ def test_bars_reach_their_ends_and_tell_failures(made: Path, tmp_path: Path) -> 
     shutil.copy(made / "slides" / "b.tif", tmp_path / "slides")
     (tmp_path / "slides" / "c[x].tif").touch()
     console = Console(file=StringIO(), width=300, force_terminal=False)
-    with Progress("{task.fields[rate]}", console=console) as progress_bars:
+    with RichProgress("{task.fields[rate]}", console=console) as progress_bars:
         bars = Bars(progress_bars)
         explain(tmp_path / "slides", toy_spec("pooled_linear"), tmp_path / "out", **SMALL, listener=bars)
         found = {task.description: (task.completed, task.total) for task in progress_bars.tasks}
@@ -252,7 +259,7 @@ def test_bars_reach_their_ends_and_tell_failures(made: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("terminal", "quiet", "kind"), [(True, False, Bars), (False, False, Lines), (True, True, report.Quiet)]
+    ("terminal", "quiet", "kind"), [(True, False, Bars), (False, False, Lines), (True, True, Quiet)]
 )
 def test_progress_suits_where_it_goes(monkeypatch: pytest.MonkeyPatch, terminal: bool, quiet: bool, kind: type) -> None:
     monkeypatch.setattr("sys.stderr", TerminalOrNot(terminal))

@@ -50,8 +50,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "workers of a dry run": (["--workers", "0", "--dry-run"], r"workers is 0, expected 1 or more"),
     "out below a file": (["--out", "{made}/file/out"], r"{made}/file/out.*choose another --out"),
     "out is a file": (["--out", "{made}/file"], r"{made}/file.*choose another --out"),
-    "out in /proc": (["--out", "/proc/out"], r"/proc/out/run\.yaml: cannot write: .*"),
-    "object store": (["--out", "s3://bucket/out"], r"s3://bucket/out: object stores cannot be written yet"),
+    "out in /proc": (["--out", "/proc/out"], r"/proc/out/claim\.json: cannot write: .*"),
+    "another object store": (["--out", "gs://bucket/out"], r"gs://bucket/out: .*expected .*s3://"),
     "no such config": (["--config", "{made}/none.yaml"], r"none\.yaml: cannot be read: No such file"),
 }
 
@@ -298,4 +298,4 @@ def test_ctrl_c_says_how_to_go_on(run: Run, made: Path, tmp_path: Path, monkeypa
         "explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path, *SMALL_FLAGS
     )
     assert code == 130
-    assert err.splitlines()[-1] == "stopped; run the same command again to go on where it stopped"
+    assert err.splitlines()[-1] == "stopped; run the same command again to go on, nothing finished is lost"

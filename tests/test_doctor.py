@@ -30,6 +30,7 @@ from wsi_gradcam.cam import remembered
 from wsi_gradcam.doctor import FAIL, OK, WARN, Check, check, cluster, environment, examine, folder, machine, worst
 from wsi_gradcam.slides import openslide_reader
 from wsi_gradcam.stores.patch_store import PatchStore
+from wsi_gradcam.stores.places import place_of
 
 run = cli_runs.run  # a fixture
 
@@ -71,9 +72,9 @@ def test_json_says_the_same(run: Run, quick: None, tmp_path: Path) -> None:
 
 
 def test_wrong_usage_is_told_before_any_check(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("doctor", "--out", "s3://bucket/out")
+    code, out, err = run("doctor", "--out", "https://host/out")
     assert (code, out) == (2, "")
-    assert "give a folder" in only_error(err)
+    assert "expected a folder, or s3://BUCKET/KEY" in only_error(err)
     code, out, err = run("doctor", "--model", tmp_path / "none.yaml")
     assert (code, out) == (2, "")
     assert "none.yaml" in only_error(err)
@@ -411,13 +412,13 @@ def test_a_dead_scheduler_fails_in_time(address: str, run: Run, quick: None, mon
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> None:
-    assert "No such file" in environment.visit(str(tmp_path / "probe"), "token", None)["out"]
+    assert "No such file" in environment.visit(place_of(tmp_path / "probe"), "token", None)["out"]
     (tmp_path / "probe").write_text("other", encoding="utf-8")
-    assert "holds something else" in environment.visit(str(tmp_path / "probe"), "token", None)["out"]
-    blind = cluster._shared(tmp_path, {"tcp://a": {"out": "No such file"}}, 0)
+    assert "holds something else" in environment.visit(place_of(tmp_path / "probe"), "token", None)["out"]
+    blind = cluster._shared(place_of(tmp_path), {"tcp://a": {"out": "No such file"}}, 0)
     assert (blind.status, blind.found) == (FAIL, "tcp://a: No such file")
     visits = {f"tcp://{n}": {"out": "", "host": "h", "pid": n} for n in range(3)}
-    unseen = cluster._shared(tmp_path, visits, 2)
+    unseen = cluster._shared(place_of(tmp_path), visits, 2)
     assert (unseen.status, unseen.found) == (FAIL, "files of 1 workers are not seen here")
 
 

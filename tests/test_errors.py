@@ -29,8 +29,12 @@ EXPECTED = {
     "EngineError": ValueError,
     "TargetError": ValueError,
     "StoreError": OSError,
+    "ResultError": ValueError,
+    "UnknownNameError": LookupError,
     "ResumeError": ValueError,
     "WorkerError": RuntimeError,
+    "SlideMemoryError": RuntimeError,
+    "StoppedError": RuntimeError,
 }
 
 

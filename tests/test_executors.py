@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +15,18 @@ import psutil
 import pytest
 from distributed import Client
 
-from tests.runs import ROOT, SMALL, differing, rows_of, stored, toy_file, toy_spec
+from tests.clusters import process, scheduler, worker
+from tests.runs import SMALL, differing, rows_of, stored, toy_file, toy_spec
 from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
-from wsi_gradcam.executors import dask as dask_executor
-from wsi_gradcam.executors.dask import DaskExecutor, _perform_here
+from wsi_gradcam.executors.dask import DaskExecutor, local
+from wsi_gradcam.executors.dask import executor as dask_executor
+from wsi_gradcam.executors.dask.plugin import Order, perform_order
+from wsi_gradcam.executors.dask.rates import MOST
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Task
+from wsi_gradcam.stages import Performed, Task
 from wsi_gradcam.validation import validate
 
 
@@ -52,41 +50,6 @@ def serial(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     statuses = {name: row["status"] for name, row in rows_of(out).items()}
     assert statuses == {"a.tif": "ok", "cut.tif": "failed", "glass.tif": "no_tissue", "more/a.tif": "ok"}
     return out
-
-
-@contextmanager
-def process(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`dask ARGUMENTS`, in another folder than the tests'."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
-    started = subprocess.Popen(
-        [sys.executable, "-m", "dask", *arguments], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait(10)
-
-
-@contextmanager
-def scheduler(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A Dask scheduler and its address."""
-    file = folder / "scheduler.json"
-    with process(
-        folder, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)
-    ) as started:
-        deadline = time.monotonic() + 60
-        while not file.exists() or not file.read_text(encoding="utf-8").strip():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield started, json.loads(file.read_text(encoding="utf-8"))["address"]
-
-
-def worker(address: str, threads: int = 1) -> list[str]:
-    return [
-        "worker", address, "--nthreads", str(threads), "--no-dashboard", "--no-nanny", "--host", "127.0.0.1",
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +101,7 @@ class KillsWorkers(Listener):
     def __init__(self, moments: set[int]) -> None:
         self.moments, self.done, self.killed = moments, 0, 0
 
-    def task_done(self, task: Task, result: Any) -> None:
+    def task_done(self, task: Task, performed: Performed) -> None:
         self.done += task.stage == "explain"
         if task.stage == "explain" and self.done in self.moments:
             family = psutil.Process().children(recursive=True)
@@ -170,6 +133,19 @@ def test_a_patch_that_kills_workers_costs_its_slide_alone(
     assert differing(tmp_path, serial) == []
 
 
+def test_a_worker_that_eats_the_machine_is_replaced(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; its span is tried again, and nobody waits for a paused worker."""
+    explain(archive / "a.tif", toy_spec("hungry"), tmp_path / "serial", **SMALL)
+    monkeypatch.setenv(POISON, str(tmp_path / "eaten"))
+    monkeypatch.setattr(local, "MEMORY_LIMIT", 3 << 29)
+    outcome = explain(archive / "a.tif", toy_spec("hungry"), tmp_path / "out", **SMALL, workers=1)
+    assert (tmp_path / "eaten").exists()
+    assert [record.status for record in outcome.records] == ["ok"]
+    assert differing(tmp_path / "out", tmp_path / "serial") == []
+
+
 def test_a_model_that_kills_workers_is_told(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(POISON, "load")
     with pytest.raises(WorkerError, match="workers died while they loaded the model; give them more memory"):
@@ -185,11 +161,13 @@ def test_no_scheduler_there(archive: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "out").exists()
 
 
-def test_no_worker_there(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask_executor, "NO_WORKER_S", 1)
-    with scheduler(tmp_path) as (_, address), pytest.raises(WorkerError, match="'dask worker ADDRESS'") as caught:
-        explain(archive, toy_spec("poisoned"), tmp_path / "out", **SMALL, scheduler=address)
-    assert address in str(caught.value)
+def test_no_worker_there(archive: Path, tmp_path: Path) -> None:
+    with (
+        scheduler(tmp_path) as (_, address),
+        pytest.raises(WorkerError, match="waited 1 s: there is no worker") as caught,
+    ):
+        explain(archive, toy_spec("poisoned"), tmp_path / "out", **SMALL, scheduler=address, wait_for_workers=1)
+    assert f"'dask worker {address}'" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -199,7 +177,7 @@ class Calls(Listener):
     def __init__(self, function: Callable[[], None]) -> None:
         self.function: Callable[[], None] | None = function
 
-    def task_done(self, task: Task, result: Any) -> None:
+    def task_done(self, task: Task, performed: Performed) -> None:
         if task.stage == "explain" and self.function is not None:
             function, self.function = self.function, None
             function()
@@ -209,7 +187,7 @@ class Calls(Listener):
 def test_a_cluster_that_dies_stops_the_run_and_loses_nothing(
     archive: Path, serial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    monkeypatch.setattr(dask_executor, "NO_WORKER_S", 3)
+    monkeypatch.setattr(dask_executor, "WAIT_S", 3)
     with scheduler(tmp_path) as (boss, address), process(tmp_path, *worker(address)) as hand:
         listener = Calls((boss if victim == "scheduler" else hand).kill)
         with pytest.raises(WorkerError, match="run the same command again, nothing finished is lost"):
@@ -238,18 +216,19 @@ def test_impossible_places_are_refused(archive: Path, tmp_path: Path, where: dic
         explain(archive, toy_spec("poisoned"), tmp_path, **SMALL, **where)
 
 
-def test_a_task_is_small_on_the_wire() -> None:
+def test_an_order_is_small_on_the_wire() -> None:
+    """As many tasks as one ever holds, of a slide with a long name."""
     entry = SlideEntry("a/long/" * 20 + "slide.svs", "/an/archive/of/slides/" * 20 + "slide.svs")
-    task = Task("explain", entry, (123456,))
-    sent = pickle.dumps((_perform_here, "wsi-gradcam-12345678", task))
-    assert len(sent) < 2000
-    assert pickle.loads(sent) == (_perform_here, "wsi-gradcam-12345678", task)
+    order = Order("wsi-gradcam-12345678", tuple(Task("explain", entry, (100_000 + i,)) for i in range(MOST)))
+    sent = pickle.dumps((perform_order, order))
+    assert len(sent) < 10_000
+    assert pickle.loads(sent) == (perform_order, order)
 
 
 def test_the_executor_closes_its_cluster_when_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    monkeypatch.setattr(Client, "wait_for_workers", _times_out)
-    with pytest.raises(WorkerError, match="no Dask worker joined the local cluster"):
+    monkeypatch.setattr(dask_executor.DaskExecutor, "_wait", _times_out)
+    with pytest.raises(TimeoutError):
         DaskExecutor(workers=1)
     left = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
     assert not [child for child in left if any("spawn_main" in part for part in child.cmdline())]

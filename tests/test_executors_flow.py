@@ -1,10 +1,12 @@
-"""The window of tasks in flight, without a cluster: every slide ends, little waits, suspects run alone."""
+"""The window of orders in flight, without a cluster: every slide ends, little waits, suspects run alone."""
 
 from __future__ import annotations
 
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -12,74 +14,94 @@ from distributed import KilledWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsi_gradcam.errors import StoreError, WorkerError
-from wsi_gradcam.executors.dask import TASKS_PER_THREAD, _Flow
+from wsi_gradcam.errors import SlideReadError, StoreError, WorkerError
+from wsi_gradcam.executors import retries
+from wsi_gradcam.executors.dask import flow as flow_module
+from wsi_gradcam.executors.dask.flow import ORDERS_PER_SLOT, Flow
+from wsi_gradcam.executors.dask.plugin import Answer, Order
+from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Pending, Task
+from wsi_gradcam.stages import Pending, Performed, Task
+from wsi_gradcam.stopping import Stopping
 from wsi_gradcam.workflow import FatalError, SlideRecord, drive, slide_job
+
+Perform = Callable[[Task], Any]
 
 
 class FakeFuture:
-    """A future of `FakeClient`; done when the test says so."""
+    """An order on its way, as `FakeClient` was asked for it."""
 
-    def __init__(self, perform: Callable[[], Any]) -> None:
-        self._perform = perform
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        """Nobody calls back: the client stands in for the queue."""
-
-    def complete(self) -> None:
-        try:
-            self._result = self._perform()
-        except Exception as error:
-            self._error = error
-
-    def exception(self) -> BaseException | None:
-        return self._error
-
-    def result(self) -> Any:
-        return self._result
+    def __init__(self, order: Order, key: str, options: dict[str, Any]) -> None:
+        self.order, self.key, self.options = order, key, options
 
 
 class FakeClient:
-    """Performs tasks by a function, in the order that the test chooses."""
+    """Client, mail and workers in one: does orders by a function, in an order of its own; a task takes `task_s`."""
 
     status = "running"
 
-    def __init__(self, threads: int, perform: Callable[[Task], Any], dice: random.Random) -> None:
-        self.threads, self.perform, self.dice = threads, perform, dice
+    def __init__(self, threads: int, perform: Perform, dice: random.Random, task_s: float = 2.0) -> None:
+        self.threads, self.perform, self.dice, self.task_s = threads, perform, dice, task_s
         self.waiting: list[FakeFuture] = []
         self.keys: list[str] = []
+        self.orders: list[Order] = []
         self.most = 0
         self.cancelled = 0
+        self.told: dict[str, Any] = {"tcp://a:1": {"nthreads": threads, "resources": {}, "status": "running"}}
 
-    def nthreads(self) -> dict[str, int]:
-        return {"worker": self.threads}
-
-    def submit(self, function: Any, name: str, task: Task, key: str, pure: bool, priority: int) -> FakeFuture:
-        future = FakeFuture(lambda: self.perform(task))
+    def submit(self, _: Any, order: Order, key: str, pure: bool, priority: int, **options: Any) -> FakeFuture:
+        future = FakeFuture(order, key, options)
         self.waiting.append(future)
         self.keys.append(key)
+        self.orders.append(order)
         self.most = max(self.most, len(self.waiting))
         return future
 
     def cancel(self, futures: list[Any]) -> None:
         self.cancelled += len(futures)
+        self.waiting = [future for future in self.waiting if future not in futures]
 
-    def put(self, future: FakeFuture) -> None:
-        """Nobody calls."""
+    def run(self, *_: Any, **__: Any) -> None:
+        """Workers are told to stop: what waits is dropped."""
+        for future in self.waiting:
+            future.order = Order("stopped", ())
 
-    def get(self, timeout: float) -> FakeFuture:
-        """The next future that is done, in place of a queue: any of those that wait."""
+    def subscribe_topic(self, _: str, note: Callable[[Any], None]) -> None:
+        self.note = note
+
+    def unsubscribe_topic(self, _: str) -> None:
+        """Nothing more is told."""
+
+    def letter(self, order: Order) -> tuple[None, Order]:
+        return None, order
+
+    def expect(self, future: FakeFuture) -> None:
+        """All are."""
+
+    def receive(self, wait_s: float) -> list[tuple[FakeFuture, Answer | BaseException]]:
+        if not self.waiting:
+            return []
         future = self.waiting.pop(self.dice.randrange(len(self.waiting)))
-        future.complete()
-        return future
+        answer = Answer("tcp://a:1")
+        for task in future.order.tasks:
+            try:
+                answer.results.append(Performed(self.perform(task), self.task_s))
+            except (KilledWorker, CancelledError) as error:
+                for _ in range(2 * future.order.alone):
+                    self.note((0.0, {"alone": future.key}))
+                return [(future, error)]
+            except Exception as error:
+                answer.error, answer.may_pass = error, retries.is_transient(error)
+                break
+        return [(future, answer)]
 
 
 def entry(number: int) -> SlideEntry:
     return SlideEntry(f"{number}", f"/{number}")
+
+
+def killed() -> KilledWorker:
+    return KilledWorker(task="x", last_worker=None, allowed_failures=1)  # type: ignore[arg-type]
 
 
 class FakeArchive:
@@ -87,7 +109,7 @@ class FakeArchive:
 
     def __init__(self, spans: list[int], bad: set[tuple[int, int]], poison: set[tuple[int, int]]) -> None:
         self.spans, self.bad, self.poison = spans, bad, poison
-        self.done: Counter[tuple[str, str]] = Counter()
+        self.done: Counter[tuple[str, str, int]] = Counter()
         self.active: set[str] = set()
         self.most_active = 0
 
@@ -97,44 +119,52 @@ class FakeArchive:
         self.most_active = max(self.most_active, len(self.active))
         spans = self.spans[slide]
         if task.stage == "plan":
-            return Pending(10 * spans, 10 * spans, list(range(spans)), [[0, 1], [0]], None)
+            return Pending(10 * spans, 10 * spans, list(range(spans)), [[0, 1, 2], [0, 1], [0]], None)
         if task.stage == "explain" and (slide, task.index[0]) in self.poison:
-            raise KilledWorker(task="x", last_worker=None, allowed_failures=1)  # type: ignore[arg-type]
+            raise killed()
         if task.stage == "explain" and (slide, task.index[0]) in self.bad:
             raise ValueError("bad patch")
-        expected = {
-            "explain": {}, "stitch": {"explain": spans}, "coarsen": {"stitch": 2}, "finish": {"coarsen": 1},
+        level = task.index[0] if task.stage == "coarsen" else 0
+        before, count = {
+            "explain": (("plan", 0), 0), "stitch": (("explain", 0), spans), "finish": (("coarsen", 2), 1),
+            "coarsen": (("coarsen", 1), 2) if level == 2 else (("stitch", 0), 3),
         }[task.stage]  # fmt: skip
-        assert all(self.done[task.slide.id, stage] == count for stage, count in expected.items())
-        self.done[task.slide.id, task.stage] += 1
+        assert self.done[(task.slide.id, *before)] == count, f"{task} too early"
+        self.done[task.slide.id, task.stage, level] += 1
         if task.stage == "finish":
             self.active.discard(task.slide.id)
             return {"status": "ok", "patches": 10 * spans, "unreadable": 0, "cause": ""}
         return 10
 
 
-def flow(client: FakeClient) -> _Flow:
-    made = _Flow(client, "run", 0.01, lambda task, result: None)  # type: ignore[arg-type]
-    made._done = client  # type: ignore[assignment]
-    return made
+def flow(client: FakeClient, device: str = "cpu", wait_s: float = 60.0) -> Flow:
+    made: Any = Flow(
+        client, "run", 0.01, lambda task, result: None, lambda: Workers.of(client.told, device), Patience(wait_s)  # type: ignore[arg-type]
+    )  # fmt: skip
+    made._mail = client
+    found: Flow = made
+    return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     spans=st.lists(st.integers(0, 9), min_size=1, max_size=12),
     threads=st.integers(1, 5),
+    task_s=st.sampled_from([0.001, 0.3, 1.0, 5.0]),
     data=st.data(),
 )
-def test_every_slide_ends_and_little_is_in_flight(spans: list[int], threads: int, data: st.DataObject) -> None:
+def test_every_slide_ends_and_little_is_in_flight(
+    spans: list[int], threads: int, task_s: float, data: st.DataObject
+) -> None:
     places = [(slide, span) for slide, count in enumerate(spans) for span in range(count)]
     chosen = st.sets(st.sampled_from(places), max_size=4) if places else st.just(set())
     bad, poison = data.draw(chosen), data.draw(chosen)
     archive = FakeArchive(spans, bad, poison)
-    client = FakeClient(threads, archive.perform, random.Random(data.draw(st.integers())))
+    client = FakeClient(threads, archive.perform, random.Random(data.draw(st.integers())), task_s)
     records = list(flow(client).run(map(entry, range(len(spans)))))
     assert sorted(int(record.slide.id) for record in records) == list(range(len(spans)))
     assert {int(r.slide.id) for r in records if r.status == "failed"} == {slide for slide, _ in bad | poison}
-    assert client.most <= threads * TASKS_PER_THREAD
+    assert client.most <= 2 * threads * ORDERS_PER_SLOT + threads
     assert not client.waiting
     assert len(set(client.keys)) == len(client.keys)
 
@@ -155,6 +185,25 @@ def test_several_slides_are_in_flight() -> None:
     assert archive.most_active >= 3
 
 
+def test_quick_tasks_travel_together_and_slow_ones_alone() -> None:
+    """Spans of a GPU take a fraction of a second; blocks of coarse levels less."""
+    sizes = {}
+    for task_s in (0.1, 5.0):
+        client = FakeClient(1, FakeArchive([40] * 20, set(), set()).perform, random.Random(0), task_s)
+        list(flow(client).run(map(entry, range(20))))
+        explained = [len(order.tasks) for order in client.orders if order.tasks[0].stage == "explain"]
+        sizes[task_s] = sum(explained) / len(explained)
+    assert sizes[5.0] == 1
+    assert sizes[0.1] > 8
+
+
+def test_the_last_work_is_shared_by_all() -> None:
+    """One slide, quick spans, many workers: no order takes more than its share."""
+    client = FakeClient(8, FakeArchive([64], set(), set()).perform, random.Random(0), 0.05)
+    list(flow(client).run([entry(0)]))
+    assert max(len(order.tasks) for order in client.orders if order.tasks[0].stage == "explain") <= 64 / 8
+
+
 def test_slides_are_drawn_as_they_are_needed() -> None:
     """An archive of any size is never begun all at once."""
     drawn: list[int] = []
@@ -164,31 +213,140 @@ def test_slides_are_drawn_as_they_are_needed() -> None:
             drawn.append(number)
             yield entry(number)
 
-    client = FakeClient(2, FakeArchive([1] * 100, set(), set()).perform, random.Random(0))
+    client = FakeClient(2, FakeArchive([1] * 200, set(), set()).perform, random.Random(0))
     records = flow(client).run(endless())
     finished = [next(records) for _ in range(5)]
-    assert len(drawn) < 5 + 4 + 6
+    assert len(drawn) <= 5 + 2 * 2 * ORDERS_PER_SLOT + 2
     records.close()  # type: ignore[attr-defined]
     assert client.cancelled > 0
     assert all(isinstance(record, SlideRecord) for record in finished)
 
 
+def test_slides_come_out_in_the_order_in_which_they_went_in() -> None:
+    """Workers do the oldest first, as they are told to by priority; here: the one that waits longest."""
+
+    class Fair(random.Random):
+        def randrange(self, *_: Any) -> int:
+            return 0
+
+    client = FakeClient(2, FakeArchive([6] * 30, set(), set()).perform, Fair())
+    found = [int(record.slide.id) for record in flow(client).run(map(entry, range(30)))]
+    assert all(abs(place - slide) <= 6 for place, slide in enumerate(found))
+
+
 def test_a_suspect_runs_alone_and_may_succeed() -> None:
     """The task that a dying worker took along is not blamed when it works by itself."""
-    archive, blamed, beside = FakeArchive([4, 4], set(), set()), Counter[Task](), []
+    archive, blamed = FakeArchive([4, 4], set(), set()), Counter[Task]()
 
     def perform(task: Task) -> Any:
         if task.slide.id == "1" and task.stage == "explain":
             blamed[task] += 1
             if blamed[task] == 1:
-                raise KilledWorker(task="x", last_worker=None, allowed_failures=1)  # type: ignore[arg-type]
-            beside.append(len(client.waiting))
+                raise killed()
         return archive.perform(task)
 
     client = FakeClient(2, perform, random.Random(0))
     records = list(flow(client).run(map(entry, range(2))))
     assert [record.status for record in records] == ["ok", "ok"]
-    assert beside == [0, 0, 0, 0]
+    alone = [order for order in client.orders if order.alone]
+    assert {order.tasks[0].slide.id for order in alone} == {"1"}
+    assert all(len(order.tasks) == 1 for order in alone)
+
+
+def test_a_suspect_that_never_began_is_not_convicted_at_once() -> None:
+    """Its worker died of what was at work before it: of another suspect, on a machine with one worker."""
+    archive, blamed = FakeArchive([4, 4], set(), set()), Counter[Task]()
+
+    def perform(task: Task) -> Any:
+        if task.slide.id == "1" and task.stage == "explain":
+            blamed[task] += 1
+            if blamed[task] <= 3:
+                raise killed()
+        return archive.perform(task)
+
+    client = FakeClient(2, perform, random.Random(0))
+    records = flow(client).run(map(entry, range(2)))
+    client.note = lambda event: None
+    assert [record.status for record in records] == ["ok", "ok"]
+
+
+def test_suspects_do_not_stop_the_others() -> None:
+    """Of many workers, those that are not at a suspect go on."""
+    archive = FakeArchive([3] * 40, set(), {(0, 1)})
+    client = FakeClient(8, archive.perform, random.Random(0))
+    together: list[int] = []
+    submit = client.submit
+
+    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
+        if order.alone:
+            together.append(len(client.waiting))
+        return submit(_, order, **options)
+
+    client.submit = watched  # type: ignore[assignment,method-assign]
+    records = {record.slide.id: record for record in flow(client).run(map(entry, range(40)))}
+    assert "workers died repeatedly on 'explain 1' alone" in records["0"].error
+    assert [slide for slide, record in records.items() if record.status != "ok"] == ["0"]
+    assert together
+    assert min(together) > 8
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause before another attempt."""
+    for module in (retries, flow_module):
+        monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(("times", "status"), [(1, "ok"), (2, "ok"), (3, "failed")])
+def test_what_may_pass_is_tried_again(times: int, status: str, caplog: pytest.LogCaptureFixture) -> None:
+    archive, left = FakeArchive([4, 4], set(), set()), Counter({0: times})
+
+    def perform(task: Task) -> Any:
+        if task == Task("explain", entry(1), (2,)) and left[0]:
+            left[0] -= 1
+            raise ConnectionResetError("the file server is away")
+        return archive.perform(task)
+
+    client = FakeClient(2, perform, random.Random(0), 0.1)
+    client.told["tcp://b:1"] = client.told["tcp://a:1"]
+    records = {r.slide.id: r for r in flow(client).run(map(entry, range(2)))}
+    assert (records["0"].status, records["1"].status) == ("ok", status)
+    assert [line.count("1: explain 2: ConnectionResetError: the file server is away") for line in caplog.messages] == [
+        1
+    ] * min(times, 2)
+    assert archive.done["1", "explain", 0] == 4 - (status == "failed") or status == "failed"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_another_attempt_goes_elsewhere_if_it_can() -> None:
+    def perform(task: Task) -> Any:
+        raise ConnectionResetError("the file server is away")
+
+    client = FakeClient(2, perform, random.Random(0))
+    client.told["tcp://b:1"] = client.told["tcp://a:1"]
+    asked: list[Any] = []
+    submit = client.submit
+
+    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
+        asked.append((options.get("workers"), options.get("allow_other_workers")))
+        return submit(_, order, **options)
+
+    client.submit = watched  # type: ignore[assignment,method-assign]
+    (record,) = flow(client).run([entry(0)])
+    assert record.status == "failed"
+    assert asked == [(None, None), (["tcp://b:1"], True), (["tcp://b:1"], True)]
+
+
+def test_what_will_not_pass_is_not_tried_again() -> None:
+    seen = Counter[Task]()
+
+    def perform(task: Task) -> Any:
+        seen[task] += 1
+        raise SlideReadError("damaged")
+
+    (record,) = flow(FakeClient(1, perform, random.Random(0))).run([entry(0)])
+    assert (record.status, record.error, set(seen.values())) == ("failed", "damaged", {1})
 
 
 @pytest.mark.parametrize("error", [StoreError("disk full"), WorkerError("gone")])
@@ -203,3 +361,84 @@ def test_errors_of_the_whole_run_stop_it(error: Exception) -> None:
     assert caught.value.cause is error
     with pytest.raises(FatalError):
         drive(slide_job(entry(0), 0.01), lambda task, then: perform(task))
+
+
+def test_a_lost_connection_ends_the_run() -> None:
+    def perform(task: Task) -> Any:
+        raise CancelledError
+
+    with pytest.raises(FatalError, match="the connection to the Dask scheduler is lost"):
+        list(flow(FakeClient(2, perform, random.Random(0))).run([entry(0)]))
+
+
+def test_workers_that_dropped_the_run_end_it() -> None:
+    client = FakeClient(1, FakeArchive([1], set(), set()).perform, random.Random(0))
+    records = flow(client).run([entry(0)])
+    submit = client.submit
+
+    def dropped(_: Any, order: Order, **options: Any) -> FakeFuture:
+        return submit(_, Order("run", ()), **options)
+
+    client.submit = dropped  # type: ignore[assignment,method-assign]
+    with pytest.raises(FatalError, match="drop the run"):
+        list(records)
+
+
+def test_a_memory_error_is_tried_again_and_then_told(hasty: None) -> None:
+    def perform(task: Task) -> Any:
+        raise MemoryError
+
+    (record,) = flow(FakeClient(1, perform, random.Random(0))).run([entry(0)])
+    assert "not enough memory on a worker; give it more, or lower --batch-size" in record.error
+
+
+def test_stopping_finishes_what_is_begun_and_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stopping()
+    monkeypatch.setattr(flow_module, "STOP", stop)
+    archive = FakeArchive([3] * 50, set(), set())
+    client = FakeClient(2, archive.perform, random.Random(0))
+    records = flow(client).run(map(entry, range(50)))
+    finished = [next(records)]
+    stop.signal = signal.SIGTERM
+    sent = len(client.orders)
+    with pytest.raises(FatalError, match="stopped by SIGTERM; run the same command again to go on"):
+        finished += list(records)
+    assert len(client.orders) == sent
+    assert not client.waiting
+    assert len(finished) < 10
+
+
+@pytest.mark.usefixtures("fast_look")
+def test_what_waits_for_workers_that_declared_cpu_goes_to_the_others() -> None:
+    archive = FakeArchive([2], set(), set())
+    client = FakeClient(2, archive.perform, random.Random(0))
+    client.told["tcp://c:1"] = {"nthreads": 4, "resources": {"CPU": 4}, "status": "running"}
+    receive = client.receive
+
+    def received(wait_s: float) -> list[tuple[FakeFuture, Answer | BaseException]]:
+        if any(future.options["resources"] == {"CPU": 1} for future in client.waiting):
+            client.told.pop("tcp://c:1", None)
+            return []
+        return receive(wait_s)
+
+    client.receive = received  # type: ignore[method-assign]
+    (record,) = flow(client).run([entry(0)])
+    assert record.status == "ok"
+    assert client.cancelled == 1
+
+
+@pytest.mark.usefixtures("fast_look")
+def test_no_worker_for_too_long_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    client = FakeClient(2, FakeArchive([2], set(), set()).perform, random.Random(0))
+    waiting = flow(client, wait_s=0.05)
+    client.told = {}
+    client.receive = lambda wait_s: []  # type: ignore[method-assign]
+    with pytest.raises(FatalError, match=r"waited 0\.05 s: there is no worker; start some with 'dask worker ADDRESS'"):
+        list(waiting.run([entry(0)]))
+    assert caplog.messages == ["waiting up to 0.05 s: there is no worker; start some with 'dask worker ADDRESS'"]
+
+
+@pytest.fixture
+def fast_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are looked at in every turn."""
+    monkeypatch.setattr(flow_module, "LOOK_AT_WORKERS_S", 0.0)

@@ -106,7 +106,7 @@ def test_a_death_that_no_slide_explains_stops_the_run(made: Path, tmp_path: Path
     assert "SIGSEGV ended the process while no slide was open" in said
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_command_stops_the_work(made: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     out = tmp_path / "out"
     process = begun(arguments(made, "healthy", out), **{SLOWNESS_S: "0.1"})
@@ -114,6 +114,10 @@ def test_a_signal_to_the_command_stops_the_work(made: Path, tmp_path: Path, sent
     process.send_signal(sent)
     _, said = process.communicate(timeout=WITHIN_S)
     assert process.returncode == code, said
+    assert (
+        said.splitlines()[-1]
+        == f"stopped by {sent.name}; run the same command again to go on, nothing finished is lost"
+    )
     assert not child.is_running()
     assert not (out / "a.tif" / "overview.png").exists()
 

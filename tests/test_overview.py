@@ -9,7 +9,7 @@ import pytest
 
 from tests.synthetic import corrupt_tile, write_marker_slide
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.overview import UNREADABLE_GRAY, _round_length, _scaled, _thumbnail
+from wsi_gradcam.overview import UNREADABLE_GRAY, _scaled, _thumbnail, round_length
 from wsi_gradcam.plan import SlidePlan
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
@@ -63,5 +63,5 @@ def test_an_unreadable_tile_is_gray_and_the_rest_is_there(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("length", "shown"), [(730, 500), (500, 500), (499, 200), (0.19, 0.1), (1.0, 1.0), (99, 50)])
-def test_scale_bars_have_round_lengths(length: float, shown: float) -> None:
-    assert _round_length(length) == pytest.approx(shown)
+def test_scale_bars_haveround_lengths(length: float, shown: float) -> None:
+    assert round_length(length) == pytest.approx(shown)

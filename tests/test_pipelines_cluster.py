@@ -221,8 +221,8 @@ def test_the_job_finds_the_scheduler_through_its_service() -> None:
     assert scheduler["readinessProbe"]["httpGet"]["port"] in listening
     (client,) = job["spec"]["template"]["spec"]["containers"]
     assert client["args"] == [
-        "explain", "/slides", "--model", "oral-tumour", "--target", "tumour", "--out", "/out",
-        "--scheduler", "tcp://lung-scheduler:8786",
+        "explain", "/slides", "--wait-for-workers", "86400", "--model", "oral-tumour", "--target", "tumour",
+        "--out", "/out", "--scheduler", "tcp://lung-scheduler:8786",
     ]  # fmt: skip
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy needs
 

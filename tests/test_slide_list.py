@@ -273,7 +273,7 @@ class TestRuns:
             writer.writeheader()
             writer.writerows(old[:2])
         (out / "slides.jsonl").unlink()
-        assert read_slides(out / "slides.csv")["a.tif"] == {**old[0], "label": "", "site": "", "scanner": ""}
+        assert read_slides(out / "slides.csv")["a.tif"] == {**old[0], **dict.fromkeys(COLUMNS[OLDEST:], "")}
         assert all(record.skipped for record in explain(path, toy_spec("pooled_linear"), out, **SMALL).records)
         assert {**rows_of(out), "c.tif": rows["c.tif"]} == rows
 

@@ -18,6 +18,7 @@ from tests.servers import BUCKET, CREDENTIALS, Traffic, counting, put_folder, s3
 from tests.synthetic import corrupt_tile, write_marker_slide
 from tests.test_slides_ome_zarr_reader import write as write_zarr
 from tests.test_slides_tiff_reader import noise, write_ome
+from wsi_gradcam import object_stores
 from wsi_gradcam.errors import SlideAccessError, SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.patches import choose, patch_grid
@@ -80,7 +81,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up at once."""
-    monkeypatch.setattr(remote, "_retries", lambda: {"max_retries": 0})
+    monkeypatch.setattr(object_stores, "_retries", lambda patience_s: {"max_retries": 0})
 
 
 def zarr_of(folder: Path, version: str, **options: Any) -> Path:

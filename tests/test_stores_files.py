@@ -57,6 +57,28 @@ def test_a_kill_between_write_and_rename_leaves_the_old_file(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("removals", [1, 9])
+def test_a_file_that_is_swept_away_is_written_again(
+    removals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, left = os.replace, removals
+
+    def swept(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            remove_partials(tmp_path)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", swept)
+    if removals == 1:
+        write_atomic(tmp_path / "file", b"data")
+        assert (tmp_path / "file").read_bytes() == b"data"
+    else:
+        with pytest.raises(StoreError, match="cannot write"):
+            write_atomic(tmp_path / "file", b"data")
+
+
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     contents = [bytes([i]) * 300_000 for i in range(4)]

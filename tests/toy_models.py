@@ -116,6 +116,24 @@ def poisoned() -> nn.Module:
     return Poisoned(cast(PooledLinear, pooled_linear()).features, 12)
 
 
+class Hungry(PooledLinear):
+    """Takes memory without end on patches with green in them, as the environment says."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        action = os.environ.get(POISON, "")
+        eaten = []
+        if action and bool(has_marker(images).any()) and _first_time(action):
+            for _ in range(64):  # 16 GiB at most, 256 MiB at a time
+                eaten.append(torch.ones(64 << 20))
+                time.sleep(0.1)
+        return super().forward(images)
+
+
+def hungry() -> nn.Module:
+    """`pooled_linear` that eats memory on green patches: always for "always", once for a path (which it creates)."""
+    return Hungry(cast(PooledLinear, pooled_linear()).features, 12)
+
+
 def deadly() -> nn.Module:
     """Kills its process while it is built, when the environment says "load"."""
     if os.environ.get(POISON) == "load":

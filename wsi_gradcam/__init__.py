@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.live import model_of
     from wsi_gradcam.models.load import load_model
     from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.result import open_result
     from wsi_gradcam.slides import open_slide
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "load_model",
     "model_of",
+    "open_result",
     "open_slide",
     "validate",
 ]
@@ -38,6 +40,7 @@ _HOME = {
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",
     "model_of": "wsi_gradcam.models.live",
+    "open_result": "wsi_gradcam.result",
     "open_slide": "wsi_gradcam.slides",
     "validate": "wsi_gradcam.api",
 }

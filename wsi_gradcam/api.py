@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.annotations import check_masks, regions_for
 from wsi_gradcam.config import Settings, make_settings
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
+from wsi_gradcam.failures import attempt_digest, forget_unreadable, split_failed
 from wsi_gradcam.inputs import SlideEntry, choose_slides, find_slides
+from wsi_gradcam.journal import Journal
+from wsi_gradcam.listening import Listener
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.plan import plan_slide as make_plan
 from wsi_gradcam.reading import open_entry
 from wsi_gradcam.sampling import SLIDES_TRIED
-from wsi_gradcam.stages import Task
 from wsi_gradcam.stores.layout import RunFolder
 from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.stores.places import AnyPlace, Place, RemotePlace, place_of
 from wsi_gradcam.stores.run_files import (
     SlideTable,
     check_same_run,
     choice_from,
     read_run,
     read_slides,
-    remove_leftovers,
     write_run,
 )
 from wsi_gradcam.stores.slide_record import keep_record, read_record, settle
@@ -40,16 +42,16 @@ if TYPE_CHECKING:
     from wsi_gradcam.executors.serial import SerialExecutor
     from wsi_gradcam.models.load import Model
 
-__all__ = ["Estimate", "Outcome", "SlideRecord", "explain", "preview", "validate"]
+__all__ = ["Estimate", "Listener", "Outcome", "SlideRecord", "explain", "preview", "validate"]
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its folder and a record a slide, in the order in which they finished."""
+    """How a run ended: its folder, on a disk a `Path`, and a record a slide, in the order in which they finished."""
 
-    out: Path
+    out: Path | RemotePlace
     records: tuple[SlideRecord, ...]
 
     @property
@@ -58,47 +60,44 @@ class Outcome:
         return tuple(record for record in self.records if record.status == FAILED)
 
 
-class Listener:
-    """Is told how a run goes; the default does nothing."""
-
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """The model is known and the work starts."""
-
-    def task_done(self, task: Task, result: Any) -> None:
-        """A piece of work is done."""
-
-    def slide_done(self, record: SlideRecord) -> None:
-        """A slide is finished or has failed."""
-
-
 def explain(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: str | PathLike[str],
+    out: AnyPlace,
     settings: Settings | None = None,
     *,
     workers: int | None = None,
     scheduler: str | None = None,
+    wait_for_workers: float | None = None,
     overwrite: bool = False,
     only: str | Sequence[str] = (),
     skip: str | Sequence[str] = (),
+    retry_failed: bool = False,
+    log_tasks: bool = False,
     listener: Listener | None = None,
     **options: Any,
 ) -> Outcome:
     """Explain slides and write everything below `out`; slides finished before are not computed again.
 
+    Nor are slides that failed before for a reason of their own, as long as their file, the settings and the versions
+    are what they were. While it runs, another run on the same `out` is refused.
+
     Args:
         slides: slide files, folders, patterns, URLs, and lists of slides, see `find_slides`.
         model: whatever `--model` takes, a `ModelSpec`, or a loaded `Model`, such as `model_of` makes of a network that
             Python code holds; that one explains in this process, on the device where it is.
-        out: folder for the results.
+        out: folder for the results, or s3://BUCKET/KEY.
         settings: how slides are explained; or single `options` by the names of `Settings`.
         workers: run on this many processes of this machine; nothing given: in this process.
         scheduler: run on the Dask cluster at this address instead.
+        wait_for_workers: seconds to wait for workers that are missing, at the start or later (default 50); longer for
+            a queue that may let none begin for hours.
         overwrite: recompute slides that are finished, and where `out` holds results of another model, file or
             configuration. To go on with an overwriting run that was stopped, leave it out.
         only: patterns of ids, such as "2023/**": of the slides found, only those are explained.
         skip: patterns of ids that are left out.
+        retry_failed: try all slides again that failed before.
+        log_tasks: have a line in the run's log for each task, not just for each slide.
         listener: told about progress.
 
     Returns:
@@ -106,34 +105,43 @@ def explain(
 
     Raises:
         WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
-            written or holds other results; or the run had to stop, as for a full disk.
+            written, holds other results or is in use; or the run had to stop, as for a full disk; a `StoppedError`
+            where the command line was told to.
     """
-    settings, folder = _settings(settings, options), RunFolder(_local(out))
+    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
-    listener = listener or Listener()
-    with _executor(workers, scheduler, settings, loaded) as executor:
+    journal = Journal(folder, listener or Listener(), log_tasks)
+    with journal, _executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
-        run = _plan(executor, folder.path, spec, settings, entries, choice)
+        run = _plan(executor, folder.place, spec, settings, entries, choice)
+        journal.claim()
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         if not overwrite and not _nothing_but_failures(rows):
             check_same_run(folder.run, run)
-        remove_leftovers(folder.path)
+        folder.place.remove_partials(below=False)
         write_run(folder.run, run)
         entries = keep_record(folder.record, entries)
-        listener.begun(run, entries, getattr(executor, "dashboard", ""))
-        records = []
+        journal.begun(run, entries, getattr(executor, "dashboard", ""))
+        wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
+        if retry_failed:
+            forget_unreadable(wanted, rows, folder)
+        if known:
+            journal.remarked(f"{len(known)} slides failed before and are not tried again; --retry-failed does")
+        records = list(known)
+        for record in known:
+            journal.slide_done(record)
         table = SlideTable(folder.slides)
         try:
-            for record in executor.run(run, entries, overwrite, listener.task_done):
+            for record in executor.run(run, wanted, overwrite, journal.attempted):
                 table.add(_row(record, folder, run, rows.get(record.slide.id)))
                 records.append(record)
-                listener.slide_done(record)
+                journal.slide_done(record)
         except FatalError as error:
             raise error.cause from error.cause.__cause__
         finally:
             table.flush()
-    return Outcome(folder.path, tuple(records))
+    return Outcome(_shown(out), tuple(records))
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ class Preview:
 def preview(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: str | PathLike[str],
+    out: AnyPlace,
     settings: Settings | None = None,
     *,
     only: str | Sequence[str] = (),
@@ -158,12 +166,12 @@ def preview(
     """Plan everything and write nothing; arguments and errors as for `explain`."""
     from wsi_gradcam.executors.serial import SerialExecutor
 
-    settings, folder = _settings(settings, options), RunFolder(_local(out))
+    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
-    run = _plan(SerialExecutor(loaded), folder.path, spec, plain, entries, None)
+    run = _plan(SerialExecutor(loaded), folder.place, spec, plain, entries, None)
     estimates, errors = [], []
     for entry in entries:
         try:
@@ -208,15 +216,14 @@ def _prepared(
     return spec, None
 
 
-def _local(out: str | PathLike[str]) -> Path:
-    if "://" in str(out):
-        raise ConfigError(f"{out}: object stores cannot be written yet; give a folder")
-    return Path(out)
+def _shown(out: AnyPlace) -> Path | RemotePlace:
+    place = place_of(out)
+    return place if isinstance(place, RemotePlace) else Path(str(place))
 
 
 def _plan(
     executor: SerialExecutor | DaskExecutor,
-    out: Path,
+    out: Place,
     spec: ModelSpec,
     settings: Settings,
     entries: Sequence[SlideEntry],
@@ -224,13 +231,13 @@ def _plan(
 ) -> RunPlan:
     check_methods(settings.method)
     facts = executor.examine(spec, settings, entries[:SLIDES_TRIED], choice)
-    return plan_run(out.absolute(), spec, facts, settings)
+    return plan_run(out, spec, facts, settings)
 
 
-def _choice_before(path: Path, settings: Settings) -> Choice | None:
+def _choice_before(place: Place, settings: Settings) -> Choice | None:
     """The engine and precision that a run which is continued has chosen, if the same was asked for."""
     try:
-        stored = read_run(path)
+        stored = read_run(place)
     except StoreError:  # reported when it is compared with this run
         return None
     asked = ("engine", "precision", "layer", "device")
@@ -254,7 +261,7 @@ def check_where(workers: int | None, scheduler: str | None) -> None:
 
 @contextmanager
 def _executor(
-    workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None
+    workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None, wait_s: float | None
 ) -> Iterator[SerialExecutor | DaskExecutor]:
     executor: SerialExecutor | DaskExecutor
     check_where(workers, scheduler)
@@ -274,7 +281,7 @@ def _executor(
     else:
         from wsi_gradcam.executors.dask import DaskExecutor
 
-        executor = DaskExecutor(workers, scheduler, settings.torch_threads)
+        executor = DaskExecutor(workers, scheduler, settings.torch_threads, settings.device, wait_s)
     try:
         yield executor
     finally:
@@ -301,6 +308,7 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
         "label": record.slide.label,
         "site": record.slide.site,
         "scanner": record.slide.scanner,
+        "tried": attempt_digest(record.slide, run) if record.lasting else "",
     }
 
 

@@ -7,12 +7,14 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from wsi_gradcam import __version__
-from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line
 from wsi_gradcam.isolation import guard
+from wsi_gradcam.stopping import STOP
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -53,26 +55,36 @@ KINDS: dict[type, dict[str, Any]] = {
 
 # Keys of a config file that are no settings.
 WHERE: dict[str, type] = {
-    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "only": list, "skip": list,
+    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "wait_for_workers": float, "only": list,
+    "skip": list,
 }  # fmt: skip
-WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number"}
+WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number", float: "a number of seconds"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 all done, 1 some slides failed or the run stopped, 2 nothing could start."""
+    """Run the command line; returns 0 all done, 1 some slides failed or the run could not go on, 2 nothing could start.
+
+    Told to stop by SIGINT or SIGTERM it returns 130 or 143, once what was in work is finished.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
+    stoppable: AbstractContextManager[None] = nullcontext()
     if argv is None and arguments.run in (_explain, _demo):  # a command of its own: no threads yet
         guard()
+        stoppable = STOP.at_signals()
     try:
-        code: int = arguments.run(arguments)
-        return code
+        with stoppable:
+            code: int = arguments.run(arguments)
+            return code
+    except StoppedError as error:
+        print(one_line(error), file=sys.stderr)
+        return STOP.exit_code
     except WsiGradcamError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return WRONG_USAGE
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
+        print(one_line(STOP.error()), file=sys.stderr)
+        return STOP.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,9 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--workers", type=int, help="number of processes (default: this one)")
     demo.set_defaults(run=_demo)
     check = commands.add_parser("validate", help="check results against manifest, specification and slide")
-    check.add_argument("out", help="folder that explain made")
+    check.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_validate)
+    status = commands.add_parser("status", help="how far a run is, seen from outside")
+    status.add_argument("out", help="folder that explain works on")
+    status.add_argument("--watch", action="store_true", help="go on until the run ends")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
+    _add_export(commands)
     info = commands.add_parser("info", help="what is known of a slide or a model")
     info.add_argument("slide", nargs="*", help="slide files")
     info.add_argument("--model", help="a model, as for explain")
@@ -120,7 +138,7 @@ def _add_explain(commands: Any) -> None:
         help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
         "file, a WSInfer or Hugging Face folder",
     )
-    explain.add_argument("--out", help="folder for the results; an unfinished run there is continued")
+    explain.add_argument("--out", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
     explain.add_argument(
         "--target",
         action="append",
@@ -137,20 +155,86 @@ def _add_explain(commands: Any) -> None:
     where = explain.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
     where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    explain.add_argument(
+        "--wait-for-workers", type=float, metavar="SECONDS", help="how long to wait for missing workers (default 50)"
+    )
     explain.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     explain.add_argument(
         "--overwrite",
         action="store_true",
         help="make finished slides anew, whatever settings --out holds",
     )
+    explain.add_argument("--retry-failed", action="store_true", help="try slides again that failed before")
+    explain.add_argument("--log-tasks", action="store_true", help="a line for each task in the log below --out")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write results in the formats of other programs")
+    export.add_argument("out", help="folder that explain made")
+    formats = "ome-zarr-0.4, ome-tiff, tiff, geojson, qupath, png, deepzoom; docs/exports.md says which for what"
+    export.add_argument("--to", required=True, metavar="FORMAT", help=formats)
+    export.add_argument("--dest", help="folder for the files (default: OUT/exports)")
+    export.add_argument("--slide", nargs="+", action="extend", default=[], metavar="ID", help="default: all")
+    export.add_argument(
+        "--channel", nargs="+", action="extend", metavar="NAME",
+        help='labels such as "gradcam: tumour", or classes (default: all; of pictures and regions, the first)',
+    )  # fmt: skip
+    export.add_argument("--colormap", help="a colour map of matplotlib (default inferno); gray: one sample")
+    export.add_argument("--window", help="values that colour runs between: run (default), slide, or LOW,HIGH")
+    export.add_argument("--threshold", type=float, help="show values from this on; regions: default middle of window")
+    export.add_argument("--alpha", type=float, help="opacity over the slide (default 0.6)")
+    export.add_argument("--size", type=int, help="longest side of a PNG in pixels (default 2000)")
+    export.add_argument("--overwrite", action="store_true", default=None, help="replace files that exist")
+    export.add_argument("--json", action="store_true", help="print JSON")
+    export.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.export import Exported, export
+
+    names = ("channel", "colormap", "window", "threshold", "alpha", "size", "overwrite")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if "channel" in options:
+        options["channel"] = tuple(options["channel"])
+    if "," in options.get("window", ""):
+        options["window"] = _window(options["window"])
+
+    def tell(done: Exported) -> None:
+        for line in [f"error: {done.slide}: {done.error}"] if done.error else map(str, done.paths):
+            print(line, file=sys.stderr if done.error else sys.stdout, flush=True)
+
+    if arguments.dest is None and "://" in arguments.out:
+        raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
+    dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)
+    listeners = (None, None) if arguments.json else (tell, _tell_progress)
+    done = export(arguments.out, arguments.to, dest, arguments.slide, *listeners, **options)
+    if arguments.json:
+        print(json.dumps([{**each.__dict__, "paths": [str(path) for path in each.paths]} for each in done]))
+    return SOME_FAILED if any(each.error for each in done) else DONE
+
+
+def _tell_progress(done: int, total: int) -> None:
+    """A line now and then while the run's window is found out, which takes a while for an archive."""
+    if done % 100 == 0:
+        print(f"display window of the run: {done} of {total} slides read", file=sys.stderr, flush=True)
+
+
+def _window(text: str) -> tuple[float, float]:
+    """LOW,HIGH."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--window is {text!r}, expected run, slide, or two numbers LOW,HIGH") from error
+    return low, high
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.api import check_where, explain, preview
     from wsi_gradcam.config import make_settings
-    from wsi_gradcam.report import print_outcome, print_preview, progress
+    from wsi_gradcam.report import print_outcome, print_preview
+    from wsi_gradcam.terminal import progress
 
     values = _merged(arguments)
     where = {key: values.pop(key, None) for key in WHERE}
@@ -169,8 +253,12 @@ def _explain(arguments: argparse.Namespace) -> int:
         try:
             outcome = explain(
                 where["slide"], where["model"], where["out"], settings, workers=where["workers"],
-                scheduler=where["scheduler"], overwrite=arguments.overwrite, listener=listener, **chosen,
+                scheduler=where["scheduler"], wait_for_workers=where["wait_for_workers"],
+                overwrite=arguments.overwrite, retry_failed=arguments.retry_failed, log_tasks=arguments.log_tasks,
+                listener=listener, **chosen,
             )  # fmt: skip
+        except StoppedError:
+            raise
         except WsiGradcamError as error:
             if not listener.began:
                 raise
@@ -198,7 +286,8 @@ def _merged(arguments: argparse.Namespace) -> dict[str, Any]:
         if kind is list and isinstance(values.get(key), str):
             values[key] = [values[key]]
     for key, kind in WHERE.items():
-        if key in values and not (type(values[key]) is kind and (kind is not list or _all_text(values[key]))):
+        kinds = (int, float) if kind is float else (kind,)
+        if key in values and not (type(values[key]) in kinds and (kind is not list or _all_text(values[key]))):
             expected = "a pattern or a list of patterns" if key in ("only", "skip") else WHERE_TEXT[kind]
             raise ConfigError(f"{arguments.config}: {key} is {values[key]!r}, expected {expected}")
     given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
@@ -232,7 +321,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.validation import validate
+    from wsi_gradcam.validation import failed_slides, validate
 
     findings = validate(arguments.out)
     if arguments.json:
@@ -241,7 +330,25 @@ def _validate(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{finding.slide or arguments.out}: {finding.problem}")
         print(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
+    if failed := failed_slides(arguments.out):
+        print(
+            f"{len(failed)} slides of the run failed and have no results that could be checked: "
+            f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
+            file=sys.stderr if arguments.json else sys.stdout,
+        )
     return SOME_FAILED if findings else DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.status import look, shown
+
+    before = None
+    for state in look(arguments.out, arguments.watch):
+        text = json.dumps(state.to_json()) if arguments.json else shown(state)
+        if text != before:
+            print(text, flush=True)
+        before = text
+    return DONE if state.well else SOME_FAILED
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -39,6 +39,10 @@ class SlideReadError(SlideError, OSError):
     """A region of an opened slide could not be decoded."""
 
 
+class SlideMemoryError(SlideError, RuntimeError):
+    """A slide on which workers died, mostly for lack of memory."""
+
+
 class StainError(SlideError, ValueError):
     """Tissue whose stain cannot be measured, and so not be normalised."""
 
@@ -67,12 +71,24 @@ class StoreError(WsiGradcamError, OSError):
     """The output folder cannot be written or read."""
 
 
+class ResultError(WsiGradcamError, ValueError):
+    """A folder that holds no results, or results that are not there yet."""
+
+
+class UnknownNameError(ResultError, LookupError):
+    """A slide or channel that a result does not have."""
+
+
 class ResumeError(WsiGradcamError, ValueError):
-    """The output folder holds results of another model, slide or configuration."""
+    """The output folder holds results of another model, slide or configuration, or another run is at work there."""
 
 
 class WorkerError(WsiGradcamError, RuntimeError):
     """The cluster cannot do the work: no worker, or one that died too often on the same task."""
+
+
+class StoppedError(WsiGradcamError, RuntimeError):
+    """The run was told to stop before all was done."""
 
 
 def one_line(error: BaseException) -> str:

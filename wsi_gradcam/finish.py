@@ -11,26 +11,31 @@ import numpy as np
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.overview import draw_overview
-from wsi_gradcam.stores.files import remove_partials
 from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.stores.manifest import Manifest, span_name
 from wsi_gradcam.stores.patch_store import UNREADABLE, PatchStore
 from wsi_gradcam.table import write_table
+from wsi_gradcam.windows import QUANTILE, window_end
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from wsi_gradcam.plan import RunPlan, SlidePlan
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.stores.layout import SlideFolder
+    from wsi_gradcam.stores.places import Place
 
 # Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
 # quantile well, and memory stays bounded.
 STATISTICS_PX = 1 << 20
-QUANTILE = 0.995
-NARROWEST = 1.0  # logits
+READ_BYTES = 16 << 20
 RECORD_KEYS = frozenset({"status", "patches", "unreadable", "cause", "spans", "blocks", "files"})
+TOLD_KEYS = ("status", "patches", "unreadable", "cause")
+
+
+def told(record: dict[str, Any]) -> dict[str, Any]:
+    """What whoever runs slides must know of a slide's final record: the digests in it are many, and stay."""
+    return {key: record[key] for key in TOLD_KEYS}
 
 
 def finish_slide(
@@ -56,7 +61,7 @@ def finish_slide(
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
     write_table(folder.table, run, plan, store, causes)
     draw_overview(folder.overview, run, plan, slide, heatmap, shown)
-    remove_partials(folder.path)
+    folder.place.remove_partials()
     record = {
         "status": "ok" if plan.patches else "no_tissue",
         "patches": plan.patches,
@@ -64,7 +69,7 @@ def finish_slide(
         "cause": _most_common(causes),
         "spans": {name: value["digest"] for name, value in spans.items()},
         "blocks": {name: value["digests"] for name, value in blocks.items()},
-        "files": {path.name: sha256_of(path) for path in (folder.table, folder.overview, folder.tissue)},
+        "files": {place.name: sha256_of(place) for place in (folder.table, folder.overview, folder.tissue)},
     }
     manifest.write_done(record)
     return record
@@ -75,12 +80,9 @@ def _refuse_foreign(
 ) -> None:
     """Another run's process that was still busy when this run began may have written over its pieces."""
     parts = dict(zip(map(span_name, range(len(plan.spans))), plan.spans, strict=True))
-    foreign = [
-        name
-        for name, (start, stop) in parts.items()
-        if spans.get(name, {}).get("run") != plan.run_digest
-        or store.read_span(start, stop).digest() != spans[name]["digest"]
-    ]
+    found = zip(parts, store.digests(list(parts.values())), strict=True)
+    records = ((name, spans.get(name, {}), digest) for name, digest in found)
+    foreign = [name for name, r, digest in records if (r.get("run"), r.get("digest")) != (plan.run_digest, digest)]
     count = sum(len(plan.blocks(level)) for level in range(len(plan.level_shapes)))
     whole = len(blocks) == count and all(block.get("run") == plan.run_digest for block in blocks.values())
     if foreign or not whole:
@@ -92,10 +94,12 @@ def _refuse_foreign(
         )
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(place: Place) -> str:
     """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for start in range(0, place.size(), READ_BYTES):
+        digest.update(place.read_range(start, READ_BYTES))
+    return digest.hexdigest()
 
 
 def _most_common(causes: dict[int, str]) -> str:
@@ -103,17 +107,12 @@ def _most_common(causes: dict[int, str]) -> str:
 
 
 def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
-    """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile.
-
-    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
-    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
-    methods whose values are not logits have no such floor.
-    """
+    """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile."""
     level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
     whole = Region(0, 0, *heatmap.shapes[level])
     values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]
     if not len(values):
         return channel
     low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
-    end = max(top, NARROWEST) if unit == "logit" or top <= 0 else top
+    end = window_end(top, unit)
     return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

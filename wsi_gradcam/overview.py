@@ -19,12 +19,10 @@ from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import RANDOM
 from wsi_gradcam.slides import thumbnail
-from wsi_gradcam.stores.files import write_atomic
 from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.stores.places import AnyPlace, place_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from wsi_gradcam.plan import Map, RunPlan, SlidePlan
@@ -40,7 +38,7 @@ TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are s
 
 
 def draw_overview(
-    path: Path,
+    place: AnyPlace,
     run: RunPlan,
     plan: SlidePlan,
     slide: Slide,
@@ -67,7 +65,7 @@ def draw_overview(
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})  # thrice as fast, a little larger
-    write_atomic(path, buffer.getvalue())
+    place_of(place).write(buffer.getvalue())
 
 
 def _probability(run: RunPlan, shown: Map) -> int | None:
@@ -111,7 +109,7 @@ def _panels(maps: int, aspect: float) -> tuple[Figure, list[Axes]]:
 def _show_slide(axis: Axes, rgb: NDArray[np.uint8], um_per_px: float, plan: SlidePlan) -> None:
     axis.imshow(rgb)
     axis.set_title("slide" if plan.patches else "slide: no tissue found", fontsize=9)
-    length_um = _round_length(rgb.shape[1] * um_per_px / 4)
+    length_um = round_length(rgb.shape[1] * um_per_px / 4)
     length_px, margin = length_um / um_per_px, rgb.shape[1] * 0.03
     y = rgb.shape[0] - rgb.shape[0] * 0.03
     axis.plot([margin, margin + length_px], [y, y], color="black", linewidth=3, solid_capstyle="butt")
@@ -181,10 +179,10 @@ def _scaled(
     return covered, [heatmap.read(level, channel, whole)[rows[:, None], columns] for channel in channels]
 
 
-def _round_length(length_um: float) -> float:
+def round_length(length_um: float) -> float:
     """The largest 1, 2 or 5 times a power of ten that is not longer.
 
-    >>> _round_length(730.0)
+    >>> round_length(730.0)
     500.0
     """
     power = 10.0 ** np.floor(np.log10(length_um))

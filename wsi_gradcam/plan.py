@@ -17,11 +17,11 @@ from wsi_gradcam.sampling import fit_stain
 from wsi_gradcam.stain import StainFit
 from wsi_gradcam.stitch import Enlarger
 from wsi_gradcam.stores.heatmap import SHARD
+from wsi_gradcam.stores.places import AnyPlace, place_of
 from wsi_gradcam.tissue import slide_masks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.slides import Slide
+    from wsi_gradcam.stores.places import Place
 
 FORMAT = 4  # of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
@@ -65,14 +66,14 @@ class RunPlan:
     """What is the same for all slides of a run. Small and picklable: workers get it once.
 
     Attributes:
-        out: folder of the results.
+        out: where the results lie.
         spec: the model's specification; workers load the model from it.
         facts: what was found of the model.
         settings: how slides are explained.
         targets: what is explained.
     """
 
-    out: Path
+    out: Place
     spec: ModelSpec
     facts: ModelFacts
     settings: Settings
@@ -122,7 +123,7 @@ class RunPlan:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def plan_run(out: Path, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
+def plan_run(out: AnyPlace, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
     """The run's plan, checked as far as is possible without a slide.
 
     Raises:
@@ -145,7 +146,7 @@ def plan_run(out: Path, spec: ModelSpec, facts: ModelFacts, settings: Settings) 
         target if target.function is None else replace(target, digest=function_digest(target.function))
         for target in parse_targets(settings.target, facts.classes)
     )
-    return RunPlan(out, spec, facts, settings, targets)
+    return RunPlan(place_of(out), spec, facts, settings, targets)
 
 
 def check_methods(methods: Sequence[str]) -> None:

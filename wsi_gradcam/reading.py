@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.inputs import SlideEntry
     from wsi_gradcam.slides import Slide
 
-    Reads = list[Future[NDArray[np.uint8]]]
+    Reads = list[Future[tuple[NDArray[np.uint8], float]]]
 
 LOG = logging.getLogger("wsi_gradcam")
 
@@ -79,11 +80,13 @@ class Batch:
         start: index of the first in the span.
         rgb: uint8 [n, height, width, 3]; an unreadable patch is zeros and must not be used.
         causes: why a patch could not be read, by its index in the batch.
+        read_s: seconds that threads spent reading the patches that could be read.
     """
 
     start: int
     rgb: NDArray[np.uint8]
     causes: dict[int, str]
+    read_s: float = 0.0
 
 
 class PatchReader:
@@ -126,7 +129,7 @@ class PatchReader:
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, places: list[list[int]]) -> Reads:
-        return [self._pool.submit(read_region, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
+        return [self._pool.submit(_read, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
 
     def _first(self, places: list[list[int]]) -> Reads:
         """The reads of a span's first batch, begun before or now."""
@@ -152,12 +155,20 @@ def read_batches(
         yield from reader.batches(yx)
 
 
+def _read(slide: Slide, *place: Any) -> tuple[NDArray[np.uint8], float]:
+    """A patch, and the seconds that reading it took."""
+    started = time.perf_counter()
+    return read_region(slide, *place), time.perf_counter() - started
+
+
 def _collect(start: int, futures: Reads, patch_px: tuple[int, int]) -> Batch:
     rgb = np.zeros((len(futures), *patch_px, 3), np.uint8)
     causes: dict[int, str] = {}
+    read_s = 0.0
     for i, future in enumerate(futures):
         try:
-            rgb[i] = future.result()
+            rgb[i], seconds = future.result()
+            read_s += seconds
         except SlideReadError as error:
             causes[i] = one_line(error)
-    return Batch(start, rgb, causes)
+    return Batch(start, rgb, causes, read_s)

@@ -1,152 +1,37 @@
-"""What the command line shows: progress, tables, descriptions."""
+"""What the command line shows: tables and descriptions."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from wsi_gradcam.annotations import check_mask, regions_of
-from wsi_gradcam.api import Listener, Outcome, Preview
+from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.config import make_settings
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.mask_picture import write_mask_picture
 from wsi_gradcam.models.spec import read_spec
-from wsi_gradcam.plan import RunPlan
+from wsi_gradcam.progress import cause_of
 from wsi_gradcam.reading import open_entry
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.stages import Pending, Task, examine_model
+from wsi_gradcam.stages import examine_model
 from wsi_gradcam.urls import is_url, name_of
-from wsi_gradcam.workflow import SlideRecord
 
 if TYPE_CHECKING:
-    from wsi_gradcam.cam.choice import Choice
     from wsi_gradcam.cam.layout import Layout
     from wsi_gradcam.stain import Stain
 
 MIB, GIB = 1 << 20, 1 << 30
 NAMED = 5  # slides of one cause
 LISTED = 20  # classes, layers
-LINE_EVERY_S = 30.0
-
-
-class Quiet(Listener):
-    """Says nothing; knows whether the work has begun."""
-
-    began = False
-
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """From now on an error leaves something finished behind."""
-        self.began = True
-
-
-class Lines(Quiet):
-    """Progress as plain lines on standard error, for logs."""
-
-    def __init__(self) -> None:
-        self.slides = self.slides_done = self.patches = self.patches_done = 0
-        self.started = self.last_line = time.monotonic()
-
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """Say what will be done."""
-        super().begun(run, slides, dashboard)
-        self.slides = len(slides)
-        labels = ", ".join(target.label for target in run.targets)
-        self.say(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
-        self.say(_engine_line(run.facts.choice))
-        if dashboard:
-            self.say(f"dashboard {dashboard}")
-
-    def task_done(self, task: Task, result: Any) -> None:
-        """Count patches."""
-        if isinstance(result, Pending):
-            self.patches += result.left
-            self.say(f"{task.slide.id}: {result.patches} patches, {result.left} to do")
-        elif task.stage == "explain":
-            self.patches_done += result
-            if time.monotonic() - self.last_line > LINE_EVERY_S:
-                self.say(f"{self.patches_done} patches, {self.rate():.0f} patches/s")
-
-    def slide_done(self, record: SlideRecord) -> None:
-        """Say how it ended."""
-        self.slides_done += 1
-        end = f"{record.status}, {record.seconds:.1f} s" + (f": {record.error}" if record.error else "")
-        self.say(f"[{self.slides_done}/{self.slides}] {record.slide.id}: {end}")
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self.last_line = time.monotonic()
-        print(text, file=sys.stderr, flush=True)
-
-    def rate(self) -> float:
-        """Patches per second since the start."""
-        return self.patches_done / max(1e-9, time.monotonic() - self.started)
-
-
-class Bars(Lines):
-    """Progress as bars on a terminal."""
-
-    def __init__(self, bars: Progress) -> None:
-        super().__init__()
-        self._bars = bars
-        self._slide_bar = bars.add_task("slides", total=None, rate="")
-        self._patch_bar = bars.add_task("patches", total=None, rate="")
-
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """Set the number of slides."""
-        super().begun(run, slides, dashboard)
-        self._bars.update(self._slide_bar, total=len(slides))
-
-    def task_done(self, task: Task, result: Any) -> None:
-        """Advance the patches."""
-        super().task_done(task, result)
-        rate = f"{self.rate():.0f} patches/s" if self.patches_done else ""
-        self._bars.update(self._patch_bar, total=self.patches or None, completed=self.patches_done, rate=rate)
-
-    def slide_done(self, record: SlideRecord) -> None:
-        """Advance the slides; only what went wrong is worth a line beside the bars."""
-        if record.error:
-            super().slide_done(record)
-        else:
-            self.slides_done += 1
-        self._bars.update(self._slide_bar, completed=self.slides_done)
-
-    def say(self, text: str) -> None:
-        """Print a line above the bars."""
-        self._bars.console.print(text, style="dim", highlight=False, markup=False)
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Quiet]:
-    """A listener that suits where standard error goes: bars, plain lines, or nothing."""
-    if quiet:
-        yield Quiet()
-    elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            yield Bars(bars)
-    else:
-        yield Lines()
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
@@ -164,30 +49,19 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         _print_failures(outcome)
 
 
-def _engine_line(choice: Choice) -> str:
-    """What runs the model, and how what was not taken did."""
-    tried = []
-    for trial in choice.trials:
-        if (trial.engine, trial.precision) != (choice.engine, choice.precision):
-            rate = "" if trial.patches_per_s is None else f"{trial.patches_per_s:.0f}/s"
-            tried.append(f"{trial.engine} {trial.precision} {', '.join(filter(None, (rate, trial.remark)))}".rstrip())
-    taken = [t.patches_per_s for t in choice.trials if (t.engine, t.precision) == (choice.engine, choice.precision)]
-    speed = f" {taken[0]:.0f} patches/s" if taken and taken[0] else ""
-    return f"engine {choice.engine} {choice.precision}{speed}" + (f" (also tried: {'; '.join(tried)})" if tried else "")
-
-
 def _print_failures(outcome: Outcome) -> None:
     """Which slides failed and why, a line a cause: a folder of wrong files has one cause a thousand times."""
     causes: dict[str, list[str]] = {}
     for record in outcome.failed:
-        cause = record.error.replace(f"{record.slide.path}: ", "").replace(record.slide.path, "the file")
-        causes.setdefault(cause, []).append(record.slide.id)
+        causes.setdefault(cause_of(record), []).append(record.slide.id)
     print("failed:", file=sys.stderr)
     for cause, slides in causes.items():
         more = f" and {len(slides) - NAMED} more" if len(slides) > NAMED else ""
         print(f"  {', '.join(slides[:NAMED])}{more}: {cause}", file=sys.stderr)
     if len(outcome.failed) > NAMED:
         print(f"  all of them are in {outcome.out / 'slides.csv'}", file=sys.stderr)
+    if before := sum(record.skipped and record.lasting for record in outcome.failed):
+        print(f"  {before} of them failed before and were not tried again; --retry-failed does", file=sys.stderr)
 
 
 def print_preview(found: Preview, as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,18 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wsi_gradcam.models.activation import probabilities
-from wsi_gradcam.stores.files import PARTIAL, storing
 from wsi_gradcam.stores.patch_store import OK, SHARES, PatchStore
+from wsi_gradcam.stores.places import AnyPlace, place_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from wsi_gradcam.plan import Map, RunPlan, SlidePlan
 
 ROWS = 1 << 16  # in a row group
 
 
-def write_table(path: Path, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str]) -> None:
+def write_table(place: AnyPlace, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str]) -> None:
     """Write the table of a slide; `causes` says by patch number why a patch could not be read.
 
     Columns: `y`, `x` (level-0 px of the top left), `tissue`, `pen`, `glass` (shares), `blur` (see `quality.blur_of`),
@@ -31,19 +28,11 @@ def write_table(path: Path, run: RunPlan, plan: SlidePlan, store: PatchStore, ca
     heatmap's unit, for Grad-CAM logits: with global average pooling and a linear layer, cam_mean + bias = logit.
     Numbers of unreadable patches are null, also `blur`, which patches of one colour do not have either.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     schema = _schema(run)
-    with storing(path):
-        try:
-            # Opened here: pyarrow takes no path that is not UTF-8.
-            with partial.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                step = max(1, ROWS // plan.span) * plan.span
-                for start in range(0, plan.patches, step):
-                    writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema))
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with place_of(place).writing() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        step = max(1, ROWS // plan.span) * plan.span
+        for start in range(0, plan.patches, step):
+            writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema))
 
 
 def column(run: RunPlan, shown: Map, kind: str) -> str:

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaozarrs
 
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
 from wsi_gradcam.finish import sha256_of
 from wsi_gradcam.plan import SlidePlan
+from wsi_gradcam.result.run import begun
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.stores.heatmap import LABEL, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
-from wsi_gradcam.stores.manifest import DONE, PLAN, Manifest, block_name, digest_of, span_name
+from wsi_gradcam.stores.manifest import DONE, Manifest, block_name, digest_of, span_name
 from wsi_gradcam.stores.patch_store import OK, PatchStore
+from wsi_gradcam.stores.places import AnyPlace, place_of
 from wsi_gradcam.stores.run_files import read_run, read_slides
 from wsi_gradcam.workflow import FAILED
 
+if TYPE_CHECKING:
+    from wsi_gradcam.stores.places import Place
+
+METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 UNFINISHED = "is not finished; run the same explain command again"
 
 
@@ -37,7 +42,7 @@ class Finding:
     problem: str
 
 
-def validate(out: str | PathLike[str]) -> list[Finding]:
+def validate(out: AnyPlace) -> list[Finding]:
     """All that is wrong with the results in `out`; empty when everything is right.
 
     For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
@@ -48,26 +53,21 @@ def validate(out: str | PathLike[str]) -> list[Finding]:
     Raises:
         ConfigError: `out` is no result.
     """
-    folder = RunFolder(Path(out))
+    folder = RunFolder(place_of(out))
     run = read_run(folder.run)
     if run is None:
-        raise ConfigError(f"{folder.path}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made")
+        raise ConfigError(f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made")
     rows = read_slides(folder.slides)
     findings = [] if rows else [Finding("", "slides.csv is missing or empty; run explain again to finish")]
     for name, row in rows.items():
-        if row["status"] != FAILED or (folder.slide(name).manifest / DONE).exists():
+        if row["status"] != FAILED or (folder.slide(name).manifest / DONE).is_file():
             findings += [Finding(name, problem) for problem in _checked(folder.slide(name), row, run)]
-    return findings + [Finding(name, UNFINISHED) for name in _begun(folder.path) if name not in rows]
+    return findings + [Finding(name, UNFINISHED) for name in begun(folder) if name not in rows]
 
 
-def _begun(out: Path) -> list[str]:
-    """Ids of the slides that have a plan."""
-    found = []
-    for place, folders, _ in os.walk(out):
-        if (SlideFolder(Path(place)).manifest / PLAN).exists():
-            found.append(Path(place).relative_to(out).as_posix())
-        folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
-    return found
+def failed_slides(out: AnyPlace) -> list[str]:
+    """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
+    return [name for name, row in read_slides(RunFolder(place_of(out)).slides).items() if row["status"] == FAILED]
 
 
 def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
@@ -92,20 +92,20 @@ def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Ite
     yield from _check_heatmap(folder, plan, done)
     yield from _check_table(folder, plan, run)
     for name, digest in done["files"].items():
-        if not (path := folder.path / name).is_file():
+        if not (place := folder.place / name).is_file():
             yield f"{name} is missing"
-        elif sha256_of(path) != digest:
+        elif sha256_of(place) != digest:
             yield f"{name} differs from what was made"
     yield from _check_slide(row, plan, run["settings"].get("reader", "auto"))
 
 
 def _check_spans(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -> Iterator[str]:
     store = PatchStore(folder.cams)
-    for number, (start, stop) in enumerate(plan.spans):
+    for number, ((start, stop), digest) in enumerate(zip(plan.spans, store.digests(plan.spans), strict=True)):
         name = span_name(number)
         if name not in done["spans"]:
             yield f"span {number} is not in the manifest"
-        elif store.read_span(start, stop).digest() != done["spans"][name]:
+        elif digest != done["spans"][name]:
             yield f"span {number} (patches {start} to {stop}) of cams.zarr differs from what was computed"
 
 
@@ -120,7 +120,7 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -
         yield f"heatmap.ome.zarr has levels {heatmap.shapes}, expected {plan.level_shapes} for this slide"
         return
     ome = heatmap.attributes["ome"]
-    label = json.loads((folder.heatmap / "labels" / LABEL / "zarr.json").read_bytes())
+    label = json.loads((folder.heatmap / "labels" / LABEL / METADATA).read())
     yield from _check_scales("heatmap.ome.zarr", ome, plan)
     yield from _check_scales(f"label {LABEL}", label["attributes"]["ome"], plan)
     count = len(ome["omero"]["channels"])
@@ -132,12 +132,21 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -
                 yield f"level {level} of heatmap.ome.zarr, block {number}, differs from what was computed"
 
 
-def _check_specification(heatmap: Path) -> None:
-    """Raises whatever yaozarrs raises. It takes brackets in a path for a pattern, so it gets another path."""
+def _check_specification(heatmap: Place) -> None:
+    """Raises whatever yaozarrs raises. It gets a copy of what it reads: it knows no object stores of ours."""
     with TemporaryDirectory() as folder:
-        link = Path(folder) / "heatmap.ome.zarr"
-        link.symlink_to(heatmap.absolute(), target_is_directory=True)
-        yaozarrs.validate_zarr_store(link)
+        copy = Path(folder) / "heatmap.ome.zarr"
+        _copy_metadata(heatmap, copy)
+        yaozarrs.validate_zarr_store(copy)
+
+
+def _copy_metadata(place: Place, folder: Path) -> None:
+    folder.mkdir()
+    for name in place.names():
+        (folder / name).write_bytes((place / name).read())
+    for name in place.folders():
+        if name != CHUNKS:
+            _copy_metadata(place / name, folder / name)
 
 
 def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[str]:
@@ -152,8 +161,7 @@ def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[s
 
 
 def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> Iterator[str]:
-    with folder.table.open("rb") as file:
-        table = pq.read_table(file)
+    table = pq.read_table(pa.BufferReader(folder.table.read()))
     store = PatchStore(folder.cams)
     if table.num_rows != plan.patches:
         yield f"patches.parquet has {table.num_rows} rows, expected {plan.patches}"

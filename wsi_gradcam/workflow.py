@@ -8,14 +8,25 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from wsi_gradcam.errors import StoreError, WorkerError, one_line
+from wsi_gradcam.errors import (
+    AnnotationError,
+    ResumeError,
+    SlideMemoryError,
+    StoppedError,
+    StoreError,
+    WorkerError,
+    one_line,
+)
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Pending, Task
+from wsi_gradcam.stages import Pending, Performed, Task
 
 OK, FAILED, NO_TISSUE = "ok", "failed", "no_tissue"
 
-# Told after each task, with its result: executors call it, the command line draws progress from it.
-Observer = Callable[[Task, Any], None]
+# Told after each attempt at a task: executors call it, the command line draws progress from it.
+Observer = Callable[[Task, Performed], None]
+
+# What may be otherwise the next time, or is found out at no cost; all else lasts as long as slide and settings do.
+PASSING = (AnnotationError, ConnectionError, MemoryError, ResumeError, SlideMemoryError, TimeoutError)
 
 
 class FatalError(Exception):
@@ -28,7 +39,12 @@ class FatalError(Exception):
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """How a slide ended: a row of slides.csv."""
+    """How a slide ended: a row of slides.csv.
+
+    Attributes:
+        skipped: nothing was done, it had ended before.
+        lasting: it has failed, and the same command would fail again.
+    """
 
     slide: SlideEntry
     status: str
@@ -37,48 +53,60 @@ class SlideRecord:
     unreadable: int
     seconds: float
     skipped: bool = False
+    lasting: bool = False
 
 
-SlideJob = Generator[list[Task], list[Any], SlideRecord]
+Phases = list[list[Task]]
+SlideJob = Generator[Phases, list[Any], SlideRecord]
 
 
 def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
-    """The phases of a slide: yields the tasks of one, wants their results, and ends with the slide's record.
+    """The phases of a slide: yields the tasks of several, wants all their results, ends with the slide's record.
 
     All tasks of a phase may run at once; a phase begins when the one before is whole. An error of this slide
     ends this job alone; an error of the store or of the cluster is raised as `FatalError`.
     """
     started = time.monotonic()
     try:
-        (pending,) = yield [Task("plan", slide)]
+        (pending,) = yield [[Task("plan", slide)]]
         assert isinstance(pending, Pending)
         record, skipped = pending.done, pending.done is not None
         if record is None:
-            yield [Task("explain", slide, (i,)) for i in pending.spans]
-            for level, numbers in enumerate(pending.blocks):
-                yield [Task("coarsen", slide, (level, i)) if level else Task("stitch", slide, (i,)) for i in numbers]
-            (record,) = yield [Task("finish", slide)]
-    except (StoreError, WorkerError) as error:
+            *_, record = yield [
+                [Task("explain", slide, (i,)) for i in pending.spans],
+                *(_blocks(slide, level, numbers) for level, numbers in enumerate(pending.blocks)),
+                [Task("finish", slide)],
+            ]
+    except (StoppedError, StoreError, WorkerError) as error:
         raise FatalError(error) from error
+    except FatalError:  # of whoever was told of the task
+        raise
     except Exception as error:
-        return SlideRecord(slide, FAILED, one_line(error), 0, 0, time.monotonic() - started)
+        seconds, lasting = time.monotonic() - started, not isinstance(error, PASSING)
+        return SlideRecord(slide, FAILED, one_line(error), 0, 0, seconds, lasting=lasting)
     return _record(slide, record, max_unreadable, time.monotonic() - started, skipped)
 
 
 def drive(job: SlideJob, perform: Callable[[Task, Task | None], Any]) -> SlideRecord:
-    """Run a job to its end, one task after the other; `perform` is told the next one of the phase too."""
+    """Run a job to its end, one task after the other; `perform` is told the next one too."""
     try:
-        tasks = next(job)
+        phases = next(job)
         while True:
+            tasks = [task for phase in phases for task in phase]
             try:
                 results = [perform(task, then) for task, then in zip_longest(tasks, tasks[1:])]
             except Exception as error:
-                tasks = job.throw(error)
+                phases = job.throw(error)
             else:
-                tasks = job.send(results)
+                phases = job.send(results)
     except StopIteration as end:
         record: SlideRecord = end.value
         return record
+
+
+def _blocks(slide: SlideEntry, level: int, numbers: list[int]) -> list[Task]:
+    """The tasks that make blocks of a level."""
+    return [Task("coarsen", slide, (level, i)) if level else Task("stitch", slide, (i,)) for i in numbers]
 
 
 def _record(
@@ -91,4 +119,4 @@ def _record(
         if unreadable > max_unreadable * patches:
             status = FAILED
             error += f"; more than --max-unreadable {max_unreadable:g}"
-    return SlideRecord(slide, status, error, patches, unreadable, seconds, skipped)
+    return SlideRecord(slide, status, error, patches, unreadable, seconds, skipped, lasting=status == FAILED)

@@ -14,10 +14,12 @@ from wsi_gradcam.demo.ihc import HELD_OUT, dab_positive, micrograph
 from wsi_gradcam.demo.layout import Layout, lay_out
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.report import print_outcome, progress
+from wsi_gradcam.report import print_outcome
 from wsi_gradcam.stores.files import storing
 from wsi_gradcam.stores.heatmap import EXPLAINED, HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder
+from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.terminal import progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,10 +48,10 @@ def run_demo(slide: str | None, out: Path, workers: int | None = None, mpp: floa
         model, target, overlap = "ihc-dab", "positive", 0.25
     else:
         path, model, target, overlap = Path(slide), "oral-tumour", "tumour", 0.5
-    results = RunFolder(out / model)
+    results = RunFolder(LocalPlace(out / model))
     with progress(quiet=False) as listener:
         outcome = explain(
-            path, model, results.path, workers=workers, overwrite=True, listener=listener, target=[target],
+            path, model, results.place, workers=workers, overwrite=True, listener=listener, target=[target],
             overlap=overlap, mpp=mpp, replace_mpp=mpp is not None,
         )  # fmt: skip
     print_outcome(outcome, as_json=False)

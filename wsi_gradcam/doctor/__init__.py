@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.doctor.check import FAIL, OK, WARN, Check, guarded, shown, worst
@@ -11,7 +10,7 @@ from wsi_gradcam.doctor.cluster import workers
 from wsi_gradcam.doctor.environment import load
 from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.doctor.machine import this_machine
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.stores.places import Place, place_of
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
@@ -28,17 +27,15 @@ def examine(out: str | None = None, scheduler: str | None = None, model: str | N
         model: a model as for `explain`, which is loaded here, and on each worker.
 
     Raises:
-        ConfigError: `out` is no folder's name.
+        ConfigError: `out` is neither a folder nor s3://BUCKET/KEY.
         ModelError: no such model.
     """
-    if out is not None and "://" in out:
-        raise ConfigError(f"{out}: object stores cannot be written yet; give a folder")
-    folder = None if out is None else Path(out)
+    folder = None if out is None else place_of(out)
     spec = None if model is None else _spec(model)
     return _examine(folder, scheduler, spec)
 
 
-def _examine(out: Path | None, scheduler: str | None, spec: ModelSpec | None) -> Iterator[Check]:
+def _examine(out: Place | None, scheduler: str | None, spec: ModelSpec | None) -> Iterator[Check]:
     yield from this_machine()
     if spec is not None:
         problem = load(spec)

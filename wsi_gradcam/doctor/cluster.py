@@ -5,14 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.doctor.check import FAIL, OK, WARN, Check
 from wsi_gradcam.doctor.environment import OPTIONAL, differences, facts, visit
-from wsi_gradcam.doctor.folder import probe_folder
+from wsi_gradcam.doctor.folder import probe_place
 from wsi_gradcam.errors import StoreError, WorkerError, one_line
-from wsi_gradcam.stores.files import write_atomic
+from wsi_gradcam.stores.places import Place
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
@@ -23,18 +22,18 @@ SHOWN = 5  # of workers that have the same trouble
 SAME = "install the same versions everywhere: pip install -c constraints.txt, or one image for all"
 
 
-def workers(scheduler: str, out: Path | None, spec: ModelSpec | None) -> Iterator[Check]:
+def workers(scheduler: str, out: Place | None, spec: ModelSpec | None) -> Iterator[Check]:
     """What workers are, and whether they know what this process knows."""
     from wsi_gradcam.executors.dask import ask_workers
 
     token = uuid.uuid4().hex
     with _probe(out, token) as probe:
         try:
-            told, answers = ask_workers(scheduler, visit, str(probe) if probe else None, token, spec)
+            told, answers = ask_workers(scheduler, visit, probe, token, spec)
         except WorkerError as error:
             yield Check("scheduler", FAIL, one_line(error), "docs/clusters.md says how to start one")
             return
-        written = len(list(probe.parent.iterdir())) - 1 if probe else 0
+        written = len(probe.parent.names()) - 1 if probe else 0
     yield Check("scheduler", OK, "answers")
     if not told:
         yield Check("workers", FAIL, "none", "start some, such as 'dask worker ADDRESS --nthreads 2 --memory-limit 0'")
@@ -54,14 +53,14 @@ def workers(scheduler: str, out: Path | None, spec: ModelSpec | None) -> Iterato
 
 
 @contextmanager
-def _probe(out: Path | None, token: str) -> Iterator[Path | None]:
+def _probe(out: Place | None, token: str) -> Iterator[Place | None]:
     """A file in `out` that holds `token`; None where `out` cannot be written, which its own checks tell."""
     with ExitStack() as opened:
         probe = None
         if out is not None:
             with suppress(StoreError):
-                probe = opened.enter_context(probe_folder(out)) / "probe"
-                write_atomic(probe, token.encode())
+                probe = opened.enter_context(probe_place(out)) / "probe"
+                probe.write(token.encode())
         yield probe
 
 
@@ -114,9 +113,9 @@ def _model(visits: dict[str, Any], name: str) -> Check:
     return Check("workers' model", OK, f"{name} loads on all {len(visits)}")
 
 
-def _shared(out: Path, visits: dict[str, Any], written: int) -> Check:
+def _shared(out: Place, visits: dict[str, Any], written: int) -> Check:
     """Whether each worker read what this process wrote in `out`, and this process sees what each wrote."""
-    mend = f"{out.absolute()} must be one shared folder, at the same path on every worker, and may be written by all"
+    mend = f"{out.absolute()} must be a shared folder, at the same path on every worker, or a bucket, for all to write"
     blind = {address: visit["out"] for address, visit in visits.items() if visit["out"]}
     if blind:
         return _trouble("workers' OUT", FAIL, blind, mend)

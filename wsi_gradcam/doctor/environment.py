@@ -8,9 +8,12 @@ import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import one_line
+
+if TYPE_CHECKING:
+    from wsi_gradcam.stores.places import Place
 
 PROGRAM = "wsi-gradcam"
 # What values and messages between processes depend on.
@@ -38,13 +41,13 @@ def facts() -> dict[str, Any]:
     }
 
 
-def visit(probe: str | None, token: str, model: Any) -> dict[str, Any]:
+def visit(probe: Place | None, token: str, model: Any) -> dict[str, Any]:
     """On a worker: its facts, what it makes of the file `probe`, and whether the model of a specification loads.
 
     `out` and `model` are the problems, "" where there are none: the file must hold `token`, and another is written
     beside it, named after this process.
     """
-    return {**facts(), "out": _exchange(Path(probe), token) if probe else "", "model": load(model)}
+    return {**facts(), "out": _exchange(probe, token) if probe else "", "model": load(model)}
 
 
 def load(model: Any) -> str:
@@ -127,12 +130,12 @@ def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [name for name in LOW_PRECISION if name in flags]
 
 
-def _exchange(probe: Path, token: str) -> str:
+def _exchange(probe: Place, token: str) -> str:
     """Read what another process wrote, and write for it."""
     try:
-        if probe.read_text(encoding="utf-8") != token:
+        if probe.read() != token.encode():
             return f"{probe} holds something else than was written: another folder at the same path"
-        probe.with_name(f"{platform.node()}-{os.getpid()}").write_text(token, encoding="utf-8")
+        (probe.parent / f"{platform.node()}-{os.getpid()}").write(token.encode())
     except OSError as error:
         return one_line(error)
     return ""

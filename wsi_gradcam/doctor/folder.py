@@ -12,6 +12,7 @@ from pathlib import Path
 
 from wsi_gradcam.doctor.check import FAIL, OK, WARN, Check
 from wsi_gradcam.errors import StoreError, one_line
+from wsi_gradcam.stores.places import LocalPlace, Place
 
 GIB = 1 << 30
 LITTLE_FREE = 10 * GIB
@@ -19,12 +20,26 @@ FEW_FILES = 100_000
 
 
 @contextmanager
-def probe_folder(out: Path) -> Iterator[Path]:
+def probe_place(out: Place) -> Iterator[Place]:
     """A folder of our own in `out`; afterwards all is as it was.
 
     Raises:
         StoreError: it cannot be made.
     """
+    if isinstance(out, LocalPlace):
+        with _probe_folder(out.path) as probe:
+            yield LocalPlace(probe)
+        return
+    place = out / f".doctor-{uuid.uuid4().hex}"
+    try:
+        yield place
+    finally:
+        with suppress(StoreError):
+            place.remove_all()
+
+
+@contextmanager
+def _probe_folder(out: Path) -> Iterator[Path]:
     from wsi_gradcam.stores.files import storing
 
     probe = out.absolute() / f".doctor-{uuid.uuid4().hex}"
@@ -40,19 +55,21 @@ def probe_folder(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def folder_of_results(out: Path) -> Iterator[Check]:
+def folder_of_results(out: Place) -> Iterator[Check]:
     """Whether `out` takes what a run writes, and how."""
     try:
-        with probe_folder(out) as probe:
+        with probe_place(out) as probe:
             yield _array(probe)
-            yield _rename(probe)
-            yield _locks(probe)
-            yield _space(probe)
+            if isinstance(probe, LocalPlace):
+                yield _rename(probe.path)
+                yield _locks(probe.path)
+                yield _space(probe.path)
+            yield _claims(probe)
     except StoreError as error:
         yield Check("OUT", FAIL, one_line(error), "the same --out would stop a run")
 
 
-def _array(folder: Path) -> Check:
+def _array(folder: Place) -> Check:
     """A patch store of one span is written and read back."""
     import numpy as np
 
@@ -69,6 +86,18 @@ def _array(folder: Path) -> Check:
     if PatchStore(folder / "cams.zarr").read_span(0, 4).digest() != span.digest():
         return Check("OUT: arrays", FAIL, "what was read is not what was written", "choose another --out")
     return Check("OUT: arrays", OK, "written and read back")
+
+
+def _claims(folder: Place) -> Check:
+    """A file is made where there is none, and changed where nobody else has."""
+    file = folder / "claim"
+    seen = [file.create(b"one"), file.create(b"two")]
+    _, version = file.read_versioned()
+    seen += [file.replace(b"three", version), file.replace(b"four", version)]
+    if (seen, file.read()) == ([True, False, True, False], b"three"):
+        return Check("OUT: claims", OK, "a file is made once, and changed only by who knows it")
+    mend = "choose another --out, for object stores one that knows If-None-Match and If-Match"
+    return Check("OUT: claims", FAIL, "what another process has written would be written over", mend)
 
 
 def _rename(folder: Path) -> Check:

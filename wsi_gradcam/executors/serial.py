@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.errors import one_line
+from wsi_gradcam.executors.retries import retried
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.isolation import WATCH
-from wsi_gradcam.stages import Context, Task, examine_model, perform, read_ahead
+from wsi_gradcam.stages import Context, Performed, Task, examine_model, perform, read_ahead
+from wsi_gradcam.stopping import STOP
 from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
 
 if TYPE_CHECKING:
@@ -43,16 +46,29 @@ class SerialExecutor:
         ahead = _Ahead(context, slides)
 
         def perform_and_tell(task: Task, then: Task | None) -> Any:
+            STOP.check()
             if task.stage == "explain":
                 ahead.plan_next()
-            result = ahead.planned(task) if task.stage == "plan" else perform(context, task, then)
-            observe(task, result)
-            return result
+            planning = task.stage == "plan"
+
+            def tell_of(error: Exception, again: bool) -> None:
+                observe(task, Performed(None, worker=context.worker, error=one_line(error), again=again))
+
+            try:
+                performed = retried(
+                    lambda: ahead.planned(task) if planning else perform(context, task, then), task, tell_of
+                )
+            except Exception as error:
+                tell_of(error, again=False)
+                raise
+            observe(task, performed)
+            return performed.result
 
         try:
-            for slide in ahead:
-                yield drive(slide_job(slide, run.settings.max_unreadable), perform_and_tell)
-                WATCH.finished(slide.path)
+            with STOP.heeded():
+                for slide in ahead:
+                    yield drive(slide_job(slide, run.settings.max_unreadable), perform_and_tell)
+                    WATCH.finished(slide.path)
         finally:
             ahead.close()
             context.close()
@@ -68,7 +84,7 @@ class _Ahead:
         self._context = context
         self._slides = iter(slides)
         self._next: SlideEntry | None = None
-        self._plan: Future[Any] | None = None
+        self._plan: Future[Performed] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="plan")
 
     def __iter__(self) -> Iterator[SlideEntry]:
@@ -81,7 +97,7 @@ class _Ahead:
         if self._plan is None and not WATCH.one_at_a_time and (slide := self._following()) is not None:
             self._plan = self._pool.submit(self._prepare, slide)
 
-    def planned(self, task: Task) -> Any:
+    def planned(self, task: Task) -> Performed:
         """The result of planning a slide, ahead of its turn or now."""
         plan, self._plan = self._plan, None
         return perform(self._context, task) if plan is None else plan.result()
@@ -90,12 +106,12 @@ class _Ahead:
         """Wait until nothing is planned any more."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, slide: SlideEntry) -> Any:
+    def _prepare(self, slide: SlideEntry) -> Performed:
         """Plan a slide and begin to read it; what comes of that is kept for its turn."""
-        pending = perform(self._context, Task("plan", slide))
-        if pending.spans:
-            read_ahead(self._context, slide, pending.spans[0])
-        return pending
+        performed = perform(self._context, Task("plan", slide))
+        if spans := performed.result.spans:
+            read_ahead(self._context, slide, spans[0])
+        return performed
 
     def _following(self) -> SlideEntry | None:
         if self._next is None:

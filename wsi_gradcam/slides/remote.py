@@ -1,34 +1,37 @@
-"""Slides behind URLs, read by ranges through obstore: s3://, https:// and http://. The only module that knows it."""
+"""Slides behind URLs, read by ranges: s3://, https:// and http://."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
-import os
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from wsi_gradcam.errors import SlideAccessError, SlideError, SlideFormatError, SlideNotFoundError
 from wsi_gradcam.geometry import ceil_div
+from wsi_gradcam.object_stores import (
+    CREDENTIALS_MEND,
+    S3,
+    S3_FORM,
+    Trouble,
+    bucket_and_key,
+    s3_store,
+    short,
+    trouble_of,
+    web_store,
+)
 from wsi_gradcam.slides.base import ZARR_FILES
 from wsi_gradcam.slides.tile_cache import TileCache
 from wsi_gradcam.urls import WEB, shown_url, split_url
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
-    from obstore.store import ClientConfig, HTTPStore, ObjectStore, RetryConfig, S3Store
 
+    from wsi_gradcam.object_stores import HTTPStore, ObjectStore
     from wsi_gradcam.slides.files import ByteRange
 
-S3 = "s3"
 SCHEMES = (S3, *WEB)
-# A request that fails is sent again for so long.
-PATIENCE_S = 30
 # Tiles that touch are one request; writers of cloud-optimised TIFF leave 8 bytes between them, others pad by one.
 GAP_BYTES = 8
 # Headers are small and scattered: larger blocks would cost more bytes than they save requests.
@@ -36,10 +39,6 @@ BLOCK_BYTES = 1 << 11
 MOST_BLOCKS = 1 << 14
 # Compressed tiles, which are a tenth of what the cache of pixels holds: what it drops need not be fetched again.
 KEPT_BYTES = 64 << 20
-ERROR_CHARACTERS = 240
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-# Where machines in a cloud ask for credentials, and so does obstore where there are none.
-INSTANCE_METADATA = "169.254.169.254"
 
 
 class RemoteFile:
@@ -110,13 +109,11 @@ class RemoteFile:
             raise
 
     def _fetched(self, ranges: Sequence[ByteRange]) -> list[bytes]:
-        import obstore
-
         spans = [(min(offset, self.size), min(offset + count, self.size)) for offset, count in ranges]
         runs = joined(spans)
         starts, ends = [start for start, _ in runs], [stop for _, stop in runs]
         try:
-            found = obstore.get_ranges(self._store, self._path, starts=starts, ends=ends, coalesce=0) if runs else []
+            found = self._store.get_ranges(self._path, starts=starts, ends=ends, coalesce=0) if runs else []
         except Exception as error:  # obstore raises many kinds
             raise access_error(self.name, error) from None
         if [len(data) for data in found] != [stop - start for start, stop in runs]:
@@ -180,9 +177,7 @@ def look(store: ObjectStore, path: str, count: int = 1) -> tuple[int, str, bytes
 
     By a ranged GET: addresses that are signed for GET refuse HEAD.
     """
-    import obstore
-
-    result = obstore.get(store, path, options={"range": (0, count)})
+    result = store.get(path, options={"range": (0, count)})
     meta = result.meta
     identity = meta["e_tag"] or f"{meta['last_modified'].isoformat()} {meta['version']}"
     return meta["size"], identity, bytes(result.bytes())
@@ -212,8 +207,6 @@ def listed(url: str) -> tuple[list[str], list[str]]:
     Raises:
         SlideAccessError: it cannot be listed.
     """
-    import obstore
-
     if split_url(url)[0] != S3:
         raise SlideAccessError(
             f"{shown_url(url)}: web servers cannot be asked what lies below; name the slides one by one, or in a list "
@@ -221,7 +214,7 @@ def listed(url: str) -> tuple[list[str], list[str]]:
         )
     bucket, _ = _bucket_and_key(url)
     try:
-        found = obstore.list_with_delimiter(folder_of(url))
+        found = folder_of(url).list_with_delimiter()
     except Exception as error:
         raise access_error(shown_url(url), error) from None
     base = url.rstrip("/") if split_url(url)[2] else f"{S3}://{bucket}"
@@ -236,7 +229,7 @@ def folder_of(url: str) -> ObjectStore:
         place, mark, query = rest.partition("?")
         return _web_store(f"{scheme}://{place.rstrip('/')}{mark}{query}")
     bucket, key = _bucket_and_key(url)
-    return _s3_store(bucket, key.rstrip("/") or None)
+    return s3_store(bucket, key.rstrip("/") or None)
 
 
 def store_of(url: str) -> tuple[ObjectStore, str]:
@@ -248,87 +241,48 @@ def store_of(url: str) -> tuple[ObjectStore, str]:
     if split_url(url)[0] != S3:
         return _web_store(url), ""  # all in the address, so that a query stays in its place
     bucket, key = _bucket_and_key(url)
-    return _s3_store(bucket, None), key
+    return s3_store(bucket), key
 
 
 def _bucket_and_key(url: str) -> tuple[str, str]:
-    _, bucket, key = split_url(url)
-    if not bucket or "@" in bucket:
-        raise SlideAccessError(
-            f"{shown_url(url)}: expected s3://BUCKET/KEY; credentials are given as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY in the environment"
-        )
-    return bucket, key
-
-
-def _s3_store(bucket: str, prefix: str | None) -> S3Store:
-    from obstore.store import S3Store
-
-    # Set by the user, and other tools take that for leave enough.
-    plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
-    return S3Store(bucket, prefix=prefix, client_options=_client(plain), retry_config=_retries())
+    found = bucket_and_key(url)
+    if found is None:
+        raise SlideAccessError(f"{shown_url(url)}: {S3_FORM}")
+    return found
 
 
 def _web_store(url: str) -> HTTPStore:
-    from obstore.store import HTTPStore
-
     scheme, host, _ = split_url(url)
     if scheme not in SCHEMES or not host.rpartition("@")[2]:
         raise SlideAccessError(f"{shown_url(url)}: expected a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
-    options = _client(scheme == "http")
-    user, at, _ = host.rpartition("@")
-    if at:
-        token = base64.b64encode(unquote(user).encode()).decode()
-        options["default_headers"] = {"authorization": f"Basic {token}"}
-        url = url.replace(user + at, "", 1)
     try:
-        return HTTPStore(url, client_options=options, retry_config=_retries())
+        return web_store(url)
     except ValueError as error:
         raise access_error(shown_url(url), error) from None
-
-
-def _client(plain: bool) -> ClientConfig:
-    return {"allow_http": plain, "connect_timeout": "5s", "timeout": f"{PATIENCE_S}s"}
-
-
-def _retries() -> RetryConfig:
-    backoff: Any = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2}
-    return {"max_retries": 100, "retry_timeout": timedelta(seconds=PATIENCE_S), "backoff": backoff}
 
 
 def access_error(name: str, error: Exception) -> SlideError:
     """What an error of obstore means for the slide, without the secrets that a URL or a request may hold."""
     if isinstance(error, SlideError):
         return error
-    from obstore import exceptions
-
-    text = str(error)
-    if isinstance(error, FileNotFoundError):
-        if "NoSuchBucket" in text:
-            return SlideNotFoundError(f"{name}: no such bucket; check the URL and the endpoint in AWS_ENDPOINT_URL")
+    trouble = trouble_of(error)
+    if trouble is Trouble.NO_BUCKET:
+        return SlideNotFoundError(f"{name}: no such bucket; check the URL and the endpoint in AWS_ENDPOINT_URL")
+    if trouble is Trouble.MISSING:
         return SlideNotFoundError(f"{name}: does not exist, expected a slide; check the URL, and end a folder's by /")
-    if isinstance(error, exceptions.NotSupportedError):
+    if trouble is Trouble.IGNORES_RANGE:
         return SlideAccessError(
             f"{name}: the server ignores Range, so that the whole file would be sent for each tile; copy it to a disk"
         )
-    denied = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-    if isinstance(error, denied) or INSTANCE_METADATA in text:
-        s3 = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+    if trouble in (Trouble.REFUSED, Trouble.NO_CREDENTIALS):
         web = "check user and password in the URL, or make a new signed one"
-        what = "access was refused" if isinstance(error, denied) else "there are no credentials"
-        return SlideAccessError(f"{name}: {what}; {s3 if split_url(name)[0] == S3 else web}")
-    if "416" in text and "Range" in text:
+        what = "access was refused" if trouble is Trouble.REFUSED else "there are no credentials"
+        return SlideAccessError(f"{name}: {what}; {CREDENTIALS_MEND if split_url(name)[0] == S3 else web}")
+    if trouble is Trouble.BEYOND_END:
         return SlideFormatError(f"{name}: empty, expected a slide; copy it again from its source")
-    if "redirect" in text.lower():
-        return SlideAccessError(f"{name}: it lies elsewhere ({_short(text)}); set AWS_REGION, or give the final URL")
+    if trouble is Trouble.ELSEWHERE:
+        return SlideAccessError(f"{name}: it lies elsewhere ({short(error)}); set AWS_REGION, or give the final URL")
     return SlideAccessError(
-        f"{name}: cannot be read from its server ({_short(text)}); check both and the network, and run the same "
+        f"{name}: cannot be read from its server ({short(error)}); check both and the network, and run the same "
         "command again: what is done is kept"
     )
-
-
-def _short(text: str) -> str:
-    """The first line of obstore's message, without queries and what comes before a host."""
-    line = text.split("\n", 1)[0]
-    line = re.sub(r"\?\S*", "", line)
-    return re.sub(r"://[^/\s@]*@", "://", line)[:ERROR_CHARACTERS]

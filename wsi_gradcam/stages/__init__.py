@@ -6,15 +6,16 @@ file (P3), so they run anywhere, in any order, and again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.finish import finish_slide
+from wsi_gradcam.finish import finish_slide, told
 from wsi_gradcam.memory import give_back, share_arenas
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.sampling import sample_patches
-from wsi_gradcam.stages.context import Context, Task
+from wsi_gradcam.stages.context import Context, Explained, Performed, Task
 from wsi_gradcam.stages.explaining import explain_span, read_ahead
 from wsi_gradcam.stages.planning import Pending, plan_slide
 from wsi_gradcam.stages.stitching import channels, coarsen_block, stitch_block
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.load import Model
 
 __all__ = [
-    "Context", "Pending", "Task", "coarsen_block", "examine_model", "explain_span", "finish", "perform", "plan_slide",
-    "read_ahead", "stitch_block",
+    "Context", "Explained", "Pending", "Performed", "Task", "coarsen_block", "examine_model", "explain_span", "finish",
+    "perform", "plan_slide", "read_ahead", "stitch_block",
 ]  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def examine_model(
 
 
 def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
-    """Make the slide's table, overview and final record, which is returned.
+    """Make the slide's table, overview and final record; returns what must be known of that.
 
     A cluster may ask twice, when the worker that did it dies before it tells: the record stays as it is.
     """
@@ -72,9 +73,9 @@ def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
     manifest = Manifest(folder.manifest)
     if (done := manifest.done()) is not None:
         manifest.fold()
-        return done
+        return told(done)
     with context.slide(entry) as slide:
-        return finish_slide(context.run, context.plan(entry), folder, slide, channels(context.run))
+        return told(finish_slide(context.run, context.plan(entry), folder, slide, channels(context.run)))
 
 
 STAGES: dict[str, Callable[..., Any]] = {
@@ -86,10 +87,12 @@ STAGES: dict[str, Callable[..., Any]] = {
 }
 
 
-def perform(context: Context, task: Task, then: Task | None = None) -> Any:
-    """Do a piece of work and return its small result; where it is known what follows, that may be prepared."""
+def perform(context: Context, task: Task, then: Task | None = None) -> Performed:
+    """Do a piece of work and say what came of it; where it is known what follows, that may be prepared."""
+    started = time.perf_counter()
     following = {"following": then.index[0]} if then and task.stage == then.stage == "explain" else {}
     try:
-        return STAGES[task.stage](context, task.slide, *task.index, **following)
+        result = STAGES[task.stage](context, task.slide, *task.index, **following)
     finally:
         give_back()
+    return Performed(result, time.perf_counter() - started, context.worker)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.isolation import WATCH
@@ -14,8 +17,10 @@ from wsi_gradcam.memory import share_arenas
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.plan import SlidePlan
 from wsi_gradcam.reading import PatchReader, open_entry
+from wsi_gradcam.stores.heatmap import HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
 from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.stores.patch_store import PatchStore
 
 if TYPE_CHECKING:
     from wsi_gradcam.explainer import Explainer
@@ -23,7 +28,10 @@ if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
     from wsi_gradcam.slides import Slide
 
+T = TypeVar("T")
+
 KEPT_OPEN = 2  # the slide in work and the next one
+KEPT_STORES = 4  # of each kind: what opens one is known from then on
 
 
 @dataclass(frozen=True)
@@ -35,16 +43,55 @@ class Task:
     index: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Explained:
+    """What explaining a span took.
+
+    Attributes:
+        patches: how many there were.
+        waited_s: seconds that the model waited for pixels.
+        model_s: seconds of the model, and of preparing its input.
+        read_s: seconds that threads spent reading patches, summed over the threads.
+    """
+
+    patches: int
+    waited_s: float = 0.0
+    model_s: float = 0.0
+    read_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Performed:
+    """An attempt at a task: what came of it, how long it took, and which process did it.
+
+    Attributes:
+        result: the stage's small result; None after an error.
+        seconds: wall time.
+        worker: the process, as `host:process id`.
+        error: why it failed, on one line; "" where it did not.
+        again: whether the task is tried once more after the error.
+    """
+
+    result: Any
+    seconds: float = 0.0
+    worker: str = ""
+    error: str = ""
+    again: bool = False
+
+
 class Context:
     """What a process keeps between tasks: the model and the slides it has open."""
 
     def __init__(self, run: RunPlan, overwrite: bool = False, model: Explainer | None = None) -> None:
         share_arenas()
         self.run = run
+        self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self._overwrite = overwrite
         self._lock = threading.Lock()
         self._model = model
         self._slides: dict[SlideEntry, _Opened] = {}
+        self._patches: OrderedDict[str, PatchStore] = OrderedDict()
+        self._heatmaps: OrderedDict[str, HeatmapStore] = OrderedDict()
 
     def model(self) -> Explainer:
         """The run's model, loaded on first use unless it was given."""
@@ -100,6 +147,20 @@ class Context:
         """Where the slide's results are."""
         return RunFolder(self.run.out).slide(entry.id)
 
+    def patch_store(self, entry: SlideEntry) -> PatchStore:
+        """The slide's patch store; the last few stay known."""
+        return self._known(self._patches, entry, lambda folder: PatchStore(folder.cams))
+
+    def heatmap(self, entry: SlideEntry) -> HeatmapStore:
+        """The slide's heatmap; the last few stay known."""
+        return self._known(self._heatmaps, entry, lambda folder: HeatmapStore(folder.heatmap))
+
+    def forget_stores(self, entry: SlideEntry) -> None:
+        """To be called where the slide's stores are made anew."""
+        with self._lock:
+            self._patches.pop(entry.id, None)
+            self._heatmaps.pop(entry.id, None)
+
     def plan(self, entry: SlideEntry) -> SlidePlan:
         """The slide's plan, as `plan_slide` stored it.
 
@@ -111,14 +172,27 @@ class Context:
         values = Manifest(folder.manifest).plan()
         if values is None:
             raise StoreError(
-                f"{folder.manifest}: no plan to be seen there; --out must be a folder that all workers share"
+                f"{folder.manifest}: no plan to be seen there; --out must be a folder that all workers share, or in an "
+                "object store"
             )
         plan = SlidePlan.from_json(values)
         if plan.run_digest != self.run.digest():
             raise ResumeError(
-                f"{folder.path}: another run has begun there meanwhile; let one run at a time use an --out"
+                f"{folder.place}: another run has begun there meanwhile; let one run at a time use an --out"
             )
         return plan
+
+    def _known(self, kept: OrderedDict[str, T], entry: SlideEntry, opened: Callable[[SlideFolder], T]) -> T:
+        with self._lock:
+            if entry.id in kept:
+                kept.move_to_end(entry.id)
+                return kept[entry.id]
+        store = opened(self.folder(entry))
+        with self._lock:
+            kept[entry.id] = store
+            while len(kept) > KEPT_STORES:
+                kept.popitem(last=False)
+        return store
 
     def _close_unused(self, keep: int) -> None:
         """Close the slides that were used longest ago, down to `keep`; more stay where more are in use."""

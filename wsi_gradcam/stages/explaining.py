@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.quality import blur_of
+from wsi_gradcam.stages.context import Explained
 from wsi_gradcam.stain import apply
 from wsi_gradcam.stores.manifest import Manifest, span_name
-from wsi_gradcam.stores.patch_store import OK, UNREADABLE, PatchStore, SpanData
+from wsi_gradcam.stores.patch_store import OK, UNREADABLE, SpanData
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.stain import StainFit
 
 
-def explain_span(context: Context, entry: SlideEntry, span: int, following: int | None = None) -> int:
-    """Run the model over a span and store logits and CAMs; returns how many patches.
+def explain_span(context: Context, entry: SlideEntry, span: int, following: int | None = None) -> Explained:
+    """Run the model over a span and store logits and CAMs; returns what that took.
 
     Where it is known which span of the slide is the `following` one, its first patches are read meanwhile. A cluster
     may ask for a span that is finished, when the worker that did it dies before it tells.
@@ -34,12 +37,13 @@ def explain_span(context: Context, entry: SlideEntry, span: int, following: int 
     start, stop = plan.spans[span]
     manifest = Manifest(folder.manifest)
     if manifest.has("spans", span_name(span), plan.run_digest):
-        return stop - start
-    store = PatchStore(folder.cams)
+        return Explained(stop - start)
+    store = context.patch_store(entry)
     then = None if following is None else store.yx(*plan.spans[following])
     with context.patches(entry) as reader:
         yx = store.yx(start, stop)
-        data, causes = _explain(context, entry, yx, reader.batches(yx, then), plan.stain)
+        clock = _Clock(reader.batches(yx, then))
+        data, causes = _explain(context, entry, yx, clock, plan.stain)
     store.write_span(start, data)
     manifest.complete(
         "spans",
@@ -50,20 +54,39 @@ def explain_span(context: Context, entry: SlideEntry, span: int, following: int 
             "causes": {str(start + i): c for i, c in causes.items()},
         },
     )
-    return stop - start
+    return Explained(stop - start, clock.waited_s, clock.model_s, clock.read_s)
 
 
 def read_ahead(context: Context, entry: SlideEntry, span: int) -> None:
     """Begin to read the first patches of a span, which will be explained next of the slide's."""
     start, stop = context.plan(entry).spans[span]
     with context.patches(entry) as reader:
-        reader.read_ahead(PatchStore(context.folder(entry).cams).yx(start, stop))
+        reader.read_ahead(context.patch_store(entry).yx(start, stop))
+
+
+@dataclass
+class _Clock:
+    """Batches on their way to the model, and how long each side waited for the other."""
+
+    batches: Iterator[Batch]
+    waited_s: float = 0.0
+    model_s: float = 0.0
+    read_s: float = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        asked = time.perf_counter()
+        for batch in self.batches:
+            given = time.perf_counter()
+            yield batch
+            self.waited_s, self.read_s = self.waited_s + given - asked, self.read_s + batch.read_s
+            asked = time.perf_counter()
+            self.model_s += asked - given
 
 
 def _explain(
-    context: Context, entry: SlideEntry, yx: NDArray[np.int64], batches: Iterator[Batch], stain: StainFit | None
+    context: Context, entry: SlideEntry, yx: NDArray[np.int64], batches: Iterable[Batch], stain: StainFit | None
 ) -> tuple[SpanData, dict[int, str]]:
-    run, count = context.run, len(yx)
+    run, count, model = context.run, len(yx), context.model()
     logits = np.zeros((count, len(run.facts.classes)), np.float32)
     cams = np.zeros((count, len(run.maps), *run.facts.cam_shape), np.float32)
     status = np.full(count, OK, np.uint8)
@@ -74,7 +97,7 @@ def _explain(
             part = slice(batch.start, batch.start + len(batch.rgb))
             blurred = aside.submit(blur_of, batch.rgb)  # as read: another stain is no sharper
             rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
-            logits[part], cams[part] = context.model().explain(rgb, run.targets, run.settings.method)
+            logits[part], cams[part] = model.explain(rgb, run.targets, run.settings.method)
             blur[part] = blurred.result()
             for i, cause in batch.causes.items():
                 at = batch.start + i

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.annotations import Regions, regions_for
 from wsi_gradcam.errors import ResumeError, StoreError, one_line
-from wsi_gradcam.finish import RECORD_KEYS
+from wsi_gradcam.finish import RECORD_KEYS, told
 from wsi_gradcam.plan import RunPlan, SlidePlan
 from wsi_gradcam.plan import plan_slide as make_plan
 from wsi_gradcam.stages.stitching import channels
@@ -42,8 +42,8 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
         StoreError: it cannot be made.
     """
     folder, run = context.folder(entry), context.run
-    if folder.path.is_file():  # OUT is the archive itself
-        raise StoreError(f"{folder.path}: a file stands where the slide's results would be; choose another --out")
+    if folder.place.is_file():  # OUT is the archive itself
+        raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
         regions = regions_for(entry, run.settings)
         pending, problem = _stored(folder, slide, run, regions)
@@ -54,6 +54,7 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
         plan, patches, mask = make_plan(slide, run, regions)
     manifest = Manifest(folder.manifest)
     manifest.clear()
+    context.forget_stores(entry)
     write_mask(folder.tissue, mask)
     PatchStore.create(
         folder.cams, patches, plan.span, len(run.facts.classes), len(run.maps), run.facts.cam_shape,
@@ -88,7 +89,7 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | 
             return _pending(plan, manifest), ""
     except (StoreError, KeyError, TypeError) as error:  # this slide's matter, not the whole run's
         return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
-    return None, f"{folder.path}: {problem}; choose another --out, or recompute with --overwrite"
+    return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
 
 
 def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | None) -> str:
@@ -108,7 +109,7 @@ def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
         if missing := RECORD_KEYS - done.keys():
             raise KeyError(f"done.json has no {', '.join(sorted(missing))}")
         manifest.fold()
-        return Pending(plan.patches, 0, [], [], done)
+        return Pending(plan.patches, 0, [], [], told(done))
     explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
     return Pending(

@@ -9,7 +9,7 @@ import numpy as np
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
-from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
+from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel
 from wsi_gradcam.stores.manifest import Manifest, block_name, digest_of
 from wsi_gradcam.stores.masks import read_mask
 from wsi_gradcam.stores.patch_store import OK, PatchStore
@@ -33,10 +33,10 @@ def stitch_block(context: Context, entry: SlideEntry, number: int) -> int:
     """Blend one block of the heatmap's finest level; returns how many patches it holds."""
     run, plan, folder = context.run, context.plan(entry), context.folder(entry)
     block = plan.blocks(0)[number]
-    patches, heatmap = PatchStore(folder.cams), HeatmapStore(folder.heatmap)
+    patches, heatmap = context.patch_store(entry), context.heatmap(entry)
     seen = _seen(plan, patches.yx())
     inside = touching(seen, plan.view[2:], plan.stride, block)
-    readable = inside[patches.status()[inside] == OK]
+    readable = inside[_status(patches, inside, plan.span) == OK]
     enlarger = Enlarger(plan.view[2:], run.facts.cam_shape, plan.stride, run.settings.window)
     digests, covered = [], np.zeros((block.height, block.width), np.bool_)
     for channel in range(len(channels(run))):  # one at a time: memory does not grow with the targets
@@ -58,7 +58,7 @@ def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) 
     run, plan, folder = context.run, context.plan(entry), context.folder(entry)
     block = plan.blocks(level)[number]
     height, width = plan.level_shapes[level - 1]
-    heatmap = HeatmapStore(folder.heatmap)
+    heatmap = context.heatmap(entry)
     source = Region(block.y * 2, block.x * 2, block.height * 2, block.width * 2).intersect(Region(0, 0, height, width))
     bands = [  # the source of a whole block is four blocks large: it is read in bands of a chunk
         Region(y, source.x, min(2 * CHUNK, source.bottom - y), source.width)
@@ -81,6 +81,12 @@ def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) 
 def _seen(plan: SlidePlan, yx: NDArray[np.int64]) -> NDArray[Any]:
     """Where the part of each patch begins that the network sees, level-0 px [n, 2]."""
     return yx + np.array(plan.view[:2]) if any(plan.view[:2]) else yx
+
+
+def _status(store: PatchStore, indices: NDArray[np.int64], span: int) -> NDArray[np.uint8]:
+    """Status of patches, uint8 [n]: no more is read than the spans that they are in."""
+    status = [store.status(first, first + span)[chosen - first] for first, chosen in _by_span(indices, span)]
+    return np.concatenate(status) if status else np.zeros(0, np.uint8)
 
 
 def _channel_values(run: RunPlan, store: PatchStore, channel: int, start: int, stop: int) -> NDArray[np.float32]:

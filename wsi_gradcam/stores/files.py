@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wsi_gradcam.errors import StoreError, WsiGradcamError
 
+TRIES = 3
 PARTIAL = ".partial"  # also the ending of zarr's own unfinished files
 
 _MENDS = {
@@ -42,18 +43,25 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         StoreError: the file system refuses.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     with storing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            os.replace(partial, path)  # noqa: PTH105 - the atomic one on every platform
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        for left in reversed(range(TRIES)):
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(data)
+                os.replace(partial, path)  # noqa: PTH105 - the atomic one on every platform
+            except FileNotFoundError:  # a run that began just now took it for what a killed process has left
+                if not left:
+                    raise
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+            else:
+                return
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what killed processes left half-written below `folder`: files that end as ours and zarr's do."""
-    for path in folder.rglob(f"*.{'[0-9a-f]' * 32}{PARTIAL}"):
+def remove_partials(folder: Path, below: bool = True) -> None:
+    """Delete what killed processes left half-written in `folder`, and below: files that end as ours and zarr's do."""
+    pattern = f"*.{'[0-9a-f]' * 32}{PARTIAL}"
+    for path in folder.rglob(pattern) if below else folder.glob(pattern):
         path.unlink(missing_ok=True)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 
 from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
-from wsi_gradcam.stores.files import storing
+from wsi_gradcam.stores.groups import OpenGroup, lay_out
+from wsi_gradcam.stores.places import AnyPlace, place_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from zarr.abc.store import Store
 
 CHUNK, SHARD = 512, 2048
 LABEL = "coverage"
@@ -47,15 +48,14 @@ class HeatmapStore:
     A block is a region that is exactly one shard: no two tasks ever write the same file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._group = zarr.open_group(path, mode="r+")
-        self._label = self._child(f"labels/{LABEL}")
+    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
+        self._place = place_of(place)
+        self._group = OpenGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
         cls,
-        path: Path,
+        place: AnyPlace,
         name: str,
         shape: tuple[int, int],
         scale_um: tuple[float, float],
@@ -64,8 +64,9 @@ class HeatmapStore:
     ) -> HeatmapStore:
         """A template of zeros for a heatmap of `shape` [h, w], `scale_um` (y, x) micrometres per pixel."""
         shapes = pyramid_shapes(*shape)
-        with storing(path):
-            group = zarr.create_group(path, overwrite=True)
+
+        def build(store: Store) -> None:
+            group = zarr.create_group(store)
             labels = group.create_group("labels")
             label = labels.create_group(LABEL)
             for level, (height, width) in enumerate(shapes):
@@ -80,18 +81,34 @@ class HeatmapStore:
             labels.attrs["ome"] = {"version": "0.5", "labels": [LABEL]}
             label.attrs["ome"] = _label_metadata(shapes, scale_um)
             group.attrs.put({"ome": _image_metadata(name, shapes, scale_um, channels), "wsi_gradcam": attributes})
-        return cls(path)
+
+        lay_out(place_of(place), build)
+        return cls(place)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """[h, w] of each level."""
-        height, width = self._array(0).shape[1:]
+        height, width = self.array(0).shape[1:]
         return pyramid_shapes(height, width)
 
     @property
     def attributes(self) -> dict[str, Any]:
         """All metadata of the image."""
-        return dict(self._group.attrs.asdict())
+        return dict(self._group.group.attrs.asdict())
+
+    @property
+    def label_attributes(self) -> dict[str, Any]:
+        """All metadata of the coverage label."""
+        return dict(self._group.group[f"labels/{LABEL}"].attrs.asdict())
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels and how they are shown, as the metadata say."""
+        return [
+            Channel(shown["label"], window["min"], window["max"], window["start"], window["end"], shown["active"])
+            for shown in self.attributes["ome"]["omero"]["channels"]
+            for window in [shown["window"]]
+        ]
 
     def blocks(self, level: int) -> list[Region]:
         """The blocks of a level."""
@@ -99,43 +116,36 @@ class HeatmapStore:
 
     def write(self, level: int, channel: int, block: Region, values: NDArray[np.float32]) -> None:
         """Write one channel of one block, float32 [height, width] of the block."""
-        with storing(self._path):
-            self._array(level)[(channel, *block.slices)] = values
+        with self._place.storing():
+            self.array(level)[(channel, *block.slices)] = values
 
     def write_flags(self, level: int, block: Region, flags: NDArray[np.uint8]) -> None:
         """Write the coverage label of one block: bits TISSUE, EXPLAINED, UNREADABLE."""
-        with storing(self._path):
-            self._labels(level)[block.slices] = flags
+        with self._place.storing():
+            self.labels(level)[block.slices] = flags
 
     def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
         """One channel of a region of a level, float32 [height, width]."""
-        return np.asarray(self._array(level)[(channel, *region.slices)], np.float32)
+        return np.asarray(self.array(level)[(channel, *region.slices)], np.float32)
 
     def read_flags(self, level: int, region: Region) -> NDArray[np.uint8]:
         """The coverage label of a region of a level."""
-        return np.asarray(self._labels(level)[region.slices], np.uint8)
+        return np.asarray(self.labels(level)[region.slices], np.uint8)
 
     def set_channels(self, channels: Sequence[Channel]) -> None:
         """Replace how channels are shown; values are never touched."""
-        with storing(self._path):
+        with self._place.storing():
             ome = dict(self.attributes["ome"])
             ome["omero"] = _omero(channels)
-            self._group.attrs["ome"] = ome
+            self._group.group.attrs["ome"] = ome
 
-    def _array(self, level: int) -> zarr.Array[Any]:
-        array = self._group[str(level)]
-        assert isinstance(array, zarr.Array)
-        return array
+    def array(self, level: int) -> zarr.Array[Any]:
+        """All channels of a level, float32 [channels, h, w], not read yet."""
+        return self._group.array(str(level))
 
-    def _labels(self, level: int) -> zarr.Array[Any]:
-        array = self._label[str(level)]
-        assert isinstance(array, zarr.Array)
-        return array
-
-    def _child(self, name: str) -> zarr.Group:
-        group = self._group[name]
-        assert isinstance(group, zarr.Group)
-        return group
+    def labels(self, level: int) -> zarr.Array[Any]:
+        """The coverage label of a level, uint8 [h, w], not read yet."""
+        return self._group.array(f"labels/{LABEL}/{level}")
 
 
 def _image_metadata(

@@ -3,67 +3,75 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wsi_gradcam.stores.places import Place
 
 
 @dataclass(frozen=True)
 class SlideFolder:
     """The folder of one slide's results."""
 
-    path: Path
+    place: Place
 
     @property
-    def heatmap(self) -> Path:
+    def heatmap(self) -> Place:
         """OME-Zarr image of the heatmap."""
-        return self.path / "heatmap.ome.zarr"
+        return self.place / "heatmap.ome.zarr"
 
     @property
-    def cams(self) -> Path:
+    def cams(self) -> Place:
         """Patch store."""
-        return self.path / "cams.zarr"
+        return self.place / "cams.zarr"
 
     @property
-    def table(self) -> Path:
+    def table(self) -> Place:
         """A row a patch."""
-        return self.path / "patches.parquet"
+        return self.place / "patches.parquet"
 
     @property
-    def overview(self) -> Path:
+    def overview(self) -> Place:
         """Picture of slide and overlay."""
-        return self.path / "overview.png"
+        return self.place / "overview.png"
 
     @property
-    def tissue(self) -> Path:
+    def tissue(self) -> Place:
         """Tissue mask over the whole slide."""
-        return self.path / "tissue.png"
+        return self.place / "tissue.png"
 
     @property
-    def manifest(self) -> Path:
+    def manifest(self) -> Place:
         """What is done."""
-        return self.path / "manifest"
+        return self.place / "manifest"
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """OUT."""
 
-    path: Path
+    place: Place
 
     @property
-    def run(self) -> Path:
+    def run(self) -> Place:
         """The resolved configuration."""
-        return self.path / "run.yaml"
+        return self.place / "run.yaml"
 
     @property
-    def slides(self) -> Path:
+    def slides(self) -> Place:
         """A row a slide."""
-        return self.path / "slides.csv"
+        return self.place / "slides.csv"
 
     @property
-    def record(self) -> Path:
+    def display(self) -> Place:
+        """The run's display windows, made when first asked for."""
+        return self.place / "display.json"
+
+    @property
+    def record(self) -> Place:
         """The slides with their ids, written before work begins."""
-        return self.path / "slides.jsonl"
+        return self.place / "slides.jsonl"
 
     def slide(self, slide_id: str) -> SlideFolder:
         """The folder of a slide."""
-        return SlideFolder(self.path / slide_id)
+        return SlideFolder(self.place / slide_id)

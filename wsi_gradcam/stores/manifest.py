@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.stores.files import storing, write_atomic
+from wsi_gradcam.stores.places import AnyPlace, place_of
+
+if TYPE_CHECKING:
+    from wsi_gradcam.stores.places import Place
 
 PLAN, DONE = "plan.json", "done.json"
+ENDING = ".json"
 
 
 class Manifest:
     """The manifest folder of one slide."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, place: AnyPlace) -> None:
+        self._place = place_of(place)
 
     def plan(self) -> dict[str, Any] | None:
         """The plan that results follow; None before planning."""
@@ -48,17 +50,16 @@ class Manifest:
 
     def fold(self) -> None:
         """Delete the pieces' files of a finished slide (a process may have been killed while doing so)."""
-        for kind in [path for path in self._path.iterdir() if path.is_dir()]:
-            with storing(kind):
-                shutil.rmtree(kind)
+        for kind in self._place.folders():
+            (self._place / kind).remove_all()
 
     def complete(self, kind: str, name: str, record: dict[str, Any]) -> None:
         """Record a piece of work, whose data is on disk already."""
-        self._write(f"{kind}/{name}.json", record)
+        self._write(f"{kind}/{name}{ENDING}", record)
 
     def completed(self, kind: str) -> set[str]:
         """Names of the finished pieces of a kind."""
-        return {path.stem for path in (self._path / kind).glob("*.json")}
+        return {name.removesuffix(ENDING) for name in (self._place / kind).names() if name.endswith(ENDING)}
 
     def has(self, kind: str, name: str, run: str) -> bool:
         """Whether a piece of work is finished, by the run of that digest."""
@@ -66,39 +67,45 @@ class Manifest:
 
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
         """The finished pieces' records by name, sorted."""
-        return {name: self._read(f"{kind}/{name}.json") or {} for name in sorted(self.completed(kind))}
+        names = sorted(self.completed(kind))
+        files = [f"{name}{ENDING}" for name in names]
+        contents = (self._place / kind).read_each(files)
+        parsed = [_parsed(self._place / kind / file, data) for file, data in zip(files, contents, strict=True)]
+        return dict(zip(names, parsed, strict=True))
 
     def forget(self, kind: str, names: Iterable[str]) -> None:
         """Take back that pieces are finished: they will be made again."""
         for name in names:
-            with storing(self._path):
-                (self._path / kind / f"{name}.json").unlink(missing_ok=True)
+            (self._place / kind / f"{name}{ENDING}").remove()
 
     def clear(self) -> None:
         """Forget everything: called before a slide's stores are made anew."""
-        if self._path.exists():
-            with storing(self._path):
-                (self._path / PLAN).unlink(missing_ok=True)  # first, so that no half-cleared manifest looks valid
-                shutil.rmtree(self._path)
+        (self._place / PLAN).remove()  # first, so that no half-cleared manifest looks valid
+        self._place.remove_all()
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
-        write_atomic(self._path / name, json.dumps(value, indent=1, sort_keys=True).encode())
+        (self._place / name).write(json.dumps(value, indent=1, sort_keys=True).encode())
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        path = self._path / name
+        place = self._place / name
         try:
-            value = json.loads(path.read_bytes())
+            return _parsed(place, place.read())
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise _damaged(path) from error
-        if not isinstance(value, dict):
-            raise _damaged(path)
-        return value
 
 
-def _damaged(path: Path) -> StoreError:
-    return StoreError(f"{path}: damaged; delete the slide's folder and run again, or use --overwrite")
+def _parsed(place: Place, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise _damaged(place) from error
+    if not isinstance(value, dict):
+        raise _damaged(place)
+    return value
+
+
+def _damaged(place: Place) -> StoreError:
+    return StoreError(f"{place}: damaged; delete the slide's folder and run again, or use --overwrite")
 
 
 def span_name(span: int) -> str:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import zarr
 
-from wsi_gradcam.stores.files import storing
+from wsi_gradcam.stores.groups import OpenGroup, lay_out
 from wsi_gradcam.stores.manifest import digest_of
+from wsi_gradcam.stores.places import AnyPlace, place_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from zarr.abc.store import Store
 
     from wsi_gradcam.patches import Patches
 
 T = TypeVar("T", bound=np.generic)
 
 PENDING, OK, UNREADABLE = 0, 1, 2
+KNOWN_ROWS = 1 << 16
+SPANS_AT_ONCE = 16
 SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is explained
 
 
@@ -52,14 +56,14 @@ class PatchStore:
     unreadable).
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._group = zarr.open_group(path, mode="r+")
+    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
+        self._place = place_of(place)
+        self._group = OpenGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
         cls,
-        path: Path,
+        place: AnyPlace,
         patches: Patches,
         span: int,
         classes: int,
@@ -67,14 +71,16 @@ class PatchStore:
         cam_shape: tuple[int, int],
         attributes: dict[str, Any],
     ) -> PatchStore:
-        """A store for `patches`, with everything but the results written; what stood at `path` is replaced."""
+        """A store for `patches`, with everything but the results written; what stood at `place` is replaced."""
         count = len(patches.yx)
-        with storing(path):
-            group = zarr.create_group(path, overwrite=True, attributes=attributes)
+        known = max(span, KNOWN_ROWS // span * span)  # in a chunk of what no span writes
+
+        def build(store: Store) -> None:
+            group = zarr.create_group(store, attributes=attributes)
             xy = group.create_array(
-                "xy", shape=(count, 2), chunks=(span, 2), dtype="int32", dimension_names=("patch", "xy")
+                "xy", shape=(count, 2), chunks=(known, 2), dtype="int32", dimension_names=("patch", "xy")
             )
-            shares = {n: group.create_array(n, shape=(count,), chunks=(span,), dtype="float32") for n in SHARES}
+            shares = {n: group.create_array(n, shape=(count,), chunks=(known,), dtype="float32") for n in SHARES}
             if count:
                 xy[:] = patches.yx[:, ::-1].astype(np.int32)
                 for name, array in shares.items():
@@ -90,7 +96,14 @@ class PatchStore:
                 "cam", shape=(count, targets, *cam_shape), chunks=(span, 1, *cam_shape),
                 shards=(span, targets, *cam_shape), dtype="float32", dimension_names=("patch", "target", "y", "x"),
             )  # fmt: skip
-        return cls(path)
+
+        lay_out(place_of(place), build)
+        return cls(place)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the arrays mean: maps, classes, factors."""
+        return dict(self._group.group.attrs.asdict())
 
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Level-0 px of the patches' top left corners, int64 [n, 2]."""
@@ -103,11 +116,11 @@ class PatchStore:
             StoreError: the file system refuses.
         """
         part = slice(start, start + len(data.status))
-        with storing(self._path):
-            self._array("logits")[part] = data.logits
-            self._array("cam")[part] = data.cams
-            self._array("status")[part] = data.status
-            self._array("blur")[part] = data.blur
+        with self._place.storing():
+            self._group.array("logits")[part] = data.logits
+            self._group.array("cam")[part] = data.cams
+            self._group.array("status")[part] = data.status
+            self._group.array("blur")[part] = data.blur
 
     def read_span(self, start: int, stop: int) -> SpanData:
         """Everything of the patches from `start` to `stop`."""
@@ -118,6 +131,16 @@ class PatchStore:
             self._read("status", part, np.uint8),
             self._read("blur", part, np.float32),
         )
+
+    def digests(self, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+        """`SpanData.digest` of consecutive (first, end); several are read at a time, as their chunks can be."""
+        for i in range(0, len(spans), SPANS_AT_ONCE):
+            some = spans[i : i + SPANS_AT_ONCE]
+            first = some[0][0]
+            data = self.read_span(first, some[-1][1])
+            for start, stop in some:
+                part = slice(start - first, stop - first)
+                yield SpanData(data.logits[part], data.cams[part], data.status[part], data.blur[part]).digest()
 
     def logits(self, start: int, stop: int) -> NDArray[np.float32]:
         """Logits float32 [n, classes]."""
@@ -139,10 +162,5 @@ class PatchStore:
         """How blurred patches are, float32 [n]; NaN where that is not known."""
         return self._read("blur", slice(start, stop), np.float32)
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
-
     def _read(self, name: str, selection: Any, dtype: type[T]) -> NDArray[T]:
-        return np.asarray(self._array(name)[selection], dtype)
+        return np.asarray(self._group.array(name)[selection], dtype)

@@ -6,31 +6,23 @@ import csv
 import io
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
 from wsi_gradcam.cam.choice import Choice
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.stores.files import PARTIAL, storing, write_atomic
+from wsi_gradcam.stores.places import AnyPlace, place_of
 
 if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
 
-LOCK = ".lock"
 COLUMNS = (
     "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
-    "model_digest", "label", "site", "scanner",
+    "model_digest", "label", "site", "scanner", "tried",
 )  # fmt: skip
 OLDEST = 11  # columns that every version had, the first ones
 PACKAGES = (
@@ -42,7 +34,7 @@ PACKAGES = (
 NAMES = "surrogateescape"  # file names on Linux are bytes: one that is not UTF-8 must not stop an archive
 
 
-def write_run(path: Path, run: RunPlan) -> None:
+def write_run(place: AnyPlace, run: RunPlan) -> None:
     """Write `run.yaml`: the resolved configuration, versions and digests.
 
     Raises:
@@ -75,27 +67,25 @@ def write_run(path: Path, run: RunPlan) -> None:
         "model": model,
         "targets": [asdict(target) for target in run.targets],
         "choice": facts.choice.to_json(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
-    write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+    place_of(place).write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
-def read_run(path: Path) -> dict[str, Any] | None:
+def read_run(place: AnyPlace) -> dict[str, Any] | None:
     """What `write_run` wrote; None when there is none.
 
     Raises:
         StoreError: it is damaged.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(place_of(place).read().decode())
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path}: damaged; choose another --out, or use --overwrite") from error
+        raise StoreError(f"{place}: damaged; choose another --out, or use --overwrite") from error
     if not isinstance(values, dict) or not {"run_digest", "identity", "model"} <= values.keys():
-        raise StoreError(f"{path}: not a run.yaml of wsi_gradcam; choose another --out")
+        raise StoreError(f"{place}: not a run.yaml of wsi_gradcam; choose another --out")
     return values
 
 
@@ -107,54 +97,60 @@ def choice_from(stored: dict[str, Any]) -> Choice | None:
         return None
 
 
-def check_same_run(path: Path, run: RunPlan) -> None:
+def check_same_run(place: AnyPlace, run: RunPlan) -> None:
     """Refuse to mix results.
 
     Raises:
         ResumeError: OUT was made by another model or configuration; says what differs.
     """
-    stored = read_run(path)
+    stored = read_run(place)
     if stored is None or stored["run_digest"] == run.digest():
         return
     differences = _differences(stored["identity"], run.identity())
     raise ResumeError(
-        f"{path.parent}: holds results of another model or configuration ({differences}); choose another --out, "
-        "or recompute everything with --overwrite"
+        f"{place_of(place).parent}: holds results of another model or configuration ({differences}); choose another "
+        "--out, or recompute everything with --overwrite"
     )
 
 
-def read_slides(path: Path) -> dict[str, dict[str, str]]:
+def read_slides(place: AnyPlace) -> dict[str, dict[str, str]]:
     """Rows of slides.csv by slide id; empty when there is none.
 
     Raises:
         StoreError: it is damaged.
     """
     try:
-        text = path.read_bytes().decode("utf-8", NAMES)
+        return _parsed(place, place_of(place).read())
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
+
+
+def _parsed(place: AnyPlace, data: bytes) -> dict[str, dict[str, str]]:
+    text = data.decode("utf-8", NAMES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = list(reader)
     names = tuple(reader.fieldnames or ())
     ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
     if ((rows or text) and not ours) or any(None in row.values() for row in rows):
-        raise StoreError(f"{path}: damaged; delete it and run the same command again, finished slides stay finished")
+        raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
     return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
 
 
-def write_slides(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+def write_slides(place: AnyPlace, rows: dict[str, dict[str, Any]]) -> None:
     """Write slides.csv, sorted by id.
 
     Raises:
         StoreError: the folder cannot be written.
     """
+    place_of(place).write(_encoded(rows))
+
+
+def _encoded(rows: dict[str, dict[str, Any]]) -> bytes:
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows[key] for key in sorted(rows))
-    write_atomic(path, buffer.getvalue().encode("utf-8", NAMES))
+    return buffer.getvalue().encode("utf-8", NAMES)
 
 
 class SlideTable:
@@ -164,8 +160,8 @@ class SlideTable:
     less than a twentieth of the time. Rows lost with a killed process are made again from the manifests.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, place: AnyPlace) -> None:
+        self._place = place_of(place)
         self._waiting: dict[str, dict[str, Any]] = {}
         self._next = 0.0
 
@@ -185,26 +181,17 @@ class SlideTable:
             StoreError: the folder cannot be written.
         """
         if self._waiting:
-            with locked(self._path.parent):
-                write_slides(self._path, {**read_slides(self._path), **self._waiting})
+            self._place.update(self._with_waiting)
             self._waiting = {}
 
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold OUT's lock file, as far as the system and the file system know locks."""
-    with storing(folder), (folder / LOCK).open("w") as file:
-        if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    def _with_waiting(self, data: bytes | None) -> bytes:
+        return _encoded({**({} if data is None else _parsed(self._place, data)), **self._waiting})
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written of the files directly in OUT."""
-    for name in ("run.yaml", "slides.csv", "slides.jsonl"):
-        for path in folder.glob(f"{name}.{'[0-9a-f]' * 32}{PARTIAL}"):
-            path.unlink(missing_ok=True)
+@cache
+def versions() -> dict[str, str]:
+    """Of Python and of all packages that results may depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:

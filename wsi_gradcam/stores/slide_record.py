@@ -10,56 +10,61 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.inputs import SlideEntry, folders_of, path_parts
-from wsi_gradcam.stores.files import write_atomic
-from wsi_gradcam.stores.run_files import locked
+from wsi_gradcam.stores.places import AnyPlace, place_of
 from wsi_gradcam.urls import is_url
 
 Record = dict[str, dict[str, Any]]
 TOLD = ("mpp", "mask", "label", "site", "scanner")
 
 
-def read_record(path: Path) -> Record:
+def read_record(place: AnyPlace) -> Record:
     """What `keep_record` wrote of each slide, by id; empty when there is none.
 
     Raises:
         StoreError: it cannot be read, or is damaged.
     """
     try:
-        with path.open("rb") as lines:
-            rows = [json.loads(line) for line in lines]
-        if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
-            raise TypeError("an id or a path is no text")
+        return _parsed(place, place_of(place).read())
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}; choose another --out") from error
+
+
+def _parsed(place: AnyPlace, data: bytes) -> Record:
+    try:
+        rows = [json.loads(line) for line in data.splitlines()]
+        if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
+            raise TypeError("an id or a path is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
-            f"{path}: damaged; delete it and run the same command again, slides then get the ids of a new run"
+            f"{place}: damaged; delete it and run the same command again, slides then get the ids of a new run"
         ) from error
     return {row["id"]: row for row in rows}
 
 
-def keep_record(path: Path, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
+def keep_record(place: AnyPlace, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
     """The slides with the ids that the run keeps for them, after writing these down.
 
     Raises:
         StoreError: it cannot be read or written, or is damaged.
     """
-    with locked(path.parent):  # another run on this folder may have added slides meanwhile
-        record = read_record(path)
-        settled = settle(entries, record)
+    settled: list[SlideEntry] = []
+
+    def changed(data: bytes | None) -> bytes | None:  # another run on this folder may have added slides meanwhile
+        record = {} if data is None else _parsed(place, data)
+        settled[:] = settle(entries, record)
         kept = dict(record)
         for entry in settled:
             if not _held_by_another(record.get(entry.id), entry.path):
                 kept[entry.id] = _row(entry)
-        if kept != record:
-            write_atomic(path, b"".join(json.dumps(kept[name]).encode() + b"\n" for name in sorted(kept)))
+        if kept == record:
+            return None
+        return b"".join(json.dumps(kept[name]).encode() + b"\n" for name in sorted(kept))
+
+    place_of(place).update(changed)
     return settled
 
 

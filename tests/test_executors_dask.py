@@ -1,0 +1,237 @@
+"""Clusters as they are: which workers do what, what a dead client leaves, what travels, and signals."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from distributed import Client
+
+from tests.clusters import process, scheduler, worker
+from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file, toy_spec
+from tests.synthetic import write_marker_slide
+from tests.toy_models import SLOWNESS_S
+from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.errors import WorkerError
+from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
+from wsi_gradcam.executors.dask.flow import Flow
+from wsi_gradcam.executors.dask.workers import Workers
+from wsi_gradcam.stages import Task
+
+WITHIN_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two slides of 8 x 10 patches."""
+    folder = tmp_path_factory.mktemp("slides")
+    for seed, name in enumerate(("a.tif", "b.tif")):
+        write_marker_slide(folder / name, 500, 640, mpp=0.25, markers=[], marker_px=16, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serial(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their results, computed in this process."""
+    out = tmp_path_factory.mktemp("serial")
+    explain(slides, toy_spec("slow_linear"), out, **SMALL)
+    return out
+
+
+def told(**workers: dict[str, float]) -> dict[str, Any]:
+    """What a scheduler says of workers with 2 threads and these resources."""
+    return {name: {"nthreads": 2, "resources": has, "status": "running"} for name, has in workers.items()}
+
+
+def test_spans_want_gpus_and_the_rest_cpus_where_some_declare_that() -> None:
+    found = Workers.of(told(g={"GPU": 1}, h={"GPU": 1}, c={"CPU": 4}, plain={}), "cuda")
+    assert found.needs == {True: {"GPU": 1}, False: {"CPU": 1}}
+    assert found.able == {True: ("g", "h"), False: ("c",)}
+    assert found.slots == {True: 2, False: 2}
+    assert found.lacking == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_cpu_workers_any_does_the_rest(device: str) -> None:
+    found = Workers.of(told(g={"GPU": 1}, plain={}), device)
+    assert found.needs[False] == {}
+    assert found.slots == {True: 4 if device == "cpu" else 1, False: 4}
+
+
+def test_what_lacks_is_named_with_its_mend() -> None:
+    address = "tcp://10.0.0.1:8786"
+    nobody = Workers.of({}, "cuda", address).lacking
+    assert nobody == f"there is no worker; start some with 'dask worker {address} --resources GPU=1'"
+    bare = Workers.of(told(a={}, b={"CPU": 4}), "cuda", address).lacking
+    assert "--device cuda needs workers that declare a GPU, and none of the 2" in bare
+    assert f"'dask worker {address} --resources GPU=1'" in bare
+    paused = {"a": {"nthreads": 1, "resources": {}, "status": "paused"}}
+    assert "paused for lack of memory" in Workers.of(paused, "cpu").lacking
+
+
+def test_no_gpu_worker_is_an_error_and_not_a_hang(slides: Path, tmp_path: Path) -> None:
+    with scheduler(tmp_path) as (_, address), process(tmp_path, *worker(address)):
+        started = time.monotonic()
+        with pytest.raises(WorkerError, match=r"'dask worker .* --resources GPU=1'"):
+            explain(
+                slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL, device="cuda", scheduler=address,
+                wait_for_workers=3,
+            )  # fmt: skip
+    assert time.monotonic() - started < WITHIN_S
+
+
+def test_workers_that_declare_a_gpu_and_have_none_are_named(slides: Path, tmp_path: Path) -> None:
+    """No machine of the tests has one."""
+    with scheduler(tmp_path) as (_, address), process(tmp_path, *worker(address, resources="GPU=1")):
+        with pytest.raises(
+            WorkerError, match=r"worker tcp://.* declares a GPU, but --device cuda cannot be used there"
+        ):
+            explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL, device="cuda", scheduler=address)
+        _, answers = ask_workers(address, os.getpid)
+        assert len(answers) == 1
+
+
+class Watches(Listener):
+    """Calls a function when so many spans are done."""
+
+    def __init__(self, spans: int, function: Any) -> None:
+        self.spans, self.function = spans, function
+
+    def task_done(self, task: Task, result: Any) -> None:
+        self.spans -= task.stage == "explain"
+        if task.stage == "explain" and self.spans == 0:
+            self.function()
+
+
+def test_stages_run_on_the_workers_they_want_and_orders_are_small(
+    slides: Path, serial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back what the scheduler holds of each task, and which worker it gave it to; workers come while it runs."""
+    done_by: dict[str, set[str]] = defaultdict(set)
+    sizes: list[int] = []
+    take, send = Flow._take, Flow._send
+
+    def taken(self: Flow, sent: Any, answer: Any) -> None:
+        for task in sent.tasks:
+            done_by[task.stage].add(answer.worker)
+        take(self, sent, answer)
+
+    def sent_and_read_back(self: Flow, sent: Any) -> None:
+        before = set(self._sent)
+        send(self, sent)
+        (future,) = set(self._sent) - before
+        until = time.monotonic() + WITHIN_S
+        while not (size := self._client.run_on_scheduler(payload_bytes, future.key)):
+            assert time.monotonic() < until
+        sizes.append(size)
+
+    monkeypatch.setattr(Flow, "_take", taken)
+    monkeypatch.setattr(Flow, "_send", sent_and_read_back)
+    with ExitStack() as stack:
+        _, address = stack.enter_context(scheduler(tmp_path))
+        stack.enter_context(process(tmp_path, *worker(address, resources="CPU=1")))
+        stack.enter_context(process(tmp_path, *worker(address)))
+
+        def join() -> None:
+            stack.enter_context(process(tmp_path, *worker(address)))
+
+        explain(
+            slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL, scheduler=address, listener=Watches(2, join)
+        )
+    assert done_by["plan"] == done_by["stitch"] == done_by["finish"]
+    assert len(done_by["plan"]) == 1
+    assert len(done_by["explain"]) >= 2
+    assert 0 < max(sizes) < 10_000
+    assert len(sizes) > 8
+    assert differing(tmp_path / "out", serial) == []
+
+
+def payload_bytes(key: str, dask_scheduler: Any) -> int:
+    """On the scheduler: the size of a task as it travels; 0 until it is known."""
+    task = dask_scheduler.tasks.get(key)
+    return 0 if task is None else len(pickle.dumps(task.run_spec))
+
+
+def test_a_client_that_is_killed_leaves_nothing_behind(slides: Path, tmp_path: Path) -> None:
+    toy_file(tmp_path, "slow_linear")
+    with scheduler(tmp_path) as (_, address), process(tmp_path, *worker(address)), Client(
+        address, set_as_default=False
+    ) as client:  # fmt: skip
+        arguments = ["explain", str(slides), "--model", str(tmp_path / "slow_linear.yaml")]
+        arguments += ["--out", str(tmp_path / "out"), *flags(SMALL), "--scheduler", address]
+        command = begun(arguments, 0.05)
+        until = time.monotonic() + WITHIN_S
+        while not any((tmp_path / "out").glob("*/manifest/spans/*.json")):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert any(kept(client))
+        command.kill()
+        command.communicate()
+        while any(kept(client)) or client.run_on_scheduler(plugins_left):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+def begun(arguments: list[str], slowness_s: float) -> subprocess.Popen[str]:
+    """The command, running, with a model that takes its time."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), SLOWNESS_S: str(slowness_s)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "wsi_gradcam.cli", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def kept(client: Client) -> list[str]:
+    """Names of the runs that workers keep."""
+    found = client.run(lambda dask_worker: [name for name in dask_worker.plugins if name.startswith("wsi")])
+    return [name for names in found.values() for name in names]
+
+
+def plugins_left(dask_scheduler: Any) -> list[str]:
+    """On the scheduler: what it keeps of runs."""
+    return [name for name in (*dask_scheduler.plugins, *dask_scheduler.worker_plugins) if name.startswith("wsi")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="commands guard themselves on Linux only")
+@pytest.mark.parametrize(("sent", "code", "where"), [(signal.SIGINT, 130, "group"), (signal.SIGTERM, 143, "command")])
+def test_a_signal_stops_a_run_on_workers(
+    slides: Path, serial: Path, tmp_path: Path, sent: signal.Signals, code: int, where: str
+) -> None:
+    """Ctrl-C reaches all processes of a terminal's group, `kill` one."""
+    out = tmp_path / "out"
+    toy_file(tmp_path, "slow_linear")
+    arguments = ["explain", str(slides), "--model", str(tmp_path / "slow_linear.yaml"), "--out", str(out)]
+    command = begun([*arguments, *flags(SMALL), "--workers", "1"], 0.3)
+    until = time.monotonic() + WITHIN_S
+    while not any(out.glob("*/manifest/spans/*.json")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    family = psutil.Process(command.pid).children(recursive=True)
+    if where == "group":
+        os.killpg(command.pid, sent)
+    else:
+        command.send_signal(sent)
+    _, said = command.communicate(timeout=WITHIN_S)
+    assert command.returncode == code, said
+    assert said.splitlines()[-1].startswith(f"stopped by {sent.name}; run the same command again to go on")
+    assert "Traceback" not in said
+    psutil.wait_procs(family, timeout=10)
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    explain(slides, str(tmp_path / "slow_linear.yaml"), out, **SMALL)
+    assert differing(out, serial) == []
+    assert {row["status"] for row in rows_of(out).values()} == {"ok"}
+
+
+def test_waiting_for_less_than_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="wait_for_workers is -1, expected seconds, 0 or more"):
+        DaskExecutor(scheduler="tcp://127.0.0.1:1", wait_s=-1)

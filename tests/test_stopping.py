@@ -1,0 +1,133 @@
+"""Being told to stop; and what is tried again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT
+from wsi_gradcam import stopping
+from wsi_gradcam.errors import SlideAccessError, SlideNotFoundError, StoppedError, StoreError
+from wsi_gradcam.executors import retries
+from wsi_gradcam.executors.retries import is_transient, retried
+from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.stages import Task
+from wsi_gradcam.stopping import Stopping
+
+TASK = Task("explain", SlideEntry("a.svs", "/a.svs"), (3,))
+
+
+def interrupt_and_sleep() -> None:
+    """As Ctrl-C on a process that is at something long."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+
+
+def test_the_first_signal_asks_those_who_look() -> None:
+    stop, before = Stopping(), signal.getsignal(signal.SIGTERM)
+    with stop.at_signals(), stop.heeded():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked()
+        with pytest.raises(StoppedError, match="stopped by SIGTERM; run the same command again"):
+            stop.check()
+        began = time.monotonic()
+        stop.wait(60)
+        assert time.monotonic() - began < 30
+    assert stop.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_where_nobody_looks_it_interrupts() -> None:
+    stop = Stopping()
+    with stop.at_signals(), pytest.raises(KeyboardInterrupt):
+        interrupt_and_sleep()
+    assert stop.exit_code == 130
+
+
+def test_what_takes_too_long_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "GRACE_S", 0.1)
+    stop = Stopping()
+    with stop.at_signals(), stop.heeded(), pytest.raises(KeyboardInterrupt):
+        interrupt_and_sleep()
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal, time; from wsi_gradcam.stopping import STOP\n"
+        "with STOP.at_signals(), STOP.heeded():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)  # one and its echo\n"
+        "    time.sleep(0.6); print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "still here\n")
+    assert "SIGTERM: finishing what is in work, at most 30 s; again to end at once" in done.stderr
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (MemoryError(), True),
+        (OSError(errno.EIO, "input/output error"), True),
+        (OSError(errno.ESTALE, "stale file handle"), True),
+        (SlideAccessError("503"), True),
+        (caused(StoreError("cannot write"), OSError(errno.EIO, "")), True),
+        (caused(StoreError("the disk is full"), OSError(errno.ENOSPC, "")), False),
+        (SlideNotFoundError("gone"), False),
+        (PermissionError(errno.EACCES, ""), False),
+        (ValueError("bad"), False),
+    ],
+)
+def test_what_may_pass_is_known_by_its_cause(error: Exception, expected: bool) -> None:
+    assert is_transient(error) == expected
+
+
+def test_work_is_tried_again_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(retries, "PAUSES_S", (0.0, 0.0))
+    answers: list[Exception | int] = [ConnectionResetError("away"), TimeoutError("late"), 7]
+
+    def work() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert retried(work, TASK, lambda error, again: None) == 7
+    assert caplog.messages == [
+        "a.svs: explain 3: ConnectionResetError: away; trying again in 0 s (2 of 3)",
+        "a.svs: explain 3: TimeoutError: late; trying again in 0 s (3 of 3)",
+    ]
+    answers += [ConnectionResetError("away")] * 3
+    with pytest.raises(ConnectionResetError):
+        retried(work, TASK, lambda error, again: None)
+    answers += [ValueError("bad"), 8]
+    with pytest.raises(ValueError, match="bad"):
+        retried(work, TASK, lambda error, again: None)
+
+
+def test_nothing_is_tried_again_once_told_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stop = Stopping()
+    stop.signal = signal.SIGINT
+    monkeypatch.setattr(retries, "STOP", stop)
+
+    def work() -> None:
+        raise ConnectionResetError
+
+    with pytest.raises(StoppedError):
+        retried(work, TASK, lambda error, again: None)

@@ -1,0 +1,155 @@
+"""The executor that runs jobs on Dask workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from distributed import get_worker
+from distributed.scheduler import KilledWorker, NoValidWorkerError
+
+from wsi_gradcam.errors import ConfigError, WorkerError, one_line
+from wsi_gradcam.executors.dask.caretaker import Caretaker
+from wsi_gradcam.executors.dask.connecting import connect
+from wsi_gradcam.executors.dask.flow import Flow
+from wsi_gradcam.executors.dask.local import NO_WORKER_S, local_cluster, threads_each
+from wsi_gradcam.executors.dask.plugin import RunPlugin, check_device
+from wsi_gradcam.executors.dask.workers import WAIT_S, Patience, Workers
+from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.stages import examine_model
+from wsi_gradcam.stopping import LOOK_S, STOP
+from wsi_gradcam.workflow import Observer, SlideRecord
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.plan import RunPlan
+
+LOG = logging.getLogger("wsi_gradcam")
+ASK_S = 2.0  # how often the scheduler is asked for its workers while none is there
+
+
+class DaskExecutor:
+    """Runs jobs on Dask workers.
+
+    Args:
+        workers: how many to start on this machine; on the GPUs where `device` is "cuda".
+        scheduler: address of a scheduler that has workers already, or will have.
+        torch_threads: threads of the model in each worker.
+        device: where the model runs; other than "cpu", on workers that declare the resource GPU.
+        wait_s: how long to wait for workers that are missing, at the start and later; None: not for long.
+
+    Raises:
+        WorkerError: no scheduler answers, or no worker comes.
+        ConfigError: waiting for a negative time.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        scheduler: str | None = None,
+        torch_threads: int | None = None,
+        device: str = "cpu",
+        wait_s: float | None = None,
+    ) -> None:
+        if wait_s is not None and not wait_s >= 0:
+            raise ConfigError(f"wait_for_workers is {wait_s}, expected seconds, 0 or more")
+        self._device, self._wait_s = device, WAIT_S if wait_s is None else wait_s
+        self._scheduler = scheduler or "ADDRESS"
+        self._torch_threads = torch_threads
+        if scheduler is None and torch_threads is None:
+            self._torch_threads = threads_each(workers or 1)
+        with ExitStack() as opened, STOP.heeded():
+            where = opened.enter_context(local_cluster(workers or 1, device)) if scheduler is None else scheduler
+            self._client: Client = opened.enter_context(connect(where, NO_WORKER_S))
+            self._wait()
+            self._opened = opened.pop_all()
+
+    @property
+    def dashboard(self) -> str:
+        """Address of Dask's own page."""
+        return str(self._client.dashboard_link)
+
+    def workers(self) -> Workers:
+        """Those of the moment."""
+        told = self._client.scheduler_info(n_workers=-1)["workers"]
+        return Workers.of(told, self._device, self._scheduler)
+
+    def examine(self, *model: Any) -> ModelFacts:
+        """`stages.examine_model`, on a worker: this process never loads torch.
+
+        Raises:
+            WorkerError: the workers die of it, or are gone.
+            StoppedError: the process was told to stop.
+        """
+        needs = self.workers().needs[True]
+        future = self._client.submit(_examine, self._device, *model, pure=False, resources=needs)
+        try:
+            with STOP.heeded():
+                facts: ModelFacts = self._result(future)
+        except KilledWorker as error:
+            raise WorkerError("workers died while they loaded the model; give them more memory") from error
+        except (NoValidWorkerError, CancelledError) as error:
+            raise WorkerError("the workers are gone; start some and run the same command again") from error
+        return facts
+
+    def run(
+        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer
+    ) -> Iterator[SlideRecord]:
+        """The record of each slide as it is finished, in the order in which they finish.
+
+        Raises:
+            FatalError: the run cannot go on.
+        """
+        name = f"wsi-gradcam-{uuid.uuid4().hex[:8]}"
+        caretaker = Caretaker(name, self._client.id)
+        try:
+            self._client.register_plugin(caretaker)
+        except Exception as error:  # whatever an import there ends with
+            LOG.warning("the scheduler cannot look after a run whose client is killed (%s)", one_line(error))
+        self._client.register_plugin(RunPlugin(name, run, overwrite, self._torch_threads))
+        flow = Flow(self._client, name, run.settings.max_unreadable, observe, self.workers, Patience(self._wait_s))
+        try:
+            with STOP.heeded():
+                yield from flow.run(slides)
+        finally:
+            if self._client.status == "running":
+                with suppress(Exception):  # after Ctrl-C the cluster may be half gone: what matters is on disk
+                    self._client.unregister_worker_plugin(name)
+                with suppress(Exception):
+                    self._client.unregister_scheduler_plugin(caretaker.name)
+
+    def close(self) -> None:
+        """Leave the cluster; the local one is stopped."""
+        self._opened.close()
+
+    def _wait(self) -> None:
+        """Until there are workers that can run the model."""
+        patience = Patience(self._wait_s)
+        while lacking := self.workers().lacking:
+            patience.look(lacking)
+            STOP.wait(min(ASK_S, max(LOOK_S, self._wait_s / 10)))
+            STOP.check()
+
+    def _result(self, future: Future[Any]) -> Any:
+        """Of a single task, unless its workers go, or the process is told to stop."""
+        patience, asked = Patience(self._wait_s), time.monotonic()
+        while not future.done():
+            STOP.wait(LOOK_S)
+            STOP.check()
+            if time.monotonic() - asked > ASK_S:
+                patience.look(self.workers().lacking)
+                asked = time.monotonic()
+        return future.result()
+
+
+def _examine(device: str, *model: Any) -> ModelFacts:
+    """On a worker: what it learns is small, the model stays there."""
+    check_device(device, get_worker().address)
+    return examine_model(*model).facts

@@ -1,0 +1,92 @@
+"""Deep Zoom: a .dzi file and a folder of PNG tiles, for OpenSeadragon and every web page that shows one.
+
+Tiles are transparent where nothing is shown, to be laid over the slide's own Deep Zoom image. Levels follow the
+format's rule: from one pixel up, each twice as large, sizes rounded up; tiles do not overlap.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from wsi_gradcam.export.files import new
+from wsi_gradcam.export.job import Job, blocks, slug
+from wsi_gradcam.geometry import Region, tiles
+from wsi_gradcam.stitch import coarsen, coarsen_flags
+from wsi_gradcam.stores.heatmap import EXPLAINED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.result import ChannelInfo
+
+    Pixels = tuple[NDArray[np.float32], NDArray[np.uint8]]
+
+TILE = 512
+
+
+def write(job: Job) -> list[Path]:
+    """NAME_files, NAME.dzi, and NAME.json that says where it lies on the slide, for each chosen channel."""
+    return [path for channel in job.pictured for path in _write(job, channel)]
+
+
+def _write(job: Job, channel: ChannelInfo) -> list[Path]:
+    name = f"{slug(channel)}"
+    dzi, place, folder = job.path(f"{name}.dzi"), job.path(f"{name}.json"), job.path(f"{name}_files")
+    with new(dzi, job.options.overwrite) as partial, new(place, job.options.overwrite) as beside:
+        with new(folder, job.options.overwrite) as tile_folder:
+            _write_tiles(job, channel, tile_folder)
+        height, width = job.slide.levels[0]
+        partial.write_text(
+            '<?xml version="1.0" encoding="UTF-8"?>\n'
+            f'<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="png" Overlap="0" TileSize="{TILE}">'
+            f'<Size Height="{height}" Width="{width}"/></Image>\n',
+            encoding="utf-8",
+        )
+        beside.write_text(json.dumps(placement(job, channel), indent=1), encoding="utf-8")
+    return [dzi, place, folder]
+
+
+def placement(job: Job, channel: ChannelInfo) -> dict[str, object]:
+    """Where the image lies over the slide, in widths of the slide as OpenSeadragon has them, and what it shows."""
+    low, high = job.window(channel)
+    width_px = job.slide.levels[0][1] * job.slide.stride_px
+    return {
+        "x": 0, "y": 0, "width": width_px / job.slide.size_px[1], "slide_px_per_px": job.slide.stride_px,
+        "channel": channel.label, "unit": channel.unit, "window": [low, high], "colormap": job.options.colormap,
+    }  # fmt: skip
+
+
+def _write_tiles(job: Job, channel: ChannelInfo, folder: Path) -> None:
+    colouring = job.colouring(channel)
+    shapes = job.slide.levels
+    finest = (max(shapes[0]) - 1).bit_length()  # the logarithm to base 2, rounded up
+    for level in range(len(shapes)):
+        for region, values, flags in blocks(job.slide, channel, level, TILE):
+            _save(folder / str(finest - level), region, colouring.rgba(values, flags))
+    for level, (values, flags) in _smaller(job, channel):
+        for region in tiles(values.shape[0], values.shape[1], TILE):
+            part = colouring.rgba(values[region.slices], flags[region.slices])
+            _save(folder / str(finest - level), region, part)
+
+
+def _smaller(job: Job, channel: ChannelInfo) -> Iterator[tuple[int, Pixels]]:
+    """The levels that a heatmap does not have, down to one pixel, made as its own are."""
+    level = len(job.slide.levels) - 1
+    whole = Region(0, 0, *job.slide.levels[level])
+    values, flags = job.slide.read(channel, level, whole), job.slide.read_coverage(level, whole)
+    while max(values.shape) > 1:
+        values, flags, level = coarsen(values, (flags & EXPLAINED) > 0), coarsen_flags(flags), level + 1
+        yield level, (values, flags)
+
+
+def _save(folder: Path, region: Region, rgba: NDArray[np.uint8]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{region.x // TILE}_{region.y // TILE}.png"
+    Image.fromarray(rgba).save(path, format="PNG", compress_level=1)

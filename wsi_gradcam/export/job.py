@@ -1,0 +1,136 @@
+"""What is exported of a slide, and where to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.export.colours import Colouring, check_colormap
+from wsi_gradcam.geometry import Region, tiles
+from wsi_gradcam.result import ChannelInfo, SlideResult
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SLIDE, RUN = "slide", "run"
+HALF = 0.5  # of the window, where no threshold is given and one is needed
+
+
+@dataclass(frozen=True)
+class Options:
+    """How results are exported.
+
+    Attributes:
+        channel: labels, or names of classes; nothing given: all, for formats that hold one the first explanation.
+        colormap: a name that matplotlib knows.
+        window: "run", one for all slides; "slide", each its own; or (low, high).
+        threshold: lower values are not shown; regions are where values reach it.
+        alpha: opacity of colours over the slide.
+        size: longest side in pixels, of a PNG.
+        overwrite: replace files that exist.
+    """
+
+    channel: tuple[str, ...] = ()
+    colormap: str = "inferno"
+    window: str | tuple[float, float] = RUN
+    threshold: float | None = None
+    alpha: float = 0.6
+    size: int = 2000
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_colormap(self.colormap)
+        if isinstance(self.window, str) and self.window not in (SLIDE, RUN):
+            raise ConfigError(f"window is {self.window!r}, expected {SLIDE}, {RUN}, or LOW,HIGH")
+        if not isinstance(self.window, str) and not self.window[0] < self.window[1]:
+            raise ConfigError(f"window is {self.window[0]:g},{self.window[1]:g}; expected LOW below HIGH")
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"alpha is {self.alpha:g}, expected above 0 and at most 1")
+        if not 16 <= self.size <= 20_000:
+            raise ConfigError(f"size is {self.size}, expected 16 to 20000 pixels")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The export of one slide.
+
+    Attributes:
+        stem: path of the files to be made, without endings: DEST/SLIDE.
+        windows: of the run, by the channels' labels; empty unless asked for.
+    """
+
+    slide: SlideResult
+    stem: Path
+    options: Options
+    windows: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @cached_property
+    def channels(self) -> tuple[ChannelInfo, ...]:
+        """The chosen channels; all where none is named.
+
+        Raises:
+            UnknownNameError: the slide has no such channel.
+        """
+        return tuple(dict.fromkeys(map(self.slide.channel, self.options.channel))) or self.slide.channels
+
+    @property
+    def pictured(self) -> tuple[ChannelInfo, ...]:
+        """The chosen channels; the first where none is named."""
+        return self.channels if self.options.channel else self.slide.channels[:1]
+
+    def path(self, ending: str) -> Path:
+        """DEST/SLIDE.ENDING; slides may have dots in their names."""
+        return self.stem.with_name(f"{self.stem.name}.{ending}")
+
+    def window(self, channel: ChannelInfo) -> tuple[float, float]:
+        """Between which values colour runs."""
+        if not isinstance(self.options.window, str):
+            return self.options.window
+        return self.windows.get(channel.label, channel.window) if self.options.window == RUN else channel.window
+
+    def threshold(self, channel: ChannelInfo) -> float:
+        """From which value on a region is hot: as told, else the middle of the window."""
+        low, high = self.window(channel)
+        return low + (high - low) * HALF if self.options.threshold is None else self.options.threshold
+
+    def colouring(self, channel: ChannelInfo) -> Colouring:
+        """The colours of a channel."""
+        low, high = self.window(channel)
+        return Colouring(self.options.colormap, low, high, self.options.threshold, self.options.alpha)
+
+    def um_per_px(self, level: int) -> tuple[float, float]:
+        """(y, x) micrometres per pixel of a level of the heatmap."""
+        step = self.slide.stride_px * 2**level
+        return self.slide.mpp[0] * step, self.slide.mpp[1] * step
+
+
+def slug(channel: ChannelInfo) -> str:
+    """A channel's label as a part of a file's name: its number keeps names apart that differ in other signs alone.
+
+    >>> slug(ChannelInfo(2, "gradcam++: in situ", "gradcam++", "in situ", "", 0, 1, (0, 1), ""))
+    '2-gradcam++-in-situ'
+    """
+    return f"{channel.number}-" + re.sub(r"[^\w.+-]+", "-", channel.label).strip("-")
+
+
+def blocks(
+    slide: SlideResult, channel: ChannelInfo, level: int, side: int
+) -> Iterator[tuple[Region, NDArray[np.float32], NDArray[np.uint8]]]:
+    """Region, values and coverage of each block of a level, row by row: memory does not grow with the slide."""
+    for region in tiles(*slide.levels[level], side):
+        yield region, slide.read(channel, level, region), slide.read_coverage(level, region)
+
+
+def padded(tile: NDArray[np.generic], side: int, fill: int = 0) -> NDArray[np.generic]:
+    """A tile at the right or lower edge, filled up to side x side."""
+    height, width = tile.shape[:2]
+    if (height, width) == (side, side):
+        return tile
+    return np.pad(tile, [(0, side - height), (0, side - width), *[(0, 0)] * (tile.ndim - 2)], constant_values=fill)

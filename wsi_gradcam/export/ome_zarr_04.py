@@ -1,0 +1,107 @@
+"""OME-Zarr 0.4 (Zarr 2), for programs that do not read 0.5 yet: QuPath, OMERO, Fiji.
+
+The same levels, values and label as `heatmap.ome.zarr`, block by block. Compressed with zlib, which readers in Java
+need no native library for; `OME/METADATA.ome.xml` tells those that build on Bio-Formats the size of a pixel.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from typing import TYPE_CHECKING, Any
+
+import zarr
+from numcodecs import Zlib
+
+from wsi_gradcam.export.files import new
+from wsi_gradcam.export.job import Job
+from wsi_gradcam.geometry import tiles
+from wsi_gradcam.stores.heatmap import CHUNK, LABEL, SHARD
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VERSION = "0.4"
+NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+XSI = "http://www.w3.org/2001/XMLSchema-instance"
+
+
+def write(job: Job) -> list[Path]:
+    """One folder with the chosen channels."""
+    path = job.path("ome.zarr")
+    with new(path, job.options.overwrite) as partial:
+        group = zarr.open_group(partial, mode="w-", zarr_format=2)
+        labels = group.create_group("labels")
+        label = labels.create_group(LABEL)
+        for level in range(len(job.slide.levels)):
+            _write_level(job, group, label, level)
+        labels.attrs["labels"] = [LABEL]
+        label.attrs.put(_label_metadata(job))
+        group.attrs.put(_image_metadata(job))
+        (partial / "OME").mkdir()
+        (partial / "OME" / "METADATA.ome.xml").write_bytes(ome_xml(job))
+    return [path]
+
+
+def _write_level(job: Job, group: zarr.Group, label: zarr.Group, level: int) -> None:
+    shape, slide = job.slide.levels[level], job.slide
+    common: dict[str, Any] = {
+        "fill_value": 0, "compressors": Zlib(level=1), "chunk_key_encoding": {"name": "v2", "separator": "/"},
+    }  # fmt: skip
+    values = group.create_array(
+        str(level), shape=(len(job.channels), *shape), chunks=(1, CHUNK, CHUNK), dtype="float32", **common
+    )
+    flags = label.create_array(str(level), shape=shape, chunks=(CHUNK, CHUNK), dtype="uint8", **common)
+    for block in tiles(*shape, SHARD):
+        flags[block.slices] = slide.read_coverage(level, block)
+        for number, channel in enumerate(job.channels):
+            values[(number, *block.slices)] = slide.read(channel, level, block)
+
+
+def _image_metadata(job: Job) -> dict[str, Any]:
+    """As of the result, with the chosen channels and windows."""
+    stored = job.slide.store.attributes
+    ome = stored["ome"]
+    channels = []
+    for channel in job.channels:
+        shown = ome["omero"]["channels"][channel.number]
+        low, high = job.window(channel)
+        window = {"min": min(channel.minimum, low), "max": max(channel.maximum, high), "start": low, "end": high}
+        channels.append({**shown, "window": window})
+    if not any(shown["active"] for shown in channels):
+        channels[0]["active"] = True
+    return {
+        "multiscales": [{**multiscale, "version": VERSION} for multiscale in ome["multiscales"]],
+        "omero": {**ome["omero"], "version": VERSION, "channels": channels},
+        "wsi_gradcam": stored["wsi_gradcam"],
+    }
+
+
+def _label_metadata(job: Job) -> dict[str, Any]:
+    ome = job.slide.store.label_attributes["ome"]
+    return {
+        "multiscales": [{**multiscale, "version": VERSION} for multiscale in ome["multiscales"]],
+        "image-label": {**ome["image-label"], "version": VERSION},
+    }
+
+
+def ome_xml(job: Job) -> bytes:
+    """OME-XML of the image without its pixels."""
+    (height, width), (um_y, um_x) = job.slide.levels[0], job.um_per_px(0)
+    name = job.slide.id.encode("utf-8", "replace").decode()
+    schema = {"xmlns:xsi": XSI, "xsi:schemaLocation": f"{NAMESPACE} {NAMESPACE}/ome.xsd"}
+    root = ET.Element("OME", {"xmlns": NAMESPACE, **schema})
+    image = ET.SubElement(root, "Image", {"ID": "Image:0", "Name": name})
+    numbers = {"SizeX": width, "SizeY": height, "SizeZ": 1, "SizeC": len(job.channels), "SizeT": 1}
+    pixels = ET.SubElement(
+        image, "Pixels",
+        {
+            "ID": "Pixels:0", "DimensionOrder": "XYZCT", "Type": "float", **{k: str(v) for k, v in numbers.items()},
+            "PhysicalSizeX": repr(um_x), "PhysicalSizeXUnit": "µm", "PhysicalSizeY": repr(um_y),
+            "PhysicalSizeYUnit": "µm",
+        },
+    )  # fmt: skip
+    for number, channel in enumerate(job.channels):
+        about = {"ID": f"Channel:0:{number}", "Name": channel.label, "SamplesPerPixel": "1"}
+        ET.SubElement(pixels, "Channel", about)
+    ET.SubElement(pixels, "MetadataOnly")
+    return bytes(ET.tostring(root, encoding="UTF-8", xml_declaration=True))

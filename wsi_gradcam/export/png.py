@@ -1,0 +1,158 @@
+"""A picture of the slide with one heatmap over it, a colour bar and a scale bar, for reports and papers."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+
+from wsi_gradcam.errors import SlideError
+from wsi_gradcam.export.files import new
+from wsi_gradcam.export.job import Job, slug
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.overview import round_length
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.export.colours import Colouring
+    from wsi_gradcam.result import ChannelInfo
+
+    Rgb = NDArray[np.uint8]
+
+INCH_PX = 800  # of the picture's longest side: words and bars grow with it
+DPI_LEAST = 100
+MARGIN, BAR, TITLE, FOOT = 0.2, 1.3, 0.44, 0.24  # inches
+PAPER, TISSUE_GRAY = 255, 190
+SMALLEST = 4.2  # inches: below, the words do not fit
+UNITS = {"logit": "logits", "arbitrary": "arbitrary unit", "probability": "probability"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn.
+
+    Attributes:
+        rgb: slide and heatmap, uint8 [h, w, 3].
+        um_per_px: micrometres per pixel of `rgb`.
+        note: what is missing; "" where nothing is.
+    """
+
+    rgb: Rgb
+    um_per_px: float
+    note: str
+
+
+def write(job: Job) -> list[Path]:
+    """A file for each chosen channel; `size` is the longest side of the slide's picture in it."""
+    background, note = _slide(job)
+    return [_write(job, channel, background, note) for channel in job.pictured]
+
+
+def _write(job: Job, channel: ChannelInfo, background: Rgb, note: str) -> Path:
+    path, colouring = job.path(f"{slug(channel)}.png"), job.colouring(channel)
+    rgb = overlaid(job, channel, colouring, background)
+    picture = Picture(rgb, job.slide.size_px[1] * job.slide.mpp[1] / rgb.shape[1], note)
+    with new(path, job.options.overwrite) as partial, partial.open("wb") as file:
+        _draw(job, channel, colouring, picture).print_png(file)
+    return path
+
+
+def _slide(job: Job) -> tuple[Rgb, str]:
+    """The slide at the picture's size; white, and why, where it cannot be read."""
+    try:
+        return job.slide.thumbnail(job.options.size), ""
+    except SlideError:
+        height, width = (px * mpp for px, mpp in zip(job.slide.size_px, job.slide.mpp, strict=True))
+        scale = job.options.size / max(height, width)
+        shape = max(1, round(height * scale)), max(1, round(width * scale))
+        return np.full((*shape, 3), PAPER, np.uint8), "the slide could not be read: the heatmap alone"
+
+
+def overlaid(job: Job, channel: ChannelInfo, colouring: Colouring, background: Rgb) -> Rgb:
+    """The colours of a channel over a picture of the whole slide, read row by row."""
+    out, (height, width) = background.copy(), background.shape[:2]
+    shapes = job.slide.levels
+    level = max((i for i, (h, w) in enumerate(shapes) if h >= height and w >= width), default=0)
+    step = job.slide.stride_px * 2**level
+    rows = _nearest(height, job.slide.size_px[0], step, shapes[level][0])
+    columns = _nearest(width, job.slide.size_px[1], step, shapes[level][1])
+    for begin in range(0, height, 256):
+        part = rows[begin : begin + 256]
+        band = Region(int(part[0]), 0, int(part[-1] - part[0]) + 1, shapes[level][1])
+        chosen = (part - part[0])[:, None], columns
+        values = job.slide.read(channel, level, band)[chosen]
+        rgba = colouring.rgba(values, job.slide.read_coverage(level, band)[chosen])
+        out[begin : begin + 256] = _blended(out[begin : begin + 256], rgba)
+    return out
+
+
+def _nearest(size: int, slide_px: int, step: int, most: int) -> NDArray[np.int64]:
+    """The heatmap's pixel at the centre of each of `size` pixels of a picture of the whole slide."""
+    return np.minimum((np.arange(size) + 0.5) * slide_px / size / step, most - 1).astype(np.int64)
+
+
+def _blended(below: Rgb, rgba: Rgb) -> Rgb:
+    alpha = rgba[..., 3:].astype(np.float32) / 255
+    return (below * (1 - alpha) + rgba[..., :3] * alpha + 0.5).astype(np.uint8)
+
+
+def _draw(job: Job, channel: ChannelInfo, colouring: Colouring, picture: Picture) -> FigureCanvasAgg:
+    """The figure: each pixel of the picture is one of the file, beside a colour bar."""
+    height_px, width_px = picture.rgb.shape[:2]
+    dpi = max(DPI_LEAST, DPI_LEAST * max(height_px, width_px) // INCH_PX)
+    height, width = height_px / dpi, width_px / dpi
+    wide, tall = max(width + 2 * MARGIN + BAR, SMALLEST), max(height + TITLE + FOOT, SMALLEST / 2)
+    figure = Figure(figsize=(wide, tall), dpi=dpi, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    left_px, bottom_px = round(MARGIN * dpi), round((tall - TITLE - height) * dpi)
+    figure.figimage(picture.rgb, left_px, bottom_px, origin="upper", zorder=-1)
+    bottom = bottom_px / dpi
+    axis = figure.add_axes((left_px / dpi / wide, bottom / tall, width / wide, height / tall))
+    _scale_bar(axis, picture, dpi)
+    bar = figure.add_axes(((MARGIN * 1.8 + width) / wide, bottom / tall, 0.18 / wide, height / tall))
+    _colour_bar(figure, bar, colouring, channel)
+    title = f"{job.slide.id}: {channel.label}".encode("utf-8", "replace").decode()
+    figure.text(MARGIN / wide, 1 - 0.14 / tall, title, fontsize=10, va="center", parse_math=False)
+    figure.text(MARGIN / wide, 1 - 0.32 / tall, picture.note, fontsize=8, va="center", color="#a00000")
+    with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        canvas.draw()
+    return canvas
+
+
+def _scale_bar(axis: Axes, picture: Picture, dpi: int) -> None:
+    height, width = picture.rgb.shape[:2]
+    axis.set_axis_off()
+    axis.set_xlim(0, width)
+    axis.set_ylim(height, 0)
+    length_um = round_length(width * picture.um_per_px / 4)
+    length_px, margin = length_um / picture.um_per_px, min(height, width) * 0.03
+    y = height - margin
+    axis.plot([margin, margin + length_px], [y, y], color="black", linewidth=3, solid_capstyle="butt")
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
+    axis.text(margin, y - 0.05 * dpi, text, fontsize=8, va="bottom", bbox=box)
+
+
+def _colour_bar(figure: Figure, axis: Axes, colouring: Colouring, channel: ChannelInfo) -> None:
+    """The colours as they are seen: over gray tissue, and none below the threshold."""
+    values = np.linspace(colouring.low, colouring.high, 256, dtype=np.float32)[:, None]
+    flags = np.full(values.shape, 2, np.uint8)
+    gray = np.full((*values.shape, 3), TISSUE_GRAY, np.uint8)
+    seen = ListedColormap(_blended(gray, colouring.rgba(values, flags))[:, 0] / 255)
+    below, above = channel.minimum < colouring.low, channel.maximum > colouring.high
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+    norm = Normalize(colouring.low, colouring.high)
+    bar = figure.colorbar(ScalarMappable(norm, seen), cax=axis, extend=extend, extendfrac=0.03)
+    bar.set_label(UNITS[channel.unit], fontsize=8)
+    bar.ax.tick_params(labelsize=7)

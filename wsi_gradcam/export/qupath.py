@@ -1,0 +1,119 @@
+"""A folder for QuPath: a script that lays overlay, patches and hot regions on the open slide.
+
+The overlay is the finest level of the heatmap that a computer holds as one picture, cut into PNGs that a
+BufferedImageOverlay places in level-0 px; patches and regions are GeoJSON.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from wsi_gradcam.export.files import new
+from wsi_gradcam.export.geojson import patch_features, region_features, write_features
+from wsi_gradcam.export.job import Job, blocks, slug
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wsi_gradcam.result import ChannelInfo
+
+MOST_PX = 1 << 25  # 128 MB in QuPath
+SIDE = 2048
+SCRIPT = "show_in_qupath.groovy"
+
+
+def write(job: Job) -> list[Path]:
+    """A folder for each chosen channel."""
+    return [_write(job, channel) for channel in job.pictured]
+
+
+def _write(job: Job, channel: ChannelInfo) -> Path:
+    path = job.path(f"{slug(channel)}.qupath")
+    with new(path, job.options.overwrite) as partial:
+        partial.mkdir()
+        tiles = _write_overlay(job, channel, partial)
+        write_features(partial / "patches.geojson", patch_features(job))
+        write_features(partial / "regions.geojson", region_features(job, channel))
+        (partial / SCRIPT).write_text(script(job, channel, path, tiles), encoding="utf-8")
+    return path
+
+
+def _write_overlay(job: Job, channel: ChannelInfo, folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """Write the overlay; name, x, y, width, height in level-0 px of each of its parts that shows anything."""
+    levels, colouring = job.slide.levels, job.colouring(channel)
+    level = next((i for i, (h, w) in enumerate(levels) if h * w <= MOST_PX), len(levels) - 1)
+    step = job.slide.stride_px * 2**level
+    parts: list[tuple[str, int, int, int, int]] = []
+    for region, values, flags in blocks(job.slide, channel, level, SIDE):
+        rgba = colouring.rgba(values, flags)
+        if rgba.any():
+            name = f"overlay-{len(parts)}.png"
+            Image.fromarray(rgba).save(folder / name, format="PNG", compress_level=1)
+            parts.append((name, region.x * step, region.y * step, region.width * step, region.height * step))
+    return parts
+
+
+def script(job: Job, channel: ChannelInfo, folder: Path, tiles: list[tuple[str, int, int, int, int]]) -> str:
+    """The script; paths and names are quoted as Groovy and JSON both understand."""
+    height, width = job.slide.size_px
+    listed = ",\n".join(f"    [{_quoted(name)}, {x}, {y}, {w}, {h}]" for name, x, y, w, h in tiles)
+    return TEMPLATE.format(
+        title=" ".join(f"{channel.label} of {job.slide.id}".encode("ascii", "replace").decode().split()),
+        folder=_quoted(str(folder.absolute())), width=width, height=height, tiles=listed, script=_quoted(SCRIPT),
+    )  # fmt: skip
+
+
+def _quoted(text: str) -> str:
+    """A single-quoted string of Groovy, which puts nothing in the place of $."""
+    return "'" + json.dumps(text)[1:-1].replace("'", "\\'").replace('\\"', '"') + "'"
+
+
+TEMPLATE = """\
+// wsi_gradcam: {title}
+// In QuPath: open the slide, then drag this file onto the window, or Automate > Script editor > Open, and Run.
+import javafx.application.Platform
+import javax.imageio.ImageIO
+import qupath.lib.gui.viewer.overlays.BufferedImageOverlay
+import qupath.lib.io.PathIO
+import qupath.lib.regions.ImageRegion
+
+def folder = new File({folder})
+def tiles = [  // file, and x, y, width, height in pixels of the slide
+{tiles}
+]
+
+if (!new File(folder, 'regions.geojson').exists())  // the folder was moved
+    folder = promptForFile('groovy')?.getParentFile()
+if (folder == null)
+    throw new IOException('Choose ' + {script} + ' in the folder that wsi-gradcam export made')
+
+def server = getCurrentServer()
+if (server == null)
+    throw new IllegalStateException('Open the slide first')
+if (server.getWidth() != {width} || server.getHeight() != {height})
+    throw new IllegalStateException('This result is of a slide of {width} x {height} px, ' +
+        'the open image has ' + server.getWidth() + ' x ' + server.getHeight())
+
+// Patches and regions; what an earlier run of this script has added is replaced.
+def objects = ['patches.geojson', 'regions.geojson'].collectMany {{ PathIO.readObjects(new File(folder, it)) }}
+def ids = objects.collect {{ it.getID() }} as Set
+removeObjects(getAllObjects(false).findAll {{ ids.contains(it.getID()) }}, true)
+addObjects(objects)
+
+// The overlay.
+def images = [:]
+tiles.each {{ name, x, y, w, h ->
+    images[ImageRegion.createInstance(x, y, w, h, 0, 0)] = ImageIO.read(new File(folder, name))
+}}
+def viewer = getCurrentViewer()
+if (viewer != null)
+    Platform.runLater {{
+        viewer.setCustomPixelLayerOverlay(new BufferedImageOverlay(viewer, images))
+        viewer.getOverlayOptions().setShowPixelClassification(true)
+        viewer.repaint()
+    }}
+println 'Laid ' + objects.size() + ' objects and ' + images.size() + ' pictures on the slide'
+"""
