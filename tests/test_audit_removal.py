@@ -10,7 +10,6 @@ from torch import Tensor
 from wsi_gradcam.audit.controls import CONTROLS, centre_maps, control_maps, edge_maps, random_maps
 from wsi_gradcam.audit.removal import (
     BLUR_SIDE_PX,
-    NEIGHBOURS,
     blurred,
     mean_colour,
     removal_ranks,
@@ -18,6 +17,9 @@ from wsi_gradcam.audit.removal import (
     replace_by_neighbours,
 )
 from wsi_gradcam.audit.subject import enlarge
+
+# (y, x) offsets of a pixel's neighbours, and what they weigh in ROAD's imputation.
+NEIGHBOURS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -7,39 +7,12 @@ import pytest
 import torch
 
 from tests.planted import GLASS, SIDE_PX, patches, subject_of, trained
-from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.estimates import compare, estimate
 from wsi_gradcam.audit.removal import mean_colour, replace_by
-from wsi_gradcam.audit.shortcuts import Masking, border, cover, glass_patches, masking, mass_on, moved_masks
-from wsi_gradcam.audit.subject import Subject
-from wsi_gradcam.audit.verdict import free_of
+from wsi_gradcam.audit.shortcuts import border, cover, glass_patches, masking, mass_on, moved_masks
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)
 PREDICTED = Target("predicted")
-
-
-def masked(subject: Subject, seed: int, marked: str = "all", what: str = "marker", count: int = 40) -> Masking:
-    sample = patches(count, seed, marked)
-    images = subject.images(sample.rgb)
-    # Hidden behind plain tissue: another colour would be news of its own.
-    others = torch.from_numpy(patches(2, 1).rgb[:1]).permute(0, 3, 1, 2).float().mean(dim=(2, 3), keepdim=True)
-    replace = replace_by(images, (others / 127.5 - 1).expand(len(images), -1, 1, 1))
-    return masking(subject, images, subject.aim(images, TUMOUR), getattr(sample, what), replace, seed=seed)
-
-
-def outcome(found: Masking, seed: int = 0) -> str:
-    slides = range(len(found.change))
-    drop = compare(found.size, found.control_size, slides, seed=seed)
-    return free_of("pen", drop, compare(found.flips, found.control_flips, slides, seed=seed)).outcome
-
-
-@pytest.mark.parametrize("seeds", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_marker_that_decides_is_found_and_another_is_not(seeds: int) -> None:
-    """With every seed for the model with the shortcut, with at most 6 % of them for the one without."""
-    shortcut, honest = subject_of(trained("tumour")), subject_of(trained("random"))
-    assert [outcome(masked(shortcut, seed), seed) for seed in range(seeds)] == ["fails"] * seeds
-    assert [outcome(masked(honest, seed), seed) for seed in range(seeds)].count("fails") <= 0.06 * seeds
 
 
 def test_masking_is_an_experiment_a_patch() -> None:
@@ -112,14 +85,8 @@ def test_borders() -> None:
     assert not found[2:4, 2:6].any()
 
 
-def test_glass_that_is_called_tumour_is_seen() -> None:
-    honest, biased = trained("random"), PooledLinear(trained("random").features, 12)
-    with torch.no_grad():
-        biased.fc.weight.zero_()
-        biased.fc.bias.copy_(torch.tensor([0.0, 1.0]))
+def test_glass_has_its_colour_and_a_scanners_grain() -> None:
     rgb = glass_patches(GLASS, (SIDE_PX, SIDE_PX), 12, seed=0)
     assert np.abs(rgb.mean(axis=(0, 1, 2)) - GLASS).max() < 0.2
-    for network, expected in ((honest, False), (biased, True)):
-        subject = subject_of(network)
-        called = subject.answers(subject.images(rgb)).argmax(dim=1).numpy()
-        assert (estimate(called, range(12)).low > 0.5) == expected
+    assert rgb.std() == pytest.approx(2, rel=0.1)
+    assert not np.array_equal(rgb[0], rgb[1])

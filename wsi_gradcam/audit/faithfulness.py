@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsi_gradcam.audit.removal import Replace, removal_ranks
+from wsi_gradcam.audit.removal import Replace, removal_ranks, runs
 from wsi_gradcam.audit.subject import Aim, Subject
 
 STEPS = 28
@@ -90,25 +90,19 @@ def removal_curves(
     wanted = torch.linspace(0, 1, STEPS + 1) if fractions is None else fractions
     counts = (wanted.double() * pixels).round().long().tolist()
     inner = [i for i, count in enumerate(counts) if 0 < count < pixels]
-    empty = aim.logits
-    if len(inner) < len(counts):
-        empty = _answers(subject, images, replace, lambda rows, _: _everything(rows, images), [0])[:, 0]
-    at = torch.tensor(counts) / pixels
+    empty = aim.logits if len(inner) == len(counts) else _without_all(subject, images, replace)
     found = {}
     for name, map_ in maps.items():
-        ranks = removal_ranks(map_, (images.shape[2], images.shape[3]), seed)
-        ways = {}
-        for way in ("deletion", "insertion"):
-            answers = _ends(counts, pixels, aim.logits, empty, way)
-            if inner:
-                hide = _hidden(ranks, way)
-                answers[:, inner] = _answers(subject, images, replace, hide, [counts[i] for i in inner])
-            answers[~torch.isfinite(map_).flatten(1).all(dim=1)] = torch.nan
-            ways[way] = answers
+        answers = _ends(counts, pixels, aim.logits, empty)
+        if inner:
+            ranks = removal_ranks(map_, (images.shape[2], images.shape[3]), seed)
+            answers[:, :, inner] = _answers(subject, replace, ranks, [counts[i] for i in inner])
+        answers[~torch.isfinite(map_).flatten(1).all(dim=1)] = torch.nan
+        logits, probabilities = aim.logit(answers).cpu(), _cpu(aim.probability(answers))
         found[name] = Curves(
-            at,
-            *(aim.logit(ways[way]).cpu() for way in ("deletion", "insertion")),
-            *(_cpu(aim.probability(ways[way])) for way in ("deletion", "insertion")),
+            torch.tensor(counts) / pixels,
+            *logits.unbind(dim=1),
+            *((None, None) if probabilities is None else probabilities.unbind(dim=1)),
         )
     return found
 
@@ -156,42 +150,43 @@ def _left(
     return np.array([slide_score(scores[order[count:]]) for count in gone])
 
 
-def _hidden(ranks: Tensor, way: str) -> Callable[[Tensor, Tensor], Tensor]:
-    def hidden(rows: Tensor, counts: Tensor) -> Tensor:
-        top = ranks[rows] < counts[:, None, None]
-        return top if way == "deletion" else ~top
-
-    return hidden
-
-
-def _everything(rows: Tensor, images: Tensor) -> Tensor:
-    return torch.ones(len(rows), *images.shape[2:], dtype=torch.bool, device=images.device)
+def _without_all(subject: Subject, images: Tensor, replace: Replace) -> Tensor:
+    """Logits [P, K] of what is left where every pixel is replaced."""
+    found = []
+    for rows in torch.split(torch.arange(len(images), device=images.device), subject.batch_size):
+        every = torch.ones(len(rows), *images.shape[2:], dtype=torch.bool, device=images.device)
+        found.append(subject.program.answer(replace(rows, every)).detach())
+    return torch.cat(found)
 
 
-def _ends(counts: list[int], pixels: int, whole: Tensor, empty: Tensor, way: str) -> Tensor:
-    """Answers [P, Q, K] that are known: nothing hidden, and everything."""
-    answers = whole.new_full((len(whole), len(counts), whole.shape[1]), torch.nan)
-    none, every = (whole, empty) if way == "deletion" else (empty, whole)
+def _ends(counts: list[int], pixels: int, whole: Tensor, empty: Tensor) -> Tensor:
+    """Answers [P, 2, Q, K] of deletion and insertion that are known: nothing hidden, and everything."""
+    answers = whole.new_full((len(whole), 2, len(counts), whole.shape[1]), torch.nan)
     for i, count in enumerate(counts):
         if count in (0, pixels):
-            answers[:, i] = every if count else none
+            answers[:, 0, i], answers[:, 1, i] = (empty, whole) if count else (whole, empty)
     return answers
 
 
-def _answers(
-    subject: Subject,
-    images: Tensor,
-    replace: Replace,
-    hidden: Callable[[Tensor, Tensor], Tensor],
-    counts: list[int],
-) -> Tensor:
-    """Logits [P, Q, K] of every patch with `hidden(rows, counts)` replaced, for each of Q counts."""
-    rows = torch.arange(len(images), device=images.device).repeat_interleave(len(counts))
-    numbers = torch.tensor(counts, device=images.device).repeat(len(images))
+def _answers(subject: Subject, replace: Replace, ranks: Tensor, counts: list[int]) -> Tensor:
+    """Logits [P, 2, Q, K] with the top of `ranks` [P, H, W] replaced, and with all but the top, for Q counts.
+
+    Both ways of all patches fill the batches together, patch by patch, so that few of them are smaller.
+    """
+    patches = len(ranks)
+    rows = torch.arange(patches, device=ranks.device).repeat_interleave(2 * len(counts))
+    tops = torch.tensor(counts, device=ranks.device, dtype=ranks.dtype).repeat(2 * patches)
+    inserts = torch.tensor([False, True], device=ranks.device).repeat_interleave(len(counts)).repeat(patches)
     found = []
-    for some, many in zip(torch.split(rows, subject.batch_size), torch.split(numbers, subject.batch_size), strict=True):
-        found.append(subject.program.answer(replace(some, hidden(some, many))).detach())
-    return torch.cat(found).reshape(len(images), len(counts), -1)
+    for some, top, insert in zip(
+        *(torch.split(part, subject.batch_size) for part in (rows, tops, inserts)), strict=True
+    ):
+        hidden = torch.empty(len(some), *ranks.shape[1:], dtype=torch.bool, device=ranks.device)
+        for row, part in runs(some):
+            torch.lt(ranks[row], top[part, None, None], out=hidden[part])
+        hidden ^= insert[:, None, None]
+        found.append(subject.program.answer(replace(some, hidden)).detach())
+    return torch.cat(found).reshape(patches, 2, len(counts), -1)
 
 
 def _cpu(values: Tensor | None) -> Tensor | None:

@@ -77,13 +77,22 @@ def resembles(first: Maps, second: Maps, seed: int = 0) -> Numbers:
     By `spearman`, with its sign: the opposite map is another map. Of maps that have nothing to do with each other 5 %
     resemble where cells are independent, and more where they are smooth.
     """
+    found = stays_or_turns(first, second, seed)
+    return np.where(np.isnan(found), np.nan, (found > 0).astype(np.float64))
+
+
+def stays_or_turns(first: Maps, second: Maps, seed: int = 0) -> Numbers:
+    """1 where `second` resembles `first` (see `resembles`), -1 where its opposite does, else 0 [P]; NaN if constant."""
     a, b = _ranks(first), _ranks(second)
     observed = _correlation(a, b)
     random = np.random.default_rng(seed)
-    reached = np.zeros(len(a))
+    above, below = np.zeros((2, len(a)))
     for _ in range(PERMUTATIONS):
-        reached += _correlation(a, b[:, random.permutation(a.shape[1])]) >= observed - 1e-12
-    found = ((reached + 1) / (PERMUTATIONS + 1) <= 1 - LEVEL + 1e-12).astype(np.float64)
+        by_chance = _correlation(a, b[:, random.permutation(a.shape[1])])
+        above += by_chance >= observed - 1e-12
+        below += by_chance <= observed + 1e-12
+    stays, turns = ((reached + 1) / (PERMUTATIONS + 1) <= 1 - LEVEL + 1e-12 for reached in (above, below))
+    found = stays.astype(np.float64) - turns
     return np.where(is_constant(first) | is_constant(second), np.nan, found)
 
 

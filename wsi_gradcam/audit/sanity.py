@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wsi_gradcam.audit.likeness import LIKENESS, is_constant, resembles
+from wsi_gradcam.audit.likeness import LIKENESS, is_constant, resembles, stays_or_turns
 from wsi_gradcam.audit.subject import Aim, Subject, enlarge
 from wsi_gradcam.cam.tap import evaluating
 
 Order = Literal["top_down", "bottom_up", "independent"]
 ORDERS: tuple[Order, ...] = ("top_down", "bottom_up", "independent")
 STAGES = 8
-DRAWS = 24  # of all weights: one random network may look at the same things by chance
+DRAWS = 12  # pairs of networks with random weights: one may look at the same things by chance
 BINS = 100  # of a map's histogram, as in 2401.06465
 
 
@@ -70,7 +70,7 @@ def randomisation(
         seed: of the new weights and of the noise.
     """
     names = layers_in_order(subject.program.module, images[:1])
-    grid = (subject.program.layers[0].layout.height, subject.program.layers[0].layout.width)
+    grid = _grid(subject)
     before = _maps(subject, images, aim, method, grid, samples, seed)
     found, done = [], 0
     for group, module in _randomised(subject.program.module, names, order, stages, seed):
@@ -92,15 +92,41 @@ def randomisation(
 def staying_maps(
     subject: Subject, images: Tensor, aim: Aim, method: str = "gradcam", draws: int = DRAWS, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Which maps stay when all weights are random: 1 or 0 [draws, P], see `resembles`; NaN where a map is constant.
+    """Which maps stay when all weights are random, less those that turn into their opposite, [draws, P], -1 to 1.
 
-    A draw is a network, and the maps of one are alike: the unit of what follows from them is the draw.
+    A draw is a pair of random networks, equal but for the sign of the last layer, which is as probable. What a map owes
+    to the place of things in the picture stays in both; what follows the evidence stays in one and turns in the other,
+    and is 0 in their mean, however alike two random networks may be by chance. NaN where a map is constant.
+
+    The maps of a draw are alike: the unit of what follows from them is the draw.
     """
-    ends = [
-        randomisation(subject, images, aim, method, "independent", stages=1, seed=seed + 10_000 * draw)[-1]
-        for draw in range(draws)
-    ]
-    return np.stack([end.resembles for end in ends])
+    grid = _grid(subject)
+    before = _maps(subject, images, aim, method, grid, 1, seed)
+    found = []
+    for draw, other in enumerate(random_copies(subject, images, draws, seed)):
+        pair = []
+        for _ in range(2):
+            pair.append(stays_or_turns(before, _maps(other, images, aim, method, grid, 1, seed), _seed_of(seed, draw)))
+            _turn(other.program.module, layers_in_order(other.program.module, images[:1])[-1])
+        found.append(np.mean(pair, axis=0))
+    return np.stack(found)
+
+
+def random_copies(subject: Subject, images: Tensor, draws: int = DRAWS, seed: int = 0) -> Iterator[Subject]:
+    """The subject with all its weights random, `draws` times; the same whatever the `images`, which show the layers."""
+    module = subject.program.module
+    names = layers_in_order(module, images[:1])
+    for draw in range(draws):
+        for _, changed in _randomised(module, names, "independent", 1, _seed_of(seed, draw)):
+            yield subject.with_module(changed)
+
+
+@torch.no_grad()
+def _turn(module: nn.Module, name: str) -> None:
+    """The other sign for the weights of a layer, in place."""
+    for parameter in module.get_submodule(name).parameters(recurse=False):
+        if parameter.ndim > 1:
+            parameter.neg_()
 
 
 @torch.no_grad()
@@ -186,6 +212,15 @@ def _maps(
         noise = torch.randn(images.shape[1:], generator=generator).to(images)
         total += _at(subject.maps(images + deviation * noise, aim, method), grid)
     return total / np.float32(samples)
+
+
+def _seed_of(seed: int, draw: int) -> int:
+    return seed + 10_000 * draw
+
+
+def _grid(subject: Subject) -> tuple[int, int]:
+    layout = subject.program.layers[0].layout
+    return layout.height, layout.width
 
 
 def _at(maps: Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:

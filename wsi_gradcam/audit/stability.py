@@ -39,7 +39,8 @@ class Moves:
             prediction stays. NaN where it never stays, or where M(x) is 0.
         logit_change: [P] mean absolute change of the explained scalar.
         flips: [P] share of the repeats in which another class is predicted.
-        other_patch: [P] the same relative change, to the map of another patch: as far as a map can reasonably move.
+        other_patch: [P] the same relative change, to the map of the patch before it in the same call (of the first, the
+            last): as far as a map can reasonably move. NaN where there is one patch alone.
     """
 
     map_change: NDArray[np.float64]
@@ -80,6 +81,7 @@ def moves(
     changes, logits, flips = (torch.stack(part).double().cpu().numpy() for part in zip(*found, strict=True))
     largest = np.where(np.isnan(changes).all(axis=0), np.nan, np.fmax.reduce(changes, axis=0))
     others = relative_change(before, before.roll(1, dims=0)).double().cpu().numpy()
+    others = others if len(others) > 1 else np.full_like(others, np.nan)
     return Moves(largest, logits.mean(axis=0), flips.mean(axis=0), others)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from wsi_gradcam.audit.estimates import Comparison, Estimate, compare, holm
@@ -17,6 +18,7 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, compare, holm
 Outcome = Literal["holds", "fails", "unclear"]
 ALPHA = 0.05
 MOST = 0.5
+STAYING = 0.25  # of the maps: a quarter that ignores the model is too many; of chance none are left
 CHANCE = 0.5  # of the area under a ROC curve
 # A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
 ENOUGH = 34
@@ -70,22 +72,22 @@ def faithful(
     return Verdict(question, "unclear", words, found)
 
 
-def depends_on_weights(resembles: Estimate) -> Verdict:
-    """Whether the map follows what the model has learned: the share of patches whose map stays, with random weights.
+def depends_on_weights(staying: Estimate) -> Verdict:
+    """Whether the map follows what the model has learned: the share of the patches whose map stays with random weights.
 
-    A map stays where it is more alike than 95 % of its own cells' permutations are.
+    Less those whose map turns into its opposite, see `wsi_gradcam.audit.sanity.staying_maps`: 0 is chance.
     """
     question = "Does the map depend on what the model has learned?"
-    evidence = {"maps that stay": resembles}
-    if resembles.low > MOST:
-        words = (
-            f"With random weights {_percent(resembles.value)} of the maps stay: they show the picture, not the model."
-        )
+    evidence = {"maps that stay": staying}
+    share = _percent(max(0.0, staying.value))
+    if staying.low > STAYING:
+        words = f"With random weights {share} of the maps stay, more than chance: they show the picture, not the model."
         return Verdict(question, "fails", words, evidence)
-    if resembles.high < MOST:
-        words = f"With random weights most maps change; {_percent(resembles.value)} stay."
+    if staying.high < STAYING:
+        words = f"With random weights maps change; {share} stay, more than chance."
         return Verdict(question, "holds", words, evidence)
-    return Verdict(question, "unclear", "About half of the maps stay when weights are random.", evidence)
+    words = f"With random weights about {share} of the maps stay, more than chance."
+    return Verdict(question, "unclear", words, evidence)
 
 
 def free_of(suspect: str, drop: Comparison, flips: Comparison) -> Verdict:
@@ -153,6 +155,64 @@ def plausible(area: Estimate) -> Verdict:
         words = "What was annotated is lower on the map than what was not: the model looks elsewhere."
         return Verdict(question, "fails", words, evidence)
     return Verdict(question, "unclear", "The map meets the annotation no better than chance does.", evidence)
+
+
+def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
+    """Whether answers to these patches differ by more than those of random copies of the model do.
+
+    Args:
+        spread: `wsi_gradcam.audit.learning.answer_spread` of the model.
+        of_random: [draws] the same of its copies with random weights; 19 or more, or nothing can be told.
+    """
+    question = "Has the model learned what tells these patches apart?"
+    others = np.asarray(of_random, np.float64)
+    p = float((1 + (others >= spread).sum()) / (1 + len(others)))
+    middle = float(np.median(others)) if len(others) else float("nan")
+    evidence = {"spread of its answers": spread, "with random weights": middle, "p": p}
+    if 1 / (1 + len(others)) > ALPHA:
+        return Verdict(question, "unclear", f"{len(others)} random copies are too few to tell.", evidence)
+    if p <= ALPHA:
+        words = "Its answers differ from patch to patch more than those of its copies with random weights."
+        return Verdict(question, "holds", words, evidence)
+    words = "Its answers differ no more than those of copies with random weights: it is untrained, or for other patches."
+    return Verdict(question, "fails", words, evidence)
+
+
+def not_saturated(saturated: Estimate, silent: Estimate) -> Verdict:
+    """Whether gradients can see: the shares of the patches where the probability is saturated, and the logit silent.
+
+    Args:
+        saturated, silent: of the columns of `wsi_gradcam.audit.saturation.Saturation`.
+    """
+    question = "Can a gradient see what the model uses?"
+    evidence = {"saturated": saturated, "silent": silent}
+    if silent.low > MOST:
+        words = f"On {_percent(silent.value)} of the patches even the logit has no gradient: the map shows nothing."
+        return Verdict(question, "fails", words, evidence)
+    if saturated.low > MOST:
+        share = _percent(saturated.value)
+        words = f"On {share} of the patches the probability is saturated: only the logit can be explained by gradients."
+        return Verdict(question, "fails", words, evidence)
+    if saturated.high < MOST and silent.high < MOST:
+        words = f"The probability is saturated on {_percent(saturated.value)} of the patches."
+        return Verdict(question, "holds", words, evidence)
+    return Verdict(question, "unclear", "On about half of the patches the probability is saturated.", evidence)
+
+
+def quiet_on_glass(name: str, called: Estimate) -> Verdict:
+    """Whether bare glass is left alone: the share of patches of glass, with a scanner's grain, that are called `name`.
+
+    Args:
+        name: a class of tissue, such as "tumour".
+    """
+    question = f"Is bare glass not called {name}?"
+    evidence = {f"glass called {name}": called}
+    if called.low > MOST:
+        words = f"{_percent(called.value)} of patches of bare glass are called {name}: it is what is left by default."
+        return Verdict(question, "fails", words, evidence)
+    if called.high < MOST:
+        return Verdict(question, "holds", f"{_percent(called.value)} of patches of glass are called {name}.", evidence)
+    return Verdict(question, "unclear", f"About half of the patches of bare glass are called {name}.", evidence)
 
 
 def quadrant(is_faithful: Verdict, is_plausible: Verdict) -> str:
