@@ -7,7 +7,7 @@ marker) may lie on any; where there are markers, discs are pale, so that a marke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def untrained(seed: int = 0, deep: bool = False) -> PooledLinear:
     return PooledLinear(deep_features() if deep else features(), 12)
 
 
-@lru_cache(maxsize=16)
+@cache
 def trained(marked: str = "none", seed: int = 0, deep: bool = False, glass: int | None = None) -> PooledLinear:
     """The network trained to tell the classes, with markers as in `patches`: about a second.
 

@@ -18,8 +18,6 @@ from wsi_gradcam.audit.removal import (
 )
 from wsi_gradcam.audit.subject import enlarge
 
-# (y, x) offsets of a pixel's neighbours, and what they weigh in ROAD's imputation.
-NEIGHBOURS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -71,47 +69,6 @@ def test_blur_is_a_gaussian() -> None:
     torch.testing.assert_close(blurred(flat), flat)
 
 
-def imputed_by_hand(image: Tensor, hidden: Tensor) -> Tensor:
-    """Every hidden pixel becomes its neighbours' weighted mean, over and over until nothing moves."""
-    filled = image.double().clone()
-    filled[:, hidden] = 0
-    height, width = hidden.shape
-    for _ in range(3000):
-        largest = 0.0
-        for y, x in hidden.nonzero().tolist():
-            near = [
-                (w, filled[:, y + dy, x + dx])
-                for (dy, dx), w in NEIGHBOURS.items()
-                if 0 <= y + dy < height and 0 <= x + dx < width
-            ]
-            new = sum(w * v for w, v in near) / sum(w for w, _ in near)
-            largest = max(largest, float((new - filled[:, y, x]).abs().max()))
-            filled[:, y, x] = new
-        if largest < 1e-10:
-            break
-    return filled
-
-
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
-def test_imputation_solves_its_equations(share: float) -> None:
-    image = noise(1, 3, 6, 7)
-    hidden = torch.rand(6, 7, generator=torch.Generator().manual_seed(1)) < share
-    hidden[0, 0], hidden[3, 3] = True, False
-    found = replace_by_neighbours(image)(torch.tensor([0]), hidden[None])[0]
-    torch.testing.assert_close(found.double(), imputed_by_hand(image[0], hidden), rtol=0, atol=1e-6)
-    assert torch.equal(found[:, ~hidden], image[0][:, ~hidden])
-
-
-@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
-def test_imputation_is_that_of_pytorch_grad_cam() -> None:
-    road = pytest.importorskip("pytorch_grad_cam.metrics.road", reason="pytorch-grad-cam is an extra")
-    image, hidden = noise(3, 20, 17), noise(20, 17, seed=3) > -0.5
-    hidden[5, 5] = False
-    expected = road.NoisyLinearImputer(noise=0)(image, (~hidden).float())
-    found = replace_by_neighbours(image[None])(torch.tensor([0]), hidden[None])[0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
 def test_imputation_commutes_with_normalisation_and_noise_is_as_told() -> None:
     image, hidden = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(1)), noise(1, 40, 40, seed=2) > 0
     std = torch.tensor([0.2, 0.3, 0.5])[:, None, None]
@@ -122,12 +79,6 @@ def test_imputation_commutes_with_normalisation_and_noise_is_as_told() -> None:
     spread = (noisy - plain)[0, :, hidden[0]].std(dim=1)
     torch.testing.assert_close(spread, 0.01 / std[:, 0, 0], rtol=0.1, atol=0)
     assert torch.equal((noisy - plain)[0, :, ~hidden[0]], torch.zeros(3, int((~hidden).sum())))
-
-
-def test_nothing_to_impute_from_gives_the_mean_colour() -> None:
-    image = noise(1, 3, 5, 5)
-    found = replace_by_neighbours(image)(torch.tensor([0]), torch.ones(1, 5, 5, dtype=torch.bool))
-    torch.testing.assert_close(found, mean_colour(image).expand_as(image))
 
 
 def test_controls_know_the_picture_at_most() -> None:
