@@ -215,8 +215,8 @@ def hidden(network: Callable[[int], nn.Module]) -> Callable[[int], Outcome]:
 def on_glass(label: int) -> Callable[[int], Outcome]:
     def judge(seed: int) -> Outcome:
         subject = subject_of(trained(seed=seed, glass=label))
-        called = subject.answers(subject.images(glass_of_scanners(24, seed))).argmax(dim=1) == TUMOUR.index
-        return quiet_on_glass("tumour", estimate(called.numpy(), range(24), seed=seed)).outcome
+        called = subject.answers(subject.images(glass_of_scanners(24, seed))).argmax(dim=1).numpy()
+        return quiet_on_glass("tumour", estimate(called == 1, range(24), seed=seed)).outcome
 
     return judge
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from wsi_gradcam.audit.removal import (
     replace_by_neighbours,
 )
 from wsi_gradcam.audit.subject import enlarge
-
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -145,8 +145,8 @@ def test_maps_that_stay_are_told_by_pairs_of_random_networks(trained_deep: dict[
             signs = []
             for _ in range(2):
                 after = subject.with_module(network).maps(images, aim, method)
-                pair = (enlarge(maps, (8, 8)).numpy() for maps in (before, after))
-                signs.append(stays_or_turns(*pair, seed=7 + 10_000 * draw))
+                first, second = (enlarge(maps, (8, 8)).numpy() for maps in (before, after))
+                signs.append(stays_or_turns(first, second, 7 + 10_000 * draw))
                 network.fc.weight.data *= -1  # type: ignore[operator, union-attr]
             np.testing.assert_array_equal(stays, np.mean(signs, axis=0))
 

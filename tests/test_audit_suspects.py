@@ -31,7 +31,10 @@ def tiles(shared_data: Path, folder: str, pattern: str, every: int = 1) -> Rgb:
 @pytest.fixture(scope="module")
 def tissue(shared_data: Path) -> Rgb:
     return np.concatenate(
-        [tiles(shared_data, "osteosarcoma_tcia", "*.*g", 6)[::2], tiles(shared_data, "ocdc_tumour_masks/images", "*.jpg")]
+        [
+            tiles(shared_data, "osteosarcoma_tcia", "*.*g", 6)[::2],
+            tiles(shared_data, "ocdc_tumour_masks/images", "*.jpg"),
+        ]
     )
 
 

@@ -31,7 +31,7 @@ SMALLEST_WINDOW_PX = 24
 # Gaussian of 3 px 9 in 10 are, of 2 px about half. Nearly flat windows tell nothing, and count as sharp.
 BLURRED = 0.45
 BORDER_SHARE = 1 / 14  # of the side: half a cell of 7 x 7
-SMALLEST_PEN_PX = 4
+SMALLEST_PEN_PX, PEN_EDGE_PX = 4, 2  # of 8 um: farther from the stroke, tissue beside it would be taken for its edge
 
 
 def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)) -> dict[str, Masks]:
@@ -43,7 +43,7 @@ def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)
     """
     size, side = (rgb.shape[1], rgb.shape[2]), max(1, round(MASK_MPP / mpp))
     coarse = block_means(rgb, side)
-    pen = np.stack([pen_of(patch, SMALLEST_PEN_PX) for patch in coarse])
+    pen = np.stack([pen_of(patch, SMALLEST_PEN_PX, PEN_EDGE_PX) for patch in coarse])
     bare = glass_of(coarse, glass)
     large = partial(spread_out, side=side, size=size)
     return {

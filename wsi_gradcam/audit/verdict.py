@@ -174,7 +174,9 @@ def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
     if p <= ALPHA:
         words = "Its answers differ from patch to patch more than those of its copies with random weights."
         return Verdict(question, "holds", words, evidence)
-    words = "Its answers differ no more than those of copies with random weights: it is untrained, or for other patches."
+    words = (
+        "Its answers differ no more than those of copies with random weights: it is untrained, or for other patches."
+    )
     return Verdict(question, "fails", words, evidence)
 
 
