@@ -150,10 +150,10 @@ def model_free(make: Maps) -> Callable[[int], Outcome]:
     return judge
 
 
-def learned(network: Callable[[int], nn.Module]) -> Callable[[int], Outcome]:
+def learned(network: Callable[[int], nn.Module], marked: str = "none") -> Callable[[int], Outcome]:
     def judge(seed: int) -> Outcome:
         subject = subject_of(network(seed))
-        images = subject.images(patches(40, seed).rgb)
+        images = subject.images(patches(40, seed, marked).rgb)
         others = answer_spread(random_answers(subject, images, seed=1_000_000 * seed))
         return has_learned(float(answer_spread(subject.answers(images))), others.numpy()).outcome
 
@@ -250,7 +250,7 @@ TRUTHS = (
     Truth("edge map", "depends_on_weights", FIRES, model_free(edges)),
     Truth("map in the shape of the annotation", "depends_on_weights", FIRES, model_free(annotation)),
     Truth("trained model", "has_learned", HOLDS, learned(honest)),
-    Truth("model trained on pen", "has_learned", HOLDS, learned(lambda seed: trained("tumour", seed))),
+    Truth("model trained on pen", "has_learned", HOLDS, learned(lambda seed: trained("tumour", seed), "tumour")),
     Truth("untrained model", "has_learned", FIRES, learned(untrained)),
     Truth("untrained deep model", "has_learned", FIRES, learned(lambda seed: untrained(seed, deep=True))),
     Truth("straight on", "promises_kept", HOLDS, steps("straight")),
