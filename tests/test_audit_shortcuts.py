@@ -58,8 +58,7 @@ def test_controls_are_whole_where_they_can_be() -> None:
     masks[0, 2:9, 20:30] = True
     masks[1] = border((20, 30), 2)
     for mask in moved_masks(masks, 20)[:, 0]:
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        assert (np.ptp(rows), np.ptp(columns)) == (6, 9)
+        assert [int(np.ptp(places)) for places in np.nonzero(mask)] == [6, 9]
     round_it = moved_masks(masks, 20)[:, 1]
     assert (round_it.sum(axis=(1, 2)) == masks[1].sum()).all()
     assert ((round_it & masks[1]).sum(axis=(1, 2)) < masks[1].sum() / 2).all()

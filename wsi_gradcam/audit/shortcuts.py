@@ -90,18 +90,17 @@ def _moved(mask: Masks, places: Numbers) -> Masks:
     """A mask [H, W] at that of `places` [n, 2], 0 to 1 along what is free, where it overlaps least with itself."""
     if not mask.any():
         return mask
-    ways = np.stack([_ways(mask.any(axis=1), places[:, 0]), _ways(mask.any(axis=0), places[:, 1])], axis=1)
+    ways = np.stack([_ways(np.nonzero(mask)[i], mask.shape[i], places[:, i]) for i in (0, 1)], axis=1)
     moved = [np.roll(mask, way, axis=(0, 1)) for way in ways.tolist()]
     return min(moved, key=lambda other: int((other & mask).sum()))
 
 
-def _ways(inside: NDArray[np.bool_], places: Numbers) -> NDArray[np.int64]:
-    """How far to move along an axis on which the mask is `inside` [n]."""
-    first, last = np.flatnonzero(inside)[[0, -1]].tolist()
-    length, size = last + 1 - first, len(inside)
-    if 2 * length > size:
-        return (places * size).astype(np.int64)
-    return (places * (size - length + 1)).astype(np.int64) - first
+def _ways(inside: NDArray[np.int64], size: int, places: Numbers) -> NDArray[np.int64]:
+    """How far to move along an axis of `size` pixels, of which the mask is on those `inside`."""
+    first = int(inside.min())
+    length = int(inside.max()) + 1 - first
+    ways = places * size if 2 * length > size else np.floor(places * (size - length + 1)) - first
+    return np.asarray(ways, np.int64)
 
 
 def mass_on(maps: NDArray[np.float32], masks: Masks) -> tuple[Numbers, Numbers]:
