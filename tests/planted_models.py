@@ -94,13 +94,13 @@ def blinkered(seed: int = 0) -> PooledLinear:
     return network
 
 
-def with_margin(images: Tensor, margin: float, seed: int = 0) -> PooledLinear:
-    """A trained network whose last layer is scaled: its logits for `images` differ by `margin`, in the median."""
+def with_margin(images: Tensor, margin: float, share: float, seed: int = 0) -> PooledLinear:
+    """A trained network, its last layer scaled: the logits of a `share` of the images are less than `margin` apart."""
     honest = trained(seed=seed)
     network = PooledLinear(honest.features, 12)
     with torch.no_grad():
         logits = honest(images)
-        factor = margin / float((logits[:, 1] - logits[:, 0]).abs().median())
+        factor = margin / float((logits[:, 1] - logits[:, 0]).abs().quantile(share))
         network.fc.weight.copy_(honest.fc.weight * factor)
         network.fc.bias.copy_(honest.fc.bias * factor)
     return network

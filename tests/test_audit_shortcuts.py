@@ -53,6 +53,18 @@ def test_controls_have_the_masks_area_and_keep_away_from_it() -> None:
     assert np.array_equal(alone, moved[:, 3:4])
 
 
+def test_controls_are_whole_where_they_can_be() -> None:
+    masks = np.zeros((3, 20, 30), bool)
+    masks[0, 2:9, 20:30] = True
+    masks[1] = border((20, 30), 2)
+    for mask in moved_masks(masks, 20)[:, 0]:
+        assert [int(np.ptp(places)) for places in np.nonzero(mask)] == [6, 9]
+    round_it = moved_masks(masks, 20)[:, 1]
+    assert (round_it.sum(axis=(1, 2)) == masks[1].sum()).all()
+    assert ((round_it & masks[1]).sum(axis=(1, 2)) < masks[1].sum() / 2).all()
+    assert not moved_masks(masks, 2)[:, 2].any()
+
+
 def test_mass_is_counted_by_the_part_of_a_cell() -> None:
     maps = np.array([[[1.0, 3.0], [-5.0, 0.0]]], np.float32)
     mask = np.zeros((1, 4, 4), bool)

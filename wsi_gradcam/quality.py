@@ -50,8 +50,8 @@ def pen_of(rgb: NDArray[np.uint8], smallest_px: int = 1, edge_px: int = EDGE_PX)
     """Where there is ink of a pen (blue, green, red, black), bool [h, w], from RGB uint8 [h, w, 3].
 
     Ink is seen where at least `smallest_px` pixels together have a colour that no stain of H&E or of
-    immunohistochemistry has, and is followed from there to its pale edges, `edge_px` far at most. Meant for a picture at about 8 um per
-    pixel, where a stroke is tens of pixels wide and a nucleus is one.
+    immunohistochemistry has, and is followed from there to its pale edges, `edge_px` far at most. Meant for a picture
+    at about 8 um per pixel, where a stroke is tens of pixels wide and a nucleus is one.
 
     Special stains that are themselves green or blue (trichrome, Alcian blue, Luxol fast blue) pass for ink.
     """

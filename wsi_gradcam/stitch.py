@@ -94,18 +94,23 @@ class Blender:
         return np.divide(self._sum, self._weight, out=np.zeros_like(self._sum), where=covered), covered
 
     def _add(self, yx: NDArray[np.int64], cams: NDArray[np.float32]) -> None:
-        for place, value, weight in self.laid(yx, cams):
-            self._sum[place] += value * weight
+        for place, value, weight in self.laid(yx, cams, weighted=True):
+            self._sum[place] += value
             self._weight[place] += weight
 
     def laid(
-        self, yx: NDArray[np.int64], cams: NDArray[np.float32]
+        self, yx: NDArray[np.int64], cams: NDArray[np.float32], weighted: bool = False
     ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]]]:
-        """(where in the block, enlarged CAM there, its weight there) of each patch that meets the block, in order."""
+        """(where in the block, enlarged CAM there, its weight there) of each patch that meets the block, in order.
+
+        With `weighted`, the CAM times its weight.
+        """
         rows, row_weight = self._enlarger.axis(0, yx[:, 0])
         columns, column_weight = self._enlarger.axis(1, yx[:, 1])
         values = rows @ cams @ columns.transpose(0, 2, 1)
         weights = row_weight[:, :, None] * column_weight[:, None, :]
+        if weighted:
+            values *= weights
         tops = self._enlarger.first(yx[:, 0]) - self._block.y
         lefts = self._enlarger.first(yx[:, 1]) - self._block.x
         height, width = values.shape[1:]

@@ -17,6 +17,7 @@ from wsi_gradcam.audit.removal import Replace
 from wsi_gradcam.audit.subject import Aim, Subject
 
 CONTROLS = 8
+PLACES = 8  # tried for each
 GLASS_GRAIN = 2.0  # grey levels of noise on pure glass
 
 Masks = NDArray[np.bool_]
@@ -56,8 +57,7 @@ def masking(
 ) -> Masking:
     """What hiding `masks` bool [P, H, W] does to images [P, 3, H, W], against equal areas elsewhere.
 
-    The control of a mask is the mask itself, moved round to where it overlaps least with itself: of the same area, and
-    of the same shape but where the border cuts it.
+    The control of a mask is the mask itself, elsewhere in the patch: of the same area and shape, see `moved_masks`.
 
     Args:
         replace: what is put in place of hidden pixels, see `wsi_gradcam.audit.removal`.
@@ -75,19 +75,32 @@ def masking(
 
 
 def moved_masks(masks: Masks, controls: int, seed: int = 0) -> Masks:
-    """Masks [C, P, H, W] moved round the patch; of several random ways for each, the one that overlaps least.
+    """Masks [C, P, H, W] moved within the patch; of several random places, where each overlaps least with itself.
 
-    The same ways for all patches, so that batches change nothing.
+    Cut by the border and wound round it, a mask would hide less of the middle than the whole one does. Only
+    where it is longer than half of the patch does it go round, as else it could hardly move. What is drawn is the same
+    for all patches, so that batches change nothing.
     """
-    height, width = masks.shape[1:]
-    random = np.random.default_rng(seed)
-    found = []
-    for _ in range(controls):
-        ways = np.stack([random.integers(0, height, 8), random.integers(0, width, 8)], axis=1)
-        moved = np.stack([np.roll(masks, way, axis=(1, 2)) for way in ways.tolist()])
-        best = (moved & masks).sum(axis=(2, 3)).argmin(axis=0)
-        found.append(moved[best, np.arange(len(masks))])
-    return np.stack(found)
+    places = np.random.default_rng(seed).random((controls, PLACES, 2))
+    moved: Masks = np.array([[_moved(mask, some) for mask in masks] for some in places])
+    return moved
+
+
+def _moved(mask: Masks, places: Numbers) -> Masks:
+    """A mask [H, W] at that of `places` [n, 2], 0 to 1 along what is free, where it overlaps least with itself."""
+    if not mask.any():
+        return mask
+    ways = np.stack([_ways(np.nonzero(mask)[i], mask.shape[i], places[:, i]) for i in (0, 1)], axis=1)
+    moved = [np.roll(mask, way, axis=(0, 1)) for way in ways.tolist()]
+    return min(moved, key=lambda other: int((other & mask).sum()))
+
+
+def _ways(inside: NDArray[np.int64], size: int, places: Numbers) -> NDArray[np.int64]:
+    """How far to move along an axis of `size` pixels, of which the mask is on those `inside`."""
+    first = int(inside.min())
+    length = int(inside.max()) + 1 - first
+    ways = places * size if 2 * length > size else np.floor(places * (size - length + 1)) - first
+    return np.asarray(ways, np.int64)
 
 
 def mass_on(maps: NDArray[np.float32], masks: Masks) -> tuple[Numbers, Numbers]:
