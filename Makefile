@@ -5,7 +5,7 @@ SLIDE ?=
 OUT ?= demo-output
 JOBS ?= 2
 
-.PHONY: help venv demo test test-s3 check format proofs clean
+.PHONY: help venv browser demo test test-s3 check format proofs clean
 
 help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
@@ -17,17 +17,34 @@ help:
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt hatch_build.py
+	@command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; } || \
+		echo "npm is missing: wsi-gradcam view will lack its page"
 	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Tests of the viewer's page need Debian's Chromium; elsewhere install it by hand.
+browser:
+	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || \
+		echo "chromium is missing: the page's tests are skipped"
+
+# napari brings plugins of pytest and other versions: its environment lies beside, for two tests, and sees the rest of
+# what it needs in .venv.
+PURELIB := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+.venv-napari/installed: constraints-napari.txt | venv
+	$(PYTHON) -m venv .venv-napari
+	.venv-napari/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-napari.txt \
+		'napari[pyqt6]' napari-ome-zarr
+	$(BIN)/$(PURELIB) > "$$(.venv-napari/bin/$(PURELIB))/beside.pth"
 	@touch $@
 
 demo: venv
 	$(BIN)/wsi-gradcam demo $(SLIDE) --out $(OUT)
 
-test: venv
+test: venv browser .venv-napari/installed
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
 S3_SUITES := tests/test_end_to_end.py tests/test_end_to_end_damage.py tests/test_executors.py tests/test_executors_flow.py \
   tests/test_masked_run.py tests/test_stain_runs.py tests/test_remote_runs.py tests/test_resume.py tests/test_validation.py \
@@ -55,4 +72,4 @@ proofs: venv
 	$(BIN)/python -m tests.chaos --kills 30 --store s3
 
 clean:
-	rm -rf .venv demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-napari demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,19 +4,21 @@
 |---|---|
 | `dask_over_serial` | seconds a patch with one Dask worker over those of the serial executor, the same threads |
 | `speedup_2_workers` | patches/s of two workers with one torch thread each over those of one |
-| `busy_N_workers` | share of N simulated GPUs' time in which they explain, from the run's begin to the last span |
+| `busy_N_workers` | share of N simulated workers' time in tasks that explain, from the run's begin to the last span |
+| `gpu_N_workers` | the same without what a GPU waits for there: an order's first patches, and writing |
 | `first_patch_100000_over_100` | seconds from `explain(...)` to the first explained span, 100,000 slides over 100 |
 | `client_memory_100000_over_100` | the client's resident memory then, without what the list of slides itself takes |
 
 The first two: real slides, ResNet-18 in eager float32, sides taking turns, medians; from the moment when a tenth of
 the patches is done to the end of the run, so that starting processes and loading the model do not count.
 
-The simulation: a scheduler as a process, the real executor, plugin, orders and answers; real Dask workers with GPU=1,
-many in a process, whose tasks sleep (`simulated.py` says how long, and from where). A slide has 1,000 patches; GPUs
-explain 1,000 patches/s; 8 workers get 250 slides, 64 get 2,000, 256 get 8,000: half a minute of work for each. Time
-is slowed down by the factor `slowness`, so that two cores can be all those machines: sleeps and the sizes of orders
-are multiplied by it. `scheduler_load` and `client_load` are their CPU seconds over the time that the run would take
-without it: below 1 they keep up in real time.
+The simulation: a scheduler as a process, the real executor, plugin, orders and answers; real Dask workers with GPU=1
+and four threads, many in a process, whose tasks sleep. A slide has 1,000 patches; GPUs explain 1,000 patches/s, which
+is assumed; what all else takes is measured before, on a slide of 1 gigapixel with 5 % tissue, which is as many patches.
+8 workers get 250 slides, 64 get 2,000, 256 get 8,000: half a minute of work for each. Time is slowed down by the factor
+`slowness`, so that two cores can be all those machines: sleeps and the sizes of orders are multiplied by it.
+`scheduler_load` and `client_load` are their CPU seconds over the time that the run would take without it: below 1
+they keep up in real time.
 
     python benchmarks/scale.py [--only overhead,speedup,simulation,planning] [--rounds 3] [--quick] [--json]
 """
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -41,7 +44,7 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.simulated import PATCHES, RATE, SECONDS, SPAN, report
+from benchmarks.simulated import FIRST_BATCH, PATCHES, RATE, SPAN, WRITING, report
 from wsi_gradcam.config import make_settings
 from wsi_gradcam.executors.dask import DaskExecutor, flow
 from wsi_gradcam.executors.serial import SerialExecutor
@@ -69,13 +72,14 @@ class Scale:
     rounds: int
     side_px: int
     slides: int
+    slide_px: int
     simulations: tuple[tuple[int, float], ...]
     slides_a_worker: float
     counts: tuple[int, ...]
 
 
-FULL = Scale(3, 6144, 3, SIMULATIONS, SLIDES_A_WORKER, COUNTS)
-QUICK = Scale(1, 900, 2, ((4, 1.0),), 3, (10, 300))
+FULL = Scale(3, 6144, 3, 31_623, SIMULATIONS, SLIDES_A_WORKER, COUNTS)
+QUICK = Scale(1, 900, 2, 1500, ((4, 1.0),), 3, (10, 300))
 
 
 def spec(name: str = "resnet18") -> ModelSpec:
@@ -211,7 +215,36 @@ class Peak:
                 return
 
 
-def simulate(folder: Path, workers: int, slowness: float, slides: int) -> dict[str, float]:
+def costs_of(folder: Path, side_px: int) -> dict[str, Any]:
+    """The tasks of a slide with about PATCHES patches: mean seconds on this machine, the model apart, and blocks."""
+    from tests.synthetic import write_gigapixel_slide
+
+    slide = folder / "slide.tiff"
+    tissue = min(1.0, PATCHES * 224**2 / side_px**2)
+    write_gigapixel_slide(slide, side_px, side_px, mpp=MPP, tissue_fraction=tissue)
+    settings = make_settings(engine="eager", precision="float32", span_patches=SPAN)
+    executor, slides = SerialExecutor(), find_slides([slide])
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    blocks: list[int] = []
+
+    def observe(task: Task, performed: Performed) -> None:
+        if task.stage == "plan":
+            blocks.extend(len(level) for level in performed.result.blocks)
+        if task.stage != "explain":
+            seconds[task.stage].append(performed.seconds)
+            return
+        ended = performed.result
+        seconds[WRITING].append(performed.seconds - ended.model_s - ended.waited_s)
+        if task.index == (0,):
+            seconds[FIRST_BATCH].append(ended.waited_s)
+
+    plan = plan_run(folder / "out", spec(), executor.examine(spec(), settings, slides), settings)
+    assert [record.status for record in executor.run(plan, slides, False, observe)] == ["ok"]
+    return {"seconds": {name: statistics.fmean(values) for name, values in seconds.items()}, "blocks": blocks}
+
+
+def simulate(folder: Path, workers: int, slowness: float, slides: int, costs: dict[str, Any]) -> dict[str, float]:
     """Figures of a run on simulated workers."""
     file = folder / "scheduler.json"
     with ExitStack() as stack:
@@ -238,7 +271,15 @@ def simulate(folder: Path, workers: int, slowness: float, slides: int) -> dict[s
         address = json.loads(file.read_text())["address"]
         for start in range(0, workers, WORKERS_A_PROCESS):
             count = min(WORKERS_A_PROCESS, workers - start)
-            arguments = ("-m", "benchmarks.simulated", address, str(count), str(THREADS), str(slowness))
+            arguments = (
+                "-m",
+                "benchmarks.simulated",
+                address,
+                str(count),
+                str(THREADS),
+                str(slowness),
+                json.dumps(costs),
+            )
             stack.enter_context(process(*arguments))
         executor = stack.enter_context(closing(DaskExecutor(scheduler=address, device="cuda", wait_s=300)))
         while len(executor.workers().addresses) < workers:
@@ -249,8 +290,8 @@ def simulate(folder: Path, workers: int, slowness: float, slides: int) -> dict[s
 def _run_simulated(
     executor: DaskExecutor, boss: psutil.Process, folder: Path, slowness: float, slides: int, workers: int
 ) -> dict[str, float]:
-    run = RunPlan(folder / "out", None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
-    entries = (SlideEntry(f"site/{i:06d}.svs", f"/archive/site/{i:06d}.svs") for i in range(slides))
+    run = RunPlan(LocalPlace(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
+    entries = [SlideEntry(f"site/{i:06d}.svs", f"/archive/site/{i:06d}.svs") for i in range(slides)]
     client, before = psutil.Process(), (_cpu_s(boss), _cpu_s(psutil.Process()))
     with Peak(boss) as peak, slowed(slowness):
         started = time.time()
@@ -259,11 +300,12 @@ def _run_simulated(
     told = list({each["pid"]: each for each in executor._client.run(report).values()}.values())
     assert sum(each["patches"] for each in told) == slides * PATCHES
     first, last = min(each["first"] for each in told), max(each["last"] for each in told)
-    explaining_s = sum(each["spent_s"]["explain"] for each in told)
+    within_s = sum(each["within_s"] for each in told)
+    model_s = slowness * sum(each["spent_s"]["explain"] for each in told)
     real_s = (last - started) / slowness
     return {
-        "busy": explaining_s / (workers * (last - started)),
-        "busy_after_first_span_began": explaining_s / (workers * (last - first)),
+        "busy": within_s / (workers * (last - started)), "gpu": model_s / (workers * (last - started)),
+        "busy_after_first_span_began": within_s / (workers * (last - first)),
         "first_span_s": (first - started) / slowness, "real_s": real_s, "slowness": slowness, "slides": slides,
         "scheduler_mib": peak.mib, "scheduler_load": (_cpu_s(boss) - before[0]) / real_s,
         "client_load": (_cpu_s(client) - before[1]) / real_s,
@@ -288,13 +330,15 @@ def _cpu_s(watched: psutil.Process) -> float:
 
 def simulation(folder: Path, scale: Scale, found: dict[str, Any]) -> None:
     """Clusters of several sizes."""
-    found["simulation"] = {"patches_per_s": RATE, "span": SPAN, "patches_a_slide": PATCHES, "seconds": SECONDS}
+    folder.mkdir(parents=True)
+    costs = costs_of(folder, scale.slide_px)
+    found["simulation"] = {"patches_per_s": RATE, "span": SPAN, "patches_a_slide": PATCHES, "threads": THREADS, **costs}
     for workers, slowness in scale.simulations:
         place = folder / str(workers)
-        place.mkdir(parents=True)
-        figures = simulate(place, workers, slowness, round(workers * scale.slides_a_worker))
+        place.mkdir()
+        figures = simulate(place, workers, slowness, round(workers * scale.slides_a_worker), costs)
         found["simulation"][f"{workers}_workers"] = figures
-        found["ratios"][f"busy_{workers}_workers"] = figures["busy"]
+        found["ratios"] |= {f"{name}_{workers}_workers": figures[name] for name in ("busy", "gpu")}
 
 
 FIRST_PATCH = """

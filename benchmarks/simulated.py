@@ -1,15 +1,19 @@
-"""Workers whose tasks are sleeps, many in one process: `python -m benchmarks.simulated ADDRESS COUNT THREADS SLOWNESS`.
+"""Workers whose tasks are sleeps, many in a process: `python -m benchmarks.simulated ADDRESS COUNT THREADS SLOWNESS S`.
 
-They are real Dask workers with the run's real plugin; only `perform` is replaced. For `scale.py`.
+They are real Dask workers with the run's real plugin; only `perform` is replaced. For `scale.py`, which measures S
+(JSON): seconds of the stages, what a span takes beside the model, and how many blocks a slide has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -19,11 +23,9 @@ from wsi_gradcam.executors.dask import plugin
 from wsi_gradcam.stages import Explained, Pending, Performed, Task
 
 PATCHES, SPAN = 1000, 256  # of a slide
-BLOCKS = (12, 4, 1, 1, 1, 1, 1)  # by level: 100,000 x 80,000 px at the default stride
-# Patches/s of a GPU: ResNet-50 at 224 px runs forward at 1,000 to 2,500 (T4 to A100, half precision, published
-# figures); explaining the last layer costs a tenth more. The seconds of other stages are assumed, not measured.
-RATE = 1000.0
-SECONDS = {"plan": 0.5, "stitch": 0.1, "coarsen": 0.04, "finish": 0.4}
+RATE = 1000.0  # patches/s of a GPU, as of ResNet-50 at 224 px in half precision; assumed, no GPU was at hand
+# Seconds beside the stages': to read the first batch of an order, while which the GPU waits, and to write a span.
+FIRST_BATCH, WRITING = "first batch", "writing"
 # What belongs to a worker of its own machine is not to slow down its neighbours here.
 QUIET = {
     "distributed.worker.profile.enabled": False,
@@ -38,38 +40,57 @@ class Clock:
 
     def __init__(self, slowness: float) -> None:
         self.slowness = slowness
+        self.seconds: dict[str, float] = {}
+        self.blocks: list[int] = []  # of a slide, by level
         self.spent_s: defaultdict[str, float] = defaultdict(float)
         self.patches = 0
+        self.within_s = 0.0  # in tasks that explain
         self.first, self.last = float("inf"), 0.0
+        self._lock = threading.Lock()
+        self._next = threading.local()  # what this thread reads meanwhile
 
     def perform(self, context: Any, task: Task, then: Task | None = None) -> Performed:
         """In place of `stages.perform`."""
         start = time.time()
         patches = min(SPAN, PATCHES - SPAN * task.index[0]) if task.stage == "explain" else 0
-        time.sleep(self.slowness * (SECONDS[task.stage] if task.stage != "explain" else patches / RATE))
+        for name, seconds in self._parts(task, patches):
+            time.sleep(self.slowness * seconds)
+            with self._lock:
+                self.spent_s[name] += seconds
+        self._next.task = then
         end = time.time()
-        self.spent_s[task.stage] += end - start
         if task.stage == "explain":
-            self.patches += patches
-            self.first, self.last = min(self.first, start), max(self.last, end)
-        return Performed(result_of(task, patches), end - start, str(os.getpid()))
+            with self._lock:
+                self.patches += patches
+                self.within_s += end - start
+                self.first, self.last = min(self.first, start), max(self.last, end)
+        return Performed(self._result_of(task, patches), end - start, str(os.getpid()))
+
+    def _parts(self, task: Task, patches: int) -> Iterator[tuple[str, float]]:
+        """What is done one after the other, and its seconds."""
+        if task.stage != "explain":
+            yield task.stage, self.seconds[task.stage]
+            return
+        if getattr(self._next, "task", None) != task:
+            yield FIRST_BATCH, self.seconds[FIRST_BATCH]
+        yield task.stage, patches / RATE
+        yield WRITING, self.seconds[WRITING]
+
+    def _result_of(self, task: Task, patches: int) -> Any:
+        """What the stage would return."""
+        if task.stage == "plan":
+            spans = list(range(-(-PATCHES // SPAN)))
+            return Pending(PATCHES, PATCHES, spans, [list(range(count)) for count in self.blocks], None)
+        if task.stage == "finish":
+            return {"status": "ok", "patches": PATCHES, "unreadable": 0, "cause": ""}
+        return Explained(patches)
 
     def report(self) -> dict[str, Any]:
         """For the one who asks, once a process."""
         return {
-            "pid": os.getpid(), "spent_s": dict(self.spent_s), "patches": self.patches, "first": self.first,
-            "last": self.last,
+            "pid": os.getpid(), "spent_s": dict(self.spent_s), "within_s": self.within_s, "patches": self.patches,
+            "first": self.first, "last": self.last,
         }  # fmt: skip
-
-
-def result_of(task: Task, patches: int) -> Any:
-    """What the stage would return."""
-    if task.stage == "plan":
-        spans = list(range(-(-PATCHES // SPAN)))
-        return Pending(PATCHES, PATCHES, spans, [list(range(count)) for count in BLOCKS], None)
-    if task.stage == "finish":
-        return {"status": "ok", "patches": PATCHES, "unreadable": 0, "cause": ""}
-    return Explained(patches)
 
 
 def report() -> dict[str, Any]:
@@ -80,7 +101,14 @@ def report() -> dict[str, Any]:
 async def work(address: str, count: int, threads: int) -> None:
     """Workers of a GPU each, until the scheduler ends them."""
     workers = [
-        Worker(address, nthreads=threads, resources={"GPU": 1}, memory_limit=0, dashboard=False, silence_logs=50)
+        Worker(
+            address,
+            nthreads=threads,
+            resources={"GPU": 1, "CPU": threads - 1},
+            memory_limit=0,
+            dashboard=False,
+            silence_logs=50,
+        )
         for _ in range(count)
     ]
     for start in range(0, count, 16):
@@ -93,7 +121,9 @@ CLOCK = Clock(1.0)
 if __name__ == "__main__":
     from benchmarks import simulated  # by the name that tasks know it by
 
+    costs = json.loads(sys.argv[5])
     simulated.CLOCK.slowness = float(sys.argv[4])
+    simulated.CLOCK.seconds, simulated.CLOCK.blocks = costs["seconds"], costs["blocks"]
     changes: dict[str, Any] = {
         "perform": simulated.CLOCK.perform, "check_device": lambda *_: None,
     }  # fmt: skip

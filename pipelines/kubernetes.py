@@ -43,7 +43,10 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 
 
 def cluster(given: argparse.Namespace) -> dict[str, Any]:
-    """The DaskCluster, of which the operator makes pods. Two threads a worker: one has patches read for the other."""
+    """The DaskCluster, of which the operator makes pods.
+
+    Two threads a worker: one has patches read for the other. Four beside a GPU, of which one is for it of them.
+    """
     # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. The pod's holds.
     command = [
         "dask",
@@ -51,14 +54,14 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
         "--name",
         "$(DASK_WORKER_NAME)",
         "--nthreads",
-        "2",
+        "4" if given.gpus else "2",
         "--memory-limit",
         "0",
         "--no-dashboard",
     ]
     limits = {"cpu": given.cpus, "memory": given.memory}
     if given.gpus:
-        command, limits = [*command, "--resources", "GPU=1"], {**limits, "nvidia.com/gpu": str(given.gpus)}
+        command, limits = [*command, "--resources", "GPU=1,CPU=3"], {**limits, "nvidia.com/gpu": str(given.gpus)}
     small = {"cpu": "1", "memory": "2Gi"}
     scheduler = container(given, "scheduler", small, command=["dask", "scheduler", "--host", "0.0.0.0"])
     ports = {"tcp-comm": 8786, "http-dashboard": 8787}

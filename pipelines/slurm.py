@@ -63,14 +63,17 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 
 
 def make_cluster(given: argparse.Namespace) -> SLURMCluster:
-    """A scheduler here, that submits jobs when told to. Two threads a worker: one has patches read for the other."""
+    """A scheduler here, that submits jobs when told to.
+
+    Two threads a worker: one has patches read for the other. Four beside a GPU, of which one is for it of them.
+    """
     # No limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. SLURM's limit holds.
     worker = ["--memory-limit", "0", "--lifetime", f"{60 * given.hours - 15}m", "--lifetime-stagger", "5m"]
     return SLURMCluster(
         queue=given.partition,
         account=given.account,
         walltime=f"{given.hours:02d}:00:00",
-        cores=2,
+        cores=4 if given.gres else 2,  # Dask's word for threads
         processes=1,
         job_cpu=given.cpus,
         memory=given.memory,
@@ -78,7 +81,7 @@ def make_cluster(given: argparse.Namespace) -> SLURMCluster:
         job_name="wsi-gradcam",
         log_directory=given.logs,
         job_extra_directives=[f"--gres={given.gres}"] if given.gres else [],
-        worker_extra_args=[*worker, "--resources", "GPU=1"] if given.gres else worker,
+        worker_extra_args=[*worker, "--resources", "GPU=1,CPU=3"] if given.gres else worker,
     )
 
 

@@ -66,12 +66,16 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 
 
 def command(host: str, number: int, address: str, given: argparse.Namespace) -> list[str]:
-    """What starts worker `number` of a host. Two threads: one has patches read while the model works for the other."""
+    """What starts worker `number` of a host.
+
+    Two threads: one has patches read while the model works for the other. Four beside a GPU, of which one is for it.
+    """
+    threads = "4" if given.gpus else "2"
     # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back.
-    worker = [given.python, "-m", "dask", "worker", address, "--nthreads", "2", "--memory-limit", "0"]
+    worker = [given.python, "-m", "dask", "worker", address, "--nthreads", threads, "--memory-limit", "0"]
     worker += ["--death-timeout", "60", "--no-dashboard"]
     if given.gpus:
-        worker = ["env", f"CUDA_VISIBLE_DEVICES={number}", *worker, "--resources", "GPU=1"]
+        worker = ["env", f"CUDA_VISIBLE_DEVICES={number}", *worker, "--resources", "GPU=1,CPU=3"]
     return ["ssh", "-o", "BatchMode=yes", host, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(worker)}"]
 
 

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.servers import serving
+
 # Before the request is passed on: answer 500 or 503, or hang up. After: hang up, so that the answer is lost.
 FAILURES = ("500", "503", "reset", "lost")
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive", "date", "server"}
@@ -115,12 +117,5 @@ class Proxy(ThreadingHTTPServer):
 @contextmanager
 def passing(upstream: str) -> Iterator[Proxy]:
     """A server on loopback that passes all requests on to `upstream`."""
-    server = Proxy(upstream)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(Proxy(upstream)) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 BUCKET = "slides"
 RANGE = re.compile(r"bytes=(\d+)-(\d+)$")
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
@@ -117,7 +118,8 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def _running(server: _Server) -> Iterator[_Server]:
+def serving(server: Server) -> Iterator[Server]:
+    """Let a server answer in a thread, and end it."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -147,7 +149,7 @@ def web_server(folder: Path) -> Iterator[_Server]:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
         return 206, start, data[start:stop], headers
 
-    with _running(_Server(answer)) as server:
+    with serving(_Server(answer)) as server:
         yield server
 
 
@@ -215,5 +217,5 @@ def counting(upstream: str) -> Iterator[_Server]:
         span = re.match(r"bytes (\d+)-", headers.get("content-range", headers.get("Content-Range", "")))
         return got.status, int(span[1]) if span else 0, body, headers
 
-    with _running(_Server(answer)) as server:
+    with serving(_Server(answer)) as server:
         yield server

@@ -47,6 +47,7 @@ def test_the_demo_agrees_with_the_stain_and_is_valid(
     printed = capsys.readouterr().out
     assert "held-out quadrant" in printed
     assert "overview.png" in printed
+    assert f"wsi-gradcam view {tmp_path / 'ihc-dab'}" in printed
     assert validate(tmp_path / "ihc-dab") == []
     _, layout = demo.lay_out_slide(tmp_path / "again.tiff")
     rows = demo.agreement(RunFolder(place_of(tmp_path / "ihc-dab")).slide(demo.SLIDE_NAME), layout)

@@ -10,10 +10,17 @@ from typing import Any, ClassVar
 
 import dask
 import pytest
+from dask.system import CPU_COUNT
 from distributed.system import MEMORY_LIMIT
 
+from tests.runs import SMALL, toy_spec
+from tests.synthetic import write_marker_slide
+from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import WorkerError
-from wsi_gradcam.executors.dask import local
+from wsi_gradcam.executors.dask import DaskExecutor, local
+from wsi_gradcam.executors.serial import SerialExecutor
+from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.plan import plan_run
 
 
 class FakeCluster:
@@ -71,8 +78,8 @@ def test_each_worker_has_a_gpu_of_its_own(made: list[dict[str, Any]], monkeypatc
     start(3, "cuda")
     workers = [worker["options"] for worker in made[0]["workers"].values()]
     assert [worker["env"] for worker in workers] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
-    assert all(worker["resources"] == {"GPU": 1} for worker in workers)
-    assert all(worker["nthreads"] == 2 for worker in workers)
+    assert all(worker["resources"] == {"GPU": 1, "CPU": 3} for worker in workers)
+    assert all(worker["nthreads"] == 4 for worker in workers)
     assert all(worker["memory_limit"] == MEMORY_LIMIT // 3 for worker in workers)
 
 
@@ -85,7 +92,7 @@ def test_dask_cuda_is_used_where_it_is_installed(made: list[dict[str, Any]], mon
     start(2, "cuda")
     (options,) = made
     assert options["CUDA_VISIBLE_DEVICES"] == ["0", "1"]
-    assert options["resources"] == {"GPU": 1}
+    assert options["resources"] == {"GPU": 1, "CPU": 3}
 
 
 @pytest.mark.usefixtures("four_gpus", "made")
@@ -124,4 +131,25 @@ def test_a_named_device_stays_as_it_is(made: list[dict[str, Any]]) -> None:
     start(2, "cuda:1")
     (options,) = made
     assert options["n_workers"] == 2
-    assert options["resources"] == {"GPU": 1}
+    assert options["resources"] == {"GPU": 1, "CPU": 3}
+
+
+def torch_threads(task: Any) -> int:
+    """On a worker."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.mark.skipif(CPU_COUNT < 2, reason="needs two cores")
+def test_the_model_has_the_threads_that_it_is_given(tmp_path: Path) -> None:
+    """Dask's nannies give their workers one thread of everything, and torch believes some of that."""
+    write_marker_slide(tmp_path / "a.tif", 200, 200, mpp=0.25, markers=[], marker_px=16)
+    slides, settings, executor = find_slides([tmp_path / "a.tif"]), make_settings(**SMALL), DaskExecutor(1, None, 2)
+    try:
+        facts = SerialExecutor().examine(toy_spec("marker"), settings, slides)
+        plan = plan_run(tmp_path / "out", toy_spec("marker"), facts, settings)
+        assert [record.status for record in executor.run(plan, slides, False, lambda *_: None)] == ["ok"]
+        assert executor._client.submit(torch_threads, 0).result() == 2
+    finally:
+        executor.close()

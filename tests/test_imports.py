@@ -73,6 +73,7 @@ audit.running  audit.saying
 terminal  report  status
 doctor
 demo
+viewer
 cli
 """
 ORDER = {name: number for number, name in enumerate(ROOMS.split())}
@@ -172,6 +173,8 @@ def test_every_room_exists() -> None:
             },
         ),
         ("obstore", {"object_stores"}),
+        ("starlette", {"viewer"}),
+        ("uvicorn", {"viewer"}),
         ("matplotlib", {"overview", "export.colours", "export.png", "audit.figures", "audit.pictures"}),
         ("shapely", {"export.outlines", "export.regions", "export.geojson"}),
     ],

@@ -9,20 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.listings import ids, touch
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
 from wsi_gradcam.inputs import find_slides
 from wsi_gradcam.slides import open_slide
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
-
-
-def ids(*paths: Path | str) -> list[str]:
-    return [slide.id for slide in find_slides(paths)]
 
 
 def test_a_file_is_named_by_its_name(tmp_path: Path) -> None:

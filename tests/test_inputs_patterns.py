@@ -10,21 +10,11 @@ from typing import Any
 import pytest
 
 from tests.cli_runs import SMALL_FLAGS, calling, only_error, write_inputs
+from tests.listings import ids, touch
 from tests.runs import SMALL, rows_of
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
 from wsi_gradcam.inputs import SlideEntry, choose_slides, find_slides
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
-
-
-def ids(*paths: Path | str) -> list[str]:
-    return [slide.id for slide in find_slides(paths)]
 
 
 class TestPatternsAsPaths:

@@ -160,6 +160,7 @@ def in_napari(script: str, *arguments: Path) -> Any:
     """
     python = os.environ.get("NAPARI_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import napari, napari_ome_zarr"], capture_output=True, check=False).returncode:
+        assert "NAPARI_PYTHON" not in os.environ, "napari is not there, as `make test` would have it"
         pytest.skip("needs napari: pip install '.[viewers]', or NAPARI_PYTHON")
     done = subprocess.run(
         [python, "-c", script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -169,7 +170,6 @@ def in_napari(script: str, *arguments: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_napari_itself_opens_a_result(out: Path) -> None:
     told = in_napari(IN_NAPARI, out / "a.tif")
     assert told["names"][0] == "a.tif"
@@ -191,7 +191,6 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
 def test_napari_ome_zarr_opens_heatmap_and_export(out: Path, tmp_path: Path) -> None:
     """By the corner-based scale alone: half a heatmap pixel, less half a slide's, off, which our reader sets right."""
     (done,) = export(out, "ome-zarr-0.4", tmp_path)

@@ -87,9 +87,9 @@ def test_the_slurm_script_asks_for_what_a_gpu_worker_needs(tmp_path: Path) -> No
         "-t": "08:00:00", "--gres": "gpu:1",
     }  # fmt: skip
     assert worker[0] == sys.executable
-    assert option(worker, "--nthreads") == "2"
+    assert option(worker, "--nthreads") == "4"
     assert option(worker, "--memory-limit") == "0"
-    assert option(worker, "--resources") == "GPU=1"
+    assert option(worker, "--resources") == "GPU=1,CPU=3"
     assert option(worker, "--lifetime") == "465m"
     assert "--nanny" in worker
 
@@ -139,8 +139,8 @@ def test_ssh_starts_a_worker_a_gpu_on_each_host(tmp_path: Path) -> None:
     assert [words[:2] for words in workers] == [["env", f"CUDA_VISIBLE_DEVICES={n}"] for n in (0, 1, 0, 1)]
     for words in workers:
         assert words[2:7] == [sys.executable, "-m", "dask", "worker", "tcp://10.0.0.1:8786"]
-        assert (option(words, "--nthreads"), option(words, "--memory-limit")) == ("2", "0")
-        assert option(words, "--resources") == "GPU=1"
+        assert (option(words, "--nthreads"), option(words, "--memory-limit")) == ("4", "0")
+        assert option(words, "--resources") == "GPU=1,CPU=3"
 
 
 def test_ssh_without_gpus_promises_none(tmp_path: Path) -> None:
@@ -203,11 +203,12 @@ def test_workers_have_gpus_only_when_asked_for() -> None:
     assert worker["replicas"] == 8
     assert container["resources"]["limits"] == {"cpu": "6", "memory": "12Gi", "nvidia.com/gpu": "1"}
     assert container["command"][:4] == ["dask", "worker", "--name", "$(DASK_WORKER_NAME)"]
-    assert option(container["command"], "--nthreads") == "2"
+    assert option(container["command"], "--nthreads") == "4"
     assert option(container["command"], "--memory-limit") == "0"
-    assert option(container["command"], "--resources") == "GPU=1"
+    assert option(container["command"], "--resources") == "GPU=1,CPU=3"
     (plain,) = manifests()[0]["spec"]["worker"]["spec"]["containers"]
     assert "nvidia.com/gpu" not in plain["resources"]["limits"]
+    assert option(plain["command"], "--nthreads") == "2"
     assert "--resources" not in plain["command"]
 
 

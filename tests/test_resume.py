@@ -94,6 +94,7 @@ def resumed(slides: list[Path], out: Path) -> Counter:
 ALL_SPANS = {("a.tif", i) for i in range(8)} | {("b.tif", i) for i in range(5)}
 
 
+@pytest.mark.disk
 def test_a_kill_at_random_moments_costs_only_what_was_missing(
     slides: list[Path], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +156,7 @@ def died_at(slides: list[Path], change: int, out: Path) -> bool:
     return bool(process.exitcode == KILLED)
 
 
+@pytest.mark.disk
 # In hundredths of all changes of files: run.yaml and templates, spans, blocks, table and overview, done, folding.
 @pytest.mark.parametrize("share", [0, 1, 3, 8, 20, 40, 60, 80, 83, 86, 88, 90, 92, 94, 96, 98, 99])
 def test_a_kill_at_any_change_of_a_file_is_healed(
@@ -292,6 +294,7 @@ def test_a_span_that_is_finished_is_not_explained_again(slides: list[Path], tmp_
         explain_span(context, entry, 1)
 
 
+@pytest.mark.disk
 def test_leftovers_of_killed_writes_are_removed(slides: list[Path], alone: tuple[Path, int], tmp_path: Path) -> None:
     (tmp_path / f"run.yaml.{'0123' * 8}.partial").write_bytes(b"half")
     (tmp_path / "a.tif" / "manifest").mkdir(parents=True)
@@ -373,6 +376,7 @@ def test_overwrite_makes_a_damaged_slide_anew(slides: list[Path], undisturbed: P
     assert differing(out, undisturbed) == []
 
 
+@pytest.mark.disk  # the twin in the store is made anew by the run within the run
 def test_runs_that_share_an_out_one_after_the_other_keep_each_others_rows(slides: list[Path], tmp_path: Path) -> None:
     class Meddler(Listener):
         def slide_done(self, record: SlideRecord) -> None:

@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
     _add_audit(commands)
     _add_export(commands)
+    _add_view(commands)
     info = commands.add_parser("info", help="what is known of a slide or a model")
     info.add_argument("slide", nargs="*", help="slide files")
     info.add_argument("--model", help="a model, as for explain")
@@ -129,6 +130,18 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_view(commands: Any) -> None:
+    view = commands.add_parser("view", help="show results over their slides in a browser")
+    view.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
+    view.add_argument("--port", type=int, default=8765, help="port to listen on, 0 for any (default 8765)")
+    view.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    view.add_argument("--slides", type=Path, help="folder to take slides from, where they have moved")
+    view.add_argument("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
+    view.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")
+    view.add_argument("--open", action="store_true", help="open the page in a browser")
+    view.set_defaults(run=_view)
 
 
 def _add_explain(commands: Any) -> None:
@@ -390,6 +403,16 @@ def _validate(arguments: argparse.Namespace) -> int:
             file=sys.stderr if arguments.json else sys.stdout,
         )
     return SOME_FAILED if findings else DONE
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.viewer.serve import view
+
+    view(
+        arguments.out, host=arguments.host, port=arguments.port, slides=arguments.slides, token=arguments.token,
+        allow_host=arguments.allow_host, browse=arguments.open, say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    return DONE
 
 
 def _status(arguments: argparse.Namespace) -> int:

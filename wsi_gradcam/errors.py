@@ -83,6 +83,22 @@ class ResumeError(WsiGradcamError, ValueError):
     """The output folder holds results of another model, slide or configuration, or another run is at work there."""
 
 
+class TileError(WsiGradcamError, LookupError):
+    """A tile that the viewer's page cannot ask for: there is none."""
+
+
+class NotShownError(WsiGradcamError, LookupError):
+    """A slide, patch or column that the viewer is asked for and that the results do not have."""
+
+
+class OutsideError(WsiGradcamError, PermissionError):
+    """A path or a link that leads out of the results."""
+
+
+class RangeError(WsiGradcamError, ValueError):
+    """A Range header that is not answered."""
+
+
 class WorkerError(WsiGradcamError, RuntimeError):
     """The cluster cannot do the work: no worker, or one that died too often on the same task."""
 

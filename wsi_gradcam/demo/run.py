@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,7 @@ def run_demo(slide: str | None, out: Path, workers: int | None = None, mpp: floa
         return False
     folder = results.slide(outcome.records[0].slide.id)
     print(f"\n  picture  {folder.overview}\n  heatmap  {folder.heatmap}\n  table    {folder.table}")
+    print(f"  to look  {_command()} view {results.place}")
     if layout is not None:
         _print_agreement(folder, layout)
     print(f"\nall of it took {time.monotonic() - started:.0f} s")
@@ -72,6 +74,11 @@ def lay_out_slide(path: Path) -> tuple[Path, Layout]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_slide(path, rgb, mpp=MPP)
     return path, layout
+
+
+def _command() -> str:
+    """The command line as this user calls it: `make` has it in `.venv`."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "wsi-gradcam" else "wsi-gradcam"
 
 
 def _print_agreement(folder: SlideFolder, layout: Layout) -> None:

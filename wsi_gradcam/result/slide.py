@@ -204,6 +204,11 @@ class SlideResult:
             raise SlideFormatError(f"{self.path}: another file than was explained; put the right one there")
         return slide
 
+    def patch_yx(self, patch: int) -> tuple[float, float]:
+        """Level-0 px of a patch's top left corner."""
+        y, x = self._patch_store.yx(patch, patch + 1)[0]
+        return float(y), float(x)
+
     def patch_image(self, patch: int) -> NDArray[np.uint8]:
         """What the model saw of a patch, before its own transform: RGB uint8 [height, width, 3]."""
         model = self._run["model"]

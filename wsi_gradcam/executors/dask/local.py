@@ -22,6 +22,9 @@ from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import local_signals
 
 THREADS = 2  # of a worker: one has patches read while the model works for the other
+# Of a worker with a GPU, which explains a slide in less time than one thread plans and stitches it. One is the GPU's.
+GPU_THREADS = 4
+GPU_RESOURCES = {"GPU": 1, "CPU": GPU_THREADS - 1}
 HOST = "127.0.0.1"
 NO_WORKER_S = 60
 SETTINGS = {
@@ -54,7 +57,7 @@ def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
     gpus = gpus_for(workers) if device == "cuda" else None
     options: dict[str, Any] = {"memory_limit": MEMORY_LIMIT // workers, "preload": [local_signals.__name__]}
     if device != "cpu":
-        options["resources"] = {"GPU": 1}
+        options["resources"] = GPU_RESOURCES
     with dask.config.set(SETTINGS), _started(workers, gpus, options) as cluster:
         yield cluster
 
@@ -64,8 +67,9 @@ def _started(workers: int, gpus: list[str] | None, options: dict[str, Any]) -> C
 
 
 def _on_cores(workers: int, options: dict[str, Any]) -> Cluster:
+    threads = GPU_THREADS if "resources" in options else THREADS
     return LocalCluster(
-        n_workers=workers, threads_per_worker=THREADS, processes=True, host=HOST, dashboard_address=f"{HOST}:0",
+        n_workers=workers, threads_per_worker=threads, processes=True, host=HOST, dashboard_address=f"{HOST}:0",
         silence_logs=logging.CRITICAL, **options,
     )  # fmt: skip
 
@@ -74,7 +78,7 @@ def _on_gpus(gpus: list[str], options: dict[str, Any]) -> Cluster:
     """One process a GPU, through dask-cuda where that is installed: it also picks the cores near each GPU."""
     if find_spec("dask_cuda") is not None:
         cluster: Cluster = import_module("dask_cuda").LocalCUDACluster(
-            CUDA_VISIBLE_DEVICES=gpus, n_workers=len(gpus), threads_per_worker=THREADS, host=HOST,
+            CUDA_VISIBLE_DEVICES=gpus, n_workers=len(gpus), threads_per_worker=GPU_THREADS, host=HOST,
             dashboard_address=f"{HOST}:0", silence_logs=logging.CRITICAL, **options,
         )  # fmt: skip
         return cluster
@@ -89,7 +93,7 @@ def _on_gpus(gpus: list[str], options: dict[str, Any]) -> Cluster:
 def _worker_on(gpu: str, options: dict[str, Any]) -> dict[str, Any]:
     """A worker process that sees one GPU, which is `cuda` to it; torch is not loaded before its environment is set."""
     environment = {"CUDA_VISIBLE_DEVICES": gpu}
-    common = {"host": HOST, "nthreads": THREADS, "dashboard": False, "silence_logs": logging.CRITICAL}
+    common = {"host": HOST, "nthreads": GPU_THREADS, "dashboard": False, "silence_logs": logging.CRITICAL}
     return {"cls": Nanny, "options": {**common, **options, "env": environment}}
 
 

@@ -170,7 +170,8 @@ def use_threads(count: int) -> None:
     """Set the threads of numerical libraries before torch is loaded; and of torch, where it is already."""
     import sys
 
-    os.environ["OMP_NUM_THREADS"] = str(count)
+    # Dask gives workers 1 of each; torch takes MKL's number for its own.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(count)
 

@@ -1,0 +1,22 @@
+"""The benchmark of the viewer runs and reports ratios of what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT
+
+
+def test_it_reports_ratios_of_its_figures() -> None:
+    command = [sys.executable, "benchmarks/viewer.py", "--quick", "--json"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["ratios"]["overlay_p95_over_30_ms"] == pytest.approx(found["p95_ms"]["heat"] / 30)
+    assert found["ratios"]["slide_p95_over_60_ms"] == pytest.approx(found["p95_ms"]["slide"] / 60)
+    assert len(found["resident_mib"]) == 10
+    assert 50 < found["tiles"]["heat"] <= 100

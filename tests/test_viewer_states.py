@@ -1,0 +1,128 @@
+"""The viewer on runs that are not finished, damaged, or too busy; and how the command starts it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.viewer_runs import BROKEN, client, facts_of, make_run, tiles_of
+from wsi_gradcam.viewer import answers, serve
+from wsi_gradcam.viewer.archive import Archive, shown_name
+from wsi_gradcam.viewer.work import BusyError, GoneError, Work
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("states"))
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    """A copy to be spoilt."""
+    shutil.copytree(whole, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_what_may_change_is_not_kept(out: Path) -> None:
+    (out / "a.tif" / "manifest" / "done.json").unlink()
+    with client(out) as server:
+        facts = facts_of(server, "a.tif")
+        assert facts["table"] is False
+        answer = server.get(f"{tiles_of(facts)}/heat/1/3/0_0.png")
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+        assert server.get(f"/api/slides/{facts['key']}/values?y=808&x=1200").json()["explained"] is True
+        assert server.get(f"/api/slides/{facts['key']}/patches/at?y=808&x=1200").status_code == 404
+        assert "immutable" in server.get(f"{tiles_of(facts)}/slide/0/0_0.jpg").headers["cache-control"]
+
+
+def test_a_run_without_a_list_of_slides_shows_those_that_were_begun(out: Path) -> None:
+    (out / "slides.csv").unlink()
+    with client(out) as server:
+        found = server.get("/api/slides", params={"sort": "status"}).json()
+        assert [(slide["id"], slide["status"]) for slide in found["slides"]] == [
+            ("a.tif", "unfinished"), ("inner/b.tif", "unfinished"),
+        ]  # fmt: skip
+        facts = facts_of(server, "a.tif")
+        assert facts["heat"] is not None
+        assert facts["slide"]["problem"]
+
+
+def test_a_table_that_is_gone_leaves_a_slide_without_scores(out: Path) -> None:
+    (out / "a.tif" / "patches.parquet").unlink()
+    with client(out) as server:
+        end = time.monotonic() + 30
+        while (found := server.get("/api/slides").json())["scored"] < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        scores = {slide["id"]: slide["scores"] for slide in found["slides"]}
+        assert scores["a.tif"] == {}
+        assert scores["inner/b.tif"]
+
+
+def test_slides_by_status_and_slides_that_are_not_there(out: Path) -> None:
+    with client(out) as server:
+        found = server.get("/api/slides", params={"sort": "status"}).json()
+        assert [slide["id"] for slide in found["slides"]] == [BROKEN, "a.tif", "inner/b.tif"]
+        assert server.get("/api/slide", params={"id": "nothing"}).status_code == 404
+        assert server.get("/favicon.ico").headers["content-type"] == "image/svg+xml"
+
+
+def test_names_that_are_no_text_can_be_shown_and_found(out: Path) -> None:
+    name = "a\udcff.tif"
+    text = (out / "slides.csv").read_text(encoding="utf-8")
+    (out / "slides.csv").write_bytes(text.replace("inner/b.tif", name).encode("utf-8", "surrogateescape"))
+    archive = Archive(out)
+    assert archive.named(shown_name(name)).result.id == name
+    with client(out) as server:
+        assert "a?.tif" in [slide["id"] for slide in server.get("/api/slides").json()["slides"]]
+
+
+@pytest.mark.parametrize(("error", "status"), [(BusyError(), 503), (GoneError(), 499), (OSError("disk"), 500)])
+def test_trouble_is_a_status(out: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int) -> None:
+    with client(out) as server:
+
+        async def run(self: Work, gone: Any, function: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(Work, "run", run)
+        answer = server.get("/api/run")
+        assert answer.status_code == status
+        assert (answer.headers.get("retry-after") == "1") == (status == 503)
+
+
+def test_what_is_too_large_is_sent_in_pieces_alone(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MOST_BYTES", 100)
+    address = "/zarr/a.tif/heatmap.ome.zarr/zarr.json"
+    with client(out) as server:
+        assert server.get(address).status_code == 416
+        part = server.get(address, headers={"Range": "bytes=10-5000"})
+        assert (part.status_code, len(part.content)) == (206, 100)
+        assert part.headers["content-range"].startswith("bytes 10-109/")
+
+
+@pytest.mark.parametrize(("host", "token", "begins"), [("127.0.0.1", False, "http://127.0.0.1:"),
+                                                      ("localhost", True, "http://localhost:")])  # fmt: skip
+def test_the_command_opens_a_browser(
+    out: Path, monkeypatch: pytest.MonkeyPatch, host: str, token: bool, begins: str
+) -> None:
+    opened: list[str] = []
+    said: list[str] = []
+
+    class Server:
+        def run(self, sockets: list[Any]) -> None:
+            self.address = sockets[0].getsockname()
+
+    def open_it(address: str) -> None:
+        opened.append(address)
+
+    server = Server()
+    monkeypatch.setattr(serve, "server_of", lambda app: server)
+    monkeypatch.setattr("webbrowser.open", open_it)
+    serve.view(str(out), host=host, port=0, token=token, browse=True, say=said.append)
+    assert opened[0].startswith(f"{begins}{server.address[1]}/")
+    assert ("?token=" in opened[0]) == token
+    assert said[0].startswith(opened[0])

@@ -1,0 +1,127 @@
+"""A small run to look at, and the viewer's server on loopback, for tests."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.testclient import TestClient
+
+import wsi_gradcam
+from tests.runs import SMALL, toy_spec
+from tests.synthetic import write_marker_slide
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.stores.heatmap import EXPLAINED, TISSUE, HeatmapStore
+from wsi_gradcam.viewer.app import make_app
+from wsi_gradcam.viewer.archive import Archive
+from wsi_gradcam.viewer.security import Access
+from wsi_gradcam.viewer.serve import listening, server_of
+
+MPP = 0.25
+MARKER_PX = 96
+# y, x of the centres: in the middle, and at the last rows and columns, where rounding shows.
+MARKERS = {"a.tif": ((808, 1200), (1448, 2056)), "inner/b.tif": ((480, 320), (952, 1088))}
+SIZES = {"a.tif": (1501, 2107), "inner/b.tif": (1003, 1141)}
+DOWNSAMPLES = {"a.tif": (3, 7), "inner/b.tif": (2, 4)}
+BROKEN = "c.tif"
+BASE = "http://127.0.0.1:8765"
+
+
+def make_run(folder: Path, **settings: Any) -> Path:
+    """OUT of a run over two slides and a file that is none; the first has a pyramid of factors 3 and 7."""
+    (folder / "slides" / "inner").mkdir(parents=True)
+    for name, (height, width) in SIZES.items():
+        write_marker_slide(
+            folder / "slides" / name, height, width, mpp=MPP, markers=MARKERS[name], marker_px=MARKER_PX,
+            downsamples=DOWNSAMPLES[name],
+        )  # fmt: skip
+    (folder / "slides" / BROKEN).write_bytes(b"no slide")
+    settings = {**SMALL, "method": ("gradcam", "hirescam"), **settings}
+    outcome = wsi_gradcam.explain(folder / "slides", toy_spec("marker"), folder / "out", **settings)
+    assert sorted(record.status for record in outcome.records) == ["failed", "ok", "ok"]
+    return folder / "out"
+
+
+def plant(out: Path, slide_id: str, channel: int = 0) -> None:
+    """Write into a channel, on all levels, the share of each pixel that a marker of the slide covers."""
+    store = HeatmapStore(out / slide_id / "heatmap.ome.zarr")
+    stride = SMALL["heatmap_stride"]
+    for level, (height, width) in enumerate(store.shapes):
+        step = stride * 2**level
+        values = np.zeros((height, width), np.float32)
+        for y, x in MARKERS[slide_id]:
+            rows, columns = (_share(c - MARKER_PX // 2, MARKER_PX, step, n) for c, n in ((y, height), (x, width)))
+            values += np.outer(rows, columns).astype(np.float32)
+        whole = Region(0, 0, height, width)
+        store.write(level, channel, whole, values)
+        store.write_flags(level, whole, np.full((height, width), TISSUE | EXPLAINED, np.uint8))
+
+
+def _share(start: int, length: int, step: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The share of each of `count` pixels of `step` px that lies in [start, start + length)."""
+    edges = np.arange(count + 1) * step
+    return np.clip((np.minimum(edges[1:], start + length) - np.maximum(edges[:-1], start)) / step, 0, 1)
+
+
+@contextmanager
+def client(out: Path | str, access: Access | None = None, **given: Any) -> Iterator[TestClient]:
+    """A client of the server, without a network."""
+    app = make_app(Archive(out, **given), access or Access.for_host("127.0.0.1", ""))
+    with TestClient(app, base_url=BASE) as found:
+        yield found
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that listens on loopback."""
+
+    url: str
+    port: int
+
+
+@contextmanager
+def served(out: Path, access: Access | None = None, **given: Any) -> Iterator[Served]:
+    """The server on loopback, in a thread."""
+    app = make_app(Archive(out, **given), access or Access.for_host("127.0.0.1", ""))
+    with listening("127.0.0.1", 0) as bound:
+        server = server_of(app)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            port = bound.getsockname()[1]
+            yield Served(f"http://127.0.0.1:{port}", port)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def fetched(url: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers (by small names) of an answer."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            return answer.status, answer.read(), {k.lower(): v for k, v in answer.headers.items()}
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read(), {k.lower(): v for k, v in error.headers.items()}
+
+
+def facts_of(server: TestClient, slide_id: str) -> dict[str, Any]:
+    """What the page is told of a slide."""
+    answer = server.get("/api/slide", params={"id": slide_id})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = json.loads(answer.text)
+    return found
+
+
+def tiles_of(facts: dict[str, Any]) -> str:
+    """How addresses of a slide's pictures begin."""
+    return f"/tiles/{facts['key']}/{facts['version']}"

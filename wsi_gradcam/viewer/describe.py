@@ -1,0 +1,130 @@
+"""What the page is told of a run and of a slide, as JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam import __version__
+from wsi_gradcam.errors import SlideError, WsiGradcamError, one_line
+from wsi_gradcam.viewer.archive import shown_name
+from wsi_gradcam.viewer.gallery import status_of
+from wsi_gradcam.viewer.heat import finer_levels, heat_grid, scale_of
+from wsi_gradcam.viewer.tiles import slide_grid
+
+if TYPE_CHECKING:
+    from wsi_gradcam.result import ChannelInfo, SlideResult
+    from wsi_gradcam.slides import Slide
+    from wsi_gradcam.stores.places import Place
+    from wsi_gradcam.viewer.archive import Archive, Shown
+
+Windows = dict[str, tuple[float, float]]
+AUDIT = "audit/report.html"
+REPORT = "run.html"
+
+
+def run_facts(archive: Archive) -> dict[str, Any]:
+    """Of the run: name, model, classes, whether it was audited."""
+    result = archive.result
+    model = result.run["model"]
+    settings = result.run.get("settings", {})
+    return {
+        "version": __version__,
+        "name": shown_name(archive.out.name),
+        "model": shown_name(str(model["name"])),
+        "untrained": model.get("weights") == "random",
+        "layer": str(model.get("layer", "")),
+        "classes": [shown_name(label) for label in result.classes],
+        "methods": list(settings.get("method", [])),
+        "patch_px": list(model["patch_px"]),
+        "patch_mpp": model["mpp"],
+        "report": f"/files/run/{REPORT}" if _has(archive.out / REPORT) else None,
+        "audit": "/files/run/report.html" if _has(archive.out / AUDIT) else None,
+    }
+
+
+def slide_facts(shown: Shown, slide: Slide | SlideError, windows: Windows) -> dict[str, Any]:
+    """Of a slide: its own picture, its heatmap, patches. Either of the first two may be missing, with the reason.
+
+    `windows` are those of the whole run, as far as they are known.
+    """
+    result = shown.result
+    facts: dict[str, Any] = {
+        "key": shown.key,
+        "version": shown.version,
+        "id": shown_name(result.id),
+        "status": status_of(shown),
+        "error": shown_name(result.error),
+        "slide": _picture(slide),
+        "heat": None,
+        "channels": [],
+        "patch": None,
+    }
+    try:
+        plan = result.plan
+        facts["size_px"], facts["mpp"] = list(plan.slide_px), list(plan.slide_mpp)
+        facts["patch"] = {"count": plan.patches, "footprint_px": list(plan.footprint), "view_px": list(plan.view)}
+        grid = heat_grid(result)
+        facts["heat"] = {
+            "size_px": [grid.height, grid.width],
+            "levels": grid.levels,
+            "tile_px": grid.tile_px,
+            "finer": finer_levels(result),
+            "stride_px": result.stride_px,
+        }
+        facts["channels"] = [_channel(channel, windows) for channel in result.channels]
+        facts["table"] = result.is_finished and plan.patches > 0
+        facts["audit"] = f"/files/{shown.key}/report.html" if _has(result.folder.place / AUDIT) else None
+    except (WsiGradcamError, OSError, KeyError) as error:
+        facts["heat_problem"] = shown_name(facts["error"] or one_line(error))
+        if not isinstance(slide, SlideError):
+            facts["size_px"], facts["mpp"] = [slide.info.height, slide.info.width], list(slide.info.mpp_yx)
+    return facts
+
+
+def patch_columns(result: SlideResult, number: int) -> list[dict[str, Any]]:
+    """A patch's own maps, one a channel that has them: float values [h][w], and what they are."""
+    maps = result.cams(number)
+    return [
+        {
+            "channel": channel.number,
+            "label": shown_name(channel.label),
+            "unit": channel.unit,
+            "values": [[round(float(value), 5) for value in row] for row in cam],
+        }
+        for channel, cam in zip(result.channels, maps, strict=False)
+    ]
+
+
+def _picture(slide: Slide | SlideError) -> dict[str, Any]:
+    if isinstance(slide, SlideError):
+        return {"problem": shown_name(one_line(slide))}
+    grid = slide_grid(slide.info)
+    return {
+        "problem": None,
+        "levels": grid.levels,
+        "tile_px": grid.tile_px,
+        "objective": slide.info.objective,
+        "background": list(slide.info.background),
+    }
+
+
+def _channel(channel: ChannelInfo, windows: Windows) -> dict[str, Any]:
+    scale, run = scale_of(channel), windows.get(channel.label)
+    return {
+        "number": channel.number,
+        "label": shown_name(channel.label),
+        "method": channel.method,
+        "target": shown_name(channel.target),
+        "unit": channel.unit,
+        "range": [channel.minimum, channel.maximum],
+        "window": list(channel.window),
+        "run_window": list(run) if run else None,
+        "scale": [scale.low, scale.high],
+    }
+
+
+def _has(place: Place) -> bool:
+    try:
+        return place.size() >= 0
+    except (FileNotFoundError, WsiGradcamError):
+        return False

@@ -1,0 +1,185 @@
+// The panel that sets the layers of the view that is worked on.
+
+import { MAPS } from "./colours.js";
+import { element, fill, find, option, short } from "./dom.js";
+import { WINDOWS, fresh, withWindow } from "./layers.js";
+
+const SLIDER = 1000; // steps
+
+export class Controls {
+  /** `changed(layers, smooth)` is told of every change; `chosen(view)` of the view that is set. */
+  constructor(events) {
+    this.events = events;
+    this.element = find("layers");
+    this.smooth = true;
+  }
+
+  /** Show the layers of view number `active` of `views`. */
+  show(slide, layers, active, views) {
+    this.slide = slide;
+    this.layers = layers;
+    fill(
+      this.element,
+      element("h2", {}, "Layers"),
+      views > 1 ? this.viewChoice(active) : null,
+      ...this.emptyText(),
+      ...layers.map((_, i) => this.box(i)).reverse(), // the uppermost first, as it lies
+      slide.channels.length ? this.foot() : null,
+    );
+  }
+
+  emptyText() {
+    const { slide, layers } = this;
+    if (!slide.channels.length) return [element("p", {}, "This slide has no heatmap.")];
+    return layers.length ? [] : [element("p", {}, "No layer: the slide alone.")];
+  }
+
+  viewChoice(active) {
+    const choice = (number, text) =>
+      element("label", {}, element("input", {
+        type: "radio", name: "view", checked: number === active, onchange: () => this.events.chosen(number),
+      }), ` ${text}`);
+    return element("fieldset", { class: "view-choice" },
+      element("legend", {}, "Settings of"), choice(0, "left view"), choice(1, "right view"));
+  }
+
+  box(number) {
+    const layer = this.layers[number];
+    const channel = this.slide.channels.find(({ label }) => label === layer.channel);
+    const id = `layer-${number}`;
+    const set = (more) => this.set(number, { ...this.layers[number], ...more });
+    return element("fieldset", { class: "layer", id },
+      element("legend", { class: "unseen" }, `Layer ${number + 1}: ${layer.channel}`),
+      element("div", { class: "layer-head" },
+        element("input", {
+          type: "checkbox", checked: layer.on, "aria-label": `Show layer ${number + 1}`, "data-name": "on",
+          onchange: (event) => set({ on: event.target.checked }),
+        }),
+        element("select", {
+          "aria-label": `Channel of layer ${number + 1}`, "data-name": "channel",
+          onchange: (event) => this.setChannel(number, event.target.value),
+        }, ...this.slide.channels.map(({ label }) => option(label, label, label === layer.channel))),
+        element("button", {
+          type: "button", class: "small", "aria-label": `Remove layer ${number + 1}`, title: "Remove",
+          onclick: () => this.remove(number),
+        }, "✕"),
+      ),
+      row("Colours", element("select", {
+        "data-name": "map", onchange: (event) => this.setMap(number, channel, event.target.value),
+      }, ...MAPS.map((map) => option(map, map, map === layer.map)))),
+      row("Opacity", slider({
+        "data-name": "opacity", value: layer.opacity, low: 0, high: 1,
+        text: (value) => `${Math.round(100 * value)} %`, oninput: (value) => set({ opacity: value }),
+      })),
+      ...this.windowRows(number, layer, channel),
+      row("Hide below", ...this.threshold(layer, channel, set)),
+      row("Fade low", element("input", {
+        type: "checkbox", checked: layer.fade, "data-name": "fade",
+        onchange: (event) => set({ fade: event.target.checked }),
+      })),
+    );
+  }
+
+  windowRows(number, layer, channel) {
+    const kinds = Object.entries(WINDOWS).filter(([kind]) => kind !== "run" || channel.run_window);
+    const limit = (i, name) => element("input", {
+      type: "number", step: "any", value: String(Number(layer.window[i].toPrecision(5))), "aria-label": name,
+      "data-name": i ? "high" : "low", onchange: (event) => this.setLimit(number, channel, i, event.target),
+    });
+    return [
+      row("Window", element("select", {
+        "data-name": "window",
+        onchange: (event) => this.set(number, withWindow(layer, channel, event.target.value), true),
+      }, ...kinds.map(([kind, text]) => option(kind, text, kind === layer.kind)))),
+      element("div", { class: "limits" }, limit(0, "Low end of the window"), "to", limit(1, "High end of the window")),
+    ];
+  }
+
+  threshold(layer, channel, set) {
+    const [low, high] = channel.range;
+    const value = layer.threshold === null ? low : layer.threshold;
+    return [slider({
+      "data-name": "threshold", value, low, high, text: (v) => (v <= low ? "off" : short(v)),
+      oninput: (v) => set({ threshold: v <= low ? null : v }),
+    })];
+  }
+
+  foot() {
+    const smooth = element("input", {
+      type: "checkbox", checked: this.smooth, "data-name": "smooth",
+      onchange: (event) => { this.smooth = event.target.checked; this.events.changed(this.layers); },
+    });
+    return element("div", { class: "layer-foot" },
+      element("button", { type: "button", id: "add-layer", onclick: () => this.add() }, "Add layer"),
+      element("label", {}, smooth, " Smooth pixels"));
+  }
+
+  add() {
+    const used = new Set(this.layers.map(({ channel }) => channel));
+    const next = this.slide.channels.find(({ label }) => !used.has(label)) || this.slide.channels[0];
+    this.replace([...this.layers, fresh(next, this.layers.length)]);
+  }
+
+  remove(number) {
+    this.replace(this.layers.filter((_, i) => i !== number));
+    (this.element.querySelector(".layer select") || find("add-layer")).focus();
+  }
+
+  setChannel(number, label) {
+    const channel = this.slide.channels.find((other) => other.label === label);
+    const { on, map, opacity, fade } = this.layers[number];
+    const layer = { ...fresh(channel, number), on, map, opacity, fade };
+    this.set(number, withWindow(layer, channel, layer.kind), true);
+  }
+
+  setMap(number, channel, map) {
+    const layer = { ...this.layers[number], map };
+    this.set(number, withWindow(layer, channel, layer.kind), true);
+  }
+
+  setLimit(number, channel, which, input) {
+    const window = [...this.layers[number].window];
+    window[which] = Number(input.value);
+    const usable = input.value !== "" && window.every(Number.isFinite) && window[0] < window[1];
+    input.setAttribute("aria-invalid", String(!usable));
+    if (usable) this.set(number, withWindow(this.layers[number], channel, "fixed", window), true);
+  }
+
+  set(number, layer, rebuilt = false) {
+    const layers = this.layers.map((other, i) => (i === number ? layer : other));
+    if (rebuilt) this.replace(layers);
+    else {
+      this.layers = layers;
+      this.events.changed(layers);
+    }
+  }
+
+  /** Take other layers and show the panel anew, with the focus where it was. */
+  replace(layers) {
+    const box = document.activeElement.closest?.(".layer");
+    const name = document.activeElement.dataset?.name;
+    this.layers = layers;
+    this.events.changed(layers, true);
+    if (box && name) find(box.id)?.querySelector(`[data-name="${name}"]`)?.focus();
+  }
+}
+
+function row(text, ...controls) {
+  return element("label", { class: "row" }, element("span", {}, text), ...controls);
+}
+
+/** A slider from low to high that shows its value as text. */
+function slider({ value, low, high, text, oninput, ...more }) {
+  const shown = element("output", {}, text(value));
+  const input = element("input", {
+    type: "range", min: "0", max: String(SLIDER), ...more,
+    value: String(Math.round(((value - low) / (high - low || 1)) * SLIDER)), "aria-valuetext": text(value),
+    oninput: (event) => {
+      const now = low + ((high - low) * event.target.value) / SLIDER;
+      shown.textContent = text(now);
+      event.target.setAttribute("aria-valuetext", text(now));
+      oninput(now);
+    },
+  });
+  return element("span", { class: "slider" }, input, shown);
+}

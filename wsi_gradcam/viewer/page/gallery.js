@@ -1,0 +1,161 @@
+// The slides of the run: pictures with scores, searched and sorted by the server, a page at a time.
+
+import { recolour, table } from "./colours.js";
+import { element, find, later, option, shareBar } from "./dom.js";
+import { firstChannel, fresh } from "./layers.js";
+import * as server from "./server.js";
+
+const PAGE = 24;
+const STATES = { ok: "explained", failed: "failed", no_tissue: "no tissue", unfinished: "not finished" };
+const WAITS = 2000; // until scores are asked for again
+
+export class Gallery {
+  constructor(run) {
+    this.run = run;
+    this.slides = [];
+    this.wanted = null;
+    this.fill();
+    const again = later(150, () => this.load());
+    find("search").addEventListener("input", again);
+    find("status").addEventListener("change", again);
+    find("sort").addEventListener("change", again);
+    find("more").addEventListener("click", () => this.load(this.slides.length));
+    this.painter = new IntersectionObserver((seen) => this.paint(seen), { rootMargin: "300px" });
+  }
+
+  fill() {
+    const { classes } = this.run;
+    find("status").append(option("", "all"), ...Object.entries(STATES).map(([key, text]) => option(key, text)));
+    find("sort").append(
+      option("name", "name"), option("status", "status"), option("patches:down", "patches"),
+      ...classes.map((label) => option(`share:${label}:down`, `share of ${label}`)),
+      ...classes.map((label) => option(`top:${label}:down`, `highest ${label}`)),
+    );
+  }
+
+  get isShown() {
+    return !find("gallery").hidden;
+  }
+
+  async show() {
+    find("gallery").hidden = false;
+    await this.load();
+  }
+
+  hide() {
+    find("gallery").hidden = true;
+    clearTimeout(this.waiting);
+  }
+
+  /** The next or previous slide of the list that is shown. */
+  beside(key, step) {
+    const at = this.slides.findIndex((slide) => slide.key === key);
+    return at < 0 ? this.slides[0] : this.slides[at + step];
+  }
+
+  async load(offset = 0) {
+    this.wanted?.abort();
+    this.wanted = new AbortController();
+    clearTimeout(this.waiting);
+    const sort = find("sort").value;
+    const values = {
+      search: find("search").value, status: find("status").value, offset, limit: PAGE,
+      sort: sort.replace(/:down$/, ""), order: sort.endsWith(":down") ? "down" : "up",
+    };
+    try {
+      const page = await server.slides(values, this.wanted.signal);
+      this.slides = offset ? [...this.slides, ...page.slides] : page.slides;
+      this.draw(page, offset);
+    } catch (error) {
+      if (error.name !== "AbortError") find("found").textContent = error.message;
+    }
+  }
+
+  draw(page, offset) {
+    const cards = page.slides.map((slide) => this.card(slide));
+    if (offset) find("cards").append(...cards);
+    else find("cards").replaceChildren(...cards);
+    const scoring = page.scored < (page.counts.ok || 0) ? `, ${page.scored} scored so far` : "";
+    find("found").textContent = `${page.found} of ${page.total} slides${scoring}`;
+    find("more").hidden = this.slides.length >= page.found;
+    if (scoring && this.isShown && !offset) this.waiting = setTimeout(() => this.load(), WAITS);
+  }
+
+  card(slide) {
+    const folder = slide.id.slice(0, slide.id.lastIndexOf("/") + 1);
+    const picture = element("div", { class: "thumb" });
+    picture.slide = slide;
+    const facts = [`${slide.patches.toLocaleString("en")} patches`];
+    if (slide.unreadable) facts.push(`${slide.unreadable} unreadable`);
+    const made = element("li", { class: `card ${slide.status}` },
+      element("a", { href: `#${new URLSearchParams({ slide: slide.id })}` },
+        picture,
+        element("span", { class: "folder" }, folder || " "),
+        element("span", { class: "name" }, slide.id.slice(folder.length)),
+        element("span", { class: "facts" }, element("span", { class: "badge" }, STATES[slide.status] || slide.status),
+          slide.status === "failed" ? "" : ` ${facts.join(", ")}`),
+      ),
+      slide.error ? element("p", { class: "error", title: slide.error }, slide.error) : null,
+      slide.scores ? this.scores(slide.scores) : null,
+    );
+    this.painter.observe(picture);
+    return made;
+  }
+
+  scores(scores) {
+    return element("dl", { class: "scores" }, ...Object.entries(scores).flatMap(([label, { share, top }]) => [
+      element("dt", {}, label),
+      element("dd", { title: "share of the patches given to this class; mean probability of the ten highest" },
+        shareBar(share),
+        ` ${(100 * share).toFixed(1)} %, top ${top.toFixed(2)}`),
+    ]));
+  }
+
+  paint(seen) {
+    for (const { isIntersecting, target } of seen) {
+      if (!isIntersecting) continue;
+      this.painter.unobserve(target);
+      paintThumb(target, this.run).catch(() => target.classList.add("empty"));
+    }
+  }
+}
+
+/** The slide, small, with the first channel over it. */
+async function paintThumb(target, run) {
+  if (target.slide.status === "failed") return target.classList.add("empty");
+  const facts = await server.slide(target.slide.key);
+  if (!facts.slide.problem) {
+    target.append(element("img", { src: server.thumb(facts), alt: "", loading: "lazy" }));
+  }
+  if (!facts.heat) return undefined;
+  const canvas = await heatCanvas(facts, firstChannel(facts.channels, run.classes));
+  // The heatmap's last pixels reach beyond the slide.
+  const [height, width] = facts.heat.size_px.map((size, i) => size / facts.size_px[i]);
+  canvas.style.width = `${100 * width}%`;
+  canvas.style.height = `${100 * height}%`;
+  const frame = element("div", { class: "thumb-frame" }, ...target.children, canvas);
+  frame.style.aspectRatio = `${facts.size_px[1]} / ${facts.size_px[0]}`;
+  target.replaceChildren(frame);
+  return undefined;
+}
+
+async function heatCanvas(facts, channel) {
+  const { levels, size_px: size, tile_px: tile } = facts.heat;
+  const [height, width] = size.map((px) => Math.ceil(px / 2 ** (levels - 1)));
+  const canvas = element("canvas", { width, height, "aria-hidden": "true" });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const loads = [];
+  for (let row = 0; row * tile < height; row += 1) {
+    for (let column = 0; column * tile < width; column += 1) {
+      const image = new Image();
+      image.src = server.heatTile(facts, channel.number, levels - 1, row, column);
+      loads.push(image.decode().then(() => context.drawImage(image, column * tile, row * tile)));
+    }
+  }
+  await Promise.all(loads);
+  const pixels = context.getImageData(0, 0, width, height);
+  recolour(pixels.data, table(fresh(channel), channel.scale));
+  context.putImageData(pixels, 0, 0);
+  canvas.style.opacity = "0.75";
+  return canvas;
+}

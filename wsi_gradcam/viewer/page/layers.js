@@ -1,0 +1,67 @@
+// What a layer is: a channel and how it is shown. Plain data, also in the page's address.
+
+import { MAPS, isSigned } from "./colours.js";
+
+export const WINDOWS = { slide: "of this slide", run: "of the whole run", fixed: "fixed" };
+
+/** The channel to begin with: the first; of two classes that both are explained, the second, as it is the positive. */
+export function firstChannel(channels, classes) {
+  const { method } = channels[0];
+  const positive = classes.length === 2 && channels.find((c) => c.method === method && c.target === classes[1]);
+  return positive || channels[0];
+}
+
+/** The layer that a channel begins with; the `order`-th of a view. */
+export function fresh(channel, order = 0) {
+  const singles = ["inferno", "blue", "green", "pink", "orange"];
+  const layer = {
+    channel: channel.label,
+    on: true,
+    map: singles[order % singles.length],
+    opacity: 0.7,
+    threshold: null,
+    kind: channel.run_window ? "run" : "slide",
+    window: [0, 1],
+    fade: true,
+  };
+  return withWindow(layer, channel, layer.kind);
+}
+
+/** The layer with the window of a kind: `slide`, `run`, or `fixed` at what it is now or at `given`. */
+export function withWindow(layer, channel, kind, given = layer.window) {
+  const known = kind === "run" ? channel.run_window : kind === "slide" ? channel.window : null;
+  const [low, high] = known || given;
+  const window = known && isSigned(layer.map) ? [-high, high] : [low, high];
+  return { ...layer, kind: known ? kind : "fixed", window };
+}
+
+/** The layer as text for the address. */
+export function written(layer) {
+  const parts = [layer.channel, layer.on ? "on" : "off", layer.map, layer.opacity, layer.kind];
+  parts.push(layer.kind === "fixed" ? layer.window.map(plain).join("..") : "");
+  parts.push(layer.threshold === null ? "" : plain(layer.threshold), layer.fade ? "fade" : "full");
+  return parts.map((part) => String(part).replace(/[%~;]/g, escaped)).join("~");
+}
+
+/** The layer that `written` made a text of; null where it is none, or of no channel there is. */
+export function read(text, channels) {
+  const parts = text.split("~").map(decodeURIComponent);
+  const channel = channels.find(({ label }) => label === parts[0]);
+  if (!channel || parts.length !== 8) return null;
+  const opacity = Number(parts[3]);
+  const threshold = parts[6] === "" ? null : Number(parts[6]);
+  const layer = {
+    ...fresh(channel),
+    on: parts[1] === "on",
+    map: MAPS.includes(parts[2]) ? parts[2] : "inferno",
+    opacity: opacity >= 0 && opacity <= 1 ? opacity : 0.7,
+    threshold: Number.isFinite(threshold) ? threshold : null,
+    fade: parts[7] === "fade",
+  };
+  const given = parts[5].split("..").map(Number);
+  const usable = given.length === 2 && given.every(Number.isFinite) && given[0] < given[1];
+  return withWindow(layer, channel, parts[4], usable ? given : channel.window);
+}
+
+const escaped = (sign) => `%${sign.charCodeAt(0).toString(16)}`;
+const plain = (value) => String(Number(value.toPrecision(6)));

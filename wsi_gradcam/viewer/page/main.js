@@ -1,0 +1,379 @@
+// Puts the page together: which slide, which place, which panels, and the address that holds them.
+
+import { formed, parsed } from "./address.js";
+import { Controls } from "./controls.js";
+import { element, find, later, length, say, short } from "./dom.js";
+import { Gallery } from "./gallery.js";
+import { listen } from "./keys.js";
+import { PatchPanel } from "./patch.js";
+import { magnification, umAt } from "./ruler.js";
+import * as server from "./server.js";
+import { Strip } from "./strip.js";
+import { Views } from "./views.js";
+
+const TIMES = [1, 5, 10, 20, 40];
+const PATCH_SCREEN_PX = 220; // of a patch that is jumped to
+
+/** Show a link of the bar, if there is something to show. */
+function linkTo(name, address) {
+  const link = find(name);
+  link.hidden = !address;
+  link.href = address || "#";
+}
+
+class App {
+  constructor(run) {
+    this.run = run;
+    this.slide = null;
+    this.views = null;
+    this.turn = 0;
+    this.gallery = new Gallery(run);
+    this.controls = new Controls({
+      changed: (layers, rebuilt) => this.setLayers(layers, rebuilt),
+      chosen: (number) => this.activate(number),
+    });
+    this.panel = new PatchPanel(run, {
+      chosen: (number) => this.showPatch(number, true),
+      closed: () => this.closePatch(),
+    });
+    this.strip = new Strip(run, (number) => this.showPatch(number, true));
+    this.remember = later(150, () => this.writeAddress());
+    this.askValues = later(60, (y, x) => this.showValues(y, x));
+    this.buttons();
+    this.keys();
+    window.addEventListener("popstate", () => this.followAddress());
+  }
+
+  async start() {
+    document.title = `${this.run.name} – wsi-gradcam`;
+    if (parsed(location.hash).slide === null) {
+      const { slides, total } = await server.slides({ limit: 1 });
+      if (total === 1) history.replaceState(null, "", formed({ slide: slides[0].id, views: [] }));
+    }
+    await this.followAddress();
+  }
+
+  /** Go to another address, at once: setting location.hash is noticed later, and might be overwritten meanwhile. */
+  go(address) {
+    history.pushState(null, "", address);
+    return this.followAddress();
+  }
+
+  /** Show what the address says. */
+  async followAddress() {
+    if (location.hash === this.written) return;
+    this.turn += 1; // what an earlier address still waits for is not shown any more
+    const { turn } = this;
+    this.written = location.hash;
+    const wanted = parsed(location.hash);
+    try {
+      if (wanted.slide === null) {
+        await this.showGallery();
+        return;
+      }
+      if (this.views && this.slide?.id === wanted.slide && wanted.views.length === this.views.panes.length) {
+        await this.changeView(wanted);
+      } else await this.showSlide(wanted, turn);
+    } catch (error) {
+      if (turn !== this.turn) return;
+      this.notice(`${wanted.slide}: ${error.message}`);
+      say(error.message);
+    }
+  }
+
+  async showSlide(wanted, turn) {
+    this.closeSlide();
+    document.body.classList.add("has-slide");
+    this.gallery.hide();
+    find("show-gallery").setAttribute("aria-pressed", "false");
+    const slide = await server.slideNamed(wanted.slide);
+    if (turn !== this.turn) return;
+    this.slide = slide;
+    find("title").textContent = slide.id;
+    this.describe(slide);
+    if (!slide.size_px || (slide.slide.problem && !slide.heat)) {
+      document.body.dataset.ready = slide.key;
+      return;
+    }
+    const views = new Views(slide, this.run.classes, {
+      pointed: (y, x) => this.pointed(y, x),
+      clicked: (y, x) => this.clicked(y, x),
+      rested: () => this.remember(),
+      activated: () => this.showControls(),
+    });
+    this.views = views;
+    views.smooth = this.controls.smooth;
+    await views.open(wanted.views);
+    if (this.views !== views) return;
+    if (this.strip.isShown) this.strip.show(slide);
+    if (!wanted.centre) views.pane.home(true);
+    await this.showPlace(wanted);
+  }
+
+  /** Another view of the slide that is shown. */
+  async changeView(wanted) {
+    await this.views.setTexts(wanted.views);
+    if (wanted.patch === null && this.panel.patch) this.panel.close();
+    await this.showPlace(wanted);
+  }
+
+  async showPlace(wanted) {
+    this.showControls();
+    if (wanted.centre) this.views.goTo(wanted.centre, wanted.um, true);
+    if (wanted.patch !== null) await this.showPatch(wanted.patch, false);
+    document.body.dataset.ready = this.slide.key;
+    this.writeAddress();
+  }
+
+  closeSlide() {
+    delete document.body.dataset.ready;
+    this.views?.close();
+    this.views = null;
+    this.slide = null;
+    this.panel.element.hidden = true;
+    this.panel.patch = null;
+    this.notice("");
+    find("place").textContent = "";
+    find("values").textContent = "";
+  }
+
+  describe(slide) {
+    linkTo("report", this.run.report);
+    const state = find("state");
+    state.hidden = slide.status === "ok";
+    state.textContent = slide.status.replace("_", " ");
+    linkTo("audit", slide.audit || this.run.audit);
+    const lines = [];
+    if (slide.slide.problem && slide.heat) {
+      lines.push(`The slide cannot be shown, so the heatmap is shown alone. ${slide.slide.problem}`);
+    }
+    if (slide.heat_problem) lines.push(`No heatmap: ${slide.heat_problem}`);
+    if (slide.status === "no_tissue") lines.push("No tissue was found on this slide.");
+    if (slide.mpp && Math.abs(slide.mpp[0] / slide.mpp[1] - 1) > 0.005) {
+      lines.push(`Pixels are ${short(slide.mpp[0])} by ${short(slide.mpp[1])} µm (y by x) and are shown as squares.`);
+    }
+    this.notice(lines.join(" "));
+  }
+
+  notice(text) {
+    find("notice").textContent = text;
+    find("notice").hidden = !text;
+  }
+
+  async showGallery() {
+    this.closeSlide();
+    this.strip.hide();
+    document.body.classList.remove("has-slide");
+    find("show-gallery").setAttribute("aria-pressed", "true");
+    find("title").textContent = `${this.run.name}: ${this.run.model}${this.run.untrained ? " (untrained)" : ""}`;
+    find("state").hidden = true;
+    linkTo("audit", this.run.audit);
+    linkTo("report", this.run.report);
+    await this.gallery.show();
+    document.body.dataset.ready = "gallery";
+  }
+
+  showControls() {
+    const { views, slide } = this;
+    this.controls.show(slide, views.layers[views.active], views.active, views.panes.length);
+  }
+
+  setLayers(layers, rebuilt) {
+    this.views.setSmooth(this.controls.smooth);
+    this.views.setLayers(layers);
+    if (rebuilt) this.showControls();
+    if (this.panel.patch) {
+      this.panel.layers = layers;
+      this.panel.drawMap();
+    }
+    this.remember();
+  }
+
+  activate(number) {
+    this.views.led(this.views.panes[number]);
+    find("layers").querySelector(`input[name=view]:checked`)?.focus();
+  }
+
+  async toggleBeside() {
+    if (!this.views) return;
+    await this.views.toggleBeside();
+    find("beside").setAttribute("aria-pressed", String(this.views.panes.length > 1));
+    this.showControls();
+    this.remember();
+  }
+
+  pointed(y, x) {
+    const { slide } = this;
+    const [height, width] = slide.size_px;
+    if (y < 0 || x < 0 || y >= height || x >= width) {
+      find("place").textContent = "";
+      find("values").textContent = "";
+      return;
+    }
+    find("place").textContent = `y ${length(y * slide.mpp[0])}, x ${length(x * slide.mpp[1])}`;
+    this.askValues(y, x);
+  }
+
+  async showValues(y, x) {
+    const { slide } = this;
+    if (!slide?.heat) return;
+    this.asked?.abort();
+    this.asked = new AbortController();
+    try {
+      const found = await server.values(slide.key, y, x, this.asked.signal);
+      if (this.slide !== slide) return;
+      const seen = new Set(this.views.layers.flat().map(({ channel }) => channel));
+      const known = slide.channels
+        .map(({ label }, i) => ({ label, text: `${label} ${short(found.values?.[i])}` }))
+        .sort((a, b) => seen.has(b.label) - seen.has(a.label))
+        .map(({ text }) => text);
+      const text = found.explained ? known.join(" · ") : found.tissue ? "tissue, not explained" : "not explained";
+      find("values").textContent = found.unreadable ? `${text} · partly unreadable` : text;
+      find("values").title = find("values").textContent;
+    } catch (error) {
+      if (error.name !== "AbortError") find("values").textContent = error.message;
+    }
+  }
+
+  async clicked(y, x) {
+    if (!this.slide.table) return;
+    const patch = await server.patchAt(this.slide.key, y, x);
+    if (patch.number === null) say("No patch lies there.");
+    else this.openPatch(patch);
+  }
+
+  async showPatch(number, jumps) {
+    const patch = await server.patch(this.slide.key, number);
+    this.openPatch(patch);
+    if (!jumps) return;
+    const [height, width] = this.slide.patch.footprint_px;
+    const fitting = Math.max(this.slide.mpp[1] / 2, (width * this.slide.mpp[1]) / PATCH_SCREEN_PX);
+    const um = Math.min(this.views.pane.place().um, fitting);
+    this.views.goTo([patch.y + height / 2, patch.x + width / 2], um);
+  }
+
+  openPatch(patch) {
+    const { views, slide } = this;
+    views.frame([patch.y, patch.x, ...slide.patch.footprint_px]);
+    this.panel.show(slide, patch, views.layers[views.active]);
+    this.remember();
+  }
+
+  closePatch() {
+    this.views?.frame(null);
+    this.remember();
+  }
+
+  async toggleStrip() {
+    if (this.strip.isShown || !this.slide) this.strip.hide();
+    else await this.strip.show(this.slide);
+    find("show-top").setAttribute("aria-pressed", String(this.strip.isShown));
+  }
+
+  toggleLayers() {
+    const shown = document.body.classList.toggle("no-layers");
+    find("show-layers").setAttribute("aria-pressed", String(!shown));
+  }
+
+  /** Turn all layers off, or on again as they were. */
+  blink() {
+    if (!this.views) return;
+    const layers = this.views.layers[this.views.active];
+    const on = !layers.some((layer) => layer.on);
+    this.setLayers(layers.map((layer) => ({ ...layer, on })), true);
+  }
+
+  /** Show the next or previous channel in the uppermost layer. */
+  nextChannel(step) {
+    const layers = this.views?.layers[this.views.active];
+    if (!layers?.length) return;
+    const { channels } = this.slide;
+    const at = channels.findIndex(({ label }) => label === layers.at(-1).channel);
+    const next = channels[(at + step + channels.length) % channels.length];
+    this.controls.setChannel(layers.length - 1, next.label);
+    say(next.label);
+  }
+
+  changeOpacity(step) {
+    if (!this.views) return;
+    const layers = this.views.layers[this.views.active];
+    const changed = (value) => Math.round(100 * Math.min(1, Math.max(0, value + step))) / 100;
+    this.setLayers(layers.map((layer) => ({ ...layer, opacity: changed(layer.opacity) })), true);
+  }
+
+  async nextSlide(step) {
+    if (!this.slide) return;
+    if (!this.gallery.slides.length) await this.gallery.load();
+    const next = this.gallery.beside(this.slide.key, step);
+    if (next) this.go(formed({ slide: next.id, views: this.views ? this.views.texts() : [] }));
+  }
+
+  setTimes(times) {
+    if (!this.views) return;
+    const { centre } = this.views.pane.place();
+    this.views.goTo(centre, umAt(times));
+  }
+
+  /** Keep the view in the address, without a step in the browser's history for each move. */
+  writeAddress() {
+    const { slide, views } = this;
+    if (!slide || !views?.panes.length) return;
+    const { centre, um } = views.pane.place();
+    const address = formed({ slide: slide.id, centre, um, views: views.texts(), patch: this.panel.patch?.number });
+    history.replaceState(null, "", address);
+    this.written = location.hash;
+  }
+
+  buttons() {
+    const pressed = (id, action) => find(id).addEventListener("click", action);
+    pressed("show-gallery", () => this.go("#"));
+    pressed("beside", () => this.toggleBeside());
+    pressed("show-layers", () => this.toggleLayers());
+    pressed("show-top", () => this.toggleStrip());
+    pressed("help", () => find("help-dialog").showModal());
+    const home = element("button", { type: "button", onclick: () => this.views?.pane.home() }, "Fit");
+    const times = TIMES.map((value) =>
+      element("button", { type: "button", onclick: () => this.setTimes(value) }, magnification(umAt(value))));
+    find("magnifications").append(home, ...times);
+    if (window.matchMedia("(max-width: 760px)").matches) this.toggleLayers();
+  }
+
+  keys() {
+    const move = (down, right) => () => this.views?.pane.move(down, right);
+    listen([
+      [["ArrowUp"], "move up", move(-1, 0)],
+      [["ArrowDown"], "move down", move(1, 0)],
+      [["ArrowLeft"], "move left", move(0, -1)],
+      [["ArrowRight"], "move right", move(0, 1)],
+      [["+", "="], "zoom in", () => this.views?.pane.zoomBy(1.5)],
+      [["-", "_"], "zoom out", () => this.views?.pane.zoomBy(1 / 1.5)],
+      [["0"], "show the whole slide", () => this.views?.pane.home()],
+      [["1"], "1×", () => this.setTimes(1)],
+      [["2"], "5×", () => this.setTimes(5)],
+      [["3"], "10×", () => this.setTimes(10)],
+      [["4"], "20×", () => this.setTimes(20)],
+      [["5"], "40×", () => this.setTimes(40)],
+      [["h"], "hide or show all layers", () => this.blink()],
+      [["c"], "next channel", () => this.nextChannel(1)],
+      [["C"], "previous channel", () => this.nextChannel(-1)],
+      [["["], "less opaque", () => this.changeOpacity(-0.1)],
+      [["]"], "more opaque", () => this.changeOpacity(0.1)],
+      [["b"], "two views side by side", () => this.toggleBeside()],
+      [["l"], "show or hide the layer panel", () => this.toggleLayers()],
+      [["t"], "show or hide the top patches", () => this.toggleStrip()],
+      [["n"], "next slide", () => this.nextSlide(1)],
+      [["p"], "previous slide", () => this.nextSlide(-1)],
+      [["g"], "all slides", () => this.go("#")],
+      [["Escape"], "close the patch", () => this.panel.patch && this.panel.close()],
+      [["?"], "this help", () => find("help-dialog").showModal()],
+    ]);
+  }
+}
+
+try {
+  await new App(await server.run()).start();
+} catch (error) {
+  find("notice").textContent = `The server does not answer: ${error.message}`;
+  find("notice").hidden = false;
+  throw error;
+}
