@@ -11,10 +11,13 @@ COPY constraints.txt ./
 RUN versions=$(grep -E '^(torch|torchvision)==' constraints.txt) \
  && if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" $versions; else pip install $versions; fi
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY wsi_gradcam ./wsi_gradcam
-RUN grep -vE '^(torch|torchvision|nvidia-|cuda-|triton)' constraints.txt > without-torch.txt \
- && pip install -c without-torch.txt ".${TORCH_INDEX:+[engines]}"
+# npm is needed while the package is built: hatch_build.py fetches what the viewer's page shows slides with.
+RUN apt-get update && apt-get install -y --no-install-recommends npm \
+ && grep -vE '^(torch|torchvision|nvidia-|cuda-|triton)' constraints.txt > without-torch.txt \
+ && pip install -c without-torch.txt ".${TORCH_INDEX:+[engines]}" \
+ && apt-get purge -y npm && apt-get autoremove -y && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home reader
 USER reader

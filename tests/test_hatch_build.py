@@ -100,3 +100,10 @@ def test_the_page_s_files_are_in_the_wheel() -> None:
     assert settings["artifacts"] == ["/wsi_gradcam/viewer/page/vendor/*"]
     assert "custom" in settings["hooks"]
     assert "/hatch_build.py" in settings["targets"]["sdist"]["include"]
+
+
+def test_the_image_is_built_with_all_that_the_package_is_built_from() -> None:
+    copied = [
+        word for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:5] == "COPY " for word in line.split()
+    ]
+    assert {"pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "wsi_gradcam"} <= set(copied)
