@@ -46,7 +46,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.simulated import FIRST_BATCH, PATCHES, RATE, SPAN, WRITING, report
 from wsi_gradcam.config import make_settings
-from wsi_gradcam.executors.dask import DaskExecutor, flow
+from wsi_gradcam.executors.dask import DaskExecutor, window
+from wsi_gradcam.executors.dask.plugin import Order, perform_order
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs import SlideEntry, find_slides
 from wsi_gradcam.models.spec import ModelSpec
@@ -284,6 +285,8 @@ def simulate(folder: Path, workers: int, slowness: float, slides: int, costs: di
         executor = stack.enter_context(closing(DaskExecutor(scheduler=address, device="cuda", wait_s=300)))
         while len(executor.workers().addresses) < workers:
             time.sleep(0.2)
+        # As in `explain`, where a worker has looked at the model before: the scheduler has loaded the program.
+        executor._client.submit(perform_order, Order("no run", ()), pure=False).result()
         return _run_simulated(executor, boss, folder, slowness, slides, workers)
 
 
@@ -315,12 +318,12 @@ def _run_simulated(
 @contextmanager
 def slowed(slowness: float) -> Iterator[None]:
     """Orders sized for tasks that take so many times longer."""
-    known = {name: getattr(flow, name) for name in ("ORDER_S", "LEAST_S")}
-    vars(flow).update({name: value * slowness for name, value in known.items()})
+    known = {name: getattr(window, name) for name in ("ORDER_S", "LEAST_S")}
+    vars(window).update({name: value * slowness for name, value in known.items()})
     try:
         yield
     finally:
-        vars(flow).update(known)
+        vars(window).update(known)
 
 
 def _cpu_s(watched: psutil.Process) -> float:

@@ -56,7 +56,7 @@ def told(**workers: dict[str, float]) -> dict[str, Any]:
 def test_spans_want_gpus_and_the_rest_cpus_where_some_declare_that() -> None:
     found = Workers.of(told(g={"GPU": 1}, h={"GPU": 1}, c={"CPU": 4}, plain={}), "cuda")
     assert found.needs == {True: {"GPU": 1}, False: {"CPU": 1}}
-    assert found.able == {True: ("g", "h"), False: ("c",)}
+    assert found.able == {True: {"g": 1, "h": 1}, False: {"c": 2}}
     assert found.slots == {True: 2, False: 2}
     assert found.lacking == ""
 

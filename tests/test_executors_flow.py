@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from wsi_gradcam.errors import SlideReadError, StoreError, WorkerError
 from wsi_gradcam.executors import retries
 from wsi_gradcam.executors.dask import flow as flow_module
-from wsi_gradcam.executors.dask.flow import ORDERS_PER_SLOT, Flow
+from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.plugin import Answer, Order
+from wsi_gradcam.executors.dask.window import ORDERS_PER_SLOT
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.stages import Pending, Performed, Task
@@ -331,13 +332,13 @@ def test_another_attempt_goes_elsewhere_if_it_can() -> None:
     submit = client.submit
 
     def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
-        asked.append((options.get("workers"), options.get("allow_other_workers")))
+        asked.append(options["workers"])
         return submit(_, order, **options)
 
     client.submit = watched  # type: ignore[assignment,method-assign]
     (record,) = flow(client).run([entry(0)])
     assert record.status == "failed"
-    assert asked == [(None, None), (["tcp://b:1"], True), (["tcp://b:1"], True)]
+    assert asked == [None, ["tcp://b:1"], ["tcp://b:1"]]
 
 
 def test_what_will_not_pass_is_not_tried_again() -> None:

@@ -112,13 +112,15 @@ class DaskExecutor:
         """
         name = f"wsi-gradcam-{uuid.uuid4().hex[:8]}"
         caretaker = Caretaker(name, self._client.id)
+        hints = True
         try:
             self._client.register_plugin(caretaker)
         except Exception as error:  # whatever an import there ends with
-            LOG.warning("the scheduler cannot look after a run whose client is killed (%s)", one_line(error))
+            LOG.warning("the scheduler cannot look after the run (%s)", one_line(error))
+            hints = False
         self._client.register_plugin(RunPlugin(name, run, overwrite, self._torch_threads))
         job = job or partial(slide_job, max_unreadable=run.settings.max_unreadable)
-        flow = Flow(self._client, name, job, observe, self.workers, Patience(self._wait_s))
+        flow = Flow(self._client, name, job, observe, self.workers, Patience(self._wait_s), hints)
         try:
             with STOP.heeded():
                 yield from flow.run(slides)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from typing import Any
 
 from distributed import Client, Future
@@ -15,11 +14,14 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsi_gradcam.errors import WorkerError
+from wsi_gradcam.executors.dask.backlogs import Backlogs
 from wsi_gradcam.executors.dask.failures import explained, failed, lost
 from wsi_gradcam.executors.dask.mail import Mail
 from wsi_gradcam.executors.dask.plugin import Answer, Order, stop_here
-from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
+from wsi_gradcam.executors.dask.rates import Rates
 from wsi_gradcam.executors.dask.running import MODEL, Running, Sent, kind_of
+from wsi_gradcam.executors.dask.suspects import Suspects
+from wsi_gradcam.executors.dask.window import Outlook, Window
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.executors.retries import PAUSES_S, say_again
 from wsi_gradcam.inputs import SlideEntry
@@ -27,17 +29,7 @@ from wsi_gradcam.stages import RUN_MODEL, Performed, Task
 from wsi_gradcam.stopping import GRACE_S, LOOK_S, STOP
 from wsi_gradcam.workflow import FatalError, Job, Observer, SlideRecord
 
-# Orders in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler
-# knows) / 5 s: 4 orders of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
-# are left to each while a slide is planned.
-ORDERS_PER_SLOT = 4
-# When little is left, fewer and smaller orders wait, so that workers end together: an order of the model is then at
-# most one of so many parts of what is left for each, and so many are in flight.
-LAST_PARTS, LAST_PER_SLOT = 8, 2
 LOOK_AT_WORKERS_S = 2.0
-# A task that was begun alone in its process so often, and each time the process died, has killed it.
-DEATHS_ALONE = 2
-MOST_TRIALS = 4  # of a task whose workers always die before it begins
 
 
 class Flow:
@@ -46,33 +38,29 @@ class Flow:
     Slides are planned ahead only as far as the window is not full: none is begun that could not be worked on, so that
     slides finish in the order in which they began, and an archive of any size takes the same memory here.
 
-    Dask blames all tasks of a worker that dies. One so blamed too often is run again while nothing else of the run
-    is at work in its process: if that kills workers too, it is the culprit, and its slide has failed. Few run so at
-    once, and meanwhile the other workers go on.
+    Where the model wants a resource, each order of it asks for the worker that will be free first, if `hints` are
+    understood (by the run's `Caretaker`). Other orders Dask keeps until a worker is free.
     """
 
     def __init__(
         self, client: Client, name: str, job: Job, observe: Observer, workers: Callable[[], Workers],
-        patience: Patience,
+        patience: Patience, hints: bool = True,
     ) -> None:  # fmt: skip
         self._client, self._name = client, name
         self._job, self._observe = job, observe
-        self._ask_workers, self._patience = workers, patience
+        self._ask_workers, self._patience, self._hints = workers, patience, hints
         self._workers, self._looked = workers(), time.monotonic()
         self._mail = Mail(client)
         self._rates = Rates()
         self._active: list[Running] = []
         self._later: list[tuple[float, Sent]] = []
-        self._suspects: deque[Sent] = deque()
-        self._begun: Counter[str] = Counter()
-        client.subscribe_topic(name, self._note)
+        self._suspects, self._backlogs = Suspects(), Backlogs()
+        client.subscribe_topic(name, self._suspects.note)
         self._sent: dict[Future[Any], Sent] = {}
         self._out: Counter[str] = Counter()
         self._finished: deque[SlideRecord] = deque()
         self._more = True
-        self._ahead = 0  # slides that are not begun, as far as that is known
-        self._planned, self._spans = 0, 0
-        self._at: Counter[str] = Counter()  # orders of the model that were sent to a worker
+        self._outlook = Outlook(self._rates, ())
 
     def run(self, slides: Iterable[SlideEntry]) -> Iterator[SlideRecord]:
         """Records as slides finish.
@@ -80,7 +68,7 @@ class Flow:
         Raises:
             FatalError: the run cannot go on.
         """
-        left, self._ahead = enumerate(slides), len(slides) if isinstance(slides, Sized) else 0
+        left, self._outlook = enumerate(slides), Outlook(self._rates, slides)
         try:
             while self._active or self._more:
                 if STOP.asked():
@@ -101,56 +89,33 @@ class Flow:
         due, self._later = [s for at, s in self._later if at <= now], [(at, s) for at, s in self._later if at > now]
         for again in due:
             self._send(again)
-        while self._suspects and self._out["alone"] < max(1, len(self._workers.addresses) // 4):
-            self._send(self._suspects.popleft())
-        budgets_s, per_slot = self._budgets_s()
-        room = {model: per_slot[model] * max(1, slots) for model, slots in self._workers.slots.items()}
+        while self._suspects.waiting and self._out["alone"] < max(1, len(self._workers.addresses) // 4):
+            self._send(self._suspects.waiting.popleft())
+        window = Window.of(self._outlook.left_s(self._active, self._sent.values()), self._workers.slots)
         waiting = 0
         for running in list(self._active):
-            while (stage := running.waits_for) and self._out[kind_of(stage)] < room[stage in RUN_MODEL]:
-                self._send(running.take(self._rates, budgets_s[stage in RUN_MODEL]))
+            while (stage := running.waits_for) and self._out[kind_of(stage)] < window.orders[stage in RUN_MODEL]:
+                self._send(running.take(self._rates, window.seconds[stage in RUN_MODEL]))
             waiting += running.spans
-        begun = self._out["plan"]
-        while (
-            self._out["plan"] < max(1, self._workers.slots[False]) and self._out[MODEL] + waiting + begun < room[True]
-        ):
+        most, begun = max(1, self._workers.slots[False]), self._out["plan"]
+        while self._out["plan"] < most and self._out[MODEL] + waiting + begun < window.ahead:
             if not self._begin(left):
                 break
             begun += 1
-
-    def _budgets_s(self) -> tuple[dict[bool, float], dict[bool, int]]:
-        """Seconds of work in an order, of the model and else, and orders for a slot: less of both towards the end."""
-        slots = {model: max(1, count) for model, count in self._workers.slots.items()}
-        budgets_s, per_slot = {True: ORDER_S, False: ORDER_S}, {True: ORDERS_PER_SLOT, False: ORDERS_PER_SLOT}
-        ahead_s = self._ahead * self._rates.seconds(MODEL) * self._spans / max(1, self._planned)
-        if self._more and (not self._ahead or ahead_s > LAST_PARTS * ORDER_S * slots[True]):
-            return budgets_s, per_slot
-        left_s = {True: ahead_s, False: 0.0}
-        for running in self._active:
-            for phase in running.phases:
-                stage = phase[0][1].stage
-                left_s[stage in RUN_MODEL] += len(phase) * self._rates.seconds(stage)
-        for sent in self._sent.values():
-            left_s[sent.model] += sum(self._rates.seconds(task.stage) for task in sent.tasks)
-        budgets_s[True] = min(ORDER_S, max(LEAST_S, left_s[True] / slots[True] / LAST_PARTS))
-        if left_s[True] < LAST_PARTS * ORDER_S * slots[True]:
-            per_slot[True] = LAST_PER_SLOT
-        if not self._more:
-            budgets_s[False] = min(ORDER_S, max(LEAST_S, left_s[False] / slots[False] / 2))
-        return budgets_s, per_slot
 
     def _begin(self, left: Iterator[tuple[int, SlideEntry]]) -> bool:
         """Begin the next slide, if there is one."""
         entry = next(left, None)
         if entry is None:
             self._more = False
+            self._outlook.over()
             return False
-        self._ahead = max(0, self._ahead - 1)
+        self._outlook.begun()
         number, slide = entry
         running = Running(self._job(slide), number)
         self._active.append(running)
         running.begin()
-        self._send(running.take(self._rates, ORDER_S))
+        self._send(running.take(self._rates, 0.0))
         return True
 
     def _send(self, sent: Sent) -> None:
@@ -159,32 +124,26 @@ class Flow:
             self._leave(running, len(sent.tasks))
             return
         # What is planned is ready when it is wanted; a slide that began first is finished first.
-        sent = self._placed(sent)
         future = self._client.submit(
             *self._mail.letter(Order(self._name, sent.tasks, sent.alone)),
             key=self._key(sent), pure=False,
             priority=1 if stage == "plan" else -running.number, resources=self._workers.needs[sent.model],
-            **self._where(sent),
+            workers=self._hint(sent),
         )  # fmt: skip
         self._sent[future] = sent
         self._out[sent.kind] += 1
         self._mail.expect(future)
 
-    def _placed(self, sent: Sent) -> Sent:
-        """With the worker that it goes to: of those of the model the one with the fewest orders, so that none runs dry.
-
-        Only where every worker could be taken: one that is gone is replaced by any other.
-        """
+    def _hint(self, sent: Sent) -> list[str] | None:
+        """The worker that an order asks for, where any is better than others: it may still go elsewhere."""
         able = self._workers.able[sent.model]
-        others = [address for address in able if address != sent.avoid]
-        if not others or len(able) < len(self._workers.addresses) or not (sent.model or sent.avoid):
-            return replace(sent, worker="")
-        worker = min(others, key=self._at.__getitem__)
-        self._at[worker] += 1
-        return replace(sent, worker=worker)
-
-    def _where(self, sent: Sent) -> dict[str, Any]:
-        return {"workers": [sent.worker], "allow_other_workers": True} if sent.worker else {}
+        others = {address: slots for address, slots in able.items() if address != sent.avoid}
+        dealt = sent.model and bool(self._workers.needs[True])
+        if not self._hints or not others or not (dealt or sent.avoid):
+            return None
+        worker = self._backlogs.soonest(others)
+        self._backlogs.add(self._key(sent), worker, self._rates.of(sent.tasks))
+        return [worker]
 
     def _collect(self) -> None:
         """Wait for a moment, take what has come, and see to it that there are workers for the rest."""
@@ -210,7 +169,7 @@ class Flow:
         sent = self._sent.pop(future, None)
         if sent is not None:
             self._out[sent.kind] -= 1
-            self._at[sent.worker] -= bool(sent.worker)
+            self._backlogs.remove(self._key(sent))
         return sent
 
     def _send_anew(self) -> None:
@@ -223,7 +182,7 @@ class Flow:
 
     def _take(self, sent: Sent, answer: Answer | BaseException) -> None:
         """Make use of what came back."""
-        if isinstance(answer, KilledWorker) and not self._convicted(sent):
+        if isinstance(answer, KilledWorker) and not self._suspects.convicted(sent, self._key(sent)):
             self._observe(sent.tasks[0], failed(answer, again=True))
             return
         if not isinstance(answer, Answer):
@@ -247,19 +206,6 @@ class Flow:
         else:
             running.out -= done
             self._failed(sent.rest(done), answer.error)
-
-    def _convicted(self, sent: Sent) -> bool:
-        """Whether tasks that workers died of are the cause; else they have another trial."""
-        begun = sent.begun + self._begun.pop(self._key(sent), 0)
-        if sent.alone and (begun >= DEATHS_ALONE or sent.trials >= MOST_TRIALS):
-            return True
-        suspects = [sent.rest(0)] if sent.alone else sent.singly()
-        self._suspects += [replace(suspect, trials=sent.trials + 1, begun=begun) for suspect in suspects]
-        return False
-
-    def _note(self, event: tuple[float, Any]) -> None:
-        """A worker has begun what is alone."""
-        self._begun[event[1]["alone"]] += 1
 
     def _key(self, sent: Sent) -> str:
         return f"wsi-{sent.tasks[0].stage}-{self._name}-{sent.running.number}-{sent.order}"
@@ -285,7 +231,7 @@ class Flow:
                 return
             if not running.planned:
                 running.planned = True
-                self._planned, self._spans = self._planned + 1, self._spans + running.spans
+                self._outlook.planned(running)
 
     def _stop(self) -> Iterator[SlideRecord]:
         """Let workers finish what they have begun, within a bound, and end the run."""

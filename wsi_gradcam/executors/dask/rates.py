@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from wsi_gradcam.stages import Task
+
 # An order costs the scheduler, the client and the way together some 2 ms, and a GPU its first patches' reading, some
 # 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel together.
 ORDER_S = 3.0
@@ -26,3 +30,7 @@ class Rates:
     def seconds(self, stage: str) -> float:
         """What a task is expected to take."""
         return self._seconds.get(stage, GUESSED_S.get(stage, ORDER_S))
+
+    def of(self, tasks: Iterable[Task]) -> float:
+        """What some tasks are expected to take, one after the other."""
+        return sum(self.seconds(task.stage) for task in tasks)

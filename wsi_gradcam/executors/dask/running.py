@@ -122,7 +122,6 @@ class Sent:
         trials: how often they were sent so.
         begun: how often a worker has begun them so, and died.
         avoid: address of a worker that could not do them.
-        worker: address of the one that they are sent to; empty for any.
     """
 
     running: Running
@@ -134,7 +133,6 @@ class Sent:
     trials: int = 0
     begun: int = 0
     avoid: str = ""
-    worker: str = ""
 
     @property
     def model(self) -> bool:

@@ -23,14 +23,14 @@ class Workers:
     Attributes:
         addresses: of all.
         needs: resources that a piece of work asks for, where the model runs and elsewhere.
-        able: the workers that have those.
+        able: how many pieces of work each worker that has those does at once.
         slots: how many pieces of work can run at once, where the model runs and elsewhere.
         lacking: what is missing, and how to mend it; empty where nothing is.
     """
 
     addresses: tuple[str, ...]
     needs: Mapping[bool, dict[str, float]]
-    able: Mapping[bool, tuple[str, ...]]
+    able: Mapping[bool, Mapping[str, int]]
     slots: Mapping[bool, int]
     lacking: str
 
@@ -45,7 +45,7 @@ class Workers:
         able, slots = {}, {}
         for model, need in needs.items():
             counts = {address: _slots(worker, need) for address, worker in told.items()}
-            able[model] = tuple(address for address, count in counts.items() if count)
+            able[model] = {address: count for address, count in counts.items() if count}
             slots[model] = sum(counts.values())
         return cls(tuple(told), needs, able, slots, _lacking(told, bool(able[True]), device, scheduler))
 

@@ -1,0 +1,94 @@
+"""How much is out at once: so many orders for each that can run, and towards the end fewer and smaller ones."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+
+from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
+from wsi_gradcam.executors.dask.running import Running, Sent
+from wsi_gradcam.stages import RUN_MODEL
+
+# Orders in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler
+# knows) / 5 s: 4 orders of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
+# are left to each while a slide is planned.
+ORDERS_PER_SLOT = 4
+# Workers shall end together: an order of the model is at most one of so many parts of what is left for each, and when
+# that is less than one order, fewer are out. Other orders of a slide follow each other: smaller ones only wait.
+LAST_PER_SLOT, LAST_PARTS, LAST_PARTS_OTHER = 2, 8, 2
+
+
+@dataclass(frozen=True)
+class Window:
+    """What may be out, of the model's (True) and other work.
+
+    Attributes:
+        orders: how many orders.
+        seconds: of work in each.
+        ahead: slides are planned while fewer orders of the model are out, and spans wait, than this.
+    """
+
+    orders: Mapping[bool, int]
+    seconds: Mapping[bool, float]
+    ahead: int
+
+    @classmethod
+    def of(cls, left_s: Mapping[bool, float], slots: Mapping[bool, int]) -> Window:
+        """For seconds of work that are left in all, as far as is known, and so many that can run at once."""
+        each_s = {model: left_s[model] / max(1, slots[model]) for model in (True, False)}
+        few = LAST_PER_SLOT if each_s[True] < ORDER_S else ORDERS_PER_SLOT
+        parts = {True: LAST_PARTS, False: LAST_PARTS_OTHER}
+        return cls(
+            {True: few * max(1, slots[True]), False: ORDERS_PER_SLOT * max(1, slots[False])},
+            {model: min(ORDER_S, max(LEAST_S, each_s[model] / parts[model])) for model in (True, False)},
+            ORDERS_PER_SLOT * max(1, slots[True]),
+        )
+
+
+class Outlook:
+    """What is left to do: of slides that are planned, and of the others, if it is known how many they are."""
+
+    def __init__(self, rates: Rates, slides: Iterable[object]) -> None:
+        self._rates = rates
+        self._ahead = len(slides) if isinstance(slides, Sized) else math.inf
+        self._planned = 0
+        self._stages: Counter[str] = Counter()  # tasks of the model in slides that were planned
+
+    def begun(self) -> None:
+        """A slide is."""
+        self._ahead = max(0, self._ahead - 1)
+
+    def over(self) -> None:
+        """There are no more slides."""
+        self._ahead = 0
+
+    def planned(self, running: Running) -> None:
+        """A slide is: those that come are taken to be like those that were."""
+        self._planned += 1
+        for phase in running.phases:
+            if phase[0][1].stage in RUN_MODEL:
+                self._stages[phase[0][1].stage] += len(phase)
+
+    def left_s(self, active: Iterable[Running], out: Iterable[Sent]) -> dict[bool, float]:
+        """Seconds of work of the model, and of other work; infinite where that is not known."""
+        left_s = {True: self._ahead_s(), False: math.inf if self._ahead else 0.0}
+        if left_s[True] == math.inf:
+            return left_s
+        for running in active:
+            for phase in running.phases:
+                stage = phase[0][1].stage
+                left_s[stage in RUN_MODEL] += len(phase) * self._rates.seconds(stage)
+        for sent in out:
+            left_s[sent.model] += self._rates.of(sent.tasks)
+        return left_s
+
+    def _ahead_s(self) -> float:
+        """Of the model for slides that are not begun."""
+        if not self._ahead:
+            return 0.0
+        if not self._planned:
+            return math.inf
+        planned_s = sum(count * self._rates.seconds(stage) for stage, count in self._stages.items())
+        return self._ahead * planned_s / self._planned
