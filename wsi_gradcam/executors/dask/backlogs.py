@@ -12,19 +12,19 @@ class Backlog:
     """The orders of a worker.
 
     Attributes:
-        orders: seconds of work in each, by its key.
-        since: when the one that it is at now began, as far as can be seen from here.
+        orders: seconds of work in each, by its key; it is at the first, as far as can be seen from here.
+        since: when that began.
     """
 
     orders: dict[str, float] = field(default_factory=dict)
     since: float = 0.0
 
     def left_s(self, now: float) -> float:
-        """Seconds of work that are left; what takes longer than expected is taken to be nearly done."""
+        """Seconds of work that are left; an order that takes longer than expected is taken to be nearly done."""
         if not self.orders:
             return 0.0
-        all_s = sum(self.orders.values())
-        return all_s - min(now - self.since, all_s / len(self.orders))
+        first_s = next(iter(self.orders.values()))
+        return sum(self.orders.values()) - min(now - self.since, first_s)
 
 
 class Backlogs:

@@ -21,7 +21,7 @@ from wsi_gradcam.executors.dask.plugin import Answer, Order, stop_here
 from wsi_gradcam.executors.dask.rates import Rates
 from wsi_gradcam.executors.dask.running import MODEL, Running, Sent, kind_of
 from wsi_gradcam.executors.dask.suspects import Suspects
-from wsi_gradcam.executors.dask.window import Outlook, Window
+from wsi_gradcam.executors.dask.window import Outlook
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.executors.retries import PAUSES_S, say_again
 from wsi_gradcam.inputs import SlideEntry
@@ -91,7 +91,7 @@ class Flow:
             self._send(again)
         while self._suspects.waiting and self._out["alone"] < max(1, len(self._workers.addresses) // 4):
             self._send(self._suspects.waiting.popleft())
-        window = Window.of(self._outlook.left_s(self._active, self._sent.values()), self._workers.slots)
+        window = self._outlook.window(self._active, self._workers.slots)
         waiting = 0
         for running in list(self._active):
             while (stage := running.waits_for) and self._out[kind_of(stage)] < window.orders[stage in RUN_MODEL]:
@@ -132,10 +132,11 @@ class Flow:
         )  # fmt: skip
         self._sent[future] = sent
         self._out[sent.kind] += 1
+        self._outlook.sent(sent.tasks)
         self._mail.expect(future)
 
     def _hint(self, sent: Sent) -> list[str] | None:
-        """The worker that an order asks for, where any is better than others: it may still go elsewhere."""
+        """The worker that an order asks for, if one is better than the others; it may still go elsewhere."""
         able = self._workers.able[sent.model]
         others = {address: slots for address, slots in able.items() if address != sent.avoid}
         dealt = sent.model and bool(self._workers.needs[True])
@@ -170,6 +171,7 @@ class Flow:
         if sent is not None:
             self._out[sent.kind] -= 1
             self._backlogs.remove(self._key(sent))
+            self._outlook.back(sent.tasks)
         return sent
 
     def _send_anew(self) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 
 from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
-from wsi_gradcam.executors.dask.running import Running, Sent
-from wsi_gradcam.stages import RUN_MODEL
+from wsi_gradcam.executors.dask.running import Running
+from wsi_gradcam.stages import RUN_MODEL, Task
 
 # Orders in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler
 # knows) / 5 s: 4 orders of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
@@ -55,6 +55,7 @@ class Outlook:
         self._ahead = len(slides) if isinstance(slides, Sized) else math.inf
         self._planned = 0
         self._stages: Counter[str] = Counter()  # tasks of the model in slides that were planned
+        self._out: Counter[str] = Counter()  # tasks on their way
 
     def begun(self) -> None:
         """A slide is."""
@@ -71,18 +72,31 @@ class Outlook:
             if phase[0][1].stage in RUN_MODEL:
                 self._stages[phase[0][1].stage] += len(phase)
 
-    def left_s(self, active: Iterable[Running], out: Iterable[Sent]) -> dict[bool, float]:
-        """Seconds of work of the model, and of other work; infinite where that is not known."""
-        left_s = {True: self._ahead_s(), False: math.inf if self._ahead else 0.0}
-        if left_s[True] == math.inf:
-            return left_s
+    def sent(self, tasks: Iterable[Task]) -> None:
+        """They are on their way."""
+        self._out.update(task.stage for task in tasks)
+
+    def back(self, tasks: Iterable[Task]) -> None:
+        """They are no more."""
+        self._out.subtract(task.stage for task in tasks)
+
+    def left_s(self, active: Iterable[Running], enough_s: float = math.inf) -> dict[bool, float]:
+        """Seconds of work of the model, and of other work; infinite where that is not known, or is more than enough."""
+        ahead_s = self._ahead_s()
+        if ahead_s == math.inf or ahead_s > enough_s:
+            return {True: math.inf, False: math.inf}
+        left_s = {True: ahead_s, False: math.inf if self._ahead else 0.0}
+        left = Counter(self._out)
         for running in active:
             for phase in running.phases:
-                stage = phase[0][1].stage
-                left_s[stage in RUN_MODEL] += len(phase) * self._rates.seconds(stage)
-        for sent in out:
-            left_s[sent.model] += self._rates.of(sent.tasks)
+                left[phase[0][1].stage] += len(phase)
+        for stage, count in left.items():
+            left_s[stage in RUN_MODEL] += count * self._rates.seconds(stage)
         return left_s
+
+    def window(self, active: Iterable[Running], slots: Mapping[bool, int]) -> Window:
+        """What may be out, for so much that can run at once: until the end comes near, always the same."""
+        return Window.of(self.left_s(active, LAST_PARTS * ORDER_S * max(1, slots[True])), slots)
 
     def _ahead_s(self) -> float:
         """Of the model for slides that are not begun."""

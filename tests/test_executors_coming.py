@@ -1,0 +1,97 @@
+"""Workers with GPUs come and go, all at once too: simulated ones, with a real scheduler and the real executor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.simulated import FIRST_BATCH, PATCHES, SPAN, WRITING, report
+from tests.clusters import scheduler
+from tests.runs import ROOT
+from wsi_gradcam.config import make_settings
+from wsi_gradcam.executors.dask import DaskExecutor
+from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.plan import RunPlan
+from wsi_gradcam.stages import Performed, Task
+from wsi_gradcam.stores.places import LocalPlace
+
+COSTS = {
+    "seconds": dict.fromkeys(("plan", "stitch", "coarsen", "finish", FIRST_BATCH, WRITING), 0.01), "blocks": [1, 1],
+}  # fmt: skip
+SLOWNESS = 0.4  # a span takes 0.1 s
+SPANS = -(-PATCHES // SPAN)
+
+
+@contextmanager
+def gpus(address: str, count: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with so many workers that declare a GPU."""
+    arguments = [address, str(count), "4", str(SLOWNESS), json.dumps(COSTS)]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.simulated", *arguments], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait(10)
+
+
+def spans_by_process(
+    folder: Path, address: str, slides: int, happens: dict[int, Callable[[], Any]]
+) -> tuple[list[str], dict[int, int]]:
+    """Statuses of slides, and patches of each process that is there at the end; what `happens` does, by spans done."""
+    seen = 0
+
+    def observe(task: Task, performed: Performed) -> None:
+        nonlocal seen
+        seen += task.stage == "explain" and not performed.error
+        if task.stage == "explain" and seen in happens:
+            happens.pop(seen)()
+
+    run = RunPlan(LocalPlace(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
+    entries = [SlideEntry(f"{i}.svs", f"/archive/{i}.svs") for i in range(slides)]
+    executor = DaskExecutor(scheduler=address, device="cuda", wait_s=30)
+    try:
+        ended = [record.status for record in executor.run(run, entries, False, observe)]
+        told = executor._client.run(report).values()
+    finally:
+        executor.close()
+    assert not happens
+    return ended, {each["pid"]: each["patches"] for each in told}
+
+
+def test_all_workers_are_preempted_at_once_and_others_come(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        _, address = stack.enter_context(scheduler(tmp_path))
+        first = stack.enter_context(gpus(address, 2))
+        later: list[subprocess.Popen[bytes]] = []
+
+        def preempt() -> None:
+            first.kill()
+            first.wait(10)
+            later.append(stack.enter_context(gpus(address, 2)))
+
+        ended, patches = spans_by_process(tmp_path, address, 12, {6: preempt})
+    assert ended == ["ok"] * 12
+    assert list(patches) == [later[0].pid]
+    assert patches[later[0].pid] > PATCHES
+
+
+def test_workers_that_join_get_work_and_those_that_leave_cost_none(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        _, address = stack.enter_context(scheduler(tmp_path))
+        first = stack.enter_context(gpus(address, 1))
+        later: list[subprocess.Popen[bytes]] = []
+        happens = {4: lambda: later.append(stack.enter_context(gpus(address, 2))), 100: first.kill}
+        ended, patches = spans_by_process(tmp_path, address, 40, happens)
+    assert ended == ["ok"] * 40
+    assert list(patches) == [later[0].pid]
+    # Of the spans before the first worker left, and of all that came after.
+    assert patches[later[0].pid] > (40 * SPANS - 100) * SPAN / 2
