@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from benchmarks.simulated import FIRST_BATCH, PATCHES, SPAN, WRITING, report
 from tests.clusters import scheduler
@@ -95,3 +99,32 @@ def test_workers_that_join_get_work_and_those_that_leave_cost_none(tmp_path: Pat
     assert list(patches) == [later[0].pid]
     # Of the spans before the first worker left, and of all that came after.
     assert patches[later[0].pid] > (40 * SPANS - 100) * SPAN / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_workers_that_die_all_the_time_lose_no_slide(tmp_path: Path, seed: int) -> None:
+    """One after the other, now and then all four at once; each comes back under another address."""
+    dice, over, killed = random.Random(seed), threading.Event(), 0
+    with ExitStack() as stack:
+        _, address = stack.enter_context(scheduler(tmp_path))
+        processes = [stack.enter_context(gpus(address, 1)) for _ in range(4)]
+
+        def kill() -> None:
+            nonlocal killed
+            while killed < 25 and not over.wait(dice.uniform(0.3, 2.0)):
+                for i in [dice.randrange(4)] if dice.random() < 0.75 else range(4):
+                    processes[i].kill()
+                    processes[i].wait(10)
+                    processes[i] = stack.enter_context(gpus(address, 1))
+                    killed += 1
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            ended, _ = spans_by_process(tmp_path, address, 200, {})
+        finally:
+            over.set()
+            killer.join()
+    assert ended == ["ok"] * 200
+    assert killed >= 10

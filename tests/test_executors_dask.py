@@ -24,6 +24,7 @@ from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
+from wsi_gradcam.executors.dask.caretaker import Caretaker
 from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.workers import Workers
 from wsi_gradcam.stages import Task
@@ -235,3 +236,27 @@ def test_a_signal_stops_a_run_on_workers(
 def test_waiting_for_less_than_no_time_is_refused() -> None:
     with pytest.raises(ValueError, match="wait_for_workers is -1, expected seconds, 0 or more"):
         DaskExecutor(scheduler="tcp://127.0.0.1:1", wait_s=-1)
+
+
+def test_a_scheduler_that_cannot_look_after_a_run_gets_no_hints(
+    slides: Path, serial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They would bind there."""
+
+    def refused(self: Caretaker, protocol: Any) -> Any:
+        raise TypeError("cannot travel")
+
+    understood: list[bool] = []
+    run = Flow.run
+
+    def noted(self: Flow, *arguments: Any) -> Any:
+        understood.append(self._hints)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Flow, "run", noted)
+    explain(slides, toy_spec("slow_linear"), tmp_path / "usual", **SMALL, workers=1)
+    monkeypatch.setattr(Caretaker, "__reduce_ex__", refused)
+    explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL, workers=1)
+    assert understood == [True, False]
+    assert "the scheduler cannot look after the run (TypeError: cannot travel)" in caplog.messages
+    assert differing(tmp_path / "out", serial) == []
