@@ -40,12 +40,14 @@ class Example:
         title: which patch it is.
         rgb: uint8 [h, w, 3].
         map: float32 [h, w] of the first method, as heatmaps show it.
+        leaky: the same with a backward that leaks through ReLUs; None where it is not known.
         curves: of deletion and insertion, by the map's name: (deletion [Q], insertion [Q]).
     """
 
     title: str
     rgb: NDArray[np.uint8]
     map: NDArray[np.float32]
+    leaky: NDArray[np.float32] | None
     curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
@@ -95,6 +97,7 @@ def _head(title: str, metrics: Metrics) -> str:
             "Methods": ", ".join(METHOD_INFO[name].title for name in run.methods),
             "Patches": _counted(metrics),
             "Annotations": run.annotations or "none",
+            "Regions": run.regions,
         }.items()
     )
     return f"<header><h1>{text(title)}</h1><p>{pills or 'no verdict'}</p>{told}</header>\n"
@@ -102,7 +105,8 @@ def _head(title: str, metrics: Metrics) -> str:
 
 def _counted(metrics: Metrics) -> str:
     sample = metrics.sample
-    return f"{sample.patches:,} of {sample.patches_of_run:,}, of {sample.slides} of {sample.slides_of_run} slides"
+    slides = "the run's slide" if sample.slides_of_run == 1 else f"{sample.slides:,} of {sample.slides_of_run:,} slides"
+    return f"{sample.patches:,} of {sample.patches_of_run:,}, of {slides}"
 
 
 def _examples(metrics: Metrics, examples: Sequence[Example], scale: float) -> str:
@@ -114,6 +118,8 @@ def _examples(metrics: Metrics, examples: Sequence[Example], scale: float) -> st
         "so that weak maps look weak. Below, how the logit changes as pixels are taken away (deletion) or given back "
         "(insertion) in the order of the map and of controls."
     )
+    if any(example.leaky is not None for example in examples):
+        note += " The picture on the far right is the map with a backward that leaks through units that are off."
     cards = "".join(_card(example, scale) for example in examples)
     return f'{paragraph(note)}{legend(scale, UNITS[METHOD_INFO[method].unit])}<div class="patches">{cards}</div>'
 
@@ -122,8 +128,11 @@ def _card(example: Example, scale: float) -> str:
     pair = patch_picture(example.rgb, f"{example.title}: the patch") + overlay(
         example.rgb, example.map, scale, f"{example.title}: its map"
     )
+    if example.leaky is not None:
+        pair += overlay(example.rgb, example.leaky, scale, f"{example.title}: its map with a leaky backward")
     drawn = _patch_curves(example) if example.curves else ""
-    return f"<figure><figcaption>{text(example.title)}</figcaption>{pair}{drawn}</figure>"
+    kind = "" if example.leaky is None else ' class="three"'
+    return f"<figure{kind}><figcaption>{text(example.title)}</figcaption>{pair}{drawn}</figure>"
 
 
 def _patch_curves(example: Example) -> str:
@@ -221,7 +230,9 @@ def _example(numbers: Numbers, slide: str, method: str, factor: int, i: int) -> 
         keys = [f"faithfulness/{MAIN}/{name}/{way}" for way in ("deletion", "insertion")]
         if keys[0] in numbers:
             curves[name] = (numbers[keys[0]][i], numbers[keys[1]][i])
-    return Example(title, numbers["shown/rgb"][i], numbers[f"map/{method}"][i] * np.float32(factor), curves)
+    own, leaky = numbers[f"map/{method}"][i], numbers.get(f"leaky/{method}")
+    other = None if leaky is None else leaky[i] * np.float32(factor)
+    return Example(title, numbers["shown/rgb"][i], own * np.float32(factor), other, curves)
 
 
 def _link(name: str, path: str) -> Html:

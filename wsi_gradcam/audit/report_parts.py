@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.figures import curves_figure, intervals_figure
-from wsi_gradcam.audit.measured import CONTROLS, GUIDED, MAIN
-from wsi_gradcam.audit.verdict import STAYING
-from wsi_gradcam.audit.words import OUTCOMES, QUADRANTS, STATES, WORDS, named
+from wsi_gradcam.audit.figures import RANDOMLY, curves_figure, intervals_figure
+from wsi_gradcam.audit.judging_model import ATTRIBUTION, LEAKY, SHARE_OF_AREA
+from wsi_gradcam.audit.likeness import LEVEL
+from wsi_gradcam.audit.measured import CONTROLS, COPIES, GUIDED, MAIN
+from wsi_gradcam.audit.suspects import in_words
+from wsi_gradcam.audit.verdict import QUADRANTS, STAYING
+from wsi_gradcam.audit.words import OUTCOMES, STATES, WORDS, named
 from wsi_gradcam.page import Html, paragraph, table, text
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, Metrics, QuadrantRow, VerdictRow
 
 MAIN_SCORE = f"score, {MAIN}"
+LIKE = 0.9  # rank correlation from which maps are taken for nearly the same
 
 
 def pill(outcome: str) -> Html:
@@ -51,7 +55,10 @@ def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
             found.append(f"against {named(row.against)}: {difference(row)}")
         elif row.what in verdict.evidence:
             found.append(f"{row.what}, against {row.against}: {difference(row)}")
-    found += [f"{row.what}: {value(row)}" for row in metrics.estimates if _backs(row, verdict)]
+    for backing in metrics.estimates:
+        if _backs(backing, verdict):
+            of = " with random weights" if backing.of == COPIES else ""
+            found.append(f"{backing.what}{of}: {value(backing)}")
     return [
         *found,
         *([] if verdict.p_adjusted is None else [f"{p_text(verdict.p_adjusted)}, corrected for all verdicts"]),
@@ -87,7 +94,7 @@ def _backs(row: EstimateRow, verdict: VerdictRow) -> bool:
             and row.of == method
             and row.what == f"change of the map with {change}, over that to another patch"
         )
-    if row.of == "random copies":
+    if row.of == COPIES:
         return verdict.of == "model"
     if verdict.of == "glass alone":
         return row.what in BACKING["shortcuts"]
@@ -98,9 +105,9 @@ def value(row: EstimateRow) -> str:
     """An estimate in text."""
     if row.value is None:
         return "no number"
-    if row.unit == "share":
-        return f"{100 * row.value:.0f} % ({_percent(row.low)} to {_percent(row.high)})"
-    return f"{row.value:.3g} ({_number(row.low)} to {_number(row.high)})"
+    show = _percent if row.unit == "share" else _number
+    interval = "" if row.low is None or row.high is None else f" ({show(row.low)} to {show(row.high)})"
+    return f"{show(row.value)}{interval}"
 
 
 def difference(row: ComparisonRow) -> str:
@@ -108,9 +115,9 @@ def difference(row: ComparisonRow) -> str:
     if row.difference is None:
         return "no number"
     if row.unit == "share":
-        return f"{100 * row.difference:+.0f} % ({_percent(row.low)} to {_percent(row.high)})"
+        return f"{_signed(f'{100 * row.difference:+.0f}')} % ({_percent(row.low)} to {_percent(row.high)})"
     better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the patches"
-    return f"{row.difference:+.3g} {row.unit} ({_number(row.low)} to {_number(row.high)}){better}"
+    return f"{_signed(f'{row.difference:+.3g}')} {row.unit} ({_number(row.low)} to {_number(row.high)}){better}"
 
 
 def square(quadrants: Sequence[QuadrantRow]) -> str:
@@ -143,9 +150,11 @@ def question_part(metrics: Metrics, question: str) -> str:
     )
     tests = table(
         ("of", "against", "measure", "difference (95 % range)", "p", "effect (d)"),
-        [(r.of, named(r.against), r.what, difference(r), _number(r.p), _number(r.effect)) for r in comparisons],
+        [(named(r.of), named(r.against), r.what, difference(r), _number(r.p), _number(r.effect)) for r in comparisons],
     )
-    figures = "".join(_figures(metrics, question))
+    figures = "".join(_figures(metrics, question)) + "".join(map(paragraph, _leaks(estimates)))
+    if not estimates and not comparisons:
+        return f'<p class="how">{text(words.how)}</p>{paragraph("It was not tested; why stands below.")}'
     return (
         f'<p class="how">{text(words.how)}</p>{figures}'
         f'<p class="how"><strong>What a pass does not prove.</strong> {text(words.not_proven)}</p>'
@@ -162,16 +171,17 @@ def _figures(metrics: Metrics, question: str) -> list[Html]:
         return _sanity_figures(metrics, curves)
     if question == "locality" and curves:
         methods = list(dict.fromkeys(row.of for row in curves))
-        panels = [(method, [row for row in curves if row.of == method]) for method in methods]
-        return [curves_figure(panels, "What steps along the map do, against what the gradient promises")]
+        panels = [(named(method), [row for row in curves if row.of == method]) for method in methods]
+        said = "What steps along the map do, against what the gradient promises; the dashed line is no change"
+        return [curves_figure(panels, said, reference=0.0)]
     if question == "stability":
         rows = [
-            (f"{r.of}: {r.what.split(' with ')[1].split(',')[0]}", r)
+            (f"{named(r.of)}: {named(r.what.split(' with ')[1].split(',')[0])}", r)
             for r in metrics.estimates
             if r.what.endswith("another patch")
         ]
         return (
-            [intervals_figure(rows, 0.5, "change of the map, 1: as far as another patch's", "How far maps move")]
+            [intervals_figure(rows, 0.5, "change of the map; 1 is as far as another patch's", "How far maps move", 0.0)]
             if rows
             else []
         )
@@ -183,12 +193,9 @@ def _figures(metrics: Metrics, question: str) -> list[Html]:
             else []
         )
     if question == "shortcuts":
-        rows = [(r.of, r) for r in metrics.estimates if r.what == "positive attribution on it" and r.value is not None]
-        return (
-            [intervals_figure(rows, None, "share of the positive attribution", "Attribution on suspects")]
-            if rows
-            else []
-        )
+        rows = attribution_rows(metrics)
+        axis = "share of the positive attribution; gray: share of the area"
+        return [intervals_figure(rows, None, axis, "Attribution on suspects", 0.0)] if rows else []
     return []
 
 
@@ -220,20 +227,50 @@ def _faithfulness_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[
     return found
 
 
+def attribution_rows(metrics: Metrics) -> list[tuple[str, EstimateRow]]:
+    """The attribution on each suspect, with its share of the area, which is what chance would give it, beside."""
+    found = []
+    for row in metrics.estimates:
+        if row.question == "shortcuts" and row.value is not None:
+            if row.what == SHARE_OF_AREA:
+                found.append((f"{in_words(row.of)}: its area (control)", row))
+            elif row.what == ATTRIBUTION:
+                suspect, _, method = row.of.partition(", ")
+                found.append((f"{in_words(suspect)}: {named(method)}", row))
+    return found
+
+
+def _leaks(estimates: Sequence[EstimateRow]) -> list[str]:
+    """What the map with a leaky backward says, in words."""
+    said = []
+    for row in estimates:
+        if row.what == LEAKY and row.value is not None:
+            like = f"The map of {named(row.of)} with a leaky backward (rank correlation {row.value:.2f})"
+            bites = row.value < LIKE
+            said.append(
+                f"{like} is another: units that are off hold back evidence, which this map does not show."
+                if bites
+                else f"{like} is nearly the same: hardly anything is hidden by units that are off."
+            )
+    return said
+
+
 def _ordered(row: CurveRow) -> CurveRow:
     """A slide's curve, named by the order in which patches are taken away."""
     order = row.what.removeprefix("slide, ")
-    return row.model_copy(update={"of": "at random" if order == "random" else f"{order} relevant first", "what": ""})
+    return row.model_copy(update={"of": RANDOMLY if order == "random" else f"{order} relevant first", "what": ""})
 
 
 def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
     found = []
-    kinds = ("spearman", "ssim")
-    panels = [
-        (f"{kind}, from the head down", [row for row in curves if row.what == f"{kind}, top_down"]) for kind in kinds
-    ]
-    if any(rows for _, rows in panels):
-        found.append(curves_figure(panels, "Likeness of maps to those of the trained model as layers become random"))
+    said = "Likeness of maps to those of the trained model as layers become random, from the head down"
+    for kind, title, chance in (
+        ("spearman", "rank correlation with the first map", 0.0),
+        ("resembles", "share of maps like the first", 1 - LEVEL),
+    ):
+        lines = [row.model_copy(update={"y_name": kind}) for row in curves if row.what == f"{kind}, top_down"]
+        if lines:
+            found.append(curves_figure([(title, lines)], f"{said}: {title}", reference=chance))
     rows = [
         (f"{named(row.of)} (should fail)" if row.of == GUIDED else named(row.of), row)
         for row in metrics.estimates if row.what == "maps that stay with random weights"
@@ -249,8 +286,18 @@ def _pair(faithful: bool, plausible: bool) -> tuple[str, str]:
 
 
 def _number(found: float | None) -> str:
-    return "–" if found is None else f"{found:.3g}"
+    return "–" if found is None else _minus(f"{found:.3g}")
 
 
 def _percent(found: float | None) -> str:
-    return "–" if found is None else f"{100 * found:.0f} %"
+    return "–" if found is None else f"{_minus(f'{100 * found:.0f}')} %"
+
+
+def _minus(number: str) -> str:
+    """A number with a minus sign, and none before zero."""
+    return number.lstrip("-") if float(number) == 0 else number.replace("-", "−")
+
+
+def _signed(number: str) -> str:
+    """As `_minus`, of a number that has a plus where it is positive."""
+    return "0" if float(number) == 0 else _minus(number)

@@ -22,6 +22,12 @@ STAYING = 0.25  # of the maps: a quarter that ignores the model is too many; of 
 CHANCE = 0.5  # of the area under a ROC curve
 # A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
 ENOUGH = 34
+QUADRANTS = {  # (faithful, plausible)
+    (True, True): "The model looks where a pathologist would, and its answer hangs on that.",
+    (True, False): "The answer hangs on something else than what was annotated: a shortcut, or something new.",
+    (False, True): "The map looks right, but the answer does not hang on it: it flatters the model.",
+    (False, False): "The map shows neither what the model uses nor what was annotated: it says nothing.",
+}
 
 
 @dataclass(frozen=True)
@@ -94,21 +100,26 @@ def free_of(suspect: str, drop: Comparison, flips: Comparison) -> Verdict:
     """Whether the model leaves a suspect region alone: what hiding it does, against equal areas elsewhere.
 
     Args:
-        suspect: such as "pen".
+        suspect: in words, such as "ink".
         drop: size of the logit's change with the suspect hidden, against equal areas.
         flips: whether the predicted class changes (0 or 1), against its share for equal areas.
     """
-    question = f"Is the answer free of {suspect}?"
+    question = f"Does the answer do without {suspect}?"
     evidence = {"change of the logit": drop, "changed answers": flips}
     if flips.p < ALPHA and flips.difference.value > 0:
         share = _percent(flips.difference.value)
         words = f"Hiding {suspect} changes the answer for {share} more of the patches than hiding as much elsewhere."
         return Verdict(question, "fails", words, evidence)
     if drop.p < ALPHA and drop.difference.value > 0:
-        words = f"{suspect.capitalize()} moves the logit more than an equal area does, but seldom decides."
+        words = f"{_begun(suspect)} moves the logit more than an equal area does, but seldom decides."
         return Verdict(question, "unclear", words, evidence)
     if drop.difference.patches < ENOUGH:
-        return Verdict(question, "unclear", f"Only {drop.difference.patches} patches show {suspect}.", evidence)
+        return Verdict(
+            question,
+            "unclear",
+            f"Only {drop.difference.patches} patches show {suspect}, and something else as large.",
+            evidence,
+        )
     return Verdict(question, "holds", f"Hiding {suspect} does no more than hiding as much elsewhere.", evidence)
 
 
@@ -118,11 +129,11 @@ def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
     evidence = {"changed answers": flips}
     if flips.p < ALPHA and flips.difference.value > 0:
         share = _percent(flips.difference.value)
-        words = f"{change.capitalize()} changes the answer for {share} more of the patches than {control} does."
+        words = f"{_begun(change)} changes the answer for {share} more of the patches than {control} does."
         return Verdict(question, "fails", words, evidence)
     if flips.difference.patches < ENOUGH:
         return Verdict(question, "unclear", f"{flips.difference.patches} patches are too few to tell.", evidence)
-    words = f"{change.capitalize()} changes the answer no more often than {control} does."
+    words = f"{_begun(change)} changes the answer no more often than {control} does."
     return Verdict(question, "holds", words, evidence)
 
 
@@ -221,12 +232,12 @@ def quadrant(is_faithful: Verdict, is_plausible: Verdict) -> str:
     """What the two together mean; they are never mixed into one number."""
     if "unclear" in (is_faithful.outcome, is_plausible.outcome):
         return "One of the two is not known: no statement about the pair."
-    return {
-        (True, True): "The model looks where a pathologist would, and its answer hangs on that.",
-        (True, False): "The answer hangs on something else than what was annotated: a shortcut, or something new.",
-        (False, True): "The map looks right, but the answer does not hang on it: it flatters the model.",
-        (False, False): "The map shows neither what the model uses nor what was annotated: it says nothing.",
-    }[is_faithful.outcome == "holds", is_plausible.outcome == "holds"]
+    return QUADRANTS[is_faithful.outcome == "holds", is_plausible.outcome == "holds"]
+
+
+def _begun(text: str) -> str:
+    """As a sentence begins."""
+    return text[:1].upper() + text[1:]
 
 
 def _percent(share: float) -> str:
