@@ -15,7 +15,9 @@ from wsi_gradcam.audit.measured import CONTROLS, CURVE_FRACTIONS
 from wsi_gradcam.audit.pictures import legend, overlay, scale_of
 from wsi_gradcam.audit.plan import QUESTIONS
 from wsi_gradcam.audit.report import Example, archive_page, examples_of, slide_page
-from wsi_gradcam.audit.report_parts import attribution_rows, difference, p_text, square, value
+from wsi_gradcam.audit.report_figures import attribution_rows
+from wsi_gradcam.audit.report_numbers import difference, p_text, value
+from wsi_gradcam.audit.report_parts import square
 from wsi_gradcam.audit.schema import (
     AgainstFacts,
     ComparisonRow,
@@ -223,15 +225,18 @@ def test_a_comparison_with_another_audit() -> None:
 def test_examples_are_of_readable_patches() -> None:
     numbers: dict[str, Any] = {
         "base/number": np.arange(3), "base/readable": np.array([1, 0, 1]), "base/logit": np.array([1.0, 9.0, 2.0]),
-        "base/probability": np.array([0.6, 0.9, 0.7]), "shown/rgb": np.zeros((3, 4, 4, 3), np.uint8),
+        "base/probability": np.array([0.6, 0.9, 0.7]), "base/class": np.array([0, 0, 1]),
+        "shown/rgb": np.zeros((3, 4, 4, 3), np.uint8),
         "map/gradcam": np.ones((3, 2, 2), np.float32),
     }  # fmt: skip
-    found = examples_of(numbers, "a.svs", "gradcam", 16)
-    assert [one.title for one in found] == ["a.svs, patch 2, probability 0.70", "a.svs, patch 0, probability 0.60"]
+    found = examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour"))
+    assert [one.title for one in found] == [
+        "a.svs, patch 2, probability of tumour 0.70", "a.svs, patch 0, probability of other 0.60",
+    ]  # fmt: skip
     assert found[0].map.tolist() == [[16.0, 16.0], [16.0, 16.0]]
     assert found[0].curves == {}
     numbers["base/readable"][:] = 0
-    assert examples_of(numbers, "a.svs", "gradcam", 16) == []
+    assert examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour")) == []
     page, _ = read(archive_page(metrics(), [], [], 1.0))
     assert "No patch could be read." in page.text
 

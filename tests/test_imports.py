@@ -68,7 +68,8 @@ audit.sample  audit.judged  audit.gathered  audit.judging_faithfulness  audit.ju
 audit.metrics  audit.reopening  audit.comparing
 executors  executors.retries  executors.serial  executors.dask
 api
-audit.words  audit.figures  audit.pictures  audit.report_style  audit.report_parts  audit.report  audit.reporting
+audit.words  audit.figures  audit.pictures  audit.report_style  audit.report_numbers  audit.report_figures
+audit.report_parts  audit.report  audit.reporting
 audit.running  audit.saying
 terminal  report  status
 doctor

@@ -40,10 +40,11 @@ def curves_figure(
     said: str,
     size: tuple[float, float] = PANEL,
     reference: float | None = None,
+    named_reference: str = "chance (control)",
 ) -> Html:
     """Curves side by side, a panel each with its title; methods in colour, controls gray; `said` describes it.
 
-    `reference` is the height that chance would have.
+    `reference` is a height that they are held against, such as chance.
     """
 
     def draw(axes: Sequence[Axes]) -> None:
@@ -51,7 +52,7 @@ def curves_figure(
             for row in rows:
                 _line(axis, row, rows)
             if reference is not None:
-                axis.axhline(reference, color=CONTROL, linewidth=1, linestyle=(0, (3, 2)), label="chance (control)")
+                axis.axhline(reference, color=CONTROL, linewidth=1, linestyle=(0, (3, 2)), label=named_reference)
             axis.set_title(title, fontsize=9)
             if rows:
                 axis.set_xlabel(rows[0].x_name, fontsize=8)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ATTRIBUTION, SHARE_OF_AREA = "positive attribution on it", "its share of the area"  # of a suspect
+GLASS_CALLED = "patches of bare glass called so"
 LEAKY = "likeness to the map with a leaky backward"
 
 
@@ -122,7 +123,7 @@ def _glass(rows: Rows, classes: Sequence[str], positive: str) -> list[Judged]:
     for number, label in enumerate(classes):
         values = np.array([by_slide[name][number] for name in names], np.float64)
         called = _of_slides(values, names, rows.gathered.seed)
-        rows.keep(f"glass, {label}", "patches of bare glass called so", "share", called)
+        rows.keep(f"glass, {label}", GLASS_CALLED, "share", called)
         if label == positive:
             judged.append(Judged("shortcuts", "glass alone", quiet_on_glass(label, called), float("nan"), True))
     return judged

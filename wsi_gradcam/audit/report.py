@@ -15,6 +15,7 @@ from wsi_gradcam.audit.folder import REPORT
 from wsi_gradcam.audit.judging_faithfulness import fractions_of
 from wsi_gradcam.audit.measured import MAIN
 from wsi_gradcam.audit.pictures import legend, overlay, patch_picture
+from wsi_gradcam.audit.report_numbers import number
 from wsi_gradcam.audit.report_parts import pill, question_part, square, verdict_list
 from wsi_gradcam.audit.report_style import AUDIT_STYLE
 from wsi_gradcam.audit.schema import CurveRow
@@ -137,11 +138,11 @@ def _card(example: Example, scale: float) -> str:
 
 def _patch_curves(example: Example) -> str:
     panels = []
-    for number, way in enumerate(("deletion", "insertion")):
+    for i, way in enumerate(("deletion", "insertion")):
         rows = [
             CurveRow(
                 question="faithfulness", of=name, what=way, x_name="share of the pixels", y_name="logit",
-                x=list(fractions_of(MAIN)), y=pair[number].tolist(),
+                x=list(fractions_of(MAIN)), y=pair[i].tolist(),
             )
             for name, pair in example.curves.items()
         ]  # fmt: skip
@@ -151,7 +152,7 @@ def _patch_curves(example: Example) -> str:
 
 def _strata(metrics: Metrics) -> str:
     lines = [
-        (row.by, row.of, row.what, ", ".join(f"{k}: {_number(v)}" for k, v in row.groups.items()), _number(row.p))
+        (row.by, row.of, row.what, ", ".join(f"{k}: {number(v)}" for k, v in row.groups.items()), number(row.p))
         for row in metrics.strata
     ]
     note = "A small p says that the groups differ; it does not say why."
@@ -170,10 +171,10 @@ def _against(metrics: Metrics) -> str:
             r.of,
             r.against,
             r.what,
-            f"{_number(r.difference)} ({_number(r.low)} to {_number(r.high)})",
+            f"{number(r.difference)} ({number(r.low)} to {number(r.high)})",
             r.unit,
-            _number(r.p),
-            _number(r.effect),
+            number(r.p),
+            number(r.effect),
         )
         for r in there.comparisons
     ]
@@ -208,7 +209,9 @@ def _sample(metrics: Metrics) -> str:
     )
 
 
-def examples_of(numbers: Numbers, slide: str, method: str, factor: int, wanted: int = SHOWN) -> list[Example]:
+def examples_of(
+    numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], wanted: int = SHOWN
+) -> list[Example]:
     """Example patches of a slide's first piece: those of the highest and the lowest score, and between.
 
     `factor` is from raw maps to what heatmaps show.
@@ -218,13 +221,14 @@ def examples_of(numbers: Numbers, slide: str, method: str, factor: int, wanted: 
         return []
     order = sorted(known, key=lambda i: (-float(np.nan_to_num(numbers["base/logit"][i])), i))
     chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(wanted, len(order)))]
-    return [_example(numbers, slide, method, factor, i) for i in dict.fromkeys(chosen)]
+    return [_example(numbers, slide, method, factor, classes, i) for i in dict.fromkeys(chosen)]
 
 
-def _example(numbers: Numbers, slide: str, method: str, factor: int, i: int) -> Example:
+def _example(numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], i: int) -> Example:
     title = f"{slide}, patch {int(numbers['base/number'][i])}"
     if "base/probability" in numbers:
-        title += f", probability {float(numbers['base/probability'][i]):.2f}"
+        label = classes[int(numbers["base/class"][i])]
+        title += f", probability of {label} {float(numbers['base/probability'][i]):.2f}"
     curves = {}
     for name in (method, "random", "edges"):
         keys = [f"faithfulness/{MAIN}/{name}/{way}" for way in ("deletion", "insertion")]
@@ -237,7 +241,3 @@ def _example(numbers: Numbers, slide: str, method: str, factor: int, i: int) -> 
 
 def _link(name: str, path: str) -> Html:
     return Html(f'<a href="./{text(quote(path.encode("utf-8", "surrogateescape")))}">{text(name)}</a>')
-
-
-def _number(found: float | None) -> str:
-    return "–" if found is None else f"{found:.3g}"
