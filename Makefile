@@ -12,7 +12,8 @@ help:
 	@echo "make test [JOBS=n]      run the tests, in n processes"
 	@echo "make test-s3 [JOBS=n]   run the suites of runs with all results in a local S3 server"
 	@echo "make check              format, lint, types, tests (what CI runs)"
-	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, ten thousand damaged slides"
+	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, ten thousand damaged slides,"
+	@echo "                        and how often the audit tells planted truths"
 
 venv: .venv/installed
 
@@ -65,6 +66,7 @@ format: venv
 proofs: venv
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m tests.planted_rates
 	$(BIN)/python -m tests.fuzz --cases 10000
 	$(BIN)/python -m tests.chaos --kills 30
 	$(BIN)/python -m tests.chaos --kills 30 --store s3

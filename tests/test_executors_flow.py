@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import pytest
@@ -138,8 +139,9 @@ class FakeArchive:
 
 
 def flow(client: FakeClient, device: str = "cpu", wait_s: float = 60.0) -> Flow:
+    job = partial(slide_job, max_unreadable=0.01)
     made: Any = Flow(
-        client, "run", 0.01, lambda task, result: None, lambda: Workers.of(client.told, device), Patience(wait_s)  # type: ignore[arg-type]
+        client, "run", job, lambda task, result: None, lambda: Workers.of(client.told, device), Patience(wait_s)  # type: ignore[arg-type]
     )  # fmt: skip
     made._mail = client
     found: Flow = made

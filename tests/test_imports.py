@@ -48,20 +48,29 @@ cam.methods  cam.finer  cam.perturbation  cam.pixels  cam.probing
 cam.tap  cam.guided  cam.trunks  cam.program  cam.engine  cam.layers  cam.batch  cam.auto  cam.examine
 explainer  gradcam
 stitch
+audit
 stores.layout  stores.groups  stores.manifest  stores.masks  stores.patch_store  stores.heatmap
 plan
 stores.run_files  stores.slide_record  stores.claims  stores.status_file
 table  overview  finish
-stages.context  stages.stitching  stages.planning  stages.explaining  stages
+audit.measured  audit.schema  audit.plan  audit.folder  audit.annotated  audit.spreading
+stages.context  stages.stitching  stages.planning  stages.explaining
+audit.patch_data  audit.asked  audit.asking_maps  audit.asking_model  audit.piece
+stages.auditing  stages
 workflow
-listening  progress  run_log  run_facts  run_style  run_report  journal  failures
+listening  progress  run_log  run_facts  page  run_style  run_report  journal  failures
 result.channels  result.notebook  result.lazy  result.slide  result.sketch  result.display  result.run  result
 export.files  export.colours  export.job  export.outlines  export.regions
 export.ome_tiff  export.ome_zarr_04  export.tiff  export.deepzoom  export.png  export.geojson  export.qupath  export
 napari_reader
 validation
+audit.sample  audit.judged  audit.gathered  audit.judging_faithfulness  audit.judging_maps  audit.judging_model
+audit.metrics  audit.reopening  audit.comparing
 executors  executors.retries  executors.serial  executors.dask
 api
+audit.words  audit.figures  audit.pictures  audit.report_style  audit.report_numbers  audit.report_figures
+audit.report_parts  audit.report  audit.reporting
+audit.running  audit.saying
 terminal  report  status
 doctor
 demo
@@ -167,7 +176,7 @@ def test_every_room_exists() -> None:
         ("obstore", {"object_stores"}),
         ("starlette", {"viewer"}),
         ("uvicorn", {"viewer"}),
-        ("matplotlib", {"overview", "export.colours", "export.png"}),
+        ("matplotlib", {"overview", "export.colours", "export.png", "audit.figures", "audit.pictures"}),
         ("shapely", {"export.outlines", "export.regions", "export.geojson"}),
     ],
 )
@@ -197,7 +206,9 @@ def test_modules_of_the_client_never_load_torch(module: str) -> None:
 
 def test_public_names_are_what_they_say() -> None:
     code = "import wsi_gradcam as w; print(*(getattr(w, n).__name__ for n in sorted(w.__all__) if n[0] != '_'))"
-    assert python(code) == ("GradCAM ModelSpec Settings explain load_model model_of open_result open_slide validate")
+    assert python(code) == (
+        "GradCAM ModelSpec Settings audit_run explain load_model model_of open_result open_slide validate"
+    )
     assert python("import wsi_gradcam as w\ntry: w.nonsense\nexcept AttributeError as e: print(e)") == (
         "module 'wsi_gradcam' has no attribute 'nonsense'"
     )

@@ -112,7 +112,7 @@ def explain(
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
     journal = Journal(folder, listener or Listener(), log_tasks)
-    with journal, _executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
+    with journal, executor_of(workers, scheduler, settings, loaded, wait_for_workers) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.place, spec, settings, entries, choice)
         journal.claim()
@@ -260,9 +260,15 @@ def check_where(workers: int | None, scheduler: str | None) -> None:
 
 
 @contextmanager
-def _executor(
+def executor_of(
     workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None, wait_s: float | None
 ) -> Iterator[SerialExecutor | DaskExecutor]:
+    """What runs tasks, as a context: this process, processes of this machine, or a cluster.
+
+    Raises:
+        ConfigError: two places are given, or a loaded model for another process.
+        WorkerError: no scheduler answers, or no worker comes.
+    """
     executor: SerialExecutor | DaskExecutor
     check_where(workers, scheduler)
     if loaded is not None and (workers, scheduler) != (None, None):

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     stoppable: AbstractContextManager[None] = nullcontext()
-    if argv is None and arguments.run in (_explain, _demo):  # a command of its own: no threads yet
+    if argv is None and arguments.run in (_explain, _demo, _audit):  # a command of its own: no threads yet
         guard()
         stoppable = STOP.at_signals()
     try:
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", action="store_true", help="go on until the run ends")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=_status)
+    _add_audit(commands)
     _add_export(commands)
     _add_view(commands)
     info = commands.add_parser("info", help="what is known of a slide or a model")
@@ -181,6 +182,70 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--log-tasks", action="store_true", help="a line for each task in the log below --out")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
+
+
+def _add_audit(commands: Any) -> None:
+    text = "whether the explanations of a run can be believed"
+    audit = commands.add_parser("audit", help=text, description=f"Find out {text}.")
+    audit.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY; an audit there is continued")
+    audit.add_argument("--patches", type=int, help="about so many of all slides together (default 200)")
+    audit.add_argument("--seed", type=int, help="of the sample and of all random numbers (default 0)")
+    questions = "faithfulness, sanity, stability, locality, saturation, shortcuts, plausibility"
+    audit.add_argument("--only", metavar="QUESTION[,..]", help=f"ask some only of {questions}")
+    audit.add_argument("--target", help="which of the run's targets (default: each patch's predicted class)")
+    audit.add_argument("--annotations", help="a file, or a folder with one a slide, of areas that show the target")
+    audit.add_argument("--include", nargs="+", action="extend", metavar="NAME", help="annotation classes that count")
+    audit.add_argument("--regions", help="as --annotations, of what should not decide: rulers, folds, pen")
+    audit.add_argument("--model", help="the run's model, where its files have moved")
+    audit.add_argument("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")
+    audit.add_argument("--fail-on", metavar="QUESTION[,..]|any", help="end with 1 where a verdict on these fails")
+    where = audit.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, help="run on this many processes of this machine")
+    where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    audit.add_argument("--wait-for-workers", type=float, metavar="SECONDS", help="as for explain")
+    audit.add_argument("--overwrite", action="store_true", help="measure anew, whatever audit there is")
+    audit.add_argument("--json", action="store_true", help="print JSON")
+    audit.set_defaults(run=_audit)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.audit.running import audit_run
+    from wsi_gradcam.audit.saying import failing, print_audit
+    from wsi_gradcam.terminal import progress
+
+    names = (
+        "patches",
+        "seed",
+        "target",
+        "annotations",
+        "include",
+        "regions",
+        "model",
+        "against",
+        "workers",
+        "scheduler",
+    )
+    options = {name: value for name in (*names, "wait_for_workers") if (value := getattr(arguments, name)) is not None}
+    if arguments.only is not None:
+        options["only"] = _listed(arguments.only)
+    fail_on = None if arguments.fail_on is None else failing(_listed(arguments.fail_on))
+    with progress(quiet=arguments.json) as listener:
+        try:
+            outcome = audit_run(arguments.out, overwrite=arguments.overwrite, listener=listener, **options)
+        except StoppedError:
+            raise
+        except WsiGradcamError as error:
+            if not listener.began:
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return SOME_FAILED
+    failures = [] if fail_on is None else outcome.metrics.failed(fail_on)
+    print_audit(outcome, failures, arguments.json)
+    return SOME_FAILED if outcome.failed or failures else DONE
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _add_export(commands: Any) -> None:

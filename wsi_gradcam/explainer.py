@@ -37,7 +37,7 @@ class Explainer:
 
     def __init__(self, model: Model, facts: ModelFacts, program: Program) -> None:
         self.facts = facts
-        self._model = model
+        self.model = model
         self._program = program
         self._lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
         self._device = next(iter(model.module.parameters()), torch.empty(0)).device
@@ -67,11 +67,11 @@ class Explainer:
     @property
     def input_px(self) -> tuple[int, int]:
         """(height, width) that the network sees of a patch, resized."""
-        return self._model.input_px
+        return self.model.input_px
 
     def layers(self) -> list[Layer]:
         """The layers that could be explained, in the order in which they run."""
-        return explainable_layers(self._model, self.facts)
+        return explainable_layers(self.model, self.facts)
 
     def explain(
         self, rgb: NDArray[np.uint8], targets: Sequence[Target], methods: Sequence[str]
@@ -84,7 +84,7 @@ class Explainer:
         """
         count, missing = len(rgb), self.facts.batch_size - len(rgb)
         full = np.pad(rgb, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        images = self._model.prepare(torch.from_numpy(full).to(self._device))
+        images = self.model.prepare(torch.from_numpy(full).to(self._device))
         with self._lock:
             logits, maps = self._halving(images, targets, methods)
         return logits[:count].float().cpu().numpy(), maps[:count].float().cpu().numpy()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from wsi_gradcam.stages import Explained, Pending, Performed, Task
+from wsi_gradcam.stages import Audited, Explained, Pending, Performed, Task
 from wsi_gradcam.workflow import FAILED, SlideRecord
 
 BINS = 120  # of throughput over time, at least half of which are in use in a long run
@@ -126,6 +126,10 @@ class Progress:
             worker.waited_s += result.waited_s
             worker.model_s += result.model_s
             worker.read_s += result.read_s
+        elif isinstance(result, Audited):
+            self.patches_done += result.patches
+            self.throughput.add(now_s, result.patches)
+            worker.patches += result.patches
 
     def slide_done(self, record: SlideRecord) -> None:
         """Count a slide that has ended."""

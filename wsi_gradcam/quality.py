@@ -46,17 +46,17 @@ LINE_AREA = 27  # px of area for each px of the diagonal of its box: the four ed
 EDGE_PX = 8  # how far a stroke or shadow fades, 64 um
 
 
-def pen_of(rgb: NDArray[np.uint8], smallest_px: int = 1) -> NDArray[np.bool_]:
+def pen_of(rgb: NDArray[np.uint8], smallest_px: int = 1, edge_px: int = EDGE_PX) -> NDArray[np.bool_]:
     """Where there is ink of a pen (blue, green, red, black), bool [h, w], from RGB uint8 [h, w, 3].
 
     Ink is seen where at least `smallest_px` pixels together have a colour that no stain of H&E or of
-    immunohistochemistry has, and is followed from there to its pale edges. Meant for a picture at about 8 um per
-    pixel, where a stroke is tens of pixels wide and a nucleus is one.
+    immunohistochemistry has, and is followed from there to its pale edges, `edge_px` far at most. Meant for a picture
+    at about 8 um per pixel, where a stroke is tens of pixels wide and a nucleus is one.
 
     Special stains that are themselves green or blue (trichrome, Alcian blue, Luxol fast blue) pass for ink.
     """
     red, green, blue = densities(rgb)
-    return _grown(*_cool(red, green), smallest_px) | _grown(*_warm(red, green, blue), smallest_px)
+    return _grown(*_cool(red, green), smallest_px, edge_px) | _grown(*_warm(red, green, blue), smallest_px, edge_px)
 
 
 def shadow_of(
@@ -106,7 +106,7 @@ def _range(red: Density, green: Density, blue: Density) -> tuple[Density, Densit
     return np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
 
 
-def _grown(certain: Mask, perhaps: Mask, smallest_px: int) -> Mask:
+def _grown(certain: Mask, perhaps: Mask, smallest_px: int, edge_px: int = EDGE_PX) -> Mask:
     """Certain pixels of which enough lie together, and what may be their edge."""
     labels, count = ndimage.label(certain, CONNECTED)
     enough = np.bincount(labels.ravel(), minlength=count + 1) >= smallest_px
@@ -114,7 +114,7 @@ def _grown(certain: Mask, perhaps: Mask, smallest_px: int) -> Mask:
     core: Mask = enough[labels]
     if not core.any():
         return core
-    grown: Mask = ndimage.binary_dilation(core, CONNECTED, iterations=EDGE_PX, mask=core | perhaps)
+    grown: Mask = ndimage.binary_dilation(core, CONNECTED, iterations=edge_px, mask=core | perhaps)
     return grown
 
 

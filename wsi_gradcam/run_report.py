@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 from urllib.parse import quote
 
 from wsi_gradcam.durations import duration
+from wsi_gradcam.page import Html, document, facts, section, table, text
 from wsi_gradcam.progress import without_path
 from wsi_gradcam.run_style import STYLE
 from wsi_gradcam.stores.status_file import FINISHED, RUNNING
@@ -22,30 +23,23 @@ def render(status: Mapping[str, Any], rows: Mapping[str, Mapping[str, str]]) -> 
     """The page of a run, from what `status.json` and `slides.csv` hold."""
     parts = [
         _head(status),
-        _section("Slides", _counts(status)),
-        _section("What failed", _failures(status["failures"])),
-        _section("Patches per second", _throughput(status["throughput"], status["elapsed_s"])),
-        _section("Time by stage", _stages(status["stages"])),
-        _section("Workers", _workers(status["workers"])),
-        _section("Slowest slides", _slowest(status["slowest"])),
-        _section("All slides", _slides(rows)),
-        _section("Settings", _facts(status["settings"].items())),
+        section("Slides", _counts(status)),
+        section("What failed", _failures(status["failures"])),
+        section("Patches per second", _throughput(status["throughput"], status["elapsed_s"])),
+        section("Time by stage", _stages(status["stages"])),
+        section("Workers", _workers(status["workers"])),
+        section("Slowest slides", _slowest(status["slowest"])),
+        section("All slides", _slides(rows)),
+        section("Settings", facts(status["settings"].items())),
     ]
-    title = _text(f"Run {status['run']}")
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(parts)}</main>\n</body>\n</html>\n"
-    )
-    return page.encode()
+    return document(f"Run {status['run']}", STYLE, "".join(parts))
 
 
 def _head(status: Mapping[str, Any]) -> str:
     end = {FINISHED: "finished", RUNNING: "running"}.get(status["state"], f"stopped: {status['cause']}")
     if failed := status["slides"].get(FAILED, 0):
         end += f"; {failed:,} of {status['slides']['total']:,} slides failed"
-    facts = {
+    told = {
         "Model": f"{status['model']} ({status['model_digest'][:12]})",
         "Layer": status["layer"],
         "Explained": ", ".join(status["targets"]),
@@ -59,8 +53,8 @@ def _head(status: Mapping[str, Any]) -> str:
     state = "good" if status["state"] == FINISHED and not status["failures"] else "bad"
     more = "" if status["state"] == FINISHED else "<p>Give the same command again to go on where it stopped.</p>"
     return (
-        f'<header><h1>Run {_text(status["run"])}</h1><p class="state {state}">{_text(end)}</p>{more}'
-        f"{_facts(facts.items())}</header>\n"
+        f'<header><h1>Run {text(status["run"])}</h1><p class="state {state}">{text(end)}</p>{more}'
+        f"{facts(told.items())}</header>\n"
     )
 
 
@@ -73,7 +67,7 @@ def _counts(status: Mapping[str, Any]) -> str:
     boxes |= {"patches explained": patches["done"]}
     if patches["done"] and status["elapsed_s"]:
         boxes |= {"patches per second": round(patches["done"] / status["elapsed_s"], 1)}
-    items = "".join(f"<li><strong>{value:,}</strong> {_text(name)}</li>" for name, value in boxes.items())
+    items = "".join(f"<li><strong>{value:,}</strong> {text(name)}</li>" for name, value in boxes.items())
     return f'<ul class="counts">{items}</ul>'
 
 
@@ -85,7 +79,7 @@ def _failures(causes: Sequence[Mapping[str, Any]]) -> str:
         what, _, mend = cause["cause"].partition("; ")
         names = ", ".join(cause["slides"]) + (" ..." if cause["count"] > len(cause["slides"]) else "")
         lines.append((cause["count"], what, mend or NO_MEND, names))
-    return _table(("slides", "cause", "mend", "which"), lines)
+    return table(("slides", "cause", "mend", "which"), lines)
 
 
 def _throughput(throughput: Mapping[str, Any], elapsed_s: float) -> str:
@@ -113,10 +107,10 @@ def _stages(stages: Mapping[str, Mapping[str, float]]) -> str:
     total = sum(stage["seconds"] for stage in stages.values()) or 1e-9
     ordered = sorted(stages.items(), key=lambda item: -item[1]["seconds"])
     lines = [
-        (name, f"{stage['tasks']:,}", duration(stage["seconds"]), _Bar(stage["seconds"] / total))
+        (name, f"{stage['tasks']:,}", duration(stage["seconds"]), _bar(stage["seconds"] / total))
         for name, stage in ordered
     ]
-    return _table(("stage", "tasks", "time of all workers", "share"), lines)
+    return table(("stage", "tasks", "time of all workers", "share"), lines)
 
 
 def _workers(workers: Mapping[str, Mapping[str, float]]) -> str:
@@ -124,8 +118,8 @@ def _workers(workers: Mapping[str, Mapping[str, float]]) -> str:
         return "<p>No worker did anything.</p>"
     lines = [
         (
-            name, f"{w['patches']:,}", f"{w['patches_per_s']:.1f}", _Bar(w["model"]), _Bar(w["waiting"]),
-            _Bar(w["reading"]),
+            name, f"{w['patches']:,}", f"{w['patches_per_s']:.1f}", _bar(w["model"]), _bar(w["waiting"]),
+            _bar(w["reading"]),
         )
         for name, w in sorted(workers.items())
     ]  # fmt: skip
@@ -133,14 +127,14 @@ def _workers(workers: Mapping[str, Mapping[str, float]]) -> str:
         "<p>Shares of the time from a worker's first task on: the model worked; it waited for pixels; the threads that "
         "read slides were busy.</p>"
     )
-    return note + _table(("worker", "patches", "patches/s", "model", "waiting", "reading"), lines)
+    return note + table(("worker", "patches", "patches/s", "model", "waiting", "reading"), lines)
 
 
 def _slowest(slides: Sequence[Mapping[str, Any]]) -> str:
     if not slides:
         return "<p>No slide was worked on.</p>"
     lines = [(slide["slide"], f"{slide['patches']:,}", duration(slide["seconds"])) for slide in slides]
-    return _table(("slide", "patches", "time from plan to end"), lines)
+    return table(("slide", "patches", "time from plan to end"), lines)
 
 
 def _slides(rows: Mapping[str, Mapping[str, str]]) -> str:
@@ -149,70 +143,30 @@ def _slides(rows: Mapping[str, Mapping[str, str]]) -> str:
     chosen = list(rows.items())[:LISTED]
     lines = [
         (
-            _Link(name, f"{name}/overview.png") if row["status"] != FAILED else name,
-            _Word(STATUSES.get(row["status"], row["status"])),
+            _link(name, f"{name}/overview.png") if row["status"] != FAILED else name,
+            _word(STATUSES.get(row["status"], row["status"])),
             row["patches"],
             without_path(row["error"], row["path"]),
         )
         for name, row in chosen
     ]
     more = f"<p>The first {LISTED:,} of {len(rows):,}; all are in slides.csv.</p>" if len(rows) > LISTED else ""
-    return more + _table(("slide, with its picture", "status", "patches", "remark"), lines)
+    return more + table(("slide, with its picture", "status", "patches", "remark"), lines)
 
 
-class _Bar(float):
+def _bar(share: float) -> Html:
     """A share that is drawn."""
-
-    def __str__(self) -> str:
-        width = f"{min(1.0, max(0.0, self)):.0%}"
-        bar = f'<span class="bar"><span style="width:{width}"></span></span>'
-        return f'<span class="share">{bar}<span class="number">{width}</span></span>'
+    width = f"{min(1.0, max(0.0, share)):.0%}"
+    drawn = f'<span class="bar"><span style="width:{width}"></span></span>'
+    return Html(f'<span class="share">{drawn}<span class="number">{width}</span></span>')
 
 
-class _Word(str):
+def _word(word: str) -> Html:
     """A text of one line."""
-
-    def __str__(self) -> str:
-        return f'<span class="word">{_text(self[:])}</span>'
+    return Html(f'<span class="word">{text(word)}</span>')
 
 
-class _Link:
+def _link(name: str, path: str) -> Html:
     """A slide's name that leads to a file beside the page."""
-
-    def __init__(self, name: str, path: str) -> None:
-        self._name, self._path = name, path
-
-    def __str__(self) -> str:
-        address = "./" + quote(self._path.encode("utf-8", "surrogateescape"))  # "./": a name may look like a URL
-        return f'<a href="{escape(address)}">{_text(self._name)}</a>'
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{content}</section>\n"
-
-
-def _facts(facts: Iterable[tuple[str, Any]]) -> str:
-    texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts}
-    shown = (f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in texts.items() if text not in ("", None))
-    return f"<dl>{''.join(shown)}</dl>"
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table whose cells know their column's name, which narrow screens show beside them."""
-    top = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td data-name="{_text(n)}">{_cell(c)}</td>' for n, c in zip(head, line, strict=True))
-        + "</tr>"
-        for line in lines
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell(value: object) -> str:
-    return str(value) if isinstance(value, _Bar | _Link | _Word) else _text(value)
-
-
-def _text(value: object) -> str:
-    """Escaped text; names that are not Unicode are shown as well as they can be."""
-    return escape(str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    address = "./" + quote(path.encode("utf-8", "surrogateescape"))  # "./": a name may look like a URL
+    return Html(f'<a href="{escape(address)}">{text(name)}</a>')

@@ -10,6 +10,8 @@ import numpy as np
 from wsi_gradcam.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from wsi_gradcam.geometry import Region
@@ -92,11 +94,23 @@ class Blender:
         return np.divide(self._sum, self._weight, out=np.zeros_like(self._sum), where=covered), covered
 
     def _add(self, yx: NDArray[np.int64], cams: NDArray[np.float32]) -> None:
+        for place, value, weight in self.laid(yx, cams, weighted=True):
+            self._sum[place] += value
+            self._weight[place] += weight
+
+    def laid(
+        self, yx: NDArray[np.int64], cams: NDArray[np.float32], weighted: bool = False
+    ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]]]:
+        """(where in the block, enlarged CAM there, its weight there) of each patch that meets the block, in order.
+
+        With `weighted`, the CAM times its weight.
+        """
         rows, row_weight = self._enlarger.axis(0, yx[:, 0])
         columns, column_weight = self._enlarger.axis(1, yx[:, 1])
         values = rows @ cams @ columns.transpose(0, 2, 1)
         weights = row_weight[:, :, None] * column_weight[:, None, :]
-        values *= weights
+        if weighted:
+            values *= weights
         tops = self._enlarger.first(yx[:, 0]) - self._block.y
         lefts = self._enlarger.first(yx[:, 1]) - self._block.x
         height, width = values.shape[1:]
@@ -106,8 +120,7 @@ class Blender:
             right = min(self._block.width, left + width)
             if y < bottom and x < right:
                 here = slice(y - top, bottom - top), slice(x - left, right - left)
-                self._sum[y:bottom, x:right] += value[here]
-                self._weight[y:bottom, x:right] += weight[here]
+                yield (slice(y, bottom), slice(x, right)), value[here], weight[here]
 
 
 def touching(yx: NDArray[np.int64], footprint: tuple[float, float], stride: int, block: Region) -> NDArray[np.int64]:

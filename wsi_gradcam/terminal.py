@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from wsi_gradcam.api import Listener
 from wsi_gradcam.durations import duration
 from wsi_gradcam.progress import Progress
-from wsi_gradcam.stages import Pending, Performed, Task
+from wsi_gradcam.stages import RUN_MODEL, Pending, Performed, Task
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.choice import Choice
@@ -59,7 +59,7 @@ class Lines(Quiet):
         self.progress.task_done(task, performed)
         if isinstance(performed.result, Pending):
             self.say(f"{task.slide.id}: {performed.result.patches} patches, {performed.result.left} to do")
-        elif task.stage == "explain" and time.monotonic() - self.last_line > LINE_EVERY_S:
+        elif task.stage in RUN_MODEL and time.monotonic() - self.last_line > LINE_EVERY_S:
             self.say(pace(self.progress, whole=True))
 
     def task_failed(self, task: Task, performed: Performed) -> None:

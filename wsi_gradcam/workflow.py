@@ -58,6 +58,7 @@ class SlideRecord:
 
 Phases = list[list[Task]]
 SlideJob = Generator[Phases, list[Any], SlideRecord]
+Job = Callable[[SlideEntry], SlideJob]
 
 
 def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
@@ -77,14 +78,22 @@ def slide_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
                 *(_blocks(slide, level, numbers) for level, numbers in enumerate(pending.blocks)),
                 [Task("finish", slide)],
             ]
-    except (StoppedError, StoreError, WorkerError) as error:
-        raise FatalError(error) from error
-    except FatalError:  # of whoever was told of the task
-        raise
     except Exception as error:
-        seconds, lasting = time.monotonic() - started, not isinstance(error, PASSING)
-        return SlideRecord(slide, FAILED, one_line(error), 0, 0, seconds, lasting=lasting)
+        return _failed(slide, error, time.monotonic() - started)
     return _record(slide, record, max_unreadable, time.monotonic() - started, skipped)
+
+
+def audit_job(slide: SlideEntry, pieces: int, spread: bool) -> SlideJob:
+    """As `slide_job`, for the pieces of a slide's audit, and for where its patches disagree."""
+    started = time.monotonic()
+    try:
+        measured = [Task("audit", slide, (i,)) for i in range(pieces)]
+        results = yield [measured, [Task("spread", slide)] if spread else []]
+    except Exception as error:
+        return _failed(slide, error, time.monotonic() - started)
+    patches = sum(piece.patches for piece in results[:pieces])
+    unreadable = sum(piece.unreadable for piece in results[:pieces])
+    return SlideRecord(slide, OK, "", patches, unreadable, time.monotonic() - started)
 
 
 def drive(job: SlideJob, perform: Callable[[Task, Task | None], Any]) -> SlideRecord:
@@ -102,6 +111,19 @@ def drive(job: SlideJob, perform: Callable[[Task, Task | None], Any]) -> SlideRe
     except StopIteration as end:
         record: SlideRecord = end.value
         return record
+
+
+def _failed(slide: SlideEntry, error: Exception, seconds: float) -> SlideRecord:
+    """How the slide ended.
+
+    Raises:
+        FatalError: it is not the slide's fault.
+    """
+    if isinstance(error, FatalError):  # of whoever was told of the task
+        raise error
+    if isinstance(error, StoppedError | StoreError | WorkerError):
+        raise FatalError(error) from error
+    return SlideRecord(slide, FAILED, one_line(error), 0, 0, seconds, lasting=not isinstance(error, PASSING))
 
 
 def _blocks(slide: SlideEntry, level: int, numbers: list[int]) -> list[Task]:

@@ -1,7 +1,8 @@
-"""ReLU with another backward pass, for the method that must fail the audit's sanity check."""
+"""ReLU with another backward pass: for the method that must fail the audit, and to see past units that are off."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from wsi_gradcam.errors import LayerError
 
 RELUS = {torch.ops.aten.relu.default: torch.inf, torch.ops.aten.relu6.default: 6.0}
+LEAK = 0.1
 
 
 class GuidedRelu(torch.autograd.Function):
@@ -37,13 +39,40 @@ def guided_graph(graph: fx.GraphModule) -> fx.GraphModule:
     Raises:
         LayerError: there is no ReLU in it.
     """
-    relus = {node: ceiling for node in graph.graph.nodes if (ceiling := _ceiling(node)) is not None}
-    if not relus:
+    if not _rewire(graph, guided_relu):
         raise LayerError("guided backprop is defined for ReLU, and this model has none; use gradient or smoothgrad")
-    for node, ceiling in relus.items():
-        node.target, node.args, node.kwargs = guided_relu, (node.args[0], ceiling), {}
-    graph.recompile()
     return graph
+
+
+class LeakyBackwardRelu(torch.autograd.Function):
+    """max(x, 0), at most `ceiling`, whose backward lets `LEAK` of the gradient pass where x has no slope."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ceiling: float) -> Tensor:
+        """max(x, 0), at most `ceiling`."""
+        ctx.save_for_backward((value > 0) & (value < ceiling))
+        return value.clamp(min=0, max=ceiling)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient, a part of it where x has no slope."""
+        (sloped,) = ctx.saved_tensors
+        return torch.where(sloped, gradients[0], LEAK * gradients[0]), None
+
+
+def leaky_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph with the backward of every ReLU leaky; changes `graph`, if it has any."""
+    _rewire(graph, leaky_relu)
+    return graph
+
+
+def _rewire(graph: fx.GraphModule, relu: Callable[[Tensor, float], Tensor]) -> int:
+    """Calls `relu` in place of every ReLU, and tells how many there were."""
+    relus = {node: ceiling for node in graph.graph.nodes if (ceiling := _ceiling(node)) is not None}
+    for node, ceiling in relus.items():
+        node.target, node.args, node.kwargs = relu, (node.args[0], ceiling), {}
+    graph.recompile()
+    return len(relus)
 
 
 def _ceiling(node: fx.Node) -> float | None:
@@ -56,3 +85,8 @@ def _ceiling(node: fx.Node) -> float | None:
 def guided_relu(value: Tensor, ceiling: float) -> Tensor:
     """max(x, 0), at most `ceiling`, with the guided backward pass."""
     return GuidedRelu.apply(value, ceiling)  # type: ignore[no-any-return]
+
+
+def leaky_relu(value: Tensor, ceiling: float) -> Tensor:
+    """max(x, 0), at most `ceiling`, with the leaky backward pass."""
+    return LeakyBackwardRelu.apply(value, ceiling)  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import one_line
@@ -12,7 +13,7 @@ from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.isolation import WATCH
 from wsi_gradcam.stages import Context, Performed, Task, examine_model, perform, read_ahead
 from wsi_gradcam.stopping import STOP
-from wsi_gradcam.workflow import Observer, SlideRecord, drive, slide_job
+from wsi_gradcam.workflow import Job, Observer, SlideRecord, drive, slide_job
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import ModelFacts
@@ -35,13 +36,14 @@ class SerialExecutor:
         return self._explainer.facts
 
     def run(
-        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer
+        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer, job: Job | None = None
     ) -> Iterator[SlideRecord]:
-        """The record of each slide as it is finished.
+        """The record of each slide as it is finished; a `job` other than explaining may be given.
 
         Raises:
             FatalError: the run cannot go on.
         """
+        job = job or partial(slide_job, max_unreadable=run.settings.max_unreadable)
         context = Context(run, overwrite, self._explainer)
         ahead = _Ahead(context, slides)
 
@@ -67,7 +69,7 @@ class SerialExecutor:
         try:
             with STOP.heeded():
                 for slide in ahead:
-                    yield drive(slide_job(slide, run.settings.max_unreadable), perform_and_tell)
+                    yield drive(job(slide), perform_and_tell)
                     WATCH.finished(slide.path)
         finally:
             ahead.close()

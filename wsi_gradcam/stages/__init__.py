@@ -15,7 +15,8 @@ from wsi_gradcam.memory import give_back, share_arenas
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.sampling import sample_patches
-from wsi_gradcam.stages.context import Context, Explained, Performed, Task
+from wsi_gradcam.stages.auditing import audit_piece, audit_spread
+from wsi_gradcam.stages.context import RUN_MODEL, Audited, Context, Explained, Performed, Task
 from wsi_gradcam.stages.explaining import explain_span, read_ahead
 from wsi_gradcam.stages.planning import Pending, plan_slide
 from wsi_gradcam.stages.stitching import channels, coarsen_block, stitch_block
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.load import Model
 
 __all__ = [
-    "Context", "Explained", "Pending", "Performed", "Task", "coarsen_block", "examine_model", "explain_span", "finish",
-    "perform", "plan_slide", "read_ahead", "stitch_block",
+    "RUN_MODEL", "Audited", "Context", "Explained", "Pending", "Performed", "Task", "audit_piece", "coarsen_block",
+    "examine_model", "explain_span", "finish", "perform", "plan_slide", "read_ahead", "stitch_block",
 ]  # fmt: skip
 
 
@@ -84,6 +85,8 @@ STAGES: dict[str, Callable[..., Any]] = {
     "stitch": stitch_block,
     "coarsen": coarsen_block,
     "finish": finish,
+    "audit": audit_piece,
+    "spread": audit_spread,
 }
 
 

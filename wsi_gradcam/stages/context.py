@@ -17,10 +17,12 @@ from wsi_gradcam.memory import share_arenas
 from wsi_gradcam.models.reproducible import steady_sums
 from wsi_gradcam.plan import SlidePlan
 from wsi_gradcam.reading import PatchReader, open_entry
+from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.stores.heatmap import HeatmapStore
 from wsi_gradcam.stores.layout import RunFolder, SlideFolder
 from wsi_gradcam.stores.manifest import Manifest
 from wsi_gradcam.stores.patch_store import PatchStore
+from wsi_gradcam.tissue import glass_colour
 
 if TYPE_CHECKING:
     from wsi_gradcam.explainer import Explainer
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RUN_MODEL = frozenset({"explain", "audit"})  # the stages that want the run's device
+GLANCE_PX = 512  # of a slide, to find the colour of its glass
 KEPT_OPEN = 2  # the slide in work and the next one
 KEPT_STORES = 4  # of each kind: what opens one is known from then on
 
@@ -58,6 +62,14 @@ class Explained:
     waited_s: float = 0.0
     model_s: float = 0.0
     read_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A piece of an audit: how many patches it has, and how many of them could not be read."""
+
+    patches: int
+    unreadable: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,9 @@ class Context:
         self._slides: dict[SlideEntry, _Opened] = {}
         self._patches: OrderedDict[str, PatchStore] = OrderedDict()
         self._heatmaps: OrderedDict[str, HeatmapStore] = OrderedDict()
+        self._one_at_a_time = threading.Lock()
+        self._subject: Any = None
+        self._glass: dict[str, tuple[int, int, int]] = {}
 
     def model(self) -> Explainer:
         """The run's model, loaded on first use unless it was given."""
@@ -102,6 +117,21 @@ class Context:
 
                 self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)
             return self._model
+
+    @contextmanager
+    def alone(self, make: Callable[[], T]) -> Iterator[T]:
+        """What `make` made on first use, such as a model under audit; one thread at a time has it."""
+        with self._one_at_a_time:
+            if self._subject is None:
+                self._subject = make()
+            yield self._subject
+
+    def glass(self, entry: SlideEntry) -> tuple[int, int, int]:
+        """The colour of the slide's bare glass, RGB; of a slide without glass white."""
+        if entry.id not in self._glass:
+            with self.slide(entry) as slide:
+                self._glass[entry.id] = glass_colour(thumbnail(slide, 0.0, GLANCE_PX).rgb)
+        return self._glass[entry.id]
 
     def overwrites(self, entry: SlideEntry) -> bool:
         """Whether results of the slide are made anew, if it has any: not those that this very run has finished."""

@@ -58,6 +58,8 @@ def write_run(place: AnyPlace, run: RunPlan) -> None:
         "batch_size": facts.batch_size,
         "cam_shape": list(facts.cam_shape),
         "weights": run.spec.weights or "the source's own",
+        "spec": run.spec.model_dump(mode="json", exclude_unset=True, exclude={"provenance"}),
+        "folder": str(run.spec.folder),
         "provenance": run.spec.provenance,
     }
     values = {

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed import get_worker
@@ -23,7 +24,7 @@ from wsi_gradcam.executors.dask.workers import WAIT_S, Patience, Workers
 from wsi_gradcam.inputs import SlideEntry
 from wsi_gradcam.stages import examine_model
 from wsi_gradcam.stopping import LOOK_S, STOP
-from wsi_gradcam.workflow import Observer, SlideRecord
+from wsi_gradcam.workflow import Job, Observer, SlideRecord, slide_job
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -100,9 +101,11 @@ class DaskExecutor:
         return facts
 
     def run(
-        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer
+        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer, job: Job | None = None
     ) -> Iterator[SlideRecord]:
         """The record of each slide as it is finished, in the order in which they finish.
+
+        A `job` other than explaining may be given.
 
         Raises:
             FatalError: the run cannot go on.
@@ -114,7 +117,8 @@ class DaskExecutor:
         except Exception as error:  # whatever an import there ends with
             LOG.warning("the scheduler cannot look after a run whose client is killed (%s)", one_line(error))
         self._client.register_plugin(RunPlugin(name, run, overwrite, self._torch_threads))
-        flow = Flow(self._client, name, run.settings.max_unreadable, observe, self.workers, Patience(self._wait_s))
+        job = job or partial(slide_job, max_unreadable=run.settings.max_unreadable)
+        flow = Flow(self._client, name, job, observe, self.workers, Patience(self._wait_s))
         try:
             with STOP.heeded():
                 yield from flow.run(slides)

@@ -23,9 +23,9 @@ from wsi_gradcam.executors.dask.running import MODEL, Running, Sent, kind_of
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.executors.retries import PAUSES_S, say_again
 from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Performed, Task
+from wsi_gradcam.stages import RUN_MODEL, Performed, Task
 from wsi_gradcam.stopping import GRACE_S, LOOK_S, STOP
-from wsi_gradcam.workflow import FatalError, Observer, SlideRecord, slide_job
+from wsi_gradcam.workflow import FatalError, Job, Observer, SlideRecord
 
 # Orders in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler
 # knows) / 5 s: 4 orders of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
@@ -49,11 +49,11 @@ class Flow:
     """
 
     def __init__(
-        self, client: Client, name: str, max_unreadable: float, observe: Observer, workers: Callable[[], Workers],
+        self, client: Client, name: str, job: Job, observe: Observer, workers: Callable[[], Workers],
         patience: Patience,
     ) -> None:  # fmt: skip
         self._client, self._name = client, name
-        self._max_unreadable, self._observe = max_unreadable, observe
+        self._job, self._observe = job, observe
         self._ask_workers, self._patience = workers, patience
         self._workers, self._looked = workers(), time.monotonic()
         self._mail = Mail(client)
@@ -101,8 +101,8 @@ class Flow:
         budgets_s = self._budgets_s()
         waiting = 0
         for running in list(self._active):
-            while (stage := running.waits_for) and self._out[kind_of(stage)] < room[stage == MODEL]:
-                self._send(running.take(self._rates, budgets_s[stage == MODEL]))
+            while (stage := running.waits_for) and self._out[kind_of(stage)] < room[stage in RUN_MODEL]:
+                self._send(running.take(self._rates, budgets_s[stage in RUN_MODEL]))
             waiting += running.spans
         begun = self._out["plan"]
         while (
@@ -120,7 +120,7 @@ class Flow:
         for running in self._active:
             for phase in running.phases:
                 stage = phase[0][1].stage
-                left_s[stage == MODEL] += len(phase) * self._rates.seconds(stage)
+                left_s[stage in RUN_MODEL] += len(phase) * self._rates.seconds(stage)
         for sent in self._sent.values():
             left_s[sent.model] += sum(self._rates.seconds(task.stage) for task in sent.tasks)
         slots = self._workers.slots
@@ -133,7 +133,7 @@ class Flow:
             self._more = False
             return False
         number, slide = entry
-        running = Running(slide_job(slide, self._max_unreadable), number)
+        running = Running(self._job(slide), number)
         self._active.append(running)
         running.begin()
         self._send(running.take(self._rates, ORDER_S))

@@ -17,7 +17,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 from wsi_gradcam.errors import WorkerError, one_line
 from wsi_gradcam.executors.dask.failures import may_pass
 from wsi_gradcam.memory import give_back
-from wsi_gradcam.stages import Context, Performed, Task, perform
+from wsi_gradcam.stages import RUN_MODEL, Context, Performed, Task, perform
 
 if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
@@ -123,7 +123,7 @@ def perform_order(order: Order) -> Answer:
             if plugin.stopped:
                 break
             try:
-                if task.stage == "explain":
+                if task.stage in RUN_MODEL:
                     check_device(context.run.settings.device, worker.address)
                 answer.results.append(perform(context, task, then))
             except Exception as error:

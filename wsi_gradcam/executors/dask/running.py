@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wsi_gradcam.executors.dask.rates import MOST, Rates
-from wsi_gradcam.stages import Task
+from wsi_gradcam.stages import RUN_MODEL, Task
 from wsi_gradcam.workflow import SlideJob, SlideRecord
 
-MODEL = "explain"  # the stage that wants the run's device
+MODEL = "model"  # what stages that want the run's device are counted as
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Running:
     @property
     def spans(self) -> int:
         """How many spans wait."""
-        return len(self.phases[0]) if self.waits_for == MODEL else 0
+        return len(self.phases[0]) if self.waits_for in RUN_MODEL else 0
 
     def take(self, rates: Rates, budget_s: float) -> Sent:
         """The next tasks, one or more, that take about `budget_s`.
@@ -77,7 +77,7 @@ class Running:
         while self.phases and len(taken) < MOST:
             phase = self.phases[0]
             stage = phase[0][1].stage
-            if phase is not first and (not whole or (stage == MODEL) != (taken[0][1].stage == MODEL)):
+            if phase is not first and (not whole or (stage in RUN_MODEL) != (taken[0][1].stage in RUN_MODEL)):
                 break
             if taken and left_s < rates.seconds(stage):
                 break
@@ -135,7 +135,7 @@ class Sent:
     @property
     def model(self) -> bool:
         """Whether they want the run's device."""
-        return self.tasks[0].stage == MODEL
+        return self.tasks[0].stage in RUN_MODEL
 
     @property
     def kind(self) -> str:
@@ -158,4 +158,4 @@ class Sent:
 
 def kind_of(stage: str) -> str:
     """What stages are counted together: those of other workers than the model's have a window of their own."""
-    return stage if stage in (MODEL, "plan") else "other"
+    return MODEL if stage in RUN_MODEL else "plan" if stage == "plan" else "other"

@@ -1,0 +1,190 @@
+"""Verdicts together, metrics as they are written, and the steps between numbers and both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wsi_gradcam.audit.annotated import SIDE_PX, annotated_slide
+from wsi_gradcam.audit.estimates import Estimate
+from wsi_gradcam.audit.folder import read_numbers, write_numbers
+from wsi_gradcam.audit.gathered import Gathered, Rows
+from wsi_gradcam.audit.judged import UNSURE, Judged, corrected, interval_p
+from wsi_gradcam.audit.judging_faithfulness import score_of
+from wsi_gradcam.audit.judging_maps import steady
+from wsi_gradcam.audit.judging_model import strata
+from wsi_gradcam.audit.measured import CURVE_FRACTIONS, MAIN, ROAD
+from wsi_gradcam.audit.schema import EstimateRow, metrics_schema
+from wsi_gradcam.audit.verdict import Verdict
+from wsi_gradcam.errors import AnnotationError, StoreError
+from wsi_gradcam.stores.places import place_of
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def judged(outcome: Any, p: float, found: bool = True) -> Judged:
+    return Judged("sanity", "gradcam", Verdict("?", outcome, "Words."), p, found)
+
+
+def gathered(**numbers: Any) -> Gathered:
+    count = len(next(iter(numbers.values())))
+    named = {name.replace("__", "/"): np.asarray(values) for name, values in numbers.items()}
+    slides = np.array([f"s{i // 4}" for i in range(count)])
+    return Gathered({"base/weight": np.ones(count), **named}, slides, {}, 0)
+
+
+def test_a_finding_must_stand_when_corrected() -> None:
+    rows = corrected([judged("fails", 0.02), *[judged("unclear", 0.5)] * 9])
+    assert rows[0].outcome == "unclear"
+    assert rows[0].words.endswith(UNSURE)
+    assert rows[0].p_adjusted == pytest.approx(0.2)
+    assert corrected([judged("fails", 0.02)])[0].outcome == "fails"
+    assert corrected([judged("holds", 0.001), *[judged("unclear", 0.5)] * 9])[0].outcome == "holds"
+
+
+def test_what_rests_on_finding_nothing_stays() -> None:
+    rows = corrected([judged("holds", 0.7, found=False), judged("fails", float("nan"))])
+    assert [row.outcome for row in rows] == ["holds", "fails"]
+    assert rows[1].p is None
+    assert rows[1].p_adjusted is None
+
+
+def test_p_of_an_interval() -> None:
+    def estimate(value: float, low: float, high: float) -> Estimate:
+        return Estimate(value, low, high, 40, 8, 0, "slide")
+
+    assert interval_p(estimate(0.5, 0.0, 1.0), 0.0) == pytest.approx(0.05, abs=1e-6)
+    assert interval_p(estimate(0.5, 0.4, 0.6), 0.0) < 1e-6
+    assert interval_p(estimate(0.0, 0.0, 0.0), 0.5) == 0.0
+    assert interval_p(estimate(0.5, 0.5, 0.5), 0.5) == 1.0
+    assert np.isnan(interval_p(Estimate(np.nan, np.nan, np.nan, 0, 0, 5, "patch"), 0.0))
+
+
+@pytest.mark.parametrize(("low", "high", "outcome"), [(0.1, 0.3, "holds"), (0.7, 0.9, "fails"), (0.3, 0.7, "unclear")])
+def test_a_steady_map(low: float, high: float, outcome: str) -> None:
+    share = Estimate((low + high) / 2, low, high, 40, 8, 0, "slide")
+    assert steady("noise", share).outcome == outcome
+
+
+def test_scores_are_half_of_insertion_less_deletion() -> None:
+    at = np.array(CURVE_FRACTIONS)
+    falling, rising = np.stack([1 - at, 1 - at]), np.stack([at, np.ones(9)])
+    one = gathered(
+        **{f"faithfulness__{MAIN}__m__deletion": falling, f"faithfulness__{MAIN}__m__insertion": rising},
+        **{
+            f"faithfulness__{ROAD}__m__deletion": [[0, 1, 2]] * 2,
+            f"faithfulness__{ROAD}__m__insertion": [[2, 3, 4]] * 2,
+        },
+    )
+    np.testing.assert_allclose(score_of(one, MAIN, "m"), [0.0, 0.25])
+    np.testing.assert_allclose(score_of(one, ROAD, "m"), [1.0, 1.0])
+
+
+def test_means_leave_out_what_was_not_measured() -> None:
+    one = gathered(a=[1.0, np.nan, 3.0, 4.0], curve=[[1.0, 2.0], [np.nan, 0.0], [3.0, 4.0], [5.0, 6.0]])
+    np.testing.assert_allclose(one.mean(one["curve"]), [3.0, 4.0])
+    rows = Rows.of("sanity", one)
+    assert rows.estimate("m", "a", "1", one["a"]).value == pytest.approx(8 / 3)
+    assert (rows.estimates[0].patches, rows.estimates[0].missing) == (3, 1)
+    rows.curve("m", "c", ("x", "y"), [0, 1], one["curve"], interval=True)
+    low, high = rows.curves[0].low, rows.curves[0].high
+    assert low is not None
+    assert high is not None
+    assert all(a is not None and b is not None and a <= m <= b for a, b, m in zip(low, high, [3.0, 4.0], strict=True))
+    assert np.isnan(one.mean(np.full((4, 2), np.nan))).all()
+
+
+def test_strata_are_compared() -> None:
+    one = gathered(a=np.repeat([0.0, 10.0], 12) + np.tile([0.0, 1.0, 2.0], 8))
+    groups = {"site": {f"s{i}": "north" if i < 3 else "south" for i in range(6)}, "scanner": {"s0": "x"}}
+    (row,) = strata(one, {"m/a": one["a"]}, groups)
+    assert (row.by, row.of, row.what) == ("site", "m", "a")
+    assert row.groups == {"north": 1.0, "south": 11.0}
+    assert row.p is not None
+    assert row.p < 0.1
+
+
+def test_numbers_are_written_and_read(tmp_path: Path) -> None:
+    place = place_of(tmp_path / "a" / "n.npz")
+    numbers = {"b/c": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([1, 2])}
+    write_numbers(place, numbers)
+    data = place.read()
+    write_numbers(place, dict(reversed(numbers.items())))
+    assert place.read() == data
+    found = read_numbers(place)
+    assert set(found) == set(numbers)
+    np.testing.assert_array_equal(found["b/c"], numbers["b/c"])
+    for broken in (data[:50], b"", b"nonsense"):
+        place.write(broken)
+        with pytest.raises(StoreError, match="damaged"):
+            read_numbers(place)
+
+
+def test_what_is_no_number_is_null() -> None:
+    row = EstimateRow(
+        question="q", of="o", what="w", unit="1", value=float("nan"), low=float("inf"), high=1.0, patches=0, slides=0,
+        missing=0, resampled="patch",
+    )  # fmt: skip
+    assert json.loads(row.model_dump_json()) | {"high": 1.0} == json.loads(row.model_dump_json())
+    assert (row.value, row.low) == (None, None)
+
+
+def test_the_published_schema_is_the_schema() -> None:
+    published = json.loads((DOCS / "audit-metrics.schema.json").read_text(encoding="utf-8"))
+    assert published == metrics_schema()
+
+
+SQUARE = {
+    "type": "Feature", "properties": {"name": "tumour"},
+    "geometry": {"type": "Polygon", "coordinates": [[[100, 200], [164, 200], [164, 232], [100, 232]]]},
+}  # fmt: skip
+
+
+def test_masks_of_annotations_are_cut_out_of_the_slide(tmp_path: Path) -> None:
+    """A rectangle of x 100 to 164 and y 200 to 232, on patches of 64 px."""
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps(SQUARE), encoding="utf-8")
+    found = annotated_slide(path, "a.svs", (), (1000, 800))
+    assert found is not None
+    yx = np.array([(200, 100), (184, 132), (600, 600)])
+    view = (0.0, 0.0, 64.0, 64.0)
+    masks = found.masks([(y, x) for y, x in yx.tolist()], view)
+    expected = np.zeros((3, SIDE_PX, SIDE_PX), bool)
+    expected[0, :32] = True
+    expected[1, 16:48, :32] = True
+    np.testing.assert_array_equal(masks, expected)
+    np.testing.assert_allclose(found.shares(yx, view), expected.mean(axis=(1, 2)), atol=0.03)
+    inner = found.masks([(200, 100)], (16.0, 16.0, 32.0, 32.0))
+    np.testing.assert_array_equal(inner[0], np.arange(SIDE_PX)[:, None] < np.full(SIDE_PX, 32))
+    other = annotated_slide(path, "a.svs", ("liver",), (1000, 800))
+    assert other is not None
+    with pytest.raises(AnnotationError, match="no annotation is called 'liver'"):
+        other.shares(yx, view)
+
+
+def test_a_mask_picture_is_cut_likewise(tmp_path: Path) -> None:
+    from PIL import Image
+
+    mask = np.zeros((100, 80), np.uint8)
+    mask[20:23, 10:16] = 255
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    found = annotated_slide(tmp_path / "a.png", "a.svs", (), (1000, 800))
+    assert found is not None
+    (cut,) = found.masks([(200, 100)], (0.0, 0.0, 64.0, 64.0))
+    assert cut[:29].any(axis=1).all()
+    assert not cut[31:].any()
+    assert not cut[:, 62:].any()
+    (outside,) = found.masks([(-30, -30)], (0.0, 0.0, 20.0, 20.0))
+    assert not outside.any()
+
+
+def test_a_folder_need_not_have_a_file_for_every_slide(tmp_path: Path) -> None:
+    (tmp_path / "a.geojson").write_text(json.dumps(SQUARE), encoding="utf-8")
+    assert annotated_slide(tmp_path, "a.svs", (), (10, 10)) is not None
+    assert annotated_slide(tmp_path, "folder/a.svs", (), (10, 10)) is not None
+    assert annotated_slide(tmp_path, "b.svs", (), (10, 10)) is None
+    assert annotated_slide(None, "a.svs", (), (10, 10)) is None

@@ -1,0 +1,255 @@
+"""The pages of an audit: well-formed, escaped, with controls in every plot, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.test_run_report import HOSTILE, Page
+from wsi_gradcam.audit.figures import curves_figure, intervals_figure
+from wsi_gradcam.audit.judging_model import ATTRIBUTION, LEAKY, SHARE_OF_AREA
+from wsi_gradcam.audit.measured import CONTROLS, CURVE_FRACTIONS
+from wsi_gradcam.audit.pictures import legend, overlay, scale_of
+from wsi_gradcam.audit.plan import QUESTIONS
+from wsi_gradcam.audit.report import Example, archive_page, examples_of, slide_page
+from wsi_gradcam.audit.report_figures import attribution_rows
+from wsi_gradcam.audit.report_numbers import difference, p_text, value
+from wsi_gradcam.audit.report_parts import square
+from wsi_gradcam.audit.schema import (
+    AgainstFacts,
+    ComparisonRow,
+    CurveRow,
+    EstimateRow,
+    Metrics,
+    QuadrantRow,
+    RunFacts,
+    SampleFacts,
+    StrataRow,
+    UntestedRow,
+    VerdictRow,
+)
+from wsi_gradcam.audit.verdict import QUADRANTS
+from wsi_gradcam.audit.words import WORDS, named
+from wsi_gradcam.page import Html
+
+
+def estimate_row(question: str, of: str, what: str, value: float | None = 0.25) -> EstimateRow:
+    low, high = (None, None) if value is None else (value - 0.1, value + 0.1)
+    return EstimateRow(
+        question=question,
+        of=of,
+        what=what,
+        unit="logits",
+        value=value,
+        low=low,
+        high=high,
+        patches=40,
+        slides=8,
+        missing=0,
+        resampled="slide",
+    )
+
+
+def comparison_row(of: str, against: str, what: str = "score, mean") -> ComparisonRow:
+    return ComparisonRow(
+        question="faithfulness", of=of, against=against, what=what, unit="logits", difference=0.5, low=0.4, high=0.6,
+        p=0.001, effect=1.2, better=0.9, patches=40, slides=8,
+    )  # fmt: skip
+
+
+def curve_row(of: str, what: str) -> CurveRow:
+    y = np.linspace(2.0, 0.0, len(CURVE_FRACTIONS)).tolist()
+    return CurveRow(
+        question="faithfulness", of=of, what=what, x_name="share", y_name="logit", x=list(CURVE_FRACTIONS), y=y,
+        low=y if of == "gradcam" else None, high=y if of == "gradcam" else None,
+    )  # fmt: skip
+
+
+def verdict_row(outcome: Any = "holds", words: str = "The map beats every control.") -> VerdictRow:
+    return VerdictRow(
+        question="faithfulness", of="gradcam", asked="Does it?", outcome=outcome, words=words, p=0.001,
+        p_adjusted=0.0301, evidence=["random"],
+    )  # fmt: skip
+
+
+def metrics(**changes: Any) -> Metrics:
+    values: dict[str, Any] = {
+        "run": RunFacts(
+            out="out", run_digest="0" * 64, audit_digest="1" * 64, model="tiny", model_digest="2" * 64, layer="l",
+            classes=["other", "tumour"], target="predicted", methods=["gradcam"], questions=list(QUESTIONS),
+            annotations="", regions="", versions={"python": "3"},
+        ),
+        "sample": SampleFacts(
+            asked=40, patches=40, deep=24, unreadable=1, slides=8, slides_of_run=20, patches_of_run=4000, seed=7,
+            strata={"tumour": 20},
+        ),
+        "verdicts": [verdict_row()],
+        "quadrants": [],
+        "estimates": [estimate_row("faithfulness", name, "score, mean") for name in ("gradcam", *CONTROLS)],
+        "comparisons": [comparison_row("gradcam", name) for name in CONTROLS],
+        "curves": [curve_row(of, f"{way}, mean") for of in ("gradcam", *CONTROLS) for way in ("deletion", "insertion")],
+        "strata": [], "not_tested": [], "not_audited": [],
+    }  # fmt: skip
+    return Metrics(**{**values, **changes})
+
+
+def example(title: str = "a.svs, patch 3", leaks: bool = False) -> Example:
+    random = np.random.default_rng(0)
+    at = np.linspace(0, 1, len(CURVE_FRACTIONS))
+    rgb = random.integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    own, leaky = random.normal(size=(2, 4, 4)).astype(np.float32)
+    return Example(title, rgb, own, leaky if leaks else None, {"gradcam": (1 - at, at), "random": (at, at)})
+
+
+def read(data: bytes) -> tuple[Page, str]:
+    text = data.decode()
+    drawn = re.sub(r"<svg.*?</svg>|<img[^>]*>", "", text, flags=re.DOTALL)
+    return Page(drawn.encode()), text
+
+
+def test_a_page_is_well_formed_and_says_all() -> None:
+    page, text = read(archive_page(metrics(), ["a.svs", "more/b.svs"], [example()], 1.0))
+    for question in QUESTIONS:
+        assert WORDS[question].title in page.text
+    assert "holds" in page.text
+    assert "against noise (control): +0.5 logits (0.4 to 0.6), larger in 90 % of the patches" in page.text
+    assert "p = 0.03, corrected for all verdicts" in page.text
+    assert "40 of 4,000, of 8 of 20 slides" in page.text
+    assert 'href="./more/b.svs/report.html"' in text
+    assert text.count("<svg") == 3
+    assert "seed" in page.text.lower()
+
+
+def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
+    row = estimate_row("locality", "gradcam", "worth of the promise", -0.25)
+    assert value(row) == "−0.25 (−0.35 to −0.15)"
+    assert (
+        value(row.model_copy(update={"unit": "share", "value": -0.001, "low": -0.2, "high": 0.0}))
+        == "0 % (−20 % to 0 %)"
+    )
+    assert value(row.model_copy(update={"low": None})) == "−0.25"
+    change = comparison_row("jpeg", "noise")
+    assert difference(change.model_copy(update={"unit": "share", "difference": -0.004})) == "0 % (40 % to 60 %)"
+    assert difference(change.model_copy(update={"difference": -0.5, "better": None})) == "−0.5 logits (0.4 to 0.6)"
+
+
+def test_the_map_with_a_leaky_backward_stands_beside() -> None:
+    page, text = read(archive_page(metrics(), ["a.svs"], [example(leaks=True)], 1.0))
+    assert text.count("data:image/png") == 1 + 3
+    assert "leaks through units that are off" in page.text
+    for found, said in ((0.4, "is another: units that are off hold back evidence"), (0.99, "is nearly the same")):
+        page, _ = read(
+            archive_page(metrics(estimates=[estimate_row("saturation", "gradcam", LEAKY, found)]), [], [], 1.0)
+        )
+        assert said in page.text
+
+
+def test_the_area_of_suspects_stands_beside_the_attribution() -> None:
+    rows = [estimate_row("shortcuts", "pen", SHARE_OF_AREA), estimate_row("shortcuts", "pen, gradcam", ATTRIBUTION)]
+    assert [name for name, _ in attribution_rows(metrics(estimates=rows))] == [
+        "ink: its area (control)",
+        "ink: Grad-CAM",
+    ]
+
+
+def test_everything_is_escaped() -> None:
+    hostile = metrics(
+        slide=HOSTILE,
+        verdicts=[verdict_row(words=HOSTILE)],
+        not_tested=[UntestedRow(what=HOSTILE, why=HOSTILE)],
+        not_audited=[UntestedRow(what=HOSTILE, why=HOSTILE)],
+        strata=[StrataRow(by="site", of=HOSTILE, what=HOSTILE, groups={HOSTILE: 1.0}, p=0.5)],
+    )
+    for data in (
+        archive_page(hostile, [HOSTILE], [example(HOSTILE)], 1.0),
+        slide_page(hostile, [example(HOSTILE)], 1.0, Html("")),
+    ):
+        page, text = read(data)
+        assert "<script" not in text
+        assert HOSTILE in page.text
+
+
+def test_each_plot_shows_its_controls() -> None:
+    _, text = read(archive_page(metrics(), [], [], 1.0))
+    figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(figures) == 2
+    ids = [name for figure in figures for name in re.findall(r'\bid="([^"]+)"', figure)]
+    assert len(ids) == len(set(ids))
+    for figure in figures:
+        for reference in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', figure):
+            assert next(filter(None, reference)) in ids
+        assert "aria-label=" in figure
+        assert "<metadata" not in figure
+
+
+def test_a_figure_is_the_same_each_time_and_takes_what_is_unknown() -> None:
+    rows = [curve_row("gradcam", "deletion"), curve_row("random", "deletion")]
+    assert curves_figure([("a", rows)], "said") == curves_figure([("a", rows)], "said")
+    empty = CurveRow(question="q", of="m", what="w", x_name="x", y_name="y", x=[0, 1], y=[None, None])
+    assert "<svg" in curves_figure([("a", [empty]), ("b", [])], "empty")
+    assert "<svg" in intervals_figure([("x", estimate_row("q", "x", "w", None))], 0.5, "axis", "nothing")
+
+
+@pytest.mark.parametrize(("faithful", "plausible"), list(QUADRANTS))
+def test_the_square_marks_where_a_method_is(faithful: bool, plausible: bool) -> None:
+    outcome = {True: "holds", False: "fails"}
+    row = QuadrantRow(
+        method="gradcam", patches=40, faithful=outcome[faithful], plausible=outcome[plausible],
+        meaning=QUADRANTS[faithful, plausible],
+    )  # fmt: skip
+    (here,) = re.findall(r'<div class="here">(.*?)</div>', square([row]))
+    assert "Grad-CAM" in here
+    assert QUADRANTS[faithful, plausible] in here
+
+
+def test_the_square_without_annotations_and_with_doubt() -> None:
+    assert "nothing is known" in square([])
+    doubt = QuadrantRow(method="gradcam", patches=3, faithful="unclear", plausible="holds", meaning="?")
+    assert "not known of Grad-CAM on 3 patches" in square([doubt])
+    assert "here" not in re.findall(r'class="(\w+)"', square([doubt]))
+
+
+def test_a_comparison_with_another_audit() -> None:
+    against = AgainstFacts(
+        out="there", model="other", audit_digest="3" * 64, patches=12, only_there=4,
+        comparisons=[comparison_row("gradcam, here", "gradcam, there")],
+    )  # fmt: skip
+    page, _ = read(archive_page(metrics(against=against), [], [], 1.0))
+    assert "12 patches that both have; there: other in there" in page.text
+    assert page.row("gradcam, here")[3] == "0.5 (0.4 to 0.6)"
+
+
+def test_examples_are_of_readable_patches() -> None:
+    numbers: dict[str, Any] = {
+        "base/number": np.arange(3), "base/readable": np.array([1, 0, 1]), "base/logit": np.array([1.0, 9.0, 2.0]),
+        "base/probability": np.array([0.6, 0.9, 0.7]), "base/class": np.array([0, 0, 1]),
+        "shown/rgb": np.zeros((3, 4, 4, 3), np.uint8),
+        "map/gradcam": np.ones((3, 2, 2), np.float32),
+    }  # fmt: skip
+    found = examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour"))
+    assert [one.title for one in found] == [
+        "a.svs, patch 2, probability of tumour 0.70", "a.svs, patch 0, probability of other 0.60",
+    ]  # fmt: skip
+    assert found[0].map.tolist() == [[16.0, 16.0], [16.0, 16.0]]
+    assert found[0].curves == {}
+    numbers["base/readable"][:] = 0
+    assert examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour")) == []
+    page, _ = read(archive_page(metrics(), [], [], 1.0))
+    assert "No patch could be read." in page.text
+
+
+def test_maps_share_a_scale() -> None:
+    assert scale_of(np.array([0.0, np.nan, -4.0], np.float32)) == pytest.approx(4.0, rel=0.05)
+    assert scale_of(np.zeros(3, np.float32)) == 1.0
+    rgb = np.full((8, 8, 3), 200, np.uint8)
+    weak, strong = (overlay(rgb, np.full((2, 2), value, np.float32), 1.0, "x") for value in (0.01, 1.0))
+    assert weak != strong
+    assert "blue, against: -2; gray: 0; red, for: 2 (in logits)" in legend(2.0, "in logits")
+
+
+def test_names_and_p() -> None:
+    assert (named("gradcam, jpeg"), named("random"), named("pen")) == ("Grad-CAM, JPEG", "noise (control)", "pen")
+    assert (p_text(0.0341), p_text(1e-5)) == ("p = 0.034", "p < 0.001")

@@ -1,0 +1,135 @@
+"""Names of everything below OUT/audit, and the files of numbers there."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_gradcam.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.stores.places import Place
+
+AUDIT, PIECES, REPORT = "audit", "pieces", "report.html"
+ENDING, DIGITS = ".npz", 12
+
+Numbers = dict[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True)
+class AuditFolder:
+    """OUT/audit. A piece's file is named by the audit's digest: those of another audit are as good as none."""
+
+    place: Place
+
+    @property
+    def plan(self) -> Place:
+        """What the audit asks, and its sample, written before work begins."""
+        return self.place / "plan.json"
+
+    @property
+    def metrics(self) -> Place:
+        """All numbers and verdicts, written at the end."""
+        return self.place / "metrics.json"
+
+    @property
+    def report(self) -> Place:
+        """The page of the archive."""
+        return self.place / REPORT
+
+    def slide_report(self, slide_id: str) -> Place:
+        """The page of a slide."""
+        return self.place / slide_id / REPORT
+
+    def pieces(self, slide_id: str) -> Place:
+        """Where the numbers of a slide's pieces lie."""
+        return self.place / slide_id / PIECES
+
+    def piece(self, slide_id: str, digest: str, number: int) -> Place:
+        """The numbers of a piece."""
+        return self.pieces(slide_id) / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
+
+    def spread(self, slide_id: str) -> Place:
+        """OME-Zarr image of where overlapping patches of a slide disagree."""
+        return self.place / slide_id / "spread.ome.zarr"
+
+    def spread_means(self, slide_id: str) -> Place:
+        """What it is in the mean; written when the image is whole."""
+        return self.place / slide_id / "spread.json"
+
+    def done(self, slide_id: str, digest: str) -> set[int]:
+        """Pieces of a slide that this audit has measured."""
+        start = f"{digest[:DIGITS]}-"
+        names = (name for name in self.pieces(slide_id).names() if name.endswith(ENDING))
+        return {int(n.removeprefix(start).removesuffix(ENDING)) for n in names if n.startswith(start)}
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """What `write_plan` wrote; None where there is none.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        return _json(self.plan)
+
+    def read_spread(self, slide_id: str) -> dict[str, Any] | None:
+        """Means of a slide's spread; None where it was not made.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        return _json(self.spread_means(slide_id))
+
+    def read_metrics(self) -> dict[str, Any] | None:
+        """The metrics; None where there are none.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        return _json(self.metrics)
+
+
+def _json(place: Place) -> dict[str, Any] | None:
+    try:
+        values = json.loads(place.read())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _damaged(place) from error
+    if not isinstance(values, dict):
+        raise _damaged(place)
+    return values
+
+
+def write_numbers(place: Place, numbers: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays by name; the same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: numbers[name] for name in sorted(numbers)})  # type: ignore[arg-type]
+    place.write(buffer.getvalue())
+
+
+def read_numbers(place: Place) -> Numbers:
+    """What `write_numbers` wrote.
+
+    Raises:
+        StoreError: it is damaged.
+        FileNotFoundError: there is none.
+    """
+    try:
+        with np.load(io.BytesIO(place.read()), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(place) from error
+
+
+def _damaged(place: Place) -> StoreError:
+    return StoreError(f"{place}: damaged; delete it and run the same audit again, or use --overwrite")

@@ -1,0 +1,176 @@
+"""What an audit of a run does: its settings, its sample, and what its numbers depend on. Small and picklable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.plan import RunPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from wsi_gradcam.cam.targets import Target
+
+FORMAT = 1  # of the numbers; raised when old ones must not be continued
+# All pieces are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
+# in the last bit with the number of threads.
+PIECE = 8
+PATCHES = 200
+FEWEST_DEEP = 48  # patches on which what is slow is measured too: enough for a verdict, from 6 slides where there are
+DEEP_SHARE = 10
+QUESTIONS = (
+    "faithfulness", "sanity", "stability", "locality", "saturation", "shortcuts", "plausibility",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What is asked of an audit.
+
+    Attributes:
+        patches: about so many, of all slides together.
+        seed: of the sample and of all random numbers.
+        only: the questions that are asked.
+        target: label of the target that is audited; "": each patch's predicted class where that was explained, else the
+            run's first target.
+        annotations: file or folder with areas in which the target's class is; None: none are known.
+        include: names of the annotation classes that count; none: all.
+        regions: file or folder with areas that should not decide, such as rulers and folds, a suspect for each class.
+    """
+
+    patches: int = PATCHES
+    seed: int = 0
+    only: tuple[str, ...] = QUESTIONS
+    target: str = ""
+    annotations: Path | None = None
+    include: tuple[str, ...] = ()
+    regions: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.patches < 1:
+            raise ConfigError(f"patches is {self.patches}, expected 1 or more")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, expected 0 or more")
+        check_questions(self.only)
+        if self.include and self.annotations is None:
+            raise ConfigError("include names classes of annotations; give their file or folder too")
+        for path in (self.annotations, self.regions):
+            if path is not None and not path.exists():
+                raise ConfigError(f"{path}: does not exist, expected a file or a folder; check the path")
+
+    def asks(self, question: str) -> bool:
+        """Whether a question is asked."""
+        return question in self.only
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, in the order of the questions."""
+        values = {**asdict(self), "only": [name for name in QUESTIONS if name in self.only]}
+        for name in ("annotations", "regions"):
+            values[name] = None if values[name] is None else str(values[name])
+        return {**values, "include": list(self.include)}
+
+
+def check_questions(names: Sequence[str]) -> None:
+    """Raises ConfigError for a name that is no question."""
+    for name in names:
+        if name not in QUESTIONS:
+            raise ConfigError(f"{name!r} is no question of the audit; expected some of {', '.join(QUESTIONS)}")
+
+
+@dataclass(frozen=True)
+class SlideSample:
+    """The patches of a slide that are audited.
+
+    Attributes:
+        patches: their numbers in the slide's table, in a random order that the seed decides.
+        yx: level-0 px of their top left corners.
+        weights: how many patches of the archive each stands for.
+        strata: what each was drawn as.
+        deep: of so many pieces, from the first on, what is slow is measured too.
+    """
+
+    patches: tuple[int, ...]
+    yx: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
+    strata: tuple[str, ...]
+    deep: int
+
+    @property
+    def pieces(self) -> int:
+        """How many there are."""
+        return -(-len(self.patches) // PIECE)
+
+    def piece(self, number: int) -> slice:
+        """Which patches are in a piece."""
+        return slice(number * PIECE, min((number + 1) * PIECE, len(self.patches)))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SlideSample:
+        """What `to_json` gave; other values raise KeyError or TypeError."""
+        return cls(
+            tuple(values["patches"]), tuple((y, x) for y, x in values["yx"]), tuple(values["weights"]),
+            tuple(values["strata"]), int(values["deep"]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AuditPlan(RunPlan):
+    """A run that is audited: what workers get once. Its model runs eagerly in float32, whatever the run chose.
+
+    Attributes:
+        run_digest: of the run whose results these are.
+        audit: what is asked.
+        target: what is audited, one of the run's targets or each patch's predicted class.
+        samples: by slide id.
+        annotation_digests, region_digests: sha256 of the slides' files of annotations and regions, by slide id.
+    """
+
+    run_digest: str
+    audit: AuditSettings
+    target: Target
+    samples: Mapping[str, SlideSample]
+    annotation_digests: Mapping[str, str]
+    region_digests: Mapping[str, str]
+
+    def audit_identity(self) -> dict[str, Any]:
+        """All that the numbers depend on; where annotations and regions lie does not count, their content does."""
+        asked = self.audit.to_json()
+        del asked["annotations"], asked["regions"]
+        sample = json.dumps({name: one.to_json() for name, one in sorted(self.samples.items())}, sort_keys=True)
+        return {
+            "format": FORMAT,
+            "run": self.run_digest,
+            **asked,
+            "target": self.target.label,
+            "annotations": dict(sorted(self.annotation_digests.items())),
+            "regions": dict(sorted(self.region_digests.items())),
+            "sample": hashlib.sha256(sample.encode()).hexdigest(),
+        }
+
+    def audit_digest(self) -> str:
+        """sha256 of `audit_identity()`."""
+        return hashlib.sha256(json.dumps(self.audit_identity(), sort_keys=True).encode()).hexdigest()
+
+
+def deep_pieces(patches: int) -> int:
+    """In how many pieces of all what is slow is measured too."""
+    return -(-max(FEWEST_DEEP, patches // DEEP_SHARE) // PIECE)
+
+
+def patch_seeds(seed: int, slide: str, patches: Sequence[int]) -> list[int]:
+    """A seed for each patch, that nothing but the audit's seed, the slide's id and the patch's number decide."""
+    texts = (f"{seed}/{slide}/{patch}" for patch in patches)
+    return [int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6]) for text in texts]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,245 @@
+"""`audit_run`: open a run again, draw a sample, measure it piece by piece on any executor, judge, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.api import executor_of
+from wsi_gradcam.audit.annotated import annotated_slide
+from wsi_gradcam.audit.comparing import Other, compared, open_audit, shared_sample
+from wsi_gradcam.audit.folder import AUDIT, AuditFolder
+from wsi_gradcam.audit.gathered import gather
+from wsi_gradcam.audit.metrics import About, metrics_of, to_bytes
+from wsi_gradcam.audit.plan import PATCHES, QUESTIONS, AuditPlan, AuditSettings, SlideSample
+from wsi_gradcam.audit.reopening import Reopened, audited_target, reopen
+from wsi_gradcam.audit.reporting import write_reports
+from wsi_gradcam.audit.sample import draw
+from wsi_gradcam.audit.schema import Metrics, UntestedRow
+from wsi_gradcam.audit.spreading import has_overlap
+from wsi_gradcam.errors import ResultError, ResumeError, StoreError
+from wsi_gradcam.isolation import WATCH
+from wsi_gradcam.listening import Listener
+from wsi_gradcam.models.spec import ModelSpec, read_spec
+from wsi_gradcam.result import open_result
+from wsi_gradcam.stages import Performed, Task
+from wsi_gradcam.stores.claims import Claim, new_run_id
+from wsi_gradcam.stores.places import AnyPlace, place_of
+from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord, audit_job
+
+if TYPE_CHECKING:
+    from wsi_gradcam.models.load import Model
+    from wsi_gradcam.plan import RunPlan
+    from wsi_gradcam.stores.places import Place
+
+
+@dataclass(frozen=True)
+class AuditOutcome:
+    """How an audit ended.
+
+    Attributes:
+        out: OUT/audit.
+        metrics: of the archive.
+        records: of the slides in the sample.
+    """
+
+    out: Place
+    metrics: Metrics
+    records: tuple[SlideRecord, ...]
+
+    @property
+    def failed(self) -> tuple[SlideRecord, ...]:
+        """The slides that could not be audited."""
+        return tuple(record for record in self.records if record.status == FAILED)
+
+
+def audit_run(
+    out: AnyPlace,
+    *,
+    patches: int = PATCHES,
+    seed: int = 0,
+    only: Sequence[str] = QUESTIONS,
+    target: str = "",
+    annotations: str | PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    regions: str | PathLike[str] | None = None,
+    model: str | PathLike[str] | ModelSpec | Model | None = None,
+    against: AnyPlace | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    wait_for_workers: float | None = None,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> AuditOutcome:
+    """Audit the explained archive in `out`; what was measured before is not measured again.
+
+    Everything is written to `out`/audit: numbers piece by piece, then metrics.json and report.html.
+
+    Args:
+        out: folder or s3:// URL that `explain` was given; slides and model must be where they were.
+        patches: about so many are audited, of all slides together.
+        seed: of the sample and of all random numbers.
+        only: the questions to ask, see `wsi_gradcam.audit.plan.QUESTIONS`.
+        target: which of the run's targets is audited; nothing given: each patch's predicted class, where that was
+            explained, else the run's first.
+        annotations: file, or folder with a file a slide, of areas that show the target's class.
+        include: names of the annotation classes that count; nothing given: all.
+        regions: file, or folder with a file a slide, of areas that should not decide, such as rulers, folds and pen;
+            each class of them is hidden, against as much elsewhere.
+        model: where the run does not say how its model is loaded, or its files have moved.
+        against: another run, whose audit is finished; its patches are audited here too, and the two are compared.
+        workers, scheduler, wait_for_workers: as for `explain`.
+        overwrite: measure all anew, also where an audit with other settings stands.
+        listener: told about progress.
+
+    Raises:
+        WsiGradcamError: nothing could be done at all, or the audit had to stop; what was measured is not lost.
+    """
+    asked = AuditSettings(
+        patches, seed, tuple(name for name in QUESTIONS if name in only) if not _unknown(only) else tuple(only), target,
+        None if annotations is None else Path(annotations).absolute(), tuple(include),
+        None if regions is None else Path(regions).absolute(),
+    )  # fmt: skip
+    listener = listener or Listener()
+    result = open_result(place_of(out).absolute())
+    given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
+    loaded = None if given is None or isinstance(given, ModelSpec) else given
+    spec = loaded.spec if loaded is not None else given if isinstance(given, ModelSpec) else None
+    run = reopen(result, None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()}))
+    folder = AuditFolder(result.folder.place / AUDIT)
+    other = None if against is None else open_audit(against)
+    with executor_of(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
+        facts = executor.examine(run.spec, run.asked, [], None)
+        plan = _planned(run, run.plan(facts), asked, other)
+        with Claim(folder.place, new_run_id(), listener.remarked) as claim:
+            _settle(folder, plan, overwrite)
+            records = []
+            chosen = [run.entries[name] for name in plan.samples]
+            listener.begun(plan, chosen, getattr(executor, "dashboard", ""))
+
+            def attempted(task: Task, performed: Performed) -> None:
+                claim.check()
+                (listener.task_failed if performed.error else listener.task_done)(task, performed)
+
+            overlap = plan.audit.asks("stability") and has_overlap(plan)
+            try:
+                for record in executor.run(
+                    plan, chosen, overwrite=False, observe=attempted,
+                    job=lambda slide: audit_job(slide, plan.samples[slide.id].pieces, spread=overlap),
+                ):  # fmt: skip
+                    records.append(record)
+                    listener.slide_done(record)
+            except FatalError as error:
+                raise error.cause from error.cause.__cause__
+            metrics = _finish(folder, plan, run, records, other)
+    return AuditOutcome(folder.place, metrics, tuple(records))
+
+
+def _unknown(only: Sequence[str]) -> bool:
+    return bool(set(only) - set(QUESTIONS))
+
+
+def _planned(run: Reopened, eager: RunPlan, asked: AuditSettings, other: Other | None) -> AuditPlan:
+    """The audit's plan, with its sample drawn."""
+    target = audited_target(eager, asked.target, asked.annotations is not None)
+    samples = draw(run.candidates, asked) if other is None else shared_sample(run.candidates, other)
+    if not samples:
+        raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
+    return AuditPlan(
+        out=eager.out,
+        spec=eager.spec,
+        facts=eager.facts,
+        settings=eager.settings,
+        targets=eager.targets,
+        run_digest=run.result.run["run_digest"],
+        audit=asked,
+        target=target,
+        samples=samples,
+        annotation_digests=_digests(run, asked.annotations, asked.include, samples),
+        region_digests=_digests(run, asked.regions, (), samples),
+    )
+
+
+def _digests(
+    run: Reopened, path: Path | None, include: tuple[str, ...], samples: dict[str, SlideSample]
+) -> dict[str, str]:
+    """sha256 of the slides' files of annotations, by slide id."""
+    found = {}
+    for candidate in run.candidates:
+        if candidate.entry.id in samples:
+            annotated = annotated_slide(path, candidate.entry.id, include, candidate.slide.size_px)
+            if annotated is not None:
+                found[candidate.entry.id] = annotated.regions.digest
+    return found
+
+
+def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
+    """Write the plan, unless it stands there; with `overwrite` all that was measured is forgotten.
+
+    Raises:
+        ResumeError: the numbers there are of another audit.
+    """
+    identity = plan.audit_identity()
+    try:
+        before = folder.read_plan()
+    except StoreError:
+        if not overwrite:
+            raise
+        before = None
+    anew = overwrite and not (WATCH.deaths or WATCH.finished_before)  # not what this very command has done
+    if before is not None and before.get("identity") == identity and not anew:
+        return
+    if before is not None and not overwrite:
+        there = before.get("identity") or {}
+        changed = [
+            f"{key}: {_short(there.get(key))} there, {_short(value)} now"
+            for key, value in identity.items()
+            if there.get(key) != value and key != "sample"  # it follows from the others, mostly
+        ]
+        what = ", ".join(changed) or "other patches"
+        raise ResumeError(f"{folder.place}: holds an audit with other settings ({what}); --overwrite replaces it")
+    for place in (folder.plan, folder.metrics, folder.report):  # the plan first: what is half gone is no audit
+        place.remove()
+    for name in folder.place.folders():
+        (folder.place / name).remove_all()
+    values = {
+        "identity": identity,
+        "digest": plan.audit_digest(),
+        "samples": {name: sample.to_json() for name, sample in plan.samples.items()},
+    }
+    folder.plan.write(json.dumps(values, indent=1).encode())
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _finish(
+    folder: AuditFolder, plan: AuditPlan, run: Reopened, records: Sequence[SlideRecord], other: Other | None
+) -> Metrics:
+    """Judge what was measured, and write it."""
+    failed = {record.slide.id: record.error for record in records if record.status == FAILED}
+    slides = [name for name in plan.samples if name not in failed]
+    if not slides:
+        cause = next(iter(failed.values()), "")
+        raise ResultError(f"{folder.place}: no slide could be audited; the first: {cause}")
+    about = About(
+        slides_of_run=len(run.candidates),
+        patches_of_run=sum(candidate.patches for candidate in run.candidates),
+        not_audited=(*run.left_out, *(UntestedRow(what=name, why=why) for name, why in failed.items())),
+        groups=run.groups,
+        spreads={name: found["maps"] for name in slides if (found := folder.read_spread(name)) is not None},
+    )
+    gathered = gather(folder, plan.audit_digest(), plan.samples, plan.audit.seed, slides)
+    metrics = metrics_of(gathered, plan, about)
+    if other is not None:
+        against = compared(gathered, plan.samples, plan.settings.method, other)
+        metrics = metrics.model_copy(update={"against": against})
+    write_reports(folder, plan, gathered, metrics, about)
+    folder.metrics.write(to_bytes(metrics))  # the last: where it is, all is
+    return metrics

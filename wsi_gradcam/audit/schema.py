@@ -1,0 +1,212 @@
+"""`metrics.json`: what it holds, as types; `metrics_schema` is the published JSON Schema of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_known)]
+"""A number; null where there is none."""
+
+
+def _text(value: Any) -> Any:
+    """File names that are not Unicode, as well as they can be shown."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class EstimateRow(_Strict):
+    """A weighted mean over patches, with its 95 % interval from a bootstrap.
+
+    Attributes:
+        question: of the audit.
+        of: method, control, suspect or change that it is of.
+        what: the measure.
+        unit: of value, low and high.
+        patches, slides: that count.
+        missing: patches without a number.
+        resampled: slides, or patches where there are fewer than six slides; for random weights, their draws.
+    """
+
+    question: str
+    of: str
+    what: str
+    unit: str
+    value: Number
+    low: Number
+    high: Number
+    patches: int
+    slides: int
+    missing: int
+    resampled: Literal["slide", "patch", "draw"]
+
+
+class ComparisonRow(_Strict):
+    """Two numbers of the same patches: the difference with its interval, p, effect, and how often the first is larger.
+
+    Attributes:
+        p: two-sided, of a test that flips signs; not corrected for being one of many.
+        effect: mean over standard deviation of the differences (Cohen's d of pairs).
+        better: share of the patches where the first is larger; ties count half.
+    """
+
+    question: str
+    of: str
+    against: str
+    what: str
+    unit: str
+    difference: Number
+    low: Number
+    high: Number
+    p: Number
+    effect: Number
+    better: Number
+    patches: int
+    slides: int
+
+
+class CurveRow(_Strict):
+    """A mean curve over patches, or over slides."""
+
+    question: str
+    of: str
+    what: str
+    x_name: str
+    y_name: str
+    x: list[float]
+    y: list[Number]
+    low: list[Number] | None = None
+    high: list[Number] | None = None
+
+
+class VerdictRow(_Strict):
+    """An answer in plain words.
+
+    Attributes:
+        question: one of the audit's seven.
+        of: the method, suspect or change that it is about.
+        asked: the question as a reader would ask it.
+        p, p_adjusted: of the test behind it, and corrected over all verdicts (Holm); null where the verdict rests on
+            finding nothing.
+        evidence: the measures it rests on.
+    """
+
+    question: str
+    of: str
+    asked: str
+    outcome: Literal["holds", "fails", "unclear"]
+    words: str
+    p: Number
+    p_adjusted: Number
+    evidence: list[str]
+
+
+class QuadrantRow(_Strict):
+    """Faithful and plausible together, for a method, on the `patches` of which the annotation tells."""
+
+    method: str
+    patches: int
+    faithful: Literal["holds", "fails", "unclear"]
+    plausible: Literal["holds", "fails", "unclear"]
+    meaning: str
+
+
+class UntestedRow(_Strict):
+    """What was not tested, or which slide was not audited, and why."""
+
+    what: Text
+    why: Text
+
+
+class StrataRow(_Strict):
+    """Whether a number differs between sites, scanners, labels or classes: p of Kruskal and Wallis' test."""
+
+    by: str
+    of: str
+    what: str
+    groups: dict[str, Number]
+    p: Number
+
+
+class SampleFacts(_Strict):
+    """How the patches were drawn."""
+
+    asked: int
+    patches: int
+    deep: int
+    unreadable: int
+    slides: int
+    slides_of_run: int
+    patches_of_run: int
+    seed: int
+    strata: dict[str, int]
+
+
+class RunFacts(_Strict):
+    """What was audited."""
+
+    out: Text
+    run_digest: str
+    audit_digest: str
+    model: str
+    model_digest: str
+    layer: str
+    classes: list[str]
+    target: str
+    methods: list[str]
+    questions: list[str]
+    annotations: Text
+    regions: Text
+    versions: dict[str, str]
+
+
+class AgainstFacts(_Strict):
+    """Another audit that this one is compared with, on the patches that both have."""
+
+    out: Text
+    model: str
+    audit_digest: str
+    patches: int
+    only_there: int
+    comparisons: list[ComparisonRow]
+
+
+class Metrics(_Strict):
+    """All of an audit, of the archive or of a slide."""
+
+    format: Literal["wsi-gradcam audit 1"] = "wsi-gradcam audit 1"
+    slide: Text = Field(default="", description="id of the slide that it is about; empty for the archive")
+    run: RunFacts
+    sample: SampleFacts
+    verdicts: list[VerdictRow]
+    quadrants: list[QuadrantRow]
+    estimates: list[EstimateRow]
+    comparisons: list[ComparisonRow]
+    curves: list[CurveRow]
+    strata: list[StrataRow]
+    not_tested: list[UntestedRow]
+    not_audited: list[UntestedRow]
+    against: AgainstFacts | None = None
+
+    def failed(self, questions: tuple[str, ...] = ()) -> list[VerdictRow]:
+        """Verdicts that fail, of some questions or of all."""
+        return [v for v in self.verdicts if v.outcome == "fails" and (not questions or v.question in questions)]
+
+
+def metrics_schema() -> dict[str, Any]:
+    """The JSON Schema of metrics.json."""
+    schema = Metrics.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

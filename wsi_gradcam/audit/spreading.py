@@ -1,0 +1,128 @@
+"""`spread.ome.zarr` of a slide: where overlapping patches disagree, as an image that lies over the slide's heatmap."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsi_gradcam.audit.overlap import spread
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.stitch import Enlarger, coarsen, coarsen_flags, touching
+from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.stores.patch_store import OK
+from wsi_gradcam.windows import QUANTILE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.audit.folder import AuditFolder
+    from wsi_gradcam.audit.plan import AuditPlan
+    from wsi_gradcam.plan import Map, SlidePlan
+    from wsi_gradcam.stores.patch_store import PatchStore
+
+DRAWN_PX = 1 << 20  # of the level whose values the display window is taken from
+
+
+def has_overlap(run: AuditPlan) -> bool:
+    """Whether patches of the run overlap: only then can they disagree."""
+    stride = run.settings.stride(run.patch_px)
+    return stride[0] < run.patch_px[0] or stride[1] < run.patch_px[1]
+
+
+def write_spread(folder: AuditFolder, run: AuditPlan, slide_id: str, plan: SlidePlan, store: PatchStore) -> None:
+    """Write the spread of the first method's maps, a channel a target, block by block; and its means.
+
+    A pixel that one patch alone sees is 0 and not marked as explained: nothing is known of it.
+    """
+    maps = [(number, shown) for number, shown in enumerate(run.maps) if shown.method == run.settings.method[0]]
+    image = HeatmapStore.create(
+        folder.spread(slide_id), slide_id, plan.heatmap_px,
+        (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
+        [Channel(f"spread: {shown.target.label}", active=i == 0) for i, (_, shown) in enumerate(maps)],
+        attributes={"audit": run.audit_digest(), "method": run.settings.method[0], "run": plan.run_digest},
+    )  # fmt: skip
+    sums = np.zeros((len(maps), 3))
+    for block in plan.blocks(0):
+        sums += _write_block(image, run, plan, store, maps, block)
+    for level in range(1, len(plan.level_shapes)):
+        for block in plan.blocks(level):
+            _coarsen_block(image, level, block, len(maps))
+    _set_windows(image)
+    found = {
+        shown.target.label: {"spread": _mean(total, count), "size": _mean(size, count)}
+        for (_, shown), (total, size, count) in zip(maps, sums.tolist(), strict=True)
+    }
+    folder.spread_means(slide_id).write(json.dumps({"audit": run.audit_digest(), "maps": found}, indent=1).encode())
+
+
+def _write_block(
+    image: HeatmapStore, run: AuditPlan, plan: SlidePlan, store: PatchStore, maps: list[tuple[int, Map]], block: Region
+) -> NDArray[np.float64]:
+    """Write a block; returns by map the sums of the spread, of the mean's size, and the number of pixels."""
+    seen = store.yx() + np.array(plan.view[:2])
+    inside = touching(seen, plan.view[2:], plan.stride, block)
+    inside = inside[store.status()[inside] == OK]
+    enlarger = Enlarger(plan.view[2:], run.facts.cam_shape, plan.stride, run.settings.window)
+    sums, several = np.zeros((len(maps), 3)), np.zeros((block.height, block.width), np.bool_)
+    for channel, (number, shown) in enumerate(maps):
+        cams = _cams(store, inside, number) * np.float32(shown.factor)
+        mean, spreads, several = spread(enlarger, block, seen[inside], cams)
+        image.write(0, channel, block, spreads.astype(np.float32))
+        sums[channel] = (
+            spreads[several].sum(dtype=np.float64),
+            np.abs(mean[several]).sum(dtype=np.float64),
+            several.sum(),
+        )
+    image.write_flags(0, block, np.where(several, EXPLAINED, 0).astype(np.uint8))
+    return sums
+
+
+def _cams(store: PatchStore, indices: NDArray[np.int64], number: int) -> NDArray[np.float32]:
+    """One map of some patches, which lie near each other in the store."""
+    if not len(indices):
+        return store.cams(0, 0, number)
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    parts, step = [], 1 << 14
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        chosen = indices[(indices >= start) & (indices < stop)]
+        if len(chosen):
+            parts.append(store.cams(start, stop, number)[chosen - start])
+    return np.concatenate(parts)
+
+
+def _coarsen_block(image: HeatmapStore, level: int, block: Region, channels: int) -> None:
+    height, width = image.shapes[level - 1]
+    source = Region(block.y * 2, block.x * 2, block.height * 2, block.width * 2).intersect(Region(0, 0, height, width))
+    bands = [
+        Region(y, source.x, min(2 * CHUNK, source.bottom - y), source.width)
+        for y in range(source.y, source.bottom, 2 * CHUNK)
+    ]
+    flags = [image.read_flags(level - 1, band) for band in bands]
+    image.write_flags(level, block, np.concatenate([coarsen_flags(part) for part in flags]))
+    for channel in range(channels):
+        parts = [
+            coarsen(image.read(level - 1, channel, band), (part & EXPLAINED) > 0)
+            for band, part in zip(bands, flags, strict=True)
+        ]
+        image.write(level, channel, block, np.concatenate(parts))
+
+
+def _set_windows(image: HeatmapStore) -> None:
+    """Colour from 0 to nearly the largest spread of the slide."""
+    level = next((i for i, (h, w) in enumerate(image.shapes) if h * w <= DRAWN_PX), len(image.shapes) - 1)
+    whole = Region(0, 0, *image.shapes[level])
+    known = (image.read_flags(level, whole) & EXPLAINED) > 0
+    shown = []
+    for number, channel in enumerate(image.channels):
+        values = image.read(level, number, whole)[known]
+        high = float(values.max()) if len(values) else 1.0
+        end = float(np.quantile(values, QUANTILE)) if len(values) else 1.0
+        shown.append(Channel(channel.label, 0.0, max(high, end) or 1.0, 0.0, end or 1.0, channel.active))
+    image.set_channels(shown)
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
