@@ -27,7 +27,7 @@ def interval(low: float, high: float, patches: int = 100) -> Estimate:
 
 
 def pair(value: float, p: float, patches: int = 100) -> Comparison:
-    return Comparison(interval(value, value, patches), p, value, 0.5)
+    return Comparison(interval(value, value, patches), p, 1.0, value, 0.5)
 
 
 @pytest.mark.parametrize(
