@@ -20,7 +20,7 @@ export function fresh(channel, order = 0) {
   const layer = {
     channel: channel.label,
     on: true,
-    map: isSpread(channel) ? "green" : singles[order % singles.length],
+    map: isSpread(channel) ? "viridis" : singles[order % singles.length],
     opacity: 0.7,
     threshold: null,
     kind: channel.run_window ? "run" : "slide",
