@@ -32,7 +32,7 @@ SLIDE = "inner/b.tif"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("spread"), overlap=0.5)
+    return make_run(tmp_path_factory.mktemp("spread"), overlap=0.25)
 
 
 @pytest.fixture(scope="module")
