@@ -191,7 +191,10 @@ def _write(name: str, text: bytes) -> Callable[[AuditFolder], None]:
 
 
 def _anew(**about: Any) -> Callable[[AuditFolder], None]:
-    return lambda folder: plant_audit(Path(str(folder.place.parent)), SLIDE, **about) and None
+    def spoil(folder: AuditFolder) -> None:
+        plant_audit(Path(str(folder.place.parent)), SLIDE, **about)
+
+    return spoil
 
 
 TROUBLES: dict[str, tuple[Callable[[AuditFolder], None], str]] = {
@@ -203,6 +206,7 @@ TROUBLES: dict[str, tuple[Callable[[AuditFolder], None], str]] = {
     "means damaged": (_write("spread.json", b"{"), "damaged"),
     "means no table": (_write("spread.json", b"[]"), "damaged"),
     "method not known": (_anew(method="nonsense"), "cannot be read"),
+    "a window of NaN": (_anew(spread=float("nan")), "cannot be read"),
     "another size": (_anew(shape=(9, 9)), "explained anew"),
     "another run": (_anew(run="another"), "explained anew"),
     "another slide": (_anew(slide="another"), "explained anew"),

@@ -83,7 +83,7 @@ def plant_audit(out: Path, slide_id: str, spread: float = 1.0, **about: Any) -> 
         whole, half = Region(0, 0, height, width), np.arange(width) < width // 2
         grown = np.broadcast_to(np.linspace(0, spread, width, dtype=np.float32), (height, width))
         for number in range(2):
-            store.write(level, number, whole, grown / (number + 1))
+            store.write(level, number, whole, (grown / (number + 1)).astype(np.float32))
         store.write_flags(level, whole, np.broadcast_to(half * np.uint8(EXPLAINED), (height, width)).astype(np.uint8))
     folder.spread_means(slide_id).write(json.dumps({"audit": "digest", "maps": {"marker": spread}}).encode())
     return folder

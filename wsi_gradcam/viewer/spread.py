@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -56,16 +57,11 @@ class SpreadImage:
             ResultError: it is damaged.
             NotShownError: the slide is being audited anew.
         """
-        return self._read(lambda: self._store.read(level, channel.number, region))
+        return _whole(lambda: self._store.read(level, channel.number, region), self._check)
 
     def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
         """Bits of each pixel: 2 where several patches see it. Raises as `read`."""
-        return self._read(lambda: self._store.read_flags(level, region))
-
-    def _read(self, read: Callable[[], T]) -> T:
-        found = _undamaged(read)
-        self._check()  # afterwards: files that are being removed look as if nothing was written
-        return found
+        return _whole(lambda: self._store.read_flags(level, region), self._check)
 
 
 @dataclass(frozen=True)
@@ -122,10 +118,9 @@ class Spreads:
             if not folder.plan.is_file() or self._digest(shown) != digest:
                 raise NotShownError("the slide is, or was, audited anew; load the page again")
 
-        check()
         place = folder.spread(slide.id)
         check_tree(self._archive.out, place)
-        image = _undamaged(lambda: SpreadImage(slide, HeatmapStore(place, read_only=True), check))
+        image = _whole(lambda: SpreadImage(slide, HeatmapStore(place, read_only=True), check), check)
         return Spread(shown.key, f"{shown.version} {SPREAD} {digest}", digest, image)
 
     def _digest(self, shown: Shown) -> str | None:
@@ -140,8 +135,8 @@ class Spreads:
         return AuditFolder(self._archive.out / AUDIT)
 
 
-def _undamaged(read: Callable[[], T]) -> T:
-    """What is read.
+def _whole(read: Callable[[], T], check: Callable[[], None]) -> T:
+    """What is read, if the check holds afterwards: files that are being removed look as if nothing was written.
 
     Raises:
         ResultError: it is damaged.
@@ -152,9 +147,13 @@ def _undamaged(read: Callable[[], T]) -> T:
         raise
     except Exception as error:  # zarr and its codecs raise all kinds
         raise ResultError(f"{DAMAGED} ({one_line(error)}); audit the run again with --overwrite") from error
+    finally:
+        check()
 
 
 def _described(number: int, channel: Channel, unit: str) -> ChannelInfo:
+    if not all(map(math.isfinite, (channel.minimum, channel.maximum, channel.start, channel.end))):
+        raise ValueError(f"{channel.label}: a window that is no number")
     return ChannelInfo(
         number, channel.label, SPREAD, channel.label.removeprefix(f"{SPREAD}: "), unit, channel.minimum,
         channel.maximum, (channel.start, channel.end), COLOURS[number % len(COLOURS)],
