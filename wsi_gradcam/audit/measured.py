@@ -23,7 +23,6 @@ CHANGES = ("noise", "stain", "jpeg")
 STRONG_NOISE = "noise as strong as"
 REMOVED_FRACTIONS = tuple(i / 20 for i in range(19))  # of a slide's patches
 COPIES = "random copies"  # whom their numbers are of
-RANDOM_COPIES = 24  # of the model, whose answers are held against its own: with fewer than 19 nothing could be told
 SMOOTH = 8  # noisy copies of a patch in smooth randomisation
 REPEATS = 2
 STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)  # along a map

@@ -203,7 +203,7 @@ def _untested(plan: AuditPlan, gathered: Gathered) -> list[UntestedRow]:
                 why="the model has no ReLU, or several layers are explained",
             )
         )
-    if plan.audit.asks("stability") and not has_overlap(plan):
+    if plan.audit.asks("stability") and plan.run_digest and not has_overlap(plan):
         why = "the run's patches do not overlap; explain with --overlap 0.5"
         found.append(UntestedRow(what="where overlapping patches disagree", why=why))
     if plan.audit.asks("shortcuts") and not positive_class(plan):

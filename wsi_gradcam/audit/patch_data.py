@@ -42,9 +42,11 @@ class PatchData:
         readable: bool; the others are zeros.
         raw: uint8 [PIECE, h, w, 3], as they are on the slide.
         rgb: the same as the model sees them before its own transform: with the stain that it wants.
-        wide: the same with a margin at the bottom and the right, [PIECE, h + h // SHIFT, w + w // SHIFT, 3].
-        stored: float32 [PIECE, maps, h, w], what the run stored.
-        probability: float32 [PIECE, classes, h, w], maps of the patches' probabilities alone.
+        wide: the same with a margin at the bottom and the right, [PIECE, h + h // SHIFT, w + w // SHIFT, 3]; None
+            where there is nothing round the patch.
+        stored: float32 [PIECE, maps, h, w], what the run stored; None without a run.
+        probability: float32 [PIECE, classes, h, w], maps of the patches' probabilities alone; None where nothing is
+            known of patches round about.
         annotated: what each whole patch shows of the annotation, bool [PIECE, side, side]; None where there is none.
         regions: what each whole patch shows of areas that should not decide, bool [PIECE, side, side] by their class.
         background: RGB of bare glass.
@@ -58,9 +60,9 @@ class PatchData:
     readable: NDArray[np.bool_]
     raw: NDArray[np.uint8]
     rgb: NDArray[np.uint8]
-    wide: NDArray[np.uint8]
-    stored: NDArray[np.float32]
-    probability: NDArray[np.float32]
+    wide: NDArray[np.uint8] | None
+    stored: NDArray[np.float32] | None
+    probability: NDArray[np.float32] | None
     annotated: NDArray[np.bool_] | None
     regions: dict[str, NDArray[np.bool_]]
     background: tuple[int, int, int]

@@ -161,9 +161,9 @@ class AuditPlan(RunPlan):
         return hashlib.sha256(json.dumps(self.audit_identity(), sort_keys=True).encode()).hexdigest()
 
 
-def deep_pieces(patches: int) -> int:
-    """In how many pieces of all what is slow is measured too."""
-    return -(-max(FEWEST_DEEP, patches // DEEP_SHARE) // PIECE)
+def deep_patches(patches: int) -> int:
+    """On how many patches of all, or a few more, what is slow is measured too."""
+    return max(FEWEST_DEEP, patches // DEEP_SHARE)
 
 
 def patch_seeds(seed: int, slide: str, patches: Sequence[int]) -> list[int]:

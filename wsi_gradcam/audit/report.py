@@ -56,7 +56,7 @@ def archive_page(metrics: Metrics, slides: Sequence[str], examples: Sequence[Exa
     """The page of the archive; `slides` have pages of their own."""
     title = f"Can these explanations be believed? {metrics.run.model}"
     links = [(_link(name, f"{name}/{REPORT}"),) for name in slides]
-    more = section("Slides of the sample", table(("each has a page of its own",), links), "slides")
+    more = section("Slides of the sample", table(("each has a page of its own",), links), "slides") if links else ""
     return _page(title, metrics, examples, scale, "", more)
 
 

@@ -17,6 +17,7 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, compare, holm
 
 Outcome = Literal["holds", "fails", "unclear"]
 ALPHA = 0.05
+RARE = 0.02  # an untrained model that is said to have learned something is the worst error of all
 MOST = 0.5
 STAYING = 0.25  # of the maps: a quarter that ignores the model is too many; of chance none are left
 CHANCE = 0.5  # of the area under a ROC curve
@@ -180,16 +181,16 @@ def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
 
     Args:
         spread: `wsi_gradcam.audit.learning.answer_spread` of the model.
-        of_random: [draws] the same of its copies with random weights; 19 or more, or nothing can be told.
+        of_random: [draws] the same of its copies with random weights; 49 or more, or nothing can be told.
     """
     question = "Has the model learned what tells these patches apart?"
     others = np.asarray(of_random, np.float64)
     p = float((1 + (others >= spread).sum()) / (1 + len(others)))
     middle = float(np.median(others)) if len(others) else float("nan")
     evidence = {"spread of its answers": spread, "with random weights": middle, "p": p}
-    if 1 / (1 + len(others)) > ALPHA:
+    if 1 / (1 + len(others)) > RARE:
         return Verdict(question, "unclear", f"{len(others)} random copies are too few to tell.", evidence)
-    if p <= ALPHA:
+    if p <= RARE:
         words = "Its answers differ from patch to patch more than those of its copies with random weights."
         return Verdict(question, "holds", words, evidence)
     words = (
