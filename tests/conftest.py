@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests import mirror
@@ -27,6 +28,10 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wsi-gradcam-tests-")
 
 if os.environ.get(mirror.VARIABLE) == "s3":
     mirror.install()
+
+# Processes of pytest-xdist share the cores: threads that wait for each other's cores take ten times as long.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -106,7 +106,9 @@ def of_tumour(seed: int, marked: str) -> Patches:
     return sample if marked == "none" else with_ink(sample, seed)
 
 
-def faithfulness(network: Callable[[int], nn.Module], make: Maps, marked: str = "none") -> Callable[[int], Outcome]:
+def faithfulness(
+    network: Callable[[int], nn.Module], make: Maps, marked: str = "none", slides: int = 10
+) -> Callable[[int], Outcome]:
     def judge(seed: int) -> Outcome:
         sample, subject = of_tumour(seed, marked), subject_of(network(seed))
         images = subject.images(sample.rgb)
@@ -116,7 +118,7 @@ def faithfulness(network: Callable[[int], nn.Module], make: Maps, marked: str = 
         replace = replace_by(images, mean_colour(images))
         curves = removal_curves(subject, images, aim, maps, replace, torch.linspace(0, 1, 9), seed)
         scores = {name: curve.score.numpy() for name, curve in curves.items()}
-        return faithful(scores.pop("map"), scores, np.arange(len(images)) // 4, seed=seed).outcome
+        return faithful(scores.pop("map"), scores, np.arange(len(images)) % slides, seed=seed).outcome
 
     return judge
 
@@ -244,6 +246,9 @@ TRUTHS = (
     Truth("marker-only model, Grad-CAM", "faithful", HOLDS, faithfulness(lambda _: marker_only(), gradcam, "tumour")),
     Truth("model trained on pen, Grad-CAM", "faithful", HOLDS,
           faithfulness(lambda seed: trained("tumour", seed), gradcam, "tumour")),
+    Truth("trained model, Grad-CAM, 7 slides", "faithful", HOLDS, faithfulness(honest, gradcam, slides=7)),
+    Truth("marker-only model, random map, 7 slides", "faithful", FIRES,
+          faithfulness(lambda _: marker_only(), chance, "tumour", slides=7)),
     Truth("marker-only model, map in the shape of the annotation", "faithful", FIRES,
           faithfulness(lambda _: marker_only(), annotation, "tumour")),
     Truth("marker-only model, random map", "faithful", FIRES,

@@ -118,21 +118,31 @@ def test_runs_without_a_common_patch_cannot_be_compared(run: Run, out: Path, arc
     assert "none of its audited patches is one of this run" in told
 
 
-def test_annotations_make_it_plausible(run: Run, out: Path, tmp_path: Path) -> None:
-    """The markers of a.tif, drawn where they are: the marker model looks there, and its answer hangs on them."""
-    squares = [
-        [(y - 12, x - 12), (y - 12, x + 12), (y + 12, x + 12), (y + 12, x - 12)] for y, x in ((100, 100), (230, 230))
-    ]
+def draw(folder: Path, squares: dict[str, list[tuple[int, int]]]) -> Path:
+    """A folder with squares of a.tif by their class, each of 24 px round (y, x)."""
     features = [
         {
             "type": "Feature",
-            "properties": {"name": "marker"},
-            "geometry": {"type": "Polygon", "coordinates": [[(x, y) for y, x in square]]},
+            "properties": {"classification": {"name": name}},
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [[(x + dx, y + dy) for dy, dx in ((-12, -12), (-12, 12), (12, 12), (12, -12))]],
+            },
         }
-        for square in squares
+        for name, places in squares.items()
+        for y, x in places
     ]
-    (tmp_path / "drawn").mkdir()
-    (tmp_path / "drawn" / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    folder.mkdir()
+    (folder / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return folder
+
+
+MARKERS = [(100, 100), (230, 230)]
+
+
+def test_annotations_make_it_plausible(run: Run, out: Path, tmp_path: Path) -> None:
+    """The markers of a.tif, drawn where they are: the marker model looks there, and its answer hangs on them."""
+    draw(tmp_path / "drawn", {"marker": MARKERS})
     ask = ("--patches", "60", "--only", "faithfulness,plausibility", "--target", "marker")
     assert run("audit", out, *ask, "--annotations", tmp_path / "drawn")[0] == 0
     metrics = Metrics.model_validate_json((out / "audit" / "metrics.json").read_bytes())
@@ -153,3 +163,30 @@ def test_annotations_make_it_plausible(run: Run, out: Path, tmp_path: Path) -> N
     code, _, told = run("audit", out, *ask, "--annotations", one, "--include", "liver", "--overwrite")
     assert code == 2
     assert "no annotation is called 'liver'" in told
+
+
+def test_a_model_that_sees_a_part_of_the_patch(run: Run, archive: Path, tmp_path: Path) -> None:
+    """Annotations are cut as the patch is: what lies beside the crop is not seen."""
+    spec = toy_spec("marker", transform={"crop": 24})
+    out = explained(archive, tmp_path / "cropped", spec)
+    draw(tmp_path / "drawn", {"marker": MARKERS})
+    ask = ("--patches", "60", "--only", "plausibility", "--target", "marker")
+    assert run("audit", out, *ask, "--annotations", tmp_path / "drawn")[0] == 0
+    values = {(row["of"], row["what"]): row["value"] for row in metrics_in(out)["estimates"]}
+    assert values["gradcam", "auroc"] == pytest.approx(1.0)
+
+
+def test_given_regions_are_suspects(run: Run, out: Path, tmp_path: Path) -> None:
+    """Hiding the markers changes this model's answers; hiding plain tissue that was called a fold does not."""
+    draw(tmp_path / "suspects", {"stamp/ruler": MARKERS, "fold": [(60, 280), (300, 60)]})
+    ask = ("--patches", "200", "--only", "shortcuts", "--target", "marker", "--regions", tmp_path / "suspects")
+    assert run("audit", out, *ask)[0] == 0
+    metrics = Metrics.model_validate_json((out / "audit" / "metrics.json").read_bytes())
+    moved = {row.of: row for row in metrics.comparisons if row.what == "change of the logit"}
+    assert (moved["stamp-ruler (given)"].difference or 0) > 1
+    assert abs(moved["fold (given)"].difference or 0) < 0.1
+    assert metrics.run.regions == str(tmp_path / "suspects")
+    draw(tmp_path / "others", {"fold": MARKERS})
+    code, _, told = run("audit", out, *ask[:-1], tmp_path / "others")
+    assert code == 2
+    assert "other settings (regions: " in told

@@ -30,6 +30,16 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_those_of_patches_do_n
     assert naive < 0.7 * 200  # the same values, taken for independent
 
 
+@pytest.mark.parametrize("slides", [6, 7, 12])
+def test_intervals_of_few_slides_hold_the_truth_too(slides: int) -> None:
+    inside = 0
+    for seed in range(300):
+        values, names = clustered(np.random.default_rng(seed), slides, 10)
+        found = estimate(values, names, seed=seed)
+        inside += found.low <= 0 <= found.high
+    assert 0.92 * 300 <= inside <= 0.99 * 300
+
+
 def test_an_estimate_is_the_weighted_mean_of_what_is_there() -> None:
     values = np.array([1.0, np.nan, 3.0, 8.0])
     found = estimate(values, ["a", "a", "b", "b"], [1, 5, 2, 1])
@@ -55,16 +65,34 @@ def test_a_test_raises_false_alarms_as_often_as_it_says_and_finds_what_is_there(
     assert found >= 95
 
 
-def test_all_signs_are_tried_where_they_are_few() -> None:
+def test_few_slides_can_find_something_among_many_verdicts_and_raise_no_alarms() -> None:
+    """Signs of 7 slides can be flipped in 128 ways: p would never be below 0.0156."""
+    alarms, found = {0.05: 0, 0.01: 0}, 0
+    for seed in range(400):
+        noise, slides = clustered(np.random.default_rng(seed), 7, 10)
+        p = compare(noise, np.zeros(70), slides, seed=seed).p
+        for level in alarms:
+            alarms[level] += p < level
+        found += compare(noise / 4 + 1, np.zeros(70), slides, seed=seed).p < 0.05 / 20
+    assert alarms[0.05] <= 31  # of 400: more come in less than 1 of 100
+    assert alarms[0.01] <= 10
+    assert found >= 0.8 * 400
     gap = np.array([0.3, -0.1, 0.5, 0.2, 0.7, 0.4, 0.1])
+    assert compare(gap, np.zeros(7), np.arange(7)).p == pytest.approx(stats.ttest_1samp(gap, 0).pvalue)
+    assert compare(np.ones(7), np.zeros(7), np.arange(7)).p == 0
+    assert compare(np.ones(7), np.ones(7), np.arange(7)).p == 1
+
+
+def test_all_signs_are_tried_where_they_are_few() -> None:
+    gap = np.array([0.3, -0.1, 0.5, 0.2, 0.7, 0.4, 0.1, 0.25, -0.3, 0.15])
     observed = gap.sum()
-    sums = np.array([np.dot(signs, gap) for signs in itertools.product([-1, 1], repeat=7)])
+    sums = np.array([np.dot(signs, gap) for signs in itertools.product([-1, 1], repeat=10)])
     expected = 2 * min((sums >= observed - 1e-12).mean(), (sums <= observed + 1e-12).mean())
-    found = compare(gap, np.zeros(7), np.arange(7))
+    found = compare(gap, np.zeros(10), np.arange(10))
     assert found.p == pytest.approx(expected)
     assert found.difference.unit == "slide"
     assert found.effect == pytest.approx(gap.mean() / gap.std(ddof=1))
-    assert found.better == pytest.approx(6 / 7)
+    assert found.better == pytest.approx(8 / 10)
 
 
 def test_pairs_without_a_difference() -> None:

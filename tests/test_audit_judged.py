@@ -58,7 +58,8 @@ def test_p_of_an_interval() -> None:
         return Estimate(value, low, high, 40, 8, 0, "slide")
 
     assert interval_p(estimate(0.5, 0.0, 1.0), 0.0) == pytest.approx(0.05, abs=1e-6)
-    assert interval_p(estimate(0.5, 0.4, 0.6), 0.0) < 1e-6
+    few, many = estimate(0.5, 0.4, 0.6), Estimate(0.5, 0.4, 0.6, 400, 2, 0, "patch")
+    assert interval_p(many, 0.0) < 1e-15 < interval_p(few, 0.0) < 1e-5  # Student's, of 8 slides or 400 patches
     assert interval_p(estimate(0.0, 0.0, 0.0), 0.5) == 0.0
     assert interval_p(estimate(0.5, 0.5, 0.5), 0.5) == 1.0
     assert np.isnan(interval_p(Estimate(np.nan, np.nan, np.nan, 0, 0, 5, "patch"), 0.0))

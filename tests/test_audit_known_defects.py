@@ -2,7 +2,8 @@
 
 Quantus 0.6.0: the mean over the stages of a randomisation holds the untouched model, whose likeness is 1; the pointing
 game counts empty masks and constant maps as hits; of ROAD only the first batch is scored; relevance mass divides by a
-sum in which negative values cancel positive ones; ties are broken by place. pytorch-grad-cam scales every map to 0..1.
+sum in which negative values cancel positive ones; ties are broken by place
+(test_audit_quantus shows its numbers). pytorch-grad-cam scales every map to 0..1.
 """
 
 from __future__ import annotations

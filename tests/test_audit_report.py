@@ -10,11 +10,14 @@ import pytest
 
 from tests.test_run_report import HOSTILE, Page
 from wsi_gradcam.audit.figures import curves_figure, intervals_figure
+from wsi_gradcam.audit.judging_model import ATTRIBUTION, LEAKY, SHARE_OF_AREA
 from wsi_gradcam.audit.measured import CONTROLS, CURVE_FRACTIONS
 from wsi_gradcam.audit.pictures import legend, overlay, scale_of
 from wsi_gradcam.audit.plan import QUESTIONS
 from wsi_gradcam.audit.report import Example, archive_page, examples_of, slide_page
-from wsi_gradcam.audit.report_parts import p_text, square
+from wsi_gradcam.audit.report_figures import attribution_rows
+from wsi_gradcam.audit.report_numbers import difference, p_text, value
+from wsi_gradcam.audit.report_parts import square
 from wsi_gradcam.audit.schema import (
     AgainstFacts,
     ComparisonRow,
@@ -28,7 +31,8 @@ from wsi_gradcam.audit.schema import (
     UntestedRow,
     VerdictRow,
 )
-from wsi_gradcam.audit.words import QUADRANTS, WORDS, named
+from wsi_gradcam.audit.verdict import QUADRANTS
+from wsi_gradcam.audit.words import WORDS, named
 from wsi_gradcam.page import Html
 
 
@@ -76,7 +80,7 @@ def metrics(**changes: Any) -> Metrics:
         "run": RunFacts(
             out="out", run_digest="0" * 64, audit_digest="1" * 64, model="tiny", model_digest="2" * 64, layer="l",
             classes=["other", "tumour"], target="predicted", methods=["gradcam"], questions=list(QUESTIONS),
-            annotations="", versions={"python": "3"},
+            annotations="", regions="", versions={"python": "3"},
         ),
         "sample": SampleFacts(
             asked=40, patches=40, deep=24, unreadable=1, slides=8, slides_of_run=20, patches_of_run=4000, seed=7,
@@ -92,13 +96,12 @@ def metrics(**changes: Any) -> Metrics:
     return Metrics(**{**values, **changes})
 
 
-def example(title: str = "a.svs, patch 3") -> Example:
+def example(title: str = "a.svs, patch 3", leaks: bool = False) -> Example:
     random = np.random.default_rng(0)
     at = np.linspace(0, 1, len(CURVE_FRACTIONS))
     rgb = random.integers(0, 255, (20, 30, 3)).astype(np.uint8)
-    return Example(
-        title, rgb, random.normal(size=(4, 4)).astype(np.float32), {"gradcam": (1 - at, at), "random": (at, at)}
-    )
+    own, leaky = random.normal(size=(2, 4, 4)).astype(np.float32)
+    return Example(title, rgb, own, leaky if leaks else None, {"gradcam": (1 - at, at), "random": (at, at)})
 
 
 def read(data: bytes) -> tuple[Page, str]:
@@ -118,6 +121,38 @@ def test_a_page_is_well_formed_and_says_all() -> None:
     assert 'href="./more/b.svs/report.html"' in text
     assert text.count("<svg") == 3
     assert "seed" in page.text.lower()
+
+
+def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
+    row = estimate_row("locality", "gradcam", "worth of the promise", -0.25)
+    assert value(row) == "−0.25 (−0.35 to −0.15)"
+    assert (
+        value(row.model_copy(update={"unit": "share", "value": -0.001, "low": -0.2, "high": 0.0}))
+        == "0 % (−20 % to 0 %)"
+    )
+    assert value(row.model_copy(update={"low": None})) == "−0.25"
+    change = comparison_row("jpeg", "noise")
+    assert difference(change.model_copy(update={"unit": "share", "difference": -0.004})) == "0 % (40 % to 60 %)"
+    assert difference(change.model_copy(update={"difference": -0.5, "better": None})) == "−0.5 logits (0.4 to 0.6)"
+
+
+def test_the_map_with_a_leaky_backward_stands_beside() -> None:
+    page, text = read(archive_page(metrics(), ["a.svs"], [example(leaks=True)], 1.0))
+    assert text.count("data:image/png") == 1 + 3
+    assert "leaks through units that are off" in page.text
+    for found, said in ((0.4, "is another: units that are off hold back evidence"), (0.99, "is nearly the same")):
+        page, _ = read(
+            archive_page(metrics(estimates=[estimate_row("saturation", "gradcam", LEAKY, found)]), [], [], 1.0)
+        )
+        assert said in page.text
+
+
+def test_the_area_of_suspects_stands_beside_the_attribution() -> None:
+    rows = [estimate_row("shortcuts", "pen", SHARE_OF_AREA), estimate_row("shortcuts", "pen, gradcam", ATTRIBUTION)]
+    assert [name for name, _ in attribution_rows(metrics(estimates=rows))] == [
+        "ink: its area (control)",
+        "ink: Grad-CAM",
+    ]
 
 
 def test_everything_is_escaped() -> None:
@@ -190,15 +225,18 @@ def test_a_comparison_with_another_audit() -> None:
 def test_examples_are_of_readable_patches() -> None:
     numbers: dict[str, Any] = {
         "base/number": np.arange(3), "base/readable": np.array([1, 0, 1]), "base/logit": np.array([1.0, 9.0, 2.0]),
-        "base/probability": np.array([0.6, 0.9, 0.7]), "shown/rgb": np.zeros((3, 4, 4, 3), np.uint8),
+        "base/probability": np.array([0.6, 0.9, 0.7]), "base/class": np.array([0, 0, 1]),
+        "shown/rgb": np.zeros((3, 4, 4, 3), np.uint8),
         "map/gradcam": np.ones((3, 2, 2), np.float32),
     }  # fmt: skip
-    found = examples_of(numbers, "a.svs", "gradcam", 16)
-    assert [one.title for one in found] == ["a.svs, patch 2, probability 0.70", "a.svs, patch 0, probability 0.60"]
+    found = examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour"))
+    assert [one.title for one in found] == [
+        "a.svs, patch 2, probability of tumour 0.70", "a.svs, patch 0, probability of other 0.60",
+    ]  # fmt: skip
     assert found[0].map.tolist() == [[16.0, 16.0], [16.0, 16.0]]
     assert found[0].curves == {}
     numbers["base/readable"][:] = 0
-    assert examples_of(numbers, "a.svs", "gradcam", 16) == []
+    assert examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour")) == []
     page, _ = read(archive_page(metrics(), [], [], 1.0))
     assert "No patch could be read." in page.text
 

@@ -155,7 +155,7 @@ def test_only_some_questions(copy: Path) -> None:
     names = {
         name.partition("/")[0] for path in (copy / "audit").rglob("*.npz") for name in read_numbers(place_of(path))
     }
-    assert names == {"base", "map", "shown", "shortcuts", "saturation", "slide"}
+    assert names == {"base", "map", "leaky", "shown", "shortcuts", "saturation", "slide"}
 
 
 def test_settings_that_make_no_sense(copy: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def interval(low: float, high: float, patches: int = 100) -> Estimate:
 
 
 def pair(value: float, p: float, patches: int = 100) -> Comparison:
-    return Comparison(interval(value, value, patches), p, value, 0.5)
+    return Comparison(interval(value, value, patches), p, 1.0, value, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def pair(value: float, p: float, patches: int = 100) -> Comparison:
         (promises_kept(interval(0.2, 0.9)), "holds"),
         (promises_kept(interval(-0.9, -0.2)), "fails"),
         (promises_kept(interval(-0.2, 0.2)), "unclear"),
-        (has_learned(2.0, np.linspace(0, 1, 19)), "holds"),
-        (has_learned(2.0, np.linspace(0, 3, 19)), "fails"),
-        (has_learned(2.0, np.linspace(0, 1, 18)), "unclear"),
+        (has_learned(2.0, np.linspace(0, 1, 49)), "holds"),
+        (has_learned(2.0, np.linspace(0, 3, 49)), "fails"),
+        (has_learned(2.0, np.linspace(0, 1, 48)), "unclear"),
         (has_learned(2.0, []), "unclear"),
         (not_saturated(interval(0.6, 0.9), interval(0, 0)), "fails"),
         (not_saturated(interval(0, 0.1), interval(0.6, 0.9)), "fails"),

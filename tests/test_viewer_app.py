@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from tests.runs import ROOT, Heatmap
 from tests.servers import BUCKET, CREDENTIALS, put_folder
-from tests.viewer_runs import BROKEN, client, facts_of, fetched, make_run, served, tiles_of
+from tests.viewer_runs import BROKEN, client, facts_of, fetched, make_run, plant_audit, served, tiles_of
 from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.result import open_result
@@ -53,8 +53,9 @@ def test_facts_of_the_run(server: TestClient) -> None:
     assert facts["classes"] == CLASSES
     assert facts["methods"] == ["gradcam", "hirescam"]
     assert (facts["patch_px"], facts["patch_mpp"], facts["audit"]) == ([32, 32], 0.5, None)
-    assert facts["report"] == "/files/run/run.html"
+    assert facts["report"] == "/files/run.html"
     assert b"<h1" in server.get(facts["report"]).content
+    assert server.get("/files/a.tif/overview.png").status_code == 200  # where the report's links lead
 
 
 def test_the_list_is_searched_sorted_and_paged(server: TestClient) -> None:
@@ -206,23 +207,28 @@ def _http_store(url: str):  # type: ignore[no-untyped-def]
 
 
 def test_overview_and_audit_are_handed_out_and_run_nothing(server: TestClient, out: Path) -> None:
-    key = facts_of(server, "inner/b.tif")["key"]
-    picture = server.get(f"/files/{key}/overview.png")
+    picture = server.get("/files/inner/b.tif/overview.png")
     assert picture.content == (out / "inner/b.tif/overview.png").read_bytes()
-    again = server.get(f"/files/{key}/overview.png", headers={"If-None-Match": picture.headers["etag"]})
+    again = server.get("/files/inner/b.tif/overview.png", headers={"If-None-Match": picture.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
-    assert server.get(f"/files/{key}/report.html").status_code == 404
-    (out / "audit" / "figures").mkdir(parents=True)
-    (out / "audit" / "report.html").write_text("<script>alert(1)</script>", encoding="utf-8")
-    (out / "audit" / "figures" / "a.png").write_bytes(picture.content)
+    address = "/files/audit/inner/b.tif/report.html"
+    assert server.get(address).status_code == 404
+    folder = plant_audit(out, "inner/b.tif")
+    folder.metrics.write(b'{"verdicts": []}')
+    folder.slide_report("nothing").write(b"of no slide")
     try:
-        report = server.get("/files/run/report.html")
+        assert facts_of(server, "inner/b.tif")["audit"] == address
+        assert facts_of(server, "a.tif")["audit"] is None
+        assert server.get("/api/run").json()["audit"] == "/files/audit/report.html"
+        report = server.get("/files/audit/report.html")
         assert report.headers["content-type"].startswith("text/html")
         assert "default-src 'none'" in report.headers["content-security-policy"]
         assert "script-src" not in report.headers["content-security-policy"]
-        assert server.get("/files/run/figures/a.png").status_code == 200
-        assert server.get("/api/run").json()["audit"] == "/files/run/report.html"
-        assert server.get("/files/run/run.yaml").status_code == 404
+        assert server.get(address).text.startswith("<h1>audited")
+        assert server.get("/files/audit/metrics.json").json() == {"verdicts": []}
+        for other in ("run.yaml", "audit/plan.json", "audit/inner/b.tif/spread.json", "audit/nothing/report.html",
+                      "inner/b.tif/report.html", "audit", "report.html", "overview.png"):  # fmt: skip
+            assert server.get(f"/files/{other}").status_code == 404, other
     finally:
         shutil.rmtree(out / "audit")
 
@@ -335,7 +341,7 @@ def test_out_in_an_object_store_shows_the_same(out: Path, s3_upstream: str, monk
         key, tiles = facts["key"], tiles_of(facts)
         for address in (
             f"{tiles}/heat/1/3/0_0.png", f"{tiles}/slide/0/1_1.jpg", f"/api/slides/{key}/values?y=808&x=1200",
-            f"/api/slides/{key}/patches/at?y=808&x=1200", f"/files/{key}/overview.png",
+            f"/api/slides/{key}/patches/at?y=808&x=1200", "/files/a.tif/overview.png",
             "/zarr/a.tif/heatmap.ome.zarr/zarr.json", f"/api/slides/{key}/patches/top?by=blur&count=3",
         ):  # fmt: skip
             answers = [server.get(address) for server in (here, there)]
@@ -345,4 +351,4 @@ def test_out_in_an_object_store_shows_the_same(out: Path, s3_upstream: str, monk
         parts = [server.get(address, headers={"Range": "bytes=5-40"}) for server in (here, there)]
         assert parts[0].content == parts[1].content
         assert there.get("/zarr/a.tif/heatmap.ome.zarr/0/c/9/9/9").status_code == 404
-        assert there.get("/files/run/report.html").status_code == 404
+        assert there.get("/files/audit/report.html").status_code == 404

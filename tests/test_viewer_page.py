@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response, expect, sync_playwright
 
 from tests.runs import ROOT
-from tests.viewer_runs import BROKEN, MARKERS, MPP, Served, make_run, plant, served
+from tests.viewer_runs import BROKEN, MARKERS, MPP, Served, make_run, plant, plant_audit, served
 
 SCREENSHOTS = ROOT / "screenshots"  # looked at by people; not compared
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
@@ -35,8 +35,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = make_run(tmp_path_factory.mktemp("page"))
     for slide_id in MARKERS:
         plant(found, slide_id)
-    (found / SLIDE / "audit").mkdir()
-    (found / SLIDE / "audit" / "report.html").write_text("<h1>audited</h1>", encoding="utf-8")
+    plant_audit(found, SLIDE)
     return found
 
 
@@ -388,11 +387,44 @@ def test_the_audit_is_linked(open_page: Callable[..., Page]) -> None:
     page = open_page(at(SLIDE, 700, 900, 0.5))
     with page.expect_popup() as opened:
         page.get_by_role("link", name="Audit").click()
-    expect(opened.value.locator("h1")).to_have_text("audited")
-    opened.value.close()
+    report = opened.value
+    expect(report.locator("h1")).to_have_text("audited")
+    report.get_by_role("link", name="all").click()
+    expect(report.locator("h1")).to_have_text("all audited")
+    report.get_by_role("link", name="slide").click()
+    expect(report.locator("h1")).to_have_text("audited")
+    report.close()
     page.bring_to_front()
     go(page, at("inner/b.tif", 480, 320, 0.4))
-    expect(page.locator("#audit")).to_be_hidden()
+    expect(page.locator("#audit")).to_have_attribute("href", "/files/audit/report.html")  # it has no page of its own
+
+
+def test_where_the_map_is_unsure_is_a_channel(open_page: Callable[..., Page]) -> None:
+    page = open_page(at(SLIDE, 751, 1053, 0.5, layer("gradcam: marker", "inferno", 0.7)))
+    settled(page)
+    control(page, "channel").select_option("spread: marker")
+    expect(control(page, "map")).to_have_value("viridis")
+    expect(control(page, "window")).to_have_value("slide")
+    expect(page.locator(".legend")).to_contain_text("spread: marker (logits)")
+    expect(page.locator(".legend")).to_contain_text("patches disagree")
+    control(page, "map").select_option("orange")
+    slide_to(control(page, "opacity"), 1.0)
+    slide_to(control(page, "threshold"), 0.2)
+    settled(page)
+    box = page.locator(".screen").bounding_box()
+    assert box is not None
+    middle = box["height"] / 2, box["width"] / 2
+    image, corner = pixels(page, middle, 60)
+    seam = round(middle[1] - corner[1])  # the spread grows from the left and is known up to the slide's middle
+    nearness = np.abs(image - np.array(ORANGE)).max(axis=2)
+    assert np.median(nearness[:, seam - 8 : seam - 3]) < np.median(nearness[:, seam + 8 : seam + 13]) - 20
+    page.mouse.move(box["x"] + middle[1] - 20, box["y"] + middle[0])
+    expect(page.locator("#values")).to_contain_text("spread: marker 0.2")
+    page.mouse.move(box["x"] + middle[1] + 20, box["y"] + middle[0])
+    expect(page.locator("#values")).to_contain_text("spread: marker –")
+    control(page, "channel").select_option("gradcam: marker")
+    expect(control(page, "map")).to_have_value("inferno")
+    expect(page.locator(".legend")).not_to_contain_text("disagree")
 
 
 def test_help_lists_the_keys_and_closes(open_page: Callable[..., Page]) -> None:

@@ -77,8 +77,13 @@ def test_names_that_are_no_text_can_be_shown_and_found(out: Path) -> None:
     (out / "slides.csv").write_bytes(text.replace("inner/b.tif", name).encode("utf-8", "surrogateescape"))
     archive = Archive(out)
     assert archive.named(shown_name(name)).result.id == name
+    (out / "inner" / "b.tif").rename(out / name)
     with client(out) as server:
         assert "a?.tif" in [slide["id"] for slide in server.get("/api/slides").json()["slides"]]
+        assert server.get("/files/a%FF.tif/overview.png").status_code == 200
+        (out / "audit" / name).mkdir(parents=True)
+        (out / "audit" / name / "report.html").write_text("audited", encoding="utf-8")
+        assert server.get(facts_of(server, "a?.tif")["audit"]).text == "audited"
 
 
 @pytest.mark.parametrize(("error", "status"), [(BusyError(), 503), (GoneError(), 499), (OSError("disk"), 500)])

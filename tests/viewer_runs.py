@@ -1,4 +1,4 @@
-"""A small run to look at, and the viewer's server on loopback, for tests."""
+"""A small run to look at, what an audit may add to it, and the viewer's server on loopback, for tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from starlette.testclient import TestClient
 import wsi_gradcam
 from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
+from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.stores.heatmap import EXPLAINED, TISSUE, HeatmapStore
+from wsi_gradcam.result import open_result
+from wsi_gradcam.stores.heatmap import EXPLAINED, TISSUE, Channel, HeatmapStore
+from wsi_gradcam.stores.places import LocalPlace
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
 from wsi_gradcam.viewer.security import Access
@@ -63,6 +66,27 @@ def plant(out: Path, slide_id: str, channel: int = 0) -> None:
         whole = Region(0, 0, height, width)
         store.write(level, channel, whole, values)
         store.write_flags(level, whole, np.full((height, width), TISSUE | EXPLAINED, np.uint8))
+
+
+def plant_audit(out: Path, slide_id: str, spread: float = 1.0, **about: Any) -> AuditFolder:
+    """Write pages of an audit, and a spread that grows to the right up to `spread`, known in the left half alone."""
+    folder, plan = AuditFolder(LocalPlace(out) / AUDIT), open_result(out)[slide_id].plan
+    folder.plan.write(b"{}")
+    up = "../" * (slide_id.count("/") + 1)
+    folder.report.write(f'<h1>all audited</h1><a href="./{slide_id}/report.html">slide</a>'.encode())
+    folder.slide_report(slide_id).write(f'<h1>audited</h1><a href="{up}report.html">all</a>'.encode())
+    known = {"audit": "digest", "method": "gradcam", "run": plan.run_digest, "slide": plan.slide_digest, **about}
+    channels = [Channel(f"spread: {name}", 0, spread, 0, spread) for name in ("other", "marker")]
+    shape = known.pop("shape", plan.heatmap_px)
+    store = HeatmapStore.create(folder.spread(slide_id), slide_id, shape, (2.0, 2.0), channels, known)
+    for level, (height, width) in enumerate(store.shapes):
+        whole, half = Region(0, 0, height, width), np.arange(width) < width // 2
+        grown = np.broadcast_to(np.linspace(0, spread, width, dtype=np.float32), (height, width))
+        for number in range(2):
+            store.write(level, number, whole, (grown / (number + 1)).astype(np.float32))
+        store.write_flags(level, whole, np.broadcast_to(half * np.uint8(EXPLAINED), (height, width)).astype(np.uint8))
+    folder.spread_means(slide_id).write(json.dumps({"audit": "digest", "maps": {"marker": spread}}).encode())
+    return folder
 
 
 def _share(start: int, length: int, step: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:

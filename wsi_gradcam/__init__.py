@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from wsi_gradcam.api import explain, validate
+    from wsi_gradcam.audit.images import audit_images
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.config import Settings
     from wsi_gradcam.gradcam import GradCAM
@@ -26,6 +27,7 @@ __all__ = [
     "ModelSpec",
     "Settings",
     "__version__",
+    "audit_images",
     "audit_run",
     "explain",
     "load_model",
@@ -39,6 +41,7 @@ _HOME = {
     "GradCAM": "wsi_gradcam.gradcam",
     "ModelSpec": "wsi_gradcam.models.spec",
     "Settings": "wsi_gradcam.config",
+    "audit_images": "wsi_gradcam.audit.images",
     "audit_run": "wsi_gradcam.audit.running",
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",

@@ -195,6 +195,7 @@ def _add_audit(commands: Any) -> None:
     audit.add_argument("--target", help="which of the run's targets (default: each patch's predicted class)")
     audit.add_argument("--annotations", help="a file, or a folder with one a slide, of areas that show the target")
     audit.add_argument("--include", nargs="+", action="extend", metavar="NAME", help="annotation classes that count")
+    audit.add_argument("--regions", help="as --annotations, of what should not decide: rulers, folds, pen")
     audit.add_argument("--model", help="the run's model, where its files have moved")
     audit.add_argument("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")
     audit.add_argument("--fail-on", metavar="QUESTION[,..]|any", help="end with 1 where a verdict on these fails")
@@ -212,7 +213,18 @@ def _audit(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.audit.saying import failing, print_audit
     from wsi_gradcam.terminal import progress
 
-    names = ("patches", "seed", "target", "annotations", "include", "model", "against", "workers", "scheduler")
+    names = (
+        "patches",
+        "seed",
+        "target",
+        "annotations",
+        "include",
+        "regions",
+        "model",
+        "against",
+        "workers",
+        "scheduler",
+    )
     options = {name: value for name in (*names, "wait_for_workers") if (value := getattr(arguments, name)) is not None}
     if arguments.only is not None:
         options["only"] = _listed(arguments.only)

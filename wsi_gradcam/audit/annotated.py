@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Box = tuple[float, float, float, float]
 
 MASK_PX = 2048  # of the longer side of a mask over the whole slide, from which shares of patches are taken
+UNNAMED = "region"
 SIDE_PX = 64  # of a patch's mask: finer than the cells of any map
 
 
@@ -48,12 +49,23 @@ class Annotated:
         Raises:
             AnnotationError: the file cannot be understood.
         """
-        boxes = [(y + view[0], x + view[1], view[2], view[3]) for y, x in yx]
+        boxes = _boxes(yx, view)
         if self.regions.path.suffix.lower() == PICTURE:
             picture = read_picture(self.regions.path, self.regions.data)
             return np.stack([_cut(picture, self.slide_px, box) for box in boxes])
         areas = [area for area in parse(self.regions.path, self.regions.data).areas if self._counts(area)]
         return np.stack([_drawn(areas, box, str(self.regions.path)) for box in boxes])
+
+    def masks_by_class(self, yx: Sequence[tuple[int, int]], view: Box) -> dict[str, NDArray[np.bool_]]:
+        """As `masks`, of each class by its name; what has none, and a picture, is "region"."""
+        if self.regions.path.suffix.lower() == PICTURE:
+            return {UNNAMED: self.masks(yx, view)}
+        boxes, areas = _boxes(yx, view), parse(self.regions.path, self.regions.data).areas
+        found: dict[str, NDArray[np.bool_]] = {}
+        for name in sorted({area.name for area in areas}):
+            mine = [area for area in areas if area.name == name]
+            found[name or UNNAMED] = np.stack([_drawn(mine, box, str(self.regions.path)) for box in boxes])
+        return found
 
     def _counts(self, area: Area) -> bool:
         return not self.regions.include or area.name in self.regions.include
@@ -75,6 +87,11 @@ def annotated_slide(
     if named and not set(include) & set(parse(regions.path, regions.data).names):
         return None
     return Annotated(regions, slide_px)
+
+
+def _boxes(yx: Sequence[tuple[int, int]], view: Box) -> list[Box]:
+    """(y, x, height, width) of what the model sees of each patch, level-0 px."""
+    return [(y + view[0], x + view[1], view[2], view[3]) for y, x in yx]
 
 
 def _has_file(folder: Path, slide_id: str) -> bool:

@@ -52,7 +52,7 @@ class Asked:
         grid = run.facts.cam_shape
         maps = {name: on_grid(subject.maps(images, aim, name), name, grid) for name in run.settings.method}
         controls = control_maps(images, grid, data.seeds)
-        if (classes := explained_classes(aim)) is not None:
+        if data.probability is not None and (classes := explained_classes(aim)) is not None:
             rows = torch.arange(len(images))
             controls[PROBABILITY] = torch.from_numpy(data.probability)[rows, classes].to(images.device)
         return cls(run, subject, data, images, aim, maps, controls, deep)

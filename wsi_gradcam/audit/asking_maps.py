@@ -23,7 +23,6 @@ from wsi_gradcam.audit.measured import (
     GUIDED,
     MAIN,
     ORDERS,
-    RANDOM_COPIES,
     REPEATS,
     ROAD,
     ROAD_FRACTIONS,
@@ -94,7 +93,7 @@ def sanity(asked: Asked) -> Numbers:
     """
     if not asked.deep:
         return {}
-    others = random_answers(asked.subject, asked.images, RANDOM_COPIES, asked.seed)
+    others = random_answers(asked.subject, asked.images, seed=asked.seed)
     found: Numbers = {"sanity/answers": others.transpose(0, 1).float().cpu().numpy()}
     for method in asked.run.settings.method:
         dear = method in EXPENSIVE
@@ -153,10 +152,10 @@ def stability(asked: Asked) -> Numbers:
             found[f"stability/{STRONG_NOISE} {name}/flips"] = control.flips
     offset = (asked.run.patch_px[0] // SHIFT, asked.run.patch_px[1] // SHIFT)
     target_of = partial(asked.subject.aim, target=asked.run.target)
+    if (wide := asked.data.wide) is None:
+        return found
     for shown in cheap:
-        found[f"stability/shift/{shown}/map_change"] = shift_change(
-            asked.subject, asked.data.wide, target_of, offset, shown
-        )
+        found[f"stability/shift/{shown}/map_change"] = shift_change(asked.subject, wide, target_of, offset, shown)
     return found
 
 

@@ -24,7 +24,7 @@ from wsi_gradcam.audit.plausibility import PLAUSIBILITY, chance
 from wsi_gradcam.audit.removal import blurred, mean_colour, replace_by
 from wsi_gradcam.audit.saturation import leaky_maps, saturation
 from wsi_gradcam.audit.shortcuts import cover, glass_patches, masking, mass_on
-from wsi_gradcam.audit.suspects import suspects
+from wsi_gradcam.audit.suspects import GIVEN, suspects
 from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.errors import ModelError
 
@@ -87,7 +87,8 @@ def saturated(asked: Asked) -> Numbers:
                 leaky = leaky_maps(asked.subject, asked.images, asked.aim, name)
             except ModelError:  # several layers, a network that cannot be cut: told by its absence
                 break
-            found[f"saturation/{name}/like_leaky"] = spearman(map_.float().cpu().numpy(), leaky.float().cpu().numpy())
+            found[f"leaky/{name}"] = leaky.float().cpu().numpy()
+            found[f"saturation/{name}/like_leaky"] = spearman(map_.float().cpu().numpy(), found[f"leaky/{name}"])
     return found
 
 
@@ -97,7 +98,8 @@ def shortcuts(asked: Asked) -> Numbers:
     replace = replace_by(images, mean_colour(images))
     found: Numbers = {}
     data = asked.data
-    for suspect, masks in suspects(data.raw, asked.run.mpp, data.background).items():
+    given = {f"{name.replace('/', '-')}{GIVEN}": masks for name, masks in data.regions.items()}
+    for suspect, masks in (suspects(data.raw, asked.run.mpp, data.background) | given).items():
         share = masks.mean(axis=(1, 2))
         found[f"shortcuts/{suspect}/share"] = share
         shown = asked.input_masks(masks)

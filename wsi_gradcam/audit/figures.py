@@ -14,8 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from wsi_gradcam.audit.measured import CONTROLS
-from wsi_gradcam.audit.words import NAMED, named
+from wsi_gradcam.audit.words import named
 from wsi_gradcam.page import Html
 
 if TYPE_CHECKING:
@@ -26,8 +25,10 @@ if TYPE_CHECKING:
 # Okabe and Ito: apart for colour-blind eyes, too; controls are gray, and told apart by their dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CONTROL = "#5f6873"
+RANDOMLY = "at random (control)"  # how a slide's patches are taken away beside the map's order
 DASHES: Mapping[str, tuple[float, ...]] = {
     "random": (1, 1.5), "edges": (4, 1.5), "constant": (6, 1.5, 1, 1.5), "centre": (2, 1, 2, 3), "probability": (8, 2),
+    RANDOMLY: (1, 1.5),
 }  # fmt: skip
 
 
@@ -35,14 +36,23 @@ PANEL, SMALL_PANEL = (4.2, 3.0), (2.6, 2.2)  # (width, height) of a panel, in in
 
 
 def curves_figure(
-    panels: Sequence[tuple[str, Sequence[CurveRow]]], said: str, size: tuple[float, float] = PANEL
+    panels: Sequence[tuple[str, Sequence[CurveRow]]],
+    said: str,
+    size: tuple[float, float] = PANEL,
+    reference: float | None = None,
+    named_reference: str = "chance (control)",
 ) -> Html:
-    """Curves side by side, a panel each with its title; methods in colour, controls gray; `said` describes it."""
+    """Curves side by side, a panel each with its title; methods in colour, controls gray; `said` describes it.
+
+    `reference` is a height that they are held against, such as chance.
+    """
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (title, rows) in zip(axes, panels, strict=True):
             for row in rows:
                 _line(axis, row, rows)
+            if reference is not None:
+                axis.axhline(reference, color=CONTROL, linewidth=1, linestyle=(0, (3, 2)), label=named_reference)
             axis.set_title(title, fontsize=9)
             if rows:
                 axis.set_xlabel(rows[0].x_name, fontsize=8)
@@ -50,22 +60,28 @@ def curves_figure(
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
 
-    width = size[0] * max(len(panels), 1) if len(panels) > 1 else 1.5 * size[0]
+    width = size[0] * max(len(panels), 2)
     return _drawn(len(panels), draw, said, (width, size[1]))
 
 
 def intervals_figure(
-    rows: Sequence[tuple[str, EstimateRow]], reference: float | None, axis_name: str, said: str
+    rows: Sequence[tuple[str, EstimateRow]],
+    reference: float | None,
+    axis_name: str,
+    said: str,
+    left: float | None = None,
 ) -> Html:
-    """Estimates with their intervals, a line each; `reference` is what they are held against."""
+    """Estimates with their intervals, a line each; `reference` is what they are held against, `left` where x begins.
+
+    Controls, whose names say so, are gray.
+    """
 
     def draw(axes: Sequence[Axes]) -> None:
         axis = axes[0]
         for i, (name, row) in enumerate(rows):
             if row.value is None or row.low is None or row.high is None:
                 continue
-            control = name in CONTROLS or name in NAMED.values()
-            colour = CONTROL if control else COLOURS[0]
+            colour = CONTROL if name.endswith("(control)") else COLOURS[0]
             axis.plot([row.low, row.high], [i, i], color=colour, linewidth=2.5, solid_capstyle="butt")
             axis.plot([row.value], [i], "o", color=colour, markersize=5)
         axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
@@ -74,8 +90,10 @@ def intervals_figure(
         axis.set_xlabel(axis_name, fontsize=8)
         if reference is not None:
             axis.axvline(reference, color="#1b1f24", linewidth=1, linestyle=(0, (3, 2)))
+        if left is not None:
+            axis.set_xlim(left=left)
 
-    return _drawn(1, draw, said, (6.4, 1.3 + 0.3 * len(rows)))
+    return _drawn(1, draw, said, (8.4, 0.9 + 0.3 * len(rows)))
 
 
 def _line(axis: Axes, row: CurveRow, rows: Sequence[CurveRow]) -> None:

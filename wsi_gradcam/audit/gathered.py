@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-SLIDE = "slide/"
+SLIDE, PICTURES = "slide/", "shown/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +92,19 @@ def gather(
         StoreError: a piece is damaged.
         FileNotFoundError: a piece is not there.
     """
+    places = ((slide, number) for slide in slides for number in range(samples[slide].pieces))
+    return gathered_of(((slide, read_numbers(folder.piece(slide, digest, number))) for slide, number in places), seed)
+
+
+def gathered_of(measured: Iterable[tuple[str, Numbers]], seed: int) -> Gathered:
+    """The numbers of pieces, each with its slide's id."""
     pieces: list[tuple[str, Numbers]] = []
     of_slides: dict[str, dict[str, NDArray[Any]]] = {}
-    for slide in slides:
-        for number in range(samples[slide].pieces):
-            numbers = read_numbers(folder.piece(slide, digest, number))
-            for name in [name for name in numbers if name.startswith(SLIDE)]:
-                of_slides.setdefault(name, {})[slide] = numbers.pop(name)[0]
-            numbers.pop("shown/rgb", None)
-            pieces.append((slide, numbers))
+    for slide, numbers in measured:
+        for name in (name for name in numbers if name.startswith(SLIDE)):
+            of_slides.setdefault(name, {})[slide] = numbers[name][0]
+        kept = {name: values for name, values in numbers.items() if not name.startswith((SLIDE, PICTURES))}
+        pieces.append((slide, kept))
     names = sorted({name for _, numbers in pieces for name in numbers})
     counts = [len(numbers["base/number"]) for _, numbers in pieces]
     joined = {name: _joined(name, [numbers for _, numbers in pieces], counts) for name in names}

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from wsi_gradcam.audit.estimates import Estimate, holm
+from wsi_gradcam.audit.estimates import LEVEL, Estimate, holm
 from wsi_gradcam.audit.schema import VerdictRow
 from wsi_gradcam.audit.verdict import ALPHA, Verdict
 
-TWO_SIDED_95 = 1.959964
 UNSURE = "It does not stand when corrected for the number of verdicts."
 
 
@@ -43,17 +42,18 @@ def corrected(judged: Sequence[Judged]) -> list[VerdictRow]:
 
 
 def interval_p(found: Estimate, reference: float) -> float:
-    """Two-sided p that an estimate is `reference`, from its interval taken as a normal one; NaN without a value.
+    """Two-sided p that an estimate is `reference`, from its interval taken as Student's; NaN without a value.
 
     >>> interval_p(Estimate(0.5, 0.0, 1.0, 9, 9, 0, "slide"), 0.5)
     1.0
     """
     if not found.patches or np.isnan(found.value):
         return float("nan")
-    deviation = (found.high - found.low) / (2 * TWO_SIDED_95)
+    freedom = max(1, (found.slides if found.unit == "slide" else found.patches) - 1)
+    deviation = (found.high - found.low) / (2 * stats.t.ppf((1 + LEVEL) / 2, freedom))
     if deviation == 0:
         return 1.0 if found.value == reference else 0.0
-    return float(2 * stats.norm.sf(abs(found.value - reference) / deviation))
+    return float(2 * stats.t.sf(abs(found.value - reference) / deviation, freedom))
 
 
 def _row(one: Judged, adjusted: float) -> VerdictRow:

@@ -132,7 +132,7 @@ def _faithful_p(verdict: Verdict) -> tuple[float, bool]:
     lost = [adjusted[name] for name, one in found.items() if one.difference.value < 0 and adjusted[name] < ALPHA]
     if verdict.outcome == "fails":
         return (min(lost), True) if lost else (float("nan"), False)
-    known = [p for p in adjusted.values() if not np.isnan(p)]
+    known = [one.p for one in found.values() if not np.isnan(one.p)]
     return (max(known) if known else float("nan")), True
 
 

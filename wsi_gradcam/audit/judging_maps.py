@@ -10,7 +10,7 @@ import numpy as np
 from wsi_gradcam.audit.estimates import Estimate, estimate
 from wsi_gradcam.audit.gathered import Gathered, Rows
 from wsi_gradcam.audit.judged import Judged, interval_p
-from wsi_gradcam.audit.measured import CHANGES, ORDERS, STRONG_NOISE
+from wsi_gradcam.audit.measured import CHANGES, COPIES, ORDERS, STRONG_NOISE
 from wsi_gradcam.audit.verdict import MOST, STAYING, Verdict, depends_on_weights, has_learned, robust_to
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _learned(rows: Rows) -> list[Judged]:
     others = _spread_of_answers(np.moveaxis(gathered["sanity/answers"], 1, 0))
     patches, slides = len(gathered.slides), len(set(gathered.slides.tolist()))
     low, middle, high = np.quantile(others, [0.025, 0.5, 0.975]).tolist()
-    for of, value, least, most in (("model", float(own), math.nan, math.nan), ("random copies", middle, low, high)):
+    for of, value, least, most in (("model", float(own), math.nan, math.nan), (COPIES, middle, low, high)):
         found = Estimate(value, least, most, patches, slides, 0, "patch")
         rows.keep(of, "spread of the answers", "logits", found, draws=True)
     return [Judged("sanity", "model", has_learned(float(own), others), math.nan, False)]

@@ -11,12 +11,17 @@ from wsi_gradcam.audit.gathered import Gathered, Rows
 from wsi_gradcam.audit.judged import Judged, interval_p
 from wsi_gradcam.audit.measured import INTEGRATED, STEPS
 from wsi_gradcam.audit.schema import StrataRow
+from wsi_gradcam.audit.suspects import in_words
 from wsi_gradcam.audit.verdict import MOST, free_of, not_saturated, promises_kept, quiet_on_glass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+
+ATTRIBUTION, SHARE_OF_AREA = "positive attribution on it", "its share of the area"  # of a suspect
+GLASS_CALLED = "patches of bare glass called so"
+LEAKY = "likeness to the map with a leaky backward"
 
 
 def locality(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
@@ -61,7 +66,7 @@ def saturation(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[J
     for method in methods:
         if f"saturation/{method}/like_leaky" in gathered:
             likeness = gathered[f"saturation/{method}/like_leaky"]
-            rows.estimate(method, "likeness to the map with a leaky backward", "rank correlation", likeness)
+            rows.estimate(method, LEAKY, "rank correlation", likeness)
     worse = max((saturated, silent), key=lambda found: found.value)
     verdict = not_saturated(saturated, silent)
     return rows, [Judged("saturation", "model", verdict, interval_p(worse, MOST), True)]
@@ -79,13 +84,13 @@ def shortcuts(
         rows.estimate(
             suspect, "patches that show it", "share", np.where(np.isnan(gathered[f"{start}/share"]), np.nan, shown)
         )
+        area = gathered.only(shown == 1)
+        rows.keep(suspect, SHARE_OF_AREA, "share", area.estimate(area[f"{start}/area"]))
         for method in methods:
-            mass = rows.estimate(
-                f"{suspect}, {method}", "positive attribution on it", "share", gathered[f"{start}/{method}/mass"]
-            )
+            mass = rows.estimate(f"{suspect}, {method}", ATTRIBUTION, "share", gathered[f"{start}/{method}/mass"])
             if mass.patches:
                 rows.compare(
-                    f"{suspect}, {method}", "its share of the area", "positive attribution on it", "share",
+                    f"{suspect}, {method}", SHARE_OF_AREA, ATTRIBUTION, "share",
                     gathered[f"{start}/{method}/mass"], gathered[f"{start}/area"],
                 )  # fmt: skip
         if f"{start}/size" not in gathered:
@@ -103,7 +108,7 @@ def shortcuts(
             for kind, (what, unit) in pairs.items()
         )
         if drop.difference.patches:
-            verdict = free_of(suspect, drop, flips)
+            verdict = free_of(in_words(suspect), drop, flips)
             judged.append(Judged("shortcuts", suspect, verdict, flips.p, verdict.outcome == "fails"))
     return rows, judged + _glass(rows, classes, positive)
 
@@ -118,7 +123,7 @@ def _glass(rows: Rows, classes: Sequence[str], positive: str) -> list[Judged]:
     for number, label in enumerate(classes):
         values = np.array([by_slide[name][number] for name in names], np.float64)
         called = _of_slides(values, names, rows.gathered.seed)
-        rows.keep(f"glass, {label}", "patches of bare glass called so", "share", called)
+        rows.keep(f"glass, {label}", GLASS_CALLED, "share", called)
         if label == positive:
             judged.append(Judged("shortcuts", "glass alone", quiet_on_glass(label, called), float("nan"), True))
     return judged

@@ -59,7 +59,7 @@ def metrics_of(gathered: Gathered, plan: AuditPlan, about: About, slide: str = "
     untested: list[UntestedRow] = []
     readable = gathered.only(gathered["base/readable"] == 1)
     deep = readable.only(readable["base/deep"] == 1)
-    positive = plan.target.label if plan.target.is_class and plan.target.index is not None else ""
+    positive = positive_class(plan)
     for question in plan.audit.only:
         part = deep if question in ("sanity", "locality") else readable
         if not len(part.slides):
@@ -91,6 +91,19 @@ def metrics_of(gathered: Gathered, plan: AuditPlan, about: About, slide: str = "
     )
 
 
+def positive_class(plan: AuditPlan) -> str:
+    """The class that bare glass must not be called: the audited one; of two that both are audited the second; or none.
+
+    That the second of two is the positive one is how nearly all models name their classes.
+    """
+    if not plan.target.is_class:
+        return ""
+    if plan.target.index is not None:
+        return plan.target.label
+    classes = plan.facts.classes
+    return classes[-1] if len(classes) <= 2 else ""
+
+
 SECTIONS = {
     "faithfulness": of_faith.faithfulness,
     "sanity": of_maps.sanity,
@@ -114,7 +127,7 @@ def run_facts(plan: AuditPlan) -> RunFacts:
         out=str(plan.out), run_digest=plan.run_digest, audit_digest=plan.audit_digest(), model=facts.name,
         model_digest=facts.digest, layer=facts.layer, classes=list(facts.classes), target=plan.target.label,
         methods=list(plan.settings.method), questions=list(plan.audit.only),
-        annotations="" if plan.audit.annotations is None else str(plan.audit.annotations), versions=versions(),
+        annotations=str(plan.audit.annotations or ""), regions=str(plan.audit.regions or ""), versions=versions(),
     )  # fmt: skip
 
 
@@ -190,9 +203,12 @@ def _untested(plan: AuditPlan, gathered: Gathered) -> list[UntestedRow]:
                 why="the model has no ReLU, or several layers are explained",
             )
         )
-    if plan.audit.asks("stability") and not has_overlap(plan):
+    if plan.audit.asks("stability") and plan.run_digest and not has_overlap(plan):
         why = "the run's patches do not overlap; explain with --overlap 0.5"
         found.append(UntestedRow(what="where overlapping patches disagree", why=why))
+    if plan.audit.asks("shortcuts") and not positive_class(plan):
+        why = "no class is known to be the positive one; say which with --target"
+        found.append(UntestedRow(what="whether bare glass is called a class of tissue", why=why))
     if not plan.target.is_class:
         found.append(UntestedRow(what="curves of probabilities", why="the target is no class"))
     elif plan.audit.asks("saturation") and not gathered.names("saturation/", "/like_leaky"):

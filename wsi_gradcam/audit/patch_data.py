@@ -42,10 +42,13 @@ class PatchData:
         readable: bool; the others are zeros.
         raw: uint8 [PIECE, h, w, 3], as they are on the slide.
         rgb: the same as the model sees them before its own transform: with the stain that it wants.
-        wide: the same with a margin at the bottom and the right, [PIECE, h + h // SHIFT, w + w // SHIFT, 3].
-        stored: float32 [PIECE, maps, h, w], what the run stored.
-        probability: float32 [PIECE, classes, h, w], maps of the patches' probabilities alone.
-        annotated: bool [PIECE, side, side]; None where nothing is annotated.
+        wide: the same with a margin at the bottom and the right, [PIECE, h + h // SHIFT, w + w // SHIFT, 3]; None
+            where there is nothing round the patch.
+        stored: float32 [PIECE, maps, h, w], what the run stored; None without a run.
+        probability: float32 [PIECE, classes, h, w], maps of the patches' probabilities alone; None where nothing is
+            known of patches round about.
+        annotated: what each whole patch shows of the annotation, bool [PIECE, side, side]; None where there is none.
+        regions: what each whole patch shows of areas that should not decide, bool [PIECE, side, side] by their class.
         background: RGB of bare glass.
         slide_relevance: of the slide's patches, by the label of a class: (mean of the first method's map, probability);
             of a slide's first piece alone.
@@ -57,10 +60,11 @@ class PatchData:
     readable: NDArray[np.bool_]
     raw: NDArray[np.uint8]
     rgb: NDArray[np.uint8]
-    wide: NDArray[np.uint8]
-    stored: NDArray[np.float32]
-    probability: NDArray[np.float32]
+    wide: NDArray[np.uint8] | None
+    stored: NDArray[np.float32] | None
+    probability: NDArray[np.float32] | None
     annotated: NDArray[np.bool_] | None
+    regions: dict[str, NDArray[np.bool_]]
     background: tuple[int, int, int]
     slide_relevance: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
@@ -87,7 +91,9 @@ def read_piece(context: Context, run: AuditPlan, entry: SlideEntry, number: int)
     if plan.stain is not None:
         rgb, wide = apply(plan.stain, raw), apply(plan.stain, wide)
     store = context.patch_store(entry)
+    whole = (0.0, 0.0, *plan.footprint)
     found = annotated_slide(run.audit.annotations, entry.id, run.audit.include, plan.slide_px)
+    given = annotated_slide(run.audit.regions, entry.id, (), plan.slide_px)
     return PatchData(
         PIECE - missing,
         np.array(patches, np.int64),
@@ -98,7 +104,8 @@ def read_piece(context: Context, run: AuditPlan, entry: SlideEntry, number: int)
         wide,
         np.concatenate([store.read_span(i, i + 1).cams for i in patches]),
         _probability_maps(store, run, plan, np.array(yx)),
-        None if found is None else found.masks(yx, plan.view),
+        None if found is None else found.masks(yx, whole),
+        {} if given is None else given.masks_by_class(yx, whole),
         context.glass(entry),
         {} if number else _slide_relevance(store, run, plan),
     )

@@ -86,7 +86,9 @@ def _differs(
     asked: Asked, values: NDArray[np.float32], method: str, classes: NDArray[np.int64] | None
 ) -> NDArray[np.float64]:
     """How far the maps are from those that the run stored, relative to these; NaN where none was stored."""
-    run = asked.run
+    run, stored = asked.run, asked.data.stored
+    if stored is None:
+        return np.full(len(values), np.nan)
     rows = {
         shown.target.index if shown.target.is_class else shown.target: number
         for number, shown in enumerate(run.maps)
@@ -96,8 +98,8 @@ def _differs(
     for i, map_ in enumerate(values):
         keys = [run.target] if classes is None else [int(classes[i]), None]
         row = next((rows[key] for key in keys if key in rows), None)
-        if row is not None and (size := np.linalg.norm(asked.data.stored[i, row])) > 0:
-            found[i] = np.linalg.norm(map_ - asked.data.stored[i, row]) / size
+        if row is not None and (size := np.linalg.norm(stored[i, row])) > 0:
+            found[i] = np.linalg.norm(map_ - stored[i, row]) / size
     return found
 
 

@@ -40,6 +40,7 @@ class AuditSettings:
             run's first target.
         annotations: file or folder with areas in which the target's class is; None: none are known.
         include: names of the annotation classes that count; none: all.
+        regions: file or folder with areas that should not decide, such as rulers and folds, a suspect for each class.
     """
 
     patches: int = PATCHES
@@ -48,6 +49,7 @@ class AuditSettings:
     target: str = ""
     annotations: Path | None = None
     include: tuple[str, ...] = ()
+    regions: Path | None = None
 
     def __post_init__(self) -> None:
         if self.patches < 1:
@@ -57,8 +59,9 @@ class AuditSettings:
         check_questions(self.only)
         if self.include and self.annotations is None:
             raise ConfigError("include names classes of annotations; give their file or folder too")
-        if self.annotations is not None and not self.annotations.exists():
-            raise ConfigError(f"{self.annotations}: does not exist, expected a file or a folder; check the path")
+        for path in (self.annotations, self.regions):
+            if path is not None and not path.exists():
+                raise ConfigError(f"{path}: does not exist, expected a file or a folder; check the path")
 
     def asks(self, question: str) -> bool:
         """Whether a question is asked."""
@@ -67,7 +70,8 @@ class AuditSettings:
     def to_json(self) -> dict[str, Any]:
         """As plain values, in the order of the questions."""
         values = {**asdict(self), "only": [name for name in QUESTIONS if name in self.only]}
-        values["annotations"] = None if self.annotations is None else str(self.annotations)
+        for name in ("annotations", "regions"):
+            values[name] = None if values[name] is None else str(values[name])
         return {**values, "include": list(self.include)}
 
 
@@ -127,7 +131,7 @@ class AuditPlan(RunPlan):
         audit: what is asked.
         target: what is audited, one of the run's targets or each patch's predicted class.
         samples: by slide id.
-        annotation_digests: sha256 of the slides' files of annotations, by slide id.
+        annotation_digests, region_digests: sha256 of the slides' files of annotations and regions, by slide id.
     """
 
     run_digest: str
@@ -135,11 +139,12 @@ class AuditPlan(RunPlan):
     target: Target
     samples: Mapping[str, SlideSample]
     annotation_digests: Mapping[str, str]
+    region_digests: Mapping[str, str]
 
     def audit_identity(self) -> dict[str, Any]:
-        """All that the numbers depend on; where annotations lie does not count, their content does."""
+        """All that the numbers depend on; where annotations and regions lie does not count, their content does."""
         asked = self.audit.to_json()
-        del asked["annotations"]
+        del asked["annotations"], asked["regions"]
         sample = json.dumps({name: one.to_json() for name, one in sorted(self.samples.items())}, sort_keys=True)
         return {
             "format": FORMAT,
@@ -147,6 +152,7 @@ class AuditPlan(RunPlan):
             **asked,
             "target": self.target.label,
             "annotations": dict(sorted(self.annotation_digests.items())),
+            "regions": dict(sorted(self.region_digests.items())),
             "sample": hashlib.sha256(sample.encode()).hexdigest(),
         }
 
@@ -155,9 +161,9 @@ class AuditPlan(RunPlan):
         return hashlib.sha256(json.dumps(self.audit_identity(), sort_keys=True).encode()).hexdigest()
 
 
-def deep_pieces(patches: int) -> int:
-    """In how many pieces of all what is slow is measured too."""
-    return -(-max(FEWEST_DEEP, patches // DEEP_SHARE) // PIECE)
+def deep_patches(patches: int) -> int:
+    """On how many patches of all, or a few more, what is slow is measured too."""
+    return max(FEWEST_DEEP, patches // DEEP_SHARE)
 
 
 def patch_seeds(seed: int, slide: str, patches: Sequence[int]) -> list[int]:

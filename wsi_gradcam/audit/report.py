@@ -15,6 +15,7 @@ from wsi_gradcam.audit.folder import REPORT
 from wsi_gradcam.audit.judging_faithfulness import fractions_of
 from wsi_gradcam.audit.measured import MAIN
 from wsi_gradcam.audit.pictures import legend, overlay, patch_picture
+from wsi_gradcam.audit.report_numbers import number
 from wsi_gradcam.audit.report_parts import pill, question_part, square, verdict_list
 from wsi_gradcam.audit.report_style import AUDIT_STYLE
 from wsi_gradcam.audit.schema import CurveRow
@@ -40,12 +41,14 @@ class Example:
         title: which patch it is.
         rgb: uint8 [h, w, 3].
         map: float32 [h, w] of the first method, as heatmaps show it.
+        leaky: the same with a backward that leaks through ReLUs; None where it is not known.
         curves: of deletion and insertion, by the map's name: (deletion [Q], insertion [Q]).
     """
 
     title: str
     rgb: NDArray[np.uint8]
     map: NDArray[np.float32]
+    leaky: NDArray[np.float32] | None
     curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
@@ -53,7 +56,7 @@ def archive_page(metrics: Metrics, slides: Sequence[str], examples: Sequence[Exa
     """The page of the archive; `slides` have pages of their own."""
     title = f"Can these explanations be believed? {metrics.run.model}"
     links = [(_link(name, f"{name}/{REPORT}"),) for name in slides]
-    more = section("Slides of the sample", table(("each has a page of its own",), links), "slides")
+    more = section("Slides of the sample", table(("each has a page of its own",), links), "slides") if links else ""
     return _page(title, metrics, examples, scale, "", more)
 
 
@@ -95,6 +98,7 @@ def _head(title: str, metrics: Metrics) -> str:
             "Methods": ", ".join(METHOD_INFO[name].title for name in run.methods),
             "Patches": _counted(metrics),
             "Annotations": run.annotations or "none",
+            "Regions": run.regions,
         }.items()
     )
     return f"<header><h1>{text(title)}</h1><p>{pills or 'no verdict'}</p>{told}</header>\n"
@@ -102,7 +106,8 @@ def _head(title: str, metrics: Metrics) -> str:
 
 def _counted(metrics: Metrics) -> str:
     sample = metrics.sample
-    return f"{sample.patches:,} of {sample.patches_of_run:,}, of {sample.slides} of {sample.slides_of_run} slides"
+    slides = "the run's slide" if sample.slides_of_run == 1 else f"{sample.slides:,} of {sample.slides_of_run:,} slides"
+    return f"{sample.patches:,} of {sample.patches_of_run:,}, of {slides}"
 
 
 def _examples(metrics: Metrics, examples: Sequence[Example], scale: float) -> str:
@@ -114,6 +119,8 @@ def _examples(metrics: Metrics, examples: Sequence[Example], scale: float) -> st
         "so that weak maps look weak. Below, how the logit changes as pixels are taken away (deletion) or given back "
         "(insertion) in the order of the map and of controls."
     )
+    if any(example.leaky is not None for example in examples):
+        note += " The picture on the far right is the map with a backward that leaks through units that are off."
     cards = "".join(_card(example, scale) for example in examples)
     return f'{paragraph(note)}{legend(scale, UNITS[METHOD_INFO[method].unit])}<div class="patches">{cards}</div>'
 
@@ -122,17 +129,20 @@ def _card(example: Example, scale: float) -> str:
     pair = patch_picture(example.rgb, f"{example.title}: the patch") + overlay(
         example.rgb, example.map, scale, f"{example.title}: its map"
     )
+    if example.leaky is not None:
+        pair += overlay(example.rgb, example.leaky, scale, f"{example.title}: its map with a leaky backward")
     drawn = _patch_curves(example) if example.curves else ""
-    return f"<figure><figcaption>{text(example.title)}</figcaption>{pair}{drawn}</figure>"
+    kind = "" if example.leaky is None else ' class="three"'
+    return f"<figure{kind}><figcaption>{text(example.title)}</figcaption>{pair}{drawn}</figure>"
 
 
 def _patch_curves(example: Example) -> str:
     panels = []
-    for number, way in enumerate(("deletion", "insertion")):
+    for i, way in enumerate(("deletion", "insertion")):
         rows = [
             CurveRow(
                 question="faithfulness", of=name, what=way, x_name="share of the pixels", y_name="logit",
-                x=list(fractions_of(MAIN)), y=pair[number].tolist(),
+                x=list(fractions_of(MAIN)), y=pair[i].tolist(),
             )
             for name, pair in example.curves.items()
         ]  # fmt: skip
@@ -142,7 +152,7 @@ def _patch_curves(example: Example) -> str:
 
 def _strata(metrics: Metrics) -> str:
     lines = [
-        (row.by, row.of, row.what, ", ".join(f"{k}: {_number(v)}" for k, v in row.groups.items()), _number(row.p))
+        (row.by, row.of, row.what, ", ".join(f"{k}: {number(v)}" for k, v in row.groups.items()), number(row.p))
         for row in metrics.strata
     ]
     note = "A small p says that the groups differ; it does not say why."
@@ -161,10 +171,10 @@ def _against(metrics: Metrics) -> str:
             r.of,
             r.against,
             r.what,
-            f"{_number(r.difference)} ({_number(r.low)} to {_number(r.high)})",
+            f"{number(r.difference)} ({number(r.low)} to {number(r.high)})",
             r.unit,
-            _number(r.p),
-            _number(r.effect),
+            number(r.p),
+            number(r.effect),
         )
         for r in there.comparisons
     ]
@@ -199,7 +209,9 @@ def _sample(metrics: Metrics) -> str:
     )
 
 
-def examples_of(numbers: Numbers, slide: str, method: str, factor: int, wanted: int = SHOWN) -> list[Example]:
+def examples_of(
+    numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], wanted: int = SHOWN
+) -> list[Example]:
     """Example patches of a slide's first piece: those of the highest and the lowest score, and between.
 
     `factor` is from raw maps to what heatmaps show.
@@ -209,24 +221,23 @@ def examples_of(numbers: Numbers, slide: str, method: str, factor: int, wanted: 
         return []
     order = sorted(known, key=lambda i: (-float(np.nan_to_num(numbers["base/logit"][i])), i))
     chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(wanted, len(order)))]
-    return [_example(numbers, slide, method, factor, i) for i in dict.fromkeys(chosen)]
+    return [_example(numbers, slide, method, factor, classes, i) for i in dict.fromkeys(chosen)]
 
 
-def _example(numbers: Numbers, slide: str, method: str, factor: int, i: int) -> Example:
+def _example(numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], i: int) -> Example:
     title = f"{slide}, patch {int(numbers['base/number'][i])}"
     if "base/probability" in numbers:
-        title += f", probability {float(numbers['base/probability'][i]):.2f}"
+        label = classes[int(numbers["base/class"][i])]
+        title += f", probability of {label} {float(numbers['base/probability'][i]):.2f}"
     curves = {}
     for name in (method, "random", "edges"):
         keys = [f"faithfulness/{MAIN}/{name}/{way}" for way in ("deletion", "insertion")]
         if keys[0] in numbers:
             curves[name] = (numbers[keys[0]][i], numbers[keys[1]][i])
-    return Example(title, numbers["shown/rgb"][i], numbers[f"map/{method}"][i] * np.float32(factor), curves)
+    own, leaky = numbers[f"map/{method}"][i], numbers.get(f"leaky/{method}")
+    other = None if leaky is None else leaky[i] * np.float32(factor)
+    return Example(title, numbers["shown/rgb"][i], own * np.float32(factor), other, curves)
 
 
 def _link(name: str, path: str) -> Html:
     return Html(f'<a href="./{text(quote(path.encode("utf-8", "surrogateescape")))}">{text(name)}</a>')
-
-
-def _number(found: float | None) -> str:
-    return "–" if found is None else f"{found:.3g}"

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.figures import curves_figure, intervals_figure
-from wsi_gradcam.audit.measured import CONTROLS, GUIDED, MAIN
-from wsi_gradcam.audit.verdict import STAYING
-from wsi_gradcam.audit.words import OUTCOMES, QUADRANTS, STATES, WORDS, named
+from wsi_gradcam.audit.judging_model import GLASS_CALLED, LEAKY
+from wsi_gradcam.audit.measured import CONTROLS, COPIES
+from wsi_gradcam.audit.report_figures import MAIN_SCORE, figures_of, is_control
+from wsi_gradcam.audit.report_numbers import difference, number, p_text, value
+from wsi_gradcam.audit.verdict import QUADRANTS
+from wsi_gradcam.audit.words import OUTCOMES, STATES, WORDS, named
 from wsi_gradcam.page import Html, paragraph, table, text
 
 if TYPE_CHECKING:
-    from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, Metrics, QuadrantRow, VerdictRow
+    from wsi_gradcam.audit.schema import EstimateRow, Metrics, QuadrantRow, VerdictRow
 
-MAIN_SCORE = f"score, {MAIN}"
+LIKE = 0.9  # rank correlation from which maps are taken for nearly the same
 
 
 def pill(outcome: str) -> Html:
@@ -51,20 +53,20 @@ def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
             found.append(f"against {named(row.against)}: {difference(row)}")
         elif row.what in verdict.evidence:
             found.append(f"{row.what}, against {row.against}: {difference(row)}")
-    found += [f"{row.what}: {value(row)}" for row in metrics.estimates if _backs(row, verdict)]
+    found += [f"{_what(row)}: {value(row)}" for row in _backing(metrics, verdict)]
     return [
         *found,
         *([] if verdict.p_adjusted is None else [f"{p_text(verdict.p_adjusted)}, corrected for all verdicts"]),
     ]
 
 
-def p_text(p: float) -> str:
-    """A p as papers give it.
-
-    >>> p_text(0.0341), p_text(1e-9)
-    ('p = 0.034', 'p < 0.001')
-    """
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+def _what(row: EstimateRow) -> str:
+    """What a number says, where the verdict's own words do not tell of whom."""
+    if row.of == COPIES:
+        return f"{row.what} with random weights"
+    if row.what == GLASS_CALLED:
+        return f"{row.what.removesuffix('so')}{row.of.removeprefix('glass, ')}"
+    return row.what
 
 
 BACKING = {
@@ -72,8 +74,12 @@ BACKING = {
     "locality": ("worth of the promise",),
     "plausibility": ("auroc",),
     "saturation": ("patches with a saturated probability", "patches without any gradient"),
-    "shortcuts": ("patches of bare glass called so",),
+    "shortcuts": (GLASS_CALLED,),
 }
+
+
+def _backing(metrics: Metrics, verdict: VerdictRow) -> list[EstimateRow]:
+    return [row for row in metrics.estimates if _backs(row, verdict)]
 
 
 def _backs(row: EstimateRow, verdict: VerdictRow) -> bool:
@@ -87,30 +93,11 @@ def _backs(row: EstimateRow, verdict: VerdictRow) -> bool:
             and row.of == method
             and row.what == f"change of the map with {change}, over that to another patch"
         )
-    if row.of == "random copies":
+    if row.of == COPIES:
         return verdict.of == "model"
     if verdict.of == "glass alone":
         return row.what in BACKING["shortcuts"]
     return row.of == verdict.of and row.what in BACKING.get(verdict.question, ())
-
-
-def value(row: EstimateRow) -> str:
-    """An estimate in text."""
-    if row.value is None:
-        return "no number"
-    if row.unit == "share":
-        return f"{100 * row.value:.0f} % ({_percent(row.low)} to {_percent(row.high)})"
-    return f"{row.value:.3g} ({_number(row.low)} to {_number(row.high)})"
-
-
-def difference(row: ComparisonRow) -> str:
-    """A comparison in text."""
-    if row.difference is None:
-        return "no number"
-    if row.unit == "share":
-        return f"{100 * row.difference:+.0f} % ({_percent(row.low)} to {_percent(row.high)})"
-    better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the patches"
-    return f"{row.difference:+.3g} {row.unit} ({_number(row.low)} to {_number(row.high)}){better}"
 
 
 def square(quadrants: Sequence[QuadrantRow]) -> str:
@@ -135,7 +122,7 @@ def square(quadrants: Sequence[QuadrantRow]) -> str:
 def question_part(metrics: Metrics, question: str) -> str:
     """A question: how it is answered, figures with controls, all numbers, what a pass does not prove."""
     words = WORDS[question]
-    estimates = [row for row in metrics.estimates if row.question == question and row.patches]
+    estimates = sorted((r for r in metrics.estimates if r.question == question and r.patches), key=is_control)
     comparisons = [row for row in metrics.comparisons if row.question == question and row.patches]
     numbers = table(
         ("of", "measure", "value (95 % range)", "unit", "patches", "slides"),
@@ -143,9 +130,11 @@ def question_part(metrics: Metrics, question: str) -> str:
     )
     tests = table(
         ("of", "against", "measure", "difference (95 % range)", "p", "effect (d)"),
-        [(r.of, named(r.against), r.what, difference(r), _number(r.p), _number(r.effect)) for r in comparisons],
+        [(named(r.of), named(r.against), r.what, difference(r), number(r.p), number(r.effect)) for r in comparisons],
     )
-    figures = "".join(_figures(metrics, question))
+    figures = "".join(figures_of(metrics, question)) + "".join(map(paragraph, _leaks(estimates)))
+    if not estimates and not comparisons:
+        return f'<p class="how">{text(words.how)}</p>{paragraph("It was not tested; why stands below.")}'
     return (
         f'<p class="how">{text(words.how)}</p>{figures}'
         f'<p class="how"><strong>What a pass does not prove.</strong> {text(words.not_proven)}</p>'
@@ -154,103 +143,20 @@ def question_part(metrics: Metrics, question: str) -> str:
     )
 
 
-def _figures(metrics: Metrics, question: str) -> list[Html]:
-    curves = [row for row in metrics.curves if row.question == question and any(y is not None for y in row.y)]
-    if question == "faithfulness":
-        return _faithfulness_figures(metrics, curves)
-    if question == "sanity":
-        return _sanity_figures(metrics, curves)
-    if question == "locality" and curves:
-        methods = list(dict.fromkeys(row.of for row in curves))
-        panels = [(method, [row for row in curves if row.of == method]) for method in methods]
-        return [curves_figure(panels, "What steps along the map do, against what the gradient promises")]
-    if question == "stability":
-        rows = [
-            (f"{r.of}: {r.what.split(' with ')[1].split(',')[0]}", r)
-            for r in metrics.estimates
-            if r.what.endswith("another patch")
-        ]
-        return (
-            [intervals_figure(rows, 0.5, "change of the map, 1: as far as another patch's", "How far maps move")]
-            if rows
-            else []
-        )
-    if question == "plausibility":
-        rows = [(named(r.of), r) for r in metrics.estimates if r.question == question and r.what == "auroc"]
-        return (
-            [intervals_figure(rows, 0.5, "area under the ROC curve; chance is 0.5", "How well maps meet annotations")]
-            if rows
-            else []
-        )
-    if question == "shortcuts":
-        rows = [(r.of, r) for r in metrics.estimates if r.what == "positive attribution on it" and r.value is not None]
-        return (
-            [intervals_figure(rows, None, "share of the positive attribution", "Attribution on suspects")]
-            if rows
-            else []
-        )
-    return []
-
-
-def _faithfulness_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
-    found = []
-    for kind, name in (("", "logits"), (", probability", "probabilities")):
-        ways = [
-            (way, [row for row in curves if row.what == f"{way}, {MAIN}{kind}"]) for way in ("deletion", "insertion")
-        ]
-        if any(rows for _, rows in ways):
-            panels = [(f"{way}: {'lower' if way == 'deletion' else 'higher'} is better", rows) for way, rows in ways]
-            found.append(
-                curves_figure(panels, f"Mean curves of deletion and insertion in {name}, all maps and controls")
+def _leaks(estimates: Sequence[EstimateRow]) -> list[str]:
+    """What the map with a leaky backward says, in words."""
+    said = []
+    for row in estimates:
+        if row.what == LEAKY and row.value is not None:
+            like = f"The map of {named(row.of)} with a leaky backward (rank correlation {row.value:.2f})"
+            bites = row.value < LIKE
+            said.append(
+                f"{like} is another: units that are off hold back evidence, which this map does not show."
+                if bites
+                else f"{like} is nearly the same: hardly anything is hidden by units that are off."
             )
-    rows = [(named(r.of), r) for r in metrics.estimates if r.question == "faithfulness" and r.what == MAIN_SCORE]
-    if rows:
-        found.append(
-            intervals_figure(rows, 0.0, "(insertion − deletion) / 2, in logits", "Scores of all maps and controls")
-        )
-    slides = [row for row in curves if row.what.startswith("slide, ")]
-    if slides:
-        labels = list(dict.fromkeys(row.of for row in slides))
-        panels = [(f"slide score: {label}", [_ordered(r) for r in slides if r.of == label]) for label in labels[:3]]
-        found.append(
-            curves_figure(
-                panels, "Scores of slides as patches are taken away, most or least relevant first, or at random"
-            )
-        )
-    return found
-
-
-def _ordered(row: CurveRow) -> CurveRow:
-    """A slide's curve, named by the order in which patches are taken away."""
-    order = row.what.removeprefix("slide, ")
-    return row.model_copy(update={"of": "at random" if order == "random" else f"{order} relevant first", "what": ""})
-
-
-def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
-    found = []
-    kinds = ("spearman", "ssim")
-    panels = [
-        (f"{kind}, from the head down", [row for row in curves if row.what == f"{kind}, top_down"]) for kind in kinds
-    ]
-    if any(rows for _, rows in panels):
-        found.append(curves_figure(panels, "Likeness of maps to those of the trained model as layers become random"))
-    rows = [
-        (f"{named(row.of)} (should fail)" if row.of == GUIDED else named(row.of), row)
-        for row in metrics.estimates if row.what == "maps that stay with random weights"
-    ]  # fmt: skip
-    if rows:
-        axis = "share of maps that stay, less those that turn into their opposite"
-        found.append(intervals_figure(rows, STAYING, axis, "Maps that stay with random weights"))
-    return found
+    return said
 
 
 def _pair(faithful: bool, plausible: bool) -> tuple[str, str]:
     return "holds" if faithful else "fails", "holds" if plausible else "fails"
-
-
-def _number(found: float | None) -> str:
-    return "–" if found is None else f"{found:.3g}"
-
-
-def _percent(found: float | None) -> str:
-    return "–" if found is None else f"{100 * found:.0f} %"

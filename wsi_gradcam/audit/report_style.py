@@ -24,13 +24,15 @@ figure svg rect { fill: revert-layer; }
 .of { color: #4b535d; }
 .patches figure { border: 1px solid #e4e7eb; border-radius: 6px; padding: 0.5rem; }
 .patches img { width: 49%; height: auto; image-rendering: auto; }
+.patches .three > img { width: 32.5%; }
 .overview { max-width: 100%; height: auto; }
 .scale { width: 100%; max-width: 24rem; height: auto; display: block; }
 .square { display: grid; grid-template-columns: max-content 1fr 1fr; gap: 0.5rem; }
 .square > div { border: 1px solid #d5d9df; border-radius: 6px; padding: 0.6rem; }
 .square > .name { border: 0; color: #4b535d; font-weight: 600; }
 .square > .here { border: 2px solid #14458a; background: #eef4fc; }
-details { margin: 0.5rem 0; }
+td { overflow-wrap: break-word; }
+details { overflow-x: auto; margin: 0.5rem 0; }
 summary { cursor: pointer; color: #14458a; }
 @media (max-width: 40rem) { .square, .verdict { grid-template-columns: 1fr; } }
 """

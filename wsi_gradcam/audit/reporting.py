@@ -33,7 +33,7 @@ def write_reports(folder: AuditFolder, plan: AuditPlan, gathered: Gathered, metr
     alone = replace(about, not_audited=())
     for slide in slides:
         own = metrics_of(gathered.of_slide(slide), plan, alone, slide)
-        examples = examples_of(read_numbers(folder.piece(slide, digest, 0)), slide, method, factor)
+        examples = examples_of(read_numbers(folder.piece(slide, digest, 0)), slide, method, factor, plan.facts.classes)
         if len(shown) < SHOWN:
             shown += examples[:each]
         page = slide_page(own, examples, scale, _overview(plan, slide))

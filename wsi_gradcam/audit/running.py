@@ -66,6 +66,7 @@ def audit_run(
     target: str = "",
     annotations: str | PathLike[str] | None = None,
     include: Sequence[str] = (),
+    regions: str | PathLike[str] | None = None,
     model: str | PathLike[str] | ModelSpec | Model | None = None,
     against: AnyPlace | None = None,
     workers: int | None = None,
@@ -87,6 +88,8 @@ def audit_run(
             explained, else the run's first.
         annotations: file, or folder with a file a slide, of areas that show the target's class.
         include: names of the annotation classes that count; nothing given: all.
+        regions: file, or folder with a file a slide, of areas that should not decide, such as rulers, folds and pen;
+            each class of them is hidden, against as much elsewhere.
         model: where the run does not say how its model is loaded, or its files have moved.
         against: another run, whose audit is finished; its patches are audited here too, and the two are compared.
         workers, scheduler, wait_for_workers: as for `explain`.
@@ -99,6 +102,7 @@ def audit_run(
     asked = AuditSettings(
         patches, seed, tuple(name for name in QUESTIONS if name in only) if not _unknown(only) else tuple(only), target,
         None if annotations is None else Path(annotations).absolute(), tuple(include),
+        None if regions is None else Path(regions).absolute(),
     )  # fmt: skip
     listener = listener or Listener()
     result = open_result(place_of(out).absolute())
@@ -155,15 +159,19 @@ def _planned(run: Reopened, eager: RunPlan, asked: AuditSettings, other: Other |
         audit=asked,
         target=target,
         samples=samples,
-        annotation_digests=_annotation_digests(run, asked, samples),
+        annotation_digests=_digests(run, asked.annotations, asked.include, samples),
+        region_digests=_digests(run, asked.regions, (), samples),
     )
 
 
-def _annotation_digests(run: Reopened, asked: AuditSettings, samples: dict[str, SlideSample]) -> dict[str, str]:
+def _digests(
+    run: Reopened, path: Path | None, include: tuple[str, ...], samples: dict[str, SlideSample]
+) -> dict[str, str]:
+    """sha256 of the slides' files of annotations, by slide id."""
     found = {}
     for candidate in run.candidates:
         if candidate.entry.id in samples:
-            annotated = annotated_slide(asked.annotations, candidate.entry.id, asked.include, candidate.slide.size_px)
+            annotated = annotated_slide(path, candidate.entry.id, include, candidate.slide.size_px)
             if annotated is not None:
                 found[candidate.entry.id] = annotated.regions.digest
     return found

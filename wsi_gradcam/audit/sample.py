@@ -15,7 +15,7 @@ import numpy as np
 
 from wsi_gradcam.audit.annotated import annotated_slide
 from wsi_gradcam.audit.estimates import stratified_sample
-from wsi_gradcam.audit.plan import PIECE, AuditSettings, SlideSample, deep_pieces
+from wsi_gradcam.audit.plan import PIECE, AuditSettings, SlideSample, deep_patches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,7 @@ def draw(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, 
         found = _patches(candidate, settings, each, weight)
         if found.patches:
             samples[candidate.slide.id] = found
-    return _deepened(samples, settings)
+    return deepened(samples, settings)
 
 
 def _slides(candidates: Sequence[Candidate], settings: AuditSettings) -> tuple[list[Candidate], list[float]]:
@@ -100,17 +100,18 @@ def _strata(
     return [f"{name}, partly annotated" if part else name for name, part in zip(strata, partly.tolist(), strict=True)]
 
 
-def _deepened(samples: Mapping[str, SlideSample], settings: AuditSettings) -> dict[str, SlideSample]:
+def deepened(samples: Mapping[str, SlideSample], settings: AuditSettings) -> dict[str, SlideSample]:
     """The samples with pieces for what is slow, dealt out to the slides in a random order, one at a time."""
     names = list(samples)
     order = [names[i] for i in np.random.default_rng(settings.seed).permutation(len(names)).tolist()]
-    left, given = deep_pieces(settings.patches), Counter[str]()
+    left, given = deep_patches(settings.patches), Counter[str]()
     while left > 0:
         before = left
         for name in order:
             if left > 0 and given[name] < samples[name].pieces:
+                part = samples[name].piece(given[name])
                 given[name] += 1
-                left -= 1
+                left -= part.stop - part.start
         if left == before:  # all are deep
             break
     return {name: replace(sample, deep=given[name]) for name, sample in samples.items()}

@@ -43,7 +43,8 @@ def print_audit(outcome: AuditOutcome, failures: Sequence[VerdictRow], as_json: 
         for verdict in metrics.verdicts:
             print(f"{verdict.outcome:>7}  {verdict.question} ({verdict.of}): {verdict.words}")
         sample = metrics.sample
-        print(f"{sample.patches} patches of {sample.slides} slides, seed {sample.seed}; {outcome.out / 'report.html'}")
+        slides = "1 slide" if sample.slides == 1 else f"{sample.slides} slides"
+        print(f"{sample.patches} patches of {slides}, seed {sample.seed}; {outcome.out / 'report.html'}")
     for record in outcome.failed:
         print(f"not audited: {record.slide.id}: {record.error}", file=sys.stderr)
     for verdict in failures:

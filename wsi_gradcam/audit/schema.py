@@ -169,6 +169,7 @@ class RunFacts(_Strict):
     methods: list[str]
     questions: list[str]
     annotations: Text
+    regions: Text
     versions: dict[str, str]
 
 

@@ -24,6 +24,8 @@ Masks = NDArray[np.bool_]
 
 PEN, GLASS, BLUR, BORDER = "pen", "glass", "blur", "border"
 SUSPECTS = (PEN, GLASS, BLUR, BORDER)
+GIVEN = " (given)"  # ends the names of suspects that somebody has drawn
+_IN_WORDS = {PEN: "ink", GLASS: "bare glass", BLUR: "what is blurred", BORDER: "the patch's border"}
 
 WINDOWS = 4  # a side: what is blurred is told for windows of a quarter of the patch
 SMALLEST_WINDOW_PX = 24
@@ -32,6 +34,15 @@ SMALLEST_WINDOW_PX = 24
 BLURRED = 0.45
 BORDER_SHARE = 1 / 14  # of the side: half a cell of 7 x 7
 SMALLEST_PEN_PX, PEN_EDGE_PX = 4, 2  # of 8 um: farther from the stroke, tissue beside it would be taken for its edge
+
+
+def in_words(suspect: str) -> str:
+    """What a suspect is called in a sentence.
+
+    >>> in_words("pen"), in_words("ruler (given)")
+    ('ink', 'ruler')
+    """
+    return _IN_WORDS.get(suspect, suspect.removesuffix(GIVEN))
 
 
 def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)) -> dict[str, Masks]:

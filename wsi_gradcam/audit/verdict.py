@@ -17,11 +17,19 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, compare, holm
 
 Outcome = Literal["holds", "fails", "unclear"]
 ALPHA = 0.05
+RARE = 0.02  # an untrained model that is said to have learned something is the worst error of all
 MOST = 0.5
 STAYING = 0.25  # of the maps: a quarter that ignores the model is too many; of chance none are left
 CHANCE = 0.5  # of the area under a ROC curve
 # A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
 ENOUGH = 34
+LARGE = 0.8  # of a standard deviation: a large effect (Cohen)
+QUADRANTS = {  # (faithful, plausible)
+    (True, True): "The model looks where a pathologist would, and its answer hangs on that.",
+    (True, False): "The answer hangs on something else than what was annotated: a shortcut, or something new.",
+    (False, True): "The map looks right, but the answer does not hang on it: it flatters the model.",
+    (False, False): "The map shows neither what the model uses nor what was annotated: it says nothing.",
+}
 
 
 @dataclass(frozen=True)
@@ -51,25 +59,31 @@ def faithful(
 ) -> Verdict:
     """Whether the answer hangs on what the map calls relevant: scores [N] of the map against those of each control.
 
-    It holds where the map beats every control, and fails where a control beats it, or where enough patches do not set
-    it apart from `chance`.
+    It holds where the map beats every control: each alone at 5 %, as all are asked together. It fails where a control
+    beats it (corrected for their number), or where enough patches do not set it apart from `chance`: an interval that
+    holds 0, and no large effect (Cohen's d of 0.8). What is not certain for want of slides is unclear.
     """
     question = "Does the model's answer hang on what the map shows?"
     found = {name: compare(score, other, slides, weights, seed) for name, other in controls.items()}
     adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
-    sure = {name: adjusted[name] < ALPHA for name in found}
-    beaten = [name for name in found if sure[name] and found[name].difference.value > 0]
-    lost = [name for name in found if sure[name] and found[name].difference.value < 0]
+    beaten = [name for name, one in found.items() if one.p < ALPHA and one.difference.value > 0]
+    lost = [name for name, one in found.items() if adjusted[name] < ALPHA and one.difference.value < 0]
     others = [name for name in found if name not in beaten]
     if not others:
         return Verdict(question, "holds", f"The map beats every control: {_list(beaten)}.", found)
     if lost:
         words = f"Taking pixels away in the order of {_list(lost)}, which ignores the model, tells more than the map."
         return Verdict(question, "fails", words, found)
-    if chance in others and found[chance].difference.patches >= ENOUGH:
+    if chance in others and _is_nothing(found[chance]):
         return Verdict(question, "fails", "The map's order of the pixels is worth no more than a random one.", found)
     words = f"The map is not told apart from {_list(others)} with these patches."
     return Verdict(question, "unclear", words, found)
+
+
+def _is_nothing(found: Comparison) -> bool:
+    """Whether enough patches show that a difference is none, or small."""
+    interval = found.difference
+    return interval.patches >= ENOUGH and interval.low <= 0 and interval.high <= LARGE * found.spread
 
 
 def depends_on_weights(staying: Estimate) -> Verdict:
@@ -94,21 +108,26 @@ def free_of(suspect: str, drop: Comparison, flips: Comparison) -> Verdict:
     """Whether the model leaves a suspect region alone: what hiding it does, against equal areas elsewhere.
 
     Args:
-        suspect: such as "pen".
+        suspect: in words, such as "ink".
         drop: size of the logit's change with the suspect hidden, against equal areas.
         flips: whether the predicted class changes (0 or 1), against its share for equal areas.
     """
-    question = f"Is the answer free of {suspect}?"
+    question = f"Does the answer do without {suspect}?"
     evidence = {"change of the logit": drop, "changed answers": flips}
     if flips.p < ALPHA and flips.difference.value > 0:
         share = _percent(flips.difference.value)
         words = f"Hiding {suspect} changes the answer for {share} more of the patches than hiding as much elsewhere."
         return Verdict(question, "fails", words, evidence)
     if drop.p < ALPHA and drop.difference.value > 0:
-        words = f"{suspect.capitalize()} moves the logit more than an equal area does, but seldom decides."
+        words = f"{_begun(suspect)} moves the logit more than an equal area does, but seldom decides."
         return Verdict(question, "unclear", words, evidence)
     if drop.difference.patches < ENOUGH:
-        return Verdict(question, "unclear", f"Only {drop.difference.patches} patches show {suspect}.", evidence)
+        return Verdict(
+            question,
+            "unclear",
+            f"Only {drop.difference.patches} patches show {suspect}, and something else as large.",
+            evidence,
+        )
     return Verdict(question, "holds", f"Hiding {suspect} does no more than hiding as much elsewhere.", evidence)
 
 
@@ -118,11 +137,11 @@ def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
     evidence = {"changed answers": flips}
     if flips.p < ALPHA and flips.difference.value > 0:
         share = _percent(flips.difference.value)
-        words = f"{change.capitalize()} changes the answer for {share} more of the patches than {control} does."
+        words = f"{_begun(change)} changes the answer for {share} more of the patches than {control} does."
         return Verdict(question, "fails", words, evidence)
     if flips.difference.patches < ENOUGH:
         return Verdict(question, "unclear", f"{flips.difference.patches} patches are too few to tell.", evidence)
-    words = f"{change.capitalize()} changes the answer no more often than {control} does."
+    words = f"{_begun(change)} changes the answer no more often than {control} does."
     return Verdict(question, "holds", words, evidence)
 
 
@@ -162,16 +181,16 @@ def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
 
     Args:
         spread: `wsi_gradcam.audit.learning.answer_spread` of the model.
-        of_random: [draws] the same of its copies with random weights; 19 or more, or nothing can be told.
+        of_random: [draws] the same of its copies with random weights; 49 or more, or nothing can be told.
     """
     question = "Has the model learned what tells these patches apart?"
     others = np.asarray(of_random, np.float64)
     p = float((1 + (others >= spread).sum()) / (1 + len(others)))
     middle = float(np.median(others)) if len(others) else float("nan")
     evidence = {"spread of its answers": spread, "with random weights": middle, "p": p}
-    if 1 / (1 + len(others)) > ALPHA:
+    if 1 / (1 + len(others)) > RARE:
         return Verdict(question, "unclear", f"{len(others)} random copies are too few to tell.", evidence)
-    if p <= ALPHA:
+    if p <= RARE:
         words = "Its answers differ from patch to patch more than those of its copies with random weights."
         return Verdict(question, "holds", words, evidence)
     words = (
@@ -221,12 +240,12 @@ def quadrant(is_faithful: Verdict, is_plausible: Verdict) -> str:
     """What the two together mean; they are never mixed into one number."""
     if "unclear" in (is_faithful.outcome, is_plausible.outcome):
         return "One of the two is not known: no statement about the pair."
-    return {
-        (True, True): "The model looks where a pathologist would, and its answer hangs on that.",
-        (True, False): "The answer hangs on something else than what was annotated: a shortcut, or something new.",
-        (False, True): "The map looks right, but the answer does not hang on it: it flatters the model.",
-        (False, False): "The map shows neither what the model uses nor what was annotated: it says nothing.",
-    }[is_faithful.outcome == "holds", is_plausible.outcome == "holds"]
+    return QUADRANTS[is_faithful.outcome == "holds", is_plausible.outcome == "holds"]
+
+
+def _begun(text: str) -> str:
+    """As a sentence begins."""
+    return text[:1].upper() + text[1:]
 
 
 def _percent(share: float) -> str:

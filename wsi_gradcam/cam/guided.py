@@ -44,14 +44,8 @@ def guided_graph(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-class LeakyBackwardRelu(torch.autograd.Function):
+class LeakyBackwardRelu(GuidedRelu):
     """max(x, 0), at most `ceiling`, whose backward lets `LEAK` of the gradient pass where x has no slope."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, ceiling: float) -> Tensor:
-        """max(x, 0), at most `ceiling`."""
-        ctx.save_for_backward((value > 0) & (value < ceiling))
-        return value.clamp(min=0, max=ceiling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -4,7 +4,8 @@
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
 /api/slides/KEY/values, .../patches/...        what lies at a point, a patch, the highest patches
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
-/files/KEY/..., /zarr/ID/heatmap.ome.zarr/...  files of the results, the second by ranges
+               heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
+/files/..., /zarr/ID/heatmap.ome.zarr/...      files of the results as they lie in OUT, the second by ranges
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from wsi_gradcam.viewer.page_files import page_routes
 from wsi_gradcam.viewer.pictures import Pictures
 from wsi_gradcam.viewer.security import Access, Guard
 from wsi_gradcam.viewer.slides_open import OpenSlides
+from wsi_gradcam.viewer.spread import Spreads
 from wsi_gradcam.viewer.work import Work
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ class Viewer:
         self._slides = slides
         self._pictures = Pictures(archive, slides)
         self._scorer = Scorer(archive)
-        self._inquiries = Inquiries(archive, slides, self._scorer.windows)
+        self._spreads = Spreads(archive)
+        self._inquiries = Inquiries(archive, slides, self._spreads, self._scorer.windows)
         self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
         # A slide in an object store may be slow: heatmaps do not wait behind it.
@@ -77,6 +80,7 @@ class Viewer:
     def routes(self) -> list[Route]:
         """All addresses but the page's."""
         slide, tiles = f"/api/slides/{KEY}", f"/tiles/{KEY}/{VERSION}"
+        in_channel = "{channel:str}/{level:str}/{row:str}_{column:str}.png"
         found = {
             "/api/run": self.run,
             "/api/slides": self.slides,
@@ -87,11 +91,13 @@ class Viewer:
             f"{slide}/patches/top": self.top,
             f"{slide}/patches/{{patch:str}}": self.patch,
             f"{tiles}/slide/{{level:str}}/{{row:str}}_{{column:str}}.jpg": self.slide_tile,
-            f"{tiles}/heat/{{channel:str}}/{{level:str}}/{{row:str}}_{{column:str}}.png": self.heat_tile,
-            f"{tiles}/cells/{{channel:str}}/{{level:str}}/{{row:str}}_{{column:str}}.png": self.heat_tile,
+            f"{tiles}/heat/{in_channel}": self.heat_tile,
+            f"{tiles}/cells/{in_channel}": self.heat_tile,
+            f"{tiles}/heat/spread-{{spread:str}}/{in_channel}": self.heat_tile,
+            f"{tiles}/cells/spread-{{spread:str}}/{in_channel}": self.heat_tile,
             f"{tiles}/patch/{{patch:str}}.jpg": self.patch_picture,
             f"{tiles}/thumb.jpg": self.thumb,
-            f"/files/{KEY}/{{path:path}}": self.file,
+            "/files/{path:path}": self.file,
             "/zarr/{path:path}": self.zarr,
         }
         return [Route(path, answered(handler), methods=["GET"]) for path, handler in found.items()]
@@ -156,7 +162,13 @@ class Viewer:
     async def heat_tile(self, request: Request) -> Response:
         """A tile of a channel, with its pixels enlarged smoothly (heat) or as they are (cells)."""
         channel, tile, smooth = number(request.path_params["channel"]), _tile(request), "/heat/" in request.url.path
-        return await self._picture(request, PNG, lambda shown: self._pictures.heat_tile(shown, channel, *tile, smooth))
+        spread = request.path_params.get("spread")
+
+        def make(shown: Shown) -> bytes:
+            layered = shown if spread is None else self._spreads.with_digest(shown, spread)
+            return self._pictures.heat_tile(layered, channel, *tile, smooth)
+
+        return await self._picture(request, PNG, make)
 
     async def patch_picture(self, request: Request) -> Response:
         """What the model saw of a patch."""
@@ -168,9 +180,8 @@ class Viewer:
         return await self._picture(request, JPEG, self._pictures.thumb)
 
     async def file(self, request: Request) -> Response:
-        """A file of a slide's results that people look at."""
-        key, path = request.path_params["key"], request.path_params["path"]
-        found: Response = await self._made(request, lambda: self._files.file(request, key, path))
+        """A file of the results that people look at."""
+        found: Response = await self._made(request, lambda: self._files.file(request, request.path_params["path"]))
         return found
 
     async def zarr(self, request: Request) -> Response:

@@ -96,7 +96,7 @@ class Archive:
         """The slide with an id, or with one that looks so where it is no text; otherwise as `find`."""
         if (key := key_of(slide_id)) in self._shown:
             return self.find(key)
-        similar = (s.key for s in self.slides() if shown_name(s.result.id) == slide_id)
+        similar = (s.key for s in self.slides() if slide_id in (shown_name(s.result.id), _addressed(s.result.id)))
         return self.find(next(similar, key))
 
     def open_slide(self, shown: Shown) -> Slide:
@@ -152,6 +152,11 @@ def key_of(slide_id: str) -> str:
 def shown_name(text: str) -> str:
     """Text for JSON: file names that are not UTF-8 have surrogates in them."""
     return text.encode("utf-8", "replace").decode()
+
+
+def _addressed(text: str) -> str:
+    """What a file name has become after it was part of an address."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _digest(text: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from wsi_gradcam import __version__
+from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import SlideError, WsiGradcamError, one_line
 from wsi_gradcam.viewer.archive import shown_name
+from wsi_gradcam.viewer.files import RUN_REPORT
 from wsi_gradcam.viewer.gallery import status_of
 from wsi_gradcam.viewer.heat import finer_levels, heat_grid, scale_of
 from wsi_gradcam.viewer.tiles import slide_grid
@@ -16,10 +19,9 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.stores.places import Place
     from wsi_gradcam.viewer.archive import Archive, Shown
+    from wsi_gradcam.viewer.spread import Spread
 
 Windows = dict[str, tuple[float, float]]
-AUDIT = "audit/report.html"
-REPORT = "run.html"
 
 
 def run_facts(archive: Archive) -> dict[str, Any]:
@@ -37,13 +39,23 @@ def run_facts(archive: Archive) -> dict[str, Any]:
         "methods": list(settings.get("method", [])),
         "patch_px": list(model["patch_px"]),
         "patch_mpp": model["mpp"],
-        "report": f"/files/run/{REPORT}" if _has(archive.out / REPORT) else None,
-        "audit": "/files/run/report.html" if _has(archive.out / AUDIT) else None,
+        "report": f"/files/{RUN_REPORT}" if _has(archive.out / RUN_REPORT) else None,
+        "audit": f"/files/{AUDIT}/{REPORT}" if _has(AuditFolder(archive.out / AUDIT).report) else None,
     }
 
 
-def slide_facts(shown: Shown, slide: Slide | SlideError, windows: Windows) -> dict[str, Any]:
-    """Of a slide: its own picture, its heatmap, patches. Either of the first two may be missing, with the reason.
+def audit_address(archive: Archive, shown: Shown) -> str | None:
+    """Where the page of a slide's audit is handed out; None where there is none."""
+    slide_id = shown.result.id
+    if not _has(AuditFolder(archive.out / AUDIT).slide_report(slide_id)):
+        return None
+    return f"/files/{AUDIT}/{quote(slide_id.encode('utf-8', 'surrogateescape'))}/{REPORT}"
+
+
+def slide_facts(
+    shown: Shown, slide: Slide | SlideError, spread: Spread | WsiGradcamError | None, windows: Windows
+) -> dict[str, Any]:
+    """Of a slide: its own picture, its heatmap with its spread, patches. What is missing of them, with the reason.
 
     `windows` are those of the whole run, as far as they are known.
     """
@@ -71,9 +83,10 @@ def slide_facts(shown: Shown, slide: Slide | SlideError, windows: Windows) -> di
             "finer": finer_levels(result),
             "stride_px": result.stride_px,
         }
-        facts["channels"] = [_channel(channel, windows) for channel in result.channels]
+        channels = [_channel(channel, windows, str(channel.number)) for channel in result.channels]
+        facts["channels"] = channels if isinstance(spread, WsiGradcamError) else channels + _spread_channels(spread)
+        facts["spread_problem"] = shown_name(one_line(spread)) if isinstance(spread, WsiGradcamError) else None
         facts["table"] = result.is_finished and plan.patches > 0
-        facts["audit"] = f"/files/{shown.key}/report.html" if _has(result.folder.place / AUDIT) else None
     except (WsiGradcamError, OSError, KeyError) as error:
         facts["heat_problem"] = shown_name(facts["error"] or one_line(error))
         if not isinstance(slide, SlideError):
@@ -108,10 +121,17 @@ def _picture(slide: Slide | SlideError) -> dict[str, Any]:
     }
 
 
-def _channel(channel: ChannelInfo, windows: Windows) -> dict[str, Any]:
+def _spread_channels(spread: Spread | None) -> list[dict[str, Any]]:
+    if spread is None:
+        return []
+    return [_channel(channel, {}, f"spread-{spread.digest}/{channel.number}") for channel in spread.result.channels]
+
+
+def _channel(channel: ChannelInfo, windows: Windows, address: str) -> dict[str, Any]:
+    """`address` is the channel's part of its tiles' addresses."""
     scale, run = scale_of(channel), windows.get(channel.label)
     return {
-        "number": channel.number,
+        "address": address,
         "label": shown_name(channel.label),
         "method": channel.method,
         "target": shown_name(channel.target),

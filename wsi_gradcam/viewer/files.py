@@ -1,9 +1,10 @@
-"""Files of the results that are handed out as they are: overviews, audit reports, and heatmaps by ranges."""
+"""Files of the results that are handed out as they are: reports, overviews, audits, and heatmaps by ranges."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import NotShownError, StoreError, WsiGradcamError
 from wsi_gradcam.viewer.answers import ranged, unchanged_or
 from wsi_gradcam.viewer.inside import below, check_inside
@@ -16,14 +17,12 @@ if TYPE_CHECKING:
     from wsi_gradcam.viewer.archive import Archive
 
 HEATMAP = "heatmap.ome.zarr"
+RUN_REPORT, OVERVIEW = "run.html", "overview.png"
+OF_RUN = (RUN_REPORT, f"{AUDIT}/{REPORT}", f"{AUDIT}/metrics.json")
 KINDS = {
     "html": "text/html; charset=utf-8",
     "json": "application/json",
-    "csv": "text/csv; charset=utf-8",
     "png": "image/png",
-    "jpg": "image/jpeg",
-    "svg": "image/svg+xml",
-    "css": "text/css; charset=utf-8",
 }
 BYTES = "application/octet-stream"
 # A report is a file that someone made: it may look as it likes, but runs nothing and asks nobody.
@@ -39,21 +38,31 @@ class Files:
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
 
-    def file(self, request: Request, key: str, path: str) -> Response:
-        """A file of the audit of a slide, or with the key `run` of the whole run; `overview.png`; the run's `run.html`.
+    def file(self, request: Request, path: str) -> Response:
+        """A report of the run, of its audit or of a slide's audit, or a slide's overview.
+
+        Paths are those below OUT, so that links from one page to another lead to the same files as on the disk.
 
         Raises:
             NotShownError: there is none.
             OutsideError: it is not below OUT.
         """
-        folder = self._archive.out if key == "run" else self._archive.find(key).result.folder.place
-        kind = KINDS.get(path.rpartition(".")[2].lower())
-        if kind is None:
-            raise NotShownError("no such file")
-        is_beside = path == ("run.html" if key == "run" else "overview.png")
-        place = below(folder if is_beside else folder / "audit", path)
+        place = self._place(path)
         check_inside(self._archive.out, place)
+        kind = KINDS[place.name.rpartition(".")[2]]
         return unchanged_or(request, self._read(place), kind, {"Content-Security-Policy": REPORT_POLICY})
+
+    def _place(self, path: str) -> Place:
+        """The file of a request's path: one of a few names, or one of these in the folder of a slide of the run."""
+        out, (folder, _, name) = self._archive.out, path.rpartition("/")
+        if path in OF_RUN:
+            return out / path
+        if name == OVERVIEW:
+            return self._archive.named(folder).result.folder.overview
+        if name == REPORT and folder.startswith(f"{AUDIT}/"):
+            slide = self._archive.named(folder.removeprefix(f"{AUDIT}/")).result
+            return AuditFolder(out / AUDIT).slide_report(slide.id)
+        raise NotShownError("no such file")
 
     def zarr(self, request: Request, path: str) -> Response:
         """A file of a slide's heatmap, whose path begins with the slide's id.

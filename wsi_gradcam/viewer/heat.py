@@ -19,17 +19,21 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.result import ChannelInfo, SlideResult
     from wsi_gradcam.viewer.archive import Shown
+    from wsi_gradcam.viewer.spread import Spread, SpreadImage
+
+    Layered = Shown | Spread
+    Stored = SlideResult | SpreadImage
 
 COVERAGE = -1  # instead of a channel's number
 
 
 class Heat:
-    """Reads heatmaps of all slides; decoded chunks are kept up to `most_bytes`."""
+    """Reads heatmaps and spreads of all slides; decoded chunks are kept up to `most_bytes`."""
 
     def __init__(self, most_bytes: int = 96 << 20) -> None:
         self._chunks = Memo(most_bytes)
 
-    def tile(self, shown: Shown, channel: int, level: int, row: int, column: int, smooth: bool = True) -> bytes:
+    def tile(self, shown: Layered, channel: int, level: int, row: int, column: int, smooth: bool = True) -> bytes:
         """A tile of a channel, see `heat_tile`; levels finer than the stored are interpolated, or repeat its pixels.
 
         Raises:
@@ -42,7 +46,7 @@ class Heat:
         values, flags = self.read(shown, channel, stored, region), self.read(shown, COVERAGE, stored, region)
         return heat_tile(values, flags, scale_of(found))
 
-    def at(self, shown: Shown, y: float, x: float) -> dict[str, Any] | None:
+    def at(self, shown: Layered, y: float, x: float) -> dict[str, Any] | None:
         """All channels' values over level-0 (y, x), None for those without; None outside the heatmap."""
         result = shown.result
         pixel = pixel_of(y, x, result.stride_px, result.levels[0])
@@ -58,7 +62,7 @@ class Heat:
             "unreadable": bool(bits & UNREADABLE),
         }
 
-    def read(self, shown: Shown, channel: int, level: int, region: Region) -> NDArray[Any]:
+    def read(self, shown: Layered, channel: int, level: int, region: Region) -> NDArray[Any]:
         """Values of a channel, or of the coverage, in a region of a level [h, w]."""
         parts = chunks_of(region, CHUNK)
         if len(parts) == 1:
@@ -71,7 +75,7 @@ class Heat:
         return out
 
     def _enlarged(
-        self, shown: Shown, channel: int, region: Region, factor: int, smooth: bool
+        self, shown: Layered, channel: int, region: Region, factor: int, smooth: bool
     ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Values and coverage of a region of the heatmap's level 0 enlarged by `factor`.
 
@@ -104,7 +108,7 @@ class Heat:
         means = np.asarray(resized(values * known) / np.maximum(weights, np.float32(1e-6)), np.float32)
         return means, flags[rows[:, None], columns]
 
-    def _chunk(self, shown: Shown, channel: int, level: int, row: int, column: int) -> NDArray[Any]:
+    def _chunk(self, shown: Layered, channel: int, level: int, row: int, column: int) -> NDArray[Any]:
         result, key = shown.result, (shown.key, shown.version, channel, level, row, column)
 
         def read() -> NDArray[Any]:
@@ -117,7 +121,7 @@ class Heat:
         return self._chunks.get(key, read, lambda chunk: int(chunk.nbytes)) if shown.is_kept else read()
 
 
-def finer_levels(result: SlideResult) -> int:
+def finer_levels(result: Stored) -> int:
     """Levels finer than what is stored, down to one pixel per level-0 pixel of the slide.
 
     A browser enlarges each tile by itself, which shows as seams between them where a pixel is many of the screen.
@@ -125,14 +129,14 @@ def finer_levels(result: SlideResult) -> int:
     return result.stride_px.bit_length() - 1
 
 
-def heat_grid(result: SlideResult) -> TileGrid:
+def heat_grid(result: Stored) -> TileGrid:
     """The tiles of a slide's heatmap: its own levels below the finer ones."""
     height, width = result.levels[0]
     finer = finer_levels(result)
     return TileGrid(height << finer, width << finer, len(result.levels) + finer)
 
 
-def channel_of(result: SlideResult, number: int) -> ChannelInfo:
+def channel_of(result: Stored, number: int) -> ChannelInfo:
     """A channel by its number.
 
     Raises:

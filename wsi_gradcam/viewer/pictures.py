@@ -14,6 +14,7 @@ from wsi_gradcam.viewer.tiles import jpeg, slide_grid, slide_tile
 if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.archive import Archive, Shown
+    from wsi_gradcam.viewer.heat import Layered
     from wsi_gradcam.viewer.slides_open import OpenSlides
 
 TILE_BYTES = 128 << 20
@@ -35,8 +36,8 @@ class Pictures:
             shown, ("slide", level, row, column), lambda s: slide_tile(s, slide_grid(s.info), level, row, column)
         )
 
-    def heat_tile(self, shown: Shown, channel: int, level: int, row: int, column: int, smooth: bool) -> bytes:
-        """A tile of a channel, PNG; see `Heat.tile`."""
+    def heat_tile(self, shown: Layered, channel: int, level: int, row: int, column: int, smooth: bool) -> bytes:
+        """A tile of a channel of a heatmap, or of its spread, PNG; see `Heat.tile`."""
 
         def make() -> bytes:
             return self._heat.tile(shown, channel, level, row, column, smooth)

@@ -148,7 +148,7 @@ async function heatCanvas(facts, channel) {
   for (let row = 0; row * tile < height; row += 1) {
     for (let column = 0; column * tile < width; column += 1) {
       const image = new Image();
-      image.src = server.heatTile(facts, channel.number, levels - 1, row, column);
+      image.src = server.heatTile(facts, channel, levels - 1, row, column);
       loads.push(image.decode().then(() => context.drawImage(image, column * tile, row * tile)));
     }
   }

@@ -11,13 +11,16 @@ export function firstChannel(channels, classes) {
   return positive || channels[0];
 }
 
+/** Whether a channel says how much patches disagree, not what the model looks at. */
+export const isSpread = (channel) => channel.method === "spread";
+
 /** The layer that a channel begins with; the `order`-th of a view. */
 export function fresh(channel, order = 0) {
   const singles = ["inferno", "blue", "green", "pink", "orange"];
   const layer = {
     channel: channel.label,
     on: true,
-    map: singles[order % singles.length],
+    map: isSpread(channel) ? "viridis" : singles[order % singles.length],
     opacity: 0.7,
     threshold: null,
     kind: channel.run_window ? "run" : "slide",

@@ -2,6 +2,7 @@
 
 import { gradient } from "./colours.js";
 import { element, short } from "./dom.js";
+import { isSpread } from "./layers.js";
 
 export const UNITS = { logit: "logits", probability: "probability", arbitrary: "arbitrary unit" };
 
@@ -23,5 +24,6 @@ function bar(layer, channel) {
     "div", {},
     element("span", { class: "bar-title" }, `${channel.label} (${UNITS[channel.unit]}${above})`),
     element("span", { class: "bar-row" }, short(low), scale, short(high)),
+    isSpread(channel) ? element("span", { class: "bar-title" }, "high: overlapping patches disagree") : null,
   );
 }

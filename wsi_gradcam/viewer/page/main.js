@@ -148,6 +148,7 @@ class App {
       lines.push(`The slide cannot be shown, so the heatmap is shown alone. ${slide.slide.problem}`);
     }
     if (slide.heat_problem) lines.push(`No heatmap: ${slide.heat_problem}`);
+    if (slide.spread_problem) lines.push(`Where the map is unsure cannot be shown: ${slide.spread_problem}`);
     if (slide.status === "no_tissue") lines.push("No tissue was found on this slide.");
     if (slide.mpp && Math.abs(slide.mpp[0] / slide.mpp[1] - 1) > 0.005) {
       lines.push(`Pixels are ${short(slide.mpp[0])} by ${short(slide.mpp[1])} µm (y by x) and are shown as squares.`);

@@ -69,7 +69,7 @@ export class Pane {
     const { heat, size_px: size } = this.slide;
     const [height, width] = heat.size_px;
     const { smooth } = this;
-    const url = (level, row, column) => heatTile(this.slide, channel.number, level, row, column, smooth);
+    const url = (level, row, column) => heatTile(this.slide, channel, level, row, column, smooth);
     return this.add({ height, width, levels: heat.levels, tilePx: heat.tile_px, url }, width / size[1], { opacity });
   }
 

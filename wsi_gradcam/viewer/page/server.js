@@ -21,7 +21,7 @@ export const top = (key, by, count, order) => json(`/api/slides/${key}/patches/t
 const tiles = (slide) => `/tiles/${slide.key}/${slide.version}`;
 
 export const slideTile = (slide, level, row, column) => `${tiles(slide)}/slide/${level}/${row}_${column}.jpg`;
-export const heatTile = (slide, channel, level, row, column, smooth = true) =>
-  `${tiles(slide)}/${smooth ? "heat" : "cells"}/${channel}/${level}/${row}_${column}.png`;
+export const heatTile = (slide, { address }, level, row, column, smooth = true) =>
+  `${tiles(slide)}/${smooth ? "heat" : "cells"}/${address}/${level}/${row}_${column}.png`;
 export const patchPicture = (slide, number) => `${tiles(slide)}/patch/${number}.jpg`;
 export const thumb = (slide) => `${tiles(slide)}/thumb.jpg`;

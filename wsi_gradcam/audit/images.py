@@ -1,0 +1,178 @@
+"""`audit_images`: the audit's questions of plain patches that are in memory, without slides or a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsi_gradcam.audit.gathered import gathered_of
+from wsi_gradcam.audit.metrics import About, metrics_of
+from wsi_gradcam.audit.patch_data import PatchData
+from wsi_gradcam.audit.pictures import scale_of
+from wsi_gradcam.audit.piece import measure, subject_of
+from wsi_gradcam.audit.plan import PIECE, QUESTIONS, AuditPlan, AuditSettings, SlideSample, patch_seeds
+from wsi_gradcam.audit.report import archive_page, examples_of
+from wsi_gradcam.audit.sample import deepened
+from wsi_gradcam.cam.examine import Request, examine
+from wsi_gradcam.cam.targets import PREDICTED
+from wsi_gradcam.config import make_settings
+from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.models.load import Model, load_model
+from wsi_gradcam.plan import check_methods, plan_run
+from wsi_gradcam.stores.places import LocalPlace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.audit.folder import Numbers
+    from wsi_gradcam.audit.gathered import Gathered
+    from wsi_gradcam.audit.schema import Metrics
+    from wsi_gradcam.models.spec import ModelSpec
+
+    Masks = NDArray[np.bool_]
+
+WHITE = (255, 255, 255)
+
+
+def audit_images(
+    rgb: NDArray[np.uint8],
+    model: str | PathLike[str] | ModelSpec | Model,
+    *,
+    method: str | Sequence[str] = "gradcam",
+    target: str = PREDICTED,
+    groups: Sequence[str] | None = None,
+    annotated: Masks | None = None,
+    regions: Mapping[str, Masks] | None = None,
+    glass: tuple[int, int, int] = WHITE,
+    mpp: float | None = None,
+    layer: str | None = None,
+    only: Sequence[str] = QUESTIONS,
+    seed: int = 0,
+    device: str = "cpu",
+    report: str | PathLike[str] | None = None,
+) -> Metrics:
+    """Audit a model on patches uint8 [N, h, w, 3] of its own size: the numbers and verdicts of `audit_run`.
+
+    What needs a slide is not asked: the control by the probabilities round about, a shift of the grid, slides' scores.
+
+    Args:
+        model: as for `explain`, or loaded: see `model_of` for a network in memory.
+        method: a name from `wsi_gradcam.cam.names`, or several.
+        target: what is explained: a class, or "predicted".
+        groups: what each patch comes from, such as its slide [N]; patches of one are alike, and statements are about
+            groups where there are 6 or more. None: each patch for itself.
+        annotated: where the target's class is on each patch, bool [N, side, side], for plausibility.
+        regions: masks [N, side, side] of what should not decide, by name.
+        glass: RGB of bare glass.
+        mpp: micrometres per pixel, where the model does not say it: ink and blur are judged by it.
+        layer: the layer to explain.
+        only: the questions to ask, see `wsi_gradcam.audit.plan.QUESTIONS`.
+        seed: of all random numbers.
+        report: a file for the report, one page of HTML.
+
+    Raises:
+        ConfigError: arguments that do not fit together.
+        ModelError: patches that the model does not take, or a model that cannot be explained.
+        TargetError: a target that the model does not have.
+    """
+    loaded = model if isinstance(model, Model) else load_model(_named(model), device)
+    _check(rgb, loaded, groups, annotated, regions or {}, target)
+    run = _planned(
+        loaded, method, target, layer, mpp, AuditSettings(len(rgb), seed, _ordered(only)), _names(rgb, groups)
+    )
+    subject = subject_of(run, loaded)
+    pieces: list[tuple[str, Numbers]] = []
+    for name, sample in run.samples.items():
+        for number in range(sample.pieces):
+            part = sample.piece(number)
+            data = _data(
+                rgb, sample.patches[part], annotated, regions or {}, glass, patch_seeds(seed, "", sample.patches[part])
+            )
+            pieces.append((name, measure(run, subject, data, name, number)))
+    shown = pieces[0][1]
+    found = gathered_of(pieces, seed)
+    metrics = metrics_of(found, run, About(len(run.samples), len(rgb)))
+    if report is not None:
+        Path(report).write_bytes(_page(metrics, run, found, shown, pieces[0][0]))
+    return metrics
+
+
+def _named(model: str | PathLike[str] | ModelSpec) -> str | ModelSpec:
+    return fspath(model) if isinstance(model, str | PathLike) else model
+
+
+def _ordered(only: Sequence[str]) -> tuple[str, ...]:
+    return tuple(only) if set(only) - set(QUESTIONS) else tuple(name for name in QUESTIONS if name in only)
+
+
+def _check(
+    rgb: NDArray[np.uint8], model: Model, groups: Sequence[str] | None, annotated: Masks | None,
+    regions: Mapping[str, Masks], target: str,
+) -> None:  # fmt: skip
+    wanted = (*model.patch_px, 3)
+    if rgb.ndim != 4 or rgb.shape[1:] != wanted or rgb.dtype != np.uint8 or not len(rgb):
+        raise ConfigError(
+            f"patches are {rgb.dtype} {rgb.shape}, expected uint8 {('N', *wanted)}, as {model.name} reads them"
+        )
+    if groups is not None and len(groups) != len(rgb):
+        raise ConfigError(f"{len(groups)} groups of {len(rgb)} patches; expected one for each")
+    masks = {**regions, **({} if annotated is None else {"annotated": annotated})}
+    for name, mask in masks.items():
+        if mask.ndim != 3 or len(mask) != len(rgb) or mask.dtype != np.bool_:
+            raise ConfigError(f"{name}: {mask.dtype} {mask.shape}, expected a bool mask for each of {len(rgb)} patches")
+    if annotated is not None and target == PREDICTED:
+        raise ConfigError("annotated shows one class; say which with target")
+
+
+def _names(rgb: NDArray[np.uint8], groups: Sequence[str] | None) -> list[str]:
+    return ["patches"] * len(rgb) if groups is None else [str(name) for name in groups]
+
+
+def _planned(
+    model: Model, method: str | Sequence[str], target: str, layer: str | None, mpp: float | None, asked: AuditSettings,
+    names: Sequence[str],
+) -> AuditPlan:  # fmt: skip
+    settings = make_settings(
+        method=method if isinstance(method, str) else list(method), target=[target], layer=layer, patch_mpp=mpp,
+        engine="eager", precision="float32", batch_size=PIECE,
+    )  # fmt: skip
+    check_methods(settings.method)
+    facts = examine(model, Request(settings.layer, settings.method, batch_size=PIECE)).facts
+    run = plan_run(LocalPlace(Path()), model.spec, facts, settings)
+    samples = {}
+    for name in sorted(set(names)):
+        rows = np.flatnonzero(np.array(names, object) == name)
+        rows = np.random.default_rng(asked.seed).permutation(rows)
+        patches = tuple(rows.tolist())
+        samples[name] = SlideSample(
+            patches, ((0, 0),) * len(patches), (1.0,) * len(patches), ("given",) * len(patches), 0
+        )
+    return AuditPlan(
+        out=run.out, spec=run.spec, facts=facts, settings=settings, targets=run.targets, run_digest="", audit=asked,
+        target=run.targets[0], samples=deepened(samples, asked), annotation_digests={}, region_digests={},
+    )  # fmt: skip
+
+
+def _data(
+    rgb: NDArray[np.uint8], patches: Sequence[int], annotated: Masks | None, regions: Mapping[str, Masks],
+    glass: tuple[int, int, int], seeds: Sequence[int],
+) -> PatchData:  # fmt: skip
+    """A piece, filled up with its last patch."""
+    rows = np.array([*patches, *[patches[-1]] * (PIECE - len(patches))], np.int64)
+    return PatchData(
+        count=len(patches), number=rows, seeds=(*seeds, *[seeds[-1]] * (PIECE - len(patches))),
+        readable=np.ones(PIECE, np.bool_), raw=rgb[rows], rgb=rgb[rows], wide=None, stored=None, probability=None,
+        annotated=None if annotated is None else annotated[rows],
+        regions={name: masks[rows] for name, masks in regions.items()}, background=glass, slide_relevance={},
+    )  # fmt: skip
+
+
+def _page(metrics: Metrics, run: AuditPlan, found: Gathered, shown: Numbers, name: str) -> bytes:
+    method = run.settings.method[0]
+    factor = next(each.factor for each in run.maps if each.method == method)
+    examples = examples_of(shown, name, method, factor, run.facts.classes)
+    return archive_page(metrics, [], examples, scale_of(found[f"map/{method}"]) * factor)
