@@ -100,7 +100,7 @@ def tiles(facts: dict[str, Any], kind: str) -> list[str]:
             if kind == "slide":
                 found.append(f"{start}/slide/{level}/{row}_{column}.jpg")
             else:
-                found += [f"{start}/heat/{c['number']}/{level}/{row}_{column}.png" for c in facts["channels"]]
+                found += [f"{start}/heat/{c['address']}/{level}/{row}_{column}.png" for c in facts["channels"]]
     random.Random(0).shuffle(found)
     return found
 
