@@ -134,6 +134,7 @@ def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
     change = comparison_row("jpeg", "noise")
     assert difference(change.model_copy(update={"unit": "share", "difference": -0.004})) == "0 % (40 % to 60 %)"
     assert difference(change.model_copy(update={"difference": -0.5, "better": None})) == "−0.5 logits (0.4 to 0.6)"
+    assert difference(change.model_copy(update={"unit": "0 to 1", "better": None})) == "+0.5 (0.4 to 0.6)"
 
 
 def test_the_map_with_a_leaky_backward_stands_beside() -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import ComparisonRow, EstimateRow
 
+BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that say nothing behind a number
+
 
 def p_text(p: float) -> str:
     """A p as papers give it.
@@ -33,7 +35,8 @@ def difference(row: ComparisonRow) -> str:
     if row.unit == "share":
         return f"{_signed(f'{100 * row.difference:+.0f}')} % ({_percent(row.low)} to {_percent(row.high)})"
     better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the patches"
-    return f"{_signed(f'{row.difference:+.3g}')} {row.unit} ({number(row.low)} to {number(row.high)}){better}"
+    unit = "" if row.unit in BARE else f" {row.unit}"
+    return f"{_signed(f'{row.difference:+.3g}')}{unit} ({number(row.low)} to {number(row.high)}){better}"
 
 
 def number(found: float | None) -> str:

@@ -14,7 +14,7 @@ from wsi_gradcam.audit.words import OUTCOMES, STATES, WORDS, named
 from wsi_gradcam.page import Html, paragraph, table, text
 
 if TYPE_CHECKING:
-    from wsi_gradcam.audit.schema import EstimateRow, Metrics, QuadrantRow, VerdictRow
+    from wsi_gradcam.audit.schema import ComparisonRow, EstimateRow, Metrics, QuadrantRow, VerdictRow
 
 LIKE = 0.9  # rank correlation from which maps are taken for nearly the same
 
@@ -52,7 +52,7 @@ def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
         if row.what == MAIN_SCORE and row.against in CONTROLS:
             found.append(f"against {named(row.against)}: {difference(row)}")
         elif row.what in verdict.evidence:
-            found.append(f"{row.what}, against {row.against}: {difference(row)}")
+            found.append(f"{_what(row)}, against {named(row.against)}: {difference(row)}")
     found += [f"{_what(row)}: {value(row)}" for row in _backing(metrics, verdict)]
     return [
         *found,
@@ -60,10 +60,12 @@ def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
     ]
 
 
-def _what(row: EstimateRow) -> str:
+def _what(row: EstimateRow | ComparisonRow) -> str:
     """What a number says, where the verdict's own words do not tell of whom."""
     if row.of == COPIES:
         return f"{row.what} with random weights"
+    if row.what == "auroc":
+        return "area under the ROC curve"
     if row.what == GLASS_CALLED:
         return f"{row.what.removesuffix('so')}{row.of.removeprefix('glass, ')}"
     return row.what
