@@ -15,11 +15,11 @@ from tests.runs import ROOT
 
 
 @contextmanager
-def process(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`dask ARGUMENTS`, in another folder than the tests'."""
+def process(folder: Path, *arguments: str, module: str = "dask") -> Iterator[subprocess.Popen[bytes]]:
+    """`dask ARGUMENTS`, or another module, in another folder than the tests'."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
     started = subprocess.Popen(
-        [sys.executable, "-m", "dask", *arguments], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", module, *arguments], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

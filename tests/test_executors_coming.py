@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.simulated import FIRST_BATCH, PATCHES, SPAN, WRITING, report
-from tests.clusters import scheduler
+from tests.clusters import process, scheduler
 from tests.runs import ROOT
 from wsi_gradcam.config import make_settings
 from wsi_gradcam.executors.dask import DaskExecutor
@@ -32,19 +30,10 @@ SLOWNESS = 0.4  # a span takes 0.1 s
 SPANS = -(-PATCHES // SPAN)
 
 
-@contextmanager
-def gpus(address: str, count: int) -> Iterator[subprocess.Popen[bytes]]:
+def gpus(address: str, count: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """A process with so many workers that declare a GPU."""
     arguments = [address, str(count), "4", str(SLOWNESS), json.dumps(COSTS)]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.simulated", *arguments], cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait(10)
+    return process(ROOT, *arguments, module="benchmarks.simulated")
 
 
 def spans_by_process(

@@ -328,14 +328,7 @@ def test_another_attempt_goes_elsewhere_if_it_can() -> None:
 
     client = FakeClient(2, perform, random.Random(0))
     client.told["tcp://b:1"] = client.told["tcp://a:1"]
-    asked: list[Any] = []
-    submit = client.submit
-
-    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
-        asked.append(options["workers"])
-        return submit(_, order, **options)
-
-    client.submit = watched  # type: ignore[assignment,method-assign]
+    asked = hints_of(client)
     (record,) = flow(client).run([entry(0)])
     assert record.status == "failed"
     assert asked == [None, ["tcp://b:1"], ["tcp://b:1"]]
@@ -445,3 +438,16 @@ def test_no_worker_for_too_long_ends_the_run(caplog: pytest.LogCaptureFixture) -
 def fast_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are looked at in every turn."""
     monkeypatch.setattr(flow_module, "LOOK_AT_WORKERS_S", 0.0)
+
+
+def hints_of(client: FakeClient) -> list[Any]:
+    """The workers that orders ask for from now on, one an order."""
+    asked: list[Any] = []
+    submit = client.submit
+
+    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
+        asked.append(options["workers"])
+        return submit(_, order, **options)
+
+    client.submit = watched  # type: ignore[assignment,method-assign]
+    return asked

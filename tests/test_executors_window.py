@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_executors_flow import FakeArchive, FakeClient, FakeFuture, entry, flow
+from tests.test_executors_flow import FakeArchive, FakeClient, FakeFuture, entry, flow, hints_of
 from wsi_gradcam.executors.dask.backlogs import Backlogs
 from wsi_gradcam.executors.dask.plugin import Order
 from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
@@ -188,14 +188,7 @@ def test_nothing_is_asked_for_where_hints_bind_or_dask_keeps_orders_back(device:
     client.told = gpus("a", "b")
     made = flow(client, device)
     made._hints = hints
-    asked: list[Any] = []
-    submit = client.submit
-
-    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
-        asked.append(options["workers"])
-        return submit(_, order, **options)
-
-    client.submit = watched  # type: ignore[assignment,method-assign]
+    asked = hints_of(client)
     list(made.run(map(entry, range(4))))
     assert len(asked) > 4 * 4
     assert set(asked) == {None}
