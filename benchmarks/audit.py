@@ -95,10 +95,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds_per_patch": {name: value / len(images) for name, value in times.items()},
         "minutes_per_1000_patches_with_controls": with_controls / len(images) * 1000 / 60,
         "settings": {
-            "network": "resnet18", "side_px": arguments.side, "patches": len(images), "steps": STEPS,
-            "batch_size": arguments.batch_size, "rounds": arguments.rounds, "torch_threads": torch.get_num_threads(),
+            "network": "resnet18",
+            "side_px": arguments.side,
+            "patches": len(images),
+            "steps": STEPS,
+            "batch_size": arguments.batch_size,
+            "rounds": arguments.rounds,
+            "torch_threads": torch.get_num_threads(),
         },
-    }  # fmt: skip
+    }
 
 
 def void(value: object) -> None:

@@ -217,9 +217,13 @@ def fidelity_of(case: Case, ours: Ours) -> dict[str, Any]:
         expected.append(plain.cams["gradcam"])
     alike = fidelity(torch.cat(found), torch.cat(expected))
     return {
-        "engine": ours.choice.engine, "precision": ours.choice.precision, "patches": len(case.patches),
-        "pearson_min": alike.pearson, "same_peak": alike.same_peak, "same_class": float(torch.cat(same).float().mean()),
-    }  # fmt: skip
+        "engine": ours.choice.engine,
+        "precision": ours.choice.precision,
+        "patches": len(case.patches),
+        "pearson_min": alike.pearson,
+        "same_peak": alike.same_peak,
+        "same_class": float(torch.cat(same).float().mean()),
+    }
 
 
 def _logits_at(logits: Tensor, classes: Tensor) -> Tensor:
@@ -337,13 +341,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rgb, source = load_rgb(arguments.tiles, arguments.batch_size * batches, arguments.side)
     patches = normalised(rgb)
     found: dict[str, Any] = {
-        "ratios": {}, "patches_per_s": {}, "auto": {}, "fidelity": {}, "saved_mib_per_patch": {},
-        "notes": [], "machine": machine(), "versions": {name: _version(name) for name in PACKAGES},
+        "ratios": {},
+        "patches_per_s": {},
+        "auto": {},
+        "fidelity": {},
+        "saved_mib_per_patch": {},
+        "notes": [],
+        "machine": machine(),
+        "versions": {name: _version(name) for name in PACKAGES},
         "settings": {
-            "batch_size": arguments.batch_size, "side_px": arguments.side, "rounds": arguments.rounds,
-            "patches": source, "weights": "random, seed 0", "engine": engine, "precision": precision,
+            "batch_size": arguments.batch_size,
+            "side_px": arguments.side,
+            "rounds": arguments.rounds,
+            "patches": source,
+            "weights": "random, seed 0",
+            "engine": engine,
+            "precision": precision,
         },
-    }  # fmt: skip
+    }
     if arguments.profile:
         found["profile"] = {}
     for part in _of_each(arguments, patches, engine, precision):
@@ -374,8 +389,13 @@ def of_network(
     """The figures of a network."""
     case = Case(name, build(name), NETWORKS[name][1], patches, arguments.batch_size)
     found: dict[str, Any] = {
-        "ratios": {}, "patches_per_s": {}, "auto": {}, "fidelity": {}, "saved_mib_per_patch": {}, "notes": [],
-    }  # fmt: skip
+        "ratios": {},
+        "patches_per_s": {},
+        "auto": {},
+        "fidelity": {},
+        "saved_mib_per_patch": {},
+        "notes": [],
+    }
     if arguments.profile:
         found["profile"] = {}
     turn_s = QUICK_TURN_S if arguments.quick else TURN_S

@@ -78,10 +78,15 @@ def write_slide(path: Path, codec: str, side: int) -> None:
     repeats = -(-side // len(four))
     description = f"Aperio Image Library v1.0.0\n{side}x{side} (256x256)|AppMag = 40|MPP = {MPP}"
     tifffile.imwrite(
-        path, np.tile(four, (repeats, repeats, 1))[:side, :side], tile=(TILE_PX, TILE_PX), photometric="rgb",
-        compression=CODECS[codec], compressionargs={"level": 85} if codec == "jpeg" else {"level": 40},
-        description=description, metadata=None,
-    )  # fmt: skip
+        path,
+        np.tile(four, (repeats, repeats, 1))[:side, :side],
+        tile=(TILE_PX, TILE_PX),
+        photometric="rgb",
+        compression=CODECS[codec],
+        compressionargs={"level": 85} if codec == "jpeg" else {"level": 40},
+        description=description,
+        metadata=None,
+    )
 
 
 @contextmanager

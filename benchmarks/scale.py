@@ -86,9 +86,13 @@ QUICK = Scale(1, 900, 2, 1500, ((4, 1.0),), 3, (10, 300))
 def spec(name: str = "resnet18") -> ModelSpec:
     """An untrained network, the same in every process."""
     return ModelSpec(
-        name=name, source=f"torchvision:{name}", weights="random", classes=("other", "tumour"), patch_px=(224, 224),
+        name=name,
+        source=f"torchvision:{name}",
+        weights="random",
+        classes=("other", "tumour"),
+        patch_px=(224, 224),
         mpp=MPP,
-    )  # fmt: skip
+    )
 
 
 def write_slides(folder: Path, side_px: int, count: int) -> list[SlideEntry]:
@@ -307,12 +311,17 @@ def _run_simulated(
     model_s = slowness * sum(each["spent_s"]["explain"] for each in told)
     real_s = (last - started) / slowness
     return {
-        "busy": within_s / (workers * (last - started)), "gpu": model_s / (workers * (last - started)),
+        "busy": within_s / (workers * (last - started)),
+        "gpu": model_s / (workers * (last - started)),
         "busy_after_first_span_began": within_s / (workers * (last - first)),
-        "first_span_s": (first - started) / slowness, "real_s": real_s, "slowness": slowness, "slides": slides,
-        "scheduler_mib": peak.mib, "scheduler_load": (_cpu_s(boss) - before[0]) / real_s,
+        "first_span_s": (first - started) / slowness,
+        "real_s": real_s,
+        "slowness": slowness,
+        "slides": slides,
+        "scheduler_mib": peak.mib,
+        "scheduler_load": (_cpu_s(boss) - before[0]) / real_s,
         "client_load": (_cpu_s(client) - before[1]) / real_s,
-    }  # fmt: skip
+    }
 
 
 @contextmanager
@@ -393,9 +402,14 @@ def planning(folder: Path, scale: Scale, found: dict[str, Any]) -> None:
             os.link(_linkable(slide, i), archive / f"{i:06d}.tif")
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, str(script), str(archive), str(folder / f"out-{count}")], env=environment, cwd=ROOT,
-            capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
+            [sys.executable, str(script), str(archive), str(folder / f"out-{count}")],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
         assert done.stdout, done.stderr
         found["planning"][f"{count}_slides"] = json.loads(done.stdout)
     least, most = (found["planning"][f"{count}_slides"] for count in (scale.counts[0], scale.counts[-1]))

@@ -88,9 +88,13 @@ class Clock:
     def report(self) -> dict[str, Any]:
         """For the one who asks, once a process."""
         return {
-            "pid": os.getpid(), "spent_s": dict(self.spent_s), "within_s": self.within_s, "patches": self.patches,
-            "first": self.first, "last": self.last,
-        }  # fmt: skip
+            "pid": os.getpid(),
+            "spent_s": dict(self.spent_s),
+            "within_s": self.within_s,
+            "patches": self.patches,
+            "first": self.first,
+            "last": self.last,
+        }
 
 
 def report() -> dict[str, Any]:
@@ -124,9 +128,7 @@ if __name__ == "__main__":
     costs = json.loads(sys.argv[5])
     simulated.CLOCK.slowness = float(sys.argv[4])
     simulated.CLOCK.seconds, simulated.CLOCK.blocks = costs["seconds"], costs["blocks"]
-    changes: dict[str, Any] = {
-        "perform": simulated.CLOCK.perform, "check_device": lambda *_: None,
-    }  # fmt: skip
+    changes: dict[str, Any] = {"perform": simulated.CLOCK.perform, "check_device": lambda *_: None}
     vars(plugin).update(changes)
     with dask.config.set(QUIET):
         asyncio.run(work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

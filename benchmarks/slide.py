@@ -73,11 +73,12 @@ class TimeLine:
         model = sorted(self.model)
         waited = sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(model))
         return {
-            "model_busy_s": sum(end - start for start, end in model), "model_waited_s": waited,
+            "model_busy_s": sum(end - start for start, end in model),
+            "model_waited_s": waited,
             "read_busy_s": sum(end - start for start, end in self.read),
             "model": [[round(t, 4) for t in span] for span in model],
             "read": [[round(t, 4) for t in span] for span in _joined(sorted(self.read))],
-        }  # fmt: skip
+        }
 
 
 def _joined(spans: list[tuple[float, float]]) -> Iterator[tuple[float, float]]:
@@ -166,9 +167,13 @@ def prepare(folder: Path, side: int, settings: Settings) -> Work:
     write_slide(folder / "slide.tif", np.tile(four, (repeats, repeats, 1))[:side, :side], mpp=MPP)
     entries = find_slides([folder / "slide.tif"])
     spec = ModelSpec(
-        name="resnet18", source="torchvision:resnet18", weights="random", classes=("other", "tumour"),
-        patch_px=(224, 224), mpp=MPP,
-    )  # fmt: skip
+        name="resnet18",
+        source="torchvision:resnet18",
+        weights="random",
+        classes=("other", "tumour"),
+        patch_px=(224, 224),
+        mpp=MPP,
+    )
     executor = SerialExecutor()
     facts = executor.examine(spec, settings, entries)
     return Work(executor, plan_run(folder / "out", spec, facts, settings), entries[0])
@@ -196,9 +201,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "ratios": {"wall_over_bound": wall / max(decode, model), "wall_over_sum": wall / (decode + model)},
         "seconds": {"wall": wall, "decode_only": decode, "model_only": model},
-        "patches": len(yx), "engine": work.run.facts.choice.engine, "precision": work.run.facts.choice.precision,
+        "patches": len(yx),
+        "engine": work.run.facts.choice.engine,
+        "precision": work.run.facts.choice.precision,
         "time_line": line.summary(),
-    }  # fmt: skip
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

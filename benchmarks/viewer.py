@@ -47,9 +47,15 @@ LOCAL = threading.local()
 def make_run(folder: Path, side_px: int) -> Path:
     """OUT of a run over one slide."""
     write_marker_slide(
-        folder / "slide.tif", side_px, side_px, mpp=0.25, markers=[(900, 900)], marker_px=200, downsamples=(2, 8),
+        folder / "slide.tif",
+        side_px,
+        side_px,
+        mpp=0.25,
+        markers=[(900, 900)],
+        marker_px=200,
+        downsamples=(2, 8),
         compression="jpeg",
-    )  # fmt: skip
+    )
     settings = {**SMALL, "heatmap_stride": 4, "batch_size": 64, "span_patches": 256}
     wsi_gradcam.explain(folder / "slide.tif", toy_spec("marker"), folder / "out", **settings)
     return folder / "out"

@@ -43,9 +43,14 @@ WORKERS = 3
 POISONED, DAMAGED = "poison.tif", "damaged.tif"
 CAUSES = {POISONED: "workers died repeatedly", DAMAGED: "damaged"}
 SETTINGS: dict[str, Any] = {
-    "min_tissue": 0.0, "heatmap_stride": 8, "batch_size": 16, "span_patches": 48, "engine": "eager",
-    "precision": "float32", "mpp": 0.5,
-}  # fmt: skip
+    "min_tissue": 0.0,
+    "heatmap_stride": 8,
+    "batch_size": 16,
+    "span_patches": 48,
+    "engine": "eager",
+    "precision": "float32",
+    "mpp": 0.5,
+}
 VICTIMS = ("worker", "scheduler", "client", "worker")
 BETWEEN_S = (1.0, 6.0)
 COMMAND_S = 900.0
@@ -131,17 +136,32 @@ def cluster(folder: Path, journal: Path) -> tuple[Machine, str]:
         port = free.getsockname()[1]
     folder.mkdir()
     values = {
-        **os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
-        POISON: "always", JOURNAL: str(journal), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
+        POISON: "always",
+        JOURNAL: str(journal),
+        "OMP_NUM_THREADS": "1",
+    }
     dask, address = [sys.executable, "-m", "dask"], f"tcp://127.0.0.1:{port}"
     machine = Machine(folder, values)
     machine.commands["scheduler"] = [*dask, "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
     for number in range(WORKERS):
         machine.commands[f"worker-{number}"] = [
-            *dask, "worker", address, "--nthreads", "2", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1",
-            "--preload", "tests.chaos_journal", "--death-timeout", "60",
-        ]  # fmt: skip
+            *dask,
+            "worker",
+            address,
+            "--nthreads",
+            "2",
+            "--no-nanny",
+            "--no-dashboard",
+            "--host",
+            "127.0.0.1",
+            "--preload",
+            "tests.chaos_journal",
+            "--death-timeout",
+            "60",
+        ]
     return machine, address
 
 

@@ -19,9 +19,12 @@ def process(folder: Path, *arguments: str, module: str = "dask") -> Iterator[sub
     """`dask ARGUMENTS`, or another module, in another folder than the tests'."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
     started = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", module, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     try:
         yield started
     finally:
@@ -47,5 +50,13 @@ def worker(address: str, threads: int = 1, resources: str = "") -> list[str]:
     """Arguments of `dask` for a worker; `resources` such as GPU=1."""
     declared = ["--resources", resources] if resources else []
     return [
-        "worker", address, "--nthreads", str(threads), "--no-dashboard", "--no-nanny", "--host", "127.0.0.1", *declared,
-    ]  # fmt: skip
+        "worker",
+        address,
+        "--nthreads",
+        str(threads),
+        "--no-dashboard",
+        "--no-nanny",
+        "--host",
+        "127.0.0.1",
+        *declared,
+    ]

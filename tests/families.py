@@ -40,28 +40,35 @@ FAMILIES = {
     "resnet18": Family(_torchvision("resnet18"), (64, 64), "layer4", Layout("bkhw", 512, 2, 2)),
     # An in-place ReLU right behind the layer.
     "densenet": Family(
-        lambda: DenseNet(block_config=(2, 2, 2, 2), num_classes=CLASSES), (64, 64), "features",
+        lambda: DenseNet(block_config=(2, 2, 2, 2), num_classes=CLASSES),
+        (64, 64),
+        "features",
         Layout("bkhw", 128, 2, 2),
     ),
     "efficientnet_b0": Family(_torchvision("efficientnet_b0"), (64, 96), "features", Layout("bkhw", 1280, 2, 3)),
     "convnext": Family(_timm("convnext_atto"), (64, 64), "stages", Layout("bkhw", 320, 2, 2)),
     "swin": Family(
-        _timm(
-            "swin_tiny_patch4_window7_224", img_size=(64, 128), window_size=2, depths=(1, 1, 1, 1), embed_dim=24
-        ), (64, 128), "norm", Layout("bhwk", 192, 2, 4),
+        _timm("swin_tiny_patch4_window7_224", img_size=(64, 128), window_size=2, depths=(1, 1, 1, 1), embed_dim=24),
+        (64, 128),
+        "norm",
+        Layout("bhwk", 192, 2, 4),
     ),
     "vit, class token": Family(
         _timm("vit_tiny_patch16_224", img_size=(64, 96), depth=4), (64, 96), "blocks.2", Layout("bnk", 192, 4, 6, 1)
     ),
     "vit, registers": Family(
-        _timm("vit_small_patch14_reg4_dinov2", img_size=56, depth=3, embed_dim=48, num_heads=3), (56, 56), "blocks.1",
+        _timm("vit_small_patch14_reg4_dinov2", img_size=56, depth=3, embed_dim=48, num_heads=3),
+        (56, 56),
+        "blocks.1",
         Layout("bnk", 48, 4, 4, 5),
     ),
     "vit, pooled": Family(
-        _timm("vit_tiny_patch16_224", img_size=64, depth=3, global_pool="avg"), (64, 64), "blocks",
+        _timm("vit_tiny_patch16_224", img_size=64, depth=3, global_pool="avg"),
+        (64, 64),
+        "blocks",
         Layout("bnk", 192, 4, 4, 1),
     ),
-}  # fmt: skip
+}
 
 READING_CLASS_TOKENS = {"vit, class token", "vit, registers"}  # alone, behind their last block
 

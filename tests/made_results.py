@@ -72,9 +72,7 @@ def steps(shape: tuple[int, int], seed: int = 0) -> Callable[[Region], tuple[Val
 def make(out: Path, slides: Mapping[str, Made]) -> Path:
     """Write a result."""
     out.mkdir(parents=True)
-    model = {
-        "name": "made", "layer": "features", "classes": list(CLASSES), "patch_px": [32, 32], "mpp": 0.5,
-    }  # fmt: skip
+    model = {"name": "made", "layer": "features", "classes": list(CLASSES), "patch_px": [32, 32], "mpp": 0.5}
     run = {"run_digest": "r" * 64, "identity": {}, "model": model, "settings": {"reader": "auto"}}
     (out / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
     write_slides(out / "slides.csv", {name: _row(name, slide) for name, slide in slides.items()})
@@ -86,17 +84,33 @@ def make(out: Path, slides: Mapping[str, Made]) -> Path:
 
 def _row(name: str, slide: Made) -> dict[str, Any]:
     return {
-        "id": name, "path": slide.path, "status": slide.status, "error": "", "patches": slide.patches, "unreadable": 0,
-        "seconds": 1, "mpp_y": slide.mpp[0], "mpp_x": slide.mpp[1], "slide_digest": slide.digest, "model_digest": "m",
-    }  # fmt: skip
+        "id": name,
+        "path": slide.path,
+        "status": slide.status,
+        "error": "",
+        "patches": slide.patches,
+        "unreadable": 0,
+        "seconds": 1,
+        "mpp_y": slide.mpp[0],
+        "mpp_x": slide.mpp[1],
+        "slide_digest": slide.digest,
+        "model_digest": "m",
+    }
 
 
 def _make_slide(folder: Path, slide: Made) -> None:
     side = float(PATCH_PX)
     plan = SlidePlan(
-        slide.digest, "r" * 64, slide.size, slide.mpp, (side, side), (0.0, 0.0, side, side), slide.patches, 256,
+        slide.digest,
+        "r" * 64,
+        slide.size,
+        slide.mpp,
+        (side, side),
+        (0.0, 0.0, side, side),
+        slide.patches,
+        256,
         slide.stride,
-    )  # fmt: skip
+    )
     scale = (slide.mpp[0] * slide.stride, slide.mpp[1] * slide.stride)
     store = HeatmapStore.create(folder / "heatmap.ome.zarr", folder.name, slide.shape, scale, CHANNELS, {"made": True})
     for block in store.blocks(0):
@@ -126,10 +140,12 @@ def _write_table(path: Path, slide: Made) -> None:
     status = np.where(np.arange(count) == 3, "unreadable", "ok")
     missing = status != "ok"
     table: dict[str, Any] = {
-        "y": np.arange(count) // columns * PATCH_PX, "x": np.arange(count) % columns * PATCH_PX,
-        "tissue": np.ones(count, np.float32), "status": status,
+        "y": np.arange(count) // columns * PATCH_PX,
+        "x": np.arange(count) % columns * PATCH_PX,
+        "tissue": np.ones(count, np.float32),
+        "status": status,
         "cause": [("torn" if bad else None) for bad in missing],
-    }  # fmt: skip
+    }
     for name, values in zip(CLASSES, logits, strict=True):
         table[f"logit_{name}"] = pa.array(values, pa.float32(), mask=missing)
     table["cam_mean_tumour"] = pa.array(logits[1] * 2, pa.float32(), mask=missing)

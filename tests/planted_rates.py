@@ -56,10 +56,14 @@ def row(found: Rate) -> str:
 
 def as_json(found: Rate) -> dict[str, object]:
     return {
-        "verdict": found.truth.verdict, "case": found.truth.case, "expected": found.truth.expected,
-        "outcomes": {outcome: found.counts[outcome] for outcome in OUTCOMES}, "right": found.right,
-        "wrong": found.wrong, "seconds": round(found.seconds, 2),
-    }  # fmt: skip
+        "verdict": found.truth.verdict,
+        "case": found.truth.case,
+        "expected": found.truth.expected,
+        "outcomes": {outcome: found.counts[outcome] for outcome in OUTCOMES},
+        "right": found.right,
+        "wrong": found.wrong,
+        "seconds": round(found.seconds, 2),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

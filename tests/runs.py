@@ -72,8 +72,12 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
     """Runs `wsi-gradcam ARGUMENTS` as a user does, where `tests.toy_models` can be imported."""
     return subprocess.run(
         [sys.executable, "-m", "wsi_gradcam.cli", *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -153,9 +157,14 @@ def stored(slide_folder: Path, name: str) -> npt.NDArray[Any]:
 
 
 def start(
-    slides: Sequence[Path], model: str, out: Path | str, *, die_at_change: int | None = None, slowness_s: float = 0.0,
+    slides: Sequence[Path],
+    model: str,
+    out: Path | str,
+    *,
+    die_at_change: int | None = None,
+    slowness_s: float = 0.0,
     environment: dict[str, str] | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """A process that explains `slides` with a toy model, to be killed; it is forked from one that has torch loaded.
 
     It kills itself when it is about to change the folder for the `die_at_change`-th time, counted from 0; the model

@@ -286,16 +286,20 @@ BAD_XML = {
     "another": ("<svg/>", "XML of 'svg', expected ASAP_Annotations"),
     "empty": ("<Annotations/>", "holds no annotation; expected polygons"),
     "no points": (asap(("Polygon", "g", [])), "annotation 'Annotation 0' has 0 points"),
-    "no numbers": ('<Annotations><Annotation><Region Id="7"><Vertex X="a" Y="1"/></Region></Annotation></Annotations>',
-                   "region 7 of '' has points that are not pairs"),
+    "no numbers": (
+        '<Annotations><Annotation><Region Id="7"><Vertex X="a" Y="1"/></Region></Annotation></Annotations>',
+        "region 7 of '' has points that are not pairs",
+    ),
     "missing": ('<Annotations><Annotation><Region><Vertex X="1"/></Region></Annotation></Annotations>', "not pairs"),
     "stray": ("<Annotations><Region/></Annotations>", "a Region outside of an Annotation"),
     "one corner": (imagescope(("a", [("2", "0", SQUARE[:1])])), "has 1 points"),
-    "bomb": ('<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;&x;">]><Annotations>&y;</Annotations>',
-             "declares a document type"),
+    "bomb": (
+        '<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;&x;">]><Annotations>&y;</Annotations>',
+        "declares a document type",
+    ),
     "deep": ("<Annotations>" + "<a>" * 100_000, "more than 64 elements inside each other"),
     "encoding": ('<?xml version="1.0" encoding="no-such"?><Annotations/>', "damaged or no XML"),
-}  # fmt: skip
+}
 
 
 class TestBadFiles:

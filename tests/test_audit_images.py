@@ -40,9 +40,15 @@ def test_a_model_that_looks_where_it_should(tmp_path: Path) -> None:
     rgb, disc, _ = tumours("none")
     page = tmp_path / "report.html"
     found = audit_images(
-        rgb, model(trained(seed=3)), target="tumour", groups=GROUPS, annotated=disc, glass=GLASS, report=page,
+        rgb,
+        model(trained(seed=3)),
+        target="tumour",
+        groups=GROUPS,
+        annotated=disc,
+        glass=GLASS,
+        report=page,
         only=["plausibility", "faithfulness", "saturation"],
-    )  # fmt: skip
+    )
     (quadrant,) = found.quadrants
     assert (quadrant.faithful, quadrant.plausible) == ("holds", "holds")
     assert outcome(found, "faithfulness", "gradcam") == "holds"
@@ -58,9 +64,15 @@ def test_a_model_of_a_mark_is_faithful_and_implausible_and_told() -> None:
     rgb, disc, mark = tumours("tumour")
     asked = ["faithfulness", "shortcuts", "plausibility"]
     found = audit_images(
-        rgb, model(marker_only()), target="tumour", groups=GROUPS, annotated=disc, regions={"stamp": mark},
-        glass=GLASS, only=asked,
-    )  # fmt: skip
+        rgb,
+        model(marker_only()),
+        target="tumour",
+        groups=GROUPS,
+        annotated=disc,
+        regions={"stamp": mark},
+        glass=GLASS,
+        only=asked,
+    )
     (quadrant,) = found.quadrants
     assert quadrant.plausible == "fails"
     assert outcome(found, "shortcuts", "stamp (given)") == "fails"

@@ -127,9 +127,18 @@ def test_numbers_are_written_and_read(tmp_path: Path) -> None:
 
 def test_what_is_no_number_is_null() -> None:
     row = EstimateRow(
-        question="q", of="o", what="w", unit="1", value=float("nan"), low=float("inf"), high=1.0, patches=0, slides=0,
-        missing=0, resampled="patch",
-    )  # fmt: skip
+        question="q",
+        of="o",
+        what="w",
+        unit="1",
+        value=float("nan"),
+        low=float("inf"),
+        high=1.0,
+        patches=0,
+        slides=0,
+        missing=0,
+        resampled="patch",
+    )
     assert json.loads(row.model_dump_json()) | {"high": 1.0} == json.loads(row.model_dump_json())
     assert (row.value, row.low) == (None, None)
 
@@ -140,9 +149,10 @@ def test_the_published_schema_is_the_schema() -> None:
 
 
 SQUARE = {
-    "type": "Feature", "properties": {"name": "tumour"},
+    "type": "Feature",
+    "properties": {"name": "tumour"},
     "geometry": {"type": "Polygon", "coordinates": [[[100, 200], [164, 200], [164, 232], [100, 232]]]},
-}  # fmt: skip
+}
 
 
 def test_masks_of_annotations_are_cut_out_of_the_slide(tmp_path: Path) -> None:

@@ -116,9 +116,15 @@ def test_infidelity_is_captums(subject: Subject, normalise: bool) -> None:
         return hidden.expand_as(inputs).to(inputs), torch.where(hidden, others, inputs)
 
     expected = metrics.infidelity(
-        exact.program.module, perturb, images, (maps[:, None] / 3).expand_as(images), target=1, n_perturb_samples=4,
-        max_examples_per_batch=5, normalize=normalise,
-    )  # fmt: skip
+        exact.program.module,
+        perturb,
+        images,
+        (maps[:, None] / 3).expand_as(images),
+        target=1,
+        n_perturb_samples=4,
+        max_examples_per_batch=5,
+        normalize=normalise,
+    )
     np.testing.assert_allclose(infidelity(promised, actual, normalise), expected, rtol=1e-6)
 
 

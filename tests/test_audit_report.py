@@ -55,35 +55,76 @@ def estimate_row(question: str, of: str, what: str, value: float | None = 0.25) 
 
 def comparison_row(of: str, against: str, what: str = "score, mean") -> ComparisonRow:
     return ComparisonRow(
-        question="faithfulness", of=of, against=against, what=what, unit="logits", difference=0.5, low=0.4, high=0.6,
-        p=0.001, effect=1.2, better=0.9, patches=40, slides=8,
-    )  # fmt: skip
+        question="faithfulness",
+        of=of,
+        against=against,
+        what=what,
+        unit="logits",
+        difference=0.5,
+        low=0.4,
+        high=0.6,
+        p=0.001,
+        effect=1.2,
+        better=0.9,
+        patches=40,
+        slides=8,
+    )
 
 
 def curve_row(of: str, what: str) -> CurveRow:
     y = np.linspace(2.0, 0.0, len(CURVE_FRACTIONS)).tolist()
     return CurveRow(
-        question="faithfulness", of=of, what=what, x_name="share", y_name="logit", x=list(CURVE_FRACTIONS), y=y,
-        low=y if of == "gradcam" else None, high=y if of == "gradcam" else None,
-    )  # fmt: skip
+        question="faithfulness",
+        of=of,
+        what=what,
+        x_name="share",
+        y_name="logit",
+        x=list(CURVE_FRACTIONS),
+        y=y,
+        low=y if of == "gradcam" else None,
+        high=y if of == "gradcam" else None,
+    )
 
 
 def verdict_row(outcome: Any = "holds", words: str = "The map beats every control.") -> VerdictRow:
     return VerdictRow(
-        question="faithfulness", of="gradcam", asked="Does it?", outcome=outcome, words=words, p=0.001,
-        p_adjusted=0.0301, evidence=["random"],
-    )  # fmt: skip
+        question="faithfulness",
+        of="gradcam",
+        asked="Does it?",
+        outcome=outcome,
+        words=words,
+        p=0.001,
+        p_adjusted=0.0301,
+        evidence=["random"],
+    )
 
 
 def metrics(**changes: Any) -> Metrics:
     values: dict[str, Any] = {
         "run": RunFacts(
-            out="out", run_digest="0" * 64, audit_digest="1" * 64, model="tiny", model_digest="2" * 64, layer="l",
-            classes=["other", "tumour"], target="predicted", methods=["gradcam"], questions=list(QUESTIONS),
-            annotations="", regions="", versions={"python": "3"},
+            out="out",
+            run_digest="0" * 64,
+            audit_digest="1" * 64,
+            model="tiny",
+            model_digest="2" * 64,
+            layer="l",
+            classes=["other", "tumour"],
+            target="predicted",
+            methods=["gradcam"],
+            questions=list(QUESTIONS),
+            annotations="",
+            regions="",
+            versions={"python": "3"},
         ),
         "sample": SampleFacts(
-            asked=40, patches=40, deep=24, unreadable=1, slides=8, slides_of_run=20, patches_of_run=4000, seed=7,
+            asked=40,
+            patches=40,
+            deep=24,
+            unreadable=1,
+            slides=8,
+            slides_of_run=20,
+            patches_of_run=4000,
+            seed=7,
             strata={"tumour": 20},
         ),
         "verdicts": [verdict_row()],
@@ -91,8 +132,10 @@ def metrics(**changes: Any) -> Metrics:
         "estimates": [estimate_row("faithfulness", name, "score, mean") for name in ("gradcam", *CONTROLS)],
         "comparisons": [comparison_row("gradcam", name) for name in CONTROLS],
         "curves": [curve_row(of, f"{way}, mean") for of in ("gradcam", *CONTROLS) for way in ("deletion", "insertion")],
-        "strata": [], "not_tested": [], "not_audited": [],
-    }  # fmt: skip
+        "strata": [],
+        "not_tested": [],
+        "not_audited": [],
+    }
     return Metrics(**{**values, **changes})
 
 
@@ -198,9 +241,12 @@ def test_a_figure_is_the_same_each_time_and_takes_what_is_unknown() -> None:
 def test_the_square_marks_where_a_method_is(faithful: bool, plausible: bool) -> None:
     outcome = {True: "holds", False: "fails"}
     row = QuadrantRow(
-        method="gradcam", patches=40, faithful=outcome[faithful], plausible=outcome[plausible],
+        method="gradcam",
+        patches=40,
+        faithful=outcome[faithful],
+        plausible=outcome[plausible],
         meaning=QUADRANTS[faithful, plausible],
-    )  # fmt: skip
+    )
     (here,) = re.findall(r'<div class="here">(.*?)</div>', square([row]))
     assert "Grad-CAM" in here
     assert QUADRANTS[faithful, plausible] in here
@@ -215,9 +261,13 @@ def test_the_square_without_annotations_and_with_doubt() -> None:
 
 def test_a_comparison_with_another_audit() -> None:
     against = AgainstFacts(
-        out="there", model="other", audit_digest="3" * 64, patches=12, only_there=4,
+        out="there",
+        model="other",
+        audit_digest="3" * 64,
+        patches=12,
+        only_there=4,
         comparisons=[comparison_row("gradcam, here", "gradcam, there")],
-    )  # fmt: skip
+    )
     page, _ = read(archive_page(metrics(against=against), [], [], 1.0))
     assert "12 patches that both have; there: other in there" in page.text
     assert page.row("gradcam, here")[3] == "0.5 (0.4 to 0.6)"
@@ -225,15 +275,19 @@ def test_a_comparison_with_another_audit() -> None:
 
 def test_examples_are_of_readable_patches() -> None:
     numbers: dict[str, Any] = {
-        "base/number": np.arange(3), "base/readable": np.array([1, 0, 1]), "base/logit": np.array([1.0, 9.0, 2.0]),
-        "base/probability": np.array([0.6, 0.9, 0.7]), "base/class": np.array([0, 0, 1]),
+        "base/number": np.arange(3),
+        "base/readable": np.array([1, 0, 1]),
+        "base/logit": np.array([1.0, 9.0, 2.0]),
+        "base/probability": np.array([0.6, 0.9, 0.7]),
+        "base/class": np.array([0, 0, 1]),
         "shown/rgb": np.zeros((3, 4, 4, 3), np.uint8),
         "map/gradcam": np.ones((3, 2, 2), np.float32),
-    }  # fmt: skip
+    }
     found = examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour"))
     assert [one.title for one in found] == [
-        "a.svs, patch 2, probability of tumour 0.70", "a.svs, patch 0, probability of other 0.60",
-    ]  # fmt: skip
+        "a.svs, patch 2, probability of tumour 0.70",
+        "a.svs, patch 0, probability of other 0.60",
+    ]
     assert found[0].map.tolist() == [[16.0, 16.0], [16.0, 16.0]]
     assert found[0].curves == {}
     numbers["base/readable"][:] = 0

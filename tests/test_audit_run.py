@@ -77,8 +77,13 @@ def test_all_questions_are_answered_with_numbers(audited: Path) -> None:
     whole = curves["gradcam", "deletion, mean"].y[0]
     assert {curves[of, "deletion, mean"].y[0] for of in ("gradcam", "random", "edges", "probability")} == {whole}
     assert {row.of for row in metrics.curves if row.what == "deletion, mean"} == {
-        "gradcam", "random", "edges", "constant", "centre", "probability",
-    }  # fmt: skip
+        "gradcam",
+        "random",
+        "edges",
+        "constant",
+        "centre",
+        "probability",
+    }
     scores = {row.of: row for row in metrics.estimates if row.what == "score, mean"}
     assert all(row.low <= row.value <= row.high for row in scores.values() if row.low and row.value and row.high)
 
@@ -150,8 +155,12 @@ def test_only_some_questions(copy: Path) -> None:
     outcome = audit_run(copy, only=["shortcuts", "saturation"], **QUICK)
     assert {row.question for row in outcome.metrics.estimates} == {"shortcuts", "saturation"}
     assert {row.what for row in outcome.metrics.not_tested if row.why == "not asked: see --only"} == {
-        "faithfulness", "sanity", "stability", "locality", "plausibility",
-    }  # fmt: skip
+        "faithfulness",
+        "sanity",
+        "stability",
+        "locality",
+        "plausibility",
+    }
     names = {
         name.partition("/")[0] for path in (copy / "audit").rglob("*.npz") for name in read_numbers(place_of(path))
     }

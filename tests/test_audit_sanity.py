@@ -72,9 +72,12 @@ def test_what_is_random_is_what_was_told(order: Order, monkeypatch: pytest.Monke
         pytest.approx(0.2 if order == "independent" else (i + 1) / 5) for i in range(5)
     ]
     own = {
-        "": {"gain"}, "first.0": {"first.0.weight"}, "first.1": set(), "second": {"second.weight", "second.bias"},
+        "": {"gain"},
+        "first.0": {"first.0.weight"},
+        "first.1": set(),
+        "second": {"second.weight", "second.bias"},
         "head": {"head.weight", "head.bias"},
-    }  # fmt: skip
+    }
     for i, changed in enumerate(seen):
         expected = own[run[i]] if order == "independent" else set().union(*(own[name] for name in run[: i + 1]))
         # Vectors are shuffled, which can leave a short one, and one of equal values, as it was.

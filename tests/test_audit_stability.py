@@ -85,9 +85,12 @@ def test_the_largest_change_is_captums_sensitivity(subject: Subject) -> None:
         return inputs + next(turns).permute(0, 3, 1, 2).float() / 127.5
 
     expected = metrics.sensitivity_max(
-        lambda inputs: (subject.maps(inputs[0] if isinstance(inputs, tuple) else inputs, aim),), images, perturb,
-        n_perturb_samples=3, max_examples_per_batch=6,
-    )  # fmt: skip
+        lambda inputs: (subject.maps(inputs[0] if isinstance(inputs, tuple) else inputs, aim),),
+        images,
+        perturb,
+        n_perturb_samples=3,
+        max_examples_per_batch=6,
+    )
     before = subject.maps(images, aim)
     changed = [images + step.permute(0, 3, 1, 2).float() / 127.5 for step in steps]
     found = torch.stack([relative_change(before, subject.maps(after, aim)) for after in changed]).amax(dim=0)

@@ -14,9 +14,13 @@ from wsi_gradcam.audit.faithfulness import STEPS
 
 def test_the_ratio_is_of_the_times_that_are_reported() -> None:
     ended = subprocess.run(
-        [sys.executable, "benchmarks/audit.py", "--quick", "--json"], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "benchmarks/audit.py", "--quick", "--json"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     times = found["seconds_per_patch"]

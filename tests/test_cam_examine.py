@@ -53,8 +53,18 @@ def test_facts_are_the_models(model: Model) -> None:
     assert facts.parameters == 3 * 8 * 25 + 8 + 8 * 12 * 9 + 12 + 12 * 2 + 2
     assert (facts.batch_size, facts.choice) == (32, Choice("eager", "float32"))
     for field in (
-        "name", "source", "digest", "license", "classes", "activation", "patch_px", "view", "mpp", "mean", "std",
-    ):  # fmt: skip
+        "name",
+        "source",
+        "digest",
+        "license",
+        "classes",
+        "activation",
+        "patch_px",
+        "view",
+        "mpp",
+        "mean",
+        "std",
+    ):
         assert getattr(facts, field) == getattr(model, field)
 
 

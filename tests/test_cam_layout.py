@@ -41,13 +41,21 @@ def test_a_map_is_found(shape: tuple[int, ...], size: tuple[int, int], expected:
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
-        ((), SQUARE), ((2,), SQUARE), ((2, 9), SQUARE), ((2, 3, 4, 4, 4), SQUARE), ((0, 9, 4, 4), SQUARE),
-        ((2, 9, 1, 1), SQUARE), ((2, 1, 9), SQUARE),  # one cell
-        ((3, 9, 4, 4), SQUARE), ((1, 16, 9), SQUARE),  # not a map an image
-        ((2, 9, 2, 7), SQUARE), ((2, 9, 8, 4), WIDE), ((2, 3, 9), SQUARE),  # other proportions
+        ((), SQUARE),
+        ((2,), SQUARE),
+        ((2, 9), SQUARE),
+        ((2, 3, 4, 4, 4), SQUARE),
+        ((0, 9, 4, 4), SQUARE),
+        ((2, 9, 1, 1), SQUARE),
+        ((2, 1, 9), SQUARE),  # one cell
+        ((3, 9, 4, 4), SQUARE),
+        ((1, 16, 9), SQUARE),  # not a map an image
+        ((2, 9, 2, 7), SQUARE),
+        ((2, 9, 8, 4), WIDE),
+        ((2, 3, 9), SQUARE),  # other proportions
         ((2, 12 * 12 + MOST_PREFIX_TOKENS + 1, 9), SQUARE),  # and too many tokens for a prefix
     ],
-)  # fmt: skip
+)
 def test_what_is_no_map_is_none(shape: tuple[int, ...], size: tuple[int, int]) -> None:
     assert layout_of(shape, size) is None
 

@@ -312,10 +312,13 @@ def test_gradcam_is_captums(model: Split) -> None:
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [
-        ("gradcam", "GradCAM"), ("gradcam++", "GradCAMPlusPlus"), ("hirescam", "HiResCAM"), ("layercam", "LayerCAM"),
+        ("gradcam", "GradCAM"),
+        ("gradcam++", "GradCAMPlusPlus"),
+        ("hirescam", "HiResCAM"),
+        ("layercam", "LayerCAM"),
         ("xgradcam", "XGradCAM"),
     ],
-)  # fmt: skip
+)
 def test_raw_maps_are_pytorch_grad_cams(name: str, theirs: str, model: Split) -> None:
     package = pytest.importorskip("pytorch_grad_cam", reason="only the bench extra installs pytorch-grad-cam")
     A, g = activation_and_gradient(model, pictures(), of_class(1))

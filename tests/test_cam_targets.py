@@ -31,9 +31,27 @@ def test_targets_are_names_indices_predicted_and_all(wanted: list[str], expected
     assert parse_targets(wanted, CLASSES) == tuple(expected)
 
 
-@pytest.mark.parametrize("wanted", [["tumor"], ["3"], ["-1"], ["1.0"], [""], ["Tumour"], ["²"], ["tumour", "nothing"],
-                                    ["tumour-3"], ["-"], ["tumour-"], ["predicted-other"], ["a b:c"], ["a:b:c"], [":f"],
-                                    ["m:"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ["tumor"],
+        ["3"],
+        ["-1"],
+        ["1.0"],
+        [""],
+        ["Tumour"],
+        ["²"],
+        ["tumour", "nothing"],
+        ["tumour-3"],
+        ["-"],
+        ["tumour-"],
+        ["predicted-other"],
+        ["a b:c"],
+        ["a:b:c"],
+        [":f"],
+        ["m:"],
+    ],
+)
 def test_what_is_no_class_is_refused_with_the_classes_there_are(wanted: list[str]) -> None:
     with pytest.raises(TargetError, match="expected one of other, tumour, in situ, an index below 3") as caught:
         parse_targets(wanted, CLASSES)

@@ -97,8 +97,14 @@ def test_a_dry_run_names_slides_that_cannot_be_planned(run: Run, made: Path, tmp
     shutil.copy(made / "slides" / "b.tif", tmp_path / "slides")
     (tmp_path / "slides" / "bad.tif").touch()
     arguments = [
-        "explain", tmp_path / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path / "out", "--dry-run",
-    ]  # fmt: skip
+        "explain",
+        tmp_path / "slides",
+        "--model",
+        made / "pooled_linear.yaml",
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+    ]
     code, printed, err = run(*arguments)
     assert code == 1
     assert re.fullmatch(r"cannot be planned: bad\.tif: .*bad\.tif: not a slide .*\n", err)
@@ -124,8 +130,9 @@ def test_json_of_a_run_and_of_validate(run: Run, made: Path, tmp_path: Path) -> 
     records = json.loads(printed)
     assert records["out"] == str(tmp_path)
     assert {r["slide"]["id"]: (r["status"], r["patches"]) for r in records["slides"]} == {
-        "a.tif": ("ok", 56), "b.tif": ("ok", 20),
-    }  # fmt: skip
+        "a.tif": ("ok", 56),
+        "b.tif": ("ok", 20),
+    }
     assert run("validate", tmp_path, "--json") == (0, "[]\n", "")
     (tmp_path / "a.tif" / "overview.png").unlink()
     code, printed, _ = run("validate", tmp_path, "--json")
@@ -161,15 +168,34 @@ def test_info_tells_an_unusable_mpp(run: Run, made: Path, tmp_path: Path) -> Non
 def test_flags_override_the_config_file(run: Run, made: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     values = {
-        "slide": str(made / "slides" / "b.tif"), "model": str(made / "pooled_linear.yaml"), "out": "never",
-        "heatmap-stride": 16, "overlap": 0.5, "batch_size": 2, "target": "other", "min_tissue": None,
+        "slide": str(made / "slides" / "b.tif"),
+        "model": str(made / "pooled_linear.yaml"),
+        "out": "never",
+        "heatmap-stride": 16,
+        "overlap": 0.5,
+        "batch_size": 2,
+        "target": "other",
+        "min_tissue": None,
         "scheduler": "tcp://127.0.0.1:1",
-    }  # fmt: skip
+    }
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     code, _, err = run(
-        "explain", "--config", config, "--out", tmp_path / "out", "--overlap", "0", "--target", "marker", "--target",
-        "predicted", "--mpp", "0.25,0.3", "--workers", "1",
-    )  # fmt: skip
+        "explain",
+        "--config",
+        config,
+        "--out",
+        tmp_path / "out",
+        "--overlap",
+        "0",
+        "--target",
+        "marker",
+        "--target",
+        "predicted",
+        "--mpp",
+        "0.25,0.3",
+        "--workers",
+        "1",
+    )
     assert code == 0, err
     settings = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text(encoding="utf-8"))["settings"]
     assert settings["heatmap_stride"] == 16

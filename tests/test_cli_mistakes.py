@@ -109,9 +109,14 @@ def test_a_mistake_in_a_config_file_is_told_in_one_line(run: Run, made: Path, tm
     config = tmp_path / "run.yaml"
     config.write_text(text, encoding="utf-8")
     code, _, err = run(
-        "explain", "--config", config, "--model", made / "pooled_linear.yaml",
-        *([] if "out" in text else ["--out", tmp_path / "out"]), *([] if "slide" in text else [made / "slides"]),
-    )  # fmt: skip
+        "explain",
+        "--config",
+        config,
+        "--model",
+        made / "pooled_linear.yaml",
+        *([] if "out" in text else ["--out", tmp_path / "out"]),
+        *([] if "slide" in text else [made / "slides"]),
+    )
     assert code == 2
     assert re.search(CONFIGS[text], only_error(err))
     assert not (tmp_path / "out").exists()
@@ -276,8 +281,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     last = err.splitlines()[-1]
     assert re.fullmatch(
         rf"error: {tmp_path}/.*: cannot write: the disk is full; free space and run the same command again, "
-        "nothing finished is lost", last
-    )  # fmt: skip
+        "nothing finished is lost",
+        last,
+    )
     assert sum("error" in line for line in err.splitlines()) == 1
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cam/c/**/*") if path.is_file()}
     recorded = {path.parts[-4] + path.stem for path in tmp_path.glob("*/manifest/spans/*.json")}

@@ -306,8 +306,11 @@ def foreign_worker(address: str, at: Path, *arguments: str, **environment: str) 
     """A worker that a user started, with other files or packages."""
     with subprocess.Popen(
         [sys.executable, "-m", "dask", "worker", address, "--no-nanny", "--no-dashboard", *arguments],
-        cwd=at, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+        cwd=at,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
         try:
             with Client(address, set_as_default=False) as client:
                 client.wait_for_workers(1, timeout=60)

@@ -65,9 +65,12 @@ def marker_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def slide(tmp_path_factory: pytest.TempPathFactory) -> MarkerSlide:
     """A small slide, all tissue."""
     return write_marker_slide(
-        tmp_path_factory.mktemp("slide") / "whole.tif", *SLIDE_PX, mpp=0.25, markers=[(100, 200), (350, 490)],
+        tmp_path_factory.mktemp("slide") / "whole.tif",
+        *SLIDE_PX,
+        mpp=0.25,
+        markers=[(100, 200), (350, 490)],
         marker_px=16,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +289,7 @@ def test_run_yaml_tells_what_was_done(plain_run: Path) -> None:
 def test_targets_choose_the_channels(slide: MarkerSlide, tmp_path: Path) -> None:
     explain(slide.path, toy_spec("marker"), tmp_path, **SMALL, target=("predicted", "1"))
     heatmap = Heatmap(tmp_path / slide.path.name)
-    assert heatmap.labels == [
-        "gradcam: predicted", "gradcam: marker", "probability: predicted", "probability: marker",
-    ]  # fmt: skip
+    assert heatmap.labels == ["gradcam: predicted", "gradcam: marker", "probability: predicted", "probability: marker"]
     assert heatmap.level(0, "probability: predicted").min() >= 0.5  # the larger one of two
 
 

@@ -98,9 +98,14 @@ def covered(places: pd.DataFrame, footprint: float, shape: tuple[int, ...]) -> n
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slides")
     clean = write_marker_slide(
-        folder / "clean.tif", *SIZE, mpp=float(MPP), markers=[(100, 200)], marker_px=16, downsamples=(4, 16),
+        folder / "clean.tif",
+        *SIZE,
+        mpp=float(MPP),
+        markers=[(100, 200)],
+        marker_px=16,
+        downsamples=(4, 16),
         compression="jpeg",
-    )  # fmt: skip
+    )
     for damage in DAMAGES:
         corrupt_tile(clean.path, folder / f"{damage}.tif", 0, TILE.y // 256, TILE.x // 256, damage=damage)
     return folder
@@ -182,8 +187,10 @@ def test_the_list_of_slides_tells_it_and_max_unreadable_decides(run: Run, slides
     for share, status in (((count - 0.5) / total, "failed"), ((count + 0.5) / total, "ok")):
         outcome = explain(slides, run.spec, run.out, **SETTINGS, reader=run.reader, max_unreadable=share)
         assert {r.slide.id: r.status for r in outcome.records} == {
-            "clean.tif": "ok", "missing.tif": status, "unreadable.tif": status,
-        }  # fmt: skip
+            "clean.tif": "ok",
+            "missing.tif": status,
+            "unreadable.tif": status,
+        }
         assert all(record.skipped for record in outcome.records)  # nothing is computed for the change
         row = rows_of(run.out)[f"{damage}.tif"]
         assert row["status"] == status

@@ -57,9 +57,7 @@ async def place() -> AsyncIterator[Place]:
     """Everything in this process."""
     async with AsyncExitStack() as stack:
         boss = await stack.enter_async_context(Scheduler(host="127.0.0.1", port=0, dashboard=False))
-        client = await stack.enter_async_context(
-            Client(boss.address, asynchronous=True, set_as_default=False)
-        )  # fmt: skip
+        client = await stack.enter_async_context(Client(boss.address, asynchronous=True, set_as_default=False))
         await client.register_plugin(Caretaker(RUN, client.id))
         yield Place(stack, boss, client)
 

@@ -24,8 +24,9 @@ from wsi_gradcam.stages import Performed, Task
 from wsi_gradcam.stores.places import LocalPlace
 
 COSTS = {
-    "seconds": dict.fromkeys(("plan", "stitch", "coarsen", "finish", FIRST_BATCH, WRITING), 0.01), "blocks": [1, 1],
-}  # fmt: skip
+    "seconds": dict.fromkeys(("plan", "stitch", "coarsen", "finish", FIRST_BATCH, WRITING), 0.01),
+    "blocks": [1, 1],
+}
 SLOWNESS = 0.4  # a span takes 0.1 s
 SPANS = -(-PATCHES // SPAN)
 

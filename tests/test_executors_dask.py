@@ -85,9 +85,14 @@ def test_no_gpu_worker_is_an_error_and_not_a_hang(slides: Path, tmp_path: Path) 
         started = time.monotonic()
         with pytest.raises(WorkerError, match=r"'dask worker .* --resources GPU=1'"):
             explain(
-                slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL, device="cuda", scheduler=address,
+                slides,
+                toy_spec("slow_linear"),
+                tmp_path / "out",
+                **SMALL,
+                device="cuda",
+                scheduler=address,
                 wait_for_workers=3,
-            )  # fmt: skip
+            )
     assert time.monotonic() - started < WITHIN_S
 
 
@@ -165,9 +170,11 @@ def payload_bytes(key: str, dask_scheduler: Any) -> int:
 
 def test_a_client_that_is_killed_leaves_nothing_behind(slides: Path, tmp_path: Path) -> None:
     toy_file(tmp_path, "slow_linear")
-    with scheduler(tmp_path) as (_, address), process(tmp_path, *worker(address)), Client(
-        address, set_as_default=False
-    ) as client:  # fmt: skip
+    with (
+        scheduler(tmp_path) as (_, address),
+        process(tmp_path, *worker(address)),
+        Client(address, set_as_default=False) as client,
+    ):
         arguments = ["explain", str(slides), "--model", str(tmp_path / "slow_linear.yaml")]
         arguments += ["--out", str(tmp_path / "out"), *flags(SMALL), "--scheduler", address]
         command = begun(arguments, 0.05)
@@ -187,9 +194,14 @@ def begun(arguments: list[str], slowness_s: float) -> subprocess.Popen[str]:
     """The command, running, with a model that takes its time."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), SLOWNESS_S: str(slowness_s)}
     return subprocess.Popen(
-        [sys.executable, "-m", "wsi_gradcam.cli", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "wsi_gradcam.cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def kept(client: Client) -> list[str]:

@@ -128,9 +128,11 @@ class FakeArchive:
             raise ValueError("bad patch")
         level = task.index[0] if task.stage == "coarsen" else 0
         before, count = {
-            "explain": (("plan", 0), 0), "stitch": (("explain", 0), spans), "finish": (("coarsen", 2), 1),
+            "explain": (("plan", 0), 0),
+            "stitch": (("explain", 0), spans),
+            "finish": (("coarsen", 2), 1),
             "coarsen": (("coarsen", 1), 2) if level == 2 else (("stitch", 0), 3),
-        }[task.stage]  # fmt: skip
+        }[task.stage]
         assert self.done[(task.slide.id, *before)] == count, f"{task} too early"
         self.done[task.slide.id, task.stage, level] += 1
         if task.stage == "finish":
@@ -142,8 +144,13 @@ class FakeArchive:
 def flow(client: FakeClient, device: str = "cpu", wait_s: float = 60.0) -> Flow:
     job = partial(slide_job, max_unreadable=0.01)
     made: Any = Flow(
-        client, "run", job, lambda task, result: None, lambda: Workers.of(client.told, device), Patience(wait_s)  # type: ignore[arg-type]
-    )  # fmt: skip
+        client,
+        "run",
+        job,
+        lambda task, result: None,
+        lambda: Workers.of(client.told, device),
+        Patience(wait_s),  # type: ignore[arg-type]
+    )
     made._mail = client
     found: Flow = made
     return found

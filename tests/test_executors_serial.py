@@ -77,8 +77,10 @@ def test_a_slide_that_cannot_be_planned_fails_in_its_turn(
     monkeypatch.setattr(serial, "perform", Watcher({"a.tif": "b.tif"}))
     outcome = explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL)
     assert [(record.slide.id, record.status) for record in outcome.records] == [
-        ("a.tif", "ok"), ("b.tif", "failed"), ("c.tif", "ok"),
-    ]  # fmt: skip
+        ("a.tif", "ok"),
+        ("b.tif", "failed"),
+        ("c.tif", "ok"),
+    ]
     assert "--mpp" in outcome.failed[0].error
 
 
@@ -98,5 +100,6 @@ def test_a_slide_that_has_ended_a_process_is_not_opened(
     monkeypatch.setattr(WATCH, "deaths", {str(slides / "a.tif"): "a.tif: SIGSEGV ended the process"})
     outcome = explain([slides / "a.tif", slides / "c.tif"], toy_spec("slow_linear"), tmp_path / "out", **SMALL)
     assert {record.slide.id: record.error for record in outcome.records} == {
-        "a.tif": "a.tif: SIGSEGV ended the process", "c.tif": "",
-    }  # fmt: skip
+        "a.tif": "a.tif: SIGSEGV ended the process",
+        "c.tif": "",
+    }

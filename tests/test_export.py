@@ -124,8 +124,9 @@ def test_a_large_archive_s_window_tells_how_far_it_is(capsys: pytest.CaptureFixt
     for done in range(1, 251):
         cli._tell_progress(done, 250)
     assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
-        "100 of 250 slides read", "200 of 250 slides read",
-    ]  # fmt: skip
+        "100 of 250 slides read",
+        "200 of 250 slides read",
+    ]
 
 
 def test_windows(out: Path, tmp_path: Path) -> None:

@@ -39,9 +39,14 @@ def hills(region: Region) -> tuple[Values, Flags]:
 def peak_mib(out: Path, to: str, dest: Path) -> float:
     """Peak resident memory of a process that exports `out`."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(out), to, str(dest)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=3000, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", CHILD, str(out), to, str(dest)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=True,
+    )
     error, peak = json.loads(done.stdout.splitlines()[-1])
     assert error == ""
     return float(peak)

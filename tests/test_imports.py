@@ -19,9 +19,18 @@ from tests.synthetic import write_marker_slide
 
 PACKAGE = ROOT / "wsi_gradcam"
 HEAVY = (
-    "torch", "torchvision", "timm", "dask", "distributed", "zarr", "numpy", "pydantic", "openslide", "matplotlib",
+    "torch",
+    "torchvision",
+    "timm",
+    "dask",
+    "distributed",
+    "zarr",
+    "numpy",
+    "pydantic",
+    "openslide",
+    "matplotlib",
     "obstore",
-)  # fmt: skip
+)
 
 # From the ground up: a module may import from rooms of lower lines and from earlier ones on its own line.
 ROOMS = """
@@ -118,9 +127,14 @@ def room(module: str) -> str:
 def python(code: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -140,8 +154,9 @@ def test_there_are_no_cycles() -> None:
     """Also inside a room, where the order is not stated."""
     graph = {
         module: {n.removeprefix("wsi_gradcam.") for n in imported(path) if n.startswith("wsi_gradcam.")}
-        for module, path in modules().items() if module
-    }  # fmt: skip
+        for module, path in modules().items()
+        if module
+    }
     while free := {module for module, needs in graph.items() if not needs & graph.keys() - {module}}:
         graph = {module: needs for module, needs in graph.items() if module not in free}
     assert not graph
@@ -242,8 +257,13 @@ def test_a_client_of_workers_never_loads_torch(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, str(script)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
         check=False,
-    )  # fmt: skip
+    )
     assert (done.stdout, done.stderr) == ("['ok'] False\n", "")
     assert (tmp_path / "out" / "a.tif" / "overview.png").exists()

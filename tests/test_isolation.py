@@ -51,9 +51,13 @@ def arguments(made: Path, slides: str, out: Path, *more: str) -> list[str]:
 def begun(given: list[str], **environment: str) -> subprocess.Popen[str]:
     """The command, running."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.mortal", *given], cwd=ROOT, env={**os.environ, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.mortal", *given],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def working(process: subprocess.Popen[str], out: Path) -> psutil.Process:
@@ -75,8 +79,11 @@ def test_slides_that_end_the_process_fail_and_the_others_are_explained(made: Pat
     assert process.returncode == 1, said
     rows = rows_of(out)
     assert {name: row["status"] for name, row in rows.items()} == {
-        "a.tif": "ok", "deadly-1.tif": "failed", "deadly-2.tif": "failed", "z.tif": "ok",
-    }  # fmt: skip
+        "a.tif": "ok",
+        "deadly-1.tif": "failed",
+        "deadly-2.tif": "failed",
+        "z.tif": "ok",
+    }
     for slide in ("deadly-1.tif", "deadly-2.tif"):
         assert f"{slide}: {name} ended the process" in rows[slide]["error"]
         assert "--reader" in rows[slide]["error"]

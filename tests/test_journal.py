@@ -62,9 +62,16 @@ def test_the_log_tells_a_run_from_beginning_to_end(made: Path, finished: Path) -
     lines = log_of(finished)
     assert len({line["run"] for line in lines}) == 1
     assert [line["event"] for line in lines] == [
-        "run begun", "worker joined", "slide planned", "slide finished", "slide planned", "slide finished",
-        "task failed", "slide failed", "run ended",
-    ]  # fmt: skip
+        "run begun",
+        "worker joined",
+        "slide planned",
+        "slide finished",
+        "slide planned",
+        "slide finished",
+        "task failed",
+        "slide failed",
+        "run ended",
+    ]
     first, last = lines[0], lines[-1]
     assert first["slides"] == 3
     assert first["versions"]["torch"]
@@ -87,8 +94,11 @@ def test_all_tasks_are_told_when_asked(made: Path, tmp_path: Path) -> None:
     explain(made / "slides" / "b.tif", MODEL, tmp_path, **SMALL, log_tasks=True)
     tasks = [line for line in log_of(tmp_path) if line["event"] == "task done"]
     assert [(line["stage"], line["index"]) for line in tasks] == [
-        ("explain", [0]), ("explain", [1]), ("stitch", [0]), ("finish", []),
-    ]  # fmt: skip
+        ("explain", [0]),
+        ("explain", [1]),
+        ("stitch", [0]),
+        ("finish", []),
+    ]
     assert [line["patches"] for line in tasks[:2]] == [12, 8]
     for line in tasks[:2]:
         assert 0 < line["model_s"] + line["waited_s"] <= line["seconds"]
@@ -354,10 +364,13 @@ def test_an_attempt_depends_on_the_file_and_on_what_is_told_of_it(made: Path) ->
     )
     local = SlideEntry("b.tif", str(made / "slides" / "b.tif"))
     told = [
-        local, replace(local, mpp=(0.3, 0.3)), replace(local, path=str(made / "slides" / "a.tif")),
-        replace(local, path=str(made / "gone.tif")), replace(local, path="https://host/b.tif"),
+        local,
+        replace(local, mpp=(0.3, 0.3)),
+        replace(local, path=str(made / "slides" / "a.tif")),
+        replace(local, path=str(made / "gone.tif")),
+        replace(local, path="https://host/b.tif"),
         replace(local, path="https://host/b.tif", url="https://host/b.tif?signature=new"),
-    ]  # fmt: skip
+    ]
     digests = [attempt_digest(entry, run) for entry in told]
     assert digests == [attempt_digest(entry, run) for entry in told]
     assert len(set(digests)) == len(told)

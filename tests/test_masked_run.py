@@ -248,9 +248,21 @@ class TestCommandLine:
         mask = drawn(tmp_path / "m.json", *REGIONS)
         flags = ["--min-tissue", "0.5", "--heatmap-stride", "8", "--engine", "eager", "--precision", "float32"]
         code, _, err = run(
-            "explain", slide, "--model", model, "--out", tmp_path / "out", *flags, "--mask", mask,
-            "--include", "tumour", "stroma", "--exclude", "fold",
-        )  # fmt: skip
+            "explain",
+            slide,
+            "--model",
+            model,
+            "--out",
+            tmp_path / "out",
+            *flags,
+            "--mask",
+            mask,
+            "--include",
+            "tumour",
+            "stroma",
+            "--exclude",
+            "fold",
+        )
         assert code == 0, err
         assert places(tmp_path / "out") == grid(128, 128, 256) - {(128, 128)} | grid(384, 512, 128)
 
@@ -296,8 +308,11 @@ def test_the_picture_shows_every_mask_in_its_colour(tmp_path: Path) -> None:
         picture = np.asarray(image)
     masks = slide_masks(slide)
     assert shares == {
-        "tissue": masks.tissue.mean(), "pen": masks.pen.mean(), "shadow": masks.shadow.mean(), "excluded": 0.0
-    }  # fmt: skip
+        "tissue": masks.tissue.mean(),
+        "pen": masks.pen.mean(),
+        "shadow": masks.shadow.mean(),
+        "excluded": 0.0,
+    }
     np.testing.assert_array_equal(picture[150:250, 120:180], level0[150:250, 120:180])
     assert tuple(picture[200, 98]) == OUTLINE
     for place, colour in (((200, 320), PEN), ((200, 590), SHADOW)):

@@ -102,10 +102,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
     "ConvNext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
     "ViT": {
-        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 64
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 64,
     },
     "Swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 64},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -274,11 +278,17 @@ def timm_folder(tmp_path: Path) -> Path:
         "architecture": "test_convnext",
         "num_classes": 2,
         "pretrained_cfg": {
-            "input_size": [3, 64, 64], "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic",
-            "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.1], "num_classes": 2, "label_names": ["other", "tumour"],
+            "input_size": [3, 64, 64],
+            "crop_pct": 0.9,
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+            "mean": [0.4, 0.5, 0.6],
+            "std": [0.2, 0.3, 0.1],
+            "num_classes": 2,
+            "label_names": ["other", "tumour"],
             "license": "apache-2.0",
         },
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 

@@ -81,10 +81,13 @@ def test_another_stain_is_another_model(picture: Path) -> None:
     digests = [
         load_model(toy_spec("marker", folder=picture.parent, stain=stain)).digest
         for stain in (
-            None, "macenko", "reinhard", {"method": "macenko", "target": STAINS},
+            None,
+            "macenko",
+            "reinhard",
+            {"method": "macenko", "target": STAINS},
             {"method": "macenko", "target": picture.name},
         )
-    ]  # fmt: skip
+    ]
     assert len(set(digests)) == 5
     assert load_model(toy_spec("marker", stain="none")).digest == digests[0]
     assert load_model(toy_spec("marker", stain={"method": "macenko"})).digest == digests[1]

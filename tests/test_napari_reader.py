@@ -49,9 +49,13 @@ def made(slide: MarkerSlide, path: str) -> Made:
 @pytest.fixture(scope="module", params=[(2, 4), (3, 7)], ids=str)
 def slide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MarkerSlide:
     return write_marker_slide(
-        tmp_path_factory.mktemp("slide") / "a.tif", *SIZE, mpp=MPP, markers=[MARKER], marker_px=MARKER_PX,
+        tmp_path_factory.mktemp("slide") / "a.tif",
+        *SIZE,
+        mpp=MPP,
+        markers=[MARKER],
+        marker_px=MARKER_PX,
         downsamples=request.param,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,12 @@ def centre_um(data: Any, about: dict[str, Any], factor: float, hot: Any) -> Any:
 def test_slide_and_heatmap_lie_on_each_other(out: Path) -> None:
     found = read(str(out))
     assert [(about["name"], kind) for _, about, kind in found] == [
-        ("a.tif", "image"), ("a.tif gradcam: tumour", "image"), ("a.tif eigencam: tumour", "image"),
-        ("a.tif probability: tumour", "image"), ("a.tif coverage", "labels"),
-    ]  # fmt: skip
+        ("a.tif", "image"),
+        ("a.tif gradcam: tumour", "image"),
+        ("a.tif eigencam: tumour", "image"),
+        ("a.tif probability: tumour", "image"),
+        ("a.tif coverage", "labels"),
+    ]
     truth = (np.array(MARKER) - 0.5) * MPP  # napari's world begins in the middle of the slide's first pixel
     for number, hot in ((0, lambda rgb: (rgb == (0, 255, 0)).all(axis=2)), (1, lambda values: values == 2)):
         levels, about, _ = found[number]
@@ -163,9 +170,14 @@ def in_napari(script: str, *arguments: Path) -> Any:
         assert "NAPARI_PYTHON" not in os.environ, "napari is not there, as `make test` would have it"
         pytest.skip("needs napari: pip install '.[viewers]', or NAPARI_PYTHON")
     done = subprocess.run(
-        [python, "-c", script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={"QT_QPA_PLATFORM": "offscreen", **os.environ}, check=False,
-    )  # fmt: skip
+        [python, "-c", script, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"QT_QPA_PLATFORM": "offscreen", **os.environ},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

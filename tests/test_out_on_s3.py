@@ -131,9 +131,8 @@ def test_a_killed_run_continues(
 
 @pytest.mark.parametrize("change", [slow(0), 70])
 def test_a_store_that_goes_away_stops_the_run(
-    change: int, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    change: int, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(buckets, "PATIENCE_S", 1.0)
     monkeypatch.setattr(object_stores, "LONGEST_PAUSE_S", 0.3)
     changes = iter(range(10**6))

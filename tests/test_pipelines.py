@@ -23,9 +23,17 @@ def test_local_pipeline_explains_and_validates_a_folder(tmp_path: Path) -> None:
     slides.mkdir()
     write_marker_slide(slides / "a.tiff", 512, 512, mpp=0.5, markers=[], marker_px=16)
     ended = run(
-        "pipelines/local.py", slides, "--model", "ihc-dab", "--target", "positive", "--out", tmp_path / "out",
-        "--workers", "1",
-    )  # fmt: skip
+        "pipelines/local.py",
+        slides,
+        "--model",
+        "ihc-dab",
+        "--target",
+        "positive",
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        "1",
+    )
     assert ended.returncode == 0, ended.stderr
     assert "a.tiff: ok" in ended.stdout
 

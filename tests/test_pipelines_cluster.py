@@ -30,10 +30,14 @@ def recipe(name: str, at: Path, *arguments: str | Path, path: Path | None = None
     """Runs a recipe in the folder `at`, as a user does; programs in `path` come before the system's."""
     places = [str(path)] if path else []
     return subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *map(str, arguments)], cwd=at, capture_output=True,
-        text=True, check=False, timeout=200,
+        [sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *map(str, arguments)],
+        cwd=at,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join([*places, os.environ["PATH"]])},
-    )  # fmt: skip
+    )
 
 
 def programs(folder: Path, **scripts: str) -> Path:
@@ -77,15 +81,32 @@ def slurm_script(at: Path, *arguments: str) -> tuple[dict[str, str], list[str]]:
 
 def test_the_slurm_script_asks_for_what_a_gpu_worker_needs(tmp_path: Path) -> None:
     directives, worker = slurm_script(
-        tmp_path, "--partition", "gpu", "--gres", "gpu:1", "--account", "lab", "--hours", "8", "--memory", "12GiB",
-        "--cpus", "6",
-    )  # fmt: skip
+        tmp_path,
+        "--partition",
+        "gpu",
+        "--gres",
+        "gpu:1",
+        "--account",
+        "lab",
+        "--hours",
+        "8",
+        "--memory",
+        "12GiB",
+        "--cpus",
+        "6",
+    )
     assert directives.pop("-e").startswith("slurm-logs/")
     assert directives.pop("-o").startswith("slurm-logs/")
     assert directives == {
-        "-J": "wsi-gradcam", "-p": "gpu", "-A": "lab", "-n": "1", "--cpus-per-task": "6", "--mem": "12G",
-        "-t": "08:00:00", "--gres": "gpu:1",
-    }  # fmt: skip
+        "-J": "wsi-gradcam",
+        "-p": "gpu",
+        "-A": "lab",
+        "-n": "1",
+        "--cpus-per-task": "6",
+        "--mem": "12G",
+        "-t": "08:00:00",
+        "--gres": "gpu:1",
+    }
     assert worker[0] == sys.executable
     assert option(worker, "--nthreads") == "4"
     assert option(worker, "--memory-limit") == "0"
@@ -113,7 +134,7 @@ def test_slurm_jobs_explain_as_this_process_does(made: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     done = recipe(
         "slurm", tmp_path, "--workers", "1", "--logs", tmp_path / "logs", *arguments_of_explain(made, out), path=path
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert differing(out, made / "serial") == []
     assert "--nthreads 2" in (path / "script.sh").read_text(encoding="utf-8")
@@ -222,9 +243,19 @@ def test_the_job_finds_the_scheduler_through_its_service() -> None:
     assert scheduler["readinessProbe"]["httpGet"]["port"] in listening
     (client,) = job["spec"]["template"]["spec"]["containers"]
     assert client["args"] == [
-        "explain", "/slides", "--wait-for-workers", "86400", "--model", "oral-tumour", "--target", "tumour",
-        "--out", "/out", "--scheduler", "tcp://lung-scheduler:8786",
-    ]  # fmt: skip
+        "explain",
+        "/slides",
+        "--wait-for-workers",
+        "86400",
+        "--model",
+        "oral-tumour",
+        "--target",
+        "tumour",
+        "--out",
+        "/out",
+        "--scheduler",
+        "tcp://lung-scheduler:8786",
+    ]
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy needs
 
 
@@ -253,9 +284,11 @@ def test_explain_ends_in_its_own_time(tmp_path: Path, number: signal.Signals) ->
     (tmp_path / "slow.py").write_text(SLOW_TO_END, encoding="utf-8")
     path = programs(tmp_path / "bin", python=f"exec {shlex.quote(sys.executable)} {tmp_path / 'slow.py'}\n")
     with subprocess.Popen(
-        [sys.executable, "-c", CALL, path / "python"], stdout=subprocess.PIPE, start_new_session=True,
+        [sys.executable, "-c", CALL, path / "python"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "pipelines")},
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         if number == signal.SIGINT:

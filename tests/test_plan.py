@@ -188,13 +188,20 @@ def test_a_run_explains_what_was_asked() -> None:
 # Slides
 
 
-@given(st.builds(
-    SlidePlan,
-    st.text(), st.text(), st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)),
-    st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)), st.tuples(st.floats(1, 10**4), st.floats(1, 10**4)),
-    st.tuples(*[st.floats(0, 10**4)] * 4),
-    st.integers(0, 10**6), st.integers(1, 10**4), st.sampled_from([1, 16, 64]),
-))  # fmt: skip
+@given(
+    st.builds(
+        SlidePlan,
+        st.text(),
+        st.text(),
+        st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)),
+        st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)),
+        st.tuples(st.floats(1, 10**4), st.floats(1, 10**4)),
+        st.tuples(*[st.floats(0, 10**4)] * 4),
+        st.integers(0, 10**6),
+        st.integers(1, 10**4),
+        st.sampled_from([1, 16, 64]),
+    )
+)
 def test_a_plan_comes_back_from_json_exactly(plan: SlidePlan) -> None:
     assert SlidePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 

@@ -62,9 +62,14 @@ def test_without_any_the_mend_is_named(slides: Path) -> None:
 def test_the_objective_where_trusted_comes_before_what_is_given(trusted: bool, expected: float, tmp_path: Path) -> None:
     path = tmp_path / "a.svs"
     tifffile.imwrite(
-        path, np.zeros((300, 400, 3), np.uint8), tile=(240, 240), photometric="rgb", compression="jpeg", metadata=None,
+        path,
+        np.zeros((300, 400, 3), np.uint8),
+        tile=(240, 240),
+        photometric="rgb",
+        compression="jpeg",
+        metadata=None,
         description="Aperio Image Library v1\n400x300 (240x240)|AppMag = 20",
-    )  # fmt: skip
+    )
     slide = open_entry(SlideEntry("a", str(path)), make_settings(mpp=GIVEN, trust_objective=trusted))
     assert slide.info.mpp_yx == (expected, expected)
     slide.close()

@@ -55,8 +55,10 @@ def test_equal_names_are_told_apart_by_what_differs(slide: Path) -> None:
     urls = ["s3://bucket/x/1/a.svs", "s3://bucket/x/2/a.svs"]
     assert [entry.id for entry in find_slides(urls)] == ["1/a.svs", "2/a.svs"]
     assert [entry.id for entry in find_slides([*urls, "https://host/a.svs"])] == [
-        "bucket/x/1/a.svs", "bucket/x/2/a.svs", "host/a.svs",
-    ]  # fmt: skip
+        "bucket/x/1/a.svs",
+        "bucket/x/2/a.svs",
+        "host/a.svs",
+    ]
     assert [entry.id for entry in find_slides([slide, "s3://bucket/b.tif"])] == ["a.tif", "b.tif"]
     both = [entry.id for entry in find_slides([slide, "s3://bucket/a.tif"])]
     assert both == sorted(["bucket/a.tif", slide.as_posix().lstrip("/")])

@@ -110,9 +110,7 @@ def test_masked_is_nan_where_nothing_was_explained(slide: SlideResult) -> None:
 
 def test_regions_are_read_from_any_level(slide: SlideResult) -> None:
     region = Region(10, 20, 30, 40)
-    np.testing.assert_array_equal(
-        slide.read("marker", 1, region), slide.heatmap("marker", 1).values[10:40, 20:60]
-    )  # fmt: skip
+    np.testing.assert_array_equal(slide.read("marker", 1, region), slide.heatmap("marker", 1).values[10:40, 20:60])
     assert slide.read_coverage(0, region).shape == (30, 40)
 
 

@@ -60,19 +60,32 @@ def status(**changes: Any) -> dict[str, Any]:
     """What a run of two slides leaves."""
     worker = {"since_s": 0, "tasks": 4, "patches": 88, "seconds": 30, "patches_per_s": 4.4}
     values: dict[str, Any] = {
-        "run": "20260101T000000Z-abc123", "state": "finished", "cause": "", "begun": "2026-01-01T00:00:00Z",
-        "updated": "2026-01-01T00:00:20Z", "command": "wsi-gradcam explain a --out b", "out": "b", "model": "tiny",
-        "model_digest": "0123456789abcdef", "layer": "layer4",
-        "engine": "eager float32", "targets": ["tumour", "other"],
-        "settings": {"method": ["gradcam"], "overlap": 0.5, "layer": None}, "dashboard": "", "elapsed_s": 20.0,
+        "run": "20260101T000000Z-abc123",
+        "state": "finished",
+        "cause": "",
+        "begun": "2026-01-01T00:00:00Z",
+        "updated": "2026-01-01T00:00:20Z",
+        "command": "wsi-gradcam explain a --out b",
+        "out": "b",
+        "model": "tiny",
+        "model_digest": "0123456789abcdef",
+        "layer": "layer4",
+        "engine": "eager float32",
+        "targets": ["tumour", "other"],
+        "settings": {"method": ["gradcam"], "overlap": 0.5, "layer": None},
+        "dashboard": "",
+        "elapsed_s": 20.0,
         "slides": {"total": 3, "done": 2, "skipped": 0, "ok": 1, "failed": 1},
-        "patches": {"done": 88, "planned": 88, "expected": 88}, "patches_per_s": 4.4, "left_s": None, "retries": 0,
+        "patches": {"done": 88, "planned": 88, "expected": 88},
+        "patches_per_s": 4.4,
+        "left_s": None,
+        "retries": 0,
         "stages": {"explain": {"tasks": 4, "seconds": 30.0}, "stitch": {"tasks": 1, "seconds": 10.0}},
         "workers": {"node1:7": {**worker, "model": 0.8, "waiting": 0.1, "reading": 0.45}},
         "throughput": {"width_s": 4.0, "patches": [8, 40, 0, 20, 20]},
         "failures": [{"cause": "no mpp; give --mpp 0.25", "count": 7, "slides": ["c.svs"]}],
         "slowest": [{"slide": "a.svs", "seconds": 19.0, "patches": 88}],
-    }  # fmt: skip
+    }
     return {**values, **changes}
 
 
@@ -125,11 +138,20 @@ def test_a_cause_without_a_mend_gets_one() -> None:
 @given(st.one_of(st.just(HOSTILE), st.text(min_size=1)), st.sampled_from(["ok", "failed", HOSTILE]))
 def test_names_and_texts_are_nothing_but_text(text: str, state: str) -> None:
     everything = status(
-        run=text, cause=text, model=text, targets=[text], command=text, out=text, layer=text, state="stopped",
-        settings={"method": [text], text: text}, stages={text: {"tasks": 1, "seconds": 1.0}},
-        workers={text: {**status()["workers"]["node1:7"]}}, slowest=[{"slide": text, "seconds": 1.0, "patches": 1}],
+        run=text,
+        cause=text,
+        model=text,
+        targets=[text],
+        command=text,
+        out=text,
+        layer=text,
+        state="stopped",
+        settings={"method": [text], text: text},
+        stages={text: {"tasks": 1, "seconds": 1.0}},
+        workers={text: {**status()["workers"]["node1:7"]}},
+        slowest=[{"slide": text, "seconds": 1.0, "patches": 1}],
         failures=[{"cause": text, "count": 1, "slides": [text]}],
-    )  # fmt: skip
+    )
     page = Page(render(everything, {text: row(text, state, text)}))
     plain = Page(render(status(state="stopped"), {"a.svs": row("a.svs", state)}))
     assert {name for name, _ in page.tags} <= {name for name, _ in plain.tags}
@@ -178,10 +200,15 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize(
     ("text", "ground", "least"),
     [
-        ("#1b1f24", "#fff", 7), ("#4b535d", "#fff", 4.5), ("#0b4f1d", "#d8f0dd", 4.5), ("#7d1508", "#fde3df", 4.5),
-        ("#14458a", "#fff", 4.5), ("#2b5fa8", "#e4e7eb", 3), ("#2b5fa8", "#f0f2f5", 3),
+        ("#1b1f24", "#fff", 7),
+        ("#4b535d", "#fff", 4.5),
+        ("#0b4f1d", "#d8f0dd", 4.5),
+        ("#7d1508", "#fde3df", 4.5),
+        ("#14458a", "#fff", 4.5),
+        ("#2b5fa8", "#e4e7eb", 3),
+        ("#2b5fa8", "#f0f2f5", 3),
     ],
-)  # fmt: skip
+)
 def test_contrast_is_enough_for_everybody(text: str, ground: str, least: float) -> None:
     assert text in STYLE
     assert ground in STYLE
@@ -190,6 +217,17 @@ def test_contrast_is_enough_for_everybody(text: str, ground: str, least: float) 
 
 def test_colours_are_those_that_were_measured() -> None:
     assert set(re.findall(r"#[0-9a-f]{3,6}", STYLE)) == {
-        "#f5f6f8", "#1b1f24", "#fff", "#d5d9df", "#d8f0dd", "#0b4f1d", "#fde3df", "#7d1508", "#4b535d", "#e4e7eb",
-        "#2b5fa8", "#f0f2f5", "#14458a",
-    }  # fmt: skip
+        "#f5f6f8",
+        "#1b1f24",
+        "#fff",
+        "#d5d9df",
+        "#d8f0dd",
+        "#0b4f1d",
+        "#fde3df",
+        "#7d1508",
+        "#4b535d",
+        "#e4e7eb",
+        "#2b5fa8",
+        "#f0f2f5",
+        "#14458a",
+    }

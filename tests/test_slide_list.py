@@ -81,7 +81,7 @@ def test_equal_names_are_told_apart(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,352.8\n", ConfigError, "line 2: mpp is 352.8, expected 0.01 to 100 um per pixel"),
         ("slide,mpp_y\na.svs,0.5\n", ConfigError, "line 2: mpp '' is no number; give both mpp_y and mpp_x, or mpp"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, error: type[Exception], said: str) -> None:
     touch(tmp_path, "a.svs")
     with pytest.raises(error, match=rf"list\.csv.*{said}"):
@@ -131,17 +131,23 @@ class TestParquet:
     def test_texts_and_numbers_with_gaps(self, tmp_path: Path) -> None:
         touch(tmp_path, "a.svs", "deep/b.svs", "c.svs")
         columns = {
-            "slide": ["a.svs", "deep/b.svs", "c.svs"], "mpp": [0.25, None, float("nan")], "site": ["x", None, " y "],
-            "label": pa.array([1.0, None, 2.5]), "scanner": pa.array([7, None, 8], pa.int8()), "other": [[1], [], None],
-        }  # fmt: skip
+            "slide": ["a.svs", "deep/b.svs", "c.svs"],
+            "mpp": [0.25, None, float("nan")],
+            "site": ["x", None, " y "],
+            "label": pa.array([1.0, None, 2.5]),
+            "scanner": pa.array([7, None, 8], pa.int8()),
+            "other": [[1], [], None],
+        }
         self.same(tmp_path, columns, "slide,mpp,site,label,scanner\na.svs,.25,x,1,7\ndeep/b.svs\nc.svs,,y,2.5,8\n")
 
     def test_other_types_of_text(self, tmp_path: Path) -> None:
         touch(tmp_path, "a.svs", "b.svs")
         columns = {
-            "slide": pa.array([b"a.svs", b"b.svs"]), "site": pa.array(["x", "x"]).dictionary_encode(),
-            "mpp_y": pa.array(["0.5", ""]), "mpp_x": pa.array([0.25, None], pa.float32()),
-        }  # fmt: skip
+            "slide": pa.array([b"a.svs", b"b.svs"]),
+            "site": pa.array(["x", "x"]).dictionary_encode(),
+            "mpp_y": pa.array(["0.5", ""]),
+            "mpp_x": pa.array([0.25, None], pa.float32()),
+        }
         self.same(tmp_path, columns, "slide,site,mpp_y,mpp_x\na.svs,x,0.5,0.25\nb.svs,x,,\n")
 
     def test_what_is_wrong_is_told_with_its_row(self, tmp_path: Path) -> None:
@@ -255,8 +261,10 @@ class TestRuns:
         path, out = archive / "list.csv", archive / "out"
         explain(path, toy_spec("pooled_linear"), out, **SMALL)
         assert {name: (row["label"], row["site"], row["scanner"]) for name, row in rows_of(out).items()} == {
-            "a.tif": ("tumour", "Hull", "S360"), "b.tif": ("", "", ""), "c.tif": ("", "York", ""),
-        }  # fmt: skip
+            "a.tif": ("tumour", "Hull", "S360"),
+            "b.tif": ("", "", ""),
+            "c.tif": ("", "York", ""),
+        }
         digest = read_run(out / "run.yaml")
         path.write_text(path.read_text().replace("tumour", "benign"))
         assert all(record.skipped for record in explain(path, toy_spec("pooled_linear"), out, **SMALL).records)

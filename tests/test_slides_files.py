@@ -60,8 +60,9 @@ def test_what_was_streamed_is_not_fetched_again_until_it_is_forgotten(tmp_path: 
             with file.stream() as stream:
                 assert stream.read(3 * BLOCK_BYTES) == CONTENT[: 3 * BLOCK_BYTES]
         assert [(sent.start, sent.count) for sent in server.traffic.sent] == [
-            (0, BLOCK_BYTES), (BLOCK_BYTES, 2 * BLOCK_BYTES),
-        ]  # fmt: skip
+            (0, BLOCK_BYTES),
+            (BLOCK_BYTES, 2 * BLOCK_BYTES),
+        ]
         file.end_of_headers()
         with file.stream() as stream:
             stream.read(3 * BLOCK_BYTES)

@@ -92,8 +92,15 @@ KINDS: dict[str, Callable[[Path, Path], Path]] = {
     "aperio": lambda folder, data: data / "slides/aperio/CMU-1-Small-Region.svs",
     "jpeg": lambda folder, data: (
         write_marker_slide(
-            folder / "jpeg.tif", 704, 1104, mpp=(0.25, 0.3), markers=[(100, 200)], marker_px=60, glass_px=90,
-            downsamples=(2, 4), compression="jpeg",
+            folder / "jpeg.tif",
+            704,
+            1104,
+            mpp=(0.25, 0.3),
+            markers=[(100, 200)],
+            marker_px=60,
+            glass_px=90,
+            downsamples=(2, 4),
+            compression="jpeg",
         ).path
     ),
     "ome-tiff": lambda folder, data: write_ome(
@@ -102,7 +109,7 @@ KINDS: dict[str, Callable[[Path, Path], Path]] = {
     "ome-zarr 0.4": lambda folder, data: zarr_of(folder, "0.4"),
     "ome-zarr 0.5": lambda folder, data: zarr_of(folder, "0.5"),
     "sharded": lambda folder, data: zarr_of(folder, "0.5", shards=(3, 128, 200)),
-}  # fmt: skip
+}
 
 
 def assert_same(found: Slide, expected: Slide) -> None:
@@ -173,9 +180,16 @@ def test_nothing_but_tiles_is_fetched_and_each_once(
 
 def test_a_pyramid_with_little_tissue_costs_little(place: Place, tmp_path: Path, needed: set[tuple[int, int]]) -> None:
     path = write_marker_slide(
-        tmp_path / "a.tif", 3000, 4000, mpp=0.25, markers=[(1000, 2000)], marker_px=60, glass_px=1000,
-        downsamples=(4, 16), compression="jpeg",
-    ).path  # fmt: skip
+        tmp_path / "a.tif",
+        3000,
+        4000,
+        mpp=0.25,
+        markers=[(1000, 2000)],
+        marker_px=60,
+        glass_px=1000,
+        downsamples=(4, 16),
+        compression="jpeg",
+    ).path
     read_tissue(open_slide(path, reader="tiff"))
     read_tissue(open_slide(place.put(path)))
     tiles = sum(count for _, count in needed)

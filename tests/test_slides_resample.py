@@ -178,8 +178,15 @@ def test_a_marker_is_where_it_is(mpp: float, extent: tuple[int, int], factors: t
     centres = [(61, 85), (extent[0] - 60, extent[1] - 70)]
     for y, x in centres:
         level0[y - 16 : y + 16, x - 16 : x + 16] = 55
-    path = write_slide(tmp_path / "m.tiff", level0, mpp=0.5, tile_px=128, downsample=factors or 2,
-                       levels=None if factors else 1, compression="deflate")  # fmt: skip
+    path = write_slide(
+        tmp_path / "m.tiff",
+        level0,
+        mpp=0.5,
+        tile_px=128,
+        downsample=factors or 2,
+        levels=None if factors else 1,
+        compression="deflate",
+    )
     slide = open_slide(path)
     # OpenSlide places a level whose size is not an exact fraction to half a level-0 pixel only.
     whole = all(n % f == 0 for n in extent for f in factors)

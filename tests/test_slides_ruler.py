@@ -166,10 +166,19 @@ def places(size: tuple[int, int]) -> list[tuple[float, float]]:
     """(y, x) level-0 px: inside, across the edges and corners, and outside."""
     bottom, right = size
     return [
-        (700, 900), (2600.4, 3001.7), (1850, 2150),
-        (-20.5, 600), (bottom - 31, 800), (640, -13), (500.25, right - 40.75),
-        (-9, -11), (-17, right - 21), (bottom - 12.5, -6), (bottom - 23, right - 19), (bottom + 500, 60),
-    ]  # fmt: skip
+        (700, 900),
+        (2600.4, 3001.7),
+        (1850, 2150),
+        (-20.5, 600),
+        (bottom - 31, 800),
+        (640, -13),
+        (500.25, right - 40.75),
+        (-9, -11),
+        (-17, right - 21),
+        (bottom - 12.5, -6),
+        (bottom - 23, right - 19),
+        (bottom + 500, 60),
+    ]
 
 
 @pytest.mark.parametrize("mpp", MPPS)
@@ -177,9 +186,10 @@ def test_all_readers_show_the_same(archive: Archive, case: Case, mpp: float) -> 
     """Where they have the same pixels to show; and what they show is right."""
     slides = {reader: archive.open(case, reader) for reader in READERS}
     shown = [
-        slide for reader, slide in slides.items()
+        slide
+        for reader, slide in slides.items()
         if not interpolates(slide, case, mpp) and (reader != "picture" or factor_of(case, mpp) == 1)
-    ]  # fmt: skip
+    ]
     factor, size = factor_of(case, mpp), (48, 56)
     scale = steps(case, mpp)[0] / factor, steps(case, mpp)[1] / factor
     assert len(shown) >= 4

@@ -68,9 +68,16 @@ def test_a_real_slide_is_read_as_by_openslide(aperio: Path) -> None:
 @pytest.mark.parametrize("downsamples", [(), (2, 4, 8)])
 def test_pyramids_are_read_as_by_openslide(compression: Any, downsamples: tuple[int, ...], tmp_path: Path) -> None:
     slide = write_marker_slide(
-        tmp_path / "a.tif", 704, 1104, mpp=(0.25, 0.3), markers=[(100, 200)], marker_px=60, glass_px=90,
-        downsamples=downsamples, compression=compression,
-    )  # fmt: skip
+        tmp_path / "a.tif",
+        704,
+        1104,
+        mpp=(0.25, 0.3),
+        markers=[(100, 200)],
+        marker_px=60,
+        glass_px=90,
+        downsamples=downsamples,
+        compression=compression,
+    )
     fast = open_slide(slide.path)
     assert isinstance(fast, TiffSlide)
     assert_same(fast, open_slide(slide.path, reader="openslide"))
@@ -82,9 +89,15 @@ def test_aperio_codecs_are_read_as_by_openslide(compression: str, bigtiff: bool,
     path = tmp_path / "a.svs"
     smooth = np.asarray(Image.fromarray(noise(30, 40)).resize((500, 400)))
     tifffile.imwrite(
-        path, smooth, tile=(240, 240), photometric="rgb", compression=compression, bigtiff=bigtiff, metadata=None,
+        path,
+        smooth,
+        tile=(240, 240),
+        photometric="rgb",
+        compression=compression,
+        bigtiff=bigtiff,
+        metadata=None,
         description="Aperio Image Library v1\n500x400 (240x240)|AppMag = 20|MPP = 0.499",
-    )  # fmt: skip
+    )
     fast, known = open_slide(path), open_slide(path, reader="openslide")
     assert isinstance(fast, TiffSlide)
     assert fast.info.vendor == "aperio"
@@ -131,14 +144,24 @@ def test_orientations_are_honoured(orientation: int, tmp_path: Path) -> None:
     picture = noise(90, 70)
     path = tmp_path / "a.tif"
     tifffile.imwrite(
-        path, picture, tile=(32, 48), photometric="rgb", metadata=None, resolution=(20_000, 10_000),
-        resolutionunit="CENTIMETER", extratags=[(274, "H", 1, orientation, True)],
-    )  # fmt: skip
+        path,
+        picture,
+        tile=(32, 48),
+        photometric="rgb",
+        metadata=None,
+        resolution=(20_000, 10_000),
+        resolutionunit="CENTIMETER",
+        extratags=[(274, "H", 1, orientation, True)],
+    )
     turned = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }  # fmt: skip
+    }
     image = Image.fromarray(picture)
     expected = np.asarray(image.transpose(turned[orientation]) if orientation > 1 else image)
     slide = open_slide(path, reader="tiff")
@@ -168,10 +191,12 @@ def write_ome(path: Path, picture: Rgb, levels: int = 3, **metadata: Any) -> Pat
     ("metadata", "mpp"),
     [
         ({"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}, (0.5, 0.25)),
-        ({"PhysicalSizeX": 250.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.0005, "PhysicalSizeYUnit": "mm"},
-         (0.5, 0.25)),
+        (
+            {"PhysicalSizeX": 250.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.0005, "PhysicalSizeYUnit": "mm"},
+            (0.5, 0.25),
+        ),
     ],
-)  # fmt: skip
+)
 def test_levels_in_subifds_are_found(metadata: dict[str, Any], mpp: tuple[float, float], tmp_path: Path) -> None:
     picture = noise(300, 400)
     slide = open_slide(write_ome(tmp_path / "a.ome.tif", picture, **metadata))
@@ -203,7 +228,7 @@ def test_a_single_level_says_its_mpp_in_ome_xml(tmp_path: Path) -> None:
         ),
         ({"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.0}, "PhysicalSizeY is 0, expected 0.01 to 100 um per pixel"),
     ],
-)  # fmt: skip
+)
 def test_an_ome_tiff_without_mpp_says_so(metadata: dict[str, Any], said: str, tmp_path: Path) -> None:
     slide = open_slide(write_ome(tmp_path / "a.ome.tif", noise(300, 400), **metadata), reader="tiff")
     with pytest.raises(MppError, match=said):
@@ -304,9 +329,14 @@ def test_jpeg_tiles_are_decoded_as_by_tifffile(colours: Any, tmp_path: Path) -> 
     """Whole tiles by way of memory of our own, those at the edges and damaged ones by way of tifffile."""
     path = tmp_path / "a.tif"
     tifffile.imwrite(
-        path, noise(200, 300), tile=(64, 64), photometric="rgb", compression="jpeg", metadata=None,
+        path,
+        noise(200, 300),
+        tile=(64, 64),
+        photometric="rgb",
+        compression="jpeg",
+        metadata=None,
         compressionargs={"outcolorspace": colours},
-    )  # fmt: skip
+    )
     with tifffile.TiffFile(path) as file, closing(LocalFile(path)) as source:
         (level,), page = tiff_levels(file), cast(tifffile.TiffPage, file.pages[0])
         assert level.decode_whole is not None

@@ -53,16 +53,27 @@ def test_a_real_slide(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        "AppMag = 20|MPP = 0.499", "AppMag = 40", "MPP = 0,2502|AppMag = 40,0", "MPP = none|AppMag = many",
-        "MPP = 0.0|AppMag = 0", "MPP=0.25|MPP = 0.5|AppMag=-3", "Title|MPP|AppMag = 1e400", "",
+        "AppMag = 20|MPP = 0.499",
+        "AppMag = 40",
+        "MPP = 0,2502|AppMag = 40,0",
+        "MPP = none|AppMag = many",
+        "MPP = 0.0|AppMag = 0",
+        "MPP=0.25|MPP = 0.5|AppMag=-3",
+        "Title|MPP|AppMag = 1e400",
+        "",
     ],
-)  # fmt: skip
+)
 def test_aperio_descriptions(said: str, trust_objective: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.svs"
     tifffile.imwrite(
-        path, noise(300, 400), tile=(240, 240), photometric="rgb", compression="jpeg", metadata=None,
+        path,
+        noise(300, 400),
+        tile=(240, 240),
+        photometric="rgb",
+        compression="jpeg",
+        metadata=None,
         description=f"Aperio Image Library v1\n400x300 (240x240)|{said}",
-    )  # fmt: skip
+    )
     assert_alike(path, trust_objective=trust_objective)
 
 

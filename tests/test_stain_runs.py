@@ -70,8 +70,11 @@ def serial(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_slide_without_a_stain_fails_alone(archive: Path, serial: Path) -> None:
     rows = rows_of(serial)
     assert {name: row["status"] for name, row in rows.items()} == {
-        "a.tif": "ok", "b.tif": "ok", "glass.tif": "no_tissue", "one.tif": "failed"
-    }  # fmt: skip
+        "a.tif": "ok",
+        "b.tif": "ok",
+        "glass.tif": "no_tissue",
+        "one.tif": "failed",
+    }
     error = rows["one.tif"]["error"]
     assert error.startswith(f"{archive / 'one.tif'}: its stain cannot be normalised by macenko: (nearly) one stain")
     assert "leave this slide out" in error

@@ -59,8 +59,12 @@ def test_a_run_at_work_here(tmp_path: Path) -> None:
     state = only(tmp_path)
     assert (state.state, state.well) == (RUNNING, True)
     text = shown(state)
-    for part in ("running for 20 s (run mine on", "4.4 patches/s; time left about 1 min 40 s", "http://host/status",
-                 "node1:7: 4.4 patches/s, model busy 80%, waiting for pixels 10%, reading 45%"):  # fmt: skip
+    for part in (
+        "running for 20 s (run mine on",
+        "4.4 patches/s; time left about 1 min 40 s",
+        "http://host/status",
+        "node1:7: 4.4 patches/s, model busy 80%, waiting for pixels 10%, reading 45%",
+    ):
         assert part in text
     assert "same command" not in text
 
@@ -129,8 +133,13 @@ def test_many_workers_are_not_all_listed(tmp_path: Path) -> None:
 
 def test_watching_goes_on_until_the_end(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     leave(tmp_path, HERE, state=RUNNING)
-    steps = iter([lambda: leave(tmp_path, HERE, state=RUNNING, patches_per_s=99.0), lambda: None,
-                  lambda: leave(tmp_path, state=FINISHED, failures=[])])  # fmt: skip
+    steps = iter(
+        [
+            lambda: leave(tmp_path, HERE, state=RUNNING, patches_per_s=99.0),
+            lambda: None,
+            lambda: leave(tmp_path, state=FINISHED, failures=[]),
+        ]
+    )
 
     def sleep(_: float) -> None:
         step: Callable[[], Any] = next(steps)

@@ -174,7 +174,13 @@ def test_a_digest_does_not_depend_on_the_memory_layout(array: Array) -> None:
 def test_digests_tell_order_type_shape_and_cut() -> None:
     a, b = np.arange(4, dtype=np.int32), np.arange(4, 8, dtype=np.int32)
     variants = [
-        (a, b), (b, a), (a,), (np.concatenate([a, b]),), (a.reshape(2, 2), b), (a.view(np.float32), b),
-        (a.view(np.uint32), b), (a, b, a[:0]),
-    ]  # fmt: skip
+        (a, b),
+        (b, a),
+        (a,),
+        (np.concatenate([a, b]),),
+        (a.reshape(2, 2), b),
+        (a.view(np.float32), b),
+        (a.view(np.uint32), b),
+        (a, b, a[:0]),
+    ]
     assert len({digest_of(variant) for variant in variants}) == len(variants)

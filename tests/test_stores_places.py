@@ -317,9 +317,13 @@ WRITES: dict[str, Callable[[Place], Any]] = {
     ("failure", "message"), [("403", "access was refused"), ("503", "run the same command again"), ("400", "refuses")]
 )
 def test_errors_of_the_store_say_what_to_do(
-    write: Callable[[Place], Any], failure: str, message: str, s3_out: str, s3_proxy: Proxy,
+    write: Callable[[Place], Any],
+    failure: str,
+    message: str,
+    s3_out: str,
+    s3_proxy: Proxy,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(buckets, "PATIENCE_S", 0.5)
     file = place_of(s3_out) / "file"
     file.write(b"old")

@@ -45,8 +45,10 @@ def test_a_slide_keeps_its_id_when_another_of_its_name_comes(tmp_path: Path) -> 
     assert ids_by_path(tmp_path, kept(tmp_path / "out", first, second)) == {"1/a.svs": "a.svs", "2/a.svs": "2/a.svs"}
     assert ids_by_path(tmp_path, kept(tmp_path / "out", second)) == {"2/a.svs": "2/a.svs"}
     assert ids_by_path(tmp_path, kept(tmp_path / "out", third, second, first)) == {
-        "1/a.svs": "a.svs", "2/a.svs": "2/a.svs", "3/x/a.svs": "3/x/a.svs",
-    }  # fmt: skip
+        "1/a.svs": "a.svs",
+        "2/a.svs": "2/a.svs",
+        "3/x/a.svs": "3/x/a.svs",
+    }
 
 
 def test_ids_of_a_first_run_are_those_of_the_search(tmp_path: Path) -> None:
@@ -135,10 +137,17 @@ def test_the_list_is_kept_as_it_was_read(tmp_path: Path) -> None:
     kept(out, tmp_path / "list.csv")
     rows = [json.loads(line) for line in (out / "slides.jsonl").read_text().splitlines()]
     assert rows == [
-        {"id": "a.svs", "path": str(tmp_path / "a.svs"), "mpp": [0.25, 0.25], "mask": str(tmp_path / "m.png"),
-         "label": "tumour", "site": "Hull", "scanner": "S360"},
+        {
+            "id": "a.svs",
+            "path": str(tmp_path / "a.svs"),
+            "mpp": [0.25, 0.25],
+            "mask": str(tmp_path / "m.png"),
+            "label": "tumour",
+            "site": "Hull",
+            "scanner": "S360",
+        },
         {"id": "b.svs", "path": str(tmp_path / "b.svs")},
-    ]  # fmt: skip
+    ]
 
 
 def test_a_name_that_is_no_text_is_kept(tmp_path: Path) -> None:
@@ -190,8 +199,9 @@ class TestRuns:
         assert {r.slide.id: r.skipped for r in outcome.records} == {"a.tif": True, "2/a.tif": False}
         assert all(record.skipped for record in explain(slides, MODEL, tmp_path, **SMALL).records)
         assert {name: row["path"] for name, row in rows_of(tmp_path).items()} == {
-            "a.tif": str(slides / "1" / "a.tif"), "2/a.tif": str(slides / "2" / "a.tif"),
-        }  # fmt: skip
+            "a.tif": str(slides / "1" / "a.tif"),
+            "2/a.tif": str(slides / "2" / "a.tif"),
+        }
         explain(both, MODEL, tmp_path, **SMALL, overwrite=True)
         assert set(rows_of(tmp_path)) == {"a.tif", "2/a.tif"}
         assert validate(tmp_path) == []

@@ -100,11 +100,25 @@ def written(path: Path, network: PooledLinear, activation: Activation = "softmax
 
 def test_columns_are_as_documented_in_order(tmp_path: Path, network: PooledLinear) -> None:
     assert list(written(tmp_path, network)) == [
-        "y", "x", "tissue", "pen", "glass", "blur", "status", "cause",
-        "logit_other", f"logit_{CLASSES[1]}", "probability_other", f"probability_{CLASSES[1]}",
-        "cam_mean_other", f"cam_mean_{CLASSES[1]}", "cam_mean_predicted",
-        "cam_max_other", f"cam_max_{CLASSES[1]}", "cam_max_predicted",
-    ]  # fmt: skip
+        "y",
+        "x",
+        "tissue",
+        "pen",
+        "glass",
+        "blur",
+        "status",
+        "cause",
+        "logit_other",
+        f"logit_{CLASSES[1]}",
+        "probability_other",
+        f"probability_{CLASSES[1]}",
+        "cam_mean_other",
+        f"cam_mean_{CLASSES[1]}",
+        "cam_mean_predicted",
+        "cam_max_other",
+        f"cam_max_{CLASSES[1]}",
+        "cam_max_predicted",
+    ]
 
 
 def test_rows_are_the_stores_patches(tmp_path: Path, network: PooledLinear) -> None:
@@ -202,9 +216,12 @@ def test_the_file_says_what_it_belongs_to(tmp_path: Path, network: PooledLinear)
     ids=["full disk", "interrupt", "other"],
 )
 def test_a_failure_keeps_the_old_table_and_leaves_nothing_else(
-    error: BaseException, expected: type[BaseException], tmp_path: Path, network: PooledLinear,
+    error: BaseException,
+    expected: type[BaseException],
+    tmp_path: Path,
+    network: PooledLinear,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     written(tmp_path, network)
     before, run = (tmp_path / "patches.parquet").read_bytes(), run_of()
 

@@ -55,6 +55,8 @@ def test_what_is_tried_again_is_told_and_what_has_failed_before_is_not(capsys: p
     lines.slide_done(replace(record(8, "failed", "no slide", skipped=True), lasting=True))
     lines.remarked("mind the gap")
     assert capsys.readouterr().err.splitlines() == [
-        "7.svs: explain 3 is tried again: its worker died", "[1/2] 7.svs: failed, 1.0 s: died", "mind the gap",
-    ]  # fmt: skip
+        "7.svs: explain 3 is tried again: its worker died",
+        "[1/2] 7.svs: failed, 1.0 s: died",
+        "mind the gap",
+    ]
     assert (lines.progress.retries, lines.progress.slides_done) == (1, 2)

@@ -150,9 +150,12 @@ def test_the_highest_patches(server: TestClient, out: Path) -> None:
 def test_pictures_may_be_kept_for_ever_under_their_version(server: TestClient) -> None:
     facts = facts_of(server, "a.tif")
     for name, kind in (
-        ("slide/0/2_3.jpg", "jpeg"), ("heat/1/3/0_0.png", "png"), ("cells/1/0/0_0.png", "png"), ("patch/7.jpg", "jpeg"),
+        ("slide/0/2_3.jpg", "jpeg"),
+        ("heat/1/3/0_0.png", "png"),
+        ("cells/1/0/0_0.png", "png"),
+        ("patch/7.jpg", "jpeg"),
         ("thumb.jpg", "jpeg"),
-    ):  # fmt: skip
+    ):
         answer = server.get(f"{tiles_of(facts)}/{name}")
         assert answer.status_code == 200, name
         assert answer.headers["content-type"] == f"image/{kind}"
@@ -164,10 +167,23 @@ def test_pictures_may_be_kept_for_ever_under_their_version(server: TestClient) -
 
 @pytest.mark.parametrize(
     "name",
-    ["slide/9/0_0.jpg", "slide/0/99999_0.jpg", "slide/0/0_999999999999999999999.jpg", f"slide/0/{'9' * 3000}_0.jpg",
-     "slide/-1/0_0.jpg", "slide/0/0_-1.jpg", "slide/0/٣_0.jpg", "slide/0/1e3_0.jpg", "heat/99/0/0_0.png",
-     "heat/0/99/0_0.png", "cells/0/0/9999_9999.png", "patch/999999.jpg", "patch/x.jpg", "heat/0/0/0_0.jpg"],
-)  # fmt: skip
+    [
+        "slide/9/0_0.jpg",
+        "slide/0/99999_0.jpg",
+        "slide/0/0_999999999999999999999.jpg",
+        f"slide/0/{'9' * 3000}_0.jpg",
+        "slide/-1/0_0.jpg",
+        "slide/0/0_-1.jpg",
+        "slide/0/٣_0.jpg",
+        "slide/0/1e3_0.jpg",
+        "heat/99/0/0_0.png",
+        "heat/0/99/0_0.png",
+        "cells/0/0/9999_9999.png",
+        "patch/999999.jpg",
+        "patch/x.jpg",
+        "heat/0/0/0_0.jpg",
+    ],
+)
 def test_absurd_tiles_are_refused(server: TestClient, name: str) -> None:
     answer = server.get(f"{tiles_of(facts_of(server, 'a.tif'))}/{name}")
     assert answer.status_code == 404
@@ -226,8 +242,16 @@ def test_overview_and_audit_are_handed_out_and_run_nothing(server: TestClient, o
         assert "script-src" not in report.headers["content-security-policy"]
         assert server.get(address).text.startswith("<h1>audited")
         assert server.get("/files/audit/metrics.json").json() == {"verdicts": []}
-        for other in ("run.yaml", "audit/plan.json", "audit/inner/b.tif/spread.json", "audit/nothing/report.html",
-                      "inner/b.tif/report.html", "audit", "report.html", "overview.png"):  # fmt: skip
+        for other in (
+            "run.yaml",
+            "audit/plan.json",
+            "audit/inner/b.tif/spread.json",
+            "audit/nothing/report.html",
+            "inner/b.tif/report.html",
+            "audit",
+            "report.html",
+            "overview.png",
+        ):
             assert server.get(f"/files/{other}").status_code == 404, other
     finally:
         shutil.rmtree(out / "audit")
@@ -340,10 +364,14 @@ def test_out_in_an_object_store_shows_the_same(out: Path, s3_upstream: str, monk
         assert facts_of(there, "a.tif") == facts
         key, tiles = facts["key"], tiles_of(facts)
         for address in (
-            f"{tiles}/heat/1/3/0_0.png", f"{tiles}/slide/0/1_1.jpg", f"/api/slides/{key}/values?y=808&x=1200",
-            f"/api/slides/{key}/patches/at?y=808&x=1200", "/files/a.tif/overview.png",
-            "/zarr/a.tif/heatmap.ome.zarr/zarr.json", f"/api/slides/{key}/patches/top?by=blur&count=3",
-        ):  # fmt: skip
+            f"{tiles}/heat/1/3/0_0.png",
+            f"{tiles}/slide/0/1_1.jpg",
+            f"/api/slides/{key}/values?y=808&x=1200",
+            f"/api/slides/{key}/patches/at?y=808&x=1200",
+            "/files/a.tif/overview.png",
+            "/zarr/a.tif/heatmap.ome.zarr/zarr.json",
+            f"/api/slides/{key}/patches/top?by=blur&count=3",
+        ):
             answers = [server.get(address) for server in (here, there)]
             assert [answer.status_code for answer in answers] == [200, 200], address
             assert answers[0].content == answers[1].content, address

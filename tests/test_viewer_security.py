@@ -52,11 +52,26 @@ def status(answer: bytes) -> int:
 )
 @pytest.mark.parametrize(
     "path",
-    ["../../secret.json", "../../../secret.json", "%2e%2e/%2e%2e/secret.json", "..%2f..%2fsecret.json", "/etc/passwd",
-     "%2fetc%2fpasswd", "..%5c..%5csecret.json", "%252e%252e/%252e%252e/secret.json", "....//....//secret.json",
-     "zarr.json/../../../secret.json", "zarr.json%00.json", ".%00./secret.json", "%c0%ae%c0%ae/secret.json",
-     "\\..\\secret.json", "./../../secret.json", "audit/../../../secret.json", "a" * 300 + ".json"],
-)  # fmt: skip
+    [
+        "../../secret.json",
+        "../../../secret.json",
+        "%2e%2e/%2e%2e/secret.json",
+        "..%2f..%2fsecret.json",
+        "/etc/passwd",
+        "%2fetc%2fpasswd",
+        "..%5c..%5csecret.json",
+        "%252e%252e/%252e%252e/secret.json",
+        "....//....//secret.json",
+        "zarr.json/../../../secret.json",
+        "zarr.json%00.json",
+        ".%00./secret.json",
+        "%c0%ae%c0%ae/secret.json",
+        "\\..\\secret.json",
+        "./../../secret.json",
+        "audit/../../../secret.json",
+        "a" * 300 + ".json",
+    ],
+)
 def test_no_path_leads_out(server: Served, root: str, path: str) -> None:
     answer = raw(server, f"{root}/{path}")
     assert status(answer) in (400, 403, 404)
@@ -139,8 +154,18 @@ def test_odd_paths_are_refused(path: str) -> None:
         below(LocalPlace(Path("/nowhere")), path)
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "0.0.0.0",
-                                  "127.0.0.1@evil.example", "[::2]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:80",
+        "",
+        "0.0.0.0",
+        "127.0.0.1@evil.example",
+        "[::2]",
+    ],
+)
 def test_other_names_for_this_machine_are_refused(server: Served, host: str) -> None:
     """A page of another site whose name points to 127.0.0.1 sends its own name."""
     assert fetched(f"{server.url}/api/run", Host=host)[0] == 421
@@ -153,10 +178,15 @@ def test_own_names_are_known(server: Served, host: str) -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:1"},
-     {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
-     {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}],
-)  # fmt: skip
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
+    ],
+)
 def test_pages_of_other_sites_are_refused(server: Served, headers: dict[str, str]) -> None:
     code, _, answer = fetched(f"{server.url}/api/run", **headers)
     assert code == 403

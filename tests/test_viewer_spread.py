@@ -88,8 +88,9 @@ def test_what_an_audit_has_stored_is_shown_after_the_slide_s_own(audited: Path, 
         labels = [channel["label"] for channel in facts["channels"]]
         assert labels == [*(c.label for c in result.channels), "spread: other", "spread: marker"]
         assert [(c["target"], c["unit"], c["run_window"]) for c in unsure(facts)] == [
-            ("other", "logit", None), ("marker", "logit", None),
-        ]  # fmt: skip
+            ("other", "logit", None),
+            ("marker", "logit", None),
+        ]
         assert [c["window"][1] for c in unsure(facts)] == [c.end for c in store.channels]
         for y, x in ((20, 30), (500, 600), (1002, 1140)):
             at = Region(y // result.stride_px, x // result.stride_px, 1, 1)
@@ -138,9 +139,17 @@ def test_tiles_have_the_spread_s_own_coverage_and_are_kept_for_ever(server: Test
     assert len(left) == len(facts["channels"])
 
 
-@pytest.mark.parametrize("name", ["heat/spread-{digest}/2/0/0_0.png", "heat/spread-{digest}/-1/0/0_0.png",
-                                  "heat/spread-{digest}/0/99/0_0.png", "heat/spread-0123456789ab/0/0/0_0.png",
-                                  "heat/spread-/0/0/0_0.png", "heat/spread-../0/0/0_0.png"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "heat/spread-{digest}/2/0/0_0.png",
+        "heat/spread-{digest}/-1/0/0_0.png",
+        "heat/spread-{digest}/0/99/0_0.png",
+        "heat/spread-0123456789ab/0/0/0_0.png",
+        "heat/spread-/0/0/0_0.png",
+        "heat/spread-../0/0/0_0.png",
+    ],
+)
 def test_absurd_tiles_are_refused(server: TestClient, name: str) -> None:
     facts = facts_of(server, SLIDE)
     digest = unsure(facts)[0]["address"].partition("/")[0].removeprefix("spread-")
@@ -241,8 +250,9 @@ def test_a_damaged_chunk_is_a_tile_that_is_not_there(server: TestClient, out: Pa
     assert None not in values[:OWN]
 
 
-@pytest.mark.parametrize("link", [".", SLIDE, f"{SLIDE}/spread.json", f"{SLIDE}/spread.ome.zarr",
-                                  f"{SLIDE}/spread.ome.zarr/0/c"])  # fmt: skip
+@pytest.mark.parametrize(
+    "link", [".", SLIDE, f"{SLIDE}/spread.json", f"{SLIDE}/spread.ome.zarr", f"{SLIDE}/spread.ome.zarr/0/c"]
+)
 def test_links_out_of_out_are_refused(server: TestClient, out: Path, tmp_path: Path, link: str) -> None:
     place, before = out / "audit" / link, facts_of(server, SLIDE)
     shutil.move(place, tmp_path / "away")

@@ -44,8 +44,9 @@ def test_a_run_without_a_list_of_slides_shows_those_that_were_begun(out: Path) -
     with client(out) as server:
         found = server.get("/api/slides", params={"sort": "status"}).json()
         assert [(slide["id"], slide["status"]) for slide in found["slides"]] == [
-            ("a.tif", "unfinished"), ("inner/b.tif", "unfinished"),
-        ]  # fmt: skip
+            ("a.tif", "unfinished"),
+            ("inner/b.tif", "unfinished"),
+        ]
         facts = facts_of(server, "a.tif")
         assert facts["heat"] is not None
         assert facts["slide"]["problem"]
@@ -109,8 +110,9 @@ def test_what_is_too_large_is_sent_in_pieces_alone(out: Path, monkeypatch: pytes
         assert part.headers["content-range"].startswith("bytes 10-109/")
 
 
-@pytest.mark.parametrize(("host", "token", "begins"), [("127.0.0.1", False, "http://127.0.0.1:"),
-                                                      ("localhost", True, "http://localhost:")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "token", "begins"), [("127.0.0.1", False, "http://127.0.0.1:"), ("localhost", True, "http://localhost:")]
+)
 def test_the_command_opens_a_browser(
     out: Path, monkeypatch: pytest.MonkeyPatch, host: str, token: bool, begins: str
 ) -> None:

@@ -108,9 +108,20 @@ def test_one_range_is_answered(header: str, found: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["bytes=0-1,3-4", "bytes=" + ",".join(["0-"] * 1300), "bytes=10-", "bytes=5-2", "bytes=-0", "bytes=", "lines=0-1",
-     "bytes=-", "bytes=0-1" + " " * 100, "bytes=99999999999999999999999-", "bytes=\u0661-2"],
-)  # fmt: skip
+    [
+        "bytes=0-1,3-4",
+        "bytes=" + ",".join(["0-"] * 1300),
+        "bytes=10-",
+        "bytes=5-2",
+        "bytes=-0",
+        "bytes=",
+        "lines=0-1",
+        "bytes=-",
+        "bytes=0-1" + " " * 100,
+        "bytes=99999999999999999999999-",
+        "bytes=\u0661-2",
+    ],
+)
 def test_other_ranges_are_refused(header: str) -> None:
     with pytest.raises(RangeError):
         byte_range(header, 10)

@@ -43,9 +43,14 @@ def make_run(folder: Path, **settings: Any) -> Path:
     (folder / "slides" / "inner").mkdir(parents=True)
     for name, (height, width) in SIZES.items():
         write_marker_slide(
-            folder / "slides" / name, height, width, mpp=MPP, markers=MARKERS[name], marker_px=MARKER_PX,
+            folder / "slides" / name,
+            height,
+            width,
+            mpp=MPP,
+            markers=MARKERS[name],
+            marker_px=MARKER_PX,
             downsamples=DOWNSAMPLES[name],
-        )  # fmt: skip
+        )
     (folder / "slides" / BROKEN).write_bytes(b"no slide")
     settings = {**SMALL, "method": ("gradcam", "hirescam"), **settings}
     outcome = wsi_gradcam.explain(folder / "slides", toy_spec("marker"), folder / "out", **settings)

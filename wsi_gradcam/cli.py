@@ -55,9 +55,15 @@ KINDS: dict[type, dict[str, Any]] = {
 
 # Keys of a config file that are no settings.
 WHERE: dict[str, type] = {
-    "slide": list, "model": str, "out": str, "workers": int, "scheduler": str, "wait_for_workers": float, "only": list,
+    "slide": list,
+    "model": str,
+    "out": str,
+    "workers": int,
+    "scheduler": str,
+    "wait_for_workers": float,
+    "only": list,
     "skip": list,
-}  # fmt: skip
+}
 WHERE_TEXT = {list: "a path or a list of paths", str: "text", int: "a whole number", float: "a number of seconds"}
 
 
@@ -256,9 +262,12 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--dest", help="folder for the files (default: OUT/exports)")
     export.add_argument("--slide", nargs="+", action="extend", default=[], metavar="ID", help="default: all")
     export.add_argument(
-        "--channel", nargs="+", action="extend", metavar="NAME",
+        "--channel",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
         help='labels such as "gradcam: tumour", or classes (default: all; of pictures and regions, the first)',
-    )  # fmt: skip
+    )
     export.add_argument("--colormap", help="a colour map of matplotlib (default inferno); gray: one sample")
     export.add_argument("--window", help="values that colour runs between: run (default), slide, or LOW,HIGH")
     export.add_argument("--threshold", type=float, help="show values from this on; regions: default middle of window")
@@ -330,11 +339,19 @@ def _explain(arguments: argparse.Namespace) -> int:
     with progress(quiet=arguments.json) as listener:
         try:
             outcome = explain(
-                where["slide"], where["model"], where["out"], settings, workers=where["workers"],
-                scheduler=where["scheduler"], wait_for_workers=where["wait_for_workers"],
-                overwrite=arguments.overwrite, retry_failed=arguments.retry_failed, log_tasks=arguments.log_tasks,
-                listener=listener, **chosen,
-            )  # fmt: skip
+                where["slide"],
+                where["model"],
+                where["out"],
+                settings,
+                workers=where["workers"],
+                scheduler=where["scheduler"],
+                wait_for_workers=where["wait_for_workers"],
+                overwrite=arguments.overwrite,
+                retry_failed=arguments.retry_failed,
+                log_tasks=arguments.log_tasks,
+                listener=listener,
+                **chosen,
+            )
         except StoppedError:
             raise
         except WsiGradcamError as error:
@@ -421,9 +438,15 @@ def _view(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.viewer.serve import view
 
     view(
-        arguments.out, host=arguments.host, port=arguments.port, slides=arguments.slides, token=arguments.token,
-        allow_host=arguments.allow_host, browse=arguments.open, say=lambda text: print(text, flush=True),
-    )  # fmt: skip
+        arguments.out,
+        host=arguments.host,
+        port=arguments.port,
+        slides=arguments.slides,
+        token=arguments.token,
+        allow_host=arguments.allow_host,
+        browse=arguments.open,
+        say=lambda text: print(text, flush=True),
+    )
     return DONE
 
 

@@ -82,9 +82,15 @@ def _would_fail_again(row: Mapping[str, str], entry: SlideEntry, run: RunPlan) -
 
 def _record(entry: SlideEntry, row: Mapping[str, str]) -> SlideRecord:
     return SlideRecord(
-        entry, FAILED, row["error"], int(row["patches"]), int(row["unreadable"]), float(row["seconds"]), skipped=True,
+        entry,
+        FAILED,
+        row["error"],
+        int(row["patches"]),
+        int(row["unreadable"]),
+        float(row["seconds"]),
+        skipped=True,
         lasting=True,
-    )  # fmt: skip
+    )
 
 
 def _file_state(path: str) -> list[Any] | None:

@@ -116,9 +116,13 @@ class Journal(Listener):
         stages[task.stage] = round(stages.get(task.stage, 0.0) + performed.seconds, 3)
         if isinstance(result, Pending):
             self._log.add(
-                "slide planned", slide=task.slide.id, patches=result.patches, left=result.left,
-                seconds=round(performed.seconds, 3), worker=performed.worker,
-            )  # fmt: skip
+                "slide planned",
+                slide=task.slide.id,
+                patches=result.patches,
+                left=result.left,
+                seconds=round(performed.seconds, 3),
+                worker=performed.worker,
+            )
         elif self._every_task:
             more = asdict(result) if isinstance(result, Explained) else {}
             self._log.add("task done", **_named(task), seconds=performed.seconds, worker=performed.worker, **more)
@@ -141,10 +145,16 @@ class Journal(Listener):
             failed = record.status == FAILED
             cause = {"cause": record.error} if record.error else {}
             self._log.add(
-                "slide failed" if failed else "slide finished", "error" if failed else "info", slide=record.slide.id,
-                status=record.status, patches=record.patches, unreadable=record.unreadable,
-                seconds=round(record.seconds, 3), **sums, **cause,
-            )  # fmt: skip
+                "slide failed" if failed else "slide finished",
+                "error" if failed else "info",
+                slide=record.slide.id,
+                status=record.status,
+                patches=record.patches,
+                unreadable=record.unreadable,
+                seconds=round(record.seconds, 3),
+                **sums,
+                **cause,
+            )
         self._listener.slide_done(record)
 
     def remarked(self, text: str) -> None:

@@ -93,9 +93,14 @@ def _slide_layer(slide: SlideResult) -> list[LayerData]:
         if math.lcm(*factors) <= LARGEST_PAD:
             levels = padded(levels, factors)
     about = {
-        "name": slide.id, "rgb": True, "multiscale": len(levels) > 1, "scale": slide.mpp, "units": ("µm", "µm"),
-        "axis_labels": ("y", "x"), "metadata": {"slide": slide.path},
-    }  # fmt: skip
+        "name": slide.id,
+        "rgb": True,
+        "multiscale": len(levels) > 1,
+        "scale": slide.mpp,
+        "units": ("µm", "µm"),
+        "axis_labels": ("y", "x"),
+        "metadata": {"slide": slide.path},
+    }
     return [(levels if len(levels) > 1 else levels[0], about, "image")]
 
 

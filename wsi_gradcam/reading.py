@@ -68,8 +68,11 @@ def _tell_unused(path: str, said: tuple[float, float], given: tuple[float, float
         _TOLD.add(kind)
         LOG.warning(
             "%s: its own mpp %g, %g is used, not the given %g, %g, as for all slides that tell theirs; if the files "
-            "are wrong, use --replace-mpp", path, *said, *given,
-        )  # fmt: skip
+            "are wrong, use --replace-mpp",
+            path,
+            *said,
+            *given,
+        )
 
 
 @dataclass(frozen=True)

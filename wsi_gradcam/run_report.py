@@ -91,8 +91,9 @@ def _throughput(throughput: Mapping[str, Any], elapsed_s: float) -> str:
     top = max(rates)
     bars = "".join(
         f'<rect x="{i}" y="{100 - 100 * rate / top:.1f}" width="1.02" height="{100 * rate / top:.1f}"/>'
-        for i, rate in enumerate(rates) if rate
-    )  # fmt: skip
+        for i, rate in enumerate(rates)
+        if rate
+    )
     said = f"at most {top:.1f} patches per second; {duration(width_s)} a bar"
     return (
         f'<figure><figcaption>{said}</figcaption><svg viewBox="0 0 {len(rates)} 100" preserveAspectRatio="none" '
@@ -118,11 +119,15 @@ def _workers(workers: Mapping[str, Mapping[str, float]]) -> str:
         return "<p>No worker did anything.</p>"
     lines = [
         (
-            name, f"{w['patches']:,}", f"{w['patches_per_s']:.1f}", _bar(w["model"]), _bar(w["waiting"]),
+            name,
+            f"{w['patches']:,}",
+            f"{w['patches_per_s']:.1f}",
+            _bar(w["model"]),
+            _bar(w["waiting"]),
             _bar(w["reading"]),
         )
         for name, w in sorted(workers.items())
-    ]  # fmt: skip
+    ]
     note = (
         "<p>Shares of the time from a worker's first task on: the model worked; it waited for pixels; the threads that "
         "read slides were busy.</p>"

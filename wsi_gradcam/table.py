@@ -45,10 +45,13 @@ def _schema(run: RunPlan) -> pa.Schema:
     names = [f"{kind}_{label}" for kind in ("logit", "probability") for label in run.facts.classes]
     names += [column(run, m, kind) for kind in ("mean", "max") for m in run.maps]
     fields = [
-        ("y", pa.int64()), ("x", pa.int64()), *((name, pa.float32()) for name in (*SHARES, "blur")),
-        ("status", pa.string()), ("cause", pa.string()),
+        ("y", pa.int64()),
+        ("x", pa.int64()),
+        *((name, pa.float32()) for name in (*SHARES, "blur")),
+        ("status", pa.string()),
+        ("cause", pa.string()),
         *((name, pa.float32()) for name in names),
-    ]  # fmt: skip
+    ]
     units = {column(run, m, "*"): m.info.unit for m in run.maps}
     about = {"units": units, "y, x": "level-0 px of the patch's top left", **run.identity()}
     return pa.schema(fields, metadata={"wsi_gradcam": json.dumps(about, sort_keys=True)})

@@ -126,9 +126,12 @@ def progress(quiet: bool) -> Iterator[Quiet]:
         yield Quiet()
     elif sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
-        )  # fmt: skip
+        )
         with RichProgress(*columns, console=Console(stderr=True)) as bars:
             yield Bars(bars)
     else:

@@ -8,6 +8,13 @@ from wsi_gradcam.annotations.raster import rasterise
 from wsi_gradcam.annotations.regions import Regions, check_mask, check_masks, regions_for, regions_of
 
 __all__ = [
-    "Annotations", "Area", "Regions", "check_mask", "check_masks", "rasterise", "read_annotations", "regions_for",
+    "Annotations",
+    "Area",
+    "Regions",
+    "check_mask",
+    "check_masks",
+    "rasterise",
+    "read_annotations",
+    "regions_for",
     "regions_of",
-]  # fmt: skip
+]

@@ -109,9 +109,13 @@ def compared(here: Gathered, yx: Mapping[str, SlideSample], methods: Sequence[st
         for question, of, against, what, unit, first, second in _numbers(mine, theirs, methods, other.methods)
     ]
     return AgainstFacts(
-        out=other.out, model=other.model, audit_digest=other.digest, patches=len(rows_here),
-        only_there=len(there.slides) - len(rows_there), comparisons=comparisons,
-    )  # fmt: skip
+        out=other.out,
+        model=other.model,
+        audit_digest=other.digest,
+        patches=len(rows_here),
+        only_there=len(there.slides) - len(rows_there),
+        comparisons=comparisons,
+    )
 
 
 def _alike(first: tuple[float, float], second: tuple[float, float]) -> bool:
@@ -126,9 +130,12 @@ def _matched(candidate: Candidate, sample: SlideSample) -> SlideSample:
     numbers = {yx: i for i, yx in enumerate(places) if readable[i] == "ok"}
     kept = [i for i, yx in enumerate(sample.yx) if yx in numbers]
     return SlideSample(
-        tuple(numbers[sample.yx[i]] for i in kept), tuple(sample.yx[i] for i in kept),
-        tuple(sample.weights[i] for i in kept), tuple(sample.strata[i] for i in kept), sample.deep,
-    )  # fmt: skip
+        tuple(numbers[sample.yx[i]] for i in kept),
+        tuple(sample.yx[i] for i in kept),
+        tuple(sample.weights[i] for i in kept),
+        tuple(sample.strata[i] for i in kept),
+        sample.deep,
+    )
 
 
 def _places(samples: Mapping[str, SlideSample], gathered: Gathered) -> dict[tuple[str, int, int], int]:
@@ -160,9 +167,11 @@ def _numbers(mine: Gathered, theirs: Gathered, here: Sequence[str], there: Seque
     for method, against in [(name, name) for name in common] or [(here[0], there[0])]:
         found += _scores(mine, theirs, method, against)
         for question, what, unit in (
-            ("locality", "worth", "-1 to 1"), ("plausibility", "auroc", "0 to 1"), ("plausibility", "iou", "0 to 1"),
+            ("locality", "worth", "-1 to 1"),
+            ("plausibility", "auroc", "0 to 1"),
+            ("plausibility", "iou", "0 to 1"),
             ("saturation", "like_leaky", "rank correlation"),
-        ):  # fmt: skip
+        ):
             names = f"{question}/{method}/{what}", f"{question}/{against}/{what}"
             if names[0] in mine and names[1] in theirs:
                 found.append((question, method, against, what, unit, mine[names[0]], theirs[names[1]]))

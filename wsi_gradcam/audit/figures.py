@@ -27,9 +27,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CONTROL = "#5f6873"
 RANDOMLY = "at random (control)"  # how a slide's patches are taken away beside the map's order
 DASHES: Mapping[str, tuple[float, ...]] = {
-    "random": (1, 1.5), "edges": (4, 1.5), "constant": (6, 1.5, 1, 1.5), "centre": (2, 1, 2, 3), "probability": (8, 2),
+    "random": (1, 1.5),
+    "edges": (4, 1.5),
+    "constant": (6, 1.5, 1, 1.5),
+    "centre": (2, 1, 2, 3),
+    "probability": (8, 2),
     RANDOMLY: (1, 1.5),
-}  # fmt: skip
+}
 
 
 PANEL, SMALL_PANEL = (4.2, 3.0), (2.6, 2.2)  # (width, height) of a panel, in inches of 72 points

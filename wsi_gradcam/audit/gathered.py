@@ -147,11 +147,19 @@ class Rows:
         """Keep an estimate."""
         self.estimates.append(
             EstimateRow(
-                question=self.question, of=of, what=what, unit=unit, value=found.value, low=found.low,
-                high=found.high, patches=found.patches, slides=found.slides, missing=found.missing,
+                question=self.question,
+                of=of,
+                what=what,
+                unit=unit,
+                value=found.value,
+                low=found.low,
+                high=found.high,
+                patches=found.patches,
+                slides=found.slides,
+                missing=found.missing,
                 resampled="draw" if draws else found.unit,
             )
-        )  # fmt: skip
+        )
 
     def compare(
         self, of: str, against: str, what: str, unit: str, first: NDArray[Any], second: NDArray[Any]
@@ -176,16 +184,34 @@ class Rows:
             low, high = [point.low for point in points], [point.high for point in points]
         self.curves.append(
             CurveRow(
-                question=self.question, of=of, what=what, x_name=axes[0], y_name=axes[1], x=list(x), y=y.tolist(),
-                low=low, high=high,
+                question=self.question,
+                of=of,
+                what=what,
+                x_name=axes[0],
+                y_name=axes[1],
+                x=list(x),
+                y=y.tolist(),
+                low=low,
+                high=high,
             )
-        )  # fmt: skip
+        )
 
 
 def comparison_row(question: str, of: str, against: str, what: str, unit: str, found: Comparison) -> ComparisonRow:
     """A comparison as a row of metrics.json."""
     gap = found.difference
     return ComparisonRow(
-        question=question, of=of, against=against, what=what, unit=unit, difference=gap.value, low=gap.low,
-        high=gap.high, p=found.p, effect=found.effect, better=found.better, patches=gap.patches, slides=gap.slides,
-    )  # fmt: skip
+        question=question,
+        of=of,
+        against=against,
+        what=what,
+        unit=unit,
+        difference=gap.value,
+        low=gap.low,
+        high=gap.high,
+        p=found.p,
+        effect=found.effect,
+        better=found.better,
+        patches=gap.patches,
+        slides=gap.slides,
+    )

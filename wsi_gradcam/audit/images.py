@@ -110,9 +110,13 @@ def _ordered(only: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check(
-    rgb: NDArray[np.uint8], model: Model, groups: Sequence[str] | None, annotated: Masks | None,
-    regions: Mapping[str, Masks], target: str,
-) -> None:  # fmt: skip
+    rgb: NDArray[np.uint8],
+    model: Model,
+    groups: Sequence[str] | None,
+    annotated: Masks | None,
+    regions: Mapping[str, Masks],
+    target: str,
+) -> None:
     wanted = (*model.patch_px, 3)
     if rgb.ndim != 4 or rgb.shape[1:] != wanted or rgb.dtype != np.uint8 or not len(rgb):
         raise ConfigError(
@@ -133,13 +137,23 @@ def _names(rgb: NDArray[np.uint8], groups: Sequence[str] | None) -> list[str]:
 
 
 def _planned(
-    model: Model, method: str | Sequence[str], target: str, layer: str | None, mpp: float | None, asked: AuditSettings,
+    model: Model,
+    method: str | Sequence[str],
+    target: str,
+    layer: str | None,
+    mpp: float | None,
+    asked: AuditSettings,
     names: Sequence[str],
-) -> AuditPlan:  # fmt: skip
+) -> AuditPlan:
     settings = make_settings(
-        method=method if isinstance(method, str) else list(method), target=[target], layer=layer, patch_mpp=mpp,
-        engine="eager", precision="float32", batch_size=PIECE,
-    )  # fmt: skip
+        method=method if isinstance(method, str) else list(method),
+        target=[target],
+        layer=layer,
+        patch_mpp=mpp,
+        engine="eager",
+        precision="float32",
+        batch_size=PIECE,
+    )
     check_methods(settings.method)
     facts = examine(model, Request(settings.layer, settings.method, batch_size=PIECE)).facts
     run = plan_run(LocalPlace(Path()), model.spec, facts, settings)
@@ -152,23 +166,45 @@ def _planned(
             patches, ((0, 0),) * len(patches), (1.0,) * len(patches), ("given",) * len(patches), 0
         )
     return AuditPlan(
-        out=run.out, spec=run.spec, facts=facts, settings=settings, targets=run.targets, run_digest="", audit=asked,
-        target=run.targets[0], samples=deepened(samples, asked), annotation_digests={}, region_digests={},
-    )  # fmt: skip
+        out=run.out,
+        spec=run.spec,
+        facts=facts,
+        settings=settings,
+        targets=run.targets,
+        run_digest="",
+        audit=asked,
+        target=run.targets[0],
+        samples=deepened(samples, asked),
+        annotation_digests={},
+        region_digests={},
+    )
 
 
 def _data(
-    rgb: NDArray[np.uint8], patches: Sequence[int], annotated: Masks | None, regions: Mapping[str, Masks],
-    glass: tuple[int, int, int], seeds: Sequence[int],
-) -> PatchData:  # fmt: skip
+    rgb: NDArray[np.uint8],
+    patches: Sequence[int],
+    annotated: Masks | None,
+    regions: Mapping[str, Masks],
+    glass: tuple[int, int, int],
+    seeds: Sequence[int],
+) -> PatchData:
     """A piece, filled up with its last patch."""
     rows = np.array([*patches, *[patches[-1]] * (PIECE - len(patches))], np.int64)
     return PatchData(
-        count=len(patches), number=rows, seeds=(*seeds, *[seeds[-1]] * (PIECE - len(patches))),
-        readable=np.ones(PIECE, np.bool_), raw=rgb[rows], rgb=rgb[rows], wide=None, stored=None, probability=None,
+        count=len(patches),
+        number=rows,
+        seeds=(*seeds, *[seeds[-1]] * (PIECE - len(patches))),
+        readable=np.ones(PIECE, np.bool_),
+        raw=rgb[rows],
+        rgb=rgb[rows],
+        wide=None,
+        stored=None,
+        probability=None,
         annotated=None if annotated is None else annotated[rows],
-        regions={name: masks[rows] for name, masks in regions.items()}, background=glass, slide_relevance={},
-    )  # fmt: skip
+        regions={name: masks[rows] for name, masks in regions.items()},
+        background=glass,
+        slide_relevance={},
+    )
 
 
 def _page(metrics: Metrics, run: AuditPlan, found: Gathered, shown: Numbers, name: str) -> bytes:

@@ -62,6 +62,12 @@ def _row(one: Judged, adjusted: float) -> VerdictRow:
     if one.found and outcome != "unclear" and adjusted >= ALPHA:
         outcome, words = "unclear", f"{words} {UNSURE}"
     return VerdictRow(
-        question=one.question, of=one.of, asked=verdict.question, outcome=outcome, words=words, p=one.p,
-        p_adjusted=adjusted, evidence=list(verdict.evidence),
-    )  # fmt: skip
+        question=one.question,
+        of=one.of,
+        asked=verdict.question,
+        outcome=outcome,
+        words=words,
+        p=one.p,
+        p_adjusted=adjusted,
+        evidence=list(verdict.evidence),
+    )

@@ -160,10 +160,15 @@ def _removal(rows: Rows) -> None:
             axes = ("share of the slide's patches removed", f"mean probability of {label}")
             rows.curves.append(
                 CurveRow(
-                    question="faithfulness", of=label, what=f"slide, {order}", x_name=axes[0], y_name=axes[1],
-                    x=list(REMOVED_FRACTIONS), y=mean.tolist(),
+                    question="faithfulness",
+                    of=label,
+                    what=f"slide, {order}",
+                    x_name=axes[0],
+                    y_name=axes[1],
+                    x=list(REMOVED_FRACTIONS),
+                    y=mean.tolist(),
                 )
-            )  # fmt: skip
+            )
 
 
 def plausibility(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
@@ -187,7 +192,11 @@ def plausibility(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list
         if area.patches:
             judged.append(Judged("plausibility", method, plausible(area), interval_p(area, CHANCE), True))
         rows.compare(
-            method, RANDOM, "auroc", "0 to 1", gathered[f"plausibility/{method}/auroc"],
+            method,
+            RANDOM,
+            "auroc",
+            "0 to 1",
+            gathered[f"plausibility/{method}/auroc"],
             gathered[f"plausibility/{RANDOM}/auroc"],
-        )  # fmt: skip
+        )
     return rows, judged

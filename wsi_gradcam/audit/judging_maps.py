@@ -90,9 +90,13 @@ def stability(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Ju
         control = f"stability/{STRONG_NOISE} {change}"
         if f"{control}/flips" in gathered:
             flips = rows.compare(
-                change, f"{STRONG_NOISE} it", "changed answers", "share", gathered[f"{start}/flips"],
+                change,
+                f"{STRONG_NOISE} it",
+                "changed answers",
+                "share",
+                gathered[f"{start}/flips"],
                 gathered[f"{control}/flips"],
-            )  # fmt: skip
+            )
             verdict = robust_to(CHANGE_WORDS[change], flips, "noise as strong")
             judged.append(Judged("stability", change, verdict, flips.p, verdict.outcome == "fails"))
     for method in methods:

@@ -90,9 +90,13 @@ def shortcuts(
             mass = rows.estimate(f"{suspect}, {method}", ATTRIBUTION, "share", gathered[f"{start}/{method}/mass"])
             if mass.patches:
                 rows.compare(
-                    f"{suspect}, {method}", SHARE_OF_AREA, ATTRIBUTION, "share",
-                    gathered[f"{start}/{method}/mass"], gathered[f"{start}/area"],
-                )  # fmt: skip
+                    f"{suspect}, {method}",
+                    SHARE_OF_AREA,
+                    ATTRIBUTION,
+                    "share",
+                    gathered[f"{start}/{method}/mass"],
+                    gathered[f"{start}/area"],
+                )
         if f"{start}/size" not in gathered:
             continue
         pairs = {"size": ("change of the logit", "logits"), "flips": ("changed answers", "share")}

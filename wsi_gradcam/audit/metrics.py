@@ -124,11 +124,20 @@ def run_facts(plan: AuditPlan) -> RunFacts:
     """What is audited."""
     facts = plan.facts
     return RunFacts(
-        out=str(plan.out), run_digest=plan.run_digest, audit_digest=plan.audit_digest(), model=facts.name,
-        model_digest=facts.digest, layer=facts.layer, classes=list(facts.classes), target=plan.target.label,
-        methods=list(plan.settings.method), questions=list(plan.audit.only),
-        annotations=str(plan.audit.annotations or ""), regions=str(plan.audit.regions or ""), versions=versions(),
-    )  # fmt: skip
+        out=str(plan.out),
+        run_digest=plan.run_digest,
+        audit_digest=plan.audit_digest(),
+        model=facts.name,
+        model_digest=facts.digest,
+        layer=facts.layer,
+        classes=list(facts.classes),
+        target=plan.target.label,
+        methods=list(plan.settings.method),
+        questions=list(plan.audit.only),
+        annotations=str(plan.audit.annotations or ""),
+        regions=str(plan.audit.regions or ""),
+        versions=versions(),
+    )
 
 
 def _spread(rows: Rows, about: About, slide: str) -> None:
@@ -151,12 +160,16 @@ def _sample(gathered: Gathered, plan: AuditPlan, about: About, slide: str) -> Sa
     for name in {*gathered.slides.tolist()}:
         strata.update(plan.samples[name].strata)
     return SampleFacts(
-        asked=plan.audit.patches, patches=len(gathered.slides), deep=int((gathered["base/deep"] == 1).sum()),
-        unreadable=int((gathered["base/readable"] == 0).sum()), slides=len(set(gathered.slides.tolist())),
+        asked=plan.audit.patches,
+        patches=len(gathered.slides),
+        deep=int((gathered["base/deep"] == 1).sum()),
+        unreadable=int((gathered["base/readable"] == 0).sum()),
+        slides=len(set(gathered.slides.tolist())),
         slides_of_run=1 if slide else about.slides_of_run,
         patches_of_run=round(float(gathered.weights.sum())) if slide else about.patches_of_run,
-        seed=plan.audit.seed, strata=dict(sorted(strata.items())),
-    )  # fmt: skip
+        seed=plan.audit.seed,
+        strata=dict(sorted(strata.items())),
+    )
 
 
 def _quadrants(gathered: Gathered, verdicts: Sequence[VerdictRow], methods: Sequence[str]) -> list[QuadrantRow]:
@@ -171,7 +184,7 @@ def _quadrants(gathered: Gathered, verdicts: Sequence[VerdictRow], methods: Sequ
                 QuadrantRow(
                     method=method, faithful=faithful.outcome, plausible=other.outcome, patches=patches, meaning=meaning
                 )
-            )  # fmt: skip
+            )
     return found
 
 
@@ -194,8 +207,9 @@ def _untested(plan: AuditPlan, gathered: Gathered) -> list[UntestedRow]:
     dear = "it runs the model dozens of times for a map; only all weights together were made random"
     found += [
         UntestedRow(what=f"stability of {method}, and its randomisation layer by layer", why=dear)
-        for method in plan.settings.method if method in EXPENSIVE
-    ]  # fmt: skip
+        for method in plan.settings.method
+        if method in EXPENSIVE
+    ]
     if plan.audit.asks("sanity") and f"sanity/{GUIDED}/draws" not in gathered:
         found.append(
             UntestedRow(

@@ -23,9 +23,7 @@ PIECE = 8
 PATCHES = 200
 FEWEST_DEEP = 48  # patches on which what is slow is measured too: enough for a verdict, from 6 slides where there are
 DEEP_SHARE = 10
-QUESTIONS = (
-    "faithfulness", "sanity", "stability", "locality", "saturation", "shortcuts", "plausibility",
-)  # fmt: skip
+QUESTIONS = ("faithfulness", "sanity", "stability", "locality", "saturation", "shortcuts", "plausibility")
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,12 @@ class SlideSample:
     def from_json(cls, values: Mapping[str, Any]) -> SlideSample:
         """What `to_json` gave; other values raise KeyError or TypeError."""
         return cls(
-            tuple(values["patches"]), tuple((y, x) for y, x in values["yx"]), tuple(values["weights"]),
-            tuple(values["strata"]), int(values["deep"]),
-        )  # fmt: skip
+            tuple(values["patches"]),
+            tuple((y, x) for y, x in values["yx"]),
+            tuple(values["weights"]),
+            tuple(values["strata"]),
+            int(values["deep"]),
+        )
 
 
 @dataclass(frozen=True)

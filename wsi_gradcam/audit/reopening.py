@@ -104,9 +104,8 @@ def reopen(result: Result, given: ModelSpec | None = None) -> Reopened:
         raise ResultError(f"{result.out}: no slide is finished and has tissue, so nothing can be audited")
     groups = {key: {name: value for name, entry in entries.items() if (value := getattr(entry, key))} for key in TOLD}
     return Reopened(
-        result, settings, spec, asked, tuple(candidates), tuple(left_out),
-        {key: by for key, by in groups.items() if by},
-    )  # fmt: skip
+        result, settings, spec, asked, tuple(candidates), tuple(left_out), {key: by for key, by in groups.items() if by}
+    )
 
 
 def audited_target(run: RunPlan, label: str, annotated: bool) -> Target:

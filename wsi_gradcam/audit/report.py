@@ -87,9 +87,7 @@ def _page(title: str, metrics: Metrics, examples: Sequence[Example], scale: floa
 
 def _head(title: str, metrics: Metrics) -> str:
     counts = Counter(verdict.outcome for verdict in metrics.verdicts)
-    pills = " ".join(
-        f"{counts[name]} {pill(name)}" for name in ("holds", "fails", "unclear") if counts[name]
-    )  # fmt: skip
+    pills = " ".join(f"{counts[name]} {pill(name)}" for name in ("holds", "fails", "unclear") if counts[name])
     run = metrics.run
     told = facts(
         {
@@ -141,11 +139,16 @@ def _patch_curves(example: Example) -> str:
     for i, way in enumerate(("deletion", "insertion")):
         rows = [
             CurveRow(
-                question="faithfulness", of=name, what=way, x_name="share of the pixels", y_name="logit",
-                x=list(fractions_of(MAIN)), y=pair[i].tolist(),
+                question="faithfulness",
+                of=name,
+                what=way,
+                x_name="share of the pixels",
+                y_name="logit",
+                x=list(fractions_of(MAIN)),
+                y=pair[i].tolist(),
             )
             for name, pair in example.curves.items()
-        ]  # fmt: skip
+        ]
         panels.append((way, rows))
     return curves_figure(panels, f"{example.title}: curves of deletion and insertion", SMALL_PANEL)
 

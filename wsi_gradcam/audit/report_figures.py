@@ -117,8 +117,9 @@ def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
             found.append(curves_figure([(title, lines)], f"{said}: {title}", reference=chance))
     rows = [
         (f"{named(row.of)} (should fail)" if row.of == GUIDED else named(row.of), row)
-        for row in metrics.estimates if row.what == "maps that stay with random weights"
-    ]  # fmt: skip
+        for row in metrics.estimates
+        if row.what == "maps that stay with random weights"
+    ]
     if rows:
         axis = "share of maps that stay, less those that turn into their opposite"
         found.append(intervals_figure(rows, STAYING, axis, "Maps that stay with random weights"))

@@ -100,10 +100,14 @@ def audit_run(
         WsiGradcamError: nothing could be done at all, or the audit had to stop; what was measured is not lost.
     """
     asked = AuditSettings(
-        patches, seed, tuple(name for name in QUESTIONS if name in only) if not _unknown(only) else tuple(only), target,
-        None if annotations is None else Path(annotations).absolute(), tuple(include),
+        patches,
+        seed,
+        tuple(name for name in QUESTIONS if name in only) if not _unknown(only) else tuple(only),
+        target,
+        None if annotations is None else Path(annotations).absolute(),
+        tuple(include),
         None if regions is None else Path(regions).absolute(),
-    )  # fmt: skip
+    )
     listener = listener or Listener()
     result = open_result(place_of(out).absolute())
     given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
@@ -128,9 +132,12 @@ def audit_run(
             overlap = plan.audit.asks("stability") and has_overlap(plan)
             try:
                 for record in executor.run(
-                    plan, chosen, overwrite=False, observe=attempted,
+                    plan,
+                    chosen,
+                    overwrite=False,
+                    observe=attempted,
                     job=lambda slide: audit_job(slide, plan.samples[slide.id].pieces, spread=overlap),
-                ):  # fmt: skip
+                ):
                     records.append(record)
                     listener.slide_done(record)
             except FatalError as error:

@@ -86,9 +86,12 @@ def _patches(candidate: Candidate, settings: AuditSettings, count: int, stands_f
 
 
 def _strata(
-    slide: SlideResult, settings: AuditSettings, yx: NDArray[np.int64], logits: NDArray[np.float32],
+    slide: SlideResult,
+    settings: AuditSettings,
+    yx: NDArray[np.int64],
+    logits: NDArray[np.float32],
     classes: Sequence[str],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     predicted = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
     names = list(classes) if len(classes) > 1 else [f"not {classes[0]}", classes[0]]
     strata = [names[number] for number in predicted.tolist()]

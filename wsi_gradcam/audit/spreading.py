@@ -38,14 +38,18 @@ def write_spread(folder: AuditFolder, run: AuditPlan, slide_id: str, plan: Slide
     """
     maps = [(number, shown) for number, shown in enumerate(run.maps) if shown.method == run.settings.method[0]]
     image = HeatmapStore.create(
-        folder.spread(slide_id), slide_id, plan.heatmap_px,
+        folder.spread(slide_id),
+        slide_id,
+        plan.heatmap_px,
         (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
         [Channel(f"spread: {shown.target.label}", active=i == 0) for i, (_, shown) in enumerate(maps)],
         attributes={
-            "audit": run.audit_digest(), "method": run.settings.method[0], "run": plan.run_digest,
+            "audit": run.audit_digest(),
+            "method": run.settings.method[0],
+            "run": plan.run_digest,
             "slide": plan.slide_digest,
         },
-    )  # fmt: skip
+    )
     sums = np.zeros((len(maps), 3))
     for block in plan.blocks(0):
         sums += _write_block(image, run, plan, store, maps, block)

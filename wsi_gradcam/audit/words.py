@@ -96,9 +96,12 @@ HOW_TO_READ = (
     "fewer than six, ranges are of these slides alone and say nothing of others."
 )
 NAMED = {
-    "random": "noise (control)", "edges": "edges (control)", "constant": "no order (control)",
-    "centre": "middle first (control)", "probability": "probability alone (control)",
-}  # fmt: skip
+    "random": "noise (control)",
+    "edges": "edges (control)",
+    "constant": "no order (control)",
+    "centre": "middle first (control)",
+    "probability": "probability alone (control)",
+}
 NAMES_OF_CHANGES = {"jpeg": "JPEG"}
 
 

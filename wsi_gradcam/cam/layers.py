@@ -26,9 +26,18 @@ EARLY = 0.4
 
 # Pooling and reshaping give no activations of their own: the one before is finer or the same.
 PASSIVE = (
-    nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Upsample, Pooled,
-)  # fmt: skip
+    nn.Identity,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.LPPool2d,
+    nn.Upsample,
+    Pooled,
+)
 
 
 @dataclass(frozen=True)

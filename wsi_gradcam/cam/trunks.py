@@ -132,9 +132,9 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
                 traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
             model = _ov().convert_model(traced, example_input=(example,), input=[list(batch.shape)])
         hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[precision]
-        compiled = core.compile_model(model, "CPU", {
-            "INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads,
-        })  # fmt: skip
+        compiled = core.compile_model(
+            model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
+        )
         # Requests that are waited for, not OpenVINO's queue: its calls back into Python have deadlocked when it ended.
         return [compiled.create_infer_request() for _ in range(streams)]
 

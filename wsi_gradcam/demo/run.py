@@ -52,9 +52,17 @@ def run_demo(slide: str | None, out: Path, workers: int | None = None, mpp: floa
     results = RunFolder(LocalPlace(out / model))
     with progress(quiet=False) as listener:
         outcome = explain(
-            path, model, results.place, workers=workers, overwrite=True, listener=listener, target=[target],
-            overlap=overlap, mpp=mpp, replace_mpp=mpp is not None,
-        )  # fmt: skip
+            path,
+            model,
+            results.place,
+            workers=workers,
+            overwrite=True,
+            listener=listener,
+            target=[target],
+            overlap=overlap,
+            mpp=mpp,
+            replace_mpp=mpp is not None,
+        )
     print_outcome(outcome, as_json=False)
     if outcome.failed:
         return False

@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 PROGRAM = "wsi-gradcam"
 # What values and messages between processes depend on.
 PACKAGES = (
-    "torch", "torchvision", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "zarr",
-    "dask", "distributed", "obstore",
-)  # fmt: skip
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "openslide-python",
+    "openslide-bin",
+    "tifffile",
+    "imagecodecs",
+    "zarr",
+    "dask",
+    "distributed",
+    "obstore",
+)
 OPTIONAL = ("openvino",)
 LOW_PRECISION = ("avx512_bf16", "amx_bf16", "amx_fp16")  # flags of processors
 

@@ -133,9 +133,13 @@ def _tiff(tile: NDArray[np.uint8], codec: str) -> bytes:
     level = {"jpeg": 95}.get(codec)
     with tifffile.TiffWriter(file) as writer:
         writer.write(
-            tile, tile=tile.shape[:2], photometric="rgb", compression=codec, metadata=None,
+            tile,
+            tile=tile.shape[:2],
+            photometric="rgb",
+            compression=codec,
+            metadata=None,
             compressionargs=None if level is None else {"level": level},
-        )  # fmt: skip
+        )
     return file.getvalue()
 
 

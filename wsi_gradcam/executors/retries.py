@@ -16,11 +16,27 @@ PAUSES_S = (1.0, 5.0)  # before the second attempt and the third, which is the l
 PASSING_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
-        "EAGAIN", "EBUSY", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH", "EINTR", "EIO", "EMFILE", "ENETDOWN",
-        "ENETRESET", "ENETUNREACH", "ENFILE", "ENOBUFS", "ENOMEM", "ENOTCONN", "EREMOTEIO", "ESTALE", "ETIMEDOUT",
+        "EAGAIN",
+        "EBUSY",
+        "ECONNABORTED",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "EINTR",
+        "EIO",
+        "EMFILE",
+        "ENETDOWN",
+        "ENETRESET",
+        "ENETUNREACH",
+        "ENFILE",
+        "ENOBUFS",
+        "ENOMEM",
+        "ENOTCONN",
+        "EREMOTEIO",
+        "ESTALE",
+        "ETIMEDOUT",
     )
     if hasattr(errno, name)
-)  # fmt: skip
+)
 
 T = TypeVar("T")
 
@@ -42,9 +58,14 @@ def say_again(task: Task, error: BaseException, attempt: int) -> None:
     """Log why a piece of work is tried again."""
     what = " ".join([task.stage, *map(str, task.index)])
     LOG.warning(
-        "%s: %s: %s; trying again in %g s (%d of %d)", task.slide.id, what, one_line(error), PAUSES_S[attempt],
-        attempt + 2, len(PAUSES_S) + 1,
-    )  # fmt: skip
+        "%s: %s: %s; trying again in %g s (%d of %d)",
+        task.slide.id,
+        what,
+        one_line(error),
+        PAUSES_S[attempt],
+        attempt + 2,
+        len(PAUSES_S) + 1,
+    )
 
 
 def retried(work: Callable[[], T], task: Task, tell: Callable[[Exception, bool], None]) -> T:

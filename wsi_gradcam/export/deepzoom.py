@@ -58,9 +58,15 @@ def placement(job: Job, channel: ChannelInfo) -> dict[str, object]:
     low, high = job.window(channel)
     width_px = job.slide.levels[0][1] * job.slide.stride_px
     return {
-        "x": 0, "y": 0, "width": width_px / job.slide.size_px[1], "slide_px_per_px": job.slide.stride_px,
-        "channel": channel.label, "unit": channel.unit, "window": [low, high], "colormap": job.options.colormap,
-    }  # fmt: skip
+        "x": 0,
+        "y": 0,
+        "width": width_px / job.slide.size_px[1],
+        "slide_px_per_px": job.slide.stride_px,
+        "channel": channel.label,
+        "unit": channel.unit,
+        "window": [low, high],
+        "colormap": job.options.colormap,
+    }
 
 
 def _write_tiles(job: Job, channel: ChannelInfo, folder: Path) -> None:

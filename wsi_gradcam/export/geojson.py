@@ -79,9 +79,13 @@ def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
     for number, polygon in enumerate(found.polygons):
         measured = {"area µm²": polygon.area * um2, "threshold": found.threshold, "traced on level": found.level}
         yield _feature(
-            job, f"{channel.label} {number}", json.loads(shapely.to_geojson(polygon)), "annotation",
-            {"name": f"{channel.target} hot", "color": colour}, measured,
-        )  # fmt: skip
+            job,
+            f"{channel.label} {number}",
+            json.loads(shapely.to_geojson(polygon)),
+            "annotation",
+            {"name": f"{channel.target} hot", "color": colour},
+            measured,
+        )
 
 
 class _Classes:

@@ -32,9 +32,13 @@ def write(job: Job) -> list[Path]:
     path, levels = job.path("ome.tiff"), job.slide.levels
     planes = len(job.channels) + 1
     common: dict[str, Any] = {
-        "dtype": "float32", "tile": (TILE, TILE), "photometric": "minisblack", "compression": "deflate",
-        "resolutionunit": "CENTIMETER", "software": "wsi_gradcam",
-    }  # fmt: skip
+        "dtype": "float32",
+        "tile": (TILE, TILE),
+        "photometric": "minisblack",
+        "compression": "deflate",
+        "resolutionunit": "CENTIMETER",
+        "software": "wsi_gradcam",
+    }
     with (
         new(path, job.options.overwrite) as partial,
         tifffile.TiffWriter(partial, bigtiff=True, ome=True) as writer,

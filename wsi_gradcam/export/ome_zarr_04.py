@@ -45,8 +45,10 @@ def write(job: Job) -> list[Path]:
 def _write_level(job: Job, group: zarr.Group, label: zarr.Group, level: int) -> None:
     shape, slide = job.slide.levels[level], job.slide
     common: dict[str, Any] = {
-        "fill_value": 0, "compressors": Zlib(level=1), "chunk_key_encoding": {"name": "v2", "separator": "/"},
-    }  # fmt: skip
+        "fill_value": 0,
+        "compressors": Zlib(level=1),
+        "chunk_key_encoding": {"name": "v2", "separator": "/"},
+    }
     values = group.create_array(
         str(level), shape=(len(job.channels), *shape), chunks=(1, CHUNK, CHUNK), dtype="float32", **common
     )
@@ -93,13 +95,19 @@ def ome_xml(job: Job) -> bytes:
     image = ET.SubElement(root, "Image", {"ID": "Image:0", "Name": name})
     numbers = {"SizeX": width, "SizeY": height, "SizeZ": 1, "SizeC": len(job.channels), "SizeT": 1}
     pixels = ET.SubElement(
-        image, "Pixels",
+        image,
+        "Pixels",
         {
-            "ID": "Pixels:0", "DimensionOrder": "XYZCT", "Type": "float", **{k: str(v) for k, v in numbers.items()},
-            "PhysicalSizeX": repr(um_x), "PhysicalSizeXUnit": "µm", "PhysicalSizeY": repr(um_y),
+            "ID": "Pixels:0",
+            "DimensionOrder": "XYZCT",
+            "Type": "float",
+            **{k: str(v) for k, v in numbers.items()},
+            "PhysicalSizeX": repr(um_x),
+            "PhysicalSizeXUnit": "µm",
+            "PhysicalSizeY": repr(um_y),
             "PhysicalSizeYUnit": "µm",
         },
-    )  # fmt: skip
+    )
     for number, channel in enumerate(job.channels):
         about = {"ID": f"Channel:0:{number}", "Name": channel.label, "SamplesPerPixel": "1"}
         ET.SubElement(pixels, "Channel", about)

@@ -62,8 +62,12 @@ def script(job: Job, channel: ChannelInfo, folder: Path, tiles: list[tuple[str, 
     listed = ",\n".join(f"    [{_quoted(name)}, {x}, {y}, {w}, {h}]" for name, x, y, w, h in tiles)
     return TEMPLATE.format(
         title=" ".join(f"{channel.label} of {job.slide.id}".encode("ascii", "replace").decode().split()),
-        folder=_quoted(str(folder.absolute())), width=width, height=height, tiles=listed, script=_quoted(SCRIPT),
-    )  # fmt: skip
+        folder=_quoted(str(folder.absolute())),
+        width=width,
+        height=height,
+        tiles=listed,
+        script=_quoted(SCRIPT),
+    )
 
 
 def _quoted(text: str) -> str:

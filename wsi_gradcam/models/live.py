@@ -51,9 +51,18 @@ def model_of(
     """
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     values = {
-        "patch_px": patch_px, "mpp": mpp, "classes": classes, "mean": mean, "std": std, "scale": scale,
-        "stain": stain, "transform": transform, "layer": layer, "output": output, "activation": activation,
-    }  # fmt: skip
+        "patch_px": patch_px,
+        "mpp": mpp,
+        "classes": classes,
+        "mean": mean,
+        "std": std,
+        "scale": scale,
+        "stain": stain,
+        "transform": transform,
+        "layer": layer,
+        "output": output,
+        "activation": activation,
+    }
     try:
         spec = ModelSpec.model_validate({"name": name or type(module).__name__, "source": f"live:{kind}", **values})
     except ValidationError as error:

@@ -44,9 +44,16 @@ class ChannelInfo:
         method, _, target = channel.label.partition(": ")
         unit = PROBABILITY if method == PROBABILITY else METHOD_INFO[method].unit
         return cls(
-            number, channel.label, method, target, unit, channel.minimum, channel.maximum,
-            (channel.start, channel.end), COLOURS[number % len(COLOURS)],
-        )  # fmt: skip
+            number,
+            channel.label,
+            method,
+            target,
+            unit,
+            channel.minimum,
+            channel.maximum,
+            (channel.start, channel.end),
+            COLOURS[number % len(COLOURS)],
+        )
 
 
 def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> ChannelInfo:

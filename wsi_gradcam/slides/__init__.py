@@ -14,9 +14,17 @@ if TYPE_CHECKING:
     from os import PathLike
 
 __all__ = [
-    "SUFFIXES", "Level", "Slide", "SlideInfo", "Thumbnail", "check_mpp", "is_zarr", "open_slide", "read_region",
+    "SUFFIXES",
+    "Level",
+    "Slide",
+    "SlideInfo",
+    "Thumbnail",
+    "check_mpp",
+    "is_zarr",
+    "open_slide",
+    "read_region",
     "thumbnail",
-]  # fmt: skip
+]
 
 # What is looked for in a folder; a file that is named outright is tried whatever its ending.
 SUFFIXES = frozenset(

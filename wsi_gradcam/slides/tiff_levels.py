@@ -223,11 +223,19 @@ def _level(page: TiffPage) -> TiffLevel:
     if orientation not in range(1, 9):
         raise SlideFormatError(f"damaged TIFF: orientation {orientation}, expected 1 to 8; {AGAIN}")
     return TiffLevel(
-        height, width, tile, planes, offsets, counts, orientation, int(page.samplesperpixel), page.jpegtables,
+        height,
+        width,
+        tile,
+        planes,
+        offsets,
+        counts,
+        orientation,
+        int(page.samplesperpixel),
+        page.jpegtables,
         page.decode,  # made now: it looks into the file
         whole_tile_decoder(page, tile),
         rgb_converter(page),
-    )  # fmt: skip
+    )
 
 
 def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -> Region:
@@ -258,7 +266,13 @@ def as_shown(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)
     flip_y, flip_x = {
-        1: (False, False), 2: (False, True), 3: (True, True), 4: (True, False),
-        5: (False, False), 6: (False, True), 7: (True, True), 8: (True, False),
-    }[orientation]  # fmt: skip
+        1: (False, False),
+        2: (False, True),
+        3: (True, True),
+        4: (True, False),
+        5: (False, False),
+        6: (False, True),
+        7: (True, True),
+        8: (True, False),
+    }[orientation]
     return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]

@@ -33,9 +33,23 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.load import Model
 
 __all__ = [
-    "RUN_MODEL", "Audited", "Context", "Explained", "Pending", "Performed", "Task", "audit_piece", "coarsen_block",
-    "examine_model", "explain_span", "finish", "perform", "plan_slide", "read_ahead", "stitch_block",
-]  # fmt: skip
+    "RUN_MODEL",
+    "Audited",
+    "Context",
+    "Explained",
+    "Pending",
+    "Performed",
+    "Task",
+    "audit_piece",
+    "coarsen_block",
+    "examine_model",
+    "explain_span",
+    "finish",
+    "perform",
+    "plan_slide",
+    "read_ahead",
+    "stitch_block",
+]
 
 
 def examine_model(

@@ -57,7 +57,12 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
     context.forget_stores(entry)
     write_mask(folder.tissue, mask)
     PatchStore.create(
-        folder.cams, patches, plan.span, len(run.facts.classes), len(run.maps), run.facts.cam_shape,
+        folder.cams,
+        patches,
+        plan.span,
+        len(run.facts.classes),
+        len(run.maps),
+        run.facts.cam_shape,
         attributes={
             "targets": [target.label for target in run.targets],
             "methods": list(run.settings.method),
@@ -66,12 +71,15 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
             "heatmap_factor": [shown.factor for shown in run.maps],
             "note": "cam holds the methods' raw maps; heatmap values are cam * heatmap_factor",
         },
-    )  # fmt: skip
+    )
     HeatmapStore.create(
-        folder.heatmap, entry.id, plan.heatmap_px,
+        folder.heatmap,
+        entry.id,
+        plan.heatmap_px,
         (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
-        channels(run), attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
-    )  # fmt: skip
+        channels(run),
+        attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
+    )
     manifest.write_plan(plan.to_json())
     return _pending(plan, manifest)
 

@@ -71,13 +71,23 @@ class HeatmapStore:
             label = labels.create_group(LABEL)
             for level, (height, width) in enumerate(shapes):
                 group.create_array(
-                    str(level), shape=(len(channels), height, width), chunks=(1, CHUNK, CHUNK),
-                    shards=(1, SHARD, SHARD), dtype="float32", fill_value=0, dimension_names=("c", "y", "x"),
-                )  # fmt: skip
+                    str(level),
+                    shape=(len(channels), height, width),
+                    chunks=(1, CHUNK, CHUNK),
+                    shards=(1, SHARD, SHARD),
+                    dtype="float32",
+                    fill_value=0,
+                    dimension_names=("c", "y", "x"),
+                )
                 label.create_array(
-                    str(level), shape=(height, width), chunks=(CHUNK, CHUNK), shards=(SHARD, SHARD), dtype="uint8",
-                    fill_value=0, dimension_names=("y", "x"),
-                )  # fmt: skip
+                    str(level),
+                    shape=(height, width),
+                    chunks=(CHUNK, CHUNK),
+                    shards=(SHARD, SHARD),
+                    dtype="uint8",
+                    fill_value=0,
+                    dimension_names=("y", "x"),
+                )
             labels.attrs["ome"] = {"version": "0.5", "labels": [LABEL]}
             label.attrs["ome"] = _label_metadata(shapes, scale_um)
             group.attrs.put({"ome": _image_metadata(name, shapes, scale_um, channels), "wsi_gradcam": attributes})
@@ -206,10 +216,13 @@ def _omero(channels: Sequence[Channel]) -> dict[str, Any]:
                 "color": COLOURS[i % len(COLOURS)],
                 "active": channel.active,
                 "window": {
-                    "min": channel.minimum, "max": channel.maximum, "start": channel.start, "end": channel.end,
+                    "min": channel.minimum,
+                    "max": channel.maximum,
+                    "start": channel.start,
+                    "end": channel.end,
                 },
             }
             for i, channel in enumerate(channels)
         ],
         "rdefs": {"model": "color"},
-    }  # fmt: skip
+    }

@@ -88,14 +88,21 @@ class PatchStore:
             group.create_array("status", shape=(count,), chunks=(span,), dtype="uint8")
             group.create_array("blur", shape=(count,), chunks=(span,), dtype="float32", fill_value=np.nan)
             group.create_array(
-                "logits", shape=(count, classes), chunks=(span, classes), dtype="float32",
+                "logits",
+                shape=(count, classes),
+                chunks=(span, classes),
+                dtype="float32",
                 dimension_names=("patch", "class"),
-            )  # fmt: skip
+            )
             # One file a span, one chunk in it a target: stitching reads one target at a time.
             group.create_array(
-                "cam", shape=(count, targets, *cam_shape), chunks=(span, 1, *cam_shape),
-                shards=(span, targets, *cam_shape), dtype="float32", dimension_names=("patch", "target", "y", "x"),
-            )  # fmt: skip
+                "cam",
+                shape=(count, targets, *cam_shape),
+                chunks=(span, 1, *cam_shape),
+                shards=(span, targets, *cam_shape),
+                dtype="float32",
+                dimension_names=("patch", "target", "y", "x"),
+            )
 
         lay_out(place_of(place), build)
         return cls(place)

@@ -21,14 +21,39 @@ if TYPE_CHECKING:
     from wsi_gradcam.plan import RunPlan
 
 COLUMNS = (
-    "id", "path", "status", "error", "patches", "unreadable", "seconds", "mpp_y", "mpp_x", "slide_digest",
-    "model_digest", "label", "site", "scanner", "tried",
-)  # fmt: skip
+    "id",
+    "path",
+    "status",
+    "error",
+    "patches",
+    "unreadable",
+    "seconds",
+    "mpp_y",
+    "mpp_x",
+    "slide_digest",
+    "model_digest",
+    "label",
+    "site",
+    "scanner",
+    "tried",
+)
 OLDEST = 11  # columns that every version had, the first ones
 PACKAGES = (
-    "wsi-gradcam", "torch", "torchvision", "timm", "numpy", "openslide-python", "openslide-bin", "tifffile", "zarr",
-    "dask", "distributed", "scikit-image", "pillow", "openvino",
-)  # fmt: skip
+    "wsi-gradcam",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "openslide-python",
+    "openslide-bin",
+    "tifffile",
+    "zarr",
+    "dask",
+    "distributed",
+    "scikit-image",
+    "pillow",
+    "openvino",
+)
 
 
 NAMES = "surrogateescape"  # file names on Linux are bytes: one that is not UTF-8 must not stop an archive

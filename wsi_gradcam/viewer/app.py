@@ -112,11 +112,15 @@ class Viewer:
 
         def make() -> Any:
             return listing(
-                self._archive.slides(), self._scorer.of,
-                search=query.get("search", ""), status=query.get("status", ""), sort=query.get("sort", "name"),
-                descending=query.get("order") == "down", offset=number(query.get("offset", "0")),
+                self._archive.slides(),
+                self._scorer.of,
+                search=query.get("search", ""),
+                status=query.get("status", ""),
+                sort=query.get("sort", "name"),
+                descending=query.get("order") == "down",
+                offset=number(query.get("offset", "0")),
                 limit=number(query.get("limit", "24")),
-            )  # fmt: skip
+            )
 
         return json_answer(await self._made(request, make))
 

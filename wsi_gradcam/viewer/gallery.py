@@ -90,9 +90,16 @@ def scores_of(result: SlideResult, classes: list[str]) -> Scores:
 
 
 def listing(
-    slides: list[Shown], scores: Callable[[Shown], Scores | None], *, search: str = "", status: str = "",
-    sort: str = "name", descending: bool = False, offset: int = 0, limit: int = 24,
-) -> dict[str, Any]:  # fmt: skip
+    slides: list[Shown],
+    scores: Callable[[Shown], Scores | None],
+    *,
+    search: str = "",
+    status: str = "",
+    sort: str = "name",
+    descending: bool = False,
+    offset: int = 0,
+    limit: int = 24,
+) -> dict[str, Any]:
     """A page of the slides whose ids have all words of `search`, and how many there are.
 
     `sort` is `name`, `status`, `patches`, `share:CLASS` or `top:CLASS`; slides without the number come last.

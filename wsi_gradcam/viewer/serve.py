@@ -26,9 +26,16 @@ KEEP_ALIVE_S = 30
 
 
 def view(
-    out: str, *, host: str = "127.0.0.1", port: int = 8765, slides: Path | None = None, token: bool = False,
-    allow_host: Sequence[str] = (), browse: bool = False, say: Callable[[str], None] = print,
-) -> None:  # fmt: skip
+    out: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    slides: Path | None = None,
+    token: bool = False,
+    allow_host: Sequence[str] = (),
+    browse: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
     """Show the results in `out` until interrupted; port 0 takes any that is free.
 
     Args:
@@ -80,10 +87,19 @@ def server_of(app: Starlette) -> uvicorn.Server:
     """A server with our bounds, to be run with a bound socket."""
     return uvicorn.Server(
         uvicorn.Config(
-            app, http=BoundedProtocol, ws="none", loop="asyncio", log_level="error", access_log=False, backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=2, server_header=False, proxy_headers=False,
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            loop="asyncio",
+            log_level="error",
+            access_log=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=2,
+            server_header=False,
+            proxy_headers=False,
         )
-    )  # fmt: skip
+    )
 
 
 def _shown(host: str) -> str:

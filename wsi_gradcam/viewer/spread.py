@@ -155,6 +155,13 @@ def _described(number: int, channel: Channel, unit: str) -> ChannelInfo:
     if not all(map(math.isfinite, (channel.minimum, channel.maximum, channel.start, channel.end))):
         raise ValueError(f"{channel.label}: a window that is no number")
     return ChannelInfo(
-        number, channel.label, SPREAD, channel.label.removeprefix(f"{SPREAD}: "), unit, channel.minimum,
-        channel.maximum, (channel.start, channel.end), COLOURS[number % len(COLOURS)],
-    )  # fmt: skip
+        number,
+        channel.label,
+        SPREAD,
+        channel.label.removeprefix(f"{SPREAD}: "),
+        unit,
+        channel.minimum,
+        channel.maximum,
+        (channel.start, channel.end),
+        COLOURS[number % len(COLOURS)],
+    )

@@ -43,9 +43,15 @@ class Flow:
     """
 
     def __init__(
-        self, client: Client, name: str, job: Job, observe: Observer, workers: Callable[[], Workers],
-        patience: Patience, hints: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        client: Client,
+        name: str,
+        job: Job,
+        observe: Observer,
+        workers: Callable[[], Workers],
+        patience: Patience,
+        hints: bool = True,
+    ) -> None:
         self._client, self._name = client, name
         self._job, self._observe = job, observe
         self._ask_workers, self._patience, self._hints = workers, patience, hints
@@ -126,10 +132,12 @@ class Flow:
         # What is planned is ready when it is wanted; a slide that began first is finished first.
         future = self._client.submit(
             *self._mail.letter(Order(self._name, sent.tasks, sent.alone)),
-            key=self._key(sent), pure=False,
-            priority=1 if stage == "plan" else -running.number, resources=self._workers.needs[sent.model],
+            key=self._key(sent),
+            pure=False,
+            priority=1 if stage == "plan" else -running.number,
+            resources=self._workers.needs[sent.model],
             workers=self._hint(sent),
-        )  # fmt: skip
+        )
         self._sent[future] = sent
         self._out[sent.kind] += 1
         self._outlook.sent(sent.tasks)

@@ -69,18 +69,28 @@ def _started(workers: int, gpus: list[str] | None, options: dict[str, Any]) -> C
 def _on_cores(workers: int, options: dict[str, Any]) -> Cluster:
     threads = GPU_THREADS if "resources" in options else THREADS
     return LocalCluster(
-        n_workers=workers, threads_per_worker=threads, processes=True, host=HOST, dashboard_address=f"{HOST}:0",
-        silence_logs=logging.CRITICAL, **options,
-    )  # fmt: skip
+        n_workers=workers,
+        threads_per_worker=threads,
+        processes=True,
+        host=HOST,
+        dashboard_address=f"{HOST}:0",
+        silence_logs=logging.CRITICAL,
+        **options,
+    )
 
 
 def _on_gpus(gpus: list[str], options: dict[str, Any]) -> Cluster:
     """One process a GPU, through dask-cuda where that is installed: it also picks the cores near each GPU."""
     if find_spec("dask_cuda") is not None:
         cluster: Cluster = import_module("dask_cuda").LocalCUDACluster(
-            CUDA_VISIBLE_DEVICES=gpus, n_workers=len(gpus), threads_per_worker=GPU_THREADS, host=HOST,
-            dashboard_address=f"{HOST}:0", silence_logs=logging.CRITICAL, **options,
-        )  # fmt: skip
+            CUDA_VISIBLE_DEVICES=gpus,
+            n_workers=len(gpus),
+            threads_per_worker=GPU_THREADS,
+            host=HOST,
+            dashboard_address=f"{HOST}:0",
+            silence_logs=logging.CRITICAL,
+            **options,
+        )
         return cluster
     scheduler = {"host": HOST, "port": 0, "dashboard": True, "dashboard_address": f"{HOST}:0"}
     return SpecCluster(
@@ -123,9 +133,12 @@ def visible_gpus() -> list[str]:
         return names[: next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))]
     try:
         told = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30,
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
             check=True,
-        )  # fmt: skip
+        )
     except (OSError, subprocess.SubprocessError):
         return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
     return told.stdout.split()

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 
 Triple = tuple[float, float, float]
 INTERPOLATIONS: dict[int, Interpolation] = {
-    0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"
-}  # fmt: skip
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
 # Transformers would take these from elsewhere, or run other code than its own.
 REFUSED = {"adapter_config.json": "an adapter", "quantization_config": "quantised weights"}
 
@@ -74,9 +79,14 @@ def _load(transformers: Any, folder: Path, spec: ModelSpec) -> Any:
     try:
         # Attention by plain operators: the configuration may name kernels that would be fetched.
         module, report = transformers.AutoModelForImageClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            dtype=torch.float32, attn_implementation="eager",
-        )  # fmt: skip
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        )
     except Exception as error:  # configurations of any kind
         raise ModelError(
             f"{spec.source}: transformers cannot load it as an image classifier: {one_line(error)[:400]}"

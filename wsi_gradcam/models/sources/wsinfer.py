@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 CONFIG, PROGRAM = "config.json", "torchscript_model.pt"
 # torchvision also takes the integers of Pillow.
 INTERPOLATIONS: dict[object, Interpolation] = {
-    0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming",
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
     **{name: name for name in ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")},
-}  # fmt: skip
+}
 KNOWN = {
     "Resize": {"size", "interpolation", "antialias", "max_size"},
     "ToTensor": set[str](),
