@@ -56,15 +56,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.rivals import OTHERS, Case, Run
 from wsi_gradcam import GradCAM, load_model
 from wsi_gradcam.cam.auto import choose, fidelity
-from wsi_gradcam.cam.choice import AUTO, Choice
 from wsi_gradcam.cam.engine import explain_batch, gradients
+from wsi_gradcam.cam.facts import AUTO, Choice
 from wsi_gradcam.cam.layout import Layer
 from wsi_gradcam.cam.methods import METHODS
 from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram
-from wsi_gradcam.cam.score import make_score
-from wsi_gradcam.cam.targets import PREDICTED, Target
+from wsi_gradcam.cam.targets import PREDICTED, Target, make_score
 from wsi_gradcam.cam.trunks import low_precisions
-from wsi_gradcam.memory import give_back
+from wsi_gradcam.system.memory import give_back
 
 ROOT = Path(__file__).parents[1]
 TILES = ROOT.parent / "shared/data/tiles/oscc_oral"

@@ -45,15 +45,16 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.simulated import FIRST_BATCH, PATCHES, RATE, SPAN, WRITING, report
-from wsi_gradcam.config import make_settings
-from wsi_gradcam.executors.dask import DaskExecutor, window
+from wsi_gradcam.executors.dask import DaskExecutor
+from wsi_gradcam.executors.dask import batching as window
 from wsi_gradcam.executors.dask.plugin import Order, perform_order
 from wsi_gradcam.executors.serial import SerialExecutor
-from wsi_gradcam.inputs import SlideEntry, find_slides
+from wsi_gradcam.inputs.find import SlideEntry, find_slides
+from wsi_gradcam.io.paths import LocalPlace
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.plan import RunPlan, plan_run
-from wsi_gradcam.stages import Performed, Task
-from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.run.plan import RunPlan, plan_run
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.stages import Performed, Task
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20

@@ -20,7 +20,7 @@ import dask
 from distributed import Worker
 
 from wsi_gradcam.executors.dask import plugin
-from wsi_gradcam.stages import Explained, Pending, Performed, Task
+from wsi_gradcam.run.stages import Explained, Pending, Performed, Task
 
 PATCHES, SPAN = 1000, 256  # of a slide
 RATE = 1000.0  # patches/s of a GPU, as of ResNet-50 at 224 px in half precision; assumed, no GPU was at hand

@@ -28,20 +28,20 @@ import numpy as np
 from skimage.data import immunohistochemistry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from wsi_gradcam import reading
-from wsi_gradcam.config import Settings, make_settings
+from wsi_gradcam.cam.explainer import Explainer
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.executors.serial import SerialExecutor
-from wsi_gradcam.explainer import Explainer
-from wsi_gradcam.inputs import SlideEntry, find_slides
+from wsi_gradcam.inputs.find import SlideEntry, find_slides
+from wsi_gradcam.io.paths import place_of
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.plan import RunPlan, plan_run
-from wsi_gradcam.reading import PatchReader, open_entry
+from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.run.plan import RunPlan, plan_run
+from wsi_gradcam.run.settings import Settings, make_settings
+from wsi_gradcam.run.stages import Context, Task, perform
+from wsi_gradcam.slides import patch_reader as reading
 from wsi_gradcam.slides import read_region
-from wsi_gradcam.stages import Context, Task, perform
-from wsi_gradcam.stores.layout import RunFolder
-from wsi_gradcam.stores.patch_store import PatchStore
-from wsi_gradcam.stores.places import place_of
+from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
 
 MPP = 0.25
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from demo_card import Result, Spec, map_table, model_section, patch_section
 from demo_training import Recipe
-from wsi_gradcam.demo.ihc import DAB_SIGMA_PX, DAB_THRESHOLD
+from wsi_gradcam.demo.run import DAB_SIGMA_PX, DAB_THRESHOLD
 from wsi_gradcam.models.zoo.nets import PatchCNN
 
 MAPS = """\

@@ -25,7 +25,7 @@ from demo_card import Result, Spec, write_model
 from demo_evaluation import Maps, colour_baseline, cut, maps_of, predict, roc_auc
 from demo_texts import ihc_card, oral_card
 from demo_training import Annotated, Recipe, train
-from wsi_gradcam.demo.ihc import HELD_OUT, dab_positive, micrograph
+from wsi_gradcam.demo.run import HELD_OUT, dab_positive, micrograph
 from wsi_gradcam.models.zoo import nets
 
 SEED = 20

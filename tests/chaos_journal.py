@@ -8,9 +8,9 @@ import threading
 import time
 from typing import Any
 
-from wsi_gradcam import stages
-from wsi_gradcam.stages import explaining
-from wsi_gradcam.stores.manifest import Manifest
+from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.run import stages
+from wsi_gradcam.run.stages import explaining
 
 JOURNAL = "CHAOS_JOURNAL"  # environment: the file
 BEGUN, DONE = "begun", "done"

@@ -10,7 +10,7 @@ import pytest
 from tests.runs import SMALL, flags, toy_file
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
-from wsi_gradcam.cli import main
+from wsi_gradcam.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL_FLAGS = flags(SMALL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.inputs.find import find_slides
 
 
 def touch(root: Path, *names: str) -> None:

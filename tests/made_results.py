@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from wsi_gradcam.geometry import Region, ceil_div
-from wsi_gradcam.plan import SlidePlan
-from wsi_gradcam.stitch import coarsen, coarsen_flags
-from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
-from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.run_files import write_slides
+from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.run_files import write_slides
+from wsi_gradcam.results.stitch import coarsen, coarsen_flags
+from wsi_gradcam.run.plan import SlidePlan
 
 Values = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.uint8]

@@ -17,7 +17,7 @@ from typing import Any
 from tests.servers import BUCKET
 from wsi_gradcam import api
 from wsi_gradcam.errors import WsiGradcamError
-from wsi_gradcam.stores.places import place_of
+from wsi_gradcam.io.paths import place_of
 
 VARIABLE = "WSI_GRADCAM_TEST_OUT"
 

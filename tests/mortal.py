@@ -39,7 +39,7 @@ def _prepare() -> None:
 
 
 if __name__ == "__main__":
-    cli = import_module("wsi_gradcam.cli")
+    cli = import_module("wsi_gradcam.cli.main")
 
     def guarded(guard: Callable[[], None] = cli.guard) -> None:
         guard()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.shortcuts import glass_patches
-from wsi_gradcam.audit.subject import Subject
+from wsi_gradcam.audit.measures.shortcuts import glass_patches
+from wsi_gradcam.audit.measures.subject import Subject
 from wsi_gradcam.models.live import model_of
 
 SIDE_PX, DISC_PX, MARKER_PX = 32, 5, 6

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tests.planted import PINK, SIDE_PX, subject_of, trained
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.subject import Subject
+from wsi_gradcam.audit.measures.subject import Subject
 
 SLOPES = {"straight": 0.0, "plateau": -1.0, "cliff": -20.0}
 

@@ -29,19 +29,18 @@ from tests.planted import (
     with_ink,
 )
 from tests.planted_models import bent, blinkered, darkness_reader, stain_reader, with_margin
-from wsi_gradcam.audit.controls import control_maps, edge_maps, random_maps
 from wsi_gradcam.audit.estimates import compare, estimate
-from wsi_gradcam.audit.faithfulness import removal_curves
-from wsi_gradcam.audit.learning import answer_spread, random_answers
-from wsi_gradcam.audit.likeness import resembles
-from wsi_gradcam.audit.locality import finite_steps
-from wsi_gradcam.audit.plausibility import auroc
-from wsi_gradcam.audit.removal import mean_colour, replace_by
-from wsi_gradcam.audit.sanity import staying_maps
-from wsi_gradcam.audit.saturation import saturation
-from wsi_gradcam.audit.shortcuts import cover, masking
-from wsi_gradcam.audit.stability import Change, as_strong_noise, moves, noise, stain_jitter
-from wsi_gradcam.audit.subject import Aim, Subject
+from wsi_gradcam.audit.measures.controls import control_maps, edge_maps, random_maps
+from wsi_gradcam.audit.measures.faithfulness import removal_curves
+from wsi_gradcam.audit.measures.likeness import resembles
+from wsi_gradcam.audit.measures.locality import finite_steps
+from wsi_gradcam.audit.measures.plausibility import auroc
+from wsi_gradcam.audit.measures.removal import mean_colour, replace_by
+from wsi_gradcam.audit.measures.sanity import answer_spread, random_answers, staying_maps
+from wsi_gradcam.audit.measures.saturation import saturation
+from wsi_gradcam.audit.measures.shortcuts import cover, masking
+from wsi_gradcam.audit.measures.stability import Change, as_strong_noise, moves, noise, stain_jitter
+from wsi_gradcam.audit.measures.subject import Aim, Subject
 from wsi_gradcam.audit.verdict import (
     Outcome,
     depends_on_weights,

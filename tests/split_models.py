@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_gradcam import GradCAM
-from wsi_gradcam.cam.probe import Probe, Score
+from wsi_gradcam.cam.methods import Probe, Score
 
 CLASSES = 4
 

@@ -13,16 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.annotations import (
+from wsi_gradcam.errors import AnnotationError
+from wsi_gradcam.tissue.annotations import (
     Annotations,
     Area,
-    base,
-    raster,
     rasterise,
     read_annotations,
 )
-from wsi_gradcam.annotations.files import parse
-from wsi_gradcam.errors import AnnotationError
+from wsi_gradcam.tissue.annotations import (
+    areas as base,
+)
+from wsi_gradcam.tissue.annotations import (
+    areas as raster,
+)
+from wsi_gradcam.tissue.annotations.reading import parse
 
 Mask = npt.NDArray[np.bool_]
 Points = list[tuple[float, float]]  # x, y
@@ -335,7 +339,7 @@ class TestBadFiles:
 
     def test_a_file_that_is_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = written(tmp_path / "a.json", feature([SQUARE]))
-        monkeypatch.setattr("wsi_gradcam.annotations.files.MOST_BYTES", path.stat().st_size - 1)
+        monkeypatch.setattr("wsi_gradcam.tissue.annotations.reading.MOST_BYTES", path.stat().st_size - 1)
         with pytest.raises(AnnotationError, match="larger than 0 MiB, more than anybody draws"):
             read_annotations(path)
         assert base.MOST_BYTES == 32 << 20

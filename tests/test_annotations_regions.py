@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.test_annotations import feature, written
-from wsi_gradcam.annotations import Regions, check_mask, regions_of
-from wsi_gradcam.annotations.picture import read_picture, resized
 from wsi_gradcam.errors import AnnotationError, ConfigError
+from wsi_gradcam.tissue.annotations import Regions, check_mask, regions_of
+from wsi_gradcam.tissue.annotations.regions import read_picture, resized
 
 
 def png(mask: Any, mode: str | None = None, **options: Any) -> bytes:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.planted import Patches, patches, subject_of, trained, untrained
-from wsi_gradcam.audit.controls import CONTROLS, control_maps
-from wsi_gradcam.audit.faithfulness import ROAD_FRACTIONS, STEPS, Curves, removal_curves, slide_removal
-from wsi_gradcam.audit.removal import blurred, mean_colour, removal_ranks, replace_by, replace_by_neighbours
-from wsi_gradcam.audit.subject import Aim, Subject
+from wsi_gradcam.audit.measures.controls import CONTROLS, control_maps
+from wsi_gradcam.audit.measures.faithfulness import ROAD_FRACTIONS, STEPS, Curves, removal_curves, slide_removal
+from wsi_gradcam.audit.measures.removal import blurred, mean_colour, removal_ranks, replace_by, replace_by_neighbours
+from wsi_gradcam.audit.measures.subject import Aim, Subject
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

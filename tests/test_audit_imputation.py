@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsi_gradcam.audit.imputation import WEIGHTS, impute
+from wsi_gradcam.audit.measures.removal import WEIGHTS, impute
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -21,7 +21,7 @@ from wsi_gradcam.audit.measured import CURVE_FRACTIONS, MAIN, ROAD
 from wsi_gradcam.audit.schema import EstimateRow, metrics_schema
 from wsi_gradcam.audit.verdict import Verdict
 from wsi_gradcam.errors import AnnotationError, StoreError
-from wsi_gradcam.stores.places import place_of
+from wsi_gradcam.io.paths import place_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

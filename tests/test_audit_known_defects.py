@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tests.planted import patches, subject_of, trained
-from wsi_gradcam.audit.faithfulness import removal_curves
-from wsi_gradcam.audit.plausibility import pointing_game, relevance_mass, relevance_rank
-from wsi_gradcam.audit.removal import removal_ranks, replace_by_neighbours
-from wsi_gradcam.audit.sanity import randomisation
-from wsi_gradcam.audit.subject import Subject
+from wsi_gradcam.audit.measures.faithfulness import removal_curves
+from wsi_gradcam.audit.measures.plausibility import pointing_game, relevance_mass, relevance_rank
+from wsi_gradcam.audit.measures.removal import removal_ranks, replace_by_neighbours
+from wsi_gradcam.audit.measures.sanity import randomisation
+from wsi_gradcam.audit.measures.subject import Subject
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.planted import patches, subject_of, trained
-from wsi_gradcam.audit.learning import answer_spread, random_answers
+from wsi_gradcam.audit.measures.sanity import answer_spread, random_answers
 
 
 def test_the_spread_is_the_deviation_of_centred_logits() -> None:

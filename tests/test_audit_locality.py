@@ -14,7 +14,7 @@ from tests.planted import patches, subject_of, trained, untrained
 from tests.planted_models import bent
 from tests.toy_models import PooledLinear
 from wsi_gradcam.audit.estimates import estimate
-from wsi_gradcam.audit.locality import (
+from wsi_gradcam.audit.measures.locality import (
     STEPS,
     FiniteSteps,
     completeness_gap,
@@ -23,8 +23,8 @@ from wsi_gradcam.audit.locality import (
     infidelity,
     input_gradient,
 )
-from wsi_gradcam.audit.removal import blurred, mean_colour, replace_by
-from wsi_gradcam.audit.subject import Subject, enlarge
+from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by
+from wsi_gradcam.audit.measures.subject import Subject, enlarge
 from wsi_gradcam.audit.verdict import promises_kept
 from wsi_gradcam.cam.targets import Target
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsi_gradcam.audit.overlap import spread
+from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.stitch import GROUP, Blender, Enlarger, Window
+from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, Window
 
 
 def some(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.planted import patches, subject_of, trained
 from wsi_gradcam.audit.estimates import compare
-from wsi_gradcam.audit.plausibility import (
+from wsi_gradcam.audit.measures.plausibility import (
     PLAUSIBILITY,
     auroc,
     chance,
@@ -23,7 +23,7 @@ from wsi_gradcam.audit.plausibility import (
     relevance_mass,
     relevance_rank,
 )
-from wsi_gradcam.audit.subject import enlarge
+from wsi_gradcam.audit.measures.subject import enlarge
 from wsi_gradcam.cam.targets import Target
 
 SMALL = hnp.arrays(np.float32, (2, 2, 3), elements=st.integers(-3, 3).map(float))

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from tests.planted import TRAINING, Patches, features, fitted, patches, subject_of, trained
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.faithfulness import removal_curves
-from wsi_gradcam.audit.imputation import impute
-from wsi_gradcam.audit.likeness import spearman, ssim
-from wsi_gradcam.audit.locality import completeness_gap, hiding_changes, infidelity, input_gradient
-from wsi_gradcam.audit.plausibility import auroc, pointing_game, relevance_mass, relevance_rank
-from wsi_gradcam.audit.removal import replace_by, replace_by_neighbours
-from wsi_gradcam.audit.sanity import complexity_rise
-from wsi_gradcam.audit.stability import relative_change
-from wsi_gradcam.audit.subject import Aim, Subject, enlarge
+from wsi_gradcam.audit.measures.faithfulness import removal_curves
+from wsi_gradcam.audit.measures.likeness import spearman, ssim
+from wsi_gradcam.audit.measures.locality import completeness_gap, hiding_changes, infidelity, input_gradient
+from wsi_gradcam.audit.measures.plausibility import auroc, pointing_game, relevance_mass, relevance_rank
+from wsi_gradcam.audit.measures.removal import impute, replace_by, replace_by_neighbours
+from wsi_gradcam.audit.measures.sanity import complexity_rise
+from wsi_gradcam.audit.measures.stability import relative_change
+from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
 from wsi_gradcam.cam.targets import Target
 
 quantus = pytest.importorskip("quantus", reason="Quantus is installed by `make venv`; no extra can ask for it")

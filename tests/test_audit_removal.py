@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_gradcam.audit.controls import CONTROLS, centre_maps, control_maps, edge_maps, random_maps
-from wsi_gradcam.audit.removal import (
+from wsi_gradcam.audit.measures.controls import CONTROLS, centre_maps, control_maps, edge_maps, random_maps
+from wsi_gradcam.audit.measures.removal import (
     BLUR_SIDE_PX,
     blurred,
     mean_colour,
@@ -15,7 +15,7 @@ from wsi_gradcam.audit.removal import (
     replace_by,
     replace_by_neighbours,
 )
-from wsi_gradcam.audit.subject import enlarge
+from wsi_gradcam.audit.measures.subject import enlarge
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

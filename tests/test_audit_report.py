@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from tests.test_run_report import HOSTILE, Page
-from wsi_gradcam.audit.figures import curves_figure, intervals_figure
 from wsi_gradcam.audit.judging_model import ATTRIBUTION, LEAKY, SHARE_OF_AREA
 from wsi_gradcam.audit.measured import CONTROLS, CURVE_FRACTIONS
-from wsi_gradcam.audit.pictures import legend, overlay, scale_of
 from wsi_gradcam.audit.plan import QUESTIONS
 from wsi_gradcam.audit.report import Example, archive_page, examples_of, slide_page
-from wsi_gradcam.audit.report_figures import attribution_rows
-from wsi_gradcam.audit.report_numbers import difference, p_text, value
-from wsi_gradcam.audit.report_parts import square
+from wsi_gradcam.audit.report.figures import curves_figure, intervals_figure
+from wsi_gradcam.audit.report.numbers import difference, p_text, value
+from wsi_gradcam.audit.report.parts import square
+from wsi_gradcam.audit.report.pictures import legend, overlay, scale_of
+from wsi_gradcam.audit.report.question_figures import attribution_rows
+from wsi_gradcam.audit.report.words import WORDS, named
 from wsi_gradcam.audit.schema import (
     AgainstFacts,
     ComparisonRow,
@@ -32,8 +33,7 @@ from wsi_gradcam.audit.schema import (
     VerdictRow,
 )
 from wsi_gradcam.audit.verdict import QUADRANTS
-from wsi_gradcam.audit.words import WORDS, named
-from wsi_gradcam.page import Html
+from wsi_gradcam.pages.parts import Html
 
 
 def estimate_row(question: str, of: str, what: str, value: float | None = 0.25) -> EstimateRow:

@@ -19,17 +19,17 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain
 from wsi_gradcam.audit.folder import read_numbers, write_numbers
-from wsi_gradcam.audit.overlap import spread
+from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.audit.plan import PIECE, QUESTIONS
 from wsi_gradcam.audit.schema import Metrics
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.result import open_result
-from wsi_gradcam.stages import auditing
-from wsi_gradcam.stitch import Enlarger
-from wsi_gradcam.stores.heatmap import HeatmapStore
-from wsi_gradcam.stores.patch_store import PatchStore
-from wsi_gradcam.stores.places import place_of
+from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.results.heatmap import HeatmapStore
+from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.stitch import Enlarger
+from wsi_gradcam.run.stages import auditing
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_killed_audit_goes_on(run: Path, copy: Path, tmp_path: Path, monkeypat
     audit_run(whole, **ask)
     script = (
         "import os, signal\n"
-        "from wsi_gradcam.stages import auditing\n"
+        "from wsi_gradcam.run.stages import auditing\n"
         "from wsi_gradcam import audit_run\n"
         "write, done = auditing.write_numbers, []\n"
         "def dying(place, numbers):\n"

@@ -15,7 +15,7 @@ from wsi_gradcam.audit.patch_data import probability_maps
 from wsi_gradcam.audit.plan import FEWEST_DEEP, PIECE, AuditSettings, SlideSample, deep_patches, patch_seeds
 from wsi_gradcam.audit.sample import Candidate, draw
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.inputs.find import SlideEntry
 
 
 class FakeSlide:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.planted import patches, subject_of, trained
-from wsi_gradcam.audit.likeness import stays_or_turns
-from wsi_gradcam.audit.sanity import (
+from wsi_gradcam.audit.measures.likeness import stays_or_turns
+from wsi_gradcam.audit.measures.sanity import (
     ORDERS,
     Order,
     complexity_rise,
@@ -21,7 +21,7 @@ from wsi_gradcam.audit.sanity import (
     randomise,
     staying_maps,
 )
-from wsi_gradcam.audit.subject import Subject, enlarge
+from wsi_gradcam.audit.measures.subject import Subject, enlarge
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.planted import GLASS, SIDE_PX, patches, subject_of, trained
-from wsi_gradcam.audit.removal import mean_colour, replace_by
-from wsi_gradcam.audit.shortcuts import border, cover, glass_patches, masking, mass_on, moved_masks
+from wsi_gradcam.audit.measures.removal import mean_colour, replace_by
+from wsi_gradcam.audit.measures.shortcuts import border, cover, glass_patches, masking, mass_on, moved_masks
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

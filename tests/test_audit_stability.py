@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.planted import Rgb, patches, subject_of, trained
-from wsi_gradcam.audit.stability import (
+from wsi_gradcam.audit.measures.stability import (
     CHANGES,
     as_strong_noise,
     jpeg,
@@ -21,7 +21,7 @@ from wsi_gradcam.audit.stability import (
     shift_change,
     stain_jitter,
 )
-from wsi_gradcam.audit.subject import Aim, Subject
+from wsi_gradcam.audit.measures.subject import Aim, Subject
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.planted import patches, subject_of, to_images, untrained
 from wsi_gradcam import GradCAM
-from wsi_gradcam.audit.subject import Subject, enlarge
+from wsi_gradcam.audit.measures.subject import Subject, enlarge
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ModelError
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from wsi_gradcam.audit.suspects import SUSPECTS, block_means, blurred_windows, spread_out, suspects
+from wsi_gradcam.audit.measures.suspects import SUSPECTS, block_means, blurred_windows, spread_out, suspects
 
 Rgb = NDArray[np.uint8]
 SIDE = 224

@@ -18,16 +18,9 @@ from tests.families import FAMILIES, network_of
 from tests.split_models import of_class, relative
 from tests.toy_models import PooledLinear
 from wsi_gradcam.cam import examine as examining
-from wsi_gradcam.cam.choice import Choice
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.examine import (
-    Request,
-    examine,
-    explainable_layers,
-    locate_layers,
-    prepare_program,
-    traced_module,
-)
+from wsi_gradcam.cam.examine import Request, examine, explainable_layers, locate_layers, prepare_program, traced_module
+from wsi_gradcam.cam.facts import Choice
 from wsi_gradcam.cam.layers import probe_images
 from wsi_gradcam.cam.layout import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram, SplitProgram

@@ -29,7 +29,6 @@ from tests.split_models import (
     pooled,
     relative,
 )
-from wsi_gradcam.cam.finer import COMPARED, GAMMA, finer_score
 from wsi_gradcam.cam.methods import (
     METHODS,
     cam,
@@ -42,7 +41,8 @@ from wsi_gradcam.cam.methods import (
     xgradcam,
 )
 from wsi_gradcam.cam.names import METHOD_INFO, METHOD_NAMES
-from wsi_gradcam.cam.probing import PROBING
+from wsi_gradcam.cam.perturbation import PROBING
+from wsi_gradcam.cam.targets import COMPARED, GAMMA, finer_score
 from wsi_gradcam.errors import LayerError, TargetError
 
 ImageOracle = Callable[[Tensor, Tensor], list[list[float]]]

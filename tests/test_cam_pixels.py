@@ -25,7 +25,8 @@ from tests.split_models import (
     probe_of,
     relative,
 )
-from wsi_gradcam.cam.pixels import (
+from wsi_gradcam.cam.methods import Probe, Score
+from wsi_gradcam.cam.perturbation import (
     SAMPLES,
     SEED,
     SPREAD,
@@ -35,7 +36,6 @@ from wsi_gradcam.cam.pixels import (
     integrated_gradients,
     smoothgrad,
 )
-from wsi_gradcam.cam.probe import Probe, Score
 from wsi_gradcam.errors import LayerError
 
 Probing = Callable[[Probe, Score], Tensor]

@@ -11,9 +11,9 @@ import torch
 
 from tests.runs import toy_spec
 from wsi_gradcam.cam import examine as room
-from wsi_gradcam.cam.choice import Choice, Trial
+from wsi_gradcam.cam.auto import cache_file, choice_key, recall, remember
 from wsi_gradcam.cam.examine import Request, examine
-from wsi_gradcam.cam.remembered import cache_file, choice_key, recall, remember
+from wsi_gradcam.cam.facts import Choice, Trial
 from wsi_gradcam.models.load import load_model
 
 CPU = torch.device("cpu")

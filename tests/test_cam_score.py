@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsi_gradcam.cam.score import classes_of, function_digest, load_function, make_score
-from wsi_gradcam.cam.targets import Target
+from wsi_gradcam.cam.targets import Target, classes_of, function_digest, load_function, make_score
 from wsi_gradcam.errors import TargetError
 
 LOGITS = torch.tensor([[1.0, 5.0, 2.0], [9.0, 3.0, 4.0]])

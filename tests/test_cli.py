@@ -18,15 +18,16 @@ from tests import cli_runs
 from tests.cli_runs import SMALL_FLAGS, Run, only_error
 from tests.runs import SMALL, command, differing, rows_of, toy_spec
 from tests.synthetic import strip_mpp
-from wsi_gradcam import __version__, terminal
+from wsi_gradcam import __version__
 from wsi_gradcam.api import Outcome, explain, preview
-from wsi_gradcam.cli import SETTINGS, main
-from wsi_gradcam.config import Settings
+from wsi_gradcam.cli import terminal
+from wsi_gradcam.cli.main import SETTINGS, main
+from wsi_gradcam.cli.report import print_outcome
+from wsi_gradcam.cli.terminal import Bars, Lines, Quiet, progress
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.report import print_outcome
-from wsi_gradcam.terminal import Bars, Lines, Quiet, progress
-from wsi_gradcam.workflow import SlideRecord
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.jobs import SlideRecord
+from wsi_gradcam.run.settings import Settings
 
 run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
 

@@ -16,7 +16,7 @@ from tests import cli_runs
 from tests.cli_runs import SMALL_FLAGS, Run, only_error
 from tests.runs import contents, differing, rows_of
 from tests.synthetic import set_resolution, strip_mpp, truncate
-from wsi_gradcam.cli import main
+from wsi_gradcam.cli.main import main
 
 run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
 
@@ -299,7 +299,7 @@ def test_ctrl_c_says_how_to_go_on(run: Run, made: Path, tmp_path: Path, monkeypa
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wsi_gradcam.finish.draw_overview", interrupted)
+    monkeypatch.setattr("wsi_gradcam.run.stages.finishing.draw_overview", interrupted)
     code, _, err = run(
         "explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path, *SMALL_FLAGS
     )

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.config import NOT_IN_IDENTITY, Settings, make_settings, read_config
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.run.settings import NOT_IN_IDENTITY, Settings, make_settings, read_config
 
 # A valid value that differs from the default, for every setting.
 OTHER: dict[str, Any] = {

@@ -15,16 +15,15 @@ from wsi_gradcam.cam.layers import check_layer
 from wsi_gradcam.cam.layout import Layer
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.targets import Target
-from wsi_gradcam.cli import main
+from wsi_gradcam.cli.main import main
 from wsi_gradcam.demo import run as demo
-from wsi_gradcam.demo.agreement import majority, roc_auc
-from wsi_gradcam.demo.ihc import HELD_OUT, dab_positive, micrograph
+from wsi_gradcam.demo.run import HELD_OUT, dab_positive, majority, micrograph, roc_auc
+from wsi_gradcam.io.paths import place_of
 from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.models.spec import ZOO, bundled
-from wsi_gradcam.stores.heatmap import HeatmapStore
-from wsi_gradcam.stores.layout import RunFolder
-from wsi_gradcam.stores.places import place_of
-from wsi_gradcam.validation import validate
+from wsi_gradcam.results.heatmap import HeatmapStore
+from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.validation import validate
 
 
 @pytest.fixture(scope="module", params=["oral-tumour", "ihc-dab"])

@@ -26,11 +26,25 @@ from distributed import Client, LocalCluster
 from tests import cli_runs
 from tests.cli_runs import Run, only_error
 from tests.runs import ROOT, toy_file
-from wsi_gradcam.cam import remembered
-from wsi_gradcam.doctor import FAIL, OK, WARN, Check, check, cluster, environment, examine, folder, machine, worst
+from wsi_gradcam.cam import auto as remembered
+from wsi_gradcam.doctor import (
+    FAIL,
+    OK,
+    WARN,
+    Check,
+    cluster,
+    environment,
+    examine,
+    folder,
+    machine,
+    worst,
+)
+from wsi_gradcam.doctor import (
+    environment as check,
+)
+from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.slides import openslide_reader
-from wsi_gradcam.stores.patch_store import PatchStore
-from wsi_gradcam.stores.places import place_of
 
 run = cli_runs.run  # a fixture
 

@@ -20,8 +20,8 @@ from tests import toy_models
 from tests.runs import SMALL, Heatmap, contents, rows_of, stored, toy_spec
 from tests.synthetic import MarkerSlide, corrupt_tile, write_marker_slide
 from wsi_gradcam.api import explain
-from wsi_gradcam.stores.run_files import read_slides
-from wsi_gradcam.validation import validate
+from wsi_gradcam.results.run_files import read_slides
+from wsi_gradcam.results.validation import validate
 
 MARKER_PX = 24
 SIZE = (2300, 2900)

@@ -20,11 +20,11 @@ from tests.synthetic import Damage, corrupt_tile, write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.results.heatmap import EXPLAINED, UNREADABLE
+from wsi_gradcam.results.validation import validate
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide
 from wsi_gradcam.slides.tiff_reader import TiffSlide
-from wsi_gradcam.stores.heatmap import EXPLAINED, UNREADABLE
-from wsi_gradcam.validation import validate
 
 SIZE, MPP, PATCH_PX = (1024, 1536), "0.25", 32
 TILE = Region(256, 512, 256, 256)  # the one that is damaged: row 1, column 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from distributed import Client, KilledWorker, Scheduler, Worker, get_worker
 
-from wsi_gradcam.executors.dask.caretaker import Caretaker
+from wsi_gradcam.executors.dask.placement import Caretaker
 
 RUN, GPU = "run-1", {"GPU": 1.0}
 WITHIN_S = 20.0

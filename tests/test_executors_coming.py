@@ -16,12 +16,12 @@ import pytest
 from benchmarks.simulated import FIRST_BATCH, PATCHES, SPAN, WRITING, report
 from tests.clusters import process, scheduler
 from tests.runs import ROOT
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.executors.dask import DaskExecutor
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.plan import RunPlan
-from wsi_gradcam.stages import Performed, Task
-from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.run.plan import RunPlan
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.stages import Performed, Task
 
 COSTS = {
     "seconds": dict.fromkeys(("plan", "stitch", "coarsen", "finish", FIRST_BATCH, WRITING), 0.01),

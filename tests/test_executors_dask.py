@@ -24,10 +24,10 @@ from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
-from wsi_gradcam.executors.dask.caretaker import Caretaker
 from wsi_gradcam.executors.dask.flow import Flow
+from wsi_gradcam.executors.dask.placement import Caretaker
 from wsi_gradcam.executors.dask.workers import Workers
-from wsi_gradcam.stages import Task
+from wsi_gradcam.run.stages import Task
 
 WITHIN_S = 60.0
 
@@ -194,7 +194,7 @@ def begun(arguments: list[str], slowness_s: float) -> subprocess.Popen[str]:
     """The command, running, with a model that takes its time."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), SLOWNESS_S: str(slowness_s)}
     return subprocess.Popen(
-        [sys.executable, "-m", "wsi_gradcam.cli", *arguments],
+        [sys.executable, "-m", "wsi_gradcam.cli.main", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

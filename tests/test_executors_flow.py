@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_gradcam.errors import SlideReadError, StoreError, WorkerError
-from wsi_gradcam.executors import retries
 from wsi_gradcam.executors.dask import flow as flow_module
+from wsi_gradcam.executors.dask.batching import ORDERS_PER_SLOT
 from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.plugin import Answer, Order
-from wsi_gradcam.executors.dask.window import ORDERS_PER_SLOT
 from wsi_gradcam.executors.dask.workers import Patience, Workers
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Pending, Performed, Task
-from wsi_gradcam.stopping import Stopping
-from wsi_gradcam.workflow import FatalError, SlideRecord, drive, slide_job
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run import retries
+from wsi_gradcam.run.jobs import FatalError, SlideRecord, drive, slide_job
+from wsi_gradcam.run.stages import Pending, Performed, Task
+from wsi_gradcam.system.stopping import Stopping
 
 Perform = Callable[[Task], Any]
 
@@ -144,12 +144,12 @@ class FakeArchive:
 def flow(client: FakeClient, device: str = "cpu", wait_s: float = 60.0) -> Flow:
     job = partial(slide_job, max_unreadable=0.01)
     made: Any = Flow(
-        client,
+        client,  # type: ignore[arg-type]
         "run",
         job,
         lambda task, result: None,
         lambda: Workers.of(client.told, device),
-        Patience(wait_s),  # type: ignore[arg-type]
+        Patience(wait_s),
     )
     made._mail = client
     found: Flow = made

@@ -15,12 +15,12 @@ from distributed.system import MEMORY_LIMIT
 
 from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, local
 from wsi_gradcam.executors.serial import SerialExecutor
-from wsi_gradcam.inputs import find_slides
-from wsi_gradcam.plan import plan_run
+from wsi_gradcam.inputs.find import find_slides
+from wsi_gradcam.run.plan import plan_run
+from wsi_gradcam.run.settings import make_settings
 
 
 class FakeCluster:

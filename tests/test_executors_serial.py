@@ -12,9 +12,9 @@ from tests.runs import SMALL, differing, toy_spec
 from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.executors import serial
-from wsi_gradcam.isolation import WATCH
-from wsi_gradcam.reading import PatchReader
-from wsi_gradcam.stages import Context, Task, perform
+from wsi_gradcam.run.stages import Context, Task, perform
+from wsi_gradcam.slides.patch_reader import PatchReader
+from wsi_gradcam.system.isolation import WATCH
 
 PATIENCE_S = 30
 

@@ -12,14 +12,13 @@ import pytest
 from matplotlib import colormaps
 
 from tests.made_results import Made, make, steps
-from wsi_gradcam import cli
-from wsi_gradcam.cli import main
+from wsi_gradcam.cli import main as cli
+from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError
 from wsi_gradcam.export import FORMATS, Options, export, tiff
 from wsi_gradcam.export.colours import Colouring
-from wsi_gradcam.export.files import new
-from wsi_gradcam.export.job import Job
-from wsi_gradcam.result import open_result
+from wsi_gradcam.export.job import Job, new
+from wsi_gradcam.results.run import open_result
 
 LABEL = "gradcam: tumour"
 

@@ -17,7 +17,7 @@ import tifffile
 
 from tests.made_results import Made, make, steps
 from wsi_gradcam.export import export
-from wsi_gradcam.result import open_result
+from wsi_gradcam.results.run import open_result
 
 
 def java(tool: str, *arguments: str | Path) -> str:

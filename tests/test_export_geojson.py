@@ -19,9 +19,8 @@ from matplotlib.path import Path as Outline
 from tests.made_results import PATCH_PX, Made, make, steps
 from wsi_gradcam.export import Options, export, regions
 from wsi_gradcam.export.job import Job
-from wsi_gradcam.export.outlines import TooManyRunsError, outlines
-from wsi_gradcam.export.regions import hot_regions
-from wsi_gradcam.result import open_result
+from wsi_gradcam.export.regions import TooManyRunsError, hot_regions, outlines
+from wsi_gradcam.results.run import open_result
 
 Mask = npt.NDArray[np.bool_]
 MASKS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))

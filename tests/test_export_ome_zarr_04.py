@@ -13,7 +13,8 @@ from ome_zarr_models import v04
 
 from tests.made_results import Made, make, steps
 from wsi_gradcam.export import export
-from wsi_gradcam.result import SlideResult, open_result
+from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.slide import SlideResult
 from wsi_gradcam.slides import open_slide
 
 OME = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"

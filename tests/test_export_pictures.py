@@ -19,9 +19,9 @@ from wsi_gradcam.export.colours import Colouring
 from wsi_gradcam.export.job import Job
 from wsi_gradcam.export.png import INCH_PX, MARGIN, TITLE, overlaid
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.result import open_result
+from wsi_gradcam.results.heatmap import EXPLAINED
+from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.stores.heatmap import EXPLAINED
 
 DEEPZOOM = "{http://schemas.microsoft.com/deepzoom/2008}"
 MARKER, MARKER_PX = (700, 1100), 200

@@ -14,7 +14,8 @@ from matplotlib import colormaps
 
 from tests.made_results import Made, make, steps
 from wsi_gradcam.export import export
-from wsi_gradcam.result import SlideResult, open_result
+from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.slide import SlideResult
 from wsi_gradcam.slides import open_slide
 
 SIZE = (14_000, 17_003)  # two tiles of 512 heatmap pixels and a cut one

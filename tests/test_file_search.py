@@ -15,8 +15,8 @@ from tests.runs import SMALL, rows_of, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.file_search import slides_in
-from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.inputs.find import find_slides
+from wsi_gradcam.inputs.search import slides_in
 
 
 def touch(root: Path, *names: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.listings import ids, touch
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
-from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.slides import open_slide
 
 

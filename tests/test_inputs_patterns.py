@@ -14,7 +14,7 @@ from tests.listings import ids, touch
 from tests.runs import SMALL, rows_of
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
-from wsi_gradcam.inputs import SlideEntry, choose_slides, find_slides
+from wsi_gradcam.inputs.find import SlideEntry, choose_slides, find_slides
 
 
 class TestPatternsAsPaths:

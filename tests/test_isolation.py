@@ -21,7 +21,7 @@ from tests.synthetic import write_marker_slide
 from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import explain
 from wsi_gradcam.errors import SlideError
-from wsi_gradcam.isolation import MOST_DEATHS_IN_A_ROW, Watch
+from wsi_gradcam.system.isolation import MOST_DEATHS_IN_A_ROW, Watch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands guard themselves on Linux only")
 WITHIN_S = 60.0
@@ -190,7 +190,7 @@ def test_nothing_is_blamed_where_nothing_was_in_work() -> None:
 def test_a_command_that_dies_again_and_again_ends() -> None:
     """A machine that ends every process is not the fault of a thousand slides."""
     code = (
-        "import os; from wsi_gradcam.isolation import WATCH, guard; guard();"
+        "import os; from wsi_gradcam.system.isolation import WATCH, guard; guard();"
         "WATCH.opening(f'{len(WATCH.deaths)}.svs'); os.kill(os.getpid(), 11)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=WITHIN_S)

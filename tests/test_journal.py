@@ -14,22 +14,21 @@ import pytest
 from tests.cli_runs import Run, calling, write_inputs
 from tests.runs import SMALL, flags, toy_spec
 from tests.synthetic import strip_mpp
-from wsi_gradcam import journal
 from wsi_gradcam.api import Listener, explain
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
-from wsi_gradcam.failures import attempt_digest
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.isolation import WATCH
-from wsi_gradcam.plan import plan_run
-from wsi_gradcam.stages import Performed, Task, examine_model
-from wsi_gradcam.status import look, shown
-from wsi_gradcam.stores.claims import CLAIM
-from wsi_gradcam.stores.layout import RunFolder
-from wsi_gradcam.stores.local_place import LocalPlace
-from wsi_gradcam.stores.places import place_of
-from wsi_gradcam.stores.status_file import REPORT
-from wsi_gradcam.workflow import SlideRecord
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.io.local import LocalPlace
+from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.run import journal
+from wsi_gradcam.run.claims import CLAIM
+from wsi_gradcam.run.failures import attempt_digest
+from wsi_gradcam.run.jobs import SlideRecord
+from wsi_gradcam.run.plan import plan_run
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.stages import Performed, Task, examine_model
+from wsi_gradcam.run.status import REPORT, look, shown
+from wsi_gradcam.system.isolation import WATCH
 
 MODEL = toy_spec("pooled_linear")
 
@@ -317,7 +316,7 @@ def test_unreadable_patches_are_read_again_when_asked(
 
     slide = made / "slides" / "b.tif"
     with monkeypatch.context() as patch:
-        patch.setattr("wsi_gradcam.reading.read_region", broken)
+        patch.setattr("wsi_gradcam.slides.patch_reader.read_region", broken)
         assert tried(slide, tmp_path) == (["b.tif"], ["b.tif"])
     assert tried(slide, tmp_path) == ([], ["b.tif"])
     assert tried(slide, tmp_path, retry_failed=True) == (["b.tif"], [])
@@ -331,8 +330,8 @@ def test_causes_that_pass_by_themselves_are_tried_again(
         raise SlideAccessError("the server does not answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsi_gradcam.executors.retries.PAUSES_S", ())  # within a run it is tried again as well
-        patch.setattr("wsi_gradcam.reading.open_slide", away)
+        patch.setattr("wsi_gradcam.run.retries.PAUSES_S", ())  # within a run it is tried again as well
+        patch.setattr("wsi_gradcam.slides.patch_reader.open_slide", away)
         assert tried(made / "slides" / "b.tif", tmp_path) == (["b.tif"], ["b.tif"])
     assert tried(made / "slides" / "b.tif", tmp_path) == (["b.tif"], [])
 

@@ -17,15 +17,15 @@ from tests.runs import SMALL, Heatmap, differing, rows_of, stored, toy_file, toy
 from tests.slides_in_memory import ArraySlide
 from tests.synthetic import corrupt_tile, write_marker_slide
 from wsi_gradcam.api import explain, preview
-from wsi_gradcam.cli import main
+from wsi_gradcam.cli.main import main
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.mask_picture import EXCLUDED, OUTLINE, PEN, SHADOW, write_mask_picture
-from wsi_gradcam.quality import blur_of
+from wsi_gradcam.results.heatmap import TISSUE
+from wsi_gradcam.results.validation import validate
 from wsi_gradcam.slides import open_slide, read_region
-from wsi_gradcam.stores.heatmap import TISSUE
-from wsi_gradcam.tissue import slide_masks
-from wsi_gradcam.validation import validate
+from wsi_gradcam.tissue.masks import slide_masks
+from wsi_gradcam.tissue.picture import EXCLUDED, OUTLINE, PEN, SHADOW, write_mask_picture
+from wsi_gradcam.tissue.quality import blur_of
 
 SIZE = (640, 960)  # all tissue: 10 x 15 patches of 64 px
 MODEL = toy_spec("pooled_linear")

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from wsi_gradcam import memory
+from wsi_gradcam.system import memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other allocators cannot be asked")
@@ -29,7 +29,7 @@ def test_freed_memory_goes_back() -> None:
 def test_freed_tiles_are_used_again() -> None:
     """Pages that the system must clear, for arrays of a tile's size made and dropped again and again."""
     code = (
-        "import resource, numpy as np; from wsi_gradcam.memory import keep_freed; keep_freed() if {} else None;"
+        "import resource, numpy as np; from wsi_gradcam.system.memory import keep_freed; keep_freed() if {} else None;"
         "some = lambda: [np.ones(200_000, np.uint8) for _ in range(100)]; some();"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; [len(some()) for _ in range(5)];"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
@@ -45,7 +45,8 @@ def test_freed_tiles_are_used_again() -> None:
 def test_threads_share_arenas() -> None:
     """In a process of its own: each thread takes 64 MiB of addresses for an arena that is its alone."""
     code = (
-        "import sys, threading, psutil; from wsi_gradcam.memory import share_arenas; share_arenas() if {} else None;"
+        "import sys, threading, psutil; from wsi_gradcam.system.memory import share_arenas;"
+        "share_arenas() if {} else None;"
         "held, barrier = [], threading.Barrier(13);"
         "work = lambda: (held.append(bytes(1000)), barrier.wait());"
         "[threading.Thread(target=work).start() for _ in range(12)];"

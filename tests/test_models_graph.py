@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tests.programs import FORMS, lively, save_program
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.batches import any_batch, free_batch
-from wsi_gradcam.models.graph import fixed_batch, trace, with_points
+from wsi_gradcam.models.graph import any_batch, fixed_batch, free_batch, trace, with_points
 from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 

@@ -21,7 +21,7 @@ from torch import nn
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.models.pickles import tensors_only
-from wsi_gradcam.models.sources.code import code_digest
+from wsi_gradcam.models.sources.function import code_digest
 from wsi_gradcam.models.spec import ModelSpec
 
 NET = "import torch\n\n\ndef build() -> torch.nn.Module:\n    return torch.nn.Sequential({layers})\n"

@@ -12,12 +12,12 @@ from PIL import Image
 from tests.runs import toy_file, toy_spec
 from tests.test_stain import OTHER, concentrations, stained
 from tests.toy_models import marker
+from wsi_gradcam.cli.report import model_info
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.live import model_of
 from wsi_gradcam.models.load import load_model
 from wsi_gradcam.models.spec import ModelSpec, read_spec
-from wsi_gradcam.report import model_info
-from wsi_gradcam.stain import PUBLISHED, Macenko, Reinhard, measure
+from wsi_gradcam.tissue.stain import PUBLISHED, Macenko, Reinhard, measure
 
 STAINS = {"stains": [[0.65, 0.7, 0.29], [0.22, 0.93, 0.3]], "concentrations": [1.4, 0.8]}
 LAB = {"mean": [60.0, 20.0, -10.0], "std": [15.0, 8.0, 5.0]}

@@ -15,13 +15,12 @@ import pytest
 from tests.cli_runs import SMALL_FLAGS, Run, calling, write_inputs
 from tests.runs import SMALL, contents, objects, start, toy_spec
 from tests.s3_proxy import Proxy, at_random
-from wsi_gradcam import object_stores
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.stores import buckets
-from wsi_gradcam.stores.local_place import LOCK
-from wsi_gradcam.stores.places import RemotePlace, place_of
+from wsi_gradcam.io import buckets, object_stores
+from wsi_gradcam.io.local import LOCK
+from wsi_gradcam.io.paths import RemotePlace, place_of
 
 
 def slow(value: int) -> Any:

@@ -9,10 +9,10 @@ import pytest
 
 from tests.synthetic import corrupt_tile, write_marker_slide
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.overview import UNREADABLE_GRAY, _scaled, _thumbnail, round_length
-from wsi_gradcam.plan import SlidePlan
+from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.results.overview import UNREADABLE_GRAY, _scaled, _thumbnail, round_length
+from wsi_gradcam.run.plan import SlidePlan
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.stores.heatmap import EXPLAINED, Channel, HeatmapStore
 
 
 def plan_of(slide_px: tuple[int, int], stride: int) -> SlidePlan:

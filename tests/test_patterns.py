@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from wsi_gradcam.patterns import matches, may_hold, parts_of_pattern, split_pattern
+from wsi_gradcam.inputs.search import matches, may_hold, parts_of_pattern, split_pattern
 
 parts = st.sampled_from(["a", "b", "ab", "a.svs", "b.svs"])
 pieces = st.sampled_from(["a", "*", "?", "a*", "[ab]", "*.svs", "**", "b"])

@@ -46,7 +46,7 @@ def test_training_writes_a_model_that_loads_and_a_card(tmp_path: Path) -> None:
 
 
 def test_example_configuration_has_only_keys_that_exist() -> None:
-    from wsi_gradcam.config import make_settings
+    from wsi_gradcam.run.settings import make_settings
 
     values = yaml.safe_load((ROOT / "configs/example.yaml").read_text(encoding="utf-8"))
     for key in ("slide", "model", "out"):

@@ -15,18 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.slides_in_memory import ArraySlide
-from wsi_gradcam.cam.choice import Choice, Trial
-from wsi_gradcam.cam.facts import ModelFacts
+from wsi_gradcam.cam.facts import Choice, ModelFacts, Trial
 from wsi_gradcam.cam.layout import Layer, Layout
 from wsi_gradcam.cam.targets import Target
-from wsi_gradcam.config import NOT_IN_IDENTITY, Settings, make_settings
 from wsi_gradcam.errors import ConfigError, ModelError, MppError, StoreError, TargetError
-from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.patches import Patches
-from wsi_gradcam.plan import RunPlan, SlidePlan, estimate, memory_estimate, plan_run, plan_slide
-from wsi_gradcam.stores.heatmap import SHARD, Channel, HeatmapStore
-from wsi_gradcam.stores.patch_store import PatchStore
+from wsi_gradcam.results.heatmap import SHARD, Channel, HeatmapStore
+from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.run.plan import RunPlan, SlidePlan, estimate, memory_estimate, plan_run, plan_slide
+from wsi_gradcam.run.settings import NOT_IN_IDENTITY, Settings, make_settings
+from wsi_gradcam.tissue.grid import Patches
 
 FACTS = ModelFacts(
     name="toy",

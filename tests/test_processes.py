@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from wsi_gradcam import processes
-from wsi_gradcam.processes import Process, this_process
+from wsi_gradcam.system import processes
+from wsi_gradcam.system.processes import Process, this_process
 
 
 def of(pid: int) -> Process:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.durations import duration
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
-from wsi_gradcam.stages import Explained, Pending, Performed, Task
-from wsi_gradcam.workflow import SlideRecord
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.jobs import SlideRecord
+from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
+from wsi_gradcam.run.stages import Explained, Pending, Performed, Task
+from wsi_gradcam.system.timer import duration
 
 
 class Clock:

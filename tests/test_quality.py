@@ -16,8 +16,8 @@ from scipy import ndimage
 from skimage.measure import blur_effect
 
 from tests.synthetic import GLASS
-from wsi_gradcam.quality import BLUR_PX, blur_of, densities, pen_of, shadow_of
-from wsi_gradcam.tissue import mask_of, masks_of
+from wsi_gradcam.tissue.masks import mask_of, masks_of
+from wsi_gradcam.tissue.quality import BLUR_PX, blur_of, densities, pen_of, shadow_of
 
 Rgb = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]

@@ -11,10 +11,10 @@ import tifffile
 from tests.runs import SMALL, rows_of, toy_spec
 from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import explain
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import MppError
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.reading import _TOLD, open_entry
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.slides.patch_reader import _TOLD, open_entry
 
 OWN, LISTED, GIVEN = 0.25, 0.3, 0.4
 

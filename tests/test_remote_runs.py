@@ -14,7 +14,7 @@ from tests.synthetic import PINK, write_marker_slide
 from tests.test_slides_ome_zarr_reader import write as write_zarr
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.errors import ConfigError, SlideAccessError
-from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.slides import open_slide
 
 

@@ -18,8 +18,9 @@ from tests.runs import SMALL, Heatmap, stored, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import ResultError, SlideError, SlideNotFoundError, UnknownNameError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.result import Result, SlideResult, locate, open_result
-from wsi_gradcam.result.channels import nearest
+from wsi_gradcam.results.channels import nearest
+from wsi_gradcam.results.run import Result, locate, open_result
+from wsi_gradcam.results.slide import SlideResult
 
 MPP = (0.25, 0.3)
 

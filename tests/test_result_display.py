@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import wsi_gradcam
 from tests.runs import SMALL, Heatmap, toy_spec
 from tests.synthetic import write_marker_slide
-from wsi_gradcam.result import display, open_result
-from wsi_gradcam.result.sketch import Sketch, bins_of, edges_of
-from wsi_gradcam.validation import validate
+from wsi_gradcam.results import display
+from wsi_gradcam.results.display import Sketch, bins_of, edges_of
+from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.validation import validate
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 LABEL = "gradcam: marker"

@@ -13,7 +13,7 @@ from tests.made_results import Made, make, steps
 from tests.servers import BUCKET, CREDENTIALS, put_folder, s3_server
 from wsi_gradcam.errors import ResultError
 from wsi_gradcam.export import export
-from wsi_gradcam.result import locate, open_result
+from wsi_gradcam.results.run import locate, open_result
 
 
 @pytest.fixture(scope="module")

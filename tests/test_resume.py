@@ -20,11 +20,15 @@ from tests.doomed import CHANGES
 from tests.runs import SMALL, differing, rows_of, start, toy_spec
 from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import Listener, explain
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.inputs import find_slides
-from wsi_gradcam.plan import RunPlan, plan_run
-from wsi_gradcam.stages import (
+from wsi_gradcam.inputs.find import find_slides
+from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.run_files import check_same_run, read_run, read_slides
+from wsi_gradcam.results.validation import validate
+from wsi_gradcam.run.jobs import SlideRecord
+from wsi_gradcam.run.plan import RunPlan, plan_run
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.stages import (
     Context,
     Pending,
     Performed,
@@ -35,10 +39,6 @@ from wsi_gradcam.stages import (
     perform,
     plan_slide,
 )
-from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.run_files import check_same_run, read_run, read_slides
-from wsi_gradcam.validation import validate
-from wsi_gradcam.workflow import SlideRecord
 
 KILLED = -signal.SIGKILL
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam import run_log
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.run_log import LOG, LONGEST, RunLog
-from wsi_gradcam.stores.places import LocalPlace, place_of
-from wsi_gradcam.ticking import Ticker
+from wsi_gradcam.io.paths import LocalPlace, place_of
+from wsi_gradcam.run import log as run_log
+from wsi_gradcam.run.log import LOG, LONGEST, RunLog
+from wsi_gradcam.system.timer import Ticker
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

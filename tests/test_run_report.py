@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.run_report import LISTED, NO_MEND, render
-from wsi_gradcam.run_style import STYLE
+from wsi_gradcam.pages.style import STYLE
+from wsi_gradcam.run.report import LISTED, NO_MEND, render
 
 HOSTILE = """a"b'<script>alert(1)</script>&amp;/x y#?.svs"""
 VOID = {"meta", "rect", "br"}

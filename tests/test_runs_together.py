@@ -17,13 +17,12 @@ from tests.runs import SMALL, differing, start, toy_file, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import ResumeError
-from wsi_gradcam.stages import Performed, Task
-from wsi_gradcam.status import KILLED, look, shown
-from wsi_gradcam.stores import claims
-from wsi_gradcam.stores.claims import CLAIM, read_holder
-from wsi_gradcam.stores.places import place_of
-from wsi_gradcam.stores.status_file import FINISHED, RUNNING
-from wsi_gradcam.validation import validate
+from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.results.validation import validate
+from wsi_gradcam.run import claims
+from wsi_gradcam.run.claims import CLAIM, read_holder
+from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.run.status import FINISHED, KILLED, RUNNING, look, shown
 
 PATIENCE_S = 120
 

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pytest
 
 from tests.slides_in_memory import ArraySlide
-from wsi_gradcam import sampling
-from wsi_gradcam.config import Settings
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.sampling import SLIDES_TRIED, sample_patches
-from wsi_gradcam.tissue import SlideMasks
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run import sampling
+from wsi_gradcam.run.sampling import SLIDES_TRIED, sample_patches
+from wsi_gradcam.run.settings import Settings
+from wsi_gradcam.tissue.masks import SlideMasks
 
 Rgb = npt.NDArray[np.uint8]
 SETTINGS = Settings(min_tissue=0.5)

@@ -15,12 +15,12 @@ from PIL import Image
 from tests.runs import SMALL, rows_of, toy_spec
 from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import explain, preview
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import ConfigError, ResumeError, SlideNotFoundError
-from wsi_gradcam.inputs import SlideEntry, find_slides
-from wsi_gradcam.sampling import sample_patches
-from wsi_gradcam.stores.run_files import COLUMNS, OLDEST, read_run, read_slides
-from wsi_gradcam.validation import validate
+from wsi_gradcam.inputs.find import SlideEntry, find_slides
+from wsi_gradcam.results.run_files import COLUMNS, OLDEST, read_run, read_slides
+from wsi_gradcam.results.validation import validate
+from wsi_gradcam.run.sampling import sample_patches
+from wsi_gradcam.run.settings import make_settings
 
 
 def touch(root: Path, *names: str) -> None:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from tests.servers import web_server
 from wsi_gradcam.slides import remote
-from wsi_gradcam.slides.base import content_digest
-from wsi_gradcam.slides.files import LocalFile, SlideFile
+from wsi_gradcam.slides.base import LocalFile, SlideFile, content_digest
 from wsi_gradcam.slides.remote import BLOCK_BYTES, RemoteFile
 
 SIZE = 10 * BLOCK_BYTES + 123

@@ -16,7 +16,7 @@ from tests.synthetic import PINK
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.errors import MppError, SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.inputs import find_slides
+from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.slides import ome_zarr_reader, open_slide
 
 Rgb = npt.NDArray[np.uint8]

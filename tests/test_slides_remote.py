@@ -18,14 +18,14 @@ from tests.servers import BUCKET, CREDENTIALS, Traffic, counting, put_folder, s3
 from tests.synthetic import corrupt_tile, write_marker_slide
 from tests.test_slides_ome_zarr_reader import write as write_zarr
 from tests.test_slides_tiff_reader import noise, write_ome
-from wsi_gradcam import object_stores
 from wsi_gradcam.errors import SlideAccessError, SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.patches import choose, patch_grid
-from wsi_gradcam.reading import read_batches
+from wsi_gradcam.io import object_stores
 from wsi_gradcam.slides import Slide, open_slide, read_region, remote, tiff_reader
-from wsi_gradcam.slides.files import LocalFile
-from wsi_gradcam.tissue import slide_masks
+from wsi_gradcam.slides.base import LocalFile
+from wsi_gradcam.slides.patch_reader import read_batches
+from wsi_gradcam.tissue.grid import choose, patch_grid
+from wsi_gradcam.tissue.masks import slide_masks
 
 MOST_SHARE = 1.02  # of the bytes of the tiles that are needed, in all
 PATCH = (224, 224)

@@ -14,7 +14,7 @@ import tifffile
 from tests.fuzz import fuzz, tags
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.slides.files import LocalFile
+from wsi_gradcam.slides.base import LocalFile
 from wsi_gradcam.slides.tiff_check import check_tiff
 
 

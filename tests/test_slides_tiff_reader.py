@@ -18,7 +18,7 @@ from tests.synthetic import corrupt_tile, write_marker_slide
 from wsi_gradcam.errors import MppError, SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import Slide, open_slide, opening, read_region
-from wsi_gradcam.slides.files import LocalFile
+from wsi_gradcam.slides.base import LocalFile
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide
 from wsi_gradcam.slides.tiff_levels import tiff_levels
 from wsi_gradcam.slides.tiff_reader import TiffSlide

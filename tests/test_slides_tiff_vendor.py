@@ -16,10 +16,10 @@ from tests.synthetic import write_marker_slide
 from tests.test_slides_tiff_reader import noise
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.slides import SlideInfo, open_slide
-from wsi_gradcam.slides.files import LocalFile
+from wsi_gradcam.slides.base import LocalFile
 from wsi_gradcam.slides.opening import open_plain_tiff
 from wsi_gradcam.slides.remote_opening import MEND, plain_facts
-from wsi_gradcam.slides.tiff_vendor import aperio_mpp
+from wsi_gradcam.slides.tiff_metadata import aperio_mpp
 
 
 def ours(path: Path, trust_objective: bool = False, mpp: Any = None) -> SlideInfo:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.runs import SMALL, toy_spec
-from wsi_gradcam.config import make_settings
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.plan import plan_run
-from wsi_gradcam.stages import Context, examine_model
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.plan import plan_run
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.stages import Context, examine_model
 
 
 def entry(number: int) -> SlideEntry:
@@ -32,7 +32,7 @@ class FakeSlide:
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     spec = toy_spec("poisoned")
     run = plan_run(tmp_path, spec, examine_model(spec, make_settings(**SMALL), []).facts, make_settings(**SMALL))
-    monkeypatch.setattr("wsi_gradcam.stages.context.open_entry", FakeSlide)
+    monkeypatch.setattr("wsi_gradcam.run.context.open_entry", FakeSlide)
     return Context(run)
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from skimage.color import lab2rgb, rgb2lab
 
 from wsi_gradcam.errors import StainError
-from wsi_gradcam.stain import PUBLISHED, Macenko, Reinhard, Stain, StainFit, apply, fit, measure
-from wsi_gradcam.stain.density import densities, tissue
-from wsi_gradcam.stain.reinhard import exactly
+from wsi_gradcam.tissue.stain import PUBLISHED, Macenko, Reinhard, Stain, StainFit, apply, fit, measure
+from wsi_gradcam.tissue.stain.density import densities, tissue
+from wsi_gradcam.tissue.stain.reinhard import exactly
 
 Rgb = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

@@ -15,19 +15,19 @@ from tests.runs import SMALL, differing, rows_of, stored, toy_spec
 from tests.slides_in_memory import ArraySlide
 from tests.synthetic import corrupt_tile, write_marker_slide
 from tests.test_stain import OTHER, concentrations, stained
-from wsi_gradcam import sampling
 from wsi_gradcam.api import explain, preview
-from wsi_gradcam.config import Settings
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.errors import ResumeError, SlideReadError, StainError, StoreError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.plan import SlidePlan
-from wsi_gradcam.sampling import fit_stain, sample_patches, sample_tissue
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.results.validation import validate
+from wsi_gradcam.run import sampling
+from wsi_gradcam.run.plan import SlidePlan
+from wsi_gradcam.run.sampling import fit_stain, sample_patches, sample_tissue
+from wsi_gradcam.run.settings import Settings
 from wsi_gradcam.slides import open_slide, read_region
-from wsi_gradcam.stain import PUBLISHED, StainFit, apply
-from wsi_gradcam.tissue import tissue_mask
-from wsi_gradcam.validation import validate
+from wsi_gradcam.tissue.masks import tissue_mask
+from wsi_gradcam.tissue.stain import PUBLISHED, StainFit, apply
 
 Rgb = npt.NDArray[np.uint8]
 MACENKO = PUBLISHED["macenko"]
@@ -123,7 +123,7 @@ def test_a_continued_run_keeps_the_fit_and_ends_with_the_same_bytes(
     explain(archive / "b.tif", spec(method), whole, **SMALL)
     shutil.copytree(whole, half)
     (half / "b.tif" / "manifest" / "done.json").unlink()
-    monkeypatch.setattr("wsi_gradcam.plan.fit_stain", lambda *_: pytest.fail("it is measured once"))
+    monkeypatch.setattr("wsi_gradcam.run.plan.fit_stain", lambda *_: pytest.fail("it is measured once"))
     explain(archive / "b.tif", spec(method), half, **SMALL)
     assert differing(half, whole) == []
 

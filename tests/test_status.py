@@ -16,12 +16,23 @@ import pytest
 from tests.cli_runs import Run, calling, only_error
 from tests.runs import ROOT
 from tests.test_run_report import status as told_by
-from wsi_gradcam import status as module
-from wsi_gradcam.processes import this_process
-from wsi_gradcam.status import KILLED, STARTING, State, look, shown
-from wsi_gradcam.stores.claims import CLAIM, Holder, read_holder
-from wsi_gradcam.stores.places import place_of
-from wsi_gradcam.stores.status_file import FINISHED, RUNNING, STATUS, STOPPED, read_status, write_status
+from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.run import status as module
+from wsi_gradcam.run.claims import CLAIM, Holder, read_holder
+from wsi_gradcam.run.status import (
+    FINISHED,
+    KILLED,
+    RUNNING,
+    STARTING,
+    STATUS,
+    STOPPED,
+    State,
+    look,
+    read_status,
+    shown,
+    write_status,
+)
+from wsi_gradcam.system.processes import this_process
 
 HERE = this_process()
 FAR = replace(HERE, host="node7", boot="another boot pid:[1]")
@@ -145,7 +156,7 @@ def test_watching_goes_on_until_the_end(tmp_path: Path, run: Run, monkeypatch: p
         step: Callable[[], Any] = next(steps)
         step()
 
-    monkeypatch.setattr("wsi_gradcam.status.time.sleep", sleep)
+    monkeypatch.setattr("wsi_gradcam.run.status.time.sleep", sleep)
     code, printed, _ = run("status", tmp_path, "--watch")
     assert code == 0
     assert printed.count("running for") == 2, "nothing new is not said again"
@@ -166,7 +177,9 @@ def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, tex
 
 def test_it_loads_nothing_heavy() -> None:
     """It is for login nodes."""
-    code = "import sys, wsi_gradcam.status; print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
+    code = (
+        "import sys, wsi_gradcam.run.status;print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )

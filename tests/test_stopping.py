@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT
-from wsi_gradcam import stopping
 from wsi_gradcam.errors import SlideAccessError, SlideNotFoundError, StoppedError, StoreError
-from wsi_gradcam.executors import retries
-from wsi_gradcam.executors.retries import is_transient, retried
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import Task
-from wsi_gradcam.stopping import Stopping
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run import retries
+from wsi_gradcam.run.retries import is_transient, retried
+from wsi_gradcam.run.stages import Task
+from wsi_gradcam.system import stopping
+from wsi_gradcam.system.stopping import Stopping
 
 TASK = Task("explain", SlideEntry("a.svs", "/a.svs"), (3,))
 
@@ -60,7 +60,7 @@ def test_what_takes_too_long_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_second_signal_ends_the_process_at_once() -> None:
     code = (
-        "import os, signal, time; from wsi_gradcam.stopping import STOP\n"
+        "import os, signal, time; from wsi_gradcam.system.stopping import STOP\n"
         "with STOP.at_signals(), STOP.heeded():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)  # one and its echo\n"
         "    time.sleep(0.6); print('still here', flush=True)\n"

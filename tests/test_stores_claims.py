@@ -13,10 +13,10 @@ import pytest
 
 from tests.servers import BUCKET, CREDENTIALS, s3_server
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.processes import this_process
-from wsi_gradcam.stores import claims
-from wsi_gradcam.stores.claims import CLAIM, Claim, Holder, new_run_id, read_holder
-from wsi_gradcam.stores.places import LocalPlace, Place, place_of
+from wsi_gradcam.io.paths import LocalPlace, Place, place_of
+from wsi_gradcam.run import claims
+from wsi_gradcam.run.claims import CLAIM, Claim, Holder, new_run_id, read_holder
+from wsi_gradcam.system.processes import this_process
 
 FAR = replace(this_process(), host="node7", boot="another boot pid:[1]")
 GONE = replace(this_process(), start="1")

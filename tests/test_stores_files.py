@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wsi_gradcam.errors import MppError, StoreError
-from wsi_gradcam.stores.files import PARTIAL, remove_partials, storing, write_atomic
+from wsi_gradcam.io.files import PARTIAL, remove_partials, storing, write_atomic
 
 
 def test_writes_what_it_is_given_and_makes_folders(tmp_path: Path) -> None:

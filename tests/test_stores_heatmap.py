@@ -17,8 +17,8 @@ from ome_zarr_models import v05
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.stores import heatmap
-from wsi_gradcam.stores.heatmap import EXPLAINED, SHARD, TISSUE, UNREADABLE, Channel, HeatmapStore
+from wsi_gradcam.results import heatmap
+from wsi_gradcam.results.heatmap import EXPLAINED, SHARD, TISSUE, UNREADABLE, Channel, HeatmapStore
 
 SHAPE = (150, 331)
 SCALE = (8.0, 4.004)

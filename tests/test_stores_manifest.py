@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.stores.manifest import DONE, PLAN, Manifest, digest_of
+from wsi_gradcam.results.manifest import DONE, PLAN, Manifest, digest_of
 
 Array = npt.NDArray[np.generic]
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.stores.masks import read_mask, write_mask
+from wsi_gradcam.results.overview import read_mask, write_mask
 
 masks = npst.arrays(np.bool_, st.tuples(st.integers(1, 40), st.integers(1, 40)))
 

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.s3_proxy import Proxy, at_random
-from wsi_gradcam import object_stores
 from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.stores import buckets, place
-from wsi_gradcam.stores.local_place import LOCK
-from wsi_gradcam.stores.places import LocalPlace, Place, RemotePlace, place_of
+from wsi_gradcam.io import base as place
+from wsi_gradcam.io import buckets, object_stores
+from wsi_gradcam.io.local import LOCK
+from wsi_gradcam.io.paths import LocalPlace, Place, RemotePlace, place_of
 
 NAMES = ["f", "g.json", "x/f", "x/y/f", "x/ü #%?+&=[1]", "x.zarr/c/0/0"]
 FOLDERS = ["", "x", "x/y", "x.zarr", "gone"]

@@ -15,10 +15,10 @@ from tests.runs import SMALL, rows_of, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import Listener, explain, preview
 from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.inputs import SlideEntry, find_slides
-from wsi_gradcam.plan import RunPlan
-from wsi_gradcam.stores.slide_record import keep_record, read_record, settle
-from wsi_gradcam.validation import validate
+from wsi_gradcam.inputs.find import SlideEntry, find_slides
+from wsi_gradcam.results.slide_record import keep_record, read_record, settle
+from wsi_gradcam.results.validation import validate
+from wsi_gradcam.run.plan import RunPlan
 
 MODEL = toy_spec("pooled_linear")
 

@@ -15,20 +15,19 @@ import pytest
 import torch
 
 from tests.toy_models import PooledLinear, pooled_linear
-from wsi_gradcam import table
-from wsi_gradcam.cam.choice import Choice
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.facts import ModelFacts
+from wsi_gradcam.cam.facts import Choice, ModelFacts
 from wsi_gradcam.cam.layout import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.models.activation import Activation
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.patches import Patches
-from wsi_gradcam.plan import RunPlan, SlidePlan, plan_run
-from wsi_gradcam.stores.patch_store import OK, UNREADABLE, PatchStore, SpanData
-from wsi_gradcam.table import write_table
+from wsi_gradcam.results import table
+from wsi_gradcam.results.patch_store import OK, UNREADABLE, PatchStore, SpanData
+from wsi_gradcam.results.table import write_table
+from wsi_gradcam.run.plan import RunPlan, SlidePlan, plan_run
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.tissue.grid import Patches
 
 CLASSES = ("other", 'in situ / "№ 1", a=b')
 CAUSE = "tile (3, 4) cannot be decoded: “broken”, line\nbreak"

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tests.test_progress import Clock, entry, explained, planned, record
-from wsi_gradcam.progress import Progress
-from wsi_gradcam.stages import Performed, Task
-from wsi_gradcam.terminal import WORKERS_NAMED, Lines, pace
+from wsi_gradcam.cli.terminal import WORKERS_NAMED, Lines, pace
+from wsi_gradcam.run.progress import Progress
+from wsi_gradcam.run.stages import Performed, Task
 
 
 def at_work(workers: int) -> Progress:

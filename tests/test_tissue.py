@@ -16,7 +16,7 @@ from tests.oracles import share_of
 from tests.slides_in_memory import ArraySlide
 from tests.synthetic import GLASS, tissue_texture
 from wsi_gradcam.errors import MppError
-from wsi_gradcam.tissue import fraction_in, glass_colour, mask_of, masks_of, tissue_mask
+from wsi_gradcam.tissue.masks import fraction_in, glass_colour, mask_of, masks_of, tissue_mask
 
 Rgb = npt.NDArray[np.uint8]
 PINK_PALE, FAT = (232, 222, 230), (226, 226, 228)

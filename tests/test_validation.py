@@ -17,7 +17,7 @@ from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.validation import Finding, validate
+from wsi_gradcam.results.validation import Finding, validate
 
 SETTINGS = {**SMALL, "heatmap_stride": 2, "batch_size": 16, "span_patches": 64}  # two levels on a small slide
 

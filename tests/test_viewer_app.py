@@ -24,9 +24,9 @@ from tests.servers import BUCKET, CREDENTIALS, put_folder
 from tests.viewer_runs import BROKEN, client, facts_of, fetched, make_run, plant_audit, served, tiles_of
 from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.result import open_result
+from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer import archive as archives
-from wsi_gradcam.viewer.page_files import page_routes
+from wsi_gradcam.viewer.files import page_routes
 from wsi_gradcam.viewer.serve import listening, view
 
 CLASSES = ["other", "marker"]
@@ -331,7 +331,7 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path, out: Path) -> None:
 
 
 def test_the_command_says_where_the_page_is(out: Path) -> None:
-    command = [sys.executable, "-m", "wsi_gradcam.cli", "view", str(out), "--port", "0", "--token"]
+    command = [sys.executable, "-m", "wsi_gradcam.cli.main", "view", str(out), "--port", "0", "--token"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

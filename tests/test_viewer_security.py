@@ -13,8 +13,8 @@ import pytest
 
 from tests.viewer_runs import Served, client, facts_of, fetched, make_run, served
 from wsi_gradcam.errors import NotShownError, OutsideError
-from wsi_gradcam.stores.places import LocalPlace
-from wsi_gradcam.viewer import connections
+from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.viewer import serve as connections
 from wsi_gradcam.viewer.inside import below, check_inside, check_tree
 from wsi_gradcam.viewer.security import COOKIE, Access, host_of, is_loopback
 

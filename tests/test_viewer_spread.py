@@ -22,9 +22,9 @@ from tests.viewer_runs import client, facts_of, make_run, plant_audit, tiles_of
 from wsi_gradcam import audit_run
 from wsi_gradcam.audit.folder import AuditFolder
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.result import open_result
-from wsi_gradcam.stores.heatmap import EXPLAINED, HeatmapStore
-from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.results.heatmap import EXPLAINED, HeatmapStore
+from wsi_gradcam.results.run import open_result
 
 OWN = 6  # two methods and the probability, for two classes
 SLIDE = "inner/b.tif"

@@ -16,13 +16,12 @@ from tests.slides_in_memory import ArraySlide
 from tests.viewer_runs import make_run
 from wsi_gradcam.errors import RangeError, TileError
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED
 from wsi_gradcam.slides import read_region
-from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED
+from wsi_gradcam.viewer.answers import byte_range
 from wsi_gradcam.viewer.archive import Archive, Shown
 from wsi_gradcam.viewer.heat import COVERAGE, Heat, channel_of, finer_levels, heat_grid, scale_of
-from wsi_gradcam.viewer.ranges import byte_range
-from wsi_gradcam.viewer.tile_grid import TileGrid
-from wsi_gradcam.viewer.tiles import Scale, heat_tile, pixel_of, slide_grid, slide_tile
+from wsi_gradcam.viewer.tiles import Scale, TileGrid, heat_tile, pixel_of, slide_grid, slide_tile
 
 SIZES = st.integers(1, 5000)
 

@@ -20,9 +20,9 @@ from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.result import open_result
-from wsi_gradcam.stores.heatmap import EXPLAINED, TISSUE, Channel, HeatmapStore
-from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.results.heatmap import EXPLAINED, TISSUE, Channel, HeatmapStore
+from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
 from wsi_gradcam.viewer.security import Access

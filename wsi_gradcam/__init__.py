@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from wsi_gradcam.api import explain, validate
     from wsi_gradcam.audit.images import audit_images
     from wsi_gradcam.audit.running import audit_run
-    from wsi_gradcam.config import Settings
     from wsi_gradcam.gradcam import GradCAM
     from wsi_gradcam.models.live import model_of
     from wsi_gradcam.models.load import load_model
     from wsi_gradcam.models.spec import ModelSpec
-    from wsi_gradcam.result import open_result
+    from wsi_gradcam.results.run import open_result
+    from wsi_gradcam.run.settings import Settings
     from wsi_gradcam.slides import open_slide
 
 __all__ = [
@@ -40,13 +40,13 @@ __all__ = [
 _HOME = {
     "GradCAM": "wsi_gradcam.gradcam",
     "ModelSpec": "wsi_gradcam.models.spec",
-    "Settings": "wsi_gradcam.config",
+    "Settings": "wsi_gradcam.run.settings",
     "audit_images": "wsi_gradcam.audit.images",
     "audit_run": "wsi_gradcam.audit.running",
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",
     "model_of": "wsi_gradcam.models.live",
-    "open_result": "wsi_gradcam.result",
+    "open_result": "wsi_gradcam.results.reading",
     "open_slide": "wsi_gradcam.slides",
     "validate": "wsi_gradcam.api",
 }

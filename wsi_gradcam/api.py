@@ -9,35 +9,28 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.annotations import check_masks, regions_for
-from wsi_gradcam.config import Settings, make_settings
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
-from wsi_gradcam.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.inputs import SlideEntry, choose_slides, find_slides
-from wsi_gradcam.journal import Journal
-from wsi_gradcam.listening import Listener
+from wsi_gradcam.inputs.find import SlideEntry, choose_slides, find_slides
+from wsi_gradcam.io.paths import AnyPlace, Place, RemotePlace, place_of
 from wsi_gradcam.models.spec import ModelSpec, read_spec
-from wsi_gradcam.plan import Estimate, RunPlan, check_methods, estimate, plan_run
-from wsi_gradcam.plan import plan_slide as make_plan
-from wsi_gradcam.reading import open_entry
-from wsi_gradcam.sampling import SLIDES_TRIED
-from wsi_gradcam.stores.layout import RunFolder
-from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.places import AnyPlace, Place, RemotePlace, place_of
-from wsi_gradcam.stores.run_files import (
-    SlideTable,
-    check_same_run,
-    choice_from,
-    read_run,
-    read_slides,
-    write_run,
-)
-from wsi_gradcam.stores.slide_record import keep_record, read_record, settle
-from wsi_gradcam.validation import validate
-from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord
+from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.run_files import SlideTable, check_same_run, choice_from, read_run, read_slides, write_run
+from wsi_gradcam.results.slide_record import keep_record, read_record, settle
+from wsi_gradcam.results.validation import validate
+from wsi_gradcam.run.events import Listener
+from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
+from wsi_gradcam.run.jobs import FAILED, FatalError, SlideRecord
+from wsi_gradcam.run.journal import Journal
+from wsi_gradcam.run.plan import Estimate, RunPlan, check_methods, estimate, plan_run
+from wsi_gradcam.run.plan import plan_slide as make_plan
+from wsi_gradcam.run.sampling import SLIDES_TRIED
+from wsi_gradcam.run.settings import Settings, make_settings
+from wsi_gradcam.slides.patch_reader import open_entry
+from wsi_gradcam.tissue.annotations import check_masks, regions_for
 
 if TYPE_CHECKING:
-    from wsi_gradcam.cam.choice import Choice
+    from wsi_gradcam.cam.facts import Choice
     from wsi_gradcam.executors.dask import DaskExecutor
     from wsi_gradcam.executors.serial import SerialExecutor
     from wsi_gradcam.models.load import Model

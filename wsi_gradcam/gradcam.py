@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from wsi_gradcam.cam.auto import choose, make_program
 from wsi_gradcam.cam.batch import is_out_of_memory
-from wsi_gradcam.cam.choice import AUTO, ENGINES, PRECISIONS, Choice
 from wsi_gradcam.cam.engine import Explained, explain_batch
 from wsi_gradcam.cam.examine import check_methods, locate_layers
+from wsi_gradcam.cam.facts import AUTO, ENGINES, PRECISIONS, Choice
 from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.tap import evaluating

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.annotations import Area, rasterise, regions_of
-from wsi_gradcam.annotations.files import ENDINGS, PICTURE, parse
-from wsi_gradcam.annotations.picture import read_picture
-from wsi_gradcam.tissue import Shares
+from wsi_gradcam.tissue.annotations import Area, rasterise, regions_of
+from wsi_gradcam.tissue.annotations.reading import ENDINGS, PICTURE, parse
+from wsi_gradcam.tissue.annotations.regions import read_picture
+from wsi_gradcam.tissue.masks import Shares
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.annotations import Regions
+    from wsi_gradcam.tissue.annotations import Regions
 
     Box = tuple[float, float, float, float]
 

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from wsi_gradcam.audit.controls import control_maps
 from wsi_gradcam.audit.measured import PROBABILITY
+from wsi_gradcam.audit.measures.controls import control_maps
 from wsi_gradcam.cam.names import METHOD_INFO
-from wsi_gradcam.cam.score import classes_of
-from wsi_gradcam.cam.targets import Target
+from wsi_gradcam.cam.targets import Target, classes_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from wsi_gradcam.audit.measures.subject import Aim, Subject
     from wsi_gradcam.audit.patch_data import PatchData
     from wsi_gradcam.audit.plan import AuditPlan
-    from wsi_gradcam.audit.subject import Aim, Subject
 
 
 @dataclass(frozen=True, eq=False)

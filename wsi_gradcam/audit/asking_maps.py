@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from wsi_gradcam.audit.controls import RANDOM
-from wsi_gradcam.audit.faithfulness import Curves, removal_curves
-from wsi_gradcam.audit.learning import random_answers
 from wsi_gradcam.audit.measured import (
     BACKGROUND,
     BLUR,
@@ -29,10 +26,12 @@ from wsi_gradcam.audit.measured import (
     SMOOTH,
     STRONG_NOISE,
 )
+from wsi_gradcam.audit.measures.controls import RANDOM
+from wsi_gradcam.audit.measures.faithfulness import Curves, removal_curves
+from wsi_gradcam.audit.measures.removal import Replace, blurred, mean_colour, replace_by, replace_by_neighbours
+from wsi_gradcam.audit.measures.sanity import DRAWS, Order, random_answers, randomisation, staying_maps
+from wsi_gradcam.audit.measures.stability import CHANGES, as_strong_noise, moves, shift_change
 from wsi_gradcam.audit.patch_data import SHIFT
-from wsi_gradcam.audit.removal import Replace, blurred, mean_colour, replace_by, replace_by_neighbours
-from wsi_gradcam.audit.sanity import DRAWS, Order, randomisation, staying_maps
-from wsi_gradcam.audit.stability import CHANGES, as_strong_noise, moves, shift_change
 from wsi_gradcam.errors import ModelError
 
 if TYPE_CHECKING:

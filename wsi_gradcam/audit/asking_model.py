@@ -11,20 +11,14 @@ import numpy as np
 import torch
 
 from wsi_gradcam.audit.asked import explained_classes, on_grid
-from wsi_gradcam.audit.likeness import spearman
-from wsi_gradcam.audit.locality import completeness_gap, finite_steps, hiding_changes, infidelity
-from wsi_gradcam.audit.measured import (
-    EXPENSIVE,
-    HIDDEN_MASKS,
-    INTEGRATED,
-    MASKED,
-    STEPS,
-)
-from wsi_gradcam.audit.plausibility import PLAUSIBILITY, chance
-from wsi_gradcam.audit.removal import blurred, mean_colour, replace_by
-from wsi_gradcam.audit.saturation import leaky_maps, saturation
-from wsi_gradcam.audit.shortcuts import cover, glass_patches, masking, mass_on
-from wsi_gradcam.audit.suspects import GIVEN, suspects
+from wsi_gradcam.audit.measured import EXPENSIVE, HIDDEN_MASKS, INTEGRATED, MASKED, STEPS
+from wsi_gradcam.audit.measures.likeness import spearman
+from wsi_gradcam.audit.measures.locality import completeness_gap, finite_steps, hiding_changes, infidelity
+from wsi_gradcam.audit.measures.plausibility import PLAUSIBILITY, chance
+from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by
+from wsi_gradcam.audit.measures.saturation import leaky_maps, saturation
+from wsi_gradcam.audit.measures.shortcuts import cover, glass_patches, masking, mass_on
+from wsi_gradcam.audit.measures.suspects import GIVEN, suspects
 from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.errors import ModelError
 

@@ -15,7 +15,7 @@ from wsi_gradcam.audit.measured import CHANGES, MAIN
 from wsi_gradcam.audit.plan import SlideSample
 from wsi_gradcam.audit.schema import AgainstFacts
 from wsi_gradcam.errors import ConfigError, ResultError, StoreError
-from wsi_gradcam.stores.places import AnyPlace, place_of
+from wsi_gradcam.io.paths import AnyPlace, place_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def open_audit(out: AnyPlace) -> Other:
         ResultError: there is none, or it is not finished.
         StoreError: it is damaged.
     """
-    from wsi_gradcam.result import open_result
+    from wsi_gradcam.results.run import open_result
 
     result = open_result(place_of(out).absolute())
     folder = AuditFolder(result.folder.place / AUDIT)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.stores.places import Place
+    from wsi_gradcam.io.paths import Place
 
 AUDIT, PIECES, REPORT = "audit", "pieces", "report.html"
 ENDING, DIGITS = ".npz", 12

@@ -12,18 +12,18 @@ import numpy as np
 from wsi_gradcam.audit.gathered import gathered_of
 from wsi_gradcam.audit.metrics import About, metrics_of
 from wsi_gradcam.audit.patch_data import PatchData
-from wsi_gradcam.audit.pictures import scale_of
 from wsi_gradcam.audit.piece import measure, subject_of
 from wsi_gradcam.audit.plan import PIECE, QUESTIONS, AuditPlan, AuditSettings, SlideSample, patch_seeds
 from wsi_gradcam.audit.report import archive_page, examples_of
+from wsi_gradcam.audit.report.pictures import scale_of
 from wsi_gradcam.audit.sample import deepened
 from wsi_gradcam.cam.examine import Request, examine
 from wsi_gradcam.cam.targets import PREDICTED
-from wsi_gradcam.config import make_settings
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.io.paths import LocalPlace
 from wsi_gradcam.models.load import Model, load_model
-from wsi_gradcam.plan import check_methods, plan_run
-from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.run.plan import check_methods, plan_run
+from wsi_gradcam.run.settings import make_settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

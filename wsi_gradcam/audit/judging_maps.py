@@ -61,7 +61,7 @@ def _learned(rows: Rows) -> list[Judged]:
 
 
 def _spread_of_answers(logits: Floats) -> Floats:
-    """As `wsi_gradcam.audit.learning.answer_spread`, of logits [..., P, K]."""
+    """As `wsi_gradcam.audit.measures.sanity.answer_spread`, of logits [..., P, K]."""
     values = np.asarray(logits, np.float64)
     if values.shape[-1] > 1:
         values = values - values.mean(axis=-1, keepdims=True)

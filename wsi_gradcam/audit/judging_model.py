@@ -10,8 +10,8 @@ from wsi_gradcam.audit.estimates import Estimate, across, estimate
 from wsi_gradcam.audit.gathered import Gathered, Rows
 from wsi_gradcam.audit.judged import Judged, interval_p
 from wsi_gradcam.audit.measured import INTEGRATED, STEPS
+from wsi_gradcam.audit.measures.suspects import in_words
 from wsi_gradcam.audit.schema import StrataRow
-from wsi_gradcam.audit.suspects import in_words
 from wsi_gradcam.audit.verdict import MOST, free_of, not_saturated, promises_kept, quiet_on_glass
 
 if TYPE_CHECKING:

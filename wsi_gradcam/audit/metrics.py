@@ -19,7 +19,7 @@ from wsi_gradcam.audit.plan import QUESTIONS
 from wsi_gradcam.audit.schema import Metrics, QuadrantRow, RunFacts, SampleFacts, UntestedRow, VerdictRow
 from wsi_gradcam.audit.spreading import has_overlap
 from wsi_gradcam.audit.verdict import Verdict, quadrant
-from wsi_gradcam.stores.run_files import versions
+from wsi_gradcam.results.run_files import versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

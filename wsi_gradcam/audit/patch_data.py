@@ -11,11 +11,11 @@ from wsi_gradcam.audit.annotated import annotated_slide
 from wsi_gradcam.audit.plan import PIECE, patch_seeds
 from wsi_gradcam.errors import ResumeError, SlideFormatError, SlideReadError
 from wsi_gradcam.models.activation import probabilities
-from wsi_gradcam.plan import SlidePlan
+from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.patch_store import OK
+from wsi_gradcam.run.plan import SlidePlan
 from wsi_gradcam.slides import read_region
-from wsi_gradcam.stain import apply
-from wsi_gradcam.stores.manifest import Manifest
-from wsi_gradcam.stores.patch_store import OK
+from wsi_gradcam.tissue.stain import apply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.plan import AuditPlan
-    from wsi_gradcam.inputs import SlideEntry
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.results.patch_store import PatchStore
+    from wsi_gradcam.run.context import Context
     from wsi_gradcam.slides import Slide
-    from wsi_gradcam.stages.context import Context
-    from wsi_gradcam.stores.patch_store import PatchStore
 
 SHIFT = 4  # of a patch's side: how far the grid is moved
 REACH = 1.5  # footprints from which a probability still counts in a map of probabilities

@@ -11,10 +11,10 @@ from PIL import Image
 from wsi_gradcam.audit.asked import Asked, explained_classes
 from wsi_gradcam.audit.asking_maps import faithfulness, sanity, stability
 from wsi_gradcam.audit.asking_model import glass, locality, plausibility, saturated, shortcuts
-from wsi_gradcam.audit.faithfulness import slide_removal
 from wsi_gradcam.audit.measured import REMOVED_FRACTIONS
+from wsi_gradcam.audit.measures.faithfulness import slide_removal
+from wsi_gradcam.audit.measures.subject import Subject
 from wsi_gradcam.audit.plan import PIECE
-from wsi_gradcam.audit.subject import Subject
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

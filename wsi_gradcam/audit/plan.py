@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.plan import RunPlan
+from wsi_gradcam.run.plan import RunPlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

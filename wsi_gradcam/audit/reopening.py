@@ -11,17 +11,18 @@ from pydantic import ValidationError
 from wsi_gradcam.audit.sample import Candidate
 from wsi_gradcam.audit.schema import UntestedRow
 from wsi_gradcam.cam.targets import PREDICTED, Target
-from wsi_gradcam.config import Settings, make_settings
 from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError
-from wsi_gradcam.inputs import SlideEntry
+from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
-from wsi_gradcam.plan import RunPlan, plan_run
-from wsi_gradcam.stores.run_files import choice_from
-from wsi_gradcam.stores.slide_record import read_record
+from wsi_gradcam.results.run_files import choice_from
+from wsi_gradcam.results.slide_record import read_record
+from wsi_gradcam.run.plan import RunPlan, plan_run
+from wsi_gradcam.run.settings import Settings, make_settings
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import ModelFacts
-    from wsi_gradcam.result import Result, SlideResult
+    from wsi_gradcam.results.run import Result
+    from wsi_gradcam.results.slide import SlideResult
 
 TOLD = ("site", "scanner", "label")
 

@@ -17,24 +17,24 @@ from wsi_gradcam.audit.gathered import gather
 from wsi_gradcam.audit.metrics import About, metrics_of, to_bytes
 from wsi_gradcam.audit.plan import PATCHES, QUESTIONS, AuditPlan, AuditSettings, SlideSample
 from wsi_gradcam.audit.reopening import Reopened, audited_target, reopen
-from wsi_gradcam.audit.reporting import write_reports
+from wsi_gradcam.audit.report.writing import write_reports
 from wsi_gradcam.audit.sample import draw
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.spreading import has_overlap
 from wsi_gradcam.errors import ResultError, ResumeError, StoreError
-from wsi_gradcam.isolation import WATCH
-from wsi_gradcam.listening import Listener
+from wsi_gradcam.io.paths import AnyPlace, place_of
 from wsi_gradcam.models.spec import ModelSpec, read_spec
-from wsi_gradcam.result import open_result
-from wsi_gradcam.stages import Performed, Task
-from wsi_gradcam.stores.claims import Claim, new_run_id
-from wsi_gradcam.stores.places import AnyPlace, place_of
-from wsi_gradcam.workflow import FAILED, FatalError, SlideRecord, audit_job
+from wsi_gradcam.results.run import open_result
+from wsi_gradcam.run.claims import Claim, new_run_id
+from wsi_gradcam.run.events import Listener
+from wsi_gradcam.run.jobs import FAILED, FatalError, SlideRecord, audit_job
+from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.system.isolation import WATCH
 
 if TYPE_CHECKING:
+    from wsi_gradcam.io.paths import Place
     from wsi_gradcam.models.load import Model
-    from wsi_gradcam.plan import RunPlan
-    from wsi_gradcam.stores.places import Place
+    from wsi_gradcam.run.plan import RunPlan
 
 
 @dataclass(frozen=True)

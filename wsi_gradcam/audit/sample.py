@@ -20,8 +20,8 @@ from wsi_gradcam.audit.plan import PIECE, AuditSettings, SlideSample, deep_patch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.inputs import SlideEntry
-    from wsi_gradcam.result import SlideResult
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.results.slide import SlideResult
 
 PARTLY = (0.02, 0.98)  # shares of a patch between which an annotation tells where a map should look
 FEWEST = 2  # of each stratum of a slide

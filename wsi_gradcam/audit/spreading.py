@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.overlap import spread
+from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.stitch import Enlarger, coarsen, coarsen_flags, touching
-from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
-from wsi_gradcam.stores.patch_store import OK
-from wsi_gradcam.windows import QUANTILE
+from wsi_gradcam.results.display import QUANTILE
+from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.results.patch_store import OK
+from wsi_gradcam.results.stitch import Enlarger, coarsen, coarsen_flags, touching
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.folder import AuditFolder
     from wsi_gradcam.audit.plan import AuditPlan
-    from wsi_gradcam.plan import Map, SlidePlan
-    from wsi_gradcam.stores.patch_store import PatchStore
+    from wsi_gradcam.results.patch_store import PatchStore
+    from wsi_gradcam.run.plan import Map, SlidePlan
 
 DRAWN_PX = 1 << 20  # of the level whose values the display window is taken from
 

@@ -89,7 +89,7 @@ def _is_nothing(found: Comparison) -> bool:
 def depends_on_weights(staying: Estimate) -> Verdict:
     """Whether the map follows what the model has learned: the share of the patches whose map stays with random weights.
 
-    Less those whose map turns into its opposite, see `wsi_gradcam.audit.sanity.staying_maps`: 0 is chance.
+    Less those whose map turns into its opposite, see `wsi_gradcam.audit.measures.sanity.staying_maps`: 0 is chance.
     """
     question = "Does the map depend on what the model has learned?"
     evidence = {"maps that stay": staying}
@@ -164,7 +164,7 @@ def promises_kept(worth: Estimate) -> Verdict:
 
 
 def plausible(area: Estimate) -> Verdict:
-    """Whether the map looks where the annotation says: `wsi_gradcam.audit.plausibility.auroc`, 0.5 by chance."""
+    """Whether the map looks where the annotation says: `plausibility.auroc`, 0.5 by chance."""
     question = "Does the map look where the annotation says?"
     evidence = {"auroc": area}
     if area.low > CHANCE:
@@ -180,7 +180,7 @@ def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
     """Whether answers to these patches differ by more than those of random copies of the model do.
 
     Args:
-        spread: `wsi_gradcam.audit.learning.answer_spread` of the model.
+        spread: `wsi_gradcam.audit.measures.sanity.answer_spread` of the model.
         of_random: [draws] the same of its copies with random weights; 49 or more, or nothing can be told.
     """
     question = "Has the model learned what tells these patches apart?"
@@ -203,7 +203,7 @@ def not_saturated(saturated: Estimate, silent: Estimate) -> Verdict:
     """Whether gradients can see: the shares of the patches where the probability is saturated, and the logit silent.
 
     Args:
-        saturated, silent: of the columns of `wsi_gradcam.audit.saturation.Saturation`.
+        saturated, silent: of the columns of `wsi_gradcam.audit.measures.saturation.Saturation`.
     """
     question = "Can a gradient see what the model uses?"
     evidence = {"saturated": saturated, "silent": silent}

@@ -1,23 +1,36 @@
-"""Makes the program that explains a run, and finds the fastest one that keeps the maps."""
+"""Makes the program that explains a run, and finds the fastest one that keeps the maps.
+
+What `auto` chose on this machine before: so that runs which could share results get the same ones.
+
+Timing is noisy, and a worker has fewer threads than a process that runs alone; without a memory the same command
+could choose OpenVINO once and eager PyTorch the next time, whose values differ in the last bits.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wsi_gradcam.cam.choice import AUTO, ENGINES, PRECISIONS, Choice, Trial
 from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.facts import AUTO, ENGINES, PRECISIONS, Choice, Trial
 from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram, cut_at
-from wsi_gradcam.cam.score import make_score
-from wsi_gradcam.cam.targets import PREDICTED, Target
+from wsi_gradcam.cam.targets import PREDICTED, Target, make_score
 from wsi_gradcam.cam.trunks import low_precisions, make_trunk
 from wsi_gradcam.errors import EngineError, one_line
-from wsi_gradcam.memory import give_back
+from wsi_gradcam.io.files import write_atomic
 from wsi_gradcam.models.graph import fixed_batch
+from wsi_gradcam.system.memory import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,7 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
     from wsi_gradcam.cam.layout import Layer
-    from wsi_gradcam.cam.probe import Score
+    from wsi_gradcam.cam.methods import Score
+
 
 # Stricter than what is promised of all patches (0.999 and 99 %), because a few dozen stand for them here: over 2,970
 # patches the lowest correlation of bfloat16 was 0.9992 where 32 patches had 0.99995.
@@ -278,3 +292,58 @@ def _faster(trial: Trial, best: Trial) -> bool:
     assert trial.patches_per_s is not None
     assert best.patches_per_s is not None
     return trial.patches_per_s >= WORTH * best.patches_per_s
+
+
+PACKAGES = ("wsi-gradcam", "torch", "openvino")
+
+
+def cache_file() -> Path:
+    """Where choices are kept: below $XDG_CACHE_HOME, else ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "wsi-gradcam" / "engines.json"
+
+
+def choice_key(device: torch.device, *asked: Any) -> str:
+    """Names a choice: the machine, the versions, and what was asked for."""
+    machine = [platform.machine(), _processor(), str(device)]
+    if device.type == "cuda":
+        import torch
+
+        machine.append(torch.cuda.get_device_name(device))
+    return hashlib.sha256(json.dumps([machine, [_version(p) for p in PACKAGES], asked]).encode()).hexdigest()
+
+
+def recall(key: str) -> Choice | None:
+    """The choice kept under `key`; None where there is none, or the file cannot be read."""
+    try:
+        return Choice.from_json(json.loads(cache_file().read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remember(key: str, choice: Choice) -> None:
+    """Keep a choice; not where the folder cannot be written."""
+    path = cache_file()
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(known, dict):  # not ours, or damaged
+        known = {}
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({**known, key: choice.to_json()}, indent=1).encode())
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

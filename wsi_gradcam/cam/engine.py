@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wsi_gradcam.cam.finer import finer_score
-from wsi_gradcam.cam.methods import METHODS
+from wsi_gradcam.cam.methods import METHODS, Probe
 from wsi_gradcam.cam.names import METHOD_INFO
-from wsi_gradcam.cam.probe import Probe
-from wsi_gradcam.cam.probing import PROBING
-from wsi_gradcam.cam.score import classes_of, make_score
-from wsi_gradcam.cam.targets import Target
+from wsi_gradcam.cam.perturbation import PROBING
+from wsi_gradcam.cam.targets import Target, classes_of, finer_score, make_score
 from wsi_gradcam.errors import LayerError, TargetError
 
 if TYPE_CHECKING:
-    from wsi_gradcam.cam.probe import Score
+    from wsi_gradcam.cam.methods import Score
     from wsi_gradcam.cam.program import Pass, Program
 
 AnyTarget = Target | Callable[[Tensor], Tensor]

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.auto import choose, choose_again, make_program
+from wsi_gradcam.cam.auto import choice_key, choose, choose_again, make_program, recall, remember
 from wsi_gradcam.cam.batch import activation_bytes, find_batch_size
-from wsi_gradcam.cam.choice import AUTO, Choice
 from wsi_gradcam.cam.engine import explain_batch, gradients
-from wsi_gradcam.cam.facts import ModelFacts
+from wsi_gradcam.cam.facts import AUTO, Choice, ModelFacts
 from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, probe_images
 from wsi_gradcam.cam.layout import Layer
 from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.cam.program import Program, follow
-from wsi_gradcam.cam.remembered import choice_key, recall, remember
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.errors import LayerError, ModelError

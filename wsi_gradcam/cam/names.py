@@ -12,7 +12,7 @@ class MethodInfo:
 
     Attributes:
         asks: `gradient`: a function of activation and gradient alone; `model`: runs the model again, many times,
-            see `wsi_gradcam.cam.probe`.
+            see `wsi_gradcam.cam.methods`.
         grid: `layer`: a map of the layer's cells; `pixels`: a map of the input's pixels.
         scale: factor from the raw map to what a heatmap shows. `cells`: times the number of the map's values, where
             the raw map sums to (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is.

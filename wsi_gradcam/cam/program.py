@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.guided import guided_graph
-from wsi_gradcam.cam.tap import evaluating, find_module, tapped
+from wsi_gradcam.cam.tap import evaluating, find_module, guided_graph, tapped
 from wsi_gradcam.errors import EngineError, LayerError
-from wsi_gradcam.models.batches import any_batch
-from wsi_gradcam.models.graph import fixed_batch, split, trace
+from wsi_gradcam.models.graph import any_batch, fixed_batch, split, trace
 
 if TYPE_CHECKING:
     from torch import fx

@@ -1,12 +1,32 @@
-"""Targets: which scalar of the output is explained, by class name, index, `predicted`, `all`, contrast or function."""
+"""Targets: which scalar of the output is explained, by class name, index, `predicted`, `all`, contrast or function.
+
+Targets as functions of the logits.
+
+Finer-CAM's score: what sets a class apart from the classes that the model takes for similar.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wsi_gradcam.errors import TargetError
+import torch
+from torch import Tensor
+
+from wsi_gradcam.errors import TargetError, one_line
+
+if TYPE_CHECKING:
+    from wsi_gradcam.cam.methods import Score
+
 
 PREDICTED, ALL = "predicted", "all"
 # Without a target all classes are explained, unless there are so many that nobody would look at them.
@@ -97,3 +117,138 @@ def _halves(text: str, between: str) -> Iterator[tuple[str, str]]:
     for i, letter in enumerate(text):
         if letter == between:
             yield text[:i].strip(), text[i + 1 :].strip()
+
+
+def make_score(target: Target | Callable[[Tensor], Tensor], logits: Tensor) -> Score:
+    """The explained scalar [B] as a function of logits [B, K], for a batch that was answered with `logits`.
+
+    The class of `predicted` is the one that `logits` predict, also when the score is asked of other logits later.
+
+    Raises:
+        TargetError: a function that cannot be imported.
+    """
+    if callable(target):
+        return _checked(target, getattr(target, "__name__", "the target"))
+    if target.function is not None:
+        return _checked(load_function(target.function, target.digest), target.function)
+    classes = classes_of(target, logits)
+    rows = classes.new_tensor(range(len(logits)))
+    if target.minus is not None:
+        return lambda answer: answer[rows, classes] - answer[:, target.minus]
+    return lambda answer: answer[rows, classes]
+
+
+def classes_of(target: Target, logits: Tensor) -> Tensor:
+    """The class [B] that each image is explained for."""
+    predicted = logits.detach().argmax(dim=1)
+    return predicted if target.index is None else predicted.new_full((len(logits),), target.index)
+
+
+@cache
+def load_function(path: str, digest: str = "") -> Callable[[Tensor], Tensor]:
+    """The function `module:function`; the module is also looked for in the current folder.
+
+    Raises:
+        TargetError: there is none, or its file is not the one with `digest`.
+    """
+    if digest and function_digest(path) != digest:
+        raise TargetError(f"target {path}: another file than the one the run began with; make it the same everywhere")
+    module, _, name = path.partition(":")
+    with _current_folder():
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except Exception as error:  # the module's own code may raise anything
+            raise TargetError(
+                f"target {path}: cannot be imported ({one_line(error)}); expected module:function"
+            ) from error
+    if not callable(function):
+        raise TargetError(f"target {path}: not a function of logits [B, K]")
+    return function  # type: ignore[no-any-return]
+
+
+def function_digest(path: str) -> str:
+    """sha256 of the file that holds `module:function`, without running it.
+
+    Raises:
+        TargetError: there is no such file.
+    """
+    with _current_folder():
+        try:
+            found = importlib.util.find_spec(path.partition(":")[0])
+        except (ImportError, ValueError):
+            found = None
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        raise TargetError(f"target {path!r}: neither a class of the model nor a module that can be found here")
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
+
+
+def _checked(function: Callable[[Tensor], Tensor], name: str) -> Score:
+    def score(logits: Tensor) -> Tensor:
+        value = function(logits)
+        if getattr(value, "shape", None) != logits.shape[:1]:
+            raise TargetError(
+                f"target {name}: returned shape {tuple(getattr(value, 'shape', ()))} for logits of shape "
+                f"{tuple(logits.shape)}, expected one number per image"
+            )
+        return value
+
+    return score
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+GAMMA = 0.6  # the authors' setting for several classes; their function's own default is 1
+COMPARED = 3
+
+
+def finer_score(
+    logits: Tensor,
+    classes: Tensor,
+    gamma: float = GAMMA,
+    compared: int = COMPARED,
+    differentiate_weights: bool = True,
+) -> Score:
+    """The score whose Grad-CAM is Finer-CAM, sum_d p_d (s_c - gamma s_d) / sum_d p_d, for images answered `logits`.
+
+    (Zhang 2025, arXiv 2501.11309.) c is the row's class, d the `compared` other classes (all others, if they are
+    fewer) whose logits are nearest to s_c, the lower index first among equals, and p the softmax of all logits.
+    p_d / sum p_d is taken as the softmax over the d alone, which cannot underflow. The d are those of `logits`, also
+    when the score is asked of other logits later.
+
+    As in the authors' code and pytorch-grad-cam the weights q_d = p_d / sum p_d are differentiated as well: class d
+    weighs -gamma q_d (1 + s_d - sum q s), and a class more than 1 below that mean counts in favour of c. Without
+    `differentiate_weights` they are constants, those of `logits`, and class d weighs -gamma q_d: the map is the
+    weighted mean of the maps of s_c - gamma s_d, and with global average pooling and a linear layer its sum is the
+    score less that of the biases. With two classes both are the same.
+
+    Args:
+        logits: [B, C], C of 2 or more.
+        classes: the explained class of each row, int64 [B].
+        gamma: how much of the similar classes' evidence is taken away; 0 is Grad-CAM.
+        compared: how many classes are compared with.
+        differentiate_weights: as the authors' code does; else they are constants.
+
+    Raises:
+        TargetError: one logit, so that there is nothing to compare with.
+    """
+    if logits.shape[1] < 2:
+        raise TargetError("Finer-CAM compares a class with others, but the model has one logit; use gradcam")
+    logits, own = logits.detach(), classes[:, None]
+    distance = (logits - logits.gather(1, own)).abs().scatter(1, own, torch.inf)
+    nearest = distance.argsort(dim=1, stable=True)[:, : min(compared, logits.shape[1] - 1)]
+    shares = logits.gather(1, nearest).softmax(dim=1)
+
+    def score(answer: Tensor) -> Tensor:
+        others = answer.gather(1, nearest)
+        weights = others.softmax(dim=1) if differentiate_weights else shares
+        return (weights * (answer.gather(1, own) - gamma * others)).sum(dim=1)
+
+    return score

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.doctor.check import FAIL, OK, WARN, Check, guarded, shown, worst
 from wsi_gradcam.doctor.cluster import workers
-from wsi_gradcam.doctor.environment import load
+from wsi_gradcam.doctor.environment import FAIL, OK, WARN, Check, guarded, load, shown, worst
 from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.doctor.machine import this_machine
-from wsi_gradcam.stores.places import Place, place_of
+from wsi_gradcam.io.paths import Place, place_of
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.doctor.check import FAIL, OK, WARN, Check
-from wsi_gradcam.doctor.environment import OPTIONAL, differences, facts, visit
+from wsi_gradcam.doctor.environment import FAIL, OK, OPTIONAL, WARN, Check, differences, facts, visit
 from wsi_gradcam.doctor.folder import probe_place
 from wsi_gradcam.errors import StoreError, WorkerError, one_line
-from wsi_gradcam.stores.places import Place
+from wsi_gradcam.io.paths import Place
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec

@@ -1,4 +1,7 @@
-"""What a process runs with: versions, the program's own files, devices. Plain values, to compare between processes."""
+"""What a process runs with: versions, the program's own files, devices. Plain values, to compare between processes.
+
+A check and how it ended.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import hashlib
 import os
 import platform
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import one_line
 
 if TYPE_CHECKING:
-    from wsi_gradcam.stores.places import Place
+    from wsi_gradcam.io.paths import Place
+
 
 PROGRAM = "wsi-gradcam"
 # What values and messages between processes depend on.
@@ -149,3 +155,34 @@ def _exchange(probe: Place, token: str) -> str:
     except OSError as error:
         return one_line(error)
     return ""
+
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, whether it is "ok", "warn" or "fail", what was found, and how to mend it."""
+
+    name: str
+    status: str
+    found: str
+    mend: str = ""
+
+
+def guarded(name: str, check: Callable[..., Iterable[Check]], *arguments: Any) -> Iterator[Check]:
+    """The checks of `check(*arguments)`; what it raises is one that failed."""
+    try:
+        yield from check(*arguments)
+    except Exception as error:  # a broken installation raises anything; the other checks go on
+        yield Check(name, FAIL, one_line(error), "the message says what is missing or broken")
+
+
+def shown(check: Check) -> str:
+    """A check on one line, its mend behind it."""
+    return f"{check.status:>4}  {check.name}: {check.found}{f' -> {check.mend}' if check.mend else ''}"
+
+
+def worst(checks: Iterable[Check]) -> str:
+    """The gravest status of all."""
+    return max((check.status for check in checks), key=(OK, WARN, FAIL).index, default=OK)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from wsi_gradcam.doctor.check import FAIL, OK, WARN, Check
+from wsi_gradcam.doctor.environment import FAIL, OK, WARN, Check
 from wsi_gradcam.errors import StoreError, one_line
-from wsi_gradcam.stores.places import LocalPlace, Place
+from wsi_gradcam.io.paths import LocalPlace, Place
 
 GIB = 1 << 30
 LITTLE_FREE = 10 * GIB
@@ -40,7 +40,7 @@ def probe_place(out: Place) -> Iterator[Place]:
 
 @contextmanager
 def _probe_folder(out: Path) -> Iterator[Path]:
-    from wsi_gradcam.stores.files import storing
+    from wsi_gradcam.io.files import storing
 
     probe = out.absolute() / f".doctor-{uuid.uuid4().hex}"
     missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
@@ -73,8 +73,8 @@ def _array(folder: Place) -> Check:
     """A patch store of one span is written and read back."""
     import numpy as np
 
-    from wsi_gradcam.patches import Patches
-    from wsi_gradcam.stores.patch_store import PatchStore, SpanData
+    from wsi_gradcam.results.patch_store import PatchStore, SpanData
+    from wsi_gradcam.tissue.grid import Patches
 
     values = np.linspace(-1, 1, 4 * 2 * 7 * 7, dtype=np.float32).reshape(4, 2, 7, 7)
     span = SpanData(values[:, :, 0, 0], values, np.ones(4, np.uint8), values[:, 0, 0, 0])
@@ -102,7 +102,7 @@ def _claims(folder: Place) -> Check:
 
 def _rename(folder: Path) -> Check:
     """A file is replaced while it is open: who opened it before reads the old one, who opens it now the new."""
-    from wsi_gradcam.stores.files import write_atomic
+    from wsi_gradcam.io.files import write_atomic
 
     path = folder / "renamed"
     write_atomic(path, b"old")

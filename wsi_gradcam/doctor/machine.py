@@ -10,8 +10,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.doctor.check import FAIL, OK, WARN, Check, guarded
-from wsi_gradcam.doctor.environment import OPTIONAL, PACKAGES, PROGRAM, cores, gpus, low_precision, version_of
+from wsi_gradcam.doctor.environment import (
+    FAIL,
+    OK,
+    OPTIONAL,
+    PACKAGES,
+    PROGRAM,
+    WARN,
+    Check,
+    cores,
+    gpus,
+    guarded,
+    low_precision,
+    version_of,
+)
 from wsi_gradcam.errors import one_line
 
 if TYPE_CHECKING:
@@ -167,8 +179,8 @@ def _openslide() -> Iterator[Check]:
 
 def _choices() -> Iterator[Check]:
     """The folder that remembers what --engine auto chose."""
-    from wsi_gradcam.cam.remembered import cache_file
-    from wsi_gradcam.stores.files import write_atomic
+    from wsi_gradcam.cam.auto import cache_file
+    from wsi_gradcam.io.files import write_atomic
 
     folder = cache_file().parent
     probe = folder / f"doctor-{uuid.uuid4().hex}"

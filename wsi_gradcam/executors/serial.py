@@ -8,19 +8,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import one_line
-from wsi_gradcam.executors.retries import retried
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.isolation import WATCH
-from wsi_gradcam.stages import Context, Performed, Task, examine_model, perform, read_ahead
-from wsi_gradcam.stopping import STOP
-from wsi_gradcam.workflow import Job, Observer, SlideRecord, drive, slide_job
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.jobs import Job, Observer, SlideRecord, drive, slide_job
+from wsi_gradcam.run.retries import retried
+from wsi_gradcam.run.stages import Context, Performed, Task, examine_model, perform, read_ahead
+from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.stopping import STOP
 
 if TYPE_CHECKING:
+    from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.cam.facts import ModelFacts
-    from wsi_gradcam.explainer import Explainer
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
-    from wsi_gradcam.plan import RunPlan
+    from wsi_gradcam.run.plan import RunPlan
 
 
 class SerialExecutor:

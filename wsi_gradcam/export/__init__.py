@@ -11,8 +11,9 @@ from typing import Any
 
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.export.job import RUN, Job, Options
-from wsi_gradcam.result import Result, SlideResult, open_result
-from wsi_gradcam.stores.places import AnyPlace
+from wsi_gradcam.io.paths import AnyPlace
+from wsi_gradcam.results.run import Result, open_result
+from wsi_gradcam.results.slide import SlideResult
 
 __all__ = ["FORMATS", "Exported", "Options", "export"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.stores.heatmap import EXPLAINED
+from wsi_gradcam.results.heatmap import EXPLAINED
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap

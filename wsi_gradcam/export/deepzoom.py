@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from wsi_gradcam.export.files import new
-from wsi_gradcam.export.job import Job, blocks, slug
+from wsi_gradcam.export.job import Job, blocks, new, slug
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.stitch import coarsen, coarsen_flags
-from wsi_gradcam.stores.heatmap import EXPLAINED
+from wsi_gradcam.results.heatmap import EXPLAINED
+from wsi_gradcam.results.stitch import coarsen, coarsen_flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.result import ChannelInfo
+    from wsi_gradcam.results.channels import ChannelInfo
 
     Pixels = tuple[NDArray[np.float32], NDArray[np.uint8]]
 

@@ -16,15 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
-from wsi_gradcam.export.files import new
-from wsi_gradcam.export.job import Job, slug
+from wsi_gradcam.export.job import Job, new, slug
 from wsi_gradcam.export.regions import hot_regions
-from wsi_gradcam.stores.heatmap import COLOURS
+from wsi_gradcam.results.heatmap import COLOURS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wsi_gradcam.result import ChannelInfo
+    from wsi_gradcam.results.channels import ChannelInfo
 
 ROWS = 1 << 12  # patches in memory at once
 NOT_MEASURED = frozenset({"y", "x", "status", "cause"})

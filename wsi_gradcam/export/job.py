@@ -1,9 +1,15 @@
-"""What is exported of a slide, and where to."""
+"""What is exported of a slide, and where to.
+
+Files and folders of an export: there when they are whole, and never in place of others unless told.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +17,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.export.colours import Colouring, check_colormap
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.result import ChannelInfo, SlideResult
+from wsi_gradcam.io.files import PARTIAL, storing
+from wsi_gradcam.results.channels import ChannelInfo
+from wsi_gradcam.results.slide import SlideResult
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
 
 SLIDE, RUN = "slide", "run"
 HALF = 0.5  # of the window, where no threshold is given and one is needed
@@ -134,3 +143,44 @@ def padded(tile: NDArray[np.generic], side: int, fill: int = 0) -> NDArray[np.ge
     if (height, width) == (side, side):
         return tile
     return np.pad(tile, [(0, side - height), (0, side - width), *[(0, 0)] * (tile.ndim - 2)], constant_values=fill)
+
+
+@contextmanager
+def new(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder to, which takes the name `path` when the block ends well.
+
+    Raises:
+        StoreError: something stands at `path` and `overwrite` is not set, or the disk refuses.
+    """
+    if not overwrite and path.exists():
+        raise StoreError(f"{path}: exists already; use --overwrite, or another --dest")
+    partial = _beside(path)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            _replace(partial, path)
+        finally:
+            _remove(partial)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Put a file or folder in the place of whatever is there."""
+    if not path.is_dir():
+        partial.replace(path)
+        return
+    old = _beside(path)  # a folder cannot be replaced in one step
+    path.rename(old)
+    partial.rename(path)
+    _remove(old)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tifffile
 
-from wsi_gradcam.export.files import new
-from wsi_gradcam.export.job import Job, padded
+from wsi_gradcam.export.job import Job, new, padded
 from wsi_gradcam.geometry import tiles
-from wsi_gradcam.stores.heatmap import LABEL
+from wsi_gradcam.results.heatmap import LABEL
 
 if TYPE_CHECKING:
     from pathlib import Path

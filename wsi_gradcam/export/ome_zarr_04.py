@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import zarr
 from numcodecs import Zlib
 
-from wsi_gradcam.export.files import new
-from wsi_gradcam.export.job import Job
+from wsi_gradcam.export.job import Job, new
 from wsi_gradcam.geometry import tiles
-from wsi_gradcam.stores.heatmap import CHUNK, LABEL, SHARD
+from wsi_gradcam.results.heatmap import CHUNK, LABEL, SHARD
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,10 +13,9 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from wsi_gradcam.errors import SlideError
-from wsi_gradcam.export.files import new
-from wsi_gradcam.export.job import Job, slug
+from wsi_gradcam.export.job import Job, new, slug
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.overview import round_length
+from wsi_gradcam.results.overview import round_length
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.export.colours import Colouring
-    from wsi_gradcam.result import ChannelInfo
+    from wsi_gradcam.results.channels import ChannelInfo
 
     Rgb = NDArray[np.uint8]
 

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from wsi_gradcam.export.files import new
 from wsi_gradcam.export.geojson import patch_features, region_features, write_features
-from wsi_gradcam.export.job import Job, blocks, slug
+from wsi_gradcam.export.job import Job, blocks, new, slug
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wsi_gradcam.result import ChannelInfo
+    from wsi_gradcam.results.channels import ChannelInfo
 
 MOST_PX = 1 << 25  # 128 MB in QuPath
 SIDE = 2048

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import tifffile
 
 from wsi_gradcam.export.colours import GRAY, Colouring
-from wsi_gradcam.export.files import new
-from wsi_gradcam.export.job import Job, blocks, padded, slug
+from wsi_gradcam.export.job import Job, blocks, new, padded, slug
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from wsi_gradcam.result import ChannelInfo
+    from wsi_gradcam.results.channels import ChannelInfo
 
 TILE = 512
 WHITE = 255

@@ -25,7 +25,7 @@ from wsi_gradcam.models.transform import Transform, make_transform
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.activation import Activation
-    from wsi_gradcam.stain import Stain
+    from wsi_gradcam.tissue.stain import Stain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

@@ -14,7 +14,7 @@ from wsi_gradcam.errors import ModelError, StainError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.stain import Stain
+    from wsi_gradcam.tissue.stain import Stain
 
 Density = Annotated[float, Field(ge=0)]
 Lightness = Annotated[float, Field(ge=0, le=100)]
@@ -98,7 +98,11 @@ def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
     """
     if spec is None:
         return None
-    from wsi_gradcam.stain import PUBLISHED, measure, stain_from_json  # here: reading model files needs no skimage
+    from wsi_gradcam.tissue.stain import (  # here: reading model files needs no skimage
+        PUBLISHED,
+        measure,
+        stain_from_json,
+    )
 
     if spec.target is None:
         return PUBLISHED[spec.method]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import ConfigError, MppError, SlideNotFoundError
+from wsi_gradcam.io.urls import is_url, shown_url
 from wsi_gradcam.slides.base import ZARR_FILES, Level, Slide, SlideInfo, check_mpp
 from wsi_gradcam.slides.resample import Thumbnail, read_region, thumbnail
-from wsi_gradcam.urls import is_url, shown_url
 
 if TYPE_CHECKING:
     from os import PathLike

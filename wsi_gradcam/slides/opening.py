@@ -13,21 +13,19 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from wsi_gradcam.errors import SlideError, SlideFormatError, SlideReadError, one_line
-from wsi_gradcam.slides.files import LocalFile
+from wsi_gradcam.slides.base import LocalFile
 from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, vendor_of
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
 from wsi_gradcam.slides.tiff_check import check_tiff
-from wsi_gradcam.slides.tiff_info import describe_tiff, tiff_mpp
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
+from wsi_gradcam.slides.tiff_metadata import PLAIN, describe_tiff, tiff_mpp
 from wsi_gradcam.slides.tiff_reader import TiffSlide
-from wsi_gradcam.slides.tiff_vendor import PLAIN
 
 if TYPE_CHECKING:
     from tifffile import TiffFile
 
-    from wsi_gradcam.slides.base import Slide, SlideInfo
-    from wsi_gradcam.slides.files import SlideFile
+    from wsi_gradcam.slides.base import Slide, SlideFile, SlideInfo
 
     Facts = tuple[list[TiffLevel], SlideInfo]
 

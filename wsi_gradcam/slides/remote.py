@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from wsi_gradcam.errors import SlideAccessError, SlideError, SlideFormatError, SlideNotFoundError
 from wsi_gradcam.geometry import ceil_div
-from wsi_gradcam.object_stores import (
+from wsi_gradcam.io.object_stores import (
     CREDENTIALS_MEND,
     S3,
     S3_FORM,
@@ -21,15 +21,15 @@ from wsi_gradcam.object_stores import (
     trouble_of,
     web_store,
 )
+from wsi_gradcam.io.urls import WEB, shown_url, split_url
 from wsi_gradcam.slides.base import ZARR_FILES
 from wsi_gradcam.slides.tile_cache import TileCache
-from wsi_gradcam.urls import WEB, shown_url, split_url
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-    from wsi_gradcam.object_stores import HTTPStore, ObjectStore
-    from wsi_gradcam.slides.files import ByteRange
+    from wsi_gradcam.io.object_stores import HTTPStore, ObjectStore
+    from wsi_gradcam.slides.base import ByteRange
 
 SCHEMES = (S3, *WEB)
 # Tiles that touch are one request; writers of cloud-optimised TIFF leave 8 bytes between them, others pad by one.

@@ -6,20 +6,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import SlideFormatError, SlideNotFoundError
+from wsi_gradcam.io.urls import shown_url, split_url
 from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
 from wsi_gradcam.slides.opening import is_tiff, open_plain_tiff, own_facts
 from wsi_gradcam.slides.remote import RemoteFile, is_zarr_at
 from wsi_gradcam.slides.remote_zarr import RemoteZarr
 from wsi_gradcam.slides.tiff_check import check_tiff
 from wsi_gradcam.slides.tiff_levels import tiff_levels
-from wsi_gradcam.slides.tiff_vendor import PLAIN, describe_plain, vendor_of_tiff
-from wsi_gradcam.urls import shown_url, split_url
+from wsi_gradcam.slides.tiff_metadata import PLAIN, describe_plain, vendor_of_tiff
 
 if TYPE_CHECKING:
     from tifffile import TiffFile
 
-    from wsi_gradcam.slides.base import Slide
-    from wsi_gradcam.slides.files import SlideFile
+    from wsi_gradcam.slides.base import Slide, SlideFile
     from wsi_gradcam.slides.opening import Facts
 
     Mpp = tuple[float, float] | None

@@ -10,8 +10,8 @@ from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import ObjectStore
 
+from wsi_gradcam.io.urls import shown_url
 from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_of, look
-from wsi_gradcam.urls import shown_url
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest

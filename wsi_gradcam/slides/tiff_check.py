@@ -13,7 +13,7 @@ from wsi_gradcam.geometry import ceil_div
 from wsi_gradcam.slides.tiff_levels import AGAIN, MOST_TILE_PX
 
 if TYPE_CHECKING:
-    from wsi_gradcam.slides.files import SlideFile
+    from wsi_gradcam.slides.base import SlideFile
 
 ORDERS = {b"II": "<", b"MM": ">"}
 CLASSIC, BIG = 42, 43

@@ -13,8 +13,7 @@ from tifffile import TiffFile
 
 from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
-from wsi_gradcam.slides.colours import rgb_converter
-from wsi_gradcam.slides.jpeg import whole_tile_decoder
+from wsi_gradcam.slides.samples import rgb_converter, whole_tile_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,9 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tifffile import TiffPage
 
-    from wsi_gradcam.slides.colours import ToRGB
-    from wsi_gradcam.slides.files import SlideFile
-    from wsi_gradcam.slides.jpeg import Decode
+    from wsi_gradcam.slides.base import SlideFile
+    from wsi_gradcam.slides.samples import Decode, ToRGB
 
 # Bounds on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
 MOST_TILES = 1 << 24

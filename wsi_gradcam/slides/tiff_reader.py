@@ -9,16 +9,15 @@ import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.memory import keep_freed
 from wsi_gradcam.slides.base import on_background
 from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, as_shown, shown_region, stored_region
 from wsi_gradcam.slides.tile_cache import TileCache
+from wsi_gradcam.system.memory import keep_freed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.slides.base import SlideInfo
-    from wsi_gradcam.slides.files import ByteRange, SlideFile
+    from wsi_gradcam.slides.base import ByteRange, SlideFile, SlideInfo
 
     Tile = NDArray[np.uint8]
     Key = tuple[int, int, int]  # level, row, column

@@ -1,8 +1,12 @@
-"""Answers: JSON, pictures that browsers may keep, files by range; and errors as statuses with a line of text."""
+"""Answers: JSON, pictures that browsers may keep, files by range; and errors as statuses with a line of text.
+
+The Range header of HTTP (RFC 9110, section 14), as far as readers of Zarr need it: one range a request.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +24,40 @@ from wsi_gradcam.errors import (
     one_line,
 )
 from wsi_gradcam.viewer.archive import shown_name
-from wsi_gradcam.viewer.ranges import byte_range
 from wsi_gradcam.viewer.work import BusyError, GoneError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from wsi_gradcam.stores.places import Place
+    from wsi_gradcam.io.paths import Place
+
+
+ONE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))", re.ASCII)
+
+
+def byte_range(header: str, size: int) -> tuple[int, int]:
+    """(start, stop) of what is asked for of a file of `size` bytes.
+
+    Several ranges in one request are refused: thousands of small ones would cost far more than they carry.
+
+    Raises:
+        RangeError: not one range of bytes, or none of its bytes are there.
+
+    >>> byte_range("bytes=2-3", 10), byte_range("bytes=8-", 10), byte_range("bytes=-4", 10)
+    ((2, 4), (8, 10), (6, 10))
+    """
+    found = ONE.fullmatch(header.strip()) if len(header) <= 64 else None
+    if found is None:
+        raise RangeError("expected one range of bytes, such as bytes=0-99")
+    first, last, suffix = found.groups()
+    if suffix is not None:
+        start, stop = max(0, size - int(suffix)), size
+    else:
+        start, stop = int(first), min(int(last) + 1, size) if last else size
+    if start >= stop:
+        raise RangeError(f"no such bytes; the file has {size}")
+    return start, stop
+
 
 FOR_EVER = "private, max-age=31536000, immutable"  # addresses with a version in them
 ASK_FIRST = "private, no-cache"

@@ -21,10 +21,9 @@ from starlette.routing import Route
 
 from wsi_gradcam.viewer.answers import answered, json_answer, picture_answer
 from wsi_gradcam.viewer.describe import run_facts
-from wsi_gradcam.viewer.files import Files
+from wsi_gradcam.viewer.files import Files, page_routes
 from wsi_gradcam.viewer.gallery import Scorer, listing
 from wsi_gradcam.viewer.inquiries import Inquiries, number, real
-from wsi_gradcam.viewer.page_files import page_routes
 from wsi_gradcam.viewer.pictures import Pictures
 from wsi_gradcam.viewer.security import Access, Guard
 from wsi_gradcam.viewer.slides_open import OpenSlides

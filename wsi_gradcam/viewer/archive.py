@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import NotShownError, SlideNotFoundError, WsiGradcamError
-from wsi_gradcam.result import open_result
+from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.viewer.inside import check_tree
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from wsi_gradcam.result import Result, SlideResult
+    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.results.run import Result
+    from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
-    from wsi_gradcam.stores.places import Place
 
 LOOK_AGAIN_S = 5.0
 

@@ -15,9 +15,10 @@ from wsi_gradcam.viewer.heat import finer_levels, heat_grid, scale_of
 from wsi_gradcam.viewer.tiles import slide_grid
 
 if TYPE_CHECKING:
-    from wsi_gradcam.result import ChannelInfo, SlideResult
+    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
-    from wsi_gradcam.stores.places import Place
     from wsi_gradcam.viewer.archive import Archive, Shown
     from wsi_gradcam.viewer.spread import Spread
 

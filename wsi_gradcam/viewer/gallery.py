@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import WsiGradcamError
-from wsi_gradcam.result.slide import UNFINISHED
+from wsi_gradcam.results.slide import UNFINISHED
 from wsi_gradcam.viewer.archive import shown_name
 
 if TYPE_CHECKING:
-    from wsi_gradcam.result import SlideResult
+    from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.viewer.archive import Archive, Shown
 
 MOST_LISTED = 200

@@ -9,15 +9,15 @@ from PIL import Image
 
 from wsi_gradcam.errors import TileError
 from wsi_gradcam.geometry import Region, ceil_div
-from wsi_gradcam.stores.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE
+from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE
 from wsi_gradcam.viewer.memo import Memo
-from wsi_gradcam.viewer.tile_grid import TileGrid
-from wsi_gradcam.viewer.tiles import Scale, chunks_of, heat_tile, pixel_of
+from wsi_gradcam.viewer.tiles import Scale, TileGrid, chunks_of, heat_tile, pixel_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.result import ChannelInfo, SlideResult
+    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.viewer.archive import Shown
     from wsi_gradcam.viewer.spread import Spread, SpreadImage
 

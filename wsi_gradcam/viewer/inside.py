@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import NotShownError, OutsideError
-from wsi_gradcam.stores.places import LocalPlace
+from wsi_gradcam.io.paths import LocalPlace
 
 if TYPE_CHECKING:
-    from wsi_gradcam.stores.places import Place
+    from wsi_gradcam.io.paths import Place
 
 # A part of a path below OUT that a request may name. Nothing that is hidden, relative or odd is ever served.
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)

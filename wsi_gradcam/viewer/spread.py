@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.errors import NotShownError, ResultError, WsiGradcamError, one_line
-from wsi_gradcam.result.channels import ChannelInfo
-from wsi_gradcam.stores.heatmap import COLOURS, HeatmapStore
+from wsi_gradcam.results.channels import ChannelInfo
+from wsi_gradcam.results.heatmap import COLOURS, HeatmapStore
 from wsi_gradcam.viewer.inside import check_inside, check_tree
 from wsi_gradcam.viewer.memo import Memo
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.geometry import Region
-    from wsi_gradcam.result import SlideResult
-    from wsi_gradcam.stores.heatmap import Channel
+    from wsi_gradcam.results.heatmap import Channel
+    from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.viewer.archive import Archive, Shown
 
 T = TypeVar("T")

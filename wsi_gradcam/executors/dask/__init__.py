@@ -5,7 +5,7 @@ between tasks and write their own results. Several slides are in flight, so that
 Only the modules of this package import distributed.
 """
 
-from wsi_gradcam.executors.dask.connecting import ask_workers
 from wsi_gradcam.executors.dask.executor import DaskExecutor
+from wsi_gradcam.executors.dask.workers import ask_workers
 
 __all__ = ["DaskExecutor", "ask_workers"]

@@ -15,22 +15,21 @@ from distributed import get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import ConfigError, WorkerError, one_line
-from wsi_gradcam.executors.dask.caretaker import Caretaker
-from wsi_gradcam.executors.dask.connecting import connect
 from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.local import NO_WORKER_S, local_cluster, threads_each
+from wsi_gradcam.executors.dask.placement import Caretaker
 from wsi_gradcam.executors.dask.plugin import RunPlugin, check_device
-from wsi_gradcam.executors.dask.workers import WAIT_S, Patience, Workers
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import examine_model
-from wsi_gradcam.stopping import LOOK_S, STOP
-from wsi_gradcam.workflow import Job, Observer, SlideRecord, slide_job
+from wsi_gradcam.executors.dask.workers import WAIT_S, Patience, Workers, connect
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.jobs import Job, Observer, SlideRecord, slide_job
+from wsi_gradcam.run.stages import examine_model
+from wsi_gradcam.system.stopping import LOOK_S, STOP
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
     from wsi_gradcam.cam.facts import ModelFacts
-    from wsi_gradcam.plan import RunPlan
+    from wsi_gradcam.run.plan import RunPlan
 
 LOG = logging.getLogger("wsi_gradcam")
 ASK_S = 2.0  # how often the scheduler is asked for its workers while none is there

@@ -6,9 +6,9 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import SlideMemoryError, WorkerError, one_line
 from wsi_gradcam.executors.dask.workers import AGAIN
-from wsi_gradcam.executors.retries import is_transient
-from wsi_gradcam.stages import Performed, Task
-from wsi_gradcam.workflow import FatalError
+from wsi_gradcam.run.jobs import FatalError
+from wsi_gradcam.run.retries import is_transient
+from wsi_gradcam.run.stages import Performed, Task
 
 
 def may_pass(error: BaseException) -> bool:

@@ -14,20 +14,18 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsi_gradcam.errors import WorkerError
-from wsi_gradcam.executors.dask.backlogs import Backlogs
+from wsi_gradcam.executors.dask.batching import Backlogs, Outlook, Rates
 from wsi_gradcam.executors.dask.failures import explained, failed, lost
-from wsi_gradcam.executors.dask.mail import Mail
+from wsi_gradcam.executors.dask.orders import Mail
 from wsi_gradcam.executors.dask.plugin import Answer, Order, stop_here
-from wsi_gradcam.executors.dask.rates import Rates
 from wsi_gradcam.executors.dask.running import MODEL, Running, Sent, kind_of
 from wsi_gradcam.executors.dask.suspects import Suspects
-from wsi_gradcam.executors.dask.window import Outlook
 from wsi_gradcam.executors.dask.workers import Patience, Workers
-from wsi_gradcam.executors.retries import PAUSES_S, say_again
-from wsi_gradcam.inputs import SlideEntry
-from wsi_gradcam.stages import RUN_MODEL, Performed, Task
-from wsi_gradcam.stopping import GRACE_S, LOOK_S, STOP
-from wsi_gradcam.workflow import FatalError, Job, Observer, SlideRecord
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.jobs import FatalError, Job, Observer, SlideRecord
+from wsi_gradcam.run.retries import PAUSES_S, say_again
+from wsi_gradcam.run.stages import RUN_MODEL, Performed, Task
+from wsi_gradcam.system.stopping import GRACE_S, LOOK_S, STOP
 
 LOOK_AT_WORKERS_S = 2.0
 

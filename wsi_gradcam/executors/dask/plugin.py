@@ -16,11 +16,11 @@ from distributed import Worker, WorkerPlugin, get_worker
 
 from wsi_gradcam.errors import WorkerError, one_line
 from wsi_gradcam.executors.dask.failures import may_pass
-from wsi_gradcam.memory import give_back
-from wsi_gradcam.stages import RUN_MODEL, Context, Performed, Task, perform
+from wsi_gradcam.run.stages import RUN_MODEL, Context, Performed, Task, perform
+from wsi_gradcam.system.memory import give_back
 
 if TYPE_CHECKING:
-    from wsi_gradcam.plan import RunPlan
+    from wsi_gradcam.run.plan import RunPlan
 
 TELLING_S = 0.1  # for a few bytes to the scheduler, before what may be the end
 

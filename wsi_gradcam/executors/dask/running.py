@@ -6,9 +6,9 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wsi_gradcam.executors.dask.rates import MOST, Rates
-from wsi_gradcam.stages import RUN_MODEL, Task
-from wsi_gradcam.workflow import SlideJob, SlideRecord
+from wsi_gradcam.executors.dask.batching import MOST, Rates
+from wsi_gradcam.run.jobs import SlideJob, SlideRecord
+from wsi_gradcam.run.stages import RUN_MODEL, Task
 
 MODEL = "model"  # what stages that want the run's device are counted as
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_gradcam.errors import ModelError, one_line
-from wsi_gradcam.models.batches import free_batch
+from wsi_gradcam.models.graph import free_batch
 from wsi_gradcam.models.pickles import tensors_only
 from wsi_gradcam.models.sources import Built
 from wsi_gradcam.models.sources.programs import as_network, failure, read_source, sample_images

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.batches import any_batch
-from wsi_gradcam.models.graph import with_points
+from wsi_gradcam.models.graph import any_batch, with_points
 from wsi_gradcam.models.outputs import with_logits
 from wsi_gradcam.models.transform import make_transform
 

@@ -1,0 +1,143 @@
+"""Locality: how far does the first-order story carry when the picture really changes?
+
+A gradient tells of an infinitely small step. Two models may agree in value and gradient on every patch, so that all
+their maps are equal, and part at the next step: one stays on a plateau, the other falls off a cliff. No gradient shows
+that; a finite step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wsi_gradcam.audit.measures.removal import Replace
+from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
+
+Numbers = NDArray[np.float64]
+STEPS = (-1.0, -0.5, -0.25, -0.1, -0.05, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class FiniteSteps:
+    """What the gradient promises of steps along (positive) and against the map, and what they do, for P patches.
+
+    Attributes:
+        steps: [S] ascending, without 0; -1 is the highest place of the map replaced altogether.
+        promised: [P, S] change of the explained scalar, step times slope.
+        actual: [P, S].
+    """
+
+    steps: Numbers
+    promised: Numbers
+    actual: Numbers
+
+    @property
+    def worth(self) -> Numbers:
+        """(moved - missed) / (moved + missed), [P], of the side (along, against) where it is lower.
+
+        moved is the sum over the side's steps of actual², missed that of (actual - promised)². 1: the promise is kept;
+        0: it is worth as much as promising no change; -1: nothing moves. NaN where nothing was promised either.
+        """
+        return np.fmin(*(self._worth(side) for side in (self.steps > 0, self.steps < 0)))
+
+    def _worth(self, side: NDArray[np.bool_]) -> Numbers:
+        missed, moved = ((values[:, side] ** 2).sum(axis=1) for values in (self.departure, self.actual))
+        total = moved + missed
+        kept: Numbers = np.divide(moved - missed, total, out=np.full(len(total), np.nan), where=total > 0)
+        return kept
+
+    @property
+    def departure(self) -> Numbers:
+        """[P, S] actual less promised, in logits: below 0 on the far side of a cliff."""
+        return self.actual - self.promised
+
+    @property
+    def reach(self) -> Numbers:
+        """[P] the largest step, either way, up to which all steps come nearer to the promise than to no change."""
+        found = np.zeros(len(self.actual))
+        kept = np.abs(self.departure) < np.abs(self.actual)
+        for size in np.unique(np.abs(self.steps)):
+            inside = np.abs(self.steps) <= size
+            found = np.where(kept[:, inside].all(axis=1), size, found)
+        return found
+
+
+def finite_steps(
+    subject: Subject, images: Tensor, aim: Aim, maps: Tensor, others: Tensor, steps: Sequence[float] = STEPS
+) -> FiniteSteps:
+    """Steps of images [P, 3, H, W] along and against maps [P, h, w].
+
+    x(t) = x + t m ⊙ (x - x'), where m is the positive part of the enlarged map over its largest value, and x' is
+    `others`, what is there when nothing is: a blurred patch, a colour. So t = -1 takes away what the map shows, and
+    t = 1 shows it twice as strongly. The promise is t <ds/dx, m ⊙ (x - x')>, from one backward pass of the network.
+    """
+    weight = enlarge(maps.float(), (images.shape[2], images.shape[3])).clamp(min=0)[:, None]
+    largest = weight.amax(dim=(2, 3), keepdim=True)
+    way = weight / torch.where(largest > 0, largest, 1.0) * (images - others)
+    slope = (input_gradient(subject, images, aim) * way).sum(dim=(1, 2, 3)).double().cpu().numpy()
+    answers = torch.stack([subject.answers(images + step * way) for step in steps], dim=1)
+    actual = aim.logit(answers) - aim.logit(aim.logits)[:, None]
+    sizes = np.array(steps, np.float64)
+    return FiniteSteps(sizes, slope[:, None] * sizes, actual.double().cpu().numpy())
+
+
+@torch.enable_grad()
+def input_gradient(subject: Subject, images: Tensor, aim: Aim) -> Tensor:
+    """ds/dx [P, 3, H, W] of the explained scalar, in float32."""
+    found: list[Tensor] = []
+    for start in range(0, len(images), subject.batch_size):
+        rows = slice(start, start + subject.batch_size)
+        leaf = images[rows].detach().clone().requires_grad_(True)
+        score = aim.score(rows)(subject.program.differentiable(leaf)).sum()
+        found += torch.autograd.grad(score, leaf)
+    return torch.cat(found)
+
+
+def infidelity(promised: Numbers, actual: Numbers, normalise: bool = False) -> Numbers:
+    """Mean over R perturbations of (promised - actual)² [P], both changes [P, R] (Yeh 2019, arXiv 1901.09392).
+
+    `promised` is the sum of the map over what is perturbed, times how much; `actual` is the score before less after.
+    Normalised, the map may first be multiplied by the factor that serves it best: for maps that are in no unit.
+    """
+    scale = np.ones((len(promised), 1))
+    if normalise:
+        size = (promised**2).sum(axis=1, keepdims=True)
+        product = (promised * actual).sum(axis=1, keepdims=True)
+        scale = np.divide(product, size, out=np.zeros_like(size), where=size > 0)
+    missed: Numbers = ((scale * promised - actual) ** 2).mean(axis=1)
+    return missed
+
+
+def hiding_changes(
+    subject: Subject, images: Tensor, aim: Aim, maps: Tensor, masks: Tensor, replace: Replace
+) -> tuple[Numbers, Numbers]:
+    """(promised, actual) changes [P, R] of hiding each of `masks` bool [R, H, W] in every image, for `infidelity`.
+
+    A map of cells promises what lies on the mask of it, each cell in the part that is covered.
+    """
+    cells = torch.stack([enlarge(mask[None].float(), (maps.shape[1], maps.shape[2]))[0] for mask in masks])
+    promised = torch.einsum("phw,rhw->pr", maps.double(), cells.double())
+    rows = torch.arange(len(images), device=images.device)
+    answers = torch.stack([_hiding(subject, replace, rows, mask) for mask in masks], dim=1)
+    actual = aim.logit(aim.logits)[:, None] - aim.logit(answers)
+    return promised.cpu().numpy(), actual.double().cpu().numpy()
+
+
+def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
+    """Sum of maps [P, h, w] less (score of the patch less that of the baseline), both [P], in logits; 0 is complete.
+
+    Integrated Gradients are, but for the rule of their integral (Sundararajan 2017, arXiv 1703.01365); Grad-CAM is with
+    global average pooling and a linear layer, against the bias.
+    """
+    gap: Numbers = (maps.double().sum(dim=(1, 2)) - (whole - baseline).double()).cpu().numpy()
+    return gap
+
+
+def _hiding(subject: Subject, replace: Replace, rows: Tensor, mask: Tensor) -> Tensor:
+    parts = [replace(some, mask.expand(len(some), -1, -1)) for some in torch.split(rows, subject.batch_size)]
+    return torch.cat([subject.program.answer(part).detach() for part in parts])

@@ -1,0 +1,254 @@
+"""Sanity: does a map change when what the model has learned is taken away?
+
+Weights are made random layer by layer, in the order in which layers run (Adebayo 2018, arXiv 1810.03292), and the map
+of the same class is compared with the first. It shows failure; it cannot rank methods (Binder 2022, arXiv 2211.12486).
+
+Has the model learned anything that tells such patches apart? Its answers against those of random copies.
+
+Weights that were learned work together, so that the evidence of different patches differs by far more than with random
+weights of the same size. A model that was never trained, whose weights did not load, or that knows nothing of such
+pictures is one more random copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from wsi_gradcam.audit.measures.likeness import LIKENESS, is_constant, resembles, stays_or_turns
+from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
+from wsi_gradcam.cam.tap import evaluating
+
+Order = Literal["top_down", "bottom_up", "independent"]
+ORDERS: tuple[Order, ...] = ("top_down", "bottom_up", "independent")
+STAGES = 8
+DRAWS = 12  # pairs of networks with random weights: one may look at the same things by chance
+BINS = 100  # of a map's histogram, as in 2401.06465
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """How alike the maps of P patches are to those of the trained model, with some layers random.
+
+    Attributes:
+        layers: that became random in this stage.
+        random_share: of all layers with weights that are random now.
+        likeness: [P] by the names of `LIKENESS`; NaN where a map is constant.
+        resembles: 1 or 0 [P], see `wsi_gradcam.audit.measures.likeness.resembles`.
+        constant: whether the map is constant now, bool [P].
+        complexity: [P] relative rise of the map's entropy, see `complexity_rise`.
+    """
+
+    layers: tuple[str, ...]
+    random_share: float
+    likeness: dict[str, NDArray[np.float64]]
+    resembles: NDArray[np.float64]
+    constant: NDArray[np.bool_]
+    complexity: NDArray[np.float64]
+
+
+def randomisation(
+    subject: Subject,
+    images: Tensor,
+    aim: Aim,
+    method: str = "gradcam",
+    order: Order = "top_down",
+    stages: int = STAGES,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[Stage]:
+    """The stages for images [P, 3, H, W]: the untouched model is none of them.
+
+    Args:
+        order: `top_down`: from the head on, and what was random stays; `bottom_up`: from the first layer on;
+            `independent`: each stage alone.
+        stages: at most; layers that run one after the other share a stage.
+        samples: 1, or the number of noisy copies of an image whose maps are averaged first (smooth MPRT, Hedstroem
+            2024, arXiv 2401.06465), so that the noise of gradients is not taken for a change.
+        seed: of the new weights and of the noise.
+    """
+    names = layers_in_order(subject.program.module, images[:1])
+    grid = _grid(subject)
+    before = _maps(subject, images, aim, method, grid, samples, seed)
+    found, done = [], 0
+    for group, module in _randomised(subject.program.module, names, order, stages, seed):
+        after = _maps(subject.with_module(module), images, aim, method, grid, samples, seed)
+        done = len(group) if order == "independent" else done + len(group)
+        found.append(
+            Stage(
+                group,
+                done / len(names),
+                {name: alike(before, after) for name, alike in LIKENESS.items()},
+                resembles(before, after, seed),
+                is_constant(after),
+                complexity_rise(before, after),
+            )
+        )
+    return found
+
+
+def staying_maps(
+    subject: Subject, images: Tensor, aim: Aim, method: str = "gradcam", draws: int = DRAWS, seed: int = 0
+) -> NDArray[np.float64]:
+    """Which maps stay when all weights are random, less those that turn into their opposite, [draws, P], -1 to 1.
+
+    A draw is a pair of random networks, equal but for the sign of the last layer, which is as probable. What a map owes
+    to the place of things in the picture stays in both; what follows the evidence stays in one and turns in the other,
+    and is 0 in their mean, however alike two random networks may be by chance. NaN where a map is constant.
+
+    The maps of a draw are alike: the unit of what follows from them is the draw.
+    """
+    grid = _grid(subject)
+    before = _maps(subject, images, aim, method, grid, 1, seed)
+    found = []
+    for draw, other in enumerate(random_copies(subject, images, draws, seed)):
+        pair = []
+        for _ in range(2):
+            pair.append(stays_or_turns(before, _maps(other, images, aim, method, grid, 1, seed), _seed_of(seed, draw)))
+            _turn(other.program.module, layers_in_order(other.program.module, images[:1])[-1])
+        found.append(np.mean(pair, axis=0))
+    return np.stack(found)
+
+
+def random_copies(subject: Subject, images: Tensor, draws: int = DRAWS, seed: int = 0) -> Iterator[Subject]:
+    """The subject with all its weights random, `draws` times; the same whatever the `images`, which show the layers."""
+    module = subject.program.module
+    names = layers_in_order(module, images[:1])
+    for draw in range(draws):
+        for _, changed in _randomised(module, names, "independent", 1, _seed_of(seed, draw)):
+            yield subject.with_module(changed)
+
+
+@torch.no_grad()
+def _turn(module: nn.Module, name: str) -> None:
+    """The other sign for the weights of a layer, in place."""
+    for parameter in module.get_submodule(name).parameters(recurse=False):
+        if parameter.ndim > 1:
+            parameter.neg_()
+
+
+@torch.no_grad()
+def layers_in_order(module: nn.Module, images: Tensor) -> list[str]:
+    """Names of the modules that hold weights of their own, in the order in which they first run."""
+    holders = {name: part for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))}
+    names: list[str] = []
+
+    def note(part: nn.Module, args: object, *, name: str) -> None:
+        if name not in names:
+            names.append(name)
+
+    handles = [part.register_forward_pre_hook(partial(note, name=name)) for name, part in holders.items()]
+    try:
+        with evaluating(module):
+            module(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int) -> None:
+    """New values for a module's own parameters, of the same size, in place.
+
+    Weights of two axes or more: Gaussian, of mean 0 and of the root mean square that they had, so that activations
+    neither die nor explode. Vectors (biases, scales) are shuffled. Buffers stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters(recurse=False):
+        if parameter.ndim < 2:
+            parameter.copy_(
+                parameter[torch.randperm(len(parameter), generator=generator)] if parameter.ndim else parameter
+            )
+        else:
+            size = parameter.float().square().mean().sqrt()
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).to(parameter) * size)
+
+
+def complexity_rise(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(H(after) - H(before)) / H(before) [P], H the entropy of a map's histogram.
+
+    Efficient MPRT (Hedstroem 2024, arXiv 2401.06465): a map that depends on the model becomes more complex when the
+    model is random. NaN where H(before) is 0.
+    """
+    first, second = (np.array([_entropy(map_) for map_ in maps]) for maps in (before, after))
+    rise: NDArray[np.float64] = np.divide(second - first, first, out=np.full(len(first), np.nan), where=first > 0)
+    return rise
+
+
+def _entropy(map_: NDArray[np.float32]) -> float:
+    if not np.isfinite(map_).all():
+        return float("nan")
+    counts, _ = np.histogram(map_, bins=BINS)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _randomised(
+    module: nn.Module, names: list[str], order: Order, stages: int, seed: int
+) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    """The names that became random, and the network; it is changed further when the next is asked for."""
+    ordered = names[::-1] if order == "top_down" else names
+    changed = copy.deepcopy(module)
+    for group in np.array_split(np.array(ordered), min(stages, len(ordered))):
+        if order == "independent":
+            changed = copy.deepcopy(module)
+        for name in group.tolist():
+            randomise(changed.get_submodule(name), seed + names.index(name))
+        yield tuple(group.tolist()), changed
+
+
+def _maps(
+    subject: Subject, images: Tensor, aim: Aim, method: str, grid: tuple[int, int], samples: int, seed: int
+) -> NDArray[np.float32]:
+    if samples == 1:
+        return _at(subject.maps(images, aim, method), grid)
+    generator = torch.Generator().manual_seed(seed)
+    deviation = 0.1 * (images.amax(dim=(1, 2, 3), keepdim=True) - images.amin(dim=(1, 2, 3), keepdim=True))
+    total = np.zeros((len(images), *grid), np.float32)
+    for _ in range(samples):
+        noise = torch.randn(images.shape[1:], generator=generator).to(images)
+        total += _at(subject.maps(images + deviation * noise, aim, method), grid)
+    return total / np.float32(samples)
+
+
+def _seed_of(seed: int, draw: int) -> int:
+    return seed + 10_000 * draw
+
+
+def _grid(subject: Subject) -> tuple[int, int]:
+    layout = subject.program.layers[0].layout
+    return layout.height, layout.width
+
+
+def _at(maps: Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = enlarge(maps.float(), grid).cpu().numpy()
+    return found
+
+
+RANDOM_COPIES = 49  # of which none may differ as much: a false praise in 50
+
+
+def random_answers(subject: Subject, images: Tensor, draws: int = RANDOM_COPIES, seed: int = 0) -> Tensor:
+    """Logits [draws, P, K] of images [P, 3, H, W] with all weights random; pieces of an archive may be joined."""
+    return torch.stack([copy.answers(images) for copy in random_copies(subject, images, draws, seed)])
+
+
+def answer_spread(logits: Tensor) -> Tensor:
+    """How much the evidence of patches differs, [...] of logits [..., P, K]: its standard deviation over the patches.
+
+    Evidence is the logits less their mean over the classes, which no probability depends on; of all classes together.
+    Of a single logit, it is that.
+    """
+    values = logits.double()
+    if values.shape[-1] > 1:
+        values = values - values.mean(dim=-1, keepdim=True)
+    return values.var(dim=-2, correction=0).sum(dim=-1).sqrt()

@@ -1,0 +1,144 @@
+"""What an audit asks of a model: answers to pictures, and maps of them, for what was explained at first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wsi_gradcam.cam.engine import AnyTarget, explain_batch
+from wsi_gradcam.cam.examine import Request, examine
+from wsi_gradcam.cam.program import EagerProgram
+from wsi_gradcam.cam.targets import Target, classes_of, make_score
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.activation import Activation, probabilities
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from wsi_gradcam.cam.methods import Score
+    from wsi_gradcam.models.load import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """What is explained of each of P patches: fixed by the answers to the unchanged patches.
+
+    A changed patch, or a changed model, may predict another class; it is still asked about the first.
+
+    Attributes:
+        target: as everywhere; `predicted` is each patch's own class.
+        logits: [P, K] of the unchanged patches.
+        activation: how logits become probabilities.
+    """
+
+    target: AnyTarget
+    logits: Tensor
+    activation: Activation
+
+    def score(self, rows: slice = slice(None)) -> Score:
+        """The explained scalar [n] as a function of logits [n, K] of the patches `rows`."""
+        return make_score(self.target, self.logits[rows])
+
+    def asked(self, rows: slice) -> AnyTarget:
+        """What a method is asked to explain for the patches `rows`."""
+        fixed = isinstance(self.target, Target) and self.target.index is not None
+        return self.target if fixed else self.score(rows)
+
+    def logit(self, answers: Tensor) -> Tensor:
+        """The explained scalar [P, ...] of `answers` [P, ..., K]."""
+        points = answers.reshape(len(answers), -1, answers.shape[-1])
+        score = self.score()
+        values = torch.stack([score(point) for point in points.unbind(dim=1)], dim=1)
+        return values.reshape(answers.shape[:-1])
+
+    def probability(self, answers: Tensor) -> Tensor | None:
+        """The explained class's probability [P, ...] of `answers` [P, ..., K]; None where no class is explained."""
+        if not isinstance(self.target, Target) or not self.target.is_class:
+            return None
+        flat = answers.detach().float().cpu().reshape(-1, answers.shape[-1])
+        shares = torch.from_numpy(probabilities(flat.numpy(), self.activation)).reshape(len(answers), -1, flat.shape[1])
+        classes = classes_of(self.target, self.logits).cpu()[:, None, None].expand(-1, shares.shape[1], 1)
+        return shares.gather(2, classes).reshape(answers.shape[:-1]).to(answers.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model under audit. All work is done in batches, so that memory depends on their size alone.
+
+    Attributes:
+        model: whose patches and probabilities these are.
+        program: explains it.
+        batch_size: images in a forward pass.
+    """
+
+    model: Model
+    program: EagerProgram
+    batch_size: int = 32
+
+    @classmethod
+    def of(
+        cls, model: Model, methods: Sequence[str] = ("gradcam",), layer: str | None = None, batch_size: int = 32
+    ) -> Subject:
+        """The subject of a loaded model, explained in eager float32.
+
+        Raises:
+            LayerError: a method cannot explain it.
+            ModelError: it does not give numbers.
+        """
+        program = examine(model, Request(layer=layer, methods=tuple(methods), batch_size=batch_size)).program
+        assert isinstance(program, EagerProgram)
+        return cls(model, program, batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.program.module.parameters()), torch.empty(0)).device
+
+    def images(self, rgb: NDArray[np.uint8]) -> Tensor:
+        """Patches uint8 [P, h, w, 3] as the network sees them, float32 [P, 3, H, W].
+
+        Raises:
+            ModelError: these are no patches.
+        """
+        if rgb.ndim != 4 or rgb.shape[3] != 3 or rgb.dtype != "uint8" or not len(rgb):
+            raise ModelError(f"patches are {rgb.dtype} {rgb.shape}, expected uint8 [patches, height, width, 3]")
+        return self.model.prepare(torch.from_numpy(rgb).to(self.device))
+
+    def colour(self, rgb: tuple[int, int, int]) -> Tensor:
+        """A colour as the network sees it, [3, 1, 1]."""
+        flat = torch.tensor(rgb, dtype=torch.uint8).expand(1, *self.model.patch_px, 3)
+        return self.model.prepare(flat.contiguous().to(self.device))[0, :, :1, :1]
+
+    def answers(self, images: Tensor) -> Tensor:
+        """Logits [P, K] of images [P, 3, H, W], without a graph."""
+        return torch.cat([self.program.answer(part).detach() for part in torch.split(images, self.batch_size)])
+
+    def aim(self, images: Tensor, target: AnyTarget) -> Aim:
+        """What is explained of `images` from now on."""
+        return Aim(target, self.answers(images), self.model.activation)
+
+    def maps(self, images: Tensor, aim: Aim, method: str = "gradcam") -> Tensor:
+        """Raw signed maps [P, h, w] of images [P, 3, H, W], on the method's own grid."""
+        found = []
+        for start in range(0, len(images), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            found.append(explain_batch(self.program, images[rows], [aim.asked(rows)], [method]).cams[method][:, 0])
+        return torch.cat(found)
+
+    def with_module(self, module: nn.Module) -> Subject:
+        """The same audit of another network of the same build, such as one whose weights were changed."""
+        return replace(self, program=EagerProgram(module, self.program.layers))
+
+
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [P, h, w] at another (height, width): bilinear where larger, means where smaller."""
+    if maps.shape[1] > size[0]:
+        return F.adaptive_avg_pool2d(maps[:, None], size)[:, 0]
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]

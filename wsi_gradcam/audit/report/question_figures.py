@@ -1,0 +1,131 @@
+"""Figures of each question of the audit's report, with their controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.audit.judging_model import ATTRIBUTION, SHARE_OF_AREA
+from wsi_gradcam.audit.measured import CONTROLS, GUIDED, MAIN
+from wsi_gradcam.audit.measures.likeness import LEVEL
+from wsi_gradcam.audit.measures.suspects import in_words
+from wsi_gradcam.audit.report.figures import RANDOMLY, curves_figure, intervals_figure
+from wsi_gradcam.audit.report.words import named
+from wsi_gradcam.audit.verdict import STAYING
+
+if TYPE_CHECKING:
+    from wsi_gradcam.audit.schema import CurveRow, EstimateRow, Metrics
+    from wsi_gradcam.pages.parts import Html
+
+MAIN_SCORE = f"score, {MAIN}"
+
+
+def figures_of(metrics: Metrics, question: str) -> list[Html]:
+    """The figures of a question."""
+    curves = [row for row in metrics.curves if row.question == question and any(y is not None for y in row.y)]
+    if question == "faithfulness":
+        return _faithfulness_figures(metrics, curves)
+    if question == "sanity":
+        return _sanity_figures(metrics, curves)
+    if question == "locality" and curves:
+        methods = list(dict.fromkeys(row.of for row in curves))
+        panels = [(named(method), [row for row in curves if row.of == method]) for method in methods]
+        said = "What steps along the map do, against what the gradient promises"
+        return [curves_figure(panels, said, reference=0.0, named_reference="no change (control)")]
+    if question == "stability":
+        rows = [
+            (f"{named(r.of)}: {named(r.what.split(' with ')[1].split(',')[0])}", r)
+            for r in metrics.estimates
+            if r.what.endswith("another patch")
+        ]
+        return (
+            [intervals_figure(rows, 0.5, "change of the map; 1 is as far as another patch's", "How far maps move", 0.0)]
+            if rows
+            else []
+        )
+    if question == "plausibility":
+        rows = [(named(r.of), r) for r in metrics.estimates if r.question == question and r.what == "auroc"]
+        return (
+            [intervals_figure(rows, 0.5, "area under the ROC curve; chance is 0.5", "How well maps meet annotations")]
+            if rows
+            else []
+        )
+    if question == "shortcuts":
+        rows = attribution_rows(metrics)
+        axis = "share of the positive attribution; gray: share of the area"
+        return [intervals_figure(rows, None, axis, "Attribution on suspects", 0.0)] if rows else []
+    return []
+
+
+def _faithfulness_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
+    found = []
+    for kind, name in (("", "logits"), (", probability", "probabilities")):
+        ways = [
+            (way, [row for row in curves if row.what == f"{way}, {MAIN}{kind}"]) for way in ("deletion", "insertion")
+        ]
+        if any(rows for _, rows in ways):
+            panels = [(f"{way}: {'lower' if way == 'deletion' else 'higher'} is better", rows) for way, rows in ways]
+            found.append(
+                curves_figure(panels, f"Mean curves of deletion and insertion in {name}, all maps and controls")
+            )
+    scores = [r for r in metrics.estimates if r.question == "faithfulness" and r.what == MAIN_SCORE]
+    rows = [(named(row.of), row) for row in sorted(scores, key=is_control)]
+    if rows:
+        found.append(
+            intervals_figure(rows, 0.0, "(insertion − deletion) / 2, in logits", "Scores of all maps and controls")
+        )
+    slides = [row for row in curves if row.what.startswith("slide, ")]
+    if slides:
+        labels = list(dict.fromkeys(row.of for row in slides))
+        panels = [(f"slide score: {label}", [_ordered(r) for r in slides if r.of == label]) for label in labels[:3]]
+        found.append(
+            curves_figure(
+                panels, "Scores of slides as patches are taken away, most or least relevant first, or at random"
+            )
+        )
+    return found
+
+
+def attribution_rows(metrics: Metrics) -> list[tuple[str, EstimateRow]]:
+    """The attribution on each suspect, with its share of the area, which is what chance would give it, beside."""
+    found = []
+    for row in metrics.estimates:
+        if row.question == "shortcuts" and row.value is not None:
+            if row.what == SHARE_OF_AREA:
+                found.append((f"{in_words(row.of)}: its area (control)", row))
+            elif row.what == ATTRIBUTION:
+                suspect, _, method = row.of.partition(", ")
+                found.append((f"{in_words(suspect)}: {named(method)}", row))
+    return found
+
+
+def _ordered(row: CurveRow) -> CurveRow:
+    """A slide's curve, named by the order in which patches are taken away."""
+    order = row.what.removeprefix("slide, ")
+    return row.model_copy(update={"of": RANDOMLY if order == "random" else f"{order} relevant first", "what": ""})
+
+
+def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
+    found = []
+    said = "Likeness of maps to those of the trained model as layers become random, from the head down"
+    for kind, title, name, chance in (
+        ("spearman", "how the maps' ranks agree with the first map", "rank correlation", 0.0),
+        ("resembles", "maps like the first, more than 95 % of its permutations", "share of the patches", 1 - LEVEL),
+    ):
+        lines = [row.model_copy(update={"y_name": name}) for row in curves if row.what == f"{kind}, top_down"]
+        if lines:
+            found.append(curves_figure([(title, lines)], f"{said}: {title}", reference=chance))
+    rows = [
+        (f"{named(row.of)} (should fail)" if row.of == GUIDED else named(row.of), row)
+        for row in metrics.estimates
+        if row.what == "maps that stay with random weights"
+    ]
+    if rows:
+        axis = "share of maps that stay, less those that turn into their opposite"
+        found.append(intervals_figure(rows, STAYING, axis, "Maps that stay with random weights"))
+    return found
+
+
+def is_control(row: EstimateRow) -> bool:
+    """Whether it is of a map that knows nothing of the model."""
+    return row.of in CONTROLS

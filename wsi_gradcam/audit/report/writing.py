@@ -1,0 +1,50 @@
+"""Writing the pages of an audit: slide by slide, so that pictures of one slide alone are in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.audit.folder import read_numbers
+from wsi_gradcam.audit.metrics import About, metrics_of
+from wsi_gradcam.audit.report import SHOWN, archive_page, examples_of, slide_page
+from wsi_gradcam.audit.report.pictures import scale_of, smaller
+from wsi_gradcam.pages.parts import Html
+from wsi_gradcam.results.layout import RunFolder
+
+if TYPE_CHECKING:
+    from wsi_gradcam.audit.folder import AuditFolder
+    from wsi_gradcam.audit.gathered import Gathered
+    from wsi_gradcam.audit.plan import AuditPlan
+    from wsi_gradcam.audit.report import Example
+    from wsi_gradcam.audit.schema import Metrics
+
+OVERVIEW_PX = 1100
+
+
+def write_reports(folder: AuditFolder, plan: AuditPlan, gathered: Gathered, metrics: Metrics, about: About) -> None:
+    """Write a page for each slide of the sample, and that of the archive."""
+    method, digest = plan.settings.method[0], plan.audit_digest()
+    slides = list(dict.fromkeys(gathered.slides.tolist()))
+    factor = next(shown.factor for shown in plan.maps if shown.method == method)
+    scale = scale_of(gathered[f"map/{method}"]) * factor
+    each = max(1, -(-SHOWN // len(slides)))
+    shown: list[Example] = []
+    alone = replace(about, not_audited=())
+    for slide in slides:
+        own = metrics_of(gathered.of_slide(slide), plan, alone, slide)
+        examples = examples_of(read_numbers(folder.piece(slide, digest, 0)), slide, method, factor, plan.facts.classes)
+        if len(shown) < SHOWN:
+            shown += examples[:each]
+        page = slide_page(own, examples, scale, _overview(plan, slide))
+        folder.slide_report(slide).write(page)
+    folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale))
+
+
+def _overview(plan: AuditPlan, slide: str) -> Html:
+    """The slide beside its heatmaps, as the run has drawn it."""
+    try:
+        data = RunFolder(plan.out).slide(slide).overview.read()
+    except FileNotFoundError:
+        return Html("")
+    return smaller(data, f"{slide}: the slide and its heatmaps", OVERVIEW_PX)

@@ -1,0 +1,168 @@
+"""What the command line shows: tables and descriptions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from wsi_gradcam.api import Outcome, Preview
+from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.io.urls import is_url, name_of
+from wsi_gradcam.models.spec import read_spec
+from wsi_gradcam.run.progress import cause_of
+from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.stages import examine_model
+from wsi_gradcam.slides import open_slide
+from wsi_gradcam.slides.patch_reader import open_entry
+from wsi_gradcam.tissue.annotations import check_mask, regions_of
+from wsi_gradcam.tissue.picture import write_mask_picture
+
+if TYPE_CHECKING:
+    from wsi_gradcam.cam.layout import Layout
+    from wsi_gradcam.tissue.stain import Stain
+
+MIB, GIB = 1 << 20, 1 << 30
+NAMED = 5  # slides of one cause
+LISTED = 20  # classes, layers
+
+
+def print_outcome(outcome: Outcome, as_json: bool) -> None:
+    """The end of a run: how many slides of each status, and a table of those that failed."""
+    if as_json:
+        records = [asdict(record) for record in outcome.records]
+        for record in records:
+            del record["slide"]["url"]  # it may hold secrets; what is shown of it is the path
+        print(json.dumps({"out": str(outcome.out), "slides": records}, indent=1))
+        return
+    counts = {s: sum(r.status == s for r in outcome.records) for s in {r.status for r in outcome.records}}
+    summary = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(counts.items()))
+    print(f"{summary}; results in {outcome.out}")
+    if outcome.failed:
+        _print_failures(outcome)
+
+
+def _print_failures(outcome: Outcome) -> None:
+    """Which slides failed and why, a line a cause: a folder of wrong files has one cause a thousand times."""
+    causes: dict[str, list[str]] = {}
+    for record in outcome.failed:
+        causes.setdefault(cause_of(record), []).append(record.slide.id)
+    print("failed:", file=sys.stderr)
+    for cause, slides in causes.items():
+        more = f" and {len(slides) - NAMED} more" if len(slides) > NAMED else ""
+        print(f"  {', '.join(slides[:NAMED])}{more}: {cause}", file=sys.stderr)
+    if len(outcome.failed) > NAMED:
+        print(f"  all of them are in {outcome.out / 'slides.csv'}", file=sys.stderr)
+    if before := sum(record.skipped and record.lasting for record in outcome.failed):
+        print(f"  {before} of them failed before and were not tried again; --retry-failed does", file=sys.stderr)
+
+
+def print_preview(found: Preview, as_json: bool) -> None:
+    """What a run would do, a row a slide and a sum."""
+    rows = [{**asdict(e), "slide": e.slide.id} for e in found.estimates]
+    errors = {entry.id: error for entry, error in found.errors}
+    if as_json:
+        print(json.dumps({"slides": rows, "errors": errors}, indent=1))
+        return
+    table = Table("slide", "patches", "spans", "blocks", "store", "memory")
+    for e in found.estimates:
+        store, memory = f"{e.store_bytes / MIB:.1f} MiB", f"{e.memory_bytes / GIB:.2f} GiB"
+        table.add_row(Text(e.slide.id), f"{e.patches:,}", f"{e.spans:,}", f"{e.blocks:,}", store, memory)
+    Console().print(table)
+    patches, size = sum(e.patches for e in found.estimates), sum(e.store_bytes for e in found.estimates)
+    print(
+        f"{len(rows)} slides, {patches:,} patches, at most {size / MIB:.1f} MiB before compression; memory is an "
+        "estimate for each process"
+    )
+    for slide, error in errors.items():
+        print(f"cannot be planned: {slide}: {error}", file=sys.stderr)
+
+
+def slide_info(path: str) -> dict[str, Any]:
+    """What is known of a slide, as plain values."""
+    slide = open_slide(path)
+    info = slide.info
+    slide.close()
+    levels = [f"{level.height} x {level.width} (1/{level.downsample_y:g})" for level in info.levels]
+    return {
+        "slide": info.path,
+        "format": info.vendor,
+        "size": f"{info.height} x {info.width} px",
+        "levels": ", ".join(levels),
+        "mpp (y, x)": f"{info.mpp[0]:g}, {info.mpp[1]:g} um" if info.mpp else f"unusable: {info.mpp_problem}",
+        "background": "#" + bytes(info.background).hex(),
+        "bounds": "whole slide" if info.bounds is None else str(info.bounds),
+        "digest": info.digest,
+    }
+
+
+def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Write the picture of a slide's masks, see `write_mask_picture`; what it shows, as plain values.
+
+    `values` are settings: `mpp`, `replace_mpp`, `tissue`, `mask`, `include`, `exclude`.
+    """
+    settings = make_settings(**values)
+    check_mask(settings.mask, settings.include, settings.exclude, 1)
+    name = name_of(path) if is_url(path) else Path(path).name
+    regions = regions_of(settings.mask, name, settings.include, settings.exclude)
+    slide = open_entry(SlideEntry(name, path), settings)
+    try:
+        shares = write_mask_picture(out, slide, settings.tissue, regions)
+    finally:
+        slide.close()
+    colours = {"tissue": "tissue outlined in green", "pen": "ink orange", "shadow": "shadows and lines blue"}
+    if regions is not None:
+        colours["excluded"] = "left out by the mask dark gray"
+    return {"picture": str(out), "it shows": ", ".join(f"{text} {shares[key]:.1%}" for key, text in colours.items())}
+
+
+def model_info(model: str, layer: str | None) -> dict[str, Any]:
+    """What is known of a model: its layers that can be explained, and the self-test of the one that would be."""
+    from wsi_gradcam.cam.names import METHOD_INFO
+
+    spec = read_spec(model)
+    explainer = examine_model(spec, make_settings(layer=layer, engine="eager", precision="float32"), [])
+    facts = explainer.facts
+    return {
+        "model": facts.name,
+        "source": facts.source,
+        "loading it": "runs code in it: load only what you trust" if spec.runs_code else "runs no code",
+        "digest": facts.digest,
+        "license": facts.license or "not stated",
+        "classes": _shortened(facts.classes, ", "),
+        "patch": f"{facts.patch_px[0]} x {facts.patch_px[1]} px at {facts.mpp or '?'} um/px",
+        "input": f"{explainer.input_px[0]} x {explainer.input_px[1]} px",
+        "mean, std": f"{facts.mean}, {facts.std}",
+        "stain": _stain(facts.stain),
+        "activation": facts.activation,
+        "parameters": f"{facts.parameters:,}",
+        "weights": spec.weights or "the source's own",
+        "layers": _shortened([f"{found.name} {_shape(found.layout)}" for found in explainer.layers()[::-1]], "; "),
+        "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
+        "self-test": "head(trunk(x)) equals model(x)",
+        "methods": ", ".join(METHOD_INFO),
+    }
+
+
+def _stain(target: Stain | None) -> str:
+    if target is None:
+        return "as it is"
+    values = target.to_json()
+    return f"{values.pop('method')}, to {', '.join(f'{key} {value}' for key, value in values.items())}"
+
+
+def _shape(layout: Layout) -> str:
+    tokens = f" tokens after {layout.prefix} others" if layout.axes == "bnk" else ""
+    return f"({layout.channels} x {layout.height} x {layout.width}{tokens})"
+
+
+def _shortened(texts: Sequence[str], between: str) -> str:
+    more = f"{between}... ({len(texts)} in all)" if len(texts) > LISTED else ""
+    return between.join(texts[:LISTED]) + more

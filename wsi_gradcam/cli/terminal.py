@@ -1,0 +1,171 @@
+"""Progress on standard error: bars on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+from wsi_gradcam.api import Listener
+from wsi_gradcam.run.progress import Progress
+from wsi_gradcam.run.stages import RUN_MODEL, Pending, Performed, Task
+from wsi_gradcam.system.timer import duration
+
+if TYPE_CHECKING:
+    from wsi_gradcam.cam.facts import Choice
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.run.jobs import SlideRecord
+    from wsi_gradcam.run.plan import RunPlan
+
+LINE_EVERY_S = 30.0
+WORKERS_NAMED = 8
+
+
+class Quiet(Listener):
+    """Says nothing; knows whether the work has begun."""
+
+    began = False
+
+    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """From now on an error leaves something finished behind."""
+        self.began = True
+
+
+class Lines(Quiet):
+    """Progress as plain lines on standard error, for logs."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.last_line = time.monotonic()
+
+    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """Say what will be done."""
+        super().begun(run, slides, dashboard)
+        self.progress.begin(len(slides), run.settings.reader_threads)
+        labels = ", ".join(target.label for target in run.targets)
+        self.say(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
+        self.say(_engine_line(run.facts.choice))
+        if dashboard:
+            self.say(f"dashboard {dashboard}")
+
+    def task_done(self, task: Task, performed: Performed) -> None:
+        """Count patches."""
+        self.progress.task_done(task, performed)
+        if isinstance(performed.result, Pending):
+            self.say(f"{task.slide.id}: {performed.result.patches} patches, {performed.result.left} to do")
+        elif task.stage in RUN_MODEL and time.monotonic() - self.last_line > LINE_EVERY_S:
+            self.say(pace(self.progress, whole=True))
+
+    def task_failed(self, task: Task, performed: Performed) -> None:
+        """Say what is tried once more; other failures end their slide, which is said then."""
+        self.progress.task_done(task, performed)
+        if performed.again:
+            where = " ".join([task.stage, *map(str, task.index)])
+            self.say(f"{task.slide.id}: {where} is tried again: {performed.error}")
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """Say how it ended."""
+        self.progress.slide_done(record)
+        if not (record.skipped and record.lasting):  # those that failed before are told in one line
+            end = f"{record.status}, {record.seconds:.1f} s" + (f": {record.error}" if record.error else "")
+            self.say(f"[{self.progress.slides_done}/{self.progress.slides}] {record.slide.id}: {end}")
+
+    def remarked(self, text: str) -> None:
+        """Say it."""
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.last_line = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
+
+
+class Bars(Lines):
+    """Progress as bars on a terminal."""
+
+    def __init__(self, bars: RichProgress) -> None:
+        super().__init__()
+        self._bars = bars
+        self._slide_bar = bars.add_task("slides", total=None, rate="")
+        self._patch_bar = bars.add_task("patches", total=None, rate="")
+
+    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """Set the number of slides."""
+        super().begun(run, slides, dashboard)
+        self._bars.update(self._slide_bar, total=len(slides))
+
+    def task_done(self, task: Task, performed: Performed) -> None:
+        """Advance the patches."""
+        super().task_done(task, performed)
+        done, rate = self.progress.patches_done, pace(self.progress) if self.progress.patches_done else ""
+        self._bars.update(self._patch_bar, total=self.progress.patches or None, completed=done, rate=rate)
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """Advance the slides; only what went wrong is worth a line beside the bars."""
+        if record.error:
+            super().slide_done(record)
+        else:
+            self.progress.slide_done(record)
+        self._bars.update(self._slide_bar, completed=self.progress.slides_done)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(text, style="dim", highlight=False, markup=False)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Quiet]:
+    """A listener that suits where standard error goes: bars, plain lines, or nothing."""
+    if quiet:
+        yield Quiet()
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+        )
+        with RichProgress(*columns, console=Console(stderr=True)) as bars:
+            yield Bars(bars)
+    else:
+        yield Lines()
+
+
+def pace(numbers: Progress, whole: bool = False) -> str:
+    """How fast it goes, who is busy, how long it will take; as a `whole` line with counts and each worker."""
+    parts = [f"{numbers.rate():.0f} patches/s"]
+    now_s, explaining = numbers.elapsed_s(), ((name, w) for name, w in numbers.workers.items() if w.patches)
+    shares = {name: worker.shares(now_s, numbers.readers) for name, worker in explaining}
+    if shares:
+        mean = {key: sum(share[key] for share in shares.values()) / len(shares) for key in ("model", "reading")}
+        parts.append(f"model busy {mean['model']:.0%}, reading {mean['reading']:.0%}")
+    if (left_s := numbers.left_s()) is not None:
+        parts.append(f"about {duration(left_s)} left")
+    if not whole:
+        return ", ".join(parts)
+    counts = f"{numbers.slides_done}/{numbers.slides} slides, {numbers.patches_done} patches"
+    if 1 < len(shares) <= WORKERS_NAMED:
+        each = (f"{name} {share['patches_per_s']:.0f}/s" for name, share in sorted(shares.items()))
+        parts.append("workers " + ", ".join(each))
+    elif len(shares) > WORKERS_NAMED:
+        parts.append(f"{len(shares)} workers")
+    return ", ".join([counts, *parts])
+
+
+def _engine_line(choice: Choice) -> str:
+    """What runs the model, and how what was not taken did."""
+    tried = []
+    for trial in choice.trials:
+        if (trial.engine, trial.precision) != (choice.engine, choice.precision):
+            rate = "" if trial.patches_per_s is None else f"{trial.patches_per_s:.0f}/s"
+            tried.append(f"{trial.engine} {trial.precision} {', '.join(filter(None, (rate, trial.remark)))}".rstrip())
+    taken = [t.patches_per_s for t in choice.trials if (t.engine, t.precision) == (choice.engine, choice.precision)]
+    speed = f" {taken[0]:.0f} patches/s" if taken and taken[0] else ""
+    return f"engine {choice.engine} {choice.precision}{speed}" + (f" (also tried: {'; '.join(tried)})" if tried else "")

@@ -1,0 +1,272 @@
+"""From what a user names to slides with ids that never collide."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+from wsi_gradcam.errors import ConfigError, SlideNotFoundError
+from wsi_gradcam.inputs.lists import ENDINGS, NOTHING, Mpp, Told, is_list, read_list
+from wsi_gradcam.inputs.search import (
+    IMAGE_SUFFIX,
+    OURS,
+    ZARR,
+    has_wildcard,
+    matches,
+    parts_of_pattern,
+    slides_in,
+    split_pattern,
+)
+from wsi_gradcam.io.urls import is_url, name_of, parts_of, shown_url
+from wsi_gradcam.slides import SUFFIXES, is_zarr
+
+# Tag (0020,000E), little endian, with its type (DICOM PS3.5 section 7.1.2); it stands before any pixels.
+SERIES_INSTANCE_UID = b"\x20\x00\x0e\x00UI"
+HEAD_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class SlideEntry:
+    """A slide of a run.
+
+    Attributes:
+        id: its path relative to the folder that was given, with forward slashes.
+        path: where it is; of a URL, without what may be secret.
+        mpp: (y, x) micrometres per level-0 pixel by a list, for a file that does not say it.
+        url: the URL as it was given, where it has more than `path` shows. Not to be printed.
+        mask: path of its mask by a list, which goes before the run's.
+        label, site, scanner: what a list tells of it. They change no result.
+    """
+
+    id: str
+    path: str
+    mpp: Mpp = None
+    url: str = field(default="", repr=False)
+    mask: str = ""
+    label: str = field(default="", compare=False)
+    site: str = field(default="", compare=False)
+    scanner: str = field(default="", compare=False)
+
+    @property
+    def address(self) -> str:
+        """What to open."""
+        return self.url or self.path
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A slide before it has its id: where it is, what it is called, what a list tells of it, and its full URL."""
+
+    path: str
+    name: str
+    told: Told
+    url: str = ""
+
+    def entry(self, slide_id: str) -> SlideEntry:
+        told = self.told
+        return SlideEntry(slide_id, self.path, told.mpp, self.url, told.mask, told.label, told.site, told.scanner)
+
+
+def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
+    """The slides in `paths` (files, folders searched through, patterns, URLs, lists), sorted by id, each once.
+
+    A list is a CSV or Parquet file with a column `slide`, paths from the list's own folder, and if need be further
+    columns, see `slide_list`; what is told last of a slide holds. A pattern has wildcards (`archive/**/*.svs`) where
+    nothing is called so; what it matches is taken by its ending, unless the pattern says another. A URL that ends in
+    a slash is a folder, unless it is a Zarr image.
+
+    A file's id is its name; slides of a folder are named from the folder, those of a pattern from the folder before
+    its first wildcard; where that would give two slides one id, all are named from the folder that holds everything
+    given.
+
+    Raises:
+        SlideNotFoundError: a path that does not exist.
+        SlideAccessError: a URL of a folder that cannot be listed.
+        ConfigError: nothing given, a folder without slides, a pattern that matches none, or a list that is none.
+    """
+    if not paths:
+        raise ConfigError("no slide given; expected slide files, folders, patterns, URLs, or lists (.csv, .parquet)")
+    found: dict[object, _Found] = {}
+    for text in [os.fspath(path) for path in paths]:
+        for key, slide in _remote(text) if is_url(text) else _local(Path(text)):
+            known = found.setdefault(key, slide)
+            if known is not slide and slide.told is not NOTHING:
+                found[key] = replace(known, told=known.told.then(slide.told))
+    slides = list(found.values())
+    names = [slide.name for slide in slides]
+    if len(set(names)) < len(names):
+        places = [path_parts(slide.path) for slide in slides]
+        shared = len(_beginning([place[:-1] for place in places]))
+        names = ["/".join(place[shared:]) for place in places]
+    ids = set(names)
+    if len(ids) < len(names):
+        raise ConfigError("URLs that differ in dots and slashes alone; give each slide one way")
+    for name in ids:
+        if inner := next((folder for folder in folders_of(name) if folder in ids), None):
+            raise ConfigError(f"slides {inner} and {name} would share a folder below --out; explain them apart")
+    entries = [slide.entry(name) for name, slide in zip(names, slides, strict=True)]
+    return sorted(entries, key=lambda entry: entry.id)
+
+
+def choose_slides(entries: Sequence[SlideEntry], only: Sequence[str], skip: Sequence[str]) -> list[SlideEntry]:
+    """The slides whose ids match a pattern of `only`, if there are any, and none of `skip`; see `patterns.matches`.
+
+    Raises:
+        ConfigError: a pattern that matches no slide, or nothing is left.
+    """
+    if not only and not skip:
+        return list(entries)
+    ids = [entry.id for entry in entries]
+    wanted, unwanted = (
+        set(chain.from_iterable(_matching_ids(ids, flag, pattern) for pattern in patterns))
+        for flag, patterns in (("only", only), ("skip", skip))
+    )
+    chosen = [entry for entry in entries if (not only or entry.id in wanted) and entry.id not in unwanted]
+    if not chosen:
+        raise ConfigError(f"no slide is left of {len(entries)}: --skip leaves out all that are chosen")
+    return chosen
+
+
+def _matching_ids(ids: Sequence[str], flag: str, pattern: str) -> list[str]:
+    parts = parts_of_pattern(pattern)
+    found = [name for name in ids if parts and matches(name.split("/"), parts)]
+    if not found:
+        raise ConfigError(
+            f"--{flag} {pattern!r} matches no slide; expected a pattern of ids such as {ids[0]!r}, where * "
+            "stays in one folder and ** goes through all"
+        )
+    return found
+
+
+def path_parts(path: str) -> tuple[str, ...]:
+    """The parts of a slide's path, from the disk's root or the URL's host on, as they can name folders."""
+    if is_url(path):
+        return parts_of(path)
+    return Path(path).relative_to(Path(path).anchor).parts
+
+
+def folders_of(slide_id: str) -> Iterator[str]:
+    """The folders that an id lies in, the innermost first.
+
+    >>> list(folders_of("x/y/a.svs"))
+    ['x/y', 'x']
+    """
+    while folder := slide_id.rpartition("/")[0]:
+        yield folder
+        slide_id = folder
+
+
+def _beginning(places: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folders that all places share, from the first on."""
+    first, last = min(places), max(places)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _local(path: Path) -> Iterator[tuple[object, _Found]]:
+    try:
+        for place, name, told in _named(path):
+            yield _slide_at(place, name, told) if is_url(place) else (_slide_of(place), _Found(place, name, told))
+    except PermissionError as error:
+        raise ConfigError(
+            f"{error.filename or path}: cannot be read: {error.strerror}; let it be read, or give other slides"
+        ) from error
+
+
+def _remote(url: str) -> Iterator[tuple[object, _Found]]:
+    """The slides that a URL stands for: one, or those below a folder."""
+    if not url.endswith("/") or url.rstrip("/").endswith(ZARR):
+        yield _slide_at(url, name_of(url), NOTHING)
+        return
+    from wsi_gradcam.slides.remote import is_zarr_at
+
+    if is_zarr_at(url):
+        yield _slide_at(url, name_of(url), NOTHING)
+        return
+    urls = _slides_below(url)
+    if not urls:
+        endings = " ".join(sorted(SUFFIXES))
+        raise ConfigError(f"{shown_url(url)}: no slides in this folder; expected names ending in {endings}")
+    root = len(parts_of(url))
+    yield from (_slide_at(each, "/".join(parts_of(each)[root:]), NOTHING) for each in urls)
+
+
+def _slide_at(url: str, name: str, told: Told) -> tuple[object, _Found]:
+    shown = shown_url(url)
+    return shown, _Found(shown, name, told, "" if shown == url else url)
+
+
+def _slides_below(url: str) -> list[str]:
+    """URLs of the slides in a remote folder, as `slides_in` finds them in a local one."""
+    from wsi_gradcam.slides.remote import is_zarr_at, listed
+
+    folders, files = listed(url)
+    found = [file for file in files if Path(name_of(file)).suffix.lower() in SUFFIXES]
+    for folder in folders:
+        name = name_of(folder)
+        if name.endswith(IMAGE_SUFFIX) and name != OURS and is_zarr_at(folder):
+            found.append(folder.rstrip("/"))
+        elif not name.endswith(ZARR):
+            found += _slides_below(folder)
+    return sorted(slide for slide in found if not name_of(slide).startswith("._"))
+
+
+def _named(path: Path) -> Iterator[tuple[str, str, Told]]:
+    """Path (of which the folders are resolved) or URL, name, and what is told of the slides that a path stands for."""
+    if not path.exists():
+        yield from _matching(path)
+    elif is_list(path):
+        yield from read_list(path)
+    elif path.is_dir() and not is_zarr(path):
+        none = True
+        for place, name in slides_in(path):
+            none = False
+            yield place, name, NOTHING
+        if none:
+            endings = " ".join(sorted(SUFFIXES))
+            raise ConfigError(f"{path}: no slides in this folder; expected files ending in {endings}")
+    else:
+        # The folder resolved and the name as given: a link is a slide of its own, `a/../a` is not.
+        itself = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+        yield str(itself), itself.name, NOTHING
+
+
+def _matching(path: Path) -> Iterator[tuple[str, str, Told]]:
+    """As `_named`, of a pattern; its lists are read."""
+    root, pattern = split_pattern(Path(os.path.expanduser(path)))  # noqa: PTH111 - of unknown users it says nothing
+    if not pattern or not root.is_dir():
+        where = path if not pattern else root
+        raise SlideNotFoundError(f"{where}: does not exist, expected a slide file or a folder; check the path")
+    ending = Path(pattern[-1]).suffix.lower()
+    endings = SUFFIXES if not ending or has_wildcard(ending) else SUFFIXES | {ending}
+    none = True
+    for place, name in slides_in(root, endings, pattern):
+        if not matches(name.split("/"), pattern):
+            continue
+        none = False
+        if place.lower().endswith(ENDINGS) and is_list(Path(place)):
+            yield from read_list(Path(place))
+        else:
+            yield place, name, NOTHING
+    if none:
+        raise ConfigError(f"{path}: no slide in {root} matches this pattern; expected such as 'archive/**/*.svs'")
+
+
+def _slide_of(file: str) -> str | Path:
+    """What is equal for the files of one slide: of DICOM, the folder and the series in it; else the file itself."""
+    return _series_of(Path(file)) if file.lower().endswith(".dcm") else file
+
+
+def _series_of(file: Path) -> Path:
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except OSError:  # it will fail as a slide of its own, with this cause
+        return file
+    start = head.find(SERIES_INSTANCE_UID) + len(SERIES_INSTANCE_UID)
+    if start < len(SERIES_INSTANCE_UID):
+        return file.parent
+    length = int.from_bytes(head[start : start + 2], "little")
+    return file.parent / head[start + 2 : start + 2 + length].hex()

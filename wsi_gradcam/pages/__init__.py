@@ -1,0 +1,1 @@
+"""Parts of HTML pages that need no script and no other file. Knows nothing of what they show."""

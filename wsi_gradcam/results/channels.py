@@ -1,0 +1,91 @@
+"""The channels of a heatmap by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.errors import UnknownNameError
+from wsi_gradcam.results.heatmap import COLOURS, Channel
+
+PROBABILITY = "probability"
+
+
+@dataclass(frozen=True)
+class ChannelInfo:
+    """A channel of a heatmap and how to show it.
+
+    Attributes:
+        number: its index in the image.
+        label: "METHOD: TARGET", or "probability: TARGET".
+        method: what made it: a method's name, or "probability".
+        target: the class, or another target, by name.
+        unit: "logit", "arbitrary", or "probability".
+        minimum, maximum: range of its values in this slide.
+        window: (low, high), the values between which colour runs, of this slide.
+        colour: 6 hex digits, for viewers that show channels in one colour each.
+    """
+
+    number: int
+    label: str
+    method: str
+    target: str
+    unit: str
+    minimum: float
+    maximum: float
+    window: tuple[float, float]
+    colour: str
+
+    @classmethod
+    def of(cls, number: int, channel: Channel) -> ChannelInfo:
+        """The description of the `number`-th channel of a heatmap."""
+        method, _, target = channel.label.partition(": ")
+        unit = PROBABILITY if method == PROBABILITY else METHOD_INFO[method].unit
+        return cls(
+            number,
+            channel.label,
+            method,
+            target,
+            unit,
+            channel.minimum,
+            channel.maximum,
+            (channel.start, channel.end),
+            COLOURS[number % len(COLOURS)],
+        )
+
+
+def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> ChannelInfo:
+    """The channel with the label `name`, else the first that explains the target `name`.
+
+    Raises:
+        UnknownNameError: there is none; the message has names that are near.
+    """
+    for found in channels:
+        if found.label == name:
+            return found
+    for found in channels:
+        if found.target == name:
+            return found
+    labels = [channel.label for channel in channels]
+    raise UnknownNameError(f"{where}: no channel {name!r}; {nearest(name, [*labels, *(c.target for c in channels)])}")
+
+
+def nearest(name: str, names: Sequence[str], most: int = 12) -> str:
+    """What may have been meant by a name that is not there.
+
+    >>> nearest("tumour", ["other", "tumor"])
+    'did you mean tumor?'
+    >>> nearest("x", ["b", "a", "b"])
+    'expected one of b, a'
+    """
+    known = list(dict.fromkeys(names))
+    by_lower = {text.lower(): text for text in reversed(known)}
+    near = [by_lower[text] for text in get_close_matches(name.lower(), by_lower, 3)]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    if not known:
+        return "there are none"
+    rest = f", and {len(known) - most} more" if len(known) > most else ""
+    return f"expected one of {', '.join(known[:most])}{rest}"

@@ -1,0 +1,238 @@
+"""One display window for all slides of a run, so that colours of different slides can be compared.
+
+`display.json` beside run.yaml holds, for each channel, a sketch of the values of all explained pixels of all slides
+and the window that follows from it. It is made when it is first asked for, and brought up to date when slides have
+come since: only new slides are read. Nothing else depends on it, and it may be deleted.
+
+A histogram of any float32 values that takes no parameters, so that those of all slides can be added.
+
+Display windows: between which values colour runs. Windows are views, values stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_gradcam.errors import StoreError, one_line
+from wsi_gradcam.geometry import tiles
+from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo
+from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
+from wsi_gradcam.results.slide import SlideResult
+from wsi_gradcam.run.jobs import FAILED
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.io.paths import Place
+
+
+BINS = 1 << 16
+SIGN = np.uint32(1 << 31)
+
+
+@dataclass
+class Sketch:
+    """Counts of values by the upper 16 bits of their float32, in the order of the values.
+
+    A bin is at most 1/128 of its value wide, whatever the scale; sums of sketches do not depend on the order. Values
+    that are not finite are left out.
+    """
+
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    minimum: float = float("inf")
+    maximum: float = float("-inf")
+
+    def add(self, values: NDArray[np.float32], weight: int = 1) -> None:
+        """Count values, each `weight` times."""
+        finite = values[np.isfinite(values)]
+        if not len(finite):
+            return
+        self.counts += np.bincount(bins_of(finite), minlength=BINS) * weight
+        self.minimum, self.maximum = min(self.minimum, float(finite.min())), max(self.maximum, float(finite.max()))
+
+    @property
+    def total(self) -> int:
+        """How many values were counted."""
+        return int(self.counts.sum())
+
+    def quantile(self, share: float) -> float:
+        """The value below which `share` of all lie, by linear interpolation in its bin; NaN of none.
+
+        It is off by less than a bin, 1/128 of the value.
+        """
+        if not self.total:
+            return float("nan")
+        sums = np.cumsum(self.counts)
+        wanted = max(1.0, share * self.total)  # 0 would be found in a bin that is empty
+        found = int(np.searchsorted(sums, wanted))
+        before = int(sums[found - 1]) if found else 0
+        low, high = edges_of(found)
+        value = low + (high - low) * (wanted - before) / int(self.counts[found])
+        return min(max(value, self.minimum), self.maximum)
+
+    def to_json(self) -> dict[str, Any]:
+        """The sketch as plain values."""
+        (filled,) = np.nonzero(self.counts)
+        return {
+            "minimum": self.minimum if len(filled) else None,
+            "maximum": self.maximum if len(filled) else None,
+            "bins": filled.tolist(),
+            "counts": self.counts[filled].tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Sketch:
+        """The sketch that `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, IndexError: it is damaged.
+        """
+        sketch = cls()
+        sketch.counts[values["bins"]] = values["counts"]
+        if values["bins"]:
+            sketch.minimum, sketch.maximum = float(values["minimum"]), float(values["maximum"])
+        return sketch
+
+
+def bins_of(values: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """The bin of each value: the bits of a float32, turned so that they grow with it, and cut."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return np.where(bits & SIGN, ~bits, bits | SIGN) >> np.uint32(16)
+
+
+def edges_of(number: int) -> tuple[float, float]:
+    """The lowest and the highest value of a bin.
+
+    >>> edges_of(int(bins_of(np.array([1.0], np.float32))[0]))
+    (1.0, 1.0078123807907104)
+    """
+    low, high = _value(number << 16), _value((number << 16) | 0xFFFF)
+    return low, high
+
+
+def _value(ordered: int) -> float:
+    bits = ordered & ~int(SIGN) if ordered & int(SIGN) else ~ordered & 0xFFFFFFFF
+    return float(np.array(bits, np.uint32).view(np.float32))
+
+
+QUANTILE = 0.995
+NARROWEST = 1.0  # logits
+
+
+def window_end(top: float, unit: str) -> float:
+    """Where the window of an explanation ends whose `QUANTILE` is `top`; it begins at 0.
+
+    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
+    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
+    methods whose values are not logits have no such floor.
+
+    >>> window_end(0.2, "logit"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
+    (1.0, 0.2, 1.0)
+    """
+    return max(top, NARROWEST) if unit == "logit" or top <= 0 else top
+
+
+VERSION = 1
+# Of each slide the finest level of at most this many pixels is read: a 100-gigapixel slide costs no more than a small
+# one, and a level's pixels count for as many as they stand for.
+STATISTICS_PX = 1 << 22
+
+Progress = Callable[[int, int], None]
+
+
+def run_windows(
+    slides: Iterable[SlideResult], place: Place, run_digest: str, progress: Progress | None = None
+) -> dict[str, tuple[float, float]]:
+    """The window (low, high) of each channel, by its label, over all finished slides; kept at `place`.
+
+    Probabilities run from 0 to 1; explanations as on a single slide from 0 to the 99.5 % quantile, see `window_end`,
+    each explained pixel of the run counting once. Slides that cannot be read are left out and named in the file.
+    Where the file cannot be written, the windows are made anew each time.
+
+    Args:
+        progress: told how many slides are read, and of how many.
+    """
+    finished = {slide.id: slide for slide in slides if slide.row and slide.row["status"] != FAILED}
+    keys = {name: _key(slide) for name, slide in finished.items()}
+    stored = _stored(place, run_digest)
+    known: dict[str, str] = stored["slides"] if stored else {}
+    if any(keys.get(name) != key for name, key in known.items()):  # one was made anew, or is gone
+        stored, known = None, {}
+    sketches = {label: (c["unit"], Sketch.from_json(c)) for label, c in stored["channels"].items()} if stored else {}
+    new = [name for name in keys if name not in known]
+    left_out = {}
+    for count, name in enumerate(new):
+        try:
+            _add(sketches, finished[name])
+        except Exception as error:  # one bad slide never hides the others
+            left_out[name] = one_line(error)
+            del keys[name]
+        if progress is not None:
+            progress(count + 1, len(new))
+    windows = {label: _window(unit, sketch) for label, (unit, sketch) in sketches.items()}
+    if new:
+        channels = {
+            label: {"unit": unit, "window": list(windows[label]), **sketch.to_json()}
+            for label, (unit, sketch) in sketches.items()
+        }
+        values = {"version": VERSION, "run_digest": run_digest, "quantile": QUANTILE, "channels": channels}
+        _store(place, {**values, "slides": keys, "left_out": left_out})
+    return windows
+
+
+def _window(unit: str, sketch: Sketch) -> tuple[float, float]:
+    if unit == PROBABILITY or not sketch.total:
+        return 0.0, 1.0
+    return 0.0, window_end(sketch.quantile(QUANTILE), unit)
+
+
+def _add(sketches: dict[str, tuple[str, Sketch]], slide: SlideResult) -> None:
+    """Count a slide's explained pixels: into all sketches, or, where it cannot be read, into none."""
+    if not slide.is_finished:
+        raise StoreError(f"{slide.id}: is not finished")
+    level = next((i for i, (h, w) in enumerate(slide.levels) if h * w <= STATISTICS_PX), len(slide.levels) - 1)
+    found = [(channel, _sketch(slide, channel, level)) for channel in slide.channels]
+    for channel, sketch in found:
+        _, whole = sketches.setdefault(channel.label, (channel.unit, Sketch()))
+        whole.counts += sketch.counts
+        whole.minimum, whole.maximum = min(whole.minimum, sketch.minimum), max(whole.maximum, sketch.maximum)
+
+
+def _sketch(slide: SlideResult, channel: ChannelInfo, level: int) -> Sketch:
+    sketch = Sketch()
+    if channel.unit == PROBABILITY:
+        return sketch
+    for block in tiles(*slide.levels[level], SHARD):
+        explained = (slide.read_coverage(level, block) & EXPLAINED) > 0
+        sketch.add(slide.read(channel, level, block)[explained], 4**level)
+    return sketch
+
+
+def _key(slide: SlideResult) -> str:
+    """Changes when the slide is explained anew: its row holds digests and seconds."""
+    return hashlib.sha256(json.dumps(slide.row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _stored(place: Place, run_digest: str) -> dict[str, Any] | None:
+    """What was kept, if it is this run's and of this version."""
+    try:
+        values = json.loads(place.read())
+        for channel in values["channels"].values():
+            Sketch.from_json(channel)
+        same = (values["version"], values["run_digest"], values["quantile"]) == (VERSION, run_digest, QUANTILE)
+        return values if same and isinstance(values["slides"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None  # made anew
+
+
+def _store(place: Place, values: dict[str, Any]) -> None:
+    try:
+        place.write(json.dumps(values, sort_keys=True).encode())
+    except StoreError:  # OUT may be read only
+        return

@@ -1,0 +1,228 @@
+"""`heatmap.ome.zarr`: the only writer of OME-Zarr (OME-NGFF 0.5, Zarr 3, sharded).
+
+The image covers the whole slide from (0, 0), so that level 0 needs only a scale; each level is ceil(n / 2) of the
+one before with twice its scale; the coverage label has the same levels. Viewers differ in what else they read, and
+this much they agree on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
+from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.zarr_groups import OpenGroup, lay_out
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from zarr.abc.store import Store
+
+CHUNK, SHARD = 512, 2048
+LABEL = "coverage"
+TISSUE, EXPLAINED, UNREADABLE = 1, 2, 4  # bits of the coverage label
+
+# Distinct on pink tissue and for colour-blind eyes (Okabe and Ito).
+COLOURS = ("D55E00", "0072B2", "009E73", "CC79A7", "E69F00", "56B4E9", "F0E442")
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A channel and how to show it: label, value range, and the window between which colour runs."""
+
+    label: str
+    minimum: float = 0.0
+    maximum: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    active: bool = True
+
+
+class HeatmapStore:
+    """Reads and writes a heatmap, level by level and block by block.
+
+    A block is a region that is exactly one shard: no two tasks ever write the same file.
+    """
+
+    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
+        self._place = place_of(place)
+        self._group = OpenGroup(self._place, read_only=read_only)
+
+    @classmethod
+    def create(
+        cls,
+        place: AnyPlace,
+        name: str,
+        shape: tuple[int, int],
+        scale_um: tuple[float, float],
+        channels: Sequence[Channel],
+        attributes: dict[str, Any],
+    ) -> HeatmapStore:
+        """A template of zeros for a heatmap of `shape` [h, w], `scale_um` (y, x) micrometres per pixel."""
+        shapes = pyramid_shapes(*shape)
+
+        def build(store: Store) -> None:
+            group = zarr.create_group(store)
+            labels = group.create_group("labels")
+            label = labels.create_group(LABEL)
+            for level, (height, width) in enumerate(shapes):
+                group.create_array(
+                    str(level),
+                    shape=(len(channels), height, width),
+                    chunks=(1, CHUNK, CHUNK),
+                    shards=(1, SHARD, SHARD),
+                    dtype="float32",
+                    fill_value=0,
+                    dimension_names=("c", "y", "x"),
+                )
+                label.create_array(
+                    str(level),
+                    shape=(height, width),
+                    chunks=(CHUNK, CHUNK),
+                    shards=(SHARD, SHARD),
+                    dtype="uint8",
+                    fill_value=0,
+                    dimension_names=("y", "x"),
+                )
+            labels.attrs["ome"] = {"version": "0.5", "labels": [LABEL]}
+            label.attrs["ome"] = _label_metadata(shapes, scale_um)
+            group.attrs.put({"ome": _image_metadata(name, shapes, scale_um, channels), "wsi_gradcam": attributes})
+
+        lay_out(place_of(place), build)
+        return cls(place)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """[h, w] of each level."""
+        height, width = self.array(0).shape[1:]
+        return pyramid_shapes(height, width)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """All metadata of the image."""
+        return dict(self._group.group.attrs.asdict())
+
+    @property
+    def label_attributes(self) -> dict[str, Any]:
+        """All metadata of the coverage label."""
+        return dict(self._group.group[f"labels/{LABEL}"].attrs.asdict())
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels and how they are shown, as the metadata say."""
+        return [
+            Channel(shown["label"], window["min"], window["max"], window["start"], window["end"], shown["active"])
+            for shown in self.attributes["ome"]["omero"]["channels"]
+            for window in [shown["window"]]
+        ]
+
+    def blocks(self, level: int) -> list[Region]:
+        """The blocks of a level."""
+        return tiles(*self.shapes[level], SHARD)
+
+    def write(self, level: int, channel: int, block: Region, values: NDArray[np.float32]) -> None:
+        """Write one channel of one block, float32 [height, width] of the block."""
+        with self._place.storing():
+            self.array(level)[(channel, *block.slices)] = values
+
+    def write_flags(self, level: int, block: Region, flags: NDArray[np.uint8]) -> None:
+        """Write the coverage label of one block: bits TISSUE, EXPLAINED, UNREADABLE."""
+        with self._place.storing():
+            self.labels(level)[block.slices] = flags
+
+    def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
+        """One channel of a region of a level, float32 [height, width]."""
+        return np.asarray(self.array(level)[(channel, *region.slices)], np.float32)
+
+    def read_flags(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """The coverage label of a region of a level."""
+        return np.asarray(self.labels(level)[region.slices], np.uint8)
+
+    def set_channels(self, channels: Sequence[Channel]) -> None:
+        """Replace how channels are shown; values are never touched."""
+        with self._place.storing():
+            ome = dict(self.attributes["ome"])
+            ome["omero"] = _omero(channels)
+            self._group.group.attrs["ome"] = ome
+
+    def array(self, level: int) -> zarr.Array[Any]:
+        """All channels of a level, float32 [channels, h, w], not read yet."""
+        return self._group.array(str(level))
+
+    def labels(self, level: int) -> zarr.Array[Any]:
+        """The coverage label of a level, uint8 [h, w], not read yet."""
+        return self._group.array(f"labels/{LABEL}/{level}")
+
+
+def _image_metadata(
+    name: str, shapes: Sequence[tuple[int, int]], scale_um: tuple[float, float], channels: Sequence[Channel]
+) -> dict[str, Any]:
+    axes: list[dict[str, str]] = [{"name": "c", "type": "channel"}, *_space_axes()]
+    multiscale = {
+        "name": name,
+        "axes": axes,
+        "datasets": _datasets(len(shapes), [1.0], scale_um),
+        "type": "mean",
+    }
+    return {"version": "0.5", "multiscales": [multiscale], "omero": _omero(channels)}
+
+
+def _label_metadata(shapes: Sequence[tuple[int, int]], scale_um: tuple[float, float]) -> dict[str, Any]:
+    meanings = {
+        TISSUE: ("tissue, not explained", (200, 200, 200, 255)),
+        EXPLAINED: ("explained, not tissue", (120, 180, 220, 255)),
+        TISSUE | EXPLAINED: ("explained tissue", (0, 158, 115, 255)),
+        UNREADABLE: ("unreadable", (213, 94, 0, 255)),
+        TISSUE | UNREADABLE: ("unreadable tissue", (213, 94, 0, 255)),
+        EXPLAINED | UNREADABLE: ("partly unreadable", (230, 159, 0, 255)),
+        TISSUE | EXPLAINED | UNREADABLE: ("partly unreadable tissue", (230, 159, 0, 255)),
+    }
+    return {
+        "version": "0.5",
+        "multiscales": [{"name": LABEL, "axes": _space_axes(), "datasets": _datasets(len(shapes), [], scale_um)}],
+        "image-label": {
+            "colors": [{"label-value": v, "rgba": list(rgba)} for v, (_, rgba) in meanings.items()],
+            "properties": [{"label-value": v, "meaning": text} for v, (text, _) in meanings.items()],
+            "source": {"image": "../../"},
+        },
+    }
+
+
+def _space_axes() -> list[dict[str, str]]:
+    return [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+
+
+def _datasets(levels: int, leading: list[float], scale_um: tuple[float, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": str(level),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [*leading, scale_um[0] * 2**level, scale_um[1] * 2**level]}
+            ],
+        }
+        for level in range(levels)
+    ]
+
+
+def _omero(channels: Sequence[Channel]) -> dict[str, Any]:
+    return {
+        "channels": [
+            {
+                "label": channel.label,
+                "color": COLOURS[i % len(COLOURS)],
+                "active": channel.active,
+                "window": {
+                    "min": channel.minimum,
+                    "max": channel.maximum,
+                    "start": channel.start,
+                    "end": channel.end,
+                },
+            }
+            for i, channel in enumerate(channels)
+        ],
+        "rdefs": {"model": "color"},
+    }

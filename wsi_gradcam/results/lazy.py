@@ -1,0 +1,136 @@
+"""Heatmaps as lazy labelled arrays: dask inside, xarray around it.
+
+HTML that notebooks show of results.
+"""
+
+from __future__ import annotations
+
+import math
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.results.heatmap import EXPLAINED, SHARD, HeatmapStore
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.run.plan import SlidePlan
+    from wsi_gradcam.slides import Slide
+
+
+SLIDE_CHUNK = 1024
+
+
+def lazy_channel(
+    store: HeatmapStore, plan: SlidePlan, level: int, channel: ChannelInfo, *, masked: bool
+) -> xr.DataArray:
+    """A channel of a level, float32 [y, x]; with `masked`, NaN where nothing was explained."""
+    values = da.from_array(store.array(level), chunks=(1, SHARD, SHARD), name=False)[channel.number]
+    if masked:
+        values = da.where(_flags(store, level) & EXPLAINED, values, np.float32(np.nan))
+    about = {"units": channel.unit, "long_name": channel.label, "window": list(channel.window)}
+    return _labelled(values, plan, level, channel.label, about)
+
+
+def lazy_coverage(store: HeatmapStore, plan: SlidePlan, level: int) -> xr.DataArray:
+    """The coverage label of a level, uint8 [y, x]: bits 1 tissue, 2 explained, 4 unreadable."""
+    return _labelled(_flags(store, level), plan, level, "coverage", {"long_name": "coverage"})
+
+
+def _flags(store: HeatmapStore, level: int) -> Any:
+    return da.from_array(store.labels(level), chunks=(SHARD, SHARD), name=False)
+
+
+def lazy_levels(store: HeatmapStore, count: int, channel: int) -> list[Any]:
+    """A channel's first `count` levels as dask arrays, float32 [h, w]."""
+    arrays = (da.from_array(store.array(level), chunks=(1, SHARD, SHARD), name=False) for level in range(count))
+    return [array[channel] for array in arrays]
+
+
+def lazy_flags(store: HeatmapStore, count: int) -> list[Any]:
+    """The coverage label's first `count` levels as dask arrays, uint8 [h, w]."""
+    return [_flags(store, level) for level in range(count)]
+
+
+def lazy_slide(slide: Slide) -> list[Any]:
+    """An open slide's levels as dask arrays, RGB uint8 [h, w, 3]; it must stay open as long as they are read."""
+    levels = range(len(slide.info.levels))
+    return [
+        da.from_array(_LevelPixels(slide, level), chunks=(SLIDE_CHUNK, SLIDE_CHUNK, 3), name=False) for level in levels
+    ]
+
+
+class _LevelPixels:
+    """A level of a slide as dask takes an array: with a shape, and read by slices of whole steps."""
+
+    ndim, dtype = 3, np.dtype(np.uint8)
+
+    def __init__(self, slide: Slide, level: int) -> None:
+        size = slide.info.levels[level]
+        self.shape = (size.height, size.width, 3)
+        self._slide, self._level = slide, level
+
+    def __getitem__(self, key: tuple[slice, slice, slice]) -> NDArray[np.uint8]:
+        (top, bottom, _), (left, right, _) = (
+            part.indices(size) for part, size in zip(key[:2], self.shape, strict=False)
+        )
+        return self._slide.read_level(self._level, Region(top, left, bottom - top, right - left))[:, :, key[2]]
+
+
+def padded(levels: Sequence[Any], factors: Sequence[int]) -> list[Any]:
+    """Levels made larger at their lower and right edges, by zeros, so that shapes are in the ratio of the factors."""
+    whole = math.lcm(*factors)
+    sizes = [
+        max(ceil_div(level.shape[axis] * f, whole) for level, f in zip(levels, factors, strict=True)) for axis in (0, 1)
+    ]
+    out = []
+    for level, factor in zip(levels, factors, strict=True):
+        missing = [(0, size * whole // factor - have) for size, have in zip(sizes, level.shape[:2], strict=True)]
+        out.append(da.pad(level, [*missing, *[(0, 0)] * (level.ndim - 2)]))
+    return out
+
+
+def _labelled(values: Any, plan: SlidePlan, level: int, name: str, about: dict[str, Any]) -> xr.DataArray:
+    """The array with its pixels' centres: `y`, `x` in level-0 px of the slide, `y_um`, `x_um` in micrometres."""
+    step_px = plan.stride * 2**level
+    y, x = ((np.arange(size) + 0.5) * step_px for size in values.shape)
+    coordinates = {
+        "y": ("y", y, {"units": "px", "long_name": "level-0 px of the slide"}),
+        "x": ("x", x, {"units": "px", "long_name": "level-0 px of the slide"}),
+        "y_um": ("y", y * plan.slide_mpp[0], {"units": "µm"}),
+        "x_um": ("x", x * plan.slide_mpp[1], {"units": "µm"}),
+    }
+    about |= {"level": level, "step_px": step_px, "slide_mpp": list(plan.slide_mpp)}
+    return xr.DataArray(values, coordinates, ("y", "x"), name, about)
+
+
+def facts_html(facts: Sequence[tuple[str, str]], picture: bytes | None) -> str:
+    """Facts by name, above a PNG."""
+    rows = "".join(f"<tr><th>{shown(name)}</th><td>{shown(value)}</td></tr>" for name, value in facts)
+    if picture is None:
+        return f"<table>{rows}</table>"
+    data = b64encode(picture).decode()
+    image = f'<img alt="slide and heatmaps" style="max-width:100%" src="data:image/png;base64,{data}">'
+    return f"<table>{rows}</table>{image}"
+
+
+def rows_html(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left_out: int) -> str:
+    """A table with a line above, and one below that says how many rows are left out."""
+    lines = ["".join(f"<th>{shown(name)}</th>" for name in head)]
+    lines += ["".join(f"<td>{shown(value)}</td>" for value in row) for row in rows]
+    table = "".join(f"<tr>{line}</tr>" for line in lines)
+    more = f"<p>and {left_out:,} more</p>" if left_out else ""
+    return f"<p>{shown(title)}</p><table>{table}</table>{more}"
+
+
+def shown(text: str) -> str:
+    """Text for HTML; file names that are not UTF-8 have surrogates in them."""
+    return escape(text.encode("utf-8", "replace").decode())

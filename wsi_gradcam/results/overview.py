@@ -1,0 +1,207 @@
+"""`overview.png`: the slide beside its heatmaps, with what is needed to read them.
+
+The tissue mask as a picture that any program opens.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+
+from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.models.spec import RANDOM
+from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.slides import thumbnail
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.run.plan import Map, RunPlan, SlidePlan
+    from wsi_gradcam.slides import Slide
+
+
+MAX_PX = 600  # of the thumbnail: a panel has some 450
+MAX_MAPS = 3
+UNREADABLE_GRAY = 128
+COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
+OPACITY = 0.7
+UNITS = {"logit": "logits", "arbitrary": "arbitrary unit"}
+TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are seen
+
+
+def draw_overview(
+    place: AnyPlace,
+    run: RunPlan,
+    plan: SlidePlan,
+    slide: Slide,
+    heatmap: HeatmapStore,
+    channels: Sequence[Channel],
+) -> None:
+    """Draw thumbnail and overlays (the first explanations and their probabilities) with their colour bars."""
+    rgb = _thumbnail(slide)
+    um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
+    maps = run.maps[:MAX_MAPS]
+    panels: list[tuple[int | None, str]] = [(number, UNITS[shown.info.unit]) for number, shown in enumerate(maps)]
+    panels += [(_probability(run, shown), "probability") for shown in maps]
+    figure, axes = _panels(len(maps), rgb.shape[0] / rgb.shape[1])
+    _show_slide(axes[0], rgb, um_per_px, plan)
+    covered, images = _scaled(heatmap, plan, [number or 0 for number, _ in panels], (rgb.shape[0], rgb.shape[1]))
+    for axis, (number, unit), image in zip(axes[1:], panels, images, strict=True):
+        if number is None:  # a contrast has no probability
+            axis.set_axis_off()
+        else:
+            _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
+    title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{_about(run, plan)}"
+    figure.suptitle(_shown(title), fontsize=9, parse_math=False)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})  # thrice as fast, a little larger
+    place_of(place).write(buffer.getvalue())
+
+
+def _probability(run: RunPlan, shown: Map) -> int | None:
+    """The channel with the probability of a map's target."""
+    return len(run.maps) + run.probabilities.index(shown.target) if shown.target in run.probabilities else None
+
+
+def _about(run: RunPlan, plan: SlidePlan) -> str:
+    """What one must know to read the picture."""
+    stride = run.settings.stride(run.patch_px)
+    methods = ", ".join(METHOD_INFO[method].title for method in run.settings.method)
+    parts = [
+        run.facts.name + (" (UNTRAINED, random weights)" if run.spec.weights == RANDOM else ""),
+        f"{methods} at layer {run.facts.layer}",
+        f"{plan.patches:,} patches of {run.patch_px[0]} px at {run.mpp:g} µm/px",
+        "no overlap: patch borders show" if stride == run.patch_px else f"a patch each {stride[0]} px",
+    ]
+    if len(run.maps) > MAX_MAPS:
+        parts.append(f"the first {MAX_MAPS} of {len(run.maps)} maps")
+    return ", ".join(parts)
+
+
+def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
+    """The slide's thumbnail, gray where it cannot be decoded."""
+    thumb = thumbnail(slide, 0.0, MAX_PX)
+    thumb.rgb[thumb.unreadable] = UNREADABLE_GRAY
+    return thumb.rgb
+
+
+def _panels(maps: int, aspect: float) -> tuple[Figure, list[Axes]]:
+    """Axes for the slide, `maps` explanations, and below each its probability; one map alone makes one row."""
+    columns, rows = (3, 1) if maps == 1 else (1 + maps, 2)
+    places = [1, 2, 3] if maps == 1 else [*range(1, 2 + maps), *range(3 + maps, 3 + 2 * maps)]
+    width = 4.2
+    figure = Figure(
+        figsize=(width * columns, (width * 0.82 * aspect + 0.45) * rows + 0.6), dpi=120, layout="constrained"
+    )
+    return figure, [figure.add_subplot(rows, columns, place) for place in places]
+
+
+def _show_slide(axis: Axes, rgb: NDArray[np.uint8], um_per_px: float, plan: SlidePlan) -> None:
+    axis.imshow(rgb)
+    axis.set_title("slide" if plan.patches else "slide: no tissue found", fontsize=9)
+    length_um = round_length(rgb.shape[1] * um_per_px / 4)
+    length_px, margin = length_um / um_per_px, rgb.shape[1] * 0.03
+    y = rgb.shape[0] - rgb.shape[0] * 0.03
+    axis.plot([margin, margin + length_px], [y, y], color="black", linewidth=3, solid_capstyle="butt")
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
+    axis.text(margin, y - rgb.shape[0] * 0.02, text, fontsize=8, va="bottom", bbox=box)
+    axis.set_axis_off()
+
+
+def _show_overlay(
+    figure: Figure,
+    axis: Axes,
+    rgb: NDArray[np.uint8],
+    image: NDArray[np.float32],
+    covered: NDArray[np.bool_],
+    channel: Channel,
+    unit: str,
+) -> None:
+    norm = Normalize(channel.start, channel.end, clip=True)
+    # All in gray, so that no stain is taken for a value; what was not explained is paler. Bytes throughout: five
+    # panels of float64 colours would be 150 MB.
+    gray = rgb.mean(axis=2, dtype=np.float32)
+    shown = np.repeat((128 + gray / 2).astype(np.uint8)[..., None], 3, axis=2)
+    shown[covered] = _blended(np.asarray(norm(image[covered]), np.float32), gray[covered])
+    axis.imshow(shown)
+    axis.set_title(_shown(channel.label), fontsize=9, parse_math=False)
+    axis.set_axis_off()
+    steps = np.linspace(0, 1, 256, dtype=np.float32)
+    seen = ListedColormap(_blended(steps, np.full(256, TISSUE_GRAY, np.float32)) / 255)
+    bar = figure.colorbar(ScalarMappable(norm, seen), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))
+    bar.set_label(unit, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _shown(name: str) -> str:
+    """A name that can be drawn: file names that are not UTF-8 have surrogates in them."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _blended(value: NDArray[np.float32], gray: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Colours [n, 3] of values 0 to 1 over gray tissue.
+
+    Tissue without evidence stays readable in gray; colour gathers strength over the first quarter of the scale.
+    """
+    colour = COLOURS(value, bytes=True)[:, :3].astype(np.float32)
+    opacity = OPACITY * np.minimum(1, value * 4)[:, None]
+    return (gray[:, None] * (1 - opacity) + colour * opacity + 0.5).astype(np.uint8)
+
+
+def _extend(channel: Channel) -> str:
+    below, above = channel.minimum < channel.start, channel.maximum > channel.end
+    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+
+
+def _scaled(
+    heatmap: HeatmapStore, plan: SlidePlan, channels: Sequence[int], shape: tuple[int, int]
+) -> tuple[NDArray[np.bool_], list[NDArray[np.float32]]]:
+    """Coverage and channels at the thumbnail's size, from the coarsest level that is at least as fine."""
+    level = max((i for i, (h, _) in enumerate(heatmap.shapes) if h >= shape[0]), default=0)
+    h, w = heatmap.shapes[level]
+    # The heatmap's last row and column reach beyond the slide, the thumbnail's do not.
+    step = plan.stride * 2**level
+    rows = np.minimum(((np.arange(shape[0]) + 0.5) * plan.slide_px[0] / shape[0] / step).astype(int), h - 1)
+    columns = np.minimum(((np.arange(shape[1]) + 0.5) * plan.slide_px[1] / shape[1] / step).astype(int), w - 1)
+    whole = Region(0, 0, h, w)
+    covered = ((heatmap.read_flags(level, whole) & EXPLAINED) > 0)[rows[:, None], columns]
+    return covered, [heatmap.read(level, channel, whole)[rows[:, None], columns] for channel in channels]
+
+
+def round_length(length_um: float) -> float:
+    """The largest 1, 2 or 5 times a power of ten that is not longer.
+
+    >>> round_length(730.0)
+    500.0
+    """
+    power = 10.0 ** np.floor(np.log10(length_um))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= length_um * (1 + 1e-9)))
+
+
+def write_mask(place: AnyPlace, mask: NDArray[np.bool_]) -> None:
+    """Write a bool mask [h, w] as a black and white PNG: white is True."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).convert("1").save(buffer, format="PNG")
+    place_of(place).write(buffer.getvalue())
+
+
+def read_mask(place: AnyPlace) -> NDArray[np.bool_]:
+    """The bool mask [h, w] that `write_mask` wrote."""
+    with Image.open(io.BytesIO(place_of(place).read())) as image:
+        return np.asarray(image.convert("L")) > 127

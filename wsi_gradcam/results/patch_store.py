@@ -1,0 +1,173 @@
+"""`cams.zarr`: logits and CAMs of patches at layer resolution. A span owns whole chunks of every array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import zarr
+
+from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.zarr_groups import OpenGroup, lay_out
+from wsi_gradcam.results.manifest import digest_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from zarr.abc.store import Store
+
+    from wsi_gradcam.tissue.grid import Patches
+
+T = TypeVar("T", bound=np.generic)
+
+PENDING, OK, UNREADABLE = 0, 1, 2
+KNOWN_ROWS = 1 << 16
+SPANS_AT_ONCE = 16
+SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is explained
+
+
+@dataclass(frozen=True)
+class SpanData:
+    """What a span found out of its n patches.
+
+    Attributes:
+        logits: float32 [n, classes].
+        cams: float32 [n, targets, h, w], raw and signed.
+        status: uint8 [n], OK or UNREADABLE; an unreadable patch has zeros.
+        blur: float32 [n], see `wsi_gradcam.tissue.quality.blur_of`; NaN for an unreadable patch.
+    """
+
+    logits: NDArray[np.float32]
+    cams: NDArray[np.float32]
+    status: NDArray[np.uint8]
+    blur: NDArray[np.float32]
+
+    def digest(self) -> str:
+        """sha256 of the values."""
+        return digest_of((self.logits, self.cams, self.status, self.blur))
+
+
+class PatchStore:
+    """Reads and writes a patch store.
+
+    Arrays: `xy` int32 [N, 2] (x, y of the top left in level-0 px), `tissue`, `pen`, `glass`, `blur` float32 [N],
+    `logits` float32 [N, classes], `cam` float32 [N, targets, h, w], `status` uint8 [N] (0 not done, 1 ok, 2
+    unreadable).
+    """
+
+    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
+        self._place = place_of(place)
+        self._group = OpenGroup(self._place, read_only=read_only)
+
+    @classmethod
+    def create(
+        cls,
+        place: AnyPlace,
+        patches: Patches,
+        span: int,
+        classes: int,
+        targets: int,
+        cam_shape: tuple[int, int],
+        attributes: dict[str, Any],
+    ) -> PatchStore:
+        """A store for `patches`, with everything but the results written; what stood at `place` is replaced."""
+        count = len(patches.yx)
+        known = max(span, KNOWN_ROWS // span * span)  # in a chunk of what no span writes
+
+        def build(store: Store) -> None:
+            group = zarr.create_group(store, attributes=attributes)
+            xy = group.create_array(
+                "xy", shape=(count, 2), chunks=(known, 2), dtype="int32", dimension_names=("patch", "xy")
+            )
+            shares = {n: group.create_array(n, shape=(count,), chunks=(known,), dtype="float32") for n in SHARES}
+            if count:
+                xy[:] = patches.yx[:, ::-1].astype(np.int32)
+                for name, array in shares.items():
+                    array[:] = getattr(patches, name)
+            group.create_array("status", shape=(count,), chunks=(span,), dtype="uint8")
+            group.create_array("blur", shape=(count,), chunks=(span,), dtype="float32", fill_value=np.nan)
+            group.create_array(
+                "logits",
+                shape=(count, classes),
+                chunks=(span, classes),
+                dtype="float32",
+                dimension_names=("patch", "class"),
+            )
+            # One file a span, one chunk in it a target: stitching reads one target at a time.
+            group.create_array(
+                "cam",
+                shape=(count, targets, *cam_shape),
+                chunks=(span, 1, *cam_shape),
+                shards=(span, targets, *cam_shape),
+                dtype="float32",
+                dimension_names=("patch", "target", "y", "x"),
+            )
+
+        lay_out(place_of(place), build)
+        return cls(place)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the arrays mean: maps, classes, factors."""
+        return dict(self._group.group.attrs.asdict())
+
+    def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Level-0 px of the patches' top left corners, int64 [n, 2]."""
+        return self._read("xy", slice(start, stop), np.int64)[:, ::-1]
+
+    def write_span(self, start: int, data: SpanData) -> None:
+        """Write a whole span that begins with patch `start`.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        part = slice(start, start + len(data.status))
+        with self._place.storing():
+            self._group.array("logits")[part] = data.logits
+            self._group.array("cam")[part] = data.cams
+            self._group.array("status")[part] = data.status
+            self._group.array("blur")[part] = data.blur
+
+    def read_span(self, start: int, stop: int) -> SpanData:
+        """Everything of the patches from `start` to `stop`."""
+        part = slice(start, stop)
+        return SpanData(
+            self._read("logits", part, np.float32),
+            self._read("cam", part, np.float32),
+            self._read("status", part, np.uint8),
+            self._read("blur", part, np.float32),
+        )
+
+    def digests(self, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+        """`SpanData.digest` of consecutive (first, end); several are read at a time, as their chunks can be."""
+        for i in range(0, len(spans), SPANS_AT_ONCE):
+            some = spans[i : i + SPANS_AT_ONCE]
+            first = some[0][0]
+            data = self.read_span(first, some[-1][1])
+            for start, stop in some:
+                part = slice(start - first, stop - first)
+                yield SpanData(data.logits[part], data.cams[part], data.status[part], data.blur[part]).digest()
+
+    def logits(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Logits float32 [n, classes]."""
+        return self._read("logits", slice(start, stop), np.float32)
+
+    def cams(self, start: int, stop: int, target: int) -> NDArray[np.float32]:
+        """CAMs of one target, float32 [n, h, w]."""
+        return self._read("cam", (slice(start, stop), target), np.float32)
+
+    def status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Status of patches, uint8 [n]."""
+        return self._read("status", slice(start, stop), np.uint8)
+
+    def share(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Share of each patch that is `tissue`, `pen` or `glass`, float32 [n]."""
+        return self._read(name, slice(start, stop), np.float32)
+
+    def blur(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """How blurred patches are, float32 [n]; NaN where that is not known."""
+        return self._read("blur", slice(start, stop), np.float32)
+
+    def _read(self, name: str, selection: Any, dtype: type[T]) -> NDArray[T]:
+        return np.asarray(self._group.array(name)[selection], dtype)

@@ -1,0 +1,181 @@
+"""`open_result`: a finished, or partly finished, run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.errors import ResultError, UnknownNameError
+from wsi_gradcam.io.paths import AnyPlace, Place, place_of
+from wsi_gradcam.results.channels import nearest
+from wsi_gradcam.results.display import Progress, run_windows
+from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.lazy import rows_html
+from wsi_gradcam.results.manifest import PLAN
+from wsi_gradcam.results.run_files import read_run, read_slides
+from wsi_gradcam.results.slide import SlideResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+LISTED = 20  # slides in a notebook
+PARTS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest", "audit"})  # of a slide's folder, where no slide is
+
+
+class Result:
+    """A run's results: iterates over its slides, `result["a.svs"]` is one of them.
+
+    Attributes:
+        out: the folder, as text.
+        folder: names of its files.
+        run: what run.yaml holds: settings, model, targets, versions.
+    """
+
+    def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
+        self.out, self.folder, self.run = str(folder.place), folder, run
+        rows = read_slides(folder.slides)
+        for name in rows:
+            if not _is_name(name):
+                raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
+        names = list(rows) or list(begun(folder))
+        self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), run) for name in names}
+
+    def __repr__(self) -> str:
+        return f"<Result {self.out}: {len(self)} slides of {self.run['model']['name']}>"
+
+    def __len__(self) -> int:
+        return len(self._slides)
+
+    def __iter__(self) -> Iterator[SlideResult]:
+        return iter(self._slides.values())
+
+    def __contains__(self, slide_id: object) -> bool:
+        return slide_id in self._slides
+
+    def __getitem__(self, slide_id: str) -> SlideResult:
+        """A slide's results; also of one that is in work and not in slides.csv yet.
+
+        Raises:
+            UnknownNameError: the run has no such slide.
+        """
+        if (found := self._slides.get(slide_id)) is not None:
+            return found
+        if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
+            folder = self.folder.slide(slide_id)
+            return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.run))
+        raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {nearest(slide_id, self.ids)}")
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the slides: those in slides.csv; where that is not there yet, those that were begun."""
+        return list(self._slides)
+
+    @property
+    def classes(self) -> list[str]:
+        """The model's classes."""
+        return list(self.run["model"]["classes"])
+
+    def heatmap(self, channel: str, slide: str | None = None, level: int = 0, *, masked: bool = False) -> xr.DataArray:
+        """A channel of a slide as a lazy array, see `SlideResult.heatmap`; of a run of one slide `slide` is it."""
+        return self._one(slide).heatmap(channel, level, masked=masked)
+
+    @property
+    def patches(self) -> pd.DataFrame:
+        """A row a patch of all finished slides, with the slide's name in the first column `slide`.
+
+        All of it is in memory: a million patches of ten classes take some 200 MB.
+        """
+        import pandas as pd
+
+        frames = {slide.id: slide.patches for slide in self if slide.is_finished}
+        if not frames:
+            raise ResultError(f"{self.out}: no slide is finished; run explain again")
+        whole = pd.concat(frames, names=["slide", "patch"]).reset_index()
+        return whole.astype({"slide": "category"})
+
+    def windows(self, progress: Progress | None = None) -> dict[str, tuple[float, float]]:
+        """The display window (low, high) of each channel over all slides, by the channel's label.
+
+        Kept in display.json; the first call, and one after slides have come, reads the new slides.
+        """
+        return run_windows(self, self.folder.display, self.run["run_digest"], progress)
+
+    def _one(self, slide_id: str | None) -> SlideResult:
+        if slide_id is not None:
+            return self[slide_id]
+        if len(self) != 1:
+            raise UnknownNameError(f"{self.out}: has {len(self)} slides; say which, {nearest('', self.ids)}")
+        return next(iter(self))
+
+    def _repr_png_(self) -> bytes | None:
+        """The overview, of a run of one slide."""
+        return self._one(None)._repr_png_() if len(self) == 1 else None
+
+    def _repr_html_(self) -> str:
+        """A description for notebooks."""
+        model, slides = self.run["model"], list(self)
+        counts = Counter(slide.status for slide in slides)
+        states = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
+        title = f"{self.out}: {model['name']}, layer {model['layer']}; {len(self):,} slides: {states}"
+        rows = [(slide.id, slide.status, slide.row.get("patches", ""), slide.error) for slide in slides[:LISTED]]
+        return rows_html(title, ("slide", "status", "patches", "error"), rows, len(slides) - len(rows))
+
+
+def open_result(out: AnyPlace) -> Result:
+    """The results in `out`, the folder or s3:// URL that `explain` was given; the run may still be going on.
+
+    Raises:
+        ResultError: there are none; where it is a slide's folder the message says which to open.
+        StoreError: they are damaged, or cannot be read.
+    """
+    folder = RunFolder(place_of(out))
+    run = read_run(folder.run)
+    if run is not None:
+        return Result(folder, run)
+    if not folder.place.exists():
+        raise ResultError(f"{folder.place}: does not exist or is empty, expected what explain made; check the path")
+    above = next((place for place, inside in _upwards(folder.place) if inside and RunFolder(place).run.is_file()), None)
+    mend = f"open {above} and take the slide from it" if above else "give the --out of an explain command"
+    raise ResultError(f"{folder.place}: holds no run.yaml, so it is no result; {mend}")
+
+
+def locate(path: AnyPlace) -> tuple[Result, SlideResult | None]:
+    """The result that `path` is, or is inside of; with the slide whose folder, or a file of it, it is.
+
+    Raises:
+        ResultError: there is none.
+    """
+    for place, inside in _upwards(place_of(path)):
+        if RunFolder(place).run.is_file():
+            result = open_result(place)
+            names = ["/".join(inside[:count]) for count in range(len(inside), 0, -1)]
+            return result, next((result[name] for name in names if name in result), None)
+    return open_result(path), None
+
+
+def _upwards(place: Place) -> Iterator[tuple[Place, tuple[str, ...]]]:
+    """A place and those that it is in, with the names that lead from them to it."""
+    here, inside = place.absolute(), tuple[str, ...]()
+    yield here, inside
+    while (above := here.parent) != here:
+        here, inside = above, (here.name, *inside)
+        yield here, inside
+
+
+def begun(folder: RunFolder, inside: str = "") -> Iterator[str]:
+    """Ids of the slides that have a plan."""
+    for name in (folder.place / inside if inside else folder.place).folders():
+        if inside and name in PARTS:
+            continue
+        slide = f"{inside}/{name}" if inside else name
+        if (folder.slide(slide).manifest / PLAN).is_file():
+            yield slide
+        elif not name.endswith((".zarr", "_files")):  # images that were exported
+            yield from begun(folder, slide)
+
+
+def _is_name(slide_id: str) -> bool:
+    """Whether it names a folder below OUT, and nothing outside."""
+    return not {"", ".", ".."} & set(slide_id.split("/")) and "\\" not in slide_id

@@ -1,0 +1,252 @@
+"""One slide's results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_gradcam.errors import ResultError, SlideFormatError, UnknownNameError
+from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
+from wsi_gradcam.results.heatmap import HeatmapStore
+from wsi_gradcam.results.lazy import facts_html
+from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.run.plan import SlidePlan
+from wsi_gradcam.slides import open_slide, read_region, thumbnail
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    import xarray as xr
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.geometry import Region
+    from wsi_gradcam.results.layout import SlideFolder
+    from wsi_gradcam.slides import Slide
+
+UNFINISHED = "unfinished"
+
+
+class SlideResult:
+    """What a run knows of one slide, as of when the result was opened. Safe to share between threads.
+
+    Attributes:
+        id: name of the slide in the run.
+        path: where the slide is, as slides.csv says; "" for one that is not in there yet.
+        row: its row of slides.csv; empty for one that is not in there yet.
+        folder: names of its files.
+    """
+
+    def __init__(self, slide_id: str, folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> None:
+        self.id, self.folder, self.row, self._run = slide_id, folder, row, run
+        self.path = row.get("path", "")
+
+    def __repr__(self) -> str:
+        return f"<SlideResult {self.id}: {self.status}>"
+
+    @cached_property
+    def status(self) -> str:
+        """`ok`, `no_tissue`, `failed`, or `unfinished`; of slides in slides.csv nothing has to be read for it."""
+        done = None if self.row else Manifest(self.folder.manifest).done()
+        return self.row["status"] if self.row else str(done["status"]) if done else UNFINISHED
+
+    @property
+    def error(self) -> str:
+        """Why it failed, or what could not be read of it; "" where all is well."""
+        return self.row.get("error", "")
+
+    @cached_property
+    def is_finished(self) -> bool:
+        """Whether everything of the slide is there; of others some of the heatmap may be."""
+        return Manifest(self.folder.manifest).done() is not None
+
+    @cached_property
+    def plan(self) -> SlidePlan:
+        """What was planned: sizes, mpp, strides.
+
+        Raises:
+            ResultError: the slide has no results at all.
+        """
+        stored = Manifest(self.folder.manifest).plan()
+        if stored is None:
+            why = f" ({self.error})" if self.error else ""
+            raise ResultError(f"{self.id}: has no results{why}; run explain again")
+        return SlidePlan.from_json(stored)
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(height, width) of the slide's level 0."""
+        return self.plan.slide_px
+
+    @property
+    def mpp(self) -> tuple[float, float]:
+        """(y, x) micrometres per level-0 pixel of the slide."""
+        return self.plan.slide_mpp
+
+    @property
+    def stride_px(self) -> int:
+        """Level-0 pixels of the slide per pixel of the heatmap's level 0; twice as many on each further level."""
+        return self.plan.stride
+
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        """(height, width) of the heatmap's levels, finest first; they cover the slide from its corner (0, 0)."""
+        return self.plan.level_shapes
+
+    @property
+    def classes(self) -> list[str]:
+        """The model's classes."""
+        return list(self._run["model"]["classes"])
+
+    @cached_property
+    def store(self) -> HeatmapStore:
+        """The heatmap, opened for reading."""
+        _ = self.plan  # says what is wrong where there is none
+        return HeatmapStore(self.folder.heatmap, read_only=True)
+
+    @cached_property
+    def channels(self) -> tuple[ChannelInfo, ...]:
+        """The heatmap's channels, explanations first."""
+        return tuple(ChannelInfo.of(i, channel) for i, channel in enumerate(self.store.channels))
+
+    def channel(self, name: str) -> ChannelInfo:
+        """The channel with the label `name`, such as "gradcam: tumour", or the first that explains class `name`.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        return find_channel(self.channels, name, self.id)
+
+    def read(self, channel: str | ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
+        """Values of a channel in `region` (pixels of the heatmap's `level`), float32 [height, width]."""
+        found = self.channel(channel) if isinstance(channel, str) else channel
+        return self.store.read(self._level(level), found.number, region)
+
+    def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Bits of each pixel of `region`: 1 tissue, 2 explained, 4 unreadable; without bit 2 its value is no value."""
+        return self.store.read_flags(self._level(level), region)
+
+    def heatmap(self, channel: str, level: int = 0, *, masked: bool = False) -> xr.DataArray:
+        """A channel as a lazy array, float32 [y, x], in the unit of its attribute `units`.
+
+        Coordinates are the pixels' centres, `y` and `x` in level-0 px of the slide as in `patches`, `y_um` and `x_um`
+        in micrometres: `heatmap("tumour").sel(y=slice(0, 4096))`. Where nothing was explained it is 0, with `masked`
+        NaN.
+        """
+        from wsi_gradcam.results.lazy import lazy_channel  # not above: dask and xarray
+
+        return lazy_channel(self.store, self.plan, self._level(level), self.channel(channel), masked=masked)
+
+    def coverage(self, level: int = 0) -> xr.DataArray:
+        """The coverage label as a lazy array, uint8 [y, x], with coordinates as in `heatmap`."""
+        from wsi_gradcam.results.lazy import lazy_coverage
+
+        return lazy_coverage(self.store, self.plan, self._level(level))
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of patches.parquet as an Arrow table.
+
+        Raises:
+            ResultError: the slide is not finished.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self.is_finished:
+            raise ResultError(f"{self.id}: is {self.status}, there is no table yet; run explain again to finish")
+        return pq.read_table(pa.BufferReader(self.folder.table.read()), columns=columns)
+
+    @property
+    def patches(self) -> pd.DataFrame:
+        """A row a patch, see `results.table.write_table` for the columns; the index is the patch's number."""
+        frame: pd.DataFrame = self.table().to_pandas()
+        return frame.rename_axis("patch")
+
+    @cached_property
+    def _patch_store(self) -> PatchStore:
+        _ = self.plan
+        return PatchStore(self.folder.cams, read_only=True)
+
+    def cams(self, patch: int) -> NDArray[np.float32]:
+        """All explanations of a patch at the layer's resolution, float32 [channels, h, w], signed, in their units.
+
+        In the order of `channels`, which the probabilities end; zeros for a patch that is unreadable or not done.
+
+        Raises:
+            UnknownNameError: there is no such patch.
+        """
+        if not 0 <= patch < self.plan.patches:
+            raise UnknownNameError(f"{self.id}: no patch {patch}; it has {self.plan.patches}, counted from 0")
+        store = self._patch_store
+        raw: NDArray[np.float32] = store.read_span(patch, patch + 1).cams[0]
+        return raw * np.array(store.attributes["heatmap_factor"], np.float32)[:, None, None]
+
+    def cam(self, patch: int, channel: str) -> NDArray[np.float32]:
+        """One explanation of a patch, float32 [h, w]; see `cams`."""
+        found = self.channel(channel)
+        if found.method == PROBABILITY:
+            raise UnknownNameError(f"{self.id}: {found.label} is one number a patch, see patches; expected a method's")
+        cam: NDArray[np.float32] = self.cams(patch)[found.number]
+        return cam
+
+    def open_slide(self) -> Slide:
+        """The slide itself, to be closed by the caller.
+
+        Raises:
+            SlideError: it is not there any more, or another file is.
+        """
+        slide = open_slide(self.path, self.mpp, self._run.get("settings", {}).get("reader", "auto"))
+        if slide.info.digest != self.plan.slide_digest:
+            slide.close()
+            raise SlideFormatError(f"{self.path}: another file than was explained; put the right one there")
+        return slide
+
+    def patch_yx(self, patch: int) -> tuple[float, float]:
+        """Level-0 px of a patch's top left corner."""
+        y, x = self._patch_store.yx(patch, patch + 1)[0]
+        return float(y), float(x)
+
+    def patch_image(self, patch: int) -> NDArray[np.uint8]:
+        """What the model saw of a patch, before its own transform: RGB uint8 [height, width, 3]."""
+        model = self._run["model"]
+        y, x = self._patch_store.yx(patch, patch + 1)[0]
+        slide = self.open_slide()
+        try:
+            height, width = model["patch_px"]
+            return read_region(slide, float(y), float(x), height, width, model["mpp"])
+        finally:
+            slide.close()
+
+    def thumbnail(self, max_px: int = 1024) -> NDArray[np.uint8]:
+        """The whole slide, RGB uint8 [h, w, 3], no side longer than `max_px`; reads the slide itself."""
+        slide = self.open_slide()
+        try:
+            return thumbnail(slide, 0.0, max_px).rgb
+        finally:
+            slide.close()
+
+    def _repr_png_(self) -> bytes | None:
+        """overview.png: slide, overlays and colour bars."""
+        return self.folder.overview.read() if self.is_finished else None
+
+    def _repr_html_(self) -> str:
+        """A description with the overview, for notebooks."""
+        facts = [("slide", self.path or self.id), ("status", self.status)]
+        if self.error:
+            facts.append(("error", self.error))
+        if self.is_finished:
+            (height, width), (mpp_y, mpp_x) = self.size_px, self.mpp
+            facts += [
+                ("size", f"{height:,} x {width:,} px at {mpp_y:g} x {mpp_x:g} µm (y, x)"),
+                ("patches", f"{self.plan.patches:,}"),
+                ("channels", ", ".join(channel.label for channel in self.channels)),
+            ]
+        return facts_html(facts, self._repr_png_())
+
+    def _level(self, level: int) -> int:
+        if not 0 <= level < len(self.levels):
+            raise UnknownNameError(f"{self.id}: no level {level}; the heatmap has {len(self.levels)}, counted from 0")
+        return level

@@ -1,0 +1,138 @@
+"""`slides.jsonl`: the slides of a run with their ids, written before work begins, so that an id never changes.
+
+A slide that the run knows by its path keeps its id. A new slide gets the id that it would have in a new run, unless
+another slide given with it has that id, or one's results would lie inside the other's: then more of its path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from wsi_gradcam.errors import StoreError
+from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
+from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.urls import is_url
+
+Record = dict[str, dict[str, Any]]
+TOLD = ("mpp", "mask", "label", "site", "scanner")
+
+
+def read_record(place: AnyPlace) -> Record:
+    """What `keep_record` wrote of each slide, by id; empty when there is none.
+
+    Raises:
+        StoreError: it cannot be read, or is damaged.
+    """
+    try:
+        return _parsed(place, place_of(place).read())
+    except FileNotFoundError:
+        return {}
+
+
+def _parsed(place: AnyPlace, data: bytes) -> Record:
+    try:
+        rows = [json.loads(line) for line in data.splitlines()]
+        if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
+            raise TypeError("an id or a path is no text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(
+            f"{place}: damaged; delete it and run the same command again, slides then get the ids of a new run"
+        ) from error
+    return {row["id"]: row for row in rows}
+
+
+def keep_record(place: AnyPlace, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
+    """The slides with the ids that the run keeps for them, after writing these down.
+
+    Raises:
+        StoreError: it cannot be read or written, or is damaged.
+    """
+    settled: list[SlideEntry] = []
+
+    def changed(data: bytes | None) -> bytes | None:  # another run on this folder may have added slides meanwhile
+        record = {} if data is None else _parsed(place, data)
+        settled[:] = settle(entries, record)
+        kept = dict(record)
+        for entry in settled:
+            if not _held_by_another(record.get(entry.id), entry.path):
+                kept[entry.id] = _row(entry)
+        if kept == record:
+            return None
+        return b"".join(json.dumps(kept[name]).encode() + b"\n" for name in sorted(kept))
+
+    place_of(place).update(changed)
+    return settled
+
+
+def settle(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, Any]]) -> list[SlideEntry]:
+    """The slides sorted by id, each with the id that the record has for its path; new ones with ids that fit in.
+
+    An id whose recorded path is not among the slides goes to the new slide that would have it in a new run: an
+    archive that moved. Results of another file are refused later, by their digest.
+    """
+    known = {row["path"]: name for name, row in record.items()}
+    given = {entry.path for entry in entries}
+    ids = _Ids(record)
+    names: dict[str, str] = {}
+    for entry in entries:
+        if entry.path in known:
+            names[entry.path] = known[entry.path]
+        elif (row := record.get(entry.id)) is not None and row["path"] not in given:
+            names[entry.path] = entry.id
+        elif ids.fits(entry.id):
+            names[entry.path] = entry.id
+            ids.add(entry.id)
+    for entry in entries:
+        if entry.path not in names:
+            names[entry.path] = next(name for name in _longer(entry.path) if ids.fits(name))
+            ids.add(names[entry.path])
+    settled = (e if e.id == names[e.path] else replace(e, id=names[e.path]) for e in entries)
+    return sorted(settled, key=lambda entry: entry.id)
+
+
+class _Ids:
+    """Ids that are taken: of no two does one name a folder above the other's."""
+
+    def __init__(self, ids: Mapping[str, Any]) -> None:
+        self._ids: set[str] = set()
+        self._folders: set[str] = set()
+        for name in ids:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Take an id."""
+        self._ids.add(name)
+        self._folders.update(folders_of(name))
+
+    def fits(self, name: str) -> bool:
+        """Whether an id can be taken too."""
+        return not (name in self._ids or name in self._folders or any(up in self._ids for up in folders_of(name)))
+
+
+def _longer(path: str) -> Iterator[str]:
+    """Ids of a slide, with more and more of its path; in the end numbered, without an end."""
+    parts = path_parts(path)
+    for count in range(1, len(parts) + 1):
+        yield "/".join(parts[-count:])
+    number = 2
+    while True:
+        yield "/".join((str(number), *parts))
+        number += 1
+
+
+def _held_by_another(row: Mapping[str, Any] | None, path: str) -> bool:
+    """Whether the id belongs to another file that is still there: this one is a copy of it, or will be refused."""
+    if row is None or row["path"] == path:
+        return False
+    return is_url(row["path"]) or os.path.exists(row["path"])  # noqa: PTH110 - of a moved archive, each is asked
+
+
+def _row(entry: SlideEntry) -> dict[str, Any]:
+    told = {key: value for key in TOLD if (value := getattr(entry, key))}
+    if entry.mpp:
+        told["mpp"] = list(entry.mpp)
+    return {"id": entry.id, "path": entry.path, **told}

@@ -1,0 +1,205 @@
+"""`claim.json`: who works on OUT. Two runs on one OUT at the same time would write over each other.
+
+A run makes the file where there is none, renews it every few seconds, and removes it at the end. Where another run's
+claim stands, it is taken over if that run is gone: at once, where the process can be looked up on this machine; else
+when it has not been renewed for a while, by this machine's clock. All changes are compare-and-swap, so that of several
+runs one alone holds the claim, and a run finds out that it has lost it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.system.processes import Process, this_process
+from wsi_gradcam.system.timer import Ticker
+
+if TYPE_CHECKING:
+    from wsi_gradcam.io.paths import Place
+
+CLAIM = "claim.json"
+HEARTBEAT_S = 3.0
+SILENT_S = 20.0  # without a heartbeat a run on another machine counts as gone: some heartbeats may be late
+POLL_S = 0.5
+
+_ENDED: set[str] = set()  # runs of this process that are over, though their claims may stand: the store was away
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a claim: the run, its process, since when (UTC, by its own clock), and how often it was renewed."""
+
+    run_id: str
+    process: Process
+    since: str
+    beat: int = 0
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} on {self.process.host} (process {self.process.pid}), since {self.since}"
+
+    def to_bytes(self) -> bytes:
+        """As it is written."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Holder | None:
+        """What `to_bytes` made; None where it is anything else."""
+        try:
+            values = json.loads(data)
+            return cls(**{**values, "process": Process(**values["process"])})
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def new_run_id() -> str:
+    """A name for a run, which sorts by time."""
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{uuid.uuid4().hex[:6]}"
+
+
+def read_holder(out: Place) -> Holder | None:
+    """Who holds the claim on OUT; None where nobody does."""
+    try:
+        return Holder.from_bytes((out / CLAIM).read())
+    except FileNotFoundError:
+        return None
+
+
+class Claim:
+    """The claim of a run on OUT, as a context: within it nobody else works there, or `check` says so."""
+
+    def __init__(self, out: Place, run_id: str, say: Callable[[str], None]) -> None:
+        self._out, self._place, self._say = out, out / CLAIM, say
+        self._mine = Holder(run_id, this_process(), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        self._version = ""
+        self._taken_by: str | None = None
+        self._gone = ""  # the version of a claim whose run is known to be gone
+        self._ticker = Ticker(HEARTBEAT_S, self._beat, "claim")
+
+    def __enter__(self) -> Self:
+        """Take the claim.
+
+        Raises:
+            ResumeError: another run holds it.
+            StoreError: OUT cannot be written.
+        """
+        while not self._taken():
+            pass
+        self._ticker.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ticker.__exit__(kind, error, trace)
+        try:
+            if self._holds():
+                self._place.remove()
+        except StoreError as problem:
+            _ENDED.add(self._mine.run_id)
+            self._say(f"the claim on {self._out} stays behind: {problem}")
+
+    def look_first(self) -> None:
+        """Find out, without a change, whether another run is at work; the claim is then taken at once.
+
+        Raises:
+            ResumeError: one is.
+        """
+        with suppress(FileNotFoundError):
+            data, version = self._place.read_versioned()
+            self._wait_until_gone(Holder.from_bytes(data), version)
+
+    @property
+    def lost(self) -> bool:
+        """Whether another run has taken the claim."""
+        return self._taken_by is not None
+
+    def check(self) -> None:
+        """Raises ResumeError where another run has taken the claim: this one must stop."""
+        if self._taken_by is not None:
+            raise ResumeError(
+                f"{self._out}: taken over by {self._taken_by}, as nothing was heard of this one for {SILENT_S:.0f} s; "
+                "it is stopped here, the other goes on with what is finished"
+            )
+
+    def _taken(self) -> bool:
+        """One attempt to take the claim."""
+        self._taken_by = None
+        if self._place.create(self._mine.to_bytes()):
+            return self._holds()
+        try:
+            data, version = self._place.read_versioned()
+        except FileNotFoundError:
+            return False
+        if version != self._gone and not self._wait_until_gone(Holder.from_bytes(data), version):
+            return False
+        return self._place.replace(self._mine.to_bytes(), version) and self._holds()
+
+    def _wait_until_gone(self, holder: Holder | None, version: str) -> bool:
+        """Wait until the run that wrote this version of the claim is known to be gone; False where another did.
+
+        Raises:
+            ResumeError: that run goes on.
+        """
+        alive = None if holder is None else holder.process.alive()
+        if holder is not None and holder.run_id in _ENDED:
+            alive = False
+        if holder is not None and alive:
+            raise _refusal(self._out, holder)
+        if holder is not None and alive is False:
+            self._say(f"{holder} has ended without a word; going on with what it has finished")
+            self._gone = version
+            return True
+        named = str(holder) if holder else "a run that cannot be told"
+        self._say(f"{self._out} is claimed by {named}; waiting up to {SILENT_S:.0f} s for a sign of life")
+        until = time.monotonic() + SILENT_S
+        while time.monotonic() < until:
+            time.sleep(POLL_S)
+            try:
+                data, now = self._place.read_versioned()
+            except FileNotFoundError:
+                return False
+            if now != version:
+                if (other := Holder.from_bytes(data)) is not None:
+                    raise _refusal(self._out, other)
+                return False
+        self._say(f"nothing was heard of {named} for {SILENT_S:.0f} s; taking its place")
+        self._gone = version
+        return True
+
+    def _holds(self) -> bool:
+        """Whether the claim that stands there is this run's; what it is now is remembered."""
+        try:
+            data, version = self._place.read_versioned()
+        except FileNotFoundError:
+            return False
+        holder = Holder.from_bytes(data)
+        if holder is None or holder.run_id != self._mine.run_id:
+            self._taken_by = str(holder) if holder else "another process"
+            return False
+        self._version = version
+        return True
+
+    def _beat(self) -> None:
+        """Renew the claim, also where it has vanished; a store that fails now may work the next time."""
+        with suppress(StoreError):
+            self._mine = replace(self._mine, beat=self._mine.beat + 1)
+            data = self._mine.to_bytes()
+            if not (self._place.replace(data, self._version) or self._holds()):
+                self._place.create(data)
+            self._holds()
+
+
+def _refusal(out: Place, holder: Holder) -> ResumeError:
+    return ResumeError(
+        f"{out}: {holder} is at work there; wait until it is done (`wsi-gradcam status {out}` shows how far it is), "
+        "stop it, or choose another --out"
+    )

@@ -1,0 +1,311 @@
+"""Inputs -> plan: what will be done for a slide, and what it will cost. Nothing is written here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.cam.names import METHOD_INFO, MethodInfo
+from wsi_gradcam.cam.targets import Target, function_digest, parse_targets
+from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
+from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
+from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.results.heatmap import SHARD
+from wsi_gradcam.results.stitch import Enlarger
+from wsi_gradcam.run.sampling import fit_stain
+from wsi_gradcam.tissue.grid import Patches, choose, patch_grid
+from wsi_gradcam.tissue.masks import slide_masks
+from wsi_gradcam.tissue.stain import StainFit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.run.settings import Settings
+    from wsi_gradcam.slides import Slide
+    from wsi_gradcam.tissue.annotations import Regions
+
+FORMAT = 4  # of everything below OUT; raised when old results must not be continued
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Map:
+    """An explanation of a run: a channel of the heatmap, a row of the patch store's maps.
+
+    Attributes:
+        factor: from the raw map to what the heatmap shows, see `MethodInfo.scale`.
+    """
+
+    method: str
+    target: Target
+    factor: int
+
+    @property
+    def label(self) -> str:
+        """As the heatmap's channel is called."""
+        return f"{self.method}: {self.target.label}"
+
+    @property
+    def info(self) -> MethodInfo:
+        """What is known of the method."""
+        return METHOD_INFO[self.method]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is the same for all slides of a run. Small and picklable: workers get it once.
+
+    Attributes:
+        out: where the results lie.
+        spec: the model's specification; workers load the model from it.
+        facts: what was found of the model.
+        settings: how slides are explained.
+        targets: what is explained.
+    """
+
+    out: Place
+    spec: ModelSpec
+    facts: ModelFacts
+    settings: Settings
+    targets: tuple[Target, ...]
+
+    @property
+    def patch_px(self) -> tuple[int, int]:
+        """(height, width) of the model's input."""
+        return self.facts.patch_px
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel of a patch."""
+        mpp = self.settings.patch_mpp or self.facts.mpp
+        assert mpp is not None  # checked by plan_run
+        return mpp
+
+    @property
+    def maps(self) -> tuple[Map, ...]:
+        """What is explained: each method, of each target."""
+        cells = self.facts.cam_shape[0] * self.facts.cam_shape[1]
+        return tuple(
+            Map(method, target, cells if METHOD_INFO[method].scale == "cells" else 1)
+            for method in self.settings.method
+            for target in self.targets
+        )
+
+    @property
+    def probabilities(self) -> tuple[Target, ...]:
+        """The targets that have a probability, which is a channel too."""
+        return tuple(target for target in self.targets if target.is_class)
+
+    def identity(self) -> dict[str, Any]:
+        """All that results depend on besides the slide."""
+        settings = self.settings.identity()
+        settings.update(
+            layer=self.facts.layer,
+            target=[asdict(t) for t in self.targets],
+            engine=self.facts.choice.engine,
+            precision=self.facts.choice.precision,
+            batch_size=self.facts.batch_size,
+        )
+        return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
+
+    def digest(self) -> str:
+        """sha256 of `identity()`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def plan_run(out: AnyPlace, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
+    """The run's plan, checked as far as is possible without a slide.
+
+    Raises:
+        TargetError: a target the model does not have.
+        ConfigError: an unknown method, a stride larger than the patch.
+        ModelError: the model's mpp is not known.
+    """
+    check_methods(settings.method)
+    if settings.span_patches % facts.batch_size:
+        raise ConfigError(
+            f"span_patches is {settings.span_patches}, expected a multiple of the batch size {facts.batch_size}, so "
+            "that batches are cut the same way everywhere"
+        )
+    if facts.mpp is None and settings.patch_mpp is None:
+        raise ModelError(
+            f"{facts.name}: the micrometres per pixel the model was trained at are not known; add 'mpp: 0.5' to the "
+            "model file or give --patch-mpp"
+        )
+    targets = tuple(
+        target if target.function is None else replace(target, digest=function_digest(target.function))
+        for target in parse_targets(settings.target, facts.classes)
+    )
+    return RunPlan(place_of(out), spec, facts, settings, targets)
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Raises ConfigError for a method that is not known."""
+    for method in methods:
+        if method not in METHOD_INFO:
+            raise ConfigError(f"method {method!r} is not known; expected one of {', '.join(METHOD_INFO)}")
+
+
+@dataclass(frozen=True)
+class SlidePlan:
+    """What will be done for one slide.
+
+    Attributes:
+        slide_digest, run_digest: what the results belong to.
+        slide_px, slide_mpp: (height, width) of level 0 and its mpp (y, x).
+        footprint: (height, width) of a patch in level-0 px.
+        view: (y, x, height, width) in level-0 px from a patch's top left: what the network sees of it.
+        patches: how many there are; `span` of them form a unit of work.
+        heatmap_px: (height, width) of the heatmap's level 0, `stride` level-0 px a pixel.
+        mask_digest: of the file that says which part is explained; "" without one.
+        stain: what normalises its patches, where the model asks for it and there are any.
+    """
+
+    slide_digest: str
+    run_digest: str
+    slide_px: tuple[int, int]
+    slide_mpp: tuple[float, float]
+    footprint: tuple[float, float]
+    view: tuple[float, float, float, float]
+    patches: int
+    span: int
+    stride: int
+    mask_digest: str = ""
+    stain: StainFit | None = None
+
+    @property
+    def heatmap_px(self) -> tuple[int, int]:
+        """(height, width) of the heatmap's level 0."""
+        return ceil_div(self.slide_px[0], self.stride), ceil_div(self.slide_px[1], self.stride)
+
+    @property
+    def level_shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of each level of the heatmap."""
+        return pyramid_shapes(*self.heatmap_px)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, end) patch of each span."""
+        return [(i, min(i + self.span, self.patches)) for i in range(0, self.patches, self.span)]
+
+    def blocks(self, level: int) -> list[Region]:
+        """The blocks of a level, each exactly a shard."""
+        return tiles(*self.level_shapes[level], SHARD)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {**asdict(self), "stain": None if self.stain is None else self.stain.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SlidePlan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            StoreError: another version wrote it, or it is damaged.
+        """
+        try:
+            pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint", "view")}
+            stain = values.get("stain")
+            return cls(**{**values, **pairs, "stain": None if stain is None else StainFit.from_json(stain)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"manifest/plan.json: not a plan of this version ({one_line(error)}); choose another --out, or "
+                "recompute with --overwrite"
+            ) from error
+
+
+def plan_slide(
+    slide: Slide, run: RunPlan, regions: Regions | None = None
+) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
+    """The plan of an open slide, its patches and its tissue mask; reads a thumbnail, and some tissue for its stain.
+
+    Raises:
+        MppError: the slide's mpp is not known.
+        SlideReadError: the thumbnail cannot be read.
+        AnnotationError: the regions cannot be understood.
+        StainError: its stain cannot be measured, and the model asks for that.
+        ConfigError: patches smaller than a heatmap pixel.
+    """
+    settings, info = run.settings, slide.info
+    slide_px = (info.height, info.width)
+    grid = patch_grid(slide_px, info.mpp_yx, run.patch_px, run.mpp, settings.stride(run.patch_px))
+    scale = grid.footprint[0] / run.patch_px[0], grid.footprint[1] / run.patch_px[1]
+    y, x, height, width = run.facts.view
+    view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
+    Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
+    masks = slide_masks(slide)
+    mask = masks.counted(settings.tissue)
+    if regions is not None:
+        mask = mask & regions.mask(slide_px, mask.shape)
+    block_px = SHARD * settings.heatmap_stride
+    patches = choose(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
+    target = run.facts.stain
+    plan = SlidePlan(
+        slide_digest=info.digest,
+        run_digest=run.digest(),
+        slide_px=slide_px,
+        slide_mpp=info.mpp_yx,
+        footprint=grid.footprint,
+        view=view,
+        patches=len(patches.yx),
+        span=settings.span_patches,
+        stride=settings.heatmap_stride,
+        mask_digest=regions.digest if regions else "",
+        stain=fit_stain(slide, masks.tissue, run.mpp, target) if target is not None and len(patches.yx) else None,
+    )
+    return plan, patches, mask
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan will cost: tasks, bytes on disk before compression, and memory of one process."""
+
+    slide: SlideEntry
+    patches: int
+    spans: int
+    blocks: int
+    store_bytes: int
+    memory_bytes: int
+
+
+def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
+    """The cost of a slide's plan."""
+    maps, classes = len(run.maps), len(run.facts.classes)
+    cells = run.facts.cam_shape[0] * run.facts.cam_shape[1]
+    per_patch = 4 * (maps * cells + classes) + 8 + 4 * 4 + 1  # place, shares and blur, status
+    covered_px = min(
+        plan.heatmap_px[0] * plan.heatmap_px[1],
+        plan.patches * plan.footprint[0] * plan.footprint[1] / plan.stride**2,
+    )
+    per_pixel = 4 * (maps + len(run.probabilities)) + 1  # channels, and the label
+    heatmap = covered_px * per_pixel * 4 / 3
+    return Estimate(
+        slide=entry,
+        patches=plan.patches,
+        spans=len(plan.spans),
+        blocks=sum(len(plan.blocks(level)) for level in range(len(plan.level_shapes))),
+        store_bytes=round(plan.patches * per_patch + heatmap),
+        memory_bytes=memory_estimate(run),
+    )
+
+
+def memory_estimate(run: RunPlan) -> int:
+    """Peak memory of one process, a rule of thumb: it depends on batch and block size, not on the slide.
+
+    700 MiB are Python, torch and timm as measured on a CPU; a block's stitching holds five arrays of a shard;
+    a batch's largest layer is held twice, and a copy of the pixels.
+    """
+    batch = run.facts.batch_size
+    pixels = 3 * 4 * run.patch_px[0] * run.patch_px[1]
+    forward = batch * (2 * run.facts.activation_bytes + 3 * pixels)
+    stitching = 5 * 4 * SHARD * SHARD
+    return 700 * MIB + 4 * run.facts.parameters + max(forward, stitching)

@@ -1,0 +1,112 @@
+"""The stage that runs the model: a span of patches in, their logits and CAMs out."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.results.manifest import Manifest, span_name
+from wsi_gradcam.results.patch_store import OK, UNREADABLE, SpanData
+from wsi_gradcam.run.context import Explained
+from wsi_gradcam.tissue.quality import blur_of
+from wsi_gradcam.tissue.stain import apply
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.run.context import Context
+    from wsi_gradcam.slides.patch_reader import Batch
+    from wsi_gradcam.tissue.stain import StainFit
+
+
+def explain_span(context: Context, entry: SlideEntry, span: int, following: int | None = None) -> Explained:
+    """Run the model over a span and store logits and CAMs; returns what that took.
+
+    Where it is known which span of the slide is the `following` one, its first patches are read meanwhile. A cluster
+    may ask for a span that is finished, when the worker that did it dies before it tells.
+    """
+    plan, folder = context.plan(entry), context.folder(entry)
+    start, stop = plan.spans[span]
+    manifest = Manifest(folder.manifest)
+    if manifest.has("spans", span_name(span), plan.run_digest):
+        return Explained(stop - start)
+    store = context.patch_store(entry)
+    then = None if following is None else store.yx(*plan.spans[following])
+    with context.patches(entry) as reader:
+        yx = store.yx(start, stop)
+        clock = _Clock(reader.batches(yx, then))
+        data, causes = _explain(context, entry, yx, clock, plan.stain)
+    store.write_span(start, data)
+    manifest.complete(
+        "spans",
+        span_name(span),
+        {
+            "digest": data.digest(),
+            "run": plan.run_digest,
+            "causes": {str(start + i): c for i, c in causes.items()},
+        },
+    )
+    return Explained(stop - start, clock.waited_s, clock.model_s, clock.read_s)
+
+
+def read_ahead(context: Context, entry: SlideEntry, span: int) -> None:
+    """Begin to read the first patches of a span, which will be explained next of the slide's."""
+    start, stop = context.plan(entry).spans[span]
+    with context.patches(entry) as reader:
+        reader.read_ahead(context.patch_store(entry).yx(start, stop))
+
+
+@dataclass
+class _Clock:
+    """Batches on their way to the model, and how long each side waited for the other."""
+
+    batches: Iterator[Batch]
+    waited_s: float = 0.0
+    model_s: float = 0.0
+    read_s: float = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        asked = time.perf_counter()
+        for batch in self.batches:
+            given = time.perf_counter()
+            yield batch
+            self.waited_s, self.read_s = self.waited_s + given - asked, self.read_s + batch.read_s
+            asked = time.perf_counter()
+            self.model_s += asked - given
+
+
+def _explain(
+    context: Context, entry: SlideEntry, yx: NDArray[np.int64], batches: Iterable[Batch], stain: StainFit | None
+) -> tuple[SpanData, dict[int, str]]:
+    run, count, model = context.run, len(yx), context.model()
+    logits = np.zeros((count, len(run.facts.classes)), np.float32)
+    cams = np.zeros((count, len(run.maps), *run.facts.cam_shape), np.float32)
+    status = np.full(count, OK, np.uint8)
+    blur = np.full(count, np.nan, np.float32)
+    causes: dict[int, str] = {}
+    with ThreadPoolExecutor(1) as aside:
+        for batch in batches:
+            part = slice(batch.start, batch.start + len(batch.rgb))
+            blurred = aside.submit(blur_of, batch.rgb)  # as read: another stain is no sharper
+            rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
+            logits[part], cams[part] = model.explain(rgb, run.targets, run.settings.method)
+            blur[part] = blurred.result()
+            for i, cause in batch.causes.items():
+                at = batch.start + i
+                logits[at], cams[at], status[at], causes[at], blur[at] = 0, 0, UNREADABLE, cause, np.nan
+    finite = np.isfinite(logits).all(axis=1) & np.isfinite(cams).all(axis=(1, 2, 3))
+    if not finite.all():
+        y, x = yx[int(np.argmin(finite))].tolist()
+        raise ModelError(
+            f"{entry.path}: the model gives NaN or infinite values for the patch at level-0 y {y}, x {x}; "
+            "check its weights and normalisation"
+        )
+    return SpanData(logits, cams, status, blur), causes

@@ -1,0 +1,118 @@
+"""The last stage of a slide: display windows, table, overview, final record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_gradcam.errors import ResumeError
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.display import QUANTILE, window_end
+from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.results.manifest import Manifest, span_name
+from wsi_gradcam.results.overview import draw_overview
+from wsi_gradcam.results.patch_store import UNREADABLE, PatchStore
+from wsi_gradcam.results.table import write_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.results.layout import SlideFolder
+    from wsi_gradcam.run.plan import RunPlan, SlidePlan
+    from wsi_gradcam.slides import Slide
+
+# Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
+# quantile well, and memory stays bounded.
+STATISTICS_PX = 1 << 20
+READ_BYTES = 16 << 20
+RECORD_KEYS = frozenset({"status", "patches", "unreadable", "cause", "spans", "blocks", "files"})
+TOLD_KEYS = ("status", "patches", "unreadable", "cause")
+
+
+def told(record: dict[str, Any]) -> dict[str, Any]:
+    """What whoever runs slides must know of a slide's final record: the digests in it are many, and stay."""
+    return {key: record[key] for key in TOLD_KEYS}
+
+
+def finish_slide(
+    run: RunPlan, plan: SlidePlan, folder: SlideFolder, slide: Slide, channels: Sequence[Channel]
+) -> dict[str, Any]:
+    """Make what needs all of the slide, and record it as done; returns the record.
+
+    Raises:
+        ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them anew.
+    """
+    manifest, store, heatmap = (
+        Manifest(folder.manifest),
+        PatchStore(folder.cams),
+        HeatmapStore(folder.heatmap),
+    )
+    spans, blocks = manifest.records("spans"), manifest.records("blocks")
+    _refuse_foreign(manifest, plan, store, spans, blocks)
+    units = [shown.info.unit for shown in run.maps]
+    shown = [
+        _windowed(heatmap, i, channel, units[i]) if i < len(units) else channel for i, channel in enumerate(channels)
+    ]
+    heatmap.set_channels(shown)
+    causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
+    write_table(folder.table, run, plan, store, causes)
+    draw_overview(folder.overview, run, plan, slide, heatmap, shown)
+    folder.place.remove_partials()
+    record = {
+        "status": "ok" if plan.patches else "no_tissue",
+        "patches": plan.patches,
+        "unreadable": int((store.status() == UNREADABLE).sum()),
+        "cause": _most_common(causes),
+        "spans": {name: value["digest"] for name, value in spans.items()},
+        "blocks": {name: value["digests"] for name, value in blocks.items()},
+        "files": {place.name: sha256_of(place) for place in (folder.table, folder.overview, folder.tissue)},
+    }
+    manifest.write_done(record)
+    return record
+
+
+def _refuse_foreign(
+    manifest: Manifest, plan: SlidePlan, store: PatchStore, spans: dict[str, Any], blocks: dict[str, Any]
+) -> None:
+    """Another run's process that was still busy when this run began may have written over its pieces."""
+    parts = dict(zip(map(span_name, range(len(plan.spans))), plan.spans, strict=True))
+    found = zip(parts, store.digests(list(parts.values())), strict=True)
+    records = ((name, spans.get(name, {}), digest) for name, digest in found)
+    foreign = [name for name, r, digest in records if (r.get("run"), r.get("digest")) != (plan.run_digest, digest)]
+    count = sum(len(plan.blocks(level)) for level in range(len(plan.level_shapes)))
+    whole = len(blocks) == count and all(block.get("run") == plan.run_digest for block in blocks.values())
+    if foreign or not whole:
+        manifest.forget("spans", foreign)
+        manifest.forget("blocks", blocks)
+        raise ResumeError(
+            f"{len(foreign)} spans of the slide were written over by another process; let one run at a time use an "
+            "--out, and run the same command again"
+        )
+
+
+def sha256_of(place: Place) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    for start in range(0, place.size(), READ_BYTES):
+        digest.update(place.read_range(start, READ_BYTES))
+    return digest.hexdigest()
+
+
+def _most_common(causes: dict[int, str]) -> str:
+    return Counter(causes.values()).most_common(1)[0][0] if causes else ""
+
+
+def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
+    """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile."""
+    level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
+    whole = Region(0, 0, *heatmap.shapes[level])
+    values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]
+    if not len(values):
+        return channel
+    low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
+    end = window_end(top, unit)
+    return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

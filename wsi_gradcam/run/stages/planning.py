@@ -1,0 +1,132 @@
+"""The first stage of a slide: plan it, lay out its stores, and say what is left to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.errors import ResumeError, StoreError, one_line
+from wsi_gradcam.results.heatmap import HeatmapStore
+from wsi_gradcam.results.manifest import Manifest, block_name, span_name
+from wsi_gradcam.results.overview import write_mask
+from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.run.plan import RunPlan, SlidePlan
+from wsi_gradcam.run.plan import plan_slide as make_plan
+from wsi_gradcam.run.stages.finishing import RECORD_KEYS, told
+from wsi_gradcam.run.stages.stitching import channels
+from wsi_gradcam.tissue.annotations import Regions, regions_for
+
+if TYPE_CHECKING:
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.results.layout import SlideFolder
+    from wsi_gradcam.run.context import Context
+    from wsi_gradcam.slides import Slide
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is left to do of a slide after planning: `left` of its patches, in spans, and blocks by level."""
+
+    patches: int
+    left: int
+    spans: list[int]
+    blocks: list[list[int]]
+    done: dict[str, Any] | None
+
+
+def plan_slide(context: Context, entry: SlideEntry) -> Pending:
+    """Plan a slide and lay out its stores, unless that was done; say what is left.
+
+    Raises:
+        ResumeError: the folder holds results of another file, model or configuration.
+        StoreError: it cannot be made.
+    """
+    folder, run = context.folder(entry), context.run
+    if folder.place.is_file():  # OUT is the archive itself
+        raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
+    with context.slide(entry) as slide:
+        regions = regions_for(entry, run.settings)
+        pending, problem = _stored(folder, slide, run, regions)
+        if pending is not None and not (context.overwrites(entry) and pending.done is not None):
+            return pending
+        if problem and not context.overwrites(entry):
+            raise ResumeError(problem)
+        plan, patches, mask = make_plan(slide, run, regions)
+    manifest = Manifest(folder.manifest)
+    manifest.clear()
+    context.forget_stores(entry)
+    write_mask(folder.tissue, mask)
+    PatchStore.create(
+        folder.cams,
+        patches,
+        plan.span,
+        len(run.facts.classes),
+        len(run.maps),
+        run.facts.cam_shape,
+        attributes={
+            "targets": [target.label for target in run.targets],
+            "methods": list(run.settings.method),
+            "maps": [shown.label for shown in run.maps],
+            "classes": list(run.facts.classes),
+            "heatmap_factor": [shown.factor for shown in run.maps],
+            "note": "cam holds the methods' raw maps; heatmap values are cam * heatmap_factor",
+        },
+    )
+    HeatmapStore.create(
+        folder.heatmap,
+        entry.id,
+        plan.heatmap_px,
+        (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
+        channels(run),
+        attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
+    )
+    manifest.write_plan(plan.to_json())
+    return _pending(plan, manifest)
+
+
+def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None) -> tuple[Pending | None, str]:
+    """What is left to do where the slide was planned before; else why that cannot be continued, if it was."""
+    manifest = Manifest(folder.manifest)
+    try:
+        stored = manifest.plan()
+        if stored is None:
+            return None, ""
+        plan = SlidePlan.from_json(stored)
+        problem = _mismatch(plan, slide, run, regions)
+        if not problem:
+            return _pending(plan, manifest), ""
+    except (StoreError, KeyError, TypeError) as error:  # this slide's matter, not the whole run's
+        return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
+    return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
+
+
+def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | None) -> str:
+    if plan.run_digest != run.digest():
+        return "holds results of another model or configuration"
+    if plan.slide_digest != slide.info.digest:
+        return f"holds results of another file than {slide.info.path} is now"
+    if plan.slide_mpp != slide.info.mpp_yx:
+        return f"holds results at mpp {plan.slide_mpp}, the slide's is {slide.info.mpp_yx}"
+    if plan.mask_digest != (regions.digest if regions else ""):
+        return f"holds results of another mask than {regions.path if regions else 'none'} is now"
+    return ""
+
+
+def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
+    if (done := manifest.done()) is not None:
+        if missing := RECORD_KEYS - done.keys():
+            raise KeyError(f"done.json has no {', '.join(sorted(missing))}")
+        manifest.fold()
+        return Pending(plan.patches, 0, [], [], told(done))
+    explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
+    spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
+    return Pending(
+        patches=plan.patches,
+        left=sum(stop - start for start, stop in (plan.spans[i] for i in spans)),
+        spans=spans,
+        blocks=[
+            [i for i in range(len(plan.blocks(level))) if block_name(level, i) not in blocks]
+            for level in range(len(plan.level_shapes))
+        ],
+        done=None,
+    )

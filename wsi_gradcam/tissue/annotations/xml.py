@@ -1,0 +1,197 @@
+"""Annotations in XML: ASAP's `ASAP_Annotations` and Aperio ImageScope's `Annotations`.
+
+Both are read as a stream by expat, so that no tree of the file stands in memory. A document type is refused: these
+programs write none, and entities are how a small XML file becomes a large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from xml.parsers import expat
+
+import numpy as np
+
+from wsi_gradcam.errors import AnnotationError
+from wsi_gradcam.tissue.annotations.areas import Annotations, Area, annotations_of, box, ellipse, outline_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+Attributes = dict[str, str]
+DEEPEST = 64  # elements inside each other; these formats need seven
+
+# ASAP's types that enclose something; a Spline's points are joined by straight lines here.
+ASAP_CLOSED = frozenset({"Polygon", "Rectangle", "Spline"})
+# ImageScope's numbers. An ellipse is stored as corners of its box.
+FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"
+IMAGESCOPE_NAMES = {"3": "arrow", "4": "ruler", "5": "counter"}
+
+
+def read_xml(path: Path, data: bytes) -> Annotations:
+    """The areas of an ASAP or ImageScope file, told apart by the outermost element.
+
+    Raises:
+        AnnotationError: neither, damaged, or without an area.
+    """
+    reader = _Reader(path)
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = reader.start
+    parser.EndElementHandler = reader.end
+    parser.StartDoctypeDeclHandler = reader.doctype
+    try:
+        parser.Parse(data, True)
+    except AnnotationError:
+        raise
+    except (expat.ExpatError, ValueError, LookupError) as error:  # the last two: encodings
+        raise AnnotationError(f"{path}: damaged or no XML: {error}; expected annotations of ASAP or ImageScope") from (
+            error
+        )
+    assert reader.format is not None  # a document without an outermost element is an ExpatError
+    areas, ignored = reader.format.result()
+    return annotations_of(path, areas, ignored)
+
+
+class _Reader:
+    """Finds out which format it is, and passes the elements on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._depth = 0
+        self.format: _Asap | _ImageScope | None = None
+
+    def start(self, tag: str, attributes: Attributes) -> None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise AnnotationError(f"{self._path}: more than {DEEPEST} elements inside each other; no annotation file")
+        if self.format is not None:
+            self.format.start(tag, attributes)
+        elif tag in FORMATS:
+            self.format = FORMATS[tag](self._path)
+        else:
+            raise AnnotationError(
+                f"{self._path}: XML of {tag[:40]!r}, expected ASAP_Annotations (ASAP) or Annotations (ImageScope)"
+            )
+
+    def end(self, tag: str) -> None:
+        assert self.format is not None  # set by the first start
+        self._depth -= 1
+        self.format.end(tag)
+
+    def doctype(self, *declared: object) -> None:
+        raise AnnotationError(f"{self._path}: declares a document type, which annotation files have not; refused")
+
+
+class _Asap:
+    """`Annotation` elements with `Type`, `PartOfGroup`, and `Coordinate` elements with `Order`, `X`, `Y`.
+
+    The class is the group, as ASAP's own conversion to masks has it; without one, the annotation's name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._areas: list[Area] = []
+        self._ignored: list[str] = []
+        self._about: Attributes = {}
+        self._points: list[tuple[float, str | None, str | None]] = []
+
+    def start(self, tag: str, attributes: Attributes) -> None:
+        if tag == "Annotation":
+            self._about, self._points = attributes, []
+        elif tag == "Coordinate":
+            order = attributes.get("Order", "")
+            place = float(order) if order.isdecimal() and len(order) < 16 else float(len(self._points))
+            self._points.append((place, attributes.get("X"), attributes.get("Y")))
+
+    def end(self, tag: str) -> None:
+        if tag != "Annotation":
+            return
+        kind, group = self._about.get("Type", "Polygon"), self._about.get("PartOfGroup", "None")
+        name = self._about.get("Name", "")
+        if kind not in ASAP_CLOSED:
+            self._ignored.append(kind)
+            return
+        points = [(x, y) for _, x, y in sorted(self._points, key=lambda point: point[0])]
+        self._areas.append(
+            Area(name if group == "None" else group, outline_of(self._path, f"annotation {name!r}", points))
+        )
+
+    def result(self) -> tuple[list[Area], list[str]]:
+        return self._areas, self._ignored
+
+
+@dataclass
+class _Layer:
+    """An `Annotation` element of ImageScope: regions of one name and colour."""
+
+    name: str
+    positive: list[NDArray[np.float64]] = field(default_factory=list)
+    negative: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def areas(self) -> list[Area]:
+        """What is inside a positive region and in no negative one."""
+        areas = [Area(self.name, outline) for outline in self.positive]
+        if not self.negative:
+            return areas
+        low = np.array([hole.min(axis=0) for hole in self.negative])
+        high = np.array([hole.max(axis=0) for hole in self.negative])
+        return [replace(area, holes=self._touching(area.outline, low, high)) for area in areas]
+
+    def _touching(
+        self, outline: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], ...]:
+        near = ((low <= outline.max(axis=0)) & (high >= outline.min(axis=0))).all(axis=1)
+        return tuple(self.negative[i] for i in np.flatnonzero(near))
+
+
+class _ImageScope:
+    """`Annotation` layers of `Region` elements with `Type`, `NegativeROA`, and `Vertex` elements with `X`, `Y`.
+
+    Coordinates are level-0 pixels. The class is the layer's name. A region with `NegativeROA="1"` is cut out of the
+    others of its layer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._layers: list[_Layer] = []
+        self._ignored: list[str] = []
+        self._about: Attributes = {}
+        self._points: list[tuple[str | None, str | None]] = []
+
+    def start(self, tag: str, attributes: Attributes) -> None:
+        if tag == "Annotation":
+            self._layers.append(_Layer(attributes.get("Name", "")))
+        elif tag == "Region":
+            self._about, self._points = attributes, []
+        elif tag in ("Vertex", "V"):
+            self._points.append((attributes.get("X"), attributes.get("Y")))
+
+    def end(self, tag: str) -> None:
+        if tag != "Region":
+            return
+        kind = self._about.get("Type", FREEHAND)
+        if kind not in (FREEHAND, RECTANGLE, ELLIPSE):
+            self._ignored.append(IMAGESCOPE_NAMES.get(kind, f"region of type {kind}"))
+            return
+        if not self._layers:
+            raise AnnotationError(f"{self._path}: a Region outside of an Annotation; expected ImageScope's annotations")
+        layer = self._layers[-1]
+        outline = self._outline(kind, f"region {self._about.get('Id', '?')} of {layer.name!r}")
+        (layer.negative if self._about.get("NegativeROA", "0") == "1" else layer.positive).append(outline)
+
+    def _outline(self, kind: str, what: str) -> NDArray[np.float64]:
+        points = self._points
+        if kind == FREEHAND:
+            return outline_of(self._path, what, points)
+        # Two opposite corners are enough for a box; a point said twice makes it pass as an outline.
+        corners = outline_of(self._path, what, [*points, *points] if len(points) == 2 else points)
+        return box(corners) if kind == RECTANGLE else ellipse(corners)
+
+    def result(self) -> tuple[list[Area], list[str]]:
+        return [area for layer in self._layers for area in layer.areas()], self._ignored
+
+
+FORMATS: dict[str, Callable[[Path], _Asap | _ImageScope]] = {"ASAP_Annotations": _Asap, "Annotations": _ImageScope}

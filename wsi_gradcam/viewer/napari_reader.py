@@ -1,0 +1,112 @@
+"""A reader for napari (npe2): a slide's folder of a result opens as slide, channels and coverage, aligned.
+
+In napari a pixel lies around its coordinate: a pixel of the heatmap, s times as large as one of the slide, has its
+centre (s - 1) / 2 of the slide's pixels further. Levels that are a pixel short of an exact factor are padded, since
+napari takes the ratio of the shapes for the factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from wsi_gradcam.errors import ResultError, SlideError
+from wsi_gradcam.export.colours import STEPS, Colouring
+from wsi_gradcam.results.heatmap import EXPLAINED
+from wsi_gradcam.results.lazy import lazy_flags, lazy_levels, lazy_slide, padded
+from wsi_gradcam.results.run import Result, locate
+from wsi_gradcam.results.slide import SlideResult
+
+LayerData = tuple[Any, dict[str, Any], str]
+OPACITY = 0.6
+COLOURMAP = "inferno"
+LARGEST_PAD = 1024  # px: slides whose levels have no common multiple below are taken as they are
+
+
+def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | None:
+    """napari's question whether we read `path`: a function that does, or None."""
+    if not isinstance(path, str):
+        return None
+    try:
+        locate(path)
+    except ResultError:
+        return None
+    return read
+
+
+def read(path: str) -> list[LayerData]:
+    """Layers of the slide in `path`: a folder of a slide, something in it, or OUT of a run over one slide.
+
+    Raises:
+        ResultError: there are several slides to choose from, or no results of this one.
+    """
+    result, slide = locate(path)
+    if slide is None:
+        finished = [each for each in result if each.is_finished]
+        if len(finished) != 1:
+            ways = f"open the folder of one, such as {finished[0].folder.place}" if finished else "run explain again"
+            raise ResultError(f"{result.out}: {len(finished)} slides are finished; {ways}")
+        slide = finished[0]
+    return layers(result, slide)
+
+
+def layers(result: Result, slide: SlideResult) -> list[LayerData]:
+    """The slide, where it can be read, a layer a channel, of which the first is shown, and the coverage."""
+    step = slide.stride_px
+    place = {
+        "scale": tuple(mpp * step for mpp in slide.mpp),
+        "translate": tuple(mpp * (step - 1) / 2 for mpp in slide.mpp),
+        "units": ("µm", "µm"),
+        "axis_labels": ("y", "x"),
+    }
+    windows, factors = result.windows(), [2**level for level in range(len(slide.levels))]
+    found = _slide_layer(slide)
+    for channel in slide.channels:
+        levels = padded(lazy_levels(slide.store, len(factors), channel.number), factors)
+        about = {
+            "name": f"{slide.id} {channel.label}",
+            "multiscale": True,
+            "contrast_limits": windows.get(channel.label, channel.window),
+            "colormap": _colours(),
+            "blending": "translucent",
+            "visible": channel.number == 0,
+            "metadata": {"unit": channel.unit, "window_of_slide": channel.window, "slide": slide.path},
+        }
+        found.append((levels, {**about, **place}, "image"))
+    flags = padded(lazy_flags(slide.store, len(factors)), factors)
+    about = {"name": f"{slide.id} coverage", "multiscale": True, "opacity": 0.4, "visible": False}
+    return [*found, (flags, {**about, **place}, "labels")]
+
+
+def _slide_layer(slide: SlideResult) -> list[LayerData]:
+    """The slide itself; nothing where it is gone: the heatmap is worth showing alone."""
+    try:
+        opened = slide.open_slide()
+    except SlideError:
+        return []
+    downsamples = [level.downsample_y for level in opened.info.levels]
+    levels = lazy_slide(opened)
+    if all(down.is_integer() for down in downsamples):
+        factors = [int(down) for down in downsamples]
+        if math.lcm(*factors) <= LARGEST_PAD:
+            levels = padded(levels, factors)
+    about = {
+        "name": slide.id,
+        "rgb": True,
+        "multiscale": len(levels) > 1,
+        "scale": slide.mpp,
+        "units": ("µm", "µm"),
+        "axis_labels": ("y", "x"),
+        "metadata": {"slide": slide.path},
+    }
+    return [(levels if len(levels) > 1 else levels[0], about, "image")]
+
+
+def _colours() -> Any:
+    """The colour map, RGBA [256, 4]: cold tissue is seen through, as in exports."""
+    values = np.linspace(0, 1, STEPS, dtype=np.float32)[None]
+    flags = np.full(values.shape, EXPLAINED, np.uint8)
+    return Colouring(COLOURMAP, 0.0, 1.0, alpha=OPACITY).rgba(values, flags)[0] / 255
