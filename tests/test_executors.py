@@ -23,8 +23,8 @@ from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, local
 from wsi_gradcam.executors.dask import executor as dask_executor
-from wsi_gradcam.executors.dask.batching import MOST
 from wsi_gradcam.executors.dask.plugin import Order, perform_order
+from wsi_gradcam.executors.dask.rates import MOST
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.stages import Performed, Task

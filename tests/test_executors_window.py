@@ -12,18 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_executors_flow import FakeArchive, FakeClient, FakeFuture, entry, flow, hints_of
-from wsi_gradcam.executors.dask.batching import (
-    LAST_PARTS,
-    LAST_PER_SLOT,
-    LEAST_S,
-    ORDER_S,
-    ORDERS_PER_SLOT,
-    Backlogs,
-    Outlook,
-    Rates,
-    Window,
-)
+from wsi_gradcam.executors.dask.batching import LAST_PARTS, LAST_PER_SLOT, ORDERS_PER_SLOT, Backlogs, Outlook, Window
 from wsi_gradcam.executors.dask.plugin import Order
+from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
 from wsi_gradcam.executors.dask.running import Running
 from wsi_gradcam.run.jobs import slide_job
 from wsi_gradcam.run.stages import Task

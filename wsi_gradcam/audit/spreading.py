@@ -9,10 +9,10 @@ import numpy as np
 
 from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.display import QUANTILE
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.patch_store import OK
 from wsi_gradcam.results.stitch import Enlarger, coarsen, coarsen_flags, touching
+from wsi_gradcam.results.windows import QUANTILE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

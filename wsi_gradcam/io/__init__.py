@@ -1,1 +1,1 @@
-"""Where bytes lie: local folders, object stores, atomic writes, URLs, Zarr stores. Knows nothing of slides or models."""
+"""Where bytes lie: folders, object stores, atomic writes, URLs, Zarr stores. Knows nothing of slides or models."""

@@ -5,8 +5,6 @@ and the window that follows from it. It is made when it is first asked for, and 
 come since: only new slides are read. Nothing else depends on it, and it may be deleted.
 
 A histogram of any float32 values that takes no parameters, so that those of all slides can be added.
-
-Display windows: between which values colour runs. Windows are views, values stay as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.results.slide import SlideResult
+from wsi_gradcam.results.windows import QUANTILE, window_end
 from wsi_gradcam.run.jobs import FAILED
 
 if TYPE_CHECKING:
@@ -119,23 +118,6 @@ def edges_of(number: int) -> tuple[float, float]:
 def _value(ordered: int) -> float:
     bits = ordered & ~int(SIGN) if ordered & int(SIGN) else ~ordered & 0xFFFFFFFF
     return float(np.array(bits, np.uint32).view(np.float32))
-
-
-QUANTILE = 0.995
-NARROWEST = 1.0  # logits
-
-
-def window_end(top: float, unit: str) -> float:
-    """Where the window of an explanation ends whose `QUANTILE` is `top`; it begins at 0.
-
-    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
-    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
-    methods whose values are not logits have no such floor.
-
-    >>> window_end(0.2, "logit"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
-    (1.0, 0.2, 1.0)
-    """
-    return max(top, NARROWEST) if unit == "logit" or top <= 0 else top
 
 
 VERSION = 1

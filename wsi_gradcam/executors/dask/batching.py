@@ -1,7 +1,5 @@
 """How much is out at once: so many orders for each that can run, and towards the end fewer and smaller ones.
 
-How many tasks go to a worker at once: enough to be worth the way, few enough to share the work.
-
 Which worker is next: the one that will have done its work first.
 """
 
@@ -13,37 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 
+from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
 from wsi_gradcam.executors.dask.running import Running
 from wsi_gradcam.run.stages import RUN_MODEL, Task
 
 # An order costs the scheduler, the client and the way together some 2 ms, and a GPU its first patches' reading, some
 # 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel together.
-ORDER_S = 3.0
-MOST = 64  # tasks in an order: some 3 kB
-WEIGHT = 0.2  # of the newest
-LEAST_S = 0.2  # less is not worth the way, even where workers wait
 # Until one is done; what a span takes, which is a hundred times more on some devices than on others, is not guessed.
-GUESSED_S = {"stitch": 0.2, "coarsen": 0.1, "finish": 0.5}
-
-
-class Rates:
-    """Seconds that a task of a stage takes, learned from those that are done."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    def learn(self, stage: str, seconds: float) -> None:
-        """A task is done."""
-        known = self._seconds.get(stage, seconds)
-        self._seconds[stage] = known + WEIGHT * (seconds - known)
-
-    def seconds(self, stage: str) -> float:
-        """What a task is expected to take."""
-        return self._seconds.get(stage, GUESSED_S.get(stage, ORDER_S))
-
-    def of(self, tasks: Iterable[Task]) -> float:
-        """What some tasks are expected to take, one after the other."""
-        return sum(self.seconds(task.stage) for task in tasks)
 
 
 # Orders in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler

@@ -14,10 +14,11 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from wsi_gradcam.errors import WorkerError
-from wsi_gradcam.executors.dask.batching import Backlogs, Outlook, Rates
+from wsi_gradcam.executors.dask.batching import Backlogs, Outlook
 from wsi_gradcam.executors.dask.failures import explained, failed, lost
 from wsi_gradcam.executors.dask.orders import Mail
 from wsi_gradcam.executors.dask.plugin import Answer, Order, stop_here
+from wsi_gradcam.executors.dask.rates import Rates
 from wsi_gradcam.executors.dask.running import MODEL, Running, Sent, kind_of
 from wsi_gradcam.executors.dask.suspects import Suspects
 from wsi_gradcam.executors.dask.workers import Patience, Workers

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wsi_gradcam.executors.dask.batching import MOST, Rates
+from wsi_gradcam.executors.dask.rates import MOST, Rates
 from wsi_gradcam.run.jobs import SlideJob, SlideRecord
 from wsi_gradcam.run.stages import RUN_MODEL, Task
 

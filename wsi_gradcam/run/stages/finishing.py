@@ -10,12 +10,12 @@ import numpy as np
 
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.display import QUANTILE, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, span_name
 from wsi_gradcam.results.overview import draw_overview
 from wsi_gradcam.results.patch_store import UNREADABLE, PatchStore
 from wsi_gradcam.results.table import write_table
+from wsi_gradcam.results.windows import QUANTILE, window_end
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
