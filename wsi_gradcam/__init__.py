@@ -46,7 +46,7 @@ _HOME = {
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",
     "model_of": "wsi_gradcam.models.live",
-    "open_result": "wsi_gradcam.results.reading",
+    "open_result": "wsi_gradcam.results.run",
     "open_slide": "wsi_gradcam.slides",
     "validate": "wsi_gradcam.api",
 }
