@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_gradcam.pages.style import STYLE
-from wsi_gradcam.run.report import LISTED, NO_MEND, render
+from wsi_gradcam.run.report import LISTED, NO_REMEDY, run_page
 
 HOSTILE = """a"b'<script>alert(1)</script>&amp;/x y#?.svs"""
 VOID = {"meta", "rect", "br"}
@@ -94,7 +94,7 @@ def row(name: str, state: str = "ok", error: str = "") -> dict[str, str]:
 
 
 def test_it_says_what_ran_and_how_it_ended() -> None:
-    page = Page(render(status(), {"a.svs": row("a.svs"), "c.svs": row("c.svs", "failed", "no mpp")}))
+    page = Page(run_page(status(), {"a.svs": row("a.svs"), "c.svs": row("c.svs", "failed", "no mpp")}))
     for text in (
         "tiny (0123456789ab)",
         "tumour, other",
@@ -116,7 +116,7 @@ def test_it_says_what_ran_and_how_it_ended() -> None:
 
 
 def test_a_stopped_run_says_why_and_what_to_do() -> None:
-    page = Page(render(status(state="stopped", cause="the disk is full"), {}))
+    page = Page(run_page(status(state="stopped", cause="the disk is full"), {}))
     assert "stopped: the disk is full" in page.text
     assert "same command again" in page.text
     assert "No slide has ended." in page.text
@@ -125,14 +125,14 @@ def test_a_stopped_run_says_why_and_what_to_do() -> None:
 def test_a_run_without_any_work_has_a_page() -> None:
     nothing: dict[str, Any] = {"stages": {}, "workers": {}, "failures": [], "slowest": []}
     empty = status(**nothing, throughput={"width_s": 1.0, "patches": []}, patches={"done": 0})
-    page = Page(render(empty, {}))
+    page = Page(run_page(empty, {}))
     for text in ("No slide failed.", "No patch was explained.", "Nothing was done.", "No slide was worked on."):
         assert text in page.text
 
 
 def test_a_cause_without_a_mend_gets_one() -> None:
-    page = Page(render(status(failures=[{"cause": "ValueError: what", "count": 1, "slides": ["c.svs"]}]), {}))
-    assert page.row("1") == ["1", "ValueError: what", NO_MEND, "c.svs"]
+    page = Page(run_page(status(failures=[{"cause": "ValueError: what", "count": 1, "slides": ["c.svs"]}]), {}))
+    assert page.row("1") == ["1", "ValueError: what", NO_REMEDY, "c.svs"]
 
 
 @given(st.one_of(st.just(HOSTILE), st.text(min_size=1)), st.sampled_from(["ok", "failed", HOSTILE]))
@@ -152,8 +152,8 @@ def test_names_and_texts_are_nothing_but_text(text: str, state: str) -> None:
         slowest=[{"slide": text, "seconds": 1.0, "patches": 1}],
         failures=[{"cause": text, "count": 1, "slides": [text]}],
     )
-    page = Page(render(everything, {text: row(text, state, text)}))
-    plain = Page(render(status(state="stopped"), {"a.svs": row("a.svs", state)}))
+    page = Page(run_page(everything, {text: row(text, state, text)}))
+    plain = Page(run_page(status(state="stopped"), {"a.svs": row("a.svs", state)}))
     assert {name for name, _ in page.tags} <= {name for name, _ in plain.tags}
     assert not {key for _, tag in page.tags for key in tag if key.startswith("on")}
     for name, tag in page.tags:
@@ -163,12 +163,12 @@ def test_names_and_texts_are_nothing_but_text(text: str, state: str) -> None:
 
 
 def test_names_that_are_not_unicode_are_shown_and_found() -> None:
-    page = Page(render(status(), {"a\udcff.svs": row("a\udcff.svs")}))
+    page = Page(run_page(status(), {"a\udcff.svs": row("a\udcff.svs")}))
     assert [tag["href"] for name, tag in page.tags if name == "a"] == ["./a%FF.svs/overview.png"]
 
 
 def test_it_needs_nothing_else() -> None:
-    data = render(status(), {"a.svs": row("a.svs")}).decode()
+    data = run_page(status(), {"a.svs": row("a.svs")}).decode()
     assert "<script" not in data
     assert not re.findall(r"(?:src|href)=\"(?!\./)", data)
     assert "url(" not in STYLE
@@ -178,7 +178,7 @@ def test_it_needs_nothing_else() -> None:
 
 def test_a_large_archive_has_a_page_of_bounded_size() -> None:
     rows = {f"{i:06d}.svs": row(f"{i:06d}.svs") for i in range(20 * LISTED)}
-    data = render(status(), rows)
+    data = run_page(status(), rows)
     assert len(data) < 400 * LISTED + 20_000
     assert f"The first {LISTED:,} of {20 * LISTED:,}" in data.decode()
 

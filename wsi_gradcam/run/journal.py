@@ -17,7 +17,7 @@ from wsi_gradcam.run.events import Listener
 from wsi_gradcam.run.jobs import FAILED, FatalError, SlideRecord
 from wsi_gradcam.run.log import RunLog, facts_of, now
 from wsi_gradcam.run.progress import Progress
-from wsi_gradcam.run.report import render
+from wsi_gradcam.run.report import run_page
 from wsi_gradcam.run.stages import Explained, Pending, Performed, Task
 from wsi_gradcam.run.status import FINISHED, REPORT, RUNNING, STOPPED, write_status
 from wsi_gradcam.system.timer import Ticker
@@ -191,7 +191,7 @@ class Journal(Listener):
         try:
             status = self._write(state, cause)
             if not self._claim.lost:
-                (self._out / REPORT).write(render(status, read_slides(self._folder.slides)))
+                (self._out / REPORT).write(run_page(status, read_slides(self._folder.slides)))
         except WsiGradcamError as trouble:
             self._listener.remarked(f"the run's report cannot be written: {one_line(trouble)}")
 

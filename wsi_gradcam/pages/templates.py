@@ -1,0 +1,59 @@
+"""Render the package's Jinja templates, which escape every value unless the template marks it as safe."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from wsi_gradcam.system.timer import duration
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def render(template: str, /, **context: object) -> str:
+    """Return a template filled with values.
+
+    File names that are not Unicode hold surrogates; their bytes are shown as well as UTF-8 can show them.
+
+    Args:
+        template: its path in the package, such as "run/report.html".
+        context: values by the names that the template uses; a name that is missing raises `jinja2.UndefinedError`.
+    """
+    text = _environment().get_template(template).render(context)
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def relative_url(path: str) -> str:
+    """Return the URL of a file by its path from the page's folder.
+
+    >>> relative_url("a:b/50 %.svs")
+    './a%3Ab/50%20%25.svs'
+    """
+    return "./" + quote(path.encode("utf-8", "surrogateescape"))  # "./": a name may look like a URL
+
+
+def thousands(number: float) -> str:
+    """Return a number with commas between thousands."""
+    return f"{number:,}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a whole percentage, such as "45%"."""
+    return f"{share:.0%}"
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # not for those who render nothing
+
+    environment = Environment(
+        loader=PackageLoader("wsi_gradcam", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {f.__name__: f for f in (duration, percent, relative_url, thousands)}
+    return environment
