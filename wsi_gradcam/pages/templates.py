@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -34,6 +35,11 @@ def relative_url(path: str) -> str:
     return "./" + quote(path.encode("utf-8", "surrogateescape"))  # "./": a name may look like a URL
 
 
+def png_url(png: bytes) -> str:
+    """Return a PNG file as a URL that holds all of it."""
+    return f"data:image/png;base64,{b64encode(png).decode()}"
+
+
 def thousands(number: float) -> str:
     """Return a number with commas between thousands."""
     return f"{number:,}"
@@ -55,5 +61,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (duration, percent, relative_url, thousands)}
+    environment.filters |= {f.__name__: f for f in (duration, percent, png_url, relative_url, thousands)}
     return environment

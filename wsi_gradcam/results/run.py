@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ResultError, UnknownNameError
 from wsi_gradcam.io.paths import AnyPlace, Place, place_of
+from wsi_gradcam.pages.templates import render
 from wsi_gradcam.results.channels import nearest
 from wsi_gradcam.results.display import Progress, run_windows
 from wsi_gradcam.results.layout import RunFolder
-from wsi_gradcam.results.lazy import rows_html
 from wsi_gradcam.results.manifest import PLAN
 from wsi_gradcam.results.run_files import read_run, read_slides
 from wsi_gradcam.results.slide import SlideResult
@@ -120,7 +120,7 @@ class Result:
         states = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
         title = f"{self.out}: {model['name']}, layer {model['layer']}; {len(self):,} slides: {states}"
         rows = [(slide.id, slide.status, slide.row.get("patches", ""), slide.error) for slide in slides[:LISTED]]
-        return rows_html(title, ("slide", "status", "patches", "error"), rows, len(slides) - len(rows))
+        return render("results/run.html", title=title, rows=rows, left_out=len(slides) - len(rows))
 
 
 def open_result(out: AnyPlace) -> Result:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import ResultError, SlideFormatError, UnknownNameError
+from wsi_gradcam.pages.templates import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
-from wsi_gradcam.results.lazy import facts_html
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.run.plan import SlidePlan
@@ -244,7 +244,7 @@ class SlideResult:
                 ("patches", f"{self.plan.patches:,}"),
                 ("channels", ", ".join(channel.label for channel in self.channels)),
             ]
-        return facts_html(facts, self._repr_png_())
+        return render("results/slide.html", facts=facts, overview=self._repr_png_())
 
     def _level(self, level: int) -> int:
         if not 0 <= level < len(self.levels):
