@@ -50,7 +50,7 @@ from wsi_gradcam.executors.dask import batching as window
 from wsi_gradcam.executors.dask.plugin import Order, perform_order
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import make_settings
@@ -146,8 +146,8 @@ def overhead(folder: Path, scale: Scale, found: dict[str, Any]) -> None:
         plan = plan_run(folder, spec(), facts, settings)
         rates = alternate(
             {
-                "serial": lambda out: rate(serial, replace(plan, out=LocalPlace(out)), slides),
-                "dask": lambda out: rate(one, replace(plan, out=LocalPlace(out)), slides),
+                "serial": lambda out: rate(serial, replace(plan, out=LocalPath(out)), slides),
+                "dask": lambda out: rate(one, replace(plan, out=LocalPath(out)), slides),
             },
             scale.rounds,
             folder,
@@ -166,7 +166,7 @@ def speedup(folder: Path, scale: Scale, found: dict[str, Any]) -> None:
 
     def on(workers: int, out: Path) -> float:
         with closing(DaskExecutor(workers=workers, torch_threads=1)) as executor:
-            return rate(executor, replace(plan, out=LocalPlace(out)), slides)
+            return rate(executor, replace(plan, out=LocalPath(out)), slides)
 
     rates = alternate({"1_worker": lambda out: on(1, out), "2_workers": lambda out: on(2, out)}, scale.rounds, folder)
     middle = {name: statistics.median(values) for name, values in rates.items()}
@@ -298,7 +298,7 @@ def simulate(folder: Path, workers: int, slowness: float, slides: int, costs: di
 def _run_simulated(
     executor: DaskExecutor, boss: psutil.Process, folder: Path, slowness: float, slides: int, workers: int
 ) -> dict[str, float]:
-    run = RunPlan(LocalPlace(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
+    run = RunPlan(LocalPath(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
     entries = [SlideEntry(f"site/{i:06d}.svs", f"/archive/site/{i:06d}.svs") for i in range(slides)]
     client, before = psutil.Process(), (_cpu_s(boss), _cpu_s(psutil.Process()))
     with Peak(boss) as peak, slowed(slowness):

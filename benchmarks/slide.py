@@ -32,7 +32,7 @@ from wsi_gradcam.cam.explainer import Explainer
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.results.layout import RunFolder
 from wsi_gradcam.results.patch_store import PatchStore
@@ -130,7 +130,7 @@ class Work:
         context = Context(self._to(out))
         perform(context, Task("plan", self.entry))
         context.close()
-        return PatchStore(RunFolder(place_of(out)).slide(self.entry.id).cams).yx()
+        return PatchStore(RunFolder(storage_path(out)).slide(self.entry.id).cams).yx()
 
     def decode_only(self, yx: Any) -> float:
         """Seconds to read all patches."""

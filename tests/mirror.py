@@ -17,7 +17,7 @@ from typing import Any
 from tests.servers import BUCKET
 from wsi_gradcam import api
 from wsi_gradcam.errors import WsiGradcamError
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 
 VARIABLE = "WSI_GRADCAM_TEST_OUT"
 
@@ -29,26 +29,26 @@ def url_of(out: Path) -> str:
 
 def send(out: Path) -> None:
     """Make the twin equal to the folder."""
-    place = place_of(url_of(out))
-    place.remove_all()
+    place = storage_path(url_of(out))
+    place.remove_tree()
     files = [path for path in out.rglob("*") if path.is_file()]
-    place.write_each({path.relative_to(out).as_posix(): path.read_bytes() for path in files})
+    place.write_many({path.relative_to(out).as_posix(): path.read_bytes() for path in files})
 
 
 def bring(out: Path) -> None:
     """Make the folder equal to its twin."""
     if out.exists():
         shutil.rmtree(out)
-    base, todo = place_of(url_of(out)), [""]
+    base, todo = storage_path(url_of(out)), [""]
     while todo:
         inside = todo.pop()
         folder = base / inside if inside else base
-        names = folder.names()
-        for name, data in zip(names, folder.read_each(names), strict=True):
+        names = folder.file_names()
+        for name, data in zip(names, folder.read_many(names), strict=True):
             path = out / inside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        todo += [f"{inside}/{name}" if inside else name for name in folder.folders()]
+        todo += [f"{inside}/{name}" if inside else name for name in folder.folder_names()]
 
 
 def mirrored(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import yaml
 import zarr
 
-from wsi_gradcam.io.paths import RemotePlace
+from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.models.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ def _without_origin(run_yaml: bytes) -> bytes:
 
 def objects(out: str) -> dict[str, bytes]:
     """As `contents`, of a folder in an object store."""
-    place = RemotePlace.at(out)
+    place = S3Path.from_url(out)
     keys = [item["path"] for item in place.bucket.store.list(f"{place.key}/").collect()]
     files = {key.removeprefix(f"{place.key}/"): bytes(place.bucket.store.get(key).bytes()) for key in keys}
     return _results(files)

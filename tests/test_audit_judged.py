@@ -21,7 +21,7 @@ from wsi_gradcam.audit.measured import CURVE_FRACTIONS, MAIN, ROAD
 from wsi_gradcam.audit.schema import EstimateRow, metrics_schema
 from wsi_gradcam.audit.verdict import Verdict
 from wsi_gradcam.errors import AnnotationError, StoreError
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -110,7 +110,7 @@ def test_strata_are_compared() -> None:
 
 
 def test_numbers_are_written_and_read(tmp_path: Path) -> None:
-    place = place_of(tmp_path / "a" / "n.npz")
+    place = storage_path(tmp_path / "a" / "n.npz")
     numbers = {"b/c": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([1, 2])}
     write_numbers(place, numbers)
     data = place.read()

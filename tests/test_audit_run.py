@@ -24,7 +24,7 @@ from wsi_gradcam.audit.plan import PIECE, QUESTIONS
 from wsi_gradcam.audit.schema import Metrics
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run import open_result
@@ -95,7 +95,7 @@ def test_the_maps_are_those_of_the_run(audited: Path) -> None:
 
 def test_weights_stand_for_all_patches(audited: Path) -> None:
     sample = metrics_in(audited)["sample"]
-    weights = [read_numbers(place_of(path))["base/weight"].sum() for path in (audited / "audit").rglob("*.npz")]
+    weights = [read_numbers(storage_path(path))["base/weight"].sum() for path in (audited / "audit").rglob("*.npz")]
     np.testing.assert_allclose(sum(weights), sample["patches_of_run"])
 
 
@@ -162,7 +162,7 @@ def test_only_some_questions(copy: Path) -> None:
         "plausibility",
     }
     names = {
-        name.partition("/")[0] for path in (copy / "audit").rglob("*.npz") for name in read_numbers(place_of(path))
+        name.partition("/")[0] for path in (copy / "audit").rglob("*.npz") for name in read_numbers(storage_path(path))
     }
     assert names == {"base", "map", "leaky", "shown", "shortcuts", "saturation", "slide"}
 
@@ -245,7 +245,7 @@ def test_pages_need_nothing_else(audited: Path) -> None:
 
 
 def test_pieces_are_of_one_size(audited: Path) -> None:
-    counts = [len(read_numbers(place_of(path))["base/number"]) for path in (audited / "audit").rglob("*.npz")]
+    counts = [len(read_numbers(storage_path(path))["base/number"]) for path in (audited / "audit").rglob("*.npz")]
     assert max(counts) == PIECE
     assert min(counts) >= 1
 

@@ -18,7 +18,7 @@ from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.demo import run as demo
 from wsi_gradcam.demo.run import HELD_OUT, dab_positive, majority, micrograph, roc_auc
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.models.spec import ZOO, bundled
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -49,7 +49,7 @@ def test_the_demo_agrees_with_the_stain_and_is_valid(
     assert f"wsi-gradcam view {tmp_path / 'ihc-dab'}" in printed
     assert validate(tmp_path / "ihc-dab") == []
     _, layout = demo.lay_out_slide(tmp_path / "again.tiff")
-    rows = demo.agreement(RunFolder(place_of(tmp_path / "ihc-dab")).slide(demo.SLIDE_NAME), layout)
+    rows = demo.agreement(RunFolder(storage_path(tmp_path / "ihc-dab")).slide(demo.SLIDE_NAME), layout)
     assert min(rows["gradcam: positive"]) > 0.97
     assert min(rows["probability: positive"]) > 0.93
 
@@ -57,7 +57,7 @@ def test_the_demo_agrees_with_the_stain_and_is_valid(
 def test_the_demo_explains_a_given_slide(tmp_path: Path, shared_data: Path) -> None:
     slide = shared_data / "slides/aperio/CMU-1-Small-Region.svs"
     assert main(["demo", str(slide), "--out", str(tmp_path)]) == 0
-    folder = RunFolder(place_of(tmp_path / "oral-tumour")).slide(slide.name)
+    folder = RunFolder(storage_path(tmp_path / "oral-tumour")).slide(slide.name)
     assert folder.overview.is_file()
     assert validate(tmp_path / "oral-tumour") == []
     assert HeatmapStore(folder.heatmap).shapes[0] == (-(-2967 // 16), -(-2220 // 16))

@@ -42,7 +42,7 @@ from wsi_gradcam.doctor import (
 from wsi_gradcam.doctor import (
     environment as check,
 )
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.slides import openslide_reader
 
@@ -429,13 +429,13 @@ def test_a_dead_scheduler_fails_in_time(address: str, run: Run, quick: None, mon
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> None:
-    assert "No such file" in environment.visit(place_of(tmp_path / "probe"), "token", None)["out"]
+    assert "No such file" in environment.visit(storage_path(tmp_path / "probe"), "token", None)["out"]
     (tmp_path / "probe").write_text("other", encoding="utf-8")
-    assert "holds something else" in environment.visit(place_of(tmp_path / "probe"), "token", None)["out"]
-    blind = cluster._shared(place_of(tmp_path), {"tcp://a": {"out": "No such file"}}, 0)
+    assert "holds something else" in environment.visit(storage_path(tmp_path / "probe"), "token", None)["out"]
+    blind = cluster._shared(storage_path(tmp_path), {"tcp://a": {"out": "No such file"}}, 0)
     assert (blind.status, blind.found) == (FAIL, "tcp://a: No such file")
     visits = {f"tcp://{n}": {"out": "", "host": "h", "pid": n} for n in range(3)}
-    unseen = cluster._shared(place_of(tmp_path), visits, 2)
+    unseen = cluster._shared(storage_path(tmp_path), visits, 2)
     assert (unseen.status, unseen.found) == (FAIL, "files of 1 workers are not seen here")
 
 

@@ -18,7 +18,7 @@ from tests.clusters import process, scheduler
 from tests.runs import ROOT
 from wsi_gradcam.executors.dask import DaskExecutor
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.run.plan import RunPlan
 from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.run.stages import Performed, Task
@@ -49,7 +49,7 @@ def spans_by_process(
         if task.stage == "explain" and seen in happens:
             happens.pop(seen)()
 
-    run = RunPlan(LocalPlace(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
+    run = RunPlan(LocalPath(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
     entries = [SlideEntry(f"{i}.svs", f"/archive/{i}.svs") for i in range(slides)]
     executor = DaskExecutor(scheduler=address, device="cuda", wait_s=30)
     try:

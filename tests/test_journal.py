@@ -17,8 +17,8 @@ from tests.synthetic import strip_mpp
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.io.local import LocalPlace
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.local import LocalPath
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.layout import RunFolder
 from wsi_gradcam.run import journal
 from wsi_gradcam.run.claims import CLAIM
@@ -168,9 +168,9 @@ def test_trouble_with_what_a_run_tells_stops_nothing(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remarks: list[str] = []
-    real = LocalPlace.write
+    real = LocalPath.write
 
-    def refuse(place: LocalPlace, data: bytes) -> None:
+    def refuse(place: LocalPath, data: bytes) -> None:
         if place.name in ("status.json", "run.html") or place.path.parent.name == "log":
             raise StoreError("no")
         real(place, data)
@@ -191,7 +191,7 @@ def test_trouble_with_what_a_run_tells_stops_nothing(
         begun(self, *arguments)
 
     monkeypatch.setattr(journal.Journal, "begun", noted)
-    monkeypatch.setattr(LocalPlace, "write", refuse)
+    monkeypatch.setattr(LocalPath, "write", refuse)
     outcome = explain(made / "slides" / "b.tif", MODEL, tmp_path, **SMALL, listener=Told())
     assert [record.status for record in outcome.records] == ["ok"]
     assert remarks == ["how far the run is cannot be written: no", "the run's report cannot be written: no"]
@@ -223,7 +223,7 @@ def test_attempts_that_failed_are_told(tmp_path: Path) -> None:
         def task_failed(self, task: Task, performed: Performed) -> None:
             heard.append(performed.again)
 
-    told = journal.Journal(RunFolder(place_of(tmp_path)), Told())
+    told = journal.Journal(RunFolder(storage_path(tmp_path)), Told())
     task = Task("stitch", SlideEntry("a.svs", "/a.svs"), (3,))
     told.attempted(task, Performed(1, 0.5, "w"))
     told.attempted(task, Performed(None, worker="w", error="died", again=True))
@@ -359,7 +359,7 @@ def test_validate_tells_of_slides_that_failed(finished: Path, run: Run) -> None:
 
 def test_an_attempt_depends_on_the_file_and_on_what_is_told_of_it(made: Path) -> None:
     run = plan_run(
-        place_of(made), MODEL, examine_model(MODEL, make_settings(**SMALL), []).facts, make_settings(**SMALL)
+        storage_path(made), MODEL, examine_model(MODEL, make_settings(**SMALL), []).facts, make_settings(**SMALL)
     )
     local = SlideEntry("b.tif", str(made / "slides" / "b.tif"))
     told = [

@@ -18,9 +18,10 @@ from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.io import buckets, object_stores
+from wsi_gradcam.io import object_stores, s3
 from wsi_gradcam.io.local import LOCK
-from wsi_gradcam.io.paths import RemotePlace, place_of
+from wsi_gradcam.io.paths import storage_path
+from wsi_gradcam.io.s3 import S3Path
 
 
 def slow(value: int) -> Any:
@@ -49,7 +50,7 @@ def test_a_run_leaves_the_same_bytes_and_asks_little(
 ) -> None:
     done = explain(inputs / "slides", toy_spec("pooled_linear"), s3_out, **SMALL)
     assert [record.status for record in done.records] == ["ok", "ok"]
-    assert isinstance(done.out, RemotePlace)
+    assert isinstance(done.out, S3Path)
     assert str(done.out / "slides.csv") == f"{s3_out}/slides.csv"
     assert differing(s3_out, expected) == []
     methods = Counter(method for method, _ in s3_proxy.passed.requests)
@@ -132,7 +133,7 @@ def test_a_killed_run_continues(
 def test_a_store_that_goes_away_stops_the_run(
     change: int, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buckets, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(s3, "PATIENCE_S", 1.0)
     monkeypatch.setattr(object_stores, "LONGEST_PAUSE_S", 0.3)
     changes = iter(range(10**6))
     gone = threading.Event()
@@ -152,7 +153,7 @@ def test_a_store_that_goes_away_stops_the_run(
 
 def test_validate_finds_what_was_changed(inputs: Path, s3_out: str) -> None:
     explain(inputs / "slides/a.tif", toy_spec("pooled_linear"), s3_out, **SMALL)
-    out = place_of(s3_out)
+    out = storage_path(s3_out)
     for name, problem in {
         "overview.png": "overview.png differs from what was made",
         "cams.zarr/logits/c/0/0": "span 0 (patches 0 to 12) of cams.zarr differs from what was computed",
@@ -177,7 +178,7 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
     model = inputs / "pooled_linear.yaml"
     explaining = ("explain", inputs / "slides", "--model", model, "--out", s3_out, *SMALL_FLAGS)
     assert call(*explaining, "--dry-run")[0] == 0
-    assert not place_of(s3_out).exists()
+    assert not storage_path(s3_out).exists()
     code, told, error = call(*explaining)
     assert (code, error.count("error")) == (0, 0), error
     assert f"results in {s3_out}" in told
@@ -195,10 +196,10 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
 
 
 def test_the_doctor_tries_a_bucket_and_leaves_nothing(s3_out: str, s3_proxy: Proxy) -> None:
-    checks = list(folder_of_results(place_of(s3_out)))
+    checks = list(folder_of_results(storage_path(s3_out)))
     assert [(check.name, check.status) for check in checks] == [("OUT: arrays", "ok"), ("OUT: claims", "ok")]
-    assert not place_of(s3_out).exists()
+    assert not storage_path(s3_out).exists()
     s3_proxy.passed.fails = lambda method, target: "403" if method == "PUT" else ""
-    (check,) = folder_of_results(place_of(s3_out))
+    (check,) = folder_of_results(storage_path(s3_out))
     assert check.status == "fail"
     assert "access was refused" in check.found

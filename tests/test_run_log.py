@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.io.paths import LocalPlace, place_of
+from wsi_gradcam.io.local import LocalPath
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run import log as run_log
 from wsi_gradcam.run.log import LOG, LONGEST, RunLog
 from wsi_gradcam.system.timer import Ticker
@@ -26,7 +27,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 @given(st.lists(st.one_of(st.none(), st.text(max_size=60)), max_size=60))
 def test_nothing_is_lost_or_said_twice(tmp_path_factory: pytest.TempPathFactory, steps: list[str | None]) -> None:
     out = tmp_path_factory.mktemp("out")
-    log = RunLog(place_of(out), "run")
+    log = RunLog(storage_path(out), "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_log, "PART_BYTES", 500)
         for step in steps:
@@ -45,7 +46,7 @@ def test_nothing_is_lost_or_said_twice(tmp_path_factory: pytest.TempPathFactory,
 
 
 def test_a_line_tells_when_and_how_grave(tmp_path: Path) -> None:
-    log = RunLog(place_of(tmp_path), "run")
+    log = RunLog(storage_path(tmp_path), "run")
     log.add("slide failed", "error", slide="a\udcff\n.svs", index=[3], cause="x" * 5000)
     log.flush()
     (line,) = lines(tmp_path)
@@ -58,7 +59,7 @@ def test_a_line_tells_when_and_how_grave(tmp_path: Path) -> None:
 
 def test_a_part_that_is_full_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "PART_BYTES", 1)
-    log = RunLog(place_of(tmp_path), "run")
+    log = RunLog(storage_path(tmp_path), "run")
     log.add("one")
     log.flush()
     before = (tmp_path / LOG / "run-00000.jsonl").stat().st_mtime_ns
@@ -73,10 +74,10 @@ def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise StoreError("full")
 
-    log = RunLog(place_of(tmp_path), "run")
+    log = RunLog(storage_path(tmp_path), "run")
     log.add("one")
     with monkeypatch.context() as patch:
-        patch.setattr(LocalPlace, "write", refuse)
+        patch.setattr(LocalPath, "write", refuse)
         with pytest.raises(StoreError):
             log.flush()
     log.add("two")

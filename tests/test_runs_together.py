@@ -17,7 +17,7 @@ from tests.runs import SMALL, differing, start, toy_file, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import ResumeError
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run import claims
 from wsi_gradcam.run.claims import CLAIM, read_holder
@@ -132,7 +132,7 @@ def test_a_run_that_loses_its_claim_stops(
     slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None
 ) -> None:
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
-    out = place_of(tmp_path)
+    out = storage_path(tmp_path)
 
     class Robbed(Listener):
         spans = 0

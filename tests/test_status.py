@@ -16,7 +16,7 @@ import pytest
 from tests.cli_runs import Run, calling, only_error
 from tests.runs import ROOT
 from tests.test_run_report import status as told_by
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run import status as module
 from wsi_gradcam.run.claims import CLAIM, Holder, read_holder
 from wsi_gradcam.run.status import (
@@ -52,7 +52,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def leave(out: Path, process: Any = None, run_id: str = "mine", **changes: Any) -> Holder | None:
     """What a run has written, and its claim."""
-    write_status(place_of(out), told_by(run="mine", **changes))
+    write_status(storage_path(out), told_by(run="mine", **changes))
     if process is None:
         return None
     holder = Holder(run_id, process, "2026-01-01T00:00:00Z", 3)
@@ -168,11 +168,11 @@ def test_watching_goes_on_until_the_end(tmp_path: Path, run: Run, monkeypatch: p
 def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, text: str | None) -> None:
     if text is not None:
         (tmp_path / STATUS).write_text(text)
-    assert read_status(place_of(tmp_path)) is None
+    assert read_status(storage_path(tmp_path)) is None
     code, _, err = run("status", tmp_path)
     assert code == 2
     assert only_error(err).startswith(f"{tmp_path}: no run there")
-    assert read_holder(place_of(tmp_path)) is None
+    assert read_holder(storage_path(tmp_path)) is None
 
 
 def test_it_loads_nothing_heavy() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from tests.servers import BUCKET, CREDENTIALS, s3_server
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.io.paths import LocalPlace, Place, place_of
+from wsi_gradcam.io.local import LocalPath
+from wsi_gradcam.io.paths import StoragePath, storage_path
 from wsi_gradcam.run import claims
 from wsi_gradcam.run.claims import CLAIM, Claim, Holder, new_run_id, read_holder
 from wsi_gradcam.system.processes import this_process
@@ -29,14 +30,14 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(params=["disk", "s3"])
-def out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoragePath:
     """A place for results in which nothing is."""
     if request.param == "disk":
-        return place_of(tmp_path)
+        return storage_path(tmp_path)
     url = request.getfixturevalue("server")
     for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": url}.items():
         monkeypatch.setenv(name, value)
-    return place_of(f"s3://{BUCKET}/{tmp_path.name}")
+    return storage_path(f"s3://{BUCKET}/{tmp_path.name}")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ class Told(list[str]):
         self.append(text)
 
 
-def claim(out: Place, name: str = "mine", say: Callable[[str], None] | None = None) -> Claim:
+def claim(out: StoragePath, name: str = "mine", say: Callable[[str], None] | None = None) -> Claim:
     return Claim(out, name, Told() if say is None else say)
 
 
@@ -64,14 +65,14 @@ def check_again_and_again(mine: Claim) -> None:
         time.sleep(0.02)
 
 
-def stand(out: Place, **changes: object) -> Holder:
+def stand(out: StoragePath, **changes: object) -> Holder:
     """The claim of a run of which nothing else is left."""
     holder = replace(Holder("theirs", FAR, "2026-01-01T00:00:00Z", 5), **changes)  # type: ignore[arg-type]
     (out / CLAIM).write(holder.to_bytes())
     return holder
 
 
-def test_a_claim_is_there_and_renewed_and_goes_away(out: Place) -> None:
+def test_a_claim_is_there_and_renewed_and_goes_away(out: StoragePath) -> None:
     with claim(out) as mine:
         first = read_holder(out)
         assert first is not None
@@ -85,7 +86,7 @@ def test_a_claim_is_there_and_renewed_and_goes_away(out: Place) -> None:
     assert read_holder(out) is None
 
 
-def test_a_second_run_is_refused_with_all_that_helps(out: Place) -> None:
+def test_a_second_run_is_refused_with_all_that_helps(out: StoragePath) -> None:
     with claim(out, "first"):
         for attempt in (claim(out).__enter__, claim(out).look_first):
             with pytest.raises(ResumeError) as caught:
@@ -108,7 +109,7 @@ def test_a_second_run_is_refused_with_all_that_helps(out: Place) -> None:
         pass
 
 
-def test_of_many_that_come_at_once_one_is_let_in(out: Place) -> None:
+def test_of_many_that_come_at_once_one_is_let_in(out: StoragePath) -> None:
     stand(out, process=GONE)
     barrier, entered, refused = threading.Barrier(6), [], []
 
@@ -132,7 +133,7 @@ def test_of_many_that_come_at_once_one_is_let_in(out: Place) -> None:
     assert (len(entered), len(refused)) == (1, 5)
 
 
-def test_a_killed_run_of_this_machine_is_followed_at_once(out: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_of_this_machine_is_followed_at_once(out: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "SILENT_S", 3600.0)
     stand(out, process=GONE)
     with claim(out, say=(told := Told())) as mine:
@@ -143,9 +144,9 @@ def test_a_killed_run_of_this_machine_is_followed_at_once(out: Place, monkeypatc
 
 
 def test_a_run_that_ended_while_the_store_was_away_is_followed_by_the_next_of_its_process(
-    out: Place, monkeypatch: pytest.MonkeyPatch
+    out: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(_: Place) -> None:
+    def away(_: StoragePath) -> None:
         raise StoreError("away")
 
     with monkeypatch.context() as patch, claim(out, "first", say=(told := Told())):
@@ -156,7 +157,7 @@ def test_a_run_that_ended_while_the_store_was_away_is_followed_by_the_next_of_it
         mine.check()
 
 
-def test_a_silent_run_elsewhere_is_waited_for_and_then_replaced(out: Place) -> None:
+def test_a_silent_run_elsewhere_is_waited_for_and_then_replaced(out: StoragePath) -> None:
     stand(out)
     started = time.monotonic()
     with claim(out, say=(told := Told())):
@@ -170,7 +171,7 @@ def test_a_silent_run_elsewhere_is_waited_for_and_then_replaced(out: Place) -> N
     assert taking.endswith("taking its place")
 
 
-def test_looking_first_waits_once(out: Place) -> None:
+def test_looking_first_waits_once(out: StoragePath) -> None:
     stand(out)
     mine = claim(out, say=(told := Told()))
     mine.look_first()
@@ -181,7 +182,9 @@ def test_looking_first_waits_once(out: Place) -> None:
     assert len(told) == 2
 
 
-def test_a_run_elsewhere_that_gives_a_sign_of_life_is_left_alone(out: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_elsewhere_that_gives_a_sign_of_life_is_left_alone(
+    out: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(claims, "SILENT_S", 3600.0)
     theirs = stand(out)
     timer = threading.Timer(0.3, lambda: (out / CLAIM).write(replace(theirs, beat=6).to_bytes()))
@@ -191,7 +194,7 @@ def test_a_run_elsewhere_that_gives_a_sign_of_life_is_left_alone(out: Place, mon
     timer.join()
 
 
-def test_a_run_elsewhere_that_ends_meanwhile_makes_room(out: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_elsewhere_that_ends_meanwhile_makes_room(out: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "SILENT_S", 3600.0)
     stand(out)
     timer = threading.Timer(0.3, (out / CLAIM).remove)
@@ -202,7 +205,7 @@ def test_a_run_elsewhere_that_ends_meanwhile_makes_room(out: Place, monkeypatch:
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"process": {}}', b'{"run_id": 1}'])
-def test_what_is_no_claim_is_replaced_after_a_while(out: Place, text: bytes) -> None:
+def test_what_is_no_claim_is_replaced_after_a_while(out: StoragePath, text: bytes) -> None:
     (out / CLAIM).write(text)
     assert read_holder(out) is None
     with claim(out, say=(told := Told())) as mine:
@@ -210,7 +213,7 @@ def test_what_is_no_claim_is_replaced_after_a_while(out: Place, text: bytes) -> 
     assert "a run that cannot be told" in told[-1]
 
 
-def test_a_run_finds_out_that_it_has_lost_its_claim(out: Place) -> None:
+def test_a_run_finds_out_that_it_has_lost_its_claim(out: StoragePath) -> None:
     with claim(out) as mine:
         theirs = stand(out)
         with pytest.raises(ResumeError, match=r"taken over by run theirs on node7 .*; it is stopped here"):
@@ -218,7 +221,7 @@ def test_a_run_finds_out_that_it_has_lost_its_claim(out: Place) -> None:
     assert read_holder(out) == theirs  # not removed with the one that lost it
 
 
-def test_a_claim_that_vanishes_is_made_again(out: Place) -> None:
+def test_a_claim_that_vanishes_is_made_again(out: StoragePath) -> None:
     with claim(out) as mine:
         (out / CLAIM).remove()
         until = time.monotonic() + 10
@@ -230,16 +233,16 @@ def test_a_claim_that_vanishes_is_made_again(out: Place) -> None:
 
 
 def test_a_store_that_fails_for_a_while_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = LocalPlace(tmp_path)
+    out = LocalPath(tmp_path)
     failures = iter([True] * 5)
-    real = LocalPlace.replace
+    real = LocalPath.replace
 
-    def flaky(place: LocalPlace, data: bytes, known: str) -> bool:
+    def flaky(place: LocalPath, data: bytes, known: str) -> bool:
         if next(failures, False):
             raise StoreError("the store is away")
         return real(place, data, known)
 
-    monkeypatch.setattr(LocalPlace, "replace", flaky)
+    monkeypatch.setattr(LocalPath, "replace", flaky)
     with claim(out) as mine:
         until = time.monotonic() + 10
         while (holder := read_holder(out)) is None or holder.beat < 8:
@@ -249,11 +252,11 @@ def test_a_store_that_fails_for_a_while_loses_nothing(tmp_path: Path, monkeypatc
 
 
 def test_a_claim_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: LocalPlace) -> None:
+    def refuse(_: LocalPath) -> None:
         raise StoreError("no")
 
-    with claim(LocalPlace(tmp_path), say=(told := Told())):
-        monkeypatch.setattr(LocalPlace, "remove", refuse)
+    with claim(LocalPath(tmp_path), say=(told := Told())):
+        monkeypatch.setattr(LocalPath, "remove", refuse)
     assert told == [f"the claim on {tmp_path} stays behind: no"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wsi_gradcam.errors import MppError, StoreError
-from wsi_gradcam.io.files import PARTIAL, remove_partials, storing, write_atomic
+from wsi_gradcam.io.local import PARTIAL, remove_partial_files, wrap_write_errors, write_atomic
 
 
 def test_writes_what_it_is_given_and_makes_folders(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_kill_between_write_and_rename_leaves_the_old_file(tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
-    remove_partials(tmp_path)
+    remove_partial_files(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -67,7 +67,7 @@ def test_a_file_that_is_swept_away_is_written_again(
         nonlocal left
         left -= 1
         if left >= 0:
-            remove_partials(tmp_path)
+            remove_partial_files(tmp_path)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", swept)
@@ -126,7 +126,7 @@ def test_a_folder_where_a_file_is_needed(tmp_path: Path) -> None:
 )
 def test_disk_errors_say_the_mend_and_keep_the_cause(number: int, mend: str) -> None:
     cause = OSError(number, os.strerror(number))
-    with pytest.raises(StoreError) as caught, storing(Path("out/x")):
+    with pytest.raises(StoreError) as caught, wrap_write_errors(Path("out/x")):
         raise cause
     assert str(caught.value).startswith("out/x: cannot write: ")
     assert mend in str(caught.value)
@@ -135,13 +135,13 @@ def test_disk_errors_say_the_mend_and_keep_the_cause(number: int, mend: str) -> 
 
 
 def test_an_error_without_number_keeps_its_words() -> None:
-    with pytest.raises(StoreError, match="lost the connection; check the storage"), storing(Path("x")):
+    with pytest.raises(StoreError, match="lost the connection; check the storage"), wrap_write_errors(Path("x")):
         raise OSError("lost the connection")
 
 
 @pytest.mark.parametrize("error", [MppError("a.svs: no mpp"), StoreError("y: full"), KeyError("k"), ValueError("v")])
 def test_other_errors_pass_unchanged(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, storing(Path("x")):
+    with pytest.raises(type(error)) as caught, wrap_write_errors(Path("x")):
         raise error
     assert caught.value is error
 
@@ -152,10 +152,10 @@ def test_partials_are_removed_at_any_depth_and_nothing_else(tmp_path: Path) -> N
     for name in (*kept, f"a.json.{ours}{PARTIAL}", f"x/c/0/0.{ours}{PARTIAL}"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    remove_partials(tmp_path)
+    remove_partial_files(tmp_path)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
 
 
 def test_removing_partials_of_a_missing_folder_does_nothing(tmp_path: Path) -> None:
-    remove_partials(tmp_path / "gone")
+    remove_partial_files(tmp_path / "gone")
     assert list(tmp_path.iterdir()) == []

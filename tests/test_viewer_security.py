@@ -13,7 +13,7 @@ import pytest
 
 from tests.viewer_runs import Served, client, facts_of, fetched, make_run, served
 from wsi_gradcam.errors import NotShownError, OutsideError
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.viewer import serve as connections
 from wsi_gradcam.viewer.inside import below, check_inside, check_tree
 from wsi_gradcam.viewer.security import COOKIE, Access, host_of, is_loopback
@@ -137,13 +137,13 @@ def test_links_inside_out_are_followed(out: Path, tmp_path: Path) -> None:
     link = out / "a.tif" / "more"
     link.symlink_to(out / "inner")
     try:
-        check_tree(LocalPlace(out), LocalPlace(out / "a.tif"))
-        check_inside(LocalPlace(out), LocalPlace(link / "b.tif"))
+        check_tree(LocalPath(out), LocalPath(out / "a.tif"))
+        check_inside(LocalPath(out), LocalPath(link / "b.tif"))
     finally:
         link.unlink()
-    check_tree(LocalPlace(out), LocalPlace(out / "nothing"))
+    check_tree(LocalPath(out), LocalPath(out / "nothing"))
     with pytest.raises(OutsideError):
-        check_inside(LocalPlace(out), LocalPlace(out / ".." / "secret.json"))
+        check_inside(LocalPath(out), LocalPath(out / ".." / "secret.json"))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_links_inside_out_are_followed(out: Path, tmp_path: Path) -> None:
 )
 def test_odd_paths_are_refused(path: str) -> None:
     with pytest.raises(NotShownError):
-        below(LocalPlace(Path("/nowhere")), path)
+        below(LocalPath(Path("/nowhere")), path)
 
 
 @pytest.mark.parametrize(

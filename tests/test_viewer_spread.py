@@ -22,7 +22,7 @@ from tests.viewer_runs import client, facts_of, make_run, plant_audit, tiles_of
 from wsi_gradcam import audit_run
 from wsi_gradcam.audit.folder import AuditFolder
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.results.heatmap import EXPLAINED, HeatmapStore
 from wsi_gradcam.results.run import open_result
 
@@ -209,7 +209,7 @@ def _anew(**about: Any) -> Callable[[AuditFolder], None]:
 TROUBLES: dict[str, tuple[Callable[[AuditFolder], None], str]] = {
     "under way": (_forget("spread_means"), ""),
     "begun anew": (_forget("plan"), "audited anew"),
-    "no image": (lambda folder: folder.spread(SLIDE).remove_all(), "cannot be read"),
+    "no image": (lambda folder: folder.spread(SLIDE).remove_tree(), "cannot be read"),
     "no metadata": (_write("spread.ome.zarr/zarr.json", b"{"), "cannot be read"),
     "other metadata": (_write("spread.ome.zarr/zarr.json", b'{"zarr_format":3,"node_type":"group"}'), "cannot be read"),
     "means damaged": (_write("spread.json", b"{"), "damaged"),
@@ -227,7 +227,7 @@ def test_trouble_with_a_spread_leaves_the_slide_as_it_is(out: Path, name: str) -
     trouble, said = TROUBLES[name]
     with client(out) as server:
         before = facts_of(server, SLIDE)
-    trouble(AuditFolder(LocalPlace(out) / "audit"))
+    trouble(AuditFolder(LocalPath(out) / "audit"))
     with client(out) as server:
         facts = facts_of(server, SLIDE)
         assert facts["channels"] == before["channels"][:OWN]

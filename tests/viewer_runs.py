@@ -20,7 +20,7 @@ from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.results.heatmap import EXPLAINED, TISSUE, Channel, HeatmapStore
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer.app import make_app
@@ -75,7 +75,7 @@ def plant(out: Path, slide_id: str, channel: int = 0) -> None:
 
 def plant_audit(out: Path, slide_id: str, spread: float = 1.0, **about: Any) -> AuditFolder:
     """Write pages of an audit, and a spread that grows to the right up to `spread`, known in the left half alone."""
-    folder, plan = AuditFolder(LocalPlace(out) / AUDIT), open_result(out)[slide_id].plan
+    folder, plan = AuditFolder(LocalPath(out) / AUDIT), open_result(out)[slide_id].plan
     folder.plan.write(b"{}")
     up = "../" * (slide_id.count("/") + 1)
     folder.report.write(f'<h1>all audited</h1><a href="./{slide_id}/report.html">slide</a>'.encode())

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, find_slides
-from wsi_gradcam.io.paths import AnyPlace, Place, RemotePlace, place_of
+from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
+from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.layout import RunFolder
 from wsi_gradcam.results.manifest import Manifest
@@ -44,7 +45,7 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 class Outcome:
     """How a run ended: its folder, on a disk a `Path`, and a record a slide, in the order in which they finished."""
 
-    out: Path | RemotePlace
+    out: Path | S3Path
     records: tuple[SlideRecord, ...]
 
     @property
@@ -56,7 +57,7 @@ class Outcome:
 def explain(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: AnyPlace,
+    out: StoragePathLike,
     settings: Settings | None = None,
     *,
     workers: int | None = None,
@@ -101,7 +102,7 @@ def explain(
             written, holds other results or is in use; or the run had to stop, as for a full disk; a `StoppedError`
             where the command line was told to.
     """
-    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
+    settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
     journal = Journal(folder, listener or Listener(), log_tasks)
@@ -112,7 +113,7 @@ def explain(
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         if not overwrite and not _nothing_but_failures(rows):
             check_same_run(folder.run, run)
-        folder.place.remove_partials(below=False)
+        folder.place.remove_partial_files(recursive=False)
         write_run(folder.run, run)
         entries = keep_record(folder.record, entries)
         journal.begun(run, entries, getattr(executor, "dashboard", ""))
@@ -149,7 +150,7 @@ class Preview:
 def preview(
     slides: Paths,
     model: str | PathLike[str] | ModelSpec | Model,
-    out: AnyPlace,
+    out: StoragePathLike,
     settings: Settings | None = None,
     *,
     only: str | Sequence[str] = (),
@@ -159,7 +160,7 @@ def preview(
     """Plan everything and write nothing; arguments and errors as for `explain`."""
     from wsi_gradcam.executors.serial import SerialExecutor
 
-    settings, folder = _settings(settings, options), RunFolder(place_of(out).absolute())
+    settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
@@ -209,14 +210,14 @@ def _prepared(
     return spec, None
 
 
-def _shown(out: AnyPlace) -> Path | RemotePlace:
-    place = place_of(out)
-    return place if isinstance(place, RemotePlace) else Path(str(place))
+def _shown(out: StoragePathLike) -> Path | S3Path:
+    place = storage_path(out)
+    return place if isinstance(place, S3Path) else Path(str(place))
 
 
 def _plan(
     executor: SerialExecutor | DaskExecutor,
-    out: Place,
+    out: StoragePath,
     spec: ModelSpec,
     settings: Settings,
     entries: Sequence[SlideEntry],
@@ -227,7 +228,7 @@ def _plan(
     return plan_run(out, spec, facts, settings)
 
 
-def _choice_before(place: Place, settings: Settings) -> Choice | None:
+def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
     """The engine and precision that a run which is continued has chosen, if the same was asked for."""
     try:
         stored = read_run(place)

@@ -15,7 +15,7 @@ from wsi_gradcam.audit.measured import CHANGES, MAIN
 from wsi_gradcam.audit.plan import SlideSample
 from wsi_gradcam.audit.schema import AgainstFacts
 from wsi_gradcam.errors import ConfigError, ResultError, StoreError
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class Other:
         return gather(self.folder, self.digest, self.samples, seed, self.samples)
 
 
-def open_audit(out: AnyPlace) -> Other:
+def open_audit(out: StoragePathLike) -> Other:
     """The finished audit in OUT/audit of a run.
 
     Raises:
@@ -60,7 +60,7 @@ def open_audit(out: AnyPlace) -> Other:
     """
     from wsi_gradcam.results.run import open_result
 
-    result = open_result(place_of(out).absolute())
+    result = open_result(storage_path(out).absolute())
     folder = AuditFolder(result.folder.place / AUDIT)
     plan, metrics = folder.read_plan(), folder.read_metrics()
     if plan is None or metrics is None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 AUDIT, PIECES, REPORT = "audit", "pieces", "report.html"
 ENDING, DIGITS = ".npz", 12
@@ -30,47 +30,47 @@ Numbers = dict[str, "NDArray[Any]"]
 class AuditFolder:
     """OUT/audit. A piece's file is named by the audit's digest: those of another audit are as good as none."""
 
-    place: Place
+    place: StoragePath
 
     @property
-    def plan(self) -> Place:
+    def plan(self) -> StoragePath:
         """What the audit asks, and its sample, written before work begins."""
         return self.place / "plan.json"
 
     @property
-    def metrics(self) -> Place:
+    def metrics(self) -> StoragePath:
         """All numbers and verdicts, written at the end."""
         return self.place / "metrics.json"
 
     @property
-    def report(self) -> Place:
+    def report(self) -> StoragePath:
         """The page of the archive."""
         return self.place / REPORT
 
-    def slide_report(self, slide_id: str) -> Place:
+    def slide_report(self, slide_id: str) -> StoragePath:
         """The page of a slide."""
         return self.place / slide_id / REPORT
 
-    def pieces(self, slide_id: str) -> Place:
+    def pieces(self, slide_id: str) -> StoragePath:
         """Where the numbers of a slide's pieces lie."""
         return self.place / slide_id / PIECES
 
-    def piece(self, slide_id: str, digest: str, number: int) -> Place:
+    def piece(self, slide_id: str, digest: str, number: int) -> StoragePath:
         """The numbers of a piece."""
         return self.pieces(slide_id) / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
 
-    def spread(self, slide_id: str) -> Place:
+    def spread(self, slide_id: str) -> StoragePath:
         """OME-Zarr image of where overlapping patches of a slide disagree."""
         return self.place / slide_id / "spread.ome.zarr"
 
-    def spread_means(self, slide_id: str) -> Place:
+    def spread_means(self, slide_id: str) -> StoragePath:
         """What it is in the mean; written when the image is whole."""
         return self.place / slide_id / "spread.json"
 
     def done(self, slide_id: str, digest: str) -> set[int]:
         """Pieces of a slide that this audit has measured."""
         start = f"{digest[:DIGITS]}-"
-        names = (name for name in self.pieces(slide_id).names() if name.endswith(ENDING))
+        names = (name for name in self.pieces(slide_id).file_names() if name.endswith(ENDING))
         return {int(n.removeprefix(start).removesuffix(ENDING)) for n in names if n.startswith(start)}
 
     def read_plan(self) -> dict[str, Any] | None:
@@ -98,7 +98,7 @@ class AuditFolder:
         return _json(self.metrics)
 
 
-def _json(place: Place) -> dict[str, Any] | None:
+def _json(place: StoragePath) -> dict[str, Any] | None:
     try:
         values = json.loads(place.read())
     except FileNotFoundError:
@@ -110,14 +110,14 @@ def _json(place: Place) -> dict[str, Any] | None:
     return values
 
 
-def write_numbers(place: Place, numbers: Mapping[str, NDArray[Any]]) -> None:
+def write_numbers(place: StoragePath, numbers: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays by name; the same arrays give the same bytes."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: numbers[name] for name in sorted(numbers)})  # type: ignore[arg-type]
     place.write(buffer.getvalue())
 
 
-def read_numbers(place: Place) -> Numbers:
+def read_numbers(place: StoragePath) -> Numbers:
     """What `write_numbers` wrote.
 
     Raises:
@@ -131,5 +131,5 @@ def read_numbers(place: Place) -> Numbers:
         raise _damaged(place) from error
 
 
-def _damaged(place: Place) -> StoreError:
+def _damaged(place: StoragePath) -> StoreError:
     return StoreError(f"{place}: damaged; delete it and run the same audit again, or use --overwrite")

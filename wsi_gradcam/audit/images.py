@@ -20,7 +20,7 @@ from wsi_gradcam.audit.sample import deepened
 from wsi_gradcam.cam.examine import Request, examine
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.run.plan import check_methods, plan_run
 from wsi_gradcam.run.settings import make_settings
@@ -156,7 +156,7 @@ def _planned(
     )
     check_methods(settings.method)
     facts = examine(model, Request(settings.layer, settings.method, batch_size=PIECE)).facts
-    run = plan_run(LocalPlace(Path()), model.spec, facts, settings)
+    run = plan_run(LocalPath(Path()), model.spec, facts, settings)
     samples = {}
     for name in sorted(set(names)):
         rows = np.flatnonzero(np.array(names, object) == name)

@@ -22,7 +22,7 @@ from wsi_gradcam.audit.sample import draw
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.spreading import has_overlap
 from wsi_gradcam.errors import ResultError, ResumeError, StoreError
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.run.claims import Claim, new_run_id
@@ -32,7 +32,7 @@ from wsi_gradcam.run.stages import Performed, Task
 from wsi_gradcam.system.isolation import WATCH
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.run.plan import RunPlan
 
@@ -47,7 +47,7 @@ class AuditOutcome:
         records: of the slides in the sample.
     """
 
-    out: Place
+    out: StoragePath
     metrics: Metrics
     records: tuple[SlideRecord, ...]
 
@@ -58,7 +58,7 @@ class AuditOutcome:
 
 
 def audit_run(
-    out: AnyPlace,
+    out: StoragePathLike,
     *,
     patches: int = PATCHES,
     seed: int = 0,
@@ -68,7 +68,7 @@ def audit_run(
     include: Sequence[str] = (),
     regions: str | PathLike[str] | None = None,
     model: str | PathLike[str] | ModelSpec | Model | None = None,
-    against: AnyPlace | None = None,
+    against: StoragePathLike | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
     wait_for_workers: float | None = None,
@@ -109,7 +109,7 @@ def audit_run(
         None if regions is None else Path(regions).absolute(),
     )
     listener = listener or Listener()
-    result = open_result(place_of(out).absolute())
+    result = open_result(storage_path(out).absolute())
     given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
     loaded = None if given is None or isinstance(given, ModelSpec) else given
     spec = loaded.spec if loaded is not None else given if isinstance(given, ModelSpec) else None
@@ -211,8 +211,8 @@ def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
         raise ResumeError(f"{folder.place}: holds an audit with other settings ({what}); --overwrite replaces it")
     for place in (folder.plan, folder.metrics, folder.report):  # the plan first: what is half gone is no audit
         place.remove()
-    for name in folder.place.folders():
-        (folder.place / name).remove_all()
+    for name in folder.place.folder_names():
+        (folder.place / name).remove_tree()
     values = {
         "identity": identity,
         "digest": plan.audit_digest(),

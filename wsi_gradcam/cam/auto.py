@@ -28,7 +28,7 @@ from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram, cut_at
 from wsi_gradcam.cam.targets import PREDICTED, Target, make_score
 from wsi_gradcam.cam.trunks import low_precisions, make_trunk
 from wsi_gradcam.errors import EngineError, one_line
-from wsi_gradcam.io.files import write_atomic
+from wsi_gradcam.io.local import write_atomic
 from wsi_gradcam.models.graph import fixed_batch
 from wsi_gradcam.system.memory import give_back
 

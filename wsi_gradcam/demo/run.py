@@ -25,8 +25,7 @@ from wsi_gradcam.cli.terminal import progress
 from wsi_gradcam.demo.layout import Layout, lay_out
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.io.files import storing
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath, wrap_write_errors
 from wsi_gradcam.results.heatmap import EXPLAINED, HeatmapStore
 from wsi_gradcam.results.layout import RunFolder
 
@@ -111,7 +110,7 @@ def run_demo(slide: str | None, out: Path, workers: int | None = None, mpp: floa
         model, target, overlap = "ihc-dab", "positive", 0.25
     else:
         path, model, target, overlap = Path(slide), "oral-tumour", "tumour", 0.5
-    results = RunFolder(LocalPlace(out / model))
+    results = RunFolder(LocalPath(out / model))
     with progress(quiet=False) as listener:
         outcome = explain(
             path,
@@ -140,7 +139,7 @@ def run_demo(slide: str | None, out: Path, workers: int | None = None, mpp: floa
 def lay_out_slide(path: Path) -> tuple[Path, Layout]:
     """Write the demo's slide to `path`: the micrograph on glass, a tiled pyramidal TIFF."""
     rgb, layout = lay_out(micrograph(), (SIDE_PX, SIDE_PX))
-    with storing(path):
+    with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_slide(path, rgb, mpp=MPP)
     return path, layout

@@ -9,7 +9,7 @@ from wsi_gradcam.doctor.cluster import workers
 from wsi_gradcam.doctor.environment import FAIL, OK, WARN, Check, guarded, load, shown, worst
 from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.doctor.machine import this_machine
-from wsi_gradcam.io.paths import Place, place_of
+from wsi_gradcam.io.paths import StoragePath, storage_path
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
@@ -29,12 +29,12 @@ def examine(out: str | None = None, scheduler: str | None = None, model: str | N
         ConfigError: `out` is neither a folder nor s3://BUCKET/KEY.
         ModelError: no such model.
     """
-    folder = None if out is None else place_of(out)
+    folder = None if out is None else storage_path(out)
     spec = None if model is None else _spec(model)
     return _examine(folder, scheduler, spec)
 
 
-def _examine(out: Place | None, scheduler: str | None, spec: ModelSpec | None) -> Iterator[Check]:
+def _examine(out: StoragePath | None, scheduler: str | None, spec: ModelSpec | None) -> Iterator[Check]:
     yield from this_machine()
     if spec is not None:
         problem = load(spec)

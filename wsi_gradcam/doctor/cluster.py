@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.doctor.environment import FAIL, OK, OPTIONAL, WARN, Check, differences, facts, visit
 from wsi_gradcam.doctor.folder import probe_place
 from wsi_gradcam.errors import StoreError, WorkerError, one_line
-from wsi_gradcam.io.paths import Place
+from wsi_gradcam.io.paths import StoragePath
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
@@ -21,7 +21,7 @@ SHOWN = 5  # of workers that have the same trouble
 SAME = "install the same versions everywhere: pip install -c constraints.txt, or one image for all"
 
 
-def workers(scheduler: str, out: Place | None, spec: ModelSpec | None) -> Iterator[Check]:
+def workers(scheduler: str, out: StoragePath | None, spec: ModelSpec | None) -> Iterator[Check]:
     """What workers are, and whether they know what this process knows."""
     from wsi_gradcam.executors.dask import ask_workers
 
@@ -32,7 +32,7 @@ def workers(scheduler: str, out: Place | None, spec: ModelSpec | None) -> Iterat
         except WorkerError as error:
             yield Check("scheduler", FAIL, one_line(error), "docs/clusters.md says how to start one")
             return
-        written = len(probe.parent.names()) - 1 if probe else 0
+        written = len(probe.parent.file_names()) - 1 if probe else 0
     yield Check("scheduler", OK, "answers")
     if not told:
         yield Check("workers", FAIL, "none", "start some, such as 'dask worker ADDRESS --nthreads 2 --memory-limit 0'")
@@ -52,7 +52,7 @@ def workers(scheduler: str, out: Place | None, spec: ModelSpec | None) -> Iterat
 
 
 @contextmanager
-def _probe(out: Place | None, token: str) -> Iterator[Place | None]:
+def _probe(out: StoragePath | None, token: str) -> Iterator[StoragePath | None]:
     """A file in `out` that holds `token`; None where `out` cannot be written, which its own checks tell."""
     with ExitStack() as opened:
         probe = None
@@ -112,7 +112,7 @@ def _model(visits: dict[str, Any], name: str) -> Check:
     return Check("workers' model", OK, f"{name} loads on all {len(visits)}")
 
 
-def _shared(out: Place, visits: dict[str, Any], written: int) -> Check:
+def _shared(out: StoragePath, visits: dict[str, Any], written: int) -> Check:
     """Whether each worker read what this process wrote in `out`, and this process sees what each wrote."""
     mend = f"{out.absolute()} must be a shared folder, at the same path on every worker, or a bucket, for all to write"
     blind = {address: visit["out"] for address, visit in visits.items() if visit["out"]}

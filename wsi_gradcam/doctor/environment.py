@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import one_line
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 
 PROGRAM = "wsi-gradcam"
@@ -57,7 +57,7 @@ def facts() -> dict[str, Any]:
     }
 
 
-def visit(probe: Place | None, token: str, model: Any) -> dict[str, Any]:
+def visit(probe: StoragePath | None, token: str, model: Any) -> dict[str, Any]:
     """On a worker: its facts, what it makes of the file `probe`, and whether the model of a specification loads.
 
     `out` and `model` are the problems, "" where there are none: the file must hold `token`, and another is written
@@ -146,7 +146,7 @@ def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [name for name in LOW_PRECISION if name in flags]
 
 
-def _exchange(probe: Place, token: str) -> str:
+def _exchange(probe: StoragePath, token: str) -> str:
     """Read what another process wrote, and write for it."""
     try:
         if probe.read() != token.encode():

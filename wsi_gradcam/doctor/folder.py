@@ -12,7 +12,8 @@ from pathlib import Path
 
 from wsi_gradcam.doctor.environment import FAIL, OK, WARN, Check
 from wsi_gradcam.errors import StoreError, one_line
-from wsi_gradcam.io.paths import LocalPlace, Place
+from wsi_gradcam.io.local import LocalPath
+from wsi_gradcam.io.paths import StoragePath
 
 GIB = 1 << 30
 LITTLE_FREE = 10 * GIB
@@ -20,32 +21,32 @@ FEW_FILES = 100_000
 
 
 @contextmanager
-def probe_place(out: Place) -> Iterator[Place]:
+def probe_place(out: StoragePath) -> Iterator[StoragePath]:
     """A folder of our own in `out`; afterwards all is as it was.
 
     Raises:
         StoreError: it cannot be made.
     """
-    if isinstance(out, LocalPlace):
+    if isinstance(out, LocalPath):
         with _probe_folder(out.path) as probe:
-            yield LocalPlace(probe)
+            yield LocalPath(probe)
         return
     place = out / f".doctor-{uuid.uuid4().hex}"
     try:
         yield place
     finally:
         with suppress(StoreError):
-            place.remove_all()
+            place.remove_tree()
 
 
 @contextmanager
 def _probe_folder(out: Path) -> Iterator[Path]:
-    from wsi_gradcam.io.files import storing
+    from wsi_gradcam.io.local import wrap_write_errors
 
     probe = out.absolute() / f".doctor-{uuid.uuid4().hex}"
     missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
     try:
-        with storing(out):
+        with wrap_write_errors(out):
             probe.mkdir(parents=True)
         yield probe
     finally:
@@ -55,12 +56,12 @@ def _probe_folder(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def folder_of_results(out: Place) -> Iterator[Check]:
+def folder_of_results(out: StoragePath) -> Iterator[Check]:
     """Whether `out` takes what a run writes, and how."""
     try:
         with probe_place(out) as probe:
             yield _array(probe)
-            if isinstance(probe, LocalPlace):
+            if isinstance(probe, LocalPath):
                 yield _rename(probe.path)
                 yield _locks(probe.path)
                 yield _space(probe.path)
@@ -69,7 +70,7 @@ def folder_of_results(out: Place) -> Iterator[Check]:
         yield Check("OUT", FAIL, one_line(error), "the same --out would stop a run")
 
 
-def _array(folder: Place) -> Check:
+def _array(folder: StoragePath) -> Check:
     """A patch store of one span is written and read back."""
     import numpy as np
 
@@ -88,7 +89,7 @@ def _array(folder: Place) -> Check:
     return Check("OUT: arrays", OK, "written and read back")
 
 
-def _claims(folder: Place) -> Check:
+def _claims(folder: StoragePath) -> Check:
     """A file is made where there is none, and changed where nobody else has."""
     file = folder / "claim"
     seen = [file.create(b"one"), file.create(b"two")]
@@ -102,7 +103,7 @@ def _claims(folder: Place) -> Check:
 
 def _rename(folder: Path) -> Check:
     """A file is replaced while it is open: who opened it before reads the old one, who opens it now the new."""
-    from wsi_gradcam.io.files import write_atomic
+    from wsi_gradcam.io.local import write_atomic
 
     path = folder / "renamed"
     write_atomic(path, b"old")

@@ -180,7 +180,7 @@ def _openslide() -> Iterator[Check]:
 def _choices() -> Iterator[Check]:
     """The folder that remembers what --engine auto chose."""
     from wsi_gradcam.cam.auto import cache_file
-    from wsi_gradcam.io.files import write_atomic
+    from wsi_gradcam.io.local import write_atomic
 
     folder = cache_file().parent
     probe = folder / f"doctor-{uuid.uuid4().hex}"

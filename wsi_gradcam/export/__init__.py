@@ -11,7 +11,7 @@ from typing import Any
 
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.export.job import RUN, Job, Options
-from wsi_gradcam.io.paths import AnyPlace
+from wsi_gradcam.io.paths import StoragePathLike
 from wsi_gradcam.results.run import Result, open_result
 from wsi_gradcam.results.slide import SlideResult
 
@@ -39,7 +39,7 @@ class Exported:
 
 
 def export(
-    result: Result | AnyPlace,
+    result: Result | StoragePathLike,
     to: str,
     dest: str | PathLike[str],
     slides: Sequence[str] = (),

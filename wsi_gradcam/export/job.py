@@ -20,7 +20,7 @@ import numpy as np
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.export.colours import Colouring, check_colormap
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.io.files import PARTIAL, storing
+from wsi_gradcam.io.local import PARTIAL, wrap_write_errors
 from wsi_gradcam.results.channels import ChannelInfo
 from wsi_gradcam.results.slide import SlideResult
 
@@ -155,7 +155,7 @@ def new(path: Path, overwrite: bool) -> Iterator[Path]:
     if not overwrite and path.exists():
         raise StoreError(f"{path}: exists already; use --overwrite, or another --dest")
     partial = _beside(path)
-    with storing(path):
+    with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial

@@ -1,1 +1,1 @@
-"""Where bytes lie: folders, object stores, atomic writes, URLs, Zarr stores. Knows nothing of slides or models."""
+"""Files on disks and in object stores: paths, atomic writes, Zarr stores, URLs. Knows nothing of slides or models."""

@@ -21,20 +21,31 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from wsi_gradcam.errors import StoreError, WsiGradcamError
-from wsi_gradcam.io.base import Place
-from wsi_gradcam.io.files import PARTIAL, remove_partials, storing, write_atomic
+from wsi_gradcam.io.paths import StoragePath
 
 if TYPE_CHECKING:
     from zarr.storage import LocalStore
 
 LOCK = ".lock"
+TRIES = 3
+PARTIAL = ".partial"  # also the ending of zarr's own unfinished files
+
+_MENDS = {
+    errno.ENOSPC: "the disk is full; free space and run the same command again, nothing finished is lost",
+    errno.EDQUOT: "the disk quota is used up; free space and run the same command again, nothing finished is lost",
+    errno.EROFS: "the file system is read-only; choose another --out",
+    errno.EACCES: "no permission to write there; choose another --out or change the permissions",
+    errno.EPERM: "no permission to write there; choose another --out or change the permissions",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another --out",
+    errno.EEXIST: "a file stands where a folder is needed; choose another --out",
+}
 _PARTIAL_NAME = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
 # File systems without hard links: SMB, exFAT and some that are made of other stores.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
 @dataclass(frozen=True)
-class LocalPlace(Place):
+class LocalPath(StoragePath):
     """A file or folder on a disk; `open` and `Path` take it as they take a path."""
 
     path: Path
@@ -47,17 +58,17 @@ class LocalPlace(Place):
         return self.path.name
 
     @property
-    def parent(self) -> LocalPlace:
-        return LocalPlace(self.path.parent)
+    def parent(self) -> LocalPath:
+        return LocalPath(self.path.parent)
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def __truediv__(self, name: str) -> LocalPlace:
-        return LocalPlace(self.path / name)
+    def __truediv__(self, name: str) -> LocalPath:
+        return LocalPath(self.path / name)
 
-    def absolute(self) -> LocalPlace:
-        return LocalPlace(self.path.absolute())
+    def absolute(self) -> LocalPath:
+        return LocalPath(self.path.absolute())
 
     def read(self) -> bytes:
         with _reading(self.path):
@@ -82,10 +93,10 @@ class LocalPlace(Place):
     def exists(self) -> bool:
         return self.is_file() or _holds_files(self.path)
 
-    def names(self) -> list[str]:
+    def file_names(self) -> list[str]:
         return sorted(entry.name for entry in self._entries() if entry.is_file() and not _is_ours(entry.name))
 
-    def folders(self) -> list[str]:
+    def folder_names(self) -> list[str]:
         return sorted(entry.name for entry in self._entries() if entry.is_dir() and _holds_files(Path(entry.path)))
 
     def _entries(self) -> list[os.DirEntry[str]]:
@@ -119,10 +130,10 @@ class LocalPlace(Place):
             return False
         return True
 
-    def replace(self, data: bytes, known: str) -> bool:
+    def replace(self, data: bytes, version: str) -> bool:
         with self._locked():
             try:
-                if self.read_versioned()[1] != known:
+                if self.read_versioned()[1] != version:
                     return False
             except FileNotFoundError:
                 return False
@@ -139,9 +150,9 @@ class LocalPlace(Place):
                 self.write(new)
 
     @contextmanager
-    def writing(self) -> Iterator[BinaryIO]:
+    def atomic_writer(self) -> Iterator[BinaryIO]:
         partial = self._partial()
-        with storing(self.path):
+        with wrap_write_errors(self.path):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with partial.open("wb") as file:
@@ -151,23 +162,23 @@ class LocalPlace(Place):
                 partial.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        with storing(self.path), suppress(NotADirectoryError):
+        with wrap_write_errors(self.path), suppress(NotADirectoryError):
             self.path.unlink(missing_ok=True)
 
-    def remove_all(self) -> None:
-        with storing(self.path), suppress(FileNotFoundError, NotADirectoryError):
+    def remove_tree(self) -> None:
+        with wrap_write_errors(self.path), suppress(FileNotFoundError, NotADirectoryError):
             shutil.rmtree(self.path)
 
-    def remove_partials(self, below: bool = True) -> None:
-        remove_partials(self.path, below)
+    def remove_partial_files(self, recursive: bool = True) -> None:
+        remove_partial_files(self.path, recursive)
 
-    def zarr(self, read_only: bool = False) -> LocalStore:
+    def zarr_store(self, read_only: bool = False) -> LocalStore:
         from zarr.storage import LocalStore
 
         return LocalStore(self.path, read_only=read_only)
 
-    def storing(self) -> AbstractContextManager[None]:
-        return storing(self.path)
+    def wrap_write_errors(self) -> AbstractContextManager[None]:
+        return wrap_write_errors(self.path)
 
     def _partial(self) -> Path:
         return self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}{PARTIAL}")
@@ -176,7 +187,7 @@ class LocalPlace(Place):
     def _written(self, data: bytes) -> Iterator[Path]:
         """A file beside this one that holds `data`, for a while."""
         partial = self._partial()
-        with storing(self.path):
+        with wrap_write_errors(self.path):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 partial.write_bytes(data)
@@ -187,7 +198,7 @@ class LocalPlace(Place):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock file of the folder, as far as the system and the file system know locks."""
-        with storing(self.path):
+        with wrap_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = (self.path.parent / LOCK).open("w")
         with file:
@@ -195,6 +206,48 @@ class LocalPlace(Place):
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+@contextmanager
+def wrap_write_errors(path: Path) -> Iterator[None]:
+    """Turns an operating system's error while writing below `path` into a `StoreError` that says the mend."""
+    try:
+        yield
+    except WsiGradcamError:
+        raise
+    except OSError as error:
+        mend = _MENDS.get(error.errno or 0, f"{error.strerror or error}; check the storage and run again")
+        raise StoreError(f"{path}: cannot write: {mend}") from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: readers see all of it or the file as it was.
+
+    Raises:
+        StoreError: the file system refuses.
+    """
+    with wrap_write_errors(path):
+        for left in reversed(range(TRIES)):
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(data)
+                os.replace(partial, path)  # noqa: PTH105 - the atomic one on every platform
+            except FileNotFoundError:  # a run that began just now took it for what a killed process has left
+                if not left:
+                    raise
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+            else:
+                return
+
+
+def remove_partial_files(folder: Path, recursive: bool = True) -> None:
+    """Delete half-written files of killed processes, ours and zarr's, in `folder`, and below if `recursive`."""
+    pattern = f"*.{'[0-9a-f]' * 32}{PARTIAL}"
+    for path in folder.rglob(pattern) if recursive else folder.glob(pattern):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,13 +11,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.io import buckets
-from wsi_gradcam.io.base import Place
-from wsi_gradcam.io.buckets import Bucket, error_of
-from wsi_gradcam.io.object_stores import S3, S3_FORM, Trouble, bucket_and_key, patiently, pauses, trouble_of
+from wsi_gradcam.io.object_stores import (
+    CREDENTIALS_MEND,
+    S3,
+    S3_FORM,
+    Trouble,
+    bucket_and_key,
+    patiently,
+    pauses,
+    s3_store,
+    short,
+    trouble_of,
+)
+from wsi_gradcam.io.paths import StoragePath
 from wsi_gradcam.io.urls import shown_url
 
 if TYPE_CHECKING:
@@ -26,6 +36,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# A store that is away for longer stops the run.
+PATIENCE_S = 60.0
 AT_ONCE = 16  # requests of one call
 # What is streamed lies in memory up to this size, and in a temporary file beyond it.
 STREAM_BYTES = 16 << 20
@@ -35,15 +47,36 @@ WRITER = "writer"
 _NOT_FOR_KEYS = re.compile("[\x00-\x1f\x7f\udc80-\udcff]")
 
 
+class Bucket:
+    """A bucket whose client is made when it is first used, and stays behind when the bucket is sent elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        """The client, one in a process: it keeps connections and credentials."""
+        return s3_store(self.name, patience_s=PATIENCE_S)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"name": self.name}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bucket) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
 @dataclass(frozen=True)
-class RemotePlace(Place):
+class S3Path(StoragePath):
     """An object, or the objects whose keys begin with `key` and a slash."""
 
     bucket: Bucket = field(repr=False)
     key: str
 
     @classmethod
-    def at(cls, url: str) -> RemotePlace:
+    def from_url(cls, url: str) -> S3Path:
         """The place at an s3:// URL.
 
         Raises:
@@ -62,16 +95,16 @@ class RemotePlace(Place):
         return posixpath.basename(self.key)
 
     @property
-    def parent(self) -> RemotePlace:
-        return RemotePlace(self.bucket, posixpath.dirname(self.key))
+    def parent(self) -> S3Path:
+        return S3Path(self.bucket, posixpath.dirname(self.key))
 
     def __str__(self) -> str:
         return f"{S3}://{self.bucket.name}/{self.key}"
 
-    def __truediv__(self, name: str) -> RemotePlace:
-        return RemotePlace(self.bucket, _key(f"{self.key}/{name}"))
+    def __truediv__(self, name: str) -> S3Path:
+        return S3Path(self.bucket, _key(f"{self.key}/{name}"))
 
-    def absolute(self) -> RemotePlace:
+    def absolute(self) -> S3Path:
         return self
 
     def read(self) -> bytes:
@@ -111,11 +144,11 @@ class RemotePlace(Place):
             return self._asked(lambda store: bool(next(iter(store.list(self._prefix, chunk_size=1)), [])))
         return True
 
-    def names(self) -> list[str]:
+    def file_names(self) -> list[str]:
         objects = self._asked(lambda store: store.list_with_delimiter(self._prefix)["objects"])
         return sorted(posixpath.basename(item["path"]) for item in objects)
 
-    def folders(self) -> list[str]:
+    def folder_names(self) -> list[str]:
         prefixes = self._asked(lambda store: store.list_with_delimiter(self._prefix)["common_prefixes"])
         return sorted(posixpath.basename(prefix.rstrip("/")) for prefix in prefixes)
 
@@ -125,11 +158,11 @@ class RemotePlace(Place):
     def create(self, data: bytes) -> bool:
         return self._put_if("create", data)
 
-    def replace(self, data: bytes, known: str) -> bool:
-        return self._put_if({"e_tag": known}, data)
+    def replace(self, data: bytes, version: str) -> bool:
+        return self._put_if({"e_tag": version}, data)
 
     @contextmanager
-    def writing(self) -> Iterator[BinaryIO]:
+    def atomic_writer(self) -> Iterator[BinaryIO]:
         # Sent when it is whole: what was sent before could neither be sent again nor be taken back.
         with tempfile.SpooledTemporaryFile(STREAM_BYTES) as file:
             yield cast("BinaryIO", file)
@@ -150,30 +183,30 @@ class RemotePlace(Place):
         objects = self._asked(lambda store: store.list(self._prefix).collect())
         return sorted(item["path"] for item in objects)
 
-    def remove_all(self) -> None:
+    def remove_tree(self) -> None:
         def remove(store: ObjectStore) -> None:
             if paths := self.keys():
                 store.delete(paths)
 
         self._asked(remove, "written")
 
-    def read_each(self, names: Sequence[str]) -> list[bytes]:
+    def read_many(self, names: Sequence[str]) -> list[bytes]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda name: (self / name).read(), names))
 
-    def write_each(self, files: Mapping[str, bytes]) -> None:
+    def write_many(self, files: Mapping[str, bytes]) -> None:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda item: (self / item[0]).write(item[1]), files.items()))
 
-    def remove_partials(self, below: bool = True) -> None:
+    def remove_partial_files(self, recursive: bool = True) -> None:
         """Nothing half-written can be seen there."""
 
-    def zarr(self, read_only: bool = False) -> RemoteStore:
+    def zarr_store(self, read_only: bool = False) -> RemoteStore:
         from wsi_gradcam.io.zarr_remote import RemoteStore
 
         return RemoteStore(self, self.bucket, self.key, read_only)
 
-    def storing(self) -> AbstractContextManager[None]:
+    def wrap_write_errors(self) -> AbstractContextManager[None]:
         return nullcontext()  # `RemoteStore` says it itself
 
     @property
@@ -183,7 +216,7 @@ class RemotePlace(Place):
     def _asked(self, call: Callable[[ObjectStore], T], done: str = "read") -> T:
         """What the store answers, tried again while its trouble may pass."""
         try:
-            return patiently(lambda: call(self.bucket.store), buckets.PATIENCE_S)
+            return patiently(lambda: call(self.bucket.store), PATIENCE_S)
         except StoreError:
             raise
         except Exception as error:  # obstore raises many kinds
@@ -192,7 +225,7 @@ class RemotePlace(Place):
     def _put_if(self, mode: Any, data: bytes) -> bool:
         """Put on a condition; whether it was met. Its own put that succeeded unheard is taken for what it is."""
         token = uuid.uuid4().hex
-        waits = pauses(buckets.PATIENCE_S)
+        waits = pauses(PATIENCE_S)
         while True:
             try:
                 self.bucket.store.put(self.key, data, mode=mode, attributes={WRITER: token})
@@ -227,3 +260,24 @@ def _key(path: str) -> str:
     """A key without empty parts, percent signs in place of characters that no key can have."""
     whole = "/".join(part for part in path.split("/") if part)
     return _NOT_FOR_KEYS.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", whole)
+
+
+def error_of(place: object, error: Exception, done: str) -> OSError:
+    """What an error of obstore means for OUT; a file that is not there is a plain `FileNotFoundError`.
+
+    `done` is what could not be done: "read" or "written".
+    """
+    trouble = trouble_of(error)
+    if trouble is Trouble.MISSING:
+        return FileNotFoundError(f"{place}: does not exist")
+    mends = {
+        Trouble.NO_BUCKET: "no such bucket; make it, or check --out and the endpoint in AWS_ENDPOINT_URL",
+        Trouble.REFUSED: f"access was refused ({short(error)}); {CREDENTIALS_MEND}, and let them read, write, list "
+        "and delete there",
+        Trouble.NO_CREDENTIALS: f"there are no credentials; {CREDENTIALS_MEND}",
+        Trouble.ELSEWHERE: f"it lies elsewhere ({short(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
+        Trouble.REJECTED: f"the store refuses that ({short(error)}); check --out and the store's settings",
+    }
+    other = f"the store does not answer as it should ({short(error)}); check it and the network, and run the same "
+    mend = mends.get(trouble, other + "command again, nothing finished is lost")
+    return StoreError(f"{place}: cannot be {done}: {mend}")

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import zarr
 from zarr.storage import MemoryStore
 
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
     from zarr.core.buffer import Buffer
 
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 
-def lay_out(place: Place, build: Callable[[Store], None]) -> None:
+def lay_out(place: StoragePath, build: Callable[[Store], None]) -> None:
     """Put what `build` makes in an empty store at a place, instead of what is there.
 
     It is made in memory first: zarr itself would ask for each array whether there is one already.
@@ -27,8 +27,8 @@ def lay_out(place: Place, build: Callable[[Store], None]) -> None:
     """
     made: dict[str, Buffer] = {}
     build(MemoryStore(made))
-    place.remove_all()
-    place.write_each({name: data.to_bytes() for name, data in made.items()})
+    place.remove_tree()
+    place.write_many({name: data.to_bytes() for name, data in made.items()})
 
 
 class OpenGroup:
@@ -38,10 +38,10 @@ class OpenGroup:
         FileNotFoundError: there is none.
     """
 
-    def __init__(self, place: Place, *, read_only: bool = False) -> None:
-        if isinstance(place, LocalPlace) and not place.path.is_dir():  # zarr would make the folder
+    def __init__(self, place: StoragePath, *, read_only: bool = False) -> None:
+        if isinstance(place, LocalPath) and not place.path.is_dir():  # zarr would make the folder
             raise FileNotFoundError(f"{place}: does not exist")
-        self.group = zarr.open_group(place.zarr(read_only), mode="r" if read_only else "r+", zarr_format=3)
+        self.group = zarr.open_group(place.zarr_store(read_only), mode="r" if read_only else "r+", zarr_format=3)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def array(self, name: str) -> zarr.Array[Any]:

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
-from wsi_gradcam.io import buckets
-from wsi_gradcam.io.buckets import error_of
+from wsi_gradcam.io import s3
 from wsi_gradcam.io.object_stores import Trouble, pauses, trouble_of
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from wsi_gradcam.io.base import Place
-    from wsi_gradcam.io.buckets import Bucket
     from wsi_gradcam.io.object_stores import ObjectStore
+    from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.io.s3 import Bucket
 
 T = TypeVar("T")
 
@@ -30,7 +29,7 @@ class RemoteStore(Store):
     supports_deletes = True
     supports_listing = True
 
-    def __init__(self, place: Place, bucket: Bucket, key: str, read_only: bool = False) -> None:
+    def __init__(self, place: StoragePath, bucket: Bucket, key: str, read_only: bool = False) -> None:
         super().__init__(read_only=read_only)
         self.place = place
         self.bucket = bucket
@@ -88,7 +87,7 @@ class RemoteStore(Store):
 
     async def delete_dir(self, prefix: str) -> None:
         self._check_writable()
-        await asyncio.to_thread((self.place / prefix).remove_all)
+        await asyncio.to_thread((self.place / prefix).remove_tree)
 
     async def list(self) -> AsyncIterator[str]:
         async for key in self.list_prefix(""):
@@ -105,7 +104,7 @@ class RemoteStore(Store):
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         folder = self.place / prefix
-        for name in (*await asyncio.to_thread(folder.names), *await asyncio.to_thread(folder.folders)):
+        for name in (*await asyncio.to_thread(folder.file_names), *await asyncio.to_thread(folder.folder_names)):
             yield name
 
     def _path(self, key: str) -> str:
@@ -113,14 +112,14 @@ class RemoteStore(Store):
 
     async def _asked(self, key: str, call: Callable[[ObjectStore], Awaitable[T]], done: str) -> T:
         """What the store answers, tried again while its trouble may pass."""
-        waits = pauses(buckets.PATIENCE_S)
+        waits = pauses(s3.PATIENCE_S)
         while True:
             try:
                 return await call(self.bucket.store)
             except Exception as error:  # obstore raises many kinds
                 pause = next(waits, None) if trouble_of(error) is Trouble.UNREACHABLE else None
                 if pause is None:
-                    raise error_of(self.place / key, error, done) from None
+                    raise s3.error_of(self.place / key, error, done) from None
             await asyncio.sleep(pause)
 
 

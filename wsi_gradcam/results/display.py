@@ -28,7 +28,7 @@ from wsi_gradcam.run.jobs import FAILED
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 
 BINS = 1 << 16
@@ -129,7 +129,7 @@ Progress = Callable[[int, int], None]
 
 
 def run_windows(
-    slides: Iterable[SlideResult], place: Place, run_digest: str, progress: Progress | None = None
+    slides: Iterable[SlideResult], place: StoragePath, run_digest: str, progress: Progress | None = None
 ) -> dict[str, tuple[float, float]]:
     """The window (low, high) of each channel, by its label, over all finished slides; kept at `place`.
 
@@ -201,7 +201,7 @@ def _key(slide: SlideResult) -> str:
     return hashlib.sha256(json.dumps(slide.row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _stored(place: Place, run_digest: str) -> dict[str, Any] | None:
+def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
     """What was kept, if it is this run's and of this version."""
     try:
         values = json.loads(place.read())
@@ -213,7 +213,7 @@ def _stored(place: Place, run_digest: str) -> dict[str, Any] | None:
         return None  # made anew
 
 
-def _store(place: Place, values: dict[str, Any]) -> None:
+def _store(place: StoragePath, values: dict[str, Any]) -> None:
     try:
         place.write(json.dumps(values, sort_keys=True).encode())
     except StoreError:  # OUT may be read only

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 
 from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_groups import OpenGroup, lay_out
 
 if TYPE_CHECKING:
@@ -48,14 +48,14 @@ class HeatmapStore:
     A block is a region that is exactly one shard: no two tasks ever write the same file.
     """
 
-    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
-        self._place = place_of(place)
+    def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
+        self._place = storage_path(place)
         self._group = OpenGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
         cls,
-        place: AnyPlace,
+        place: StoragePathLike,
         name: str,
         shape: tuple[int, int],
         scale_um: tuple[float, float],
@@ -92,7 +92,7 @@ class HeatmapStore:
             label.attrs["ome"] = _label_metadata(shapes, scale_um)
             group.attrs.put({"ome": _image_metadata(name, shapes, scale_um, channels), "wsi_gradcam": attributes})
 
-        lay_out(place_of(place), build)
+        lay_out(storage_path(place), build)
         return cls(place)
 
     @property
@@ -126,12 +126,12 @@ class HeatmapStore:
 
     def write(self, level: int, channel: int, block: Region, values: NDArray[np.float32]) -> None:
         """Write one channel of one block, float32 [height, width] of the block."""
-        with self._place.storing():
+        with self._place.wrap_write_errors():
             self.array(level)[(channel, *block.slices)] = values
 
     def write_flags(self, level: int, block: Region, flags: NDArray[np.uint8]) -> None:
         """Write the coverage label of one block: bits TISSUE, EXPLAINED, UNREADABLE."""
-        with self._place.storing():
+        with self._place.wrap_write_errors():
             self.labels(level)[block.slices] = flags
 
     def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
@@ -144,7 +144,7 @@ class HeatmapStore:
 
     def set_channels(self, channels: Sequence[Channel]) -> None:
         """Replace how channels are shown; values are never touched."""
-        with self._place.storing():
+        with self._place.wrap_write_errors():
             ome = dict(self.attributes["ome"])
             ome["omero"] = _omero(channels)
             self._group.group.attrs["ome"] = ome

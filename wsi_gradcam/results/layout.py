@@ -6,42 +6,42 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 
 @dataclass(frozen=True)
 class SlideFolder:
     """The folder of one slide's results."""
 
-    place: Place
+    place: StoragePath
 
     @property
-    def heatmap(self) -> Place:
+    def heatmap(self) -> StoragePath:
         """OME-Zarr image of the heatmap."""
         return self.place / "heatmap.ome.zarr"
 
     @property
-    def cams(self) -> Place:
+    def cams(self) -> StoragePath:
         """Patch store."""
         return self.place / "cams.zarr"
 
     @property
-    def table(self) -> Place:
+    def table(self) -> StoragePath:
         """A row a patch."""
         return self.place / "patches.parquet"
 
     @property
-    def overview(self) -> Place:
+    def overview(self) -> StoragePath:
         """Picture of slide and overlay."""
         return self.place / "overview.png"
 
     @property
-    def tissue(self) -> Place:
+    def tissue(self) -> StoragePath:
         """Tissue mask over the whole slide."""
         return self.place / "tissue.png"
 
     @property
-    def manifest(self) -> Place:
+    def manifest(self) -> StoragePath:
         """What is done."""
         return self.place / "manifest"
 
@@ -50,25 +50,25 @@ class SlideFolder:
 class RunFolder:
     """OUT."""
 
-    place: Place
+    place: StoragePath
 
     @property
-    def run(self) -> Place:
+    def run(self) -> StoragePath:
         """The resolved configuration."""
         return self.place / "run.yaml"
 
     @property
-    def slides(self) -> Place:
+    def slides(self) -> StoragePath:
         """A row a slide."""
         return self.place / "slides.csv"
 
     @property
-    def display(self) -> Place:
+    def display(self) -> StoragePath:
         """The run's display windows, made when first asked for."""
         return self.place / "display.json"
 
     @property
-    def record(self) -> Place:
+    def record(self) -> StoragePath:
         """The slides with their ids, written before work begins."""
         return self.place / "slides.jsonl"
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 PLAN, DONE = "plan.json", "done.json"
 ENDING = ".json"
@@ -28,8 +28,8 @@ ENDING = ".json"
 class Manifest:
     """The manifest folder of one slide."""
 
-    def __init__(self, place: AnyPlace) -> None:
-        self._place = place_of(place)
+    def __init__(self, place: StoragePathLike) -> None:
+        self._place = storage_path(place)
 
     def plan(self) -> dict[str, Any] | None:
         """The plan that results follow; None before planning."""
@@ -50,8 +50,8 @@ class Manifest:
 
     def fold(self) -> None:
         """Delete the pieces' files of a finished slide (a process may have been killed while doing so)."""
-        for kind in self._place.folders():
-            (self._place / kind).remove_all()
+        for kind in self._place.folder_names():
+            (self._place / kind).remove_tree()
 
     def complete(self, kind: str, name: str, record: dict[str, Any]) -> None:
         """Record a piece of work, whose data is on disk already."""
@@ -59,7 +59,7 @@ class Manifest:
 
     def completed(self, kind: str) -> set[str]:
         """Names of the finished pieces of a kind."""
-        return {name.removesuffix(ENDING) for name in (self._place / kind).names() if name.endswith(ENDING)}
+        return {name.removesuffix(ENDING) for name in (self._place / kind).file_names() if name.endswith(ENDING)}
 
     def has(self, kind: str, name: str, run: str) -> bool:
         """Whether a piece of work is finished, by the run of that digest."""
@@ -69,7 +69,7 @@ class Manifest:
         """The finished pieces' records by name, sorted."""
         names = sorted(self.completed(kind))
         files = [f"{name}{ENDING}" for name in names]
-        contents = (self._place / kind).read_each(files)
+        contents = (self._place / kind).read_many(files)
         parsed = [_parsed(self._place / kind / file, data) for file, data in zip(files, contents, strict=True)]
         return dict(zip(names, parsed, strict=True))
 
@@ -81,7 +81,7 @@ class Manifest:
     def clear(self) -> None:
         """Forget everything: called before a slide's stores are made anew."""
         (self._place / PLAN).remove()  # first, so that no half-cleared manifest looks valid
-        self._place.remove_all()
+        self._place.remove_tree()
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         (self._place / name).write(json.dumps(value, indent=1, sort_keys=True).encode())
@@ -94,7 +94,7 @@ class Manifest:
             return None
 
 
-def _parsed(place: Place, data: bytes) -> dict[str, Any]:
+def _parsed(place: StoragePath, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError as error:
@@ -104,7 +104,7 @@ def _parsed(place: Place, data: bytes) -> dict[str, Any]:
     return value
 
 
-def _damaged(place: Place) -> StoreError:
+def _damaged(place: StoragePath) -> StoreError:
     return StoreError(f"{place}: damaged; delete the slide's folder and run again, or use --overwrite")
 
 

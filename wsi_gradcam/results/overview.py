@@ -21,7 +21,7 @@ from PIL import Image
 
 from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import RANDOM
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.slides import thumbnail
@@ -43,7 +43,7 @@ TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are s
 
 
 def draw_overview(
-    place: AnyPlace,
+    place: StoragePathLike,
     run: RunPlan,
     plan: SlidePlan,
     slide: Slide,
@@ -70,7 +70,7 @@ def draw_overview(
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})  # thrice as fast, a little larger
-    place_of(place).write(buffer.getvalue())
+    storage_path(place).write(buffer.getvalue())
 
 
 def _probability(run: RunPlan, shown: Map) -> int | None:
@@ -194,14 +194,14 @@ def round_length(length_um: float) -> float:
     return float(max(step * power for step in (1, 2, 5) if step * power <= length_um * (1 + 1e-9)))
 
 
-def write_mask(place: AnyPlace, mask: NDArray[np.bool_]) -> None:
+def write_mask(place: StoragePathLike, mask: NDArray[np.bool_]) -> None:
     """Write a bool mask [h, w] as a black and white PNG: white is True."""
     buffer = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).convert("1").save(buffer, format="PNG")
-    place_of(place).write(buffer.getvalue())
+    storage_path(place).write(buffer.getvalue())
 
 
-def read_mask(place: AnyPlace) -> NDArray[np.bool_]:
+def read_mask(place: StoragePathLike) -> NDArray[np.bool_]:
     """The bool mask [h, w] that `write_mask` wrote."""
-    with Image.open(io.BytesIO(place_of(place).read())) as image:
+    with Image.open(io.BytesIO(storage_path(place).read())) as image:
         return np.asarray(image.convert("L")) > 127

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import zarr
 
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_groups import OpenGroup, lay_out
 from wsi_gradcam.results.manifest import digest_of
 
@@ -56,14 +56,14 @@ class PatchStore:
     unreadable).
     """
 
-    def __init__(self, place: AnyPlace, *, read_only: bool = False) -> None:
-        self._place = place_of(place)
+    def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
+        self._place = storage_path(place)
         self._group = OpenGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
         cls,
-        place: AnyPlace,
+        place: StoragePathLike,
         patches: Patches,
         span: int,
         classes: int,
@@ -104,7 +104,7 @@ class PatchStore:
                 dimension_names=("patch", "target", "y", "x"),
             )
 
-        lay_out(place_of(place), build)
+        lay_out(storage_path(place), build)
         return cls(place)
 
     @property
@@ -123,7 +123,7 @@ class PatchStore:
             StoreError: the file system refuses.
         """
         part = slice(start, start + len(data.status))
-        with self._place.storing():
+        with self._place.wrap_write_errors():
             self._group.array("logits")[part] = data.logits
             self._group.array("cam")[part] = data.cams
             self._group.array("status")[part] = data.status

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ResultError, UnknownNameError
-from wsi_gradcam.io.paths import AnyPlace, Place, place_of
+from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages.templates import render
 from wsi_gradcam.results.channels import nearest
 from wsi_gradcam.results.display import Progress, run_windows
@@ -123,14 +123,14 @@ class Result:
         return render("results/run.html", title=title, rows=rows, left_out=len(slides) - len(rows))
 
 
-def open_result(out: AnyPlace) -> Result:
+def open_result(out: StoragePathLike) -> Result:
     """The results in `out`, the folder or s3:// URL that `explain` was given; the run may still be going on.
 
     Raises:
         ResultError: there are none; where it is a slide's folder the message says which to open.
         StoreError: they are damaged, or cannot be read.
     """
-    folder = RunFolder(place_of(out))
+    folder = RunFolder(storage_path(out))
     run = read_run(folder.run)
     if run is not None:
         return Result(folder, run)
@@ -141,13 +141,13 @@ def open_result(out: AnyPlace) -> Result:
     raise ResultError(f"{folder.place}: holds no run.yaml, so it is no result; {mend}")
 
 
-def locate(path: AnyPlace) -> tuple[Result, SlideResult | None]:
+def locate(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
     """The result that `path` is, or is inside of; with the slide whose folder, or a file of it, it is.
 
     Raises:
         ResultError: there is none.
     """
-    for place, inside in _upwards(place_of(path)):
+    for place, inside in _upwards(storage_path(path)):
         if RunFolder(place).run.is_file():
             result = open_result(place)
             names = ["/".join(inside[:count]) for count in range(len(inside), 0, -1)]
@@ -155,7 +155,7 @@ def locate(path: AnyPlace) -> tuple[Result, SlideResult | None]:
     return open_result(path), None
 
 
-def _upwards(place: Place) -> Iterator[tuple[Place, tuple[str, ...]]]:
+def _upwards(place: StoragePath) -> Iterator[tuple[StoragePath, tuple[str, ...]]]:
     """A place and those that it is in, with the names that lead from them to it."""
     here, inside = place.absolute(), tuple[str, ...]()
     yield here, inside
@@ -166,7 +166,7 @@ def _upwards(place: Place) -> Iterator[tuple[Place, tuple[str, ...]]]:
 
 def begun(folder: RunFolder, inside: str = "") -> Iterator[str]:
     """Ids of the slides that have a plan."""
-    for name in (folder.place / inside if inside else folder.place).folders():
+    for name in (folder.place / inside if inside else folder.place).folder_names():
         if inside and name in PARTS:
             continue
         slide = f"{inside}/{name}" if inside else name

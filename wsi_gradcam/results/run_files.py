@@ -15,7 +15,7 @@ import yaml
 
 from wsi_gradcam.cam.facts import Choice
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
 if TYPE_CHECKING:
     from wsi_gradcam.run.plan import RunPlan
@@ -59,7 +59,7 @@ PACKAGES = (
 NAMES = "surrogateescape"  # file names on Linux are bytes: one that is not UTF-8 must not stop an archive
 
 
-def write_run(place: AnyPlace, run: RunPlan) -> None:
+def write_run(place: StoragePathLike, run: RunPlan) -> None:
     """Write `run.yaml`: the resolved configuration, versions and digests.
 
     Raises:
@@ -96,17 +96,17 @@ def write_run(place: AnyPlace, run: RunPlan) -> None:
         "choice": facts.choice.to_json(),
         "versions": versions(),
     }
-    place_of(place).write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+    storage_path(place).write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
-def read_run(place: AnyPlace) -> dict[str, Any] | None:
+def read_run(place: StoragePathLike) -> dict[str, Any] | None:
     """What `write_run` wrote; None when there is none.
 
     Raises:
         StoreError: it is damaged.
     """
     try:
-        values = yaml.safe_load(place_of(place).read().decode())
+        values = yaml.safe_load(storage_path(place).read().decode())
     except FileNotFoundError:
         return None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -124,7 +124,7 @@ def choice_from(stored: dict[str, Any]) -> Choice | None:
         return None
 
 
-def check_same_run(place: AnyPlace, run: RunPlan) -> None:
+def check_same_run(place: StoragePathLike, run: RunPlan) -> None:
     """Refuse to mix results.
 
     Raises:
@@ -135,24 +135,24 @@ def check_same_run(place: AnyPlace, run: RunPlan) -> None:
         return
     differences = _differences(stored["identity"], run.identity())
     raise ResumeError(
-        f"{place_of(place).parent}: holds results of another model or configuration ({differences}); choose another "
-        "--out, or recompute everything with --overwrite"
+        f"{storage_path(place).parent}: holds results of another model or configuration ({differences}); choose "
+        "another --out, or recompute everything with --overwrite"
     )
 
 
-def read_slides(place: AnyPlace) -> dict[str, dict[str, str]]:
+def read_slides(place: StoragePathLike) -> dict[str, dict[str, str]]:
     """Rows of slides.csv by slide id; empty when there is none.
 
     Raises:
         StoreError: it is damaged.
     """
     try:
-        return _parsed(place, place_of(place).read())
+        return _parsed(place, storage_path(place).read())
     except FileNotFoundError:
         return {}
 
 
-def _parsed(place: AnyPlace, data: bytes) -> dict[str, dict[str, str]]:
+def _parsed(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]:
     text = data.decode("utf-8", NAMES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = list(reader)
@@ -163,13 +163,13 @@ def _parsed(place: AnyPlace, data: bytes) -> dict[str, dict[str, str]]:
     return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
 
 
-def write_slides(place: AnyPlace, rows: dict[str, dict[str, Any]]) -> None:
+def write_slides(place: StoragePathLike, rows: dict[str, dict[str, Any]]) -> None:
     """Write slides.csv, sorted by id.
 
     Raises:
         StoreError: the folder cannot be written.
     """
-    place_of(place).write(_encoded(rows))
+    storage_path(place).write(_encoded(rows))
 
 
 def _encoded(rows: dict[str, dict[str, Any]]) -> bytes:
@@ -187,8 +187,8 @@ class SlideTable:
     less than a twentieth of the time. Rows lost with a killed process are made again from the manifests.
     """
 
-    def __init__(self, place: AnyPlace) -> None:
-        self._place = place_of(place)
+    def __init__(self, place: StoragePathLike) -> None:
+        self._place = storage_path(place)
         self._waiting: dict[str, dict[str, Any]] = {}
         self._next = 0.0
 

@@ -14,26 +14,26 @@ from typing import Any
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.urls import is_url
 
 Record = dict[str, dict[str, Any]]
 TOLD = ("mpp", "mask", "label", "site", "scanner")
 
 
-def read_record(place: AnyPlace) -> Record:
+def read_record(place: StoragePathLike) -> Record:
     """What `keep_record` wrote of each slide, by id; empty when there is none.
 
     Raises:
         StoreError: it cannot be read, or is damaged.
     """
     try:
-        return _parsed(place, place_of(place).read())
+        return _parsed(place, storage_path(place).read())
     except FileNotFoundError:
         return {}
 
 
-def _parsed(place: AnyPlace, data: bytes) -> Record:
+def _parsed(place: StoragePathLike, data: bytes) -> Record:
     try:
         rows = [json.loads(line) for line in data.splitlines()]
         if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
@@ -45,7 +45,7 @@ def _parsed(place: AnyPlace, data: bytes) -> Record:
     return {row["id"]: row for row in rows}
 
 
-def keep_record(place: AnyPlace, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
+def keep_record(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
     """The slides with the ids that the run keeps for them, after writing these down.
 
     Raises:
@@ -64,7 +64,7 @@ def keep_record(place: AnyPlace, entries: Sequence[SlideEntry]) -> list[SlideEnt
             return None
         return b"".join(json.dumps(kept[name]).encode() + b"\n" for name in sorted(kept))
 
-    place_of(place).update(changed)
+    storage_path(place).update(changed)
     return settled
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.results.patch_store import OK, SHARES, PatchStore
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 ROWS = 1 << 16  # in a row group
 
 
-def write_table(place: AnyPlace, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str]) -> None:
+def write_table(
+    place: StoragePathLike, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str]
+) -> None:
     """Write the table of a slide; `causes` says by patch number why a patch could not be read.
 
     Columns: `y`, `x` (level-0 px of the top left), `tissue`, `pen`, `glass` (shares), `blur` (see `quality.blur_of`),
@@ -29,7 +31,7 @@ def write_table(place: AnyPlace, run: RunPlan, plan: SlidePlan, store: PatchStor
     Numbers of unreadable patches are null, also `blur`, which patches of one colour do not have either.
     """
     schema = _schema(run)
-    with place_of(place).writing() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with storage_path(place).atomic_writer() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         step = max(1, ROWS // plan.span) * plan.span
         for start in range(0, plan.patches, step):
             writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema))

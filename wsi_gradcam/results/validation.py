@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import yaozarrs
 
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import LABEL, HeatmapStore
 from wsi_gradcam.results.layout import RunFolder, SlideFolder
 from wsi_gradcam.results.manifest import DONE, Manifest, block_name, digest_of, span_name
@@ -28,7 +28,7 @@ from wsi_gradcam.run.stages.finishing import sha256_of
 from wsi_gradcam.slides import open_slide
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 UNFINISHED = "is not finished; run the same explain command again"
@@ -42,7 +42,7 @@ class Finding:
     problem: str
 
 
-def validate(out: AnyPlace) -> list[Finding]:
+def validate(out: StoragePathLike) -> list[Finding]:
     """All that is wrong with the results in `out`; empty when everything is right.
 
     For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
@@ -53,7 +53,7 @@ def validate(out: AnyPlace) -> list[Finding]:
     Raises:
         ConfigError: `out` is no result.
     """
-    folder = RunFolder(place_of(out))
+    folder = RunFolder(storage_path(out))
     run = read_run(folder.run)
     if run is None:
         raise ConfigError(f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made")
@@ -65,9 +65,9 @@ def validate(out: AnyPlace) -> list[Finding]:
     return findings + [Finding(name, UNFINISHED) for name in begun(folder) if name not in rows]
 
 
-def failed_slides(out: AnyPlace) -> list[str]:
+def failed_slides(out: StoragePathLike) -> list[str]:
     """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
-    return [name for name, row in read_slides(RunFolder(place_of(out)).slides).items() if row["status"] == FAILED]
+    return [name for name, row in read_slides(RunFolder(storage_path(out)).slides).items() if row["status"] == FAILED]
 
 
 def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -
                 yield f"level {level} of heatmap.ome.zarr, block {number}, differs from what was computed"
 
 
-def _check_specification(heatmap: Place) -> None:
+def _check_specification(heatmap: StoragePath) -> None:
     """Raises whatever yaozarrs raises. It gets a copy of what it reads: it knows no object stores of ours."""
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "heatmap.ome.zarr"
@@ -140,11 +140,11 @@ def _check_specification(heatmap: Place) -> None:
         yaozarrs.validate_zarr_store(copy)
 
 
-def _copy_metadata(place: Place, folder: Path) -> None:
+def _copy_metadata(place: StoragePath, folder: Path) -> None:
     folder.mkdir()
-    for name in place.names():
+    for name in place.file_names():
         (folder / name).write_bytes((place / name).read())
-    for name in place.folders():
+    for name in place.folder_names():
         if name != CHUNKS:
             _copy_metadata(place / name, folder / name)
 

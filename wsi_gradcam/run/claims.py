@@ -23,7 +23,7 @@ from wsi_gradcam.system.processes import Process, this_process
 from wsi_gradcam.system.timer import Ticker
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 CLAIM = "claim.json"
 HEARTBEAT_S = 3.0
@@ -65,7 +65,7 @@ def new_run_id() -> str:
     return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{uuid.uuid4().hex[:6]}"
 
 
-def read_holder(out: Place) -> Holder | None:
+def read_holder(out: StoragePath) -> Holder | None:
     """Who holds the claim on OUT; None where nobody does."""
     try:
         return Holder.from_bytes((out / CLAIM).read())
@@ -76,7 +76,7 @@ def read_holder(out: Place) -> Holder | None:
 class Claim:
     """The claim of a run on OUT, as a context: within it nobody else works there, or `check` says so."""
 
-    def __init__(self, out: Place, run_id: str, say: Callable[[str], None]) -> None:
+    def __init__(self, out: StoragePath, run_id: str, say: Callable[[str], None]) -> None:
         self._out, self._place, self._say = out, out / CLAIM, say
         self._mine = Holder(run_id, this_process(), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         self._version = ""
@@ -198,7 +198,7 @@ class Claim:
             self._holds()
 
 
-def _refusal(out: Place, holder: Holder) -> ResumeError:
+def _refusal(out: StoragePath, holder: Holder) -> ResumeError:
     return ResumeError(
         f"{out}: {holder} is at work there; wait until it is done (`wsi-gradcam status {out}` shows how far it is), "
         "stop it, or choose another --out"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.io.urls import SCHEME, shown_url
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.run.plan import RunPlan
 
 
@@ -33,7 +33,7 @@ LONGEST = 2000  # characters of a text: errors may quote whatever a slide holds
 class RunLog:
     """Takes lines, and writes them when told to."""
 
-    def __init__(self, out: Place, run_id: str) -> None:
+    def __init__(self, out: StoragePath, run_id: str) -> None:
         self._folder, self._run_id = out / LOG, run_id
         self._lines: list[bytes] = []
         self._number, self._written = 0, 0
@@ -41,7 +41,7 @@ class RunLog:
 
     def remove_leftovers(self) -> None:
         """Delete what killed runs left half-written."""
-        self._folder.remove_partials()
+        self._folder.remove_partial_files()
 
     def add(self, event: str, level: str = "info", **facts: Any) -> None:
         """Take a line: the time, the level (info, warning, error), what happened, and facts, which are plain values."""
@@ -65,7 +65,7 @@ class RunLog:
                 if count < len(self._lines) or sum(map(len, self._lines)) >= PART_BYTES:
                     self._lines, self._written, self._number = self._lines[count:], 0, self._number + 1
 
-    def _place(self) -> Place:
+    def _place(self) -> StoragePath:
         return self._folder / f"{self._run_id}-{self._number:05d}.jsonl"
 
     def _part_length(self) -> int:

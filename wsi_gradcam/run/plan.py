@@ -11,7 +11,7 @@ from wsi_gradcam.cam.names import METHOD_INFO, MethodInfo
 from wsi_gradcam.cam.targets import Target, function_digest, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
 from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
-from wsi_gradcam.io.paths import AnyPlace, place_of
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.sampling import fit_stain
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.run.settings import Settings
     from wsi_gradcam.slides import Slide
@@ -72,7 +72,7 @@ class RunPlan:
         targets: what is explained.
     """
 
-    out: Place
+    out: StoragePath
     spec: ModelSpec
     facts: ModelFacts
     settings: Settings
@@ -122,7 +122,7 @@ class RunPlan:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def plan_run(out: AnyPlace, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
+def plan_run(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
     """The run's plan, checked as far as is possible without a slide.
 
     Raises:
@@ -145,7 +145,7 @@ def plan_run(out: AnyPlace, spec: ModelSpec, facts: ModelFacts, settings: Settin
         target if target.function is None else replace(target, digest=function_digest(target.function))
         for target in parse_targets(settings.target, facts.classes)
     )
-    return RunPlan(place_of(out), spec, facts, settings, targets)
+    return RunPlan(storage_path(out), spec, facts, settings, targets)
 
 
 def check_methods(methods: Sequence[str]) -> None:

@@ -13,19 +13,19 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.io.paths import place_of
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run.claims import HEARTBEAT_S, Holder, read_holder
 from wsi_gradcam.system.timer import duration
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 
 STATUS, REPORT = "status.json", "run.html"
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
 
 
-def write_status(out: Place, status: dict[str, Any]) -> None:
+def write_status(out: StoragePath, status: dict[str, Any]) -> None:
     """Write it, whole.
 
     Raises:
@@ -34,7 +34,7 @@ def write_status(out: Place, status: dict[str, Any]) -> None:
     (out / STATUS).write(json.dumps(status, indent=1).encode())
 
 
-def read_status(out: Place) -> dict[str, Any] | None:
+def read_status(out: StoragePath) -> dict[str, Any] | None:
     """What the last run wrote; None where there is nothing, or nothing of ours."""
     try:
         status = json.loads((out / STATUS).read())
@@ -86,7 +86,7 @@ def look(out: str | PathLike[str], watch: bool = False) -> Iterator[State]:
         ConfigError: there is no run.
         StoreError: OUT cannot be read.
     """
-    place = place_of(out)
+    place = storage_path(out)
     while True:
         state = _state(place)
         yield state
@@ -95,7 +95,7 @@ def look(out: str | PathLike[str], watch: bool = False) -> Iterator[State]:
         time.sleep(WATCHED_S)
 
 
-def _state(out: Place) -> State:
+def _state(out: StoragePath) -> State:
     holder = read_holder(out)
     lives = holder is not None and _lives(out, holder)
     status = read_status(out)
@@ -111,7 +111,7 @@ def _state(out: Place) -> State:
     return State(str(out), state, status, holder if lives else None, report)
 
 
-def _lives(out: Place, holder: Holder) -> bool:
+def _lives(out: StoragePath, holder: Holder) -> bool:
     """Whether the run is at work: by its process where that can be looked up, else by a change of its claim."""
     alive = holder.process.alive()
     if alive is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from wsi_gradcam.io.files import write_atomic
+from wsi_gradcam.io.local import write_atomic
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.tissue.masks import slide_masks
 

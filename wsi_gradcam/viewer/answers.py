@@ -29,7 +29,7 @@ from wsi_gradcam.viewer.work import BusyError, GoneError
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 
 ONE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))", re.ASCII)
@@ -101,7 +101,7 @@ def unchanged_or(request: Request, data: bytes, kind: str, headers: dict[str, st
     return Response(data, media_type=kind, headers=known)
 
 
-def ranged(request: Request, place: Place, kind: str) -> Response:
+def ranged(request: Request, place: StoragePath, kind: str) -> Response:
     """A file, or the range of it that is asked for.
 
     Raises:

@@ -18,7 +18,7 @@ from wsi_gradcam.viewer.inside import check_tree
 if TYPE_CHECKING:
     from os import PathLike
 
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.run import Result
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
@@ -66,7 +66,7 @@ class Archive:
         return self._result
 
     @property
-    def out(self) -> Place:
+    def out(self) -> StoragePath:
         """The run's folder."""
         return self._result.folder.place
 

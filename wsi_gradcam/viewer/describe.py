@@ -15,7 +15,7 @@ from wsi_gradcam.viewer.heat import finer_levels, heat_grid, scale_of
 from wsi_gradcam.viewer.tiles import slide_grid
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.channels import ChannelInfo
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
@@ -144,7 +144,7 @@ def _channel(channel: ChannelInfo, windows: Windows, address: str) -> dict[str, 
     }
 
 
-def _has(place: Place) -> bool:
+def _has(place: StoragePath) -> bool:
     try:
         return place.size() >= 0
     except (FileNotFoundError, WsiGradcamError):

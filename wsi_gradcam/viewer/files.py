@@ -19,7 +19,7 @@ from wsi_gradcam.viewer.inside import below, check_inside
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.viewer.archive import Archive
 
 
@@ -59,7 +59,7 @@ class Files:
         kind = KINDS[place.name.rpartition(".")[2]]
         return unchanged_or(request, self._read(place), kind, {"Content-Security-Policy": REPORT_POLICY})
 
-    def _place(self, path: str) -> Place:
+    def _place(self, path: str) -> StoragePath:
         """The file of a request's path: one of a few names, or one of these in the folder of a slide of the run."""
         out, (folder, _, name) = self._archive.out, path.rpartition("/")
         if path in OF_RUN:
@@ -89,7 +89,7 @@ class Files:
         except (FileNotFoundError, StoreError) as error:
             raise _missing(error) from error
 
-    def _read(self, place: Place) -> bytes:
+    def _read(self, place: StoragePath) -> bytes:
         try:
             return place.read()
         except (FileNotFoundError, StoreError) as error:

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import NotShownError, OutsideError
-from wsi_gradcam.io.paths import LocalPlace
+from wsi_gradcam.io.local import LocalPath
 
 if TYPE_CHECKING:
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
 
 # A part of a path below OUT that a request may name. Nothing that is hidden, relative or odd is ever served.
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)
 MOST_PARTS = 12
 
 
-def below(folder: Place, path: str) -> Place:
+def below(folder: StoragePath, path: str) -> StoragePath:
     """The place of a request's path below a folder.
 
     Raises:
@@ -30,23 +30,23 @@ def below(folder: Place, path: str) -> Place:
     return folder / path
 
 
-def check_inside(out: Place, place: Place) -> None:
+def check_inside(out: StoragePath, place: StoragePath) -> None:
     """Check that a file or folder is below OUT also when all links are followed; object stores have none.
 
     Raises:
         OutsideError: it is not.
     """
-    if isinstance(out, LocalPlace) and isinstance(place, LocalPlace):
+    if isinstance(out, LocalPath) and isinstance(place, LocalPath):
         _check(out.path.resolve(), place.path)
 
 
-def check_tree(out: Place, folder: Place) -> None:
+def check_tree(out: StoragePath, folder: StoragePath) -> None:
     """Check everything below a folder, so that readers that open files by themselves can be let loose on it.
 
     Raises:
         OutsideError: something is a link that leads out of OUT.
     """
-    if not (isinstance(out, LocalPlace) and isinstance(folder, LocalPlace)):
+    if not (isinstance(out, LocalPath) and isinstance(folder, LocalPath)):
         return
     root = out.path.resolve()
     _check(root, folder.path)

@@ -20,7 +20,7 @@ from wsi_gradcam.results.windows import QUANTILE, window_end
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wsi_gradcam.io.paths import Place
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.layout import SlideFolder
     from wsi_gradcam.run.plan import RunPlan, SlidePlan
     from wsi_gradcam.slides import Slide
@@ -61,7 +61,7 @@ def finish_slide(
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
     write_table(folder.table, run, plan, store, causes)
     draw_overview(folder.overview, run, plan, slide, heatmap, shown)
-    folder.place.remove_partials()
+    folder.place.remove_partial_files()
     record = {
         "status": "ok" if plan.patches else "no_tissue",
         "patches": plan.patches,
@@ -94,7 +94,7 @@ def _refuse_foreign(
         )
 
 
-def sha256_of(place: Place) -> str:
+def sha256_of(place: StoragePath) -> str:
     """sha256 of a file."""
     digest = hashlib.sha256()
     for start in range(0, place.size(), READ_BYTES):
