@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from wsi_gradcam.errors import TargetError, one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from wsi_gradcam.cam.methods import Score
 
 
@@ -242,7 +242,7 @@ def finer_score(
     if logits.shape[1] < 2:
         raise TargetError("Finer-CAM compares a class with others, but the model has one logit; use gradcam")
     logits, own = logits.detach(), classes[:, None]
-    distance = (logits - logits.gather(1, own)).abs().scatter(1, own, torch.inf)
+    distance = (logits - logits.gather(1, own)).abs().scatter(1, own, math.inf)
     nearest = distance.argsort(dim=1, stable=True)[:, : min(compared, logits.shape[1] - 1)]
     shares = logits.gather(1, nearest).softmax(dim=1)
 
