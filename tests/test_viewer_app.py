@@ -27,7 +27,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer import archive as archives
 from wsi_gradcam.viewer.files import page_routes
-from wsi_gradcam.viewer.serve import listening, view
+from wsi_gradcam.viewer.serve import listen, view
 
 CLASSES = ["other", "marker"]
 
@@ -287,7 +287,7 @@ def test_another_file_at_the_slide_s_place_is_not_shown(out: Path) -> None:
 
 
 def test_a_run_that_goes_on_is_seen(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(archives, "REFRESH_S", 0.0)
     copy = tmp_path / "out"
     shutil.copytree(out, copy)
     rows = (copy / "slides.csv").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -322,12 +322,12 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path, out: Path) -> None:
         view(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="expected a folder"):
         view(str(out), slides=tmp_path / "nothing")
-    with listening("127.0.0.1", 0) as bound:
+    with listen("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
         with pytest.raises(ConfigError, match="choose another --port"):
             view(str(out), port=port)
     with pytest.raises(ConfigError, match="check them"):
-        listening("no such host.invalid", 0)
+        listen("no such host.invalid", 0)
 
 
 def test_the_command_says_where_the_page_is(out: Path) -> None:

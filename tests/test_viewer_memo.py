@@ -12,9 +12,10 @@ import pytest
 
 from tests.slides_in_memory import ArraySlide
 from wsi_gradcam.errors import SlideFormatError
+from wsi_gradcam.viewer.app import BoundedThreads
 from wsi_gradcam.viewer.memo import Memo
+from wsi_gradcam.viewer.responses import BusyError, DisconnectedError
 from wsi_gradcam.viewer.slides_open import OpenSlides
-from wsi_gradcam.viewer.work import BusyError, GoneError, Work
 
 PIXEL = np.zeros((1, 1, 3), np.uint8)
 
@@ -67,9 +68,9 @@ def test_an_error_is_raised_and_forgotten() -> None:
 def test_few_slides_stay_open_and_none_in_use_is_closed() -> None:
     slides = {str(i): ArraySlide([PIXEL]) for i in range(5)}
     opened = OpenSlides(2)
-    with opened.lent("0", lambda: slides["0"]) as used:
+    with opened.borrow("0", lambda: slides["0"]) as used:
         for key in "1234":
-            with opened.lent(key, lambda key=key: slides[key]):  # type: ignore[misc]
+            with opened.borrow(key, lambda key=key: slides[key]):  # type: ignore[misc]
                 pass
         assert not slides["0"].closed
         assert used is slides["0"]
@@ -88,7 +89,7 @@ def test_a_slide_is_opened_once_for_many_threads() -> None:
         return ArraySlide([PIXEL])
 
     def use(_: int) -> bool:
-        with opened.lent("a", opener) as slide:
+        with opened.borrow("a", opener) as slide:
             return bool(slide.info)
 
     with ThreadPoolExecutor(8) as pool:
@@ -102,9 +103,9 @@ def test_a_slide_that_does_not_open_may_be_asked_for_again() -> None:
     def fail() -> ArraySlide:
         raise SlideFormatError("broken")
 
-    with pytest.raises(SlideFormatError), opened.lent("a", fail):
+    with pytest.raises(SlideFormatError), opened.borrow("a", fail):
         pass
-    with opened.lent("a", lambda: ArraySlide([PIXEL])) as slide:
+    with opened.borrow("a", lambda: ArraySlide([PIXEL])) as slide:
         assert slide.info.height == 1
 
 
@@ -125,12 +126,12 @@ def test_too_much_work_is_refused_and_unwanted_work_not_done() -> None:
         return name
 
     async def all_of_it() -> list[str]:
-        work, found = Work(1, most_waiting=3), []
+        work, found = BoundedThreads(1, max_waiting=3), []
 
         async def one(number: int) -> None:
             try:
                 found.append(await work.run(_always if number == 1 else _never, lambda: take(str(number))))
-            except (BusyError, GoneError) as error:
+            except (BusyError, DisconnectedError) as error:
                 found.append(type(error).__name__)
 
         async with anyio.create_task_group() as group:
@@ -141,6 +142,6 @@ def test_too_much_work_is_refused_and_unwanted_work_not_done() -> None:
     found = anyio.run(all_of_it)
     assert found[-1] == "free again"
     assert found.count("BusyError") == 2
-    assert found.count("GoneError") == 1
+    assert found.count("DisconnectedError") == 1
     assert sorted(done) == sorted(set(done))
     assert len(done) == 2

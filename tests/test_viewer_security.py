@@ -15,8 +15,7 @@ from tests.viewer_runs import Served, client, facts_of, fetched, make_run, serve
 from wsi_gradcam.errors import NotShownError, OutsideError
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.viewer import serve as connections
-from wsi_gradcam.viewer.inside import below, check_inside, check_tree
-from wsi_gradcam.viewer.security import COOKIE, Access, host_of, is_loopback
+from wsi_gradcam.viewer.security import COOKIE, Access, check_inside, check_tree, host_of, is_loopback, path_below
 
 SECRET = "root:x:0:0"
 
@@ -151,7 +150,7 @@ def test_links_inside_out_are_followed(out: Path, tmp_path: Path) -> None:
 )
 def test_odd_paths_are_refused(path: str) -> None:
     with pytest.raises(NotShownError):
-        below(LocalPath(Path("/nowhere")), path)
+        path_below(LocalPath(Path("/nowhere")), path)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_long_addresses_and_many_ranges_are_refused(server: Served) -> None:
 
 
 def test_a_thousand_slow_connections_shut_nobody_out(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 200)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 200)
     slow: list[socket.socket] = []
     try:
         for number in range(1000):
@@ -273,7 +272,7 @@ def test_a_thousand_slow_connections_shut_nobody_out(server: Served, monkeypatch
 
 
 def test_slow_requests_and_stuck_readers_are_ended(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("WAIT_S", 0.5), ("STUCK_S", 1.0), ("SWEEP_S", 0.1)):
+    for name, value in (("REQUEST_TIMEOUT_S", 0.5), ("STALL_TIMEOUT_S", 1.0), ("CHECK_EVERY_S", 0.1)):
         monkeypatch.setattr(connections, name, value)
     with served(out) as server:
         dripping = socket.create_connection(("127.0.0.1", server.port), timeout=20)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.viewer_runs import BROKEN, client, facts_of, make_run, tiles_of
-from wsi_gradcam.viewer import answers, serve
-from wsi_gradcam.viewer.archive import Archive, shown_name
-from wsi_gradcam.viewer.work import BusyError, GoneError, Work
+from wsi_gradcam.viewer import responses, serve
+from wsi_gradcam.viewer.app import BoundedThreads
+from wsi_gradcam.viewer.archive import Archive, valid_text
+from wsi_gradcam.viewer.responses import BusyError, DisconnectedError
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_names_that_are_no_text_can_be_shown_and_found(out: Path) -> None:
     text = (out / "slides.csv").read_text(encoding="utf-8")
     (out / "slides.csv").write_bytes(text.replace("inner/b.tif", name).encode("utf-8", "surrogateescape"))
     archive = Archive(out)
-    assert archive.named(shown_name(name)).result.id == name
+    assert archive.find_by_id(valid_text(name)).result.id == name
     (out / "inner" / "b.tif").rename(out / name)
     with client(out) as server:
         assert "a?.tif" in [slide["id"] for slide in server.get("/api/slides").json()["slides"]]
@@ -87,21 +88,21 @@ def test_names_that_are_no_text_can_be_shown_and_found(out: Path) -> None:
         assert server.get(facts_of(server, "a?.tif")["audit"]).text == "audited"
 
 
-@pytest.mark.parametrize(("error", "status"), [(BusyError(), 503), (GoneError(), 499), (OSError("disk"), 500)])
+@pytest.mark.parametrize(("error", "status"), [(BusyError(), 503), (DisconnectedError(), 499), (OSError("disk"), 500)])
 def test_trouble_is_a_status(out: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int) -> None:
     with client(out) as server:
 
-        async def run(self: Work, gone: Any, function: Any) -> None:
+        async def run(self: BoundedThreads, gone: Any, function: Any) -> None:
             raise error
 
-        monkeypatch.setattr(Work, "run", run)
+        monkeypatch.setattr(BoundedThreads, "run", run)
         answer = server.get("/api/run")
         assert answer.status_code == status
         assert (answer.headers.get("retry-after") == "1") == (status == 503)
 
 
 def test_what_is_too_large_is_sent_in_pieces_alone(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "MOST_BYTES", 100)
+    monkeypatch.setattr(responses, "MAX_BYTES", 100)
     address = "/zarr/a.tif/heatmap.ome.zarr/zarr.json"
     with client(out) as server:
         assert server.get(address).status_code == 416
@@ -127,9 +128,9 @@ def test_the_command_opens_a_browser(
         opened.append(address)
 
     server = Server()
-    monkeypatch.setattr(serve, "server_of", lambda app: server)
+    monkeypatch.setattr(serve, "make_server", lambda app: server)
     monkeypatch.setattr("webbrowser.open", open_it)
-    serve.view(str(out), host=host, port=0, token=token, browse=True, say=said.append)
+    serve.view(str(out), host=host, port=0, token=token, browse=True, announce=said.append)
     assert opened[0].startswith(f"{begins}{server.address[1]}/")
     assert ("?token=" in opened[0]) == token
     assert said[0].startswith(opened[0])

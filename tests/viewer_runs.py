@@ -26,7 +26,7 @@ from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
 from wsi_gradcam.viewer.security import Access
-from wsi_gradcam.viewer.serve import listening, server_of
+from wsi_gradcam.viewer.serve import listen, make_server
 
 MPP = 0.25
 MARKER_PX = 96
@@ -120,8 +120,8 @@ class Served:
 def served(out: Path, access: Access | None = None, **given: Any) -> Iterator[Served]:
     """The server on loopback, in a thread."""
     app = make_app(Archive(out, **given), access or Access.for_host("127.0.0.1", ""))
-    with listening("127.0.0.1", 0) as bound:
-        server = server_of(app)
+    with listen("127.0.0.1", 0) as bound:
+        server = make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

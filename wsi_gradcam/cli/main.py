@@ -445,7 +445,7 @@ def _view(arguments: argparse.Namespace) -> int:
         token=arguments.token,
         allow_host=arguments.allow_host,
         browse=arguments.open,
-        say=lambda text: print(text, flush=True),
+        announce=lambda text: print(text, flush=True),
     )
     return DONE
 

@@ -1,72 +1,109 @@
-"""The server's addresses. Each handler finds its slide, has a thread make the answer, and says how long it holds.
+"""The web application: its routes, and the handlers that answer them in a bounded number of threads.
 
 /                                              the page; /page/... its modules
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
-/api/slides/KEY/values, .../patches/...        what lies at a point, a patch, the highest patches
+/api/slides/KEY/values, .../patches/...        the values at a point, a patch, the highest patches
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
                heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
-/files/..., /zarr/ID/heatmap.ome.zarr/...      files of the results as they lie in OUT, the second by ranges
+/files/..., /zarr/ID/heatmap.ome.zarr/...      files of the results as they are in OUT, the second by byte ranges
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from wsi_gradcam.viewer.answers import answered, json_answer, picture_answer
-from wsi_gradcam.viewer.describe import run_facts
+from wsi_gradcam.errors import NotShownError, TileError
 from wsi_gradcam.viewer.files import Files, page_routes
-from wsi_gradcam.viewer.gallery import Scorer, listing
-from wsi_gradcam.viewer.inquiries import Inquiries, number, real
-from wsi_gradcam.viewer.pictures import Pictures
-from wsi_gradcam.viewer.security import Access, Guard
+from wsi_gradcam.viewer.gallery import Scorer, list_slides
+from wsi_gradcam.viewer.images import Images
+from wsi_gradcam.viewer.queries import Queries, run_facts
+from wsi_gradcam.viewer.responses import (
+    BusyError,
+    DisconnectedError,
+    handling_errors,
+    image_response,
+    json_response,
+)
+from wsi_gradcam.viewer.security import Access, AccessMiddleware
 from wsi_gradcam.viewer.slides_open import OpenSlides
 from wsi_gradcam.viewer.spread import Spreads
-from wsi_gradcam.viewer.work import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from wsi_gradcam.viewer.archive import Archive, Shown
+    from wsi_gradcam.viewer.archive import Archive, ServedSlide
 
-KEY, VERSION = "{key:str}", "{version:str}"
+T = TypeVar("T")
+SLIDE, TILES = "/api/slides/{key:str}", "/tiles/{key:str}/{version:str}"
+IN_CHANNEL = "{channel:str}/{level:str}/{row:str}_{column:str}.png"
 JPEG, PNG = "image/jpeg", "image/png"
+WHOLE_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 
 def make_app(archive: Archive, access: Access) -> Starlette:
-    """The server of a run."""
+    """Return the web application of a run."""
     viewer = Viewer(archive)
     return Starlette(
         routes=[*page_routes(), *viewer.routes()],
-        middleware=[Middleware(Guard, access=access)],
+        middleware=[Middleware(AccessMiddleware, access=access)],
         lifespan=viewer.lifespan,
     )
 
 
+class BoundedThreads:
+    """Runs functions in a bounded number of threads; up to `max_waiting` callers wait for their turn."""
+
+    def __init__(self, threads: int, max_waiting: int = 256) -> None:
+        self._threads, self._max_waiting = threads, max_waiting
+        self._limiter: CapacityLimiter | None = None
+        self._waiting = 0
+
+    async def run(self, is_disconnected: Callable[[], Awaitable[bool]], function: Callable[[], T]) -> T:
+        """Return the function's result; it is not called for a client that has gone by the time a thread is free.
+
+        Raises:
+            BusyError: too many callers are waiting.
+            DisconnectedError: the client has gone.
+        """
+        if self._limiter is None:  # made here, since it belongs to the event loop
+            self._limiter = CapacityLimiter(self._threads)
+        if self._waiting >= self._max_waiting:
+            raise BusyError
+        self._waiting += 1
+        try:
+            async with self._limiter:
+                if await is_disconnected():
+                    raise DisconnectedError
+                return await to_thread.run_sync(function, limiter=CapacityLimiter(1))
+        finally:
+            self._waiting -= 1
+
+
 class Viewer:
-    """Handlers and what they share."""
+    """The handlers of requests, and the caches and threads that they share."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
-        slides = OpenSlides()
-        self._slides = slides
-        self._pictures = Pictures(archive, slides)
+        self._slides = slides = OpenSlides()
+        self._images = Images(archive, slides)
         self._scorer = Scorer(archive)
         self._spreads = Spreads(archive)
-        self._inquiries = Inquiries(archive, slides, self._spreads, self._scorer.windows)
+        self._queries = Queries(archive, slides, self._spreads, self._scorer.windows)
         self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
         # A slide in an object store may be slow: heatmaps do not wait behind it.
-        self._slide_work, self._work = Work(threads), Work(threads)
+        self._slide_threads, self._threads = BoundedThreads(threads), BoundedThreads(threads)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -77,139 +114,165 @@ class Viewer:
         self._slides.close()
 
     def routes(self) -> list[Route]:
-        """All addresses but the page's."""
-        slide, tiles = f"/api/slides/{KEY}", f"/tiles/{KEY}/{VERSION}"
-        in_channel = "{channel:str}/{level:str}/{row:str}_{column:str}.png"
-        found = {
+        """Return all routes except the page's."""
+        handlers = {
             "/api/run": self.run,
             "/api/slides": self.slides,
-            "/api/slide": self.slide_named,
-            slide: self.slide,
-            f"{slide}/values": self.values,
-            f"{slide}/patches/at": self.patch_at,
-            f"{slide}/patches/top": self.top,
-            f"{slide}/patches/{{patch:str}}": self.patch,
-            f"{tiles}/slide/{{level:str}}/{{row:str}}_{{column:str}}.jpg": self.slide_tile,
-            f"{tiles}/heat/{in_channel}": self.heat_tile,
-            f"{tiles}/cells/{in_channel}": self.heat_tile,
-            f"{tiles}/heat/spread-{{spread:str}}/{in_channel}": self.heat_tile,
-            f"{tiles}/cells/spread-{{spread:str}}/{in_channel}": self.heat_tile,
-            f"{tiles}/patch/{{patch:str}}.jpg": self.patch_picture,
-            f"{tiles}/thumb.jpg": self.thumb,
+            "/api/slide": self.slide_by_id,
+            SLIDE: self.slide,
+            f"{SLIDE}/values": self.values,
+            f"{SLIDE}/patches/at": self.patch_at,
+            f"{SLIDE}/patches/top": self.top_patches,
+            f"{SLIDE}/patches/{{patch:str}}": self.patch,
+            f"{TILES}/slide/{{level:str}}/{{row:str}}_{{column:str}}.jpg": self.slide_tile,
+            f"{TILES}/heat/{IN_CHANNEL}": self.heatmap_tile,
+            f"{TILES}/cells/{IN_CHANNEL}": self.heatmap_tile,
+            f"{TILES}/heat/spread-{{spread:str}}/{IN_CHANNEL}": self.heatmap_tile,
+            f"{TILES}/cells/spread-{{spread:str}}/{IN_CHANNEL}": self.heatmap_tile,
+            f"{TILES}/patch/{{patch:str}}.jpg": self.patch_image,
+            f"{TILES}/thumb.jpg": self.thumbnail,
             "/files/{path:path}": self.file,
             "/zarr/{path:path}": self.zarr,
         }
-        return [Route(path, answered(handler), methods=["GET"]) for path, handler in found.items()]
+        return [Route(path, handling_errors(handler), methods=["GET"]) for path, handler in handlers.items()]
 
     async def run(self, request: Request) -> Response:
-        """Facts of the run."""
-        return json_answer(await self._made(request, lambda: run_facts(self._archive)))
+        """Describe the run."""
+        return await self._json(request, lambda: run_facts(self._archive))
 
     async def slides(self, request: Request) -> Response:
-        """A page of the gallery."""
+        """List the slides on one page of the gallery."""
         query = request.query_params
 
-        def make() -> Any:
-            return listing(
+        def find() -> Any:
+            return list_slides(
                 self._archive.slides(),
                 self._scorer.of,
                 search=query.get("search", ""),
                 status=query.get("status", ""),
                 sort=query.get("sort", "name"),
                 descending=query.get("order") == "down",
-                offset=number(query.get("offset", "0")),
-                limit=number(query.get("limit", "24")),
+                offset=whole_number(query.get("offset", "0")),
+                limit=whole_number(query.get("limit", "24")),
             )
 
-        return json_answer(await self._made(request, make))
+        return await self._json(request, find)
 
     async def slide(self, request: Request) -> Response:
-        """Facts of a slide."""
+        """Describe a slide."""
         key = request.path_params["key"]
-        return json_answer(await self._made(request, lambda: self._inquiries.slide(key), self._slide_work))
+        return await self._json(request, lambda: self._queries.slide(key), self._slide_threads)
 
-    async def slide_named(self, request: Request) -> Response:
-        """Facts of the slide with an id."""
-        name = request.query_params.get("id", "")
-        facts = await self._made(
-            request, lambda: self._inquiries.slide(self._archive.named(name).key), self._slide_work
+    async def slide_by_id(self, request: Request) -> Response:
+        """Describe the slide with an id."""
+        slide_id = request.query_params.get("id", "")
+        return await self._json(
+            request, lambda: self._queries.slide(self._archive.find_by_id(slide_id).key), self._slide_threads
         )
-        return json_answer(facts)
 
     async def values(self, request: Request) -> Response:
-        """All channels' values at a point."""
+        """Return all channels' values at a point."""
         key, (y, x) = request.path_params["key"], _point(request)
-        return json_answer(await self._made(request, lambda: self._inquiries.values(key, y, x)))
+        return await self._json(request, lambda: self._queries.values(key, y, x))
 
     async def patch_at(self, request: Request) -> Response:
-        """The patch at a point."""
+        """Return the patch at a point."""
         key, (y, x) = request.path_params["key"], _point(request)
-        return json_answer(await self._made(request, lambda: self._inquiries.patch_at(key, y, x)))
+        return await self._json(request, lambda: self._queries.patch_at(key, y, x))
 
     async def patch(self, request: Request) -> Response:
-        """A patch by its number."""
-        key, patch = request.path_params["key"], number(request.path_params["patch"])
-        return json_answer(await self._made(request, lambda: self._inquiries.patch(key, patch)))
+        """Return a patch by its number."""
+        key, patch = request.path_params["key"], whole_number(request.path_params["patch"])
+        return await self._json(request, lambda: self._queries.patch(key, patch))
 
-    async def top(self, request: Request) -> Response:
-        """The patches with the highest, or lowest, values of a column."""
+    async def top_patches(self, request: Request) -> Response:
+        """Return the patches with the highest, or lowest, values of a column."""
         key, query = request.path_params["key"], request.query_params
-        column, count, lowest = query.get("by", ""), number(query.get("count", "24")), query.get("order") == "up"
-        return json_answer(await self._made(request, lambda: self._inquiries.top(key, column, count, lowest)))
+        column, count, lowest = query.get("by", ""), whole_number(query.get("count", "24")), query.get("order") == "up"
+        return await self._json(request, lambda: self._queries.top(key, column, count, lowest))
 
     async def slide_tile(self, request: Request) -> Response:
-        """A tile of the slide."""
+        """Return a tile of the slide."""
         tile = _tile(request)
-        return await self._picture(request, JPEG, lambda shown: self._pictures.slide_tile(shown, *tile))
+        return await self._image(request, JPEG, lambda slide: self._images.slide_tile(slide, *tile))
 
-    async def heat_tile(self, request: Request) -> Response:
-        """A tile of a channel, with its pixels enlarged smoothly (heat) or as they are (cells)."""
-        channel, tile, smooth = number(request.path_params["channel"]), _tile(request), "/heat/" in request.url.path
-        spread = request.path_params.get("spread")
+    async def heatmap_tile(self, request: Request) -> Response:
+        """Return a tile of a channel, with its pixels enlarged smoothly (heat) or as they are (cells)."""
+        channel, tile = whole_number(request.path_params["channel"]), _tile(request)
+        smooth, spread = "/heat/" in request.url.path, request.path_params.get("spread")
 
-        def make(shown: Shown) -> bytes:
-            layered = shown if spread is None else self._spreads.with_digest(shown, spread)
-            return self._pictures.heat_tile(layered, channel, *tile, smooth)
+        def encode(slide: ServedSlide) -> bytes:
+            layer = slide if spread is None else self._spreads.with_digest(slide, spread)
+            return self._images.heatmap_tile(layer, channel, *tile, smooth)
 
-        return await self._picture(request, PNG, make)
+        return await self._image(request, PNG, encode)
 
-    async def patch_picture(self, request: Request) -> Response:
-        """What the model saw of a patch."""
-        patch = number(request.path_params["patch"])
-        return await self._picture(request, JPEG, lambda shown: self._pictures.patch(shown, patch))
+    async def patch_image(self, request: Request) -> Response:
+        """Return a patch as the model saw it."""
+        patch = whole_number(request.path_params["patch"])
+        return await self._image(request, JPEG, lambda slide: self._images.patch(slide, patch))
 
-    async def thumb(self, request: Request) -> Response:
-        """The whole slide, small."""
-        return await self._picture(request, JPEG, self._pictures.thumb)
+    async def thumbnail(self, request: Request) -> Response:
+        """Return the whole slide, small."""
+        return await self._image(request, JPEG, self._images.thumbnail)
 
     async def file(self, request: Request) -> Response:
-        """A file of the results that people look at."""
-        found: Response = await self._made(request, lambda: self._files.file(request, request.path_params["path"]))
-        return found
+        """Return a file of the results that is made for people."""
+        return await self._in_thread(request, lambda: self._files.file(request, request.path_params["path"]))
 
     async def zarr(self, request: Request) -> Response:
-        """A file of a heatmap, for other viewers on this machine."""
-        found: Response = await self._made(request, lambda: self._files.zarr(request, request.path_params["path"]))
-        return found
+        """Return a file of a heatmap, for other viewers on this machine."""
+        return await self._in_thread(request, lambda: self._files.zarr(request, request.path_params["path"]))
 
-    async def _picture(self, request: Request, kind: str, make: Callable[[Shown], bytes]) -> Response:
-        """A picture of a slide (JPEG) or of its heatmap (PNG), kept by browsers unless it may change."""
+    async def _json(self, request: Request, find: Callable[[], Any], threads: BoundedThreads | None = None) -> Response:
+        return json_response(await self._in_thread(request, find, threads))
+
+    async def _image(self, request: Request, media_type: str, encode: Callable[[ServedSlide], bytes]) -> Response:
+        """Return an image of a slide (JPEG) or of its heatmap (PNG), immutable unless results may still change."""
         key, version = request.path_params["key"], request.path_params["version"]
 
-        def made() -> tuple[bytes, bool]:
-            shown = self._archive.find(key)
-            return make(shown), version == shown.version and (kind == JPEG or shown.is_kept)
+        def find() -> tuple[bytes, bool]:
+            slide = self._archive.find(key)
+            return encode(slide), version == slide.version and (media_type == JPEG or slide.is_final)
 
-        return picture_answer(await self._made(request, made, self._slide_work if kind == JPEG else None), kind)
+        threads = self._slide_threads if media_type == JPEG else self._threads
+        data, immutable = await self._in_thread(request, find, threads)
+        return image_response(data, media_type, immutable)
 
-    async def _made(self, request: Request, make: Callable[[], Any], work: Work | None = None) -> Any:
-        return await (work or self._work).run(request.is_disconnected, make)
+    async def _in_thread(self, request: Request, function: Callable[[], T], threads: BoundedThreads | None = None) -> T:
+        return await (threads or self._threads).run(request.is_disconnected, function)
+
+
+def whole_number(text: str) -> int:
+    """Return a whole number of an address.
+
+    Raises:
+        TileError: the text is not one, or has more than nine digits.
+    """
+    if WHOLE_NUMBER.fullmatch(text) is None:
+        raise TileError(f"{text[:40]!r} is no whole number up to 999999999")
+    return int(text)
 
 
 def _tile(request: Request) -> tuple[int, int, int]:
-    level, row, column = (number(request.path_params[name]) for name in ("level", "row", "column"))
+    level, row, column = (whole_number(request.path_params[name]) for name in ("level", "row", "column"))
     return level, row, column
 
 
 def _point(request: Request) -> tuple[float, float]:
-    return real(request.query_params.get("y", "")), real(request.query_params.get("x", ""))
+    return coordinate(request.query_params.get("y", "")), coordinate(request.query_params.get("x", ""))
+
+
+def coordinate(text: str) -> float:
+    """Return a coordinate of an address, in level-0 px.
+
+    Raises:
+        NotShownError: the text is not a finite number.
+    """
+    try:
+        value = float(text[:40])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise NotShownError(f"{text[:40]!r} is no coordinate; expected y and x in level-0 px")
+    return value

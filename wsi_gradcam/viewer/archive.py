@@ -1,4 +1,4 @@
-"""The run as the server shows it: its slides by short keys, read anew when the run has gone on."""
+"""The slides of a run as the server knows them: by short keys, and reread while the run goes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from wsi_gradcam.errors import NotShownError, SlideNotFoundError, WsiGradcamError
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.viewer.inside import check_tree
+from wsi_gradcam.viewer.security import check_tree
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
 
-LOOK_AGAIN_S = 5.0
+REFRESH_S = 5.0
 
 
 @dataclass(frozen=True)
-class Shown:
+class ServedSlide:
     """A slide of the run.
 
     Attributes:
-        key: stands for its id in addresses: no path of a request is ever part of a path on the disk.
-        version: changes when the slide is explained anew; part of addresses of what browsers may keep for ever.
+        key: replaces its id in addresses: no path of a request is ever part of a path on the disk.
+        version: changes when the slide is explained again; part of the addresses of immutable images.
     """
 
     key: str
@@ -40,8 +40,8 @@ class Shown:
     result: SlideResult
 
     @property
-    def is_kept(self) -> bool:
-        """Whether what is read of it stays as it is."""
+    def is_final(self) -> bool:
+        """Return whether the slide's results will not change any more, so that they may be cached."""
         return self.result.is_finished
 
 
@@ -52,91 +52,91 @@ class Archive:
         """Open the results in `out`; a slide that is in `slides_folder` under its id is taken from there.
 
         Raises:
-            ResultError: there are none.
+            ResultError: there are no results.
         """
         self._given, self._slides_folder = out, slides_folder
         self._lock = threading.Lock()
         self._checked: set[tuple[str, str]] = set()
-        self._looked_at, self._known_size = 0.0, -1
+        self._refreshed_at, self._known_size = 0.0, -1
         self._read()
 
     @property
     def result(self) -> Result:
-        """The run."""
+        """Return the results of the run."""
         return self._result
 
     @property
     def out(self) -> StoragePath:
-        """The run's folder."""
+        """Return the run's folder."""
         return self._result.folder.place
 
-    def slides(self) -> list[Shown]:
-        """All slides, in the run's order."""
+    def slides(self) -> list[ServedSlide]:
+        """Return all slides, in the run's order."""
         self._refresh()
-        return list(self._shown.values())
+        return list(self._slides.values())
 
-    def find(self, key: str) -> Shown:
-        """The slide of a key, after a check that no link in its folder leads out of OUT.
+    def find(self, key: str) -> ServedSlide:
+        """Return the slide with a key, after a check that no link in its folder leads out of OUT.
 
         Raises:
-            NotShownError: there is none.
-            OutsideError: a link does.
+            NotShownError: there is no such slide.
+            OutsideError: a link leads out of OUT.
         """
-        shown = self._shown.get(key)
-        if shown is None:
+        slide = self._slides.get(key)
+        if slide is None:
             self._refresh()
-            shown = self._shown.get(key)
-        if shown is None:
+            slide = self._slides.get(key)
+        if slide is None:
             raise NotShownError("no such slide in this run")
-        if (key, shown.version) not in self._checked:
-            check_tree(self.out, shown.result.folder.place)
-            self._checked.add((key, shown.version))
-        return shown
+        if (key, slide.version) not in self._checked:
+            check_tree(self.out, slide.result.folder.place)
+            self._checked.add((key, slide.version))
+        return slide
 
-    def named(self, slide_id: str) -> Shown:
-        """The slide with an id, or with one that looks so where it is no text; otherwise as `find`."""
-        if (key := key_of(slide_id)) in self._shown:
+    def find_by_id(self, slide_id: str) -> ServedSlide:
+        """Return the slide with an id, or one whose id is not valid text and is displayed so; else as `find`."""
+        if (key := slide_key(slide_id)) in self._slides:
             return self.find(key)
-        similar = (s.key for s in self.slides() if slide_id in (shown_name(s.result.id), _addressed(s.result.id)))
+        similar = (s.key for s in self.slides() if slide_id in (valid_text(s.result.id), _as_in_address(s.result.id)))
         return self.find(next(similar, key))
 
-    def open_slide(self, shown: Shown) -> Slide:
-        """The slide itself; also of one that failed before it had a plan.
+    def open_slide(self, slide: ServedSlide) -> Slide:
+        """Open the slide's image; also of a slide that failed before it had a plan.
 
         Raises:
-            SlideError: it is not there any more, or another file is.
+            SlideError: the file is gone, or another file is in its place.
         """
         try:
-            _ = shown.result.plan
+            _ = slide.result.plan
         except WsiGradcamError:
-            if not shown.result.path:
-                raise SlideNotFoundError(f"{shown.result.id}: its path is not known yet") from None
-            return open_slide(shown.result.path)
-        return shown.result.open_slide()
+            if not slide.result.path:
+                raise SlideNotFoundError(f"{slide.result.id}: its path is not known yet") from None
+            return open_slide(slide.result.path)
+        return slide.result.open_slide()
 
     def _refresh(self) -> None:
-        """Read the list of slides anew if it has changed, and not all the time."""
+        """Reread the list of slides if it has changed, at most every few seconds."""
         now = time.monotonic()
         with self._lock:
-            if now - self._looked_at < LOOK_AGAIN_S:
+            if now - self._refreshed_at < REFRESH_S:
                 return
-            self._looked_at = now
+            self._refreshed_at = now
             if self._size() != self._known_size:
                 self._read()
 
     def _read(self) -> None:
-        self._looked_at, result = time.monotonic(), open_result(self._given)
+        self._refreshed_at, result = time.monotonic(), open_result(self._given)
         self._result = result
         self._known_size = self._size()
-        self._shown = {shown.key: shown for shown in map(self._as_shown, result)}
+        self._slides = {slide.key: slide for slide in map(self._served, result)}
 
-    def _as_shown(self, result: SlideResult) -> Shown:
+    def _served(self, result: SlideResult) -> ServedSlide:
         if self._slides_folder is not None:
             moved = self._slides_folder / result.id
             if moved.exists():
                 result.path = str(moved)
         known = json.dumps([result.row, result.path], sort_keys=True)
-        return Shown(key_of(result.id), _digest(known)[:12], result)
+        return ServedSlide(slide_key(result.id), _digest(known)[:12], result)
 
     def _size(self) -> int:
         try:
@@ -145,18 +145,18 @@ class Archive:
             return -1
 
 
-def key_of(slide_id: str) -> str:
-    """What stands for a slide's id in addresses."""
+def slide_key(slide_id: str) -> str:
+    """Return the key that replaces a slide's id in addresses."""
     return _digest(slide_id)[:16]
 
 
-def shown_name(text: str) -> str:
-    """Text for JSON: file names that are not UTF-8 have surrogates in them."""
+def valid_text(text: str) -> str:
+    """Return text that JSON can hold: file names that are not UTF-8 contain surrogates, which become "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _addressed(text: str) -> str:
-    """What a file name has become after it was part of an address."""
+def _as_in_address(text: str) -> str:
+    """Return a file name as it is decoded from an address."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""The list of slides: searched, sorted, a page at a time, with scores that are found in the background."""
+"""The gallery: slides searched, sorted and listed by pages, with scores that are computed in the background."""
 
 from __future__ import annotations
 
@@ -12,69 +12,73 @@ import numpy as np
 
 from wsi_gradcam.errors import WsiGradcamError
 from wsi_gradcam.results.slide import UNFINISHED
-from wsi_gradcam.viewer.archive import shown_name
+from wsi_gradcam.viewer.archive import valid_text
 
 if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
-    from wsi_gradcam.viewer.archive import Archive, Shown
+    from wsi_gradcam.viewer.archive import Archive, ServedSlide
 
-MOST_LISTED = 200
-TOP = 10  # patches whose mean probability is a slide's score
+MAX_LISTED = 200
+TOP = 10  # patches whose mean probability is a score of the slide
+RESCAN_S = 10.0
 Scores = dict[str, dict[str, float]]
 
 
 class Scorer:
-    """Finds each finished slide's scores in a thread of its own: reading the tables of an archive takes minutes."""
+    """Computes each finished slide's scores in a thread of its own: reading the tables of an archive takes minutes."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
-        self._known: dict[tuple[str, str], Scores] = {}
+        self._scores: dict[tuple[str, str], Scores] = {}
         self._stop = threading.Event()
-        self._found = threading.Event()
+        self._windows_ready = threading.Event()
         self._windows: dict[str, tuple[float, float]] = {}
-        self._thread = threading.Thread(target=self._find_all, name="scores", daemon=True)
+        self._thread = threading.Thread(target=self._score_all, name="scores", daemon=True)
 
     def windows(self, wait_s: float = 2.0) -> dict[str, tuple[float, float]]:
-        """The display windows that are the same for all slides, by channel; empty while they are not found yet."""
-        self._found.wait(wait_s)
+        """Return the display windows that all slides share, by channel; empty while they are being computed."""
+        self._windows_ready.wait(wait_s)
         return self._windows
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End; what is known stays."""
+        """Stop the thread; known scores are kept."""
         self._stop.set()
 
-    def of(self, shown: Shown) -> Scores | None:
-        """By class: `share` of the patches that are given to it, and `top`, the mean probability of the ten highest."""
-        return self._known.get((shown.key, shown.version))
+    def of(self, slide: ServedSlide) -> Scores | None:
+        """Return `share` and `top` by class, as `slide_scores` does; None while they are not known."""
+        return self._scores.get((slide.key, slide.version))
 
-    def _find_all(self) -> None:
+    def _score_all(self) -> None:
         while True:
             with suppress(WsiGradcamError, OSError, ValueError):
                 self._windows = self._archive.result.windows()
-            self._found.set()
-            for shown in self._archive.slides():
+            self._windows_ready.set()
+            for slide in self._archive.slides():
                 if self._stop.is_set():
                     return
-                self._find(shown)
-            if self._stop.wait(10):  # a run that goes on
+                self._score(slide)
+            if self._stop.wait(RESCAN_S):  # the run may go on
                 return
 
-    def _find(self, shown: Shown) -> None:
-        if (shown.key, shown.version) in self._known or status_of(shown) != "ok":
+    def _score(self, slide: ServedSlide) -> None:
+        if (slide.key, slide.version) in self._scores or status_of(slide) != "ok":
             return
         try:
-            self._archive.find(shown.key)  # checks its links
-            self._known[shown.key, shown.version] = scores_of(shown.result, self._archive.result.classes)
-        except (WsiGradcamError, OSError, ValueError):  # the slide itself says what is wrong, when it is opened
-            self._known[shown.key, shown.version] = {}
+            self._archive.find(slide.key)  # checks its links
+            self._scores[slide.key, slide.version] = slide_scores(slide.result, self._archive.result.classes)
+        except (WsiGradcamError, OSError, ValueError):  # opening the slide reports the problem
+            self._scores[slide.key, slide.version] = {}
 
 
-def scores_of(result: SlideResult, classes: list[str]) -> Scores:
-    """Scores of a slide from its table, by class."""
+def slide_scores(result: SlideResult, classes: list[str]) -> Scores:
+    """Return a slide's scores by class, from its table of patches.
+
+    `share` is the share of the patches whose most probable class it is, `top` the mean probability of the ten highest.
+    """
     names = [f"probability_{label}" for label in classes]
     table = result.table(names)
     values = np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in names])
@@ -89,9 +93,9 @@ def scores_of(result: SlideResult, classes: list[str]) -> Scores:
     }
 
 
-def listing(
-    slides: list[Shown],
-    scores: Callable[[Shown], Scores | None],
+def list_slides(
+    slides: list[ServedSlide],
+    scores: Callable[[ServedSlide], Scores | None],
     *,
     search: str = "",
     status: str = "",
@@ -100,55 +104,54 @@ def listing(
     offset: int = 0,
     limit: int = 24,
 ) -> dict[str, Any]:
-    """A page of the slides whose ids have all words of `search`, and how many there are.
+    """Return some of the slides whose ids contain all words of `search`, and the number of all of them, as JSON.
 
     `sort` is `name`, `status`, `patches`, `share:CLASS` or `top:CLASS`; slides without the number come last.
     """
     words = search.lower().split()
-    counts = Counter(status_of(shown) for shown in slides)
     found = [
-        shown
-        for shown in slides
-        if all(word in shown.result.id.lower() for word in words) and status in ("", status_of(shown))
+        slide
+        for slide in slides
+        if all(word in slide.result.id.lower() for word in words) and status in ("", status_of(slide))
     ]
     key = _sort_key(sort, scores)
-    ranked = sorted((s for s in found if key(s) is not None), key=key, reverse=descending)
-    ranked += [shown for shown in found if key(shown) is None]
-    page = ranked[max(0, offset) : max(0, offset) + min(max(1, limit), MOST_LISTED)]
+    ranked = sorted((slide for slide in found if key(slide) is not None), key=key, reverse=descending)
+    ranked += [slide for slide in found if key(slide) is None]
+    page = ranked[max(0, offset) : max(0, offset) + min(max(1, limit), MAX_LISTED)]
     return {
         "total": len(slides),
         "found": len(found),
-        "scored": sum(scores(shown) is not None for shown in slides),
-        "counts": dict(counts),
-        "slides": [_row(shown, scores(shown)) for shown in page],
+        "scored": sum(scores(slide) is not None for slide in slides),
+        "counts": dict(Counter(map(status_of, slides))),
+        "slides": [_row(slide, scores(slide)) for slide in page],
     }
 
 
-def _sort_key(sort: str, scores: Callable[[Shown], Scores | None]) -> Callable[[Shown], Any]:
+def _sort_key(sort: str, scores: Callable[[ServedSlide], Scores | None]) -> Callable[[ServedSlide], Any]:
     kind, _, label = sort.partition(":")
     if kind in ("share", "top"):
-        return lambda shown: (scores(shown) or {}).get(label, {}).get(kind)
+        return lambda slide: (scores(slide) or {}).get(label, {}).get(kind)
     if kind == "patches":
-        return lambda shown: int(shown.result.row.get("patches") or 0)
+        return lambda slide: int(slide.result.row.get("patches") or 0)
     if kind == "status":
-        return lambda shown: (status_of(shown), shown.result.id)
-    return lambda shown: shown.result.id
+        return lambda slide: (status_of(slide), slide.result.id)
+    return lambda slide: slide.result.id
 
 
-def _row(shown: Shown, scores: Scores | None) -> dict[str, Any]:
-    result = shown.result
+def _row(slide: ServedSlide, scores: Scores | None) -> dict[str, Any]:
+    result = slide.result
     return {
-        "key": shown.key,
-        "version": shown.version,
-        "id": shown_name(result.id),
-        "status": status_of(shown),
-        "error": shown_name(result.error),
+        "key": slide.key,
+        "version": slide.version,
+        "id": valid_text(result.id),
+        "status": status_of(slide),
+        "error": valid_text(result.error),
         "patches": int(result.row.get("patches") or 0),
         "unreadable": int(result.row.get("unreadable") or 0),
         "scores": scores,
     }
 
 
-def status_of(shown: Shown) -> str:
-    """As slides.csv says; looking into the folder of each slide of an archive would take minutes."""
-    return shown.result.row.get("status") or UNFINISHED
+def status_of(slide: ServedSlide) -> str:
+    """Return the status in slides.csv; looking into the folder of each slide of an archive would take minutes."""
+    return slide.result.row.get("status") or UNFINISHED

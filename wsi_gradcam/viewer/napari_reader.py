@@ -1,8 +1,8 @@
 """A reader for napari (npe2): a slide's folder of a result opens as slide, channels and coverage, aligned.
 
-In napari a pixel lies around its coordinate: a pixel of the heatmap, s times as large as one of the slide, has its
-centre (s - 1) / 2 of the slide's pixels further. Levels that are a pixel short of an exact factor are padded, since
-napari takes the ratio of the shapes for the factor.
+In napari a pixel is centred on its coordinate: the centre of a heatmap's pixel, which is s times as large as one of
+the slide, is (s - 1) / 2 of the slide's pixels further. Levels that are a pixel short of an exact factor are padded,
+since napari takes the ratio of the shapes as the factor.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from wsi_gradcam.results.slide import SlideResult
 
 LayerData = tuple[Any, dict[str, Any], str]
 OPACITY = 0.6
-COLOURMAP = "inferno"
-LARGEST_PAD = 1024  # px: slides whose levels have no common multiple below are taken as they are
+COLORMAP = "inferno"
+MAX_MULTIPLE = 1024  # px; slides whose downsamples have a larger common multiple are not padded
 
 
 def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | None:
-    """napari's question whether we read `path`: a function that does, or None."""
+    """Return the function that reads `path`; None if `path` is not a result. Called by napari."""
     if not isinstance(path, str):
         return None
     try:
@@ -38,10 +38,10 @@ def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | 
 
 
 def read(path: str) -> list[LayerData]:
-    """Layers of the slide in `path`: a folder of a slide, something in it, or OUT of a run over one slide.
+    """Return the layers of the slide in `path`: the folder of a slide, a path in it, or OUT of a run over one slide.
 
     Raises:
-        ResultError: there are several slides to choose from, or no results of this one.
+        ResultError: there are several slides to choose from, or no results of this slide.
     """
     result, slide = locate(path)
     if slide is None:
@@ -54,7 +54,7 @@ def read(path: str) -> list[LayerData]:
 
 
 def layers(result: Result, slide: SlideResult) -> list[LayerData]:
-    """The slide, where it can be read, a layer a channel, of which the first is shown, and the coverage."""
+    """Return the slide if it can be read, a layer for each channel, of which the first is visible, and the coverage."""
     step = slide.stride_px
     place = {
         "scale": tuple(mpp * step for mpp in slide.mpp),
@@ -70,7 +70,7 @@ def layers(result: Result, slide: SlideResult) -> list[LayerData]:
             "name": f"{slide.id} {channel.label}",
             "multiscale": True,
             "contrast_limits": windows.get(channel.label, channel.window),
-            "colormap": _colours(),
+            "colormap": _colormap(),
             "blending": "translucent",
             "visible": channel.number == 0,
             "metadata": {"unit": channel.unit, "window_of_slide": channel.window, "slide": slide.path},
@@ -82,7 +82,7 @@ def layers(result: Result, slide: SlideResult) -> list[LayerData]:
 
 
 def _slide_layer(slide: SlideResult) -> list[LayerData]:
-    """The slide itself; nothing where it is gone: the heatmap is worth showing alone."""
+    """Return the slide itself; nothing if it is gone: the heatmap is worth showing alone."""
     try:
         opened = slide.open_slide()
     except SlideError:
@@ -91,7 +91,7 @@ def _slide_layer(slide: SlideResult) -> list[LayerData]:
     levels = lazy_slide(opened)
     if all(down.is_integer() for down in downsamples):
         factors = [int(down) for down in downsamples]
-        if math.lcm(*factors) <= LARGEST_PAD:
+        if math.lcm(*factors) <= MAX_MULTIPLE:
             levels = padded(levels, factors)
     about = {
         "name": slide.id,
@@ -105,8 +105,8 @@ def _slide_layer(slide: SlideResult) -> list[LayerData]:
     return [(levels if len(levels) > 1 else levels[0], about, "image")]
 
 
-def _colours() -> Any:
-    """The colour map, RGBA [256, 4]: cold tissue is seen through, as in exports."""
+def _colormap() -> Any:
+    """Return the colour map, RGBA [256, 4]; low values are transparent, as in exports."""
     values = np.linspace(0, 1, STEPS, dtype=np.float32)[None]
     flags = np.full(values.shape, EXPLAINED, np.uint8)
-    return Colouring(COLOURMAP, 0.0, 1.0, alpha=OPACITY).rgba(values, flags)[0] / 255
+    return Colouring(COLORMAP, 0.0, 1.0, alpha=OPACITY).rgba(values, flags)[0] / 255

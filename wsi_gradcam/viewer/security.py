@@ -1,54 +1,71 @@
-"""Who may ask the server: a check of each request before anything else sees it, and headers on each answer.
+"""Who may request what: a check of each request before any handler sees it, headers on each response, paths below OUT.
 
-The server shows patients' slides. A web page of someone else, open in the same browser, must not reach it: by its
-address (refused by origin and fetch metadata, and nothing is shared across origins), nor by a name that it lets point
-to 127.0.0.1 (refused by the Host header). From other machines a token is needed.
+The server shows patients' slides. A web page of another site, open in the same browser, must not reach it: neither
+directly (refused by origin and fetch metadata, and nothing is shared across origins), nor by a name that it lets point
+to 127.0.0.1 (refused by the Host header). From other machines a token is needed. Files outside OUT are never served,
+not even through links.
 """
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import os
+import re
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
+from wsi_gradcam.errors import NotShownError, OutsideError
+from wsi_gradcam.io.local import LocalPath
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from wsi_gradcam.io.paths import StoragePath
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 COOKIE = "wsi-gradcam"
 # The hash is of the one style sheet that OpenSeadragon 6.1.1 adds to a page.
-POLICY = (
+PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; "
     "style-src 'self' 'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='; "
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
+# A report is a file that someone made: it may look as it likes, but runs no scripts and connects to nothing.
+REPORT_POLICY = (
+    "default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; font-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": PAGE_POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-LONGEST_TARGET = 4096
+MAX_TARGET_BYTES = 4096
+# A part of a path below OUT that a request may name. Nothing that is hidden, relative or odd is ever served.
+PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)
+MAX_PATH_PARTS = 12
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """The clients that a server answers.
 
     Attributes:
         hosts: names and addresses by which the server may be called, without ports.
-        any_address: whether it may also be called by any IP address: it listens on all of them.
-        token: what a client must know; "" for nothing.
+        any_address: whether it may also be called by any IP address, since it listens on all of them.
+        token: the token that clients must present; "" for none.
     """
 
     hosts: frozenset[str]
@@ -57,7 +74,7 @@ class Access:
 
     @classmethod
     def for_host(cls, host: str, token: str, more: Iterable[str] = ()) -> Access:
-        """Of a server that listens on `host`; `more` are names by which a proxy calls it."""
+        """Return the access to a server that listens on `host`; `more` are names by which a proxy calls it."""
         names = frozenset(name.lower() for name in more)
         if is_loopback(host):
             return cls(LOOPBACK | names | {host.lower()}, False, token)
@@ -65,24 +82,24 @@ class Access:
         return cls(LOOPBACK | names | own, host in ("0.0.0.0", "::", ""), token)
 
     def knows_host(self, header: str) -> bool:
-        """Whether a Host header names this server."""
+        """Return whether a Host header names this server."""
         name = host_of(header)
         return name in self.hosts or (self.any_address and _is_address(name))
 
-    def allows(self, given: str) -> bool:
-        """Whether a token is the right one."""
-        return hmac.compare_digest(given.encode(), self.token.encode())
+    def allows(self, token: str) -> bool:
+        """Return whether a token is the right one, in constant time."""
+        return hmac.compare_digest(token.encode(), self.token.encode())
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches a server on `host`."""
+    """Return whether only this machine reaches a server on `host`."""
     if host.lower() == "localhost":
         return True
     return _is_address(host) and ipaddress.ip_address(host).is_loopback
 
 
 def host_of(header: str) -> str:
-    """The host of a Host header, without its port.
+    """Return the host of a Host header, without its port.
 
     >>> host_of("127.0.0.1:8000"), host_of("[::1]:80"), host_of("Slides.example")
     ('127.0.0.1', '::1', 'slides.example')
@@ -92,19 +109,19 @@ def host_of(header: str) -> str:
     return header.partition(":")[0].lower()
 
 
-class Guard:
-    """ASGI middleware that lets through what `Access` allows."""
+class AccessMiddleware:
+    """ASGI middleware that passes on the requests that `Access` allows, and adds headers to each response."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a refusal, or pass the request on."""
+        """Refuse the request, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        async def with_headers(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -112,38 +129,38 @@ class Guard:
             await send(message)
 
         refusal = self._refusal(scope)
-        await (refusal or self._app)(scope, receive, with_headers)
+        await (refusal or self._app)(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         if not self._access.knows_host(headers.get("host", "")):
-            return _refused(421, "this server is not called by that name; start it with --allow-host NAME")
-        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > LONGEST_TARGET:
-            return _refused(414, "the address is too long")
+            return _refuse(421, "this server is not called by that name; start it with --allow-host NAME")
+        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_TARGET_BYTES:
+            return _refuse(414, "the address is too long")
         if scope["method"] not in ("GET", "HEAD"):
             return Response("only GET and HEAD are answered\n", 405, {"Allow": "GET, HEAD"}, "text/plain")
-        if _is_foreign(headers, scope["path"]):
-            return _refused(403, "asked for by the page of another site")
-        return self._without_token(scope, headers) if self._access.token else None
+        if _is_cross_site(headers, scope["path"]):
+            return _refuse(403, "requested by the page of another site")
+        return self._check_token(scope, headers) if self._access.token else None
 
-    def _without_token(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
-        """Refuse who has no token; who brings it in the address is given a cookie and sent on without it."""
+    def _check_token(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
+        """Refuse clients without the token; a token in the address is turned into a cookie by a redirect."""
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         given = dict(query).get("token")
         if given is not None and self._access.allows(given):
             rest = urlencode([(name, value) for name, value in query if name != "token"])
-            answer = RedirectResponse("/" + (f"?{rest}" if rest else ""), 303, {"Cache-Control": "no-store"})
-            answer.set_cookie(COOKIE, self._access.token, httponly=True, samesite="strict")
-            return answer
-        kind, _, bearer = headers.get("authorization", "").partition(" ")
-        known = _cookie(headers.get("cookie", ""))
-        if self._access.allows(known) or (kind.lower() == "bearer" and self._access.allows(bearer.strip())):
+            redirect = RedirectResponse("/" + (f"?{rest}" if rest else ""), 303, {"Cache-Control": "no-store"})
+            redirect.set_cookie(COOKIE, self._access.token, httponly=True, samesite="strict")
+            return redirect
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        cookie = _cookie(headers.get("cookie", ""))
+        if self._access.allows(cookie) or (scheme.lower() == "bearer" and self._access.allows(bearer.strip())):
             return None
-        return _refused(401, "open the address with ?token=... that the command printed")
+        return _refuse(401, "open the address with ?token=... that the command printed")
 
 
-def _is_foreign(headers: Mapping[str, str], path: str) -> bool:
-    """Whether a page of another site asks: for anything but the page itself, which a link may lead to."""
+def _is_cross_site(headers: Mapping[str, str], path: str) -> bool:
+    """Return whether a page of another site makes the request; a link to our page itself is allowed."""
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
         return True
@@ -160,8 +177,8 @@ def _cookie(header: str) -> str:
     return morsel.value if morsel else ""
 
 
-def _refused(status: int, why: str) -> Response:
-    return PlainTextResponse(f"{why}\n", status, {"Cache-Control": "no-store"})
+def _refuse(status: int, reason: str) -> Response:
+    return PlainTextResponse(f"{reason}\n", status, {"Cache-Control": "no-store"})
 
 
 def _is_address(name: str) -> bool:
@@ -170,3 +187,53 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def path_below(folder: StoragePath, name: str) -> StoragePath:
+    """Return the path below a folder that a request names.
+
+    Raises:
+        NotShownError: the path has parts that none of our files has.
+    """
+    parts = name.split("/")
+    if len(parts) > MAX_PATH_PARTS or not all(PATH_PART.fullmatch(part) for part in parts):
+        raise NotShownError("no such file")
+    return folder / name
+
+
+def check_inside(out: StoragePath, path: StoragePath) -> None:
+    """Check that a file or folder is below OUT after all links are followed; object stores have no links.
+
+    Raises:
+        OutsideError: it is not below OUT.
+    """
+    if isinstance(out, LocalPath) and isinstance(path, LocalPath):
+        _check_link(out.path.resolve(), path.path)
+
+
+def check_tree(out: StoragePath, folder: StoragePath) -> None:
+    """Check everything below a folder, for readers that open files in it by themselves.
+
+    Raises:
+        OutsideError: a link leads out of OUT.
+    """
+    if not (isinstance(out, LocalPath) and isinstance(folder, LocalPath)):
+        return
+    root = out.path.resolve()
+    _check_link(root, folder.path)
+    waiting = [folder.path]
+    while waiting:
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                _check_link(root, Path(entry.path))
+            elif entry.is_dir():
+                waiting.append(Path(entry.path))
+
+
+def _check_link(root: Path, path: Path) -> None:
+    if not path.resolve().is_relative_to(root):
+        raise OutsideError(f"{path.name}: a link that leads out of the results; copy the file there instead")

@@ -1,9 +1,7 @@
-"""`wsi-gradcam view`: starts the server and says where the page is.
+"""`wsi-gradcam view`: starts the server, with bounds on its connections, and announces the page's address.
 
-uvicorn's HTTP protocol with bounds: on connections, and on how long one may keep us waiting.
-
-uvicorn alone waits for ever for a request that never ends, and for a client that never reads; its limit of
-concurrency counts such connections, so a thousand of them would shut everyone else out.
+uvicorn alone waits without end for a request that never ends, and for a client that never reads; its limit of
+concurrency counts such connections, so a thousand of them would lock everyone else out.
 """
 
 from __future__ import annotations
@@ -29,15 +27,16 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
-
-MOST_CONNECTIONS = 512
-WAIT_S = 15.0  # for a whole request, from the connection or the last answer on
-STUCK_S = 30.0  # without a byte read by a client that is sent something
-SWEEP_S = 1.0
+BACKLOG = 256
+KEEP_ALIVE_S = 30
+MAX_CONNECTIONS = 512
+REQUEST_TIMEOUT_S = 15.0  # for a whole request, from the connection or the last response on
+STALL_TIMEOUT_S = 30.0  # for a client that reads nothing of its response
+CHECK_EVERY_S = 1.0
 
 
 class BoundedProtocol(H11Protocol):
-    """A connection that is ended when it has kept us waiting too long, or when there are too many."""
+    """A connection that is closed when its client is too slow, or when there are too many connections."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -46,44 +45,41 @@ class BoundedProtocol(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection; of too many, the one that has waited longest goes."""
+        """Accept a connection; if there are too many, close the one that has been idle longest."""
         super().connection_made(transport)
-        self._timer = self.loop.call_later(SWEEP_S, self._sweep)
-        if len(self.connections) > MOST_CONNECTIONS:
+        self._timer = self.loop.call_later(CHECK_EVERY_S, self._check)
+        if len(self.connections) > MAX_CONNECTIONS:
             others = [other for other in self.connections if isinstance(other, BoundedProtocol) and other.is_idle]
             longest = min(others, key=lambda other: other._waiting_since)
-            self.connections.discard(longest)  # now: many more may be taken before it is told that it is lost
+            self.connections.discard(longest)  # at once: many more may be accepted before it is reported lost
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Stop checking the connection."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request from now on."""
+        """Start the timeout of the next request."""
         self._waiting_since = time.monotonic()
         super().on_response_complete()
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request of it is being worked on."""
+        """Return whether none of its requests is being handled."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _sweep(self) -> None:
+    def _check(self) -> None:
         now, unsent = time.monotonic(), self.transport.get_write_buffer_size()
         if unsent == 0 or unsent < self._unsent:
             self._moved_at = now
         self._unsent = unsent
-        if (self.is_idle and now - self._waiting_since > WAIT_S and not unsent) or now - self._moved_at > STUCK_S:
+        is_late = self.is_idle and not unsent and now - self._waiting_since > REQUEST_TIMEOUT_S
+        if is_late or now - self._moved_at > STALL_TIMEOUT_S:
             self.transport.abort()
         else:
-            self._timer = self.loop.call_later(SWEEP_S, self._sweep)
-
-
-BACKLOG = 256
-KEEP_ALIVE_S = 30
+            self._timer = self.loop.call_later(CHECK_EVERY_S, self._check)
 
 
 def view(
@@ -95,39 +91,39 @@ def view(
     token: bool = False,
     allow_host: Sequence[str] = (),
     browse: bool = False,
-    say: Callable[[str], None] = print,
+    announce: Callable[[str], None] = print,
 ) -> None:
-    """Show the results in `out` until interrupted; port 0 takes any that is free.
+    """Serve the results in `out` until interrupted; port 0 takes any that is free.
 
     Args:
-        host: address to listen on; on others than this machine's own a token is asked for.
+        host: address to listen on; except on the loopback addresses, clients need a token.
         slides: a folder to take slides from, by their ids, where they have moved.
-        token: ask for a token on 127.0.0.1 too, on a machine with several users.
-        allow_host: names by which a proxy calls the server.
+        token: require a token on 127.0.0.1 too, for machines with several users.
+        allow_host: names by which proxies call the server.
         browse: open the page in a browser.
-        say: is told where the page is.
+        announce: receives a line with the page's address.
 
     Raises:
         ResultError: there are no results.
-        ConfigError: the port is taken, or the page is not installed.
+        ConfigError: the port is in use, or the page is not installed.
     """
     if slides is not None and not slides.is_dir():
         raise ConfigError(f"--slides {slides}: expected a folder; check the path")
     secret = secrets.token_urlsafe(24) if token or not is_loopback(host) else ""
     app = make_app(Archive(out, slides), Access.for_host(host, secret, allow_host))
-    with listening(host, port) as bound:
-        place = f"http://{_shown(host)}:{bound.getsockname()[1]}/" + (f"?token={secret}" if secret else "")
-        say(f"{place}  (end with Ctrl-C)")
+    with listen(host, port) as bound:
+        address = f"http://{_url_host(host)}:{bound.getsockname()[1]}/" + (f"?token={secret}" if secret else "")
+        announce(f"{address}  (end with Ctrl-C)")
         if browse:
-            webbrowser.open(place)
-        server_of(app).run(sockets=[bound])
+            webbrowser.open(address)
+        make_server(app).run(sockets=[bound])
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -137,15 +133,15 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(BACKLOG)  # who is told the address may connect at once
+        bound.listen(BACKLOG)  # so that clients may connect as soon as the address is announced
     except OSError as error:
         bound.close()
         raise ConfigError(f"port {port} on {host}: {error.strerror}; choose another --port, or 0 for any") from error
     return bound
 
 
-def server_of(app: Starlette) -> uvicorn.Server:
-    """A server with our bounds, to be run with a bound socket."""
+def make_server(app: Starlette) -> uvicorn.Server:
+    """Return a server with our bounds, to be run with a bound socket."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -163,5 +159,5 @@ def server_of(app: Starlette) -> uvicorn.Server:
     )
 
 
-def _shown(host: str) -> str:
+def _url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host

@@ -31,7 +31,7 @@ class OpenSlides:
         self._lock = threading.Lock()
 
     @contextmanager
-    def lent(self, key: str, opener: Callable[[], Slide]) -> Iterator[Slide]:
+    def borrow(self, key: str, opener: Callable[[], Slide]) -> Iterator[Slide]:
         """The slide of a key, opened if need be; not closed before the context ends.
 
         Raises:

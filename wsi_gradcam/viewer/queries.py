@@ -1,0 +1,241 @@
+"""Answers to the page's queries about the run, its slides, points and patches, as JSON values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from wsi_gradcam import __version__
+from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
+from wsi_gradcam.errors import SlideError, WsiGradcamError, one_line
+from wsi_gradcam.viewer.archive import valid_text
+from wsi_gradcam.viewer.files import RUN_REPORT
+from wsi_gradcam.viewer.gallery import status_of
+from wsi_gradcam.viewer.images import HeatmapReader, PointValues, channel_scale, finer_levels, heatmap_pyramid
+from wsi_gradcam.viewer.memo import Memo
+from wsi_gradcam.viewer.patch_table import PatchTable
+from wsi_gradcam.viewer.tiles import slide_pyramid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.slide import SlideResult
+    from wsi_gradcam.slides import Slide
+    from wsi_gradcam.viewer.archive import Archive, ServedSlide
+    from wsi_gradcam.viewer.slides_open import OpenSlides
+    from wsi_gradcam.viewer.spread import Spread, Spreads
+
+    Windows = dict[str, tuple[float, float]]
+
+MAX_TOP = 100
+CHUNK_BYTES = 16 << 20
+TABLE_BYTES = 512 << 20  # four slides of a million patches
+
+
+class Queries:
+    """Answers queries about slides; the tables of the slides used last are kept."""
+
+    def __init__(self, archive: Archive, slides: OpenSlides, spreads: Spreads, windows: Callable[[], Windows]) -> None:
+        self._archive, self._slides, self._spreads, self._windows = archive, slides, spreads, windows
+        self._heatmaps = HeatmapReader(CHUNK_BYTES)
+        self._tables = Memo(TABLE_BYTES)
+
+    def slide(self, key: str) -> dict[str, Any]:
+        """Describe a slide; the reason why it cannot be opened is part of the description."""
+        slide = self._archive.find(key)
+        spread, windows = self._spread(slide), self._windows()
+        audit = {"audit": audit_address(self._archive, slide)}
+        try:
+            with self._slides.borrow(f"{key} {slide.version}", lambda: self._archive.open_slide(slide)) as opened:
+                return slide_facts(slide, opened, spread, windows) | audit
+        except SlideError as error:
+            return slide_facts(slide, error, spread, windows) | audit
+
+    def values(self, key: str, y: float, x: float) -> dict[str, Any]:
+        """Return all channels' values over level-0 (y, x), those of the spread last."""
+        slide = self._archive.find(key)
+        found = self._heatmaps.at(slide, y, x)
+        if found is None or found.values is None:
+            return asdict(PointValues(None, tissue=False, explained=False, unreadable=False))
+        return asdict(found) | {"values": [*found.values, *self._spread_values(slide, y, x)]}
+
+    def patch_at(self, key: str, y: float, x: float) -> dict[str, Any]:
+        """Return the patch that covers level-0 (y, x); `{"number": None}` if none does."""
+        slide = self._archive.find(key)
+        table = self._table(slide)
+        number = table.at(y, x)
+        return {"number": None} if number is None else _patch(slide, table, number)
+
+    def patch(self, key: str, number: int) -> dict[str, Any]:
+        """Return a patch: its row, its own maps, its neighbours."""
+        slide = self._archive.find(key)
+        return _patch(slide, self._table(slide), number)
+
+    def top(self, key: str, column: str, count: int, lowest: bool) -> dict[str, Any]:
+        """Return the patches with the highest, or lowest, values of a column; with column "" only the columns."""
+        table = self._table(self._archive.find(key))
+        numbers = table.top(column, min(count, MAX_TOP), lowest) if column else []
+        patches = [
+            {"number": n, "y": int(table.y[n]), "x": int(table.x[n]), "value": table.value(column, n)} for n in numbers
+        ]
+        return {"columns": list(table.values), "patches": patches}
+
+    def _spread(self, slide: ServedSlide) -> Spread | WsiGradcamError | None:
+        """Return a slide's spread, or the problem with it, which is never a reason not to show the slide."""
+        try:
+            return self._spreads.of(slide)
+        except WsiGradcamError as error:
+            return error
+
+    def _spread_values(self, slide: ServedSlide, y: float, x: float) -> list[float | None]:
+        spread = self._spread(slide)
+        if spread is None or isinstance(spread, WsiGradcamError):
+            return []
+        try:
+            found = self._heatmaps.at(spread, y, x)
+        except WsiGradcamError:  # its tiles report the problem
+            found = None
+        return found.values if found and found.values else [None] * len(spread.result.channels)
+
+    def _table(self, slide: ServedSlide) -> PatchTable:
+        def read() -> PatchTable:
+            return PatchTable(slide.result.table(), slide.result.plan.footprint)
+
+        return self._tables.get((slide.key, slide.version), read, lambda table: table.nbytes)
+
+
+def run_facts(archive: Archive) -> dict[str, Any]:
+    """Describe a run: its name, model and classes, and the addresses of its reports."""
+    result = archive.result
+    model = result.run["model"]
+    settings = result.run.get("settings", {})
+    return {
+        "version": __version__,
+        "name": valid_text(archive.out.name),
+        "model": valid_text(str(model["name"])),
+        "untrained": model.get("weights") == "random",
+        "layer": str(model.get("layer", "")),
+        "classes": [valid_text(label) for label in result.classes],
+        "methods": list(settings.get("method", [])),
+        "patch_px": list(model["patch_px"]),
+        "patch_mpp": model["mpp"],
+        "report": f"/files/{RUN_REPORT}" if _exists(archive.out / RUN_REPORT) else None,
+        "audit": f"/files/{AUDIT}/{REPORT}" if _exists(AuditFolder(archive.out / AUDIT).report) else None,
+    }
+
+
+def audit_address(archive: Archive, slide: ServedSlide) -> str | None:
+    """Return the address of a slide's audit report; None if it was not audited."""
+    slide_id = slide.result.id
+    if not _exists(AuditFolder(archive.out / AUDIT).slide_report(slide_id)):
+        return None
+    return f"/files/{AUDIT}/{quote(slide_id.encode('utf-8', 'surrogateescape'))}/{REPORT}"
+
+
+def slide_facts(
+    slide: ServedSlide, opened: Slide | SlideError, spread: Spread | WsiGradcamError | None, windows: Windows
+) -> dict[str, Any]:
+    """Describe a slide: its image, its heatmap with its spread, its patches, and the reasons why parts are missing.
+
+    `windows` are those of the whole run, as far as they are known.
+    """
+    result = slide.result
+    facts: dict[str, Any] = {
+        "key": slide.key,
+        "version": slide.version,
+        "id": valid_text(result.id),
+        "status": status_of(slide),
+        "error": valid_text(result.error),
+        "slide": _slide_image(opened),
+        "heat": None,
+        "channels": [],
+        "patch": None,
+    }
+    try:
+        _add_heatmap_facts(facts, result, spread, windows)
+    except (WsiGradcamError, OSError, KeyError) as error:
+        facts["heat_problem"] = valid_text(facts["error"] or one_line(error))
+        if not isinstance(opened, SlideError):
+            facts["size_px"], facts["mpp"] = [opened.info.height, opened.info.width], list(opened.info.mpp_yx)
+    return facts
+
+
+def _add_heatmap_facts(
+    facts: dict[str, Any], result: SlideResult, spread: Spread | WsiGradcamError | None, windows: Windows
+) -> None:
+    """Add the facts of the heatmap one by one: those before an error are shown."""
+    plan = result.plan
+    facts["size_px"], facts["mpp"] = list(plan.slide_px), list(plan.slide_mpp)
+    facts["patch"] = {"count": plan.patches, "footprint_px": list(plan.footprint), "view_px": list(plan.view)}
+    pyramid = heatmap_pyramid(result)
+    facts["heat"] = {
+        "size_px": [pyramid.height, pyramid.width],
+        "levels": pyramid.levels,
+        "tile_px": pyramid.tile_px,
+        "finer": finer_levels(result),
+        "stride_px": result.stride_px,
+    }
+    channels = [_channel(channel, windows, str(channel.number)) for channel in result.channels]
+    if spread is not None and not isinstance(spread, WsiGradcamError):
+        channels += [_channel(c, {}, f"spread-{spread.digest}/{c.number}") for c in spread.result.channels]
+    facts["channels"] = channels
+    facts["spread_problem"] = valid_text(one_line(spread)) if isinstance(spread, WsiGradcamError) else None
+    facts["table"] = result.is_finished and plan.patches > 0
+
+
+def _slide_image(opened: Slide | SlideError) -> dict[str, Any]:
+    if isinstance(opened, SlideError):
+        return {"problem": valid_text(one_line(opened))}
+    pyramid = slide_pyramid(opened.info)
+    return {
+        "problem": None,
+        "levels": pyramid.levels,
+        "tile_px": pyramid.tile_px,
+        "objective": opened.info.objective,
+        "background": list(opened.info.background),
+    }
+
+
+def _channel(channel: ChannelInfo, windows: Windows, address: str) -> dict[str, Any]:
+    """Describe a channel; `address` is its part of its tiles' addresses."""
+    scale, run = channel_scale(channel), windows.get(channel.label)
+    return {
+        "address": address,
+        "label": valid_text(channel.label),
+        "method": channel.method,
+        "target": valid_text(channel.target),
+        "unit": channel.unit,
+        "range": [channel.minimum, channel.maximum],
+        "window": list(channel.window),
+        "run_window": list(run) if run else None,
+        "scale": [scale.low, scale.high],
+    }
+
+
+def _patch(slide: ServedSlide, table: PatchTable, number: int) -> dict[str, Any]:
+    row = table.row(number)
+    neighbours = [{"number": other, "direction": name} for other, name in table.neighbours(number)]
+    return {**row, "maps": _patch_maps(slide.result, number), "neighbours": neighbours}
+
+
+def _patch_maps(result: SlideResult, number: int) -> list[dict[str, Any]]:
+    """Return a patch's own maps, one for each channel that has them: values [h][w] with label and unit."""
+    return [
+        {
+            "channel": channel.number,
+            "label": valid_text(channel.label),
+            "unit": channel.unit,
+            "values": [[round(float(value), 5) for value in row] for row in cam],
+        }
+        for channel, cam in zip(result.channels, result.cams(number), strict=False)
+    ]
+
+
+def _exists(path: StoragePath) -> bool:
+    try:
+        return path.size() >= 0
+    except (FileNotFoundError, WsiGradcamError):
+        return False
