@@ -15,10 +15,10 @@ import yaml
 
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
-from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlideStatus
 from wsi_gradcam.results.run_files import write_slides
+from wsi_gradcam.results.slide_plan import SlidePlan
 from wsi_gradcam.results.stitch import coarsen, coarsen_flags
-from wsi_gradcam.run.plan import SlidePlan
 
 Values = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.uint8]
@@ -129,8 +129,9 @@ def _make_slide(folder: Path, slide: Made) -> None:
                 store.write(level, channel, block, coarsen(values, (flags & EXPLAINED) > 0))
     _write_table(folder / "patches.parquet", slide)
     manifest = Manifest(folder / "manifest")
-    manifest.write_plan(plan.to_json())
-    manifest.write_done({"status": slide.status})
+    manifest.write_plan(plan)
+    outcome = SlideOutcome(SlideStatus(slide.status), slide.patches, 0, "")
+    manifest.write_done(SlideDone(outcome, {}, {}, {}))
 
 
 def _write_table(path: Path, slide: Made) -> None:

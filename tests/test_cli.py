@@ -26,6 +26,7 @@ from wsi_gradcam.cli.report import print_outcome
 from wsi_gradcam.cli.terminal import Bars, Lines, Quiet, progress
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.run.settings import Settings
 
@@ -307,7 +308,7 @@ class TerminalOrNot(StringIO):
 
 def test_the_end_counts_statuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     records = [
-        SlideRecord(SlideEntry(str(i), f"/{i}"), status, "why" if status == "failed" else "", 1, 0, 1.0)
+        SlideRecord(SlideEntry(str(i), f"/{i}"), SlideStatus(status), "why" if status == "failed" else "", 1, 0, 1.0)
         for i, status in enumerate(["ok", "no_tissue", "failed", "ok"])
     ]
     print_outcome(Outcome(tmp_path, tuple(records)), as_json=False)
@@ -330,7 +331,7 @@ def test_errors_before_anything_began_are_not_failures(
 
 def test_json_shows_no_secrets_of_urls(capsys: pytest.CaptureFixture[str]) -> None:
     entry = SlideEntry("a.svs", "https://host/a.svs", url="https://me:secret@host/a.svs?signature=hidden")
-    print_outcome(Outcome(Path("out"), (SlideRecord(entry, "ok", "", 1, 0, 1.0),)), as_json=True)
+    print_outcome(Outcome(Path("out"), (SlideRecord(entry, SlideStatus.OK, "", 1, 0, 1.0),)), as_json=True)
     printed = capsys.readouterr().out
     assert "https://host/a.svs" in printed
     assert "secret" not in printed

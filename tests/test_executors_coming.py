@@ -53,7 +53,7 @@ def spans_by_process(
     entries = [SlideEntry(f"{i}.svs", f"/archive/{i}.svs") for i in range(slides)]
     executor = DaskExecutor(scheduler=address, device="cuda", wait_s=30)
     try:
-        ended = [record.status for record in executor.run(run, entries, False, observe)]
+        ended: list[str] = [record.status for record in executor.run(run, entries, False, observe)]
         told = executor._client.run(report).values()
     finally:
         executor.close()

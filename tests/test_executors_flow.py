@@ -22,6 +22,7 @@ from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.plugin import Answer, Order
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run import retries
 from wsi_gradcam.run.jobs import FatalError, SlideRecord, drive, slide_job
 from wsi_gradcam.run.stages import Pending, Performed, Task
@@ -137,7 +138,7 @@ class FakeArchive:
         self.done[task.slide.id, task.stage, level] += 1
         if task.stage == "finish":
             self.active.discard(task.slide.id)
-            return {"status": "ok", "patches": 10 * spans, "unreadable": 0, "cause": ""}
+            return SlideOutcome(SlideStatus.OK, 10 * spans, 0, "")
         return 10
 
 

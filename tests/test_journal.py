@@ -20,6 +20,7 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run import journal
 from wsi_gradcam.run.claims import CLAIM
 from wsi_gradcam.run.failures import attempt_digest
@@ -228,7 +229,7 @@ def test_attempts_that_failed_are_told(tmp_path: Path) -> None:
     told.attempted(task, Performed(1, 0.5, "w"))
     told.attempted(task, Performed(None, worker="w", error="died", again=True))
     told.attempted(task, Performed(None, worker="w", error="died"))
-    told.slide_done(SlideRecord(task.slide, "failed", "died", 0, 0, 1.0))
+    told.slide_done(SlideRecord(task.slide, SlideStatus.FAILED, "died", 0, 0, 1.0))
     told._log.flush()
     lines = log_of(tmp_path)
     assert Counter(line["event"] for line in lines) == Counter(

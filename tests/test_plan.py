@@ -23,7 +23,8 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.results.heatmap import SHARD, Channel, HeatmapStore
 from wsi_gradcam.results.patch_store import PatchStore
-from wsi_gradcam.run.plan import RunPlan, SlidePlan, estimate, memory_estimate, plan_run, plan_slide
+from wsi_gradcam.results.slide_plan import SlidePlan
+from wsi_gradcam.run.plan import RunPlan, estimate, memory_estimate, plan_run, plan_slide
 from wsi_gradcam.run.settings import NOT_IN_IDENTITY, Settings, make_settings
 from wsi_gradcam.tissue.grid import Patches
 

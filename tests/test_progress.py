@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
 from wsi_gradcam.run.stages import Explained, Pending, Performed, Task
@@ -32,7 +33,7 @@ def entry(number: int = 0) -> SlideEntry:
 def record(
     number: int, status: str = "ok", error: str = "", seconds: float = 1.0, skipped: bool = False
 ) -> SlideRecord:
-    return SlideRecord(entry(number), status, error, 10, 0, seconds, skipped)
+    return SlideRecord(entry(number), SlideStatus(status), error, 10, 0, seconds, skipped)
 
 
 def planned(progress: Progress, number: int, left: int, seconds: float = 0.0) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +271,10 @@ def test_finishing_twice_keeps_the_record(slides: list[Path], alone: tuple[Path,
     spec, settings = toy_spec("slow_linear"), make_settings(**SMALL)
     run = plan_run(tmp_path, spec, examine_model(spec, settings, []).facts, settings)
     (entry,) = find_slides(slides[:1])
-    told = finish(Context(run), entry)
+    outcome = finish(Context(run), entry)
     record = json.loads((tmp_path / "a.tif" / "manifest" / "done.json").read_bytes())
-    assert told.items() <= record.items()
-    assert (told["patches"], len(record["spans"])) == (88, 8)
+    assert asdict(outcome).items() <= record.items()
+    assert (outcome.patches, len(record["spans"])) == (88, 8)
     assert differing(tmp_path, alone[0]) == []
 
 
@@ -349,7 +350,7 @@ def test_work_of_another_run_never_enters_a_finished_slide(slides: list[Path], t
     stale = Manifest(tmp_path / "a.tif" / "manifest")
     new_plan = stale.plan()
     assert new_plan is not None
-    stale.write_plan({**new_plan, "run_digest": old.run.digest()})  # it looked before the new plan came
+    stale.write_plan(replace(new_plan, run_digest=old.run.digest()))  # it looked before the new plan came
     explain_span(old, entry, 0)
     stale.write_plan(new_plan)
     for span in range(1, len(new.plan(entry).spans)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,8 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.results.manifest import DONE, PLAN, Manifest, digest_of
+from wsi_gradcam.results.manifest import DONE, PLAN, Manifest, SlideDone, SlideOutcome, SlideStatus, digest_of
+from wsi_gradcam.results.slide_plan import SlidePlan
 
+PLANNED = SlidePlan("s", "r", (64, 48), (0.5, 0.25), (32.0, 32.0), (0.0, 0.0, 32.0, 32.0), 3, 2, 16)
+FINISHED = SlideDone(
+    SlideOutcome(SlideStatus.OK, 3, 1, "torn"), {"000000": "a"}, {"0-000000": ["c", "d"]}, {"patches.parquet": "e"}
+)
 Array = npt.NDArray[np.generic]
 
 
@@ -31,7 +37,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def fill(manifest: Manifest) -> None:
-    manifest.write_plan({"patches": 3})
+    manifest.write_plan(PLANNED)
     manifest.complete("spans", "000001", {"digest": "b"})
     manifest.complete("spans", "000000", {"digest": "a"})
     manifest.complete("blocks", "0-000000", {"digests": ["c"]})
@@ -52,7 +58,7 @@ def test_an_empty_manifest_knows_nothing(manifest: Manifest) -> None:
 def test_what_is_recorded_is_known_to_others(manifest: Manifest, tmp_path: Path) -> None:
     fill(manifest)
     other = Manifest(tmp_path / "manifest")
-    assert other.plan() == {"patches": 3}
+    assert other.plan() == PLANNED
     assert other.completed("spans") == {"000000", "000001"}
     assert list(other.records("spans").items()) == [("000000", {"digest": "a"}), ("000001", {"digest": "b"})]
     assert other.records("blocks") == {"0-000000": {"digests": ["c"]}}
@@ -61,9 +67,9 @@ def test_what_is_recorded_is_known_to_others(manifest: Manifest, tmp_path: Path)
 
 def test_a_finished_slide_keeps_two_files(manifest: Manifest, tmp_path: Path) -> None:
     fill(manifest)
-    manifest.write_done({"status": "ok"})
-    assert manifest.done() == {"status": "ok"}
-    assert manifest.plan() == {"patches": 3}
+    manifest.write_done(FINISHED)
+    assert manifest.done() == FINISHED
+    assert manifest.plan() == PLANNED
     assert {f.name for f in (tmp_path / "manifest").rglob("*")} == {PLAN, DONE}
 
 
@@ -74,12 +80,12 @@ def test_a_kill_between_done_and_fold_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(Killed):
-            manifest.write_done({"status": "ok"})
+            manifest.write_done(FINISHED)
     again = Manifest(tmp_path / "manifest")
-    assert again.done() == {"status": "ok"}
+    assert again.done() == FINISHED
     again.fold()
     again.fold()
-    assert again.done() == {"status": "ok"}
+    assert again.done() == FINISHED
     assert {f.name for f in (tmp_path / "manifest").rglob("*")} == {PLAN, DONE}
 
 
@@ -87,7 +93,7 @@ def test_a_kill_while_clearing_leaves_no_manifest_that_looks_valid(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(manifest)
-    manifest.write_done({"status": "ok"})
+    manifest.write_done(FINISHED)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(Killed):
@@ -104,10 +110,10 @@ def test_a_kill_while_writing_leaves_the_file_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", killed)
         with pytest.raises(Killed):
-            manifest.write_plan({})
+            manifest.write_plan(replace(PLANNED, patches=4))
         with pytest.raises(Killed):
             manifest.complete("spans", "000002", {})
-    assert manifest.plan() == {"patches": 3}
+    assert manifest.plan() == PLANNED
     assert manifest.completed("spans") == {"000000", "000001"}
     assert any("000002" in f.name for f in (tmp_path / "manifest").rglob("*"))  # the unfinished one does not count
 
@@ -148,8 +154,30 @@ def test_what_cannot_be_cleared_is_a_store_error(
 
 
 def test_records_are_plain_json(manifest: Manifest, tmp_path: Path) -> None:
-    manifest.write_plan({"b": [1, 2], "a": None})
-    assert json.loads((tmp_path / "manifest" / PLAN).read_text()) == {"a": None, "b": [1, 2]}
+    manifest.write_plan(PLANNED)
+    plan = json.loads((tmp_path / "manifest" / PLAN).read_text())
+    assert list(plan) == sorted(plan)
+    assert (plan["slide_px"], plan["stain"], plan["patches"]) == ([64, 48], None, 3)
+    manifest.write_done(FINISHED)
+    expected = {
+        "status": "ok",
+        "patches": 3,
+        "unreadable": 1,
+        "cause": "torn",
+        "spans": {"000000": "a"},
+        "blocks": {"0-000000": ["c", "d"]},
+        "files": {"patches.parquet": "e"},
+    }
+    assert (tmp_path / "manifest" / DONE).read_text() == json.dumps(expected, indent=1, sort_keys=True)
+
+
+@pytest.mark.parametrize("key", sorted(FINISHED.to_json()))
+def test_a_final_record_without_a_key_is_refused(key: str) -> None:
+    values = FINISHED.to_json()
+    assert SlideDone.from_json(values) == FINISHED
+    del values[key]
+    with pytest.raises(StoreError, match=f"done.json has no {key}"):
+        SlideDone.from_json(values)
 
 
 ARRAYS = hnp.arrays(

@@ -24,8 +24,9 @@ from wsi_gradcam.models.activation import Activation
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.results import table
 from wsi_gradcam.results.patch_store import OK, UNREADABLE, PatchStore, SpanData
+from wsi_gradcam.results.slide_plan import SlidePlan
 from wsi_gradcam.results.table import write_table
-from wsi_gradcam.run.plan import RunPlan, SlidePlan, plan_run
+from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.tissue.grid import Patches
 

@@ -146,7 +146,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected (300",
     ),
     "the manifest": (lambda f: (f / "manifest/plan.json").write_text("{"), "plan.json: damaged"),
-    "the record": (lambda f: (f / "manifest/done.json").write_text("{}"), "cannot be read"),
+    "the record": (lambda f: (f / "manifest/done.json").write_text("{}"), "done.json has no status"),
 }
 
 

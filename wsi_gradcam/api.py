@@ -15,13 +15,13 @@ from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.layout import RunFolder
-from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import SlideTable, check_same_run, choice_from, read_run, read_slides, write_run
 from wsi_gradcam.results.slide_record import keep_record, read_record, settle
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.events import Listener
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.run.jobs import FAILED, FatalError, SlideRecord
+from wsi_gradcam.run.jobs import FatalError, SlideRecord
 from wsi_gradcam.run.journal import Journal
 from wsi_gradcam.run.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.run.plan import plan_slide as make_plan
@@ -51,7 +51,7 @@ class Outcome:
     @property
     def failed(self) -> tuple[SlideRecord, ...]:
         """The slides that failed."""
-        return tuple(record for record in self.records if record.status == FAILED)
+        return tuple(record for record in self.records if record.status == SlideStatus.FAILED)
 
 
 def explain(
@@ -291,8 +291,12 @@ def executor_of(
 def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str, Any] | None) -> dict[str, Any]:
     """A row of slides.csv; a slide that was finished before keeps its seconds."""
     seconds = before["seconds"] if record.skipped and before is not None else f"{record.seconds:.2f}"
-    plan = None if record.status == FAILED and not record.patches else _stored_plan(folder, record)
-    mpp_y, mpp_x = plan["slide_mpp"] if plan else ("", "")
+    plan = (
+        None
+        if record.status == SlideStatus.FAILED and not record.patches
+        else Manifest(folder.slide(record.slide.id).manifest).plan()
+    )
+    mpp_y, mpp_x = plan.slide_mpp if plan else ("", "")
     return {
         "id": record.slide.id,
         "path": record.slide.path,
@@ -303,7 +307,7 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
         "seconds": seconds,
         "mpp_y": mpp_y,
         "mpp_x": mpp_x,
-        "slide_digest": plan["slide_digest"] if plan else "",
+        "slide_digest": plan.slide_digest if plan else "",
         "model_digest": run.facts.digest,
         "label": record.slide.label,
         "site": record.slide.site,
@@ -314,8 +318,4 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
 
 def _nothing_but_failures(rows: dict[str, dict[str, Any]]) -> bool:
     """Whether no slide has begun: such an `out` may be used with other settings, such as the --mpp that was missing."""
-    return bool(rows) and all(row["status"] == FAILED and row["patches"] == "0" for row in rows.values())
-
-
-def _stored_plan(folder: RunFolder, record: SlideRecord) -> dict[str, Any] | None:
-    return Manifest(folder.slide(record.slide.id).manifest).plan()
+    return bool(rows) and all(row["status"] == SlideStatus.FAILED and row["patches"] == "0" for row in rows.values())

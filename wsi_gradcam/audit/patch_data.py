@@ -13,7 +13,6 @@ from wsi_gradcam.errors import ResumeError, SlideFormatError, SlideReadError
 from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import OK
-from wsi_gradcam.run.plan import SlidePlan
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.tissue.stain import apply
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.plan import AuditPlan
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.results.patch_store import PatchStore
+    from wsi_gradcam.results.slide_plan import SlidePlan
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.slides import Slide
 
@@ -113,10 +113,10 @@ def read_piece(context: Context, run: AuditPlan, entry: SlideEntry, number: int)
 
 def _plan_of(context: Context, run: AuditPlan, entry: SlideEntry) -> SlidePlan:
     folder = context.folder(entry)
-    stored = Manifest(folder.manifest).plan()
-    if stored is None or stored.get("run_digest") != run.run_digest:
+    plan = Manifest(folder.manifest).plan()
+    if plan is None or plan.run_digest != run.run_digest:
         raise ResumeError(f"{folder.place}: another run has begun there meanwhile; audit again when it is finished")
-    return SlidePlan.from_json(stored)
+    return plan
 
 
 def _pixels(

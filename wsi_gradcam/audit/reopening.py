@@ -14,6 +14,7 @@ from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run_files import choice_from
 from wsi_gradcam.results.slide_record import read_record
 from wsi_gradcam.run.plan import RunPlan, plan_run
@@ -165,7 +166,7 @@ def _entries(result: Result) -> dict[str, SlideEntry]:
 
 
 def _why_not(slide: SlideResult, entries: dict[str, SlideEntry]) -> str:
-    if slide.status == "failed" and not slide.is_finished:
+    if slide.status == SlideStatus.FAILED and not slide.is_finished:
         return f"failed: {slide.error}"
     if not slide.is_finished:
         return "is not finished; explain again to finish it"

@@ -24,10 +24,11 @@ from wsi_gradcam.audit.spreading import has_overlap
 from wsi_gradcam.errors import ResultError, ResumeError, StoreError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.run.claims import Claim, new_run_id
 from wsi_gradcam.run.events import Listener
-from wsi_gradcam.run.jobs import FAILED, FatalError, SlideRecord, audit_job
+from wsi_gradcam.run.jobs import FatalError, SlideRecord, audit_job
 from wsi_gradcam.run.stages import Performed, Task
 from wsi_gradcam.system.isolation import WATCH
 
@@ -54,7 +55,7 @@ class AuditOutcome:
     @property
     def failed(self) -> tuple[SlideRecord, ...]:
         """The slides that could not be audited."""
-        return tuple(record for record in self.records if record.status == FAILED)
+        return tuple(record for record in self.records if record.status == SlideStatus.FAILED)
 
 
 def audit_run(
@@ -230,7 +231,7 @@ def _finish(
     folder: AuditFolder, plan: AuditPlan, run: Reopened, records: Sequence[SlideRecord], other: Other | None
 ) -> Metrics:
     """Judge what was measured, and write it."""
-    failed = {record.slide.id: record.error for record in records if record.status == FAILED}
+    failed = {record.slide.id: record.error for record in records if record.status == SlideStatus.FAILED}
     slides = [name for name in plan.samples if name not in failed]
     if not slides:
         cause = next(iter(failed.values()), "")

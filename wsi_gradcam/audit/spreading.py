@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.folder import AuditFolder
     from wsi_gradcam.audit.plan import AuditPlan
     from wsi_gradcam.results.patch_store import PatchStore
-    from wsi_gradcam.run.plan import Map, SlidePlan
+    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.run.plan import Map
 
 DRAWN_PX = 1 << 20  # of the level whose values the display window is taken from
 

@@ -21,9 +21,9 @@ from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.slide import SlideResult
 from wsi_gradcam.results.windows import QUANTILE, window_end
-from wsi_gradcam.run.jobs import FAILED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -140,7 +140,7 @@ def run_windows(
     Args:
         progress: told how many slides are read, and of how many.
     """
-    finished = {slide.id: slide for slide in slides if slide.row and slide.row["status"] != FAILED}
+    finished = {slide.id: slide for slide in slides if slide.row and slide.row["status"] != SlideStatus.FAILED}
     keys = {name: _key(slide) for name, slide in finished.items()}
     stored = _stored(place, run_digest)
     known: dict[str, str] = stored["slides"] if stored else {}

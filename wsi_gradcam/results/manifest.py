@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +19,76 @@ from numpy.typing import NDArray
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.results.slide_plan import SlidePlan
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
 PLAN, DONE = "plan.json", "done.json"
 ENDING = ".json"
+READ_BYTES = 16 << 20
+
+
+class SlideStatus(StrEnum):
+    """The state of a slide in a run; all but UNFINISHED are in the column `status` of slides.csv."""
+
+    OK = "ok"
+    FAILED = "failed"
+    NO_TISSUE = "no_tissue"
+    UNFINISHED = "unfinished"
+
+
+@dataclass(frozen=True)
+class SlideOutcome:
+    """The outcome of a finished slide: the part of its final record that travels between processes.
+
+    Attributes:
+        status: OK or NO_TISSUE.
+        patches, unreadable: number of patches, and of those that could not be read.
+        cause: why patches could not be read, most often; "" if all could.
+    """
+
+    status: SlideStatus
+    patches: int
+    unreadable: int
+    cause: str
+
+
+@dataclass(frozen=True)
+class SlideDone:
+    """The final record of a slide, `done.json`.
+
+    Attributes:
+        outcome: how the slide came out.
+        spans: `SpanData.digest` of each span, by the span's name.
+        blocks: digests of each block of the heatmap, one a channel and one of the coverage, by the block's name.
+        files: sha256 of the other files, by file name.
+    """
+
+    outcome: SlideOutcome
+    spans: dict[str, str]
+    blocks: dict[str, list[str]]
+    files: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {**asdict(self.outcome), "spans": self.spans, "blocks": self.blocks, "files": self.files}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SlideDone:
+        """Return the record that `to_json` gave.
+
+        Raises:
+            StoreError: keys are missing, or the status is unknown.
+        """
+        try:
+            status = SlideStatus(values["status"])
+            outcome = SlideOutcome(status, values["patches"], values["unreadable"], values["cause"])
+            return cls(outcome, values["spans"], values["blocks"], values["files"])
+        except KeyError as error:
+            raise StoreError(f"done.json has no {error.args[0]}") from error
+        except ValueError as error:
+            raise StoreError(f"done.json: {error}") from error
 
 
 class Manifest:
@@ -31,21 +97,40 @@ class Manifest:
     def __init__(self, place: StoragePathLike) -> None:
         self._place = storage_path(place)
 
-    def plan(self) -> dict[str, Any] | None:
-        """The plan that results follow; None before planning."""
-        return self._read(PLAN)
+    def plan(self) -> SlidePlan | None:
+        """Return the plan that results follow; None before planning.
 
-    def write_plan(self, plan: dict[str, Any]) -> None:
+        Raises:
+            StoreError: it is damaged, or another version wrote it.
+        """
+        stored = self._read(PLAN)
+        return None if stored is None else SlidePlan.from_json(stored)
+
+    def write_plan(self, plan: SlidePlan) -> None:
         """Record the plan: the templates of all stores exist now."""
-        self._write(PLAN, plan)
+        self._write(PLAN, plan.to_json())
 
-    def done(self) -> dict[str, Any] | None:
-        """The final record; None while work is left."""
-        return self._read(DONE)
+    @property
+    def is_finished(self) -> bool:
+        """Whether the final record is there.
 
-    def write_done(self, record: dict[str, Any]) -> None:
+        Raises:
+            StoreError: it is damaged.
+        """
+        return self._read(DONE) is not None
+
+    def done(self) -> SlideDone | None:
+        """Return the final record; None while work is left.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        stored = self._read(DONE)
+        return None if stored is None else SlideDone.from_json(stored)
+
+    def write_done(self, record: SlideDone) -> None:
         """Record the slide as finished and fold the pieces away."""
-        self._write(DONE, record)
+        self._write(DONE, record.to_json())
         self.fold()
 
     def fold(self) -> None:
@@ -124,4 +209,12 @@ def digest_of(arrays: Iterable[NDArray[np.generic]]) -> str:
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def sha256_of(place: StoragePath) -> str:
+    """Return the sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    for start in range(0, place.size(), READ_BYTES):
+        digest.update(place.read_range(start, READ_BYTES))
     return digest.hexdigest()

@@ -29,7 +29,8 @@ from wsi_gradcam.slides import thumbnail
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.run.plan import Map, RunPlan, SlidePlan
+    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.run.plan import Map, RunPlan
     from wsi_gradcam.slides import Slide
 
 

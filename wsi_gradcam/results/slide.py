@@ -12,9 +12,8 @@ from wsi_gradcam.errors import ResultError, SlideFormatError, UnknownNameError
 from wsi_gradcam.pages.templates import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
-from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.patch_store import PatchStore
-from wsi_gradcam.run.plan import SlidePlan
 from wsi_gradcam.slides import open_slide, read_region, thumbnail
 
 if TYPE_CHECKING:
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.geometry import Region
     from wsi_gradcam.results.layout import SlideFolder
+    from wsi_gradcam.results.slide_plan import SlidePlan
     from wsi_gradcam.slides import Slide
-
-UNFINISHED = "unfinished"
 
 
 class SlideResult:
@@ -50,8 +48,10 @@ class SlideResult:
     @cached_property
     def status(self) -> str:
         """`ok`, `no_tissue`, `failed`, or `unfinished`; of slides in slides.csv nothing has to be read for it."""
-        done = None if self.row else Manifest(self.folder.manifest).done()
-        return self.row["status"] if self.row else str(done["status"]) if done else UNFINISHED
+        if self.row:
+            return self.row["status"]
+        done = Manifest(self.folder.manifest).done()
+        return done.outcome.status if done else SlideStatus.UNFINISHED
 
     @property
     def error(self) -> str:
@@ -61,7 +61,7 @@ class SlideResult:
     @cached_property
     def is_finished(self) -> bool:
         """Whether everything of the slide is there; of others some of the heatmap may be."""
-        return Manifest(self.folder.manifest).done() is not None
+        return Manifest(self.folder.manifest).is_finished
 
     @cached_property
     def plan(self) -> SlidePlan:
@@ -74,7 +74,7 @@ class SlideResult:
         if stored is None:
             why = f" ({self.error})" if self.error else ""
             raise ResultError(f"{self.id}: has no results{why}; run explain again")
-        return SlidePlan.from_json(stored)
+        return stored
 
     @property
     def size_px(self) -> tuple[int, int]:

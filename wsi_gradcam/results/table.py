@@ -14,7 +14,8 @@ from wsi_gradcam.models.activation import probabilities
 from wsi_gradcam.results.patch_store import OK, SHARES, PatchStore
 
 if TYPE_CHECKING:
-    from wsi_gradcam.run.plan import Map, RunPlan, SlidePlan
+    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.run.plan import Map, RunPlan
 
 ROWS = 1 << 16  # in a row group
 

@@ -18,17 +18,24 @@ from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import LABEL, HeatmapStore
 from wsi_gradcam.results.layout import RunFolder, SlideFolder
-from wsi_gradcam.results.manifest import DONE, Manifest, block_name, digest_of, span_name
+from wsi_gradcam.results.manifest import (
+    DONE,
+    Manifest,
+    SlideDone,
+    SlideStatus,
+    block_name,
+    digest_of,
+    sha256_of,
+    span_name,
+)
 from wsi_gradcam.results.patch_store import OK, PatchStore
 from wsi_gradcam.results.run import begun
 from wsi_gradcam.results.run_files import read_run, read_slides
-from wsi_gradcam.run.jobs import FAILED
-from wsi_gradcam.run.plan import SlidePlan
-from wsi_gradcam.run.stages.finishing import sha256_of
 from wsi_gradcam.slides import open_slide
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.results.slide_plan import SlidePlan
 
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 UNFINISHED = "is not finished; run the same explain command again"
@@ -60,14 +67,15 @@ def validate(out: StoragePathLike) -> list[Finding]:
     rows = read_slides(folder.slides)
     findings = [] if rows else [Finding("", "slides.csv is missing or empty; run explain again to finish")]
     for name, row in rows.items():
-        if row["status"] != FAILED or (folder.slide(name).manifest / DONE).is_file():
+        if row["status"] != SlideStatus.FAILED or (folder.slide(name).manifest / DONE).is_file():
             findings += [Finding(name, problem) for problem in _checked(folder.slide(name), row, run)]
     return findings + [Finding(name, UNFINISHED) for name in begun(folder) if name not in rows]
 
 
 def failed_slides(out: StoragePathLike) -> list[str]:
     """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
-    return [name for name, row in read_slides(RunFolder(storage_path(out)).slides).items() if row["status"] == FAILED]
+    rows = read_slides(RunFolder(storage_path(out)).slides)
+    return [name for name, row in rows.items() if row["status"] == SlideStatus.FAILED]
 
 
 def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
@@ -81,17 +89,16 @@ def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> I
 
 def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
     manifest = Manifest(folder.manifest)
-    stored, done = manifest.plan(), manifest.done()
-    if stored is None or done is None:
+    plan, done = manifest.plan(), manifest.done()
+    if plan is None or done is None:
         yield UNFINISHED
         return
-    plan = SlidePlan.from_json(stored)
     if plan.run_digest != run["run_digest"]:
         yield "was made by another model or configuration than run.yaml says"
     yield from _check_spans(folder, plan, done)
     yield from _check_heatmap(folder, plan, done)
     yield from _check_table(folder, plan, run)
-    for name, digest in done["files"].items():
+    for name, digest in done.files.items():
         if not (place := folder.place / name).is_file():
             yield f"{name} is missing"
         elif sha256_of(place) != digest:
@@ -99,17 +106,17 @@ def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Ite
     yield from _check_slide(row, plan, run["settings"].get("reader", "auto"))
 
 
-def _check_spans(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -> Iterator[str]:
+def _check_spans(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Iterator[str]:
     store = PatchStore(folder.cams)
     for number, ((start, stop), digest) in enumerate(zip(plan.spans, store.digests(plan.spans), strict=True)):
         name = span_name(number)
-        if name not in done["spans"]:
+        if name not in done.spans:
             yield f"span {number} is not in the manifest"
-        elif digest != done["spans"][name]:
+        elif digest != done.spans[name]:
             yield f"span {number} (patches {start} to {stop}) of cams.zarr differs from what was computed"
 
 
-def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -> Iterator[str]:
+def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Iterator[str]:
     try:
         _check_specification(folder.heatmap)
     except Exception as error:  # its own error types differ between releases
@@ -128,7 +135,7 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: dict[str, Any]) -
         for number, block in enumerate(plan.blocks(level)):
             found = [digest_of((heatmap.read(level, channel, block),)) for channel in range(count)]
             found.append(digest_of((heatmap.read_flags(level, block),)))
-            if done["blocks"].get(block_name(level, number)) != found:
+            if done.blocks.get(block_name(level, number)) != found:
                 yield f"level {level} of heatmap.ome.zarr, block {number}, differs from what was computed"
 
 

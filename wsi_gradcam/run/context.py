@@ -17,7 +17,6 @@ from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.layout import RunFolder, SlideFolder
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
-from wsi_gradcam.run.plan import SlidePlan
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
 from wsi_gradcam.system.isolation import WATCH
@@ -27,6 +26,7 @@ from wsi_gradcam.tissue.masks import glass_colour
 if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.results.slide_plan import SlidePlan
     from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.slides import Slide
 
@@ -199,13 +199,12 @@ class Context:
             ResumeError: another run has replaced it meanwhile.
         """
         folder = self.folder(entry)
-        values = Manifest(folder.manifest).plan()
-        if values is None:
+        plan = Manifest(folder.manifest).plan()
+        if plan is None:
             raise StoreError(
                 f"{folder.manifest}: no plan to be seen there; --out must be a folder that all workers share, or in an "
                 "object store"
             )
-        plan = SlidePlan.from_json(values)
         if plan.run_digest != self.run.digest():
             raise ResumeError(
                 f"{folder.place}: another run has begun there meanwhile; let one run at a time use an --out"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.io.urls import is_url
-from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import versions
-from wsi_gradcam.run.jobs import FAILED, SlideRecord
+from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.system.isolation import WATCH
 
 if TYPE_CHECKING:
@@ -72,18 +72,23 @@ def forget_unreadable(entries: Sequence[SlideEntry], rows: Mapping[str, Mapping[
     """
     for entry in entries:
         row = rows.get(entry.id)
-        if row and row["status"] == FAILED and row["patches"] != "0" and entry.path not in WATCH.finished_before:
+        if (
+            row
+            and row["status"] == SlideStatus.FAILED
+            and row["patches"] != "0"
+            and entry.path not in WATCH.finished_before
+        ):
             Manifest(folder.slide(entry.id).manifest).clear()
 
 
 def _would_fail_again(row: Mapping[str, str], entry: SlideEntry, run: RunPlan) -> bool:
-    return row["status"] == FAILED and bool(row["tried"]) and row["tried"] == attempt_digest(entry, run)
+    return row["status"] == SlideStatus.FAILED and bool(row["tried"]) and row["tried"] == attempt_digest(entry, run)
 
 
 def _record(entry: SlideEntry, row: Mapping[str, str]) -> SlideRecord:
     return SlideRecord(
         entry,
-        FAILED,
+        SlideStatus.FAILED,
         row["error"],
         int(row["patches"]),
         int(row["unreadable"]),

@@ -18,9 +18,8 @@ from wsi_gradcam.errors import (
     one_line,
 )
 from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run.stages import Pending, Performed, Task
-
-OK, FAILED, NO_TISSUE = "ok", "failed", "no_tissue"
 
 # Told after each attempt at a task: executors call it, the command line draws progress from it.
 Observer = Callable[[Task, Performed], None]
@@ -47,7 +46,7 @@ class SlideRecord:
     """
 
     slide: SlideEntry
-    status: str
+    status: SlideStatus
     error: str
     patches: int
     unreadable: int
@@ -93,7 +92,7 @@ def audit_job(slide: SlideEntry, pieces: int, spread: bool) -> SlideJob:
         return _failed(slide, error, time.monotonic() - started)
     patches = sum(piece.patches for piece in results[:pieces])
     unreadable = sum(piece.unreadable for piece in results[:pieces])
-    return SlideRecord(slide, OK, "", patches, unreadable, time.monotonic() - started)
+    return SlideRecord(slide, SlideStatus.OK, "", patches, unreadable, time.monotonic() - started)
 
 
 def drive(job: SlideJob, perform: Callable[[Task, Task | None], Any]) -> SlideRecord:
@@ -123,7 +122,9 @@ def _failed(slide: SlideEntry, error: Exception, seconds: float) -> SlideRecord:
         raise error
     if isinstance(error, StoppedError | StoreError | WorkerError):
         raise FatalError(error) from error
-    return SlideRecord(slide, FAILED, one_line(error), 0, 0, seconds, lasting=not isinstance(error, PASSING))
+    return SlideRecord(
+        slide, SlideStatus.FAILED, one_line(error), 0, 0, seconds, lasting=not isinstance(error, PASSING)
+    )
 
 
 def _blocks(slide: SlideEntry, level: int, numbers: list[int]) -> list[Task]:
@@ -131,14 +132,14 @@ def _blocks(slide: SlideEntry, level: int, numbers: list[int]) -> list[Task]:
     return [Task("coarsen", slide, (level, i)) if level else Task("stitch", slide, (i,)) for i in numbers]
 
 
-def _record(
-    slide: SlideEntry, done: dict[str, Any], max_unreadable: float, seconds: float, skipped: bool
-) -> SlideRecord:
-    patches, unreadable = done["patches"], done["unreadable"]
-    status, error = done["status"], ""
+def _record(slide: SlideEntry, done: SlideOutcome, max_unreadable: float, seconds: float, skipped: bool) -> SlideRecord:
+    patches, unreadable = done.patches, done.unreadable
+    status, error = done.status, ""
     if unreadable:
-        error = f"{unreadable} of {patches} patches unreadable: {done['cause']}"
+        error = f"{unreadable} of {patches} patches unreadable: {done.cause}"
         if unreadable > max_unreadable * patches:
-            status = FAILED
+            status = SlideStatus.FAILED
             error += f"; more than --max-unreadable {max_unreadable:g}"
-    return SlideRecord(slide, status, error, patches, unreadable, seconds, skipped, lasting=status == FAILED)
+    return SlideRecord(
+        slide, status, error, patches, unreadable, seconds, skipped, lasting=status == SlideStatus.FAILED
+    )

@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from wsi_gradcam.errors import WsiGradcamError, one_line
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run_files import read_slides, versions
 from wsi_gradcam.run.claims import Claim, new_run_id
 from wsi_gradcam.run.events import Listener
-from wsi_gradcam.run.jobs import FAILED, FatalError, SlideRecord
+from wsi_gradcam.run.jobs import FatalError, SlideRecord
 from wsi_gradcam.run.log import RunLog, facts_of, now
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import run_page
@@ -141,7 +142,7 @@ class Journal(Listener):
             self._progress.slide_done(record)
         sums = self._slides.pop(record.slide.id, {})
         if not record.skipped:
-            failed = record.status == FAILED
+            failed = record.status == SlideStatus.FAILED
             cause = {"cause": record.error} if record.error else {}
             self._log.add(
                 "slide failed" if failed else "slide finished",

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.cam.names import METHOD_INFO, MethodInfo
 from wsi_gradcam.cam.targets import Target, function_digest, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
-from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
+from wsi_gradcam.errors import ConfigError, ModelError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
+from wsi_gradcam.results.slide_plan import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.sampling import fit_stain
 from wsi_gradcam.tissue.grid import Patches, choose, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
-from wsi_gradcam.tissue.stain import StainFit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,74 +152,6 @@ def check_methods(methods: Sequence[str]) -> None:
     for method in methods:
         if method not in METHOD_INFO:
             raise ConfigError(f"method {method!r} is not known; expected one of {', '.join(METHOD_INFO)}")
-
-
-@dataclass(frozen=True)
-class SlidePlan:
-    """What will be done for one slide.
-
-    Attributes:
-        slide_digest, run_digest: what the results belong to.
-        slide_px, slide_mpp: (height, width) of level 0 and its mpp (y, x).
-        footprint: (height, width) of a patch in level-0 px.
-        view: (y, x, height, width) in level-0 px from a patch's top left: what the network sees of it.
-        patches: how many there are; `span` of them form a unit of work.
-        heatmap_px: (height, width) of the heatmap's level 0, `stride` level-0 px a pixel.
-        mask_digest: of the file that says which part is explained; "" without one.
-        stain: what normalises its patches, where the model asks for it and there are any.
-    """
-
-    slide_digest: str
-    run_digest: str
-    slide_px: tuple[int, int]
-    slide_mpp: tuple[float, float]
-    footprint: tuple[float, float]
-    view: tuple[float, float, float, float]
-    patches: int
-    span: int
-    stride: int
-    mask_digest: str = ""
-    stain: StainFit | None = None
-
-    @property
-    def heatmap_px(self) -> tuple[int, int]:
-        """(height, width) of the heatmap's level 0."""
-        return ceil_div(self.slide_px[0], self.stride), ceil_div(self.slide_px[1], self.stride)
-
-    @property
-    def level_shapes(self) -> list[tuple[int, int]]:
-        """(height, width) of each level of the heatmap."""
-        return pyramid_shapes(*self.heatmap_px)
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """(first, end) patch of each span."""
-        return [(i, min(i + self.span, self.patches)) for i in range(0, self.patches, self.span)]
-
-    def blocks(self, level: int) -> list[Region]:
-        """The blocks of a level, each exactly a shard."""
-        return tiles(*self.level_shapes[level], SHARD)
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain values."""
-        return {**asdict(self), "stain": None if self.stain is None else self.stain.to_json()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> SlidePlan:
-        """The plan that `to_json` wrote.
-
-        Raises:
-            StoreError: another version wrote it, or it is damaged.
-        """
-        try:
-            pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint", "view")}
-            stain = values.get("stain")
-            return cls(**{**values, **pairs, "stain": None if stain is None else StainFit.from_json(stain)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"manifest/plan.json: not a plan of this version ({one_line(error)}); choose another --out, or "
-                "recompute with --overwrite"
-            ) from error
 
 
 def plan_slide(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from wsi_gradcam.run.jobs import FAILED, SlideRecord
+from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.run.stages import Audited, Explained, Pending, Performed, Task
 
 BINS = 120  # of throughput over time, at least half of which are in use in a long run
@@ -137,7 +138,7 @@ class Progress:
         self.skipped += record.skipped
         self._never_planned += record.slide.id not in self._in_work
         self._in_work.discard(record.slide.id)
-        if record.status == FAILED:
+        if record.status == SlideStatus.FAILED:
             self._count_cause(record)
         if not record.skipped:
             item = (record.seconds, record.slide.id, record.patches)

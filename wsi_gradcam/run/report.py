@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from wsi_gradcam.pages.templates import render
-from wsi_gradcam.run.jobs import FAILED
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.progress import without_path
 from wsi_gradcam.run.status import FINISHED
 
 LISTED = 1000  # slides with a line of their own
-STATUSES = {"ok": "explained", "no_tissue": "without tissue", FAILED: "failed"}
+STATUSES: dict[str, str] = {
+    SlideStatus.OK: "explained",
+    SlideStatus.NO_TISSUE: "without tissue",
+    SlideStatus.FAILED: "failed",
+}
 NO_REMEDY = "look at the file, and give the same command again with --retry-failed"
 
 
@@ -113,6 +117,6 @@ def _stages(stages: Mapping[str, Mapping[str, Any]]) -> list[StageRow]:
 
 
 def _slide(name: str, row: Mapping[str, str]) -> SlideRow:
-    picture = "" if row["status"] == FAILED else f"{name}/overview.png"
+    picture = "" if row["status"] == SlideStatus.FAILED else f"{name}/overview.png"
     status = STATUSES.get(row["status"], row["status"])
     return SlideRow(name, picture, status, row["patches"], without_path(row["error"], row["path"]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import WsiGradcamError
-from wsi_gradcam.results.slide import UNFINISHED
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.viewer.archive import valid_text
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Scorer:
                 return
 
     def _score(self, slide: ServedSlide) -> None:
-        if (slide.key, slide.version) in self._scores or status_of(slide) != "ok":
+        if (slide.key, slide.version) in self._scores or status_of(slide) != SlideStatus.OK:
             return
         try:
             self._archive.find(slide.key)  # checks its links
@@ -154,4 +154,4 @@ def _row(slide: ServedSlide, scores: Scores | None) -> dict[str, Any]:
 
 def status_of(slide: ServedSlide) -> str:
     """Return the status in slides.csv; looking into the folder of each slide of an archive would take minutes."""
-    return slide.result.row.get("status") or UNFINISHED
+    return slide.result.row.get("status") or SlideStatus.UNFINISHED

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.models.deterministic import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.manifest import Manifest, SlideOutcome
 from wsi_gradcam.run.context import RUN_MODEL, Audited, Context, Explained, Performed, Task
 from wsi_gradcam.run.sampling import sample_patches
 from wsi_gradcam.run.stages.auditing import audit_piece, audit_spread
 from wsi_gradcam.run.stages.explaining import explain_span, read_ahead
-from wsi_gradcam.run.stages.finishing import finish_slide, told
+from wsi_gradcam.run.stages.finishing import finish_slide
 from wsi_gradcam.run.stages.planning import Pending, plan_slide
 from wsi_gradcam.run.stages.stitching import channels, coarsen_block, stitch_block
 from wsi_gradcam.system.memory import give_back, share_arenas
@@ -79,7 +79,7 @@ def examine_model(
     return Explainer.examine(loaded, request, patches)
 
 
-def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
+def finish(context: Context, entry: SlideEntry) -> SlideOutcome:
     """Make the slide's table, overview and final record; returns what must be known of that.
 
     A cluster may ask twice, when the worker that did it dies before it tells: the record stays as it is.
@@ -88,9 +88,9 @@ def finish(context: Context, entry: SlideEntry) -> dict[str, Any]:
     manifest = Manifest(folder.manifest)
     if (done := manifest.done()) is not None:
         manifest.fold()
-        return told(done)
+        return done.outcome
     with context.slide(entry) as slide:
-        return told(finish_slide(context.run, context.plan(entry), folder, slide, channels(context.run)))
+        return finish_slide(context.run, context.plan(entry), folder, slide, channels(context.run))
 
 
 STAGES: dict[str, Callable[..., Any]] = {

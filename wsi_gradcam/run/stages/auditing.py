@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder, write_numbers
 from wsi_gradcam.audit.plan import AuditPlan
 from wsi_gradcam.audit.spreading import has_overlap, write_spread
+from wsi_gradcam.errors import StoreError
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.run.context import Audited
-from wsi_gradcam.run.plan import SlidePlan
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.measures.subject import Subject
@@ -25,7 +25,9 @@ def audit_spread(context: Context, entry: SlideEntry) -> bool:
     if not has_overlap(run):
         return False
     if (folder.read_spread(entry.id) or {}).get("audit") != run.audit_digest():
-        plan = SlidePlan.from_json(Manifest(context.folder(entry).manifest).plan() or {})
+        plan = Manifest(context.folder(entry).manifest).plan()
+        if plan is None:
+            raise StoreError(f"{context.folder(entry).manifest}: has no plan; run explain again")
         write_spread(folder, run, entry.id, plan, context.patch_store(entry))
     return True
 

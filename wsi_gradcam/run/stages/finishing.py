@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
-from wsi_gradcam.results.manifest import Manifest, span_name
+from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlideStatus, sha256_of, span_name
 from wsi_gradcam.results.overview import draw_overview
 from wsi_gradcam.results.patch_store import UNREADABLE, PatchStore
 from wsi_gradcam.results.table import write_table
@@ -20,28 +19,20 @@ from wsi_gradcam.results.windows import QUANTILE, window_end
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.layout import SlideFolder
-    from wsi_gradcam.run.plan import RunPlan, SlidePlan
+    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.slides import Slide
 
 # Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
 # quantile well, and memory stays bounded.
 STATISTICS_PX = 1 << 20
-READ_BYTES = 16 << 20
-RECORD_KEYS = frozenset({"status", "patches", "unreadable", "cause", "spans", "blocks", "files"})
-TOLD_KEYS = ("status", "patches", "unreadable", "cause")
-
-
-def told(record: dict[str, Any]) -> dict[str, Any]:
-    """What whoever runs slides must know of a slide's final record: the digests in it are many, and stay."""
-    return {key: record[key] for key in TOLD_KEYS}
 
 
 def finish_slide(
     run: RunPlan, plan: SlidePlan, folder: SlideFolder, slide: Slide, channels: Sequence[Channel]
-) -> dict[str, Any]:
-    """Make what needs all of the slide, and record it as done; returns the record.
+) -> SlideOutcome:
+    """Make what needs all of the slide, and record it as done.
 
     Raises:
         ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them anew.
@@ -62,17 +53,20 @@ def finish_slide(
     write_table(folder.table, run, plan, store, causes)
     draw_overview(folder.overview, run, plan, slide, heatmap, shown)
     folder.place.remove_partial_files()
-    record = {
-        "status": "ok" if plan.patches else "no_tissue",
-        "patches": plan.patches,
-        "unreadable": int((store.status() == UNREADABLE).sum()),
-        "cause": _most_common(causes),
-        "spans": {name: value["digest"] for name, value in spans.items()},
-        "blocks": {name: value["digests"] for name, value in blocks.items()},
-        "files": {place.name: sha256_of(place) for place in (folder.table, folder.overview, folder.tissue)},
-    }
+    outcome = SlideOutcome(
+        status=SlideStatus.OK if plan.patches else SlideStatus.NO_TISSUE,
+        patches=plan.patches,
+        unreadable=int((store.status() == UNREADABLE).sum()),
+        cause=_most_common(causes),
+    )
+    record = SlideDone(
+        outcome,
+        spans={name: value["digest"] for name, value in spans.items()},
+        blocks={name: value["digests"] for name, value in blocks.items()},
+        files={place.name: sha256_of(place) for place in (folder.table, folder.overview, folder.tissue)},
+    )
     manifest.write_done(record)
-    return record
+    return outcome
 
 
 def _refuse_foreign(
@@ -92,14 +86,6 @@ def _refuse_foreign(
             f"{len(foreign)} spans of the slide were written over by another process; let one run at a time use an "
             "--out, and run the same command again"
         )
-
-
-def sha256_of(place: StoragePath) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    for start in range(0, place.size(), READ_BYTES):
-        digest.update(place.read_range(start, READ_BYTES))
-    return digest.hexdigest()
 
 
 def _most_common(causes: dict[int, str]) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import ResumeError, StoreError, one_line
 from wsi_gradcam.results.heatmap import HeatmapStore
-from wsi_gradcam.results.manifest import Manifest, block_name, span_name
+from wsi_gradcam.results.manifest import Manifest, SlideOutcome, block_name, span_name
 from wsi_gradcam.results.overview import write_mask
 from wsi_gradcam.results.patch_store import PatchStore
-from wsi_gradcam.run.plan import RunPlan, SlidePlan
+from wsi_gradcam.results.slide_plan import SlidePlan
+from wsi_gradcam.run.plan import RunPlan
 from wsi_gradcam.run.plan import plan_slide as make_plan
-from wsi_gradcam.run.stages.finishing import RECORD_KEYS, told
 from wsi_gradcam.run.stages.stitching import channels
 from wsi_gradcam.tissue.annotations import Regions, regions_for
 
@@ -31,7 +31,7 @@ class Pending:
     left: int
     spans: list[int]
     blocks: list[list[int]]
-    done: dict[str, Any] | None
+    done: SlideOutcome | None
 
 
 def plan_slide(context: Context, entry: SlideEntry) -> Pending:
@@ -80,7 +80,7 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
         channels(run),
         attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
     )
-    manifest.write_plan(plan.to_json())
+    manifest.write_plan(plan)
     return _pending(plan, manifest)
 
 
@@ -88,14 +88,13 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | 
     """What is left to do where the slide was planned before; else why that cannot be continued, if it was."""
     manifest = Manifest(folder.manifest)
     try:
-        stored = manifest.plan()
-        if stored is None:
+        plan = manifest.plan()
+        if plan is None:
             return None, ""
-        plan = SlidePlan.from_json(stored)
         problem = _mismatch(plan, slide, run, regions)
         if not problem:
             return _pending(plan, manifest), ""
-    except (StoreError, KeyError, TypeError) as error:  # this slide's matter, not the whole run's
+    except (StoreError, TypeError) as error:  # this slide's matter, not the whole run's
         return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
     return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
 
@@ -114,10 +113,8 @@ def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | No
 
 def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
     if (done := manifest.done()) is not None:
-        if missing := RECORD_KEYS - done.keys():
-            raise KeyError(f"done.json has no {', '.join(sorted(missing))}")
         manifest.fold()
-        return Pending(plan.patches, 0, [], [], told(done))
+        return Pending(plan.patches, 0, [], [], done.outcome)
     explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
     return Pending(

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.results.layout import SlideFolder
+    from wsi_gradcam.results.slide_plan import SlidePlan
     from wsi_gradcam.run.context import Context
-    from wsi_gradcam.run.plan import RunPlan, SlidePlan
+    from wsi_gradcam.run.plan import RunPlan
 
 
 def channels(run: RunPlan) -> list[Channel]:
