@@ -24,7 +24,7 @@ venv: .venv/installed
 		echo "npm is missing: wsi-gradcam view will lack its page"
 	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps quantus cachetools
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps quantus
 	@touch $@
 
 # Tests of the viewer's page need Debian's Chromium; elsewhere install it by hand.

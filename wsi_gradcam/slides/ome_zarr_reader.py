@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ from wsi_gradcam.errors import (
     one_line,
 )
 from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.slides.base import SlideInfo, check_mpp, levels_of, on_background
-from wsi_gradcam.slides.tile_cache import TileCache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +52,7 @@ class OmeZarrSlide:
     ) -> None:
         self._remote = None if isinstance(place, Path) else place
         self._path = str(place) if isinstance(place, Path) else place.name
-        self._cache: TileCache[Key, Rgb] = TileCache(CACHE_BYTES)
+        self._cache: Cache[Key, Rgb] = Cache(CACHE_BYTES, attrgetter("nbytes"))
         self._pool = None if self._remote is None else ThreadPoolExecutor(WAITING_THREADS, "chunk")
         try:
             group = zarr.open_group(place, mode="r")

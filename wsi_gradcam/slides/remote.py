@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from wsi_gradcam.errors import SlideAccessError, SlideError, SlideFormatError, SlideNotFoundError
 from wsi_gradcam.geometry import ceil_div
+from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.object_stores import (
     CREDENTIALS_MEND,
     S3,
@@ -23,7 +24,6 @@ from wsi_gradcam.io.object_stores import (
 )
 from wsi_gradcam.io.urls import WEB, shown_url, split_url
 from wsi_gradcam.slides.base import ZARR_FILES
-from wsi_gradcam.slides.tile_cache import TileCache
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -47,14 +47,13 @@ class RemoteFile:
     def __init__(self, url: str) -> None:
         self.name = shown_url(url)
         self._store, self._path = store_of(url)
-        self._ranges: TileCache[ByteRange, bytes] = TileCache(KEPT_BYTES)
+        self._ranges: Cache[ByteRange, bytes] = Cache(KEPT_BYTES, len)
         self._trouble: SlideError | None = None
         try:
-            self.size, self._identity, head = look(self._store, self._path, BLOCK_BYTES)
+            self.size, self._identity, self._head = look(self._store, self._path, BLOCK_BYTES)
         except Exception as error:  # obstore raises many kinds
             raise access_error(self.name, error) from None
-        self._head = head
-        self._blocks = {0: head}
+        self._blocks = self._first_block()
 
     def read_many(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """The bytes of each (offset, count); fewer where the file ends before.
@@ -80,7 +79,7 @@ class RemoteFile:
         Raises:
             SlideAccessError: some of it could not be read, whatever the parser made of that.
         """
-        self._blocks = {0: self._head}
+        self._blocks = self._first_block()
         if self._trouble is not None:
             raise self._trouble
 
@@ -93,13 +92,13 @@ class RemoteFile:
         if start >= stop:
             return b""
         first, last = start // BLOCK_BYTES, ceil_div(stop, BLOCK_BYTES)
-        missing = [number for number in range(first, last) if number not in self._blocks]
-        found = dict(zip(missing, self._peeked(missing), strict=True)) if missing else {}
-        data = b"".join(found[n] if n in found else self._blocks[n] for n in range(first, last))
-        self._blocks |= found
-        while len(self._blocks) > MOST_BLOCKS:
-            del self._blocks[next(iter(self._blocks))]
+        data = b"".join(self._blocks.get_many(range(first, last), self._peeked))
         return data[start - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
+
+    def _first_block(self) -> Cache[int, bytes]:
+        blocks: Cache[int, bytes] = Cache(MOST_BLOCKS)
+        blocks.put(0, self._head)
+        return blocks
 
     def _peeked(self, numbers: list[int]) -> list[bytes]:
         try:

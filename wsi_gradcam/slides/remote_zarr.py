@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import ObjectStore
 
+from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.urls import shown_url
 from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_of, look
 
@@ -26,8 +26,7 @@ class RemoteZarr(ObjectStore[Any]):
     def __init__(self, url: str) -> None:
         super().__init__(folder_of(url), read_only=True)
         self.name = shown_url(url)
-        self._kept: OrderedDict[Request, bytes] = OrderedDict()
-        self._bytes = 0
+        self._kept: Cache[Request, bytes] = Cache(KEPT_BYTES, len)
         self._sizes: dict[str, int] = {}
         self._asked: dict[Request, asyncio.Task[bytes | None]] = {}
 
@@ -52,7 +51,7 @@ class RemoteZarr(ObjectStore[Any]):
             SlideAccessError: the server does not answer.
         """
         request = key, byte_range
-        data = self._kept.get(request)
+        data = self._kept.peek(request)
         if data is None:
             if request not in self._asked:
                 task = self._asked[request] = asyncio.ensure_future(self._fetched(key, byte_range))
@@ -60,9 +59,7 @@ class RemoteZarr(ObjectStore[Any]):
             data = await asyncio.shield(self._asked[request])
             if data is None:
                 return None
-            self._keep(request, data)
-        else:
-            self._kept.move_to_end(request)
+            self._kept.put(request, data)
         return prototype.buffer.from_bytes(data)
 
     async def _fetched(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
@@ -80,12 +77,3 @@ class RemoteZarr(ObjectStore[Any]):
         except Exception as error:  # obstore raises many kinds
             raise access_error(self.name, error) from None
         return None if found is None else found.to_bytes()
-
-    def _keep(self, request: Request, data: bytes) -> None:
-        if request in self._kept:
-            return
-        self._kept[request] = data
-        self._bytes += len(data)
-        while self._bytes > KEPT_BYTES and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._bytes -= len(oldest)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.slides.base import on_background
 from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, as_shown, shown_region, stored_region
-from wsi_gradcam.slides.tile_cache import TileCache
 from wsi_gradcam.system.memory import keep_freed
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class TiffSlide:
         self._file = file
         self._levels = levels
         self._info = info
-        self._cache: TileCache[Key, Tile] = TileCache(CACHE_BYTES)
+        largest = 3 * max(height * width for height, width in (level.tile_px for level in levels))
+        self._cache: Cache[Key, Tile] = Cache(max(CACHE_BYTES, largest), attrgetter("nbytes"))
 
     @property
     def info(self) -> SlideInfo:
