@@ -18,7 +18,7 @@ from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.doctor.folder import folder_of_results
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.io import object_stores, s3
+from wsi_gradcam.io import object_stores
 from wsi_gradcam.io.local import LOCK
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.io.s3 import S3Path
@@ -133,7 +133,7 @@ def test_a_killed_run_continues(
 def test_a_store_that_goes_away_stops_the_run(
     change: int, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(object_stores, "OUT_PATIENCE_S", 1.0)
     monkeypatch.setattr(object_stores, "LONGEST_PAUSE_S", 0.3)
     changes = iter(range(10**6))
     gone = threading.Event()

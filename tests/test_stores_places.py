@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.io import object_stores, paths, s3
+from wsi_gradcam.io import base, object_stores
 from wsi_gradcam.io.local import LOCK, LocalPath
 from wsi_gradcam.io.paths import StoragePath, storage_path
 from wsi_gradcam.io.s3 import S3Path
@@ -326,7 +326,7 @@ def test_errors_of_the_store_say_what_to_do(
     s3_proxy: Proxy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(object_stores, "OUT_PATIENCE_S", 0.5)
     file = storage_path(s3_out) / "file"
     file.write(b"old")
     s3_proxy.passed.fails = lambda method, target: failure if method == "PUT" else ""
@@ -341,7 +341,7 @@ def test_errors_of_the_store_say_what_to_do(
 
 @pytest.mark.parametrize("ask", ["read", "file_names", "folder_names", "exists", "remove_tree"])
 def test_what_cannot_be_read_is_no_empty_folder(ask: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(object_stores, "OUT_PATIENCE_S", 0.5)
     with pytest.raises(StoreError, match=r"no such bucket; make it|access was refused"):
         getattr(storage_path("s3://no-such-bucket/out"), ask)()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -350,7 +350,7 @@ def test_what_cannot_be_read_is_no_empty_folder(ask: str, s3_proxy: Proxy, monke
 
 
 def test_an_update_among_too_many_gives_up(s3_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "UPDATE_PATIENCE_S", 0.3)
+    monkeypatch.setattr(base, "UPDATE_PATIENCE_S", 0.3)
     monkeypatch.setattr(S3Path, "replace", lambda self, data, known: False)
     file = storage_path(s3_out) / "file"
     file.write(b"old")

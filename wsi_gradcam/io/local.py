@@ -21,7 +21,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from wsi_gradcam.errors import StoreError, WsiGradcamError
-from wsi_gradcam.io.paths import StoragePath
+from wsi_gradcam.io.base import StoragePath
 
 if TYPE_CHECKING:
     from zarr.storage import LocalStore

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from enum import Enum, auto
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
+from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io.urls import split_url
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ S3_FORM = (
     "expected s3://BUCKET/KEY; credentials are given as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
 )
 CREDENTIALS_MEND = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
-# A request that fails is sent again for so long.
-PATIENCE_S = 30.0
+# A failed request is repeated for so long, of slides and of results. A store that is away for longer stops the run.
+PATIENCE_S, OUT_PATIENCE_S = 30.0, 60.0
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 # Where machines in a cloud ask for credentials, and so does obstore where there are none.
 INSTANCE_METADATA = "169.254.169.254"
@@ -159,3 +161,45 @@ def patiently(call: Callable[[], T], patience_s: float) -> T:
             if pause is None:
                 raise
             time.sleep(pause)
+
+
+class Bucket:
+    """A bucket whose client is made when it is first used, and stays behind when the bucket is sent elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        """The client, one in a process: it keeps connections and credentials."""
+        return s3_store(self.name, patience_s=OUT_PATIENCE_S)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"name": self.name}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bucket) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def error_of(place: object, error: Exception, done: str) -> OSError:
+    """What an error of obstore means for OUT; a file that is not there is a plain `FileNotFoundError`.
+
+    `done` is what could not be done: "read" or "written".
+    """
+    trouble = trouble_of(error)
+    if trouble is Trouble.MISSING:
+        return FileNotFoundError(f"{place}: does not exist")
+    mends = {
+        Trouble.NO_BUCKET: "no such bucket; make it, or check --out and the endpoint in AWS_ENDPOINT_URL",
+        Trouble.REFUSED: f"access was refused ({short(error)}); {CREDENTIALS_MEND}, and let them read, write, list "
+        "and delete there",
+        Trouble.NO_CREDENTIALS: f"there are no credentials; {CREDENTIALS_MEND}",
+        Trouble.ELSEWHERE: f"it lies elsewhere ({short(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
+        Trouble.REJECTED: f"the store refuses that ({short(error)}); check --out and the store's settings",
+    }
+    other = f"the store does not answer as it should ({short(error)}); check it and the network, and run the same "
+    mend = mends.get(trouble, other + "command again, nothing finished is lost")
+    return StoreError(f"{place}: cannot be {done}: {mend}")

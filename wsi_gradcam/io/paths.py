@@ -1,185 +1,19 @@
-"""Paths of results: files and folders on a disk or in an object store, read and written alike."""
+"""The paths of results that users name: folders on a disk, or in an object store."""
 
 from __future__ import annotations
 
 import os
 import re
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
-from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.io.object_stores import S3, pauses
+from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.io.base import StoragePath
+from wsi_gradcam.io.local import LocalPath
+from wsi_gradcam.io.object_stores import S3
+from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.io.urls import is_url, shown_url, split_url
 
-if TYPE_CHECKING:
-    from typing import Self
-
-    from zarr.abc.store import Store
-
-UPDATE_PATIENCE_S = 120.0
-
-
-class StoragePath(ABC):
-    """A file or folder. Folders need not be made, and one without files is as good as none.
-
-    Whatever writes raises a `StoreError` that names the path and the mend; so does what reads, where no
-    `FileNotFoundError` is promised. Paths can be pickled, compared and used as keys.
-    """
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The last part."""
-
-    @property
-    @abstractmethod
-    def parent(self) -> Self:
-        """The folder that contains it."""
-
-    @abstractmethod
-    def __str__(self) -> str:
-        """Return the path as shown to users, without secrets."""
-
-    @abstractmethod
-    def __truediv__(self, name: str) -> Self:
-        """Return a path below; `name` may have several parts."""
-
-    @abstractmethod
-    def absolute(self) -> Self:
-        """Return the same path for a process with another working directory."""
-
-    @abstractmethod
-    def read(self) -> bytes:
-        """Return the file's contents.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-
-    @abstractmethod
-    def read_range(self, start: int, count: int) -> bytes:
-        """Return `count` bytes of the file from `start` on, fewer where it ends before.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-
-    @abstractmethod
-    def read_versioned(self) -> tuple[bytes, str]:
-        """Return the file's contents and a version that changes whenever they do.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-
-    @abstractmethod
-    def size(self) -> int:
-        """Return the file's size in bytes.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-
-    @abstractmethod
-    def exists(self) -> bool:
-        """Return True for a file, and for a folder with a file somewhere in it."""
-
-    def is_file(self) -> bool:
-        """Return True for a file."""
-        try:
-            self.size()
-        except FileNotFoundError:
-            return False
-        return True
-
-    @abstractmethod
-    def file_names(self) -> list[str]:
-        """Return the names of the files directly in this folder, sorted."""
-
-    @abstractmethod
-    def folder_names(self) -> list[str]:
-        """Return the names of the folders directly in this one that have files somewhere in them, sorted."""
-
-    @abstractmethod
-    def write(self, data: bytes) -> None:
-        """Replace the file atomically: readers see all of `data` or what was there before."""
-
-    @abstractmethod
-    def create(self, data: bytes) -> bool:
-        """Write the file unless it exists; return True to the one writer that created it."""
-
-    @abstractmethod
-    def replace(self, data: bytes, version: str) -> bool:
-        """Write the file if it still has the version that `read_versioned` returned; return True if it had."""
-
-    @abstractmethod
-    def atomic_writer(self) -> AbstractContextManager[BinaryIO]:
-        """Open a stream whose bytes become the file when the context ends well; else the file is unchanged."""
-
-    @abstractmethod
-    def remove(self) -> None:
-        """Delete the file, if there is one."""
-
-    @abstractmethod
-    def remove_tree(self) -> None:
-        """Delete the folder and everything in it, if there is one."""
-
-    @abstractmethod
-    def remove_partial_files(self, recursive: bool = True) -> None:
-        """Delete half-written files of killed processes in this folder, and in those below if `recursive`."""
-
-    @abstractmethod
-    def zarr_store(self, read_only: bool = False) -> Store:
-        """Return the folder as a store for `zarr.open_group`. Each chunk is written whole or not at all."""
-
-    def read_many(self, names: Sequence[str]) -> list[bytes]:
-        """Return the contents of the named files in this folder, in this order.
-
-        Raises:
-            FileNotFoundError: one does not exist.
-        """
-        return [(self / name).read() for name in names]
-
-    def write_many(self, files: Mapping[str, bytes]) -> None:
-        """Write files by name, which may have several parts; each atomically."""
-        for name, data in files.items():
-            (self / name).write(data)
-
-    @abstractmethod
-    def wrap_write_errors(self) -> AbstractContextManager[None]:
-        """Turn errors that zarr raises while it writes below this path into a `StoreError`."""
-
-    def update(self, change: Callable[[bytes | None], bytes | None]) -> None:
-        """Replace the file's contents by `change(contents)` such that no concurrent update is lost.
-
-        `change` gets None where there is no file, and returns None to leave it as it is. It is called again with
-        the new contents when another process has written in between.
-
-        Raises:
-            StoreError: the file cannot be written, or other processes were always faster.
-        """
-        for pause in pauses(UPDATE_PATIENCE_S):
-            if self._try_update(change):
-                return
-            time.sleep(pause)
-        raise StoreError(
-            f"{self}: other processes write to it all the time; let fewer runs share an --out, and run the same "
-            "command again, nothing finished is lost"
-        )
-
-    def _try_update(self, change: Callable[[bytes | None], bytes | None]) -> bool:
-        try:
-            old, version = self.read_versioned()
-        except FileNotFoundError:
-            new = change(None)
-            return new is None or self.create(new)
-        new = change(old)
-        return new is None or self.replace(new, version)
-
+__all__ = ["StoragePath", "StoragePathLike", "storage_path"]
 
 StoragePathLike = str | os.PathLike[str] | StoragePath
 
@@ -193,9 +27,6 @@ def storage_path(out: StoragePathLike) -> StoragePath:
     >>> str(storage_path("s3://bucket/a/") / "run.yaml")
     's3://bucket/a/run.yaml'
     """
-    from wsi_gradcam.io.local import LocalPath  # these modules need the class above
-    from wsi_gradcam.io.s3 import S3Path
-
     if isinstance(out, StoragePath):
         return out
     text = os.fspath(out)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
     from zarr.core.buffer import Buffer
 
-    from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.io.base import StoragePath
 
 
 def lay_out(place: StoragePath, build: Callable[[Store], None]) -> None:

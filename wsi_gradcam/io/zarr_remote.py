@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
-from wsi_gradcam.io import s3
-from wsi_gradcam.io.object_stores import Trouble, pauses, trouble_of
+from wsi_gradcam.io import object_stores
+from wsi_gradcam.io.object_stores import Trouble, error_of, pauses, trouble_of
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from wsi_gradcam.io.object_stores import ObjectStore
-    from wsi_gradcam.io.paths import StoragePath
-    from wsi_gradcam.io.s3 import Bucket
+    from wsi_gradcam.io.base import StoragePath
+    from wsi_gradcam.io.object_stores import Bucket, ObjectStore
 
 T = TypeVar("T")
 
@@ -112,14 +111,14 @@ class RemoteStore(Store):
 
     async def _asked(self, key: str, call: Callable[[ObjectStore], Awaitable[T]], done: str) -> T:
         """What the store answers, tried again while its trouble may pass."""
-        waits = pauses(s3.PATIENCE_S)
+        waits = pauses(object_stores.OUT_PATIENCE_S)
         while True:
             try:
                 return await call(self.bucket.store)
             except Exception as error:  # obstore raises many kinds
                 pause = next(waits, None) if trouble_of(error) is Trouble.UNREACHABLE else None
                 if pause is None:
-                    raise s3.error_of(self.place / key, error, done) from None
+                    raise error_of(self.place / key, error, done) from None
             await asyncio.sleep(pause)
 
 
