@@ -80,6 +80,20 @@ def fuse(maps: Sequence[Tensor], scale: str) -> Tensor:
     return total[:, 0] / len(maps)
 
 
+def pool_to_layer_grid(maps: Tensor, method: str, shape: tuple[int, int]) -> Tensor:
+    """Return maps float32 [..., h, w] of a method on the layer's grid of `shape`, as a run stores them.
+
+    Maps of the input's pixels are summed over the cells of that grid (averaged, for methods whose sums mean nothing),
+    so that the methods of a run compare cell by cell and no pixels are stored; others are returned as they are.
+    """
+    info = METHOD_INFO[method]
+    if info.grid == "layer":
+        return maps
+    pooled = F.adaptive_avg_pool2d(maps, shape)
+    cell_px = maps.shape[-2] * maps.shape[-1] / (shape[0] * shape[1])
+    return pooled * cell_px if info.scale == "cells" else pooled
+
+
 def _by_gradient(program: Program, done: Pass, jobs: Sequence[tuple[Score, Sequence[str]]]) -> dict[str, list[Tensor]]:
     """The maps [B, h, w] of each method, in the order of the jobs: a score and the methods that explain it."""
     maps: dict[str, list[Tensor]] = {}

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from wsi_gradcam.cam.batch import is_out_of_memory
-from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.engine import explain_batch, pool_to_layer_grid
 from wsi_gradcam.cam.examine import Request, examine, explainable_layers, prepare_program
-from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import load_model
 
@@ -96,22 +94,11 @@ class Explainer:
             if not is_out_of_memory(error) or len(images) < 2:
                 raise
         else:
-            maps = [self._on_layers_grid(explained.cams[method], method) for method in methods]
+            shape = self.facts.cam_shape
+            maps = [pool_to_layer_grid(explained.cams[method], method, shape) for method in methods]
             return explained.logits, torch.cat(maps, dim=1)
         LOG.warning("out of memory with %d patches at once, trying %d", len(images), len(images) // 2)
         if images.is_cuda:
             torch.cuda.empty_cache()
         parts = [self._halving(part, targets, methods) for part in torch.split(images, -(-len(images) // 2))]
         return torch.cat([logits for logits, _ in parts]), torch.cat([maps for _, maps in parts])
-
-    def _on_layers_grid(self, maps: Tensor, method: str) -> Tensor:
-        """Maps of pixels, summed over the cells of the layer's grid (averaged, where sums mean nothing).
-
-        So the methods of a run compare cell by cell, and no pixels travel.
-        """
-        info = METHOD_INFO[method]
-        if info.grid == "layer":
-            return maps
-        height, width = self.facts.cam_shape
-        pooled = F.adaptive_avg_pool2d(maps, (height, width))
-        return pooled * (maps[0, 0].numel() / (height * width)) if info.scale == "cells" else pooled
