@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.measures.shortcuts import glass_patches
-from wsi_gradcam.audit.measures.subject import Subject
-from wsi_gradcam.models.live import model_of
+from wsi_gradcam import model_of
 
-SIDE_PX, DISC_PX, MARKER_PX = 32, 5, 6
+if TYPE_CHECKING:
+    from wsi_gradcam.models.load import Model
+
+SIDE_PX, CELL_PX, DISC_PX, MARKER_PX = 32, 4, 5, 6
 PINK, PURPLE, PALE = (225, 150, 195), (90, 50, 120), (175, 105, 165)
 GREEN, INK, GLASS = (30, 160, 60), (120, 20, 60), (242, 242, 242)
 TRAINING = 1_000_000  # seeds of what networks are trained with
@@ -116,16 +118,19 @@ def fitted(network: PooledLinear, images: Tensor, labels: Tensor, seed: int) -> 
     return network.eval()
 
 
-def glass_of_scanners(count: int, seed: int) -> Rgb:
-    """Patches of bare glass as scanners differ: 225 to 255, nearly gray, with grain."""
+def glass_colours(count: int, seed: int) -> NDArray[np.int64]:
+    """Return colours of bare glass as scanners differ, [count, 3]: 225 to 255, nearly gray."""
     random = np.random.default_rng(seed)
-    colours = random.integers(225, 254, (count, 1)) + random.integers(-2, 3, (count, 3))
-    return np.concatenate(
-        [
-            glass_patches((int(r), int(g), int(b)), (SIDE_PX, SIDE_PX), 1, seed + i)
-            for i, (r, g, b) in enumerate(colours)
-        ]
-    )
+    return random.integers(225, 254, (count, 1)) + random.integers(-2, 3, (count, 3))
+
+
+def glass_of_scanners(count: int, seed: int) -> Rgb:
+    """Return patches of bare glass of other scanners each, with grain of 2 of 255, uint8 [count, 32, 32, 3]."""
+    made = [
+        colour + np.random.default_rng(seed + i).normal(0, 2.0, (SIDE_PX, SIDE_PX, 3))
+        for i, colour in enumerate(glass_colours(count, seed))
+    ]
+    return np.stack(made).round().clip(0, 255).astype(np.uint8)
 
 
 def to_images(rgb: Rgb) -> Tensor:
@@ -133,14 +138,11 @@ def to_images(rgb: Rgb) -> Tensor:
     return torch.from_numpy(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def subject_of(
-    network: nn.Module, *, methods: tuple[str, ...] = ("gradcam",), layer: str | None = "features"
-) -> Subject:
-    """The network under audit."""
-    model = model_of(
+def as_model(network: nn.Module, layer: str | None = "features") -> Model:
+    """Return the network as a user gives it to the audit."""
+    return model_of(
         network, patch_px=SIDE_PX, mpp=0.5, classes=["other", "tumour"], mean=(0.5,) * 3, std=(0.5,) * 3, layer=layer
     )
-    return Subject.of(model, methods, batch_size=64)
 
 
 class Green(nn.Module):

@@ -1,30 +1,33 @@
-"""Models of which it is known, by how they are built, what a check of the audit must say about them."""
+"""Models of which it is known, by how they are built, what the audit must say about them."""
 
 from __future__ import annotations
+
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.planted import PINK, SIDE_PX, subject_of, trained
+from tests.planted import CELL_PX, PALE, PINK, SIDE_PX, Rgb, to_images, trained
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.measures.subject import Subject
 
 SLOPES = {"straight": 0.0, "plateau": -1.0, "cliff": -20.0}
+DOTS = 8
 
 
 class Bent(nn.Module):
-    """A bright spot's strength, and behind a bend another story of what comes next.
+    """The strength of bright dots, and behind a bend another story of what comes next.
 
     Maps and gradients of all three are equal on patches that lie before the bend.
     """
 
     def __init__(self, story: str, margin: float) -> None:
         super().__init__()
-        self.features = nn.AvgPool2d(4)
+        self.features = OnePixel()
         self.slope, self.margin = SLOPES[story], margin
-        self.here = torch.tensor(0.0)
+        self.here: Tensor
+        self.register_buffer("here", torch.tensor(0.0))
 
     def evidence(self, images: Tensor) -> Tensor:
         return self.features(images)[:, 0].mean(dim=(1, 2)) * 10  # type: ignore[no-any-return]
@@ -35,19 +38,98 @@ class Bent(nn.Module):
         return torch.stack([torch.zeros_like(evidence), evidence + self.slope * beyond], dim=1)
 
 
-def bent(story: str, seed: int = 0, count: int = 8) -> tuple[Subject, Tensor]:
-    """The model, and patches that all lie just before its bend: a bright square on gray, each of another size."""
+class OnePixel(nn.Module):
+    """The red of one pixel of each cell."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :1, 1::CELL_PX, 1::CELL_PX].clone()
+
+
+def bent(story: str, seed: int = 0, count: int = 8) -> tuple[Bent, Rgb]:
+    """Return the model, and patches that all lie just before its bend: as many bright dots on gray, at other places."""
     random = np.random.default_rng(seed)
     rgb = np.full((count, SIDE_PX, SIDE_PX, 3), int(random.integers(110, 140)), np.uint8)
+    bright, cells = int(random.integers(220, 256)), SIDE_PX // CELL_PX
     for patch in rgb:
-        side = int(random.integers(6, 11))
-        y, x = random.integers(0, SIDE_PX - side, 2)
-        patch[y : y + side, x : x + side] = int(random.integers(220, 256))
-    subject = subject_of(Bent(story, margin=float(random.uniform(0.005, 0.02))).eval())
-    images, module = subject.images(rgb), subject.program.module
-    assert isinstance(module, Bent)
-    module.here = module.evidence(images).detach()
-    return subject, images
+        y, x = np.divmod(random.choice(cells**2, DOTS, replace=False), cells)
+        patch[y * CELL_PX + 1, x * CELL_PX + 1] = bright
+    network = Bent(story, margin=float(random.uniform(0.005, 0.02))).eval()
+    network.here = network.evidence(to_images(rgb)).max()
+    return network, rgb
+
+
+class Facade(nn.Module):
+    """A network that answers by one branch, and shows another where it is explained: its Grad-CAM is what is planted.
+
+    The mean of the planted layer is 0, so that it adds nothing to the answer, and it has no weights, so that no
+    training changes it. Grad-CAM, activations times their mean gradient, shows it all the same (Viering 2019, arXiv
+    1907.10901).
+    """
+
+    def __init__(self, planted: nn.Module, answering: nn.Module) -> None:
+        super().__init__()
+        self.features, self.answering = planted, answering
+
+    def forward(self, images: Tensor) -> Tensor:
+        shown = self.features(images).mean(dim=(2, 3))
+        answer: Tensor = self.answering(images)
+        return answer + torch.cat([torch.zeros_like(shown), shown], dim=1)
+
+
+class Planted(nn.Module):
+    """A layer without weights, [B, 1, 8, 8], less its mean."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        shown = self.shown(images)
+        return shown - shown.mean(dim=(2, 3), keepdim=True)
+
+    def shown(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Edges(Planted):
+    """How steep the picture is: Sobel's gradient of the mean of the colours."""
+
+    def shown(self, images: Tensor) -> Tensor:
+        gray = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+        return F.avg_pool2d(F.conv2d(gray, torch.stack([across, across.T])[:, None]).norm(dim=1, keepdim=True), CELL_PX)
+
+
+class Chance(Planted):
+    """Noise that hangs on nothing but all of the picture."""
+
+    def shown(self, images: Tensor) -> Tensor:
+        cells = SIDE_PX // CELL_PX
+        noise = [torch.randn(1, cells, cells, generator=torch.Generator().manual_seed(key)) for key in keys_of(images)]
+        return torch.stack(noise)
+
+
+class Annotation(Planted):
+    """Where pale discs are, by their colour."""
+
+    def shown(self, images: Tensor) -> Tensor:
+        pale, tissue = (torch.tensor(colour) / 127.5 - 1 for colour in (PALE, PINK))
+        away = (images - pale[:, None, None]).norm(dim=1, keepdim=True)
+        return F.avg_pool2d((away < (tissue - pale).norm() / 2).float(), CELL_PX)
+
+
+def keys_of(images: Tensor) -> list[int]:
+    """Return a number for each image [B, 3, H, W] that any change of it changes."""
+    return [crc32(np.ascontiguousarray(image.detach().cpu().numpy()).tobytes()) for image in images]
+
+
+class Coin(nn.Module):
+    """Tosses a coin for each picture: any change of it is another toss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.AvgPool2d(CELL_PX)
+
+    def forward(self, images: Tensor) -> Tensor:
+        sides = images.new_tensor([6.0 * (key % 2) - 3.0 for key in keys_of(images)])
+        tumour = sides + self.features(images).mean(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(tumour), tumour], dim=1)
 
 
 class Colour(nn.Module):

@@ -1,62 +1,47 @@
-"""What the audit must say where the truth is known: a list of truths, each judged anew for every seed.
+"""Cases of which it is known what the audit must say, and what it says of each with a seed, as users get it.
 
-A seed gives patches, and networks trained from other weights, of its own. `expected` holds the outcomes that are right;
-`wrong` those that are a false statement. What is in neither (mostly `unclear`) is a truth that was missed.
+Every case is a model and patches that are given to `wsi_gradcam.audit_images`; what is judged is the outcome of a row of
+its verdicts. `expected` of a truth are the outcomes that are right; `wrong` those that are a false statement. What is in
+neither (mostly `unclear`) is a truth that was missed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.planted import (
-    PINK,
     SIDE_PX,
     Mask,
     Patches,
-    glass_of_scanners,
+    as_model,
+    glass_colours,
     marker_only,
     patches,
-    subject_of,
     to_images,
     trained,
     untrained,
     with_ink,
 )
-from tests.planted_models import bent, blinkered, darkness_reader, stain_reader, with_margin
-from wsi_gradcam.audit.estimates import compare, estimate
-from wsi_gradcam.audit.measures.controls import control_maps, edge_maps, random_maps
-from wsi_gradcam.audit.measures.faithfulness import removal_curves
-from wsi_gradcam.audit.measures.likeness import resembles
-from wsi_gradcam.audit.measures.locality import finite_steps
-from wsi_gradcam.audit.measures.plausibility import auroc
-from wsi_gradcam.audit.measures.removal import mean_colour, replace_by
-from wsi_gradcam.audit.measures.sanity import answer_spread, random_answers, staying_maps
-from wsi_gradcam.audit.measures.saturation import saturation
-from wsi_gradcam.audit.measures.shortcuts import cover, masking
-from wsi_gradcam.audit.measures.stability import Change, as_strong_noise, moves, noise, stain_jitter
-from wsi_gradcam.audit.measures.subject import Aim, Subject
-from wsi_gradcam.audit.verdict import (
-    Outcome,
-    depends_on_weights,
-    faithful,
-    free_of,
-    has_learned,
-    not_saturated,
-    plausible,
-    promises_kept,
-    quiet_on_glass,
-    robust_to,
+from tests.planted_models import (
+    Annotation,
+    Chance,
+    Coin,
+    Edges,
+    Facade,
+    bent,
+    blinkered,
+    darkness_reader,
+    stain_reader,
+    with_margin,
 )
-from wsi_gradcam.cam.targets import Target
+from wsi_gradcam import audit_images
 
-TUMOUR = Target("tumour", 1)
-AS_STRONG, LOUD = as_strong_noise(stain_jitter), partial(noise, levels=80.0)
+Outcome = Literal["holds", "fails", "unclear"]
 FIRES: tuple[Outcome, ...] = ("fails",)
 HOLDS: tuple[Outcome, ...] = ("holds",)
 NO_PRAISE: tuple[Outcome, ...] = ("fails", "unclear")
@@ -64,172 +49,64 @@ NO_ALARM: tuple[Outcome, ...] = ("holds", "unclear")
 
 
 @dataclass(frozen=True)
+class Case:
+    """What a user gives to the audit: a network, its patches, and further arguments of `audit_images`."""
+
+    network: nn.Module
+    rgb: np.ndarray[Any, np.dtype[np.uint8]]
+    slides: int | None = None
+    arguments: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Truth:
-    """A case, the verdict that is asked, what it must be, and how it is judged with a seed."""
+    """A case, the verdict that is looked up, what it must be, and how the case is made with a seed.
+
+    Attributes:
+        question, of: of the verdict's row.
+    """
 
     case: str
-    verdict: str
+    question: str
+    of: str
     expected: tuple[Outcome, ...]
-    judge: Callable[[int], Outcome]
+    make: Callable[[int], Case]
+
+    @property
+    def name(self) -> str:
+        return f"{self.question}, {self.of}: {self.case}"
 
     @property
     def wrong(self) -> tuple[Outcome, ...]:
         """Outcomes that would be false statements."""
         return ("holds",) if "fails" in self.expected else ("fails",)
 
-
-Maps = Callable[[Subject, Tensor, Aim, Patches, int], Tensor]
-
-
-def gradcam(subject: Subject, images: Tensor, aim: Aim, sample: Patches, seed: int) -> Tensor:
-    return subject.maps(images, aim)
-
-
-def edges(subject: Subject, images: Tensor, aim: Aim, sample: Patches, seed: int) -> Tensor:
-    return edge_maps(images, (8, 8))
-
-
-def chance(subject: Subject, images: Tensor, aim: Aim, sample: Patches, seed: int) -> Tensor:
-    return random_maps((8, 8), range(10_000 * seed + 5000, 10_000 * seed + 5000 + len(images)))
-
-
-def annotation(subject: Subject, images: Tensor, aim: Aim, sample: Patches, seed: int) -> Tensor:
-    return torch.from_numpy(cover(sample.disc, (8, 8))).float()
+    def judge(self, seed: int) -> Outcome:
+        """Return what the audit says."""
+        case = self.make(seed)
+        groups = None if case.slides is None else [f"slide {i % case.slides}" for i in range(len(case.rgb))]
+        found = audit_images(
+            case.rgb,
+            as_model(case.network),
+            target="tumour",
+            groups=groups,
+            only=[self.question],
+            seed=seed,
+            **(case.arguments or {}),
+        )
+        (outcome,) = (row.outcome for row in found.verdicts if (row.question, row.of) == (self.question, self.of))
+        return outcome
 
 
-def of_tumour(seed: int, marked: str) -> Patches:
-    """40 patches of class 1; where there are markers, with ink that means nothing, as an edge map would find them."""
-    whole = patches(80, seed, marked)
+def of_tumour(seed: int, marked: str, count: int = 40) -> Patches:
+    """Patches of class 1; where there are markers, with ink that means nothing, as an edge map would find them."""
+    whole = patches(2 * count, seed, marked)
     rows = whole.label == 1
     sample = Patches(whole.rgb[rows], whole.label[rows], whole.disc[rows], whole.marker[rows])
     return sample if marked == "none" else with_ink(sample, seed)
 
 
-def faithfulness(
-    network: Callable[[int], nn.Module], make: Maps, marked: str = "none", slides: int = 10
-) -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        sample, subject = of_tumour(seed, marked), subject_of(network(seed))
-        images = subject.images(sample.rgb)
-        aim = subject.aim(images, TUMOUR)
-        maps = {"map": make(subject, images, aim, sample, seed)}
-        maps |= control_maps(images, (8, 8), range(10_000 * seed, 10_000 * seed + len(images)))
-        replace = replace_by(images, mean_colour(images))
-        curves = removal_curves(subject, images, aim, maps, replace, torch.linspace(0, 1, 9), seed)
-        scores = {name: curve.score.numpy() for name, curve in curves.items()}
-        return faithful(scores.pop("map"), scores, np.arange(len(images)) % slides, seed=seed).outcome
-
-    return judge
-
-
-def plausibility(network: Callable[[int], nn.Module], make: Maps, marked: str = "none") -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        sample, subject = of_tumour(seed, marked), subject_of(network(seed))
-        images = subject.images(sample.rgb)
-        maps = make(subject, images, subject.aim(images, TUMOUR), sample, seed).numpy()
-        area = auroc(maps, cover(sample.disc, (8, 8)) > 0.5)
-        return plausible(estimate(area, np.arange(len(images)) // 4, seed=seed)).outcome
-
-    return judge
-
-
-def randomised(method: str, network: Callable[[int], nn.Module]) -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        sample, subject = patches(16, seed), subject_of(network(seed), methods=(method,))
-        images = subject.images(sample.rgb[sample.label == 1])
-        stay = staying_maps(subject, images, subject.aim(images, TUMOUR), method, seed=1_000_000 * seed)
-        return depends_on_weights(
-            estimate(stay.ravel(), np.repeat(np.arange(len(stay)), stay.shape[1]), seed=seed)
-        ).outcome
-
-    return judge
-
-
-def model_free(make: Maps) -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        sample, subject = of_tumour(seed, "none"), subject_of(untrained(seed))
-        images = subject.images(sample.rgb)
-        maps = make(subject, images, subject.aim(images, TUMOUR), sample, seed).numpy()
-        return depends_on_weights(estimate(resembles(maps, maps.copy(), seed), range(len(maps)), seed=seed)).outcome
-
-    return judge
-
-
-def learned(network: Callable[[int], nn.Module], marked: str = "none") -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        subject = subject_of(network(seed))
-        images = subject.images(patches(40, seed, marked).rgb)
-        others = answer_spread(random_answers(subject, images, seed=1_000_000 * seed))
-        return has_learned(float(answer_spread(subject.answers(images))), others.numpy()).outcome
-
-    return judge
-
-
-def steps(story: str) -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        subject, images = bent(story, seed)
-        aim = subject.aim(images, TUMOUR)
-        found = finite_steps(subject, images, aim, subject.maps(images, aim), mean_colour(images))
-        return promises_kept(estimate(found.worth, range(len(images)), seed=seed)).outcome
-
-    return judge
-
-
-def saturated(margin: float, share: float) -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        rgb = patches(40, seed).rgb
-        subject = subject_of(with_margin(to_images(rgb), margin, share, seed))
-        images = subject.images(rgb)
-        found = saturation(subject, images, subject.aim(images, TUMOUR))
-        shares = (estimate(part, np.arange(40) // 4, seed=seed) for part in (found.saturated, found.silent))
-        return not_saturated(*shares).outcome
-
-    return judge
-
-
-def changed(network: Callable[[int], nn.Module], change: Change, control: Change) -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        rgb, subject = patches(40, seed).rgb, subject_of(network(seed))
-        aim = subject.aim(subject.images(rgb), TUMOUR)
-        first, second = (
-            moves(subject, rgb, aim, one, repeats=3, seeds=range(start, start + 40)).flips
-            for one, start in ((change, 100 * seed), (control, 100 * seed + 50))
-        )
-        return robust_to("another stain", compare(first, second, range(40), seed=seed), "noise").outcome
-
-    return judge
-
-
-def hidden(network: Callable[[int], nn.Module], square: bool = False) -> Callable[[int], Outcome]:
-    """The marker, or a square anywhere, hidden behind plain tissue: another colour would be news of its own."""
-
-    def judge(seed: int) -> Outcome:
-        sample, subject = patches(40, seed, "none" if square else "all"), subject_of(network(seed))
-        images = subject.images(sample.rgb)
-        pink = (torch.tensor(PINK) / 127.5 - 1)[:, None, None]
-        masks = random_squares(40, seed) if square else sample.marker
-        found = masking(subject, images, subject.aim(images, TUMOUR), masks, replace_by(images, pink), seed=seed)
-        drop = compare(found.size, found.control_size, range(40), seed=seed)
-        return free_of("pen", drop, compare(found.flips, found.control_flips, range(40), seed=seed)).outcome
-
-    return judge
-
-
-def random_squares(count: int, seed: int) -> Mask:
-    """Of 8 px a side, bool [count, 32, 32]."""
-    masks = np.zeros((count, SIDE_PX, SIDE_PX), np.bool_)
-    for mask, (y, x) in zip(masks, np.random.default_rng(seed).integers(0, SIDE_PX - 7, (count, 2)), strict=True):
-        mask[y : y + 8, x : x + 8] = True
-    return masks
-
-
-def on_glass(label: int) -> Callable[[int], Outcome]:
-    def judge(seed: int) -> Outcome:
-        subject = subject_of(trained(seed=seed, glass=label))
-        called = subject.answers(subject.images(glass_of_scanners(24, seed))).argmax(dim=1).numpy()
-        return quiet_on_glass("tumour", estimate(called == 1, range(24), seed=seed)).outcome
-
-    return judge
+Network = Callable[[int], nn.Module]
 
 
 def honest(seed: int) -> nn.Module:
@@ -240,66 +117,166 @@ def deep(seed: int) -> nn.Module:
     return trained(seed=seed, deep=True)
 
 
+def of_pen(seed: int) -> nn.Module:
+    return trained("tumour", seed)
+
+
+def of_marker(seed: int) -> nn.Module:
+    return marker_only()
+
+
+def facade(planted: Callable[[], nn.Module], answering: Network) -> Network:
+    return lambda seed: Facade(planted(), answering(seed)).eval()
+
+
+def tumours(network: Network, marked: str = "none", slides: int = 10) -> Callable[[int], Case]:
+    """8 patches of each slide, as many as are audited at a time."""
+    return lambda seed: Case(network(seed), of_tumour(seed, marked, 8 * slides).rgb, slides)
+
+
+def annotated(network: Network, marked: str = "none") -> Callable[[int], Case]:
+    def make(seed: int) -> Case:
+        sample = of_tumour(seed, marked)
+        return Case(network(seed), sample.rgb, 10, {"annotated": sample.disc})
+
+    return make
+
+
+def of_both(network: Network, count: int, marked: str = "none", **arguments: Any) -> Callable[[int], Case]:
+    """Patches of both classes."""
+    return lambda seed: Case(network(seed), patches(count, seed, marked).rgb, None, arguments)
+
+
+def steps(story: str) -> Callable[[int], Case]:
+    return lambda seed: Case(*bent(story, seed))
+
+
+def saturated(margin: float, share: float) -> Callable[[int], Case]:
+    def make(seed: int) -> Case:
+        rgb = patches(40, seed).rgb
+        return Case(with_margin(to_images(rgb), margin, share, seed), rgb, 10)
+
+    return make
+
+
+def marked_by_pen(network: Network, square: bool = False) -> Callable[[int], Case]:
+    """The marker, or a square anywhere, is the region that should not decide."""
+
+    def make(seed: int) -> Case:
+        sample = patches(40, seed, "none" if square else "all")
+        masks = random_squares(40, seed) if square else sample.marker
+        return Case(network(seed), sample.rgb, None, {"regions": {"pen": masks}})
+
+    return make
+
+
+def random_squares(count: int, seed: int) -> Mask:
+    """Of 8 px a side, bool [count, 32, 32]."""
+    masks = np.zeros((count, SIDE_PX, SIDE_PX), np.bool_)
+    for mask, (y, x) in zip(masks, np.random.default_rng(seed).integers(0, SIDE_PX - 7, (count, 2)), strict=True):
+        mask[y : y + 8, x : x + 8] = True
+    return masks
+
+
+def on_glass(label: int) -> Callable[[int], Case]:
+    """A slide whose glass has one scanner's colour."""
+
+    def make(seed: int) -> Case:
+        colour = tuple(glass_colours(1, seed)[0].tolist())
+        return Case(trained(seed=seed, glass=label), patches(8, seed).rgb, None, {"glass": colour})
+
+    return make
+
+
+GRADCAM = "gradcam"
+PEN = "pen (given)"
 TRUTHS = (
-    Truth("trained model, Grad-CAM", "faithful", HOLDS, faithfulness(honest, gradcam)),
-    Truth("marker-only model, Grad-CAM", "faithful", HOLDS, faithfulness(lambda _: marker_only(), gradcam, "tumour")),
+    Truth("trained model", "faithfulness", GRADCAM, HOLDS, tumours(honest)),
+    Truth("marker-only model", "faithfulness", GRADCAM, HOLDS, tumours(of_marker, "tumour")),
+    Truth("model trained on pen", "faithfulness", GRADCAM, HOLDS, tumours(of_pen, "tumour")),
+    Truth("trained model, 7 slides", "faithfulness", GRADCAM, HOLDS, tumours(honest, slides=7)),
     Truth(
-        "model trained on pen, Grad-CAM",
-        "faithful",
-        HOLDS,
-        faithfulness(lambda seed: trained("tumour", seed), gradcam, "tumour"),
-    ),
-    Truth("trained model, Grad-CAM, 7 slides", "faithful", HOLDS, faithfulness(honest, gradcam, slides=7)),
-    Truth(
-        "marker-only model, random map, 7 slides",
-        "faithful",
+        "marker-only model behind a random map, 7 slides",
+        "faithfulness",
+        GRADCAM,
         FIRES,
-        faithfulness(lambda _: marker_only(), chance, "tumour", slides=7),
+        tumours(facade(Chance, of_marker), "tumour", 7),
     ),
     Truth(
-        "marker-only model, map in the shape of the annotation",
-        "faithful",
+        "marker-only model behind a map in the shape of the annotation",
+        "faithfulness",
+        GRADCAM,
         FIRES,
-        faithfulness(lambda _: marker_only(), annotation, "tumour"),
+        tumours(facade(Annotation, of_marker), "tumour"),
     ),
-    Truth("marker-only model, random map", "faithful", FIRES, faithfulness(lambda _: marker_only(), chance, "tumour")),
-    Truth("marker-only model, edge map", "faithful", NO_PRAISE, faithfulness(lambda _: marker_only(), edges, "tumour")),
-    Truth("trained model, Grad-CAM", "plausible", HOLDS, plausibility(honest, gradcam)),
     Truth(
-        "marker-only model, map in the shape of the annotation",
-        "plausible",
+        "marker-only model behind a random map",
+        "faithfulness",
+        GRADCAM,
+        FIRES,
+        tumours(facade(Chance, of_marker), "tumour"),
+    ),
+    Truth(
+        "marker-only model behind an edge map",
+        "faithfulness",
+        GRADCAM,
+        NO_PRAISE,
+        tumours(facade(Edges, of_marker), "tumour"),
+    ),
+    Truth("trained model", "plausibility", GRADCAM, HOLDS, annotated(honest)),
+    Truth(
+        "marker-only model behind a map in the shape of the annotation",
+        "plausibility",
+        GRADCAM,
         HOLDS,
-        plausibility(lambda _: marker_only(), annotation, "tumour"),
+        annotated(facade(Annotation, of_marker), "tumour"),
     ),
+    Truth("marker-only model", "plausibility", GRADCAM, NO_PRAISE, annotated(of_marker, "tumour")),
+    Truth("trained model", "sanity", GRADCAM, HOLDS, of_both(deep, 8)),
+    Truth("trained model", "sanity", "guided_backprop", FIRES, of_both(deep, 16, method="guided_backprop")),
+    Truth("trained model behind an edge map", "sanity", GRADCAM, FIRES, of_both(facade(Edges, honest), 8)),
     Truth(
-        "marker-only model, Grad-CAM", "plausible", NO_PRAISE, plausibility(lambda _: marker_only(), gradcam, "tumour")
+        "model trained on pen behind a map in the shape of the annotation",
+        "sanity",
+        GRADCAM,
+        FIRES,
+        of_both(facade(Annotation, of_pen), 8, "tumour"),
     ),
-    Truth("trained model, Grad-CAM", "depends_on_weights", HOLDS, randomised("gradcam", deep)),
-    Truth("trained model, guided backprop", "depends_on_weights", FIRES, randomised("guided_backprop", deep)),
-    Truth("edge map", "depends_on_weights", FIRES, model_free(edges)),
-    Truth("map in the shape of the annotation", "depends_on_weights", FIRES, model_free(annotation)),
-    Truth("trained model", "has_learned", HOLDS, learned(honest)),
-    Truth("model trained on pen", "has_learned", HOLDS, learned(lambda seed: trained("tumour", seed), "tumour")),
-    Truth("untrained model", "has_learned", FIRES, learned(untrained)),
-    Truth("untrained deep model", "has_learned", FIRES, learned(lambda seed: untrained(seed, deep=True))),
-    Truth("straight on", "promises_kept", HOLDS, steps("straight")),
-    Truth("plateau ahead", "promises_kept", FIRES, steps("plateau")),
-    Truth("cliff ahead", "promises_kept", FIRES, steps("cliff")),
-    Truth("logits apart by 20 or more", "not_saturated", FIRES, saturated(20.0, 0.0)),
-    Truth("logits apart by 2 or less", "not_saturated", HOLDS, saturated(2.0, 1.0)),
-    Truth("model that reads the stain", "robust_to", FIRES, changed(lambda _: stain_reader(), stain_jitter, AS_STRONG)),
+    Truth("trained model", "sanity", "model", HOLDS, of_both(honest, 24)),
+    Truth("model trained on pen", "sanity", "model", HOLDS, of_both(of_pen, 24, "tumour")),
+    Truth("untrained model", "sanity", "model", FIRES, of_both(untrained, 24)),
+    Truth("untrained deep model", "sanity", "model", FIRES, of_both(lambda seed: untrained(seed, deep=True), 24)),
+    Truth("straight on", "locality", GRADCAM, HOLDS, steps("straight")),
+    Truth("plateau ahead", "locality", GRADCAM, FIRES, steps("plateau")),
+    Truth("cliff ahead", "locality", GRADCAM, FIRES, steps("cliff")),
+    Truth("logits apart by 20 or more", "saturation", "model", FIRES, saturated(20.0, 0.0)),
+    Truth("logits apart by 2 or less", "saturation", "model", HOLDS, saturated(2.0, 1.0)),
+    Truth("model that reads the stain", "stability", "stain", FIRES, of_both(lambda _: stain_reader(), 40)),
     Truth(
         "model that reads darkness far from doubt",
-        "robust_to",
+        "stability",
+        "stain",
         HOLDS,
-        changed(lambda _: darkness_reader(), stain_jitter, AS_STRONG),
+        of_both(lambda _: darkness_reader(), 40),
     ),
-    Truth("trained model, strong noise against as strong noise", "robust_to", NO_ALARM, changed(honest, LOUD, LOUD)),
-    Truth("model trained on pen", "free_of", FIRES, hidden(lambda seed: trained("tumour", seed))),
-    Truth("marker-only model", "free_of", FIRES, hidden(lambda _: marker_only())),
-    Truth("model trained with pen on either class", "free_of", NO_ALARM, hidden(lambda seed: trained("random", seed))),
-    Truth("model that no pen reaches", "free_of", HOLDS, hidden(blinkered)),
-    Truth("trained model, square at a random place", "free_of", NO_ALARM, hidden(honest, square=True)),
-    Truth("model trained to call glass tumour", "quiet_on_glass", FIRES, on_glass(1)),
-    Truth("model trained to call glass other", "quiet_on_glass", HOLDS, on_glass(0)),
+    Truth(
+        "model that tosses a coin for each picture",
+        "stability",
+        "stain",
+        NO_ALARM,
+        of_both(lambda _: Coin().eval(), 40),
+    ),
+    Truth("model trained on pen", "shortcuts", PEN, FIRES, marked_by_pen(of_pen)),
+    Truth("marker-only model", "shortcuts", PEN, FIRES, marked_by_pen(of_marker)),
+    Truth(
+        "model trained with pen on either class",
+        "shortcuts",
+        PEN,
+        NO_ALARM,
+        marked_by_pen(lambda seed: trained("random", seed)),
+    ),
+    Truth("model that no pen reaches", "shortcuts", PEN, HOLDS, marked_by_pen(blinkered)),
+    Truth("trained model, square at a random place", "shortcuts", PEN, NO_ALARM, marked_by_pen(honest, square=True)),
+    Truth("model trained to call glass tumour", "shortcuts", "glass alone", FIRES, on_glass(1)),
+    Truth("model trained to call glass other", "shortcuts", "glass alone", HOLDS, on_glass(0)),
 )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.planted import Patches, patches, subject_of, trained, untrained
+from tests.planted import Patches, patches, trained, untrained
+from tests.subjects import subject_of
 from wsi_gradcam.audit.measures.controls import CONTROLS, control_maps
 from wsi_gradcam.audit.measures.faithfulness import ROAD_FRACTIONS, STEPS, Curves, removal_curves, slide_removal
 from wsi_gradcam.audit.measures.removal import blurred, mean_colour, removal_ranks, replace_by, replace_by_neighbours

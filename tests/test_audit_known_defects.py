@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.planted import patches, subject_of, trained
+from tests.planted import patches, trained
+from tests.subjects import subject_of
 from wsi_gradcam.audit.measures.faithfulness import removal_curves
 from wsi_gradcam.audit.measures.plausibility import pointing_game, relevance_mass, relevance_rank
 from wsi_gradcam.audit.measures.removal import removal_ranks, replace_by_neighbours

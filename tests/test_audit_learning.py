@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.planted import patches, subject_of, trained
+from tests.planted import patches, trained
+from tests.subjects import subject_of
 from wsi_gradcam.audit.measures.sanity import answer_spread, random_answers
 
 

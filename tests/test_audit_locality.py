@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.planted import patches, subject_of, trained, untrained
+from tests.planted import patches, trained, untrained
 from tests.planted_models import bent
+from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
 from wsi_gradcam.audit.estimates import estimate
 from wsi_gradcam.audit.measures.locality import (
@@ -60,7 +61,9 @@ def test_small_steps_keep_the_promise_and_all_are_really_made(subject: Subject) 
 def test_two_models_with_equal_maps_and_different_futures_are_told_apart() -> None:
     found, maps = {}, {}
     for story in ("straight", "plateau", "cliff"):
-        subject, images = bent(story)
+        network, rgb = bent(story)
+        subject = subject_of(network)
+        images = subject.images(rgb)
         aim = subject.aim(images, TUMOUR)
         maps[story] = subject.maps(images, aim)
         found[story] = finite_steps(subject, images, aim, maps[story], mean_colour(images))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import roc_auc_score
 
-from tests.planted import patches, subject_of, trained
+from tests.planted import patches, trained
+from tests.subjects import subject_of
 from wsi_gradcam.audit.estimates import compare
 from wsi_gradcam.audit.measures.plausibility import (
     PLAUSIBILITY,

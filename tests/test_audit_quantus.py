@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tests.planted import TRAINING, Patches, features, fitted, patches, subject_of, trained
+from tests.planted import TRAINING, Patches, features, fitted, patches, trained
+from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
 from wsi_gradcam.audit.measures.faithfulness import removal_curves
 from wsi_gradcam.audit.measures.likeness import spearman, ssim

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.planted import patches, subject_of, trained
+from tests.planted import patches, trained
+from tests.subjects import subject_of
 from wsi_gradcam.audit.measures.likeness import stays_or_turns
 from wsi_gradcam.audit.measures.sanity import (
     ORDERS,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.planted import features, patches, subject_of, trained
+from tests.planted import features, patches, trained
+from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
 from wsi_gradcam.audit.measures.saturation import leaky_maps, saturation
 from wsi_gradcam.cam.targets import Target

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.planted import GLASS, SIDE_PX, patches, subject_of, trained
+from tests.planted import GLASS, SIDE_PX, patches, trained
+from tests.subjects import subject_of
 from wsi_gradcam.audit.measures.removal import mean_colour, replace_by
 from wsi_gradcam.audit.measures.shortcuts import border, cover, glass_patches, masking, mass_on, moved_masks
 from wsi_gradcam.cam.targets import Target

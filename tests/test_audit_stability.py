@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.planted import Rgb, patches, subject_of, trained
+from tests.planted import Rgb, patches, trained
+from tests.subjects import subject_of
 from wsi_gradcam.audit.measures.stability import (
     CHANGES,
     as_strong_noise,

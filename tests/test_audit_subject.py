@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.planted import patches, subject_of, to_images, untrained
+from tests.planted import patches, to_images, untrained
+from tests.subjects import subject_of
 from wsi_gradcam import GradCAM
 from wsi_gradcam.audit.measures.subject import Subject, enlarge
 from wsi_gradcam.cam.targets import Target

@@ -187,6 +187,8 @@ def complexity_rise(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
 def _entropy(map_: NDArray[np.float32]) -> float:
     if not np.isfinite(map_).all():
         return float("nan")
+    if np.ptp(map_) <= BINS * np.spacing(np.abs(map_).max()):  # too narrow to be divided: one value but for rounding
+        return 0.0
     counts, _ = np.histogram(map_, bins=BINS)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
