@@ -146,7 +146,7 @@ def as_model(network: nn.Module, layer: str | None = "features") -> Model:
 
 
 class Green(nn.Module):
-    """How much greener than red and blue a cell of 4 px is."""
+    """The green of a cell of 4 px above its red and blue."""
 
     def forward(self, images: Tensor) -> Tensor:
         red, green, blue = images.unbind(dim=1)

@@ -1,4 +1,4 @@
-"""Models of which it is known, by how they are built, what the audit must say about them."""
+"""Models that are built such that the right verdict on them is known."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Planted(nn.Module):
 
 
 class Edges(Planted):
-    """How steep the picture is: Sobel's gradient of the mean of the colours."""
+    """The steepness of the picture: Sobel's gradient of the mean of the colours."""
 
     def shown(self, images: Tensor) -> Tensor:
         gray = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
@@ -106,7 +106,7 @@ class Chance(Planted):
 
 
 class Annotation(Planted):
-    """Where pale discs are, by their colour."""
+    """Pale discs, by their colour."""
 
     def shown(self, images: Tensor) -> Tensor:
         pale, tissue = (torch.tensor(colour) / 127.5 - 1 for colour in (PALE, PINK))
@@ -133,7 +133,7 @@ class Coin(nn.Module):
 
 
 class Colour(nn.Module):
-    """How much darker green is than red: what eosin does."""
+    """The share by which green is darker than red: the work of eosin."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.avg_pool2d((images[:, :1] - images[:, 1:2]).relu(), 4)
@@ -145,7 +145,7 @@ def stain_reader() -> PooledLinear:
 
 
 class Darkness(nn.Module):
-    """How much darker a cell of 4 px is than most of the patch, whatever its colour, from a margin on."""
+    """The darkness of a cell of 4 px against most of the patch, whatever its colour, from a margin on."""
 
     def forward(self, images: Tensor) -> Tensor:
         gray = images.mean(dim=1, keepdim=True)

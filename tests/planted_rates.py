@@ -1,4 +1,4 @@
-"""How often each verdict of the audit is right where the truth is known, over seeds that none was tuned with.
+"""Count how often each verdict of the audit is right where the truth is known, with seeds that nothing was tuned on.
 
     python -m tests.planted_rates [--seeds N] [--first SEED] [--jobs N] [--only WORD] [--results FILE] [--json]
 
@@ -28,7 +28,7 @@ OUTCOMES: tuple[Outcome, ...] = ("holds", "unclear", "fails")
 
 @dataclass(frozen=True)
 class Finding:
-    """What the audit said of a truth with a seed, and the processor's time that it took."""
+    """The outcome of a truth with a seed, and the seconds of processor time that it took."""
 
     truth: str
     seed: int

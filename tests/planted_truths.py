@@ -1,8 +1,8 @@
-"""Cases of which it is known what the audit must say, and what it says of each with a seed, as users get it.
+"""Cases of which the truth is known, and the verdict that a user of the audit gets on each.
 
-Every case is a model and patches that are given to `wsi_gradcam.audit_images`; what is judged is the outcome of a row of
-its verdicts. `expected` of a truth are the outcomes that are right; `wrong` those that are a false statement. What is in
-neither (mostly `unclear`) is a truth that was missed.
+A case is a model and patches that are given to `wsi_gradcam.audit_images`, and nothing below it is called; the outcome
+is that of a row of its verdicts. Of a truth `expected` are the outcomes that are right, `wrong` those that are a false
+statement. An outcome in neither (mostly `unclear`) is a truth that was missed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NO_ALARM: tuple[Outcome, ...] = ("holds", "unclear")
 
 @dataclass(frozen=True)
 class Case:
-    """What a user gives to the audit: a network, its patches, and further arguments of `audit_images`."""
+    """A network and its patches as a user gives them to the audit, with further arguments of `audit_images`."""
 
     network: nn.Module
     rgb: np.ndarray[Any, np.dtype[np.uint8]]
@@ -82,7 +82,7 @@ class Truth:
         return ("holds",) if "fails" in self.expected else ("fails",)
 
     def judge(self, seed: int) -> Outcome:
-        """Return what the audit says."""
+        """Return the outcome of the verdict."""
         case = self.make(seed)
         groups = None if case.slides is None else [f"slide {i % case.slides}" for i in range(len(case.rgb))]
         found = audit_images(

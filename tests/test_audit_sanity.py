@@ -169,3 +169,11 @@ def test_smooth_maps_are_means_over_noise(trained_deep: dict[str, Subject]) -> N
         for part, aim_ in ((images[:3], subject.aim(images[:3], TUMOUR)), (images[3:], subject.aim(images[3:], TUMOUR)))
     ]
     np.testing.assert_allclose(np.concatenate(half), four.likeness["spearman"], atol=0.02)
+
+
+def test_a_map_of_one_value_but_for_rounding_has_no_complexity() -> None:
+    """Its range cannot be divided into bins, which must not end an audit."""
+    varied = np.random.default_rng(0).random((1, 8, 8)).astype(np.float32)
+    flat = np.ones((1, 8, 8), np.float32)
+    flat[0, 0, 0] = np.nextafter(np.float32(1), np.float32(2))
+    assert complexity_rise(varied, flat).tolist() == [-1.0]
