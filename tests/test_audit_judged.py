@@ -11,8 +11,9 @@ import pytest
 
 from wsi_gradcam.audit.annotated import SIDE_PX, annotated_slide
 from wsi_gradcam.audit.estimates import Estimate
+from wsi_gradcam.audit.findings import Findings, Keys, Measure
 from wsi_gradcam.audit.folder import read_numbers, write_numbers
-from wsi_gradcam.audit.gathered import Gathered, Rows
+from wsi_gradcam.audit.gathered import Gathered
 from wsi_gradcam.audit.judged import UNSURE, Judged, corrected, interval_p
 from wsi_gradcam.audit.judging_faithfulness import score_of
 from wsi_gradcam.audit.judging_maps import steady
@@ -88,10 +89,10 @@ def test_scores_are_half_of_insertion_less_deletion() -> None:
 def test_means_leave_out_what_was_not_measured() -> None:
     one = gathered(a=[1.0, np.nan, 3.0, 4.0], curve=[[1.0, 2.0], [np.nan, 0.0], [3.0, 4.0], [5.0, 6.0]])
     np.testing.assert_allclose(one.mean(one["curve"]), [3.0, 4.0])
-    rows = Rows.of("sanity", one)
-    assert rows.estimate("m", "a", "1", one["a"]).value == pytest.approx(8 / 3)
+    rows = Findings("sanity", one)
+    assert rows.estimate(Measure("a", "a", "1"), one["a"], method="m").value == pytest.approx(8 / 3)
     assert (rows.estimates[0].patches, rows.estimates[0].missing) == (3, 1)
-    rows.curve("m", "c", ("x", "y"), [0, 1], one["curve"], interval=True)
+    rows.curve(Measure("c", "c"), ("x", "y"), [0, 1], one["curve"], interval=True, method="m")
     low, high = rows.curves[0].low, rows.curves[0].high
     assert low is not None
     assert high is not None
@@ -102,8 +103,9 @@ def test_means_leave_out_what_was_not_measured() -> None:
 def test_strata_are_compared() -> None:
     one = gathered(a=np.repeat([0.0, 10.0], 12) + np.tile([0.0, 1.0, 2.0], 8))
     groups = {"site": {f"s{i}": "north" if i < 3 else "south" for i in range(6)}, "scanner": {"s0": "x"}}
-    (row,) = strata(one, {"m/a": one["a"]}, groups)
-    assert (row.by, row.of, row.what) == ("site", "m", "a")
+    (row,) = strata(one, [("faithfulness", Measure("a", "A"), Keys(method="m"), one["a"])], groups)
+    assert (row.by, row.question, row.measure, row.method) == ("site", "faithfulness", "a", "m")
+    assert (row.of, row.what) == ("m", "A")
     assert row.groups == {"north": 1.0, "south": 11.0}
     assert row.p is not None
     assert row.p < 0.1
@@ -125,9 +127,24 @@ def test_numbers_are_written_and_read(tmp_path: Path) -> None:
             read_numbers(place)
 
 
+def test_rows_say_what_they_are_about_in_keys_and_in_words() -> None:
+    one = Findings("faithfulness", gathered(a=np.arange(8.0), b=np.zeros(8)))
+    score = Measure("score", "score, {baseline}", "logits", evidence="score with {baseline}")
+    one.compare(score, one.gathered["a"], one.gathered["b"], method="gradcam", control="edges", baseline="mean")
+    one.compare(score, one.gathered["a"], one.gathered["b"], method="gradcam", other_method="hirescam", baseline="mean")
+    one.estimate(Measure("share", "{order} of {{}}", of="{suspect}"), one.gathered["a"], suspect="{pen}", order="x")
+    first, second = one.comparisons
+    assert (first.measure, first.method, first.control, first.other_method) == ("score", "gradcam", "edges", None)
+    assert (first.of, first.against, first.what) == ("gradcam", "edges", "score, mean")
+    assert (second.other_method, second.control, second.against) == ("hirescam", None, "hirescam")
+    assert score.evidence_of(first) == "score with mean"
+    assert (one.estimates[0].of, one.estimates[0].what) == ("{pen}", "x of {}")
+
+
 def test_what_is_no_number_is_null() -> None:
     row = EstimateRow(
         question="q",
+        measure="m",
         of="o",
         what="w",
         unit="1",

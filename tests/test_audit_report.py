@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
 
 from tests.test_run_report import HOSTILE, Page
-from wsi_gradcam.audit.judging_model import ATTRIBUTION, LEAKY, SHARE_OF_AREA
+from wsi_gradcam.audit.findings import Keys, Measure
+from wsi_gradcam.audit.judging_faithfulness import CURVES, SCORE, keys_of_map
+from wsi_gradcam.audit.judging_model import AREA, ATTRIBUTION, LEAKY
 from wsi_gradcam.audit.measured import CONTROLS, CURVE_FRACTIONS
 from wsi_gradcam.audit.plan import QUESTIONS
 from wsi_gradcam.audit.report import Example, archive_page, examples_of, slide_page
@@ -35,13 +37,16 @@ from wsi_gradcam.audit.schema import (
 from wsi_gradcam.audit.verdict import QUADRANTS
 from wsi_gradcam.pages.parts import Html
 
+WORTH = Measure("worth", "worth of the promise")
 
-def estimate_row(question: str, of: str, what: str, value: float | None = 0.25) -> EstimateRow:
+
+def estimate_row(question: str, measure: Measure, value: float | None = 0.25, **keys: Unpack[Keys]) -> EstimateRow:
     low, high = (None, None) if value is None else (value - 0.1, value + 0.1)
     return EstimateRow(
         question=question,
-        of=of,
-        what=what,
+        measure=measure.name,
+        **keys,
+        **measure.texts(keys),
         unit="logits",
         value=value,
         low=low,
@@ -53,12 +58,16 @@ def estimate_row(question: str, of: str, what: str, value: float | None = 0.25) 
     )
 
 
-def comparison_row(of: str, against: str, what: str = "score, mean") -> ComparisonRow:
+def comparison_row(of: str, against: str) -> ComparisonRow:
     return ComparisonRow(
         question="faithfulness",
+        measure=SCORE.name,
+        method=of,
+        control=against,
+        baseline="mean",
         of=of,
         against=against,
-        what=what,
+        what="score, mean",
         unit="logits",
         difference=0.5,
         low=0.4,
@@ -71,12 +80,14 @@ def comparison_row(of: str, against: str, what: str = "score, mean") -> Comparis
     )
 
 
-def curve_row(of: str, what: str) -> CurveRow:
+def curve_row(of: str, way: str) -> CurveRow:
+    keys: Any = {"baseline": "mean", **keys_of_map(of)}
     y = np.linspace(2.0, 0.0, len(CURVE_FRACTIONS)).tolist()
     return CurveRow(
         question="faithfulness",
-        of=of,
-        what=what,
+        measure=CURVES[way].name,
+        **keys,
+        **CURVES[way].texts(keys),
         x_name="share",
         y_name="logit",
         x=list(CURVE_FRACTIONS),
@@ -89,6 +100,9 @@ def curve_row(of: str, what: str) -> CurveRow:
 def verdict_row(outcome: Any = "holds", words: str = "The map beats every control.") -> VerdictRow:
     return VerdictRow(
         question="faithfulness",
+        method="gradcam",
+        baseline="mean",
+        measures=[SCORE.name],
         of="gradcam",
         asked="Does it?",
         outcome=outcome,
@@ -129,9 +143,12 @@ def metrics(**changes: Any) -> Metrics:
         ),
         "verdicts": [verdict_row()],
         "quadrants": [],
-        "estimates": [estimate_row("faithfulness", name, "score, mean") for name in ("gradcam", *CONTROLS)],
+        "estimates": [
+            estimate_row("faithfulness", SCORE, **(keys_of_map(name) | Keys(baseline="mean")))
+            for name in ("gradcam", *CONTROLS)
+        ],
         "comparisons": [comparison_row("gradcam", name) for name in CONTROLS],
-        "curves": [curve_row(of, f"{way}, mean") for of in ("gradcam", *CONTROLS) for way in ("deletion", "insertion")],
+        "curves": [curve_row(of, way) for of in ("gradcam", *CONTROLS) for way in ("deletion", "insertion")],
         "strata": [],
         "not_tested": [],
         "not_audited": [],
@@ -167,7 +184,7 @@ def test_a_page_is_well_formed_and_says_all() -> None:
 
 
 def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
-    row = estimate_row("locality", "gradcam", "worth of the promise", -0.25)
+    row = estimate_row("locality", WORTH, -0.25, method="gradcam")
     assert value(row) == "−0.25 (−0.35 to −0.15)"
     assert (
         value(row.model_copy(update={"unit": "share", "value": -0.001, "low": -0.2, "high": 0.0}))
@@ -186,13 +203,16 @@ def test_the_map_with_a_leaky_backward_stands_beside() -> None:
     assert "leaks through units that are off" in page.text
     for found, said in ((0.4, "is another: units that are off hold back evidence"), (0.99, "is nearly the same")):
         page, _ = read(
-            archive_page(metrics(estimates=[estimate_row("saturation", "gradcam", LEAKY, found)]), [], [], 1.0)
+            archive_page(metrics(estimates=[estimate_row("saturation", LEAKY, found, method="gradcam")]), [], [], 1.0)
         )
         assert said in page.text
 
 
 def test_the_area_of_suspects_stands_beside_the_attribution() -> None:
-    rows = [estimate_row("shortcuts", "pen", SHARE_OF_AREA), estimate_row("shortcuts", "pen, gradcam", ATTRIBUTION)]
+    rows = [
+        estimate_row("shortcuts", AREA, suspect="pen"),
+        estimate_row("shortcuts", ATTRIBUTION, suspect="pen", method="gradcam"),
+    ]
     assert [name for name, _ in attribution_rows(metrics(estimates=rows))] == [
         "ink: its area (control)",
         "ink: Grad-CAM",
@@ -205,7 +225,17 @@ def test_everything_is_escaped() -> None:
         verdicts=[verdict_row(words=HOSTILE)],
         not_tested=[UntestedRow(what=HOSTILE, why=HOSTILE)],
         not_audited=[UntestedRow(what=HOSTILE, why=HOSTILE)],
-        strata=[StrataRow(by="site", of=HOSTILE, what=HOSTILE, groups={HOSTILE: 1.0}, p=0.5)],
+        strata=[
+            StrataRow(
+                question="faithfulness",
+                measure="score",
+                by="site",
+                of=HOSTILE,
+                what=HOSTILE,
+                groups={HOSTILE: 1.0},
+                p=0.5,
+            )
+        ],
     )
     for data in (
         archive_page(hostile, [HOSTILE], [example(HOSTILE)], 1.0),
@@ -232,9 +262,9 @@ def test_each_plot_shows_its_controls() -> None:
 def test_a_figure_is_the_same_each_time_and_takes_what_is_unknown() -> None:
     rows = [curve_row("gradcam", "deletion"), curve_row("random", "deletion")]
     assert curves_figure([("a", rows)], "said") == curves_figure([("a", rows)], "said")
-    empty = CurveRow(question="q", of="m", what="w", x_name="x", y_name="y", x=[0, 1], y=[None, None])
+    empty = CurveRow(question="q", measure="m", of="m", what="w", x_name="x", y_name="y", x=[0, 1], y=[None, None])
     assert "<svg" in curves_figure([("a", [empty]), ("b", [])], "empty")
-    assert "<svg" in intervals_figure([("x", estimate_row("q", "x", "w", None))], 0.5, "axis", "nothing")
+    assert "<svg" in intervals_figure([("x", estimate_row("q", WORTH, None, method="x"))], 0.5, "axis", "nothing")
 
 
 @pytest.mark.parametrize(("faithful", "plausible"), list(QUADRANTS))

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsi_gradcam.audit.findings import Keys, Measure, comparison_row
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
-from wsi_gradcam.audit.gathered import Gathered, comparison_row, gather
-from wsi_gradcam.audit.judging_faithfulness import probability_score_of, score_of
+from wsi_gradcam.audit.gathered import Gathered, gather
+from wsi_gradcam.audit.judging_faithfulness import (
+    PLAUSIBLE,
+    SCORE,
+    SCORE_PROBABILITY,
+    probability_score_of,
+    score_of,
+)
+from wsi_gradcam.audit.judging_maps import CHANGED_ANSWERS, STAYING_MAPS
+from wsi_gradcam.audit.judging_model import LEAKY, SATURATED, WORTH
 from wsi_gradcam.audit.measured import CHANGES, MAIN
 from wsi_gradcam.audit.plan import SlideSample
 from wsi_gradcam.audit.schema import AgainstFacts
@@ -105,8 +114,8 @@ def compared(here: Gathered, yx: Mapping[str, SlideSample], methods: Sequence[st
         raise ResultError(f"{other.out}: no patch was audited here and there")
     mine, theirs = _taken(here, rows_here), _taken(there, rows_there)
     comparisons = [
-        comparison_row(question, f"{of}, here", f"{against}, there", what, unit, mine.compare(first, second))
-        for question, of, against, what, unit, first, second in _numbers(mine, theirs, methods, other.methods)
+        comparison_row(question, _between(measure), mine.compare(first, second), **keys)
+        for question, measure, keys, first, second in _numbers(mine, theirs, methods, other.methods)
     ]
     return AgainstFacts(
         out=other.out,
@@ -157,52 +166,57 @@ def _taken(gathered: Gathered, rows: NDArray[np.int64]) -> Gathered:
     return Gathered(numbers, gathered.slides[rows], gathered.of_slides, gathered.seed)
 
 
-Pair = tuple[str, str, str, str, str, "Floats", "Floats"]
+Pair = tuple[str, Measure, Keys, "Floats", "Floats"]
+BY_METHOD = (
+    ("locality", replace(WORTH, what="worth"), "worth"),
+    ("plausibility", PLAUSIBLE["auroc"], "auroc"),
+    ("plausibility", PLAUSIBLE["iou"], "iou"),
+    ("saturation", replace(LEAKY, what="like_leaky"), "like_leaky"),
+)
+CHANGED = replace(CHANGED_ANSWERS, what="changed answers with {change}", of="the answer")
+OF_MODEL = replace(SATURATED, what="saturated probability", of="the model")
+
+
+def _between(measure: Measure) -> Measure:
+    """A measure of both audits."""
+    there = "{other_method}" if "{map}" in measure.of else measure.of
+    return replace(measure, of=f"{measure.of}, here", against=f"{there}, there")
 
 
 def _numbers(mine: Gathered, theirs: Gathered, here: Sequence[str], there: Sequence[str]) -> list[Pair]:
-    """(question, of, against, what, unit, first, second) of all that both have; methods by name, else the first two."""
+    """(question, measure, keys, first, second) of all that both have; methods by name, else the first two."""
     found: list[Pair] = []
     common = [name for name in here if name in there]
     for method, against in [(name, name) for name in common] or [(here[0], there[0])]:
-        found += _scores(mine, theirs, method, against)
-        for question, what, unit in (
-            ("locality", "worth", "-1 to 1"),
-            ("plausibility", "auroc", "0 to 1"),
-            ("plausibility", "iou", "0 to 1"),
-            ("saturation", "like_leaky", "rank correlation"),
-        ):
-            names = f"{question}/{method}/{what}", f"{question}/{against}/{what}"
+        keys = Keys(method=method, other_method=against)
+        found += _scores(mine, theirs, keys)
+        for question, measure, name in BY_METHOD:
+            names = f"{question}/{method}/{name}", f"{question}/{against}/{name}"
             if names[0] in mine and names[1] in theirs:
-                found.append((question, method, against, what, unit, mine[names[0]], theirs[names[1]]))
+                found.append((question, measure, keys, mine[names[0]], theirs[names[1]]))
         names = f"sanity/{method}/draws", f"sanity/{against}/draws"
         if names[0] in mine and names[1] in theirs:
-            stays = _share(mine[names[0]]), _share(theirs[names[1]])
-            found.append(("sanity", method, against, "maps that stay with random weights", "share", *stays))
-    for change in CHANGES:
-        found += _of_both(
-            "stability", "the answer", f"stability/{change}/flips", f"changed answers with {change}", mine, theirs
-        )
-    found += _of_both("saturation", "the model", "saturation/saturated", "saturated probability", mine, theirs)
+            found.append(("sanity", STAYING_MAPS, keys, _share(mine[names[0]]), _share(theirs[names[1]])))
+    of_both = [("stability", CHANGED, Keys(change=change), f"stability/{change}/flips") for change in CHANGES]
+    of_both.append(("saturation", OF_MODEL, Keys(), "saturation/saturated"))
+    for question, measure, keys, name in of_both:
+        if name in mine and name in theirs:
+            found.append((question, measure, keys, mine[name], theirs[name]))
     return found
 
 
-def _scores(mine: Gathered, theirs: Gathered, method: str, against: str) -> list[Pair]:
+def _scores(mine: Gathered, theirs: Gathered, keys: Keys) -> list[Pair]:
+    method, against = keys["method"], keys["other_method"]
     names = f"faithfulness/{MAIN}/{method}/deletion", f"faithfulness/{MAIN}/{against}/deletion"
     if names[0] not in mine or names[1] not in theirs:
         return []
+    keys = Keys(**keys, baseline=MAIN)
     logits = score_of(mine, MAIN, method), score_of(theirs, MAIN, against)
-    found: list[Pair] = [("faithfulness", method, against, f"score, {MAIN}", "logits", *logits)]
+    found: list[Pair] = [("faithfulness", SCORE, keys, *logits)]
     first, second = probability_score_of(mine, method), probability_score_of(theirs, against)
     if first is not None and second is not None:
-        found.append(("faithfulness", method, against, f"score, {MAIN}, probability", "probability", first, second))
+        found.append(("faithfulness", SCORE_PROBABILITY, keys, first, second))
     return found
-
-
-def _of_both(question: str, of: str, name: str, what: str, mine: Gathered, theirs: Gathered) -> list[Pair]:
-    if name not in mine or name not in theirs:
-        return []
-    return [(question, of, of, what, "share", mine[name], theirs[name])]
 
 
 def _share(stays: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""The numbers of all pieces together, a row a patch; and where they become estimates."""
+"""The numbers of all pieces together, a row a patch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from wsi_gradcam.audit.estimates import Comparison, Estimate, compare, estimate
 from wsi_gradcam.audit.folder import Numbers, read_numbers
-from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,98 +119,3 @@ def _joined(name: str, pieces: list[Numbers], counts: list[int]) -> NDArray[Any]
         for numbers, count in zip(pieces, counts, strict=True)
     ]
     return np.concatenate(parts)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Collects rows of estimates, comparisons and curves for one question."""
-
-    question: str
-    gathered: Gathered
-    estimates: list[EstimateRow]
-    comparisons: list[ComparisonRow]
-    curves: list[CurveRow]
-
-    @classmethod
-    def of(cls, question: str, gathered: Gathered) -> Rows:
-        """None yet."""
-        return cls(question, gathered, [], [], [])
-
-    def estimate(self, of: str, what: str, unit: str, values: NDArray[Any]) -> Estimate:
-        """Estimate a number of the patches, and keep the row; of what was measured on some only, these are all."""
-        found = self.gathered.estimate(values)
-        self.keep(of, what, unit, found)
-        return found
-
-    def keep(self, of: str, what: str, unit: str, found: Estimate, draws: bool = False) -> None:
-        """Keep an estimate."""
-        self.estimates.append(
-            EstimateRow(
-                question=self.question,
-                of=of,
-                what=what,
-                unit=unit,
-                value=found.value,
-                low=found.low,
-                high=found.high,
-                patches=found.patches,
-                slides=found.slides,
-                missing=found.missing,
-                resampled="draw" if draws else found.unit,
-            )
-        )
-
-    def compare(
-        self, of: str, against: str, what: str, unit: str, first: NDArray[Any], second: NDArray[Any]
-    ) -> Comparison:
-        """Compare two numbers of the patches, and keep the row."""
-        found = self.gathered.compare(first, second)
-        self.keep_comparison(of, against, what, unit, found)
-        return found
-
-    def keep_comparison(self, of: str, against: str, what: str, unit: str, found: Comparison) -> None:
-        """Keep a comparison."""
-        self.comparisons.append(comparison_row(self.question, of, against, what, unit, found))
-
-    def curve(
-        self, of: str, what: str, axes: tuple[str, str], x: Iterable[float], values: NDArray[Any], interval: bool
-    ) -> None:
-        """Keep the mean of curves [N, Q] of the patches, with its interval where that is wanted."""
-        y = self.gathered.mean(values)
-        low = high = None
-        if interval:
-            points = [self.gathered.estimate(values[:, i]) for i in range(values.shape[1])]
-            low, high = [point.low for point in points], [point.high for point in points]
-        self.curves.append(
-            CurveRow(
-                question=self.question,
-                of=of,
-                what=what,
-                x_name=axes[0],
-                y_name=axes[1],
-                x=list(x),
-                y=y.tolist(),
-                low=low,
-                high=high,
-            )
-        )
-
-
-def comparison_row(question: str, of: str, against: str, what: str, unit: str, found: Comparison) -> ComparisonRow:
-    """A comparison as a row of metrics.json."""
-    gap = found.difference
-    return ComparisonRow(
-        question=question,
-        of=of,
-        against=against,
-        what=what,
-        unit=unit,
-        difference=gap.value,
-        low=gap.low,
-        high=gap.high,
-        p=found.p,
-        effect=found.effect,
-        better=found.better,
-        patches=gap.patches,
-        slides=gap.slides,
-    )

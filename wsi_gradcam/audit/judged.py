@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import stats
 
 from wsi_gradcam.audit.estimates import LEVEL, Estimate, holm
+from wsi_gradcam.audit.findings import Keys, Measure
 from wsi_gradcam.audit.schema import VerdictRow
 from wsi_gradcam.audit.verdict import ALPHA, Verdict
 
@@ -25,6 +26,8 @@ class Judged:
         p: of the test behind it; NaN without one.
         found: whether the outcome rests on the test having found something; else on its having found nothing, which
             no correction takes back.
+        measures: that it rests on.
+        keys: of the rows that it rests on.
     """
 
     question: str
@@ -32,6 +35,8 @@ class Judged:
     verdict: Verdict
     p: float
     found: bool
+    measures: tuple[Measure, ...] = ()
+    keys: Keys = field(default_factory=Keys)
 
 
 def corrected(judged: Sequence[Judged]) -> list[VerdictRow]:
@@ -63,6 +68,8 @@ def _row(one: Judged, adjusted: float) -> VerdictRow:
         outcome, words = "unclear", f"{words} {UNSURE}"
     return VerdictRow(
         question=one.question,
+        **one.keys,
+        measures=[measure.name for measure in one.measures],
         of=one.of,
         asked=verdict.question,
         outcome=outcome,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.audit.estimates import Comparison, holm
-from wsi_gradcam.audit.gathered import Gathered, Rows
+from wsi_gradcam.audit.findings import Findings, Keys, Measure
+from wsi_gradcam.audit.gathered import Gathered
 from wsi_gradcam.audit.judged import Judged, interval_p
 from wsi_gradcam.audit.measured import (
     BASELINES,
@@ -18,7 +19,6 @@ from wsi_gradcam.audit.measured import (
     ROAD,
     ROAD_FRACTIONS,
 )
-from wsi_gradcam.audit.schema import CurveRow
 from wsi_gradcam.audit.verdict import ALPHA, CHANCE, Verdict, faithful, plausible
 
 if TYPE_CHECKING:
@@ -29,11 +29,45 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 RANDOM = "random"
+CURVES = {
+    "deletion": Measure("deletion", "deletion, {baseline}"),
+    "insertion": Measure("insertion", "insertion, {baseline}"),
+    "deletion_probability": Measure("deletion_probability", "deletion, {baseline}, probability"),
+    "insertion_probability": Measure("insertion_probability", "insertion, {baseline}, probability"),
+}
+AREAS = {
+    "deletion": Measure("deletion_area", "deletion area, {baseline}", "logits"),
+    "insertion": Measure("insertion_area", "insertion area, {baseline}", "logits"),
+    "deletion_probability": Measure(
+        "deletion_area_probability", "deletion area, {baseline}, probability", "probability"
+    ),
+    "insertion_probability": Measure(
+        "insertion_area_probability", "insertion area, {baseline}, probability", "probability"
+    ),
+}
+SCORE = Measure("score", "score, {baseline}", "logits")
+SCORE_PROBABILITY = Measure("score_probability", "score, {baseline}, probability", "probability")
+ZERO_VALUES = Measure("zero_values", "values that are 0", "share")
+TIED_VALUES = Measure("tied_values", "values that are tied", "share")
+BROKEN_MAPS = Measure("broken_maps", "maps that are no numbers", "share")
+RUN_DIFFERENCE = Measure("run_difference", "difference from the run's map", "relative")
+SLIDE_SCORE = Measure("slide_score", "slide, {order}", of="{label}")
+ANNOTATED_SHARE = Measure("annotated_share", "annotated share of the patch", "share", of="chance")
+AUROC = Measure("auroc", "auroc", "0 to 1", evidence="area under the ROC curve")
+PLAUSIBLE = {
+    name: AUROC if name == "auroc" else Measure(name, name, "0 to 1")
+    for name in ("pointing_game", "relevance_mass", "relevance_rank", "auroc", "iou")
+}
 
 
-def faithfulness(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
+def keys_of_map(name: str) -> Keys:
+    """The key of a map: a control, or else a method."""
+    return Keys(control=name) if name in CONTROLS else Keys(method=name)
+
+
+def faithfulness(gathered: Gathered, methods: Sequence[str]) -> tuple[Findings, list[Judged]]:
     """Curves, areas and scores of all maps; a verdict for each method."""
-    rows = Rows.of("faithfulness", gathered)
+    rows = Findings("faithfulness", gathered)
     judged = []
     for baseline in BASELINES:
         for name in gathered.names(f"faithfulness/{baseline}/", "/deletion"):
@@ -43,15 +77,16 @@ def faithfulness(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list
         verdict = _is_faithful(gathered, method)
         for name, found in verdict.evidence.items():
             assert isinstance(found, Comparison)
-            rows.keep_comparison(method, name, f"score, {MAIN}", "logits", found)
+            rows.add_comparison(SCORE, found, method=method, control=name, baseline=MAIN)
         p, found_something = _faithful_p(verdict)
-        judged.append(Judged("faithfulness", method, verdict, p, found_something))
+        keys = Keys(method=method, baseline=MAIN)
+        judged.append(Judged("faithfulness", method, verdict, p, found_something, (SCORE,), keys))
         for baseline in BASELINES[1:]:
             if f"faithfulness/{baseline}/{method}/deletion" in gathered:
                 pair = (score_of(gathered, baseline, name) for name in (method, RANDOM))
-                rows.compare(method, RANDOM, f"score, {baseline}", "logits", *pair)
+                rows.compare(SCORE, *pair, method=method, control=RANDOM, baseline=baseline)
     for other in methods[1:]:
-        rows.compare(methods[0], other, f"score, {MAIN}", "logits", scores[methods[0]], scores[other])
+        rows.compare(SCORE, scores[methods[0]], scores[other], method=methods[0], other_method=other, baseline=MAIN)
     _describe_maps(rows, methods)
     _removal(rows)
     return rows, judged
@@ -108,21 +143,22 @@ def _height(curves: Floats, fractions: tuple[float, ...], baseline: str) -> Floa
     return height
 
 
-def _curves_of(rows: Rows, baseline: str, name: str, interval: bool) -> None:
+def _curves_of(rows: Findings, baseline: str, name: str, interval: bool) -> None:
     start = f"faithfulness/{baseline}/{name}"
     gathered, fractions = rows.gathered, fractions_of(baseline)
+    keys = Keys(baseline=baseline, **keys_of_map(name))
     for way in ("deletion", "insertion"):
         axes = ("share of the pixels removed" if way == "deletion" else "share of the pixels kept", "logit")
         values = gathered[f"{start}/{way}"]
-        rows.curve(name, f"{way}, {baseline}", axes, fractions, values, interval and baseline == MAIN)
-        rows.estimate(name, f"{way} area, {baseline}", "logits", _height(values, fractions, baseline))
+        rows.curve(CURVES[way], axes, fractions, values, interval and baseline == MAIN, **keys)
+        rows.estimate(AREAS[way], _height(values, fractions, baseline), **keys)
         if f"{start}/{way}_probability" in gathered:
-            values = gathered[f"{start}/{way}_probability"]
-            rows.curve(name, f"{way}, {baseline}, probability", (axes[0], "probability"), fractions, values, False)
+            way = f"{way}_probability"
+            values = gathered[f"{start}/{way}"]
+            rows.curve(CURVES[way], (axes[0], "probability"), fractions, values, False, **keys)
             if baseline == MAIN:
-                area = _height(values, fractions, baseline)
-                rows.estimate(name, f"{way} area, {baseline}, probability", "probability", area)
-    rows.estimate(name, f"score, {baseline}", "logits", score_of(gathered, baseline, name))
+                rows.estimate(AREAS[way], _height(values, fractions, baseline), **keys)
+    rows.estimate(SCORE, score_of(gathered, baseline, name), **keys)
 
 
 def _faithful_p(verdict: Verdict) -> tuple[float, bool]:
@@ -136,20 +172,20 @@ def _faithful_p(verdict: Verdict) -> tuple[float, bool]:
     return (max(known) if known else float("nan")), True
 
 
-def _describe_maps(rows: Rows, methods: Sequence[str]) -> None:
+def _describe_maps(rows: Findings, methods: Sequence[str]) -> None:
     """Shares of a map's values that are 0, tied, or no number; and how far maps are from those of the run."""
     gathered = rows.gathered
     for method in methods:
         maps = gathered[f"map/{method}"].reshape(len(gathered.slides), -1)
         broken = ~np.isfinite(maps).all(axis=1)
         tied = 1 - np.array([len(np.unique(map_)) for map_ in maps]) / maps.shape[1]
-        rows.estimate(method, "values that are 0", "share", np.where(broken, np.nan, (maps == 0).mean(axis=1)))
-        rows.estimate(method, "values that are tied", "share", np.where(broken, np.nan, tied))
-        rows.estimate(method, "maps that are no numbers", "share", broken.astype(np.float64))
-        rows.estimate(method, "difference from the run's map", "relative", gathered[f"base/{method}/differs"])
+        rows.estimate(ZERO_VALUES, np.where(broken, np.nan, (maps == 0).mean(axis=1)), method=method)
+        rows.estimate(TIED_VALUES, np.where(broken, np.nan, tied), method=method)
+        rows.estimate(BROKEN_MAPS, broken.astype(np.float64), method=method)
+        rows.estimate(RUN_DIFFERENCE, gathered[f"base/{method}/differs"], method=method)
 
 
-def _removal(rows: Rows) -> None:
+def _removal(rows: Findings) -> None:
     """Means over slides of their scores as patches are taken away."""
     of_slides = rows.gathered.of_slides
     for name in sorted(of_slides):
@@ -158,22 +194,12 @@ def _removal(rows: Rows) -> None:
             label, order = "/".join(rest[:-1]), rest[-1]
             mean = np.mean(list(of_slides[name].values()), axis=0)
             axes = ("share of the slide's patches removed", f"mean probability of {label}")
-            rows.curves.append(
-                CurveRow(
-                    question="faithfulness",
-                    of=label,
-                    what=f"slide, {order}",
-                    x_name=axes[0],
-                    y_name=axes[1],
-                    x=list(REMOVED_FRACTIONS),
-                    y=mean.tolist(),
-                )
-            )
+            rows.add_curve(SLIDE_SCORE, axes, REMOVED_FRACTIONS, mean.tolist(), label=label, order=order)
 
 
-def plausibility(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
+def plausibility(gathered: Gathered, methods: Sequence[str]) -> tuple[Findings, list[Judged]]:
     """How well maps meet the annotation; a verdict for each method."""
-    rows = Rows.of("plausibility", gathered)
+    rows = Findings("plausibility", gathered)
     judged: list[Judged] = []
     names = gathered.names("plausibility/", "/auroc")
     if not names:
@@ -181,22 +207,15 @@ def plausibility(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list
     answered = np.isfinite(gathered[f"plausibility/{names[0]}/auroc"]) | np.isfinite(
         gathered[f"plausibility/{RANDOM}/auroc"]
     )
-    rows.estimate(
-        "chance", "annotated share of the patch", "share", np.where(answered, gathered["plausibility/chance"], np.nan)
-    )
+    rows.estimate(ANNOTATED_SHARE, np.where(answered, gathered["plausibility/chance"], np.nan))
     for name in names:
         for kind in gathered.names(f"plausibility/{name}/"):
-            rows.estimate(name, kind, "0 to 1", gathered[f"plausibility/{name}/{kind}"])
+            rows.estimate(PLAUSIBLE[kind], gathered[f"plausibility/{name}/{kind}"], **keys_of_map(name))
     for method in methods:
         area = gathered.estimate(gathered[f"plausibility/{method}/auroc"])
         if area.patches:
-            judged.append(Judged("plausibility", method, plausible(area), interval_p(area, CHANCE), True))
-        rows.compare(
-            method,
-            RANDOM,
-            "auroc",
-            "0 to 1",
-            gathered[f"plausibility/{method}/auroc"],
-            gathered[f"plausibility/{RANDOM}/auroc"],
-        )
+            p = interval_p(area, CHANCE)
+            judged.append(Judged("plausibility", method, plausible(area), p, True, (AUROC,), Keys(method=method)))
+        pair = (gathered[f"plausibility/{name}/auroc"] for name in (method, RANDOM))
+        rows.compare(AUROC, *pair, method=method, control=RANDOM)
     return rows, judged

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.audit.estimates import Estimate, estimate
-from wsi_gradcam.audit.gathered import Gathered, Rows
+from wsi_gradcam.audit.findings import Findings, Keys, Measure
 from wsi_gradcam.audit.judged import Judged, interval_p
 from wsi_gradcam.audit.measured import CHANGES, COPIES, ORDERS, STRONG_NOISE
 from wsi_gradcam.audit.verdict import MOST, STAYING, Verdict, depends_on_weights, has_learned, robust_to
@@ -18,34 +18,59 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from wsi_gradcam.audit.gathered import Gathered
+
     Floats = NDArray[np.float64]
 
+STAYING_MAPS = Measure("staying_maps", "maps that stay with random weights", "share")
+ANSWER_SPREAD = Measure("answer_spread", "spread of the answers", "logits", of="model")
+RANDOM_ANSWER_SPREAD = Measure(
+    "random_answer_spread",
+    "spread of the answers",
+    "logits",
+    of=COPIES,
+    evidence="spread of the answers with random weights",
+)
+RANDOMISED = {
+    name: Measure(name, f"{name}, {{order}}")
+    for name in ("spearman", "spearman_absolute", "ssim", "hog", "resembles", "constant", "complexity")
+}
+SMOOTHED = Measure("smoothed_spearman", "spearman with all weights random, of averaged maps", "correlation")
+CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{change}", f"{STRONG_NOISE} it")
+LOGIT_CHANGE = Measure("logit_change", "change of the logit", "logits", "{change}")
+MAP_CHANGE = Measure("map_change", "change of the map with {change}", "relative")
+MAP_CHANGE_RELATIVE = Measure(
+    "map_change_relative", "change of the map with {change}, over that to another patch", "ratio"
+)
+DISAGREEMENT = Measure(
+    "disagreement", "disagreement of overlapping patches, over the size of the map", "ratio", of="{label}"
+)
 CHANGE_WORDS = {"noise": "noise", "stain": "another stain", "jpeg": "JPEG compression", "shift": "a shift of the grid"}
 
 
-def sanity(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
+def sanity(gathered: Gathered, methods: Sequence[str]) -> tuple[Findings, list[Judged]]:
     """Likeness to maps of randomised models; a verdict for each method, and one on what the model has learned."""
-    rows = Rows.of("sanity", gathered)
+    rows = Findings("sanity", gathered)
     judged = _learned(rows)
     for name in gathered.names("sanity/", "/draws"):
         stays = _of_draws(gathered[f"sanity/{name}/draws"], gathered)
-        rows.keep(name, "maps that stay with random weights", "share", stays, draws=True)
+        rows.add(STAYING_MAPS, stays, draws=True, method=name)
         if name in methods:
-            p = interval_p(stays, STAYING)
-            judged.append(Judged("sanity", name, depends_on_weights(stays), p, True))
+            p, keys = interval_p(stays, STAYING), Keys(method=name)
+            judged.append(Judged("sanity", name, depends_on_weights(stays), p, True, (STAYING_MAPS,), keys))
     for method in methods:
         for order in ORDERS:
             for kind in gathered.names(f"sanity/{method}/{order}/"):
                 values = gathered[f"sanity/{method}/{order}/{kind}"]
                 x = (np.arange(values.shape[1]) + 1) / values.shape[1]
                 stage = "stage" if order == "independent" else "share of the layers that are random"
-                rows.curve(method, f"{kind}, {order}", (stage, kind), x.tolist(), values, False)
+                rows.curve(RANDOMISED[kind], (stage, kind), x.tolist(), values, False, method=method, order=order)
         if (name := f"sanity/{method}/smooth/spearman") in gathered:
-            rows.estimate(method, "spearman with all weights random, of averaged maps", "correlation", gathered[name])
+            rows.estimate(SMOOTHED, gathered[name], method=method)
     return rows, judged
 
 
-def _learned(rows: Rows) -> list[Judged]:
+def _learned(rows: Findings) -> list[Judged]:
     """Whether the model's answers tell these patches apart more than those of its random copies do."""
     gathered = rows.gathered
     if "sanity/answers" not in gathered:
@@ -54,10 +79,12 @@ def _learned(rows: Rows) -> list[Judged]:
     others = _spread_of_answers(np.moveaxis(gathered["sanity/answers"], 1, 0))
     patches, slides = len(gathered.slides), len(set(gathered.slides.tolist()))
     low, middle, high = np.quantile(others, [0.025, 0.5, 0.975]).tolist()
-    for of, value, least, most in (("model", float(own), math.nan, math.nan), (COPIES, middle, low, high)):
-        found = Estimate(value, least, most, patches, slides, 0, "patch")
-        rows.keep(of, "spread of the answers", "logits", found, draws=True)
-    return [Judged("sanity", "model", has_learned(float(own), others), math.nan, False)]
+    found = Estimate(float(own), math.nan, math.nan, patches, slides, 0, "patch")
+    rows.add(ANSWER_SPREAD, found, draws=True)
+    found = Estimate(middle, low, high, patches, slides, 0, "patch")
+    rows.add(RANDOM_ANSWER_SPREAD, found, draws=True, control="random_weights")
+    measures = (ANSWER_SPREAD, RANDOM_ANSWER_SPREAD)
+    return [Judged("sanity", "model", has_learned(float(own), others), math.nan, False, measures)]
 
 
 def _spread_of_answers(logits: Floats) -> Floats:
@@ -77,28 +104,23 @@ def _of_draws(stays: Floats, gathered: Gathered) -> Estimate:
     return estimate(stays.ravel(), numbers.ravel(), weights.ravel(), gathered.seed)
 
 
-def stability(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
+def stability(gathered: Gathered, methods: Sequence[str]) -> tuple[Findings, list[Judged]]:
     """How far maps and answers move; a verdict on maps for each method and change, on answers for each change."""
-    rows = Rows.of("stability", gathered)
+    rows = Findings("stability", gathered)
     judged = []
     for change in CHANGES:
         start = f"stability/{change}"
         if f"{start}/flips" not in gathered:
             continue
-        rows.estimate(change, "changed answers", "share", gathered[f"{start}/flips"])
-        rows.estimate(change, "change of the logit", "logits", gathered[f"{start}/logit_change"])
+        rows.estimate(CHANGED_ANSWERS, gathered[f"{start}/flips"], change=change)
+        rows.estimate(LOGIT_CHANGE, gathered[f"{start}/logit_change"], change=change)
         control = f"stability/{STRONG_NOISE} {change}"
         if f"{control}/flips" in gathered:
-            flips = rows.compare(
-                change,
-                f"{STRONG_NOISE} it",
-                "changed answers",
-                "share",
-                gathered[f"{start}/flips"],
-                gathered[f"{control}/flips"],
-            )
+            pair = (gathered[f"{name}/flips"] for name in (start, control))
+            flips = rows.compare(CHANGED_ANSWERS, *pair, change=change, control="equal_noise")
             verdict = robust_to(CHANGE_WORDS[change], flips, "noise as strong")
-            judged.append(Judged("stability", change, verdict, flips.p, verdict.outcome == "fails"))
+            found, keys = verdict.outcome == "fails", Keys(change=change)
+            judged.append(Judged("stability", change, verdict, flips.p, found, (CHANGED_ANSWERS,), keys))
     for method in methods:
         for change in (*CHANGES, "shift"):
             if f"stability/{change}/{method}/map_change" in gathered:
@@ -106,17 +128,18 @@ def stability(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Ju
     return rows, judged
 
 
-def _steady(rows: Rows, method: str, change: str) -> list[Judged]:
+def _steady(rows: Findings, method: str, change: str) -> list[Judged]:
     gathered = rows.gathered
     moved = gathered[f"stability/{change}/{method}/map_change"]
-    rows.estimate(method, f"change of the map with {change}", "relative", moved)
+    keys = Keys(method=method, change=change)
+    rows.estimate(MAP_CHANGE, moved, **keys)
     if change == "shift":  # another part of the tissue is seen: there is no bound to hold it to
         return []
     other = gathered[f"stability/{change}/{method}/other_patch"]
     share = np.divide(moved, other, out=np.full(len(moved), np.nan), where=np.isfinite(other) & (other > 0))
-    found = rows.estimate(method, f"change of the map with {change}, over that to another patch", "ratio", share)
-    verdict = steady(CHANGE_WORDS[change], found)
-    return [Judged("stability", f"{method}, {change}", verdict, interval_p(found, MOST), True)]
+    found = rows.estimate(MAP_CHANGE_RELATIVE, share, **keys)
+    verdict, p = steady(CHANGE_WORDS[change], found), interval_p(found, MOST)
+    return [Judged("stability", f"{method}, {change}", verdict, p, True, (MAP_CHANGE_RELATIVE,), keys)]
 
 
 def steady(change: str, share: Estimate) -> Verdict:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.audit.estimates import Estimate, across, estimate
-from wsi_gradcam.audit.gathered import Gathered, Rows
+from wsi_gradcam.audit.findings import Findings, Keys, Measure
 from wsi_gradcam.audit.judged import Judged, interval_p
 from wsi_gradcam.audit.measured import INTEGRATED, STEPS
 from wsi_gradcam.audit.measures.suspects import in_words
@@ -19,105 +19,122 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-ATTRIBUTION, SHARE_OF_AREA = "positive attribution on it", "its share of the area"  # of a suspect
-GLASS_CALLED = "patches of bare glass called so"
-LEAKY = "likeness to the map with a leaky backward"
+    from wsi_gradcam.audit.gathered import Gathered
+
+WORTH = Measure("worth", "worth of the promise", "-1 to 1")
+REACH = Measure("reach", "reach of the promise", "of the patch's contrast")
+STEPS_ALONG = {name: Measure(name, name) for name in ("promised", "actual")}
+INFIDELITY = Measure("infidelity", "infidelity, best scaled", "logits²")
+NO_PROMISE = Measure("infidelity_of_nothing", "infidelity of promising nothing", "logits²")
+LIKE_INTEGRATED = Measure("like_integrated_gradients", "likeness to Integrated Gradients", "rank correlation")
+COMPLETENESS_GAP = Measure("completeness_gap", "gap of completeness", "logits")
+COMPLETENESS_SUM = Measure("completeness_sum", "what its values should sum to", "logits")
+SATURATED = Measure("saturated", "patches with a saturated probability", "share", of="model")
+SILENT = Measure("silent", "patches without any gradient", "share", of="model")
+GRADIENT_RATIO = Measure("gradient_ratio", "gradient of the probability over that of the logit", "ratio", of="model")
+DEAD_CHANNELS = Measure("dead_channels", "dead channels of a patch", "share", of="model")
+LEAKY = Measure("like_leaky", "likeness to the map with a leaky backward", "rank correlation")
+SHOWN = Measure("suspect_shown", "patches that show it", "share", of="{suspect}")
+AREA = Measure("suspect_area", "its share of the area", "share", of="{suspect}")
+ATTRIBUTION = Measure(
+    "attribution_on_suspect", "positive attribution on it", "share", of="{suspect}, {method}", against=AREA.what
+)
+HIDDEN = {
+    "size": Measure("logit_change", "change of the logit", "logits", "{suspect}", "as much elsewhere"),
+    "flips": Measure("changed_answers", "changed answers", "share", "{suspect}", "as much elsewhere"),
+}
+GLASS_CALLED = Measure(
+    "glass_called",
+    "patches of bare glass called so",
+    "share",
+    of="glass, {label}",
+    evidence="patches of bare glass called {label}",
+)
 
 
-def locality(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
+def locality(gathered: Gathered, methods: Sequence[str]) -> tuple[Findings, list[Judged]]:
     """What finite steps do against what the gradient promises; a verdict for each method."""
-    rows = Rows.of("locality", gathered)
+    rows = Findings("locality", gathered)
     judged = []
     for method in methods:
         start = f"locality/{method}"
         if f"{start}/worth" not in gathered:
             continue
-        worth = rows.estimate(method, "worth of the promise", "-1 to 1", gathered[f"{start}/worth"])
-        judged.append(Judged("locality", method, promises_kept(worth), interval_p(worth, 0.0), True))
-        rows.estimate(method, "reach of the promise", "of the patch's contrast", gathered[f"{start}/reach"])
-        for part in ("promised", "actual"):
+        keys = Keys(method=method)
+        worth = rows.estimate(WORTH, gathered[f"{start}/worth"], **keys)
+        judged.append(Judged("locality", method, promises_kept(worth), interval_p(worth, 0.0), True, (WORTH,), keys))
+        rows.estimate(REACH, gathered[f"{start}/reach"], **keys)
+        for part, measure in STEPS_ALONG.items():
             axes = ("step along the map", "change of the logit")
-            rows.curve(method, part, axes, STEPS, gathered[f"{start}/{part}"], True)
-        rows.estimate(method, "infidelity, best scaled", "logits²", gathered[f"{start}/infidelity"])
-        rows.estimate(method, "infidelity of promising nothing", "logits²", gathered[f"{start}/moved"])
+            rows.curve(measure, axes, STEPS, gathered[f"{start}/{part}"], True, **keys)
+        rows.estimate(INFIDELITY, gathered[f"{start}/infidelity"], **keys)
+        rows.estimate(NO_PROMISE, gathered[f"{start}/moved"], **keys)
         if f"{start}/like_integrated_gradients" in gathered:
-            likeness = gathered[f"{start}/like_integrated_gradients"]
-            rows.estimate(method, "likeness to Integrated Gradients", "rank correlation", likeness)
+            rows.estimate(LIKE_INTEGRATED, gathered[f"{start}/like_integrated_gradients"], **keys)
     if f"locality/{INTEGRATED}/completeness_gap" in gathered:
         gap = np.abs(gathered[f"locality/{INTEGRATED}/completeness_gap"])
-        rows.estimate(INTEGRATED, "gap of completeness", "logits", gap)
+        rows.estimate(COMPLETENESS_GAP, gap, method=INTEGRATED)
         change = np.abs(gathered[f"locality/{INTEGRATED}/score_change"])
-        rows.estimate(INTEGRATED, "what its values should sum to", "logits", change)
+        rows.estimate(COMPLETENESS_SUM, change, method=INTEGRATED)
     return rows, judged
 
 
-def saturation(gathered: Gathered, methods: Sequence[str]) -> tuple[Rows, list[Judged]]:
+def saturation(gathered: Gathered, methods: Sequence[str]) -> tuple[Findings, list[Judged]]:
     """Where gradients are blind; one verdict."""
-    rows = Rows.of("saturation", gathered)
+    rows = Findings("saturation", gathered)
     if "saturation/saturated" not in gathered:
         return rows, []
-    saturated = rows.estimate(
-        "model", "patches with a saturated probability", "share", gathered["saturation/saturated"]
-    )
-    silent = rows.estimate("model", "patches without any gradient", "share", gathered["saturation/silent"])
-    ratio = gathered["saturation/gradient_ratio"]
-    rows.estimate("model", "gradient of the probability over that of the logit", "ratio", ratio)
-    rows.estimate("model", "dead channels of a patch", "share", gathered["saturation/dead_share"])
+    saturated = rows.estimate(SATURATED, gathered["saturation/saturated"])
+    silent = rows.estimate(SILENT, gathered["saturation/silent"])
+    rows.estimate(GRADIENT_RATIO, gathered["saturation/gradient_ratio"])
+    rows.estimate(DEAD_CHANNELS, gathered["saturation/dead_share"])
     for method in methods:
         if f"saturation/{method}/like_leaky" in gathered:
-            likeness = gathered[f"saturation/{method}/like_leaky"]
-            rows.estimate(method, LEAKY, "rank correlation", likeness)
+            rows.estimate(LEAKY, gathered[f"saturation/{method}/like_leaky"], method=method)
     worse = max((saturated, silent), key=lambda found: found.value)
     verdict = not_saturated(saturated, silent)
-    return rows, [Judged("saturation", "model", verdict, interval_p(worse, MOST), True)]
+    return rows, [Judged("saturation", "model", verdict, interval_p(worse, MOST), True, (SATURATED, SILENT))]
 
 
 def shortcuts(
     gathered: Gathered, methods: Sequence[str], classes: Sequence[str], positive: str
-) -> tuple[Rows, list[Judged]]:
+) -> tuple[Findings, list[Judged]]:
     """What hiding suspects does, and what bare glass is called; verdicts on suspects, and on the class `positive`."""
-    rows = Rows.of("shortcuts", gathered)
+    rows = Findings("shortcuts", gathered)
     judged = []
     for suspect in gathered.names("shortcuts/", "/share"):
         start = f"shortcuts/{suspect}"
         shown = (gathered[f"{start}/share"] > 0).astype(np.float64)
-        rows.estimate(
-            suspect, "patches that show it", "share", np.where(np.isnan(gathered[f"{start}/share"]), np.nan, shown)
-        )
+        known = np.where(np.isnan(gathered[f"{start}/share"]), np.nan, shown)
+        rows.estimate(SHOWN, known, suspect=suspect)
         area = gathered.only(shown == 1)
-        rows.keep(suspect, SHARE_OF_AREA, "share", area.estimate(area[f"{start}/area"]))
+        rows.add(AREA, area.estimate(area[f"{start}/area"]), suspect=suspect)
         for method in methods:
-            mass = rows.estimate(f"{suspect}, {method}", ATTRIBUTION, "share", gathered[f"{start}/{method}/mass"])
+            on_it = gathered[f"{start}/{method}/mass"]
+            mass = rows.estimate(ATTRIBUTION, on_it, suspect=suspect, method=method)
             if mass.patches:
-                rows.compare(
-                    f"{suspect}, {method}",
-                    SHARE_OF_AREA,
-                    ATTRIBUTION,
-                    "share",
-                    gathered[f"{start}/{method}/mass"],
-                    gathered[f"{start}/area"],
-                )
+                chance = gathered[f"{start}/area"]
+                rows.compare(ATTRIBUTION, on_it, chance, suspect=suspect, method=method, control="share_of_area")
         if f"{start}/size" not in gathered:
             continue
-        pairs = {"size": ("change of the logit", "logits"), "flips": ("changed answers", "share")}
         drop, flips = (
             rows.compare(
-                suspect,
-                "as much elsewhere",
-                what,
-                unit,
+                measure,
                 gathered[f"{start}/{kind}"],
                 gathered[f"{start}/control_{kind}"],
+                suspect=suspect,
+                control="equal_area",
             )
-            for kind, (what, unit) in pairs.items()
+            for kind, measure in HIDDEN.items()
         )
         if drop.difference.patches:
             verdict = free_of(in_words(suspect), drop, flips)
-            judged.append(Judged("shortcuts", suspect, verdict, flips.p, verdict.outcome == "fails"))
+            found, measures = verdict.outcome == "fails", tuple(HIDDEN.values())
+            judged.append(Judged("shortcuts", suspect, verdict, flips.p, found, measures, Keys(suspect=suspect)))
     return rows, judged + _glass(rows, classes, positive)
 
 
-def _glass(rows: Rows, classes: Sequence[str], positive: str) -> list[Judged]:
+def _glass(rows: Findings, classes: Sequence[str], positive: str) -> list[Judged]:
     """What the slides' bare glass is called, in the mean over slides."""
     by_slide = rows.gathered.of_slides.get("slide/glass_called", {})
     if not by_slide:
@@ -127,9 +144,10 @@ def _glass(rows: Rows, classes: Sequence[str], positive: str) -> list[Judged]:
     for number, label in enumerate(classes):
         values = np.array([by_slide[name][number] for name in names], np.float64)
         called = _of_slides(values, names, rows.gathered.seed)
-        rows.keep(f"glass, {label}", GLASS_CALLED, "share", called)
+        rows.add(GLASS_CALLED, called, label=label)
         if label == positive:
-            judged.append(Judged("shortcuts", "glass alone", quiet_on_glass(label, called), float("nan"), True))
+            verdict, keys = quiet_on_glass(label, called), Keys(label=label)
+            judged.append(Judged("shortcuts", "glass alone", verdict, float("nan"), True, (GLASS_CALLED,), keys))
     return judged
 
 
@@ -138,12 +156,14 @@ def _of_slides(values: NDArray[np.float64], names: Sequence[str], seed: int) -> 
 
 
 def strata(
-    gathered: Gathered, numbers: Mapping[str, NDArray[np.float64]], groups: Mapping[str, Mapping[str, str]]
+    gathered: Gathered,
+    numbers: Sequence[tuple[str, Measure, Keys, NDArray[np.float64]]],
+    groups: Mapping[str, Mapping[str, str]],
 ) -> list[StrataRow]:
     """Whether numbers of the patches differ by what is told of their slides.
 
     Args:
-        numbers: [N] by (method, measure) as "METHOD/MEASURE".
+        numbers: [N] each, with their question, measure and keys.
         groups: what is told, such as "site", by slide id; slides of which nothing is told are left out.
     """
     found = []
@@ -153,9 +173,18 @@ def strata(
         names = sorted(set(group[known].tolist()))
         if len(names) < 2:
             continue
-        for key, values in numbers.items():
-            of, _, what = key.partition("/")
+        for question, measure, keys, values in numbers:
             means = {name: gathered.only(group == name).estimate(values[group == name]).value for name in names}
             p = across(values[known], group[known], gathered.slides[known])
-            found.append(StrataRow(by=by, of=of, what=what, groups=means, p=p))
+            found.append(
+                StrataRow(
+                    question=question,
+                    measure=measure.name,
+                    **keys,
+                    **measure.texts(keys),
+                    by=by,
+                    groups=means,
+                    p=p,
+                )
+            )
     return found

@@ -13,6 +13,7 @@ from wsi_gradcam.audit import judging_faithfulness as of_faith
 from wsi_gradcam.audit import judging_maps as of_maps
 from wsi_gradcam.audit import judging_model as of_model
 from wsi_gradcam.audit.estimates import estimate
+from wsi_gradcam.audit.findings import Keys, Measure
 from wsi_gradcam.audit.judged import Judged, corrected
 from wsi_gradcam.audit.measured import EXPENSIVE, GUIDED, MAIN
 from wsi_gradcam.audit.plan import QUESTIONS
@@ -24,9 +25,13 @@ from wsi_gradcam.results.run_files import versions
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from wsi_gradcam.audit.gathered import Gathered, Rows
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.audit.findings import Findings
+    from wsi_gradcam.audit.gathered import Gathered
     from wsi_gradcam.audit.plan import AuditPlan
 
+PROBABILITY = Measure("probability", "probability of the explained class", of="model")
 # What is said of a question of which no number came.
 WHY_NOT = {
     "plausibility": "no patch of the sample is partly annotated; give --annotations",
@@ -55,7 +60,7 @@ class About:
 def metrics_of(gathered: Gathered, plan: AuditPlan, about: About, slide: str = "") -> Metrics:
     """The metrics of the archive, or of a `slide` whose patches alone are in `gathered`."""
     methods = list(plan.settings.method)
-    sections: list[tuple[Rows, list[Judged]]] = []
+    sections: list[tuple[Findings, list[Judged]]] = []
     untested: list[UntestedRow] = []
     readable = gathered.only(gathered["base/readable"] == 1)
     deep = readable.only(readable["base/deep"] == 1)
@@ -140,7 +145,7 @@ def run_facts(plan: AuditPlan) -> RunFacts:
     )
 
 
-def _spread(rows: Rows, about: About, slide: str) -> None:
+def _spread(rows: Findings, about: About, slide: str) -> None:
     """Where overlapping patches disagree, over the size of the map, in the mean over slides."""
     slides = [slide] if slide in about.spreads else sorted(about.spreads)
     for label in about.spreads[slides[0]] if slides else ():
@@ -148,7 +153,7 @@ def _spread(rows: Rows, about: About, slide: str) -> None:
         shares = [_over(pair["spread"], pair["size"]) for pair in pairs]
         ids = np.array(slides, object).astype(np.str_)
         found = estimate(np.array(shares), ids, None, rows.gathered.seed)
-        rows.keep(label, "disagreement of overlapping patches, over the size of the map", "ratio", found)
+        rows.add(of_maps.DISAGREEMENT, found, label=label)
 
 
 def _over(first: float | None, second: float | None) -> float:
@@ -188,16 +193,18 @@ def _quadrants(gathered: Gathered, verdicts: Sequence[VerdictRow], methods: Sequ
     return found
 
 
-def _numbers_by_method(gathered: Gathered, plan: AuditPlan) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+def _numbers_by_method(gathered: Gathered, plan: AuditPlan) -> list[tuple[str, Measure, Keys, NDArray[np.float64]]]:
     """What is compared between sites and scanners."""
-    found = {}
+    found: list[tuple[str, Measure, Keys, NDArray[np.float64]]] = []
     for method in plan.settings.method:
         if plan.audit.asks("faithfulness"):
-            found[f"{method}/score, {MAIN}"] = of_faith.score_of(gathered, MAIN, method)
+            score = of_faith.score_of(gathered, MAIN, method)
+            found.append(("faithfulness", of_faith.SCORE, Keys(method=method, baseline=MAIN), score))
         if f"plausibility/{method}/auroc" in gathered:
-            found[f"{method}/auroc"] = np.asarray(gathered[f"plausibility/{method}/auroc"], np.float64)
+            auroc = np.asarray(gathered[f"plausibility/{method}/auroc"], np.float64)
+            found.append(("plausibility", of_faith.AUROC, Keys(method=method), auroc))
     if "base/probability" in gathered:
-        found["model/probability of the explained class"] = np.asarray(gathered["base/probability"], np.float64)
+        found.append(("", PROBABILITY, Keys(), np.asarray(gathered["base/probability"], np.float64)))
     return found
 
 

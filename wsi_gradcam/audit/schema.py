@@ -28,20 +28,47 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class EstimateRow(_Strict):
-    """A weighted mean over patches, with its 95 % interval from a bootstrap.
+class Keyed(_Strict):
+    """What a row is about, for programs; null where it does not apply. The row's other texts are for display alone.
 
     Attributes:
         question: of the audit.
+        method: whose map it is of.
+        control: what knows nothing of the model, and stands in for the map or beside it: `random`, `edges`, `constant`,
+            `centre`, `probability`; `random_weights`, `equal_noise`, `equal_area`, `share_of_area`.
+        other_method: that the method is compared with.
+        baseline: what fills the gaps: `mean`, `blur`, `background`, `road`.
+        change: of the patch, such as `stain`.
+        suspect: region that should not decide, such as `pen`.
+        label: of a class or target.
+        order: in which weights become random, or patches are taken away.
+    """
+
+    question: str
+    method: str | None = None
+    control: str | None = None
+    other_method: str | None = None
+    baseline: str | None = None
+    change: str | None = None
+    suspect: str | None = None
+    label: str | None = None
+    order: str | None = None
+
+
+class EstimateRow(Keyed):
+    """A weighted mean over patches, with its 95 % interval from a bootstrap.
+
+    Attributes:
+        measure: its stable name.
         of: method, control, suspect or change that it is of.
-        what: the measure.
+        what: the measure in words.
         unit: of value, low and high.
         patches, slides: that count.
         missing: patches without a number.
         resampled: slides, or patches where there are fewer than six slides; for random weights, their draws.
     """
 
-    question: str
+    measure: str
     of: str
     what: str
     unit: str
@@ -54,16 +81,17 @@ class EstimateRow(_Strict):
     resampled: Literal["slide", "patch", "draw"]
 
 
-class ComparisonRow(_Strict):
+class ComparisonRow(Keyed):
     """Two numbers of the same patches: the difference with its interval, p, effect, and how often the first is larger.
 
     Attributes:
+        measure: its stable name.
         p: two-sided, of a test that flips signs; not corrected for being one of many.
         effect: mean over standard deviation of the differences (Cohen's d of pairs).
         better: share of the patches where the first is larger; ties count half.
     """
 
-    question: str
+    measure: str
     of: str
     against: str
     what: str
@@ -78,10 +106,10 @@ class ComparisonRow(_Strict):
     slides: int
 
 
-class CurveRow(_Strict):
-    """A mean curve over patches, or over slides."""
+class CurveRow(Keyed):
+    """A mean curve over patches, or over slides; `measure` is its stable name."""
 
-    question: str
+    measure: str
     of: str
     what: str
     x_name: str
@@ -92,19 +120,19 @@ class CurveRow(_Strict):
     high: list[Number] | None = None
 
 
-class VerdictRow(_Strict):
+class VerdictRow(Keyed):
     """An answer in plain words.
 
     Attributes:
-        question: one of the audit's seven.
+        measures: stable names of the numbers it rests on; of rows with the same method, baseline, change and suspect.
         of: the method, suspect or change that it is about.
         asked: the question as a reader would ask it.
         p, p_adjusted: of the test behind it, and corrected over all verdicts (Holm); null where the verdict rests on
             finding nothing.
-        evidence: the measures it rests on.
+        evidence: the same numbers in words.
     """
 
-    question: str
+    measures: list[str]
     of: str
     asked: str
     outcome: Literal["holds", "fails", "unclear"]
@@ -131,9 +159,10 @@ class UntestedRow(_Strict):
     why: Text
 
 
-class StrataRow(_Strict):
+class StrataRow(Keyed):
     """Whether a number differs between sites, scanners, labels or classes: p of Kruskal and Wallis' test."""
 
+    measure: str
     by: str
     of: str
     what: str

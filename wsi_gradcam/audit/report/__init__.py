@@ -140,6 +140,7 @@ def _patch_curves(example: Example) -> str:
         rows = [
             CurveRow(
                 question="faithfulness",
+                measure=way,
                 of=name,
                 what=way,
                 x_name="share of the pixels",

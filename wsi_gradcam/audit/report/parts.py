@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from wsi_gradcam.audit.judging_faithfulness import AUROC, SCORE
+from wsi_gradcam.audit.judging_maps import RANDOM_ANSWER_SPREAD
 from wsi_gradcam.audit.judging_model import GLASS_CALLED, LEAKY
-from wsi_gradcam.audit.measured import CONTROLS, COPIES
 from wsi_gradcam.audit.report.numbers import difference, number, p_text, value
-from wsi_gradcam.audit.report.question_figures import MAIN_SCORE, figures_of, is_control
+from wsi_gradcam.audit.report.question_figures import figures_of, is_control
 from wsi_gradcam.audit.report.words import OUTCOMES, STATES, WORDS, named
 from wsi_gradcam.audit.verdict import QUADRANTS
 from wsi_gradcam.pages.parts import Html, paragraph, table, text
@@ -44,62 +45,34 @@ def _verdict(metrics: Metrics, verdict: VerdictRow) -> str:
 
 
 def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
-    """The numbers that a verdict rests on, and its p."""
-    found = []
-    for row in metrics.comparisons:
-        if row.question != verdict.question or row.of != verdict.of:
-            continue
-        if row.what == MAIN_SCORE and row.against in CONTROLS:
-            found.append(f"against {named(row.against)}: {difference(row)}")
-        elif row.what in verdict.evidence:
-            found.append(f"{_what(row)}, against {named(row.against)}: {difference(row)}")
-    found += [f"{_what(row)}: {value(row)}" for row in _backing(metrics, verdict)]
+    """The comparisons that a verdict rests on, or else the estimates; and its p."""
+    found = [
+        f"against {named(row.against)}: {difference(row)}"
+        if row.measure == SCORE.name
+        else f"{_called(row)}, against {named(row.against)}: {difference(row)}"
+        for row in metrics.comparisons
+        if row.control is not None and _backs(row, verdict)
+    ]
+    found = found or [f"{_called(row)}: {value(row)}" for row in metrics.estimates if _backs(row, verdict)]
     return [
         *found,
         *([] if verdict.p_adjusted is None else [f"{p_text(verdict.p_adjusted)}, corrected for all verdicts"]),
     ]
 
 
-def _what(row: EstimateRow | ComparisonRow) -> str:
+NAMED_OTHERWISE = {measure.name: measure for measure in (AUROC, RANDOM_ANSWER_SPREAD, GLASS_CALLED)}
+
+
+def _called(row: EstimateRow | ComparisonRow) -> str:
     """What a number says, where the verdict's own words do not tell of whom."""
-    if row.of == COPIES:
-        return f"{row.what} with random weights"
-    if row.what == "auroc":
-        return "area under the ROC curve"
-    if row.what == GLASS_CALLED:
-        return f"{row.what.removesuffix('so')}{row.of.removeprefix('glass, ')}"
-    return row.what
+    other = NAMED_OTHERWISE.get(row.measure)
+    return row.what if other is None else other.evidence_of(row)
 
 
-BACKING = {
-    "sanity": ("maps that stay with random weights", "spread of the answers"),
-    "locality": ("worth of the promise",),
-    "plausibility": ("auroc",),
-    "saturation": ("patches with a saturated probability", "patches without any gradient"),
-    "shortcuts": (GLASS_CALLED,),
-}
-
-
-def _backing(metrics: Metrics, verdict: VerdictRow) -> list[EstimateRow]:
-    return [row for row in metrics.estimates if _backs(row, verdict)]
-
-
-def _backs(row: EstimateRow, verdict: VerdictRow) -> bool:
-    """Whether an estimate is what a verdict rests on."""
-    if row.question != verdict.question:
-        return False
-    if verdict.question == "stability":
-        method, _, change = verdict.of.partition(", ")
-        return (
-            bool(change)
-            and row.of == method
-            and row.what == f"change of the map with {change}, over that to another patch"
-        )
-    if row.of == COPIES:
-        return verdict.of == "model"
-    if verdict.of == "glass alone":
-        return row.what in BACKING["shortcuts"]
-    return row.of == verdict.of and row.what in BACKING.get(verdict.question, ())
+def _backs(row: EstimateRow | ComparisonRow, verdict: VerdictRow) -> bool:
+    """Whether a number is what a verdict rests on."""
+    keys = ("question", "method", "baseline", "change", "suspect")
+    return row.measure in verdict.measures and all(getattr(row, key) == getattr(verdict, key) for key in keys)
 
 
 def square(quadrants: Sequence[QuadrantRow]) -> str:
@@ -149,7 +122,7 @@ def _leaks(estimates: Sequence[EstimateRow]) -> list[str]:
     """What the map with a leaky backward says, in words."""
     said = []
     for row in estimates:
-        if row.what == LEAKY and row.value is not None:
+        if row.measure == LEAKY.name and row.value is not None:
             like = f"The map of {named(row.of)} with a leaky backward (rank correlation {row.value:.2f})"
             bites = row.value < LIKE
             said.append(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.judging_model import ATTRIBUTION, SHARE_OF_AREA
+from wsi_gradcam.audit.judging_faithfulness import AUROC, CURVES, SCORE, SLIDE_SCORE
+from wsi_gradcam.audit.judging_maps import MAP_CHANGE_RELATIVE, RANDOMISED, STAYING_MAPS
+from wsi_gradcam.audit.judging_model import AREA, ATTRIBUTION
 from wsi_gradcam.audit.measured import CONTROLS, GUIDED, MAIN
 from wsi_gradcam.audit.measures.likeness import LEVEL
 from wsi_gradcam.audit.measures.suspects import in_words
@@ -16,8 +18,6 @@ from wsi_gradcam.audit.verdict import STAYING
 if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import CurveRow, EstimateRow, Metrics
     from wsi_gradcam.pages.parts import Html
-
-MAIN_SCORE = f"score, {MAIN}"
 
 
 def figures_of(metrics: Metrics, question: str) -> list[Html]:
@@ -34,9 +34,9 @@ def figures_of(metrics: Metrics, question: str) -> list[Html]:
         return [curves_figure(panels, said, reference=0.0, named_reference="no change (control)")]
     if question == "stability":
         rows = [
-            (f"{named(r.of)}: {named(r.what.split(' with ')[1].split(',')[0])}", r)
+            (f"{named(r.of)}: {named(r.change or '')}", r)
             for r in metrics.estimates
-            if r.what.endswith("another patch")
+            if r.measure == MAP_CHANGE_RELATIVE.name
         ]
         return (
             [intervals_figure(rows, 0.5, "change of the map; 1 is as far as another patch's", "How far maps move", 0.0)]
@@ -44,7 +44,7 @@ def figures_of(metrics: Metrics, question: str) -> list[Html]:
             else []
         )
     if question == "plausibility":
-        rows = [(named(r.of), r) for r in metrics.estimates if r.question == question and r.what == "auroc"]
+        rows = [(named(r.of), r) for r in metrics.estimates if r.question == question and r.measure == AUROC.name]
         return (
             [intervals_figure(rows, 0.5, "area under the ROC curve; chance is 0.5", "How well maps meet annotations")]
             if rows
@@ -59,25 +59,27 @@ def figures_of(metrics: Metrics, question: str) -> list[Html]:
 
 def _faithfulness_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
     found = []
-    for kind, name in (("", "logits"), (", probability", "probabilities")):
+    main = [row for row in curves if row.baseline == MAIN]
+    for kind, name in (("", "logits"), ("_probability", "probabilities")):
         ways = [
-            (way, [row for row in curves if row.what == f"{way}, {MAIN}{kind}"]) for way in ("deletion", "insertion")
+            (way, [row for row in main if row.measure == CURVES[f"{way}{kind}"].name])
+            for way in ("deletion", "insertion")
         ]
         if any(rows for _, rows in ways):
             panels = [(f"{way}: {'lower' if way == 'deletion' else 'higher'} is better", rows) for way, rows in ways]
             found.append(
                 curves_figure(panels, f"Mean curves of deletion and insertion in {name}, all maps and controls")
             )
-    scores = [r for r in metrics.estimates if r.question == "faithfulness" and r.what == MAIN_SCORE]
+    scores = [r for r in metrics.estimates if r.measure == SCORE.name and r.baseline == MAIN]
     rows = [(named(row.of), row) for row in sorted(scores, key=is_control)]
     if rows:
         found.append(
             intervals_figure(rows, 0.0, "(insertion − deletion) / 2, in logits", "Scores of all maps and controls")
         )
-    slides = [row for row in curves if row.what.startswith("slide, ")]
+    slides = [row for row in curves if row.measure == SLIDE_SCORE.name]
     if slides:
-        labels = list(dict.fromkeys(row.of for row in slides))
-        panels = [(f"slide score: {label}", [_ordered(r) for r in slides if r.of == label]) for label in labels[:3]]
+        labels = list(dict.fromkeys(row.label for row in slides))
+        panels = [(f"slide score: {label}", [_ordered(r) for r in slides if r.label == label]) for label in labels[:3]]
         found.append(
             curves_figure(
                 panels, "Scores of slides as patches are taken away, most or least relevant first, or at random"
@@ -91,18 +93,18 @@ def attribution_rows(metrics: Metrics) -> list[tuple[str, EstimateRow]]:
     found = []
     for row in metrics.estimates:
         if row.question == "shortcuts" and row.value is not None:
-            if row.what == SHARE_OF_AREA:
-                found.append((f"{in_words(row.of)}: its area (control)", row))
-            elif row.what == ATTRIBUTION:
-                suspect, _, method = row.of.partition(", ")
-                found.append((f"{in_words(suspect)}: {named(method)}", row))
+            suspect = in_words(row.suspect or "")
+            if row.measure == AREA.name:
+                found.append((f"{suspect}: its area (control)", row))
+            elif row.measure == ATTRIBUTION.name:
+                found.append((f"{suspect}: {named(row.method or '')}", row))
     return found
 
 
 def _ordered(row: CurveRow) -> CurveRow:
     """A slide's curve, named by the order in which patches are taken away."""
-    order = row.what.removeprefix("slide, ")
-    return row.model_copy(update={"of": RANDOMLY if order == "random" else f"{order} relevant first", "what": ""})
+    of = RANDOMLY if row.order == "random" else f"{row.order} relevant first"
+    return row.model_copy(update={"of": of, "what": ""})
 
 
 def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
@@ -112,13 +114,17 @@ def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
         ("spearman", "how the maps' ranks agree with the first map", "rank correlation", 0.0),
         ("resembles", "maps like the first, more than 95 % of its permutations", "share of the patches", 1 - LEVEL),
     ):
-        lines = [row.model_copy(update={"y_name": name}) for row in curves if row.what == f"{kind}, top_down"]
+        lines = [
+            row.model_copy(update={"y_name": name})
+            for row in curves
+            if row.measure == RANDOMISED[kind].name and row.order == "top_down"
+        ]
         if lines:
             found.append(curves_figure([(title, lines)], f"{said}: {title}", reference=chance))
     rows = [
-        (f"{named(row.of)} (should fail)" if row.of == GUIDED else named(row.of), row)
+        (f"{named(row.of)} (should fail)" if row.method == GUIDED else named(row.of), row)
         for row in metrics.estimates
-        if row.what == "maps that stay with random weights"
+        if row.measure == STAYING_MAPS.name
     ]
     if rows:
         axis = "share of maps that stay, less those that turn into their opposite"
@@ -128,4 +134,4 @@ def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
 
 def is_control(row: EstimateRow) -> bool:
     """Whether it is of a map that knows nothing of the model."""
-    return row.of in CONTROLS
+    return row.control in CONTROLS
