@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import escape
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,11 +15,9 @@ from wsi_gradcam.audit.judging_faithfulness import CURVES, SCORE, keys_of_map
 from wsi_gradcam.audit.judging_model import AREA, ATTRIBUTION, LEAKY
 from wsi_gradcam.audit.measured import CONTROLS, CURVE_FRACTIONS
 from wsi_gradcam.audit.plan import QUESTIONS
-from wsi_gradcam.audit.report import Example, archive_page, examples_of, slide_page
 from wsi_gradcam.audit.report.figures import curves_figure, intervals_figure
-from wsi_gradcam.audit.report.numbers import difference, p_text, value
-from wsi_gradcam.audit.report.parts import square
-from wsi_gradcam.audit.report.pictures import legend, overlay, scale_of
+from wsi_gradcam.audit.report.page import archive_page, difference, p_text, slide_page, square, undecided, value
+from wsi_gradcam.audit.report.pictures import Example, colour_scale, examples_of, overlay, scale_of
 from wsi_gradcam.audit.report.question_figures import attribution_rows
 from wsi_gradcam.audit.report.words import WORDS, named
 from wsi_gradcam.audit.schema import (
@@ -35,7 +34,6 @@ from wsi_gradcam.audit.schema import (
     VerdictRow,
 )
 from wsi_gradcam.audit.verdict import QUADRANTS
-from wsi_gradcam.pages.parts import Html
 
 WORTH = Measure("worth", "worth of the promise")
 
@@ -239,7 +237,7 @@ def test_everything_is_escaped() -> None:
     )
     for data in (
         archive_page(hostile, [HOSTILE], [example(HOSTILE)], 1.0),
-        slide_page(hostile, [example(HOSTILE)], 1.0, Html("")),
+        slide_page(hostile, [example(HOSTILE)], 1.0, None),
     ):
         page, text = read(data)
         assert "<script" not in text
@@ -263,8 +261,10 @@ def test_a_figure_is_the_same_each_time_and_takes_what_is_unknown() -> None:
     rows = [curve_row("gradcam", "deletion"), curve_row("random", "deletion")]
     assert curves_figure([("a", rows)], "said") == curves_figure([("a", rows)], "said")
     empty = CurveRow(question="q", measure="m", of="m", what="w", x_name="x", y_name="y", x=[0, 1], y=[None, None])
-    assert "<svg" in curves_figure([("a", [empty]), ("b", [])], "empty")
-    assert "<svg" in intervals_figure([("x", estimate_row("q", WORTH, None, method="x"))], 0.5, "axis", "nothing")
+    assert "<path" in curves_figure([("a", [empty]), ("b", [])], "empty").content
+    assert (
+        "<path" in intervals_figure([("x", estimate_row("q", WORTH, None, method="x"))], 0.5, "axis", "nothing").content
+    )
 
 
 @pytest.mark.parametrize(("faithful", "plausible"), list(QUADRANTS))
@@ -277,16 +277,21 @@ def test_the_square_marks_where_a_method_is(faithful: bool, plausible: bool) -> 
         plausible=outcome[plausible],
         meaning=QUADRANTS[faithful, plausible],
     )
-    (here,) = re.findall(r'<div class="here">(.*?)</div>', square([row]))
-    assert "Grad-CAM" in here
-    assert QUADRANTS[faithful, plausible] in here
+    cells = {(cell.faithful, cell.plausible): cell for cell in square([row])}
+    assert {place for place, cell in cells.items() if cell.methods} == {(faithful, plausible)}
+    assert undecided([row]) == []
+    _, text = read(archive_page(metrics(quadrants=[row]), [], [], 1.0))
+    (here,) = re.findall(r'<div class="here">(.*?)</div>', text)
+    assert here == f"<p><strong>Grad-CAM</strong></p>{escape(QUADRANTS[faithful, plausible])}"
 
 
 def test_the_square_without_annotations_and_with_doubt() -> None:
-    assert "nothing is known" in square([])
+    page, _ = read(archive_page(metrics(), [], [], 1.0))
+    assert "Without annotations nothing is known of plausibility" in page.text
     doubt = QuadrantRow(method="gradcam", patches=3, faithful="unclear", plausible="holds", meaning="?")
-    assert "not known of Grad-CAM on 3 patches" in square([doubt])
-    assert "here" not in re.findall(r'class="(\w+)"', square([doubt]))
+    page, text = read(archive_page(metrics(quadrants=[doubt]), [], [], 1.0))
+    assert "not known of Grad-CAM on 3 patches" in page.text
+    assert "here" not in re.findall(r'class="(\w+)"', text)
 
 
 def test_a_comparison_with_another_audit() -> None:
@@ -332,7 +337,9 @@ def test_maps_share_a_scale() -> None:
     rgb = np.full((8, 8, 3), 200, np.uint8)
     weak, strong = (overlay(rgb, np.full((2, 2), value, np.float32), 1.0, "x") for value in (0.01, 1.0))
     assert weak != strong
-    assert "blue, against: -2; gray: 0; red, for: 2 (in logits)" in legend(2.0, "in logits")
+    assert colour_scale(2.0, "in logits").description == "colours from -2 (blue) over 0 (gray) to 2 (red), in logits"
+    page, _ = read(archive_page(metrics(), [], [example()], 2.0))
+    assert "blue, against: -2; gray: 0; red, for: 2 (in logits, as in the heatmap)" in page.text
 
 
 def test_names_and_p() -> None:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.pages.style import STYLE
+from tests.runs import ROOT
 from wsi_gradcam.run.report import LISTED, NO_REMEDY, run_page
 
+STYLE = (ROOT / "wsi_gradcam/pages/layout.css").read_text(encoding="utf-8")
 HOSTILE = """a"b'<script>alert(1)</script>&amp;/x y#?.svs"""
 VOID = {"meta", "rect", "br"}
 

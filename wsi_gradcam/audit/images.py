@@ -14,8 +14,8 @@ from wsi_gradcam.audit.metrics import About, metrics_of
 from wsi_gradcam.audit.patch_data import PatchData
 from wsi_gradcam.audit.piece import measure, subject_of
 from wsi_gradcam.audit.plan import PIECE, QUESTIONS, AuditPlan, AuditSettings, SlideSample, patch_seeds
-from wsi_gradcam.audit.report import archive_page, examples_of
-from wsi_gradcam.audit.report.pictures import scale_of
+from wsi_gradcam.audit.report.page import archive_page
+from wsi_gradcam.audit.report.pictures import examples_of, scale_of
 from wsi_gradcam.audit.sample import deepened
 from wsi_gradcam.cam.examine import Request, examine
 from wsi_gradcam.cam.targets import PREDICTED

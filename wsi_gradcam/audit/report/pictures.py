@@ -1,39 +1,106 @@
-"""Example patches of the audit's report: what the model saw, and the map over it, as pictures in the page."""
+"""Pictures of the audit's report: example patches, their maps over them, and the slide's overview."""
 
 from __future__ import annotations
 
-import base64
 import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from wsi_gradcam.pages.parts import Html, text
+from wsi_gradcam.audit.measured import MAIN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.audit.folder import Numbers
+
 FOR_AND_AGAINST = colormaps["RdBu_r"]  # red speaks for the class, blue against it; apart for colour-blind eyes
 OPACITY = 0.65
 QUANTILE = 0.99
+SHOWN = 4  # example patches of a slide
+COMPARED = ("random", "edges")  # controls whose curves stand beside the map's
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file, its size in pixels, and a description for those who do not see it."""
+
+    png: bytes
+    width: int
+    height: int
+    description: str
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An example patch.
+
+    Attributes:
+        title: which patch it is.
+        rgb: uint8 [h, w, 3].
+        map: float32 [h, w] of the first method, as heatmaps show it.
+        leaky: the same with a backward that leaks through ReLUs; None where it is not known.
+        curves: of deletion and insertion, by the map's name: (deletion [Q], insertion [Q]).
+    """
+
+    title: str
+    rgb: NDArray[np.uint8]
+    map: NDArray[np.float32]
+    leaky: NDArray[np.float32] | None
+    curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+    def pictures(self, scale: float) -> list[Picture]:
+        """Return the patch, its map, and where there is one the map with a leaky backward; `scale` as for `overlay`."""
+        pictures = [picture(self.rgb, f"{self.title}: the patch")]
+        pictures.append(overlay(self.rgb, self.map, scale, f"{self.title}: its map"))
+        if self.leaky is not None:
+            pictures.append(overlay(self.rgb, self.leaky, scale, f"{self.title}: its map with a leaky backward"))
+        return pictures
+
+
+def examples_of(
+    numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], wanted: int = SHOWN
+) -> list[Example]:
+    """Return example patches of a slide's first piece: those of the highest and the lowest score, and between.
+
+    `factor` is from raw maps to what heatmaps show.
+    """
+    known = [i for i in range(len(numbers["base/number"])) if numbers["base/readable"][i]]
+    if not known:
+        return []
+    order = sorted(known, key=lambda i: (-float(np.nan_to_num(numbers["base/logit"][i])), i))
+    chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(wanted, len(order)))]
+    return [_example(numbers, slide, method, factor, classes, i) for i in dict.fromkeys(chosen)]
+
+
+def _example(numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], i: int) -> Example:
+    title = f"{slide}, patch {int(numbers['base/number'][i])}"
+    if "base/probability" in numbers:
+        label = classes[int(numbers["base/class"][i])]
+        title += f", probability of {label} {float(numbers['base/probability'][i]):.2f}"
+    curves = {}
+    for name in (method, *COMPARED):
+        keys = [f"faithfulness/{MAIN}/{name}/{way}" for way in ("deletion", "insertion")]
+        if keys[0] in numbers:
+            curves[name] = (numbers[keys[0]][i], numbers[keys[1]][i])
+    own, leaky = numbers[f"map/{method}"][i], numbers.get(f"leaky/{method}")
+    other = None if leaky is None else leaky[i] * np.float32(factor)
+    return Example(title, numbers["shown/rgb"][i], own * np.float32(factor), other, curves)
 
 
 def scale_of(maps: NDArray[np.float32]) -> float:
-    """The size of a value that is shown in full colour, one for all patches: else healthy tissue would look hot."""
+    """Return the value that is shown in full colour, one for all patches: else healthy tissue would look hot."""
     finite = np.abs(maps[np.isfinite(maps)])
     top = float(np.quantile(finite, QUANTILE)) if len(finite) else 0.0
     return top if top > 0 else 1.0
 
 
-def patch_picture(rgb: NDArray[np.uint8], said: str) -> Html:
-    """A patch as the model saw it."""
-    return _image(rgb, said)
-
-
-def overlay(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float, said: str) -> Html:
-    """A map [h, w] in colour over the gray patch; what is near 0 stays gray."""
+def overlay(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float, description: str) -> Picture:
+    """Return a map [h, w] in colour over the gray patch; what is near 0 stays gray, `scale` has full colour."""
     height, width = rgb.shape[:2]
     large = np.asarray(
         Image.fromarray(np.nan_to_num(map_).astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
@@ -42,28 +109,26 @@ def overlay(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float, sai
     colour = FOR_AND_AGAINST((value + 1) / 2, bytes=True)[..., :3].astype(np.float32)
     gray = np.repeat(rgb.mean(axis=2, dtype=np.float32)[..., None], 3, axis=2)
     opacity = OPACITY * np.minimum(1, np.abs(value) * 3)[..., None]
-    return _image((gray * (1 - opacity) + colour * opacity).round().astype(np.uint8), said)
+    return picture((gray * (1 - opacity) + colour * opacity).round().astype(np.uint8), description)
 
 
-def legend(scale: float, unit: str) -> Html:
-    """The colours with their values."""
+def colour_scale(scale: float, unit: str) -> Picture:
+    """Return the overlays' colours from -`scale` to `scale`, left to right."""
     ramp = FOR_AND_AGAINST(np.linspace(0, 1, 256), bytes=True)[None, :, :3].repeat(10, axis=0)
-    said = f"colours from {-scale:.3g} (blue) over 0 (gray) to {scale:.3g} (red), {unit}"
-    picture = _image(np.ascontiguousarray(ramp), said, "scale")
-    return Html(f"{picture}<p>{text(f'blue, against: {-scale:.3g}; gray: 0; red, for: {scale:.3g} ({unit})')}</p>")
+    description = f"colours from {-scale:.3g} (blue) over 0 (gray) to {scale:.3g} (red), {unit}"
+    return picture(np.ascontiguousarray(ramp), description)
 
 
-def smaller(data: bytes, said: str, most_px: int) -> Html:
-    """A picture of a file, no wider than `most_px`."""
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.thumbnail((most_px, picture.height), Image.Resampling.LANCZOS)
-        return _image(np.asarray(picture.convert("RGB")), said, "overview")
+def smaller(data: bytes, description: str, most_px: int) -> Picture:
+    """Return the picture in a file, no wider than `most_px`."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.thumbnail((most_px, image.height), Image.Resampling.LANCZOS)
+        return picture(np.asarray(image.convert("RGB")), description)
 
 
-def _image(rgb: NDArray[np.uint8], said: str, kind: str = "") -> Html:
+def picture(rgb: NDArray[np.uint8], description: str) -> Picture:
+    """Return an image uint8 [h, w, 3] as a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
     height, width = rgb.shape[:2]
-    shape = f' class="{kind}"' if kind else ""
-    return Html(f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{text(said)}"{shape}>')
+    return Picture(buffer.getvalue(), width, height, description)

@@ -11,16 +11,16 @@ from wsi_gradcam.audit.judging_model import AREA, ATTRIBUTION
 from wsi_gradcam.audit.measured import CONTROLS, GUIDED, MAIN
 from wsi_gradcam.audit.measures.likeness import LEVEL
 from wsi_gradcam.audit.measures.suspects import in_words
-from wsi_gradcam.audit.report.figures import RANDOMLY, curves_figure, intervals_figure
+from wsi_gradcam.audit.report.figures import curves_figure, intervals_figure
 from wsi_gradcam.audit.report.words import named
 from wsi_gradcam.audit.verdict import STAYING
 
 if TYPE_CHECKING:
+    from wsi_gradcam.audit.report.figures import Svg
     from wsi_gradcam.audit.schema import CurveRow, EstimateRow, Metrics
-    from wsi_gradcam.pages.parts import Html
 
 
-def figures_of(metrics: Metrics, question: str) -> list[Html]:
+def figures_of(metrics: Metrics, question: str) -> list[Svg]:
     """The figures of a question."""
     curves = [row for row in metrics.curves if row.question == question and any(y is not None for y in row.y)]
     if question == "faithfulness":
@@ -57,7 +57,7 @@ def figures_of(metrics: Metrics, question: str) -> list[Html]:
     return []
 
 
-def _faithfulness_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
+def _faithfulness_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Svg]:
     found = []
     main = [row for row in curves if row.baseline == MAIN]
     for kind, name in (("", "logits"), ("_probability", "probabilities")):
@@ -95,7 +95,8 @@ def attribution_rows(metrics: Metrics) -> list[tuple[str, EstimateRow]]:
         if row.question == "shortcuts" and row.value is not None:
             suspect = in_words(row.suspect or "")
             if row.measure == AREA.name:
-                found.append((f"{suspect}: its area (control)", row))
+                control = row.model_copy(update={"control": "share_of_area"})
+                found.append((f"{suspect}: its area (control)", control))
             elif row.measure == ATTRIBUTION.name:
                 found.append((f"{suspect}: {named(row.method or '')}", row))
     return found
@@ -103,11 +104,12 @@ def attribution_rows(metrics: Metrics) -> list[tuple[str, EstimateRow]]:
 
 def _ordered(row: CurveRow) -> CurveRow:
     """A slide's curve, named by the order in which patches are taken away."""
-    of = RANDOMLY if row.order == "random" else f"{row.order} relevant first"
-    return row.model_copy(update={"of": of, "what": ""})
+    if row.order == "random":
+        return row.model_copy(update={"of": "at random (control)", "what": "", "control": "random"})
+    return row.model_copy(update={"of": f"{row.order} relevant first", "what": ""})
 
 
-def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Html]:
+def _sanity_figures(metrics: Metrics, curves: Sequence[CurveRow]) -> list[Svg]:
     found = []
     said = "Likeness of maps to those of the trained model as layers become random, from the head down"
     for kind, title, name, chance in (

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 from wsi_gradcam.audit.folder import read_numbers
 from wsi_gradcam.audit.metrics import About, metrics_of
-from wsi_gradcam.audit.report import SHOWN, archive_page, examples_of, slide_page
-from wsi_gradcam.audit.report.pictures import scale_of, smaller
-from wsi_gradcam.pages.parts import Html
+from wsi_gradcam.audit.report.page import archive_page, slide_page
+from wsi_gradcam.audit.report.pictures import SHOWN, examples_of, scale_of, smaller
 from wsi_gradcam.results.layout import RunFolder
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.folder import AuditFolder
     from wsi_gradcam.audit.gathered import Gathered
     from wsi_gradcam.audit.plan import AuditPlan
-    from wsi_gradcam.audit.report import Example
+    from wsi_gradcam.audit.report.pictures import Example, Picture
     from wsi_gradcam.audit.schema import Metrics
 
 OVERVIEW_PX = 1100
@@ -41,10 +40,10 @@ def write_reports(folder: AuditFolder, plan: AuditPlan, gathered: Gathered, metr
     folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale))
 
 
-def _overview(plan: AuditPlan, slide: str) -> Html:
-    """The slide beside its heatmaps, as the run has drawn it."""
+def _overview(plan: AuditPlan, slide: str) -> Picture | None:
+    """Return the slide beside its heatmaps, as the run has drawn it; None where it has not."""
     try:
         data = RunFolder(plan.out).slide(slide).overview.read()
     except FileNotFoundError:
-        return Html("")
+        return None
     return smaller(data, f"{slide}: the slide and its heatmaps", OVERVIEW_PX)

@@ -1,0 +1,295 @@
+"""The pages of an audit, of the archive and of each slide: their numbers in words, and what their template is given."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.audit.folder import REPORT
+from wsi_gradcam.audit.judging_faithfulness import AUROC, SCORE, fractions_of, keys_of_map
+from wsi_gradcam.audit.judging_maps import RANDOM_ANSWER_SPREAD
+from wsi_gradcam.audit.judging_model import GLASS_CALLED, LEAKY
+from wsi_gradcam.audit.measured import MAIN
+from wsi_gradcam.audit.report.figures import SMALL_PANEL, curves_figure
+from wsi_gradcam.audit.report.pictures import Example, Picture, colour_scale
+from wsi_gradcam.audit.report.question_figures import figures_of, is_control
+from wsi_gradcam.audit.report.words import WORDS, named
+from wsi_gradcam.audit.schema import CurveRow
+from wsi_gradcam.audit.verdict import QUADRANTS
+from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.pages.templates import render
+
+if TYPE_CHECKING:
+    from wsi_gradcam.audit.report.figures import Svg
+    from wsi_gradcam.audit.report.words import Question
+    from wsi_gradcam.audit.schema import ComparisonRow, EstimateRow, Metrics, QuadrantRow, StrataRow, VerdictRow
+    from wsi_gradcam.audit.verdict import Outcome
+
+UNITS = {"logit": "in logits, as in the heatmap", "arbitrary": "in a unit of the method's own"}
+LIKE = 0.9  # rank correlation from which maps are taken for nearly the same
+BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that say nothing behind a number
+NAMED_OTHERWISE = {measure.name: measure for measure in (AUROC, RANDOM_ANSWER_SPREAD, GLASS_CALLED)}
+
+Cells = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Legend:
+    """The colours of maps with the value of the strongest."""
+
+    picture: Picture
+    scale: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class ExampleCard:
+    """An example patch: its pictures, of which the last is of a leaky backward if `leaky`, and its curves."""
+
+    title: str
+    pictures: Sequence[Picture]
+    leaky: bool
+    curves: Svg | None
+
+
+@dataclass(frozen=True)
+class VerdictCard:
+    """A verdict and, in words, the numbers that it rests on."""
+
+    row: VerdictRow
+    evidence: Sequence[str]
+
+
+@dataclass(frozen=True)
+class SquareCell:
+    """A cell of the square of faithful and plausible, with the methods that belong there."""
+
+    faithful: bool
+    plausible: bool
+    meaning: str
+    methods: Sequence[str]
+
+
+@dataclass(frozen=True)
+class QuestionPart:
+    """A question of the audit with its figures and tables; without any row it was not tested."""
+
+    name: str
+    words: Question
+    figures: Sequence[Svg]
+    remarks: Sequence[str]
+    estimates: Sequence[Cells]
+    comparisons: Sequence[Cells]
+
+
+def archive_page(metrics: Metrics, slides: Sequence[str], examples: Sequence[Example], scale: float) -> bytes:
+    """Return the page of the archive; `slides` have pages of their own, `scale` is the maps' value in full colour."""
+    title = f"Can these explanations be believed? {metrics.run.model}"
+    return _page(title, metrics, examples, scale, slides=slides)
+
+
+def slide_page(metrics: Metrics, examples: Sequence[Example], scale: float, overview: Picture | None) -> bytes:
+    """Return the page of a slide."""
+    up = "../" * (metrics.slide.count("/") + 1)
+    return _page(metrics.slide, metrics, examples, scale, archive_url=up + REPORT, overview=overview)
+
+
+def _page(
+    title: str,
+    metrics: Metrics,
+    examples: Sequence[Example],
+    scale: float,
+    *,
+    slides: Sequence[str] = (),
+    archive_url: str = "",
+    overview: Picture | None = None,
+) -> bytes:
+    methods = [METHOD_INFO[name] for name in metrics.run.methods]
+    unit = UNITS[methods[0].unit]
+    page = render(
+        "audit/report/page.html",
+        title=title,
+        metrics=metrics,
+        methods=methods,
+        counts=Counter(verdict.outcome for verdict in metrics.verdicts),
+        archive_url=archive_url,
+        overview=overview,
+        verdicts=_verdicts(metrics),
+        square=square(metrics.quadrants),
+        undecided=undecided(metrics.quadrants),
+        legend=Legend(colour_scale(scale, unit), scale, unit),
+        examples=[_card(example, scale) for example in examples],
+        questions=[_question(metrics, name) for name in WORDS if name in metrics.run.questions],
+        strata=[_strata_cells(row) for row in metrics.strata],
+        against=[_against_cells(row) for row in metrics.against.comparisons] if metrics.against else [],
+        untested=[(row.what, row.why) for row in metrics.not_tested],
+        not_audited=[(row.what, row.why) for row in metrics.not_audited],
+        slides=slides,
+        report_name=REPORT,
+        named=named,
+    )
+    return page.encode()
+
+
+def _verdicts(metrics: Metrics) -> Mapping[str, Sequence[VerdictCard]]:
+    """Return all verdicts by question."""
+    found: dict[str, list[VerdictCard]] = defaultdict(list)
+    for verdict in metrics.verdicts:
+        found[verdict.question].append(VerdictCard(verdict, _evidence(metrics, verdict)))
+    return found
+
+
+def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
+    """Return the comparisons that a verdict rests on, or else the estimates, and its p, in words."""
+    found = [
+        f"against {named(row.against)}: {difference(row)}"
+        if row.measure == SCORE.name
+        else f"{_called(row)}, against {named(row.against)}: {difference(row)}"
+        for row in metrics.comparisons
+        if row.control is not None and _backs(row, verdict)
+    ]
+    found = found or [f"{_called(row)}: {value(row)}" for row in metrics.estimates if _backs(row, verdict)]
+    return [
+        *found,
+        *([] if verdict.p_adjusted is None else [f"{p_text(verdict.p_adjusted)}, corrected for all verdicts"]),
+    ]
+
+
+def _called(row: EstimateRow | ComparisonRow) -> str:
+    """Return what a number says, where the verdict's own words do not tell of whom."""
+    other = NAMED_OTHERWISE.get(row.measure)
+    return row.what if other is None else other.evidence_of(row)
+
+
+def _backs(row: EstimateRow | ComparisonRow, verdict: VerdictRow) -> bool:
+    """Return whether a verdict rests on a number."""
+    keys = ("question", "method", "baseline", "change", "suspect")
+    return row.measure in verdict.measures and all(getattr(row, key) == getattr(verdict, key) for key in keys)
+
+
+def square(quadrants: Sequence[QuadrantRow]) -> list[SquareCell]:
+    """Return the cells of the square, row by row, with the methods where they belong."""
+    places = defaultdict(list)
+    for row in quadrants:
+        places[row.faithful, row.plausible].append(named(row.method))
+    outcome: dict[bool, Outcome] = {True: "holds", False: "fails"}
+    return [
+        SquareCell(faithful, plausible, meaning, places[outcome[faithful], outcome[plausible]])
+        for (faithful, plausible), meaning in QUADRANTS.items()
+    ]
+
+
+def undecided(quadrants: Sequence[QuadrantRow]) -> list[str]:
+    """Return the methods that have no place in the square."""
+    return [f"{named(q.method)} on {q.patches} patches" for q in quadrants if "unclear" in (q.faithful, q.plausible)]
+
+
+def _card(example: Example, scale: float) -> ExampleCard:
+    curves = _patch_curves(example) if example.curves else None
+    return ExampleCard(example.title, example.pictures(scale), example.leaky is not None, curves)
+
+
+def _patch_curves(example: Example) -> Svg:
+    panels = []
+    for i, way in enumerate(("deletion", "insertion")):
+        rows = [
+            CurveRow(
+                question="faithfulness",
+                measure=way,
+                **keys_of_map(name),
+                of=name,
+                what=way,
+                x_name="share of the pixels",
+                y_name="logit",
+                x=list(fractions_of(MAIN)),
+                y=pair[i].tolist(),
+            )
+            for name, pair in example.curves.items()
+        ]
+        panels.append((way, rows))
+    return curves_figure(panels, f"{example.title}: curves of deletion and insertion", SMALL_PANEL)
+
+
+def _question(metrics: Metrics, question: str) -> QuestionPart:
+    estimates = sorted((r for r in metrics.estimates if r.question == question and r.patches), key=is_control)
+    return QuestionPart(
+        question,
+        WORDS[question],
+        figures_of(metrics, question),
+        [_leak(row) for row in estimates if row.measure == LEAKY.name and row.value is not None],
+        [(named(r.of), r.what, value(r), r.unit, r.patches, r.slides) for r in estimates],
+        [_comparison_cells(row) for row in metrics.comparisons if row.question == question and row.patches],
+    )
+
+
+def _leak(row: EstimateRow) -> str:
+    """Return what the map with a leaky backward says, in words."""
+    assert row.value is not None
+    like = f"The map of {named(row.of)} with a leaky backward (rank correlation {row.value:.2f})"
+    if row.value < LIKE:
+        return f"{like} is another: units that are off hold back evidence, which this map does not show."
+    return f"{like} is nearly the same: hardly anything is hidden by units that are off."
+
+
+def _comparison_cells(row: ComparisonRow) -> Cells:
+    return named(row.of), named(row.against), row.what, difference(row), number(row.p), number(row.effect)
+
+
+def _against_cells(row: ComparisonRow) -> Cells:
+    interval = f"{number(row.difference)} ({number(row.low)} to {number(row.high)})"
+    return row.of, row.against, row.what, interval, row.unit, number(row.p), number(row.effect)
+
+
+def _strata_cells(row: StrataRow) -> Cells:
+    means = ", ".join(f"{name}: {number(mean)}" for name, mean in row.groups.items())
+    return row.by, row.of, row.what, means, number(row.p)
+
+
+def p_text(p: float) -> str:
+    """Return a p as papers give it.
+
+    >>> p_text(0.0341), p_text(1e-9)
+    ('p = 0.034', 'p < 0.001')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def value(row: EstimateRow) -> str:
+    """Return an estimate with its interval, in text."""
+    if row.value is None:
+        return "no number"
+    show = _percent if row.unit == "share" else number
+    interval = "" if row.low is None or row.high is None else f" ({show(row.low)} to {show(row.high)})"
+    return f"{show(row.value)}{interval}"
+
+
+def difference(row: ComparisonRow) -> str:
+    """Return a difference with its interval and unit, in text."""
+    if row.difference is None:
+        return "no number"
+    if row.unit == "share":
+        return f"{_signed(f'{100 * row.difference:+.0f}')} % ({_percent(row.low)} to {_percent(row.high)})"
+    better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the patches"
+    unit = "" if row.unit in BARE else f" {row.unit}"
+    return f"{_signed(f'{row.difference:+.3g}')}{unit} ({number(row.low)} to {number(row.high)}){better}"
+
+
+def number(found: float | None) -> str:
+    """Return a number with three digits; a dash for none."""
+    return "–" if found is None else _minus(f"{found:.3g}")
+
+
+def _percent(found: float | None) -> str:
+    return "–" if found is None else f"{_minus(f'{100 * found:.0f}')} %"
+
+
+def _minus(number: str) -> str:
+    """Return a number with a minus sign, and none before zero."""
+    return number.lstrip("-") if float(number) == 0 else number.replace("-", "−")
+
+
+def _signed(number: str) -> str:
+    """Return a number, with a plus where it is positive, as `_minus` does."""
+    return "0" if float(number) == 0 else _minus(number)
