@@ -70,7 +70,7 @@ def measure(folder: Path, sides: dict[str, int], tissue: float) -> dict[str, dic
         write_gigapixel_slide(slide, side, side, mpp=0.25, tissue_fraction=tissue)
         for mode, extra in (("serial", []), ("one_worker", ["--workers", "1"])):
             out = folder / f"{name}-{mode}"
-            command = [sys.executable, "-m", "wsi_gradcam.cli.main", "explain", str(slide), "--model", str(model)]
+            command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", str(slide), "--model", str(model)]
             started = time.monotonic()
             peaks[mode][name] = peak_rss_mib([*command, "--out", str(out), "--batch-size", "32", *extra])
             seconds = time.monotonic() - started

@@ -64,7 +64,7 @@ def make_run(folder: Path, side_px: int) -> Path:
 @contextmanager
 def serving(out: Path) -> Iterator[tuple[str, psutil.Process]]:
     """The server's address and process."""
-    command = [sys.executable, "-m", "wsi_gradcam.cli.main", "view", str(out), "--port", "0"]
+    command = [sys.executable, "-m", "wsi_gradcam.cli", "view", str(out), "--port", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -18,7 +18,7 @@ def explain(arguments: Sequence[str], scheduler: str, wait_s: int | None = None)
     that the scheduler, which ends with this process, is there until then.
     """
     waiting = [] if wait_s is None else ["--wait-for-workers", str(wait_s)]
-    command = [sys.executable, "-m", "wsi_gradcam.cli.main", "explain", *waiting, *arguments, "--scheduler", scheduler]
+    command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", *waiting, *arguments, "--scheduler", scheduler]
     with subprocess.Popen(command) as process:
 
         def pass_on(number: int, frame: FrameType | None) -> None:

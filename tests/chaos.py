@@ -190,7 +190,7 @@ class Killer(threading.Thread):
 
 def disturbed(arguments: list[str], machine: Machine, kills: int, dice: random.Random) -> list[str]:
     """Run the command again and again until it ends by itself with all done; returns what was killed."""
-    command = [sys.executable, "-m", "wsi_gradcam.cli.main", *arguments]
+    command = [sys.executable, "-m", "wsi_gradcam.cli", *arguments]
     environment = {key: value for key, value in machine.environment.items() if key != POISON}
     killer = Killer(machine, kills, dice)
     end = time.monotonic() + COMMAND_S

@@ -71,7 +71,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
 def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `wsi-gradcam ARGUMENTS` as a user does, where `tests.toy_models` can be imported."""
     return subprocess.run(
-        [sys.executable, "-m", "wsi_gradcam.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "wsi_gradcam.cli", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

@@ -194,7 +194,7 @@ def begun(arguments: list[str], slowness_s: float) -> subprocess.Popen[str]:
     """The command, running, with a model that takes its time."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), SLOWNESS_S: str(slowness_s)}
     return subprocess.Popen(
-        [sys.executable, "-m", "wsi_gradcam.cli.main", *arguments],
+        [sys.executable, "-m", "wsi_gradcam.cli", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

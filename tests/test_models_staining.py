@@ -12,7 +12,7 @@ from PIL import Image
 from tests.runs import toy_file, toy_spec
 from tests.test_stain import OTHER, concentrations, stained
 from tests.toy_models import marker
-from wsi_gradcam.cli.report import model_info
+from wsi_gradcam.cli.output import model_info
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.live import model_of
 from wsi_gradcam.models.load import load_model

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.test_progress import Clock, entry, explained, planned, record
-from wsi_gradcam.cli.terminal import WORKERS_NAMED, Lines, pace
+from wsi_gradcam.cli.terminal import MAX_WORKERS_LISTED, Lines, pace
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.stages import Performed, Task
 
@@ -38,7 +38,7 @@ def test_the_pace_of_each_worker_of_a_few() -> None:
 
 
 def test_many_workers_are_counted() -> None:
-    assert pace(at_work(WORKERS_NAMED + 1), whole=True).endswith(f", {WORKERS_NAMED + 1} workers")
+    assert pace(at_work(MAX_WORKERS_LISTED + 1), whole=True).endswith(f", {MAX_WORKERS_LISTED + 1} workers")
 
 
 def test_nothing_is_said_of_what_is_not_known() -> None:

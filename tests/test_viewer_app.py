@@ -331,7 +331,7 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path, out: Path) -> None:
 
 
 def test_the_command_says_where_the_page_is(out: Path) -> None:
-    command = [sys.executable, "-m", "wsi_gradcam.cli.main", "view", str(out), "--port", "0", "--token"]
+    command = [sys.executable, "-m", "wsi_gradcam.cli", "view", str(out), "--port", "0", "--token"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

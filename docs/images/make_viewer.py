@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 
 def main(out: str, slide: str) -> None:
     """Start the viewer, open a slide with its highest patch, and keep what is on the screen."""
-    command = [sys.executable, "-m", "wsi_gradcam.cli.main", "view", out, "--port", "0"]
+    command = [sys.executable, "-m", "wsi_gradcam.cli", "view", out, "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.plan import RunPlan
 
 LINE_EVERY_S = 30.0
-WORKERS_NAMED = 8
+MAX_WORKERS_LISTED = 8
 
 
 class Quiet(Listener):
-    """Says nothing; knows whether the work has begun."""
+    """A listener that prints nothing, and records whether the work has begun."""
 
     began = False
 
     def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """From now on an error leaves something finished behind."""
+        """Record that the work begins: after an error there may be finished slides."""
         self.began = True
 
 
@@ -45,42 +45,42 @@ class Lines(Quiet):
         self.last_line = time.monotonic()
 
     def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """Say what will be done."""
+        """Print what will be done."""
         super().begun(run, slides, dashboard)
         self.progress.begin(len(slides), run.settings.reader_threads)
         labels = ", ".join(target.label for target in run.targets)
-        self.say(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
-        self.say(_engine_line(run.facts.choice))
+        self.print_line(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
+        self.print_line(_engine_line(run.facts.choice))
         if dashboard:
-            self.say(f"dashboard {dashboard}")
+            self.print_line(f"dashboard {dashboard}")
 
     def task_done(self, task: Task, performed: Performed) -> None:
-        """Count patches."""
+        """Count patches, and print the pace now and then."""
         self.progress.task_done(task, performed)
         if isinstance(performed.result, Pending):
-            self.say(f"{task.slide.id}: {performed.result.patches} patches, {performed.result.left} to do")
+            self.print_line(f"{task.slide.id}: {performed.result.patches} patches, {performed.result.left} to do")
         elif task.stage in RUN_MODEL and time.monotonic() - self.last_line > LINE_EVERY_S:
-            self.say(pace(self.progress, whole=True))
+            self.print_line(pace(self.progress, whole=True))
 
     def task_failed(self, task: Task, performed: Performed) -> None:
-        """Say what is tried once more; other failures end their slide, which is said then."""
+        """Print what is tried again; other failures end their slide, and are printed then."""
         self.progress.task_done(task, performed)
         if performed.again:
             where = " ".join([task.stage, *map(str, task.index)])
-            self.say(f"{task.slide.id}: {where} is tried again: {performed.error}")
+            self.print_line(f"{task.slide.id}: {where} is tried again: {performed.error}")
 
     def slide_done(self, record: SlideRecord) -> None:
-        """Say how it ended."""
+        """Print how the slide ended."""
         self.progress.slide_done(record)
-        if not (record.skipped and record.lasting):  # those that failed before are told in one line
+        if not (record.skipped and record.lasting):  # those that failed before are printed in one line
             end = f"{record.status}, {record.seconds:.1f} s" + (f": {record.error}" if record.error else "")
-            self.say(f"[{self.progress.slides_done}/{self.progress.slides}] {record.slide.id}: {end}")
+            self.print_line(f"[{self.progress.slides_done}/{self.progress.slides}] {record.slide.id}: {end}")
 
     def remarked(self, text: str) -> None:
-        """Say it."""
-        self.say(text)
+        """Print the remark."""
+        self.print_line(text)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line."""
         self.last_line = time.monotonic()
         print(text, file=sys.stderr, flush=True)
@@ -107,21 +107,21 @@ class Bars(Lines):
         self._bars.update(self._patch_bar, total=self.progress.patches or None, completed=done, rate=rate)
 
     def slide_done(self, record: SlideRecord) -> None:
-        """Advance the slides; only what went wrong is worth a line beside the bars."""
+        """Advance the slides; only failures are worth a line above the bars."""
         if record.error:
             super().slide_done(record)
         else:
             self.progress.slide_done(record)
         self._bars.update(self._slide_bar, completed=self.progress.slides_done)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the bars."""
         self._bars.console.print(text, style="dim", highlight=False, markup=False)
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Quiet]:
-    """A listener that suits where standard error goes: bars, plain lines, or nothing."""
+    """Return a listener that suits standard error: bars on a terminal, else plain lines; nothing if `quiet`."""
     if quiet:
         yield Quiet()
     elif sys.stderr.isatty():
@@ -139,7 +139,7 @@ def progress(quiet: bool) -> Iterator[Quiet]:
 
 
 def pace(numbers: Progress, whole: bool = False) -> str:
-    """How fast it goes, who is busy, how long it will take; as a `whole` line with counts and each worker."""
+    """Return the speed, how busy the model is, and the time left; a `whole` line also has counts and workers."""
     parts = [f"{numbers.rate():.0f} patches/s"]
     now_s, explaining = numbers.elapsed_s(), ((name, w) for name, w in numbers.workers.items() if w.patches)
     shares = {name: worker.shares(now_s, numbers.readers) for name, worker in explaining}
@@ -151,16 +151,16 @@ def pace(numbers: Progress, whole: bool = False) -> str:
     if not whole:
         return ", ".join(parts)
     counts = f"{numbers.slides_done}/{numbers.slides} slides, {numbers.patches_done} patches"
-    if 1 < len(shares) <= WORKERS_NAMED:
+    if 1 < len(shares) <= MAX_WORKERS_LISTED:
         each = (f"{name} {share['patches_per_s']:.0f}/s" for name, share in sorted(shares.items()))
         parts.append("workers " + ", ".join(each))
-    elif len(shares) > WORKERS_NAMED:
+    elif len(shares) > MAX_WORKERS_LISTED:
         parts.append(f"{len(shares)} workers")
     return ", ".join([counts, *parts])
 
 
 def _engine_line(choice: Choice) -> str:
-    """What runs the model, and how what was not taken did."""
+    """Return the engine that runs the model, and the results of those that were tried and not chosen."""
     tried = []
     for trial in choice.trials:
         if (trial.engine, trial.precision) != (choice.engine, choice.precision):

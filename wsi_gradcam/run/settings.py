@@ -1,4 +1,4 @@
-"""Settings of a run: from a YAML file, flags or Python, validated; unknown keys are refused."""
+"""The settings of a run, from a YAML file, flags or Python; unknown keys and impossible values are refused."""
 
 from __future__ import annotations
 
@@ -17,80 +17,126 @@ from pydantic import (
 )
 
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.models.spec import explain_validation
 
-# What only changes how fast or how patiently a result is reached, not the result.
-# Nor where the mask lies, or where a slide's mpp is from: the mask's content and the mpp count, slide by slide.
+# Settings that change only how fast or how patiently a result is reached, not the result. The path of the mask and the
+# source of a slide's mpp are among them: the mask's content and the mpp itself count, slide by slide.
 NOT_IN_IDENTITY = frozenset(
     {"reader_threads", "torch_threads", "max_unreadable", "mask", "mpp", "replace_mpp", "trust_objective"}
 )
 
 
-class Settings(BaseModel):
-    """How slides are explained. Every field is a flag of `wsi-gradcam explain` and a key of its --config file.
+Share = Annotated[float, Field(ge=0, le=1)]
 
-    Attributes:
-        target: classes by name or index, `predicted`, or `all`. Nothing given: all of up to 10, else predicted.
-        method: explanations by name, see `wsi_gradcam.cam.names`; several share the forward pass.
-        layer: module to explain, or several joined by "+", whose maps are averaged; nothing given: the model
-            file's, else found.
-        mpp: micrometres per level-0 pixel of slides that do not tell theirs: one value, or (y, x); a list's own value
-            goes first.
-        replace_mpp: use `mpp`, and that of a list, also for slides that tell another.
-        patch_mpp: replaces the model's micrometres per input pixel.
-        patch_px: replaces the model's input size: one value, or (height, width).
-        overlap: share of a patch that its neighbour covers too, along each axis.
-        stride_px: instead of `overlap`: patch pixels from one patch to the next.
-        min_tissue: patches with a smaller share of tissue are left out.
-        tissue: what counts as tissue: "auto", what differs from glass and is neither ink nor shadow; "with-pen", ink
-            too, for stains that look like it (trichrome, Alcian blue); "everything", all of the slide.
-        mask: which part is explained: a file that covers the slide (PNG, not black is in; GeoJSON; XML of ASAP or
-            ImageScope), or a folder with one for each slide. Of what is in, `tissue` is explained.
-        include: names of the annotation classes of `mask` that are in; nothing given: all but those excluded.
-        exclude: names of the annotation classes of `mask` that are out, also where they lie on others.
-        heatmap_stride: level-0 pixels per heatmap pixel, a power of two.
-        window: how overlapping patches are weighed, `hann` or `uniform`.
-        batch_size: patches per forward pass; "auto": as many as bring speed and fit into memory.
-        span_patches: patches per unit of work, a multiple of `batch_size`.
-        device: where the model runs, as torch names it.
-        engine: what runs the network up to the layer: eager, compile, openvino; "auto": the fastest, see `precision`.
-        precision: of the network up to the layer: float32, bfloat16, float16; "auto": the fastest that keeps the
-            maps, which is found out on the first patches of a run and kept for all of it.
-        reader: what opens slides: openslide, tiff, ome-zarr, picture; "auto": the fastest that shows a file rightly.
-        trust_objective: take the mpp of slides that do not tell it from the objective's power (40x: 0.25).
-        reader_threads: threads that read patches while the model works.
-        torch_threads: threads of the model on a CPU; nothing given: all, shared between workers.
-        max_unreadable: share of a slide's patches that may be undecodable before the slide counts as failed.
+
+class Settings(BaseModel):
+    """How slides are explained. Each field is a flag of `wsi-gradcam explain` and a key of its --config file.
+
+    The descriptions are also the help of the flags, where names in backticks become flags.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    target: tuple[str, ...] = ()
-    method: tuple[str, ...] = ("gradcam",)
-    layer: str | None = None
-    mpp: tuple[float, float] | None = None
-    replace_mpp: bool = False
-    patch_mpp: PositiveFloat | None = None
-    patch_px: tuple[PositiveInt, PositiveInt] | None = None
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    stride_px: PositiveInt | None = None
-    min_tissue: Annotated[float, Field(ge=0, le=1)] = 0.1
-    tissue: Literal["auto", "with-pen", "everything"] = "auto"
-    mask: Path | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    heatmap_stride: PositiveInt = 16
-    window: Literal["hann", "uniform"] = "hann"
-    batch_size: PositiveInt | Literal["auto"] = 32
-    span_patches: PositiveInt = 256
-    device: str = "cpu"
-    engine: Literal["auto", "eager", "compile", "openvino"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    reader: Literal["auto", "openslide", "tiff", "ome-zarr", "picture"] = "auto"
-    trust_objective: bool = False
-    reader_threads: PositiveInt = 2
-    torch_threads: PositiveInt | None = None
-    max_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.01
+    target: Annotated[
+        tuple[str, ...],
+        Field(
+            description="class name, index, 'predicted', 'all', CLASS-CLASS or module:function (default: all of up to "
+            "10 classes, else predicted)"
+        ),
+    ] = ()
+    method: Annotated[
+        tuple[str, ...],
+        Field(description="explanations by name: gradcam, hirescam, ...; 'info --model' lists all"),
+    ] = ("gradcam",)
+    layer: Annotated[
+        str | None,
+        Field(
+            description="module whose output is explained, or A+B, whose maps are averaged (default: the model file's, "
+            "else found)"
+        ),
+    ] = None
+    mpp: Annotated[
+        tuple[float, float] | None,
+        Field(
+            description="micrometres per level-0 pixel of slides that do not state theirs: one number, or Y,X; the "
+            "value in a list of slides takes precedence"
+        ),
+    ] = None
+    replace_mpp: Annotated[
+        bool, Field(description="use `mpp`, and the mpp of a list, also for slides that state another")
+    ] = False
+    patch_mpp: Annotated[
+        PositiveFloat | None,
+        Field(description="micrometres per pixel of the model's input (default: the model file's)"),
+    ] = None
+    patch_px: Annotated[
+        tuple[PositiveInt, PositiveInt] | None,
+        Field(description="side of the model's input in pixels, or HEIGHT,WIDTH (default: the model file's)"),
+    ] = None
+    overlap: Annotated[
+        float, Field(ge=0, lt=1, description="share of a patch its neighbour covers too on each axis, 0 to below 1")
+    ] = 0.0
+    stride_px: Annotated[
+        PositiveInt | None, Field(description="instead of `overlap`: patch pixels from one patch to the next")
+    ] = None
+    min_tissue: Annotated[Share, Field(description="leave out patches with a smaller share of tissue")] = 0.1
+    tissue: Annotated[
+        Literal["auto", "with-pen", "everything"],
+        Field(
+            description="what counts as tissue: auto leaves out glass, ink and shadows; with-pen keeps what looks like "
+            "ink, for stains such as trichrome and Alcian blue; everything is all of the slide"
+        ),
+    ] = "auto"
+    mask: Annotated[
+        Path | None,
+        Field(
+            description="part to explain: a PNG (not black is in), GeoJSON, ASAP or ImageScope file that covers the "
+            "slide, or a folder with one a slide; `tissue` still applies"
+        ),
+    ] = None
+    include: Annotated[
+        tuple[str, ...],
+        Field(description="annotation classes of `mask` that are in (default: all that are not excluded)"),
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...], Field(description="annotation classes of `mask` that are out, also where they lie on others")
+    ] = ()
+    heatmap_stride: Annotated[PositiveInt, Field(description="level-0 pixels per heatmap pixel, a power of two")] = 16
+    window: Annotated[Literal["hann", "uniform"], Field(description="how overlapping patches are weighted")] = "hann"
+    batch_size: Annotated[
+        PositiveInt | Literal["auto"],
+        Field(description="patches per forward pass, or auto: as many as bring speed and fit into memory"),
+    ] = 32
+    span_patches: Annotated[PositiveInt, Field(description="patches per unit of work, a multiple of `batch_size`")] = (
+        256
+    )
+    device: Annotated[str, Field(description="where the model runs: cpu, cuda, cuda:1, mps")] = "cpu"
+    engine: Annotated[
+        Literal["auto", "eager", "compile", "openvino"],
+        Field(description="what runs the network up to the layer; auto: the fastest, see `precision`"),
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(
+            description="of the network up to the layer; auto: the fastest that keeps the maps, found on the first "
+            "patches of a run and kept for all of it"
+        ),
+    ] = "auto"
+    reader: Annotated[
+        Literal["auto", "openslide", "tiff", "ome-zarr", "picture"],
+        Field(description="what opens slides; auto: the fastest that reads a file correctly"),
+    ] = "auto"
+    trust_objective: Annotated[
+        bool,
+        Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)"),
+    ] = False
+    reader_threads: Annotated[PositiveInt, Field(description="threads that read patches while the model works")] = 2
+    torch_threads: Annotated[
+        PositiveInt | None,
+        Field(description="threads of the model on a CPU (default: all, shared between workers)"),
+    ] = None
+    max_unreadable: Annotated[
+        Share, Field(description="share of unreadable patches above which a slide has failed")
+    ] = 0.01
 
     @model_validator(mode="before")
     @classmethod
@@ -128,7 +174,7 @@ class Settings(BaseModel):
         return self
 
     def stride(self, patch_px: tuple[int, int]) -> tuple[int, int]:
-        """(y, x) patch pixels from one patch to the next.
+        """Return (y, x) patch pixels from one patch to the next.
 
         >>> Settings(overlap=0.5).stride((224, 224))
         (112, 112)
@@ -139,27 +185,29 @@ class Settings(BaseModel):
         return height, width
 
     def identity(self) -> dict[str, Any]:
-        """The settings that results depend on; two runs that differ here must not share an output."""
+        """Return the settings that results depend on; two runs that differ in them must not share an output."""
         return self.model_dump(mode="json", exclude=set(NOT_IN_IDENTITY))
 
 
 def make_settings(**values: Any) -> Settings:
-    """Settings from keyword arguments.
+    """Return settings from keyword arguments.
 
     Raises:
-        ConfigError: an unknown key or an impossible value, on one line.
+        ConfigError: an unknown key or an impossible value; the message is one line.
     """
     try:
         return Settings(**values)
     except ValidationError as error:
+        from wsi_gradcam.models.spec import explain_validation  # takes time to import; flags are to be made at once
+
         raise ConfigError(explain_validation(error)) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The keys and values of a --config file, not yet validated.
+    """Return the keys and values of a --config file, not yet validated.
 
     Raises:
-        ConfigError: unreadable, or not a YAML mapping.
+        ConfigError: the file cannot be read, or is not a YAML mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""What the command line shows: tables and descriptions."""
+"""The output of commands: summaries of runs and audits, tables, and descriptions of slides and models."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wsi_gradcam.api import Outcome, Preview
+from wsi_gradcam.audit.plan import QUESTIONS, check_questions
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import is_url, name_of
 from wsi_gradcam.models.spec import read_spec
@@ -26,20 +27,24 @@ from wsi_gradcam.tissue.annotations import check_mask, regions_of
 from wsi_gradcam.tissue.picture import write_mask_picture
 
 if TYPE_CHECKING:
+    from wsi_gradcam.audit.running import AuditOutcome
+    from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.layout import Layout
+    from wsi_gradcam.results.layout import RunFolder, SlideFolder
     from wsi_gradcam.tissue.stain import Stain
 
 MIB, GIB = 1 << 20, 1 << 30
-NAMED = 5  # slides of one cause
-LISTED = 20  # classes, layers
+MAX_SLIDES = 5  # that are named for one cause
+MAX_LISTED = 20  # classes, layers
+ANY = "any"  # for --fail-on
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
-    """The end of a run: how many slides of each status, and a table of those that failed."""
+    """Print the end of a run: the number of slides of each status, and the causes of failures."""
     if as_json:
         records = [asdict(record) for record in outcome.records]
         for record in records:
-            del record["slide"]["url"]  # it may hold secrets; what is shown of it is the path
+            del record["slide"]["url"]  # it may hold secrets; the path is what may be shown of it
         print(json.dumps({"out": str(outcome.out), "slides": records}, indent=1))
         return
     counts = {s: sum(r.status == s for r in outcome.records) for s in {r.status for r in outcome.records}}
@@ -50,22 +55,22 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
 
 
 def _print_failures(outcome: Outcome) -> None:
-    """Which slides failed and why, a line a cause: a folder of wrong files has one cause a thousand times."""
+    """Print a line for each cause: a folder of wrong files has the same cause a thousand times."""
     causes: dict[str, list[str]] = {}
     for record in outcome.failed:
         causes.setdefault(cause_of(record), []).append(record.slide.id)
     print("failed:", file=sys.stderr)
     for cause, slides in causes.items():
-        more = f" and {len(slides) - NAMED} more" if len(slides) > NAMED else ""
-        print(f"  {', '.join(slides[:NAMED])}{more}: {cause}", file=sys.stderr)
-    if len(outcome.failed) > NAMED:
+        more = f" and {len(slides) - MAX_SLIDES} more" if len(slides) > MAX_SLIDES else ""
+        print(f"  {', '.join(slides[:MAX_SLIDES])}{more}: {cause}", file=sys.stderr)
+    if len(outcome.failed) > MAX_SLIDES:
         print(f"  all of them are in {outcome.out / 'slides.csv'}", file=sys.stderr)
     if before := sum(record.skipped and record.lasting for record in outcome.failed):
         print(f"  {before} of them failed before and were not tried again; --retry-failed does", file=sys.stderr)
 
 
 def print_preview(found: Preview, as_json: bool) -> None:
-    """What a run would do, a row a slide and a sum."""
+    """Print what a run would do: a row for each slide, and the sum."""
     rows = [{**asdict(e), "slide": e.slide.id} for e in found.estimates]
     errors = {entry.id: error for entry, error in found.errors}
     if as_json:
@@ -85,8 +90,60 @@ def print_preview(found: Preview, as_json: bool) -> None:
         print(f"cannot be planned: {slide}: {error}", file=sys.stderr)
 
 
+def print_results(run: RunFolder, slide: SlideFolder) -> None:
+    """Print the files of a slide's results, and the command that shows them."""
+    print(f"\n  picture  {slide.overview}\n  heatmap  {slide.heatmap}\n  table    {slide.table}")
+    command = sys.argv[0] if Path(sys.argv[0]).name == "wsi-gradcam" else "wsi-gradcam"  # `make` has it in .venv
+    print(f"  to look  {command} view {run.place}")
+
+
+def print_agreement(auc: Mapping[str, tuple[float, float]]) -> None:
+    """Print how well the demo's heatmap agrees with the stain: by channel, in the held-out quadrant and everywhere."""
+    print("\nagreement with the DAB stain (truth by colour deconvolution), ROC AUC per 16 px:")
+    width = max(len(label) for label in auc)
+    print(f"  {'':{width}}  held-out quadrant  all tissue")
+    for label, (held_out, everywhere) in auc.items():
+        print(f"  {label:{width}}  {held_out:17.3f}  {everywhere:10.3f}")
+    print("  the model never saw the held-out quadrant of the micrograph")
+
+
+def questions_to_fail_on(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the questions that `--fail-on` names.
+
+    Raises:
+        ConfigError: a name is not a question.
+    """
+    if ANY in names:
+        return QUESTIONS
+    check_questions(names)
+    return tuple(names)
+
+
+def print_audit(outcome: AuditOutcome, failures: Sequence[VerdictRow], as_json: bool) -> None:
+    """Print the verdicts, the path of the report, and the verdicts that `--fail-on` refuses."""
+    metrics = outcome.metrics
+    if as_json:
+        values = {
+            "out": str(outcome.out),
+            "verdicts": [verdict.model_dump(mode="json") for verdict in metrics.verdicts],
+            "failed_on": [f"{verdict.question}: {verdict.of}" for verdict in failures],
+            "not_audited": [row.model_dump() for row in metrics.not_audited],
+        }
+        print(json.dumps(values, indent=1))
+    else:
+        for verdict in metrics.verdicts:
+            print(f"{verdict.outcome:>7}  {verdict.question} ({verdict.of}): {verdict.words}")
+        sample = metrics.sample
+        slides = "1 slide" if sample.slides == 1 else f"{sample.slides} slides"
+        print(f"{sample.patches} patches of {slides}, seed {sample.seed}; {outcome.out / 'report.html'}")
+    for record in outcome.failed:
+        print(f"not audited: {record.slide.id}: {record.error}", file=sys.stderr)
+    for verdict in failures:
+        print(f"--fail-on: {verdict.question} ({verdict.of}) fails: {verdict.words}", file=sys.stderr)
+
+
 def slide_info(path: str) -> dict[str, Any]:
-    """What is known of a slide, as plain values."""
+    """Describe a slide."""
     slide = open_slide(path)
     info = slide.info
     slide.close()
@@ -104,7 +161,7 @@ def slide_info(path: str) -> dict[str, Any]:
 
 
 def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Write the picture of a slide's masks, see `write_mask_picture`; what it shows, as plain values.
+    """Write the picture of a slide's masks, see `write_mask_picture`, and describe it.
 
     `values` are settings: `mpp`, `replace_mpp`, `tissue`, `mask`, `include`, `exclude`.
     """
@@ -124,7 +181,7 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_info(model: str, layer: str | None) -> dict[str, Any]:
-    """What is known of a model: its layers that can be explained, and the self-test of the one that would be."""
+    """Describe a model: also its layers that can be explained, and the self-test of the one that would be."""
     from wsi_gradcam.cam.names import METHOD_INFO
 
     spec = read_spec(model)
@@ -164,5 +221,5 @@ def _shape(layout: Layout) -> str:
 
 
 def _shortened(texts: Sequence[str], between: str) -> str:
-    more = f"{between}... ({len(texts)} in all)" if len(texts) > LISTED else ""
-    return between.join(texts[:LISTED]) + more
+    more = f"{between}... ({len(texts)} in all)" if len(texts) > MAX_LISTED else ""
+    return between.join(texts[:MAX_LISTED]) + more

@@ -1,0 +1,289 @@
+"""The flags of each command. Those of `explain` are derived from the fields of `Settings`, as are the config keys."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from wsi_gradcam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+# Keys of a config file besides the settings: the type of their values, and how error messages name it.
+PATTERNS = (list, "a pattern or a list of patterns")
+RUN_KEYS: Mapping[str, tuple[type, str]] = {
+    "slide": (list, "a path or a list of paths"),
+    "model": (str, "text"),
+    "out": (str, "text"),
+    "workers": (int, "a whole number"),
+    "scheduler": (str, "text"),
+    "wait_for_workers": (float, "a number of seconds"),
+    "only": PATTERNS,
+    "skip": PATTERNS,
+}
+# Settings with several values take them as `--include A B`, except these.
+REPEATED = "target"  # --target A --target B
+JOINED = "method"  # --method A,B
+MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude")
+EXAMPLES = {int: "224", float: "0.25"}
+
+
+# --- flags from settings ---------------------------------------------------------------------------------------------
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None, prefix: str = "") -> None:
+    """Add a flag for each field of `Settings`, or for the named ones; `prefix` begins their help."""
+    from wsi_gradcam.run.settings import Settings
+
+    for name in Settings.model_fields if names is None else names:
+        field = Settings.model_fields[name]
+        text = prefix + _help(name, field)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **_options(name, field))
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    """Return the description of a field, with the flags of the fields that it names in backticks, and the default."""
+    text = re.sub(r"`(\w+)`", lambda found: "--" + found[1].replace("_", "-"), field.description or "")
+    if name == REPEATED:
+        text += "; may be given several times"
+    if name == JOINED:
+        text += "; several are joined by commas"
+    if not isinstance(field.default, bool) and field.default not in (None, ()):
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        text += f" (default {default:g})" if isinstance(default, float) else f" (default {default})"
+    return text.replace("%", "%%")
+
+
+def _options(name: str, field: FieldInfo) -> dict[str, Any]:
+    """Return how argparse reads a field's flag; as text where `parse_text` does the rest."""
+    types = _types(field.annotation)
+    if types == [bool]:
+        return {"action": "store_true", "default": None}
+    if types in ([int], [float]):
+        return {"type": types[0]}
+    if all(isinstance(choice, str) for choice in types):
+        return {"choices": types}
+    if name == REPEATED:
+        return {"action": "append"}
+    if types == [tuple[str, ...]] and name != JOINED:
+        return {"nargs": "+", "action": "extend", "metavar": "NAME"}
+    return {}
+
+
+def _types(annotation: Any) -> list[Any]:
+    """Return the types that an annotation allows, without None and constraints; for a Literal its values."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _types(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [kind for member in get_args(annotation) if member is not NoneType for kind in _types(member)]
+    return list(get_args(annotation)) if origin is Literal else [annotation]
+
+
+def parse_text(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with text turned into numbers where a field takes a pair of numbers, or a number or a word.
+
+    Raises:
+        ConfigError: text that is neither a number nor Y,X for a pair.
+    """
+    from wsi_gradcam.run.settings import Settings
+
+    parsed = dict(values)
+    for name, value in values.items():
+        if isinstance(value, str) and name in Settings.model_fields:
+            types = _types(Settings.model_fields[name].annotation)
+            if get_origin(types[0]) is tuple and Ellipsis not in get_args(types[0]):
+                parsed[name] = _parse_pair(name, value, _types(get_args(types[0])[0])[0])
+            elif int in types and value.isdecimal():
+                parsed[name] = int(value)
+    return parsed
+
+
+def _parse_pair(name: str, text: str, number: type[int] | type[float]) -> tuple[float, ...]:
+    try:
+        values = tuple(number(part) for part in text.split(","))
+    except ValueError as error:
+        flag = f"--{name.replace('_', '-')}"
+        raise ConfigError(f"{flag} is {text!r}, expected a number such as {EXAMPLES[number]}, or Y,X") from error
+    return values * 2 if len(values) == 1 else values
+
+
+# --- the config file -------------------------------------------------------------------------------------------------
+
+
+def merge_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of `explain` by config key: flags, and those of the --config file that no flag overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, has an unknown key, or a value of a wrong type.
+    """
+    from wsi_gradcam.run.settings import Settings
+
+    names = [*RUN_KEYS, *Settings.model_fields]
+    values = _read_config(arguments.config, names) if arguments.config else {}
+    given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
+    if {"workers", "scheduler"} & given.keys():  # each replaces the other
+        values = {key: value for key, value in values.items() if key not in ("workers", "scheduler")}
+    return parse_text(values | given)
+
+
+def _read_config(path: Path, names: list[str]) -> dict[str, Any]:
+    from wsi_gradcam.run.settings import read_config
+
+    values = {key.replace("-", "_"): value for key, value in read_config(path).items() if value is not None}
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            expected = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+            raise ConfigError(f"{path}: unknown key {key!r}; {expected}")
+    for key in RUN_KEYS.keys() & values.keys():
+        values[key] = _check_type(path, key, values[key])
+    return values
+
+
+def _check_type(path: Path, key: str, value: Any) -> Any:
+    """Return the value of a key in `RUN_KEYS`, a single path or pattern as a list."""
+    kind, expected = RUN_KEYS[key]
+    if kind is list and isinstance(value, str):
+        return [value]
+    kinds = (int, float) if kind is float else (kind,)
+    if type(value) not in kinds or (kind is list and not all(isinstance(item, str) for item in value)):
+        raise ConfigError(f"{path}: {key} is {value!r}, expected {expected}")
+    return value
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `explain`."""
+    add = parser.add_argument
+    add("slide", nargs="*", help="slides, folders, patterns ('a/**/*.svs'), lists (.csv, .parquet)")
+    add(
+        "--model",
+        help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
+        "file, a WSInfer or Hugging Face folder",
+    )
+    add("--out", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
+    add_settings(parser)
+    add_patterns = partial(add, nargs="+", action="extend", metavar="PATTERN")
+    add_patterns("--only", help="explain only slides with ids like these: '2023/**'")
+    add_patterns("--skip", help="leave out slides with ids like these: '2023/**'")
+    add("--config", type=Path, help="YAML file with the same names as keys; flags come first")
+    _add_workers(parser, "how long to wait for missing workers (default 50)")
+    add("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    add("--overwrite", action="store_true", help="explain finished slides again, whatever settings --out holds")
+    add("--retry-failed", action="store_true", help="try slides again that failed before")
+    add("--log-tasks", action="store_true", help="a line for each task in the log below --out")
+    _add_json(parser)
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `demo`."""
+    add = parser.add_argument
+    add("slide", nargs="?", help="an H&E slide; without one, an IHC slide is made from a micrograph")
+    add("--out", default="demo-output", help="folder for the results (default: demo-output)")
+    add("--mpp", type=float, help="the slide's micrometres per pixel, where the file is wrong")
+    add("--workers", type=int, help="number of processes (default: this one)")
+
+
+def add_validate(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `validate`."""
+    parser.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
+    _add_json(parser)
+
+
+def add_status(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `status`."""
+    parser.add_argument("out", help="folder that explain works on")
+    parser.add_argument("--watch", action="store_true", help="print changes until the run ends")
+    _add_json(parser)
+
+
+def add_audit(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `audit`."""
+    add = parser.add_argument
+    add("out", help="folder that explain made, or s3://BUCKET/KEY; an audit there is continued")
+    add("--patches", type=int, help="about so many of all slides together (default 200)")
+    add("--seed", type=int, help="of the sample and of all random numbers (default 0)")
+    questions = "faithfulness, sanity, stability, locality, saturation, shortcuts, plausibility"
+    add("--only", metavar="QUESTION[,..]", help=f"ask only some of {questions}")
+    add("--target", help="which of the run's targets (default: each patch's predicted class)")
+    add("--annotations", help="a file, or a folder with one a slide, of areas that show the target")
+    add("--include", nargs="+", action="extend", metavar="NAME", help="annotation classes that count")
+    add("--regions", help="as --annotations, of what should not decide: rulers, folds, pen")
+    add("--model", help="the run's model, where its files have moved")
+    add("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")
+    add("--fail-on", metavar="QUESTION[,..]|any", help="end with 1 where a verdict on these fails")
+    _add_workers(parser, "as for explain")
+    add("--overwrite", action="store_true", help="measure again, whatever audit there is")
+    _add_json(parser)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `export`."""
+    add = parser.add_argument
+    add("out", help="folder that explain made")
+    formats = "ome-zarr-0.4, ome-tiff, tiff, geojson, qupath, png, deepzoom; docs/exports.md says which for what"
+    add("--to", required=True, metavar="FORMAT", help=formats)
+    add("--dest", help="folder for the files (default: OUT/exports)")
+    add("--slide", nargs="+", action="extend", default=[], metavar="ID", help="default: all")
+    channels = 'labels such as "gradcam: tumour", or classes (default: all; of pictures and regions, the first)'
+    add("--channel", nargs="+", action="extend", metavar="NAME", help=channels)
+    add("--colormap", help="a colour map of matplotlib (default inferno); gray: one sample")
+    add("--window", help="values that colour runs between: run (default), slide, or LOW,HIGH")
+    add("--threshold", type=float, help="show values from this on; regions: default middle of window")
+    add("--alpha", type=float, help="opacity over the slide (default 0.6)")
+    add("--size", type=int, help="longest side of a PNG in pixels (default 2000)")
+    add("--overwrite", action="store_true", default=None, help="replace files that exist")
+    _add_json(parser)
+
+
+def add_view(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `view`."""
+    add = parser.add_argument
+    add("out", help="folder that explain made, or s3://BUCKET/KEY")
+    add("--port", type=int, default=8765, help="port to listen on, 0 for any (default 8765)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    add("--slides", type=Path, help="folder to take slides from, where they have moved")
+    add("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")
+    add("--open", action="store_true", help="open the page in a browser")
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `info`."""
+    add = parser.add_argument
+    add("slide", nargs="*", help="slide files")
+    add("--model", help="a model, as for explain")
+    add("--layer", help="a layer of the model to test")
+    add("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
+    add_settings(parser, MASK_SETTINGS, prefix="with --mask-out: ")
+    _add_json(parser)
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `doctor`."""
+    add = parser.add_argument
+    add("--out", help="folder for the results, to be tried here and from the workers")
+    add("--scheduler", help="address of a Dask scheduler, whose workers are checked")
+    add("--model", help="a model, as for explain, to be loaded here and on the workers")
+    _add_json(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser, wait_help: str) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, help="run on this many processes of this machine")
+    where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    parser.add_argument("--wait-for-workers", type=float, metavar="SECONDS", help=wait_help)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
