@@ -105,7 +105,7 @@ def test_the_package_is_imported_without_anything_heavy() -> None:
     [
         "api",
         "cli.main",
-        "cli.report",
+        "cli.output",
         "run.settings",
         "executors.dask",
         "slides",
