@@ -57,8 +57,7 @@ from benchmarks.rivals import OTHERS, Case, Run
 from wsi_gradcam import GradCAM, load_model
 from wsi_gradcam.cam.auto import choose, fidelity
 from wsi_gradcam.cam.engine import explain_batch, gradients
-from wsi_gradcam.cam.facts import AUTO, Choice
-from wsi_gradcam.cam.layout import Layer
+from wsi_gradcam.cam.facts import AUTO, Choice, Layer
 from wsi_gradcam.cam.methods import METHODS
 from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram
 from wsi_gradcam.cam.targets import PREDICTED, Target, make_score

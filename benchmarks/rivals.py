@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_gradcam.cam.examine import locate_layers
-from wsi_gradcam.cam.layout import Layer
+from wsi_gradcam.cam.facts import Layer
 from wsi_gradcam.cam.trunks import _ov, low_precisions  # not `import openvino`, which reports itself to its maker
 
 Run = Callable[[], int]

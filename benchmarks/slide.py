@@ -34,8 +34,8 @@ from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.results.layout import RunFolder
 from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.run.stages import Context, Task, perform

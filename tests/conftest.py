@@ -14,7 +14,7 @@ from hypothesis import settings
 from tests import mirror
 from tests.s3_proxy import Proxy, passing
 from tests.servers import BUCKET, CREDENTIALS, s3_server
-from wsi_gradcam.models.deterministic import steady_sums
+from wsi_gradcam.models.environment import steady_sums
 
 # A busy machine is no failure; and CI shall not find a new example in an unrelated change.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import DenseNet, get_model
 
+from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.layers import check_layer, probe_images
-from wsi_gradcam.cam.layout import Layer, Layout
 
 CLASSES = 5
 

@@ -15,9 +15,8 @@ import yaml
 
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
-from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlideStatus
-from wsi_gradcam.results.run_files import write_slides
-from wsi_gradcam.results.slide_plan import SlidePlan
+from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlidePlan, SlideStatus
+from wsi_gradcam.results.slide_tables import write_slides
 from wsi_gradcam.results.stitch import coarsen, coarsen_flags
 
 Values = npt.NDArray[np.float32]

@@ -14,9 +14,8 @@ from tests.split_models import curved, pictures, relative
 from wsi_gradcam.cam import auto
 from wsi_gradcam.cam.auto import LEAST_PEARSON, MOST_PEAK_RISK, WORTH, choose, choose_again, fidelity, make_program
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.facts import Choice, Trial
+from wsi_gradcam.cam.facts import Choice, Layer, Trial
 from wsi_gradcam.cam.layers import check_layer
-from wsi_gradcam.cam.layout import Layer
 from wsi_gradcam.cam.methods import Score
 from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram
 from wsi_gradcam.cam.targets import Target

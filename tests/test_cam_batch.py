@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam.cam import batch
-from wsi_gradcam.cam.batch import LARGEST, SMALLEST, activation_bytes, find_batch_size, is_out_of_memory
-from wsi_gradcam.cam.layout import Layer, Layout
+from wsi_gradcam.cam.examine import LARGEST, SMALLEST, activation_bytes, find_batch_size, is_out_of_memory
+from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram
 
 LAYERS = (Layer("features", Layout("bkhw", 12, 4, 4)),)

@@ -18,10 +18,9 @@ from tests.oracles import gradcam_by_hand
 from tests.split_models import curved, of_class, pictures, probe_of, relative
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam.cam.engine import TARGETS_AT_ONCE, AnyTarget, explain_batch, fuse
+from wsi_gradcam.cam.facts import METHOD_INFO, Layer
 from wsi_gradcam.cam.layers import check_layer, probe_images
-from wsi_gradcam.cam.layout import Layer
 from wsi_gradcam.cam.methods import Score
-from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.cam.perturbation import PROBING
 from wsi_gradcam.cam.program import EagerProgram, SplitProgram, cut_at
 from wsi_gradcam.cam.targets import Target, finer_score

@@ -20,14 +20,12 @@ from tests.toy_models import PooledLinear
 from wsi_gradcam.cam import examine as examining
 from wsi_gradcam.cam.engine import explain_batch
 from wsi_gradcam.cam.examine import Request, examine, explainable_layers, locate_layers, prepare_program, traced_module
-from wsi_gradcam.cam.facts import Choice
+from wsi_gradcam.cam.facts import Choice, Layer, Layout
 from wsi_gradcam.cam.layers import probe_images
-from wsi_gradcam.cam.layout import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram, SplitProgram
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import LayerError, ModelError
-from wsi_gradcam.models.live import model_of
-from wsi_gradcam.models.load import Model, load_model
+from wsi_gradcam.models.load import Model, load_model, model_of
 from wsi_gradcam.models.outputs import LogitsOf
 from wsi_gradcam.models.spec import ModelSpec
 

@@ -13,8 +13,8 @@ from torchvision.models import get_model
 
 from tests.families import FAMILIES, network_of
 from tests.toy_models import PooledLinear, pooled_linear
+from wsi_gradcam.cam.facts import Layout
 from wsi_gradcam.cam.layers import candidate_layers, check_layer, dominates, find_layer, probe_images
-from wsi_gradcam.cam.layout import Layout
 from wsi_gradcam.errors import LayerError, ModelError
 
 IMAGES = probe_images((32, 32))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.cam.layout import MOST_PREFIX_TOKENS, Layout, find_layout
+from wsi_gradcam.cam.facts import MOST_PREFIX_TOKENS, Layout, find_layout
 
 SQUARE, WIDE, HIGH = (64, 64), (32, 64), (96, 32)
 

@@ -29,6 +29,7 @@ from tests.split_models import (
     pooled,
     relative,
 )
+from wsi_gradcam.cam.facts import METHOD_INFO, METHOD_NAMES
 from wsi_gradcam.cam.methods import (
     METHODS,
     cam,
@@ -37,10 +38,8 @@ from wsi_gradcam.cam.methods import (
     gradcam_plus_plus,
     hirescam,
     layercam,
-    tanh_view,
     xgradcam,
 )
-from wsi_gradcam.cam.names import METHOD_INFO, METHOD_NAMES
 from wsi_gradcam.cam.perturbation import PROBING
 from wsi_gradcam.cam.targets import COMPARED, GAMMA, finer_score
 from wsi_gradcam.errors import LayerError, TargetError
@@ -207,13 +206,6 @@ def test_layercam_is_hirescam_where_the_gradient_is_positive() -> None:
     A, g = torch.randn(2, 4, 3, 3), torch.rand(2, 4, 3, 3)
     assert torch.equal(layercam(A, g), hirescam(A, g))
     assert not layercam(A, -g).any()
-
-
-def test_tanh_view_is_the_papers() -> None:
-    maps = torch.tensor([[[1.0, -5.0, 4.0]], [[-1.0, -2.0, 0.0]], [[100.0, 0.0, 400.0]]])
-    row = [math.tanh(0.5), 0.0, math.tanh(2)]
-    expected = torch.tensor([[row], [[0.0, 0.0, 0.0]], [[math.tanh(0.5), 0.0, math.tanh(2)]]])
-    torch.testing.assert_close(tanh_view(maps), expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 2), (2, 6, 3, 2), (2, 7, 3, 2), (1, 1, 4, 4), (1, 9, 1, 1)])

@@ -17,8 +17,8 @@ from tests.families import FAMILIES, images_of, layer_of, network_of
 from tests.split_models import relative
 from wsi_gradcam.cam import program as programs
 from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.layers import check_layer, probe_images
-from wsi_gradcam.cam.layout import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram, SplitProgram, cut_at, follow
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.cam.trunks import make_trunk

@@ -18,8 +18,8 @@ from tests.split_models import curved, pictures, pooled, relative
 from wsi_gradcam.cam import trunks
 from wsi_gradcam.cam.auto import make_program
 from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.facts import Layer
 from wsi_gradcam.cam.layers import check_layer, find_layer, probe_images
-from wsi_gradcam.cam.layout import Layer
 from wsi_gradcam.cam.program import cut_at
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.cam.trunks import low_precisions, make_trunk

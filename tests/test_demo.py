@@ -11,8 +11,8 @@ from PIL import Image
 from scipy.stats import mannwhitneyu
 
 from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.facts import Layer
 from wsi_gradcam.cam.layers import check_layer
-from wsi_gradcam.cam.layout import Layer
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.cli.main import main
@@ -22,7 +22,7 @@ from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.models.spec import ZOO, bundled
 from wsi_gradcam.results.heatmap import HeatmapStore
-from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.results.validation import validate
 
 

@@ -20,7 +20,7 @@ from tests import toy_models
 from tests.runs import SMALL, Heatmap, contents, rows_of, stored, toy_spec
 from tests.synthetic import MarkerSlide, corrupt_tile, write_marker_slide
 from wsi_gradcam.api import explain
-from wsi_gradcam.results.run_files import read_slides
+from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.results.validation import validate
 
 MARKER_PX = 24

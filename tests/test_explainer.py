@@ -24,8 +24,7 @@ from wsi_gradcam.cam.facts import Choice
 from wsi_gradcam.cam.program import EagerProgram, Pass
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.live import model_of
-from wsi_gradcam.models.load import Model, load_model
+from wsi_gradcam.models.load import Model, load_model, model_of
 
 Rgb = npt.NDArray[np.uint8]
 TARGETS = [Target("b", 1), Target("predicted"), Target("a-c", 0, 2)]

@@ -22,11 +22,10 @@ from tests.split_models import Split, curved, pictures, plain, relative
 from tests.toy_models import PooledLinear
 from wsi_gradcam import GradCAM, gradcam
 from wsi_gradcam.cam.auto import make_program
-from wsi_gradcam.cam.facts import Choice
-from wsi_gradcam.cam.layout import Layer
+from wsi_gradcam.cam.facts import Choice, Layer
 from wsi_gradcam.cam.program import Program, SplitProgram
 from wsi_gradcam.errors import LayerError, ModelError
-from wsi_gradcam.models.live import model_of
+from wsi_gradcam.models.load import model_of
 from wsi_gradcam.models.spec import ModelSpec
 
 CLASSES = ["other", "tumor", "stroma", "fat"]

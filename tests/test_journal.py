@@ -19,8 +19,8 @@ from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import storage_path
-from wsi_gradcam.results.layout import RunFolder
 from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.run import journal
 from wsi_gradcam.run.claims import CLAIM
 from wsi_gradcam.run.failures import attempt_digest

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wsi_gradcam.models.activation import probabilities
+from wsi_gradcam.models.spec import probabilities
 
 Logits = npt.NDArray[np.float32]
 LOGITS = hnp.arrays(

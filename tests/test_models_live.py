@@ -12,7 +12,7 @@ from torch import nn
 from tests.test_models_load import Fail, left_training
 from tests.toy_models import pooled_linear
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.live import model_of
+from wsi_gradcam.models.load import model_of
 
 
 def test_a_live_module_is_copied_and_left_as_it_was() -> None:

@@ -360,7 +360,7 @@ def test_a_checksum_without_a_file_is_refused(weights: str | None) -> None:
 def test_normalisation_is_the_formula() -> None:
     model = load_model(spec(mean=[0.7, 0.5, 0.6], std=[0.1, 0.2, 0.3]))
     rgb = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = model.normalise(rgb)
+    found = model.prepare(rgb)
     assert (found.dtype, found.shape) == (torch.float32, (2, 3, 4, 5))
     for b, y, x, c in np.ndindex(2, 4, 5, 3):
         expected = (int(rgb[b, y, x, c]) / 255 - model.mean[c]) / model.std[c]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tests.toy_models import pooled_linear
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.live import model_of
-from wsi_gradcam.models.load import Model
+from wsi_gradcam.models.load import Model, model_of
 from wsi_gradcam.models.outputs import LogitsOf, as_rows, find_output, named_layers, pick
 
 K2, K3, MAPS, EMBEDDING = torch.ones(4, 2), torch.ones(4, 3), torch.ones(4, 8, 5, 5), torch.ones(4, 8)

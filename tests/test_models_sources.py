@@ -19,8 +19,8 @@ import torchvision.models._api
 from torch import nn
 
 from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.environment import tensors_only
 from wsi_gradcam.models.load import Model, load_model
-from wsi_gradcam.models.pickles import tensors_only
 from wsi_gradcam.models.sources.function import code_digest
 from wsi_gradcam.models.spec import ModelSpec
 

@@ -14,8 +14,7 @@ from tests.test_stain import OTHER, concentrations, stained
 from tests.toy_models import marker
 from wsi_gradcam.cli.output import model_info
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.live import model_of
-from wsi_gradcam.models.load import load_model
+from wsi_gradcam.models.load import load_model, model_of
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.tissue.stain import PUBLISHED, Macenko, Reinhard, measure
 

@@ -10,8 +10,8 @@ import pytest
 from tests.synthetic import corrupt_tile, write_marker_slide
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.overview import UNREADABLE_GRAY, _scaled, _thumbnail, round_length
-from wsi_gradcam.results.slide_plan import SlidePlan
 from wsi_gradcam.slides import open_slide
 
 

@@ -15,15 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.slides_in_memory import ArraySlide
-from wsi_gradcam.cam.facts import Choice, ModelFacts, Trial
-from wsi_gradcam.cam.layout import Layer, Layout
+from wsi_gradcam.cam.facts import Choice, Layer, Layout, ModelFacts, Trial
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, ModelError, MppError, StoreError, TargetError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.results.heatmap import SHARD, Channel, HeatmapStore
+from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.patch_store import PatchStore
-from wsi_gradcam.results.slide_plan import SlidePlan
 from wsi_gradcam.run.plan import RunPlan, estimate, memory_estimate, plan_run, plan_slide
 from wsi_gradcam.run.settings import NOT_IN_IDENTITY, Settings, make_settings
 from wsi_gradcam.tissue.grid import Patches

@@ -24,7 +24,8 @@ from wsi_gradcam.api import Listener, explain
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.results.manifest import Manifest
-from wsi_gradcam.results.run_files import check_same_run, read_run, read_slides
+from wsi_gradcam.results.run_files import check_same_run, read_run
+from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.run.plan import RunPlan, plan_run

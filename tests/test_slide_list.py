@@ -17,7 +17,8 @@ from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.errors import ConfigError, ResumeError, SlideNotFoundError
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
-from wsi_gradcam.results.run_files import COLUMNS, OLDEST, read_run, read_slides
+from wsi_gradcam.results.run_files import read_run
+from wsi_gradcam.results.slide_tables import COLUMNS, OLDEST, read_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.sampling import sample_patches
 from wsi_gradcam.run.settings import make_settings

@@ -20,7 +20,7 @@ from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.errors import ResumeError, SlideReadError, StainError, StoreError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.results.slide_plan import SlidePlan
+from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run import sampling
 from wsi_gradcam.run.sampling import fit_stain, sample_patches, sample_tissue

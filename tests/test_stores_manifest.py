@@ -17,8 +17,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.results.manifest import DONE, PLAN, Manifest, SlideDone, SlideOutcome, SlideStatus, digest_of
-from wsi_gradcam.results.slide_plan import SlidePlan
+from wsi_gradcam.results.manifest import (
+    DONE,
+    PLAN,
+    Manifest,
+    SlideDone,
+    SlideOutcome,
+    SlidePlan,
+    SlideStatus,
+    digest_of,
+)
 
 PLANNED = SlidePlan("s", "r", (64, 48), (0.5, 0.25), (32.0, 32.0), (0.0, 0.0, 32.0, 32.0), 3, 2, 16)
 FINISHED = SlideDone(

@@ -16,7 +16,7 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import Listener, explain, preview
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
-from wsi_gradcam.results.slide_record import keep_record, read_record, settle
+from wsi_gradcam.results.slide_tables import keep_record, read_record, settle
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.plan import RunPlan
 

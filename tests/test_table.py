@@ -16,16 +16,13 @@ import torch
 
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.facts import Choice, ModelFacts
-from wsi_gradcam.cam.layout import Layer, Layout
+from wsi_gradcam.cam.facts import Choice, Layer, Layout, ModelFacts
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.models.activation import Activation
-from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.models.spec import Activation, ModelSpec
 from wsi_gradcam.results import table
-from wsi_gradcam.results.patch_store import OK, UNREADABLE, PatchStore, SpanData
-from wsi_gradcam.results.slide_plan import SlidePlan
-from wsi_gradcam.results.table import write_table
+from wsi_gradcam.results.manifest import SlidePlan
+from wsi_gradcam.results.patch_store import OK, UNREADABLE, PatchStore, SpanData, write_table
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.tissue.grid import Patches

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.images import audit_images
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.gradcam import GradCAM
-    from wsi_gradcam.models.live import model_of
-    from wsi_gradcam.models.load import load_model
+    from wsi_gradcam.models.load import load_model, model_of
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.results.run import open_result
     from wsi_gradcam.run.settings import Settings
@@ -45,7 +44,7 @@ _HOME = {
     "audit_run": "wsi_gradcam.audit.running",
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",
-    "model_of": "wsi_gradcam.models.live",
+    "model_of": "wsi_gradcam.models.load",
     "open_result": "wsi_gradcam.results.run",
     "open_slide": "wsi_gradcam.slides",
     "validate": "wsi_gradcam.api",

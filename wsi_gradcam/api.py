@@ -14,10 +14,9 @@ from wsi_gradcam.inputs.find import SlideEntry, choose_slides, find_slides
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
-from wsi_gradcam.results.layout import RunFolder
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
-from wsi_gradcam.results.run_files import SlideTable, check_same_run, choice_from, read_run, read_slides, write_run
-from wsi_gradcam.results.slide_record import keep_record, read_record, settle
+from wsi_gradcam.results.run_files import RunFolder, check_same_run, choice_from, read_run, write_run
+from wsi_gradcam.results.slide_tables import SlideTable, keep_record, read_record, read_slides, settle
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.events import Listener
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed

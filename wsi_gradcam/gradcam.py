@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsi_gradcam.cam.auto import choose, make_program
-from wsi_gradcam.cam.batch import is_out_of_memory
 from wsi_gradcam.cam.engine import Explained, explain_batch
-from wsi_gradcam.cam.examine import check_methods, locate_layers
-from wsi_gradcam.cam.facts import AUTO, ENGINES, PRECISIONS, Choice
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.examine import check_methods, is_out_of_memory, locate_layers
+from wsi_gradcam.cam.facts import AUTO, ENGINES, METHOD_INFO, PRECISIONS, Choice
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
@@ -26,7 +24,7 @@ from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.models.outputs import with_logits
 
 if TYPE_CHECKING:
-    from wsi_gradcam.cam.layout import Layer
+    from wsi_gradcam.cam.facts import Layer
     from wsi_gradcam.cam.program import Program
     from wsi_gradcam.models.spec import ModelSpec
 
@@ -80,7 +78,7 @@ class GradCAM:
     Args:
         model: a network, normalised images -> logits; or whatever `--model` takes, or a loaded `Model`.
         layer: name of the module to explain, or several joined by "+"; nothing given: found.
-        method: a name from `wsi_gradcam.cam.names`, or several joined by commas, which share the forward pass.
+        method: a name from `wsi_gradcam.cam.facts`, or several joined by commas, which share the forward pass.
         precision: of the network up to the layer: float32, bfloat16, float16; auto: the fastest that keeps the maps.
         engine: what runs the network up to the layer: eager, compile, openvino; auto: the fastest. It is chosen in
             the first call with 16 images or more; until then eager float32 works.

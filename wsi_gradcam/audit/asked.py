@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from wsi_gradcam.audit.measured import PROBABILITY
 from wsi_gradcam.audit.measures.controls import control_maps
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cam.targets import Target, classes_of
 
 if TYPE_CHECKING:

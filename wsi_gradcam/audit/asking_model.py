@@ -19,7 +19,7 @@ from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by
 from wsi_gradcam.audit.measures.saturation import leaky_maps, saturation
 from wsi_gradcam.audit.measures.shortcuts import cover, glass_patches, masking, mass_on
 from wsi_gradcam.audit.measures.suspects import GIVEN, suspects
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import ModelError
 
 if TYPE_CHECKING:

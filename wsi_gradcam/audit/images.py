@@ -61,7 +61,7 @@ def audit_images(
 
     Args:
         model: as for `explain`, or loaded: see `model_of` for a network in memory.
-        method: a name from `wsi_gradcam.cam.names`, or several.
+        method: a name from `wsi_gradcam.cam.facts`, or several.
         target: what is explained: a class, or "predicted".
         groups: what each patch comes from, such as its slide [N]; patches of one are alike, and statements are about
             groups where there are 6 or more. None: each patch for itself.

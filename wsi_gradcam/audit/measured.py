@@ -6,7 +6,7 @@ Those of a whole slide begin with `slide/`, and their first axis is 1.
 
 from __future__ import annotations
 
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 
 # Of a patch's pixels, that are taken away: 7 answers a way beside the two that all maps share. The area under a curve
 # of 29 points differs little, and costs four times as much.

@@ -10,7 +10,7 @@ import numpy as np
 from wsi_gradcam.audit.annotated import annotated_slide
 from wsi_gradcam.audit.plan import PIECE, patch_seeds
 from wsi_gradcam.errors import ResumeError, SlideFormatError, SlideReadError
-from wsi_gradcam.models.activation import probabilities
+from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import OK
 from wsi_gradcam.slides import read_region
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.audit.plan import AuditPlan
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.results.patch_store import PatchStore
-    from wsi_gradcam.results.slide_plan import SlidePlan
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.slides import Slide
 

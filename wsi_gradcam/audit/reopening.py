@@ -16,7 +16,7 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run_files import choice_from
-from wsi_gradcam.results.slide_record import read_record
+from wsi_gradcam.results.slide_tables import read_record
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
 

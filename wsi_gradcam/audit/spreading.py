@@ -9,18 +9,18 @@ import numpy as np
 
 from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.channels import QUANTILE
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.patch_store import OK
 from wsi_gradcam.results.stitch import Enlarger, coarsen, coarsen_flags, touching
-from wsi_gradcam.results.windows import QUANTILE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.folder import AuditFolder
     from wsi_gradcam.audit.plan import AuditPlan
+    from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.results.patch_store import PatchStore
-    from wsi_gradcam.results.slide_plan import SlidePlan
     from wsi_gradcam.run.plan import Map
 
 DRAWN_PX = 1 << 20  # of the level whose values the display window is taken from

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, fx, nn
 
-    from wsi_gradcam.cam.layout import Layer
+    from wsi_gradcam.cam.facts import Layer
     from wsi_gradcam.cam.methods import Score
 
 

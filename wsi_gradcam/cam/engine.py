@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cam.methods import METHODS, Probe
-from wsi_gradcam.cam.names import METHOD_INFO
 from wsi_gradcam.cam.perturbation import PROBING
 from wsi_gradcam.cam.targets import Target, classes_of, finer_score, make_score
 from wsi_gradcam.errors import LayerError, TargetError

@@ -11,17 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_gradcam.cam.batch import is_out_of_memory
 from wsi_gradcam.cam.engine import explain_batch, pool_to_layer_grid
-from wsi_gradcam.cam.examine import Request, examine, explainable_layers, prepare_program
+from wsi_gradcam.cam.examine import Request, examine, explainable_layers, is_out_of_memory, prepare_program
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import load_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.cam.facts import ModelFacts
-    from wsi_gradcam.cam.layout import Layer
+    from wsi_gradcam.cam.facts import Layer, ModelFacts
     from wsi_gradcam.cam.program import Program
     from wsi_gradcam.cam.targets import Target
     from wsi_gradcam.models.load import Model

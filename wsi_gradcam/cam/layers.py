@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.layout import Layout, find_layout
+from wsi_gradcam.cam.facts import Layout, find_layout
 from wsi_gradcam.cam.tap import evaluating, tapped
 from wsi_gradcam.errors import LayerError, ModelError, one_line
 from wsi_gradcam.models.graph import Pooled

@@ -74,22 +74,8 @@ def hirescam(A: Tensor, g: Tensor) -> Tensor:
 
 
 def layercam(A: Tensor, g: Tensor) -> Tensor:
-    """LayerCAM, sum_k relu(g_k) A_k cell by cell (Jiang 2021, TIP, doi 10.1109/TIP.2021.3089943).
-
-    What the paper does to maps of shallow layers is `tanh_view`.
-    """
+    """LayerCAM, sum_k relu(g_k) A_k cell by cell (Jiang 2021, TIP, doi 10.1109/TIP.2021.3089943)."""
     return (A * g.relu()).sum(dim=1)
-
-
-def tanh_view(maps: Tensor, gamma: float = 2.0) -> Tensor:
-    """LayerCAM's view of shallow layers, tanh(gamma M / max M) with M = relu(map), 0 to 1, per image of [B, h, w].
-
-    It makes images incomparable, so it is for looking at one image and never stored. A map without positive values
-    gives zeros.
-    """
-    positive = maps.relu()
-    largest = positive.amax(dim=(1, 2), keepdim=True)
-    return torch.tanh(gamma * positive / torch.where(largest > 0, largest, 1.0))
 
 
 def xgradcam(A: Tensor, g: Tensor) -> Tensor:

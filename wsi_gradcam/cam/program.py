@@ -17,7 +17,7 @@ from wsi_gradcam.models.graph import any_batch, fixed_batch, split, trace
 if TYPE_CHECKING:
     from torch import fx
 
-    from wsi_gradcam.cam.layout import Layer
+    from wsi_gradcam.cam.facts import Layer
     from wsi_gradcam.cam.trunks import Trunk
 
 # Marks the layer's output in a traced graph: an operator of its own, which nothing can mistake or optimise away.

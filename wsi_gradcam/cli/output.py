@@ -29,8 +29,8 @@ from wsi_gradcam.tissue.picture import write_mask_picture
 if TYPE_CHECKING:
     from wsi_gradcam.audit.running import AuditOutcome
     from wsi_gradcam.audit.schema import VerdictRow
-    from wsi_gradcam.cam.layout import Layout
-    from wsi_gradcam.results.layout import RunFolder, SlideFolder
+    from wsi_gradcam.cam.facts import Layout
+    from wsi_gradcam.results.run_files import RunFolder, SlideFolder
     from wsi_gradcam.tissue.stain import Stain
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -182,7 +182,7 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 def model_info(model: str, layer: str | None) -> dict[str, Any]:
     """Describe a model: also its layers that can be explained, and the self-test of the one that would be."""
-    from wsi_gradcam.cam.names import METHOD_INFO
+    from wsi_gradcam.cam.facts import METHOD_INFO
 
     spec = read_spec(model)
     explainer = examine_model(spec, make_settings(layer=layer, engine="eager", precision="float32"), [])

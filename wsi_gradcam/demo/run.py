@@ -23,11 +23,11 @@ from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath, wrap_write_errors
 from wsi_gradcam.results.heatmap import EXPLAINED, HeatmapStore
-from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.run_files import RunFolder
 
 if TYPE_CHECKING:
     from wsi_gradcam.api import Outcome
-    from wsi_gradcam.results.layout import SlideFolder
+    from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.events import Listener
 
 SIDE_PX, MPP = 8192, 0.5  # the micrograph's pixel size is not known: 0.5 um is assumed

@@ -1,41 +1,51 @@
-"""A specification -> a network in evaluation mode, with all that was left open filled in."""
+"""Load the network of a specification, or take one that the caller holds, and fill in all that was left open."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wsi_gradcam.errors import ModelError
+from wsi_gradcam.errors import ModelError, one_line
+from wsi_gradcam.models.environment import tensors_only
 from wsi_gradcam.models.outputs import with_logits
-from wsi_gradcam.models.pickles import tensors_only
-from wsi_gradcam.models.sources import Built, export, function, hf, timm, torchscript, torchvision, wsinfer
-from wsi_gradcam.models.sources.programs import failure
-from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, read_spec
+from wsi_gradcam.models.sources import Built
+from wsi_gradcam.models.sources.function import build_function
+from wsi_gradcam.models.sources.hf import build_hf
+from wsi_gradcam.models.sources.libraries import build_timm, build_torchvision
+from wsi_gradcam.models.sources.programs import build_export, build_torchscript, failure
+from wsi_gradcam.models.sources.wsinfer import build_wsinfer
+from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, Resizing, explain_validation, read_spec
 from wsi_gradcam.models.staining import stain_target
 from wsi_gradcam.models.transform import Transform, make_transform
 
 if TYPE_CHECKING:
-    from wsi_gradcam.models.activation import Activation
+    from collections.abc import Mapping, Sequence
+
+    from wsi_gradcam.models.spec import Activation
     from wsi_gradcam.tissue.stain import Stain
+
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-SOURCES = {
-    "timm": timm.build,
-    "torchvision": torchvision.build,
-    "torchscript": torchscript.build,
-    "export": export.build,
-    "wsinfer": wsinfer.build,
-    "hf": hf.build,
+SOURCES: dict[str, Callable[[ModelSpec], Built]] = {
+    "timm": build_timm,
+    "torchvision": build_torchvision,
+    "torchscript": build_torchscript,
+    "export": build_export,
+    "wsinfer": build_wsinfer,
+    "hf": build_hf,
 }
 _SEEDED = threading.Lock()  # torch's seed is the process's: networks that are built at once would share one
 ALONE = 1e-3  # of the largest logit; kernels for one image differ from those for two by far less
@@ -102,10 +112,6 @@ class Model:
     def prepare(self, rgb: Tensor) -> Tensor:
         """uint8 [B, *patch_px, 3] -> float32 [B, 3, *input_px], on the same device, as the model's format wants it."""
         return self.transform(rgb)
-
-    def normalise(self, rgb: Tensor) -> Tensor:
-        """The same as `prepare`."""
-        return self.prepare(rgb)
 
 
 def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Model:
@@ -188,9 +194,9 @@ def _build(spec: ModelSpec) -> Built:
     with _SEEDED, torch.random.fork_rng(devices=[]):  # an untrained network is the same in every process
         torch.manual_seed(0)
         if spec.kind == "function":
-            return function.build(spec.source, spec)
+            return build_function(spec)
         with tensors_only():
-            return SOURCES[spec.kind](spec.argument, spec)
+            return SOURCES[spec.kind](spec)
 
 
 def _load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> None:
@@ -298,3 +304,60 @@ def _digest(spec: ModelSpec, model: Model, code: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def model_of(
+    module: nn.Module,
+    *,
+    name: str | None = None,
+    patch_px: int | tuple[int, int],
+    mpp: float | None = None,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    scale: float | None = None,
+    stain: str | Mapping[str, Any] | None = None,
+    transform: Resizing | None = None,
+    activation: Activation = "softmax",
+    layer: str | None = None,
+    output: str | int | None = None,
+    device: str = "cpu",
+) -> Model:
+    """A model of a copy of `module` as it is now: in evaluation mode, frozen, in float32. `module` stays as it is.
+
+    The other arguments are the keys of a model file. Without mean and std colours are normalised as for ImageNet.
+
+    Raises:
+        ModelError: it does not take RGB of this size, gives something else than logits, or cannot be copied.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Conv2d(4, 2, 1))
+    >>> model = model_of(net, patch_px=32, classes=["stroma", "tumour"])
+    >>> model.module(model.prepare(torch.zeros(5, 32, 32, 3, dtype=torch.uint8))).shape
+    torch.Size([5, 2])
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    values = {
+        "patch_px": patch_px,
+        "mpp": mpp,
+        "classes": classes,
+        "mean": mean,
+        "std": std,
+        "scale": scale,
+        "stain": stain,
+        "transform": transform,
+        "layer": layer,
+        "output": output,
+        "activation": activation,
+    }
+    try:
+        spec = ModelSpec.model_validate({"name": name or type(module).__name__, "source": f"live:{kind}", **values})
+    except ValidationError as error:
+        raise ModelError(f"{kind}: {explain_validation(error)}") from error
+    try:
+        built = Built(copy.deepcopy(module))
+    except Exception as error:  # modules may hold anything
+        raise ModelError(
+            f"{kind}: cannot be copied ({one_line(error)}); load a state dict into a new module and give that"
+        ) from error
+    return finish(spec, built, device)

@@ -1,11 +1,12 @@
-"""`ModelSpec`: what the pipeline must know of a model besides its weights, as a YAML file."""
+"""`ModelSpec`: all that the pipeline must know of a model besides its weights, as a YAML file. Needs no torch."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import yaml
 from pydantic import (
     BaseModel,
@@ -20,8 +21,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.activation import Activation
 from wsi_gradcam.models.staining import StainSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 ZOO = Path(__file__).parent / "zoo"
 RANDOM = "random"
@@ -291,3 +295,21 @@ def _finding(error: ErrorDetails) -> str:
         return f"{key}: {message}"
     known = "unknown key, check the spelling" if error["type"] == "extra_forbidden" else message
     return f"{key}: {known} (given: {error['input']!r})"
+
+
+Activation = Literal["softmax", "sigmoid", "none"]
+
+
+def probabilities(logits: NDArray[np.float32], activation: Activation) -> NDArray[np.float32]:
+    """Logits float32 [n, classes] through softmax, sigmoid or nothing; same shape.
+
+    >>> probabilities(np.array([[0, 0], [1000, 0]], np.float32), "softmax").tolist()
+    [[0.5, 0.5], [1.0, 0.0]]
+    """
+    if activation == "none":
+        return logits
+    if activation == "sigmoid":
+        return (0.5 * (1 + np.tanh(logits / 2))).astype(np.float32)  # does not overflow
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: NDArray[np.float32] = shifted / shifted.sum(axis=1, keepdims=True)
+    return shares

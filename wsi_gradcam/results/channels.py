@@ -1,4 +1,4 @@
-"""The channels of a heatmap by name."""
+"""The channels of a heatmap by name, and the windows of values between which their colours run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import UnknownNameError
 from wsi_gradcam.results.heatmap import COLOURS, Channel
 
@@ -89,3 +89,20 @@ def nearest(name: str, names: Sequence[str], most: int = 12) -> str:
         return "there are none"
     rest = f", and {len(known) - most} more" if len(known) > most else ""
     return f"expected one of {', '.join(known[:most])}{rest}"
+
+
+QUANTILE = 0.995
+NARROWEST = 1.0  # logits
+
+
+def window_end(top: float, unit: str) -> float:
+    """Where the window of an explanation ends whose `QUANTILE` is `top`; it begins at 0.
+
+    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
+    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
+    methods whose values are not logits have no such floor.
+
+    >>> window_end(0.2, "logit"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
+    (1.0, 0.2, 1.0)
+    """
+    return max(top, NARROWEST) if unit == "logit" or top <= 0 else top

@@ -19,11 +19,10 @@ import numpy as np
 
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import tiles
-from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo
+from wsi_gradcam.results.channels import PROBABILITY, QUANTILE, ChannelInfo, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.slide import SlideResult
-from wsi_gradcam.results.windows import QUANTILE, window_end
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.results.channels import ChannelInfo
-    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.slides import Slide
 
 

@@ -19,7 +19,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import RANDOM
@@ -29,7 +29,7 @@ from wsi_gradcam.slides import thumbnail
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.run.plan import Map, RunPlan
     from wsi_gradcam.slides import Slide
 

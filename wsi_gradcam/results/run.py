@@ -11,10 +11,10 @@ from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages.templates import render
 from wsi_gradcam.results.channels import nearest
 from wsi_gradcam.results.display import Progress, run_windows
-from wsi_gradcam.results.layout import RunFolder
 from wsi_gradcam.results.manifest import PLAN
-from wsi_gradcam.results.run_files import read_run, read_slides
+from wsi_gradcam.results.run_files import RunFolder, read_run
 from wsi_gradcam.results.slide import SlideResult
+from wsi_gradcam.results.slide_tables import read_slides
 
 if TYPE_CHECKING:
     import pandas as pd

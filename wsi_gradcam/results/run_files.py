@@ -1,12 +1,9 @@
-"""`run.yaml` and `slides.csv`: what a run was, and how each of its slides ended."""
+"""Names of everything below OUT, and `run.yaml`: the configuration that a run was made with."""
 
 from __future__ import annotations
 
-import csv
-import io
 import platform
-import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -18,26 +15,78 @@ from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
 if TYPE_CHECKING:
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.run.plan import RunPlan
 
-COLUMNS = (
-    "id",
-    "path",
-    "status",
-    "error",
-    "patches",
-    "unreadable",
-    "seconds",
-    "mpp_y",
-    "mpp_x",
-    "slide_digest",
-    "model_digest",
-    "label",
-    "site",
-    "scanner",
-    "tried",
-)
-OLDEST = 11  # columns that every version had, the first ones
+
+@dataclass(frozen=True)
+class SlideFolder:
+    """The folder of one slide's results."""
+
+    place: StoragePath
+
+    @property
+    def heatmap(self) -> StoragePath:
+        """OME-Zarr image of the heatmap."""
+        return self.place / "heatmap.ome.zarr"
+
+    @property
+    def cams(self) -> StoragePath:
+        """Patch store."""
+        return self.place / "cams.zarr"
+
+    @property
+    def table(self) -> StoragePath:
+        """A row a patch."""
+        return self.place / "patches.parquet"
+
+    @property
+    def overview(self) -> StoragePath:
+        """Picture of slide and overlay."""
+        return self.place / "overview.png"
+
+    @property
+    def tissue(self) -> StoragePath:
+        """Tissue mask over the whole slide."""
+        return self.place / "tissue.png"
+
+    @property
+    def manifest(self) -> StoragePath:
+        """What is done."""
+        return self.place / "manifest"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """OUT."""
+
+    place: StoragePath
+
+    @property
+    def run(self) -> StoragePath:
+        """The resolved configuration."""
+        return self.place / "run.yaml"
+
+    @property
+    def slides(self) -> StoragePath:
+        """A row a slide."""
+        return self.place / "slides.csv"
+
+    @property
+    def display(self) -> StoragePath:
+        """The run's display windows, made when first asked for."""
+        return self.place / "display.json"
+
+    @property
+    def record(self) -> StoragePath:
+        """The slides with their ids, written before work begins."""
+        return self.place / "slides.jsonl"
+
+    def slide(self, slide_id: str) -> SlideFolder:
+        """The folder of a slide."""
+        return SlideFolder(self.place / slide_id)
+
+
 PACKAGES = (
     "wsi-gradcam",
     "torch",
@@ -54,9 +103,6 @@ PACKAGES = (
     "pillow",
     "openvino",
 )
-
-
-NAMES = "surrogateescape"  # file names on Linux are bytes: one that is not UTF-8 must not stop an archive
 
 
 def write_run(place: StoragePathLike, run: RunPlan) -> None:
@@ -138,81 +184,6 @@ def check_same_run(place: StoragePathLike, run: RunPlan) -> None:
         f"{storage_path(place).parent}: holds results of another model or configuration ({differences}); choose "
         "another --out, or recompute everything with --overwrite"
     )
-
-
-def read_slides(place: StoragePathLike) -> dict[str, dict[str, str]]:
-    """Rows of slides.csv by slide id; empty when there is none.
-
-    Raises:
-        StoreError: it is damaged.
-    """
-    try:
-        return _parsed(place, storage_path(place).read())
-    except FileNotFoundError:
-        return {}
-
-
-def _parsed(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]:
-    text = data.decode("utf-8", NAMES)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows = list(reader)
-    names = tuple(reader.fieldnames or ())
-    ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
-    if ((rows or text) and not ours) or any(None in row.values() for row in rows):
-        raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
-    return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
-
-
-def write_slides(place: StoragePathLike, rows: dict[str, dict[str, Any]]) -> None:
-    """Write slides.csv, sorted by id.
-
-    Raises:
-        StoreError: the folder cannot be written.
-    """
-    storage_path(place).write(_encoded(rows))
-
-
-def _encoded(rows: dict[str, dict[str, Any]]) -> bytes:
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows[key] for key in sorted(rows))
-    return buffer.getvalue().encode("utf-8", NAMES)
-
-
-class SlideTable:
-    """Adds rows to slides.csv; other processes may add theirs to the same file.
-
-    The file is written whole each time, so for a large archive not after every slide: rows wait until writing costs
-    less than a twentieth of the time. Rows lost with a killed process are made again from the manifests.
-    """
-
-    def __init__(self, place: StoragePathLike) -> None:
-        self._place = storage_path(place)
-        self._waiting: dict[str, dict[str, Any]] = {}
-        self._next = 0.0
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Take a row, and write all that wait if it is time."""
-        self._waiting[row["id"]] = row
-        started = time.monotonic()
-        if started >= self._next:
-            self.flush()
-            now = time.monotonic()
-            self._next = now + 20 * (now - started)
-
-    def flush(self) -> None:
-        """Write the rows that wait.
-
-        Raises:
-            StoreError: the folder cannot be written.
-        """
-        if self._waiting:
-            self._place.update(self._with_waiting)
-            self._waiting = {}
-
-    def _with_waiting(self, data: bytes | None) -> bytes:
-        return _encoded({**({} if data is None else _parsed(self._place, data)), **self._waiting})
 
 
 @cache

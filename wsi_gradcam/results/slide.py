@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.geometry import Region
-    from wsi_gradcam.results.layout import SlideFolder
-    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.results.manifest import SlidePlan
+    from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.slides import Slide
 
 

@@ -17,7 +17,6 @@ import yaozarrs
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import LABEL, HeatmapStore
-from wsi_gradcam.results.layout import RunFolder, SlideFolder
 from wsi_gradcam.results.manifest import (
     DONE,
     Manifest,
@@ -30,12 +29,13 @@ from wsi_gradcam.results.manifest import (
 )
 from wsi_gradcam.results.patch_store import OK, PatchStore
 from wsi_gradcam.results.run import begun
-from wsi_gradcam.results.run_files import read_run, read_slides
+from wsi_gradcam.results.run_files import RunFolder, SlideFolder, read_run
+from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.slides import open_slide
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
-    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.results.manifest import SlidePlan
 
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 UNFINISHED = "is not finished; run the same explain command again"

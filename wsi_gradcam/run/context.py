@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.models.deterministic import steady_sums
+from wsi_gradcam.models.environment import steady_sums
 from wsi_gradcam.results.heatmap import HeatmapStore
-from wsi_gradcam.results.layout import RunFolder, SlideFolder
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.results.run_files import RunFolder, SlideFolder
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
 from wsi_gradcam.system.isolation import WATCH
@@ -26,7 +26,7 @@ from wsi_gradcam.tissue.masks import glass_colour
 if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.slides import Slide
 

@@ -20,7 +20,7 @@ from wsi_gradcam.system.isolation import WATCH
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.results.layout import RunFolder
+    from wsi_gradcam.results.run_files import RunFolder
     from wsi_gradcam.run.plan import RunPlan
 
 # Settings that no failure of a slide depends on.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from wsi_gradcam.errors import WsiGradcamError, one_line
 from wsi_gradcam.results.manifest import SlideStatus
-from wsi_gradcam.results.run_files import read_slides, versions
+from wsi_gradcam.results.run_files import versions
+from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.run.claims import Claim, new_run_id
 from wsi_gradcam.run.events import Listener
 from wsi_gradcam.run.jobs import FatalError, SlideRecord
@@ -25,7 +26,7 @@ from wsi_gradcam.system.timer import Ticker
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.results.layout import RunFolder
+    from wsi_gradcam.results.run_files import RunFolder
     from wsi_gradcam.run.plan import RunPlan
 
 RENEWED_S = 3.0

@@ -7,12 +7,12 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.cam.names import METHOD_INFO, MethodInfo
+from wsi_gradcam.cam.facts import METHOD_INFO, MethodInfo
 from wsi_gradcam.cam.targets import Target, function_digest, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
-from wsi_gradcam.results.slide_plan import SlidePlan
+from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.sampling import fit_stain
 from wsi_gradcam.tissue.grid import Patches, choose, patch_grid

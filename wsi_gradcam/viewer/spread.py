@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import NotShownError, ResultError, WsiGradcamError, one_line
 from wsi_gradcam.results.channels import ChannelInfo
 from wsi_gradcam.results.heatmap import COLOURS, HeatmapStore

@@ -15,7 +15,7 @@ from wsi_gradcam.cam.examine import Request, examine
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.targets import Target, classes_of, make_score
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.activation import Activation, probabilities
+from wsi_gradcam.models.spec import Activation, probabilities
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from wsi_gradcam.audit.report.question_figures import figures_of, is_control
 from wsi_gradcam.audit.report.words import WORDS, named
 from wsi_gradcam.audit.schema import CurveRow
 from wsi_gradcam.audit.verdict import QUADRANTS
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.pages.templates import render
 
 if TYPE_CHECKING:

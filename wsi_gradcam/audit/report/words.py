@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wsi_gradcam.cam.names import METHOD_INFO
+from wsi_gradcam.cam.facts import METHOD_INFO
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from wsi_gradcam.audit.folder import read_numbers
 from wsi_gradcam.audit.metrics import About, metrics_of
 from wsi_gradcam.audit.report.page import archive_page, slide_page
 from wsi_gradcam.audit.report.pictures import SHOWN, examples_of, scale_of, smaller
-from wsi_gradcam.results.layout import RunFolder
+from wsi_gradcam.results.run_files import RunFolder
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.folder import AuditFolder

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from wsi_gradcam.models.activation import Activation
-    from wsi_gradcam.models.spec import Resizing
+    from wsi_gradcam.models.spec import Activation, Resizing
 
 
 @dataclass(frozen=True)

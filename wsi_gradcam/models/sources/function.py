@@ -83,8 +83,9 @@ def _imported(path: Path, module: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def build(source: str, spec: ModelSpec) -> Built:
+def build_function(spec: ModelSpec) -> Built:
     """What `module:function` returns; the module is also looked for beside the model file and in the folder."""
+    source = spec.source
     module_name, _, function_name = source.partition(":")
     with _searching(spec.folder, Path()):
         try:

@@ -9,25 +9,79 @@ With another `patch_px` they are carried out.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from wsi_gradcam.errors import ModelError, one_line
-from wsi_gradcam.models.sources import Built, hf_transformers
-from wsi_gradcam.models.sources.folders import check_sha256, distinct, read_json
-from wsi_gradcam.models.spec import ModelSpec, Resizing
+from wsi_gradcam.models.environment import tensors_only
+from wsi_gradcam.models.sources import Built
+from wsi_gradcam.models.spec import ModelSpec, Resizing, ResizingDown
+from wsi_gradcam.models.transform import Transform, make_transform
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from torch import Tensor
 
+    from wsi_gradcam.models.spec import Activation, Interpolation, ModelSpec
+
+
+def read_json(path: Path, source: str) -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        ModelError: it does not.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{source}: {path} cannot be read: {error.strerror}; the folder needs it") from error
+    except ValueError as error:  # JSON, unicode
+        raise ModelError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a mapping of keys to values")
+    return values
+
+
+def distinct(names: Iterable[object]) -> tuple[str, ...]:
+    """Class names that differ: ImageNet has two called `crane`. Repeated ones get their index.
+
+    >>> distinct(["crane", "mouse", "crane"])
+    ('crane (0)', 'mouse', 'crane (2)')
+    """
+    texts = [str(name) for name in names]
+    counts = Counter(texts)
+    return tuple(text if counts[text] == 1 else f"{text} ({i})" for i, text in enumerate(texts))
+
+
+def check_sha256(path: Path, spec: ModelSpec) -> None:
+    """Compare a file's checksum with the specification's, if it has one.
+
+    Raises:
+        ModelError: they differ.
+    """
+    if spec.sha256 is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != spec.sha256.lower():
+        raise ModelError(f"{spec.name}: {path} has sha256 {found}, expected {spec.sha256}; fetch the right file")
+
+
 Size = tuple[int, int]
 
 
-def build(argument: str, spec: ModelSpec) -> Built:
+def build_hf(spec: ModelSpec) -> Built:
     """The model in a folder.
 
     Raises:
@@ -44,16 +98,16 @@ def build(argument: str, spec: ModelSpec) -> Built:
             "with save_pretrained or safetensors.torch.save_file"
         )
     if "architecture" in config:
-        return _timm(folder, config, spec)
+        return _build_timm(folder, config, spec)
     if "model_type" in config:
-        return hf_transformers.build(folder, config, spec)
+        return _build_transformers(folder, config, spec)
     raise ModelError(
         f"{spec.source}: config.json names neither a timm 'architecture' nor a transformers 'model_type'; it is no "
         "image classifier"
     )
 
 
-def _timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
+def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
     import timm
 
     cfg = config.get("pretrained_cfg", config)
@@ -111,3 +165,192 @@ def _timm_resizing(cfg: dict[str, Any], input_px: Size, spec: ModelSpec) -> Resi
         crop=input_px,
         interpolation="bilinear" if interpolation == "random" else interpolation,
     )
+
+
+Triple = tuple[float, float, float]
+INTERPOLATIONS: dict[int, Interpolation] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
+# Transformers would take these from elsewhere, or run other code than its own.
+REFUSED = {"adapter_config.json": "an adapter", "quantization_config": "quantised weights"}
+
+
+def _build_transformers(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
+    """The classifier in a folder, with its classes and what its image processor does.
+
+    Raises:
+        ModelError: it is none, or transformers is not installed.
+    """
+    transformers = _import(spec)
+    for name, what in REFUSED.items():
+        if name in config or (folder / name).exists():
+            raise ModelError(
+                f"{spec.source}: holds {what} ({name}), which is not supported; save the merged float model"
+            )
+    files = sorted(folder.glob("*.safetensors"))
+    if spec.sha256 is not None:
+        if len(files) != 1:
+            raise ModelError(f"{spec.source}: sha256 is of one file, but there are {len(files)} *.safetensors")
+        check_sha256(files[0], spec)
+    with tensors_only(), _quiet(transformers):
+        module = _load(transformers, folder, spec)
+        processor = _processor(transformers, folder, spec)
+    labels = module.config.id2label or {}
+    return Built(
+        module,
+        classes=distinct(labels[key] for key in sorted(labels, key=int)),
+        activation=_activation(module.config.problem_type),
+        **_prepared(processor, module.config, spec),
+    )
+
+
+def _import(spec: ModelSpec) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            f"{spec.source}: needs the package transformers; install it with: pip install 'wsi-gradcam[hf]'"
+        ) from error
+    return transformers
+
+
+def _load(transformers: Any, folder: Path, spec: ModelSpec) -> Any:
+    try:
+        # Attention by plain operators: the configuration may name kernels that would be fetched.
+        module, report = transformers.AutoModelForImageClassification.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        )
+    except Exception as error:  # configurations of any kind
+        raise ModelError(
+            f"{spec.source}: transformers cannot load it as an image classifier: {one_line(error)[:400]}"
+        ) from error
+    if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:  # transformers would leave them untrained
+        names = ", ".join(str(name) for name in sorted(wrong, key=str)[:5])
+        raise ModelError(f"{spec.source}: the weights do not fit: {len(wrong)} missing or of another shape: {names}")
+    return module
+
+
+def _processor(transformers: Any, folder: Path, spec: ModelSpec) -> Any:
+    if not (folder / "preprocessor_config.json").exists():
+        return None
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+    except Exception as error:  # configurations of any kind
+        raise ModelError(f"{spec.source}: preprocessor_config.json cannot be used: {one_line(error)[:400]}") from error
+
+
+def _prepared(processor: Any, config: Any, spec: ModelSpec) -> dict[str, Any]:
+    """Patch size, colours and resizing for `Built`."""
+    if processor is None:
+        if spec.scale is None and (spec.mean is None or spec.std is None):
+            raise ModelError(
+                f"{spec.source}: no preprocessor_config.json: how its pictures are normalised is not known; put that "
+                "file into the folder, or name mean and std in a model file"
+            )
+        return {"patch_px": spec.patch_px or _pair(getattr(config, "image_size", None))}
+    colours = _colours(processor)
+    declared = _declared(processor)
+    input_px = _input_px(declared, config)
+    if declared is not None and (declared.resize or declared.crop):
+        _check(processor, declared, colours, spec)
+    same = spec.patch_px in (None, input_px) or spec.transform is not None
+    return {**colours, "patch_px": spec.patch_px or input_px, "resizing": None if same else declared}
+
+
+def _colours(processor: Any) -> dict[str, Any]:
+    factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if processor.do_normalize:
+        mean, std = _triple(processor.image_mean), _triple(processor.image_std)
+    if getattr(processor, "rescale_offset", False):  # EfficientNet: to -1..1 before it is normalised
+        mean = (mean[0] + 1, mean[1] + 1, mean[2] + 1)
+    if getattr(processor, "include_top", False):  # EfficientNet: divided once more
+        std = (std[0] ** 2, std[1] ** 2, std[2] ** 2)
+    scale = 255 * factor
+    return {"mean": mean, "std": std, "scale": 1.0 if abs(scale - 1) < 1e-9 else scale}
+
+
+def _declared(processor: Any) -> Resizing:
+    """What the processor does to the size of a picture."""
+    size = processor.size if processor.do_resize else {}
+    resize, crop = _side(size), None
+    if getattr(processor, "do_center_crop", False):
+        crop = _pair(_side(processor.crop_size))
+    percent = getattr(processor, "crop_pct", None)
+    if percent is not None and isinstance(resize, int):  # ConvNeXt: large inputs are squeezed, others cropped
+        crop = crop or (resize, resize)
+        resize = int(resize / percent) if resize < 384 else (resize, resize)
+    return ResizingDown(resize=resize, crop=crop, interpolation=INTERPOLATIONS[int(processor.resample or 0)])
+
+
+def _side(size: Any) -> Any:
+    """Shorter side, or (height, width), of transformers' ways of giving a size; None for others."""
+    given = dict(size or {})
+    if given.get("height") and given.get("width"):
+        return (given["height"], given["width"])
+    return given.get("shortest_edge")
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _input_px(declared: Resizing, config: Any) -> tuple[int, int] | None:
+    return _pair(declared.crop or declared.resize or getattr(config, "image_size", None))
+
+
+def _check(processor: Any, declared: Resizing, colours: dict[str, Any], spec: ModelSpec) -> None:
+    """Compare with the processor itself on a picture of noise: there are dozens of them, each with its own ways."""
+    from PIL import Image
+
+    sides = [s for size in (declared.resize, declared.crop) for s in (_pair(size) or ())]
+    side = int(1.2 * max(sides)) + 1
+    ours: Transform = make_transform((side, side), **colours, resizing=declared)
+    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    found = ours(torch.from_numpy(picture)[None])
+    expected: Tensor = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+    if expected.shape != found.shape or not torch.allclose(found, expected.float(), atol=1e-5, rtol=1e-5):
+        raise ModelError(
+            f"{spec.source}: its {type(processor).__name__.removesuffix('Pil')} does more than resize, crop and "
+            "normalise, so it cannot be followed; wrap the model in a function that takes RGB as it is "
+            "('source: module:function')"
+        )
+
+
+def _triple(values: Any) -> Triple:
+    three = [float(values)] * 3 if isinstance(values, int | float) else [float(v) for v in values]
+    return (three[0], three[1], three[2])
+
+
+def _activation(problem: str | None) -> Activation | None:
+    return {"multi_label_classification": "sigmoid", "regression": "none"}.get(problem or "")  # type: ignore[return-value]
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without progress bars and reports in the middle of our own."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.sources import Built
-from wsi_gradcam.models.sources.torchscript import network
+from wsi_gradcam.models.sources.programs import load_torchscript
 from wsi_gradcam.models.spec import Interpolation, ModelSpec, Resizing, explain_validation
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Config(BaseModel):
         return next((step.arguments or {} for step in self.transform if step.name == name), {})
 
 
-def build(argument: str, spec: ModelSpec) -> Built:
+def build_wsinfer(spec: ModelSpec) -> Built:
     """The model in a folder, with all that its configuration says.
 
     Raises:
@@ -100,7 +100,7 @@ def build(argument: str, spec: ModelSpec) -> Built:
     resizing = _resizing(config, spec)
     normalise = config.arguments("Normalize")
     side = config.patch_size_pixels
-    module, digest = network(folder / PROGRAM, spec, spec.patch_px or (side, side), resizing)
+    module, digest = load_torchscript(folder / PROGRAM, spec, spec.patch_px or (side, side), resizing)
     return Built(
         module,
         classes=config.class_names,

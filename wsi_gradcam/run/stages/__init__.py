@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.models.deterministic import steady_sums
+from wsi_gradcam.models.environment import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.results.manifest import Manifest, SlideOutcome
 from wsi_gradcam.run.context import RUN_MODEL, Audited, Context, Explained, Performed, Task

@@ -9,18 +9,17 @@ import numpy as np
 
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.channels import QUANTILE, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlideStatus, sha256_of, span_name
 from wsi_gradcam.results.overview import draw_overview
-from wsi_gradcam.results.patch_store import UNREADABLE, PatchStore
-from wsi_gradcam.results.table import write_table
-from wsi_gradcam.results.windows import QUANTILE, window_end
+from wsi_gradcam.results.patch_store import UNREADABLE, PatchStore, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wsi_gradcam.results.layout import SlideFolder
-    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.results.manifest import SlidePlan
+    from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.slides import Slide
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import ResumeError, StoreError, one_line
 from wsi_gradcam.results.heatmap import HeatmapStore
-from wsi_gradcam.results.manifest import Manifest, SlideOutcome, block_name, span_name
+from wsi_gradcam.results.manifest import Manifest, SlideOutcome, SlidePlan, block_name, span_name
 from wsi_gradcam.results.overview import write_mask
 from wsi_gradcam.results.patch_store import PatchStore
-from wsi_gradcam.results.slide_plan import SlidePlan
 from wsi_gradcam.run.plan import RunPlan
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.stages.stitching import channels
@@ -18,7 +17,7 @@ from wsi_gradcam.tissue.annotations import Regions, regions_for
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.results.layout import SlideFolder
+    from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.slides import Slide
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.models.activation import probabilities
+from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel
 from wsi_gradcam.results.manifest import Manifest, block_name, digest_of
 from wsi_gradcam.results.overview import read_mask
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.results.layout import SlideFolder
-    from wsi_gradcam.results.slide_plan import SlidePlan
+    from wsi_gradcam.results.manifest import SlidePlan
+    from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.run.plan import RunPlan
 

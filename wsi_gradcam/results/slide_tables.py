@@ -1,4 +1,4 @@
-"""`slides.jsonl`: the slides of a run with their ids, written before work begins, so that an id never changes.
+"""The slides of a run: `slides.jsonl`, their ids, written before work begins; `slides.csv`, how each ended.
 
 A slide that the run knows by its path keeps its id. A new slide gets the id that it would have in a new run, unless
 another slide given with it has that id, or one's results would lie inside the other's: then more of its path.
@@ -6,8 +6,11 @@ another slide given with it has that id, or one's results would lie inside the o
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,12 +31,12 @@ def read_record(place: StoragePathLike) -> Record:
         StoreError: it cannot be read, or is damaged.
     """
     try:
-        return _parsed(place, storage_path(place).read())
+        return _parse_record(place, storage_path(place).read())
     except FileNotFoundError:
         return {}
 
 
-def _parsed(place: StoragePathLike, data: bytes) -> Record:
+def _parse_record(place: StoragePathLike, data: bytes) -> Record:
     try:
         rows = [json.loads(line) for line in data.splitlines()]
         if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
@@ -54,7 +57,7 @@ def keep_record(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[S
     settled: list[SlideEntry] = []
 
     def changed(data: bytes | None) -> bytes | None:  # another run on this folder may have added slides meanwhile
-        record = {} if data is None else _parsed(place, data)
+        record = {} if data is None else _parse_record(place, data)
         settled[:] = settle(entries, record)
         kept = dict(record)
         for entry in settled:
@@ -136,3 +139,103 @@ def _row(entry: SlideEntry) -> dict[str, Any]:
     if entry.mpp:
         told["mpp"] = list(entry.mpp)
     return {"id": entry.id, "path": entry.path, **told}
+
+
+COLUMNS = (
+    "id",
+    "path",
+    "status",
+    "error",
+    "patches",
+    "unreadable",
+    "seconds",
+    "mpp_y",
+    "mpp_x",
+    "slide_digest",
+    "model_digest",
+    "label",
+    "site",
+    "scanner",
+    "tried",
+)
+
+
+OLDEST = 11  # columns that every version had, the first ones
+
+
+NAMES = "surrogateescape"  # file names on Linux are bytes: one that is not UTF-8 must not stop an archive
+
+
+def read_slides(place: StoragePathLike) -> dict[str, dict[str, str]]:
+    """Rows of slides.csv by slide id; empty when there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        return _parse_rows(place, storage_path(place).read())
+    except FileNotFoundError:
+        return {}
+
+
+def _parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]:
+    text = data.decode("utf-8", NAMES)
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = list(reader)
+    names = tuple(reader.fieldnames or ())
+    ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
+    if ((rows or text) and not ours) or any(None in row.values() for row in rows):
+        raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
+    return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
+
+
+def write_slides(place: StoragePathLike, rows: dict[str, dict[str, Any]]) -> None:
+    """Write slides.csv, sorted by id.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    storage_path(place).write(_encoded(rows))
+
+
+def _encoded(rows: dict[str, dict[str, Any]]) -> bytes:
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows[key] for key in sorted(rows))
+    return buffer.getvalue().encode("utf-8", NAMES)
+
+
+class SlideTable:
+    """Adds rows to slides.csv; other processes may add theirs to the same file.
+
+    The file is written whole each time, so for a large archive not after every slide: rows wait until writing costs
+    less than a twentieth of the time. Rows lost with a killed process are made again from the manifests.
+    """
+
+    def __init__(self, place: StoragePathLike) -> None:
+        self._place = storage_path(place)
+        self._waiting: dict[str, dict[str, Any]] = {}
+        self._next = 0.0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row, and write all that wait if it is time."""
+        self._waiting[row["id"]] = row
+        started = time.monotonic()
+        if started >= self._next:
+            self.flush()
+            now = time.monotonic()
+            self._next = now + 20 * (now - started)
+
+    def flush(self) -> None:
+        """Write the rows that wait.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        if self._waiting:
+            self._place.update(self._with_waiting)
+            self._waiting = {}
+
+    def _with_waiting(self, data: bytes | None) -> bytes:
+        return _encoded({**({} if data is None else _parse_rows(self._place, data)), **self._waiting})

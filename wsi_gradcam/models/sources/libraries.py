@@ -1,0 +1,103 @@
+"""`timm:NAME` and `torchvision:NAME`: with published weights unless the specification names others."""
+
+from __future__ import annotations
+
+import socket
+import urllib.parse
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.sources import Built
+
+if TYPE_CHECKING:
+    from wsi_gradcam.models.spec import ModelSpec
+
+
+def build_timm(spec: ModelSpec) -> Built:
+    """Build a model of timm, with as many outputs as the specification has classes.
+
+    Raises:
+        ModelError: timm has no such model, or its published weights cannot be had.
+    """
+    import timm
+
+    name = spec.argument
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name[:6]}*")[:5]
+        raise ModelError(f"timm:{name}: timm has no such model; near names: {', '.join(near) or 'none'}")
+    if spec.weights is None and not timm.is_model_pretrained(name):
+        # timm would warn in its log and go on with random weights.
+        raise ModelError(
+            f"timm:{name}: there are no published weights; name a file with 'weights:' in a model file, or use "
+            "'weights: random' for an untrained network"
+        )
+    if spec.weights is None:
+        _check_network(spec, timm.get_pretrained_cfg(name))
+    outputs: dict[str, Any] = {}
+    if spec.weights is not None and spec.classes is not None:  # timm would put a random head on published weights
+        outputs["num_classes"] = len(spec.classes)
+    try:
+        module = timm.create_model(name, pretrained=spec.weights is None, **outputs)
+    except (OSError, RuntimeError) as error:
+        raise _no_weights(spec, f"{type(error).__name__}: {error}") from error
+    config: dict[str, Any] = module.pretrained_cfg  # type: ignore[assignment]  # set by timm, not declared
+    _, height, width = config["input_size"]
+    return Built(module, patch_px=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"]))
+
+
+def _check_network(spec: ModelSpec, config: Any) -> None:
+    """Refuse at once where the hub's name is not known: its client would try again for 50 s.
+
+    Raises:
+        ModelError: the weights are neither here nor can be had.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    repository = getattr(config, "hf_hub_id", None)
+    if not repository or not host or urllib.request.getproxies():  # fetched from elsewhere, or by another way
+        return
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(try_to_load_from_cache(str(repository), file), str):
+            return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise _no_weights(spec, f"no way to {host}: {error}") from error
+
+
+def _no_weights(spec: ModelSpec, cause: str) -> ModelError:
+    return ModelError(
+        f"{spec.source}: the published weights cannot be had ({cause}); name a file with 'weights:' in a model file, "
+        "or use 'weights: random' for an untrained network"
+    )
+
+
+def build_torchvision(spec: ModelSpec) -> Built:
+    """Build a model of torchvision, with as many outputs as the specification has classes.
+
+    Raises:
+        ModelError: torchvision has no such classifier, or its published weights cannot be had.
+    """
+    from torchvision.models import get_model, get_model_weights
+
+    name = spec.argument
+    try:
+        published = get_model_weights(name).DEFAULT
+    except ValueError as error:
+        raise ModelError(f"torchvision:{name}: torchvision has no such model; see torchvision.models") from error
+    transform = published.transforms()
+    if not hasattr(transform, "crop_size"):
+        raise ModelError(f"torchvision:{name}: not a classifier of images, expected one such as torchvision:resnet18")
+    arguments: dict[str, Any] = {"weights": published if spec.weights is None else None}
+    if spec.weights is not None and spec.classes is not None:
+        arguments["num_classes"] = len(spec.classes)
+    try:
+        module = get_model(name, **arguments)
+    except (OSError, RuntimeError) as error:
+        raise _no_weights(spec, f"{type(error).__name__}: {error}") from error
+    side = transform.crop_size[0]
+    classes = tuple(published.meta["categories"]) if spec.classes is None else None
+    mean, std = tuple(transform.mean), tuple(transform.std)
+    return Built(module, classes, patch_px=(side, side), mean=mean, std=std)
