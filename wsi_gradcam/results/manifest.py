@@ -109,6 +109,8 @@ class SlideStatus(StrEnum):
     NO_TISSUE = "no_tissue"
     UNFINISHED = "unfinished"
 
+    __repr__ = str.__repr__  # users print lists of statuses
+
 
 @dataclass(frozen=True)
 class SlideOutcome:
