@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from tests.viewer_runs import BROKEN, client, facts_of, make_run, tiles_of
@@ -134,3 +135,41 @@ def test_the_command_opens_a_browser(
     assert opened[0].startswith(f"{begins}{server.address[1]}/")
     assert ("?token=" in opened[0]) == token
     assert said[0].startswith(opened[0])
+
+
+async def _never() -> bool:
+    return False
+
+
+async def _always() -> bool:
+    return True
+
+
+def test_too_much_work_is_refused_and_unwanted_work_not_done() -> None:
+    done: list[str] = []
+
+    def take(name: str) -> str:
+        time.sleep(0.02)
+        done.append(name)
+        return name
+
+    async def all_of_it() -> list[str]:
+        work, found = BoundedThreads(1, max_waiting=3), []
+
+        async def one(number: int) -> None:
+            try:
+                found.append(await work.run(_always if number == 1 else _never, lambda: take(str(number))))
+            except (BusyError, DisconnectedError) as error:
+                found.append(type(error).__name__)
+
+        async with anyio.create_task_group() as group:
+            for number in range(5):
+                group.start_soon(one, number)
+        return [*found, await work.run(_never, lambda: "free again")]
+
+    found = anyio.run(all_of_it)
+    assert found[-1] == "free again"
+    assert found.count("BusyError") == 2
+    assert found.count("DisconnectedError") == 1
+    assert sorted(done) == sorted(set(done))
+    assert len(done) == 2

@@ -35,7 +35,6 @@ from wsi_gradcam.viewer.responses import (
     json_response,
 )
 from wsi_gradcam.viewer.security import Access, AccessMiddleware
-from wsi_gradcam.viewer.slides_open import OpenSlides
 from wsi_gradcam.viewer.spread import Spreads
 
 if TYPE_CHECKING:
@@ -95,11 +94,10 @@ class Viewer:
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
-        self._slides = slides = OpenSlides()
-        self._images = Images(archive, slides)
+        self._images = Images(archive)
         self._scorer = Scorer(archive)
         self._spreads = Spreads(archive)
-        self._queries = Queries(archive, slides, self._spreads, self._scorer.windows)
+        self._queries = Queries(archive, self._spreads, self._scorer.windows)
         self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
         # A slide in an object store may be slow: heatmaps do not wait behind it.
@@ -111,7 +109,7 @@ class Viewer:
         self._scorer.start()
         yield
         self._scorer.stop()
-        self._slides.close()
+        self._archive.close_slides()
 
     def routes(self) -> list[Route]:
         """Return all routes except the page's."""

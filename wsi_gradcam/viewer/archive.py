@@ -6,11 +6,13 @@ import hashlib
 import json
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import NotShownError, SlideNotFoundError, WsiGradcamError
+from wsi_gradcam.io.cache import ResourcePool
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.viewer.security import check_tree
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
 
 REFRESH_S = 5.0
+MAX_OPEN = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class ServedSlide:
 
 
 class Archive:
-    """All slides of a run. Safe to share between threads."""
+    """All slides of a run, a few of them open. Safe to share between threads."""
 
     def __init__(self, out: str | PathLike[str], slides_folder: Path | None = None) -> None:
         """Open the results in `out`; a slide that is in `slides_folder` under its id is taken from there.
@@ -56,6 +59,7 @@ class Archive:
         """
         self._given, self._slides_folder = out, slides_folder
         self._lock = threading.Lock()
+        self._open: ResourcePool[str, Slide] = ResourcePool(MAX_OPEN, lambda opened: opened.close())
         self._checked: set[tuple[str, str]] = set()
         self._refreshed_at, self._known_size = 0.0, -1
         self._read()
@@ -100,19 +104,17 @@ class Archive:
         similar = (s.key for s in self.slides() if slide_id in (valid_text(s.result.id), _as_in_address(s.result.id)))
         return self.find(next(similar, key))
 
-    def open_slide(self, slide: ServedSlide) -> Slide:
-        """Open the slide's image; also of a slide that failed before it had a plan.
+    def borrow_slide(self, slide: ServedSlide) -> AbstractContextManager[Slide]:
+        """Open the slide's image, also of one that failed before it had a plan; it stays open in the context.
 
         Raises:
-            SlideError: the file is gone, or another file is in its place.
+            SlideError: on entering; the file is gone, or another file is in its place.
         """
-        try:
-            _ = slide.result.plan
-        except WsiGradcamError:
-            if not slide.result.path:
-                raise SlideNotFoundError(f"{slide.result.id}: its path is not known yet") from None
-            return open_slide(slide.result.path)
-        return slide.result.open_slide()
+        return self._open.borrow(f"{slide.key} {slide.version}", lambda: _open_slide(slide.result))
+
+    def close_slides(self) -> None:
+        """Close the slides that nobody uses."""
+        self._open.close()
 
     def _refresh(self) -> None:
         """Reread the list of slides if it has changed, at most every few seconds."""
@@ -143,6 +145,16 @@ class Archive:
             return self._result.folder.slides.size()
         except FileNotFoundError:
             return -1
+
+
+def _open_slide(result: SlideResult) -> Slide:
+    try:
+        _ = result.plan
+    except WsiGradcamError:
+        if not result.path:
+            raise SlideNotFoundError(f"{result.id}: its path is not known yet") from None
+        return open_slide(result.path)
+    return result.open_slide()
 
 
 def slide_key(slide_id: str) -> str:

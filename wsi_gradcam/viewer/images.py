@@ -11,9 +11,9 @@ from PIL import Image
 
 from wsi_gradcam.errors import NotShownError, TileError
 from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE
 from wsi_gradcam.slides import read_region, thumbnail
-from wsi_gradcam.viewer.memo import Memo
 from wsi_gradcam.viewer.tiles import (
     TilePyramid,
     ValueScale,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
-    from wsi_gradcam.viewer.slides_open import OpenSlides
     from wsi_gradcam.viewer.spread import Spread, SpreadImage
 
     Layer = ServedSlide | Spread
@@ -48,10 +47,10 @@ PATCH_QUALITY = 92
 class Images:
     """Encodes images; those used last are kept."""
 
-    def __init__(self, archive: Archive, slides: OpenSlides, image_bytes: int = IMAGE_BYTES) -> None:
-        self._archive, self._slides = archive, slides
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
         self._heatmaps = HeatmapReader()
-        self._cache = Memo(image_bytes)
+        self._cache: Cache[tuple[object, ...], bytes] = Cache(IMAGE_BYTES, len)
 
     def slide_tile(self, slide: ServedSlide, level: int, row: int, column: int) -> bytes:
         """Return a tile of the slide as JPEG."""
@@ -69,7 +68,7 @@ class Images:
 
         if not layer.is_final:
             return encode()
-        return self._cache.get((layer.key, layer.version, smooth, channel, level, row, column), encode, len)
+        return self._cache.get((layer.key, layer.version, smooth, channel, level, row, column), encode)
 
     def patch(self, slide: ServedSlide, number: int) -> bytes:
         """Return a patch as the model saw it, before the model's own transform, as JPEG."""
@@ -91,10 +90,10 @@ class Images:
 
     def _from_slide(self, slide: ServedSlide, image: tuple[object, ...], encode: Callable[[Slide], bytes]) -> bytes:
         def read() -> bytes:
-            with self._slides.borrow(f"{slide.key} {slide.version}", lambda: self._archive.open_slide(slide)) as opened:
+            with self._archive.borrow_slide(slide) as opened:
                 return encode(opened)
 
-        return self._cache.get((slide.key, slide.version, *image), read, len)
+        return self._cache.get((slide.key, slide.version, *image), read)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class HeatmapReader:
     """Reads heatmaps and spreads of all slides; decoded chunks are kept up to `max_bytes`."""
 
     def __init__(self, max_bytes: int = CHUNK_BYTES) -> None:
-        self._chunks = Memo(max_bytes)
+        self._chunks: Cache[tuple[object, ...], NDArray[Any]] = Cache(max_bytes, lambda chunk: chunk.nbytes)
 
     def tile(self, layer: Layer, channel: int, level: int, row: int, column: int, smooth: bool = True) -> bytes:
         """Return a tile of a channel as PNG, see `encode_values`.
@@ -183,7 +182,7 @@ class HeatmapReader:
                 return result.read_coverage(level, region)
             return result.read(result.channels[channel], level, region)
 
-        return self._chunks.get(key, read, lambda chunk: int(chunk.nbytes)) if layer.is_final else read()
+        return self._chunks.get(key, read) if layer.is_final else read()
 
 
 def finer_levels(result: Stored) -> int:

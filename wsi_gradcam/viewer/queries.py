@@ -9,11 +9,11 @@ from urllib.parse import quote
 from wsi_gradcam import __version__
 from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import SlideError, WsiGradcamError, one_line
+from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.viewer.archive import valid_text
 from wsi_gradcam.viewer.files import RUN_REPORT
 from wsi_gradcam.viewer.gallery import status_of
 from wsi_gradcam.viewer.images import HeatmapReader, PointValues, channel_scale, finer_levels, heatmap_pyramid
-from wsi_gradcam.viewer.memo import Memo
 from wsi_gradcam.viewer.patch_table import PatchTable
 from wsi_gradcam.viewer.tiles import slide_pyramid
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
-    from wsi_gradcam.viewer.slides_open import OpenSlides
     from wsi_gradcam.viewer.spread import Spread, Spreads
 
     Windows = dict[str, tuple[float, float]]
@@ -38,10 +37,10 @@ TABLE_BYTES = 512 << 20  # four slides of a million patches
 class Queries:
     """Answers queries about slides; the tables of the slides used last are kept."""
 
-    def __init__(self, archive: Archive, slides: OpenSlides, spreads: Spreads, windows: Callable[[], Windows]) -> None:
-        self._archive, self._slides, self._spreads, self._windows = archive, slides, spreads, windows
+    def __init__(self, archive: Archive, spreads: Spreads, windows: Callable[[], Windows]) -> None:
+        self._archive, self._spreads, self._windows = archive, spreads, windows
         self._heatmaps = HeatmapReader(CHUNK_BYTES)
-        self._tables = Memo(TABLE_BYTES)
+        self._tables: Cache[tuple[str, str], PatchTable] = Cache(TABLE_BYTES, lambda table: table.nbytes)
 
     def slide(self, key: str) -> dict[str, Any]:
         """Describe a slide; the reason why it cannot be opened is part of the description."""
@@ -49,7 +48,7 @@ class Queries:
         spread, windows = self._spread(slide), self._windows()
         audit = {"audit": audit_address(self._archive, slide)}
         try:
-            with self._slides.borrow(f"{key} {slide.version}", lambda: self._archive.open_slide(slide)) as opened:
+            with self._archive.borrow_slide(slide) as opened:
                 return slide_facts(slide, opened, spread, windows) | audit
         except SlideError as error:
             return slide_facts(slide, error, spread, windows) | audit
@@ -104,7 +103,7 @@ class Queries:
         def read() -> PatchTable:
             return PatchTable(slide.result.table(), slide.result.plan.footprint)
 
-        return self._tables.get((slide.key, slide.version), read, lambda table: table.nbytes)
+        return self._tables.get((slide.key, slide.version), read)
 
 
 def run_facts(archive: Archive) -> dict[str, Any]:

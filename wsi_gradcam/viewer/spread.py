@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import NotShownError, ResultError, WsiGradcamError, one_line
+from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.channels import ChannelInfo
 from wsi_gradcam.results.heatmap import COLOURS, HeatmapStore
-from wsi_gradcam.viewer.memo import Memo
 from wsi_gradcam.viewer.security import check_inside, check_tree
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Spreads:
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
-        self._open = Memo(MAX_OPEN)
+        self._open: Cache[tuple[str, str, str], Spread] = Cache(MAX_OPEN)
 
     def of(self, slide: ServedSlide) -> Spread | None:
         """Return the spread of a slide; None if no audit has made one.
@@ -108,7 +108,7 @@ class Spreads:
             NotShownError: the slide has another spread, or none.
             WsiGradcamError: as `of`.
         """
-        return self._open.get((slide.key, slide.version, digest), lambda: self._read(slide, digest), lambda _: 1)
+        return self._open.get((slide.key, slide.version, digest), lambda: self._read(slide, digest))
 
     def _read(self, slide: ServedSlide, digest: str) -> Spread:
         folder, result = self._folder, slide.result
