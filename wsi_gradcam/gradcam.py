@@ -137,7 +137,7 @@ class GradCAM:
 
         Raises:
             ModelError: images that the network does not take, or a network that cannot be explained.
-        LayerError: no such layer, or one that a method cannot explain.
+            LayerError: no such layer, or one that a method cannot explain.
             TargetError: a target that the network does not have.
         """
         parts, parsed = [], None

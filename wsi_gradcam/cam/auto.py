@@ -1,9 +1,7 @@
-"""Makes the program that explains a run, and finds the fastest one that keeps the maps.
+"""Makes the program that explains a run: the one that is asked for, or the fastest that keeps the maps.
 
-What `auto` chose on this machine before: so that runs which could share results get the same ones.
-
-Timing is noisy, and a worker has fewer threads than a process that runs alone; without a memory the same command
-could choose OpenVINO once and eager PyTorch the next time, whose values differ in the last bits.
+Choices are stored on the machine: timing is noisy, and a worker has fewer threads than a process that runs alone, so
+that the same command could choose OpenVINO once and eager PyTorch the next time, whose values differ in the last bits.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ MOST_TIMED = 5
 
 
 def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor) -> Program:
-    """The program on a given engine in a given precision; `images` [B, 3, H, W] are as large as its batches.
+    """Return the program on an engine in a precision; `images` [B, 3, H, W] are as large as its batches.
 
     Raises:
         EngineError: that cannot be had, with the reason.
@@ -66,7 +64,7 @@ def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, prec
 def choose(
     module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor, batch_size: int
 ) -> tuple[Choice, Program]:
-    """The choice for a run, and its program; `images` [N, 3, H, W] should be whole batches of the run's own patches.
+    """Return the choice for a run, and its program; `images` [N, 3, H, W] should be whole batches of its patches.
 
     What is asked for is used. Of what is left to `auto`, programs are timed on `images`, and their Grad-CAM of the
     predicted class compared with eager float32's map by map. Kept is the fastest that is alike.
@@ -113,7 +111,7 @@ def choose(
 def choose_again(
     choice: Choice, module: nn.Module, layers: tuple[Layer, ...], images: Tensor, batch_size: int
 ) -> Program | None:
-    """The program of a choice made before; None where it does not work here, or does not keep the maps of `images`.
+    """Return the program of an earlier choice; None if it fails here, or does not keep the maps of `images`.
 
     A precision below float32 is compared anew, because how much it changes depends on the slides.
     """
@@ -135,7 +133,7 @@ def choose_again(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How alike maps are, see `Trial`."""
+    """The likeness of maps to reference maps, see `Trial`."""
 
     pearson: float
     same_peak: float
@@ -143,7 +141,7 @@ class Fidelity:
 
 
 def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
-    """How alike the maps [N, T, h, w] are to those of `reference`, pair by pair.
+    """Compare the maps [N, T, h, w] with those of `reference`, pair by pair.
 
     Two constant maps are alike; a constant one and another are not. The risk that a peak moves is estimated from all
     pairs of one map's lead of its highest cell over the second with another map's error of that lead, both in
@@ -173,7 +171,7 @@ class _Cut:
         self._arguments = module, layers, images
 
     def parts(self) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """(trunk, head)."""
+        """Return (trunk, head)."""
         if self._made is None:
             module, layers, images = self._arguments
             try:
@@ -209,7 +207,7 @@ def _self_test(engine: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _candidates(engine: str, precision: str, device: torch.device) -> Iterator[tuple[str, str]]:
-    """Engines and precisions to try besides eager float32, the plainest first.
+    """Yield engines and precisions to try besides eager float32, the plainest first.
 
     On a CPU with OpenVINO the others are not tried, unless it fails in the one precision that is asked for:
     torch.compile compiles for up to minutes, in every worker, and both were slower on every network that was measured.
@@ -264,14 +262,15 @@ def _alike(found: Fidelity) -> bool:
 
 
 def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:
-    """The logits of the classes that float32 predicts, batch by batch: programs explain the same thing, also where
-    two classes are so close that another precision predicts the other.
+    """Return the score of the class that float32 predicts, batch by batch.
+
+    So all programs explain the same thing, also if another precision would predict the other of two close classes.
     """
     return [make_score(Target(PREDICTED), plain.answer(batch)) for batch in batches]
 
 
 def _timed(program: Program, batches: Sequence[Tensor], asked: Sequence[Score]) -> tuple[Tensor, float]:
-    """Grad-CAM of the predicted class of all batches, and patches per second of the first, the best of a few."""
+    """Return Grad-CAM of the predicted class of all batches, and patches per second of the first, the best of a few."""
     cams = torch.cat([_explain(program, batch, score) for batch, score in zip(batches, asked, strict=True)])
     times: list[float] = []
     while len(times) < MOST_TIMED and sum(times) < TIMED_S:
@@ -298,13 +297,13 @@ PACKAGES = ("wsi-gradcam", "torch", "openvino")
 
 
 def cache_file() -> Path:
-    """Where choices are kept: below $XDG_CACHE_HOME, else ~/.cache."""
+    """Return the file of stored choices: below $XDG_CACHE_HOME, else ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "wsi-gradcam" / "engines.json"
 
 
 def choice_key(device: torch.device, *asked: Any) -> str:
-    """Names a choice: the machine, the versions, and what was asked for."""
+    """Return the key of a choice: a digest of the machine, the versions, and the request."""
     machine = [platform.machine(), _processor(), str(device)]
     if device.type == "cuda":
         import torch
@@ -314,7 +313,7 @@ def choice_key(device: torch.device, *asked: Any) -> str:
 
 
 def recall(key: str) -> Choice | None:
-    """The choice kept under `key`; None where there is none, or the file cannot be read."""
+    """Return the choice stored under `key`; None if there is none, or the file cannot be read."""
     try:
         return Choice.from_json(json.loads(cache_file().read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -42,7 +42,7 @@ class Explained:
 def explain_batch(
     program: Program, images: Tensor, targets: Sequence[AnyTarget], methods: Sequence[str] = ("gradcam",)
 ) -> Explained:
-    """Logits and CAMs for normalised float32 `images` [B, 3, H, W].
+    """Return logits and CAMs of normalised float32 `images` [B, 3, H, W].
 
     The trunk runs once, whatever the number of targets and methods; logits are explained, not probabilities, whose
     gradient vanishes where the model is sure.
@@ -66,7 +66,7 @@ def explain_batch(
 
 
 def fuse(maps: Sequence[Tensor], scale: str) -> Tensor:
-    """One map of those of several layers, float32 [B, h, w] each: their mean on the finest grid.
+    """Return the mean of several layers' maps, float32 [B, h, w] each, on the finest grid.
 
     Maps whose sum is in logits keep that: cells that become smaller take their part of the value.
     """
@@ -95,7 +95,7 @@ def pool_to_layer_grid(maps: Tensor, method: str, shape: tuple[int, int]) -> Ten
 
 
 def _by_gradient(program: Program, done: Pass, jobs: Sequence[tuple[Score, Sequence[str]]]) -> dict[str, list[Tensor]]:
-    """The maps [B, h, w] of each method, in the order of the jobs: a score and the methods that explain it."""
+    """Return the maps [B, h, w] of each method, in the order of the jobs: a score and the methods that explain it."""
     maps: dict[str, list[Tensor]] = {}
     layouts = [layer.layout for layer in program.layers]
     activations = [layout.to_map(value.detach()) for layout, value in zip(layouts, done.values, strict=True)]
@@ -109,7 +109,7 @@ def _by_gradient(program: Program, done: Pass, jobs: Sequence[tuple[Score, Seque
 
 
 def gradients(logits: Tensor, scores: Sequence[Score], values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Of each score [B] of `logits`, the gradients with respect to each of `values`.
+    """Yield, for each score [B] of `logits`, the gradients with respect to each of `values`.
 
     Images of a batch must not influence each other, which evaluation mode ensures.
     """
@@ -126,7 +126,7 @@ def gradients(logits: Tensor, scores: Sequence[Score], values: Sequence[Tensor])
 
 
 def _together(sums: Tensor, values: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """The gradients of all sums in one backward pass; none where that is no gain or not possible."""
+    """Return the gradients of all sums in one backward pass; none if that is no gain or not possible."""
     if len(sums) == 1:
         return []
     each = torch.eye(len(sums), device=sums.device, dtype=sums.dtype)

@@ -1,4 +1,4 @@
-"""Examine a model once a run, on a worker: its layers, batch size, engine, and whether the methods suit it."""
+"""Examine a model, once a run and on a worker: layers, batch size, engine, and whether the methods suit it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MOST_FOR_CHOICE = 64  # patches whose maps are compared
 
 @dataclass(frozen=True)
 class Request:
-    """What a run asks of a model.
+    """A run's demands on a model.
 
     Attributes:
         layer: one name, or several joined by "+"; None: the model file's, else found.
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def needs_patches(self) -> bool:
-        """Whether something is to be found out on real patches."""
+        """True if the choice of the engine needs patches of the run."""
         return self.choice is None and AUTO in (self.engine, self.precision)
 
 
@@ -68,7 +68,7 @@ class Examined:
 
 
 def examine(model: Model, request: Request = Request(), patches: Tensor | None = None) -> Examined:
-    """The facts of `model` and its program, all tested on `patches`, uint8 [B, H, W, 3], else on noise.
+    """Return the facts of `model` and its program, all tested on `patches`, uint8 [B, H, W, 3], else on noise.
 
     Raises:
         LayerError: no layer can be tapped, or a method cannot explain it.
@@ -121,7 +121,7 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
 def _chosen(
     key: str, module: nn.Module, layers: tuple[Layer, ...], request: Request, images: Tensor, batch_size: int
 ) -> tuple[Choice, Program]:
-    """What this machine chose before, else what it chooses now."""
+    """Return the choice that this machine made before, else make it now."""
     before = recall(key)
     program = None if before is None else choose_again(before, module, layers, images, batch_size)
     if before is not None and program is not None:
@@ -132,7 +132,7 @@ def _chosen(
 
 
 def prepare_program(model: Model, facts: ModelFacts) -> Program:
-    """The program that `examine` chose, made anew in another process.
+    """Return the program that `examine` chose, made anew in another process.
 
     Raises:
         EngineError: this machine cannot run it.
@@ -145,20 +145,20 @@ def prepare_program(model: Model, facts: ModelFacts) -> Program:
 
 
 def explainable_layers(model: Model, facts: ModelFacts) -> list[Layer]:
-    """Layers whose output holds a map, in the order in which they run; the self-test is not made for each."""
+    """Return the layers whose output holds a map, in the order in which they run; not each is self-tested."""
     noise = probe_images(model.input_px).to(next(iter(model.module.parameters()), torch.empty(0)).device)
     module = traced_module(model.module, noise) if facts.traced else model.module
     return [Layer(candidate.name, candidate.layout) for candidate in candidate_layers(module, noise)[0]]
 
 
 def traced_module(module: nn.Module, images: Tensor) -> nn.Module:
-    """The network as a graph, whose operators are layers: for networks without modules to hook."""
+    """Return the network as a graph whose operators are layers: for networks without modules to hook."""
     with evaluating(module):
         return with_points(follow(module, images))
 
 
 def locate_layers(module: nn.Module, wanted: str | None, images: Tensor) -> tuple[nn.Module, tuple[Layer, ...], bool]:
-    """The module that is tapped, its layers to explain, and whether it is the network's graph.
+    """Return the module that is tapped, its layers to explain, and whether it is the network's graph.
 
     `wanted` is one name, several joined by "+", or None for the layer to be found. Where the network itself has no
     such layer, its operators are tried, as in a network that calls functions instead of modules.
@@ -194,7 +194,7 @@ def _check_finite(model: Model, images: Tensor) -> None:
 
 
 def check_methods(name: str, program: Program, methods: Sequence[str], images: Tensor) -> None:
-    """Every method must suit the model called `name`, which is found out now and not after hours.
+    """Check that every method suits the model called `name`, now and not after hours.
 
     Those that run the model hundreds of times suit any, at one layer; guided backprop does not.
 
@@ -215,7 +215,7 @@ def check_methods(name: str, program: Program, methods: Sequence[str], images: T
 
 
 def _check_linear(name: str, program: Program, images: Tensor) -> None:
-    """CAM's weights are those of a linear layer: the same for every picture."""
+    """Check that the gradient is the same for every picture, as CAM's weights of a linear layer are."""
     done = program.forward(images)
     ((gradient,),) = gradients(done.logits, [lambda logits: logits[:, 0]], done.values)
     size = float(gradient.abs().max())
@@ -227,8 +227,10 @@ def _check_linear(name: str, program: Program, images: Tensor) -> None:
 
 
 def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
-    """HiResCAM's sum over channels, g A, is 0 in every cell where a normalisation follows that takes each cell alone:
-    a factor of all channels changes nothing behind it. In a transformer that holds before its last attention.
+    """Check that HiResCAM's sum over channels, g A, does not cancel.
+
+    It is 0 in every cell if a normalisation follows that takes each cell alone: a factor of all channels changes
+    nothing behind it. In a transformer that holds before its last attention.
     """
     done = program.forward(images)
     (found,) = gradients(done.logits, [lambda logits: logits.amax(dim=1)], done.values)
@@ -243,7 +245,7 @@ def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
 
 
 def _repeated(images: Tensor, count: int) -> Tensor:
-    """`count` of the images, over and over."""
+    """Return `count` of the images, repeated as often as needed."""
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 
@@ -255,7 +257,7 @@ MEMORY_SHARE = 0.5  # of what is free
 
 
 def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> int:
-    """A batch size: doubled as long as that brings speed and fits into half of the memory that is free.
+    """Return a batch size: doubled as long as that brings speed and fits into half of the free memory.
 
     `images` [B, 3, H, W] are examples of the input. It is found with eager float32, the hungriest program.
     """
@@ -276,7 +278,7 @@ def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice; allocators and engines raise plain RuntimeErrors too."""
+    """Return whether memory did not suffice; allocators and engines raise plain RuntimeErrors too."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = ("can't allocate memory", "bad allocation", "bad_alloc", "ALLOC_FAILED")
@@ -284,7 +286,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _fits(module: nn.Module, images: Tensor, size: int) -> bool:
-    """Whether a batch is likely to fit: a few of its largest layers at once, three to be safe."""
+    """Return whether a batch is likely to fit: a few of its largest layers at once, three to be safe."""
     return 3 * size * activation_bytes(module, images[:1]) <= MEMORY_SHARE * _free_bytes(images.device)
 
 
@@ -306,7 +308,7 @@ def _seconds(program: EagerProgram, images: Tensor) -> float:
 
 
 def activation_bytes(module: nn.Module, image: Tensor) -> int:
-    """The largest input plus output of any layer for one image [1, 3, H, W]."""
+    """Return the largest input plus output of any layer for one image [1, 3, H, W], in bytes."""
     largest = 0
 
     def record(part: nn.Module, args: tuple[Any, ...], output: object) -> None:

@@ -40,14 +40,14 @@ class Explainer:
 
     @classmethod
     def examine(cls, model: Model, request: Request, patches: Callable[[Model], NDArray[np.uint8] | None]) -> Explainer:
-        """An explainer for what is requested; `patches` gives some of the run's, where the choice needs them."""
+        """Return an explainer for a request; `patches` gives some of the run's, if the choice needs them."""
         sample = patches(model) if request.needs_patches else None
         examined = examine(model, request, None if sample is None else torch.from_numpy(sample))
         return cls(model, examined.facts, examined.program)
 
     @classmethod
     def load(cls, spec: ModelSpec, facts: ModelFacts, device: str) -> Explainer:
-        """The run's explainer in another process than the one that examined the model.
+        """Load the run's explainer in another process than the one that examined the model.
 
         Raises:
             ModelError: the model is not the same here, or cannot be run.
@@ -66,13 +66,13 @@ class Explainer:
         return self.model.input_px
 
     def layers(self) -> list[Layer]:
-        """The layers that could be explained, in the order in which they run."""
+        """Return the layers that could be explained, in the order in which they run."""
         return explainable_layers(self.model, self.facts)
 
     def explain(
         self, rgb: NDArray[np.uint8], targets: Sequence[Target], methods: Sequence[str]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(logits [n, K], raw maps [n, methods x targets, h, w]) of patches uint8 [n, H, W, 3], float32.
+        """Return (logits [n, K], raw maps [n, methods x targets, h, w]) of patches uint8 [n, H, W, 3], float32.
 
         Fewer patches than a batch are filled up: for another size torch chooses other kernels, whose sums differ in
         the last bit with the number of threads (DenseNet-121, 7 patches). Where memory does not suffice for a

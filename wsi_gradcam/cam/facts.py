@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What is known of a method before it runs.
+    """Properties of a method that are known before it runs.
 
     Attributes:
         asks: `gradient`: a function of activation and gradient alone; `model`: runs the model again, many times,
@@ -75,7 +75,7 @@ class Layout:
     prefix: int = 0
 
     def to_map(self, value: Tensor) -> Tensor:
-        """The map [B, K, h, w] in an output; a view that gradients pass through."""
+        """Return the map [B, K, h, w] in an output; a view that gradients pass through."""
         if self.axes == "bkhw":
             return value
         if self.axes == "bhwk":
@@ -84,7 +84,7 @@ class Layout:
         return cells.reshape(len(value), self.channels, self.height, self.width)
 
     def put(self, value: Tensor, new: Tensor) -> Tensor:
-        """The output `value` with the map `new` [B, K, h, w] in it; tokens without a place stay."""
+        """Return the output `value` with the map `new` [B, K, h, w] in it; tokens without a place stay."""
         if self.axes == "bkhw":
             return new
         if self.axes == "bhwk":
@@ -103,7 +103,7 @@ class Layer:
 
 
 def find_layout(output: Tensor, images: Tensor) -> Layout | None:
-    """The layout of a layer's `output` for `images` [B, 3, H, W]; None where it holds no map of their proportions.
+    """Return the layout of a layer's `output` for `images` [B, 3, H, W]; None if it holds no map of that shape.
 
     A map has more than one cell, and a cell is as high as it is wide but for rounding. Where channels could be
     first or last, first is assumed; of several possible numbers of prefix tokens, the fewest.
@@ -180,14 +180,14 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Trial:
-    """How an engine did in a precision, on patches of the run.
+    """An engine's trial in a precision, on patches of the run.
 
     Attributes:
         patches_per_s: explained patches; None where it could not run or was ruled out before it was timed.
         pearson: the lowest correlation of a map with eager float32's; None where not checked.
         same_peak: share of maps whose highest cell is float32's too.
         peak_risk: expected share of maps, among many, whose highest cell would be another.
-        remark: why it was not taken.
+        remark: the reason why it was not chosen.
     """
 
     engine: str
@@ -208,10 +208,10 @@ class Choice:
     trials: tuple[Trial, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The choice as plain values."""
+        """Return the choice as plain values."""
         return {**asdict(self), "trials": [asdict(trial) for trial in self.trials]}
 
     @classmethod
     def from_json(cls, values: Any) -> Choice:
-        """The choice that `to_json` gave; raises KeyError or TypeError for other values."""
+        """Return the choice that `to_json` gave; raises KeyError or TypeError for other values."""
         return cls(values["engine"], values["precision"], tuple(Trial(**trial) for trial in values["trials"]))

@@ -1,4 +1,4 @@
-"""Which layer to explain: the last activation that is still spatial and that the whole output passes through."""
+"""The choice of the layer to explain: the last activation that is still spatial and that the whole output passes through."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Candidate:
 
 
 def probe_images(patch_px: tuple[int, int]) -> Tensor:
-    """Two fixed pictures of noise, float32 [2, 3, H, W], for tests of a model's structure."""
+    """Return two fixed pictures of noise, float32 [2, 3, H, W], for tests of a model's structure."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, *patch_px, generator=generator)
 
 
 def find_layer(module: nn.Module, images: Tensor) -> str:
-    """Name of the layer to explain.
+    """Return the name of the layer to explain.
 
     Modules are tried from the last that ran to the first. Taken is the first whose output is a map of more than
     one cell with the picture's proportions, was not made by pooling, and *dominates* the model's output: with
@@ -86,9 +86,7 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
 
 
 def candidate_layers(module: nn.Module, images: Tensor) -> tuple[list[Candidate], int]:
-    """Modules that run once and return a map, in the order in which they finish; and how many runs of modules
-    without children a pass has.
-    """
+    """Return the modules that run once and give a map, as they finish, and the number of runs of leaf modules."""
     calls: dict[str, int] = {}
     found: dict[str, Candidate] = {}
     pooled: set[int] = set()  # storages that a passive module returned; containers return the same one
@@ -131,7 +129,7 @@ def candidate_layers(module: nn.Module, images: Tensor) -> tuple[list[Candidate]
 
 @torch.enable_grad()
 def dominates(module: nn.Module, layer: str, images: Tensor) -> bool:
-    """Whether the output for one picture becomes the other's when the layer's outputs are exchanged."""
+    """Return whether exchanging the layer's outputs for two pictures exchanges the model's outputs."""
     with tapped(module, layer) as tap:
         try:
             output = tap.forward(module, images).detach()
@@ -148,7 +146,7 @@ def dominates(module: nn.Module, layer: str, images: Tensor) -> bool:
 
 @torch.enable_grad()
 def check_layer(module: nn.Module, layer: str, images: Tensor) -> Layout:
-    """The layout of the layer's map, after the self-test: head(trunk(x)) equals model(x), with a gradient.
+    """Return the layout of a layer's map, after the self-test: head(trunk(x)) equals model(x), with a gradient.
 
     Raises:
         LayerError: no such layer, not a map, or one that the output does not depend on.

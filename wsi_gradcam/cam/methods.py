@@ -3,7 +3,7 @@
 `A` and `g` = ds/dA are [B, K, h, w] float32; the result is the raw signed map [B, h, w], without ReLU and without
 normalisation, which are views. An image's map depends on no other image of the batch.
 
-What a method may ask of a model besides activation and gradient.
+Methods that run the model again get a `Probe` instead, see `wsi_gradcam.cam.perturbation`.
 """
 
 from __future__ import annotations

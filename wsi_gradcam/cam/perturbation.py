@@ -1,10 +1,7 @@
-"""Methods that change the input or the layer's maps and ask the model again; maps of the layer's cells.
+"""Methods that run the model again: on changed inputs or maps of the layer, or to differentiate by the input.
 
-Methods that differentiate by the input; maps [B, H, W] of the input's pixels.
-
+Perturbing methods give maps of the layer's cells; methods that differentiate give maps [B, H, W] of the input's pixels.
 The input is the normalised image, so a gradient is per standard deviation of a colour.
-
-The methods that ask the model again, by name.
 """
 
 from __future__ import annotations
@@ -78,7 +75,7 @@ def occlusion(
 
 
 def _mask(maps: Tensor, images: Tensor) -> Tensor:
-    """`maps` [B, 1, h, w] in the images' size, each stretched from 0 to 1."""
+    """Return `maps` [B, 1, h, w] in the images' size, each stretched to 0..1."""
     enlarged = F.interpolate(maps, size=images.shape[2:], mode="bilinear", align_corners=False)
     low, high = enlarged.amin(dim=(2, 3), keepdim=True), enlarged.amax(dim=(2, 3), keepdim=True)
     return (enlarged - low) / torch.where(high > low, high - low, 1.0)
@@ -92,7 +89,7 @@ def _without(A: Tensor, channel: int) -> Tensor:
 
 
 def _windows(size: int, window: float, stride: float) -> list[slice]:
-    """The pixels of windows centred on each `stride` of `size` pixels.
+    """Return the pixels of windows centred on each `stride` of `size` pixels.
 
     >>> _windows(8, 4, 2)
     [slice(0, 3, None), slice(1, 5, None), slice(3, 7, None), slice(5, 8, None)]
@@ -168,7 +165,7 @@ def guided_backprop(probe: Probe, score: Score) -> Tensor:
 
 @torch.enable_grad()  # also for a caller under no_grad
 def _gradient(ask: Callable[[Tensor], Tensor], images: Tensor, score: Score) -> Tensor:
-    """ds/dx [B, 3, H, W] at `images`; zeros where the score does not depend on them."""
+    """Return ds/dx [B, 3, H, W] at `images`; zeros if the score does not depend on them."""
     leaf = images.detach().clone().requires_grad_(True)
     (found,) = torch.autograd.grad(score(ask(leaf)).sum(), leaf, allow_unused=True)
     return torch.zeros_like(leaf) if found is None else found.detach()

@@ -42,21 +42,21 @@ class Pass:
 
 
 class Program(Protocol):
-    """What the engine needs of a model."""
+    """A model as the engine needs it."""
 
     layers: tuple[Layer, ...]
 
     def forward(self, images: Tensor) -> Pass:
-        """The pass for normalised float32 images [B, 3, H, W]."""
+        """Return the pass for normalised float32 images [B, 3, H, W]."""
 
     def answer(self, images: Tensor) -> Tensor:
-        """Logits [B, K] without a graph, the fast way."""
+        """Return logits [B, K] without a graph, the fast way."""
 
     def differentiable(self, images: Tensor) -> Tensor:
-        """Logits [B, K] with a graph back to `images`, in float32."""
+        """Return logits [B, K] with a graph back to `images`, in float32."""
 
     def guided(self, images: Tensor) -> Tensor:
-        """As `differentiable`, but ReLU's backward also clips negative gradient."""
+        """Return logits as `differentiable` does, but ReLU's backward also clips negative gradients."""
 
 
 class EagerProgram:
@@ -143,7 +143,7 @@ class SplitProgram(EagerProgram):
 
 
 def cut_at(module: nn.Module, layer: str, images: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Trunk and head of a network, cut at a layer's output: `head(*trunk(images)) == module(images)`.
+    """Cut a network at a layer's output into trunk and head: `head(*trunk(images)) == module(images)`.
 
     Raises:
         EngineError: the network cannot be cut, with the reason.
@@ -173,7 +173,7 @@ def cut_at(module: nn.Module, layer: str, images: Tensor) -> tuple[fx.GraphModul
 
 
 def follow(module: nn.Module, images: Tensor) -> fx.GraphModule:
-    """The network's operators for `images`, if it can be for batches of any size; its weights take no gradients.
+    """Trace the network's operators, if possible for batches of any size; its weights take no gradients.
 
     Raises:
         ModelError: it cannot be followed.

@@ -4,7 +4,7 @@ The trunk runs without a graph; the layer's output becomes a leaf; the head runs
 any scalar of the output with respect to the leaf is the head's alone, also where skips bypass the layer. Of several
 layers the one that runs first is the leaf, and what follows it is part of the graph.
 
-ReLU with another backward pass: for the method that must fail the audit, and to see past units that are off.
+ReLUs can get another backward pass: for guided backprop, which must fail the audit, and to see past units that are off.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Tap:
-    """What tapped layers gave in the last forward pass.
+    """The outputs of tapped layers in the last forward pass.
 
     Attributes:
         values: each layer's output, part of the head's graph, as it was before any later in-place operation.
@@ -38,7 +38,7 @@ class Tap:
         self.replacement: Tensor | None = None
 
     def forward(self, module: nn.Module, images: Tensor) -> Tensor:
-        """The module's output for `images` [B, 3, H, W], differentiable with respect to `values`.
+        """Return the module's output for `images` [B, 3, H, W], differentiable with respect to `values`.
 
         Raises:
             LayerError: a layer does not run, runs twice, or gives no tensor.
@@ -52,12 +52,12 @@ class Tap:
         return output
 
     def value(self) -> Tensor:
-        """The output of the only layer."""
+        """Return the output of the only layer."""
         (value,) = self.values.values()
         return value
 
     def hook(self, layer: str, output: object) -> Tensor:
-        """What goes on to the head instead of `output`: the graph begins here."""
+        """Return the value that the head gets instead of `output`: the graph begins here."""
         if not isinstance(output, Tensor):
             raise LayerError(f"layer {layer!r} returns a {type(output).__name__}, expected a tensor")
         if layer in self.values:
@@ -74,7 +74,7 @@ class Tap:
 
 @contextmanager
 def tapped(module: nn.Module, *layers: str) -> Iterator[Tap]:
-    """Taps `layers` of `module`, put in evaluation mode; hooks and modes are restored whatever happens.
+    """Tap `layers` of `module` in evaluation mode; hooks and modes are restored in any case.
 
     Raises:
         LayerError: no such layer.
@@ -94,7 +94,7 @@ def tapped(module: nn.Module, *layers: str) -> Iterator[Tap]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; each part's own mode afterwards."""
+    """Put the module into evaluation mode, and each part back into its own mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
@@ -105,7 +105,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def find_module(module: nn.Module, layer: str) -> nn.Module:
-    """The submodule called `layer`.
+    """Return the submodule called `layer`.
 
     Raises:
         LayerError: no such layer.
@@ -142,19 +142,19 @@ class GuidedRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, ceiling: float) -> Tensor:
-        """max(x, 0), at most `ceiling`."""
+        """Return max(x, 0), at most `ceiling`."""
         ctx.save_for_backward((value > 0) & (value < ceiling))
         return value.clamp(min=0, max=ceiling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The positive part of the gradient where x has a slope."""
+        """Return the positive part of the gradient where x has a slope."""
         (sloped,) = ctx.saved_tensors
         return gradients[0].clamp(min=0) * sloped, None
 
 
 def guided_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph with every ReLU guided; changes `graph`.
+    """Return the graph with every ReLU guided; changes `graph`.
 
     Raises:
         LayerError: there is no ReLU in it.
@@ -169,19 +169,19 @@ class LeakyBackwardRelu(GuidedRelu):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient, a part of it where x has no slope."""
+        """Return the gradient, a part of it where x has no slope."""
         (sloped,) = ctx.saved_tensors
         return torch.where(sloped, gradients[0], LEAK * gradients[0]), None
 
 
 def leaky_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph with the backward of every ReLU leaky; changes `graph`, if it has any."""
+    """Return the graph with the backward of every ReLU leaky; changes `graph`, if it has any."""
     _rewire(graph, leaky_relu)
     return graph
 
 
 def _rewire(graph: fx.GraphModule, relu: Callable[[Tensor, float], Tensor]) -> int:
-    """Calls `relu` in place of every ReLU, and tells how many there were."""
+    """Call `relu` in place of every ReLU, and return how many there were."""
     relus = {node: ceiling for node in graph.graph.nodes if (ceiling := _ceiling(node)) is not None}
     for node, ceiling in relus.items():
         node.target, node.args, node.kwargs = relu, (node.args[0], ceiling), {}
@@ -190,17 +190,17 @@ def _rewire(graph: fx.GraphModule, relu: Callable[[Tensor, float], Tensor]) -> i
 
 
 def _ceiling(node: fx.Node) -> float | None:
-    """The largest value of a ReLU; None for other operators. ReLU6 is traced as a hardtanh from 0 on."""
+    """Return the largest value of a ReLU; None for other operators. ReLU6 is traced as a hardtanh from 0 on."""
     if node.target is torch.ops.aten.hardtanh.default and node.args[1:2] in ((0,), (0.0,)):
         return float(node.args[2]) if len(node.args) > 2 else 1.0  # type: ignore[arg-type]
     return RELUS.get(node.target)  # type: ignore[call-overload, no-any-return]
 
 
 def guided_relu(value: Tensor, ceiling: float) -> Tensor:
-    """max(x, 0), at most `ceiling`, with the guided backward pass."""
+    """Return max(x, 0), at most `ceiling`, with the guided backward pass."""
     return GuidedRelu.apply(value, ceiling)  # type: ignore[no-any-return]
 
 
 def leaky_relu(value: Tensor, ceiling: float) -> Tensor:
-    """max(x, 0), at most `ceiling`, with the leaky backward pass."""
+    """Return max(x, 0), at most `ceiling`, with the leaky backward pass."""
     return LeakyBackwardRelu.apply(value, ceiling)  # type: ignore[no-any-return]

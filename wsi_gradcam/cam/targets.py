@@ -1,8 +1,7 @@
-"""Targets: which scalar of the output is explained, by class name, index, `predicted`, `all`, contrast or function.
+"""Targets: the scalar of the output that is explained, as users name it and as a function of the logits.
 
-Targets as functions of the logits.
-
-Finer-CAM's score: what sets a class apart from the classes that the model takes for similar.
+Users give a class by name or index, `predicted`, `all`, a contrast of two classes, or `module:function`. Finer-CAM has
+a score of its own: what sets a class apart from those that the model takes for similar.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MOST_BY_DEFAULT = 10
 
 @dataclass(frozen=True)
 class Target:
-    """What is explained: a logit, the difference of two, or what a function makes of all logits.
+    """The scalar that is explained: a logit, the difference of two, or a function of all logits.
 
     Attributes:
         label: how results name it.
@@ -53,12 +52,12 @@ class Target:
 
     @property
     def is_class(self) -> bool:
-        """Whether it is the logit of one class, which has a probability."""
+        """True for the logit of one class, which has a probability."""
         return self.minus is None and self.function is None
 
 
 def parse_targets(wanted: Sequence[str], classes: Sequence[str]) -> tuple[Target, ...]:
-    """The targets for what a user wrote; a class name goes before any other reading of the same spelling.
+    """Return the targets that a user named; a class name goes before any other reading of the same spelling.
 
     >>> [(target.label, target.index) for target in parse_targets(["tumour", "0"], ["other", "tumour"])]
     [('tumour', 1), ('other', 0)]
@@ -113,14 +112,14 @@ def _class(text: str, classes: Sequence[str]) -> int | None:
 
 
 def _halves(text: str, between: str) -> Iterator[tuple[str, str]]:
-    """All ways to cut a text at a mark; class names may hold the mark too."""
+    """Yield all ways to cut a text at a mark; class names may hold the mark too."""
     for i, letter in enumerate(text):
         if letter == between:
             yield text[:i].strip(), text[i + 1 :].strip()
 
 
 def make_score(target: Target | Callable[[Tensor], Tensor], logits: Tensor) -> Score:
-    """The explained scalar [B] as a function of logits [B, K], for a batch that was answered with `logits`.
+    """Return the explained scalar [B] as a function of logits [B, K], for a batch with these `logits`.
 
     The class of `predicted` is the one that `logits` predict, also when the score is asked of other logits later.
 
@@ -139,14 +138,14 @@ def make_score(target: Target | Callable[[Tensor], Tensor], logits: Tensor) -> S
 
 
 def classes_of(target: Target, logits: Tensor) -> Tensor:
-    """The class [B] that each image is explained for."""
+    """Return the class [B] that each image is explained for."""
     predicted = logits.detach().argmax(dim=1)
     return predicted if target.index is None else predicted.new_full((len(logits),), target.index)
 
 
 @cache
 def load_function(path: str, digest: str = "") -> Callable[[Tensor], Tensor]:
-    """The function `module:function`; the module is also looked for in the current folder.
+    """Import `module:function`; the module is also looked for in the current folder.
 
     Raises:
         TargetError: there is none, or its file is not the one with `digest`.
@@ -167,7 +166,7 @@ def load_function(path: str, digest: str = "") -> Callable[[Tensor], Tensor]:
 
 
 def function_digest(path: str) -> str:
-    """sha256 of the file that holds `module:function`, without running it.
+    """Return the sha256 of the file that holds `module:function`, without running it.
 
     Raises:
         TargetError: there is no such file.
@@ -216,7 +215,7 @@ def finer_score(
     compared: int = COMPARED,
     differentiate_weights: bool = True,
 ) -> Score:
-    """The score whose Grad-CAM is Finer-CAM, sum_d p_d (s_c - gamma s_d) / sum_d p_d, for images answered `logits`.
+    """Return the score whose Grad-CAM is Finer-CAM, sum_d p_d (s_c - gamma s_d) / sum_d p_d.
 
     (Zhang 2025, arXiv 2501.11309.) c is the row's class, d the `compared` other classes (all others, if they are
     fewer) whose logits are nearest to s_c, the lower index first among equals, and p the softmax of all logits.

@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def make_trunk(graph: fx.GraphModule, engine: str, precision: str, images: Tensor) -> Trunk:
-    """The trunk `graph` on an engine, tried on `images` [B, 3, H, W]; its tensors are float32.
+    """Return the trunk `graph` on an engine, tried on `images` [B, 3, H, W]; its tensors are float32.
 
     Raises:
         EngineError: the engine is not installed here, or cannot run this model in this precision.
@@ -54,7 +54,7 @@ def make_trunk(graph: fx.GraphModule, engine: str, precision: str, images: Tenso
 
 
 def low_precisions(engine: str, device: torch.device) -> tuple[str, ...]:
-    """The precisions below float32 that this machine has instructions for, by engine."""
+    """Return the precisions below float32 that this machine has instructions for, by engine."""
     if device.type == "cuda":
         return ("bfloat16", "float16") if torch.cuda.is_bf16_supported() else ("float16",)
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.9 on
@@ -81,7 +81,7 @@ def _eager(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
 
 
 def _plain(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Maps in float32; what else passes a cut, such as indices and sizes, as it is."""
+    """Return maps in float32; other values that pass a cut, such as indices and sizes, as they are."""
     floating = [isinstance(value, Tensor) and value.is_floating_point() for value in values]
     return tuple(v.float().contiguous() if is_map else v for v, is_map in zip(values, floating, strict=True))
 
@@ -122,7 +122,7 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     requests: dict[torch.Size, list[Any]] = {}
 
     def made(batch: Tensor) -> list[Any]:
-        """For batches of one size, which run up to a tenth faster than where any size is allowed (ResNet-18)."""
+        """Compile for batches of one size, up to a tenth faster than where any size is allowed (ResNet-18)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's remarks on constants
             example = batch if sized else batch[:1].expand(2, *batch.shape[1:])
@@ -163,13 +163,13 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
 
 
 def _outputs(request: Any) -> list[Tensor]:
-    """What a request gives when it is done, copied: the next one writes into the same memory."""
+    """Wait for a request and copy its outputs: the next one writes into the same memory."""
     request.wait()
     return [torch.from_numpy(np.array(output.data)) for output in request.output_tensors]
 
 
 def _is_by_image(graph: fx.GraphModule, images: Tensor) -> bool:
-    """Whether every output of the graph is a tensor that begins with the axis of images, so that batches can be cut."""
+    """Return whether every output of the graph begins with the axis of images, so that batches can be cut."""
     if fixed_batch(graph) is not None:
         return False
     with torch.no_grad():
@@ -196,7 +196,7 @@ def _core() -> Any:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Importing OpenVINO reports the import to its maker where that package is found; hospitals would mind."""
+    """Keep the import of OpenVINO from reporting itself to its maker; hospitals would mind."""
     hidden = "openvino_telemetry" not in sys.modules
     if hidden:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes its import fail

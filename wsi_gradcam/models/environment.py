@@ -25,7 +25,7 @@ FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LO
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """While it lasts, `torch.load` makes nothing but tensors and plain containers, in this process.
+    """Allow `torch.load` to make nothing but tensors and plain containers, in this process.
 
     torchvision, `torch.export.load` and others call it with `weights_only=False`; PyTorch's own environment variable
     goes before what they say. Other threads that load a pickled model meanwhile would be refused, which is the safe

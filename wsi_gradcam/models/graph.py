@@ -1,12 +1,9 @@
-"""Any network as a flat graph of operators, whatever it was: eager module, TorchScript, exported program.
+"""Any network as a flat graph of operators: eager module, TorchScript or exported program.
 
 The graph can be tapped at every operator (`with_points`) and cut in two (`split`), which neither TorchScript nor
-compiled programs allow.
-
-Graphs that serve batches of any size, where a network wrote the size of a batch into them.
-
-`x.view(x.size(0), -1)` becomes `view(x, [2, -1])` when the operators are recorded for two images, and a program
-exported without a dynamic batch holds the number it was exported with.
+compiled programs allow. It serves batches of any size if possible (`any_batch`): `x.view(x.size(0), -1)` becomes
+`view(x, [2, -1])` when the operators are recorded for two images, and a program exported without a dynamic batch holds
+the number it was exported with.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ TOLERANCE = 1e-5  # of the largest logit; other kernels sum in another order
 
 
 def trace(call: Callable[[Tensor], Tensor], images: Tensor, *, read_values: bool = False) -> fx.GraphModule:
-    """The operators that `call` runs for `images`, as a graph without in-place operations.
+    """Return the operators that `call` runs for `images`, as a graph without in-place operations.
 
     Tried first with two images, and taken when it also answers for three: it then serves batches of any size.
     Else the graph is fixed to the size of `images`, see `fixed_batch`.
@@ -56,13 +53,13 @@ def trace(call: Callable[[Tensor], Tensor], images: Tensor, *, read_values: bool
 
 
 def fixed_batch(graph: fx.GraphModule) -> int | None:
-    """The only number of images that the graph takes; None where it takes any."""
+    """Return the only number of images that the graph takes; None if it takes any."""
     size: int | None = graph.meta["fixed_batch"]
     return size
 
 
 def agree(graph: Callable[[Tensor], Tensor], call: Callable[[Tensor], Tensor], images: Tensor) -> bool:
-    """Whether both give the same for `images`; False also where the graph fails on them."""
+    """Return whether both give the same for `images`; False also if the graph fails on them."""
     with torch.no_grad():
         expected = call(images)
         try:
@@ -74,7 +71,7 @@ def agree(graph: Callable[[Tensor], Tensor], call: Callable[[Tensor], Tensor], i
 
 
 def with_points(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph with each operator's result passed through a submodule of the operator's name, for hooks."""
+    """Return the graph with each operator's result passed through a submodule of its name, for hooks."""
     for node in [n for n in graph.graph.nodes if n.op == "call_function"]:
         name = _point_name(graph, node)
         graph.add_submodule(name, Pooled() if _pools(node) else Point())
@@ -89,7 +86,7 @@ class Point(nn.Module):
     """Passes on what an operator gave."""
 
     def forward(self, value: Any) -> Any:
-        """The value itself."""
+        """Return the value itself."""
         return value
 
 
@@ -98,7 +95,7 @@ class Pooled(Point):
 
 
 def split(graph: fx.GraphModule, cut: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Trunk and head of a graph: `head(*trunk(images)) == graph(images)`.
+    """Return trunk and head of a graph: `head(*trunk(images)) == graph(images)`.
 
     The head is all that depends on `cut`; the trunk gives the cut's value first, then whatever else the head
     needs, as where a skip bypasses the cut.
@@ -192,7 +189,7 @@ def _without_mutation(operator: torch._ops.OpOverload) -> torch._ops.OpOverload:
 
 
 def _point_name(graph: fx.GraphModule, node: fx.Node) -> str:
-    """`relu__3`, once `relu_`, is `relu_3` for users, unless there is such a node."""
+    """Return the name users see: `relu__3`, once `relu_`, is `relu_3`, unless there is such a node."""
     taken = {other.name for other in graph.graph.nodes} | set(graph._modules)
     plain = node.name.replace("__", "_").removesuffix("_")
     return node.name if plain in taken - {node.name} else plain
@@ -233,7 +230,7 @@ EXPAND = torch.ops.aten.expand.default
 
 
 def any_batch(call: Callable[[Tensor], Tensor], images: Tensor) -> fx.GraphModule:
-    """The operators that `call` runs, for batches of any size; `images` are two examples.
+    """Return the operators that `call` runs, for batches of any size; `images` are two examples.
 
     Raises:
         ModelError: the call cannot be followed, or it answers for batches of one size only.
@@ -310,12 +307,12 @@ class _ViewFreeing(fx.Interpreter):
 
 
 def _moved(before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
-    """The axis whose length depends on the number of images."""
+    """Return the axis whose length depends on the number of images."""
     return next((i for i, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
 
 
 def _free_sizes(outer: int, sizes: tuple[int, ...]) -> list[int]:
-    """The sizes of a view with -1 for the axis that holds the images, `outer` elements of the axes before them.
+    """Return the sizes of a view with -1 for the axis of images, which follows `outer` elements.
 
     >>> _free_sizes(17, (17, 4, 8)), _free_sizes(17, (34, 16)), _free_sizes(1, (2, 900))
     ([17, -1, 8], [-1, 16], [-1, 900])
@@ -332,7 +329,7 @@ def _free_expansion(graph: fx.GraphModule, node: fx.Node, batch: fx.Node) -> Non
 
 
 def _free_constant(graph: fx.GraphModule, node: fx.Node, batch: fx.Node, count: int) -> None:
-    """A class token that `graph.trace` has already expanded to `count` equal rows."""
+    """Expand anew a class token that `trace` has already expanded to `count` equal rows."""
     value: Tensor = getattr(graph, str(node.target))
     if count < 2 or value.ndim < 2 or len(value) != count or not torch.equal(value, value[:1].expand_as(value)):
         return
@@ -345,7 +342,7 @@ def _free_constant(graph: fx.GraphModule, node: fx.Node, batch: fx.Node, count: 
 
 
 def _grows(node: fx.Node, count: int) -> bool:
-    """Whether an expansion makes a row an image out of one, as of a class token."""
+    """Return whether an expansion makes a row for each image out of one, as for a class token."""
     source = _shape(node.args[0])
     return _sizes(node)[0] == count and source[:1] == (1,) and len(source) == len(_sizes(node))
 

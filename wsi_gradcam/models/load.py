@@ -110,12 +110,12 @@ class Model:
         return self.transform.std
 
     def prepare(self, rgb: Tensor) -> Tensor:
-        """uint8 [B, *patch_px, 3] -> float32 [B, 3, *input_px], on the same device, as the model's format wants it."""
+        """Turn uint8 [B, *patch_px, 3] into float32 [B, 3, *input_px], on the same device, as the network wants it."""
         return self.transform(rgb)
 
 
 def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Model:
-    """The model of a specification, or of whatever `--model` takes, on `device`.
+    """Load the model of a specification, or of anything that `--model` takes, on `device`.
 
     Raises:
         ModelError: no such source, weights that do not fit, a wrong checksum, an output of the wrong shape.
@@ -132,7 +132,7 @@ def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Mo
 
 
 def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
-    """The model of a network that was built, with what was left open filled in and checked.
+    """Return the model of a built network, with all that was left open filled in and checked.
 
     Raises:
         ModelError: it does not do what its specification says.
@@ -221,7 +221,7 @@ def _sha256(path: Path) -> str:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. Pickles are read by torch's restricted unpickler only: no code can run."""
+    """Read tensors by name, pickles by torch's restricted unpickler only: no code can run."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -253,7 +253,7 @@ def _check_numbers(name: str, module: nn.Module) -> None:
 
 
 def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> tuple[nn.Module, int]:
-    """The network giving one row of logits for each image, and how many they are."""
+    """Return the network, giving one row of logits for each image, and the number of logits."""
     images = torch.randn(2, 3, *input_px, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
@@ -323,9 +323,10 @@ def model_of(
     output: str | int | None = None,
     device: str = "cpu",
 ) -> Model:
-    """A model of a copy of `module` as it is now: in evaluation mode, frozen, in float32. `module` stays as it is.
+    """Return a model of a copy of `module` as it is now: in evaluation mode, frozen, in float32.
 
-    The other arguments are the keys of a model file. Without mean and std colours are normalised as for ImageNet.
+    `module` itself is not changed. The other arguments are the keys of a model file. Without mean and std colours are
+    normalised as for ImageNet.
 
     Raises:
         ModelError: it does not take RGB of this size, gives something else than logits, or cannot be copied.

@@ -26,13 +26,13 @@ class LogitsOf(nn.Module):
         self.output = output
 
     def forward(self, images: Tensor) -> Tensor:
-        """The chosen output."""
+        """Return the chosen output."""
         outputs = self.network(images)
         return as_rows(outputs if self.output is None else pick(outputs, self.output), len(images))
 
 
 def with_logits(network: nn.Module, images: Tensor, output: str | int | None) -> tuple[nn.Module, Tensor]:
-    """The network itself where it returns logits [B, K] for `images`, else one that does if that can be; and these.
+    """Return a network that gives logits [B, K] for `images`, the given one if it does, and these logits.
 
     Raises:
         ModelError: which output is meant is not clear, or there is none called `output`.
@@ -45,7 +45,7 @@ def with_logits(network: nn.Module, images: Tensor, output: str | int | None) ->
 
 
 def as_rows(output: Tensor, count: int) -> Tensor:
-    """[B], [B, K, 1, 1] and, for one image, [K] as [B, K]; other shapes as they are. `count` is B."""
+    """Return [B], [B, K, 1, 1] and, for one image, [K] as [B, K]; other shapes as they are. `count` is B."""
     if output.ndim == 2 and len(output) == count:
         return output
     row_each = output.shape[:1] == (count,)
@@ -55,7 +55,7 @@ def as_rows(output: Tensor, count: int) -> Tensor:
 
 
 def pick(outputs: Any, output: str | int) -> Tensor:
-    """The tensor called `output` among what a network returned.
+    """Return the tensor called `output` among a network's outputs.
 
     Raises:
         ModelError: there is none.
@@ -76,7 +76,7 @@ def pick(outputs: Any, output: str | int) -> Tensor:
 
 
 def find_output(outputs: Any, count: int) -> str | int | None:
-    """Which of a network's outputs for `count` images are the logits; None for a network that returns one tensor.
+    """Return the key of the logits among a network's outputs for `count` images; None for a single tensor.
 
     Taken is what bears one of the usual names (`NAMES`), else the only output with a row for each image, else the
     first of a tuple's if all have equally many columns, as with auxiliary heads.
@@ -107,7 +107,7 @@ def find_output(outputs: Any, count: int) -> str | int | None:
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The submodules by the names a user knows them by: those of the network itself."""
+    """Return the submodules by the names that users know: those in the network itself."""
     network = module.network if isinstance(module, LogitsOf) else module
     assert isinstance(network, nn.Module)
     return {name: part for name, part in network.named_modules() if name}

@@ -49,7 +49,7 @@ FORMS = (
 
 
 class Resizing(BaseModel):
-    """What happens to a patch before the network sees it, besides its colours: resized, then cropped.
+    """The change of a patch's size before the network sees it: resized, then cropped.
 
     Attributes:
         resize: new length of the shorter side, or new (height, width).
@@ -152,7 +152,7 @@ class ModelSpec(BaseModel):
 
     @model_validator(mode="after")
     def _colours(self) -> ModelSpec:
-        """Colours of 0..255 taken for 0..1 would silently whiten every patch."""
+        """Refuse colours of 0..255 taken for 0..1, which would silently whiten every patch."""
         scale = self.scale or 1
         if max(*(self.mean or (0,)), *(self.std or (0,)), 0) > scale:
             raise ValueError(
@@ -169,12 +169,12 @@ class ModelSpec(BaseModel):
 
     @property
     def argument(self) -> str:
-        """What follows the kind in `source`; all of it for a function."""
+        """The part of `source` after the kind; all of it for a function."""
         return self.source if self.kind == "function" else self.source.partition(":")[2]
 
     @property
     def runs_code(self) -> bool:
-        """Whether loading the model runs what is written in it: only for models from people you trust."""
+        """True if loading the model runs code that is in it: use only models from people you trust."""
         ours = self.kind == "function" and self.source.startswith("wsi_gradcam.")
         return self.kind in RUNS_CODE and not ours
 
@@ -185,12 +185,12 @@ class ModelSpec(BaseModel):
 
     @property
     def weights_path(self) -> Path | None:
-        """Where the weights file is; None when there is none."""
+        """Path of the weights file; None if there is none."""
         return None if self.weights in (None, RANDOM) else self.folder / str(self.weights)
 
 
 def read_spec(model: str) -> ModelSpec:
-    """The specification that `--model` names: a YAML file, a model that comes with the package, or a source.
+    """Return the specification that `--model` names: a YAML file, a bundled model, or a source.
 
     Raises:
         ModelError: nothing of that name, or a file that is not a model file.
@@ -211,7 +211,7 @@ def read_spec(model: str) -> ModelSpec:
 
 
 def _kind_of(path: Path, given: str) -> str | None:
-    """Which kind of source a file or folder is; None where there is none.
+    """Return the kind of source that a file or folder is; None if there is none.
 
     Raises:
         ModelError: it is there, but nothing that can be used.
@@ -247,7 +247,7 @@ def _kind_of_folder(path: Path, given: str) -> str:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive; state dicts and pickled models have the same endings."""
+    """Return whether a file is a TorchScript archive; state dicts and pickled models have the same endings."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist())
@@ -256,7 +256,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def bundled() -> list[str]:
-    """Names of the models that come with the package."""
+    """Return the names of the models that come with the package."""
     return sorted(path.stem for path in ZOO.glob("*.yaml"))
 
 
@@ -282,7 +282,7 @@ def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:
 
 
 def explain_validation(error: ValidationError) -> str:
-    """Pydantic's findings on one line: key, what is wrong, what was given."""
+    """Return Pydantic's findings on one line: key, problem, given value."""
     return "; ".join(_finding(e) for e in error.errors())
 
 
@@ -301,7 +301,7 @@ Activation = Literal["softmax", "sigmoid", "none"]
 
 
 def probabilities(logits: NDArray[np.float32], activation: Activation) -> NDArray[np.float32]:
-    """Logits float32 [n, classes] through softmax, sigmoid or nothing; same shape.
+    """Return logits float32 [n, classes] through softmax, sigmoid or nothing; same shape.
 
     >>> probabilities(np.array([[0, 0], [1000, 0]], np.float32), "softmax").tolist()
     [[0.5, 0.5], [1.0, 0.0]]

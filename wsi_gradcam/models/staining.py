@@ -1,4 +1,4 @@
-"""The stain that a model file asks for: a method, and what tissue is made to look like."""
+"""The stain normalisation that a model file asks for: a method, and the stain that tissue is normalised to."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ Target = Annotated[
 
 
 class StainSpec(BaseModel):
-    """How patches are normalised before the network sees them.
+    """Stain normalisation of patches before the network sees them.
 
     Attributes:
         method: macenko, reinhard or none.
-        target: what tissue is made to look like: a picture beside the model file, or the method's numbers; left out,
-            published ones.
+        target: the stain that tissue is normalised to: a picture beside the model file, or the method's numbers; left
+            out, published ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,7 +91,7 @@ class StainSpec(BaseModel):
 
 
 def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
-    """What tissue is made to look like; None where nothing is changed. A picture lies in `folder`.
+    """Return the stain that tissue is normalised to; None to change nothing. A picture lies in `folder`.
 
     Raises:
         ModelError: the picture cannot be read, or shows no stain.
@@ -116,7 +116,7 @@ def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
-    """RGB uint8 [n, 3] of a picture, evenly over it."""
+    """Return RGB uint8 [n, 3] of a picture, sampled evenly."""
     if not path.is_file():
         raise ModelError(f"{path}: no such stain target; paths are relative to the model file")
     try:

@@ -1,4 +1,4 @@
-"""What happens to a patch of a slide before the network sees it, as the model's own format declares it."""
+"""The transform of a slide's patch into the network's input, as the model's own format declares it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Transform:
         return (y * by_y, x * by_x, height * by_y, width * by_x)
 
     def __call__(self, rgb: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] -> float32 [B, 3, h, w] on the same device.
+        """Turn uint8 [B, H, W, 3] into float32 [B, 3, h, w] on the same device.
 
         Without resizing patches may have any size that holds the crop. Resized pixels are rounded to 8 bits, as
         Pillow does and so torchvision on PIL images; those are then treated by torchvision's very sums.
@@ -100,7 +100,7 @@ class Transform:
 def make_transform(
     patch_px: Size, mean: Triple, std: Triple, scale: float = 1.0, resizing: Resizing | None = None
 ) -> Transform:
-    """The transform of patches of `patch_px`, with resizing and crop worked out as torchvision does.
+    """Return the transform of patches of `patch_px`, with resizing and crop worked out as torchvision does.
 
     Raises:
         ModelError: the crop is larger than what it is cut from.
@@ -120,7 +120,7 @@ def make_transform(
 
 
 def resized_px(size: int | Size, patch_px: Size) -> Size:
-    """(height, width) after resizing to `size`: of the shorter side, or both.
+    """Return (height, width) after resizing to `size`: of the shorter side, or both.
 
     >>> resized_px(224, (350, 500)), resized_px((224, 200), (350, 500))
     ((224, 320), (224, 200))
@@ -132,7 +132,7 @@ def resized_px(size: int | Size, patch_px: Size) -> Size:
 
 
 def centre(size: int | Size, outer: Size, rounds: bool = True) -> tuple[int, int, int, int]:
-    """(y, x, height, width) of the centre crop; where it is half a pixel off, `rounds` to even or else down.
+    """Return (y, x, height, width) of the centre crop; if half a pixel off, `rounds` to even or else down.
 
     >>> centre(224, (256, 259)), centre(224, (256, 259), rounds=False)
     ((16, 18, 224, 224), (16, 17, 224, 224))

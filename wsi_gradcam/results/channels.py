@@ -40,7 +40,7 @@ class ChannelInfo:
 
     @classmethod
     def of(cls, number: int, channel: Channel) -> ChannelInfo:
-        """The description of the `number`-th channel of a heatmap."""
+        """Describe the `number`-th channel of a heatmap."""
         method, _, target = channel.label.partition(": ")
         unit = PROBABILITY if method == PROBABILITY else METHOD_INFO[method].unit
         return cls(
@@ -57,7 +57,7 @@ class ChannelInfo:
 
 
 def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> ChannelInfo:
-    """The channel with the label `name`, else the first that explains the target `name`.
+    """Return the channel with the label `name`, else the first that explains the target `name`.
 
     Raises:
         UnknownNameError: there is none; the message has names that are near.
@@ -73,7 +73,7 @@ def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> Chan
 
 
 def nearest(name: str, names: Sequence[str], most: int = 12) -> str:
-    """What may have been meant by a name that is not there.
+    """Return a hint at the names that may have been meant by an unknown one.
 
     >>> nearest("tumour", ["other", "tumor"])
     'did you mean tumor?'
@@ -96,7 +96,7 @@ NARROWEST = 1.0  # logits
 
 
 def window_end(top: float, unit: str) -> float:
-    """Where the window of an explanation ends whose `QUANTILE` is `top`; it begins at 0.
+    """Return the end of the window of an explanation whose `QUANTILE` is `top`; it begins at 0.
 
     What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
     never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;

@@ -56,11 +56,11 @@ class Sketch:
 
     @property
     def total(self) -> int:
-        """How many values were counted."""
+        """Number of values counted."""
         return int(self.counts.sum())
 
     def quantile(self, share: float) -> float:
-        """The value below which `share` of all lie, by linear interpolation in its bin; NaN of none.
+        """Return the value below which `share` of all lie, by linear interpolation in its bin; NaN of none.
 
         It is off by less than a bin, 1/128 of the value.
         """
@@ -75,7 +75,7 @@ class Sketch:
         return min(max(value, self.minimum), self.maximum)
 
     def to_json(self) -> dict[str, Any]:
-        """The sketch as plain values."""
+        """Return the sketch as plain values."""
         (filled,) = np.nonzero(self.counts)
         return {
             "minimum": self.minimum if len(filled) else None,
@@ -86,7 +86,7 @@ class Sketch:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Sketch:
-        """The sketch that `to_json` gave.
+        """Return the sketch that `to_json` gave.
 
         Raises:
             KeyError, TypeError, ValueError, IndexError: it is damaged.
@@ -99,13 +99,13 @@ class Sketch:
 
 
 def bins_of(values: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """The bin of each value: the bits of a float32, turned so that they grow with it, and cut."""
+    """Return the bin of each value: the bits of a float32, turned so that they grow with it, and cut."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return np.where(bits & SIGN, ~bits, bits | SIGN) >> np.uint32(16)
 
 
 def edges_of(number: int) -> tuple[float, float]:
-    """The lowest and the highest value of a bin.
+    """Return the lowest and the highest value of a bin.
 
     >>> edges_of(int(bins_of(np.array([1.0], np.float32))[0]))
     (1.0, 1.0078123807907104)
@@ -130,7 +130,7 @@ Progress = Callable[[int, int], None]
 def run_windows(
     slides: Iterable[SlideResult], place: StoragePath, run_digest: str, progress: Progress | None = None
 ) -> dict[str, tuple[float, float]]:
-    """The window (low, high) of each channel, by its label, over all finished slides; kept at `place`.
+    """Return the window (low, high) of each channel, by its label, over all finished slides; kept at `place`.
 
     Probabilities run from 0 to 1; explanations as on a single slide from 0 to the 99.5 % quantile, see `window_end`,
     each explained pixel of the run counting once. Slides that cannot be read are left out and named in the file.
@@ -196,12 +196,12 @@ def _sketch(slide: SlideResult, channel: ChannelInfo, level: int) -> Sketch:
 
 
 def _key(slide: SlideResult) -> str:
-    """Changes when the slide is explained anew: its row holds digests and seconds."""
+    """Return a key that changes when the slide is explained anew: its row holds digests and seconds."""
     return hashlib.sha256(json.dumps(slide.row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
-    """What was kept, if it is this run's and of this version."""
+    """Return the stored windows, if they are this run's and of this version."""
     try:
         values = json.loads(place.read())
         for channel in values["channels"].values():

@@ -62,7 +62,7 @@ class HeatmapStore:
         channels: Sequence[Channel],
         attributes: dict[str, Any],
     ) -> HeatmapStore:
-        """A template of zeros for a heatmap of `shape` [h, w], `scale_um` (y, x) micrometres per pixel."""
+        """Create a template of zeros for a heatmap of `shape` [h, w], `scale_um` (y, x) micrometres per pixel."""
         shapes = pyramid_shapes(*shape)
 
         def build(store: Store) -> None:
@@ -121,7 +121,7 @@ class HeatmapStore:
         ]
 
     def blocks(self, level: int) -> list[Region]:
-        """The blocks of a level."""
+        """Return the blocks of a level."""
         return tiles(*self.shapes[level], SHARD)
 
     def write(self, level: int, channel: int, block: Region, values: NDArray[np.float32]) -> None:
@@ -135,11 +135,11 @@ class HeatmapStore:
             self.labels(level)[block.slices] = flags
 
     def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
-        """One channel of a region of a level, float32 [height, width]."""
+        """Read one channel of a region of a level, float32 [height, width]."""
         return np.asarray(self.array(level)[(channel, *region.slices)], np.float32)
 
     def read_flags(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """The coverage label of a region of a level."""
+        """Read the coverage label of a region of a level, uint8 [height, width]."""
         return np.asarray(self.labels(level)[region.slices], np.uint8)
 
     def set_channels(self, channels: Sequence[Channel]) -> None:
@@ -150,11 +150,11 @@ class HeatmapStore:
             self._group.group.attrs["ome"] = ome
 
     def array(self, level: int) -> zarr.Array[Any]:
-        """All channels of a level, float32 [channels, h, w], not read yet."""
+        """Return all channels of a level, float32 [channels, h, w], not read yet."""
         return self._group.array(str(level))
 
     def labels(self, level: int) -> zarr.Array[Any]:
-        """The coverage label of a level, uint8 [h, w], not read yet."""
+        """Return the coverage label of a level, uint8 [h, w], not read yet."""
         return self._group.array(f"labels/{LABEL}/{level}")
 
 

@@ -27,7 +27,7 @@ SLIDE_CHUNK = 1024
 def lazy_channel(
     store: HeatmapStore, plan: SlidePlan, level: int, channel: ChannelInfo, *, masked: bool
 ) -> xr.DataArray:
-    """A channel of a level, float32 [y, x]; with `masked`, NaN where nothing was explained."""
+    """Return a channel of a level, float32 [y, x]; with `masked`, NaN where nothing was explained."""
     values = da.from_array(store.array(level), chunks=(1, SHARD, SHARD), name=False)[channel.number]
     if masked:
         values = da.where(_flags(store, level) & EXPLAINED, values, np.float32(np.nan))
@@ -36,7 +36,7 @@ def lazy_channel(
 
 
 def lazy_coverage(store: HeatmapStore, plan: SlidePlan, level: int) -> xr.DataArray:
-    """The coverage label of a level, uint8 [y, x]: bits 1 tissue, 2 explained, 4 unreadable."""
+    """Return the coverage label of a level, uint8 [y, x]: bits 1 tissue, 2 explained, 4 unreadable."""
     return _labelled(_flags(store, level), plan, level, "coverage", {"long_name": "coverage"})
 
 
@@ -45,18 +45,18 @@ def _flags(store: HeatmapStore, level: int) -> Any:
 
 
 def lazy_levels(store: HeatmapStore, count: int, channel: int) -> list[Any]:
-    """A channel's first `count` levels as dask arrays, float32 [h, w]."""
+    """Return a channel's first `count` levels as dask arrays, float32 [h, w]."""
     arrays = (da.from_array(store.array(level), chunks=(1, SHARD, SHARD), name=False) for level in range(count))
     return [array[channel] for array in arrays]
 
 
 def lazy_flags(store: HeatmapStore, count: int) -> list[Any]:
-    """The coverage label's first `count` levels as dask arrays, uint8 [h, w]."""
+    """Return the coverage label's first `count` levels as dask arrays, uint8 [h, w]."""
     return [_flags(store, level) for level in range(count)]
 
 
 def lazy_slide(slide: Slide) -> list[Any]:
-    """An open slide's levels as dask arrays, RGB uint8 [h, w, 3]; it must stay open as long as they are read."""
+    """Return an open slide's levels as dask arrays, RGB uint8 [h, w, 3]; it must stay open while they are read."""
     levels = range(len(slide.info.levels))
     return [
         da.from_array(_LevelPixels(slide, level), chunks=(SLIDE_CHUNK, SLIDE_CHUNK, 3), name=False) for level in levels
@@ -81,7 +81,7 @@ class _LevelPixels:
 
 
 def padded(levels: Sequence[Any], factors: Sequence[int]) -> list[Any]:
-    """Levels made larger at their lower and right edges, by zeros, so that shapes are in the ratio of the factors."""
+    """Pad levels with zeros at their lower and right edges, so that shapes are in the ratio of the factors."""
     whole = math.lcm(*factors)
     sizes = [
         max(ceil_div(level.shape[axis] * f, whole) for level, f in zip(levels, factors, strict=True)) for axis in (0, 1)
@@ -94,7 +94,7 @@ def padded(levels: Sequence[Any], factors: Sequence[int]) -> list[Any]:
 
 
 def _labelled(values: Any, plan: SlidePlan, level: int, name: str, about: dict[str, Any]) -> xr.DataArray:
-    """The array with its pixels' centres: `y`, `x` in level-0 px of the slide, `y_um`, `x_um` in micrometres."""
+    """Label the pixels' centres: `y`, `x` in level-0 px of the slide, `y_um`, `x_um` in micrometres."""
     step_px = plan.stride * 2**level
     y, x = ((np.arange(size) + 0.5) * step_px for size in values.shape)
     coordinates = {

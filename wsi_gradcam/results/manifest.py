@@ -186,7 +186,7 @@ class Manifest:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the final record is there.
+        """True if the final record is there.
 
         Raises:
             StoreError: it is damaged.
@@ -217,15 +217,15 @@ class Manifest:
         self._write(f"{kind}/{name}{ENDING}", record)
 
     def completed(self, kind: str) -> set[str]:
-        """Names of the finished pieces of a kind."""
+        """Return the names of the finished pieces of a kind."""
         return {name.removesuffix(ENDING) for name in (self._place / kind).file_names() if name.endswith(ENDING)}
 
     def has(self, kind: str, name: str, run: str) -> bool:
-        """Whether a piece of work is finished, by the run of that digest."""
+        """Return whether a piece of work is finished, by the run of that digest."""
         return (self._read(f"{kind}/{name}.json") or {}).get("run") == run
 
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
-        """The finished pieces' records by name, sorted."""
+        """Return the finished pieces' records by name, sorted."""
         names = sorted(self.completed(kind))
         files = [f"{name}{ENDING}" for name in names]
         contents = (self._place / kind).read_many(files)
@@ -268,17 +268,17 @@ def _damaged(place: StoragePath) -> StoreError:
 
 
 def span_name(span: int) -> str:
-    """Name of a span in the manifest."""
+    """Return the name of a span in the manifest."""
     return f"{span:06d}"
 
 
 def block_name(level: int, number: int) -> str:
-    """Name of a block in the manifest."""
+    """Return the name of a block in the manifest."""
     return f"{level}-{number:06d}"
 
 
 def digest_of(arrays: Iterable[NDArray[np.generic]]) -> str:
-    """sha256 of arrays' values, shapes and types: what is in a store, whatever its compression."""
+    """Return the sha256 of arrays' values, shapes and types, whatever their compression in a store."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())

@@ -1,7 +1,4 @@
-"""`overview.png`: the slide beside its heatmaps, with what is needed to read them.
-
-The tissue mask as a picture that any program opens.
-"""
+"""Pictures that any program opens: `overview.png`, the slide beside its heatmaps, and `tissue.png`, the mask."""
 
 from __future__ import annotations
 
@@ -75,12 +72,12 @@ def draw_overview(
 
 
 def _probability(run: RunPlan, shown: Map) -> int | None:
-    """The channel with the probability of a map's target."""
+    """Return the channel with the probability of a map's target."""
     return len(run.maps) + run.probabilities.index(shown.target) if shown.target in run.probabilities else None
 
 
 def _about(run: RunPlan, plan: SlidePlan) -> str:
-    """What one must know to read the picture."""
+    """Return the text that one must know to read the picture."""
     stride = run.settings.stride(run.patch_px)
     methods = ", ".join(METHOD_INFO[method].title for method in run.settings.method)
     parts = [
@@ -95,14 +92,14 @@ def _about(run: RunPlan, plan: SlidePlan) -> str:
 
 
 def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
-    """The slide's thumbnail, gray where it cannot be decoded."""
+    """Return the slide's thumbnail, gray where it cannot be decoded."""
     thumb = thumbnail(slide, 0.0, MAX_PX)
     thumb.rgb[thumb.unreadable] = UNREADABLE_GRAY
     return thumb.rgb
 
 
 def _panels(maps: int, aspect: float) -> tuple[Figure, list[Axes]]:
-    """Axes for the slide, `maps` explanations, and below each its probability; one map alone makes one row."""
+    """Lay out axes for the slide, `maps` explanations, and below each its probability; one map makes one row."""
     columns, rows = (3, 1) if maps == 1 else (1 + maps, 2)
     places = [1, 2, 3] if maps == 1 else [*range(1, 2 + maps), *range(3 + maps, 3 + 2 * maps)]
     width = 4.2
@@ -151,12 +148,12 @@ def _show_overlay(
 
 
 def _shown(name: str) -> str:
-    """A name that can be drawn: file names that are not UTF-8 have surrogates in them."""
+    """Return a name that can be drawn: file names that are not UTF-8 have surrogates in them."""
     return name.encode("utf-8", "replace").decode()
 
 
 def _blended(value: NDArray[np.float32], gray: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Colours [n, 3] of values 0 to 1 over gray tissue.
+    """Blend the colours [n, 3] of values 0 to 1 over gray tissue.
 
     Tissue without evidence stays readable in gray; colour gathers strength over the first quarter of the scale.
     """
@@ -173,7 +170,7 @@ def _extend(channel: Channel) -> str:
 def _scaled(
     heatmap: HeatmapStore, plan: SlidePlan, channels: Sequence[int], shape: tuple[int, int]
 ) -> tuple[NDArray[np.bool_], list[NDArray[np.float32]]]:
-    """Coverage and channels at the thumbnail's size, from the coarsest level that is at least as fine."""
+    """Return coverage and channels at the thumbnail's size, from the coarsest level that is at least as fine."""
     level = max((i for i, (h, _) in enumerate(heatmap.shapes) if h >= shape[0]), default=0)
     h, w = heatmap.shapes[level]
     # The heatmap's last row and column reach beyond the slide, the thumbnail's do not.
@@ -186,7 +183,7 @@ def _scaled(
 
 
 def round_length(length_um: float) -> float:
-    """The largest 1, 2 or 5 times a power of ten that is not longer.
+    """Return the largest 1, 2 or 5 times a power of ten that is not longer.
 
     >>> round_length(730.0)
     500.0
@@ -203,6 +200,6 @@ def write_mask(place: StoragePathLike, mask: NDArray[np.bool_]) -> None:
 
 
 def read_mask(place: StoragePathLike) -> NDArray[np.bool_]:
-    """The bool mask [h, w] that `write_mask` wrote."""
+    """Read the bool mask [h, w] that `write_mask` wrote."""
     with Image.open(io.BytesIO(storage_path(place).read())) as image:
         return np.asarray(image.convert("L")) > 127

@@ -36,7 +36,7 @@ SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is exp
 
 @dataclass(frozen=True)
 class SpanData:
-    """What a span found out of its n patches.
+    """The results of a span of n patches.
 
     Attributes:
         logits: float32 [n, classes].
@@ -51,7 +51,7 @@ class SpanData:
     blur: NDArray[np.float32]
 
     def digest(self) -> str:
-        """sha256 of the values."""
+        """Return the sha256 of the values."""
         return digest_of((self.logits, self.cams, self.status, self.blur))
 
 
@@ -78,7 +78,7 @@ class PatchStore:
         cam_shape: tuple[int, int],
         attributes: dict[str, Any],
     ) -> PatchStore:
-        """A store for `patches`, with everything but the results written; what stood at `place` is replaced."""
+        """Create a store for `patches`, with everything but the results; a store that stood at `place` is replaced."""
         count = len(patches.yx)
         known = max(span, KNOWN_ROWS // span * span)  # in a chunk of what no span writes
 
@@ -116,11 +116,11 @@ class PatchStore:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the arrays mean: maps, classes, factors."""
+        """Meaning of the arrays: maps, classes, factors."""
         return dict(self._group.group.attrs.asdict())
 
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """Level-0 px of the patches' top left corners, int64 [n, 2]."""
+        """Read level-0 px of the patches' top left corners, int64 [n, 2]."""
         return self._read("xy", slice(start, stop), np.int64)[:, ::-1]
 
     def write_span(self, start: int, data: SpanData) -> None:
@@ -137,7 +137,7 @@ class PatchStore:
             self._group.array("blur")[part] = data.blur
 
     def read_span(self, start: int, stop: int) -> SpanData:
-        """Everything of the patches from `start` to `stop`."""
+        """Read everything of the patches from `start` to `stop`."""
         part = slice(start, stop)
         return SpanData(
             self._read("logits", part, np.float32),
@@ -147,7 +147,7 @@ class PatchStore:
         )
 
     def digests(self, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
-        """`SpanData.digest` of consecutive (first, end); several are read at a time, as their chunks can be."""
+        """Yield `SpanData.digest` of consecutive (first, end); several are read at a time, as their chunks can be."""
         for i in range(0, len(spans), SPANS_AT_ONCE):
             some = spans[i : i + SPANS_AT_ONCE]
             first = some[0][0]
@@ -157,23 +157,23 @@ class PatchStore:
                 yield SpanData(data.logits[part], data.cams[part], data.status[part], data.blur[part]).digest()
 
     def logits(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Logits float32 [n, classes]."""
+        """Read logits float32 [n, classes]."""
         return self._read("logits", slice(start, stop), np.float32)
 
     def cams(self, start: int, stop: int, target: int) -> NDArray[np.float32]:
-        """CAMs of one target, float32 [n, h, w]."""
+        """Read the CAMs of one target, float32 [n, h, w]."""
         return self._read("cam", (slice(start, stop), target), np.float32)
 
     def status(self, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-        """Status of patches, uint8 [n]."""
+        """Read the status of patches, uint8 [n]."""
         return self._read("status", slice(start, stop), np.uint8)
 
     def share(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Share of each patch that is `tissue`, `pen` or `glass`, float32 [n]."""
+        """Read the share of each patch that is `tissue`, `pen` or `glass`, float32 [n]."""
         return self._read(name, slice(start, stop), np.float32)
 
     def blur(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """How blurred patches are, float32 [n]; NaN where that is not known."""
+        """Read the blur of patches, float32 [n]; NaN where it is not known."""
         return self._read("blur", slice(start, stop), np.float32)
 
     def _read(self, name: str, selection: Any, dtype: type[T]) -> NDArray[T]:
@@ -202,7 +202,7 @@ def write_table(
 
 
 def column(run: RunPlan, shown: Map, kind: str) -> str:
-    """Name of a column with a statistic of a map's patches."""
+    """Return the name of a column with a statistic of a map's patches."""
     method = "cam" if shown.method == run.settings.method[0] else shown.method
     return f"{method}_{kind}_{shown.target.label}"
 

@@ -55,7 +55,7 @@ class Result:
         return slide_id in self._slides
 
     def __getitem__(self, slide_id: str) -> SlideResult:
-        """A slide's results; also of one that is in work and not in slides.csv yet.
+        """Return a slide's results; also of one that is in work and not in slides.csv yet.
 
         Raises:
             UnknownNameError: the run has no such slide.
@@ -78,7 +78,7 @@ class Result:
         return list(self.run["model"]["classes"])
 
     def heatmap(self, channel: str, slide: str | None = None, level: int = 0, *, masked: bool = False) -> xr.DataArray:
-        """A channel of a slide as a lazy array, see `SlideResult.heatmap`; of a run of one slide `slide` is it."""
+        """Return a channel of a slide as a lazy array, see `SlideResult.heatmap`; an only slide need not be named."""
         return self._one(slide).heatmap(channel, level, masked=masked)
 
     @property
@@ -96,7 +96,7 @@ class Result:
         return whole.astype({"slide": "category"})
 
     def windows(self, progress: Progress | None = None) -> dict[str, tuple[float, float]]:
-        """The display window (low, high) of each channel over all slides, by the channel's label.
+        """Return the display window (low, high) of each channel over all slides, by the channel's label.
 
         Kept in display.json; the first call, and one after slides have come, reads the new slides.
         """
@@ -110,11 +110,11 @@ class Result:
         return next(iter(self))
 
     def _repr_png_(self) -> bytes | None:
-        """The overview, of a run of one slide."""
+        """Return the overview, of a run of one slide."""
         return self._one(None)._repr_png_() if len(self) == 1 else None
 
     def _repr_html_(self) -> str:
-        """A description for notebooks."""
+        """Return a description for notebooks."""
         model, slides = self.run["model"], list(self)
         counts = Counter(slide.status for slide in slides)
         states = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
@@ -124,7 +124,7 @@ class Result:
 
 
 def open_result(out: StoragePathLike) -> Result:
-    """The results in `out`, the folder or s3:// URL that `explain` was given; the run may still be going on.
+    """Open the results in `out`, the folder or s3:// URL that `explain` was given; the run may still be going on.
 
     Raises:
         ResultError: there are none; where it is a slide's folder the message says which to open.
@@ -142,7 +142,7 @@ def open_result(out: StoragePathLike) -> Result:
 
 
 def locate(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
-    """The result that `path` is, or is inside of; with the slide whose folder, or a file of it, it is.
+    """Find the result that `path` is or is inside of, and the slide whose folder or file it is, if any.
 
     Raises:
         ResultError: there is none.
@@ -156,7 +156,7 @@ def locate(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
 
 
 def _upwards(place: StoragePath) -> Iterator[tuple[StoragePath, tuple[str, ...]]]:
-    """A place and those that it is in, with the names that lead from them to it."""
+    """Yield a path and its parents, with the names that lead from them to it."""
     here, inside = place.absolute(), tuple[str, ...]()
     yield here, inside
     while (above := here.parent) != here:
@@ -165,7 +165,7 @@ def _upwards(place: StoragePath) -> Iterator[tuple[StoragePath, tuple[str, ...]]
 
 
 def begun(folder: RunFolder, inside: str = "") -> Iterator[str]:
-    """Ids of the slides that have a plan."""
+    """Yield the ids of the slides that have a plan."""
     for name in (folder.place / inside if inside else folder.place).folder_names():
         if inside and name in PARTS:
             continue
@@ -177,5 +177,5 @@ def begun(folder: RunFolder, inside: str = "") -> Iterator[str]:
 
 
 def _is_name(slide_id: str) -> bool:
-    """Whether it names a folder below OUT, and nothing outside."""
+    """Return whether it names a folder below OUT, and nothing outside."""
     return not {"", ".", ".."} & set(slide_id.split("/")) and "\\" not in slide_id

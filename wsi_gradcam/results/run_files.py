@@ -52,7 +52,7 @@ class SlideFolder:
 
     @property
     def manifest(self) -> StoragePath:
-        """What is done."""
+        """Manifest: plan, finished pieces, final record."""
         return self.place / "manifest"
 
 
@@ -83,7 +83,7 @@ class RunFolder:
         return self.place / "slides.jsonl"
 
     def slide(self, slide_id: str) -> SlideFolder:
-        """The folder of a slide."""
+        """Return the folder of a slide."""
         return SlideFolder(self.place / slide_id)
 
 
@@ -146,7 +146,7 @@ def write_run(place: StoragePathLike, run: RunPlan) -> None:
 
 
 def read_run(place: StoragePathLike) -> dict[str, Any] | None:
-    """What `write_run` wrote; None when there is none.
+    """Read the mapping that `write_run` wrote; None if there is none.
 
     Raises:
         StoreError: it is damaged.
@@ -163,7 +163,7 @@ def read_run(place: StoragePathLike) -> dict[str, Any] | None:
 
 
 def choice_from(stored: dict[str, Any]) -> Choice | None:
-    """The engine and precision in what `read_run` gave; None where an older version wrote it."""
+    """Return the engine and precision of a run; None if an older version wrote it."""
     try:
         return Choice.from_json(stored["choice"])
     except (KeyError, TypeError):
@@ -188,7 +188,7 @@ def check_same_run(place: StoragePathLike, run: RunPlan) -> None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python and of all packages that results may depend on."""
+    """Return the versions of Python and of all packages that results may depend on."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SlideResult:
-    """What a run knows of one slide, as of when the result was opened. Safe to share between threads.
+    """The results of one slide, as of when the result was opened. Safe to share between threads.
 
     Attributes:
         id: name of the slide in the run.
@@ -60,12 +60,12 @@ class SlideResult:
 
     @cached_property
     def is_finished(self) -> bool:
-        """Whether everything of the slide is there; of others some of the heatmap may be."""
+        """True if everything of the slide is there; of other slides there may be a part of the heatmap."""
         return Manifest(self.folder.manifest).is_finished
 
     @cached_property
     def plan(self) -> SlidePlan:
-        """What was planned: sizes, mpp, strides.
+        """The stored plan: sizes, mpp, strides.
 
         Raises:
             ResultError: the slide has no results at all.
@@ -113,7 +113,7 @@ class SlideResult:
         return tuple(ChannelInfo.of(i, channel) for i, channel in enumerate(self.store.channels))
 
     def channel(self, name: str) -> ChannelInfo:
-        """The channel with the label `name`, such as "gradcam: tumour", or the first that explains class `name`.
+        """Return the channel labelled `name`, such as "gradcam: tumour", or the first that explains class `name`.
 
         Raises:
             UnknownNameError: there is none.
@@ -121,16 +121,16 @@ class SlideResult:
         return find_channel(self.channels, name, self.id)
 
     def read(self, channel: str | ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
-        """Values of a channel in `region` (pixels of the heatmap's `level`), float32 [height, width]."""
+        """Read values of a channel in `region` (pixels of the heatmap's `level`), float32 [height, width]."""
         found = self.channel(channel) if isinstance(channel, str) else channel
         return self.store.read(self._level(level), found.number, region)
 
     def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Bits of each pixel of `region`: 1 tissue, 2 explained, 4 unreadable; without bit 2 its value is no value."""
+        """Read the bits of each pixel of `region`: 1 tissue, 2 explained (else it has no value), 4 unreadable."""
         return self.store.read_flags(self._level(level), region)
 
     def heatmap(self, channel: str, level: int = 0, *, masked: bool = False) -> xr.DataArray:
-        """A channel as a lazy array, float32 [y, x], in the unit of its attribute `units`.
+        """Return a channel as a lazy array, float32 [y, x], in the unit of its attribute `units`.
 
         Coordinates are the pixels' centres, `y` and `x` in level-0 px of the slide as in `patches`, `y_um` and `x_um`
         in micrometres: `heatmap("tumour").sel(y=slice(0, 4096))`. Where nothing was explained it is 0, with `masked`
@@ -141,13 +141,13 @@ class SlideResult:
         return lazy_channel(self.store, self.plan, self._level(level), self.channel(channel), masked=masked)
 
     def coverage(self, level: int = 0) -> xr.DataArray:
-        """The coverage label as a lazy array, uint8 [y, x], with coordinates as in `heatmap`."""
+        """Return the coverage label as a lazy array, uint8 [y, x], with coordinates as in `heatmap`."""
         from wsi_gradcam.results.lazy import lazy_coverage
 
         return lazy_coverage(self.store, self.plan, self._level(level))
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of patches.parquet as an Arrow table.
+        """Read rows of patches.parquet as an Arrow table.
 
         Raises:
             ResultError: the slide is not finished.
@@ -171,7 +171,7 @@ class SlideResult:
         return PatchStore(self.folder.cams, read_only=True)
 
     def cams(self, patch: int) -> NDArray[np.float32]:
-        """All explanations of a patch at the layer's resolution, float32 [channels, h, w], signed, in their units.
+        """Read all explanations of a patch at the layer's resolution, float32 [channels, h, w], signed, in their units.
 
         In the order of `channels`, which the probabilities end; zeros for a patch that is unreadable or not done.
 
@@ -185,7 +185,7 @@ class SlideResult:
         return raw * np.array(store.attributes["heatmap_factor"], np.float32)[:, None, None]
 
     def cam(self, patch: int, channel: str) -> NDArray[np.float32]:
-        """One explanation of a patch, float32 [h, w]; see `cams`."""
+        """Read one explanation of a patch, float32 [h, w]; see `cams`."""
         found = self.channel(channel)
         if found.method == PROBABILITY:
             raise UnknownNameError(f"{self.id}: {found.label} is one number a patch, see patches; expected a method's")
@@ -193,7 +193,7 @@ class SlideResult:
         return cam
 
     def open_slide(self) -> Slide:
-        """The slide itself, to be closed by the caller.
+        """Open the slide itself, to be closed by the caller.
 
         Raises:
             SlideError: it is not there any more, or another file is.
@@ -205,12 +205,12 @@ class SlideResult:
         return slide
 
     def patch_yx(self, patch: int) -> tuple[float, float]:
-        """Level-0 px of a patch's top left corner."""
+        """Return level-0 px of a patch's top left corner."""
         y, x = self._patch_store.yx(patch, patch + 1)[0]
         return float(y), float(x)
 
     def patch_image(self, patch: int) -> NDArray[np.uint8]:
-        """What the model saw of a patch, before its own transform: RGB uint8 [height, width, 3]."""
+        """Read a patch as the model saw it, before its own transform: RGB uint8 [height, width, 3]."""
         model = self._run["model"]
         y, x = self._patch_store.yx(patch, patch + 1)[0]
         slide = self.open_slide()
@@ -221,7 +221,7 @@ class SlideResult:
             slide.close()
 
     def thumbnail(self, max_px: int = 1024) -> NDArray[np.uint8]:
-        """The whole slide, RGB uint8 [h, w, 3], no side longer than `max_px`; reads the slide itself."""
+        """Read the whole slide, RGB uint8 [h, w, 3], no side longer than `max_px`, from the slide file."""
         slide = self.open_slide()
         try:
             return thumbnail(slide, 0.0, max_px).rgb
@@ -229,11 +229,11 @@ class SlideResult:
             slide.close()
 
     def _repr_png_(self) -> bytes | None:
-        """overview.png: slide, overlays and colour bars."""
+        """Return overview.png: slide, overlays and colour bars."""
         return self.folder.overview.read() if self.is_finished else None
 
     def _repr_html_(self) -> str:
-        """A description with the overview, for notebooks."""
+        """Return a description with the overview, for notebooks."""
         facts = [("slide", self.path or self.id), ("status", self.status)]
         if self.error:
             facts.append(("error", self.error))

@@ -25,7 +25,7 @@ TOLD = ("mpp", "mask", "label", "site", "scanner")
 
 
 def read_record(place: StoragePathLike) -> Record:
-    """What `keep_record` wrote of each slide, by id; empty when there is none.
+    """Read the line that `keep_record` wrote of each slide, by id; empty if there is none.
 
     Raises:
         StoreError: it cannot be read, or is damaged.
@@ -49,7 +49,7 @@ def _parse_record(place: StoragePathLike, data: bytes) -> Record:
 
 
 def keep_record(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
-    """The slides with the ids that the run keeps for them, after writing these down.
+    """Return the slides with the ids that the run keeps for them, after writing these down.
 
     Raises:
         StoreError: it cannot be read or written, or is damaged.
@@ -72,7 +72,7 @@ def keep_record(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[S
 
 
 def settle(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, Any]]) -> list[SlideEntry]:
-    """The slides sorted by id, each with the id that the record has for its path; new ones with ids that fit in.
+    """Return the slides sorted by id, each with the id recorded for its path; new ones with ids that fit in.
 
     An id whose recorded path is not among the slides goes to the new slide that would have it in a new run: an
     archive that moved. Results of another file are refused later, by their digest.
@@ -112,12 +112,12 @@ class _Ids:
         self._folders.update(folders_of(name))
 
     def fits(self, name: str) -> bool:
-        """Whether an id can be taken too."""
+        """Return whether an id can be taken too."""
         return not (name in self._ids or name in self._folders or any(up in self._ids for up in folders_of(name)))
 
 
 def _longer(path: str) -> Iterator[str]:
-    """Ids of a slide, with more and more of its path; in the end numbered, without an end."""
+    """Yield ids of a slide, with more and more of its path; in the end numbered, without an end."""
     parts = path_parts(path)
     for count in range(1, len(parts) + 1):
         yield "/".join(parts[-count:])
@@ -128,7 +128,7 @@ def _longer(path: str) -> Iterator[str]:
 
 
 def _held_by_another(row: Mapping[str, Any] | None, path: str) -> bool:
-    """Whether the id belongs to another file that is still there: this one is a copy of it, or will be refused."""
+    """Return whether the id belongs to another file that is still there: this one is a copy, or will be refused."""
     if row is None or row["path"] == path:
         return False
     return is_url(row["path"]) or os.path.exists(row["path"])  # noqa: PTH110 - of a moved archive, each is asked
@@ -167,7 +167,7 @@ NAMES = "surrogateescape"  # file names on Linux are bytes: one that is not UTF-
 
 
 def read_slides(place: StoragePathLike) -> dict[str, dict[str, str]]:
-    """Rows of slides.csv by slide id; empty when there is none.
+    """Read the rows of slides.csv by slide id; empty if there is none.
 
     Raises:
         StoreError: it is damaged.

@@ -26,7 +26,7 @@ GROUP = 64  # patches enlarged at once
 
 @dataclass(frozen=True)
 class Enlarger:
-    """How CAMs of one size are laid on heatmap pixels.
+    """Enlarges CAMs of one size onto heatmap pixels.
 
     A CAM cell j of `cells` along an axis stands for the j-th equal part of the patch's footprint and its value
     for the centre of that part. A heatmap pixel takes the value at its own centre: linear between cell centres,
@@ -53,11 +53,11 @@ class Enlarger:
             )
 
     def first(self, start: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Index of the first heatmap pixel whose centre is at or after `start` level-0 px."""
+        """Return the index of the first heatmap pixel whose centre is at or after `start` level-0 px."""
         return np.ceil(start / self.stride - 0.5).astype(np.int64)
 
     def axis(self, axis: int, start: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Interpolation [n, pixels, cells] and blending weights [n, pixels] from `first(start)` on."""
+        """Return interpolation [n, pixels, cells] and blending weights [n, pixels] from `first(start)` on."""
         size, cells = self.footprint[axis], self.cells[axis]
         pixels = int(np.ceil(size / self.stride)) + 1
         index = self.first(start)[:, None] + np.arange(pixels)
@@ -89,7 +89,7 @@ class Blender:
             self._add(yx[start : start + GROUP], cams[start : start + GROUP])
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """(values float32, covered bool), both [height, width] of the block; 0 where nothing covers."""
+        """Return (values float32, covered bool), both [height, width] of the block; 0 where nothing covers."""
         covered = self._weight > 0
         return np.divide(self._sum, self._weight, out=np.zeros_like(self._sum), where=covered), covered
 
@@ -101,7 +101,7 @@ class Blender:
     def laid(
         self, yx: NDArray[np.int64], cams: NDArray[np.float32], weighted: bool = False
     ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]]]:
-        """(where in the block, enlarged CAM there, its weight there) of each patch that meets the block, in order.
+        """Yield (slices of the block, enlarged CAM there, its weight there) of each patch that meets it, in order.
 
         With `weighted`, the CAM times its weight.
         """
@@ -124,7 +124,7 @@ class Blender:
 
 
 def touching(yx: NDArray[np.int64], footprint: tuple[float, float], stride: int, block: Region) -> NDArray[np.int64]:
-    """Indices, ascending, of the patches whose footprint meets `block` (in heatmap px of `stride`)."""
+    """Return the indices, ascending, of the patches whose footprint meets `block` (in heatmap px of `stride`)."""
     y, x = yx[:, 0], yx[:, 1]
     rows = (y < block.bottom * stride) & (y + footprint[0] > block.y * stride)
     columns = (x < block.right * stride) & (x + footprint[1] > block.x * stride)
@@ -132,7 +132,7 @@ def touching(yx: NDArray[np.int64], footprint: tuple[float, float], stride: int,
 
 
 def coarsen(values: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Half-size mean over the covered pixels of each 2 x 2, float32 [..., ceil(h / 2), ceil(w / 2)].
+    """Return the half-size mean over the covered pixels of each 2 x 2, float32 [..., ceil(h / 2), ceil(w / 2)].
 
     Pixels that no patch covers do not pull their neighbours towards 0, so edges of tissue do not fade.
     `values` is [h, w], 0 where not `covered`.
@@ -143,7 +143,7 @@ def coarsen(values: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[
 
 
 def coarsen_flags(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Half-size bitwise or of each 2 x 2, uint8 [ceil(h / 2), ceil(w / 2)]: a flag is never lost from view."""
+    """Return the half-size bitwise or of each 2 x 2, uint8 [ceil(h / 2), ceil(w / 2)]: no flag is lost from view."""
     padded = _even(flags)
     return padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
 

@@ -1,4 +1,4 @@
-"""`wsi-gradcam validate OUT`: does a result agree with its manifest, with the specification, with its slide?"""
+"""Validation of results: they must agree with their manifest, with the specification, and with their slide."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Finding:
 
 
 def validate(out: StoragePathLike) -> list[Finding]:
-    """All that is wrong with the results in `out`; empty when everything is right.
+    """Return all that is wrong with the results in `out`; empty if everything is right.
 
     For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
     block by block; the heatmap obeys OME-Zarr 0.5 and lies over the whole slide at the right scale on every level;
@@ -73,7 +73,7 @@ def validate(out: StoragePathLike) -> list[Finding]:
 
 
 def failed_slides(out: StoragePathLike) -> list[str]:
-    """Ids of the slides of the run that failed: no fault of the files that are there, but they are not all."""
+    """Return the ids of the slides that failed: their files are not at fault, but not all are there."""
     rows = read_slides(RunFolder(storage_path(out)).slides)
     return [name for name, row in rows.items() if row["status"] == SlideStatus.FAILED]
 
@@ -140,7 +140,7 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Ite
 
 
 def _check_specification(heatmap: StoragePath) -> None:
-    """Raises whatever yaozarrs raises. It gets a copy of what it reads: it knows no object stores of ours."""
+    """Validate a copy of what yaozarrs reads, as it knows no object stores of ours; raises whatever it raises."""
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "heatmap.ome.zarr"
         _copy_metadata(heatmap, copy)

@@ -1,4 +1,4 @@
-"""Where networks come from: one module per kind of source, each with `build(argument, spec)`."""
+"""The sources of networks: each builds a network from a specification, `build_SOURCE(spec) -> Built`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """A network and what its source knows of it; None where it does not.
+    """A network with all that its source knows of it; None for what it does not know.
 
-    `patch_px` is what is to be read from a slide, `resizing` how that becomes the network's input.
-    `code_digest` identifies the source's code where that is not a released package.
+    Attributes:
+        patch_px: (height, width) to be read from a slide; `resizing` turns it into the network's input.
+        code_digest: identifies the source's code, unless that is a released package.
     """
 
     module: nn.Module

@@ -1,6 +1,6 @@
 """`module:function`: a Python function without arguments that returns a `torch.nn.Module`. Runs that code.
 
-A digest of the source code that a network is built by: its module and what that imports of the same project.
+Models are told apart by a digest of that source code: of its module and of what it imports of the same project.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def code_digest(module: str, file: str | None) -> str:
-    """sha256 of a module's file and of those it imports from its own package, or from its folder if it is in none.
+    """Return the sha256 of a module's file and of those it imports from its own package or folder.
 
     Read from the files, not from what happens to be loaded: every process must find the same.
     """
@@ -55,7 +55,7 @@ def code_digest(module: str, file: str | None) -> str:
 
 
 def _belongs(name: str, parts: list[str], root: Path) -> bool:
-    """Whether a module is of the same project: the same package, or beside a module that is in none."""
+    """Return whether a module is of the same project: the same package, or beside a module that is in none."""
     if len(parts) > 1:
         return name.split(".")[0] == parts[0]
     return root.name not in ("site-packages", "dist-packages")
@@ -67,7 +67,7 @@ def _file_of(root: Path, name: str) -> Path | None:
 
 
 def _imported(path: Path, module: str) -> Iterator[str]:
-    """Names of modules that a file may import: of `from a import b` both `a` and `a.b`."""
+    """Yield the modules that a file may import: of `from a import b` both `a` and `a.b`."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # compiled, or for another Python
@@ -84,7 +84,7 @@ def _imported(path: Path, module: str) -> Iterator[str]:
 
 
 def build_function(spec: ModelSpec) -> Built:
-    """What `module:function` returns; the module is also looked for beside the model file and in the folder."""
+    """Call `module:function`; the module is also looked for beside the model file and in the current folder."""
     source = spec.source
     module_name, _, function_name = source.partition(":")
     with _searching(spec.folder, Path()):
@@ -109,7 +109,7 @@ def build_function(spec: ModelSpec) -> Built:
 
 
 def _check_origin(source: str, python: ModuleType, beside: Path) -> None:
-    """Python imports a name once: a second model file's module of the same name would silently be the first's."""
+    """Refuse another module of the same name: Python imports a name once, and would silently give the first."""
     if beside.is_file() and (python.__file__ is None or not beside.samefile(python.__file__)):
         raise ModelError(
             f"{source}: {beside} is meant, but Python has imported {python.__file__} under the same name; "

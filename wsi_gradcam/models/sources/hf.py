@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def read_json(path: Path, source: str) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
+    """Read a JSON file that holds a mapping.
 
     Raises:
         ModelError: it does not.
@@ -54,7 +54,7 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
 
 
 def distinct(names: Iterable[object]) -> tuple[str, ...]:
-    """Class names that differ: ImageNet has two called `crane`. Repeated ones get their index.
+    """Return distinct class names: repeated ones get their index, as ImageNet's two called `crane`.
 
     >>> distinct(["crane", "mouse", "crane"])
     ('crane (0)', 'mouse', 'crane (2)')
@@ -82,7 +82,7 @@ Size = tuple[int, int]
 
 
 def build_hf(spec: ModelSpec) -> Built:
-    """The model in a folder.
+    """Build the model in a folder.
 
     Raises:
         ModelError: a file is missing or cannot be used.
@@ -149,7 +149,7 @@ def _weights(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def _timm_resizing(cfg: dict[str, Any], input_px: Size, spec: ModelSpec) -> Resizing | None:
-    """As timm's `create_transform` for evaluation: the shorter side to size / crop_pct, then the centre."""
+    """Return the resizing of timm's `create_transform`: the shorter side to size / crop_pct, then the centre."""
     if spec.patch_px in (None, input_px) or spec.transform is not None:
         return None
     crop_pct, mode = cfg.get("crop_pct") or 0.875, cfg.get("crop_mode") or "center"
@@ -181,7 +181,7 @@ REFUSED = {"adapter_config.json": "an adapter", "quantization_config": "quantise
 
 
 def _build_transformers(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
-    """The classifier in a folder, with its classes and what its image processor does.
+    """Build the classifier in a folder, with its classes and its image processor's transform.
 
     Raises:
         ModelError: it is none, or transformers is not installed.
@@ -253,7 +253,7 @@ def _processor(transformers: Any, folder: Path, spec: ModelSpec) -> Any:
 
 
 def _prepared(processor: Any, config: Any, spec: ModelSpec) -> dict[str, Any]:
-    """Patch size, colours and resizing for `Built`."""
+    """Return patch size, colours and resizing for `Built`."""
     if processor is None:
         if spec.scale is None and (spec.mean is None or spec.std is None):
             raise ModelError(
@@ -284,7 +284,7 @@ def _colours(processor: Any) -> dict[str, Any]:
 
 
 def _declared(processor: Any) -> Resizing:
-    """What the processor does to the size of a picture."""
+    """Return the resizing and cropping that the processor does."""
     size = processor.size if processor.do_resize else {}
     resize, crop = _side(size), None
     if getattr(processor, "do_center_crop", False):
@@ -297,7 +297,7 @@ def _declared(processor: Any) -> Resizing:
 
 
 def _side(size: Any) -> Any:
-    """Shorter side, or (height, width), of transformers' ways of giving a size; None for others."""
+    """Return the shorter side, or (height, width), of transformers' ways of giving a size; None for others."""
     given = dict(size or {})
     if given.get("height") and given.get("width"):
         return (given["height"], given["width"])
@@ -343,7 +343,7 @@ def _activation(problem: str | None) -> Activation | None:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without progress bars and reports in the middle of our own."""
+    """Silence progress bars and reports, which would appear in the middle of our own."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

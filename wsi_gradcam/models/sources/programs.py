@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def read_source(path: Path, spec: ModelSpec) -> tuple[bytes, str]:
-    """The bytes of a file of the source and their sha256, which is what the specification says if it says one.
+    """Return the bytes of a source's file and their sha256, checked against the specification's.
 
     Raises:
         ModelError: no such file, another checksum, or weights from elsewhere are wanted.
@@ -55,7 +55,7 @@ def read_source(path: Path, spec: ModelSpec) -> tuple[bytes, str]:
 
 
 def sample_images(spec: ModelSpec, patch_px: tuple[int, int] | None, resizing: Resizing | None = None) -> Tensor:
-    """Two pictures of noise of the size that the network sees, float32 [2, 3, h, w].
+    """Return two pictures of noise of the size that the network sees, float32 [2, 3, h, w].
 
     Raises:
         ModelError: the size is not known.
@@ -68,7 +68,7 @@ def sample_images(spec: ModelSpec, patch_px: tuple[int, int] | None, resizing: R
 
 
 def as_network(program: nn.Module, images: Tensor, spec: ModelSpec, mend: str) -> fx.GraphModule:
-    """The program as an ordinary network that gives logits [B, K], with a layer for each operator.
+    """Return the program as an ordinary network that gives logits [B, K], with a layer for each operator.
 
     Raises:
         ModelError: it fails on `images`, or cannot be followed; `mend` says how to make a file that can.
@@ -98,7 +98,7 @@ def _keep_parameters(graph: fx.GraphModule, program: nn.Module) -> None:
 
 
 def failure(name: str, images: Tensor, error: Exception) -> str:
-    """What to say of a network that failed on `images`."""
+    """Return the message for a network that failed on `images`."""
     shape, cause = tuple(images.shape), cause_of(error)
     if (wanted := channels_wanted(error)) is not None:
         return (
@@ -109,7 +109,7 @@ def failure(name: str, images: Tensor, error: Exception) -> str:
 
 
 def cause_of(error: BaseException) -> str:
-    """The heart of a message: TorchScript's come with a traceback of their own, the cause last."""
+    """Return the relevant line of a message: TorchScript's come with a traceback of their own, the cause last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if len(lines) > 1 and "TorchScript" in str(error) else " ".join(lines)
     name = type(error).__name__
@@ -117,7 +117,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def channels_wanted(error: Exception) -> int | None:
-    """How many channels the first convolution takes, if that is what it complains of."""
+    """Return the number of channels that the first convolution takes, if it complains of that."""
     text = str(error)
     if " channels, but got 3 channels" not in text:
         return None
@@ -132,7 +132,7 @@ SAVE_AGAIN = (
 
 
 def build_torchscript(spec: ModelSpec) -> Built:
-    """The program in a file; input size and colours are the specification's to say."""
+    """Build the program in a file; the specification must give input size and colours."""
     assert spec.source_path is not None
     module, digest = load_torchscript(spec.source_path, spec, spec.patch_px)
     return Built(module, patch_px=spec.patch_px, code_digest=digest)
@@ -172,7 +172,7 @@ FORBIDDEN = ("custom_obj", "opaque_obj", "aotinductor")
 
 
 def build_export(spec: ModelSpec) -> Built:
-    """The program in a file, with the input size it was exported for."""
+    """Build the program in a file, with the input size it was exported for."""
     assert spec.source_path is not None
     content, digest = read_source(spec.source_path, spec)
     program = _load_exported(spec.source_path, content)
@@ -206,7 +206,7 @@ def _load_exported(path: Path, content: bytes) -> ExportedProgram:
 
 
 def _input(spec: ModelSpec, program: ExportedProgram) -> tuple[int | None, tuple[int, int] | None]:
-    """Number and (height, width) of the images that the program takes, each None where it takes any."""
+    """Return number and (height, width) of the images that the program takes, each None if it takes any."""
     names = program.graph_signature.user_inputs
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     shape: Any = nodes[0].meta["val"].shape if len(nodes) == 1 else ()
@@ -220,7 +220,7 @@ def _input(spec: ModelSpec, program: ExportedProgram) -> tuple[int | None, tuple
 
 
 def _unbound(spec: ModelSpec, program: ExportedProgram, images: Tensor, count: int) -> nn.Module:
-    """The program without the size of its batches, tested against itself.
+    """Return the program for batches of any size, tested against the original.
 
     Most networks are the same program for any number of images but for that number. Where it is not so, the program
     is refused: a layer that runs several times for a batch could not be explained.
@@ -245,7 +245,7 @@ def _fixed(spec: ModelSpec, count: int) -> str:
 
 
 def _same(found: Any, expected: list[Any]) -> bool:
-    """Whether row i of what a batch gave is what image i gave alone."""
+    """Return whether row i of a batch's result is the result of image i alone."""
     flat, _ = torch.utils._pytree.tree_flatten(found)
     singles = [torch.utils._pytree.tree_flatten(each)[0] for each in expected]
     for k, value in enumerate(flat):
@@ -258,7 +258,7 @@ def _same(found: Any, expected: list[Any]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch logs tracebacks of what is tried on the way."""
+    """Silence PyTorch, which logs tracebacks of its failed attempts."""
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -84,12 +84,12 @@ class Config(BaseModel):
         return self
 
     def arguments(self, name: str) -> dict[str, Any]:
-        """Of the step of that name; empty where there is none."""
+        """Return the arguments of the step of that name; empty if there is none."""
         return next((step.arguments or {} for step in self.transform if step.name == name), {})
 
 
 def build_wsinfer(spec: ModelSpec) -> Built:
-    """The model in a folder, with all that its configuration says.
+    """Build the model in a folder, with all that its configuration says.
 
     Raises:
         ModelError: a file is missing or cannot be used.
@@ -117,7 +117,7 @@ def build_wsinfer(spec: ModelSpec) -> Built:
 
 
 def read_config(path: Path, source: str) -> Config:
-    """The configuration in a file.
+    """Read the configuration in a file.
 
     Raises:
         ModelError: it is missing, or not as WSInfer's schema wants it.
