@@ -1,4 +1,4 @@
-"""The choice of the layer to explain: the last activation that is still spatial and that the whole output passes through."""
+"""The layer to explain: the last activation that is still spatial and that the whole output passes through."""
 
 from __future__ import annotations
 
