@@ -20,7 +20,7 @@ from wsi_gradcam.cam.facts import Choice, Layer, Layout, ModelFacts
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.models.spec import Activation, ModelSpec
-from wsi_gradcam.results import table
+from wsi_gradcam.results import patch_store
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.patch_store import OK, UNREADABLE, PatchStore, SpanData, write_table
 from wsi_gradcam.run.plan import RunPlan, plan_run
@@ -185,7 +185,7 @@ def test_how_it_is_streamed_does_not_matter(
     rows: int, tmp_path: Path, network: PooledLinear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = written(tmp_path, network)
-    monkeypatch.setattr(table, "ROWS", rows)
+    monkeypatch.setattr(patch_store, "ROWS", rows)
     (tmp_path / "other").mkdir()
     assert written(tmp_path / "other", network) == expected
     groups = pq.ParquetFile(tmp_path / "other/patches.parquet").metadata.num_row_groups
@@ -225,7 +225,7 @@ def test_a_failure_keeps_the_old_table_and_leaves_nothing_else(
     def fail(*args: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(table, "_rows", fail)
+    monkeypatch.setattr(patch_store, "_rows", fail)
     with pytest.raises(expected):
         write_table(tmp_path / "patches.parquet", run, plan_of(run), PatchStore(tmp_path / "cams.zarr"), {})
     assert (tmp_path / "patches.parquet").read_bytes() == before
