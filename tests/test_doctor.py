@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import imagecodecs
 import numpy as np
@@ -35,8 +35,7 @@ from wsi_gradcam.doctor import (
     cluster,
     environment,
     examine,
-    folder,
-    machine,
+    local,
     worst,
 )
 from wsi_gradcam.doctor import (
@@ -60,7 +59,7 @@ def by_name(checks: Iterator[Check]) -> dict[str, Check]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the checks of this process."""
-    monkeypatch.setattr("wsi_gradcam.doctor.this_machine", lambda: iter(()))
+    monkeypatch.setattr("wsi_gradcam.doctor.check_machine", lambda: iter(()))
 
 
 # --- this process ----------------------------------------------------------------------------------------------------
@@ -101,21 +100,21 @@ def test_wrong_usage_is_told_before_any_check(run: Run, tmp_path: Path) -> None:
 def test_versions_are_compared_with_what_the_package_asks_for(
     installed: str | None, status: str, mend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "version_of", lambda name: installed)
-    (found,) = machine._package("torch")
+    monkeypatch.setattr(local, "version_of", lambda name: installed)
+    (found,) = local._package("torch")
     assert (found.status, found.mend) == (status, mend)
 
 
 def test_openvino_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "version_of", lambda name: None)
-    (found,) = machine._package("openvino")
+    monkeypatch.setattr(local, "version_of", lambda name: None)
+    (found,) = local._package("openvino")
     assert found.status == OK
     assert found.mend.startswith("pip install 'openvino>=")
 
 
 def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
-    (found,) = machine._python()
+    (found,) = local._python()
     assert (found.status, found.mend) == (FAIL, "make an environment with Python >=3.11")
 
 
@@ -126,9 +125,9 @@ def test_every_package_that_is_checked_is_one_that_is_asked_for() -> None:
 
 
 def test_threads_beyond_the_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cores", lambda: 1)
+    monkeypatch.setattr(local, "cores", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    (found,) = machine._cpu()
+    (found,) = local._cpu()
     assert (found.status, found.mend) == (WARN, "more threads than cores are slow: --torch-threads 1")
 
 
@@ -151,7 +150,7 @@ def test_gpus_are_named_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device", lambda n: ExitStack())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    cuda, mps = machine._gpu()
+    cuda, mps = local._gpu()
     assert (cuda.status, cuda.found) == (OK, "cuda:0 L4, 24.0 GiB, bfloat16: no")
     assert (mps.status, mps.found) == (OK, "mps, bfloat16: yes")
 
@@ -166,13 +165,13 @@ def test_a_driver_without_a_gpu_for_torch_is_told(
 
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     monkeypatch.setattr(torch.version, "cuda", built)
-    monkeypatch.setattr(machine, "NVIDIA", tmp_path)
-    (found,) = machine._gpu()
+    monkeypatch.setattr(local, "NVIDIA", tmp_path)
+    (found,) = local._gpu()
     assert found.status == WARN
     assert told in found.found
     assert found.found.endswith("the driver is too old")
-    monkeypatch.setattr(machine, "NVIDIA", tmp_path / "none")
-    (found,) = machine._gpu()
+    monkeypatch.setattr(local, "NVIDIA", tmp_path / "none")
+    (found,) = local._gpu()
     assert (found.status, found.found) == (OK, "none; the model runs on the CPU")
 
 
@@ -182,7 +181,7 @@ def test_a_codec_that_is_missing_fails_and_the_others_pass(monkeypatch: pytest.M
 
     monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {})  # decoders found before are kept there
     monkeypatch.setattr(imagecodecs, "zstd_decode", missing)
-    found = {codec: worst(check.guarded(codec, machine._codec, codec)) for codec in machine.CODECS}
+    found = {codec: worst(check.run_check(codec, local._codec, codec)) for codec in local.CODECS}
     assert {codec: status for codec, status in found.items() if status != OK} == {"zstd": FAIL}
 
 
@@ -190,30 +189,30 @@ def test_a_codec_that_decodes_wrongly_fails(monkeypatch: pytest.MonkeyPatch) -> 
     decode = imagecodecs.lzw_decode
     monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {})
     monkeypatch.setattr(imagecodecs, "lzw_decode", lambda data, **options: bytes(len(decode(data, **options))))
-    (found,) = machine._codec("lzw")
+    (found,) = local._codec("lzw")
     assert (found.status, found.found) == (FAIL, "decoded values are up to 189 from the true ones")
 
 
 def test_openslide_really_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = machine._openslide()
+    (found,) = local._openslide()
     assert (found.status, found.found) == (OK, f"library {openslide_reader.library_version()}, a slide was read")
     white = np.full((64, 64, 3), 255, np.uint8)
     monkeypatch.setattr(openslide_reader.OpenSlideSlide, "read_level", lambda *arguments: white)
-    (found,) = machine._openslide()
+    (found,) = local._openslide()
     assert (found.status, found.found.rpartition(" ")[2]) == (FAIL, "wrong")
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(remembered, "cache_file", lambda: tmp_path / "file" / "engines.json")
-    (found,) = machine._choices()
+    (found,) = local._choices()
     assert found.status == WARN
     assert "XDG_CACHE_HOME" in found.mend
 
 
 def test_a_broken_installation_does_not_stop_the_other_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = by_name(machine.this_machine())
+    found = by_name(local.check_machine())
     assert (found["CPU"].status, found["GPU"].status, found["codec zstd"].status) == (FAIL, FAIL, OK)
     assert "torch" in found["CPU"].found
 
@@ -266,20 +265,20 @@ def test_a_full_disk_fails_with_its_mend(quick: None, tmp_path: Path, monkeypatc
 
 
 def test_renames_that_are_seen_in_the_old_file_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert folder._rename(tmp_path).status == OK
+    assert local._rename(tmp_path).status == OK
     monkeypatch.setattr(os, "replace", lambda source, target: shutil.copyfile(source, target))
-    assert folder._rename(tmp_path).status == WARN
+    assert local._rename(tmp_path).status == WARN
 
 
 def test_file_systems_without_locks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*arguments: Any) -> None:
         raise OSError(errno.ENOTSUP, "not supported")
 
-    assert folder._locks(tmp_path).status == OK
+    assert local._locks(tmp_path).status == OK
     monkeypatch.setattr("fcntl.flock", unknown)
-    assert folder._locks(tmp_path).found == "no locks: OSError: [Errno 95] not supported"
+    assert local._locks(tmp_path).found == "no locks: OSError: [Errno 95] not supported"
     monkeypatch.setattr("fcntl.flock", lambda *arguments: None)
-    assert (folder._locks(tmp_path).status, folder._locks(tmp_path).found) == (WARN, "a file could be locked twice")
+    assert (local._locks(tmp_path).status, local._locks(tmp_path).found) == (WARN, "a file could be locked twice")
 
 
 class Usage(NamedTuple):
@@ -300,8 +299,13 @@ def test_little_space_is_told(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(gib << 30))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_files=inodes, f_favail=left))
-    one = folder._space(tmp_path)
+    one = local._space(tmp_path)
     assert (one.status, one.found) == (status, found)
+
+
+def worker(**changes: Any) -> environment.WorkerFacts:
+    """The environment of a worker that differs from this process in some values."""
+    return cast(environment.WorkerFacts, {**environment.facts(), "out": "", "model": "", **changes})
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -429,24 +433,20 @@ def test_a_dead_scheduler_fails_in_time(address: str, run: Run, quick: None, mon
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> None:
-    assert "No such file" in environment.visit(storage_path(tmp_path / "probe"), "token", None)["out"]
+    assert "No such file" in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
     (tmp_path / "probe").write_text("other", encoding="utf-8")
-    assert "holds something else" in environment.visit(storage_path(tmp_path / "probe"), "token", None)["out"]
-    blind = cluster._shared(storage_path(tmp_path), {"tcp://a": {"out": "No such file"}}, 0)
+    assert "holds something else" in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
+    blind = cluster._shared(storage_path(tmp_path), {"tcp://a": worker(out="No such file")}, 0)
     assert (blind.status, blind.found) == (FAIL, "tcp://a: No such file")
-    visits = {f"tcp://{n}": {"out": "", "host": "h", "pid": n} for n in range(3)}
-    unseen = cluster._shared(storage_path(tmp_path), visits, 2)
+    workers = {f"tcp://{n}": worker(pid=n) for n in range(3)}
+    unseen = cluster._shared(storage_path(tmp_path), workers, 2)
     assert (unseen.status, unseen.found) == (FAIL, "files of 1 workers are not seen here")
 
 
 def test_what_must_be_equal_between_processes() -> None:
     here = environment.facts()
-    other = {
-        **here,
-        "python": here["python"] + "1",
-        "host": "elsewhere",
-        "versions": {**here["versions"], "torch": f"{here['versions']['torch'].partition('+')[0]}+cu999"},
-    }
+    torch_version = f"{(here['versions']['torch'] or '').partition('+')[0]}+cu999"
+    other = worker(python=here["python"] + "1", host="elsewhere", versions={**here["versions"], "torch": torch_version})
     assert environment.differences(here, other) == {}
     other["versions"]["openvino"] = None
     assert list(environment.differences(here, other)) == ["openvino"]
@@ -456,7 +456,7 @@ def test_what_must_be_equal_between_processes() -> None:
 
 
 def test_many_workers_with_one_trouble_are_not_all_listed() -> None:
-    found = cluster._trouble("name", WARN, {f"tcp://{n}": "bad" for n in range(8)}, "mend")
+    found = cluster._problem("name", WARN, {f"tcp://{n}": "bad" for n in range(8)}, "mend")
     assert found.found.endswith("tcp://4: bad; and 3 more")
 
 
@@ -465,4 +465,4 @@ def test_checks_are_ranked() -> None:
     assert worst([ok, fail, warn]) == FAIL
     assert worst([warn, ok]) == WARN
     assert worst([]) == OK
-    assert check.shown(Check("a", FAIL, "found", "mend")) == "fail  a: found -> mend"
+    assert check.format_check(Check("a", FAIL, "found", "mend")) == "fail  a: found -> mend"

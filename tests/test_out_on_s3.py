@@ -16,7 +16,7 @@ from tests.cli_runs import SMALL_FLAGS, Run, calling, write_inputs
 from tests.runs import SMALL, contents, objects, start, toy_spec
 from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam.api import explain, validate
-from wsi_gradcam.doctor.folder import folder_of_results
+from wsi_gradcam.doctor.local import check_folder
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io import object_stores
 from wsi_gradcam.io.local import LOCK
@@ -196,10 +196,10 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
 
 
 def test_the_doctor_tries_a_bucket_and_leaves_nothing(s3_out: str, s3_proxy: Proxy) -> None:
-    checks = list(folder_of_results(storage_path(s3_out)))
+    checks = list(check_folder(storage_path(s3_out)))
     assert [(check.name, check.status) for check in checks] == [("OUT: arrays", "ok"), ("OUT: claims", "ok")]
     assert not storage_path(s3_out).exists()
     s3_proxy.passed.fails = lambda method, target: "403" if method == "PUT" else ""
-    (check,) = folder_of_results(storage_path(s3_out))
+    (check,) = check_folder(storage_path(s3_out))
     assert check.status == "fail"
     assert "access was refused" in check.found

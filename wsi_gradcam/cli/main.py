@@ -267,13 +267,13 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.doctor import FAIL, examine, shown, worst
+    from wsi_gradcam.doctor import FAIL, examine, format_check, worst
 
     checks = []
     for check in examine(arguments.out, arguments.scheduler, arguments.model):
         checks.append(check)
         if not arguments.json:
-            print(shown(check), flush=True)
+            print(format_check(check), flush=True)
     status = worst(checks)
     if arguments.json:
         print(json.dumps({"status": status, "checks": [check.__dict__ for check in checks]}))

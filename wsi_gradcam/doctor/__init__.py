@@ -1,28 +1,41 @@
-"""What can be known before a run: whether this machine, the folder of the results and the workers are fit for it."""
+"""Checks before a run: of this machine, of the folder of the results, and of a cluster's workers.
+
+`local` has those of this process, `cluster` those of workers; both return `Check`s, which the command line prints. The
+room may try whatever a run will need (readers, stores, models, workers), and leaves everything as it was.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.doctor.cluster import workers
-from wsi_gradcam.doctor.environment import FAIL, OK, WARN, Check, guarded, load, shown, worst
-from wsi_gradcam.doctor.folder import folder_of_results
-from wsi_gradcam.doctor.machine import this_machine
+from wsi_gradcam.doctor.cluster import check_workers
+from wsi_gradcam.doctor.environment import (
+    FAIL,
+    OK,
+    WARN,
+    Check,
+    Status,
+    format_check,
+    loading_problem,
+    run_check,
+    worst,
+)
+from wsi_gradcam.doctor.local import check_folder, check_machine
 from wsi_gradcam.io.paths import StoragePath, storage_path
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
 
-__all__ = ["FAIL", "OK", "WARN", "Check", "examine", "shown", "worst"]
+__all__ = ["FAIL", "OK", "WARN", "Check", "Status", "examine", "format_check", "worst"]
 
 
 def examine(out: str | None = None, scheduler: str | None = None, model: str | None = None) -> Iterator[Check]:
-    """Checks, each as it is done; what raises is a check that failed.
+    """Return an iterator over the checks, each made when it is reached; an exception is a check that failed.
 
     Args:
         out: folder of the results, also tried from the workers; it need not exist, and is left as it was.
-        scheduler: address of a Dask scheduler, whose workers are looked at.
+        scheduler: address of a Dask scheduler, whose workers are checked.
         model: a model as for `explain`, which is loaded here, and on each worker.
 
     Raises:
@@ -35,16 +48,15 @@ def examine(out: str | None = None, scheduler: str | None = None, model: str | N
 
 
 def _examine(out: StoragePath | None, scheduler: str | None, spec: ModelSpec | None) -> Iterator[Check]:
-    yield from this_machine()
+    yield from check_machine()
     if spec is not None:
-        problem = load(spec)
-        yield (
-            Check("model", FAIL, problem, "see docs/models.md") if problem else Check("model", OK, f"{spec.name} loads")
-        )
+        problem = loading_problem(spec)
+        good, bad = Check("model", OK, f"{spec.name} loads"), Check("model", FAIL, problem, "see docs/models.md")
+        yield bad if problem else good
     if out is not None:
-        yield from guarded("OUT", folder_of_results, out)
+        yield from run_check("OUT", check_folder, out)
     if scheduler is not None:
-        yield from guarded("scheduler", workers, scheduler, out, spec)
+        yield from run_check("scheduler", check_workers, scheduler, out, spec)
 
 
 def _spec(model: str) -> ModelSpec:

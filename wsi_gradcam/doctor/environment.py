@@ -1,7 +1,4 @@
-"""What a process runs with: versions, the program's own files, devices. Plain values, to compare between processes.
-
-A check and how it ended.
-"""
+"""Checks and their results, and the environment of a process: versions, the program's own files, devices."""
 
 from __future__ import annotations
 
@@ -11,18 +8,19 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from wsi_gradcam.errors import one_line
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
-
+    from wsi_gradcam.models.spec import ModelSpec
 
 PROGRAM = "wsi-gradcam"
-# What values and messages between processes depend on.
+# Packages that values and messages between processes depend on.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -41,12 +39,69 @@ OPTIONAL = ("openvino",)
 LOW_PRECISION = ("avx512_bf16", "amx_bf16", "amx_fp16")  # flags of processors
 
 
-def facts() -> dict[str, Any]:
-    """What this process runs with.
+class Status(StrEnum):
+    """The result of a check, the worst last."""
 
-    `host`, `pid`, `python`, `files` (sha256 of the program's modules), `versions` by package (None where it is not
-    installed), and `devices`, the GPUs that torch can use.
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+OK, WARN, FAIL = Status
+
+
+@dataclass(frozen=True)
+class Check:
+    """The name of a check, its status, what was found, and how to mend it."""
+
+    name: str
+    status: Status
+    found: str
+    mend: str = ""
+
+
+def run_check(name: str, check: Callable[..., Iterable[Check]], *arguments: Any) -> Iterator[Check]:
+    """Yield the checks of `check(*arguments)`; an exception becomes a check that failed."""
+    try:
+        yield from check(*arguments)
+    except Exception as error:  # a broken installation raises anything; the other checks go on
+        yield Check(name, FAIL, one_line(error), "the message says what is missing or broken")
+
+
+def format_check(check: Check) -> str:
+    """Return a check on one line, with its mend behind it."""
+    return f"{check.status:>4}  {check.name}: {check.found}{f' -> {check.mend}' if check.mend else ''}"
+
+
+def worst(checks: Iterable[Check]) -> Status:
+    """Return the worst status of all checks."""
+    return max((check.status for check in checks), key=list(Status).index, default=OK)
+
+
+class Facts(TypedDict):
+    """The environment of a process, in plain values that processes with other versions of the program can send.
+
+    `files` is the sha256 of the program's modules; `versions` has None for packages that are not installed; `devices`
+    are the GPUs that torch can use.
     """
+
+    host: str
+    python: str
+    pid: int
+    files: str
+    versions: dict[str, str | None]
+    devices: list[str]
+
+
+class WorkerFacts(Facts):
+    """The environment of a worker, and its problems with OUT and the model; "" for none."""
+
+    out: str
+    model: str
+
+
+def facts() -> Facts:
+    """Return the environment of this process."""
     return {
         "host": platform.node(),
         "python": platform.python_version(),
@@ -57,17 +112,16 @@ def facts() -> dict[str, Any]:
     }
 
 
-def visit(probe: StoragePath | None, token: str, model: Any) -> dict[str, Any]:
-    """On a worker: its facts, what it makes of the file `probe`, and whether the model of a specification loads.
+def inspect_worker(probe: StoragePath | None, token: str, model: ModelSpec | None) -> WorkerFacts:
+    """Return a worker's environment, its problem with the file `probe`, and its problem with the model.
 
-    `out` and `model` are the problems, "" where there are none: the file must hold `token`, and another is written
-    beside it, named after this process.
+    Runs on the worker. The file must contain `token`; another one is written beside it, named after this process.
     """
-    return {**facts(), "out": _exchange(probe, token) if probe else "", "model": load(model)}
+    return {**facts(), "out": _exchange(probe, token) if probe else "", "model": loading_problem(model)}
 
 
-def load(model: Any) -> str:
-    """Why the model of a specification does not load here; "" where it does, or there is none."""
+def loading_problem(model: ModelSpec | None) -> str:
+    """Return the reason why a model does not load here; "" if it does, or there is none."""
     if model is None:
         return ""
     try:
@@ -80,7 +134,7 @@ def load(model: Any) -> str:
 
 
 def files_digest(folder: Path) -> str:
-    """sha256 of the names and contents of all modules below `folder`."""
+    """Return the sha256 of the names and contents of all modules below `folder`."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
         content = path.read_bytes()
@@ -89,15 +143,15 @@ def files_digest(folder: Path) -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Where the facts of two processes differ in what must be equal: what it is, here and there.
+def differences(here: Facts, there: Facts) -> dict[str, tuple[str, str]]:
+    """Return the differences of two environments in what must be equal: values here and there, by name.
 
     Only the first two numbers of Python's version count; builds of one version (2.6.0+cpu, 2.6.0+cu124) are equal.
     """
@@ -113,9 +167,9 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[
 
 
 def gpus() -> tuple[list[tuple[str, int, bool]], str]:
-    """(name, bytes, whether it calculates in bfloat16) of each GPU that torch can use, and torch's remarks on others.
+    """Return (name, bytes, support of bfloat16) of each GPU that torch can use, and torch's warnings about others.
 
-    Apple's has the machine's memory: its bytes are 0.
+    Apple's GPU uses the machine's memory: its bytes are 0.
     """
     import torch
 
@@ -132,12 +186,12 @@ def gpus() -> tuple[list[tuple[str, int, bool]], str]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """What the processor offers for bfloat16 and float16; where the system does not tell, nothing."""
+    """Return the processor's instructions for bfloat16 and float16; none where the system does not list them."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -147,7 +201,7 @@ def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
 
 
 def _exchange(probe: StoragePath, token: str) -> str:
-    """Read what another process wrote, and write for it."""
+    """Read what another process wrote, and write for it; return the problem, "" for none."""
     try:
         if probe.read() != token.encode():
             return f"{probe} holds something else than was written: another folder at the same path"
@@ -155,34 +209,3 @@ def _exchange(probe: StoragePath, token: str) -> str:
     except OSError as error:
         return one_line(error)
     return ""
-
-
-OK, WARN, FAIL = "ok", "warn", "fail"
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was looked at, whether it is "ok", "warn" or "fail", what was found, and how to mend it."""
-
-    name: str
-    status: str
-    found: str
-    mend: str = ""
-
-
-def guarded(name: str, check: Callable[..., Iterable[Check]], *arguments: Any) -> Iterator[Check]:
-    """The checks of `check(*arguments)`; what it raises is one that failed."""
-    try:
-        yield from check(*arguments)
-    except Exception as error:  # a broken installation raises anything; the other checks go on
-        yield Check(name, FAIL, one_line(error), "the message says what is missing or broken")
-
-
-def shown(check: Check) -> str:
-    """A check on one line, its mend behind it."""
-    return f"{check.status:>4}  {check.name}: {check.found}{f' -> {check.mend}' if check.mend else ''}"
-
-
-def worst(checks: Iterable[Check]) -> str:
-    """The gravest status of all."""
-    return max((check.status for check in checks), key=(OK, WARN, FAIL).index, default=OK)

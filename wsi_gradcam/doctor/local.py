@@ -1,0 +1,328 @@
+"""Checks made in this process: packages, devices, codecs, and the folder of the results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import metadata
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.doctor.environment import (
+    FAIL,
+    OK,
+    OPTIONAL,
+    PACKAGES,
+    PROGRAM,
+    WARN,
+    Check,
+    cores,
+    gpus,
+    low_precision,
+    run_check,
+    version_of,
+)
+from wsi_gradcam.errors import StoreError, one_line
+from wsi_gradcam.io.local import LocalPath
+from wsi_gradcam.io.paths import StoragePath
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from packaging.specifiers import SpecifierSet
+
+GIB = 1 << 30
+MIN_FREE = 10 * GIB
+MIN_FILES = 100_000
+# The codecs of tiles in TIFF slides, and the largest error of a decoded value.
+CODECS = {"jpeg": 12, "jpeg2000": 12, "lzw": 0, "adobe_deflate": 0, "zstd": 0}
+NVIDIA = Path("/proc/driver/nvidia/version")
+
+
+def check_machine() -> Iterator[Check]:
+    """Check the installation and the devices of this process."""
+    yield from run_check("Python", _python)
+    for name in (*PACKAGES, *OPTIONAL):
+        yield from run_check(name, _package, name)
+    yield from run_check("CPU", _cpu)
+    yield from run_check("GPU", _gpu)
+    for codec in CODECS:
+        yield from run_check(f"codec {codec}", _codec, codec)
+    yield from run_check("OpenSlide", _openslide)
+    yield from run_check("engine choices", _choices)
+
+
+def _python() -> Iterator[Check]:
+    required = _required("python")
+    fits = platform.python_version() in required
+    mend = "" if fits else f"make an environment with Python {required}"
+    yield Check(
+        "Python",
+        OK if fits else FAIL,
+        f"{platform.python_version()}, {PROGRAM} {version_of(PROGRAM)}, {platform.platform()}",
+        mend,
+    )
+
+
+def _package(name: str) -> Iterator[Check]:
+    found, required = version_of(name), _required(name)
+    wanted = f"pip install '{name}{required}'"
+    if found is None and name in OPTIONAL:
+        yield Check(name, OK, "not installed; it makes networks faster on CPUs", f"{wanted}, if you want it")
+    elif found is None:
+        yield Check(name, FAIL, "not installed", wanted)
+    elif found not in required:
+        yield Check(name, FAIL, f"{found}, expected {required}", wanted)
+    else:
+        yield Check(name, OK, found)
+
+
+def _required(name: str) -> SpecifierSet:
+    """Return the versions of a package, or of Python, that this program requires."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    ours = metadata(PROGRAM)
+    if name == "python":
+        return SpecifierSet(ours["Requires-Python"], prereleases=True)
+    requirements = [Requirement(text) for text in ours.get_all("Requires-Dist") or []]
+    found = next((one.specifier for one in requirements if one.name.lower() == name), SpecifierSet())
+    found.prereleases = True
+    return found
+
+
+def _cpu() -> Iterator[Check]:
+    import torch
+
+    able = ", ".join(low_precision()) or "no bfloat16 or AMX: --precision bfloat16 brings nothing"
+    found = f"{cores()} cores, torch uses {torch.get_num_threads()} threads, {able}"
+    if torch.get_num_threads() > cores():
+        yield Check("CPU", WARN, found, f"more threads than cores are slow: --torch-threads {cores()}")
+    else:
+        yield Check("CPU", OK, found)
+
+
+def _gpu() -> Iterator[Check]:
+    import torch
+
+    found, remarks = gpus()
+    for name, size, bfloat16 in found:
+        memory = f", {size / GIB:.1f} GiB" if size else ""
+        yield Check("GPU", OK, f"{name}{memory}, bfloat16: {'yes' if bfloat16 else 'no'}")
+    if not found and NVIDIA.exists():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        mend = "install a torch that fits the driver, or see that the job was given a GPU (CUDA_VISIBLE_DEVICES)"
+        yield Check("GPU", WARN, f"an NVIDIA driver, but no GPU for torch; {built}. {remarks}".rstrip(". "), mend)
+    elif not found:
+        yield Check("GPU", OK, "none; the model runs on the CPU")
+
+
+def _codec(codec: str) -> Iterator[Check]:
+    import numpy as np
+    import tifffile
+
+    tile = _smooth_tile()
+    decoded = tifffile.imread(BytesIO(_tiff(tile, codec)))
+    error = int(np.abs(decoded.astype(int) - tile).max())
+    if error > CODECS[codec]:
+        mend = "pip install --force-reinstall imagecodecs"
+        yield Check(f"codec {codec}", FAIL, f"decoded values are up to {error} from the true ones", mend)
+    else:
+        yield Check(f"codec {codec}", OK, "a tile was decoded")
+
+
+def _smooth_tile() -> NDArray[np.uint8]:
+    """Return an RGB image, uint8 [64, 64, 3], that every codec can encode well."""
+    import numpy as np
+
+    y, x = np.mgrid[:64, :64].astype(np.uint8) * np.uint8(3)
+    return np.stack([y, x, y // 2 + x // 2], axis=2)
+
+
+def _tiff(tile: NDArray[np.uint8], codec: str) -> bytes:
+    import tifffile
+
+    file = BytesIO()
+    level = {"jpeg": 95}.get(codec)
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(
+            tile,
+            tile=tile.shape[:2],
+            photometric="rgb",
+            compression=codec,
+            metadata=None,
+            compressionargs=None if level is None else {"level": level},
+        )
+    return file.getvalue()
+
+
+def _openslide() -> Iterator[Check]:
+    """Check that OpenSlide opens and decodes a slide."""
+    import numpy as np
+
+    from wsi_gradcam.geometry import Region
+    from wsi_gradcam.slides import open_slide
+    from wsi_gradcam.slides.openslide_reader import library_version
+
+    tile = _smooth_tile()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tile.tif")
+        path.write_bytes(_tiff(tile, "jpeg"))
+        slide = open_slide(path, mpp=0.5, reader="openslide")
+        try:
+            error = int(np.abs(slide.read_level(0, Region(0, 0, *tile.shape[:2])).astype(int) - tile).max())
+        finally:
+            slide.close()
+    mend = "pip install --force-reinstall openslide-bin"
+    found = f"library {library_version()}, a slide was read"
+    yield Check("OpenSlide", OK, found) if error <= CODECS["jpeg"] else Check("OpenSlide", FAIL, f"{found} wrong", mend)
+
+
+def _choices() -> Iterator[Check]:
+    """Check the folder that stores the choices of --engine auto."""
+    from wsi_gradcam.cam.auto import cache_file
+    from wsi_gradcam.io.local import write_atomic
+
+    folder = cache_file().parent
+    probe = folder / f"doctor-{uuid.uuid4().hex}"
+    try:
+        write_atomic(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        mend = "set XDG_CACHE_HOME to a folder that can be written, else --engine auto may choose anew in each run"
+        yield Check("engine choices", WARN, one_line(error), mend)
+    else:
+        yield Check("engine choices", OK, str(folder))
+
+
+@contextmanager
+def probe_place(out: StoragePath) -> Iterator[StoragePath]:
+    """Make a temporary folder in `out`; afterwards `out` is as it was before.
+
+    Raises:
+        StoreError: the folder cannot be made.
+    """
+    if isinstance(out, LocalPath):
+        with _probe_folder(out.path) as probe:
+            yield LocalPath(probe)
+        return
+    place = out / f".doctor-{uuid.uuid4().hex}"
+    try:
+        yield place
+    finally:
+        with suppress(StoreError):
+            place.remove_tree()
+
+
+@contextmanager
+def _probe_folder(out: Path) -> Iterator[Path]:
+    from wsi_gradcam.io.local import wrap_write_errors
+
+    probe = out.absolute() / f".doctor-{uuid.uuid4().hex}"
+    missing = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
+    try:
+        with wrap_write_errors(out):
+            probe.mkdir(parents=True)
+        yield probe
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def check_folder(out: StoragePath) -> Iterator[Check]:
+    """Check that what a run does in `out` works there; everything is undone."""
+    try:
+        with probe_place(out) as probe:
+            yield _array(probe)
+            if isinstance(probe, LocalPath):
+                yield _rename(probe.path)
+                yield _locks(probe.path)
+                yield _space(probe.path)
+            yield _claims(probe)
+    except StoreError as error:
+        yield Check("OUT", FAIL, one_line(error), "the same --out would stop a run")
+
+
+def _array(folder: StoragePath) -> Check:
+    """Check that a patch store is read as it was written."""
+    import numpy as np
+
+    from wsi_gradcam.results.patch_store import PatchStore, SpanData
+    from wsi_gradcam.tissue.grid import Patches
+
+    values = np.linspace(-1, 1, 4 * 2 * 7 * 7, dtype=np.float32).reshape(4, 2, 7, 7)
+    span = SpanData(values[:, :, 0, 0], values, np.ones(4, np.uint8), values[:, 0, 0, 0])
+    whole = np.ones(4, np.float32)
+    store = PatchStore.create(
+        folder / "cams.zarr", Patches(np.zeros((4, 2), np.int64), whole, whole, whole), 4, 2, 2, (7, 7), {}
+    )
+    store.write_span(0, span)
+    if PatchStore(folder / "cams.zarr").read_span(0, 4).digest() != span.digest():
+        return Check("OUT: arrays", FAIL, "what was read is not what was written", "choose another --out")
+    return Check("OUT: arrays", OK, "written and read back")
+
+
+def _claims(folder: StoragePath) -> Check:
+    """Check that a file is created once, and replaced only if nobody else has replaced it."""
+    file = folder / "claim"
+    seen = [file.create(b"one"), file.create(b"two")]
+    _, version = file.read_versioned()
+    seen += [file.replace(b"three", version), file.replace(b"four", version)]
+    if (seen, file.read()) == ([True, False, True, False], b"three"):
+        return Check("OUT: claims", OK, "a file is made once, and changed only by who knows it")
+    mend = "choose another --out, for object stores one that knows If-None-Match and If-Match"
+    return Check("OUT: claims", FAIL, "what another process has written would be written over", mend)
+
+
+def _rename(folder: Path) -> Check:
+    """Check that a file can be replaced while it is open: readers see the old or the new contents."""
+    from wsi_gradcam.io.local import write_atomic
+
+    path = folder / "renamed"
+    write_atomic(path, b"old")
+    with path.open("rb") as before:
+        write_atomic(path, b"new")
+        seen = before.read(), path.read_bytes()
+    if seen == (b"old", b"new"):
+        return Check("OUT: rename", OK, "a file was replaced by renaming while it was open")
+    mend = "readers may meet half a file; choose a file system with POSIX renames"
+    return Check("OUT: rename", WARN, f"after replacing an open file by renaming, readers see {seen}", mend)
+
+
+def _locks(folder: Path) -> Check:
+    """Check that a locked file (flock) cannot be locked a second time."""
+    mend = "never have two runs on this --out at a time: their rows of slides.csv could be lost"
+    try:
+        import fcntl
+
+        with (folder / "lock").open("w") as first, (folder / "lock").open("w") as second:
+            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return Check("OUT: locks", OK, "a file locked once is not locked twice (tested on this machine alone)")
+        return Check("OUT: locks", WARN, "a file could be locked twice", mend)
+    except (ImportError, OSError) as error:
+        return Check("OUT: locks", WARN, f"no locks: {one_line(error)}", mend)
+
+
+def _space(folder: Path) -> Check:
+    """Check the bytes and files that are left; some file systems do not count the latter."""
+    free = shutil.disk_usage(folder).free
+    found, few = f"{free / GIB:.1f} GiB free", False
+    if sys.platform != "win32":
+        stats = os.statvfs(folder)
+        found += f", {stats.f_favail:,} more files" if stats.f_files else ""
+        few = bool(stats.f_files) and stats.f_favail < MIN_FILES
+    if free < MIN_FREE or few:
+        return Check("OUT: space", WARN, found, "'wsi-gradcam explain --dry-run' prints what a run will take")
+    return Check("OUT: space", OK, found)
