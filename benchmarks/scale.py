@@ -54,7 +54,8 @@ from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.run.types import Performed, Planned, Processed, Task
+from wsi_gradcam.run.workload import ExplainWorkload
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -117,10 +118,10 @@ def rate(executor: SerialExecutor | DaskExecutor, run: RunPlan, slides: Sequence
     moments: list[tuple[float, int]] = []
 
     def observe(task: Task, performed: Performed) -> None:
-        if task.stage == "explain" and not performed.error:
+        if isinstance(performed.result, Processed):
             moments.append((time.perf_counter(), performed.result.patches + (moments[-1][1] if moments else 0)))
 
-    records = list(executor.run(run, slides, False, observe))
+    records = list(executor.run(ExplainWorkload(run), slides, observe))
     end, total = time.perf_counter(), moments[-1][1]
     assert all(record.status == "ok" for record in records), records
     start, before = next(moment for moment in moments if moment[1] >= total / 10)
@@ -235,18 +236,18 @@ def costs_of(folder: Path, side_px: int) -> dict[str, Any]:
     blocks: list[int] = []
 
     def observe(task: Task, performed: Performed) -> None:
-        if task.stage == "plan":
-            blocks.extend(len(level) for level in performed.result.blocks)
-        if task.stage != "explain":
-            seconds[task.stage].append(performed.seconds)
-            return
         ended = performed.result
+        if isinstance(ended, Planned):
+            blocks.extend(len(level) for level in ended.blocks)
+        if not isinstance(ended, Processed):
+            seconds[task.stage.name].append(performed.seconds)
+            return
         seconds[WRITING].append(performed.seconds - ended.model_s - ended.waited_s)
         if task.index == (0,):
             seconds[FIRST_BATCH].append(ended.waited_s)
 
     plan = plan_run(folder / "out", spec(), executor.examine(spec(), settings, slides), settings)
-    assert [record.status for record in executor.run(plan, slides, False, observe)] == ["ok"]
+    assert [record.status for record in executor.run(ExplainWorkload(plan), slides, observe)] == ["ok"]
     return {"seconds": {name: statistics.fmean(values) for name, values in seconds.items()}, "blocks": blocks}
 
 
@@ -303,7 +304,7 @@ def _run_simulated(
     client, before = psutil.Process(), (_cpu_s(boss), _cpu_s(psutil.Process()))
     with Peak(boss) as peak, slowed(slowness):
         started = time.time()
-        ended = [record.status for record in executor.run(run, entries, False, lambda *_: None)]
+        ended = [record.status for record in executor.run(ExplainWorkload(run), entries, lambda *_: None)]
     assert ended == ["ok"] * slides
     told = list({each["pid"]: each for each in executor._client.run(report).values()}.values())
     assert sum(each["patches"] for each in told) == slides * PATCHES
@@ -366,7 +367,7 @@ def rss():
 
 class First(Listener):
     def task_done(self, task, result):
-        if task.stage == "explain":
+        if task.stage.name == "explain":
             found["first_patch_s"] = time.perf_counter() - started
             found["client_bytes"] = rss() - found["list_bytes"]
             print(json.dumps(found), flush=True)

@@ -20,7 +20,8 @@ import dask
 from distributed import Worker
 
 from wsi_gradcam.executors.dask import plugin
-from wsi_gradcam.run.stages import Explained, Pending, Performed, Task
+from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
+from wsi_gradcam.run.types import Performed, Planned, Processed, Task, TaskResult
 
 PATCHES, SPAN = 1000, 256  # of a slide
 RATE = 1000.0  # patches/s of a GPU, as of ResNet-50 at 224 px in half precision; assumed, no GPU was at hand
@@ -49,17 +50,17 @@ class Clock:
         self._lock = threading.Lock()
         self._next = threading.local()  # what this thread reads meanwhile
 
-    def perform(self, context: Any, task: Task, then: Task | None = None) -> Performed:
-        """In place of `stages.perform`."""
+    def perform(self, context: Any, task: Task, upcoming: Task | None = None) -> Performed:
+        """In place of `run.context.perform`."""
         start = time.time()
-        patches = min(SPAN, PATCHES - SPAN * task.index[0]) if task.stage == "explain" else 0
+        patches = min(SPAN, PATCHES - SPAN * task.index[0]) if task.stage.name == "explain" else 0
         for name, seconds in self._parts(task, patches):
             time.sleep(self.slowness * seconds)
             with self._lock:
                 self.spent_s[name] += seconds
-        self._next.task = then
+        self._next.task = upcoming
         end = time.time()
-        if task.stage == "explain":
+        if task.stage.name == "explain":
             with self._lock:
                 self.patches += patches
                 self.within_s += end - start
@@ -68,22 +69,22 @@ class Clock:
 
     def _parts(self, task: Task, patches: int) -> Iterator[tuple[str, float]]:
         """What is done one after the other, and its seconds."""
-        if task.stage != "explain":
-            yield task.stage, self.seconds[task.stage]
+        if task.stage.name != "explain":
+            yield task.stage.name, self.seconds[task.stage.name]
             return
         if getattr(self._next, "task", None) != task:
             yield FIRST_BATCH, self.seconds[FIRST_BATCH]
-        yield task.stage, patches / RATE
+        yield task.stage.name, patches / RATE
         yield WRITING, self.seconds[WRITING]
 
-    def _result_of(self, task: Task, patches: int) -> Any:
+    def _result_of(self, task: Task, patches: int) -> TaskResult:
         """What the stage would return."""
-        if task.stage == "plan":
+        if task.stage.name == "plan":
             spans = list(range(-(-PATCHES // SPAN)))
-            return Pending(PATCHES, PATCHES, spans, [list(range(count)) for count in self.blocks], None)
-        if task.stage == "finish":
-            return {"status": "ok", "patches": PATCHES, "unreadable": 0, "cause": ""}
-        return Explained(patches)
+            return Planned(PATCHES, PATCHES, spans, [list(range(count)) for count in self.blocks])
+        if task.stage.name == "finish":
+            return SlideOutcome(SlideStatus.OK, PATCHES, 0, "")
+        return Processed(patches)
 
     def report(self) -> dict[str, Any]:
         """For the one who asks, once a process."""

@@ -36,9 +36,11 @@ from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run_files import RunFolder
+from wsi_gradcam.run.context import Context, perform
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
-from wsi_gradcam.run.stages import Context, Task, perform
+from wsi_gradcam.run.types import Task
+from wsi_gradcam.run.workload import PLAN, ExplainWorkload
 from wsi_gradcam.slides import patch_reader as reading
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
@@ -120,15 +122,15 @@ class Work:
         """Seconds of the whole slide."""
         run = self._to(out)
         started = time.perf_counter()
-        (record,) = self.executor.run(run, [self.entry], False, lambda *_: None)
+        (record,) = self.executor.run(ExplainWorkload(run), [self.entry], lambda *_: None)
         seconds = time.perf_counter() - started
         assert record.status == "ok", record
         return seconds
 
     def places(self, out: Path) -> Any:
         """Where the run's patches are, in working order."""
-        context = Context(self._to(out))
-        perform(context, Task("plan", self.entry))
+        context = Context(ExplainWorkload(self._to(out)))
+        perform(context, Task(PLAN, self.entry))
         context.close()
         return PatchStore(RunFolder(storage_path(out)).slide(self.entry.id).cams).yx()
 

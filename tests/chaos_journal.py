@@ -9,8 +9,7 @@ import time
 from typing import Any
 
 from wsi_gradcam.results.manifest import Manifest
-from wsi_gradcam.run import stages
-from wsi_gradcam.run.stages import explaining
+from wsi_gradcam.run import explaining
 
 JOURNAL = "CHAOS_JOURNAL"  # environment: the file
 BEGUN, DONE = "begun", "done"
@@ -40,6 +39,6 @@ def dask_setup(worker: Any) -> None:
         if kind == "spans":
             told(DONE)
 
-    stages.STAGES["explain"] = spanned
+    explaining.explain_span = spanned  # tasks find it by its name
     explaining.__dict__["_explain"] = explained
     Manifest.complete = completed  # type: ignore[method-assign, assignment]

@@ -10,9 +10,6 @@ from typing import Any
 import torch  # noqa: F401 - imported once, by the server
 import zarr  # noqa: F401
 
-import wsi_gradcam.cam.engine
-import wsi_gradcam.models.load
-import wsi_gradcam.run.stages  # noqa: F401
 from tests.runs import SMALL, toy_spec
 from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import explain

@@ -18,6 +18,7 @@ from tests.runs import ROOT, SMALL, objects, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain
+from wsi_gradcam.audit import stages
 from wsi_gradcam.audit.folder import read_numbers, write_numbers
 from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.audit.plan import PIECE, QUESTIONS
@@ -29,7 +30,6 @@ from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.results.stitch import Enlarger
-from wsi_gradcam.run.stages import auditing
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +111,14 @@ def test_a_killed_audit_goes_on(run: Path, copy: Path, tmp_path: Path, monkeypat
     audit_run(whole, **ask)
     script = (
         "import os, signal\n"
-        "from wsi_gradcam.run.stages import auditing\n"
+        "from wsi_gradcam.audit import stages\n"
         "from wsi_gradcam import audit_run\n"
-        "write, done = auditing.write_numbers, []\n"
+        "write, done = stages.write_numbers, []\n"
         "def dying(place, numbers):\n"
         "    if len(done) == 2:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    done.append(write(place, numbers))\n"
-        "auditing.write_numbers = dying\n"
+        "stages.write_numbers = dying\n"
         f"audit_run({str(copy)!r}, **{ask!r})\n"
     )
     killed = subprocess.run(
@@ -133,7 +133,7 @@ def test_a_killed_audit_goes_on(run: Path, copy: Path, tmp_path: Path, monkeypat
         written.append(str(place))
         write(place, numbers)
 
-    monkeypatch.setattr(auditing, "write_numbers", counted)
+    monkeypatch.setattr(stages, "write_numbers", counted)
     audit_run(copy, **ask)
     assert len(written) == len(pieces_in(whole)) - 2 > 0
     assert pieces_in(copy) == pieces_in(whole)

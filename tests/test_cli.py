@@ -27,8 +27,8 @@ from wsi_gradcam.cli.terminal import Bars, Lines, Quiet, progress
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.manifest import SlideStatus
-from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.run.settings import Settings
+from wsi_gradcam.run.types import SlideRecord
 
 run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
 

@@ -27,7 +27,8 @@ from wsi_gradcam.executors.dask.plugin import Order, perform_order
 from wsi_gradcam.executors.dask.rates import MOST
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.validation import validate
-from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.run.types import Performed, Task
+from wsi_gradcam.run.workload import EXPLAIN
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,8 @@ class KillsWorkers(Listener):
         self.moments, self.done, self.killed = moments, 0, 0
 
     def task_done(self, task: Task, performed: Performed) -> None:
-        self.done += task.stage == "explain"
-        if task.stage == "explain" and self.done in self.moments:
+        self.done += task.stage.name == "explain"
+        if task.stage.name == "explain" and self.done in self.moments:
             family = psutil.Process().children(recursive=True)
             workers = [p for p in family if any("spawn_main" in part for part in p.cmdline())]
             random.Random(self.done).choice(workers).send_signal(signal.SIGKILL)
@@ -178,7 +179,7 @@ class Calls(Listener):
         self.function: Callable[[], None] | None = function
 
     def task_done(self, task: Task, performed: Performed) -> None:
-        if task.stage == "explain" and self.function is not None:
+        if task.stage.name == "explain" and self.function is not None:
             function, self.function = self.function, None
             function()
 
@@ -219,7 +220,7 @@ def test_impossible_places_are_refused(archive: Path, tmp_path: Path, where: dic
 def test_an_order_is_small_on_the_wire() -> None:
     """As many tasks as one ever holds, of a slide with a long name."""
     entry = SlideEntry("a/long/" * 20 + "slide.svs", "/an/archive/of/slides/" * 20 + "slide.svs")
-    order = Order("wsi-gradcam-12345678", tuple(Task("explain", entry, (100_000 + i,)) for i in range(MOST)))
+    order = Order("wsi-gradcam-12345678", tuple(Task(EXPLAIN, entry, (100_000 + i,)) for i in range(MOST)))
     sent = pickle.dumps((perform_order, order))
     assert len(sent) < 10_000
     assert pickle.loads(sent) == (perform_order, order)

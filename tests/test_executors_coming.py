@@ -21,7 +21,8 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.run.plan import RunPlan
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.run.types import Performed, Task
+from wsi_gradcam.run.workload import ExplainWorkload
 
 COSTS = {
     "seconds": dict.fromkeys(("plan", "stitch", "coarsen", "finish", FIRST_BATCH, WRITING), 0.01),
@@ -45,15 +46,15 @@ def spans_by_process(
 
     def observe(task: Task, performed: Performed) -> None:
         nonlocal seen
-        seen += task.stage == "explain" and not performed.error
-        if task.stage == "explain" and seen in happens:
+        seen += task.stage.name == "explain" and not performed.error
+        if task.stage.name == "explain" and seen in happens:
             happens.pop(seen)()
 
     run = RunPlan(LocalPath(folder / "out"), None, None, make_settings(device="cuda"), ())  # type: ignore[arg-type]
     entries = [SlideEntry(f"{i}.svs", f"/archive/{i}.svs") for i in range(slides)]
     executor = DaskExecutor(scheduler=address, device="cuda", wait_s=30)
     try:
-        ended: list[str] = [record.status for record in executor.run(run, entries, False, observe)]
+        ended: list[str] = [record.status for record in executor.run(ExplainWorkload(run), entries, observe)]
         told = executor._client.run(report).values()
     finally:
         executor.close()

@@ -27,7 +27,7 @@ from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
 from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.placement import Caretaker
 from wsi_gradcam.executors.dask.workers import Workers
-from wsi_gradcam.run.stages import Task
+from wsi_gradcam.run.types import Task
 
 WITHIN_S = 60.0
 
@@ -114,8 +114,8 @@ class Watches(Listener):
         self.spans, self.function = spans, function
 
     def task_done(self, task: Task, result: Any) -> None:
-        self.spans -= task.stage == "explain"
-        if task.stage == "explain" and self.spans == 0:
+        self.spans -= task.stage.name == "explain"
+        if task.stage.name == "explain" and self.spans == 0:
             self.function()
 
 

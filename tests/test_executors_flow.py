@@ -7,7 +7,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,9 +22,9 @@ from wsi_gradcam.executors.dask.plugin import Answer, Order
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
-from wsi_gradcam.run import retries
-from wsi_gradcam.run.jobs import FatalError, SlideRecord, drive, slide_job
-from wsi_gradcam.run.stages import Pending, Performed, Task
+from wsi_gradcam.run import failures
+from wsi_gradcam.run.types import FatalError, Performed, Planned, Processed, SlideJob, SlideRecord, Task
+from wsi_gradcam.run.workload import EXPLAIN, explain_job, perform_job
 from wsi_gradcam.system.stopping import Stopping
 
 Perform = Callable[[Task], Any]
@@ -94,7 +93,7 @@ class FakeClient:
                     self.note((0.0, {"alone": future.key}))
                 return [(future, error)]
             except Exception as error:
-                answer.error, answer.may_pass = error, retries.is_transient(error)
+                answer.error, answer.may_pass = error, failures.is_transient(error)
                 break
         return [(future, answer)]
 
@@ -121,33 +120,41 @@ class FakeArchive:
         self.active.add(task.slide.id)
         self.most_active = max(self.most_active, len(self.active))
         spans = self.spans[slide]
-        if task.stage == "plan":
-            return Pending(10 * spans, 10 * spans, list(range(spans)), [[0, 1, 2], [0, 1], [0]], None)
-        if task.stage == "explain" and (slide, task.index[0]) in self.poison:
+        if task.stage.name == "plan":
+            return Planned(10 * spans, 10 * spans, list(range(spans)), [[0, 1, 2], [0, 1], [0]])
+        if task.stage.name == "explain" and (slide, task.index[0]) in self.poison:
             raise killed()
-        if task.stage == "explain" and (slide, task.index[0]) in self.bad:
+        if task.stage.name == "explain" and (slide, task.index[0]) in self.bad:
             raise ValueError("bad patch")
-        level = task.index[0] if task.stage == "coarsen" else 0
+        level = task.index[0] if task.stage.name == "coarsen" else 0
         before, count = {
             "explain": (("plan", 0), 0),
             "stitch": (("explain", 0), spans),
             "finish": (("coarsen", 2), 1),
             "coarsen": (("coarsen", 1), 2) if level == 2 else (("stitch", 0), 3),
-        }[task.stage]
+        }[task.stage.name]
         assert self.done[(task.slide.id, *before)] == count, f"{task} too early"
-        self.done[task.slide.id, task.stage, level] += 1
-        if task.stage == "finish":
+        self.done[task.slide.id, task.stage.name, level] += 1
+        if task.stage.name == "finish":
             self.active.discard(task.slide.id)
             return SlideOutcome(SlideStatus.OK, 10 * spans, 0, "")
-        return 10
+        return Processed(10)
+
+
+class FakeWorkload:
+    """Explains slides without a run."""
+
+    run: Any = None
+
+    def job(self, slide: SlideEntry) -> SlideJob:
+        return explain_job(slide, max_unreadable=0.01)
 
 
 def flow(client: FakeClient, device: str = "cpu", wait_s: float = 60.0) -> Flow:
-    job = partial(slide_job, max_unreadable=0.01)
     made: Any = Flow(
         client,  # type: ignore[arg-type]
         "run",
-        job,
+        FakeWorkload(),
         lambda task, result: None,
         lambda: Workers.of(client.told, device),
         Patience(wait_s),
@@ -185,7 +192,7 @@ def test_serial_and_flow_make_the_same_records() -> None:
     client = FakeClient(2, FakeArchive(spans, bad, set()).perform, random.Random(0))
     found = {r.slide.id: (r.status, r.error, r.patches) for r in flow(client).run(map(entry, range(4)))}
     reference = FakeArchive(spans, bad, set()).perform
-    expected = [drive(slide_job(entry(i), 0.01), lambda task, then: reference(task)) for i in range(4)]
+    expected = [perform_job(explain_job(entry(i), 0.01), lambda task, then: reference(task)) for i in range(4)]
     assert found == {r.slide.id: (r.status, r.error, r.patches) for r in expected}
 
 
@@ -202,7 +209,7 @@ def test_quick_tasks_travel_together_and_slow_ones_alone() -> None:
     for task_s in (0.1, 5.0):
         client = FakeClient(1, FakeArchive([40] * 20, set(), set()).perform, random.Random(0), task_s)
         list(flow(client).run(map(entry, range(20))))
-        explained = [len(order.tasks) for order in client.orders if order.tasks[0].stage == "explain"]
+        explained = [len(order.tasks) for order in client.orders if order.tasks[0].stage.name == "explain"]
         sizes[task_s] = sum(explained) / len(explained)
     assert sizes[5.0] == 1
     assert sizes[0.1] > 8
@@ -212,7 +219,7 @@ def test_the_last_work_is_shared_by_all() -> None:
     """One slide, quick spans, many workers: no order takes more than its share."""
     client = FakeClient(8, FakeArchive([64], set(), set()).perform, random.Random(0), 0.05)
     list(flow(client).run([entry(0)]))
-    assert max(len(order.tasks) for order in client.orders if order.tasks[0].stage == "explain") <= 64 / 8
+    assert max(len(order.tasks) for order in client.orders if order.tasks[0].stage.name == "explain") <= 64 / 8
 
 
 def test_slides_are_drawn_as_they_are_needed() -> None:
@@ -250,7 +257,7 @@ def test_a_suspect_runs_alone_and_may_succeed() -> None:
     archive, blamed = FakeArchive([4, 4], set(), set()), Counter[Task]()
 
     def perform(task: Task) -> Any:
-        if task.slide.id == "1" and task.stage == "explain":
+        if task.slide.id == "1" and task.stage.name == "explain":
             blamed[task] += 1
             if blamed[task] == 1:
                 raise killed()
@@ -269,7 +276,7 @@ def test_a_suspect_that_never_began_is_not_convicted_at_once() -> None:
     archive, blamed = FakeArchive([4, 4], set(), set()), Counter[Task]()
 
     def perform(task: Task) -> Any:
-        if task.slide.id == "1" and task.stage == "explain":
+        if task.slide.id == "1" and task.stage.name == "explain":
             blamed[task] += 1
             if blamed[task] <= 3:
                 raise killed()
@@ -304,7 +311,7 @@ def test_suspects_do_not_stop_the_others() -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pause before another attempt."""
-    for module in (retries, flow_module):
+    for module in (failures, flow_module):
         monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
 
 
@@ -314,7 +321,7 @@ def test_what_may_pass_is_tried_again(times: int, status: str, caplog: pytest.Lo
     archive, left = FakeArchive([4, 4], set(), set()), Counter({0: times})
 
     def perform(task: Task) -> Any:
-        if task == Task("explain", entry(1), (2,)) and left[0]:
+        if task == Task(EXPLAIN, entry(1), (2,)) and left[0]:
             left[0] -= 1
             raise ConnectionResetError("the file server is away")
         return archive.perform(task)
@@ -356,15 +363,15 @@ def test_what_will_not_pass_is_not_tried_again() -> None:
 @pytest.mark.parametrize("error", [StoreError("disk full"), WorkerError("gone")])
 def test_errors_of_the_whole_run_stop_it(error: Exception) -> None:
     def perform(task: Task) -> Any:
-        if task.stage == "explain":
+        if task.stage.name == "explain":
             raise error
-        return Pending(10, 10, [0], [[0]], None)
+        return Planned(10, 10, [0], [[0]])
 
     with pytest.raises(FatalError) as caught:
         list(flow(FakeClient(2, perform, random.Random(0))).run(map(entry, range(3))))
     assert caught.value.cause is error
     with pytest.raises(FatalError):
-        drive(slide_job(entry(0), 0.01), lambda task, then: perform(task))
+        perform_job(explain_job(entry(0), 0.01), lambda task, then: perform(task))
 
 
 def test_a_lost_connection_ends_the_run() -> None:

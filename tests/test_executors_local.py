@@ -21,6 +21,7 @@ from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.run.plan import plan_run
 from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.workload import ExplainWorkload
 
 
 class FakeCluster:
@@ -149,7 +150,7 @@ def test_the_model_has_the_threads_that_it_is_given(tmp_path: Path) -> None:
     try:
         facts = SerialExecutor().examine(toy_spec("marker"), settings, slides)
         plan = plan_run(tmp_path / "out", toy_spec("marker"), facts, settings)
-        assert [record.status for record in executor.run(plan, slides, False, lambda *_: None)] == ["ok"]
+        assert [record.status for record in executor.run(ExplainWorkload(plan), slides, lambda *_: None)] == ["ok"]
         assert executor._client.submit(torch_threads, 0).result() == 2
     finally:
         executor.close()

@@ -12,7 +12,8 @@ from tests.runs import SMALL, differing, toy_spec
 from tests.synthetic import strip_mpp, write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.executors import serial
-from wsi_gradcam.run.stages import Context, Task, perform
+from wsi_gradcam.run.context import Context, perform
+from wsi_gradcam.run.types import Task
 from wsi_gradcam.slides.patch_reader import PatchReader
 from wsi_gradcam.system.isolation import WATCH
 
@@ -37,14 +38,14 @@ class Watcher:
         self.planned = {name: threading.Event() for name in ("a.tif", "b.tif", "c.tif")}
         self._waits = waits
 
-    def __call__(self, context: Context, task: Task, then: Task | None = None) -> Any:
-        self.threads.setdefault((task.stage, task.slide.id), threading.current_thread().name)
-        if task.stage == "explain" and task.slide.id in self._waits:
+    def __call__(self, context: Context[Any], task: Task, upcoming: Task | None = None) -> Any:
+        self.threads.setdefault((task.stage.name, task.slide.id), threading.current_thread().name)
+        if task.stage.name == "explain" and task.slide.id in self._waits:
             assert self.planned[self._waits[task.slide.id]].wait(PATIENCE_S), "the next slide is not planned meanwhile"
         try:
-            return perform(context, task, then)
+            return perform(context, task, upcoming)
         finally:
-            if task.stage == "plan":
+            if task.stage.name == "plan":
                 self.planned[task.slide.id].set()
 
 

@@ -16,8 +16,8 @@ from wsi_gradcam.executors.dask.batching import LAST_PARTS, LAST_PER_SLOT, ORDER
 from wsi_gradcam.executors.dask.plugin import Order
 from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
 from wsi_gradcam.executors.dask.running import Running
-from wsi_gradcam.run.jobs import slide_job
-from wsi_gradcam.run.stages import Task
+from wsi_gradcam.run.types import Task
+from wsi_gradcam.run.workload import EXPLAIN, STITCH, explain_job
 
 SECONDS = st.floats(0.0, 1e6)
 
@@ -51,18 +51,18 @@ def test_orders_become_small_and_then_few(left_s: float, seconds: float, orders:
 
 def planned(spans: int) -> Running:
     """A slide whose plan is made."""
-    running = Running(slide_job(entry(0), 0.01), 0)
+    running = Running(explain_job(entry(0), 0.01), 0)
     running.phases = deque(
         deque((0, Task(stage, entry(0), (i,))) for i in range(count))
-        for stage, count in [("explain", spans), ("stitch", 3)]
+        for stage, count in [(EXPLAIN, spans), (STITCH, 3)]
     )
     return running
 
 
 def test_what_is_left_is_what_is_known_and_slides_like_those_before() -> None:
     rates = Rates()
-    rates.learn("explain", 0.5)
-    rates.learn("stitch", 2.0)
+    rates.learn(EXPLAIN, 0.5)
+    rates.learn(STITCH, 2.0)
     outlook = Outlook(rates, range(10))
     assert outlook.left_s([]) == {True: math.inf, False: math.inf}
     first, second = planned(4), planned(8)
@@ -160,7 +160,7 @@ def test_gpus_are_given_alike_and_new_ones_soon_as_much() -> None:
     submit = client.submit
 
     def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
-        if order.tasks[0].stage != "explain":
+        if order.tasks[0].stage.name != "explain":
             assert options["workers"] is None
             return submit(_, order, **options)
         (worker,) = options["workers"]

@@ -23,12 +23,13 @@ from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.run import journal
 from wsi_gradcam.run.claims import CLAIM
+from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.failures import attempt_digest
-from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.run.plan import plan_run
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.stages import Performed, Task, examine_model
 from wsi_gradcam.run.status import REPORT, look, shown
+from wsi_gradcam.run.types import Performed, SlideRecord, Task
+from wsi_gradcam.run.workload import STITCH
 from wsi_gradcam.system.isolation import WATCH
 
 MODEL = toy_spec("pooled_linear")
@@ -225,8 +226,8 @@ def test_attempts_that_failed_are_told(tmp_path: Path) -> None:
             heard.append(performed.again)
 
     told = journal.Journal(RunFolder(storage_path(tmp_path)), Told())
-    task = Task("stitch", SlideEntry("a.svs", "/a.svs"), (3,))
-    told.attempted(task, Performed(1, 0.5, "w"))
+    task = Task(STITCH, SlideEntry("a.svs", "/a.svs"), (3,))
+    told.attempted(task, Performed(None, 0.5, "w"))
     told.attempted(task, Performed(None, worker="w", error="died", again=True))
     told.attempted(task, Performed(None, worker="w", error="died"))
     told.slide_done(SlideRecord(task.slide, SlideStatus.FAILED, "died", 0, 0, 1.0))
@@ -250,7 +251,7 @@ class Planned(Listener):
         self.remarks: list[str] = []
 
     def task_done(self, task: Task, performed: Performed) -> None:
-        self.slides += [task.slide.id] * (task.stage == "plan")
+        self.slides += [task.slide.id] * (task.stage.name == "plan")
 
     def task_failed(self, task: Task, performed: Performed) -> None:
         self.slides.append(task.slide.id)
@@ -331,7 +332,7 @@ def test_causes_that_pass_by_themselves_are_tried_again(
         raise SlideAccessError("the server does not answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsi_gradcam.run.retries.PAUSES_S", ())  # within a run it is tried again as well
+        patch.setattr("wsi_gradcam.run.failures.PAUSES_S", ())  # within a run it is tried again as well
         patch.setattr("wsi_gradcam.slides.patch_reader.open_slide", away)
         assert tried(made / "slides" / "b.tif", tmp_path) == (["b.tif"], ["b.tif"])
     assert tried(made / "slides" / "b.tif", tmp_path) == (["b.tif"], [])

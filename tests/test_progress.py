@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.manifest import SlideStatus
-from wsi_gradcam.run.jobs import SlideRecord
 from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
-from wsi_gradcam.run.stages import Explained, Pending, Performed, Task
+from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
+from wsi_gradcam.run.workload import EXPLAIN, PLAN, STITCH
 from wsi_gradcam.system.timer import duration
 
 
@@ -37,14 +37,14 @@ def record(
 
 
 def planned(progress: Progress, number: int, left: int, seconds: float = 0.0) -> None:
-    pending = Pending(left, left, [0], [[0]], None)
-    progress.task_done(Task("plan", entry(number)), Performed(pending, seconds, "host:1"))
+    pending = Planned(left, left, [0], [[0]], None)
+    progress.task_done(Task(PLAN, entry(number)), Performed(pending, seconds, "host:1"))
 
 
 def explained(progress: Progress, number: int, patches: int, worker: str = "host:1", **times: float) -> None:
     seconds = times.pop("seconds", 0.0)
-    task = Task("explain", entry(number), (0,))
-    progress.task_done(task, Performed(Explained(patches, **times), seconds, worker))
+    task = Task(EXPLAIN, entry(number), (0,))
+    progress.task_done(task, Performed(Processed(patches, 0, **times), seconds, worker))
 
 
 @given(
@@ -131,9 +131,9 @@ def test_shares_of_a_worker_count_from_its_first_task() -> None:
 def test_stages_sum_up_and_retries_count() -> None:
     progress = Progress(Clock())
     for _ in range(3):
-        progress.task_done(Task("stitch", entry(), (0,)), Performed(7, 2.0, "w"))
-    progress.task_done(Task("stitch", entry(), (1,)), Performed(None, error="died", again=True))
-    progress.task_done(Task("stitch", entry(), (1,)), Performed(None, error="died"))
+        progress.task_done(Task(STITCH, entry(), (0,)), Performed(None, 2.0, "w"))
+    progress.task_done(Task(STITCH, entry(), (1,)), Performed(None, error="died", again=True))
+    progress.task_done(Task(STITCH, entry(), (1,)), Performed(None, error="died"))
     told = progress.to_json()
     assert told["stages"] == {"stitch": {"tasks": 3, "seconds": 6.0}}
     assert told["retries"] == 1

@@ -27,20 +27,15 @@ from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.run_files import check_same_run, read_run
 from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.results.validation import validate
-from wsi_gradcam.run.jobs import SlideRecord
+from wsi_gradcam.run.context import Context, perform
+from wsi_gradcam.run.examining import examine_model
+from wsi_gradcam.run.explaining import explain_span
+from wsi_gradcam.run.finishing import finish_slide
 from wsi_gradcam.run.plan import RunPlan, plan_run
+from wsi_gradcam.run.planning import plan_slide
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.stages import (
-    Context,
-    Pending,
-    Performed,
-    Task,
-    examine_model,
-    explain_span,
-    finish,
-    perform,
-    plan_slide,
-)
+from wsi_gradcam.run.types import Performed, Planned, SlideRecord, Task
+from wsi_gradcam.run.workload import COARSEN, PLAN, STITCH, ExplainWorkload
 
 KILLED = -signal.SIGKILL
 
@@ -54,12 +49,12 @@ class Counter(Listener):
 
     def task_done(self, task: Task, performed: Performed) -> None:
         self.tasks.append(task)
-        if isinstance(performed.result, Pending):
+        if isinstance(performed.result, Planned):
             self.left.append(performed.result.left)
 
     def spans(self) -> set[tuple[str, int]]:
         """(slide, span) of what was explained."""
-        return {(task.slide.id, task.index[0]) for task in self.tasks if task.stage == "explain"}
+        return {(task.slide.id, task.index[0]) for task in self.tasks if task.stage.name == "explain"}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +170,7 @@ def test_a_kill_at_any_change_of_a_file_is_healed(
 def test_nothing_is_computed_twice(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     outcome = explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL, listener=(counter := Counter()))
-    assert [task.stage for task in counter.tasks] == ["plan", "plan"]
+    assert [task.stage for task in counter.tasks] == [PLAN, PLAN]
     assert counter.left == [0, 0]
     assert all(record.skipped for record in outcome.records)
     assert (tmp_path / "slides.csv").read_bytes() == (undisturbed / "slides.csv").read_bytes()  # with the seconds
@@ -272,7 +267,7 @@ def test_finishing_twice_keeps_the_record(slides: list[Path], alone: tuple[Path,
     spec, settings = toy_spec("slow_linear"), make_settings(**SMALL)
     run = plan_run(tmp_path, spec, examine_model(spec, settings, []).facts, settings)
     (entry,) = find_slides(slides[:1])
-    outcome = finish(Context(run), entry)
+    outcome = finish_slide(Context(ExplainWorkload(run)), entry)
     record = json.loads((tmp_path / "a.tif" / "manifest" / "done.json").read_bytes())
     assert asdict(outcome).items() <= record.items()
     assert (outcome.patches, len(record["spans"])) == (88, 8)
@@ -284,7 +279,7 @@ def test_a_span_that_is_finished_is_not_explained_again(slides: list[Path], tmp_
     spec, settings = toy_spec("slow_linear"), make_settings(**SMALL)
     run = plan_run(tmp_path, spec, examine_model(spec, settings, []).facts, settings)
     (entry,) = find_slides(slides[:1])
-    context = Context(run)
+    context = Context(ExplainWorkload(run))
     plan_slide(context, entry)
     assert explain_span(context, entry, 0).patches == SMALL["span_patches"]
     stored = tmp_path / "a.tif" / "cams.zarr" / "cam" / "c" / "0/0/0/0"
@@ -342,9 +337,12 @@ def test_no_run_yet_is_no_mismatch(tmp_path: Path) -> None:
 
 def test_work_of_another_run_never_enters_a_finished_slide(slides: list[Path], tmp_path: Path) -> None:
     """A process of an old run, still busy when --overwrite begins a new one, finishes a span of it."""
-    old, new = Context(run_of("slow_linear", tmp_path)), Context(run_of("other_linear", tmp_path), overwrite=True)
+    old, new = (
+        Context(ExplainWorkload(run_of("slow_linear", tmp_path))),
+        Context(ExplainWorkload(run_of("other_linear", tmp_path), overwrite=True)),
+    )
     (entry,) = find_slides(slides[:1])
-    perform(old, Task("plan", entry))
+    perform(old, Task(PLAN, entry))
     plan_slide(new, entry)
     with pytest.raises(ResumeError, match="another run has begun there"):
         explain_span(old, entry, 0)
@@ -358,12 +356,12 @@ def test_work_of_another_run_never_enters_a_finished_slide(slides: list[Path], t
         explain_span(new, entry, span)
     for level, shape in enumerate(new.plan(entry).level_shapes):
         assert len(new.plan(entry).blocks(level)) == 1, shape
-        perform(new, Task("coarsen", entry, (level, 0)) if level else Task("stitch", entry, (0,)))
+        perform(new, Task(COARSEN, entry, (level, 0)) if level else Task(STITCH, entry, (0,)))
     with pytest.raises(ResumeError, match="1 spans of the slide were written over by another process"):
-        finish(new, entry)
+        finish_slide(new, entry)
     outcome = explain(slides[:1], toy_spec("other_linear"), tmp_path / "clean", **SMALL)
     assert not outcome.failed
-    again = plan_slide(Context(new.run), entry)
+    again = plan_slide(Context(ExplainWorkload(new.run)), entry)
     assert again.spans == [0]
     assert sum(map(len, again.blocks)) == len(new.plan(entry).level_shapes)
 

@@ -21,8 +21,8 @@ from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run import claims
 from wsi_gradcam.run.claims import CLAIM, read_holder
-from wsi_gradcam.run.stages import Performed, Task
 from wsi_gradcam.run.status import FINISHED, KILLED, RUNNING, look, shown
+from wsi_gradcam.run.types import Performed, Task
 
 PATIENCE_S = 120
 
@@ -138,7 +138,7 @@ def test_a_run_that_loses_its_claim_stops(
         spans = 0
 
         def task_done(self, task: Task, performed: Performed) -> None:
-            if task.stage == "explain":
+            if task.stage.name == "explain":
                 self.spans += 1
                 holder = read_holder(out)
                 assert holder is not None

@@ -9,9 +9,11 @@ import pytest
 
 from tests.runs import SMALL, toy_spec
 from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.run.context import Context
+from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.plan import plan_run
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.stages import Context, examine_model
+from wsi_gradcam.run.workload import ExplainWorkload
 
 
 def entry(number: int) -> SlideEntry:
@@ -29,14 +31,14 @@ class FakeSlide:
 
 
 @pytest.fixture
-def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context[ExplainWorkload]:
     spec = toy_spec("poisoned")
     run = plan_run(tmp_path, spec, examine_model(spec, make_settings(**SMALL), []).facts, make_settings(**SMALL))
     monkeypatch.setattr("wsi_gradcam.run.context.open_entry", FakeSlide)
-    return Context(run)
+    return Context(ExplainWorkload(run))
 
 
-def test_a_slide_in_use_is_never_closed(context: Context) -> None:
+def test_a_slide_in_use_is_never_closed(context: Context[ExplainWorkload]) -> None:
     """Threads of a worker work on different slides."""
     with context.slide(entry(0)) as first, context.slide(entry(1)) as second:
         with context.slide(entry(0)) as again:
@@ -45,7 +47,7 @@ def test_a_slide_in_use_is_never_closed(context: Context) -> None:
         assert second.open  # type: ignore[attr-defined]
 
 
-def test_the_last_two_slides_stay_open_for_the_next_tasks(context: Context) -> None:
+def test_the_last_two_slides_stay_open_for_the_next_tasks(context: Context[ExplainWorkload]) -> None:
     """The one in work and the next: not the one that was opened first, but the one that was used first, is closed."""
     with context.slide(entry(0)) as first, context.slide(entry(1)) as second:
         pass
@@ -56,14 +58,14 @@ def test_the_last_two_slides_stay_open_for_the_next_tasks(context: Context) -> N
         assert not second.open  # type: ignore[attr-defined]
 
 
-def test_close_releases_the_slides(context: Context) -> None:
+def test_close_releases_the_slides(context: Context[ExplainWorkload]) -> None:
     with pytest.raises(KeyError), context.slide(entry(0)) as slide:
         raise KeyError
     context.close()
     assert not slide.open  # type: ignore[attr-defined]
 
 
-def test_a_worker_with_another_model_refuses(context: Context) -> None:
+def test_a_worker_with_another_model_refuses(context: Context[ExplainWorkload]) -> None:
     from wsi_gradcam.errors import ModelError
 
     object.__setattr__(context.run, "spec", toy_spec("other_linear"))

@@ -15,13 +15,14 @@ import pytest
 from tests.runs import ROOT
 from wsi_gradcam.errors import SlideAccessError, SlideNotFoundError, StoppedError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.run import retries
-from wsi_gradcam.run.retries import is_transient, retried
-from wsi_gradcam.run.stages import Task
+from wsi_gradcam.run import failures
+from wsi_gradcam.run.failures import is_transient, retried
+from wsi_gradcam.run.types import Task
+from wsi_gradcam.run.workload import EXPLAIN
 from wsi_gradcam.system import stopping
 from wsi_gradcam.system.stopping import Stopping
 
-TASK = Task("explain", SlideEntry("a.svs", "/a.svs"), (3,))
+TASK = Task(EXPLAIN, SlideEntry("a.svs", "/a.svs"), (3,))
 
 
 def interrupt_and_sleep() -> None:
@@ -99,7 +100,7 @@ def test_what_may_pass_is_known_by_its_cause(error: Exception, expected: bool) -
 
 
 def test_work_is_tried_again_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(retries, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(failures, "PAUSES_S", (0.0, 0.0))
     answers: list[Exception | int] = [ConnectionResetError("away"), TimeoutError("late"), 7]
 
     def work() -> int:
@@ -124,7 +125,7 @@ def test_work_is_tried_again_with_its_reason(monkeypatch: pytest.MonkeyPatch, ca
 def test_nothing_is_tried_again_once_told_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stop = Stopping()
     stop.signal = signal.SIGINT
-    monkeypatch.setattr(retries, "STOP", stop)
+    monkeypatch.setattr(failures, "STOP", stop)
 
     def work() -> None:
         raise ConnectionResetError

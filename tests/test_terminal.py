@@ -9,7 +9,8 @@ import pytest
 from tests.test_progress import Clock, entry, explained, planned, record
 from wsi_gradcam.cli.terminal import MAX_WORKERS_LISTED, Lines, pace
 from wsi_gradcam.run.progress import Progress
-from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.run.types import Performed, Task
+from wsi_gradcam.run.workload import EXPLAIN
 
 
 def at_work(workers: int) -> Progress:
@@ -48,7 +49,7 @@ def test_nothing_is_said_of_what_is_not_known() -> None:
 def test_what_is_tried_again_is_told_and_what_has_failed_before_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines()
     lines.progress.begin(2)
-    task = Task("explain", entry(7), (3,))
+    task = Task(EXPLAIN, entry(7), (3,))
     lines.task_failed(task, Performed(None, error="its worker died", again=True))
     lines.task_failed(task, Performed(None, error="its worker died"))
     lines.slide_done(record(7, "failed", "died"))

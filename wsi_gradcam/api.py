@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
+from wsi_gradcam.executors import open_executor
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, find_slides
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
@@ -20,19 +20,18 @@ from wsi_gradcam.results.slide_tables import SlideTable, keep_record, read_recor
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.events import Listener
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.run.jobs import FatalError, SlideRecord
 from wsi_gradcam.run.journal import Journal
 from wsi_gradcam.run.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.sampling import SLIDES_TRIED
 from wsi_gradcam.run.settings import Settings, make_settings
+from wsi_gradcam.run.types import Executor, FatalError, SlideRecord
+from wsi_gradcam.run.workload import ExplainWorkload
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.tissue.annotations import check_masks, regions_for
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice
-    from wsi_gradcam.executors.dask import DaskExecutor
-    from wsi_gradcam.executors.serial import SerialExecutor
     from wsi_gradcam.models.load import Model
 
 __all__ = ["Estimate", "Listener", "Outcome", "SlideRecord", "explain", "preview", "validate"]
@@ -105,7 +104,7 @@ def explain(
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
     journal = Journal(folder, listener or Listener(), log_tasks)
-    with journal, executor_of(workers, scheduler, settings, loaded, wait_for_workers) as executor:
+    with journal, open_executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.place, spec, settings, entries, choice)
         journal.claim()
@@ -115,7 +114,7 @@ def explain(
         folder.place.remove_partial_files(recursive=False)
         write_run(folder.run, run)
         entries = keep_record(folder.record, entries)
-        journal.begun(run, entries, getattr(executor, "dashboard", ""))
+        journal.begun(run, entries, executor.dashboard)
         wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
         if retry_failed:
             forget_unreadable(wanted, rows, folder)
@@ -126,7 +125,7 @@ def explain(
             journal.slide_done(record)
         table = SlideTable(folder.slides)
         try:
-            for record in executor.run(run, wanted, overwrite, journal.attempted):
+            for record in executor.run(ExplainWorkload(run, overwrite), wanted, journal.attempted):
                 table.add(_row(record, folder, run, rows.get(record.slide.id)))
                 records.append(record)
                 journal.slide_done(record)
@@ -215,7 +214,7 @@ def _shown(out: StoragePathLike) -> Path | S3Path:
 
 
 def _plan(
-    executor: SerialExecutor | DaskExecutor,
+    executor: Executor,
     out: StoragePath,
     spec: ModelSpec,
     settings: Settings,
@@ -238,53 +237,6 @@ def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
     if stored is None or any(stored.get("settings", {}).get(key) != now[key] for key in asked):
         return None
     return choice_from(stored)
-
-
-def check_where(workers: int | None, scheduler: str | None) -> None:
-    """Refuse what says nowhere to work, or in two places.
-
-    Raises:
-        ConfigError: fewer than one worker, or both are given.
-    """
-    if workers is not None and scheduler is not None:
-        raise ConfigError("workers and scheduler are both given; give one of them")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
-
-
-@contextmanager
-def executor_of(
-    workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None, wait_s: float | None
-) -> Iterator[SerialExecutor | DaskExecutor]:
-    """What runs tasks, as a context: this process, processes of this machine, or a cluster.
-
-    Raises:
-        ConfigError: two places are given, or a loaded model for another process.
-        WorkerError: no scheduler answers, or no worker comes.
-    """
-    executor: SerialExecutor | DaskExecutor
-    check_where(workers, scheduler)
-    if loaded is not None and (workers, scheduler) != (None, None):
-        raise ConfigError(
-            f"{loaded.name}: a loaded model works in this process only; for workers give what each can load itself, "
-            "such as a file that torch.export.save wrote, or module:function"
-        )
-    if workers is None and scheduler is None:
-        from wsi_gradcam.executors.serial import SerialExecutor
-
-        if settings.torch_threads:
-            import torch
-
-            torch.set_num_threads(settings.torch_threads)
-        executor = SerialExecutor(loaded)
-    else:
-        from wsi_gradcam.executors.dask import DaskExecutor
-
-        executor = DaskExecutor(workers, scheduler, settings.torch_threads, settings.device, wait_s)
-    try:
-        yield executor
-    finally:
-        executor.close()
 
 
 def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str, Any] | None) -> dict[str, Any]:

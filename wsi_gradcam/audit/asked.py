@@ -34,7 +34,7 @@ class Asked:
         deep: whether what is slow is measured too.
     """
 
-    run: AuditPlan
+    audit: AuditPlan
     subject: Subject
     data: PatchData
     images: Tensor
@@ -44,33 +44,33 @@ class Asked:
     deep: bool
 
     @classmethod
-    def of(cls, run: AuditPlan, subject: Subject, data: PatchData, deep: bool) -> Asked:
+    def of(cls, audit: AuditPlan, subject: Subject, data: PatchData, deep: bool) -> Asked:
         """All of a piece; runs the model and each method once."""
         images = subject.images(data.rgb)
-        aim = subject.aim(images, run.target)
-        grid = run.facts.cam_shape
-        maps = {name: on_grid(subject.maps(images, aim, name), name, grid) for name in run.settings.method}
+        aim = subject.aim(images, audit.target)
+        grid = audit.run.facts.cam_shape
+        maps = {name: on_grid(subject.maps(images, aim, name), name, grid) for name in audit.run.settings.method}
         controls = control_maps(images, grid, data.seeds)
         if data.probability is not None and (classes := explained_classes(aim)) is not None:
             rows = torch.arange(len(images))
             controls[PROBABILITY] = torch.from_numpy(data.probability)[rows, classes].to(images.device)
-        return cls(run, subject, data, images, aim, maps, controls, deep)
+        return cls(audit, subject, data, images, aim, maps, controls, deep)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the maps."""
-        return self.run.facts.cam_shape
+        return self.audit.run.facts.cam_shape
 
     @property
     def seed(self) -> int:
         """For what is the same for all patches."""
-        return self.run.audit.seed
+        return self.audit.settings.seed
 
     def input_masks(self, masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Masks [P, h, w] over patches as the network sees them, [P, H, W]: the nearest pixel of each."""
         height, width = self.images.shape[2:]
-        top, left, view_height, view_width = self.run.facts.view
-        patch = self.run.patch_px
+        top, left, view_height, view_width = self.audit.run.facts.view
+        patch = self.audit.run.patch_px
         scale = masks.shape[1] / patch[0], masks.shape[2] / patch[1]
         rows = ((top + (torch.arange(height) + 0.5) * view_height / height) * scale[0]).long().clamp(0)
         columns = ((left + (torch.arange(width) + 0.5) * view_width / width) * scale[1]).long().clamp(0)

@@ -94,14 +94,14 @@ def sanity(asked: Asked) -> Numbers:
         return {}
     others = random_answers(asked.subject, asked.images, seed=asked.seed)
     found: Numbers = {"sanity/answers": others.transpose(0, 1).float().cpu().numpy()}
-    for method in asked.run.settings.method:
+    for method in asked.audit.run.settings.method:
         dear = method in EXPENSIVE
         for order in () if dear else ORDERS:
             found |= _randomised(asked, method, order)  # type: ignore[arg-type]
         found |= _draws(asked, method, DRAWS // 2 if dear else DRAWS)
         if not dear:
             found |= _smooth(asked, method)
-    if GUIDED not in asked.run.settings.method:
+    if GUIDED not in asked.audit.run.settings.method:
         with suppress(ModelError):  # no ReLU, several layers: what could not be tested is told by its absence
             found |= _draws(asked, GUIDED, DRAWS // 2)
     return found
@@ -134,7 +134,7 @@ def _smooth(asked: Asked, method: str) -> Numbers:
 def stability(asked: Asked) -> Numbers:
     """How far answers and maps move with noise, stain, JPEG, and the grid of patches."""
     found: Numbers = {}
-    cheap = [method for method in asked.run.settings.method if method not in EXPENSIVE]
+    cheap = [method for method in asked.audit.run.settings.method if method not in EXPENSIVE]
     asking = cheap or ["gradcam"]  # answers move whatever the method
     moving = partial(moves, asked.subject, asked.data.rgb, asked.aim, repeats=REPEATS, seeds=asked.data.seeds)
     for name, change in CHANGES.items():
@@ -149,8 +149,8 @@ def stability(asked: Asked) -> Numbers:
             control = moving(as_strong_noise(change), asking[0])
             found[f"stability/{STRONG_NOISE} {name}/logit_change"] = control.logit_change
             found[f"stability/{STRONG_NOISE} {name}/flips"] = control.flips
-    offset = (asked.run.patch_px[0] // SHIFT, asked.run.patch_px[1] // SHIFT)
-    target_of = partial(asked.subject.aim, target=asked.run.target)
+    offset = (asked.audit.run.patch_px[0] // SHIFT, asked.audit.run.patch_px[1] // SHIFT)
+    target_of = partial(asked.subject.aim, target=asked.audit.target)
     if (wide := asked.data.wide) is None:
         return found
     for shown in cheap:

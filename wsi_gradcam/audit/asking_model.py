@@ -93,7 +93,7 @@ def shortcuts(asked: Asked) -> Numbers:
     found: Numbers = {}
     data = asked.data
     given = {f"{name.replace('/', '-')}{GIVEN}": masks for name, masks in data.regions.items()}
-    for suspect, masks in (suspects(data.raw, asked.run.mpp, data.background) | given).items():
+    for suspect, masks in (suspects(data.raw, asked.audit.run.mpp, data.background) | given).items():
         share = masks.mean(axis=(1, 2))
         found[f"shortcuts/{suspect}/share"] = share
         shown = asked.input_masks(masks)
@@ -112,7 +112,7 @@ def shortcuts(asked: Asked) -> Numbers:
 
 def glass(asked: Asked) -> Numbers:
     """What the model calls bare glass of the slide: the share of some patches of it by class, [1, K]."""
-    rgb = glass_patches(asked.data.background, asked.run.patch_px, len(asked.images), asked.seed)
+    rgb = glass_patches(asked.data.background, asked.audit.run.patch_px, len(asked.images), asked.seed)
     logits = asked.subject.answers(asked.subject.images(rgb)).float().cpu().numpy()
     if logits.shape[1] == 1:
         return {"slide/glass_called": (logits > 0).mean(axis=0, keepdims=True)}

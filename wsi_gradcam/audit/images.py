@@ -81,23 +81,23 @@ def audit_images(
     """
     loaded = model if isinstance(model, Model) else load_model(_named(model), device)
     _check(rgb, loaded, groups, annotated, regions or {}, target)
-    run = _planned(
+    audit = _planned(
         loaded, method, target, layer, mpp, AuditSettings(len(rgb), seed, _ordered(only)), _names(rgb, groups)
     )
-    subject = subject_of(run, loaded)
+    subject = subject_of(audit, loaded)
     pieces: list[tuple[str, Numbers]] = []
-    for name, sample in run.samples.items():
+    for name, sample in audit.samples.items():
         for number in range(sample.pieces):
             part = sample.piece(number)
             data = _data(
                 rgb, sample.patches[part], annotated, regions or {}, glass, patch_seeds(seed, "", sample.patches[part])
             )
-            pieces.append((name, measure(run, subject, data, name, number)))
+            pieces.append((name, measure(audit, subject, data, name, number)))
     shown = pieces[0][1]
     found = gathered_of(pieces, seed)
-    metrics = metrics_of(found, run, About(len(run.samples), len(rgb)))
+    metrics = metrics_of(found, audit, About(len(audit.samples), len(rgb)))
     if report is not None:
-        Path(report).write_bytes(_page(metrics, run, found, shown, pieces[0][0]))
+        Path(report).write_bytes(_page(metrics, audit, found, shown, pieces[0][0]))
     return metrics
 
 
@@ -166,13 +166,9 @@ def _planned(
             patches, ((0, 0),) * len(patches), (1.0,) * len(patches), ("given",) * len(patches), 0
         )
     return AuditPlan(
-        out=run.out,
-        spec=run.spec,
-        facts=facts,
-        settings=settings,
-        targets=run.targets,
+        run=run,
         run_digest="",
-        audit=asked,
+        settings=asked,
         target=run.targets[0],
         samples=deepened(samples, asked),
         annotation_digests={},
@@ -207,8 +203,8 @@ def _data(
     )
 
 
-def _page(metrics: Metrics, run: AuditPlan, found: Gathered, shown: Numbers, name: str) -> bytes:
-    method = run.settings.method[0]
-    factor = next(each.factor for each in run.maps if each.method == method)
-    examples = examples_of(shown, name, method, factor, run.facts.classes)
+def _page(metrics: Metrics, audit: AuditPlan, found: Gathered, shown: Numbers, name: str) -> bytes:
+    method = audit.run.settings.method[0]
+    factor = next(each.factor for each in audit.run.maps if each.method == method)
+    examples = examples_of(shown, name, method, factor, audit.run.facts.classes)
     return archive_page(metrics, [], examples, scale_of(found[f"map/{method}"]) * factor)

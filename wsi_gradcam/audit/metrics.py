@@ -59,20 +59,20 @@ class About:
 
 def metrics_of(gathered: Gathered, plan: AuditPlan, about: About, slide: str = "") -> Metrics:
     """The metrics of the archive, or of a `slide` whose patches alone are in `gathered`."""
-    methods = list(plan.settings.method)
+    methods = list(plan.run.settings.method)
     sections: list[tuple[Findings, list[Judged]]] = []
     untested: list[UntestedRow] = []
     readable = gathered.only(gathered["base/readable"] == 1)
     deep = readable.only(readable["base/deep"] == 1)
     positive = positive_class(plan)
-    for question in plan.audit.only:
+    for question in plan.settings.only:
         part = deep if question in ("sanity", "locality") else readable
         if not len(part.slides):
             why = "no patch was measured in depth" if len(readable.slides) else "no patch could be read"
             untested.append(UntestedRow(what=question, why=why))
             continue
         if question == "shortcuts":
-            section = of_model.shortcuts(part, methods, plan.facts.classes, positive)
+            section = of_model.shortcuts(part, methods, plan.run.facts.classes, positive)
         else:
             section = SECTIONS[question](part, methods)
         sections.append(section)
@@ -105,7 +105,7 @@ def positive_class(plan: AuditPlan) -> str:
         return ""
     if plan.target.index is not None:
         return plan.target.label
-    classes = plan.facts.classes
+    classes = plan.run.facts.classes
     return classes[-1] if len(classes) <= 2 else ""
 
 
@@ -127,9 +127,9 @@ def to_bytes(metrics: Metrics) -> bytes:
 
 def run_facts(plan: AuditPlan) -> RunFacts:
     """What is audited."""
-    facts = plan.facts
+    facts = plan.run.facts
     return RunFacts(
-        out=str(plan.out),
+        out=str(plan.run.out),
         run_digest=plan.run_digest,
         audit_digest=plan.audit_digest(),
         model=facts.name,
@@ -137,10 +137,10 @@ def run_facts(plan: AuditPlan) -> RunFacts:
         layer=facts.layer,
         classes=list(facts.classes),
         target=plan.target.label,
-        methods=list(plan.settings.method),
-        questions=list(plan.audit.only),
-        annotations=str(plan.audit.annotations or ""),
-        regions=str(plan.audit.regions or ""),
+        methods=list(plan.run.settings.method),
+        questions=list(plan.settings.only),
+        annotations=str(plan.settings.annotations or ""),
+        regions=str(plan.settings.regions or ""),
         versions=versions(),
     )
 
@@ -165,14 +165,14 @@ def _sample(gathered: Gathered, plan: AuditPlan, about: About, slide: str) -> Sa
     for name in {*gathered.slides.tolist()}:
         strata.update(plan.samples[name].strata)
     return SampleFacts(
-        asked=plan.audit.patches,
+        asked=plan.settings.patches,
         patches=len(gathered.slides),
         deep=int((gathered["base/deep"] == 1).sum()),
         unreadable=int((gathered["base/readable"] == 0).sum()),
         slides=len(set(gathered.slides.tolist())),
         slides_of_run=1 if slide else about.slides_of_run,
         patches_of_run=round(float(gathered.weights.sum())) if slide else about.patches_of_run,
-        seed=plan.audit.seed,
+        seed=plan.settings.seed,
         strata=dict(sorted(strata.items())),
     )
 
@@ -196,8 +196,8 @@ def _quadrants(gathered: Gathered, verdicts: Sequence[VerdictRow], methods: Sequ
 def _numbers_by_method(gathered: Gathered, plan: AuditPlan) -> list[tuple[str, Measure, Keys, NDArray[np.float64]]]:
     """What is compared between sites and scanners."""
     found: list[tuple[str, Measure, Keys, NDArray[np.float64]]] = []
-    for method in plan.settings.method:
-        if plan.audit.asks("faithfulness"):
+    for method in plan.run.settings.method:
+        if plan.settings.asks("faithfulness"):
             score = of_faith.score_of(gathered, MAIN, method)
             found.append(("faithfulness", of_faith.SCORE, Keys(method=method, baseline=MAIN), score))
         if f"plausibility/{method}/auroc" in gathered:
@@ -210,28 +210,30 @@ def _numbers_by_method(gathered: Gathered, plan: AuditPlan) -> list[tuple[str, M
 
 def _untested(plan: AuditPlan, gathered: Gathered) -> list[UntestedRow]:
     """What was left out, besides questions that were not asked."""
-    found = [UntestedRow(what=name, why="not asked: see --only") for name in QUESTIONS if name not in plan.audit.only]
+    found = [
+        UntestedRow(what=name, why="not asked: see --only") for name in QUESTIONS if name not in plan.settings.only
+    ]
     dear = "it runs the model dozens of times for a map; only all weights together were made random"
     found += [
         UntestedRow(what=f"stability of {method}, and its randomisation layer by layer", why=dear)
-        for method in plan.settings.method
+        for method in plan.run.settings.method
         if method in EXPENSIVE
     ]
-    if plan.audit.asks("sanity") and f"sanity/{GUIDED}/draws" not in gathered:
+    if plan.settings.asks("sanity") and f"sanity/{GUIDED}/draws" not in gathered:
         found.append(
             UntestedRow(
                 what="guided backpropagation as the control that must fail",
                 why="the model has no ReLU, or several layers are explained",
             )
         )
-    if plan.audit.asks("stability") and plan.run_digest and not has_overlap(plan):
+    if plan.settings.asks("stability") and plan.run_digest and not has_overlap(plan):
         why = "the run's patches do not overlap; explain with --overlap 0.5"
         found.append(UntestedRow(what="where overlapping patches disagree", why=why))
-    if plan.audit.asks("shortcuts") and not positive_class(plan):
+    if plan.settings.asks("shortcuts") and not positive_class(plan):
         why = "no class is known to be the positive one; say which with --target"
         found.append(UntestedRow(what="whether bare glass is called a class of tissue", why=why))
     if not plan.target.is_class:
         found.append(UntestedRow(what="curves of probabilities", why="the target is no class"))
-    elif plan.audit.asks("saturation") and not gathered.names("saturation/", "/like_leaky"):
+    elif plan.settings.asks("saturation") and not gathered.names("saturation/", "/like_leaky"):
         found.append(UntestedRow(what="maps with a leaky backward", why="the network cannot be cut at one layer"))
     return found

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.results.patch_store import PatchStore
     from wsi_gradcam.run.context import Context
+    from wsi_gradcam.run.types import Workload
     from wsi_gradcam.slides import Slide
 
 SHIFT = 4  # of a patch's side: how far the grid is moved
@@ -69,7 +70,7 @@ class PatchData:
     slide_relevance: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
-def read_piece(context: Context, run: AuditPlan, entry: SlideEntry, number: int) -> PatchData:
+def read_piece(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, number: int) -> PatchData:
     """The piece of a slide's sample.
 
     Raises:
@@ -77,8 +78,8 @@ def read_piece(context: Context, run: AuditPlan, entry: SlideEntry, number: int)
         SlideFormatError: the slide is another file than was explained.
         AnnotationError: the slide's annotations cannot be understood.
     """
-    plan = _plan_of(context, run, entry)
-    sample = run.samples[entry.id]
+    plan = _plan_of(context, audit, entry)
+    sample = audit.samples[entry.id]
     part = sample.piece(number)
     missing = PIECE - (part.stop - part.start)
     patches = [*sample.patches[part], *sample.patches[part.stop - 1 : part.stop] * missing]
@@ -86,76 +87,78 @@ def read_piece(context: Context, run: AuditPlan, entry: SlideEntry, number: int)
     with context.slide(entry) as slide:
         if slide.info.digest != plan.slide_digest:
             raise SlideFormatError(f"{entry.path}: another file than was explained; put the right one there")
-        raw, wide, readable = _pixels(slide, run, yx)
+        raw, wide, readable = _pixels(slide, audit, yx)
     rgb = raw
     if plan.stain is not None:
         rgb, wide = apply(plan.stain, raw), apply(plan.stain, wide)
     store = context.patch_store(entry)
     whole = (0.0, 0.0, *plan.footprint)
-    found = annotated_slide(run.audit.annotations, entry.id, run.audit.include, plan.slide_px)
-    given = annotated_slide(run.audit.regions, entry.id, (), plan.slide_px)
+    found = annotated_slide(audit.settings.annotations, entry.id, audit.settings.include, plan.slide_px)
+    given = annotated_slide(audit.settings.regions, entry.id, (), plan.slide_px)
     return PatchData(
         PIECE - missing,
         np.array(patches, np.int64),
-        tuple(patch_seeds(run.audit.seed, entry.id, patches)),
+        tuple(patch_seeds(audit.settings.seed, entry.id, patches)),
         readable,
         raw,
         rgb,
         wide,
         np.concatenate([store.read_span(i, i + 1).cams for i in patches]),
-        _probability_maps(store, run, plan, np.array(yx)),
+        _probability_maps(store, audit, plan, np.array(yx)),
         None if found is None else found.masks(yx, whole),
         {} if given is None else given.masks_by_class(yx, whole),
         context.glass(entry),
-        {} if number else _slide_relevance(store, run, plan),
+        {} if number else _slide_relevance(store, audit, plan),
     )
 
 
-def _plan_of(context: Context, run: AuditPlan, entry: SlideEntry) -> SlidePlan:
+def _plan_of(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) -> SlidePlan:
     folder = context.folder(entry)
     plan = Manifest(folder.manifest).plan()
-    if plan is None or plan.run_digest != run.run_digest:
+    if plan is None or plan.run_digest != audit.run_digest:
         raise ResumeError(f"{folder.place}: another run has begun there meanwhile; audit again when it is finished")
     return plan
 
 
 def _pixels(
-    slide: Slide, run: AuditPlan, yx: Sequence[tuple[int, int]]
+    slide: Slide, audit: AuditPlan, yx: Sequence[tuple[int, int]]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
     """The patches, the same with a margin, and which could be read."""
-    height, width = run.patch_px
+    height, width = audit.run.patch_px
     rgb = np.zeros((len(yx), height, width, 3), np.uint8)
     wide = np.zeros((len(yx), height + height // SHIFT, width + width // SHIFT, 3), np.uint8)
     readable = np.ones(len(yx), np.bool_)
     for i, (y, x) in enumerate(yx):
         try:
-            rgb[i] = read_region(slide, y, x, height, width, run.mpp)
-            wide[i] = read_region(slide, y, x, *wide.shape[1:3], run.mpp)
+            rgb[i] = read_region(slide, y, x, height, width, audit.run.mpp)
+            wide[i] = read_region(slide, y, x, *wide.shape[1:3], audit.run.mpp)
         except SlideReadError:
             rgb[i], wide[i], readable[i] = 0, 0, False
     return rgb, wide, readable
 
 
 def _slide_relevance(
-    store: PatchStore, run: AuditPlan, plan: SlidePlan
+    store: PatchStore, audit: AuditPlan, plan: SlidePlan
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """As `PatchData.slide_relevance`; maps are read a span at a time."""
     readable = store.status() == OK
-    shares = probabilities(store.logits(0, plan.patches), run.facts.activation)
+    shares = probabilities(store.logits(0, plan.patches), audit.run.facts.activation)
     found = {}
-    for number, shown in enumerate(run.maps):
+    for number, shown in enumerate(audit.run.maps):
         target = shown.target
-        wanted = run.target.index in (None, target.index) and target.is_class and run.target.is_class
-        if shown.method == run.settings.method[0] and target.index is not None and wanted:
+        wanted = audit.target.index in (None, target.index) and target.is_class and audit.target.is_class
+        if shown.method == audit.run.settings.method[0] and target.index is not None and wanted:
             means = [store.cams(*span, number).mean(axis=(1, 2)) for span in plan.spans]
             found[target.label] = np.concatenate(means)[readable], shares[readable, target.index]
     return found
 
 
-def _probability_maps(store: PatchStore, run: AuditPlan, plan: SlidePlan, yx: NDArray[np.int64]) -> NDArray[np.float32]:
+def _probability_maps(
+    store: PatchStore, audit: AuditPlan, plan: SlidePlan, yx: NDArray[np.int64]
+) -> NDArray[np.float32]:
     readable = store.status() == OK
-    shares = probabilities(store.logits(0, plan.patches)[readable], run.facts.activation)
-    return probability_maps(yx, store.yx()[readable], shares, plan.footprint, run.facts.cam_shape)
+    shares = probabilities(store.logits(0, plan.patches)[readable], audit.run.facts.activation)
+    return probability_maps(yx, store.yx()[readable], shares, plan.footprint, audit.run.facts.cam_shape)
 
 
 def probability_maps(

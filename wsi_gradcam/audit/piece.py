@@ -36,31 +36,31 @@ QUESTIONS: dict[str, Callable[[Asked], Numbers]] = {
 SHOWN_PX = 160  # of the longer side of an example
 
 
-def subject_of(run: AuditPlan, model: Model) -> Subject:
+def subject_of(audit: AuditPlan, model: Model) -> Subject:
     """The run's model under audit."""
-    return Subject.of(model, run.settings.method, run.facts.layer, PIECE)
+    return Subject.of(model, audit.run.settings.method, audit.run.facts.layer, PIECE)
 
 
-def measure(run: AuditPlan, subject: Subject, data: PatchData, slide_id: str, number: int) -> Numbers:
+def measure(audit: AuditPlan, subject: Subject, data: PatchData, slide_id: str, number: int) -> Numbers:
     """The numbers of a piece by name; of a patch that cannot be read any more, NaN."""
-    asked = Asked.of(run, subject, data, number < run.samples[slide_id].deep)
+    asked = Asked.of(audit, subject, data, number < audit.samples[slide_id].deep)
     found = _base(asked, slide_id, number)
     for name, ask in QUESTIONS.items():
-        if run.audit.asks(name):
+        if audit.settings.asks(name):
             found |= {key: np.asarray(values, np.float32) for key, values in ask(asked).items()}
     if number == 0:
         found["shown/rgb"] = np.stack([_small(rgb) for rgb in data.rgb])
-        if run.audit.asks("shortcuts"):
+        if audit.settings.asks("shortcuts"):
             found |= glass(asked)
-        if run.audit.asks("faithfulness"):
+        if audit.settings.asks("faithfulness"):
             found |= _removed(asked)
     return {key: _counted(key, values, data.count, data.readable) for key, values in found.items()}
 
 
 def _base(asked: Asked, slide_id: str, number: int) -> Numbers:
     """What is known of every patch: what was explained of it, its maps, and whether they are those of the run."""
-    data, aim, run = asked.data, asked.aim, asked.run
-    sample = run.samples[slide_id]
+    data, aim, audit = asked.data, asked.aim, asked.audit
+    sample = audit.samples[slide_id]
     part = sample.piece(number)
     weights = np.zeros(PIECE)
     weights[: data.count] = sample.weights[part]
@@ -86,17 +86,17 @@ def _differs(
     asked: Asked, values: NDArray[np.float32], method: str, classes: NDArray[np.int64] | None
 ) -> NDArray[np.float64]:
     """How far the maps are from those that the run stored, relative to these; NaN where none was stored."""
-    run, stored = asked.run, asked.data.stored
+    audit, stored = asked.audit, asked.data.stored
     if stored is None:
         return np.full(len(values), np.nan)
     rows = {
         shown.target.index if shown.target.is_class else shown.target: number
-        for number, shown in enumerate(run.maps)
+        for number, shown in enumerate(audit.run.maps)
         if shown.method == method
     }
     found = np.full(len(values), np.nan)
     for i, map_ in enumerate(values):
-        keys = [run.target] if classes is None else [int(classes[i]), None]
+        keys = [audit.target] if classes is None else [int(classes[i]), None]
         row = next((rows[key] for key in keys if key in rows), None)
         if row is not None and (size := np.linalg.norm(stored[i, row])) > 0:
             found[i] = np.linalg.norm(map_ - stored[i, row]) / size

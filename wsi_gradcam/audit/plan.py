@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.run.plan import RunPlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from wsi_gradcam.cam.targets import Target
+    from wsi_gradcam.run.plan import RunPlan
 
 FORMAT = 1  # of the numbers; raised when old ones must not be continued
 # All pieces are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
@@ -124,19 +124,21 @@ class SlideSample:
 
 
 @dataclass(frozen=True)
-class AuditPlan(RunPlan):
-    """A run that is audited: what workers get once. Its model runs eagerly in float32, whatever the run chose.
+class AuditPlan:
+    """The plan of an audit; workers get it once.
 
     Attributes:
+        run: the run that is audited. Its model runs eagerly in float32, whatever the run chose.
         run_digest: of the run whose results these are.
-        audit: what is asked.
+        settings: what is asked.
         target: what is audited, one of the run's targets or each patch's predicted class.
         samples: by slide id.
         annotation_digests, region_digests: sha256 of the slides' files of annotations and regions, by slide id.
     """
 
+    run: RunPlan
     run_digest: str
-    audit: AuditSettings
+    settings: AuditSettings
     target: Target
     samples: Mapping[str, SlideSample]
     annotation_digests: Mapping[str, str]
@@ -144,7 +146,7 @@ class AuditPlan(RunPlan):
 
     def audit_identity(self) -> dict[str, Any]:
         """All that the numbers depend on; where annotations and regions lie does not count, their content does."""
-        asked = self.audit.to_json()
+        asked = self.settings.to_json()
         del asked["annotations"], asked["regions"]
         sample = json.dumps({name: one.to_json() for name, one in sorted(self.samples.items())}, sort_keys=True)
         return {

@@ -9,7 +9,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.api import executor_of
 from wsi_gradcam.audit.annotated import annotated_slide
 from wsi_gradcam.audit.comparing import Other, compared, open_audit, shared_sample
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
@@ -20,16 +19,16 @@ from wsi_gradcam.audit.reopening import Reopened, audited_target, reopen
 from wsi_gradcam.audit.report.writing import write_reports
 from wsi_gradcam.audit.sample import draw
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
-from wsi_gradcam.audit.spreading import has_overlap
+from wsi_gradcam.audit.stages import AuditWorkload
 from wsi_gradcam.errors import ResultError, ResumeError, StoreError
+from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.run.claims import Claim, new_run_id
 from wsi_gradcam.run.events import Listener
-from wsi_gradcam.run.jobs import FatalError, SlideRecord, audit_job
-from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.run.types import FatalError, Performed, SlideRecord, Task
 from wsi_gradcam.system.isolation import WATCH
 
 if TYPE_CHECKING:
@@ -117,28 +116,21 @@ def audit_run(
     run = reopen(result, None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()}))
     folder = AuditFolder(result.folder.place / AUDIT)
     other = None if against is None else open_audit(against)
-    with executor_of(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
+    with open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
         facts = executor.examine(run.spec, run.asked, [], None)
         plan = _planned(run, run.plan(facts), asked, other)
         with Claim(folder.place, new_run_id(), listener.remarked) as claim:
             _settle(folder, plan, overwrite)
             records = []
             chosen = [run.entries[name] for name in plan.samples]
-            listener.begun(plan, chosen, getattr(executor, "dashboard", ""))
+            listener.begun(plan.run, chosen, executor.dashboard)
 
             def attempted(task: Task, performed: Performed) -> None:
                 claim.check()
                 (listener.task_failed if performed.error else listener.task_done)(task, performed)
 
-            overlap = plan.audit.asks("stability") and has_overlap(plan)
             try:
-                for record in executor.run(
-                    plan,
-                    chosen,
-                    overwrite=False,
-                    observe=attempted,
-                    job=lambda slide: audit_job(slide, plan.samples[slide.id].pieces, spread=overlap),
-                ):
+                for record in executor.run(AuditWorkload(plan), chosen, attempted):
                     records.append(record)
                     listener.slide_done(record)
             except FatalError as error:
@@ -158,13 +150,9 @@ def _planned(run: Reopened, eager: RunPlan, asked: AuditSettings, other: Other |
     if not samples:
         raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
     return AuditPlan(
-        out=eager.out,
-        spec=eager.spec,
-        facts=eager.facts,
-        settings=eager.settings,
-        targets=eager.targets,
+        run=eager,
         run_digest=run.result.run["run_digest"],
-        audit=asked,
+        settings=asked,
         target=target,
         samples=samples,
         annotation_digests=_digests(run, asked.annotations, asked.include, samples),
@@ -243,10 +231,10 @@ def _finish(
         groups=run.groups,
         spreads={name: found["maps"] for name in slides if (found := folder.read_spread(name)) is not None},
     )
-    gathered = gather(folder, plan.audit_digest(), plan.samples, plan.audit.seed, slides)
+    gathered = gather(folder, plan.audit_digest(), plan.samples, plan.settings.seed, slides)
     metrics = metrics_of(gathered, plan, about)
     if other is not None:
-        against = compared(gathered, plan.samples, plan.settings.method, other)
+        against = compared(gathered, plan.samples, plan.run.settings.method, other)
         metrics = metrics.model_copy(update={"against": against})
     write_reports(folder, plan, gathered, metrics, about)
     folder.metrics.write(to_bytes(metrics))  # the last: where it is, all is

@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 DRAWN_PX = 1 << 20  # of the level whose values the display window is taken from
 
 
-def has_overlap(run: AuditPlan) -> bool:
+def has_overlap(audit: AuditPlan) -> bool:
     """Whether patches of the run overlap: only then can they disagree."""
-    stride = run.settings.stride(run.patch_px)
-    return stride[0] < run.patch_px[0] or stride[1] < run.patch_px[1]
+    stride = audit.run.settings.stride(audit.run.patch_px)
+    return stride[0] < audit.run.patch_px[0] or stride[1] < audit.run.patch_px[1]
 
 
-def write_spread(folder: AuditFolder, run: AuditPlan, slide_id: str, plan: SlidePlan, store: PatchStore) -> None:
+def write_spread(folder: AuditFolder, audit: AuditPlan, slide_id: str, plan: SlidePlan, store: PatchStore) -> None:
     """Write the spread of the first method's maps, a channel a target, block by block; and its means.
 
     A pixel that one patch alone sees is 0 and not marked as explained: nothing is known of it.
     """
-    maps = [(number, shown) for number, shown in enumerate(run.maps) if shown.method == run.settings.method[0]]
+    maps = [
+        (number, shown) for number, shown in enumerate(audit.run.maps) if shown.method == audit.run.settings.method[0]
+    ]
     image = HeatmapStore.create(
         folder.spread(slide_id),
         slide_id,
@@ -45,15 +47,15 @@ def write_spread(folder: AuditFolder, run: AuditPlan, slide_id: str, plan: Slide
         (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
         [Channel(f"spread: {shown.target.label}", active=i == 0) for i, (_, shown) in enumerate(maps)],
         attributes={
-            "audit": run.audit_digest(),
-            "method": run.settings.method[0],
+            "audit": audit.audit_digest(),
+            "method": audit.run.settings.method[0],
             "run": plan.run_digest,
             "slide": plan.slide_digest,
         },
     )
     sums = np.zeros((len(maps), 3))
     for block in plan.blocks(0):
-        sums += _write_block(image, run, plan, store, maps, block)
+        sums += _write_block(image, audit, plan, store, maps, block)
     for level in range(1, len(plan.level_shapes)):
         for block in plan.blocks(level):
             _coarsen_block(image, level, block, len(maps))
@@ -62,17 +64,22 @@ def write_spread(folder: AuditFolder, run: AuditPlan, slide_id: str, plan: Slide
         shown.target.label: {"spread": _mean(total, count), "size": _mean(size, count)}
         for (_, shown), (total, size, count) in zip(maps, sums.tolist(), strict=True)
     }
-    folder.spread_means(slide_id).write(json.dumps({"audit": run.audit_digest(), "maps": found}, indent=1).encode())
+    folder.spread_means(slide_id).write(json.dumps({"audit": audit.audit_digest(), "maps": found}, indent=1).encode())
 
 
 def _write_block(
-    image: HeatmapStore, run: AuditPlan, plan: SlidePlan, store: PatchStore, maps: list[tuple[int, Map]], block: Region
+    image: HeatmapStore,
+    audit: AuditPlan,
+    plan: SlidePlan,
+    store: PatchStore,
+    maps: list[tuple[int, Map]],
+    block: Region,
 ) -> NDArray[np.float64]:
     """Write a block; returns by map the sums of the spread, of the mean's size, and the number of pixels."""
     seen = store.yx() + np.array(plan.view[:2])
     inside = touching(seen, plan.view[2:], plan.stride, block)
     inside = inside[store.status()[inside] == OK]
-    enlarger = Enlarger(plan.view[2:], run.facts.cam_shape, plan.stride, run.settings.window)
+    enlarger = Enlarger(plan.view[2:], audit.run.facts.cam_shape, plan.stride, audit.run.settings.window)
     sums, several = np.zeros((len(maps), 3)), np.zeros((block.height, block.width), np.bool_)
     for channel, (number, shown) in enumerate(maps):
         cams = _cams(store, inside, number) * np.float32(shown.factor)

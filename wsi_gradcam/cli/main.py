@@ -81,8 +81,9 @@ class BrokenOffError(WsiGradcamError):
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.api import check_where, explain, preview
+    from wsi_gradcam.api import explain, preview
     from wsi_gradcam.cli.output import print_outcome, print_preview
+    from wsi_gradcam.executors import check_workers
     from wsi_gradcam.run.settings import make_settings
 
     values = flags.merge_config(arguments)
@@ -91,7 +92,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         if not run[key]:
             raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
     settings = make_settings(**values)
-    check_where(run["workers"], run["scheduler"])
+    check_workers(run["workers"], run["scheduler"])
     slides, model, out = run.pop("slide"), run.pop("model"), run.pop("out")
     chosen: dict[str, Any] = {key: run.pop(key) or () for key in ("only", "skip")}
     if arguments.dry_run:

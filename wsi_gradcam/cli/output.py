@@ -18,9 +18,9 @@ from wsi_gradcam.audit.plan import QUESTIONS, check_questions
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import is_url, name_of
 from wsi_gradcam.models.spec import read_spec
+from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.progress import cause_of
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.stages import examine_model
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.tissue.annotations import check_mask, regions_of

@@ -14,14 +14,14 @@ from rich.progress import Progress as RichProgress
 
 from wsi_gradcam.api import Listener
 from wsi_gradcam.run.progress import Progress
-from wsi_gradcam.run.stages import RUN_MODEL, Pending, Performed, Task
+from wsi_gradcam.run.types import Performed, Planned, Task
 from wsi_gradcam.system.timer import duration
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.run.jobs import SlideRecord
     from wsi_gradcam.run.plan import RunPlan
+    from wsi_gradcam.run.types import SlideRecord
 
 LINE_EVERY_S = 30.0
 MAX_WORKERS_LISTED = 8
@@ -57,17 +57,16 @@ class Lines(Quiet):
     def task_done(self, task: Task, performed: Performed) -> None:
         """Count patches, and print the pace now and then."""
         self.progress.task_done(task, performed)
-        if isinstance(performed.result, Pending):
+        if isinstance(performed.result, Planned):
             self.print_line(f"{task.slide.id}: {performed.result.patches} patches, {performed.result.left} to do")
-        elif task.stage in RUN_MODEL and time.monotonic() - self.last_line > LINE_EVERY_S:
+        elif task.stage.needs_model and time.monotonic() - self.last_line > LINE_EVERY_S:
             self.print_line(pace(self.progress, whole=True))
 
     def task_failed(self, task: Task, performed: Performed) -> None:
         """Print what is tried again; other failures end their slide, and are printed then."""
         self.progress.task_done(task, performed)
         if performed.again:
-            where = " ".join([task.stage, *map(str, task.index)])
-            self.print_line(f"{task.slide.id}: {where} is tried again: {performed.error}")
+            self.print_line(f"{task.slide.id}: {task} is tried again: {performed.error}")
 
     def slide_done(self, record: SlideRecord) -> None:
         """Print how the slide ended."""

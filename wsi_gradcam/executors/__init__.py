@@ -1,1 +1,70 @@
-"""Executors run the jobs of `workflow`: `serial` defines what is right, `dask` does the same on many processes."""
+"""Executors run the workloads of a run: `serial` defines what is right, `dask` does the same on many processes.
+
+They know the room `run` and what is below it; `audit` and `api` give them workloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wsi_gradcam.models.load import Model
+    from wsi_gradcam.run.settings import Settings
+    from wsi_gradcam.run.types import Executor
+
+
+def check_workers(workers: int | None, scheduler: str | None) -> None:
+    """Refuse workers that are fewer than one, or at two places.
+
+    Raises:
+        ConfigError: fewer than one worker, or both are given.
+    """
+    if workers is not None and scheduler is not None:
+        raise ConfigError("workers and scheduler are both given; give one of them")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
+
+
+@contextmanager
+def open_executor(
+    workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None, wait_s: float | None
+) -> Iterator[Executor]:
+    """Open an executor, as a context: this process, worker processes of this machine, or a cluster.
+
+    Args:
+        workers: how many processes to start on this machine; None: none.
+        scheduler: address of a Dask scheduler; None: none.
+        settings: the run's, which say where the model runs, with how many threads.
+        loaded: a model that is loaded in this process.
+        wait_s: how long to wait for workers that are missing.
+
+    Raises:
+        ConfigError: two places are given, or a loaded model for another process.
+        WorkerError: no scheduler answers, or no worker comes.
+    """
+    check_workers(workers, scheduler)
+    if loaded is not None and (workers, scheduler) != (None, None):
+        raise ConfigError(
+            f"{loaded.name}: a loaded model works in this process only; for workers give what each can load itself, "
+            "such as a file that torch.export.save wrote, or module:function"
+        )
+    if workers is None and scheduler is None:
+        from wsi_gradcam.executors.serial import SerialExecutor
+
+        if settings.torch_threads:
+            import torch
+
+            torch.set_num_threads(settings.torch_threads)
+        yield SerialExecutor(loaded)
+    else:
+        from wsi_gradcam.executors.dask import DaskExecutor
+
+        executor = DaskExecutor(workers, scheduler, settings.torch_threads, settings.device, wait_s)
+        try:
+            yield executor
+        finally:
+            executor.close()

@@ -2,66 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import one_line
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.run.jobs import Job, Observer, SlideRecord, drive, slide_job
-from wsi_gradcam.run.retries import retried
-from wsi_gradcam.run.stages import Context, Performed, Task, examine_model, perform, read_ahead
+from wsi_gradcam.run.context import Context, perform
+from wsi_gradcam.run.examining import examine_model
+from wsi_gradcam.run.explaining import read_ahead
+from wsi_gradcam.run.failures import retried
+from wsi_gradcam.run.types import Observer, Performed, Planned, SlideRecord, Task, TaskResult, Workload
+from wsi_gradcam.run.workload import EXPLAIN, PLAN, perform_job
 from wsi_gradcam.system.isolation import WATCH
 from wsi_gradcam.system.stopping import STOP
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer
-    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.cam.facts import Choice, ModelFacts
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
-    from wsi_gradcam.run.plan import RunPlan
+    from wsi_gradcam.run.settings import Settings
 
 
 class SerialExecutor:
     """Runs everything in this process; while the model works, the next slide is planned in a thread."""
 
+    dashboard = ""
+
     def __init__(self, model: Model | None = None) -> None:
         self._model = model
         self._explainer: Explainer | None = None
 
-    def examine(self, spec: ModelSpec, *request: Any) -> ModelFacts:
-        """`stages.examine_model`, here; the model stays loaded for the run."""
-        self._explainer = examine_model(self._model or spec, *request)
+    def examine(
+        self, spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
+    ) -> ModelFacts:
+        """Return what `examine_model` learns of the model, which stays loaded for the run."""
+        self._explainer = examine_model(self._model or spec, settings, slides, choice)
         return self._explainer.facts
 
-    def run(
-        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer, job: Job | None = None
-    ) -> Iterator[SlideRecord]:
-        """The record of each slide as it is finished; a `job` other than explaining may be given.
+    def run(self, workload: Workload, slides: Iterable[SlideEntry], observe: Observer) -> Iterator[SlideRecord]:
+        """Yield the record of each slide as it is finished.
 
         Raises:
             FatalError: the run cannot go on.
         """
-        job = job or partial(slide_job, max_unreadable=run.settings.max_unreadable)
-        context = Context(run, overwrite, self._explainer)
-        ahead = _Ahead(context, slides)
+        context = Context(workload, self._explainer)
+        ahead = _LookAhead(context, slides)
 
-        def perform_and_tell(task: Task, then: Task | None) -> Any:
+        def perform_observed(task: Task, upcoming: Task | None) -> TaskResult:
             STOP.check()
-            if task.stage == "explain":
+            if task.stage == EXPLAIN:
                 ahead.plan_next()
-            planning = task.stage == "plan"
 
-            def tell_of(error: Exception, again: bool) -> None:
+            def attempt() -> Performed:
+                return ahead.planned(task) if task.stage == PLAN else perform(context, task, upcoming)
+
+            def failed(error: Exception, again: bool) -> None:
                 observe(task, Performed(None, worker=context.worker, error=one_line(error), again=again))
 
             try:
-                performed = retried(
-                    lambda: ahead.planned(task) if planning else perform(context, task, then), task, tell_of
-                )
+                performed = retried(attempt, task, failed)
             except Exception as error:
-                tell_of(error, again=False)
+                failed(error, again=False)
                 raise
             observe(task, performed)
             return performed.result
@@ -69,20 +72,17 @@ class SerialExecutor:
         try:
             with STOP.heeded():
                 for slide in ahead:
-                    yield drive(job(slide), perform_and_tell)
+                    yield perform_job(workload.job(slide), perform_observed)
                     WATCH.finished(slide.path)
         finally:
             ahead.close()
             context.close()
 
-    def close(self) -> None:
-        """Nothing to release."""
 
+class _LookAhead:
+    """The slides; while one is explained, the next is planned and its first patches are read, in a thread."""
 
-class _Ahead:
-    """The slides; while one is worked on, the next is planned and its first patches are read, in a thread."""
-
-    def __init__(self, context: Context, slides: Iterable[SlideEntry]) -> None:
+    def __init__(self, context: Context[Any], slides: Iterable[SlideEntry]) -> None:
         self._context = context
         self._slides = iter(slides)
         self._next: SlideEntry | None = None
@@ -90,32 +90,32 @@ class _Ahead:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="plan")
 
     def __iter__(self) -> Iterator[SlideEntry]:
-        while (slide := self._following()) is not None:
+        while (slide := self._peek()) is not None:
             self._next = None
             yield slide
 
     def plan_next(self) -> None:
         """Begin to plan the next slide, unless that was done."""
-        if self._plan is None and not WATCH.one_at_a_time and (slide := self._following()) is not None:
+        if self._plan is None and not WATCH.one_at_a_time and (slide := self._peek()) is not None:
             self._plan = self._pool.submit(self._prepare, slide)
 
     def planned(self, task: Task) -> Performed:
-        """The result of planning a slide, ahead of its turn or now."""
+        """Return the result of planning a slide, which was begun ahead of its turn or is done now."""
         plan, self._plan = self._plan, None
         return perform(self._context, task) if plan is None else plan.result()
 
     def close(self) -> None:
-        """Wait until nothing is planned any more."""
+        """Wait until no slide is being planned."""
         self._pool.shutdown(cancel_futures=True)
 
     def _prepare(self, slide: SlideEntry) -> Performed:
-        """Plan a slide and begin to read it; what comes of that is kept for its turn."""
-        performed = perform(self._context, Task("plan", slide))
-        if spans := performed.result.spans:
-            read_ahead(self._context, slide, spans[0])
+        """Plan a slide and begin to read it; an error is raised when the slide's turn has come."""
+        performed = perform(self._context, Task(PLAN, slide))
+        if isinstance(performed.result, Planned) and performed.result.spans:
+            read_ahead(self._context, slide, performed.result.spans[0])
         return performed
 
-    def _following(self) -> SlideEntry | None:
+    def _peek(self) -> SlideEntry | None:
         if self._next is None:
             self._next = next(self._slides, None)
         return self._next

@@ -1,15 +1,16 @@
-"""What a piece of work is, and what a process keeps from one to the next."""
+"""The context of a process: the model, slides and stores that it keeps from one task to the next."""
 
 from __future__ import annotations
 
 import os
 import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.models.environment import steady_sums
@@ -17,99 +18,75 @@ from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run_files import RunFolder, SlideFolder
+from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
-from wsi_gradcam.system.isolation import WATCH
-from wsi_gradcam.system.memory import share_arenas
+from wsi_gradcam.system.memory import give_back, share_arenas
 from wsi_gradcam.tissue.masks import glass_colour
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.results.manifest import SlidePlan
-    from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.slides import Slide
 
 T = TypeVar("T")
+W = TypeVar("W", bound=Workload, covariant=True)
 
-RUN_MODEL = frozenset({"explain", "audit"})  # the stages that want the run's device
-GLANCE_PX = 512  # of a slide, to find the colour of its glass
+GLANCE_PX = 512  # longer side of the thumbnail in which the colour of a slide's glass is found
 KEPT_OPEN = 2  # the slide in work and the next one
-KEPT_STORES = 4  # of each kind: what opens one is known from then on
+KEPT_STORES = 4  # of each kind: their metadata need not be read again
 
 
-@dataclass(frozen=True)
-class Task:
-    """A piece of work: the name of a stage, a slide, and the piece's numbers."""
-
-    stage: str
-    slide: SlideEntry
-    index: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Explained:
-    """What explaining a span took.
+class Exclusive(Generic[T]):
+    """Something made once in each process, on first use, that one thread at a time may use. It is pickled without it.
 
     Attributes:
-        patches: how many there were.
-        waited_s: seconds that the model waited for pixels.
-        model_s: seconds of the model, and of preparing its input.
-        read_s: seconds that threads spent reading patches, summed over the threads.
+        free_since: when the last user left (`time.perf_counter`); minus infinity before the first.
     """
 
-    patches: int
-    waited_s: float = 0.0
-    model_s: float = 0.0
-    read_s: float = 0.0
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._value: T | None = None
+        self.free_since = -float("inf")
+
+    def __reduce__(self) -> tuple[type[Exclusive[T]], tuple[()]]:
+        return type(self), ()
+
+    @contextmanager
+    def used(self, make: Callable[[], T]) -> Iterator[T]:
+        """Wait until no other thread uses it, and have it, made by `make` where it is not there yet."""
+        with self._lock:
+            if self._value is None:
+                self._value = make()
+            try:
+                yield self._value
+            finally:
+                self.free_since = time.perf_counter()
 
 
-@dataclass(frozen=True)
-class Audited:
-    """A piece of an audit: how many patches it has, and how many of them could not be read."""
-
-    patches: int
-    unreadable: int = 0
-
-
-@dataclass(frozen=True)
-class Performed:
-    """An attempt at a task: what came of it, how long it took, and which process did it.
+class Context(Generic[W]):
+    """What a process keeps between the tasks of a workload: the model, and the slides and stores it has open.
 
     Attributes:
-        result: the stage's small result; None after an error.
-        seconds: wall time.
-        worker: the process, as `host:process id`.
-        error: why it failed, on one line; "" where it did not.
-        again: whether the task is tried once more after the error.
+        workload: whose tasks are performed.
+        run: the workload's run.
+        worker: name of the process, as `host:process id`.
     """
 
-    result: Any
-    seconds: float = 0.0
-    worker: str = ""
-    error: str = ""
-    again: bool = False
-
-
-class Context:
-    """What a process keeps between tasks: the model and the slides it has open."""
-
-    def __init__(self, run: RunPlan, overwrite: bool = False, model: Explainer | None = None) -> None:
+    def __init__(self, workload: W, model: Explainer | None = None) -> None:
         share_arenas()
-        self.run = run
+        self.workload, self.run = workload, workload.run
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        self._overwrite = overwrite
         self._lock = threading.Lock()
         self._model = model
         self._slides: dict[SlideEntry, _Opened] = {}
         self._patches: OrderedDict[str, PatchStore] = OrderedDict()
         self._heatmaps: OrderedDict[str, HeatmapStore] = OrderedDict()
-        self._one_at_a_time = threading.Lock()
-        self._subject: Any = None
         self._glass: dict[str, tuple[int, int, int]] = {}
 
     def model(self) -> Explainer:
-        """The run's model, loaded on first use unless it was given."""
+        """Return the run's model, loaded on first use unless it was given."""
         with self._lock:
             if self._model is None:
                 steady_sums()
@@ -118,30 +95,18 @@ class Context:
                 self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)
             return self._model
 
-    @contextmanager
-    def alone(self, make: Callable[[], T]) -> Iterator[T]:
-        """What `make` made on first use, such as a model under audit; one thread at a time has it."""
-        with self._one_at_a_time:
-            if self._subject is None:
-                self._subject = make()
-            yield self._subject
-
     def glass(self, entry: SlideEntry) -> tuple[int, int, int]:
-        """The colour of the slide's bare glass, RGB; of a slide without glass white."""
+        """Return the RGB colour of the slide's bare glass, uint8; white for a slide without any."""
         if entry.id not in self._glass:
             with self.slide(entry) as slide:
                 self._glass[entry.id] = glass_colour(thumbnail(slide, 0.0, GLANCE_PX).rgb)
         return self._glass[entry.id]
 
-    def overwrites(self, entry: SlideEntry) -> bool:
-        """Whether results of the slide are made anew, if it has any: not those that this very run has finished."""
-        return self._overwrite and entry.path not in WATCH.finished_before
-
     @contextmanager
     def slide(self, entry: SlideEntry) -> Iterator[Slide]:
-        """The slide, opened on first use. The last few stay open for the next tasks.
+        """Open the slide, unless it is open. The last few stay open for the next tasks.
 
-        Threads of one process may work on different slides: what one of them reads is never closed.
+        Threads of one process may work on different slides: none is closed while a thread reads it.
         """
         with self._lock:
             opened = self._slides.pop(entry, None)
@@ -158,7 +123,7 @@ class Context:
 
     @contextmanager
     def patches(self, entry: SlideEntry) -> Iterator[PatchReader]:
-        """What reads the slide's patches; it stays as long as the slide is open."""
+        """Return the reader of the slide's patches, which stays as long as the slide is open."""
         run = self.run
         with self.slide(entry) as slide:
             with self._lock:
@@ -169,30 +134,30 @@ class Context:
             yield opened.reader
 
     def close(self) -> None:
-        """Release the slides that nobody uses."""
+        """Close the slides that no task uses."""
         with self._lock:
             self._close_unused(0)
 
     def folder(self, entry: SlideEntry) -> SlideFolder:
-        """Where the slide's results are."""
+        """Return the folder of the slide's results."""
         return RunFolder(self.run.out).slide(entry.id)
 
     def patch_store(self, entry: SlideEntry) -> PatchStore:
-        """The slide's patch store; the last few stay known."""
+        """Return the slide's patch store; the last few are kept."""
         return self._known(self._patches, entry, lambda folder: PatchStore(folder.cams))
 
     def heatmap(self, entry: SlideEntry) -> HeatmapStore:
-        """The slide's heatmap; the last few stay known."""
+        """Return the slide's heatmap; the last few are kept."""
         return self._known(self._heatmaps, entry, lambda folder: HeatmapStore(folder.heatmap))
 
     def forget_stores(self, entry: SlideEntry) -> None:
-        """To be called where the slide's stores are made anew."""
+        """Forget the slide's stores, which are about to be made anew."""
         with self._lock:
             self._patches.pop(entry.id, None)
             self._heatmaps.pop(entry.id, None)
 
     def plan(self, entry: SlideEntry) -> SlidePlan:
-        """The slide's plan, as `plan_slide` stored it.
+        """Return the slide's plan, as `plan_slide` stored it.
 
         Raises:
             StoreError: this process does not see it.
@@ -224,7 +189,7 @@ class Context:
         return store
 
     def _close_unused(self, keep: int) -> None:
-        """Close the slides that were used longest ago, down to `keep`; more stay where more are in use."""
+        """Close the least recently used slides, down to `keep`; more stay where more are in use."""
         unused = [entry for entry, opened in self._slides.items() if not opened.users]
         for entry in unused[: max(0, len(self._slides) - keep)]:
             opened = self._slides.pop(entry)
@@ -235,8 +200,21 @@ class Context:
 
 @dataclass
 class _Opened:
-    """An open slide, how many tasks read it, and what reads its patches."""
+    """An open slide, how many tasks use it, and the reader of its patches."""
 
     slide: Slide
     users: int = 0
     reader: PatchReader | None = None
+
+
+def perform(context: Context[Any], task: Task, upcoming: Task | None = None) -> Performed:
+    """Perform a task; what the `upcoming` one needs may be read meanwhile."""
+    started = time.perf_counter()
+    ahead = {}
+    if upcoming is not None and task.stage.reads_ahead and upcoming.stage == task.stage:
+        ahead["upcoming"] = upcoming.index[0]
+    try:
+        result = task.stage.function(context, task.slide, *task.index, **ahead)
+    finally:
+        give_back()
+    return Performed(result, time.perf_counter() - started, context.worker)

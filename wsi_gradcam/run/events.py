@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.run.jobs import SlideRecord
     from wsi_gradcam.run.plan import RunPlan
-    from wsi_gradcam.run.stages import Performed, Task
+    from wsi_gradcam.run.types import Performed, SlideRecord, Task
 
 
 class Listener:

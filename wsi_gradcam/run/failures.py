@@ -1,36 +1,117 @@
-"""Slides that failed before: which of them a run tries again.
+"""Failures: which may not come again, tasks that are tried once more, and slides that failed before.
 
 The same command does only what is missing. A slide that failed for a reason of its own, after minutes perhaps, would
-fail again: it stays as it is until something that it depends on changes, or it is asked for.
+fail again: it stays as it is until something that it depends on changes, or --retry-failed is given.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from wsi_gradcam.errors import AnnotationError, ResumeError, SlideMemoryError, one_line
 from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import versions
-from wsi_gradcam.run.jobs import SlideRecord
+from wsi_gradcam.run.types import SlideRecord, Task
 from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.stopping import STOP
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.results.run_files import RunFolder
     from wsi_gradcam.run.plan import RunPlan
 
+T = TypeVar("T")
+
+LOG = logging.getLogger("wsi_gradcam")
+PAUSES_S = (1.0, 5.0)  # before the second attempt and the third, which is the last
+# Of networks, of file systems that many use, of resources that other processes had.
+TRANSIENT_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EAGAIN",
+        "EBUSY",
+        "ECONNABORTED",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "EINTR",
+        "EIO",
+        "EMFILE",
+        "ENETDOWN",
+        "ENETRESET",
+        "ENETUNREACH",
+        "ENFILE",
+        "ENOBUFS",
+        "ENOMEM",
+        "ENOTCONN",
+        "EREMOTEIO",
+        "ESTALE",
+        "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+)
+# These are found out before any work is done, so that trying them again costs nothing.
+FOUND_EARLY = (AnnotationError, ResumeError)
 # Settings that no failure of a slide depends on.
 ONLY_SPEED = {"reader_threads", "torch_threads"}
 DIGITS = 16
 
 
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same work may succeed later, by the error or by its cause.
+
+    >>> is_transient(OSError(errno.ESTALE, "stale file handle")), is_transient(OSError(errno.ENOSPC, "disk full"))
+    (True, False)
+    """
+    if isinstance(error, ConnectionError | TimeoutError | MemoryError | SlideMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
+        return True
+    return error.__cause__ is not None and is_transient(error.__cause__)
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Return whether a slide that failed with the error would fail again, and only after it has been worked on."""
+    return not (is_transient(error) or isinstance(error, FOUND_EARLY))
+
+
+def log_retry(task: Task, error: BaseException, attempt: int) -> None:
+    """Log why a task is tried again."""
+    LOG.warning(
+        "%s: %s: %s; trying again in %g s (%d of %d)",
+        task.slide.id,
+        task,
+        one_line(error),
+        PAUSES_S[attempt],
+        attempt + 2,
+        len(PAUSES_S) + 1,
+    )
+
+
+def retried(work: Callable[[], T], task: Task, on_error: Callable[[Exception, bool], None]) -> T:
+    """Return the result of `work`, which is tried again after transient errors; `on_error` is called with each."""
+    for attempt, pause_s in enumerate(PAUSES_S):
+        try:
+            return work()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            log_retry(task, error, attempt)
+            on_error(error, True)
+            STOP.wait(pause_s)
+            STOP.check()
+    return work()
+
+
 def attempt_digest(entry: SlideEntry, run: RunPlan) -> str:
-    """What an attempt at a slide depends on: its file, what is told of it, all settings, model and versions."""
-    told = {
+    """Return a digest of all that an attempt at a slide depends on: file, list, settings, model and versions."""
+    values = {
         "run": run.digest(),
         "settings": run.settings.model_dump(mode="json", exclude=ONLY_SPEED),
         "versions": versions(),
@@ -38,26 +119,26 @@ def attempt_digest(entry: SlideEntry, run: RunPlan) -> str:
         "mpp": entry.mpp,
         "file": _file_state(entry.path),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
 def split_failed(
     entries: Sequence[SlideEntry], rows: Mapping[str, Mapping[str, str]], run: RunPlan, anew: bool
 ) -> tuple[list[SlideEntry], list[SlideRecord]]:
-    """The slides to work on, and records of those that failed before and would fail again.
+    """Return the slides to work on, and records of those that failed before and would fail again.
 
     Args:
         entries: all slides of the run.
         rows: slides.csv as it was before.
         run: the run's plan.
-        anew: whether slides that failed are asked for; not those that this very command has tried already, in a
+        anew: whether slides that failed are tried again; but for those that this very command has tried, in a
             process that died.
     """
     wanted, known = [], []
     for entry in entries:
         row = rows.get(entry.id)
-        asked = anew and entry.path not in WATCH.finished_before
-        if row is None or asked or not _would_fail_again(row, entry, run):
+        again = anew and entry.path not in WATCH.finished_before
+        if row is None or again or not _would_fail_again(row, entry, run):
             wanted.append(entry)
         else:
             known.append(_record(entry, row))
@@ -65,7 +146,7 @@ def split_failed(
 
 
 def forget_unreadable(entries: Sequence[SlideEntry], rows: Mapping[str, Mapping[str, str]], folder: RunFolder) -> None:
-    """Have slides planned anew that are finished but for too many unreadable patches, so that these are read again.
+    """Forget the plans of slides that failed for unreadable patches, so that these are read again.
 
     Raises:
         StoreError: a manifest cannot be removed.
@@ -99,7 +180,7 @@ def _record(entry: SlideEntry, row: Mapping[str, str]) -> SlideRecord:
 
 
 def _file_state(path: str) -> list[Any] | None:
-    """What changes where a local file is replaced, mended, or may be read now."""
+    """Return values that change when a local file is replaced, mended, or made readable."""
     if is_url(path):
         return None
     try:

@@ -16,12 +16,11 @@ from wsi_gradcam.results.run_files import versions
 from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.run.claims import Claim, new_run_id
 from wsi_gradcam.run.events import Listener
-from wsi_gradcam.run.jobs import FatalError, SlideRecord
 from wsi_gradcam.run.log import RunLog, facts_of, now
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import run_page
-from wsi_gradcam.run.stages import Explained, Pending, Performed, Task
 from wsi_gradcam.run.status import FINISHED, REPORT, RUNNING, STOPPED, write_status
+from wsi_gradcam.run.types import FatalError, Performed, Planned, Processed, SlideRecord, Task
 from wsi_gradcam.system.timer import Ticker
 
 if TYPE_CHECKING:
@@ -108,14 +107,14 @@ class Journal(Listener):
     def task_done(self, task: Task, performed: Performed) -> None:
         """Sum up for the slide; a line only where it was planned, or where all are wanted."""
         result = performed.result
-        if isinstance(result, Pending) and result.done is not None:
+        if isinstance(result, Planned) and result.outcome is not None:
             self._listener.task_done(task, performed)
             return
         sums = self._slides.setdefault(task.slide.id, {"tasks": 0, "seconds_by_stage": {}, "retries": 0})
         sums["tasks"] += 1
         stages = sums["seconds_by_stage"]
-        stages[task.stage] = round(stages.get(task.stage, 0.0) + performed.seconds, 3)
-        if isinstance(result, Pending):
+        stages[task.stage.name] = round(stages.get(task.stage.name, 0.0) + performed.seconds, 3)
+        if isinstance(result, Planned):
             self._log.add(
                 "slide planned",
                 slide=task.slide.id,
@@ -125,7 +124,7 @@ class Journal(Listener):
                 worker=performed.worker,
             )
         elif self._every_task:
-            more = asdict(result) if isinstance(result, Explained) else {}
+            more = asdict(result) if isinstance(result, Processed) else {}
             self._log.add("task done", **_named(task), seconds=performed.seconds, worker=performed.worker, **more)
         self._listener.task_done(task, performed)
 
@@ -224,7 +223,7 @@ def _noting(log: RunLog) -> Iterator[None]:
 
 
 def _named(task: Task) -> dict[str, Any]:
-    return {"slide": task.slide.id, "stage": task.stage, "index": list(task.index)}
+    return {"slide": task.slide.id, "stage": task.stage.name, "index": list(task.index)}
 
 
 def _cause(error: BaseException) -> str:

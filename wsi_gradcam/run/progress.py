@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wsi_gradcam.results.manifest import SlideStatus
-from wsi_gradcam.run.jobs import SlideRecord
-from wsi_gradcam.run.stages import Audited, Explained, Pending, Performed, Task
+from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
 
 BINS = 120  # of throughput over time, at least half of which are in use in a long run
 RECENT_S = 120.0
@@ -111,26 +110,22 @@ class Progress:
             self.retries += performed.again
             return
         now_s, result = self.elapsed_s(), performed.result
-        stage = self.stages.setdefault(task.stage, StageSum())
+        stage = self.stages.setdefault(task.stage.name, StageSum())
         stage.tasks, stage.seconds = stage.tasks + 1, stage.seconds + performed.seconds
         began_s = max(0.0, now_s - performed.seconds)
         worker = self.workers.setdefault(performed.worker, WorkerSum(began_s))
         worker.tasks, worker.seconds = worker.tasks + 1, worker.seconds + performed.seconds
-        if isinstance(result, Pending):
+        if isinstance(result, Planned):
             self.planned += 1
             self.patches += result.left
             self._in_work.add(task.slide.id)
-        elif isinstance(result, Explained):
+        elif isinstance(result, Processed):
             self.patches_done += result.patches
             self.throughput.add(now_s, result.patches)
             worker.patches += result.patches
             worker.waited_s += result.waited_s
             worker.model_s += result.model_s
             worker.read_s += result.read_s
-        elif isinstance(result, Audited):
-            self.patches_done += result.patches
-            self.throughput.add(now_s, result.patches)
-            worker.patches += result.patches
 
     def slide_done(self, record: SlideRecord) -> None:
         """Count a slide that has ended."""

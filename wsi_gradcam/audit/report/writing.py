@@ -23,16 +23,18 @@ OVERVIEW_PX = 1100
 
 def write_reports(folder: AuditFolder, plan: AuditPlan, gathered: Gathered, metrics: Metrics, about: About) -> None:
     """Write a page for each slide of the sample, and that of the archive."""
-    method, digest = plan.settings.method[0], plan.audit_digest()
+    method, digest = plan.run.settings.method[0], plan.audit_digest()
     slides = list(dict.fromkeys(gathered.slides.tolist()))
-    factor = next(shown.factor for shown in plan.maps if shown.method == method)
+    factor = next(shown.factor for shown in plan.run.maps if shown.method == method)
     scale = scale_of(gathered[f"map/{method}"]) * factor
     each = max(1, -(-SHOWN // len(slides)))
     shown: list[Example] = []
     alone = replace(about, not_audited=())
     for slide in slides:
         own = metrics_of(gathered.of_slide(slide), plan, alone, slide)
-        examples = examples_of(read_numbers(folder.piece(slide, digest, 0)), slide, method, factor, plan.facts.classes)
+        examples = examples_of(
+            read_numbers(folder.piece(slide, digest, 0)), slide, method, factor, plan.run.facts.classes
+        )
         if len(shown) < SHOWN:
             shown += examples[:each]
         page = slide_page(own, examples, scale, _overview(plan, slide))
@@ -43,7 +45,7 @@ def write_reports(folder: AuditFolder, plan: AuditPlan, gathered: Gathered, metr
 def _overview(plan: AuditPlan, slide: str) -> Picture | None:
     """Return the slide beside its heatmaps, as the run has drawn it; None where it has not."""
     try:
-        data = RunFolder(plan.out).slide(slide).overview.read()
+        data = RunFolder(plan.run.out).slide(slide).overview.read()
     except FileNotFoundError:
         return None
     return smaller(data, f"{slide}: the slide and its heatmaps", OVERVIEW_PX)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
 from wsi_gradcam.executors.dask.running import Running
-from wsi_gradcam.run.stages import RUN_MODEL, Task
+from wsi_gradcam.run.types import Stage, Task
 
 # An order costs the scheduler, the client and the way together some 2 ms, and a GPU its first patches' reading, some
 # 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel together.
@@ -63,8 +63,8 @@ class Outlook:
         self._rates = rates
         self._ahead = len(slides) if isinstance(slides, Sized) else math.inf
         self._planned = 0
-        self._stages: Counter[str] = Counter()  # tasks of the model in slides that were planned
-        self._out: Counter[str] = Counter()  # tasks on their way
+        self._stages: Counter[Stage] = Counter()  # tasks of the model in slides that were planned
+        self._out: Counter[Stage] = Counter()  # tasks on their way
 
     def begun(self) -> None:
         """A slide is."""
@@ -78,7 +78,7 @@ class Outlook:
         """A slide is: those that come are taken to be like those that were."""
         self._planned += 1
         for phase in running.phases:
-            if phase[0][1].stage in RUN_MODEL:
+            if phase[0][1].stage.needs_model:
                 self._stages[phase[0][1].stage] += len(phase)
 
     def sent(self, tasks: Iterable[Task]) -> None:
@@ -100,7 +100,7 @@ class Outlook:
             for phase in running.phases:
                 left[phase[0][1].stage] += len(phase)
         for stage, count in left.items():
-            left_s[stage in RUN_MODEL] += count * self._rates.seconds(stage)
+            left_s[stage.needs_model] += count * self._rates.seconds(stage)
         return left_s
 
     def window(self, active: Iterable[Running], slots: Mapping[bool, int]) -> Window:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distributed import get_worker
@@ -21,15 +20,16 @@ from wsi_gradcam.executors.dask.placement import Caretaker
 from wsi_gradcam.executors.dask.plugin import RunPlugin, check_device
 from wsi_gradcam.executors.dask.workers import WAIT_S, Patience, Workers, connect
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.run.jobs import Job, Observer, SlideRecord, slide_job
-from wsi_gradcam.run.stages import examine_model
+from wsi_gradcam.run.examining import examine_model
+from wsi_gradcam.run.types import Observer, SlideRecord, Workload
 from wsi_gradcam.system.stopping import LOOK_S, STOP
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-    from wsi_gradcam.cam.facts import ModelFacts
-    from wsi_gradcam.run.plan import RunPlan
+    from wsi_gradcam.cam.facts import Choice, ModelFacts
+    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.run.settings import Settings
 
 LOG = logging.getLogger("wsi_gradcam")
 ASK_S = 2.0  # how often the scheduler is asked for its workers while none is there
@@ -81,14 +81,17 @@ class DaskExecutor:
         told = self._client.scheduler_info(n_workers=-1)["workers"]
         return Workers.of(told, self._device, self._scheduler)
 
-    def examine(self, *model: Any) -> ModelFacts:
-        """`stages.examine_model`, on a worker: this process never loads torch.
+    def examine(
+        self, spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
+    ) -> ModelFacts:
+        """Return what `examine_model` learns of the model, on a worker: this process never loads torch.
 
         Raises:
             WorkerError: the workers die of it, or are gone.
             StoppedError: the process was told to stop.
         """
         needs = self.workers().needs[True]
+        model = (spec, settings, slides, choice)
         future = self._client.submit(_examine, self._device, *model, pure=False, resources=needs)
         try:
             with STOP.heeded():
@@ -99,12 +102,8 @@ class DaskExecutor:
             raise WorkerError("the workers are gone; start some and run the same command again") from error
         return facts
 
-    def run(
-        self, run: RunPlan, slides: Iterable[SlideEntry], overwrite: bool, observe: Observer, job: Job | None = None
-    ) -> Iterator[SlideRecord]:
-        """The record of each slide as it is finished, in the order in which they finish.
-
-        A `job` other than explaining may be given.
+    def run(self, workload: Workload, slides: Iterable[SlideEntry], observe: Observer) -> Iterator[SlideRecord]:
+        """Yield the record of each slide as it is finished, in the order in which they finish.
 
         Raises:
             FatalError: the run cannot go on.
@@ -117,9 +116,8 @@ class DaskExecutor:
         except Exception as error:  # whatever an import there ends with
             LOG.warning("the scheduler cannot look after the run (%s)", one_line(error))
             hints = False
-        self._client.register_plugin(RunPlugin(name, run, overwrite, self._torch_threads))
-        job = job or partial(slide_job, max_unreadable=run.settings.max_unreadable)
-        flow = Flow(self._client, name, job, observe, self.workers, Patience(self._wait_s), hints)
+        self._client.register_plugin(RunPlugin(name, workload, self._torch_threads))
+        flow = Flow(self._client, name, workload, observe, self.workers, Patience(self._wait_s), hints)
         try:
             with STOP.heeded():
                 yield from flow.run(slides)

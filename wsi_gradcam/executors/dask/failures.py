@@ -6,9 +6,8 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import SlideMemoryError, WorkerError, one_line
 from wsi_gradcam.executors.dask.workers import AGAIN
-from wsi_gradcam.run.jobs import FatalError
-from wsi_gradcam.run.retries import is_transient
-from wsi_gradcam.run.stages import Performed, Task
+from wsi_gradcam.run.failures import is_transient
+from wsi_gradcam.run.types import FatalError, Performed, Task
 
 
 def may_pass(error: BaseException) -> bool:
@@ -30,9 +29,8 @@ def failed(error: BaseException, worker: str = "", again: bool = False) -> Perfo
 def explained(error: BaseException, task: Task) -> BaseException:
     """The error of a task, in words that help."""
     if isinstance(error, KilledWorker):
-        where = " ".join([task.stage, *map(str, task.index)])
         return SlideMemoryError(
-            f"{task.slide.path}: workers died repeatedly on '{where}' alone, mostly for lack of memory; give workers "
+            f"{task.slide.path}: workers died repeatedly on '{task}' alone, mostly for lack of memory; give workers "
             "more memory, or lower --batch-size"
         )
     if isinstance(error, NoValidWorkerError):

@@ -23,9 +23,9 @@ from wsi_gradcam.executors.dask.running import MODEL, Running, Sent, kind_of
 from wsi_gradcam.executors.dask.suspects import Suspects
 from wsi_gradcam.executors.dask.workers import Patience, Workers
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.run.jobs import FatalError, Job, Observer, SlideRecord
-from wsi_gradcam.run.retries import PAUSES_S, say_again
-from wsi_gradcam.run.stages import RUN_MODEL, Performed, Task
+from wsi_gradcam.run.failures import PAUSES_S, log_retry
+from wsi_gradcam.run.types import FatalError, Observer, Performed, SlideRecord, Task, Workload
+from wsi_gradcam.run.workload import PLAN
 from wsi_gradcam.system.stopping import GRACE_S, LOOK_S, STOP
 
 LOOK_AT_WORKERS_S = 2.0
@@ -45,14 +45,14 @@ class Flow:
         self,
         client: Client,
         name: str,
-        job: Job,
+        workload: Workload,
         observe: Observer,
         workers: Callable[[], Workers],
         patience: Patience,
         hints: bool = True,
     ) -> None:
         self._client, self._name = client, name
-        self._job, self._observe = job, observe
+        self._workload, self._observe = workload, observe
         self._ask_workers, self._patience, self._hints = workers, patience, hints
         self._workers, self._looked = workers(), time.monotonic()
         self._mail = Mail(client)
@@ -99,8 +99,8 @@ class Flow:
         window = self._outlook.window(self._active, self._workers.slots)
         waiting = 0
         for running in list(self._active):
-            while (stage := running.waits_for) and self._out[kind_of(stage)] < window.orders[stage in RUN_MODEL]:
-                self._send(running.take(self._rates, window.seconds[stage in RUN_MODEL]))
+            while (stage := running.waits_for) and self._out[kind_of(stage)] < window.orders[stage.needs_model]:
+                self._send(running.take(self._rates, window.seconds[stage.needs_model]))
             waiting += running.spans
         most, begun = max(1, self._workers.slots[False]), self._out["plan"]
         while self._out["plan"] < most and self._out[MODEL] + waiting + begun < window.ahead:
@@ -117,7 +117,7 @@ class Flow:
             return False
         self._outlook.begun()
         number, slide = entry
-        running = Running(self._job(slide), number)
+        running = Running(self._workload.job(slide), number)
         self._active.append(running)
         running.begin()
         self._send(running.take(self._rates, 0.0))
@@ -133,7 +133,7 @@ class Flow:
             *self._mail.letter(Order(self._name, sent.tasks, sent.alone)),
             key=self._key(sent),
             pure=False,
-            priority=1 if stage == "plan" else -running.number,
+            priority=1 if stage == PLAN else -running.number,
             resources=self._workers.needs[sent.model],
             workers=self._hint(sent),
         )
@@ -206,7 +206,7 @@ class Flow:
             if not STOP.asked():
                 raise lost("workers were told to drop the run, as after a lost connection;")
         elif answer.may_pass and sent.attempt < len(PAUSES_S):
-            say_again(sent.tasks[done], answer.error, sent.attempt)
+            log_retry(sent.tasks[done], answer.error, sent.attempt)
             self._observe(sent.tasks[done], failed(answer.error, answer.worker, again=True))
             running.out -= done
             attempt = 0 if done else sent.attempt
@@ -217,7 +217,7 @@ class Flow:
             self._failed(sent.rest(done), answer.error)
 
     def _key(self, sent: Sent) -> str:
-        return f"wsi-{sent.tasks[0].stage}-{self._name}-{sent.running.number}-{sent.order}"
+        return f"wsi-{sent.tasks[0].stage.name}-{self._name}-{sent.running.number}-{sent.order}"
 
     def _done(self, running: Running, position: int, task: Task, performed: Performed) -> None:
         running.results[position] = performed.result

@@ -10,17 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import Any
 
 from distributed import Worker, WorkerPlugin, get_worker
 
 from wsi_gradcam.errors import WorkerError, one_line
 from wsi_gradcam.executors.dask.failures import may_pass
-from wsi_gradcam.run.stages import RUN_MODEL, Context, Performed, Task, perform
+from wsi_gradcam.run.context import Context, perform
+from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.system.memory import give_back
-
-if TYPE_CHECKING:
-    from wsi_gradcam.run.plan import RunPlan
 
 TELLING_S = 0.1  # for a few bytes to the scheduler, before what may be the end
 
@@ -59,18 +57,18 @@ class Answer:
 class RunPlugin(WorkerPlugin):
     """Gives every worker, also those that join later, the run's context."""
 
-    def __init__(self, name: str, run: RunPlan, overwrite: bool, torch_threads: int | None) -> None:
+    def __init__(self, name: str, workload: Workload, torch_threads: int | None) -> None:
         self.name = name
-        self._make = (run, overwrite)
+        self._workload = workload
         self._torch_threads = torch_threads
         self.stopped = False
-        self.context: Context | None = None
+        self.context: Context[Any] | None = None
         self.floor: Floor | None = None
 
     def setup(self, worker: Worker) -> None:
         """Called on the worker."""
         use_threads(self._torch_threads or worker.state.nthreads)
-        self.context, self.floor = Context(*self._make), Floor()
+        self.context, self.floor = Context(self._workload), Floor()
 
     def teardown(self, worker: Worker) -> None:
         """Called on the worker at the end of the run; what tasks are at work keep the context until they end."""
@@ -119,13 +117,13 @@ def perform_order(order: Order) -> Answer:
     with plugin.floor.entered(order.alone):
         if order.alone:
             _tell_begun(worker, order.run)
-        for task, then in zip_longest(order.tasks, order.tasks[1:]):
+        for task, upcoming in zip_longest(order.tasks, order.tasks[1:]):
             if plugin.stopped:
                 break
             try:
-                if task.stage in RUN_MODEL:
+                if task.stage.needs_model:
                     check_device(context.run.settings.device, worker.address)
-                answer.results.append(perform(context, task, then))
+                answer.results.append(perform(context, task, upcoming))
             except Exception as error:
                 answer.error, answer.may_pass = portable(error), may_pass(error)
                 break

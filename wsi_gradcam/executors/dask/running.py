@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wsi_gradcam.executors.dask.rates import MOST, Rates
-from wsi_gradcam.run.jobs import SlideJob, SlideRecord
-from wsi_gradcam.run.stages import RUN_MODEL, Task
+from wsi_gradcam.run.types import SlideJob, SlideRecord, Stage, Task, TaskResult
+from wsi_gradcam.run.workload import PLAN
 
 MODEL = "model"  # what stages that want the run's device are counted as
 
@@ -29,7 +29,7 @@ class Running:
     job: SlideJob
     number: int
     phases: deque[deque[tuple[int, Task]]] = field(default_factory=deque)
-    results: list[Any] = field(default_factory=list)
+    results: list[TaskResult] = field(default_factory=list)
     out: int = 0
     open: bool = True
     orders: int = 0
@@ -60,14 +60,14 @@ class Running:
         return None
 
     @property
-    def waits_for(self) -> str:
-        """The stage of the tasks that may be sent now; empty where none may."""
-        return self.phases[0][0][1].stage if self.open and self.phases else ""
+    def waits_for(self) -> Stage | None:
+        """The stage of the tasks that may be sent now; None where none may."""
+        return self.phases[0][0][1].stage if self.open and self.phases else None
 
     @property
     def spans(self) -> int:
         """How many spans wait."""
-        return len(self.phases[0]) if self.waits_for in RUN_MODEL else 0
+        return len(self.phases[0]) if self.waits_for is not None and self.waits_for.needs_model else 0
 
     def take(self, rates: Rates, budget_s: float) -> Sent:
         """The next tasks, one or more, that take about `budget_s`.
@@ -79,7 +79,7 @@ class Running:
         while self.phases and len(taken) < MOST:
             phase = self.phases[0]
             stage = phase[0][1].stage
-            if phase is not first and (not whole or (stage in RUN_MODEL) != (taken[0][1].stage in RUN_MODEL)):
+            if phase is not first and (not whole or stage.needs_model != taken[0][1].stage.needs_model):
                 break
             if taken and left_s < rates.seconds(stage):
                 break
@@ -137,7 +137,7 @@ class Sent:
     @property
     def model(self) -> bool:
         """Whether they want the run's device."""
-        return self.tasks[0].stage in RUN_MODEL
+        return self.tasks[0].stage.needs_model
 
     @property
     def kind(self) -> str:
@@ -158,6 +158,6 @@ class Sent:
         return [replace(self.rest(i, alone=True), positions=(at,), tasks=(task,)) for i, (at, task) in pairs]
 
 
-def kind_of(stage: str) -> str:
+def kind_of(stage: Stage) -> str:
     """What stages are counted together: those of other workers than the model's have a window of their own."""
-    return MODEL if stage in RUN_MODEL else "plan" if stage == "plan" else "other"
+    return MODEL if stage.needs_model else "plan" if stage == PLAN else "other"

@@ -12,7 +12,7 @@ import numpy as np
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.results.manifest import Manifest, span_name
 from wsi_gradcam.results.patch_store import OK, UNREADABLE, SpanData
-from wsi_gradcam.run.context import Explained
+from wsi_gradcam.run.types import Processed
 from wsi_gradcam.tissue.quality import blur_of
 from wsi_gradcam.tissue.stain import apply
 
@@ -23,26 +23,27 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.run.context import Context
+    from wsi_gradcam.run.types import Workload
     from wsi_gradcam.slides.patch_reader import Batch
     from wsi_gradcam.tissue.stain import StainFit
 
 
-def explain_span(context: Context, entry: SlideEntry, span: int, following: int | None = None) -> Explained:
-    """Run the model over a span and store logits and CAMs; returns what that took.
+def explain_span(context: Context[Workload], entry: SlideEntry, span: int, upcoming: int | None = None) -> Processed:
+    """Run the model over a span and store logits and CAMs.
 
-    Where it is known which span of the slide is the `following` one, its first patches are read meanwhile. A cluster
-    may ask for a span that is finished, when the worker that did it dies before it tells.
+    Where the number of the slide's `upcoming` span is known, its first patches are read meanwhile. A cluster may ask
+    for a span that is finished, when the worker that did it dies before it can answer.
     """
     plan, folder = context.plan(entry), context.folder(entry)
     start, stop = plan.spans[span]
     manifest = Manifest(folder.manifest)
     if manifest.has("spans", span_name(span), plan.run_digest):
-        return Explained(stop - start)
+        return Processed(stop - start)
     store = context.patch_store(entry)
-    then = None if following is None else store.yx(*plan.spans[following])
+    next_yx = None if upcoming is None else store.yx(*plan.spans[upcoming])
     with context.patches(entry) as reader:
         yx = store.yx(start, stop)
-        clock = _Clock(reader.batches(yx, then))
+        clock = _Clock(reader.batches(yx, next_yx))
         data, causes = _explain(context, entry, yx, clock, plan.stain)
     store.write_span(start, data)
     manifest.complete(
@@ -54,11 +55,11 @@ def explain_span(context: Context, entry: SlideEntry, span: int, following: int 
             "causes": {str(start + i): c for i, c in causes.items()},
         },
     )
-    return Explained(stop - start, clock.waited_s, clock.model_s, clock.read_s)
+    return Processed(stop - start, len(causes), clock.waited_s, clock.model_s, clock.read_s)
 
 
-def read_ahead(context: Context, entry: SlideEntry, span: int) -> None:
-    """Begin to read the first patches of a span, which will be explained next of the slide's."""
+def read_ahead(context: Context[Workload], entry: SlideEntry, span: int) -> None:
+    """Begin to read the first patches of the span that will be explained next."""
     start, stop = context.plan(entry).spans[span]
     with context.patches(entry) as reader:
         reader.read_ahead(context.patch_store(entry).yx(start, stop))
@@ -74,17 +75,21 @@ class _Clock:
     read_s: float = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        asked = time.perf_counter()
+        ready = time.perf_counter()
         for batch in self.batches:
-            given = time.perf_counter()
+            received = time.perf_counter()
             yield batch
-            self.waited_s, self.read_s = self.waited_s + given - asked, self.read_s + batch.read_s
-            asked = time.perf_counter()
-            self.model_s += asked - given
+            self.waited_s, self.read_s = self.waited_s + received - ready, self.read_s + batch.read_s
+            ready = time.perf_counter()
+            self.model_s += ready - received
 
 
 def _explain(
-    context: Context, entry: SlideEntry, yx: NDArray[np.int64], batches: Iterable[Batch], stain: StainFit | None
+    context: Context[Workload],
+    entry: SlideEntry,
+    yx: NDArray[np.int64],
+    batches: Iterable[Batch],
+    stain: StainFit | None,
 ) -> tuple[SpanData, dict[int, str]]:
     run, count, model = context.run, len(yx), context.model()
     logits = np.zeros((count, len(run.facts.classes)), np.float32)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.run.plan import RunPlan
+    from wsi_gradcam.run.types import Workload
 
 
 def channels(run: RunPlan) -> list[Channel]:
@@ -30,8 +31,8 @@ def channels(run: RunPlan) -> list[Channel]:
     return maps + [Channel(f"probability: {t.label}", active=False) for t in run.probabilities]
 
 
-def stitch_block(context: Context, entry: SlideEntry, number: int) -> int:
-    """Blend one block of the heatmap's finest level; returns how many patches it holds."""
+def stitch_block(context: Context[Workload], entry: SlideEntry, number: int) -> None:
+    """Blend one block of the heatmap's finest level."""
     run, plan, folder = context.run, context.plan(entry), context.folder(entry)
     block = plan.blocks(0)[number]
     patches, heatmap = context.patch_store(entry), context.heatmap(entry)
@@ -51,10 +52,9 @@ def stitch_block(context: Context, entry: SlideEntry, number: int) -> int:
     flags = _flags(folder, plan, block, covered, seen[np.setdiff1d(inside, readable)])
     heatmap.write_flags(0, block, flags)
     _complete_block(folder, plan, 0, number, [*digests, digest_of((flags,))])
-    return len(inside)
 
 
-def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) -> int:
+def coarsen_block(context: Context[Workload], entry: SlideEntry, level: int, number: int) -> None:
     """Make one block of a coarser level from the finished level before it."""
     run, plan, folder = context.run, context.plan(entry), context.folder(entry)
     block = plan.blocks(level)[number]
@@ -76,7 +76,6 @@ def coarsen_block(context: Context, entry: SlideEntry, level: int, number: int) 
         heatmap.write(level, channel, block, image)
         digests.append(digest_of((image,)))
     _complete_block(folder, plan, level, number, [*digests, digest_of((flags,))])
-    return 0
 
 
 def _seen(plan: SlidePlan, yx: NDArray[np.int64]) -> NDArray[Any]:

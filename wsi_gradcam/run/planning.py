@@ -1,18 +1,19 @@
-"""The first stage of a slide: plan it, lay out its stores, and say what is left to do."""
+"""The first stage of a slide: plan it, create its stores, and find what is left to do."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from wsi_gradcam.errors import ResumeError, StoreError, one_line
 from wsi_gradcam.results.heatmap import HeatmapStore
-from wsi_gradcam.results.manifest import Manifest, SlideOutcome, SlidePlan, block_name, span_name
+from wsi_gradcam.results.manifest import Manifest, SlidePlan, block_name, span_name
 from wsi_gradcam.results.overview import write_mask
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.run.plan import RunPlan
 from wsi_gradcam.run.plan import plan_slide as make_plan
-from wsi_gradcam.run.stages.stitching import channels
+from wsi_gradcam.run.stitching import channels
+from wsi_gradcam.run.types import Planned, Workload
+from wsi_gradcam.system.isolation import WATCH
 from wsi_gradcam.tissue.annotations import Regions, regions_for
 
 if TYPE_CHECKING:
@@ -22,33 +23,31 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
 
 
-@dataclass(frozen=True)
-class Pending:
-    """What is left to do of a slide after planning: `left` of its patches, in spans, and blocks by level."""
+class OverwritingWorkload(Workload, Protocol):
+    """A workload that may make results anew."""
 
-    patches: int
-    left: int
-    spans: list[int]
-    blocks: list[list[int]]
-    done: SlideOutcome | None
+    @property
+    def overwrite(self) -> bool:
+        """Whether slides that have results are planned anew."""
 
 
-def plan_slide(context: Context, entry: SlideEntry) -> Pending:
-    """Plan a slide and lay out its stores, unless that was done; say what is left.
+def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Planned:
+    """Plan a slide and create its stores, unless that was done; return what is left to do.
 
     Raises:
         ResumeError: the folder holds results of another file, model or configuration.
         StoreError: it cannot be made.
     """
     folder, run = context.folder(entry), context.run
+    overwrite = context.workload.overwrite and entry.path not in WATCH.finished_before  # not what this command has done
     if folder.place.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
         regions = regions_for(entry, run.settings)
-        pending, problem = _stored(folder, slide, run, regions)
-        if pending is not None and not (context.overwrites(entry) and pending.done is not None):
-            return pending
-        if problem and not context.overwrites(entry):
+        planned, problem = _stored(folder, slide, run, regions)
+        if planned is not None and not (overwrite and planned.outcome is not None):
+            return planned
+        if problem and not overwrite:
             raise ResumeError(problem)
         plan, patches, mask = make_plan(slide, run, regions)
     manifest = Manifest(folder.manifest)
@@ -80,11 +79,11 @@ def plan_slide(context: Context, entry: SlideEntry) -> Pending:
         attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
     )
     manifest.write_plan(plan)
-    return _pending(plan, manifest)
+    return _left_to_do(plan, manifest)
 
 
-def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None) -> tuple[Pending | None, str]:
-    """What is left to do where the slide was planned before; else why that cannot be continued, if it was."""
+def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None) -> tuple[Planned | None, str]:
+    """Return what is left to do of a slide that was planned before; else None, and why that plan cannot be used."""
     manifest = Manifest(folder.manifest)
     try:
         plan = manifest.plan()
@@ -92,7 +91,7 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | 
             return None, ""
         problem = _mismatch(plan, slide, run, regions)
         if not problem:
-            return _pending(plan, manifest), ""
+            return _left_to_do(plan, manifest), ""
     except (StoreError, TypeError) as error:  # this slide's matter, not the whole run's
         return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
     return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
@@ -110,13 +109,13 @@ def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | No
     return ""
 
 
-def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
+def _left_to_do(plan: SlidePlan, manifest: Manifest) -> Planned:
     if (done := manifest.done()) is not None:
         manifest.fold()
-        return Pending(plan.patches, 0, [], [], done.outcome)
+        return Planned(plan.patches, 0, [], [], done.outcome)
     explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
-    return Pending(
+    return Planned(
         patches=plan.patches,
         left=sum(stop - start for start, stop in (plan.spans[i] for i in spans)),
         spans=spans,
@@ -124,5 +123,4 @@ def _pending(plan: SlidePlan, manifest: Manifest) -> Pending:
             [i for i in range(len(plan.blocks(level))) if block_name(level, i) not in blocks]
             for level in range(len(plan.level_shapes))
         ],
-        done=None,
     )

@@ -14,43 +14,45 @@ from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlideStatus, sha256_of, span_name
 from wsi_gradcam.results.overview import draw_overview
 from wsi_gradcam.results.patch_store import UNREADABLE, PatchStore, write_table
+from wsi_gradcam.run.stitching import channels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.results.manifest import SlidePlan
-    from wsi_gradcam.results.run_files import SlideFolder
-    from wsi_gradcam.run.plan import RunPlan
-    from wsi_gradcam.slides import Slide
+    from wsi_gradcam.run.context import Context
+    from wsi_gradcam.run.types import Workload
 
 # Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
 # quantile well, and memory stays bounded.
 STATISTICS_PX = 1 << 20
 
 
-def finish_slide(
-    run: RunPlan, plan: SlidePlan, folder: SlideFolder, slide: Slide, channels: Sequence[Channel]
-) -> SlideOutcome:
-    """Make what needs all of the slide, and record it as done.
+def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
+    """Set the heatmap's display windows, write the slide's table and overview, and record it as done.
+
+    A cluster may ask twice, when the worker that did it dies before it can answer: the record stays as it is.
 
     Raises:
         ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them anew.
     """
-    manifest, store, heatmap = (
-        Manifest(folder.manifest),
-        PatchStore(folder.cams),
-        HeatmapStore(folder.heatmap),
-    )
+    run, folder = context.run, context.folder(entry)
+    manifest, store, heatmap = Manifest(folder.manifest), PatchStore(folder.cams), HeatmapStore(folder.heatmap)
+    if (done := manifest.done()) is not None:
+        manifest.fold()
+        return done.outcome
+    plan = context.plan(entry)
     spans, blocks = manifest.records("spans"), manifest.records("blocks")
     _refuse_foreign(manifest, plan, store, spans, blocks)
     units = [shown.info.unit for shown in run.maps]
     shown = [
-        _windowed(heatmap, i, channel, units[i]) if i < len(units) else channel for i, channel in enumerate(channels)
+        _windowed(heatmap, i, channel, units[i]) if i < len(units) else channel
+        for i, channel in enumerate(channels(run))
     ]
     heatmap.set_channels(shown)
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
     write_table(folder.table, run, plan, store, causes)
-    draw_overview(folder.overview, run, plan, slide, heatmap, shown)
+    with context.slide(entry) as slide:
+        draw_overview(folder.overview, run, plan, slide, heatmap, shown)
     folder.place.remove_partial_files()
     outcome = SlideOutcome(
         status=SlideStatus.OK if plan.patches else SlideStatus.NO_TISSUE,
@@ -71,7 +73,7 @@ def finish_slide(
 def _refuse_foreign(
     manifest: Manifest, plan: SlidePlan, store: PatchStore, spans: dict[str, Any], blocks: dict[str, Any]
 ) -> None:
-    """Another run's process that was still busy when this run began may have written over its pieces."""
+    """Raise ResumeError where a process of another run, still busy when this one began, has written over its pieces."""
     parts = dict(zip(map(span_name, range(len(plan.spans))), plan.spans, strict=True))
     found = zip(parts, store.digests(list(parts.values())), strict=True)
     records = ((name, spans.get(name, {}), digest) for name, digest in found)
@@ -92,7 +94,7 @@ def _most_common(causes: dict[int, str]) -> str:
 
 
 def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
-    """The channel with its value range, and for an explanation the window 0 to the 99.5 % quantile."""
+    """Return an explanation's channel with its value range, and a window from 0 to the 99.5 % quantile."""
     level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
     whole = Region(0, 0, *heatmap.shapes[level])
     values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]

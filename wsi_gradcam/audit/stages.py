@@ -1,0 +1,99 @@
+"""Auditing slides: the stages, their order for a slide, and the workload that executors run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.audit.folder import AUDIT, AuditFolder, write_numbers
+from wsi_gradcam.audit.spreading import has_overlap, write_spread
+from wsi_gradcam.errors import StoreError
+from wsi_gradcam.results.manifest import Manifest, SlideStatus
+from wsi_gradcam.run.context import Exclusive
+from wsi_gradcam.run.types import Processed, SlideJob, SlideRecord, Stage, Task
+from wsi_gradcam.run.workload import failed_record
+
+if TYPE_CHECKING:
+    from wsi_gradcam.audit.measures.subject import Subject
+    from wsi_gradcam.audit.plan import AuditPlan
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.run.context import Context
+    from wsi_gradcam.run.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class AuditWorkload:
+    """Auditing the slides of a sample.
+
+    Attributes:
+        plan: the plan of the audit.
+        subject: the model under audit in this process.
+    """
+
+    plan: AuditPlan
+    subject: Exclusive[Subject] = field(default_factory=Exclusive, repr=False, compare=False)
+
+    @property
+    def run(self) -> RunPlan:
+        """The plan of the run that is audited."""
+        return self.plan.run
+
+    def job(self, slide: SlideEntry) -> SlideJob:
+        """Return the phases of a slide; see `Workload.job`."""
+        overlap = self.plan.settings.asks("stability") and has_overlap(self.plan)
+        return audit_job(slide, self.plan.samples[slide.id].pieces, overlap)
+
+
+def audit_job(slide: SlideEntry, pieces: int, spread: bool) -> SlideJob:
+    """Measure the pieces of a slide's sample, and where its patches disagree; see `Workload.job`."""
+    started = time.monotonic()
+    try:
+        measured = [Task(MEASURE, slide, (i,)) for i in range(pieces)]
+        results = yield [measured, [Task(SPREAD, slide)] if spread else []]
+    except Exception as error:
+        return failed_record(slide, error, time.monotonic() - started)
+    done = [result for result in results if isinstance(result, Processed)]
+    patches, unreadable = sum(each.patches for each in done), sum(each.unreadable for each in done)
+    return SlideRecord(slide, SlideStatus.OK, "", patches, unreadable, time.monotonic() - started)
+
+
+def measure_piece(context: Context[AuditWorkload], entry: SlideEntry, number: int) -> Processed:
+    """Measure a piece of a slide's sample and store the numbers, unless that was done."""
+    plan = context.workload.plan
+    part = plan.samples[entry.id].piece(number)
+    place = AuditFolder(plan.run.out / AUDIT).piece(entry.id, plan.audit_digest(), number)
+    if place.is_file():
+        return Processed(part.stop - part.start)
+    from wsi_gradcam.audit.patch_data import read_piece
+    from wsi_gradcam.audit.piece import measure, subject_of  # torch, which a client need not have
+
+    def make() -> Subject:
+        return subject_of(plan, context.model().model)
+
+    started = time.perf_counter()
+    data = read_piece(context, plan, entry, number)
+    read = time.perf_counter()
+    subject = context.workload.subject
+    with subject.used(make) as model:
+        begun, idle_since = time.perf_counter(), max(started, subject.free_since)
+        numbers = measure(plan, model, data, entry.id, number)
+        model_s = time.perf_counter() - begun
+    write_numbers(place, numbers)
+    unreadable = int((numbers["base/readable"] == 0).sum())
+    return Processed(part.stop - part.start, unreadable, max(0.0, read - idle_since), model_s, read - started)
+
+
+def write_slide_spread(context: Context[AuditWorkload], entry: SlideEntry) -> None:
+    """Store where overlapping patches of a slide disagree, unless that was done."""
+    plan = context.workload.plan
+    folder = AuditFolder(plan.run.out / AUDIT)
+    if (folder.read_spread(entry.id) or {}).get("audit") != plan.audit_digest():
+        slide_plan = Manifest(context.folder(entry).manifest).plan()
+        if slide_plan is None:
+            raise StoreError(f"{context.folder(entry).manifest}: has no plan; run explain again")
+        write_spread(folder, plan, entry.id, slide_plan, context.patch_store(entry))
+
+
+MEASURE = Stage("audit", measure_piece, needs_model=True)
+SPREAD = Stage("spread", write_slide_spread)

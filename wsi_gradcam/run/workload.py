@@ -1,0 +1,121 @@
+"""Explaining slides: the stages, their order for a slide, and the workload that executors run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
+from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
+from wsi_gradcam.run.explaining import explain_span
+from wsi_gradcam.run.failures import is_lasting
+from wsi_gradcam.run.finishing import finish_slide
+from wsi_gradcam.run.planning import plan_slide
+from wsi_gradcam.run.stitching import coarsen_block, stitch_block
+from wsi_gradcam.run.types import (
+    FatalError,
+    Planned,
+    SlideJob,
+    SlideRecord,
+    Stage,
+    Task,
+    TaskResult,
+)
+
+if TYPE_CHECKING:
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.run.plan import RunPlan
+
+PLAN = Stage("plan", plan_slide)
+EXPLAIN = Stage("explain", explain_span, needs_model=True, reads_ahead=True)
+STITCH = Stage("stitch", stitch_block)
+COARSEN = Stage("coarsen", coarsen_block)
+FINISH = Stage("finish", finish_slide)
+
+
+@dataclass(frozen=True)
+class ExplainWorkload:
+    """Explaining slides.
+
+    Attributes:
+        run: the plan of the run.
+        overwrite: whether slides that have results are explained anew.
+    """
+
+    run: RunPlan
+    overwrite: bool = False
+
+    def job(self, slide: SlideEntry) -> SlideJob:
+        """Return the phases of a slide; see `Workload.job`."""
+        return explain_job(slide, self.run.settings.max_unreadable)
+
+
+def explain_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
+    """Plan a slide, explain its spans, blend and coarsen its blocks, finish it; see `Workload.job`."""
+    started = time.monotonic()
+    try:
+        (planned,) = yield [[Task(PLAN, slide)]]
+        assert isinstance(planned, Planned)
+        outcome, skipped = planned.outcome, planned.outcome is not None
+        if outcome is None:
+            *_, finished = yield [
+                [Task(EXPLAIN, slide, (i,)) for i in planned.spans],
+                *(_block_tasks(slide, level, numbers) for level, numbers in enumerate(planned.blocks)),
+                [Task(FINISH, slide)],
+            ]
+            assert isinstance(finished, SlideOutcome)
+            outcome = finished
+    except Exception as error:
+        return failed_record(slide, error, time.monotonic() - started)
+    return _record(slide, outcome, max_unreadable, time.monotonic() - started, skipped)
+
+
+def perform_job(job: SlideJob, perform: Callable[[Task, Task | None], TaskResult]) -> SlideRecord:
+    """Run a job to its end, one task after the other; `perform` is given each task and the one after it."""
+    try:
+        phases = next(job)
+        while True:
+            tasks = [task for phase in phases for task in phase]
+            try:
+                results = [perform(task, upcoming) for task, upcoming in zip_longest(tasks, tasks[1:])]
+            except Exception as error:
+                phases = job.throw(error)
+            else:
+                phases = job.send(results)
+    except StopIteration as end:
+        record: SlideRecord = end.value
+        return record
+
+
+def failed_record(slide: SlideEntry, error: Exception, seconds: float) -> SlideRecord:
+    """Return the record of a slide that failed with an error.
+
+    Raises:
+        FatalError: the error is not the slide's fault.
+    """
+    if isinstance(error, FatalError):  # raised by an observer
+        raise error
+    if isinstance(error, StoppedError | StoreError | WorkerError):
+        raise FatalError(error) from error
+    return SlideRecord(slide, SlideStatus.FAILED, one_line(error), 0, 0, seconds, lasting=is_lasting(error))
+
+
+def _block_tasks(slide: SlideEntry, level: int, numbers: list[int]) -> list[Task]:
+    return [Task(COARSEN, slide, (level, i)) if level else Task(STITCH, slide, (i,)) for i in numbers]
+
+
+def _record(
+    slide: SlideEntry, outcome: SlideOutcome, max_unreadable: float, seconds: float, skipped: bool
+) -> SlideRecord:
+    patches, unreadable, status, error = outcome.patches, outcome.unreadable, outcome.status, ""
+    if unreadable:
+        error = f"{unreadable} of {patches} patches unreadable: {outcome.cause}"
+        if unreadable > max_unreadable * patches:
+            status = SlideStatus.FAILED
+            error += f"; more than --max-unreadable {max_unreadable:g}"
+    return SlideRecord(
+        slide, status, error, patches, unreadable, seconds, skipped, lasting=status == SlideStatus.FAILED
+    )
