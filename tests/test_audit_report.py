@@ -175,7 +175,7 @@ def test_a_page_is_well_formed_and_says_all() -> None:
     assert "holds" in page.text
     assert "against noise (control): +0.5 logits (0.4 to 0.6), larger in 90 % of the patches" in page.text
     assert "p = 0.03, corrected for all verdicts" in page.text
-    assert "40 of 4,000, of 8 of 20 slides" in page.text
+    assert "40 of 4,000, from 8 of 20 slides" in page.text
     assert 'href="./more/b.svs/report.html"' in text
     assert text.count("<svg") == 3
     assert "seed" in page.text.lower()
@@ -198,7 +198,7 @@ def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
 def test_the_map_with_a_leaky_backward_stands_beside() -> None:
     page, text = read(archive_page(metrics(), ["a.svs"], [example(leaks=True)], 1.0))
     assert text.count("data:image/png") == 1 + 3
-    assert "leaks through units that are off" in page.text
+    assert "leaks through inactive units" in page.text
     for found, said in ((0.4, "is another: units that are off hold back evidence"), (0.99, "is nearly the same")):
         page, _ = read(
             archive_page(metrics(estimates=[estimate_row("saturation", LEAKY, found, method="gradcam")]), [], [], 1.0)
@@ -287,10 +287,10 @@ def test_the_square_marks_where_a_method_is(faithful: bool, plausible: bool) -> 
 
 def test_the_square_without_annotations_and_with_doubt() -> None:
     page, _ = read(archive_page(metrics(), [], [], 1.0))
-    assert "Without annotations nothing is known of plausibility" in page.text
+    assert "Without annotations nothing is known about plausibility" in page.text
     doubt = QuadrantRow(method="gradcam", patches=3, faithful="unclear", plausible="holds", meaning="?")
     page, text = read(archive_page(metrics(quadrants=[doubt]), [], [], 1.0))
-    assert "not known of Grad-CAM on 3 patches" in page.text
+    assert "not known for Grad-CAM on 3 patches" in page.text
     assert "here" not in re.findall(r'class="(\w+)"', text)
 
 
@@ -304,7 +304,7 @@ def test_a_comparison_with_another_audit() -> None:
         comparisons=[comparison_row("gradcam, here", "gradcam, there")],
     )
     page, _ = read(archive_page(metrics(against=against), [], [], 1.0))
-    assert "12 patches that both have; there: other in there" in page.text
+    assert "12 patches are in both audits; the other one is of other in there" in page.text
     assert page.row("gradcam, here")[3] == "0.5 (0.4 to 0.6)"
 
 
@@ -339,7 +339,7 @@ def test_maps_share_a_scale() -> None:
     assert weak != strong
     assert colour_scale(2.0, "in logits").description == "colours from -2 (blue) over 0 (gray) to 2 (red), in logits"
     page, _ = read(archive_page(metrics(), [], [example()], 2.0))
-    assert "blue, against: -2; gray: 0; red, for: 2 (in logits, as in the heatmap)" in page.text
+    assert "blue, against the class: −2; gray: 0; red, for the class: 2 (in logits, as in the heatmap)" in page.text
 
 
 def test_names_and_p() -> None:

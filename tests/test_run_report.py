@@ -101,8 +101,8 @@ def test_it_says_what_ran_and_how_it_ended() -> None:
         "tumour, other",
         "gradcam",
         "finished",
-        "3 slides in all",
-        "1 not ended",
+        "3 slides in total",
+        "1 not done yet",
         "0.5",
     ):
         assert text in re.sub(r"\s+", " ", page.text)
@@ -120,14 +120,14 @@ def test_a_stopped_run_says_why_and_what_to_do() -> None:
     page = Page(run_page(status(state="stopped", cause="the disk is full"), {}))
     assert "stopped: the disk is full" in page.text
     assert "same command again" in page.text
-    assert "No slide has ended." in page.text
+    assert "No slide is done yet." in page.text
 
 
 def test_a_run_without_any_work_has_a_page() -> None:
     nothing: dict[str, Any] = {"stages": {}, "workers": {}, "failures": [], "slowest": []}
     empty = status(**nothing, throughput={"width_s": 1.0, "patches": []}, patches={"done": 0})
     page = Page(run_page(empty, {}))
-    for text in ("No slide failed.", "No patch was explained.", "Nothing was done.", "No slide was worked on."):
+    for text in ("No slide failed.", "No patch was explained.", "Nothing was done.", "No slide was processed."):
         assert text in page.text
 
 

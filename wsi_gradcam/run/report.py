@@ -17,7 +17,7 @@ STATUSES: dict[str, str] = {
     SlideStatus.NO_TISSUE: "without tissue",
     SlideStatus.FAILED: "failed",
 }
-NO_REMEDY = "look at the file, and give the same command again with --retry-failed"
+NO_REMEDY = "check the file, then run the same command again with --retry-failed"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SlideRow:
     picture: str
     status: str
     patches: str
-    remark: str
+    note: str
 
 
 def run_page(status: Mapping[str, Any], rows: Mapping[str, Mapping[str, str]]) -> bytes:
