@@ -51,7 +51,7 @@ test: venv browser .venv-napari/installed
 
 S3_SUITES := tests/test_end_to_end.py tests/test_end_to_end_damage.py tests/test_executors.py tests/test_executors_flow.py \
   tests/test_masked_run.py tests/test_stain_runs.py tests/test_remote_runs.py tests/test_resume.py tests/test_results_validation.py \
-  tests/test_out_on_s3.py tests/test_stores_places.py
+  tests/test_out_on_s3.py tests/test_io_paths.py
 
 test-s3: venv
 	WSI_GRADCAM_TEST_OUT=s3 $(BIN)/python -m pytest -n $(JOBS) --no-cov $(S3_SUITES)

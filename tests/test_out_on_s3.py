@@ -134,7 +134,7 @@ def test_a_store_that_goes_away_stops_the_run(
     change: int, inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_stores, "OUT_PATIENCE_S", 1.0)
-    monkeypatch.setattr(object_stores, "LONGEST_PAUSE_S", 0.3)
+    monkeypatch.setattr(object_stores, "LONGEST_DELAY_S", 0.3)
     changes = iter(range(10**6))
     gone = threading.Event()
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import QUESTIONS, check_questions
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.io.urls import is_url, name_of
+from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.progress import cause_of
@@ -167,7 +167,7 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     """
     settings = make_settings(**values)
     check_mask(settings.mask, settings.include, settings.exclude, 1)
-    name = name_of(path) if is_url(path) else Path(path).name
+    name = url_name(path) if is_url(path) else Path(path).name
     regions = regions_of(settings.mask, name, settings.include, settings.exclude)
     slide = open_entry(SlideEntry(name, path), settings)
     try:

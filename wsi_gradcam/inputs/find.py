@@ -20,7 +20,7 @@ from wsi_gradcam.inputs.search import (
     slides_in,
     split_pattern,
 )
-from wsi_gradcam.io.urls import is_url, name_of, parts_of, shown_url
+from wsi_gradcam.io.urls import is_url, redact_url, url_name, url_parts
 from wsi_gradcam.slides import SUFFIXES, is_zarr
 
 # Tag (0020,000E), little endian, with its type (DICOM PS3.5 section 7.1.2); it stands before any pixels.
@@ -144,7 +144,7 @@ def _matching_ids(ids: Sequence[str], flag: str, pattern: str) -> list[str]:
 def path_parts(path: str) -> tuple[str, ...]:
     """The parts of a slide's path, from the disk's root or the URL's host on, as they can name folders."""
     if is_url(path):
-        return parts_of(path)
+        return url_parts(path)
     return Path(path).relative_to(Path(path).anchor).parts
 
 
@@ -178,23 +178,23 @@ def _local(path: Path) -> Iterator[tuple[object, _Found]]:
 def _remote(url: str) -> Iterator[tuple[object, _Found]]:
     """The slides that a URL stands for: one, or those below a folder."""
     if not url.endswith("/") or url.rstrip("/").endswith(ZARR):
-        yield _slide_at(url, name_of(url), NOTHING)
+        yield _slide_at(url, url_name(url), NOTHING)
         return
     from wsi_gradcam.slides.remote import is_zarr_at
 
     if is_zarr_at(url):
-        yield _slide_at(url, name_of(url), NOTHING)
+        yield _slide_at(url, url_name(url), NOTHING)
         return
     urls = _slides_below(url)
     if not urls:
         endings = " ".join(sorted(SUFFIXES))
-        raise ConfigError(f"{shown_url(url)}: no slides in this folder; expected names ending in {endings}")
-    root = len(parts_of(url))
-    yield from (_slide_at(each, "/".join(parts_of(each)[root:]), NOTHING) for each in urls)
+        raise ConfigError(f"{redact_url(url)}: no slides in this folder; expected names ending in {endings}")
+    root = len(url_parts(url))
+    yield from (_slide_at(each, "/".join(url_parts(each)[root:]), NOTHING) for each in urls)
 
 
 def _slide_at(url: str, name: str, told: Told) -> tuple[object, _Found]:
-    shown = shown_url(url)
+    shown = redact_url(url)
     return shown, _Found(shown, name, told, "" if shown == url else url)
 
 
@@ -203,14 +203,14 @@ def _slides_below(url: str) -> list[str]:
     from wsi_gradcam.slides.remote import is_zarr_at, listed
 
     folders, files = listed(url)
-    found = [file for file in files if Path(name_of(file)).suffix.lower() in SUFFIXES]
+    found = [file for file in files if Path(url_name(file)).suffix.lower() in SUFFIXES]
     for folder in folders:
-        name = name_of(folder)
+        name = url_name(folder)
         if name.endswith(IMAGE_SUFFIX) and name != OURS and is_zarr_at(folder):
             found.append(folder.rstrip("/"))
         elif not name.endswith(ZARR):
             found += _slides_below(folder)
-    return sorted(slide for slide in found if not name_of(slide).startswith("._"))
+    return sorted(slide for slide in found if not url_name(slide).startswith("._"))
 
 
 def _named(path: Path) -> Iterator[tuple[str, str, Told]]:

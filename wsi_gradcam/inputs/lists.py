@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError, one_line
-from wsi_gradcam.io.urls import is_url, name_of
+from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.slides import check_mpp
 
 Mpp = tuple[float, float] | None
@@ -75,7 +75,7 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Told]]:
             once.setdefault(mpp, mpp), _mask(path, row, where), *(sys.intern(row.get(key, "")) for key in COLUMNS[-3:])
         )
         if is_url(name):
-            yield name, name_of(name), told
+            yield name, url_name(name), told
             continue
         pure = _expanded(name)
         file = os.path.join(path.parent, pure)  # noqa: PTH118

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, BinaryIO
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.io.object_stores import pauses
+from wsi_gradcam.io.object_stores import retry_delays
 
 if TYPE_CHECKING:
     from typing import Self
@@ -158,10 +158,10 @@ class StoragePath(ABC):
         Raises:
             StoreError: the file cannot be written, or other processes were always faster.
         """
-        for pause in pauses(UPDATE_PATIENCE_S):
+        for delay in retry_delays(UPDATE_PATIENCE_S):
             if self._try_update(change):
                 return
-            time.sleep(pause)
+            time.sleep(delay)
         raise StoreError(
             f"{self}: other processes write to it all the time; let fewer runs share an --out, and run the same "
             "command again, nothing finished is lost"

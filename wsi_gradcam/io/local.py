@@ -1,4 +1,4 @@
-"""Files and folders on a disk that this machine has mounted."""
+"""`LocalPath`: results in folders on a disk, written atomically."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from zarr.storage import LocalStore
 
 LOCK = ".lock"
-TRIES = 3
+ATTEMPTS = 3
 PARTIAL = ".partial"  # also the ending of zarr's own unfinished files
 
 _MENDS = {
@@ -40,13 +40,13 @@ _MENDS = {
     errno.EEXIST: "a file stands where a folder is needed; choose another --out",
 }
 _PARTIAL_NAME = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
-# File systems without hard links: SMB, exFAT and some that are made of other stores.
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+# Errors of file systems without hard links: SMB, exFAT and some on top of object stores.
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
 @dataclass(frozen=True)
 class LocalPath(StoragePath):
-    """A file or folder on a disk; `open` and `Path` take it as they take a path."""
+    """A file or folder on a disk, which `open` and `Path` accept as a path."""
 
     path: Path
 
@@ -71,11 +71,11 @@ class LocalPath(StoragePath):
         return LocalPath(self.path.absolute())
 
     def read(self) -> bytes:
-        with _reading(self.path):
+        with _wrap_read_errors(self.path):
             return self.path.read_bytes()
 
     def read_range(self, start: int, count: int) -> bytes:
-        with _reading(self.path), self.path.open("rb") as file:
+        with _wrap_read_errors(self.path), self.path.open("rb") as file:
             file.seek(start)
             return file.read(count)
 
@@ -84,7 +84,7 @@ class LocalPath(StoragePath):
         return data, _version(data)
 
     def size(self) -> int:
-        with _reading(self.path):
+        with _wrap_read_errors(self.path):
             found = self.path.stat()
             if stat.S_ISDIR(found.st_mode):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
@@ -94,13 +94,13 @@ class LocalPath(StoragePath):
         return self.is_file() or _holds_files(self.path)
 
     def file_names(self) -> list[str]:
-        return sorted(entry.name for entry in self._entries() if entry.is_file() and not _is_ours(entry.name))
+        return sorted(entry.name for entry in self._entries() if entry.is_file() and not _is_internal(entry.name))
 
     def folder_names(self) -> list[str]:
         return sorted(entry.name for entry in self._entries() if entry.is_dir() and _holds_files(Path(entry.path)))
 
     def _entries(self) -> list[os.DirEntry[str]]:
-        with _reading(self.path):
+        with _wrap_read_errors(self.path):
             try:
                 return list(os.scandir(self.path))
             except (FileNotFoundError, NotADirectoryError):
@@ -110,19 +110,19 @@ class LocalPath(StoragePath):
         write_atomic(self.path, data)
 
     def create(self, data: bytes) -> bool:
-        with self._written(data) as partial:
+        with self._temporary(data) as partial:
             try:
                 os.link(partial, self.path)
             except FileExistsError:
                 # a network file system may have lost the answer to a first request
                 return partial.stat().st_nlink > 1 and partial.samefile(self.path)
             except OSError as error:
-                if error.errno not in _NO_LINKS:
+                if error.errno not in _NO_HARD_LINKS:
                     raise
-                return self._created_without_links(data)
+                return self._create_without_links(data)
             return True
 
-    def _created_without_links(self, data: bytes) -> bool:
+    def _create_without_links(self, data: bytes) -> bool:
         try:
             with self.path.open("xb") as file:
                 file.write(data)
@@ -184,8 +184,8 @@ class LocalPath(StoragePath):
         return self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}{PARTIAL}")
 
     @contextmanager
-    def _written(self, data: bytes) -> Iterator[Path]:
-        """A file beside this one that holds `data`, for a while."""
+    def _temporary(self, data: bytes) -> Iterator[Path]:
+        """Give a temporary file beside this one that holds `data`."""
         partial = self._partial()
         with wrap_write_errors(self.path):
             try:
@@ -197,7 +197,7 @@ class LocalPath(StoragePath):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock file of the folder, as far as the system and the file system know locks."""
+        """Hold an exclusive lock on the folder, as far as the system and the file system know locks."""
         with wrap_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = (self.path.parent / LOCK).open("w")
@@ -210,7 +210,7 @@ class LocalPath(StoragePath):
 
 @contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Turns an operating system's error while writing below `path` into a `StoreError` that says the mend."""
+    """Turn an error of the operating system while writing below `path` into a `StoreError` that says the mend."""
     try:
         yield
     except WsiGradcamError:
@@ -221,19 +221,19 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: readers see all of it or the file as it was.
+    """Write `data` to `path` atomically: readers see all of it or the file as it was.
 
     Raises:
         StoreError: the file system refuses.
     """
     with wrap_write_errors(path):
-        for left in reversed(range(TRIES)):
+        for left in reversed(range(ATTEMPTS)):
             partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial.write_bytes(data)
                 os.replace(partial, path)  # noqa: PTH105 - the atomic one on every platform
-            except FileNotFoundError:  # a run that began just now took it for what a killed process has left
+            except FileNotFoundError:  # a run that has just begun has removed it as a killed process's
                 if not left:
                     raise
             except OSError:
@@ -251,8 +251,8 @@ def remove_partial_files(folder: Path, recursive: bool = True) -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what an operating system says while reading into a `StoreError`, unless nothing is there."""
+def _wrap_read_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system while reading into a `StoreError`, unless the file does not exist."""
     try:
         yield
     except (WsiGradcamError, FileNotFoundError):
@@ -267,11 +267,11 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _holds_files(folder: Path) -> bool:
-    return any(not all(map(_is_ours, files)) for _, _, files in os.walk(folder) if files)
+    return any(not all(map(_is_internal, files)) for _, _, files in os.walk(folder) if files)
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a name is of what this module leaves beside files."""
+def _is_internal(name: str) -> bool:
+    """Return True for the name of a lock or of a half-written file."""
     return name == LOCK or _PARTIAL_NAME.search(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""Object stores and web servers: how obstore opens them, and what its errors mean. The only module that knows it."""
+"""Object stores and web servers: clients, retries, and the meaning of errors. The only module that knows obstore."""
 
 from __future__ import annotations
 
@@ -26,73 +26,120 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 S3 = "s3"
-S3_FORM = (
+EXPECTED_S3_URL = (
     "expected s3://BUCKET/KEY; credentials are given as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
 )
-CREDENTIALS_MEND = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+CREDENTIALS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
 # A failed request is repeated for so long, of slides and of results. A store that is away for longer stops the run.
 PATIENCE_S, OUT_PATIENCE_S = 30.0, 60.0
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-# Where machines in a cloud ask for credentials, and so does obstore where there are none.
+# Machines in a cloud get credentials there, and obstore asks it where there are none.
 INSTANCE_METADATA = "169.254.169.254"
 ERROR_CHARACTERS = 240
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
 
 
-class Trouble(Enum):
-    """What an error of a server means."""
+class Failure(Enum):
+    """The kinds of failed requests that call for different advice."""
 
     MISSING = auto()
     NO_BUCKET = auto()
     IGNORES_RANGE = auto()
-    REFUSED = auto()
+    ACCESS_DENIED = auto()
     NO_CREDENTIALS = auto()
     BEYOND_END = auto()
-    ELSEWHERE = auto()
-    EXISTS = auto()  # asked to put only where nothing is
-    CHANGED = auto()  # asked to replace a version that is no more
-    REJECTED = auto()  # asked again, it would be so again
-    UNREACHABLE = auto()  # may pass
+    REDIRECTED = auto()
+    EXISTS = auto()  # of a put on the condition that there is no object
+    CHANGED = auto()  # of a put on the condition that the object has a certain version
+    REJECTED = auto()  # would fail again
+    TRANSIENT = auto()
 
 
-def trouble_of(error: BaseException) -> Trouble:
-    """What an error of obstore means."""
+def classify(error: BaseException) -> Failure:
+    """Return the kind of an error that obstore has raised."""
     from obstore import exceptions
 
     kinds = {
-        exceptions.NotSupportedError: Trouble.IGNORES_RANGE,
-        exceptions.PermissionDeniedError: Trouble.REFUSED,
-        exceptions.UnauthenticatedError: Trouble.REFUSED,
-        exceptions.AlreadyExistsError: Trouble.EXISTS,
-        exceptions.PreconditionError: Trouble.CHANGED,
+        exceptions.NotSupportedError: Failure.IGNORES_RANGE,
+        exceptions.PermissionDeniedError: Failure.ACCESS_DENIED,
+        exceptions.UnauthenticatedError: Failure.ACCESS_DENIED,
+        exceptions.AlreadyExistsError: Failure.EXISTS,
+        exceptions.PreconditionError: Failure.CHANGED,
     }
     text = str(error)
     if "NoSuchBucket" in text:
-        return Trouble.NO_BUCKET
+        return Failure.NO_BUCKET
     if isinstance(error, FileNotFoundError):
-        return Trouble.MISSING
-    for kind, trouble in kinds.items():
+        return Failure.MISSING
+    for kind, failure in kinds.items():
         if isinstance(error, kind):
-            return trouble
+            return failure
     if INSTANCE_METADATA in text:
-        return Trouble.NO_CREDENTIALS
+        return Failure.NO_CREDENTIALS
     if "416" in text and "Range" in text:
-        return Trouble.BEYOND_END
+        return Failure.BEYOND_END
     if "redirect" in text.lower():
-        return Trouble.ELSEWHERE
+        return Failure.REDIRECTED
     # 408 and 429 ask for patience
-    return Trouble.REJECTED if re.search(r"\b4(?!08|29)\d\d [A-Z]", text) else Trouble.UNREACHABLE
+    return Failure.REJECTED if re.search(r"\b4(?!08|29)\d\d [A-Z]", text) else Failure.TRANSIENT
 
 
-def short(error: BaseException) -> str:
-    """The first line of an error of obstore, without the secrets of URLs and what comes after."""
+def short_message(error: BaseException) -> str:
+    """Return the first line of an error of obstore, without secrets in URLs, of at most `ERROR_CHARACTERS`."""
     line = str(error).split("\n", 1)[0]
     line = re.sub(r"\?\S*", "", line)
     return re.sub(r"://[^/\s@]*@", "://", line)[:ERROR_CHARACTERS]
 
 
+def store_error(path: object, error: Exception, action: str) -> OSError:
+    """Return the error of a path of results for an error of obstore: a plain `FileNotFoundError`, or a `StoreError`.
+
+    `action` is the participle of what failed: "read" or "written".
+    """
+    failure = classify(error)
+    if failure is Failure.MISSING:
+        return FileNotFoundError(f"{path}: does not exist")
+    mends = {
+        Failure.NO_BUCKET: "no such bucket; make it, or check --out and the endpoint in AWS_ENDPOINT_URL",
+        Failure.ACCESS_DENIED: f"access was refused ({short_message(error)}); {CREDENTIALS_HINT}, and let them read, "
+        "write, list and delete there",
+        Failure.NO_CREDENTIALS: f"there are no credentials; {CREDENTIALS_HINT}",
+        Failure.REDIRECTED: f"it lies elsewhere ({short_message(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
+        Failure.REJECTED: f"the store refuses that ({short_message(error)}); check --out and the store's settings",
+    }
+    other = (
+        f"the store does not answer as it should ({short_message(error)}); check it and the network, and run the same "
+        "command again, nothing finished is lost"
+    )
+    return StoreError(f"{path}: cannot be {action}: {mends.get(failure, other)}")
+
+
+def retry_delays(patience_s: float) -> Iterator[float]:
+    """Yield the seconds to wait before each further attempt, growing and jittered, until `patience_s` have passed.
+
+    Obstore repeats most requests itself, but not those whose outcome it cannot know.
+    """
+    end, delay = time.monotonic() + patience_s, FIRST_DELAY_S
+    while time.monotonic() + delay < end:
+        yield delay * random.uniform(0.5, 1)  # waiting processes shall not come back at once
+        delay = min(2 * delay, LONGEST_DELAY_S)
+
+
+def retry(call: Callable[[], T], patience_s: float) -> T:
+    """Return the result of an idempotent call, repeated for up to `patience_s` while its failures are transient."""
+    delays = retry_delays(patience_s)
+    while True:
+        try:
+            return call()
+        except Exception as error:  # obstore raises many kinds
+            delay = next(delays, None) if classify(error) is Failure.TRANSIENT else None
+            if delay is None:
+                raise
+            time.sleep(delay)
+
+
 def bucket_and_key(url: str) -> tuple[str, str] | None:
-    """Bucket and key of an s3:// URL; None where it names none, or holds credentials.
+    """Return bucket and key of an s3:// URL; None where it names no bucket, or holds credentials.
 
     >>> bucket_and_key("s3://bucket/a/b"), bucket_and_key("s3://me:secret@bucket/a")
     (('bucket', 'a/b'), None)
@@ -102,75 +149,52 @@ def bucket_and_key(url: str) -> tuple[str, str] | None:
 
 
 def s3_store(bucket: str, prefix: str | None = None, patience_s: float | None = None) -> S3Store:
-    """A bucket, or what lies below a prefix; credentials, region and endpoint come from the environment."""
+    """Return a client of a bucket, or of what lies below a prefix, set up by the environment."""
     from obstore.store import S3Store
 
-    # Set by the user, and other tools take that for leave enough.
+    # Set by the user, and other tools take that for permission.
     plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
     patience = PATIENCE_S if patience_s is None else patience_s
-    return S3Store(bucket, prefix=prefix, client_options=_client(plain, patience), retry_config=_retries(patience))
+    options, retries = _client_options(plain, patience), _retry_config(patience)
+    return S3Store(bucket, prefix=prefix, client_options=options, retry_config=retries)
 
 
 def web_store(url: str) -> HTTPStore:
-    """What lies below a web address; user and password in it are sent as basic authentication.
+    """Return a client of what lies below a web address; a user and password in it become basic authentication.
 
     Raises:
-        ValueError: no valid URL.
+        ValueError: not a valid URL.
     """
     from obstore.store import HTTPStore
 
     scheme, host, _ = split_url(url)
-    options = _client(scheme == "http", PATIENCE_S)
+    options = _client_options(scheme == "http", PATIENCE_S)
     user, at, _ = host.rpartition("@")
     if at:
         token = base64.b64encode(unquote(user).encode()).decode()
         options["default_headers"] = {"authorization": f"Basic {token}"}
         url = url.replace(user + at, "", 1)
-    return HTTPStore(url, client_options=options, retry_config=_retries(PATIENCE_S))
+    return HTTPStore(url, client_options=options, retry_config=_retry_config(PATIENCE_S))
 
 
-def _client(plain: bool, patience_s: float) -> ClientConfig:
+def _client_options(plain: bool, patience_s: float) -> ClientConfig:
     return {"allow_http": plain, "connect_timeout": "5s", "timeout": f"{max(1, round(patience_s))}s"}
 
 
-def _retries(patience_s: float) -> RetryConfig:
-    first, longest = timedelta(seconds=FIRST_PAUSE_S), timedelta(seconds=LONGEST_PAUSE_S)
+def _retry_config(patience_s: float) -> RetryConfig:
+    first, longest = timedelta(seconds=FIRST_DELAY_S), timedelta(seconds=LONGEST_DELAY_S)
     backoff: Any = {"init_backoff": first, "max_backoff": longest, "base": 2}
     return {"max_retries": 100, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
 
 
-def pauses(patience_s: float) -> Iterator[float]:
-    """Seconds to wait before each further attempt, growing and jittered, until `patience_s` have passed.
-
-    Obstore sends most requests again itself, but not those whose outcome it cannot know.
-    """
-    end, pause = time.monotonic() + patience_s, FIRST_PAUSE_S
-    while time.monotonic() + pause < end:
-        yield pause * random.uniform(0.5, 1)  # waiting processes shall not come back at once
-        pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def patiently(call: Callable[[], T], patience_s: float) -> T:
-    """What a call gives that does no harm when it is done twice, tried again while its trouble may pass."""
-    waits = pauses(patience_s)
-    while True:
-        try:
-            return call()
-        except Exception as error:  # obstore raises many kinds
-            pause = next(waits, None) if trouble_of(error) is Trouble.UNREACHABLE else None
-            if pause is None:
-                raise
-            time.sleep(pause)
-
-
 class Bucket:
-    """A bucket whose client is made when it is first used, and stays behind when the bucket is sent elsewhere."""
+    """A bucket of results. Its client is created on first use, and is not pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @cached_property
-    def store(self) -> ObjectStore:
+    def store(self) -> S3Store:
         """The client, one in a process: it keeps connections and credentials."""
         return s3_store(self.name, patience_s=OUT_PATIENCE_S)
 
@@ -182,24 +206,3 @@ class Bucket:
 
     def __hash__(self) -> int:
         return hash(self.name)
-
-
-def error_of(place: object, error: Exception, done: str) -> OSError:
-    """What an error of obstore means for OUT; a file that is not there is a plain `FileNotFoundError`.
-
-    `done` is what could not be done: "read" or "written".
-    """
-    trouble = trouble_of(error)
-    if trouble is Trouble.MISSING:
-        return FileNotFoundError(f"{place}: does not exist")
-    mends = {
-        Trouble.NO_BUCKET: "no such bucket; make it, or check --out and the endpoint in AWS_ENDPOINT_URL",
-        Trouble.REFUSED: f"access was refused ({short(error)}); {CREDENTIALS_MEND}, and let them read, write, list "
-        "and delete there",
-        Trouble.NO_CREDENTIALS: f"there are no credentials; {CREDENTIALS_MEND}",
-        Trouble.ELSEWHERE: f"it lies elsewhere ({short(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
-        Trouble.REJECTED: f"the store refuses that ({short(error)}); check --out and the store's settings",
-    }
-    other = f"the store does not answer as it should ({short(error)}); check it and the network, and run the same "
-    mend = mends.get(trouble, other + "command again, nothing finished is lost")
-    return StoreError(f"{place}: cannot be {done}: {mend}")

@@ -11,7 +11,7 @@ from wsi_gradcam.io.base import StoragePath
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.object_stores import S3
 from wsi_gradcam.io.s3 import S3Path
-from wsi_gradcam.io.urls import is_url, shown_url, split_url
+from wsi_gradcam.io.urls import is_url, redact_url, split_url
 
 __all__ = ["StoragePath", "StoragePathLike", "storage_path"]
 
@@ -33,7 +33,7 @@ def storage_path(out: StoragePathLike) -> StoragePath:
     if is_url(text) and split_url(text)[0] == S3:
         return S3Path.from_url(text)
     if is_url(text):
-        raise ConfigError(f"{shown_url(text)}: expected a folder, or s3://BUCKET/KEY")
+        raise ConfigError(f"{redact_url(text)}: expected a folder, or s3://BUCKET/KEY")
     if re.match(f"{S3}:/", text):  # what pathlib makes of s3://
         raise ConfigError(f"{text}: expected a folder, or s3://BUCKET/KEY; give a URL as text, not as a path")
     return LocalPath(Path(text))

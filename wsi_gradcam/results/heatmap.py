@@ -16,7 +16,7 @@ import zarr
 
 from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.io.zarr_groups import OpenGroup, lay_out
+from wsi_gradcam.io.zarr_stores import ZarrGroup, write_group
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class HeatmapStore:
 
     def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
         self._place = storage_path(place)
-        self._group = OpenGroup(self._place, read_only=read_only)
+        self._group = ZarrGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
@@ -92,7 +92,7 @@ class HeatmapStore:
             label.attrs["ome"] = _label_metadata(shapes, scale_um)
             group.attrs.put({"ome": _image_metadata(name, shapes, scale_um, channels), "wsi_gradcam": attributes})
 
-        lay_out(storage_path(place), build)
+        write_group(storage_path(place), build)
         return cls(place)
 
     @property

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import zarr
 
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.io.zarr_groups import OpenGroup, lay_out
+from wsi_gradcam.io.zarr_stores import ZarrGroup, write_group
 from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.manifest import digest_of
 
@@ -65,7 +65,7 @@ class PatchStore:
 
     def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
         self._place = storage_path(place)
-        self._group = OpenGroup(self._place, read_only=read_only)
+        self._group = ZarrGroup(self._place, read_only=read_only)
 
     @classmethod
     def create(
@@ -111,7 +111,7 @@ class PatchStore:
                 dimension_names=("patch", "target", "y", "x"),
             )
 
-        lay_out(storage_path(place), build)
+        write_group(storage_path(place), build)
         return cls(place)
 
     @property

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.io.urls import SCHEME, shown_url
+from wsi_gradcam.io.urls import SCHEME, redact_url
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
@@ -100,7 +100,7 @@ def command_line(argv: Sequence[str]) -> str:
 
 def _without_secrets(argument: str) -> str:
     found = re.search(SCHEME, argument)
-    return argument if found is None else argument[: found.start()] + shown_url(argument[found.start() :])
+    return argument if found is None else argument[: found.start()] + redact_url(argument[found.start() :])
 
 
 def facts_of(run: RunPlan, run_id: str, dashboard: str) -> dict[str, Any]:

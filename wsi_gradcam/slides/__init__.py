@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import ConfigError, MppError, SlideNotFoundError
-from wsi_gradcam.io.urls import is_url, shown_url
+from wsi_gradcam.io.urls import is_url, redact_url
 from wsi_gradcam.slides.base import ZARR_FILES, Level, Slide, SlideInfo, check_mpp
 from wsi_gradcam.slides.resample import Thumbnail, read_region, thumbnail
 
@@ -67,7 +67,7 @@ def open_slide(
         # Not above: files shall not need the client of object stores.
         from wsi_gradcam.slides.remote_opening import open_url
 
-        _check_given(given, shown_url(path))
+        _check_given(given, redact_url(path))
         return open_url(path, given, reader, trust_objective)
     path = Path(path)
     if not path.is_file() and not is_zarr(path):

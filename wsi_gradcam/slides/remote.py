@@ -12,17 +12,17 @@ from wsi_gradcam.errors import SlideAccessError, SlideError, SlideFormatError, S
 from wsi_gradcam.geometry import ceil_div
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.object_stores import (
-    CREDENTIALS_MEND,
+    CREDENTIALS_HINT,
+    EXPECTED_S3_URL,
     S3,
-    S3_FORM,
-    Trouble,
+    Failure,
     bucket_and_key,
+    classify,
     s3_store,
-    short,
-    trouble_of,
+    short_message,
     web_store,
 )
-from wsi_gradcam.io.urls import WEB, shown_url, split_url
+from wsi_gradcam.io.urls import WEB_SCHEMES, redact_url, split_url
 from wsi_gradcam.slides.base import ZARR_FILES
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.object_stores import HTTPStore, ObjectStore
     from wsi_gradcam.slides.base import ByteRange
 
-SCHEMES = (S3, *WEB)
+SCHEMES = (S3, *WEB_SCHEMES)
 # Tiles that touch are one request; writers of cloud-optimised TIFF leave 8 bytes between them, others pad by one.
 GAP_BYTES = 8
 # Headers are small and scattered: larger blocks would cost more bytes than they save requests.
@@ -45,7 +45,7 @@ class RemoteFile:
     """A `SlideFile` behind a URL. Of its tiles, no byte is fetched twice as long as it is kept."""
 
     def __init__(self, url: str) -> None:
-        self.name = shown_url(url)
+        self.name = redact_url(url)
         self._store, self._path = store_of(url)
         self._ranges: Cache[ByteRange, bytes] = Cache(KEPT_BYTES, len)
         self._trouble: SlideError | None = None
@@ -195,7 +195,7 @@ def is_zarr_at(url: str) -> bool:
         except FileNotFoundError:
             continue
         except Exception as error:
-            raise access_error(shown_url(url), error) from None
+            raise access_error(redact_url(url), error) from None
         return True
     return False
 
@@ -208,14 +208,14 @@ def listed(url: str) -> tuple[list[str], list[str]]:
     """
     if split_url(url)[0] != S3:
         raise SlideAccessError(
-            f"{shown_url(url)}: web servers cannot be asked what lies below; name the slides one by one, or in a list "
+            f"{redact_url(url)}: web servers cannot be asked what lies below; name the slides one by one, or in a list "
             "(.csv)"
         )
     bucket, _ = _bucket_and_key(url)
     try:
         found = folder_of(url).list_with_delimiter()
     except Exception as error:
-        raise access_error(shown_url(url), error) from None
+        raise access_error(redact_url(url), error) from None
     base = url.rstrip("/") if split_url(url)[2] else f"{S3}://{bucket}"
     folders = [f"{base}/{name.rstrip('/')}/" for name in found["common_prefixes"]]
     return folders, [f"{base}/{item['path']}" for item in found["objects"]]
@@ -246,42 +246,44 @@ def store_of(url: str) -> tuple[ObjectStore, str]:
 def _bucket_and_key(url: str) -> tuple[str, str]:
     found = bucket_and_key(url)
     if found is None:
-        raise SlideAccessError(f"{shown_url(url)}: {S3_FORM}")
+        raise SlideAccessError(f"{redact_url(url)}: {EXPECTED_S3_URL}")
     return found
 
 
 def _web_store(url: str) -> HTTPStore:
     scheme, host, _ = split_url(url)
     if scheme not in SCHEMES or not host.rpartition("@")[2]:
-        raise SlideAccessError(f"{shown_url(url)}: expected a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
+        raise SlideAccessError(f"{redact_url(url)}: expected a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
     try:
         return web_store(url)
     except ValueError as error:
-        raise access_error(shown_url(url), error) from None
+        raise access_error(redact_url(url), error) from None
 
 
 def access_error(name: str, error: Exception) -> SlideError:
     """What an error of obstore means for the slide, without the secrets that a URL or a request may hold."""
     if isinstance(error, SlideError):
         return error
-    trouble = trouble_of(error)
-    if trouble is Trouble.NO_BUCKET:
+    failure = classify(error)
+    if failure is Failure.NO_BUCKET:
         return SlideNotFoundError(f"{name}: no such bucket; check the URL and the endpoint in AWS_ENDPOINT_URL")
-    if trouble is Trouble.MISSING:
+    if failure is Failure.MISSING:
         return SlideNotFoundError(f"{name}: does not exist, expected a slide; check the URL, and end a folder's by /")
-    if trouble is Trouble.IGNORES_RANGE:
+    if failure is Failure.IGNORES_RANGE:
         return SlideAccessError(
             f"{name}: the server ignores Range, so that the whole file would be sent for each tile; copy it to a disk"
         )
-    if trouble in (Trouble.REFUSED, Trouble.NO_CREDENTIALS):
+    if failure in (Failure.ACCESS_DENIED, Failure.NO_CREDENTIALS):
         web = "check user and password in the URL, or make a new signed one"
-        what = "access was refused" if trouble is Trouble.REFUSED else "there are no credentials"
-        return SlideAccessError(f"{name}: {what}; {CREDENTIALS_MEND if split_url(name)[0] == S3 else web}")
-    if trouble is Trouble.BEYOND_END:
+        what = "access was refused" if failure is Failure.ACCESS_DENIED else "there are no credentials"
+        return SlideAccessError(f"{name}: {what}; {CREDENTIALS_HINT if split_url(name)[0] == S3 else web}")
+    if failure is Failure.BEYOND_END:
         return SlideFormatError(f"{name}: empty, expected a slide; copy it again from its source")
-    if trouble is Trouble.ELSEWHERE:
-        return SlideAccessError(f"{name}: it lies elsewhere ({short(error)}); set AWS_REGION, or give the final URL")
+    if failure is Failure.REDIRECTED:
+        return SlideAccessError(
+            f"{name}: it lies elsewhere ({short_message(error)}); set AWS_REGION, or give the final URL"
+        )
     return SlideAccessError(
-        f"{name}: cannot be read from its server ({short(error)}); check both and the network, and run the same "
-        "command again: what is done is kept"
+        f"{name}: cannot be read from its server ({short_message(error)}); check both and the network, and run the "
+        "same command again: what is done is kept"
     )

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import SlideFormatError, SlideNotFoundError
-from wsi_gradcam.io.urls import shown_url, split_url
+from wsi_gradcam.io.urls import redact_url, split_url
 from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
 from wsi_gradcam.slides.opening import is_tiff, open_plain_tiff, own_facts
 from wsi_gradcam.slides.remote import RemoteFile, is_zarr_at
@@ -36,7 +36,7 @@ def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False) -> 
         SlideAccessError: the server does not let it be read.
         SlideFormatError: not a slide that is read without a download, or damaged.
     """
-    name = shown_url(url)
+    name = redact_url(url)
     if reader in FROM_DISKS:
         raise SlideFormatError(
             f"{name}: reader {reader!r} knows files only; expected auto, tiff or ome-zarr, or {MEND}"

@@ -10,7 +10,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import ObjectStore
 
 from wsi_gradcam.io.cache import Cache
-from wsi_gradcam.io.urls import shown_url
+from wsi_gradcam.io.urls import redact_url
 from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_of, look
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class RemoteZarr(ObjectStore[Any]):
 
     def __init__(self, url: str) -> None:
         super().__init__(folder_of(url), read_only=True)
-        self.name = shown_url(url)
+        self.name = redact_url(url)
         self._kept: Cache[Request, bytes] = Cache(KEPT_BYTES, len)
         self._sizes: dict[str, int] = {}
         self._asked: dict[Request, asyncio.Task[bytes | None]] = {}

@@ -161,7 +161,7 @@ def test_of_all_who_create_one_wins(out: StoragePath) -> None:
 
 def test_a_store_that_fails_often_loses_nothing(s3_out: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the answer to a request that was carried out is lost."""
-    monkeypatch.setattr(object_stores, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(object_stores, "FIRST_DELAY_S", 0.01)
     out = storage_path(s3_out)
     s3_proxy.passed.fails = at_random(0.3, 5)
     for number in range(25):
