@@ -62,7 +62,7 @@ from wsi_gradcam.cam.methods import METHODS
 from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram
 from wsi_gradcam.cam.targets import PREDICTED, Target, make_score
 from wsi_gradcam.cam.trunks import low_precisions
-from wsi_gradcam.system.memory import give_back
+from wsi_gradcam.system.processes import release_freed_memory
 
 ROOT = Path(__file__).parents[1]
 TILES = ROOT.parent / "shared/data/tiles/oscc_oral"
@@ -174,7 +174,7 @@ def alternate(sides: dict[str, Run], rounds: int, turn_s: float) -> dict[str, fl
 def _clean() -> None:
     """Some libraries hold a batch's graph, gigabytes, in circles of references; and the allocator what was freed."""
     gc.collect()
-    give_back()
+    release_freed_memory()
 
 
 def _rate(run: Run, turn_s: float) -> float:

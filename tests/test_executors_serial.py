@@ -15,7 +15,7 @@ from wsi_gradcam.executors import serial
 from wsi_gradcam.run.context import Context, perform
 from wsi_gradcam.run.types import Task
 from wsi_gradcam.slides.patch_reader import PatchReader
-from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.isolation import CRASHES
 
 PATIENCE_S = 30
 
@@ -90,7 +90,7 @@ def test_slides_are_opened_one_at_a_time_where_one_of_two_has_ended_a_process(
 ) -> None:
     watcher = Watcher({})
     monkeypatch.setattr(serial, "perform", watcher)
-    monkeypatch.setattr(WATCH, "one_at_a_time", True)
+    monkeypatch.setattr(CRASHES, "one_at_a_time", True)
     explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL)
     assert set(watcher.threads.values()) == {threading.main_thread().name}
 
@@ -98,7 +98,7 @@ def test_slides_are_opened_one_at_a_time_where_one_of_two_has_ended_a_process(
 def test_a_slide_that_has_ended_a_process_is_not_opened(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WATCH, "deaths", {str(slides / "a.tif"): "a.tif: SIGSEGV ended the process"})
+    monkeypatch.setattr(CRASHES, "causes", {str(slides / "a.tif"): "a.tif: SIGSEGV ended the process"})
     outcome = explain([slides / "a.tif", slides / "c.tif"], toy_spec("slow_linear"), tmp_path / "out", **SMALL)
     assert {record.slide.id: record.error for record in outcome.records} == {
         "a.tif": "a.tif: SIGSEGV ended the process",

@@ -30,7 +30,7 @@ from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.run.status import REPORT, look, shown
 from wsi_gradcam.run.types import Performed, SlideRecord, Task
 from wsi_gradcam.run.workload import STITCH
-from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.isolation import CRASHES
 
 MODEL = toy_spec("pooled_linear")
 
@@ -343,7 +343,7 @@ def test_what_a_process_has_tried_before_it_died_is_not_retried_by_the_next(
 ) -> None:
     slides = made / "slides"
     assert tried(slides, tmp_path, retry_failed=True)[1] == ["c.tif"]
-    monkeypatch.setattr(WATCH, "finished_before", {str(slides / "c.tif")})
+    monkeypatch.setattr(CRASHES, "finished_before", {str(slides / "c.tif")})
     assert tried(slides, tmp_path, retry_failed=True) == (["a.tif", "b.tif"], ["c.tif"])
 
 

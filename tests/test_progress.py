@@ -13,7 +13,7 @@ from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
 from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
 from wsi_gradcam.run.workload import EXPLAIN, PLAN, STITCH
-from wsi_gradcam.system.timer import duration
+from wsi_gradcam.system.timer import format_duration
 
 
 class Clock:
@@ -169,7 +169,7 @@ def test_slides_that_had_ended_are_not_slow_ones() -> None:
 @given(st.floats(0, 1e7))
 def test_durations_are_right_to_their_last_unit(seconds: float) -> None:
     sizes = {"d": 86400, "h": 3600, "min": 60, "s": 1}
-    parts = duration(seconds).split()
+    parts = format_duration(seconds).split()
     units = parts[1::2]
     value = sum(int(count) * sizes[unit] for count, unit in zip(parts[::2], units, strict=True))
     assert value <= round(seconds) < value + sizes[units[-1]]

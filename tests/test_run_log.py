@@ -16,7 +16,7 @@ from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run import log as run_log
 from wsi_gradcam.run.log import LOG, LONGEST, RunLog
-from wsi_gradcam.system.timer import Ticker
+from wsi_gradcam.system.timer import PeriodicTimer
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch:
 
 def test_a_ticker_calls_until_it_ends() -> None:
     calls: list[int] = []
-    with Ticker(0.01, lambda: calls.append(len(calls)), "test"):
+    with PeriodicTimer(0.01, lambda: calls.append(len(calls)), "test"):
         while len(calls) < 3:
             pass
     count = len(calls)

@@ -29,7 +29,7 @@ from wsi_gradcam.results.run import open_result
 from wsi_gradcam.run.claims import Claim, new_run_id
 from wsi_gradcam.run.events import Listener
 from wsi_gradcam.run.types import FatalError, Performed, SlideRecord, Task
-from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.isolation import CRASHES
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
@@ -186,7 +186,7 @@ def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
         if not overwrite:
             raise
         before = None
-    anew = overwrite and not (WATCH.deaths or WATCH.finished_before)  # not what this very command has done
+    anew = overwrite and not (CRASHES.causes or CRASHES.finished_before)  # not what this very command has done
     if before is not None and before.get("identity") == identity and not anew:
         return
     if before is not None and not overwrite:

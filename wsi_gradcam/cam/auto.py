@@ -28,7 +28,7 @@ from wsi_gradcam.cam.trunks import low_precisions, make_trunk
 from wsi_gradcam.errors import EngineError, one_line
 from wsi_gradcam.io.local import write_atomic
 from wsi_gradcam.models.graph import fixed_batch
-from wsi_gradcam.system.memory import give_back
+from wsi_gradcam.system.processes import release_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,7 +89,7 @@ def choose(
         if candidate[0] == "eager" and best is not None and best[0].engine == "openvino":
             continue
         must_agree = precision == AUTO or candidate[1] == "float32"
-        give_back()  # what the one before left
+        release_freed_memory()  # what the one before left
         trial, program = _try(candidate, module, layers, batches, cut, asked, reference, must_agree)
         if program is not None and best is not None and not _faster(trial, best[0]):
             trial = replace(trial, remark=f"not {WORTH:g} times faster than {best[0].engine} {best[0].precision}")
@@ -103,7 +103,7 @@ def choose(
         raise EngineError(f"no program for --engine {engine} --precision {precision}: {reasons}")
     chosen, made = best
     if made is None:
-        give_back()
+        release_freed_memory()
         made = _split_program(module, layers, chosen.engine, chosen.precision, batches[0], cut)
     return Choice(chosen.engine, chosen.precision, tuple(trials)), made
 

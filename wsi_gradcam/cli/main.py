@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam import __version__
 from wsi_gradcam.cli import flags
 from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line
-from wsi_gradcam.system.isolation import guard
+from wsi_gradcam.system.isolation import supervise
 from wsi_gradcam.system.stopping import STOP
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
     stoppable: AbstractContextManager[None] = nullcontext()
     if argv is None and COMMANDS[arguments.command].stoppable:  # a process of its own, without threads yet
-        guard()
-        stoppable = STOP.at_signals()
+        supervise()
+        stoppable = STOP.handle_signals()
     try:
         with stoppable:
             return COMMANDS[arguments.command].run(arguments)

@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from wsi_gradcam.api import Listener
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.types import Performed, Planned, Task
-from wsi_gradcam.system.timer import duration
+from wsi_gradcam.system.timer import format_duration
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice
@@ -146,7 +146,7 @@ def pace(numbers: Progress, whole: bool = False) -> str:
         mean = {key: sum(share[key] for share in shares.values()) / len(shares) for key in ("model", "reading")}
         parts.append(f"model busy {mean['model']:.0%}, reading {mean['reading']:.0%}")
     if (left_s := numbers.left_s()) is not None:
-        parts.append(f"about {duration(left_s)} left")
+        parts.append(f"about {format_duration(left_s)} left")
     if not whole:
         return ", ".join(parts)
     counts = f"{numbers.slides_done}/{numbers.slides} slides, {numbers.patches_done} patches"

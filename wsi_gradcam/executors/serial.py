@@ -14,7 +14,7 @@ from wsi_gradcam.run.explaining import read_ahead
 from wsi_gradcam.run.failures import retried
 from wsi_gradcam.run.types import Observer, Performed, Planned, SlideRecord, Task, TaskResult, Workload
 from wsi_gradcam.run.workload import EXPLAIN, PLAN, perform_job
-from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.isolation import CRASHES
 from wsi_gradcam.system.stopping import STOP
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ class SerialExecutor:
             return performed.result
 
         try:
-            with STOP.heeded():
+            with STOP.graceful():
                 for slide in ahead:
                     yield perform_job(workload.job(slide), perform_observed)
-                    WATCH.finished(slide.path)
+                    CRASHES.finished(slide.path)
         finally:
             ahead.close()
             context.close()
@@ -96,7 +96,7 @@ class _LookAhead:
 
     def plan_next(self) -> None:
         """Begin to plan the next slide, unless that was done."""
-        if self._plan is None and not WATCH.one_at_a_time and (slide := self._peek()) is not None:
+        if self._plan is None and not CRASHES.one_at_a_time and (slide := self._peek()) is not None:
             self._plan = self._pool.submit(self._prepare, slide)
 
     def planned(self, task: Task) -> Performed:

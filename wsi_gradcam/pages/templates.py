@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from wsi_gradcam.system.timer import duration
+from wsi_gradcam.system.timer import format_duration
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -61,5 +61,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (duration, percent, png_url, relative_url, thousands)}
+    environment.filters |= {f.__name__: f for f in (percent, png_url, relative_url, thousands)} | {
+        "duration": format_duration
+    }
     return environment

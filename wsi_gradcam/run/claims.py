@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.system.processes import Process, this_process
-from wsi_gradcam.system.timer import Ticker
+from wsi_gradcam.system.timer import PeriodicTimer
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
@@ -82,7 +82,7 @@ class Claim:
         self._version = ""
         self._taken_by: str | None = None
         self._gone = ""  # the version of a claim whose run is known to be gone
-        self._ticker = Ticker(HEARTBEAT_S, self._beat, "claim")
+        self._ticker = PeriodicTimer(HEARTBEAT_S, self._beat, "claim")
 
     def __enter__(self) -> Self:
         """Take the claim.

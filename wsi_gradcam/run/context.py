@@ -21,7 +21,7 @@ from wsi_gradcam.results.run_files import RunFolder, SlideFolder
 from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
-from wsi_gradcam.system.memory import give_back, share_arenas
+from wsi_gradcam.system.processes import release_freed_memory, limit_arenas
 from wsi_gradcam.tissue.masks import glass_colour
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Context(Generic[W]):
     """
 
     def __init__(self, workload: W, model: Explainer | None = None) -> None:
-        share_arenas()
+        limit_arenas()
         self.workload, self.run = workload, workload.run
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self._lock = threading.Lock()
@@ -216,5 +216,5 @@ def perform(context: Context[Any], task: Task, upcoming: Task | None = None) -> 
     try:
         result = task.stage.function(context, task.slide, *task.index, **ahead)
     finally:
-        give_back()
+        release_freed_memory()
     return Performed(result, time.perf_counter() - started, context.worker)

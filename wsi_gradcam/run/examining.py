@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from wsi_gradcam.models.environment import steady_sums
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.run.sampling import sample_patches
-from wsi_gradcam.system.memory import share_arenas
+from wsi_gradcam.system.processes import limit_arenas
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ def examine_model(
         ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
     """
     steady_sums()
-    share_arenas()
+    limit_arenas()
     from wsi_gradcam.cam.examine import MOST_FOR_CHOICE, Request
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.models.load import load_model

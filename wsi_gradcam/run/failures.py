@@ -19,7 +19,7 @@ from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import versions
 from wsi_gradcam.run.types import SlideRecord, Task
-from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.isolation import CRASHES
 from wsi_gradcam.system.stopping import STOP
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def split_failed(
     wanted, known = [], []
     for entry in entries:
         row = rows.get(entry.id)
-        again = anew and entry.path not in WATCH.finished_before
+        again = anew and entry.path not in CRASHES.finished_before
         if row is None or again or not _would_fail_again(row, entry, run):
             wanted.append(entry)
         else:
@@ -157,7 +157,7 @@ def forget_unreadable(entries: Sequence[SlideEntry], rows: Mapping[str, Mapping[
             row
             and row["status"] == SlideStatus.FAILED
             and row["patches"] != "0"
-            and entry.path not in WATCH.finished_before
+            and entry.path not in CRASHES.finished_before
         ):
             Manifest(folder.slide(entry.id).manifest).clear()
 

@@ -21,7 +21,7 @@ from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import run_page
 from wsi_gradcam.run.status import FINISHED, REPORT, RUNNING, STOPPED, write_status
 from wsi_gradcam.run.types import FatalError, Performed, Planned, Processed, SlideRecord, Task
-from wsi_gradcam.system.timer import Ticker
+from wsi_gradcam.system.timer import PeriodicTimer
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
@@ -80,7 +80,7 @@ class Journal(Listener):
         self._log.remove_leftovers()
         self._log.add("run begun", slides=len(slides), **self._facts, versions=versions(), run_digest=run.digest())
         self._renew()
-        self._working.enter_context(Ticker(RENEWED_S, self._renew, "journal"))
+        self._working.enter_context(PeriodicTimer(RENEWED_S, self._renew, "journal"))
         self._working.enter_context(_noting(self._log))
         self._listener.begun(run, slides, dashboard)
 

@@ -13,7 +13,7 @@ from wsi_gradcam.run.plan import RunPlan
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.stitching import channels
 from wsi_gradcam.run.types import Planned, Workload
-from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.isolation import CRASHES
 from wsi_gradcam.tissue.annotations import Regions, regions_for
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
         StoreError: it cannot be made.
     """
     folder, run = context.folder(entry), context.run
-    overwrite = context.workload.overwrite and entry.path not in WATCH.finished_before  # not what this command has done
+    overwrite = context.workload.overwrite and entry.path not in CRASHES.finished_before  # not what this command has done
     if folder.place.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:

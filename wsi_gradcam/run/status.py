@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run.claims import HEARTBEAT_S, Holder, read_holder
-from wsi_gradcam.system.timer import duration
+from wsi_gradcam.system.timer import format_duration
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
@@ -141,7 +141,7 @@ def _lines(state: State) -> Iterator[str]:
     of = f" of about {patches['expected']:,}" if patches["expected"] else ""
     yield f"  patches   {patches['done']:,}{of}"
     if state.state == RUNNING:
-        left = "not known yet" if status["left_s"] is None else f"about {duration(status['left_s'])}"
+        left = "not known yet" if status["left_s"] is None else f"about {format_duration(status['left_s'])}"
         yield f"  pace      {status['patches_per_s']:.1f} patches/s; time left {left}"
     yield from _workers(status["workers"])
     if state.state == RUNNING and status["dashboard"]:
@@ -158,7 +158,7 @@ def _headline(state: State) -> str:
     status, where = state.status, f" ({state.holder})" if state.holder else ""
     if state.state == STARTING:
         return f"starting{where}"
-    took = duration(status["elapsed_s"])
+    took = format_duration(status["elapsed_s"])
     if state.state == RUNNING:
         return f"running for {took}{where}"
     end = {FINISHED: "finished", STOPPED: f"stopped: {status['cause']};", KILLED: "killed, or its machine is gone;"}

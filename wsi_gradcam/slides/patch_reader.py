@@ -17,7 +17,7 @@ import numpy as np
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.slides import open_slide, read_region
-from wsi_gradcam.system.isolation import WATCH
+from wsi_gradcam.system.isolation import CRASHES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +48,7 @@ def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     Raises:
         SlideError: as of `open_slide`, or it has ended a process before.
     """
-    WATCH.opening(entry.path)
+    CRASHES.opening(entry.path)
     given = entry.mpp or settings.mpp
     opened = partial(open_slide, entry.address, reader=settings.reader, trust_objective=settings.trust_objective)
     if settings.replace_mpp or given is None:

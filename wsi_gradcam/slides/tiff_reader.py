@@ -13,7 +13,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.slides.base import on_background
 from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, as_shown, shown_region, stored_region
-from wsi_gradcam.system.memory import keep_freed
+from wsi_gradcam.system.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class TiffSlide:
     """A `Slide` in a tiled TIFF file, read by tifffile's decoders. It owns the file."""
 
     def __init__(self, file: SlideFile, levels: list[TiffLevel], info: SlideInfo) -> None:
-        keep_freed()
+        keep_freed_memory()
         self._file = file
         self._levels = levels
         self._info = info

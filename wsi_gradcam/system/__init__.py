@@ -1,1 +1,1 @@
-"""Processes, threads and signals of the machine that we run on. Nothing here knows of pathology, models or results."""
+"""Processes, their memory, signals and threads. Nothing here knows of slides' contents, models or results."""

@@ -1,7 +1,7 @@
-"""A command that outlives its process: slides are untrusted, and a decoder in C may end the process it runs in.
+"""Supervision of the process that reads slides: they are untrusted, and a decoder in C may crash the process.
 
-`guard` lets a child process do the work and waits for it. Where the child is killed, another goes on without the
-slide that it had in hand. The process that waits imports nothing that is large.
+`supervise` lets a child process do the work and waits for it. When the child is killed, another one goes on without
+the slide that was in work. The process that waits imports nothing large.
 """
 
 from __future__ import annotations
@@ -16,124 +16,125 @@ from typing import NoReturn
 
 from wsi_gradcam.errors import SlideError
 
-# A model or a machine that ends every process would have slide after slide blamed for it.
-MOST_DEATHS_IN_A_ROW = 10
-OPEN_AT_ONCE = 2  # the slide in work, and the next one while it is planned
+# A model or a machine that crashes every process would have slide after slide blamed for it.
+MAX_CRASHES_IN_A_ROW = 10
+MAX_OPEN = 2  # the slide in work, and the next one while it is planned
 PR_SET_PDEATHSIG = 1
 SHOW_CURSOR = "\x1b[?25h"
 
 
 @dataclass
-class Watch:
-    """What this process tells of its slides, and what is known of processes that died at the same work before.
+class CrashLog:
+    """The slides in work in this process, and what is known from former processes of the same command that crashed.
 
-    Slides go by their paths.
+    Slides are named by their paths.
 
     Attributes:
-        deaths: why no process should open a slide again.
-        finished_before: what those processes have finished.
-        one_at_a_time: whether only one slide may be open, so that another death tells which it was.
+        causes: for each slide that has crashed a process, the error message.
+        finished_before: the slides that former processes have finished.
+        one_at_a_time: if only one slide may be open, so that another crash tells which one is to blame.
+        descriptor: the file that this process logs to; None without a supervisor.
     """
 
-    deaths: dict[str, str] = field(default_factory=dict)
+    causes: dict[str, str] = field(default_factory=dict)
     finished_before: set[str] = field(default_factory=set)
     one_at_a_time: bool = False
-    notes: int | None = None
+    descriptor: int | None = None
 
     def opening(self, path: str) -> None:
-        """Tell that a slide is opened now.
+        """Log that a slide is about to be opened.
 
         Raises:
-            SlideError: it has ended a process before.
+            SlideError: it has crashed a process before.
         """
-        if path in self.deaths:
-            raise SlideError(self.deaths[path])
-        self._tell("opened", path)
+        if path in self.causes:
+            raise SlideError(self.causes[path])
+        self._log("opened", path)
 
     def finished(self, path: str) -> None:
-        """Tell that a slide is done with."""
-        self._tell("finished", path)
+        """Log that a slide is finished."""
+        self._log("finished", path)
 
-    def learn(self, told: Iterable[tuple[str, str]], cause: str) -> str:
-        """Make use of what a process told before it died of `cause`; returns what comes of it, for the user.
+    def record_crash(self, events: Iterable[tuple[str, str]], cause: str) -> str:
+        """Find the culprit from what a process logged before it crashed by `cause`; return a message to the user.
 
-        Nothing comes of it where no slide was in work.
+        The message is empty where no slide was in work.
         """
-        opened: dict[str, None] = {}  # a set in the order of the last time
-        for what, path in told:
+        opened: dict[str, None] = {}  # a set, in the order of the last openings
+        for event, path in events:
             opened.pop(path, None)
-            if what == "opened":
+            if event == "opened":
                 opened[path] = None
             else:
                 self.finished_before.add(path)
-        suspects = list(opened)[-1 if self.one_at_a_time else -OPEN_AT_ONCE :]
+        suspects = list(opened)[-1 if self.one_at_a_time else -MAX_OPEN :]
         self.one_at_a_time = len(suspects) > 1
         if self.one_at_a_time:
             return f"{cause} ended the process while {' and '.join(suspects)} were open; going on with one at a time"
         for path in suspects:
-            self.deaths[path] = (
+            self.causes[path] = (
                 f"{path}: {cause} ended the process that worked on it; the file is damaged in a way that a decoder "
                 "does not survive, or there was not enough memory: try another --reader, or a smaller --batch-size"
             )
-            return f"{self.deaths[path]}; going on without it"
+            return f"{self.causes[path]}; going on without it"
         return ""
 
-    def _tell(self, what: str, path: str) -> None:
-        if self.notes is not None:
-            os.write(self.notes, f"{json.dumps([what, path])}\n".encode())
+    def _log(self, event: str, path: str) -> None:
+        if self.descriptor is not None:
+            os.write(self.descriptor, f"{json.dumps([event, path])}\n".encode())
 
 
-WATCH = Watch()
+CRASHES = CrashLog()
 
 
-def guard(watch: Watch = WATCH) -> None:
-    """Return in a child process, which does the work; this one waits, and ends as the last child does.
+def supervise(crashes: CrashLog = CRASHES) -> None:
+    """Fork and return in the child, which does the work; the parent waits, and exits as its last child does.
 
     To be called before there are threads. Where there is no `fork`, or no waiting for signals, as on Windows and
-    macOS, it returns at once, and nothing is guarded.
+    macOS, it returns at once, without supervision.
     """
     if sys.platform != "linux":
         return
-    waited_for = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a child ends
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
-    deaths = 0
+    handled = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the status of a child is lost
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+    in_a_row = 0
     while True:
-        with os.fdopen(os.memfd_create("notes"), "rb") as notes:
+        with os.fdopen(os.memfd_create("crashes"), "rb") as log:
             parent, child = os.getpid(), os.fork()
             if not child:
-                watch.notes = os.dup(notes.fileno())
+                crashes.descriptor = os.dup(log.fileno())
                 _die_with(parent)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 return
-            status = _wait_for(child, waited_for)
-            notes.seek(0)
-            told = [tuple(json.loads(line)) for line in notes]
-        signed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        if signed is None or signed in waited_for:  # it ended by itself, or was told to
-            _end_as(status)
-        deaths = 1 if any(what == "finished" for what, _ in told) else deaths + 1
-        remark = watch.learn(told, signal.Signals(signed).name)
-        _say(remark or f"{signal.Signals(signed).name} ended the process while no slide was open")
-        if not remark or deaths > MOST_DEATHS_IN_A_ROW:
-            _say("stopped; run the same command again to go on, nothing finished is lost")
+            status = _wait_for(child, handled)
+            log.seek(0)
+            events = [tuple(json.loads(line)) for line in log]
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        if number is None or number in handled:  # it exited, or was told to
+            _exit_as(status)
+        in_a_row = 1 if any(event == "finished" for event, _ in events) else in_a_row + 1
+        message = crashes.record_crash(events, signal.Signals(number).name)
+        _print(message or f"{signal.Signals(number).name} ended the process while no slide was open")
+        if not message or in_a_row > MAX_CRASHES_IN_A_ROW:
+            _print("stopped; run the same command again to go on, nothing finished is lost")
             sys.exit(1)
 
 
 def _wait_for(child: int, signals: set[signal.Signals]) -> int:
-    """The status with which a child ended; what other processes signal to this one is passed on to it."""
+    """Return the exit status of a child; signals from other processes are forwarded to it."""
     while True:
         caught = signal.sigwaitinfo(signals)
         if caught.si_signo == signal.SIGCHLD:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return status
-        elif caught.si_code <= 0:  # a terminal's reach the child by themselves
+        elif caught.si_code <= 0:  # those of a terminal reach the child, too
             os.kill(child, caught.si_signo)
 
 
 def _die_with(parent: int) -> None:
-    """Have this process killed when its parent is, so that two never do the same work."""
+    """Arrange for this process to be killed when its parent is, so that two never do the same work."""
     import ctypes  # not for the process that waits
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -141,17 +142,17 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _end_as(status: int) -> NoReturn:
+def _exit_as(status: int) -> NoReturn:
     if os.WIFEXITED(status):
         sys.exit(os.WEXITSTATUS(status))
-    signed = os.WTERMSIG(status)
-    signal.signal(signed, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signed})
-    os.kill(os.getpid(), signed)
-    sys.exit(128 + signed)  # not reached, where the signal can end a process
+    number = os.WTERMSIG(status)
+    signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    sys.exit(128 + number)  # not reached, where the signal can end a process
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if sys.stderr.isatty():
-        sys.stderr.write(SHOW_CURSOR)  # progress bars had hidden it
+        sys.stderr.write(SHOW_CURSOR)  # progress bars hide it
     print(text, file=sys.stderr)

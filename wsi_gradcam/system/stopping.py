@@ -1,6 +1,6 @@
-"""Being told to stop: executors finish what is in flight, within a bound, and begin nothing new.
+"""Graceful stops by signals: executors finish work in flight within a grace period, and begin nothing new.
 
-The command line installs the handlers; a library never does. Whoever does not look at `STOP` is interrupted as ever.
+Only the command line installs the handlers. Code that does not poll `STOP` is interrupted as usual.
 """
 
 from __future__ import annotations
@@ -18,94 +18,94 @@ from wsi_gradcam.errors import StoppedError
 
 GRACE_S = 30.0
 SHOW_CURSOR = "\x1b[?25h"
-LOOK_S = 0.2  # how often those who wait look
-ECHO_S = 0.5  # a signal to all of a group comes twice: by itself, and passed on by the process that guards this one
+POLL_S = 0.2
+ECHO_S = 0.5  # a signal to a process group arrives twice: directly, and forwarded by the supervising process
 
 
 class Stopping:
-    """Whether this process was told to stop, and by which signal."""
+    """The request to stop this process, and the signal that made it."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._heeded = 0
-        self._asked_at = 0.0
-        self._overdue: threading.Timer | None = None
-        self._over = False
+        self._graceful = 0
+        self._requested_at = 0.0
+        self._deadline: threading.Timer | None = None
+        self._interrupted = False
 
     @property
     def exit_code(self) -> int:
-        """Of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
+        """The exit code of a process ended by the signal: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + (self.signal or signal.SIGINT)
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """While this lasts somebody looks at `asked` often: the first signal does not interrupt."""
-        self._heeded += 1
+    def graceful(self) -> Iterator[None]:
+        """Promise to poll `requested` in this context, so that the first signal does not interrupt."""
+        self._graceful += 1
         try:
             yield
         finally:
-            self._heeded -= 1
+            self._graceful -= 1
 
-    def asked(self) -> bool:
-        """Whether no new work shall begin."""
+    def requested(self) -> bool:
+        """Return True when no new work shall begin."""
         return self.signal is not None
 
     def check(self) -> None:
-        """Go on, unless no new work shall begin.
+        """Raise if a stop was requested.
 
         Raises:
-            StoppedError: it shall not.
+            StoppedError: no new work shall begin.
         """
-        if self.asked():
+        if self.requested():
             raise self.error()
 
     def error(self) -> StoppedError:
-        """What a run that was stopped ends with."""
+        """Return the error that a stopped run ends with."""
         cause = "" if self.signal is None else f" by {self.signal.name}"
         return StoppedError(f"stopped{cause}; run the same command again to go on, nothing finished is lost")
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but not when no new work shall begin."""
+        """Sleep, at most until a stop is requested."""
         until = time.monotonic() + seconds
-        while not self.asked() and (left := until - time.monotonic()) > 0:
-            time.sleep(min(LOOK_S, left))
+        while not self.requested() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left))
 
     @contextmanager
-    def at_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM while this lasts; to be called in the main thread."""
-        before = {number: signal.signal(number, self._told) for number in (signal.SIGINT, signal.SIGTERM)}
+    def handle_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM in this context; to be entered in the main thread."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            if self._overdue is not None:
-                self._overdue.cancel()
+            if self._deadline is not None:
+                self._deadline.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _told(self, number: int, frame: FrameType | None) -> None:
-        """The first signal asks, or interrupts where nobody looks; the second ends this process at once."""
-        if self._over:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Request a stop at the first signal, or interrupt code that does not poll; exit at once at the second."""
+        if self._interrupted:
             raise KeyboardInterrupt
         if self.signal is not None:
-            if time.monotonic() - self._asked_at < ECHO_S:
+            if time.monotonic() - self._requested_at < ECHO_S:
                 return
             if sys.stderr.isatty():
                 os.write(2, SHOW_CURSOR.encode())  # progress bars had hidden it
             os._exit(self.exit_code)
-        self.signal, self._asked_at = signal.Signals(number), time.monotonic()
-        if not self._heeded:
+        self.signal, self._requested_at = signal.Signals(number), time.monotonic()
+        if not self._graceful:
             raise KeyboardInterrupt
         os.write(
             2,
             f"\n{self.signal.name}: finishing what is in work, at most {GRACE_S:g} s; again to end at once\n".encode(),
         )
-        self._overdue = threading.Timer(GRACE_S, self._interrupt)
-        self._overdue.daemon = True
-        self._overdue.start()
+        self._deadline = threading.Timer(GRACE_S, self._interrupt)
+        self._deadline.daemon = True
+        self._deadline.start()
 
     def _interrupt(self) -> None:
-        """What is in work takes too long."""
-        self._over = True
+        """Interrupt the main thread after the grace period."""
+        self._interrupted = True
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 

@@ -1,7 +1,4 @@
-"""Something done every few seconds in a thread, until it is no longer wanted.
-
-Times as people read them.
-"""
+"""A periodic timer in a thread of its own, and durations as people read them."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from types import TracebackType
 from typing import Self
 
 
-class Ticker:
-    """Calls a function, which must not raise, every so many seconds."""
+class PeriodicTimer:
+    """Calls a function, which must not raise, every `interval_s` seconds while its context lasts."""
 
-    def __init__(self, every_s: float, function: Callable[[], None], name: str) -> None:
-        self._every_s, self._function = every_s, function
-        self._ended = threading.Event()
+    def __init__(self, interval_s: float, function: Callable[[], None], name: str) -> None:
+        self._interval_s, self._function = interval_s, function
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def __enter__(self) -> Self:
@@ -26,19 +23,19 @@ class Ticker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """No call is under way or comes any more."""
-        self._ended.set()
+        """Stop; when this returns, no call is under way."""
+        self._stopped.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._every_s):
+        while not self._stopped.wait(self._interval_s):
             self._function()
 
 
-def duration(seconds: float) -> str:
-    """A time as people read it.
+def format_duration(seconds: float) -> str:
+    """Return a duration in its two largest units.
 
-    >>> duration(59.4), duration(61), duration(7300), duration(200_000)
+    >>> format_duration(59.4), format_duration(61), format_duration(7300), format_duration(200_000)
     ('59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h')
     """
     whole = round(seconds)

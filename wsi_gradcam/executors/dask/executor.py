@@ -22,7 +22,7 @@ from wsi_gradcam.executors.dask.workers import WAIT_S, Patience, Workers, connec
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.types import Observer, SlideRecord, Workload
-from wsi_gradcam.system.stopping import LOOK_S, STOP
+from wsi_gradcam.system.stopping import POLL_S, STOP
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -65,7 +65,7 @@ class DaskExecutor:
         self._torch_threads = torch_threads
         if scheduler is None and torch_threads is None:
             self._torch_threads = threads_each(workers or 1)
-        with ExitStack() as opened, STOP.heeded():
+        with ExitStack() as opened, STOP.graceful():
             where = opened.enter_context(local_cluster(workers or 1, device)) if scheduler is None else scheduler
             self._client: Client = opened.enter_context(connect(where, NO_WORKER_S))
             self._wait()
@@ -94,7 +94,7 @@ class DaskExecutor:
         model = (spec, settings, slides, choice)
         future = self._client.submit(_examine, self._device, *model, pure=False, resources=needs)
         try:
-            with STOP.heeded():
+            with STOP.graceful():
                 facts: ModelFacts = self._result(future)
         except KilledWorker as error:
             raise WorkerError("workers died while they loaded the model; give them more memory") from error
@@ -119,7 +119,7 @@ class DaskExecutor:
         self._client.register_plugin(RunPlugin(name, workload, self._torch_threads))
         flow = Flow(self._client, name, workload, observe, self.workers, Patience(self._wait_s), hints)
         try:
-            with STOP.heeded():
+            with STOP.graceful():
                 yield from flow.run(slides)
         finally:
             if self._client.status == "running":
@@ -137,14 +137,14 @@ class DaskExecutor:
         patience = Patience(self._wait_s)
         while lacking := self.workers().lacking:
             patience.look(lacking)
-            STOP.wait(min(ASK_S, max(LOOK_S, self._wait_s / 10)))
+            STOP.wait(min(ASK_S, max(POLL_S, self._wait_s / 10)))
             STOP.check()
 
     def _result(self, future: Future[Any]) -> Any:
         """Of a single task, unless its workers go, or the process is told to stop."""
         patience, asked = Patience(self._wait_s), time.monotonic()
         while not future.done():
-            STOP.wait(LOOK_S)
+            STOP.wait(POLL_S)
             STOP.check()
             if time.monotonic() - asked > ASK_S:
                 patience.look(self.workers().lacking)

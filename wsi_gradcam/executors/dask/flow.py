@@ -26,7 +26,7 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.failures import PAUSES_S, log_retry
 from wsi_gradcam.run.types import FatalError, Observer, Performed, SlideRecord, Task, Workload
 from wsi_gradcam.run.workload import PLAN
-from wsi_gradcam.system.stopping import GRACE_S, LOOK_S, STOP
+from wsi_gradcam.system.stopping import GRACE_S, POLL_S, STOP
 
 LOOK_AT_WORKERS_S = 2.0
 
@@ -76,7 +76,7 @@ class Flow:
         left, self._outlook = enumerate(slides), Outlook(self._rates, slides)
         try:
             while self._active or self._more:
-                if STOP.asked():
+                if STOP.requested():
                     yield from self._stop()
                 self._fill(left)
                 self._collect()
@@ -155,7 +155,7 @@ class Flow:
 
     def _collect(self) -> None:
         """Wait for a moment, take what has come, and see to it that there are workers for the rest."""
-        for future, answer in self._mail.receive(LOOK_S):
+        for future, answer in self._mail.receive(POLL_S):
             if isinstance(answer, CancelledError) and future in self._sent:
                 raise answer
             if (sent := self._forget(future)) is not None:
@@ -203,7 +203,7 @@ class Flow:
         if done == len(sent.tasks):
             self._leave(running, done)
         elif answer.error is None:  # the worker begins nothing more
-            if not STOP.asked():
+            if not STOP.requested():
                 raise lost("workers were told to drop the run, as after a lost connection;")
         elif answer.may_pass and sent.attempt < len(PAUSES_S):
             log_retry(sent.tasks[done], answer.error, sent.attempt)

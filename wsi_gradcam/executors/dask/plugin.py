@@ -18,7 +18,7 @@ from wsi_gradcam.errors import WorkerError, one_line
 from wsi_gradcam.executors.dask.failures import may_pass
 from wsi_gradcam.run.context import Context, perform
 from wsi_gradcam.run.types import Performed, Task, Workload
-from wsi_gradcam.system.memory import give_back
+from wsi_gradcam.system.processes import release_freed_memory
 
 TELLING_S = 0.1  # for a few bytes to the scheduler, before what may be the end
 
@@ -76,7 +76,7 @@ class RunPlugin(WorkerPlugin):
         if self.context is not None:
             self.context.close()
         self.context = None
-        give_back()
+        release_freed_memory()
 
 
 class Floor:

@@ -33,9 +33,9 @@ def interrupt_and_sleep() -> None:
 
 def test_the_first_signal_asks_those_who_look() -> None:
     stop, before = Stopping(), signal.getsignal(signal.SIGTERM)
-    with stop.at_signals(), stop.heeded():
+    with stop.handle_signals(), stop.graceful():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked()
+        assert stop.requested()
         with pytest.raises(StoppedError, match="stopped by SIGTERM; run the same command again"):
             stop.check()
         began = time.monotonic()
@@ -47,7 +47,7 @@ def test_the_first_signal_asks_those_who_look() -> None:
 
 def test_where_nobody_looks_it_interrupts() -> None:
     stop = Stopping()
-    with stop.at_signals(), pytest.raises(KeyboardInterrupt):
+    with stop.handle_signals(), pytest.raises(KeyboardInterrupt):
         interrupt_and_sleep()
     assert stop.exit_code == 130
 
@@ -55,14 +55,14 @@ def test_where_nobody_looks_it_interrupts() -> None:
 def test_what_takes_too_long_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "GRACE_S", 0.1)
     stop = Stopping()
-    with stop.at_signals(), stop.heeded(), pytest.raises(KeyboardInterrupt):
+    with stop.handle_signals(), stop.graceful(), pytest.raises(KeyboardInterrupt):
         interrupt_and_sleep()
 
 
 def test_the_second_signal_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time; from wsi_gradcam.system.stopping import STOP\n"
-        "with STOP.at_signals(), STOP.heeded():\n"
+        "with STOP.handle_signals(), STOP.graceful():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)  # one and its echo\n"
         "    time.sleep(0.6); print('still here', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"

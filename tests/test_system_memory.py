@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from wsi_gradcam.system import memory
+from wsi_gradcam.system import processes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other allocators cannot be asked")
@@ -20,7 +20,7 @@ def test_freed_memory_goes_back() -> None:
     last = np.ones(1 << 16, np.uint8)  # above them, so that they are not the end of the heap
     full = process.memory_info().rss
     del blocks
-    memory.give_back()
+    processes.release_freed_memory()
     assert full - process.memory_info().rss > 100 << 20
     assert last.all()
 
@@ -29,7 +29,8 @@ def test_freed_memory_goes_back() -> None:
 def test_freed_tiles_are_used_again() -> None:
     """Pages that the system must clear, for arrays of a tile's size made and dropped again and again."""
     code = (
-        "import resource, numpy as np; from wsi_gradcam.system.memory import keep_freed; keep_freed() if {} else None;"
+        "import resource, numpy as np; from wsi_gradcam.system import processes;"
+        "processes.keep_freed_memory() if {} else None;"
         "some = lambda: [np.ones(200_000, np.uint8) for _ in range(100)]; some();"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; [len(some()) for _ in range(5)];"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
@@ -45,8 +46,8 @@ def test_freed_tiles_are_used_again() -> None:
 def test_threads_share_arenas() -> None:
     """In a process of its own: each thread takes 64 MiB of addresses for an arena that is its alone."""
     code = (
-        "import sys, threading, psutil; from wsi_gradcam.system.memory import share_arenas;"
-        "share_arenas() if {} else None;"
+        "import sys, threading, psutil; from wsi_gradcam.system.processes import limit_arenas;"
+        "limit_arenas() if {} else None;"
         "held, barrier = [], threading.Barrier(13);"
         "work = lambda: (held.append(bytes(1000)), barrier.wait());"
         "[threading.Thread(target=work).start() for _ in range(12)];"
@@ -61,11 +62,11 @@ def test_threads_share_arenas() -> None:
 
 def test_where_the_allocator_cannot_be_asked_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    memory.give_back()
-    memory.share_arenas()
-    memory.keep_freed()
+    processes.release_freed_memory()
+    processes.limit_arenas()
+    processes.keep_freed_memory()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: 1 / 0)
-    memory.give_back()
-    memory.share_arenas()
-    memory.keep_freed()
+    processes.release_freed_memory()
+    processes.limit_arenas()
+    processes.keep_freed_memory()

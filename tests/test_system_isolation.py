@@ -21,7 +21,7 @@ from tests.synthetic import write_marker_slide
 from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import explain
 from wsi_gradcam.errors import SlideError
-from wsi_gradcam.system.isolation import MOST_DEATHS_IN_A_ROW, Watch
+from wsi_gradcam.system.isolation import MAX_CRASHES_IN_A_ROW, CrashLog
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands guard themselves on Linux only")
 WITHIN_S = 60.0
@@ -157,52 +157,52 @@ def told(*names: str) -> list[tuple[str, str]]:
 
 
 def test_the_only_open_slide_is_to_blame() -> None:
-    watch = Watch()
-    assert "going on without it" in watch.learn(told("a", "b", "-a", "-b", "c"), "SIGSEGV")
-    assert watch.deaths.keys() == {"c"}
+    watch = CrashLog()
+    assert "going on without it" in watch.record_crash(told("a", "b", "-a", "-b", "c"), "SIGSEGV")
+    assert watch.causes.keys() == {"c"}
     assert watch.finished_before == {"a", "b"}
     with pytest.raises(SlideError, match="c: SIGSEGV ended the process"):
         watch.opening("c")
 
 
 def test_of_two_open_slides_none_is_blamed_until_one_is_alone() -> None:
-    watch = Watch()
-    assert "one at a time" in watch.learn(told("a", "b"), "SIGBUS")
-    assert (watch.deaths, watch.one_at_a_time) == ({}, True)
-    watch.learn(told("a", "-a", "b"), "SIGBUS")
-    assert watch.deaths.keys() == {"b"}
+    watch = CrashLog()
+    assert "one at a time" in watch.record_crash(told("a", "b"), "SIGBUS")
+    assert (watch.causes, watch.one_at_a_time) == ({}, True)
+    watch.record_crash(told("a", "-a", "b"), "SIGBUS")
+    assert watch.causes.keys() == {"b"}
     assert not watch.one_at_a_time
 
 
 def test_slides_opened_for_a_look_are_not_blamed_later() -> None:
     """Some are opened first to choose an engine; the last ones opened are in work."""
-    watch = Watch(one_at_a_time=True)
-    watch.learn(told("a", "b", "a"), "SIGSEGV")
-    assert watch.deaths.keys() == {"a"}
+    watch = CrashLog(one_at_a_time=True)
+    watch.record_crash(told("a", "b", "a"), "SIGSEGV")
+    assert watch.causes.keys() == {"a"}
 
 
 def test_nothing_is_blamed_where_nothing_was_in_work() -> None:
-    watch = Watch()
-    assert watch.learn(told("a", "-a"), "SIGSEGV") == ""
-    assert watch.deaths == {}
+    watch = CrashLog()
+    assert watch.record_crash(told("a", "-a"), "SIGSEGV") == ""
+    assert watch.causes == {}
 
 
 def test_a_command_that_dies_again_and_again_ends() -> None:
     """A machine that ends every process is not the fault of a thousand slides."""
     code = (
-        "import os; from wsi_gradcam.system.isolation import WATCH, guard; guard();"
-        "WATCH.opening(f'{len(WATCH.deaths)}.svs'); os.kill(os.getpid(), 11)"
+        "import os; from wsi_gradcam.system.isolation import CRASHES, supervise; supervise();"
+        "CRASHES.opening(f'{len(CRASHES.causes)}.svs'); os.kill(os.getpid(), 11)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=WITHIN_S)
     assert done.returncode == 1
-    assert done.stderr.count("going on without it") == MOST_DEATHS_IN_A_ROW + 1
+    assert done.stderr.count("going on without it") == MAX_CRASHES_IN_A_ROW + 1
     assert "stopped; run the same command again" in done.stderr
 
 
 def test_notes_are_told_only_where_somebody_waits(tmp_path: Path) -> None:
-    Watch().opening("a")  # nobody does
+    CrashLog().opening("a")  # nobody does
     with (tmp_path / "notes").open("w+b") as notes:
-        watch: Any = Watch(notes=notes.fileno())
+        watch: Any = CrashLog(descriptor=notes.fileno())
         watch.opening("a\n\u00e4")
         watch.finished("a\n\u00e4")
         notes.seek(0)
