@@ -81,7 +81,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up at once."""
-    monkeypatch.setattr(object_stores, "_retries", lambda patience_s: {"max_retries": 0})
+    monkeypatch.setattr(object_stores, "_retry_config", lambda patience_s: {"max_retries": 0})
 
 
 def zarr_of(folder: Path, version: str, **options: Any) -> Path:
