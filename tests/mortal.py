@@ -41,10 +41,10 @@ def _prepare() -> None:
 if __name__ == "__main__":
     cli = import_module("wsi_gradcam.cli.main")
 
-    def guarded(guard: Callable[[], None] = cli.guard) -> None:
-        guard()
+    def supervised(supervise: Callable[[], None] = cli.supervise) -> None:
+        supervise()
         _prepare()
 
-    cli.__dict__["guard"] = guarded
+    cli.__dict__["supervise"] = supervised
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
     sys.exit(cli.main())
