@@ -21,7 +21,7 @@ from wsi_gradcam.results.run_files import RunFolder, SlideFolder
 from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
-from wsi_gradcam.system.processes import release_freed_memory, limit_arenas
+from wsi_gradcam.system.processes import limit_arenas, release_freed_memory
 from wsi_gradcam.tissue.masks import glass_colour
 
 if TYPE_CHECKING:

@@ -39,7 +39,8 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
         StoreError: it cannot be made.
     """
     folder, run = context.folder(entry), context.run
-    overwrite = context.workload.overwrite and entry.path not in CRASHES.finished_before  # not what this command has done
+    # not what this command has done
+    overwrite = context.workload.overwrite and entry.path not in CRASHES.finished_before
     if folder.place.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
