@@ -95,7 +95,7 @@ def _setting(value: Any) -> Any:
 
 
 def _failure(cause: Mapping[str, Any]) -> FailureRow:
-    text, _, remedy = cause["cause"].partition("; ")
+    text, _, remedy = cause["cause"].partition("; ")  # messages of our errors end with what to do
     return FailureRow(cause["count"], text, remedy or NO_REMEDY, cause["slides"])
 
 
