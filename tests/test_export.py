@@ -17,7 +17,7 @@ from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError
 from wsi_gradcam.export import FORMATS, Options, export, tiff
 from wsi_gradcam.export.colours import Colouring
-from wsi_gradcam.export.job import Job, new
+from wsi_gradcam.export.job import Job, atomic_path
 from wsi_gradcam.results.run import open_result
 
 LABEL = "gradcam: tumour"
@@ -108,11 +108,11 @@ def test_a_disk_that_refuses_stops_it(out: Path, tmp_path: Path) -> None:
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     for text in ("old", "new"):
-        with new(tmp_path / "x", overwrite=True) as partial:
+        with atomic_path(tmp_path / "x", overwrite=True) as partial:
             partial.mkdir()
             (partial / text).touch()
     assert names(tmp_path) == ["x/new"]
-    with suppress(KeyError), new(tmp_path / "x", overwrite=True) as partial:
+    with suppress(KeyError), atomic_path(tmp_path / "x", overwrite=True) as partial:
         partial.mkdir()
         raise KeyError
     assert names(tmp_path) == ["x/new"]

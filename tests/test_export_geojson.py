@@ -127,7 +127,7 @@ def test_simplified_regions_are_nearly_the_same_with_far_fewer_corners(job: Job)
 
 
 def test_too_long_borders_are_traced_on_a_coarser_level(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regions, "MOST_RUNS", 10)
+    monkeypatch.setattr(regions, "MAX_RUNS", 10)
     found = hot_regions(job, job.slide.channel("tumour"), simplified=False)
     assert found.level == len(job.slide.levels) - 1 > 0
     shape, step = job.slide.levels[found.level], STRIDE * 2**found.level

@@ -17,7 +17,7 @@ from tests.synthetic import MarkerSlide, write_marker_slide
 from wsi_gradcam.export import Options, export
 from wsi_gradcam.export.colours import Colouring
 from wsi_gradcam.export.job import Job
-from wsi_gradcam.export.png import INCH_PX, MARGIN, TITLE, overlaid
+from wsi_gradcam.export.png import INCH_PX, MARGIN, TITLE, overlay
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.run import open_result
@@ -120,7 +120,7 @@ def test_a_picture_shows_the_heat_where_the_marker_is(
 def test_colours_are_laid_on_the_nearest_pixels(marked: tuple[MarkerSlide, Path], tmp_path: Path) -> None:
     job = Job(open_result(marked[1])["a.tif"], tmp_path, Options(threshold=1.0, alpha=1.0, window=(0.0, 2.0)))
     channel, white = job.slide.channel("tumour"), np.full((1603, 2107, 3), 255, np.uint8)
-    whole = overlaid(job, channel, job.colouring(channel), white)
+    whole = overlay(job, channel, job.colouring(channel), white)
     top, left, bottom, right = marked[0].boxes()[0]
     expected = np.zeros((1603, 2107), np.bool_)
     expected[top // 8 * 8 : bottom // 8 * 8, left // 8 * 8 : right // 8 * 8] = True

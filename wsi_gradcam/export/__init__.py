@@ -1,4 +1,8 @@
-"""Results in the formats of other programs: `export` writes them, one slide after the other, in bounded memory."""
+"""Exports: results in the formats of other programs, written slide by slide in bounded memory.
+
+Each format is a module with a function `write(job)`, listed in `FORMATS`. A format sees results and slides
+through its `Job` only, and knows nothing of how they were made.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from wsi_gradcam.results.slide import SlideResult
 
 __all__ = ["FORMATS", "Exported", "Options", "export"]
 
-# A module each, with write(job) -> paths.
+# The module of each format, with a function write(job) that returns the paths it has written.
 FORMATS = {
     "ome-zarr-0.4": "ome_zarr_04",
     "ome-tiff": "ome_tiff",
@@ -31,7 +35,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What became of a slide: the files that were made, or why they were not."""
+    """The export of a slide: the files that were written, or the error."""
 
     slide: str
     paths: tuple[Path, ...]
@@ -53,17 +57,17 @@ def export(
         result: an open result, or its folder or s3:// URL.
         to: one of FORMATS.
         slides: their ids; nothing given: all that are finished.
-        listener: told of each slide.
-        progress: told how many slides are read for the run's window, and of how many.
+        listener: called with the record of each slide.
+        progress: called with the number of slides read for the run's window, and the number of all.
         options: see `Options`.
 
     Returns:
-        A record a slide. A slide that could not be exported is in it with the cause; the others are done.
+        A record for each slide; those of slides that could not be exported have the error.
 
     Raises:
         ConfigError: an unknown format or option.
-        ResultError: no result, or no such slide.
-        StoreError: the disk is full, or refuses.
+        ResultError: there is no result, or no such slide.
+        StoreError: the disk is full, or cannot be written.
     """
     if to not in FORMATS:
         raise ConfigError(f"format {to!r} is not known; expected one of {', '.join(FORMATS)}")
@@ -87,7 +91,7 @@ def _exported(slide: SlideResult, job: Job, to: str) -> Exported:
     try:
         paths = import_module(f"wsi_gradcam.export.{FORMATS[to]}").write(job)
     except StoreError as error:
-        if isinstance(error.__cause__, OSError):  # the disk's matter, not the slide's
+        if isinstance(error.__cause__, OSError):  # a problem of the disk, not of the slide
             raise
         return Exported(slide.id, (), one_line(error))
     except Exception as error:  # one bad slide never stops the others

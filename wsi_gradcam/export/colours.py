@@ -1,4 +1,4 @@
-"""Colours of heatmap values: a colour map, between the ends of a window, above a threshold."""
+"""The colours of heatmap values: a colour map over a window, above a threshold."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 STEPS = 256
 GRAY = "gray"
-FADE = 0.25  # of the window, over which colours become as opaque as they are told
+FADE = 0.25  # the share of the window over which colours reach their full opacity
 
 
 @dataclass(frozen=True)
 class Colouring:
-    """How values become colours.
+    """A mapping of values to colours.
 
     Attributes:
         colormap: a name that matplotlib knows.
-        low, high: the window: values below and above get the first and the last colour.
-        threshold: lower values are not shown; None: all are.
-        alpha: opacity of what is shown, 0 to 1; without a threshold, of what lies in the window's upper three quarters.
+        low, high: the window; values below and above get the first and the last colour.
+        threshold: lower values are not shown; None shows all.
+        alpha: opacity of shown values, 0 to 1; without a threshold, of values in the window's upper three quarters.
     """
 
     colormap: str
@@ -40,26 +40,26 @@ class Colouring:
 
     @property
     def table(self) -> NDArray[np.uint8]:
-        """The colour map, RGB uint8 [256, 3]."""
+        """Return the colour map, RGB uint8 [256, 3]."""
         return np.asarray(check_colormap(self.colormap)(np.arange(STEPS), bytes=True)[:, :3], np.uint8)
 
     def steps(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """The place of each value in the colour map: the window is cut into 256 equal steps."""
-        with np.errstate(over="ignore"):  # a value far outside is outside
+        """Return the index of each value in the colour map: the window is divided into 256 equal steps."""
+        with np.errstate(over="ignore"):  # values far outside the window
             scaled = (values - np.float32(self.low)) * np.float32(STEPS / (self.high - self.low))
         return np.asarray(np.clip(scaled, 0, STEPS - 1), np.uint8)
 
     def shown(self, values: NDArray[np.float32], flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """What is shown: what was explained, and reaches the threshold."""
+        """Return True where pixels were explained and their values reach the threshold."""
         explained = (flags & EXPLAINED) > 0
         return explained if self.threshold is None else explained & (values >= np.float32(self.threshold))
 
     def rgb(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Colours [h, w, 3] of values, whether shown or not."""
+        """Return the colours [h, w, 3] of all values, shown or not."""
         return np.asarray(self.table[self.steps(values)], np.uint8)
 
     def rgba(self, values: NDArray[np.float32], flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Colours and opacity [h, w, 4]; all zeros where nothing is shown."""
+        """Return colours and opacity [h, w, 4]; all zeros where nothing is shown."""
         out = np.zeros((*values.shape, 4), np.uint8)
         shown = self.shown(values, flags)
         out[shown, :3] = self.rgb(values[shown])
@@ -67,22 +67,22 @@ class Colouring:
         return out
 
     def _opacity(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Without a threshold, cold tissue stays readable: colours gather strength over the window's first part."""
+        """Return opacities; without a threshold they grow over the window's lowest part: tissue stays visible."""
         if self.threshold is not None:
             return np.full(values.shape, round(255 * self.alpha), np.uint8)
         share = np.clip((values - np.float32(self.low)) / np.float32((self.high - self.low) * FADE), 0, 1)
         return np.asarray(np.rint(share * np.float32(255 * self.alpha)), np.uint8)
 
     def gray(self, values: NDArray[np.float32], flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Gray levels [h, w]: 1 to 255 over the window, 0 where nothing is shown."""
+        """Return gray levels [h, w]: 1 to 255 over the window, 0 where nothing is shown."""
         return np.where(self.shown(values, flags), np.maximum(self.steps(values), 1), 0).astype(np.uint8)
 
 
 def check_colormap(name: str) -> Colormap:
-    """The colour map of matplotlib by its name.
+    """Return the colour map of matplotlib with a name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such colour map.
     """
     if name not in colormaps:
         near = get_close_matches(name.lower(), list(colormaps), 3)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from wsi_gradcam.export.job import Job, blocks, new, slug
+from wsi_gradcam.export.job import Job, atomic_path, blocks, slug
 from wsi_gradcam.geometry import Region, tiles
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.stitch import coarsen, coarsen_flags
@@ -31,15 +31,15 @@ TILE = 512
 
 
 def write(job: Job) -> list[Path]:
-    """NAME_files, NAME.dzi, and NAME.json that says where it lies on the slide, for each chosen channel."""
-    return [path for channel in job.pictured for path in _write(job, channel)]
+    """Write NAME_files, NAME.dzi, and NAME.json with its position on the slide, for each chosen channel."""
+    return [path for channel in job.drawn_channels for path in _write(job, channel)]
 
 
 def _write(job: Job, channel: ChannelInfo) -> list[Path]:
-    name = f"{slug(channel)}"
+    name = slug(channel)
     dzi, place, folder = job.path(f"{name}.dzi"), job.path(f"{name}.json"), job.path(f"{name}_files")
-    with new(dzi, job.options.overwrite) as partial, new(place, job.options.overwrite) as beside:
-        with new(folder, job.options.overwrite) as tile_folder:
+    with atomic_path(dzi, job.options.overwrite) as partial, atomic_path(place, job.options.overwrite) as beside:
+        with atomic_path(folder, job.options.overwrite) as tile_folder:
             _write_tiles(job, channel, tile_folder)
         height, width = job.slide.levels[0]
         partial.write_text(
@@ -53,7 +53,7 @@ def _write(job: Job, channel: ChannelInfo) -> list[Path]:
 
 
 def placement(job: Job, channel: ChannelInfo) -> dict[str, object]:
-    """Where the image lies over the slide, in widths of the slide as OpenSeadragon has them, and what it shows."""
+    """Return the position over the slide, in widths of the slide as in OpenSeadragon, and the channel's description."""
     low, high = job.window(channel)
     width_px = job.slide.levels[0][1] * job.slide.stride_px
     return {
@@ -75,14 +75,14 @@ def _write_tiles(job: Job, channel: ChannelInfo, folder: Path) -> None:
     for level in range(len(shapes)):
         for region, values, flags in blocks(job.slide, channel, level, TILE):
             _save(folder / str(finest - level), region, colouring.rgba(values, flags))
-    for level, (values, flags) in _smaller(job, channel):
+    for level, (values, flags) in _coarser_levels(job, channel):
         for region in tiles(values.shape[0], values.shape[1], TILE):
             part = colouring.rgba(values[region.slices], flags[region.slices])
             _save(folder / str(finest - level), region, part)
 
 
-def _smaller(job: Job, channel: ChannelInfo) -> Iterator[tuple[int, Pixels]]:
-    """The levels that a heatmap does not have, down to one pixel, made as its own are."""
+def _coarser_levels(job: Job, channel: ChannelInfo) -> Iterator[tuple[int, Pixels]]:
+    """Yield the levels that a heatmap does not have, down to one pixel, computed as its own are."""
     level = len(job.slide.levels) - 1
     whole = Region(0, 0, *job.slide.levels[level])
     values, flags = job.slide.read(channel, level, whole), job.slide.read_coverage(level, whole)

@@ -1,6 +1,6 @@
-"""GeoJSON for QuPath: a detection a patch with its measurements, and an annotation a hot region.
+"""GeoJSON for QuPath: a detection for each patch with its measurements, an annotation for each hot region.
 
-Coordinates are x, y in level-0 px of the slide, as QuPath has them. Written feature by feature.
+Coordinates are x, y in level-0 px of the slide, as in QuPath. Files are written feature by feature.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
-from wsi_gradcam.export.job import Job, new, slug
+from wsi_gradcam.export.job import Job, atomic_path, slug
 from wsi_gradcam.export.regions import hot_regions
 from wsi_gradcam.results.heatmap import COLOURS
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.results.channels import ChannelInfo
 
-ROWS = 1 << 12  # patches in memory at once
+BATCH_ROWS = 1 << 12  # patches in memory at once
 NOT_MEASURED = frozenset({"y", "x", "status", "cause"})
 GRAY = (128, 128, 128)
 
@@ -33,8 +33,8 @@ Feature = dict[str, Any]
 
 
 def write(job: Job) -> list[Path]:
-    """DEST/SLIDE.patches.geojson, and a file with the hot regions of each chosen channel."""
-    regions = [(job.path(f"{slug(channel)}.regions.geojson"), channel) for channel in job.pictured]
+    """Write DEST/SLIDE.patches.geojson, and a file with the hot regions of each chosen channel."""
+    regions = [(job.path(f"{slug(channel)}.regions.geojson"), channel) for channel in job.drawn_channels]
     return [
         _write(job, job.path("patches.geojson"), patch_features(job)),
         *(_write(job, path, region_features(job, channel)) for path, channel in regions),
@@ -42,13 +42,13 @@ def write(job: Job) -> list[Path]:
 
 
 def _write(job: Job, path: Path, features: Iterable[Feature]) -> Path:
-    with new(path, job.options.overwrite) as partial:
+    with atomic_path(path, job.options.overwrite) as partial:
         write_features(partial, features)
     return path
 
 
 def write_features(path: Path, features: Iterable[Feature]) -> None:
-    """A FeatureCollection, one feature a line."""
+    """Write a FeatureCollection, one feature a line."""
     with path.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         for number, feature in enumerate(features):
@@ -57,11 +57,11 @@ def write_features(path: Path, features: Iterable[Feature]) -> None:
 
 
 def patch_features(job: Job) -> Iterator[Feature]:
-    """A detection a patch, classified as its most probable class; unreadable ones have no measurements."""
+    """Yield a detection for each patch, classified as its most probable class; unreadable ones have no measurements."""
     height, width = job.slide.plan.footprint
     classes = _Classes(job)
     number = 0
-    for batch in pq.ParquetFile(pa.BufferReader(job.slide.folder.table.read())).iter_batches(ROWS):
+    for batch in pq.ParquetFile(pa.BufferReader(job.slide.folder.table.read())).iter_batches(BATCH_ROWS):
         for row in batch.to_pylist():
             x, y = row["x"], row["y"]
             ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
@@ -71,7 +71,7 @@ def patch_features(job: Job) -> Iterator[Feature]:
 
 
 def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
-    """An annotation a hot region."""
+    """Yield an annotation for each hot region."""
     found = hot_regions(job, channel)
     um2 = job.slide.mpp[0] * job.slide.mpp[1]
     colour = _Classes(job).colour(channel.target) or list(bytes.fromhex(channel.colour))
@@ -88,27 +88,27 @@ def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
 
 
 class _Classes:
-    """Names and colours of the classes."""
+    """The names and colours of the classes."""
 
     def __init__(self, job: Job) -> None:
         self._names: list[str] = list(job.slide.classes)
 
     def of(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The classification of a patch."""
+        """Return the classification of a patch."""
         if row["status"] != "ok":
             return {"name": "unreadable", "color": list(GRAY)}
         best = self._names[int(np.argmax([row[f"logit_{name}"] for name in self._names]))]
         return {"name": best, "color": self.colour(best)}
 
     def colour(self, name: str) -> list[int] | None:
-        """Red, green, blue of a class; None of another target."""
+        """Return red, green, blue of a class; None for a target that is not a class."""
         if name not in self._names:
             return None
         return list(bytes.fromhex(COLOURS[self._names.index(name) % len(COLOURS)]))
 
 
 def _measurements(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row; JSON has no NaN."""
+    """Return the finite numbers of a row; JSON has no NaN."""
     numbers = {name: value for name, value in row.items() if name not in NOT_MEASURED and value is not None}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
@@ -116,7 +116,7 @@ def _measurements(row: dict[str, Any]) -> dict[str, float]:
 def _feature(
     job: Job, name: str, geometry: dict[str, Any], kind: str, classification: dict[str, Any], measured: dict[str, float]
 ) -> Feature:
-    """A feature as QuPath reads it; the same object has the same id in each export."""
+    """Return a feature as QuPath reads it; the same object has the same id in each export."""
     plan = job.slide.plan
     properties: Feature = {"objectType": kind, "classification": classification}
     if kind == "annotation":

@@ -1,7 +1,4 @@
-"""What is exported of a slide, and where to.
-
-Files and folders of an export: there when they are whole, and never in place of others unless told.
-"""
+"""The export of one slide: its options, and files that appear only when complete and replace others only on request."""
 
 from __future__ import annotations
 
@@ -27,19 +24,18 @@ from wsi_gradcam.results.slide import SlideResult
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
 SLIDE, RUN = "slide", "run"
-HALF = 0.5  # of the window, where no threshold is given and one is needed
+HALF = 0.5  # the share of the window at which regions begin without a threshold
 
 
 @dataclass(frozen=True)
 class Options:
-    """How results are exported.
+    """The options of an export.
 
     Attributes:
-        channel: labels, or names of classes; nothing given: all, for formats that hold one the first explanation.
+        channel: labels, or names of classes; by default all, or the first explanation for formats that hold one.
         colormap: a name that matplotlib knows.
-        window: "run", one for all slides; "slide", each its own; or (low, high).
+        window: "run", one for all slides; "slide", one for each; or (low, high).
         threshold: lower values are not shown; regions are where values reach it.
         alpha: opacity of colours over the slide.
         size: longest side in pixels, of a PNG.
@@ -72,7 +68,7 @@ class Job:
 
     Attributes:
         stem: path of the files to be made, without endings: DEST/SLIDE.
-        windows: of the run, by the channels' labels; empty unless asked for.
+        windows: of the run, by the channels' labels; empty for other windows.
     """
 
     slide: SlideResult
@@ -82,7 +78,7 @@ class Job:
 
     @cached_property
     def channels(self) -> tuple[ChannelInfo, ...]:
-        """The chosen channels; all where none is named.
+        """Return the chosen channels; all if none is named.
 
         Raises:
             UnknownNameError: the slide has no such channel.
@@ -90,38 +86,38 @@ class Job:
         return tuple(dict.fromkeys(map(self.slide.channel, self.options.channel))) or self.slide.channels
 
     @property
-    def pictured(self) -> tuple[ChannelInfo, ...]:
-        """The chosen channels; the first where none is named."""
+    def drawn_channels(self) -> tuple[ChannelInfo, ...]:
+        """Return the chosen channels; the first if none is named."""
         return self.channels if self.options.channel else self.slide.channels[:1]
 
     def path(self, ending: str) -> Path:
-        """DEST/SLIDE.ENDING; slides may have dots in their names."""
+        """Return DEST/SLIDE.ENDING; slides may have dots in their names."""
         return self.stem.with_name(f"{self.stem.name}.{ending}")
 
     def window(self, channel: ChannelInfo) -> tuple[float, float]:
-        """Between which values colour runs."""
+        """Return the values between which colours run."""
         if not isinstance(self.options.window, str):
             return self.options.window
         return self.windows.get(channel.label, channel.window) if self.options.window == RUN else channel.window
 
     def threshold(self, channel: ChannelInfo) -> float:
-        """From which value on a region is hot: as told, else the middle of the window."""
+        """Return the value from which on a region is hot: as given, else the middle of the window."""
         low, high = self.window(channel)
         return low + (high - low) * HALF if self.options.threshold is None else self.options.threshold
 
     def colouring(self, channel: ChannelInfo) -> Colouring:
-        """The colours of a channel."""
+        """Return the colours of a channel."""
         low, high = self.window(channel)
         return Colouring(self.options.colormap, low, high, self.options.threshold, self.options.alpha)
 
     def um_per_px(self, level: int) -> tuple[float, float]:
-        """(y, x) micrometres per pixel of a level of the heatmap."""
+        """Return (y, x) micrometres per pixel of a level of the heatmap."""
         step = self.slide.stride_px * 2**level
         return self.slide.mpp[0] * step, self.slide.mpp[1] * step
 
 
 def slug(channel: ChannelInfo) -> str:
-    """A channel's label as a part of a file's name: its number keeps names apart that differ in other signs alone.
+    """Return a channel's label for file names; its number distinguishes labels that differ only in punctuation.
 
     >>> slug(ChannelInfo(2, "gradcam++: in situ", "gradcam++", "in situ", "", 0, 1, (0, 1), ""))
     '2-gradcam++-in-situ'
@@ -132,13 +128,13 @@ def slug(channel: ChannelInfo) -> str:
 def blocks(
     slide: SlideResult, channel: ChannelInfo, level: int, side: int
 ) -> Iterator[tuple[Region, NDArray[np.float32], NDArray[np.uint8]]]:
-    """Region, values and coverage of each block of a level, row by row: memory does not grow with the slide."""
+    """Yield region, values and coverage of each block of a level, row by row, in bounded memory."""
     for region in tiles(*slide.levels[level], side):
         yield region, slide.read(channel, level, region), slide.read_coverage(level, region)
 
 
 def padded(tile: NDArray[np.generic], side: int, fill: int = 0) -> NDArray[np.generic]:
-    """A tile at the right or lower edge, filled up to side x side."""
+    """Return a tile at the right or lower edge, filled up to side x side."""
     height, width = tile.shape[:2]
     if (height, width) == (side, side):
         return tile
@@ -146,11 +142,11 @@ def padded(tile: NDArray[np.generic], side: int, fill: int = 0) -> NDArray[np.ge
 
 
 @contextmanager
-def new(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A path beside `path` to write a file or a folder to, which takes the name `path` when the block ends well.
+def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary path for a file or a folder, which is renamed to `path` when the context ends well.
 
     Raises:
-        StoreError: something stands at `path` and `overwrite` is not set, or the disk refuses.
+        StoreError: `path` exists and `overwrite` is not set, or the disk cannot be written.
     """
     if not overwrite and path.exists():
         raise StoreError(f"{path}: exists already; use --overwrite, or another --dest")
@@ -165,7 +161,7 @@ def new(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace(partial: Path, path: Path) -> None:
-    """Put a file or folder in the place of whatever is there."""
+    """Rename a file or folder, in place of whatever is at `path`."""
     if not path.is_dir():
         partial.replace(path)
         return

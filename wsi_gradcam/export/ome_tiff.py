@@ -1,7 +1,7 @@
 """OME-TIFF with the values themselves, for QuPath, OMERO, Fiji and napari.
 
-float32, a plane a channel and a last one with the coverage bits; coarser levels are SubIFDs; sizes of pixels in the
-OME-XML. No predictor, which Bio-Formats does not know for floats.
+float32, a plane for each channel and a last one with the coverage bits; coarser levels are SubIFDs; pixel sizes are in
+the OME-XML. Without a predictor, which Bio-Formats does not support for floats.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tifffile
 
-from wsi_gradcam.export.job import Job, new, padded
+from wsi_gradcam.export.job import Job, atomic_path, padded
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.heatmap import LABEL
 
@@ -27,7 +27,7 @@ WHITE = "FFFFFF"
 
 
 def write(job: Job) -> list[Path]:
-    """One file with all chosen channels."""
+    """Write one file with all chosen channels."""
     path, levels = job.path("ome.tiff"), job.slide.levels
     planes = len(job.channels) + 1
     common: dict[str, Any] = {
@@ -39,7 +39,7 @@ def write(job: Job) -> list[Path]:
         "software": "wsi_gradcam",
     }
     with (
-        new(path, job.options.overwrite) as partial,
+        atomic_path(path, job.options.overwrite) as partial,
         tifffile.TiffWriter(partial, bigtiff=True, ome=True) as writer,
     ):
         for level, shape in enumerate(levels):
@@ -64,7 +64,7 @@ def _tiles(job: Job, level: int) -> Iterator[NDArray[np.generic]]:
 
 
 def _metadata(job: Job) -> dict[str, Any]:
-    """What tifffile makes OME-XML of."""
+    """Return the metadata that tifffile turns into OME-XML."""
     um_y, um_x = job.um_per_px(0)
     windows = "; ".join("{}: {:g} to {:g}".format(c.label, *job.window(c)) for c in job.channels)
     return {
@@ -77,11 +77,11 @@ def _metadata(job: Job) -> dict[str, Any]:
         "PhysicalSizeYUnit": "µm",
         "Channel": {
             "Name": [*(channel.label for channel in job.channels), LABEL],
-            "Color": [_colour(text) for text in (*(channel.colour for channel in job.channels), WHITE)],
+            "Color": [_ome_colour(text) for text in (*(channel.colour for channel in job.channels), WHITE)],
         },
     }
 
 
-def _colour(text: str) -> int:
-    """OME's colour: red, green, blue, alpha as a signed 32-bit number."""
+def _ome_colour(text: str) -> int:
+    """Return OME's form of a colour: red, green, blue, alpha as a signed 32-bit number."""
     return int.from_bytes(bytes.fromhex(f"{text}FF"), "big", signed=True)

@@ -1,7 +1,7 @@
 """OME-Zarr 0.4 (Zarr 2), for programs that do not read 0.5 yet: QuPath, OMERO, Fiji.
 
-The same levels, values and label as `heatmap.ome.zarr`, block by block. Compressed with zlib, which readers in Java
-need no native library for; `OME/METADATA.ome.xml` tells those that build on Bio-Formats the size of a pixel.
+It has the levels, values and label of `heatmap.ome.zarr`. Chunks are compressed with zlib, for which readers in Java
+need no native library; `OME/METADATA.ome.xml` has the pixel size for programs that use Bio-Formats.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import zarr
 from numcodecs import Zlib
 
-from wsi_gradcam.export.job import Job, new
+from wsi_gradcam.export.job import Job, atomic_path
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.heatmap import CHUNK, LABEL, SHARD
 
@@ -25,9 +25,9 @@ XSI = "http://www.w3.org/2001/XMLSchema-instance"
 
 
 def write(job: Job) -> list[Path]:
-    """One folder with the chosen channels."""
+    """Write one folder with the chosen channels."""
     path = job.path("ome.zarr")
-    with new(path, job.options.overwrite) as partial:
+    with atomic_path(path, job.options.overwrite) as partial:
         group = zarr.open_group(partial, mode="w-", zarr_format=2)
         labels = group.create_group("labels")
         label = labels.create_group(LABEL)
@@ -59,7 +59,7 @@ def _write_level(job: Job, group: zarr.Group, label: zarr.Group, level: int) -> 
 
 
 def _image_metadata(job: Job) -> dict[str, Any]:
-    """As of the result, with the chosen channels and windows."""
+    """Return the metadata of the result, with the chosen channels and windows."""
     stored = job.slide.store.attributes
     ome = stored["ome"]
     channels = []
@@ -86,7 +86,7 @@ def _label_metadata(job: Job) -> dict[str, Any]:
 
 
 def ome_xml(job: Job) -> bytes:
-    """OME-XML of the image without its pixels."""
+    """Return the OME-XML of the image, without its pixels."""
     (height, width), (um_y, um_x) = job.slide.levels[0], job.um_per_px(0)
     name = job.slide.id.encode("utf-8", "replace").decode()
     schema = {"xmlns:xsi": XSI, "xsi:schemaLocation": f"{NAMESPACE} {NAMESPACE}/ome.xsd"}

@@ -1,4 +1,4 @@
-"""A picture of the slide with one heatmap over it, a colour bar and a scale bar, for reports and papers."""
+"""PNG: the slide with a heatmap over it, a colour bar and a scale bar, for reports and papers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from wsi_gradcam.errors import SlideError
-from wsi_gradcam.export.job import Job, new, slug
+from wsi_gradcam.export.job import Job, atomic_path, slug
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.overview import round_length
 
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
     Rgb = NDArray[np.uint8]
 
-INCH_PX = 800  # of the picture's longest side: words and bars grow with it
-DPI_LEAST = 100
+INCH_PX = 800  # of the longest side make an inch more: text and bars grow with the image
+MIN_DPI = 100
 MARGIN, BAR, TITLE, FOOT = 0.2, 1.3, 0.44, 0.24  # inches
 PAPER, TISSUE_GRAY = 255, 190
-SMALLEST = 4.2  # inches: below, the words do not fit
+MIN_WIDTH = 4.2  # inches; text does not fit into less
 UNITS = {"logit": "logits", "arbitrary": "arbitrary unit", "probability": "probability"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn.
+    """The slide with its heatmap, to be drawn.
 
     Attributes:
         rgb: slide and heatmap, uint8 [h, w, 3].
         um_per_px: micrometres per pixel of `rgb`.
-        note: what is missing; "" where nothing is.
+        note: a remark on missing parts; "" for none.
     """
 
     rgb: Rgb
@@ -52,22 +52,22 @@ class Picture:
 
 
 def write(job: Job) -> list[Path]:
-    """A file for each chosen channel; `size` is the longest side of the slide's picture in it."""
+    """Write a file for each chosen channel; `size` is the longest side of the slide in it."""
     background, note = _slide(job)
-    return [_write(job, channel, background, note) for channel in job.pictured]
+    return [_write(job, channel, background, note) for channel in job.drawn_channels]
 
 
 def _write(job: Job, channel: ChannelInfo, background: Rgb, note: str) -> Path:
     path, colouring = job.path(f"{slug(channel)}.png"), job.colouring(channel)
-    rgb = overlaid(job, channel, colouring, background)
+    rgb = overlay(job, channel, colouring, background)
     picture = Picture(rgb, job.slide.size_px[1] * job.slide.mpp[1] / rgb.shape[1], note)
-    with new(path, job.options.overwrite) as partial, partial.open("wb") as file:
+    with atomic_path(path, job.options.overwrite) as partial, partial.open("wb") as file:
         _draw(job, channel, colouring, picture).print_png(file)
     return path
 
 
 def _slide(job: Job) -> tuple[Rgb, str]:
-    """The slide at the picture's size; white, and why, where it cannot be read."""
+    """Return the slide at the size of the export; white with a note if it cannot be read."""
     try:
         return job.slide.thumbnail(job.options.size), ""
     except SlideError:
@@ -77,8 +77,8 @@ def _slide(job: Job) -> tuple[Rgb, str]:
         return np.full((*shape, 3), PAPER, np.uint8), "the slide could not be read: the heatmap alone"
 
 
-def overlaid(job: Job, channel: ChannelInfo, colouring: Colouring, background: Rgb) -> Rgb:
-    """The colours of a channel over a picture of the whole slide, read row by row."""
+def overlay(job: Job, channel: ChannelInfo, colouring: Colouring, background: Rgb) -> Rgb:
+    """Return the colours of a channel blended over an image of the whole slide, read row by row."""
     out, (height, width) = background.copy(), background.shape[:2]
     shapes = job.slide.levels
     level = max((i for i, (h, w) in enumerate(shapes) if h >= height and w >= width), default=0)
@@ -91,26 +91,26 @@ def overlaid(job: Job, channel: ChannelInfo, colouring: Colouring, background: R
         chosen = (part - part[0])[:, None], columns
         values = job.slide.read(channel, level, band)[chosen]
         rgba = colouring.rgba(values, job.slide.read_coverage(level, band)[chosen])
-        out[begin : begin + 256] = _blended(out[begin : begin + 256], rgba)
+        out[begin : begin + 256] = _blend(out[begin : begin + 256], rgba)
     return out
 
 
 def _nearest(size: int, slide_px: int, step: int, most: int) -> NDArray[np.int64]:
-    """The heatmap's pixel at the centre of each of `size` pixels of a picture of the whole slide."""
+    """Return the heatmap's pixel at the centre of each of `size` pixels of an image of the whole slide."""
     return np.minimum((np.arange(size) + 0.5) * slide_px / size / step, most - 1).astype(np.int64)
 
 
-def _blended(below: Rgb, rgba: Rgb) -> Rgb:
+def _blend(below: Rgb, rgba: Rgb) -> Rgb:
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return (below * (1 - alpha) + rgba[..., :3] * alpha + 0.5).astype(np.uint8)
 
 
 def _draw(job: Job, channel: ChannelInfo, colouring: Colouring, picture: Picture) -> FigureCanvasAgg:
-    """The figure: each pixel of the picture is one of the file, beside a colour bar."""
+    """Draw the figure: pixels of the image are pixels of the file, beside a colour bar."""
     height_px, width_px = picture.rgb.shape[:2]
-    dpi = max(DPI_LEAST, DPI_LEAST * max(height_px, width_px) // INCH_PX)
+    dpi = max(MIN_DPI, MIN_DPI * max(height_px, width_px) // INCH_PX)
     height, width = height_px / dpi, width_px / dpi
-    wide, tall = max(width + 2 * MARGIN + BAR, SMALLEST), max(height + TITLE + FOOT, SMALLEST / 2)
+    wide, tall = max(width + 2 * MARGIN + BAR, MIN_WIDTH), max(height + TITLE + FOOT, MIN_WIDTH / 2)
     figure = Figure(figsize=(wide, tall), dpi=dpi, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     left_px, bottom_px = round(MARGIN * dpi), round((tall - TITLE - height) * dpi)
@@ -123,7 +123,7 @@ def _draw(job: Job, channel: ChannelInfo, colouring: Colouring, picture: Picture
     title = f"{job.slide.id}: {channel.label}".encode("utf-8", "replace").decode()
     figure.text(MARGIN / wide, 1 - 0.14 / tall, title, fontsize=10, va="center", parse_math=False)
     figure.text(MARGIN / wide, 1 - 0.32 / tall, picture.note, fontsize=8, va="center", color="#a00000")
-    with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
+    with warnings.catch_warnings():  # characters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         canvas.draw()
     return canvas
@@ -144,11 +144,11 @@ def _scale_bar(axis: Axes, picture: Picture, dpi: int) -> None:
 
 
 def _colour_bar(figure: Figure, axis: Axes, colouring: Colouring, channel: ChannelInfo) -> None:
-    """The colours as they are seen: over gray tissue, and none below the threshold."""
+    """Draw the colours as they look over gray tissue, with none below the threshold."""
     values = np.linspace(colouring.low, colouring.high, 256, dtype=np.float32)[:, None]
     flags = np.full(values.shape, 2, np.uint8)
     gray = np.full((*values.shape, 3), TISSUE_GRAY, np.uint8)
-    seen = ListedColormap(_blended(gray, colouring.rgba(values, flags))[:, 0] / 255)
+    seen = ListedColormap(_blend(gray, colouring.rgba(values, flags))[:, 0] / 255)
     below, above = channel.minimum < colouring.low, channel.maximum > colouring.high
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
     norm = Normalize(colouring.low, colouring.high)

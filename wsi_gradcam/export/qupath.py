@@ -1,6 +1,6 @@
-"""A folder for QuPath: a script that lays overlay, patches and hot regions on the open slide.
+"""QuPath: a folder with a script that puts overlay, patches and hot regions on the open slide.
 
-The overlay is the finest level of the heatmap that a computer holds as one picture, cut into PNGs that a
+The overlay is the finest level of the heatmap that fits into memory as one image, divided into PNGs that a
 BufferedImageOverlay places in level-0 px; patches and regions are GeoJSON.
 """
 
@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from wsi_gradcam.export.geojson import patch_features, region_features, write_features
-from wsi_gradcam.export.job import Job, blocks, new, slug
+from wsi_gradcam.export.job import Job, atomic_path, blocks, slug
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from wsi_gradcam.results.channels import ChannelInfo
 
-MOST_PX = 1 << 25  # 128 MB in QuPath
+MAX_PX = 1 << 25  # 128 MB in QuPath
 SIDE = 2048
 SCRIPT = "show_in_qupath.groovy"
 
 
 def write(job: Job) -> list[Path]:
-    """A folder for each chosen channel."""
-    return [_write(job, channel) for channel in job.pictured]
+    """Write a folder for each chosen channel."""
+    return [_write(job, channel) for channel in job.drawn_channels]
 
 
 def _write(job: Job, channel: ChannelInfo) -> Path:
     path = job.path(f"{slug(channel)}.qupath")
-    with new(path, job.options.overwrite) as partial:
+    with atomic_path(path, job.options.overwrite) as partial:
         partial.mkdir()
         tiles = _write_overlay(job, channel, partial)
         write_features(partial / "patches.geojson", patch_features(job))
@@ -41,9 +41,9 @@ def _write(job: Job, channel: ChannelInfo) -> Path:
 
 
 def _write_overlay(job: Job, channel: ChannelInfo, folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """Write the overlay; name, x, y, width, height in level-0 px of each of its parts that shows anything."""
+    """Write the overlay, and return name, x, y, width, height in level-0 px of each part that is not empty."""
     levels, colouring = job.slide.levels, job.colouring(channel)
-    level = next((i for i, (h, w) in enumerate(levels) if h * w <= MOST_PX), len(levels) - 1)
+    level = next((i for i, (h, w) in enumerate(levels) if h * w <= MAX_PX), len(levels) - 1)
     step = job.slide.stride_px * 2**level
     parts: list[tuple[str, int, int, int, int]] = []
     for region, values, flags in blocks(job.slide, channel, level, SIDE):
@@ -56,7 +56,7 @@ def _write_overlay(job: Job, channel: ChannelInfo, folder: Path) -> list[tuple[s
 
 
 def script(job: Job, channel: ChannelInfo, folder: Path, tiles: list[tuple[str, int, int, int, int]]) -> str:
-    """The script; paths and names are quoted as Groovy and JSON both understand."""
+    """Return the script, with paths and names quoted."""
     height, width = job.slide.size_px
     listed = ",\n".join(f"    [{_quoted(name)}, {x}, {y}, {w}, {h}]" for name, x, y, w, h in tiles)
     return TEMPLATE.format(
@@ -70,7 +70,7 @@ def script(job: Job, channel: ChannelInfo, folder: Path, tiles: list[tuple[str, 
 
 
 def _quoted(text: str) -> str:
-    """A single-quoted string of Groovy, which puts nothing in the place of $."""
+    """Return a single-quoted string of Groovy, in which $ has no meaning."""
     return "'" + json.dumps(text)[1:-1].replace("'", "\\'").replace('\\"', '"') + "'"
 
 

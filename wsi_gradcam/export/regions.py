@@ -1,10 +1,8 @@
-"""Hot regions: polygons around what reaches a threshold, in level-0 px of the slide.
+"""Hot regions: polygons around values that reach a threshold, in level-0 px of the slide.
 
-Outlines of what is hot, exactly along the borders of pixels, streamed: no seams between the parts that are read.
-
-Borders are runs of pixel sides along which hot lies on one side alone. Runs end exactly where borders meet, also
-where two hot pixels touch at a corner, so GEOS can make faces of them without searching for crossings, and a run that
-is cut between two bands of rows is joined again.
+Outlines follow the borders of pixels exactly and are traced band by band, without seams. A border is a run of pixel
+sides with a hot pixel on one side only. Runs end exactly where borders meet, also where two hot pixels touch at a
+corner, so that GEOS can make faces of them without searching for crossings, and joins runs that bands have cut.
 """
 
 from __future__ import annotations
@@ -30,17 +28,22 @@ if TYPE_CHECKING:
     Runs = NDArray[np.int64]
 
 
+MAX_RUNS = 250_000  # about 200 MB while polygons are made of them
+TOLERANCE_PX = 0.75  # traced pixels; turns a staircase of pixels into the line that it approximates
+MIN_AREA_PX2 = 25  # smaller regions are not simplified: they could lose most of their area
+
+
 class TooManyRunsError(Exception):
-    """The outline has more runs than memory shall hold."""
+    """The outline has more runs than fit into bounded memory."""
 
 
-def outlines(bands: Iterable[Mask], most_runs: int) -> list[shapely.Polygon]:
-    """Polygons, with holes, around the True pixels of an image that comes in `bands` of rows [n, w], top first.
+def outlines(bands: Iterable[Mask], max_runs: int) -> list[shapely.Polygon]:
+    """Return polygons, with holes, around the True pixels of an image given in `bands` of rows [n, w], top first.
 
     Coordinates are x, y in pixels, the first pixel from 0 to 1. Pixels that share a side are in one polygon.
 
     Raises:
-        TooManyRunsError: memory would not be bounded.
+        TooManyRunsError: there are more than `max_runs` runs.
     """
     flat, upright, count, top = [], [], 0, 0
     above: Mask | None = None
@@ -49,7 +52,7 @@ def outlines(bands: Iterable[Mask], most_runs: int) -> list[shapely.Polygon]:
         flat.append(_flat_runs(above, band, top))
         upright.append(_upright_runs(band, top))
         count += len(flat[-1]) + len(upright[-1])
-        if count > most_runs:
+        if count > max_runs:
             raise TooManyRunsError
         above, top = band[-1], top + len(band)
     if above is None:
@@ -59,19 +62,19 @@ def outlines(bands: Iterable[Mask], most_runs: int) -> list[shapely.Polygon]:
 
 
 def _flat_runs(above: Mask, band: Mask, top: int) -> Runs:
-    """Runs along the upper sides of a band's rows: [n, 4] of y, first x, last x, 1 where hot lies below or -1."""
+    """Return runs along the upper sides of a band's rows, [n, 4]: y, first x, last x, 1 if hot is below, else -1."""
     rows = np.concatenate([above[None], band]).astype(np.int8)
     return np.add(_runs(rows[1:] - rows[:-1]), (top, 0, 0, 0), dtype=np.int64)
 
 
 def _upright_runs(band: Mask, top: int) -> Runs:
-    """Runs along the left and right sides of a band's pixels: [n, 4] of x, first y, last y, 1 where hot is right."""
+    """Return runs along the left and right sides of a band's pixels, [n, 4]: x, first y, last y, 1 if hot is right."""
     columns = np.pad(band, ((0, 0), (1, 1))).astype(np.int8)
     return np.add(_runs((columns[:, 1:] - columns[:, :-1]).T), (0, top, top, 0), dtype=np.int64)
 
 
 def _runs(steps: NDArray[np.int8]) -> Runs:
-    """Where equal values other than 0 follow each other in a row: [n, 4] of row, first, end, value."""
+    """Return runs of equal values other than 0 in rows, [n, 4]: row, first, end, value."""
     padded = np.pad(steps, ((0, 0), (1, 1)))
     rows, ends = np.nonzero(padded[:, 1:] != padded[:, :-1])
     value = padded[rows, ends + 1]
@@ -80,7 +83,7 @@ def _runs(steps: NDArray[np.int8]) -> Runs:
 
 
 def _faces(flat: Runs, upright: Runs) -> list[shapely.Polygon]:
-    """The hot ones of the faces that the runs enclose."""
+    """Return the hot faces of those that the runs enclose."""
     if not len(flat):
         return []
     y, first, end, _ = flat.T
@@ -95,25 +98,20 @@ def _faces(flat: Runs, upright: Runs) -> list[shapely.Polygon]:
 
 
 def _corner(face: shapely.Polygon) -> tuple[int, int]:
-    """(y, x) of the leftmost of the uppermost corners."""
+    """Return (y, x) of the leftmost of the uppermost corners."""
     ring = shapely.get_coordinates(face.exterior)
     x, y = ring[np.lexsort((ring[:, 0], ring[:, 1]))[0]]
     return int(y), int(x)
 
 
-MOST_RUNS = 250_000  # some 200 MB while polygons are made of them
-TOLERANCE_PX = 0.75  # of a pixel that is traced: a staircase of pixels becomes the line it stands for
-SMALLEST_PX2 = 25  # regions below are left as they are: simplified they could lose most of their area
-
-
 @dataclass(frozen=True)
 class HotRegions:
-    """Polygons around what is hot.
+    """Polygons around hot pixels.
 
     Attributes:
         polygons: with holes, x, y in level-0 px of the slide, valid, not touching each other but at corners.
-        level: of the heatmap that was traced: the finest that has not too many borders.
-        threshold: from which value on it is hot.
+        level: the level of the heatmap that was traced, the finest without too many borders.
+        threshold: the lowest value that is hot.
     """
 
     polygons: list[shapely.Polygon]
@@ -122,12 +120,12 @@ class HotRegions:
 
 
 def hot_regions(job: Job, channel: ChannelInfo, *, simplified: bool = True) -> HotRegions:
-    """Where explained values reach the threshold."""
+    """Return polygons around explained pixels whose values reach the threshold."""
     threshold = job.threshold(channel)
     last = len(job.slide.levels) - 1
     for level in range(last + 1):
         try:
-            found = outlines(_bands(job, channel, threshold, level), MOST_RUNS if level < last else 1 << 62)
+            found = outlines(_bands(job, channel, threshold, level), MAX_RUNS if level < last else 1 << 62)
         except TooManyRunsError:
             continue
         polygons = [_in_slide(_simplified(face) if simplified else _straight(face), job, level) for face in found]
@@ -144,19 +142,19 @@ def _bands(job: Job, channel: ChannelInfo, threshold: float, level: int) -> Iter
 
 
 def _straight(face: shapely.Polygon) -> shapely.Polygon:
-    """The same with corners alone: without what cutting into bands has left on straight sides."""
+    """Return the face without points on straight sides, which the division into bands has left."""
     return shapely.simplify(face, 0)
 
 
 def _simplified(face: shapely.Polygon) -> shapely.Polygon:
-    if face.area < SMALLEST_PX2:
+    if face.area < MIN_AREA_PX2:
         return _straight(face)
     found = shapely.simplify(face, TOLERANCE_PX)
     return found if found.is_valid else _straight(face)
 
 
 def _in_slide(face: shapely.Polygon, job: Job, level: int) -> shapely.Polygon:
-    """A face of pixels in level-0 px; the heatmap's last pixels may reach beyond the slide, no region does."""
+    """Return a face in level-0 px, cut at the slide's borders: the heatmap's last pixels may reach beyond."""
     step = job.slide.stride_px * 2**level
     height, width = job.slide.size_px
     placed = shapely.transform(face, lambda xy: np.minimum(xy * step, (width, height)))

@@ -1,6 +1,6 @@
-"""Generic pyramidal TIFF in 8 bits, for viewers that open slides with OpenSlide, ASAP and TissUUmaps among them.
+"""Pyramidal TIFF in 8 bits, for viewers that open slides with OpenSlide, such as ASAP and TissUUmaps.
 
-BigTIFF; the levels are top-level pages, all but the first marked as reduced; the resolution tags hold the
+It is a BigTIFF whose levels are top-level pages, all but the first marked as reduced; the resolution tags have the
 micrometres per pixel of the heatmap.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import tifffile
 
 from wsi_gradcam.export.colours import GRAY, Colouring
-from wsi_gradcam.export.job import Job, blocks, new, padded, slug
+from wsi_gradcam.export.job import Job, atomic_path, blocks, padded, slug
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,14 +28,14 @@ UM_PER_CM = 1e4
 
 
 def write(job: Job) -> list[Path]:
-    """A file a channel: RGB, white where nothing is shown; with the colour map "gray" one sample, 0 there."""
-    return [_write(job, channel) for channel in job.pictured]
+    """Write a file for each chosen channel: RGB, white where nothing is shown; for "gray" one sample, 0 there."""
+    return [_write(job, channel) for channel in job.drawn_channels]
 
 
 def _write(job: Job, channel: ChannelInfo) -> Path:
     path, colouring = job.path(f"{slug(channel)}.tiff"), job.colouring(channel)
     samples = () if colouring.colormap == GRAY else (3,)
-    with new(path, job.options.overwrite) as partial, tifffile.TiffWriter(partial, bigtiff=True) as writer:
+    with atomic_path(path, job.options.overwrite) as partial, tifffile.TiffWriter(partial, bigtiff=True) as writer:
         for level, shape in enumerate(job.slide.levels):
             um_y, um_x = job.um_per_px(level)
             writer.write(
