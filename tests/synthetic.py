@@ -3,7 +3,7 @@
 Axis order is y, x; sizes are (height, width); regions are half-open; pixels are those of level 0 unless a
 name says otherwise. All slides open in OpenSlide as `generic-tiff`.
 
-What openslide-bin 4.0.1.2 makes of damage, as measured here; test_synthetic.py holds most of it.
+What openslide-bin 4.0.1.2 makes of damage, as measured here; test_demo_slide.py holds most of it.
 
 Tiles (`corrupt_tile`):
 

@@ -1,7 +1,7 @@
-"""A tissue-like layout of a slide from a small picture: which pixel of the picture goes where on the canvas.
+"""Layouts: slides made of a small image, whose pixels are arranged on a canvas like pieces of tissue.
 
-The same layout paints the micrograph, its truth mask and a map of its quadrants, so that what is measured on the
-slide can be traced to the part of the micrograph it came from. Axis order is y, x; sizes are (height, width).
+The same layout paints the micrograph, its truth mask and a map of its quadrants, so that whatever is measured on the
+slide can be traced to a part of the micrograph. Axis order is y, x; sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Piece:
     depth_px: npt.NDArray[np.float32]
 
     def source(self, image: Image) -> tuple[Image, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """The image as it lies [h, w, ...], and which of its rows [height] and columns [width] show."""
+        """Return the image as it lies [h, w, ...], and its visible rows [height] and columns [width]."""
         image = np.rot90(image) if self.turned else image
         rows = mirrored(np.arange(self.height) + self.phase[0], image.shape[0])
         columns = mirrored(np.arange(self.width) + self.phase[1], image.shape[1])
         return image, rows, columns
 
     def cover(self, y: int, rows: int, edge_px: float) -> npt.NDArray[np.float32]:
-        """How much tissue covers pixels of the box's rows y to y + rows, [rows, width] float32 in 0..1."""
+        """Return the share of tissue in pixels of the box's rows y to y + rows, [rows, width] float32 in 0..1."""
         depth = _between_nodes(self.depth_px, np.arange(y, y + rows))
         depth = _between_nodes(depth.T, np.arange(self.width)).T
         cover: npt.NDArray[np.float32] = np.clip(depth / np.float32(edge_px) + np.float32(0.5), 0, 1)
@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the pixels of a source image go on a slide's canvas.
+    """A mapping of the pixels of a source image to a slide's canvas.
 
     Inside a piece copies of the source are mirrored at their borders, so that there are no seams.
 
@@ -72,7 +72,7 @@ class Layout:
     edge_px: float = 12.0
 
     def paint(self, image: Image, background: npt.ArrayLike, *, soft: bool = False) -> Image:
-        """The canvas [height, width, ...] of the image's dtype: the image on pieces, background elsewhere.
+        """Return a canvas [height, width, ...] of the image's dtype: the image on pieces, background elsewhere.
 
         Args:
             image: [h, w] or [h, w, c] of the layout's `source_size`, any dtype.
@@ -105,14 +105,14 @@ class Layout:
                     _cover(strip, source[rows[y : y + STRIP_PX, None], columns], cover, soft)
 
     def tissue(self) -> npt.NDArray[np.bool_]:
-        """True where the canvas [height, width] is tissue."""
+        """Return True where the canvas [height, width] is tissue."""
         return self.paint(np.ones(self.source_size, np.bool_), False)
 
 
 def lay_out(
     micrograph: Rgb, size: tuple[int, int] = (8192, 8192), *, glass_px: int | None = None, seed: int = 0
 ) -> tuple[Rgb, Layout]:
-    """A slide's level 0 [height, width, 3] uint8 of the given size made from a micrograph, and its layout.
+    """Return a slide's level 0, [height, width, 3] uint8, made from a micrograph, and its layout.
 
     Pieces of tissue with irregular, soft outlines lie on light, slightly noisy glass.
 
@@ -129,7 +129,7 @@ def lay_out(
 def plan_layout(
     source_size: tuple[int, int], size: tuple[int, int], *, glass_px: int | None = None, seed: int = 0
 ) -> Layout:
-    """A layout of one large and two small pieces, each with an outline of its own.
+    """Return a layout of one large and two small pieces, each with an outline of its own.
 
     Args:
         source_size: (height, width) of the images to paint, px.
@@ -160,7 +160,7 @@ def plan_layout(
 
 
 def quadrants(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """The quadrant of each pixel, [height, width]: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+    """Return the quadrant of each pixel, [height, width]: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
 
     >>> quadrants((2, 2))
     array([[0, 1],
@@ -173,7 +173,7 @@ def quadrants(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
 
 
 def mirrored(index: npt.NDArray[np.intp], length: int) -> npt.NDArray[np.intp]:
-    """The index into an axis of that length which is repeated without end, every second copy mirrored.
+    """Return the index into an axis of that length which is repeated without end, every second copy mirrored.
 
     >>> mirrored(np.arange(-2, 7), 3).tolist()
     [1, 0, 0, 1, 2, 2, 1, 0, 0]
@@ -189,7 +189,7 @@ def _plan_piece(
     glass_px: int,
     rng: np.random.Generator,
 ) -> Piece:
-    """A piece that fills its (top, left, height, width) box with an ellipse of wavy outline."""
+    """Return a piece that fills its (top, left, height, width) box with an ellipse of wavy outline."""
     top, left, height, width = box
     y = np.arange(-(-height // GRID_PX) + 1)[:, None] * GRID_PX
     x = np.arange(-(-width // GRID_PX) + 1) * GRID_PX
@@ -208,7 +208,7 @@ def _plan_piece(
 
 
 def _waves(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """White noise smoothed with a Gaussian of `sigma` nodes, scaled to mean 0 and standard deviation 1."""
+    """Return white noise smoothed with a Gaussian of `sigma` nodes, with mean 0 and standard deviation 1."""
     frequency_y, frequency_x = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
     gaussian = np.exp(-2 * (np.pi * sigma) ** 2 * (frequency_y**2 + frequency_x**2))
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) * gaussian, shape)
@@ -217,7 +217,7 @@ def _waves(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np
 
 
 def _between_nodes(nodes: npt.NDArray[np.float32], at_px: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-    """Rows of values linearly interpolated between rows of nodes that are GRID_PX apart."""
+    """Return rows of values linearly interpolated between rows of nodes that are GRID_PX apart."""
     before, beyond = np.divmod(at_px, GRID_PX)
     weight = (beyond / GRID_PX).astype(np.float32)[:, None]
     values: npt.NDArray[np.float32] = nodes[before] * (1 - weight) + nodes[before + 1] * weight
@@ -225,7 +225,7 @@ def _between_nodes(nodes: npt.NDArray[np.float32], at_px: npt.NDArray[np.intp]) 
 
 
 def _cover(canvas: Image, tissue: Image, cover: npt.NDArray[np.float32], soft: bool) -> None:
-    """Lay tissue [h, w, ...] over the canvas in place, as far as cover [h, w] says; see `Layout.paint`."""
+    """Paint tissue [h, w, ...] over the canvas in place, by its share `cover` [h, w]; see `Layout.paint`."""
     cover = cover.reshape(*cover.shape, *[1] * (canvas.ndim - 2))
     if soft:
         mixed = canvas + (tissue.astype(np.float32) - canvas) * cover
@@ -235,7 +235,7 @@ def _cover(canvas: Image, tissue: Image, cover: npt.NDArray[np.float32], soft: b
 
 
 def _glass(size: tuple[int, int], rng: np.random.Generator) -> Rgb:
-    """Empty glass [height, width, 3]: one noisy patch on and on, as noise for every pixel costs seconds."""
+    """Return empty glass [height, width, 3]: one noisy patch repeated, as noise for every pixel takes seconds."""
     noisy = np.rint(rng.normal(GLASS_RGB, GLASS_NOISE, (STRIP_PX, STRIP_PX, 3)))
     patch = np.clip(noisy, 0, 255).astype(np.uint8)
     glass = np.empty((*size, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Writes whole slides as pyramidal TIFFs that OpenSlide opens.
+"""Whole slides written as pyramidal TIFFs that OpenSlide opens.
 
 Axis order is y, x; sizes are (height, width); pixels are those of level 0 unless a name says otherwise.
 """
@@ -90,7 +90,7 @@ def write_slide(
 
 
 def shrink(image: Image, factor: int) -> Image:
-    """Mean of each block of factor x factor px, rounded half up, [ceil(h / factor), ceil(w / factor), ...].
+    """Return the mean of each block of factor x factor px, rounded half up, [ceil(h / factor), ceil(w / factor), ...].
 
     Blocks cut by the bottom or right edge are the mean of the pixels they have. uint8 in, uint8 out.
 
@@ -114,7 +114,7 @@ def shrink(image: Image, factor: int) -> Image:
 
 
 def _pyramid(level0: Rgb, factors: Sequence[int]) -> Iterator[Rgb]:
-    """Each level in turn, made from the one before where the factors divide and from level 0 where not."""
+    """Yield each level, made from the one before if the factors divide, else from level 0."""
     level, done = level0, 1
     yield level
     for factor in factors[1:]:
@@ -124,7 +124,7 @@ def _pyramid(level0: Rgb, factors: Sequence[int]) -> Iterator[Rgb]:
 
 
 def _tiles(level: Rgb, tile_px: int, background: tuple[int, int, int]) -> Iterator[Rgb]:
-    """The level's tiles [tile_px, tile_px, 3] in row order, padded with the background colour."""
+    """Yield the level's tiles [tile_px, tile_px, 3] in row order, padded with the background colour."""
     for y in range(0, level.shape[0], tile_px):
         for x in range(0, level.shape[1], tile_px):
             block = level[y : y + tile_px, x : x + tile_px]
@@ -136,7 +136,7 @@ def _tiles(level: Rgb, tile_px: int, background: tuple[int, int, int]) -> Iterat
 
 
 def _resolution(path: Path, mpp: float | tuple[float, float]) -> tuple[float, float]:
-    """Pixels per centimetre in TIFF's order (x, y)."""
+    """Return pixels per centimetre in TIFF's order (x, y)."""
     mpp_y, mpp_x = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     if not all(math.isfinite(value) and value > 0 for value in (mpp_y, mpp_x)):
         raise MppError(f"{path}: mpp is {mpp}; expected finite micrometres per pixel above 0, such as 0.5")
@@ -157,7 +157,7 @@ def _check_image(path: Path, level0: Rgb, tile_px: int, compression: str | None)
 def _downsamples(
     size: tuple[int, ...], tile_px: int, levels: int | None, downsample: int | Sequence[int]
 ) -> tuple[int, ...]:
-    """The downsample of every level against level 0, starting with 1."""
+    """Return the downsample of every level against level 0, starting with 1."""
     longest = max(size)
     if isinstance(downsample, int):
         if downsample < 2:
