@@ -60,7 +60,7 @@ def forwards(subject: Subject, images: Tensor) -> None:
     left = ANSWERS * len(images)
     batch = images.repeat(-(-subject.batch_size // len(images)), 1, 1, 1)[: subject.batch_size].contiguous()
     while left > 0:
-        subject.program.answer(batch[:left])
+        subject.program.predict(batch[:left])
         left -= len(batch)
 
 

@@ -139,7 +139,7 @@ class Ours:
         return {
             "ours": lambda: len(self.explain(images).cams),
             "ours_float32": lambda: len(self.exact(images).cams),
-            "forward_same_engine": lambda: len(self.program.answer(images)),
+            "forward_same_engine": lambda: len(self.program.predict(images)),
         }
 
 

@@ -14,14 +14,14 @@ from hypothesis import settings
 from tests import mirror
 from tests.s3_proxy import Proxy, passing
 from tests.servers import BUCKET, CREDENTIALS, s3_server
-from wsi_gradcam.models.environment import steady_sums
+from wsi_gradcam.models.environment import make_sums_deterministic
 
 # A busy machine is no failure; and CI shall not find a new example in an unrelated change.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
 
 # Before anything uses torch: runs in this process are compared with runs in fresh ones, bit by bit.
-steady_sums()
+make_sums_deterministic()
 
 # What `auto` chooses is kept between runs: not in the user's folder, and from one test session to the next not at all.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wsi-gradcam-tests-")

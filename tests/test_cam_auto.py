@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tests.split_models import curved, pictures, relative
 from wsi_gradcam.cam import auto
-from wsi_gradcam.cam.auto import LEAST_PEARSON, MOST_PEAK_RISK, WORTH, choose, choose_again, fidelity, make_program
+from wsi_gradcam.cam.auto import MAX_PEAK_RISK, MIN_PEARSON, MIN_SPEEDUP, choose, fidelity, make_program, reuse_choice
 from wsi_gradcam.cam.engine import explain_batch
 from wsi_gradcam.cam.facts import Choice, Layer, Trial
 from wsi_gradcam.cam.layers import check_layer
@@ -171,7 +171,7 @@ def test_a_faster_faithful_program_is_taken(bench: Bench, network: nn.Module, im
     trials = {(t.engine, t.precision): t for t in choice.trials}
     assert list(trials) == [("eager", "float32"), ("openvino", "float32"), ("openvino", "bfloat16")]
     assert trials["openvino", "bfloat16"].patches_per_s == 40.0
-    assert 1 > (trials["openvino", "bfloat16"].pearson or 0) >= LEAST_PEARSON
+    assert 1 > (trials["openvino", "bfloat16"].pearson or 0) >= MIN_PEARSON
     assert all(not trial.remark for trial in choice.trials)
     expected = explain_batch(EagerProgram(network, layers_of(network)), images, [Target("predicted")])
     found = explain_batch(program, images, [Target("predicted")])
@@ -188,20 +188,20 @@ def test_a_precision_that_changes_maps_is_not_taken(bench: Bench, network: nn.Mo
     remarks = {(t.engine, t.precision): t.remark for t in choice.trials}
     assert remarks == {
         ("eager", "float32"): "",
-        ("openvino", "float32"): f"not {WORTH:g} times faster than eager float32",
+        ("openvino", "float32"): f"not {MIN_SPEEDUP:g} times faster than eager float32",
         ("openvino", "bfloat16"): "maps differ from float32's",
         ("openvino", "float16"): "maps differ from float32's",
     }
     low = choice.trials[2]
     assert low.patches_per_s == 99.0  # what was given up is told
-    assert (low.pearson or 1) < LEAST_PEARSON or (low.peak_risk or 0) > MOST_PEAK_RISK
+    assert (low.pearson or 1) < MIN_PEARSON or (low.peak_risk or 0) > MAX_PEAK_RISK
 
 
 def test_only_peaks_that_move_are_enough_to_refuse(
     bench: Bench, network: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.rates["openvino", "bfloat16"] = 99.0
-    for risk, taken in ((MOST_PEAK_RISK, True), (2 * MOST_PEAK_RISK, False)):
+    for risk, taken in ((MAX_PEAK_RISK, True), (2 * MAX_PEAK_RISK, False)):
         monkeypatch.setattr(auto, "fidelity", lambda cams, reference, risk=risk: auto.Fidelity(1.0, 1.0, risk))
         choice, _ = choose(network, layers_of(network), "auto", "auto", images, 4)
         assert (choice.precision == "bfloat16") == taken
@@ -236,7 +236,7 @@ def test_a_precision_that_is_asked_for_need_not_keep_the_maps(bench: Bench, netw
     bench.noise["bfloat16"] = 0.3
     choice, _ = choose(network, layers_of(network), "auto", "bfloat16", images, 4)
     assert chosen(choice) == ("openvino", "bfloat16")
-    assert (choice.trials[-1].pearson or 1) < LEAST_PEARSON  # but it is told
+    assert (choice.trials[-1].pearson or 1) < MIN_PEARSON  # but it is told
     assert [t.remark for t in choice.trials] == ["", ""]
 
 
@@ -284,7 +284,7 @@ def test_a_program_that_fails_when_it_runs_is_passed_over(
     def fail(self: SplitProgram, images: Tensor) -> Tensor:
         raise RuntimeError("expected scalar type Long\nbut found Float")
 
-    monkeypatch.setattr(SplitProgram, "answer", fail)
+    monkeypatch.setattr(SplitProgram, "predict", fail)
     choice, _ = choose(network, layers_of(network), "auto", "auto", images, 4)
     assert chosen(choice) == ("eager", "float32")
     assert choice.trials[1].remark == (
@@ -332,7 +332,7 @@ def test_maps_of_all_patches_are_compared_and_the_first_batch_is_timed(
     monkeypatch.setattr(auto, "TIMED_S", 1e9)
     program, batches = EagerProgram(network, layers_of(network)), torch.split(images, 5)
     cams, rate = auto._timed(program, batches, auto._predictions(program, batches))
-    assert calls == [5, 5, 2] + [5] * auto.MOST_TIMED
+    assert calls == [5, 5, 2] + [5] * auto.MAX_TIMINGS
     assert cams.shape[0] == 12
     assert rate > 0
 
@@ -352,7 +352,7 @@ def test_programs_are_asked_about_the_classes_that_float32_predicts(
     bench.rates["openvino", "bfloat16"] = 99.0
     choice, program = choose(network, layers_of(network), "auto", "auto", images, 4)
     plain = EagerProgram(network, layers_of(network))
-    assert (plain.answer(images).argmax(dim=1) != program.answer(images).argmax(dim=1)).any()
+    assert (plain.predict(images).argmax(dim=1) != program.predict(images).argmax(dim=1)).any()
     assert choice.precision == "bfloat16"
 
 
@@ -361,7 +361,7 @@ def test_a_choice_made_before_is_checked_on_the_patches_of_now(
     noise: float, again: bool, bench: Bench, network: nn.Module, images: Tensor
 ) -> None:
     bench.noise["bfloat16"] = noise
-    program = choose_again(Choice("openvino", "bfloat16"), network, layers_of(network), images, 4)
+    program = reuse_choice(Choice("openvino", "bfloat16"), network, layers_of(network), images, 4)
     assert isinstance(program, SplitProgram) == again
     assert (program is None) != again
     assert not bench.timed
@@ -369,11 +369,11 @@ def test_a_choice_made_before_is_checked_on_the_patches_of_now(
 
 def test_a_choice_that_cannot_be_had_any_more_is_none(bench: Bench, network: nn.Module, images: Tensor) -> None:
     bench.broken["openvino", "float32"] = "not here"
-    assert choose_again(Choice("openvino", "float32"), network, layers_of(network), images, 4) is None
+    assert reuse_choice(Choice("openvino", "float32"), network, layers_of(network), images, 4) is None
 
 
 def test_a_choice_of_an_engine_that_is_not_known_any_more_is_none(network: nn.Module, images: Tensor) -> None:
-    assert choose_again(Choice("quantum", "float32"), network, layers_of(network), images, 4) is None
+    assert reuse_choice(Choice("quantum", "float32"), network, layers_of(network), images, 4) is None
 
 
 @pytest.mark.parametrize(("engine", "precision"), [("eager", "bfloat16"), ("openvino", "float32")])

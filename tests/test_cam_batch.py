@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam.cam import examine
-from wsi_gradcam.cam.examine import LARGEST, SMALLEST, activation_bytes, find_batch_size, is_out_of_memory
+from wsi_gradcam.cam.examine import MAX_BATCH, MIN_BATCH, activation_bytes, find_batch_size, is_out_of_memory
 from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram
 
@@ -54,14 +54,14 @@ def test_batches_grow_as_long_as_that_brings_speed(
 def test_batches_grow_into_half_of_the_free_memory_alone(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network = pooled_linear().eval()
     each = 3 * activation_bytes(network, IMAGES[:1])
-    monkeypatch.setattr(examine, "_free_bytes", lambda device: 2 * each * SMALLEST * times)
+    monkeypatch.setattr(examine, "_free_bytes", lambda device: 2 * each * MIN_BATCH * times)
     timing(monkeypatch, {16 * 2**i: 10.0 * 2**i for i in range(5)})
     assert find_batch_size(network, LAYERS, IMAGES) == {1: 16, 4: 64, 9: 128}[times]
 
 
 def test_the_smallest_batch_is_the_answer_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine, "_free_bytes", lambda device: 0)
-    assert find_batch_size(pooled_linear().eval(), LAYERS, IMAGES) == SMALLEST
+    assert find_batch_size(pooled_linear().eval(), LAYERS, IMAGES) == MIN_BATCH
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
 
 def test_a_real_network_has_a_batch_of_a_power_of_two() -> None:
     found = find_batch_size(pooled_linear().eval(), LAYERS, IMAGES)
-    assert SMALLEST <= found <= LARGEST
+    assert MIN_BATCH <= found <= MAX_BATCH
     assert found & (found - 1) == 0
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.cam.facts import MOST_PREFIX_TOKENS, Layout, find_layout
+from wsi_gradcam.cam.facts import MAX_PREFIX_TOKENS, Layout, find_layout
 
 SQUARE, WIDE, HIGH = (64, 64), (32, 64), (96, 32)
 
@@ -31,7 +31,7 @@ def layout_of(shape: tuple[int, ...], size: tuple[int, int]) -> Layout | None:
         ((2, 21, 9), SQUARE, Layout("bnk", 9, 4, 4, 5)),  # and four registers
         ((2, 33, 9), WIDE, Layout("bnk", 9, 4, 8, 1)),
         ((2, 28, 9), HIGH, Layout("bnk", 9, 9, 3, 1)),
-        ((2, 12 * 12 + MOST_PREFIX_TOKENS, 9), SQUARE, Layout("bnk", 9, 12, 12, MOST_PREFIX_TOKENS)),
+        ((2, 12 * 12 + MAX_PREFIX_TOKENS, 9), SQUARE, Layout("bnk", 9, 12, 12, MAX_PREFIX_TOKENS)),
     ],
 )
 def test_a_map_is_found(shape: tuple[int, ...], size: tuple[int, int], expected: Layout) -> None:
@@ -53,7 +53,7 @@ def test_a_map_is_found(shape: tuple[int, ...], size: tuple[int, int], expected:
         ((2, 9, 2, 7), SQUARE),
         ((2, 9, 8, 4), WIDE),
         ((2, 3, 9), SQUARE),  # other proportions
-        ((2, 12 * 12 + MOST_PREFIX_TOKENS + 1, 9), SQUARE),  # and too many tokens for a prefix
+        ((2, 12 * 12 + MAX_PREFIX_TOKENS + 1, 9), SQUARE),  # and too many tokens for a prefix
     ],
 )
 def test_what_is_no_map_is_none(shape: tuple[int, ...], size: tuple[int, int]) -> None:

@@ -70,7 +70,7 @@ def test_scorecam_masks_from_zero_to_one_and_constant_maps_mask_all() -> None:
     probe, calls = probe_of(pooled(), torch.ones(2, 3, 32, 24)), list[Tensor]()
     A = torch.rand(2, 4, 4, 3) * 7 - 3
     A[0, 1], A[1, 2] = 5.0, 0.0
-    scorecam(replace(probe, activation=A, answer=counted(probe.answer, calls)), of_class(0))
+    scorecam(replace(probe, activation=A, predict=counted(probe.predict, calls)), of_class(0))
     assert len(calls) == 4
     for k, masked in enumerate(calls):
         for i in range(2):
@@ -207,10 +207,10 @@ def test_each_pass_is_one_batch_and_nothing_is_kept(method: Probing) -> None:
     model, images = curved(), pictures()
     plain = probe_of(model, images)
     calls: list[Tensor] = []
-    answer, resume = counted(plain.answer, calls), counted(plain.resume, calls)
+    answer, resume = counted(plain.predict, calls), counted(plain.resume, calls)
     before = plain.images.clone(), plain.activation.clone()
     with torch.enable_grad():
-        found = method(replace(plain, answer=answer, resume=resume), of_class(0))
+        found = method(replace(plain, predict=answer, resume=resume), of_class(0))
     assert not found.requires_grad
     channels, height, width = plain.activation.shape[1:]
     passes = {"scorecam": channels, "ablationcam": 1 + channels, "occlusion": 1 + height * width}
@@ -234,7 +234,7 @@ def test_low_precision_answers_give_float32_maps(method: Probing) -> None:
     probe = replace(
         plain,
         activation=plain.activation.bfloat16(),
-        answer=lambda images: plain.answer(images).bfloat16(),
+        predict=lambda images: plain.predict(images).bfloat16(),
         resume=lambda maps: plain.resume(maps.float()).bfloat16(),
     )
     found = method(probe, of_class(0))

@@ -19,7 +19,7 @@ from wsi_gradcam.cam import program as programs
 from wsi_gradcam.cam.engine import explain_batch
 from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.layers import check_layer, probe_images
-from wsi_gradcam.cam.program import EagerProgram, SplitProgram, cut_at, follow
+from wsi_gradcam.cam.program import EagerProgram, SplitProgram, cut_at, trace_operators
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.cam.trunks import make_trunk
 from wsi_gradcam.errors import EngineError, LayerError, ModelError
@@ -166,7 +166,7 @@ def test_a_layer_that_runs_twice_cannot_be_cut(images: Tensor) -> None:
 
 def test_the_networks_own_weights_stay_trainable_and_are_not_copied(images: Tensor) -> None:
     network = Net().eval()
-    graph = follow(network, images)
+    graph = trace_operators(network, images)
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert not list(graph.parameters())
     ours = {tensor.data_ptr() for tensor in graph.buffers()}
@@ -196,7 +196,7 @@ def test_both_programs_are_one(build: type[Net], images: Tensor) -> None:
     gradients = [torch.autograd.grad(each.logits[:, 1].sum(), each.values)[0] for each in (done, other)]
     assert relative(gradients[1], gradients[0]) < 1e-5
     for program in (whole, cut):
-        answer = program.answer(images)
+        answer = program.predict(images)
         assert relative(answer, expected) < 1e-5
         assert not answer.requires_grad
 
@@ -241,7 +241,7 @@ def test_training_mode_does_not_reach_the_result(images: Tensor) -> None:
     state = {name: value.clone() for name, value in network.state_dict().items()}
     for program, wanted in zip(both(network, layer, images), expected, strict=True):
         assert torch.equal(program.forward(images).logits, wanted)
-        program.answer(images)
+        program.predict(images)
         program.guided(images)
         program.differentiable(images)
     assert [part.training for part in network.children()] == [False, True, True, True, True]
@@ -268,7 +268,7 @@ def test_a_graph_of_one_batch_size_leaves_other_sizes_to_the_network(
     expected = explain_batch(EagerProgram(network, (layer,)), some, [Target("b", 1)])
     assert torch.equal(found.logits, expected.logits)
     assert torch.equal(found.cams["gradcam"], expected.cams["gradcam"])
-    assert torch.equal(program.answer(some), expected.logits)
+    assert torch.equal(program.predict(some), expected.logits)
 
 
 def _refusing(*args: object) -> None:

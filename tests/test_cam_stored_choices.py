@@ -11,7 +11,7 @@ import torch
 
 from tests.runs import toy_spec
 from wsi_gradcam.cam import examine as room
-from wsi_gradcam.cam.auto import cache_file, choice_key, recall, remember
+from wsi_gradcam.cam.auto import cache_file, choice_key, read_choice, store_choice
 from wsi_gradcam.cam.examine import Request, examine
 from wsi_gradcam.cam.facts import Choice, Trial
 from wsi_gradcam.models.load import load_model
@@ -27,25 +27,25 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_choice_is_recalled_as_it_was_and_others_stay() -> None:
-    remember("a", CHOICE)
-    remember("b", Choice("eager", "float32"))
-    assert (recall("a"), recall("b"), recall("c")) == (CHOICE, Choice("eager", "float32"), None)
+    store_choice("a", CHOICE)
+    store_choice("b", Choice("eager", "float32"))
+    assert (read_choice("a"), read_choice("b"), read_choice("c")) == (CHOICE, Choice("eager", "float32"), None)
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b'{"a": 3}', b'{"a": {"engine": "eager"}}'])
 def test_a_damaged_cache_is_as_good_as_none_and_is_mended(own_cache: Path, content: bytes) -> None:
     own_cache.parent.mkdir(parents=True)
     own_cache.write_bytes(content)
-    assert recall("a") is None
-    remember("a", CHOICE)
-    assert recall("a") == CHOICE
+    assert read_choice("a") is None
+    store_choice("a", CHOICE)
+    assert read_choice("a") == CHOICE
 
 
 def test_a_folder_that_cannot_be_made_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    remember("a", CHOICE)
-    assert recall("a") is None
+    store_choice("a", CHOICE)
+    assert read_choice("a") is None
 
 
 def test_the_key_tells_apart_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_a_low_precision_is_compared_anew(monkeypatch: pytest.MonkeyPatch, alike
     model = load_model(toy_spec("pooled_linear"))
     request = Request(engine="eager", precision="auto", batch_size=4)
     key = choice_key(CPU, model.digest, ["features"], 4, "eager", "auto")
-    remember(key, Choice("eager", "bfloat16"))
+    store_choice(key, Choice("eager", "bfloat16"))
     monkeypatch.setattr("wsi_gradcam.cam.auto._alike", lambda found: alike)
     assert (examine(model, request).facts.choice == Choice("eager", "bfloat16")) is alike
 
@@ -80,6 +80,6 @@ def test_a_low_precision_is_compared_anew(monkeypatch: pytest.MonkeyPatch, alike
 def test_an_engine_that_is_gone_is_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(toy_spec("pooled_linear"))
     key = choice_key(CPU, model.digest, ["features"], 4, "auto", "auto")
-    remember(key, Choice("gone", "float32"))
+    store_choice(key, Choice("gone", "float32"))
     assert examine(model, Request(engine="auto", precision="auto", batch_size=4)).facts.choice.engine != "gone"
     assert os.environ["XDG_CACHE_HOME"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.cam.targets import MOST_BY_DEFAULT, Target, parse_targets
+from wsi_gradcam.cam.targets import MAX_DEFAULT_CLASSES, Target, parse_targets
 from wsi_gradcam.errors import TargetError
 
 CLASSES = ("other", "tumour", "in situ")
@@ -106,7 +106,7 @@ def test_without_a_target_a_class_named_all_is_one_among_all() -> None:
 def test_without_a_target_few_classes_are_all_explained_and_of_many_the_predicted(count: int) -> None:
     classes = ["predicted", *map(str, range(count - 1))]
     every = tuple(Target(name, i) for i, name in enumerate(classes))
-    expected = every if count <= MOST_BY_DEFAULT else (Target("predicted"),)
+    expected = every if count <= MAX_DEFAULT_CLASSES else (Target("predicted"),)
     assert parse_targets([], classes) == expected
 
 

@@ -156,7 +156,7 @@ def test_an_unusable_picture_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     assert "200 x 100 px, L; expected 8-bit RGB" in message("gray.png")
     Image.fromarray(np.full_like(rgb, 250)).save(tmp_path / "glass.png")
     assert "no target for macenko: only 0 of 20000 pixels are stained" in message("glass.png")
-    monkeypatch.setattr("wsi_gradcam.models.staining.LARGEST_PX", 10_000)
+    monkeypatch.setattr("wsi_gradcam.models.staining.MAX_TARGET_PX", 10_000)
     assert "of at most 10000 px" in message("good.png")
 
 

@@ -13,7 +13,7 @@ from tests.made_results import Made, make, steps
 from tests.servers import BUCKET, CREDENTIALS, put_folder, s3_server
 from wsi_gradcam.errors import ResultError
 from wsi_gradcam.export import export
-from wsi_gradcam.results.run import locate, open_result
+from wsi_gradcam.results.run import find_result, open_result
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_what_is_no_result_is_told(remote: str) -> None:
         open_result(f"{remote}-none")
     with pytest.raises(ResultError, match=f"open {remote} and take the slide"):
         open_result(f"{remote}/in")
-    result, slide = locate(f"{remote}/in/a.svs/heatmap.ome.zarr")
+    result, slide = find_result(f"{remote}/in/a.svs/heatmap.ome.zarr")
     assert result.out == remote
     assert slide is not None
     assert slide.id == "in/a.svs"

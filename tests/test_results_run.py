@@ -18,8 +18,8 @@ from tests.runs import SMALL, Heatmap, stored, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import ResultError, SlideError, SlideNotFoundError, UnknownNameError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.channels import nearest
-from wsi_gradcam.results.run import Result, locate, open_result
+from wsi_gradcam.results.channels import suggest_names
+from wsi_gradcam.results.run import Result, find_result, open_result
 from wsi_gradcam.results.slide import SlideResult
 
 MPP = (0.25, 0.3)
@@ -246,11 +246,11 @@ def test_a_result_is_found_from_a_slide_s_folder(out: Path, tmp_path: Path) -> N
         (out / "inner/b.tif", "inner/b.tif"),
         (out / "a.tif/heatmap.ome.zarr", "a.tif"),
     ):
-        result, slide = locate(path)
+        result, slide = find_result(path)
         assert result.out == str(out)
         assert (slide and slide.id) == slide_id
     with pytest.raises(ResultError):
-        locate(tmp_path)
+        find_result(tmp_path)
 
 
 def test_a_slide_that_is_gone_or_another_is_told(tmp_path: Path, out: Path) -> None:
@@ -289,8 +289,8 @@ def test_exports_in_out_are_no_slides(tmp_path: Path, out: Path) -> None:
 
 
 def test_near_names() -> None:
-    assert nearest("x", []) == "there are none"
-    assert nearest("zz", [f"n{i}" for i in range(20)]).endswith("n11, and 8 more")
+    assert suggest_names("x", []) == "there are none"
+    assert suggest_names("zz", [f"n{i}" for i in range(20)]).endswith("n11, and 8 more")
 
 
 def test_the_overview_is_a_picture(slide: SlideResult) -> None:

@@ -16,7 +16,7 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import Listener, explain, preview
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
-from wsi_gradcam.results.slide_tables import keep_record, read_record, settle
+from wsi_gradcam.results.slide_tables import assign_ids, read_slide_records, record_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.plan import RunPlan
 
@@ -36,7 +36,7 @@ def ids_by_path(root: Path, entries: list[SlideEntry]) -> dict[str, str]:
 
 def kept(out: Path, *paths: Path) -> list[SlideEntry]:
     out.mkdir(exist_ok=True)
-    return keep_record(out / "slides.jsonl", find_slides(paths))
+    return record_slides(out / "slides.jsonl", find_slides(paths))
 
 
 def test_a_slide_keeps_its_id_when_another_of_its_name_comes(tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_an_id_stays_with_the_file_that_had_it_first(tmp_path: Path) -> None:
 def test_urls_are_kept_without_their_secrets(tmp_path: Path) -> None:
     urls = ["https://host/1/a.svs?sign=secret", "https://me:secret@host/2/a.svs"]
     out = tmp_path / "slides.jsonl"
-    assert [entry.id for entry in keep_record(out, find_slides(urls[:1]))] == ["a.svs"]
-    (other,) = keep_record(out, find_slides(urls[1:]))
+    assert [entry.id for entry in record_slides(out, find_slides(urls[:1]))] == ["a.svs"]
+    (other,) = record_slides(out, find_slides(urls[1:]))
     assert (other.id, other.address) == ("a.svs", urls[1])
-    found = keep_record(out, find_slides(urls))
+    found = record_slides(out, find_slides(urls))
     assert {entry.id: entry.address for entry in found} == dict(zip(["a.svs", "2/a.svs"], urls, strict=True))
     assert b"secret" not in out.read_bytes()
 
@@ -96,9 +96,9 @@ def test_no_slide_comes_to_lie_in_anothers_folder(tmp_path: Path) -> None:
 def test_when_every_part_of_the_path_is_taken_numbers_follow() -> None:
     record = {name: {"id": name, "path": f"/elsewhere/{number}"} for number, name in enumerate(["a.svs", "x/a.svs"])}
     entries = [SlideEntry("a.svs", "/x/a.svs"), SlideEntry("other", "/elsewhere/0"), SlideEntry("y", "/elsewhere/1")]
-    assert [entry.id for entry in settle(entries, record)] == ["2/x/a.svs", "a.svs", "x/a.svs"]
+    assert [entry.id for entry in assign_ids(entries, record)] == ["2/x/a.svs", "a.svs", "x/a.svs"]
     record["2/x/a.svs"] = {"id": "2/x/a.svs", "path": "/elsewhere/2"}
-    assert "3/x/a.svs" in [entry.id for entry in settle(entries, record)]
+    assert "3/x/a.svs" in [entry.id for entry in assign_ids(entries, record)]
 
 
 names = st.sampled_from(["a.svs", "b.svs", "x/a.svs", "x/b.svs", "x/y/a.svs", "y/a.svs/b.svs", "z/x/a.svs"])
@@ -119,8 +119,8 @@ def test_however_an_archive_grows_ids_stay_and_never_collide(
         except ConfigError as error:  # no run can begin with these
             assert "would share a folder" in str(error)  # noqa: PT017
             continue
-        found = {entry.path: entry.id for entry in keep_record(root / "slides.jsonl", entries)}
-        after = {row["path"]: name for name, row in read_record(root / "slides.jsonl").items()}
+        found = {entry.path: entry.id for entry in record_slides(root / "slides.jsonl", entries)}
+        after = {row["path"]: name for name, row in read_slide_records(root / "slides.jsonl").items()}
         assert before.items() <= after.items()
         assert found.keys() == {entry.path for entry in entries}
         assert all(found[path] == name for path, name in before.items() if path in found)
@@ -152,8 +152,10 @@ def test_the_list_is_kept_as_it_was_read(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_text_is_kept(tmp_path: Path) -> None:
     entry = SlideEntry("\udcff.svs", str(tmp_path / "\udcff.svs"))
-    keep_record(tmp_path / "slides.jsonl", [entry])
-    assert settle([SlideEntry("other", entry.path)], read_record(tmp_path / "slides.jsonl"))[0].id == entry.id
+    record_slides(tmp_path / "slides.jsonl", [entry])
+    assert (
+        assign_ids([SlideEntry("other", entry.path)], read_slide_records(tmp_path / "slides.jsonl"))[0].id == entry.id
+    )
 
 
 def test_what_does_not_change_is_not_written_again(tmp_path: Path) -> None:
@@ -170,12 +172,12 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "slides.jsonl"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(StoreError, match=r"slides\.jsonl: damaged; delete it and run the same command again"):
-        read_record(path)
+        read_slide_records(path)
 
 
 def test_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be read: Is a directory; choose another --out"):
-        read_record(tmp_path)
+        read_slide_records(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ class TestRuns:
         both = [slides / "1", slides / "2"]
         found = preview(both, MODEL, tmp_path, **SMALL)
         assert [e.slide.id for e in found.estimates] == ["2/a.tif", "a.tif"]
-        assert len(read_record(tmp_path / "slides.jsonl")) == 1, "a preview writes nothing"
+        assert len(read_slide_records(tmp_path / "slides.jsonl")) == 1, "a preview writes nothing"
         outcome = explain(both, MODEL, tmp_path, **SMALL)
         assert {r.slide.id: r.skipped for r in outcome.records} == {"a.tif": True, "2/a.tif": False}
         assert all(record.skipped for record in explain(slides, MODEL, tmp_path, **SMALL).records)
@@ -222,7 +224,7 @@ class TestRuns:
         """The one that comes second has found its slides before the first wrote them down."""
         found = find_slides([slides / "1", slides / "2"])
         explain(slides / "1", MODEL, tmp_path, **SMALL)
-        both = keep_record(tmp_path / "slides.jsonl", found)
+        both = record_slides(tmp_path / "slides.jsonl", found)
         assert {entry.id for entry in both} == {"a.tif", "2/a.tif"}
 
     def test_the_list_is_written_before_any_work(self, slides: Path, tmp_path: Path) -> None:
@@ -232,4 +234,4 @@ class TestRuns:
 
         with pytest.raises(KeyboardInterrupt):
             explain(slides, MODEL, tmp_path, **SMALL, listener=Stopped())
-        assert set(read_record(tmp_path / "slides.jsonl")) == {"1/a.tif", "2/a.tif"}
+        assert set(read_slide_records(tmp_path / "slides.jsonl")) == {"1/a.tif", "2/a.tif"}

@@ -15,8 +15,8 @@ from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
-from wsi_gradcam.results.run_files import RunFolder, check_same_run, choice_from, read_run, write_run
-from wsi_gradcam.results.slide_tables import SlideTable, keep_record, read_record, read_slides, settle
+from wsi_gradcam.results.run_files import RunFolder, check_same_run, read_run, stored_choice, write_run
+from wsi_gradcam.results.slide_tables import SlideTable, assign_ids, read_slide_records, read_slides, record_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.events import Listener
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
@@ -113,7 +113,7 @@ def explain(
             check_same_run(folder.run, run)
         folder.place.remove_partial_files(recursive=False)
         write_run(folder.run, run)
-        entries = keep_record(folder.record, entries)
+        entries = record_slides(folder.record, entries)
         journal.begun(run, entries, executor.dashboard)
         wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
         if retry_failed:
@@ -189,7 +189,7 @@ def _chosen(slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: s
     """The slides to explain, with the ids that a run which is continued has for them."""
     found = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
-    return choose_slides(settle(found, read_record(folder.record)), *patterns)
+    return choose_slides(assign_ids(found, read_slide_records(folder.record)), *patterns)
 
 
 def _prepared(
@@ -236,7 +236,7 @@ def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
     now = settings.model_dump(mode="json")
     if stored is None or any(stored.get("settings", {}).get(key) != now[key] for key in asked):
         return None
-    return choice_from(stored)
+    return stored_choice(stored)
 
 
 def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str, Any] | None) -> dict[str, Any]:

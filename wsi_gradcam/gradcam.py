@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
 
 OneTarget = int | str | Callable[[Tensor], Tensor]
-WORTH_CHOOSING = 16  # images in a call: for fewer, trying engines costs more than it can bring
+MIN_IMAGES_FOR_CHOICE = 16  # images in a call: for fewer, trying engines costs more than it can bring
 PROGRAMS_KEPT = 8
 
 
@@ -119,7 +119,7 @@ class GradCAM:
         self._module = model.module if isinstance(model, Model) else model
         self._classes = tuple(classes or (model.classes if isinstance(model, Model) else ()))
         self._wanted = layer or (model.layer if isinstance(model, Model) else None)
-        self._asked = engine, precision
+        self._requested = engine, precision
         self._batch_size = batch_size
         self._located: dict[tuple[int, ...], tuple[nn.Module, tuple[Layer, ...]]] = {}
         self._programs: dict[tuple[object, ...], Program] = {}
@@ -144,7 +144,7 @@ class GradCAM:
         with self._lock:
             images = self._checked(images)
             for batch in torch.split(images, self._batch_size):
-                program = self._program(batch, enough=len(images) >= WORTH_CHOOSING)
+                program = self._program(batch, enough=len(images) >= MIN_IMAGES_FOR_CHOICE)
                 if parsed is None:
                     parsed = self._parsed(targets)
                 parts.append(_explain(program, batch, parsed, self.methods))
@@ -197,11 +197,11 @@ class GradCAM:
 
     def _program(self, batch: Tensor, enough: bool) -> Program:
         module, layers = self._locate(batch)
-        if self.choice is None and (enough or AUTO not in self._asked):
-            self.choice, program = choose(module, layers, *self._asked, batch, len(batch))
+        if self.choice is None and (enough or AUTO not in self._requested):
+            self.choice, program = choose(module, layers, *self._requested, batch, len(batch))
             self._programs[self.choice.engine, self.choice.precision, *batch.shape[1:]] = program
         if self.choice is None:
-            engine, precision = self._asked
+            engine, precision = self._requested
             engine, precision = engine.replace(AUTO, "eager"), precision.replace(AUTO, "float32")
         else:
             engine, precision = self.choice.engine, self.choice.precision

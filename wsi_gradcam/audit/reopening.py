@@ -15,8 +15,8 @@ from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
 from wsi_gradcam.results.manifest import SlideStatus
-from wsi_gradcam.results.run_files import choice_from
-from wsi_gradcam.results.slide_tables import read_record
+from wsi_gradcam.results.run_files import stored_choice
+from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.run import Result
     from wsi_gradcam.results.slide import SlideResult
 
-TOLD = ("site", "scanner", "label")
+OPTIONAL_KEYS = ("site", "scanner", "label")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Reopened:
             ResumeError: it is not the model, or the settings, of which the results are.
         """
         run = self.result.run
-        choice = choice_from(run)
+        choice = stored_choice(run)
         if choice is None:
             raise ResumeError(f"{self.result.out}: made by an older version; explain again to audit it")
         eager = plan_run(self.result.folder.place, self.spec, facts, self.settings)
@@ -104,7 +104,9 @@ def reopen(result: Result, given: ModelSpec | None = None) -> Reopened:
             candidates.append(Candidate(slide, entries[slide.id], slide.plan.patches))
     if not candidates:
         raise ResultError(f"{result.out}: no slide is finished and has tissue, so nothing can be audited")
-    groups = {key: {name: value for name, entry in entries.items() if (value := getattr(entry, key))} for key in TOLD}
+    groups = {
+        key: {name: value for name, entry in entries.items() if (value := getattr(entry, key))} for key in OPTIONAL_KEYS
+    }
     return Reopened(
         result, settings, spec, asked, tuple(candidates), tuple(left_out), {key: by for key, by in groups.items() if by}
     )
@@ -158,9 +160,9 @@ def _spec_of(result: Result) -> ModelSpec:
 def _entries(result: Result) -> dict[str, SlideEntry]:
     """The run's slides by id, as slides.jsonl tells of them."""
     found = {}
-    for name, row in read_record(result.folder.record).items():
+    for name, row in read_slide_records(result.folder.record).items():
         mpp = row.get("mpp")
-        told = {key: str(row.get(key, "")) for key in ("mask", *TOLD)}
+        told = {key: str(row.get(key, "")) for key in ("mask", *OPTIONAL_KEYS)}
         found[name] = SlideEntry(name, row["path"], None if mpp is None else (mpp[0], mpp[1]), **told)
     return found
 

@@ -1,4 +1,4 @@
-"""Makes the program that explains a run: the one that is asked for, or the fastest that keeps the maps.
+"""Makes the program that explains a run: the one that is requested, or the fastest that keeps the maps.
 
 Choices are stored on the machine: timing is noisy, and a worker has fewer threads than a process that runs alone, so
 that the same command could choose OpenVINO once and eager PyTorch the next time, whose values differ in the last bits.
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 # Stricter than what is promised of all patches (0.999 and 99 %), because a few dozen stand for them here: over 2,970
 # patches the lowest correlation of bfloat16 was 0.9992 where 32 patches had 0.99995.
-LEAST_PEARSON, MOST_PEAK_RISK = 0.9998, 0.003
+MIN_PEARSON, MAX_PEAK_RISK = 0.9998, 0.003
 # A less exact or less plain program must be worth it, and two runs on one machine should choose alike.
-WORTH = 1.2
-SAME = 1e-3  # of the largest logit: what float32 may differ by on another engine
-TESTED = 8  # images
+MIN_SPEEDUP = 1.2
+TOLERANCE = 1e-3  # of the largest logit: what float32 may differ by on another engine
+TEST_IMAGES = 8  # images
 TIMED_S = 0.4
-MOST_TIMED = 5
+MAX_TIMINGS = 5
 
 
 def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor) -> Program:
@@ -66,18 +66,18 @@ def choose(
 ) -> tuple[Choice, Program]:
     """Return the choice for a run, and its program; `images` [N, 3, H, W] should be whole batches of its patches.
 
-    What is asked for is used. Of what is left to `auto`, programs are timed on `images`, and their Grad-CAM of the
-    predicted class compared with eager float32's map by map. Kept is the fastest that is alike.
+    A requested engine or precision is used. Of what is left to `auto`, programs are timed on `images`, and their
+    Grad-CAM of the predicted class is compared with eager float32's map by map. The fastest that is alike is kept.
 
     Raises:
-        EngineError: an engine or precision is asked for that cannot be had.
+        EngineError: a requested engine or precision is not available.
     """
     if AUTO not in (engine, precision):
         return Choice(engine, precision), make_program(module, layers, engine, precision, images[:batch_size])
     batches = torch.split(images, batch_size)
     plain = EagerProgram(module, layers)
-    asked = _predictions(plain, batches)
-    reference, rate = _timed(plain, batches, asked)
+    scores = _predictions(plain, batches)
+    reference, rate = _timed(plain, batches, scores)
     trials = [Trial("eager", "float32", rate, 1.0, 1.0, 0.0)]
     best: tuple[Trial, Program | None] | None = None
     if engine in ("eager", AUTO) and precision in ("float32", AUTO):
@@ -90,9 +90,9 @@ def choose(
             continue
         must_agree = precision == AUTO or candidate[1] == "float32"
         release_freed_memory()  # what the one before left
-        trial, program = _try(candidate, module, layers, batches, cut, asked, reference, must_agree)
+        trial, program = _try(candidate, module, layers, batches, cut, scores, reference, must_agree)
         if program is not None and best is not None and not _faster(trial, best[0]):
-            trial = replace(trial, remark=f"not {WORTH:g} times faster than {best[0].engine} {best[0].precision}")
+            trial = replace(trial, remark=f"not {MIN_SPEEDUP:g} times faster than {best[0].engine} {best[0].precision}")
         elif program is not None:
             # Made again at the end, in a second or two: two of them would be the most memory that a run needs.
             best = trial, None if trial.engine == "openvino" else program
@@ -108,7 +108,7 @@ def choose(
     return Choice(chosen.engine, chosen.precision, tuple(trials)), made
 
 
-def choose_again(
+def reuse_choice(
     choice: Choice, module: nn.Module, layers: tuple[Layer, ...], images: Tensor, batch_size: int
 ) -> Program | None:
     """Return the program of an earlier choice; None if it fails here, or does not keep the maps of `images`.
@@ -123,9 +123,9 @@ def choose_again(
         return program
     batches = torch.split(images, batch_size)
     plain = EagerProgram(module, layers)
-    asked = _predictions(plain, batches)
+    scores = _predictions(plain, batches)
     found, reference = (
-        torch.cat([_explain(p, batch, score) for batch, score in zip(batches, asked, strict=True)])
+        torch.cat([_explain(p, batch, score) for batch, score in zip(batches, scores, strict=True)])
         for p in (program, plain)
     )
     return program if _alike(fidelity(found, reference)) else None
@@ -164,7 +164,7 @@ def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
 
 
 class _Cut:
-    """Trunk and head of a network, made when first asked for."""
+    """Trunk and head of a network, made when first needed."""
 
     def __init__(self, module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> None:
         self._made: tuple[fx.GraphModule, fx.GraphModule] | EngineError | None = None
@@ -191,25 +191,25 @@ def _split_program(
     trunk, head = cut.parts()
     program = SplitProgram(module, layers[0], make_trunk(trunk, engine, precision, images), head)
     try:
-        found = program.answer(images)
+        found = program.predict(images)
     except Exception as error:  # the head may not take what another engine hands it
         raise EngineError(f"engine {engine} cannot run this model in {precision}: {one_line(error)[:300]}") from error
     if precision == "float32":
-        some = images if fixed_batch(head) else images[:TESTED]
-        _self_test(engine, found[: len(some)], EagerProgram(module, layers).answer(some))
+        some = images if fixed_batch(head) else images[:TEST_IMAGES]
+        _self_test(engine, found[: len(some)], EagerProgram(module, layers).predict(some))
     return program
 
 
 def _self_test(engine: str, found: Tensor, expected: Tensor) -> None:
     off = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
-    if not off <= SAME:  # also for NaN
+    if not off <= TOLERANCE:  # also for NaN
         raise EngineError(f"engine {engine} gives other outputs than the model, by {off:.2g} of the largest")
 
 
 def _candidates(engine: str, precision: str, device: torch.device) -> Iterator[tuple[str, str]]:
     """Yield engines and precisions to try besides eager float32, the plainest first.
 
-    On a CPU with OpenVINO the others are not tried, unless it fails in the one precision that is asked for:
+    On a CPU with OpenVINO the others are not tried, unless it fails in the one precision that is requested:
     torch.compile compiles for up to minutes, in every worker, and both were slower on every network that was measured.
     """
     for name in _engines(device, precision) if engine == AUTO else (engine,):
@@ -240,14 +240,14 @@ def _try(
     layers: tuple[Layer, ...],
     batches: Sequence[Tensor],
     cut: _Cut,
-    asked: Sequence[Score],
+    scores: Sequence[Score],
     reference: Tensor,
     must_agree: bool,
 ) -> tuple[Trial, Program | None]:
     trial = Trial(*candidate)
     try:
         program = _split_program(module, layers, *candidate, batches[0], cut)
-        cams, rate = _timed(program, batches, asked)
+        cams, rate = _timed(program, batches, scores)
     except EngineError as error:
         return replace(trial, remark=str(error)), None
     alike = fidelity(cams, reference)
@@ -258,7 +258,7 @@ def _try(
 
 
 def _alike(found: Fidelity) -> bool:
-    return found.pearson >= LEAST_PEARSON and found.peak_risk <= MOST_PEAK_RISK
+    return found.pearson >= MIN_PEARSON and found.peak_risk <= MAX_PEAK_RISK
 
 
 def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:
@@ -266,16 +266,16 @@ def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:
 
     So all programs explain the same thing, also if another precision would predict the other of two close classes.
     """
-    return [make_score(Target(PREDICTED), plain.answer(batch)) for batch in batches]
+    return [make_score(Target(PREDICTED), plain.predict(batch)) for batch in batches]
 
 
-def _timed(program: Program, batches: Sequence[Tensor], asked: Sequence[Score]) -> tuple[Tensor, float]:
+def _timed(program: Program, batches: Sequence[Tensor], scores: Sequence[Score]) -> tuple[Tensor, float]:
     """Return Grad-CAM of the predicted class of all batches, and patches per second of the first, the best of a few."""
-    cams = torch.cat([_explain(program, batch, score) for batch, score in zip(batches, asked, strict=True)])
+    cams = torch.cat([_explain(program, batch, score) for batch, score in zip(batches, scores, strict=True)])
     times: list[float] = []
-    while len(times) < MOST_TIMED and sum(times) < TIMED_S:
+    while len(times) < MAX_TIMINGS and sum(times) < TIMED_S:
         started = time.perf_counter()
-        _explain(program, batches[0], asked[0])
+        _explain(program, batches[0], scores[0])
         times.append(time.perf_counter() - started)
     return cams, len(batches[0]) / min(times)
 
@@ -290,7 +290,7 @@ def _explain(program: Program, images: Tensor, score: Score) -> Tensor:
 def _faster(trial: Trial, best: Trial) -> bool:
     assert trial.patches_per_s is not None
     assert best.patches_per_s is not None
-    return trial.patches_per_s >= WORTH * best.patches_per_s
+    return trial.patches_per_s >= MIN_SPEEDUP * best.patches_per_s
 
 
 PACKAGES = ("wsi-gradcam", "torch", "openvino")
@@ -302,17 +302,17 @@ def cache_file() -> Path:
     return Path(home).expanduser() / "wsi-gradcam" / "engines.json"
 
 
-def choice_key(device: torch.device, *asked: Any) -> str:
+def choice_key(device: torch.device, *request: object) -> str:
     """Return the key of a choice: a digest of the machine, the versions, and the request."""
     machine = [platform.machine(), _processor(), str(device)]
     if device.type == "cuda":
         import torch
 
         machine.append(torch.cuda.get_device_name(device))
-    return hashlib.sha256(json.dumps([machine, [_version(p) for p in PACKAGES], asked]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([machine, [_version(p) for p in PACKAGES], request]).encode()).hexdigest()
 
 
-def recall(key: str) -> Choice | None:
+def read_choice(key: str) -> Choice | None:
     """Return the choice stored under `key`; None if there is none, or the file cannot be read."""
     try:
         return Choice.from_json(json.loads(cache_file().read_text(encoding="utf-8"))[key])
@@ -320,7 +320,7 @@ def recall(key: str) -> Choice | None:
         return None
 
 
-def remember(key: str, choice: Choice) -> None:
+def store_choice(key: str, choice: Choice) -> None:
     """Keep a choice; not where the folder cannot be written."""
     path = cache_file()
     known: dict[str, Any] = {}

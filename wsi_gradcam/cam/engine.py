@@ -57,11 +57,11 @@ def explain_batch(
     finer = [m for m in methods if m == "finercam"]
     jobs = [(score, plain) for score in scores if plain]
     jobs += [(_finer(target, done.logits), finer) for target in targets if finer]
-    maps = _by_gradient(program, done, jobs)
-    asking = [m for m in methods if METHOD_INFO[m].asks == "model"]
-    if asking:
+    maps = _gradient_maps(program, done, jobs)
+    perturbing = [m for m in methods if METHOD_INFO[m].asks == "model"]
+    if perturbing:
         probe = _probe(program, images, done)
-        maps.update({method: [PROBING[method](probe, score) for score in scores] for method in asking})
+        maps.update({method: [PROBING[method](probe, score) for score in scores] for method in perturbing})
     return Explained(done.logits.detach(), {m: torch.stack(maps[m], dim=1).detach() for m in methods})
 
 
@@ -94,7 +94,9 @@ def pool_to_layer_grid(maps: Tensor, method: str, shape: tuple[int, int]) -> Ten
     return pooled * cell_px if info.scale == "cells" else pooled
 
 
-def _by_gradient(program: Program, done: Pass, jobs: Sequence[tuple[Score, Sequence[str]]]) -> dict[str, list[Tensor]]:
+def _gradient_maps(
+    program: Program, done: Pass, jobs: Sequence[tuple[Score, Sequence[str]]]
+) -> dict[str, list[Tensor]]:
     """Return the maps [B, h, w] of each method, in the order of the jobs: a score and the methods that explain it."""
     maps: dict[str, list[Tensor]] = {}
     layouts = [layer.layout for layer in program.layers]
@@ -121,11 +123,11 @@ def gradients(logits: Tensor, scores: Sequence[Score], values: Sequence[Tensor])
                 "a target does not depend on the logits it is given, or hides how: use torch functions alone"
             )
         sums = torch.stack(singles)
-        for found in _together(sums, values) or _one_by_one(sums, values):
+        for found in _gradients_batched(sums, values) or _gradients_in_turn(sums, values):
             yield [_or_zeros(g, v) for g, v in zip(found, values, strict=True)]
 
 
-def _together(sums: Tensor, values: Sequence[Tensor]) -> list[list[Tensor | None]]:
+def _gradients_batched(sums: Tensor, values: Sequence[Tensor]) -> list[list[Tensor | None]]:
     """Return the gradients of all sums in one backward pass; none if that is no gain or not possible."""
     if len(sums) == 1:
         return []
@@ -137,7 +139,7 @@ def _together(sums: Tensor, values: Sequence[Tensor]) -> list[list[Tensor | None
     return [[None if g is None else g[i] for g in found] for i in range(len(sums))]
 
 
-def _one_by_one(sums: Tensor, values: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
+def _gradients_in_turn(sums: Tensor, values: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
     for single in sums:
         yield torch.autograd.grad(single, values, retain_graph=True, allow_unused=True)
 
@@ -159,7 +161,7 @@ def _probe(program: Program, images: Tensor, done: Pass) -> Probe:
     return Probe(
         images=images.detach(),
         activation=layout.to_map(value),
-        answer=program.answer,
+        predict=program.predict,
         resume=lambda maps: done.resume(layout.put(value, maps)),
         differentiable=program.differentiable,
         guided=program.guided,

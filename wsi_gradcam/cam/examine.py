@@ -11,11 +11,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.auto import choice_key, choose, choose_again, make_program, recall, remember
+from wsi_gradcam.cam.auto import choice_key, choose, make_program, read_choice, reuse_choice, store_choice
 from wsi_gradcam.cam.engine import explain_batch, gradients
 from wsi_gradcam.cam.facts import AUTO, METHOD_INFO, Choice, Layer, ModelFacts
 from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, probe_images
-from wsi_gradcam.cam.program import EagerProgram, Program, follow
+from wsi_gradcam.cam.program import EagerProgram, Program, trace_operators
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.errors import LayerError, ModelError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 CANCELLING = 1e-4  # of the terms of a sum; rounding leaves 1e-6
-MOST_FOR_CHOICE = 64  # patches whose maps are compared
+MAX_CHOICE_PATCHES = 64  # patches whose maps are compared
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
     Raises:
         LayerError: no layer can be tapped, or a method cannot explain it.
         ModelError: the output is not finite, or the tap changes it.
-        EngineError: the engine or precision that is asked for cannot be had.
+        EngineError: the requested engine or precision is not available.
     """
     device = next(iter(model.module.parameters()), torch.empty(0)).device
     noise = probe_images(model.input_px).to(device)
@@ -83,13 +83,13 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
     batch_size = request.batch_size
     if isinstance(batch_size, str):
         batch_size = find_batch_size(module, layers, noise)
-    images = _repeated(images, batch_size * max(1, min(MOST_FOR_CHOICE, len(images)) // batch_size))
+    images = _repeated(images, batch_size * max(1, min(MAX_CHOICE_PATCHES, len(images)) // batch_size))
     if request.choice is not None:
         choice = request.choice
         program = make_program(module, layers, choice.engine, choice.precision, images[:batch_size])
     elif AUTO in (request.engine, request.precision):
-        asked = [model.digest, [layer.name for layer in layers], batch_size, request.engine, request.precision]
-        choice, program = _chosen(choice_key(device, *asked), module, layers, request, images, batch_size)
+        key = [model.digest, [layer.name for layer in layers], batch_size, request.engine, request.precision]
+        choice, program = _chosen(choice_key(device, *key), module, layers, request, images, batch_size)
     else:
         choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
     check_methods(model.name, program, request.methods, _repeated(noise, batch_size))
@@ -122,12 +122,12 @@ def _chosen(
     key: str, module: nn.Module, layers: tuple[Layer, ...], request: Request, images: Tensor, batch_size: int
 ) -> tuple[Choice, Program]:
     """Return the choice that this machine made before, else make it now."""
-    before = recall(key)
-    program = None if before is None else choose_again(before, module, layers, images, batch_size)
+    before = read_choice(key)
+    program = None if before is None else reuse_choice(before, module, layers, images, batch_size)
     if before is not None and program is not None:
         return before, program
     choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
-    remember(key, choice)
+    store_choice(key, choice)
     return choice, program
 
 
@@ -154,7 +154,7 @@ def explainable_layers(model: Model, facts: ModelFacts) -> list[Layer]:
 def traced_module(module: nn.Module, images: Tensor) -> nn.Module:
     """Return the network as a graph whose operators are layers: for networks without modules to hook."""
     with evaluating(module):
-        return with_points(follow(module, images))
+        return with_points(trace_operators(module, images))
 
 
 def locate_layers(module: nn.Module, wanted: str | None, images: Tensor) -> tuple[nn.Module, tuple[Layer, ...], bool]:
@@ -201,9 +201,9 @@ def check_methods(name: str, program: Program, methods: Sequence[str], images: T
     Raises:
         LayerError: one does not.
     """
-    asking = [method for method in methods if METHOD_INFO[method].asks == "model"]
-    if asking and len(program.layers) > 1:
-        raise LayerError(f"{name}: {', '.join(asking)} can explain one layer only; give one --layer")
+    perturbing = [method for method in methods if METHOD_INFO[method].asks == "model"]
+    if perturbing and len(program.layers) > 1:
+        raise LayerError(f"{name}: {', '.join(perturbing)} can explain one layer only; give one --layer")
     for method in [m for m in methods if METHOD_INFO[m].asks == "gradient" or m == "guided_backprop"]:
         cams = explain_batch(program, images, [Target(PREDICTED)], [method]).cams[method]
         if not torch.isfinite(cams).all():
@@ -251,8 +251,8 @@ def _repeated(images: Tensor, count: int) -> Tensor:
 
 # Powers of two: a span of 256 patches holds whole batches. For fewer than 16 eager float32 can depend on the number of
 # threads (1 x 1 convolutions), and runs would not agree.
-SMALLEST, LARGEST = 16, 256
-GAIN = 1.05  # a batch twice as large must bring this much
+MIN_BATCH, MAX_BATCH = 16, 256
+MIN_GAIN = 1.05  # a batch twice as large must bring this much
 MEMORY_SHARE = 0.5  # of what is free
 
 
@@ -262,16 +262,16 @@ def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor
     `images` [B, 3, H, W] are examples of the input. It is found with eager float32, the hungriest program.
     """
     program = EagerProgram(module, layers)
-    best, best_rate = SMALLEST, 0.0
-    size = SMALLEST
-    while size <= LARGEST and _fits(module, images, size):
+    best, best_rate = MIN_BATCH, 0.0
+    size = MIN_BATCH
+    while size <= MAX_BATCH and _fits(module, images, size):
         try:
             rate = size / _seconds(program, images[:1].expand(size, *images.shape[1:]).contiguous())
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             break
-        if rate < GAIN * best_rate:
+        if rate < MIN_GAIN * best_rate:
             break
         best, best_rate, size = size, rate, size * 2
     return best

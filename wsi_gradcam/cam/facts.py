@@ -55,7 +55,7 @@ METHOD_INFO: dict[str, MethodInfo] = {
 METHOD_NAMES = tuple(METHOD_INFO)
 
 
-MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens; published models have up to 9
+MAX_PREFIX_TOKENS = 16  # class, distillation and register tokens; published models have up to 9
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def find_layout(output: Tensor, images: Tensor) -> Layout | None:
         if _is_grid(output.shape[1], output.shape[2], proportion):
             return Layout("bhwk", output.shape[3], output.shape[1], output.shape[2])
     if output.ndim == 3:
-        for prefix in range(min(MOST_PREFIX_TOKENS, output.shape[1] - 2) + 1):
+        for prefix in range(min(MAX_PREFIX_TOKENS, output.shape[1] - 2) + 1):
             tokens = output.shape[1] - prefix
             height = max(1, round(math.sqrt(tokens * proportion)))
             width = tokens // height

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOLERANCE = 1e-5  # of the largest logit; float32 sums in another order stay well below
-MOST_TRIED = 40
+MAX_CANDIDATES = 40
 # A patch embedding is a map too: explaining it would say nothing of what a transformer whose tokens are not found
 # does with it. It ends at 0.00 to 0.07 of the modules that run (0.33 behind a convolutional stem), a LeNet's last
 # map at 0.42.
-EARLY = 0.4
+MIN_DEPTH = 0.4
 
 # Pooling and reshaping give no activations of their own: the one before is finer or the same.
 PASSIVE = (
@@ -75,8 +75,8 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
         LayerError: there is none.
     """
     candidates, leaves = candidate_layers(module, images)
-    late = [c for c in candidates if not c.passive and c.depth >= EARLY * leaves]
-    for candidate in reversed(late[-MOST_TRIED:]):
+    late = [c for c in candidates if not c.passive and c.depth >= MIN_DEPTH * leaves]
+    for candidate in reversed(late[-MAX_CANDIDATES:]):
         if dominates(module, candidate.name, images):
             return candidate.name
     raise LayerError(

@@ -142,7 +142,7 @@ class Probe:
     Attributes:
         images: normalised float32 [B, 3, H, W].
         activation: the layer's maps [B, K, h, w], detached.
-        answer: images -> logits [B, K], without a graph; runs the fast trunk.
+        predict: images -> logits [B, K], without a graph; runs the fast trunk.
         resume: maps [B, K, h, w] put in the layer's place -> logits [B, K], without a graph; runs the head alone
             where the model could be split.
         differentiable: images that may require grad -> logits [B, K] with a graph, in float32.
@@ -152,7 +152,7 @@ class Probe:
 
     images: Tensor
     activation: Tensor
-    answer: Callable[[Tensor], Tensor]
+    predict: Callable[[Tensor], Tensor]
     resume: Callable[[Tensor], Tensor]
     differentiable: Callable[[Tensor], Tensor]
     guided: Callable[[Tensor], Tensor]

@@ -31,7 +31,7 @@ def scorecam(probe: Probe, score: Score) -> Tensor:
     """
     A = probe.activation.float()
     scores = [
-        score(probe.answer(probe.images * _mask(A[:, k : k + 1], probe.images))).float() for k in range(A.shape[1])
+        score(probe.predict(probe.images * _mask(A[:, k : k + 1], probe.images))).float() for k in range(A.shape[1])
     ]
     return torch.einsum("bk,bkhw->bhw", torch.stack(scores, dim=1).softmax(dim=1), A)
 
@@ -69,8 +69,8 @@ def occlusion(
     stride_y, stride_x = stride_px or (height / cells_y, width / cells_x)
     window_y, window_x = window_px or (WINDOW_CELLS * stride_y, WINDOW_CELLS * stride_x)
     rows, columns = _windows(height, window_y, stride_y), _windows(width, window_x, stride_x)
-    whole = score(probe.answer(probe.images)).float()
-    drops = [whole - score(probe.answer(_covered(probe.images, y, x))).float() for y in rows for x in columns]
+    whole = score(probe.predict(probe.images)).float()
+    drops = [whole - score(probe.predict(_covered(probe.images, y, x))).float() for y in rows for x in columns]
     return torch.stack(drops, dim=1).reshape(len(whole), len(rows), len(columns))
 
 

@@ -49,7 +49,7 @@ class Program(Protocol):
     def forward(self, images: Tensor) -> Pass:
         """Return the pass for normalised float32 images [B, 3, H, W]."""
 
-    def answer(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         """Return logits [B, K] without a graph, the fast way."""
 
     def differentiable(self, images: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class EagerProgram:
             values = tuple(tap.values[layer.name] for layer in self.layers)
         return Pass(logits, values, lambda value: self._resume(images, value))
 
-    def answer(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         """See `Program`."""
         with evaluating(self.module), torch.no_grad():
             return self.module(images)  # type: ignore[no-any-return]
@@ -96,7 +96,7 @@ class EagerProgram:
         """
         if self._guided is None:
             with evaluating(self.module):
-                self._guided = guided_graph(follow(self.module, images.detach()))
+                self._guided = guided_graph(trace_operators(self.module, images.detach()))
         return self._guided(images)  # type: ignore[no-any-return]
 
     def _resume(self, images: Tensor, value: Tensor) -> Tensor:
@@ -134,10 +134,10 @@ class SplitProgram(EagerProgram):
 
         return Pass(logits, (value,), resume)
 
-    def answer(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         """See `Program`."""
         if self._size not in (None, len(images)):
-            return super().answer(images)
+            return super().predict(images)
         with torch.no_grad():
             return self._head(*self._trunk(images))  # type: ignore[no-any-return]
 
@@ -155,7 +155,7 @@ def cut_at(module: nn.Module, layer: str, images: Tensor) -> tuple[fx.GraphModul
     handle = find_module(module, layer).register_forward_hook(mark)
     try:
         with evaluating(module):
-            graph = follow(module, images)
+            graph = trace_operators(module, images)
     except (ValueError, LayerError) as error:  # ModelError is a ValueError
         raise EngineError(f"the model cannot be cut at layer {layer!r}: {error}") from error
     finally:
@@ -172,7 +172,7 @@ def cut_at(module: nn.Module, layer: str, images: Tensor) -> tuple[fx.GraphModul
     return trunk, head
 
 
-def follow(module: nn.Module, images: Tensor) -> fx.GraphModule:
+def trace_operators(module: nn.Module, images: Tensor) -> fx.GraphModule:
     """Trace the network's operators, if possible for batches of any size; its weights take no gradients.
 
     Raises:

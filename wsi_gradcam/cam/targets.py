@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PREDICTED, ALL = "predicted", "all"
 # Without a target all classes are explained, unless there are so many that nobody would look at them.
-MOST_BY_DEFAULT = 10
+MAX_DEFAULT_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def parse_targets(wanted: Sequence[str], classes: Sequence[str]) -> tuple[Target
     """
     every = [Target(name, i) for i, name in enumerate(classes)]
     if not wanted:
-        return tuple(every) if len(classes) <= MOST_BY_DEFAULT else (Target(PREDICTED),)
+        return tuple(every) if len(classes) <= MAX_DEFAULT_CLASSES else (Target(PREDICTED),)
     targets: list[Target] = []
     for text in wanted:
         if text == ALL and ALL not in classes:
@@ -133,8 +133,8 @@ def make_score(target: Target | Callable[[Tensor], Tensor], logits: Tensor) -> S
     classes = classes_of(target, logits)
     rows = classes.new_tensor(range(len(logits)))
     if target.minus is not None:
-        return lambda answer: answer[rows, classes] - answer[:, target.minus]
-    return lambda answer: answer[rows, classes]
+        return lambda logits: logits[rows, classes] - logits[:, target.minus]
+    return lambda logits: logits[rows, classes]
 
 
 def classes_of(target: Target, logits: Tensor) -> Tensor:
@@ -245,9 +245,9 @@ def finer_score(
     nearest = distance.argsort(dim=1, stable=True)[:, : min(compared, logits.shape[1] - 1)]
     shares = logits.gather(1, nearest).softmax(dim=1)
 
-    def score(answer: Tensor) -> Tensor:
-        others = answer.gather(1, nearest)
+    def score(logits: Tensor) -> Tensor:
+        others = logits.gather(1, nearest)
         weights = others.softmax(dim=1) if differentiate_weights else shares
-        return (weights * (answer.gather(1, own) - gamma * others)).sum(dim=1)
+        return (weights * (logits.gather(1, own) - gamma * others)).sum(dim=1)
 
     return score

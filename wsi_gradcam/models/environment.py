@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def steady_sums() -> None:
+def make_sums_deterministic() -> None:
     """Ask MKL for matrix products that do not depend on the number of threads; call before torch is first used.
 
     Workers have fewer threads than a single process, and results must agree to the last bit: with MKL's default,

@@ -48,7 +48,7 @@ SOURCES: dict[str, Callable[[ModelSpec], Built]] = {
     "hf": build_hf,
 }
 _SEEDED = threading.Lock()  # torch's seed is the process's: networks that are built at once would share one
-ALONE = 1e-3  # of the largest logit; kernels for one image differ from those for two by far less
+BATCH_TOLERANCE = 1e-3  # of the largest logit; kernels for one image differ from those for two by far less
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> t
 
 def _differ(found: Tensor, expected: Tensor) -> bool:
     scale = float(expected.abs().max()) or 1.0
-    return float((found - expected).abs().max()) > ALONE * scale
+    return float((found - expected).abs().max()) > BATCH_TOLERANCE * scale
 
 
 def _digest(spec: ModelSpec, model: Model, code: str) -> str:

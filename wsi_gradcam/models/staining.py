@@ -20,9 +20,9 @@ Density = Annotated[float, Field(ge=0)]
 Lightness = Annotated[float, Field(ge=0, le=100)]
 Chroma = Annotated[float, Field(ge=-128, le=128)]
 
-LARGEST_PX = 1 << 26  # of a target's picture: what is more is a slide by mistake
+MAX_TARGET_PX = 1 << 26  # of a target's picture: what is more is a slide by mistake
 MEASURED_PX = 1 << 20  # of it, evenly
-CLOSEST_DEG = 3.0  # two stains that are nearer to each other are one
+MIN_ANGLE_DEG = 3.0  # two stains that are nearer to each other are one
 
 
 class MacenkoTarget(BaseModel):
@@ -37,7 +37,7 @@ class MacenkoTarget(BaseModel):
     def _two_stains(self) -> MacenkoTarget:
         haematoxylin, eosin = np.asarray(self.stains)
         lengths = np.linalg.norm(haematoxylin) * np.linalg.norm(eosin)
-        if lengths == 0 or haematoxylin @ eosin / lengths > np.cos(np.radians(CLOSEST_DEG)):
+        if lengths == 0 or haematoxylin @ eosin / lengths > np.cos(np.radians(MIN_ANGLE_DEG)):
             raise ValueError("the stains must be two different colours, of haematoxylin and of eosin")
         return self
 
@@ -121,10 +121,10 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
         raise ModelError(f"{path}: no such stain target; paths are relative to the model file")
     try:
         with Image.open(path) as picture:
-            if picture.mode != "RGB" or picture.width * picture.height > LARGEST_PX:
+            if picture.mode != "RGB" or picture.width * picture.height > MAX_TARGET_PX:
                 raise ModelError(
                     f"{path}: a picture of {picture.width} x {picture.height} px, {picture.mode}; expected 8-bit RGB "
-                    f"of at most {LARGEST_PX} px as stain target"
+                    f"of at most {MAX_TARGET_PX} px as stain target"
                 )
             rgb = np.asarray(picture).reshape(-1, 3)
     except ModelError:

@@ -69,15 +69,17 @@ def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> Chan
         if found.target == name:
             return found
     labels = [channel.label for channel in channels]
-    raise UnknownNameError(f"{where}: no channel {name!r}; {nearest(name, [*labels, *(c.target for c in channels)])}")
+    raise UnknownNameError(
+        f"{where}: no channel {name!r}; {suggest_names(name, [*labels, *(c.target for c in channels)])}"
+    )
 
 
-def nearest(name: str, names: Sequence[str], most: int = 12) -> str:
+def suggest_names(name: str, names: Sequence[str], most: int = 12) -> str:
     """Return a hint at the names that may have been meant by an unknown one.
 
-    >>> nearest("tumour", ["other", "tumor"])
+    >>> suggest_names("tumour", ["other", "tumor"])
     'did you mean tumor?'
-    >>> nearest("x", ["b", "a", "b"])
+    >>> suggest_names("x", ["b", "a", "b"])
     'expected one of b, a'
     """
     known = list(dict.fromkeys(names))
@@ -92,7 +94,7 @@ def nearest(name: str, names: Sequence[str], most: int = 12) -> str:
 
 
 QUANTILE = 0.995
-NARROWEST = 1.0  # logits
+MIN_WINDOW = 1.0  # logits
 
 
 def window_end(top: float, unit: str) -> float:
@@ -105,4 +107,4 @@ def window_end(top: float, unit: str) -> float:
     >>> window_end(0.2, "logit"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
     (1.0, 0.2, 1.0)
     """
-    return max(top, NARROWEST) if unit == "logit" or top <= 0 else top
+    return max(top, MIN_WINDOW) if unit == "logit" or top <= 0 else top

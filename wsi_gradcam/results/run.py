@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import ResultError, UnknownNameError
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages.templates import render
-from wsi_gradcam.results.channels import nearest
+from wsi_gradcam.results.channels import suggest_names
 from wsi_gradcam.results.display import Progress, run_windows
 from wsi_gradcam.results.manifest import PLAN
 from wsi_gradcam.results.run_files import RunFolder, read_run
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-LISTED = 20  # slides in a notebook
-PARTS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest", "audit"})  # of a slide's folder, where no slide is
+MAX_LISTED = 20  # slides in a notebook
+RESULT_FOLDERS = frozenset(
+    {"cams.zarr", "heatmap.ome.zarr", "manifest", "audit"}
+)  # of a slide's folder, where no slide is
 
 
 class Result:
@@ -39,7 +41,7 @@ class Result:
         for name in rows:
             if not _is_name(name):
                 raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
-        names = list(rows) or list(begun(folder))
+        names = list(rows) or list(planned_slides(folder))
         self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), run) for name in names}
 
     def __repr__(self) -> str:
@@ -65,11 +67,11 @@ class Result:
         if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
             folder = self.folder.slide(slide_id)
             return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.run))
-        raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {nearest(slide_id, self.ids)}")
+        raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {suggest_names(slide_id, self.ids)}")
 
     @property
     def ids(self) -> list[str]:
-        """Names of the slides: those in slides.csv; where that is not there yet, those that were begun."""
+        """Names of the slides: those in slides.csv; where that is not there yet, those that were planned_slides."""
         return list(self._slides)
 
     @property
@@ -106,7 +108,7 @@ class Result:
         if slide_id is not None:
             return self[slide_id]
         if len(self) != 1:
-            raise UnknownNameError(f"{self.out}: has {len(self)} slides; say which, {nearest('', self.ids)}")
+            raise UnknownNameError(f"{self.out}: has {len(self)} slides; say which, {suggest_names('', self.ids)}")
         return next(iter(self))
 
     def _repr_png_(self) -> bytes | None:
@@ -119,7 +121,7 @@ class Result:
         counts = Counter(slide.status for slide in slides)
         states = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
         title = f"{self.out}: {model['name']}, layer {model['layer']}; {len(self):,} slides: {states}"
-        rows = [(slide.id, slide.status, slide.row.get("patches", ""), slide.error) for slide in slides[:LISTED]]
+        rows = [(slide.id, slide.status, slide.row.get("patches", ""), slide.error) for slide in slides[:MAX_LISTED]]
         return render("results/run.html", title=title, rows=rows, left_out=len(slides) - len(rows))
 
 
@@ -141,7 +143,7 @@ def open_result(out: StoragePathLike) -> Result:
     raise ResultError(f"{folder.place}: holds no run.yaml, so it is no result; {mend}")
 
 
-def locate(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
+def find_result(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
     """Find the result that `path` is or is inside of, and the slide whose folder or file it is, if any.
 
     Raises:
@@ -164,16 +166,16 @@ def _upwards(place: StoragePath) -> Iterator[tuple[StoragePath, tuple[str, ...]]
         yield here, inside
 
 
-def begun(folder: RunFolder, inside: str = "") -> Iterator[str]:
+def planned_slides(folder: RunFolder, inside: str = "") -> Iterator[str]:
     """Yield the ids of the slides that have a plan."""
     for name in (folder.place / inside if inside else folder.place).folder_names():
-        if inside and name in PARTS:
+        if inside and name in RESULT_FOLDERS:
             continue
         slide = f"{inside}/{name}" if inside else name
         if (folder.slide(slide).manifest / PLAN).is_file():
             yield slide
         elif not name.endswith((".zarr", "_files")):  # images that were exported
-            yield from begun(folder, slide)
+            yield from planned_slides(folder, slide)
 
 
 def _is_name(slide_id: str) -> bool:

@@ -162,7 +162,7 @@ def read_run(place: StoragePathLike) -> dict[str, Any] | None:
     return values
 
 
-def choice_from(stored: dict[str, Any]) -> Choice | None:
+def stored_choice(stored: dict[str, Any]) -> Choice | None:
     """Return the engine and precision of a run; None if an older version wrote it."""
     try:
         return Choice.from_json(stored["choice"])

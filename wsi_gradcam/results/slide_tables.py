@@ -21,11 +21,11 @@ from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.urls import is_url
 
 Record = dict[str, dict[str, Any]]
-TOLD = ("mpp", "mask", "label", "site", "scanner")
+OPTIONAL_KEYS = ("mpp", "mask", "label", "site", "scanner")
 
 
-def read_record(place: StoragePathLike) -> Record:
-    """Read the line that `keep_record` wrote of each slide, by id; empty if there is none.
+def read_slide_records(place: StoragePathLike) -> Record:
+    """Read the line that `record_slides` wrote of each slide, by id; empty if there is none.
 
     Raises:
         StoreError: it cannot be read, or is damaged.
@@ -48,7 +48,7 @@ def _parse_record(place: StoragePathLike, data: bytes) -> Record:
     return {row["id"]: row for row in rows}
 
 
-def keep_record(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
+def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
     """Return the slides with the ids that the run keeps for them, after writing these down.
 
     Raises:
@@ -58,7 +58,7 @@ def keep_record(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[S
 
     def changed(data: bytes | None) -> bytes | None:  # another run on this folder may have added slides meanwhile
         record = {} if data is None else _parse_record(place, data)
-        settled[:] = settle(entries, record)
+        settled[:] = assign_ids(entries, record)
         kept = dict(record)
         for entry in settled:
             if not _held_by_another(record.get(entry.id), entry.path):
@@ -71,7 +71,7 @@ def keep_record(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[S
     return settled
 
 
-def settle(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, Any]]) -> list[SlideEntry]:
+def assign_ids(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, Any]]) -> list[SlideEntry]:
     """Return the slides sorted by id, each with the id recorded for its path; new ones with ids that fit in.
 
     An id whose recorded path is not among the slides goes to the new slide that would have it in a new run: an
@@ -135,10 +135,10 @@ def _held_by_another(row: Mapping[str, Any] | None, path: str) -> bool:
 
 
 def _row(entry: SlideEntry) -> dict[str, Any]:
-    told = {key: value for key in TOLD if (value := getattr(entry, key))}
+    optional = {key: value for key in OPTIONAL_KEYS if (value := getattr(entry, key))}
     if entry.mpp:
-        told["mpp"] = list(entry.mpp)
-    return {"id": entry.id, "path": entry.path, **told}
+        optional["mpp"] = list(entry.mpp)
+    return {"id": entry.id, "path": entry.path, **optional}
 
 
 COLUMNS = (

@@ -94,11 +94,11 @@ class Blender:
         return np.divide(self._sum, self._weight, out=np.zeros_like(self._sum), where=covered), covered
 
     def _add(self, yx: NDArray[np.int64], cams: NDArray[np.float32]) -> None:
-        for place, value, weight in self.laid(yx, cams, weighted=True):
+        for place, value, weight in self.placements(yx, cams, weighted=True):
             self._sum[place] += value
             self._weight[place] += weight
 
-    def laid(
+    def placements(
         self, yx: NDArray[np.int64], cams: NDArray[np.float32], weighted: bool = False
     ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]]]:
         """Yield (slices of the block, enlarged CAM there, its weight there) of each patch that meets it, in order.

@@ -28,7 +28,7 @@ from wsi_gradcam.results.manifest import (
     span_name,
 )
 from wsi_gradcam.results.patch_store import OK, PatchStore
-from wsi_gradcam.results.run import begun
+from wsi_gradcam.results.run import planned_slides
 from wsi_gradcam.results.run_files import RunFolder, SlideFolder, read_run
 from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.slides import open_slide
@@ -55,7 +55,7 @@ def validate(out: StoragePathLike) -> list[Finding]:
     For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
     block by block; the heatmap obeys OME-Zarr 0.5 and lies over the whole slide at the right scale on every level;
     the table has a row a patch with the stored values; the files beside are as they were made; the slide is still
-    the same file. A slide that was begun and neither finished nor failed is a finding.
+    the same file. A slide that was planned_slides and neither finished nor failed is a finding.
 
     Raises:
         ConfigError: `out` is no result.
@@ -69,7 +69,7 @@ def validate(out: StoragePathLike) -> list[Finding]:
     for name, row in rows.items():
         if row["status"] != SlideStatus.FAILED or (folder.slide(name).manifest / DONE).is_file():
             findings += [Finding(name, problem) for problem in _checked(folder.slide(name), row, run)]
-    return findings + [Finding(name, UNFINISHED) for name in begun(folder) if name not in rows]
+    return findings + [Finding(name, UNFINISHED) for name in planned_slides(folder) if name not in rows]
 
 
 def failed_slides(out: StoragePathLike) -> list[str]:

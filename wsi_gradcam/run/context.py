@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.models.environment import steady_sums
+from wsi_gradcam.models.environment import make_sums_deterministic
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
@@ -89,7 +89,7 @@ class Context(Generic[W]):
         """Return the run's model, loaded on first use unless it was given."""
         with self._lock:
             if self._model is None:
-                steady_sums()
+                make_sums_deterministic()
                 from wsi_gradcam.cam.explainer import Explainer
 
                 self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)

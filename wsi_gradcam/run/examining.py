@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.models.environment import steady_sums
+from wsi_gradcam.models.environment import make_sums_deterministic
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.run.sampling import sample_patches
 from wsi_gradcam.system.processes import limit_arenas
@@ -31,16 +31,18 @@ def examine_model(
     Raises:
         ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
     """
-    steady_sums()
+    make_sums_deterministic()
     limit_arenas()
-    from wsi_gradcam.cam.examine import MOST_FOR_CHOICE, Request
+    from wsi_gradcam.cam.examine import MAX_CHOICE_PATCHES, Request
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.models.load import load_model
 
     def patches(model: Model) -> NDArray[np.uint8] | None:
         mpp = settings.patch_mpp or model.mpp
         return (
-            None if mpp is None else sample_patches(slides, settings, model.patch_px, mpp, MOST_FOR_CHOICE, model.stain)
+            None
+            if mpp is None
+            else sample_patches(slides, settings, model.patch_px, mpp, MAX_CHOICE_PATCHES, model.stain)
         )
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)

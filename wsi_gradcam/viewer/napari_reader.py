@@ -17,7 +17,7 @@ from wsi_gradcam.errors import ResultError, SlideError
 from wsi_gradcam.export.colours import STEPS, Colouring
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.lazy import lazy_flags, lazy_levels, lazy_slide, padded
-from wsi_gradcam.results.run import Result, locate
+from wsi_gradcam.results.run import Result, find_result
 from wsi_gradcam.results.slide import SlideResult
 
 LayerData = tuple[Any, dict[str, Any], str]
@@ -31,7 +31,7 @@ def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | 
     if not isinstance(path, str):
         return None
     try:
-        locate(path)
+        find_result(path)
     except ResultError:
         return None
     return read
@@ -43,7 +43,7 @@ def read(path: str) -> list[LayerData]:
     Raises:
         ResultError: there are several slides to choose from, or no results of this slide.
     """
-    result, slide = locate(path)
+    result, slide = find_result(path)
     if slide is None:
         finished = [each for each in result if each.is_finished]
         if len(finished) != 1:

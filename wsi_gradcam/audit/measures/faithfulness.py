@@ -155,7 +155,7 @@ def _without_all(subject: Subject, images: Tensor, replace: Replace) -> Tensor:
     found = []
     for rows in torch.split(torch.arange(len(images), device=images.device), subject.batch_size):
         every = torch.ones(len(rows), *images.shape[2:], dtype=torch.bool, device=images.device)
-        found.append(subject.program.answer(replace(rows, every)).detach())
+        found.append(subject.program.predict(replace(rows, every)).detach())
     return torch.cat(found)
 
 
@@ -185,7 +185,7 @@ def _answers(subject: Subject, replace: Replace, ranks: Tensor, counts: list[int
         for row, part in runs(some):
             torch.lt(ranks[row], top[part, None, None], out=hidden[part])
         hidden ^= insert[:, None, None]
-        found.append(subject.program.answer(replace(some, hidden)).detach())
+        found.append(subject.program.predict(replace(some, hidden)).detach())
     return torch.cat(found).reshape(patches, 2, len(counts), -1)
 
 

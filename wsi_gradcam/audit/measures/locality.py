@@ -140,4 +140,4 @@ def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
 
 def _hiding(subject: Subject, replace: Replace, rows: Tensor, mask: Tensor) -> Tensor:
     parts = [replace(some, mask.expand(len(some), -1, -1)) for some in torch.split(rows, subject.batch_size)]
-    return torch.cat([subject.program.answer(part).detach() for part in parts])
+    return torch.cat([subject.program.predict(part).detach() for part in parts])

@@ -137,7 +137,7 @@ def glass_patches(colour: tuple[int, int, int], patch_px: tuple[int, int], count
 
 def _hiding(subject: Subject, replace: Replace, rows: Tensor, hidden: Tensor) -> Tensor:
     parts = zip(torch.split(rows, subject.batch_size), torch.split(hidden, subject.batch_size), strict=True)
-    return torch.cat([subject.program.answer(replace(some, mask)).detach() for some, mask in parts])
+    return torch.cat([subject.program.predict(replace(some, mask)).detach() for some, mask in parts])
 
 
 def _predicted(answers: Tensor) -> Tensor:

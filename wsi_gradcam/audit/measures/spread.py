@@ -32,7 +32,7 @@ def spread(
     mean, _ = blender.result()
     squares, weights, count = np.zeros_like(mean), np.zeros_like(mean), np.zeros(mean.shape, np.int64)
     for start in range(0, len(yx), GROUP):
-        for place, value, weight in blender.laid(yx[start : start + GROUP], cams[start : start + GROUP]):
+        for place, value, weight in blender.placements(yx[start : start + GROUP], cams[start : start + GROUP]):
             squares[place] += weight * (value - mean[place]) ** 2
             weights[place] += weight
             count[place] += weight > 0

@@ -118,7 +118,7 @@ class Subject:
 
     def answers(self, images: Tensor) -> Tensor:
         """Logits [P, K] of images [P, 3, H, W], without a graph."""
-        return torch.cat([self.program.answer(part).detach() for part in torch.split(images, self.batch_size)])
+        return torch.cat([self.program.predict(part).detach() for part in torch.split(images, self.batch_size)])
 
     def aim(self, images: Tensor, target: AnyTarget) -> Aim:
         """What is explained of `images` from now on."""

@@ -167,7 +167,9 @@ def _load_script(path: Path, content: bytes) -> nn.Module:
 
 
 EXPORT_AGAIN = "export it from model.eval() with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)"
-ALIKE = 1e-3  # of the largest value; kernels differ with the batch, and a wrong guess gives something else altogether
+TOLERANCE = (
+    1e-3  # of the largest value; kernels differ with the batch, and a wrong guess gives something else altogether
+)
 FORBIDDEN = ("custom_obj", "opaque_obj", "aotinductor")
 
 
@@ -251,7 +253,7 @@ def _same(found: Any, expected: list[Any]) -> bool:
     for k, value in enumerate(flat):
         for row, single in zip(value, singles, strict=True):
             scale = float(single[k][0].abs().max()) or 1.0
-            if row.shape != single[k][0].shape or float((row - single[k][0]).abs().max()) > ALIKE * scale:
+            if row.shape != single[k][0].shape or float((row - single[k][0]).abs().max()) > TOLERANCE * scale:
                 return False
     return True
 
