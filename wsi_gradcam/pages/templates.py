@@ -61,7 +61,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (percent, png_url, relative_url, thousands)} | {
-        "duration": format_duration
+    environment.filters |= {
+        "duration": format_duration,
+        "percent": percent,
+        "png_url": png_url,
+        "relative_url": relative_url,
+        "thousands": thousands,
     }
     return environment
