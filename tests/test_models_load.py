@@ -473,3 +473,15 @@ def test_the_softmax_of_one_output_is_refused() -> None:
     with pytest.raises(ModelError, match="activation: sigmoid"):
         load_model(spec)
     assert load_model(spec.model_copy(update={"activation": "sigmoid"})).classes == ("tumour",)
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("ihc-dab", "17e16e93e7117357d28f897496b91722831e6ebfc43b509c3c2aed3d3d6f54fc"),
+        ("oral-tumour", "1a51c18057957ff6ffa60e83e2d1d6262bda94beeccb0b7cd6261b676ce56506"),
+    ],
+)
+def test_bundled_models_keep_their_digests(name: str, digest: str) -> None:
+    """Every character of `zoo/nets.py` counts: after a change, results that were made before cannot be continued."""
+    assert load_model(name).digest == digest

@@ -41,11 +41,11 @@ class PatchCNN(nn.Module):
         _centre(self.head)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits, float32 [B, K], of RGB patches ``x``, float32 [B, 3, H, W], normalised by mean and std."""
+        """Logits, float32 [B, K], of RGB patches ``x``, float32 [B, 3, H, W], normalised by mean and std."""
         return cast(Tensor, self.head(self.pool(self.features(x)).flatten(1)))
 
     def cell_logits(self, x: Tensor) -> Tensor:
-        """Apply the head to every cell, float32 [B, K, h, w]; their mean over h, w is ``forward(x)``."""
+        """The head applied to every cell, float32 [B, K, h, w]; their mean over h, w is ``forward(x)``."""
         activation = self.features(x)
         return torch.einsum("bchw,kc->bkhw", activation, self.head.weight) + self.head.bias[:, None, None]
 
@@ -64,10 +64,10 @@ def _centre(head: nn.Linear) -> None:
 
 
 def oral_tumour() -> PatchCNN:
-    """Return a network for tumour in H&E of oral cancer: [B, 3, H, W] to logits [B, 2], 8 px cells."""
+    """Tumour in H&E of oral cancer: [B, 3, H, W] to logits [B, 2] of (other, tumour); 8 px cells."""
     return PatchCNN([(24, 2), (48, 2), (48, 1), (64, 2), (64, 1), (64, 1)], classes=2)
 
 
 def ihc_dab() -> PatchCNN:
-    """Return a network for DAB in an IHC micrograph: [B, 3, H, W] to logits [B, 2], 8 px cells."""
+    """DAB in an IHC micrograph: [B, 3, H, W] to logits [B, 2] of (negative, positive); 8 px cells."""
     return PatchCNN([(8, 2), (16, 2), (24, 2), (24, 1)], classes=2)
