@@ -23,9 +23,15 @@ from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.results.heatmap import TISSUE
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.slides import open_slide, read_region
-from wsi_gradcam.tissue.masks import slide_masks
-from wsi_gradcam.tissue.picture import EXCLUDED, OUTLINE, PEN, SHADOW, write_mask_picture
-from wsi_gradcam.tissue.quality import blur_of
+from wsi_gradcam.tissue.masks import (
+    EXCLUDED_COLOUR,
+    OUTLINE_COLOUR,
+    PEN_COLOUR,
+    SHADOW_COLOUR,
+    slide_masks,
+    write_mask_preview,
+)
+from wsi_gradcam.tissue.quality import measure_blur
 
 SIZE = (640, 960)  # all tissue: 10 x 15 patches of 64 px
 MODEL = toy_spec("pooled_linear")
@@ -156,7 +162,7 @@ class TestFlags:
         slide = open_slide(flagged / "a.tif")
         for i in np.flatnonzero(ok)[:: max(1, ok.sum() // 20)]:
             rgb = read_region(slide, float(found["y"][i]), float(found["x"][i]), 32, 32, 0.5)
-            np.testing.assert_array_equal(found["blur"][i], blur_of(rgb[None])[0])
+            np.testing.assert_array_equal(found["blur"][i], measure_blur(rgb[None])[0])
         slide.close()
         np.testing.assert_array_equal(stored(flagged / "out" / "a.tif", "blur"), found["blur"].astype(np.float32))
 
@@ -303,7 +309,7 @@ def test_the_picture_shows_every_mask_in_its_colour(tmp_path: Path) -> None:
     level0[100:300, 300:340] = (25, 60, 170)
     level0[:, 560:] = 120
     slide = ArraySlide([level0], (8.0, 8.0))
-    shares = write_mask_picture(tmp_path / "p.png", slide)
+    shares = write_mask_preview(tmp_path / "p.png", slide)
     with Image.open(tmp_path / "p.png") as image:
         picture = np.asarray(image)
     masks = slide_masks(slide)
@@ -314,9 +320,9 @@ def test_the_picture_shows_every_mask_in_its_colour(tmp_path: Path) -> None:
         "excluded": 0.0,
     }
     np.testing.assert_array_equal(picture[150:250, 120:180], level0[150:250, 120:180])
-    assert tuple(picture[200, 98]) == OUTLINE
-    for place, colour in (((200, 320), PEN), ((200, 590), SHADOW)):
+    assert tuple(picture[200, 98]) == OUTLINE_COLOUR
+    for place, colour in (((200, 320), PEN_COLOUR), ((200, 590), SHADOW_COLOUR)):
         mixed = np.array(level0[place]) * 0.35 + np.array(colour) * 0.65
         assert np.abs(picture[place] - mixed).max() <= 1
     np.testing.assert_array_equal(picture[50, 50], level0[50, 50])
-    assert sum(EXCLUDED) < 200
+    assert sum(EXCLUDED_COLOUR) < 200

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.runs import toy_file, toy_spec
-from tests.test_stain import OTHER, concentrations, stained
+from tests.test_tissue_stain import OTHER, concentrations, stained
 from tests.toy_models import marker
 from wsi_gradcam.cli.output import model_info
 from wsi_gradcam.errors import ModelError

@@ -24,7 +24,7 @@ from wsi_gradcam.io import object_stores
 from wsi_gradcam.slides import Slide, open_slide, read_region, remote, tiff_reader
 from wsi_gradcam.slides.base import LocalFile
 from wsi_gradcam.slides.patch_reader import read_batches
-from wsi_gradcam.tissue.grid import choose, patch_grid
+from wsi_gradcam.tissue.grid import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 
 MOST_SHARE = 1.02  # of the bytes of the tiles that are needed, in all
@@ -139,7 +139,7 @@ def tissue_of(slide: Slide) -> npt.NDArray[np.int64]:
     masks = slide_masks(slide)
     size = slide.info.height, slide.info.width
     grid = patch_grid(size, slide.info.mpp_yx, PATCH, slide.info.mpp_yx[0], PATCH)
-    return choose(grid, masks.tissue, 0.5, 1 << 15, masks.pen, masks.glass).yx
+    return choose_patches(grid, masks.tissue, 0.5, 1 << 15, masks.pen, masks.glass).yx
 
 
 def read_tissue(slide: Slide) -> None:

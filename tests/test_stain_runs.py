@@ -14,7 +14,7 @@ import pytest
 from tests.runs import SMALL, differing, rows_of, stored, toy_spec
 from tests.slides_in_memory import ArraySlide
 from tests.synthetic import corrupt_tile, write_marker_slide
-from tests.test_stain import OTHER, concentrations, stained
+from tests.test_tissue_stain import OTHER, concentrations, stained
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.errors import ResumeError, SlideReadError, StainError, StoreError
@@ -26,7 +26,7 @@ from wsi_gradcam.run import sampling
 from wsi_gradcam.run.sampling import fit_stain, sample_patches, sample_tissue
 from wsi_gradcam.run.settings import Settings
 from wsi_gradcam.slides import open_slide, read_region
-from wsi_gradcam.tissue.masks import tissue_mask
+from wsi_gradcam.tissue.masks import slide_masks
 from wsi_gradcam.tissue.stain import PUBLISHED, StainFit, apply
 
 Rgb = npt.NDArray[np.uint8]
@@ -210,6 +210,6 @@ def test_patches_for_choices_are_normalised_too(monkeypatch: pytest.MonkeyPatch)
     normalised = sample_patches(entries, settings, (32, 32), 0.5, 6, MACENKO)
     assert plain is not None
     assert normalised is not None
-    fit = fit_stain(half_glass(), tissue_mask(half_glass()), 0.5, MACENKO)
+    fit = fit_stain(half_glass(), slide_masks(half_glass()).tissue, 0.5, MACENKO)
     np.testing.assert_array_equal(normalised, apply(fit, plain))
     assert np.abs(normalised.astype(int) - plain).mean() > 5

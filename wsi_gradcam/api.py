@@ -28,7 +28,7 @@ from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.run.types import Executor, FatalError, SlideRecord
 from wsi_gradcam.run.workload import ExplainWorkload
 from wsi_gradcam.slides.patch_reader import open_entry
-from wsi_gradcam.tissue.annotations import check_masks, regions_for
+from wsi_gradcam.tissue.annotations import check_masks, entry_regions
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice
@@ -169,7 +169,7 @@ def preview(
         try:
             slide = open_entry(entry, settings)
             try:
-                regions = regions_for(entry, settings)
+                regions = entry_regions(entry, settings)
                 plan, _, _ = make_plan(slide, run, regions)
             finally:
                 slide.close()

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.tissue.annotations import Area, rasterise, regions_of
-from wsi_gradcam.tissue.annotations.reading import ENDINGS, PICTURE, parse
-from wsi_gradcam.tissue.annotations.regions import read_picture
+from wsi_gradcam.tissue.annotations import Area, rasterise, read_regions
+from wsi_gradcam.tissue.annotations.regions import ENDINGS, PICTURE, parse, read_png_mask
 from wsi_gradcam.tissue.masks import Shares
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Annotated:
         """
         boxes = _boxes(yx, view)
         if self.regions.path.suffix.lower() == PICTURE:
-            picture = read_picture(self.regions.path, self.regions.data)
+            picture = read_png_mask(self.regions.path, self.regions.data)
             return np.stack([_cut(picture, self.slide_px, box) for box in boxes])
         areas = [area for area in parse(self.regions.path, self.regions.data).areas if self._counts(area)]
         return np.stack([_drawn(areas, box, str(self.regions.path)) for box in boxes])
@@ -81,7 +80,7 @@ def annotated_slide(
     """
     if annotations is None or (annotations.is_dir() and not _has_file(annotations, slide_id)):
         return None
-    regions = regions_of(annotations, slide_id, include)
+    regions = read_regions(annotations, slide_id, include)
     assert regions is not None
     named = include and regions.shared and regions.path.suffix.lower() != PICTURE
     if named and not set(include) & set(parse(regions.path, regions.data).names):

@@ -23,8 +23,8 @@ from wsi_gradcam.run.progress import cause_of
 from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.slides.patch_reader import open_entry
-from wsi_gradcam.tissue.annotations import check_mask, regions_of
-from wsi_gradcam.tissue.picture import write_mask_picture
+from wsi_gradcam.tissue.annotations import check_mask, read_regions
+from wsi_gradcam.tissue.masks import write_mask_preview
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.running import AuditOutcome
@@ -161,17 +161,17 @@ def slide_info(path: str) -> dict[str, Any]:
 
 
 def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Write the picture of a slide's masks, see `write_mask_picture`, and describe it.
+    """Write the picture of a slide's masks, see `write_mask_preview`, and describe it.
 
     `values` are settings: `mpp`, `replace_mpp`, `tissue`, `mask`, `include`, `exclude`.
     """
     settings = make_settings(**values)
     check_mask(settings.mask, settings.include, settings.exclude, 1)
     name = url_name(path) if is_url(path) else Path(path).name
-    regions = regions_of(settings.mask, name, settings.include, settings.exclude)
+    regions = read_regions(settings.mask, name, settings.include, settings.exclude)
     slide = open_entry(SlideEntry(name, path), settings)
     try:
-        shares = write_mask_picture(out, slide, settings.tissue, regions)
+        shares = write_mask_preview(out, slide, settings.tissue, regions)
     finally:
         slide.close()
     colours = {"tissue": "tissue outlined in green", "pen": "ink orange", "shadow": "shadows and lines blue"}

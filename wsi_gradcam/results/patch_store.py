@@ -42,7 +42,7 @@ class SpanData:
         logits: float32 [n, classes].
         cams: float32 [n, targets, h, w], raw and signed.
         status: uint8 [n], OK or UNREADABLE; an unreadable patch has zeros.
-        blur: float32 [n], see `wsi_gradcam.tissue.quality.blur_of`; NaN for an unreadable patch.
+        blur: float32 [n], see `wsi_gradcam.tissue.quality.measure_blur`; NaN for an unreadable patch.
     """
 
     logits: NDArray[np.float32]
@@ -188,10 +188,11 @@ def write_table(
 ) -> None:
     """Write the table of a slide; `causes` says by patch number why a patch could not be read.
 
-    Columns: `y`, `x` (level-0 px of the top left), `tissue`, `pen`, `glass` (shares), `blur` (see `quality.blur_of`),
-    `status` (ok, unreadable), `cause`, `logit_CLASS`, `probability_CLASS`, `cam_mean_TARGET`, `cam_max_TARGET`; for a
-    second method and those after it `METHOD_mean_TARGET`, `METHOD_max_TARGET`. The CAM's statistics are in the
-    heatmap's unit, for Grad-CAM logits: with global average pooling and a linear layer, cam_mean + bias = logit.
+    Columns: `y`, `x` (level-0 px of the top left), `tissue`, `pen`, `glass` (shares), `blur` (see
+    `quality.measure_blur`), `status` (ok, unreadable), `cause`, `logit_CLASS`, `probability_CLASS`,
+    `cam_mean_TARGET`, `cam_max_TARGET`; for a second method and those after it `METHOD_mean_TARGET`,
+    `METHOD_max_TARGET`. The CAM's statistics are in the heatmap's unit, for Grad-CAM logits: with global average
+    pooling and a linear layer, cam_mean + bias = logit.
     Numbers of unreadable patches are null, also `blur`, which patches of one colour do not have either.
     """
     schema = _schema(run)

@@ -13,7 +13,7 @@ from wsi_gradcam.errors import ModelError
 from wsi_gradcam.results.manifest import Manifest, span_name
 from wsi_gradcam.results.patch_store import OK, UNREADABLE, SpanData
 from wsi_gradcam.run.types import Processed
-from wsi_gradcam.tissue.quality import blur_of
+from wsi_gradcam.tissue.quality import measure_blur
 from wsi_gradcam.tissue.stain import apply
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _explain(
     with ThreadPoolExecutor(1) as aside:
         for batch in batches:
             part = slice(batch.start, batch.start + len(batch.rgb))
-            blurred = aside.submit(blur_of, batch.rgb)  # as read: another stain is no sharper
+            blurred = aside.submit(measure_blur, batch.rgb)  # as read: another stain is no sharper
             rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
             logits[part], cams[part] = model.explain(rgb, run.targets, run.settings.method)
             blur[part] = blurred.result()

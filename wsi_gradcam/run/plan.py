@@ -15,7 +15,7 @@ from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.sampling import fit_stain
-from wsi_gradcam.tissue.grid import Patches, choose, patch_grid
+from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 
 if TYPE_CHECKING:
@@ -174,11 +174,11 @@ def plan_slide(
     view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
     Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
     masks = slide_masks(slide)
-    mask = masks.counted(settings.tissue)
+    mask = masks.selected(settings.tissue)
     if regions is not None:
         mask = mask & regions.mask(slide_px, mask.shape)
     block_px = SHARD * settings.heatmap_stride
-    patches = choose(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
+    patches = choose_patches(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
     target = run.facts.stain
     plan = SlidePlan(
         slide_digest=info.digest,

@@ -14,7 +14,7 @@ from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.stitching import channels
 from wsi_gradcam.run.types import Planned, Workload
 from wsi_gradcam.system.isolation import CRASHES
-from wsi_gradcam.tissue.annotations import Regions, regions_for
+from wsi_gradcam.tissue.annotations import Regions, entry_regions
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
@@ -44,7 +44,7 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
     if folder.place.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
     with context.slide(entry) as slide:
-        regions = regions_for(entry, run.settings)
+        regions = entry_regions(entry, run.settings)
         planned, problem = _stored(folder, slide, run, regions)
         if planned is not None and not (overwrite and planned.outcome is not None):
             return planned

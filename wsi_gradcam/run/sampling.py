@@ -11,8 +11,8 @@ import numpy as np
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import open_entry
-from wsi_gradcam.tissue.annotations import regions_for
-from wsi_gradcam.tissue.grid import choose, patch_grid
+from wsi_gradcam.tissue.annotations import entry_regions
+from wsi_gradcam.tissue.grid import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 from wsi_gradcam.tissue.stain import StainFit, apply, fit
 
@@ -101,11 +101,11 @@ def _of_slide(
         info = slide.info
         grid = patch_grid((info.height, info.width), info.mpp_yx, patch_px, mpp, settings.stride(patch_px))
         masks = slide_masks(slide)
-        mask = masks.counted(settings.tissue)
-        regions = regions_for(entry, settings)
+        mask = masks.selected(settings.tissue)
+        regions = entry_regions(entry, settings)
         if regions is not None:
             mask = mask & regions.mask(grid.slide_px, mask.shape)
-        places = choose(grid, mask, settings.min_tissue, BLOCK_PX).yx
+        places = choose_patches(grid, mask, settings.min_tissue, BLOCK_PX).yx
         places = places[np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
         patches = _readable(slide, places.tolist(), patch_px, mpp)
         if stain is None or not len(patches):

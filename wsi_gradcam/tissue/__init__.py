@@ -1,1 +1,1 @@
-"""What of a slide is looked at: tissue masks, quality, annotations, stain and the grid of patches."""
+"""The parts of a slide to be explained: tissue masks, quality, annotations, stain, the grid of patches. No models."""

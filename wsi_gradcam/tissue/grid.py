@@ -1,4 +1,4 @@
-"""The grid of patches of a slide: which are looked at, where they lie, and in what order."""
+"""The grid of patches of a slide, and the choice and order of those to be explained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wsi_gradcam.tissue.masks import Shares
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-AT_ONCE = 1 << 16  # patches whose boxes are in memory together
+CHUNK = 1 << 16  # patches whose boxes are in memory together
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PatchGrid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many rows and columns of patches there are."""
+        """The numbers of rows and columns of patches."""
         rows, columns = (
             1 + math.ceil(max(0.0, size - patch) / step - 1e-9)
             for size, patch, step in zip(self.slide_px, self.footprint, self.step, strict=True)
@@ -41,9 +41,9 @@ class PatchGrid:
         return rows, columns
 
     def positions(self, axis: int) -> NDArray[np.int64]:
-        """Level-0 px of the patches' top (axis 0) or left (axis 1) edges.
+        """Return the level-0 px of the patches' top (axis 0) or left (axis 1) edges, int64.
 
-        Each is rounded from its own exact place, so that nothing adds up over the slide.
+        Each is rounded from its own exact position, so that no error adds up over the slide.
         """
         return np.round(np.arange(self.shape[axis]) * self.step[axis]).astype(np.int64)
 
@@ -72,7 +72,7 @@ def patch_grid(
     mpp: float,
     stride_px: tuple[int, int],
 ) -> PatchGrid:
-    """The grid of patches of `patch_px` pixels at `mpp`, `stride_px` patch pixels apart.
+    """Return the grid of patches of `patch_px` pixels at `mpp`, `stride_px` patch pixels apart.
 
     >>> grid = patch_grid((1000, 2000), (0.25, 0.25), (224, 224), 0.5, (224, 224))
     >>> grid.footprint, grid.shape
@@ -92,7 +92,7 @@ def patch_grid(
     )
 
 
-def choose(
+def choose_patches(
     grid: PatchGrid,
     mask: NDArray[np.bool_],
     min_tissue: float,
@@ -100,7 +100,7 @@ def choose(
     pen: NDArray[np.bool_] | None = None,
     glass: NDArray[np.bool_] | None = None,
 ) -> Patches:
-    """The patches with at least `min_tissue` of their area on tissue (and more than none), in working order.
+    """Return the patches with at least `min_tissue` of their area on tissue (and more than none), in working order.
 
     The masks cover the whole slide. `mask` says where the tissue is; nothing given for the others, there is no ink
     and the rest is glass. Of a patch that reaches beyond the slide only the part on it counts, so that a strip of
@@ -128,14 +128,14 @@ def choose(
 
 
 def _boxes(grid: PatchGrid, yx: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """The patches, as far as they lie on the slide, in pixels of a mask of `shape`."""
+    """Return the patches, clipped to the slide, in pixels of a mask of `shape`, float64 [n, 4]."""
     scale = np.array([shape[0] / grid.slide_px[0], shape[1] / grid.slide_px[1]])
     end = np.minimum((yx + np.array(grid.footprint)) * scale, shape)
     return np.concatenate([yx * scale, end], axis=1)
 
 
 def _shares(grid: PatchGrid, yx: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The share of each patch that is in the mask, float32 [n]."""
+    """Return the share of each patch that is in the mask, float32 [n]."""
     inside = Shares(mask)
-    parts = [inside.of(_boxes(grid, yx[i : i + AT_ONCE], mask.shape)) for i in range(0, len(yx), AT_ONCE)]
+    parts = [inside.of(_boxes(grid, yx[i : i + CHUNK], mask.shape)) for i in range(0, len(yx), CHUNK)]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)

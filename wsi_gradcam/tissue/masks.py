@@ -1,22 +1,28 @@
-"""Where there is tissue on a slide, and where ink and bare glass: masks from its thumbnail."""
+"""Masks of tissue, ink and bare glass from a slide's thumbnail, and a preview by which a person can check them."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 from scipy.ndimage import binary_dilation
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import closing, disk, remove_small_holes, remove_small_objects
 
+from wsi_gradcam.io.local import write_atomic
 from wsi_gradcam.slides import thumbnail
-from wsi_gradcam.tissue.quality import pen_of, shadow_of
+from wsi_gradcam.tissue.quality import pen_mask, shadow_mask
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from wsi_gradcam.slides import Slide
+    from wsi_gradcam.tissue.annotations import Regions
 
 MASK_MPP = 8.0  # about one nucleus a pixel
 MASK_MAX_PX = 2048
@@ -33,10 +39,16 @@ GRAY_RANGE, GRAY_SHARE = 3, 0.999
 BLACK = 20  # darker is a border or nothing, also where there is no colour
 SMALLEST_UM2 = 5_000.0  # a speck of dust; a needle biopsy fragment is a hundred times that
 
+# The preview: colours apart from stains and from each other, for colour-blind eyes too (Okabe and Ito).
+OUTLINE_COLOUR, PEN_COLOUR, SHADOW_COLOUR = (0, 158, 115), (230, 159, 0), (86, 180, 233)
+EXCLUDED_COLOUR = (60, 60, 60)
+OPACITY = 0.65
+PREVIEW_PX = 1600  # of the picture, at most: it fits a screen and shows a nucleus of a small biopsy
+
 
 @dataclass(frozen=True, eq=False)
 class SlideMasks:
-    """What is where on a slide, at the resolution of its thumbnail; no pixel is in two of the masks.
+    """Disjoint masks of a slide, at the resolution of its thumbnail.
 
     Attributes:
         rgb: the thumbnail, uint8 [h, w, 3]; a pixel is `height / h` by `width / w` level-0 pixels.
@@ -50,11 +62,11 @@ class SlideMasks:
     pen: NDArray[np.bool_]
     shadow: NDArray[np.bool_]
 
-    def counted(self, what: str) -> NDArray[np.bool_]:
-        """What counts as tissue, bool [h, w]: of `auto`, `with-pen`, `everything`, see `Settings.tissue`."""
-        if what == "everything":
+    def selected(self, rule: str) -> NDArray[np.bool_]:
+        """Return what counts as tissue, bool [h, w], by `auto`, `with-pen` or `everything`, see `Settings.tissue`."""
+        if rule == "everything":
             return np.ones_like(self.tissue)
-        return self.tissue | self.pen if what == "with-pen" else self.tissue
+        return self.tissue | self.pen if rule == "with-pen" else self.tissue
 
     @property
     def glass(self) -> NDArray[np.bool_]:
@@ -63,7 +75,7 @@ class SlideMasks:
 
 
 def slide_masks(slide: Slide) -> SlideMasks:
-    """Tissue, ink and shadows of the whole slide.
+    """Return tissue, ink and shadows of the whole slide.
 
     What cannot be decoded counts as tissue: its patches are tried, and recorded as unreadable where they are, so
     that a bad region never silently becomes glass.
@@ -76,23 +88,13 @@ def slide_masks(slide: Slide) -> SlideMasks:
     rgb = thumb.rgb
     mpp_y, mpp_x = slide.info.mpp_yx
     pixel_um2 = (slide.info.height * mpp_y / rgb.shape[0]) * (slide.info.width * mpp_x / rgb.shape[1])
-    found = masks_of(rgb, int(SMALLEST_UM2 / pixel_um2))
+    found = find_masks(rgb, int(SMALLEST_UM2 / pixel_um2))
     known = ~thumb.unreadable
     return SlideMasks(rgb, found.tissue | thumb.unreadable, found.pen & known, found.shadow & known)
 
 
-def tissue_mask(slide: Slide) -> NDArray[np.bool_]:
-    """Tissue of the whole slide, bool [h, w]; as `slide_masks`, where the errors stand."""
-    return slide_masks(slide).tissue
-
-
-def mask_of(rgb: NDArray[np.uint8], smallest_px: int = 0) -> NDArray[np.bool_]:
-    """Tissue in a picture, bool [h, w], from RGB uint8 [h, w, 3]; see `masks_of`."""
-    return masks_of(rgb, smallest_px).tissue
-
-
-def masks_of(rgb: NDArray[np.uint8], smallest_px: int = 0) -> SlideMasks:
-    """Tissue, ink and shadows in a picture, from RGB uint8 [h, w, 3].
+def find_masks(rgb: NDArray[np.uint8], smallest_px: int = 0) -> SlideMasks:
+    """Return tissue, ink and shadows in an image, RGB uint8 [h, w, 3].
 
     A pixel is tissue when, after smoothing, some channel differs from the glass's colour by more than Otsu's
     threshold, which is kept between bounds measured on glass and on pale tissue, and when it is neither ink nor a
@@ -104,24 +106,24 @@ def masks_of(rgb: NDArray[np.uint8], smallest_px: int = 0) -> SlideMasks:
     threshold = LOWEST if np.ptp(smooth) == 0 else float(np.clip(threshold_otsu(smooth), LOWEST, HIGHEST))
     differs = smooth > threshold
     least = min(max(SMALLEST_PX, smallest_px), differs.size)
-    if _without_colour(rgb):
+    if _is_gray(rgb):
         pen, shadow = np.zeros_like(differs), rgb.max(axis=2) < BLACK
     else:
-        pen = _with_rim(pen_of(rgb, least), differs)
-        shadow = _with_rim(shadow_of(rgb, glass, least), differs)
+        pen = _with_rim(pen_mask(rgb, least), differs)
+        shadow = _with_rim(shadow_mask(rgb, glass, least), differs)
     mask: NDArray[np.bool_] = closing(differs & ~pen & ~shadow, disk(2)) & ~pen & ~shadow
     if smallest_px > 1:
         mask = remove_small_holes(remove_small_objects(mask, max_size=smallest_px), max_size=smallest_px)
     return SlideMasks(rgb, mask, pen & ~mask, shadow & ~mask & ~pen)
 
 
-def _without_colour(rgb: NDArray[np.uint8]) -> bool:
-    """Whether a picture is gray throughout, as of a scanner without colour: then gray tells nothing of shadows."""
+def _is_gray(rgb: NDArray[np.uint8]) -> bool:
+    """Return True for an image that is gray throughout, as of a scanner without colour: gray tells no shadows there."""
     return bool((np.ptp(rgb, axis=2) <= GRAY_RANGE).mean() > GRAY_SHARE)
 
 
 def _with_rim(found: NDArray[np.bool_], differs: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Ink or shadow with the pale rim where it fades into glass."""
+    """Return ink or shadow with the pale rim where it fades into glass."""
     if not found.any():
         return found
     rim: NDArray[np.bool_] = binary_dilation(found, iterations=RIM_PX, mask=found | differs)
@@ -129,7 +131,7 @@ def _with_rim(found: NDArray[np.bool_], differs: NDArray[np.bool_]) -> NDArray[n
 
 
 def _difference(rgb: NDArray[np.uint8], glass: tuple[int, int, int]) -> NDArray[np.float32]:
-    """How far the channel that differs most is from the glass, 0 to 1, smoothed, float32 [h, w]."""
+    """Return the largest difference of a channel from the glass, 0 to 1, smoothed, float32 [h, w]."""
     difference = np.zeros(rgb.shape[:2], np.uint8)
     for channel, value in enumerate(glass):  # one at a time: a large thumbnail in float64 would be 100 MB
         np.maximum(difference, np.abs(rgb[..., channel] - np.int16(value)).astype(np.uint8), out=difference)
@@ -138,7 +140,7 @@ def _difference(rgb: NDArray[np.uint8], glass: tuple[int, int, int]) -> NDArray[
 
 
 def glass_colour(rgb: NDArray[np.uint8]) -> tuple[int, int, int]:
-    """The median colour of what is bright and gray, at least 0.5 % of the picture; else white."""
+    """Return the median RGB of bright gray pixels, if they are at least 0.5 % of the image; else white."""
     flat = rgb.reshape(-1, 3)
     flat = flat[:: max(1, len(flat) // 500_000)]
     low, high = flat.min(axis=1), flat.max(axis=1)
@@ -150,11 +152,60 @@ def glass_colour(rgb: NDArray[np.uint8]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-class Shares:
-    """The share of boxes that is True in a mask, exact: the mask's integral image is linear between its nodes where
-    the mask is constant, so it is interpolated there.
+def write_mask_preview(
+    path: Path, slide: Slide, tissue: str = "auto", regions: Regions | None = None
+) -> dict[str, float]:
+    """Write the slide's thumbnail as PNG: tissue to be explained outlined in green, ink orange, shadows blue.
 
-    Boxes are [n, 4] of (top, left, bottom, right) in mask pixels, fractions allowed.
+    All that is outside of the regions is dark gray.
+
+    Returns:
+        Shares of the slide: `tissue` (to be explained), `pen`, `shadow`, `excluded`.
+
+    Raises:
+        MppError: the slide's mpp is not known.
+        SlideReadError: most of the slide cannot be decoded.
+        AnnotationError: the regions cannot be understood.
+        StoreError: the image cannot be written.
+    """
+    rgb = thumbnail(slide, min(slide.info.mpp_yx), PREVIEW_PX).rgb
+    masks = slide_masks(slide)
+    mask, excluded = masks.selected(tissue), np.zeros_like(masks.tissue)
+    if regions is not None:
+        excluded = ~regions.mask((slide.info.height, slide.info.width), mask.shape)
+        mask = mask & ~excluded
+    for where, colour in ((masks.shadow, SHADOW_COLOUR), (masks.pen, PEN_COLOUR), (excluded, EXCLUDED_COLOUR)):
+        tinted = _enlarged(where, rgb.shape)
+        rgb[tinted] = (rgb[tinted] * (1 - OPACITY) + np.array(colour) * OPACITY).astype(np.uint8)
+    rgb[_border(_enlarged(mask, rgb.shape))] = OUTLINE_COLOUR
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, format="PNG")
+    write_atomic(path, buffer.getvalue())
+    found = {"tissue": mask, "pen": masks.pen, "shadow": masks.shadow, "excluded": excluded}
+    return {name: float(where.mean()) for name, where in found.items()}
+
+
+def _enlarged(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return the mask at another size, each pixel the nearest of the mask's."""
+    rows, columns = ((np.arange(size) + 0.5) * of // size for size, of in zip(shape[:2], mask.shape, strict=True))
+    enlarged: NDArray[np.bool_] = mask[rows.astype(int)[:, None], columns.astype(int)]
+    return enlarged
+
+
+def _border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the pixels around the mask, and at the edge of the image the mask's own."""
+    thick = 1 + max(mask.shape) // 800
+    border: NDArray[np.bool_] = binary_dilation(mask, iterations=thick) & ~mask
+    inner = np.zeros_like(mask)
+    inner[thick:-thick, thick:-thick] = True
+    return border | (mask & ~inner)
+
+
+class Shares:
+    """The share of boxes that is True in a mask, exact by the mask's integral image.
+
+    That is linear between its nodes where the mask is constant, so it is interpolated there. Boxes are
+    [n, 4] of (top, left, bottom, right) in mask pixels, fractions allowed.
     """
 
     def __init__(self, mask: NDArray[np.bool_]) -> None:
@@ -164,7 +215,7 @@ class Shares:
         self._integral[1:, 1:] = mask.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
 
     def of(self, boxes: NDArray[np.float64]) -> NDArray[np.float32]:
-        """The shares, float32 [n]; what lies outside the mask counts as False.
+        """Return the shares of boxes [n, 4], float32 [n]; outside the mask counts as False.
 
         Rounded to a millionth, so that none is 0 and all is 1.
         """
@@ -184,8 +235,3 @@ class Shares:
         lower = self._integral[y0 + 1, x0] * (1 - fx) + self._integral[y0 + 1, x0 + 1] * fx
         result: NDArray[np.float64] = upper * (1 - fy) + lower * fy
         return result
-
-
-def fraction_in(mask: NDArray[np.bool_], boxes: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Share of each box that is True in `mask`, float32 [n]; see `Shares`."""
-    return Shares(mask).of(boxes)

@@ -1,7 +1,7 @@
-"""What is no tissue although it is no bare glass: ink of pens, shadows, edges of coverslips; and how sharp patches are.
+"""Artefacts on slides: ink of pens, shadows, edges of coverslips; and the blur of patches.
 
 Pure functions of RGB arrays. Colours are judged by optical density, -log10(value / 256), in which a dye keeps the
-ratios of its channels however thickly it lies: so ink and stain are told apart by ratios.
+ratios of its channels however thick its layer: so ink and stain are told apart by ratios.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ LINE_AREA = 27  # px of area for each px of the diagonal of its box: the four ed
 EDGE_PX = 8  # how far a stroke or shadow fades, 64 um
 
 
-def pen_of(rgb: NDArray[np.uint8], smallest_px: int = 1, edge_px: int = EDGE_PX) -> NDArray[np.bool_]:
-    """Where there is ink of a pen (blue, green, red, black), bool [h, w], from RGB uint8 [h, w, 3].
+def pen_mask(rgb: NDArray[np.uint8], smallest_px: int = 1, edge_px: int = EDGE_PX) -> NDArray[np.bool_]:
+    """Return the mask of a pen's ink (blue, green, red, black), bool [h, w], from RGB uint8 [h, w, 3].
 
     Ink is seen where at least `smallest_px` pixels together have a colour that no stain of H&E or of
     immunohistochemistry has, and is followed from there to its pale edges, `edge_px` far at most. Meant for a picture
@@ -59,10 +59,10 @@ def pen_of(rgb: NDArray[np.uint8], smallest_px: int = 1, edge_px: int = EDGE_PX)
     return _grown(*_cool(red, green), smallest_px, edge_px) | _grown(*_warm(red, green, blue), smallest_px, edge_px)
 
 
-def shadow_of(
+def shadow_mask(
     rgb: NDArray[np.uint8], glass: tuple[int, int, int] = (255, 255, 255), smallest_px: int = 1
 ) -> NDArray[np.bool_]:
-    """Where light is missing and no colour is there, bool [h, w]: shadows, edges of coverslips, dirt.
+    """Return the mask of gray, bool [h, w]: shadows, edges of coverslips, dirt.
 
     Pale gray is left, since unstained fat is that, unless it is a long thin line.
 
@@ -79,7 +79,7 @@ def shadow_of(
 def densities(
     rgb: NDArray[np.uint8], glass: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[Density, Density, Density]:
-    """Optical densities of red, green and blue against glass, float32 [h, w] each, smoothed against noise."""
+    """Return optical densities of red, green and blue against glass, float32 [h, w] each, smoothed against noise."""
     red, green, blue = (
         ndimage.gaussian_filter(DENSITY[rgb[..., i]] - DENSITY[glass[i]], 1.0, mode="nearest") for i in range(3)
     )
@@ -87,13 +87,13 @@ def densities(
 
 
 def _cool(red: Density, green: Density) -> tuple[Mask, Mask]:
-    """Blue and green ink for certain, and perhaps."""
+    """Return where blue and green ink is certain, and where it is possible."""
     more = red - green
     return (more > COOL) | (red > COOL_RED), more > COOL_EDGE
 
 
 def _warm(red: Density, green: Density, blue: Density) -> tuple[Mask, Mask]:
-    """Red and black ink, and what lies between, for certain, and perhaps."""
+    """Return where red and black ink, and their mixtures, are certain, and where they are possible."""
     low, high = _range(red, green, blue)
     hue = (blue > WARM_BLUE[0] * green) & (blue < WARM_BLUE[1] * green)
     certain = hue & (green > WARM) & (red < WARM_RED * green)
@@ -107,7 +107,7 @@ def _range(red: Density, green: Density, blue: Density) -> tuple[Density, Densit
 
 
 def _grown(certain: Mask, perhaps: Mask, smallest_px: int, edge_px: int = EDGE_PX) -> Mask:
-    """Certain pixels of which enough lie together, and what may be their edge."""
+    """Return certain pixels that are connected in sufficient number, with their possible edges."""
     labels, count = ndimage.label(certain, CONNECTED)
     enough = np.bincount(labels.ravel(), minlength=count + 1) >= smallest_px
     enough[0] = False
@@ -119,7 +119,7 @@ def _grown(certain: Mask, perhaps: Mask, smallest_px: int, edge_px: int = EDGE_P
 
 
 def _lines(low: Density, high: Density) -> Mask:
-    """Long thin gray lines, also pale ones: the edge of a coverslip or of a bubble."""
+    """Return long thin gray lines, also pale ones: edges of coverslips or bubbles."""
     gray = (low > LINE) & (high - low < LINE_COLOUR + (1 - GRAY) * high)
     thin = low - ndimage.grey_opening(low, size=LINE_WIDTH_PX) > LINE
     labels, _ = ndimage.label(gray & thin, CONNECTED)
@@ -133,8 +133,8 @@ def _lines(low: Density, high: Density) -> Mask:
     return found
 
 
-def blur_of(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """How blurred patches are, float32 [n], 0 (sharp) to 1 (nothing but slow gradients), from RGB uint8 [n, h, w, 3].
+def measure_blur(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the blur of patches, float32 [n], 0 (sharp) to 1 (only slow gradients), from RGB uint8 [n, h, w, 3].
 
     The blur effect of Crete et al. (2007, doi:10.1117/12.702790): the share of the differences between neighbouring
     pixels that stays when the patch is blurred once more, by a mean of 11 pixels; the larger of both axes. What is
@@ -149,14 +149,14 @@ def blur_of(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _blur(patch: NDArray[np.uint8]) -> float:
-    """Whole numbers throughout, so that every machine finds the same."""
+    """Return the blur of a patch, in integers throughout, so that every machine finds the same."""
     red, green, blue = (patch[..., i].astype(np.uint16) for i in range(3))
     gray = ((77 * red + 150 * green + 29 * blue) >> 8).astype(np.int16)
-    return max(_stays(gray), _stays(gray.T))
+    return max(_blur_along_rows(gray), _blur_along_rows(gray.T))
 
 
-def _stays(gray: NDArray[np.int16]) -> float:
-    """The share along the first axis. Neighbours in a running mean differ by what enters less what leaves it."""
+def _blur_along_rows(gray: NDArray[np.int16]) -> float:
+    """Return the blur along the first axis. Neighbours in a running mean differ by what enters less what leaves it."""
     half = BLUR_PX // 2
     steps = np.abs(gray[half + 1 : -half] - gray[half : -half - 1]) * np.int16(BLUR_PX)
     blurred = np.abs(gray[BLUR_PX:] - gray[:-BLUR_PX])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from wsi_gradcam.audit.measures.shortcuts import border
 from wsi_gradcam.tissue.masks import HIGHEST, MASK_MPP
-from wsi_gradcam.tissue.quality import blur_of, pen_of
+from wsi_gradcam.tissue.quality import measure_blur, pen_mask
 
 Rgb = NDArray[np.uint8]
 Masks = NDArray[np.bool_]
@@ -54,7 +54,7 @@ def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)
     """
     size, side = (rgb.shape[1], rgb.shape[2]), max(1, round(MASK_MPP / mpp))
     coarse = block_means(rgb, side)
-    pen = np.stack([pen_of(patch, SMALLEST_PEN_PX, PEN_EDGE_PX) for patch in coarse])
+    pen = np.stack([pen_mask(patch, SMALLEST_PEN_PX, PEN_EDGE_PX) for patch in coarse])
     bare = glass_of(coarse, glass)
     large = partial(spread_out, side=side, size=size)
     return {
@@ -73,14 +73,14 @@ def glass_of(rgb: Rgb, glass: tuple[int, int, int]) -> Masks:
 
 
 def blurred_windows(rgb: Rgb) -> Masks:
-    """Windows of a quarter of the side in which `wsi_gradcam.tissue.quality.blur_of` finds blur, bool [P, h, w]."""
+    """Return the windows of a quarter of the side that `tissue.quality.measure_blur` finds blurred, bool [P, h, w]."""
     height, width = rgb.shape[1:3]
     windows = max(1, min(WINDOWS, min(height, width) // SMALLEST_WINDOW_PX))
     found = np.zeros(rgb.shape[:3], np.bool_)
     for y in range(windows):
         for x in range(windows):
             rows, columns = _part(height, y, windows), _part(width, x, windows)
-            blur = blur_of(np.ascontiguousarray(rgb[:, rows, columns]))
+            blur = measure_blur(np.ascontiguousarray(rgb[:, rows, columns]))
             found[:, rows, columns] = (blur > BLURRED)[:, None, None]
     return found
 

@@ -1,10 +1,16 @@
-"""What people drew on slides: `read_annotations` gives areas in level-0 pixels, `rasterise` masks of them."""
+"""Annotations that people drew on slides: areas in level-0 pixels, and masks of them."""
 
 from __future__ import annotations
 
 from wsi_gradcam.tissue.annotations.areas import Annotations, Area, rasterise
-from wsi_gradcam.tissue.annotations.reading import read_annotations
-from wsi_gradcam.tissue.annotations.regions import Regions, check_mask, check_masks, regions_for, regions_of
+from wsi_gradcam.tissue.annotations.regions import (
+    Regions,
+    check_mask,
+    check_masks,
+    entry_regions,
+    read_annotations,
+    read_regions,
+)
 
 __all__ = [
     "Annotations",
@@ -12,8 +18,8 @@ __all__ = [
     "Regions",
     "check_mask",
     "check_masks",
+    "entry_regions",
     "rasterise",
     "read_annotations",
-    "regions_for",
-    "regions_of",
+    "read_regions",
 ]

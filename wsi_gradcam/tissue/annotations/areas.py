@@ -1,7 +1,4 @@
-"""What every reader of annotations gives: named areas in level-0 pixels; and the bounds on what is read.
-
-Areas -> bool masks. Exact at pixel centres, whatever the outline.
-"""
+"""Areas of annotations in level-0 pixels, as all readers return them, and masks of areas, exact at pixel centres."""
 
 from __future__ import annotations
 
@@ -24,8 +21,8 @@ if TYPE_CHECKING:
 
 
 # Plain Python values take about twenty times the bytes of their JSON: this keeps a hostile file below a gigabyte.
-MOST_BYTES = 32 << 20
-FARTHEST_PX = 1e8  # no slide is larger: what lies beyond is no pixel coordinate
+MAX_BYTES = 32 << 20
+MAX_COORDINATE_PX = 1e8  # no slide is larger: what lies beyond is no pixel coordinate
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +54,12 @@ class Annotations:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the classes, each once, sorted."""
+        """The names of the classes, each once, sorted."""
         return tuple(sorted({area.name for area in self.areas}))
 
 
-def annotations_of(path: Path, areas: Iterable[Area], ignored: Iterable[str]) -> Annotations:
-    """The file's annotations.
+def make_annotations(path: Path, areas: Iterable[Area], ignored: Iterable[str]) -> Annotations:
+    """Return the annotations of a file.
 
     Raises:
         AnnotationError: there is no area among them.
@@ -76,8 +73,8 @@ def annotations_of(path: Path, areas: Iterable[Area], ignored: Iterable[str]) ->
     return found
 
 
-def outline_of(path: Path, what: str, points: Any) -> NDArray[np.float64]:
-    """The outline float64 [n, 2] of (y, x) from points of (x, y), as all formats have them.
+def make_outline(path: Path, what: str, points: Any) -> NDArray[np.float64]:
+    """Return the outline float64 [n, 2] of (y, x) from points of (x, y), as all formats have them.
 
     Raises:
         AnnotationError: not at least three points of finite numbers that can be pixels.
@@ -89,13 +86,13 @@ def outline_of(path: Path, what: str, points: Any) -> NDArray[np.float64]:
         raise AnnotationError(f"{path}: {what} has points that are not pairs of numbers; expected x and y") from error
     if len(xy) < 3:
         raise AnnotationError(f"{path}: {what} has {len(xy)} points, expected 3 or more")
-    if not bool(np.isfinite(xy).all()) or float(np.abs(xy).max()) > FARTHEST_PX:
+    if not bool(np.isfinite(xy).all()) or float(np.abs(xy).max()) > MAX_COORDINATE_PX:
         raise AnnotationError(f"{path}: {what} has coordinates that are no level-0 pixels of any slide")
     return xy[:, ::-1].copy()
 
 
 def ellipse(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The outline of the ellipse that touches the sides of the box round `corners`."""
+    """Return the outline of the ellipse in the bounding box of `corners`."""
     low, high = corners.min(axis=0), corners.max(axis=0)
     centre, radius = (low + high) / 2, (high - low) / 2
     angle = np.linspace(0, 2 * math.pi, 180, endpoint=False)
@@ -104,23 +101,23 @@ def ellipse(corners: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def box(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The outline of the box round `corners`."""
+    """Return the outline of the bounding box of `corners`."""
     (top, left), (bottom, right) = corners.min(axis=0), corners.max(axis=0)
     return np.array([(top, left), (top, right), (bottom, right), (bottom, left)])
 
 
-CROSSINGS = 1 << 20  # of an outline with rows of pixels that are looked at together: bounds the memory
+CROSSINGS = 1 << 20  # of an outline with rows of pixels in one step: bounds the memory
 # Pixels and crossings of all outlines: some ten seconds. A thousand annotations that each fill a large slide's mask.
-MOST_WORK = 4e9
+MAX_WORK = 4e9
 
 
 def rasterise(
     areas: Sequence[Area], slide_px: tuple[int, int], shape: tuple[int, int], source: str = "annotations"
 ) -> NDArray[np.bool_]:
-    """Which pixels of a mask over a slide lie in some area, bool [h, w].
+    """Return the pixels of a mask over a slide that lie in some area, bool [h, w].
 
     A pixel is in an area when its centre lies inside the outline and in no hole. An outline that crosses itself
-    holds all that it goes round. Of an area too small to hold any centre, the pixel in its middle counts, so that
+    contains all that it surrounds. Of an area too small to hold any centre, the pixel in its middle counts, so that
     nothing that was drawn on the slide is lost.
 
     Args:
@@ -141,14 +138,14 @@ def rasterise(
         if bottom <= top or right <= left:  # beside the slide
             continue
         work += len(outlines) * (bottom - top) * (right - left) + sum(_crossings(o, top, bottom) for o in outlines)
-        if work > MOST_WORK:
+        if work > MAX_WORK:
             raise AnnotationError(f"{source}: its outlines cover the slide too many times over; expected fewer areas")
         mask[top:bottom, left:right] |= _inside(outlines, (top, left), (bottom - top, right - left))
     return mask
 
 
 def _box(outline: NDArray[np.float64], shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the pixels that an outline can touch."""
+    """Return (top, left, bottom, right) of the pixels that an outline can touch."""
     low = np.clip(np.floor(outline.min(axis=0)), 0, shape).astype(int).tolist()
     high = np.clip(np.ceil(outline.max(axis=0)), 0, shape).astype(int).tolist()
     return low[0], low[1], high[0], high[1]
@@ -159,7 +156,7 @@ def _crossings(outline: NDArray[np.float64], top: int, bottom: int) -> float:
 
 
 def _inside(outlines: list[NDArray[np.float64]], corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """What lies in the first outline and not in the others; all are in mask pixels, the result begins at `corner`."""
+    """Return the inside of the first outline without the others, all in mask pixels; the result begins at `corner`."""
     origin = np.array(corner)
     inside = fill(outlines[0] - origin, size)
     if not inside.any():
@@ -171,7 +168,7 @@ def _inside(outlines: list[NDArray[np.float64]], corner: tuple[int, int], size: 
 
 
 def fill(outline: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Pixels whose centres the outline goes round, bool [h, w]; (y, x) are in pixels from the corner.
+    """Return the pixels whose centres the outline surrounds, bool [h, w]; (y, x) are in pixels from the corner.
 
     Each edge adds its direction to the winding number of what lies right of where it crosses a row of centres
     (half-open, so that a vertex on a row counts once); a pixel is inside where the number is not 0.
@@ -194,12 +191,12 @@ def fill(outline: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.boo
 
 
 def _row(y: NDArray[np.float64], height: int) -> NDArray[np.int64]:
-    """The first row whose centre is at or below `y`."""
+    """Return the first row whose centre is at or below `y`."""
     return np.clip(np.ceil(y - 0.5), 0, height).astype(np.int64)
 
 
 def _parts(counts: NDArray[np.int64]) -> list[slice]:
-    """Runs of edges with about CROSSINGS crossings each."""
+    """Return runs of edges with about CROSSINGS crossings each."""
     total = np.cumsum(counts)
     if not total[-1]:
         return []

@@ -1,14 +1,11 @@
-"""The part of a slide that is to be explained, as a file of annotations or a mask says it.
-
-A mask drawn as a PNG: what is not black is in.
-"""
+"""Regions of slides to be explained: files of annotations and PNG masks, found, read and turned into masks."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,26 +14,90 @@ import numpy as np
 from PIL import Image
 
 from wsi_gradcam.errors import AnnotationError, ConfigError
-from wsi_gradcam.tissue.annotations.areas import rasterise
-from wsi_gradcam.tissue.annotations.reading import PICTURE, file_for, parse, read_bytes
+from wsi_gradcam.tissue.annotations.areas import MAX_BYTES, Annotations, rasterise
+from wsi_gradcam.tissue.annotations.geojson import read_geojson
+from wsi_gradcam.tissue.annotations.xml import read_xml
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.run.settings import Settings
-    from wsi_gradcam.tissue.annotations.areas import Annotations
 
-
+READERS: dict[str, Callable[[Path, bytes], Annotations]] = {
+    ".geojson": read_geojson,
+    ".json": read_geojson,
+    ".xml": read_xml,
+}
+PICTURE = ".png"
+ENDINGS = (PICTURE, *READERS)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # 8,000 x 8,000: a slide of 128,000 px at a sixteenth. Pillow itself warns of bombs from 89 million on.
-MOST_PX = 64_000_000
+MAX_MASK_PX = 64_000_000
 
 
-def read_picture(path: Path, data: bytes) -> NDArray[np.bool_]:
-    """The mask in a PNG, bool [h, w]: pixels with any colour but black (of a palette, any number but 0).
+def read_annotations(path: Path) -> Annotations:
+    """Return the areas that were drawn on a slide: GeoJSON of QuPath, XML of ASAP or Aperio ImageScope.
 
-    What is wholly transparent is out.
+    Raises:
+        AnnotationError: no such file, another format, damaged, or without an area.
+    """
+    return parse(path, read_bytes(path))
+
+
+def parse(path: Path, data: bytes) -> Annotations:
+    """Return the areas in the file's bytes; errors as for `read_annotations`."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise AnnotationError(f"{path}: not a file of annotations; expected {' '.join(READERS)}")
+    return reader(path, data)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the file's content.
+
+    Raises:
+        AnnotationError: it cannot be read, or is larger than any that a person drew.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise AnnotationError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    if len(data) > MAX_BYTES:
+        raise AnnotationError(
+            f"{path}: larger than {MAX_BYTES >> 20} MiB, more than anybody draws; export annotations without the "
+            "detected cells"
+        )
+    return data
+
+
+def mask_file(folder: Path, slide_id: str) -> Path:
+    """Return the slide's file in a folder of masks: named as the slide, with or without its ending.
+
+    Slides in folders have their masks in folders of the same name, or all in one.
+
+    Raises:
+        AnnotationError: there is none, or more than one.
+    """
+    slide = Path(slide_id)
+    names = (slide, slide.with_suffix(""), Path(slide.name), Path(slide.stem))
+    for name in names:
+        found = [file for ending in ENDINGS if (file := folder / f"{name}{ending}").is_file()]
+        if len(found) > 1:
+            listed = ", ".join(file.name for file in found)
+            raise AnnotationError(f"{folder}: {listed} are all masks of slide {slide_id}; expected one of them")
+        if found:
+            return found[0]
+    raise AnnotationError(
+        f"{folder}: no mask of slide {slide_id}; expected {slide.stem} with one of the endings {' '.join(ENDINGS)}"
+    )
+
+
+def read_png_mask(path: Path, data: bytes) -> NDArray[np.bool_]:
+    """Return the mask in a PNG, bool [h, w]: pixels of any colour but black (of a palette, any number but 0).
+
+    Wholly transparent pixels are out.
 
     Raises:
         AnnotationError: not a PNG, damaged, or too large.
@@ -44,10 +105,10 @@ def read_picture(path: Path, data: bytes) -> NDArray[np.bool_]:
     if data[:8] != SIGNATURE or data[12:16] != b"IHDR" or len(data) < 24:
         raise AnnotationError(f"{path}: not a PNG; expected a mask as PNG that covers the whole slide")
     width, height = struct.unpack(">II", data[16:24])
-    if width * height > MOST_PX:
+    if width * height > MAX_MASK_PX:
         raise AnnotationError(
-            f"{path}: {height} x {width} px, expected at most {MOST_PX:,} px; a mask of a sixteenth of the slide is "
-            "as fine as it is used"
+            f"{path}: {height} x {width} px, expected at most {MAX_MASK_PX:,} px; a mask of a sixteenth of the slide "
+            "is as fine as it is used"
         )
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -57,7 +118,7 @@ def read_picture(path: Path, data: bytes) -> NDArray[np.bool_]:
 
 
 def _not_black(image: Image.Image) -> NDArray[np.bool_]:
-    """A strip at a time: all channels of a large mask at once would be four times the mask."""
+    """Return the pixels that are not black, by strips: all channels at once would be four times the mask."""
     image.load()
     found = np.zeros((image.height, image.width), np.bool_)
     for top in range(0, image.height, 256):
@@ -68,22 +129,22 @@ def _not_black(image: Image.Image) -> NDArray[np.bool_]:
     return found
 
 
-def resized(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask at another size: a pixel is in where at least half of what it covers is."""
+def resize_mask(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the mask at another size: a pixel is in where at least half of its area is."""
     gray = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
     return np.asarray(gray.resize((shape[1], shape[0]), Image.Resampling.BOX)) > 127
 
 
 @dataclass(frozen=True)
 class Regions:
-    """A slide's mask file, read but not yet understood.
+    """A slide's mask file, read but not yet parsed.
 
     Attributes:
         path: of the file.
         data: its content.
         include: names of the classes that are in; none: all that are not excluded.
         exclude: names of the classes that are out.
-        shared: whether the file is one of a folder, where not every class is on every slide.
+        shared: True for a file of a folder, where not every class is on every slide.
     """
 
     path: Path
@@ -98,7 +159,7 @@ class Regions:
         return hashlib.sha256(self.data).hexdigest()
 
     def mask(self, slide_px: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.bool_]:
-        """What is to be explained, bool [h, w] over the whole slide of `slide_px` (height, width).
+        """Return what is to be explained, bool [h, w] over the whole slide of `slide_px` (height, width).
 
         Included classes without what excluded ones cover. Where only classes to exclude were drawn, it is the rest
         of the slide.
@@ -109,7 +170,7 @@ class Regions:
         if self.path.suffix.lower() == PICTURE:
             if self.include or self.exclude:
                 raise AnnotationError(f"{self.path}: a picture has no classes; leave --include and --exclude out")
-            return resized(read_picture(self.path, self.data), shape)
+            return resize_mask(read_png_mask(self.path, self.data), shape)
         found = parse(self.path, self.data)
         self._check(found)
         wanted = set(self.include or found.names) - set(self.exclude)
@@ -120,7 +181,7 @@ class Regions:
         return mask & ~rasterise(unwanted, slide_px, shape, str(self.path)) if unwanted else mask
 
     def _check(self, found: Annotations) -> None:
-        """Refuse names that are nowhere: what was misspelt would be left out, or explained, without a word."""
+        """Refuse unknown classes: a misspelt one would be left out, or explained, without a warning."""
         missing = sorted({*self.include, *self.exclude} - set(found.names))
         if self.shared:
             missing = [] if not self.include or set(self.include) & set(found.names) else sorted(self.include)
@@ -129,10 +190,10 @@ class Regions:
             raise AnnotationError(f"{self.path}: no annotation is called {missing[0]!r}; there are {listed}")
 
 
-def regions_of(
+def read_regions(
     mask: Path | None, slide_id: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
 ) -> Regions | None:
-    """What is to be explained of a slide; None without a mask: all of it.
+    """Return the regions of a slide to be explained; None without a mask: all of it.
 
     Args:
         mask: a file, or a folder with a file for each slide.
@@ -144,31 +205,31 @@ def regions_of(
     if mask is None:
         return None
     shared = mask.is_dir()
-    path = file_for(mask, slide_id) if shared else mask
+    path = mask_file(mask, slide_id) if shared else mask
     return Regions(path, read_bytes(path), include, exclude, shared)
 
 
-def regions_for(entry: SlideEntry, settings: Settings) -> Regions | None:
-    """What is to be explained of a slide of a run: by its own mask, which a list names, else by the settings'.
+def entry_regions(entry: SlideEntry, settings: Settings) -> Regions | None:
+    """Return the regions of a slide of a run: by its own mask, which a list names, else by the settings'.
 
     Raises:
         AnnotationError: there is no such file, or it cannot be read.
     """
     if not entry.mask:
-        return regions_of(settings.mask, entry.id, settings.include, settings.exclude)
+        return read_regions(settings.mask, entry.id, settings.include, settings.exclude)
     path = Path(entry.mask)
     return Regions(path, read_bytes(path), settings.include, settings.exclude, shared=True)
 
 
 def check_masks(entries: Sequence[SlideEntry], settings: Settings) -> None:
-    """Refuse before any work what can be fulfilled for no slide; errors as of `check_mask`."""
+    """Refuse, before any work, masks that fit no slide; errors as of `check_mask`."""
     without = sum(not entry.mask for entry in entries)
     if settings.mask is not None or without == len(entries):
         check_mask(settings.mask, settings.include, settings.exclude, without)
 
 
 def check_mask(mask: Path | None, include: Sequence[str], exclude: Sequence[str], slides: int) -> None:
-    """Refuse before any work what can be fulfilled for no slide.
+    """Refuse, before any work, a mask that fits no slide.
 
     Raises:
         ConfigError: classes without a mask, a mask that does not exist, or one file for several slides.

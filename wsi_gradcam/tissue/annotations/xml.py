@@ -1,6 +1,6 @@
 """Annotations in XML: ASAP's `ASAP_Annotations` and Aperio ImageScope's `Annotations`.
 
-Both are read as a stream by expat, so that no tree of the file stands in memory. A document type is refused: these
+Both are read as a stream by expat, so that no tree of the file is built in memory. A document type is refused: these
 programs write none, and entities are how a small XML file becomes a large one.
 """
 
@@ -14,7 +14,7 @@ from xml.parsers import expat
 import numpy as np
 
 from wsi_gradcam.errors import AnnotationError
-from wsi_gradcam.tissue.annotations.areas import Annotations, Area, annotations_of, box, ellipse, outline_of
+from wsi_gradcam.tissue.annotations.areas import Annotations, Area, box, ellipse, make_annotations, make_outline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Attributes = dict[str, str]
-DEEPEST = 64  # elements inside each other; these formats need seven
+MAX_DEPTH = 64  # of nested elements; these formats need seven
 
 # ASAP's types that enclose something; a Spline's points are joined by straight lines here.
 ASAP_CLOSED = frozenset({"Polygon", "Rectangle", "Spline"})
@@ -32,7 +32,7 @@ IMAGESCOPE_NAMES = {"3": "arrow", "4": "ruler", "5": "counter"}
 
 
 def read_xml(path: Path, data: bytes) -> Annotations:
-    """The areas of an ASAP or ImageScope file, told apart by the outermost element.
+    """Return the areas of an ASAP or ImageScope file, distinguished by the root element.
 
     Raises:
         AnnotationError: neither, damaged, or without an area.
@@ -50,13 +50,13 @@ def read_xml(path: Path, data: bytes) -> Annotations:
         raise AnnotationError(f"{path}: damaged or no XML: {error}; expected annotations of ASAP or ImageScope") from (
             error
         )
-    assert reader.format is not None  # a document without an outermost element is an ExpatError
+    assert reader.format is not None  # a document without a root element is an ExpatError
     areas, ignored = reader.format.result()
-    return annotations_of(path, areas, ignored)
+    return make_annotations(path, areas, ignored)
 
 
 class _Reader:
-    """Finds out which format it is, and passes the elements on."""
+    """Detects the format, and passes the elements on."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -65,8 +65,8 @@ class _Reader:
 
     def start(self, tag: str, attributes: Attributes) -> None:
         self._depth += 1
-        if self._depth > DEEPEST:
-            raise AnnotationError(f"{self._path}: more than {DEEPEST} elements inside each other; no annotation file")
+        if self._depth > MAX_DEPTH:
+            raise AnnotationError(f"{self._path}: more than {MAX_DEPTH} elements inside each other; no annotation file")
         if self.format is not None:
             self.format.start(tag, attributes)
         elif tag in FORMATS:
@@ -116,7 +116,7 @@ class _Asap:
             return
         points = [(x, y) for _, x, y in sorted(self._points, key=lambda point: point[0])]
         self._areas.append(
-            Area(name if group == "None" else group, outline_of(self._path, f"annotation {name!r}", points))
+            Area(name if group == "None" else group, make_outline(self._path, f"annotation {name!r}", points))
         )
 
     def result(self) -> tuple[list[Area], list[str]]:
@@ -132,7 +132,7 @@ class _Layer:
     negative: list[NDArray[np.float64]] = field(default_factory=list)
 
     def areas(self) -> list[Area]:
-        """What is inside a positive region and in no negative one."""
+        """Return the areas inside positive regions, with negative ones as holes."""
         areas = [Area(self.name, outline) for outline in self.positive]
         if not self.negative:
             return areas
@@ -185,9 +185,9 @@ class _ImageScope:
     def _outline(self, kind: str, what: str) -> NDArray[np.float64]:
         points = self._points
         if kind == FREEHAND:
-            return outline_of(self._path, what, points)
+            return make_outline(self._path, what, points)
         # Two opposite corners are enough for a box; a point said twice makes it pass as an outline.
-        corners = outline_of(self._path, what, [*points, *points] if len(points) == 2 else points)
+        corners = make_outline(self._path, what, [*points, *points] if len(points) == 2 else points)
         return box(corners) if kind == RECTANGLE else ellipse(corners)
 
     def result(self) -> tuple[list[Area], list[str]]:

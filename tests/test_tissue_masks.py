@@ -16,10 +16,14 @@ from tests.oracles import share_of
 from tests.slides_in_memory import ArraySlide
 from tests.synthetic import GLASS, tissue_texture
 from wsi_gradcam.errors import MppError
-from wsi_gradcam.tissue.masks import fraction_in, glass_colour, mask_of, masks_of, tissue_mask
+from wsi_gradcam.tissue.masks import Shares, find_masks, glass_colour, slide_masks
 
 Rgb = npt.NDArray[np.uint8]
 PINK_PALE, FAT = (232, 222, 230), (226, 226, 228)
+
+
+def tissue_of(picture: Rgb, smallest_px: int = 0) -> npt.NDArray[np.bool_]:
+    return find_masks(picture, smallest_px).tissue
 
 
 def glass(size: tuple[int, int], colour: tuple[int, int, int] = GLASS, sigma: float = 1.5) -> Rgb:
@@ -44,29 +48,29 @@ def agreement(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
 def test_tissue_is_told_from_glass(colour: tuple[int, int, int], background: tuple[int, int, int]) -> None:
     picture = glass((120, 160), background)
     where = with_square(picture, colour, 30, 50, 50)
-    assert agreement(mask_of(picture), where) > 0.85
+    assert agreement(tissue_of(picture), where) > 0.85
 
 
 def test_pale_tissue_is_kept_beside_dark_tissue() -> None:
     picture = glass((150, 200))
     pale, dark = with_square(picture, PINK_PALE, 20, 20, 40), with_square(picture, (118, 66, 142), 70, 110, 60)
-    assert agreement(mask_of(picture), pale | dark) > 0.85
+    assert agreement(tissue_of(picture), pale | dark) > 0.85
 
 
 @pytest.mark.parametrize("background", [GLASS, (255, 255, 255), (215, 214, 210)])
 @pytest.mark.parametrize("sigma", [0.0, 1.5, 3.0])
 def test_all_glass_is_empty(background: tuple[int, int, int], sigma: float) -> None:
-    assert not mask_of(glass((100, 100), background, sigma)).any()
+    assert not tissue_of(glass((100, 100), background, sigma)).any()
 
 
 def test_uneven_lamp_light_is_no_tissue() -> None:
     shade = np.linspace(-4, 4, 200)[:, None, None]
     picture = np.clip(glass((200, 200)).astype(float) + shade, 0, 255).astype(np.uint8)
-    assert mask_of(picture).mean() < 0.01
+    assert tissue_of(picture).mean() < 0.01
 
 
 def test_all_tissue_is_full() -> None:
-    assert mask_of(tissue_texture(128, np.random.default_rng(0))).mean() > 0.98
+    assert tissue_of(tissue_texture(128, np.random.default_rng(0))).mean() > 0.98
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 5), (40, 1)])
@@ -83,7 +87,7 @@ def test_all_tissue_is_full() -> None:
 def test_a_single_colour_is_one_answer_at_any_size(
     size: tuple[int, int], colour: tuple[int, int, int], tissue: bool
 ) -> None:
-    mask = mask_of(np.full((*size, 3), colour, np.uint8), smallest_px=0)
+    mask = tissue_of(np.full((*size, 3), colour, np.uint8), smallest_px=0)
     assert mask.shape == size
     assert (mask == tissue).all()
 
@@ -91,7 +95,7 @@ def test_a_single_colour_is_one_answer_at_any_size(
 @given(npst.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))), st.integers(0, 20))
 def test_any_picture_gives_a_mask_of_its_size(picture: Rgb, smallest: int) -> None:
     before = picture.copy()
-    mask = mask_of(picture, smallest)
+    mask = tissue_of(picture, smallest)
     assert mask.shape == picture.shape[:2]
     assert mask.dtype == np.bool_
     np.testing.assert_array_equal(picture, before)
@@ -102,9 +106,9 @@ def test_dust_and_pinholes_are_dropped() -> None:
     where = with_square(picture, (231, 160, 196), 20, 20, 60)
     picture[43:53, 43:53] = GLASS
     picture[100:104, 100:104] = (110, 80, 120)
-    assert mask_of(picture)[102, 102]
-    assert not mask_of(picture)[48, 48]
-    mask = mask_of(picture, smallest_px=100)
+    assert tissue_of(picture)[102, 102]
+    assert not tissue_of(picture)[48, 48]
+    mask = tissue_of(picture, smallest_px=100)
     assert not mask[95:, 95:].any()
     assert mask[48, 48]
     assert agreement(mask, where) > 0.9
@@ -125,7 +129,7 @@ class TestOfASlide:
     def test_covers_the_slide_at_eight_um_per_pixel(self) -> None:
         level0 = glass((640, 960))
         where = with_square(level0, (200, 120, 160), 320, 480, 256)
-        mask = tissue_mask(ArraySlide([level0], (2.0, 2.0)))
+        mask = slide_masks(ArraySlide([level0], (2.0, 2.0))).tissue
         assert mask.shape == (160, 240)
         assert agreement(mask, where[2::4, 2::4]) > 0.9
 
@@ -133,26 +137,26 @@ class TestOfASlide:
         for mpp, kept in ((1.0, False), (4.0, True)):
             level0 = glass((600, 600))
             with_square(level0, (120, 60, 130), 280, 280, 32)
-            assert tissue_mask(ArraySlide([level0], (mpp, mpp))).any() == kept
+            assert slide_masks(ArraySlide([level0], (mpp, mpp))).tissue.any() == kept
 
     def test_needs_the_mpp(self) -> None:
         with pytest.raises(MppError, match="--mpp"):
-            tissue_mask(ArraySlide([glass((20, 20))], None))
+            slide_masks(ArraySlide([glass((20, 20))], None))
 
     @pytest.mark.parametrize("size", [(1, 1), (3, 500), (50, 50)])
     def test_of_any_size_has_a_mask(self, size: tuple[int, int]) -> None:
-        assert tissue_mask(ArraySlide([glass(size, (120, 60, 130))], (0.5, 0.5))).size >= 1
+        assert slide_masks(ArraySlide([glass(size, (120, 60, 130))], (0.5, 0.5))).tissue.size >= 1
 
 
 class TestRealTiles:
     @pytest.mark.parametrize("name", ["no-tissue.png", "no-tissue2.png", "almost-white-1.png"])
     def test_glass_is_nearly_empty(self, shared_data: Path, name: str) -> None:
-        assert mask_of(rgb_of(shared_data / "tiles/histolab_qc_tiles" / name)).mean() < 0.02
+        assert tissue_of(rgb_of(shared_data / "tiles/histolab_qc_tiles" / name)).mean() < 0.02
 
     def test_tumour_crops_are_nearly_full(self, shared_data: Path) -> None:
         files = sorted((shared_data / "tiles/ocdc_tumour_masks/images").glob("*.jpg"))
         # 0.5 um per pixel; the mask is made at 8.
-        shares = [mask_of(rgb_of(file, shrink=16)).mean() for file in files]
+        shares = [tissue_of(rgb_of(file, shrink=16)).mean() for file in files]
         assert len(shares) == 7
         assert min(shares) > 0.8
         assert np.mean(shares) > 0.92
@@ -172,7 +176,7 @@ def test_shares_of_boxes_equal_counting(
 ) -> None:
     edges = np.array([(y, x, y + height, x + width) for y, x, height, width in found])
     expected = [share_of(mask, *edge) for edge in edges.tolist()]
-    np.testing.assert_allclose(fraction_in(mask, edges), expected, atol=2e-6)
+    np.testing.assert_allclose(Shares(mask).of(edges), expected, atol=2e-6)
 
 
 @given(st.integers(1, 2048), st.floats(0.1, 300), st.data())
@@ -185,19 +189,19 @@ def test_none_is_zero_and_all_is_one_exactly(size: int, side: float, data: st.Da
         return
     box = np.array([[left, left, left + side, left + side]])
     full = np.ones((size, size), np.bool_)
-    assert fraction_in(full, box)[0] == 1
+    assert Shares(full).of(box)[0] == 1
     full[np.floor(left).astype(int) : np.ceil(left + side).astype(int)] = False
-    assert fraction_in(full, box)[0] == 0
+    assert Shares(full).of(box)[0] == 0
 
 
 def test_a_slide_without_colour_has_tissue_and_no_shadows() -> None:
     gray = np.full((200, 300, 3), 240, np.uint8)
     gray[:, :10] = 0
     gray[50:150, 80:220] = np.random.default_rng(0).integers(60, 160, (100, 140, 1), dtype=np.uint8)
-    found = masks_of(gray, 20)
+    found = find_masks(gray, 20)
     assert found.tissue[60:140, 90:210].mean() > 0.95
     assert not found.shadow[:, 20:].any()
     assert not found.tissue[:, :10].any()
     assert not found.pen.any()
     gray[10:40, 10:290] = (200, 120, 160)  # with some colour, gray is a shadow again
-    assert masks_of(gray, 20).shadow[60:140, 90:210].mean() > 0.9
+    assert find_masks(gray, 20).shadow[60:140, 90:210].mean() > 0.9

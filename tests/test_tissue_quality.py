@@ -16,8 +16,8 @@ from scipy import ndimage
 from skimage.measure import blur_effect
 
 from tests.synthetic import GLASS
-from wsi_gradcam.tissue.masks import mask_of, masks_of
-from wsi_gradcam.tissue.quality import BLUR_PX, blur_of, densities, pen_of, shadow_of
+from wsi_gradcam.tissue.masks import find_masks
+from wsi_gradcam.tissue.quality import BLUR_PX, densities, measure_blur, pen_mask, shadow_mask
 
 Rgb = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -57,8 +57,8 @@ def with_stroke(picture: Rgb, colour: Colour, width: int = 14) -> npt.NDArray[np
 def test_strokes_on_glass_are_found_and_are_no_tissue(name: str) -> None:
     picture = glass((120, 160))
     stroke = with_stroke(picture, INKS[name])
-    assert pen_of(picture)[stroke].mean() > 0.97
-    masks = masks_of(picture, 78)
+    assert pen_mask(picture)[stroke].mean() > 0.97
+    masks = find_masks(picture, 78)
     assert not masks.tissue.any()
     assert masks.pen[stroke].all()
     assert masks.pen.mean() < 3 * stroke.mean()
@@ -68,7 +68,7 @@ def test_strokes_on_glass_are_found_and_are_no_tissue(name: str) -> None:
 def test_strokes_across_tissue_leave_the_tissue_beside(name: str) -> None:
     picture = glass((120, 200), STAINS["eosin"], 6)
     stroke = with_stroke(picture, INKS[name])
-    masks = masks_of(picture, 78)
+    masks = find_masks(picture, 78)
     assert masks.pen[stroke].mean() > 0.97
     beside = ndimage.distance_transform_edt(~stroke) > 20
     assert masks.tissue[beside].all()
@@ -77,18 +77,18 @@ def test_strokes_across_tissue_leave_the_tissue_beside(name: str) -> None:
 @pytest.mark.parametrize("name", STAINS)
 def test_stains_are_neither_ink_nor_shadow(name: str) -> None:
     picture = glass((80, 80), STAINS[name], 5)
-    assert not pen_of(picture).any()
-    assert not shadow_of(picture, GLASS).any()
+    assert not pen_mask(picture).any()
+    assert not shadow_mask(picture, GLASS).any()
     slide = glass((140, 140))
     slide[30:110, 30:110] = picture
-    assert mask_of(slide)[32:108, 32:108].all()
+    assert find_masks(slide).tissue[32:108, 32:108].all()
 
 
 def test_a_speck_of_ink_is_not_looked_at() -> None:
     picture = glass((60, 60), STAINS["eosin"], 3)
     picture[20:25, 20:25] = BLUE
-    assert pen_of(picture, 1).any()
-    assert not pen_of(picture, 40).any()
+    assert pen_mask(picture, 1).any()
+    assert not pen_mask(picture, 40).any()
 
 
 def test_ink_is_followed_to_its_pale_edge_and_no_farther() -> None:
@@ -96,7 +96,7 @@ def test_ink_is_followed_to_its_pale_edge_and_no_farther() -> None:
         np.uint8
     )
     picture = np.repeat(faded[None], 20, axis=0)
-    found = pen_of(picture)
+    found = pen_mask(picture)
     red, green, _ = densities(picture)
     certain = red - green > 0.15
     assert certain.any()
@@ -109,7 +109,7 @@ def test_ink_is_followed_to_its_pale_edge_and_no_farther() -> None:
 def test_a_gray_shadow_along_the_border_is_dropped(gray: int) -> None:
     picture = glass((100, 160))
     picture[:, 130:] = gray
-    masks = masks_of(picture, 78)
+    masks = find_masks(picture, 78)
     assert not masks.tissue.any()
     assert (masks.shadow | masks.pen)[:, 132:].all()
     assert masks.glass[:, :120].all()
@@ -123,7 +123,7 @@ def test_the_edge_of_a_coverslip_is_dropped_and_tissue_beside_it_kept(value: int
     line[20 : 20 + width, 10:390] = line[20:290, 380 : 380 + width] = 1
     picture *= 1 - ndimage.gaussian_filter(line, 0.7)[..., None] * (1 - value / 243)
     picture[100:200, 100:200] = glass((100, 100), STAINS["pale"], 3)
-    masks = masks_of(picture.astype(np.uint8), 78)
+    masks = find_masks(picture.astype(np.uint8), 78)
     square = np.zeros((300, 400), np.bool_)
     square[100:200, 100:200] = True
     assert masks.tissue[square].mean() > 0.99
@@ -134,7 +134,7 @@ def test_the_edge_of_a_coverslip_is_dropped_and_tissue_beside_it_kept(value: int
 def test_a_strand_of_tissue_is_no_line() -> None:
     picture = glass((100, 300))
     picture[50:54, 20:280] = (225, 190, 210)
-    masks = masks_of(picture, 78)
+    masks = find_masks(picture, 78)
     assert masks.tissue[51:53, 20:280].all()
     assert not masks.shadow.any()
 
@@ -142,12 +142,12 @@ def test_a_strand_of_tissue_is_no_line() -> None:
 def test_a_net_of_gray_membranes_is_no_line() -> None:
     picture = glass((200, 200))
     picture[::8] = picture[:, ::8] = (215, 214, 216)
-    assert masks_of(picture, 78).tissue.mean() > 0.9
+    assert find_masks(picture, 78).tissue.mean() > 0.9
 
 
 @given(npst.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))), st.integers(0, 20))
 def test_masks_of_any_picture_never_overlap(picture: Rgb, smallest: int) -> None:
-    masks = masks_of(picture, smallest)
+    masks = find_masks(picture, smallest)
     total = sum(m.astype(int) for m in (masks.tissue, masks.pen, masks.glass))
     assert np.all(total == 1)
     assert not (masks.shadow & (masks.tissue | masks.pen)).any()
@@ -160,7 +160,7 @@ class TestRealPictures:
     @pytest.mark.parametrize("name", ["no-tissue-green-pen", "no-tissue-red-pen"])
     def test_pen_on_glass_is_found(self, shared_data: Path, name: str, shrink: int) -> None:
         picture = rgb_of(shared_data / f"tiles/histolab_qc_tiles/{name}.png", shrink)
-        masks = masks_of(picture, 20)
+        masks = find_masks(picture, 20)
         assert masks.tissue.mean() < 0.01  # 0.8 of each without this
         assert masks.pen.mean() > 0.75
 
@@ -168,7 +168,7 @@ class TestRealPictures:
         picture = rgb_of(shared_data / "tiles/histolab_qc_tiles/very-low-nuclei-score-red-pen-level1.png", 8)
         red, green, _ = densities(picture)
         inked = (green > 0.3) & (red < 0.12 * green)
-        masks = masks_of(picture, 20)
+        masks = find_masks(picture, 20)
         assert inked.mean() > 0.05
         assert masks.pen[inked].mean() > 0.97
 
@@ -176,18 +176,18 @@ class TestRealPictures:
     def test_scanned_tissue_is_not_lost(self, shared_data: Path, folder: str, shrink: int) -> None:
         pictures = [rgb_of(file, shrink) for file in sorted((shared_data / "tiles" / folder).rglob("*.jpg"))]
         assert len(pictures) >= 7
-        assert not any(masks_of(picture, 78).pen.any() for picture in pictures)
-        assert not any(masks_of(picture, 78).shadow.any() for picture in pictures)
+        assert not any(find_masks(picture, 78).pen.any() for picture in pictures)
+        assert not any(find_masks(picture, 78).shadow.any() for picture in pictures)
 
     @pytest.mark.parametrize("shrink", [2, 4, 8])
     def test_dab_and_haematoxylin_are_not_lost(self, shrink: int) -> None:
         picture = np.asarray(Image.fromarray(skimage.data.immunohistochemistry()).reduce(shrink))
-        assert not (pen_of(picture, 78) | shadow_of(picture, smallest_px=78)).any()
+        assert not (pen_mask(picture, 78) | shadow_mask(picture, smallest_px=78)).any()
 
     def test_photographs_with_a_cast_lose_less_than_a_hundredth(self, shared_data: Path) -> None:
         files = sorted((shared_data / "tiles/oscc_oral").rglob("*100x*.jpg"))[::4]
         assert len(files) > 100
-        found = [masks_of(rgb_of(file, 8), 78) for file in files]
+        found = [find_masks(rgb_of(file, 8), 78) for file in files]
         assert np.mean([(m.pen | m.shadow).mean() for m in found]) < 0.01
 
 
@@ -208,7 +208,7 @@ def blurred(patches: Rgb, sigma: float) -> Rgb:
 
 class TestBlur:
     def test_grows_with_blur_in_every_patch(self) -> None:
-        measured = [blur_of(blurred(tissue_patches(), sigma)) for sigma in (0, 0.7, 1, 1.5, 2, 3, 4)]
+        measured = [measure_blur(blurred(tissue_patches(), sigma)) for sigma in (0, 0.7, 1, 1.5, 2, 3, 4)]
         assert np.all(np.diff(measured, axis=0) > 0)
         assert measured[0].max() < 0.35
         assert measured[-1].min() > 0.6
@@ -216,31 +216,31 @@ class TestBlur:
     def test_is_the_same_for_pale_stain(self) -> None:
         patches = tissue_patches()
         pale = (255 - (255 - patches.astype(float)) * 0.4).astype(np.uint8)
-        assert np.abs(blur_of(pale) - blur_of(patches)).max() < 0.03
+        assert np.abs(measure_blur(pale) - measure_blur(patches)).max() < 0.03
 
     def test_orders_patches_as_the_published_measure(self) -> None:
         """scikit-image's has Sobel's filter in place of differences, so only the order agrees."""
         patches = np.concatenate([blurred(tissue_patches(), sigma) for sigma in (0, 1, 2, 4)])
         expected = [blur_effect(patch, channel_axis=-1) for patch in patches]
-        assert np.corrcoef(blur_of(patches), expected)[0, 1] > 0.97
+        assert np.corrcoef(measure_blur(patches), expected)[0, 1] > 0.97
 
     @given(npst.arrays(np.uint8, st.tuples(st.just(2), st.integers(12, 20), st.integers(12, 20), st.just(3))))
     def test_equals_its_definition(self, patches: Rgb) -> None:
-        np.testing.assert_allclose(blur_of(patches), [slow_blur(patch) for patch in patches], atol=1e-6)
+        np.testing.assert_allclose(measure_blur(patches), [slow_blur(patch) for patch in patches], atol=1e-6)
 
     @given(npst.arrays(np.uint8, st.tuples(st.just(3), st.integers(12, 20), st.integers(12, 20), st.just(3))))
     def test_is_a_share_of_each_patch_by_itself(self, patches: Rgb) -> None:
-        found = blur_of(patches)
+        found = measure_blur(patches)
         assert found.dtype == np.float32
         assert np.all((found >= 0) & (found <= 1) | np.isnan(found))
-        np.testing.assert_array_equal(found, np.concatenate([blur_of(patch[None]) for patch in patches]))
+        np.testing.assert_array_equal(found, np.concatenate([measure_blur(patch[None]) for patch in patches]))
 
     @pytest.mark.parametrize("shape", [(1, 1), (11, 11), (64, 64)])
     def test_without_a_difference_it_is_not_known(self, shape: tuple[int, int]) -> None:
-        assert np.isnan(blur_of(np.full((2, *shape, 3), 200, np.uint8))).all()
+        assert np.isnan(measure_blur(np.full((2, *shape, 3), 200, np.uint8))).all()
 
     def test_no_patches(self) -> None:
-        assert blur_of(np.zeros((0, 8, 8, 3), np.uint8)).shape == (0,)
+        assert measure_blur(np.zeros((0, 8, 8, 3), np.uint8)).shape == (0,)
 
 
 def slow_blur(patch: Rgb) -> float:

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as npst
 
 from tests.oracles import share_of
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.tissue.grid import PatchGrid, choose, patch_grid
+from wsi_gradcam.tissue.grid import PatchGrid, choose_patches, patch_grid
 
 mpps = st.one_of(st.sampled_from([0.25, 0.5, 0.499, 0.2532, 1.0]), st.floats(0.1, 4))
 
@@ -131,7 +131,7 @@ def shares(grid: PatchGrid, mask: npt.NDArray[np.bool_]) -> dict[tuple[int, int]
 def test_chosen_are_exactly_the_patches_with_enough_tissue(
     grid: PatchGrid, mask: npt.NDArray[np.bool_], min_tissue: float, block_px: int
 ) -> None:
-    chosen = choose(grid, mask, min_tissue, block_px)
+    chosen = choose_patches(grid, mask, min_tissue, block_px)
     found = {(y, x): float(t) for (y, x), t in zip(chosen.yx.tolist(), chosen.tissue, strict=True)}
     expected = shares(grid, mask)
     assert len(found) == len(chosen.yx)
@@ -145,7 +145,7 @@ def test_chosen_are_exactly_the_patches_with_enough_tissue(
 
 @given(small_grids(), masks)
 def test_every_tissue_pixel_lies_in_a_chosen_patch(grid: PatchGrid, mask: npt.NDArray[np.bool_]) -> None:
-    chosen = choose(grid, mask, 0, 16).yx
+    chosen = choose_patches(grid, mask, 0, 16).yx
     ys, xs = (np.arange(n) for n in grid.slide_px)
     tissue = mask[np.ix_(ys * mask.shape[0] // grid.slide_px[0], xs * mask.shape[1] // grid.slide_px[1])]
     covered = np.zeros(grid.slide_px, np.bool_)
@@ -156,7 +156,7 @@ def test_every_tissue_pixel_lies_in_a_chosen_patch(grid: PatchGrid, mask: npt.ND
 
 @given(small_grids(), masks, st.sampled_from([4, 16, 32]))
 def test_order_is_block_by_block_and_rows_inside(grid: PatchGrid, mask: npt.NDArray[np.bool_], block_px: int) -> None:
-    places = [tuple(p) for p in choose(grid, mask, 0, block_px).yx.tolist()]
+    places = [tuple(p) for p in choose_patches(grid, mask, 0, block_px).yx.tolist()]
     runs = [(b, list(group)) for b, group in itertools.groupby(places, lambda p: (p[0] // block_px, p[1] // block_px))]
     blocks = [block for block, _ in runs]
     assert blocks == sorted(set(blocks))
@@ -167,14 +167,14 @@ def test_order_is_block_by_block_and_rows_inside(grid: PatchGrid, mask: npt.NDAr
 def test_block_size_changes_the_order_only(grid: PatchGrid, mask: npt.NDArray[np.bool_]) -> None:
     rows = [
         sorted((*p, float(t)) for p, t in zip(c.yx.tolist(), c.tissue, strict=True))
-        for c in (choose(grid, mask, 0.1, block_px) for block_px in (5, 1 << 30))
+        for c in (choose_patches(grid, mask, 0.1, block_px) for block_px in (5, 1 << 30))
     ]
     assert rows[0] == rows[1]
 
 
 def test_no_tissue_is_an_empty_choice_ready_for_use() -> None:
     grid = patch_grid((1000, 1000), (0.5, 0.5), (100, 100), 0.5, (100, 100))
-    chosen = choose(grid, np.zeros((20, 20), np.bool_), 0.0, 512)
+    chosen = choose_patches(grid, np.zeros((20, 20), np.bool_), 0.0, 512)
     assert chosen.yx.shape == (0, 2)
     assert chosen.yx.dtype == np.int64
     assert chosen.tissue.shape == (0,)
@@ -183,6 +183,6 @@ def test_no_tissue_is_an_empty_choice_ready_for_use() -> None:
 
 def test_of_a_patch_that_reaches_beyond_the_slide_only_the_part_on_it_counts() -> None:
     grid = patch_grid((150, 100), (0.5, 0.5), (100, 100), 0.5, (100, 100))
-    chosen = choose(grid, np.ones((3, 2), np.bool_), 0.0, 512)
+    chosen = choose_patches(grid, np.ones((3, 2), np.bool_), 0.0, 512)
     assert chosen.yx.tolist() == [[0, 0], [100, 0]]
     assert chosen.tissue.tolist() == [1.0, 1.0]

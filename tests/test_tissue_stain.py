@@ -15,9 +15,19 @@ from PIL import Image
 from skimage.color import lab2rgb, rgb2lab
 
 from wsi_gradcam.errors import StainError
-from wsi_gradcam.tissue.stain import PUBLISHED, Macenko, Reinhard, Stain, StainFit, apply, fit, measure
-from wsi_gradcam.tissue.stain.density import densities, tissue
-from wsi_gradcam.tissue.stain.reinhard import exactly
+from wsi_gradcam.tissue.stain import (
+    PUBLISHED,
+    Macenko,
+    Reinhard,
+    Stain,
+    StainFit,
+    apply,
+    densities,
+    fit,
+    is_tissue,
+    measure,
+    reinhard_exact,
+)
 
 Rgb = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -143,7 +153,7 @@ def test_real_tissue_gets_the_targets_mean_and_deviation(shared_data: Path) -> N
     for tile in tiles(shared_data):
         made = fit(tile.reshape(-1, 3), target, "tile")
         pixels = tile.reshape(-1, 3)
-        result = rgb2lab(apply(made, pixels[tissue(densities(pixels))][None])[0])
+        result = rgb2lab(apply(made, pixels[is_tissue(densities(pixels))][None])[0])
         np.testing.assert_allclose(result.mean(axis=0), target.mean, atol=0.5)
         np.testing.assert_allclose(result.std(axis=0), target.std, rtol=0.06)
 
@@ -155,7 +165,7 @@ def test_the_table_gives_what_the_formula_gives(shared_data: Path) -> None:
         made = fit(tile.reshape(-1, 3), target, "tile")
         assert isinstance(made.slide, Reinhard)
         lab = (rgb2lab(tile) - made.slide.mean) * np.divide(target.std, made.slide.std) + target.mean
-        formula = exactly(made.slide, target, tile)
+        formula = reinhard_exact(made.slide, target, tile)
         inside = (formula > 0.001).all(axis=-1) & (formula < 0.999).all(axis=-1)
         np.testing.assert_allclose(formula[inside], lab2rgb(lab[inside]), atol=1e-4)
         difference = np.abs(apply(made, tile) - 255 * formula)

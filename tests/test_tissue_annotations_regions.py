@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.test_annotations import feature, written
+from tests.test_tissue_annotations import feature, written
 from wsi_gradcam.errors import AnnotationError, ConfigError
-from wsi_gradcam.tissue.annotations import Regions, check_mask, regions_of
-from wsi_gradcam.tissue.annotations.regions import read_picture, resized
+from wsi_gradcam.tissue.annotations import Regions, check_mask, read_regions
+from wsi_gradcam.tissue.annotations.regions import read_png_mask, resize_mask
 
 
 def png(mask: Any, mode: str | None = None, **options: Any) -> bytes:
@@ -34,24 +34,24 @@ class TestPictures:
 
     @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "LA", "P"])
     def test_what_is_not_black_is_in(self, mode: str) -> None:
-        found = read_picture(Path("a.png"), png(self.MASK.astype(np.uint8) * 255, mode))
+        found = read_png_mask(Path("a.png"), png(self.MASK.astype(np.uint8) * 255, mode))
         np.testing.assert_array_equal(found, self.MASK)
 
     def test_any_value_counts(self) -> None:
-        np.testing.assert_array_equal(read_picture(Path("a.png"), png(self.MASK.astype(np.uint8))), self.MASK)
-        np.testing.assert_array_equal(read_picture(Path("a.png"), png(self.MASK.astype(np.uint16) * 256)), self.MASK)
+        np.testing.assert_array_equal(read_png_mask(Path("a.png"), png(self.MASK.astype(np.uint8))), self.MASK)
+        np.testing.assert_array_equal(read_png_mask(Path("a.png"), png(self.MASK.astype(np.uint16) * 256)), self.MASK)
 
     def test_what_is_transparent_is_out(self) -> None:
         rgba = np.full((2, 2, 4), 255, np.uint8)
         rgba[0, 0, 3] = 0
-        assert read_picture(Path("a.png"), png(rgba)).tolist() == [[False, True], [True, True]]
+        assert read_png_mask(Path("a.png"), png(rgba)).tolist() == [[False, True], [True, True]]
 
     @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
     def test_a_finer_or_coarser_picture_covers_the_same(self, height: int, width: int, factor: int) -> None:
         mask = np.random.default_rng(height).random((height, width)) < 0.5
         fine = mask.repeat(factor, 0).repeat(factor, 1)
-        np.testing.assert_array_equal(resized(mask, fine.shape), fine)
-        np.testing.assert_array_equal(resized(fine, mask.shape), mask)
+        np.testing.assert_array_equal(resize_mask(mask, fine.shape), fine)
+        np.testing.assert_array_equal(resize_mask(fine, mask.shape), mask)
 
     @pytest.mark.parametrize(
         ("data", "problem"),
@@ -68,7 +68,7 @@ class TestPictures:
     )
     def test_what_is_no_mask_is_refused(self, data: bytes, problem: str) -> None:
         with pytest.raises(AnnotationError, match=rf"a\.png: .*{problem}"):
-            read_picture(Path("a.png"), data)
+            read_png_mask(Path("a.png"), data)
 
     def test_a_text_bomb_is_refused(self) -> None:
         text = zlib.compress(bytes(80 << 20))
@@ -76,7 +76,7 @@ class TestPictures:
         data = png(self.MASK)
         bomb = data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
         with pytest.raises(AnnotationError, match=r"a\.png: damaged"):
-            read_picture(Path("a.png"), bomb)
+            read_png_mask(Path("a.png"), bomb)
 
 
 SIZE = (100, 200)
@@ -130,8 +130,10 @@ class TestRegions:
             self.columns(include=("x",), path=Path("a.png"), data=picture)
 
     def test_the_digest_is_of_the_content(self, tmp_path: Path) -> None:
-        first, second = (regions_of(written(tmp_path / name, corner(0, "a")), "s.svs") for name in ("a.json", "b.json"))
-        other = regions_of(written(tmp_path / "c.json", corner(1, "a")), "s.svs")
+        first, second = (
+            read_regions(written(tmp_path / name, corner(0, "a")), "s.svs") for name in ("a.json", "b.json")
+        )
+        other = read_regions(written(tmp_path / "c.json", corner(1, "a")), "s.svs")
         assert first is not None
         assert second is not None
         assert other is not None
@@ -143,20 +145,20 @@ class TestRegions:
         path.parent.mkdir(exist_ok=True)
         written(path, "")
         written(tmp_path / "other.json", "")
-        found = regions_of(tmp_path, "case/s.svs")
+        found = read_regions(tmp_path, "case/s.svs")
         assert found is not None
         assert (found.path, found.shared) == (path, True)
 
     def test_no_file_or_two_for_a_slide(self, tmp_path: Path) -> None:
         with pytest.raises(AnnotationError, match=r"no mask of slide s\.svs; expected s with one of the endings \.png"):
-            regions_of(tmp_path, "s.svs")
+            read_regions(tmp_path, "s.svs")
         written(tmp_path / "s.xml", "")
         written(tmp_path / "s.png", "")
         with pytest.raises(AnnotationError, match=r"s\.png, s\.xml are all masks of slide s\.svs"):
-            regions_of(tmp_path, "s.svs")
+            read_regions(tmp_path, "s.svs")
 
     def test_no_mask_is_all_of_the_slide(self) -> None:
-        assert regions_of(None, "s.svs") is None
+        assert read_regions(None, "s.svs") is None
 
     @pytest.mark.parametrize(
         ("mask", "include", "slides", "problem"),

@@ -26,7 +26,7 @@ from wsi_gradcam.tissue.annotations import (
 from wsi_gradcam.tissue.annotations import (
     areas as raster,
 )
-from wsi_gradcam.tissue.annotations.reading import parse
+from wsi_gradcam.tissue.annotations.regions import parse
 
 Mask = npt.NDArray[np.bool_]
 Points = list[tuple[float, float]]  # x, y
@@ -339,10 +339,10 @@ class TestBadFiles:
 
     def test_a_file_that_is_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = written(tmp_path / "a.json", feature([SQUARE]))
-        monkeypatch.setattr("wsi_gradcam.tissue.annotations.reading.MOST_BYTES", path.stat().st_size - 1)
+        monkeypatch.setattr("wsi_gradcam.tissue.annotations.regions.MAX_BYTES", path.stat().st_size - 1)
         with pytest.raises(AnnotationError, match="larger than 0 MiB, more than anybody draws"):
             read_annotations(path)
-        assert base.MOST_BYTES == 32 << 20
+        assert base.MAX_BYTES == 32 << 20
 
     def test_another_ending_and_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(AnnotationError, match=r"a\.csv: not a file of annotations; expected \.geojson"):
