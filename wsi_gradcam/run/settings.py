@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):
-    """How slides are explained. Each field is a flag of `wsi-gradcam explain` and a key of its --config file.
+    """The settings of a run. Each field is a flag of `wsi-gradcam explain` and a key of its --config file.
 
     The descriptions are also the help of the flags, where names in backticks become flags.
     """

@@ -1,4 +1,4 @@
-"""Who may request what: a check of each request before any handler sees it, headers on each response, paths below OUT.
+"""Access to the server: a check of each request before any handler sees it, security headers, and paths below OUT.
 
 The server shows patients' slides. A web page of another site, open in the same browser, must not reach it: neither
 directly (refused by origin and fetch metadata, and nothing is shared across origins), nor by a name that it lets point
