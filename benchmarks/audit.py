@@ -1,4 +1,4 @@
-"""What the audit costs above the forward passes that it needs.
+"""The cost of the audit above the forward passes that it needs.
 
 Deletion and insertion of a patch at 28 steps need 56 answers of the model: 27 each way, the whole patch and the one
 that is replaced altogether. Against that stand as many bare forward passes, in the same batches, of pictures that are
@@ -50,7 +50,7 @@ def noise(count: int, side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def deletion_insertion(subject: Subject, images: Tensor, maps: Tensor) -> None:
-    """Both curves of one map of every patch, and the answers that they begin and end with."""
+    """Both curves of one map of every patch, and the outputs at their ends."""
     aim = subject.aim(images, TARGET)
     removal_curves(subject, images, aim, {"map": maps}, replace_by(images, blurred(images)))
 
@@ -65,7 +65,7 @@ def forwards(subject: Subject, images: Tensor) -> None:
 
 
 def seconds(run: Callable[[], None]) -> float:
-    """How long a run takes."""
+    """Seconds that a run takes."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
@@ -107,7 +107,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def void(value: object) -> None:
-    """Nothing."""
+    """Do nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -118,7 +118,7 @@ def build(name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Ours:
-    """What we explain with: as a user does, in float32 on the same engine, and the program behind the first."""
+    """Our explainers: as a user has them, in float32 on the same engine, and the program behind the first."""
 
     choice: Choice
     program: Program
@@ -127,7 +127,7 @@ class Ours:
 
     @classmethod
     def make(cls, case: Case, engine: str, precision: str) -> Ours:
-        """Ours on an engine in a precision, or what `auto` makes of them."""
+        """Ours on an engine in a precision, or as `auto` chooses them."""
         module, layers = case.located()
         choice, program = choose(module, layers, engine, precision, case.images, case.batch_size)
         explain = GradCAM(case.module, case.layer, engine=choice.engine, precision=choice.precision)
@@ -199,7 +199,7 @@ def ratios_of(network: str, rates: dict[str, float]) -> dict[str, float]:
 
 
 def fidelity_of(case: Case, ours: Ours) -> dict[str, Any]:
-    """How alike our maps are to those of eager float32, over several batches of different patches.
+    """The similarity of our maps to those of eager float32, over several batches of different patches.
 
     Both explain the class that float32 predicts: where two logits are nearly equal another class may win in low
     precision, whose map is quite another. How often it is the same stands in `same_class`.
@@ -323,7 +323,7 @@ def measure(case: Case, ours: Ours, rounds: int, turn_s: float, found: dict[str,
 
 
 def auto_choice(case: Case) -> dict[str, Any]:
-    """What `auto` would take for these patches, and how all that it tried did."""
+    """The choice of `auto` for these patches, and the results of all that it tried."""
     choice, _ = choose(*case.located(), AUTO, AUTO, case.patches, case.batch_size)
     return asdict(choice)
 
@@ -411,7 +411,7 @@ def _wanted(engine: str | None, precision: str | None) -> tuple[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """The machine and versions that the figures depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

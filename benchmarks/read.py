@@ -91,7 +91,7 @@ def write_slide(path: Path, codec: str, side: int) -> None:
 
 @contextmanager
 def ours(case: Case) -> Iterator[Read]:
-    """What `explain` reads with."""
+    """The reader that `explain` uses."""
     slide = open_slide(case.path)
     slide.read_level(0, Region(0, 0, 1, 1))
     try:
@@ -169,7 +169,7 @@ SIDES: dict[str, Callable[[Case], Any]] = {
 
 
 def seconds(side: str, case: Case, threads: int) -> float:
-    """How long a side takes for all patches."""
+    """Seconds that a side takes for all patches."""
     if side == "bare_decode":
         return bare_decode(case, threads)
     with SIDES[side](case) as read, ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""The other sides of `benchmarks/explain.py`: what explains, or only answers, the same patches without us.
+"""The other sides of `benchmarks/explain.py`: libraries that explain the same patches, or only predict them.
 
 Each maker gives sides by name; libraries are imported here and nowhere else.
 """
@@ -20,7 +20,7 @@ from wsi_gradcam.cam.facts import Layer
 from wsi_gradcam.cam.trunks import _ov, low_precisions  # not `import openvino`, which reports itself to its maker
 
 Run = Callable[[], int]
-"""A side's turn: explains, or only answers, some patches and returns how many."""
+"""A side's turn: explains, or only predicts, some patches and returns how many."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Case:
         return self.patches[: self.batch_size]
 
     def located(self) -> tuple[nn.Module, tuple[Layer, ...]]:
-        """What our programs are made of."""
+        """The parts of our programs."""
         module, layers, _ = locate_layers(self.module, self.layer, self.patches[:2])
         return module, layers
 

@@ -1,4 +1,4 @@
-"""What distributing costs: against one process, on two workers, on simulated clusters, and before the first patch.
+"""The cost of distributing: against one process, on two workers, on simulated clusters, and before the first patch.
 
 | ratio | what |
 |---|---|
@@ -70,7 +70,7 @@ COUNTS = (100, 10_000, 100_000)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """The size of a measurement."""
 
     rounds: int
     side_px: int

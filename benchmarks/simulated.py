@@ -37,7 +37,7 @@ QUIET = {
 
 
 class Clock:
-    """What the workers of this process were at, and when."""
+    """A record of the tasks that the workers of this process ran, and when."""
 
     def __init__(self, slowness: float) -> None:
         self.slowness = slowness
@@ -51,7 +51,7 @@ class Clock:
         self._next = threading.local()  # what this thread reads meanwhile
 
     def perform(self, context: Any, task: Task, upcoming: Task | None = None) -> Performed:
-        """In place of `run.context.perform`."""
+        """Replace `run.context.perform`."""
         start = time.time()
         patches = min(SPAN, PATCHES - SPAN * task.index[0]) if task.stage.name == "explain" else 0
         for name, seconds in self._parts(task, patches):
@@ -68,7 +68,7 @@ class Clock:
         return Performed(self._result_of(task, patches), end - start, str(os.getpid()))
 
     def _parts(self, task: Task, patches: int) -> Iterator[tuple[str, float]]:
-        """What is done one after the other, and its seconds."""
+        """The tasks that run one after the other, and their seconds."""
         if task.stage.name != "explain":
             yield task.stage.name, self.seconds[task.stage.name]
             return
@@ -78,7 +78,7 @@ class Clock:
         yield WRITING, self.seconds[WRITING]
 
     def _result_of(self, task: Task, patches: int) -> TaskResult:
-        """What the stage would return."""
+        """Return a result like that of the stage."""
         if task.stage.name == "plan":
             spans = list(range(-(-PATCHES // SPAN)))
             return Planned(PATCHES, PATCHES, spans, [list(range(count)) for count in self.blocks])
@@ -87,7 +87,7 @@ class Clock:
         return Processed(patches)
 
     def report(self) -> dict[str, Any]:
-        """For the one who asks, once a process."""
+        """Return the record, once for each process."""
         return {
             "pid": os.getpid(),
             "spent_s": dict(self.spent_s),

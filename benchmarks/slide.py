@@ -1,4 +1,4 @@
-"""A whole slide from begin to end, against its reading alone and its model alone: who waits for whom?
+"""A whole slide from beginning to end, against its reading alone and its model alone: which waits for the other?
 
 One process, sides alternating, the same patches (ResNet-18, 224 px, batches of 32) of a slide of tissue in JPEG. The
 model is loaded and chosen before the clock runs, for every side. `wall_over_bound` is the run's time, with planning,
@@ -50,7 +50,7 @@ MPP = 0.25
 
 @dataclass
 class TimeLine:
-    """When the model and the reading threads were at work, in seconds from the begin."""
+    """The times at which the model and the reading threads were busy, in seconds from the start."""
 
     began: float = field(default_factory=time.perf_counter)
     model: list[tuple[float, float]] = field(default_factory=list)
@@ -71,7 +71,7 @@ class TimeLine:
         return timed
 
     def summary(self) -> dict[str, Any]:
-        """Busy seconds, what the model waited for between its first and last batch, and both lines."""
+        """Busy seconds, the seconds that the model waited between its first and last batch, and both lines."""
         model = sorted(self.model)
         waited = sum(max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(model))
         return {
@@ -128,7 +128,7 @@ class Work:
         return seconds
 
     def places(self, out: Path) -> Any:
-        """Where the run's patches are, in working order."""
+        """The positions of the run's patches, in working order."""
         context = Context(ExplainWorkload(self._to(out)))
         perform(context, Task(PLAN, self.entry))
         context.close()

@@ -1,4 +1,4 @@
-"""How fast the viewer's server is, and whether its memory stays flat.
+"""The speed of the viewer's server, and its memory over time.
 
     python benchmarks/viewer.py [--json] [--quick]
 
@@ -76,7 +76,7 @@ def serving(out: Path) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def ask(url: str, path: str) -> tuple[float, bytes]:
-    """Milliseconds and body of an answer, over this thread's own connection."""
+    """Milliseconds and body of a response, over this thread's own connection."""
     connection = getattr(LOCAL, "connection", None)
     if connection is None:
         connection = LOCAL.connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
@@ -89,7 +89,7 @@ def ask(url: str, path: str) -> tuple[float, bytes]:
 
 
 def times_ms(url: str, paths: Sequence[str]) -> list[float]:
-    """Milliseconds of each answer, with eight clients."""
+    """Milliseconds of each response, with eight clients."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         return [ms for ms, _ in pool.map(lambda path: ask(url, path), paths)]
 

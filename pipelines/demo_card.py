@@ -1,4 +1,4 @@
-"""Writes a trained demo model: weights, model file and model card."""
+"""Write a trained demo model: weights, model file and model card."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from wsi_gradcam.models.zoo.nets import PatchCNN
 
 @dataclass(frozen=True)
 class Spec:
-    """What the model file says beside the weights' name and digest."""
+    """The contents of the model file besides the weights' name and digest."""
 
     name: str
     builder: str

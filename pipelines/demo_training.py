@@ -1,4 +1,4 @@
-"""Trains a small CNN on random patches of annotated images: sampling, augmentation and the loop."""
+"""Train a small CNN on random patches of annotated images: sampling, augmentation and the loop."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ class Annotated:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained. ``glass`` is the share of patches that are bare glass, of the first class."""
+    """The recipe of a model's training. ``glass`` is the share of patches that are bare glass, of the first class."""
 
     patch_px: int
     steps: int
@@ -77,7 +77,7 @@ def _resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 
 class Sampler:
-    """Random patches, turned and mirrored, with their masks; images are drawn with equal chance."""
+    """Random patches, rotated and mirrored, with their masks; images are drawn with equal chance."""
 
     def __init__(self, images: Sequence[Annotated], recipe: Recipe, seed: int) -> None:
         self._variants = [variants(image, recipe) for image in images]

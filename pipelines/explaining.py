@@ -1,4 +1,4 @@
-"""What recipes for clusters share: `wsi-gradcam explain` as a process of its own, beside the scheduler in this one."""
+"""The part that recipes for clusters share: `wsi-gradcam explain` in a process of its own, beside the scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Print what makes Kubernetes explain slides: a cluster for Dask's operator, and a job that runs `wsi-gradcam explain`.
+"""Print Kubernetes manifests: a cluster for Dask's operator, and a job that runs `wsi-gradcam explain`.
 
     python pipelines/kubernetes.py --image registry/wsi-gradcam:0.1.0 --workers 8 --gpus 1 \\
         --slides-claim archive --out-claim results --model oral-tumour --target tumour --device cuda > run.yaml
@@ -86,7 +86,7 @@ def job(given: argparse.Namespace, explain: list[str]) -> dict[str, Any]:
 
 
 def head(version: str, kind: str, name: str) -> dict[str, Any]:
-    """How a manifest begins."""
+    """Return the beginning of a manifest."""
     return {"apiVersion": version, "kind": kind, "metadata": {"name": name}}
 
 

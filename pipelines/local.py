@@ -14,7 +14,7 @@ import wsi_gradcam
 
 
 def main() -> int:
-    """Run; returns 0 when every slide is done and valid."""
+    """Explain the slides, and return 0 if every slide is finished and valid."""
     parser = argparse.ArgumentParser(description="Explain slides on this machine and check the results.")
     parser.add_argument("slides", nargs="+", type=Path)
     parser.add_argument("--model", required=True)

@@ -25,7 +25,7 @@ QUEUE_S = 86_400  # the queue may let a run wait for workers so long
 
 
 def main() -> int:
-    """Run; returns what `wsi-gradcam explain` does."""
+    """Explain the slides, and return the exit status of `wsi-gradcam explain`."""
     given, explain = parsed()
     with make_cluster(given) as cluster:
         if given.print:

@@ -28,7 +28,7 @@ FIRST_WORKER_S, END_S = 120, 30
 
 
 def main() -> int:
-    """Run; returns what `wsi-gradcam explain` does."""
+    """Explain the slides, and return the exit status of `wsi-gradcam explain`."""
     given, explain = parsed()
     address = f"tcp://{given.address}:{given.port}"
     commands = [command(host, number, address, given) for host in given.hosts for number in range(given.per_host)]
@@ -66,7 +66,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 
 
 def command(host: str, number: int, address: str, given: argparse.Namespace) -> list[str]:
-    """What starts worker `number` of a host.
+    """Return the command that starts worker `number` of a host.
 
     Two threads: one has patches read while the model works for the other. Four beside a GPU, of which one is for it.
     """

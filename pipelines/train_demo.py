@@ -1,4 +1,4 @@
-"""Retrains the bundled models from scratch on a CPU, and writes their weights, model files and cards.
+"""Retrain the bundled models from scratch on a CPU, and writes their weights, model files and cards.
 
 python pipelines/train_demo.py oral-tumour --data ../shared/data/tiles
 python pipelines/train_demo.py ihc-dab
@@ -119,7 +119,7 @@ def evaluate(
     std: tuple[float, ...],
     recipe: Recipe,
 ) -> Result:
-    """Maps of ``held_out`` at both overlaps, and colour's word on its patches, learnt from ``others``."""
+    """Maps of ``held_out`` at both overlaps, and colour's probabilities of its patches, learnt from ``others``."""
 
     def maps(image: Annotated, overlap: float) -> Maps:
         return maps_of(model, image.rgb, image.mask, per_channel(mean), per_channel(std), recipe.patch_px, overlap)
