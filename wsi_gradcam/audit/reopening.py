@@ -15,7 +15,6 @@ from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
 from wsi_gradcam.results.manifest import SlideStatus
-from wsi_gradcam.results.run_files import stored_choice
 from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
@@ -60,14 +59,13 @@ class Reopened:
         Raises:
             ResumeError: it is not the model, or the settings, of which the results are.
         """
-        run = self.result.run
-        choice = stored_choice(run)
-        if choice is None:
+        run = self.result.record
+        if run.choice is None:
             raise ResumeError(f"{self.result.out}: made by an older version; explain again to audit it")
         eager = plan_run(self.result.folder.place, self.spec, facts, self.settings)
-        stored = replace(eager, facts=replace(facts, choice=choice))
-        if stored.digest() != run["run_digest"]:
-            what = "another model" if facts.digest != run["model"]["digest"] else "other settings or another version"
+        stored = replace(eager, facts=replace(facts, choice=run.choice))
+        if stored.digest() != run.run_digest:
+            what = "another model" if facts.digest != run.model.digest else "other settings or another version"
             raise ResumeError(
                 f"{self.result.out}: its results are of {what} than are found now; give the model that it was "
                 "explained with by --model, or explain again"
@@ -85,14 +83,13 @@ def reopen(result: Result, given: ModelSpec | None = None) -> Reopened:
         ResultError: no slide is finished, or an older version wrote it.
         ConfigError: the model is known to a program only.
     """
-    run = result.run
-    settings = make_settings(**run["settings"])
+    run = result.record
+    settings = make_settings(**run.settings)
     spec = given or _spec_of(result)
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
-    batch_size = int(run["model"]["batch_size"])
     asked = settings.model_copy(
-        update={"engine": "eager", "precision": "float32", "layer": run["model"]["layer"], "batch_size": batch_size}
+        update={"engine": "eager", "precision": "float32", "layer": run.model.layer, "batch_size": run.model.batch_size}
     )
     entries = _entries(result)
     candidates, left_out = [], []
@@ -141,10 +138,10 @@ def audited_target(run: RunPlan, label: str, annotated: bool) -> Target:
 
 
 def _spec_of(result: Result) -> ModelSpec:
-    stored = result.run["model"].get("spec")
-    if not isinstance(stored, dict):
+    model = result.record.model
+    if model.spec is None:
         raise ResultError(f"{result.out}/run.yaml does not say how its model is loaded; give it with --model")
-    values: dict[str, Any] = {**stored, "folder": Path(str(result.run["model"].get("folder", ".")))}
+    values: dict[str, Any] = {**model.spec, "folder": Path(model.folder)}
     try:
         spec = ModelSpec.model_validate(values)
     except ValidationError as error:

@@ -151,7 +151,7 @@ def _planned(run: Reopened, eager: RunPlan, asked: AuditSettings, other: Other |
         raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
     return AuditPlan(
         run=eager,
-        run_digest=run.result.run["run_digest"],
+        run_digest=run.result.record.run_digest,
         settings=asked,
         target=target,
         samples=samples,

@@ -12,7 +12,7 @@ from wsi_gradcam.pages.templates import render
 from wsi_gradcam.results.channels import suggest_names
 from wsi_gradcam.results.display import Progress, run_windows
 from wsi_gradcam.results.manifest import PLAN
-from wsi_gradcam.results.run_files import RunFolder, read_run
+from wsi_gradcam.results.run_files import RunFolder, RunRecord, read_run
 from wsi_gradcam.results.slide import SlideResult
 from wsi_gradcam.results.slide_tables import read_slides
 
@@ -32,20 +32,22 @@ class Result:
     Attributes:
         out: the folder, as text.
         folder: names of its files.
-        run: what run.yaml holds: settings, model, targets, versions.
+        run: the mapping in run.yaml: settings, model, targets, versions.
+        record: the same as typed values, for what readers of results need.
     """
 
     def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
         self.out, self.folder, self.run = str(folder.place), folder, run
+        self.record = RunRecord.from_json(run)
         rows = read_slides(folder.slides)
         for name in rows:
             if not _is_name(name):
                 raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
         names = list(rows) or list(planned_slides(folder))
-        self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), run) for name in names}
+        self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), self.record) for name in names}
 
     def __repr__(self) -> str:
-        return f"<Result {self.out}: {len(self)} slides of {self.run['model']['name']}>"
+        return f"<Result {self.out}: {len(self)} slides of {self.record.model.name}>"
 
     def __len__(self) -> int:
         return len(self._slides)
@@ -66,7 +68,7 @@ class Result:
             return found
         if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
             folder = self.folder.slide(slide_id)
-            return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.run))
+            return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.record))
         raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {suggest_names(slide_id, self.ids)}")
 
     @property
@@ -77,7 +79,7 @@ class Result:
     @property
     def classes(self) -> list[str]:
         """The model's classes."""
-        return list(self.run["model"]["classes"])
+        return list(self.record.model.classes)
 
     def heatmap(self, channel: str, slide: str | None = None, level: int = 0, *, masked: bool = False) -> xr.DataArray:
         """Return a channel of a slide as a lazy array, see `SlideResult.heatmap`; an only slide need not be named."""
@@ -102,7 +104,7 @@ class Result:
 
         Kept in display.json; the first call, and one after slides have come, reads the new slides.
         """
-        return run_windows(self, self.folder.display, self.run["run_digest"], progress)
+        return run_windows(self, self.folder.display, self.record.run_digest, progress)
 
     def _one(self, slide_id: str | None) -> SlideResult:
         if slide_id is not None:
@@ -117,10 +119,10 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Return a description for notebooks."""
-        model, slides = self.run["model"], list(self)
+        model, slides = self.record.model, list(self)
         counts = Counter(slide.status for slide in slides)
         states = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
-        title = f"{self.out}: {model['name']}, layer {model['layer']}; {len(self):,} slides: {states}"
+        title = f"{self.out}: {model.name}, layer {model.layer}; {len(self):,} slides: {states}"
         rows = [(slide.id, slide.status, slide.row.get("patches", ""), slide.error) for slide in slides[:MAX_LISTED]]
         return render("results/run.html", title=title, rows=rows, left_out=len(slides) - len(rows))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from wsi_gradcam.cam.facts import Choice
-from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.errors import ResumeError, StoreError, one_line
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
 if TYPE_CHECKING:
@@ -160,6 +160,70 @@ def read_run(place: StoragePathLike) -> dict[str, Any] | None:
     if not isinstance(values, dict) or not {"run_digest", "identity", "model"} <= values.keys():
         raise StoreError(f"{place}: not a run.yaml of wsi_gradcam; choose another --out")
     return values
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The model in run.yaml; what older versions did not write is empty.
+
+    Attributes:
+        patch_px: (height, width) of a patch, at `mpp` micrometres per pixel.
+        spec: the model file's keys; None if the model cannot be loaded from them. Its paths start at `folder`.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    patch_px: tuple[int, int]
+    mpp: float
+    layer: str = ""
+    digest: str = ""
+    weights: str = ""
+    batch_size: int = 0
+    spec: dict[str, Any] | None = None
+    folder: str = "."
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelRecord:
+        """Return the model in run.yaml; raises KeyError, TypeError or ValueError for other values."""
+        height, width = values["patch_px"]
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{**known, "classes": tuple(values["classes"]), "patch_px": (height, width)})
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """run.yaml for those who read results.
+
+    Attributes:
+        run_digest: of all that results depend on besides the slide.
+        settings: by name, see `wsi_gradcam.Settings`; those that an older version did not have are missing.
+        choice: engine and precision; None if an older version wrote it.
+    """
+
+    run_digest: str
+    settings: dict[str, Any]
+    model: ModelRecord
+    choice: Choice | None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunRecord:
+        """Return the record of what `read_run` gave.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        try:
+            model = ModelRecord.from_json(values["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"run.yaml: not of wsi_gradcam or damaged ({one_line(error)}); choose another --out"
+            ) from error
+        return cls(values["run_digest"], values.get("settings", {}), model, stored_choice(values))
+
+    @property
+    def reader(self) -> str:
+        """Reader that slides are opened with, by name."""
+        return str(self.settings.get("reader", "auto"))
 
 
 def stored_choice(stored: dict[str, Any]) -> Choice | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.geometry import Region
     from wsi_gradcam.results.manifest import SlidePlan
-    from wsi_gradcam.results.run_files import SlideFolder
+    from wsi_gradcam.results.run_files import RunRecord, SlideFolder
     from wsi_gradcam.slides import Slide
 
 
@@ -38,7 +38,7 @@ class SlideResult:
         folder: names of its files.
     """
 
-    def __init__(self, slide_id: str, folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> None:
+    def __init__(self, slide_id: str, folder: SlideFolder, row: dict[str, str], run: RunRecord) -> None:
         self.id, self.folder, self.row, self._run = slide_id, folder, row, run
         self.path = row.get("path", "")
 
@@ -99,7 +99,7 @@ class SlideResult:
     @property
     def classes(self) -> list[str]:
         """The model's classes."""
-        return list(self._run["model"]["classes"])
+        return list(self._run.model.classes)
 
     @cached_property
     def store(self) -> HeatmapStore:
@@ -198,7 +198,7 @@ class SlideResult:
         Raises:
             SlideError: it is not there any more, or another file is.
         """
-        slide = open_slide(self.path, self.mpp, self._run.get("settings", {}).get("reader", "auto"))
+        slide = open_slide(self.path, self.mpp, self._run.reader)
         if slide.info.digest != self.plan.slide_digest:
             slide.close()
             raise SlideFormatError(f"{self.path}: another file than was explained; put the right one there")
@@ -211,12 +211,12 @@ class SlideResult:
 
     def patch_image(self, patch: int) -> NDArray[np.uint8]:
         """Read a patch as the model saw it, before its own transform: RGB uint8 [height, width, 3]."""
-        model = self._run["model"]
+        model = self._run.model
         y, x = self._patch_store.yx(patch, patch + 1)[0]
         slide = self.open_slide()
         try:
-            height, width = model["patch_px"]
-            return read_region(slide, float(y), float(x), height, width, model["mpp"])
+            height, width = model.patch_px
+            return read_region(slide, float(y), float(x), height, width, model.mpp)
         finally:
             slide.close()
 

@@ -29,7 +29,7 @@ from wsi_gradcam.results.manifest import (
 )
 from wsi_gradcam.results.patch_store import OK, PatchStore
 from wsi_gradcam.results.run import planned_slides
-from wsi_gradcam.results.run_files import RunFolder, SlideFolder, read_run
+from wsi_gradcam.results.run_files import RunFolder, RunRecord, SlideFolder, read_run
 from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.slides import open_slide
 
@@ -61,9 +61,10 @@ def validate(out: StoragePathLike) -> list[Finding]:
         ConfigError: `out` is no result.
     """
     folder = RunFolder(storage_path(out))
-    run = read_run(folder.run)
-    if run is None:
+    stored = read_run(folder.run)
+    if stored is None:
         raise ConfigError(f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made")
+    run = RunRecord.from_json(stored)
     rows = read_slides(folder.slides)
     findings = [] if rows else [Finding("", "slides.csv is missing or empty; run explain again to finish")]
     for name, row in rows.items():
@@ -78,7 +79,7 @@ def failed_slides(out: StoragePathLike) -> list[str]:
     return [name for name, row in rows.items() if row["status"] == SlideStatus.FAILED]
 
 
-def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
+def _checked(folder: SlideFolder, row: dict[str, str], run: RunRecord) -> Iterator[str]:
     try:
         yield from _check(folder, row, run)
     except WsiGradcamError as error:
@@ -87,13 +88,13 @@ def _checked(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> I
         yield f"cannot be read: {one_line(error)}"
 
 
-def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Iterator[str]:
+def _check(folder: SlideFolder, row: dict[str, str], run: RunRecord) -> Iterator[str]:
     manifest = Manifest(folder.manifest)
     plan, done = manifest.plan(), manifest.done()
     if plan is None or done is None:
         yield UNFINISHED
         return
-    if plan.run_digest != run["run_digest"]:
+    if plan.run_digest != run.run_digest:
         yield "was made by another model or configuration than run.yaml says"
     yield from _check_spans(folder, plan, done)
     yield from _check_heatmap(folder, plan, done)
@@ -103,7 +104,7 @@ def _check(folder: SlideFolder, row: dict[str, str], run: dict[str, Any]) -> Ite
             yield f"{name} is missing"
         elif sha256_of(place) != digest:
             yield f"{name} differs from what was made"
-    yield from _check_slide(row, plan, run["settings"].get("reader", "auto"))
+    yield from _check_slide(row, plan, run.reader)
 
 
 def _check_spans(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Iterator[str]:
@@ -167,7 +168,7 @@ def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[s
             yield f"level {level} of {name} has {transforms}, expected only the scale {expected} um"
 
 
-def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> Iterator[str]:
+def _check_table(folder: SlideFolder, plan: SlidePlan, run: RunRecord) -> Iterator[str]:
     table = pq.read_table(pa.BufferReader(folder.table.read()))
     store = PatchStore(folder.cams)
     if table.num_rows != plan.patches:
@@ -182,7 +183,7 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: dict[str, Any]) -> I
     if not np.array_equal(ok, store.status() == OK):
         yield "patches.parquet has another status of some patches than cams.zarr"
     logits = store.logits(0, plan.patches)
-    for i, name in enumerate(run["model"]["classes"]):
+    for i, name in enumerate(run.model.classes):
         if not np.array_equal(np.asarray(table[f"logit_{name}"])[ok], logits[ok, i]):
             yield f"patches.parquet has other logits of {name} than cams.zarr"
 

@@ -72,13 +72,13 @@ class Images:
 
     def patch(self, slide: ServedSlide, number: int) -> bytes:
         """Return a patch as the model saw it, before the model's own transform, as JPEG."""
-        model = self._archive.result.run["model"]
+        model = self._archive.result.record.model
 
         def encode(opened: Slide) -> bytes:
             if not 0 <= number < slide.result.plan.patches:
                 raise NotShownError(f"no patch {number}; there are {slide.result.plan.patches}, counted from 0")
-            (y, x), (height, width) = slide.result.patch_yx(number), model["patch_px"]
-            return encode_jpeg(read_region(opened, y, x, height, width, model["mpp"]), PATCH_QUALITY)
+            (y, x), (height, width) = slide.result.patch_yx(number), model.patch_px
+            return encode_jpeg(read_region(opened, y, x, height, width, model.mpp), PATCH_QUALITY)
 
         return self._from_slide(slide, ("patch", number), encode)
 

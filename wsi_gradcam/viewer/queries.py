@@ -109,18 +109,17 @@ class Queries:
 def run_facts(archive: Archive) -> dict[str, Any]:
     """Describe a run: its name, model and classes, and the addresses of its reports."""
     result = archive.result
-    model = result.run["model"]
-    settings = result.run.get("settings", {})
+    model = result.record.model
     return {
         "version": __version__,
         "name": valid_text(archive.out.name),
-        "model": valid_text(str(model["name"])),
-        "untrained": model.get("weights") == "random",
-        "layer": str(model.get("layer", "")),
+        "model": valid_text(str(model.name)),
+        "untrained": model.weights == "random",
+        "layer": model.layer,
         "classes": [valid_text(label) for label in result.classes],
-        "methods": list(settings.get("method", [])),
-        "patch_px": list(model["patch_px"]),
-        "patch_mpp": model["mpp"],
+        "methods": list(result.record.settings.get("method", [])),
+        "patch_px": list(model.patch_px),
+        "patch_mpp": model.mpp,
         "report": f"/files/{RUN_REPORT}" if _exists(archive.out / RUN_REPORT) else None,
         "audit": f"/files/{AUDIT}/{REPORT}" if _exists(AuditFolder(archive.out / AUDIT).report) else None,
     }
