@@ -360,12 +360,12 @@ import json, sys, time
 import psutil
 from tests.runs import SMALL, toy_spec
 from wsi_gradcam import api
-from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.api import RunListener, explain
 
 def rss():
     return psutil.Process().memory_info().rss
 
-class First(Listener):
+class First(RunListener):
     def task_done(self, task, result):
         if task.stage.name == "explain":
             found["first_patch_s"] = time.perf_counter() - started

@@ -49,4 +49,5 @@ def pieces_in(out: Path) -> dict[str, bytes]:
 def reports_in(out: Path) -> dict[str, str]:
     """The pages by name."""
     folder = out / "audit"
-    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in folder.rglob("*.html")}
+    pages = [path for path in folder.rglob("*.html") if path != folder / "run.html"]  # that one tells times
+    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in pages}

@@ -23,6 +23,7 @@ from wsi_gradcam.audit.folder import read_numbers, write_numbers
 from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.audit.plan import PIECE, QUESTIONS
 from wsi_gradcam.audit.schema import Metrics
+from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import storage_path
@@ -30,6 +31,8 @@ from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.results.stitch import Enlarger
+from wsi_gradcam.run.claims import CLAIM, Claim
+from wsi_gradcam.run.status import REPORT, RunState, observe
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,36 @@ def test_all_questions_are_answered_with_numbers(audited: Path) -> None:
     }
     scores = {row.of: row for row in metrics.estimates if row.what == "score, mean"}
     assert all(row.low <= row.value <= row.high for row in scores.values() if row.low and row.value and row.high)
+
+
+def test_an_audit_leaves_status_log_and_report_as_a_run_does(run: Path, audited: Path) -> None:
+    (seen,) = observe(audited / "audit")
+    assert (seen.state, seen.is_well, seen.report) == (RunState.FINISHED, True, str(audited / "audit" / REPORT))
+    assert seen.status is not None
+    facts, numbers = seen.status.facts, seen.status.numbers
+    assert (facts.work, numbers.slides.by_status) == ("audit", {"ok": 2})
+    assert numbers.patches.done == numbers.patches.expected == metrics_in(audited)["sample"]["patches"]
+    (worker,) = numbers.workers.values()
+    assert 0 < worker.model <= 1
+    assert worker.read_s > 0
+    assert set(numbers.stages) == {"audit"}
+    (log,) = (audited / "audit" / "log").iterdir()
+    events = [json.loads(line)["event"] for line in log.read_bytes().splitlines()]
+    assert events == ["run begun", "worker joined", "slide finished", "slide finished", "run ended"]
+    assert "audited" in (audited / "audit" / REPORT).read_text(encoding="utf-8")
+    assert not (audited / "audit" / CLAIM).exists()
+    (both,) = observe(audited)  # the run and its audit
+    assert (both.audit, both.is_well) == (seen, False)  # a slide of the run has failed
+    assert shown(both).count("finished after") == 2
+    assert both.to_json()["audit"]["work"] == "audit"
+    (alone,) = observe(run)
+    assert alone.audit is None
+
+
+def test_two_audits_of_a_run_at_once_are_refused(copy: Path) -> None:
+    with Claim(storage_path(copy / "audit"), "another", print), pytest.raises(ResumeError, match="run another on"):
+        audit_run(copy, **QUICK)
+    assert sorted(path.name for path in (copy / "audit").iterdir()) == []
 
 
 def test_the_maps_are_those_of_the_run(audited: Path) -> None:

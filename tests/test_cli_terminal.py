@@ -54,7 +54,7 @@ def test_what_is_tried_again_is_told_and_what_has_failed_before_is_not(capsys: p
     lines.task_failed(task, Performed(None, error="its worker died"))
     lines.slide_done(record(7, "failed", "died"))
     lines.slide_done(replace(record(8, "failed", "no slide", skipped=True), lasting=True))
-    lines.remarked("mind the gap")
+    lines.message("mind the gap")
     assert capsys.readouterr().err.splitlines() == [
         "7.svs: explain 3 is tried again: its worker died",
         "[1/2] 7.svs: failed, 1.0 s: died",

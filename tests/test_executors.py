@@ -19,7 +19,7 @@ from tests.clusters import process, scheduler, worker
 from tests.runs import SMALL, differing, rows_of, stored, toy_file, toy_spec
 from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
-from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, local
 from wsi_gradcam.executors.dask import executor as dask_executor
@@ -96,7 +96,7 @@ def test_nothing_stays_on_the_workers(archive: Path, cluster: str, tmp_path: Pat
     assert list(plugins.values()) == [[], []]
 
 
-class KillsWorkers(Listener):
+class KillsWorkers(RunListener):
     """Kills a worker process of this process when so many spans are done."""
 
     def __init__(self, moments: set[int]) -> None:
@@ -172,7 +172,7 @@ def test_no_worker_there(archive: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-class Calls(Listener):
+class Calls(RunListener):
     """Calls a function when the first span is done."""
 
     def __init__(self, function: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ from tests.clusters import process, scheduler, worker
 from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file, toy_spec
 from tests.synthetic import write_marker_slide
 from tests.toy_models import SLOWNESS_S
-from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
 from wsi_gradcam.executors.dask.flow import Flow
@@ -107,7 +107,7 @@ def test_workers_that_declare_a_gpu_and_have_none_are_named(slides: Path, tmp_pa
         assert len(answers) == 1
 
 
-class Watches(Listener):
+class Watches(RunListener):
     """Calls a function when so many spans are done."""
 
     def __init__(self, spans: int, function: Any) -> None:

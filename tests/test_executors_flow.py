@@ -144,6 +144,7 @@ class FakeArchive:
 class FakeWorkload:
     """Explains slides without a run."""
 
+    name, patches = "explain", None
     run: Any = None
 
     def job(self, slide: SlideEntry) -> SlideJob:

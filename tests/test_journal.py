@@ -14,20 +14,20 @@ import pytest
 from tests.cli_runs import Run, calling, write_inputs
 from tests.runs import SMALL, flags, toy_spec
 from tests.synthetic import strip_mpp
-from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.api import RunListener, explain
+from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.manifest import SlideStatus
-from wsi_gradcam.results.run_files import RunFolder
-from wsi_gradcam.run import journal
+from wsi_gradcam.run import driver
 from wsi_gradcam.run.claims import CLAIM
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.failures import attempt_digest
 from wsi_gradcam.run.plan import plan_run
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.status import REPORT, look, shown
+from wsi_gradcam.run.status import REPORT, observe
 from wsi_gradcam.run.types import Performed, SlideRecord, Task
 from wsi_gradcam.run.workload import STITCH
 from wsi_gradcam.system.isolation import CRASHES
@@ -150,14 +150,15 @@ def test_there_is_a_report(finished: Path) -> None:
     ("error", "cause"), [(KeyboardInterrupt(), "interrupted"), (StoreError("the disk is full"), "the disk is full")]
 )
 def test_a_run_that_stops_says_why(made: Path, tmp_path: Path, error: BaseException, cause: str) -> None:
-    class Stops(Listener):
+    class Stops(RunListener):
         def slide_done(self, record: SlideRecord) -> None:
             raise error
 
     with pytest.raises(type(error)):
         explain(made / "slides", MODEL, tmp_path, **SMALL, listener=Stops())
-    (state,) = look(tmp_path)
-    assert (state.state, state.status["cause"], state.well) == ("stopped", cause, False)
+    (state,) = observe(tmp_path)
+    assert state.status is not None
+    assert (state.state, state.status.cause, state.is_well) == ("stopped", cause, False)
     assert f"stopped: {cause}; after" in shown(state)
     assert "give the same command again" in shown(state)
     last = log_of(tmp_path)[-1]
@@ -177,22 +178,22 @@ def test_trouble_with_what_a_run_tells_stops_nothing(
             raise StoreError("no")
         real(place, data)
 
-    class Told(Listener):
+    class Told(RunListener):
         def task_done(self, task: Task, performed: Performed) -> None:
-            journaled._renew()
+            session._renew()
 
-        def remarked(self, text: str) -> None:
+        def message(self, text: str) -> None:
             remarks.append(text)
 
-    journaled: journal.Journal
-    begun = journal.Journal.begun
+    session: driver.RunSession
+    begin = driver.RunSession.begin
 
-    def noted(self: journal.Journal, *arguments: Any) -> None:
-        nonlocal journaled
-        journaled = self
-        begun(self, *arguments)
+    def noted(self: driver.RunSession, *arguments: Any) -> None:
+        nonlocal session
+        session = self
+        begin(self, *arguments)
 
-    monkeypatch.setattr(journal.Journal, "begun", noted)
+    monkeypatch.setattr(driver.RunSession, "begin", noted)
     monkeypatch.setattr(LocalPath, "write", refuse)
     outcome = explain(made / "slides" / "b.tif", MODEL, tmp_path, **SMALL, listener=Told())
     assert [record.status for record in outcome.records] == ["ok"]
@@ -202,7 +203,7 @@ def test_trouble_with_what_a_run_tells_stops_nothing(
 def test_warnings_are_in_the_log_and_seen_as_before(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Warns(Listener):
+    class Warns(RunListener):
         def slide_done(self, record: SlideRecord) -> None:
             logging.getLogger("wsi_gradcam").warning("mind the %s", "gap")
 
@@ -221,15 +222,15 @@ def test_attempts_that_failed_are_told(tmp_path: Path) -> None:
     """As a cluster makes them; here by hand."""
     heard: list[bool] = []
 
-    class Told(Listener):
+    class Told(RunListener):
         def task_failed(self, task: Task, performed: Performed) -> None:
             heard.append(performed.again)
 
-    told = journal.Journal(RunFolder(storage_path(tmp_path)), Told())
+    told = driver.RunSession(storage_path(tmp_path), Told(), dict)
     task = Task(STITCH, SlideEntry("a.svs", "/a.svs"), (3,))
-    told.attempted(task, Performed(None, 0.5, "w"))
-    told.attempted(task, Performed(None, worker="w", error="died", again=True))
-    told.attempted(task, Performed(None, worker="w", error="died"))
+    told._task_ended(task, Performed(None, 0.5, "w"))
+    told._task_ended(task, Performed(None, worker="w", error="died", again=True))
+    told._task_ended(task, Performed(None, worker="w", error="died"))
     told.slide_done(SlideRecord(task.slide, SlideStatus.FAILED, "died", 0, 0, 1.0))
     told._log.flush()
     lines = log_of(tmp_path)
@@ -243,7 +244,7 @@ def test_attempts_that_failed_are_told(tmp_path: Path) -> None:
 # --- what failed before ----------------------------------------------------------------------------------------------
 
 
-class Planned(Listener):
+class Planned(RunListener):
     """Which slides were worked on, and what was remarked."""
 
     def __init__(self) -> None:
@@ -256,7 +257,7 @@ class Planned(Listener):
     def task_failed(self, task: Task, performed: Performed) -> None:
         self.slides.append(task.slide.id)
 
-    def remarked(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.remarks.append(text)
 
 

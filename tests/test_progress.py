@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
+from wsi_gradcam.run.status import FailureCause, RunNumbers
 from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
 from wsi_gradcam.run.workload import EXPLAIN, PLAN, STITCH
 from wsi_gradcam.system.timer import format_duration
@@ -78,10 +79,18 @@ def test_counts_of_slides_and_patches() -> None:
     explained(progress, 0, 12)
     progress.slide_done(record(1))
     progress.slide_done(record(2, "failed", "/slides/2.svs: broken; mend it"))
-    told = progress.to_json()
+    told = progress.numbers().to_json()
     assert told["slides"] == {"total": 4, "done": 2, "skipped": 0, "ok": 1, "failed": 1}
     assert told["patches"] == {"done": 12, "planned": 40, "expected": 60}  # another slide of 20; one was never planned
     assert json.loads(json.dumps(told)) == told
+    assert RunNumbers.from_json(told) == progress.numbers()
+
+
+def test_patches_may_be_known_before_any_slide_is_planned() -> None:
+    progress = Progress(Clock())
+    progress.begin(4, patches=40)
+    explained(progress, 0, 12)
+    assert progress.numbers().to_json()["patches"] == {"done": 12, "planned": 40, "expected": 40}
 
 
 def test_rate_and_time_left_follow_the_last_minutes() -> None:
@@ -119,13 +128,13 @@ def test_shares_of_a_worker_count_from_its_first_task() -> None:
     progress.begin(1, readers=2)
     clock.now += 90
     explained(progress, 0, 50, "late:1", seconds=10, waited_s=2, model_s=7, read_s=8)
-    worker = progress.to_json()["workers"]["late:1"]
+    worker = progress.numbers().to_json()["workers"]["late:1"]
     assert worker["since_s"] == pytest.approx(80)
     assert [worker[key] for key in ("patches_per_s", "model", "waiting", "reading")] == pytest.approx(
         [5, 0.7, 0.2, 0.4]
     )
     explained(progress, 0, 50, "late:1", seconds=10, model_s=100)
-    assert progress.to_json()["workers"]["late:1"]["model"] == 1.0
+    assert progress.numbers().workers["late:1"].model == 1.0
 
 
 def test_stages_sum_up_and_retries_count() -> None:
@@ -134,7 +143,7 @@ def test_stages_sum_up_and_retries_count() -> None:
         progress.task_done(Task(STITCH, entry(), (0,)), Performed(None, 2.0, "w"))
     progress.task_done(Task(STITCH, entry(), (1,)), Performed(None, error="died", again=True))
     progress.task_done(Task(STITCH, entry(), (1,)), Performed(None, error="died"))
-    told = progress.to_json()
+    told = progress.numbers().to_json()
     assert told["stages"] == {"stitch": {"tasks": 3, "seconds": 6.0}}
     assert told["retries"] == 1
     assert told["patches"]["expected"] == 0
@@ -146,15 +155,15 @@ def test_a_thousand_slides_of_one_cause_are_one_cause() -> None:
         progress.slide_done(record(number, "failed", f"/slides/{number}.svs: not a slide; convert it"))
     progress.slide_done(record(2000, "failed", "other"))
     first, second = progress.causes()
-    assert first == {"cause": "not a slide; convert it", "count": 1000, "slides": [f"{i}.svs" for i in range(NAMED)]}
-    assert second["count"] == 1
+    assert first == FailureCause("not a slide; convert it", 1000, [f"{i}.svs" for i in range(NAMED)])
+    assert second.count == 1
 
 
 def test_what_is_told_stays_small() -> None:
     progress = Progress(Clock())
     for number in range(500):
         progress.slide_done(record(number, "failed", f"cause {number}", seconds=number % 100))
-    told = progress.to_json()
+    told = progress.numbers().to_json()
     assert len(told["failures"]) == CAUSES + 1
     assert sum(cause["count"] for cause in told["failures"]) == 500
     assert [item["seconds"] for item in told["slowest"]] == [99.0] * 5 + [98.0] * (SLOWEST - 5)
@@ -163,7 +172,7 @@ def test_what_is_told_stays_small() -> None:
 def test_slides_that_had_ended_are_not_slow_ones() -> None:
     progress = Progress(Clock())
     progress.slide_done(record(0, seconds=100, skipped=True))
-    assert (progress.skipped, progress.to_json()["slowest"]) == (1, [])
+    assert (progress.skipped, progress.numbers().slowest) == (1, [])
 
 
 @given(st.floats(0, 1e7))

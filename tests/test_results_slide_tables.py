@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from tests.runs import SMALL, rows_of, toy_spec
 from tests.synthetic import write_marker_slide
-from wsi_gradcam.api import Listener, explain, preview
+from wsi_gradcam.api import explain, preview
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.results.slide_tables import assign_ids, read_slide_records, record_slides
 from wsi_gradcam.results.validation import validate
-from wsi_gradcam.run.plan import RunPlan
+from wsi_gradcam.run.types import RunListener, Workload
 
 MODEL = toy_spec("pooled_linear")
 
@@ -228,8 +228,8 @@ class TestRuns:
         assert {entry.id for entry in both} == {"a.tif", "2/a.tif"}
 
     def test_the_list_is_written_before_any_work(self, slides: Path, tmp_path: Path) -> None:
-        class Stopped(Listener):
-            def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        class Stopped(RunListener):
+            def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,7 @@ import pytest
 from tests.doomed import CHANGES
 from tests.runs import SMALL, differing, rows_of, start, toy_spec
 from tests.synthetic import strip_mpp, write_marker_slide
-from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.results.manifest import Manifest
@@ -40,7 +40,7 @@ from wsi_gradcam.run.workload import COARSEN, PLAN, STITCH, ExplainWorkload
 KILLED = -signal.SIGKILL
 
 
-class Counter(Listener):
+class Counter(RunListener):
     """Counts what was computed."""
 
     def __init__(self) -> None:
@@ -378,7 +378,7 @@ def test_overwrite_makes_a_damaged_slide_anew(slides: list[Path], undisturbed: P
 
 @pytest.mark.disk  # the twin in the store is made anew by the run within the run
 def test_runs_that_share_an_out_one_after_the_other_keep_each_others_rows(slides: list[Path], tmp_path: Path) -> None:
-    class Meddler(Listener):
+    class Meddler(RunListener):
         def slide_done(self, record: SlideRecord) -> None:
             with pytest.raises(ResumeError, match="is at work there; wait until it is done"):
                 explain(slides[1:], toy_spec("slow_linear"), tmp_path, **SMALL)

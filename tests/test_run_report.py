@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import unquote
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runs import ROOT
-from wsi_gradcam.run.report import LISTED, NO_REMEDY, run_page
+from wsi_gradcam.run.report import LISTED, NO_REMEDY, NO_REMEDY_OF_AUDIT, run_page
+from wsi_gradcam.run.status import RunStatus
 
 STYLE = (ROOT / "wsi_gradcam/pages/layout.css").read_text(encoding="utf-8")
 HOSTILE = """a"b'<script>alert(1)</script>&amp;/x y#?.svs"""
@@ -57,9 +59,9 @@ class Page(HTMLParser):
         return next(row for row in self.rows if row and row[0] == first)
 
 
-def status(**changes: Any) -> dict[str, Any]:
-    """What a run of two slides leaves."""
-    worker = {"since_s": 0, "tasks": 4, "patches": 88, "seconds": 30, "patches_per_s": 4.4}
+def status(**changes: Any) -> RunStatus:
+    """The status of a run of two slides, changed."""
+    worker = {"since_s": 0, "tasks": 4, "patches": 88, "seconds": 30, "waited_s": 2, "model_s": 16, "read_s": 9}
     values: dict[str, Any] = {
         "run": "20260101T000000Z-abc123",
         "state": "finished",
@@ -82,12 +84,12 @@ def status(**changes: Any) -> dict[str, Any]:
         "left_s": None,
         "retries": 0,
         "stages": {"explain": {"tasks": 4, "seconds": 30.0}, "stitch": {"tasks": 1, "seconds": 10.0}},
-        "workers": {"node1:7": {**worker, "model": 0.8, "waiting": 0.1, "reading": 0.45}},
+        "workers": {"node1:7": {**worker, "patches_per_s": 4.4, "model": 0.8, "waiting": 0.1, "reading": 0.45}},
         "throughput": {"width_s": 4.0, "patches": [8, 40, 0, 20, 20]},
         "failures": [{"cause": "no mpp; give --mpp 0.25", "count": 7, "slides": ["c.svs"]}],
         "slowest": [{"slide": "a.svs", "seconds": 19.0, "patches": 88}],
     }
-    return {**values, **changes}
+    return RunStatus.from_json({**values, **changes})
 
 
 def row(name: str, state: str = "ok", error: str = "") -> dict[str, str]:
@@ -125,7 +127,11 @@ def test_a_stopped_run_says_why_and_what_to_do() -> None:
 
 def test_a_run_without_any_work_has_a_page() -> None:
     nothing: dict[str, Any] = {"stages": {}, "workers": {}, "failures": [], "slowest": []}
-    empty = status(**nothing, throughput={"width_s": 1.0, "patches": []}, patches={"done": 0})
+    nothing["patches"] = {"done": 0, "planned": 0, "expected": 0}
+    empty = status(
+        **nothing,
+        throughput={"width_s": 1.0, "patches": []},
+    )
     page = Page(run_page(empty, {}))
     for text in ("No slide failed.", "No patch was explained.", "Nothing was done.", "No slide was processed."):
         assert text in page.text
@@ -134,6 +140,16 @@ def test_a_run_without_any_work_has_a_page() -> None:
 def test_a_cause_without_a_mend_gets_one() -> None:
     page = Page(run_page(status(failures=[{"cause": "ValueError: what", "count": 1, "slides": ["c.svs"]}]), {}))
     assert page.row("1") == ["1", "ValueError: what", NO_REMEDY, "c.svs"]
+
+
+def test_an_audit_has_a_page_too() -> None:
+    failures = [{"cause": "ValueError: what", "count": 1, "slides": ["c.svs"]}]
+    page = Page(run_page(status(work="audit", failures=failures), {"a.svs": row("a.svs")}))
+    assert page.row("1") == ["1", "ValueError: what", NO_REMEDY_OF_AUDIT, "c.svs"]
+    assert ["a.svs", "audited"] in [row[:2] for row in page.rows]
+    assert "explained" not in page.text
+    links = [attributes["href"] for name, attributes in page.tags if name == "a"]
+    assert links == ["./../a.svs/overview.png"]
 
 
 @given(st.one_of(st.just(HOSTILE), st.text(min_size=1)), st.sampled_from(["ok", "failed", HOSTILE]))
@@ -149,7 +165,7 @@ def test_names_and_texts_are_nothing_but_text(text: str, state: str) -> None:
         state="stopped",
         settings={"method": [text], text: text},
         stages={text: {"tasks": 1, "seconds": 1.0}},
-        workers={text: {**status()["workers"]["node1:7"]}},
+        workers={text: asdict(status().numbers.workers["node1:7"])},
         slowest=[{"slide": text, "seconds": 1.0, "patches": 1}],
         failures=[{"cause": text, "count": 1, "slides": [text]}],
     )

@@ -15,13 +15,14 @@ import pytest
 from tests.cli_runs import SMALL_FLAGS, Run, calling, only_error
 from tests.runs import SMALL, differing, start, toy_file, toy_spec
 from tests.synthetic import write_marker_slide
-from wsi_gradcam.api import Listener, explain
+from wsi_gradcam.api import RunListener, explain
+from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run import claims
 from wsi_gradcam.run.claims import CLAIM, read_holder
-from wsi_gradcam.run.status import FINISHED, KILLED, RUNNING, look, shown
+from wsi_gradcam.run.status import RunState, observe
 from wsi_gradcam.run.types import Performed, Task
 
 PATIENCE_S = 120
@@ -69,12 +70,12 @@ def test_a_second_command_is_refused_while_the_first_works_and_sees_how_it_does(
         )
         assert code == 2
         assert f"(process {process.pid}), since 20" in only_error(err)
-        (state,) = look(tmp_path)
-        assert (state.state, state.well) == (RUNNING, True)
+        (state,) = observe(tmp_path)
+        assert (state.state, state.is_well) == (RunState.RUNNING, True)
         assert state.to_json()["process"]["pid"] == process.pid
         code, printed, _ = run("status", tmp_path, "--json")
         told = json.loads(printed)
-        assert (code, told["state"], told["slides"]["total"]) == (0, RUNNING, 1)
+        assert (code, told["state"], told["slides"]["total"]) == (0, RunState.RUNNING, 1)
         process.join(PATIENCE_S)
         assert process.exitcode == 0
     finally:
@@ -82,7 +83,7 @@ def test_a_second_command_is_refused_while_the_first_works_and_sees_how_it_does(
         process.join()
     assert differing(tmp_path, undisturbed) == []
     assert not (tmp_path / CLAIM).exists()
-    assert [state.state for state in look(tmp_path)] == [FINISHED]
+    assert [state.state for state in observe(tmp_path)] == [RunState.FINISHED]
 
 
 def test_a_killed_run_is_followed_at_once(slides: list[Path], undisturbed: Path, tmp_path: Path) -> None:
@@ -90,13 +91,13 @@ def test_a_killed_run_is_followed_at_once(slides: list[Path], undisturbed: Path,
     until(lambda: spans(tmp_path))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    (state,) = look(tmp_path)
-    assert (state.state, state.well) == (KILLED, False)
+    (state,) = observe(tmp_path)
+    assert (state.state, state.is_well) == (RunState.KILLED, False)
     assert "to go on, give the same command again" in shown(state)
     said: list[str] = []
 
-    class Told(Listener):
-        def remarked(self, text: str) -> None:
+    class Told(RunListener):
+        def message(self, text: str) -> None:
             said.append(text)
 
     done = {path.stem for path in spans(tmp_path)}
@@ -134,7 +135,7 @@ def test_a_run_that_loses_its_claim_stops(
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
     out = storage_path(tmp_path)
 
-    class Robbed(Listener):
+    class Robbed(RunListener):
         spans = 0
 
         def task_done(self, task: Task, performed: Performed) -> None:
@@ -154,7 +155,7 @@ def test_a_run_that_loses_its_claim_stops(
     assert holder is not None
     assert holder.run_id == "theirs"
     told = json.loads((tmp_path / "status.json").read_bytes())
-    assert told["state"] == RUNNING, "what stands there belongs to the other"
+    assert told["state"] == RunState.RUNNING, "what stands there belongs to the other"
     assert not (tmp_path / "run.html").exists()
     log = "".join(part.read_text() for part in (tmp_path / "log").iterdir())
     assert '"event": "run ended"' in log

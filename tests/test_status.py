@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,11 @@ import pytest
 from tests.cli_runs import Run, calling, only_error
 from tests.runs import ROOT
 from tests.test_run_report import status as told_by
+from wsi_gradcam.cli.status import WORKERS_NAMED, shown
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run import status as module
 from wsi_gradcam.run.claims import CLAIM, Holder, read_holder
-from wsi_gradcam.run.status import (
-    FINISHED,
-    KILLED,
-    RUNNING,
-    STARTING,
-    STATUS,
-    STOPPED,
-    State,
-    look,
-    read_status,
-    shown,
-    write_status,
-)
+from wsi_gradcam.run.status import STATUS, ObservedRun, RunState, observe, read_status, write_status
 from wsi_gradcam.system.processes import this_process
 
 HERE = this_process()
@@ -60,15 +49,15 @@ def leave(out: Path, process: Any = None, run_id: str = "mine", **changes: Any) 
     return holder
 
 
-def only(out: Path) -> State:
-    (state,) = look(out)
+def only(out: Path) -> ObservedRun:
+    (state,) = observe(out)
     return state
 
 
 def test_a_run_at_work_here(tmp_path: Path) -> None:
-    leave(tmp_path, HERE, state=RUNNING, left_s=100.0, dashboard="http://host/status", failures=[])
+    leave(tmp_path, HERE, state=RunState.RUNNING, left_s=100.0, dashboard="http://host/status", failures=[])
     state = only(tmp_path)
-    assert (state.state, state.well) == (RUNNING, True)
+    assert (state.state, state.is_well) == (RunState.RUNNING, True)
     text = shown(state)
     for part in (
         "running for 20 s (run mine on",
@@ -81,39 +70,39 @@ def test_a_run_at_work_here(tmp_path: Path) -> None:
 
 
 def test_time_left_may_not_be_known(tmp_path: Path) -> None:
-    leave(tmp_path, HERE, state=RUNNING, patches={"done": 0, "planned": 0, "expected": 0})
+    leave(tmp_path, HERE, state=RunState.RUNNING, patches={"done": 0, "planned": 0, "expected": 0})
     assert "time left not known yet" in shown(only(tmp_path))
     assert "patches   0\n" in shown(only(tmp_path))
 
 
 @pytest.mark.parametrize("process", [GONE, None])
 def test_a_run_that_left_no_word_was_killed(tmp_path: Path, process: Any) -> None:
-    leave(tmp_path, process, state=RUNNING)
+    leave(tmp_path, process, state=RunState.RUNNING)
     state = only(tmp_path)
-    assert (state.state, state.well, state.holder) == (KILLED, False, None)
+    assert (state.state, state.is_well, state.holder) == (RunState.KILLED, False, None)
     assert "killed, or its machine is gone; after 20 s" in shown(state)
     assert "to go on, give the same command again: wsi-gradcam explain a --out b" in shown(state)
 
 
 def test_a_run_elsewhere_lives_where_its_claim_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holder = leave(tmp_path, FAR, state=RUNNING)
-    assert only(tmp_path).state == KILLED
+    holder = leave(tmp_path, FAR, state=RunState.RUNNING)
+    assert only(tmp_path).state == RunState.KILLED
     monkeypatch.setattr(module, "PATIENCE_S", 60.0)
     assert holder is not None
     changed = threading.Timer(0.1, lambda: (tmp_path / CLAIM).write_bytes(replace(holder, beat=4).to_bytes()))
     changed.start()
-    assert only(tmp_path).state == RUNNING
+    assert only(tmp_path).state == RunState.RUNNING
     changed.join()
     removed = threading.Timer(0.1, (tmp_path / CLAIM).unlink)
     removed.start()
-    assert only(tmp_path).state == KILLED  # it let go of its claim and has not said that it finished
+    assert only(tmp_path).state == RunState.KILLED  # it let go of its claim and has not said that it finished
     removed.join()
 
 
 def test_a_run_that_starts_has_nothing_to_tell_yet(tmp_path: Path, run: Run) -> None:
     leave(tmp_path, HERE, run_id="another")
     state = only(tmp_path)
-    assert (state.state, state.status, state.well) == (STARTING, {}, True)
+    assert (state.state, state.status, state.is_well) == (RunState.STARTING, None, True)
     assert shown(state).startswith(f"{tmp_path}: starting (run another on ")
     (tmp_path / STATUS).unlink()
     code, printed, _ = run("status", tmp_path, "--json")
@@ -122,33 +111,33 @@ def test_a_run_that_starts_has_nothing_to_tell_yet(tmp_path: Path, run: Run) -> 
 
 def test_ends_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "run.html").touch()
-    leave(tmp_path, state=STOPPED, cause="the disk is full")
+    leave(tmp_path, state=RunState.STOPPED, cause="the disk is full")
     text = shown(only(tmp_path))
     assert "stopped: the disk is full; after 20 s" in text
     assert "to go on, give the same command again" in text
     assert "failed    7: no mpp; give --mpp 0.25 (c.svs ...)" in text
     assert "to try failed slides again: wsi-gradcam explain a --out b --retry-failed" in text
     assert f"report    {tmp_path}/run.html" in text
-    leave(tmp_path, state=FINISHED, failures=[])
-    assert only(tmp_path).well
+    leave(tmp_path, state=RunState.FINISHED, failures=[])
+    assert only(tmp_path).is_well
     assert "again" not in shown(only(tmp_path))
 
 
 def test_many_workers_are_not_all_listed(tmp_path: Path) -> None:
-    (worker,) = told_by()["workers"].values()
-    leave(tmp_path, HERE, state=RUNNING, workers={f"node{i}:1": worker for i in range(40)})
+    worker = asdict(told_by().numbers.workers["node1:7"])
+    leave(tmp_path, HERE, state=RunState.RUNNING, workers={f"node{i}:1": worker for i in range(40)})
     lines = [line for line in shown(only(tmp_path)).splitlines() if "worker " in line]
-    assert len(lines) == module.WORKERS_NAMED + 1
+    assert len(lines) == WORKERS_NAMED + 1
     assert lines[-1].endswith("and 24 more")
 
 
 def test_watching_goes_on_until_the_end(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave(tmp_path, HERE, state=RUNNING)
+    leave(tmp_path, HERE, state=RunState.RUNNING)
     steps = iter(
         [
-            lambda: leave(tmp_path, HERE, state=RUNNING, patches_per_s=99.0),
+            lambda: leave(tmp_path, HERE, state=RunState.RUNNING, patches_per_s=99.0),
             lambda: None,
-            lambda: leave(tmp_path, state=FINISHED, failures=[]),
+            lambda: leave(tmp_path, state=RunState.FINISHED, failures=[]),
         ]
     )
 
@@ -178,7 +167,7 @@ def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, tex
 def test_it_loads_nothing_heavy() -> None:
     """It is for login nodes."""
     code = (
-        "import sys, wsi_gradcam.run.status;print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
+        "import sys, wsi_gradcam.cli.status;print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

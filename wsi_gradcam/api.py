@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,13 @@ from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import RunFolder, check_same_run, read_run, stored_choice, write_run
 from wsi_gradcam.results.slide_tables import SlideTable, assign_ids, read_slide_records, read_slides, record_slides
 from wsi_gradcam.results.validation import validate
-from wsi_gradcam.run.events import Listener
+from wsi_gradcam.run.driver import RunSession
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.run.journal import Journal
 from wsi_gradcam.run.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.sampling import SLIDES_TRIED
 from wsi_gradcam.run.settings import Settings, make_settings
-from wsi_gradcam.run.types import Executor, FatalError, SlideRecord
+from wsi_gradcam.run.types import Executor, RunListener, SlideRecord
 from wsi_gradcam.run.workload import ExplainWorkload
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.tissue.annotations import check_masks, entry_regions
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice
     from wsi_gradcam.models.load import Model
 
-__all__ = ["Estimate", "Listener", "Outcome", "SlideRecord", "explain", "preview", "validate"]
+__all__ = ["Estimate", "Outcome", "RunListener", "SlideRecord", "explain", "preview", "validate"]
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -66,7 +66,7 @@ def explain(
     skip: str | Sequence[str] = (),
     retry_failed: bool = False,
     log_tasks: bool = False,
-    listener: Listener | None = None,
+    listener: RunListener | None = None,
     **options: Any,
 ) -> Outcome:
     """Explain slides and write everything below `out`; slides finished before are not computed again.
@@ -90,7 +90,7 @@ def explain(
         skip: patterns of ids that are left out.
         retry_failed: try all slides again that failed before.
         log_tasks: have a line in the run's log for each task, not just for each slide.
-        listener: told about progress.
+        listener: is told what happens.
 
     Returns:
         A record for each slide. A slide that failed is in it, with the cause; the others are finished.
@@ -103,34 +103,36 @@ def explain(
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings)
-    journal = Journal(folder, listener or Listener(), log_tasks)
-    with journal, open_executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
+    session = RunSession(folder.place, listener or RunListener(), partial(read_slides, folder.slides), log_tasks)
+    records: list[SlideRecord] = []
+    with session, open_executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.place, spec, settings, entries, choice)
-        journal.claim()
+        session.claim()
         rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
         if not overwrite and not _nothing_but_failures(rows):
             check_same_run(folder.run, run)
         folder.place.remove_partial_files(recursive=False)
         write_run(folder.run, run)
         entries = record_slides(folder.record, entries)
-        journal.begun(run, entries, executor.dashboard)
+        workload = ExplainWorkload(run, overwrite)
+        session.begin(workload, entries, executor.dashboard)
         wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
         if retry_failed:
             forget_unreadable(wanted, rows, folder)
         if known:
-            journal.remarked(f"{len(known)} slides failed before and are not tried again; --retry-failed does")
-        records = list(known)
+            session.message(f"{len(known)} slides failed before and are not tried again; --retry-failed does")
         for record in known:
-            journal.slide_done(record)
+            records.append(record)
+            session.slide_done(record)
         table = SlideTable(folder.slides)
+
+        def keep(record: SlideRecord) -> None:
+            table.add(_row(record, folder, run, rows.get(record.slide.id)))
+            records.append(record)
+
         try:
-            for record in executor.run(ExplainWorkload(run, overwrite), wanted, journal.attempted):
-                table.add(_row(record, folder, run, rows.get(record.slide.id)))
-                records.append(record)
-                journal.slide_done(record)
-        except FatalError as error:
-            raise error.cause from error.cause.__cause__
+            session.process(executor, workload, wanted, keep)
         finally:
             table.flush()
     return Outcome(_shown(out), tuple(records))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import StoreError
+from wsi_gradcam.run.status import AUDIT as AUDIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.io.paths import StoragePath
 
-AUDIT, PIECES, REPORT = "audit", "pieces", "report.html"
+PIECES, REPORT = "pieces", "report.html"
 ENDING, DIGITS = ".npz", 12
 
 Numbers = dict[str, "NDArray[Any]"]

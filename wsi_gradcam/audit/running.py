@@ -26,9 +26,9 @@ from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
-from wsi_gradcam.run.claims import Claim, new_run_id
-from wsi_gradcam.run.events import Listener
-from wsi_gradcam.run.types import FatalError, Performed, SlideRecord, Task
+from wsi_gradcam.run.driver import RunSession
+from wsi_gradcam.run.log import LOG
+from wsi_gradcam.run.types import RunListener, SlideRecord
 from wsi_gradcam.system.isolation import CRASHES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def audit_run(
     scheduler: str | None = None,
     wait_for_workers: float | None = None,
     overwrite: bool = False,
-    listener: Listener | None = None,
+    listener: RunListener | None = None,
 ) -> AuditOutcome:
     """Audit the explained archive in `out`; what was measured before is not measured again.
 
@@ -94,7 +94,7 @@ def audit_run(
         against: another run, whose audit is finished; its patches are audited here too, and the two are compared.
         workers, scheduler, wait_for_workers: as for `explain`.
         overwrite: measure all anew, also where an audit with other settings stands.
-        listener: told about progress.
+        listener: is told what happens.
 
     Raises:
         WsiGradcamError: nothing could be done at all, or the audit had to stop; what was measured is not lost.
@@ -108,7 +108,6 @@ def audit_run(
         tuple(include),
         None if regions is None else Path(regions).absolute(),
     )
-    listener = listener or Listener()
     result = open_result(storage_path(out).absolute())
     given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
     loaded = None if given is None or isinstance(given, ModelSpec) else given
@@ -116,27 +115,32 @@ def audit_run(
     run = reopen(result, None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()}))
     folder = AuditFolder(result.folder.place / AUDIT)
     other = None if against is None else open_audit(against)
-    with open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
+    records: list[SlideRecord] = []
+    session = RunSession(folder.place, listener or RunListener(), lambda: _report_rows(records))
+    with session, open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
         facts = executor.examine(run.spec, run.asked, [], None)
         plan = _planned(run, run.plan(facts), asked, other)
-        with Claim(folder.place, new_run_id(), listener.remarked) as claim:
-            _settle(folder, plan, overwrite)
-            records = []
-            chosen = [run.entries[name] for name in plan.samples]
-            listener.begun(plan.run, chosen, executor.dashboard)
-
-            def attempted(task: Task, performed: Performed) -> None:
-                claim.check()
-                (listener.task_failed if performed.error else listener.task_done)(task, performed)
-
-            try:
-                for record in executor.run(AuditWorkload(plan), chosen, attempted):
-                    records.append(record)
-                    listener.slide_done(record)
-            except FatalError as error:
-                raise error.cause from error.cause.__cause__
-            metrics = _finish(folder, plan, run, records, other)
+        session.claim()
+        _settle(folder, plan, overwrite)
+        workload = AuditWorkload(plan)
+        slides = [run.entries[name] for name in plan.samples]
+        session.begin(workload, slides, executor.dashboard)
+        session.process(executor, workload, slides, records.append)
+        metrics = _finish(folder, plan, run, records, other)
     return AuditOutcome(folder.place, metrics, tuple(records))
+
+
+def _report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:
+    """Return the slides that have ended, for the report of the run."""
+    return {
+        record.slide.id: {
+            "status": record.status,
+            "patches": str(record.patches),
+            "error": record.error,
+            "path": record.slide.path,
+        }
+        for record in records
+    }
 
 
 def _unknown(only: Sequence[str]) -> bool:
@@ -200,7 +204,7 @@ def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
         raise ResumeError(f"{folder.place}: holds an audit with other settings ({what}); --overwrite replaces it")
     for place in (folder.plan, folder.metrics, folder.report):  # the plan first: what is half gone is no audit
         place.remove()
-    for name in folder.place.folder_names():
+    for name in set(folder.place.folder_names()) - {LOG}:
         (folder.place / name).remove_tree()
     values = {
         "identity": identity,

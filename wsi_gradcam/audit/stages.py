@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder, write_numbers
 from wsi_gradcam.audit.spreading import has_overlap, write_spread
@@ -31,8 +31,14 @@ class AuditWorkload:
         subject: the model under audit in this process.
     """
 
+    name: ClassVar[str] = AUDIT
     plan: AuditPlan
     subject: Exclusive[Subject] = field(default_factory=Exclusive, repr=False, compare=False)
+
+    @property
+    def patches(self) -> int:
+        """The number of patches in the sample."""
+        return sum(len(sample.patches) for sample in self.plan.samples.values())
 
     @property
     def run(self) -> RunPlan:

@@ -165,15 +165,16 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.run.status import look, shown
+    from wsi_gradcam.cli.status import shown
+    from wsi_gradcam.run.status import observe
 
     before = None
-    for state in look(arguments.out, arguments.watch):
-        text = json.dumps(state.to_json()) if arguments.json else shown(state)
+    for seen in observe(arguments.out, arguments.watch):
+        text = json.dumps(seen.to_json()) if arguments.json else shown(seen)
         if text != before:
             print(text, flush=True)
         before = text
-    return DONE if state.well else SOME_FAILED
+    return DONE if seen.is_well else SOME_FAILED
 
 
 def _audit(arguments: argparse.Namespace) -> int:

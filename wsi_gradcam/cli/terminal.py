@@ -12,27 +12,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from wsi_gradcam.api import Listener
 from wsi_gradcam.run.progress import Progress
-from wsi_gradcam.run.types import Performed, Planned, Task
+from wsi_gradcam.run.types import Performed, Planned, RunListener, Task
 from wsi_gradcam.system.timer import format_duration
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.run.plan import RunPlan
-    from wsi_gradcam.run.types import SlideRecord
+    from wsi_gradcam.run.types import SlideRecord, Workload
 
 LINE_EVERY_S = 30.0
 MAX_WORKERS_LISTED = 8
 
 
-class Quiet(Listener):
+class Quiet(RunListener):
     """A listener that prints nothing, and records whether the work has begun."""
 
     began = False
 
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+    def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """Record that the work begins: after an error there may be finished slides."""
         self.began = True
 
@@ -44,10 +42,11 @@ class Lines(Quiet):
         self.progress = Progress()
         self.last_line = time.monotonic()
 
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+    def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """Print what will be done."""
-        super().begun(run, slides, dashboard)
-        self.progress.begin(len(slides), run.settings.reader_threads)
+        super().run_started(workload, slides, dashboard)
+        run = workload.run
+        self.progress.begin(len(slides), run.settings.reader_threads, workload.patches)
         labels = ", ".join(target.label for target in run.targets)
         self.print_line(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
         self.print_line(_engine_line(run.facts.choice))
@@ -75,7 +74,7 @@ class Lines(Quiet):
             end = f"{record.status}, {record.seconds:.1f} s" + (f": {record.error}" if record.error else "")
             self.print_line(f"[{self.progress.slides_done}/{self.progress.slides}] {record.slide.id}: {end}")
 
-    def remarked(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print the remark."""
         self.print_line(text)
 
@@ -94,9 +93,9 @@ class Bars(Lines):
         self._slide_bar = bars.add_task("slides", total=None, rate="")
         self._patch_bar = bars.add_task("patches", total=None, rate="")
 
-    def begun(self, run: RunPlan, slides: Sequence[SlideEntry], dashboard: str) -> None:
+    def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """Set the number of slides."""
-        super().begun(run, slides, dashboard)
+        super().run_started(workload, slides, dashboard)
         self._bars.update(self._slide_bar, total=len(slides))
 
     def task_done(self, task: Task, performed: Performed) -> None:
@@ -141,9 +140,11 @@ def pace(numbers: Progress, whole: bool = False) -> str:
     """Return the speed, how busy the model is, and the time left; a `whole` line also has counts and workers."""
     parts = [f"{numbers.rate():.0f} patches/s"]
     now_s, explaining = numbers.elapsed_s(), ((name, w) for name, w in numbers.workers.items() if w.patches)
-    shares = {name: worker.shares(now_s, numbers.readers) for name, worker in explaining}
+    shares = {name: worker.status(now_s, numbers.readers) for name, worker in explaining}
     if shares:
-        mean = {key: sum(share[key] for share in shares.values()) / len(shares) for key in ("model", "reading")}
+        mean = {
+            key: sum(getattr(share, key) for share in shares.values()) / len(shares) for key in ("model", "reading")
+        }
         parts.append(f"model busy {mean['model']:.0%}, reading {mean['reading']:.0%}")
     if (left_s := numbers.left_s()) is not None:
         parts.append(f"about {format_duration(left_s)} left")
@@ -151,7 +152,7 @@ def pace(numbers: Progress, whole: bool = False) -> str:
         return ", ".join(parts)
     counts = f"{numbers.slides_done}/{numbers.slides} slides, {numbers.patches_done} patches"
     if 1 < len(shares) <= MAX_WORKERS_LISTED:
-        each = (f"{name} {share['patches_per_s']:.0f}/s" for name, share in sorted(shares.items()))
+        each = (f"{name} {share.patches_per_s:.0f}/s" for name, share in sorted(shares.items()))
         parts.append("workers " + ", ".join(each))
     elif len(shares) > MAX_WORKERS_LISTED:
         parts.append(f"{len(shares)} workers")

@@ -28,7 +28,7 @@ from wsi_gradcam.results.run_files import RunFolder
 if TYPE_CHECKING:
     from wsi_gradcam.api import Outcome
     from wsi_gradcam.results.run_files import SlideFolder
-    from wsi_gradcam.run.events import Listener
+    from wsi_gradcam.run.types import RunListener
 
 SIDE_PX, MPP = 8192, 0.5  # the micrograph's pixel size is not known: 0.5 um is assumed
 SLIDE_NAME = "ihc-demo.tiff"
@@ -80,7 +80,7 @@ def given_example(slide: Path, out: Path) -> Example:
     return Example(slide, RunFolder(LocalPath(out / "oral-tumour")), "oral-tumour", "tumour", 0.5)
 
 
-def explain_example(example: Example, workers: int | None, mpp: float | None, listener: Listener) -> Outcome:
+def explain_example(example: Example, workers: int | None, mpp: float | None, listener: RunListener) -> Outcome:
     """Explain the slide, also if it was explained before; `mpp` replaces the micrometres per pixel of its file.
 
     Raises:

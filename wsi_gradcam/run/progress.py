@@ -1,4 +1,4 @@
-"""How far a run is, in numbers: counts, rates, who was busy with what, and how long it will still take."""
+"""Counting how far a run is: slides, patches, rates, busy shares of workers, and the time that is left."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.run.status import (
+    FailureCause,
+    PatchCounts,
+    RunNumbers,
+    SlideCounts,
+    SlowSlide,
+    StageStatus,
+    ThroughputStatus,
+    WorkerStatus,
+)
 from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
 
 BINS = 120  # of throughput over time, at least half of which are in use in a long run
 RECENT_S = 120.0
-CAUSES, NAMED, SLOWEST = 50, 5, 10  # told: causes of failures, slides of each, slides that took longest
+CAUSES, NAMED, SLOWEST = 50, 5, 10  # most causes of failures, slides of each, and slides that took longest
 
 
 @dataclass
 class Throughput:
-    """Patches over time, in a bounded number of bins that become wider as time goes by."""
+    """Patches over time, in a bounded number of bins that become wider as time goes by, `width_s` seconds."""
 
     width_s: float = 1.0
     patches: list[int] = field(default_factory=list)
@@ -35,13 +44,13 @@ class Throughput:
         self.patches[number] += count
 
     def since(self, from_s: float) -> int:
-        """Patches in the bins that begin at `from_s` or later."""
+        """Return the patches in the bins that begin at `from_s` or later."""
         return sum(self.patches[math.ceil(from_s / self.width_s) :])
 
 
 @dataclass
 class StageSum:
-    """Tasks of a stage, and their seconds in sum over all workers."""
+    """Tasks of a stage that are done, and their seconds in sum over all workers."""
 
     tasks: int = 0
     seconds: float = 0.0
@@ -49,7 +58,7 @@ class StageSum:
 
 @dataclass
 class WorkerSum:
-    """What a worker has done since its first task began, `since_s` seconds after the run's start."""
+    """The work of a process since its first task began, `since_s` seconds after the run's start; see `WorkerStatus`."""
 
     since_s: float
     tasks: int = 0
@@ -59,11 +68,16 @@ class WorkerSum:
     model_s: float = 0.0
     read_s: float = 0.0
 
-    def shares(self, now_s: float, readers: int) -> dict[str, float]:
-        """Patches per second; shares of the time: the model worked, it waited for pixels, reading threads read."""
+    def status(self, now_s: float, readers: int) -> WorkerStatus:
+        """Return the work with its rate and its shares of the time, for so many reading threads."""
         wall_s = max(1e-9, now_s - self.since_s)
-        times = {"model": self.model_s, "waiting": self.waited_s, "reading": self.read_s / readers}
-        return {"patches_per_s": self.patches / wall_s, **{k: min(1.0, s / wall_s) for k, s in times.items()}}
+        return WorkerStatus(
+            **asdict(self),
+            patches_per_s=self.patches / wall_s,
+            model=min(1.0, self.model_s / wall_s),
+            waiting=min(1.0, self.waited_s / wall_s),
+            reading=min(1.0, self.read_s / readers / wall_s),
+        )
 
 
 @dataclass
@@ -75,7 +89,7 @@ class _Cause:
 
 
 class Progress:
-    """Counts what a run tells.
+    """Counts the tasks and slides of a run.
 
     Attributes:
         slides: how many there are.
@@ -99,10 +113,12 @@ class Progress:
         self._causes: dict[str, _Cause] = {}
         self._slowest: list[tuple[float, str, int]] = []
 
-    def begin(self, slides: int, readers: int = 1) -> None:
-        """The work begins now, on so many slides; a worker reads with so many threads."""
+    def begin(self, slides: int, readers: int = 1, patches: int | None = None) -> None:
+        """Begin now, with so many slides, reading threads of a worker, and patches, if these are known by now."""
         self._started = self._clock()
         self.slides, self.readers = slides, readers
+        if patches is not None:
+            self.patches, self.planned = patches, slides
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """Count an attempt at a task."""
@@ -140,62 +156,57 @@ class Progress:
             (heapq.heappush if len(self._slowest) < SLOWEST else heapq.heappushpop)(self._slowest, item)
 
     def elapsed_s(self) -> float:
-        """Seconds since the work began."""
+        """Return the seconds since the work began."""
         return self._clock() - self._started
 
     @property
     def slides_done(self) -> int:
-        """Slides that have ended, however."""
+        """Slides that have ended, finished or failed."""
         return self.ended.total()
 
     @property
     def patches_expected(self) -> int:
-        """Patches to be done in all, with the mean of the slides planned so far for the others."""
+        """Patches to be done in all: slides that are not planned yet count as the mean of those that are."""
         unplanned = max(0, self.slides - self.planned - self._never_planned)
         return self.patches + round(unplanned * self.patches / self.planned) if self.planned else 0
 
     def rate(self) -> float:
-        """Patches per second over the last minutes."""
+        """Return the patches per second over the last minutes."""
         now_s = self.elapsed_s()
         width_s = self.throughput.width_s
         from_s = math.ceil(max(0.0, now_s - max(RECENT_S, 2 * width_s)) / width_s) * width_s  # whole bins
         return self.throughput.since(from_s) / max(1e-9, now_s - from_s)
 
     def left_s(self) -> float | None:
-        """Seconds that the rest will take if all goes on as lately; None where that cannot be told yet."""
+        """Return the seconds that the rest will take at the present rate; None where that is not known yet."""
         left = max(0, self.patches_expected - self.patches_done)
         if self.slides_done == self.slides:
             return 0.0
         rate = self.rate()
         return left / rate if rate and left else None
 
-    def causes(self) -> list[dict[str, Any]]:
-        """Why slides failed, the most frequent cause first, with some of the slides."""
+    def causes(self) -> list[FailureCause]:
+        """Return why slides failed, the most frequent cause first, with some of the slides."""
         ordered = sorted(self._causes.items(), key=lambda item: -item[1].count)
-        return [{"cause": text, **asdict(cause)} for text, cause in ordered]
+        return [FailureCause(text, cause.count, cause.slides) for text, cause in ordered]
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        now_s = self.elapsed_s()
-        left_s = self.left_s()
-        return {
-            "elapsed_s": round(now_s, 1),
-            "slides": {"total": self.slides, "done": self.slides_done, "skipped": self.skipped, **self.ended},
-            "patches": {"done": self.patches_done, "planned": self.patches, "expected": self.patches_expected},
-            "patches_per_s": round(self.rate(), 2),
-            "left_s": None if left_s is None else round(left_s, 1),
-            "retries": self.retries,
-            "stages": {name: asdict(stage) for name, stage in self.stages.items()},
-            "workers": {
-                name: {**asdict(worker), **worker.shares(now_s, self.readers)} for name, worker in self.workers.items()
-            },
-            "throughput": asdict(self.throughput),
-            "failures": self.causes(),
-            "slowest": [
-                {"slide": slide, "seconds": round(seconds, 2), "patches": patches}
-                for seconds, slide, patches in sorted(self._slowest, reverse=True)
-            ],
-        }
+    def numbers(self) -> RunNumbers:
+        """Return all numbers as of now."""
+        now_s, left_s = self.elapsed_s(), self.left_s()
+        slowest = sorted(self._slowest, reverse=True)
+        return RunNumbers(
+            elapsed_s=round(now_s, 1),
+            slides=SlideCounts(self.slides, self.slides_done, self.skipped, dict(self.ended)),
+            patches=PatchCounts(self.patches_done, self.patches, self.patches_expected),
+            patches_per_s=round(self.rate(), 2),
+            left_s=None if left_s is None else round(left_s, 1),
+            retries=self.retries,
+            stages={name: StageStatus(stage.tasks, stage.seconds) for name, stage in self.stages.items()},
+            workers={name: worker.status(now_s, self.readers) for name, worker in self.workers.items()},
+            throughput=ThroughputStatus(self.throughput.width_s, list(self.throughput.patches)),
+            failures=self.causes(),
+            slowest=[SlowSlide(slide, round(seconds, 2), patches) for seconds, slide, patches in slowest],
+        )
 
     def _count_cause(self, record: SlideRecord) -> None:
         text = cause_of(record)
@@ -208,10 +219,10 @@ class Progress:
 
 
 def cause_of(record: SlideRecord) -> str:
-    """Why a slide failed, without its name: a folder of wrong files has one cause a thousand times."""
+    """Return why a slide failed, without its name: a folder of wrong files has one cause a thousand times."""
     return without_path(record.error, record.slide.path)
 
 
 def without_path(error: str, path: str) -> str:
-    """An error that does not name the slide, where it stands beside it."""
+    """Return an error without the path of its slide, beside which it is shown."""
     return error.replace(f"{path}: ", "").replace(path, "the file") if path else error

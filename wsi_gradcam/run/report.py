@@ -9,15 +9,16 @@ from typing import Any
 from wsi_gradcam.pages.templates import render
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.progress import without_path
-from wsi_gradcam.run.status import FINISHED
+from wsi_gradcam.run.status import AUDIT, FailureCause, RunState, RunStatus, StageStatus, ThroughputStatus
 
 LISTED = 1000  # slides with a line of their own
 STATUSES: dict[str, str] = {
-    SlideStatus.OK: "explained",
+    SlideStatus.OK: "explained",  # of an audit: audited
     SlideStatus.NO_TISSUE: "without tissue",
     SlideStatus.FAILED: "failed",
 }
-NO_REMEDY = "check the file, then run the same command again with --retry-failed"
+NO_REMEDY_OF_AUDIT = "check the file, then run the same command again"
+NO_REMEDY = f"{NO_REMEDY_OF_AUDIT} with --retry-failed"
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,29 @@ class SlideRow:
     note: str
 
 
-def run_page(status: Mapping[str, Any], rows: Mapping[str, Mapping[str, str]]) -> bytes:
+def run_page(status: RunStatus, rows: Mapping[str, Mapping[str, str]]) -> bytes:
     """Return the page of a run, as UTF-8.
 
     Args:
-        status: what `status.json` holds.
-        rows: the rows of `slides.csv` by slide id.
+        status: of the run at its end.
+        rows: the rows of `slides.csv` by slide id, or such as these.
     """
     listed = list(rows.items())[:LISTED]
+    is_audit, numbers = status.facts.work == AUDIT, status.numbers
+    done = "audited" if is_audit else "explained"
+    statuses: dict[str, str] = {**STATUSES, SlideStatus.OK: done}
     page = render(
         "run/report.html",
-        title=f"Run {status['run']}",
-        status=status,
-        finished=status["state"] == FINISHED,
-        statuses=STATUSES,
-        settings=[(name, _setting(value)) for name, value in status["settings"].items()],
-        failures=[_failure(cause) for cause in status["failures"]],
-        throughput=_throughput(status["throughput"], status["elapsed_s"]),
-        stages=_stages(status["stages"]),
-        slides=[_slide(name, row) for name, row in listed],
+        title=f"Run {status.facts.run}",
+        status=status.to_json(),
+        finished=status.state == RunState.FINISHED,
+        done=done,
+        statuses=statuses,
+        settings=[(name, _setting(value)) for name, value in status.facts.settings.items()],
+        failures=[_failure(cause, is_audit) for cause in numbers.failures],
+        throughput=_throughput(numbers.throughput, numbers.elapsed_s),
+        stages=_stages(numbers.stages),
+        slides=[_slide(name, row, statuses, "../" if is_audit else "") for name, row in listed],
         ended=len(rows),
     )
     return page.encode()
@@ -94,14 +99,14 @@ def _setting(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _failure(cause: Mapping[str, Any]) -> FailureRow:
-    text, _, remedy = cause["cause"].partition("; ")  # messages of our errors end with what to do
-    return FailureRow(cause["count"], text, remedy or NO_REMEDY, cause["slides"])
+def _failure(cause: FailureCause, is_audit: bool) -> FailureRow:
+    text, _, remedy = cause.cause.partition("; ")  # messages of our errors end with what to do
+    return FailureRow(cause.count, text, remedy or (NO_REMEDY_OF_AUDIT if is_audit else NO_REMEDY), cause.slides)
 
 
-def _throughput(throughput: Mapping[str, Any], elapsed_s: float) -> ThroughputBars | None:
+def _throughput(throughput: ThroughputStatus, elapsed_s: float) -> ThroughputBars | None:
     """Return the bars; None where no patch was explained."""
-    width_s, counts = throughput["width_s"], throughput["patches"]
+    width_s, counts = throughput.width_s, throughput.patches
     if not any(counts):
         return None
     last_s = max(width_s / 2, min(width_s, elapsed_s - width_s * (len(counts) - 1)))  # the last bin is not full
@@ -109,14 +114,14 @@ def _throughput(throughput: Mapping[str, Any], elapsed_s: float) -> ThroughputBa
     return ThroughputBars([100 * rate / max(rates) for rate in rates], max(rates), width_s)
 
 
-def _stages(stages: Mapping[str, Mapping[str, Any]]) -> list[StageRow]:
+def _stages(stages: Mapping[str, StageStatus]) -> list[StageRow]:
     """Return the stages, that which took longest first."""
-    total_s = sum(stage["seconds"] for stage in stages.values()) or 1e-9
-    rows = [StageRow(name, s["tasks"], s["seconds"], s["seconds"] / total_s) for name, s in stages.items()]
+    total_s = sum(stage.seconds for stage in stages.values()) or 1e-9
+    rows = [StageRow(name, s.tasks, s.seconds, s.seconds / total_s) for name, s in stages.items()]
     return sorted(rows, key=lambda row: -row.seconds)
 
 
-def _slide(name: str, row: Mapping[str, str]) -> SlideRow:
-    picture = "" if row["status"] == SlideStatus.FAILED else f"{name}/overview.png"
-    status = STATUSES.get(row["status"], row["status"])
+def _slide(name: str, row: Mapping[str, str], statuses: Mapping[str, str], above: str) -> SlideRow:
+    picture = "" if row["status"] == SlideStatus.FAILED else f"{above}{name}/overview.png"
+    status = statuses.get(row["status"], row["status"])
     return SlideRow(name, picture, status, row["patches"], without_path(row["error"], row["path"]))

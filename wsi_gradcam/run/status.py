@@ -1,188 +1,385 @@
-"""`wsi-gradcam status OUT`: how a run does, seen from outside, by the files in OUT alone.
-
-`status.json`: how far the last run on OUT is, for whoever looks from outside; beside it lies the run's report.
-"""
+"""`status.json`: how far a run is; and how a run is seen from outside, by the files in OUT alone."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.io.paths import storage_path
+from wsi_gradcam.io.urls import SCHEME, redact_url
 from wsi_gradcam.run.claims import HEARTBEAT_S, Holder, read_holder
-from wsi_gradcam.system.timer import format_duration
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.run.types import Workload
+
+STATUS, REPORT, AUDIT = "status.json", "run.html", "audit"
+PATIENCE_S = 3 * HEARTBEAT_S  # a sign of life is waited for so long where the run's process cannot be looked up
+POLL_S = 0.25
+WATCHED_S = 2.0
 
 
-STATUS, REPORT = "status.json", "run.html"
-RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
+class RunState(StrEnum):
+    """The state of a run; RUNNING, FINISHED and STOPPED are what status.json says."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    KILLED = "killed"
 
 
-def write_status(out: StoragePath, status: dict[str, Any]) -> None:
-    """Write it, whole.
+@dataclass(frozen=True)
+class RunFacts:
+    """The facts that stay the same all through a run.
+
+    Attributes:
+        run: its id.
+        begun: when it began, UTC.
+        command: the command line, URLs without secrets.
+        engine: what runs the network, and its precision.
+        settings: of the run, as plain values.
+        dashboard: address of a page that shows the work; "" where there is none.
+        work: explain or audit.
+    """
+
+    run: str
+    begun: str
+    command: str
+    out: str
+    model: str
+    model_digest: str
+    layer: str
+    engine: str
+    targets: list[str]
+    settings: dict[str, Any]
+    dashboard: str
+    work: str = "explain"
+
+
+@dataclass(frozen=True)
+class SlideCounts:
+    """Slides in all, those that have ended, and those of them that had ended before; and the ended by their status."""
+
+    total: int
+    done: int
+    skipped: int
+    by_status: dict[str, int]
+
+    def to_json(self) -> dict[str, int]:
+        """Return the counts, those by status among the others."""
+        return {"total": self.total, "done": self.done, "skipped": self.skipped, **self.by_status}
+
+    @classmethod
+    def from_json(cls, values: dict[str, int]) -> SlideCounts:
+        """Return the counts that `to_json` gave."""
+        by_status = {key: count for key, count in values.items() if key not in ("total", "done", "skipped")}
+        return cls(values["total"], values["done"], values["skipped"], by_status)
+
+
+@dataclass(frozen=True)
+class PatchCounts:
+    """Patches that are done, those of the slides planned so far, and those expected in all."""
+
+    done: int
+    planned: int
+    expected: int
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Tasks of a stage that are done, and their seconds in sum over all workers."""
+
+    tasks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """The work of a process since its first task began, `since_s` seconds after the run's start.
+
+    Attributes:
+        tasks, patches, seconds: sums of the tasks done.
+        waited_s, model_s, read_s: seconds that the model waited for pixels, worked, and that threads read slides.
+        patches_per_s: in the mean.
+        model, waiting, reading: the same times as shares of the time since then, 0 to 1.
+    """
+
+    since_s: float
+    tasks: int
+    patches: int
+    seconds: float
+    waited_s: float
+    model_s: float
+    read_s: float
+    patches_per_s: float
+    model: float
+    waiting: float
+    reading: float
+
+
+@dataclass(frozen=True)
+class ThroughputStatus:
+    """Patches done in each of some spans of time, `width_s` seconds long."""
+
+    width_s: float
+    patches: list[int]
+
+
+@dataclass(frozen=True)
+class FailureCause:
+    """A reason for which slides failed: how many, and some of them."""
+
+    cause: str
+    count: int
+    slides: list[str]
+
+
+@dataclass(frozen=True)
+class SlowSlide:
+    """A slide that took long."""
+
+    slide: str
+    seconds: float
+    patches: int
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """How far a run is, in numbers.
+
+    Attributes:
+        patches_per_s: over the last minutes.
+        left_s: seconds that the rest will take; None where that is not known yet.
+        retries: attempts at tasks that failed and were made again.
+    """
+
+    elapsed_s: float
+    slides: SlideCounts
+    patches: PatchCounts
+    patches_per_s: float
+    left_s: float | None
+    retries: int
+    stages: dict[str, StageStatus]
+    workers: dict[str, WorkerStatus]
+    throughput: ThroughputStatus
+    failures: list[FailureCause]
+    slowest: list[SlowSlide]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as plain values."""
+        return {**asdict(self), "slides": self.slides.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunNumbers:
+        """Return the numbers that `to_json` gave; other values raise KeyError or TypeError."""
+        return cls(
+            values["elapsed_s"],
+            SlideCounts.from_json(values["slides"]),
+            PatchCounts(**values["patches"]),
+            values["patches_per_s"],
+            values["left_s"],
+            values["retries"],
+            {name: StageStatus(**stage) for name, stage in values["stages"].items()},
+            {name: WorkerStatus(**worker) for name, worker in values["workers"].items()},
+            ThroughputStatus(**values["throughput"]),
+            [FailureCause(**cause) for cause in values["failures"]],
+            [SlowSlide(**slide) for slide in values["slowest"]],
+        )
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What status.json holds: the run, its state, when that was written (UTC), and how far it was.
+
+    Attributes:
+        cause: why it was stopped; "" where it was not.
+    """
+
+    facts: RunFacts
+    state: RunState
+    cause: str
+    updated: str
+    numbers: RunNumbers
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as plain values."""
+        state = {"state": self.state, "cause": self.cause, "updated": self.updated}
+        return {**asdict(self.facts), **state, **self.numbers.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunStatus:
+        """Return the status that `to_json` gave; other values raise KeyError, TypeError or ValueError."""
+        facts = RunFacts(**{key: values[key] for key in RunFacts.__dataclass_fields__ if key in values})
+        numbers = RunNumbers.from_json(values)
+        return cls(facts, RunState(values["state"]), values["cause"], values["updated"], numbers)
+
+
+def facts_of(workload: Workload, out: StoragePath, run_id: str, dashboard: str) -> RunFacts:
+    """Return the facts of a run that begins now."""
+    run = workload.run
+    return RunFacts(
+        run=run_id,
+        begun=now(),
+        command=command_line(sys.argv),
+        out=str(out),
+        model=run.facts.name,
+        model_digest=run.facts.digest,
+        layer=run.facts.layer,
+        engine=f"{run.facts.choice.engine} {run.facts.choice.precision}",
+        targets=[target.label for target in run.targets],
+        settings=run.settings.model_dump(mode="json"),
+        dashboard=dashboard,
+        work=workload.name,
+    )
+
+
+def now() -> str:
+    """Return the time, UTC, to the second."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Return the command as it was given, URLs without secrets; of programs other than ours the name alone.
+
+    >>> command_line(["/usr/bin/wsi-gradcam", "explain", "https://me:pw@host/a b.svs?key=1", "--out=s3://x/y"])
+    "wsi-gradcam explain 'https://host/a b.svs' --out=s3://x/y"
+    >>> command_line(["study.py", "--token", "secret"])
+    'python study.py'
+    """
+    program = Path(argv[0]) if argv and argv[0] else Path("-c")
+    if program.stem != "wsi-gradcam" and program.parts[-2:] != ("cli", "main.py"):
+        return f"python {program.name}"
+    return shlex.join(["wsi-gradcam", *map(_without_secrets, argv[1:])])
+
+
+def _without_secrets(argument: str) -> str:
+    found = re.search(SCHEME, argument)
+    return argument if found is None else argument[: found.start()] + redact_url(argument[found.start() :])
+
+
+def write_status(out: StoragePath, status: RunStatus) -> None:
+    """Write status.json.
 
     Raises:
         StoreError: OUT cannot be written.
     """
-    (out / STATUS).write(json.dumps(status, indent=1).encode())
+    (out / STATUS).write(json.dumps(status.to_json(), indent=1).encode())
 
 
-def read_status(out: StoragePath) -> dict[str, Any] | None:
-    """What the last run wrote; None where there is nothing, or nothing of ours."""
+def read_status(out: StoragePath) -> RunStatus | None:
+    """Return what the last run on OUT wrote; None where there is nothing, or nothing of ours."""
     try:
-        status = json.loads((out / STATUS).read())
-    except (FileNotFoundError, ValueError):
+        return RunStatus.from_json(json.loads((out / STATUS).read()))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return status if isinstance(status, dict) and {"run", "state", "slides", "patches"} <= status.keys() else None
-
-
-# A sign of life is waited for so long where the run's process cannot be looked up from here.
-PATIENCE_S = 3 * HEARTBEAT_S
-POLL_S = 0.25
-WATCHED_S = 2.0
-STARTING, KILLED = "starting", "killed"
-WORKERS_NAMED = 16
 
 
 @dataclass(frozen=True)
-class State:
-    """How a run does.
+class ObservedRun:
+    """A run as it is seen from outside.
 
     Attributes:
-        state: starting, running, finished, stopped, or killed.
-        status: what the run wrote last; empty where it has not written yet.
-        holder: who holds the claim.
+        out: the folder that it works on.
+        state: as seen now: a run that does not say that it has ended, and lives no more, was killed.
+        status: what it wrote last; None where it has not written yet.
+        holder: who holds the claim; None where nobody does.
         report: where its report is; "" where there is none.
+        audit: the audit of the run, where there is one.
     """
 
     out: str
-    state: str
-    status: dict[str, Any]
+    state: RunState
+    status: RunStatus | None
     holder: Holder | None
     report: str
+    audit: ObservedRun | None = None
 
     @property
-    def well(self) -> bool:
-        """Whether nothing has gone wrong up to now."""
-        return self.state in (STARTING, RUNNING, FINISHED) and not self.status.get("failures")
+    def is_active(self) -> bool:
+        """Whether the run, or its audit, is at work."""
+        active = self.state in (RunState.STARTING, RunState.RUNNING)
+        return active or (self.audit is not None and self.audit.is_active)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing has gone wrong up to now, neither in the run nor in its audit."""
+        failed = self.status is not None and bool(self.status.numbers.failures)
+        ended_badly = self.state in (RunState.STOPPED, RunState.KILLED)
+        return not (failed or ended_badly) and (self.audit is None or self.audit.is_well)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the state as plain values; an audit's beside the run's as `audit`."""
         process = None if self.holder is None else {"host": self.holder.process.host, "pid": self.holder.process.pid}
-        return {**self.status, "out": self.out, "state": self.state, "process": process, "report": self.report}
+        status = {} if self.status is None else self.status.to_json()
+        audit = {} if self.audit is None else {"audit": self.audit.to_json()}
+        return {**status, "out": self.out, "state": self.state, "process": process, "report": self.report, **audit}
 
 
-def look(out: str | PathLike[str], watch: bool = False) -> Iterator[State]:
-    """How the run on OUT does; where it is watched, again and again until it ends.
+def observe(out: str | PathLike[str], watch: bool = False) -> Iterator[ObservedRun]:
+    """Yield the state of the run on OUT and of its audit; with `watch` again and again until both have ended.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is neither.
         StoreError: OUT cannot be read.
     """
     place = storage_path(out)
     while True:
-        state = _state(place)
-        yield state
-        if not watch or state.state not in (STARTING, RUNNING):
+        seen = _observed(place, place / AUDIT)
+        yield seen
+        if not watch or not seen.is_active:
             return
         time.sleep(WATCHED_S)
 
 
-def _state(out: StoragePath) -> State:
-    holder = read_holder(out)
-    lives = holder is not None and _lives(out, holder)
-    status = read_status(out)
-    if status is None and not lives:
+def _observed(out: StoragePath, audit: StoragePath) -> ObservedRun:
+    run, of_audit = _state(out), _state(audit)
+    if run is None and of_audit is None:
         raise ConfigError(
-            f"{out}: no run there that tells of itself, expected a folder that 'wsi-gradcam explain' uses"
+            f"{out}: no run there that keeps a status, expected a folder that 'wsi-gradcam explain' or 'wsi-gradcam "
+            "audit' uses"
         )
+    if run is None:
+        assert of_audit is not None
+        return of_audit
+    return ObservedRun(run.out, run.state, run.status, run.holder, run.report, of_audit)
+
+
+def _state(out: StoragePath) -> ObservedRun | None:
+    """Return the state of the run on OUT itself; None where there is none."""
+    holder = read_holder(out)
+    alive = holder is not None and _is_alive(out, holder)
+    status = read_status(out)
+    if status is None and not alive:
+        return None
     report = str(out / REPORT) if (out / REPORT).exists() else ""
-    if holder is not None and lives and (status is None or status["run"] != holder.run_id):
-        return State(str(out), STARTING, {}, holder, report)
+    if holder is not None and alive and (status is None or status.facts.run != holder.run_id):
+        return ObservedRun(str(out), RunState.STARTING, None, holder, report)
     assert status is not None
-    state = status["state"] if status["state"] != RUNNING or lives else KILLED
-    return State(str(out), state, status, holder if lives else None, report)
+    state = status.state if status.state != RunState.RUNNING or alive else RunState.KILLED
+    return ObservedRun(str(out), state, status, holder if alive else None, report)
 
 
-def _lives(out: StoragePath, holder: Holder) -> bool:
-    """Whether the run is at work: by its process where that can be looked up, else by a change of its claim."""
+def _is_alive(out: StoragePath, holder: Holder) -> bool:
+    """Return whether the run is at work: by its process where that can be looked up, else by a change of its claim."""
     alive = holder.process.alive()
     if alive is not None:
         return alive
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         time.sleep(POLL_S)
-        now = read_holder(out)
-        if now != holder:
-            return now is not None
+        latest = read_holder(out)
+        if latest != holder:
+            return latest is not None
     return False
-
-
-def shown(state: State) -> str:
-    """The state as lines of text."""
-    return "\n".join(_lines(state))
-
-
-def _lines(state: State) -> Iterator[str]:
-    yield f"{state.out}: {_headline(state)}"
-    status = state.status
-    if not status:
-        return
-    yield f"  model     {status['model']}, layer {status['layer']}, targets {', '.join(status['targets'])}"
-    yield f"  slides    {_counts(status['slides'])}"
-    patches = status["patches"]
-    of = f" of about {patches['expected']:,}" if patches["expected"] else ""
-    yield f"  patches   {patches['done']:,}{of}"
-    if state.state == RUNNING:
-        left = "not known yet" if status["left_s"] is None else f"about {format_duration(status['left_s'])}"
-        yield f"  pace      {status['patches_per_s']:.1f} patches/s; time left {left}"
-    yield from _workers(status["workers"])
-    if state.state == RUNNING and status["dashboard"]:
-        yield f"  dashboard {status['dashboard']}"
-    for cause in status["failures"]:
-        more = " ..." if cause["count"] > len(cause["slides"]) else ""
-        yield f"  failed    {cause['count']}: {cause['cause']} ({', '.join(cause['slides'])}{more})"
-    if state.report and state.state not in (RUNNING, KILLED):
-        yield f"  report    {state.report}"
-    yield from _advice(state)
-
-
-def _headline(state: State) -> str:
-    status, where = state.status, f" ({state.holder})" if state.holder else ""
-    if state.state == STARTING:
-        return f"starting{where}"
-    took = format_duration(status["elapsed_s"])
-    if state.state == RUNNING:
-        return f"running for {took}{where}"
-    end = {FINISHED: "finished", STOPPED: f"stopped: {status['cause']};", KILLED: "killed, or its machine is gone;"}
-    return f"{end[state.state]} after {took}, at {status['updated']} (run {status['run']})"
-
-
-def _counts(slides: dict[str, int]) -> str:
-    ends = [f"{count} {name.replace('_', ' ')}" for name, count in slides.items() if name not in ("total", "done")]
-    return f"{slides['done']} of {slides['total']} ended" + (f" ({', '.join(ends)})" if ends else "")
-
-
-def _workers(workers: dict[str, dict[str, float]]) -> Iterator[str]:
-    for name, worker in list(workers.items())[:WORKERS_NAMED]:
-        yield (
-            f"  worker    {name}: {worker['patches_per_s']:.1f} patches/s, model busy {worker['model']:.0%}, waiting "
-            f"for pixels {worker['waiting']:.0%}, reading {worker['reading']:.0%}"
-        )
-    if len(workers) > WORKERS_NAMED:
-        yield f"  worker    and {len(workers) - WORKERS_NAMED} more"
-
-
-def _advice(state: State) -> Iterator[str]:
-    command = state.status["command"]
-    if state.state in (STOPPED, KILLED):
-        yield f"  to go on, give the same command again: {command}"
-    if state.status["failures"] and state.state != RUNNING:
-        yield f"  to try failed slides again: {command} --retry-failed"

@@ -149,6 +149,14 @@ class Workload(Protocol):
     """A kind of work on the slides of a run. Picklable: each worker gets it once."""
 
     @property
+    def name(self) -> str:
+        """The command that asks for it: explain or audit."""
+
+    @property
+    def patches(self) -> int | None:
+        """How many patches all slides have together; None where that is not known before they are planned."""
+
+    @property
     def run(self) -> RunPlan:
         """The plan of the run whose slides these are."""
 
@@ -179,3 +187,22 @@ class Executor(Protocol):
         Raises:
             FatalError: the run cannot go on.
         """
+
+
+class RunListener:
+    """Is told what happens in a run; the methods do nothing unless they are overridden."""
+
+    def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """The model is known and the work begins; `dashboard` is the address of a page that shows it, or ""."""
+
+    def task_done(self, task: Task, performed: Performed) -> None:
+        """A task has succeeded."""
+
+    def task_failed(self, task: Task, performed: Performed) -> None:
+        """An attempt at a task has failed; where it is not made again, its slide fails."""
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """A slide is finished or has failed."""
+
+    def message(self, text: str) -> None:
+        """Something is worth a line. It may come from another thread, and before the work begins."""

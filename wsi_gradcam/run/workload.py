@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
@@ -47,6 +47,8 @@ class ExplainWorkload:
 
     run: RunPlan
     overwrite: bool = False
+    name: ClassVar[str] = "explain"
+    patches: ClassVar[None] = None
 
     def job(self, slide: SlideEntry) -> SlideJob:
         """Return the phases of a slide; see `Workload.job`."""

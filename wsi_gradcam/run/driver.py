@@ -1,0 +1,175 @@
+"""The driver: the loop of explaining and of auditing, which claims OUT and keeps log, status and report there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from wsi_gradcam.errors import WsiGradcamError, one_line
+from wsi_gradcam.run.claims import Claim, new_run_id
+from wsi_gradcam.run.log import EventLog, logged_warnings
+from wsi_gradcam.run.progress import Progress
+from wsi_gradcam.run.report import run_page
+from wsi_gradcam.run.status import REPORT, RunFacts, RunState, RunStatus, facts_of, now, write_status
+from wsi_gradcam.run.types import FatalError, Performed, RunListener, SlideRecord, Task
+from wsi_gradcam.system.timer import PeriodicTimer
+
+if TYPE_CHECKING:
+    from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.run.types import Executor, Workload
+
+RENEWED_S = 3.0
+SlideRows = Callable[[], Mapping[str, Mapping[str, str]]]
+
+
+class RunSession:
+    """A run at work on OUT, as a context; it ends with the report.
+
+    Args:
+        out: the folder that is claimed, and where log, status and report are kept.
+        listener: is told what happens.
+        slide_rows: returns the slides that have ended, for the report: rows as in slides.csv, by slide id.
+        log_tasks: whether each task has a line in the log.
+    """
+
+    def __init__(self, out: StoragePath, listener: RunListener, slide_rows: SlideRows, log_tasks: bool = False) -> None:
+        self.run_id = new_run_id()
+        self._out, self._listener, self._slide_rows = out, listener, slide_rows
+        self._log = EventLog(out, self.run_id, log_tasks)
+        self._progress = Progress()
+        self._lock = threading.Lock()
+        self._facts: RunFacts | None = None
+        self._claim = Claim(out, self.run_id, self.message)
+        self._claimed, self._working = ExitStack(), ExitStack()
+        self._status_failed = False
+
+    def __enter__(self) -> Self:
+        """See that no other run is at work on OUT, where nothing is written yet.
+
+        Raises:
+            ResumeError: one is.
+        """
+        self._claim.look_first()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._claimed:
+            self._working.close()  # first: no status of a run at work may be written after that of its end
+            if self._facts is not None:
+                self._end(self._facts, error)
+
+    def claim(self) -> None:
+        """Claim OUT until the end of the context.
+
+        Raises:
+            ResumeError: another run is at work there.
+            StoreError: it cannot be written.
+        """
+        self._claimed.enter_context(self._claim)
+
+    def begin(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
+        """Begin the log, and show the status from now on; `slides` are all that the run is about."""
+        self._progress.begin(len(slides), workload.run.settings.reader_threads, workload.patches)
+        self._facts = facts_of(workload, self._out, self.run_id, dashboard)
+        self._log.begin(self._facts, workload.run.digest(), len(slides))
+        self._renew()
+        self._working.enter_context(PeriodicTimer(RENEWED_S, self._renew, "status"))
+        self._working.enter_context(logged_warnings(self._log))
+        self._listener.run_started(workload, slides, dashboard)
+
+    def process(
+        self,
+        executor: Executor,
+        workload: Workload,
+        slides: Iterable[SlideEntry],
+        keep: Callable[[SlideRecord], None],
+    ) -> None:
+        """Run a workload on slides; each slide's record is given to `keep` as it is finished.
+
+        Raises:
+            WsiGradcamError: the run cannot go on.
+        """
+        try:
+            for record in executor.run(workload, slides, self._task_ended):
+                keep(record)
+                self.slide_done(record)
+        except FatalError as error:
+            raise error.cause from error.cause.__cause__
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """Count a slide that has ended, now or before, log it and tell the listener."""
+        with self._lock:
+            self._progress.slide_done(record)
+        self._log.slide_done(record)
+        self._listener.slide_done(record)
+
+    def message(self, text: str) -> None:
+        """Log a line and pass it on to the listener."""
+        self._log.message(text)
+        self._listener.message(text)
+
+    def _task_ended(self, task: Task, performed: Performed) -> None:
+        """Count an attempt at a task, log it and tell the listener.
+
+        Raises:
+            FatalError: another run has taken the claim on OUT.
+        """
+        try:
+            self._claim.check()
+        except WsiGradcamError as error:
+            raise FatalError(error) from error
+        with self._lock:
+            is_new = performed.worker not in self._progress.workers
+            self._progress.task_done(task, performed)
+        if performed.error:
+            self._log.task_failed(task, performed)
+            self._listener.task_failed(task, performed)
+            return
+        if is_new and performed.worker:
+            self._log.worker_joined(performed.worker)
+        self._log.task_done(task, performed)
+        self._listener.task_done(task, performed)
+
+    def _renew(self) -> None:
+        """Write log and status; where that fails the listener is told once, and it is tried again."""
+        assert self._facts is not None
+        try:
+            self._write(self._facts, RunState.RUNNING)
+        except WsiGradcamError as error:
+            if not self._status_failed:
+                self._status_failed = True
+                self._listener.message(f"how far the run is cannot be written: {one_line(error)}")
+        else:
+            self._status_failed = False
+
+    def _write(self, facts: RunFacts, state: RunState, cause: str = "") -> RunStatus:
+        with self._lock:
+            numbers = self._progress.numbers()
+        status = RunStatus(facts, state, cause, now(), numbers)
+        self._log.flush()
+        if not self._claim.lost:  # status and report belong to another run now
+            write_status(self._out, status)
+        return status
+
+    def _end(self, facts: RunFacts, error: BaseException | None) -> None:
+        """Write the last line, status and report; an error here never hides the one that ended the run."""
+        state, cause = (RunState.FINISHED, "") if error is None else (RunState.STOPPED, _cause(error))
+        with self._lock:
+            numbers = self._progress.numbers()
+        self._log.end(state, cause, numbers)
+        try:
+            status = self._write(facts, state, cause)
+            if not self._claim.lost:
+                (self._out / REPORT).write(run_page(status, self._slide_rows()))
+        except WsiGradcamError as trouble:
+            self._listener.message(f"the run's report cannot be written: {one_line(trouble)}")
+
+
+def _cause(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
