@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_gradcam.errors import SlideReadError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides import SlideInfo
-from wsi_gradcam.slides.base import levels_of
+from wsi_gradcam.slides import Slide, SlideInfo
+from wsi_gradcam.slides.base import make_levels
+from wsi_gradcam.slides.patch_reader import Batch, PatchReader
 
 Rgb = npt.NDArray[np.uint8]
 BACKGROUND = (250, 240, 230)
@@ -33,7 +35,7 @@ class ArraySlide:
         self._lock = threading.Lock()
         sizes = [(level.shape[0], level.shape[1]) for level in levels]
         self._info = SlideInfo(
-            "memory", levels_of(sizes), mpp, "no mpp; give it with --mpp", "memory", BACKGROUND, None, "0"
+            "memory", make_levels(sizes), mpp, "no mpp; give it with --mpp", "memory", BACKGROUND, None, "0"
         )
 
     @property
@@ -58,3 +60,11 @@ class ArraySlide:
 
     def close(self) -> None:
         self.closed = True
+
+
+def read_batches(
+    slide: Slide, yx: npt.NDArray[np.int64], patch_px: tuple[int, int], mpp: float, batch_size: int, threads: int
+) -> Iterator[Batch]:
+    """Yield the patches at level-0 `yx` by a reader of their own."""
+    with closing(PatchReader(slide, patch_px, mpp, batch_size, threads)) as reader:
+        yield from reader.batches(yx)

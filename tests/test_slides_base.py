@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.slides_in_memory import ArraySlide
 from wsi_gradcam.errors import MppError
-from wsi_gradcam.slides.base import LARGEST_MPP, SMALLEST_MPP, check_mpp, content_digest, levels_of
+from wsi_gradcam.slides.base import LARGEST_MPP, SMALLEST_MPP, check_mpp, content_digest, make_levels
 
 
 @given(
@@ -31,30 +31,30 @@ def test_powers_of_two_are_found_whichever_way_the_writer_rounds(
     sizes = [(max(1, rounding(height / f)), max(1, rounding(width / f))) for f in factors]
     # A side of a pixel or two says next to nothing of its factor; the other side then must.
     if min(height, width) >= 2 * max(factors, default=1):
-        found = levels_of([(height, width), *sizes])[1:]
+        found = make_levels([(height, width), *sizes])[1:]
         assert [(level.downsample_y, level.downsample_x) for level in found] == [(f, f) for f in factors]
 
 
 @pytest.mark.parametrize("factor", [3, 5, 7, 10])
 @pytest.mark.parametrize("rounding", [math.floor, math.ceil])
 def test_other_whole_factors_are_found_on_large_levels(factor: int, rounding: Any) -> None:
-    (_, level) = levels_of([(9001, 7003), (rounding(9001 / factor), rounding(7003 / factor))])
+    (_, level) = make_levels([(9001, 7003), (rounding(9001 / factor), rounding(7003 / factor))])
     assert (level.downsample_y, level.downsample_x) == (factor, factor)
 
 
 def test_a_factor_that_is_not_whole_is_the_ratio_of_each_axis() -> None:
-    (_, level) = levels_of([(1000, 2000), (400, 900)])
+    (_, level) = make_levels([(1000, 2000), (400, 900)])
     assert (level.downsample_y, level.downsample_x) == (2.5, 2000 / 900)
 
 
 def test_axes_may_shrink_differently() -> None:
-    (_, level) = levels_of([(1000, 2000), (500, 500)])
+    (_, level) = make_levels([(1000, 2000), (500, 500)])
     assert (level.downsample_y, level.downsample_x) == (2.0, 4.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)), min_size=1, max_size=5))
 def test_any_sizes_give_finite_downsamples_that_explain_them(sizes: list[tuple[int, int]]) -> None:
-    levels = levels_of(sizes)
+    levels = make_levels(sizes)
     assert (levels[0].downsample_y, levels[0].downsample_x) == (1.0, 1.0)
     for level in levels:
         for full, reduced, down in (

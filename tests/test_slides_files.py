@@ -62,14 +62,14 @@ def test_what_was_streamed_is_not_fetched_again_until_it_is_forgotten(tmp_path: 
             (0, BLOCK_BYTES),
             (BLOCK_BYTES, 2 * BLOCK_BYTES),
         ]
-        file.end_of_headers()
+        file.forget_headers()
         with file.stream() as stream:
             stream.read(3 * BLOCK_BYTES)
         assert len(server.traffic.sent) == 3
 
 
 def test_a_stream_keeps_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "MOST_BLOCKS", 4)
+    monkeypatch.setattr(remote, "MAX_BLOCKS", 4)
     (tmp_path / "a.bin").write_bytes(CONTENT)
     with web_server(tmp_path) as server:
         file = RemoteFile(f"{server.url}/a.bin")

@@ -149,7 +149,7 @@ def test_a_missing_or_damaged_chunk_is_its_own_matter(picture: Rgb, tmp_path: Pa
 def test_chunks_that_would_fill_the_cache_are_read_in_part(
     picture: Rgb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ome_zarr_reader, "MOST_CHUNK_PX", 100)
+    monkeypatch.setattr(ome_zarr_reader, "MAX_CHUNK_PX", 100)
     path = write(tmp_path / "a.zarr", np.moveaxis(picture, -1, 0))
     for channel in range(3):
         (path / f"0/c/{channel}/0/1").unlink()

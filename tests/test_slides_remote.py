@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.servers import BUCKET, CREDENTIALS, Traffic, counting, put_folder, s3_server, web_server
+from tests.slides_in_memory import read_batches
 from tests.synthetic import corrupt_tile, write_marker_slide
 from tests.test_slides_ome_zarr_reader import write as write_zarr
 from tests.test_slides_tiff_reader import noise, write_ome
@@ -23,7 +24,6 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.io import object_stores
 from wsi_gradcam.slides import Slide, open_slide, read_region, remote, tiff_reader
 from wsi_gradcam.slides.base import LocalFile
-from wsi_gradcam.slides.patch_reader import read_batches
 from wsi_gradcam.tissue.grid import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 

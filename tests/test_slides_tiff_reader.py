@@ -173,7 +173,7 @@ def test_orientations_are_honoured(orientation: int, tmp_path: Path) -> None:
         np.testing.assert_array_equal(slide.read_level(0, region), shown)
     assert isinstance(slide, TiffSlide)
     covered = np.zeros(expected.shape[:2], int)
-    for region in slide.some_tiles(0, 99):
+    for region in slide.sample_tiles(0, 99):
         covered[region.slices] += 1
     assert covered.min() == covered.max() == 1
 

@@ -17,15 +17,14 @@ from tests.test_slides_tiff_reader import noise
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.slides import SlideInfo, open_slide
 from wsi_gradcam.slides.base import LocalFile
-from wsi_gradcam.slides.opening import open_plain_tiff
-from wsi_gradcam.slides.remote_opening import MEND, plain_facts
+from wsi_gradcam.slides.opening import COPY_FIRST, open_tiff_slide, plain_facts
 from wsi_gradcam.slides.tiff_metadata import aperio_mpp
 
 
 def ours(path: Path, trust_objective: bool = False, mpp: Any = None) -> SlideInfo:
     """As a remote slide would be described."""
     with closing(
-        open_plain_tiff(LocalFile(path), lambda file, parsed: plain_facts(file, parsed, mpp, trust_objective))
+        open_tiff_slide(LocalFile(path), lambda file, parsed: plain_facts(file, parsed, mpp, trust_objective))
     ) as slide:
         return slide.info
 
@@ -119,5 +118,5 @@ def test_real_tiffs(name: str, shared_data: Path) -> None:
 def test_formats_that_are_no_plain_pyramids_are_refused(vendor: str, options: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, noise(300, 400), tile=(128, 128), photometric="rgb", metadata=None, **options)
-    with pytest.raises(SlideFormatError, match=f"a.tif: in the format of {vendor}, .*{MEND}"):
+    with pytest.raises(SlideFormatError, match=f"a.tif: in the format of {vendor}, .*{COPY_FIRST}"):
         ours(path)

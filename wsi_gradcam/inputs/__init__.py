@@ -1,1 +1,1 @@
-"""From what a user names (files, folders, patterns, lists, URLs) to slides with ids that never collide."""
+"""Slides with unique ids from what users name: files, folders, patterns, lists, URLs. Knows no pixels."""

@@ -1,4 +1,4 @@
-"""From what a user names to slides with ids that never collide."""
+"""Slides with unique ids from the files, folders, patterns, lists and URLs that users name."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from itertools import chain
 from pathlib import Path
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
-from wsi_gradcam.inputs.lists import ENDINGS, NOTHING, Mpp, Told, is_list, read_list
+from wsi_gradcam.inputs.lists import ENDINGS, NO_DETAILS, Details, Mpp, is_list, read_list
 from wsi_gradcam.inputs.search import (
+    HEATMAP,
     IMAGE_SUFFIX,
-    OURS,
     ZARR,
+    find_in_folder,
     has_wildcard,
     matches,
     parts_of_pattern,
-    slides_in,
     split_pattern,
 )
 from wsi_gradcam.io.urls import is_url, redact_url, url_name, url_parts
@@ -34,11 +34,11 @@ class SlideEntry:
 
     Attributes:
         id: its path relative to the folder that was given, with forward slashes.
-        path: where it is; of a URL, without what may be secret.
+        path: its path, or its URL without secrets.
         mpp: (y, x) micrometres per level-0 pixel by a list, for a file that does not say it.
         url: the URL as it was given, where it has more than `path` shows. Not to be printed.
         mask: path of its mask by a list, which goes before the run's.
-        label, site, scanner: what a list tells of it. They change no result.
+        label, site, scanner: details by a list. They change no result.
     """
 
     id: str
@@ -52,30 +52,30 @@ class SlideEntry:
 
     @property
     def address(self) -> str:
-        """What to open."""
+        """The path or full URL to open."""
         return self.url or self.path
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A slide before it has its id: where it is, what it is called, what a list tells of it, and its full URL."""
+    """A slide before it has its id: path, name, details by a list, and full URL."""
 
     path: str
     name: str
-    told: Told
+    details: Details
     url: str = ""
 
     def entry(self, slide_id: str) -> SlideEntry:
-        told = self.told
-        return SlideEntry(slide_id, self.path, told.mpp, self.url, told.mask, told.label, told.site, told.scanner)
+        more = self.details
+        return SlideEntry(slide_id, self.path, more.mpp, self.url, more.mask, more.label, more.site, more.scanner)
 
 
 def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
-    """The slides in `paths` (files, folders searched through, patterns, URLs, lists), sorted by id, each once.
+    """Return the slides in `paths` (files, folders to search, patterns, URLs, lists), sorted by id, each once.
 
     A list is a CSV or Parquet file with a column `slide`, paths from the list's own folder, and if need be further
-    columns, see `slide_list`; what is told last of a slide holds. A pattern has wildcards (`archive/**/*.svs`) where
-    nothing is called so; what it matches is taken by its ending, unless the pattern says another. A URL that ends in
+    columns, see `inputs.lists`; the last details of a slide count. A pattern has wildcards (`archive/**/*.svs`) where
+    nothing has that name; its matches need an ending of slides, unless the pattern has its own. A URL that ends in
     a slash is a folder, unless it is a Zarr image.
 
     A file's id is its name; slides of a folder are named from the folder, those of a pattern from the folder before
@@ -85,7 +85,7 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     Raises:
         SlideNotFoundError: a path that does not exist.
         SlideAccessError: a URL of a folder that cannot be listed.
-        ConfigError: nothing given, a folder without slides, a pattern that matches none, or a list that is none.
+        ConfigError: nothing given, a folder without slides, a pattern that matches none, or an invalid list.
     """
     if not paths:
         raise ConfigError("no slide given; expected slide files, folders, patterns, URLs, or lists (.csv, .parquet)")
@@ -93,13 +93,13 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     for text in [os.fspath(path) for path in paths]:
         for key, slide in _remote(text) if is_url(text) else _local(Path(text)):
             known = found.setdefault(key, slide)
-            if known is not slide and slide.told is not NOTHING:
-                found[key] = replace(known, told=known.told.then(slide.told))
+            if known is not slide and slide.details is not NO_DETAILS:
+                found[key] = replace(known, details=known.details.updated(slide.details))
     slides = list(found.values())
     names = [slide.name for slide in slides]
     if len(set(names)) < len(names):
         places = [path_parts(slide.path) for slide in slides]
-        shared = len(_beginning([place[:-1] for place in places]))
+        shared = len(_common_folders([place[:-1] for place in places]))
         names = ["/".join(place[shared:]) for place in places]
     ids = set(names)
     if len(ids) < len(names):
@@ -112,7 +112,7 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
 
 
 def choose_slides(entries: Sequence[SlideEntry], only: Sequence[str], skip: Sequence[str]) -> list[SlideEntry]:
-    """The slides whose ids match a pattern of `only`, if there are any, and none of `skip`; see `patterns.matches`.
+    """Return the slides whose ids match a pattern of `only`, if there are any, and none of `skip`; see `matches`.
 
     Raises:
         ConfigError: a pattern that matches no slide, or nothing is left.
@@ -142,14 +142,14 @@ def _matching_ids(ids: Sequence[str], flag: str, pattern: str) -> list[str]:
 
 
 def path_parts(path: str) -> tuple[str, ...]:
-    """The parts of a slide's path, from the disk's root or the URL's host on, as they can name folders."""
+    """Return the parts of a slide's path, from the disk's root or the URL's host on, as they can name folders."""
     if is_url(path):
         return url_parts(path)
     return Path(path).relative_to(Path(path).anchor).parts
 
 
 def folders_of(slide_id: str) -> Iterator[str]:
-    """The folders that an id lies in, the innermost first.
+    """Yield the folders that contain an id, the innermost first.
 
     >>> list(folders_of("x/y/a.svs"))
     ['x/y', 'x']
@@ -159,16 +159,18 @@ def folders_of(slide_id: str) -> Iterator[str]:
         slide_id = folder
 
 
-def _beginning(places: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The folders that all places share, from the first on."""
+def _common_folders(places: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the folders that all paths have in common, from the first on."""
     first, last = min(places), max(places)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def _local(path: Path) -> Iterator[tuple[object, _Found]]:
     try:
-        for place, name, told in _named(path):
-            yield _slide_at(place, name, told) if is_url(place) else (_slide_of(place), _Found(place, name, told))
+        for place, name, details in _named(path):
+            yield (
+                _slide_at(place, name, details) if is_url(place) else (_slide_key(place), _Found(place, name, details))
+            )
     except PermissionError as error:
         raise ConfigError(
             f"{error.filename or path}: cannot be read: {error.strerror}; let it be read, or give other slides"
@@ -176,86 +178,86 @@ def _local(path: Path) -> Iterator[tuple[object, _Found]]:
 
 
 def _remote(url: str) -> Iterator[tuple[object, _Found]]:
-    """The slides that a URL stands for: one, or those below a folder."""
+    """Yield the slide at a URL, or those in a remote folder."""
     if not url.endswith("/") or url.rstrip("/").endswith(ZARR):
-        yield _slide_at(url, url_name(url), NOTHING)
+        yield _slide_at(url, url_name(url), NO_DETAILS)
         return
-    from wsi_gradcam.slides.remote import is_zarr_at
+    from wsi_gradcam.slides.remote import is_remote_zarr
 
-    if is_zarr_at(url):
-        yield _slide_at(url, url_name(url), NOTHING)
+    if is_remote_zarr(url):
+        yield _slide_at(url, url_name(url), NO_DETAILS)
         return
     urls = _slides_below(url)
     if not urls:
         endings = " ".join(sorted(SUFFIXES))
         raise ConfigError(f"{redact_url(url)}: no slides in this folder; expected names ending in {endings}")
     root = len(url_parts(url))
-    yield from (_slide_at(each, "/".join(url_parts(each)[root:]), NOTHING) for each in urls)
+    yield from (_slide_at(each, "/".join(url_parts(each)[root:]), NO_DETAILS) for each in urls)
 
 
-def _slide_at(url: str, name: str, told: Told) -> tuple[object, _Found]:
+def _slide_at(url: str, name: str, details: Details) -> tuple[object, _Found]:
     shown = redact_url(url)
-    return shown, _Found(shown, name, told, "" if shown == url else url)
+    return shown, _Found(shown, name, details, "" if shown == url else url)
 
 
 def _slides_below(url: str) -> list[str]:
-    """URLs of the slides in a remote folder, as `slides_in` finds them in a local one."""
-    from wsi_gradcam.slides.remote import is_zarr_at, listed
+    """Return the URLs of the slides in a remote folder, as `find_in_folder` finds them in a local one."""
+    from wsi_gradcam.slides.remote import is_remote_zarr, list_folder
 
-    folders, files = listed(url)
+    folders, files = list_folder(url)
     found = [file for file in files if Path(url_name(file)).suffix.lower() in SUFFIXES]
     for folder in folders:
         name = url_name(folder)
-        if name.endswith(IMAGE_SUFFIX) and name != OURS and is_zarr_at(folder):
+        if name.endswith(IMAGE_SUFFIX) and name != HEATMAP and is_remote_zarr(folder):
             found.append(folder.rstrip("/"))
         elif not name.endswith(ZARR):
             found += _slides_below(folder)
     return sorted(slide for slide in found if not url_name(slide).startswith("._"))
 
 
-def _named(path: Path) -> Iterator[tuple[str, str, Told]]:
-    """Path (of which the folders are resolved) or URL, name, and what is told of the slides that a path stands for."""
+def _named(path: Path) -> Iterator[tuple[str, str, Details]]:
+    """Yield path (with its folders resolved) or URL, name and details of the slides that a path names."""
     if not path.exists():
         yield from _matching(path)
     elif is_list(path):
         yield from read_list(path)
     elif path.is_dir() and not is_zarr(path):
-        none = True
-        for place, name in slides_in(path):
-            none = False
-            yield place, name, NOTHING
-        if none:
+        empty = True
+        for place, name in find_in_folder(path):
+            empty = False
+            yield place, name, NO_DETAILS
+        if empty:
             endings = " ".join(sorted(SUFFIXES))
             raise ConfigError(f"{path}: no slides in this folder; expected files ending in {endings}")
     else:
         # The folder resolved and the name as given: a link is a slide of its own, `a/../a` is not.
         itself = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
-        yield str(itself), itself.name, NOTHING
+        yield str(itself), itself.name, NO_DETAILS
 
 
-def _matching(path: Path) -> Iterator[tuple[str, str, Told]]:
-    """As `_named`, of a pattern; its lists are read."""
+def _matching(path: Path) -> Iterator[tuple[str, str, Details]]:
+    """Yield as `_named` for a pattern; the lists among its matches are read."""
     root, pattern = split_pattern(Path(os.path.expanduser(path)))  # noqa: PTH111 - of unknown users it says nothing
     if not pattern or not root.is_dir():
         where = path if not pattern else root
         raise SlideNotFoundError(f"{where}: does not exist, expected a slide file or a folder; check the path")
     ending = Path(pattern[-1]).suffix.lower()
     endings = SUFFIXES if not ending or has_wildcard(ending) else SUFFIXES | {ending}
-    none = True
-    for place, name in slides_in(root, endings, pattern):
+    empty = True
+    for place, name in find_in_folder(root, endings, pattern):
         if not matches(name.split("/"), pattern):
             continue
-        none = False
+        empty = False
         if place.lower().endswith(ENDINGS) and is_list(Path(place)):
             yield from read_list(Path(place))
         else:
-            yield place, name, NOTHING
-    if none:
+            yield place, name, NO_DETAILS
+    if empty:
         raise ConfigError(f"{path}: no slide in {root} matches this pattern; expected such as 'archive/**/*.svs'")
 
 
-def _slide_of(file: str) -> str | Path:
-    """What is equal for the files of one slide: of DICOM, the folder and the series in it; else the file itself."""
+def _slide_key(file: str) -> str | Path:
+    """Return a key that the files of one slide share: of DICOM, folder and series; else the file itself."""
     return _series_of(Path(file)) if file.lower().endswith(".dcm") else file
 
 
@@ -263,7 +265,7 @@ def _series_of(file: Path) -> Path:
     try:
         with file.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
-    except OSError:  # it will fail as a slide of its own, with this cause
+    except OSError:  # it will fail as a slide, with this cause
         return file
     start = head.find(SERIES_INSTANCE_UID) + len(SERIES_INSTANCE_UID)
     if start < len(SERIES_INSTANCE_UID):

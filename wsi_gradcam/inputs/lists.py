@@ -1,4 +1,4 @@
-"""Lists of slides: CSV or Parquet files that name slides, and tell what their files do not."""
+"""Lists of slides: CSV or Parquet files with the slides' paths and further details."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ EXPECTED = "slide, and if need be mpp, or mpp_y and mpp_x, and mask, label, site
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a list tells of a slide; empty where it tells nothing.
+class Details:
+    """Details of a slide by a list; empty where the list has none.
 
     Attributes:
         mpp: (y, x) micrometres per level-0 pixel.
         mask: path of its mask or annotations.
-        label, site, scanner: what it shows, where it is from, and what scanned it.
+        label, site, scanner: its diagnosis, origin and scanner.
     """
 
     mpp: Mpp = None
@@ -40,42 +40,42 @@ class Told:
     site: str = ""
     scanner: str = ""
 
-    def then(self, later: Told) -> Told:
-        """This with what is told later, which goes first."""
-        return Told(*(getattr(later, field.name) or getattr(self, field.name) for field in fields(Told)))
+    def updated(self, later: Details) -> Details:
+        """Return these details with later ones, which take precedence."""
+        return Details(*(getattr(later, field.name) or getattr(self, field.name) for field in fields(Details)))
 
 
-NOTHING = Told()
+NO_DETAILS = Details()
 
 
 def is_list(path: Path) -> bool:
-    """Whether a path is a list of slides, by its ending."""
+    """Return True for a file that is a list of slides, by its ending."""
     return path.suffix.lower() in ENDINGS and path.is_file()
 
 
-def read_list(path: Path) -> Iterator[tuple[str, str, Told]]:
-    """Path or URL, name, and what is told of each slide in a list; relative paths start at the list's folder.
+def read_list(path: Path) -> Iterator[tuple[str, str, Details]]:
+    """Yield path or URL, name and details of each slide in a list; relative paths start at the list's folder.
 
-    Of a path all folders are resolved: a link is a slide of its own, `a/../a` is not.
+    All folders in a path are resolved: a link is a slide of its own, `a/../a` is not.
 
     Raises:
-        ConfigError: not such a list, or a value that is none; the message names the line.
-        SlideNotFoundError: a slide that is not there.
+        ConfigError: not such a list, or an invalid value; the message names the line.
+        SlideNotFoundError: a slide that does not exist.
     """
     rows = _parquet_rows(path) if path.suffix.lower() == PARQUET else _csv_rows(path)
-    none = True
+    empty = True
     resolved = cache(os.path.realpath)  # of folders, each of which holds many slides
     once: dict[Mpp, Mpp] = {}  # equal values are one object: there may be 100,000 slides
     for where, row in rows:
-        none = False
+        empty = False
         if not (name := row.get("slide", "")):
             raise ConfigError(f"{where}: no slide named")
         mpp = _mpp(row, where)
-        told = Told(
+        details = Details(
             once.setdefault(mpp, mpp), _mask(path, row, where), *(sys.intern(row.get(key, "")) for key in COLUMNS[-3:])
         )
         if is_url(name):
-            yield name, url_name(name), told
+            yield name, url_name(name), details
             continue
         pure = _expanded(name)
         file = os.path.join(path.parent, pure)  # noqa: PTH118
@@ -83,57 +83,57 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Told]]:
             raise SlideNotFoundError(f"{where}: {Path(file)} does not exist; paths start at the list's own folder")
         folder, last = os.path.split(file)
         inside = not pure.is_absolute() and ".." not in pure.parts
-        yield os.path.join(resolved(folder), last), pure.as_posix() if inside else last, told  # noqa: PTH118
-    if none:
+        yield os.path.join(resolved(folder), last), pure.as_posix() if inside else last, details  # noqa: PTH118
+    if empty:
         raise ConfigError(f"{path}: no slide in this list")
 
 
 def _expanded(name: str) -> PurePath:
-    """A path in a list, with `~` for the home folder; what only begins so is a name."""
+    """Return a path in a list, with `~` expanded to a home folder if there is one."""
     return PurePath(os.path.expanduser(name))  # noqa: PTH111 - pathlib's own raises for unknown users
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Place and known cells of each line."""
+    """Yield position and known cells of each line."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file, skipinitialspace=True)
-            known = _known(path, reader.fieldnames or (), " in its first line")
+            known = _known_columns(path, reader.fieldnames or (), " in its first line")
             for row in reader:
                 yield f"{path}, line {reader.line_num}", {key: (row[key] or "").strip() for key in known}
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise _no_list(path, error, "CSV in UTF-8") from error
+        raise _invalid_list(path, error, "CSV in UTF-8") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Place and known cells of each row."""
+    """Yield position and known cells of each row."""
     import pyarrow as pa  # not above: most runs have no such list
     import pyarrow.parquet as pq
 
     try:
         with path.open("rb") as stream:
             file = pq.ParquetFile(stream)
-            known = _known(path, file.schema_arrow.names)
+            known = _known_columns(path, file.schema_arrow.names)
             rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=known))
             for number, row in enumerate(rows, 1):
                 yield f"{path}, row {number}", {key: _text(value) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
-        raise _no_list(path, error, "a Parquet file") from error
+        raise _invalid_list(path, error, "a Parquet file") from error
 
 
-def _no_list(path: Path, error: Exception, expected: str) -> ConfigError:
+def _invalid_list(path: Path, error: Exception, expected: str) -> ConfigError:
     return ConfigError(f"{path}: not a list of slides ({one_line(error)}); expected {expected}")
 
 
-def _known(path: Path, names: Sequence[str], where: str = "") -> list[str]:
-    """Those of a list's columns that mean something here."""
+def _known_columns(path: Path, names: Sequence[str], where: str = "") -> list[str]:
+    """Return those of a list's columns that have a meaning here."""
     if "slide" not in names:
         raise ConfigError(f"{path}: no column 'slide'{where}; expected the columns {EXPECTED}")
     return [name for name in COLUMNS if name in names]
 
 
 def _text(value: Any) -> str:
-    """A cell as it would stand in CSV; whole numbers without a point: pandas turns columns with gaps into floats."""
+    """Return a cell as in CSV; integers without a point, as pandas turns columns with gaps into floats."""
     if value is None or value != value:  # NaN is how some programs write a gap
         return ""
     if isinstance(value, float) and value.is_integer():

@@ -1,6 +1,6 @@
-"""The slides below a folder: all, in an order that is always the same, or an error that names what hides some.
+"""Search of folders for slides, in a reproducible order and without silent omissions.
 
-Patterns with wildcards on paths: `*`, `?` and `[...]` inside a part, `**` for any folders.
+Patterns of paths have the wildcards `*`, `?` and `[...]` inside a part, and `**` for any folders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ANY_FOLDERS = "**"
 
 
 def has_wildcard(text: str) -> bool:
-    """Whether a text may be a pattern.
+    """Return True for a text with wildcards.
 
     >>> has_wildcard("archive/**/*.svs"), has_wildcard("archive/a.svs")
     (True, False)
@@ -29,14 +29,14 @@ def has_wildcard(text: str) -> bool:
 
 
 def parts_of_pattern(text: str) -> tuple[str, ...]:
-    """The parts of a pattern, for `matches` and `may_hold`."""
+    """Return the parts of a pattern, for `matches` and `may_contain`."""
     return PurePath(text).parts
 
 
 def split_pattern(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder before the first wildcard, and the parts of the pattern from there on; none: it is no pattern.
+    """Return the folder before the first wildcard, and the parts of the pattern from there on; none: not a pattern.
 
-    What exists as it is written is no wildcard.
+    A part that exists as it is written is not a wildcard.
     """
     root = Path(path.anchor)
     parts = path.parts[1:] if path.anchor else path.parts
@@ -48,7 +48,9 @@ def split_pattern(path: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the pattern's parts match a path's, or a folder that it lies in; case as the file system has it.
+    """Return True if the pattern's parts match a path's, or those of a folder that contains it.
+
+    Case matters as on the file system.
 
     >>> [matches(["x", "a.svs"], pattern) for pattern in (["**", "*.svs"], ["*.svs"], ["x"])]
     [True, False, True]
@@ -60,10 +62,10 @@ def matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(name) and fnmatch(name[0], pattern[0]) and matches(name[1:], pattern[1:])
 
 
-def may_hold(folder: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether something below a folder can match the pattern, both from the same root: others need no search.
+def may_contain(folder: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return True if something in a folder can match the pattern, both from the same root.
 
-    >>> may_hold(["x"], ["x*", "*.svs"]), may_hold(["y"], ["x*", "*.svs"]), may_hold(["y"], ["**", "*.svs"])
+    >>> may_contain(["x"], ["x*", "*.svs"]), may_contain(["y"], ["x*", "*.svs"]), may_contain(["y"], ["**", "*.svs"])
     (True, False, True)
     """
     for part, wanted in zip(folder, pattern, strict=False):
@@ -74,20 +76,20 @@ def may_hold(folder: Sequence[str], pattern: Sequence[str]) -> bool:
     return True
 
 
-# Folders that are slides, and one that is none: the heatmap of a result.
-IMAGE_SUFFIX, OURS = ".ome.zarr", "heatmap.ome.zarr"
+# Folders that are slides, and one that is not: the heatmap of a result.
+IMAGE_SUFFIX, HEATMAP = ".ome.zarr", "heatmap.ome.zarr"
 ZARR = ".zarr"
-HIDDEN = "._"  # how names begin that macOS gives to files beside each slide
+HIDDEN = "._"  # prefix of files that macOS puts beside others
 
 
-def slides_in(
+def find_in_folder(
     folder: str | os.PathLike[str], endings: frozenset[str] = SUFFIXES, pattern: Sequence[str] = ("**",)
 ) -> Iterator[tuple[str, str]]:
-    """Path and name, from `folder` on, of what ends so below it, in the order of the names within each folder.
+    """Yield path and name relative to `folder` of the slides in it, sorted by name within each folder.
 
-    Searched is what may hold what matches the pattern. Of the paths all folders are resolved. A folder that links lead
-    to as well is searched once; it has the name without a link, where there is one. Of links to files, those that lead
-    nowhere are slides too: they fail as such, with this cause.
+    Only folders that may contain a match of the pattern are searched. All folders in the paths are resolved. A folder
+    that links lead to as well is searched once; it has its name without a link, where there is one. Broken links to
+    files are slides too: they fail as such, with this cause.
 
     Raises:
         ConfigError: a folder that cannot be read.
@@ -96,24 +98,24 @@ def slides_in(
     direct, linked = [(os.path.realpath(folder), "")], deque[tuple[str, str]]()
     while direct or linked:
         place, below = direct.pop() if direct else linked.popleft()
-        if place in seen:  # links may lead round in circles
+        if place in seen:  # links may form circles
             continue
         seen.add(place)
-        slides, folders, links = _sorted_out(place, endings)
+        slides, folders, links = _list_folder(place, endings)
         yield from ((_joined(place, name), below + name) for name in slides)
         inner = below.split("/")[:-1]
-        entered = [name for name in folders if may_hold([*inner, name], pattern)]
+        entered = [name for name in folders if may_contain([*inner, name], pattern)]
         direct += [(_joined(place, name), f"{below}{name}/") for name in reversed(entered) if name not in links]
         linked += [(os.path.realpath(_joined(place, name)), f"{below}{name}/") for name in entered if name in links]
 
 
 def _joined(place: str, name: str) -> str:
-    # Texts, not paths, which take three times as long: there may be 100,000 of them.
+    # Strings, not paths, which take three times as long: there may be 100,000 of them.
     return os.path.join(place, name)  # noqa: PTH118
 
 
-def _sorted_out(place: str, endings: frozenset[str]) -> tuple[list[str], list[str], set[str]]:
-    """Names of the slides and of the folders in a folder, and which of them all are links."""
+def _list_folder(place: str, endings: frozenset[str]) -> tuple[list[str], list[str], set[str]]:
+    """Return the names of the slides and of the folders in a folder, and those folders that are links."""
     slides, folders, links = [], [], set()
     try:
         with os.scandir(place) as entries:
@@ -143,6 +145,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_slide(entry: os.DirEntry[str], is_folder: bool, endings: frozenset[str]) -> bool:
     if is_folder:
-        return entry.name.endswith(IMAGE_SUFFIX) and entry.name != OURS and is_zarr(Path(entry.path))
-    ends_so = os.path.splitext(entry.name)[1].lower() in endings  # noqa: PTH122 - a text too
-    return ends_so and (entry.is_file(follow_symlinks=False) or entry.is_symlink())
+        return entry.name.endswith(IMAGE_SUFFIX) and entry.name != HEATMAP and is_zarr(Path(entry.path))
+    has_ending = os.path.splitext(entry.name)[1].lower() in endings  # noqa: PTH122 - a text too
+    return has_ending and (entry.is_file(follow_symlinks=False) or entry.is_symlink())

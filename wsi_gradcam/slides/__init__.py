@@ -1,4 +1,7 @@
-"""Reading slides: `open_slide` returns a `Slide`, `read_region` any region of it at any mpp."""
+"""Readers of slides: `open_slide` returns a `Slide`, `read_region` any region of it at any mpp.
+
+The room knows files, URLs and pixels; it knows neither tissue nor models nor runs.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ __all__ = [
     "thumbnail",
 ]
 
-# What is looked for in a folder; a file that is named outright is tried whatever its ending.
+# Endings of slides that are searched for in folders; a file that is named itself is tried whatever its ending.
 SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm".split()  # noqa: SIM905
 )
 
 
 def is_zarr(path: Path) -> bool:
-    """Whether a folder is a Zarr group, and so one image rather than many files."""
+    """Return True for a folder that is a Zarr group, and so one image rather than many files."""
     return path.is_dir() and any((path / name).is_file() for name in ZARR_FILES)
 
 
@@ -44,11 +47,11 @@ def open_slide(
     *,
     trust_objective: bool = False,
 ) -> Slide:
-    """The slide at `path`, a file, a Zarr folder or a URL; `mpp` (or (y, x)) replaces its own micrometres per px.
+    """Return the slide at `path`, a file, a Zarr folder or a URL; `mpp`, or (y, x), replaces its own um per pixel.
 
     With `trust_objective` the power of the objective stands in for an mpp that is not known.
 
-    Readers are `openslide`, `tiff`, `ome-zarr`, `picture`; `auto` takes the fastest that shows the file rightly.
+    Readers are `openslide`, `tiff`, `ome-zarr`, `picture`; `auto` takes the fastest that reads the file correctly.
 
     Raises:
         ConfigError: there is no such reader.
@@ -58,15 +61,12 @@ def open_slide(
         MppError: the given mpp is not possible. (A missing one is raised on the first use of `info.mpp_yx`.)
     """
     # Not above: `import wsi_gradcam.slides` shall not need the shared library.
-    from wsi_gradcam.slides.opening import READERS, open_as
+    from wsi_gradcam.slides.opening import READERS, open_file, open_url
 
     if reader not in READERS:
         raise ConfigError(f"reader {reader!r} is not known; expected {', '.join(READERS)}")
     given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
     if isinstance(path, str) and is_url(path):
-        # Not above: files shall not need the client of object stores.
-        from wsi_gradcam.slides.remote_opening import open_url
-
         _check_given(given, redact_url(path))
         return open_url(path, given, reader, trust_objective)
     path = Path(path)
@@ -74,7 +74,7 @@ def open_slide(
         what = "is a folder" if path.is_dir() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
-    return open_as(path, given, reader, trust_objective)
+    return open_file(path, given, reader, trust_objective)
 
 
 def _check_given(mpp: tuple[float, float] | None, name: str) -> None:

@@ -1,7 +1,4 @@
-"""What every slide reader offers: `Slide` and `SlideInfo`.
-
-A slide's bytes, wherever they are: `SlideFile`, and the one on a disk.
-"""
+"""The interface of slide readers, `Slide` and `SlideInfo`, and of the files that they read, `SlideFile`."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ class Level:
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What is known of a slide without reading pixels.
+    """The metadata of a slide.
 
     Attributes:
         path: where the slide was opened.
@@ -95,11 +92,11 @@ class Slide(Protocol):
 
     @property
     def info(self) -> SlideInfo:
-        """What is known of the slide."""
+        """The slide's metadata."""
         ...
 
     def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Pixels of `region` (in pixels of `level`) as RGB [height, width, 3]; outside the slide: background.
+        """Return `region` (in pixels of `level`) as RGB uint8 [height, width, 3]; outside the slide: background.
 
         Raises:
             SlideReadError: when a tile cannot be decoded. The slide stays usable.
@@ -111,12 +108,10 @@ class Slide(Protocol):
         ...
 
 
-def on_background(
+def pad_with_background(
     region: Region, size: Level, colour: tuple[int, int, int], read: Callable[[Region], NDArray[np.uint8]]
 ) -> NDArray[np.uint8]:
-    """Pixels of `region` of a level, RGB uint8 [height, width, 3]: what `read` gives of its part inside the level, and
-    `colour` around it.
-    """
+    """Return `region` of a level as RGB uint8 [height, width, 3], by `read` inside the level, `colour` around it."""
     inside = region.intersect(Region(0, 0, size.height, size.width))
     if inside == region:
         return np.ascontiguousarray(read(region))
@@ -127,14 +122,14 @@ def on_background(
     return canvas
 
 
-def levels_of(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
-    """Levels from their (height, width), finest first, with the exact downsample of each axis.
+def make_levels(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
+    """Return levels of these (height, width), finest first, with the exact downsample of each axis.
 
     A writer that shrinks 2967 rows by 4 keeps 741 of 741.75, and 2967 / 741 = 4.004 would drift by 3 px towards
     the bottom: where a whole factor explains the sizes up to rounding, the whole factor is taken. Of small levels
     several do: one that explains both axes goes first, and of these a power of two.
 
-    >>> levels_of([(2967, 2220), (741, 555)])[1]
+    >>> make_levels([(2967, 2220), (741, 555)])[1]
     Level(height=741, width=555, downsample_y=4.0, downsample_x=4.0)
     """
     height, width = sizes[0]
@@ -161,7 +156,7 @@ def _explains(whole: int, full: int, reduced: int) -> bool:
 
 
 def check_mpp(value: float, origin: str) -> str:
-    """An empty string when `value` can be micrometres per pixel, else what is wrong with it and the mend."""
+    """Return an empty string when `value` can be micrometres per pixel, else the problem and its mend."""
     if math.isfinite(value) and SMALLEST_MPP <= value <= LARGEST_MPP:
         return ""
     return (
@@ -170,8 +165,8 @@ def check_mpp(value: float, origin: str) -> str:
     )
 
 
-def mpp_of_objective(info: SlideInfo) -> SlideInfo:
-    """The same with mpp from the objective's power, if that is all there is: 10 um for 1x, as scanners are built.
+def mpp_from_objective(info: SlideInfo) -> SlideInfo:
+    """Return the metadata with mpp from the objective's power, if that alone is known: 10 um at 1x, as scanners have.
 
     A guess: 40x is 0.25 on most scanners, but 0.22 to 0.26 on some.
     """
@@ -183,7 +178,7 @@ def mpp_of_objective(info: SlideInfo) -> SlideInfo:
 
 
 def content_digest(path: Path, *extra: str) -> str:
-    """A sha256 (first 32 hex digits) of size, head, tail and evenly spaced samples: cheap on any file size.
+    """Return a sha256 (first 32 hex digits) of size, head, tail and evenly spaced samples: cheap on any file size.
 
     It changes with the file's length, header, and most rewrites; a single changed byte between the samples of a
     large file is not seen. Files up to 4 MiB are hashed whole. `extra` is hashed too.
@@ -210,16 +205,16 @@ class SlideFile(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it: its path, or its URL without secrets."""
+        """The name in messages: its path, or its URL without secrets."""
         ...
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         ...
 
     def read_many(self, ranges: Sequence[ByteRange]) -> Sequence[bytes | OSError]:
-        """The bytes of each (offset, count), fewer where the file ends before, or what the disk says of them.
+        """Return the bytes of each (offset, count), fewer where the file ends before, or the error of the disk.
 
         Raises:
             SlideAccessError: a remote file cannot be reached.
@@ -227,11 +222,11 @@ class SlideFile(Protocol):
         ...
 
     def stream(self) -> BinaryIO:
-        """The file from its beginning, for the many small reads of a parser."""
+        """Open the file from its beginning, for the many small reads of a parser."""
         ...
 
     def digest(self) -> str:
-        """A short text that changes when the file does."""
+        """Return a short text that changes when the file does."""
         ...
 
     def close(self) -> None:
@@ -253,19 +248,19 @@ class LocalFile:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return os.fstat(self._descriptor).st_size
 
     def read_many(self, ranges: Sequence[ByteRange]) -> Sequence[bytes | OSError]:
-        """The bytes of each (offset, count), fewer where the file ends before, or what the disk says of them."""
+        """Return the bytes of each (offset, count), fewer where the file ends before, or the error of the disk."""
         return [self._read(*place) for place in ranges]
 
     def stream(self) -> BinaryIO:
-        """The file from its beginning, opened anew."""
+        """Open the file again, from its beginning."""
         return self._path.open("rb")
 
     def digest(self) -> str:
-        """See `content_digest`."""
+        """Return its `content_digest`."""
         return content_digest(self._path)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
-"""OME-Zarr images (OME-NGFF 0.4 and 0.5) as slides."""
+"""OME-Zarr images (OME-NGFF 0.4 and 0.5) as slides, in folders and behind URLs."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import ObjectStore
 
 from wsi_gradcam.errors import (
     SlideAccessError,
@@ -25,23 +29,87 @@ from wsi_gradcam.errors import (
 )
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, levels_of, on_background
+from wsi_gradcam.io.urls import redact_url
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, pad_with_background
+from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_store, probe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
 
-    from wsi_gradcam.slides.remote_zarr import RemoteZarr
-
+    Request = tuple[str, ByteRequest | None]
     Rgb = NDArray[np.uint8]
     Key = tuple[int, int, int]  # level, row, column
 
 WHITE = (255, 255, 255)
 UM_PER_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6}
-KEPT_IN_DIGEST = 1 << 22  # bytes of the coarsest level
-SEEN_IN_DIGEST = 4  # remote chunks of a level, whose versions are asked for
+BYTES_IN_DIGEST = 1 << 22  # bytes of the coarsest level
+CHUNKS_IN_DIGEST = 4  # versions of remote chunks, of each level
 CACHE_BYTES = 32 << 20
-MOST_CHUNK_PX = 1 << 22  # larger ones would fill the cache alone: of them what is asked for is read
+MAX_CHUNK_PX = 1 << 22  # of larger ones, which would fill the cache alone, just the requested part is read
 WAITING_THREADS = 8  # chunks of one region that are fetched at once
+
+
+class RemoteZarr(ObjectStore[Any]):
+    """A Zarr store behind a URL that caches its latest reads and distinguishes network errors from damage."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(folder_store(url), read_only=True)
+        self.name = redact_url(url)
+        self._cache_of_reads: Cache[Request, bytes] = Cache(KEPT_BYTES, len)
+        self._sizes: dict[str, int] = {}
+        self._pending: dict[Request, asyncio.Task[bytes | None]] = {}
+
+    def identity(self, key: str) -> str:
+        """Return size and version of an object, or "missing".
+
+        Raises:
+            SlideAccessError: the server does not answer.
+        """
+        try:
+            size, version, _ = probe(self.store, key)
+        except FileNotFoundError:
+            return "missing"
+        except Exception as error:  # obstore raises many kinds
+            raise access_error(self.name, error) from None
+        return f"{size} {version}"
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return an object, or a range of it; None where there is none.
+
+        All calls come in zarr's own thread, so that nothing needs a lock.
+
+        Raises:
+            SlideAccessError: the server does not answer.
+        """
+        request = key, byte_range
+        data = self._cache_of_reads.peek(request)
+        if data is None:
+            if request not in self._pending:
+                task = self._pending[request] = asyncio.ensure_future(self._fetched(key, byte_range))
+                task.add_done_callback(lambda _: self._pending.pop(request))
+            data = await asyncio.shield(self._pending[request])
+            if data is None:
+                return None
+            self._cache_of_reads.put(request, data)
+        return prototype.buffer.from_bytes(data)
+
+    async def _fetched(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+        try:
+            if isinstance(
+                byte_range, SuffixByteRequest
+            ):  # many a web server knows only ranges from one byte to another
+                if key not in self._sizes:
+                    self._sizes[key], *_ = await asyncio.to_thread(probe, self.store, key)
+                size = self._sizes[key]
+                byte_range = RangeByteRequest(max(0, size - byte_range.suffix), size)
+            found = await super().get(key, default_buffer_prototype(), byte_range)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # obstore raises many kinds
+            raise access_error(self.name, error) from None
+        return None if found is None else found.to_bytes()
 
 
 class OmeZarrSlide:
@@ -75,27 +143,27 @@ class OmeZarrSlide:
 
     @property
     def info(self) -> SlideInfo:
-        """What is known of the slide."""
+        """The slide's metadata."""
         return self._info
 
     def read_level(self, level: int, region: Region) -> Rgb:
-        """Pixels of `region` of `level` as RGB uint8 [height, width, 3]; outside the slide: white.
+        """Return the pixels of `region` of `level` as RGB uint8 [height, width, 3]; outside the slide: white.
 
         Raises:
             SlideReadError: a chunk cannot be decoded, or is missing where zarr would fill in black.
             SlideAccessError: a remote image cannot be reached any more.
         """
-        return on_background(region, self._info.levels[level], WHITE, partial(self._pixels, level))
+        return pad_with_background(region, self._info.levels[level], WHITE, partial(self._pixels, level))
 
     def close(self) -> None:
-        """End the threads that fetch; nothing else is held open."""
+        """Stop the threads that fetch; nothing else is held open."""
         if self._pool is not None:
             self._pool.shutdown()
 
     def _pixels(self, level: int, region: Region) -> Rgb:
         chunks = self._chunks(level, region)
         rgb = np.empty((region.height, region.width, 3), np.uint8)
-        whole = math.prod(self._chunk_px(level)) <= MOST_CHUNK_PX
+        whole = math.prod(self._chunk_px(level)) <= MAX_CHUNK_PX
         tiles = self._cache.get_many(list(chunks), self._made) if whole else []
         for (key, part), tile in zip(chunks.items(), tiles, strict=False):
             chunk = self._chunk_region(*key)
@@ -111,7 +179,7 @@ class OmeZarrSlide:
         return rgb
 
     def _made(self, keys: list[Key]) -> list[Rgb | Exception]:
-        """Chunks as they are decoded; of one that cannot be, why."""
+        """Return decoded chunks, or the errors of those that cannot be."""
         return list(map(self._chunk, keys) if self._pool is None else self._pool.map(self._chunk, keys))
 
     def _chunk(self, key: Key) -> Rgb | Exception:
@@ -121,7 +189,7 @@ class OmeZarrSlide:
             return error
 
     def _converted(self, level: int, region: Region) -> Rgb:
-        """A region as it is stored, in RGB."""
+        """Return a region in RGB."""
         wanted = {"y": slice(region.y, region.bottom), "x": slice(region.x, region.right), "c": slice(None)}
         try:
             values = np.asarray(self._levels[level][tuple(wanted.get(axis, 0) for axis in self._axes)])
@@ -141,7 +209,7 @@ class OmeZarrSlide:
         return f"{self._path}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px"
 
     def _chunk_px(self, level: int) -> tuple[int, int]:
-        """(height, width) of a chunk, the inner one where there are shards."""
+        """Return (height, width) of a chunk, the inner one where there are shards."""
         chunks = self._levels[level].chunks
         return int(chunks[self._axes.index("y")]), int(chunks[self._axes.index("x")])
 
@@ -150,7 +218,7 @@ class OmeZarrSlide:
         return Region(row * height, column * width, height, width).intersect(Region(0, 0, size.height, size.width))
 
     def _chunks(self, level: int, region: Region) -> dict[Key, Region]:
-        """The chunks that a region touches, and the parts of it that lie in them."""
+        """Return the chunks that a region touches, and its parts in them."""
         height, width = self._chunk_px(level)
         rows = range(region.y // height, ceil_div(region.bottom, height))
         columns = range(region.x // width, ceil_div(region.right, width))
@@ -172,7 +240,7 @@ class OmeZarrSlide:
         found, problem = (mpp, "") if mpp is not None else self._mpp()
         return SlideInfo(
             path=self._path,
-            levels=levels_of([(level.shape[y], level.shape[x]) for level in self._levels]),
+            levels=make_levels([(level.shape[y], level.shape[x]) for level in self._levels]),
             mpp=found,
             mpp_problem=problem,
             vendor="ome-zarr",
@@ -196,28 +264,28 @@ class OmeZarrSlide:
         return (values[0], values[1]), ""
 
     def _digest(self) -> str:
-        """Of the metadata and of some pixels or, where those are far, of the versions of some chunks."""
+        """Return a digest of the metadata and of some pixels or, of a remote image, of the versions of some chunks."""
         digest = hashlib.sha256(json.dumps(self._scales, sort_keys=True, default=str).encode())
         for level in self._levels:
             digest.update(f"{level.shape} {level.dtype} {level.chunks}".encode())
         if self._remote is not None and self._pool is not None:
-            names = self._some_objects()
+            names = self._sample_objects()
             for name, identity in zip(names, self._pool.map(self._remote.identity, names), strict=True):
                 digest.update(f"{name} {identity}".encode())
             return digest.hexdigest()[:32]
         coarsest = self._levels[-1]  # it stands for the rest, as in OpenSlide's hash
-        rows = max(1, KEPT_IN_DIGEST // max(1, coarsest.nbytes // coarsest.shape[self._axes.index("y")]))
+        rows = max(1, BYTES_IN_DIGEST // max(1, coarsest.nbytes // coarsest.shape[self._axes.index("y")]))
         digest.update(
             np.asarray(coarsest[tuple(slice(rows) if a == "y" else slice(None) for a in self._axes)]).tobytes()
         )
         return digest.hexdigest()[:32]
 
-    def _some_objects(self) -> list[str]:
-        """Names of a few chunks or shards of each level, from its first to its last."""
+    def _sample_objects(self) -> list[str]:
+        """Return the names of a few chunks or shards of each level, from its first to its last."""
         found = []
         for level in self._levels:
             grid = [ceil_div(n, size) for n, size in zip(level.shape, level.shards or level.chunks, strict=True)]
-            for number in np.unique(np.linspace(0, math.prod(grid) - 1, SEEN_IN_DIGEST).astype(int)):
+            for number in np.unique(np.linspace(0, math.prod(grid) - 1, CHUNKS_IN_DIGEST).astype(int)):
                 place = tuple(int(i) for i in np.unravel_index(number, grid))
                 found.append(f"{level.path}/{level.metadata.encode_chunk_key(place)}")
         return found

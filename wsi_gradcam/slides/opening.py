@@ -1,4 +1,8 @@
-"""Which reader opens a file: OpenSlide knows every vendor, ours is faster where it gives the same pixels."""
+"""The choice of a reader for a slide.
+
+OpenSlide knows every vendor, our own reader is faster where it gives the same pixels. URLs are read by our readers
+alone: plain TIFF pyramids and OME-Zarr; a slide that needs OpenSlide must be on a disk.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from wsi_gradcam.errors import SlideError, SlideFormatError, SlideReadError, one_line
+from wsi_gradcam.errors import SlideError, SlideFormatError, SlideNotFoundError, SlideReadError, one_line
+from wsi_gradcam.io.urls import redact_url, split_url
 from wsi_gradcam.slides.base import LocalFile
-from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
-from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, vendor_of
+from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide, RemoteZarr
+from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, detect_vendor
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
+from wsi_gradcam.slides.remote import RemoteFile, is_remote_zarr
 from wsi_gradcam.slides.tiff_check import check_tiff
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
-from wsi_gradcam.slides.tiff_metadata import PLAIN, describe_tiff, tiff_mpp
+from wsi_gradcam.slides.tiff_metadata import PLAIN, describe_plain, describe_tiff, tiff_mpp, tiff_vendor
 from wsi_gradcam.slides.tiff_reader import TiffSlide
 
 if TYPE_CHECKING:
@@ -37,10 +43,13 @@ Mpp = tuple[float, float] | None
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILES_COMPARED = 3  # a level
+ZARR_SUFFIX = ".zarr"
+LOCAL_READERS = ("openslide", "picture")
+COPY_FIRST = "copy the file to a disk, and explain that"
 
 
-def open_as(path: Path, mpp: Mpp, reader: str, trust_objective: bool = False) -> Slide:
-    """The slide at `path` by a named reader, or by the fastest that shows it rightly.
+def open_file(path: Path, mpp: Mpp, reader: str, trust_objective: bool = False) -> Slide:
+    """Return the slide at `path` by a named reader, or by the fastest that reads it correctly.
 
     Raises:
         SlideFormatError: the reader does not know the file, or it is damaged.
@@ -52,8 +61,8 @@ def open_as(path: Path, mpp: Mpp, reader: str, trust_objective: bool = False) ->
     return OPENERS[reader](path, mpp, trust_objective)
 
 
-def open_plain_tiff(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Facts]) -> TiffSlide:
-    """The slide in a TIFF file by our own reader, which owns the file; `facts` tells them of the parsed one.
+def open_tiff_slide(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Facts]) -> TiffSlide:
+    """Return the slide in a TIFF file by our own reader, which owns the file; `facts` gets them from the parsed one.
 
     Raises:
         SlideFormatError: it holds no picture that can be shown, or is damaged.
@@ -75,24 +84,24 @@ def open_plain_tiff(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Fact
 
 
 def is_tiff(file: SlideFile) -> bool:
-    """Whether a file begins as a TIFF does."""
+    """Return True for a file with the signature of TIFF."""
     with file.stream() as stream:
         return stream.read(4) in TIFF_SIGNATURES
 
 
-def _auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
+def _open_auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
     if path.is_dir():
         return OmeZarrSlide(path, mpp)
     if is_picture(path):
         return PictureSlide(path, mpp)
-    vendor = vendor_of(path)
+    vendor = detect_vendor(path)
     if vendor is None and _begins_as_tiff(path):
-        return _tiff(path, mpp, trust_objective)
+        return _open_local_tiff(path, mpp, trust_objective)
     known = OpenSlideSlide(path, mpp, trust_objective)
     if vendor not in PLAIN:
         return known
     try:
-        fast = _like(LocalFile(path), mpp, known)
+        fast = _open_if_equal(LocalFile(path), mpp, known)
     except Exception as error:  # tifffile need not know what OpenSlide does
         LOG.info("%s is read by OpenSlide: %s", path, one_line(error))
         return known
@@ -100,11 +109,11 @@ def _auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
     return fast
 
 
-def _like(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlide:
-    """The slide by our own reader, if some tiles of each level are what OpenSlide shows. It owns the file.
+def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlide:
+    """Return the slide by our own reader, if some tiles of each level equal OpenSlide's. It owns the file.
 
     Raises:
-        SlideFormatError: they are not.
+        SlideFormatError: they do not.
     """
     try:
         levels, info = _facts(file, mpp, known.info)
@@ -119,20 +128,20 @@ def _like(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlide:
 
 
 def _facts(file: LocalFile, mpp: Mpp, known: SlideInfo) -> Facts:
-    """Levels and description of a file that OpenSlide knows, from it as far as it sees all of the file."""
+    """Return levels and metadata of a file that OpenSlide knows, by OpenSlide as far as it sees all of the file."""
     with open_tiff(file) as parsed:
         levels = tiff_levels(parsed)
         if levels[0].orientation != TOP_LEFT:
             return levels, describe_tiff(file, parsed, levels, mpp)
         more = parsed.is_ome and len(levels) > len(known.levels)  # OpenSlide knows no levels in SubIFDs
         info = describe_tiff(file, parsed, levels, mpp) if more else known
-        if parsed.is_ome and info.mpp is None and (said := tiff_mpp(parsed))[0] is not None:  # nor any OME-XML
-            info = replace(info, mpp=said[0], mpp_problem="")
+        if parsed.is_ome and info.mpp is None and (found := tiff_mpp(parsed))[0] is not None:  # nor any OME-XML
+            info = replace(info, mpp=found[0], mpp_problem="")
     return _same_sizes(levels, info), info
 
 
 def _same_sizes(levels: Sequence[TiffLevel], info: SlideInfo) -> list[TiffLevel]:
-    """The pages that are the slide's levels."""
+    """Return the pages that are the slide's levels."""
     by_size = {level.shown_px: level for level in levels}
     wanted = [(level.height, level.width) for level in info.levels]
     if missing := [size for size in wanted if size not in by_size]:
@@ -141,8 +150,8 @@ def _same_sizes(levels: Sequence[TiffLevel], info: SlideInfo) -> list[TiffLevel]
 
 
 def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
-    """Compare some tiles of a level; only the first where OpenSlide interpolates the others."""
-    tiles = fast.some_tiles(level, TILES_COMPARED)
+    """Compare some tiles of a level; only the first one where OpenSlide interpolates the others."""
+    tiles = fast.sample_tiles(level, TILES_COMPARED)
     for region in tiles if known.is_exact(level) else tiles[:1]:
         try:
             expected = known.read_level(level, region)
@@ -154,12 +163,12 @@ def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
             raise SlideFormatError(f"level {level}, y {region.y}, x {region.x} differs from OpenSlide's by {off}")
 
 
-def _tiff(path: Path, mpp: Mpp, trust_objective: bool) -> TiffSlide:
-    return open_plain_tiff(LocalFile(path), partial(own_facts, mpp=mpp))
+def _open_local_tiff(path: Path, mpp: Mpp, trust_objective: bool) -> TiffSlide:
+    return open_tiff_slide(LocalFile(path), partial(tiff_facts, mpp=mpp))
 
 
-def own_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp) -> Facts:
-    """Levels and description of a file by what it says itself."""
+def tiff_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp) -> Facts:
+    """Return levels and metadata of a file by its own tags."""
     levels = tiff_levels(parsed)
     return levels, describe_tiff(file, parsed, levels, mpp)
 
@@ -169,10 +178,59 @@ def _begins_as_tiff(path: Path) -> bool:
         return is_tiff(file)
 
 
+def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False) -> Slide:
+    """Return the slide behind a URL by a named reader, or by the one for its format.
+
+    Raises:
+        SlideNotFoundError: nothing is there.
+        SlideAccessError: the server does not let it be read.
+        SlideFormatError: not a slide that is read without a download, or damaged.
+    """
+    name = redact_url(url)
+    if reader in LOCAL_READERS:
+        raise SlideFormatError(
+            f"{name}: reader {reader!r} knows files only; expected auto, tiff or ome-zarr, or {COPY_FIRST}"
+        )
+    path = split_url(url)[2]
+    if reader == "ome-zarr" or (reader == "auto" and path.rstrip("/").endswith(ZARR_SUFFIX)):
+        return OmeZarrSlide(RemoteZarr(url), mpp)
+    try:
+        file = RemoteFile(url)
+    except SlideNotFoundError:
+        if reader == "auto" and is_remote_zarr(url):
+            return OmeZarrSlide(RemoteZarr(url), mpp)
+        raise
+    return _open_remote_tiff(file, mpp, reader, trust_objective)
+
+
+def _open_remote_tiff(file: RemoteFile, mpp: Mpp, reader: str, trust_objective: bool) -> Slide:
+    plain = partial(plain_facts, mpp=mpp, trust_objective=trust_objective)
+    try:
+        if not is_tiff(file):
+            raise SlideFormatError(f"{file.name}: neither TIFF nor OME-Zarr, which alone are read by URL; {COPY_FIRST}")
+        check_tiff(file)
+        return open_tiff_slide(file, plain if reader == "auto" else partial(tiff_facts, mpp=mpp))
+    finally:
+        file.forget_headers()  # in any case: a network error is not damage
+
+
+def plain_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp, trust_objective: bool) -> Facts:
+    """Return levels and metadata of a file, as OpenSlide and our own reader give them together.
+
+    Raises:
+        SlideFormatError: no plain pyramid of tiles.
+    """
+    vendor = tiff_vendor(parsed)
+    if vendor is not None and vendor not in PLAIN:
+        raise SlideFormatError(f"in the format of {vendor}, which OpenSlide reads, and from a disk only; {COPY_FIRST}")
+    levels = tiff_levels(parsed)
+    return levels, describe_plain(file, parsed, levels, mpp, trust_objective)
+
+
 OPENERS: dict[str, Callable[[Path, Mpp, bool], Slide]] = {
-    "auto": _auto,
+    "auto": _open_auto,
     "openslide": OpenSlideSlide,
-    "tiff": _tiff,
+    "tiff": _open_local_tiff,
     "ome-zarr": OmeZarrSlide,
     "picture": PictureSlide,
 }

@@ -1,4 +1,4 @@
-"""Slides through the OpenSlide library: the reader that knows every vendor. The only module with x, y order."""
+"""The reader by the OpenSlide library, which knows every vendor. The only module with x, y order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from PIL import Image
 
 from wsi_gradcam.errors import SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, content_digest, levels_of, mpp_of_objective, on_background
+from wsi_gradcam.slides.base import (
+    SlideInfo,
+    check_mpp,
+    content_digest,
+    make_levels,
+    mpp_from_objective,
+    pad_with_background,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +34,7 @@ DENSE = frozenset({"aperio", "generic-tiff", "trestle"})
 
 
 def library_version() -> str:
-    """The version of the OpenSlide library that is loaded."""
+    """Return the version of the OpenSlide library."""
     return str(openslide.__library_version__)
 
 
@@ -43,16 +50,16 @@ class OpenSlideSlide:
         self._lock = threading.Lock()
         self._handle = _open(path)
         info = _describe(path, self._handle, mpp)
-        self._info = mpp_of_objective(info) if trust_objective else info
+        self._info = mpp_from_objective(info) if trust_objective else info
         self._downsamples = self._handle.level_downsamples
 
     @property
     def info(self) -> SlideInfo:
-        """What is known of the slide."""
+        """The slide's metadata."""
         return self._info
 
     def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Pixels of `region` of `level` as RGB uint8 [height, width, 3], transparency on the background.
+        """Return the pixels of `region` of `level` as RGB uint8 [height, width, 3], transparency on the background.
 
         Raises:
             SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
@@ -65,10 +72,10 @@ class OpenSlideSlide:
             return _composite(rgba, self._info.background)
 
         # OpenSlide's own padding above and to the left is a pixel off where its downsample is not whole.
-        return on_background(region, self._info.levels[level], self._info.background, read)
+        return pad_with_background(region, self._info.levels[level], self._info.background, read)
 
     def is_exact(self, level: int) -> bool:
-        """Whether OpenSlide gives a level's pixels as they are; where its downsample is not whole it interpolates."""
+        """Return True where OpenSlide does not interpolate a level, as it does where its downsample is not whole."""
         return float(self._downsamples[level]).is_integer()
 
     def close(self) -> None:
@@ -86,7 +93,7 @@ class OpenSlideSlide:
             return handle.read_region(location, level, size)
         except openslide.OpenSlideError:
             self._replace(handle)
-        # The handle may have been spoilt by another thread's bad region: only one that nobody shares can tell.
+        # The handle may have been broken by another thread's bad region: only an unshared one can tell.
         with _open(self._path) as own:
             try:
                 return own.read_region(location, level, size)
@@ -103,8 +110,8 @@ class OpenSlideSlide:
                 self._handle = _open(self._path)
 
 
-def vendor_of(path: Path) -> str | None:
-    """OpenSlide's word for a file's format; None where it knows none."""
+def detect_vendor(path: Path) -> str | None:
+    """Return OpenSlide's name of a file's format; None where it knows none."""
     vendor: str | None = openslide.OpenSlide.detect_format(path)
     return vendor
 
@@ -130,7 +137,7 @@ def _describe(path: Path, handle: openslide.OpenSlide, mpp: tuple[float, float] 
     found, problem = (mpp, "") if mpp is not None else _mpp(properties)
     return SlideInfo(
         path=str(path),
-        levels=levels_of([(height, width) for width, height in handle.level_dimensions]),
+        levels=make_levels([(height, width) for width, height in handle.level_dimensions]),
         mpp=found,
         mpp_problem=problem,
         vendor=properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
@@ -151,7 +158,7 @@ def _objective(properties: Mapping[str, str]) -> float | None:
 
 
 def _mpp(properties: Mapping[str, str]) -> tuple[tuple[float, float] | None, str]:
-    """(y, x) and an empty string, or None and what is wrong."""
+    """Return mpp (y, x) and an empty string, or None and the problem."""
     values = []
     for name in (openslide.PROPERTY_NAME_MPP_Y, openslide.PROPERTY_NAME_MPP_X):
         text = properties.get(name)

@@ -1,4 +1,4 @@
-"""Streams the patches of a span in batches, read by a few threads while the model works on the batch before."""
+"""Patches of a slide in batches, read by a few threads while the model works on the batch before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,22 +30,22 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("wsi_gradcam")
 
 
-# Of a remote slide, patches that are read at the same time.
+# Of a remote slide, the number of patches that are read at the same time.
 WAITING_THREADS = 16
-# Scanners of one kind differ so much in what they say, relatively.
-NEARLY = 0.02
+# The relative difference between mpp of scanners of one kind.
+MPP_TOLERANCE = 0.02
 
-_TOLD: set[tuple[float, ...]] = set()
+_WARNED: set[tuple[float, ...]] = set()
 
 
 def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
-    """A slide of a run, opened as its settings say.
+    """Return an opened slide of a run, by its settings.
 
-    Its mpp is what the file says; else, where that is trusted, what the power of the objective means; else what a
-    list or the settings give, which go first with `replace_mpp`.
+    Its mpp is the file's; else, where that is trusted, the one by the power of the objective; else the one of a list
+    or the settings, which take precedence with `replace_mpp`.
 
     Raises:
-        SlideError: as of `open_slide`, or it has ended a process before.
+        SlideError: as of `open_slide`, or it has crashed a process before.
     """
     CRASHES.opening(entry.path)
     given = entry.mpp or settings.mpp
@@ -57,15 +56,15 @@ def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     if slide.info.mpp is None:
         slide.close()
         return opened(given)
-    _tell_unused(entry.path, slide.info.mpp, given)
+    _warn_of_unused(entry.path, slide.info.mpp, given)
     return slide
 
 
-def _tell_unused(path: str, said: tuple[float, float], given: tuple[float, float]) -> None:
-    """Say once of what kind of slides the given mpp is not used."""
+def _warn_of_unused(path: str, said: tuple[float, float], given: tuple[float, float]) -> None:
+    """Warn, once for each kind of slide, that the given mpp is not used."""
     kind = (*(round(value, 2) for value in said), *given)
-    if kind not in _TOLD and not np.allclose(said, given, rtol=NEARLY, atol=0):
-        _TOLD.add(kind)
+    if kind not in _WARNED and not np.allclose(said, given, rtol=MPP_TOLERANCE, atol=0):
+        _WARNED.add(kind)
         LOG.warning(
             "%s: its own mpp %g, %g is used, not the given %g, %g, as for all slides that tell theirs; if the files "
             "are wrong, use --replace-mpp",
@@ -82,8 +81,8 @@ class Batch:
     Attributes:
         start: index of the first in the span.
         rgb: uint8 [n, height, width, 3]; an unreadable patch is zeros and must not be used.
-        causes: why a patch could not be read, by its index in the batch.
-        read_s: seconds that threads spent reading the patches that could be read.
+        causes: error messages of unreadable patches, by their index in the batch.
+        read_s: seconds that threads spent on the readable patches.
     """
 
     start: int
@@ -93,23 +92,23 @@ class Batch:
 
 
 class PatchReader:
-    """Reads the patches of a slide with a few threads, a batch ahead of whoever consumes them."""
+    """Reads the patches of a slide with a few threads, a batch ahead of the consumer."""
 
     def __init__(self, slide: Slide, patch_px: tuple[int, int], mpp: float, batch_size: int, threads: int) -> None:
         self._slide = slide
         self._patch_px = patch_px
         self._mpp = mpp
         self._batch_size = batch_size
-        if is_url(slide.info.path):  # they wait more than they compute
+        if is_url(slide.info.path):  # threads wait more than they compute
             threads = max(threads, WAITING_THREADS)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._kept: tuple[list[list[int]], Reads] = ([], [])
         self._lock = threading.Lock()
 
     def batches(self, yx: NDArray[np.int64], then: NDArray[np.int64] | None = None) -> Iterator[Batch]:
-        """The patches at level-0 `yx` [n, 2] in order, a batch at a time.
+        """Yield the patches at level-0 `yx` [n, 2] in order, a batch at a time.
 
-        While the last one is consumed, the first batch of `then` is read, and kept for the call that asks for it.
+        While the last one is consumed, the first batch of `then` is read, and kept for the call that wants it.
         """
         size, places = self._batch_size, yx.tolist()
         ahead = self._first(places[:size])
@@ -122,20 +121,20 @@ class PatchReader:
             yield _collect(start, reads, self._patch_px)
 
     def read_ahead(self, yx: NDArray[np.int64]) -> None:
-        """Begin to read the first batch of the patches at `yx`, and keep it for the call that asks for them."""
+        """Begin to read the first batch of the patches at `yx`, and keep it for the call that wants them."""
         places = yx[: self._batch_size].tolist()
         with self._lock:
             self._kept = (places, self._submit(places))
 
     def close(self) -> None:
-        """End the threads; what was read ahead is not waited for."""
+        """Stop the threads without waiting for reads ahead."""
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, places: list[list[int]]) -> Reads:
         return [self._pool.submit(_read, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
 
     def _first(self, places: list[list[int]]) -> Reads:
-        """The reads of a span's first batch, begun before or now."""
+        """Return the reads of a span's first batch, begun before or now."""
         with self._lock:
             (known, reads), self._kept = self._kept, ([], [])
         if known == places:
@@ -145,21 +144,8 @@ class PatchReader:
         return self._submit(places)
 
 
-def read_batches(
-    slide: Slide,
-    yx: NDArray[np.int64],
-    patch_px: tuple[int, int],
-    mpp: float,
-    batch_size: int,
-    threads: int,
-) -> Iterator[Batch]:
-    """The patches at level-0 `yx` [n, 2] in order, `batch_size` at a time; one batch is read ahead."""
-    with closing(PatchReader(slide, patch_px, mpp, batch_size, threads)) as reader:
-        yield from reader.batches(yx)
-
-
 def _read(slide: Slide, *place: Any) -> tuple[NDArray[np.uint8], float]:
-    """A patch, and the seconds that reading it took."""
+    """Return a patch, and the seconds that reading it took."""
     started = time.perf_counter()
     return read_region(slide, *place), time.perf_counter() - started
 

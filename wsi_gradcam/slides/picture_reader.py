@@ -1,4 +1,4 @@
-"""Plain PNG and JPEG pictures as slides of one level; micrometres per pixel must be given."""
+"""The reader of plain PNG and JPEG images as slides of one level; micrometres per pixel must be given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides.base import SlideInfo, content_digest, levels_of, on_background
+from wsi_gradcam.slides.base import SlideInfo, content_digest, make_levels, pad_with_background
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG")
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 WHITE = (255, 255, 255)
-MOST_PX = 1 << 26  # decoded as a whole, in 0.5 GB
+MAX_PX = 1 << 26  # decoded as a whole, in 0.5 GB
 NO_MPP = "a picture does not say how large its pixels are; give the micrometres per pixel with --mpp"
 
 
@@ -30,7 +30,7 @@ class PictureSlide:
         self._pixels = _decoded(path)
         self._info = SlideInfo(
             path=str(path),
-            levels=levels_of([self._pixels.shape[:2]]),
+            levels=make_levels([self._pixels.shape[:2]]),
             mpp=mpp,
             mpp_problem="" if mpp else NO_MPP,
             vendor="picture",
@@ -41,12 +41,14 @@ class PictureSlide:
 
     @property
     def info(self) -> SlideInfo:
-        """What is known of the slide."""
+        """The slide's metadata."""
         return self._info
 
     def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Pixels of `region` as RGB uint8 [height, width, 3]; outside the picture: white."""
-        return on_background(region, self._info.levels[level], WHITE, lambda inside: self._pixels[inside.slices].copy())
+        """Return the pixels of `region` as RGB uint8 [height, width, 3]; outside the picture: white."""
+        return pad_with_background(
+            region, self._info.levels[level], WHITE, lambda inside: self._pixels[inside.slices].copy()
+        )
 
     def close(self) -> None:
         """Release the memory."""
@@ -54,7 +56,7 @@ class PictureSlide:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file begins as a PNG or JPEG does."""
+    """Return True for a file with the signature of PNG or JPEG."""
     with path.open("rb") as file:
         return file.read(8).startswith(SIGNATURES)
 
@@ -63,9 +65,9 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as picture:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a tighter bound is checked here
-            if picture.width * picture.height > MOST_PX:
+            if picture.width * picture.height > MAX_PX:
                 raise SlideFormatError(
-                    f"{path}: a picture of {picture.height} x {picture.width} px; expected up to {MOST_PX:,} px: "
+                    f"{path}: a picture of {picture.height} x {picture.width} px; expected up to {MAX_PX:,} px: "
                     "convert it to a tiled TIFF"
                 )
             return _rgb(ImageOps.exif_transpose(picture))

@@ -1,4 +1,4 @@
-"""Slides behind URLs, read by ranges: s3://, https:// and http://."""
+"""Files of slides behind URLs, s3://, https:// and http://, read by ranges."""
 
 from __future__ import annotations
 
@@ -36,58 +36,58 @@ SCHEMES = (S3, *WEB_SCHEMES)
 GAP_BYTES = 8
 # Headers are small and scattered: larger blocks would cost more bytes than they save requests.
 BLOCK_BYTES = 1 << 11
-MOST_BLOCKS = 1 << 14
-# Compressed tiles, which are a tenth of what the cache of pixels holds: what it drops need not be fetched again.
+MAX_BLOCKS = 1 << 14
+# Compressed tiles, a tenth of the bytes of their pixels: what the cache of pixels drops need not be fetched again.
 KEPT_BYTES = 64 << 20
 
 
 class RemoteFile:
-    """A `SlideFile` behind a URL. Of its tiles, no byte is fetched twice as long as it is kept."""
+    """A `SlideFile` behind a URL. Of its tiles, no byte is fetched again while it is cached."""
 
     def __init__(self, url: str) -> None:
         self.name = redact_url(url)
-        self._store, self._path = store_of(url)
+        self._store, self._path = file_store(url)
         self._ranges: Cache[ByteRange, bytes] = Cache(KEPT_BYTES, len)
-        self._trouble: SlideError | None = None
+        self._failed: SlideError | None = None
         try:
-            self.size, self._identity, self._head = look(self._store, self._path, BLOCK_BYTES)
+            self.size, self._identity, self._head = probe(self._store, self._path, BLOCK_BYTES)
         except Exception as error:  # obstore raises many kinds
             raise access_error(self.name, error) from None
         self._blocks = self._first_block()
 
     def read_many(self, ranges: Sequence[ByteRange]) -> list[bytes]:
-        """The bytes of each (offset, count); fewer where the file ends before.
+        """Return the bytes of each (offset, count), fewer where the file ends before.
 
         Raises:
-            SlideAccessError: it cannot be reached any more, or has changed.
+            SlideAccessError: the file can no longer be reached, or has changed.
         """
         return self._ranges.get_many(ranges, self._fetched)
 
     def stream(self) -> BinaryIO:
-        """The file from its beginning; blocks that were read are shared by all streams until `end_of_headers`."""
+        """Open the file from its beginning; all streams share the blocks they read until `forget_headers`."""
         return cast("BinaryIO", _Stream(self))
 
     def digest(self) -> str:
-        """Of the size, what the server says of the version, and the beginning; no byte is fetched for it."""
+        """Return a digest of size, version and beginning of the file; no byte is fetched for it."""
         digest = hashlib.sha256(f"{self.size} {self._identity}".encode())
         digest.update(self._head)
         return digest.hexdigest()[:32]
 
-    def end_of_headers(self) -> None:
-        """Forget what was read for parsing.
+    def forget_headers(self) -> None:
+        """Drop the blocks that were read for parsing.
 
         Raises:
-            SlideAccessError: some of it could not be read, whatever the parser made of that.
+            SlideAccessError: one could not be read, even if the parser has swallowed that.
         """
         self._blocks = self._first_block()
-        if self._trouble is not None:
-            raise self._trouble
+        if self._failed is not None:
+            raise self._failed
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no connection is held open."""
 
     def peek(self, start: int, count: int) -> bytes:
-        """Some bytes by way of blocks, fewer where the file ends before."""
+        """Return `count` bytes from `start` on by cached blocks, fewer where the file ends before."""
         stop = min(start + count, self.size)
         if start >= stop:
             return b""
@@ -96,7 +96,7 @@ class RemoteFile:
         return data[start - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
 
     def _first_block(self) -> Cache[int, bytes]:
-        blocks: Cache[int, bytes] = Cache(MOST_BLOCKS)
+        blocks: Cache[int, bytes] = Cache(MAX_BLOCKS)
         blocks.put(0, self._head)
         return blocks
 
@@ -104,12 +104,12 @@ class RemoteFile:
         try:
             return self._fetched([(number * BLOCK_BYTES, BLOCK_BYTES) for number in numbers])
         except SlideError as error:  # parsers may swallow it
-            self._trouble = error
+            self._failed = error
             raise
 
     def _fetched(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         spans = [(min(offset, self.size), min(offset + count, self.size)) for offset, count in ranges]
-        runs = joined(spans)
+        runs = merge_spans(spans)
         starts, ends = [start for start, _ in runs], [stop for _, stop in runs]
         try:
             found = self._store.get_ranges(self._path, starts=starts, ends=ends, coalesce=0) if runs else []
@@ -125,12 +125,12 @@ class RemoteFile:
         return parts
 
 
-def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Half-open spans joined where they touch or nearly do, sorted; empty ones are left out.
+def merge_spans(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return half-open spans sorted, without empty ones, merged where they touch or nearly do.
 
     Obstore would join them too, but panics where a server then sends less than was asked for.
 
-    >>> joined([(30, 40), (0, 10), (18, 20), (50, 50)])
+    >>> merge_spans([(30, 40), (0, 10), (18, 20), (50, 50)])
     [(0, 20), (30, 40)]
     """
     runs: list[tuple[int, int]] = []
@@ -143,7 +143,7 @@ def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class _Stream(io.RawIOBase):
-    """What a parser reads of a remote file."""
+    """A stream of a remote file for a parser."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
@@ -171,8 +171,8 @@ class _Stream(io.RawIOBase):
         return len(data)
 
 
-def look(store: ObjectStore, path: str, count: int = 1) -> tuple[int, str, bytes]:
-    """Size of an object, what tells its version from others, and its first bytes.
+def probe(store: ObjectStore, path: str, count: int = 1) -> tuple[int, str, bytes]:
+    """Return the size of an object, a text that identifies its version, and its first bytes.
 
     By a ranged GET: addresses that are signed for GET refuse HEAD.
     """
@@ -182,16 +182,16 @@ def look(store: ObjectStore, path: str, count: int = 1) -> tuple[int, str, bytes
     return meta["size"], identity, bytes(result.bytes())
 
 
-def is_zarr_at(url: str) -> bool:
-    """Whether one of the files that make a folder a Zarr group lies below a URL.
+def is_remote_zarr(url: str) -> bool:
+    """Return True for the URL of a Zarr group.
 
     Raises:
-        SlideAccessError: that cannot be found out.
+        SlideAccessError: the server does not answer.
     """
-    store = folder_of(url)
+    store = folder_store(url)
     for name in ZARR_FILES:
         try:
-            look(store, name)
+            probe(store, name)
         except FileNotFoundError:
             continue
         except Exception as error:
@@ -200,8 +200,8 @@ def is_zarr_at(url: str) -> bool:
     return False
 
 
-def listed(url: str) -> tuple[list[str], list[str]]:
-    """URLs of the folders, with a slash at their end, and of the files right below `url`, an s3:// folder.
+def list_folder(url: str) -> tuple[list[str], list[str]]:
+    """Return the URLs of the folders, ending in a slash, and of the files directly in `url`, an s3:// folder.
 
     Raises:
         SlideAccessError: it cannot be listed.
@@ -213,7 +213,7 @@ def listed(url: str) -> tuple[list[str], list[str]]:
         )
     bucket, _ = _bucket_and_key(url)
     try:
-        found = folder_of(url).list_with_delimiter()
+        found = folder_store(url).list_with_delimiter()
     except Exception as error:
         raise access_error(redact_url(url), error) from None
     base = url.rstrip("/") if split_url(url)[2] else f"{S3}://{bucket}"
@@ -221,8 +221,8 @@ def listed(url: str) -> tuple[list[str], list[str]]:
     return folders, [f"{base}/{item['path']}" for item in found["objects"]]
 
 
-def folder_of(url: str) -> ObjectStore:
-    """The store whose paths start at `url`."""
+def folder_store(url: str) -> ObjectStore:
+    """Return the store whose paths start at `url`."""
     if split_url(url)[0] != S3:
         scheme, _, rest = url.partition("://")
         place, mark, query = rest.partition("?")
@@ -231,8 +231,8 @@ def folder_of(url: str) -> ObjectStore:
     return s3_store(bucket, key.rstrip("/") or None)
 
 
-def store_of(url: str) -> tuple[ObjectStore, str]:
-    """The store of a file, and its path there.
+def file_store(url: str) -> tuple[ObjectStore, str]:
+    """Return the store of a file, and its path there.
 
     Raises:
         SlideAccessError: a URL that cannot be read, with the reason.
@@ -261,7 +261,7 @@ def _web_store(url: str) -> HTTPStore:
 
 
 def access_error(name: str, error: Exception) -> SlideError:
-    """What an error of obstore means for the slide, without the secrets that a URL or a request may hold."""
+    """Return the slide's error for an error of obstore, without the secrets that a URL or a request may hold."""
     if isinstance(error, SlideError):
         return error
     failure = classify(error)

@@ -1,4 +1,4 @@
-"""Any region of a slide at any mpp, from the best level, antialiased."""
+"""Regions of slides at any mpp, from the best level, antialiased."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COARSER = 1.01
 # Larger reads are cut, so that a thumbnail of a slide without a pyramid needs no more memory than this.
 MAX_SOURCE_PX = 1 << 21
 MOST_READ_PX = 1 << 25
-# Of a pixel, what is lost in computing where it lies.
+# Of a pixel, the rounding error of its position.
 TINY = 1e-6
 # Side of the smallest part of a thumbnail that is given up when it cannot be decoded.
 UNREADABLE_PX = 16
@@ -32,11 +32,11 @@ UNREADABLE_PX = 16
 def read_region(
     slide: Slide, y: float, x: float, height: int, width: int, mpp: float | tuple[float, float]
 ) -> NDArray[np.uint8]:
-    """RGB uint8 [height, width, 3] of the slide, whose top left corner is at level-0 (y, x), at `mpp`.
+    """Return RGB uint8 [height, width, 3] of the slide at `mpp`, with the top left corner at level-0 (y, x).
 
     The result covers exactly height * mpp by width * mpp micrometres, also for anisotropic slides. Pixels come
     from the coarsest level that is fine enough and are reduced by an antialiasing triangle filter that also sees
-    what lies just outside the region, so that neighbouring regions fit without a seam. Outside the slide there
+    pixels just outside the region, so that neighbouring regions fit without a seam. Outside the slide there
     is background. Where `mpp` is the slide's own and (y, x) are whole, pixels are passed through unchanged.
 
     Raises:
@@ -64,7 +64,7 @@ def read_region(
 
 
 def best_level(info: SlideInfo, step_y: float, step_x: float) -> int:
-    """The coarsest level with no more level-0 pixels per pixel than asked for on either axis."""
+    """Return the coarsest level with at most `step_y` and `step_x` level-0 pixels per pixel."""
     fine_enough = [
         i
         for i, level in enumerate(info.levels)
@@ -75,7 +75,7 @@ def best_level(info: SlideInfo, step_y: float, step_x: float) -> int:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A whole slide at a glance.
+    """A thumbnail of a whole slide.
 
     Attributes:
         rgb: uint8 [h, w, 3]; each pixel is `slide height / h` by `slide width / w` level-0 pixels, exactly.
@@ -87,7 +87,7 @@ class Thumbnail:
 
 
 def thumbnail(slide: Slide, mpp: float, max_px: int) -> Thumbnail:
-    """The whole slide at `mpp`, or coarser so that no side exceeds `max_px`.
+    """Return the whole slide at `mpp`, or coarser so that no side exceeds `max_px`.
 
     Raises:
         MppError: the slide's mpp is not known.
@@ -123,7 +123,7 @@ def _fill(slide: Slide, thumb: Thumbnail, part: Region) -> None:
 
 
 class _Axis:
-    """Where `size` output pixels of `scale` level pixels each, from `start` on, lie along one axis."""
+    """The position of `size` output pixels of `scale` level pixels each, from `start` on, along one axis."""
 
     def __init__(self, start: float, scale: float, size: int) -> None:
         # Within a hundredth of a pixel over the whole length there is nothing to resample.

@@ -1,4 +1,4 @@
-"""Whether a TIFF file claims more than it can hold: C libraries believe it, and end the process for want of memory."""
+"""A check of TIFF files that claim more than they can hold: C libraries trust that, and crash for lack of memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.geometry import ceil_div
-from wsi_gradcam.slides.tiff_levels import AGAIN, MOST_TILE_PX
+from wsi_gradcam.slides.tiff_levels import AGAIN, MAX_TILE_PX
 
 if TYPE_CHECKING:
     from wsi_gradcam.slides.base import SlideFile
@@ -19,20 +19,20 @@ ORDERS = {b"II": "<", b"MM": ">"}
 CLASSIC, BIG = 42, 43
 # Bytes of a value by its type (TIFF 6.0, section 2, and BigTIFF).
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-WHOLE_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
+INTEGER_TYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
 IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH = SIZES = (256, 257, 322, 323)
 TILE_OFFSETS = 324
 BYTE_COUNTS = (279, 325)  # of strips, of tiles
-MOST_DIRECTORIES, MOST_ENTRIES = 4096, 4096
+MAX_DIRECTORIES, MAX_ENTRIES = 4096, 4096
 
 Entry = tuple[int, int, int, bytes]  # tag, type, count, the field that holds the value or its place
 
 
 def check_tiff(file: SlideFile) -> None:
-    """Walk the directories of a TIFF as far as they can be read.
+    """Check the directories of a TIFF as far as they can be read.
 
     Raises:
-        SlideFormatError: one says that it holds more than the file or its tiles do, or tiles beyond all measure.
+        SlideFormatError: one claims more data than the file or its tiles can hold, or tiles that are too large.
         SlideAccessError: a remote file cannot be reached.
     """
     size = file.size
@@ -56,10 +56,10 @@ def check_tiff(file: SlideFile) -> None:
 
 
 def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
-    """What is wrong with the tiles of a directory, of which so many are listed; empty where nothing is."""
+    """Return the problem with the tiles of a directory, of which `listed` are listed; empty where there is none."""
     width, length = sizes.get(TILE_WIDTH, 0), sizes.get(TILE_LENGTH, 0)
-    if width * length > MOST_TILE_PX:
-        return f"tiles of {length} x {width} px, expected up to {MOST_TILE_PX:,} px,"
+    if width * length > MAX_TILE_PX:
+        return f"tiles of {length} x {width} px, expected up to {MAX_TILE_PX:,} px,"
     if not width * length or listed is None:
         return ""
     needed = ceil_div(sizes.get(IMAGE_WIDTH, 0), width) * ceil_div(sizes.get(IMAGE_LENGTH, 0), length)
@@ -67,7 +67,7 @@ def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
 
 
 def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]:
-    """Byte order and entries of each directory, to the end of the chain or to where it leaves the file."""
+    """Yield byte order and entries of each directory, to the end of the chain or to where it leaves the file."""
     head = file.read(16)
     order = ORDERS.get(head[:2])
     if order is None or len(head) < 16:
@@ -78,11 +78,11 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
     word, number, shape = ("Q", "Q", "HHQ8s") if version == BIG else ("I", "H", "HHI4s")
     (place,) = struct.unpack_from(order + word, head, 8 if version == BIG else 4)
     seen: set[int] = set()
-    while 0 < place < size and place not in seen and len(seen) < MOST_DIRECTORIES:
+    while 0 < place < size and place not in seen and len(seen) < MAX_DIRECTORIES:
         seen.add(place)
         file.seek(place)
         count = _unpacked(file, order + number)
-        if count is None or count > MOST_ENTRIES:
+        if count is None or count > MAX_ENTRIES:
             return
         length = struct.calcsize(order + shape)
         raw = file.read(count * length)
@@ -97,11 +97,11 @@ def _unpacked(file: BinaryIO, layout: str) -> int | None:
 
 
 def _largest(file: SlideFile, order: str, entry: Entry) -> int:
-    """The largest of an entry's values; 0 where they are no whole numbers or lie outside the file."""
+    """Return the largest of an entry's values; 0 where they are not integers or lie outside the file."""
     _, kind, count, field = entry
-    if kind not in WHOLE_NUMBERS or not count:
+    if kind not in INTEGER_TYPES or not count:
         return 0
-    dtype = np.dtype(order + WHOLE_NUMBERS[kind])
+    dtype = np.dtype(order + INTEGER_TYPES[kind])
     if dtype.itemsize * count <= len(field):
         return int(np.frombuffer(field, dtype, count).max())
     place = int.from_bytes(field, "little" if order == "<" else "big")

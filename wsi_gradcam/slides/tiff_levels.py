@@ -1,4 +1,4 @@
-"""The pyramid in a TIFF file: which of its pages are levels of the slide, and where their tiles lie."""
+"""The pyramid in a TIFF file: the pages that are levels of the slide, and the positions of their tiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tifffile import TiffFile
 
 from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
-from wsi_gradcam.slides.samples import rgb_converter, whole_tile_decoder
+from wsi_gradcam.slides.tiff_samples import rgb_converter, whole_tile_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from tifffile import TiffPage
 
     from wsi_gradcam.slides.base import SlideFile
-    from wsi_gradcam.slides.samples import Decode, ToRGB
+    from wsi_gradcam.slides.tiff_samples import Decode, ToRGB
 
 # Bounds on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
-MOST_TILES = 1 << 24
-MOST_TILE_PX = 1 << 25  # 100 MB decoded: a slide in one strip is no slide
+MAX_TILES = 1 << 24
+MAX_TILE_PX = 1 << 25  # 100 MB decoded: a slide in one strip is no slide
 AGAIN = "copy the file again from its source"
-MOST_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
+MAX_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
 CONTIGUOUS = 1
 TOP_LEFT = 1
 
-# What it says of a damaged file goes to logs that a user sets up, not to the terminal: the slide's error says it.
+# Its messages on damaged files go to logs that a user sets up, not to the terminal: the slide's error reports them.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
@@ -73,27 +73,27 @@ class TiffLevel:
 
     @property
     def shown_px(self) -> tuple[int, int]:
-        """(height, width) as it is to be seen."""
+        """(height, width) of the page after its orientation."""
         return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
 
     def tile_region(self, row: int, column: int) -> Region:
-        """The part of the page that a tile shows."""
+        """Return the part of the page that a tile shows."""
         y, x = row * self.tile_px[0], column * self.tile_px[1]
         return Region(y, x, min(self.tile_px[0], self.height - y), min(self.tile_px[1], self.width - x))
 
     def tiles_of(self, region: Region) -> Iterator[tuple[int, int]]:
-        """(row, column) of the tiles that a region of the page touches, in the order of the file."""
+        """Yield (row, column) of the tiles that a region of the page touches, in the order of the file."""
         rows = range(region.y // self.tile_px[0], ceil_div(region.bottom, self.tile_px[0]))
         columns = range(region.x // self.tile_px[1], ceil_div(region.right, self.tile_px[1]))
         return ((row, column) for row in rows for column in columns)
 
     def pieces(self, row: int, column: int) -> list[int]:
-        """Indices of a tile's data: one, or one a plane."""
+        """Return the indices of a tile's data: one, or one per plane."""
         rows, columns = self.grid
         return [plane * rows * columns + row * columns + column for plane in range(self.planes)]
 
     def decode(self, pieces: list[int], data: list[bytes]) -> NDArray[np.uint8]:
-        """RGB [h, w, 3] of a tile from the bytes of its pieces.
+        """Return RGB uint8 [h, w, 3] of a tile from the bytes of its pieces.
 
         Raises:
             ValueError: they are damaged. (Decoders raise others too.)
@@ -116,16 +116,16 @@ class TiffLevel:
 
 @contextmanager
 def open_tiff(file: SlideFile) -> Iterator[TiffFile]:
-    """The file for parsing; other files that an OME-TIFF names are not opened."""
+    """Open the file for parsing; other files that an OME-TIFF names are not opened."""
     with file.stream() as stream, TiffFile(stream, _multifile=False) as parsed:
         yield parsed
 
 
 def tiff_levels(file: TiffFile) -> list[TiffLevel]:
-    """The levels of the slide in `file`, finest first.
+    """Return the levels of the slide in `file`, finest first.
 
     Raises:
-        SlideFormatError: it holds no picture that can be shown, with the reason.
+        SlideFormatError: it holds no image that can be read; the message tells why.
     """
     try:
         pages = _pyramid(file)
@@ -142,18 +142,18 @@ def tiff_levels(file: TiffFile) -> list[TiffLevel]:
 
 
 def _check_whole(file: TiffFile, levels: list[TiffLevel]) -> None:
-    """Refuse what is left of a file that was cut short; a few lost tiles are their patches' matter."""
+    """Refuse a truncated file; a few lost tiles only make their patches unreadable."""
     file.filehandle.seek(file.pages.next_page_offset or 0)
     following = file.filehandle.read(file.tiff.offsetsize)
     beyond = sum(int((level.offsets + level.counts > file.filehandle.size).sum()) for level in levels)
     total = sum(len(level.offsets) for level in levels)
-    if any(following) or beyond > MOST_BEYOND * total:
+    if any(following) or beyond > MAX_BEYOND * total:
         what = f"{beyond:,} of {total:,} tiles lie beyond the end of the file" if beyond else "pages are missing"
         raise SlideFormatError(f"cut short or damaged: {what}; {AGAIN}")
 
 
 def _pyramid(file: TiffFile) -> list[TiffPage]:
-    """The pages of the first series' levels, as they shrink."""
+    """Return the pages of the first series' levels, of decreasing size."""
     alone: Any = file.pages[0] if len(file.pages) == 1 else None
     if alone is not None and not alone.subifds:  # whatever it says of planes in other files
         return [alone]
@@ -172,7 +172,7 @@ def _pyramid(file: TiffFile) -> list[TiffPage]:
 
 
 def _marked(file: TiffFile) -> list[Any]:
-    """The tiled pages that say that they are the first one reduced, or an Aperio's.
+    """Return the tiled pages that are marked as reductions of the first one, or Aperio's.
 
     Tifffile's series are pyramids only where each level is as much smaller than the one before as all others.
     """
@@ -181,7 +181,7 @@ def _marked(file: TiffFile) -> list[Any]:
 
 
 def _shrinking(pages: list[Any]) -> list[Any]:
-    """The pages from the first on that shrink in one shape; another picture ends them."""
+    """Return the pages from the first on that shrink in one shape, up to another image."""
     found = pages[:1]
     for page in pages[1:]:
         sizes = (page.imagelength, page.imagewidth)
@@ -192,7 +192,7 @@ def _shrinking(pages: list[Any]) -> list[Any]:
 
 
 def _alike(first: Any, page: Any) -> bool:
-    """Whether a page has the shape of the first, as far as whole pixels can tell."""
+    """Return True for a page of the same aspect ratio as the first, up to whole pixels."""
     factor = first.imagelength / max(1, page.imagelength)
     return bool(abs(first.imagewidth / factor - page.imagewidth) < 1 + page.imagewidth / max(1, page.imagelength))
 
@@ -204,14 +204,14 @@ def _level(page: TiffPage) -> TiffLevel:
     tile = (
         (int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (min(int(page.rowsperstrip), height), width)
     )
-    if min(tile) < 1 or math.prod(tile) > MOST_TILE_PX:
+    if min(tile) < 1 or math.prod(tile) > MAX_TILE_PX:
         raise SlideFormatError(
-            f"tiles or strips of {tile[0]} x {tile[1]} px, expected up to {MOST_TILE_PX:,} px; convert it to tiles"
+            f"tiles or strips of {tile[0]} x {tile[1]} px, expected up to {MAX_TILE_PX:,} px; convert it to tiles"
         )
     planes = 1 if page.planarconfig == CONTIGUOUS else int(page.samplesperpixel)
     expected = planes * ceil_div(height, tile[0]) * ceil_div(width, tile[1])
-    if expected > MOST_TILES:
-        raise SlideFormatError(f"{height} x {width} px in {expected:,} tiles, expected up to {MOST_TILES:,}")
+    if expected > MAX_TILES:
+        raise SlideFormatError(f"{height} x {width} px in {expected:,} tiles, expected up to {MAX_TILES:,}")
     offsets, counts = (np.asarray(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
     if not expected == len(offsets) == len(counts):
         raise SlideFormatError(
@@ -237,7 +237,7 @@ def _level(page: TiffPage) -> TiffLevel:
 
 
 def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -> Region:
-    """Where a region of the picture as shown lies in the page as stored.
+    """Return the region of the stored page that is shown as `region`.
 
     >>> stored_region(Region(0, 0, 2, 3), (10, 20), 3)
     Region(y=8, x=17, height=2, width=3)
@@ -254,13 +254,13 @@ def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -
 
 
 def shown_region(region: Region, level: TiffLevel) -> Region:
-    """Where a region of the page as stored is seen: the other way of `stored_region`."""
+    """Return the shown region of a region of the stored page: the inverse of `stored_region`."""
     back = {6: 8, 8: 6}.get(level.orientation, level.orientation)
     return stored_region(region, (level.height, level.width), back)
 
 
-def as_shown(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Pixels as stored, turned and mirrored to how the TIFF tag wants them seen."""
+def orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Return stored pixels rotated and mirrored by the TIFF tag Orientation."""
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)
     flip_y, flip_x = {

@@ -1,7 +1,4 @@
-"""What a TIFF file that OpenSlide does not know says of itself: size of its pixels, name of its maker.
-
-What OpenSlide would say of a TIFF file, where it cannot be asked: the format's name and its maker's properties.
-"""
+"""Metadata of TIFF slides: pixel sizes, and where OpenSlide cannot be used, the vendor and properties that it tells."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from xml.etree import ElementTree
 from tifffile import RESUNIT, TiffFile
 
 from wsi_gradcam.errors import one_line
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, levels_of, mpp_of_objective
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, mpp_from_objective
 from wsi_gradcam.slides.tiff_levels import TOP_LEFT
 
 if TYPE_CHECKING:
@@ -33,20 +30,20 @@ UM_PER_UNIT = {
 }
 # Length units that OME-XML allows, as far as microscopes use them; µ comes as two characters.
 UM_PER_OME_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
-LARGEST_XML = 1 << 24
+MAX_XML = 1 << 24
 SWAPPED = 4  # orientations above it exchange rows and columns
 
 
 def describe_tiff(
     source: SlideFile, file: TiffFile, levels: list[TiffLevel], mpp: tuple[float, float] | None
 ) -> SlideInfo:
-    """The facts of a slide in `source`, parsed as `file`, whose `levels` are known; `mpp` (y, x) replaces its own."""
+    """Return the metadata of the slide in `source`, parsed as `file`, with `levels`; `mpp` (y, x) replaces its own."""
     found, problem = (mpp, "") if mpp is not None else tiff_mpp(file)
     if mpp is None and found is not None and levels[0].orientation > SWAPPED:
         found = (found[1], found[0])
     return SlideInfo(
         path=source.name,
-        levels=levels_of([level.shown_px for level in levels]),
+        levels=make_levels([level.shown_px for level in levels]),
         mpp=found,
         mpp_problem=problem,
         vendor="ome-tiff" if file.is_ome else "tiff",
@@ -57,14 +54,14 @@ def describe_tiff(
 
 
 def tiff_mpp(file: TiffFile) -> tuple[tuple[float, float] | None, str]:
-    """Micrometres per stored pixel (y, x) and an empty string, or None and what is wrong, with the mend."""
+    """Return micrometres per stored pixel (y, x) and an empty string, or None and the problem with its mend."""
     if file.is_ome:
         return _ome_mpp(file.ome_metadata or "")
     return page_mpp(file.pages[0])
 
 
 def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
-    """The same by the resolution tags of a page."""
+    """Return the same as `tiff_mpp` by the resolution tags of a page."""
     values = [_resolution(page, axis) for axis in ("YResolution", "XResolution")]
     if None in values:
         return None, "the file says nothing of its resolution; give the micrometres per pixel with --mpp"
@@ -75,7 +72,7 @@ def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
 
 
 def _resolution(page: TiffPage, name: str) -> float | None:
-    """Micrometres per pixel by a TIFF resolution tag; None where it or its unit is missing."""
+    """Return micrometres per pixel by a TIFF resolution tag; None where it or its unit is missing."""
     value = page.tags.valueof(name)
     unit = page.tags.valueof("ResolutionUnit", default=RESUNIT.INCH)  # the default of TIFF 6.0
     if unit not in UM_PER_UNIT or not isinstance(value, tuple) or len(value) != 2:
@@ -85,8 +82,8 @@ def _resolution(page: TiffPage, name: str) -> float | None:
 
 
 def _ome_mpp(xml: str) -> tuple[tuple[float, float] | None, str]:
-    """PhysicalSizeY and PhysicalSizeX of the first picture (OME-XML 2016-06)."""
-    if len(xml) > LARGEST_XML:
+    """Return PhysicalSizeY and PhysicalSizeX of the first image (OME-XML 2016-06), as `tiff_mpp` does."""
+    if len(xml) > MAX_XML:
         return None, f"its OME-XML of {len(xml):,} characters is too long; give the micrometres per pixel with --mpp"
     try:
         root = ElementTree.fromstring(xml)
@@ -116,8 +113,8 @@ PLAIN = frozenset({APERIO, GENERIC})
 NO_MPP = "its ImageDescription tells no MPP; give the micrometres per pixel with --mpp"
 
 
-def vendor_of_tiff(file: TiffFile) -> str | None:
-    """OpenSlide's word for the format of a TIFF file; None where it knows none."""
+def tiff_vendor(file: TiffFile) -> str | None:
+    """Return OpenSlide's name of a TIFF file's format; None where it knows none."""
     first: Any = file.pages[0]
     software = first.software
     marks = {
@@ -137,8 +134,8 @@ def vendor_of_tiff(file: TiffFile) -> str | None:
 def describe_plain(
     source: SlideFile, file: TiffFile, levels: list[TiffLevel], mpp: Mpp, trust_objective: bool
 ) -> SlideInfo:
-    """The facts of a slide in a plain pyramid, those that OpenSlide and our reader give together for a local file."""
-    info, vendor = describe_tiff(source, file, levels, mpp), vendor_of_tiff(file)
+    """Return the metadata of a plain pyramid, as OpenSlide and our reader give it together for a local file."""
+    info, vendor = describe_tiff(source, file, levels, mpp), tiff_vendor(file)
     first: Any = file.pages[0]
     in_subifds = file.is_ome and bool(first.subifds)  # levels that OpenSlide does not see
     if vendor is None or in_subifds or levels[0].orientation != TOP_LEFT:
@@ -150,11 +147,11 @@ def describe_plain(
         info = replace(info, mpp=found, mpp_problem=problem, objective=_objective(known))
     elif mpp is None and (tagged := page_mpp(first))[0] is not None:  # before OME-XML's
         info = replace(info, mpp=tagged[0], mpp_problem="")
-    return mpp_of_objective(info) if trust_objective else info
+    return mpp_from_objective(info) if trust_objective else info
 
 
 def aperio_properties(description: str) -> dict[str, str]:
-    """The properties that Aperio's software writes behind its own name, with bars between them.
+    """Return the properties that Aperio's software writes after its own name, separated by bars.
 
     >>> aperio_properties("Aperio Image Library v11\\n46x32 (240x240) Q=30|AppMag = 20|MPP = 0.4990")
     {'AppMag': '20', 'MPP': '0.4990'}
@@ -164,7 +161,7 @@ def aperio_properties(description: str) -> dict[str, str]:
 
 
 def aperio_mpp(properties: dict[str, str]) -> tuple[Mpp, str]:
-    """Micrometres per pixel (y, x) and an empty string, or None and what is wrong, with the mend."""
+    """Return micrometres per pixel (y, x) and an empty string, or None and the problem with its mend."""
     if "MPP" not in properties:
         return None, NO_MPP
     value = _number(properties["MPP"])
@@ -181,7 +178,7 @@ def _objective(properties: dict[str, str]) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    """Some scanners write a comma, as OpenSlide knows too."""
+    """Return a number, also one with a decimal comma, as some scanners write."""
     try:
         return float(text.replace(",", "."))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Tiled TIFF slides read tile by tile: each tile is decoded once, where OpenSlide decodes it for every patch."""
+"""The reader of tiled TIFF slides: each tile is decoded once, where OpenSlide decodes it for every patch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.cache import Cache
-from wsi_gradcam.slides.base import on_background
-from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, as_shown, shown_region, stored_region
+from wsi_gradcam.slides.base import pad_with_background
+from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, orient, shown_region, stored_region
 from wsi_gradcam.system.processes import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 32 << 20  # a row of tiles of 256 px as wide as a block of patches, and what is read of the next
 # Tiles that are read in one go, at most; these too are held until the region is put together.
-AT_ONCE_PX = 1 << 22
+MAX_READ_PX = 1 << 22
 # A tile cannot need more than its pixels and some header: what claims more is not read.
 SPARE_BYTES = 1 << 16
 
@@ -43,20 +43,22 @@ class TiffSlide:
 
     @property
     def info(self) -> SlideInfo:
-        """What is known of the slide."""
+        """The slide's metadata."""
         return self._info
 
     def read_level(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Pixels of `region` of `level` as RGB uint8 [height, width, 3]; outside the slide: background.
+        """Return the pixels of `region` of `level` as RGB uint8 [height, width, 3]; outside the slide: background.
 
         Raises:
             SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
             SlideAccessError: a remote file cannot be reached any more.
         """
-        return on_background(region, self._info.levels[level], self._info.background, partial(self._shown, level))
+        return pad_with_background(
+            region, self._info.levels[level], self._info.background, partial(self._read_shown, level)
+        )
 
-    def some_tiles(self, level: int, count: int) -> list[Region]:
-        """Up to `count` tiles of a level that have data, evenly over the file, as regions of the level."""
+    def sample_tiles(self, level: int, count: int) -> list[Region]:
+        """Return up to `count` tiles of a level that have data, evenly over the file, as regions of the level."""
         stored = self._levels[level]
         _, columns = stored.grid
         (full,) = np.nonzero((stored.offsets > 0) & (stored.counts > 0))
@@ -68,24 +70,24 @@ class TiffSlide:
         """Release the file."""
         self._file.close()
 
-    def _shown(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """A region of the page as it is to be seen."""
+    def _read_shown(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Return a region of the level after its orientation."""
         stored = self._levels[level]
         if stored.orientation == TOP_LEFT:  # nearly all, and this runs for every patch
-            return self._assembled(level, region)
-        pixels = self._assembled(level, stored_region(region, stored.shown_px, stored.orientation))
-        return as_shown(pixels, stored.orientation)
+            return self._read_stored(level, region)
+        pixels = self._read_stored(level, stored_region(region, stored.shown_px, stored.orientation))
+        return orient(pixels, stored.orientation)
 
-    def _assembled(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """A region of the page as stored, from its tiles."""
+    def _read_stored(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Return a region of the stored page from its tiles."""
         stored = self._levels[level]
         height, width = stored.tile_px
         out = np.empty((region.height, region.width, 3), np.uint8)
         wanted = [(level, row, column) for row, column in stored.tiles_of(region)]
-        at_once = max(1, AT_ONCE_PX // (height * width))
+        at_once = max(1, MAX_READ_PX // (height * width))
         for first in range(0, len(wanted), at_once):
             keys = wanted[first : first + at_once]
-            for (_, row, column), tile in zip(keys, self._cache.get_many(keys, self._made), strict=True):
+            for (_, row, column), tile in zip(keys, self._cache.get_many(keys, self._make), strict=True):
                 y, x = row * height, column * width  # plain numbers: this runs several times a patch
                 top, bottom = max(y, region.y), min(y + height, region.bottom)
                 left, right = max(x, region.x), min(x + width, region.right)
@@ -94,25 +96,25 @@ class TiffSlide:
                 ]
         return out
 
-    def _made(self, keys: list[Key]) -> list[Tile | Exception]:
-        """Tiles decoded from what is read in one go; of one that cannot be, why."""
-        places = [_places(self._levels[level], row, column) for level, row, column in keys]
+    def _make(self, keys: list[Key]) -> list[Tile | Exception]:
+        """Return decoded tiles, read in one go, or the errors of those that cannot be."""
+        places = [_locate(self._levels[level], row, column) for level, row, column in keys]
         data = iter(self._file.read_many([place for found in places if isinstance(found, list) for place in found]))
         made: list[Tile | Exception] = []
         for key, found in zip(keys, places, strict=True):
             try:
-                made.append(self._decoded(*key, found, [] if isinstance(found, str) else [next(data) for _ in found]))
+                made.append(self._decode(*key, found, [] if isinstance(found, str) else [next(data) for _ in found]))
             except SlideReadError as error:
                 made.append(error)
         return made
 
-    def _decoded(
+    def _decode(
         self, level: int, row: int, column: int, places: list[ByteRange] | str, found: list[bytes | OSError]
     ) -> NDArray[np.uint8]:
         stored = self._levels[level]
         region = stored.tile_region(row, column)
         try:
-            tile = stored.decode(stored.pieces(row, column), _whole(places, found))
+            tile = stored.decode(stored.pieces(row, column), _check_complete(places, found))
         except Exception as error:  # decoders of damaged bytes raise many kinds
             raise SlideReadError(
                 f"{self._file.name}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px "
@@ -126,8 +128,8 @@ class TiffSlide:
         return tile
 
 
-def _places(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
-    """Where the pieces of a tile lie in the file, or why they cannot be read."""
+def _locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
+    """Return the positions of a tile's pieces in the file, or the reason why they cannot be read."""
     largest = 4 * stored.tile_px[0] * stored.tile_px[1] * stored.samples + SPARE_BYTES
     places = []
     for index in stored.pieces(row, column):
@@ -140,11 +142,12 @@ def _places(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
     return places
 
 
-def _whole(places: list[ByteRange] | str, found: list[bytes | OSError]) -> list[bytes]:
-    """The pieces of a tile, if they are all there.
+def _check_complete(places: list[ByteRange] | str, found: list[bytes | OSError]) -> list[bytes]:
+    """Return the pieces of a tile.
 
     Raises:
-        ValueError: they are not. (Or what the disk raised.)
+        ValueError: one is incomplete.
+        OSError: the disk fails.
     """
     if isinstance(places, str):
         raise ValueError(places)

@@ -16,7 +16,7 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.inputs.find import find_slides
-from wsi_gradcam.inputs.search import slides_in
+from wsi_gradcam.inputs.search import find_in_folder
 
 
 def touch(root: Path, *names: str) -> None:
@@ -26,7 +26,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    return [name for _, name in slides_in(folder)]
+    return [name for _, name in find_in_folder(folder)]
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, place: Path, number: int) -> None:

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import crop
-from tests.slides_in_memory import BACKGROUND, ArraySlide
+from tests.slides_in_memory import BACKGROUND, ArraySlide, read_batches
 from wsi_gradcam.errors import MppError, SlideFormatError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides.patch_reader import Batch, PatchReader, read_batches
+from wsi_gradcam.slides.patch_reader import Batch, PatchReader
 
 LEVEL0 = np.random.default_rng(2).integers(0, 256, (60, 80, 3), np.uint8)
 MPP = 0.5

@@ -38,13 +38,13 @@ GREEN_OF_CR = np.rint(65536 * -0.71414 * _CHROMA).astype(np.int32)
 
 
 def rgb_converter(page: TiffPage) -> ToRGB:
-    """A function from a decoded tile [h, w, samples] of `page` to RGB uint8 [h, w, 3].
+    """Return a function from a decoded tile [h, w, samples] of `page` to RGB uint8 [h, w, 3].
 
     Gray is repeated, white-is-zero turned over, palettes looked up, 16 bits scaled to 8, CMYK taken for ideal inks,
     alpha laid on white.
 
     Raises:
-        SlideFormatError: samples that are no colours of a picture, with what they are.
+        SlideFormatError: samples that are no colours of an image; the message describes them.
     """
     bits = page.dtype.itemsize * 8 if page.dtype is not None and page.dtype.kind == "u" else 0
     if bits not in (8, 16) or page.bitspersample != bits:
@@ -98,7 +98,7 @@ def _name(photometric: object) -> str:
 
 
 def _eight_bits(tile: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Full scale stays full scale: 65535 is 255."""
+    """Return samples of 8 bits at full scale: 65535 becomes 255."""
     if tile.dtype == np.uint8:
         return tile  # type: ignore[return-value]
     return ((tile.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -118,14 +118,14 @@ def _inverted(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _cmyk(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Ideal inks: each takes its share of one colour, black of all (TIFF 6.0 section 16)."""
+    """Convert CMYK by ideal inks: each absorbs its share of one colour, black of all (TIFF 6.0 section 16)."""
     inks = WHITE - tile.astype(np.uint16)
     rgb: NDArray[np.uint8] = ((inks[..., :3] * inks[..., 3:] + 127) // WHITE).astype(np.uint8)
     return rgb
 
 
 def _ycbcr(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """ITU-R BT.601 at full scale, as JFIF has it, in the whole numbers of OpenSlide."""
+    """Convert ITU-R BT.601 at full scale, as in JFIF, by OpenSlide's integer arithmetic."""
     y, cb, cr = (tile[..., i].astype(np.int32) for i in range(3))
     rgb = np.stack([y + RED_OF_CR[cr], y + ((GREEN_OF_CB[cb] + GREEN_OF_CR[cr]) >> 16), y + BLUE_OF_CB[cb]], axis=-1)
     eight: NDArray[np.uint8] = rgb.clip(0, WHITE).astype(np.uint8)
@@ -159,7 +159,7 @@ LINE, BEYOND = 32, 16
 
 
 def whole_tile_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
-    """A function from the bytes of a tile that lies wholly in `page` to RGB uint8 [*tile_px, 3].
+    """Return a function from the bytes of a tile that is wholly inside `page` to RGB uint8 [*tile_px, 3].
 
     None where the page's tiles are not JPEG of three colours of 8 bits. It raises whatever the decoder does.
     """
@@ -180,7 +180,7 @@ def _decoded(
 
 
 def _between_lines(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """An array at an address that is no multiple of `LINE`."""
+    """Return an array at an address that is no multiple of `LINE`."""
     size = shape[0] * shape[1] * shape[2]
     memory = np.empty(size + LINE, np.uint8)
     start = (BEYOND - memory.ctypes.data) % LINE

@@ -14,7 +14,7 @@ from wsi_gradcam.api import explain
 from wsi_gradcam.errors import MppError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.slides.patch_reader import _TOLD, open_entry
+from wsi_gradcam.slides.patch_reader import _WARNED, open_entry
 
 OWN, LISTED, GIVEN = 0.25, 0.3, 0.4
 
@@ -76,7 +76,7 @@ def test_the_objective_where_trusted_comes_before_what_is_given(trusted: bool, e
 
 
 def test_an_unused_mpp_is_remarked_once(slides: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _TOLD.clear()
+    _WARNED.clear()
     entry = SlideEntry("telling", str(slides / "telling.tif"))
     for given in (GIVEN, GIVEN, OWN * 1.01):
         open_entry(entry, make_settings(mpp=given)).close()
