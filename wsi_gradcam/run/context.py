@@ -6,13 +6,13 @@ import os
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.io.cache import Cache, ResourcePool
 from wsi_gradcam.models.environment import make_sums_deterministic
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
@@ -80,9 +80,9 @@ class Context(Generic[W]):
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self._lock = threading.Lock()
         self._model = model
-        self._slides: dict[SlideEntry, _Opened] = {}
-        self._patches: OrderedDict[str, PatchStore] = OrderedDict()
-        self._heatmaps: OrderedDict[str, HeatmapStore] = OrderedDict()
+        self._slides: ResourcePool[SlideEntry, _Opened] = ResourcePool(KEPT_OPEN, _Opened.close)
+        self._patches: Cache[str, PatchStore] = Cache(KEPT_STORES)
+        self._heatmaps: Cache[str, HeatmapStore] = Cache(KEPT_STORES)
         self._glass: dict[str, tuple[int, int, int]] = {}
 
     def model(self) -> Explainer:
@@ -108,35 +108,26 @@ class Context(Generic[W]):
 
         Threads of one process may work on different slides: none is closed while a thread reads it.
         """
-        with self._lock:
-            opened = self._slides.pop(entry, None)
-            if opened is None:
-                self._close_unused(KEPT_OPEN - 1)
-                opened = _Opened(open_entry(entry, self.run.settings))
-            self._slides[entry] = opened  # the last one
-            opened.users += 1
-        try:
+        with self._opened(entry) as opened:
             yield opened.slide
-        finally:
-            with self._lock:
-                opened.users -= 1
 
     @contextmanager
     def patches(self, entry: SlideEntry) -> Iterator[PatchReader]:
         """Return the reader of the slide's patches, which stays as long as the slide is open."""
         run = self.run
-        with self.slide(entry) as slide:
+        with self._opened(entry) as opened:
             with self._lock:
-                opened = self._slides[entry]
                 if opened.reader is None:
                     size, threads = run.facts.batch_size, run.settings.reader_threads
-                    opened.reader = PatchReader(slide, run.patch_px, run.mpp, size, threads)
+                    opened.reader = PatchReader(opened.slide, run.patch_px, run.mpp, size, threads)
             yield opened.reader
 
     def close(self) -> None:
         """Close the slides that no task uses."""
-        with self._lock:
-            self._close_unused(0)
+        self._slides.close()
+
+    def _opened(self, entry: SlideEntry) -> AbstractContextManager[_Opened]:
+        return self._slides.borrow(entry, lambda: _Opened(open_entry(entry, self.run.settings)))
 
     def folder(self, entry: SlideEntry) -> SlideFolder:
         """Return the folder of the slide's results."""
@@ -144,17 +135,16 @@ class Context(Generic[W]):
 
     def patch_store(self, entry: SlideEntry) -> PatchStore:
         """Return the slide's patch store; the last few are kept."""
-        return self._known(self._patches, entry, lambda folder: PatchStore(folder.cams))
+        return self._patches.get(entry.id, lambda: PatchStore(self.folder(entry).cams))
 
     def heatmap(self, entry: SlideEntry) -> HeatmapStore:
         """Return the slide's heatmap; the last few are kept."""
-        return self._known(self._heatmaps, entry, lambda folder: HeatmapStore(folder.heatmap))
+        return self._heatmaps.get(entry.id, lambda: HeatmapStore(self.folder(entry).heatmap))
 
     def forget_stores(self, entry: SlideEntry) -> None:
         """Forget the slide's stores, which are about to be made anew."""
-        with self._lock:
-            self._patches.pop(entry.id, None)
-            self._heatmaps.pop(entry.id, None)
+        self._patches.discard(entry.id)
+        self._heatmaps.discard(entry.id)
 
     def plan(self, entry: SlideEntry) -> SlidePlan:
         """Return the slide's plan, as `plan_slide` stored it.
@@ -176,35 +166,18 @@ class Context(Generic[W]):
             )
         return plan
 
-    def _known(self, kept: OrderedDict[str, T], entry: SlideEntry, opened: Callable[[SlideFolder], T]) -> T:
-        with self._lock:
-            if entry.id in kept:
-                kept.move_to_end(entry.id)
-                return kept[entry.id]
-        store = opened(self.folder(entry))
-        with self._lock:
-            kept[entry.id] = store
-            while len(kept) > KEPT_STORES:
-                kept.popitem(last=False)
-        return store
-
-    def _close_unused(self, keep: int) -> None:
-        """Close the least recently used slides, down to `keep`; more stay where more are in use."""
-        unused = [entry for entry, opened in self._slides.items() if not opened.users]
-        for entry in unused[: max(0, len(self._slides) - keep)]:
-            opened = self._slides.pop(entry)
-            if opened.reader is not None:
-                opened.reader.close()
-            opened.slide.close()
-
 
 @dataclass
 class _Opened:
-    """An open slide, how many tasks use it, and the reader of its patches."""
+    """An open slide, and the reader of its patches."""
 
     slide: Slide
-    users: int = 0
     reader: PatchReader | None = None
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+        self.slide.close()
 
 
 def perform(context: Context[Any], task: Task, upcoming: Task | None = None) -> Performed:
