@@ -15,8 +15,7 @@ from PIL import Image
 
 from wsi_gradcam.errors import AnnotationError, ConfigError
 from wsi_gradcam.tissue.annotations.areas import MAX_BYTES, Annotations, rasterise
-from wsi_gradcam.tissue.annotations.geojson import read_geojson
-from wsi_gradcam.tissue.annotations.xml import read_xml
+from wsi_gradcam.tissue.annotations.formats import read_geojson, read_xml
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

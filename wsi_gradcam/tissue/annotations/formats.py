@@ -1,14 +1,17 @@
-"""Annotations in XML: ASAP's `ASAP_Annotations` and Aperio ImageScope's `Annotations`.
+"""Formats of annotation files: GeoJSON of QuPath, XML of ASAP (`ASAP_Annotations`) and ImageScope (`Annotations`).
 
-Both are read as a stream by expat, so that no tree of the file is built in memory. A document type is refused: these
+GeoJSON (RFC 7946) as QuPath writes it: coordinates are level-0 pixels, classes are under `properties`.
+
+XML is read as a stream by expat, so that no tree of the file is built in memory. A document type is refused: these
 programs write none, and entities are how a small XML file becomes a large one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 from xml.parsers import expat
 
 import numpy as np
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+GEOJSON_OPEN = frozenset({"Point", "MultiPoint", "LineString", "MultiLineString"})
+EXPECTED_GEOJSON = "expected a GeoJSON FeatureCollection, Feature, list of these, or geometry"
+
 Attributes = dict[str, str]
 MAX_DEPTH = 64  # of nested elements; these formats need seven
 
@@ -29,6 +35,104 @@ ASAP_CLOSED = frozenset({"Polygon", "Rectangle", "Spline"})
 # ImageScope's numbers. An ellipse is stored as corners of its box.
 FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"
 IMAGESCOPE_NAMES = {"3": "arrow", "4": "ruler", "5": "counter"}
+
+
+def read_geojson(path: Path, data: bytes) -> Annotations:
+    """Return the areas of a GeoJSON file; points and lines are counted and left out.
+
+    A class is the `name` of the `classification`, `a: b` where QuPath lists several `names`; else the object's own
+    `name`.
+
+    Raises:
+        AnnotationError: not GeoJSON, damaged, or without an area.
+    """
+    try:
+        values = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise AnnotationError(f"{path}: not a JSON file: {' '.join(str(error).split())}; {EXPECTED_GEOJSON}") from error
+    areas: list[Area] = []
+    ignored: list[str] = []
+    for number, (geometry, name) in enumerate(_geojson_features(path, values)):
+        for part in _simple_geometries(path, geometry, number):
+            if part["type"] in GEOJSON_OPEN:
+                ignored.append(part["type"])
+            else:
+                areas += _polygon_areas(path, part, name, f"feature {number}")
+    return make_annotations(path, areas, ignored)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _geojson_features(path: Path, values: Any) -> Iterator[tuple[Any, str]]:
+    """Yield (geometry, class) of each feature."""
+    if isinstance(values, list):
+        for item in values:
+            yield from _geojson_features(path, _check_type(path, item, {"Feature", "FeatureCollection"}))
+        return
+    kind = values.get("type") if isinstance(values, dict) else None
+    if kind == "FeatureCollection" and isinstance(values.get("features"), list):
+        for item in values["features"]:
+            yield from _geojson_features(path, _check_type(path, item, {"Feature"}))
+    elif kind == "Feature":
+        if values.get("geometry") is not None:  # RFC 7946 section 3.2: a feature may have none
+            yield values["geometry"], _class_name(values.get("properties"))
+    elif kind in GEOJSON_OPEN | {"Polygon", "MultiPolygon", "GeometryCollection"}:
+        yield values, ""
+    else:
+        raise AnnotationError(f"{path}: holds {_describe(values)}; {EXPECTED_GEOJSON}")
+
+
+def _check_type(path: Path, item: Any, kinds: set[str]) -> Any:
+    if not isinstance(item, dict) or item.get("type") not in kinds:
+        raise AnnotationError(f"{path}: holds {_describe(item)} among its features; {EXPECTED_GEOJSON}")
+    return item
+
+
+def _class_name(properties: Any) -> str:
+    if not isinstance(properties, dict):
+        return ""
+    found = properties.get("classification")
+    if isinstance(found, dict):
+        names = found.get("names")
+        if isinstance(names, list) and names:
+            return ": ".join(map(str, names))
+        found = found.get("name")
+    if isinstance(found, str) and found:
+        return found
+    name = properties.get("name")
+    return name if isinstance(name, str) else ""
+
+
+def _simple_geometries(path: Path, geometry: Any, number: int) -> Iterator[dict[str, Any]]:
+    """Yield the geometry, or those of a collection."""
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    inner = geometry.get("geometries") if kind == "GeometryCollection" else None
+    if isinstance(inner, list):
+        for part in inner:
+            if isinstance(part, dict) and part.get("type") == "GeometryCollection":  # section 3.1.8: SHOULD be avoided
+                raise AnnotationError(f"{path}: feature {number} nests collections; expected plain geometries")
+            yield from _simple_geometries(path, part, number)
+    elif kind in GEOJSON_OPEN | {"Polygon", "MultiPolygon"} and isinstance(geometry.get("coordinates"), list):
+        yield geometry
+    else:
+        raise AnnotationError(f"{path}: feature {number} has {_describe(geometry)} for a geometry; expected a Polygon")
+
+
+def _polygon_areas(path: Path, geometry: dict[str, Any], name: str, what: str) -> Iterator[Area]:
+    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    for rings in polygons:
+        if not isinstance(rings, list) or not rings:
+            raise AnnotationError(f"{path}: {what} has a polygon without a ring; expected lists of points")
+        outlines = [make_outline(path, what, ring) for ring in rings]
+        yield Area(name, outlines[0], tuple(outlines[1:]))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object of type {str(value.get('type'))[:40]!r}"
+    return f"a {type(value).__name__}"
 
 
 def read_xml(path: Path, data: bytes) -> Annotations:
