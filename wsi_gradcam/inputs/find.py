@@ -237,7 +237,7 @@ def _named(path: Path) -> Iterator[tuple[str, str, Details]]:
 
 def _matching(path: Path) -> Iterator[tuple[str, str, Details]]:
     """Yield as `_named` for a pattern; the lists among its matches are read."""
-    root, pattern = split_pattern(Path(os.path.expanduser(path)))  # noqa: PTH111 - of unknown users it says nothing
+    root, pattern = split_pattern(Path(os.path.expanduser(path)))  # noqa: PTH111 - pathlib's own raises for unknown users
     if not pattern or not root.is_dir():
         where = path if not pattern else root
         raise SlideNotFoundError(f"{where}: does not exist, expected a slide file or a folder; check the path")

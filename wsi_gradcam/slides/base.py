@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Scanners deliver 0.1 to 1 um per pixel and thumbnails of slides up to about 30. What lies outside is a wrong
-# tag: 72 dpi, which image editors write by default, comes out as 352.8.
+# Scanners deliver 0.1 to 1 um per pixel and thumbnails of slides up to about 30. Values outside are wrong
+# tags: 72 dpi, which image editors write by default, comes out as 352.8.
 SMALLEST_MPP, LARGEST_MPP = 0.01, 100.0
 UM_AT_1X = 10.0
 # Files that make a folder a Zarr group, of either format.
@@ -46,11 +46,11 @@ class SlideInfo:
     Attributes:
         path: where the slide was opened.
         levels: finest first; level 0 has downsample 1.
-        mpp: micrometres per level-0 pixel as (y, x); None when the file does not say, or says nonsense.
+        mpp: micrometres per level-0 pixel as (y, x); None when the file has none, or an impossible one.
         mpp_problem: why `mpp` is None, naming the property and the mend.
         vendor: the reader's word for the format.
         background: RGB that stands for glass, 0 to 255.
-        bounds: the part of level 0 that was scanned, where the format says so.
+        bounds: the part of level 0 that was scanned, where the format records it.
         digest: a short content digest, see `content_digest`.
         objective: magnification of the scanner's objective, such as 40; None when the file does not say.
     """
@@ -138,7 +138,7 @@ def make_levels(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
 
 def _downsamples(full: tuple[int, int], reduced: tuple[int, int]) -> tuple[float, float]:
     ratios = (full[0] / reduced[0], full[1] / reduced[1])
-    ratio = ratios[0] if reduced[0] > reduced[1] else ratios[1]  # rounding tells least on the longer axis
+    ratio = ratios[0] if reduced[0] > reduced[1] else ratios[1]  # rounding matters least on the longer axis
     for whole in (2 ** max(0, round(math.log2(ratio))), max(1, round(ratio))):
         if all(_explains(whole, *sizes) for sizes in zip(full, reduced, strict=True)):
             return float(whole), float(whole)

@@ -107,7 +107,7 @@ def _ome_mpp(xml: str) -> tuple[tuple[float, float] | None, str]:
 
 
 APERIO, GENERIC = "aperio", "generic-tiff"
-# What OpenSlide calls the formats that are plain pyramids of tiles. In others tiles overlap, lie elsewhere or are
+# OpenSlide's names of formats that are plain pyramids of tiles. In others tiles overlap, have other positions or are
 # left out where there is glass.
 PLAIN = frozenset({APERIO, GENERIC})
 NO_MPP = "its ImageDescription tells no MPP; give the micrometres per pixel with --mpp"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WHITE = 255
 # Codecs whose decoder gives RGB of YCbCr; others would give the samples as they are.
 CONVERTING = (COMPRESSION.JPEG, COMPRESSION.OJPEG, COMPRESSION.ALT_JPEG)
-# Facsimile holds single bits: whatever else the file says, its decoder makes noise of other samples.
+# Facsimile holds single bits: its decoder makes noise of other samples.
 FAX = (COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6)
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 CMYK_INKS = 1  # tag InkSet, the default

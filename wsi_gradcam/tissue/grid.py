@@ -102,8 +102,8 @@ def choose_patches(
 ) -> Patches:
     """Return the patches with at least `min_tissue` of their area on tissue (and more than none), in working order.
 
-    The masks cover the whole slide. `mask` says where the tissue is; nothing given for the others, there is no ink
-    and the rest is glass. Of a patch that reaches beyond the slide only the part on it counts, so that a strip of
+    The masks cover the whole slide. `mask` is the tissue; without `pen` there is no ink, without
+    `glass` the rest is glass. Of a patch that reaches beyond the slide only the part on it counts, so that a strip of
     tissue along the edge is not left out.
 
     Order: by blocks of `block_px` x `block_px` level-0 px that hold the top left corner, row by row; inside a block
