@@ -69,7 +69,6 @@ format: venv
 proofs: venv
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python -m tests.planted_rates
 	$(BIN)/python -m tests.fuzz --cases 10000
 	$(BIN)/python -m tests.chaos --kills 30
 	$(BIN)/python -m tests.chaos --kills 30 --store s3

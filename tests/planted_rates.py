@@ -76,13 +76,12 @@ def row(found: Rate) -> str:
     truth, expected = found.truth, " or ".join(found.truth.expected)
     shares = (f"{100 * count / total:.0f} %" for count in (found.right, found.wrong))
     counts = " / ".join(str(found.counts[outcome]) for outcome in OUTCOMES)
-    return f"| {truth.question}: `{truth.of}` | {truth.case} | {expected} | {counts} | {' | '.join(shares)} |"
+    return f"| {truth.about} | {truth.case} | {expected} | {counts} | {' | '.join(shares)} |"
 
 
 def as_json(found: Rate) -> dict[str, object]:
     return {
-        "question": found.truth.question,
-        "of": found.truth.of,
+        **asdict(found.truth.about),
         "case": found.truth.case,
         "expected": found.truth.expected,
         "outcomes": {outcome: found.counts[outcome] for outcome in OUTCOMES},

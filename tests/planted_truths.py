@@ -8,7 +8,7 @@ statement. An outcome in neither (mostly `unclear`) is a truth that was missed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -59,22 +59,35 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """A case, the verdict that is looked up, what it must be, and how the case is made with a seed.
+class About:
+    """The keys of a verdict's row; those that it has not are None."""
 
-    Attributes:
-        question, of: of the verdict's row.
-    """
+    question: str
+    method: str | None = None
+    change: str | None = None
+    suspect: str | None = None
+    label: str | None = None
+
+    def __str__(self) -> str:
+        glass = f"bare glass called {self.label}" if self.label else ""
+        return f"{self.question}, {self.method or self.change or self.suspect or glass or 'model'}"
+
+    def matches(self, row: object) -> bool:
+        return all(getattr(row, key) == value for key, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A case, the verdict on it that is looked up, its expected outcomes, and the function that makes it of a seed."""
 
     case: str
-    question: str
-    of: str
+    about: About
     expected: tuple[Outcome, ...]
     make: Callable[[int], Case]
 
     @property
     def name(self) -> str:
-        return f"{self.question}, {self.of}: {self.case}"
+        return f"{self.about}: {self.case}"
 
     @property
     def wrong(self) -> tuple[Outcome, ...]:
@@ -90,11 +103,11 @@ class Truth:
             as_model(case.network),
             target="tumour",
             groups=groups,
-            only=[self.question],
+            only=[self.about.question],
             seed=seed,
             **(case.arguments or {}),
         )
-        (outcome,) = (row.outcome for row in found.verdicts if (row.question, row.of) == (self.question, self.of))
+        (outcome,) = (row.outcome for row in found.verdicts if self.about.matches(row))
         return outcome
 
 
@@ -188,95 +201,72 @@ def on_glass(label: int) -> Callable[[int], Case]:
     return make
 
 
-GRADCAM = "gradcam"
-PEN = "pen (given)"
+FAITHFUL, PLAUSIBLE, SANE, LOCAL = (
+    About(question, method="gradcam") for question in ("faithfulness", "plausibility", "sanity", "locality")
+)
+GUIDED = About("sanity", method="guided_backprop")
+LEARNED, SATURATED = About("sanity"), About("saturation")
+STAIN = About("stability", change="stain")
+PEN = About("shortcuts", suspect="pen (given)")
+GLASS = About("shortcuts", label="tumour")
 TRUTHS = (
-    Truth("trained model", "faithfulness", GRADCAM, HOLDS, tumours(honest)),
-    Truth("marker-only model", "faithfulness", GRADCAM, HOLDS, tumours(of_marker, "tumour")),
-    Truth("model trained on pen", "faithfulness", GRADCAM, HOLDS, tumours(of_pen, "tumour")),
-    Truth("trained model, 7 slides", "faithfulness", GRADCAM, HOLDS, tumours(honest, slides=7)),
+    Truth("trained model", FAITHFUL, HOLDS, tumours(honest)),
+    Truth("marker-only model", FAITHFUL, HOLDS, tumours(of_marker, "tumour")),
+    Truth("model trained on pen", FAITHFUL, HOLDS, tumours(of_pen, "tumour")),
+    Truth("trained model, 7 slides", FAITHFUL, HOLDS, tumours(honest, slides=7)),
     Truth(
         "marker-only model behind a random map, 7 slides",
-        "faithfulness",
-        GRADCAM,
+        FAITHFUL,
         FIRES,
         tumours(facade(Chance, of_marker), "tumour", 7),
     ),
     Truth(
         "marker-only model behind a map in the shape of the annotation",
-        "faithfulness",
-        GRADCAM,
+        FAITHFUL,
         FIRES,
         tumours(facade(Annotation, of_marker), "tumour"),
     ),
-    Truth(
-        "marker-only model behind a random map",
-        "faithfulness",
-        GRADCAM,
-        FIRES,
-        tumours(facade(Chance, of_marker), "tumour"),
-    ),
-    Truth(
-        "marker-only model behind an edge map",
-        "faithfulness",
-        GRADCAM,
-        NO_PRAISE,
-        tumours(facade(Edges, of_marker), "tumour"),
-    ),
-    Truth("trained model", "plausibility", GRADCAM, HOLDS, annotated(honest)),
+    Truth("marker-only model behind a random map", FAITHFUL, FIRES, tumours(facade(Chance, of_marker), "tumour")),
+    Truth("marker-only model behind an edge map", FAITHFUL, NO_PRAISE, tumours(facade(Edges, of_marker), "tumour")),
+    Truth("trained model", PLAUSIBLE, HOLDS, annotated(honest)),
     Truth(
         "marker-only model behind a map in the shape of the annotation",
-        "plausibility",
-        GRADCAM,
+        PLAUSIBLE,
         HOLDS,
         annotated(facade(Annotation, of_marker), "tumour"),
     ),
-    Truth("marker-only model", "plausibility", GRADCAM, NO_PRAISE, annotated(of_marker, "tumour")),
-    Truth("trained model", "sanity", GRADCAM, HOLDS, of_both(deep, 8)),
-    Truth("trained model", "sanity", "guided_backprop", FIRES, of_both(deep, 16, method="guided_backprop")),
-    Truth("trained model behind an edge map", "sanity", GRADCAM, FIRES, of_both(facade(Edges, honest), 8)),
+    Truth("marker-only model", PLAUSIBLE, NO_PRAISE, annotated(of_marker, "tumour")),
+    Truth("trained model", SANE, HOLDS, of_both(deep, 8)),
+    Truth("trained model", GUIDED, FIRES, of_both(deep, 16, method="guided_backprop")),
+    Truth("trained model behind an edge map", SANE, FIRES, of_both(facade(Edges, honest), 8)),
     Truth(
         "model trained on pen behind a map in the shape of the annotation",
-        "sanity",
-        GRADCAM,
+        SANE,
         FIRES,
         of_both(facade(Annotation, of_pen), 8, "tumour"),
     ),
-    Truth("trained model", "sanity", "model", HOLDS, of_both(honest, 24)),
-    Truth("model trained on pen", "sanity", "model", HOLDS, of_both(of_pen, 24, "tumour")),
-    Truth("untrained model", "sanity", "model", FIRES, of_both(untrained, 24)),
-    Truth("untrained deep model", "sanity", "model", FIRES, of_both(lambda seed: untrained(seed, deep=True), 24)),
-    Truth("straight on", "locality", GRADCAM, HOLDS, steps("straight")),
-    Truth("plateau ahead", "locality", GRADCAM, FIRES, steps("plateau")),
-    Truth("cliff ahead", "locality", GRADCAM, FIRES, steps("cliff")),
-    Truth("logits apart by 20 or more", "saturation", "model", FIRES, saturated(20.0, 0.0)),
-    Truth("logits apart by 2 or less", "saturation", "model", HOLDS, saturated(2.0, 1.0)),
-    Truth("model that reads the stain", "stability", "stain", FIRES, of_both(lambda _: stain_reader(), 40)),
-    Truth(
-        "model that reads darkness far from doubt",
-        "stability",
-        "stain",
-        HOLDS,
-        of_both(lambda _: darkness_reader(), 40),
-    ),
-    Truth(
-        "model that tosses a coin for each picture",
-        "stability",
-        "stain",
-        NO_ALARM,
-        of_both(lambda _: Coin().eval(), 40),
-    ),
-    Truth("model trained on pen", "shortcuts", PEN, FIRES, marked_by_pen(of_pen)),
-    Truth("marker-only model", "shortcuts", PEN, FIRES, marked_by_pen(of_marker)),
+    Truth("trained model", LEARNED, HOLDS, of_both(honest, 24)),
+    Truth("model trained on pen", LEARNED, HOLDS, of_both(of_pen, 24, "tumour")),
+    Truth("untrained model", LEARNED, FIRES, of_both(untrained, 24)),
+    Truth("untrained deep model", LEARNED, FIRES, of_both(lambda seed: untrained(seed, deep=True), 24)),
+    Truth("straight on", LOCAL, HOLDS, steps("straight")),
+    Truth("plateau ahead", LOCAL, FIRES, steps("plateau")),
+    Truth("cliff ahead", LOCAL, FIRES, steps("cliff")),
+    Truth("logits apart by 20 or more", SATURATED, FIRES, saturated(20.0, 0.0)),
+    Truth("logits apart by 2 or less", SATURATED, HOLDS, saturated(2.0, 1.0)),
+    Truth("model that reads the stain", STAIN, FIRES, of_both(lambda _: stain_reader(), 40)),
+    Truth("model that reads darkness far from doubt", STAIN, HOLDS, of_both(lambda _: darkness_reader(), 40)),
+    Truth("model that tosses a coin for each picture", STAIN, NO_ALARM, of_both(lambda _: Coin().eval(), 40)),
+    Truth("model trained on pen", PEN, FIRES, marked_by_pen(of_pen)),
+    Truth("marker-only model", PEN, FIRES, marked_by_pen(of_marker)),
     Truth(
         "model trained with pen on either class",
-        "shortcuts",
         PEN,
         NO_ALARM,
         marked_by_pen(lambda seed: trained("random", seed)),
     ),
-    Truth("model that no pen reaches", "shortcuts", PEN, HOLDS, marked_by_pen(blinkered)),
-    Truth("trained model, square at a random place", "shortcuts", PEN, NO_ALARM, marked_by_pen(honest, square=True)),
-    Truth("model trained to call glass tumour", "shortcuts", "glass alone", FIRES, on_glass(1)),
-    Truth("model trained to call glass other", "shortcuts", "glass alone", HOLDS, on_glass(0)),
+    Truth("model that no pen reaches", PEN, HOLDS, marked_by_pen(blinkered)),
+    Truth("trained model, square at a random place", PEN, NO_ALARM, marked_by_pen(honest, square=True)),
+    Truth("model trained to call glass tumour", GLASS, FIRES, on_glass(1)),
+    Truth("model trained to call glass other", GLASS, HOLDS, on_glass(0)),
 )

@@ -11,12 +11,9 @@ import torch
 
 from tests.planted import as_model, marker_only, patches
 from tests.planted_models import Annotation, Facade
-from tests.planted_rates import Finding, find, main, rate
+from tests.planted_rates import Finding, main
 from tests.planted_truths import TRUTHS, Truth
 from wsi_gradcam import GradCAM
-
-FRESH = range(1000, 1050)
-"""No measure or threshold was chosen with these seeds in sight."""
 
 by_name = pytest.mark.parametrize("truth", TRUTHS, ids=lambda truth: truth.name)
 
@@ -27,21 +24,18 @@ def test_truths_are_told(truth: Truth) -> None:
 
 
 @pytest.mark.slow
-@by_name
-def test_truths_are_told_with_fifty_fresh_seeds(truth: Truth) -> None:
-    threads = torch.get_num_threads()
-    try:
-        found = rate(truth, [one for seed in FRESH for one in find([truth.name], seed)])
-    finally:
-        torch.set_num_threads(threads)
-    assert found.right >= 0.95 * len(FRESH), found.counts
-    assert found.wrong <= 0.05 * len(FRESH), found.counts
+def test_truths_are_told_with_fifty_fresh_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """No measure or threshold was chosen with these seeds in sight."""
+    main(["--seeds", "50", "--first", "1000", "--jobs", "2", "--json"])
+    rates = json.loads(capsys.readouterr().out)["rates"]
+    assert len(rates) == len(TRUTHS)
+    assert not [rate for rate in rates if rate["right"] < 48 or rate["wrong"] > 2]
 
 
 def test_rates_are_printed_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seeds", "2", "--first", "5", "--only", "cliff"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "| locality: `gradcam` | cliff ahead | fails | 0 / 0 / 2 | 100 % | 0 % |"
+    assert lines[-1] == "| locality, gradcam | cliff ahead | fails | 0 / 0 / 2 | 100 % | 0 % |"
     assert main(["--seeds", "1", "--only", "straight on", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["first"], found["seeds"]) == (1000, 1)
