@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of these arguments: only the commands named in them have flags, as some take time to make."""
     parser = argparse.ArgumentParser(
-        prog="wsi-gradcam",
-        description="Where a CNN looks on whole slides: heatmaps that open aligned over the slide.",
+        prog="wsi-gradcam", description="Where a CNN looks on whole slides: heatmaps that open aligned over the slide."
     )
     parser.add_argument("--version", action="version", version=f"wsi-gradcam {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")

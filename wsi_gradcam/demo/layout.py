@@ -183,11 +183,7 @@ def mirrored(index: npt.NDArray[np.intp], length: int) -> npt.NDArray[np.intp]:
 
 
 def _plan_piece(
-    box: tuple[int, int, int, int],
-    turned: bool,
-    source_size: tuple[int, int],
-    glass_px: int,
-    rng: np.random.Generator,
+    box: tuple[int, int, int, int], turned: bool, source_size: tuple[int, int], glass_px: int, rng: np.random.Generator
 ) -> Piece:
     """Return a piece that fills its (top, left, height, width) box with an ellipse of wavy outline."""
     top, left, height, width = box

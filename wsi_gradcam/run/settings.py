@@ -6,15 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from wsi_gradcam.errors import ConfigError
 
@@ -44,8 +36,7 @@ class Settings(BaseModel):
         ),
     ] = ()
     method: Annotated[
-        tuple[str, ...],
-        Field(description="explanations by name: gradcam, hirescam, ...; 'info --model' lists all"),
+        tuple[str, ...], Field(description="explanations by name: gradcam, hirescam, ...; 'info --model' lists all")
     ] = ("gradcam",)
     layer: Annotated[
         str | None,
@@ -126,13 +117,11 @@ class Settings(BaseModel):
         Field(description="what opens slides; auto: the fastest that reads a file correctly"),
     ] = "auto"
     trust_objective: Annotated[
-        bool,
-        Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)"),
+        bool, Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)")
     ] = False
     reader_threads: Annotated[PositiveInt, Field(description="threads that read patches while the model works")] = 2
     torch_threads: Annotated[
-        PositiveInt | None,
-        Field(description="threads of the model on a CPU (default: all, shared between workers)"),
+        PositiveInt | None, Field(description="threads of the model on a CPU (default: all, shared between workers)")
     ] = None
     max_unreadable: Annotated[
         Share, Field(description="share of unreadable patches above which a slide has failed")
