@@ -16,7 +16,7 @@ import yaml
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlidePlan, SlideStatus
-from wsi_gradcam.results.slide_tables import write_slides
+from wsi_gradcam.results.slide_tables import SlideTable
 from wsi_gradcam.results.stitch import coarsen, coarsen_flags
 
 Values = npt.NDArray[np.float32]
@@ -74,7 +74,10 @@ def make(out: Path, slides: Mapping[str, Made]) -> Path:
     model = {"name": "made", "layer": "features", "classes": list(CLASSES), "patch_px": [32, 32], "mpp": 0.5}
     run = {"run_digest": "r" * 64, "identity": {}, "model": model, "settings": {"reader": "auto"}}
     (out / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
-    write_slides(out / "slides.csv", {name: _row(name, slide) for name, slide in slides.items()})
+    table = SlideTable(out / "slides.csv")
+    for name, slide in slides.items():
+        table.add(_row(name, slide))
+    table.flush()
     for name, slide in slides.items():
         if slide.status != "failed":
             _make_slide(out / name, slide)

@@ -52,8 +52,6 @@ METHOD_INFO: dict[str, MethodInfo] = {
     "guided_backprop": MethodInfo("model", "pixels", "one", "arbitrary", "Guided backpropagation"),
 }
 
-METHOD_NAMES = tuple(METHOD_INFO)
-
 
 MAX_PREFIX_TOKENS = 16  # class, distillation and register tokens; published models have up to 9
 

@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch import fx
 
 Trunk = Callable[[Tensor], tuple[Tensor, ...]]
-Engine = Literal["eager", "compile", "openvino"]
-Precision = Literal["float32", "bfloat16", "float16"]
 # Images that OpenVINO is handed at once, each slice for some of the threads. All of 32 for all threads are no faster
 # (ResNet, VGG) or slower by up to a fifth (DenseNet-121, EfficientNet-B0), because their maps leave the caches, and
 # take a hundred megabytes more.

@@ -3,8 +3,7 @@
 `display.json` beside run.yaml holds, for each channel, a sketch of the values of all explained pixels of all slides
 and the window that follows from it. It is made when it is first asked for, and brought up to date when slides have
 come since: only new slides are read. Nothing else depends on it, and it may be deleted.
-
-A histogram of any float32 values that takes no parameters, so that those of all slides can be added.
+A sketch is a histogram of float32 values without parameters, so that those of all slides can be added.
 """
 
 from __future__ import annotations

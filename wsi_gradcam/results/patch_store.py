@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=np.generic)
 
 PENDING, OK, UNREADABLE = 0, 1, 2
+STATUS_NAMES = {OK: "ok", UNREADABLE: "unreadable"}  # in patches.parquet
 KNOWN_ROWS = 1 << 16
 SPANS_AT_ONCE = 16
 SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is explained
@@ -233,7 +234,7 @@ def _rows(
     columns: list[Any] = [yx[:, 0], yx[:, 1], *(store.share(name, start, stop) for name in SHARES)]
     blur = store.blur(start, stop)
     columns.append(pa.array(blur, pa.float32(), mask=np.isnan(blur)))
-    columns.append(np.where(missing, "unreadable", "ok"))
+    columns.append(np.where(missing, STATUS_NAMES[UNREADABLE], STATUS_NAMES[OK]))
     columns.append([causes.get(i) for i in range(start, stop)])
     numbers = [*logits.T, *shares.T]
     cams = [store.cams(start, stop, i) * np.float32(m.factor) for i, m in enumerate(run.maps)]

@@ -189,15 +189,6 @@ def _parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]
     return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
 
 
-def write_slides(place: StoragePathLike, rows: dict[str, dict[str, Any]]) -> None:
-    """Write slides.csv, sorted by id.
-
-    Raises:
-        StoreError: the folder cannot be written.
-    """
-    storage_path(place).write(_encoded(rows))
-
-
 def _encoded(rows: dict[str, dict[str, Any]]) -> bytes:
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")

@@ -27,7 +27,7 @@ from wsi_gradcam.results.manifest import (
     sha256_of,
     span_name,
 )
-from wsi_gradcam.results.patch_store import OK, PatchStore
+from wsi_gradcam.results.patch_store import OK, STATUS_NAMES, PatchStore
 from wsi_gradcam.results.run import planned_slides
 from wsi_gradcam.results.run_files import RunFolder, RunRecord, SlideFolder, read_run
 from wsi_gradcam.results.slide_tables import read_slides
@@ -179,7 +179,7 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: RunRecord) -> Iterat
         yield "patches.parquet has other positions than cams.zarr"
     if not np.array_equal(table["tissue"], store.share("tissue")):
         yield "patches.parquet has other shares of tissue than cams.zarr"
-    ok = np.asarray(table["status"]) == "ok"
+    ok = np.asarray(table["status"]) == STATUS_NAMES[OK]
     if not np.array_equal(ok, store.status() == OK):
         yield "patches.parquet has another status of some patches than cams.zarr"
     logits = store.logits(0, plan.patches)
