@@ -5,18 +5,18 @@
 | `dask_over_serial` | seconds a patch with one Dask worker over those of the serial executor, the same threads |
 | `speedup_2_workers` | patches/s of two workers with one torch thread each over those of one |
 | `busy_N_workers` | share of N simulated workers' time in tasks that explain, from the run's begin to the last span |
-| `gpu_N_workers` | the same without what a GPU waits for there: an order's first patches, and writing |
+| `gpu_N_workers` | the same without what a GPU waits for there: an batch's first patches, and writing |
 | `first_patch_100000_over_100` | seconds from `explain(...)` to the first explained span, 100,000 slides over 100 |
 | `client_memory_100000_over_100` | the client's resident memory then, without what the list of slides itself takes |
 
 The first two: real slides, ResNet-18 in eager float32, sides taking turns, medians; from the moment when a tenth of
 the patches is done to the end of the run, so that starting processes and loading the model do not count.
 
-The simulation: a scheduler as a process, the real executor, plugin, orders and answers; real Dask workers with GPU=1
+The simulation: a scheduler as a process, the real executor, plugin, batches and answers; real Dask workers with GPU=1
 and four threads, many in a process, whose tasks sleep. A slide has 1,000 patches; GPUs explain 1,000 patches/s, which
 is assumed; what all else takes is measured before, on a slide of 1 gigapixel with 5 % tissue, which is as many patches.
 8 workers get 250 slides, 64 get 2,000, 256 get 8,000: half a minute of work for each. Time is slowed down by the factor
-`slowness`, so that two cores can be all those machines: sleeps and the sizes of orders are multiplied by it. The
+`slowness`, so that two cores can be all those machines: sleeps and the sizes of batches are multiplied by it. The
 scheduler has loaded the program before, as it has when `explain` has had a worker look at the model. `scheduler_load`
 and `client_load` are their CPU seconds over the time that the run would take without it: below 1 they keep up.
 
@@ -45,9 +45,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.simulated import FIRST_BATCH, PATCHES, RATE, SPAN, WRITING, report
-from wsi_gradcam.executors.dask import DaskExecutor
-from wsi_gradcam.executors.dask import batching as window
-from wsi_gradcam.executors.dask.plugin import Order, perform_order
+from wsi_gradcam.executors.dask import DaskExecutor, batching, running
+from wsi_gradcam.executors.dask.plugins import TaskBatch, perform_batch
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.io.local import LocalPath
@@ -292,7 +291,7 @@ def simulate(folder: Path, workers: int, slowness: float, slides: int, costs: di
         while len(executor.workers().addresses) < workers:
             time.sleep(0.2)
         # As in `explain`, where a worker has looked at the model before: the scheduler has loaded the program.
-        executor._client.submit(perform_order, Order("no run", ()), pure=False).result()
+        executor._client.submit(perform_batch, TaskBatch("no run", ()), pure=False).result()
         return _run_simulated(executor, boss, folder, slowness, slides, workers)
 
 
@@ -329,12 +328,14 @@ def _run_simulated(
 @contextmanager
 def slowed(slowness: float) -> Iterator[None]:
     """Orders sized for tasks that take so many times longer."""
-    known = {name: getattr(window, name) for name in ("ORDER_S", "LEAST_S")}
-    vars(window).update({name: value * slowness for name, value in known.items()})
+    known = {name: getattr(running, name) for name in ("BATCH_S", "LEAST_S")}
+    for module in (batching, running):
+        vars(module).update({name: value * slowness for name, value in known.items()})
     try:
         yield
     finally:
-        vars(window).update(known)
+        for module in (batching, running):
+            vars(module).update(known)
 
 
 def _cpu_s(watched: psutil.Process) -> float:

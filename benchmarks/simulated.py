@@ -19,13 +19,13 @@ from typing import Any
 import dask
 from distributed import Worker
 
-from wsi_gradcam.executors.dask import plugin
+from wsi_gradcam.executors.dask import plugins
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run.types import Performed, Planned, Processed, Task, TaskResult
 
 PATCHES, SPAN = 1000, 256  # of a slide
 RATE = 1000.0  # patches/s of a GPU, as of ResNet-50 at 224 px in half precision; assumed, no GPU was at hand
-# Seconds beside the stages': to read the first batch of an order, while which the GPU waits, and to write a span.
+# Seconds beside the stages': to read the first batch of an batch, while which the GPU waits, and to write a span.
 FIRST_BATCH, WRITING = "first batch", "writing"
 # What belongs to a worker of its own machine is not to slow down its neighbours here.
 QUIET = {
@@ -130,6 +130,6 @@ if __name__ == "__main__":
     simulated.CLOCK.slowness = float(sys.argv[4])
     simulated.CLOCK.seconds, simulated.CLOCK.blocks = costs["seconds"], costs["blocks"]
     changes: dict[str, Any] = {"perform": simulated.CLOCK.perform, "check_device": lambda *_: None}
-    vars(plugin).update(changes)
+    vars(plugins).update(changes)
     with dask.config.set(QUIET):
         asyncio.run(work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

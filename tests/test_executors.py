@@ -23,8 +23,8 @@ from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, local
 from wsi_gradcam.executors.dask import executor as dask_executor
-from wsi_gradcam.executors.dask.plugin import Order, perform_order
-from wsi_gradcam.executors.dask.rates import MOST
+from wsi_gradcam.executors.dask.plugins import TaskBatch, perform_batch
+from wsi_gradcam.executors.dask.running import MAX_TASKS
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.types import Performed, Task
@@ -220,10 +220,10 @@ def test_impossible_places_are_refused(archive: Path, tmp_path: Path, where: dic
 def test_an_order_is_small_on_the_wire() -> None:
     """As many tasks as one ever holds, of a slide with a long name."""
     entry = SlideEntry("a/long/" * 20 + "slide.svs", "/an/archive/of/slides/" * 20 + "slide.svs")
-    order = Order("wsi-gradcam-12345678", tuple(Task(EXPLAIN, entry, (100_000 + i,)) for i in range(MOST)))
-    sent = pickle.dumps((perform_order, order))
+    batch = TaskBatch("wsi-gradcam-12345678", tuple(Task(EXPLAIN, entry, (100_000 + i,)) for i in range(MAX_TASKS)))
+    sent = pickle.dumps((perform_batch, batch))
     assert len(sent) < 10_000
-    assert pickle.loads(sent) == (perform_order, order)
+    assert pickle.loads(sent) == (perform_batch, batch)
 
 
 def test_the_executor_closes_its_cluster_when_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Hints on real schedulers: an order goes where it asks to, and is never kept from others for it."""
+"""Hints on real schedulers: an batch goes where it asks to, and is never kept from others for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from distributed import Client, KilledWorker, Scheduler, Worker, get_worker
 
-from wsi_gradcam.executors.dask.placement import Caretaker
+from wsi_gradcam.executors.dask.plugins import RunSchedulerPlugin
 
 RUN, GPU = "run-1", {"GPU": 1.0}
 WITHIN_S = 20.0
@@ -19,7 +19,7 @@ GONE = "tcp://127.0.0.1:1"
 
 
 class Place:
-    """A scheduler with a caretaker, a client, and workers that come when they are called."""
+    """A scheduler with a scheduler_plugin, a client, and workers that come when they are called."""
 
     def __init__(self, stack: AsyncExitStack, boss: Any, client: Any) -> None:
         self.stack, self.boss, self.client = stack, boss, client
@@ -58,7 +58,7 @@ async def place() -> AsyncIterator[Place]:
     async with AsyncExitStack() as stack:
         boss = await stack.enter_async_context(Scheduler(host="127.0.0.1", port=0, dashboard=False))
         client = await stack.enter_async_context(Client(boss.address, asynchronous=True, set_as_default=False))
-        await client.register_plugin(Caretaker(RUN, client.id))
+        await client.register_plugin(RunSchedulerPlugin(RUN, client.id))
         yield Place(stack, boss, client)
 
 
@@ -112,7 +112,7 @@ async def test_orders_of_a_worker_that_dies_are_done_when_another_comes(there: P
 
 @on_a_cluster
 async def test_a_task_that_kills_every_worker_is_still_counted(there: Place) -> None:
-    """Deaths are Dask's to count: an order keeps its key, wherever it goes."""
+    """Deaths are Dask's to count: an batch keeps its key, wherever it goes."""
     there.boss.allowed_failures = 1
     first = await there.worker()
     future = there.submit(first.address, 0.5)

@@ -24,9 +24,9 @@ from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
-from wsi_gradcam.executors.dask.flow import Flow
-from wsi_gradcam.executors.dask.placement import Caretaker
-from wsi_gradcam.executors.dask.workers import Workers
+from wsi_gradcam.executors.dask.plugins import RunSchedulerPlugin
+from wsi_gradcam.executors.dask.scheduling import SlideScheduler
+from wsi_gradcam.executors.dask.workers import Pools, Workers
 from wsi_gradcam.run.types import Task
 
 WITHIN_S = 60.0
@@ -56,28 +56,28 @@ def told(**workers: dict[str, float]) -> dict[str, Any]:
 
 def test_spans_want_gpus_and_the_rest_cpus_where_some_declare_that() -> None:
     found = Workers.of(told(g={"GPU": 1}, h={"GPU": 1}, c={"CPU": 4}, plain={}), "cuda")
-    assert found.needs == {True: {"GPU": 1}, False: {"CPU": 1}}
-    assert found.able == {True: {"g": 1, "h": 1}, False: {"c": 2}}
-    assert found.slots == {True: 2, False: 2}
-    assert found.lacking == ""
+    assert found.needs == Pools({"GPU": 1}, {"CPU": 1})
+    assert found.able == Pools({"g": 1, "h": 1}, {"c": 2})
+    assert found.slots == Pools(2, 2)
+    assert found.missing == ""
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_without_cpu_workers_any_does_the_rest(device: str) -> None:
     found = Workers.of(told(g={"GPU": 1}, plain={}), device)
-    assert found.needs[False] == {}
-    assert found.slots == {True: 4 if device == "cpu" else 1, False: 4}
+    assert found.needs.other == {}
+    assert found.slots == Pools(4 if device == "cpu" else 1, 4)
 
 
 def test_what_lacks_is_named_with_its_mend() -> None:
     address = "tcp://10.0.0.1:8786"
-    nobody = Workers.of({}, "cuda", address).lacking
+    nobody = Workers.of({}, "cuda", address).missing
     assert nobody == f"there is no worker; start some with 'dask worker {address} --resources GPU=1'"
-    bare = Workers.of(told(a={}, b={"CPU": 4}), "cuda", address).lacking
+    bare = Workers.of(told(a={}, b={"CPU": 4}), "cuda", address).missing
     assert "--device cuda needs workers that declare a GPU, and none of the 2" in bare
     assert f"'dask worker {address} --resources GPU=1'" in bare
     paused = {"a": {"nthreads": 1, "resources": {}, "status": "paused"}}
-    assert "paused for lack of memory" in Workers.of(paused, "cpu").lacking
+    assert "paused for lack of memory" in Workers.of(paused, "cpu").missing
 
 
 def test_no_gpu_worker_is_an_error_and_not_a_hang(slides: Path, tmp_path: Path) -> None:
@@ -125,14 +125,14 @@ def test_stages_run_on_the_workers_they_want_and_orders_are_small(
     """Read back what the scheduler holds of each task, and which worker it gave it to; workers come while it runs."""
     done_by: dict[str, set[str]] = defaultdict(set)
     sizes: list[int] = []
-    take, send = Flow._take, Flow._send
+    take, send = SlideScheduler._take, SlideScheduler._send
 
-    def taken(self: Flow, sent: Any, answer: Any) -> None:
+    def taken(self: SlideScheduler, sent: Any, answer: Any) -> None:
         for task in sent.tasks:
             done_by[task.stage].add(answer.worker)
         take(self, sent, answer)
 
-    def sent_and_read_back(self: Flow, sent: Any) -> None:
+    def sent_and_read_back(self: SlideScheduler, sent: Any) -> None:
         before = set(self._sent)
         send(self, sent)
         (future,) = set(self._sent) - before
@@ -141,8 +141,8 @@ def test_stages_run_on_the_workers_they_want_and_orders_are_small(
             assert time.monotonic() < until
         sizes.append(size)
 
-    monkeypatch.setattr(Flow, "_take", taken)
-    monkeypatch.setattr(Flow, "_send", sent_and_read_back)
+    monkeypatch.setattr(SlideScheduler, "_take", taken)
+    monkeypatch.setattr(SlideScheduler, "_send", sent_and_read_back)
     with ExitStack() as stack:
         _, address = stack.enter_context(scheduler(tmp_path))
         stack.enter_context(process(tmp_path, *worker(address, resources="CPU=1")))
@@ -255,19 +255,19 @@ def test_a_scheduler_that_cannot_look_after_a_run_gets_no_hints(
 ) -> None:
     """They would bind there."""
 
-    def refused(self: Caretaker, protocol: Any) -> Any:
+    def refused(self: RunSchedulerPlugin, protocol: Any) -> Any:
         raise TypeError("cannot travel")
 
     understood: list[bool] = []
-    run = Flow.run
+    run = SlideScheduler.run
 
-    def noted(self: Flow, *arguments: Any) -> Any:
+    def noted(self: SlideScheduler, *arguments: Any) -> Any:
         understood.append(self._hints)
         return run(self, *arguments)
 
-    monkeypatch.setattr(Flow, "run", noted)
+    monkeypatch.setattr(SlideScheduler, "run", noted)
     explain(slides, toy_spec("slow_linear"), tmp_path / "usual", **SMALL, workers=1)
-    monkeypatch.setattr(Caretaker, "__reduce_ex__", refused)
+    monkeypatch.setattr(RunSchedulerPlugin, "__reduce_ex__", refused)
     explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL, workers=1)
     assert understood == [True, False]
     assert "the scheduler cannot look after the run (TypeError: cannot travel)" in caplog.messages

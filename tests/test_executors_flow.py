@@ -1,4 +1,4 @@
-"""The window of orders in flight, without a cluster: every slide ends, little waits, suspects run alone."""
+"""The window of batches in flight, without a cluster: every slide ends, little waits, crash_trials run alone."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_gradcam.errors import SlideReadError, StoreError, WorkerError
-from wsi_gradcam.executors.dask import flow as flow_module
-from wsi_gradcam.executors.dask.batching import ORDERS_PER_SLOT
-from wsi_gradcam.executors.dask.flow import Flow
-from wsi_gradcam.executors.dask.plugin import Answer, Order
-from wsi_gradcam.executors.dask.workers import Patience, Workers
+from wsi_gradcam.executors.dask import scheduling as scheduling
+from wsi_gradcam.executors.dask.batching import BATCHES_PER_SLOT
+from wsi_gradcam.executors.dask.plugins import BatchResult, TaskBatch
+from wsi_gradcam.executors.dask.scheduling import SlideScheduler
+from wsi_gradcam.executors.dask.workers import MissingWorkerTimer, Workers
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run import failures
@@ -31,14 +31,14 @@ Perform = Callable[[Task], Any]
 
 
 class FakeFuture:
-    """An order on its way, as `FakeClient` was asked for it."""
+    """An batch on its way, as `FakeClient` was asked for it."""
 
-    def __init__(self, order: Order, key: str, options: dict[str, Any]) -> None:
-        self.order, self.key, self.options = order, key, options
+    def __init__(self, batch: TaskBatch, key: str, options: dict[str, Any]) -> None:
+        self.batch, self.key, self.options = batch, key, options
 
 
 class FakeClient:
-    """Client, mail and workers in one: does orders by a function, in an order of its own; a task takes `task_s`."""
+    """Client, mail and workers in one: does batches by a function, in an order of its own; a task takes `task_s`."""
 
     status = "running"
 
@@ -46,16 +46,16 @@ class FakeClient:
         self.threads, self.perform, self.dice, self.task_s = threads, perform, dice, task_s
         self.waiting: list[FakeFuture] = []
         self.keys: list[str] = []
-        self.orders: list[Order] = []
+        self.batches: list[TaskBatch] = []
         self.most = 0
         self.cancelled = 0
         self.told: dict[str, Any] = {"tcp://a:1": {"nthreads": threads, "resources": {}, "status": "running"}}
 
-    def submit(self, _: Any, order: Order, key: str, pure: bool, priority: int, **options: Any) -> FakeFuture:
-        future = FakeFuture(order, key, options)
+    def submit(self, _: Any, batch: TaskBatch, key: str, pure: bool, priority: int, **options: Any) -> FakeFuture:
+        future = FakeFuture(batch, key, options)
         self.waiting.append(future)
         self.keys.append(key)
-        self.orders.append(order)
+        self.batches.append(batch)
         self.most = max(self.most, len(self.waiting))
         return future
 
@@ -66,7 +66,7 @@ class FakeClient:
     def run(self, *_: Any, **__: Any) -> None:
         """Workers are told to stop: what waits is dropped."""
         for future in self.waiting:
-            future.order = Order("stopped", ())
+            future.batch = TaskBatch("stopped", ())
 
     def subscribe_topic(self, _: str, note: Callable[[Any], None]) -> None:
         self.note = note
@@ -74,26 +74,23 @@ class FakeClient:
     def unsubscribe_topic(self, _: str) -> None:
         """Nothing more is told."""
 
-    def letter(self, order: Order) -> tuple[None, Order]:
-        return None, order
-
-    def expect(self, future: FakeFuture) -> None:
+    def watch(self, future: FakeFuture) -> None:
         """All are."""
 
-    def receive(self, wait_s: float) -> list[tuple[FakeFuture, Answer | BaseException]]:
+    def collect(self, wait_s: float) -> list[tuple[FakeFuture, BatchResult | BaseException]]:
         if not self.waiting:
             return []
         future = self.waiting.pop(self.dice.randrange(len(self.waiting)))
-        answer = Answer("tcp://a:1")
-        for task in future.order.tasks:
+        answer = BatchResult("tcp://a:1")
+        for task in future.batch.tasks:
             try:
                 answer.results.append(Performed(self.perform(task), self.task_s))
             except (KilledWorker, CancelledError) as error:
-                for _ in range(2 * future.order.alone):
+                for _ in range(2 * future.batch.alone):
                     self.note((0.0, {"alone": future.key}))
                 return [(future, error)]
             except Exception as error:
-                answer.error, answer.may_pass = error, failures.is_transient(error)
+                answer.error, answer.may_succeed = error, failures.is_transient(error)
                 break
         return [(future, answer)]
 
@@ -151,17 +148,17 @@ class FakeWorkload:
         return explain_job(slide, max_unreadable=0.01)
 
 
-def flow(client: FakeClient, device: str = "cpu", wait_s: float = 60.0) -> Flow:
-    made: Any = Flow(
+def scheduler(client: FakeClient, device: str = "cpu", wait_s: float = 60.0) -> SlideScheduler:
+    made: Any = SlideScheduler(
         client,  # type: ignore[arg-type]
         "run",
         FakeWorkload(),
         lambda task, result: None,
         lambda: Workers.of(client.told, device),
-        Patience(wait_s),
+        MissingWorkerTimer(wait_s),
     )
-    made._mail = client
-    found: Flow = made
+    made._collector = client
+    found: SlideScheduler = made
     return found
 
 
@@ -180,10 +177,10 @@ def test_every_slide_ends_and_little_is_in_flight(
     bad, poison = data.draw(chosen), data.draw(chosen)
     archive = FakeArchive(spans, bad, poison)
     client = FakeClient(threads, archive.perform, random.Random(data.draw(st.integers())), task_s)
-    records = list(flow(client).run(map(entry, range(len(spans)))))
+    records = list(scheduler(client).run(map(entry, range(len(spans)))))
     assert sorted(int(record.slide.id) for record in records) == list(range(len(spans)))
     assert {int(r.slide.id) for r in records if r.status == "failed"} == {slide for slide, _ in bad | poison}
-    assert client.most <= 2 * threads * ORDERS_PER_SLOT + threads
+    assert client.most <= 2 * threads * BATCHES_PER_SLOT + threads
     assert not client.waiting
     assert len(set(client.keys)) == len(client.keys)
 
@@ -191,7 +188,7 @@ def test_every_slide_ends_and_little_is_in_flight(
 def test_serial_and_flow_make_the_same_records() -> None:
     spans, bad = [3, 0, 5, 1], {(2, 1)}
     client = FakeClient(2, FakeArchive(spans, bad, set()).perform, random.Random(0))
-    found = {r.slide.id: (r.status, r.error, r.patches) for r in flow(client).run(map(entry, range(4)))}
+    found = {r.slide.id: (r.status, r.error, r.patches) for r in scheduler(client).run(map(entry, range(4)))}
     reference = FakeArchive(spans, bad, set()).perform
     expected = [perform_job(explain_job(entry(i), 0.01), lambda task, then: reference(task)) for i in range(4)]
     assert found == {r.slide.id: (r.status, r.error, r.patches) for r in expected}
@@ -200,7 +197,7 @@ def test_serial_and_flow_make_the_same_records() -> None:
 def test_several_slides_are_in_flight() -> None:
     archive = FakeArchive([2] * 10, set(), set())
     client = FakeClient(4, archive.perform, random.Random(0))
-    list(flow(client).run(map(entry, range(10))))
+    list(scheduler(client).run(map(entry, range(10))))
     assert archive.most_active >= 3
 
 
@@ -209,18 +206,18 @@ def test_quick_tasks_travel_together_and_slow_ones_alone() -> None:
     sizes = {}
     for task_s in (0.1, 5.0):
         client = FakeClient(1, FakeArchive([40] * 20, set(), set()).perform, random.Random(0), task_s)
-        list(flow(client).run(map(entry, range(20))))
-        explained = [len(order.tasks) for order in client.orders if order.tasks[0].stage.name == "explain"]
+        list(scheduler(client).run(map(entry, range(20))))
+        explained = [len(batch.tasks) for batch in client.batches if batch.tasks[0].stage.name == "explain"]
         sizes[task_s] = sum(explained) / len(explained)
     assert sizes[5.0] == 1
     assert sizes[0.1] > 8
 
 
 def test_the_last_work_is_shared_by_all() -> None:
-    """One slide, quick spans, many workers: no order takes more than its share."""
+    """One slide, quick spans, many workers: no batch takes more than its share."""
     client = FakeClient(8, FakeArchive([64], set(), set()).perform, random.Random(0), 0.05)
-    list(flow(client).run([entry(0)]))
-    assert max(len(order.tasks) for order in client.orders if order.tasks[0].stage.name == "explain") <= 64 / 8
+    list(scheduler(client).run([entry(0)]))
+    assert max(len(batch.tasks) for batch in client.batches if batch.tasks[0].stage.name == "explain") <= 64 / 8
 
 
 def test_slides_are_drawn_as_they_are_needed() -> None:
@@ -233,9 +230,9 @@ def test_slides_are_drawn_as_they_are_needed() -> None:
             yield entry(number)
 
     client = FakeClient(2, FakeArchive([1] * 200, set(), set()).perform, random.Random(0))
-    records = flow(client).run(endless())
+    records = scheduler(client).run(endless())
     finished = [next(records) for _ in range(5)]
-    assert len(drawn) <= 5 + 2 * 2 * ORDERS_PER_SLOT + 2
+    assert len(drawn) <= 5 + 2 * 2 * BATCHES_PER_SLOT + 2
     records.close()  # type: ignore[attr-defined]
     assert client.cancelled > 0
     assert all(isinstance(record, SlideRecord) for record in finished)
@@ -249,7 +246,7 @@ def test_slides_come_out_in_the_order_in_which_they_went_in() -> None:
             return 0
 
     client = FakeClient(2, FakeArchive([6] * 30, set(), set()).perform, Fair())
-    found = [int(record.slide.id) for record in flow(client).run(map(entry, range(30)))]
+    found = [int(record.slide.id) for record in scheduler(client).run(map(entry, range(30)))]
     assert all(abs(place - slide) <= 6 for place, slide in enumerate(found))
 
 
@@ -265,15 +262,15 @@ def test_a_suspect_runs_alone_and_may_succeed() -> None:
         return archive.perform(task)
 
     client = FakeClient(2, perform, random.Random(0))
-    records = list(flow(client).run(map(entry, range(2))))
+    records = list(scheduler(client).run(map(entry, range(2))))
     assert [record.status for record in records] == ["ok", "ok"]
-    alone = [order for order in client.orders if order.alone]
-    assert {order.tasks[0].slide.id for order in alone} == {"1"}
-    assert all(len(order.tasks) == 1 for order in alone)
+    alone = [batch for batch in client.batches if batch.alone]
+    assert {batch.tasks[0].slide.id for batch in alone} == {"1"}
+    assert all(len(batch.tasks) == 1 for batch in alone)
 
 
 def test_a_suspect_that_never_began_is_not_convicted_at_once() -> None:
-    """Its worker died of what was at work before it: of another suspect, on a machine with one worker."""
+    """Its worker died of what was at work before it: of another trial, on a machine with one worker."""
     archive, blamed = FakeArchive([4, 4], set(), set()), Counter[Task]()
 
     def perform(task: Task) -> Any:
@@ -284,25 +281,25 @@ def test_a_suspect_that_never_began_is_not_convicted_at_once() -> None:
         return archive.perform(task)
 
     client = FakeClient(2, perform, random.Random(0))
-    records = flow(client).run(map(entry, range(2)))
+    records = scheduler(client).run(map(entry, range(2)))
     client.note = lambda event: None
     assert [record.status for record in records] == ["ok", "ok"]
 
 
 def test_suspects_do_not_stop_the_others() -> None:
-    """Of many workers, those that are not at a suspect go on."""
+    """Of many workers, those that are not at a trial go on."""
     archive = FakeArchive([3] * 40, set(), {(0, 1)})
     client = FakeClient(8, archive.perform, random.Random(0))
     together: list[int] = []
     submit = client.submit
 
-    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
-        if order.alone:
+    def watched(_: Any, batch: TaskBatch, **options: Any) -> FakeFuture:
+        if batch.alone:
             together.append(len(client.waiting))
-        return submit(_, order, **options)
+        return submit(_, batch, **options)
 
     client.submit = watched  # type: ignore[assignment,method-assign]
-    records = {record.slide.id: record for record in flow(client).run(map(entry, range(40)))}
+    records = {record.slide.id: record for record in scheduler(client).run(map(entry, range(40)))}
     assert "workers died repeatedly on 'explain 1' alone" in records["0"].error
     assert [slide for slide, record in records.items() if record.status != "ok"] == ["0"]
     assert together
@@ -312,7 +309,7 @@ def test_suspects_do_not_stop_the_others() -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pause before another attempt."""
-    for module in (failures, flow_module):
+    for module in (failures, scheduling):
         monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
 
 
@@ -329,7 +326,7 @@ def test_what_may_pass_is_tried_again(times: int, status: str, caplog: pytest.Lo
 
     client = FakeClient(2, perform, random.Random(0), 0.1)
     client.told["tcp://b:1"] = client.told["tcp://a:1"]
-    records = {r.slide.id: r for r in flow(client).run(map(entry, range(2)))}
+    records = {r.slide.id: r for r in scheduler(client).run(map(entry, range(2)))}
     assert (records["0"].status, records["1"].status) == ("ok", status)
     assert [line.count("1: explain 2: ConnectionResetError: the file server is away") for line in caplog.messages] == [
         1
@@ -345,7 +342,7 @@ def test_another_attempt_goes_elsewhere_if_it_can() -> None:
     client = FakeClient(2, perform, random.Random(0))
     client.told["tcp://b:1"] = client.told["tcp://a:1"]
     asked = hints_of(client)
-    (record,) = flow(client).run([entry(0)])
+    (record,) = scheduler(client).run([entry(0)])
     assert record.status == "failed"
     assert asked == [None, ["tcp://b:1"], ["tcp://b:1"]]
 
@@ -357,7 +354,7 @@ def test_what_will_not_pass_is_not_tried_again() -> None:
         seen[task] += 1
         raise SlideReadError("damaged")
 
-    (record,) = flow(FakeClient(1, perform, random.Random(0))).run([entry(0)])
+    (record,) = scheduler(FakeClient(1, perform, random.Random(0))).run([entry(0)])
     assert (record.status, record.error, set(seen.values())) == ("failed", "damaged", {1})
 
 
@@ -369,7 +366,7 @@ def test_errors_of_the_whole_run_stop_it(error: Exception) -> None:
         return Planned(10, 10, [0], [[0]])
 
     with pytest.raises(FatalError) as caught:
-        list(flow(FakeClient(2, perform, random.Random(0))).run(map(entry, range(3))))
+        list(scheduler(FakeClient(2, perform, random.Random(0))).run(map(entry, range(3))))
     assert caught.value.cause is error
     with pytest.raises(FatalError):
         perform_job(explain_job(entry(0), 0.01), lambda task, then: perform(task))
@@ -380,16 +377,16 @@ def test_a_lost_connection_ends_the_run() -> None:
         raise CancelledError
 
     with pytest.raises(FatalError, match="the connection to the Dask scheduler is lost"):
-        list(flow(FakeClient(2, perform, random.Random(0))).run([entry(0)]))
+        list(scheduler(FakeClient(2, perform, random.Random(0))).run([entry(0)]))
 
 
 def test_workers_that_dropped_the_run_end_it() -> None:
     client = FakeClient(1, FakeArchive([1], set(), set()).perform, random.Random(0))
-    records = flow(client).run([entry(0)])
+    records = scheduler(client).run([entry(0)])
     submit = client.submit
 
-    def dropped(_: Any, order: Order, **options: Any) -> FakeFuture:
-        return submit(_, Order("run", ()), **options)
+    def dropped(_: Any, batch: TaskBatch, **options: Any) -> FakeFuture:
+        return submit(_, TaskBatch("run", ()), **options)
 
     client.submit = dropped  # type: ignore[assignment,method-assign]
     with pytest.raises(FatalError, match="drop the run"):
@@ -400,22 +397,22 @@ def test_a_memory_error_is_tried_again_and_then_told(hasty: None) -> None:
     def perform(task: Task) -> Any:
         raise MemoryError
 
-    (record,) = flow(FakeClient(1, perform, random.Random(0))).run([entry(0)])
+    (record,) = scheduler(FakeClient(1, perform, random.Random(0))).run([entry(0)])
     assert "not enough memory on a worker; give it more, or lower --batch-size" in record.error
 
 
 def test_stopping_finishes_what_is_begun_and_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = Stopping()
-    monkeypatch.setattr(flow_module, "STOP", stop)
+    monkeypatch.setattr(scheduling, "STOP", stop)
     archive = FakeArchive([3] * 50, set(), set())
     client = FakeClient(2, archive.perform, random.Random(0))
-    records = flow(client).run(map(entry, range(50)))
+    records = scheduler(client).run(map(entry, range(50)))
     finished = [next(records)]
     stop.signal = signal.SIGTERM
-    sent = len(client.orders)
+    sent = len(client.batches)
     with pytest.raises(FatalError, match="stopped by SIGTERM; run the same command again to go on"):
         finished += list(records)
-    assert len(client.orders) == sent
+    assert len(client.batches) == sent
     assert not client.waiting
     assert len(finished) < 10
 
@@ -425,16 +422,16 @@ def test_what_waits_for_workers_that_declared_cpu_goes_to_the_others() -> None:
     archive = FakeArchive([2], set(), set())
     client = FakeClient(2, archive.perform, random.Random(0))
     client.told["tcp://c:1"] = {"nthreads": 4, "resources": {"CPU": 4}, "status": "running"}
-    receive = client.receive
+    collect = client.collect
 
-    def received(wait_s: float) -> list[tuple[FakeFuture, Answer | BaseException]]:
+    def received(wait_s: float) -> list[tuple[FakeFuture, BatchResult | BaseException]]:
         if any(future.options["resources"] == {"CPU": 1} for future in client.waiting):
             client.told.pop("tcp://c:1", None)
             return []
-        return receive(wait_s)
+        return collect(wait_s)
 
-    client.receive = received  # type: ignore[method-assign]
-    (record,) = flow(client).run([entry(0)])
+    client.collect = received  # type: ignore[method-assign]
+    (record,) = scheduler(client).run([entry(0)])
     assert record.status == "ok"
     assert client.cancelled == 1
 
@@ -442,9 +439,9 @@ def test_what_waits_for_workers_that_declared_cpu_goes_to_the_others() -> None:
 @pytest.mark.usefixtures("fast_look")
 def test_no_worker_for_too_long_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
     client = FakeClient(2, FakeArchive([2], set(), set()).perform, random.Random(0))
-    waiting = flow(client, wait_s=0.05)
+    waiting = scheduler(client, wait_s=0.05)
     client.told = {}
-    client.receive = lambda wait_s: []  # type: ignore[method-assign]
+    client.collect = lambda wait_s: []  # type: ignore[method-assign]
     with pytest.raises(FatalError, match=r"waited 0\.05 s: there is no worker; start some with 'dask worker ADDRESS'"):
         list(waiting.run([entry(0)]))
     assert caplog.messages == ["waiting up to 0.05 s: there is no worker; start some with 'dask worker ADDRESS'"]
@@ -453,17 +450,17 @@ def test_no_worker_for_too_long_ends_the_run(caplog: pytest.LogCaptureFixture) -
 @pytest.fixture
 def fast_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are looked at in every turn."""
-    monkeypatch.setattr(flow_module, "LOOK_AT_WORKERS_S", 0.0)
+    monkeypatch.setattr(scheduling, "WORKERS_POLLED_S", 0.0)
 
 
 def hints_of(client: FakeClient) -> list[Any]:
-    """The workers that orders ask for from now on, one an order."""
+    """The workers that batches ask for from now on, one an batch."""
     asked: list[Any] = []
     submit = client.submit
 
-    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
+    def watched(_: Any, batch: TaskBatch, **options: Any) -> FakeFuture:
         asked.append(options["workers"])
-        return submit(_, order, **options)
+        return submit(_, batch, **options)
 
     client.submit = watched  # type: ignore[assignment,method-assign]
     return asked

@@ -5,53 +5,61 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, deque
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_executors_flow import FakeArchive, FakeClient, FakeFuture, entry, flow, hints_of
-from wsi_gradcam.executors.dask.batching import LAST_PARTS, LAST_PER_SLOT, ORDERS_PER_SLOT, Backlogs, Outlook, Window
-from wsi_gradcam.executors.dask.plugin import Order
-from wsi_gradcam.executors.dask.rates import LEAST_S, ORDER_S, Rates
-from wsi_gradcam.executors.dask.running import Running
+from tests.test_executors_flow import FakeArchive, FakeClient, FakeFuture, entry, hints_of, scheduler
+from wsi_gradcam.executors.dask.batching import (
+    BATCHES_PER_SLOT,
+    LAST_PARTS,
+    LAST_PER_SLOT,
+    Backlogs,
+    BatchLimits,
+    RemainingWork,
+)
+from wsi_gradcam.executors.dask.plugins import TaskBatch
+from wsi_gradcam.executors.dask.running import BATCH_S, LEAST_S, Rates, RunningSlide
+from wsi_gradcam.executors.dask.workers import Pools
 from wsi_gradcam.run.types import Task
 from wsi_gradcam.run.workload import EXPLAIN, STITCH, explain_job
 
 SECONDS = st.floats(0.0, 1e6)
 
 
-def window(model_s: float, other_s: float = math.inf, slots: int = 1) -> Window:
-    return Window.of({True: model_s, False: other_s}, {True: slots, False: slots})
+def window(model_s: float, other_s: float = math.inf, slots: int = 1) -> BatchLimits:
+    return BatchLimits.of(Pools(model_s, other_s), Pools(slots, slots))
 
 
 @given(SECONDS, SECONDS, st.integers(0, 500))
 def test_workers_never_starve_and_no_order_is_more_than_its_part(model_s: float, other_s: float, slots: int) -> None:
     found, each = window(model_s, other_s, slots), max(1, slots)
-    assert found.ahead == ORDERS_PER_SLOT * each
+    assert found.ahead == BATCHES_PER_SLOT * each
     for model in (True, False):
-        assert LAST_PER_SLOT * each <= found.orders[model] <= ORDERS_PER_SLOT * each
-        assert LEAST_S <= found.seconds[model] <= ORDER_S
-    assert found.seconds[True] <= max(LEAST_S, model_s / each / LAST_PARTS)
+        assert LAST_PER_SLOT * each <= found.batches.of(model) <= BATCHES_PER_SLOT * each
+        assert LEAST_S <= found.seconds.of(model) <= BATCH_S
+    assert found.seconds.model <= max(LEAST_S, model_s / each / LAST_PARTS)
 
 
 @pytest.mark.parametrize(
-    ("left_s", "seconds", "orders"),
-    [(math.inf, ORDER_S, 4), (24.0, 3.0, 4), (12.0, 1.5, 4), (3.0, 0.375, 4), (2.4, 0.3, 2), (0.0, LEAST_S, 2)],
+    ("left_s", "seconds", "batches"),
+    [(math.inf, BATCH_S, 4), (24.0, 3.0, 4), (12.0, 1.5, 4), (3.0, 0.375, 4), (2.4, 0.3, 2), (0.0, LEAST_S, 2)],
 )
-def test_orders_become_small_and_then_few(left_s: float, seconds: float, orders: int) -> None:
+def test_orders_become_small_and_then_few(left_s: float, seconds: float, batches: int) -> None:
     """For each of ten workers; other work is only cut up when there is nothing else to come."""
     found = window(10 * left_s, slots=10)
-    assert found.seconds[True] == pytest.approx(seconds)
-    assert found.orders[True] == 10 * orders
-    assert (found.seconds[False], found.orders[False]) == (ORDER_S, 40)
-    assert window(10 * left_s, 10 * 2.0, 10).seconds[False] == 1.0
+    assert found.seconds.model == pytest.approx(seconds)
+    assert found.batches.model == 10 * batches
+    assert (found.seconds.other, found.batches.other) == (BATCH_S, 40)
+    assert window(10 * left_s, 10 * 2.0, 10).seconds.other == 1.0
 
 
-def planned(spans: int) -> Running:
+def planned(spans: int) -> RunningSlide:
     """A slide whose plan is made."""
-    running = Running(explain_job(entry(0), 0.01), 0)
+    running = RunningSlide(explain_job(entry(0), 0.01), 0)
     running.phases = deque(
         deque((0, Task(stage, entry(0), (i,))) for i in range(count))
         for stage, count in [(EXPLAIN, spans), (STITCH, 3)]
@@ -63,33 +71,33 @@ def test_what_is_left_is_what_is_known_and_slides_like_those_before() -> None:
     rates = Rates()
     rates.learn(EXPLAIN, 0.5)
     rates.learn(STITCH, 2.0)
-    outlook = Outlook(rates, range(10))
-    assert outlook.left_s([]) == {True: math.inf, False: math.inf}
+    remaining = RemainingWork(rates, range(10))
+    assert remaining.left_s([]) == Pools(math.inf, math.inf)
     first, second = planned(4), planned(8)
     for running in (first, second):
-        outlook.begun()
-        outlook.planned(running)
-    out = first.take(rates, 1.0)
+        remaining.slide_begun()
+        remaining.slide_planned(running)
+    out = first.next_batch(rates, 1.0)
     assert len(out.tasks) == 2
-    outlook.sent(out.tasks)
-    assert outlook.left_s([first, second])[True] == pytest.approx((8 * 6 + 12) * 0.5)
-    assert outlook.left_s([first, second], 8 * 6 * 0.5)[True] < math.inf
-    assert outlook.left_s([first, second], 8 * 6 * 0.5 - 0.1)[True] == math.inf
+    remaining.sent(out.tasks)
+    assert remaining.left_s([first, second]).model == pytest.approx((8 * 6 + 12) * 0.5)
+    assert remaining.left_s([first, second], 8 * 6 * 0.5).model < math.inf
+    assert remaining.left_s([first, second], 8 * 6 * 0.5 - 0.1).model == math.inf
     for _ in range(8):
-        outlook.begun()
-    assert outlook.left_s([first, second]) == pytest.approx({True: 12 * 0.5, False: 6 * 2.0})
-    outlook.back(out.tasks)
-    assert outlook.left_s([first, second]) == pytest.approx({True: 10 * 0.5, False: 6 * 2.0})
+        remaining.slide_begun()
+    assert astuple(remaining.left_s([first, second])) == pytest.approx((12 * 0.5, 6 * 2.0))
+    remaining.returned(out.tasks)
+    assert astuple(remaining.left_s([first, second])) == pytest.approx((10 * 0.5, 6 * 2.0))
 
 
 def test_what_is_left_of_slides_that_nobody_has_counted_is_not_known() -> None:
     rates = Rates()
-    outlook = Outlook(rates, iter(range(10)))
-    outlook.begun()
-    outlook.planned(planned(4))
-    assert outlook.left_s([])[True] == math.inf
-    outlook.over()
-    assert outlook.left_s([]) == {True: 0.0, False: 0.0}
+    remaining = RemainingWork(rates, iter(range(10)))
+    remaining.slide_begun()
+    remaining.slide_planned(planned(4))
+    assert remaining.left_s([]).model == math.inf
+    remaining.no_more_slides()
+    assert remaining.left_s([]) == Pools(0.0, 0.0)
 
 
 class Clock:
@@ -103,7 +111,7 @@ class Clock:
 
 @given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=60), st.integers(1, 6))
 def test_whoever_is_free_first_gets_the_next_order(seconds: list[float], workers: int) -> None:
-    """Each order is done in the time that is expected: never is one idle while another has a second order to begin."""
+    """Each batch is done in the time that is expected: never is one idle while another has a second batch to begin."""
     clock = Clock()
     backlogs, slots = Backlogs(clock), {str(i): 1 for i in range(workers)}
     free_at = dict.fromkeys(slots, 0.0)
@@ -153,16 +161,16 @@ def gpus(*addresses: str) -> dict[str, Any]:
 
 
 def test_gpus_are_given_alike_and_new_ones_soon_as_much() -> None:
-    """Of spans that take as long as is guessed, each an order; workers that are gone get no more."""
-    client = FakeClient(1, FakeArchive([8] * 40, set(), set()).perform, random.Random(0), ORDER_S)
+    """Of spans that take as long as is guessed, each an batch; workers that are gone get no more."""
+    client = FakeClient(1, FakeArchive([8] * 40, set(), set()).perform, random.Random(0), BATCH_S)
     client.told = gpus("a", "b")
     asked: list[str] = []
     submit = client.submit
 
-    def watched(_: Any, order: Order, **options: Any) -> FakeFuture:
-        if order.tasks[0].stage.name != "explain":
+    def watched(_: Any, batch: TaskBatch, **options: Any) -> FakeFuture:
+        if batch.tasks[0].stage.name != "explain":
             assert options["workers"] is None
-            return submit(_, order, **options)
+            return submit(_, batch, **options)
         (worker,) = options["workers"]
         has = Counter(future.options["workers"][0] for future in client.waiting if future.options["workers"])
         there = set("ab") if len(asked) < 50 else set("abc") if len(asked) < 150 else set("bc")
@@ -172,10 +180,10 @@ def test_gpus_are_given_alike_and_new_ones_soon_as_much() -> None:
         if len(asked) in (50, 150):
             client.told = gpus(*("abc" if len(asked) == 50 else "bc"))
             made._workers = made._ask_workers()
-        return submit(_, order, **options)
+        return submit(_, batch, **options)
 
     client.submit = watched  # type: ignore[assignment,method-assign]
-    made = flow(client, "cuda")
+    made = scheduler(client, "cuda")
     assert {record.status for record in made.run(map(entry, range(40)))} == {"ok"}
     assert len(asked) == 40 * 8
     assert set(asked[50:80]) == set("abc")
@@ -185,7 +193,7 @@ def test_gpus_are_given_alike_and_new_ones_soon_as_much() -> None:
 def test_nothing_is_asked_for_where_hints_bind_or_dask_keeps_orders_back(device: str, hints: bool) -> None:
     client = FakeClient(1, FakeArchive([4] * 4, set(), set()).perform, random.Random(0))
     client.told = gpus("a", "b")
-    made = flow(client, device)
+    made = scheduler(client, device)
     made._hints = hints
     asked = hints_of(client)
     list(made.run(map(entry, range(4))))

@@ -1,4 +1,4 @@
-"""The executor that runs jobs on Dask workers."""
+"""The executor that runs workloads on Dask workers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from distributed import get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import ConfigError, WorkerError, one_line
-from wsi_gradcam.executors.dask.flow import Flow
 from wsi_gradcam.executors.dask.local import NO_WORKER_S, local_cluster, threads_each
-from wsi_gradcam.executors.dask.placement import Caretaker
-from wsi_gradcam.executors.dask.plugin import RunPlugin, check_device
-from wsi_gradcam.executors.dask.workers import WAIT_S, Patience, Workers, connect
+from wsi_gradcam.executors.dask.plugins import RunSchedulerPlugin, RunWorkerPlugin, check_device
+from wsi_gradcam.executors.dask.scheduling import SlideScheduler
+from wsi_gradcam.executors.dask.workers import WAIT_S, MissingWorkerTimer, Workers, connect
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.types import Observer, SlideRecord, Workload
@@ -32,11 +31,11 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.settings import Settings
 
 LOG = logging.getLogger("wsi_gradcam")
-ASK_S = 2.0  # how often the scheduler is asked for its workers while none is there
+WORKERS_POLLED_S = 2.0  # how often the scheduler is asked for its workers while some are missing
 
 
 class DaskExecutor:
-    """Runs jobs on Dask workers.
+    """Runs workloads on Dask workers.
 
     Args:
         workers: how many to start on this machine; on the GPUs where `device` is "cuda".
@@ -77,9 +76,9 @@ class DaskExecutor:
         return str(self._client.dashboard_link)
 
     def workers(self) -> Workers:
-        """Those of the moment."""
-        told = self._client.scheduler_info(n_workers=-1)["workers"]
-        return Workers.of(told, self._device, self._scheduler)
+        """Return the workers that there are now."""
+        info = self._client.scheduler_info(n_workers=-1)["workers"]
+        return Workers.of(info, self._device, self._scheduler)
 
     def examine(
         self, spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
@@ -90,7 +89,7 @@ class DaskExecutor:
             WorkerError: the workers die of it, or are gone.
             StoppedError: the process was told to stop.
         """
-        needs = self.workers().needs[True]
+        needs = self.workers().needs.model
         model = (spec, settings, slides, choice)
         future = self._client.submit(_examine, self._device, *model, pure=False, resources=needs)
         try:
@@ -109,50 +108,52 @@ class DaskExecutor:
             FatalError: the run cannot go on.
         """
         name = f"wsi-gradcam-{uuid.uuid4().hex[:8]}"
-        caretaker = Caretaker(name, self._client.id)
+        scheduler_plugin = RunSchedulerPlugin(name, self._client.id)
         hints = True
         try:
-            self._client.register_plugin(caretaker)
+            self._client.register_plugin(scheduler_plugin)
         except Exception as error:  # whatever an import there ends with
             LOG.warning("the scheduler cannot look after the run (%s)", one_line(error))
             hints = False
-        self._client.register_plugin(RunPlugin(name, workload, self._torch_threads))
-        flow = Flow(self._client, name, workload, observe, self.workers, Patience(self._wait_s), hints)
+        self._client.register_plugin(RunWorkerPlugin(name, workload, self._torch_threads))
+        scheduler = SlideScheduler(
+            self._client, name, workload, observe, self.workers, MissingWorkerTimer(self._wait_s), hints
+        )
         try:
             with STOP.graceful():
-                yield from flow.run(slides)
+                yield from scheduler.run(slides)
         finally:
             if self._client.status == "running":
                 with suppress(Exception):  # after Ctrl-C the cluster may be half gone: what matters is on disk
                     self._client.unregister_worker_plugin(name)
                 with suppress(Exception):
-                    self._client.unregister_scheduler_plugin(caretaker.name)
+                    self._client.unregister_scheduler_plugin(scheduler_plugin.name)
 
     def close(self) -> None:
         """Leave the cluster; the local one is stopped."""
         self._opened.close()
 
     def _wait(self) -> None:
-        """Until there are workers that can run the model."""
-        patience = Patience(self._wait_s)
-        while lacking := self.workers().lacking:
-            patience.look(lacking)
-            STOP.wait(min(ASK_S, max(POLL_S, self._wait_s / 10)))
+        """Wait until there are workers that can run the model."""
+        timer = MissingWorkerTimer(self._wait_s)
+        while missing := self.workers().missing:
+            timer.check(missing)
+            STOP.wait(min(WORKERS_POLLED_S, max(POLL_S, self._wait_s / 10)))
             STOP.check()
 
     def _result(self, future: Future[Any]) -> Any:
-        """Of a single task, unless its workers go, or the process is told to stop."""
-        patience, asked = Patience(self._wait_s), time.monotonic()
+        """Return the result of a future, unless its workers go, or the process is told to stop."""
+        timer, polled = MissingWorkerTimer(self._wait_s), time.monotonic()
         while not future.done():
             STOP.wait(POLL_S)
             STOP.check()
-            if time.monotonic() - asked > ASK_S:
-                patience.look(self.workers().lacking)
-                asked = time.monotonic()
+            if time.monotonic() - polled > WORKERS_POLLED_S:
+                timer.check(self.workers().missing)
+                polled = time.monotonic()
         return future.result()
 
 
 def _examine(device: str, *model: Any) -> ModelFacts:
-    """On a worker: what it learns is small, the model stays there."""
+    """Examine the model on a worker, where it stays; the facts are small."""
     check_device(device, get_worker().address)
     return examine_model(*model).facts

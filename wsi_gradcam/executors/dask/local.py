@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,11 @@ from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import LocalCluster, Nanny, Scheduler, SpecCluster
+from distributed import LocalCluster, Nanny, Scheduler, SpecCluster, Worker
 from distributed.deploy.cluster import Cluster
 from distributed.system import MEMORY_LIMIT
 
 from wsi_gradcam.errors import WorkerError
-from wsi_gradcam.executors.dask import local_signals
 
 THREADS = 2  # of a worker: one has patches read while the model works for the other
 # Of a worker with a GPU, which explains a slide in less time than one thread plans and stitches it. One is the GPU's.
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 NO_WORKER_S = 60
 SETTINGS = {
     "distributed.scheduler.no-workers-timeout": NO_WORKER_S,
-    "distributed.scheduler.allowed-failures": 1,  # a suspect gets another chance, alone
+    "distributed.scheduler.allowed-failures": 1,  # a trial gets another chance, alone
     # A worker that dies again while it starts anew is not lost: after 15 s it would be given up for good.
     "distributed.deploy.lost-worker-timeout": "1 day",
     # Nothing of ours can be spilled, and a worker that Dask pauses would wait for ever, as torch never gives memory
@@ -42,20 +42,20 @@ SETTINGS = {
 
 
 def threads_each(workers: int) -> int:
-    """Threads for each worker's model: the cores are shared."""
+    """Return the number of threads for each worker's model: the cores are shared."""
     return max(1, CPU_COUNT // workers)
 
 
 @contextmanager
 def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
-    """Worker processes for a model on `device`.
+    """Start worker processes for a model on `device`, as a context.
 
     Raises:
         WorkerError: "cuda" is asked for, and there are fewer GPUs than workers.
     """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what fails is reported with its slide
     gpus = gpus_for(workers) if device == "cuda" else None
-    options: dict[str, Any] = {"memory_limit": MEMORY_LIMIT // workers, "preload": [local_signals.__name__]}
+    options: dict[str, Any] = {"memory_limit": MEMORY_LIMIT // workers, "preload": [__name__]}
     if device != "cpu":
         options["resources"] = GPU_RESOURCES
     with dask.config.set(SETTINGS), _started(workers, gpus, options) as cluster:
@@ -80,7 +80,7 @@ def _on_cores(workers: int, options: dict[str, Any]) -> Cluster:
 
 
 def _on_gpus(gpus: list[str], options: dict[str, Any]) -> Cluster:
-    """One process a GPU, through dask-cuda where that is installed: it also picks the cores near each GPU."""
+    """Start a process for each GPU, through dask-cuda where it is installed: it also picks the cores near each GPU."""
     if find_spec("dask_cuda") is not None:
         cluster: Cluster = import_module("dask_cuda").LocalCUDACluster(
             CUDA_VISIBLE_DEVICES=gpus,
@@ -101,14 +101,14 @@ def _on_gpus(gpus: list[str], options: dict[str, Any]) -> Cluster:
 
 
 def _worker_on(gpu: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A worker process that sees one GPU, which is `cuda` to it; torch is not loaded before its environment is set."""
+    """Return a worker that sees one GPU, which is `cuda` to it; torch is not loaded before its environment is set."""
     environment = {"CUDA_VISIBLE_DEVICES": gpu}
     common = {"host": HOST, "nthreads": GPU_THREADS, "dashboard": False, "silence_logs": logging.CRITICAL}
     return {"cls": Nanny, "options": {**common, **options, "env": environment}}
 
 
 def gpus_for(workers: int) -> list[str]:
-    """Names of GPUs, one for each worker.
+    """Return the names of GPUs, one for each worker.
 
     Raises:
         WorkerError: there are not so many.
@@ -127,7 +127,7 @@ def gpus_for(workers: int) -> list[str]:
 
 
 def visible_gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: "0", "GPU-...", "MIG-..."."""
+    """Return the NVIDIA GPUs that this process may use, as in CUDA_VISIBLE_DEVICES: "0", "GPU-...", "MIG-..."."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         names = [name.strip() for name in given.split(",")]
         return names[: next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))]
@@ -142,3 +142,11 @@ def visible_gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
     return told.stdout.split()
+
+
+def dask_setup(worker: Worker) -> None:
+    """Called by Dask in a new worker's process: ignore a terminal's Ctrl-C, which reaches all processes of a command.
+
+    A worker would print a traceback and die with its work; the client lets it finish that, and then ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

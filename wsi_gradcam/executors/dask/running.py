@@ -1,29 +1,60 @@
-"""A slide's job at work on Dask: its phases, cut into orders for workers."""
+"""A slide at work on Dask: its tasks, cut into batches for workers, and the trials of tasks that workers died of."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wsi_gradcam.executors.dask.rates import MOST, Rates
-from wsi_gradcam.run.types import SlideJob, SlideRecord, Stage, Task, TaskResult
-from wsi_gradcam.run.workload import PLAN
+from wsi_gradcam.run.types import Phases, SlideJob, SlideRecord, Stage, Task, TaskResult
+from wsi_gradcam.run.workload import COARSEN, FINISH, PLAN, STITCH
 
-MODEL = "model"  # what stages that want the run's device are counted as
+# A batch costs the scheduler, the client and the way together some 2 ms, and a GPU its first patches' reading, some
+# 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel together.
+BATCH_S = 3.0
+MAX_TASKS = 64  # tasks in a batch: some 3 kB
+WEIGHT = 0.2  # of the newest
+LEAST_S = 0.2  # less is not worth the way, even where workers wait
+# Until one is done; what a span takes, which is a hundred times more on some devices than on others, is not guessed.
+GUESSED_S = {STITCH.name: 0.2, COARSEN.name: 0.1, FINISH.name: 0.5}
+
+
+class Rates:
+    """The seconds that a task of a stage takes, learned from those that are done."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def learn(self, stage: Stage, seconds: float) -> None:
+        """Learn from a task that is done."""
+        known = self._seconds.get(stage.name, seconds)
+        self._seconds[stage.name] = known + WEIGHT * (seconds - known)
+
+    def seconds(self, stage: Stage) -> float:
+        """Return the seconds that a task is expected to take."""
+        return self._seconds.get(stage.name, GUESSED_S.get(stage.name, BATCH_S))
+
+    def of(self, tasks: Iterable[Task]) -> float:
+        """Return the seconds that tasks are expected to take, one after the other."""
+        return sum(self.seconds(task.stage) for task in tasks)
+
+
+MODEL, PLANNING, OTHER, ALONE = "model", "plan", "other", "alone"  # kinds of batches that are counted apart
 
 
 @dataclass
-class Running:
+class RunningSlide:
     """A slide's job and how far it is.
 
     Attributes:
         number: of the slide in its run.
         phases: tasks that wait, with their positions among `results`, by phase.
-        out: how many tasks are on their way.
+        out: how many tasks are in flight.
         open: whether tasks of the first phase may be sent now.
-        orders: how many were made.
+        batches: how many batches were made.
         planned: whether it is known what there is to do.
+        error: the first error of its tasks.
     """
 
     job: SlideJob
@@ -32,22 +63,22 @@ class Running:
     results: list[TaskResult] = field(default_factory=list)
     out: int = 0
     open: bool = True
-    orders: int = 0
+    batches: int = 0
     planned: bool = False
     error: BaseException | None = None
 
     def begin(self) -> SlideRecord | None:
-        """Make the job begin; as `advance`."""
+        """Begin the job; returns as `advance` does."""
         return self._set(lambda: next(self.job))
 
     def advance(self) -> SlideRecord | None:
-        """Tell the job what came of its tasks, once none is left; the record if that was the end."""
+        """Send the job the results of its tasks, once none is left; return the record if that was its end."""
         if self.error is not None:
             error, self.error = self.error, None
             return self._set(lambda: self.job.throw(error))
         return self._set(lambda: self.job.send(self.results))
 
-    def _set(self, proceed: Any) -> SlideRecord | None:
+    def _set(self, proceed: Callable[[], Phases]) -> SlideRecord | None:
         try:
             phases = proceed()
         except StopIteration as end:
@@ -60,26 +91,26 @@ class Running:
         return None
 
     @property
-    def waits_for(self) -> Stage | None:
+    def next_stage(self) -> Stage | None:
         """The stage of the tasks that may be sent now; None where none may."""
         return self.phases[0][0][1].stage if self.open and self.phases else None
 
     @property
-    def spans(self) -> int:
-        """How many spans wait."""
-        return len(self.phases[0]) if self.waits_for is not None and self.waits_for.needs_model else 0
+    def waiting_for_model(self) -> int:
+        """How many tasks wait for the model."""
+        return len(self.phases[0]) if self.next_stage is not None and self.next_stage.needs_model else 0
 
-    def take(self, rates: Rates, budget_s: float) -> Sent:
-        """The next tasks, one or more, that take about `budget_s`.
+    def next_batch(self, rates: Rates, budget_s: float) -> SentBatch:
+        """Return a batch of the next tasks, one or more, that take about `budget_s`.
 
-        What is whole with them may be followed by tasks of the next phase, where it is for the same kind of worker.
+        Where they complete their phase, tasks of the next one may follow, if they are for the same kind of worker.
         """
         taken: list[tuple[int, Task]] = []
-        first, whole, left_s = self.phases[0], not self.out, budget_s
-        while self.phases and len(taken) < MOST:
+        first, is_complete, left_s = self.phases[0], not self.out, budget_s
+        while self.phases and len(taken) < MAX_TASKS:
             phase = self.phases[0]
             stage = phase[0][1].stage
-            if phase is not first and (not whole or stage.needs_model != taken[0][1].stage.needs_model):
+            if phase is not first and (not is_complete or stage.needs_model != taken[0][1].stage.needs_model):
                 break
             if taken and left_s < rates.seconds(stage):
                 break
@@ -89,45 +120,45 @@ class Running:
                 self.phases.popleft()
         self.open = bool(self.phases) and self.phases[0] is first
         self.out += len(taken)
-        self.orders += 1
+        self.batches += 1
         positions, tasks = zip(*taken, strict=True)
-        return Sent(self, positions, tasks, self.orders)
+        return SentBatch(self, positions, tasks, self.batches)
 
-    def came_back(self, count: int) -> None:
-        """Tasks are no longer on their way."""
+    def returned(self, count: int) -> None:
+        """Count tasks as no longer in flight."""
         self.out -= count
         if not self.out:
             self.open = True
 
     def fail(self, error: BaseException) -> None:
-        """Send nothing more; the job is told when all that is out has come back."""
+        """Send nothing more; the job gets the error when no task is in flight."""
         self.error = self.error or error
         self.phases.clear()
 
     @property
     def ended(self) -> bool:
-        """Whether nothing waits and nothing is out."""
+        """Whether no task waits or is in flight."""
         return not self.phases and not self.out
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Tasks of a slide on their way, or waiting to be sent again.
+class SentBatch:
+    """Tasks of a slide in flight, or waiting to be sent again.
 
     Attributes:
-        positions: of the tasks' results in the slide's.
-        order: number of the order among the slide's.
-        attempt: how often they failed for a reason that may pass.
-        alone: they were there when workers died, and are at work by themselves now.
-        trials: how often they were sent so.
-        begun: how often a worker has begun them so, and died.
+        positions: of the tasks' results among the slide's.
+        number: of the batch among the slide's.
+        attempt: how often they failed for a transient reason.
+        alone: they were there when workers died, and run alone in their process now.
+        trials: how often they were sent to run alone.
+        begun: how often a worker has begun them alone, and died.
         avoid: address of a worker that could not do them.
     """
 
-    running: Running
+    running: RunningSlide
     positions: tuple[int, ...]
     tasks: tuple[Task, ...]
-    order: int
+    number: int
     attempt: int = 0
     alone: bool = False
     trials: int = 0
@@ -135,29 +166,62 @@ class Sent:
     avoid: str = ""
 
     @property
-    def model(self) -> bool:
-        """Whether they want the run's device."""
+    def needs_model(self) -> bool:
+        """Whether the tasks run on the run's device."""
         return self.tasks[0].stage.needs_model
 
     @property
     def kind(self) -> str:
-        """What is counted together."""
-        return "alone" if self.alone else kind_of(self.tasks[0].stage)
+        """The kind of batch that it is counted as."""
+        return ALONE if self.alone else kind_of(self.tasks[0].stage)
 
-    def rest(self, done: int, **changes: Any) -> Sent:
-        """What is left of it after the first tasks, under a new number."""
-        self.running.orders += 1
-        changes["order"] = self.running.orders
+    def rest(self, done: int, **changes: Any) -> SentBatch:
+        """Return what is left of it after the first tasks, under a new number."""
+        self.running.batches += 1
+        changes["number"] = self.running.batches
         return replace(self, positions=self.positions[done:], tasks=self.tasks[done:], **changes)
 
-    def singly(self) -> list[Sent]:
-        """Its tasks, each to be alone, so that the one that kills is known; what builds on others stays together."""
-        if not self.model:
+    def singly(self) -> list[SentBatch]:
+        """Return a batch for each task, to run alone; tasks that build on each other stay together."""
+        if not self.needs_model:
             return [self.rest(0, alone=True)]
         pairs = enumerate(zip(self.positions, self.tasks, strict=True))
         return [replace(self.rest(i, alone=True), positions=(at,), tasks=(task,)) for i, (at, task) in pairs]
 
 
 def kind_of(stage: Stage) -> str:
-    """What stages are counted together: those of other workers than the model's have a window of their own."""
-    return MODEL if stage.needs_model else "plan" if stage == PLAN else "other"
+    """Return the kind of batch that tasks of a stage are counted as: each kind has limits of its own."""
+    return MODEL if stage.needs_model else PLANNING if stage == PLAN else OTHER
+
+
+# A task that was begun alone in its process so often, and each time the process died, has killed it.
+DEATHS_ALONE = 2
+MAX_TRIALS = 4  # of a task whose workers always die before it begins
+
+
+class CrashTrials:
+    """Batches that workers died of, which are tried again with each task alone.
+
+    Dask blames all tasks of a worker that dies. One that is blamed too often is run again while nothing else of the
+    run is at work in its process: if workers die of that too, it is the culprit. Few run alone at once.
+
+    Attributes:
+        waiting: batches that are not sent yet.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[SentBatch] = deque()
+        self._begun: Counter[str] = Counter()
+
+    def record_begun(self, event: tuple[float, Any]) -> None:
+        """Count a batch that a worker has begun alone."""
+        self._begun[event[1]["alone"]] += 1
+
+    def is_culprit(self, sent: SentBatch, key: str) -> bool:
+        """Return whether a batch that workers died of is the cause; else it is put up for another trial."""
+        begun = sent.begun + self._begun.pop(key, 0)
+        if sent.alone and (begun >= DEATHS_ALONE or sent.trials >= MAX_TRIALS):
+            return True
+        again = [sent.rest(0)] if sent.alone else sent.singly()
+        self.waiting += [replace(trial, trials=sent.trials + 1, begun=begun) for trial in again]
+        return False

@@ -1,7 +1,4 @@
-"""What workers there are, which of them can do what, and how long to wait for those that are missing.
-
-Reaching a scheduler that others have started.
-"""
+"""The workers of a scheduler: connecting to it, what each of them can run, and waiting for those that are missing."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from distributed import Client
 from distributed.comm.addressing import resolve_address
@@ -17,93 +14,107 @@ from distributed.comm.addressing import resolve_address
 from wsi_gradcam.errors import WorkerError, one_line
 
 LOG = logging.getLogger("wsi_gradcam")
-WAIT_S = 50.0  # all told an error comes within a minute
+T = TypeVar("T")
+
+WAIT_S = 50.0  # with the time to connect an error comes within a minute
 GPU, CPU = "GPU", "CPU"  # names of the resources that workers declare
+ANSWER_S = 10  # of a scheduler that is asked for its workers
 AGAIN = "run the same command again, nothing finished is lost"
 
 
 @dataclass(frozen=True)
+class Pools(Generic[T]):
+    """A value for the workers that can run the model, and one for those that do the other work."""
+
+    model: T
+    other: T
+
+    def of(self, needs_model: bool) -> T:
+        """Return the value for tasks that need the model, or for the others."""
+        return self.model if needs_model else self.other
+
+
+@dataclass(frozen=True)
 class Workers:
-    """The workers of a moment, seen by a run.
+    """The workers that there are at a moment.
 
     Attributes:
         addresses: of all.
-        needs: resources that a piece of work asks for, where the model runs and elsewhere.
-        able: how many pieces of work each worker that has those does at once.
-        slots: how many pieces of work can run at once, where the model runs and elsewhere.
-        lacking: what is missing, and how to mend it; empty where nothing is.
+        needs: resources that a batch asks for.
+        able: how many batches each worker that has those runs at once, by its address.
+        slots: how many batches can run at once on all workers together.
+        missing: what is missing, and how to mend it; empty where nothing is.
     """
 
     addresses: tuple[str, ...]
-    needs: Mapping[bool, dict[str, float]]
-    able: Mapping[bool, Mapping[str, int]]
-    slots: Mapping[bool, int]
-    lacking: str
+    needs: Pools[dict[str, float]]
+    able: Pools[dict[str, int]]
+    slots: Pools[int]
+    missing: str
 
     @classmethod
-    def of(cls, told: Mapping[str, Any], device: str, scheduler: str = "ADDRESS") -> Workers:
-        """From what the scheduler tells of each; `device` is where the model runs."""
-        declares_cpu = any(worker.get("resources", {}).get(CPU) for worker in told.values())
-        needs: dict[bool, dict[str, float]] = {
-            True: {} if device == "cpu" else {GPU: 1},
-            False: {CPU: 1} if declares_cpu else {},
-        }
-        able, slots = {}, {}
-        for model, need in needs.items():
-            counts = {address: _slots(worker, need) for address, worker in told.items()}
-            able[model] = {address: count for address, count in counts.items() if count}
-            slots[model] = sum(counts.values())
-        return cls(tuple(told), needs, able, slots, _lacking(told, bool(able[True]), device, scheduler))
+    def of(cls, info: Mapping[str, Any], device: str, scheduler: str = "ADDRESS") -> Workers:
+        """Return the workers in the scheduler's information on each; `device` is where the model runs."""
+        declares_cpu = any(worker.get("resources", {}).get(CPU) for worker in info.values())
+        model_needs: dict[str, float] = {} if device == "cpu" else {GPU: 1}
+        other_needs: dict[str, float] = {CPU: 1} if declares_cpu else {}
+        able = Pools(_able(info, model_needs), _able(info, other_needs))
+        slots = Pools(sum(able.model.values()), sum(able.other.values()))
+        missing = _missing_workers(info, bool(able.model), device, scheduler)
+        return cls(tuple(info), Pools(model_needs, other_needs), able, slots, missing)
+
+
+def _able(info: Mapping[str, Any], needs: Mapping[str, float]) -> dict[str, int]:
+    """Return how many batches with these needs each worker runs at once; workers that run none are left out."""
+    counts = {address: _slots(worker, needs) for address, worker in info.items()}
+    return {address: count for address, count in counts.items() if count}
 
 
 def _slots(worker: Mapping[str, Any], need: Mapping[str, float]) -> int:
-    """How many pieces of work with this need a worker does at once."""
+    """Return how many batches with this need a worker runs at once."""
     resources = worker.get("resources", {})
     return int(min([worker["nthreads"], *(resources.get(name, 0) / amount for name, amount in need.items())]))
 
 
-def _lacking(told: Mapping[str, Any], has_device: bool, device: str, scheduler: str) -> str:
-    if not told:
+def _missing_workers(info: Mapping[str, Any], has_device: bool, device: str, scheduler: str) -> str:
+    if not info:
         return "there is no worker; start some with " + (
             f"'dask worker {scheduler}'" if device == "cpu" else f"'dask worker {scheduler} --resources {GPU}=1'"
         )
     if not has_device:
         return (
-            f"--device {device} needs workers that declare a GPU, and none of the {len(told)} there are does; start "
+            f"--device {device} needs workers that declare a GPU, and none of the {len(info)} there are does; start "
             f"some with 'dask worker {scheduler} --resources {GPU}=1' where GPUs are, or give --device cpu"
         )
-    if all(worker.get("status", "running") == "paused" for worker in told.values()):
+    if all(worker.get("status", "running") == "paused" for worker in info.values()):
         return "all workers are paused for lack of memory; give them more, or start fewer on a machine"
     return ""
 
 
-class Patience:
-    """Waits so long for what is lacking, and says so when that begins."""
+class MissingWorkerTimer:
+    """Bounds the time for which workers may be missing, and logs when that begins."""
 
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
         self._since: float | None = None
 
-    def look(self, lacking: str) -> None:
-        """Take note of what is lacking now, if anything is.
+    def check(self, missing: str) -> None:
+        """Check the time, for what is missing now; "" where nothing is.
 
         Raises:
-            WorkerError: something has been for too long.
+            WorkerError: something has been missing for too long.
         """
-        if not lacking:
+        if not missing:
             self._since = None
         elif self._since is None:
             self._since = time.monotonic()
-            LOG.warning("waiting up to %g s: %s", self._wait_s, lacking)
+            LOG.warning("waiting up to %g s: %s", self._wait_s, missing)
         if self._since is not None and time.monotonic() - self._since >= self._wait_s:
-            raise WorkerError(f"waited {self._wait_s:g} s: {lacking}; then {AGAIN}")
-
-
-ANSWER_S = 10
+            raise WorkerError(f"waited {self._wait_s:g} s: {missing}; then {AGAIN}")
 
 
 def connect(where: Any, timeout_s: float) -> Client:
-    """A client of the scheduler at an address, or of a cluster.
+    """Return a client of the scheduler at an address, or of a cluster.
 
     Raises:
         WorkerError: no scheduler answers.
@@ -121,9 +132,9 @@ def connect(where: Any, timeout_s: float) -> Client:
 def ask_workers(
     scheduler: str, function: Callable[..., Any], *arguments: Any, timeout_s: float = ANSWER_S
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the scheduler knows of each worker, and what `function` returns there, by the worker's address.
+    """Return the scheduler's information on each worker, and the result of `function` there, both by address.
 
-    What it raises on a worker is among the answers, also that the worker does not have the function.
+    An exception on a worker is returned as its result, also that the worker does not have the function.
 
     Raises:
         WorkerError: no scheduler answers.

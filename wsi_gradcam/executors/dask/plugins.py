@@ -1,0 +1,231 @@
+"""Plugins of a run in the workers and in the scheduler, and how a worker performs batches of tasks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+from distributed import Scheduler, SchedulerPlugin, Worker, WorkerPlugin, get_worker
+
+from wsi_gradcam.errors import WorkerError, one_line
+from wsi_gradcam.run.context import Context, perform
+from wsi_gradcam.run.failures import is_transient
+from wsi_gradcam.run.types import Performed, Task, Workload
+from wsi_gradcam.system.processes import release_freed_memory
+
+REPORT_S = 0.1  # for a few bytes to the scheduler, before what may be the end
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Tasks of a slide that a worker performs one after the other: all that travels to it.
+
+    Attributes:
+        run: name of the run's plugin.
+        alone: nothing else of the run may be at work in that process meanwhile.
+    """
+
+    run: str
+    tasks: tuple[Task, ...]
+    alone: bool = False
+
+
+@dataclass
+class BatchResult:
+    """The result of a batch.
+
+    Attributes:
+        worker: address of the worker that performed it.
+        results: of the first tasks, as many as succeeded.
+        error: of the next task; None where none failed.
+        may_succeed: whether that task may succeed a moment later, or on another worker.
+    """
+
+    worker: str
+    results: list[Performed] = field(default_factory=list)
+    error: BaseException | None = None
+    may_succeed: bool = False
+
+
+class RunWorkerPlugin(WorkerPlugin):
+    """Gives every worker, also those that join later, the run's context."""
+
+    def __init__(self, name: str, workload: Workload, torch_threads: int | None) -> None:
+        self.name = name
+        self._workload = workload
+        self._torch_threads = torch_threads
+        self.stopped = False
+        self.context: Context[Any] | None = None
+        self.lock: SharedLock | None = None
+
+    def setup(self, worker: Worker) -> None:
+        """Called on the worker."""
+        use_threads(self._torch_threads or worker.state.nthreads)
+        self.context, self.lock = Context(self._workload), SharedLock()
+
+    def teardown(self, worker: Worker) -> None:
+        """Called on the worker at the end of the run; tasks that are at work keep the context until they end."""
+        self.stopped = True
+        if self.context is not None:
+            self.context.close()
+        self.context = None
+        release_freed_memory()
+
+
+class SharedLock:
+    """A lock that many tasks of a process hold together, or one alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._working = 0
+        self._taken = False
+
+    @contextmanager
+    def held(self, alone: bool) -> Iterator[None]:
+        """Hold the lock as a context: wait until none holds it alone, or to hold it `alone`, until none holds it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken)
+            if alone:
+                self._taken = True
+                self._changed.wait_for(lambda: not self._working)
+            self._working += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._working -= 1
+                if alone:
+                    self._taken = False
+                self._changed.notify_all()
+
+
+def perform_batch(batch: TaskBatch) -> BatchResult:
+    """Perform tasks on a worker, with the plugin's context, until one fails or the run is stopped."""
+    worker = get_worker()
+    plugin, result = worker.plugins.get(batch.run), BatchResult(worker.address)
+    if not isinstance(plugin, RunWorkerPlugin) or plugin.context is None or plugin.lock is None:
+        result.error = WorkerError("the worker has forgotten the run, as after a lost connection")
+        return result
+    context = plugin.context
+    with plugin.lock.held(batch.alone):
+        if batch.alone:
+            _report_begun(worker, batch.run)
+        for task, upcoming in zip_longest(batch.tasks, batch.tasks[1:]):
+            if plugin.stopped:
+                break
+            try:
+                if task.stage.needs_model:
+                    check_device(context.run.settings.device, worker.address)
+                result.results.append(perform(context, task, upcoming))
+            except Exception as error:
+                # Another node may see a file that this one does not.
+                result.error = portable(error)
+                result.may_succeed = is_transient(error) or isinstance(error, FileNotFoundError)
+                break
+    return result
+
+
+def _report_begun(worker: Worker, run: str) -> None:
+    """Let the client know that from now on only this batch can end the process."""
+    worker.log_event(run, {"alone": str(worker.get_current_task())})
+    time.sleep(REPORT_S)
+
+
+def portable(error: Exception) -> Exception:
+    """Return the error, or where it cannot be pickled, one with the same message."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(one_line(error))
+    return error
+
+
+def check_device(device: str, address: str) -> None:
+    """Make sure that the model can run on a worker, before a slide is blamed.
+
+    Raises:
+        WorkerError: the device cannot be used there.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WorkerError(
+            f"worker {address} declares a GPU, but --device {device} cannot be used there ({one_line(error)}); start "
+            "it where a GPU and a torch that knows it are, or without --resources GPU=1"
+        ) from error
+
+
+def use_threads(count: int) -> None:
+    """Set the threads of numerical libraries before torch is loaded; and of torch, where it is already."""
+    import sys
+
+    # Dask gives workers 1 of each; torch takes MKL's number for its own.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(count)
+
+
+def stop_here(name: str, dask_worker: Worker) -> None:
+    """Let a worker begin no further task of a run."""
+    plugin = dask_worker.plugins.get(name)
+    if isinstance(plugin, RunWorkerPlugin):
+        plugin.stopped = True
+
+
+class RunSchedulerPlugin(SchedulerPlugin):
+    """Looks after a run in the scheduler: hints are hints, and a client that is gone leaves nothing behind.
+
+    A batch that asks for a worker (`workers=[address]`) goes there if it can, and is then as free as any other. Dask
+    itself would keep it from all others for ever: one sent to a worker that is gone would wait, and none could be
+    taken over by workers that are idle. Its `allow_other_workers` is no help: it forgets resources too, and lets
+    what wants a GPU go where none is; and what finds no worker at all is not given to one that comes later.
+
+    When the run's client is gone, however it went, its plugin is taken from all workers, and this one goes too.
+    """
+
+    def __init__(self, run: str, client: str) -> None:
+        self.name = f"{run}-scheduler-plugin"
+        self._run, self._client = run, client
+        self._scheduler: Any = None
+
+    async def start(self, scheduler: Scheduler) -> None:
+        """Called on the scheduler when the plugin is registered."""
+        self._scheduler = scheduler
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Called on the scheduler for each task that was placed, or could not be."""
+        if finish not in ("processing", "no-worker") or not isinstance(key, str) or self._run not in key:
+            return
+        task = self._scheduler.tasks[key]
+        if task.worker_restrictions:
+            task.worker_restrictions = None
+            if finish == "no-worker":
+                self._scheduler.loop.add_callback(self._place, key)
+
+    def _place(self, key: str) -> None:
+        """Let Dask look for a worker again; where there is none, it does when one comes."""
+        task = self._scheduler.tasks.get(key)
+        if task is not None and task.state == "no-worker":
+            self._scheduler.transitions({key: "processing"}, stimulus_id=self.name)
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """Called on the scheduler when a client leaves, or its connection ends."""
+        if client == self._client:
+            scheduler.loop.add_callback(self._clean_up, scheduler)
+
+    async def _clean_up(self, scheduler: Scheduler) -> None:
+        with suppress(ValueError):  # removed already
+            await scheduler.unregister_worker_plugin(comm=None, name=self._run)
+        with suppress(ValueError):
+            scheduler.remove_plugin(self.name)
