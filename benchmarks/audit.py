@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from wsi_gradcam.audit.measures.controls import control_maps
-from wsi_gradcam.audit.measures.faithfulness import STEPS, removal_curves
-from wsi_gradcam.audit.measures.removal import blurred, replace_by
-from wsi_gradcam.audit.measures.subject import Subject
+from wsi_gradcam.audit.measures.removal import STEPS, blurred, removal_curves, replace_by
+from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.models.load import load_model
 from wsi_gradcam.models.spec import ModelSpec

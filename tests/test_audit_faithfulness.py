@@ -13,14 +13,24 @@ from torch import Tensor, nn
 
 from tests.planted import Patches, patches, trained, untrained
 from tests.subjects import subject_of
-from wsi_gradcam.audit.measures.controls import CONTROLS, control_maps
-from wsi_gradcam.audit.measures.faithfulness import ROAD_FRACTIONS, STEPS, Curves, removal_curves, slide_removal
-from wsi_gradcam.audit.measures.removal import blurred, mean_colour, removal_ranks, replace_by, replace_by_neighbours
-from wsi_gradcam.audit.measures.subject import Aim, Subject
+from wsi_gradcam.audit.measures.faithfulness import Curves, mean_height, slide_removal
+from wsi_gradcam.audit.measures.removal import (
+    STEPS,
+    blurred,
+    mean_colour,
+    removal_curves,
+    removal_ranks,
+    replace_by,
+    replace_by_neighbours,
+)
+from wsi_gradcam.audit.measures.subject import Aim, Subject, control_maps
+from wsi_gradcam.audit.vocabulary import CONTROLS, PROBABILITY
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)
 PREDICTED = Target("predicted")
+MADE = tuple(name for name in CONTROLS if name != PROBABILITY)
+FRACTIONS = [i / STEPS for i in range(STEPS + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def test_curves_are_those_of_a_plain_loop(subject: Subject, target: Any) -> None
     aim = subject.aim(images, target)
     maps = subject.maps(images, aim)
     others = blurred(images)
-    fractions = torch.tensor([0.0, 0.1, 0.35, 1.0])
+    fractions = [0.0, 0.1, 0.35, 1.0]
     found = removal_curves(subject, images, aim, {"map": maps}, replace_by(images, others), fractions, seed=3)["map"]
     ranks = removal_ranks(maps, (32, 32), 3)
     with torch.no_grad():
@@ -64,9 +74,8 @@ def test_curves_are_those_of_a_plain_loop(subject: Subject, target: Any) -> None
                     np.testing.assert_allclose(found.deletion_probability[i, j], shares[0], atol=1e-5)
                     np.testing.assert_allclose(found.insertion_probability[i, j], shares[1], atol=1e-5)
     assert (found.deletion_probability is None) == (target not in (TUMOUR, PREDICTED))
-    np.testing.assert_allclose(
-        found.deletion_area, np.trapezoid(found.deletion, [0, 102 / 1024, 358 / 1024, 1]), atol=1e-5
-    )
+    at = [0, 102 / 1024, 358 / 1024, 1]
+    np.testing.assert_allclose(mean_height(found.deletion, at), np.trapezoid(found.deletion, at), atol=1e-5)
 
 
 class Preset:
@@ -96,11 +105,12 @@ def test_areas_are_those_of_torchcam() -> None:
     metric.update(images, class_idx=1)
     expected = metric.summary()
     aim, replace = subject.aim(images, TUMOUR), replace_by(images, torch.zeros(1, 3, 1, 1))
-    found = removal_curves(subject, images, aim, {"map": maps}, replace, torch.linspace(0, 1, 33))["map"]
+    fractions = [i / 32 for i in range(33)]
+    found = removal_curves(subject, images, aim, {"map": maps}, replace, fractions)["map"]
     assert found.deletion_probability is not None
     assert found.insertion_probability is not None
     for name, curve in (("deletion_auc", found.deletion_probability), ("insertion_auc", found.insertion_probability)):
-        np.testing.assert_allclose(torch.trapezoid(curve, found.fractions, dim=1).mean(), expected[name], atol=1e-6)
+        np.testing.assert_allclose(mean_height(curve, fractions).mean(), expected[name], atol=1e-6)
 
 
 class Counting(nn.Module):
@@ -124,7 +134,7 @@ def test_no_picture_is_asked_about_twice() -> None:
     maps = control_maps(images, (8, 8), range(7))
     module.images = 0
     removal_curves(subject, images, aim, maps, replace_by(images, blurred(images)))
-    assert module.images == 7 * (len(CONTROLS) * 2 * (STEPS - 1) + 1)
+    assert module.images == 7 * (len(MADE) * 2 * (STEPS - 1) + 1)
 
 
 def test_a_batch_changes_nothing_and_a_broken_map_is_told(subject: Subject) -> None:
@@ -135,8 +145,8 @@ def test_a_batch_changes_nothing_and_a_broken_map_is_told(subject: Subject) -> N
     maps[2, 0, 0] = torch.nan
     found = curves_of(subject, sample, gradcam=maps)["gradcam"]
     alone = curves_of(subject, Patches(sample.rgb[3:], sample.label[3:], sample.disc[3:], sample.marker[3:]))["gradcam"]
-    torch.testing.assert_close(found.score[3:], alone.score, rtol=0, atol=1e-4)
-    assert torch.isfinite(found.score).tolist() == [True, True, False, True, True, True]
+    np.testing.assert_allclose(found.score(FRACTIONS)[3:], alone.score(FRACTIONS), rtol=0, atol=1e-4)
+    assert np.isfinite(found.score(FRACTIONS)).tolist() == [True, True, False, True, True, True]
 
 
 def test_a_map_scores_above_every_control_and_its_opposite_below(subject: Subject) -> None:
@@ -145,10 +155,11 @@ def test_a_map_scores_above_every_control_and_its_opposite_below(subject: Subjec
     aim = subject.aim(images, TUMOUR)
     maps = subject.maps(images, aim)
     found = curves_of(subject, sample, right=maps, wrong=-maps, **control_maps(images, (8, 8), range(24)))
-    for name in CONTROLS:
-        assert float((found["right"].score - found[name].score).mean()) > 0.1
-        assert float((found["wrong"].score - found[name].score).mean()) < -0.1
-    torch.testing.assert_close(found["right"].score, -found["wrong"].score, rtol=0.2, atol=0.2)
+    scores = {name: curves.score(FRACTIONS) for name, curves in found.items()}
+    for name in MADE:
+        assert float((scores["right"] - scores[name]).mean()) > 0.1
+        assert float((scores["wrong"] - scores[name]).mean()) < -0.1
+    np.testing.assert_allclose(scores["right"], -scores["wrong"], rtol=0.2, atol=0.2)
 
 
 def test_road_tells_them_apart_too(subject: Subject) -> None:
@@ -157,17 +168,16 @@ def test_road_tells_them_apart_too(subject: Subject) -> None:
     aim = subject.aim(images, TUMOUR)
     maps = {"right": subject.maps(images, aim)} | control_maps(images, (8, 8), range(8))
     replace = replace_by_neighbours(images, 0.01 / 0.5)
-    found = removal_curves(subject, images, aim, maps, replace, torch.tensor(ROAD_FRACTIONS))
-    assert found["right"].fractions.shape == (9,)
-    tumour = torch.from_numpy(sample.label == 1)
-    assert all(float((found["right"].road - found[name].road)[tumour].mean()) > 0.1 for name in CONTROLS)
+    found = removal_curves(subject, images, aim, maps, replace, [i / 10 for i in range(1, 10)])
+    assert found["right"].deletion.shape == (8, 9)
+    tumour = sample.label == 1
+    assert all(float((found["right"].road - found[name].road)[tumour].mean()) > 0.1 for name in MADE)
 
 
 def test_road_is_half_of_least_less_most_relevant_first() -> None:
-    deletion, insertion = torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 4.0]])
-    curves = Curves(torch.tensor([0.25, 0.5, 0.75]), deletion, insertion, None, None)
-    assert float(curves.road) == pytest.approx((7 - 4) / 3 / 2)
-    assert float(curves.deletion_area) == pytest.approx((2 + 0.5) / 2)
+    curves = Curves(np.array([[3.0, 1.0, 0.0]]), np.array([[1.0, 2.0, 4.0]]))
+    assert float(curves.road[0]) == pytest.approx((7 - 4) / 3 / 2)
+    assert float(mean_height(curves.deletion, [0.25, 0.5, 0.75])[0]) == pytest.approx((2 + 0.5) / 2)
 
 
 def top_mean(scores: Any, count: int) -> float:

@@ -9,46 +9,45 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wsi_gradcam.audit.annotated import SIDE_PX, annotated_slide
 from wsi_gradcam.audit.estimates import Estimate
-from wsi_gradcam.audit.findings import Findings, Keys, Measure
-from wsi_gradcam.audit.folder import read_numbers, write_numbers
-from wsi_gradcam.audit.gathered import Gathered
-from wsi_gradcam.audit.judged import UNSURE, Judged, corrected, interval_p
-from wsi_gradcam.audit.judging_faithfulness import score_of
-from wsi_gradcam.audit.judging_maps import steady
-from wsi_gradcam.audit.judging_model import strata
-from wsi_gradcam.audit.measured import CURVE_FRACTIONS, MAIN, ROAD
+from wsi_gradcam.audit.findings import UNSURE, Conclusion, Findings, Verdict, corrected, interval_p
+from wsi_gradcam.audit.folder import read_arrays, write_arrays
+from wsi_gradcam.audit.measurements import Measurements, arrays_of, joined, record_from
+from wsi_gradcam.audit.measures.faithfulness import Curves
+from wsi_gradcam.audit.metrics import GroupedNumber, strata
+from wsi_gradcam.audit.patch_data import SIDE_PX, annotated_slide
+from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, MAIN, ROAD, Faithfulness, score
+from wsi_gradcam.audit.questions.sanity import Sanity, Stages
+from wsi_gradcam.audit.questions.shortcuts import Shortcuts
+from wsi_gradcam.audit.questions.stability import AnswerChange, Stability, steady
 from wsi_gradcam.audit.schema import EstimateRow, metrics_schema
-from wsi_gradcam.audit.verdict import Verdict
+from wsi_gradcam.audit.vocabulary import Keys, Measure, fill
 from wsi_gradcam.errors import AnnotationError, StoreError
 from wsi_gradcam.io.paths import storage_path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def judged(outcome: Any, p: float, found: bool = True) -> Judged:
-    return Judged("sanity", "gradcam", Verdict("?", outcome, "Words."), p, found)
+def conclusion(outcome: Any, p: float, is_finding: bool = True) -> Conclusion:
+    return Conclusion("sanity", "gradcam", Verdict("?", outcome, "Words."), p, is_finding)
 
 
-def gathered(**numbers: Any) -> Gathered:
-    count = len(next(iter(numbers.values())))
-    named = {name.replace("__", "/"): np.asarray(values) for name, values in numbers.items()}
+def measurements(count: int) -> Measurements:
     slides = np.array([f"s{i // 4}" for i in range(count)])
-    return Gathered({"base/weight": np.ones(count), **named}, slides, {}, 0)
+    return Measurements({"base/weight": np.ones(count)}, slides, {}, 0)
 
 
 def test_a_finding_must_stand_when_corrected() -> None:
-    rows = corrected([judged("fails", 0.02), *[judged("unclear", 0.5)] * 9])
+    rows = corrected([conclusion("fails", 0.02), *[conclusion("unclear", 0.5)] * 9])
     assert rows[0].outcome == "unclear"
     assert rows[0].words.endswith(UNSURE)
     assert rows[0].p_adjusted == pytest.approx(0.2)
-    assert corrected([judged("fails", 0.02)])[0].outcome == "fails"
-    assert corrected([judged("holds", 0.001), *[judged("unclear", 0.5)] * 9])[0].outcome == "holds"
+    assert corrected([conclusion("fails", 0.02)])[0].outcome == "fails"
+    assert corrected([conclusion("holds", 0.001), *[conclusion("unclear", 0.5)] * 9])[0].outcome == "holds"
 
 
 def test_what_rests_on_finding_nothing_stays() -> None:
-    rows = corrected([judged("holds", 0.7, found=False), judged("fails", float("nan"))])
+    rows = corrected([conclusion("holds", 0.7, is_finding=False), conclusion("fails", float("nan"))])
     assert [row.outcome for row in rows] == ["holds", "fails"]
     assert rows[1].p is None
     assert rows[1].p_adjusted is None
@@ -75,24 +74,19 @@ def test_a_steady_map(low: float, high: float, outcome: str) -> None:
 def test_scores_are_half_of_insertion_less_deletion() -> None:
     at = np.array(CURVE_FRACTIONS)
     falling, rising = np.stack([1 - at, 1 - at]), np.stack([at, np.ones(9)])
-    one = gathered(
-        **{f"faithfulness__{MAIN}__m__deletion": falling, f"faithfulness__{MAIN}__m__insertion": rising},
-        **{
-            f"faithfulness__{ROAD}__m__deletion": [[0, 1, 2]] * 2,
-            f"faithfulness__{ROAD}__m__insertion": [[2, 3, 4]] * 2,
-        },
-    )
-    np.testing.assert_allclose(score_of(one, MAIN, "m"), [0.0, 0.25])
-    np.testing.assert_allclose(score_of(one, ROAD, "m"), [1.0, 1.0])
+    np.testing.assert_allclose(score(Curves(falling, rising), MAIN), [0.0, 0.25])
+    road = Curves(np.array([[0, 1, 2]] * 2), np.array([[2, 3, 4]] * 2))
+    np.testing.assert_allclose(score(road, ROAD), [1.0, 1.0])
 
 
 def test_means_leave_out_what_was_not_measured() -> None:
-    one = gathered(a=[1.0, np.nan, 3.0, 4.0], curve=[[1.0, 2.0], [np.nan, 0.0], [3.0, 4.0], [5.0, 6.0]])
-    np.testing.assert_allclose(one.mean(one["curve"]), [3.0, 4.0])
+    one, values = measurements(4), np.array([1.0, np.nan, 3.0, 4.0])
+    curve = np.array([[1.0, 2.0], [np.nan, 0.0], [3.0, 4.0], [5.0, 6.0]])
+    np.testing.assert_allclose(one.mean(curve), [3.0, 4.0])
     rows = Findings("sanity", one)
-    assert rows.estimate(Measure("a", "a", "1"), one["a"], method="m").value == pytest.approx(8 / 3)
+    assert rows.estimate(Measure("a", "a", "1"), values, method="m").value == pytest.approx(8 / 3)
     assert (rows.estimates[0].patches, rows.estimates[0].missing) == (3, 1)
-    rows.curve(Measure("c", "c"), ("x", "y"), [0, 1], one["curve"], interval=True, method="m")
+    rows.curve(Measure("c", "c"), ("x", "y"), [0, 1], curve, interval=True, method="m")
     low, high = rows.curves[0].low, rows.curves[0].high
     assert low is not None
     assert high is not None
@@ -101,9 +95,10 @@ def test_means_leave_out_what_was_not_measured() -> None:
 
 
 def test_strata_are_compared() -> None:
-    one = gathered(a=np.repeat([0.0, 10.0], 12) + np.tile([0.0, 1.0, 2.0], 8))
+    values = np.repeat([0.0, 10.0], 12) + np.tile([0.0, 1.0, 2.0], 8)
     groups = {"site": {f"s{i}": "north" if i < 3 else "south" for i in range(6)}, "scanner": {"s0": "x"}}
-    (row,) = strata(one, [("faithfulness", Measure("a", "A"), Keys(method="m"), one["a"])], groups)
+    number = GroupedNumber("faithfulness", Measure("a", "A"), Keys(method="m"), values)
+    (row,) = strata(measurements(24), [number], groups)
     assert (row.by, row.question, row.measure, row.method) == ("site", "faithfulness", "a", "m")
     assert (row.of, row.what) == ("m", "A")
     assert row.groups == {"north": 1.0, "south": 11.0}
@@ -111,33 +106,88 @@ def test_strata_are_compared() -> None:
     assert row.p < 0.1
 
 
+def test_records_are_arrays_by_name_and_back() -> None:
+    a, b = np.arange(4.0), np.ones((4, 9))
+    curves = Faithfulness(curves={"mean": {"gradcam": Curves(b, b + 1), "random": Curves(b, b, b, b)}})
+    assert set(arrays_of(curves)) == {
+        *(f"faithfulness/mean/gradcam/{part}" for part in ("deletion", "insertion")),
+        *(
+            f"faithfulness/mean/random/{part}"
+            for part in ("deletion", "insertion", "deletion_probability", "insertion_probability")
+        ),
+    }
+    moves = Stability(
+        answers={"stain": AnswerChange(logit_change=a, flips=a)},
+        noise_as_strong={"stain": AnswerChange(logit_change=a + 1, flips=a)},
+        map_change={"stain": {"gradcam": a}, "shift": {"gradcam": a}},
+        other_patch={"stain": {"gradcam": a}},
+    )
+    assert set(arrays_of(moves)) == {
+        "stability/stain/logit_change",
+        "stability/stain/flips",
+        "stability/noise as strong as stain/logit_change",
+        "stability/noise as strong as stain/flips",
+        "stability/stain/gradcam/map_change",
+        "stability/shift/gradcam/map_change",
+        "stability/stain/gradcam/other_patch",
+    }
+    stages = Stages(complexity=b, constant=b, hog=b, resembles=b, spearman=b, spearman_absolute=b, ssim=b)
+    random = Sanity(answers=b.astype(np.float32), draws={"m": b}, stages={"m": {"top_down": stages}}, smoothed={"m": a})
+    places = Shortcuts(share={"pen": a, "a b (given)": a}, area={"pen": a}, mass={"pen": {"gradcam": a}})
+    for record in (curves, moves, random, places):
+        arrays = arrays_of(record)
+        found = record_from(type(record), dict(sorted(arrays.items(), reverse=True)))
+        assert found is not None
+        again = arrays_of(found, np.float32)
+        assert again.keys() == arrays.keys()
+        assert all(array.dtype == np.float32 for array in again.values())
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(again[name], array)
+    assert record_from(Sanity, {"sanity/m/draws": b}) is None
+    assert record_from(Stability, {}) is None
+
+
+def test_what_a_batch_did_not_measure_is_nan() -> None:
+    def batch(numbers: list[int], **more: Any) -> dict[str, Any]:
+        return {"base/number": np.array(numbers), "base/weight": np.ones(len(numbers)), **more}
+
+    place = {"shortcuts/pen/share": np.array([1.0, 2.0]), "slide/glass_called": np.array([[0.25]]), "shown/rgb": 0}
+    found = joined([("a", batch([3, 4], **place)), ("b", batch([5]))], seed=1)
+    assert found.slides.tolist() == ["a", "a", "b"]
+    np.testing.assert_array_equal(found.arrays["shortcuts/pen/share"], [1.0, 2.0, np.nan])
+    assert found.slide_arrays["a"]["slide/glass_called"].tolist() == [0.25]
+    assert "shown/rgb" not in found.arrays
+    assert found.of_slide("b").arrays["base/number"].tolist() == [5]
+    assert found.of_slide("b").slide_arrays == {}
+
+
 def test_numbers_are_written_and_read(tmp_path: Path) -> None:
     place = storage_path(tmp_path / "a" / "n.npz")
     numbers = {"b/c": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([1, 2])}
-    write_numbers(place, numbers)
+    write_arrays(place, numbers)
     data = place.read()
-    write_numbers(place, dict(reversed(numbers.items())))
+    write_arrays(place, dict(reversed(numbers.items())))
     assert place.read() == data
-    found = read_numbers(place)
+    found = read_arrays(place)
     assert set(found) == set(numbers)
     np.testing.assert_array_equal(found["b/c"], numbers["b/c"])
     for broken in (data[:50], b"", b"nonsense"):
         place.write(broken)
         with pytest.raises(StoreError, match="damaged"):
-            read_numbers(place)
+            read_arrays(place)
 
 
 def test_rows_say_what_they_are_about_in_keys_and_in_words() -> None:
-    one = Findings("faithfulness", gathered(a=np.arange(8.0), b=np.zeros(8)))
+    one, values = Findings("faithfulness", measurements(8)), np.arange(8.0)
     score = Measure("score", "score, {baseline}", "logits", evidence="score with {baseline}")
-    one.compare(score, one.gathered["a"], one.gathered["b"], method="gradcam", control="edges", baseline="mean")
-    one.compare(score, one.gathered["a"], one.gathered["b"], method="gradcam", other_method="hirescam", baseline="mean")
-    one.estimate(Measure("share", "{order} of {{}}", of="{suspect}"), one.gathered["a"], suspect="{pen}", order="x")
+    one.compare(score, values, 0 * values, method="gradcam", control="edges", baseline="mean")
+    one.compare(score, values, 0 * values, method="gradcam", other_method="hirescam", baseline="mean")
+    one.estimate(Measure("share", "{order} of {{}}", of="{suspect}"), values, suspect="{pen}", order="x")
     first, second = one.comparisons
     assert (first.measure, first.method, first.control, first.other_method) == ("score", "gradcam", "edges", None)
     assert (first.of, first.against, first.what) == ("gradcam", "edges", "score, mean")
     assert (second.other_method, second.control, second.against) == ("hirescam", None, "hirescam")
-    assert score.evidence_of(first) == "score with mean"
+    assert fill(score.evidence, first.model_dump(exclude_none=True)) == "score with mean"
     assert (one.estimates[0].of, one.estimates[0].what) == ("{pen}", "x of {}")
 
 

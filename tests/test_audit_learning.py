@@ -8,17 +8,18 @@ import torch
 
 from tests.planted import patches, trained
 from tests.subjects import subject_of
-from wsi_gradcam.audit.measures.sanity import answer_spread, random_answers
+from wsi_gradcam.audit.measures.sanity import random_answers
+from wsi_gradcam.audit.questions.sanity import answer_spread
 
 
 def test_the_spread_is_the_deviation_of_centred_logits() -> None:
     logits = np.random.default_rng(0).normal(0, 2, (3, 20, 4))
     centred = logits - logits.mean(axis=2, keepdims=True)
     expected = np.sqrt(((centred - centred.mean(axis=1, keepdims=True)) ** 2).mean(axis=1).sum(axis=1))
-    np.testing.assert_allclose(answer_spread(torch.from_numpy(logits)), expected)
-    shifted = torch.from_numpy(logits) + torch.arange(20)[:, None]  # of all classes: no probability changes
+    np.testing.assert_allclose(answer_spread(logits), expected)
+    shifted = logits + np.arange(20)[:, None]  # of all classes: no probability changes
     np.testing.assert_allclose(answer_spread(shifted), expected)
-    single = torch.tensor([[1.0], [3.0]])
+    single = np.array([[1.0], [3.0]])
     assert float(answer_spread(single)) == pytest.approx(1)
 
 

@@ -26,7 +26,7 @@ from wsi_gradcam.audit.measures.locality import (
 )
 from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by
 from wsi_gradcam.audit.measures.subject import Subject, enlarge
-from wsi_gradcam.audit.verdict import promises_kept
+from wsi_gradcam.audit.questions.locality import promises_kept
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

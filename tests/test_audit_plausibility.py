@@ -15,7 +15,8 @@ from sklearn.metrics import roc_auc_score
 from tests.planted import patches, trained
 from tests.subjects import subject_of
 from wsi_gradcam.audit.estimates import compare
-from wsi_gradcam.audit.measures.plausibility import (
+from wsi_gradcam.audit.measures.subject import enlarge
+from wsi_gradcam.audit.questions.plausibility import (
     PLAUSIBILITY,
     auroc,
     chance,
@@ -24,7 +25,6 @@ from wsi_gradcam.audit.measures.plausibility import (
     relevance_mass,
     relevance_rank,
 )
-from wsi_gradcam.audit.measures.subject import enlarge
 from wsi_gradcam.cam.targets import Target
 
 SMALL = hnp.arrays(np.float32, (2, 2, 3), elements=st.integers(-3, 3).map(float))

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from tests.planted import TRAINING, Patches, features, fitted, patches, trained
 from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.measures.faithfulness import removal_curves
 from wsi_gradcam.audit.measures.likeness import spearman, ssim
 from wsi_gradcam.audit.measures.locality import completeness_gap, hiding_changes, infidelity, input_gradient
-from wsi_gradcam.audit.measures.plausibility import auroc, pointing_game, relevance_mass, relevance_rank
-from wsi_gradcam.audit.measures.removal import impute, replace_by, replace_by_neighbours
+from wsi_gradcam.audit.measures.removal import impute, removal_curves, replace_by, replace_by_neighbours
 from wsi_gradcam.audit.measures.sanity import complexity_rise
 from wsi_gradcam.audit.measures.stability import relative_change
 from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
+from wsi_gradcam.audit.questions.plausibility import auroc, pointing_game, relevance_mass, relevance_rank
 from wsi_gradcam.cam.targets import Target
 
 quantus = pytest.importorskip("quantus", reason="Quantus is installed by `make venv`; no extra can ask for it")
@@ -140,7 +139,7 @@ def test_relevance_mass_is_the_same_where_nothing_is_negative_or_is_left_out(see
 def test_deletion_is_pixel_flipping(exact: Subject, seed: int) -> None:
     images, maps = colour_images(exact, seed), noise(4, SIDE, SIDE, seed=seed)
     aim, replace = exact.aim(images, TUMOUR), replace_by(images, torch.zeros(1, 3, 1, 1))
-    found = removal_curves(exact, images, aim, {"map": maps}, replace, torch.linspace(0, 1, 37))["map"]
+    found = removal_curves(exact, images, aim, {"map": maps}, replace, torch.linspace(0, 1, 37).tolist())["map"]
     flipping = asked("PixelFlipping", features_in_step=3 * SIDE * SIDE // 36, perturb_baseline=0.0)
     assert found.deletion_probability is not None
     for softmax, curve in ((False, found.deletion), (True, found.deletion_probability)):
@@ -152,9 +151,9 @@ def test_deletion_and_insertion_are_region_perturbation_from_both_ends(exact: Su
     images, cells = colour_images(exact, seed), noise(4, SIDE // CELL_PX, SIDE // CELL_PX, seed=seed)
     maps = cells.repeat_interleave(CELL_PX, dim=1).repeat_interleave(CELL_PX, dim=2)
     aim, replace = exact.aim(images, TUMOUR), replace_by(images, torch.zeros(1, 3, 1, 1))
-    found = removal_curves(exact, images, aim, {"map": maps}, replace, torch.linspace(0, 1, 37))["map"]
+    found = removal_curves(exact, images, aim, {"map": maps}, replace, torch.linspace(0, 1, 37).tolist())["map"]
     whole = found.deletion[:, :1]
-    for order, curve in (("morf", found.deletion[:, 1:]), ("lerf", found.insertion.flip(1)[:, 1:])):
+    for order, curve in (("morf", found.deletion[:, 1:]), ("lerf", found.insertion[:, ::-1][:, 1:])):
         metric = asked("RegionPerturbation", patch_size=CELL_PX, order=order, perturb_baseline=0.0)
         close(whole - curve, scored(metric, exact.program.module, images, in_colours(maps), softmax=False))
 
@@ -195,9 +194,9 @@ def road(subject: Subject, images: Tensor, maps: Tensor, labels: NDArray[np.int6
 def test_road_of_one_batch_is_the_same(gray: Subject, seed: int) -> None:
     sample = patches(24, seed)
     images, maps = gray_maps(gray, sample)
-    aim, fractions = gray.aim(images, CONTRAST), torch.tensor([0.03, 0.05, 0.06, 0.5])
+    aim, fractions = gray.aim(images, CONTRAST), [0.03, 0.05, 0.06, 0.5]
     found = removal_curves(gray, images, aim, {"map": maps}, replace_by_neighbours(images), fractions)["map"]
-    right = (found.deletion > 0).numpy() == (sample.label == 1)[:, None]
+    right = (found.deletion > 0) == (sample.label == 1)[:, None]
     expected = road(gray, images, maps, sample.label, 24)
     close(right.mean(axis=0), expected)
     assert len(set(expected)) > 1

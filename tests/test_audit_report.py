@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 
 from tests.test_run_report import HOSTILE, Page
-from wsi_gradcam.audit.findings import Keys, Measure
-from wsi_gradcam.audit.judging_faithfulness import CURVES, SCORE, keys_of_map
-from wsi_gradcam.audit.judging_model import AREA, ATTRIBUTION, LEAKY
-from wsi_gradcam.audit.measured import CONTROLS, CURVE_FRACTIONS
-from wsi_gradcam.audit.plan import QUESTIONS
+from wsi_gradcam.audit.metrics import QUADRANTS
+from wsi_gradcam.audit.questions import question_named
+from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS, Way
+from wsi_gradcam.audit.questions.saturation import LIKE_LEAKY
+from wsi_gradcam.audit.questions.shortcuts import AREA, ATTRIBUTION
 from wsi_gradcam.audit.report.figures import curves_figure, intervals_figure
 from wsi_gradcam.audit.report.page import archive_page, difference, p_text, slide_page, square, undecided, value
 from wsi_gradcam.audit.report.pictures import Example, colour_scale, examples_of, overlay, scale_of
-from wsi_gradcam.audit.report.question_figures import attribution_rows
-from wsi_gradcam.audit.report.words import WORDS, named
 from wsi_gradcam.audit.schema import (
     AgainstFacts,
     ComparisonRow,
@@ -33,7 +31,16 @@ from wsi_gradcam.audit.schema import (
     UntestedRow,
     VerdictRow,
 )
-from wsi_gradcam.audit.verdict import QUADRANTS
+from wsi_gradcam.audit.vocabulary import (
+    CONTROLS,
+    QUESTIONS,
+    CurvesFigure,
+    IntervalsFigure,
+    Keys,
+    Measure,
+    map_keys,
+    row_title,
+)
 
 WORTH = Measure("worth", "worth of the promise")
 
@@ -78,8 +85,8 @@ def comparison_row(of: str, against: str) -> ComparisonRow:
     )
 
 
-def curve_row(of: str, way: str) -> CurveRow:
-    keys: Any = {"baseline": "mean", **keys_of_map(of)}
+def curve_row(of: str, way: Way) -> CurveRow:
+    keys: Any = {"baseline": "mean", **map_keys(of)}
     y = np.linspace(2.0, 0.0, len(CURVE_FRACTIONS)).tolist()
     return CurveRow(
         question="faithfulness",
@@ -142,11 +149,11 @@ def metrics(**changes: Any) -> Metrics:
         "verdicts": [verdict_row()],
         "quadrants": [],
         "estimates": [
-            estimate_row("faithfulness", SCORE, **(keys_of_map(name) | Keys(baseline="mean")))
+            estimate_row("faithfulness", SCORE, **(map_keys(name) | Keys(baseline="mean")))
             for name in ("gradcam", *CONTROLS)
         ],
         "comparisons": [comparison_row("gradcam", name) for name in CONTROLS],
-        "curves": [curve_row(of, way) for of in ("gradcam", *CONTROLS) for way in ("deletion", "insertion")],
+        "curves": [curve_row(of, way) for of in ("gradcam", *CONTROLS) for way in WAYS],
         "strata": [],
         "not_tested": [],
         "not_audited": [],
@@ -171,7 +178,7 @@ def read(data: bytes) -> tuple[Page, str]:
 def test_a_page_is_well_formed_and_says_all() -> None:
     page, text = read(archive_page(metrics(), ["a.svs", "more/b.svs"], [example()], 1.0))
     for question in QUESTIONS:
-        assert WORDS[question].title in page.text
+        assert question_named(question).words.title in page.text
     assert "holds" in page.text
     assert "against noise (control): +0.5 logits (0.4 to 0.6), larger in 90 % of the patches" in page.text
     assert "p = 0.03, corrected for all verdicts" in page.text
@@ -201,7 +208,9 @@ def test_the_map_with_a_leaky_backward_stands_beside() -> None:
     assert "leaks through inactive units" in page.text
     for found, said in ((0.4, "is another: units that are off hold back evidence"), (0.99, "is nearly the same")):
         page, _ = read(
-            archive_page(metrics(estimates=[estimate_row("saturation", LEAKY, found, method="gradcam")]), [], [], 1.0)
+            archive_page(
+                metrics(estimates=[estimate_row("saturation", LIKE_LEAKY, found, method="gradcam")]), [], [], 1.0
+            )
         )
         assert said in page.text
 
@@ -211,10 +220,9 @@ def test_the_area_of_suspects_stands_beside_the_attribution() -> None:
         estimate_row("shortcuts", AREA, suspect="pen"),
         estimate_row("shortcuts", ATTRIBUTION, suspect="pen", method="gradcam"),
     ]
-    assert [name for name, _ in attribution_rows(metrics(estimates=rows))] == [
-        "ink: its area (control)",
-        "ink: Grad-CAM",
-    ]
+    (figure,) = question_named("shortcuts").figures(metrics(estimates=rows))
+    assert isinstance(figure, IntervalsFigure)
+    assert [name for name, _ in figure.rows] == ["ink: its area (control)", "ink: Grad-CAM"]
 
 
 def test_everything_is_escaped() -> None:
@@ -258,13 +266,36 @@ def test_each_plot_shows_its_controls() -> None:
 
 
 def test_a_figure_is_the_same_each_time_and_takes_what_is_unknown() -> None:
-    rows = [curve_row("gradcam", "deletion"), curve_row("random", "deletion")]
-    assert curves_figure([("a", rows)], "said") == curves_figure([("a", rows)], "said")
+    rows = [(name, curve_row(name, "deletion")) for name in ("gradcam", "random")]
+    figure = CurvesFigure([("a", rows)], "description")
+    assert curves_figure(figure) == curves_figure(figure)
     empty = CurveRow(question="q", measure="m", of="m", what="w", x_name="x", y_name="y", x=[0, 1], y=[None, None])
-    assert "<path" in curves_figure([("a", [empty]), ("b", [])], "empty").content
-    assert (
-        "<path" in intervals_figure([("x", estimate_row("q", WORTH, None, method="x"))], 0.5, "axis", "nothing").content
+    assert "<path" in curves_figure(CurvesFigure([("a", [("m", empty)]), ("b", [])], "empty")).content
+    nothing = [("x", estimate_row("q", WORTH, None, method="x"))]
+    assert "<path" in intervals_figure(IntervalsFigure(nothing, "axis", "nothing", reference=0.5)).content
+
+
+def test_figures_do_not_depend_on_the_words_of_rows() -> None:
+    """All are found by their keys: rewording changes nothing."""
+    whole = metrics()
+    reworded = metrics(
+        **{
+            name: [row.model_copy(update={"of": "x", "what": "y"}) for row in getattr(whole, name)]
+            for name in ("estimates", "comparisons", "curves")
+        }
     )
+
+    def shapes(found: Metrics) -> list[tuple[str, list[str]]]:
+        return [
+            (figure.description, [name for _, curves in figure.panels for name, _ in curves])
+            if isinstance(figure, CurvesFigure)
+            else (figure.description, [name for name, _ in figure.rows])
+            for name in QUESTIONS
+            for figure in question_named(name).figures(found)
+        ]
+
+    assert len(shapes(whole)) == 2
+    assert shapes(reworded) == shapes(whole)
 
 
 @pytest.mark.parametrize(("faithful", "plausible"), list(QUADRANTS))
@@ -311,7 +342,10 @@ def test_a_comparison_with_another_audit() -> None:
 def test_examples_are_of_readable_patches() -> None:
     numbers: dict[str, Any] = {
         "base/number": np.arange(3),
+        "base/weight": np.ones(3),
         "base/readable": np.array([1, 0, 1]),
+        "base/deep": np.ones(3),
+        "base/logits": np.zeros((3, 2)),
         "base/logit": np.array([1.0, 9.0, 2.0]),
         "base/probability": np.array([0.6, 0.9, 0.7]),
         "base/class": np.array([0, 0, 1]),
@@ -343,5 +377,9 @@ def test_maps_share_a_scale() -> None:
 
 
 def test_names_and_p() -> None:
-    assert (named("gradcam, jpeg"), named("random"), named("pen")) == ("Grad-CAM, JPEG", "noise (control)", "pen")
+    both = estimate_row("shortcuts", ATTRIBUTION, suspect="pen", method="gradcam")
+    verdict = verdict_row().model_copy(update={"question": "stability", "change": "jpeg"})
+    control = estimate_row("faithfulness", SCORE, control="random", baseline="mean")
+    names = [row_title(row) for row in (both, verdict, control, estimate_row("shortcuts", AREA, suspect="pen"))]
+    assert names == ["pen, Grad-CAM", "Grad-CAM, JPEG", "noise (control)", "pen"]
     assert (p_text(0.0341), p_text(1e-5)) == ("p = 0.034", "p < 0.001")

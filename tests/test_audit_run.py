@@ -19,10 +19,11 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain
 from wsi_gradcam.audit import stages
-from wsi_gradcam.audit.folder import read_numbers, write_numbers
-from wsi_gradcam.audit.measures.spread import spread
-from wsi_gradcam.audit.plan import PIECE, QUESTIONS
+from wsi_gradcam.audit.disagreement import spread
+from wsi_gradcam.audit.folder import read_arrays, write_arrays
+from wsi_gradcam.audit.plan import BATCH_SIZE
 from wsi_gradcam.audit.schema import Metrics
+from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.geometry import Region
@@ -128,7 +129,7 @@ def test_the_maps_are_those_of_the_run(audited: Path) -> None:
 
 def test_weights_stand_for_all_patches(audited: Path) -> None:
     sample = metrics_in(audited)["sample"]
-    weights = [read_numbers(storage_path(path))["base/weight"].sum() for path in (audited / "audit").rglob("*.npz")]
+    weights = [read_arrays(storage_path(path))["base/weight"].sum() for path in (audited / "audit").rglob("*.npz")]
     np.testing.assert_allclose(sum(weights), sample["patches_of_run"])
 
 
@@ -146,12 +147,12 @@ def test_a_killed_audit_goes_on(run: Path, copy: Path, tmp_path: Path, monkeypat
         "import os, signal\n"
         "from wsi_gradcam.audit import stages\n"
         "from wsi_gradcam import audit_run\n"
-        "write, done = stages.write_numbers, []\n"
+        "write, done = stages.write_arrays, []\n"
         "def dying(place, numbers):\n"
         "    if len(done) == 2:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    done.append(write(place, numbers))\n"
-        "stages.write_numbers = dying\n"
+        "stages.write_arrays = dying\n"
         f"audit_run({str(copy)!r}, **{ask!r})\n"
     )
     killed = subprocess.run(
@@ -160,13 +161,13 @@ def test_a_killed_audit_goes_on(run: Path, copy: Path, tmp_path: Path, monkeypat
     assert killed.returncode == -9
     assert len(pieces_in(copy)) == 2
     written: list[str] = []
-    write = write_numbers
+    write = write_arrays
 
     def counted(place: Any, numbers: Any) -> None:
         written.append(str(place))
         write(place, numbers)
 
-    monkeypatch.setattr(stages, "write_numbers", counted)
+    monkeypatch.setattr(stages, "write_arrays", counted)
     audit_run(copy, **ask)
     assert len(written) == len(pieces_in(whole)) - 2 > 0
     assert pieces_in(copy) == pieces_in(whole)
@@ -195,7 +196,7 @@ def test_only_some_questions(copy: Path) -> None:
         "plausibility",
     }
     names = {
-        name.partition("/")[0] for path in (copy / "audit").rglob("*.npz") for name in read_numbers(storage_path(path))
+        name.partition("/")[0] for path in (copy / "audit").rglob("*.npz") for name in read_arrays(storage_path(path))
     }
     assert names == {"base", "map", "leaky", "shown", "shortcuts", "saturation", "slide"}
 
@@ -278,8 +279,8 @@ def test_pages_need_nothing_else(audited: Path) -> None:
 
 
 def test_pieces_are_of_one_size(audited: Path) -> None:
-    counts = [len(read_numbers(storage_path(path))["base/number"]) for path in (audited / "audit").rglob("*.npz")]
-    assert max(counts) == PIECE
+    counts = [len(read_arrays(storage_path(path))["base/number"]) for path in (audited / "audit").rglob("*.npz")]
+    assert max(counts) == BATCH_SIZE
     assert min(counts) >= 1
 
 

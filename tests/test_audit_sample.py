@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsi_gradcam.audit.archive import Candidate, draw_sample
 from wsi_gradcam.audit.patch_data import probability_maps
-from wsi_gradcam.audit.plan import FEWEST_DEEP, PIECE, AuditSettings, SlideSample, deep_patches, patch_seeds
-from wsi_gradcam.audit.sample import Candidate, draw
+from wsi_gradcam.audit.plan import BATCH_SIZE, FEWEST_DEEP, AuditSettings, SlideSample, deep_patches, patch_seeds
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.inputs.find import SlideEntry
 
@@ -53,20 +53,20 @@ def candidate(name: str, patches: int, seed: int = 0, unreadable: int = 0, site:
 )
 def test_weights_sum_to_what_they_stand_for(sizes: list[int], patches: int, seed: int) -> None:
     candidates = [candidate(f"{i}.svs", size, i) for i, size in enumerate(sizes)]
-    samples = draw(candidates, AuditSettings(patches, seed))
-    assert samples == draw(candidates[::-1], AuditSettings(patches, seed))
+    samples = draw_sample(candidates, AuditSettings(patches, seed))
+    assert samples == draw_sample(candidates[::-1], AuditSettings(patches, seed))
     for name, sample in samples.items():
         size = sizes[int(name.removesuffix(".svs"))]
         assert len(set(sample.patches)) == len(sample.patches) <= size
         assert sum(sample.weights) >= size - 1e-6
-        assert 0 <= sample.deep <= sample.pieces
+        assert 0 <= sample.deep <= sample.batches
         assert all(yx == (10 * i, 7 * i) for i, yx in zip(sample.patches, sample.yx, strict=True))
         assert SlideSample.from_json(sample.to_json()) == sample
     if len(samples) == len(sizes):  # all slides are in: every patch is stood for once
         assert sum(sum(sample.weights) for sample in samples.values()) == pytest.approx(sum(sizes))
-    deep = sum(min(sample.deep * PIECE, len(sample.patches)) for sample in samples.values())
+    deep = sum(min(sample.deep * BATCH_SIZE, len(sample.patches)) for sample in samples.values())
     wanted = min(deep_patches(patches), sum(len(sample.patches) for sample in samples.values()))
-    assert wanted <= deep < wanted + PIECE
+    assert wanted <= deep < wanted + BATCH_SIZE
 
 
 def test_weighted_shares_are_those_of_the_archive() -> None:
@@ -75,7 +75,7 @@ def test_weighted_shares_are_those_of_the_archive() -> None:
     truth = np.mean([one.slide.table(["logit_tumour"]).column(0).to_numpy() > 0 for one in candidates])
     shares = []
     for seed in range(60):
-        samples = draw(candidates, AuditSettings(80, seed)).values()
+        samples = draw_sample(candidates, AuditSettings(80, seed)).values()
         weights = np.concatenate([sample.weights for sample in samples])
         rare = np.concatenate([[name == "tumour" for name in sample.strata] for sample in samples])
         shares.append(np.average(rare, weights=weights))
@@ -84,26 +84,26 @@ def test_weighted_shares_are_those_of_the_archive() -> None:
 
 def test_many_slides_are_chosen_from_each_site() -> None:
     candidates = [candidate(f"{i:03d}.svs", 50, i, site="small" if i < 3 else "large") for i in range(200)]
-    samples = draw(candidates, AuditSettings(80, 1))
-    assert len(samples) <= 80 // PIECE + 1
+    samples = draw_sample(candidates, AuditSettings(80, 1))
+    assert len(samples) <= 80 // BATCH_SIZE + 1
     assert {name < "003.svs" for name in samples} == {True, False}
-    assert all(len(sample.patches) >= PIECE for sample in samples.values())
+    assert all(len(sample.patches) >= BATCH_SIZE for sample in samples.values())
 
 
 def test_unreadable_patches_are_not_drawn() -> None:
     one = candidate("a.svs", 40, unreadable=30)
-    (sample,) = draw([one], AuditSettings(40)).values()
+    (sample,) = draw_sample([one], AuditSettings(40)).values()
     assert len(sample.patches) == 10
-    assert draw([candidate("a.svs", 5, unreadable=5)], AuditSettings(40)) == {}
+    assert draw_sample([candidate("a.svs", 5, unreadable=5)], AuditSettings(40)) == {}
 
 
 def test_deep_pieces_are_dealt_to_as_many_slides_as_there_are() -> None:
-    samples = draw([candidate(f"{i}.svs", 100, i) for i in range(20)], AuditSettings(200))
-    assert sorted(sample.deep for sample in samples.values()) == [0] * 14 + [1] * (FEWEST_DEEP // PIECE)
+    samples = draw_sample([candidate(f"{i}.svs", 100, i) for i in range(20)], AuditSettings(200))
+    assert sorted(sample.deep for sample in samples.values()) == [0] * 14 + [1] * (FEWEST_DEEP // BATCH_SIZE)
 
 
 def test_a_name_that_no_encoding_knows_is_drawn_from() -> None:
-    assert draw([candidate("\udcff.svs", 9)], AuditSettings(4))
+    assert draw_sample([candidate("\udcff.svs", 9)], AuditSettings(4))
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

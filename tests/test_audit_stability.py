@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.planted import Rgb, patches, trained
 from tests.subjects import subject_of
 from wsi_gradcam.audit.measures.stability import (
-    CHANGES,
+    CHANGE_FUNCTIONS,
     as_strong_noise,
     jpeg,
     moves,
@@ -33,15 +33,15 @@ def subject() -> Subject:
     return subject_of(trained())
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", CHANGE_FUNCTIONS)
 def test_changes_are_drawn_anew_and_the_same_for_the_same_seed(name: str) -> None:
     patch = patches(2, 0).rgb[1]
     random = np.random.default_rng(1)
-    first, second = CHANGES[name](patch, random), CHANGES[name](patch, random)
+    first, second = CHANGE_FUNCTIONS[name](patch, random), CHANGE_FUNCTIONS[name](patch, random)
     assert first.shape == patch.shape
     assert first.dtype == np.uint8
     assert not np.array_equal(first, second)
-    assert np.array_equal(CHANGES[name](patch, np.random.default_rng(1)), first)
+    assert np.array_equal(CHANGE_FUNCTIONS[name](patch, np.random.default_rng(1)), first)
 
 
 def test_noise_is_as_strong_as_told() -> None:

@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 
 from wsi_gradcam.audit.estimates import Comparison, Estimate, compare
-from wsi_gradcam.audit.verdict import (
-    ENOUGH,
-    Verdict,
-    depends_on_weights,
-    faithful,
-    free_of,
-    has_learned,
-    not_saturated,
-    plausible,
-    promises_kept,
-    quadrant,
-    quiet_on_glass,
-    robust_to,
-)
+from wsi_gradcam.audit.findings import ENOUGH, Outcome, Verdict
+from wsi_gradcam.audit.metrics import quadrant
+from wsi_gradcam.audit.questions.faithfulness import faithful
+from wsi_gradcam.audit.questions.locality import promises_kept
+from wsi_gradcam.audit.questions.plausibility import plausible
+from wsi_gradcam.audit.questions.sanity import depends_on_weights, has_learned
+from wsi_gradcam.audit.questions.saturation import not_saturated
+from wsi_gradcam.audit.questions.shortcuts import free_of, quiet_on_glass
+from wsi_gradcam.audit.questions.stability import robust_to
 
 
 def interval(low: float, high: float, patches: int = 100) -> Estimate:
@@ -87,7 +82,7 @@ def test_few_patches_prove_nothing_and_a_better_control_proves_failure() -> None
 
 
 def test_the_quadrants_differ_and_what_is_unclear_has_none() -> None:
-    known = [Verdict("?", outcome, "") for outcome in ("holds", "fails")]
+    known: tuple[Outcome, ...] = ("holds", "fails")
     words = {quadrant(a, b) for a in known for b in known}
     assert len(words) == 4
-    assert quadrant(Verdict("?", "unclear", ""), known[0]) not in words
+    assert quadrant("unclear", "holds") not in words

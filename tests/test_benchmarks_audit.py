@@ -9,7 +9,7 @@ import sys
 
 from benchmarks.audit import ANSWERS
 from tests.runs import ROOT
-from wsi_gradcam.audit.measures.faithfulness import STEPS
+from wsi_gradcam.audit.measures.removal import STEPS
 
 
 def test_the_ratio_is_of_the_times_that_are_reported() -> None:

@@ -8,28 +8,32 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.findings import Keys, Measure, comparison_row
+from wsi_gradcam.audit.findings import comparison_row
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
-from wsi_gradcam.audit.gathered import Gathered, gather
-from wsi_gradcam.audit.judging_faithfulness import (
-    PLAUSIBLE,
-    SCORE,
-    SCORE_PROBABILITY,
-    probability_score_of,
-    score_of,
-)
-from wsi_gradcam.audit.judging_maps import CHANGED_ANSWERS, STAYING_MAPS
-from wsi_gradcam.audit.judging_model import LEAKY, SATURATED, WORTH
-from wsi_gradcam.audit.measured import CHANGES, MAIN
+from wsi_gradcam.audit.measurements import Measurements, read_measurements
 from wsi_gradcam.audit.plan import SlideSample
+from wsi_gradcam.audit.questions.faithfulness import (
+    CURVE_FRACTIONS,
+    MAIN,
+    PROBABILITY_SCORE,
+    SCORE,
+    Faithfulness,
+    score,
+)
+from wsi_gradcam.audit.questions.locality import WORTH, Locality
+from wsi_gradcam.audit.questions.plausibility import AUROC, IOU, Plausibility
+from wsi_gradcam.audit.questions.sanity import STAYING_MAPS, Sanity, share_staying
+from wsi_gradcam.audit.questions.saturation import LIKE_LEAKY, SATURATED, Saturation
+from wsi_gradcam.audit.questions.stability import CHANGED_ANSWERS, CHANGES, Stability
 from wsi_gradcam.audit.schema import AgainstFacts
+from wsi_gradcam.audit.vocabulary import Keys, Measure
 from wsi_gradcam.errors import ConfigError, ResultError, StoreError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.sample import Candidate
+    from wsi_gradcam.audit.archive import Candidate
 
     Floats = NDArray[np.float64]
 
@@ -37,7 +41,7 @@ FAR_PX = 1.0  # level-0 px by which patches may differ in size and still be the 
 
 
 @dataclass(frozen=True, eq=False)
-class Other:
+class OtherAudit:
     """An audit that stands in its folder.
 
     Attributes:
@@ -55,12 +59,12 @@ class Other:
     samples: Mapping[str, SlideSample]
     footprints: Mapping[str, tuple[float, float]]
 
-    def gathered(self, seed: int) -> Gathered:
-        """Its numbers."""
-        return gather(self.folder, self.digest, self.samples, seed, self.samples)
+    def measurements(self, seed: int) -> Measurements:
+        """Return its measurements."""
+        return read_measurements(self.folder, self.digest, self.samples, seed, self.samples)
 
 
-def open_audit(out: StoragePathLike) -> Other:
+def open_audit(out: StoragePathLike) -> OtherAudit:
     """The finished audit in OUT/audit of a run.
 
     Raises:
@@ -82,10 +86,10 @@ def open_audit(out: StoragePathLike) -> Other:
         raise StoreError(f"{folder.place}: damaged, or of another version; audit again with --overwrite") from error
     samples = {name: sample for name, sample in samples.items() if name not in left_out}
     footprints = {name: result[name].plan.footprint for name in samples}
-    return Other(result.out, folder, digest, str(metrics["run"]["model"]), methods, samples, footprints)
+    return OtherAudit(result.out, folder, digest, str(metrics["run"]["model"]), methods, samples, footprints)
 
 
-def shared_sample(candidates: Sequence[Candidate], other: Other) -> dict[str, SlideSample]:
+def shared_sample(candidates: Sequence[Candidate], other: OtherAudit) -> dict[str, SlideSample]:
     """The other audit's patches that this run has too, with their weights.
 
     Raises:
@@ -106,24 +110,25 @@ def shared_sample(candidates: Sequence[Candidate], other: Other) -> dict[str, Sl
     return dict(sorted(found.items()))
 
 
-def compared(here: Gathered, yx: Mapping[str, SlideSample], methods: Sequence[str], other: Other) -> AgainstFacts:
-    """What the two audits differ in, patch by patch."""
-    there = other.gathered(here.seed)
-    rows_here, rows_there = _pairs(_places(yx, here), _places(other.samples, there))
+def compare_audits(
+    here: Measurements, samples: Mapping[str, SlideSample], methods: Sequence[str], other: OtherAudit
+) -> AgainstFacts:
+    """Return what the two audits differ in, patch by patch."""
+    there = other.measurements(here.seed)
+    rows_here, rows_there = _pairs(_places(samples, here), _places(other.samples, there))
     if not len(rows_here):
         raise ResultError(f"{other.out}: no patch was audited here and there")
-    mine, theirs = _taken(here, rows_here), _taken(there, rows_there)
-    comparisons = [
-        comparison_row(question, _between(measure), mine.compare(first, second), **keys)
-        for question, measure, keys, first, second in _numbers(mine, theirs, methods, other.methods)
-    ]
+    mine, theirs = here.only(rows_here), there.only(rows_there)
     return AgainstFacts(
         out=other.out,
         model=other.model,
         audit_digest=other.digest,
         patches=len(rows_here),
-        only_there=len(there.slides) - len(rows_there),
-        comparisons=comparisons,
+        only_there=len(there) - len(rows_there),
+        comparisons=[
+            comparison_row(one.question, _between(one.measure), mine.compare(one.values, same.values), **one.keys)
+            for one, same in _numbers(mine, theirs, methods, other.methods)
+        ],
     )
 
 
@@ -147,10 +152,10 @@ def _matched(candidate: Candidate, sample: SlideSample) -> SlideSample:
     )
 
 
-def _places(samples: Mapping[str, SlideSample], gathered: Gathered) -> dict[tuple[str, int, int], int]:
-    """The row of each patch by slide and place."""
+def _places(samples: Mapping[str, SlideSample], data: Measurements) -> dict[tuple[str, int, int], int]:
+    """Return the row of each patch by slide and place."""
     known = {(name, n): yx for name, one in samples.items() for n, yx in zip(one.patches, one.yx, strict=True)}
-    numbers = zip(gathered.slides.tolist(), gathered["base/number"].tolist(), strict=True)
+    numbers = zip(data.slides.tolist(), data.patches.number.tolist(), strict=True)
     return {(slide, *known[slide, int(number)]): row for row, (slide, number) in enumerate(numbers)}
 
 
@@ -161,67 +166,77 @@ def _pairs(
     return np.array([here[key] for key in both], np.int64), np.array([there[key] for key in both], np.int64)
 
 
-def _taken(gathered: Gathered, rows: NDArray[np.int64]) -> Gathered:
-    numbers = {name: values[rows] for name, values in gathered.numbers.items()}
-    return Gathered(numbers, gathered.slides[rows], gathered.of_slides, gathered.seed)
+@dataclass(frozen=True)
+class _Number:
+    """A number [N] of the patches in an audit."""
 
-
-Pair = tuple[str, Measure, Keys, "Floats", "Floats"]
-BY_METHOD = (
-    ("locality", replace(WORTH, what="worth"), "worth"),
-    ("plausibility", PLAUSIBLE["auroc"], "auroc"),
-    ("plausibility", PLAUSIBLE["iou"], "iou"),
-    ("saturation", replace(LEAKY, what="like_leaky"), "like_leaky"),
-)
-CHANGED = replace(CHANGED_ANSWERS, what="changed answers with {change}", of="the answer")
-OF_MODEL = replace(SATURATED, what="saturated probability", of="the model")
+    question: str
+    measure: Measure
+    values: Floats
+    keys: Keys
 
 
 def _between(measure: Measure) -> Measure:
-    """A measure of both audits."""
+    """Return a measure of both audits."""
     there = "{other_method}" if "{map}" in measure.of else measure.of
     return replace(measure, of=f"{measure.of}, here", against=f"{there}, there")
 
 
-def _numbers(mine: Gathered, theirs: Gathered, here: Sequence[str], there: Sequence[str]) -> list[Pair]:
-    """(question, measure, keys, first, second) of all that both have; methods by name, else the first two."""
-    found: list[Pair] = []
-    common = [name for name in here if name in there]
-    for method, against in [(name, name) for name in common] or [(here[0], there[0])]:
-        keys = Keys(method=method, other_method=against)
-        found += _scores(mine, theirs, keys)
-        for question, measure, name in BY_METHOD:
-            names = f"{question}/{method}/{name}", f"{question}/{against}/{name}"
-            if names[0] in mine and names[1] in theirs:
-                found.append((question, measure, keys, mine[names[0]], theirs[names[1]]))
-        names = f"sanity/{method}/draws", f"sanity/{against}/draws"
-        if names[0] in mine and names[1] in theirs:
-            found.append(("sanity", STAYING_MAPS, keys, _share(mine[names[0]]), _share(theirs[names[1]])))
-    of_both = [("stability", CHANGED, Keys(change=change), f"stability/{change}/flips") for change in CHANGES]
-    of_both.append(("saturation", OF_MODEL, Keys(), "saturation/saturated"))
-    for question, measure, keys, name in of_both:
-        if name in mine and name in theirs:
-            found.append((question, measure, keys, mine[name], theirs[name]))
+def _numbers(
+    mine: Measurements, theirs: Measurements, here: Sequence[str], there: Sequence[str]
+) -> list[tuple[_Number, _Number]]:
+    """Return all that both have; methods by name, else the first two."""
+    common = [(name, name) for name in here if name in there] or [(here[0], there[0])]
+    pairs = [(_of_map(mine, method, other), _of_map(theirs, other, other)) for method, other in common]
+    pairs.append((_of_model(mine), _of_model(theirs)))
+    return [(one, same) for first, second in pairs for one in first for same in second if _is_same(one, same)]
+
+
+def _is_same(one: _Number, same: _Number) -> bool:
+    return (one.question, one.measure, one.keys.get("change")) == (
+        same.question,
+        same.measure,
+        same.keys.get("change"),
+    )
+
+
+def _of_map(data: Measurements, method: str, other: str) -> list[_Number]:
+    """Return what is compared of a method's map."""
+    keys = Keys(method=method, other_method=other)
+    found: list[_Number] = []
+    curves = data.of(Faithfulness)
+    if curves is not None and method in curves.main:
+        main = Keys(method=method, other_method=other, baseline=MAIN)
+        found.append(_Number("faithfulness", SCORE, score(curves.main[method]), main))
+        probability = curves.main[method].probability_score(CURVE_FRACTIONS)
+        if probability is not None:
+            found.append(_Number("faithfulness", PROBABILITY_SCORE, probability, main))
+    steps = data.of(Locality)
+    if steps is not None and method in steps.worth:
+        found.append(_Number("locality", replace(WORTH, what="worth"), steps.worth[method], keys))
+    annotated = data.of(Plausibility)
+    if annotated is not None and method in annotated.maps:
+        found.append(_Number("plausibility", AUROC, annotated.maps[method].auroc, keys))
+        found.append(_Number("plausibility", IOU, annotated.maps[method].iou, keys))
+    gradients = data.of(Saturation)
+    if gradients is not None and method in gradients.like_leaky:
+        likeness = gradients.like_leaky[method]
+        found.append(_Number("saturation", replace(LIKE_LEAKY, what="like_leaky"), likeness, keys))
+    random = data.of(Sanity)
+    if random is not None and method in random.draws:
+        found.append(_Number("sanity", STAYING_MAPS, share_staying(random.draws[method]), keys))
     return found
 
 
-def _scores(mine: Gathered, theirs: Gathered, keys: Keys) -> list[Pair]:
-    method, against = keys["method"], keys["other_method"]
-    names = f"faithfulness/{MAIN}/{method}/deletion", f"faithfulness/{MAIN}/{against}/deletion"
-    if names[0] not in mine or names[1] not in theirs:
-        return []
-    keys = Keys(**keys, baseline=MAIN)
-    logits = score_of(mine, MAIN, method), score_of(theirs, MAIN, against)
-    found: list[Pair] = [("faithfulness", SCORE, keys, *logits)]
-    first, second = probability_score_of(mine, method), probability_score_of(theirs, against)
-    if first is not None and second is not None:
-        found.append(("faithfulness", SCORE_PROBABILITY, keys, first, second))
+def _of_model(data: Measurements) -> list[_Number]:
+    """Return what is compared of the model, whatever the method."""
+    found: list[_Number] = []
+    changed = replace(CHANGED_ANSWERS, what="changed answers with {change}", of="the answer")
+    if (stability := data.of(Stability)) is not None:
+        changes = [change for change in CHANGES if change in stability.answers]
+        found += [_Number("stability", changed, stability.answers[one].flips, Keys(change=one)) for one in changes]
+    gradients = data.of(Saturation)
+    if gradients is not None:
+        saturated = replace(SATURATED, what="saturated probability", of="the model")
+        found.append(_Number("saturation", saturated, gradients.saturated, Keys()))
     return found
-
-
-def _share(stays: Floats) -> Floats:
-    """The mean [N] over draws; NaN where no draw tells."""
-    known = np.isfinite(stays)
-    total: Floats = np.where(known, stays, 0).sum(axis=1)
-    mean: Floats = np.divide(total, known.sum(axis=1), out=np.full(len(stays), np.nan), where=known.any(axis=1))
-    return mean

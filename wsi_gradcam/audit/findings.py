@@ -1,83 +1,90 @@
-"""What is found of a question, as rows of metrics.json: estimates, comparisons and curves, each with its keys."""
+"""What is found of a question: rows of estimates, comparisons and curves, and verdicts that stand together.
+
+What is enough comes from controls: a map must beat maps that know nothing, a cause must do more than an equal area
+elsewhere. What cannot be told with the patches at hand is unclear. Many tests find something by chance, so each verdict
+must stand when corrected for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, Keyed
+import numpy as np
+from scipy import stats
+
+from wsi_gradcam.audit.estimates import LEVEL, Comparison, Estimate, holm
+from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, VerdictRow
+from wsi_gradcam.audit.vocabulary import Keys, Measure, fill
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.estimates import Comparison, Estimate
-    from wsi_gradcam.audit.gathered import Gathered
+    from wsi_gradcam.audit.measurements import Measurements
 
-
-class Keys(TypedDict, total=False):
-    """What a row is about, see `wsi_gradcam.audit.schema.Keyed`."""
-
-    method: str
-    control: str
-    other_method: str
-    baseline: str
-    change: str
-    suspect: str
-    label: str
-    order: str
+Outcome = Literal["holds", "fails", "unclear"]
+ALPHA = 0.05
+HALF = 0.5
+# A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
+ENOUGH = 34
+UNSURE = "It does not stand when corrected for the number of verdicts."
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A number that the audit reports.
+class Verdict:
+    """An answer to one question of the audit.
 
     Attributes:
-        name: stable, for programs.
-        what: in words, with the keys that it names in braces; `{map}` is the method or the control.
-        unit: of it.
-        of: what it is of, in words, likewise.
-        against: of a comparison: what it is held against, likewise; `{reference}` is the control or the other method.
-        evidence: what it is called beside a verdict, where that is not `what`.
+        question: as a reader would ask it.
+        outcome: `holds`: the explanation, or the model, passes; `fails`; `unclear`: these patches do not tell.
+        words: why, in a sentence.
+        evidence: the numbers behind it, by name.
     """
 
-    name: str
-    what: str
-    unit: str = ""
-    of: str = "{map}"
-    against: str = "{reference}"
-    evidence: str = ""
-
-    def texts(self, keys: Keys) -> dict[str, str]:
-        """`of` and `what` of a row."""
-        return {"of": _filled(self.of, keys), "what": _filled(self.what, keys)}
-
-    def evidence_of(self, row: Keyed) -> str:
-        """What a row of this measure is called beside a verdict."""
-        return _filled(self.evidence or self.what, row.model_dump(exclude_none=True))
+    question: str
+    outcome: Outcome
+    words: str
+    evidence: Mapping[str, Comparison | Estimate | float] = field(default_factory=dict)
 
 
-def _filled(text: str, keys: Any) -> str:
-    either = {
-        "map": keys.get("method", keys.get("control")),
-        "reference": keys.get("control", keys.get("other_method")),
-    }
-    return text.format(**either, **keys)
+@dataclass(frozen=True)
+class Conclusion:
+    """A verdict with the test behind it.
+
+    Attributes:
+        question: of the audit.
+        of: what it is about.
+        p: of the test behind it; NaN without one.
+        is_finding: whether the outcome rests on the test having found something; else on its having found nothing,
+            which no correction takes back.
+        measures: that it rests on.
+        keys: of the rows that it rests on.
+    """
+
+    question: str
+    of: str
+    verdict: Verdict
+    p: float
+    is_finding: bool
+    measures: tuple[Measure, ...] = ()
+    keys: Keys = field(default_factory=Keys)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The rows of a question."""
+    """The rows and verdicts of a question."""
 
     question: str
-    gathered: Gathered
+    measurements: Measurements
     estimates: list[EstimateRow] = field(default_factory=list)
     comparisons: list[ComparisonRow] = field(default_factory=list)
     curves: list[CurveRow] = field(default_factory=list)
+    conclusions: list[Conclusion] = field(default_factory=list)
 
     def estimate(self, measure: Measure, values: NDArray[Any], **keys: Unpack[Keys]) -> Estimate:
         """Estimate a number of the patches, and add the row; of what was measured on some only, these are all."""
-        found = self.gathered.estimate(values)
+        found = self.measurements.estimate(values)
         self.add(measure, found, **keys)
         return found
 
@@ -102,7 +109,7 @@ class Findings:
 
     def compare(self, measure: Measure, first: NDArray[Any], second: NDArray[Any], **keys: Unpack[Keys]) -> Comparison:
         """Compare two numbers of the patches, and add the row."""
-        found = self.gathered.compare(first, second)
+        found = self.measurements.compare(first, second)
         self.add_comparison(measure, found, **keys)
         return found
 
@@ -120,10 +127,10 @@ class Findings:
         **keys: Unpack[Keys],
     ) -> None:
         """Add the mean of curves [N, Q] of the patches, with its interval where that is wanted."""
-        y = self.gathered.mean(values)
+        y = self.measurements.mean(values)
         low = high = None
         if interval:
-            points = [self.gathered.estimate(values[:, i]) for i in range(values.shape[1])]
+            points = [self.measurements.estimate(values[:, i]) for i in range(values.shape[1])]
             low, high = [point.low for point in points], [point.high for point in points]
         self.add_curve(measure, axes, x, y.tolist(), low, high, **keys)
 
@@ -153,16 +160,28 @@ class Findings:
             )
         )
 
+    def conclude(
+        self,
+        of: str,
+        verdict: Verdict,
+        p: float,
+        *measures: Measure,
+        is_finding: bool = True,
+        **keys: Unpack[Keys],
+    ) -> None:
+        """Add a verdict, see `Conclusion`."""
+        self.conclusions.append(Conclusion(self.question, of, verdict, p, is_finding, measures, keys))
+
 
 def comparison_row(question: str, measure: Measure, found: Comparison, **keys: Unpack[Keys]) -> ComparisonRow:
-    """A comparison as a row of metrics.json."""
+    """Return a comparison as a row of metrics.json."""
     gap = found.difference
     return ComparisonRow(
         question=question,
         measure=measure.name,
         **keys,
         **measure.texts(keys),
-        against=_filled(measure.against, keys),
+        against=fill(measure.against, keys),
         unit=measure.unit,
         difference=gap.value,
         low=gap.low,
@@ -173,3 +192,58 @@ def comparison_row(question: str, measure: Measure, found: Comparison, **keys: U
         patches=gap.patches,
         slides=gap.slides,
     )
+
+
+def corrected(conclusions: Sequence[Conclusion]) -> list[VerdictRow]:
+    """Return the verdicts with p corrected over all of them (Holm 1979); a finding that is none any more is unclear."""
+    tested = [i for i, one in enumerate(conclusions) if not np.isnan(one.p)]
+    adjusted = dict(zip(tested, holm([conclusions[i].p for i in tested]), strict=True))
+    return [_verdict_row(one, adjusted.get(i, float("nan"))) for i, one in enumerate(conclusions)]
+
+
+def _verdict_row(one: Conclusion, adjusted: float) -> VerdictRow:
+    verdict = one.verdict
+    outcome, words = verdict.outcome, verdict.words
+    if one.is_finding and outcome != "unclear" and adjusted >= ALPHA:
+        outcome, words = "unclear", f"{words} {UNSURE}"
+    return VerdictRow(
+        question=one.question,
+        **one.keys,
+        measures=[measure.name for measure in one.measures],
+        of=one.of,
+        asked=verdict.question,
+        outcome=outcome,
+        words=words,
+        p=one.p,
+        p_adjusted=adjusted,
+        evidence=list(verdict.evidence),
+    )
+
+
+def interval_p(found: Estimate, reference: float) -> float:
+    """Return the two-sided p that an estimate is `reference`, from its interval taken as Student's; NaN without value.
+
+    >>> interval_p(Estimate(0.5, 0.0, 1.0, 9, 9, 0, "slide"), 0.5)
+    1.0
+    """
+    if not found.patches or np.isnan(found.value):
+        return float("nan")
+    freedom = max(1, (found.slides if found.unit == "slide" else found.patches) - 1)
+    deviation = (found.high - found.low) / (2 * stats.t.ppf((1 + LEVEL) / 2, freedom))
+    if deviation == 0:
+        return 1.0 if found.value == reference else 0.0
+    return float(2 * stats.t.sf(abs(found.value - reference) / deviation, freedom))
+
+
+def capitalised(text: str) -> str:
+    """Return a text as a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
+def percent(share: float) -> str:
+    """Return a share in text.
+
+    >>> percent(0.257)
+    '26 %'
+    """
+    return f"{100 * share:.0f} %"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PIECES, REPORT = "pieces", "report.html"
 ENDING, DIGITS = ".npz", 12
 
-Numbers = dict[str, "NDArray[Any]"]
+Arrays = dict[str, "NDArray[Any]"]
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,9 @@ class AuditFolder:
         """The page of a slide."""
         return self.place / slide_id / REPORT
 
-    def pieces(self, slide_id: str) -> StoragePath:
-        """Where the numbers of a slide's pieces lie."""
-        return self.place / slide_id / PIECES
-
-    def piece(self, slide_id: str, digest: str, number: int) -> StoragePath:
+    def batch(self, slide_id: str, digest: str, number: int) -> StoragePath:
         """The numbers of a piece."""
-        return self.pieces(slide_id) / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
+        return self.place / slide_id / PIECES / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
 
     def spread(self, slide_id: str) -> StoragePath:
         """OME-Zarr image of where overlapping patches of a slide disagree."""
@@ -67,12 +63,6 @@ class AuditFolder:
     def spread_means(self, slide_id: str) -> StoragePath:
         """What it is in the mean; written when the image is whole."""
         return self.place / slide_id / "spread.json"
-
-    def done(self, slide_id: str, digest: str) -> set[int]:
-        """Pieces of a slide that this audit has measured."""
-        start = f"{digest[:DIGITS]}-"
-        names = (name for name in self.pieces(slide_id).file_names() if name.endswith(ENDING))
-        return {int(n.removeprefix(start).removesuffix(ENDING)) for n in names if n.startswith(start)}
 
     def read_plan(self) -> dict[str, Any] | None:
         """What `write_plan` wrote; None where there is none.
@@ -111,15 +101,15 @@ def _json(place: StoragePath) -> dict[str, Any] | None:
     return values
 
 
-def write_numbers(place: StoragePath, numbers: Mapping[str, NDArray[Any]]) -> None:
+def write_arrays(place: StoragePath, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays by name; the same arrays give the same bytes."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: numbers[name] for name in sorted(numbers)})  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **{name: arrays[name] for name in sorted(arrays)})  # type: ignore[arg-type]
     place.write(buffer.getvalue())
 
 
-def read_numbers(place: StoragePath) -> Numbers:
-    """What `write_numbers` wrote.
+def read_arrays(place: StoragePath) -> Arrays:
+    """What `write_arrays` wrote.
 
     Raises:
         StoreError: it is damaged.

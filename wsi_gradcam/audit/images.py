@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.gathered import gathered_of
-from wsi_gradcam.audit.metrics import About, metrics_of
+from wsi_gradcam.audit.archive import with_depth
+from wsi_gradcam.audit.batch import subject_of
+from wsi_gradcam.audit.measurements import joined
+from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of
 from wsi_gradcam.audit.patch_data import PatchData
-from wsi_gradcam.audit.piece import measure, subject_of
-from wsi_gradcam.audit.plan import PIECE, QUESTIONS, AuditPlan, AuditSettings, SlideSample, patch_seeds
+from wsi_gradcam.audit.plan import BATCH_SIZE, AuditPlan, AuditSettings, SlideSample, patch_seeds
 from wsi_gradcam.audit.report.page import archive_page
 from wsi_gradcam.audit.report.pictures import examples_of, scale_of
-from wsi_gradcam.audit.sample import deepened
+from wsi_gradcam.audit.stages import measure_patches
+from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cam.examine import Request, examine
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import ConfigError
@@ -28,8 +30,8 @@ from wsi_gradcam.run.settings import make_settings
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.folder import Numbers
-    from wsi_gradcam.audit.gathered import Gathered
+    from wsi_gradcam.audit.folder import Arrays
+    from wsi_gradcam.audit.measurements import Measurements
     from wsi_gradcam.audit.schema import Metrics
     from wsi_gradcam.models.spec import ModelSpec
 
@@ -70,7 +72,7 @@ def audit_images(
         glass: RGB of bare glass.
         mpp: micrometres per pixel, where the model does not say it: ink and blur are judged by it.
         layer: the layer to explain.
-        only: the questions to ask, see `wsi_gradcam.audit.plan.QUESTIONS`.
+        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`.
         seed: of all random numbers.
         report: a file for the report, one page of HTML.
 
@@ -81,23 +83,20 @@ def audit_images(
     """
     loaded = model if isinstance(model, Model) else load_model(_named(model), device)
     _check(rgb, loaded, groups, annotated, regions or {}, target)
-    audit = _planned(
-        loaded, method, target, layer, mpp, AuditSettings(len(rgb), seed, _ordered(only)), _names(rgb, groups)
-    )
-    subject = subject_of(audit, loaded)
-    pieces: list[tuple[str, Numbers]] = []
-    for name, sample in audit.samples.items():
-        for number in range(sample.pieces):
-            part = sample.piece(number)
-            data = _data(
-                rgb, sample.patches[part], annotated, regions or {}, glass, patch_seeds(seed, "", sample.patches[part])
-            )
-            pieces.append((name, measure(audit, subject, data, name, number)))
-    shown = pieces[0][1]
-    found = gathered_of(pieces, seed)
-    metrics = metrics_of(found, audit, About(len(audit.samples), len(rgb)))
+    settings = AuditSettings(len(rgb), seed, _ordered(only))
+    plan = _planned(loaded, method, target, layer, mpp, settings, _names(rgb, groups))
+    subject = subject_of(plan, loaded)
+    batches: list[tuple[str, Arrays]] = []
+    for name, sample in plan.samples.items():
+        for number in range(sample.batches):
+            patches = sample.patches[sample.batch(number)]
+            data = _data(rgb, patches, annotated, regions or {}, glass, patch_seeds(seed, "", patches))
+            batches.append((name, measure_patches(plan, subject, data, name, number)))
+    first, arrays = batches[0]
+    found = joined(batches, seed)
+    metrics = metrics_of(found, plan, ArchiveFacts(len(plan.samples), len(rgb)))
     if report is not None:
-        Path(report).write_bytes(_page(metrics, audit, found, shown, pieces[0][0]))
+        Path(report).write_bytes(_page(metrics, plan, found, arrays, first))
     return metrics
 
 
@@ -142,7 +141,7 @@ def _planned(
     target: str,
     layer: str | None,
     mpp: float | None,
-    asked: AuditSettings,
+    audit: AuditSettings,
     names: Sequence[str],
 ) -> AuditPlan:
     settings = make_settings(
@@ -152,15 +151,15 @@ def _planned(
         patch_mpp=mpp,
         engine="eager",
         precision="float32",
-        batch_size=PIECE,
+        batch_size=BATCH_SIZE,
     )
     check_methods(settings.method)
-    facts = examine(model, Request(settings.layer, settings.method, batch_size=PIECE)).facts
+    facts = examine(model, Request(settings.layer, settings.method, batch_size=BATCH_SIZE)).facts
     run = plan_run(LocalPath(Path()), model.spec, facts, settings)
     samples = {}
     for name in sorted(set(names)):
         rows = np.flatnonzero(np.array(names, object) == name)
-        rows = np.random.default_rng(asked.seed).permutation(rows)
+        rows = np.random.default_rng(audit.seed).permutation(rows)
         patches = tuple(rows.tolist())
         samples[name] = SlideSample(
             patches, ((0, 0),) * len(patches), (1.0,) * len(patches), ("given",) * len(patches), 0
@@ -168,9 +167,9 @@ def _planned(
     return AuditPlan(
         run=run,
         run_digest="",
-        settings=asked,
+        settings=audit,
         target=run.targets[0],
-        samples=deepened(samples, asked),
+        samples=with_depth(samples, audit),
         annotation_digests={},
         region_digests={},
     )
@@ -184,13 +183,13 @@ def _data(
     glass: tuple[int, int, int],
     seeds: Sequence[int],
 ) -> PatchData:
-    """A piece, filled up with its last patch."""
-    rows = np.array([*patches, *[patches[-1]] * (PIECE - len(patches))], np.int64)
+    """Return a batch, filled up with its last patch."""
+    rows = np.array([*patches, *[patches[-1]] * (BATCH_SIZE - len(patches))], np.int64)
     return PatchData(
         count=len(patches),
         number=rows,
-        seeds=(*seeds, *[seeds[-1]] * (PIECE - len(patches))),
-        readable=np.ones(PIECE, np.bool_),
+        seeds=(*seeds, *[seeds[-1]] * (BATCH_SIZE - len(patches))),
+        readable=np.ones(BATCH_SIZE, np.bool_),
         raw=rgb[rows],
         rgb=rgb[rows],
         wide=None,
@@ -203,8 +202,8 @@ def _data(
     )
 
 
-def _page(metrics: Metrics, audit: AuditPlan, found: Gathered, shown: Numbers, name: str) -> bytes:
-    method = audit.run.settings.method[0]
-    factor = next(each.factor for each in audit.run.maps if each.method == method)
-    examples = examples_of(shown, name, method, factor, audit.run.facts.classes)
-    return archive_page(metrics, [], examples, scale_of(found[f"map/{method}"]) * factor)
+def _page(metrics: Metrics, plan: AuditPlan, found: Measurements, first: Arrays, name: str) -> bytes:
+    method = plan.run.settings.method[0]
+    factor = next(shown.factor for shown in plan.run.maps if shown.method == method)
+    examples = examples_of(first, name, method, factor, plan.run.facts.classes)
+    return archive_page(metrics, [], examples, scale_of(found.patches.maps[method]) * factor)

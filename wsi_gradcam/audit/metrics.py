@@ -1,4 +1,4 @@
-"""From the numbers of patches to `metrics.json`: estimates, curves, verdicts, and what was not tested."""
+"""From measurements to `metrics.json`: estimates, curves, verdicts, and what was not tested."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit import judging_faithfulness as of_faith
-from wsi_gradcam.audit import judging_maps as of_maps
-from wsi_gradcam.audit import judging_model as of_model
-from wsi_gradcam.audit.estimates import estimate
-from wsi_gradcam.audit.findings import Keys, Measure
-from wsi_gradcam.audit.judged import Judged, corrected
-from wsi_gradcam.audit.measured import EXPENSIVE, GUIDED, MAIN
-from wsi_gradcam.audit.plan import QUESTIONS
-from wsi_gradcam.audit.schema import Metrics, QuadrantRow, RunFacts, SampleFacts, UntestedRow, VerdictRow
-from wsi_gradcam.audit.spreading import has_overlap
-from wsi_gradcam.audit.verdict import Verdict, quadrant
+from wsi_gradcam.audit.disagreement import has_overlap
+from wsi_gradcam.audit.estimates import across
+from wsi_gradcam.audit.findings import Findings, Outcome, corrected
+from wsi_gradcam.audit.questions import Scope, question_named
+from wsi_gradcam.audit.questions.faithfulness import MAIN, SCORE, Faithfulness, faithful_where, score
+from wsi_gradcam.audit.questions.plausibility import AUROC, Plausibility
+from wsi_gradcam.audit.schema import Metrics, QuadrantRow, RunFacts, SampleFacts, StrataRow, UntestedRow, VerdictRow
+from wsi_gradcam.audit.vocabulary import EXPENSIVE, QUESTIONS, Keys, Measure
 from wsi_gradcam.results.run_files import versions
 
 if TYPE_CHECKING:
@@ -27,26 +24,26 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.findings import Findings
-    from wsi_gradcam.audit.gathered import Gathered
+    from wsi_gradcam.audit.measurements import Measurements
     from wsi_gradcam.audit.plan import AuditPlan
 
 PROBABILITY = Measure("probability", "probability of the explained class", of="model")
-# What is said of a question of which no number came.
-WHY_NOT = {
-    "plausibility": "no patch of the sample is partly annotated; give --annotations",
-    "saturation": "the target is no class, and has no probability",
+QUADRANTS = {  # (faithful, plausible)
+    (True, True): "The model looks where a pathologist would, and its answer hangs on that.",
+    (True, False): "The answer hangs on something else than what was annotated: a shortcut, or something new.",
+    (False, True): "The map looks right, but the answer does not hang on it: it flatters the model.",
+    (False, False): "The map shows neither what the model uses nor what was annotated: it says nothing.",
 }
 
 
 @dataclass(frozen=True)
-class About:
-    """What metrics tell besides numbers.
+class ArchiveFacts:
+    """What metrics say besides numbers of patches.
 
     Attributes:
         slides_of_run, patches_of_run: that could be audited.
         not_audited: slides that were not, and why.
-        groups: what is told of slides: "site", "scanner", "label" -> slide id -> its value.
+        groups: of slides: "site", "scanner", "label" -> slide id -> its value.
         spreads: by slide id and target: means of the spread of overlapping patches, and of the map's size.
     """
 
@@ -57,47 +54,77 @@ class About:
     spreads: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
 
 
-def metrics_of(gathered: Gathered, plan: AuditPlan, about: About, slide: str = "") -> Metrics:
-    """The metrics of the archive, or of a `slide` whose patches alone are in `gathered`."""
-    methods = list(plan.run.settings.method)
-    sections: list[tuple[Findings, list[Judged]]] = []
-    untested: list[UntestedRow] = []
-    readable = gathered.only(gathered["base/readable"] == 1)
-    deep = readable.only(readable["base/deep"] == 1)
-    positive = positive_class(plan)
-    for question in plan.settings.only:
-        part = deep if question in ("sanity", "locality") else readable
-        if not len(part.slides):
-            why = "no patch was measured in depth" if len(readable.slides) else "no patch could be read"
-            untested.append(UntestedRow(what=question, why=why))
-            continue
-        if question == "shortcuts":
-            section = of_model.shortcuts(part, methods, plan.run.facts.classes, positive)
-        else:
-            section = SECTIONS[question](part, methods)
-        sections.append(section)
-        if question == "stability":
-            _spread(section[0], about, slide)
-        if not section[0].estimates and not section[0].comparisons:
-            untested.append(UntestedRow(what=question, why=WHY_NOT.get(question, "nothing could be measured")))
-    verdicts = corrected([one for _, judged in sections for one in judged])
+@dataclass(frozen=True)
+class GroupedNumber:
+    """A number [N] of the patches that may differ between sites and scanners."""
+
+    question: str
+    measure: Measure
+    keys: Keys
+    values: NDArray[np.float64]
+
+
+def metrics_of(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide: str = "") -> Metrics:
+    """Return the metrics of the archive, or of a `slide` whose patches alone are in `data`."""
+    scope = _scope(plan, archive, slide)
+    readable = data.only(data.patches.readable == 1)
+    sections, untested = _sections(readable, plan, scope)
+    verdicts = corrected([one for section in sections for one in section.conclusions])
     return Metrics(
         slide=slide,
         run=run_facts(plan),
-        sample=_sample(gathered, plan, about, slide),
+        sample=_sample(data, plan, archive, slide),
         verdicts=verdicts,
-        quadrants=_quadrants(readable, verdicts, methods),
-        estimates=[row for rows, _ in sections for row in rows.estimates],
-        comparisons=[row for rows, _ in sections for row in rows.comparisons],
-        curves=[row for rows, _ in sections for row in rows.curves],
-        strata=of_model.strata(readable, _numbers_by_method(readable, plan), about.groups) if not slide else [],
-        not_tested=[*untested, *_untested(plan, readable)],
-        not_audited=list(about.not_audited),
+        quadrants=_quadrants(readable, verdicts, scope.methods),
+        estimates=[row for section in sections for row in section.estimates],
+        comparisons=[row for section in sections for row in section.comparisons],
+        curves=[row for section in sections for row in section.curves],
+        strata=strata(readable, _grouped_numbers(readable, scope), archive.groups) if not slide else [],
+        not_tested=[*untested, *_untested(plan, readable, scope)],
+        not_audited=list(archive.not_audited),
     )
 
 
+def _sections(readable: Measurements, plan: AuditPlan, scope: Scope) -> tuple[list[Findings], list[UntestedRow]]:
+    """Return what is found of each question, and the questions of which nothing is."""
+    in_depth = readable.only(readable.patches.in_depth == 1)
+    sections: list[Findings] = []
+    untested: list[UntestedRow] = []
+    for name in plan.settings.only:
+        question = question_named(name)
+        section = Findings(name, in_depth if question.in_depth else readable)
+        if not len(section.measurements):
+            why = "no patch was measured in depth" if len(readable) else "no patch could be read"
+            untested.append(UntestedRow(what=name, why=why))
+            continue
+        question.assess(section, scope)
+        sections.append(section)
+        if not section.estimates and not section.comparisons:
+            untested.append(UntestedRow(what=name, why=question.no_numbers))
+    return sections, untested
+
+
+def _scope(plan: AuditPlan, archive: ArchiveFacts, slide: str) -> Scope:
+    slides = [slide] if slide in archive.spreads else sorted(archive.spreads)
+    return Scope(
+        methods=plan.run.settings.method,
+        classes=plan.run.facts.classes,
+        positive=positive_class(plan),
+        is_class=plan.target.is_class,
+        overlaps=has_overlap(plan) if plan.run_digest else None,
+        disagreement={
+            label: {name: _ratio(**archive.spreads[name][label]) for name in slides}
+            for label in (archive.spreads[slides[0]] if slides else ())
+        },
+    )
+
+
+def _ratio(spread: float | None, size: float | None) -> float:
+    return spread / size if spread is not None and size else float("nan")
+
+
 def positive_class(plan: AuditPlan) -> str:
-    """The class that bare glass must not be called: the audited one; of two that both are audited the second; or none.
+    """Return the class that bare glass must not be called: the audited one; of two that both are, the second; or none.
 
     That the second of two is the positive one is how nearly all models name their classes.
     """
@@ -109,24 +136,14 @@ def positive_class(plan: AuditPlan) -> str:
     return classes[-1] if len(classes) <= 2 else ""
 
 
-SECTIONS = {
-    "faithfulness": of_faith.faithfulness,
-    "sanity": of_maps.sanity,
-    "stability": of_maps.stability,
-    "plausibility": of_faith.plausibility,
-    "locality": of_model.locality,
-    "saturation": of_model.saturation,
-}
-
-
 def to_bytes(metrics: Metrics) -> bytes:
-    """As it is written: the same metrics give the same bytes."""
+    """Return the metrics as they are written: the same metrics give the same bytes."""
     values = metrics.model_dump(mode="json")
     return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=True) + "\n").encode()
 
 
 def run_facts(plan: AuditPlan) -> RunFacts:
-    """What is audited."""
+    """Return what is audited."""
     facts = plan.run.facts
     return RunFacts(
         out=str(plan.run.out),
@@ -145,95 +162,117 @@ def run_facts(plan: AuditPlan) -> RunFacts:
     )
 
 
-def _spread(rows: Findings, about: About, slide: str) -> None:
-    """Where overlapping patches disagree, over the size of the map, in the mean over slides."""
-    slides = [slide] if slide in about.spreads else sorted(about.spreads)
-    for label in about.spreads[slides[0]] if slides else ():
-        pairs = [about.spreads[name][label] for name in slides]
-        shares = [_over(pair["spread"], pair["size"]) for pair in pairs]
-        ids = np.array(slides, object).astype(np.str_)
-        found = estimate(np.array(shares), ids, None, rows.gathered.seed)
-        rows.add(of_maps.DISAGREEMENT, found, label=label)
-
-
-def _over(first: float | None, second: float | None) -> float:
-    return first / second if first is not None and second else float("nan")
-
-
-def _sample(gathered: Gathered, plan: AuditPlan, about: About, slide: str) -> SampleFacts:
-    strata: Counter[str] = Counter()
-    for name in {*gathered.slides.tolist()}:
-        strata.update(plan.samples[name].strata)
+def _sample(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide: str) -> SampleFacts:
+    slides = set(data.slides.tolist())
+    strata = Counter(stratum for name in slides for stratum in plan.samples[name].strata)
     return SampleFacts(
         asked=plan.settings.patches,
-        patches=len(gathered.slides),
-        deep=int((gathered["base/deep"] == 1).sum()),
-        unreadable=int((gathered["base/readable"] == 0).sum()),
-        slides=len(set(gathered.slides.tolist())),
-        slides_of_run=1 if slide else about.slides_of_run,
-        patches_of_run=round(float(gathered.weights.sum())) if slide else about.patches_of_run,
+        patches=len(data),
+        deep=int((data.patches.in_depth == 1).sum()),
+        unreadable=int((data.patches.readable == 0).sum()),
+        slides=len(slides),
+        slides_of_run=1 if slide else archive.slides_of_run,
+        patches_of_run=round(float(data.weights.sum())) if slide else archive.patches_of_run,
         seed=plan.settings.seed,
         strata=dict(sorted(strata.items())),
     )
 
 
-def _quadrants(gathered: Gathered, verdicts: Sequence[VerdictRow], methods: Sequence[str]) -> list[QuadrantRow]:
-    """Faithful and plausible together, both on the patches of which the annotation tells."""
-    plausible = {verdict.of: verdict for verdict in verdicts if verdict.question == "plausibility"}
+def _quadrants(data: Measurements, verdicts: Sequence[VerdictRow], methods: Sequence[str]) -> list[QuadrantRow]:
+    """Return faithful and plausible together, both on the patches of which the annotation tells.
+
+    On other patches they would speak of different tissue.
+    """
     found = []
-    for method, (faithful, patches) in of_faith.faithful_where_annotated(gathered, methods).items():
-        if method in plausible:
-            other = plausible[method]
-            meaning = quadrant(faithful, Verdict(other.asked, other.outcome, other.words))
+    annotated = data.of(Plausibility)
+    plausible = {verdict.method: verdict.outcome for verdict in verdicts if verdict.question == "plausibility"}
+    if annotated is None:
+        return []
+    for method in methods:
+        rows = np.isfinite(annotated.maps[method].auroc)
+        faithful = faithful_where(data, method, rows)
+        if faithful is not None and method in plausible:
+            outcomes = faithful.outcome, plausible[method]
             found.append(
                 QuadrantRow(
-                    method=method, faithful=faithful.outcome, plausible=other.outcome, patches=patches, meaning=meaning
+                    method=method,
+                    patches=int(rows.sum()),
+                    faithful=outcomes[0],
+                    plausible=outcomes[1],
+                    meaning=quadrant(*outcomes),
                 )
             )
     return found
 
 
-def _numbers_by_method(gathered: Gathered, plan: AuditPlan) -> list[tuple[str, Measure, Keys, NDArray[np.float64]]]:
-    """What is compared between sites and scanners."""
-    found: list[tuple[str, Measure, Keys, NDArray[np.float64]]] = []
-    for method in plan.run.settings.method:
-        if plan.settings.asks("faithfulness"):
-            score = of_faith.score_of(gathered, MAIN, method)
-            found.append(("faithfulness", of_faith.SCORE, Keys(method=method, baseline=MAIN), score))
-        if f"plausibility/{method}/auroc" in gathered:
-            auroc = np.asarray(gathered[f"plausibility/{method}/auroc"], np.float64)
-            found.append(("plausibility", of_faith.AUROC, Keys(method=method), auroc))
-    if "base/probability" in gathered:
-        found.append(("", PROBABILITY, Keys(), np.asarray(gathered["base/probability"], np.float64)))
+def quadrant(faithful: Outcome, plausible: Outcome) -> str:
+    """Return what the two together mean; they are never mixed into one number."""
+    if "unclear" in (faithful, plausible):
+        return "One of the two is not known: no statement about the pair."
+    return QUADRANTS[faithful == "holds", plausible == "holds"]
+
+
+def _grouped_numbers(data: Measurements, scope: Scope) -> list[GroupedNumber]:
+    """Return what is compared between sites and scanners."""
+    curves, annotated = data.of(Faithfulness), data.of(Plausibility)
+    found = []
+    for method in scope.methods:
+        if curves is not None:
+            keys = Keys(method=method, baseline=MAIN)
+            found.append(GroupedNumber("faithfulness", SCORE, keys, score(curves.main[method])))
+        if annotated is not None:
+            auroc = np.asarray(annotated.maps[method].auroc, np.float64)
+            found.append(GroupedNumber("plausibility", AUROC, Keys(method=method), auroc))
+    if data.patches.probability is not None:
+        probability = np.asarray(data.patches.probability, np.float64)
+        found.append(GroupedNumber("", PROBABILITY, Keys(), probability))
     return found
 
 
-def _untested(plan: AuditPlan, gathered: Gathered) -> list[UntestedRow]:
-    """What was left out, besides questions that were not asked."""
+def strata(
+    data: Measurements, numbers: Sequence[GroupedNumber], groups: Mapping[str, Mapping[str, str]]
+) -> list[StrataRow]:
+    """Return whether numbers of the patches differ between groups of slides.
+
+    Args:
+        groups: by what they are of, such as "site": the group by slide id; slides without one are left out.
+    """
+    found = []
+    for by, of_slide in groups.items():
+        group = np.array([of_slide.get(slide, "") for slide in data.slides.tolist()])
+        known = group != ""
+        names = sorted(set(group[known].tolist()))
+        if len(names) < 2:
+            continue
+        for one in numbers:
+            means = {name: data.only(group == name).estimate(one.values[group == name]).value for name in names}
+            found.append(
+                StrataRow(
+                    question=one.question,
+                    measure=one.measure.name,
+                    **one.keys,
+                    **one.measure.texts(one.keys),
+                    by=by,
+                    groups=means,
+                    p=across(one.values[known], group[known], data.slides[known]),
+                )
+            )
+    return found
+
+
+def _untested(plan: AuditPlan, data: Measurements, scope: Scope) -> list[UntestedRow]:
+    """Return what was left out of the questions, and the questions that were left out."""
     found = [
         UntestedRow(what=name, why="not asked: see --only") for name in QUESTIONS if name not in plan.settings.only
     ]
-    dear = "it runs the model dozens of times for a map; only all weights together were made random"
+    why = "it runs the model dozens of times for a map; only all weights together were made random"
     found += [
-        UntestedRow(what=f"stability of {method}, and its randomisation layer by layer", why=dear)
-        for method in plan.run.settings.method
+        UntestedRow(what=f"stability of {method}, and its randomisation layer by layer", why=why)
+        for method in scope.methods
         if method in EXPENSIVE
     ]
-    if plan.settings.asks("sanity") and f"sanity/{GUIDED}/draws" not in gathered:
-        found.append(
-            UntestedRow(
-                what="guided backpropagation as the control that must fail",
-                why="the model has no ReLU, or several layers are explained",
-            )
-        )
-    if plan.settings.asks("stability") and plan.run_digest and not has_overlap(plan):
-        why = "the run's patches do not overlap; explain with --overlap 0.5"
-        found.append(UntestedRow(what="where overlapping patches disagree", why=why))
-    if plan.settings.asks("shortcuts") and not positive_class(plan):
-        why = "no class is known to be the positive one; say which with --target"
-        found.append(UntestedRow(what="whether bare glass is called a class of tissue", why=why))
-    if not plan.target.is_class:
+    for name in plan.settings.only:
+        found += [UntestedRow(what=what, why=why) for what, why in question_named(name).untested(data, scope)]
+    if not scope.is_class:
         found.append(UntestedRow(what="curves of probabilities", why="the target is no class"))
-    elif plan.settings.asks("saturation") and not gathered.names("saturation/", "/like_leaky"):
-        found.append(UntestedRow(what="maps with a leaky backward", why="the network cannot be cut at one layer"))
     return found

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the numbers; raised when old ones must not be continued
 # All pieces are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
 # in the last bit with the number of threads.
-PIECE = 8
+BATCH_SIZE = 8
 PATCHES = 200
 FEWEST_DEEP = 48  # patches on which what is slow is measured too: enough for a verdict, from 6 slides where there are
 DEEP_SHARE = 10
-QUESTIONS = ("faithfulness", "sanity", "stability", "locality", "saturation", "shortcuts", "plausibility")
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class SlideSample:
     deep: int
 
     @property
-    def pieces(self) -> int:
+    def batches(self) -> int:
         """How many there are."""
-        return -(-len(self.patches) // PIECE)
+        return -(-len(self.patches) // BATCH_SIZE)
 
-    def piece(self, number: int) -> slice:
+    def batch(self, number: int) -> slice:
         """Which patches are in a piece."""
-        return slice(number * PIECE, min((number + 1) * PIECE, len(self.patches)))
+        return slice(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, len(self.patches)))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

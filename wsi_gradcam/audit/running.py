@@ -1,4 +1,4 @@
-"""`audit_run`: open a run again, draw a sample, measure it piece by piece on any executor, judge, report."""
+"""`audit_run`: open a run again, draw a sample, measure it batch by batch on any executor, assess, report."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.annotated import annotated_slide
-from wsi_gradcam.audit.comparing import Other, compared, open_audit, shared_sample
+from wsi_gradcam.audit.archive import ExplainedRun, audited_target, draw_sample, open_run
+from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, shared_sample
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
-from wsi_gradcam.audit.gathered import gather
-from wsi_gradcam.audit.metrics import About, metrics_of, to_bytes
-from wsi_gradcam.audit.plan import PATCHES, QUESTIONS, AuditPlan, AuditSettings, SlideSample
-from wsi_gradcam.audit.reopening import Reopened, audited_target, reopen
+from wsi_gradcam.audit.measurements import read_measurements
+from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of, to_bytes
+from wsi_gradcam.audit.patch_data import annotated_slide
+from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditSettings, SlideSample
 from wsi_gradcam.audit.report.writing import write_reports
-from wsi_gradcam.audit.sample import draw
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.stages import AuditWorkload
+from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import ResultError, ResumeError, StoreError
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
@@ -77,13 +77,13 @@ def audit_run(
 ) -> AuditOutcome:
     """Audit the explained archive in `out`; what was measured before is not measured again.
 
-    Everything is written to `out`/audit: numbers piece by piece, then metrics.json and report.html.
+    Everything is written to `out`/audit: measurements batch by batch, then metrics.json and report.html.
 
     Args:
         out: folder or s3:// URL that `explain` was given; slides and model must be where they were.
         patches: about so many are audited, of all slides together.
         seed: of the sample and of all random numbers.
-        only: the questions to ask, see `wsi_gradcam.audit.plan.QUESTIONS`.
+        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`.
         target: which of the run's targets is audited; nothing given: each patch's predicted class, where that was
             explained, else the run's first.
         annotations: file, or folder with a file a slide, of areas that show the target's class.
@@ -112,13 +112,13 @@ def audit_run(
     given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
     loaded = None if given is None or isinstance(given, ModelSpec) else given
     spec = loaded.spec if loaded is not None else given if isinstance(given, ModelSpec) else None
-    run = reopen(result, None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()}))
+    run = open_run(result, None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()}))
     folder = AuditFolder(result.folder.place / AUDIT)
     other = None if against is None else open_audit(against)
     records: list[SlideRecord] = []
     session = RunSession(folder.place, listener or RunListener(), lambda: _report_rows(records))
     with session, open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
-        facts = executor.examine(run.spec, run.asked, [], None)
+        facts = executor.examine(run.spec, run.model_settings, [], None)
         plan = _planned(run, run.plan(facts), asked, other)
         session.claim()
         _settle(folder, plan, overwrite)
@@ -147,10 +147,10 @@ def _unknown(only: Sequence[str]) -> bool:
     return bool(set(only) - set(QUESTIONS))
 
 
-def _planned(run: Reopened, eager: RunPlan, asked: AuditSettings, other: Other | None) -> AuditPlan:
+def _planned(run: ExplainedRun, eager: RunPlan, asked: AuditSettings, other: OtherAudit | None) -> AuditPlan:
     """The audit's plan, with its sample drawn."""
     target = audited_target(eager, asked.target, asked.annotations is not None)
-    samples = draw(run.candidates, asked) if other is None else shared_sample(run.candidates, other)
+    samples = draw_sample(run.candidates, asked) if other is None else shared_sample(run.candidates, other)
     if not samples:
         raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
     return AuditPlan(
@@ -165,7 +165,7 @@ def _planned(run: Reopened, eager: RunPlan, asked: AuditSettings, other: Other |
 
 
 def _digests(
-    run: Reopened, path: Path | None, include: tuple[str, ...], samples: dict[str, SlideSample]
+    run: ExplainedRun, path: Path | None, include: tuple[str, ...], samples: dict[str, SlideSample]
 ) -> dict[str, str]:
     """sha256 of the slides' files of annotations, by slide id."""
     found = {}
@@ -220,26 +220,26 @@ def _short(value: object) -> str:
 
 
 def _finish(
-    folder: AuditFolder, plan: AuditPlan, run: Reopened, records: Sequence[SlideRecord], other: Other | None
+    folder: AuditFolder, plan: AuditPlan, run: ExplainedRun, records: Sequence[SlideRecord], other: OtherAudit | None
 ) -> Metrics:
-    """Judge what was measured, and write it."""
+    """Assess what was measured, and write it."""
     failed = {record.slide.id: record.error for record in records if record.status == SlideStatus.FAILED}
     slides = [name for name in plan.samples if name not in failed]
     if not slides:
         cause = next(iter(failed.values()), "")
         raise ResultError(f"{folder.place}: no slide could be audited; the first: {cause}")
-    about = About(
+    archive = ArchiveFacts(
         slides_of_run=len(run.candidates),
         patches_of_run=sum(candidate.patches for candidate in run.candidates),
         not_audited=(*run.left_out, *(UntestedRow(what=name, why=why) for name, why in failed.items())),
         groups=run.groups,
         spreads={name: found["maps"] for name in slides if (found := folder.read_spread(name)) is not None},
     )
-    gathered = gather(folder, plan.audit_digest(), plan.samples, plan.settings.seed, slides)
-    metrics = metrics_of(gathered, plan, about)
+    data = read_measurements(folder, plan.audit_digest(), plan.samples, plan.settings.seed, slides)
+    metrics = metrics_of(data, plan, archive)
     if other is not None:
-        against = compared(gathered, plan.samples, plan.run.settings.method, other)
+        against = compare_audits(data, plan.samples, plan.run.settings.method, other)
         metrics = metrics.model_copy(update={"against": against})
-    write_reports(folder, plan, gathered, metrics, about)
+    write_reports(folder, plan, data, metrics, archive)
     folder.metrics.write(to_bytes(metrics))  # the last: where it is, all is
     return metrics

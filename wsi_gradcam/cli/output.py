@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from wsi_gradcam.api import Outcome, Preview
-from wsi_gradcam.audit.plan import QUESTIONS, check_questions
+from wsi_gradcam.audit.plan import check_questions
+from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.models.spec import read_spec

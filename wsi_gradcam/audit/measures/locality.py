@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsi_gradcam.audit.measures.removal import Replace
+from wsi_gradcam.audit.measures.removal import Replace, answers_without
 from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
 
 Numbers = NDArray[np.float64]
@@ -122,8 +122,8 @@ def hiding_changes(
     """
     cells = torch.stack([enlarge(mask[None].float(), (maps.shape[1], maps.shape[2]))[0] for mask in masks])
     promised = torch.einsum("phw,rhw->pr", maps.double(), cells.double())
-    rows = torch.arange(len(images), device=images.device)
-    answers = torch.stack([_hiding(subject, replace, rows, mask) for mask in masks], dim=1)
+    everywhere = [mask.expand(len(images), -1, -1) for mask in masks]
+    answers = torch.stack([answers_without(subject, replace, mask) for mask in everywhere], dim=1)
     actual = aim.logit(aim.logits)[:, None] - aim.logit(answers)
     return promised.cpu().numpy(), actual.double().cpu().numpy()
 
@@ -136,8 +136,3 @@ def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
     """
     gap: Numbers = (maps.double().sum(dim=(1, 2)) - (whole - baseline).double()).cpu().numpy()
     return gap
-
-
-def _hiding(subject: Subject, replace: Replace, rows: Tensor, mask: Tensor) -> Tensor:
-    parts = [replace(some, mask.expand(len(some), -1, -1)) for some in torch.split(rows, subject.batch_size)]
-    return torch.cat([subject.program.predict(part).detach() for part in parts])

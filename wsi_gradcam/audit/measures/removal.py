@@ -1,11 +1,12 @@
-"""Patches with their most relevant pixels taken away, or with these alone: ranks, and what is put in their place.
+"""Patches with their most relevant pixels taken away, or with these alone, and the model's answers to them.
 
-Hidden pixels from their neighbours: the equations of ROAD's imputation, solved exactly.
+What is put in the place of hidden pixels: a colour, a blurred patch, or what their neighbours say, by the equations of
+ROAD's imputation, solved exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -16,7 +17,8 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 from torch.nn import functional as F
 
-from wsi_gradcam.audit.measures.subject import enlarge
+from wsi_gradcam.audit.measures.faithfulness import Curves
+from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
 
 # Of a pixel's neighbours, by their (y, x) offsets.
 WEIGHTS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)}
@@ -67,6 +69,7 @@ def _solved(known: NDArray[np.float64], hidden: NDArray[np.bool_]) -> NDArray[np
 Replace = Callable[[Tensor, Tensor], Tensor]
 """(rows int64 [B], hidden bool [B, H, W]) -> images [B, 3, H, W]: the patches `rows` with what is hidden replaced."""
 
+STEPS = 28  # of the curves, unless other fractions are given
 BLUR_PX, BLUR_SIGMA_PX, BLUR_SIDE_PX = 11, 5.0, 224  # as the authors of deletion and insertion do at 224 px
 
 
@@ -142,3 +145,80 @@ def runs(rows: Tensor) -> Iterator[tuple[int, slice]]:
         end = start + len(list(same))
         yield row, slice(start, end)
         start = end
+
+
+def removal_curves(
+    subject: Subject,
+    images: Tensor,
+    aim: Aim,
+    maps: Mapping[str, Tensor],
+    replace: Replace,
+    fractions: Sequence[float] | None = None,
+    seed: int = 0,
+) -> dict[str, Curves]:
+    """Return the curves of each of `maps` ([P, h, w] by name: methods and controls) for images [P, 3, H, W].
+
+    The whole patch and the one that is replaced altogether are the same for all maps, both ways, and asked once.
+    With M maps and S steps a patch costs 2 M (S - 1) + 1 forward passes, and the one that `aim` already had.
+
+    Args:
+        replace: what is put in place of pixels.
+        fractions: [Q] of the pixels, ascending in 0 to 1; None for those of `STEPS` equal steps.
+        seed: for ties.
+    """
+    pixels = images.shape[2] * images.shape[3]
+    wanted = [i / STEPS for i in range(STEPS + 1)] if fractions is None else fractions
+    counts = (torch.tensor(wanted).double() * pixels).round().long().tolist()
+    inner = [i for i, count in enumerate(counts) if 0 < count < pixels]
+    whole = torch.ones(len(images), *images.shape[2:], dtype=torch.bool, device=images.device)
+    empty = aim.logits if len(inner) == len(counts) else answers_without(subject, replace, whole)
+    found = {}
+    for name, map_ in maps.items():
+        answers = _ends(counts, pixels, aim.logits, empty)
+        if inner:
+            ranks = removal_ranks(map_, (images.shape[2], images.shape[3]), seed)
+            answers[:, :, inner] = _answers(subject, replace, ranks, [counts[i] for i in inner])
+        answers[~torch.isfinite(map_).flatten(1).all(dim=1)] = torch.nan
+        logits, probabilities = aim.logit(answers).cpu().numpy(), aim.probability(answers)
+        found[name] = Curves(logits[:, 0], logits[:, 1])
+        if probabilities is not None:
+            deletion, insertion = probabilities.cpu().numpy().swapaxes(0, 1)
+            found[name] = Curves(logits[:, 0], logits[:, 1], deletion, insertion)
+    return found
+
+
+def _ends(counts: list[int], pixels: int, whole: Tensor, empty: Tensor) -> Tensor:
+    """Answers [P, 2, Q, K] of deletion and insertion that are known: nothing hidden, and everything."""
+    answers = whole.new_full((len(whole), 2, len(counts), whole.shape[1]), torch.nan)
+    for i, count in enumerate(counts):
+        if count in (0, pixels):
+            answers[:, 0, i], answers[:, 1, i] = (empty, whole) if count else (whole, empty)
+    return answers
+
+
+def _answers(subject: Subject, replace: Replace, ranks: Tensor, counts: list[int]) -> Tensor:
+    """Logits [P, 2, Q, K] with the top of `ranks` [P, H, W] replaced, and with all but the top, for Q counts.
+
+    Both ways of all patches fill the batches together, patch by patch, so that few of them are smaller.
+    """
+    patches = len(ranks)
+    rows = torch.arange(patches, device=ranks.device).repeat_interleave(2 * len(counts))
+    tops = torch.tensor(counts, device=ranks.device, dtype=ranks.dtype).repeat(2 * patches)
+    inserts = torch.tensor([False, True], device=ranks.device).repeat_interleave(len(counts)).repeat(patches)
+    found = []
+    for some, top, insert in zip(
+        *(torch.split(part, subject.batch_size) for part in (rows, tops, inserts)), strict=True
+    ):
+        hidden = torch.empty(len(some), *ranks.shape[1:], dtype=torch.bool, device=ranks.device)
+        for row, part in runs(some):
+            torch.lt(ranks[row], top[part, None, None], out=hidden[part])
+        hidden ^= insert[:, None, None]
+        found.append(subject.program.predict(replace(some, hidden)).detach())
+    return torch.cat(found).reshape(patches, 2, len(counts), -1)
+
+
+def answers_without(subject: Subject, replace: Replace, hidden: Tensor) -> Tensor:
+    """Return logits [P, K] of the patches with what is `hidden`, bool [P, H, W], replaced."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    parts = zip(torch.split(rows, subject.batch_size), torch.split(hidden, subject.batch_size), strict=True)
+    return torch.cat([subject.program.predict(replace(some, mask)).detach() for some, mask in parts])

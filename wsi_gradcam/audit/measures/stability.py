@@ -17,7 +17,7 @@ from PIL import Image
 from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor
 
-from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
+from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge, predicted_classes
 
 Rgb = NDArray[np.uint8]
 Change = Callable[[Rgb, np.random.Generator], Rgb]
@@ -67,13 +67,13 @@ def moves(
         seeds: one a patch, so that batches change nothing; their numbers unless told.
     """
     before = subject.maps(subject.images(rgb), aim, method)
-    predicted = _predicted(aim.logits)
+    predicted = predicted_classes(aim.logits)
     random = [np.random.default_rng(seed) for seed in (range(len(rgb)) if seeds is None else seeds)]
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(repeats):
         images = subject.images(np.stack([change(patch, own) for patch, own in zip(rgb, random, strict=True)]))
         answers = subject.answers(images)
-        flipped = _predicted(answers) != predicted
+        flipped = predicted_classes(answers) != predicted
         moved = relative_change(before, subject.maps(images, aim, method))
         found.append(
             (moved.masked_fill(flipped, torch.nan), (aim.logit(answers) - aim.logit(aim.logits)).abs(), flipped)
@@ -116,7 +116,7 @@ def jpeg(patch: Rgb, random: np.random.Generator, quality: int = JPEG_QUALITY) -
     return np.asarray(Image.open(file))
 
 
-CHANGES: Mapping[str, Change] = {"noise": noise, "stain": stain_jitter, "jpeg": jpeg}
+CHANGE_FUNCTIONS: Mapping[str, Change] = {"noise": noise, "stain": stain_jitter, "jpeg": jpeg}
 
 
 def as_strong_noise(change: Change) -> Change:
@@ -155,11 +155,6 @@ def shift_change(
 def _cut(rgb: Rgb, start: tuple[int, int], size: tuple[int, int]) -> Rgb:
     (y, x), (height, width) = start, size
     return np.ascontiguousarray(rgb[:, y : y + height, x : x + width])
-
-
-def _predicted(logits: Tensor) -> Tensor:
-    """The class [P]; of a single logit, its sign."""
-    return logits.argmax(dim=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 
 
 def _rounded(patch: NDArray[np.float64]) -> Rgb:

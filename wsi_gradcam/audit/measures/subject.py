@@ -1,4 +1,8 @@
-"""What an audit asks of a model: answers to pictures, and maps of them, for what was explained at first."""
+"""A model under audit: its answers to pictures, and maps of them, for what was explained at first.
+
+Beside them, control maps that know nothing of the model. They are made on the grid of the map that they are compared
+with, so that the two differ in what they know and not in how sharp they are.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wsi_gradcam.audit.vocabulary import CENTRE, CONSTANT, EDGES, RANDOM
 from wsi_gradcam.cam.engine import AnyTarget, explain_batch
 from wsi_gradcam.cam.examine import Request, examine
 from wsi_gradcam.cam.program import EagerProgram
@@ -42,11 +47,18 @@ class Aim:
     logits: Tensor
     activation: Activation
 
+    @property
+    def classes(self) -> Tensor | None:
+        """The class [P] that each patch is explained for, on the CPU; None where no class is explained."""
+        if not isinstance(self.target, Target) or not self.target.is_class:
+            return None
+        return classes_of(self.target, self.logits).cpu()
+
     def score(self, rows: slice = slice(None)) -> Score:
         """The explained scalar [n] as a function of logits [n, K] of the patches `rows`."""
         return make_score(self.target, self.logits[rows])
 
-    def asked(self, rows: slice) -> AnyTarget:
+    def explained(self, rows: slice) -> AnyTarget:
         """What a method is asked to explain for the patches `rows`."""
         fixed = isinstance(self.target, Target) and self.target.index is not None
         return self.target if fixed else self.score(rows)
@@ -60,11 +72,11 @@ class Aim:
 
     def probability(self, answers: Tensor) -> Tensor | None:
         """The explained class's probability [P, ...] of `answers` [P, ..., K]; None where no class is explained."""
-        if not isinstance(self.target, Target) or not self.target.is_class:
+        if (own := self.classes) is None:
             return None
         flat = answers.detach().float().cpu().reshape(-1, answers.shape[-1])
         shares = torch.from_numpy(probabilities(flat.numpy(), self.activation)).reshape(len(answers), -1, flat.shape[1])
-        classes = classes_of(self.target, self.logits).cpu()[:, None, None].expand(-1, shares.shape[1], 1)
+        classes = own[:, None, None].expand(-1, shares.shape[1], 1)
         return shares.gather(2, classes).reshape(answers.shape[:-1]).to(answers.device)
 
 
@@ -129,7 +141,7 @@ class Subject:
         found = []
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            found.append(explain_batch(self.program, images[rows], [aim.asked(rows)], [method]).cams[method][:, 0])
+            found.append(explain_batch(self.program, images[rows], [aim.explained(rows)], [method]).cams[method][:, 0])
         return torch.cat(found)
 
     def with_module(self, module: nn.Module) -> Subject:
@@ -142,3 +154,38 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.shape[1] > size[0]:
         return F.adaptive_avg_pool2d(maps[:, None], size)[:, 0]
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Return the predicted class of logits [..., K]; of a single logit, its sign."""
+    return logits.argmax(dim=-1) if logits.shape[-1] > 1 else (logits[..., 0] > 0).long()
+
+
+def control_maps(images: Tensor, grid: tuple[int, int], seeds: Sequence[int]) -> dict[str, Tensor]:
+    """All controls [P, h, w] by name for images [P, 3, H, W]; a seed a patch, so that batches change nothing."""
+    return {
+        RANDOM: random_maps(grid, seeds).to(images.device),
+        EDGES: edge_maps(images, grid),
+        CONSTANT: images.new_ones(len(images), *grid),
+        CENTRE: centre_maps(grid).to(images.device).expand(len(images), -1, -1),
+    }
+
+
+def random_maps(grid: tuple[int, int], seeds: Sequence[int]) -> Tensor:
+    """Gaussian noise [P, h, w]."""
+    return torch.stack([torch.randn(grid, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def edge_maps(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How steep the picture is, [P, h, w], not negative: Sobel's gradient of the mean of the colours, averaged."""
+    gray = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    steepness = F.conv2d(gray, torch.stack([across, across.T])[:, None]).norm(dim=1)
+    return enlarge(steepness, grid)
+
+
+def centre_maps(grid: tuple[int, int]) -> Tensor:
+    """A map [1, h, w] that falls from the middle to the borders: less the squared distance, in half sides."""
+    height, width = grid
+    y, x = ((torch.arange(n) + 0.5) * 2 / n - 1 for n in (height, width))
+    return -(y[:, None] ** 2 + x[None, :] ** 2)[None]

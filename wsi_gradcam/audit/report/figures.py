@@ -15,13 +15,15 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from wsi_gradcam.audit.report.words import named
+from wsi_gradcam.audit.vocabulary import CurvesFigure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.schema import CurveRow, EstimateRow
+    from wsi_gradcam.audit.schema import CurveRow
+    from wsi_gradcam.audit.vocabulary import Figure as FigureRows
+    from wsi_gradcam.audit.vocabulary import IntervalsFigure
 
 # Okabe and Ito: apart for colour-blind eyes, too; controls are gray, and told apart by their dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -51,78 +53,63 @@ class Svg:
     description: str
 
 
-def curves_figure(
-    panels: Sequence[tuple[str, Sequence[CurveRow]]],
-    description: str,
-    size: tuple[float, float] = PANEL,
-    reference: float | None = None,
-    named_reference: str = "chance (control)",
-) -> Svg:
-    """Return curves side by side, a panel each with its title; methods in colour, controls gray.
+def drawn(figure: FigureRows) -> Svg:
+    """Return a figure of a question."""
+    return curves_figure(figure) if isinstance(figure, CurvesFigure) else intervals_figure(figure)
 
-    `reference` is a value to compare them with, such as chance.
-    """
+
+def curves_figure(figure: CurvesFigure, size: tuple[float, float] = PANEL) -> Svg:
+    """Return curves side by side, a panel each with its title; methods in colour, controls gray."""
 
     def draw(axes: Sequence[Axes]) -> None:
-        for axis, (title, rows) in zip(axes, panels, strict=True):
-            _draw_curves(axis, rows)
-            if reference is not None:
-                axis.axhline(reference, color=CONTROL, linewidth=1, linestyle=(0, (3, 2)), label=named_reference)
+        for axis, (title, curves) in zip(axes, figure.panels, strict=True):
+            _draw_curves(axis, curves)
+            if figure.reference is not None:
+                name, dashes = figure.reference_name, (0, (3, 2))
+                axis.axhline(figure.reference, color=CONTROL, linewidth=1, linestyle=dashes, label=name)
             axis.set_title(title, fontsize=9)
-            if rows:
-                axis.set_xlabel(rows[0].x_name, fontsize=8)
-                axis.set_ylabel(rows[0].y_name, fontsize=8)
+            if curves:
+                axis.set_xlabel(curves[0][1].x_name, fontsize=8)
+                axis.set_ylabel(curves[0][1].y_name, fontsize=8)
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
 
-    width = size[0] * max(len(panels), 2)
-    return _drawn(len(panels), draw, description, (width, size[1]))
+    width = size[0] * max(len(figure.panels), 2)
+    return _drawn(len(figure.panels), draw, figure.description, (width, size[1]))
 
 
-def intervals_figure(
-    rows: Sequence[tuple[str, EstimateRow]],
-    reference: float | None,
-    axis_name: str,
-    description: str,
-    left: float | None = None,
-) -> Svg:
-    """Return estimates with their intervals, a line each; controls are gray.
-
-    `reference` is a value to compare them with, `left` is where x begins.
-    """
+def intervals_figure(figure: IntervalsFigure) -> Svg:
+    """Return estimates with their intervals, a line each; controls are gray."""
 
     def draw(axes: Sequence[Axes]) -> None:
         axis = axes[0]
-        for i, (_, row) in enumerate(rows):
+        for i, (_, row) in enumerate(figure.rows):
             if row.value is None or row.low is None or row.high is None:
                 continue
             colour = COLOURS[0] if row.control is None else CONTROL
             axis.plot([row.low, row.high], [i, i], color=colour, linewidth=2.5, solid_capstyle="butt")
             axis.plot([row.value], [i], "o", color=colour, markersize=5)
-        axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+        axis.set_yticks(range(len(figure.rows)), [name for name, _ in figure.rows], fontsize=8)
         axis.invert_yaxis()
         axis.margins(y=0.15)
-        axis.set_xlabel(axis_name, fontsize=8)
-        if reference is not None:
-            axis.axvline(reference, color="#1b1f24", linewidth=1, linestyle=(0, (3, 2)))
-        if left is not None:
-            axis.set_xlim(left=left)
+        axis.set_xlabel(figure.axis, fontsize=8)
+        if figure.reference is not None:
+            axis.axvline(figure.reference, color="#1b1f24", linewidth=1, linestyle=(0, (3, 2)))
+        if figure.left is not None:
+            axis.set_xlim(left=figure.left)
 
-    return _drawn(1, draw, description, (8.4, 0.9 + 0.3 * len(rows)))
+    return _drawn(1, draw, figure.description, (8.4, 0.9 + 0.3 * len(figure.rows)))
 
 
-def _draw_curves(axis: Axes, rows: Sequence[CurveRow]) -> None:
+def _draw_curves(axis: Axes, curves: Sequence[tuple[str, CurveRow]]) -> None:
     colours = cycle(COLOURS)
-    several = len({row.what for row in rows}) > 1
-    for row in rows:
+    for name, row in curves:
+        y = _numbers(row.y)
         if row.control is not None:
-            axis.plot(
-                row.x, _numbers(row.y), color=CONTROL, linewidth=1.2, dashes=DASHES[row.control], label=named(row.of)
-            )
+            axis.plot(row.x, y, color=CONTROL, linewidth=1.2, dashes=DASHES[row.control], label=name)
             continue
         colour = next(colours)
-        label = f"{named(row.of)}: {row.what}" if several else named(row.of)
-        axis.plot(row.x, _numbers(row.y), color=colour, linewidth=2, label=label)
+        axis.plot(row.x, y, color=colour, linewidth=2, label=name)
         if row.low is not None and row.high is not None:
             axis.fill_between(row.x, _numbers(row.low), _numbers(row.high), color=colour, alpha=0.15, linewidth=0)
 

@@ -8,29 +8,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.audit.folder import REPORT
-from wsi_gradcam.audit.judging_faithfulness import AUROC, SCORE, fractions_of, keys_of_map
-from wsi_gradcam.audit.judging_maps import RANDOM_ANSWER_SPREAD
-from wsi_gradcam.audit.judging_model import GLASS_CALLED, LEAKY
-from wsi_gradcam.audit.measured import MAIN
-from wsi_gradcam.audit.report.figures import SMALL_PANEL, curves_figure
+from wsi_gradcam.audit.metrics import QUADRANTS
+from wsi_gradcam.audit.questions import question_named
+from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS
+from wsi_gradcam.audit.report.figures import SMALL_PANEL, curves_figure, drawn
 from wsi_gradcam.audit.report.pictures import Example, Picture, colour_scale
-from wsi_gradcam.audit.report.question_figures import figures_of, is_control
-from wsi_gradcam.audit.report.words import WORDS, named
 from wsi_gradcam.audit.schema import CurveRow
-from wsi_gradcam.audit.verdict import QUADRANTS
+from wsi_gradcam.audit.vocabulary import (
+    CONTROLS,
+    QUESTIONS,
+    CurvesFigure,
+    fill,
+    map_keys,
+    method_title,
+    reference_title,
+    row_title,
+)
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.pages.templates import render
 
 if TYPE_CHECKING:
+    from wsi_gradcam.audit.findings import Outcome
     from wsi_gradcam.audit.report.figures import Svg
-    from wsi_gradcam.audit.report.words import Question
     from wsi_gradcam.audit.schema import ComparisonRow, EstimateRow, Metrics, QuadrantRow, StrataRow, VerdictRow
-    from wsi_gradcam.audit.verdict import Outcome
+    from wsi_gradcam.audit.vocabulary import Measure, Words
 
 UNITS = {"logit": "in logits, as in the heatmap", "arbitrary": "in a unit of the method's own"}
-LIKE = 0.9  # rank correlation from which maps are taken for nearly the same
 BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that say nothing behind a number
-NAMED_OTHERWISE = {measure.name: measure for measure in (AUROC, RANDOM_ANSWER_SPREAD, GLASS_CALLED)}
 
 Cells = tuple[object, ...]
 
@@ -77,7 +81,7 @@ class QuestionPart:
     """A question of the audit with its figures and tables; without any row it was not tested."""
 
     name: str
-    words: Question
+    words: Words
     figures: Sequence[Svg]
     remarks: Sequence[str]
     estimates: Sequence[Cells]
@@ -121,14 +125,14 @@ def _page(
         undecided=undecided(metrics.quadrants),
         legend=Legend(colour_scale(scale, unit), scale, unit),
         examples=[_card(example, scale) for example in examples],
-        questions=[_question(metrics, name) for name in WORDS if name in metrics.run.questions],
+        questions=[_question(metrics, name) for name in QUESTIONS if name in metrics.run.questions],
         strata=[_strata_cells(row) for row in metrics.strata],
         against=[_against_cells(row) for row in metrics.against.comparisons] if metrics.against else [],
         untested=[(row.what, row.why) for row in metrics.not_tested],
         not_audited=[(row.what, row.why) for row in metrics.not_audited],
         slides=slides,
         report_name=REPORT,
-        named=named,
+        row_title=row_title,
     )
     return page.encode()
 
@@ -143,24 +147,26 @@ def _verdicts(metrics: Metrics) -> Mapping[str, Sequence[VerdictCard]]:
 
 def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
     """Return the comparisons that a verdict rests on, or else the estimates, and its p, in words."""
+    measures = {measure.name: measure for measure in question_named(verdict.question).measures}
     found = [
-        f"against {named(row.against)}: {difference(row)}"
+        f"against {reference_title(row)}: {difference(row)}"
         if row.measure == SCORE.name
-        else f"{_called(row)}, against {named(row.against)}: {difference(row)}"
+        else f"{_evidence_name(row, measures)}, against {reference_title(row)}: {difference(row)}"
         for row in metrics.comparisons
         if row.control is not None and _backs(row, verdict)
     ]
-    found = found or [f"{_called(row)}: {value(row)}" for row in metrics.estimates if _backs(row, verdict)]
+    found = found or [
+        f"{_evidence_name(row, measures)}: {value(row)}" for row in metrics.estimates if _backs(row, verdict)
+    ]
     return [
         *found,
         *([] if verdict.p_adjusted is None else [f"{p_text(verdict.p_adjusted)}, corrected for all verdicts"]),
     ]
 
 
-def _called(row: EstimateRow | ComparisonRow) -> str:
-    """Return what a number says, where the verdict's own words do not tell of whom."""
-    other = NAMED_OTHERWISE.get(row.measure)
-    return row.what if other is None else other.evidence_of(row)
+def _evidence_name(row: EstimateRow | ComparisonRow, measures: Mapping[str, Measure]) -> str:
+    """Return what a number is called beside a verdict."""
+    return fill(measures[row.measure].evidence, row.model_dump(exclude_none=True)) or row.what
 
 
 def _backs(row: EstimateRow | ComparisonRow, verdict: VerdictRow) -> bool:
@@ -173,7 +179,7 @@ def square(quadrants: Sequence[QuadrantRow]) -> list[SquareCell]:
     """Return the cells of the square, row by row, with the methods where they belong."""
     places = defaultdict(list)
     for row in quadrants:
-        places[row.faithful, row.plausible].append(named(row.method))
+        places[row.faithful, row.plausible].append(method_title(row.method))
     outcome: dict[bool, Outcome] = {True: "holds", False: "fails"}
     return [
         SquareCell(faithful, plausible, meaning, places[outcome[faithful], outcome[plausible]])
@@ -183,7 +189,9 @@ def square(quadrants: Sequence[QuadrantRow]) -> list[SquareCell]:
 
 def undecided(quadrants: Sequence[QuadrantRow]) -> list[str]:
     """Return the methods that have no place in the square."""
-    return [f"{named(q.method)} on {q.patches} patches" for q in quadrants if "unclear" in (q.faithful, q.plausible)]
+    return [
+        f"{method_title(q.method)} on {q.patches} patches" for q in quadrants if "unclear" in (q.faithful, q.plausible)
+    ]
 
 
 def _card(example: Example, scale: float) -> ExampleCard:
@@ -193,48 +201,41 @@ def _card(example: Example, scale: float) -> ExampleCard:
 
 def _patch_curves(example: Example) -> Svg:
     panels = []
-    for i, way in enumerate(("deletion", "insertion")):
+    for i, way in enumerate(WAYS):
         rows = [
             CurveRow(
                 question="faithfulness",
-                measure=way,
-                **keys_of_map(name),
+                measure=CURVES[way].name,
+                **map_keys(name),
                 of=name,
                 what=way,
                 x_name="share of the pixels",
                 y_name="logit",
-                x=list(fractions_of(MAIN)),
+                x=list(CURVE_FRACTIONS),
                 y=pair[i].tolist(),
             )
             for name, pair in example.curves.items()
         ]
-        panels.append((way, rows))
-    return curves_figure(panels, f"{example.title}: curves of deletion and insertion", SMALL_PANEL)
+        panels.append((way, [(row_title(row), row) for row in rows]))
+    return curves_figure(CurvesFigure(panels, f"{example.title}: curves of deletion and insertion"), SMALL_PANEL)
 
 
-def _question(metrics: Metrics, question: str) -> QuestionPart:
-    estimates = sorted((r for r in metrics.estimates if r.question == question and r.patches), key=is_control)
+def _question(metrics: Metrics, name: str) -> QuestionPart:
+    question = question_named(name)
+    estimates = [row for row in metrics.estimates if row.question == name and row.patches]
+    estimates.sort(key=lambda row: row.control in CONTROLS)
     return QuestionPart(
-        question,
-        WORDS[question],
-        figures_of(metrics, question),
-        [_leak(row) for row in estimates if row.measure == LEAKY.name and row.value is not None],
-        [(named(r.of), r.what, value(r), r.unit, r.patches, r.slides) for r in estimates],
-        [_comparison_cells(row) for row in metrics.comparisons if row.question == question and row.patches],
+        name,
+        question.words,
+        [drawn(figure) for figure in question.figures(metrics)],
+        question.remarks(metrics),
+        [(row_title(r), r.what, value(r), r.unit, r.patches, r.slides) for r in estimates],
+        [_comparison_cells(row) for row in metrics.comparisons if row.question == name and row.patches],
     )
 
 
-def _leak(row: EstimateRow) -> str:
-    """Return what the map with a leaky backward says, in words."""
-    assert row.value is not None
-    like = f"The map of {named(row.of)} with a leaky backward (rank correlation {row.value:.2f})"
-    if row.value < LIKE:
-        return f"{like} is another: units that are off hold back evidence, which this map does not show."
-    return f"{like} is nearly the same: hardly anything is hidden by units that are off."
-
-
 def _comparison_cells(row: ComparisonRow) -> Cells:
-    return named(row.of), named(row.against), row.what, difference(row), number(row.p), number(row.effect)
+    return row_title(row), reference_title(row), row.what, difference(row), number(row.p), number(row.effect)
 
 
 def _against_cells(row: ComparisonRow) -> Cells:

@@ -11,18 +11,21 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from wsi_gradcam.audit.measured import MAIN
+from wsi_gradcam.audit.measurements import Patches, record_from
+from wsi_gradcam.audit.questions.faithfulness import Faithfulness
+from wsi_gradcam.audit.questions.saturation import Saturation
+from wsi_gradcam.audit.vocabulary import EDGES, RANDOM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.folder import Numbers
+    from wsi_gradcam.audit.folder import Arrays
 
 FOR_AND_AGAINST = colormaps["RdBu_r"]  # red speaks for the class, blue against it; apart for colour-blind eyes
 OPACITY = 0.65
 QUANTILE = 0.99
 SHOWN = 4  # example patches of a slide
-COMPARED = ("random", "edges")  # controls whose curves stand beside the map's
+COMPARED = (RANDOM, EDGES)  # controls whose curves stand beside the map's
 
 
 @dataclass(frozen=True)
@@ -63,33 +66,39 @@ class Example:
 
 
 def examples_of(
-    numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], wanted: int = SHOWN
+    arrays: Arrays, slide: str, method: str, factor: int, classes: Sequence[str], wanted: int = SHOWN
 ) -> list[Example]:
-    """Return example patches of a slide's first piece: those of the highest and the lowest score, and between.
+    """Return example patches of a slide's first batch: those of the highest and the lowest score, and between.
 
     `factor` is from raw maps to what heatmaps show.
     """
-    known = [i for i in range(len(numbers["base/number"])) if numbers["base/readable"][i]]
-    if not known:
-        return []
-    order = sorted(known, key=lambda i: (-float(np.nan_to_num(numbers["base/logit"][i])), i))
+    patches = record_from(Patches, arrays)
+    assert patches is not None
+    known = np.flatnonzero(patches.readable).tolist()
+    order = sorted(known, key=lambda i: (-float(np.nan_to_num(patches.logit[i])), i))
     chosen = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(wanted, len(order)))]
-    return [_example(numbers, slide, method, factor, classes, i) for i in dict.fromkeys(chosen)]
+    curves, gradients = record_from(Faithfulness, arrays), record_from(Saturation, arrays)
+    of_maps = {} if curves is None else {name: curves.main[name] for name in (method, *COMPARED)}
+    leaky = None if gradients is None else gradients.leaky.get(method)
+    assert patches.shown is not None
+    return [
+        Example(
+            _title(patches, slide, classes, i),
+            patches.shown[i],
+            patches.maps[method][i] * np.float32(factor),
+            None if leaky is None else leaky[i] * np.float32(factor),
+            {name: (one.deletion[i], one.insertion[i]) for name, one in of_maps.items()},
+        )
+        for i in dict.fromkeys(chosen)
+    ]
 
 
-def _example(numbers: Numbers, slide: str, method: str, factor: int, classes: Sequence[str], i: int) -> Example:
-    title = f"{slide}, patch {int(numbers['base/number'][i])}"
-    if "base/probability" in numbers:
-        label = classes[int(numbers["base/class"][i])]
-        title += f", probability of {label} {float(numbers['base/probability'][i]):.2f}"
-    curves = {}
-    for name in (method, *COMPARED):
-        keys = [f"faithfulness/{MAIN}/{name}/{way}" for way in ("deletion", "insertion")]
-        if keys[0] in numbers:
-            curves[name] = (numbers[keys[0]][i], numbers[keys[1]][i])
-    own, leaky = numbers[f"map/{method}"][i], numbers.get(f"leaky/{method}")
-    other = None if leaky is None else leaky[i] * np.float32(factor)
-    return Example(title, numbers["shown/rgb"][i], own * np.float32(factor), other, curves)
+def _title(patches: Patches, slide: str, classes: Sequence[str], i: int) -> str:
+    title = f"{slide}, patch {int(patches.number[i])}"
+    if patches.probability is None or patches.explained_class is None:
+        return title
+    label = classes[int(patches.explained_class[i])]
+    return f"{title}, probability of {label} {float(patches.probability[i]):.2f}"
 
 
 def scale_of(maps: NDArray[np.float32]) -> float:

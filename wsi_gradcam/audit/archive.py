@@ -1,14 +1,24 @@
-"""Opening a run again, as what is on disk says: its settings, its model, its slides."""
+"""An explained run as it is on disk: its settings, its model, its slides, and the sample of its patches.
+
+The sample is drawn once, in two steps, so that each patch stands for known others. First slides, where there are more
+than the patches suffice for, by site, scanner and label; then patches of each, by the class that was predicted for them
+and, with annotations, by whether an annotation's border runs through them.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import ValidationError
 
-from wsi_gradcam.audit.sample import Candidate
+from wsi_gradcam.audit.estimates import stratified_sample
+from wsi_gradcam.audit.patch_data import annotated_slide
+from wsi_gradcam.audit.plan import BATCH_SIZE, AuditSettings, SlideSample, deep_patches
 from wsi_gradcam.audit.schema import UntestedRow
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError
@@ -20,21 +30,34 @@ from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.results.run import Result
     from wsi_gradcam.results.slide import SlideResult
 
-OPTIONAL_KEYS = ("site", "scanner", "label")
+GROUPINGS = ("site", "scanner", "label")
+PARTLY = (0.02, 0.98)  # shares of a patch between which an annotation tells where a map should look
+FEWEST = 2  # of each stratum of a slide
 
 
 @dataclass(frozen=True)
-class Reopened:
+class Candidate:
+    """A slide that could be audited: its results, what is told of it, and how many patches it has."""
+
+    slide: SlideResult
+    entry: SlideEntry
+    patches: int
+
+
+@dataclass(frozen=True)
+class ExplainedRun:
     """A run as it is on disk.
 
     Attributes:
         settings: of the run.
         spec: of its model, as it was resolved.
-        asked: the settings with which the model is examined: eager, float32, at the run's layer and batch size.
+        model_settings: with which the model is examined: eager, float32, at the run's layer and batch size.
         candidates: the slides that can be audited.
         left_out: the others, and why.
         groups: what is told of slides, such as "site", by slide id.
@@ -43,7 +66,7 @@ class Reopened:
     result: Result
     settings: Settings
     spec: ModelSpec
-    asked: Settings
+    model_settings: Settings
     candidates: tuple[Candidate, ...]
     left_out: tuple[UntestedRow, ...]
     groups: dict[str, dict[str, str]]
@@ -73,7 +96,7 @@ class Reopened:
         return eager
 
 
-def reopen(result: Result, given: ModelSpec | None = None) -> Reopened:
+def open_run(result: Result, given: ModelSpec | None = None) -> ExplainedRun:
     """A run, from its run.yaml, slides.jsonl and the slides' manifests.
 
     Args:
@@ -88,7 +111,7 @@ def reopen(result: Result, given: ModelSpec | None = None) -> Reopened:
     spec = given or _spec_of(result)
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
-    asked = settings.model_copy(
+    model_settings = settings.model_copy(
         update={"engine": "eager", "precision": "float32", "layer": run.model.layer, "batch_size": run.model.batch_size}
     )
     entries = _entries(result)
@@ -102,10 +125,16 @@ def reopen(result: Result, given: ModelSpec | None = None) -> Reopened:
     if not candidates:
         raise ResultError(f"{result.out}: no slide is finished and has tissue, so nothing can be audited")
     groups = {
-        key: {name: value for name, entry in entries.items() if (value := getattr(entry, key))} for key in OPTIONAL_KEYS
+        key: {name: value for name, entry in entries.items() if (value := getattr(entry, key))} for key in GROUPINGS
     }
-    return Reopened(
-        result, settings, spec, asked, tuple(candidates), tuple(left_out), {key: by for key, by in groups.items() if by}
+    return ExplainedRun(
+        result,
+        settings,
+        spec,
+        model_settings,
+        tuple(candidates),
+        tuple(left_out),
+        {key: by for key, by in groups.items() if by},
     )
 
 
@@ -159,7 +188,7 @@ def _entries(result: Result) -> dict[str, SlideEntry]:
     found = {}
     for name, row in read_slide_records(result.folder.record).items():
         mpp = row.get("mpp")
-        told = {key: str(row.get(key, "")) for key in ("mask", *OPTIONAL_KEYS)}
+        told = {key: str(row.get(key, "")) for key in ("mask", *GROUPINGS)}
         found[name] = SlideEntry(name, row["path"], None if mpp is None else (mpp[0], mpp[1]), **told)
     return found
 
@@ -176,3 +205,87 @@ def _why_not(slide: SlideResult, entries: dict[str, SlideEntry]) -> str:
     except StoreError as error:
         return str(error)
     return "" if patches else "no tissue was found on it"
+
+
+def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
+    """The sample by slide id, in the order of ids; the same for the same seed."""
+    chosen, stands_for = _slides(candidates, settings)
+    each = -(-settings.patches // max(1, len(chosen)))
+    samples = {}
+    for candidate, weight in zip(chosen, stands_for, strict=True):
+        found = _patches(candidate, settings, each, weight)
+        if found.patches:
+            samples[candidate.slide.id] = found
+    return with_depth(samples, settings)
+
+
+def _slides(candidates: Sequence[Candidate], settings: AuditSettings) -> tuple[list[Candidate], list[float]]:
+    """The slides, and how many each stands for."""
+    wanted = max(1, settings.patches // BATCH_SIZE)
+    ordered = sorted(candidates, key=lambda one: one.slide.id)
+    if len(ordered) <= wanted:
+        return ordered, [1.0] * len(ordered)
+    groups = [f"{c.entry.site}|{c.entry.scanner}|{c.entry.label}" for c in ordered]
+    if len(set(groups)) > wanted // 2:  # too many kinds to have each
+        groups = [""] * len(ordered)
+    rows, weights = stratified_sample(groups, wanted, settings.seed)
+    return [ordered[row] for row in rows.tolist()], weights.tolist()
+
+
+def _patches(candidate: Candidate, settings: AuditSettings, count: int, stands_for: float) -> SlideSample:
+    slide = candidate.slide
+    classes = slide.classes
+    table = slide.table(["y", "x", "status", *(f"logit_{name}" for name in classes)])
+    readable = np.flatnonzero(table.column("status").to_numpy(zero_copy_only=False) == "ok")
+    yx = np.stack([table.column(axis).to_numpy() for axis in ("y", "x")], axis=1)[readable]
+    if not len(readable):
+        return SlideSample((), (), (), (), 0)
+    logits = np.stack([table.column(f"logit_{name}").to_numpy(zero_copy_only=False) for name in classes], axis=1)
+    strata = _strata(slide, settings, yx, logits[readable], classes)
+    name = slide.id.encode("utf-8", "backslashreplace")  # what no encoding knows seeds too
+    drawn = [f"{name.decode()}|{stratum}" for stratum in strata]
+    rows, weights = stratified_sample(drawn, count, settings.seed, FEWEST)
+    order = np.random.default_rng([settings.seed, *name]).permutation(len(rows))
+    rows, weights = rows[order], weights[order]
+    return SlideSample(
+        tuple(readable[rows].tolist()),
+        tuple((y, x) for y, x in yx[rows].tolist()),
+        tuple((weights * stands_for).tolist()),
+        tuple(strata[row] for row in rows.tolist()),
+        0,
+    )
+
+
+def _strata(
+    slide: SlideResult,
+    settings: AuditSettings,
+    yx: NDArray[np.int64],
+    logits: NDArray[np.float32],
+    classes: Sequence[str],
+) -> list[str]:
+    predicted = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
+    names = list(classes) if len(classes) > 1 else [f"not {classes[0]}", classes[0]]
+    strata = [names[number] for number in predicted.tolist()]
+    found = annotated_slide(settings.annotations, slide.id, settings.include, slide.size_px)
+    if found is None:
+        return strata
+    shares = found.shares(yx, slide.plan.view)
+    partly = (shares > PARTLY[0]) & (shares < PARTLY[1])
+    return [f"{name}, partly annotated" if part else name for name, part in zip(strata, partly.tolist(), strict=True)]
+
+
+def with_depth(samples: Mapping[str, SlideSample], settings: AuditSettings) -> dict[str, SlideSample]:
+    """The samples with pieces for what is slow, dealt out to the slides in a random order, one at a time."""
+    names = list(samples)
+    order = [names[i] for i in np.random.default_rng(settings.seed).permutation(len(names)).tolist()]
+    left, given = deep_patches(settings.patches), Counter[str]()
+    while left > 0:
+        before = left
+        for name in order:
+            if left > 0 and given[name] < samples[name].batches:
+                part = samples[name].batch(given[name])
+                given[name] += 1
+                left -= part.stop - part.start
+        if left == before:  # all are deep
+            break
+    return {name: replace(sample, deep=given[name]) for name, sample in samples.items()}

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.measures.spread import spread
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.channels import QUANTILE
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.patch_store import OK
-from wsi_gradcam.results.stitch import Enlarger, coarsen, coarsen_flags, touching
+from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, coarsen, coarsen_flags, touching
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -141,3 +140,30 @@ def _set_windows(image: HeatmapStore) -> None:
 
 def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
+
+
+def spread(
+    enlarger: Enlarger, block: Region, yx: NDArray[np.int64], cams: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """(mean, spread, seen by several) of what patches say about a block of the heatmap, each [height, width].
+
+    The mean is the heatmap itself. The spread is the standard deviation round it with the same blending weights w,
+    sqrt(sum w (v - mean)² / sum w), in the map's unit. A pixel that one patch alone sees has spread 0 and is not seen
+    by several: nothing is known of it. Two passes, since sum v² - mean² would be rounding where patches agree.
+
+    Args:
+        yx: int64 [n, 2] in level-0 px of the patches that meet the block, in their order.
+        cams: float32 [n, h, w].
+    """
+    blender = Blender(enlarger, block)
+    blender.add(yx, cams)
+    mean, _ = blender.result()
+    squares, weights, count = np.zeros_like(mean), np.zeros_like(mean), np.zeros(mean.shape, np.int64)
+    for start in range(0, len(yx), GROUP):
+        for place, value, weight in blender.placements(yx[start : start + GROUP], cams[start : start + GROUP]):
+            squares[place] += weight * (value - mean[place]) ** 2
+            weights[place] += weight
+            count[place] += weight > 0
+    several = count > 1
+    variance = np.divide(squares, weights, out=np.zeros_like(squares), where=several)
+    return mean, np.sqrt(variance), several

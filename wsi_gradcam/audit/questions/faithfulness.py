@@ -1,0 +1,330 @@
+"""Does the answer hang on what the map shows?
+
+Deletion takes the most relevant pixels away first, insertion gives them back first (Petsiuk 2018, arXiv 1806.07421).
+With linear imputation in place of the pixels taken away, at fractions other than 0 and 1, it is ROAD (Rong 2022,
+arXiv 2202.00449): inserting the top share q is removing the least relevant 1 - q first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from wsi_gradcam.audit.estimates import Comparison, compare, holm
+from wsi_gradcam.audit.findings import ALPHA, ENOUGH, Findings, Verdict
+from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measures.faithfulness import Curves, mean_height, slide_removal
+from wsi_gradcam.audit.questions import Question, Scope
+from wsi_gradcam.audit.vocabulary import (
+    CONTROLS,
+    RANDOM,
+    CurvesFigure,
+    Figure,
+    IntervalsFigure,
+    Keys,
+    Measure,
+    Words,
+    map_keys,
+    row_title,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from torch import Tensor
+
+    from wsi_gradcam.audit.batch import Batch
+    from wsi_gradcam.audit.measurements import Measurements
+    from wsi_gradcam.audit.measures.removal import Replace
+    from wsi_gradcam.audit.schema import CurveRow, Metrics
+
+    Floats = NDArray[np.float64]
+
+# Of a patch's pixels, that are taken away: 7 answers a way beside the two that all maps share. The area under a curve
+# of 29 points differs little, and costs four times as much.
+CURVE_FRACTIONS = tuple(i / 8 for i in range(9))
+ROAD_FRACTIONS = (0.2, 0.5, 0.8)  # each costs an exact solution for up to 40,000 pixels
+BLUR, BACKGROUND, MEAN, ROAD = "blur", "background", "mean", "road"
+MAIN = MEAN  # what gaps are filled with on all patches and for all maps: a blurred patch may show all of a small one
+BASELINES = (MAIN, BLUR, BACKGROUND, ROAD)  # the others where it is measured in depth, beside
+REMOVED_FRACTIONS = tuple(i / 20 for i in range(19))  # of a slide's patches
+REMOVAL_ORDERS = ("most", "least", "random")
+LARGE = 0.8  # of a standard deviation: a large effect (Cohen)
+
+Way = Literal["deletion", "insertion"]
+WAYS: tuple[Way, ...] = ("deletion", "insertion")
+CURVES = {way: Measure(way, f"{way}, {{baseline}}") for way in WAYS}
+PROBABILITY_CURVES = {way: Measure(f"{way}_probability", f"{way}, {{baseline}}, probability") for way in WAYS}
+AREAS = {way: Measure(f"{way}_area", f"{way} area, {{baseline}}", "logits") for way in WAYS}
+PROBABILITY_AREAS = {
+    way: Measure(f"{way}_area_probability", f"{way} area, {{baseline}}, probability", "probability") for way in WAYS
+}
+SCORE = Measure("score", "score, {baseline}", "logits")
+PROBABILITY_SCORE = Measure("score_probability", "score, {baseline}, probability", "probability")
+ZEROS = Measure("zero_values", "values that are 0", "share")
+TIES = Measure("tied_values", "values that are tied", "share")
+BROKEN_MAPS = Measure("broken_maps", "maps that are no numbers", "share")
+RUN_DIFFERENCE = Measure("run_difference", "difference from the run's map", "relative")
+SLIDE_SCORE = Measure("slide_score", "slide, {order}", of="{label}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Faithfulness:
+    """Curves of removal by baseline and map; of the maps of methods and of controls."""
+
+    curves: Mapping[str, Mapping[str, Curves]] = stored("faithfulness/{}/{}", Curves, (BASELINES, None))
+
+    @property
+    def main(self) -> Mapping[str, Curves]:
+        """The curves of all maps on all patches."""
+        return self.curves[MAIN]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlideRemoval:
+    """A slide's score [Q] as its patches are taken away, by class and order: see `slide_removal`."""
+
+    scores: Mapping[str, Mapping[str, Floats]] = stored("slide/removal/{}/{}", keys=(None, REMOVAL_ORDERS))
+
+
+def measure(batch: Batch) -> Faithfulness:
+    """Curves of every map with the first baseline; in depth, of methods and noise with the others too."""
+    from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by, replace_by_neighbours
+
+    images, subject = batch.images, batch.subject
+    every = batch.maps | batch.controls
+    curves = {MAIN: _curves(batch, every, replace_by(images, mean_colour(images)), CURVE_FRACTIONS)}
+    if batch.in_depth:
+        some = batch.maps | {RANDOM: batch.controls[RANDOM]}
+        glass = subject.colour(batch.data.background)
+        grain = images.new_tensor(subject.model.std)[:, None, None].reciprocal()
+        grain = grain * (0.01 * subject.model.transform.scale)
+        curves[BLUR] = _curves(batch, some, replace_by(images, blurred(images)), CURVE_FRACTIONS)
+        curves[BACKGROUND] = _curves(batch, some, replace_by(images, glass), CURVE_FRACTIONS)
+        curves[ROAD] = _curves(batch, some, replace_by_neighbours(images, grain, batch.seed), ROAD_FRACTIONS)
+    return Faithfulness(curves=curves)
+
+
+def _curves(
+    batch: Batch, maps: Mapping[str, Tensor], replace: Replace, fractions: tuple[float, ...]
+) -> dict[str, Curves]:
+    from wsi_gradcam.audit.measures.removal import removal_curves
+
+    return removal_curves(batch.subject, batch.images, batch.aim, maps, replace, fractions, batch.seed)
+
+
+def measure_slide(batch: Batch) -> SlideRemoval:
+    """Scores of the slide, the mean of its patches' probabilities, as its relevant patches are taken away."""
+    fractions = np.array(REMOVED_FRACTIONS)
+    return SlideRemoval(
+        scores={
+            label: slide_removal(relevance, scores, lambda left: float(left.mean()), fractions, seed=batch.seed)
+            for label, (relevance, scores) in batch.data.slide_relevance.items()
+        }
+    )
+
+
+def fractions_of(baseline: str) -> tuple[float, ...]:
+    """Return where the curves of a baseline are measured."""
+    return ROAD_FRACTIONS if baseline == ROAD else CURVE_FRACTIONS
+
+
+def area(curves: Floats, baseline: str = MAIN) -> Floats:
+    """Return the mean height [N] of curves [N, Q] of a baseline; of ROAD, the mean over its fractions."""
+    return curves.mean(axis=1) if baseline == ROAD else mean_height(curves, CURVE_FRACTIONS)
+
+
+def score(curves: Curves, baseline: str = MAIN) -> Floats:
+    """Return half of insertion less deletion [N], in logits: what the order of the map is worth; 0 for chance."""
+    return curves.road if baseline == ROAD else curves.score(CURVE_FRACTIONS)
+
+
+def assess(findings: Findings, scope: Scope) -> None:
+    """Curves, areas and scores of all maps; a verdict for each method."""
+    data = findings.measurements
+    if (found := data.of(Faithfulness)) is None:
+        return
+    for baseline in BASELINES:
+        for name, curves in found.curves.get(baseline, {}).items():
+            _add_curves(findings, baseline, name, curves, with_interval=name in scope.methods and baseline == MAIN)
+    for method in scope.methods:
+        verdict = _verdict(data, found, method)
+        for name, one in verdict.evidence.items():
+            assert isinstance(one, Comparison)
+            findings.add_comparison(SCORE, one, method=method, control=name, baseline=MAIN)
+        p, is_finding = _p_of(verdict)
+        findings.conclude(method, verdict, p, SCORE, is_finding=is_finding, method=method, baseline=MAIN)
+        for baseline in BASELINES[1:]:
+            if method in (some := found.curves.get(baseline, {})):
+                pair = (score(some[name], baseline) for name in (method, RANDOM))
+                findings.compare(SCORE, *pair, method=method, control=RANDOM, baseline=baseline)
+    first, *others = scope.methods
+    for other in others:
+        pair = (score(found.main[name]) for name in (first, other))
+        findings.compare(SCORE, *pair, method=first, other_method=other, baseline=MAIN)
+    _describe_maps(findings, scope.methods)
+    _add_slide_scores(findings)
+
+
+def faithful_where(data: Measurements, method: str, rows: NDArray[np.bool_]) -> Verdict | None:
+    """Return whether a method's map is faithful on some of the patches; None where it was not measured."""
+    some = data.only(rows)
+    found = some.of(Faithfulness)
+    return None if found is None or not len(some) else _verdict(some, found, method)
+
+
+def _verdict(data: Measurements, found: Faithfulness, method: str) -> Verdict:
+    controls = {name: score(found.main[name]) for name in CONTROLS if name in found.main}
+    return faithful(score(found.main[method]), controls, data.slides, data.weights, data.seed)
+
+
+def faithful(
+    score: ArrayLike,
+    controls: Mapping[str, ArrayLike],
+    slides: ArrayLike,
+    weights: ArrayLike | None = None,
+    seed: int = 0,
+    chance: str = RANDOM,
+) -> Verdict:
+    """Return whether the answer hangs on what the map calls relevant: scores [N] of the map against each control's.
+
+    It holds where the map beats every control: each alone at 5 %, as all are asked together. It fails where a control
+    beats it (corrected for their number), or where enough patches do not set it apart from `chance`: an interval that
+    holds 0, and no large effect (Cohen's d of 0.8). What is not certain for want of slides is unclear.
+    """
+    question = "Does the model's answer hang on what the map shows?"
+    found = {name: compare(score, other, slides, weights, seed) for name, other in controls.items()}
+    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+    beaten = [name for name, one in found.items() if one.p < ALPHA and one.difference.value > 0]
+    lost = [name for name, one in found.items() if adjusted[name] < ALPHA and one.difference.value < 0]
+    others = [name for name in found if name not in beaten]
+    if not others:
+        return Verdict(question, "holds", f"The map beats every control: {', '.join(beaten)}.", found)
+    if lost:
+        order = ", ".join(lost)
+        words = f"Taking pixels away in the order of {order}, which ignores the model, tells more than the map."
+        return Verdict(question, "fails", words, found)
+    if chance in others and _is_no_better(found[chance]):
+        return Verdict(question, "fails", "The map's order of the pixels is worth no more than a random one.", found)
+    words = f"The map is not told apart from {', '.join(others)} with these patches."
+    return Verdict(question, "unclear", words, found)
+
+
+def _is_no_better(found: Comparison) -> bool:
+    """Return whether enough patches show that a difference is none, or small."""
+    interval = found.difference
+    return interval.patches >= ENOUGH and interval.low <= 0 and interval.high <= LARGE * found.spread
+
+
+def _p_of(verdict: Verdict) -> tuple[float, bool]:
+    """Return (p, whether something was found): for beating all controls the largest p, for losing to one that one's."""
+    found = {name: one for name, one in verdict.evidence.items() if isinstance(one, Comparison)}
+    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+    lost = [adjusted[name] for name, one in found.items() if one.difference.value < 0 and adjusted[name] < ALPHA]
+    if verdict.outcome == "fails":
+        return (min(lost), True) if lost else (float("nan"), False)
+    known = [one.p for one in found.values() if not np.isnan(one.p)]
+    return (max(known) if known else float("nan")), True
+
+
+def _add_curves(findings: Findings, baseline: str, name: str, curves: Curves, with_interval: bool) -> None:
+    keys = Keys(baseline=baseline, **map_keys(name))
+    fractions = fractions_of(baseline)
+    parts = ((curves.deletion, curves.deletion_probability), (curves.insertion, curves.insertion_probability))
+    for way, (logits, probabilities) in zip(WAYS, parts, strict=True):
+        x_name = "share of the pixels removed" if way == "deletion" else "share of the pixels kept"
+        findings.curve(CURVES[way], (x_name, "logit"), fractions, logits, with_interval, **keys)
+        findings.estimate(AREAS[way], area(logits, baseline), **keys)
+        if probabilities is not None:
+            axes = (x_name, "probability")
+            findings.curve(PROBABILITY_CURVES[way], axes, fractions, probabilities, False, **keys)
+            if baseline == MAIN:
+                findings.estimate(PROBABILITY_AREAS[way], area(probabilities), **keys)
+    findings.estimate(SCORE, score(curves, baseline), **keys)
+
+
+def _describe_maps(findings: Findings, methods: Sequence[str]) -> None:
+    """Add shares of a map's values that are 0, tied, or no number; and how far maps are from those of the run."""
+    patches = findings.measurements.patches
+    for method in methods:
+        maps = patches.maps[method].reshape(len(patches.number), -1)
+        broken: NDArray[np.bool_] = ~np.logical_and.reduce(np.isfinite(maps), axis=1)
+        tied: Floats = 1 - np.array([len(np.unique(map_)) for map_ in maps]) / maps.shape[1]
+        findings.estimate(ZEROS, np.where(broken, np.nan, np.mean(maps == 0, axis=1)), method=method)
+        findings.estimate(TIES, np.where(broken, np.nan, tied), method=method)
+        findings.estimate(BROKEN_MAPS, broken.astype(np.float64), method=method)
+        findings.estimate(RUN_DIFFERENCE, patches.difference[method], method=method)
+
+
+def _add_slide_scores(findings: Findings) -> None:
+    """Add means over slides of their scores as patches are taken away."""
+    of_slides = findings.measurements.of_slides(SlideRemoval).values()
+    for label in sorted({label for one in of_slides for label in one.scores}):
+        axes = ("share of the slide's patches removed", f"mean probability of {label}")
+        for order in sorted(REMOVAL_ORDERS):
+            mean = np.mean([one.scores[label][order] for one in of_slides if label in one.scores], axis=0)
+            findings.add_curve(SLIDE_SCORE, axes, REMOVED_FRACTIONS, mean.tolist(), label=label, order=order)
+
+
+def figures(metrics: Metrics) -> list[Figure]:
+    """Curves and scores of all maps and controls, and the scores of slides."""
+    curves = [row for row in metrics.curves if any(y is not None for y in row.y)]
+    found: list[Figure] = []
+    for measures, name in ((CURVES, "logits"), (PROBABILITY_CURVES, "probabilities")):
+        panels = [
+            (
+                f"{way}: {'lower' if way == 'deletion' else 'higher'} is better",
+                [(row_title(row), row) for row in curves if row.measure == measures[way].name and row.baseline == MAIN],
+            )
+            for way in WAYS
+        ]
+        if any(rows for _, rows in panels):
+            description = f"Mean curves of deletion and insertion in {name}, all maps and controls"
+            found.append(CurvesFigure(panels, description))
+    scores = [row for row in metrics.estimates if row.measure == SCORE.name and row.baseline == MAIN]
+    lines = [(row_title(row), row) for row in sorted(scores, key=lambda row: row.control is not None)]
+    if lines:
+        axis = "(insertion − deletion) / 2, in logits"
+        found.append(IntervalsFigure(lines, axis, "Scores of all maps and controls", reference=0.0))
+    return found + _slide_figures([row for row in curves if row.measure == SLIDE_SCORE.name])
+
+
+def _slide_figures(curves: Sequence[CurveRow]) -> list[Figure]:
+    labels = list(dict.fromkeys(row.label for row in curves))[:3]
+    if not labels:
+        return []
+    panels = [(f"slide score: {label}", [_by_order(row) for row in curves if row.label == label]) for label in labels]
+    description = "Scores of slides as patches are taken away, most or least relevant first, or at random"
+    return [CurvesFigure(panels, description)]
+
+
+def _by_order(row: CurveRow) -> tuple[str, CurveRow]:
+    """Return a slide's curve, named by the order in which patches are taken away; the random one is a control."""
+    if row.order == "random":
+        return "at random (control)", row.model_copy(update={"control": RANDOM})
+    return f"{row.order} relevant first", row
+
+
+QUESTION = Question(
+    Words(
+        title="Does the answer hang on what the map shows?",
+        how="Pixels are taken away in the order of the map, the hottest first (deletion), or given back in that order "
+        "(insertion). If the map is right, the model's answer falls soon, or comes back soon. The same is done in "
+        "the order of maps that know nothing of the model: noise, edges of the picture, the middle first, no order "
+        "at all, and the probability of the patches round about. What counts is insertion less deletion, for an order "
+        "that tears the picture apart lowers both curves. The map must beat every one of them.",
+        not_proven="Pixels that were taken away leave pictures that no slide holds, so several ways to fill the gap "
+        "stand beside each other. A map that is faithful to a bad model is still faithful.",
+        source="Petsiuk 2018 (arXiv 1806.07421); ROAD: Rong 2022 (arXiv 2202.00449)",
+    ),
+    measure,
+    assess,
+    measures=(
+        *(one for some in (CURVES, PROBABILITY_CURVES, AREAS, PROBABILITY_AREAS) for one in some.values()),
+        *(SCORE, PROBABILITY_SCORE, ZEROS, TIES, BROKEN_MAPS, RUN_DIFFERENCE, SLIDE_SCORE),
+    ),
+    figures=figures,
+    measure_slide=measure_slide,
+)

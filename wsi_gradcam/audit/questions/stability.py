@@ -1,0 +1,227 @@
+"""Do answer and map survive what slides vary by: noise, stain, JPEG, the grid of patches?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsi_gradcam.audit.estimates import Comparison, Estimate, estimate
+from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, interval_p, percent
+from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.questions import Question, Scope
+from wsi_gradcam.audit.vocabulary import (
+    EXPENSIVE,
+    Figure,
+    IntervalsFigure,
+    Measure,
+    Words,
+    change_title,
+    method_title,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.audit.batch import Batch
+    from wsi_gradcam.audit.measurements import Measurements
+    from wsi_gradcam.audit.schema import Metrics
+
+    Floats = NDArray[np.float64]
+
+CHANGES = ("noise", "stain", "jpeg")
+SHIFT = "shift"
+REPEATS = 2
+CHANGE_WORDS = {"noise": "noise", "stain": "another stain", "jpeg": "JPEG compression", SHIFT: "a shift of the grid"}
+
+CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{change}", "noise as strong as it")
+LOGIT_CHANGE = Measure("logit_change", "change of the logit", "logits", "{change}")
+MAP_CHANGE = Measure("map_change", "change of the map with {change}", "relative")
+MAP_CHANGE_RELATIVE = Measure(
+    "map_change_relative", "change of the map with {change}, over that to another patch", "ratio"
+)
+DISAGREEMENT = Measure(
+    "disagreement", "disagreement of overlapping patches, over the size of the map", "ratio", of="{label}"
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerChange:
+    """How answers move: [N] mean absolute change of the logit, and share of the repeats with another class."""
+
+    logit_change: Floats
+    flips: Floats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stability:
+    """How answers and maps move, by change and method; see `measures.stability.Moves`.
+
+    Attributes:
+        answers: of a change.
+        noise_as_strong: the same of noise that moves pixels as far.
+        map_change: [N] relative; also of a shift of the grid.
+        other_patch: [N] relative change to the map of another patch.
+    """
+
+    answers: Mapping[str, AnswerChange] = stored("stability/{}", AnswerChange, (CHANGES,))
+    noise_as_strong: Mapping[str, AnswerChange] = stored("stability/noise as strong as {}", AnswerChange, (CHANGES,))
+    map_change: Mapping[str, Mapping[str, Floats]] = stored(
+        "stability/{}/{}/map_change", keys=((*CHANGES, SHIFT), None)
+    )
+    other_patch: Mapping[str, Mapping[str, Floats]] = stored("stability/{}/{}/other_patch", keys=(CHANGES, None))
+
+
+def measure(batch: Batch) -> Stability:
+    """How far answers and maps move with noise, stain, JPEG, and the grid of patches."""
+    from wsi_gradcam.audit.measures.stability import CHANGE_FUNCTIONS, as_strong_noise, moves
+
+    cheap = [method for method in batch.methods if method not in EXPENSIVE]
+    data = batch.data
+    moving = partial(moves, batch.subject, data.rgb, batch.aim, repeats=REPEATS, seeds=data.seeds)
+    answers: dict[str, AnswerChange] = {}
+    control: dict[str, AnswerChange] = {}
+    map_change: dict[str, dict[str, Floats]] = {}
+    other_patch: dict[str, dict[str, Floats]] = {}
+    for name in CHANGES:
+        change = CHANGE_FUNCTIONS[name]
+        moved = {method: moving(change, method) for method in cheap or ["gradcam"]}  # answers move whatever the method
+        first = next(iter(moved))
+        answers[name] = AnswerChange(logit_change=moved[first].logit_change, flips=moved[first].flips)
+        map_change[name] = {method: moved[method].map_change for method in cheap}
+        other_patch[name] = {method: _of_others(moved[method].other_patch, data.count) for method in cheap}
+        if name != "noise":
+            as_strong = moving(as_strong_noise(change), first)
+            control[name] = AnswerChange(logit_change=as_strong.logit_change, flips=as_strong.flips)
+    map_change[SHIFT] = _shift_changes(batch, cheap)
+    return Stability(answers=answers, noise_as_strong=control, map_change=map_change, other_patch=other_patch)
+
+
+def _of_others(changes: Floats, count: int) -> Floats:
+    """Return changes to the map of another patch; NaN where there is one patch alone, the others being its copies."""
+    return changes if count > 1 else np.full_like(changes, np.nan)
+
+
+def _shift_changes(batch: Batch, methods: list[str]) -> dict[str, Floats]:
+    """Return the change of the map where the grid of patches begins elsewhere; none where nothing is round a patch."""
+    from wsi_gradcam.audit.measures.stability import shift_change
+
+    wide = batch.data.wide
+    if wide is None:
+        return {}
+    offset = (wide.shape[1] - batch.data.rgb.shape[1], wide.shape[2] - batch.data.rgb.shape[2])
+    target_of = partial(batch.subject.aim, target=batch.aim.target)
+    return {method: shift_change(batch.subject, wide, target_of, offset, method) for method in methods}
+
+
+def assess(findings: Findings, scope: Scope) -> None:
+    """How far maps and answers move; a verdict on maps for each method and change, on answers for each change."""
+    found = findings.measurements.of(Stability)
+    if found is not None:
+        for change in CHANGES:
+            if change in found.answers:
+                _add_answers(findings, change, found)
+        for method in scope.methods:
+            for change in (*CHANGES, SHIFT):
+                if method in found.map_change.get(change, {}):
+                    _add_maps(findings, method, change, found)
+    for label, by_slide in scope.disagreement.items():
+        slides = np.array(list(by_slide), object).astype(np.str_)
+        mean = estimate(np.array(list(by_slide.values())), slides, None, findings.measurements.seed)
+        findings.add(DISAGREEMENT, mean, label=label)
+
+
+def _add_answers(findings: Findings, change: str, found: Stability) -> None:
+    moved, control = found.answers[change], found.noise_as_strong.get(change)
+    findings.estimate(CHANGED_ANSWERS, moved.flips, change=change)
+    findings.estimate(LOGIT_CHANGE, moved.logit_change, change=change)
+    if control is not None:
+        flips = findings.compare(CHANGED_ANSWERS, moved.flips, control.flips, change=change, control="equal_noise")
+        verdict = robust_to(CHANGE_WORDS[change], flips, "noise as strong")
+        is_finding = verdict.outcome == "fails"
+        findings.conclude(change, verdict, flips.p, CHANGED_ANSWERS, is_finding=is_finding, change=change)
+
+
+def _add_maps(findings: Findings, method: str, change: str, found: Stability) -> None:
+    moved = found.map_change[change][method]
+    findings.estimate(MAP_CHANGE, moved, method=method, change=change)
+    if change == SHIFT:  # another part of the tissue is seen: there is no bound to hold it to
+        return
+    other = found.other_patch[change][method]
+    share = np.divide(moved, other, out=np.full(len(moved), np.nan), where=np.isfinite(other) & (other > 0))
+    relative = findings.estimate(MAP_CHANGE_RELATIVE, share, method=method, change=change)
+    verdict, p = steady(CHANGE_WORDS[change], relative), interval_p(relative, HALF)
+    findings.conclude(f"{method}, {change}", verdict, p, MAP_CHANGE_RELATIVE, method=method, change=change)
+
+
+def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
+    """Return whether answers survive a change that slides vary by, against a harmless one.
+
+    Args:
+        change, control: in words.
+        flips: whether the predicted class changes (0 or 1 a patch), against the same with the control.
+    """
+    question = f"Does the answer survive {change}?"
+    evidence = {"changed answers": flips}
+    if flips.p < ALPHA and flips.difference.value > 0:
+        share = percent(flips.difference.value)
+        words = f"{capitalised(change)} changes the answer for {share} more of the patches than {control} does."
+        return Verdict(question, "fails", words, evidence)
+    if flips.difference.patches < ENOUGH:
+        return Verdict(question, "unclear", f"{flips.difference.patches} patches are too few to tell.", evidence)
+    words = f"{capitalised(change)} changes the answer no more often than {control} does."
+    return Verdict(question, "holds", words, evidence)
+
+
+def steady(change: str, share: Estimate) -> Verdict:
+    """Return whether a map stays when the patch changes: its change, over that to the map of another patch.
+
+    Half as far as to another patch is the bound: what moves farther tells little of this patch.
+    """
+    question = f"Does the map survive {change}?"
+    evidence = {"change, over that to another patch": share}
+    moved = f"{capitalised(change)} moves the map {percent(share.value)} as far as another patch would"
+    if share.high < HALF:
+        return Verdict(question, "holds", f"{moved}.", evidence)
+    if share.low > HALF:
+        return Verdict(question, "fails", f"{moved}: it tells little of this one.", evidence)
+    words = f"{capitalised(change)} moves the map about half as far as another patch would."
+    return Verdict(question, "unclear", words, evidence)
+
+
+def figures(metrics: Metrics) -> list[Figure]:
+    """How far maps move."""
+    rows = [
+        (f"{method_title(row.method or '')}: {change_title(row.change or '')}", row)
+        for row in metrics.estimates
+        if row.measure == MAP_CHANGE_RELATIVE.name
+    ]
+    axis = "change of the map; 1 is as far as another patch's"
+    return [IntervalsFigure(rows, axis, "How far maps move", reference=HALF, left=0.0)] if rows else []
+
+
+def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
+    """Overlapping patches, where a run has none."""
+    if scope.overlaps is not False:
+        return []
+    return [("where overlapping patches disagree", "the run's patches do not overlap; explain with --overlap 0.5")]
+
+
+QUESTION = Question(
+    Words(
+        title="Do answer and map survive what slides vary by?",
+        how="Each patch is changed a little: noise of a camera, another strength of its stains, JPEG compression, a "
+        "shift of the grid of patches. The change of the map is held against the map of another patch, which is as "
+        "far as a map can reasonably move; the change of the answer against noise that moves pixels as far.",
+        not_proven="Other changes than these, such as another laboratory's staining, may do more.",
+        source="Yeh 2019 (arXiv 1901.09392); Tellez 2018 (doi 10.1109/TMI.2018.2820199)",
+    ),
+    measure,
+    assess,
+    measures=(CHANGED_ANSWERS, LOGIT_CHANGE, MAP_CHANGE, MAP_CHANGE_RELATIVE, DISAGREEMENT),
+    figures=figures,
+    untested=untested,
+)
