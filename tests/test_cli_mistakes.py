@@ -299,7 +299,7 @@ def test_ctrl_c_says_how_to_go_on(run: Run, made: Path, tmp_path: Path, monkeypa
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wsi_gradcam.run.finishing.draw_overview", interrupted)
+    monkeypatch.setattr("wsi_gradcam.run.stitching.draw_overview", interrupted)
     code, _, err = run(
         "explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path, *SMALL_FLAGS
     )

@@ -20,7 +20,7 @@ from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.results.run_files import read_run
 from wsi_gradcam.results.slide_tables import COLUMNS, OLDEST, read_slides
 from wsi_gradcam.results.validation import validate
-from wsi_gradcam.run.sampling import sample_patches
+from wsi_gradcam.run.examining import sample_patches
 from wsi_gradcam.run.settings import make_settings
 
 

@@ -15,8 +15,8 @@ from tests.slides_in_memory import ArraySlide
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.run import sampling
-from wsi_gradcam.run.sampling import SLIDES_TRIED, sample_patches
+from wsi_gradcam.run import examining
+from wsi_gradcam.run.examining import SLIDES_TRIED, sample_patches
 from wsi_gradcam.run.settings import Settings
 from wsi_gradcam.tissue.masks import SlideMasks
 
@@ -44,7 +44,7 @@ class Archive:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.slides: dict[str, ArraySlide | Exception] = {}
         self.opened: list[str] = []
-        monkeypatch.setattr(sampling, "open_entry", self.open)
+        monkeypatch.setattr(examining, "open_entry", self.open)
 
     def open(self, entry: SlideEntry, settings: Settings) -> ArraySlide:
         self.opened.append(entry.path)
@@ -156,7 +156,7 @@ def test_what_counts_as_tissue_is_taken(
     stained, ink = np.zeros((10, 15), np.bool_), np.zeros((10, 15), np.bool_)
     stained[:, :5], ink[:, 5:10] = True, True
     masks = SlideMasks(np.zeros((10, 15, 3), np.uint8), stained, ink, np.zeros_like(ink))
-    monkeypatch.setattr(sampling, "slide_masks", lambda slide: masks)
+    monkeypatch.setattr(examining, "slide_masks", lambda slide: masks)
     archive.slides["a"] = ArraySlide([tissue(640, 1440)])
     found = archive.sample(1000, Settings(min_tissue=0.5, tissue=what))
     assert found is not None
@@ -203,7 +203,7 @@ def test_slides_without_a_resolution_are_passed_over(archive: Archive) -> None:
 def test_regions_that_cannot_be_decoded_are_left_out(
     archive: Archive, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "slide_masks", all_tissue)
+    monkeypatch.setattr(examining, "slide_masks", all_tissue)
     whole = ArraySlide([tissue(640, 960)])
     archive.slides["a"] = ArraySlide([tissue(640, 960)], bad=Region(0, 0, 320, 960))
     with caplog.at_level("INFO", "wsi_gradcam"):
@@ -221,7 +221,7 @@ def test_regions_that_cannot_be_decoded_are_left_out(
 
 
 def test_an_archive_without_a_readable_patch_gives_none(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "slide_masks", all_tissue)
+    monkeypatch.setattr(examining, "slide_masks", all_tissue)
     archive.slides["a"] = ArraySlide([tissue(640, 960)], bad=Region(0, 0, 640, 960))
     assert archive.sample(4) is None
     archive.slides = {}

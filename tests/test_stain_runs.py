@@ -22,8 +22,8 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.validation import validate
-from wsi_gradcam.run import sampling
-from wsi_gradcam.run.sampling import fit_stain, sample_patches, sample_tissue
+from wsi_gradcam.run import examining
+from wsi_gradcam.run.examining import fit_stain, sample_patches, sample_tissue
 from wsi_gradcam.run.settings import Settings
 from wsi_gradcam.slides import open_slide, read_region
 from wsi_gradcam.tissue.masks import slide_masks
@@ -158,10 +158,10 @@ def test_tissue_is_sampled_evenly_and_each_time_alike() -> None:
     mask[:, :60] = True
     first, second = (sample_tissue(half_glass(), mask, 0.5) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert first.shape == (sampling.STAIN_PLACES * sampling.STAIN_PX**2, 3)
+    assert first.shape == (examining.STAIN_PLACES * examining.STAIN_PX**2, 3)
     sample_tissue(slide, mask, 0.5)
     rows = np.array([region.y + region.height / 2 for _, region in slide.reads])
-    np.testing.assert_allclose(np.histogram(rows, 4, (0, 1024))[0], sampling.STAIN_PLACES / 4, atol=2)
+    np.testing.assert_allclose(np.histogram(rows, 4, (0, 1024))[0], examining.STAIN_PLACES / 4, atol=2)
     assert all(region.x + region.width / 2 < 60 * 8 for _, region in slide.reads)
 
 
@@ -178,7 +178,7 @@ def test_the_sample_is_like_the_whole() -> None:
 def test_what_cannot_be_read_is_left_out() -> None:
     mask = np.ones((128, 128), bool)
     partly = sample_tissue(half_glass(Region(0, 0, 512, 1024)), mask, 0.5)
-    assert 0 < len(partly) < sampling.STAIN_PLACES * sampling.STAIN_PX**2 * 0.6
+    assert 0 < len(partly) < examining.STAIN_PLACES * examining.STAIN_PX**2 * 0.6
     with pytest.raises(SlideReadError, match="cannot be decoded"):
         sample_tissue(half_glass(Region(0, 0, 1024, 1024)), mask, 0.5)
 
@@ -204,7 +204,7 @@ def test_a_slide_without_a_stain_is_named() -> None:
 
 
 def test_patches_for_choices_are_normalised_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "open_entry", lambda entry, settings: half_glass())
+    monkeypatch.setattr(examining, "open_entry", lambda entry, settings: half_glass())
     entries, settings = [SlideEntry("a", "a")], Settings(min_tissue=0.5)
     plain = sample_patches(entries, settings, (32, 32), 0.5, 6)
     normalised = sample_patches(entries, settings, (32, 32), 0.5, 6, MACENKO)

@@ -20,10 +20,10 @@ from wsi_gradcam.results.run_files import RunFolder, check_same_run, read_run, s
 from wsi_gradcam.results.slide_tables import SlideTable, assign_ids, read_slide_records, read_slides, record_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.driver import RunSession
+from wsi_gradcam.run.examining import SLIDES_TRIED
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
 from wsi_gradcam.run.plan import Estimate, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.run.plan import plan_slide as make_plan
-from wsi_gradcam.run.sampling import SLIDES_TRIED
 from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.run.types import Executor, RunListener, SlideRecord
 from wsi_gradcam.run.workload import ExplainWorkload
@@ -41,7 +41,7 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its folder, on a disk a `Path`, and a record a slide, in the order in which they finished."""
+    """The end of a run: its folder, on a disk a `Path`, and a record a slide, in the order in which they finished."""
 
     out: Path | S3Path
     records: tuple[SlideRecord, ...]
@@ -140,7 +140,7 @@ def explain(
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would do: estimates of the slides that can be planned, and errors of the others."""
+    """The outcome of a dry run: estimates of the slides that can be planned, and errors of the others."""
 
     run: RunPlan
     estimates: tuple[Estimate, ...]
@@ -197,7 +197,7 @@ def _chosen(slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: s
 def _prepared(
     entries: Sequence[SlideEntry], model: str | PathLike[str] | ModelSpec | Model, settings: Settings
 ) -> tuple[ModelSpec, Model | None]:
-    """What a run needs of its arguments, the model only where it is loaded already."""
+    """Return the model's specification, and the model where it is loaded already."""
     check_masks(entries, settings)
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):
@@ -270,5 +270,5 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
 
 
 def _nothing_but_failures(rows: dict[str, dict[str, Any]]) -> bool:
-    """Whether no slide has begun: such an `out` may be used with other settings, such as the --mpp that was missing."""
+    """Return whether no slide has begun: such an `out` may be used with other settings, as a missing --mpp."""
     return bool(rows) and all(row["status"] == SlideStatus.FAILED and row["patches"] == "0" for row in rows.values())

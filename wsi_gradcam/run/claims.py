@@ -1,4 +1,4 @@
-"""`claim.json`: who works on OUT. Two runs on one OUT at the same time would write over each other.
+"""`claim.json`: the run that works on OUT. Two runs on one OUT at the same time would write over each other.
 
 A run makes the file where there is none, renews it every few seconds, and removes it at the end. Where another run's
 claim stands, it is taken over if that run is gone: at once, where the process can be looked up on this machine; else
@@ -35,7 +35,7 @@ _ENDED: set[str] = set()  # runs of this process that are over, though their cla
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a claim: the run, its process, since when (UTC, by its own clock), and how often it was renewed."""
+    """The holder of a claim: the run, its process, since when (UTC, by its own clock), and how often it was renewed."""
 
     run_id: str
     process: Process
@@ -46,12 +46,12 @@ class Holder:
         return f"run {self.run_id} on {self.process.host} (process {self.process.pid}), since {self.since}"
 
     def to_bytes(self) -> bytes:
-        """As it is written."""
+        """Return the holder as it is written."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Holder | None:
-        """What `to_bytes` made; None where it is anything else."""
+        """Return the holder that `to_bytes` wrote; None where it is anything else."""
         try:
             values = json.loads(data)
             return cls(**{**values, "process": Process(**values["process"])})
@@ -60,13 +60,13 @@ class Holder:
 
 
 def new_run_id() -> str:
-    """A name for a run, which sorts by time."""
+    """Return a new name for a run; names sort by time."""
     now = datetime.now(UTC)
     return f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}Z-{uuid.uuid4().hex[:6]}"
 
 
 def read_holder(out: StoragePath) -> Holder | None:
-    """Who holds the claim on OUT; None where nobody does."""
+    """Return the holder of the claim on OUT; None where nobody holds it."""
     try:
         return Holder.from_bytes((out / CLAIM).read())
     except FileNotFoundError:
@@ -76,8 +76,8 @@ def read_holder(out: StoragePath) -> Holder | None:
 class Claim:
     """The claim of a run on OUT, as a context: within it nobody else works there, or `check` says so."""
 
-    def __init__(self, out: StoragePath, run_id: str, say: Callable[[str], None]) -> None:
-        self._out, self._place, self._say = out, out / CLAIM, say
+    def __init__(self, out: StoragePath, run_id: str, report: Callable[[str], None]) -> None:
+        self._out, self._place, self._report = out, out / CLAIM, report
         self._mine = Holder(run_id, this_process(), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         self._version = ""
         self._taken_by: str | None = None
@@ -105,7 +105,7 @@ class Claim:
                 self._place.remove()
         except StoreError as problem:
             _ENDED.add(self._mine.run_id)
-            self._say(f"the claim on {self._out} stays behind: {problem}")
+            self._report(f"the claim on {self._out} stays behind: {problem}")
 
     def look_first(self) -> None:
         """Find out, without a change, whether another run is at work; the claim is then taken at once.
@@ -119,11 +119,11 @@ class Claim:
 
     @property
     def lost(self) -> bool:
-        """Whether another run has taken the claim."""
+        """True once another run has taken the claim."""
         return self._taken_by is not None
 
     def check(self) -> None:
-        """Raises ResumeError where another run has taken the claim: this one must stop."""
+        """Raise ResumeError where another run has taken the claim: this one must stop."""
         if self._taken_by is not None:
             raise ResumeError(
                 f"{self._out}: taken over by {self._taken_by}, as nothing was heard of this one for {SILENT_S:.0f} s; "
@@ -131,7 +131,7 @@ class Claim:
             )
 
     def _taken(self) -> bool:
-        """One attempt to take the claim."""
+        """Try to take the claim; return whether it was taken."""
         self._taken_by = None
         if self._place.create(self._mine.to_bytes()):
             return self._holds()
@@ -144,7 +144,7 @@ class Claim:
         return self._place.replace(self._mine.to_bytes(), version) and self._holds()
 
     def _wait_until_gone(self, holder: Holder | None, version: str) -> bool:
-        """Wait until the run that wrote this version of the claim is known to be gone; False where another did.
+        """Wait until the run that wrote this version of the claim is known to be gone; False where another has written.
 
         Raises:
             ResumeError: that run goes on.
@@ -155,11 +155,11 @@ class Claim:
         if holder is not None and alive:
             raise _refusal(self._out, holder)
         if holder is not None and alive is False:
-            self._say(f"{holder} has ended without a word; going on with what it has finished")
+            self._report(f"{holder} has ended without finishing; going on with what it has finished")
             self._gone = version
             return True
-        named = str(holder) if holder else "a run that cannot be told"
-        self._say(f"{self._out} is claimed by {named}; waiting up to {SILENT_S:.0f} s for a sign of life")
+        named = str(holder) if holder else "an unknown run"
+        self._report(f"{self._out} is claimed by {named}; waiting up to {SILENT_S:.0f} s for a sign of life")
         until = time.monotonic() + SILENT_S
         while time.monotonic() < until:
             time.sleep(POLL_S)
@@ -171,12 +171,12 @@ class Claim:
                 if (other := Holder.from_bytes(data)) is not None:
                     raise _refusal(self._out, other)
                 return False
-        self._say(f"nothing was heard of {named} for {SILENT_S:.0f} s; taking its place")
+        self._report(f"nothing was heard of {named} for {SILENT_S:.0f} s; taking its place")
         self._gone = version
         return True
 
     def _holds(self) -> bool:
-        """Whether the claim that stands there is this run's; what it is now is remembered."""
+        """Return whether the claim that stands there is this run's, and remember its version."""
         try:
             data, version = self._place.read_versioned()
         except FileNotFoundError:

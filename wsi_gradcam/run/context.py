@@ -66,7 +66,7 @@ class Exclusive(Generic[T]):
 
 
 class Context(Generic[W]):
-    """What a process keeps between the tasks of a workload: the model, and the slides and stores it has open.
+    """The state of a process between the tasks of a workload: the model, and the slides and stores it has open.
 
     Attributes:
         workload: whose tasks are performed.

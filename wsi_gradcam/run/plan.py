@@ -1,4 +1,4 @@
-"""Inputs -> plan: what will be done for a slide, and what it will cost. Nothing is written here."""
+"""The plan of a run and of its slides, and what they will cost. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
-from wsi_gradcam.run.sampling import fit_stain
+from wsi_gradcam.run.examining import fit_stain
 from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 
@@ -50,18 +50,18 @@ class Map:
 
     @property
     def label(self) -> str:
-        """As the heatmap's channel is called."""
+        """The name of the heatmap's channel."""
         return f"{self.method}: {self.target.label}"
 
     @property
     def info(self) -> MethodInfo:
-        """What is known of the method."""
+        """The facts about the method."""
         return METHOD_INFO[self.method]
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is the same for all slides of a run. Small and picklable: workers get it once.
+    """The plan of a run: all that is the same for all slides. Small and picklable: workers get it once.
 
     Attributes:
         out: where the results lie.
@@ -91,7 +91,7 @@ class RunPlan:
 
     @property
     def maps(self) -> tuple[Map, ...]:
-        """What is explained: each method, of each target."""
+        """The explanations of a patch: each method, of each target."""
         cells = self.facts.cam_shape[0] * self.facts.cam_shape[1]
         return tuple(
             Map(method, target, cells if METHOD_INFO[method].scale == "cells" else 1)
@@ -105,7 +105,7 @@ class RunPlan:
         return tuple(target for target in self.targets if target.is_class)
 
     def identity(self) -> dict[str, Any]:
-        """All that results depend on besides the slide."""
+        """Return all that results depend on besides the slide, as plain values."""
         settings = self.settings.identity()
         settings.update(
             layer=self.facts.layer,
@@ -117,12 +117,12 @@ class RunPlan:
         return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
 
     def digest(self) -> str:
-        """sha256 of `identity()`."""
+        """Return the sha256 of `identity()`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def plan_run(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
-    """The run's plan, checked as far as is possible without a slide.
+    """Return the run's plan, checked as far as is possible without a slide.
 
     Raises:
         TargetError: a target the model does not have.
@@ -148,7 +148,7 @@ def plan_run(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings:
 
 
 def check_methods(methods: Sequence[str]) -> None:
-    """Raises ConfigError for a method that is not known."""
+    """Raise ConfigError for a method that is not known."""
     for method in methods:
         if method not in METHOD_INFO:
             raise ConfigError(f"method {method!r} is not known; expected one of {', '.join(METHOD_INFO)}")
@@ -157,7 +157,9 @@ def check_methods(methods: Sequence[str]) -> None:
 def plan_slide(
     slide: Slide, run: RunPlan, regions: Regions | None = None
 ) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
-    """The plan of an open slide, its patches and its tissue mask; reads a thumbnail, and some tissue for its stain.
+    """Return the plan of an open slide, its patches and its tissue mask.
+
+    Reads a thumbnail, and some tissue for its stain.
 
     Raises:
         MppError: the slide's mpp is not known.
@@ -198,7 +200,7 @@ def plan_slide(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan will cost: tasks, bytes on disk before compression, and memory of one process."""
+    """The cost of a slide's plan: tasks, bytes on disk before compression, and memory of one process."""
 
     slide: SlideEntry
     patches: int
@@ -209,7 +211,7 @@ class Estimate:
 
 
 def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
-    """The cost of a slide's plan."""
+    """Return the cost of a slide's plan."""
     maps, classes = len(run.maps), len(run.facts.classes)
     cells = run.facts.cam_shape[0] * run.facts.cam_shape[1]
     per_patch = 4 * (maps * cells + classes) + 8 + 4 * 4 + 1  # place, shares and blur, status
@@ -230,7 +232,7 @@ def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
 
 
 def memory_estimate(run: RunPlan) -> int:
-    """Peak memory of one process, a rule of thumb: it depends on batch and block size, not on the slide.
+    """Return the estimated peak memory of one process, in bytes: it depends on batch and block, not on the slide.
 
     700 MiB are Python, torch and timm as measured on a CPU; a block's stitching holds five arrays of a shard;
     a batch's largest layer is held twice, and a copy of the pixels.

@@ -28,7 +28,7 @@ class OverwritingWorkload(Workload, Protocol):
 
     @property
     def overwrite(self) -> bool:
-        """Whether slides that have results are planned anew."""
+        """True where slides that have results are planned anew."""
 
 
 def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Planned:

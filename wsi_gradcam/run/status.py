@@ -157,7 +157,7 @@ class SlowSlide:
 
 @dataclass(frozen=True)
 class RunNumbers:
-    """How far a run is, in numbers.
+    """The progress of a run in numbers.
 
     Attributes:
         patches_per_s: over the last minutes.
@@ -201,7 +201,7 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What status.json holds: the run, its state, when that was written (UTC), and how far it was.
+    """The content of status.json: the run, its state, when that was written (UTC), and the progress.
 
     Attributes:
         cause: why it was stopped; "" where it was not.
@@ -308,13 +308,13 @@ class ObservedRun:
 
     @property
     def is_active(self) -> bool:
-        """Whether the run, or its audit, is at work."""
+        """True while the run, or its audit, is at work."""
         active = self.state in (RunState.STARTING, RunState.RUNNING)
         return active or (self.audit is not None and self.audit.is_active)
 
     @property
     def is_well(self) -> bool:
-        """Whether nothing has gone wrong up to now, neither in the run nor in its audit."""
+        """True where nothing has gone wrong up to now, neither in the run nor in its audit."""
         failed = self.status is not None and bool(self.status.numbers.failures)
         ended_badly = self.state in (RunState.STOPPED, RunState.KILLED)
         return not (failed or ended_badly) and (self.audit is None or self.audit.is_well)

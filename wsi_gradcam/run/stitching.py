@@ -1,17 +1,30 @@
-"""The stages that make the heatmap: blend patches into a block, make a coarser block of a finished level."""
+"""The stages that make a slide's results of its patch store: blend a block, coarsen a level, finish the slide."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import probabilities
-from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel
-from wsi_gradcam.results.manifest import Manifest, block_name, digest_of
-from wsi_gradcam.results.overview import read_mask
-from wsi_gradcam.results.patch_store import OK, PatchStore
+from wsi_gradcam.results.channels import QUANTILE, window_end
+from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
+from wsi_gradcam.results.manifest import (
+    Manifest,
+    SlideDone,
+    SlideOutcome,
+    SlideStatus,
+    block_name,
+    digest_of,
+    sha256_of,
+    span_name,
+)
+from wsi_gradcam.results.overview import draw_overview, read_mask
+from wsi_gradcam.results.patch_store import OK, PatchStore, write_table
+from wsi_gradcam.results.patch_store import UNREADABLE as UNREADABLE_PATCH
 from wsi_gradcam.results.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
 
 if TYPE_CHECKING:
@@ -26,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def channels(run: RunPlan) -> list[Channel]:
-    """The heatmap's channels: all explanations, then all probabilities."""
+    """Return the heatmap's channels: all explanations, then all probabilities."""
     maps = [Channel(shown.label, active=i == 0) for i, shown in enumerate(run.maps)]
     return maps + [Channel(f"probability: {t.label}", active=False) for t in run.probabilities]
 
@@ -79,18 +92,18 @@ def coarsen_block(context: Context[Workload], entry: SlideEntry, level: int, num
 
 
 def _seen(plan: SlidePlan, yx: NDArray[np.int64]) -> NDArray[Any]:
-    """Where the part of each patch begins that the network sees, level-0 px [n, 2]."""
+    """Return the top left of the part of each patch that the network sees, level-0 px [n, 2]."""
     return yx + np.array(plan.view[:2]) if any(plan.view[:2]) else yx
 
 
 def _status(store: PatchStore, indices: NDArray[np.int64], span: int) -> NDArray[np.uint8]:
-    """Status of patches, uint8 [n]: no more is read than the spans that they are in."""
+    """Return the status of patches, uint8 [n]; no more is read than the spans that they are in."""
     status = [store.status(first, first + span)[chosen - first] for first, chosen in _by_span(indices, span)]
     return np.concatenate(status) if status else np.zeros(0, np.uint8)
 
 
 def _channel_values(run: RunPlan, store: PatchStore, channel: int, start: int, stop: int) -> NDArray[np.float32]:
-    """What a heatmap channel shows of patches, float32 [n, h, w]: an explanation, or the probability."""
+    """Return the values of a heatmap channel for patches, float32 [n, h, w]: an explanation, or the probability."""
     if channel < len(run.maps):
         return store.cams(start, stop, channel) * np.float32(run.maps[channel].factor)
     target = run.probabilities[channel - len(run.maps)]
@@ -100,7 +113,7 @@ def _channel_values(run: RunPlan, store: PatchStore, channel: int, start: int, s
 
 
 def _by_span(indices: NDArray[np.int64], span: int) -> list[tuple[int, NDArray[np.int64]]]:
-    """(first patch of the span, the indices in it) for each span that has some."""
+    """Return (first patch of the span, the indices in it) for each span that has some."""
     if not len(indices):
         return []
     cuts = np.flatnonzero(np.diff(indices // span)) + 1
@@ -114,7 +127,7 @@ def _flags(
     covered: NDArray[np.bool_],
     unreadable: NDArray[Any],
 ) -> NDArray[np.uint8]:
-    """The coverage label of a block: tissue from the mask's nearest pixel, explained, unreadable."""
+    """Return the coverage label of a block: tissue from the mask's nearest pixel, explained, unreadable."""
     mask = read_mask(folder.tissue)
     y = (np.arange(block.y, block.bottom) + 0.5) * plan.stride * mask.shape[0] / plan.slide_px[0]
     x = (np.arange(block.x, block.right) + 0.5) * plan.stride * mask.shape[1] / plan.slide_px[1]
@@ -132,3 +145,86 @@ def _flags(
 def _complete_block(folder: SlideFolder, plan: SlidePlan, level: int, number: int, digests: list[str]) -> None:
     record = {"digests": digests, "run": plan.run_digest}
     Manifest(folder.manifest).complete("blocks", block_name(level, number), record)
+
+
+# Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
+# quantile well, and memory stays bounded.
+STATISTICS_PX = 1 << 20
+
+
+def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
+    """Set the heatmap's display windows, write the slide's table and overview, and record it as done.
+
+    A cluster may ask twice, when the worker that did it dies before it can answer: the record stays as it is.
+
+    Raises:
+        ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them anew.
+    """
+    run, folder = context.run, context.folder(entry)
+    manifest, store, heatmap = Manifest(folder.manifest), PatchStore(folder.cams), HeatmapStore(folder.heatmap)
+    if (done := manifest.done()) is not None:
+        manifest.fold()
+        return done.outcome
+    plan = context.plan(entry)
+    spans, blocks = manifest.records("spans"), manifest.records("blocks")
+    _refuse_foreign(manifest, plan, store, spans, blocks)
+    units = [shown.info.unit for shown in run.maps]
+    shown = [
+        _windowed(heatmap, i, channel, units[i]) if i < len(units) else channel
+        for i, channel in enumerate(channels(run))
+    ]
+    heatmap.set_channels(shown)
+    causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
+    write_table(folder.table, run, plan, store, causes)
+    with context.slide(entry) as slide:
+        draw_overview(folder.overview, run, plan, slide, heatmap, shown)
+    folder.place.remove_partial_files()
+    outcome = SlideOutcome(
+        status=SlideStatus.OK if plan.patches else SlideStatus.NO_TISSUE,
+        patches=plan.patches,
+        unreadable=int((store.status() == UNREADABLE_PATCH).sum()),
+        cause=_most_common(causes),
+    )
+    record = SlideDone(
+        outcome,
+        spans={name: value["digest"] for name, value in spans.items()},
+        blocks={name: value["digests"] for name, value in blocks.items()},
+        files={place.name: sha256_of(place) for place in (folder.table, folder.overview, folder.tissue)},
+    )
+    manifest.write_done(record)
+    return outcome
+
+
+def _refuse_foreign(
+    manifest: Manifest, plan: SlidePlan, store: PatchStore, spans: dict[str, Any], blocks: dict[str, Any]
+) -> None:
+    """Raise ResumeError where a process of another run, still busy when this one began, has written over its pieces."""
+    parts = dict(zip(map(span_name, range(len(plan.spans))), plan.spans, strict=True))
+    found = zip(parts, store.digests(list(parts.values())), strict=True)
+    records = ((name, spans.get(name, {}), digest) for name, digest in found)
+    foreign = [name for name, r, digest in records if (r.get("run"), r.get("digest")) != (plan.run_digest, digest)]
+    count = sum(len(plan.blocks(level)) for level in range(len(plan.level_shapes)))
+    whole = len(blocks) == count and all(block.get("run") == plan.run_digest for block in blocks.values())
+    if foreign or not whole:
+        manifest.forget("spans", foreign)
+        manifest.forget("blocks", blocks)
+        raise ResumeError(
+            f"{len(foreign)} spans of the slide were written over by another process; let one run at a time use an "
+            "--out, and run the same command again"
+        )
+
+
+def _most_common(causes: dict[int, str]) -> str:
+    return Counter(causes.values()).most_common(1)[0][0] if causes else ""
+
+
+def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
+    """Return an explanation's channel with its value range, and a window from 0 to the 99.5 % quantile."""
+    level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
+    whole = Region(0, 0, *heatmap.shapes[level])
+    values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]
+    if not len(values):
+        return channel
+    low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
+    end = window_end(top, unit)
+    return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

@@ -123,7 +123,7 @@ class Performed:
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """How a slide ended: a row of slides.csv.
+    """The end of a slide: a row of slides.csv.
 
     Attributes:
         skipped: nothing was done, it had ended before.
@@ -154,7 +154,7 @@ class Workload(Protocol):
 
     @property
     def patches(self) -> int | None:
-        """How many patches all slides have together; None where that is not known before they are planned."""
+        """The number of patches of all slides together; None where it is not known before they are planned."""
 
     @property
     def run(self) -> RunPlan:

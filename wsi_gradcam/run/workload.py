@@ -12,9 +12,8 @@ from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run.explaining import explain_span
 from wsi_gradcam.run.failures import is_lasting
-from wsi_gradcam.run.finishing import finish_slide
 from wsi_gradcam.run.planning import plan_slide
-from wsi_gradcam.run.stitching import coarsen_block, stitch_block
+from wsi_gradcam.run.stitching import coarsen_block, finish_slide, stitch_block
 from wsi_gradcam.run.types import (
     FatalError,
     Planned,

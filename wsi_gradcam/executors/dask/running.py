@@ -97,7 +97,7 @@ class RunningSlide:
 
     @property
     def waiting_for_model(self) -> int:
-        """How many tasks wait for the model."""
+        """The number of tasks that wait for the model."""
         return len(self.phases[0]) if self.next_stage is not None and self.next_stage.needs_model else 0
 
     def next_batch(self, rates: Rates, budget_s: float) -> SentBatch:
@@ -137,7 +137,7 @@ class RunningSlide:
 
     @property
     def ended(self) -> bool:
-        """Whether no task waits or is in flight."""
+        """True when no task waits or is in flight."""
         return not self.phases and not self.out
 
 
@@ -167,7 +167,7 @@ class SentBatch:
 
     @property
     def needs_model(self) -> bool:
-        """Whether the tasks run on the run's device."""
+        """True where the tasks run on the run's device."""
         return self.tasks[0].stage.needs_model
 
     @property
