@@ -49,7 +49,7 @@ test: venv browser .venv-napari/installed
 	$(BIN)/python -m coverage erase
 	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
-S3_SUITES := tests/test_end_to_end.py tests/test_end_to_end_damage.py tests/test_executors.py tests/test_executors_flow.py \
+S3_SUITES := tests/test_end_to_end.py tests/test_end_to_end_damage.py tests/test_executors.py tests/test_executors_scheduling.py \
   tests/test_masked_run.py tests/test_stain_runs.py tests/test_remote_runs.py tests/test_resume.py tests/test_results_validation.py \
   tests/test_out_on_s3.py tests/test_io_paths.py
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.test_progress import Clock, entry, explained, planned, record
+from tests.test_run_progress import Clock, entry, explained, planned, record
 from wsi_gradcam.cli.terminal import MAX_WORKERS_LISTED, Lines, pace
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.types import Performed, Task

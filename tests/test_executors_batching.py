@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_executors_flow import FakeArchive, FakeClient, FakeFuture, entry, hints_of, scheduler
+from tests.test_executors_scheduling import FakeArchive, FakeClient, FakeFuture, entry, hints_of, scheduler
 from wsi_gradcam.executors.dask.batching import (
     BATCHES_PER_SLOT,
     LAST_PARTS,
