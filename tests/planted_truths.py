@@ -142,9 +142,9 @@ def facade(planted: Callable[[], nn.Module], answering: Network) -> Network:
     return lambda seed: Facade(planted(), answering(seed)).eval()
 
 
-def tumours(network: Network, marked: str = "none", slides: int = 10) -> Callable[[int], Case]:
+def tumours(network: Network, marked: str = "none", slides: int = 10, **arguments: Any) -> Callable[[int], Case]:
     """8 patches of each slide, as many as are audited at a time."""
-    return lambda seed: Case(network(seed), of_tumour(seed, marked, 8 * slides).rgb, slides)
+    return lambda seed: Case(network(seed), of_tumour(seed, marked, 8 * slides).rgb, slides, arguments)
 
 
 def annotated(network: Network, marked: str = "none") -> Callable[[int], Case]:
@@ -155,9 +155,9 @@ def annotated(network: Network, marked: str = "none") -> Callable[[int], Case]:
     return make
 
 
-def of_both(network: Network, count: int, marked: str = "none", **arguments: Any) -> Callable[[int], Case]:
+def of_both(network: Network, count: int, marked: str = "none") -> Callable[[int], Case]:
     """Patches of both classes."""
-    return lambda seed: Case(network(seed), patches(count, seed, marked).rgb, None, arguments)
+    return lambda seed: Case(network(seed), patches(count, seed, marked).rgb)
 
 
 def steps(story: str) -> Callable[[int], Case]:
@@ -236,14 +236,14 @@ TRUTHS = (
         annotated(facade(Annotation, of_marker), "tumour"),
     ),
     Truth("marker-only model", PLAUSIBLE, NO_PRAISE, annotated(of_marker, "tumour")),
-    Truth("trained model", SANE, HOLDS, of_both(deep, 8)),
-    Truth("trained model", GUIDED, FIRES, of_both(deep, 16, method="guided_backprop")),
-    Truth("trained model behind an edge map", SANE, FIRES, of_both(facade(Edges, honest), 8)),
+    Truth("trained model", SANE, HOLDS, tumours(deep, slides=1)),
+    Truth("trained model", GUIDED, FIRES, tumours(deep, slides=2, method="guided_backprop")),
+    Truth("trained model behind an edge map", SANE, FIRES, tumours(facade(Edges, honest), slides=1)),
     Truth(
         "model trained on pen behind a map in the shape of the annotation",
         SANE,
         FIRES,
-        of_both(facade(Annotation, of_pen), 8, "tumour"),
+        tumours(facade(Annotation, of_pen), "tumour", 1),
     ),
     Truth("trained model", LEARNED, HOLDS, of_both(honest, 24)),
     Truth("model trained on pen", LEARNED, HOLDS, of_both(of_pen, 24, "tumour")),
