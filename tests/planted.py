@@ -68,13 +68,14 @@ def features() -> nn.Module:
 
 
 def deep_features() -> nn.Module:
-    """Five convolutions and two poolings: cells of 4 px, 8 x 8 of them.
+    """Return six convolutions and two poolings: cells of 4 px, 8 x 8 of them.
 
-    Deep and wide enough for what guided backprop is known for: with few channels it does follow the weights here and
-    there, with many it gives the picture back (Nie 2018, arXiv 1805.07039).
+    Deep enough for what guided backprop is known for: in shallow networks it does follow the weights here and there, in
+    deep ones it gives the picture back (Nie 2018, arXiv 1805.07039).
     """
     layers: list[nn.Module] = []
-    for given, made, pooled in ((3, 16, False), (16, 16, True), (16, 32, False), (32, 32, True), (32, 12, False)):
+    sizes = ((3, 16, False), (16, 16, True), (16, 32, False), (32, 32, True), (32, 32, False), (32, 12, False))
+    for given, made, pooled in sizes:
         layers += [nn.Conv2d(given, made, 3, padding=1), nn.ReLU(), *([nn.MaxPool2d(2)] if pooled else [])]
     return nn.Sequential(*layers)
 
