@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.examine import locate_layers
+from wsi_gradcam.cam.explainer import locate_layers
 from wsi_gradcam.cam.facts import Layer
 from wsi_gradcam.cam.trunks import _ov, low_precisions  # not `import openvino`, which reports itself to its maker
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.toy_models import PooledLinear, pooled_linear
-from wsi_gradcam.cam import examine
-from wsi_gradcam.cam.examine import MAX_BATCH, MIN_BATCH, activation_bytes, find_batch_size, is_out_of_memory
+from wsi_gradcam.cam import explainer as examine
+from wsi_gradcam.cam.explainer import MAX_BATCH, MIN_BATCH, activation_bytes, find_batch_size, is_out_of_memory
 from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram
 

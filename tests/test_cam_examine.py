@@ -17,9 +17,16 @@ from tests import oracles
 from tests.families import FAMILIES, network_of
 from tests.split_models import of_class, relative
 from tests.toy_models import PooledLinear
-from wsi_gradcam.cam import examine as examining
+from wsi_gradcam.cam import explainer as examining
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.examine import Request, examine, explainable_layers, locate_layers, prepare_program, traced_module
+from wsi_gradcam.cam.explainer import (
+    Request,
+    examine,
+    explainable_layers,
+    locate_layers,
+    prepare_program,
+    traced_module,
+)
 from wsi_gradcam.cam.facts import Choice, Layer, Layout
 from wsi_gradcam.cam.layers import probe_images
 from wsi_gradcam.cam.program import EagerProgram, SplitProgram

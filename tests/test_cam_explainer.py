@@ -17,9 +17,8 @@ from tests.runs import toy_spec
 from tests.split_models import Split, curved, relative
 from wsi_gradcam.cam import explainer as explaining
 from wsi_gradcam.cam.engine import explain_batch
-from wsi_gradcam.cam.examine import Request
-from wsi_gradcam.cam.examine import examine as plain_examine
-from wsi_gradcam.cam.explainer import Explainer
+from wsi_gradcam.cam.explainer import Explainer, Request
+from wsi_gradcam.cam.explainer import examine as plain_examine
 from wsi_gradcam.cam.facts import Choice
 from wsi_gradcam.cam.program import EagerProgram, Pass
 from wsi_gradcam.cam.targets import Target

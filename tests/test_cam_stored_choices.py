@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.runs import toy_spec
-from wsi_gradcam.cam import examine as room
+from wsi_gradcam.cam import explainer as room
 from wsi_gradcam.cam.auto import cache_file, choice_key, read_choice, store_choice
-from wsi_gradcam.cam.examine import Request, examine
+from wsi_gradcam.cam.explainer import Request, examine
 from wsi_gradcam.cam.facts import Choice, Trial
 from wsi_gradcam.models.load import load_model
 

@@ -27,20 +27,8 @@ from tests import cli_runs
 from tests.cli_runs import Run, only_error
 from tests.runs import ROOT, toy_file
 from wsi_gradcam.cam import auto as remembered
-from wsi_gradcam.doctor import (
-    FAIL,
-    OK,
-    WARN,
-    Check,
-    cluster,
-    environment,
-    examine,
-    local,
-    worst,
-)
-from wsi_gradcam.doctor import (
-    environment as check,
-)
+from wsi_gradcam.doctor import FAIL, OK, WARN, Check, cluster, environment, examine, local, worst
+from wsi_gradcam.doctor import environment as check
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.slides import openslide_reader

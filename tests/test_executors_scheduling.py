@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_gradcam.errors import SlideReadError, StoreError, WorkerError
-from wsi_gradcam.executors.dask import scheduling as scheduling
+from wsi_gradcam.executors.dask import scheduling
 from wsi_gradcam.executors.dask.batching import BATCHES_PER_SLOT
 from wsi_gradcam.executors.dask.plugins import BatchResult, TaskBatch
 from wsi_gradcam.executors.dask.scheduling import SlideScheduler

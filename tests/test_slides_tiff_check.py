@@ -15,7 +15,7 @@ from tests.fuzz import fuzz, tags
 from wsi_gradcam.errors import SlideFormatError
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.slides.base import LocalFile
-from wsi_gradcam.slides.tiff_check import check_tiff
+from wsi_gradcam.slides.tiff_metadata import check_tiff
 
 
 def check(path: Path) -> None:

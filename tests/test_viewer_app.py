@@ -26,7 +26,7 @@ from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer import archive as archives
-from wsi_gradcam.viewer.files import page_routes
+from wsi_gradcam.viewer.responses import page_routes
 from wsi_gradcam.viewer.serve import listen, view
 
 CLASSES = ["other", "marker"]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from wsi_gradcam.cam.auto import choose, make_program
 from wsi_gradcam.cam.engine import Explained, explain_batch
-from wsi_gradcam.cam.examine import check_methods, is_out_of_memory, locate_layers
+from wsi_gradcam.cam.explainer import check_methods, is_out_of_memory, locate_layers
 from wsi_gradcam.cam.facts import AUTO, ENGINES, METHOD_INFO, PRECISIONS, Choice
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.tap import evaluating

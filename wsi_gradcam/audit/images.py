@@ -19,7 +19,7 @@ from wsi_gradcam.audit.report.page import archive_page
 from wsi_gradcam.audit.report.pictures import examples_of, scale_of
 from wsi_gradcam.audit.stages import measure_patches
 from wsi_gradcam.audit.vocabulary import QUESTIONS
-from wsi_gradcam.cam.examine import Request, examine
+from wsi_gradcam.cam.explainer import Request, examine
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.io.local import LocalPath

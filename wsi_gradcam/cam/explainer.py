@@ -1,29 +1,333 @@
-"""The model at work in a process: patches in, logits and maps out."""
+"""The model at work in a process: `examine` chooses layer, batch size and engine, `Explainer` explains patches."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wsi_gradcam.cam.engine import explain_batch, pool_to_layer_grid
-from wsi_gradcam.cam.examine import Request, examine, explainable_layers, is_out_of_memory, prepare_program
-from wsi_gradcam.errors import ModelError
+from wsi_gradcam.cam.auto import choice_key, choose, make_program, read_choice, reuse_choice, store_choice
+from wsi_gradcam.cam.engine import explain_batch, gradients, pool_to_layer_grid
+from wsi_gradcam.cam.facts import AUTO, METHOD_INFO, Choice, Layer, ModelFacts
+from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, probe_images
+from wsi_gradcam.cam.program import EagerProgram, Program, trace_operators
+from wsi_gradcam.cam.tap import evaluating
+from wsi_gradcam.cam.targets import PREDICTED, Target
+from wsi_gradcam.errors import LayerError, ModelError
+from wsi_gradcam.models.graph import with_points
 from wsi_gradcam.models.load import load_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.cam.facts import Layer, ModelFacts
-    from wsi_gradcam.cam.program import Program
-    from wsi_gradcam.cam.targets import Target
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
+
+
+CANCELLING = 1e-4  # of the terms of a sum; rounding leaves 1e-6
+MAX_CHOICE_PATCHES = 64  # patches whose maps are compared
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run's demands on a model.
+
+    Attributes:
+        layer: one name, or several joined by "+"; None: the model file's, else found.
+        methods: all must be able to explain the model.
+        engine, precision: `auto` or a name.
+        batch_size: `auto` or a number.
+        choice: made before, when a run is continued.
+    """
+
+    layer: str | None = None
+    methods: tuple[str, ...] = ("gradcam",)
+    engine: str = "eager"
+    precision: str = "float32"
+    batch_size: int | str = 32
+    choice: Choice | None = None
+
+    @property
+    def needs_patches(self) -> bool:
+        """True if the choice of the engine needs patches of the run."""
+        return self.choice is None and AUTO in (self.engine, self.precision)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model ready for a run: facts for planning, and the program that explains it."""
+
+    facts: ModelFacts
+    program: Program
+
+
+def examine(model: Model, request: Request = Request(), patches: Tensor | None = None) -> Examined:
+    """Return the facts of `model` and its program, all tested on `patches`, uint8 [B, H, W, 3], else on noise.
+
+    Raises:
+        LayerError: no layer can be tapped, or a method cannot explain it.
+        ModelError: the output is not finite, or the tap changes it.
+        EngineError: the requested engine or precision is not available.
+    """
+    device = next(iter(model.module.parameters()), torch.empty(0)).device
+    noise = probe_images(model.input_px).to(device)
+    _check_finite(model, noise)
+    module, layers, traced = locate_layers(model.module, request.layer or model.layer, noise)
+    images = noise if patches is None or len(patches) < 2 else model.prepare(patches.to(device))
+    batch_size = request.batch_size
+    if isinstance(batch_size, str):
+        batch_size = find_batch_size(module, layers, noise)
+    images = _repeated(images, batch_size * max(1, min(MAX_CHOICE_PATCHES, len(images)) // batch_size))
+    if request.choice is not None:
+        choice = request.choice
+        program = make_program(module, layers, choice.engine, choice.precision, images[:batch_size])
+    elif AUTO in (request.engine, request.precision):
+        key = [model.digest, [layer.name for layer in layers], batch_size, request.engine, request.precision]
+        choice, program = _chosen(choice_key(device, *key), module, layers, request, images, batch_size)
+    else:
+        choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
+    check_methods(model.name, program, request.methods, _repeated(noise, batch_size))
+    shapes = [(layer.layout.height, layer.layout.width) for layer in layers]
+    facts = ModelFacts(
+        name=model.name,
+        source=model.source,
+        digest=model.digest,
+        license=model.license,
+        classes=model.classes,
+        activation=model.activation,
+        patch_px=model.patch_px,
+        view=model.view,
+        mpp=model.mpp,
+        mean=model.mean,
+        std=model.std,
+        layers=layers,
+        traced=traced,
+        cam_shape=max(shapes),
+        parameters=sum(p.numel() for p in model.module.parameters()),
+        activation_bytes=activation_bytes(model.module, noise[:1]),
+        batch_size=batch_size,
+        choice=choice,
+        stain=model.stain,
+    )
+    return Examined(facts, program)
+
+
+def _chosen(
+    key: str, module: nn.Module, layers: tuple[Layer, ...], request: Request, images: Tensor, batch_size: int
+) -> tuple[Choice, Program]:
+    """Return the choice that this machine made before, else make it now."""
+    before = read_choice(key)
+    program = None if before is None else reuse_choice(before, module, layers, images, batch_size)
+    if before is not None and program is not None:
+        return before, program
+    choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
+    store_choice(key, choice)
+    return choice, program
+
+
+def prepare_program(model: Model, facts: ModelFacts) -> Program:
+    """Return the program that `examine` chose, made anew in another process.
+
+    Raises:
+        EngineError: this machine cannot run it.
+    """
+    device = next(iter(model.module.parameters()), torch.empty(0)).device
+    noise = probe_images(model.input_px).to(device)
+    module = traced_module(model.module, noise) if facts.traced else model.module
+    images = _repeated(noise, facts.batch_size)
+    return make_program(module, facts.layers, facts.choice.engine, facts.choice.precision, images)
+
+
+def explainable_layers(model: Model, facts: ModelFacts) -> list[Layer]:
+    """Return the layers whose output holds a map, in the order in which they run; not each is self-tested."""
+    noise = probe_images(model.input_px).to(next(iter(model.module.parameters()), torch.empty(0)).device)
+    module = traced_module(model.module, noise) if facts.traced else model.module
+    return [Layer(candidate.name, candidate.layout) for candidate in candidate_layers(module, noise)[0]]
+
+
+def traced_module(module: nn.Module, images: Tensor) -> nn.Module:
+    """Return the network as a graph whose operators are layers: for networks without modules to hook."""
+    with evaluating(module):
+        return with_points(trace_operators(module, images))
+
+
+def locate_layers(module: nn.Module, wanted: str | None, images: Tensor) -> tuple[nn.Module, tuple[Layer, ...], bool]:
+    """Return the module that is tapped, its layers to explain, and whether it is the network's graph.
+
+    `wanted` is one name, several joined by "+", or None for the layer to be found. Where the network itself has no
+    such layer, its operators are tried, as in a network that calls functions instead of modules.
+
+    Raises:
+        LayerError: there is no such layer.
+    """
+    try:
+        return module, _layers(module, wanted, images), False
+    except LayerError:
+        try:
+            graph = traced_module(module, images)
+        except ModelError:
+            graph = None
+        with suppress(LayerError):
+            if graph is not None:
+                return graph, _layers(graph, wanted, images), True
+        raise
+
+
+def _layers(module: nn.Module, wanted: str | None, images: Tensor) -> tuple[Layer, ...]:
+    names = [find_layer(module, images)] if wanted is None else [name.strip() for name in wanted.split("+")]
+    if len(set(names)) != len(names):
+        raise LayerError(f"layer {wanted!r} names a layer twice")
+    return tuple(Layer(name, check_layer(module, name, images)) for name in names)
+
+
+def _check_finite(model: Model, images: Tensor) -> None:
+    with evaluating(model.module), torch.no_grad():
+        output = model.module(images)
+    if not torch.isfinite(output).all():
+        raise ModelError(f"{model.name}: gives NaN or infinite values for pictures of noise; check its weights")
+
+
+def check_methods(name: str, program: Program, methods: Sequence[str], images: Tensor) -> None:
+    """Check that every method suits the model called `name`, now and not after hours.
+
+    Those that run the model hundreds of times suit any, at one layer; guided backprop does not.
+
+    Raises:
+        LayerError: one does not.
+    """
+    perturbing = [method for method in methods if METHOD_INFO[method].asks == "model"]
+    if perturbing and len(program.layers) > 1:
+        raise LayerError(f"{name}: {', '.join(perturbing)} can explain one layer only; give one --layer")
+    for method in [m for m in methods if METHOD_INFO[m].asks == "gradient" or m == "guided_backprop"]:
+        cams = explain_batch(program, images, [Target(PREDICTED)], [method]).cams[method]
+        if not torch.isfinite(cams).all():
+            raise LayerError(f"{name}: {method} gives NaN or infinite values for pictures of noise")
+    if "cam" in methods:
+        _check_linear(name, program, images)
+    if "hirescam" in methods:
+        _check_not_cancelling(name, program, images)
+
+
+def _check_linear(name: str, program: Program, images: Tensor) -> None:
+    """Check that the gradient is the same for every picture, as CAM's weights of a linear layer are."""
+    done = program.forward(images)
+    ((gradient,),) = gradients(done.logits, [lambda logits: logits[:, 0]], done.values)
+    size = float(gradient.abs().max())
+    if not torch.allclose(gradient[:1].expand_as(gradient), gradient, rtol=0, atol=1e-4 * size):
+        raise LayerError(
+            f"{name}: cam is defined for global average pooling and one linear layer, and here the gradient "
+            "depends on the picture; use gradcam"
+        )
+
+
+def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
+    """Check that HiResCAM's sum over channels, g A, does not cancel.
+
+    It is 0 in every cell if a normalisation follows that takes each cell alone: a factor of all channels changes
+    nothing behind it. In a transformer that holds before its last attention.
+    """
+    done = program.forward(images)
+    (found,) = gradients(done.logits, [lambda logits: logits.amax(dim=1)], done.values)
+    for layer, value, gradient in zip(program.layers, done.values, found, strict=True):
+        terms = layer.layout.to_map(value.detach() * gradient)
+        largest = float(terms.abs().sum(dim=1).max())
+        if largest > 0 and float(terms.sum(dim=1).abs().max()) <= CANCELLING * largest:
+            raise LayerError(
+                f"{name}: hirescam is 0 at layer {layer.name!r} but for rounding, because of the normalisation "
+                "behind it; use gradcam, or name that normalisation as the layer (such as blocks.11.norm1)"
+            )
+
+
+def _repeated(images: Tensor, count: int) -> Tensor:
+    """Return `count` of the images, repeated as often as needed."""
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+
+
+# Powers of two: a span of 256 patches holds whole batches. For fewer than 16 eager float32 can depend on the number of
+# threads (1 x 1 convolutions), and runs would not agree.
+MIN_BATCH, MAX_BATCH = 16, 256
+MIN_GAIN = 1.05  # a batch twice as large must bring this much
+MEMORY_SHARE = 0.5  # of what is free
+
+
+def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> int:
+    """Return a batch size: doubled as long as that brings speed and fits into half of the free memory.
+
+    `images` [B, 3, H, W] are examples of the input. It is found with eager float32, the hungriest program.
+    """
+    program = EagerProgram(module, layers)
+    best, best_rate = MIN_BATCH, 0.0
+    size = MIN_BATCH
+    while size <= MAX_BATCH and _fits(module, images, size):
+        try:
+            rate = size / _seconds(program, images[:1].expand(size, *images.shape[1:]).contiguous())
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        if rate < MIN_GAIN * best_rate:
+            break
+        best, best_rate, size = size, rate, size * 2
+    return best
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice; allocators and engines raise plain RuntimeErrors too."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("can't allocate memory", "bad allocation", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _fits(module: nn.Module, images: Tensor, size: int) -> bool:
+    """Return whether a batch is likely to fit: a few of its largest layers at once, three to be safe."""
+    return 3 * size * activation_bytes(module, images[:1]) <= MEMORY_SHARE * _free_bytes(images.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _seconds(program: EagerProgram, images: Tensor) -> float:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        explain_batch(program, images, [Target(PREDICTED)])
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def activation_bytes(module: nn.Module, image: Tensor) -> int:
+    """Return the largest input plus output of any layer for one image [1, 3, H, W], in bytes."""
+    largest = 0
+
+    def record(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        nonlocal largest
+        tensors = [t for t in (*args, output) if isinstance(t, Tensor)]
+        largest = max(largest, sum(t.numel() * t.element_size() for t in tensors))
+
+    handles = [part.register_forward_hook(record) for part in module.modules() if not list(part.children())]
+    try:
+        with evaluating(module), torch.no_grad():
+            module(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest
+
 
 LOG = logging.getLogger("wsi_gradcam")
 

@@ -98,11 +98,7 @@ def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
     """
     if spec is None:
         return None
-    from wsi_gradcam.tissue.stain import (  # here: reading model files needs no skimage
-        PUBLISHED,
-        measure,
-        stain_from_json,
-    )
+    from wsi_gradcam.tissue.stain import PUBLISHED, measure, stain_from_json
 
     if spec.target is None:
         return PUBLISHED[spec.method]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ResultError, UnknownNameError
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
-from wsi_gradcam.pages.templates import render
+from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import suggest_names
 from wsi_gradcam.results.display import Progress, run_windows
 from wsi_gradcam.results.manifest import PLAN

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.errors import ResultError, SlideFormatError, UnknownNameError
-from wsi_gradcam.pages.templates import render
+from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideStatus

@@ -144,8 +144,7 @@ def examine_model(
     """
     make_sums_deterministic()
     limit_arenas()
-    from wsi_gradcam.cam.examine import MAX_CHOICE_PATCHES, Request
-    from wsi_gradcam.cam.explainer import Explainer
+    from wsi_gradcam.cam.explainer import MAX_CHOICE_PATCHES, Explainer, Request
     from wsi_gradcam.models.load import load_model
 
     def patches(model: Model) -> NDArray[np.uint8] | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wsi_gradcam.pages.templates import render
+from wsi_gradcam.pages import render
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.progress import without_path
 from wsi_gradcam.run.status import AUDIT, FailureCause, RunState, RunStatus, StageStatus, ThroughputStatus

@@ -14,15 +14,7 @@ from wsi_gradcam.run.explaining import explain_span
 from wsi_gradcam.run.failures import is_lasting
 from wsi_gradcam.run.planning import plan_slide
 from wsi_gradcam.run.stitching import coarsen_block, finish_slide, stitch_block
-from wsi_gradcam.run.types import (
-    FatalError,
-    Planned,
-    SlideJob,
-    SlideRecord,
-    Stage,
-    Task,
-    TaskResult,
-)
+from wsi_gradcam.run.types import FatalError, Planned, SlideJob, SlideRecord, Stage, Task, TaskResult
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry

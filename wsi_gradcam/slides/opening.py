@@ -23,9 +23,8 @@ from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide, RemoteZarr
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, detect_vendor
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
 from wsi_gradcam.slides.remote import RemoteFile, is_remote_zarr
-from wsi_gradcam.slides.tiff_check import check_tiff
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
-from wsi_gradcam.slides.tiff_metadata import PLAIN, describe_plain, describe_tiff, tiff_mpp, tiff_vendor
+from wsi_gradcam.slides.tiff_metadata import PLAIN, check_tiff, describe_plain, describe_tiff, tiff_mpp, tiff_vendor
 from wsi_gradcam.slides.tiff_reader import TiffSlide
 
 if TYPE_CHECKING:

@@ -23,11 +23,18 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from wsi_gradcam.errors import NotShownError, TileError
-from wsi_gradcam.viewer.files import Files, page_routes
 from wsi_gradcam.viewer.gallery import Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
 from wsi_gradcam.viewer.queries import Queries, run_facts
-from wsi_gradcam.viewer.responses import BusyError, DisconnectedError, handling_errors, image_response, json_response
+from wsi_gradcam.viewer.responses import (
+    BusyError,
+    DisconnectedError,
+    Files,
+    handling_errors,
+    image_response,
+    json_response,
+    page_routes,
+)
 from wsi_gradcam.viewer.security import Access, AccessMiddleware
 from wsi_gradcam.viewer.spread import Spreads
 

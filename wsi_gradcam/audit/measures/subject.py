@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from wsi_gradcam.audit.vocabulary import CENTRE, CONSTANT, EDGES, RANDOM
 from wsi_gradcam.cam.engine import AnyTarget, explain_batch
-from wsi_gradcam.cam.examine import Request, examine
+from wsi_gradcam.cam.explainer import Request, examine
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.targets import Target, classes_of, make_score
 from wsi_gradcam.errors import ModelError

@@ -12,14 +12,7 @@ from wsi_gradcam.audit.estimates import Estimate
 from wsi_gradcam.audit.findings import Findings, Verdict, interval_p
 from wsi_gradcam.audit.measurements import optional, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import (
-    INTEGRATED,
-    CurvesFigure,
-    Figure,
-    Measure,
-    Words,
-    method_title,
-)
+from wsi_gradcam.audit.vocabulary import INTEGRATED, CurvesFigure, Figure, Measure, Words, method_title
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,17 +12,7 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, estimate
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, percent
 from wsi_gradcam.audit.measurements import stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import (
-    BLUR,
-    BORDER,
-    GLASS,
-    PEN,
-    Figure,
-    IntervalsFigure,
-    Measure,
-    Words,
-    method_title,
-)
+from wsi_gradcam.audit.vocabulary import BLUR, BORDER, GLASS, PEN, Figure, IntervalsFigure, Measure, Words, method_title
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

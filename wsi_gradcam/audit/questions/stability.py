@@ -13,15 +13,7 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, estimate
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, interval_p, percent
 from wsi_gradcam.audit.measurements import stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import (
-    EXPENSIVE,
-    Figure,
-    IntervalsFigure,
-    Measure,
-    Words,
-    change_title,
-    method_title,
-)
+from wsi_gradcam.audit.vocabulary import EXPENSIVE, Figure, IntervalsFigure, Measure, Words, change_title, method_title
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

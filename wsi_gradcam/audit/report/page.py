@@ -25,7 +25,7 @@ from wsi_gradcam.audit.vocabulary import (
     row_title,
 )
 from wsi_gradcam.cam.facts import METHOD_INFO
-from wsi_gradcam.pages.templates import render
+from wsi_gradcam.pages import render
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.findings import Outcome

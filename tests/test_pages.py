@@ -9,7 +9,7 @@ import jinja2
 import pytest
 
 from tests.runs import ROOT
-from wsi_gradcam.pages.templates import _environment, render
+from wsi_gradcam.pages import _environment, render
 
 PACKAGE = ROOT / "wsi_gradcam"
 TEMPLATES = sorted(
@@ -41,7 +41,7 @@ def test_every_template_compiles(name: str) -> None:
 
 def test_rendering_alone_imports_jinja() -> None:
     code = (
-        "import sys, wsi_gradcam.run.report, wsi_gradcam.pages.templates as t; assert 'jinja2' not in sys.modules;"
+        "import sys, wsi_gradcam.run.report, wsi_gradcam.pages as t; assert 'jinja2' not in sys.modules;"
         "print(t.render('results/run.html', title='x', rows=[], left_out=0)[:8])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
