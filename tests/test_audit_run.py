@@ -24,7 +24,7 @@ from wsi_gradcam.audit.folder import read_arrays, write_arrays
 from wsi_gradcam.audit.plan import BATCH_SIZE
 from wsi_gradcam.audit.schema import Metrics
 from wsi_gradcam.audit.vocabulary import QUESTIONS
-from wsi_gradcam.cli.terminal import shown
+from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import storage_path

@@ -16,7 +16,7 @@ from tests.cli_runs import SMALL_FLAGS, Run, calling, only_error
 from tests.runs import SMALL, differing, start, toy_file, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import RunListener, explain
-from wsi_gradcam.cli.terminal import shown
+from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.validation import validate

@@ -15,7 +15,7 @@ from tests.cli_runs import Run, calling, write_inputs
 from tests.runs import SMALL, flags, toy_spec
 from tests.synthetic import strip_mpp
 from wsi_gradcam.api import RunListener, explain
-from wsi_gradcam.cli.terminal import shown
+from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath

@@ -16,7 +16,7 @@ import pytest
 from tests.cli_runs import Run, calling, only_error
 from tests.runs import ROOT
 from tests.test_run_report import status as told_by
-from wsi_gradcam.cli.terminal import WORKERS_NAMED, shown
+from wsi_gradcam.cli.status import WORKERS_NAMED, shown
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run import status as module
 from wsi_gradcam.run.claims import CLAIM, Holder, read_holder
@@ -167,8 +167,7 @@ def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, tex
 def test_it_loads_nothing_heavy() -> None:
     """It is for login nodes."""
     code = (
-        "import sys, wsi_gradcam.cli.terminal;"
-        "print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
+        "import sys, wsi_gradcam.cli.status;print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

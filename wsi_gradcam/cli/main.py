@@ -164,7 +164,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.cli.terminal import shown
+    from wsi_gradcam.cli.status import shown
     from wsi_gradcam.run.status import observe
 
     before = None
