@@ -370,7 +370,7 @@ def test_the_choice_is_made_on_whole_batches_of_the_runs_patches(
         return Choice("eager", "float32"), EagerProgram(module, layers)
 
     monkeypatch.setattr(examining, "choose", choose)
-    monkeypatch.setattr(examining, "recall", lambda key: None)
+    monkeypatch.setattr(examining, "read_choice", lambda key: None)
     patches = torch.randint(0, 256, (count, 32, 48, 3), dtype=torch.uint8) if count else None
     examine(model, Request(engine="auto", precision="auto", batch_size=4), patches)
     (images,) = seen
