@@ -1,1 +1,5 @@
-"""Slides with unique ids from what users name: files, folders, patterns, lists, URLs. Knows no pixels."""
+"""From what a user names (files, folders, patterns, lists, URLs) to slides with unique ids.
+
+`find` returns them as `SlideEntry`s, `lists` reads lists with mpp, masks and labels, `search` walks folders. This room
+knows which files are slides, and no pixels; it may use `slides`.
+"""

@@ -1,1 +1,5 @@
-"""Processes, their memory, signals and threads. Nothing here knows of slides' contents, models or results."""
+"""The machine: crashes of processes, signals to stop, memory, threads and timers.
+
+`isolation` outlives decoders that crash, `stopping` finishes what is in work after Ctrl-C. Nothing here knows of
+slides, models or results.
+"""

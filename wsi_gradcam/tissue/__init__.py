@@ -1,1 +1,4 @@
-"""The parts of a slide to be explained: tissue masks, quality, annotations, stain, the grid of patches. No models."""
+"""The parts of a slide that are explained: tissue masks, quality, annotations, stain, and the grid of patches.
+
+This room sees thumbnails and areas, never a model.
+"""
