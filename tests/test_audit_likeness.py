@@ -9,7 +9,7 @@ from scipy import stats
 from skimage.metrics import structural_similarity
 from skimage.transform import resize
 
-from wsi_gradcam.audit.measures.likeness import LIKENESS, is_constant, resembles, spearman, spearman_absolute, ssim
+from wsi_gradcam.audit.measures.sanity import LIKENESS, is_constant, resembles, spearman, spearman_absolute, ssim
 
 
 def noise(count: int, side: int = 7, seed: int = 0) -> NDArray[np.float32]:

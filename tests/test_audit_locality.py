@@ -15,7 +15,7 @@ from tests.planted_models import bent
 from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
 from wsi_gradcam.audit.estimates import estimate
-from wsi_gradcam.audit.measures.locality import (
+from wsi_gradcam.audit.measures.gradients import (
     STEPS,
     FiniteSteps,
     completeness_gap,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsi_gradcam.audit.disagreement import spread
+from wsi_gradcam.audit.stages import spread
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, Window
 

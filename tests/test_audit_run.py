@@ -19,10 +19,10 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain
 from wsi_gradcam.audit import stages
-from wsi_gradcam.audit.disagreement import spread
 from wsi_gradcam.audit.folder import read_arrays, write_arrays
 from wsi_gradcam.audit.plan import BATCH_SIZE
 from wsi_gradcam.audit.schema import Metrics
+from wsi_gradcam.audit.stages import spread
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError

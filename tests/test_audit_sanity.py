@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from tests.planted import patches, trained
 from tests.subjects import subject_of
-from wsi_gradcam.audit.measures.likeness import stays_or_turns
 from wsi_gradcam.audit.measures.sanity import (
     ORDERS,
     Order,
@@ -21,6 +20,7 @@ from wsi_gradcam.audit.measures.sanity import (
     randomisation,
     randomise,
     staying_maps,
+    stays_or_turns,
 )
 from wsi_gradcam.audit.measures.subject import Subject, enlarge
 from wsi_gradcam.cam.targets import Target

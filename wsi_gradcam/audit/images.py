@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.audit.archive import with_depth
-from wsi_gradcam.audit.batch import subject_of
+from wsi_gradcam.audit.batch import PatchData, subject_of
 from wsi_gradcam.audit.measurements import joined
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of
-from wsi_gradcam.audit.patch_data import PatchData
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditPlan, AuditSettings, SlideSample, patch_seeds
 from wsi_gradcam.audit.report.page import archive_page
 from wsi_gradcam.audit.report.pictures import examples_of, scale_of

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.disagreement import has_overlap
 from wsi_gradcam.audit.estimates import across
 from wsi_gradcam.audit.findings import Findings, Outcome, corrected
 from wsi_gradcam.audit.questions import Scope, question_named
 from wsi_gradcam.audit.questions.faithfulness import MAIN, SCORE, Faithfulness, faithful_where, score
 from wsi_gradcam.audit.questions.plausibility import AUROC, Plausibility
 from wsi_gradcam.audit.schema import Metrics, QuadrantRow, RunFacts, SampleFacts, StrataRow, UntestedRow, VerdictRow
+from wsi_gradcam.audit.stages import has_overlap
 from wsi_gradcam.audit.vocabulary import EXPENSIVE, QUESTIONS, Keys, Measure
 from wsi_gradcam.results.run_files import versions
 

@@ -9,12 +9,11 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.archive import ExplainedRun, audited_target, draw_sample, open_run
+from wsi_gradcam.audit.archive import ExplainedRun, annotated_slide, audited_target, draw_sample, open_run
 from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, shared_sample
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import read_measurements
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of, to_bytes
-from wsi_gradcam.audit.patch_data import annotated_slide
 from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditSettings, SlideSample
 from wsi_gradcam.audit.report.writing import write_reports
 from wsi_gradcam.audit.schema import Metrics, UntestedRow

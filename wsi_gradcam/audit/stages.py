@@ -1,20 +1,30 @@
-"""Auditing slides: the stages, their order for a slide, and the workload that executors run."""
+"""Auditing slides: the stages, their order for a slide, and the workload that executors run.
+
+One stage measures batches of patches. The other writes `spread.ome.zarr` of a slide: where overlapping patches
+disagree, as an image that lies over the slide's heatmap; the same tissue seen in another frame should be explained
+alike.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from wsi_gradcam.audit.disagreement import has_overlap, write_spread
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder, write_arrays
 from wsi_gradcam.audit.measurements import SLIDE, arrays_of
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import StoreError
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.channels import QUANTILE
+from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
+from wsi_gradcam.results.patch_store import OK
+from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, coarsen, coarsen_flags, touching
 from wsi_gradcam.run.context import Exclusive
 from wsi_gradcam.run.types import Processed, SlideJob, SlideRecord, Stage, Task
 from wsi_gradcam.run.workload import failed_record
@@ -22,13 +32,17 @@ from wsi_gradcam.run.workload import failed_record
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.audit.batch import PatchData
     from wsi_gradcam.audit.folder import Arrays
     from wsi_gradcam.audit.measures.subject import Subject
-    from wsi_gradcam.audit.patch_data import PatchData
     from wsi_gradcam.audit.plan import AuditPlan
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.results.manifest import SlidePlan
+    from wsi_gradcam.results.patch_store import PatchStore
     from wsi_gradcam.run.context import Context
-    from wsi_gradcam.run.plan import RunPlan
+    from wsi_gradcam.run.plan import Map, RunPlan
+
+DRAWN_PX = 1 << 20  # of the level whose values the display window is taken from
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,10 @@ def measure_batch(context: Context[AuditWorkload], entry: SlideEntry, number: in
     place = AuditFolder(plan.run.out / AUDIT).batch(entry.id, plan.audit_digest(), number)
     if place.is_file():
         return Processed(part.stop - part.start)
-    from wsi_gradcam.audit.batch import subject_of  # torch, which a client need not have
-    from wsi_gradcam.audit.patch_data import read_batch
+    from wsi_gradcam.audit.batch import (
+        read_batch,
+        subject_of,  # torch, which a client need not have
+    )
 
     def make() -> Subject:
         return subject_of(plan, context.model().model)
@@ -138,3 +154,147 @@ def _trimmed(key: str, values: NDArray[Any], data: PatchData) -> NDArray[Any]:
 
 MEASURE = Stage("audit", measure_batch, needs_model=True)
 SPREAD = Stage("spread", write_slide_spread)
+
+
+def has_overlap(audit: AuditPlan) -> bool:
+    """Whether patches of the run overlap: only then can they disagree."""
+    stride = audit.run.settings.stride(audit.run.patch_px)
+    return stride[0] < audit.run.patch_px[0] or stride[1] < audit.run.patch_px[1]
+
+
+def write_spread(folder: AuditFolder, audit: AuditPlan, slide_id: str, plan: SlidePlan, store: PatchStore) -> None:
+    """Write the spread of the first method's maps, a channel a target, block by block; and its means.
+
+    A pixel that one patch alone sees is 0 and not marked as explained: nothing is known of it.
+    """
+    maps = [
+        (number, shown) for number, shown in enumerate(audit.run.maps) if shown.method == audit.run.settings.method[0]
+    ]
+    image = HeatmapStore.create(
+        folder.spread(slide_id),
+        slide_id,
+        plan.heatmap_px,
+        (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
+        [Channel(f"spread: {shown.target.label}", active=i == 0) for i, (_, shown) in enumerate(maps)],
+        attributes={
+            "audit": audit.audit_digest(),
+            "method": audit.run.settings.method[0],
+            "run": plan.run_digest,
+            "slide": plan.slide_digest,
+        },
+    )
+    sums = np.zeros((len(maps), 3))
+    for block in plan.blocks(0):
+        sums += _write_block(image, audit, plan, store, maps, block)
+    for level in range(1, len(plan.level_shapes)):
+        for block in plan.blocks(level):
+            _coarsen_block(image, level, block, len(maps))
+    _set_windows(image)
+    found = {
+        shown.target.label: {"spread": _mean(total, count), "size": _mean(size, count)}
+        for (_, shown), (total, size, count) in zip(maps, sums.tolist(), strict=True)
+    }
+    folder.spread_means(slide_id).write(json.dumps({"audit": audit.audit_digest(), "maps": found}, indent=1).encode())
+
+
+def _write_block(
+    image: HeatmapStore,
+    audit: AuditPlan,
+    plan: SlidePlan,
+    store: PatchStore,
+    maps: list[tuple[int, Map]],
+    block: Region,
+) -> NDArray[np.float64]:
+    """Write a block; returns by map the sums of the spread, of the mean's size, and the number of pixels."""
+    seen = store.yx() + np.array(plan.view[:2])
+    inside = touching(seen, plan.view[2:], plan.stride, block)
+    inside = inside[store.status()[inside] == OK]
+    enlarger = Enlarger(plan.view[2:], audit.run.facts.cam_shape, plan.stride, audit.run.settings.window)
+    sums, several = np.zeros((len(maps), 3)), np.zeros((block.height, block.width), np.bool_)
+    for channel, (number, shown) in enumerate(maps):
+        cams = _cams(store, inside, number) * np.float32(shown.factor)
+        mean, spreads, several = spread(enlarger, block, seen[inside], cams)
+        image.write(0, channel, block, spreads.astype(np.float32))
+        sums[channel] = (
+            spreads[several].sum(dtype=np.float64),
+            np.abs(mean[several]).sum(dtype=np.float64),
+            several.sum(),
+        )
+    image.write_flags(0, block, np.where(several, EXPLAINED, 0).astype(np.uint8))
+    return sums
+
+
+def _cams(store: PatchStore, indices: NDArray[np.int64], number: int) -> NDArray[np.float32]:
+    """One map of some patches, which lie near each other in the store."""
+    if not len(indices):
+        return store.cams(0, 0, number)
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    parts, step = [], 1 << 14
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        chosen = indices[(indices >= start) & (indices < stop)]
+        if len(chosen):
+            parts.append(store.cams(start, stop, number)[chosen - start])
+    return np.concatenate(parts)
+
+
+def _coarsen_block(image: HeatmapStore, level: int, block: Region, channels: int) -> None:
+    height, width = image.shapes[level - 1]
+    source = Region(block.y * 2, block.x * 2, block.height * 2, block.width * 2).intersect(Region(0, 0, height, width))
+    bands = [
+        Region(y, source.x, min(2 * CHUNK, source.bottom - y), source.width)
+        for y in range(source.y, source.bottom, 2 * CHUNK)
+    ]
+    flags = [image.read_flags(level - 1, band) for band in bands]
+    image.write_flags(level, block, np.concatenate([coarsen_flags(part) for part in flags]))
+    for channel in range(channels):
+        parts = [
+            coarsen(image.read(level - 1, channel, band), (part & EXPLAINED) > 0)
+            for band, part in zip(bands, flags, strict=True)
+        ]
+        image.write(level, channel, block, np.concatenate(parts))
+
+
+def _set_windows(image: HeatmapStore) -> None:
+    """Colour from 0 to nearly the largest spread of the slide."""
+    level = next((i for i, (h, w) in enumerate(image.shapes) if h * w <= DRAWN_PX), len(image.shapes) - 1)
+    whole = Region(0, 0, *image.shapes[level])
+    known = (image.read_flags(level, whole) & EXPLAINED) > 0
+    shown = []
+    for number, channel in enumerate(image.channels):
+        values = image.read(level, number, whole)[known]
+        high = float(values.max()) if len(values) else 1.0
+        end = float(np.quantile(values, QUANTILE)) if len(values) else 1.0
+        shown.append(Channel(channel.label, 0.0, max(high, end) or 1.0, 0.0, end or 1.0, channel.active))
+    image.set_channels(shown)
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def spread(
+    enlarger: Enlarger, block: Region, yx: NDArray[np.int64], cams: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """(mean, spread, seen by several) of what patches say about a block of the heatmap, each [height, width].
+
+    The mean is the heatmap itself. The spread is the standard deviation round it with the same blending weights w,
+    sqrt(sum w (v - mean)² / sum w), in the map's unit. A pixel that one patch alone sees has spread 0 and is not seen
+    by several: nothing is known of it. Two passes, since sum v² - mean² would be rounding where patches agree.
+
+    Args:
+        yx: int64 [n, 2] in level-0 px of the patches that meet the block, in their order.
+        cams: float32 [n, h, w].
+    """
+    blender = Blender(enlarger, block)
+    blender.add(yx, cams)
+    mean, _ = blender.result()
+    squares, weights, count = np.zeros_like(mean), np.zeros_like(mean), np.zeros(mean.shape, np.int64)
+    for start in range(0, len(yx), GROUP):
+        for place, value, weight in blender.placements(yx[start : start + GROUP], cams[start : start + GROUP]):
+            squares[place] += weight * (value - mean[place]) ** 2
+            weights[place] += weight
+            count[place] += weight > 0
+    several = count > 1
+    variance = np.divide(squares, weights, out=np.zeros_like(squares), where=several)
+    return mean, np.sqrt(variance), several

@@ -16,6 +16,7 @@ QUESTIONS = ("faithfulness", "sanity", "stability", "locality", "saturation", "s
 RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY = "random", "edges", "constant", "centre", "probability"
 CONTROLS = (RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY)
 PEN, GLASS, BLUR, BORDER = "pen", "glass", "blur", "border"  # regions that should not decide
+RESEMBLING = 0.95  # a map resembles another that is more like it than this share of its cells' permutations
 GUIDED, INTEGRATED = "guided_backprop", "integrated_gradients"
 # Methods that run the model dozens of times for a map: nothing that needs many maps is measured of them.
 EXPENSIVE = frozenset(

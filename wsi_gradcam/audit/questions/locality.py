@@ -38,7 +38,7 @@ COMPLETENESS_SUM = Measure("completeness_sum", "what its values should sum to", 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Locality:
-    """Steps along maps, by method: what they do, and what was promised; see `measures.locality`.
+    """Steps along maps, by method: what they do, and what was promised; see `measures.gradients`.
 
     Attributes:
         promised, actual: [N, steps] changes of the explained scalar.
@@ -67,9 +67,9 @@ def measure(batch: Batch) -> Locality | None:
         return None
     import torch
 
-    from wsi_gradcam.audit.measures.likeness import spearman
-    from wsi_gradcam.audit.measures.locality import completeness_gap, finite_steps, hiding_changes, infidelity
+    from wsi_gradcam.audit.measures.gradients import completeness_gap, finite_steps, hiding_changes, infidelity
     from wsi_gradcam.audit.measures.removal import blurred, replace_by
+    from wsi_gradcam.audit.measures.sanity import spearman
     from wsi_gradcam.cam.engine import pool_to_layer_grid
 
     images, subject, aim = batch.images, batch.subject, batch.aim

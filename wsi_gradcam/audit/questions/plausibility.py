@@ -18,7 +18,6 @@ from scipy.stats import rankdata
 from wsi_gradcam.audit.estimates import Estimate
 from wsi_gradcam.audit.findings import Findings, Verdict, interval_p, percent
 from wsi_gradcam.audit.measurements import stored
-from wsi_gradcam.audit.measures.likeness import is_constant
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import RANDOM, Figure, IntervalsFigure, Measure, Words, map_keys, row_title
 
@@ -200,6 +199,8 @@ def _flat(maps: Maps, masks: Masks) -> tuple[Maps, Masks]:
 
 
 def _answered(values: Floats, maps: Maps, masks: Masks) -> Floats:
+    from wsi_gradcam.audit.measures.sanity import is_constant
+
     share = chance(masks)
     return np.where((share > 0) & (share < 1) & ~is_constant(maps), values, np.nan)
 

@@ -16,11 +16,11 @@ import numpy as np
 from wsi_gradcam.audit.estimates import Estimate, estimate
 from wsi_gradcam.audit.findings import Findings, Verdict, interval_p, percent
 from wsi_gradcam.audit.measurements import stored
-from wsi_gradcam.audit.measures.likeness import LEVEL
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import (
     EXPENSIVE,
     GUIDED,
+    RESEMBLING,
     CurvesFigure,
     Figure,
     IntervalsFigure,
@@ -260,7 +260,12 @@ def figures(metrics: Metrics) -> list[Figure]:
     found: list[Figure] = []
     for name, title, y_name, chance in (
         ("spearman", "how the maps' ranks agree with the first map", "rank correlation", 0.0),
-        ("resembles", "maps like the first, more than 95 % of its permutations", "share of the patches", 1 - LEVEL),
+        (
+            "resembles",
+            "maps like the first, more than 95 % of its permutations",
+            "share of the patches",
+            1 - RESEMBLING,
+        ),
     ):
         lines = [
             (row_title(row), row.model_copy(update={"y_name": y_name}))

@@ -36,7 +36,7 @@ LIKE_LEAKY = Measure("like_leaky", "likeness to the map with a leaky backward", 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Saturation:
-    """How saturated the model is on patches, [N] each: see `measures.saturation.Saturation`.
+    """How saturated the model is on patches, [N] each: see `measures.gradients.Saturation`.
 
     Attributes:
         leaky: [N, h, w] maps with a backward that leaks through ReLUs, by method.
@@ -55,8 +55,8 @@ def measure(batch: Batch) -> Saturation | None:
     """Where the gradient is blind, and what a backward pass that leaks through ReLUs would show."""
     if batch.aim.classes is None:
         return None
-    from wsi_gradcam.audit.measures.likeness import spearman
-    from wsi_gradcam.audit.measures.saturation import saturation
+    from wsi_gradcam.audit.measures.gradients import saturation
+    from wsi_gradcam.audit.measures.sanity import spearman
 
     found = saturation(batch.subject, batch.images, batch.aim)
     leaky = _leaky_maps(batch) if batch.in_depth else {}
@@ -71,7 +71,7 @@ def measure(batch: Batch) -> Saturation | None:
 
 
 def _leaky_maps(batch: Batch) -> dict[str, NDArray[np.float32]]:
-    from wsi_gradcam.audit.measures.saturation import leaky_maps
+    from wsi_gradcam.audit.measures.gradients import leaky_maps
 
     found: dict[str, NDArray[np.float32]] = {}
     for name in batch.methods:
@@ -151,7 +151,7 @@ QUESTION = Question(
         "does not saturate so. Units that are off pass no gradient either; a map whose backward pass leaks through "
         "them stands beside.",
         not_proven="A model without saturation may still be wrong.",
-        source="definitions: wsi_gradcam.audit.measures.saturation",
+        source="definitions: wsi_gradcam.audit.measures.gradients",
     ),
     measure,
     assess,
