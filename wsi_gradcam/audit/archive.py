@@ -51,7 +51,7 @@ FEWEST = 2  # of each stratum of a slide
 
 @dataclass(frozen=True)
 class Candidate:
-    """A slide that could be audited: its results, what is told of it, and how many patches it has."""
+    """A slide that could be audited: its results, its entry in the list of slides, and its number of patches."""
 
     slide: SlideResult
     entry: SlideEntry
@@ -68,7 +68,7 @@ class ExplainedRun:
         model_settings: with which the model is examined: eager, float32, at the run's layer and batch size.
         candidates: the slides that can be audited.
         left_out: the others, and why.
-        groups: what is told of slides, such as "site", by slide id.
+        groups: the slides' groups, such as "site", by slide id.
     """
 
     result: Result
@@ -85,7 +85,7 @@ class ExplainedRun:
         return {one.entry.id: one.entry for one in self.candidates}
 
     def plan(self, facts: ModelFacts) -> RunPlan:
-        """The run's plan, with the model as it is found now.
+        """Return the run's plan, with the model as it is found now.
 
         Raises:
             ResumeError: it is not the model, or the settings, of which the results are.
@@ -105,7 +105,7 @@ class ExplainedRun:
 
 
 def open_run(result: Result, given: ModelSpec | None = None) -> ExplainedRun:
-    """A run, from its run.yaml, slides.jsonl and the slides' manifests.
+    """Open a run, from its run.yaml, slides.jsonl and the slides' manifests.
 
     Args:
         given: the model, where the run does not say how it can be loaded, or where its file has moved.
@@ -147,7 +147,7 @@ def open_run(result: Result, given: ModelSpec | None = None) -> ExplainedRun:
 
 
 def audited_target(run: RunPlan, label: str, annotated: bool) -> Target:
-    """The target that is audited.
+    """Return the target that is audited.
 
     Args:
         label: of one of the run's, or "predicted"; "": each patch's predicted class where all classes were explained or
@@ -192,7 +192,7 @@ def _spec_of(result: Result) -> ModelSpec:
 
 
 def _entries(result: Result) -> dict[str, SlideEntry]:
-    """The run's slides by id, as slides.jsonl tells of them."""
+    """Return the run's slides by id, as slides.jsonl tells of them."""
     found = {}
     for name, row in read_slide_records(result.folder.record).items():
         mpp = row.get("mpp")
@@ -216,7 +216,7 @@ def _why_not(slide: SlideResult, entries: dict[str, SlideEntry]) -> str:
 
 
 def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
-    """The sample by slide id, in the order of ids; the same for the same seed."""
+    """Return the sample by slide id, in the order of ids; the same for the same seed."""
     chosen, stands_for = _slides(candidates, settings)
     each = -(-settings.patches // max(1, len(chosen)))
     samples = {}
@@ -228,7 +228,7 @@ def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dic
 
 
 def _slides(candidates: Sequence[Candidate], settings: AuditSettings) -> tuple[list[Candidate], list[float]]:
-    """The slides, and how many each stands for."""
+    """Return the slides, and how many each stands for."""
     wanted = max(1, settings.patches // BATCH_SIZE)
     ordered = sorted(candidates, key=lambda one: one.slide.id)
     if len(ordered) <= wanted:
@@ -283,7 +283,7 @@ def _strata(
 
 
 def with_depth(samples: Mapping[str, SlideSample], settings: AuditSettings) -> dict[str, SlideSample]:
-    """The samples with pieces for what is slow, dealt out to the slides in a random order, one at a time."""
+    """Return the samples with batches to measure in depth, dealt out to slides in a random order, one at a time."""
     names = list(samples)
     order = [names[i] for i in np.random.default_rng(settings.seed).permutation(len(names)).tolist()]
     left, given = deep_patches(settings.patches), Counter[str]()
@@ -307,7 +307,7 @@ class Annotated:
     slide_px: tuple[int, int]
 
     def shares(self, yx: NDArray[np.int64], view: Box) -> NDArray[np.float32]:
-        """Share of each patch at level-0 `yx` [n, 2] that is annotated; `view` is (y, x, height, width) in it."""
+        """Return the annotated share of each patch at level-0 `yx` [n, 2]; `view` is (y, x, height, width) in it."""
         longer = max(self.slide_px)
         shape = tuple(max(1, round(side * min(1, MASK_PX / longer))) for side in self.slide_px)
         mask = self.regions.mask(self.slide_px, (shape[0], shape[1]))
@@ -316,7 +316,7 @@ class Annotated:
         return Shares(mask).of(np.concatenate([start, start + np.array(view[2:]) * scale], axis=1))
 
     def masks(self, yx: Sequence[tuple[int, int]], view: Box) -> NDArray[np.bool_]:
-        """What each patch shows of the annotated areas, bool [n, SIDE_PX, SIDE_PX].
+        """Return masks of the annotated areas in each patch, bool [n, SIDE_PX, SIDE_PX].
 
         Raises:
             AnnotationError: the file cannot be understood.
@@ -329,7 +329,7 @@ class Annotated:
         return np.stack([_drawn(areas, box, str(self.regions.path)) for box in boxes])
 
     def masks_by_class(self, yx: Sequence[tuple[int, int]], view: Box) -> dict[str, NDArray[np.bool_]]:
-        """As `masks`, of each class by its name; what has none, and a picture, is "region"."""
+        """Return the same of each class by its name; an area without one, and a picture, is "region"."""
         if self.regions.path.suffix.lower() == PICTURE:
             return {UNNAMED: self.masks(yx, view)}
         boxes, areas = _boxes(yx, view), parse(self.regions.path, self.regions.data).areas
@@ -346,7 +346,7 @@ class Annotated:
 def annotated_slide(
     annotations: Path | None, slide_id: str, include: tuple[str, ...], slide_px: tuple[int, int]
 ) -> Annotated | None:
-    """The annotations of a slide; None where a folder has none for it, or none of the classes that count.
+    """Return the annotations of a slide; None where a folder has none for it, or none of the classes that count.
 
     Raises:
         AnnotationError: several files would do, or one cannot be read.
@@ -362,19 +362,19 @@ def annotated_slide(
 
 
 def _boxes(yx: Sequence[tuple[int, int]], view: Box) -> list[Box]:
-    """(y, x, height, width) of what the model sees of each patch, level-0 px."""
+    """Return (y, x, height, width) of what the model sees of each patch, level-0 px."""
     return [(y + view[0], x + view[1], view[2], view[3]) for y, x in yx]
 
 
 def _has_file(folder: Path, slide_id: str) -> bool:
-    """Whether a folder has annotations of a slide, by the names that `annotations.files.file_for` looks for."""
+    """Return whether a folder has annotations of a slide, by the names that `annotations.files.file_for` looks for."""
     slide = Path(slide_id)
     names = (slide, slide.with_suffix(""), Path(slide.name), Path(slide.stem))
     return any((folder / f"{name}{ending}").is_file() for name in names for ending in ENDINGS)
 
 
 def _drawn(areas: Sequence[Area], box: Box, source: str) -> NDArray[np.bool_]:
-    """The areas in a box (y, x, height, width)."""
+    """Return the areas in a box (y, x, height, width)."""
     origin, end = np.array(box[:2]), np.array(box[:2]) + np.array(box[2:])
     near = [
         replace(area, outline=area.outline - origin, holes=tuple(hole - origin for hole in area.holes))
@@ -386,7 +386,7 @@ def _drawn(areas: Sequence[Area], box: Box, source: str) -> NDArray[np.bool_]:
 
 
 def _cut(picture: NDArray[np.bool_], slide_px: tuple[int, int], box: Box) -> NDArray[np.bool_]:
-    """A box of a mask over the whole slide, the nearest pixel of each place; False beside the slide."""
+    """Return a box of a mask over the whole slide, the nearest pixel of each place; False beside the slide."""
     at = []
     for axis in (0, 1):
         places = (box[axis] + (np.arange(SIDE_PX) + 0.5) * box[2 + axis] / SIDE_PX) / slide_px[axis]

@@ -133,7 +133,7 @@ def _plan_of(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) ->
 def _pixels(
     slide: Slide, audit: AuditPlan, yx: Sequence[tuple[int, int]]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
-    """The patches, the same with a margin, and which could be read."""
+    """Return the patches, the same with a margin, and which could be read."""
     height, width = audit.run.patch_px
     rgb = np.zeros((len(yx), height, width, 3), np.uint8)
     wide = np.zeros((len(yx), height + height // SHIFT, width + width // SHIFT, 3), np.uint8)
@@ -150,7 +150,7 @@ def _pixels(
 def _slide_relevance(
     store: PatchStore, audit: AuditPlan, plan: SlidePlan
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """As `PatchData.slide_relevance`; maps are read a span at a time."""
+    """Return `PatchData.slide_relevance`; maps are read a span at a time."""
     readable = store.status() == OK
     shares = probabilities(store.logits(0, plan.patches), audit.run.facts.activation)
     found = {}
@@ -178,7 +178,7 @@ def probability_maps(
     footprint: tuple[float, float],
     grid: tuple[int, int],
 ) -> NDArray[np.float32]:
-    """What the probabilities of the patches round about alone would show on patches at `yx`, [n, classes, h, w].
+    """Return maps of the probabilities of patches round about alone, on patches at `yx`, [n, classes, h, w].
 
     At each cell the mean of `shares` [N, classes] of the patches at `places` [N, 2], weighed by a Gaussian of the
     distance of their centres, of half a footprint. It knows what the model answers, and nothing of why.

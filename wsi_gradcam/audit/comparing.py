@@ -65,7 +65,7 @@ class OtherAudit:
 
 
 def open_audit(out: StoragePathLike) -> OtherAudit:
-    """The finished audit in OUT/audit of a run.
+    """Open the finished audit in OUT/audit of a run.
 
     Raises:
         ResultError: there is none, or it is not finished.
@@ -90,7 +90,7 @@ def open_audit(out: StoragePathLike) -> OtherAudit:
 
 
 def shared_sample(candidates: Sequence[Candidate], other: OtherAudit) -> dict[str, SlideSample]:
-    """The other audit's patches that this run has too, with their weights.
+    """Return the other audit's patches that this run has too, with their weights.
 
     Raises:
         ConfigError: there are none.
@@ -137,7 +137,7 @@ def _alike(first: tuple[float, float], second: tuple[float, float]) -> bool:
 
 
 def _matched(candidate: Candidate, sample: SlideSample) -> SlideSample:
-    """The sample with this run's numbers of the patches."""
+    """Return the sample with this run's numbers of the patches."""
     table = candidate.slide.table(["y", "x", "status"])
     places = zip(table.column("y").to_pylist(), table.column("x").to_pylist(), strict=True)
     readable = table.column("status").to_pylist()

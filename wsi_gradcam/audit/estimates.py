@@ -69,7 +69,7 @@ class Comparison:
 def stratified_sample(
     strata: Sequence[str] | NDArray[np.str_], count: int, seed: int, fewest: int = 1
 ) -> tuple[NDArray[np.int64], Floats]:
-    """(indices ascending, weights) of about `count` rows: each stratum in proportion, at least `fewest` of it.
+    """Return (indices ascending, weights) of about `count` rows: each stratum in proportion, at least `fewest` of it.
 
     A row's weight is the number of rows that it stands for, so that weighted means are those of all rows whatever the
     proportions. The same for the same seed, and a stratum's rows do not depend on the others'.
@@ -91,7 +91,7 @@ def stratified_sample(
 
 
 def estimate(values: ArrayLike, slides: ArrayLike, weights: ArrayLike | None = None, seed: int = 0) -> Estimate:
-    """The weighted mean of `values` [N], and its interval by bootstrap of slides (`slides` [N] are their ids).
+    """Estimate the weighted mean of `values` [N], and its interval by bootstrap of slides (`slides` [N] are their ids).
 
     Other things that make values alike may stand for slides, such as draws of random weights. NaN are left out, and
     counted.
@@ -111,7 +111,7 @@ def estimate(values: ArrayLike, slides: ArrayLike, weights: ArrayLike | None = N
 def compare(
     first: ArrayLike, second: ArrayLike, slides: ArrayLike, weights: ArrayLike | None = None, seed: int = 0
 ) -> Comparison:
-    """`first` [N] against `second` [N] of the same patches; a pair with a NaN is left out."""
+    """Compare `first` [N] with `second` [N] of the same patches; a pair with a NaN is left out."""
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     gap = a - b
     interval = estimate(gap, slides, weights, seed)
@@ -128,7 +128,7 @@ def compare(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values made larger for being many, so that the chance of any false alarm stays (Holm 1979).
+    """Return p-values made larger for being many, so that the chance of any false alarm stays (Holm 1979).
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -141,7 +141,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def across(values: ArrayLike, groups: ArrayLike, slides: ArrayLike) -> float:
-    """p of Kruskal and Wallis' test that `values` [N] are alike in all groups, such as sites or scanners.
+    """Return the p of Kruskal and Wallis' test that `values` [N] are alike in all groups, such as sites or scanners.
 
     Of the slides' means; of patches where there are too few slides. NaN with one group alone.
     """
@@ -160,7 +160,7 @@ def across(values: ArrayLike, groups: ArrayLike, slides: ArrayLike) -> float:
 def _units(
     values: Floats, slides: ArrayLike, weights: ArrayLike | None
 ) -> tuple[Floats, Floats, Unit, NDArray[np.bool_]]:
-    """Weighted sums [V, U] of `values` [V, N] and weights [U] by unit; the unit; which rows count [N]."""
+    """Return weighted sums [V, U] of `values` [V, N] and weights [U] by unit; the unit; which rows count [N]."""
     counted: NDArray[np.bool_] = ~np.logical_or.reduce(np.isnan(values), axis=0)
     slide = np.asarray(slides)[counted]
     weight = np.ones(counted.sum()) if weights is None else np.asarray(weights, np.float64)[counted]
@@ -175,7 +175,7 @@ def _units(
 
 
 def _percentiles(units: int) -> list[float]:
-    """Where the interval of a bootstrap of so many units ends: the plain percentiles leave the truth out too often.
+    """Return the ends of an interval of a bootstrap of so many units: plain percentiles leave the truth out too often.
 
     Hesterberg's expanded percentiles (2015, doi 10.1080/00031305.2015.1089789).
     """
@@ -187,20 +187,20 @@ def _percentiles(units: int) -> list[float]:
 
 
 def _resampled(units: Floats, seed: int) -> Floats:
-    """How often each unit is drawn, [RESAMPLES, U]."""
+    """Return the number of times that each unit is drawn, [RESAMPLES, U]."""
     count = len(units)
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
 
 
 def _student(sums: Floats) -> float:
-    """p of Student's test that the mean of `sums` is 0."""
+    """Return the p of Student's test that the mean of `sums` is 0."""
     if np.ptp(sums) == 0:
         return 1.0 if not sums[0] else 0.0
     return float(stats.ttest_1samp(sums, 0.0).pvalue)
 
 
 def _flipped(sums: Floats, seed: int) -> float:
-    """p of the mean of `sums` when their signs are flipped; all 2**U ways where those are few."""
+    """Return the p of the mean of `sums` when their signs are flipped; all 2**U ways where those are few."""
     if len(sums) < 2:
         return 1.0
     tested = stats.permutation_test(

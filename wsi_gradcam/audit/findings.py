@@ -1,4 +1,4 @@
-"""What is found of a question: rows of estimates, comparisons and curves, and verdicts that stand together.
+"""The findings of a question: rows of estimates, comparisons and curves, and verdicts that stand together.
 
 What is enough comes from controls: a map must beat maps that know nothing, a cause must do more than an equal area
 elsewhere. What cannot be told with the patches at hand is unclear. Many tests find something by chance, so each verdict

@@ -29,13 +29,13 @@ Arrays = dict[str, "NDArray[Any]"]
 
 @dataclass(frozen=True)
 class AuditFolder:
-    """OUT/audit. A piece's file is named by the audit's digest: those of another audit are as good as none."""
+    """OUT/audit. The file of a batch is named by the audit's digest: those of another audit are as good as none."""
 
     place: StoragePath
 
     @property
     def plan(self) -> StoragePath:
-        """What the audit asks, and its sample, written before work begins."""
+        """The audit's settings and sample, written before work begins."""
         return self.place / "plan.json"
 
     @property
@@ -49,23 +49,23 @@ class AuditFolder:
         return self.place / REPORT
 
     def slide_report(self, slide_id: str) -> StoragePath:
-        """The page of a slide."""
+        """Return the page of a slide."""
         return self.place / slide_id / REPORT
 
     def batch(self, slide_id: str, digest: str, number: int) -> StoragePath:
-        """The numbers of a piece."""
+        """Return the file of a batch's measurements."""
         return self.place / slide_id / PIECES / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
 
     def spread(self, slide_id: str) -> StoragePath:
-        """OME-Zarr image of where overlapping patches of a slide disagree."""
+        """Return the OME-Zarr image of where overlapping patches of a slide disagree."""
         return self.place / slide_id / "spread.ome.zarr"
 
     def spread_means(self, slide_id: str) -> StoragePath:
-        """What it is in the mean; written when the image is whole."""
+        """Return the file of its means; written when the image is whole."""
         return self.place / slide_id / "spread.json"
 
     def read_plan(self) -> dict[str, Any] | None:
-        """What `write_plan` wrote; None where there is none.
+        """Return the plan as it was written; None where there is none.
 
         Raises:
             StoreError: it is damaged.
@@ -73,7 +73,7 @@ class AuditFolder:
         return _json(self.plan)
 
     def read_spread(self, slide_id: str) -> dict[str, Any] | None:
-        """Means of a slide's spread; None where it was not made.
+        """Return the means of a slide's spread; None where it was not made.
 
         Raises:
             StoreError: they are damaged.
@@ -81,7 +81,7 @@ class AuditFolder:
         return _json(self.spread_means(slide_id))
 
     def read_metrics(self) -> dict[str, Any] | None:
-        """The metrics; None where there are none.
+        """Return the metrics; None where there are none.
 
         Raises:
             StoreError: they are damaged.
@@ -109,7 +109,7 @@ def write_arrays(place: StoragePath, arrays: Mapping[str, NDArray[Any]]) -> None
 
 
 def read_arrays(place: StoragePath) -> Arrays:
-    """What `write_arrays` wrote.
+    """Return the arrays that `write_arrays` wrote.
 
     Raises:
         StoreError: it is damaged.

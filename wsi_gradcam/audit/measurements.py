@@ -121,7 +121,7 @@ def _with_records(values: dict[str, Any], record: type, levels: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Patches:
-    """What is known of every patch.
+    """Facts of every patch: its place in the sample, the model's answer, and its maps.
 
     Attributes:
         number: in the slide's table.
@@ -167,7 +167,7 @@ class Measurements:
 
     @cached_property
     def patches(self) -> Patches:
-        """What is known of every patch."""
+        """Facts of every patch: its place in the sample, the model's answer, and its maps."""
         found = self.of(Patches)
         assert found is not None
         return found
@@ -196,7 +196,7 @@ class Measurements:
 
     @property
     def weights(self) -> Floats:
-        """How many patches each stands for."""
+        """The number of patches that each stands for."""
         return np.asarray(self.arrays["base/weight"], np.float64)
 
     def estimate(self, values: NDArray[Any]) -> Estimate:

@@ -38,7 +38,7 @@ QUADRANTS = {  # (faithful, plausible)
 
 @dataclass(frozen=True)
 class ArchiveFacts:
-    """What metrics say besides numbers of patches.
+    """Facts of the archive that metrics hold besides numbers of patches.
 
     Attributes:
         slides_of_run, patches_of_run: that could be audited.

@@ -1,4 +1,4 @@
-"""What an audit of a run does: its settings, its sample, and what its numbers depend on. Small and picklable."""
+"""The plan of an audit: its settings, its sample, and all that its numbers depend on. Small and picklable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.plan import RunPlan
 
 FORMAT = 1  # of the numbers; raised when old ones must not be continued
-# All pieces are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
+# All batches are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
 # in the last bit with the number of threads.
 BATCH_SIZE = 8
 PATCHES = 200
@@ -28,7 +28,7 @@ DEEP_SHARE = 10
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """What is asked of an audit.
+    """Settings of an audit.
 
     Attributes:
         patches: about so many, of all slides together.
@@ -62,11 +62,11 @@ class AuditSettings:
                 raise ConfigError(f"{path}: does not exist, expected a file or a folder; check the path")
 
     def asks(self, question: str) -> bool:
-        """Whether a question is asked."""
+        """Return whether a question is asked."""
         return question in self.only
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, in the order of the questions."""
+        """Return plain values, in the order of the questions."""
         values = {**asdict(self), "only": [name for name in QUESTIONS if name in self.only]}
         for name in ("annotations", "regions"):
             values[name] = None if values[name] is None else str(values[name])
@@ -74,7 +74,7 @@ class AuditSettings:
 
 
 def check_questions(names: Sequence[str]) -> None:
-    """Raises ConfigError for a name that is no question."""
+    """Raise ConfigError for a name that is no question."""
     for name in names:
         if name not in QUESTIONS:
             raise ConfigError(f"{name!r} is no question of the audit; expected some of {', '.join(QUESTIONS)}")
@@ -89,7 +89,7 @@ class SlideSample:
         yx: level-0 px of their top left corners.
         weights: how many patches of the archive each stands for.
         strata: what each was drawn as.
-        deep: of so many pieces, from the first on, what is slow is measured too.
+        deep: this many batches, from the first on, are measured in depth.
     """
 
     patches: tuple[int, ...]
@@ -100,20 +100,20 @@ class SlideSample:
 
     @property
     def batches(self) -> int:
-        """How many there are."""
+        """The number of batches."""
         return -(-len(self.patches) // BATCH_SIZE)
 
     def batch(self, number: int) -> slice:
-        """Which patches are in a piece."""
+        """Return the places of a batch's patches."""
         return slice(number * BATCH_SIZE, min((number + 1) * BATCH_SIZE, len(self.patches)))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SlideSample:
-        """What `to_json` gave; other values raise KeyError or TypeError."""
+        """Return the sample of which these are the plain values; others raise KeyError or TypeError."""
         return cls(
             tuple(values["patches"]),
             tuple((y, x) for y, x in values["yx"]),
@@ -130,7 +130,7 @@ class AuditPlan:
     Attributes:
         run: the run that is audited. Its model runs eagerly in float32, whatever the run chose.
         run_digest: of the run whose results these are.
-        settings: what is asked.
+        settings: of the audit.
         target: what is audited, one of the run's targets or each patch's predicted class.
         samples: by slide id.
         annotation_digests, region_digests: sha256 of the slides' files of annotations and regions, by slide id.
@@ -145,14 +145,14 @@ class AuditPlan:
     region_digests: Mapping[str, str]
 
     def audit_identity(self) -> dict[str, Any]:
-        """All that the numbers depend on; where annotations and regions lie does not count, their content does."""
-        asked = self.settings.to_json()
-        del asked["annotations"], asked["regions"]
+        """Return all that the numbers depend on: the content of annotations and regions, not their paths."""
+        settings = self.settings.to_json()
+        del settings["annotations"], settings["regions"]
         sample = json.dumps({name: one.to_json() for name, one in sorted(self.samples.items())}, sort_keys=True)
         return {
             "format": FORMAT,
             "run": self.run_digest,
-            **asked,
+            **settings,
             "target": self.target.label,
             "annotations": dict(sorted(self.annotation_digests.items())),
             "regions": dict(sorted(self.region_digests.items())),
@@ -160,17 +160,17 @@ class AuditPlan:
         }
 
     def audit_digest(self) -> str:
-        """sha256 of `audit_identity()`."""
+        """Return the sha256 of `audit_identity()`."""
         return hashlib.sha256(json.dumps(self.audit_identity(), sort_keys=True).encode()).hexdigest()
 
 
 def deep_patches(patches: int) -> int:
-    """On how many patches of all, or a few more, what is slow is measured too."""
+    """Return the number of patches that are measured in depth, of all; a few more may be."""
     return max(FEWEST_DEEP, patches // DEEP_SHARE)
 
 
 def patch_seeds(seed: int, slide: str, patches: Sequence[int]) -> list[int]:
-    """A seed for each patch, that nothing but the audit's seed, the slide's id and the patch's number decide."""
+    """Return a seed for each patch, that nothing but the audit's seed, the slide's id and the patch's number decide."""
     texts = (f"{seed}/{slide}/{patch}" for patch in patches)
     return [int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6]) for text in texts]
 

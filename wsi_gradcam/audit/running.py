@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AuditOutcome:
-    """How an audit ended.
+    """The outcome of an audit.
 
     Attributes:
         out: OUT/audit.
@@ -98,7 +98,7 @@ def audit_run(
     Raises:
         WsiGradcamError: nothing could be done at all, or the audit had to stop; what was measured is not lost.
     """
-    asked = AuditSettings(
+    settings = AuditSettings(
         patches,
         seed,
         tuple(name for name in QUESTIONS if name in only) if not _unknown(only) else tuple(only),
@@ -118,7 +118,7 @@ def audit_run(
     session = RunSession(folder.place, listener or RunListener(), lambda: _report_rows(records))
     with session, open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
         facts = executor.examine(run.spec, run.model_settings, [], None)
-        plan = _planned(run, run.plan(facts), asked, other)
+        plan = _planned(run, run.plan(facts), settings, other)
         session.claim()
         _settle(folder, plan, overwrite)
         workload = AuditWorkload(plan)
@@ -146,27 +146,27 @@ def _unknown(only: Sequence[str]) -> bool:
     return bool(set(only) - set(QUESTIONS))
 
 
-def _planned(run: ExplainedRun, eager: RunPlan, asked: AuditSettings, other: OtherAudit | None) -> AuditPlan:
-    """The audit's plan, with its sample drawn."""
-    target = audited_target(eager, asked.target, asked.annotations is not None)
-    samples = draw_sample(run.candidates, asked) if other is None else shared_sample(run.candidates, other)
+def _planned(run: ExplainedRun, eager: RunPlan, settings: AuditSettings, other: OtherAudit | None) -> AuditPlan:
+    """Return the audit's plan, with its sample drawn."""
+    target = audited_target(eager, settings.target, settings.annotations is not None)
+    samples = draw_sample(run.candidates, settings) if other is None else shared_sample(run.candidates, other)
     if not samples:
         raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
     return AuditPlan(
         run=eager,
         run_digest=run.result.record.run_digest,
-        settings=asked,
+        settings=settings,
         target=target,
         samples=samples,
-        annotation_digests=_digests(run, asked.annotations, asked.include, samples),
-        region_digests=_digests(run, asked.regions, (), samples),
+        annotation_digests=_digests(run, settings.annotations, settings.include, samples),
+        region_digests=_digests(run, settings.regions, (), samples),
     )
 
 
 def _digests(
     run: ExplainedRun, path: Path | None, include: tuple[str, ...], samples: dict[str, SlideSample]
 ) -> dict[str, str]:
-    """sha256 of the slides' files of annotations, by slide id."""
+    """Return sha256 of the slides' files of annotations, by slide id."""
     found = {}
     for candidate in run.candidates:
         if candidate.entry.id in samples:

@@ -17,7 +17,7 @@ Number = Annotated[float | None, BeforeValidator(_known)]
 
 
 def _text(value: Any) -> Any:
-    """File names that are not Unicode, as well as they can be shown."""
+    """Return file names that are not Unicode, as well as they can be shown."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
@@ -29,7 +29,7 @@ class _Strict(BaseModel):
 
 
 class Keyed(_Strict):
-    """What a row is about, for programs; null where it does not apply. The row's other texts are for display alone.
+    """The subject of a row, for programs; null where it does not apply. The row's other texts are for display alone.
 
     Attributes:
         question: of the audit.
@@ -153,14 +153,14 @@ class QuadrantRow(_Strict):
 
 
 class UntestedRow(_Strict):
-    """What was not tested, or which slide was not audited, and why."""
+    """A part of the audit that was not tested, or a slide that was not audited, and the reason."""
 
     what: Text
     why: Text
 
 
 class StrataRow(Keyed):
-    """Whether a number differs between sites, scanners, labels or classes: p of Kruskal and Wallis' test."""
+    """A number compared between sites, scanners, labels or classes: p of Kruskal and Wallis' test."""
 
     measure: str
     by: str
@@ -171,7 +171,7 @@ class StrataRow(Keyed):
 
 
 class SampleFacts(_Strict):
-    """How the patches were drawn."""
+    """Facts of the sample of patches."""
 
     asked: int
     patches: int
@@ -185,7 +185,7 @@ class SampleFacts(_Strict):
 
 
 class RunFacts(_Strict):
-    """What was audited."""
+    """Facts of the run that was audited."""
 
     out: Text
     run_digest: str
@@ -231,11 +231,11 @@ class Metrics(_Strict):
     against: AgainstFacts | None = None
 
     def failed(self, questions: tuple[str, ...] = ()) -> list[VerdictRow]:
-        """Verdicts that fail, of some questions or of all."""
+        """Return verdicts that fail, of some questions or of all."""
         return [v for v in self.verdicts if v.outcome == "fails" and (not questions or v.question in questions)]
 
 
 def metrics_schema() -> dict[str, Any]:
-    """The JSON Schema of metrics.json."""
+    """Return the JSON Schema of metrics.json."""
     schema = Metrics.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -157,7 +157,7 @@ SPREAD = Stage("spread", write_slide_spread)
 
 
 def has_overlap(audit: AuditPlan) -> bool:
-    """Whether patches of the run overlap: only then can they disagree."""
+    """Return whether patches of the run overlap: only then can they disagree."""
     stride = audit.run.settings.stride(audit.run.patch_px)
     return stride[0] < audit.run.patch_px[0] or stride[1] < audit.run.patch_px[1]
 
@@ -225,7 +225,7 @@ def _write_block(
 
 
 def _cams(store: PatchStore, indices: NDArray[np.int64], number: int) -> NDArray[np.float32]:
-    """One map of some patches, which lie near each other in the store."""
+    """Return one of the maps of some patches, which lie near each other in the store."""
     if not len(indices):
         return store.cams(0, 0, number)
     first, last = int(indices[0]), int(indices[-1]) + 1
@@ -256,7 +256,7 @@ def _coarsen_block(image: HeatmapStore, level: int, block: Region, channels: int
 
 
 def _set_windows(image: HeatmapStore) -> None:
-    """Colour from 0 to nearly the largest spread of the slide."""
+    """Set colours from 0 to nearly the largest spread of the slide."""
     level = next((i for i, (h, w) in enumerate(image.shapes) if h * w <= DRAWN_PX), len(image.shapes) - 1)
     whole = Region(0, 0, *image.shapes[level])
     known = (image.read_flags(level, whole) & EXPLAINED) > 0
@@ -276,7 +276,7 @@ def _mean(total: float, count: float) -> float | None:
 def spread(
     enlarger: Enlarger, block: Region, yx: NDArray[np.int64], cams: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-    """(mean, spread, seen by several) of what patches say about a block of the heatmap, each [height, width].
+    """Return (mean, spread, seen by several) of the patches in a block of the heatmap, each [height, width].
 
     The mean is the heatmap itself. The spread is the standard deviation round it with the same blending weights w,
     sqrt(sum w (v - mean)² / sum w), in the map's unit. A pixel that one patch alone sees has spread 0 and is not seen

@@ -1,4 +1,4 @@
-"""What questions of the audit are described with: names, measures, words and figures. Needs no torch."""
+"""Vocabulary of the audit's questions: names, measures, words and figures. Needs no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONTROL_TITLES = {
 
 
 class Keys(TypedDict, total=False):
-    """What a row is about, see `wsi_gradcam.audit.schema.Keyed`."""
+    """The subject of a row, see `wsi_gradcam.audit.schema.Keyed`."""
 
     method: str
     control: str

@@ -13,7 +13,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """How the answer to N patches changes as pixels go and come; NaN for a patch whose map is not finite.
+    """Answers to N patches as pixels go and come; NaN for a patch whose map is not finite.
 
     Attributes:
         deletion, insertion: [N, Q] explained scalar (a logit), by the share of the pixels deleted, or inserted.

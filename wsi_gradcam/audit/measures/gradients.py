@@ -1,4 +1,4 @@
-"""How far gradients can be believed: what finite steps do, and where the model, or a unit, cannot go further.
+"""Limits of gradients: finite steps, and places where the model, or a unit, cannot go further.
 
 A gradient tells of an infinitely small step. Two models may agree in value and gradient on every patch, so that all
 their maps are equal, and part at the next step: one stays on a plateau, the other falls off a cliff. No gradient shows
@@ -34,7 +34,7 @@ STEPS = (-1.0, -0.5, -0.25, -0.1, -0.05, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class FiniteSteps:
-    """What the gradient promises of steps along (positive) and against the map, and what they do, for P patches.
+    """Steps along (positive) and against the map: promised by the gradient and actual changes, for P patches.
 
     Attributes:
         steps: [S] ascending, without 0; -1 is the highest place of the map replaced altogether.
@@ -80,7 +80,7 @@ class FiniteSteps:
 def finite_steps(
     subject: Subject, images: Tensor, aim: Aim, maps: Tensor, others: Tensor, steps: Sequence[float] = STEPS
 ) -> FiniteSteps:
-    """Steps of images [P, 3, H, W] along and against maps [P, h, w].
+    """Return steps of images [P, 3, H, W] along and against maps [P, h, w].
 
     x(t) = x + t m ⊙ (x - x'), where m is the positive part of the enlarged map over its largest value, and x' is
     `others`, what is there when nothing is: a blurred patch, a colour. So t = -1 takes away what the map shows, and
@@ -98,7 +98,7 @@ def finite_steps(
 
 @torch.enable_grad()
 def input_gradient(subject: Subject, images: Tensor, aim: Aim) -> Tensor:
-    """ds/dx [P, 3, H, W] of the explained scalar, in float32."""
+    """Return ds/dx [P, 3, H, W] of the explained scalar, in float32."""
     found: list[Tensor] = []
     for start in range(0, len(images), subject.batch_size):
         rows = slice(start, start + subject.batch_size)
@@ -109,7 +109,7 @@ def input_gradient(subject: Subject, images: Tensor, aim: Aim) -> Tensor:
 
 
 def infidelity(promised: Numbers, actual: Numbers, normalise: bool = False) -> Numbers:
-    """Mean over R perturbations of (promised - actual)² [P], both changes [P, R] (Yeh 2019, arXiv 1901.09392).
+    """Return the mean over R perturbations of (promised - actual)² [P], both changes [P, R] (Yeh 2019, arXiv 1901.09392).
 
     `promised` is the sum of the map over what is perturbed, times how much; `actual` is the score before less after.
     Normalised, the map may first be multiplied by the factor that serves it best: for maps that are in no unit.
@@ -126,7 +126,7 @@ def infidelity(promised: Numbers, actual: Numbers, normalise: bool = False) -> N
 def hiding_changes(
     subject: Subject, images: Tensor, aim: Aim, maps: Tensor, masks: Tensor, replace: Replace
 ) -> tuple[Numbers, Numbers]:
-    """(promised, actual) changes [P, R] of hiding each of `masks` bool [R, H, W] in every image, for `infidelity`.
+    """Return (promised, actual) changes [P, R] of hiding each of `masks` bool [R, H, W], for `infidelity`.
 
     A map of cells promises what lies on the mask of it, each cell in the part that is covered.
     """
@@ -139,7 +139,7 @@ def hiding_changes(
 
 
 def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
-    """Sum of maps [P, h, w] less (score of the patch less that of the baseline), both [P], in logits; 0 is complete.
+    """Return the sum of maps [P, h, w] less (score of the patch less that of the baseline), [P], in logits; 0 is complete.
 
     Integrated Gradients are, but for the rule of their integral (Sundararajan 2017, arXiv 1703.01365); Grad-CAM is with
     global average pooling and a linear layer, against the bias.
@@ -154,7 +154,7 @@ SATURATED = 0.0025
 
 @dataclass(frozen=True, eq=False)
 class Saturation:
-    """How saturated the model is on P patches.
+    """Saturation of the model on P patches.
 
     Attributes:
         saturated: [P] 1 where the class's probability is within `SATURATED` of 0 or 1, else 0.
@@ -172,7 +172,7 @@ class Saturation:
 
 
 def saturation(subject: Subject, images: Tensor, aim: Aim) -> Saturation:
-    """How saturated the model is on images [P, 3, H, W]; the target must be a class.
+    """Return the model's saturation on images [P, 3, H, W]; the target must be a class.
 
     Dead channels mean something behind a ReLU only: another activation is 0 nowhere.
 
@@ -205,7 +205,7 @@ def saturation(subject: Subject, images: Tensor, aim: Aim) -> Saturation:
 
 
 def leaky_maps(subject: Subject, images: Tensor, aim: Aim, method: str = "gradcam") -> Tensor:
-    """The maps [P, h, w] with a backward that leaks through the ReLUs behind the layer: what they hide.
+    """Return the maps [P, h, w] with a backward that leaks through the ReLUs behind the layer: what they hide.
 
     They are the plain maps where no ReLU follows. Predictions are unchanged.
 
@@ -224,7 +224,7 @@ def leaky_maps(subject: Subject, images: Tensor, aim: Aim, method: str = "gradca
 
 
 def _share(aim: Aim, rows: slice) -> Score:
-    """The class's probability as a function of logits, with a graph."""
+    """Return the class's probability as a function of logits, with a graph."""
     assert isinstance(aim.target, Target)
     classes = classes_of(aim.target, aim.logits[rows])[:, None]
 

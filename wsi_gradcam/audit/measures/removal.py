@@ -25,7 +25,7 @@ WEIGHTS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in
 
 
 def impute(images: Tensor, hidden: Tensor) -> Tensor:
-    """Images [B, C, H, W] with `hidden` bool [B, H, W] pixels the weighted mean of their eight neighbours.
+    """Return images [B, C, H, W] with `hidden` bool [B, H, W] pixels the weighted mean of their eight neighbours.
 
     Weights are 1/6 for the sides and 1/12 for diagonals, made to sum to 1 at borders (Rong 2022, arXiv 2202.00449).
     Where all is hidden, there is nothing to impute from, and it becomes the image's mean colour.
@@ -43,7 +43,7 @@ def impute(images: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _solved(known: NDArray[np.float64], hidden: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The hidden pixels [C, n] of an image [C, H, W]."""
+    """Return the hidden pixels [C, n] of an image [C, H, W]."""
     number = np.full(hidden.shape, -1)
     number[hidden] = np.arange(hidden.sum())
     y, x = np.nonzero(hidden)
@@ -74,7 +74,7 @@ BLUR_PX, BLUR_SIGMA_PX, BLUR_SIDE_PX = 11, 5.0, 224  # as the authors of deletio
 
 
 def removal_ranks(maps: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-    """The rank of each pixel in its map enlarged to `size`, int32 [P, H, W], 0 for the most relevant.
+    """Return the rank of each pixel in its map enlarged to `size`, int32 [P, H, W], 0 for the most relevant.
 
     Signed maps are ranked as they are. Ties are broken at random: where most of a map is 0, the order in which it is
     stored would else decide the score (one map scored 0.37, 0.50 or 0.63 by tie order alone).
@@ -87,7 +87,7 @@ def removal_ranks(maps: Tensor, size: tuple[int, int], seed: int) -> Tensor:
 
 
 def replace_by(images: Tensor, others: Tensor) -> Replace:
-    """Replaces pixels of images [P, 3, H, W] by those of `others`, of the same shape or one that spreads to it."""
+    """Return a function that replaces pixels of images [P, 3, H, W] by those of `others`, which broadcast to them."""
     others = others.expand_as(images)
 
     def replace(rows: Tensor, hidden: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def replace_by(images: Tensor, others: Tensor) -> Replace:
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Images [P, 3, H, W] blurred by a Gaussian of 5 px, cut off at 11 px, where they have 224 px a side.
+    """Return images [P, 3, H, W] blurred by a Gaussian of 5 px, cut off at 11 px, where they have 224 px a side.
 
     At other sizes in proportion. Borders are mirrored, so that they do not darken.
     """
@@ -114,12 +114,12 @@ def blurred(images: Tensor) -> Tensor:
 
 
 def mean_colour(images: Tensor) -> Tensor:
-    """Each image's mean colour, [P, 3, 1, 1]."""
+    """Return each image's mean colour, [P, 3, 1, 1]."""
     return images.mean(dim=(2, 3), keepdim=True)
 
 
 def replace_by_neighbours(images: Tensor, noise: Tensor | float = 0.0, seed: int = 0) -> Replace:
-    """Noisy linear imputation: each hidden pixel is the weighted mean of its eight neighbours, hidden ones too.
+    """Return noisy linear imputation: each hidden pixel is the weighted mean of its eight neighbours, hidden ones too.
 
     As ROAD does (Rong 2022, arXiv 2202.00449), see the module. That the weights sum to 1 makes it
     the same before normalisation and after. `noise` is the standard deviation of the Gaussian that is added, for each
@@ -135,7 +135,7 @@ def replace_by_neighbours(images: Tensor, noise: Tensor | float = 0.0, seed: int
 
 
 def runs(rows: Tensor) -> Iterator[tuple[int, slice]]:
-    """(row, the slice of places where it stands) for each run of equal `rows` [B].
+    """Return (row, the slice of places where it stands) for each run of equal `rows` [B].
 
     >>> list(runs(torch.tensor([4, 4, 2])))
     [(4, slice(0, 2, None)), (2, slice(2, 3, None))]
@@ -188,7 +188,7 @@ def removal_curves(
 
 
 def _ends(counts: list[int], pixels: int, whole: Tensor, empty: Tensor) -> Tensor:
-    """Answers [P, 2, Q, K] of deletion and insertion that are known: nothing hidden, and everything."""
+    """Return answers [P, 2, Q, K] of deletion and insertion that are known: nothing hidden, and everything."""
     answers = whole.new_full((len(whole), 2, len(counts), whole.shape[1]), torch.nan)
     for i, count in enumerate(counts):
         if count in (0, pixels):
@@ -197,7 +197,7 @@ def _ends(counts: list[int], pixels: int, whole: Tensor, empty: Tensor) -> Tenso
 
 
 def _answers(subject: Subject, replace: Replace, ranks: Tensor, counts: list[int]) -> Tensor:
-    """Logits [P, 2, Q, K] with the top of `ranks` [P, H, W] replaced, and with all but the top, for Q counts.
+    """Return logits [P, 2, Q, K] with the top of `ranks` [P, H, W] replaced, and with all but the top, for Q counts.
 
     Both ways of all patches fill the batches together, patch by patch, so that few of them are smaller.
     """

@@ -41,7 +41,7 @@ BINS = 100  # of a map's histogram, as in 2401.06465
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """How alike the maps of P patches are to those of the trained model, with some layers random.
+    """Likeness of the maps of P patches to those of the trained model, with some layers random.
 
     Attributes:
         layers: that became random in this stage.
@@ -70,7 +70,7 @@ def randomisation(
     samples: int = 1,
     seed: int = 0,
 ) -> list[Stage]:
-    """The stages for images [P, 3, H, W]: the untouched model is none of them.
+    """Return the stages for images [P, 3, H, W]: the untouched model is none of them.
 
     Args:
         order: `top_down`: from the head on, and what was random stays; `bottom_up`: from the first layer on;
@@ -103,7 +103,7 @@ def randomisation(
 def staying_maps(
     subject: Subject, images: Tensor, aim: Aim, method: str = "gradcam", draws: int = DRAWS, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Which maps stay when all weights are random, less those that turn into their opposite, [draws, P], -1 to 1.
+    """Return the maps that stay when all weights are random, less those that turn, [draws, P], -1 to 1.
 
     A draw is a pair of random networks, equal but for the sign of the last layer, which is as probable. What a map owes
     to the place of things in the picture stays in both; what follows the evidence stays in one and turns in the other,
@@ -124,7 +124,7 @@ def staying_maps(
 
 
 def random_copies(subject: Subject, images: Tensor, draws: int = DRAWS, seed: int = 0) -> Iterator[Subject]:
-    """The subject with all its weights random, `draws` times; the same whatever the `images`, which show the layers."""
+    """Yield the subject with all its weights random, `draws` times; the `images` only show the layers."""
     module = subject.program.module
     names = layers_in_order(module, images[:1])
     for draw in range(draws):
@@ -134,7 +134,7 @@ def random_copies(subject: Subject, images: Tensor, draws: int = DRAWS, seed: in
 
 @torch.no_grad()
 def _turn(module: nn.Module, name: str) -> None:
-    """The other sign for the weights of a layer, in place."""
+    """Change the sign of the weights of a layer, in place."""
     for parameter in module.get_submodule(name).parameters(recurse=False):
         if parameter.ndim > 1:
             parameter.neg_()
@@ -142,7 +142,7 @@ def _turn(module: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def layers_in_order(module: nn.Module, images: Tensor) -> list[str]:
-    """Names of the modules that hold weights of their own, in the order in which they first run."""
+    """Return the names of the modules that hold weights of their own, in the order in which they first run."""
     holders = {name: part for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))}
     names: list[str] = []
 
@@ -162,7 +162,7 @@ def layers_in_order(module: nn.Module, images: Tensor) -> list[str]:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int) -> None:
-    """New values for a module's own parameters, of the same size, in place.
+    """Give a module's own parameters new values of the same size, in place.
 
     Weights of two axes or more: Gaussian, of mean 0 and of the root mean square that they had, so that activations
     neither die nor explode. Vectors (biases, scales) are shuffled. Buffers stay.
@@ -179,7 +179,7 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 
 def complexity_rise(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(H(after) - H(before)) / H(before) [P], H the entropy of a map's histogram.
+    """Return (H(after) - H(before)) / H(before) [P], H the entropy of a map's histogram.
 
     Efficient MPRT (Hedstroem 2024, arXiv 2401.06465): a map that depends on the model becomes more complex when the
     model is random. NaN where H(before) is 0.
@@ -202,7 +202,7 @@ def _entropy(map_: NDArray[np.float32]) -> float:
 def _randomised(
     module: nn.Module, names: list[str], order: Order, stages: int, seed: int
 ) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """The names that became random, and the network; it is changed further when the next is asked for."""
+    """Yield the names that became random, and the network, which is changed further for the next."""
     ordered = names[::-1] if order == "top_down" else names
     changed = copy.deepcopy(module)
     for group in np.array_split(np.array(ordered), min(stages, len(ordered))):
@@ -245,20 +245,8 @@ RANDOM_COPIES = 49  # of which none may differ as much: a false praise in 50
 
 
 def random_answers(subject: Subject, images: Tensor, draws: int = RANDOM_COPIES, seed: int = 0) -> Tensor:
-    """Logits [draws, P, K] of images [P, 3, H, W] with all weights random; pieces of an archive may be joined."""
+    """Return logits [draws, P, K] of images [P, 3, H, W] with all weights random; those of batches may be joined."""
     return torch.stack([copy.answers(images) for copy in random_copies(subject, images, draws, seed)])
-
-
-def answer_spread(logits: Tensor) -> Tensor:
-    """How much the evidence of patches differs, [...] of logits [..., P, K]: its standard deviation over the patches.
-
-    Evidence is the logits less their mean over the classes, which no probability depends on; of all classes together.
-    Of a single logit, it is that.
-    """
-    values = logits.double()
-    if values.shape[-1] > 1:
-        values = values - values.mean(dim=-1, keepdim=True)
-    return values.var(dim=-2, correction=0).sum(dim=-1).sqrt()
 
 
 Maps = NDArray[np.float32]
@@ -269,7 +257,7 @@ SSIM_PX, HOG_CELLS, HOG_ANGLES = 3, 3, 9
 
 
 def is_constant(maps: Maps) -> NDArray[np.bool_]:
-    """Which maps [P, h, w] have one value alone, but for rounding; also those that are not finite."""
+    """Return the maps of [P, h, w] that have one value alone, but for rounding, or are not finite, bool [P]."""
     flat = maps.reshape(len(maps), -1)
     with np.errstate(invalid="ignore"):
         spread, size = np.ptp(flat, axis=1), np.abs(flat).max(axis=1)
@@ -278,18 +266,18 @@ def is_constant(maps: Maps) -> NDArray[np.bool_]:
 
 
 def spearman(first: Maps, second: Maps) -> Numbers:
-    """Rank correlation [P] of maps [P, h, w], ties at their mean rank; NaN where one is constant."""
+    """Return the rank correlation [P] of maps [P, h, w], ties at their mean rank; NaN where one is constant."""
     a, b = _ranks(first), _ranks(second)
     return np.where(is_constant(first) | is_constant(second), np.nan, _correlation(a, b))
 
 
 def spearman_absolute(first: Maps, second: Maps) -> Numbers:
-    """Rank correlation [P] of the maps' absolute values: whether they point at the same places, for or against."""
+    """Return the rank correlation [P] of the maps' absolute values: of places, whether for or against."""
     return spearman(np.abs(first), np.abs(second))
 
 
 def ssim(first: Maps, second: Maps) -> Numbers:
-    """Structural similarity [P] (Wang 2004), windows of 3 x 3 cells, of maps divided by their largest size."""
+    """Return the structural similarity [P] (Wang 2004), windows of 3 x 3 cells, of maps divided by their largest size."""
     constant = is_constant(first) | is_constant(second)
     found = np.full(len(first), np.nan)
     for i in np.flatnonzero(~constant).tolist():
@@ -299,7 +287,7 @@ def ssim(first: Maps, second: Maps) -> Numbers:
 
 
 def hog_similarity(first: Maps, second: Maps) -> Numbers:
-    """Pearson correlation [P] of the maps' histograms of oriented gradients (Adebayo 2018), cells of 3 x 3."""
+    """Return the Pearson correlation [P] of the maps' histograms of oriented gradients (Adebayo 2018), cells of 3 x 3."""
     constant = is_constant(first) | is_constant(second)
     found = np.full(len(first), np.nan)
     for i in np.flatnonzero(~constant).tolist():
@@ -317,7 +305,7 @@ LIKENESS: dict[str, Callable[[Maps, Maps], Numbers]] = {
 
 
 def resembles(first: Maps, second: Maps, seed: int = 0) -> Numbers:
-    """Whether `second` is more like `first` than 95 % of its own cells' permutations are: 1 or 0 [P]; NaN if constant.
+    """Return 1 where `second` is more like `first` than 95 % of its cells' permutations, else 0 [P]; NaN if constant.
 
     By `spearman`, with its sign: the opposite map is another map. Of maps that have nothing to do with each other 5 %
     resemble where cells are independent, and more where they are smooth.
@@ -327,7 +315,7 @@ def resembles(first: Maps, second: Maps, seed: int = 0) -> Numbers:
 
 
 def stays_or_turns(first: Maps, second: Maps, seed: int = 0) -> Numbers:
-    """1 where `second` resembles `first` (see `resembles`), -1 where its opposite does, else 0 [P]; NaN if constant."""
+    """Return 1 where `second` resembles `first`, -1 where its opposite does, else 0 [P]; NaN if constant."""
     a, b = _ranks(first), _ranks(second)
     observed = _correlation(a, b)
     random = np.random.default_rng(seed)

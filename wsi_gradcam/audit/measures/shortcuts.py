@@ -45,7 +45,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Masking:
-    """What hiding a region does to P patches; NaN for a patch without it, or with nothing else.
+    """Effects of hiding a region of P patches; NaN for a patch without it, or with nothing else.
 
     Attributes:
         change: [P] explained scalar without the region less with it.
@@ -74,7 +74,7 @@ class Masking:
 def masking(
     subject: Subject, images: Tensor, aim: Aim, masks: Masks, replace: Replace, controls: int = CONTROLS, seed: int = 0
 ) -> Masking:
-    """What hiding `masks` bool [P, H, W] does to images [P, 3, H, W], against equal areas elsewhere.
+    """Return the effects of hiding `masks` bool [P, H, W] of images [P, 3, H, W], against equal areas elsewhere.
 
     The control of a mask is the mask itself, elsewhere in the patch: of the same area and shape, see `moved_masks`.
 
@@ -93,7 +93,7 @@ def masking(
 
 
 def moved_masks(masks: Masks, controls: int, seed: int = 0) -> Masks:
-    """Masks [C, P, H, W] moved within the patch; of several random places, where each overlaps least with itself.
+    """Return masks [C, P, H, W] moved within the patch; to that random place where each overlaps least with itself.
 
     Cut by the border and wound round it, a mask would hide less of the middle than the whole one does. Only
     where it is longer than half of the patch does it go round, as else it could hardly move. What is drawn is the same
@@ -105,7 +105,7 @@ def moved_masks(masks: Masks, controls: int, seed: int = 0) -> Masks:
 
 
 def _moved(mask: Masks, places: Numbers) -> Masks:
-    """A mask [H, W] at that of `places` [n, 2], 0 to 1 along what is free, where it overlaps least with itself."""
+    """Return a mask [H, W] at that of `places` [n, 2], 0 to 1 along what is free, where it overlaps itself least."""
     if not mask.any():
         return mask
     ways = np.stack([_ways(np.nonzero(mask)[i], mask.shape[i], places[:, i]) for i in (0, 1)], axis=1)
@@ -114,7 +114,7 @@ def _moved(mask: Masks, places: Numbers) -> Masks:
 
 
 def _ways(inside: NDArray[np.int64], size: int, places: Numbers) -> NDArray[np.int64]:
-    """How far to move along an axis of `size` pixels, of which the mask is on those `inside`."""
+    """Return distances to move along an axis of `size` pixels, of which the mask is on those `inside`."""
     first = int(inside.min())
     length = int(inside.max()) + 1 - first
     ways = places * size if 2 * length > size else np.floor(places * (size - length + 1)) - first
@@ -122,7 +122,7 @@ def _ways(inside: NDArray[np.int64], size: int, places: Numbers) -> NDArray[np.i
 
 
 def mass_on(maps: NDArray[np.float32], masks: Masks) -> tuple[Numbers, Numbers]:
-    """(share of the positive attribution of maps [P, h, w] on masks [P, H, W], the masks' share of the area), [P] each.
+    """Return (share of the positive attribution of maps [P, h, w] on masks [P, H, W], of the area), [P] each.
 
     A cell counts by how much of it the mask covers. The first is NaN where nothing is positive.
     """
@@ -134,27 +134,27 @@ def mass_on(maps: NDArray[np.float32], masks: Masks) -> tuple[Numbers, Numbers]:
 
 
 def cover(masks: Masks, grid: tuple[int, int]) -> Numbers:
-    """The share of each cell of `grid` that masks [P, H, W] cover, [P, h, w]; cells need not be whole pixels."""
+    """Return the share of each cell of `grid` that masks [P, H, W] cover, [P, h, w]; cells need not be whole pixels."""
     rows, columns = (_overlap(size, cells) for size, cells in zip(masks.shape[1:], grid, strict=True))
     shares: Numbers = rows @ masks.astype(np.float64) @ columns.T
     return shares
 
 
 def border(size: tuple[int, int], width_px: int) -> NDArray[np.bool_]:
-    """The outer `width_px` pixels of a patch of `size`, bool [H, W]."""
+    """Return the outer `width_px` pixels of a patch of `size`, bool [H, W]."""
     found = np.ones(size, np.bool_)
     found[width_px : size[0] - width_px, width_px : size[1] - width_px] = False
     return found
 
 
 def glass_patches(colour: tuple[int, int, int], patch_px: tuple[int, int], count: int, seed: int) -> NDArray[np.uint8]:
-    """Patches of bare glass, uint8 [count, h, w, 3]: one colour and the grain of a scanner."""
+    """Return patches of bare glass, uint8 [count, h, w, 3]: one colour and the grain of a scanner."""
     grain = np.random.default_rng(seed).normal(0, GLASS_GRAIN, (count, *patch_px, 3))
     return (np.array(colour) + grain).round().clip(0, 255).astype(np.uint8)
 
 
 def _overlap(size: int, cells: int) -> Numbers:
-    """How much of each cell each pixel makes up, [cells, size]; rows sum to 1."""
+    """Return the part of each cell that each pixel makes up, [cells, size]; rows sum to 1."""
     edges = np.arange(cells + 1) * size / cells
     pixel = np.arange(size)
     part = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
@@ -163,7 +163,7 @@ def _overlap(size: int, cells: int) -> Numbers:
 
 
 def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)) -> dict[str, Masks]:
-    """Masks bool [P, h, w] by the names in `SUSPECTS`, of patches uint8 [P, h, w, 3]; they may overlap.
+    """Return masks bool [P, h, w] by suspect, of patches uint8 [P, h, w, 3]; they may overlap.
 
     Args:
         mpp: micrometres per pixel of the patches.
@@ -183,7 +183,7 @@ def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)
 
 
 def glass_of(rgb: Rgb, glass: tuple[int, int, int]) -> Masks:
-    """Where all channels are as near to `glass` as bare glass is, bool [...], of RGB uint8 [..., 3]."""
+    """Return the pixels of RGB uint8 [..., 3] with all channels as near to `glass` as bare glass is, bool [...]."""
     difference = np.abs(rgb.astype(np.int16) - np.array(glass, np.int16)).max(axis=-1)
     near: Masks = difference <= HIGHEST * 255
     return near
@@ -203,7 +203,7 @@ def blurred_windows(rgb: Rgb) -> Masks:
 
 
 def block_means(rgb: Rgb, side: int) -> Rgb:
-    """Means of blocks of `side` pixels, uint8 [P, ceil(h / side), ceil(w / side), 3]; the last pixel repeats."""
+    """Return the means of blocks of `side` pixels, uint8 [P, ceil(h / side), ceil(w / side), 3]; the last pixel repeats."""
     height, width = rgb.shape[1:3]
     padded = np.pad(rgb, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)), mode="edge")
     blocks = padded.reshape(len(rgb), padded.shape[1] // side, side, padded.shape[2] // side, side, 3)
@@ -212,7 +212,7 @@ def block_means(rgb: Rgb, side: int) -> Rgb:
 
 
 def spread_out(masks: Masks, side: int, size: tuple[int, int]) -> Masks:
-    """Masks [P, h, w] of blocks of `side` pixels, for patches of `size`."""
+    """Return masks [P, h, w] of blocks of `side` pixels, for patches of `size`."""
     large: Masks = masks.repeat(side, axis=1).repeat(side, axis=2)[:, : size[0], : size[1]]
     return large
 

@@ -32,7 +32,7 @@ JPEG_QUALITY = 50
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """What a change does to P patches, over several repeats; NaN where nothing can be said.
+    """Effects of a change of P patches, over several repeats; NaN where nothing can be said.
 
     Attributes:
         map_change: [P] largest relative change of the map, max |M(x') - M(x)| / |M(x)|, over the repeats in which the
@@ -58,7 +58,7 @@ def moves(
     repeats: int = REPEATS,
     seeds: Sequence[int] | None = None,
 ) -> Moves:
-    """What `change` does to patches uint8 [P, h, w, 3], which `aim` is of; raw maps.
+    """Return the effects of `change` on patches uint8 [P, h, w, 3], which `aim` is of; raw maps.
 
     The largest change over small perturbations is the sensitivity of Yeh 2019 (arXiv 1901.09392).
 
@@ -86,19 +86,19 @@ def moves(
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """|after - before| / |before| [P] of maps [P, h, w], Euclidean; NaN where `before` is 0."""
+    """Return |after - before| / |before| [P] of maps [P, h, w], Euclidean; NaN where `before` is 0."""
     size: Tensor = before.flatten(1).norm(dim=1)
     moved: Tensor = (after - before).flatten(1).norm(dim=1)
     return moved / torch.where(size > 0, size, torch.nan)
 
 
 def noise(patch: Rgb, random: np.random.Generator, levels: float = NOISE_LEVELS) -> Rgb:
-    """Gaussian noise of `levels` of 255 on each pixel and colour."""
+    """Return the patch with Gaussian noise of `levels` of 255 on each pixel and colour."""
     return _rounded(patch + random.normal(0, levels, patch.shape))
 
 
 def stain_jitter(patch: Rgb, random: np.random.Generator, strength: float = STAIN_STRENGTH) -> Rgb:
-    """Each stain's density times 1 ± `strength`, plus ± `STAIN_SHIFT` times `strength`, uniformly.
+    """Return the patch with each stain's density times 1 ± `strength`, plus ± `STAIN_SHIFT` times it, uniformly.
 
     (Tellez 2018, 10.1109/TMI.2018.2820199.) Haematoxylin, eosin and DAB are separated by the matrix of Ruifrok and
     Johnston (2001), on natural optical densities and without clipping, so that a strength of 0 changes nothing.
@@ -110,7 +110,7 @@ def stain_jitter(patch: Rgb, random: np.random.Generator, strength: float = STAI
 
 
 def jpeg(patch: Rgb, random: np.random.Generator, quality: int = JPEG_QUALITY) -> Rgb:
-    """As it comes back from JPEG, a quality of up to 95 being drawn from `quality` on."""
+    """Return the patch as it comes back from JPEG, of a random quality from `quality` to 95."""
     file = io.BytesIO()
     Image.fromarray(patch).save(file, "JPEG", quality=int(random.integers(quality, 96)))
     return np.asarray(Image.open(file))
@@ -120,7 +120,7 @@ CHANGE_FUNCTIONS: Mapping[str, Change] = {"noise": noise, "stain": stain_jitter,
 
 
 def as_strong_noise(change: Change) -> Change:
-    """Noise that moves pixels as far as `change` does (root mean square), as a control of what it does to answers."""
+    """Return noise that moves pixels as far as `change` does (root mean square), as a control."""
 
     def control(patch: Rgb, random: np.random.Generator) -> Rgb:
         moved = change(patch, random).astype(np.float64) - patch
@@ -132,7 +132,7 @@ def as_strong_noise(change: Change) -> Change:
 def shift_change(
     subject: Subject, rgb: Rgb, target_of: Callable[[Tensor], Aim], offset: tuple[int, int], method: str = "gradcam"
 ) -> NDArray[np.float64]:
-    """Relative change [P] of the map where the grid of patches begins `offset` (y, x) pixels later.
+    """Return the relative change [P] of the map where the grid of patches begins `offset` (y, x) pixels later.
 
     Args:
         rgb: patches with a margin at the bottom and the right, uint8 [P, patch + margin, patch + margin, 3].

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Aim:
-    """What is explained of each of P patches: fixed by the answers to the unchanged patches.
+    """The explained scalar of each of P patches: fixed by the answers to the unchanged patches.
 
-    A changed patch, or a changed model, may predict another class; it is still asked about the first.
+    A changed patch, or a changed model, may predict another class; the first is explained all the same.
 
     Attributes:
         target: as everywhere; `predicted` is each patch's own class.
@@ -55,23 +55,23 @@ class Aim:
         return classes_of(self.target, self.logits).cpu()
 
     def score(self, rows: slice = slice(None)) -> Score:
-        """The explained scalar [n] as a function of logits [n, K] of the patches `rows`."""
+        """Return the explained scalar [n] as a function of logits [n, K] of the patches `rows`."""
         return make_score(self.target, self.logits[rows])
 
     def explained(self, rows: slice) -> AnyTarget:
-        """What a method is asked to explain for the patches `rows`."""
+        """Return the target of a method for the patches `rows`."""
         fixed = isinstance(self.target, Target) and self.target.index is not None
         return self.target if fixed else self.score(rows)
 
     def logit(self, answers: Tensor) -> Tensor:
-        """The explained scalar [P, ...] of `answers` [P, ..., K]."""
+        """Return the explained scalar [P, ...] of `answers` [P, ..., K]."""
         points = answers.reshape(len(answers), -1, answers.shape[-1])
         score = self.score()
         values = torch.stack([score(point) for point in points.unbind(dim=1)], dim=1)
         return values.reshape(answers.shape[:-1])
 
     def probability(self, answers: Tensor) -> Tensor | None:
-        """The explained class's probability [P, ...] of `answers` [P, ..., K]; None where no class is explained."""
+        """Return the class's probability [P, ...] of `answers` [P, ..., K]; None where no class is explained."""
         if (own := self.classes) is None:
             return None
         flat = answers.detach().float().cpu().reshape(-1, answers.shape[-1])
@@ -98,7 +98,7 @@ class Subject:
     def of(
         cls, model: Model, methods: Sequence[str] = ("gradcam",), layer: str | None = None, batch_size: int = 32
     ) -> Subject:
-        """The subject of a loaded model, explained in eager float32.
+        """Return the subject of a loaded model, explained in eager float32.
 
         Raises:
             LayerError: a method cannot explain it.
@@ -110,11 +110,11 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(iter(self.program.module.parameters()), torch.empty(0)).device
 
     def images(self, rgb: NDArray[np.uint8]) -> Tensor:
-        """Patches uint8 [P, h, w, 3] as the network sees them, float32 [P, 3, H, W].
+        """Return patches uint8 [P, h, w, 3] as the network sees them, float32 [P, 3, H, W].
 
         Raises:
             ModelError: these are no patches.
@@ -124,20 +124,20 @@ class Subject:
         return self.model.prepare(torch.from_numpy(rgb).to(self.device))
 
     def colour(self, rgb: tuple[int, int, int]) -> Tensor:
-        """A colour as the network sees it, [3, 1, 1]."""
+        """Return a colour as the network sees it, [3, 1, 1]."""
         flat = torch.tensor(rgb, dtype=torch.uint8).expand(1, *self.model.patch_px, 3)
         return self.model.prepare(flat.contiguous().to(self.device))[0, :, :1, :1]
 
     def answers(self, images: Tensor) -> Tensor:
-        """Logits [P, K] of images [P, 3, H, W], without a graph."""
+        """Return logits [P, K] of images [P, 3, H, W], without a graph."""
         return torch.cat([self.program.predict(part).detach() for part in torch.split(images, self.batch_size)])
 
     def aim(self, images: Tensor, target: AnyTarget) -> Aim:
-        """What is explained of `images` from now on."""
+        """Return the aim of `images`, which stays whatever happens to them."""
         return Aim(target, self.answers(images), self.model.activation)
 
     def maps(self, images: Tensor, aim: Aim, method: str = "gradcam") -> Tensor:
-        """Raw signed maps [P, h, w] of images [P, 3, H, W], on the method's own grid."""
+        """Return raw signed maps [P, h, w] of images [P, 3, H, W], on the method's own grid."""
         found = []
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -145,12 +145,12 @@ class Subject:
         return torch.cat(found)
 
     def with_module(self, module: nn.Module) -> Subject:
-        """The same audit of another network of the same build, such as one whose weights were changed."""
+        """Return the same audit of another network of the same build, such as one whose weights were changed."""
         return replace(self, program=EagerProgram(module, self.program.layers))
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [P, h, w] at another (height, width): bilinear where larger, means where smaller."""
+    """Return maps [P, h, w] at another (height, width): bilinear where larger, means where smaller."""
     if maps.shape[1] > size[0]:
         return F.adaptive_avg_pool2d(maps[:, None], size)[:, 0]
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
@@ -162,7 +162,7 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def control_maps(images: Tensor, grid: tuple[int, int], seeds: Sequence[int]) -> dict[str, Tensor]:
-    """All controls [P, h, w] by name for images [P, 3, H, W]; a seed a patch, so that batches change nothing."""
+    """Return all controls [P, h, w] by name for images [P, 3, H, W]; a seed a patch, so that batches change nothing."""
     return {
         RANDOM: random_maps(grid, seeds).to(images.device),
         EDGES: edge_maps(images, grid),
@@ -172,12 +172,12 @@ def control_maps(images: Tensor, grid: tuple[int, int], seeds: Sequence[int]) ->
 
 
 def random_maps(grid: tuple[int, int], seeds: Sequence[int]) -> Tensor:
-    """Gaussian noise [P, h, w]."""
+    """Return Gaussian noise [P, h, w]."""
     return torch.stack([torch.randn(grid, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def edge_maps(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How steep the picture is, [P, h, w], not negative: Sobel's gradient of the mean of the colours, averaged."""
+    """Return the picture's steepness, [P, h, w], not negative: Sobel's gradient of the mean colour, averaged."""
     gray = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
     steepness = F.conv2d(gray, torch.stack([across, across.T])[:, None]).norm(dim=1)
@@ -185,7 +185,7 @@ def edge_maps(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def centre_maps(grid: tuple[int, int]) -> Tensor:
-    """A map [1, h, w] that falls from the middle to the borders: less the squared distance, in half sides."""
+    """Return a map [1, h, w] that falls from the middle to the borders: less the squared distance, in half sides."""
     height, width = grid
     y, x = ((torch.arange(n) + 0.5) * 2 / n - 1 for n in (height, width))
     return -(y[:, None] ** 2 + x[None, :] ** 2)[None]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scope:
-    """What is audited, as far as statements depend on it.
+    """Facts of the audited run that statements depend on.
 
     Attributes:
         methods: of the run.

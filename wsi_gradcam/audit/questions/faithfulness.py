@@ -90,7 +90,7 @@ class SlideRemoval:
 
 
 def measure(batch: Batch) -> Faithfulness:
-    """Curves of every map with the first baseline; in depth, of methods and noise with the others too."""
+    """Measure curves of every map with the first baseline; in depth, of methods and noise with the others too."""
     from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by, replace_by_neighbours
 
     images, subject = batch.images, batch.subject
@@ -116,7 +116,7 @@ def _curves(
 
 
 def measure_slide(batch: Batch) -> SlideRemoval:
-    """Scores of the slide, the mean of its patches' probabilities, as its relevant patches are taken away."""
+    """Measure the slide's score, the mean of its patches' probabilities, as relevant patches are taken away."""
     fractions = np.array(REMOVED_FRACTIONS)
     return SlideRemoval(
         scores={
@@ -142,7 +142,7 @@ def score(curves: Curves, baseline: str = MAIN) -> Floats:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """Curves, areas and scores of all maps; a verdict for each method."""
+    """Add curves, areas and scores of all maps, and a verdict for each method."""
     data = findings.measurements
     if (found := data.of(Faithfulness)) is None:
         return
@@ -269,7 +269,7 @@ def _add_slide_scores(findings: Findings) -> None:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """Curves and scores of all maps and controls, and the scores of slides."""
+    """Return curves and scores of all maps and controls, and the scores of slides."""
     curves = [row for row in metrics.curves if any(y is not None for y in row.y)]
     found: list[Figure] = []
     for measures, name in ((CURVES, "logits"), (PROBABILITY_CURVES, "probabilities")):

@@ -1,4 +1,4 @@
-"""How far does the map's story carry: does the model do what its gradient promises?"""
+"""Locality: how far does the map's story carry, and does the model do what its gradient promises?"""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Locality:
 
 
 def measure(batch: Batch) -> Locality | None:
-    """Finite steps, infidelity and completeness; None where not in depth."""
+    """Measure finite steps, infidelity and completeness; None where not in depth."""
     if not batch.in_depth:
         return None
     import torch
@@ -115,7 +115,7 @@ def hidden_squares(size: tuple[int, int], count: int, seed: int) -> Tensor:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """What finite steps do against what the gradient promises; a verdict for each method."""
+    """Add the effects of finite steps, against the gradient's promise, and a verdict for each method."""
     if (found := findings.measurements.of(Locality)) is None:
         return
     axes = ("step along the map", "change of the logit")
@@ -155,7 +155,7 @@ def promises_kept(worth: Estimate) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """What steps do, and what was promised, a panel a method."""
+    """Return actual and promised changes, a panel a method."""
     steps = (PROMISED.name, ACTUAL.name)
     curves = [row for row in metrics.curves if row.measure in steps and any(y is not None for y in row.y)]
     methods = list(dict.fromkeys(row.method for row in curves))

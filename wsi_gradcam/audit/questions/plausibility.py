@@ -38,7 +38,7 @@ IOU = Measure("iou", "iou", "0 to 1")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Agreement:
-    """How well a map meets the annotation, [N] each."""
+    """Agreement of a map with the annotation, [N] each."""
 
     auroc: Floats
     iou: Floats
@@ -69,7 +69,7 @@ class Plausibility:
 
 
 def measure(batch: Batch) -> Plausibility | None:
-    """Whether maps, and controls, look where the annotation says; None without annotation."""
+    """Measure the agreement of maps, and controls, with the annotation; None without annotation."""
     if batch.data.annotated is None:
         return None
     from wsi_gradcam.audit.measures.shortcuts import cover
@@ -84,7 +84,7 @@ def measure(batch: Batch) -> Plausibility | None:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """How well maps meet the annotation; a verdict for each method."""
+    """Add the agreement of maps with the annotation, and a verdict for each method."""
     found = findings.measurements.of(Plausibility)
     if found is None or not found.maps:
         return
@@ -116,7 +116,7 @@ def plausible(area: Estimate) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """How well maps meet annotations."""
+    """Return the agreement of maps with annotations."""
     rows = [(row_title(row), row) for row in metrics.estimates if row.measure == AUROC.name]
     axis = "area under the ROC curve; chance is 0.5"
     return [IntervalsFigure(rows, axis, "How well maps meet annotations", reference=CHANCE)] if rows else []

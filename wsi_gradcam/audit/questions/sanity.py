@@ -60,7 +60,7 @@ SMOOTHED = Measure("smoothed_spearman", "spearman with all weights random, of av
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stages:
-    """How alike maps are to those of the trained model, [N, stages] each: see `measures.sanity.Stage`."""
+    """Likeness of maps to those of the trained model, [N, stages] each: see `measures.sanity.Stage`."""
 
     complexity: Floats
     constant: Floats
@@ -92,7 +92,7 @@ class Sanity:
 
 
 def measure(batch: Batch) -> Sanity | None:
-    """Likeness to maps of models whose weights are random, stage by stage and altogether; None if not in depth.
+    """Measure likeness to maps of models with random weights, by stage and altogether; None if not in depth.
 
     The answers of random copies stand beside, to tell whether the model has learned anything; and guided
     backpropagation, which must fail, where the model has it.
@@ -165,7 +165,7 @@ def share_staying(draws: Floats) -> Floats:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """Likeness to maps of randomised models; a verdict for each method, and one on what the model has learned."""
+    """Add likeness to maps of randomised models, a verdict for each method, and one on the model's learning."""
     data = findings.measurements
     if (found := data.of(Sanity)) is None:
         return
@@ -255,7 +255,7 @@ def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """Likeness as layers become random, and the maps that stay."""
+    """Return likeness as layers become random, and the maps that stay."""
     description = "Likeness of maps to those of the trained model as layers become random, from the head down"
     found: list[Figure] = []
     for name, title, y_name, chance in (
@@ -286,7 +286,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Guided backpropagation, where the model does not have it."""
+    """Return guided backpropagation, where the model does not have it."""
     found = data.of(Sanity)
     if found is not None and GUIDED in found.draws:
         return []

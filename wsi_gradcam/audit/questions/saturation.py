@@ -1,4 +1,4 @@
-"""Where is the gradient blind, because the probability or a unit cannot go further?"""
+"""Saturation: is the gradient blind, because the probability or a unit cannot go further?"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LIKE_LEAKY = Measure("like_leaky", "likeness to the map with a leaky backward", 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Saturation:
-    """How saturated the model is on patches, [N] each: see `measures.gradients.Saturation`.
+    """Saturation of the model on patches, [N] each: see `measures.gradients.Saturation`.
 
     Attributes:
         leaky: [N, h, w] maps with a backward that leaks through ReLUs, by method.
@@ -52,7 +52,7 @@ class Saturation:
 
 
 def measure(batch: Batch) -> Saturation | None:
-    """Where the gradient is blind, and what a backward pass that leaks through ReLUs would show."""
+    """Measure saturation, and the maps that a backward pass that leaks through ReLUs would show."""
     if batch.aim.classes is None:
         return None
     from wsi_gradcam.audit.measures.gradients import saturation
@@ -85,7 +85,7 @@ def _leaky_maps(batch: Batch) -> dict[str, NDArray[np.float32]]:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """Where gradients are blind; one verdict."""
+    """Add saturation, and one verdict."""
     if (found := findings.measurements.of(Saturation)) is None:
         return
     saturated = findings.estimate(SATURATED, found.saturated)
@@ -121,7 +121,7 @@ def not_saturated(saturated: Estimate, silent: Estimate) -> Verdict:
 
 
 def remarks(metrics: Metrics) -> list[str]:
-    """What the maps with a leaky backward say."""
+    """Return sentences on the maps with a leaky backward."""
     found = []
     for row in metrics.estimates:
         if row.measure == LIKE_LEAKY.name and row.patches and row.value is not None:
@@ -136,7 +136,7 @@ def remarks(metrics: Metrics) -> list[str]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Leaky maps, where the network has none."""
+    """Return leaky maps, where the network has none."""
     found = data.of(Saturation)
     if not scope.is_class or (found is not None and found.like_leaky):
         return []

@@ -68,13 +68,13 @@ class Shortcuts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GlassCalls:
-    """What the model calls bare glass of a slide: the share [K] of patches of it by class."""
+    """Classes predicted for bare glass of a slide: the share [K] of patches of it by class."""
 
     called: Floats = stored("slide/glass_called")
 
 
 def measure(batch: Batch) -> Shortcuts:
-    """Attribution on suspects, and what hiding them does, against equal areas elsewhere."""
+    """Measure attribution on suspects, and the effects of hiding them, against equal areas elsewhere."""
     from wsi_gradcam.audit.measures.removal import mean_colour, replace_by
     from wsi_gradcam.audit.measures.shortcuts import Masking, masking, mass_on, suspects
 
@@ -109,7 +109,7 @@ def measure(batch: Batch) -> Shortcuts:
 
 
 def measure_slide(batch: Batch) -> GlassCalls:
-    """What the model calls bare glass of the slide."""
+    """Measure the classes predicted for bare glass of the slide."""
     from wsi_gradcam.audit.measures.shortcuts import glass_patches
 
     rgb = glass_patches(batch.data.background, batch.patch_px, len(batch.images), batch.seed)
@@ -120,7 +120,7 @@ def measure_slide(batch: Batch) -> GlassCalls:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """What hiding suspects does, and what bare glass is called; verdicts on suspects, and on the positive class."""
+    """Add the effects of hiding suspects, and the calls of bare glass; verdicts on suspects, and the positive class."""
     if (found := findings.measurements.of(Shortcuts)) is not None:
         for suspect in found.share:
             _add_suspect(findings, suspect, found, scope)
@@ -219,7 +219,7 @@ def quiet_on_glass(name: str, called: Estimate) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """The attribution on each suspect, with its share of the area, which is what chance would give it, beside."""
+    """Return the attribution on each suspect beside its share of the area, which chance would give it."""
     rows: list[tuple[str, EstimateRow]] = []
     for row in metrics.estimates:
         if row.suspect is None or row.value is None:
@@ -234,7 +234,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Bare glass, where no class is the positive one."""
+    """Return bare glass, where no class is the positive one."""
     if scope.positive:
         return []
     why = "no class is known to be the positive one; say which with --target"

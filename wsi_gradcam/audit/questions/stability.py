@@ -42,7 +42,7 @@ DISAGREEMENT = Measure(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerChange:
-    """How answers move: [N] mean absolute change of the logit, and share of the repeats with another class."""
+    """Changes of answers: [N] mean absolute change of the logit, and share of the repeats with another class."""
 
     logit_change: Floats
     flips: Floats
@@ -50,7 +50,7 @@ class AnswerChange:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stability:
-    """How answers and maps move, by change and method; see `measures.stability.Moves`.
+    """Changes of answers and maps, by change of the patch and method; see `measures.stability.Moves`.
 
     Attributes:
         answers: of a change.
@@ -68,7 +68,7 @@ class Stability:
 
 
 def measure(batch: Batch) -> Stability:
-    """How far answers and maps move with noise, stain, JPEG, and the grid of patches."""
+    """Measure changes of answers and maps with noise, stain, JPEG, and the grid of patches."""
     from wsi_gradcam.audit.measures.stability import CHANGE_FUNCTIONS, as_strong_noise, moves
 
     cheap = [method for method in batch.methods if method not in EXPENSIVE]
@@ -110,7 +110,7 @@ def _shift_changes(batch: Batch, methods: list[str]) -> dict[str, Floats]:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """How far maps and answers move; a verdict on maps for each method and change, on answers for each change."""
+    """Add changes of maps and answers; a verdict on maps for each method and change, on answers for each change."""
     found = findings.measurements.of(Stability)
     if found is not None:
         for change in CHANGES:
@@ -185,7 +185,7 @@ def steady(change: str, share: Estimate) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """How far maps move."""
+    """Return the changes of maps."""
     rows = [
         (f"{method_title(row.method or '')}: {change_title(row.change or '')}", row)
         for row in metrics.estimates
@@ -196,7 +196,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Overlapping patches, where a run has none."""
+    """Return overlapping patches, where a run has none."""
     if scope.overlaps is not False:
         return []
     return [("where overlapping patches disagree", "the run's patches do not overlap; explain with --overlap 0.5")]
