@@ -109,7 +109,7 @@ def input_gradient(subject: Subject, images: Tensor, aim: Aim) -> Tensor:
 
 
 def infidelity(promised: Numbers, actual: Numbers, normalise: bool = False) -> Numbers:
-    """Return the mean over R perturbations of (promised - actual)² [P], both changes [P, R] (Yeh 2019, arXiv 1901.09392).
+    """Return mean over R perturbations of (promised - actual)² [P], both changes [P, R] (Yeh 2019, arXiv 1901.09392).
 
     `promised` is the sum of the map over what is perturbed, times how much; `actual` is the score before less after.
     Normalised, the map may first be multiplied by the factor that serves it best: for maps that are in no unit.
@@ -139,7 +139,7 @@ def hiding_changes(
 
 
 def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
-    """Return the sum of maps [P, h, w] less (score of the patch less that of the baseline), [P], in logits; 0 is complete.
+    """Return sum of maps [P, h, w] less (score of the patch less that of the baseline), [P], in logits; 0 is complete.
 
     Integrated Gradients are, but for the rule of their integral (Sundararajan 2017, arXiv 1703.01365); Grad-CAM is with
     global average pooling and a linear layer, against the bias.

@@ -277,7 +277,7 @@ def spearman_absolute(first: Maps, second: Maps) -> Numbers:
 
 
 def ssim(first: Maps, second: Maps) -> Numbers:
-    """Return the structural similarity [P] (Wang 2004), windows of 3 x 3 cells, of maps divided by their largest size."""
+    """Return structural similarity [P] (Wang 2004), windows of 3 x 3 cells, of maps divided by their largest size."""
     constant = is_constant(first) | is_constant(second)
     found = np.full(len(first), np.nan)
     for i in np.flatnonzero(~constant).tolist():
@@ -287,7 +287,7 @@ def ssim(first: Maps, second: Maps) -> Numbers:
 
 
 def hog_similarity(first: Maps, second: Maps) -> Numbers:
-    """Return the Pearson correlation [P] of the maps' histograms of oriented gradients (Adebayo 2018), cells of 3 x 3."""
+    """Return Pearson correlation [P] of the maps' histograms of oriented gradients (Adebayo 2018), cells of 3 x 3."""
     constant = is_constant(first) | is_constant(second)
     found = np.full(len(first), np.nan)
     for i in np.flatnonzero(~constant).tolist():

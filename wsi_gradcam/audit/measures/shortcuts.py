@@ -203,7 +203,7 @@ def blurred_windows(rgb: Rgb) -> Masks:
 
 
 def block_means(rgb: Rgb, side: int) -> Rgb:
-    """Return the means of blocks of `side` pixels, uint8 [P, ceil(h / side), ceil(w / side), 3]; the last pixel repeats."""
+    """Return means of blocks of `side` pixels, uint8 [P, ceil(h / side), ceil(w / side), 3]; the last pixel repeats."""
     height, width = rgb.shape[1:3]
     padded = np.pad(rgb, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)), mode="edge")
     blocks = padded.reshape(len(rgb), padded.shape[1] // side, side, padded.shape[2] // side, side, 3)

@@ -177,8 +177,10 @@ def assess(findings: Findings, scope: Scope) -> None:
             p = interval_p(staying, STAYING)
             findings.conclude(method, depends_on_weights(staying), p, STAYING_MAPS, method=method)
     for method in scope.methods:
-        for order, stages in found.stages.get(method, {}).items():
-            _add_stages(findings, method, order, stages)
+        stages = found.stages.get(method, {})
+        for order in ORDERS:
+            if order in stages:
+                _add_stages(findings, method, order, stages[order])
         if method in found.smoothed:
             findings.estimate(SMOOTHED, found.smoothed[method], method=method)
 
