@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import wsi_gradcam
 from tests.planted import as_model, marker_only, patches
 from tests.planted_models import Annotation, Facade
 from tests.planted_rates import Finding, main
@@ -68,3 +70,13 @@ def test_gradcam_shows_what_is_planted_and_the_answer_does_not_hang_on_it() -> N
 
 def test_truths_have_names_of_their_own() -> None:
     assert len({truth.name for truth in TRUTHS}) == len(TRUTHS) == 34
+
+
+@pytest.mark.parametrize("module", ["planted", "planted_models", "planted_truths", "planted_rates"])
+def test_truths_are_judged_through_public_names_alone(module: str) -> None:
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+    for node in tree.body:  # those for types alone are in a block of their own
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wsi_gradcam"):
+            assert node.module == "wsi_gradcam"
+            assert {name.name for name in node.names} <= set(wsi_gradcam.__all__)
+        assert not isinstance(node, ast.Import) or not any("wsi_gradcam" in name.name for name in node.names)
