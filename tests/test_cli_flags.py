@@ -9,9 +9,11 @@ import sys
 import pytest
 
 from tests.runs import ROOT
+from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cli.flags import parse_text
 from wsi_gradcam.cli.main import COMMANDS, make_parser
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.export import FORMATS
 from wsi_gradcam.run.settings import Settings, make_settings
 
 # Scripts of users rely on these. New ones may be added.
@@ -77,6 +79,11 @@ def test_help_tells_defaults_choices_and_flags() -> None:
     assert "several are joined by commas (default gradcam)" in text
     assert "(default False)" not in text
     assert "`" not in text
+
+
+def test_help_names_every_question_and_every_format() -> None:
+    assert f"ask only some of {', '.join(QUESTIONS)}" in help_of("audit")
+    assert f"{', '.join(FORMATS)}; docs/exports.md" in help_of("export")
 
 
 def test_values_become_settings() -> None:

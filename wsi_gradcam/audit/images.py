@@ -51,7 +51,7 @@ def audit_images(
     glass: tuple[int, int, int] = WHITE,
     mpp: float | None = None,
     layer: str | None = None,
-    only: Sequence[str] = QUESTIONS,
+    only: Sequence[str] = tuple(QUESTIONS),
     seed: int = 0,
     device: str = "cpu",
     report: str | PathLike[str] | None = None,

@@ -43,7 +43,7 @@ class AuditSettings:
 
     patches: int = PATCHES
     seed: int = 0
-    only: tuple[str, ...] = QUESTIONS
+    only: tuple[str, ...] = tuple(QUESTIONS)
     target: str = ""
     annotations: Path | None = None
     include: tuple[str, ...] = ()

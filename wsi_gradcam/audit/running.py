@@ -61,7 +61,7 @@ def audit_run(
     *,
     patches: int = PATCHES,
     seed: int = 0,
-    only: Sequence[str] = QUESTIONS,
+    only: Sequence[str] = tuple(QUESTIONS),
     target: str = "",
     annotations: str | PathLike[str] | None = None,
     include: Sequence[str] = (),

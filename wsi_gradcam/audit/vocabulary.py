@@ -11,7 +11,16 @@ from wsi_gradcam.cam.facts import METHOD_INFO
 if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, VerdictRow
 
-QUESTIONS = ("faithfulness", "sanity", "stability", "locality", "saturation", "shortcuts", "plausibility")
+# The module of each question, with its `QUESTION`, in the order of the report.
+QUESTIONS: dict[str, str] = {
+    "faithfulness": "wsi_gradcam.audit.questions.faithfulness",
+    "sanity": "wsi_gradcam.audit.questions.sanity",
+    "stability": "wsi_gradcam.audit.questions.stability",
+    "locality": "wsi_gradcam.audit.questions.locality",
+    "saturation": "wsi_gradcam.audit.questions.saturation",
+    "shortcuts": "wsi_gradcam.audit.questions.shortcuts",
+    "plausibility": "wsi_gradcam.audit.questions.plausibility",
+}
 # Maps that know nothing of the model.
 RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY = "random", "edges", "constant", "centre", "probability"
 CONTROLS = (RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY)

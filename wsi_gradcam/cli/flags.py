@@ -209,12 +209,13 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 def add_audit(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `audit`."""
+    from wsi_gradcam.audit.vocabulary import QUESTIONS
+
     add = parser.add_argument
     add("out", help="folder that explain made, or s3://BUCKET/KEY; an audit there is continued")
     add("--patches", type=int, help="about so many of all slides together (default 200)")
     add("--seed", type=int, help="of the sample and of all random numbers (default 0)")
-    questions = "faithfulness, sanity, stability, locality, saturation, shortcuts, plausibility"
-    add("--only", metavar="QUESTION[,..]", help=f"ask only some of {questions}")
+    add("--only", metavar="QUESTION[,..]", help=f"ask only some of {', '.join(QUESTIONS)}")
     add("--target", help="which of the run's targets (default: each patch's predicted class)")
     add("--annotations", help="a file, or a folder with one a slide, of areas that show the target")
     add("--include", nargs="+", action="extend", metavar="NAME", help="annotation classes that count")

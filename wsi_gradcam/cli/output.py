@@ -115,7 +115,7 @@ def questions_to_fail_on(names: Sequence[str]) -> tuple[str, ...]:
         ConfigError: a name is not a question.
     """
     if ANY in names:
-        return QUESTIONS
+        return tuple(QUESTIONS)
     check_questions(names)
     return tuple(names)
 

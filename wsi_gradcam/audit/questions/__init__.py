@@ -1,7 +1,7 @@
 """The questions of the audit, a module each: what is measured, how it is judged, which figures and words it has.
 
-To add one, write a module with a `QUESTION`, and name it in `wsi_gradcam.audit.vocabulary.QUESTIONS`. The modules
-import no torch: what measures is imported from `wsi_gradcam.audit.measures` where it is called, on workers.
+To add one, write a module with a `QUESTION`, and add it to `wsi_gradcam.audit.vocabulary.QUESTIONS`. The modules import
+no torch: what measures is imported from `wsi_gradcam.audit.measures` where it is called, on workers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from wsi_gradcam.audit.vocabulary import QUESTIONS
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.batch import Batch
@@ -75,5 +77,5 @@ class Question:
 
 def question_named(name: str) -> Question:
     """Return a question of `QUESTIONS`."""
-    found: Question = import_module(f"{__name__}.{name}").QUESTION
+    found: Question = import_module(QUESTIONS[name]).QUESTION
     return found
