@@ -39,6 +39,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such model file": (["--model", "{made}/none.yaml"], r"none\.yaml: cannot be read: .*check the path"),
     "unknown model key": (["--model", "{made}/unknown_key.yaml"], r"unknown_key\.yaml: layr: unknown key"),
     "method": (["--method", "magic"], r"method 'magic' is not known; expected one of cam, gradcam"),
+    "reader": (["--reader", "magic"], r"reader 'magic' is not known; expected one of auto, openslide"),
     "overlap": (["--overlap", "1"], r"overlap: .*less than 1"),
     "overlap and stride": (["--overlap", "0.5", "--stride-px", "16"], r"overlap and stride_px .* give one of them"),
     "span": (["--span-patches", "10", "--batch-size", "4"], r"span_patches is 10, expected a multiple of batch_size 4"),

@@ -320,7 +320,7 @@ def test_closing_releases_the_file(tmp_path: Path) -> None:
 def test_an_unknown_reader_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="reader 'tif' is not known; expected auto, openslide, tiff, ome-zarr"):
+    with pytest.raises(ValueError, match="reader 'tif' is not known; expected one of auto, openslide, tiff, ome-zarr"):
         open_slide(path, reader="tif")
 
 

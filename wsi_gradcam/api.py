@@ -27,6 +27,7 @@ from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.run.types import Executor, RunListener, SlideRecord
 from wsi_gradcam.run.workload import ExplainWorkload
+from wsi_gradcam.slides import check_reader
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.tissue.annotations import check_masks, entry_regions
 
@@ -198,6 +199,7 @@ def _prepared(
     entries: Sequence[SlideEntry], model: str | PathLike[str] | ModelSpec | Model, settings: Settings
 ) -> tuple[ModelSpec, Model | None]:
     """Return the model's specification, and the model where it is loaded already."""
+    check_reader(settings.reader)
     check_masks(entries, settings)
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):

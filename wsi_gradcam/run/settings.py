@@ -113,8 +113,11 @@ class Settings(BaseModel):
         ),
     ] = "auto"
     reader: Annotated[
-        Literal["auto", "openslide", "tiff", "ome-zarr", "picture"],
-        Field(description="what opens slides; auto: the fastest that reads a file correctly"),
+        str,
+        Field(
+            description="what opens slides: openslide, tiff, ... (docs/slides.md lists all); auto: the fastest that "
+            "reads a file correctly"
+        ),
     ] = "auto"
     trust_objective: Annotated[
         bool, Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)")

@@ -23,6 +23,7 @@ __all__ = [
     "SlideInfo",
     "Thumbnail",
     "check_mpp",
+    "check_reader",
     "is_zarr",
     "open_slide",
     "read_region",
@@ -51,7 +52,7 @@ def open_slide(
 
     With `trust_objective` the power of the objective stands in for an mpp that is not known.
 
-    Readers are `openslide`, `tiff`, `ome-zarr`, `picture`; `auto` takes the fastest that reads the file correctly.
+    Readers are the names in `opening.OPENERS`; `auto` takes the fastest that reads the file correctly.
 
     Raises:
         ConfigError: there is no such reader.
@@ -61,10 +62,9 @@ def open_slide(
         MppError: the given mpp is not possible. (A missing one is raised on the first use of `info.mpp_yx`.)
     """
     # Not above: `import wsi_gradcam.slides` shall not need the shared library.
-    from wsi_gradcam.slides.opening import READERS, open_file, open_url
+    from wsi_gradcam.slides.opening import open_file, open_url
 
-    if reader not in READERS:
-        raise ConfigError(f"reader {reader!r} is not known; expected {', '.join(READERS)}")
+    check_reader(reader)
     given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
     if isinstance(path, str) and is_url(path):
         _check_given(given, redact_url(path))
@@ -75,6 +75,16 @@ def open_slide(
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
     return open_file(path, given, reader, trust_objective)
+
+
+def check_reader(name: str) -> None:
+    """Raise a ConfigError for the name of no reader."""
+    if name == "auto":
+        return  # a client of workers need not load what reads slides
+    from wsi_gradcam.slides.opening import OPENERS
+
+    if name not in OPENERS:
+        raise ConfigError(f"reader {name!r} is not known; expected one of {', '.join(OPENERS)}")
 
 
 def _check_given(mpp: tuple[float, float] | None, name: str) -> None:

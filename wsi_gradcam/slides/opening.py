@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,14 +36,12 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wsi_gradcam")
 
-Reader = Literal["auto", "openslide", "tiff", "ome-zarr", "picture"]
-READERS: tuple[str, ...] = get_args(Reader)
 Mpp = tuple[float, float] | None
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILES_COMPARED = 3  # a level
 ZARR_SUFFIX = ".zarr"
-LOCAL_READERS = ("openslide", "picture")
+REMOTE_READERS = ("auto", "tiff", "ome-zarr")  # the others know files only
 COPY_FIRST = "copy the file to a disk, and explain that"
 
 
@@ -186,9 +184,9 @@ def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False) -> 
         SlideFormatError: not a slide that is read without a download, or damaged.
     """
     name = redact_url(url)
-    if reader in LOCAL_READERS:
+    if reader not in REMOTE_READERS:
         raise SlideFormatError(
-            f"{name}: reader {reader!r} knows files only; expected auto, tiff or ome-zarr, or {COPY_FIRST}"
+            f"{name}: reader {reader!r} knows files only; expected {', '.join(REMOTE_READERS)}, or {COPY_FIRST}"
         )
     path = split_url(url)[2]
     if reader == "ome-zarr" or (reader == "auto" and path.rstrip("/").endswith(ZARR_SUFFIX)):
@@ -226,6 +224,7 @@ def plain_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp, trust_objective: bo
     return levels, describe_plain(file, parsed, levels, mpp, trust_objective)
 
 
+# The readers by name, each a function of the path, the mpp that replaces the file's, and `trust_objective`.
 OPENERS: dict[str, Callable[[Path, Mpp, bool], Slide]] = {
     "auto": _open_auto,
     "openslide": OpenSlideSlide,
