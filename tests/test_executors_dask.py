@@ -129,7 +129,7 @@ def test_stages_run_on_the_workers_they_want_and_orders_are_small(
 
     def taken(self: SlideScheduler, sent: Any, answer: Any) -> None:
         for task in sent.tasks:
-            done_by[task.stage].add(answer.worker)
+            done_by[task.stage.name].add(answer.worker)
         take(self, sent, answer)
 
     def sent_and_read_back(self: SlideScheduler, sent: Any) -> None:
