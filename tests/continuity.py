@@ -58,8 +58,21 @@ from tests.servers import BUCKET, CREDENTIALS, s3_server
 VARIANTS = ("local", "dask", "s3", "stopped")
 SLIDES, MADE_PX, MADE_MPP = 3, (900, 1100), 0.5
 COMMAND_S = 1800.0
-EXPLAIN = ("--model", "oral-tumour", "--target", "all", "--method", "gradcam,layercam", "--overlap", "0.5",
-           "--span-patches", "64", "--torch-threads", "1", "--replace-mpp")  # fmt: skip
+EXPLAIN = (
+    "--model",
+    "oral-tumour",
+    "--target",
+    "all",
+    "--method",
+    "gradcam,layercam",
+    "--overlap",
+    "0.5",
+    "--span-patches",
+    "64",
+    "--torch-threads",
+    "1",
+    "--replace-mpp",
+)
 STEADY = ("--engine", "eager", "--precision", "float32")  # what `auto` chooses depends on how busy the machine is
 FLAGS = {"local": (), "dask": ("--workers", "2"), "s3": (), "stopped": ()}
 SPANS, PIECES = 3, 2  # finished before a run, or an audit, is stopped
@@ -132,9 +145,13 @@ class Checkout:
         package = found.entry.partition(":")[0].partition(".")[0]
         code = f"import {package}; print({package}.__file__)"
         told = subprocess.run(
-            [sys.executable, "-c", code], cwd=found.folder, env=found.environment(), capture_output=True, text=True,
+            [sys.executable, "-c", code],
+            cwd=found.folder,
+            env=found.environment(),
+            capture_output=True,
+            text=True,
             check=True,
-        ).stdout.strip()  # fmt: skip
+        ).stdout.strip()
         if found.folder not in Path(told).resolve().parents:
             raise SystemExit(f"{folder}: {package} is imported from {told}, not from there")
         return found
@@ -181,9 +198,13 @@ class Bench:
         """
         started = time.monotonic()
         done = subprocess.run(
-            checkout.command(*arguments), cwd=checkout.folder, env=checkout.environment(), capture_output=True,
-            text=True, timeout=COMMAND_S,
-        )  # fmt: skip
+            checkout.command(*arguments),
+            cwd=checkout.folder,
+            env=checkout.environment(),
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+        )
         name = f"{'old' if checkout is self.old else 'new'} {arguments[0]}"
         said = f"{name}: {done.returncode} after {time.monotonic() - started:.1f} s"
         print(f"  {said}", flush=True)
@@ -196,9 +217,12 @@ class Bench:
     def stop(self, checkout: Checkout, ready: Callable[[], bool], *arguments: str) -> None:
         """Run a command, and end it by SIGTERM when it is `ready`."""
         process = subprocess.Popen(
-            checkout.command(*arguments), cwd=checkout.folder, env=checkout.environment(), stdout=subprocess.DEVNULL,
+            checkout.command(*arguments),
+            cwd=checkout.folder,
+            env=checkout.environment(),
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         while process.poll() is None and not ready():
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
@@ -233,9 +257,14 @@ def write_archive(folder: Path, given: Sequence[str]) -> Archive:
         picture = np.pad(immunohistochemistry(), [*[(0, side - 512) for side in MADE_PX], (0, 0)], mode="symmetric")
         picture[: 150 + 50 * number] = 243
         tifffile.imwrite(
-            path, picture, ome=True, tile=(256, 256), photometric="rgb", compression="deflate",
+            path,
+            picture,
+            ome=True,
+            tile=(256, 256),
+            photometric="rgb",
+            compression="deflate",
             metadata={"axes": "YXS", "PhysicalSizeX": MADE_MPP, "PhysicalSizeY": MADE_MPP},
-        )  # fmt: skip
+        )
         rows.append((str(path), ""))
     with archive.slides.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -254,10 +283,13 @@ def squares(name: str, count: int, pitch: int, side: int) -> str:
     for top, left in ((y * pitch + 200, x * pitch + 100) for y in range(count) for x in range(count)):
         bottom, right = top + side, left + side
         ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-        features.append({
-            "type": "Feature", "properties": {"classification": {"name": name}},
-            "geometry": {"type": "Polygon", "coordinates": [ring]},
-        })  # fmt: skip
+        features.append(
+            {
+                "type": "Feature",
+                "properties": {"classification": {"name": name}},
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+            }
+        )
     return json.dumps({"type": "FeatureCollection", "features": features})
 
 
@@ -286,10 +318,12 @@ class Out:
             }
         return {
             path.relative_to(self.folder).as_posix(): (
-                hashlib.sha256(path.read_bytes()).hexdigest(), str(path.stat().st_mtime_ns)
+                hashlib.sha256(path.read_bytes()).hexdigest(),
+                str(path.stat().st_mtime_ns),
             )
-            for path in self.folder.rglob("*") if path.is_file()
-        }  # fmt: skip
+            for path in self.folder.rglob("*")
+            if path.is_file()
+        }
 
     def copy(self, folder: Path) -> Path:
         """All files in a folder that is not there yet."""
@@ -308,9 +342,10 @@ def touched(before: Stamps, after: Stamps) -> list[str]:
     return [
         f"{name}: {'is gone' if name not in after else 'is new' if name not in before else 'was written again'}"
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name) and not OF_ITSELF.fullmatch(name)
+        if before.get(name) != after.get(name)
+        and not OF_ITSELF.fullmatch(name)
         and not (REWRITTEN.fullmatch(name) and name in before and name in after)
-    ]  # fmt: skip
+    ]
 
 
 # What results hold
@@ -418,8 +453,9 @@ class Comparison:
         wrong, allowed = (Counter(kind for kind, _ in found) for found in (self.wrong, self.allowed))
         rows = [
             f"| {kind} | {self.files[kind]} | {self.values[kind]:,} | {allowed[kind]} | {wrong[kind]} |"
-            for kind in KINDS if self.files[kind]
-        ]  # fmt: skip
+            for kind in KINDS
+            if self.files[kind]
+        ]
         return "\n".join(["| what | files | values | differ and may | differ |", "|---|---|---|---|---|", *rows])
 
 
@@ -494,8 +530,9 @@ def continued(bench: Bench, variant: str, out: Out, before: Path) -> None:
     slides = json.loads(bench.run(bench.new, *bench.explain(str(out), variant)))["slides"]
     bench.problems += [
         f"explain: {slide['slide']['id']} was {slide['status']}, and {'skipped' if slide['skipped'] else 'made again'}"
-        for slide in slides if not slide["skipped"] or slide["status"] != "ok"
-    ]  # fmt: skip
+        for slide in slides
+        if not slide["skipped"] or slide["status"] != "ok"
+    ]
     explained = out.stamps()
     bench.problems += [f"explain again: {words}" for words in touched(stamps, explained)]
     bench.run(bench.new, *bench.audit(str(out), variant))
