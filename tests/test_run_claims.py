@@ -105,7 +105,7 @@ def test_a_killed_run_is_followed_at_once(slides: list[Path], undisturbed: Path,
     explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL, listener=Told())
     assert time.monotonic() - started < claims.SILENT_S
     assert done
-    assert "has ended without a word" in said[0]
+    assert "has ended without finishing" in said[0]
     assert f"process {process.pid}" in said[0]
     assert differing(tmp_path, undisturbed) == []
     assert validate(tmp_path) == []

@@ -140,7 +140,7 @@ def test_a_killed_run_of_this_machine_is_followed_at_once(out: StoragePath, monk
         mine.check()
     (line,) = told
     assert "run theirs" in line
-    assert line.endswith("has ended without a word; going on with what it has finished")
+    assert line.endswith("has ended without finishing; going on with what it has finished")
 
 
 def test_a_run_that_ended_while_the_store_was_away_is_followed_by_the_next_of_its_process(
@@ -210,7 +210,7 @@ def test_what_is_no_claim_is_replaced_after_a_while(out: StoragePath, text: byte
     assert read_holder(out) is None
     with claim(out, say=(told := Told())) as mine:
         mine.check()
-    assert "a run that cannot be told" in told[-1]
+    assert "an unknown run" in told[-1]
 
 
 def test_a_run_finds_out_that_it_has_lost_its_claim(out: StoragePath) -> None:
