@@ -76,24 +76,27 @@ EXPLAIN = (
 STEADY = ("--engine", "eager", "--precision", "float32")  # what `auto` chooses depends on how busy the machine is
 FLAGS = {"local": (), "dask": ("--workers", "2"), "s3": (), "stopped": ()}
 SPANS, PIECES = 3, 2  # finished before a run, or an audit, is stopped
+ADDED = "only now"  # how a key differs that the older checkout did not write
 TOLD = 8  # differences of a kind that are printed
 
 # In which a run tells of itself: may change whenever it runs, and is not compared.
-OF_ITSELF = re.compile(r"(.*/)?(claim\.json|\.lock|status\.json|run\.html)|log/.*")
+OF_ITSELF = re.compile(r"(.*/)?(claim\.json|\.lock|status\.json|run\.html|log/.*)")
 # Written again by every run and every audit; what stands in them stays.
 REWRITTEN = re.compile(r"run\.yaml|slides\.csv|audit/metrics\.json|audit/(.*/)?report\.html")
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What may differ: patterns of a file's name and of a key in it, and why."""
+    """A difference that may be: patterns of a file's name and of a key, and why; `added`: only by being there."""
 
     file: str
     key: str
     why: str
+    added: bool = False
 
-    def covers(self, name: str, key: str) -> bool:
-        return bool(re.fullmatch(self.file, name) and re.fullmatch(self.key, key))
+    def covers(self, name: str, key: str, words: str) -> bool:
+        fits = re.fullmatch(self.file, name) and re.fullmatch(self.key, key)
+        return bool(fits) and (not self.added or words == ADDED)
 
 
 CONTINUED = (
@@ -106,6 +109,7 @@ ALLOWED = (
     *CONTINUED,
     Allowed(r"slides\.csv", r".*: seconds", "seconds"),
     Allowed(r"audit/metrics\.json", r"run\.out", "path of OUT"),
+    Allowed(r"audit/metrics\.json", r"(estimates|comparisons|curves|verdicts)\.\d+\..*", "new field", added=True),
 )
 
 # Rows of the table: the first whose pattern fits a name.
@@ -473,7 +477,7 @@ def compare(old: Path, new: Path, allowed: Sequence[Allowed] = ALLOWED) -> Compa
             value = before.get(key)
             found.values[kind] += value.size if isinstance(value, np.ndarray) else 1
             if words := difference(before, now, key):
-                why = next((rule.why for rule in allowed if rule.covers(name, key)), "")
+                why = next((rule.why for rule in allowed if rule.covers(name, key, words)), "")
                 line = f"{name}: {key}: {words}"
                 (found.allowed if why else found.wrong).append((kind, f"{line} ({why})" if why else line))
     return found
@@ -482,7 +486,7 @@ def compare(old: Path, new: Path, allowed: Sequence[Allowed] = ALLOWED) -> Compa
 def difference(before: Leaves, now: Leaves, key: str) -> str:
     """In which way two values differ; "" where they do not."""
     if key not in before or key not in now:
-        return "only there" if key in before else "only now"
+        return "only there" if key in before else ADDED
     old, new = before[key], now[key]
     if not (isinstance(old, np.ndarray) and isinstance(new, np.ndarray)):
         return "" if repr(old) == repr(new) else f"{short(old)} there, {short(new)} now"
