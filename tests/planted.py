@@ -99,7 +99,7 @@ def trained(marked: str = "none", seed: int = 0, deep: bool = False, glass: int 
         bare = glass_of_scanners(128, TRAINING + seed)
         rgb, label = np.concatenate([rgb, bare]), np.concatenate([label, np.full(len(bare), glass)])
     images, labels = to_images(rgb), torch.from_numpy(label)
-    for attempt in range(8):  # some first weights lead nowhere, and what was not learned is no truth
+    for attempt in range(32):  # some first weights lead nowhere, and what was not learned is no truth
         network = fitted(untrained(seed + 10_000 * attempt, deep), images, labels, seed)
         with torch.no_grad():
             if float((network(images).argmax(dim=1) == labels).float().mean()) >= 0.97:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import sys
-import time
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,57 +18,68 @@ from wsi_gradcam.run import failures
 from wsi_gradcam.run.failures import is_transient, retried
 from wsi_gradcam.run.types import Task
 from wsi_gradcam.run.workload import EXPLAIN
-from wsi_gradcam.system import stopping
 from wsi_gradcam.system.stopping import Stopping
 
 TASK = Task(EXPLAIN, SlideEntry("a.svs", "/a.svs"), (3,))
 
 
-def interrupt_and_sleep() -> None:
-    """As Ctrl-C on a process that is at something long."""
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(20)
+def run_alone(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own: a signal that comes late would end the one that runs the tests."""
+    prelude = (
+        "import os, signal, time\n"
+        "from wsi_gradcam.errors import StoppedError\n"
+        "from wsi_gradcam.system import stopping\n"
+        "stop = stopping.Stopping()\n"
+    )
+    command = [sys.executable, "-c", prelude + textwrap.dedent(code)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
 
 
 def test_the_first_signal_asks_those_who_look() -> None:
-    stop, before = Stopping(), signal.getsignal(signal.SIGTERM)
-    with stop.handle_signals(), stop.graceful():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested()
-        with pytest.raises(StoppedError, match="stopped by SIGTERM; run the same command again"):
-            stop.check()
-        began = time.monotonic()
-        stop.wait(60)
-        assert time.monotonic() - began < 30
-    assert stop.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
+    done = run_alone("""
+        before = signal.getsignal(signal.SIGTERM)
+        with stop.handle_signals(), stop.graceful():
+            os.kill(os.getpid(), signal.SIGTERM)
+            began = time.monotonic()
+            stop.wait(60)
+            assert time.monotonic() - began < 30
+            assert stop.requested()
+            try:
+                stop.check()
+            except StoppedError as error:
+                print(error)
+        assert signal.getsignal(signal.SIGTERM) == before
+        raise SystemExit(stop.exit_code)
+    """)
+    expected = "stopped by SIGTERM; run the same command again to go on, nothing finished is lost\n"
+    assert (done.returncode, done.stdout) == (143, expected), done.stderr
 
 
-def test_where_nobody_looks_it_interrupts() -> None:
-    stop = Stopping()
-    with stop.handle_signals(), pytest.raises(KeyboardInterrupt):
-        interrupt_and_sleep()
-    assert stop.exit_code == 130
-
-
-def test_what_takes_too_long_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "GRACE_S", 0.1)
-    stop = Stopping()
-    with stop.handle_signals(), stop.graceful(), pytest.raises(KeyboardInterrupt):
-        interrupt_and_sleep()
+@pytest.mark.parametrize(
+    ("grace", "context"),
+    [("stopping.GRACE_S", "stop.handle_signals()"), ("0.1", "stop.handle_signals(), stop.graceful()")],
+)
+def test_where_nobody_looks_or_it_takes_too_long_it_interrupts(grace: str, context: str) -> None:
+    done = run_alone(f"""
+        stopping.GRACE_S = {grace}
+        try:
+            with {context}:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(20)
+        except KeyboardInterrupt:
+            print("interrupted")
+            raise SystemExit(stop.exit_code)
+    """)
+    assert (done.returncode, done.stdout) == (130, "interrupted\n"), done.stderr
 
 
 def test_the_second_signal_ends_the_process_at_once() -> None:
-    code = (
-        "import os, signal, time; from wsi_gradcam.system.stopping import STOP\n"
-        "with STOP.handle_signals(), STOP.graceful():\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)  # one and its echo\n"
-        "    time.sleep(0.6); print('still here', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
-    )
+    done = run_alone("""
+        with stop.handle_signals(), stop.graceful():
+            os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)  # one and its echo
+            time.sleep(0.6); print("still here", flush=True)
+            os.kill(os.getpid(), signal.SIGINT); time.sleep(60)
+    """)
     assert (done.returncode, done.stdout) == (143, "still here\n")
     assert "SIGTERM: finishing what is in work, at most 30 s; again to end at once" in done.stderr
 
