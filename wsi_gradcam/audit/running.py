@@ -15,7 +15,7 @@ from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import read_measurements
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of, to_bytes
 from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditSettings, SlideSample
-from wsi_gradcam.audit.report.writing import write_reports
+from wsi_gradcam.audit.report.page import write_reports
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.stages import AuditWorkload
 from wsi_gradcam.audit.vocabulary import QUESTIONS

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.folder import REPORT
-from wsi_gradcam.audit.metrics import QUADRANTS
+from wsi_gradcam.audit.folder import REPORT, read_arrays
+from wsi_gradcam.audit.metrics import QUADRANTS, metrics_of
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS
 from wsi_gradcam.audit.report.figures import SMALL_PANEL, curves_figure, drawn
-from wsi_gradcam.audit.report.pictures import Example, Picture, colour_scale
+from wsi_gradcam.audit.report.pictures import SHOWN, Example, Picture, colour_scale, examples_of, scale_of, smaller
 from wsi_gradcam.audit.schema import CurveRow
 from wsi_gradcam.audit.vocabulary import (
     CONTROLS,
@@ -26,13 +26,19 @@ from wsi_gradcam.audit.vocabulary import (
 )
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.pages import render
+from wsi_gradcam.results.run_files import RunFolder
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.findings import Outcome
+    from wsi_gradcam.audit.folder import AuditFolder
+    from wsi_gradcam.audit.measurements import Measurements
+    from wsi_gradcam.audit.metrics import ArchiveFacts
+    from wsi_gradcam.audit.plan import AuditPlan
     from wsi_gradcam.audit.report.figures import Svg
     from wsi_gradcam.audit.schema import ComparisonRow, EstimateRow, Metrics, QuadrantRow, StrataRow, VerdictRow
     from wsi_gradcam.audit.vocabulary import Measure, Words
 
+OVERVIEW_PX = 1100
 UNITS = {"logit": "in logits, as in the heatmap", "arbitrary": "in a unit of the method's own"}
 BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that say nothing behind a number
 
@@ -294,3 +300,35 @@ def _minus(number: str) -> str:
 def _signed(number: str) -> str:
     """Return a number, with a plus where it is positive, as `_minus` does."""
     return "0" if float(number) == 0 else _minus(number)
+
+
+def write_reports(
+    folder: AuditFolder, plan: AuditPlan, data: Measurements, metrics: Metrics, archive: ArchiveFacts
+) -> None:
+    """Write a page for each slide of the sample, and that of the archive."""
+    method, digest = plan.run.settings.method[0], plan.audit_digest()
+    slides = list(dict.fromkeys(data.slides.tolist()))
+    factor = next(shown.factor for shown in plan.run.maps if shown.method == method)
+    scale = scale_of(data.patches.maps[method]) * factor
+    each = max(1, -(-SHOWN // len(slides)))
+    shown: list[Example] = []
+    alone = replace(archive, not_audited=())
+    for slide in slides:
+        own = metrics_of(data.of_slide(slide), plan, alone, slide)
+        examples = examples_of(
+            read_arrays(folder.batch(slide, digest, 0)), slide, method, factor, plan.run.facts.classes
+        )
+        if len(shown) < SHOWN:
+            shown += examples[:each]
+        page = slide_page(own, examples, scale, _overview(plan, slide))
+        folder.slide_report(slide).write(page)
+    folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale))
+
+
+def _overview(plan: AuditPlan, slide: str) -> Picture | None:
+    """Return the slide beside its heatmaps, as the run has drawn it; None where it has not."""
+    try:
+        data = RunFolder(plan.run.out).slide(slide).overview.read()
+    except FileNotFoundError:
+        return None
+    return smaller(data, f"{slide}: the slide and its heatmaps", OVERVIEW_PX)
