@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray
 import yaozarrs
 import zarr
 from ome_zarr_models import v04
@@ -58,6 +59,19 @@ def test_values_and_scales_are_the_result_s(out: Path, slide: SlideResult, tmp_p
     assert stored == {**multiscale, "version": "0.4"}
 
 
+def test_xarray_and_ngff_zarr_take_arrays_and_groups(out: Path, slide: SlideResult, tmp_path: Path) -> None:
+    """Axes are named as xarray asks for it, chunks are of the codec that all readers of 0.4 know, and OME is a group."""
+    (done,) = export(out, "ome-zarr-0.4", tmp_path)
+    (path,) = done.paths
+    others = [str(level) for level in range(1, len(slide.levels))]
+    for place, axes in ((path, ("c", "y", "x")), (path / "labels" / "coverage", ("y", "x"))):
+        found = xarray.open_zarr(place, consolidated=False, drop_variables=others)["0"]
+        assert found.dims == axes
+        array = zarr.open_array(place / "0", mode="r")
+        assert [codec.codec_id for codec in array.compressors] == ["blosc"]
+    assert set(zarr.open_group(path, mode="r").group_keys()) == {"labels", "OME"}
+
+
 def test_chosen_channels_have_the_chosen_window(out: Path, slide: SlideResult, tmp_path: Path) -> None:
     chosen = ("probability: tumour", "eigencam: tumour")
     (done,) = export(out, "ome-zarr-0.4", tmp_path, channel=chosen, window=(0.25, 0.75))
@@ -87,7 +101,10 @@ def test_bio_formats_is_told_sizes(out: Path, slide: SlideResult, tmp_path: Path
     assert pixels is not None
     names = ("PhysicalSizeX", "PhysicalSizeY", "SizeX", "SizeY", "SizeC")
     assert [float(pixels.attrib[name]) for name in names] == [1.2, 1, 2100, 600, 3]
-    assert [c.attrib["Name"] for c in pixels.findall(f"{OME}Channel")] == [c.label for c in slide.channels]
+    channels = pixels.findall(f"{OME}Channel")
+    assert [c.attrib["Name"] for c in channels] == [c.label for c in slide.channels]
+    rgb = [(int(c.attrib["Color"]) % 2**32 >> 8).to_bytes(3, "big").hex().upper() for c in channels]
+    assert rgb == [c.colour for c in slide.channels]
 
 
 def test_ome_zarr_is_no_slide_of_ours(out: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 
 from wsi_gradcam.errors import StoreError
@@ -51,6 +52,18 @@ def files(path: Path) -> dict[str, bytes]:
 
 def same(a: SpanData, b: SpanData) -> bool:
     return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 10])
+def test_xarray_opens_it(count: int, tmp_path: Path) -> None:
+    """Each array names its axes, those with one axis too."""
+    store = create(tmp_path / "cams.zarr", count)
+    for start, size in spans(count):
+        store.write_span(start, data(start, size))
+    found = xarray.open_zarr(tmp_path / "cams.zarr", consolidated=False)
+    assert {name: found[name].dims[0] for name in found.variables} == dict.fromkeys(found.variables, "patch")
+    assert {"status", "blur", "logits", "cam", "xy", *SHARES} == set(found.variables)
+    np.testing.assert_array_equal(found["blur"], store.blur())
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])

@@ -205,6 +205,28 @@ def test_the_file_says_what_it_belongs_to(tmp_path: Path, network: PooledLinear)
     about = json.loads(pq.read_schema(tmp_path / "patches.parquet").metadata[b"wsi_gradcam"])
     assert about["model"] == "d"
     assert set(about["units"].values()) == {"logit"}
+    assert about["run"] == run_of().digest()
+
+
+def test_the_file_places_its_patches(tmp_path: Path, network: PooledLinear) -> None:
+    """Whoever has the table alone can draw the patches: size and stride, of the patch and on the slide."""
+    run = run_of()
+    slide = replace(plan_of(run), footprint=(64.0, 48.0), slide_mpp=(0.25, 1 / 3))
+    store = store_of(tmp_path / "cams.zarr", run, network)
+    write_table(tmp_path / "patches.parquet", run, slide, store, {}, "inner/ü\udcff.svs")
+    about = json.loads(pq.read_schema(tmp_path / "patches.parquet").metadata[b"wsi_gradcam"])
+    known = {key: about[key] for key in about if key.startswith(("patch", "slide"))}
+    assert known == {
+        "slide": "inner/ü\udcff.svs",
+        "slide_digest": "s",
+        "slide_px": [1000, 1000],
+        "slide_mpp": [0.25, 1 / 3],
+        "patch_px": [32, 32],
+        "patch_mpp": 0.5,
+        "patch_stride_px": [32, 32],
+        "patch_level0_px": [64.0, 48.0],
+        "patch_stride_level0_px": [64.0, 48.0],
+    }
 
 
 @pytest.mark.parametrize(

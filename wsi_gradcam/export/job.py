@@ -125,6 +125,11 @@ def slug(channel: ChannelInfo) -> str:
     return f"{channel.number}-" + re.sub(r"[^\w.+-]+", "-", channel.label).strip("-")
 
 
+def ome_colour(text: str) -> int:
+    """Return OME's form of a colour of 6 hex digits: red, green, blue, alpha as a signed 32-bit number."""
+    return int.from_bytes(bytes.fromhex(f"{text}FF"), "big", signed=True)
+
+
 def blocks(
     slide: SlideResult, channel: ChannelInfo, level: int, side: int
 ) -> Iterator[tuple[Region, NDArray[np.float32], NDArray[np.uint8]]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tifffile
 
-from wsi_gradcam.export.job import Job, atomic_path, padded
+from wsi_gradcam.export.job import Job, atomic_path, ome_colour, padded
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.heatmap import LABEL
 
@@ -77,11 +77,6 @@ def _metadata(job: Job) -> dict[str, Any]:
         "PhysicalSizeYUnit": "µm",
         "Channel": {
             "Name": [*(channel.label for channel in job.channels), LABEL],
-            "Color": [_ome_colour(text) for text in (*(channel.colour for channel in job.channels), WHITE)],
+            "Color": [ome_colour(text) for text in (*(channel.colour for channel in job.channels), WHITE)],
         },
     }
-
-
-def _ome_colour(text: str) -> int:
-    """Return OME's form of a colour: red, green, blue, alpha as a signed 32-bit number."""
-    return int.from_bytes(bytes.fromhex(f"{text}FF"), "big", signed=True)

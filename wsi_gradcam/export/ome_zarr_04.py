@@ -1,7 +1,8 @@
 """OME-Zarr 0.4 (Zarr 2), for programs that do not read 0.5 yet: QuPath, OMERO, Fiji.
 
-It has the levels, values and label of `heatmap.ome.zarr`. Chunks are compressed with zlib, for which readers in Java
-need no native library; `OME/METADATA.ome.xml` has the pixel size for programs that use Bio-Formats.
+It has the levels, values and label of `heatmap.ome.zarr`. Chunks are compressed as the other writers of 0.4 do it, with
+Blosc, as some readers know no other codec (ngff-zarr refuses zlib); arrays name their axes as xarray asks for it;
+`OME/METADATA.ome.xml` has pixel size, channels and colours for programs that use Bio-Formats.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, Any
 
 import zarr
-from numcodecs import Zlib
+from numcodecs import Blosc
 
-from wsi_gradcam.export.job import Job, atomic_path
+from wsi_gradcam.export.job import Job, atomic_path, ome_colour
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.heatmap import CHUNK, LABEL, SHARD
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.4"
 NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+DIMENSIONS = "_ARRAY_DIMENSIONS"  # where xarray looks for the names of an array's axes in Zarr 2
 XSI = "http://www.w3.org/2001/XMLSchema-instance"
 
 
@@ -36,7 +38,7 @@ def write(job: Job) -> list[Path]:
         labels.attrs["labels"] = [LABEL]
         label.attrs.put(_label_metadata(job))
         group.attrs.put(_image_metadata(job))
-        (partial / "OME").mkdir()
+        group.create_group("OME")
         (partial / "OME" / "METADATA.ome.xml").write_bytes(ome_xml(job))
     return [path]
 
@@ -45,13 +47,15 @@ def _write_level(job: Job, group: zarr.Group, label: zarr.Group, level: int) -> 
     shape, slide = job.slide.levels[level], job.slide
     common: dict[str, Any] = {
         "fill_value": 0,
-        "compressors": Zlib(level=1),
+        "compressors": Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE),
         "chunk_key_encoding": {"name": "v2", "separator": "/"},
     }
     values = group.create_array(
         str(level), shape=(len(job.channels), *shape), chunks=(1, CHUNK, CHUNK), dtype="float32", **common
     )
     flags = label.create_array(str(level), shape=shape, chunks=(CHUNK, CHUNK), dtype="uint8", **common)
+    for array, axes in ((values, "cyx"), (flags, "yx")):
+        array.attrs[DIMENSIONS] = list(axes)
     for block in tiles(*shape, SHARD):
         flags[block.slices] = slide.read_coverage(level, block)
         for number, channel in enumerate(job.channels):
@@ -109,6 +113,6 @@ def ome_xml(job: Job) -> bytes:
     )
     for number, channel in enumerate(job.channels):
         about = {"ID": f"Channel:0:{number}", "Name": channel.label, "SamplesPerPixel": "1"}
-        ET.SubElement(pixels, "Channel", about)
+        ET.SubElement(pixels, "Channel", {**about, "Color": str(ome_colour(channel.colour))})
     ET.SubElement(pixels, "MetadataOnly")
     return bytes(ET.tostring(root, encoding="UTF-8", xml_declaration=True))

@@ -88,13 +88,14 @@ class PatchStore:
             xy = group.create_array(
                 "xy", shape=(count, 2), chunks=(known, 2), dtype="int32", dimension_names=("patch", "xy")
             )
-            shares = {n: group.create_array(n, shape=(count,), chunks=(known,), dtype="float32") for n in SHARES}
+            one: dict[str, Any] = {"shape": (count,), "dimension_names": ("patch",)}  # xarray opens no array without
+            shares = {n: group.create_array(n, chunks=(known,), dtype="float32", **one) for n in SHARES}
             if count:
                 xy[:] = patches.yx[:, ::-1].astype(np.int32)
                 for name, array in shares.items():
                     array[:] = getattr(patches, name)
-            group.create_array("status", shape=(count,), chunks=(span,), dtype="uint8")
-            group.create_array("blur", shape=(count,), chunks=(span,), dtype="float32", fill_value=np.nan)
+            group.create_array("status", chunks=(span,), dtype="uint8", **one)
+            group.create_array("blur", chunks=(span,), dtype="float32", fill_value=np.nan, **one)
             group.create_array(
                 "logits",
                 shape=(count, classes),
@@ -185,9 +186,9 @@ ROWS = 1 << 16  # in a row group
 
 
 def write_table(
-    place: StoragePathLike, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str]
+    place: StoragePathLike, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str], slide: str = ""
 ) -> None:
-    """Write the table of a slide; `causes` says by patch number why a patch could not be read.
+    """Write the table of the slide with the id `slide`; `causes` says by patch number why a patch could not be read.
 
     Columns: `y`, `x` (level-0 px of the top left), `tissue`, `pen`, `glass` (shares), `blur` (see
     `quality.measure_blur`), `status` (ok, unreadable), `cause`, `logit_CLASS`, `probability_CLASS`,
@@ -195,8 +196,10 @@ def write_table(
     `METHOD_max_TARGET`. The CAM's statistics are in the heatmap's unit, for Grad-CAM logits: with global average
     pooling and a linear layer, cam_mean + bias = logit.
     Numbers of unreadable patches are null, also `blur`, which patches of one colour do not have either.
+    The schema's metadata `wsi_gradcam` is JSON that says of which slide and run the patches are, and their size, mpp
+    and stride.
     """
-    schema = _schema(run)
+    schema = _schema(run, {"slide": slide, **_geometry(run, plan), "run": plan.run_digest})
     with storage_path(place).atomic_writer() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         step = max(1, ROWS // plan.span) * plan.span
         for start in range(0, plan.patches, step):
@@ -209,7 +212,23 @@ def column(run: RunPlan, shown: Map, kind: str) -> str:
     return f"{method}_{kind}_{shown.target.label}"
 
 
-def _schema(run: RunPlan) -> pa.Schema:
+def _geometry(run: RunPlan, plan: SlidePlan) -> dict[str, Any]:
+    """Return what places patches on the slide, as plain values; pairs are (y, x) or (height, width)."""
+    stride, footprint = run.settings.stride(run.patch_px), plan.footprint
+    scale = footprint[0] / run.patch_px[0], footprint[1] / run.patch_px[1]
+    return {
+        "patch_px": list(run.patch_px),
+        "patch_mpp": run.mpp,
+        "patch_stride_px": list(stride),
+        "patch_level0_px": list(footprint),
+        "patch_stride_level0_px": [stride[0] * scale[0], stride[1] * scale[1]],
+        "slide_digest": plan.slide_digest,
+        "slide_px": list(plan.slide_px),
+        "slide_mpp": list(plan.slide_mpp),
+    }
+
+
+def _schema(run: RunPlan, origin: dict[str, Any]) -> pa.Schema:
     names = [f"{kind}_{label}" for kind in ("logit", "probability") for label in run.facts.classes]
     names += [column(run, m, kind) for kind in ("mean", "max") for m in run.maps]
     fields = [
@@ -221,7 +240,7 @@ def _schema(run: RunPlan) -> pa.Schema:
         *((name, pa.float32()) for name in names),
     ]
     units = {column(run, m, "*"): m.info.unit for m in run.maps}
-    about = {"units": units, "y, x": "level-0 px of the patch's top left", **run.identity()}
+    about = {"units": units, "y, x": "level-0 px of the patch's top left", **origin, **run.identity()}
     return pa.schema(fields, metadata={"wsi_gradcam": json.dumps(about, sort_keys=True)})
 
 

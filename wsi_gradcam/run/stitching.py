@@ -175,7 +175,7 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     ]
     heatmap.set_channels(shown)
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
-    write_table(folder.table, run, plan, store, causes)
+    write_table(folder.table, run, plan, store, causes, entry.id)
     with context.slide(entry) as slide:
         draw_overview(folder.overview, run, plan, slide, heatmap, shown)
     folder.place.remove_partial_files()
