@@ -60,7 +60,7 @@ def test_values_and_scales_are_the_result_s(out: Path, slide: SlideResult, tmp_p
 
 
 def test_xarray_and_ngff_zarr_take_arrays_and_groups(out: Path, slide: SlideResult, tmp_path: Path) -> None:
-    """Axes are named as xarray asks for it, chunks are of the codec that all readers of 0.4 know, and OME is a group."""
+    """Axes are named as xarray asks for it, chunks are of the codec that all readers know, and OME is a group."""
     (done,) = export(out, "ome-zarr-0.4", tmp_path)
     (path,) = done.paths
     others = [str(level) for level in range(1, len(slide.levels))]
@@ -68,7 +68,7 @@ def test_xarray_and_ngff_zarr_take_arrays_and_groups(out: Path, slide: SlideResu
         found = xarray.open_zarr(place, consolidated=False, drop_variables=others)["0"]
         assert found.dims == axes
         array = zarr.open_array(place / "0", mode="r")
-        assert [codec.codec_id for codec in array.compressors] == ["blosc"]
+        assert [getattr(codec, "codec_id", "") for codec in array.compressors] == ["blosc"]
     assert set(zarr.open_group(path, mode="r").group_keys()) == {"labels", "OME"}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -111,3 +113,61 @@ def test_the_tiniest_heatmap_is_a_file_too(tmp_path: Path) -> None:
         (done,) = export(out, to, tmp_path)
         assert done.error == ""
         assert tifffile.imread(done.paths[0]).shape[-3:-1] == ((2, 3) if to == "tiff" else (4, 2))
+
+
+@pytest.mark.parametrize("size", [SIZE, (14_000, 17_000), (13_999, 17_007), (100, 5000), (3001, 31), (7, 5), (1, 1)])
+def test_asap_takes_the_size_for_the_slide_s(size: tuple[int, int], tmp_path: Path) -> None:
+    """ASAP divides in whole numbers, refuses axes that differ, and draws at that factor: it must be the true one."""
+    shape = (-(-size[0] // 16), -(-size[1] // 16))
+    out = make(tmp_path / "out", {"in/a.svs": Made(size, steps(shape))})
+    (done,) = export(out, "asap", tmp_path / "dest", window=(0.0, 2.0))
+    assert [path.relative_to(tmp_path / "dest").as_posix() for path in done.paths] == ["in/a_likelihood_map.tif"]
+    slide = open_result(out)["in/a.svs"]
+    with tifffile.TiffFile(done.paths[0]) as file:
+        first = file.pages.first
+        height, width = first.shape  # one sample a pixel
+        step = size[0] // height
+        assert step == size[1] // width
+        assert (first.photometric.name, str(first.dtype)) == ("MINISBLACK", "uint8")  # type: ignore[union-attr]
+        values, flags = slide.heatmap("tumour").values, slide.coverage().values
+        rows, columns = (np.arange(n) * step // 16 for n in (height, width))
+        expected = np.where(flags & 2 > 0, np.clip(np.floor(values * 128), 1, 255), 0)[rows[:, None], columns]
+        np.testing.assert_array_equal(first.asarray(), expected)
+        for coarse, fine in zip(file.pages[1:], file.pages, strict=False):
+            assert coarse.shape == tuple(-(-n // 2) for n in fine.shape)
+
+
+def test_no_two_slides_have_one_likelihood_map(tmp_path: Path) -> None:
+    made = Made((500, 700), steps((32, 44)))
+    out = make(tmp_path / "out", {"a.svs": made, "a.tif": made, "in/a.svs": made})
+    done = export(out, "asap", tmp_path / "dest", channel=("tumour", "probability: tumour"))
+    names = [path.relative_to(tmp_path / "dest").as_posix() for each in done for path in each.paths]
+    assert names == [
+        "a.svs_likelihood_map.tif",
+        "a.svs.2-probability-tumour_likelihood_map.tif",
+        "a.tif_likelihood_map.tif",
+        "a.tif.2-probability-tumour_likelihood_map.tif",
+        "in/a_likelihood_map.tif",
+        "in/a.2-probability-tumour_likelihood_map.tif",
+    ]
+
+
+def test_tissuumaps_gets_a_project_with_slide_and_scale(tmp_path: Path) -> None:
+    path = tmp_path / "slides" / "ä #1.svs"
+    made = Made((500, 700), steps((32, 44)), path=str(path))
+    out = make(tmp_path / "out", {"in/ä #1.svs": made})
+    (done,) = export(out, "tissuumaps", tmp_path / "dest", channel=("tumour", "probability: tumour"))
+    project = json.loads(done.paths[0].read_text(encoding="utf-8"))
+    assert done.paths[0] == tmp_path / "dest" / "in" / "ä #1.svs.tmap"
+    places = [done.paths[0].parent / unquote(layer["tileSource"]).removesuffix(".dzi") for layer in project["layers"]]
+    assert [place.resolve() for place in places] == [path, *done.paths[1:]]
+    assert [layer["scale"] for layer in project["layers"]] == [1, 16, 16]  # level-0 px of the slide
+    assert not any("#" in layer["tileSource"] or " " in layer["tileSource"] for layer in project["layers"])
+    assert project["layerVisibilities"] == {"0": True, "1": True, "2": False}
+
+
+def test_tissuumaps_is_not_given_a_url(tmp_path: Path) -> None:
+    made = Made((500, 700), steps((32, 44)), path="s3://bucket/a.svs")
+    (done,) = export(make(tmp_path / "out", {"a.svs": made}), "tissuumaps", tmp_path / "dest")
+    assert "TissUUmaps opens no URLs" in done.error
+    assert not (tmp_path / "dest").exists()

@@ -232,7 +232,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     add = parser.add_argument
     add("out", help="folder that explain made")
-    formats = "ome-zarr-0.4, ome-tiff, tiff, geojson, qupath, png, deepzoom; docs/exports.md says which for what"
+    formats = (
+        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, qupath, png, deepzoom; docs/exports.md says which "
+        "for what"
+    )
     add("--to", required=True, metavar="FORMAT", help=formats)
     add("--dest", help="folder for the files (default: OUT/exports)")
     add("--slide", nargs="+", action="extend", default=[], metavar="ID", help="default: all")

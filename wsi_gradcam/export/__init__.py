@@ -1,7 +1,7 @@
 """Exports: results in the formats of other programs, written slide by slide in bounded memory.
 
-Each format is a module with a function `write(job)`, listed in `FORMATS`. A format sees results and slides
-through its `Job` only, and knows nothing of how they were made.
+Each format is a function of a job, listed in `FORMATS`. A format sees results and slides through its `Job` only, and
+knows nothing of how they were made.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from wsi_gradcam.results.slide import SlideResult
 
 __all__ = ["FORMATS", "Exported", "Options", "export"]
 
-# The module of each format, with a function write(job) that returns the paths it has written.
+# The module of each format; its function write(job), or another that is named, returns the paths it has written.
 FORMATS = {
     "ome-zarr-0.4": "ome_zarr_04",
     "ome-tiff": "ome_tiff",
     "tiff": "tiff",
+    "asap": "tiff:write_asap",
+    "tissuumaps": "tiff:write_tissuumaps",
     "geojson": "geojson",
     "qupath": "qupath",
     "png": "png",
@@ -78,8 +80,9 @@ def export(
         raise ConfigError(f"{opened.out}: no slide is finished; run explain again")
     windows = opened.windows(progress) if chosen.window == RUN else {}
     records = []
+    ids = frozenset(opened.ids)
     for slide in found:
-        records.append(_exported(slide, Job(slide, Path(dest) / slide.id, chosen, windows), to))
+        records.append(_exported(slide, Job(slide, Path(dest) / slide.id, chosen, windows, ids), to))
         if listener is not None:
             listener(records[-1])
     return records
@@ -89,7 +92,8 @@ def _exported(slide: SlideResult, job: Job, to: str) -> Exported:
     if not slide.is_finished:
         return Exported(slide.id, (), f"{slide.id}: is {slide.status}; run explain again, then export it")
     try:
-        paths = import_module(f"wsi_gradcam.export.{FORMATS[to]}").write(job)
+        module, _, function = FORMATS[to].partition(":")
+        paths = getattr(import_module(f"wsi_gradcam.export.{module}"), function or "write")(job)
     except StoreError as error:
         if isinstance(error.__cause__, OSError):  # a problem of the disk, not of the slide
             raise

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,12 +69,14 @@ class Job:
     Attributes:
         stem: path of the files to be made, without endings: DEST/SLIDE.
         windows: of the run, by the channels' labels; empty for other windows.
+        ids: of all slides of the run.
     """
 
     slide: SlideResult
     stem: Path
     options: Options
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ids: frozenset[str] = frozenset()
 
     @cached_property
     def channels(self) -> tuple[ChannelInfo, ...]:
@@ -93,6 +95,13 @@ class Job:
     def path(self, ending: str) -> Path:
         """Return DEST/SLIDE.ENDING; slides may have dots in their names."""
         return self.stem.with_name(f"{self.stem.name}.{ending}")
+
+    @property
+    def base(self) -> str:
+        """The slide's name without its ending; with it, where another slide of that folder is called like it."""
+        place = PurePosixPath(self.slide.id)
+        named = [name for name in self.ids if PurePosixPath(name).with_suffix("") == place.with_suffix("")]
+        return self.stem.name if len(named) > 1 else Path(self.stem.name).stem
 
     def window(self, channel: ChannelInfo) -> tuple[float, float]:
         """Return the values between which colours run."""

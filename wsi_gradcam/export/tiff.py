@@ -1,4 +1,4 @@
-"""Pyramidal TIFF in 8 bits, for viewers that open slides with OpenSlide, such as ASAP and TissUUmaps.
+"""Pyramidal TIFF in 8 bits, for viewers that open slides with OpenSlide, and what ASAP and TissUUmaps want of it.
 
 It is a BigTIFF whose levels are top-level pages, all but the first marked as reduced; the resolution tags have the
 micrometres per pixel of the heatmap.
@@ -6,25 +6,33 @@ micrometres per pixel of the heatmap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import tifffile
 
+from wsi_gradcam.errors import ResultError
 from wsi_gradcam.export.colours import GRAY, Colouring
 from wsi_gradcam.export.job import Job, atomic_path, blocks, padded, slug
+from wsi_gradcam.geometry import Region, ceil_div, tiles
+from wsi_gradcam.io.urls import is_url
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     from numpy.typing import NDArray
 
     from wsi_gradcam.results.channels import ChannelInfo
 
+    Tiles = Iterable[NDArray[np.generic]]
+
 TILE = 512
 WHITE = 255
 UM_PER_CM = 1e4
+ASAP_ENDING = "_likelihood_map.tif"
 
 
 def write(job: Job) -> list[Path]:
@@ -35,24 +43,42 @@ def write(job: Job) -> list[Path]:
 def _write(job: Job, channel: ChannelInfo) -> Path:
     path, colouring = job.path(f"{slug(channel)}.tiff"), job.colouring(channel)
     samples = () if colouring.colormap == GRAY else (3,)
-    with atomic_path(path, job.options.overwrite) as partial, tifffile.TiffWriter(partial, bigtiff=True) as writer:
-        for level, shape in enumerate(job.slide.levels):
-            um_y, um_x = job.um_per_px(level)
+    sizes = [(*shape, *samples) for shape in job.slide.levels]
+    with atomic_path(path, job.options.overwrite) as partial:
+        _write_pyramid(
+            partial, job, channel, sizes, job.slide.stride_px, lambda level: _tiles(job, channel, colouring, level)
+        )
+    return path
+
+
+def _write_pyramid(
+    path: Path,
+    job: Job,
+    channel: ChannelInfo,
+    sizes: list[tuple[int, ...]],
+    step_px: int,
+    tiles_of: Callable[[int], Tiles],
+) -> None:
+    """Write levels of `sizes`, the first with a pixel for each `step_px` level-0 px of the slide."""
+    colouring = job.colouring(channel)
+    about = f"{channel.label} of {job.slide.id}, {colouring.low:g} to {colouring.high:g}"
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        for level, size in enumerate(sizes):
+            um_y, um_x = (mpp * step_px * 2**level for mpp in job.slide.mpp)
             writer.write(
-                _tiles(job, channel, colouring, level),
-                shape=(*shape, *samples),
+                tiles_of(level),
+                shape=size,
                 dtype="uint8",
                 tile=(TILE, TILE),
-                photometric="rgb" if samples else "minisblack",
+                photometric="rgb" if len(size) == 3 else "minisblack",
                 compression="deflate",
                 subfiletype=int(level > 0),
                 resolution=(UM_PER_CM / um_x, UM_PER_CM / um_y),
                 resolutionunit="CENTIMETER",
                 metadata=None,
-                description=f"{channel.label} of {job.slide.id}, {colouring.low:g} to {colouring.high:g}",
+                description=about.encode("utf-8", "replace"),  # text must be ASCII
                 software="wsi_gradcam",
             )
-    return path
 
 
 def _tiles(job: Job, channel: ChannelInfo, colouring: Colouring, level: int) -> Iterator[NDArray[np.generic]]:
@@ -63,3 +89,105 @@ def _tiles(job: Job, channel: ChannelInfo, colouring: Colouring, level: int) -> 
             rgb = colouring.rgb(values)
             rgb[~colouring.shown(values, flags)] = WHITE
             yield padded(rgb, TILE, WHITE)
+
+
+def write_asap(job: Job) -> list[Path]:
+    """Write BASE_likelihood_map.tif, which ASAP shows over the slide BASE.* in the same folder: gray, 0 = not shown.
+
+    ASAP takes the factor from the sizes, in whole numbers, and refuses an image where it differs between the axes: see
+    `asap_step`. It finds one file a slide; those of further channels have the channel's name before the ending.
+    """
+    return [_write_asap(job, channel, number) for number, channel in enumerate(job.drawn_channels)]
+
+
+def _write_asap(job: Job, channel: ChannelInfo, number: int) -> Path:
+    base = job.base + (f".{slug(channel)}" if number else "")
+    path, (height, width) = job.stem.with_name(base + ASAP_ENDING), job.slide.size_px
+    step = asap_step((height, width), job.slide.stride_px)
+    finer = (job.slide.stride_px // step).bit_length() - 1  # levels that the heatmap does not have
+    levels = range(finer + len(job.slide.levels))
+    sizes: list[tuple[int, ...]] = [(ceil_div(height // step, 2**i), ceil_div(width // step, 2**i)) for i in levels]
+    with atomic_path(path, job.options.overwrite) as partial:
+        _write_pyramid(
+            partial, job, channel, sizes, step, lambda level: _gray_tiles(job, channel, sizes[level], level - finer)
+        )
+    return path
+
+
+def asap_step(size: tuple[int, int], stride: int) -> int:
+    """Return the level-0 px per pixel of an image that ASAP lays over a slide of `size` (height, width).
+
+    It is the heatmap's stride, a power of two, or the largest part of it by which both sides divide: with pixels that
+    reach beyond the slide left out, `size // (size // step)` is `step` along both axes, and so ASAP's factor is right.
+
+    >>> asap_step((15000, 19004), 16), asap_step((200, 19004), 16)
+    (16, 8)
+    """
+    step = stride
+    while any(side < step or side // (side // step) != step for side in size):
+        step //= 2
+    return step
+
+
+def _gray_tiles(job: Job, channel: ChannelInfo, size: tuple[int, ...], level: int) -> Iterator[NDArray[np.generic]]:
+    """Yield the tiles of an image of `size` at a level of the heatmap; of one below 0 its pixels are repeated."""
+    colouring, times = job.colouring(channel), 2 ** max(0, -level)
+    for tile in tiles(size[0], size[1], TILE):
+        y, x = tile.y // times, tile.x // times
+        source = Region(y, x, ceil_div(tile.bottom, times) - y, ceil_div(tile.right, times) - x)
+        values = job.slide.read(channel, max(0, level), source)
+        gray = colouring.gray(values, job.slide.read_coverage(max(0, level), source))
+        top, left = tile.y - y * times, tile.x - x * times
+        whole = gray.repeat(times, 0).repeat(times, 1)
+        yield padded(whole[top : top + tile.height, left : left + tile.width], TILE)
+
+
+def write_tissuumaps(job: Job) -> list[Path]:
+    """Write the TIFF of each chosen channel, and SLIDE.tmap, a project of TissUUmaps that lays them over the slide.
+
+    TissUUmaps takes layers to be of one scale unless the project says otherwise.
+
+    Raises:
+        ResultError: the slide is no file.
+    """
+    if is_url(job.slide.path):
+        raise ResultError(f"{job.slide.path}: TissUUmaps opens no URLs; download the slide, or use --to tiff")
+    path = job.path("tmap")
+    with atomic_path(path, job.options.overwrite) as partial:
+        pictures = write(job)
+        partial.write_text(json.dumps(_project(job, path.parent, pictures), indent=1), encoding="ascii")
+    return [path, *pictures]
+
+
+def _project(job: Job, folder: Path, pictures: list[Path]) -> dict[str, Any]:
+    """Return the project: the slide and one picture are seen, others can be ticked; addresses start at its folder."""
+    slide = {"name": _ascii(job.slide.id), "tileSource": _source(job.slide.path, folder), "scale": 1}
+    shown = [
+        {"name": _ascii(channel.label), "tileSource": _source(path, folder), "scale": job.slide.stride_px}
+        for channel, path in zip(job.drawn_channels, pictures, strict=True)
+    ]
+    layers = [{**layer, "x": 0, "y": 0} for layer in (slide, *shown)]
+    opacities = {str(i): job.options.alpha if i else 1 for i in range(len(layers))}
+    return {
+        "filename": _ascii(job.slide.id),
+        "layers": layers,
+        "layerOpacities": opacities,
+        "layerVisibilities": {name: name in "01" for name in opacities},
+        "layerFilters": {name: [] for name in opacities},
+        "filters": [],
+        "compositeMode": "source-over",
+        "mpp": job.slide.mpp[1],
+        "markerFiles": [],
+        "regions": {},
+    }
+
+
+def _source(path: str | Path, folder: Path) -> str:
+    """Return the address, relative to the project's folder, under which TissUUmaps serves an image."""
+    relative = os.path.relpath(os.path.abspath(path), folder.absolute())  # noqa: PTH100 - Path does not go upwards
+    return quote(os.fsencode(Path(relative).as_posix())) + ".dzi"
+
+
+def _ascii(name: str) -> str:
+    """Return a name without the bytes that are no text."""
+    return name.encode("utf-8", "replace").decode()
