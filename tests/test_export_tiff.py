@@ -128,7 +128,7 @@ def test_asap_takes_the_size_for_the_slide_s(size: tuple[int, int], tmp_path: Pa
         height, width = first.shape  # one sample a pixel
         step = size[0] // height
         assert step == size[1] // width
-        assert (first.photometric.name, str(first.dtype)) == ("MINISBLACK", "uint8")  # type: ignore[union-attr]
+        assert (first.photometric, str(first.dtype)) == (tifffile.PHOTOMETRIC.MINISBLACK, "uint8")
         values, flags = slide.heatmap("tumour").values, slide.coverage().values
         rows, columns = (np.arange(n) * step // 16 for n in (height, width))
         expected = np.where(flags & 2 > 0, np.clip(np.floor(values * 128), 1, 255), 0)[rows[:, None], columns]

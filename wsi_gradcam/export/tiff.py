@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.results.channels import ChannelInfo
 
-    Tiles = Iterable[NDArray[np.generic]]
+    Tiles = Iterator[NDArray[np.generic]]
 
 TILE = 512
 WHITE = 255
