@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from tifffile import TiffFile
 from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.slides.tiff_samples import rgb_converter, whole_tile_decoder
+from wsi_gradcam.slides.tiff_streams import stream_check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.slides.base import SlideFile
     from wsi_gradcam.slides.tiff_samples import Decode, ToRGB
+    from wsi_gradcam.slides.tiff_streams import Check
 
 # Bounds on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
 MAX_TILES = 1 << 24
 MAX_TILE_PX = 1 << 25  # 100 MB decoded: a slide in one strip is no slide
+MAX_TILE_BYTES = 1 << 28  # of samples, which may be of 16 bits, with alpha
+CONVERTED_PX = 1 << 20  # at once: some conversions to RGB need 40 bytes a pixel
 AGAIN = "copy the file again from its source"
 MAX_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
 CONTIGUOUS = 1
@@ -48,6 +51,8 @@ class TiffLevel:
         orientation: the TIFF tag, 1 to 8.
         samples: numbers a pixel, stored in each tile or plane by plane.
         jpegtables: what the tiles share, where they are JPEG.
+        check: raises a ValueError for the bytes of a piece that would unpack to more than its tile; None where the
+            decoder stops there by itself.
         decode_piece: tifffile's decoder of this page.
         decode_whole: a faster one for tiles that lie wholly in the page, where there is one.
         to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
@@ -62,6 +67,7 @@ class TiffLevel:
     orientation: int
     samples: int
     jpegtables: bytes | None
+    check: Check | None
     decode_piece: Callable[..., Any]
     decode_whole: Decode | None
     to_rgb: ToRGB
@@ -95,9 +101,16 @@ class TiffLevel:
     def decode(self, pieces: list[int], data: list[bytes]) -> NDArray[np.uint8]:
         """Return RGB uint8 [h, w, 3] of a tile from the bytes of its pieces.
 
+        All tiles of our reader, of local and of remote files, are decoded here. What that takes is bounded by the size
+        that the TIFF gives its tiles, at most `MAX_TILE_PX` and `MAX_TILE_BYTES`, whatever the compressed stream says:
+        `check` reads the stream's own header before a decoder does, see `tiff_streams`.
+
         Raises:
-            ValueError: they are damaged. (Decoders raise others too.)
+            ValueError: they are damaged, or unpack to more than a tile. (Decoders raise others too.)
         """
+        if self.check is not None:
+            for encoded in data:
+                self.check(encoded)
         if self.decode_whole is not None and self._is_whole(pieces[0]):
             with suppress(Exception):  # of damaged ones tifffile has more to say
                 return self.to_rgb(self.decode_whole(data[0]))
@@ -107,7 +120,18 @@ class TiffLevel:
             if array is None or array.ndim != 4 or len(array) != 1:
                 raise ValueError(f"decoded to nothing that is a tile: {None if array is None else array.shape}")
             parts.append(array[0, : shape[1], : shape[2]])
-        return self.to_rgb(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2))
+        return self._coloured(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2))
+
+    def _coloured(self, samples: NDArray[np.generic]) -> NDArray[np.uint8]:
+        """Return RGB of a tile's samples; of a large one some rows at a time."""
+        height, width = samples.shape[:2]
+        if height * width <= CONVERTED_PX:
+            return self.to_rgb(samples)
+        rgb = np.empty((height, width, 3), np.uint8)
+        step = max(1, CONVERTED_PX // width)
+        for top in range(0, height, step):
+            rgb[top : top + step] = self.to_rgb(samples[top : top + step])
+        return rgb
 
     def _is_whole(self, index: int) -> bool:
         row, column = divmod(index, self.grid[1])
@@ -201,14 +225,8 @@ def _level(page: TiffPage) -> TiffLevel:
     height, width = int(page.imagelength), int(page.imagewidth)
     if min(height, width) < 1 or page.imagedepth != 1:
         raise SlideFormatError(f"damaged TIFF: a picture of {page.imagedepth} x {height} x {width} px; {AGAIN}")
-    tile = (
-        (int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (min(int(page.rowsperstrip), height), width)
-    )
-    if min(tile) < 1 or math.prod(tile) > MAX_TILE_PX:
-        raise SlideFormatError(
-            f"tiles or strips of {tile[0]} x {tile[1]} px, expected up to {MAX_TILE_PX:,} px; convert it to tiles"
-        )
-    planes = 1 if page.planarconfig == CONTIGUOUS else int(page.samplesperpixel)
+    tile, samples = _tile_size(page), int(page.samplesperpixel)
+    planes = 1 if page.planarconfig == CONTIGUOUS else samples
     expected = planes * ceil_div(height, tile[0]) * ceil_div(width, tile[1])
     if expected > MAX_TILES:
         raise SlideFormatError(f"{height} x {width} px in {expected:,} tiles, expected up to {MAX_TILES:,}")
@@ -220,6 +238,7 @@ def _level(page: TiffPage) -> TiffLevel:
     orientation = int(page.tags.valueof("Orientation", default=TOP_LEFT)) or TOP_LEFT  # some writers put 0
     if orientation not in range(1, 9):
         raise SlideFormatError(f"damaged TIFF: orientation {orientation}, expected 1 to 8; {AGAIN}")
+    to_rgb = rgb_converter(page)  # first: it says more of a page that is no picture
     return TiffLevel(
         height,
         width,
@@ -228,12 +247,34 @@ def _level(page: TiffPage) -> TiffLevel:
         offsets,
         counts,
         orientation,
-        int(page.samplesperpixel),
+        samples,
         page.jpegtables,
+        stream_check(page, tile, samples // planes),
         page.decode,  # made now: it looks into the file
         whole_tile_decoder(page, tile),
-        rgb_converter(page),
+        to_rgb,
     )
+
+
+def _tile_size(page: TiffPage) -> tuple[int, int]:
+    """Return (height, width) of a page's tiles or strips.
+
+    Raises:
+        SlideFormatError: they are too large.
+    """
+    rows = min(int(page.rowsperstrip), int(page.imagelength))
+    height, width = (int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (rows, int(page.imagewidth))
+    if min(height, width) < 1 or height * width > MAX_TILE_PX:
+        raise SlideFormatError(
+            f"tiles or strips of {height} x {width} px, expected up to {MAX_TILE_PX:,} px; convert it to tiles"
+        )
+    size = page.samplesperpixel * (page.dtype.itemsize if page.dtype is not None else 1)
+    if height * width * size > MAX_TILE_BYTES:
+        raise SlideFormatError(
+            f"tiles or strips of {height} x {width} px of {size} bytes, expected up to {MAX_TILE_BYTES:,} bytes; "
+            "convert it to smaller tiles"
+        )
+    return height, width
 
 
 def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -> Region:
