@@ -46,11 +46,11 @@ def replaced(data: bytes, at: int, layout: str, *values: int) -> bytes:
 
 
 def jpeg(pixels: Any = RGB) -> bytes:
-    return imagecodecs.jpeg_encode(pixels, level=90)
+    return bytes(imagecodecs.jpeg_encode(pixels, level=90))
 
 
 def jpeg2000(container: str = "j2k") -> bytes:
-    return imagecodecs.jpeg2k_encode(RGB, codecformat=container)
+    return bytes(imagecodecs.jpeg2k_encode(RGB, codecformat=container))
 
 
 def huge_jpeg2000(data: bytes) -> bytes:
@@ -105,17 +105,17 @@ BOMBS: dict[str, tuple[str, bytes]] = {
         jpeg_xl((1, 1), (7, 5), (1, 3), (0, 1), (0, 1), (0, 1), (0, 2), (0, 1), (3, 2), (4000, 12)),
     ),
     "jpeg xl, a film": ("jpegxl", jpeg_xl((1, 1), (7, 5), (1, 3), (0, 1), (1, 1), (0, 3), (0, 1), (0, 1), (1, 1))),
-    "webp": ("webp", replaced(imagecodecs.webp_encode(RGB, lossless=False), 26, "<HH", 16_383, 16_383)),
-    "webp, lossless": ("webp", replaced(imagecodecs.webp_encode(RGB, lossless=True), 21, "<I", (1 << 28) - 1)),
-    "png": ("png", replaced(imagecodecs.png_encode(RGB), 16, ">II", 60_000, 60_000)),
-    "png with texts": ("png", imagecodecs.png_encode(RGB) + b"zTXt" * 100),
+    "webp": ("webp", replaced(bytes(imagecodecs.webp_encode(RGB, lossless=False)), 26, "<HH", 16_383, 16_383)),
+    "webp, lossless": ("webp", replaced(bytes(imagecodecs.webp_encode(RGB, lossless=True)), 21, "<I", (1 << 28) - 1)),
+    "png": ("png", replaced(bytes(imagecodecs.png_encode(RGB)), 16, ">II", 60_000, 60_000)),
+    "png with texts": ("png", bytes(imagecodecs.png_encode(RGB)) + b"zTXt" * 100),
     "lzma": ("lzma", lzma.compress(bytes(40 << 20))),
     "lzma dictionary": (
         "lzma",
         lzma.compress(RGB.tobytes(), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}]),
     ),
     "deflate": ("deflate", zlib.compress(bytes(40 << 20))),
-    "zstd": ("zstd", imagecodecs.zstd_encode(bytes(40 << 20))),
+    "zstd": ("zstd", bytes(imagecodecs.zstd_encode(bytes(40 << 20)))),
     "packbits": ("packbits", b"\x81\0" * 16_000),
 }
 SAID = {"deflate": "Deflate", "zstd": "Zstd", "packbits": "TOO_SMALL", "lzma": "more than 12,288 bytes in the tile"}
@@ -154,7 +154,7 @@ def test_a_tile_that_is_larger_than_it_says_is_not_decoded(name: str, tmp_path: 
 
 
 def test_a_jpeg_xr_is_refused_by_its_own_header() -> None:
-    data = imagecodecs.jpegxr_encode(RGB)
+    data = bytes(imagecodecs.jpegxr_encode(RGB))
     at = data.index(b"WMPHOTO\0")
     page: Any = type("Page", (), {"compression": 34934, "jpegtables": None, "dtype": np.dtype("u1")})
     check = stream_check(page, (SIDE, SIDE), 3)
@@ -192,11 +192,11 @@ def test_sound_tiles_are_read(compression: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"level": 50}, {"optimize": True}, {"subsampling": "420"}])
 def test_jpegs_are_read_whatever_their_tables_and_their_edges(options: dict[str, Any], tmp_path: Path) -> None:
-    data = imagecodecs.jpeg_encode(RGB, **options)
+    data = bytes(imagecodecs.jpeg_encode(RGB, **options))
     expected = imagecodecs.jpeg_decode(data)
     assert np.array_equal(read(write(tmp_path / "a.tif", "jpeg", data, photometric="ycbcr")), expected)
     # some writers cut the last tiles of rows and columns
-    cut = imagecodecs.jpeg_encode(RGB[:40, :50], **options)
+    cut = bytes(imagecodecs.jpeg_encode(RGB[:40, :50], **options))
     path = write(tmp_path / "b.tif", "jpeg", cut, (40, 50, 3), photometric="ycbcr")
     assert np.array_equal(read(path), imagecodecs.jpeg_decode(cut))
 

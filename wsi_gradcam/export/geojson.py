@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import shapely
 
 from wsi_gradcam.export.job import Job, atomic_path, slug
@@ -61,7 +59,7 @@ def patch_features(job: Job) -> Iterator[Feature]:
     height, width = job.slide.plan.footprint
     classes = _Classes(job)
     number = 0
-    for batch in pq.ParquetFile(pa.BufferReader(job.slide.folder.table.read())).iter_batches(BATCH_ROWS):
+    for batch in job.slide.table_batches(BATCH_ROWS):
         for row in batch.to_pylist():
             x, y = row["x"], row["y"]
             ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]

@@ -173,9 +173,9 @@ class LocalPath(StoragePath):
         remove_partial_files(self.path, recursive)
 
     def zarr_store(self, read_only: bool = False) -> LocalStore:
-        from zarr.storage import LocalStore
+        from wsi_gradcam.io.zarr_stores import BoundedStore
 
-        return LocalStore(self.path, read_only=read_only)
+        return BoundedStore(self.path, read_only=read_only)
 
     def wrap_write_errors(self) -> AbstractContextManager[None]:
         return wrap_write_errors(self.path)

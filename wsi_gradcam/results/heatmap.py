@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
+from wsi_gradcam.errors import StoreError
 from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.io.zarr_stores import ZarrGroup, write_group
+from wsi_gradcam.io.zarr_stores import MADE_BY_US, ZarrGroup, write_group
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,11 +46,14 @@ class Channel:
 class HeatmapStore:
     """Reads and writes a heatmap, level by level and block by block.
 
-    A block is a region that is exactly one shard: no two tasks ever write the same file.
+    A block is a region that is exactly one shard: no two tasks ever write the same file. Where the shapes of the levels
+    are known, as `planned`, others are refused.
     """
 
-    def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
-        self._place = storage_path(place)
+    def __init__(
+        self, place: StoragePathLike, *, read_only: bool = False, planned: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        self._place, self._planned = storage_path(place), planned
         self._group = ZarrGroup(self._place, read_only=read_only)
 
     @classmethod
@@ -150,12 +154,31 @@ class HeatmapStore:
             self._group.group.attrs["ome"] = ome
 
     def array(self, level: int) -> zarr.Array[Any]:
-        """Return all channels of a level, float32 [channels, h, w], not read yet."""
-        return self._group.array(str(level))
+        """Return all channels of a level, float32 [channels, h, w], not read yet.
+
+        Raises:
+            StoreError: its size is not as planned, or its chunks are not ours.
+        """
+        return self._checked(level, str(level), "float32", (1,))
 
     def labels(self, level: int) -> zarr.Array[Any]:
-        """Return the coverage label of a level, uint8 [h, w], not read yet."""
-        return self._group.array(f"labels/{LABEL}/{level}")
+        """Return the coverage label of a level, uint8 [h, w], not read yet. Raises as `array`."""
+        return self._checked(level, f"labels/{LABEL}/{level}", "uint8", ())
+
+    def _checked(self, level: int, name: str, dtype: str, leading: tuple[int, ...]) -> zarr.Array[Any]:
+        """Return an array of the size that it shall have, in chunks as large as ours: no region of it needs more."""
+        array = self._group.array(name)
+        chunk, shard = (*leading, CHUNK, CHUNK), (*leading, SHARD, SHARD)
+        if array.dtype != dtype or (array.chunks, array.shards) != (chunk, shard):
+            raise StoreError(
+                f"{self._place}/{name}: {array.dtype} in chunks of {array.chunks}, expected {dtype} in {chunk}; "
+                f"{MADE_BY_US}"
+            )
+        if self._planned is not None and array.shape[-2:] != self._planned[level]:
+            raise StoreError(
+                f"{self._place}/{name}: {array.shape[-2:]} px, expected {self._planned[level]}; {MADE_BY_US}"
+            )
+        return array
 
 
 def _image_metadata(

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
 
+# Bounds on what a plan on disk may say, far above what any scanner makes.
+LARGEST_PX, MOST_PATCHES = 1 << 26, 1 << 25
+MOST_PIECES = 1 << 17  # spans, or blocks of the heatmap's finest level
+
+
 @dataclass(frozen=True)
 class SlidePlan:
     """The geometry of a slide's results, and the digests that say what they belong to.
@@ -74,6 +79,25 @@ class SlidePlan:
         """Return the blocks of a level, each exactly one shard."""
         return tiles(*self.level_shapes[level], SHARD)
 
+    def check(self) -> None:
+        """Raise a ValueError for numbers that no slide has: what reads results makes room by them."""
+        height, width = self.slide_px
+        whole = {"height": height, "width": width, "span": self.span, "stride": self.stride, "patches": self.patches}
+        for name, value in whole.items():
+            least, most = (0, MOST_PATCHES) if name == "patches" else (1, LARGEST_PX)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} is {str(value)[:40]}, expected a whole number from {least} to {most:,}")
+        lengths = [*self.slide_mpp, *self.footprint, *self.view[2:]]
+        if (len(self.slide_mpp), len(self.footprint), len(self.view)) != (2, 2, 4) or not all(
+            isinstance(value, int | float) and 0 < value <= LARGEST_PX for value in lengths
+        ):
+            raise ValueError(f"mpp, footprint or view {lengths}, expected positive lengths")
+        blocks = ceil_div(self.heatmap_px[0], SHARD) * ceil_div(self.heatmap_px[1], SHARD)
+        if max(blocks, ceil_div(self.patches, self.span)) > MOST_PIECES:
+            raise ValueError(
+                f"{self.patches} patches in spans of {self.span}, {blocks} blocks: more than any slide has"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
         return {**asdict(self), "stain": None if self.stain is None else self.stain.to_json()}
@@ -88,7 +112,9 @@ class SlidePlan:
         try:
             pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint", "view")}
             stain = values.get("stain")
-            return cls(**{**values, **pairs, "stain": None if stain is None else StainFit.from_json(stain)})
+            plan = cls(**{**values, **pairs, "stain": None if stain is None else StainFit.from_json(stain)})
+            plan.check()
+            return plan
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"manifest/plan.json: not a plan of this version ({one_line(error)}); choose another --out, or "

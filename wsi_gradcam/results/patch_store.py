@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zarr
 
+from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_stores import ZarrGroup, write_group
 from wsi_gradcam.models.spec import probabilities
@@ -121,6 +123,11 @@ class PatchStore:
         """Meaning of the arrays: maps, classes, factors."""
         return dict(self._group.group.attrs.asdict())
 
+    @property
+    def patches(self) -> int:
+        """Number of patches."""
+        return int(self._group.array("xy").shape[0])
+
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Read level-0 px of the patches' top left corners, int64 [n, 2]."""
         return self._read("xy", slice(start, stop), np.int64)[:, ::-1]
@@ -204,6 +211,77 @@ def write_table(
         step = max(1, ROWS // plan.span) * plan.span
         for start in range(0, plan.patches, step):
             writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema))
+
+
+MAX_COLUMNS = 1 << 14
+# Of the file and of what is in it: numbers take 8 bytes at most, and texts are few and short.
+SPARE_BYTES, ROW_BYTES, VALUE_BYTES = 1 << 26, 64, 16
+TEXTS = ("status", "cause")
+MAX_TEXT_BYTES = 1 << 28
+
+
+class StoredTable:
+    """The table of a slide, after a look at what it claims to hold: `rows` and no more than they need.
+
+    Raises:
+        StoreError: it is damaged, or not a table of that many patches.
+        FileNotFoundError: there is none.
+    """
+
+    def __init__(self, place: StoragePathLike, rows: int) -> None:
+        self._place = place = storage_path(place)
+        size, most = place.size(), SPARE_BYTES + rows * MAX_COLUMNS
+        if size > most:
+            raise self._damaged(f"{size:,} bytes for {rows:,} patches")
+        try:
+            self._file = pq.ParquetFile(pa.BufferReader(place.read()), read_dictionary=list(TEXTS))
+            self._check(rows)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise error if isinstance(error, StoreError) else self._damaged(one_line(error)) from error
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the rows, of all columns or some."""
+        try:
+            return self._plain(self._file.read(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise error if isinstance(error, StoreError) else self._damaged(one_line(error)) from error
+
+    def batches(self, rows: int) -> Iterator[pa.Table]:
+        """Yield the rows, so many at a time."""
+        for batch in self._file.iter_batches(rows):
+            yield self._plain(pa.Table.from_batches([batch]))
+
+    def _check(self, rows: int) -> None:
+        about, schema = self._file.metadata, self._file.schema_arrow
+        wrong = [
+            f.name for f in schema if f.name not in TEXTS and f.type not in (pa.int64(), pa.float32(), pa.float64())
+        ]
+        if about.num_rows != rows:
+            raise StoreError(f"{self._place.name} has {about.num_rows:,} rows, expected {rows:,}")
+        if len(schema) > MAX_COLUMNS or about.num_columns != len(schema) or wrong:
+            raise self._damaged(f"{len(schema)} columns, of which are none of ours: {', '.join(wrong)[:80]}")
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > SPARE_BYTES + rows * (ROW_BYTES + VALUE_BYTES * len(schema)):
+            raise self._damaged(f"it unpacks to {size:,} bytes for {rows:,} patches")
+
+    def _plain(self, table: pa.Table) -> pa.Table:
+        """Return a table with its texts written out; they are stored once each, and may be long."""
+        for name in set(TEXTS) & set(table.column_names):
+            texts = table.column(name)
+            if not pa.types.is_dictionary(texts.type):
+                continue
+            size = sum(
+                int(pc.sum(pc.take(pc.binary_length(part.dictionary), part.indices)).as_py() or 0)
+                for part in texts.chunks
+            )
+            if size > MAX_TEXT_BYTES:
+                raise self._damaged(f"{size:,} bytes of {name}")
+            table = table.set_column(table.column_names.index(name), name, texts.cast(pa.string()))
+        return table
+
+    def _damaged(self, what: str) -> StoreError:
+        return StoreError(f"{self._place}: damaged, {what}; recompute with --overwrite")
 
 
 def column(run: RunPlan, shown: Map, kind: str) -> str:

@@ -162,6 +162,10 @@ def read_run(place: StoragePathLike) -> dict[str, Any] | None:
     return values
 
 
+# What reads results makes room for a patch, and for the part of the slide under it.
+MAX_PATCH_PX, MAX_MPP = 1 << 13, 1e4
+
+
 @dataclass(frozen=True)
 class ModelRecord:
     """The model in run.yaml; what older versions did not write is empty.
@@ -186,6 +190,14 @@ class ModelRecord:
     def from_json(cls, values: dict[str, Any]) -> ModelRecord:
         """Return the model in run.yaml; raises KeyError, TypeError or ValueError for other values."""
         height, width = values["patch_px"]
+        for side in (height, width):
+            if type(side) is not int or not 1 <= side <= MAX_PATCH_PX:
+                raise ValueError(f"patch_px is {str(side)[:40]}, expected 1 to {MAX_PATCH_PX}")
+        mpp = values["mpp"]
+        if not isinstance(mpp, int | float) or not 0 < mpp < MAX_MPP:
+            raise ValueError(f"mpp is {str(mpp)[:40]}, expected micrometres per pixel")
+        if not isinstance(values["classes"], list | tuple):
+            raise TypeError("classes is no list")
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         return cls(**{**known, "classes": tuple(values["classes"]), "patch_px": (height, width)})
 
@@ -218,7 +230,10 @@ class RunRecord:
             raise StoreError(
                 f"run.yaml: not of wsi_gradcam or damaged ({one_line(error)}); choose another --out"
             ) from error
-        return cls(values["run_digest"], values.get("settings", {}), model, stored_choice(values))
+        settings = values.get("settings", {})
+        if not isinstance(settings, dict):
+            raise StoreError("run.yaml: not of wsi_gradcam or damaged (settings is no mapping); choose another --out")
+        return cls(values["run_digest"], settings, model, stored_choice(values))
 
     @property
     def reader(self) -> str:

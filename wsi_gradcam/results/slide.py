@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.errors import ResultError, SlideFormatError, UnknownNameError
+from wsi_gradcam.errors import ResultError, SlideFormatError, StoreError, UnknownNameError
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
-from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.results.patch_store import PatchStore, StoredTable
 from wsi_gradcam.slides import open_slide, read_region, thumbnail
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class SlideResult:
     @cached_property
     def store(self) -> HeatmapStore:
         """The heatmap, opened for reading."""
-        _ = self.plan  # says what is wrong where there is none
-        return HeatmapStore(self.folder.heatmap, read_only=True)
+        planned = self.plan.level_shapes  # says what is wrong where there is none
+        return HeatmapStore(self.folder.heatmap, read_only=True, planned=planned)
 
     @cached_property
     def channels(self) -> tuple[ChannelInfo, ...]:
@@ -152,12 +152,17 @@ class SlideResult:
         Raises:
             ResultError: the slide is not finished.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        return self._stored_table.read(columns)
 
+    def table_batches(self, rows: int) -> Iterator[pa.Table]:
+        """Yield so many rows of patches.parquet at a time. Raises as `table`."""
+        return self._stored_table.batches(rows)
+
+    @property
+    def _stored_table(self) -> StoredTable:
         if not self.is_finished:
             raise ResultError(f"{self.id}: is {self.status}, there is no table yet; run explain again to finish")
-        return pq.read_table(pa.BufferReader(self.folder.table.read()), columns=columns)
+        return StoredTable(self.folder.table, self.plan.patches)
 
     @property
     def patches(self) -> pd.DataFrame:
@@ -167,8 +172,13 @@ class SlideResult:
 
     @cached_property
     def _patch_store(self) -> PatchStore:
-        _ = self.plan
-        return PatchStore(self.folder.cams, read_only=True)
+        patches = self.plan.patches
+        found = PatchStore(self.folder.cams, read_only=True)
+        if found.patches != patches:
+            raise StoreError(
+                f"{self.folder.cams}: has {found.patches} patches, expected {patches}; recompute with --overwrite"
+            )
+        return found
 
     def cams(self, patch: int) -> NDArray[np.float32]:
         """Read all explanations of a patch at the layer's resolution, float32 [channels, h, w], signed, in their units.

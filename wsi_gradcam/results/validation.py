@@ -10,8 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaozarrs
 
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
@@ -27,7 +25,7 @@ from wsi_gradcam.results.manifest import (
     sha256_of,
     span_name,
 )
-from wsi_gradcam.results.patch_store import OK, STATUS_NAMES, PatchStore
+from wsi_gradcam.results.patch_store import OK, STATUS_NAMES, PatchStore, StoredTable
 from wsi_gradcam.results.run import planned_slides
 from wsi_gradcam.results.run_files import RunFolder, RunRecord, SlideFolder, read_run
 from wsi_gradcam.results.slide_tables import read_slides
@@ -169,11 +167,8 @@ def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[s
 
 
 def _check_table(folder: SlideFolder, plan: SlidePlan, run: RunRecord) -> Iterator[str]:
-    table = pq.read_table(pa.BufferReader(folder.table.read()))
+    table = StoredTable(folder.table, plan.patches).read()
     store = PatchStore(folder.cams)
-    if table.num_rows != plan.patches:
-        yield f"patches.parquet has {table.num_rows} rows, expected {plan.patches}"
-        return
     yx = store.yx()
     if not (np.array_equal(table["y"], yx[:, 0]) and np.array_equal(table["x"], yx[:, 1])):
         yield "patches.parquet has other positions than cams.zarr"
