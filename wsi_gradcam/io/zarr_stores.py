@@ -91,7 +91,7 @@ def bounded(array: Any, name: str) -> zarr.Array[Any]:
     about = array.metadata if isinstance(array, zarr.Array) else None
     if not isinstance(about, ArrayV3Metadata) or not isinstance(about.chunk_grid, RegularChunkGrid):
         raise StoreError(f"{name}: not an array of Zarr 3 in regular chunks; {MADE_BY_US}")
-    codecs = [_bounded_codec(codec, name, is_outer=True) for codec in about.codecs]
+    codecs = tuple(_bounded_codec(codec, name, is_outer=True) for codec in about.codecs)
     itemsize = array.dtype.itemsize if array.dtype.kind in "biuf" else 0
     shard, chunk = array.shards or array.chunks, array.chunks
     inside = math.prod(-(-whole // part) for whole, part in zip(shard, chunk, strict=True))
@@ -132,8 +132,8 @@ class BoundedZstd(ZstdCodec):
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
         size = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
-        found: bytes = zstd_decode(chunk_bytes.to_bytes(), out=size)
-        return chunk_spec.prototype.buffer.from_bytes(found)
+        found = zstd_decode(chunk_bytes.to_bytes(), out=size)
+        return chunk_spec.prototype.buffer.from_bytes(bytes(found))
 
 
 class BoundedStore(LocalStore):
