@@ -326,3 +326,82 @@ def test_the_picture_shows_every_mask_in_its_colour(tmp_path: Path) -> None:
         assert np.abs(picture[place] - mixed).max() <= 1
     np.testing.assert_array_equal(picture[50, 50], level0[50, 50])
     assert sum(EXCLUDED_COLOUR) < 200
+
+
+def half_glass(path: Path) -> Path:
+    """640 x 960 px at 0.25 um, with tissue in the left half only."""
+    level0 = np.full((640, 960, 3), 245, np.uint8)
+    level0[128:576, 128:448] = np.random.default_rng(0).normal((200, 120, 160), 12, (448, 320, 3)).clip(0, 255)
+    write_slide(path, level0, mpp=0.25)
+    return path
+
+
+class TestMisplaced:
+    """Masks in another frame are told, and are no slides without tissue."""
+
+    def failed(self, tmp_path: Path, mask: Path, **options: Any) -> str:
+        out = tmp_path / "out"
+        explain(half_glass(tmp_path / "a.tif"), MODEL, out, **{**SMALL, "mask": mask, **options})
+        row = rows_of(out)["a.tif"]
+        assert row["status"] == "failed"
+        return row["error"]
+
+    def test_wholly_off_the_slide_is_told_with_both_extents(self, tmp_path: Path) -> None:
+        mask = drawn(tmp_path / "m.json", square("tumour", 5000, 7000, 200), square("tumour", 6000, 100, 50))
+        problem = (
+            "lies outside of the slide: its areas reach from y 5000 to 6050 and from x 100 to 7200, the slide to y 640"
+        )
+        assert problem in self.failed(tmp_path, mask)
+        negative = drawn(tmp_path / "m.json", square("tumour", -300, 10, 200))
+        assert "from y -300 to -100" in self.failed(tmp_path, negative, overwrite=True)
+
+    def test_so_is_a_chosen_class(self, tmp_path: Path) -> None:
+        mask = drawn(tmp_path / "m.json", square("tumour", 5000, 7000, 200), square("fold", 100, 100, 50))
+        assert "lies outside of the slide" in self.failed(tmp_path, mask, include="tumour")
+
+    def test_on_glass_alone_is_told_with_both_extents(self, tmp_path: Path) -> None:
+        error = self.failed(tmp_path, drawn(tmp_path / "m.json", square("tumour", 128, 640, 192)))
+        assert (
+            "no tissue lies in it: it covers y 128 to 320, x 640 to 832, tissue is at y 96 to 608, x 96 to 480" in error
+        )
+        assert "--tissue everything" in error
+        picture = np.zeros((20, 30), np.uint8)
+        picture[4:10, 20:26] = 1
+        Image.fromarray(picture).save(tmp_path / "m.png")
+        assert "no tissue lies in it: it covers y 128 to 320" in self.failed(
+            tmp_path, tmp_path / "m.png", overwrite=True
+        )
+
+    def test_micrometres_are_told(self, tmp_path: Path) -> None:
+        """An area on tissue, its coordinates a quarter as large: it lies in the glass of the corner."""
+        error = self.failed(tmp_path, drawn(tmp_path / "m.json", square("tumour", 24, 24, 60)))
+        assert "in micrometres it would lie on tissue" in error
+
+    def test_everything_takes_it_all_the_same(self, tmp_path: Path) -> None:
+        mask = drawn(tmp_path / "m.json", square("tumour", 128, 640, 192))
+        explain(half_glass(tmp_path / "a.tif"), MODEL, tmp_path / "out", **SMALL, mask=mask, tissue="everything")
+        assert rows_of(tmp_path / "out")["a.tif"]["status"] == "ok"
+
+    def test_a_mask_of_nothing_is_no_tissue(self, tmp_path: Path) -> None:
+        Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "m.png")
+        explain(half_glass(tmp_path / "a.tif"), MODEL, tmp_path / "out", **SMALL, mask=tmp_path / "m.png")
+        assert rows_of(tmp_path / "out")["a.tif"]["status"] == "no_tissue"
+
+    def test_a_turned_picture_and_one_of_labels_are_refused(self, tmp_path: Path) -> None:
+        labels = np.zeros((640, 960), np.uint8)
+        labels[100:300, 100:300], labels[320:500, 100:300] = 1, 2
+        Image.fromarray(np.rot90(labels)).save(tmp_path / "m.png")
+        assert "960 x 640 px (height x width) have another shape than the slide's 640 x 960 px" in self.failed(
+            tmp_path, tmp_path / "m.png"
+        )
+        Image.fromarray(labels).save(tmp_path / "m.tif")
+        options: dict[str, Any] = {"mask": tmp_path / "m.tif", "overwrite": True}
+        assert "has the values 0, 1, 2, so it shows several classes" in self.failed(tmp_path, **options)
+        explain(tmp_path / "a.tif", MODEL, tmp_path / "out", **SMALL, **options, include="2")
+        assert {y for y, _ in places(tmp_path / "out")} <= set(range(256, 512, 64))
+
+
+def test_a_mask_with_another_ending_is_wrong_usage(slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"expected one of the endings \.png \.tif \.tiff \.geojson"):
+        explain(slide, MODEL, tmp_path / "out", **SMALL, mask=tmp_path / "m.jpg")

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from tests.test_tissue_annotations import feature, written
 from wsi_gradcam.errors import AnnotationError, ConfigError
 from wsi_gradcam.tissue.annotations import Regions, check_mask, read_regions
-from wsi_gradcam.tissue.annotations.regions import read_png_mask, resize_mask
+from wsi_gradcam.tissue.annotations.areas import resize_mask
 
 
 def png(mask: Any, mode: str | None = None, **options: Any) -> bytes:
@@ -29,22 +30,28 @@ def png(mask: Any, mode: str | None = None, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def read(data: bytes) -> NDArray[np.bool_]:
+    """What is in by a PNG as large as its slide."""
+    size = struct.unpack(">II", data[16:24].ljust(8, b"\1"))[::-1]
+    return Regions(Path("a.png"), data).mask(size, size)
+
+
 class TestPictures:
     MASK = np.random.default_rng(0).random((300, 7)) < 0.4
 
     @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "LA", "P"])
     def test_what_is_not_black_is_in(self, mode: str) -> None:
-        found = read_png_mask(Path("a.png"), png(self.MASK.astype(np.uint8) * 255, mode))
+        found = read(png(self.MASK.astype(np.uint8) * 255, mode))
         np.testing.assert_array_equal(found, self.MASK)
 
     def test_any_value_counts(self) -> None:
-        np.testing.assert_array_equal(read_png_mask(Path("a.png"), png(self.MASK.astype(np.uint8))), self.MASK)
-        np.testing.assert_array_equal(read_png_mask(Path("a.png"), png(self.MASK.astype(np.uint16) * 256)), self.MASK)
+        np.testing.assert_array_equal(read(png(self.MASK.astype(np.uint8))), self.MASK)
+        np.testing.assert_array_equal(read(png(self.MASK.astype(np.uint16) * 256)), self.MASK)
 
     def test_what_is_transparent_is_out(self) -> None:
         rgba = np.full((2, 2, 4), 255, np.uint8)
         rgba[0, 0, 3] = 0
-        assert read_png_mask(Path("a.png"), png(rgba)).tolist() == [[False, True], [True, True]]
+        assert read(png(rgba)).tolist() == [[False, True], [True, True]]
 
     @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
     def test_a_finer_or_coarser_picture_covers_the_same(self, height: int, width: int, factor: int) -> None:
@@ -68,7 +75,7 @@ class TestPictures:
     )
     def test_what_is_no_mask_is_refused(self, data: bytes, problem: str) -> None:
         with pytest.raises(AnnotationError, match=rf"a\.png: .*{problem}"):
-            read_png_mask(Path("a.png"), data)
+            read(data)
 
     def test_a_text_bomb_is_refused(self) -> None:
         text = zlib.compress(bytes(80 << 20))
@@ -76,7 +83,7 @@ class TestPictures:
         data = png(self.MASK)
         bomb = data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
         with pytest.raises(AnnotationError, match=r"a\.png: damaged"):
-            read_png_mask(Path("a.png"), bomb)
+            read(bomb)
 
 
 SIZE = (100, 200)
@@ -124,9 +131,10 @@ class TestRegions:
             self.columns(include=("x",), shared=True)
 
     def test_a_picture_covers_the_slide_and_has_no_classes(self) -> None:
-        picture = png(np.repeat([[0, 255, 255, 0]], 3, axis=0).astype(np.uint8))
+        picture = png(np.repeat([[0, 255, 255, 0]], 2, axis=0).astype(np.uint8))
         assert self.columns(path=Path("a.PNG"), data=picture) == list(range(5, 15))
-        with pytest.raises(AnnotationError, match="a picture has no classes"):
+        assert self.columns(include=("255",), path=Path("a.PNG"), data=picture) == list(range(5, 15))
+        with pytest.raises(AnnotationError, match="no pixel is x; there are 0, 255"):
             self.columns(include=("x",), path=Path("a.png"), data=picture)
 
     def test_the_digest_is_of_the_content(self, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ and, with annotations, by whether an annotation's border runs through them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,8 @@ from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
-from wsi_gradcam.tissue.annotations import Area, rasterise, read_regions
-from wsi_gradcam.tissue.annotations.regions import ENDINGS, PICTURE, parse, read_png_mask
+from wsi_gradcam.tissue.annotations import find_mask, read_regions
+from wsi_gradcam.tissue.annotations.areas import LabelPicture
 from wsi_gradcam.tissue.masks import Shares
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.run import Result
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.tissue.annotations import Regions
+    from wsi_gradcam.tissue.annotations.areas import Drawn
 
     Box = tuple[float, float, float, float]
 
@@ -249,7 +250,7 @@ def _patches(candidate: Candidate, settings: AuditSettings, count: int, stands_f
     if not len(readable):
         return SlideSample((), (), (), (), 0)
     logits = np.stack([table.column(f"logit_{name}").to_numpy(zero_copy_only=False) for name in classes], axis=1)
-    strata = _strata(slide, settings, yx, logits[readable], classes)
+    strata = _strata(slide, settings, yx, logits[readable], classes, candidate.entry.path)
     name = slide.id.encode("utf-8", "backslashreplace")  # what no encoding knows seeds too
     drawn = [f"{name.decode()}|{stratum}" for stratum in strata]
     rows, weights = stratified_sample(drawn, count, settings.seed, FEWEST)
@@ -270,11 +271,12 @@ def _strata(
     yx: NDArray[np.int64],
     logits: NDArray[np.float32],
     classes: Sequence[str],
+    own: str,
 ) -> list[str]:
     predicted = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
     names = list(classes) if len(classes) > 1 else [f"not {classes[0]}", classes[0]]
     strata = [names[number] for number in predicted.tolist()]
-    found = annotated_slide(settings.annotations, slide.id, settings.include, slide.size_px)
+    found = annotated_slide(settings.annotations, slide.id, settings.include, slide.size_px, own)
     if found is None:
         return strata
     shares = found.shares(yx, slide.plan.view)
@@ -321,42 +323,30 @@ class Annotated:
         Raises:
             AnnotationError: the file cannot be understood.
         """
-        boxes = _boxes(yx, view)
-        if self.regions.path.suffix.lower() == PICTURE:
-            picture = read_png_mask(self.regions.path, self.regions.data)
-            return np.stack([_cut(picture, self.slide_px, box) for box in boxes])
-        areas = [area for area in parse(self.regions.path, self.regions.data).areas if self._counts(area)]
-        return np.stack([_drawn(areas, box, str(self.regions.path)) for box in boxes])
+        drawn = self.regions.drawn(self.slide_px)
+        return _cut(drawn, self.regions.wanted(drawn), _boxes(yx, view))
 
     def masks_by_class(self, yx: Sequence[tuple[int, int]], view: Box) -> dict[str, NDArray[np.bool_]]:
-        """Return the same of each class by its name; an area without one, and a picture, is "region"."""
-        if self.regions.path.suffix.lower() == PICTURE:
-            return {UNNAMED: self.masks(yx, view)}
-        boxes, areas = _boxes(yx, view), parse(self.regions.path, self.regions.data).areas
-        found: dict[str, NDArray[np.bool_]] = {}
-        for name in sorted({area.name for area in areas}):
-            mine = [area for area in areas if area.name == name]
-            found[name or UNNAMED] = np.stack([_drawn(mine, box, str(self.regions.path)) for box in boxes])
-        return found
-
-    def _counts(self, area: Area) -> bool:
-        return not self.regions.include or area.name in self.regions.include
+        """Return the same of each class by its name; an area without one, and a picture of one, is "region"."""
+        drawn = self.regions.drawn(self.slide_px)
+        boxes, names = _boxes(yx, view), drawn.names
+        single = isinstance(drawn, LabelPicture) and len(names) < 2
+        return {UNNAMED if single else name or UNNAMED: _cut(drawn, {name}, boxes) for name in names or [UNNAMED]}
 
 
 def annotated_slide(
-    annotations: Path | None, slide_id: str, include: tuple[str, ...], slide_px: tuple[int, int]
+    annotations: Path | None, slide_id: str, include: tuple[str, ...], slide_px: tuple[int, int], own: str = ""
 ) -> Annotated | None:
     """Return the annotations of a slide; None where a folder has none for it, or none of the classes that count.
 
     Raises:
         AnnotationError: several files would do, or one cannot be read.
     """
-    if annotations is None or (annotations.is_dir() and not _has_file(annotations, slide_id)):
+    if annotations is None or (annotations.is_dir() and find_mask(annotations, slide_id, own) is None):
         return None
-    regions = read_regions(annotations, slide_id, include)
+    regions = read_regions(annotations, slide_id, include, own=own)
     assert regions is not None
-    named = include and regions.shared and regions.path.suffix.lower() != PICTURE
-    if named and not set(include) & set(parse(regions.path, regions.data).names):
+    if include and regions.shared and not set(include) & set(regions.drawn(slide_px).known):
         return None
     return Annotated(regions, slide_px)
 
@@ -366,32 +356,6 @@ def _boxes(yx: Sequence[tuple[int, int]], view: Box) -> list[Box]:
     return [(y + view[0], x + view[1], view[2], view[3]) for y, x in yx]
 
 
-def _has_file(folder: Path, slide_id: str) -> bool:
-    """Return whether a folder has annotations of a slide, by the names that `annotations.files.file_for` looks for."""
-    slide = Path(slide_id)
-    names = (slide, slide.with_suffix(""), Path(slide.name), Path(slide.stem))
-    return any((folder / f"{name}{ending}").is_file() for name in names for ending in ENDINGS)
-
-
-def _drawn(areas: Sequence[Area], box: Box, source: str) -> NDArray[np.bool_]:
-    """Return the areas in a box (y, x, height, width)."""
-    origin, end = np.array(box[:2]), np.array(box[:2]) + np.array(box[2:])
-    near = [
-        replace(area, outline=area.outline - origin, holes=tuple(hole - origin for hole in area.holes))
-        for area in areas
-        if (area.outline.max(axis=0) > origin).all() and (area.outline.min(axis=0) < end).all()
-    ]
-    side = round(box[2]), round(box[3])
-    return rasterise(near, (max(1, side[0]), max(1, side[1])), (SIDE_PX, SIDE_PX), source)
-
-
-def _cut(picture: NDArray[np.bool_], slide_px: tuple[int, int], box: Box) -> NDArray[np.bool_]:
-    """Return a box of a mask over the whole slide, the nearest pixel of each place; False beside the slide."""
-    at = []
-    for axis in (0, 1):
-        places = (box[axis] + (np.arange(SIDE_PX) + 0.5) * box[2 + axis] / SIDE_PX) / slide_px[axis]
-        at.append(np.floor(places * picture.shape[axis]).astype(np.int64))
-    inside = [(a >= 0) & (a < size) for a, size in zip(at, picture.shape, strict=True)]
-    rows, columns = (np.clip(a, 0, size - 1) for a, size in zip(at, picture.shape, strict=True))
-    found: NDArray[np.bool_] = picture[rows[:, None], columns] & inside[0][:, None] & inside[1]
-    return found
+def _cut(drawn: Drawn, names: Collection[str], boxes: Sequence[Box]) -> NDArray[np.bool_]:
+    """Return where classes are in each box, bool [n, SIDE_PX, SIDE_PX]."""
+    return np.stack([drawn.cut(names, box, (SIDE_PX, SIDE_PX)) for box in boxes])

@@ -103,8 +103,8 @@ def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, 
         rgb, wide = apply(plan.stain, raw), apply(plan.stain, wide)
     store = context.patch_store(entry)
     whole = (0.0, 0.0, *plan.footprint)
-    found = annotated_slide(audit.settings.annotations, entry.id, audit.settings.include, plan.slide_px)
-    given = annotated_slide(audit.settings.regions, entry.id, (), plan.slide_px)
+    found = annotated_slide(audit.settings.annotations, entry.id, audit.settings.include, plan.slide_px, entry.path)
+    given = annotated_slide(audit.settings.regions, entry.id, (), plan.slide_px, entry.path)
     return PatchData(
         BATCH_SIZE - missing,
         np.array(patches, np.int64),

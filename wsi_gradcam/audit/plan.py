@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.tissue.annotations import check_ending
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,6 +61,8 @@ class AuditSettings:
         for path in (self.annotations, self.regions):
             if path is not None and not path.exists():
                 raise ConfigError(f"{path}: does not exist, expected a file or a folder; check the path")
+            if path is not None:
+                check_ending(path)
 
     def asks(self, question: str) -> bool:
         """Return whether a question is asked."""

@@ -170,8 +170,10 @@ def _digests(
     found = {}
     for candidate in run.candidates:
         if candidate.entry.id in samples:
-            annotated = annotated_slide(path, candidate.entry.id, include, candidate.slide.size_px)
+            size, own = candidate.slide.size_px, candidate.entry.path
+            annotated = annotated_slide(path, candidate.entry.id, include, size, own)
             if annotated is not None:
+                annotated.regions.drawn(size)  # refuses now what no batch could use
                 found[candidate.entry.id] = annotated.regions.digest
     return found
 

@@ -169,7 +169,7 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     settings = make_settings(**values)
     check_mask(settings.mask, settings.include, settings.exclude, 1)
     name = url_name(path) if is_url(path) else Path(path).name
-    regions = read_regions(settings.mask, name, settings.include, settings.exclude)
+    regions = read_regions(settings.mask, name, settings.include, settings.exclude, path)
     slide = open_entry(SlideEntry(name, path), settings)
     try:
         shares = write_mask_preview(out, slide, settings.tissue, regions)

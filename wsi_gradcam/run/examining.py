@@ -14,7 +14,7 @@ from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.processes import limit_arenas
-from wsi_gradcam.tissue.annotations import entry_regions
+from wsi_gradcam.tissue.annotations import entry_regions, tissue_within
 from wsi_gradcam.tissue.grid import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 from wsi_gradcam.tissue.stain import StainFit, apply, fit
@@ -111,7 +111,7 @@ def _of_slide(
         mask = masks.selected(settings.tissue)
         regions = entry_regions(entry, settings)
         if regions is not None:
-            mask = mask & regions.mask(grid.slide_px, mask.shape)
+            mask = tissue_within(regions, mask, info)
         places = choose_patches(grid, mask, settings.min_tissue, BLOCK_PX).yx
         places = places[np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
         patches = _readable(slide, places.tolist(), patch_px, mpp)

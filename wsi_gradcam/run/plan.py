@@ -15,6 +15,7 @@ from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.examining import fit_stain
+from wsi_gradcam.tissue.annotations import tissue_within
 from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 
@@ -164,7 +165,7 @@ def plan_slide(
     Raises:
         MppError: the slide's mpp is not known.
         SlideReadError: the thumbnail cannot be read.
-        AnnotationError: the regions cannot be understood.
+        AnnotationError: the regions cannot be understood, or lie where no tissue is.
         StainError: its stain cannot be measured, and the model asks for that.
         ConfigError: patches smaller than a heatmap pixel.
     """
@@ -178,7 +179,7 @@ def plan_slide(
     masks = slide_masks(slide)
     mask = masks.selected(settings.tissue)
     if regions is not None:
-        mask = mask & regions.mask(slide_px, mask.shape)
+        mask = tissue_within(regions, mask, info)
     block_px = SHARD * settings.heatmap_stride
     patches = choose_patches(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
     target = run.facts.stain

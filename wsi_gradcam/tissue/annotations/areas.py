@@ -1,23 +1,29 @@
-"""Areas of annotations in level-0 pixels, as all readers return them, and masks of areas, exact at pixel centres."""
+"""Areas that people drew on slides, as outlines in level-0 pixels or as pictures of labels, and masks of them."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from wsi_gradcam.errors import AnnotationError
+from wsi_gradcam.geometry import Region, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
+
+    Box = tuple[float, float, float, float]
+    Block = tuple[Region, NDArray[Any], frozenset[int]]  # a part of a picture, its labels, and which there are
 
 
 # Plain Python values take about twenty times the bytes of their JSON: this keeps a hostile file below a gigabyte.
@@ -112,7 +118,7 @@ MAX_WORK = 4e9
 
 
 def rasterise(
-    areas: Sequence[Area], slide_px: tuple[int, int], shape: tuple[int, int], source: str = "annotations"
+    areas: Sequence[Area], slide_px: tuple[float, float], shape: tuple[int, int], source: str = "annotations"
 ) -> NDArray[np.bool_]:
     """Return the pixels of a mask over a slide that lie in some area, bool [h, w].
 
@@ -203,3 +209,283 @@ def _parts(counts: NDArray[np.int64]) -> list[slice]:
     steps = np.arange(1, math.ceil(int(total[-1]) / CROSSINGS)) * CROSSINGS
     cuts = sorted({0, *np.searchsorted(total, steps).tolist(), len(counts)})
     return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+# Of a picture that is held as a whole: 8,000 x 8,000 is a slide of 128,000 px at a sixteenth. Pillow itself warns of
+# bombs from 89 million on.
+MAX_MASK_PX = 64_000_000
+REDUCED_PX = 1 << 24  # of what a larger picture is summed up to
+NAMES_PX = 1 << 30  # of the level on which labels are looked for, at most: some seconds
+MAX_LABELS, LISTED = 1000, 12
+BACKGROUND = 0  # the label of what is black or wholly transparent
+TINY = 1e-6
+PLACES = 64  # at which a level of a pyramid is held against the finest
+WRITE_ANEW = "write it as PNG, or as TIFF in tiles with LZW or Deflate"
+
+
+# How far a size may lie below and above the exact one: rounded down, up, and to the nearest, several times over.
+ROUNDINGS = ((TINY, 1.0), (1.0, TINY), (0.75, 0.75))
+
+
+def covers(picture_px: tuple[int, int], slide_px: tuple[int, int]) -> bool:
+    """Return True for (height, width) of one shape, up to rounding to whole pixels of the smaller one.
+
+    >>> covers((742, 555), (2967, 2220)), covers((555, 742), (2967, 2220))
+    (True, False)
+    """
+    small, large = sorted((picture_px, slide_px), key=sum)
+    for below, above in ROUNDINGS:
+        factors = [((n - below) / full, (n + above) / full) for n, full in zip(small, large, strict=True)]
+        if max(low for low, _ in factors) < min(high for _, high in factors):
+            return True
+    return False
+
+
+class Drawn(Protocol):
+    """Classes that are drawn on a slide."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, each once."""
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that can be chosen: of a picture also that of the background."""
+
+    def listed(self) -> str:
+        """Return the known names, for a message."""
+
+    def mask(self, names: Collection[str], shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Return where classes are, bool [h, w] over the whole slide."""
+
+    def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Return where classes are in a box (y, x, height, width) of level 0, bool `shape`."""
+
+
+class Shapes:
+    """Annotations on a slide.
+
+    Raises:
+        AnnotationError: all lie outside of the slide.
+    """
+
+    def __init__(self, path: Path, found: Annotations, slide_px: tuple[int, int]) -> None:
+        self._path, self._found, self._slide_px = path, found, slide_px
+        self.check(found.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, sorted."""
+        return self._found.names
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of the classes, sorted."""
+        return self._found.names
+
+    def listed(self) -> str:
+        """Return the names of the classes, for a message."""
+        return ", ".join(map(repr, self.names))
+
+    def check(self, names: Collection[str]) -> None:
+        """Refuse classes of which every area lies outside of the slide."""
+        areas = self._of(names)
+        if not areas:
+            return
+        low, high = self.extent(names)
+        beside = [(a.outline.max(axis=0) <= 0).any() or (a.outline.min(axis=0) >= self._slide_px).any() for a in areas]
+        if all(beside):
+            raise AnnotationError(
+                f"{self._path}: lies outside of the slide: its areas reach from y {low[0]:g} to {high[0]:g} and from x "
+                f"{low[1]:g} to {high[1]:g}, the slide to y {self._slide_px[0]} and x {self._slide_px[1]} px; expected "
+                "level-0 pixels of this slide, not micrometres, another level or another slide"
+            )
+
+    def extent(self, names: Collection[str]) -> tuple[list[float], list[float]]:
+        """Return the least and greatest (y, x) of classes, level-0 px."""
+        outlines = [area.outline for area in self._of(names)]
+        return np.min([o.min(axis=0) for o in outlines], axis=0).tolist(), np.max(
+            [o.max(axis=0) for o in outlines], axis=0
+        ).tolist()
+
+    def mask(self, names: Collection[str], shape: tuple[int, int], times: float = 1.0) -> NDArray[np.bool_]:
+        """Return where classes are, bool [h, w] over the whole slide, see `rasterise`; coordinates taken `times`."""
+        height, width = self._slide_px
+        return rasterise(self._of(names), (height / times, width / times), shape, str(self._path))
+
+    def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Return where classes are in a box (y, x, height, width) of level 0, bool `shape`."""
+        origin, end = np.array(box[:2]), np.array(box[:2]) + np.array(box[2:])
+        near = [
+            replace(area, outline=area.outline - origin, holes=tuple(hole - origin for hole in area.holes))
+            for area in self._of(names)
+            if (area.outline.max(axis=0) > origin).all() and (area.outline.min(axis=0) < end).all()
+        ]
+        return rasterise(near, (max(1, round(box[2])), max(1, round(box[3]))), shape, str(self._path))
+
+    def _of(self, names: Collection[str]) -> list[Area]:
+        return [area for area in self._found.areas if area.name in names]
+
+
+class Pixels(Protocol):
+    """The pixels of a picture as labels: gray values, numbers of a palette, or colours.
+
+    Attributes:
+        sizes: (height, width) of its levels, finest first.
+        name: of a label.
+    """
+
+    sizes: list[tuple[int, int]]
+    name: Callable[[int], str]
+
+    def blocks(self, level: int) -> Iterator[Block]:
+        """Yield all parts of a level."""
+
+    def read(self, level: int, region: Region) -> NDArray[Any]:
+        """Return the labels in a region of a level, integers [height, width]."""
+
+
+class LabelPicture:
+    """A picture over a whole slide whose pixels say of which class they are. Names of classes are the values.
+
+    Raises:
+        AnnotationError: it has another shape than the slide; from each method where the file is damaged.
+    """
+
+    def __init__(self, path: Path, pixels: Pixels, slide_px: tuple[int, int]) -> None:
+        self._path, self._pixels, self._slide_px = path, pixels, slide_px
+        self._levels: dict[int, bool] = {0: True}
+        (height, width), (full_height, full_width) = pixels.sizes[0], slide_px
+        if not covers(pixels.sizes[0], slide_px):
+            raise AnnotationError(
+                f"{path}: {height} x {width} px (height x width) have another shape than the slide's {full_height} x "
+                f"{full_width} px, so it is turned, cropped or of another slide; expected a picture of the whole slide"
+            )
+
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        """The labels that occur, by name, in the order of the labels; the background is among them."""
+        small = [i for i, size in enumerate(self._pixels.sizes) if math.prod(size) <= NAMES_PX and self._is_true(i)]
+        found: set[int] = set()
+        for _, _, labels in self._pixels.blocks(small[0] if small else self._level_for((1, 1))):
+            found |= labels
+            if len(found) > MAX_LABELS:
+                raise AnnotationError(
+                    f"{self._path}: has more than {MAX_LABELS:,} values, as a photograph has, or a mask that was saved "
+                    f"with loss; expected a value for each class: {WRITE_ANEW}"
+                )
+        return {self._pixels.name(label): label for label in sorted(found)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes: all values that occur but the background's."""
+        return tuple(name for name, label in self.labels.items() if label != BACKGROUND)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of all values that occur."""
+        return tuple(self.labels)
+
+    def listed(self) -> str:
+        """Return the values that occur, for a message."""
+        more = f" and {len(self.labels) - LISTED} more" if len(self.labels) > LISTED else ""
+        return ", ".join(self.known[:LISTED]) + more
+
+    def mask(self, names: Collection[str], shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Return where classes are, bool [h, w] over the whole slide: where they have at least half of a pixel."""
+        chosen = self._chosen(names)
+        level = self._level_for(shape)
+        size = self._pixels.sizes[level]
+        factor = 1 if math.prod(size) <= MAX_MASK_PX else math.ceil(math.sqrt(math.prod(size) / REDUCED_PX))
+        if factor == 1:
+            found = np.zeros(size, np.bool_)
+            for region, labels in self._blocks_with(level, chosen):
+                found[region.slices] = np.isin(labels, list(chosen))
+            return resize_mask(found, shape)
+        counts = np.zeros((ceil_div(size[0], factor), ceil_div(size[1], factor)), np.uint32)
+        for region, labels in self._blocks_with(level, chosen):
+            _add(counts, region, np.isin(labels, list(chosen)), factor)
+        full = [np.minimum(factor, length - np.arange(0, length, factor)) for length in size]
+        shares = (counts * 255.0 / (full[0][:, None] * full[1])).astype(np.uint8)
+        return np.asarray(Image.fromarray(shares).resize(shape[::-1], Image.Resampling.BOX)) > 127
+
+    def cut(
+        self,
+        names: Collection[str],
+        box: Box,
+        shape: tuple[int, int],
+    ) -> NDArray[np.bool_]:
+        """Return classes in a box (y, x, height, width) of level 0, bool `shape`, by the nearest pixels.
+
+        False beside the slide.
+        """
+        level = self._level_for(
+            tuple(math.ceil(n * s / b) for n, s, b in zip(shape, self._slide_px, box[2:], strict=True))
+        )
+        at, inside = [], []
+        for axis, size in enumerate(self._pixels.sizes[level]):
+            places = (box[axis] + (np.arange(shape[axis]) + 0.5) * box[2 + axis] / shape[axis]) / self._slide_px[axis]
+            place = np.floor(places * size).astype(np.int64)
+            inside.append((place >= 0) & (place < size))
+            at.append(np.clip(place, 0, size - 1))
+        (top, left), (bottom, right) = ([int(end(a)) for a in at] for end in (np.min, np.max))
+        labels = self._pixels.read(level, Region(top, left, bottom - top + 1, right - left + 1))
+        found = np.isin(labels[at[0][:, None] - top, at[1] - left], list(self._chosen(names)))
+        return found & inside[0][:, None] & inside[1]
+
+    def _chosen(self, names: Collection[str]) -> frozenset[int]:
+        return frozenset(self.labels[name] for name in names if name in self.labels)
+
+    def _blocks_with(self, level: int, chosen: frozenset[int]) -> Iterator[tuple[Region, NDArray[Any]]]:
+        return ((region, labels) for region, labels, found in self._pixels.blocks(level) if found & chosen)
+
+    def _level_for(self, shape: tuple[int, ...]) -> int:
+        """Return the coarsest level that is as fine as `shape` over the slide and shows what the finest does."""
+        sizes = self._pixels.sizes
+        fine = [i for i, size in enumerate(sizes) if size[0] >= shape[0] and size[1] >= shape[1]]
+        return next((i for i in reversed(fine) if self._is_true(i)), 0)
+
+    def _is_true(self, level: int) -> bool:
+        """Return True for a level that was reduced without mixing labels: 0 and 2 do not make a 1 along borders."""
+        if level not in self._levels:
+            self._levels[level] = all(self._is_there(level, *place) for place in self._borders(level))
+        return self._levels[level]
+
+    def _borders(self, level: int) -> list[tuple[int, int, int]]:
+        """Return up to `PLACES` (y, x, label) at borders of labels in a level, evenly over it."""
+        found: list[tuple[int, int, int]] = []
+        for region, labels, there in self._pixels.blocks(level):
+            if len(there) > 1:
+                y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])
+                some = np.unique(np.linspace(0, len(y) - 1, min(len(y), PLACES)).astype(int))
+                found += [
+                    (region.y + a, region.x + b, int(labels[a, b])) for a, b in zip(y[some], x[some], strict=True)
+                ]
+        some = np.unique(np.linspace(0, len(found) - 1, min(len(found), PLACES)).astype(int))
+        return [found[i] for i in some]
+
+    def _is_there(self, level: int, y: int, x: int, label: int) -> bool:
+        """Return True where a level's label is found in the finest level too, there or a pixel beside."""
+        spans = []
+        for place, size, full in zip((y, x), self._pixels.sizes[level], self._pixels.sizes[0], strict=True):
+            start, end = math.floor(place * full / size) - 1, math.ceil((place + 1) * full / size) + 1
+            spans.append((max(0, start), min(full, end)))
+        (top, bottom), (left, right) = spans
+        return bool((self._pixels.read(0, Region(top, left, bottom - top, right - left)) == label).any())
+
+
+def _add(counts: NDArray[np.uint32], region: Region, inside: NDArray[np.bool_], factor: int) -> None:
+    """Add the pixels of a region to the cells of `factor` x `factor` pixels in which they are."""
+    starts = []
+    for start, length in ((region.y, region.height), (region.x, region.width)):
+        first = start // factor
+        starts.append(np.maximum(np.arange(first, ceil_div(start + length, factor)) * factor - start, 0))
+    sums = np.add.reduceat(np.add.reduceat(inside.astype(np.uint32), starts[0], axis=0), starts[1], axis=1)
+    y, x = region.y // factor, region.x // factor
+    counts[y : y + sums.shape[0], x : x + sums.shape[1]] += sums
+
+
+def resize_mask(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the mask at another size: a pixel is in where at least half of its area is."""
+    gray = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
+    return np.asarray(gray.resize((shape[1], shape[0]), Image.Resampling.BOX)) > 127

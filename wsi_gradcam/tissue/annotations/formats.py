@@ -1,4 +1,4 @@
-"""Formats of annotation files: GeoJSON of QuPath, XML of ASAP (`ASAP_Annotations`) and ImageScope (`Annotations`).
+"""Formats of annotation files: GeoJSON of QuPath, XML of ASAP (`ASAP_Annotations`) and ImageScope, PNG of labels.
 
 GeoJSON (RFC 7946) as QuPath writes it: coordinates are level-0 pixels, classes are under `properties`.
 
@@ -8,21 +8,37 @@ programs write none, and entities are how a small XML file becomes a large one.
 
 from __future__ import annotations
 
+import io
 import json
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 from xml.parsers import expat
 
+import imagecodecs
 import numpy as np
+from PIL import Image
 
-from wsi_gradcam.errors import AnnotationError
-from wsi_gradcam.tissue.annotations.areas import Annotations, Area, box, ellipse, make_annotations, make_outline
+from wsi_gradcam.errors import AnnotationError, one_line
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.tissue.annotations.areas import (
+    BACKGROUND,
+    MAX_MASK_PX,
+    Annotations,
+    Area,
+    box,
+    ellipse,
+    make_annotations,
+    make_outline,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from wsi_gradcam.tissue.annotations.areas import Block
 
 GEOJSON_OPEN = frozenset({"Point", "MultiPoint", "LineString", "MultiLineString"})
 EXPECTED_GEOJSON = "expected a GeoJSON FeatureCollection, Feature, list of these, or geometry"
@@ -299,3 +315,119 @@ class _ImageScope:
 
 
 FORMATS: dict[str, Callable[[Path], _Asap | _ImageScope]] = {"ASAP_Annotations": _Asap, "Annotations": _ImageScope}
+
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ALPHA_MODES = ("LA", "RGBA")
+ROWS = 256  # of a strip
+RGB = 3
+
+
+def values_of(labels: NDArray[Any]) -> frozenset[int]:
+    """Return the labels that occur."""
+    if labels.dtype.kind == "u" and labels.dtype.itemsize <= 2:
+        return frozenset(np.flatnonzero(np.bincount(labels.ravel())).tolist())
+    return frozenset(np.unique(labels).tolist())
+
+
+def packed(samples: NDArray[Any], alpha: bool) -> NDArray[Any]:
+    """Return a label for each colour of samples [h, w, n]; gray stays as it is, and what alpha hides is background."""
+    colours = samples.shape[2] - alpha
+    labels = samples[..., 0]
+    if colours == RGB:
+        bits = 8 * samples.dtype.itemsize
+        red, green, blue = (samples[..., i].astype(np.int64) for i in range(RGB))
+        labels = (red << 2 * bits) | (green << bits) | blue
+    return np.where(samples[..., -1] > 0, labels, labels.dtype.type(BACKGROUND)) if alpha else labels
+
+
+def colour_name(bits: int) -> Callable[[int], str]:
+    """Return the function that names a packed colour: its gray value, else as `#ff0000`."""
+
+    def name(label: int) -> str:
+        red, green, blue = (label >> shift & (1 << bits) - 1 for shift in (2 * bits, bits, 0))
+        digits = bits // 4
+        return str(red) if red == green == blue else f"#{red:0{digits}x}{green:0{digits}x}{blue:0{digits}x}"
+
+    return name
+
+
+class PngPixels:
+    """The pixels of a PNG, which is decoded as a whole and labelled by strips.
+
+    Raises:
+        AnnotationError: not a PNG, damaged, or too large.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        if data[:8] != SIGNATURE or data[12:16] != b"IHDR" or len(data) < 26:
+            raise AnnotationError(f"{path}: not a PNG; expected a mask as PNG that covers the whole slide")
+        width, height, bits, kind = struct.unpack(">IIBB", data[16:26])
+        if width * height > MAX_MASK_PX:
+            raise AnnotationError(
+                f"{path}: {height} x {width} px, expected at most {MAX_MASK_PX:,} px of a PNG; a mask of a sixteenth "
+                "of the slide is as fine as it is used, and a TIFF in tiles may be larger"
+            )
+        self.sizes: list[tuple[int, int]] = [(height, width)]
+        self.name: Callable[[int], str] = str
+        try:
+            self._image, self._table = self._decoded(data, bits == 16 and kind not in (0, 3))
+        except (OSError, SyntaxError, ValueError, struct.error, imagecodecs.PngError) as error:
+            raise AnnotationError(f"{path}: damaged: {one_line(error)}; write the mask again") from error
+
+    def _decoded(self, data: bytes, deep: bool) -> tuple[Image.Image | NDArray[Any], NDArray[Any] | None]:
+        """Return the picture, and for a palette the labels of its numbers."""
+        if deep:  # colours of 16 bits, of which Pillow would drop half
+            self.name = colour_name(16)
+            return imagecodecs.png_decode(data), None
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
+            opened.load()
+            image: Image.Image = opened
+        if image.mode == "P":
+            return image, self._of_palette(image)
+        if image.mode in ("L", "RGB") and "transparency" in image.info:
+            image = image.convert("LA" if image.mode == "L" else "RGBA")
+        if image.mode in ("RGB", "RGBA"):
+            self.name = colour_name(8)
+        return image, None
+
+    def _of_palette(self, image: Image.Image) -> NDArray[np.int64]:
+        """Return the label of each number: the number itself.
+
+        Where another than 0 is black and used, and 0 is not, numbers mean nothing: then it is the colour.
+        """
+        colours = np.zeros((256, RGB), np.int64)
+        palette = np.asarray(image.getpalette() or [], np.int64).reshape(-1, RGB)
+        colours[: len(palette)] = palette
+        by_colour = colours @ (1 << 16, 1 << 8, 1)
+        used = np.asarray(image.histogram()) > 0
+        mixed = bool(by_colour[0] != BACKGROUND and ((by_colour == BACKGROUND) & used).any())
+        labels = by_colour if mixed else np.arange(256)
+        if mixed:
+            self.name = colour_name(8)
+        clear = image.info.get("transparency", b"")
+        numbers = [clear] if isinstance(clear, int) else [i for i, alpha in enumerate(clear) if not alpha]
+        labels[numbers] = BACKGROUND
+        return labels
+
+    def blocks(self, level: int) -> Iterator[Block]:
+        """Yield strips."""
+        height, width = self.sizes[level]
+        for top in range(0, height, ROWS):
+            region = Region(top, 0, min(ROWS, height - top), width)
+            labels = self.read(level, region)
+            yield region, labels, values_of(labels)
+
+    def read(self, level: int, region: Region) -> NDArray[Any]:
+        """Return the labels in a region."""
+        if isinstance(self._image, np.ndarray):
+            samples = self._image[region.slices]
+            return packed(samples, samples.shape[2] in (2, 4))
+        samples = np.asarray(self._image.crop((region.x, region.y, region.right, region.bottom)))
+        if self._table is not None:
+            labels: NDArray[Any] = self._table[samples]
+            return labels
+        if samples.ndim == 2:
+            # Pillow's True may be any byte but 0.
+            return (samples.view(np.uint8) > 0).view(np.uint8) if samples.dtype == np.bool_ else samples
+        return packed(samples, self._image.mode in ALPHA_MODES)

@@ -1,38 +1,54 @@
-"""Regions of slides to be explained: files of annotations and PNG masks, found, read and turned into masks."""
+"""Regions of slides: files of annotations and pictures of labels (PNG, TIFF), read and turned into masks."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
-from collections.abc import Callable, Sequence
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+import tifffile
 
-from wsi_gradcam.errors import AnnotationError, ConfigError
-from wsi_gradcam.tissue.annotations.areas import MAX_BYTES, Annotations, rasterise
-from wsi_gradcam.tissue.annotations.formats import read_geojson, read_xml
+from wsi_gradcam.errors import AnnotationError, one_line
+from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.tissue.annotations.areas import (
+    BACKGROUND,
+    MAX_BYTES,
+    WRITE_ANEW,
+    Annotations,
+    LabelPicture,
+    Shapes,
+    covers,
+)
+from wsi_gradcam.tissue.annotations.formats import PngPixels, colour_name, packed, read_geojson, read_xml, values_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.run.settings import Settings
+    from wsi_gradcam.slides import SlideInfo
+    from wsi_gradcam.tissue.annotations.areas import Block, Drawn
 
 READERS: dict[str, Callable[[Path, bytes], Annotations]] = {
     ".geojson": read_geojson,
     ".json": read_geojson,
     ".xml": read_xml,
 }
-PICTURE = ".png"
-ENDINGS = (PICTURE, *READERS)
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# 8,000 x 8,000: a slide of 128,000 px at a sixteenth. Pillow itself warns of bombs from 89 million on.
-MAX_MASK_PX = 64_000_000
+PNG, TIFF = ".png", (".tif", ".tiff")
+ENDINGS = (PNG, *TIFF, *READERS)
+# Of these no pixel changes. JPEG and its like leave grays along every border.
+LOSSLESS = frozenset(
+    ("NONE", "CCITTRLE", "CCITTFAX3", "CCITTFAX4", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD")
+)
+MAX_TILE_PX, MAX_TILES = 1 << 26, 1 << 24
+SAME_BYTES, KEPT = 4096, 8  # tiles of one label are small, alike and many: they are decoded once
+WHITE_IS_ZERO, BLACK_IS_ZERO, COLOURS, PALETTE, UPRIGHT = 0, 1, 2, 3, 1
+MISPLACED, PLACED = 0.1, 0.5  # shares of a drawing on tissue: of a wrong frame at most, of a right one at least
 
 
 def read_annotations(path: Path) -> Annotations:
@@ -48,19 +64,19 @@ def parse(path: Path, data: bytes) -> Annotations:
     """Return the areas in the file's bytes; errors as for `read_annotations`."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise AnnotationError(f"{path}: not a file of annotations; expected {' '.join(READERS)}")
+        raise AnnotationError(f"{path}: not a file of annotations; expected {' '.join((*READERS, PNG, *TIFF))}")
     return reader(path, data)
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the file's content.
+    """Return the file's content; of a TIFF nothing, since it may be large and is read by its tiles.
 
     Raises:
         AnnotationError: it cannot be read, or is larger than any that a person drew.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = b"" if path.suffix.lower() in TIFF else file.read(MAX_BYTES + 1)
     except OSError as error:
         raise AnnotationError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     if len(data) > MAX_BYTES:
@@ -71,76 +87,225 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def mask_file(folder: Path, slide_id: str) -> Path:
-    """Return the slide's file in a folder of masks: named as the slide, with or without its ending.
+@dataclass(frozen=True)
+class _MaskLevel:
+    """A page of a TIFF mask as a grid of tiles; strips are tiles as wide as the page."""
 
-    Slides in folders have their masks in folders of the same name, or all in one.
+    size: tuple[int, int]
+    tile_px: tuple[int, int]
+    offsets: Sequence[int]
+    counts: Sequence[int]
+    decode: Callable[..., Any]
+    to_labels: Callable[[NDArray[Any]], NDArray[Any]]
+
+    @property
+    def columns(self) -> int:
+        """The number of tiles in a row."""
+        return ceil_div(self.size[1], self.tile_px[1])
+
+    def region(self, number: int) -> Region:
+        """Return the part of the page that a tile shows."""
+        y, x = number // self.columns * self.tile_px[0], number % self.columns * self.tile_px[1]
+        return Region(y, x, min(self.tile_px[0], self.size[0] - y), min(self.tile_px[1], self.size[1] - x))
+
+
+class TiffPixels:
+    """The pixels of a TIFF, read by its tiles, of which the file may have millions.
 
     Raises:
-        AnnotationError: there is none, or more than one.
+        AnnotationError: not a TIFF, damaged, several pictures, or pixels that are no labels.
     """
-    slide = Path(slide_id)
-    names = (slide, slide.with_suffix(""), Path(slide.name), Path(slide.stem))
-    for name in names:
-        found = [file for ending in ENDINGS if (file := folder / f"{name}{ending}").is_file()]
-        if len(found) > 1:
-            listed = ", ".join(file.name for file in found)
-            raise AnnotationError(f"{folder}: {listed} are all masks of slide {slide_id}; expected one of them")
-        if found:
-            return found[0]
-    raise AnnotationError(
-        f"{folder}: no mask of slide {slide_id}; expected {slide.stem} with one of the endings {' '.join(ENDINGS)}"
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._same: dict[tuple[int, int, int, bytes], tuple[NDArray[Any], frozenset[int]]] = {}
+        try:
+            with tifffile.TiffFile(path, _multifile=False) as file:
+                pages = _levels_of(file)
+                deep = 8 * pages[0].dtype.itemsize
+                self.name: Callable[[int], str] = colour_name(deep) if pages[0].photometric == COLOURS else str
+                self._levels = [_mask_level(page) for page in pages]
+        except AnnotationError as error:
+            raise AnnotationError(f"{path}: {error}") from error
+        except Exception as error:  # parsing a damaged file may raise anything
+            raise AnnotationError(f"{path}: not a TIFF, or damaged: {one_line(error)[:200]}; write it again") from error
+        self.sizes = [level.size for level in self._levels]
+
+    def blocks(self, level: int) -> Iterator[Block]:
+        """Yield tiles, and long strips in parts."""
+        found = self._levels[level]
+        with self._path.open("rb") as file:
+            for number in range(len(found.offsets)):
+                labels, values = self._tile(file.fileno(), level, number)
+                region = found.region(number)
+                if labels.shape != (region.height, region.width):
+                    labels = labels[: region.height, : region.width]
+                    values = values_of(labels)
+                yield region, labels, values
+
+    def read(self, level: int, region: Region) -> NDArray[Any]:
+        """Return the labels in a region that lies on the level."""
+        found = self._levels[level]
+        (tall, wide), out = found.tile_px, None
+        with self._path.open("rb") as file:
+            for row in range(region.y // tall, ceil_div(region.bottom, tall)):
+                for column in range(region.x // wide, ceil_div(region.right, wide)):
+                    number = row * found.columns + column
+                    labels, _ = self._tile(file.fileno(), level, number)
+                    whole = found.region(number)
+                    part = whole.intersect(region)
+                    if out is None:
+                        out = np.zeros((region.height, region.width), labels.dtype)
+                    to = Region(part.y - region.y, part.x - region.x, part.height, part.width)
+                    of = Region(part.y - whole.y, part.x - whole.x, part.height, part.width)
+                    out[to.slices] = labels[of.slices]
+        assert out is not None
+        return out
+
+    def _tile(self, file: int, level: int, number: int) -> tuple[NDArray[Any], frozenset[int]]:
+        """Return a tile's labels and which there are; a tile that was left out is background."""
+        found = self._levels[level]
+        region = found.region(number)
+        offset, count = int(found.offsets[number]), int(found.counts[number])
+        if not count:
+            return np.zeros((region.height, region.width), np.uint8), frozenset({BACKGROUND})
+        data = os.pread(file, count, offset)
+        key = (level, region.height, region.width, data)
+        if key in self._same:
+            return self._same[key]
+        try:
+            if len(data) < count:
+                raise ValueError(f"the file ends {count - len(data)} bytes before the tile does")
+            array, _, _ = found.decode(data, number)
+            labels = found.to_labels(array[0])
+            if labels.shape[0] < region.height or labels.shape[1] < region.width:
+                raise ValueError(f"{labels.shape} px, expected {region.height} x {region.width}")
+        except Exception as error:  # decoders of damaged bytes raise many kinds
+            raise AnnotationError(
+                f"{self._path}: damaged at y {region.y}, x {region.x}: {one_line(error)[:200]}; write it again"
+            ) from error
+        made = labels, values_of(labels[: region.height, : region.width])
+        if count <= SAME_BYTES:
+            with self._lock:
+                if len(self._same) > KEPT:
+                    self._same.clear()
+                self._same[key] = made
+        return made
+
+
+def _levels_of(file: tifffile.TiffFile) -> list[Any]:
+    """Return the first page and its reductions, finest first.
+
+    Raises:
+        AnnotationError: there are other pictures of its size.
+    """
+    pages: list[Any] = list(file.pages)
+    first = pages[0]
+    size = (int(first.imagelength), int(first.imagewidth))
+    if any((page.imagelength, page.imagewidth) == size for page in pages[1:]):
+        raise AnnotationError("several pictures of one size; expected one, with a value for each class")
+    marked = [page for page in (*pages[1:], *(first.pages or [])) if page.is_reduced or page in (first.pages or [])]
+    kind = (first.photometric, first.bitspersample, first.samplesperpixel)
+    levels = [
+        page
+        for page in marked
+        if covers((page.imagelength, page.imagewidth), size)
+        and (page.photometric, page.bitspersample, page.samplesperpixel) == kind
+    ]
+    return [first, *sorted(levels, key=lambda page: -page.imagelength)]
+
+
+def _mask_level(page: Any) -> _MaskLevel:
+    """Return a page as a grid of tiles.
+
+    Raises:
+        AnnotationError: its pixels are no labels, or it is written in a form that is not read.
+    """
+    size, offsets, counts = (int(page.imagelength), int(page.imagewidth)), page.dataoffsets, page.databytecounts
+    tile = (
+        (int(page.tilelength), int(page.tilewidth))
+        if page.is_tiled
+        else (min(int(page.rowsperstrip), size[0]), size[1])
     )
+    if min(*size, *tile) < 1:
+        raise AnnotationError(f"damaged: {size[0]} x {size[1]} px; write it again")
+    compression = tifffile.COMPRESSION(page.compression).name
+    if compression not in LOSSLESS:
+        raise AnnotationError(f"compressed as {compression}, which may change values; {WRITE_ANEW}")
+    turned = page.tags.valueof("Orientation", default=UPRIGHT) not in (0, UPRIGHT)
+    if page.imagedepth != 1 or (page.planarconfig != 1 and page.samplesperpixel > 1) or turned:
+        raise AnnotationError(f"stored in planes, or turned by a tag; {WRITE_ANEW}")
+    number = ceil_div(size[0], tile[0]) * ceil_div(size[1], tile[1])
+    if not number == len(offsets) == len(counts) or number > MAX_TILES:
+        raise AnnotationError(f"damaged: {len(offsets)} tiles are listed of {number}; write it again")
+    if compression == "NONE" and not page.is_tiled and page.predictor == 1 and page.bitspersample % 8 == 0:
+        return _in_rows(page, size, offsets, tile[0])
+    if math.prod(tile) > MAX_TILE_PX:
+        raise AnnotationError(
+            f"in pieces of {tile[0]} x {tile[1]} px, at most {MAX_TILE_PX:,} px are read; {WRITE_ANEW}"
+        )
+    return _MaskLevel(size, tile, offsets, counts, page.decode, _labeller(page))
 
 
-def read_png_mask(path: Path, data: bytes) -> NDArray[np.bool_]:
-    """Return the mask in a PNG, bool [h, w]: pixels of any colour but black (of a palette, any number but 0).
+def _in_rows(page: Any, size: tuple[int, int], offsets: Sequence[int], rows: int) -> _MaskLevel:
+    """Return a page that is not compressed by its rows: many programs write it as one strip, however large."""
+    dtype, samples = page.dtype.newbyteorder(page.parent.byteorder), int(page.samplesperpixel)
+    length = size[1] * samples * page.dtype.itemsize
+    places = [offsets[row // rows] + row % rows * length for row in range(size[0])]
 
-    Wholly transparent pixels are out.
+    def decode(data: bytes, _: int) -> tuple[NDArray[Any], None, None]:
+        return np.frombuffer(data, dtype).reshape(1, 1, size[1], samples).astype(page.dtype), None, None
+
+    return _MaskLevel(size, (1, size[1]), places, [length] * size[0], decode, _labeller(page))
+
+
+def _labeller(page: Any) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Return the function from decoded samples [h, w, n] to labels [h, w].
 
     Raises:
-        AnnotationError: not a PNG, damaged, or too large.
+        AnnotationError: they are no labels.
     """
-    if data[:8] != SIGNATURE or data[12:16] != b"IHDR" or len(data) < 24:
-        raise AnnotationError(f"{path}: not a PNG; expected a mask as PNG that covers the whole slide")
-    width, height = struct.unpack(">II", data[16:24])
-    if width * height > MAX_MASK_PX:
+    kind, samples, photometric = page.dtype.kind, int(page.samplesperpixel), int(page.photometric)
+    alpha = len(page.extrasamples) > 0
+    colours = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, PALETTE: 1, COLOURS: 3}.get(photometric)
+    deep = colours == 3 and page.dtype not in ("u1", "u2")
+    if colours is None or samples != colours + alpha or kind not in "buif" or deep:
+        name = getattr(page.photometric, "name", page.photometric)
         raise AnnotationError(
-            f"{path}: {height} x {width} px, expected at most {MAX_MASK_PX:,} px; a mask of a sixteenth of the slide "
-            "is as fine as it is used"
+            f"{samples} samples of {page.dtype} as {name} are no labels; expected gray, a palette or RGB; {WRITE_ANEW}"
         )
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            return _not_black(image)
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise AnnotationError(f"{path}: damaged: {' '.join(str(error).split())}; write the mask again") from error
+    top = (1 << int(page.bitspersample)) - 1 if photometric == WHITE_IS_ZERO and kind in "bu" else 0
+
+    def to_labels(array: NDArray[Any]) -> NDArray[Any]:
+        if kind == "f":
+            whole = np.rint(array).astype(np.int64)
+            if not (whole == array).all():
+                raise ValueError("has fractions, expected whole numbers")
+            array = whole
+        labels = packed(array.astype(np.uint8) if kind == "b" else array, alpha)
+        return labels.dtype.type(top) - labels if top else labels
+
+    return to_labels
 
 
-def _not_black(image: Image.Image) -> NDArray[np.bool_]:
-    """Return the pixels that are not black, by strips: all channels at once would be four times the mask."""
-    image.load()
-    found = np.zeros((image.height, image.width), np.bool_)
-    for top in range(0, image.height, 256):
-        strip = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height))))
-        if image.mode in ("LA", "RGBA"):
-            strip = strip[..., :-1] * (strip[..., -1:] > 0)
-        found[top : top + 256] = strip.any(axis=2) if strip.ndim == 3 else strip > 0
-    return found
+def png_picture(path: Path, data: bytes, slide_px: tuple[int, int]) -> LabelPicture:
+    """Return the labels in a PNG."""
+    return LabelPicture(path, PngPixels(path, data), slide_px)
 
 
-def resize_mask(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the mask at another size: a pixel is in where at least half of its area is."""
-    gray = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
-    return np.asarray(gray.resize((shape[1], shape[0]), Image.Resampling.BOX)) > 127
+@lru_cache(4)
+def _tiff_picture(path: Path, slide_px: tuple[int, int], changed: tuple[int, int]) -> LabelPicture:
+    """Return the labels in a TIFF; another `changed` (time and size) is another file."""
+    return LabelPicture(path, TiffPixels(path), slide_px)
 
 
 @dataclass(frozen=True)
 class Regions:
-    """A slide's mask file, read but not yet parsed.
+    """A slide's mask file, not yet understood.
 
     Attributes:
         path: of the file.
-        data: its content.
+        data: its content; of a TIFF nothing, which is read by its tiles.
         include: names of the classes that are in; none: all that are not excluded.
         exclude: names of the classes that are out.
         shared: True for a file of a folder, where not every class is on every slide.
@@ -155,7 +320,27 @@ class Regions:
     @property
     def digest(self) -> str:
         """sha256 of the content."""
-        return hashlib.sha256(self.data).hexdigest()
+        if not self._is_tiff:
+            return hashlib.sha256(self.data).hexdigest()
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def _is_tiff(self) -> bool:
+        return self.path.suffix.lower() in TIFF
+
+    def drawn(self, slide_px: tuple[int, int]) -> Drawn:
+        """Return what the file holds of a slide of `slide_px` (height, width).
+
+        Raises:
+            AnnotationError: it cannot be understood, lies outside of the slide, or has another shape.
+        """
+        if self._is_tiff:
+            about = self.path.stat()
+            return _tiff_picture(self.path, slide_px, (about.st_mtime_ns, about.st_size))
+        if self.path.suffix.lower() == PNG:
+            return png_picture(self.path, self.data, slide_px)
+        return Shapes(self.path, parse(self.path, self.data), slide_px)
 
     def mask(self, slide_px: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.bool_]:
         """Return what is to be explained, bool [h, w] over the whole slide of `slide_px` (height, width).
@@ -164,82 +349,89 @@ class Regions:
         of the slide.
 
         Raises:
-            AnnotationError: the file cannot be understood, or a class is not in it.
+            AnnotationError: as of `drawn`; a class is not in it, or a picture has several and none is chosen.
         """
-        if self.path.suffix.lower() == PICTURE:
-            if self.include or self.exclude:
-                raise AnnotationError(f"{self.path}: a picture has no classes; leave --include and --exclude out")
-            return resize_mask(read_png_mask(self.path, self.data), shape)
-        found = parse(self.path, self.data)
-        self._check(found)
-        wanted = set(self.include or found.names) - set(self.exclude)
-        unwanted = [area for area in found.areas if area.name in self.exclude]
-        areas = [area for area in found.areas if area.name in wanted]
-        whole = not areas and not self.include
-        mask = np.ones(shape, np.bool_) if whole else rasterise(areas, slide_px, shape, str(self.path))
-        return mask & ~rasterise(unwanted, slide_px, shape, str(self.path)) if unwanted else mask
+        drawn = self.drawn(slide_px)
+        wanted = self.wanted(drawn)
+        whole = not wanted and bool(self.exclude) and not self.include
+        mask = np.ones(shape, np.bool_) if whole else drawn.mask(wanted, shape)
+        return mask & ~drawn.mask(self.exclude, shape) if self.exclude else mask
 
-    def _check(self, found: Annotations) -> None:
+    def wanted(self, drawn: Drawn) -> frozenset[str]:
+        """Return the names of the classes that are in.
+
+        Raises:
+            AnnotationError: one is not in the file, none is chosen of a picture's several, or all lie outside.
+        """
+        self._check(drawn)
+        wanted = frozenset(self.include or drawn.names) - set(self.exclude)
+        if isinstance(drawn, Shapes):
+            drawn.check(wanted)
+        elif len(wanted) > 1 and not self.include and not self.exclude:
+            raise AnnotationError(
+                f"{self.path}: has the values {drawn.listed()}, so it shows several classes; choose with --include, "
+                f"such as --include {min(drawn.names, key=len)}, or give a mask of 0 and one other value"
+            )
+        return wanted
+
+    def _check(self, drawn: Drawn) -> None:
         """Refuse unknown classes: a misspelt one would be left out, or explained, without a warning."""
-        missing = sorted({*self.include, *self.exclude} - set(found.names))
+        if not (self.include or self.exclude):
+            return
+        known = set(drawn.known)
+        missing = sorted({*self.include, *self.exclude} - known)
         if self.shared:
-            missing = [] if not self.include or set(self.include) & set(found.names) else sorted(self.include)
+            missing = [] if not self.include or set(self.include) & known else sorted(self.include)
         if missing:
-            listed = ", ".join(repr(name) for name in found.names)
-            raise AnnotationError(f"{self.path}: no annotation is called {missing[0]!r}; there are {listed}")
+            what = (
+                f"no annotation is called {missing[0]!r}" if isinstance(drawn, Shapes) else f"no pixel is {missing[0]}"
+            )
+            raise AnnotationError(f"{self.path}: {what}; there are {drawn.listed()}")
 
 
-def read_regions(
-    mask: Path | None, slide_id: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
-) -> Regions | None:
-    """Return the regions of a slide to be explained; None without a mask: all of it.
-
-    Args:
-        mask: a file, or a folder with a file for each slide.
-        slide_id: of the slide, its path relative to the archive.
+def tissue_within(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) -> NDArray[np.bool_]:
+    """Return the tissue that lies in regions, bool [h, w]; a mask over the whole slide, as `tissue` is.
 
     Raises:
-        AnnotationError: there is no such file, or it cannot be read.
+        AnnotationError: as of `Regions.mask`; or no tissue lies there, or hardly any, and much would if the
+            coordinates were micrometres or pixels of another level.
     """
-    if mask is None:
-        return None
-    shared = mask.is_dir()
-    path = mask_file(mask, slide_id) if shared else mask
-    return Regions(path, read_bytes(path), include, exclude, shared)
+    slide_px = (info.height, info.width)
+    mask = regions.mask(slide_px, (tissue.shape[0], tissue.shape[1]))
+    found: NDArray[np.bool_] = mask & tissue
+    if not mask.any() or not tissue.any() or found.sum() > MISPLACED * mask.sum():
+        return found
+    frame = _better_frame(regions, tissue, info)
+    if found.any() and not frame:
+        return found
+    raise AnnotationError(
+        f"{regions.path}: {'hardly any' if found.any() else 'no'} tissue lies in it: it covers "
+        f"{_extent(mask, slide_px)}, tissue is at {_extent(tissue, slide_px)} of {info.height} x {info.width}{frame}; "
+        "expected level-0 pixels of this slide; to explain what is not taken for tissue too, give --tissue everything"
+    )
 
 
-def entry_regions(entry: SlideEntry, settings: Settings) -> Regions | None:
-    """Return the regions of a slide of a run: by its own mask, which a list names, else by the settings'.
-
-    Raises:
-        AnnotationError: there is no such file, or it cannot be read.
-    """
-    if not entry.mask:
-        return read_regions(settings.mask, entry.id, settings.include, settings.exclude)
-    path = Path(entry.mask)
-    return Regions(path, read_bytes(path), settings.include, settings.exclude, shared=True)
-
-
-def check_masks(entries: Sequence[SlideEntry], settings: Settings) -> None:
-    """Refuse, before any work, masks that fit no slide; errors as of `check_mask`."""
-    without = sum(not entry.mask for entry in entries)
-    if settings.mask is not None or without == len(entries):
-        check_mask(settings.mask, settings.include, settings.exclude, without)
+def _better_frame(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) -> str:
+    """Return words on the unit in which most of a drawing would lie on tissue; "" where there is none."""
+    drawn = regions.drawn((info.height, info.width))
+    if not isinstance(drawn, Shapes):
+        return ""
+    wanted = regions.wanted(drawn)
+    frames = [(f"pixels of level {i}", level.downsample_y) for i, level in enumerate(info.levels) if i]
+    if info.mpp is not None:
+        frames.insert(0, ("micrometres", 1 / info.mpp[0]))
+    for name, times in frames:
+        mask = drawn.mask(wanted, (tissue.shape[0], tissue.shape[1]), times)
+        if mask.any() and (mask & tissue).sum() >= PLACED * mask.sum():
+            return f", and in {name} it would lie on tissue"
+    return ""
 
 
-def check_mask(mask: Path | None, include: Sequence[str], exclude: Sequence[str], slides: int) -> None:
-    """Refuse, before any work, a mask that fits no slide.
-
-    Raises:
-        ConfigError: classes without a mask, a mask that does not exist, or one file for several slides.
-    """
-    if mask is None:
-        if include or exclude:
-            raise ConfigError("include and exclude name classes of a mask; give the file with --mask")
-        return
-    if not mask.exists():
-        raise ConfigError(f"{mask}: does not exist, expected a file or a folder for --mask; check the path")
-    if slides > 1 and not mask.is_dir():
-        raise ConfigError(
-            f"{mask}: one mask for {slides} slides; give a folder that holds a file for each, named as the slide"
-        )
+def _extent(mask: NDArray[np.bool_], slide_px: tuple[int, int]) -> str:
+    """Return where the mask is, level-0 px, in words."""
+    words = []
+    for axis, name in ((0, "y"), (1, "x")):
+        places = np.flatnonzero(mask.any(axis=1 - axis))
+        scale = slide_px[axis] / mask.shape[axis]
+        words.append(f"{name} {round(places[0] * scale)} to {round((places[-1] + 1) * scale)}")
+    return ", ".join(words)
