@@ -204,7 +204,10 @@ def pyramid(path: Path, levels: list[NDArray[np.uint8]], sub: bool = False, **op
 
 def mean(array: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     h, w = array.shape
-    return array.reshape(h // factor, factor, w // factor, factor).mean((1, 3)).round().astype(np.uint8)
+    means: NDArray[np.uint8] = (
+        array.reshape(h // factor, factor, w // factor, factor).mean((1, 3)).round().astype(np.uint8)
+    )
+    return means
 
 
 class TestPyramids:
@@ -249,7 +252,7 @@ class TestPyramids:
     def test_a_tile_left_out_is_background(self, tmp_path: Path) -> None:
         path = written(tmp_path / "a.tif", BINARY, tile=(16, 16), compression="zlib")
         with tifffile.TiffFile(path, mode="r+") as tiff:
-            tags = tiff.pages[0].tags
+            tags = tiff.pages.first.tags
             for name in ("TileOffsets", "TileByteCounts"):
                 values = list(tags[name].value)
                 values[0] = 0
