@@ -264,7 +264,17 @@ def try_out(folder: Path, archive: Path, expected: Path, kills: int, seed: int, 
     machine, address = cluster(folder / "machine", journal)
     target = url_of(out) if remote else str(out)
     model = toy_file(folder, "poisoned")
-    arguments = ["explain", str(archive), "--model", str(model), "--out", target, "--scheduler", address]
+    arguments = [
+        "explain",
+        str(archive),
+        "--trust-code",
+        "--model",
+        str(model),
+        "--out",
+        target,
+        "--scheduler",
+        address,
+    ]
     killed = disturbed([*arguments, *flags(SETTINGS)], machine, kills, random.Random(seed))
     if remote:
         bring(out)

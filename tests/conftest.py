@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from hypothesis import settings
 from tests import mirror
 from tests.s3_proxy import Proxy, passing
 from tests.servers import BUCKET, CREDENTIALS, s3_server
-from wsi_gradcam.models.environment import make_sums_deterministic
+from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.system.processes import make_sums_deterministic
 
 # A busy machine is no failure; and CI shall not find a new example in an unrelated change.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -22,6 +24,11 @@ settings.load_profile("project")
 
 # Before anything uses torch: runs in this process are compared with runs in fresh ones, bit by bit.
 make_sums_deterministic()
+
+# Networks of the tests are the tests' own code, which may run; `asking` is for tests of the permission itself.
+# Processes that tests begin know nothing of this, and are given `--trust-code`.
+TRUSTED: Any = ModelSpec.__private_attributes__["_trusted"]
+TRUSTED.default = True
 
 # What `auto` chooses is kept between runs: not in the user's folder, and from one test session to the next not at all.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wsi-gradcam-tests-")
@@ -43,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code in models needs permission, as outside of tests."""
+    monkeypatch.setattr(TRUSTED, "default", False)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such layer": (["--layer", "layer4"], r"no layer 'layer4'; it has features, fc"),
     "layer without a map": (["--layer", "fc"], r"layer 'fc' has output of shape .* expected a map"),
     "wrong shape": (["--model", "{made}/wrong_shape.yaml"], r"wrong_shape: returns shape .* expected \(2, classes\)"),
-    "no network": (["--model", "{made}/not_a_module.yaml"], r"returned a int, expected a torch\.nn\.Module"),
+    "no network": (
+        ["--model", "{made}/not_a_module.yaml"],
+        r"makes no network; expected a function that returns a torch\.nn\.Module",
+    ),
     "no function": (["--model", "{made}/gone.yaml"], r"'tests\.toy_models' has no function 'gone'"),
     "class count": (["--model", "{made}/three_classes.yaml"], r"3 classes are named, but the model has 2 outputs"),
     "model mpp": (["--model", "{made}/mpp_unknown.yaml"], r"micrometres per pixel .*--patch-mpp"),

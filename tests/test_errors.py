@@ -23,6 +23,7 @@ EXPECTED = {
     "MppError": ValueError,
     "SlideReadError": OSError,
     "AnnotationError": ValueError,
+    "DocumentError": ValueError,
     "StainError": ValueError,
     "ModelError": ValueError,
     "LayerError": ValueError,

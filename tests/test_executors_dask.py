@@ -175,7 +175,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(slides: Path, tmp_path: P
         process(tmp_path, *worker(address)),
         Client(address, set_as_default=False) as client,
     ):
-        arguments = ["explain", str(slides), "--model", str(tmp_path / "slow_linear.yaml")]
+        arguments = ["explain", str(slides), "--trust-code", "--model", str(tmp_path / "slow_linear.yaml")]
         arguments += ["--out", str(tmp_path / "out"), *flags(SMALL), "--scheduler", address]
         command = begun(arguments, 0.05)
         until = time.monotonic() + WITHIN_S
@@ -223,7 +223,15 @@ def test_a_signal_stops_a_run_on_workers(
     """Ctrl-C reaches all processes of a terminal's group, `kill` one."""
     out = tmp_path / "out"
     toy_file(tmp_path, "slow_linear")
-    arguments = ["explain", str(slides), "--model", str(tmp_path / "slow_linear.yaml"), "--out", str(out)]
+    arguments = [
+        "explain",
+        str(slides),
+        "--trust-code",
+        "--model",
+        str(tmp_path / "slow_linear.yaml"),
+        "--out",
+        str(out),
+    ]
     command = begun([*arguments, *flags(SMALL), "--workers", "1"], 0.3)
     until = time.monotonic() + WITHIN_S
     while not any(out.glob("*/manifest/spans/*.json")):

@@ -363,4 +363,4 @@ def test_several_weights_are_not_chosen_from(timm_folder: Path) -> None:
     (timm_folder / "a.safetensors").write_bytes((timm_folder / "model.safetensors").read_bytes())
     load(timm_folder)
     (timm_folder / "model.safetensors").rename(timm_folder / "b.safetensors")
-    assert "several *.safetensors" in refused(timm_folder)
+    assert "2 *.safetensors and none called model.safetensors" in refused(timm_folder)

@@ -227,7 +227,7 @@ def test_classes_without_names_are_numbered() -> None:
     [
         ("tests.toy_models:wrong_shape", r"returns shape (2, 2, 15, 15) for a batch of 2, expected (2, classes)"),
         (f"{__name__}:maps", "returns a tuple, expected a tensor of shape (batch, classes)"),
-        ("tests.toy_models:not_a_module", "returned a int, expected a torch.nn.Module"),
+        ("tests.toy_models:not_a_module", "not_a_module() makes no network; expected a function that returns a"),
         (f"{__name__}:flattened", "returns shape (4,)"),
         (f"{__name__}:averaged", "returns shape (1, 2) for a batch of 2"),
         (f"{__name__}:choosy", "fails on a batch of shape (2, 3, 32, 32): ValueError: only gray"),
@@ -354,7 +354,9 @@ def test_weights_of_half_precision_become_float32() -> None:
 
 @pytest.mark.parametrize("weights", [None, "random"])
 def test_a_checksum_without_a_file_is_refused(weights: str | None) -> None:
-    assert "sha256 is of a weights file, but there is no 'weights:'" in refused(spec(weights=weights, sha256="0" * 64))
+    assert "sha256 is of a weights file, but there is no 'weights:'" in refused(
+        spec(source="timm:resnet18", weights=weights, sha256="0" * 64)
+    )
 
 
 def test_normalisation_is_the_formula() -> None:
@@ -444,7 +446,7 @@ def test_untrained_weights_are_the_same_in_every_process() -> None:
         from wsi_gradcam.models.load import load_model
         from wsi_gradcam.models.spec import ModelSpec
         torch.manual_seed(99)
-        print(load_model(ModelSpec(name="toy", source={SOURCE!r}, patch_px=32)).digest)
+        print(load_model(ModelSpec(name="toy", source={SOURCE!r}, patch_px=32), trust_code=True).digest)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     torch.rand(7)

@@ -19,10 +19,10 @@ import torchvision.models._api
 from torch import nn
 
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.environment import tensors_only
 from wsi_gradcam.models.load import Model, load_model
 from wsi_gradcam.models.sources.function import code_digest
 from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.system.processes import tensors_only
 
 NET = "import torch\n\n\ndef build() -> torch.nn.Module:\n    return torch.nn.Sequential({layers})\n"
 POOLED = "torch.nn.Conv2d(3, {classes}, 8, stride=8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()"
@@ -130,15 +130,18 @@ def test_what_the_model_file_says_goes_first() -> None:
         ("torchvision:resnet19", "torchvision has no such model"),
         ("torchvision:ssd300_vgg16", "not a classifier of images"),
         ("torchvision:fcn_resnet50", "not a classifier of images"),
-        ("json:no_such_function", "'json' has no function 'no_such_function'"),
-        ("json:__doc__", "'json' has no function '__doc__'"),
-        ("json:", "'json' has no function ''"),
+        ("yaml:no_such_function", "'yaml' has no function 'no_such_function'"),
+        ("yaml:__doc__", "'yaml' has no function '__doc__'"),
+        ("yaml:", "expected module:function"),
         ("no_such_module:build", "cannot import 'no_such_module'"),
-        (":build", "cannot import ''"),
-        ("..:build", "cannot import '..'"),
-        ("resnet18", "cannot import 'resnet18'"),
-        ("json:loads", "loads() fails: TypeError"),
-        ("json:JSONDecoder", "returned a JSONDecoder, expected a torch.nn.Module"),
+        (":build", "expected module:function"),
+        ("..:build", "expected module:function"),
+        ("../evil:build", "expected module:function"),
+        ("resnet18", "expected module:function"),
+        ("yaml:dump", "dump() fails: TypeError"),
+        ("yaml:SafeDumper", "SafeDumper() fails: TypeError"),
+        ("collections:OrderedDict", "collections makes no networks"),
+        ("tests.toys:Path", "returned a PosixPath, expected a torch.nn.Module"),
     ],
 )
 def test_a_source_that_gives_no_network_is_refused(source: str, problem: str) -> None:

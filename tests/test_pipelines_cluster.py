@@ -59,7 +59,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments_of_explain(made: Path, out: Path) -> list[str]:
-    return [str(made / "a.tif"), "--model", str(made / "pooled_linear.yaml"), "--out", str(out), *flags(SMALL)]
+    return [
+        str(made / "a.tif"),
+        "--trust-code",
+        "--model",
+        str(made / "pooled_linear.yaml"),
+        "--out",
+        str(out),
+        *flags(SMALL),
+    ]
 
 
 def option(words: list[str], name: str) -> str:

@@ -45,7 +45,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(made: Path, slides: str, out: Path, *more: str) -> list[str]:
     """Of a command that explains a folder of slides with the toy model."""
     model = made / "slow_linear.yaml"
-    return ["explain", str(made / slides), "--model", str(model), "--out", str(out), *flags(SMALL), *more]
+    return [
+        "explain",
+        str(made / slides),
+        "--trust-code",
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        *flags(SMALL),
+        *more,
+    ]
 
 
 def begun(given: list[str], **environment: str) -> subprocess.Popen[str]:

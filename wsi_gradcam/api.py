@@ -67,6 +67,7 @@ def explain(
     skip: str | Sequence[str] = (),
     retry_failed: bool = False,
     log_tasks: bool = False,
+    trust_code: bool = False,
     listener: RunListener | None = None,
     **options: Any,
 ) -> Outcome:
@@ -91,6 +92,8 @@ def explain(
         skip: patterns of ids that are left out.
         retry_failed: try all slides again that failed before.
         log_tasks: have a line in the run's log for each task, not just for each slide.
+        trust_code: allow the code in the model to run, see `ModelSpec.runs_code`; only for models whose maker you
+            trust. It is stored nowhere.
         listener: is told what happens.
 
     Returns:
@@ -103,7 +106,7 @@ def explain(
     """
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries = _chosen(slides, folder, only, skip)
-    spec, loaded = _prepared(entries, model, settings)
+    spec, loaded = _prepared(entries, model, settings, trust_code)
     session = RunSession(folder.place, listener or RunListener(), partial(read_slides, folder.slides), log_tasks)
     records: list[SlideRecord] = []
     with session, open_executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
@@ -156,6 +159,7 @@ def preview(
     *,
     only: str | Sequence[str] = (),
     skip: str | Sequence[str] = (),
+    trust_code: bool = False,
     **options: Any,
 ) -> Preview:
     """Plan everything and write nothing; arguments and errors as for `explain`."""
@@ -163,7 +167,7 @@ def preview(
 
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries = _chosen(slides, folder, only, skip)
-    spec, loaded = _prepared(entries, model, settings)
+    spec, loaded = _prepared(entries, model, settings, trust_code)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
     run = _plan(SerialExecutor(loaded), folder.place, spec, plain, entries, None)
@@ -196,7 +200,7 @@ def _chosen(slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: s
 
 
 def _prepared(
-    entries: Sequence[SlideEntry], model: str | PathLike[str] | ModelSpec | Model, settings: Settings
+    entries: Sequence[SlideEntry], model: str | PathLike[str] | ModelSpec | Model, settings: Settings, trust_code: bool
 ) -> tuple[ModelSpec, Model | None]:
     """Return the model's specification, and the model where it is loaded already."""
     check_reader(settings.reader)
@@ -205,7 +209,8 @@ def _prepared(
         if settings.patch_px not in (None, model.patch_px):
             raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")
         return model.spec, model
-    spec = model if isinstance(model, ModelSpec) else read_spec(fspath(model))
+    spec = (model if isinstance(model, ModelSpec) else read_spec(fspath(model))).trusting(trust_code)
+    spec.check_trusted()  # again where it is loaded; here no worker is started for it
     spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})

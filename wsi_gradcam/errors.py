@@ -6,6 +6,10 @@ say what was given, what was expected and how to mend it, on one line.
 
 from __future__ import annotations
 
+import reprlib
+
+MAX_MESSAGE = 1000  # characters: files, and libraries that quote them, may say anything
+
 
 class WsiGradcamError(Exception):
     """Any error that wsi_gradcam raises on purpose."""
@@ -45,6 +49,10 @@ class SlideMemoryError(SlideError, RuntimeError):
 
 class StainError(SlideError, ValueError):
     """Tissue whose stain cannot be measured, and so not be normalised."""
+
+
+class DocumentError(WsiGradcamError, ValueError):
+    """YAML or JSON that cannot be read within bounds; whoever reads a file adds its name."""
 
 
 class AnnotationError(WsiGradcamError, ValueError):
@@ -108,12 +116,44 @@ class StoppedError(WsiGradcamError, RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message on one line, with its type in front when it is not one of ours.
+    """The error's message on one line, cut where it is too long, with its type in front when it is not one of ours.
 
     >>> one_line(MppError("a.svs: no mpp"))
     'a.svs: no mpp'
     >>> one_line(RuntimeError("two\\nlines"))
     'RuntimeError: two lines'
     """
-    text = " ".join(str(error).split())
+    text = shortened(" ".join(str(error)[: 2 * MAX_MESSAGE].split()))
     return text if isinstance(error, WsiGradcamError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def shortened(text: str, most: int = MAX_MESSAGE) -> str:
+    """Return text of at most `most` characters, with dots where the rest was.
+
+    >>> shortened("tumour", 5)
+    'tu...'
+    """
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+class _Quoting(reprlib.Repr):
+    """Short representations of values of any size, in a time that does not depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlong = 40
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+def quoted(value: object) -> str:
+    """Return a value out of a file as messages quote it: short, whatever it is.
+
+    >>> quoted("a" * 1000)[-10:]
+    "aaaaaaaaa'"
+    >>> quoted([[[1, 2, 3]]] * 10**6)
+    '[[[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], ...]'
+    """
+    return shortened(_Quoting().repr(value), 200)

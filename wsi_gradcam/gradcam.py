@@ -84,6 +84,7 @@ class GradCAM:
             the first call with 16 images or more; until then eager float32 works.
         batch_size: images per forward pass.
         classes: names of the outputs, so that targets can be named.
+        trust_code: allow the code in a model that is named to run, see `load_model`.
 
     The weights may change between calls, as in training: what was made of them is then made anew.
 
@@ -101,6 +102,7 @@ class GradCAM:
         *,
         batch_size: int = 32,
         classes: Sequence[str] | None = None,
+        trust_code: bool = False,
     ) -> None:
         names = method.split(",") if isinstance(method, str) else method
         self.methods = tuple(name.strip() for name in names)
@@ -115,7 +117,7 @@ class GradCAM:
         _check("engine", engine, (AUTO, *ENGINES))
         _check("precision", precision, (AUTO, *PRECISIONS))
         if not isinstance(model, nn.Module | Model):
-            model = load_model(fspath(model) if isinstance(model, PathLike) else model)
+            model = load_model(fspath(model) if isinstance(model, PathLike) else model, trust_code=trust_code)
         self._module = model.module if isinstance(model, Model) else model
         self._classes = tuple(classes or (model.classes if isinstance(model, Model) else ()))
         self._wanted = layer or (model.layer if isinstance(model, Model) else None)

@@ -105,19 +105,22 @@ class ExplainedRun:
         return eager
 
 
-def open_run(result: Result, given: ModelSpec | None = None) -> ExplainedRun:
+def open_run(result: Result, given: ModelSpec | None = None, trust_code: bool = False) -> ExplainedRun:
     """Open a run, from its run.yaml, slides.jsonl and the slides' manifests.
 
     Args:
         given: the model, where the run does not say how it can be loaded, or where its file has moved.
+        trust_code: allow the code in the model to run.
 
     Raises:
         ResultError: no slide is finished, or an older version wrote it.
         ConfigError: the model is known to a program only.
+        ModelError: loading the model runs code, and that is not allowed.
     """
     run = result.record
     settings = make_settings(**run.settings)
-    spec = given or _spec_of(result)
+    spec = (given or _spec_of(result)).trusting(trust_code)
+    spec.check_trusted()
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
     model_settings = settings.model_copy(

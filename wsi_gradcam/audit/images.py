@@ -54,6 +54,7 @@ def audit_images(
     only: Sequence[str] = tuple(QUESTIONS),
     seed: int = 0,
     device: str = "cpu",
+    trust_code: bool = False,
     report: str | PathLike[str] | None = None,
 ) -> Metrics:
     """Audit a model on patches uint8 [N, h, w, 3] of its own size: the numbers and verdicts of `audit_run`.
@@ -73,6 +74,7 @@ def audit_images(
         layer: the layer to explain.
         only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`.
         seed: of all random numbers.
+        trust_code: allow the code in the model to run, see `load_model`.
         report: a file for the report, one page of HTML.
 
     Raises:
@@ -80,7 +82,7 @@ def audit_images(
         ModelError: patches that the model does not take, or a model that cannot be explained.
         TargetError: a target that the model does not have.
     """
-    loaded = model if isinstance(model, Model) else load_model(_named(model), device)
+    loaded = model if isinstance(model, Model) else load_model(_named(model), device, trust_code=trust_code)
     _check(rgb, loaded, groups, annotated, regions or {}, target)
     settings = AuditSettings(len(rgb), seed, _ordered(only))
     plan = _planned(loaded, method, target, layer, mpp, settings, _names(rgb, groups))

@@ -72,6 +72,7 @@ def audit_run(
     scheduler: str | None = None,
     wait_for_workers: float | None = None,
     overwrite: bool = False,
+    trust_code: bool = False,
     listener: RunListener | None = None,
 ) -> AuditOutcome:
     """Audit the explained archive in `out`; what was measured before is not measured again.
@@ -93,6 +94,7 @@ def audit_run(
         against: another run, whose audit is finished; its patches are audited here too, and the two are compared.
         workers, scheduler, wait_for_workers: as for `explain`.
         overwrite: measure all anew, also where an audit with other settings stands.
+        trust_code: as for `explain`; also where `out` itself names a model whose loading runs code.
         listener: is told what happens.
 
     Raises:
@@ -111,7 +113,8 @@ def audit_run(
     given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
     loaded = None if given is None or isinstance(given, ModelSpec) else given
     spec = loaded.spec if loaded is not None else given if isinstance(given, ModelSpec) else None
-    run = open_run(result, None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()}))
+    given = None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()})
+    run = open_run(result, given, trust_code or loaded is not None)
     folder = AuditFolder(result.folder.place / AUDIT)
     other = None if against is None else open_audit(against)
     records: list[SlideRecord] = []

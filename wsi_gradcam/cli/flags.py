@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -142,7 +142,7 @@ def _read_config(path: Path, names: list[str]) -> dict[str, Any]:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1)
             expected = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
-            raise ConfigError(f"{path}: unknown key {key!r}; {expected}")
+            raise ConfigError(f"{path}: unknown key {quoted(key)}; {expected}")
     for key in RUN_KEYS.keys() & values.keys():
         values[key] = _check_type(path, key, values[key])
     return values
@@ -155,7 +155,7 @@ def _check_type(path: Path, key: str, value: Any) -> Any:
         return [value]
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds or (kind is list and not all(isinstance(item, str) for item in value)):
-        raise ConfigError(f"{path}: {key} is {value!r}, expected {expected}")
+        raise ConfigError(f"{path}: {key} is {quoted(value)}, expected {expected}")
     return value
 
 
@@ -176,6 +176,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     add_patterns = partial(add, nargs="+", action="extend", metavar="PATTERN")
     add_patterns("--only", help="explain only slides with ids like these: '2023/**'")
     add_patterns("--skip", help="leave out slides with ids like these: '2023/**'")
+    _add_trust(parser)
     add("--config", type=Path, help="YAML file with the same names as keys; flags come first")
     _add_workers(parser, "how long to wait for missing workers (default 50)")
     add("--dry-run", action="store_true", help="print what would be done, and do nothing")
@@ -221,6 +222,7 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     add("--include", nargs="+", action="extend", metavar="NAME", help="annotation classes that count")
     add("--regions", help="as --annotations, of what should not decide: rulers, folds, pen")
     add("--model", help="the run's model, where its files have moved")
+    _add_trust(parser)
     add("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")
     add("--fail-on", metavar="QUESTION[,..]|any", help="end with 1 where a verdict on these fails")
     _add_workers(parser, "as for explain")
@@ -267,6 +269,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("slide", nargs="*", help="slide files")
     add("--model", help="a model, as for explain")
+    _add_trust(parser)
     add("--layer", help="a layer of the model to test")
     add("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
     add_settings(parser, MASK_SETTINGS, prefix="with --mask-out: ")
@@ -279,6 +282,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     add("--out", help="folder for the results, to be tried here and from the workers")
     add("--scheduler", help="address of a Dask scheduler, whose workers are checked")
     add("--model", help="a model, as for explain, to be loaded here and on the workers")
+    _add_trust(parser)
     _add_json(parser)
 
 
@@ -287,6 +291,11 @@ def _add_workers(parser: argparse.ArgumentParser, wait_help: str) -> None:
     where.add_argument("--workers", type=int, help="run on this many processes of this machine")
     where.add_argument("--scheduler", help="run on the Dask cluster at this address")
     parser.add_argument("--wait-for-workers", type=float, metavar="SECONDS", help=wait_help)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    about = "run the code in a TorchScript, .pt2, WSInfer or module:function model; only if you trust its maker"
+    parser.add_argument("--trust-code", action="store_true", help=about)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.export import Exported
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
+SWITCHES = ("overwrite", "retry_failed", "log_tasks", "trust_code")  # of explain
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def _explain(arguments: argparse.Namespace) -> int:
     slides, model, out = run.pop("slide"), run.pop("model"), run.pop("out")
     chosen: dict[str, Any] = {key: run.pop(key) or () for key in ("only", "skip")}
     if arguments.dry_run:
-        found = preview(slides, model, out, settings, **chosen)
+        found = preview(slides, model, out, settings, **chosen, trust_code=arguments.trust_code)
         print_preview(found, arguments.json)
         return SOME_FAILED if found.errors else DONE
-    switches: dict[str, Any] = {name: getattr(arguments, name) for name in ("overwrite", "retry_failed", "log_tasks")}
+    switches: dict[str, Any] = {name: getattr(arguments, name) for name in SWITCHES}
     with _reporting(arguments.json) as listener:
         outcome = explain(slides, model, out, settings, listener=listener, **run, **chosen, **switches)
     print_outcome(outcome, arguments.json)
@@ -184,9 +185,10 @@ def _audit(arguments: argparse.Namespace) -> int:
     options = _given(arguments, *names, "workers", "scheduler", "wait_for_workers")
     if arguments.only is not None:
         options["only"] = _split(arguments.only)
+    switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code")}
     fail_on = None if arguments.fail_on is None else questions_to_fail_on(_split(arguments.fail_on))
     with _reporting(arguments.json) as listener:
-        outcome = audit_run(arguments.out, overwrite=arguments.overwrite, listener=listener, **options)
+        outcome = audit_run(arguments.out, listener=listener, **options, **switches)
     failures = [] if fail_on is None else outcome.metrics.failed(fail_on)
     print_audit(outcome, failures, arguments.json)
     return SOME_FAILED if outcome.failed or failures else DONE
@@ -259,7 +261,7 @@ def _info(arguments: argparse.Namespace) -> int:
         values = flags.parse_text(_given(arguments, *flags.MASK_SETTINGS))
         found[0] |= mask_info(arguments.slide[0], arguments.mask_out, values)
     if arguments.model:
-        found.append(model_info(arguments.model, arguments.layer))
+        found.append(model_info(arguments.model, arguments.layer, arguments.trust_code))
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
@@ -271,7 +273,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.doctor import FAIL, examine, format_check, worst
 
     checks = []
-    for check in examine(arguments.out, arguments.scheduler, arguments.model):
+    for check in examine(arguments.out, arguments.scheduler, arguments.model, trust_code=arguments.trust_code):
         checks.append(check)
         if not arguments.json:
             print(format_check(check), flush=True)

@@ -16,6 +16,7 @@ from rich.text import Text
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.errors import quoted
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.models.spec import read_spec
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.running import AuditOutcome
     from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.facts import Layout
+    from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.results.run_files import RunFolder, SlideFolder
     from wsi_gradcam.tissue.stain import Stain
 
@@ -181,17 +183,22 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     return {"picture": str(out), "it shows": ", ".join(f"{text} {shares[key]:.1%}" for key, text in colours.items())}
 
 
-def model_info(model: str, layer: str | None) -> dict[str, Any]:
-    """Describe a model: also its layers that can be explained, and the self-test of the one that would be."""
+def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[str, Any]:
+    """Describe a model: also its layers that can be explained, and the self-test of the one that would be.
+
+    Of a model whose loading runs code, only what can be told without loading it, unless that is allowed.
+    """
     from wsi_gradcam.cam.facts import METHOD_INFO
 
-    spec = read_spec(model)
+    spec = read_spec(model).trusting(trust_code)
+    if spec.runs_code and not spec.trusted:
+        return _unloaded(spec)
     explainer = examine_model(spec, make_settings(layer=layer, engine="eager", precision="float32"), [])
     facts = explainer.facts
     return {
         "model": facts.name,
         "source": facts.source,
-        "loading it": "runs code in it: load only what you trust" if spec.runs_code else "runs no code",
+        "loading it": "runs code in it, as was allowed" if spec.runs_code else "runs no code",
         "digest": facts.digest,
         "license": facts.license or "not stated",
         "classes": _shortened(facts.classes, ", "),
@@ -206,6 +213,21 @@ def model_info(model: str, layer: str | None) -> dict[str, Any]:
         "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
         "self-test": "head(trunk(x)) equals model(x)",
         "methods": ", ".join(METHOD_INFO),
+    }
+
+
+def _unloaded(spec: ModelSpec) -> dict[str, Any]:
+    """Describe a model by its model file and the digest of its file alone."""
+    from wsi_gradcam.models.load import check_files
+
+    digest = check_files(spec, always=True)
+    told = spec.model_dump(mode="json", exclude_unset=True, exclude={"name", "source", "sha256", "provenance"})
+    return {
+        "model": spec.name,
+        "source": spec.source,
+        "loading it": "runs code in it, so it was not loaded; --trust-code allows that and shows the rest",
+        "sha256": f"{digest}, as the model file says" if spec.sha256 else digest,
+        **{key: value if isinstance(value, str | float) else quoted(value) for key, value in told.items()},
     }
 
 

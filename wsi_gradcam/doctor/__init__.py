@@ -30,20 +30,23 @@ if TYPE_CHECKING:
 __all__ = ["FAIL", "OK", "WARN", "Check", "Status", "examine", "format_check", "worst"]
 
 
-def examine(out: str | None = None, scheduler: str | None = None, model: str | None = None) -> Iterator[Check]:
+def examine(
+    out: str | None = None, scheduler: str | None = None, model: str | None = None, *, trust_code: bool = False
+) -> Iterator[Check]:
     """Return an iterator over the checks, each made when it is reached; an exception is a check that failed.
 
     Args:
         out: folder of the results, also tried from the workers; it need not exist, and is left as it was.
         scheduler: address of a Dask scheduler, whose workers are checked.
         model: a model as for `explain`, which is loaded here, and on each worker.
+        trust_code: allow the code in the model to run.
 
     Raises:
         ConfigError: `out` is neither a folder nor s3://BUCKET/KEY.
-        ModelError: no such model.
+        ModelError: no such model, or one whose loading runs code that is not allowed.
     """
     folder = None if out is None else storage_path(out)
-    spec = None if model is None else _spec(model)
+    spec = None if model is None else _spec(model, trust_code)
     return _examine(folder, scheduler, spec)
 
 
@@ -59,8 +62,9 @@ def _examine(out: StoragePath | None, scheduler: str | None, spec: ModelSpec | N
         yield from run_check("scheduler", check_workers, scheduler, out, spec)
 
 
-def _spec(model: str) -> ModelSpec:
+def _spec(model: str, trust_code: bool) -> ModelSpec:
     from wsi_gradcam.models.spec import read_spec
 
-    spec = read_spec(model)
+    spec = read_spec(model).trusting(trust_code)
+    spec.check_trusted()
     return spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder

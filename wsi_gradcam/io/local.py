@@ -72,9 +72,11 @@ class LocalPath(StoragePath):
 
     def read(self) -> bytes:
         with _wrap_read_errors(self.path):
-            return self.path.read_bytes()
+            return read_file(self.path)
 
     def read_range(self, start: int, count: int) -> bytes:
+        with _wrap_read_errors(self.path):
+            check_regular(self.path)
         with _wrap_read_errors(self.path), self.path.open("rb") as file:
             file.seek(start)
             return file.read(count)
@@ -206,6 +208,28 @@ class LocalPath(StoragePath):
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """Return the facts about a file, which is not opened: to open a pipe is to wait for its writer, perhaps for ever.
+
+    Raises:
+        OSError: it does not exist, or is a folder, pipe, socket or device.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, and no regular file", str(path))
+    return found
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """Return the contents of a regular file, of at most `most` bytes; errors as of `check_regular`."""
+    size = check_regular(path).st_size
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
+    return path.read_bytes()
 
 
 @contextmanager

@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wsi_gradcam.errors import ModelError, one_line
-from wsi_gradcam.models.environment import tensors_only
 from wsi_gradcam.models.outputs import with_logits
 from wsi_gradcam.models.sources import Built
-from wsi_gradcam.models.sources.function import build_function
-from wsi_gradcam.models.sources.hf import build_hf
+from wsi_gradcam.models.sources.function import build_function, source_digest
+from wsi_gradcam.models.sources.hf import build_hf, weights_file
 from wsi_gradcam.models.sources.libraries import build_timm, build_torchvision
 from wsi_gradcam.models.sources.programs import build_export, build_torchscript, failure
-from wsi_gradcam.models.sources.wsinfer import build_wsinfer
-from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, Resizing, explain_validation, read_spec
+from wsi_gradcam.models.sources.wsinfer import PROGRAM, build_wsinfer
+from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, Resizing, explain_validation, read_spec, regular
 from wsi_gradcam.models.staining import stain_target
 from wsi_gradcam.models.transform import Transform, make_transform
+from wsi_gradcam.system.processes import tensors_only
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -114,21 +114,64 @@ class Model:
         return self.transform(rgb)
 
 
-def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu") -> Model:
+def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu", *, trust_code: bool = False) -> Model:
     """Load the model of a specification, or of anything that `--model` takes, on `device`.
 
+    First its files are compared with a `sha256` that is given, then permission is asked for; only then anything of it
+    is imported, unpickled or run.
+
+    Args:
+        trust_code: allow code that is in the model to run, see `ModelSpec.runs_code`.
+
     Raises:
-        ModelError: no such source, weights that do not fit, a wrong checksum, an output of the wrong shape.
+        ModelError: no such source, weights that do not fit, a wrong checksum, an output of the wrong shape, or code
+            that is not allowed to run.
     """
-    spec = spec if isinstance(spec, ModelSpec) else read_spec(fspath(spec))
+    spec = (spec if isinstance(spec, ModelSpec) else read_spec(fspath(spec))).trusting(trust_code)
+    check_files(spec)
+    spec.check_trusted()
     built = _build(spec)
     if (path := spec.weights_path) is not None:
         _load_weights(built.module, path, spec)
-    elif spec.sha256 is not None and spec.kind not in FILES:
+    return finish(spec, built, device)
+
+
+def check_files(spec: ModelSpec, always: bool = False) -> str:
+    """Return the sha256 of the file that `spec.sha256` is of, compared with it; nothing in the file is looked at.
+
+    Without a `sha256` the file must be there, and is read only to `always` return one; "" otherwise.
+
+    Raises:
+        ModelError: it is missing, no regular file, or another one.
+    """
+    path = _source_file(spec) if spec.kind in FILES else spec.weights_path
+    if path is not None and path == spec.weights_path and (path.is_dir() or not path.exists()):
+        raise ModelError(f"{spec.name}: no weights file {path}; paths are relative to the model file, or {RANDOM!r}")
+    if path is not None:
+        regular(path, spec.name)
+    if spec.sha256 is None and not always:
+        return ""
+    if path is None and spec.kind != "function":
         raise ModelError(
             f"{spec.name}: sha256 is of a weights file, but there is no 'weights:'; name it, or leave out both"
         )
-    return finish(spec, built, device)
+    found = source_digest(spec) if path is None else _sha256(path)
+    if spec.sha256 is not None and found != spec.sha256.lower():
+        what = spec.source if path is None else path
+        raise ModelError(f"{spec.name}: {what} has sha256 {found}, expected {spec.sha256}; fetch the right file")
+    return found
+
+
+def _source_file(spec: ModelSpec) -> Path | None:
+    """Return the one file of a source that is one, or that holds the weights in its folder."""
+    path = spec.source_path
+    if path is None:
+        return None
+    if spec.kind == "wsinfer":
+        return path / PROGRAM
+    if spec.kind == "hf":
+        return weights_file(path, spec) if spec.sha256 is not None else None
+    return path
 
 
 def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
@@ -200,10 +243,6 @@ def _build(spec: ModelSpec) -> Built:
 
 
 def _load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> None:
-    if not path.is_file():
-        raise ModelError(f"{spec.name}: no weights file {path}; paths are relative to the model file, or {RANDOM!r}")
-    if spec.sha256 and (found := _sha256(path)) != spec.sha256.lower():
-        raise ModelError(f"{spec.name}: {path} has sha256 {found}, expected {spec.sha256}; fetch the right file")
     state = _state_dict(path)
     own = module.state_dict().keys()
     if not state.keys() & own:  # training with DataParallel or DDP puts a prefix before each name
@@ -254,8 +293,9 @@ def _check_numbers(name: str, module: nn.Module) -> None:
 
 def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> tuple[nn.Module, int]:
     """Return the network, giving one row of logits for each image, and the number of logits."""
-    images = torch.randn(2, 3, *input_px, generator=torch.Generator().manual_seed(0))
+    images = torch.empty(0)
     try:
+        images = torch.randn(2, 3, *input_px, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             module, output = with_logits(module, images, spec.output)
             alone = module(images[:1])

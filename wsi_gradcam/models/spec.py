@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from wsi_gradcam.errors import ModelError
+from wsi_gradcam.errors import DocumentError, ModelError, one_line, quoted, shortened
+from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
+from wsi_gradcam.io.local import check_regular, read_file
 from wsi_gradcam.models.staining import StainSpec
 
 if TYPE_CHECKING:
@@ -33,8 +34,16 @@ RANDOM = "random"
 Mean = Annotated[float, Field(ge=0)]
 Deviation = Annotated[float, Field(gt=0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-Size = tuple[PositiveInt, PositiveInt]
+# Of a side of what is read or resized: a batch of such patches is a few GiB, which is refused before it is made.
+MAX_SIDE_PX = 8192
+MAX_CLASSES = 100_000
+MAX_FINDINGS = 8  # in a message
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE_PX)]
+Size = tuple[Side, Side]
+Word = Annotated[str, Field(max_length=1000)]
 
+# The functions that come with the package, the only ones that are called without permission.
+BUNDLED = frozenset({"wsi_gradcam.models.zoo.nets:ihc_dab", "wsi_gradcam.models.zoo.nets:oral_tumour"})
 # Sources that are files or folders; their weights lie inside.
 FILES = ("torchscript", "export", "wsinfer", "hf")
 # Sources of which loading or running runs what is written in them: TorchScript and exported programs are programs, and
@@ -60,8 +69,8 @@ class Resizing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    resize: PositiveInt | Size | None = None
-    crop: PositiveInt | Size | None = None
+    resize: Side | Size | None = None
+    crop: Side | Size | None = None
     interpolation: Interpolation = "bilinear"
     crop_rounds: ClassVar[bool] = True
 
@@ -79,10 +88,11 @@ class ModelSpec(BaseModel):
         name: how results name the model.
         source: `timm:NAME`, `torchvision:NAME`, `torchscript:FILE`, `export:FILE.pt2`, `wsinfer:FOLDER`, `hf:FOLDER` or
             `module:function`, a function without arguments that returns a `torch.nn.Module`. Files lie beside the
-            model file. Where `runs_code` is true, use only what you trust.
+            model file. Where `runs_code` is true, loading needs permission, see `trusting`.
         weights: safetensors or a state dict in .pt/.pth, beside the model file; "random" for untrained weights;
             left out, the source's own (published) weights.
-        sha256: of the weights file, or of the one file of a source that is a file; checked when given.
+        sha256: of the weights file, else of the one file of a source that is a file, else of a function's code;
+            checked when given, before anything is loaded.
         classes: names of the outputs, in their order.
         patch_px: (height, width) of what is read from the slide; also the network's input, unless it is resized.
         mpp: micrometres per pixel of the patch.
@@ -100,11 +110,11 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    name: str = Field(min_length=1)
-    source: str = Field(min_length=3)
-    weights: str | None = None
+    name: Annotated[str, Field(min_length=1, max_length=1000)]
+    source: Annotated[str, Field(min_length=3, max_length=5000)]
+    weights: Annotated[str, Field(max_length=5000)] | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
-    classes: tuple[str, ...] | None = None
+    classes: Annotated[tuple[Word, ...], Field(max_length=MAX_CLASSES)] | None = None
     patch_px: Size | None = None
     mpp: PositiveFloat | None = None
     scale: PositiveFloat | None = None
@@ -112,12 +122,13 @@ class ModelSpec(BaseModel):
     std: tuple[Deviation, Deviation, Deviation] | None = None
     stain: StainSpec | None = None
     transform: Resizing | None = None
-    output: str | int | None = None
-    layer: str | None = None
+    output: Word | int | None = None
+    layer: Word | None = None
     activation: Activation = "softmax"
     license: str | None = None
     provenance: Any = None
     folder: Path = Field(default=Path(), exclude=True)
+    _trusted: bool = PrivateAttr(default=False)  # of this process and its workers: no file can say it, none keeps it
 
     @field_validator("patch_px", mode="before")
     @classmethod
@@ -140,7 +151,8 @@ class ModelSpec(BaseModel):
         if not isinstance(value, list | tuple):
             return value
         if wrong := [v for v in value if isinstance(v, bool) or not isinstance(v, str | int | float)]:
-            raise ValueError(f"{wrong[0]} is no name; YAML reads yes, no, on and off as true and false: quote them")
+            given = quoted(wrong[0])
+            raise ValueError(f"{given} is no name; YAML reads yes, no, on and off as true and false: quote them")
         return [str(v) for v in value]
 
     @field_validator("classes")
@@ -175,8 +187,35 @@ class ModelSpec(BaseModel):
     @property
     def runs_code(self) -> bool:
         """True if loading the model runs code that is in it: use only models from people you trust."""
-        ours = self.kind == "function" and self.source.startswith("wsi_gradcam.")
-        return self.kind in RUNS_CODE and not ours
+        return self.kind in RUNS_CODE and self.source not in BUNDLED
+
+    @property
+    def trusted(self) -> bool:
+        """True where the code in it may run, see `trusting`."""
+        return self._trusted
+
+    def trusting(self, trust_code: bool = True) -> ModelSpec:
+        """Return the specification with the permission to run the code that is in the model, if it is given.
+
+        Permission is a matter of the one who calls: a model file or `run.yaml` cannot give it, and none is stored.
+        """
+        if not trust_code or self._trusted:
+            return self
+        trusted = self.model_copy()
+        trusted._trusted = True
+        return trusted
+
+    def check_trusted(self) -> None:
+        """Refuse a model whose loading would run code without permission.
+
+        Raises:
+            ModelError: says how permission is given.
+        """
+        if self.runs_code and not self._trusted:
+            raise ModelError(
+                f"{shortened(self.source, 200)}: loading it runs code that is in it, so it was not loaded; if you "
+                "trust whoever made it, allow that with --trust-code (in Python: trust_code=True)"
+            )
 
     @property
     def source_path(self) -> Path | None:
@@ -223,6 +262,7 @@ def _kind_of(path: Path, given: str) -> str | None:
     if there and path.suffix == ".pt2":
         return "export"
     if there and not folder and path.suffix in SCRIPT_SUFFIXES:
+        regular(path, given)
         if is_torchscript(path):
             return "torchscript"
         raise ModelError(
@@ -230,6 +270,20 @@ def _kind_of(path: Path, given: str) -> str | None:
             f"'source: timm:resnet18' (or another) and 'weights: {path.name}'"
         )
     return _kind_of_folder(path, given) if folder else None
+
+
+def regular(path: Path, given: str) -> Path:
+    """Return the path of a regular file.
+
+    Raises:
+        ModelError: it is missing, a folder, or a pipe or device, which would be waited for or never end.
+    """
+    try:
+        check_regular(path)
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"{given}: {path} cannot be read: {cause}; check the path") from error
+    return path
 
 
 def _kind_of_folder(path: Path, given: str) -> str:
@@ -249,9 +303,10 @@ def _kind_of_folder(path: Path, given: str) -> str:
 def is_torchscript(path: Path) -> bool:
     """Return whether a file is a TorchScript archive; state dicts and pickled models have the same endings."""
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             return any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile, NotImplementedError):
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return False
 
 
@@ -262,11 +317,11 @@ def bundled() -> list[str]:
 
 def _from_file(path: Path) -> ModelSpec:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(read_file(path, MAX_BYTES))
+    except DocumentError as error:
+        raise ModelError(f"{path}: not a YAML file that is read here: {one_line(error)}") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected keys and values such as 'source: timm:resnet18'")
     if "folder" in values:
@@ -282,19 +337,21 @@ def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:
 
 
 def explain_validation(error: ValidationError) -> str:
-    """Return Pydantic's findings on one line: key, problem, given value."""
-    return "; ".join(_finding(e) for e in error.errors())
+    """Return Pydantic's findings on one line: key, problem, given value; of many, the first few."""
+    found = error.errors(include_url=False)
+    more = [f"and {len(found) - MAX_FINDINGS} more"] if len(found) > MAX_FINDINGS else []
+    return "; ".join([*map(_finding, found[:MAX_FINDINGS]), *more])
 
 
 def _finding(error: ErrorDetails) -> str:
-    message = error["msg"].removeprefix("Value error, ")
+    message = shortened(error["msg"].removeprefix("Value error, "), 300)
     if not error["loc"]:  # of several keys together: the message names them
         return message
-    key = ".".join(str(part) for part in error["loc"])
+    key = shortened(".".join(str(part) for part in error["loc"]), 100)
     if error["type"] == "missing":
         return f"{key}: {message}"
     known = "unknown key, check the spelling" if error["type"] == "extra_forbidden" else message
-    return f"{key}: {known} (given: {error['input']!r})"
+    return f"{key}: {known} (given: {quoted(error['input'])})"
 
 
 Activation = Literal["softmax", "sigmoid", "none"]

@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, model_validator
 
 from wsi_gradcam.errors import ModelError, StainError
+from wsi_gradcam.io.local import check_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,9 +114,8 @@ def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
     """Return RGB uint8 [n, 3] of a picture, sampled evenly."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such stain target; paths are relative to the model file")
     try:
+        check_regular(path)
         with Image.open(path) as picture:
             if picture.mode != "RGB" or picture.width * picture.height > MAX_TARGET_PX:
                 raise ModelError(
@@ -125,6 +125,8 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
             rgb = np.asarray(picture).reshape(-1, 3)
     except ModelError:
         raise
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such stain target; paths are relative to the model file") from error
     except Exception as error:  # damaged pictures raise many errors
         raise ModelError(f"{path}: no picture ({type(error).__name__}); give a PNG or JPEG as stain target") from error
     return rgb[:: -(-len(rgb) // MEASURED_PX)]

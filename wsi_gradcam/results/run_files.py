@@ -8,10 +8,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from wsi_gradcam.cam.facts import Choice
-from wsi_gradcam.errors import ResumeError, StoreError, one_line
+from wsi_gradcam.errors import DocumentError, ResumeError, StoreError, one_line
+from wsi_gradcam.io.documents import read_yaml, to_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def write_run(place: StoragePathLike, run: RunPlan) -> None:
         "choice": facts.choice.to_json(),
         "versions": versions(),
     }
-    storage_path(place).write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+    storage_path(place).write(to_yaml(values))
 
 
 def read_run(place: StoragePathLike) -> dict[str, Any] | None:
@@ -152,10 +151,10 @@ def read_run(place: StoragePathLike) -> dict[str, Any] | None:
         StoreError: it is damaged.
     """
     try:
-        values = yaml.safe_load(storage_path(place).read().decode())
+        values = read_yaml(storage_path(place).read(), aliases=True)  # of older versions
     except FileNotFoundError:
         return None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except DocumentError as error:
         raise StoreError(f"{place}: damaged; choose another --out, or use --overwrite") from error
     if not isinstance(values, dict) or not {"run_digest", "identity", "model"} <= values.keys():
         raise StoreError(f"{place}: not a run.yaml of wsi_gradcam; choose another --out")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.io.cache import Cache, ResourcePool
-from wsi_gradcam.models.environment import make_sums_deterministic
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
@@ -21,7 +20,7 @@ from wsi_gradcam.results.run_files import RunFolder, SlideFolder
 from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
-from wsi_gradcam.system.processes import limit_arenas, release_freed_memory
+from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic, release_freed_memory
 from wsi_gradcam.tissue.masks import glass_colour
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
-from wsi_gradcam.models.environment import make_sums_deterministic
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import open_entry
-from wsi_gradcam.system.processes import limit_arenas
+from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic
 from wsi_gradcam.tissue.annotations import entry_regions, tissue_within
 from wsi_gradcam.tissue.grid import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.errors import ConfigError, DocumentError, one_line
+from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
+from wsi_gradcam.io.local import read_file
 
 # Settings that change only how fast or how patiently a result is reached, not the result. The path of the mask and the
 # source of a slide's mpp are among them: the mask's content and the mpp itself count, slide by slide.
@@ -202,11 +203,11 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or is not a YAML mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(read_file(path, MAX_BYTES))
+    except DocumentError as error:
+        raise ConfigError(f"{path}: not a YAML file that is read here: {one_line(error)}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 """`module:function`: a Python function without arguments that returns a `torch.nn.Module`. Runs that code.
 
-Models are told apart by a digest of that source code: of its module and of what it imports of the same project.
+Models are told apart by a digest of that source code: of its module and of what it imports of the same project. Where
+that code lies is found without importing anything, so that a digest can be compared before it runs.
 """
 
 from __future__ import annotations
@@ -8,20 +9,23 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import inspect
+import io
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from wsi_gradcam.errors import ModelError, one_line
 from wsi_gradcam.models.sources import Built
-from wsi_gradcam.models.spec import FORMS
+from wsi_gradcam.models.spec import BUNDLED, FORMS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import ModuleType
+    from collections.abc import Iterator, Sequence
+    from importlib.machinery import ModuleSpec
 
     from wsi_gradcam.models.spec import ModelSpec
 
@@ -31,8 +35,19 @@ def code_digest(module: str, file: str | None) -> str:
 
     Read from the files, not from what happens to be loaded: every process must find the same.
     """
+    files = project_files(module, file)
+    if len(files) < 2:
+        return "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    digest = hashlib.sha256()
+    for path, name in sorted(files.items(), key=lambda item: item[1]):
+        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def project_files(module: str, file: str | None) -> dict[Path, str]:
+    """Return a module's file and those it imports from its own package or folder, with the modules' names."""
     if file is None:
-        return ""
+        return {}
     parts = module.split(".")
     start = Path(file)
     depth = len(parts) - (start.name != "__init__.py")
@@ -46,12 +61,7 @@ def code_digest(module: str, file: str | None) -> str:
             if found is not None and found not in files and _belongs(name, parts, root):
                 files[found] = name
                 waiting.append(found)
-    if len(files) == 1:
-        return hashlib.sha256(start.read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    for path, name in sorted(files.items(), key=lambda item: item[1]):
-        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    return files
 
 
 def _belongs(name: str, parts: list[str], root: Path) -> bool:
@@ -70,7 +80,7 @@ def _imported(path: Path, module: str) -> Iterator[str]:
     """Yield the modules that a file may import: of `from a import b` both `a` and `a.b`."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # compiled, or for another Python
+    except (SyntaxError, ValueError, RecursionError):  # compiled, for another Python, or nested too deep
         return
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(tree):
@@ -83,46 +93,149 @@ def _imported(path: Path, module: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def source_digest(spec: ModelSpec) -> str:
+    """Return the digest of a function's code, of which nothing is imported.
+
+    Raises:
+        ModelError: there is no such code.
+    """
+    module, _ = _names(spec.source)
+    with _searching(_folders(spec)):
+        file = _locate(spec, module)
+    if file is None:
+        raise ModelError(f"{spec.source}: {module!r} has no file of its own whose digest could be compared")
+    return code_digest(module, file)
+
+
 def build_function(spec: ModelSpec) -> Built:
-    """Call `module:function`; the module is also looked for beside the model file and in the current folder."""
+    """Call `module:function`; the module may lie beside the model file and in the current folder.
+
+    Those are searched last, so that nothing there takes the place of an installed module; of the functions that come
+    with the package they are not searched at all.
+
+    Raises:
+        ModelError: there is no such function, it fails, or it makes no network.
+    """
     source = spec.source
-    module_name, _, function_name = source.partition(":")
-    with _searching(spec.folder, Path()):
+    module_name, function_name = _names(source)
+    with _searching(() if source in BUNDLED else _folders(spec)):
+        file = _locate(spec, module_name)
         try:
             python = importlib.import_module(module_name)
-        except Exception as error:  # the module's own code may raise anything
+        except (Exception, SystemExit) as error:  # the module's own code may raise anything
             raise ModelError(
                 f"{source}: cannot import {module_name!r} ({one_line(error)}); expected an importable "
                 f"module:function (install it, or put it beside the model file), or another of {FORMS}"
             ) from error
-        _check_origin(source, python, spec.folder / f"{module_name}.py")
+        _check_origins(source, project_files(module_name, file))
         function = getattr(python, function_name, None)
         if not callable(function):
             raise ModelError(f"{source}: {module_name!r} has no function {function_name!r}")
-        try:
-            network = function()
-        except Exception as error:  # as above
-            raise ModelError(f"{source}: {function_name}() fails: {one_line(error)}") from error
-    if not isinstance(network, nn.Module):
-        raise ModelError(f"{source}: returned a {type(network).__name__}, expected a torch.nn.Module")
+        network = _call(source, function)
+        _check_origins(source, project_files(module_name, file))
     return Built(network, code_digest=code_digest(module_name, python.__file__))
 
 
-def _check_origin(source: str, python: ModuleType, beside: Path) -> None:
-    """Refuse another module of the same name: Python imports a name once, and would silently give the first."""
-    if beside.is_file() and (python.__file__ is None or not beside.samefile(python.__file__)):
+def _names(source: str) -> tuple[str, str]:
+    """Return module and function of a source; refuse what is none, and modules that make no networks."""
+    module, _, function = source.partition(":")
+    if not all(name.isidentifier() for name in (*module.split("."), function)):
+        raise ModelError(f"{source}: expected module:function, or another of {FORMS}")
+    if source not in BUNDLED and _of_a_program(module):
         raise ModelError(
-            f"{source}: {beside} is meant, but Python has imported {python.__file__} under the same name; "
-            "rename one of them, or use a process for each model"
+            f"{source}: {module.partition('.')[0]} makes no networks; expected a function that returns a "
+            f"torch.nn.Module, or another of {FORMS}"
         )
+    return module, function
+
+
+def _of_a_program(module: str) -> bool:
+    """Return whether a module belongs to Python, to the running program, or to this package: none makes a network."""
+    return module.partition(".")[0] in {*sys.stdlib_module_names, "__main__", "wsi_gradcam"}
+
+
+def _call(source: str, function: Callable[[], Any]) -> nn.Module:
+    """Return the network that a function makes; refuse uncalled what cannot make one, such as a program's main."""
+    name = source.partition(":")[2]
+    promised = getattr(function, "__annotations__", {}).get("return", nn.Module)
+    plain = promised in (None, int, str, bool, float, "None", "int", "str", "bool", "float")
+    if plain or (inspect.isroutine(function) and _of_a_program(function.__module__ or "") and source not in BUNDLED):
+        raise ModelError(f"{source}: {name}() makes no network; expected a function that returns a torch.nn.Module")
+    stdin, sys.stdin = sys.stdin, io.StringIO()  # what asks the user would wait for ever
+    try:
+        network = function()
+    except (Exception, SystemExit) as error:  # as above
+        raise ModelError(f"{source}: {name}() fails: {one_line(error)}") from error
+    finally:
+        sys.stdin = stdin
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"{source}: returned a {type(network).__name__}, expected a torch.nn.Module")
+    return network
+
+
+def _folders(spec: ModelSpec) -> tuple[Path, ...]:
+    return spec.folder, Path()
+
+
+def _locate(spec: ModelSpec, module: str) -> str | None:
+    """Return the file that `import module` would run, without running anything; None if there is none.
+
+    Raises:
+        ModelError: another module of that name lies beside the model file, and would silently not be used.
+    """
+    file = _file_that_python_takes(module)
+    beside = _file_of(spec.folder, module)
+    if beside is not None and (file is None or not beside.samefile(file)) and spec.source not in BUNDLED:
+        raise ModelError(_shadowed(spec.source, beside, file))
+    return file
+
+
+def _file_that_python_takes(module: str) -> str | None:
+    path: Sequence[str] | None = None
+    file: str | None = None
+    names = module.split(".")
+    for i in range(len(names)):
+        name = ".".join(names[: i + 1])
+        if (loaded := sys.modules.get(name)) is not None:
+            path, file = list(getattr(loaded, "__path__", ())), getattr(loaded, "__file__", None)
+            continue
+        found = _spec_of(name, path)
+        if found is None:
+            return None
+        path, file = list(found.submodule_search_locations or ()), found.origin if found.has_location else None
+    return file
+
+
+def _spec_of(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Ask Python's finders for a module; unlike `importlib.util.find_spec`, this does not import its parents."""
+    for finder in sys.meta_path:
+        find: Callable[..., ModuleSpec | None] | None = getattr(finder, "find_spec", None)
+        if find is not None and (found := find(name, path, None)) is not None:
+            return found
+    return None
+
+
+def _check_origins(source: str, files: dict[Path, str]) -> None:
+    """Refuse other modules of the same names: Python imports a name once, and would silently give the first."""
+    for path, name in files.items():
+        python = sys.modules.get(name)
+        if python is not None and (python.__file__ is None or not path.samefile(python.__file__)):
+            raise ModelError(_shadowed(source, path, python.__file__))
+
+
+def _shadowed(source: str, meant: Path, found: str | None) -> str:
+    return (
+        f"{source}: {meant} is meant, but Python has imported {found} under the same name, or would: installed modules "
+        "come first; rename one of them, or use a process for each model"
+    )
 
 
 @contextmanager
-def _searching(*folders: Path) -> Iterator[None]:
+def _searching(folders: Sequence[Path]) -> Iterator[None]:
     added = [str(folder.resolve()) for folder in folders]
-    sys.path[:0] = added
+    sys.path += added
     try:
         yield
     finally:
-        for folder in added:
-            sys.path.remove(folder)
+        for folder in added:  # from the end: the user's own path may name them too
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]

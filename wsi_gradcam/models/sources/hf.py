@@ -9,8 +9,6 @@ With another `patch_px` they are carried out.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from contextlib import contextmanager
@@ -21,11 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wsi_gradcam.errors import ModelError, one_line
-from wsi_gradcam.models.environment import tensors_only
+from wsi_gradcam.errors import DocumentError, ModelError, one_line
+from wsi_gradcam.io.documents import MAX_BYTES, read_json
+from wsi_gradcam.io.local import read_file
 from wsi_gradcam.models.sources import Built
-from wsi_gradcam.models.spec import ModelSpec, Resizing, ResizingDown
+from wsi_gradcam.models.spec import ModelSpec, Resizing, ResizingDown, regular
 from wsi_gradcam.models.transform import Transform, make_transform
+from wsi_gradcam.system.processes import tensors_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.spec import Activation, Interpolation, ModelSpec
 
 
-def read_json(path: Path, source: str) -> dict[str, Any]:
+def read_mapping(path: Path, source: str) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
 
     Raises:
         ModelError: it does not.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(read_file(path, MAX_BYTES))
+    except DocumentError as error:
+        raise ModelError(f"{path}: not a JSON file that is read here: {one_line(error)}") from error
     except OSError as error:
         raise ModelError(f"{source}: {path} cannot be read: {error.strerror}; the folder needs it") from error
-    except ValueError as error:  # JSON, unicode
-        raise ModelError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: expected a mapping of keys to values")
     return values
@@ -64,20 +64,6 @@ def distinct(names: Iterable[object]) -> tuple[str, ...]:
     return tuple(text if counts[text] == 1 else f"{text} ({i})" for i, text in enumerate(texts))
 
 
-def check_sha256(path: Path, spec: ModelSpec) -> None:
-    """Compare a file's checksum with the specification's, if it has one.
-
-    Raises:
-        ModelError: they differ.
-    """
-    if spec.sha256 is None:
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != spec.sha256.lower():
-        raise ModelError(f"{spec.name}: {path} has sha256 {found}, expected {spec.sha256}; fetch the right file")
-
-
 Size = tuple[int, int]
 
 
@@ -91,7 +77,9 @@ def build_hf(spec: ModelSpec) -> Built:
     assert folder is not None
     if spec.weights is not None:
         raise ModelError(f"{spec.source}: the weights are in the folder; leave out 'weights: {spec.weights}'")
-    config = read_json(folder / "config.json", spec.source)
+    config = read_mapping(folder / "config.json", spec.source)
+    for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:  # what libraries may open
+        regular(path, spec.source)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"{spec.source}: no *.safetensors in {folder}; weights in pickles (.bin, .pt) are not loaded: save them "
@@ -117,7 +105,7 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
         raise ModelError(f"{spec.source}: this timm has no architecture {name!r}; update timm, or check config.json")
     try:
         module = timm.create_model(name, pretrained=False, **{k: v for k, v in arguments.items() if v is not None})
-        module.load_state_dict(_weights(folder, spec))
+        module.load_state_dict(load_file(weights_file(folder, spec)))
     except ModelError:
         raise
     except Exception as error:  # arguments of any kind, weights of another network
@@ -137,15 +125,21 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
     )
 
 
-def _weights(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
+def weights_file(folder: Path, spec: ModelSpec) -> Path:
+    """Return the one file of weights in a folder.
+
+    Raises:
+        ModelError: there is none, or several.
+    """
     files = sorted(folder.glob("*.safetensors"))
     path = folder / "model.safetensors"
-    if path not in files:
-        if len(files) > 1:
-            raise ModelError(f"{spec.source}: several *.safetensors and none called model.safetensors: keep one")
-        path = files[0]
-    check_sha256(path, spec)
-    return load_file(path)
+    if path in files:
+        return path
+    if len(files) != 1:
+        raise ModelError(
+            f"{spec.source}: {len(files) or 'no'} *.safetensors and none called model.safetensors: keep one"
+        )
+    return files[0]
 
 
 def _timm_resizing(cfg: dict[str, Any], input_px: Size, spec: ModelSpec) -> Resizing | None:
@@ -193,10 +187,8 @@ def _build_transformers(folder: Path, config: dict[str, Any], spec: ModelSpec) -
                 f"{spec.source}: holds {what} ({name}), which is not supported; save the merged float model"
             )
     files = sorted(folder.glob("*.safetensors"))
-    if spec.sha256 is not None:
-        if len(files) != 1:
-            raise ModelError(f"{spec.source}: sha256 is of one file, but there are {len(files)} *.safetensors")
-        check_sha256(files[0], spec)
+    if spec.sha256 is not None and len(files) != 1:
+        raise ModelError(f"{spec.source}: sha256 is of one file, but there are {len(files)} *.safetensors")
     with tensors_only(), _quiet(transformers):
         module = _load(transformers, folder, spec)
         processor = _processor(transformers, folder, spec)

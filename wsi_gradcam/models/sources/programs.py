@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from wsi_gradcam.errors import ModelError, one_line
-from wsi_gradcam.models.environment import tensors_only
+from wsi_gradcam.io.local import read_file
 from wsi_gradcam.models.graph import any_batch, free_batch, with_points
 from wsi_gradcam.models.outputs import with_logits
 from wsi_gradcam.models.sources import Built
 from wsi_gradcam.models.spec import is_torchscript
 from wsi_gradcam.models.transform import make_transform
+from wsi_gradcam.system.processes import tensors_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +46,7 @@ def read_source(path: Path, spec: ModelSpec) -> tuple[bytes, str]:
     if spec.weights is not None:
         raise ModelError(f"{spec.source}: the weights are in the file; leave out 'weights: {spec.weights}'")
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise ModelError(f"{spec.source}: {path} cannot be read: {error.strerror}; check the path") from error
     found = hashlib.sha256(content).hexdigest()

@@ -6,12 +6,13 @@ transforms are torchvision's on PIL images, and logits become probabilities by s
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from wsi_gradcam.errors import ModelError
+from wsi_gradcam.errors import DocumentError, ModelError, one_line, quoted
+from wsi_gradcam.io.documents import MAX_BYTES, read_json
+from wsi_gradcam.io.local import read_file
 from wsi_gradcam.models.sources import Built
 from wsi_gradcam.models.sources.programs import load_torchscript
 from wsi_gradcam.models.spec import Interpolation, ModelSpec, Resizing, explain_validation
@@ -123,13 +124,13 @@ def read_config(path: Path, source: str) -> Config:
         ModelError: it is missing, or not as WSInfer's schema wants it.
     """
     try:
-        return Config.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Config.model_validate(read_json(read_file(path, MAX_BYTES)))
     except OSError as error:
         raise ModelError(f"{source}: {path} cannot be read: {error.strerror}; a WSInfer model needs it") from error
     except ValidationError as error:
         raise ModelError(f"{path}: not a configuration of WSInfer: {explain_validation(error)}") from error
-    except ValueError as error:  # JSON, unicode
-        raise ModelError(f"{path}: not a JSON file: {error}") from error
+    except DocumentError as error:
+        raise ModelError(f"{path}: not a JSON file that is read here: {one_line(error)}") from error
 
 
 def _resizing(config: Config, spec: ModelSpec) -> Resizing | None:
@@ -138,7 +139,7 @@ def _resizing(config: Config, spec: ModelSpec) -> Resizing | None:
         return None
     given = arguments.get("interpolation", "bilinear")
     if given not in INTERPOLATIONS or arguments.get("max_size") is not None:
-        raise ModelError(f"{spec.source}: the arguments of Resize are not supported: {arguments}")
+        raise ModelError(f"{spec.source}: the arguments of Resize are not supported: {quoted(arguments)}")
     size = arguments.get("size")
     if isinstance(size, list) and len(size) == 1:
         size = size[0]
@@ -151,6 +152,7 @@ def _resizing(config: Config, spec: ModelSpec) -> Resizing | None:
 def _triple(spec: ModelSpec, values: Any, name: str) -> Triple:
     numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
     if not numbers or len(values) not in (1, 3) or (name == "std" and min(values) <= 0):
-        raise ModelError(f"{spec.source}: {name} of Normalize should be three numbers for RGB (given: {values!r})")
+        given = quoted(values)
+        raise ModelError(f"{spec.source}: {name} of Normalize should be three numbers for RGB (given: {given})")
     red, green, blue = (values * 3)[:3]
     return (float(red), float(green), float(blue))

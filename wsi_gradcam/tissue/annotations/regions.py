@@ -17,6 +17,7 @@ import tifffile
 
 from wsi_gradcam.errors import AnnotationError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.io.local import check_regular
 from wsi_gradcam.tissue.annotations.areas import (
     BACKGROUND,
     MAX_BYTES,
@@ -75,6 +76,7 @@ def read_bytes(path: Path) -> bytes:
         AnnotationError: it cannot be read, or is larger than any that a person drew.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             data = b"" if path.suffix.lower() in TIFF else file.read(MAX_BYTES + 1)
     except OSError as error:

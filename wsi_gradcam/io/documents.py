@@ -1,0 +1,168 @@
+"""YAML and JSON that strangers may have written, read within bounds of size, depth and length of numbers.
+
+YAML goes through its safe loader, in C where that is installed. Aliases are what lets a kilobyte stand for gigabytes,
+so they are refused, and merge keys with them; `run.yaml` of older versions may have some, within the bounds of what
+they stand for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from wsi_gradcam.errors import DocumentError, one_line
+
+MAX_BYTES = 4 << 20  # a model of 21,000 classes takes one MB in run.yaml
+MAX_DEPTH = 50
+MAX_DIGITS = 40
+MAX_TEXT = MAX_BYTES  # characters that all aliases of a document stand for
+MERGE = "tag:yaml.org,2002:merge"
+# What constructors raise for values such as the date 2026-99-99 or `!!bool 7`.
+_WRONG_VALUES = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The safe loader, with every key once, no merge keys, and no number that takes long to convert."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if key.tag == MERGE:
+                raise DocumentError(f"line {key.start_mark.line + 1}: merge keys (<<) are not read; write values out")
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise DocumentError(f"line {key.start_mark.line + 1}: a key is there twice; leave one out")
+                seen.add((key.tag, key.value))
+        super().flatten_mapping(node)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(super().construct_yaml_int(_short(node)))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return float(super().construct_yaml_float(_short(node)))
+
+
+for _tag, _constructor in (("int", _Loader.construct_yaml_int), ("float", _Loader.construct_yaml_float)):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, without aliases for what is there twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _short(node: yaml.ScalarNode) -> yaml.ScalarNode:
+    if len(node.value) > MAX_DIGITS:
+        raise DocumentError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters")
+    return node
+
+
+def read_yaml(data: bytes, aliases: bool = False) -> Any:
+    """Return the value of a YAML document, in a time that is linear in its size.
+
+    Args:
+        aliases: take anchors and aliases, as long as what they stand for is no larger than a document may be.
+
+    Raises:
+        DocumentError: it is none, is too large or too deep, or has what is not read.
+    """
+    if len(data) > MAX_BYTES:
+        raise DocumentError(f"larger than {MAX_BYTES >> 20} MiB")
+    try:
+        text = data.decode()
+        _check_events(text, aliases)
+        return yaml.load(text, _Loader)
+    except DocumentError:
+        raise
+    except _WRONG_VALUES as error:
+        raise DocumentError(one_line(error)) from error
+
+
+def _check_events(text: str, aliases: bool) -> None:
+    """Refuse what is too deep, and aliases; nothing is built of the document yet.
+
+    An alias counts for as much text as stands below its anchor, aliases in there included.
+    """
+    size = copied = 0
+    started: list[tuple[str | None, int]] = []  # the anchors of the open nodes, and how much text stood before them
+    sizes: dict[str | None, int] = {}
+    for event in yaml.parse(text, _Loader):
+        anchor = getattr(event, "anchor", None)
+        if anchor is not None and not aliases:
+            raise _refused(event, "anchors and aliases are not read; write values out")
+        if isinstance(event, yaml.AliasEvent):
+            copy = sizes.get(anchor, MAX_TEXT + 1)  # no size yet: it contains itself
+            size, copied = size + copy, copied + copy
+            if copied > MAX_TEXT:
+                raise _refused(event, "aliases stand for too much; write values out")
+        elif isinstance(event, yaml.ScalarEvent):
+            event.value.encode()  # half a surrogate pair cannot be written anywhere
+            size += len(event.value) + 1
+            sizes[anchor] = len(event.value) + 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            started.append((anchor, size))
+            size += 1
+            if len(started) > MAX_DEPTH:
+                raise _refused(event, f"nested more than {MAX_DEPTH} deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = started.pop()
+            sizes[anchor] = size - before
+
+
+def _refused(event: yaml.Event, why: str) -> DocumentError:
+    line = "" if event.start_mark is None else f"line {event.start_mark.line + 1}: "
+    return DocumentError(line + why)
+
+
+def to_yaml(values: Any) -> bytes:
+    """Return the YAML of plain values, keys in their order, without aliases."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode()
+
+
+def read_json(data: bytes | str) -> Any:
+    """Return the value of a JSON document.
+
+    Raises:
+        DocumentError: it is none, too deep, or has a number of too many digits.
+    """
+    try:
+        value = json.loads(data, parse_int=_integer)
+    except DocumentError:
+        raise
+    except RecursionError as error:
+        raise DocumentError(f"nested more than {MAX_DEPTH} deep") from error
+    except ValueError as error:  # UTF-8 too
+        raise DocumentError(" ".join(str(error).split())) from error
+    if _brackets(data) > MAX_DEPTH:
+        _check_depth(value)
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise DocumentError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _brackets(data: bytes | str) -> int:
+    return data.count(b"[") + data.count(b"{") if isinstance(data, bytes) else data.count("[") + data.count("{")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for item in level
+            if isinstance(item, list | dict)
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, list | dict)
+        ]
+        if not level:
+            return
+    raise DocumentError(f"nested more than {MAX_DEPTH} deep")
