@@ -163,6 +163,8 @@ def test_the_best_level_is_the_coarsest_that_loses_nothing(step_y: float, step_x
 def test_pixels_come_from_the_best_level(mpp: float, level: int) -> None:
     slide = memory_slide("by two")
     read_region(slide, 0, 0, 10, 10, mpp)
+    slide.reads.clear()  # the first time levels were compared
+    read_region(slide, 0, 0, 10, 10, mpp)
     assert {read for read, _ in slide.reads} == {level}
 
 

@@ -150,7 +150,8 @@ def slide_info(path: str) -> dict[str, Any]:
     slide = open_slide(path)
     info = slide.info
     slide.close()
-    levels = [f"{level.height} x {level.width} (1/{level.downsample_y:g})" for level in info.levels]
+    unsure = {True: ", used where its pixels prove it", False: ""}
+    levels = [f"{o.height} x {o.width} (1/{o.downsample_y:g}{unsure[bool(o.problem)]})" for o in info.levels]
     return {
         "slide": info.path,
         "format": info.vendor,

@@ -57,7 +57,7 @@ def lazy_flags(store: HeatmapStore, count: int) -> list[Any]:
 
 def lazy_slide(slide: Slide) -> list[Any]:
     """Return an open slide's levels as dask arrays, RGB uint8 [h, w, 3]; it must stay open while they are read."""
-    levels = range(len(slide.info.levels))
+    levels = [number for number, level in enumerate(slide.info.levels) if not level.problem]
     return [
         da.from_array(_LevelPixels(slide, level), chunks=(SLIDE_CHUNK, SLIDE_CHUNK, 3), name=False) for level in levels
     ]

@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -20,23 +21,38 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    N = TypeVar("N", int, float)
+    Pair: TypeAlias = tuple[N, N]  # y, x
+    Stored = tuple[Pair[int], Pair[float] | None, Pair[int] | None]  # size, spacing, tile of a level
+
 
 # Scanners deliver 0.1 to 1 um per pixel and thumbnails of slides up to about 30. Values outside are wrong
 # tags: 72 dpi, which image editors write by default, comes out as 352.8.
 SMALLEST_MPP, LARGEST_MPP = 0.01, 100.0
 UM_AT_1X = 10.0
+# How many pixels the side of a level may be off its factor by rounding, also of several rounded one after the other;
+# and the share by which a factor of pixel sizes may be off the whole one that is meant.
+ROUNDED_PX, WHOLE = 1.5, 0.002
+DIFFERENT = "its height and width tell different factors"
 # Files that make a folder a Zarr group, of either format.
 ZARR_FILES = ("zarr.json", ".zgroup")
 
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a slide: size in its own pixels and level-0 pixels per pixel, per axis."""
+    """One resolution of a slide: size in its own pixels and level-0 pixels per pixel, per axis.
+
+    Attributes:
+        height, width: without what fills up the last tiles, as far as that is known.
+        problem: why the factors are not certain; "" where they are. Such a level is used only where its pixels prove
+            them.
+    """
 
     height: int
     width: int
     downsample_y: float
     downsample_x: float
+    problem: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -122,18 +138,96 @@ def pad_with_background(
     return canvas
 
 
-def make_levels(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
-    """Return levels of these (height, width), finest first, with the exact downsample of each axis.
+def make_levels(
+    sizes: Sequence[Pair[int]],
+    spacings: Sequence[Pair[float] | None] = (),
+    tiles: Sequence[Pair[int] | None] = (),
+) -> tuple[Level, ...]:
+    """Return levels of these (height, width), finest first, with the downsample of each axis.
 
     A writer that shrinks 2967 rows by 4 keeps 741 of 741.75, and 2967 / 741 = 4.004 would drift by 3 px towards
     the bottom: where a whole factor explains the sizes up to rounding, the whole factor is taken. Of small levels
     several do: one that explains both axes goes first, and of these a power of two.
 
+    A writer that fills up the last tiles makes levels too large for their factor. What the file says of their pixels'
+    size tells it; where it says nothing, the power of two that such tiles would explain is a guess, and a `problem`.
+
+    Args:
+        sizes: of the levels as they are stored.
+        spacings: what the file says of the size of each level's pixels, (y, x) in any unit.
+        tiles: (height, width) of each level's tiles.
+
     >>> make_levels([(2967, 2220), (741, 555)])[1]
     Level(height=741, width=555, downsample_y=4.0, downsample_x=4.0)
+    >>> make_levels([(9216, 8192), (2560, 2048)], [(0.25, 0.25), (1.0, 1.0)], [(512, 512)] * 2)[1]
+    Level(height=2304, width=2048, downsample_y=4.0, downsample_x=4.0)
     """
-    height, width = sizes[0]
-    return tuple(Level(h, w, *_downsamples((height, width), (h, w))) for h, w in sizes)
+    known = [*zip_longest(sizes, spacings, tiles)]
+    return (Level(*sizes[0], 1.0, 1.0), *(_level(known[0], stored) for stored in known[1:]))
+
+
+def _level(first: Stored, stored: Stored) -> Level:
+    """Return a level by its size, spacing and tile, and those of the first."""
+    full, reduced = first[0], stored[0]
+    by_size, agree = _downsamples(full, reduced), _one_factor(full, reduced)
+    said, whole = _said(first, stored), agree and by_size[0].is_integer()
+    if said is not None and whole and not (said[0].is_integer() and said[1].is_integer()):
+        said = by_size  # a factor that is nearly whole is said loosely
+    if said is not None and not all(map(_is_rounded, full, reduced, said)):
+        return _cut(full, reduced, said)
+    guess = None if whole else _padded_factor(first, stored)
+    if guess is not None and not all(map(_is_rounded, full, reduced, (guess, guess))):
+        return _cut(full, reduced, (guess, guess), "its size may be that of whole tiles, and nothing says its factor")
+    return Level(*reduced, *by_size, "" if agree or said is not None else DIFFERENT)
+
+
+def _cut(full: Pair[int], reduced: Pair[int], factors: Pair[float], problem: str = "") -> Level:
+    """Return a level without what lies beyond the slide."""
+    height, width = (min(r, math.ceil(f / by)) for f, r, by in zip(full, reduced, factors, strict=True))
+    return Level(height, width, *factors, problem)
+
+
+def _said(first: Stored, stored: Stored) -> Pair[float] | None:
+    """Return the factors by the pixels' sizes, if rounding or whole tiles make the level's size of them."""
+    if first[1] is None or stored[1] is None or not all(value > 0 for value in (*first[1], *stored[1])):
+        return None
+    y, x = (_whole(b / a) for a, b in zip(first[1], stored[1], strict=True))
+    return (y, x) if _fits(first, stored, (y, x)) else None
+
+
+def _whole(factor: float) -> float:
+    return float(round(factor)) if abs(factor - round(factor)) < WHOLE * factor else factor
+
+
+def _padded_factor(first: Stored, stored: Stored) -> float | None:
+    """Return the power of two that makes the level's size of whole tiles; None where none does."""
+    ratio = max(f / r for f, r in zip(first[0], stored[0], strict=True))
+    factor = 2.0 ** max(0, math.ceil(math.log2(ratio) - WHOLE))
+    return factor if _fits(first, stored, (factor, factor)) else None
+
+
+def _fits(first: Stored, stored: Stored, factors: Pair[float]) -> bool:
+    """Return True where the factors and whole tiles, of either level or both, explain the level's size."""
+    none = (None, None)
+    values = zip(first[0], first[2] or none, stored[0], stored[2] or none, factors, strict=True)
+    return all(_side_fits(*side) for side in values)
+
+
+def _side_fits(full: int, full_tile: int | None, reduced: int, tile: int | None, factor: float) -> bool:
+    spare = tile if tile and reduced % tile == 0 else 0
+    missing = full_tile / factor if full_tile and full % full_tile == 0 else 0
+    return factor > 1 and -missing - ROUNDED_PX < reduced - full / factor < spare + ROUNDED_PX
+
+
+def _is_rounded(full: int, reduced: int, factor: float) -> bool:
+    return abs(reduced - full / factor) < ROUNDED_PX
+
+
+def _one_factor(full: Pair[int], reduced: Pair[int]) -> bool:
+    """Return True where one factor explains both sides up to rounding."""
+    low = max(f / (r + ROUNDED_PX) for f, r in zip(full, reduced, strict=True))
+    high = min(f / max(1e-9, r - ROUNDED_PX) for f, r in zip(full, reduced, strict=True))
+    return low <= high
 
 
 def _downsamples(full: tuple[int, int], reduced: tuple[int, int]) -> tuple[float, float]:

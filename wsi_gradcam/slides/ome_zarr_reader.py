@@ -240,7 +240,11 @@ class OmeZarrSlide:
         found, problem = (mpp, "") if mpp is not None else self._mpp()
         return SlideInfo(
             path=self._path,
-            levels=make_levels([(level.shape[y], level.shape[x]) for level in self._levels]),
+            levels=make_levels(
+                [(level.shape[y], level.shape[x]) for level in self._levels],
+                [self._spacing(dataset) for dataset in self._scales["datasets"]],
+                [self._chunk_px(level) for level in range(len(self._levels))],
+            ),
             mpp=found,
             mpp_problem=problem,
             vendor="ome-zarr",
@@ -248,6 +252,14 @@ class OmeZarrSlide:
             bounds=None,
             digest=self._digest(),
         )
+
+    def _spacing(self, dataset: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Return the size of a level's pixels (y, x), in any unit; None where it is not told."""
+        scales = [transform["scale"] for transform in _scalings(self._scales, dataset)]
+        if not scales:
+            return None
+        y, x = (float(math.prod(scale[self._axes.index(axis)] for scale in scales)) for axis in "yx")
+        return y, x
 
     def _mpp(self) -> tuple[tuple[float, float] | None, str]:
         values = []

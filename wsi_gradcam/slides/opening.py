@@ -18,7 +18,7 @@ import numpy as np
 
 from wsi_gradcam.errors import SlideError, SlideFormatError, SlideNotFoundError, SlideReadError, one_line
 from wsi_gradcam.io.urls import redact_url, split_url
-from wsi_gradcam.slides.base import LocalFile
+from wsi_gradcam.slides.base import LocalFile, make_levels
 from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide, RemoteZarr
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, detect_vendor
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
@@ -113,7 +113,7 @@ def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlid
         SlideFormatError: they do not.
     """
     try:
-        levels, info = _facts(file, mpp, known.info)
+        levels, info = _facts(file, mpp, known)
         fast = TiffSlide(file, levels, info)
         if levels[0].orientation == TOP_LEFT:  # OpenSlide does not turn pictures
             for level in range(min(len(info.levels), len(known.info.levels))):
@@ -124,23 +124,26 @@ def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlid
     return fast
 
 
-def _facts(file: LocalFile, mpp: Mpp, known: SlideInfo) -> Facts:
+def _facts(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> Facts:
     """Return levels and metadata of a file that OpenSlide knows, by OpenSlide as far as it sees all of the file."""
     with open_tiff(file) as parsed:
         levels = tiff_levels(parsed)
         if levels[0].orientation != TOP_LEFT:
             return levels, describe_tiff(file, parsed, levels, mpp)
-        more = parsed.is_ome and len(levels) > len(known.levels)  # OpenSlide knows no levels in SubIFDs
-        info = describe_tiff(file, parsed, levels, mpp) if more else known
+        more = parsed.is_ome and len(levels) > len(known.stored_px)  # OpenSlide knows no levels in SubIFDs
+        if more:
+            info = describe_tiff(file, parsed, levels, mpp)
+        else:
+            levels = _same_sizes(levels, known.stored_px)
+            info = replace(known.info, levels=make_levels(*zip(*(level.stored for level in levels), strict=True)))
         if parsed.is_ome and info.mpp is None and (found := tiff_mpp(parsed))[0] is not None:  # nor any OME-XML
             info = replace(info, mpp=found[0], mpp_problem="")
-    return _same_sizes(levels, info), info
+    return levels, info
 
 
-def _same_sizes(levels: Sequence[TiffLevel], info: SlideInfo) -> list[TiffLevel]:
-    """Return the pages that are the slide's levels."""
+def _same_sizes(levels: Sequence[TiffLevel], wanted: Sequence[tuple[int, int]]) -> list[TiffLevel]:
+    """Return the pages of the wanted sizes."""
     by_size = {level.shown_px: level for level in levels}
-    wanted = [(level.height, level.width) for level in info.levels]
     if missing := [size for size in wanted if size not in by_size]:
         raise SlideFormatError(f"no level of {missing[0][0]} x {missing[0][1]} px is found in the file")
     return [by_size[size] for size in wanted]

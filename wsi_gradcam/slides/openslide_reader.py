@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openslide
@@ -14,6 +15,8 @@ from PIL import Image
 from wsi_gradcam.errors import SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides.base import (
+    Level,
+    LocalFile,
     SlideInfo,
     check_mpp,
     content_digest,
@@ -21,6 +24,7 @@ from wsi_gradcam.slides.base import (
     mpp_from_objective,
     pad_with_background,
 )
+from wsi_gradcam.slides.tiff_levels import open_tiff, spacing_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +45,9 @@ def library_version() -> str:
 class OpenSlideSlide:
     """A `Slide` read by OpenSlide.
 
+    Attributes:
+        stored_px: (height, width) of the levels, with what fills up their last tiles.
+
     An OpenSlide handle that failed once answers every later call with the same error, so a failed read opens the
     file anew: one bad region must not cost the rest of the slide.
     """
@@ -50,6 +57,7 @@ class OpenSlideSlide:
         self._lock = threading.Lock()
         self._handle = _open(path)
         info = _describe(path, self._handle, mpp)
+        self.stored_px = [(height, width) for width, height in self._handle.level_dimensions]
         self._info = mpp_from_objective(info) if trust_objective else info
         self._downsamples = self._handle.level_downsamples
 
@@ -137,7 +145,7 @@ def _describe(path: Path, handle: openslide.OpenSlide, mpp: tuple[float, float] 
     found, problem = (mpp, "") if mpp is not None else _mpp(properties)
     return SlideInfo(
         path=str(path),
-        levels=make_levels([(height, width) for width, height in handle.level_dimensions]),
+        levels=_levels(path, handle),
         mpp=found,
         mpp_problem=problem,
         vendor=properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
@@ -147,6 +155,31 @@ def _describe(path: Path, handle: openslide.OpenSlide, mpp: tuple[float, float] 
         digest=content_digest(path, properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")),
         objective=_objective(properties),
     )
+
+
+def _levels(path: Path, handle: openslide.OpenSlide) -> tuple[Level, ...]:
+    """Return the levels; OpenSlide takes their factors from their sizes, also where these are of whole tiles."""
+    sizes = [(height, width) for width, height in handle.level_dimensions]
+    tiles = [_tile(handle.properties, level) for level in range(len(sizes))]
+    spacings: Mapping[tuple[int, int], tuple[float, float] | None] = {}
+    if len(sizes) > 1 and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in DENSE:
+        with suppress(Exception), closing(LocalFile(path)) as file, open_tiff(file) as parsed:  # may raise anything
+            pages: Any = parsed.pages
+            spacings = {_size(page): spacing_of(page) for page in pages}
+    return make_levels(sizes, [spacings.get(size) for size in sizes], tiles)
+
+
+def _size(page: Any) -> tuple[int, int]:
+    return int(page.imagelength), int(page.imagewidth)
+
+
+def _tile(properties: Mapping[str, str], level: int) -> tuple[int, int] | None:
+    """Return (height, width) of a level's tiles; None where OpenSlide does not say."""
+    try:
+        height, width = (int(properties[f"openslide.level[{level}].tile-{side}"]) for side in ("height", "width"))
+    except (KeyError, ValueError):
+        return None
+    return height, width
 
 
 def _objective(properties: Mapping[str, str]) -> float | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,9 +17,13 @@ from wsi_gradcam.errors import ConfigError, SlideReadError
 from wsi_gradcam.geometry import Region, tiles
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from wsi_gradcam.slides.base import Slide, SlideInfo
+
+LOG = logging.getLogger("wsi_gradcam")
 
 # A level up to 1 % coarser than asked for is taken: the enlargement cannot be seen, the next finer level would
 # cost four times the pixels or more.
@@ -48,7 +56,7 @@ def read_region(
     step_y, step_x = mpp_y / slide_y, mpp_x / slide_x
     if min(height, width) < 1 or not all(0 < step < math.inf for step in (step_y, step_x)):
         raise ConfigError(f"cannot read {height} x {width} px at mpp {mpp}: expected positive, finite sizes")
-    level = best_level(slide.info, step_y, step_x)
+    level = _aligned_level(slide, step_y, step_x)
     down_y, down_x = slide.info.levels[level].downsample_y, slide.info.levels[level].downsample_x
     source_per_px = (step_y / down_y) * (step_x / down_x)
     if height * width * source_per_px <= MAX_SOURCE_PX:
@@ -65,12 +73,150 @@ def read_region(
 
 def best_level(info: SlideInfo, step_y: float, step_x: float) -> int:
     """Return the coarsest level with at most `step_y` and `step_x` level-0 pixels per pixel."""
+    return _levels_for(info, step_y, step_x)[0]
+
+
+def _levels_for(info: SlideInfo, step_y: float, step_x: float) -> list[int]:
+    """Return the levels that are fine enough for such steps, the coarsest first, at least level 0."""
     fine_enough = [
         i
         for i, level in enumerate(info.levels)
         if level.downsample_y <= step_y * COARSER and level.downsample_x <= step_x * COARSER
     ]
-    return max(fine_enough, key=lambda i: info.levels[i].downsample_y, default=0)
+    return sorted(fine_enough, key=lambda i: -info.levels[i].downsample_y) or [0]
+
+
+def _aligned_level(slide: Slide, step_y: float, step_x: float) -> int:
+    """Return the coarsest level that is fine enough and shows things where level 0 does."""
+    with _LOCK:
+        alignment = _ALIGNMENTS.setdefault(slide, LevelAlignment(slide))
+    return next(level for level in [*_levels_for(slide.info, step_y, step_x), 0] if alignment.holds(level))
+
+
+class LevelAlignment:
+    """The levels of a slide whose pixels lie where their factors say, as their content shows. Each is tried once.
+
+    The file's numbers may be wrong: levels are filled up to whole tiles, or were enlarged to a rounder size. So a few
+    places of a level, far apart and with structure, are registered with the next finer level. Where one has moved by
+    more than a pixel, the level is not used.
+    """
+
+    def __init__(self, slide: Slide) -> None:
+        self._slide = weakref.proxy(slide)
+        self._known: dict[int, bool] = {0: True}
+        self._lock = threading.RLock()
+
+    def holds(self, level: int) -> bool:
+        """Return True for a level that can be used; one of uncertain factors must be proved, others not refuted.
+
+        Raises:
+            SlideAccessError: a remote slide cannot be reached.
+        """
+        if level in self._known:
+            return self._known[level]
+        with self._lock:
+            if level not in self._known:
+                info = self._slide.info
+                moved = self._moved(level)
+                self._known[level] = not moved if moved is not None else not info.levels[level].problem
+                if not self._known[level]:
+                    why = info.levels[level].problem if moved is None else f"it lies {moved:.1f} of its px beside them"
+                    LOG.warning("%s: level %d is not used, finer ones are: %s", info.path, level, why)
+            return self._known[level]
+
+    def _moved(self, level: int) -> float | None:
+        """Return by how many pixels the level's content has moved, 0 for up to one; None where it does not tell."""
+        found = []
+        for place in self._places(level):
+            with suppress(SlideReadError):  # damage is found out, and told, where it matters
+                if (moved := self._moved_at(level, place)) is not None:
+                    found.append(moved)
+            if len(found) == WINDOWS:
+                break
+        if not found:
+            return None
+        wrong = [moved for moved in found if moved > MAX_MOVED_PX]
+        return max(wrong) if 2 * len(wrong) >= len(found) else 0.0
+
+    def _places(self, level: int) -> list[Region]:
+        """Return windows of the level, far from the corner at first: there a wrong factor shows most."""
+        size = self._slide.info.levels[level]
+        side = min(WINDOW_PX, size.height, size.width)
+        spots = [(f * (size.height - side), g * (size.width - side)) for f, g in PLACES]
+        return [Region(round(y), round(x), side, side) for y, x in dict.fromkeys(spots)]
+
+    def _moved_at(self, level: int, place: Region) -> float | None:
+        """Return by how many pixels a window has moved; None where it has no structure."""
+        shown = _gray(self._slide.read_level(level, place))
+        if shown.std() < STRUCTURE:
+            return None
+        finer = self._reference(level)
+        info = self._slide.info
+        here, there = info.levels[level], info.levels[finer]
+        scale_y, scale_x = here.downsample_y / there.downsample_y, here.downsample_x / there.downsample_x
+        rows = _Axis(place.y * scale_y, scale_y, place.height)
+        columns = _Axis(place.x * scale_x, scale_x, place.width)
+        return _moved(shown, _gray(_read(self._slide, finer, rows, columns)))
+
+    def _reference(self, level: int) -> int:
+        """Return a finer level that can be used: the finest that is not much finer, so that little is read."""
+        levels = self._slide.info.levels
+        finer = [i for i in range(len(levels)) if levels[i].downsample_y < levels[level].downsample_y]
+        near = [i for i in finer if levels[i].downsample_y * MAX_STEP >= levels[level].downsample_y]
+        ordered = [*near, *sorted(set(finer) - set(near), reverse=True)]
+        return next((i for i in ordered if self.holds(i)), 0)
+
+
+# Windows are compared in gray. A factor off by 0.3 % moves things by more than a pixel from 400 pixels of a level on.
+WINDOW_PX, WINDOWS = 128, 2
+PLACES = tuple((f, g) for f, g in ((0.9, 0.9), (0.5, 0.9), (0.9, 0.5), (0.1, 0.7), (0.7, 0.1), (0.5, 0.5), (0.3, 0.3)))
+STRUCTURE = 6.0  # gray levels
+MAX_MOVED_PX, MAX_STEP = 1.0, 4.5
+ALIKE, UNLIKE = 0.5, 0.3  # correlations of windows that show the same, and that do not
+_LOCK = threading.Lock()
+_ALIGNMENTS: weakref.WeakKeyDictionary[Slide, LevelAlignment] = weakref.WeakKeyDictionary()
+
+
+def _gray(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return brightness, a little smoothed, so that noise and the way of shrinking do not count."""
+    from scipy.ndimage import gaussian_filter  # not above: takes time to import
+
+    smooth: NDArray[np.float32] = gaussian_filter(rgb.mean(axis=2, dtype=np.float32), SMOOTHED_PX)
+    return smooth
+
+
+def _moved(shown: NDArray[np.float32], expected: NDArray[np.float32]) -> float | None:
+    """Return by how many pixels `shown` lies beside `expected`; infinity where it shows something else.
+
+    None where neither is certain.
+    """
+    from skimage.registration import phase_cross_correlation
+
+    fade = np.outer(*(np.hanning(size) for size in shown.shape))
+    flat = [(image - image.mean()) * fade for image in (expected, shown)]
+    shift, _, _ = phase_cross_correlation(*flat, upsample_factor=10, normalization=None)
+    still, shifted = _likeness(shown, expected, (0, 0)), _likeness(shown, expected, shift)
+    if max(still, shifted) < UNLIKE:
+        return math.inf
+    if max(still, shifted) < ALIKE:
+        return None
+    better = 1 - shifted < BETTER * (1 - still)  # else a pattern that repeats itself
+    return float(np.abs(shift).max()) if better else 0.0
+
+
+SMOOTHED_PX, BETTER = 1.0, 0.6
+
+
+def _likeness(shown: NDArray[np.float32], expected: NDArray[np.float32], shift: Sequence[float]) -> float:
+    """Return the correlation of two images where they overlap, the first moved by whole pixels of the shift."""
+    parts = []
+    for image, sign in ((shown, -1), (expected, 1)):
+        starts = [max(0, sign * round(float(by))) for by in shift]
+        ends = [size - max(0, -sign * round(float(by))) for size, by in zip(image.shape, shift, strict=True)]
+        parts.append(image[starts[0] : ends[0], starts[1] : ends[1]])
+    if min(parts[0].shape) < 16 or min(part.std() for part in parts) < 1:
+        return 0.0
+    return float(np.corrcoef(parts[0].ravel(), parts[1].ravel())[0, 1])
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tifffile import TiffFile
+from tifffile import RESUNIT, TiffFile
 
 from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.slides.base import DIFFERENT, make_levels
 from wsi_gradcam.slides.tiff_samples import rgb_converter, whole_tile_decoder
 from wsi_gradcam.slides.tiff_streams import stream_check
 
@@ -34,6 +35,13 @@ AGAIN = "copy the file again from its source"
 MAX_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
 CONTIGUOUS = 1
 TOP_LEFT = 1
+SWAPPED = 4  # orientations above it exchange rows and columns
+UM_PER_UNIT = {
+    RESUNIT.INCH: 25_400.0,
+    RESUNIT.CENTIMETER: 10_000.0,
+    RESUNIT.MILLIMETER: 1_000.0,
+    RESUNIT.MICROMETER: 1.0,
+}
 
 # Its messages on damaged files go to logs that a user sets up, not to the terminal: the slide's error reports them.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -56,6 +64,7 @@ class TiffLevel:
         decode_piece: tifffile's decoder of this page.
         decode_whole: a faster one for tiles that lie wholly in the page, where there is one.
         to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
+        spacing: (y, x) micrometres per stored pixel by the page's resolution tags; None where they do not say.
     """
 
     height: int
@@ -71,6 +80,7 @@ class TiffLevel:
     decode_piece: Callable[..., Any]
     decode_whole: Decode | None
     to_rgb: ToRGB
+    spacing: tuple[float, float] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -80,7 +90,14 @@ class TiffLevel:
     @property
     def shown_px(self) -> tuple[int, int]:
         """(height, width) of the page after its orientation."""
-        return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
+        return (self.width, self.height) if self.orientation > SWAPPED else (self.height, self.width)
+
+    @property
+    def stored(self) -> tuple[tuple[int, int], tuple[float, float] | None, tuple[int, int]]:
+        """Size, spacing and tile of the page after its orientation, (y, x), as `make_levels` takes them."""
+        if self.orientation <= SWAPPED:
+            return self.shown_px, self.spacing, self.tile_px
+        return self.shown_px, None if self.spacing is None else self.spacing[::-1], self.tile_px[::-1]
 
     def tile_region(self, row: int, column: int) -> Region:
         """Return the part of the page that a tile shows."""
@@ -216,9 +233,13 @@ def _shrinking(pages: list[Any]) -> list[Any]:
 
 
 def _alike(first: Any, page: Any) -> bool:
-    """Return True for a page of the same aspect ratio as the first, up to whole pixels."""
+    """Return True for a page of the same aspect ratio as the first, up to whole pixels or whole tiles."""
     factor = first.imagelength / max(1, page.imagelength)
-    return bool(abs(first.imagewidth / factor - page.imagewidth) < 1 + page.imagewidth / max(1, page.imagelength))
+    if abs(first.imagewidth / factor - page.imagewidth) < 1 + page.imagewidth / max(1, page.imagelength):
+        return True
+    both = [(int(p.imagelength), int(p.imagewidth)) for p in (first, page)]
+    tiles = [(int(p.tilelength), int(p.tilewidth)) if p.is_tiled else None for p in (first, page)]
+    return make_levels(both, [spacing_of(p) for p in (first, page)], tiles)[1].problem != DIFFERENT
 
 
 def _level(page: TiffPage) -> TiffLevel:
@@ -253,6 +274,7 @@ def _level(page: TiffPage) -> TiffLevel:
         page.decode,  # made now: it looks into the file
         whole_tile_decoder(page, tile),
         to_rgb,
+        spacing_of(page),
     )
 
 
@@ -275,6 +297,22 @@ def _tile_size(page: TiffPage) -> tuple[int, int]:
             "convert it to smaller tiles"
         )
     return height, width
+
+
+def spacing_of(page: TiffPage) -> tuple[float, float] | None:
+    """Return micrometres per stored pixel, (y, x), by a page's resolution tags; None where they do not say."""
+    y, x = um_per_px(page, "YResolution"), um_per_px(page, "XResolution")
+    return (y, x) if y and x else None
+
+
+def um_per_px(page: TiffPage, name: str) -> float | None:
+    """Return micrometres per pixel by a TIFF resolution tag; None where it or its unit is missing."""
+    value = page.tags.valueof(name)
+    unit = page.tags.valueof("ResolutionUnit", default=RESUNIT.INCH)  # the default of TIFF 6.0
+    if unit not in UM_PER_UNIT or not isinstance(value, tuple) or len(value) != 2:
+        return None
+    pixels, units = value
+    return UM_PER_UNIT[unit] / (pixels / units) if pixels and units else 0.0  # digit for digit as OpenSlide
 
 
 def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -> Region:

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
-from tifffile import RESUNIT, TiffFile
+from tifffile import TiffFile
 
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import ceil_div
 from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, mpp_from_objective
-from wsi_gradcam.slides.tiff_levels import AGAIN, MAX_TILE_PX, TOP_LEFT
+from wsi_gradcam.slides.tiff_levels import AGAIN, MAX_TILE_PX, SWAPPED, TOP_LEFT, um_per_px
 
 if TYPE_CHECKING:
-    from tifffile import TiffPage
-
     from wsi_gradcam.slides.base import SlideFile
     from wsi_gradcam.slides.tiff_levels import TiffLevel
 
@@ -29,16 +27,9 @@ if TYPE_CHECKING:
 
 
 WHITE = (255, 255, 255)
-UM_PER_UNIT = {
-    RESUNIT.INCH: 25_400.0,
-    RESUNIT.CENTIMETER: 10_000.0,
-    RESUNIT.MILLIMETER: 1_000.0,
-    RESUNIT.MICROMETER: 1.0,
-}
 # Length units that OME-XML allows, as far as microscopes use them; µ comes as two characters.
 UM_PER_OME_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 MAX_XML = 1 << 24
-SWAPPED = 4  # orientations above it exchange rows and columns
 
 
 def describe_tiff(
@@ -50,7 +41,7 @@ def describe_tiff(
         found = (found[1], found[0])
     return SlideInfo(
         path=source.name,
-        levels=make_levels([level.shown_px for level in levels]),
+        levels=make_levels(*zip(*(level.stored for level in levels), strict=True)),
         mpp=found,
         mpp_problem=problem,
         vendor="ome-tiff" if file.is_ome else "tiff",
@@ -69,23 +60,13 @@ def tiff_mpp(file: TiffFile) -> tuple[tuple[float, float] | None, str]:
 
 def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
     """Return the same as `tiff_mpp` by the resolution tags of a page."""
-    values = [_resolution(page, axis) for axis in ("YResolution", "XResolution")]
+    values = [um_per_px(page, axis) for axis in ("YResolution", "XResolution")]
     if None in values:
         return None, "the file says nothing of its resolution; give the micrometres per pixel with --mpp"
     for axis, value in zip("YX", values, strict=True):
         if problem := check_mpp(float(value or 0), f"the pixel size by tag {axis}Resolution"):
             return None, problem
     return (float(values[0] or 0), float(values[1] or 0)), ""
-
-
-def _resolution(page: TiffPage, name: str) -> float | None:
-    """Return micrometres per pixel by a TIFF resolution tag; None where it or its unit is missing."""
-    value = page.tags.valueof(name)
-    unit = page.tags.valueof("ResolutionUnit", default=RESUNIT.INCH)  # the default of TIFF 6.0
-    if unit not in UM_PER_UNIT or not isinstance(value, tuple) or len(value) != 2:
-        return None
-    pixels, units = value
-    return UM_PER_UNIT[unit] / (pixels / units) if pixels and units else 0.0  # digit for digit as OpenSlide
 
 
 def _ome_mpp(xml: str) -> tuple[tuple[float, float] | None, str]:

@@ -87,7 +87,7 @@ def _slide_layer(slide: SlideResult) -> list[LayerData]:
         opened = slide.open_slide()
     except SlideError:
         return []
-    downsamples = [level.downsample_y for level in opened.info.levels]
+    downsamples = [level.downsample_y for level in opened.info.levels if not level.problem]
     levels = lazy_slide(opened)
     if all(down.is_integer() for down in downsamples):
         factors = [int(down) for down in downsamples]
