@@ -81,7 +81,9 @@ def write_zarr(path: Path, levels: list[Rgb], *, tags: bool) -> Path:
         scale = [MPP * (factor if tags else 1)] * 2 + [1.0]
         transforms = [{"type": "scale", "scale": scale}]
         datasets.append({"path": str(number), "coordinateTransformations": transforms})
-    axes: list[Any] = [{"name": n, "type": "space", "unit": "micrometer"} for n in "yx"] + [{"name": "c", "type": "channel"}]
+    axes: list[Any] = [{"name": n, "type": "space", "unit": "micrometer"} for n in "yx"] + [
+        {"name": "c", "type": "channel"}
+    ]
     group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
     return path
 
