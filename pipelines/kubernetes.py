@@ -6,6 +6,10 @@
 
 The image is made by the Dockerfile. What --help does not list are arguments of `explain`; slides are at /slides and
 results at /out, from two volume claims that many pods can mount (ReadWriteMany for /out). Nothing is needed to print.
+Scheduler and workers answer those alone that have the key of a secret (NAME-tls), made once:
+
+    python pipelines/certificates.py tls && kubectl create secret generic wsi-gradcam-tls --from-file tls
+
 The operator, once a cluster:
 
     helm install --repo https://helm.dask.org -n dask-operator --create-namespace operator dask-kubernetes-operator
@@ -14,10 +18,15 @@ The operator, once a cluster:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+import certificates
+
+TLS = Path("/tls")  # where pods see the key
+HEALTH = "['distributed.http.health']"  # all that HTTP answers: it has no password
 QUEUE_S = "86400"  # how long nodes may be missing
 
 
@@ -58,12 +67,16 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
         "--memory-limit",
         "0",
         "--no-dashboard",
+        address(given),  # the operator's own variable says tcp://
     ]
     limits = {"cpu": given.cpus, "memory": given.memory}
     if given.gpus:
         command, limits = [*command, "--resources", "GPU=1,CPU=3"], {**limits, "nvidia.com/gpu": str(given.gpus)}
     small = {"cpu": "1", "memory": "2Gi"}
-    scheduler = container(given, "scheduler", small, command=["dask", "scheduler", "--host", "0.0.0.0"])
+    scheduler = container(
+        given, "scheduler", small, command=["dask", "scheduler", "--host", "0.0.0.0", "--protocol", "tls"]
+    )
+    scheduler["env"] = [*scheduler["env"], {"name": "DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES", "value": HEALTH}]
     ports = {"tcp-comm": 8786, "http-dashboard": 8787}
     scheduler["ports"] = [{"name": name, "containerPort": port} for name, port in ports.items()]
     scheduler["readinessProbe"] = {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 5}
@@ -76,13 +89,18 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
 
 def job(given: argparse.Namespace, explain: list[str]) -> dict[str, Any]:
     """The client. It is started again until it finds the scheduler; not when slides have failed, as slides.csv says."""
-    where = ["--out", "/out", "--scheduler", f"tcp://{given.name}-scheduler:8786"]
+    where = ["--out", "/out", "--scheduler", address(given)]
     args = ["explain", "/slides", "--wait-for-workers", QUEUE_S, *explain, *where]
     template = pod(given, container(given, "explain", {"cpu": "1", "memory": "2Gi"}, args=args))
     failed = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1]}}
     spec = {"backoffLimit": 20, "podFailurePolicy": {"rules": [failed]}}
     template = {"spec": template | {"restartPolicy": "Never"}}
     return head("batch/v1", "Job", f"{given.name}-explain") | {"spec": {**spec, "template": template}}
+
+
+def address(given: argparse.Namespace) -> str:
+    """Return the scheduler's address, of its service."""
+    return f"tls://{given.name}-scheduler:8786"
 
 
 def head(version: str, kind: str, name: str) -> dict[str, Any]:
@@ -93,13 +111,19 @@ def head(version: str, kind: str, name: str) -> dict[str, Any]:
 def container(given: argparse.Namespace, name: str, limits: dict[str, str], **run: list[str]) -> dict[str, Any]:
     """A container of the image that sees slides and results."""
     mounts = [{"name": "slides", "mountPath": "/slides", "readOnly": True}, {"name": "out", "mountPath": "/out"}]
-    return {"name": name, "image": given.image, **run, "resources": {"limits": limits}, "volumeMounts": mounts}
+    mounts.append({"name": "tls", "mountPath": str(TLS), "readOnly": True})
+    env = [{"name": key, "value": value} for key, value in certificates.variables(TLS).items()]
+    made = {"name": name, "image": given.image, **run, "env": env}
+    return made | {"resources": {"limits": limits}, "volumeMounts": mounts}
 
 
 def pod(given: argparse.Namespace, inside: dict[str, Any]) -> dict[str, Any]:
     """A pod with the shared volumes, whose files the image's user may write."""
     claims = {"slides": given.slides_claim, "out": given.out_claim}
-    volumes = [{"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim in claims.items()]
+    volumes: list[dict[str, Any]] = [
+        {"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim in claims.items()
+    ]
+    volumes.append({"name": "tls", "secret": {"secretName": f"{given.name}-tls", "defaultMode": 0o440}})
     return {"containers": [inside], "volumes": volumes, "securityContext": {"fsGroup": 1000}}
 
 

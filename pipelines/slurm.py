@@ -10,6 +10,9 @@ and --out at the same paths everywhere.
 Jobs that end, or are preempted, are replaced while the run goes on. A worker leaves some 15 minutes before its job's
 time is over; what it had in hand is done by another. After Ctrl-C, or when the login node went down, give the same
 command again.
+
+Scheduler and workers answer those alone that have a key, made for this run in a folder of the working folder that
+nobody else may read; so start it in a folder that all nodes see.
 """
 
 from __future__ import annotations
@@ -17,23 +20,26 @@ from __future__ import annotations
 import argparse
 
 from dask_jobqueue.slurm import SLURMCluster
-from distributed import Client
+from distributed import Client, Security
 
+import certificates
 import explaining
 
 QUEUE_S = 86_400  # the queue may let a run wait for workers so long
+# Dask's processes import from their folder for scratch files, which must not be one that others made.
+SCRATCH = ["export DASK_TEMPORARY_DIRECTORY=$(mktemp -d)", "trap 'rm -rf \"$DASK_TEMPORARY_DIRECTORY\"' EXIT"]
 
 
 def main() -> int:
     """Explain the slides, and return the exit status of `wsi-gradcam explain`."""
     given, explain = parsed()
-    with make_cluster(given) as cluster:
+    with certificates.made_for_this_run(given.dashboard), make_cluster(given) as cluster:
         if given.print:
             print(cluster.job_script())
             return 0
         cluster.adapt(minimum=given.minimum, maximum=given.workers)
-        where = f"scheduler {cluster.scheduler_address}, dashboard {cluster.dashboard_link}"
-        print(f"{where}; waiting for a worker", flush=True)
+        page = f", dashboard {cluster.dashboard_link}" if given.dashboard else ""
+        print(f"scheduler {cluster.scheduler_address}{page}; waiting for a worker", flush=True)
         with Client(cluster, set_as_default=False) as client:
             client.wait_for_workers(1)  # as long as the queue is
         return explaining.explain(explain, cluster.scheduler_address, QUEUE_S)
@@ -53,6 +59,9 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--memory", default="8GiB", help="memory of a job (default 8GiB)")
     parser.add_argument("--hours", type=int, default=4, help="time of a job in whole hours (default 4)")
     parser.add_argument("--interface", help="network that the nodes share, such as ib0")
+    parser.add_argument(
+        "--dashboard", default="", help="address of Dask's page, such as 127.0.0.1:8787 (default: none)"
+    )
     parser.add_argument("--logs", default="slurm-logs", help="folder for what jobs print (default slurm-logs)")
     parser.add_argument("--print", action="store_true", help="print the job script and submit nothing")
     given, explain = parser.parse_known_args()
@@ -78,6 +87,10 @@ def make_cluster(given: argparse.Namespace) -> SLURMCluster:
         job_cpu=given.cpus,
         memory=given.memory,
         interface=given.interface,
+        protocol="tls://",
+        security=Security(),  # the files that Dask's configuration names
+        scheduler_options=certificates.scheduler_options(given.dashboard),
+        job_script_prologue=SCRATCH,
         job_name="wsi-gradcam",
         log_directory=given.logs,
         job_extra_directives=[f"--gres={given.gres}"] if given.gres else [],

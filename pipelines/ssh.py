@@ -7,6 +7,9 @@ What --help does not list are arguments of `wsi-gradcam explain`. With --print t
 nothing is started. `ssh HOST` must work without a password (keys, an agent, ~/.ssh/config), and the hosts must see
 this environment, slides, model file and --out at the same paths, and reach this machine's port 8786.
 
+Scheduler and workers answer those alone that have a key, made for this run in a folder of the working folder that
+nobody else may read; so start it in a folder that all hosts see.
+
 The system's own ssh is used, not distributed's SSHCluster: your configuration holds, and what is run can be shown.
 """
 
@@ -22,32 +25,43 @@ from pathlib import Path
 from distributed import Client, LocalCluster
 from distributed.utils import get_ip
 
+import certificates
 import explaining
 
 FIRST_WORKER_S, END_S = 120, 30
+# Dask's processes import from their folder for scratch files, which must not be one that others made.
+SCRATCH = "export DASK_TEMPORARY_DIRECTORY=$(mktemp -d)"
 
 
 def main() -> int:
     """Explain the slides, and return the exit status of `wsi-gradcam explain`."""
     given, explain = parsed()
-    address = f"tcp://{given.address}:{given.port}"
-    commands = [command(host, number, address, given) for host in given.hosts for number in range(given.per_host)]
+    with certificates.made_for_this_run(given.dashboard) as key:
+        return run(given, explain, key)
+
+
+def run(given: argparse.Namespace, explain: list[str], key: Path) -> int:
+    """Start workers that have the key of a folder, and explain the slides."""
+    address = f"tls://{given.address}:{given.port}"
+    commands = [command(host, number, address, key, given) for host in given.hosts for number in range(given.per_host)]
     if given.print:
         print("\n".join(map(shlex.join, commands)))
         return 0
     with ExitStack() as started:
         processes: list[subprocess.Popen[bytes]] = []
         started.callback(end, processes)  # after the cluster is closed: workers end with their scheduler
-        where = {"host": given.address, "scheduler_port": given.port, "dashboard_address": given.dashboard}
+        options = certificates.scheduler_options(given.dashboard)
+        where = {"host": given.address, "scheduler_port": given.port, "protocol": "tls", "scheduler_kwargs": options}
         cluster = started.enter_context(LocalCluster(n_workers=0, **where))
         # In sessions of their own: Ctrl-C ends `explain`, which still needs workers then.
         processes += [subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True) for line in commands]
-        print(f"scheduler {address}, dashboard {cluster.dashboard_link}; waiting for a worker", flush=True)
+        page = f", dashboard {cluster.dashboard_link}" if given.dashboard else ""
+        print(f"scheduler {address}{page}; waiting for a worker", flush=True)
         with Client(cluster, set_as_default=False) as client:
             try:
                 client.wait_for_workers(1, timeout=FIRST_WORKER_S)
             except TimeoutError:
-                raise SystemExit(f"no worker came within {FIRST_WORKER_S} s; try a line that --print shows") from None
+                raise SystemExit(f"no worker came within {FIRST_WORKER_S} s; do all hosts see {key.parent}?") from None
         return explaining.explain(explain, address)
 
 
@@ -59,13 +73,15 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus", action="store_true", help="give each worker of a host a GPU of its own")
     parser.add_argument("--address", default=get_ip(), help="of this machine, as the hosts know it")
     parser.add_argument("--port", type=int, default=8786, help="of the scheduler (default 8786)")
-    parser.add_argument("--dashboard", default=":8787", help="address of Dask's page (default :8787)")
+    parser.add_argument(
+        "--dashboard", default="", help="address of Dask's page, such as 127.0.0.1:8787 (default: none)"
+    )
     parser.add_argument("--python", default=sys.executable, help="the hosts' Python (default: this one's path)")
     parser.add_argument("--print", action="store_true", help="print the command lines and start nothing")
     return parser.parse_known_args()
 
 
-def command(host: str, number: int, address: str, given: argparse.Namespace) -> list[str]:
+def command(host: str, number: int, address: str, key: Path, given: argparse.Namespace) -> list[str]:
     """Return the command that starts worker `number` of a host.
 
     Two threads: one has patches read while the model works for the other. Four beside a GPU, of which one is for it.
@@ -73,10 +89,11 @@ def command(host: str, number: int, address: str, given: argparse.Namespace) -> 
     threads = "4" if given.gpus else "2"
     # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back.
     worker = [given.python, "-m", "dask", "worker", address, "--nthreads", threads, "--memory-limit", "0"]
-    worker += ["--death-timeout", "60", "--no-dashboard"]
+    worker += ["--death-timeout", "60", "--no-dashboard", *certificates.flags(key)]
     if given.gpus:
         worker = ["env", f"CUDA_VISIBLE_DEVICES={number}", *worker, "--resources", "GPU=1,CPU=3"]
-    return ["ssh", "-o", "BatchMode=yes", host, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(worker)}"]
+    folder = shlex.quote(str(Path.cwd()))
+    return ["ssh", "-o", "BatchMode=yes", host, f"cd {folder} && {SCRATCH} && exec {shlex.join(worker)}"]
 
 
 def end(processes: list[subprocess.Popen[bytes]]) -> None:

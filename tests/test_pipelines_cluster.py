@@ -11,12 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 import yaml
 
+from tests.clusters import process, scheduler, worker
 from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
+from wsi_gradcam.errors import WorkerError
+from wsi_gradcam.executors.dask.workers import connect
 
 # What a job scheduler or a remote machine does, done here; workers end with their scheduler.
 SBATCH = (
@@ -121,6 +125,11 @@ def test_the_slurm_script_asks_for_what_a_gpu_worker_needs(tmp_path: Path) -> No
     assert option(worker, "--resources") == "GPU=1,CPU=3"
     assert option(worker, "--lifetime") == "465m"
     assert "--nanny" in worker
+    key = Path(option(worker, "--tls-key"))
+    assert (key.name, key.parent.parent) == ("key.pem", tmp_path)
+    assert option(worker, "--tls-ca-file") == option(worker, "--tls-cert") == str(key.parent / "certificate.pem")
+    assert any(word.startswith("tls://") for word in worker)
+    assert list(tmp_path.iterdir()) == []  # the key has gone with the run
 
 
 def test_a_slurm_worker_without_a_gpu_promises_none(tmp_path: Path) -> None:
@@ -167,9 +176,11 @@ def test_ssh_starts_a_worker_a_gpu_on_each_host(tmp_path: Path) -> None:
     workers = [shlex.split(words[4].partition(" && exec ")[2]) for words in commands]
     assert [words[:2] for words in workers] == [["env", f"CUDA_VISIBLE_DEVICES={n}"] for n in (0, 1, 0, 1)]
     for words in workers:
-        assert words[2:7] == [sys.executable, "-m", "dask", "worker", "tcp://10.0.0.1:8786"]
+        assert words[2:7] == [sys.executable, "-m", "dask", "worker", "tls://10.0.0.1:8786"]
         assert (option(words, "--nthreads"), option(words, "--memory-limit")) == ("4", "0")
         assert option(words, "--resources") == "GPU=1,CPU=3"
+        assert Path(option(words, "--tls-key")).parent.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []  # the key has gone with the run
 
 
 def test_ssh_without_gpus_promises_none(tmp_path: Path) -> None:
@@ -178,7 +189,8 @@ def test_ssh_without_gpus_promises_none(tmp_path: Path) -> None:
     assert "CUDA" not in line
     assert "--resources" not in line
     remote = shlex.split(line)[4]
-    assert shlex.split(remote)[:5] == ["cd", str(tmp_path), "&&", "exec", "/opt/my env/python"]
+    assert shlex.split(remote)[:3] == ["cd", str(tmp_path), "&&"]
+    assert shlex.split(remote.partition(" && exec ")[2])[0] == "/opt/my env/python"
 
 
 def test_workers_over_ssh_explain_as_this_process_does(made: Path, tmp_path: Path) -> None:
@@ -218,10 +230,13 @@ def test_all_pods_share_image_slides_and_results() -> None:
     for name, pod in pods(*manifests()).items():
         (container,) = pod["containers"]
         assert (container["name"], container["image"]) == (name, "registry/wsi-gradcam:1")
-        claims = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
+        *volumes, tls = pod["volumes"]
+        claims = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in volumes}
+        claims[tls["name"]] = tls["secret"]["secretName"]
         seen = {mount["mountPath"]: claims[mount["name"]] for mount in container["volumeMounts"]}
-        assert seen == {"/slides": "archive", "/out": "results"}
-        assert [m["mountPath"] for m in container["volumeMounts"] if m.get("readOnly")] == ["/slides"]
+        assert seen == {"/slides": "archive", "/out": "results", "/tls": "wsi-gradcam-tls"}
+        assert [m["mountPath"] for m in container["volumeMounts"] if m.get("readOnly")] == ["/slides", "/tls"]
+        assert tls["secret"]["defaultMode"] == 0o440
         assert pod["securityContext"]["fsGroup"] == 1000
 
 
@@ -262,9 +277,87 @@ def test_the_job_finds_the_scheduler_through_its_service() -> None:
         "--out",
         "/out",
         "--scheduler",
-        "tcp://lung-scheduler:8786",
+        "tls://lung-scheduler:8786",
     ]
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy needs
+
+
+def test_pods_answer_those_alone_that_have_the_key() -> None:
+    cluster, job = manifests()
+    for name, pod in pods(cluster, job).items():
+        (container,) = pod["containers"]
+        env = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert env["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] == "True"
+        assert (
+            env[f"DASK_DISTRIBUTED__COMM__TLS__{'CLIENT' if name == 'explain' else name.upper()}__KEY"]
+            == "/tls/key.pem"
+        )
+        assert env["DASK_DISTRIBUTED__COMM__TLS__CA_FILE"] == "/tls/certificate.pem"
+        assert "tls" in container.get("command", []) or "tls://wsi-gradcam-scheduler:8786" in [
+            *container.get("command", []),
+            *container.get("args", []),
+        ]
+    (scheduler,) = cluster["spec"]["scheduler"]["spec"]["containers"]
+    routes = next(v["value"] for v in scheduler["env"] if v["name"].endswith("HTTP__ROUTES"))
+    assert routes == "['distributed.http.health']"
+
+
+# --- keys, and clusters by hand --------------------------------------------------------------------------------------
+
+
+def made_key(tmp_path: Path) -> dict[str, str]:
+    """The variables that the program for keys prints."""
+    done = recipe("certificates", tmp_path, tmp_path / "tls")
+    assert done.returncode == 0, done.stderr
+    words = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert all(word[0] == "export" for word in words)
+    return dict(word[1].split("=", 1) for word in words)
+
+
+def test_a_key_is_for_its_user_alone(tmp_path: Path) -> None:
+    made_key(tmp_path)
+    assert (tmp_path / "tls").stat().st_mode & 0o777 == 0o700
+    assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "tls").iterdir()} == {
+        "certificate.pem": 0o600,
+        "key.pem": 0o600,
+    }
+    again = recipe("certificates", tmp_path, tmp_path / "tls")
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+def test_a_cluster_with_tls_explains_and_is_closed_to_others(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started by hand, as the documentation says; Dask's variables are read by each process as it starts."""
+    for name, value in made_key(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with scheduler(tmp_path) as (_, address), process(tmp_path, *worker(address)):
+        assert address.startswith("tls://")
+        out = tmp_path / "out"
+        command = [sys.executable, "-m", "wsi_gradcam.cli"]
+        with_key = [*command, "explain", *arguments_of_explain(made, out), "--scheduler", address]
+        done = subprocess.run(with_key, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert differing(out, made / "serial") == []
+        asked = [*command, "doctor", "--scheduler", address]
+        assert (
+            "ok  scheduler: answers"
+            in subprocess.run(asked, capture_output=True, text=True, check=False, timeout=200).stdout
+        )
+        for name in list(os.environ):
+            if name.startswith("DASK_DISTRIBUTED__COMM"):
+                monkeypatch.delenv(name)
+        for tried, told in ((address, "wants a certificate, and none is set"), (f"tcp{address[3:]}", "no Dask")):
+            with pytest.raises(WorkerError, match=told):
+                connect(tried, 3)
+
+
+def test_certificates_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    files = {f"distributed.comm.tls.{name}": str(tmp_path / "no.pem") for name in ("ca-file", "client.cert")}
+    told = r"the certificates cannot be used: .*; name the files in DASK_DIST"
+    with dask.config.set(files), pytest.raises(WorkerError, match=told):
+        connect("tls://127.0.0.1:1", 3)
 
 
 # --- what they share -------------------------------------------------------------------------------------------------

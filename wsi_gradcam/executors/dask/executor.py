@@ -72,8 +72,9 @@ class DaskExecutor:
 
     @property
     def dashboard(self) -> str:
-        """Address of Dask's own page."""
-        return str(self._client.dashboard_link)
+        """Address of Dask's own page; "" where its scheduler has none, as on this machine."""
+        services = self._client.scheduler_info(n_workers=0).get("services", {})
+        return str(self._client.dashboard_link) if "dashboard" in services else ""
 
     def workers(self) -> Workers:
         """Return the workers that there are now."""

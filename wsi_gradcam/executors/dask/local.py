@@ -7,15 +7,16 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import LocalCluster, Nanny, Scheduler, SpecCluster, Worker
+from distributed import Nanny, Scheduler, Security, SpecCluster, Worker
 from distributed.deploy.cluster import Cluster
 from distributed.system import MEMORY_LIMIT
 
@@ -46,9 +47,28 @@ def threads_each(workers: int) -> int:
     return max(1, CPU_COUNT // workers)
 
 
+class _Unseen:
+    """A part of a cluster without Dask's HTTP server, which has no password and tells everyone of slides and errors."""
+
+    def start_http_server(self, *_: Any, **__: Any) -> None:
+        """Listen nowhere."""
+
+
+class UnseenScheduler(_Unseen, Scheduler):  # type: ignore[misc]
+    """A scheduler that listens for Dask's own connections alone."""
+
+
+class UnseenWorker(_Unseen, Worker):  # type: ignore[misc]
+    """A worker that listens for Dask's own connections alone."""
+
+
 @contextmanager
 def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
     """Start worker processes for a model on `device`, as a context.
+
+    No other user of this machine can use them, or make them load code: scheduler, nannies and workers answer those
+    alone that have the key, made for this run. It is kept in memory and reaches workers through the pipes that
+    start them. Dask's folder for scratch files, from which its processes import, is this user's own.
 
     Raises:
         WorkerError: "cuda" is asked for, and there are fewer GPUs than workers.
@@ -58,53 +78,57 @@ def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
     options: dict[str, Any] = {"memory_limit": MEMORY_LIMIT // workers, "preload": [__name__]}
     if device != "cpu":
         options["resources"] = GPU_RESOURCES
-    with dask.config.set(SETTINGS), _started(workers, gpus, options) as cluster:
+    with private_scratch(), dask.config.set(SETTINGS), _started(workers, gpus, options) as cluster:
         yield cluster
 
 
+@contextmanager
+def private_scratch() -> Iterator[None]:
+    """Let Dask keep its scratch files in a folder of this user, as a context.
+
+    By default it is `dask-scratch-space` in the folder for temporary files, whoever made it, and Dask puts it first in
+    `sys.path`: another user could have modules imported from it.
+    """
+    with ExitStack() as opened:
+        folder = opened.enter_context(TemporaryDirectory(prefix="wsi-gradcam-", ignore_cleanup_errors=True))
+        opened.enter_context(dask.config.set({"temporary-directory": folder}))
+        yield
+
+
 def _started(workers: int, gpus: list[str] | None, options: dict[str, Any]) -> Cluster:
-    return _on_cores(workers, options) if gpus is None else _on_gpus(gpus, options)
-
-
-def _on_cores(workers: int, options: dict[str, Any]) -> Cluster:
+    security = Security.temporary()
+    if gpus is not None and find_spec("dask_cuda") is not None:
+        return _of_dask_cuda(gpus, options, security)
     threads = GPU_THREADS if "resources" in options else THREADS
-    return LocalCluster(
-        n_workers=workers,
-        threads_per_worker=threads,
-        processes=True,
-        host=HOST,
-        dashboard_address=f"{HOST}:0",
+    options |= {"host": HOST, "nthreads": threads, "protocol": "tls", "security": security}
+    options |= {"worker_class": UnseenWorker, "silence_logs": logging.CRITICAL}
+    # A worker sees one GPU, which is `cuda` to it; torch is not loaded before its environment is set.
+    environments: list[dict[str, str]] = [{}] * workers if gpus is None else [{"CUDA_VISIBLE_DEVICES": g} for g in gpus]
+    scheduler = {"host": HOST, "port": 0, "protocol": "tls", "security": security, "dashboard": False}
+    return SpecCluster(
+        scheduler={"cls": UnseenScheduler, "options": scheduler},
+        workers={i: {"cls": Nanny, "options": {**options, "env": env}} for i, env in enumerate(environments)},
+        security=security,
         silence_logs=logging.CRITICAL,
-        **options,
     )
 
 
-def _on_gpus(gpus: list[str], options: dict[str, Any]) -> Cluster:
-    """Start a process for each GPU, through dask-cuda where it is installed: it also picks the cores near each GPU."""
-    if find_spec("dask_cuda") is not None:
+def _of_dask_cuda(gpus: list[str], options: dict[str, Any], security: Security) -> Cluster:
+    """Start a process for each GPU through dask-cuda, which also picks the cores near each; its HTTP has no pages."""
+    with dask.config.set({f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}):
         cluster: Cluster = import_module("dask_cuda").LocalCUDACluster(
             CUDA_VISIBLE_DEVICES=gpus,
             n_workers=len(gpus),
             threads_per_worker=GPU_THREADS,
             host=HOST,
-            dashboard_address=f"{HOST}:0",
+            protocol="tls",
+            security=security,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": f"{HOST}:0"},
             silence_logs=logging.CRITICAL,
             **options,
         )
-        return cluster
-    scheduler = {"host": HOST, "port": 0, "dashboard": True, "dashboard_address": f"{HOST}:0"}
-    return SpecCluster(
-        scheduler={"cls": Scheduler, "options": scheduler},
-        workers={i: _worker_on(gpu, options) for i, gpu in enumerate(gpus)},
-        silence_logs=logging.CRITICAL,
-    )
-
-
-def _worker_on(gpu: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return a worker that sees one GPU, which is `cuda` to it; torch is not loaded before its environment is set."""
-    environment = {"CUDA_VISIBLE_DEVICES": gpu}
-    common = {"host": HOST, "nthreads": GPU_THREADS, "dashboard": False, "silence_logs": logging.CRITICAL}
-    return {"cls": Nanny, "options": {**common, **options, "env": environment}}
+    return cluster
 
 
 def gpus_for(workers: int) -> list[str]:

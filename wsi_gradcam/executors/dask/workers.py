@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from distributed import Client
+from distributed import Client, Security
 from distributed.comm.addressing import resolve_address
 
 from wsi_gradcam.errors import WorkerError, one_line
@@ -19,6 +19,10 @@ T = TypeVar("T")
 WAIT_S = 50.0  # with the time to connect an error comes within a minute
 GPU, CPU = "GPU", "CPU"  # names of the resources that workers declare
 ANSWER_S = 10  # of a scheduler that is asked for its workers
+CERTIFICATES = (
+    "name the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
+    "Dask's configuration (docs/clusters.md)"
+)
 AGAIN = "run the same command again, nothing finished is lost"
 
 
@@ -122,11 +126,30 @@ def connect(where: Any, timeout_s: float) -> Client:
     try:
         if isinstance(where, str):
             resolve_address(where)  # a client that is given nonsense may wait for ever
+            _check_certificates(where)
         return Client(where, set_as_default=False, timeout=timeout_s)
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
         raise WorkerError(
-            f"no Dask scheduler answers at {where}: {one_line(error)}; check the address, such as tcp://10.0.0.1:8786"
+            f"no Dask scheduler answers at {where}: {one_line(error)}; check the address, such as tls://10.0.0.1:8786, "
+            "and that this process has the certificates of its cluster (docs/clusters.md)"
         ) from error
+
+
+def _check_certificates(address: str) -> None:
+    """Check that there are certificates for an address that needs some; Dask itself would only miss a context.
+
+    Raises:
+        WorkerError: Dask's configuration names none, or files that cannot be read.
+    """
+    if not address.startswith("tls://"):
+        return
+    security = Security()
+    try:
+        complete = security.get_connection_args("client")["ssl_context"] is not None
+    except OSError as error:  # an SSLError is an OSError
+        raise WorkerError(f"{address}: the certificates cannot be used: {one_line(error)}; {CERTIFICATES}") from error
+    if not complete:
+        raise WorkerError(f"{address}: a scheduler with TLS wants a certificate, and none is set; {CERTIFICATES}")
 
 
 def ask_workers(
