@@ -23,7 +23,8 @@ import psutil
 import pytest
 from dask.system import CPU_COUNT
 from distributed import Client, Security
-from distributed.core import connect, rpc
+from distributed.comm import connect
+from distributed.core import rpc
 from distributed.system import MEMORY_LIMIT
 
 from tests.runs import SMALL, toy_spec

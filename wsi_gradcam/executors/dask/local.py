@@ -54,11 +54,11 @@ class _Unseen:
         """Listen nowhere."""
 
 
-class UnseenScheduler(_Unseen, Scheduler):  # type: ignore[misc]
+class UnseenScheduler(_Unseen, Scheduler):
     """A scheduler that listens for Dask's own connections alone."""
 
 
-class UnseenWorker(_Unseen, Worker):  # type: ignore[misc]
+class UnseenWorker(_Unseen, Worker):
     """A worker that listens for Dask's own connections alone."""
 
 
