@@ -20,6 +20,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response
 
 from tests.runs import ROOT
 from tests.viewer_runs import BROKEN, MARKERS, MPP, Served, make_run, plant, plant_audit, served
+from wsi_gradcam.viewer.security import Access
+from wsi_gradcam.viewer.serve import _private_address
 
 SCREENSHOTS = ROOT / "screenshots"  # looked at by people; not compared
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
@@ -472,3 +474,19 @@ def test_the_first_picture_is_there_within_a_second(open_page: Callable[..., Pag
     paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
     page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
     assert page.evaluate(paint) < 1000
+
+
+def test_a_browser_opens_the_page_from_its_private_file(browser: Browser, out: Path) -> None:
+    """As `view --token --open` does: the file's code is in no address that stays, and the page has its cookie."""
+    access = Access.for_host("127.0.0.1", "secret-token")
+    with served(out, access) as server, _private_address(f"{server.url}/", access) as file:
+        page = browser.new_page()
+        page.goto(file)
+        page.wait_for_url(f"{server.url}/*")
+        expect(page.get_by_text("a.tif").first).to_be_visible()
+        assert "token" not in page.url
+        again = browser.new_context().new_page()
+        again.goto(file)
+        expect(again.get_by_text("open the address")).to_be_visible()
+        page.close()
+        again.close()

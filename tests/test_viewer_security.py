@@ -163,6 +163,39 @@ def test_odd_paths_are_refused(path: str) -> None:
         "0.0.0.0",
         "127.0.0.1@evil.example",
         "[::2]",
+        "[::1].evil",
+        "[::1].evil:80",
+        "[::1]evil:80",
+        "[::1",
+        "[::1]:80:80",
+        "[::1]@evil",
+        "[[::1]]",
+        "[localhost]",
+        "[127.0.0.1]",
+        "[::1%25lo]",
+        "::1",
+        "127.0.0.1.evil",
+        "127.0.0.1.",
+        "localhost.",
+        "localhost:80@evil",
+        "localhost@evil:80",
+        "me@localhost",
+        "me:you@127.0.0.1:80",
+        "localhost:",
+        "localhost:80:80",
+        "localhost:x",
+        "localhost:800000",
+        "localhost/evil",
+        "localhost#evil",
+        "localhost?evil",
+        "localhost,evil",
+        "localhost evil",
+        "http://localhost",
+        "2130706433",
+        "0x7f000001",
+        "127.1",
+        "loc\xe0lhost",
+        "localhost" + "x" * 300,
     ],
 )
 def test_other_names_for_this_machine_are_refused(server: Served, host: str) -> None:
@@ -170,7 +203,19 @@ def test_other_names_for_this_machine_are_refused(server: Served, host: str) -> 
     assert fetched(f"{server.url}/api/run", Host=host)[0] == 421
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:9999", "LOCALHOST", "[::1]:80"])
+def test_one_host_is_named(server: Served) -> None:
+    """Servers and caches may each believe another one of two."""
+    for one, other in (("127.0.0.1", "evil"), ("evil", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            request = f"GET /api/run HTTP/1.1\r\nHost: {one}\r\nhost: {other}\r\nConnection: close\r\n\r\n"
+            client.sendall(request.encode())
+            assert status(b"".join(iter(lambda client=client: client.recv(65536), b""))) in (400, 421)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(b"GET /api/run HTTP/1.0\r\n\r\n")
+        assert status(client.recv(100)) in (400, 421)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:9999", "LOCALHOST", "[::1]:80", "[::1]"])
 def test_own_names_are_known(server: Served, host: str) -> None:
     assert fetched(f"{server.url}/api/run", Host=host)[0] == 200
 
@@ -181,6 +226,9 @@ def test_own_names_are_known(server: Served, host: str) -> None:
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "file://127.0.0.1"},
+        {"Origin": "http://me@127.0.0.1"},
+        {"Origin": ""},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
@@ -233,6 +281,43 @@ def test_a_token_is_asked_for(out: Path) -> None:
         assert server.get("/api/run").status_code == 200  # by the cookie
 
 
+def test_two_servers_of_a_machine_keep_their_browsers(out: Path) -> None:
+    """Browsers send the cookies of a host to all its ports."""
+    cookies: dict[str, str] = {}
+    servers = {token: Access.for_host("127.0.0.1", token) for token in ("first", "second")}
+    for token, access in servers.items():
+        with client(out, access) as server:
+            server.get(f"/?token={token}", follow_redirects=False)
+            cookies |= dict(server.cookies)
+    assert len(cookies) == 2
+    both = {"Cookie": "; ".join(f"{name}={value}" for name, value in cookies.items())}
+    for access in servers.values():
+        with client(out, access) as server:
+            assert server.get("/api/run", headers=both).status_code == 200
+
+
+def test_a_code_admits_one_browser(out: Path) -> None:
+    access = Access.for_host("127.0.0.1", "right")
+    access.codes.add("once")
+    for code, found in (("wrong", 401), ("once", 303), ("once", 401), ("", 401)):
+        with client(out, access) as server:
+            answer = server.get(f"/?token={code}", follow_redirects=False)
+            assert answer.status_code == found
+            assert server.get("/api/run").status_code == (200 if found == 303 else 401)
+            assert answer.headers.get("cache-control") == "no-store"
+
+
+def test_a_browser_that_comes_from_a_file_begins_anew(out: Path) -> None:
+    """A strict cookie is not sent along with what another page began, nor with where that is redirected to."""
+    with client(out, Access.for_host("127.0.0.1", "right")) as server:
+        come = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+        answer = server.get('/?token=right&slide="><script>', headers=come)
+        assert answer.status_code == 200
+        assert 'url=/?slide=%22%3E%3Cscript%3E"' in answer.text
+        assert "right" not in answer.text
+        assert "set-cookie" in answer.headers
+
+
 def test_who_may_be_called_how() -> None:
     assert not Access.for_host("127.0.0.1", "").knows_host("192.168.1.4:80")
     everywhere = Access.for_host("0.0.0.0", "t")
@@ -242,7 +327,8 @@ def test_who_may_be_called_how() -> None:
     assert Access.for_host("127.0.0.1", "", ["Proxy.example"]).knows_host("proxy.example:443")
     assert not Access.for_host("10.0.0.1", "t").knows_host("10.0.0.2")
     assert [is_loopback(h) for h in ("127.0.0.9", "::1", "localhost", "0.0.0.0", "host")] == [True] * 3 + [False] * 2
-    assert host_of("[::1") == "::1"
+    assert host_of("[::1") == ""
+    assert "secret" not in repr(Access.for_host("127.0.0.1", "secret"))
 
 
 def test_long_addresses_and_many_ranges_are_refused(server: Served) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import pytest
@@ -118,14 +120,20 @@ def test_what_is_too_large_is_sent_in_pieces_alone(out: Path, monkeypatch: pytes
 def test_the_command_opens_a_browser(
     out: Path, monkeypatch: pytest.MonkeyPatch, host: str, token: bool, begins: str
 ) -> None:
+    """All users of the machine see its command line, which has no token."""
     opened: list[str] = []
     said: list[str] = []
+    files: list[Path] = []
 
     class Server:
         def run(self, sockets: list[Any]) -> None:
             self.address = sockets[0].getsockname()
 
     def open_it(address: str) -> None:
+        if address.startswith("file://"):
+            files.append(Path(urlsplit(address).path))
+            address = html.unescape(files[0].read_text(encoding="utf-8").partition("url=")[2].partition('"')[0])
+            assert (files[0].stat().st_mode & 0o777, files[0].parent.stat().st_mode & 0o777) == (0o600, 0o700)
         opened.append(address)
 
     server = Server()
@@ -133,8 +141,10 @@ def test_the_command_opens_a_browser(
     monkeypatch.setattr("webbrowser.open", open_it)
     serve.view(str(out), host=host, port=0, token=token, browse=True, announce=said.append)
     assert opened[0].startswith(f"{begins}{server.address[1]}/")
-    assert ("?token=" in opened[0]) == token
-    assert said[0].startswith(opened[0])
+    assert ("?token=" in opened[0]) == token == bool(files)
+    assert said[0].startswith(opened[0].partition("?")[0])
+    assert opened[0].partition("?token=")[2] not in said[0].split()[0] or not token  # a code, not the token itself
+    assert not any(file.parent.exists() for file in files)
 
 
 async def _never() -> bool:

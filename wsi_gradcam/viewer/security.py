@@ -8,20 +8,22 @@ not even through links.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import html
 import ipaddress
 import os
 import re
 import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from wsi_gradcam.errors import NotShownError, OutsideError
 from wsi_gradcam.io.local import LocalPath
@@ -52,6 +54,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+# A name or an IPv4 address, or an IPv6 address in brackets; and a port. Nothing else is a Host header of a browser.
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9_.-]{1,253}))(?::[0-9]{1,5})?", re.ASCII)
 MAX_TARGET_BYTES = 4096
 # A part of a path below OUT that a request may name. Nothing that is hidden, relative or odd is ever served.
 PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)
@@ -66,20 +70,27 @@ class Access:
         hosts: names and addresses by which the server may be called, without ports.
         any_address: whether it may also be called by any IP address, since it listens on all of them.
         token: the token that clients must present; "" for none.
+        codes: tokens that admit one browser each.
     """
 
     hosts: frozenset[str]
     any_address: bool = False
-    token: str = ""
+    token: str = field(default="", repr=False)
+    codes: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def for_host(cls, host: str, token: str, more: Iterable[str] = ()) -> Access:
         """Return the access to a server that listens on `host`; `more` are names by which a proxy calls it."""
         names = frozenset(name.lower() for name in more)
         if is_loopback(host):
-            return cls(LOOPBACK | names | {host.lower()}, False, token)
+            return cls(LOOPBACK | names | {host.lower()}, token=token)
         own = {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
         return cls(LOOPBACK | names | own, host in ("0.0.0.0", "::", ""), token)
+
+    @property
+    def cookie(self) -> str:
+        """Name of the cookie, other than those of other servers: browsers send cookies to all ports of a machine."""
+        return f"{COOKIE}-{hashlib.sha256(self.token.encode()).hexdigest()[:16]}"
 
     def knows_host(self, header: str) -> bool:
         """Return whether a Host header names this server."""
@@ -90,6 +101,12 @@ class Access:
         """Return whether a token is the right one, in constant time."""
         return hmac.compare_digest(token.encode(), self.token.encode())
 
+    def admits(self, token: str) -> bool:
+        """Return whether a token in an address is the right one, or a code, which is used up by that."""
+        code = next((code for code in self.codes if hmac.compare_digest(token.encode(), code.encode())), None)
+        self.codes.discard(code or "")
+        return code is not None or self.allows(token)
+
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches a server on `host`."""
@@ -99,14 +116,17 @@ def is_loopback(host: str) -> bool:
 
 
 def host_of(header: str) -> str:
-    """Return the host of a Host header, without its port.
+    """Return the host of a Host header, without its port; "" for what is none (RFC 9112, section 3.2).
 
     >>> host_of("127.0.0.1:8000"), host_of("[::1]:80"), host_of("Slides.example")
     ('127.0.0.1', '::1', 'slides.example')
+    >>> host_of("[::1].evil"), host_of("me@localhost"), host_of("[::1")
+    ('', '', '')
     """
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].lower()
+    found = HOST.fullmatch(header)
+    if found is None or (found[1] and not (":" in found[1] and _is_address(found[1]))):
+        return ""
+    return (found[1] or found[2]).lower()
 
 
 class AccessMiddleware:
@@ -133,7 +153,7 @@ class AccessMiddleware:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if not self._access.knows_host(headers.get("host", "")):
+        if len(headers.getlist("host")) != 1 or not self._access.knows_host(headers["host"]):
             return _refuse(421, "this server is not called by that name; start it with --allow-host NAME")
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_TARGET_BYTES:
             return _refuse(414, "the address is too long")
@@ -144,34 +164,52 @@ class AccessMiddleware:
         return self._check_token(scope, headers) if self._access.token else None
 
     def _check_token(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
-        """Refuse clients without the token; a token in the address is turned into a cookie by a redirect."""
+        """Refuse clients without the token; a token in the address is turned into a cookie, and leaves the address."""
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         given = dict(query).get("token")
-        if given is not None and self._access.allows(given):
+        if given is not None and self._access.admits(given):
             rest = urlencode([(name, value) for name, value in query if name != "token"])
-            redirect = RedirectResponse("/" + (f"?{rest}" if rest else ""), 303, {"Cache-Control": "no-store"})
-            redirect.set_cookie(COOKIE, self._access.token, httponly=True, samesite="strict")
-            return redirect
+            admitted = _admitted("/" + (f"?{rest}" if rest else ""), headers)
+            admitted.set_cookie(self._access.cookie, self._access.token, httponly=True, samesite="strict")
+            return admitted
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        cookie = _cookie(headers.get("cookie", ""))
+        cookie = _cookie(headers.get("cookie", ""), self._access.cookie)
         if self._access.allows(cookie) or (scheme.lower() == "bearer" and self._access.allows(bearer.strip())):
             return None
         return _refuse(401, "open the address with ?token=... that the command printed")
 
 
+def _admitted(address: str, headers: Mapping[str, str]) -> Response:
+    """Return the answer that leads a browser on to the page.
+
+    A strict cookie is not sent with a request that a page elsewhere began, nor after its redirects: such a browser,
+    as one that comes from the file of `--open`, gets a page of ours that begins a new request.
+    """
+    kept = {"Cache-Control": "no-store"}
+    if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+        return RedirectResponse(address, 303, kept)
+    return HTMLResponse(redirecting_page(address), headers=kept)
+
+
+def redirecting_page(address: str) -> str:
+    """Return a page that leads to an address at once."""
+    return f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(address)}">'
+
+
 def _is_cross_site(headers: Mapping[str, str], path: str) -> bool:
     """Return whether a page of another site makes the request; a link to our page itself is allowed."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    host = headers.get("host", "").lower()
+    if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
         return True
     site = headers.get("sec-fetch-site", "none")
     to_the_page = path == "/" and headers.get("sec-fetch-mode") == "navigate"
     return site not in ("same-origin", "none") and not to_the_page
 
 
-def _cookie(header: str) -> str:
+def _cookie(header: str, name: str) -> str:
     try:
-        morsel = SimpleCookie(header).get(COOKIE)
+        morsel = SimpleCookie(header).get(name)
     except CookieError:
         return ""
     return morsel.value if morsel else ""

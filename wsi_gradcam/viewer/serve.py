@@ -11,7 +11,9 @@ import secrets
 import socket
 import time
 import webbrowser
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -20,10 +22,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
-from wsi_gradcam.viewer.security import Access, is_loopback
+from wsi_gradcam.viewer.security import Access, is_loopback, redirecting_page
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from starlette.applications import Starlette
 
@@ -100,7 +102,7 @@ def view(
         slides: a folder to take slides from, by their ids, where they have moved.
         token: require a token on 127.0.0.1 too, for machines with several users.
         allow_host: names by which proxies call the server.
-        browse: open the page in a browser.
+        browse: open the page in a browser; a token is not in its command line.
         announce: receives a line with the page's address.
 
     Raises:
@@ -110,13 +112,31 @@ def view(
     if slides is not None and not slides.is_dir():
         raise ConfigError(f"--slides {slides}: expected a folder; check the path")
     secret = secrets.token_urlsafe(24) if token or not is_loopback(host) else ""
-    app = make_app(Archive(out, slides), Access.for_host(host, secret, allow_host))
-    with listen(host, port) as bound:
-        address = f"http://{_url_host(host)}:{bound.getsockname()[1]}/" + (f"?token={secret}" if secret else "")
-        announce(f"{address}  (end with Ctrl-C)")
+    access = Access.for_host(host, secret, allow_host)
+    app = make_app(Archive(out, slides), access)
+    with ExitStack() as opened:
+        bound = opened.enter_context(listen(host, port))
+        address = f"http://{_url_host(host)}:{bound.getsockname()[1]}/"
+        announce(f"{address}{f'?token={secret}' if secret else ''}  (end with Ctrl-C)")
         if browse:
-            webbrowser.open(address)
+            webbrowser.open(opened.enter_context(_private_address(address, access)) if secret else address)
         make_server(app).run(sockets=[bound])
+
+
+@contextmanager
+def _private_address(address: str, access: Access) -> Iterator[str]:
+    """Return an address for a browser's command line, which all users of the machine can read, as a context.
+
+    It is that of a file which nobody else can read. The file leads to the page with a code that admits one browser:
+    the token itself gets into no history. (A code in the command line could be used by another user first.)
+    """
+    code = secrets.token_urlsafe(24)
+    access.codes.add(code)
+    with TemporaryDirectory(prefix="wsi-gradcam-") as folder:  # mode 0700
+        file = Path(folder) / "open.html"
+        file.touch(0o600)
+        file.write_text(redirecting_page(f"{address}?token={code}"), encoding="utf-8")
+        yield file.as_uri()
 
 
 def listen(host: str, port: int) -> socket.socket:
