@@ -23,7 +23,7 @@ import psutil
 import pytest
 from dask.system import CPU_COUNT
 from distributed import Client, Security
-from distributed.comm import connect
+from distributed.comm.core import connect
 from distributed.core import rpc
 from distributed.system import MEMORY_LIMIT
 

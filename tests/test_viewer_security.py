@@ -209,7 +209,7 @@ def test_one_host_is_named(server: Served) -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
             request = f"GET /api/run HTTP/1.1\r\nHost: {one}\r\nhost: {other}\r\nConnection: close\r\n\r\n"
             client.sendall(request.encode())
-            assert status(b"".join(iter(lambda client=client: client.recv(65536), b""))) in (400, 421)
+            assert status(client.recv(100)) in (400, 421)
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         client.sendall(b"GET /api/run HTTP/1.0\r\n\r\n")
         assert status(client.recv(100)) in (400, 421)
