@@ -332,6 +332,105 @@ def test_two_views_move_together(open_page: Callable[..., Page]) -> None:
     assert np.median(np.abs(left[:, :width][inner] - right[:, :width][inner])) <= 2
 
 
+@pytest.mark.parametrize("time", range(8))
+def test_two_views_of_a_link_show_the_same_place_however_wide_they_get(
+    open_page: Callable[..., Page], time: int
+) -> None:
+    """Views open and learn their sizes at their own pace; whichever comes last, both show one place."""
+    y, x = MARKERS[SLIDE][0]
+    beside = f"&beside={quote(layer('gradcam: marker'))}" if time % 2 else ""
+    page = open_page(f"{at(SLIDE, y, x, 0.25, layer())}{beside}")
+    if not beside:
+        page.keyboard.press("b")  # at once
+    expect(page.locator(".pane")).to_have_count(2)
+    if time % 4 > 1:
+        page.locator("#show-layers").click()  # other widths
+    page.mouse.move(360 + 80 * time, 300)
+    if time > 3:
+        page.mouse.wheel(0, -200)
+    page.wait_for_timeout(500)
+    settled(page)
+    places = []
+    for screen in page.locator(".screen").all():
+        box = screen.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        expect(page.locator("#place")).to_contain_text("µm")
+        places.append(page.locator("#place").text_content())
+    assert places[0] == places[1]
+    rulers = page.locator(".ruler-text").all_text_contents()
+    assert rulers[0] == rulers[1]
+
+
+def test_keys_keep_the_selected_patch_in_view(open_page: Callable[..., Page]) -> None:
+    page = open_page(at(SLIDE, 760, 1050, 1.0))
+    settled(page)
+    screen = page.locator(".screen").bounding_box()
+    assert screen is not None
+    middle = screen["x"] + screen["width"] / 2, screen["y"] + screen["height"] / 2
+    page.mouse.click(middle[0] - 150, middle[1] - 120)  # out of view at 5x the magnification, if the view stayed
+    expect(page.locator(".frame")).to_be_visible()
+    for key in "54352":
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+        frame, screen = page.locator(".frame").bounding_box(), page.locator(".screen").bounding_box()
+        assert frame is not None
+        assert screen is not None
+        place = frame["x"] + frame["width"] / 2 - screen["x"], frame["y"] + frame["height"] / 2 - screen["y"]
+        assert 0 < place[0] < screen["width"], key
+        assert 0 < place[1] < screen["height"], key
+
+
+def test_hide_below_begins_at_the_window_and_takes_a_number(open_page: Callable[..., Page]) -> None:
+    y, x = MARKERS[SLIDE][0]
+    page = open_page(at(SLIDE, y, x, 0.5, "gradcam: other~on~inferno~0.7~fixed~0.25..2~~fade"))
+    number = control(page, "threshold-number")
+    expect(number).to_have_value("")
+    slide_to(control(page, "threshold"), 0.001)
+    low = float(number.input_value())
+    assert 0.25 < low < 0.27
+    enter(number, "0.5")
+    expect(page.locator(".legend")).to_contain_text("from 0.5")
+    assert float(control(page, "threshold").input_value()) == pytest.approx(1000 * (0.5 - 0.25) / 1.75, abs=1)
+    enter(number, "-3")  # any number
+    expect(page.locator(".legend")).to_contain_text("from -3")
+    slide_to(control(page, "threshold"), 0)
+    expect(number).to_have_value("")
+    expect(page.locator(".legend")).not_to_contain_text("from")
+
+
+def test_no_number_is_cut(open_page: Callable[..., Page]) -> None:
+    """Neither in a card, whatever its classes are called, nor what is under the pointer, however many channels."""
+    page = open_page()
+    expect(page.locator(".card dd").first).to_be_visible()
+    page.evaluate(
+        "document.querySelectorAll('.card dt').forEach(e => { e.textContent = 'invasive ductal carcinoma, G3' })"
+    )
+    page.evaluate(
+        "document.querySelectorAll('.card .facts').forEach(e => e.append(' 123,456 patches, 12,345 unreadable'))"
+    )
+    cut = """() => [...document.querySelectorAll('.card dd, .card dt, .card .facts')].filter((e) => {
+        const card = e.closest('.card').getBoundingClientRect(), own = e.getBoundingClientRect();
+        return e.scrollWidth > e.clientWidth + 1 || own.right > card.right || own.bottom > card.bottom;
+    }).map((e) => e.textContent)"""
+    assert page.evaluate(cut) == []
+    y, x = MARKERS[SLIDE][0]
+    go(page, at(SLIDE, y, x, 0.5))
+    box = page.locator(".screen").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    expect(page.locator("#values")).to_contain_text("probability: marker")
+    page.evaluate("document.getElementById('values').textContent = 'gradcam: marker 0.123 · '.repeat(30)")
+    values = page.locator("#values")
+    assert values.evaluate("e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight")
+    seen = values.bounding_box()
+    assert seen is not None
+    assert seen["y"] > 0
+    assert seen["y"] + seen["height"] <= SMALL[1]
+    after = page.locator(".screen").bounding_box()
+    assert after == box  # the view keeps its size
+
+
 def test_the_gallery_searches_sorts_and_opens(open_page: Callable[..., Page]) -> None:
     page = open_page()
     expect(page.locator(".card")).to_have_count(3)

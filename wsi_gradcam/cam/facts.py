@@ -23,14 +23,15 @@ class MethodInfo:
         grid: `layer`: a map of the layer's cells; `pixels`: a map of the input's pixels.
         scale: factor from the raw map to what a heatmap shows. `cells`: times the number of the map's values, where
             the raw map sums to (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is.
-        unit: `logit`, or `arbitrary` where values of two images cannot be compared in logits.
+        unit: `logit`, where the heatmap's mean is (a part of) the logit; `drop`, the logits that are lost where the
+            image is covered; or `arbitrary` where values of two images cannot be compared in logits.
         title: as the literature writes it.
     """
 
     asks: Literal["gradient", "model"]
     grid: Literal["layer", "pixels"]
     scale: Literal["cells", "one"]
-    unit: Literal["logit", "arbitrary"]
+    unit: Literal["logit", "drop", "arbitrary"]
     title: str
 
 
@@ -45,7 +46,7 @@ METHOD_INFO: dict[str, MethodInfo] = {
     "finercam": MethodInfo("gradient", "layer", "cells", "logit", "Finer-CAM"),
     "scorecam": MethodInfo("model", "layer", "one", "arbitrary", "Score-CAM"),
     "ablationcam": MethodInfo("model", "layer", "one", "arbitrary", "Ablation-CAM"),
-    "occlusion": MethodInfo("model", "layer", "one", "logit", "Occlusion"),
+    "occlusion": MethodInfo("model", "layer", "one", "drop", "Occlusion"),
     "gradient": MethodInfo("model", "pixels", "one", "arbitrary", "Gradient"),
     "smoothgrad": MethodInfo("model", "pixels", "one", "arbitrary", "SmoothGrad"),
     "integrated_gradients": MethodInfo("model", "pixels", "cells", "logit", "Integrated Gradients"),

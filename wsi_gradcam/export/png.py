@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from wsi_gradcam.errors import SlideError
 from wsi_gradcam.export.job import Job, atomic_path, slug
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.overview import UNITS as METHOD_UNITS
 from wsi_gradcam.results.overview import round_length
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ MIN_DPI = 100
 MARGIN, BAR, TITLE, FOOT = 0.2, 1.3, 0.44, 0.24  # inches
 PAPER, TISSUE_GRAY = 255, 190
 MIN_WIDTH = 4.2  # inches; text does not fit into less
-UNITS = {"logit": "logits", "arbitrary": "arbitrary unit", "probability": "probability"}
+UNITS = {**METHOD_UNITS, "probability": "probability"}
 
 
 @dataclass(frozen=True)

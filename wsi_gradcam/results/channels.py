@@ -22,7 +22,7 @@ class ChannelInfo:
         label: "METHOD: TARGET", or "probability: TARGET".
         method: what made it: a method's name, or "probability".
         target: the class, or another target, by name.
-        unit: "logit", "arbitrary", or "probability".
+        unit: "logit", "drop" (logits lost where covered), "arbitrary", or "probability".
         minimum, maximum: range of its values in this slide.
         window: (low, high), the values between which colour runs, of this slide.
         colour: 6 hex digits, for viewers that show channels in one colour each.
@@ -42,18 +42,23 @@ class ChannelInfo:
     def of(cls, number: int, channel: Channel) -> ChannelInfo:
         """Describe the `number`-th channel of a heatmap."""
         method, _, target = channel.label.partition(": ")
-        unit = PROBABILITY if method == PROBABILITY else METHOD_INFO[method].unit
         return cls(
             number,
             channel.label,
             method,
             target,
-            unit,
+            unit_of(channel.label),
             channel.minimum,
             channel.maximum,
             (channel.start, channel.end),
             COLOURS[number % len(COLOURS)],
         )
+
+
+def unit_of(label: str) -> str:
+    """Return the unit of a channel's values, by its label."""
+    method = label.partition(": ")[0]
+    return PROBABILITY if method == PROBABILITY else METHOD_INFO[method].unit
 
 
 def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> ChannelInfo:
@@ -102,9 +107,9 @@ def window_end(top: float, unit: str) -> float:
 
     What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
     never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
-    methods whose values are not logits have no such floor.
+    methods whose means are not logits have no such floor: what one covered window costs may be a hundredth of a logit.
 
-    >>> window_end(0.2, "logit"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
-    (1.0, 0.2, 1.0)
+    >>> window_end(0.2, "logit"), window_end(0.2, "drop"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
+    (1.0, 0.2, 0.2, 1.0)
     """
     return max(top, MIN_WINDOW) if unit == "logit" or top <= 0 else top

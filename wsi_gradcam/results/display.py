@@ -18,7 +18,7 @@ import numpy as np
 
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import tiles
-from wsi_gradcam.results.channels import PROBABILITY, QUANTILE, ChannelInfo, window_end
+from wsi_gradcam.results.channels import PROBABILITY, QUANTILE, ChannelInfo, unit_of, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.slide import SlideResult
@@ -144,7 +144,9 @@ def run_windows(
     known: dict[str, str] = stored["slides"] if stored else {}
     if any(keys.get(name) != key for name, key in known.items()):  # one was made anew, or is gone
         stored, known = None, {}
-    sketches = {label: (c["unit"], Sketch.from_json(c)) for label, c in stored["channels"].items()} if stored else {}
+    sketches = (
+        {label: (unit_of(label), Sketch.from_json(c)) for label, c in stored["channels"].items()} if stored else {}
+    )
     new = [name for name in keys if name not in known]
     left_out = {}
     for count, name in enumerate(new):

@@ -36,7 +36,7 @@ MAX_MAPS = 3
 UNREADABLE_GRAY = 128
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
 OPACITY = 0.7
-UNITS = {"logit": "logits", "arbitrary": "arbitrary unit"}
+UNITS = {"logit": "logits", "drop": "logits lost where covered", "arbitrary": "arbitrary unit"}
 TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are seen
 
 
@@ -52,16 +52,13 @@ def draw_overview(
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     maps = run.maps[:MAX_MAPS]
-    panels: list[tuple[int | None, str]] = [(number, UNITS[shown.info.unit]) for number, shown in enumerate(maps)]
-    panels += [(_probability(run, shown), "probability") for shown in maps]
-    figure, axes = _panels(len(maps), rgb.shape[0] / rgb.shape[1])
+    panels = [(number, UNITS[shown.info.unit]) for number, shown in enumerate(maps)]
+    panels += [(number, "probability") for number in _probabilities(run, maps)]
+    figure, axes = _panels(len(maps), len(panels) - len(maps), rgb.shape[0] / rgb.shape[1])
     _show_slide(axes[0], rgb, um_per_px, plan)
-    covered, images = _scaled(heatmap, plan, [number or 0 for number, _ in panels], (rgb.shape[0], rgb.shape[1]))
+    covered, images = _scaled(heatmap, plan, [number for number, _ in panels], (rgb.shape[0], rgb.shape[1]))
     for axis, (number, unit), image in zip(axes[1:], panels, images, strict=True):
-        if number is None:  # a contrast has no probability
-            axis.set_axis_off()
-        else:
-            _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
+        _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
     title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{_about(run, plan)}"
     figure.suptitle(_shown(title), fontsize=9, parse_math=False)
     buffer = io.BytesIO()
@@ -71,9 +68,10 @@ def draw_overview(
     storage_path(place).write(buffer.getvalue())
 
 
-def _probability(run: RunPlan, shown: Map) -> int | None:
-    """Return the channel with the probability of a map's target."""
-    return len(run.maps) + run.probabilities.index(shown.target) if shown.target in run.probabilities else None
+def _probabilities(run: RunPlan, maps: Sequence[Map]) -> list[int]:
+    """Return the channels with the probabilities of the maps' targets, each once; a contrast has none."""
+    targets = dict.fromkeys(shown.target for shown in maps if shown.target in run.probabilities)
+    return [len(run.maps) + run.probabilities.index(target) for target in targets]
 
 
 def _about(run: RunPlan, plan: SlidePlan) -> str:
@@ -98,10 +96,11 @@ def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
     return thumb.rgb
 
 
-def _panels(maps: int, aspect: float) -> tuple[Figure, list[Axes]]:
-    """Lay out axes for the slide, `maps` explanations, and below each its probability; one map makes one row."""
-    columns, rows = (3, 1) if maps == 1 else (1 + maps, 2)
-    places = [1, 2, 3] if maps == 1 else [*range(1, 2 + maps), *range(3 + maps, 3 + 2 * maps)]
+def _panels(maps: int, probabilities: int, aspect: float) -> tuple[Figure, list[Axes]]:
+    """Lay out axes for the slide and `maps` explanations, and below them for probabilities; one map makes one row."""
+    columns, rows = (2 + probabilities, 1) if maps == 1 else (1 + maps, 1 + (probabilities > 0))
+    below = range(3 + maps, 3 + maps + probabilities)
+    places = range(1, columns + 1) if maps == 1 else [*range(1, 2 + maps), *below]
     width = 4.2
     figure = Figure(
         figsize=(width * columns, (width * 0.82 * aspect + 0.45) * rows + 0.6), dpi=120, layout="constrained"

@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.vocabulary import Measure, Words
 
 OVERVIEW_PX = 1100
-UNITS = {"logit": "in logits, as in the heatmap", "arbitrary": "in a unit of the method's own"}
+UNITS = {
+    "logit": "in logits, as in the heatmap",
+    "drop": "in logits that are lost where the patch is covered",
+    "arbitrary": "in a unit of the method's own",
+}
 BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that say nothing behind a number
 
 Cells = tuple[object, ...]

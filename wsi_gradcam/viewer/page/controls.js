@@ -1,6 +1,6 @@
 // The panel that sets the layers of the view that is worked on.
 
-import { MAPS } from "./colours.js";
+import { MAPS, isSigned } from "./colours.js";
 import { element, fill, find, option, short } from "./dom.js";
 import { WINDOWS, fresh, isSpread, withWindow } from "./layers.js";
 
@@ -72,7 +72,7 @@ export class Controls {
         text: (value) => `${Math.round(100 * value)} %`, oninput: (value) => set({ opacity: value }),
       })),
       ...this.windowRows(number, layer, channel),
-      row("Hide below", ...this.threshold(layer, channel, set)),
+      row("Hide below", ...this.threshold(number, layer, channel, set)),
       row("Fade low", element("input", {
         type: "checkbox", checked: layer.fade, "data-name": "fade",
         onchange: (event) => set({ fade: event.target.checked }),
@@ -95,13 +95,30 @@ export class Controls {
     ];
   }
 
-  threshold(layer, channel, set) {
-    const [low, high] = channel.range;
-    const value = layer.threshold === null ? low : layer.threshold;
-    return [slider({
+  /** A slider from the window's lower end, where nothing is hidden, and a field for any number. */
+  threshold(number, layer, channel, set) {
+    const low = isSigned(layer.map) ? 0 : layer.window[0];
+    const high = Math.max(layer.window[1], channel.range[1]);
+    const text = (value) => (value <= low ? "" : String(Number(value.toPrecision(5))));
+    const field = element("input", {
+      type: "number", step: "any", placeholder: "off", "aria-label": `Hide below, layer ${number + 1}`,
+      "data-name": "threshold-number", value: layer.threshold === null ? "" : String(layer.threshold),
+      onchange: (event) => this.setThreshold(number, event.target),
+    });
+    const value = layer.threshold === null ? low : Math.min(high, Math.max(low, layer.threshold));
+    const shown = slider({
       "data-name": "threshold", value, low, high, text: (v) => (v <= low ? "off" : short(v)),
-      oninput: (v) => set({ threshold: v <= low ? null : v }),
-    })];
+      oninput: (v) => { field.value = text(v); set({ threshold: v <= low ? null : v }); },
+    });
+    shown.querySelector("output").replaceWith(field);
+    return [shown];
+  }
+
+  setThreshold(number, input) {
+    const usable = !input.validity.badInput && Number.isFinite(Number(input.value));
+    input.setAttribute("aria-invalid", String(!usable));
+    const threshold = input.value === "" ? null : Number(input.value);
+    if (usable) this.set(number, { ...this.layers[number], threshold }, true);
   }
 
   foot() {

@@ -103,12 +103,12 @@ export class Gallery {
   }
 
   scores(scores) {
-    return element("dl", { class: "scores" }, ...Object.entries(scores).flatMap(([label, { share, top }]) => [
-      element("dt", {}, label),
-      element("dd", { title: "share of the patches given to this class; mean probability of the ten highest" },
-        shareBar(share),
-        ` ${(100 * share).toFixed(1)} %, top ${top.toFixed(2)}`),
-    ]));
+    return element("dl", { class: "scores" }, ...Object.entries(scores).map(([label, { share, top }]) =>
+      element("div", {},
+        element("dt", {}, label),
+        element("dd", { title: "share of the patches given to this class; mean probability of the ten highest" },
+          shareBar(share),
+          ` ${(100 * share).toFixed(1)} %, top ${top.toFixed(2)}`))));
   }
 
   paint(seen) {

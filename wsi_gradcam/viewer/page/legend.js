@@ -4,7 +4,9 @@ import { gradient } from "./colours.js";
 import { element, short } from "./dom.js";
 import { isSpread } from "./layers.js";
 
-export const UNITS = { logit: "logits", probability: "probability", arbitrary: "arbitrary unit" };
+export const UNITS = {
+  logit: "logits", drop: "logits lost where covered", probability: "probability", arbitrary: "arbitrary unit",
+};
 
 /** Show a bar for each layer that is on. */
 export function showLegend(pane, layers) {

@@ -247,10 +247,10 @@ class App {
     const patch = await server.patch(this.slide.key, number);
     this.openPatch(patch);
     if (!jumps) return;
-    const [height, width] = this.slide.patch.footprint_px;
+    const [, width] = this.slide.patch.footprint_px;
     const fitting = Math.max(this.slide.mpp[1] / 2, (width * this.slide.mpp[1]) / PATCH_SCREEN_PX);
     const um = Math.min(this.views.pane.place().um, fitting);
-    this.views.goTo([patch.y + height / 2, patch.x + width / 2], um);
+    this.views.goTo(this.middle(patch), um);
   }
 
   openPatch(patch) {
@@ -309,10 +309,19 @@ class App {
     if (next) this.go(formed({ slide: next.id, views: this.views ? this.views.texts() : [] }));
   }
 
+  /** Show the place at a magnification; a patch that is selected and seen stays in view. */
   setTimes(times) {
     if (!this.views) return;
-    const { centre } = this.views.pane.place();
+    const { patch } = this.panel;
+    const middle = patch && this.middle(patch);
+    const centre = middle && this.views.pane.shows(middle) ? middle : this.views.pane.place().centre;
     this.views.goTo(centre, umAt(times));
+  }
+
+  /** The middle (y, x) of a patch. */
+  middle(patch) {
+    const [height, width] = this.slide.patch.footprint_px;
+    return [patch.y + height / 2, patch.x + width / 2];
   }
 
   /** Keep the view in the address, without a step in the browser's history for each move. */

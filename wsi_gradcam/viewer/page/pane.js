@@ -133,11 +133,23 @@ export class Pane {
     this.viewer.viewport.goHome(immediately);
   }
 
-  /** Show what another view of the same slide shows. */
+  /** Whether a place (y, x) is seen. */
+  shows([y, x]) {
+    const { centre } = this.place();
+    const { x: width, y: height } = this.viewer.viewport.getContainerSize();
+    const px = this.screenPx();
+    return Math.abs(y - centre[0]) * px <= height / 2 && Math.abs(x - centre[1]) * px <= width / 2;
+  }
+
+  /** Show what another view of the same slide shows, unless it is shown already. */
   follow(other) {
+    const [here, there] = [this.place(), other.place()];
+    const far = Math.max(...there.centre.map((value, i) => Math.abs(value - here.centre[i]))) * this.screenPx();
+    if (far < 0.01 && Math.abs(here.um / there.um - 1) < 1e-6) return;
     const { viewport } = this.viewer;
-    viewport.zoomTo(other.viewer.viewport.getZoom(true), undefined, true);
-    viewport.panTo(other.viewer.viewport.getCenter(true), true);
+    const width = this.slide.size_px[1];
+    viewport.zoomTo((other.screenPx() * width) / viewport.getContainerSize().x, undefined, true);
+    viewport.panTo(new OpenSeadragon.Point(there.centre[1] / width, there.centre[0] / width), true);
   }
 
   move(down, right) {
@@ -191,6 +203,7 @@ export class Pane {
       this.ruler.show(this.screenPx());
       events.moved(this);
     });
+    viewer.addHandler("resize", () => requestAnimationFrame(() => viewer.world && events.moved(this)));
     viewer.addHandler("animation-finish", () => events.rested(this));
     new OpenSeadragon.MouseTracker({
       element: viewer.canvas,

@@ -41,15 +41,16 @@ export class Views {
     const label = this.panes.length ? "right view" : "slide";
     const pane = new Pane(find("views"), this.slide, label, {
       ...this.events,
-      moved: (moved) => this.moved(moved),
+      moved: () => this.moved(),
       led: (leader) => this.led(leader),
     });
     this.panes.push(pane);
     this.layers.push(layers);
+    find("views").classList.toggle("two", this.panes.length > 1);
     await pane.open();
     if (!this.panes.includes(pane)) return; // closed meanwhile
-    find("views").classList.toggle("two", this.panes.length > 1);
     pane.frame(this.framed);
+    this.moved();
     await this.draw(this.panes.indexOf(pane));
   }
 
@@ -99,10 +100,12 @@ export class Views {
     }
   }
 
-  moved(pane) {
-    if (this.panes.length > 1 && pane === (this.leader || this.panes[0])) {
-      this.panes.filter((other) => other !== pane).forEach((other) => other.follow(pane));
-    }
+  /** Let all views show what the one shows that leads, whichever has moved: one that opened or got another size, too. */
+  moved() {
+    const { pane: leader } = this;
+    const ready = (pane) => pane.viewer.world?.getItemCount();
+    if (this.panes.length < 2 || !this.panes.every(ready)) return;
+    this.panes.filter((other) => other !== leader).forEach((other) => other.follow(leader));
   }
 
   get pane() {
