@@ -92,6 +92,38 @@ def test_a_dry_run_writes_nothing_and_counts_right(run: Run, made: Path, finishe
     assert not list(tmp_path.iterdir())
     assert "a.tif" in printed
     assert "2 slides, 76 patches" in printed
+    assert re.search(
+        r"about .* for the 76 patches that are left, at .* patches/s: measured now .* float32", flat(printed)
+    )
+
+
+def test_a_dry_run_estimates_the_time(run: Run, made: Path, finished: Path, tmp_path: Path) -> None:
+    """Of what is left: at the rate of the slides that are there, else as measured; and it says which."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    arguments = [
+        "explain",
+        made / "slides",
+        "--model",
+        made / "pooled_linear.yaml",
+        *SMALL_FLAGS,
+        "--dry-run",
+        "--json",
+    ]
+    told = json.loads(run(*arguments, "--out", tmp_path / "none")[1])["time"]
+    assert (told["patches"], told["seconds"]) == (76, pytest.approx(76 / told["patches_per_s"], abs=0.1))
+    assert told["basis"].startswith("measured now")
+    rows = rows_of(out)
+    patches, seconds = (sum(float(row[name]) for row in rows.values()) for name in ("patches", "seconds"))
+    told = json.loads(run(*arguments, "--out", out)[1])["time"]
+    assert (told["patches"], told["seconds"]) == (0, 0)  # all is there
+    assert told["patches_per_s"] == pytest.approx(patches / seconds)
+    assert told["basis"].startswith("as the 76 patches in ")
+
+
+def flat(printed: str) -> str:
+    """Text in one line."""
+    return " ".join(printed.split())
 
 
 def test_a_dry_run_names_slides_that_cannot_be_planned(run: Run, made: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
 from wsi_gradcam.run.status import FailureCause, RunNumbers
 from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
@@ -84,6 +84,19 @@ def test_counts_of_slides_and_patches() -> None:
     assert told["patches"] == {"done": 12, "planned": 40, "expected": 60}  # another slide of 20; one was never planned
     assert json.loads(json.dumps(told)) == told
     assert RunNumbers.from_json(told) == progress.numbers()
+
+
+def test_slides_that_were_finished_before_do_not_make_the_rest_look_small() -> None:
+    """A continued run: nothing is left of the first two slides, as much as of the third is expected of the others."""
+    progress = Progress(Clock())
+    progress.begin(6)
+    for number in (0, 1):
+        done = SlideOutcome(SlideStatus.OK, 100, 0, "")
+        progress.task_done(Task(PLAN, entry(number)), Performed(Planned(100, 0, [], [], done)))
+        progress.slide_done(record(number, skipped=True))
+    assert progress.patches_expected == 400
+    progress.task_done(Task(PLAN, entry(2)), Performed(Planned(100, 40, [0], [[0]], None)))
+    assert progress.patches_expected == 40 + 3 * 100
 
 
 def test_patches_may_be_known_before_any_slide_is_planned() -> None:

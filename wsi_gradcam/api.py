@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
@@ -22,7 +22,7 @@ from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.driver import RunSession
 from wsi_gradcam.run.examining import SLIDES_TRIED
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.run.plan import Estimate, RunPlan, check_methods, estimate, plan_run
+from wsi_gradcam.run.plan import Estimate, Pace, RunPlan, check_methods, estimate, plan_run
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.run.types import Executor, RunListener, SlideRecord
@@ -144,11 +144,12 @@ def explain(
 
 @dataclass(frozen=True)
 class Preview:
-    """The outcome of a dry run: estimates of the slides that can be planned, and errors of the others."""
+    """The outcome of a dry run: estimates of the slides that can be planned, errors of the others, and the time."""
 
     run: RunPlan
     estimates: tuple[Estimate, ...]
     errors: tuple[tuple[SlideEntry, str], ...]
+    pace: Pace
 
 
 def preview(
@@ -170,7 +171,8 @@ def preview(
     spec, loaded = _prepared(entries, model, settings, trust_code)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
-    run = _plan(SerialExecutor(loaded), folder.place, spec, plain, entries, None)
+    executor = SerialExecutor(loaded)
+    run = _plan(executor, folder.place, spec, plain, entries, None)
     estimates, errors = [], []
     for entry in entries:
         try:
@@ -183,7 +185,27 @@ def preview(
             estimates.append(estimate(entry, plan, run))
         except Exception as error:  # as in a run: a bad slide never hides the others
             errors.append((entry, one_line(error)))
-    return Preview(run, tuple(estimates), tuple(errors))
+    return Preview(run, tuple(estimates), tuple(errors), _pace(folder, run, estimates, partial(executor.rate, run)))
+
+
+def _pace(folder: RunFolder, run: RunPlan, estimates: Sequence[Estimate], measure: Callable[[], float]) -> Pace:
+    """Return the time of what is left: at the rate of slides that `out` has of this model and methods, else measured."""
+    try:
+        rows, stored = read_slides(folder.slides), read_run(folder.run)
+    except StoreError:  # reported by the run
+        rows, stored = {}, None
+    same = stored is not None and stored["identity"]["settings"].get("method") == list(run.settings.method)
+    ok = [row for row in rows.values() if row["status"] == SlideStatus.OK and row["model_digest"] == run.facts.digest]
+    ended = {name for name, row in rows.items() if row["status"] in (SlideStatus.OK, SlideStatus.NO_TISSUE)}
+    left = sum(each.patches for each in estimates if each.slide.id not in ended)
+    done, seconds = sum(int(row["patches"]) for row in ok), sum(float(row["seconds"]) for row in ok)
+    if same and done and seconds:
+        return Pace(left, done / seconds, f"as the {done:,} patches in {folder.place} took, slide after slide")
+    basis = (
+        f"measured now on noise with engine eager in float32 on {run.settings.device}, one process; reading slides comes "
+        "on top where it is slower, and the engine that the run chooses may be faster"
+    )
+    return Pace(left, measure(), basis)
 
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:

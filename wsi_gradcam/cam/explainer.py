@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CANCELLING = 1e-4  # of the terms of a sum; rounding leaves 1e-6
 MAX_CHOICE_PATCHES = 64  # patches whose maps are compared
+FEW = 2  # patches that are timed where a batch would take long
 
 
 @dataclass(frozen=True)
@@ -388,6 +389,24 @@ class Explainer:
         with self._lock:
             logits, maps = self._halving(images, targets, methods)
         return logits[:count].float().cpu().numpy(), maps[:count].float().cpu().numpy()
+
+    def rate(self, targets: Sequence[Target], methods: Sequence[str], budget_s: float = 3.0) -> float:
+        """Return how many patches are explained in a second, timed on noise: a batch, or a few where that takes long."""
+        size = min(FEW, self.facts.batch_size)
+        self._timed(size, targets, methods)  # the first call sets things up
+        seconds = self._timed(size, targets, methods)
+        if seconds * self.facts.batch_size <= budget_s * size:
+            size, seconds = self.facts.batch_size, self._timed(self.facts.batch_size, targets, methods)
+        return size / seconds
+
+    def _timed(self, count: int, targets: Sequence[Target], methods: Sequence[str]) -> float:
+        """Return the seconds that `count` patches take at once."""
+        noise = np.random.default_rng(0).integers(0, 256, (count, *self.facts.patch_px, 3), np.uint8)
+        started = time.perf_counter()
+        with self._lock:
+            logits, _ = self._halving(self.model.prepare(torch.from_numpy(noise).to(self._device)), targets, methods)
+        logits.cpu()  # a GPU has answered when it has finished
+        return time.perf_counter() - started
 
     def _halving(self, images: Tensor, targets: Sequence[Target], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
         try:

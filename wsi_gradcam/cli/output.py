@@ -25,6 +25,7 @@ from wsi_gradcam.run.progress import cause_of
 from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.slides.patch_reader import open_entry
+from wsi_gradcam.system.timer import format_duration
 from wsi_gradcam.tissue.annotations import check_mask, read_regions
 from wsi_gradcam.tissue.masks import write_mask_preview
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Layout
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.results.run_files import RunFolder, SlideFolder
+    from wsi_gradcam.run.plan import Pace
     from wsi_gradcam.tissue.stain import Stain
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -77,7 +79,7 @@ def print_preview(found: Preview, as_json: bool) -> None:
     rows = [{**asdict(e), "slide": e.slide.id} for e in found.estimates]
     errors = {entry.id: error for entry, error in found.errors}
     if as_json:
-        print(json.dumps({"slides": rows, "errors": errors}, indent=1))
+        print(json.dumps({"slides": rows, "errors": errors, "time": _time(found.pace)}, indent=1))
         return
     table = Table("slide", "patches", "spans", "blocks", "store", "memory")
     for e in found.estimates:
@@ -89,8 +91,17 @@ def print_preview(found: Preview, as_json: bool) -> None:
         f"{len(rows)} slides, {patches:,} patches, at most {size / MIB:.1f} MiB before compression; memory is an "
         "estimate for each process"
     )
+    pace = found.pace
+    print(
+        f"about {format_duration(pace.seconds)} for the {pace.patches:,} patches that are left, at "
+        f"{pace.patches_per_s:.3g} patches/s: {pace.basis}"
+    )
     for slide, error in errors.items():
         print(f"cannot be planned: {slide}: {error}", file=sys.stderr)
+
+
+def _time(pace: Pace) -> dict[str, Any]:
+    return {**asdict(pace), "seconds": round(pace.seconds, 1)}
 
 
 def print_results(run: RunFolder, slide: SlideFolder) -> None:

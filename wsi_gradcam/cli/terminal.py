@@ -102,7 +102,7 @@ class Bars(Lines):
         """Advance the patches."""
         super().task_done(task, performed)
         done, rate = self.progress.patches_done, pace(self.progress) if self.progress.patches_done else ""
-        self._bars.update(self._patch_bar, total=self.progress.patches or None, completed=done, rate=rate)
+        self._bars.update(self._patch_bar, total=self.progress.patches_expected or None, completed=done, rate=rate)
 
     def slide_done(self, record: SlideRecord) -> None:
         """Advance the slides; only failures are worth a line above the bars."""

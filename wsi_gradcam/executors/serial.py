@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice, ModelFacts
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.run.settings import Settings
 
 
@@ -40,6 +41,11 @@ class SerialExecutor:
         """Return what `examine_model` learns of the model, which stays loaded for the run."""
         self._explainer = examine_model(self._model or spec, settings, slides, choice)
         return self._explainer.facts
+
+    def rate(self, run: RunPlan) -> float:
+        """Return the patches per second that the model explains in this process; `examine` comes first."""
+        assert self._explainer is not None
+        return self._explainer.rate(run.targets, run.settings.method)
 
     def run(self, workload: Workload, slides: Iterable[SlideEntry], observe: Observer) -> Iterator[SlideRecord]:
         """Yield the record of each slide as it is finished.

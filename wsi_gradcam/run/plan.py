@@ -200,6 +200,20 @@ def plan_slide(
 
 
 @dataclass(frozen=True)
+class Pace:
+    """The time that a run will take: the patches that are left to explain, how many a second, and what that rests on."""
+
+    patches: int
+    patches_per_s: float
+    basis: str
+
+    @property
+    def seconds(self) -> float:
+        """The time that is left, in seconds."""
+        return self.patches / self.patches_per_s
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The cost of a slide's plan: tasks, bytes on disk before compression, and memory of one process."""
 

@@ -109,7 +109,7 @@ class Progress:
         self.workers: dict[str, WorkerSum] = {}
         self.throughput = Throughput()
         self._in_work: set[str] = set()
-        self._never_planned = 0
+        self._never_planned = self._sizes = 0
         self._causes: dict[str, _Cause] = {}
         self._slowest: list[tuple[float, str, int]] = []
 
@@ -134,6 +134,7 @@ class Progress:
         if isinstance(result, Planned):
             self.planned += 1
             self.patches += result.left
+            self._sizes += result.patches
             self._in_work.add(task.slide.id)
         elif isinstance(result, Processed):
             self.patches_done += result.patches
@@ -166,9 +167,13 @@ class Progress:
 
     @property
     def patches_expected(self) -> int:
-        """Patches to be done in all: slides that are not planned yet count as the mean of those that are."""
+        """Patches to be done in all: a slide that is not planned yet counts as the mean size of those that are.
+
+        Of these, slides that an earlier command has finished count whole: that nothing is left of them says nothing of
+        the others.
+        """
         unplanned = max(0, self.slides - self.planned - self._never_planned)
-        return self.patches + round(unplanned * self.patches / self.planned) if self.planned else 0
+        return self.patches + round(unplanned * self._sizes / self.planned) if self.planned else 0
 
     def rate(self) -> float:
         """Return the patches per second over the last minutes."""
