@@ -189,7 +189,7 @@ def preview(
 
 
 def _pace(folder: RunFolder, run: RunPlan, estimates: Sequence[Estimate], measure: Callable[[], float]) -> Pace:
-    """Return the time of what is left: at the rate of slides that `out` has of this model and methods, else measured."""
+    """Return the time of what is left: at the rate of slides that `out` has of this model, else measured."""
     try:
         rows, stored = read_slides(folder.slides), read_run(folder.run)
     except StoreError:  # reported by the run
@@ -202,8 +202,8 @@ def _pace(folder: RunFolder, run: RunPlan, estimates: Sequence[Estimate], measur
     if same and done and seconds:
         return Pace(left, done / seconds, f"as the {done:,} patches in {folder.place} took, slide after slide")
     basis = (
-        f"measured now on noise with engine eager in float32 on {run.settings.device}, one process; reading slides comes "
-        "on top where it is slower, and the engine that the run chooses may be faster"
+        f"measured now on noise with engine eager in float32 on {run.settings.device}, one process; reading slides may "
+        "be slower, and the engine that the run chooses faster"
     )
     return Pace(left, measure(), basis)
 

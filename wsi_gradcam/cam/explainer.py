@@ -391,7 +391,7 @@ class Explainer:
         return logits[:count].float().cpu().numpy(), maps[:count].float().cpu().numpy()
 
     def rate(self, targets: Sequence[Target], methods: Sequence[str], budget_s: float = 3.0) -> float:
-        """Return how many patches are explained in a second, timed on noise: a batch, or a few where that takes long."""
+        """Return patches explained per second, timed on noise: on a batch, or on a few where that takes long."""
         size = min(FEW, self.facts.batch_size)
         self._timed(size, targets, methods)  # the first call sets things up
         seconds = self._timed(size, targets, methods)

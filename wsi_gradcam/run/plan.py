@@ -201,7 +201,7 @@ def plan_slide(
 
 @dataclass(frozen=True)
 class Pace:
-    """The time that a run will take: the patches that are left to explain, how many a second, and what that rests on."""
+    """The time that a run will take: the patches that are left, how many a second, and what that rests on."""
 
     patches: int
     patches_per_s: float
