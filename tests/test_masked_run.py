@@ -290,6 +290,18 @@ class TestCommandLine:
         with Image.open(tmp_path / "p.png") as image:
             assert image.size == (960, 640)
 
+    def test_info_shows_the_share_of_tissue_glass_and_unscanned_area(self, run: Run, tmp_path: Path) -> None:
+        code, printed, err = run("info", half_glass(tmp_path / "a.tif"), "--json")
+        assert code == 0, err
+        (found,) = json.loads(printed)
+        tissue, glass, *rest = (float(part.split()[-1].rstrip("%")) for part in found["area"].split(", "))
+        assert tissue == pytest.approx(100 * 512 * 384 / (640 * 960), abs=3)
+        assert tissue + glass == pytest.approx(100, abs=0.2)
+        assert rest == [0, 0, 0]
+        assert "not scanned 0.0%" in found["area"]
+        Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "c.png")
+        assert "not measured: the mpp is not known" in run("info", tmp_path / "c.png")[1]
+
     def test_info_draws_one_slide(self, run: Run, slide: Path) -> None:
         code, _, err = run("info", slide, slide, "--mask-out", "p.png")
         assert (code, err) == (2, "error: --mask-out makes a picture of one slide, 2 are given\n")
@@ -317,6 +329,8 @@ def test_the_picture_shows_every_mask_in_its_colour(tmp_path: Path) -> None:
         "tissue": masks.tissue.mean(),
         "pen": masks.pen.mean(),
         "shadow": masks.shadow.mean(),
+        "unscanned": 0.0,
+        "glass": pytest.approx((masks.glass & ~masks.shadow).mean()),
         "excluded": 0.0,
     }
     np.testing.assert_array_equal(picture[150:250, 120:180], level0[150:250, 120:180])

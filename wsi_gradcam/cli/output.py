@@ -16,7 +16,7 @@ from rich.text import Text
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.vocabulary import QUESTIONS
-from wsi_gradcam.errors import quoted
+from wsi_gradcam.errors import SlideError, quoted
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.models.spec import read_spec
@@ -27,7 +27,7 @@ from wsi_gradcam.slides import open_slide
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.timer import format_duration
 from wsi_gradcam.tissue.annotations import check_mask, read_regions
-from wsi_gradcam.tissue.masks import write_mask_preview
+from wsi_gradcam.tissue.masks import slide_masks, write_mask_preview
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.running import AuditOutcome
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.results.run_files import RunFolder, SlideFolder
     from wsi_gradcam.run.plan import Pace
+    from wsi_gradcam.slides import Slide
     from wsi_gradcam.tissue.stain import Stain
 
 MIB, GIB = 1 << 20, 1 << 30
 MAX_SLIDES = 5  # that are named for one cause
 MAX_LISTED = 20  # classes, layers
+MOST_LOOKED_AT_PX = 1 << 28  # of a slide's smallest level: some seconds
 ANY = "any"  # for --fail-on
 
 
@@ -160,7 +162,10 @@ def slide_info(path: str) -> dict[str, Any]:
     """Describe a slide."""
     slide = open_slide(path)
     info = slide.info
-    slide.close()
+    try:
+        area = _areas(slide)
+    finally:
+        slide.close()
     unsure = {True: ", used where its pixels prove it", False: ""}
     levels = [f"{o.height} x {o.width} (1/{o.downsample_y:g}{unsure[bool(o.problem)]})" for o in info.levels]
     return {
@@ -171,8 +176,24 @@ def slide_info(path: str) -> dict[str, Any]:
         "mpp (y, x)": f"{info.mpp[0]:g}, {info.mpp[1]:g} um" if info.mpp else f"unusable: {info.mpp_problem}",
         "background": "#" + bytes(info.background).hex(),
         "bounds": "whole slide" if info.bounds is None else str(info.bounds),
+        "area": area,
         "digest": info.digest,
     }
+
+
+def _areas(slide: Slide) -> str:
+    """Return how much of a slide is tissue, glass and the rest, in words."""
+    smallest = slide.info.levels[-1]
+    if slide.info.mpp is None:
+        return "not measured: the mpp is not known"
+    if smallest.height * smallest.width > MOST_LOOKED_AT_PX:
+        return "not measured, for want of a small level; --mask-out measures it"
+    try:
+        shares = slide_masks(slide).shares()
+    except SlideError as error:
+        return f"not measured: {error}"
+    words = {"tissue": "tissue", "glass": "glass", "unscanned": "not scanned", "pen": "ink", "shadow": "shadows"}
+    return ", ".join(f"{word} {shares[name]:.1%}" for name, word in words.items())
 
 
 def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +213,7 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     colours = {"tissue": "tissue outlined in green", "pen": "ink orange", "shadow": "shadows and lines blue"}
     if regions is not None:
         colours["excluded"] = "left out by the mask dark gray"
+    colours |= {"glass": "bare glass", "unscanned": "not scanned"}
     return {"picture": str(out), "it shows": ", ".join(f"{text} {shares[key]:.1%}" for key, text in colours.items())}
 
 

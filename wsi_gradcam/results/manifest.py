@@ -46,6 +46,8 @@ class SlidePlan:
         stride: level-0 px per pixel of the heatmap's level 0.
         mask_digest: digest of the file that says which part is explained; "" without one.
         stain: normalises the stain of the patches, if the model needs that and there are patches.
+        tissue_rule: the version of the rule that found the tissue; 1 where an older version of the program did. A
+            slide that was planned keeps its patches.
     """
 
     slide_digest: str
@@ -59,6 +61,7 @@ class SlidePlan:
     stride: int
     mask_digest: str = ""
     stain: StainFit | None = None
+    tissue_rule: int = 1
 
     @property
     def heatmap_px(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.examining import fit_stain
 from wsi_gradcam.tissue.annotations import tissue_within
 from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid
-from wsi_gradcam.tissue.masks import slide_masks
+from wsi_gradcam.tissue.masks import TISSUE_RULE, slide_masks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,6 +195,7 @@ def plan_slide(
         stride=settings.heatmap_stride,
         mask_digest=regions.digest if regions else "",
         stain=fit_stain(slide, masks.tissue, run.mpp, target) if target is not None and len(patches.yx) else None,
+        tissue_rule=TISSUE_RULE,
     )
     return plan, patches, mask
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_dilation, binary_opening, label, maximum_filter, minimum_filter
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import closing, disk, remove_small_holes, remove_small_objects
 
@@ -39,6 +39,21 @@ GRAY_RANGE, GRAY_SHARE = 3, 0.999
 BLACK = 20  # darker is a border or nothing, also where there is no colour
 SMALLEST_UM2 = 5_000.0  # a speck of dust; a needle biopsy fragment is a hundred times that
 
+# Scanners leave out what they take for empty and fill it: pure white or black, in rectangles. Bare glass is another
+# white, and even: over 7 px its green differs by 4 at most in 58 and 74 % of the glass of two scanned slides, while
+# tissue has texture at this resolution.
+FILL_WHITE, FILL_BLACK, FILL_PX = 254, 1, 9
+STRAIGHT_PX, STRAIGHT = 12, 0.5  # of a fill's border, half lies in straight runs along rows and columns
+EVEN_PX, EVEN = 7, 4
+LEAST_GLASS, LEAST_EVEN = 0.005, 0.02  # of what was scanned
+BRIGHT, DARKEST, GRAYISH = (
+    200,
+    100,
+    24,
+)  # of glass: its darkest channel, in a dark scan too, and how far channels differ
+EVEN_SHADOW_PX, NEUTRAL = 400, 0.015  # a shadow is that large and has the hue of glass
+TISSUE_RULE = 2  # counts changes of what is found here; 1 took fill for glass
+
 # The preview: colours apart from stains and from each other, for colour-blind eyes too (Okabe and Ito).
 OUTLINE_COLOUR, PEN_COLOUR, SHADOW_COLOUR = (0, 158, 115), (230, 159, 0), (86, 180, 233)
 EXCLUDED_COLOUR = (60, 60, 60)
@@ -55,12 +70,14 @@ class SlideMasks:
         tissue: bool [h, w]; also what could not be decoded.
         pen: bool [h, w], ink.
         shadow: bool [h, w], gray that is neither: shadows, edges of coverslips, dirt. It counts as glass.
+        unscanned: bool [h, w], what the scanner left out and filled; None where nothing was. It counts as glass.
     """
 
     rgb: NDArray[np.uint8]
     tissue: NDArray[np.bool_]
     pen: NDArray[np.bool_]
     shadow: NDArray[np.bool_]
+    unscanned: NDArray[np.bool_] | None = None
 
     def selected(self, rule: str) -> NDArray[np.bool_]:
         """Return what counts as tissue, bool [h, w], by `auto`, `with-pen` or `everything`, see `Settings.tissue`."""
@@ -72,6 +89,12 @@ class SlideMasks:
     def glass(self) -> NDArray[np.bool_]:
         """All that is neither tissue nor ink, bool [h, w]."""
         return ~(self.tissue | self.pen)
+
+    def shares(self) -> dict[str, float]:
+        """Return shares of the slide that add up to 1: `tissue`, `pen`, `shadow`, `glass` that is bare, `unscanned`."""
+        found = {"tissue": self.tissue, "pen": self.pen, "shadow": self.shadow, "unscanned": self.unscanned}
+        shares = {name: 0.0 if where is None else float(where.mean()) for name, where in found.items()}
+        return {**shares, "glass": max(0.0, 1 - sum(shares.values()))}
 
 
 def slide_masks(slide: Slide) -> SlideMasks:
@@ -90,7 +113,8 @@ def slide_masks(slide: Slide) -> SlideMasks:
     pixel_um2 = (slide.info.height * mpp_y / rgb.shape[0]) * (slide.info.width * mpp_x / rgb.shape[1])
     found = find_masks(rgb, int(SMALLEST_UM2 / pixel_um2))
     known = ~thumb.unreadable
-    return SlideMasks(rgb, found.tissue | thumb.unreadable, found.pen & known, found.shadow & known)
+    unscanned = None if found.unscanned is None else found.unscanned & known
+    return SlideMasks(rgb, found.tissue | thumb.unreadable, found.pen & known, found.shadow & known, unscanned)
 
 
 def find_masks(rgb: NDArray[np.uint8], smallest_px: int = 0) -> SlideMasks:
@@ -101,20 +125,107 @@ def find_masks(rgb: NDArray[np.uint8], smallest_px: int = 0) -> SlideMasks:
     gray that no stain has; in a picture without any colour neither is looked for. Fragments and holes smaller than
     `smallest_px` pixels are dropped.
     """
-    glass = glass_colour(rgb)
-    smooth = _difference(rgb, glass)
-    threshold = LOWEST if np.ptp(smooth) == 0 else float(np.clip(threshold_otsu(smooth), LOWEST, HIGHEST))
+    unscanned = unscanned_area(rgb)
+    glass = glass_colour(rgb, unscanned)
+    shown = rgb
+    if unscanned.any():  # as glass: its border is neither a shadow nor tissue
+        shown = np.where(_wider(unscanned)[..., None], np.array(glass, np.uint8), rgb)
+    smooth = _difference(shown, glass)
+    scanned = smooth if unscanned.all() else smooth[~unscanned]
+    threshold = LOWEST if np.ptp(scanned) == 0 else float(np.clip(threshold_otsu(scanned), LOWEST, HIGHEST))
     differs = smooth > threshold
-    least = min(max(SMALLEST_PX, smallest_px), differs.size)
-    if _is_gray(rgb):
-        pen, shadow = np.zeros_like(differs), rgb.max(axis=2) < BLACK
-    else:
-        pen = _with_rim(pen_mask(rgb, least), differs)
-        shadow = _with_rim(shadow_mask(rgb, glass, least), differs)
+    pen, shadow = _artefacts(shown, glass, differs, unscanned, min(max(SMALLEST_PX, smallest_px), differs.size))
     mask: NDArray[np.bool_] = closing(differs & ~pen & ~shadow, disk(2)) & ~pen & ~shadow
     if smallest_px > 1:
         mask = remove_small_holes(remove_small_objects(mask, max_size=smallest_px), max_size=smallest_px)
-    return SlideMasks(rgb, mask, pen & ~mask, shadow & ~mask & ~pen)
+    mask &= ~unscanned
+    pen, shadow = pen & ~mask & ~unscanned, shadow & ~mask & ~pen & ~unscanned
+    return SlideMasks(rgb, mask, pen, shadow, unscanned if unscanned.any() else None)
+
+
+def _artefacts(
+    rgb: NDArray[np.uint8],
+    glass: tuple[int, int, int],
+    differs: NDArray[np.bool_],
+    unscanned: NDArray[np.bool_],
+    least: int,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return ink and shadows, bool [h, w] each; `differs` is what differs from glass."""
+    if _is_gray(rgb):
+        return np.zeros_like(differs), rgb.max(axis=2) < BLACK
+    shadow = shadow_mask(rgb, glass, least) | _even_shadow(rgb, glass, differs, unscanned)
+    return _with_rim(pen_mask(rgb, least), differs), _with_rim(shadow, differs)
+
+
+def _even_shadow(
+    rgb: NDArray[np.uint8], glass: tuple[int, int, int], differs: NDArray[np.bool_], unscanned: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Return gray glass beside the coverslip: even, of the glass's own hue, and up to the border of what was scanned.
+
+    Unstained fat is gray too, but has membranes, and does not reach the border.
+    """
+    light = [rgb[..., i] / np.float32(max(1, glass[i])) for i in range(3)]
+    neutral = np.maximum.reduce(light) - np.minimum.reduce(light) <= NEUTRAL
+    found = _even_gray(rgb, DARKEST) & neutral & differs
+    labels, count = label(found)
+    border = _wider(unscanned, EVEN_PX)
+    border[:EVEN_PX], border[-EVEN_PX:], border[:, :EVEN_PX], border[:, -EVEN_PX:] = True, True, True, True
+    keep = np.bincount(labels.ravel(), minlength=count + 1) >= EVEN_SHADOW_PX
+    keep &= np.bincount(labels[border], minlength=count + 1) > 0
+    keep[0] = False
+    core: NDArray[np.bool_] = keep[labels]
+    if core.any():
+        core = binary_dilation(core, iterations=EVEN_PX, mask=core | (neutral & differs))
+    return core
+
+
+def _wider(where: NDArray[np.bool_], px: int = 1) -> NDArray[np.bool_]:
+    """Return the mask with what is up to `px` pixels beside."""
+    wider: NDArray[np.bool_] = (
+        binary_dilation(where, np.ones((2 * px + 1, 2 * px + 1))) if where.any() else where.copy()
+    )
+    return wider
+
+
+def unscanned_area(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return what a scanner left out and filled with pure white or black, bool [h, w].
+
+    White is that only where its border is made of straight runs, as scanned rectangles are, and where other glass
+    is found beside it: the glass of some scanners is pure white itself.
+    """
+    white, black = (_fill(where) for where in (rgb.min(axis=2) >= FILL_WHITE, rgb.max(axis=2) <= FILL_BLACK))
+    if white.any():
+        even = _even_gray(rgb, BRIGHT) & ~_wider(white)
+        if even.sum() < LEAST_EVEN * (~white).sum():
+            white = np.zeros_like(white)
+    return white | black
+
+
+def _fill(pure: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return large areas of a pure colour whose border is mostly straight."""
+    if not pure.any():
+        return pure
+    solid = binary_opening(np.pad(pure, FILL_PX, mode="edge"), np.ones((FILL_PX, FILL_PX)))
+    labels, count = label(solid[FILL_PX:-FILL_PX, FILL_PX:-FILL_PX])
+    straight, total = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    for areas in (labels, labels.T):
+        owner, border = np.maximum(areas[1:], areas[:-1]), areas[1:] != areas[:-1]
+        total += np.bincount(owner[border], minlength=count + 1)
+        if border.shape[1] >= STRAIGHT_PX:
+            runs = binary_opening(border, np.ones((1, STRAIGHT_PX)))
+            straight += np.bincount(owner[runs], minlength=count + 1)
+    keep = straight > STRAIGHT * total
+    keep[0] = False
+    found: NDArray[np.bool_] = keep[labels]
+    return found
+
+
+def _even_gray(rgb: NDArray[np.uint8], darkest: int) -> NDArray[np.bool_]:
+    """Return gray without any texture, bool [h, w]: bare glass, and the shadows on it."""
+    green, low = rgb[..., 1], rgb.min(axis=2)
+    even = maximum_filter(green, EVEN_PX) - minimum_filter(green, EVEN_PX) <= EVEN
+    found: NDArray[np.bool_] = even & (low >= darkest) & (rgb.max(axis=2) - low <= GRAYISH)
+    return found
 
 
 def _is_gray(rgb: NDArray[np.uint8]) -> bool:
@@ -139,16 +250,31 @@ def _difference(rgb: NDArray[np.uint8], glass: tuple[int, int, int]) -> NDArray[
     return smooth
 
 
-def glass_colour(rgb: NDArray[np.uint8]) -> tuple[int, int, int]:
-    """Return the median RGB of bright gray pixels, if they are at least 0.5 % of the image; else white."""
-    flat = rgb.reshape(-1, 3)
+def glass_colour(rgb: NDArray[np.uint8], unscanned: NDArray[np.bool_] | None = None) -> tuple[int, int, int]:
+    """Return the median RGB of the brighter half of bare glass: bright gray, if it is 0.5 % of what was scanned.
+
+    Else, in a dark scan, of gray that is even, if that is 2 %; else white. Where `unscanned` is not given it is looked
+    for.
+    """
+    unscanned = unscanned_area(rgb) if unscanned is None else unscanned
+    flat = rgb[~_wider(unscanned)] if unscanned.any() else rgb.reshape(-1, 3)
     flat = flat[:: max(1, len(flat) // 500_000)]
     low, high = flat.min(axis=1), flat.max(axis=1)
-    candidates = flat[(low >= 200) & (high - low <= 24)]
-    if len(candidates) < 0.005 * len(flat):
+    candidates = flat[(low >= BRIGHT) & (high - low <= GRAYISH)]
+    if len(candidates) < LEAST_GLASS * len(flat):
+        candidates = flat[:0]
+    if unscanned.any() or not len(candidates):
+        even = _even_gray(rgb, BRIGHT if len(candidates) else DARKEST) & ~_wider(unscanned)
+        candidates = rgb[even] if even.sum() >= LEAST_EVEN * (~unscanned).sum() else candidates
+    return _brighter_half(candidates)
+
+
+def _brighter_half(pixels: NDArray[np.uint8]) -> tuple[int, int, int]:
+    """Return the median RGB of the brighter half of pixels [n, 3]; white of none."""
+    if not len(pixels):
         return 255, 255, 255
-    bright = candidates[candidates.min(axis=1) >= np.percentile(candidates.min(axis=1), 50)]
-    red, green, blue = (int(v) for v in np.median(bright, axis=0))
+    low = pixels.min(axis=1)
+    red, green, blue = (int(v) for v in np.median(pixels[low >= np.percentile(low, 50)], axis=0))
     return red, green, blue
 
 
@@ -160,7 +286,7 @@ def write_mask_preview(
     All that is outside of the regions is dark gray.
 
     Returns:
-        Shares of the slide: `tissue` (to be explained), `pen`, `shadow`, `excluded`.
+        Shares of the slide: `tissue` (to be explained), `pen`, `shadow`, `unscanned`, `glass`, `excluded`.
 
     Raises:
         MppError: the slide's mpp is not known.
@@ -181,8 +307,7 @@ def write_mask_preview(
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="PNG")
     write_atomic(path, buffer.getvalue())
-    found = {"tissue": mask, "pen": masks.pen, "shadow": masks.shadow, "excluded": excluded}
-    return {name: float(where.mean()) for name, where in found.items()}
+    return {**masks.shares(), "tissue": float(mask.mean()), "excluded": float(excluded.mean())}
 
 
 def _enlarged(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
