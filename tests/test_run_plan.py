@@ -26,6 +26,7 @@ from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.run.plan import RunPlan, estimate, memory_estimate, plan_run, plan_slide
 from wsi_gradcam.run.settings import NOT_IN_IDENTITY, Settings, make_settings
 from wsi_gradcam.tissue.grid import Patches
+from wsi_gradcam.tissue.masks import TISSUE_RULE
 
 FACTS = ModelFacts(
     name="toy",
@@ -257,6 +258,7 @@ def test_a_slides_plan_follows_slide_model_and_settings(slide: ArraySlide) -> No
         len(patches.yx),
         run.settings.span_patches,
         16,
+        tissue_rule=TISSUE_RULE,
     )
     left = mask[:, : mask.shape[1] // 2]
     assert left.mean() > 0.9
@@ -270,6 +272,11 @@ def test_planning_reads_no_full_resolution(slide: ArraySlide) -> None:
     plan_slide(slide, run_of())
     assert slide.reads
     assert {level for level, _ in slide.reads} == {1}
+
+
+def test_a_plan_of_an_older_version_is_of_the_first_rule_for_tissue() -> None:
+    values = {key: value for key, value in PLAN.to_json().items() if key != "tissue_rule"}
+    assert SlidePlan.from_json(json.loads(json.dumps(values))).tissue_rule == 1
 
 
 def test_a_heatmap_pixel_larger_than_a_patch_is_refused(slide: ArraySlide) -> None:

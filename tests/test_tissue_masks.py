@@ -19,7 +19,8 @@ from tests.synthetic import GLASS, tissue_texture
 from wsi_gradcam.errors import MppError
 from wsi_gradcam.tissue.masks import Shares, find_masks, glass_colour, slide_masks
 
-Rgb, Mask = npt.NDArray[np.uint8], npt.NDArray[np.bool_]
+Rgb = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 PINK_PALE, FAT = (232, 222, 230), (226, 226, 228)
 
 
@@ -152,7 +153,7 @@ class TestOfASlide:
 def texture(size: tuple[int, int], colour: tuple[int, int, int], strength: float) -> npt.NDArray[np.float64]:
     """Stained tissue at 8 um per pixel: unevenness of many sizes."""
     rng = np.random.default_rng(2)
-    uneven: npt.NDArray[np.float64] = sum(gaussian_filter(rng.normal(size=size), s) * s for s in (1, 3, 8))  # type: ignore[assignment]
+    uneven: npt.NDArray[np.float64] = sum(gaussian_filter(rng.normal(size=size), s) * s for s in (1, 3, 8))
     uneven = strength * (uneven / uneven.std())[..., None] * (0.7, 1.0, 0.5)
     return np.array(colour) - uneven + rng.normal(0, 1.5, (*size, 3))
 
