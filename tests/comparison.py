@@ -23,8 +23,8 @@ from PIL import Image
 
 ADDED = "only now"  # how a key differs that the older checkout did not write
 
-# In which a run tells of itself: may change whenever it runs, and is not compared.
-OF_ITSELF = re.compile(r"(.*/)?(claim\.json|\.lock|status\.json|run\.html|log/.*)")
+# In which a run tells of itself: may change whenever it runs, and is not compared; nor is a list of digests.
+OF_ITSELF = re.compile(r"(.*/)?(claim\.json|\.lock|status\.json|run\.html|log/.*)|audit/files\.json")
 # Written again by every run and every audit; what stands in them stays.
 REWRITTEN = re.compile(r"run\.yaml|slides\.csv|audit/metrics\.json|audit/(.*/)?report\.html")
 
@@ -48,11 +48,16 @@ CONTINUED = (
     Allowed(r"run\.yaml", r"model\.folder", "path of the checkout"),
     Allowed(r"audit/metrics\.json", r"run\.versions\..*", "versions"),
     Allowed(r"audit/(.*/)?report\.html", r".*", "pages may be drawn otherwise"),
+    Allowed(r"run\.yaml", r"sha256_of_the_rest", "new digest", added=True),
+    Allowed(r"slides\.csv", r".*: row_digest", "new digest", added=True),
     Allowed(r"audit/metrics\.json", r"(estimates|comparisons|curves|verdicts)\.\d+\..*", "new field", added=True),
 )
 ALLOWED = (
     *CONTINUED,
     Allowed(r"slides\.csv", r".*: seconds", "seconds"),
+    Allowed(r"slides\.csv", r".*: row_digest", "seconds"),
+    Allowed(r".*", r"(\d+\.)?sha256_of_the_rest", "new digest", added=True),
+    Allowed(r".*/manifest/done\.json", r"slide|made_with|(arrays|files)\..*", "new digest", added=True),
     Allowed(r"audit/metrics\.json", r"run\.out", "path of OUT"),
     Allowed(r".*/cams\.zarr/.*/zarr\.json", r"dimension_names.*", "axes have names", added=True),
     Allowed(r".*/patches\.parquet", r"metadata wsi_gradcam.*", "new field", added=True),

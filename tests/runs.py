@@ -85,6 +85,8 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
 def contents(out: Path) -> dict[str, bytes]:
     """Every result below `out` by name; of slides.csv without the seconds, the one thing that may differ.
 
+    Nor with the digests of the rows, which cover them.
+
     What a run tells of itself is no result.
     """
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -95,13 +97,13 @@ def _results(files: dict[str, bytes]) -> dict[str, bytes]:
     files = {name: data for name, data in files.items() if name not in OF_ITSELF and not name.startswith("log/")}
     if "slides.csv" in files:
         rows = list(csv.DictReader(io.StringIO(files["slides.csv"].decode())))
-        files["slides.csv"] = json.dumps([{**row, "seconds": ""} for row in rows]).encode()
+        files["slides.csv"] = json.dumps([{**row, "seconds": "", "row_digest": ""} for row in rows]).encode()
     return files
 
 
 def _without_origin(run_yaml: bytes) -> bytes:
     values = yaml.safe_load(run_yaml)
-    del values["model"]["spec"], values["model"]["folder"]
+    del values["model"]["spec"], values["model"]["folder"], values["sha256_of_the_rest"]
     return yaml.safe_dump(values, sort_keys=False).encode()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import StoreError
+from wsi_gradcam.results.seals import LISTING, Seal, seal_of
 from wsi_gradcam.run.status import AUDIT as AUDIT
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class AuditFolder:
         """The page of the archive."""
         return self.place / REPORT
 
+    @property
+    def listing(self) -> StoragePath:
+        """The sha256 of all other files, written just before the metrics."""
+        return self.place / LISTING
+
     def slide_report(self, slide_id: str) -> StoragePath:
         """Return the page of a slide."""
         return self.place / slide_id / REPORT
@@ -63,6 +69,11 @@ class AuditFolder:
     def spread_means(self, slide_id: str) -> StoragePath:
         """Return the file of its means; written when the image is whole."""
         return self.place / slide_id / "spread.json"
+
+    @property
+    def is_listed(self) -> bool:
+        """True of an audit whose files are listed in the end; older versions, whose plan has no seal, did not."""
+        return seal_of(self.plan.read()) is not Seal.MISSING
 
     def read_plan(self) -> dict[str, Any] | None:
         """Return the plan as it was written; None where there is none.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -25,6 +24,7 @@ from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.seals import is_account, sealed_json, write_listing
 from wsi_gradcam.run.driver import RunSession
 from wsi_gradcam.run.log import LOG
 from wsi_gradcam.run.types import RunListener, SlideRecord
@@ -206,7 +206,12 @@ def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
         ]
         what = ", ".join(changed) or "other patches"
         raise ResumeError(f"{folder.place}: holds an audit with other settings ({what}); --overwrite replaces it")
-    for place in (folder.plan, folder.metrics, folder.report):  # the plan first: what is half gone is no audit
+    for place in (
+        folder.plan,
+        folder.listing,
+        folder.metrics,
+        folder.report,
+    ):  # the plan first: what is half gone is no audit
         place.remove()
     for name in set(folder.place.folder_names()) - {LOG}:
         (folder.place / name).remove_tree()
@@ -215,7 +220,7 @@ def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
         "digest": plan.audit_digest(),
         "samples": {name: sample.to_json() for name, sample in plan.samples.items()},
     }
-    folder.plan.write(json.dumps(values, indent=1).encode())
+    folder.plan.write(sealed_json(values, indent=1))
 
 
 def _short(value: object) -> str:
@@ -244,6 +249,10 @@ def _finish(
     if other is not None:
         against = compare_audits(data, plan.samples, plan.run.settings.method, other)
         metrics = metrics.model_copy(update={"against": against})
+    folder.metrics.remove()
     write_reports(folder, plan, data, metrics, archive)
-    folder.metrics.write(to_bytes(metrics))  # the last: where it is, all is
+    numbers = to_bytes(metrics)
+    if folder.is_listed:
+        write_listing(folder.place, {folder.metrics.name: numbers}, is_account)
+    folder.metrics.write(numbers)  # the last: where it is, all is
     return metrics

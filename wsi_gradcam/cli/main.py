@@ -146,20 +146,24 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.results.validation import failed_slides, validate
+    from wsi_gradcam.results.validation import check
 
-    findings = validate(arguments.out)
+    validation = check(arguments.out)
+    findings = validation.findings
+    told = sys.stderr if arguments.json else sys.stdout
     if arguments.json:
         print(json.dumps([finding.__dict__ for finding in findings]))
     else:
         for finding in findings:
             print(f"{finding.slide or arguments.out}: {finding.problem}")
         print(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
-    if failed := failed_slides(arguments.out):
+    for note in validation.notes:
+        print(f"note: {note}", file=told)
+    if failed := validation.failed:
         print(
             f"{len(failed)} slides of the run failed and have no results that could be checked: "
             f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
-            file=sys.stderr if arguments.json else sys.stdout,
+            file=told,
         )
     return SOME_FAILED if findings else DONE
 

@@ -101,6 +101,10 @@ class StoragePath(ABC):
         """Return the names of the folders directly in this one that have files somewhere in them, sorted."""
 
     @abstractmethod
+    def all_files(self) -> list[str]:
+        """Return the names of all files in this folder and below it, from here and with /, sorted."""
+
+    @abstractmethod
     def write(self, data: bytes) -> None:
         """Replace the file atomically: readers see all of `data` or what was there before."""
 

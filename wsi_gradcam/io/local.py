@@ -101,6 +101,10 @@ class LocalPath(StoragePath):
     def folder_names(self) -> list[str]:
         return sorted(entry.name for entry in self._entries() if entry.is_dir() and _holds_files(Path(entry.path)))
 
+    def all_files(self) -> list[str]:
+        found = (Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)
+        return sorted(path.relative_to(self.path).as_posix() for path in found if not _is_internal(path.name))
+
     def _entries(self) -> list[os.DirEntry[str]]:
         with _wrap_read_errors(self.path):
             try:

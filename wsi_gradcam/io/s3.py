@@ -128,6 +128,9 @@ class S3Path(StoragePath):
         prefixes = self._retry(lambda store: store.list_with_delimiter(self._prefix)["common_prefixes"])
         return sorted(posixpath.basename(prefix.rstrip("/")) for prefix in prefixes)
 
+    def all_files(self) -> list[str]:
+        return [key.removeprefix(self._prefix) for key in self.keys()]
+
     def write(self, data: bytes) -> None:
         self._retry(lambda store: store.put(self.key, data, use_multipart=False), "written")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.channels import PROBABILITY, QUANTILE, ChannelInfo, unit_of, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.seals import Seal, seal_of, sealed_json
 from wsi_gradcam.results.slide import SlideResult
 
 if TYPE_CHECKING:
@@ -198,23 +199,35 @@ def _sketch(slide: SlideResult, channel: ChannelInfo, level: int) -> Sketch:
 
 def _key(slide: SlideResult) -> str:
     """Return a key that changes when the slide is explained anew: its row holds digests and seconds."""
-    return hashlib.sha256(json.dumps(slide.row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    row = {name: value for name, value in slide.row.items() if name != "row_digest"}
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
     """Return the stored windows, if they are this run's and of this version."""
     try:
-        values = json.loads(place.read())
+        data = place.read()
+        values = json.loads(data)
         for channel in values["channels"].values():
             Sketch.from_json(channel)
         same = (values["version"], values["run_digest"], values["quantile"]) == (VERSION, run_digest, QUANTILE)
-        return values if same and isinstance(values["slides"], dict) else None
+        return values if same and seal_of(data) is not Seal.BROKEN and isinstance(values["slides"], dict) else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None  # made anew
 
 
+def display_problems(data: bytes) -> Iterator[str]:
+    """Yield what is wrong with the bytes of a display.json, which older versions wrote without a seal."""
+    mend = "delete it, it is made again when it is needed"
+    if seal_of(data) is Seal.BROKEN:
+        yield f"display.json differs from what was written; {mend}"
+    for label, channel in json.loads(data)["channels"].items():
+        if tuple(channel["window"]) != _window(channel["unit"], Sketch.from_json(channel)):
+            yield f"display.json: the window of {label} does not follow from its values; {mend}"
+
+
 def _store(place: StoragePath, values: dict[str, Any]) -> None:
     try:
-        place.write(json.dumps(values, sort_keys=True).encode())
+        place.write(sealed_json(values, sort_keys=True))
     except StoreError:  # OUT may be read only
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
+from wsi_gradcam.results.seals import sealed_json
 from wsi_gradcam.tissue.stain import StainFit
 
 if TYPE_CHECKING:
@@ -127,7 +128,6 @@ class SlidePlan:
 
 PLAN, DONE = "plan.json", "done.json"
 ENDING = ".json"
-READ_BYTES = 16 << 20
 
 
 class SlideStatus(StrEnum):
@@ -165,17 +165,30 @@ class SlideDone:
         outcome: how the slide came out.
         spans: `SpanData.digest` of each span, by the span's name.
         blocks: digests of each block of the heatmap, one a channel and one of the coverage, by the block's name.
-        files: sha256 of the other files, by file name.
+        files: sha256 of the other files, by file name: the plan, all metadata of the stores, the table, the pictures.
+        arrays: digests of the patch store's arrays that no span writes, by name.
+        slide: the slide's id.
+        made_with: digest of the model and the settings, see `run_files.made_with`.
+
+    Older versions wrote fewer files, and nothing of what comes after them.
     """
 
     outcome: SlideOutcome
     spans: dict[str, str]
     blocks: dict[str, list[str]]
     files: dict[str, str]
+    arrays: dict[str, str] = field(default_factory=dict)
+    slide: str = ""
+    made_with: str = ""
+
+    @property
+    def is_covered(self) -> bool:
+        """True where all that the slide's results mean has a digest; older versions left out much."""
+        return bool(self.made_with)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
-        return {**asdict(self.outcome), "spans": self.spans, "blocks": self.blocks, "files": self.files}
+        return {**asdict(self.outcome), **{each.name: getattr(self, each.name) for each in fields(self)[1:]}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SlideDone:
@@ -187,11 +200,12 @@ class SlideDone:
         try:
             status = SlideStatus(values["status"])
             outcome = SlideOutcome(status, values["patches"], values["unreadable"], values["cause"])
-            return cls(outcome, values["spans"], values["blocks"], values["files"])
+            since = {key: values[key] for key in ("arrays", "slide", "made_with") if key in values}
+            return cls(outcome, values["spans"], values["blocks"], values["files"], **since)
         except KeyError as error:
             raise StoreError(f"done.json has no {error.args[0]}") from error
-        except ValueError as error:
-            raise StoreError(f"done.json: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"done.json: {one_line(error)}") from error
 
 
 class Manifest:
@@ -233,7 +247,7 @@ class Manifest:
 
     def write_done(self, record: SlideDone) -> None:
         """Record the slide as finished and fold the pieces away."""
-        self._write(DONE, record.to_json())
+        (self._place / DONE).write(sealed_json(record.to_json(), indent=1, sort_keys=True))
         self.fold()
 
     def fold(self) -> None:
@@ -312,12 +326,4 @@ def digest_of(arrays: Iterable[NDArray[np.generic]]) -> str:
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def sha256_of(place: StoragePath) -> str:
-    """Return the sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    for start in range(0, place.size(), READ_BYTES):
-        digest.update(place.read_range(start, READ_BYTES))
     return digest.hexdigest()

@@ -35,6 +35,7 @@ STATUS_NAMES = {OK: "ok", UNREADABLE: "unreadable"}  # in patches.parquet
 KNOWN_ROWS = 1 << 16
 SPANS_AT_ONCE = 16
 SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is explained
+KNOWN = ("xy", *SHARES)
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,13 @@ class PatchStore:
 
     @property
     def patches(self) -> int:
-        """Number of patches."""
+        """The number of patches."""
         return int(self._group.array("xy").shape[0])
+
+    @property
+    def span(self) -> int:
+        """The number of patches of a span."""
+        return int(self._group.array("logits").chunks[0])
 
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Read level-0 px of the patches' top left corners, int64 [n, 2]."""
@@ -164,6 +170,15 @@ class PatchStore:
             for start, stop in some:
                 part = slice(start - first, stop - first)
                 yield SpanData(data.logits[part], data.cams[part], data.status[part], data.blur[part]).digest()
+
+    def known_digests(self) -> dict[str, str]:
+        """Return digests of the arrays that no span writes, by name."""
+        return {name: digest_of(self._parts(name)) for name in KNOWN}
+
+    def _parts(self, name: str) -> Iterator[NDArray[Any]]:
+        array = self._group.array(name)
+        for start in range(0, array.shape[0], KNOWN_ROWS):
+            yield np.asarray(array[start : start + KNOWN_ROWS])
 
     def logits(self, start: int, stop: int) -> NDArray[np.float32]:
         """Read logits float32 [n, classes]."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +15,7 @@ from wsi_gradcam.cam.facts import Choice
 from wsi_gradcam.errors import DocumentError, ResumeError, StoreError, one_line
 from wsi_gradcam.io.documents import read_yaml, to_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.results.seals import BLANK, KEY, sealed
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
@@ -53,6 +57,12 @@ class SlideFolder:
     def manifest(self) -> StoragePath:
         """Manifest: plan, finished pieces, final record."""
         return self.place / "manifest"
+
+    def covered(self) -> list[str]:
+        """Return the names of the files whose bytes the slide's record covers; of chunks it covers the values."""
+        stores = tuple(f"{store.name}/" for store in (self.heatmap, self.cams))
+        found = (n for n in self.place.all_files() if n.startswith(stores) and n.endswith("/zarr.json"))
+        return sorted([*found, "manifest/plan.json", *(p.name for p in (self.table, self.overview, self.tissue))])
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,12 @@ def write_run(place: StoragePathLike, run: RunPlan) -> None:
     Raises:
         StoreError: the folder cannot be written.
     """
+    values = {KEY: BLANK, **run_values(run), "versions": versions()}
+    storage_path(place).write(sealed(to_yaml(values)))
+
+
+def run_values(run: RunPlan) -> dict[str, Any]:
+    """Return the resolved configuration and its digests as plain values."""
     facts = run.facts
     model = {
         "name": facts.name,
@@ -132,16 +148,37 @@ def write_run(place: StoragePathLike, run: RunPlan) -> None:
         "folder": str(run.spec.folder),
         "provenance": run.spec.provenance,
     }
-    values = {
+    return {
         "run_digest": run.digest(),
         "identity": run.identity(),
         "settings": run.settings.model_dump(mode="json"),
         "model": model,
         "targets": [asdict(target) for target in run.targets],
         "choice": facts.choice.to_json(),
-        "versions": versions(),
     }
-    storage_path(place).write(to_yaml(values))
+
+
+# Of the model in run.yaml. Its name, its licence and where its file lies may be others when a run goes on.
+MEANT = (
+    "digest",
+    "classes",
+    "activation",
+    "patch_px",
+    "mpp",
+    "mean",
+    "std",
+    "stain",
+    "layer",
+    "view",
+    "cam_shape",
+)
+
+
+def made_with(values: dict[str, Any]) -> str:
+    """Return the sha256 of all in run.yaml that results depend on; a slide's record carries it."""
+    model = {key: values["model"].get(key) for key in MEANT}
+    meant = {"identity": values["identity"], "targets": values.get("targets"), "model": model}
+    return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
 
 
 def read_run(place: StoragePathLike) -> dict[str, Any] | None:
@@ -151,14 +188,47 @@ def read_run(place: StoragePathLike) -> dict[str, Any] | None:
         StoreError: it is damaged.
     """
     try:
-        values = read_yaml(storage_path(place).read(), aliases=True)  # of older versions
+        return parse_run(place, storage_path(place).read())
     except FileNotFoundError:
         return None
+
+
+def parse_run(place: StoragePathLike, data: bytes) -> dict[str, Any]:
+    """Return the mapping in the bytes of a run.yaml.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        values = read_yaml(data, aliases=True)  # of older versions
     except DocumentError as error:
         raise StoreError(f"{place}: damaged; choose another --out, or use --overwrite") from error
     if not isinstance(values, dict) or not {"run_digest", "identity", "model"} <= values.keys():
         raise StoreError(f"{place}: not a run.yaml of wsi_gradcam; choose another --out")
     return values
+
+
+def identity_problems(values: dict[str, Any]) -> Iterator[str]:
+    """Yield what in run.yaml does not follow from its identity, on which the results depend."""
+    identity, model, settings = values["identity"], values["model"], values.get("settings", {})
+    if hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest() != values["run_digest"]:
+        yield "run.yaml: run_digest is not that of identity"
+    known = identity["settings"]
+    resolved = {
+        "model.digest": (model.get("digest"), identity["model"]),
+        "model.layer": (model.get("layer"), known["layer"]),
+        "model.batch_size": (model.get("batch_size"), known["batch_size"]),
+        "targets": (values.get("targets"), known["target"]),
+        "choice.engine": (values.get("choice", {}).get("engine"), known["engine"]),
+        "choice.precision": (values.get("choice", {}).get("precision"), known["precision"]),
+        "model.mpp": (model.get("mpp"), known.get("patch_mpp") or model.get("mpp")),
+        "model.patch_px": (model.get("patch_px"), known.get("patch_px") or model.get("patch_px")),
+    }
+    chosen = {"target", "layer", "engine", "precision", "batch_size"}  # the settings say what was asked for
+    resolved |= {f"settings.{key}": (settings.get(key), known[key]) for key in known if key not in chosen}
+    for name, (found, expected) in resolved.items():
+        if found is not None and found != expected:
+            yield f"run.yaml: {name} is {str(found)[:40]}, expected {str(expected)[:40]} by its identity"
 
 
 # What reads results makes room for a patch, and for the part of the slide under it.

@@ -7,6 +7,7 @@ another slide given with it has that id, or one's results would lie inside the o
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from wsi_gradcam.errors import StoreError
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.urls import is_url
+from wsi_gradcam.results.seals import KEY, Seal, seal_of, sealed_json
 
 Record = dict[str, dict[str, Any]]
 OPTIONAL_KEYS = ("mpp", "mask", "label", "site", "scanner")
@@ -31,12 +33,13 @@ def read_slide_records(place: StoragePathLike) -> Record:
         StoreError: it cannot be read, or is damaged.
     """
     try:
-        return _parse_record(place, storage_path(place).read())
+        return parse_slide_records(place, storage_path(place).read())
     except FileNotFoundError:
         return {}
 
 
-def _parse_record(place: StoragePathLike, data: bytes) -> Record:
+def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
+    """Return the rows, by id, in the bytes of a slides.jsonl; others raise StoreError."""
     try:
         rows = [json.loads(line) for line in data.splitlines()]
         if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
@@ -57,15 +60,14 @@ def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list
     settled: list[SlideEntry] = []
 
     def changed(data: bytes | None) -> bytes | None:  # another run on this folder may have added slides meanwhile
-        record = {} if data is None else _parse_record(place, data)
+        record = {} if data is None else parse_slide_records(place, data)
         settled[:] = assign_ids(entries, record)
-        kept = dict(record)
+        kept = {name: _sealed(row) for name, row in record.items()}
+        before = dict(kept)
         for entry in settled:
             if not _held_by_another(record.get(entry.id), entry.path):
                 kept[entry.id] = _row(entry)
-        if kept == record:
-            return None
-        return b"".join(json.dumps(kept[name]).encode() + b"\n" for name in sorted(kept))
+        return None if kept == before else encode_slide_records(kept)
 
     storage_path(place).update(changed)
     return settled
@@ -138,7 +140,29 @@ def _row(entry: SlideEntry) -> dict[str, Any]:
     optional = {key: value for key in OPTIONAL_KEYS if (value := getattr(entry, key))}
     if entry.mpp:
         optional["mpp"] = list(entry.mpp)
-    return {"id": entry.id, "path": entry.path, **optional}
+    return _sealed({"id": entry.id, "path": entry.path, **optional})
+
+
+def _sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with its seal; it keeps one that it has."""
+    sealed: dict[str, Any] = dict(row) if KEY in row else json.loads(sealed_json(row))
+    return sealed
+
+
+def encode_slide_records(rows: Record) -> bytes:
+    """Return the file of rows by id."""
+    return b"".join(json.dumps(rows[name]).encode() + b"\n" for name in sorted(rows))
+
+
+def record_problems(data: bytes, rows: Record) -> Iterator[str]:
+    """Yield what is wrong with the bytes of a slides.jsonl, which hold these rows; older versions sealed none."""
+    seals = [seal_of(line) for line in data.splitlines()]
+    expected = Seal.MISSING if set(seals) == {Seal.MISSING} else Seal.HOLDS
+    for number, seal in enumerate(seals, 1):
+        if seal is not expected:
+            yield f"slides.jsonl: line {number} differs from what was written"
+    if data != encode_slide_records(rows):
+        yield "slides.jsonl: its lines are not as they were written"
 
 
 COLUMNS = (
@@ -157,9 +181,11 @@ COLUMNS = (
     "site",
     "scanner",
     "tried",
+    "row_digest",
 )
 
 
+DIGITS = 16
 OLDEST = 11  # columns that every version had, the first ones
 
 
@@ -173,12 +199,13 @@ def read_slides(place: StoragePathLike) -> dict[str, dict[str, str]]:
         StoreError: it is damaged.
     """
     try:
-        return _parse_rows(place, storage_path(place).read())
+        return parse_rows(place, storage_path(place).read())
     except FileNotFoundError:
         return {}
 
 
-def _parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]:
+def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]:
+    """Return the rows, by slide id, in the bytes of a slides.csv; others raise StoreError."""
     text = data.decode("utf-8", NAMES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = list(reader)
@@ -189,12 +216,32 @@ def _parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]
     return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
 
 
-def _encoded(rows: dict[str, dict[str, Any]]) -> bytes:
+def row_digest(row: Mapping[str, Any]) -> str:
+    """Return a digest of a row's other cells."""
+    cells = ["" if row.get(name) is None else str(row[name]) for name in COLUMNS[:-1]]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:DIGITS]
+
+
+def encode_rows(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return the file of rows by id; each keeps the digest that it has."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows[key] for key in sorted(rows))
+    writer.writerows(
+        {**rows[key], "row_digest": rows[key].get("row_digest") or row_digest(rows[key])} for key in sorted(rows)
+    )
     return buffer.getvalue().encode("utf-8", NAMES)
+
+
+def row_problems(data: bytes, rows: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the bytes of a slides.csv, which hold these rows, with the slide's id or ""."""
+    if not any(row["row_digest"] for row in rows.values()):
+        return  # an older version wrote it
+    if data != encode_rows(rows):
+        yield "", "slides.csv: rows are not as they were written"
+    for name, row in rows.items():
+        if row["row_digest"] != row_digest(row):
+            yield name, "its row in slides.csv differs from what was written"
 
 
 class SlideTable:
@@ -229,4 +276,4 @@ class SlideTable:
             self._waiting = {}
 
     def _with_waiting(self, data: bytes | None) -> bytes:
-        return _encoded({**({} if data is None else _parse_rows(self._place, data)), **self._waiting})
+        return encode_rows({**({} if data is None else parse_rows(self._place, data)), **self._waiting})

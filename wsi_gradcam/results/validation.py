@@ -1,9 +1,15 @@
-"""Validation of results: they must agree with their manifest, with the specification, and with their slide."""
+"""Validation of results: they must agree with their digests, with the specification, and with their slide.
+
+All that a result means has a digest: values of arrays, bytes of all other files. Of what older versions made without
+one, that is checked which follows from something else.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaozarrs
 
+from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.results.display import display_problems
 from wsi_gradcam.results.heatmap import LABEL, HeatmapStore
 from wsi_gradcam.results.manifest import (
     DONE,
@@ -22,21 +30,42 @@ from wsi_gradcam.results.manifest import (
     SlideStatus,
     block_name,
     digest_of,
-    sha256_of,
     span_name,
 )
-from wsi_gradcam.results.patch_store import OK, STATUS_NAMES, PatchStore, StoredTable
+from wsi_gradcam.results.patch_store import OK, STATUS_NAMES, UNREADABLE, PatchStore, StoredTable
 from wsi_gradcam.results.run import planned_slides
-from wsi_gradcam.results.run_files import RunFolder, RunRecord, SlideFolder, read_run
-from wsi_gradcam.results.slide_tables import read_slides
+from wsi_gradcam.results.run_files import (
+    RunFolder,
+    RunRecord,
+    SlideFolder,
+    identity_problems,
+    made_with,
+    parse_run,
+)
+from wsi_gradcam.results.seals import LISTING, Seal, file_problems, is_account, listing_problems, seal_of
+from wsi_gradcam.results.slide_tables import (
+    Record,
+    parse_rows,
+    parse_slide_records,
+    record_problems,
+    row_problems,
+)
 from wsi_gradcam.slides import open_slide
+from wsi_gradcam.tissue.grid import patch_grid
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.manifest import SlidePlan
 
+AUDIT = "audit"
+PIECES = ("manifest/spans/", "manifest/blocks/")  # left where a run was killed while it folded them away
+GROUPS = {
+    f"{group}/zarr.json"
+    for group in ("cams.zarr", *(f"heatmap.ome.zarr{name}" for name in ("", "/labels", f"/labels/{LABEL}")))
+}
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 UNFINISHED = "is not finished; run the same explain command again"
+OLD = "made by an older version, which took fewer digests: only what follows from other files could be checked of it"
 
 
 @dataclass(frozen=True)
@@ -47,81 +76,315 @@ class Finding:
     problem: str
 
 
+@dataclass(frozen=True)
+class Validation:
+    """The outcome of a validation.
+
+    Attributes:
+        findings: all that is wrong.
+        notes: what could not be checked, and why, in lines.
+        failed: ids of the slides that failed: their files are not at fault, but not all are there.
+    """
+
+    findings: list[Finding]
+    notes: list[str]
+    failed: list[str]
+
+
 def validate(out: StoragePathLike) -> list[Finding]:
     """Return all that is wrong with the results in `out`; empty if everything is right.
 
     For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
-    block by block; the heatmap obeys OME-Zarr 0.5 and lies over the whole slide at the right scale on every level;
-    the table has a row a patch with the stored values; the files beside are as they were made; the slide is still
-    the same file. A slide that was planned_slides and neither finished nor failed is a finding.
+    block by block; the other files are, byte by byte, as they were made, and there are no more; the heatmap obeys
+    OME-Zarr 0.5 and lies over the whole slide at the right scale on every level; the table has a row a patch with the
+    stored values; the slide is still the same file. Files of the run agree with their digests and with the slides, and
+    so does an audit that is finished. A slide that was planned and neither finished nor failed is a finding.
 
     Raises:
         ConfigError: `out` is no result.
+        StoreError: it cannot be read at all.
     """
+    return check(out).findings
+
+
+def check(out: StoragePathLike) -> Validation:
+    """Validate results, see `validate`, and say what could not be checked."""
     folder = RunFolder(storage_path(out))
-    stored = read_run(folder.run)
-    if stored is None:
+    data = _bytes(folder.run)
+    if data is None:
         raise ConfigError(f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made")
-    run = RunRecord.from_json(stored)
-    rows = read_slides(folder.slides)
-    findings = [] if rows else [Finding("", "slides.csv is missing or empty; run explain again to finish")]
-    for name, row in rows.items():
+    run = _Run(folder, data)
+    old: list[str] = []
+    for name, row in run.rows.items():
         if row["status"] != SlideStatus.FAILED or (folder.slide(name).manifest / DONE).is_file():
-            findings += [Finding(name, problem) for problem in _checked(folder.slide(name), row, run)]
-    return findings + [Finding(name, UNFINISHED) for name in planned_slides(folder) if name not in rows]
+            problems = _told("its results", _check(name, folder.slide(name), run, old))
+            run.findings += [Finding(name, problem) for problem in problems]
+    left = dict.fromkeys(name for name in (*planned_slides(folder), *run.slides) if name not in run.rows)
+    run.findings += [Finding(name, UNFINISHED) for name in left]
+    if old:
+        run.old.append(f"{len(old)} of {len(run.rows)} slides")
+    if run.old:
+        run.notes.append(f"{', '.join(run.old)}: {OLD}")
+    failed = [name for name, row in run.rows.items() if row["status"] == SlideStatus.FAILED]
+    return Validation(run.findings, run.notes, failed)
 
 
-def failed_slides(out: StoragePathLike) -> list[str]:
-    """Return the ids of the slides that failed: their files are not at fault, but not all are there."""
-    rows = read_slides(RunFolder(storage_path(out)).slides)
-    return [name for name, row in rows.items() if row["status"] == SlideStatus.FAILED]
-
-
-def _checked(folder: SlideFolder, row: dict[str, str], run: RunRecord) -> Iterator[str]:
+def _bytes(place: StoragePath) -> bytes | None:
     try:
-        yield from _check(folder, row, run)
+        return place.read()
+    except FileNotFoundError:
+        return None
+
+
+def _told(what: str, problems: Iterable[str]) -> Iterator[str]:
+    """Yield problems with a file; where it cannot be read, that is one."""
+    try:
+        yield from problems
     except WsiGradcamError as error:
         yield one_line(error)
     except Exception as error:  # damaged files may raise anything; each is a finding, not a crash
-        yield f"cannot be read: {one_line(error)}"
+        yield f"{what} cannot be read: {one_line(error)}"
 
 
-def _check(folder: SlideFolder, row: dict[str, str], run: RunRecord) -> Iterator[str]:
+class _Run:
+    """The files of the run itself, checked as they are read; what is damaged counts as empty.
+
+    Attributes:
+        findings, notes: see `Validation`.
+        old: what an older version made, of which not all can be checked.
+        values, record: the content of run.yaml.
+        rows: of slides.csv.
+        slides: of slides.jsonl.
+    """
+
+    def __init__(self, folder: RunFolder, data: bytes) -> None:
+        self.findings: list[Finding] = []
+        self.notes: list[str] = []
+        self.old: list[str] = []
+        self.values: dict[str, Any] | None = None
+        self.record: RunRecord | None = None
+        self.rows: dict[str, dict[str, str]] = {}
+        self.slides: Record = {}
+        self._folder, self._is_sealed = folder, seal_of(data) is not Seal.MISSING
+        self._tell("run.yaml", self._read_values(data))
+        self._tell("slides.jsonl", self._read_slides())
+        self._tell("slides.csv", self._read_rows())
+        if (display := _bytes(folder.display)) is not None:
+            self._tell("display.json", display_problems(display))
+        self._tell("status.json", self._check_account(folder.place))
+        self._tell(AUDIT, self._check_audit(folder.place / AUDIT))
+
+    def _tell(self, name: str, problems: Iterable[str]) -> None:
+        self.findings += [Finding("", problem) for problem in _told(name, problems)]
+
+    def _read_values(self, data: bytes) -> Iterator[str]:
+        if seal_of(data) is Seal.BROKEN:
+            yield "run.yaml differs from what was written"
+        self.values = parse_run(self._folder.run, data)
+        self.record = RunRecord.from_json(self.values)
+        yield from identity_problems(self.values)
+        if not self._is_sealed:
+            self.old.append("files of the run")
+
+    def _read_slides(self) -> Iterator[str]:
+        data = _bytes(self._folder.record)
+        if data is not None:
+            self.slides = parse_slide_records(self._folder.record, data)
+            yield from record_problems(data, self.slides)
+        elif self._is_sealed:
+            yield "slides.jsonl is missing; run the same explain command again"
+
+    def _read_rows(self) -> Iterator[str]:
+        data = _bytes(self._folder.slides) or b""
+        self.rows = parse_rows(self._folder.slides, data)
+        if not self.rows:
+            yield "slides.csv is missing or empty; run explain again to finish"
+        self.findings += [Finding(name, problem) for name, problem in row_problems(data, self.rows)]
+        if self._is_sealed:
+            self.findings += [Finding(name, "is not in slides.jsonl") for name in self.rows if name not in self.slides]
+
+    def _check_account(self, place: StoragePath, above: str = "") -> Iterator[str]:
+        """Yield what is wrong with the files in which a run tells of itself."""
+        status, page = _bytes(place / "status.json"), _bytes(place / "run.html")
+        if status is not None and seal_of(status) is Seal.BROKEN:
+            yield f"{above}status.json differs from what was written"
+        ended = status is not None and seal_of(status) is Seal.HOLDS and json.loads(status)["state"] != "running"
+        if page is None and ended:
+            yield f"{above}run.html is missing; the next run writes it"
+        if page is not None and (seal_of(page) is Seal.BROKEN or (ended and seal_of(page) is Seal.MISSING)):
+            yield f"{above}run.html differs from what was written"
+
+    def _check_audit(self, place: StoragePath) -> Iterator[str]:
+        """Yield what is wrong with an audit, by the listing of its files, which is there once it is finished."""
+        plan, listing, metrics = (_bytes(place / name) for name in ("plan.json", LISTING, "metrics.json"))
+        if plan is None and listing is None and metrics is None:
+            return
+        yield from self._check_account(place, f"{AUDIT}/")
+        if listing is not None:
+            yield from (f"{AUDIT}/{problem}" for problem in listing_problems(place, listing, is_account))
+        elif metrics is None:
+            self.notes.append("the audit is not finished, so it was not checked; run the same audit command again")
+        elif plan is None or seal_of(plan) is not Seal.MISSING:
+            yield f"{AUDIT}/{LISTING} is missing; run the same audit command again"
+        else:
+            self.old.append("the audit")
+        if plan is not None:
+            yield from _check_audit_plan(json.loads(plan), self.values)
+
+
+def _check_audit_plan(values: dict[str, Any], run: dict[str, Any] | None) -> Iterator[str]:
+    identity = values["identity"]
+    if hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest() != values["digest"]:
+        yield "audit/plan.json: digest is not that of identity"
+    sample = json.dumps(dict(sorted(values["samples"].items())), sort_keys=True)
+    if hashlib.sha256(sample.encode()).hexdigest() != identity["sample"]:
+        yield "audit/plan.json: the sample is not that of identity"
+    if run is not None and identity["run"] != run["run_digest"]:
+        yield "audit: is of other results than these; audit them again, with --overwrite"
+
+
+def _check(name: str, folder: SlideFolder, run: _Run, old: list[str]) -> Iterator[str]:
+    """Yield all that is wrong with a slide's results; its name is added to `old` where an older version made them."""
     manifest = Manifest(folder.manifest)
     plan, done = manifest.plan(), manifest.done()
     if plan is None or done is None:
         yield UNFINISHED
         return
-    if plan.run_digest != run.run_digest:
+    if not done.is_covered:
+        old.append(name)
+    files = list(
+        _told("its files", file_problems(folder.place, done.files, _unknown(folder) if done.is_covered else ()))
+    )
+    yield from files
+    yield from _told("manifest/done.json", _check_record(name, folder, plan, done, run))
+    yield from _told("manifest/plan.json", _check_plan(plan, run))
+    yield from _told("slides.csv", _check_row(run.rows[name], plan, done, run))
+    reshaped = {problem.partition("/")[0] for problem in files if _is_of_array(problem.partition(" ")[0])}
+    if folder.cams.name not in reshaped:  # else its arrays may say any size
+        yield from _told("cams.zarr", _check_spans(folder, plan, done))
+        yield from _told("patches.parquet", _check_table(folder, plan, run))
+    yield from _told("heatmap.ome.zarr", _check_heatmap(folder, plan, done, run, folder.heatmap.name not in reshaped))
+    yield from _told(run.rows[name]["path"], _check_slide(run.rows[name], plan, run))
+
+
+def _is_of_array(name: str) -> bool:
+    return name.endswith(f"/{METADATA}") and name not in GROUPS
+
+
+def _unknown(folder: SlideFolder) -> list[str]:
+    """Return the names of a slide's files but for those of the manifest and the chunks that its arrays may have."""
+    names = folder.place.all_files()
+    grids = {}
+    for name in names:
+        if _is_of_array(name):
+            grids[name.removesuffix(METADATA)] = _grid((folder.place / name).read())
+    return [n for n in names if not (n == f"manifest/{DONE}" or n.startswith(PIECES) or _is_chunk(n, grids))]
+
+
+def _grid(metadata: bytes) -> tuple[int, ...]:
+    """Return the number of chunk files along each axis of an array; () where its metadata is damaged."""
+    try:
+        values = json.loads(metadata)
+        chunks = values["chunk_grid"]["configuration"]["chunk_shape"]
+        return tuple(-(-size // chunk) for size, chunk in zip(values["shape"], chunks, strict=True))
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
+        return ()
+
+
+def _is_chunk(name: str, grids: dict[str, tuple[int, ...]]) -> bool:
+    array, found, key = name.rpartition(f"/{CHUNKS}/")
+    grid, numbers = grids.get(f"{array}/", ()), key.split("/")
+    return (
+        bool(found)
+        and len(grid) == len(numbers)
+        and all(n.isdecimal() and str(int(n)) == n and int(n) < count for n, count in zip(numbers, grid, strict=True))
+    )
+
+
+def _check_record(name: str, folder: SlideFolder, plan: SlidePlan, done: SlideDone, run: _Run) -> Iterator[str]:
+    if seal_of((folder.manifest / DONE).read()) is not (Seal.HOLDS if done.is_covered else Seal.MISSING):
+        yield "manifest/done.json differs from what was written"
+    if done.outcome.patches != plan.patches:
+        yield f"manifest/done.json has {done.outcome.patches} patches, expected {plan.patches} as planned"
+    if not done.is_covered:
+        return
+    if done.slide != name:
+        yield f"holds the results of {done.slide}"
+    if run.values is not None and done.made_with != made_with(run.values):
+        yield "was made with another model or other targets than run.yaml says"
+
+
+def _check_plan(plan: SlidePlan, run: _Run) -> Iterator[str]:
+    """Yield what in a plan does not follow from run.yaml and the slide's size."""
+    if run.values is None:
+        return
+    model, settings = run.values["model"], run.values["identity"]["settings"]
+    if plan.run_digest != run.values["run_digest"]:
         yield "was made by another model or configuration than run.yaml says"
-    yield from _check_spans(folder, plan, done)
-    yield from _check_heatmap(folder, plan, done)
-    yield from _check_table(folder, plan, run)
-    for name, digest in done.files.items():
-        if not (place := folder.place / name).is_file():
-            yield f"{name} is missing"
-        elif sha256_of(place) != digest:
-            yield f"{name} differs from what was made"
-    yield from _check_slide(row, plan, run.reader)
+    if (plan.stride, plan.span) != (settings["heatmap_stride"], settings["span_patches"]):
+        yield "manifest/plan.json has another stride or span than run.yaml"
+    height, width = model["patch_px"]
+    expected = patch_grid(plan.slide_px, plan.slide_mpp, (height, width), model["mpp"], (height, width)).footprint
+    if not np.allclose(plan.footprint, expected, rtol=1e-9, atol=0):
+        yield f"manifest/plan.json has a footprint of {plan.footprint}, expected {expected}"
+    scale = expected[0] / height, expected[1] / width
+    view = np.array(model.get("view", (0, 0, height, width))) * [*scale, *scale]
+    if not np.allclose(plan.view, view, rtol=1e-9, atol=1e-9):
+        yield f"manifest/plan.json has a view of {plan.view}, expected {tuple(view.tolist())}"
+
+
+def _check_row(row: dict[str, str], plan: SlidePlan, done: SlideDone, run: _Run) -> Iterator[str]:
+    """Yield what in a row of slides.csv does not follow from the slide's manifest; it may tell of a later failure."""
+    outcome = done.outcome
+    expected = {"status": outcome.status, "patches": outcome.patches, "unreadable": outcome.unreadable}
+    expected |= {"mpp_y": plan.slide_mpp[0], "mpp_x": plan.slide_mpp[1], "slide_digest": plan.slide_digest}
+    if row["status"] == SlideStatus.FAILED:
+        if not row["error"]:
+            yield "slides.csv says that it failed, and not why"
+        del expected["status"]
+        if row["patches"] == "0":
+            expected.clear()
+    if run.record is not None:
+        expected["model_digest"] = run.record.model.digest
+    for column, value in expected.items():
+        if row[column] != str(value):
+            yield f"slides.csv has {column} {row[column]!r}, expected {value}"
+    given = run.slides.get(row["id"], {})
+    for column in ("label", "site", "scanner"):
+        if given.get("path") == row["path"] and given.get(column, "") != row[column]:
+            yield f"slides.csv has {column} {row[column]!r}, slides.jsonl {given.get(column, '')!r}"
 
 
 def _check_spans(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Iterator[str]:
-    store = PatchStore(folder.cams)
+    store = PatchStore(folder.cams, read_only=True)
+    if (store.patches, store.span) != (plan.patches, plan.span):
+        yield f"cams.zarr has {store.patches} patches in spans of {store.span}, expected {plan.patches} and {plan.span}"
+        return
     for number, ((start, stop), digest) in enumerate(zip(plan.spans, store.digests(plan.spans), strict=True)):
         name = span_name(number)
         if name not in done.spans:
             yield f"span {number} is not in the manifest"
         elif digest != done.spans[name]:
             yield f"span {number} (patches {start} to {stop}) of cams.zarr differs from what was computed"
+    known = store.known_digests() if done.is_covered else {}
+    for name, digest in known.items():
+        if done.arrays.get(name) != digest:
+            yield f"{name} of cams.zarr differs from what was computed"
+    if (unreadable := int((store.status() == UNREADABLE).sum())) != done.outcome.unreadable:
+        yield f"manifest/done.json has {done.outcome.unreadable} unreadable patches, cams.zarr {unreadable}"
 
 
-def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Iterator[str]:
+def _check_heatmap(
+    folder: SlideFolder, plan: SlidePlan, done: SlideDone, run: _Run, with_values: bool
+) -> Iterator[str]:
     try:
         _check_specification(folder.heatmap)
     except Exception as error:  # its own error types differ between releases
         yield f"heatmap.ome.zarr is not valid OME-Zarr: {one_line(error)}"
         return
-    heatmap = HeatmapStore(folder.heatmap)
+    if not with_values:
+        return
+    heatmap = HeatmapStore(folder.heatmap, read_only=True)
     if heatmap.shapes != plan.level_shapes:
         yield f"heatmap.ome.zarr has levels {heatmap.shapes}, expected {plan.level_shapes} for this slide"
         return
@@ -129,6 +392,7 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Ite
     label = json.loads((folder.heatmap / "labels" / LABEL / METADATA).read())
     yield from _check_scales("heatmap.ome.zarr", ome, plan)
     yield from _check_scales(f"label {LABEL}", label["attributes"]["ome"], plan)
+    yield from _told("heatmap.ome.zarr/zarr.json", _check_channels(heatmap.attributes, plan, run))
     count = len(ome["omero"]["channels"])
     for level in range(len(plan.level_shapes)):
         for number, block in enumerate(plan.blocks(level)):
@@ -136,6 +400,26 @@ def _check_heatmap(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Ite
             found.append(digest_of((heatmap.read_flags(level, block),)))
             if done.blocks.get(block_name(level, number)) != found:
                 yield f"level {level} of heatmap.ome.zarr, block {number}, differs from what was computed"
+
+
+def _check_channels(attributes: dict[str, Any], plan: SlidePlan, run: _Run) -> Iterator[str]:
+    """Yield what in the description of the channels does not follow from run.yaml, and windows without a width."""
+    channels = attributes["ome"]["omero"]["channels"]
+    for channel in channels:
+        window = [channel["window"][key] for key in ("min", "start", "end", "max")]
+        if not (all(map(math.isfinite, window)) and window[0] <= window[1] < window[2] <= window[3]):
+            yield f"heatmap.ome.zarr/zarr.json has a window {window} of {channel['label']}, expected rising numbers"
+    if run.values is None:
+        return
+    identity = run.values["identity"]
+    targets = [Target(**target) for target in run.values["targets"]]
+    labels = [f"{method}: {target.label}" for method in identity["settings"]["method"] for target in targets]
+    labels += [f"probability: {target.label}" for target in targets if target.is_class]
+    if [channel["label"] for channel in channels] != labels:
+        yield f"heatmap.ome.zarr/zarr.json has other channels than {', '.join(labels)}"
+    said = attributes["wsi_gradcam"]
+    if any(said.get(key) != value for key, value in {**identity, "slide": plan.slide_digest}.items()):
+        yield "heatmap.ome.zarr/zarr.json tells of another model, configuration or slide"
 
 
 def _check_specification(heatmap: StoragePath) -> None:
@@ -166,9 +450,9 @@ def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[s
             yield f"level {level} of {name} has {transforms}, expected only the scale {expected} um"
 
 
-def _check_table(folder: SlideFolder, plan: SlidePlan, run: RunRecord) -> Iterator[str]:
+def _check_table(folder: SlideFolder, plan: SlidePlan, run: _Run) -> Iterator[str]:
     table = StoredTable(folder.table, plan.patches).read()
-    store = PatchStore(folder.cams)
+    store = PatchStore(folder.cams, read_only=True)
     yx = store.yx()
     if not (np.array_equal(table["y"], yx[:, 0]) and np.array_equal(table["x"], yx[:, 1])):
         yield "patches.parquet has other positions than cams.zarr"
@@ -178,13 +462,13 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: RunRecord) -> Iterat
     if not np.array_equal(ok, store.status() == OK):
         yield "patches.parquet has another status of some patches than cams.zarr"
     logits = store.logits(0, plan.patches)
-    for i, name in enumerate(run.model.classes):
+    for i, name in enumerate(run.record.model.classes if run.record else ()):
         if not np.array_equal(np.asarray(table[f"logit_{name}"])[ok], logits[ok, i]):
             yield f"patches.parquet has other logits of {name} than cams.zarr"
 
 
-def _check_slide(row: dict[str, str], plan: SlidePlan, reader: str) -> Iterator[str]:
-    slide = open_slide(row["path"], plan.slide_mpp, reader)
+def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[str]:
+    slide = open_slide(row["path"], plan.slide_mpp, run.record.reader if run.record else "auto")
     try:
         if slide.info.digest != plan.slide_digest:
             yield f"{row['path']} is another file now than when it was explained"

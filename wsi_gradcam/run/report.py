@@ -8,6 +8,7 @@ from typing import Any
 
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.seals import COMMENT, sealed
 from wsi_gradcam.run.progress import without_path
 from wsi_gradcam.run.status import AUDIT, FailureCause, RunState, RunStatus, StageStatus, ThroughputStatus
 
@@ -92,7 +93,7 @@ def run_page(status: RunStatus, rows: Mapping[str, Mapping[str, str]]) -> bytes:
         slides=[_slide(name, row, statuses, "../" if is_audit else "") for name, row in listed],
         ended=len(rows),
     )
-    return page.encode()
+    return sealed(f"{COMMENT}{page}".encode())
 
 
 def _setting(value: Any) -> Any:

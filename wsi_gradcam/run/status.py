@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.io.urls import SCHEME, redact_url
+from wsi_gradcam.results.seals import sealed_json
 from wsi_gradcam.run.claims import HEARTBEAT_S, Holder, read_holder
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ def write_status(out: StoragePath, status: RunStatus) -> None:
     Raises:
         StoreError: OUT cannot be written.
     """
-    (out / STATUS).write(json.dumps(status.to_json(), indent=1).encode())
+    (out / STATUS).write(sealed_json(status.to_json(), indent=1))
 
 
 def read_status(out: StoragePath) -> RunStatus | None:

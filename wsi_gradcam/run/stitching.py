@@ -19,12 +19,13 @@ from wsi_gradcam.results.manifest import (
     SlideStatus,
     block_name,
     digest_of,
-    sha256_of,
     span_name,
 )
 from wsi_gradcam.results.overview import draw_overview, read_mask
 from wsi_gradcam.results.patch_store import OK, PatchStore, write_table
 from wsi_gradcam.results.patch_store import UNREADABLE as UNREADABLE_PATCH
+from wsi_gradcam.results.run_files import made_with, run_values
+from wsi_gradcam.results.seals import digests_of
 from wsi_gradcam.results.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
 
 if TYPE_CHECKING:
@@ -189,7 +190,10 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
         outcome,
         spans={name: value["digest"] for name, value in spans.items()},
         blocks={name: value["digests"] for name, value in blocks.items()},
-        files={place.name: sha256_of(place) for place in (folder.table, folder.overview, folder.tissue)},
+        files=digests_of(folder.place, folder.covered()),
+        arrays=store.known_digests(),
+        slide=entry.id,
+        made_with=made_with(run_values(run)),
     )
     manifest.write_done(record)
     return outcome
