@@ -21,14 +21,15 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run, open_result
 from wsi_gradcam.api import explain
 from wsi_gradcam.cli.main import main
+from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.results.seals import KEY
-from wsi_gradcam.results.slide_tables import COLUMNS
+from wsi_gradcam.results.slide_tables import COLUMNS, record_slides
 from wsi_gradcam.results.validation import check, validate
 
 SETTINGS = {**SMALL, "heatmap_stride": 2, "batch_size": 16, "span_patches": 64, "overlap": 0.5}
-AUDIT = {"patches": 16, "seed": 3, "only": ("stability",)}
+AUDIT: dict[str, Any] = {"patches": 16, "seed": 3, "only": ("stability",)}
 SEED = 24
 FLIPS = int(os.environ.get("WSI_GRADCAM_TEST_FLIPS", "130"))
 EDITS = int(os.environ.get("WSI_GRADCAM_TEST_EDITS", "150"))
@@ -356,7 +357,7 @@ def as_of_an_older_version(out: Path) -> Path:
         edit(out / name, lambda values: values.pop(KEY))
     for page in ("run.html", "audit/run.html"):
         (out / page).write_bytes((out / page).read_bytes().split(b"\n", 1)[1])
-    edit(out / "slides.jsonl", lambda lines: [line.pop(KEY) for line in lines])
+    edit(out / "slides.jsonl", lambda lines: [line.pop(KEY) for line in lines].clear())
     rows = (out / "slides.csv").read_text().splitlines()
     (out / "slides.csv").write_text("".join(f"{row.rpartition(',')[0]}\n" for row in rows))
     (out / "audit/files.json").unlink()
@@ -477,3 +478,12 @@ def test_a_record_is_written_after_the_last_change_to_what_it_covers(good: Path)
     record = json.loads((good / "out/a.tif/manifest/done.json").read_bytes())
     assert set(record["files"]) == set(folder.covered())
     assert set(record["arrays"]) == {"xy", "tissue", "pen", "glass"}
+
+
+def test_a_slide_that_was_never_begun_and_has_left_the_archive_is_not_missed(good: Path, out: Path) -> None:
+    (good / "slides/c.tif").touch()
+    entries = [SlideEntry(f"{name}.tif", str(good / f"slides/{name}.tif")) for name in "abc"]
+    record_slides(out / "slides.jsonl", entries)
+    assert told(out) == ["c.tif: is not finished; run the same explain command again"]
+    (good / "slides/c.tif").unlink()
+    assert told(out) == []

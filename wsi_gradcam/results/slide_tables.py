@@ -131,9 +131,12 @@ def _longer(path: str) -> Iterator[str]:
 
 def _held_by_another(row: Mapping[str, Any] | None, path: str) -> bool:
     """Return whether the id belongs to another file that is still there: this one is a copy, or will be refused."""
-    if row is None or row["path"] == path:
-        return False
-    return is_url(row["path"]) or os.path.exists(row["path"])  # noqa: PTH110 - of a moved archive, each is asked
+    return row is not None and row["path"] != path and is_there(row["path"])
+
+
+def is_there(path: str) -> bool:
+    """Return whether a slide may be read: a file that exists, or any URL."""
+    return is_url(path) or os.path.exists(path)  # noqa: PTH110 - of a moved archive, each is asked
 
 
 def _row(entry: SlideEntry) -> dict[str, Any]:

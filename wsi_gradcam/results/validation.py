@@ -45,6 +45,7 @@ from wsi_gradcam.results.run_files import (
 from wsi_gradcam.results.seals import LISTING, Seal, file_problems, is_account, listing_problems, seal_of
 from wsi_gradcam.results.slide_tables import (
     Record,
+    is_there,
     parse_rows,
     parse_slide_records,
     record_problems,
@@ -119,7 +120,8 @@ def check(out: StoragePathLike) -> Validation:
         if row["status"] != SlideStatus.FAILED or (folder.slide(name).manifest / DONE).is_file():
             problems = _told("its results", _check(name, folder.slide(name), run, old))
             run.findings += [Finding(name, problem) for problem in problems]
-    left = dict.fromkeys(name for name in (*planned_slides(folder), *run.slides) if name not in run.rows)
+    wanted = [name for name, given in run.slides.items() if is_there(given["path"])]  # others have left the archive
+    left = dict.fromkeys(name for name in (*planned_slides(folder), *wanted) if name not in run.rows)
     run.findings += [Finding(name, UNFINISHED) for name in left]
     if old:
         run.old.append(f"{len(old)} of {len(run.rows)} slides")
