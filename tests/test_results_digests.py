@@ -93,7 +93,7 @@ def test_the_result_has_every_kind_of_file(good: Path) -> None:
     names = "\n".join(files_in(good / "out"))
     for part in ("run.yaml", "slides.jsonl", "display.json", "run.html", "audit/files.json", "spread.ome.zarr/0/c/"):
         assert part in names
-    assert "cams.zarr/glass/c/0" in names
+    assert "cams.zarr/tissue/c/0" in names
     assert "heatmap.ome.zarr/labels/coverage/0/c" in names
 
 
@@ -292,8 +292,8 @@ MEANT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a lost chunk": (lambda o: (o / "b.tif/heatmap.ome.zarr/0/c/0/0/0").unlink(), "level 0 of heatmap.ome.zarr"),
     "a lost chunk of known values": (lambda o: (o / "b.tif/cams.zarr/tissue/c/0").unlink(), "tissue"),
     "a chunk beyond the array": (
-        lambda o: shutil.copy(o / "b.tif/cams.zarr/glass/c/0", o / "b.tif/cams.zarr/glass/c/1"),
-        "cams.zarr/glass/c/1 is no file of these results",
+        lambda o: shutil.copy(o / "b.tif/cams.zarr/tissue/c/0", o / "b.tif/cams.zarr/tissue/c/1"),
+        "cams.zarr/tissue/c/1 is no file of these results",
     ),
     "a file that is not ours": (lambda o: (o / "b.tif/notes.txt").touch(), "notes.txt is no file of these results"),
     "an array that is not ours": (

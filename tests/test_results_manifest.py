@@ -27,11 +27,19 @@ from wsi_gradcam.results.manifest import (
     SlideStatus,
     digest_of,
 )
+from wsi_gradcam.results.seals import sealed_json
 
 PLANNED = SlidePlan("s", "r", (64, 48), (0.5, 0.25), (32.0, 32.0), (0.0, 0.0, 32.0, 32.0), 3, 2, 16)
 FINISHED = SlideDone(
-    SlideOutcome(SlideStatus.OK, 3, 1, "torn"), {"000000": "a"}, {"0-000000": ["c", "d"]}, {"patches.parquet": "e"}
+    SlideOutcome(SlideStatus.OK, 3, 1, "torn"),
+    {"000000": "a"},
+    {"0-000000": ["c", "d"]},
+    {"patches.parquet": "e"},
+    {"pen": "f"},
+    "a.svs",
+    "m",
 )
+SINCE = {"arrays", "slide", "made_with"}  # older versions did not write them
 Array = npt.NDArray[np.generic]
 
 
@@ -175,11 +183,20 @@ def test_records_are_plain_json(manifest: Manifest, tmp_path: Path) -> None:
         "spans": {"000000": "a"},
         "blocks": {"0-000000": ["c", "d"]},
         "files": {"patches.parquet": "e"},
+        "arrays": {"pen": "f"},
+        "slide": "a.svs",
+        "made_with": "m",
     }
-    assert (tmp_path / "manifest" / DONE).read_text() == json.dumps(expected, indent=1, sort_keys=True)
+    assert (tmp_path / "manifest" / DONE).read_bytes() == sealed_json(expected, indent=1, sort_keys=True)
 
 
-@pytest.mark.parametrize("key", sorted(FINISHED.to_json()))
+def test_a_final_record_of_an_older_version_is_read() -> None:
+    values = {key: value for key, value in FINISHED.to_json().items() if key not in SINCE}
+    found = SlideDone.from_json(values)
+    assert (found.outcome, found.files, found.is_covered) == (FINISHED.outcome, FINISHED.files, False)
+
+
+@pytest.mark.parametrize("key", sorted(FINISHED.to_json().keys() - SINCE))
 def test_a_final_record_without_a_key_is_refused(key: str) -> None:
     values = FINISHED.to_json()
     assert SlideDone.from_json(values) == FINISHED

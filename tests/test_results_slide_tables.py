@@ -16,6 +16,7 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
+from wsi_gradcam.results.seals import KEY, Seal, seal_of
 from wsi_gradcam.results.slide_tables import assign_ids, read_slide_records, record_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.types import RunListener, Workload
@@ -135,7 +136,9 @@ def test_the_list_is_kept_as_it_was_read(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("slide,mpp,mask,label,site,scanner\na.svs,0.25,m.png,tumour,Hull,S360\nb.svs\n")
     out = tmp_path / "out"
     kept(out, tmp_path / "list.csv")
-    rows = [json.loads(line) for line in (out / "slides.jsonl").read_text().splitlines()]
+    lines = (out / "slides.jsonl").read_bytes().splitlines()
+    assert [seal_of(line) for line in lines] == [Seal.HOLDS, Seal.HOLDS]
+    rows = [{key: value for key, value in json.loads(line).items() if key != KEY} for line in lines]
     assert rows == [
         {
             "id": "a.svs",

@@ -64,6 +64,7 @@ GROUPS = {
     f"{group}/zarr.json"
     for group in ("cams.zarr", *(f"heatmap.ome.zarr{name}" for name in ("", "/labels", f"/labels/{LABEL}")))
 }
+METADATA_BYTES = 1 << 20  # most that is read of it
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 UNFINISHED = "is not finished; run the same explain command again"
 OLD = "made by an older version, which took fewer digests: only what follows from other files could be checked of it"
@@ -279,7 +280,7 @@ def _unknown(folder: SlideFolder) -> list[str]:
     grids = {}
     for name in names:
         if _is_of_array(name):
-            grids[name.removesuffix(METADATA)] = _grid((folder.place / name).read())
+            grids[name.removesuffix(METADATA)] = _grid((folder.place / name).read_range(0, METADATA_BYTES))
     return [n for n in names if not (n == f"manifest/{DONE}" or n.startswith(PIECES) or _is_chunk(n, grids))]
 
 
