@@ -6,6 +6,7 @@ say what was given, what was expected and how to mend it, on one line.
 
 from __future__ import annotations
 
+import re
 import reprlib
 
 MAX_MESSAGE = 1000  # characters: files, and libraries that quote them, may say anything
@@ -157,3 +158,19 @@ def quoted(value: object) -> str:
     '[[[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], ...]'
     """
     return shortened(_Quoting().repr(value), 200)
+
+
+# Control characters (C0, DEL, C1), line and paragraph separators, marks and overrides of direction, invisible joiners
+# and tags, and what is no character at all.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """Return text on one line as a terminal may show it: names out of files move no cursor and hide nothing.
+
+    >>> printable("a\\x1b[2Jb\\n.tif")
+    'a\\\\x1b[2Jb\\\\n.tif'
+    """
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
-from wsi_gradcam.cli import flags
-from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line
+from wsi_gradcam.cli import PrintableFormatter, flags, say
+from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line, printable
 from wsi_gradcam.system.isolation import supervise
 from wsi_gradcam.system.stopping import STOP
 
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Stopped by SIGINT or SIGTERM it returns 130 or 143, once the work in progress is finished.
     """
     arguments = make_parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+    if logging.lastResort is not None:  # what is logged and has no other handler is printed by this
+        logging.lastResort.setFormatter(PrintableFormatter())
     stoppable: AbstractContextManager[None] = nullcontext()
     if argv is None and COMMANDS[arguments.command].stoppable:  # a process of its own, without threads yet
         supervise()
@@ -52,19 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stoppable:
             return COMMANDS[arguments.command].run(arguments)
     except StoppedError as error:
-        print(one_line(error), file=sys.stderr)
+        say(one_line(error), error=True)
         return STOP.exit_code
     except WsiGradcamError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        say(f"error: {one_line(error)}", error=True)
         return SOME_FAILED if isinstance(error, BrokenOffError) else WRONG_USAGE
     except KeyboardInterrupt:
-        print(one_line(STOP.error()), file=sys.stderr)
+        say(one_line(STOP.error()), error=True)
         return STOP.exit_code
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors quote arguments, such as names that a shell found, as visible text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and error, and exit."""
+        super().error(printable(message))
 
 
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of these arguments: only the commands named in them have flags, as some take time to make."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="wsi-gradcam", description="Where a CNN looks on whole slides: heatmaps that open aligned over the slide."
     )
     parser.add_argument("--version", action="version", version=f"wsi-gradcam {__version__}")
@@ -128,7 +138,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     started, out = time.monotonic(), Path(arguments.out)
     if arguments.slide is None:
-        print(f"laying out an IHC slide of {SIDE_PX} x {SIDE_PX} px ...", flush=True)
+        say(f"laying out an IHC slide of {SIDE_PX} x {SIDE_PX} px ...")
         example = make_example(out)
     else:
         example = given_example(Path(arguments.slide), out)
@@ -141,7 +151,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     print_results(example.out, slide)
     if example.layout is not None:
         print_agreement(agreement(slide, example.layout))
-    print(f"\nall of it took {time.monotonic() - started:.0f} s")
+    say("", f"all of it took {time.monotonic() - started:.0f} s")
     return DONE
 
 
@@ -150,20 +160,19 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     validation = check(arguments.out)
     findings = validation.findings
-    told = sys.stderr if arguments.json else sys.stdout
     if arguments.json:
         print(json.dumps([finding.__dict__ for finding in findings]))
     else:
         for finding in findings:
-            print(f"{finding.slide or arguments.out}: {finding.problem}")
-        print(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
+            say(f"{finding.slide or arguments.out}: {finding.problem}")
+        say(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
     for note in validation.notes:
-        print(f"note: {note}", file=told)
+        say(f"note: {note}", error=arguments.json)
     if failed := validation.failed:
-        print(
+        say(
             f"{len(failed)} slides of the run failed and have no results that could be checked: "
             f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
-            file=told,
+            error=arguments.json,
         )
     return SOME_FAILED if findings else DONE
 
@@ -176,7 +185,7 @@ def _status(arguments: argparse.Namespace) -> int:
     for seen in observe(arguments.out, arguments.watch):
         text = json.dumps(seen.to_json()) if arguments.json else shown(seen)
         if text != before:
-            print(text, flush=True)
+            say(*text.split("\n"))
         before = text
     return DONE if seen.is_well else SOME_FAILED
 
@@ -218,15 +227,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _print_exported(done: Exported) -> None:
     if done.error:
-        print(f"error: {done.slide}: {done.error}", file=sys.stderr, flush=True)
+        say(f"error: {done.slide}: {done.error}", error=True)
     for path in done.paths:
-        print(path, flush=True)
+        say(path)
 
 
 def _print_window_progress(done: int, total: int) -> None:
     """Print a line now and then while the run's window is computed, which takes a while for an archive."""
     if done % 100 == 0:
-        print(f"display window of the run: {done} of {total} slides read", file=sys.stderr, flush=True)
+        say(f"display window of the run: {done} of {total} slides read", error=True)
 
 
 def _parse_window(text: str) -> tuple[float, float]:
@@ -248,7 +257,7 @@ def _view(arguments: argparse.Namespace) -> int:
         token=arguments.token,
         allow_host=arguments.allow_host,
         browse=arguments.open,
-        announce=partial(print, flush=True),
+        announce=say,
     )
     return DONE
 
@@ -269,7 +278,8 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
-        print("\n\n".join("\n".join(f"{key:>16}  {value}" for key, value in item.items()) for item in found))
+        for number, item in enumerate(found):
+            say(*[""] * bool(number), *(f"{key:>16}  {value}" for key, value in item.items()))
     return DONE
 
 
@@ -280,7 +290,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     for check in examine(arguments.out, arguments.scheduler, arguments.model, trust_code=arguments.trust_code):
         checks.append(check)
         if not arguments.json:
-            print(format_check(check), flush=True)
+            say(format_check(check))
     status = worst(checks)
     if arguments.json:
         print(json.dumps({"status": status, "checks": [check.__dict__ for check in checks]}))

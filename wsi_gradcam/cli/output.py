@@ -16,7 +16,8 @@ from rich.text import Text
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.vocabulary import QUESTIONS
-from wsi_gradcam.errors import SlideError, quoted
+from wsi_gradcam.cli import say
+from wsi_gradcam.errors import SlideError, printable, quoted
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.models.spec import read_spec
@@ -56,7 +57,7 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         return
     counts = {s: sum(r.status == s for r in outcome.records) for s in {r.status for r in outcome.records}}
     summary = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(counts.items()))
-    print(f"{summary}; results in {outcome.out}")
+    say(f"{summary}; results in {outcome.out}")
     if outcome.failed:
         _print_failures(outcome)
 
@@ -66,14 +67,14 @@ def _print_failures(outcome: Outcome) -> None:
     causes: dict[str, list[str]] = {}
     for record in outcome.failed:
         causes.setdefault(cause_of(record), []).append(record.slide.id)
-    print("failed:", file=sys.stderr)
+    say("failed:", error=True)
     for cause, slides in causes.items():
         more = f" and {len(slides) - MAX_SLIDES} more" if len(slides) > MAX_SLIDES else ""
-        print(f"  {', '.join(slides[:MAX_SLIDES])}{more}: {cause}", file=sys.stderr)
+        say(f"  {', '.join(slides[:MAX_SLIDES])}{more}: {cause}", error=True)
     if len(outcome.failed) > MAX_SLIDES:
-        print(f"  all of them are in {outcome.out / 'slides.csv'}", file=sys.stderr)
+        say(f"  all of them are in {outcome.out / 'slides.csv'}", error=True)
     if before := sum(record.skipped and record.lasting for record in outcome.failed):
-        print(f"  {before} of them failed before and were not tried again; --retry-failed does", file=sys.stderr)
+        say(f"  {before} of them failed before and were not tried again; --retry-failed does", error=True)
 
 
 def print_preview(found: Preview, as_json: bool) -> None:
@@ -86,20 +87,20 @@ def print_preview(found: Preview, as_json: bool) -> None:
     table = Table("slide", "patches", "spans", "blocks", "store", "memory")
     for e in found.estimates:
         store, memory = f"{e.store_bytes / MIB:.1f} MiB", f"{e.memory_bytes / GIB:.2f} GiB"
-        table.add_row(Text(e.slide.id), f"{e.patches:,}", f"{e.spans:,}", f"{e.blocks:,}", store, memory)
+        table.add_row(Text(printable(e.slide.id)), f"{e.patches:,}", f"{e.spans:,}", f"{e.blocks:,}", store, memory)
     Console().print(table)
     patches, size = sum(e.patches for e in found.estimates), sum(e.store_bytes for e in found.estimates)
-    print(
+    say(
         f"{len(rows)} slides, {patches:,} patches, at most {size / MIB:.1f} MiB before compression; memory is an "
         "estimate for each process"
     )
     pace = found.pace
-    print(
+    say(
         f"about {format_duration(pace.seconds)} for the {pace.patches:,} patches that are left, at "
         f"{pace.patches_per_s:.3g} patches/s: {pace.basis}"
     )
     for slide, error in errors.items():
-        print(f"cannot be planned: {slide}: {error}", file=sys.stderr)
+        say(f"cannot be planned: {slide}: {error}", error=True)
 
 
 def _time(pace: Pace) -> dict[str, Any]:
@@ -108,19 +109,19 @@ def _time(pace: Pace) -> dict[str, Any]:
 
 def print_results(run: RunFolder, slide: SlideFolder) -> None:
     """Print the files of a slide's results, and the command that shows them."""
-    print(f"\n  picture  {slide.overview}\n  heatmap  {slide.heatmap}\n  table    {slide.table}")
+    say("", f"  picture  {slide.overview}", f"  heatmap  {slide.heatmap}", f"  table    {slide.table}")
     command = sys.argv[0] if Path(sys.argv[0]).name == "wsi-gradcam" else "wsi-gradcam"  # `make` has it in .venv
-    print(f"  to look  {command} view {run.place}")
+    say(f"  to look  {command} view {run.place}")
 
 
 def print_agreement(auc: Mapping[str, tuple[float, float]]) -> None:
     """Print how well the demo's heatmap agrees with the stain: by channel, in the held-out quadrant and everywhere."""
-    print("\nagreement with the DAB stain (truth by colour deconvolution), ROC AUC per 16 px:")
+    say("", "agreement with the DAB stain (truth by colour deconvolution), ROC AUC per 16 px:")
     width = max(len(label) for label in auc)
-    print(f"  {'':{width}}  held-out quadrant  all tissue")
+    say(f"  {'':{width}}  held-out quadrant  all tissue")
     for label, (held_out, everywhere) in auc.items():
-        print(f"  {label:{width}}  {held_out:17.3f}  {everywhere:10.3f}")
-    print("  the model never saw the held-out quadrant of the micrograph")
+        say(f"  {label:{width}}  {held_out:17.3f}  {everywhere:10.3f}")
+    say("  the model never saw the held-out quadrant of the micrograph")
 
 
 def questions_to_fail_on(names: Sequence[str]) -> tuple[str, ...]:
@@ -148,14 +149,14 @@ def print_audit(outcome: AuditOutcome, failures: Sequence[VerdictRow], as_json: 
         print(json.dumps(values, indent=1))
     else:
         for verdict in metrics.verdicts:
-            print(f"{verdict.outcome:>7}  {verdict.question} ({verdict.of}): {verdict.words}")
+            say(f"{verdict.outcome:>7}  {verdict.question} ({verdict.of}): {verdict.words}")
         sample = metrics.sample
         slides = "1 slide" if sample.slides == 1 else f"{sample.slides} slides"
-        print(f"{sample.patches} patches of {slides}, seed {sample.seed}; {outcome.out / 'report.html'}")
+        say(f"{sample.patches} patches of {slides}, seed {sample.seed}; {outcome.out / 'report.html'}")
     for record in outcome.failed:
-        print(f"not audited: {record.slide.id}: {record.error}", file=sys.stderr)
+        say(f"not audited: {record.slide.id}: {record.error}", error=True)
     for verdict in failures:
-        print(f"--fail-on: {verdict.question} ({verdict.of}) fails: {verdict.words}", file=sys.stderr)
+        say(f"--fail-on: {verdict.question} ({verdict.of}) fails: {verdict.words}", error=True)
 
 
 def slide_info(path: str) -> dict[str, Any]:

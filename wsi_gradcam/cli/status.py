@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from wsi_gradcam.errors import printable
 from wsi_gradcam.run.status import AUDIT, ObservedRun, RunState, RunStatus, SlideCounts, WorkerStatus
 from wsi_gradcam.system.timer import format_duration
 
@@ -12,7 +13,7 @@ WORKERS_NAMED = 16
 
 def shown(seen: ObservedRun) -> str:
     """Return the state as lines of text, first the run's, then its audit's."""
-    return "\n".join([*_lines(seen), *([] if seen.audit is None else _lines(seen.audit))])
+    return "\n".join(map(printable, [*_lines(seen), *([] if seen.audit is None else _lines(seen.audit))]))
 
 
 def _lines(seen: ObservedRun) -> Iterator[str]:

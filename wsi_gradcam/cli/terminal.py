@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from wsi_gradcam.cli import say
+from wsi_gradcam.errors import printable
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.types import Performed, Planned, RunListener, Task
 from wsi_gradcam.system.timer import format_duration
@@ -81,7 +83,7 @@ class Lines(Quiet):
     def print_line(self, text: str) -> None:
         """Print a line."""
         self.last_line = time.monotonic()
-        print(text, file=sys.stderr, flush=True)
+        say(text, error=True)
 
 
 class Bars(Lines):
@@ -114,7 +116,7 @@ class Bars(Lines):
 
     def print_line(self, text: str) -> None:
         """Print a line above the bars."""
-        self._bars.console.print(text, style="dim", highlight=False, markup=False)
+        self._bars.console.print(printable(text), style="dim", highlight=False, markup=False)
 
 
 @contextmanager

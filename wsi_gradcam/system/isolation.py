@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from wsi_gradcam.errors import SlideError
+from wsi_gradcam.errors import SlideError, printable
 
 # A model or a machine that crashes every process would have slide after slide blamed for it.
 MAX_CRASHES_IN_A_ROW = 10
@@ -155,4 +155,4 @@ def _exit_as(status: int) -> NoReturn:
 def _print(text: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(SHOW_CURSOR)  # progress bars hide it
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
