@@ -124,10 +124,11 @@ def test_what_the_model_file_says_goes_first() -> None:
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("timm:resnet18x", "timm has no such model; near names: "),
+        ("timm:resnet18x", "timm has no such model; did you mean resnet18"),
+        ("timm:zz", "timm has no such model; timm.list_models"),
         ("timm:", "timm has no such model"),
         ("timm:hf-hub:someone/model", "timm has no such model"),
-        ("torchvision:resnet19", "torchvision has no such model"),
+        ("torchvision:resnet19", "torchvision has no such model; did you mean resnet1"),
         ("torchvision:ssd300_vgg16", "not a classifier of images"),
         ("torchvision:fcn_resnet50", "not a classifier of images"),
         ("yaml:no_such_function", "'yaml' has no function 'no_such_function'"),

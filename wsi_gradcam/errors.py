@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 MAX_MESSAGE = 1000  # characters: files, and libraries that quote them, may say anything
 
@@ -114,6 +116,17 @@ class WorkerError(WsiGradcamError, RuntimeError):
 
 class StoppedError(WsiGradcamError, RuntimeError):
     """The run was told to stop before all was done."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a question with the names that are near to an unknown one; "" where none is.
+
+    >>> did_you_mean("clases", ["classes", "mpp"]), did_you_mean("zzz", ["mpp"])
+    ('did you mean classes?', '')
+    """
+    by_lower = {known.lower(): known for known in names}
+    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, 3)]
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:

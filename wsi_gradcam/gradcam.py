@@ -20,7 +20,7 @@ from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, one_line
-from wsi_gradcam.models.load import Model, load_model
+from wsi_gradcam.models.load import Model, layer_name, load_model
 from wsi_gradcam.models.outputs import with_logits
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class GradCAM:
 
     Args:
         model: a network, normalised images -> logits; or whatever `--model` takes, or a loaded `Model`.
-        layer: name of the module to explain, or several joined by "+"; nothing given: found.
+        layer: the module to explain, or its name, or several names joined by "+"; nothing given: found.
         method: a name from `wsi_gradcam.cam.facts`, or several joined by commas, which share the forward pass.
         precision: of the network up to the layer: float32, bfloat16, float16; auto: the fastest that keeps the maps.
         engine: what runs the network up to the layer: eager, compile, openvino; auto: the fastest. It is chosen in
@@ -95,7 +95,7 @@ class GradCAM:
     def __init__(
         self,
         model: nn.Module | Model | ModelSpec | str | PathLike[str],
-        layer: str | None = None,
+        layer: str | nn.Module | None = None,
         method: str | Sequence[str] = "gradcam",
         precision: str = AUTO,
         engine: str = AUTO,
@@ -120,7 +120,7 @@ class GradCAM:
             model = load_model(fspath(model) if isinstance(model, PathLike) else model, trust_code=trust_code)
         self._module = model.module if isinstance(model, Model) else model
         self._classes = tuple(classes or (model.classes if isinstance(model, Model) else ()))
-        self._wanted = layer or (model.layer if isinstance(model, Model) else None)
+        self._wanted = layer_name(self._module, layer) or (model.layer if isinstance(model, Model) else None)
         self._requested = engine, precision
         self._batch_size = batch_size
         self._located: dict[tuple[int, ...], tuple[nn.Module, tuple[Layer, ...]]] = {}

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wsi_gradcam.errors import ModelError, one_line
+from wsi_gradcam.errors import LayerError, ModelError, one_line, quoted
 from wsi_gradcam.models.outputs import with_logits
 from wsi_gradcam.models.sources import Built
 from wsi_gradcam.models.sources.function import build_function, source_digest
@@ -346,6 +346,25 @@ def _digest(spec: ModelSpec, model: Model, code: str) -> str:
     return digest.hexdigest()
 
 
+def layer_name(network: nn.Module, layer: str | nn.Module | None) -> str | None:
+    """Return the name that a layer has in a network; a name, or several joined by "+", as it is.
+
+    Raises:
+        LayerError: it is not the network's, or neither a name nor a module.
+    """
+    if layer is None or isinstance(layer, str):
+        return layer
+    if isinstance(layer, nn.Module):
+        names = [name for name, module in network.named_modules() if module is layer and name]
+        if names:
+            return names[0]
+    given = f"a {type(layer).__name__} that is not in it" if isinstance(layer, nn.Module) else quoted(layer)
+    raise LayerError(
+        f"layer of {type(network).__name__}: is {given}; expected a name of its named_modules(), several joined by "
+        "'+', or one of its own modules"
+    )
+
+
 def model_of(
     module: nn.Module,
     *,
@@ -359,7 +378,7 @@ def model_of(
     stain: str | Mapping[str, Any] | None = None,
     transform: Resizing | None = None,
     activation: Activation = "softmax",
-    layer: str | None = None,
+    layer: str | nn.Module | None = None,
     output: str | int | None = None,
     device: str = "cpu",
 ) -> Model:
@@ -387,7 +406,7 @@ def model_of(
         "scale": scale,
         "stain": stain,
         "transform": transform,
-        "layer": layer,
+        "layer": layer_name(module, layer),
         "output": output,
         "activation": activation,
     }

@@ -19,12 +19,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from wsi_gradcam.errors import DocumentError, ModelError, one_line, quoted, shortened
+from wsi_gradcam.errors import DocumentError, ModelError, did_you_mean, one_line, quoted, shortened
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.local import check_regular, read_file
 from wsi_gradcam.models.staining import StainSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
 
@@ -244,6 +246,8 @@ def read_spec(model: str) -> ModelSpec:
         return _validated({"name": name or model, "source": f"{kind}:{model}"}, Path(), model)
     if ":" in model:
         return _validated({"name": model, "source": model}, Path(), model)
+    if near := did_you_mean(model, bundled()):
+        raise ModelError(f"{model}: no such model; {near}")
     raise ModelError(
         f"{model}: no such model; expected {FORMS}, or one that comes with wsi_gradcam: {', '.join(bundled())}"
     )
@@ -333,24 +337,29 @@ def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:
     try:
         return ModelSpec.model_validate({**values, "folder": folder})
     except ValidationError as error:
-        raise ModelError(f"{origin}: {explain_validation(error)}") from error
+        raise ModelError(f"{origin}: {explain_validation(error, set(ModelSpec.model_fields) - {'folder'})}") from error
 
 
-def explain_validation(error: ValidationError) -> str:
-    """Return Pydantic's findings on one line: key, problem, given value; of many, the first few."""
+def explain_validation(error: ValidationError, keys: Iterable[str] = ()) -> str:
+    """Return Pydantic's findings on one line: key, problem, given value; of many, the first few.
+
+    `keys` are those that could have been meant by an unknown one.
+    """
     found = error.errors(include_url=False)
     more = [f"and {len(found) - MAX_FINDINGS} more"] if len(found) > MAX_FINDINGS else []
-    return "; ".join([*map(_finding, found[:MAX_FINDINGS]), *more])
+    return "; ".join([*(_finding(each, keys) for each in found[:MAX_FINDINGS]), *more])
 
 
-def _finding(error: ErrorDetails) -> str:
+def _finding(error: ErrorDetails, keys: Iterable[str]) -> str:
     message = shortened(error["msg"].removeprefix("Value error, "), 300)
     if not error["loc"]:  # of several keys together: the message names them
         return message
     key = shortened(".".join(str(part) for part in error["loc"]), 100)
     if error["type"] == "missing":
         return f"{key}: {message}"
-    known = "unknown key, check the spelling" if error["type"] == "extra_forbidden" else message
+    near = did_you_mean(key, keys) if len(error["loc"]) == 1 else ""
+    unknown = f"unknown key, check the spelling{near and f': {near}'}"
+    known = unknown if error["type"] == "extra_forbidden" else message
     return f"{key}: {known} (given: {quoted(error['input'])})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import SupportsIndex
 
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import UnknownNameError
@@ -61,12 +62,16 @@ def unit_of(label: str) -> str:
     return PROBABILITY if method == PROBABILITY else METHOD_INFO[method].unit
 
 
-def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> ChannelInfo:
-    """Return the channel with the label `name`, else the first that explains the target `name`.
+def find_channel(channels: Sequence[ChannelInfo], name: str | int | ChannelInfo, where: str) -> ChannelInfo:
+    """Return the channel with the label `name`, else the first that explains the target `name`; or one by its number.
 
     Raises:
         UnknownNameError: there is none; the message has names that are near.
     """
+    if isinstance(name, ChannelInfo):
+        name = name.label
+    if not isinstance(name, str):
+        return channels[at_index(name, len(channels), f"{where}: no channel", "its label, its class or its number")]
     for found in channels:
         if found.label == name:
             return found
@@ -77,6 +82,20 @@ def find_channel(channels: Sequence[ChannelInfo], name: str, where: str) -> Chan
     raise UnknownNameError(
         f"{where}: no channel {name!r}; {suggest_names(name, [*labels, *(c.target for c in channels)])}"
     )
+
+
+def at_index(given: object, count: int, where: str, wanted: str) -> int:
+    """Return the place of one of `count` things that is given by number, from 0 or from the end.
+
+    Raises:
+        UnknownNameError: there is none, or it is no number; `wanted` says what is.
+    """
+    if isinstance(given, SupportsIndex) and not isinstance(given, bool):
+        number = given.__index__()
+        if -count <= number < count:
+            return number % count
+        raise UnknownNameError(f"{where} {number}; there are {count}, counted from 0")
+    raise UnknownNameError(f"{where} {given!r:.100}; expected {wanted}")
 
 
 def suggest_names(name: str, names: Sequence[str], most: int = 12) -> str:

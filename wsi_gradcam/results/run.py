@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import ResultError, UnknownNameError
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages import render
-from wsi_gradcam.results.channels import suggest_names
+from wsi_gradcam.results.channels import ChannelInfo, at_index, suggest_names
 from wsi_gradcam.results.display import Progress, run_windows
 from wsi_gradcam.results.manifest import PLAN
 from wsi_gradcam.results.run_files import RunFolder, RunRecord, read_run
@@ -58,12 +58,14 @@ class Result:
     def __contains__(self, slide_id: object) -> bool:
         return slide_id in self._slides
 
-    def __getitem__(self, slide_id: str) -> SlideResult:
-        """Return a slide's results; also of one that is in work and not in slides.csv yet.
+    def __getitem__(self, slide_id: str | int) -> SlideResult:
+        """Return a slide's results by its id, or its place in `ids`; also of one in work and not in slides.csv yet.
 
         Raises:
             UnknownNameError: the run has no such slide.
         """
+        if not isinstance(slide_id, str):
+            slide_id = self.ids[at_index(slide_id, len(self), f"{self.out}: no slide", "its id or its number")]
         if (found := self._slides.get(slide_id)) is not None:
             return found
         if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
@@ -81,7 +83,9 @@ class Result:
         """The model's classes."""
         return list(self.record.model.classes)
 
-    def heatmap(self, channel: str, slide: str | None = None, level: int = 0, *, masked: bool = False) -> xr.DataArray:
+    def heatmap(
+        self, channel: str | int | ChannelInfo, slide: str | int | None = None, level: int = 0, *, masked: bool = False
+    ) -> xr.DataArray:
         """Return a channel of a slide as a lazy array, see `SlideResult.heatmap`; an only slide need not be named."""
         return self._one(slide).heatmap(channel, level, masked=masked)
 
@@ -106,7 +110,7 @@ class Result:
         """
         return run_windows(self, self.folder.display, self.record.run_digest, progress)
 
-    def _one(self, slide_id: str | None) -> SlideResult:
+    def _one(self, slide_id: str | int | None) -> SlideResult:
         if slide_id is not None:
             return self[slide_id]
         if len(self) != 1:

@@ -112,24 +112,26 @@ class SlideResult:
         """The heatmap's channels, explanations first."""
         return tuple(ChannelInfo.of(i, channel) for i, channel in enumerate(self.store.channels))
 
-    def channel(self, name: str) -> ChannelInfo:
+    def channel(self, name: str | int | ChannelInfo) -> ChannelInfo:
         """Return the channel labelled `name`, such as "gradcam: tumour", or the first that explains class `name`.
+
+        It may also be given by its number, or be a channel, also of another slide of the run.
 
         Raises:
             UnknownNameError: there is none.
         """
         return find_channel(self.channels, name, self.id)
 
-    def read(self, channel: str | ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
+    def read(self, channel: str | int | ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
         """Read values of a channel in `region` (pixels of the heatmap's `level`), float32 [height, width]."""
-        found = self.channel(channel) if isinstance(channel, str) else channel
+        found = channel if isinstance(channel, ChannelInfo) else self.channel(channel)
         return self.store.read(self._level(level), found.number, region)
 
     def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
         """Read the bits of each pixel of `region`: 1 tissue, 2 explained (else it has no value), 4 unreadable."""
         return self.store.read_flags(self._level(level), region)
 
-    def heatmap(self, channel: str, level: int = 0, *, masked: bool = False) -> xr.DataArray:
+    def heatmap(self, channel: str | int | ChannelInfo, level: int = 0, *, masked: bool = False) -> xr.DataArray:
         """Return a channel as a lazy array, float32 [y, x], in the unit of its attribute `units`.
 
         Coordinates are the pixels' centres, `y` and `x` in level-0 px of the slide as in `patches`, `y_um` and `x_um`
@@ -194,7 +196,7 @@ class SlideResult:
         raw: NDArray[np.float32] = store.read_span(patch, patch + 1).cams[0]
         return raw * np.array(store.attributes["heatmap_factor"], np.float32)[:, None, None]
 
-    def cam(self, patch: int, channel: str) -> NDArray[np.float32]:
+    def cam(self, patch: int, channel: str | int | ChannelInfo) -> NDArray[np.float32]:
         """Read one explanation of a patch, float32 [h, w]; see `cams`."""
         found = self.channel(channel)
         if found.method == PROBABILITY:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from wsi_gradcam.errors import ConfigError, DocumentError, one_line
+from wsi_gradcam.errors import ConfigError, DocumentError, one_line, quoted
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.local import read_file
 
@@ -137,6 +137,11 @@ class Settings(BaseModel):
         if not isinstance(values, dict):
             return values
         values = dict(values)
+        if not isinstance(values.get("layer"), str | None):
+            raise ValueError(
+                f"layer is {quoted(values['layer'])}, expected the name of a module, such as layer4; GradCAM and "
+                "model_of take modules themselves"
+            )
         for key in ("mpp", "patch_px"):
             if isinstance(values.get(key), int | float):
                 values[key] = (values[key], values[key])
@@ -193,7 +198,7 @@ def make_settings(**values: Any) -> Settings:
     except ValidationError as error:
         from wsi_gradcam.models.spec import explain_validation  # takes time to import; flags are to be made at once
 
-        raise ConfigError(explain_validation(error)) from error
+        raise ConfigError(explain_validation(error, Settings.model_fields)) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import urllib.parse
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ModelError
+from wsi_gradcam.errors import ModelError, did_you_mean
 from wsi_gradcam.models.sources import Built
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def build_timm(spec: ModelSpec) -> Built:
 
     name = spec.argument
     if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name[:6]}*")[:5]
-        raise ModelError(f"timm:{name}: timm has no such model; near names: {', '.join(near) or 'none'}")
+        near = did_you_mean(name, timm.list_models()) or f"timm.list_models('*{name[:6]}*') in Python lists some"
+        raise ModelError(f"timm:{name}: timm has no such model; {near}")
     if spec.weights is None and not timm.is_model_pretrained(name):
         # timm would warn in its log and go on with random weights.
         raise ModelError(
@@ -80,13 +80,14 @@ def build_torchvision(spec: ModelSpec) -> Built:
     Raises:
         ModelError: torchvision has no such classifier, or its published weights cannot be had.
     """
-    from torchvision.models import get_model, get_model_weights
+    from torchvision.models import get_model, get_model_weights, list_models
 
     name = spec.argument
     try:
         published = get_model_weights(name).DEFAULT
     except ValueError as error:
-        raise ModelError(f"torchvision:{name}: torchvision has no such model; see torchvision.models") from error
+        near = did_you_mean(name, list_models()) or "see torchvision.models"
+        raise ModelError(f"torchvision:{name}: torchvision has no such model; {near}") from error
     transform = published.transforms()
     if not hasattr(transform, "crop_size"):
         raise ModelError(f"torchvision:{name}: not a classifier of images, expected one such as torchvision:resnet18")
