@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 MAX_MESSAGE = 1000  # characters: files, and libraries that quote them, may say anything
 
@@ -124,6 +123,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     >>> did_you_mean("clases", ["classes", "mpp"]), did_you_mean("zzz", ["mpp"])
     ('did you mean classes?', '')
     """
+    from difflib import get_close_matches  # only where something is wrong
+
     by_lower = {known.lower(): known for known in names}
     near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, 3)]
     return f"did you mean {' or '.join(near)}?" if near else ""

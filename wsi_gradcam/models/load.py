@@ -355,7 +355,7 @@ def layer_name(network: nn.Module, layer: str | nn.Module | None) -> str | None:
     if layer is None or isinstance(layer, str):
         return layer
     if isinstance(layer, nn.Module):
-        names = [name for name, module in network.named_modules() if module is layer and name]
+        names: list[str] = [name for name, module in network.named_modules() if module is layer and name]
         if names:
             return names[0]
     given = f"a {type(layer).__name__} that is not in it" if isinstance(layer, nn.Module) else quoted(layer)
