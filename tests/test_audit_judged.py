@@ -266,3 +266,26 @@ def test_a_folder_need_not_have_a_file_for_every_slide(tmp_path: Path) -> None:
     assert annotated_slide(tmp_path, "folder/a.svs", (), (10, 10)) is not None
     assert annotated_slide(tmp_path, "b.svs", (), (10, 10)) is None
     assert annotated_slide(None, "a.svs", (), (10, 10)) is None
+
+
+def test_a_picture_of_labels_has_classes_by_value(tmp_path: Path) -> None:
+    from PIL import Image
+
+    labels = np.zeros((100, 80), np.uint8)
+    labels[20:30, 10:20], labels[20:30, 20:30] = 1, 2
+    Image.fromarray(labels).save(tmp_path / "a.tif")
+    view = (0.0, 0.0, 100.0, 100.0)
+    both = annotated_slide(tmp_path / "a.tif", "a.svs", (), (1000, 800))
+    assert both is not None
+    regions = both.masks_by_class([(200, 100)], view)
+    assert {name: float(mask.mean()) for name, mask in regions.items()} == {"1": 1.0, "2": 0.0}
+    with pytest.raises(AnnotationError, match="has the values 0, 1, 2"):
+        both.masks([(200, 100)], view)
+    chosen = annotated_slide(tmp_path / "a.tif", "a.svs", ("2",), (1000, 800))
+    assert chosen is not None
+    assert chosen.masks([(200, 100), (200, 200)], view).mean(axis=(1, 2)).tolist() == [0.0, 1.0]
+    assert annotated_slide(tmp_path, "a.svs", ("3",), (1000, 800)) is None
+    turned = annotated_slide(tmp_path / "a.tif", "a.svs", ("2",), (800, 1000))
+    assert turned is not None
+    with pytest.raises(AnnotationError, match="another shape"):
+        turned.masks([(200, 100)], view)
