@@ -23,8 +23,9 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.audit.images import audit_images
 from wsi_gradcam.audit.running import audit_run
+from wsi_gradcam.cam.targets import function_digest
 from wsi_gradcam.doctor import examine
-from wsi_gradcam.errors import ModelError
+from wsi_gradcam.errors import ModelError, TargetError
 from wsi_gradcam.gradcam import GradCAM
 from wsi_gradcam.models.load import load_model, model_of
 from wsi_gradcam.models.spec import BUNDLED, ModelSpec, bundled, read_spec
@@ -338,4 +339,36 @@ def test_a_model_file_beside_an_installed_module_of_its_name(folder: Path) -> No
     (folder / "shadowed.yaml").write_text("source: yaml:build\npatch_px: 32\n")
     with pytest.raises(ModelError, match=r"yaml.py is meant, but Python has imported"):
         load_model(str(folder / "shadowed.yaml"), trust_code=True)
+    assert not (folder / "ran").exists()
+
+
+def test_a_target_that_is_a_function_needs_permission(
+    explained: Path,
+    folder: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: Any,
+) -> None:
+    (folder / "spy_net.py").write_text(SPY.replace("def build():", "def build(x):\n    return x[:, 0]\ndef other():"))
+    monkeypatch.chdir(folder)
+    asked = ["explain", explained / "a.tif", "--model", "ihc-dab", "--out", folder / "out", "--target", "spy_net:build"]
+    code, _, err = run(*asked, *flags(SMALL))
+    assert (code, "target spy_net:build: no class of the model, but a function, which is code" in err) == (2, True)
+    assert not (folder / "ran").exists()
+    assert run(*asked, *flags(SMALL), "--trust-code")[0] == 0
+    (folder / "ran").unlink()
+    for model in (None, "ihc-dab"):
+        with pytest.raises(TargetError, match="which is code"):
+            audit_run(folder / "out", model=model if model is None else load_model(model))
+    assert not (folder / "ran").exists()
+
+
+def test_to_find_a_module_runs_no_parent_of_it(folder: Path, monkeypatch: Any) -> None:
+    (folder / "spy_pack").mkdir()
+    (folder / "spy_pack" / "__init__.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    (folder / "spy_pack" / "inner.py").write_text("x = 1\n")
+    monkeypatch.chdir(folder)
+    assert function_digest("spy_pack.inner:x") == hashlib.sha256(b"x = 1\n").hexdigest()
+    spec = ModelSpec(name="n", source="spy_pack.inner:x", folder=folder, sha256="0" * 64, **PATCH)
+    with pytest.raises(ModelError, match="has sha256"):
+        load_model(spec, trust_code=True)
     assert not (folder / "ran").exists()

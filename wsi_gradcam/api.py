@@ -92,8 +92,8 @@ def explain(
         skip: patterns of ids that are left out.
         retry_failed: try all slides again that failed before.
         log_tasks: have a line in the run's log for each task, not just for each slide.
-        trust_code: allow the code in the model to run, see `ModelSpec.runs_code`; only for models whose maker you
-            trust. It is stored nowhere.
+        trust_code: allow the code in the model to run, see `ModelSpec.runs_code`, and that of targets which are
+            functions; only for those whose maker you trust. It is stored nowhere.
         listener: is told what happens.
 
     Returns:
@@ -230,7 +230,7 @@ def _prepared(
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):
             raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")
-        return model.spec, model
+        return model.spec.trusting(trust_code), model
     spec = (model if isinstance(model, ModelSpec) else read_spec(fspath(model))).trusting(trust_code)
     spec.check_trusted()  # again where it is loaded; here no worker is started for it
     spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder

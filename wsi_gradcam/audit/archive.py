@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from wsi_gradcam.audit.estimates import stratified_sample
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditSettings, SlideSample, deep_patches
 from wsi_gradcam.audit.schema import UntestedRow
-from wsi_gradcam.cam.targets import PREDICTED, Target
+from wsi_gradcam.cam.targets import PREDICTED, Target, check_trusted, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
@@ -105,12 +105,15 @@ class ExplainedRun:
         return eager
 
 
-def open_run(result: Result, given: ModelSpec | None = None, trust_code: bool = False) -> ExplainedRun:
+def open_run(
+    result: Result, given: ModelSpec | None = None, trust_code: bool = False, held: bool = False
+) -> ExplainedRun:
     """Open a run, from its run.yaml, slides.jsonl and the slides' manifests.
 
     Args:
         given: the model, where the run does not say how it can be loaded, or where its file has moved.
-        trust_code: allow the code in the model to run.
+        trust_code: allow the code in the model to run, and in targets that are functions.
+        held: the model is loaded already.
 
     Raises:
         ResultError: no slide is finished, or an older version wrote it.
@@ -120,7 +123,9 @@ def open_run(result: Result, given: ModelSpec | None = None, trust_code: bool = 
     run = result.record
     settings = make_settings(**run.settings)
     spec = (given or _spec_of(result)).trusting(trust_code)
-    spec.check_trusted()
+    if not held:
+        spec.check_trusted()
+    check_trusted(parse_targets(settings.target, run.model.classes), trust_code or (spec.trusted and not held))
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
     model_settings = settings.model_copy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +75,7 @@ def audit_images(
         layer: the layer to explain.
         only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`.
         seed: of all random numbers.
-        trust_code: allow the code in the model to run, see `load_model`.
+        trust_code: allow the code in the model, and in a target that is a function, to run; see `load_model`.
         report: a file for the report, one page of HTML.
 
     Raises:
@@ -83,6 +84,7 @@ def audit_images(
         TargetError: a target that the model does not have.
     """
     loaded = model if isinstance(model, Model) else load_model(_named(model), device, trust_code=trust_code)
+    loaded = replace(loaded, spec=loaded.spec.trusting(trust_code))
     _check(rgb, loaded, groups, annotated, regions or {}, target)
     settings = AuditSettings(len(rgb), seed, _ordered(only))
     plan = _planned(loaded, method, target, layer, mpp, settings, _names(rgb, groups))

@@ -114,7 +114,7 @@ def audit_run(
     loaded = None if given is None or isinstance(given, ModelSpec) else given
     spec = loaded.spec if loaded is not None else given if isinstance(given, ModelSpec) else None
     given = None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()})
-    run = open_run(result, given, trust_code or loaded is not None)
+    run = open_run(result, given, trust_code, held=loaded is not None)
     folder = AuditFolder(result.folder.place / AUDIT)
     other = None if against is None else open_audit(against)
     records: list[SlideRecord] = []

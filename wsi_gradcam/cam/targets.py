@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_gradcam.errors import TargetError, one_line
+from wsi_gradcam.system.processes import module_file, searching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +78,20 @@ def parse_targets(wanted: Sequence[str], classes: Sequence[str]) -> tuple[Target
     if repeated := {label for label in labels if labels.count(label) > 1}:
         raise TargetError(f"target {', '.join(sorted(repeated))} is given more than once")
     return tuple(targets)
+
+
+def check_trusted(targets: Sequence[Target], trusted: bool) -> None:
+    """Refuse targets that are code which may not run.
+
+    Raises:
+        TargetError: says how permission is given.
+    """
+    functions = [target.function for target in targets if target.function is not None]
+    if functions and not trusted:
+        raise TargetError(
+            f"target {functions[0]}: no class of the model, but a function, which is code; if you trust whoever wrote "
+            "it, allow that with --trust-code (in Python: trust_code=True)"
+        )
 
 
 def _parse(text: str, classes: Sequence[str]) -> Target:
@@ -145,7 +157,7 @@ def classes_of(target: Target, logits: Tensor) -> Tensor:
 
 @cache
 def load_function(path: str, digest: str = "") -> Callable[[Tensor], Tensor]:
-    """Import `module:function`; the module is also looked for in the current folder.
+    """Import `module:function`; the module is also looked for in the current folder, last.
 
     Raises:
         TargetError: there is none, or its file is not the one with `digest`.
@@ -153,7 +165,7 @@ def load_function(path: str, digest: str = "") -> Callable[[Tensor], Tensor]:
     if digest and function_digest(path) != digest:
         raise TargetError(f"target {path}: another file than the one the run began with; make it the same everywhere")
     module, _, name = path.partition(":")
-    with _current_folder():
+    with searching([Path.cwd()]):
         try:
             function = getattr(importlib.import_module(module), name)
         except Exception as error:  # the module's own code may raise anything
@@ -171,14 +183,11 @@ def function_digest(path: str) -> str:
     Raises:
         TargetError: there is no such file.
     """
-    with _current_folder():
-        try:
-            found = importlib.util.find_spec(path.partition(":")[0])
-        except (ImportError, ValueError):
-            found = None
-    if found is None or found.origin is None or not Path(found.origin).is_file():
+    with searching([Path.cwd()]):
+        file = module_file(path.partition(":")[0])
+    if file is None or not Path(file).is_file():
         raise TargetError(f"target {path!r}: neither a class of the model nor a module that can be found here")
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _checked(function: Callable[[Tensor], Tensor], name: str) -> Score:
@@ -192,16 +201,6 @@ def _checked(function: Callable[[Tensor], Tensor], name: str) -> Score:
         return value
 
     return score
-
-
-@contextmanager
-def _current_folder() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 GAMMA = 0.6  # the authors' setting for several classes; their function's own default is 1

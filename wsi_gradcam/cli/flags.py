@@ -294,7 +294,7 @@ def _add_workers(parser: argparse.ArgumentParser, wait_help: str) -> None:
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
-    about = "run the code in a TorchScript, .pt2, WSInfer or module:function model; only if you trust its maker"
+    about = "let the code of the model (TorchScript, .pt2, WSInfer, module:function) and targets run: you trust them"
     parser.add_argument("--trust-code", action="store_true", help=about)
 
 

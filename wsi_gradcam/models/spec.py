@@ -286,7 +286,7 @@ def regular(path: Path, given: str) -> Path:
         check_regular(path)
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelError(f"{given}: {path} cannot be read: {cause}; check the path") from error
+        raise ModelError(f"{shortened(given, 200)}: {shortened(str(path), 300)} cannot be read: {cause}") from error
     return path
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from wsi_gradcam.errors import ModelError
-from wsi_gradcam.models.spec import Interpolation, Resizing
+from wsi_gradcam.models.spec import MAX_SIDE_PX, Interpolation, Resizing
 
 Triple = tuple[float, float, float]
 Size = tuple[int, int]
@@ -103,10 +103,12 @@ def make_transform(
     """Return the transform of patches of `patch_px`, with resizing and crop worked out as torchvision does.
 
     Raises:
-        ModelError: the crop is larger than what it is cut from.
+        ModelError: the crop is larger than what it is cut from, or a side is longer than any patch.
     """
     resizing = resizing or Resizing()
     resized = resized_px(resizing.resize, patch_px) if resizing.resize else patch_px
+    if max(*patch_px, *resized) > MAX_SIDE_PX or min(*patch_px, *resized) < 1:
+        raise ModelError(f"patches of {patch_px} px, resized to {resized}: sides are 1 to {MAX_SIDE_PX} px")
     crop = centre(resizing.crop, resized, resizing.crop_rounds) if resizing.crop else None
     return Transform(
         patch_px=patch_px,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from wsi_gradcam.errors import SlideReadError, one_line
+from wsi_gradcam.errors import ConfigError, SlideReadError, one_line
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import open_entry
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("wsi_gradcam")
 
 SLIDES_TRIED = 3
+MAX_BATCH_BYTES = 16 << 30
 BLOCK_PX = 1 << 15
 # A slide's stain is measured on so many squares of its tissue, of so many pixels a side: on CMU-1 the stains are then
 # within 1.5 degrees of those of all pixels; 128 squares of 64 px were 4 off.
@@ -131,6 +133,21 @@ def _readable(slide: Slide, places: list[list[int]], patch_px: tuple[int, int], 
     return np.concatenate(found)
 
 
+def check_batch(model: Model, batch_size: int | Literal["auto"]) -> None:
+    """Refuse a batch whose pixels alone are more than memory holds: nothing is made of it yet.
+
+    Raises:
+        ConfigError: says how large it is.
+    """
+    count = 1 if batch_size == "auto" else batch_size
+    size = count * (3 * math.prod(model.patch_px) + 3 * 4 * math.prod(model.input_px))
+    if size > MAX_BATCH_BYTES:
+        raise ConfigError(
+            f"a batch of {count} patches of {model.patch_px} px is {size >> 30} GiB of pixels; give a --batch-size "
+            f"that makes at most {MAX_BATCH_BYTES >> 30}"
+        )
+
+
 def examine_model(
     model: ModelSpec | Model, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
 ) -> Explainer:
@@ -139,6 +156,7 @@ def examine_model(
     A `choice` that was made before is kept.
 
     Raises:
+        ConfigError: a batch is too large.
         ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
     """
     make_sums_deterministic()
@@ -156,4 +174,5 @@ def examine_model(
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
     loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
+    check_batch(loaded, settings.batch_size)
     return Explainer.examine(loaded, request, patches)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.cam.facts import METHOD_INFO, MethodInfo
-from wsi_gradcam.cam.targets import Target, function_digest, parse_targets
+from wsi_gradcam.cam.targets import Target, check_trusted, function_digest, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
@@ -126,7 +126,7 @@ def plan_run(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings:
     """Return the run's plan, checked as far as is possible without a slide.
 
     Raises:
-        TargetError: a target the model does not have.
+        TargetError: a target the model does not have, or a function that is not allowed to run.
         ConfigError: an unknown method, a stride larger than the patch.
         ModelError: the model's mpp is not known.
     """
@@ -141,9 +141,11 @@ def plan_run(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings:
             f"{facts.name}: the micrometres per pixel the model was trained at are not known; add 'mpp: 0.5' to the "
             "model file or give --patch-mpp"
         )
+    parsed = parse_targets(settings.target, facts.classes)
+    check_trusted(parsed, spec.trusted)
     targets = tuple(
         target if target.function is None else replace(target, digest=function_digest(target.function))
-        for target in parse_targets(settings.target, facts.classes)
+        for target in parsed
     )
     return RunPlan(storage_path(out), spec, facts, settings, targets)
 

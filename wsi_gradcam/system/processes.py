@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from importlib.machinery import ModuleSpec
 
 PROC = Path("/proc")
 # Parameters of glibc's mallopt.
@@ -134,3 +135,41 @@ def tensors_only() -> Iterator[None]:
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def module_file(module: str) -> str | None:
+    """Return the file that `import module` would run, or has run; nothing is run to find it, parents neither."""
+    path: Sequence[str] | None = None
+    file: str | None = None
+    names = module.split(".")
+    for i in range(len(names)):
+        name = ".".join(names[: i + 1])
+        if (loaded := sys.modules.get(name)) is not None:
+            path, file = list(getattr(loaded, "__path__", ())), getattr(loaded, "__file__", None)
+            continue
+        found = _spec_of(name, path)
+        if found is None:
+            return None
+        path, file = list(found.submodule_search_locations or ()), found.origin if found.has_location else None
+    return file
+
+
+def _spec_of(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Ask Python's finders for a module; unlike `importlib.util.find_spec`, this does not import its parents."""
+    for finder in sys.meta_path:
+        find: Callable[..., ModuleSpec | None] | None = getattr(finder, "find_spec", None)
+        if find is not None and (found := find(name, path, None)) is not None:
+            return found
+    return None
+
+
+@contextmanager
+def searching(folders: Sequence[Path]) -> Iterator[None]:
+    """Let modules be imported from folders too, after all that are installed: none of these is replaced."""
+    added = [str(folder.resolve()) for folder in folders]
+    sys.path += added
+    try:
+        yield
+    finally:
+        for folder in added:  # from the end: the user's own path may name them too
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]

@@ -13,7 +13,6 @@ import inspect
 import io
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,10 @@ from torch import nn
 from wsi_gradcam.errors import ModelError, one_line
 from wsi_gradcam.models.sources import Built
 from wsi_gradcam.models.spec import BUNDLED, FORMS
+from wsi_gradcam.system.processes import module_file, searching
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from importlib.machinery import ModuleSpec
+    from collections.abc import Iterator
 
     from wsi_gradcam.models.spec import ModelSpec
 
@@ -100,7 +99,7 @@ def source_digest(spec: ModelSpec) -> str:
         ModelError: there is no such code.
     """
     module, _ = _names(spec.source)
-    with _searching(_folders(spec)):
+    with searching(_folders(spec)):
         file = _locate(spec, module)
     if file is None:
         raise ModelError(f"{spec.source}: {module!r} has no file of its own whose digest could be compared")
@@ -118,7 +117,7 @@ def build_function(spec: ModelSpec) -> Built:
     """
     source = spec.source
     module_name, function_name = _names(source)
-    with _searching(() if source in BUNDLED else _folders(spec)):
+    with searching(() if source in BUNDLED else _folders(spec)):
         file = _locate(spec, module_name)
         try:
             python = importlib.import_module(module_name)
@@ -183,36 +182,11 @@ def _locate(spec: ModelSpec, module: str) -> str | None:
     Raises:
         ModelError: another module of that name lies beside the model file, and would silently not be used.
     """
-    file = _file_that_python_takes(module)
+    file = module_file(module)
     beside = _file_of(spec.folder, module)
     if beside is not None and (file is None or not beside.samefile(file)) and spec.source not in BUNDLED:
         raise ModelError(_shadowed(spec.source, beside, file))
     return file
-
-
-def _file_that_python_takes(module: str) -> str | None:
-    path: Sequence[str] | None = None
-    file: str | None = None
-    names = module.split(".")
-    for i in range(len(names)):
-        name = ".".join(names[: i + 1])
-        if (loaded := sys.modules.get(name)) is not None:
-            path, file = list(getattr(loaded, "__path__", ())), getattr(loaded, "__file__", None)
-            continue
-        found = _spec_of(name, path)
-        if found is None:
-            return None
-        path, file = list(found.submodule_search_locations or ()), found.origin if found.has_location else None
-    return file
-
-
-def _spec_of(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """Ask Python's finders for a module; unlike `importlib.util.find_spec`, this does not import its parents."""
-    for finder in sys.meta_path:
-        find: Callable[..., ModuleSpec | None] | None = getattr(finder, "find_spec", None)
-        if find is not None and (found := find(name, path, None)) is not None:
-            return found
-    return None
 
 
 def _check_origins(source: str, files: dict[Path, str]) -> None:
@@ -228,14 +202,3 @@ def _shadowed(source: str, meant: Path, found: str | None) -> str:
         f"{source}: {meant} is meant, but Python has imported {found} under the same name, or would: installed modules "
         "come first; rename one of them, or use a process for each model"
     )
-
-
-@contextmanager
-def _searching(folders: Sequence[Path]) -> Iterator[None]:
-    added = [str(folder.resolve()) for folder in folders]
-    sys.path += added
-    try:
-        yield
-    finally:
-        for folder in added:  # from the end: the user's own path may name them too
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]

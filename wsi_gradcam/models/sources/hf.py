@@ -85,10 +85,14 @@ def build_hf(spec: ModelSpec) -> Built:
             f"{spec.source}: no *.safetensors in {folder}; weights in pickles (.bin, .pt) are not loaded: save them "
             "with save_pretrained or safetensors.torch.save_file"
         )
-    if "architecture" in config:
-        return _build_timm(folder, config, spec)
-    if "model_type" in config:
-        return _build_transformers(folder, config, spec)
+    build = _build_timm if "architecture" in config else _build_transformers if "model_type" in config else None
+    if build is not None:
+        try:
+            return build(folder, config, spec)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{spec.source}: its configuration cannot be used: {one_line(error)}") from error
     raise ModelError(
         f"{spec.source}: config.json names neither a timm 'architecture' nor a transformers 'model_type'; it is no "
         "image classifier"
