@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import StoreError
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.results.seals import LISTING, Seal, seal_of
 from wsi_gradcam.run.status import AUDIT as AUDIT
 
@@ -102,7 +102,7 @@ class AuditFolder:
 
 def _json(place: StoragePath) -> dict[str, Any] | None:
     try:
-        values = json.loads(place.read())
+        values = read_json(place.read())
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -18,6 +18,7 @@ import numpy as np
 
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import tiles
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.results.channels import PROBABILITY, QUANTILE, ChannelInfo, unit_of, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.results.manifest import SlideStatus
@@ -207,7 +208,7 @@ def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
     """Return the stored windows, if they are this run's and of this version."""
     try:
         data = place.read()
-        values = json.loads(data)
+        values = read_json(data)
         for channel in values["channels"].values():
             Sketch.from_json(channel)
         same = (values["version"], values["run_digest"], values["quantile"]) == (VERSION, run_digest, QUANTILE)

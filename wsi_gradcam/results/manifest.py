@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.seals import sealed_json
@@ -298,7 +299,7 @@ class Manifest:
 
 def _parsed(place: StoragePath, data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = read_json(data)
     except ValueError as error:
         raise _damaged(place) from error
     if not isinstance(value, dict):

@@ -18,6 +18,7 @@ from typing import Any
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.seals import KEY, Seal, seal_of, sealed_json
@@ -41,7 +42,7 @@ def read_slide_records(place: StoragePathLike) -> Record:
 def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
     """Return the rows, by id, in the bytes of a slides.jsonl; others raise StoreError."""
     try:
-        rows = [json.loads(line) for line in data.splitlines()]
+        rows = [read_json(line) for line in data.splitlines()]
         if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
             raise TypeError("an id or a path is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

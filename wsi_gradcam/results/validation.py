@@ -20,6 +20,7 @@ import yaozarrs
 
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.display import display_problems
 from wsi_gradcam.results.heatmap import LABEL, HeatmapStore
@@ -392,7 +393,7 @@ def _check_heatmap(
         yield f"heatmap.ome.zarr has levels {heatmap.shapes}, expected {plan.level_shapes} for this slide"
         return
     ome = heatmap.attributes["ome"]
-    label = json.loads((folder.heatmap / "labels" / LABEL / METADATA).read())
+    label = read_json((folder.heatmap / "labels" / LABEL / METADATA).read())
     yield from _check_scales("heatmap.ome.zarr", ome, plan)
     yield from _check_scales(f"label {LABEL}", label["attributes"]["ome"], plan)
     yield from _told("heatmap.ome.zarr/zarr.json", _check_channels(heatmap.attributes, plan, run))

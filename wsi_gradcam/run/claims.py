@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.system.processes import Process, this_process
 from wsi_gradcam.system.timer import PeriodicTimer
 
@@ -53,7 +54,7 @@ class Holder:
     def from_bytes(cls, data: bytes) -> Holder | None:
         """Return the holder that `to_bytes` wrote; None where it is anything else."""
         try:
-            values = json.loads(data)
+            values = read_json(data)
             return cls(**{**values, "process": Process(**values["process"])})
         except (ValueError, KeyError, TypeError):
             return None

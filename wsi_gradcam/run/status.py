@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.io.urls import SCHEME, redact_url
 from wsi_gradcam.results.seals import sealed_json
@@ -282,7 +282,7 @@ def write_status(out: StoragePath, status: RunStatus) -> None:
 def read_status(out: StoragePath) -> RunStatus | None:
     """Return what the last run on OUT wrote; None where there is nothing, or nothing of ours."""
     try:
-        return RunStatus.from_json(json.loads((out / STATUS).read()))
+        return RunStatus.from_json(read_json((out / STATUS).read()))
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
