@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.synthetic import corrupt_tile, write_marker_slide
+from tests.test_results_table import FACTS
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.results.channels import unit_of, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import SlidePlan
-from wsi_gradcam.results.overview import UNREADABLE_GRAY, _scaled, _thumbnail, round_length
+from wsi_gradcam.results.overview import UNREADABLE_GRAY, _panels, _probabilities, _scaled, _thumbnail, round_length
+from wsi_gradcam.run.plan import plan_run
+from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.slides import open_slide
 
 
@@ -60,6 +66,30 @@ def test_an_unreadable_tile_is_gray_and_the_rest_is_there(tmp_path: Path) -> Non
     assert 512 - 33 * step_x <= x.min() * step_x <= 512
     assert 768 <= (x.max() + 1) * step_x <= 768 + 33 * step_x
     np.testing.assert_allclose(found[~gray].astype(int), expected[~gray].astype(int), atol=2)
+
+
+@pytest.mark.parametrize("methods", [("gradcam",), ("gradcam", "hirescam"), ("gradcam", "hirescam", "layercam")])
+@pytest.mark.parametrize("target", ["tumour", "all", "tumour-other"])
+def test_each_probability_is_shown_once(methods: tuple[str, ...], target: str) -> None:
+    """However many methods explain a class, and none for a contrast; each has a panel of its own."""
+    facts = replace(FACTS, classes=("other", "tumour"))
+    settings = make_settings(target=target, method=methods)
+    run = plan_run(Path("out"), ModelSpec(name="toy", source="tests:toy"), facts, settings)
+    maps = run.maps[:3]
+    found = _probabilities(run, maps)
+    shown = {shown.target for shown in maps if shown.target.is_class}
+    assert {run.probabilities[number - len(run.maps)] for number in found} == shown
+    assert len(found) == len(shown)
+    _, axes = _panels(len(maps), len(found), 1.0)
+    assert len(axes) == 1 + len(maps) + len(found)
+    assert len({axis.get_subplotspec().num1 for axis in axes}) == len(axes)  # type: ignore[union-attr]
+
+
+def test_a_map_of_logits_lost_has_a_window_of_its_own() -> None:
+    """Of occlusion a hundredth of a logit is a lot, of Grad-CAM nothing."""
+    assert unit_of("occlusion: tumour") != unit_of("gradcam: tumour") == "logit"
+    assert window_end(0.02, unit_of("occlusion: tumour")) == 0.02
+    assert window_end(0.02, unit_of("gradcam: tumour")) == 1.0
 
 
 @pytest.mark.parametrize(("length", "shown"), [(730, 500), (500, 500), (499, 200), (0.19, 0.1), (1.0, 1.0), (99, 50)])

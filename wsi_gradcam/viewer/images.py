@@ -242,4 +242,6 @@ def _interpolate(
     if known.all():
         return resize(values)
     weights = known.astype(np.float32)
-    return np.asarray(resize(values * weights) / np.maximum(resize(weights), np.float32(1e-6)), np.float32)
+    return np.asarray(
+        resize(np.where(known, values, np.float32(0))) / np.maximum(resize(weights), np.float32(1e-6)), np.float32
+    )
