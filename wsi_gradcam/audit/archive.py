@@ -24,18 +24,23 @@ from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
 from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.overview import read_mask
 from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
-from wsi_gradcam.tissue.annotations import find_mask, read_regions
-from wsi_gradcam.tissue.annotations.areas import LabelPicture
+from wsi_gradcam.tissue.annotations import find_mask, in_frame, read_regions
+from wsi_gradcam.tissue.annotations.areas import LabelPicture, Moved
 from wsi_gradcam.tissue.masks import Shares
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.geometry import Region
+    from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.results.run import Result
+    from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.tissue.annotations import Regions
     from wsi_gradcam.tissue.annotations.areas import Drawn
@@ -284,7 +289,8 @@ def _strata(
     predicted = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
     names = list(classes) if len(classes) > 1 else [f"not {classes[0]}", classes[0]]
     strata = [names[number] for number in predicted.tolist()]
-    found = annotated_slide(settings.annotations, slide.id, settings.include, slide.size_px, own)
+    ground = ground_of(slide.plan, slide.folder, settings)
+    found = annotated_slide(settings.annotations, slide.id, settings.include, slide.size_px, own, ground)
     if found is None:
         return strata
     shares = found.shares(yx, slide.plan.view)
@@ -338,12 +344,41 @@ class Annotated:
         """Return the same of each class by its name; an area without one, and a picture of one, is "region"."""
         drawn = self.regions.drawn(self.slide_px)
         boxes, names = _boxes(yx, view), drawn.names
-        single = isinstance(drawn, LabelPicture) and len(names) < 2
+        inner = drawn.drawn if isinstance(drawn, Moved) else drawn
+        single = isinstance(inner, LabelPicture) and len(names) < 2
         return {UNNAMED if single else name or UNNAMED: _cut(drawn, {name}, boxes) for name in names or [UNNAMED]}
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What annotations are laid on.
+
+    Attributes:
+        height, width: of the slide's level 0.
+        bounds: the part of it that was scanned; None: all, or not known.
+        tissue: the file of its tissue.
+        frame: what annotations were drawn on, as of `in_frame`.
+    """
+
+    height: int
+    width: int
+    bounds: Region | None
+    tissue: StoragePath
+    frame: str
+
+
+def ground_of(plan: SlidePlan, folder: SlideFolder, settings: AuditSettings) -> Ground:
+    """Return what annotations of a slide are laid on."""
+    return Ground(*plan.slide_px, plan.scanned, folder.tissue, settings.mask_frame)
+
+
 def annotated_slide(
-    annotations: Path | None, slide_id: str, include: tuple[str, ...], slide_px: tuple[int, int], own: str = ""
+    annotations: Path | None,
+    slide_id: str,
+    include: tuple[str, ...],
+    slide_px: tuple[int, int],
+    own: str = "",
+    ground: Ground | None = None,
 ) -> Annotated | None:
     """Return the annotations of a slide; None where a folder has none for it, or none of the classes that count.
 
@@ -354,6 +389,8 @@ def annotated_slide(
         return None
     regions = read_regions(annotations, slide_id, include, own=own)
     assert regions is not None
+    if ground is not None and ground.bounds is not None:
+        regions = in_frame(regions, read_mask(ground.tissue), ground, ground.frame)
     if include and regions.shared and not set(include) & set(regions.drawn(slide_px).known):
         return None
     return Annotated(regions, slide_px)

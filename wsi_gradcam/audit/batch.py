@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wsi_gradcam.audit.archive import annotated_slide
+from wsi_gradcam.audit.archive import annotated_slide, ground_of
 from wsi_gradcam.audit.measurements import Patches
 from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
@@ -103,8 +103,11 @@ def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, 
         rgb, wide = apply(plan.stain, raw), apply(plan.stain, wide)
     store = context.patch_store(entry)
     whole = (0.0, 0.0, *plan.footprint)
-    found = annotated_slide(audit.settings.annotations, entry.id, audit.settings.include, plan.slide_px, entry.path)
-    given = annotated_slide(audit.settings.regions, entry.id, (), plan.slide_px, entry.path)
+    ground = ground_of(plan, context.folder(entry), audit.settings)
+    found = annotated_slide(
+        audit.settings.annotations, entry.id, audit.settings.include, plan.slide_px, entry.path, ground
+    )
+    given = annotated_slide(audit.settings.regions, entry.id, (), plan.slide_px, entry.path, ground)
     return PatchData(
         BATCH_SIZE - missing,
         np.array(patches, np.int64),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.targets import Target
     from wsi_gradcam.run.plan import RunPlan
 
+FRAMES = ("auto", "slide", "bounds")
 FORMAT = 1  # of the numbers; raised when old ones must not be continued
 # All batches are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
 # in the last bit with the number of threads.
@@ -39,6 +40,7 @@ class AuditSettings:
             run's first target.
         annotations: file or folder with areas in which the target's class is; None: none are known.
         include: names of the annotation classes that count; none: all.
+        mask_frame: what annotations and regions were drawn on: "slide", or "bounds"; "auto" finds out.
         regions: file or folder with areas that should not decide, such as rulers and folds, a suspect for each class.
     """
 
@@ -49,6 +51,7 @@ class AuditSettings:
     annotations: Path | None = None
     include: tuple[str, ...] = ()
     regions: Path | None = None
+    mask_frame: str = "auto"
 
     def __post_init__(self) -> None:
         if self.patches < 1:
@@ -56,6 +59,8 @@ class AuditSettings:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected 0 or more")
         check_questions(self.only)
+        if self.mask_frame not in FRAMES:
+            raise ConfigError(f"mask_frame is {self.mask_frame!r}, expected one of {', '.join(FRAMES)}")
         if self.include and self.annotations is None:
             raise ConfigError("include names classes of annotations; give their file or folder too")
         for path in (self.annotations, self.regions):
@@ -73,6 +78,8 @@ class AuditSettings:
         values = {**asdict(self), "only": [name for name in QUESTIONS if name in self.only]}
         for name in ("annotations", "regions"):
             values[name] = None if values[name] is None else str(values[name])
+        if self.mask_frame == "auto":  # as in audits of older versions
+            del values["mask_frame"]
         return {**values, "include": list(self.include)}
 
 

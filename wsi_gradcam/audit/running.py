@@ -8,7 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.archive import ExplainedRun, annotated_slide, audited_target, draw_sample, open_run
+from wsi_gradcam.audit.archive import ExplainedRun, annotated_slide, audited_target, draw_sample, ground_of, open_run
 from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, shared_sample
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import read_measurements
@@ -66,6 +66,7 @@ def audit_run(
     annotations: str | PathLike[str] | None = None,
     include: Sequence[str] = (),
     regions: str | PathLike[str] | None = None,
+    mask_frame: str = "auto",
     model: str | PathLike[str] | ModelSpec | Model | None = None,
     against: StoragePathLike | None = None,
     workers: int | None = None,
@@ -90,6 +91,8 @@ def audit_run(
         include: names of the annotation classes that count; nothing given: all.
         regions: file, or folder with a file a slide, of areas that should not decide, such as rulers, folds and pen;
             each class of them is hidden, against as much elsewhere.
+        mask_frame: what annotations and regions were drawn on, on slides whose scanned part is not all: "slide" or
+            "bounds"; "auto" finds out, and refuses where both could be.
         model: where the run does not say how its model is loaded, or its files have moved.
         against: another run, whose audit is finished; its patches are audited here too, and the two are compared.
         workers, scheduler, wait_for_workers: as for `explain`.
@@ -108,6 +111,7 @@ def audit_run(
         None if annotations is None else Path(annotations).absolute(),
         tuple(include),
         None if regions is None else Path(regions).absolute(),
+        mask_frame,
     )
     result = open_result(storage_path(out).absolute())
     given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
@@ -161,20 +165,25 @@ def _planned(run: ExplainedRun, eager: RunPlan, settings: AuditSettings, other: 
         settings=settings,
         target=target,
         samples=samples,
-        annotation_digests=_digests(run, settings.annotations, settings.include, samples),
-        region_digests=_digests(run, settings.regions, (), samples),
+        annotation_digests=_digests(run, settings, settings.annotations, settings.include, samples),
+        region_digests=_digests(run, settings, settings.regions, (), samples),
     )
 
 
 def _digests(
-    run: ExplainedRun, path: Path | None, include: tuple[str, ...], samples: dict[str, SlideSample]
+    run: ExplainedRun,
+    settings: AuditSettings,
+    path: Path | None,
+    include: tuple[str, ...],
+    samples: dict[str, SlideSample],
 ) -> dict[str, str]:
     """Return sha256 of the slides' files of annotations, by slide id."""
     found = {}
     for candidate in run.candidates:
         if candidate.entry.id in samples:
+            ground = ground_of(candidate.slide.plan, candidate.slide.folder, settings)
             size, own = candidate.slide.size_px, candidate.entry.path
-            annotated = annotated_slide(path, candidate.entry.id, include, size, own)
+            annotated = annotated_slide(path, candidate.entry.id, include, size, own, ground)
             if annotated is not None:
                 annotated.regions.drawn(size)  # refuses now what no batch could use
                 found[candidate.entry.id] = annotated.regions.digest

@@ -31,7 +31,7 @@ RUN_KEYS: Mapping[str, tuple[type, str]] = {
 # Settings with several values take them as `--include A B`, except these.
 REPEATED = "target"  # --target A --target B
 JOINED = "method"  # --method A,B
-MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude")
+MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
 EXAMPLES = {int: "224", float: "0.25"}
 
 
@@ -221,6 +221,7 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     add("--annotations", help="a file, or a folder with one a slide, of areas that show the target")
     add("--include", nargs="+", action="extend", metavar="NAME", help="annotation classes that count")
     add("--regions", help="as --annotations, of what should not decide: rulers, folds, pen")
+    add("--mask-frame", choices=("auto", "slide", "bounds"), help="what both were drawn on, as for explain")
     add("--model", help="the run's model, where its files have moved")
     _add_trust(parser)
     add("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")
@@ -248,6 +249,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, help="show values from this on; regions: default middle of window")
     add("--alpha", type=float, help="opacity over the slide (default 0.6)")
     add("--size", type=int, help="longest side of a PNG in pixels (default 2000)")
+    add("--frame", choices=("bounds", "slide"), help="of GeoJSON: the scanned part, as QuPath's (default), or all")
     add("--overwrite", action="store_true", default=None, help="replace files that exist")
     _add_json(parser)
 

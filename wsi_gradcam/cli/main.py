@@ -194,7 +194,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.cli.output import print_audit, questions_to_fail_on
 
-    names = ("patches", "seed", "target", "annotations", "include", "regions", "model", "against")
+    names = ("patches", "seed", "target", "annotations", "include", "regions", "mask_frame", "model", "against")
     options = _given(arguments, *names, "workers", "scheduler", "wait_for_workers")
     if arguments.only is not None:
         options["only"] = _split(arguments.only)
@@ -210,7 +210,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.export import export
 
-    options = _given(arguments, "channel", "colormap", "window", "threshold", "alpha", "size", "overwrite")
+    options = _given(arguments, "channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame")
     if "channel" in options:
         options["channel"] = tuple(options["channel"])
     if "," in options.get("window", ""):

@@ -200,7 +200,7 @@ def _areas(slide: Slide) -> str:
 def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Write the picture of a slide's masks, see `write_mask_preview`, and describe it.
 
-    `values` are settings: `mpp`, `replace_mpp`, `tissue`, `mask`, `include`, `exclude`.
+    `values` are settings: `mpp`, `replace_mpp`, `tissue`, `mask`, `include`, `exclude`, `mask_frame`.
     """
     settings = make_settings(**values)
     check_mask(settings.mask, settings.include, settings.exclude, 1)
@@ -208,7 +208,7 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
     regions = read_regions(settings.mask, name, settings.include, settings.exclude, path)
     slide = open_entry(SlideEntry(name, path), settings)
     try:
-        shares = write_mask_preview(out, slide, settings.tissue, regions)
+        shares = write_mask_preview(out, slide, settings.tissue, regions, settings.mask_frame)
     finally:
         slide.close()
     colours = {"tissue": "tissue outlined in green", "pen": "ink orange", "shadow": "shadows and lines blue"}

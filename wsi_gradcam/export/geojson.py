@@ -1,6 +1,7 @@
 """GeoJSON for QuPath: a detection for each patch with its measurements, an annotation for each hot region.
 
-Coordinates are x, y in level-0 px of the slide, as in QuPath. Files are written feature by feature.
+Coordinates are x, y in level-0 px as in QuPath: from the corner of the slide, or of its scanned part where the file
+records one (OpenSlide's bounds). Files are written feature by feature.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def write_features(path: Path, features: Iterable[Feature]) -> None:
 
 def patch_features(job: Job) -> Iterator[Feature]:
     """Yield a detection for each patch, classified as its most probable class; unreadable ones have no measurements."""
-    height, width = job.slide.plan.footprint
+    (height, width), (top, left) = job.slide.plan.footprint, job.origin
     classes = _Classes(job)
     number = 0
     for batch in job.slide.table_batches(BATCH_ROWS):
         for row in batch.to_pylist():
-            x, y = row["x"], row["y"]
+            x, y = row["x"] - left, row["y"] - top
             ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
             geometry = {"type": "Polygon", "coordinates": [ring]}
             yield _feature(job, f"patch {number}", geometry, "detection", classes.of(row), _measurements(row))
@@ -78,7 +79,7 @@ def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
         yield _feature(
             job,
             f"{channel.label} {number}",
-            json.loads(shapely.to_geojson(polygon)),
+            json.loads(shapely.to_geojson(shapely.transform(polygon, lambda xy: xy - job.origin[::-1]))),
             "annotation",
             {"name": f"{channel.target} hot", "color": colour},
             measured,

@@ -24,7 +24,7 @@ from wsi_gradcam.results.slide import SlideResult
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SLIDE, RUN = "slide", "run"
+SLIDE, RUN, BOUNDS = "slide", "run", "bounds"
 HALF = 0.5  # the share of the window at which regions begin without a threshold
 
 
@@ -40,6 +40,7 @@ class Options:
         alpha: opacity of colours over the slide.
         size: longest side in pixels, of a PNG.
         overwrite: replace files that exist.
+        frame: of coordinates in GeoJSON: "bounds", from the corner of the scanned part, as QuPath has them; "slide".
     """
 
     channel: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class Options:
     alpha: float = 0.6
     size: int = 2000
     overwrite: bool = False
+    frame: str = BOUNDS
 
     def __post_init__(self) -> None:
         check_colormap(self.colormap)
@@ -58,6 +60,8 @@ class Options:
             raise ConfigError(f"window is {self.window[0]:g},{self.window[1]:g}; expected LOW below HIGH")
         if not 0 < self.alpha <= 1:
             raise ConfigError(f"alpha is {self.alpha:g}, expected above 0 and at most 1")
+        if self.frame not in (SLIDE, BOUNDS):
+            raise ConfigError(f"frame is {self.frame!r}, expected {BOUNDS} or {SLIDE}")
         if not 16 <= self.size <= 20_000:
             raise ConfigError(f"size is {self.size}, expected 16 to 20000 pixels")
 
@@ -86,6 +90,12 @@ class Job:
             UnknownNameError: the slide has no such channel.
         """
         return tuple(dict.fromkeys(map(self.slide.channel, self.options.channel))) or self.slide.channels
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """(y, x) in level-0 px where coordinates of the frame begin."""
+        scanned = self.slide.scanned if self.options.frame == BOUNDS else None
+        return (scanned.y, scanned.x) if scanned else (0, 0)
 
     @property
     def drawn_channels(self) -> tuple[ChannelInfo, ...]:

@@ -7,12 +7,14 @@ BufferedImageOverlay places in level-0 px; patches and regions are GeoJSON.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from wsi_gradcam.export.geojson import patch_features, region_features, write_features
-from wsi_gradcam.export.job import Job, atomic_path, blocks, slug
+from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, atomic_path, blocks, slug
+from wsi_gradcam.geometry import Region
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_PX = 1 << 25  # 128 MB in QuPath
 SIDE = 2048
+WHOLE = "whole-slide"  # features in the frame of the whole slide, where only a part was scanned
 SCRIPT = "show_in_qupath.groovy"
 
 
@@ -34,10 +37,18 @@ def _write(job: Job, channel: ChannelInfo) -> Path:
     with atomic_path(path, job.options.overwrite) as partial:
         partial.mkdir()
         tiles = _write_overlay(job, channel, partial)
-        write_features(partial / "patches.geojson", patch_features(job))
-        write_features(partial / "regions.geojson", region_features(job, channel))
+        for name, frame in _frames(job):
+            (partial / name).mkdir(exist_ok=True)
+            framed = replace(job, options=replace(job.options, frame=frame))
+            write_features(partial / name / "patches.geojson", patch_features(framed))
+            write_features(partial / name / "regions.geojson", region_features(framed, channel))
         (partial / SCRIPT).write_text(script(job, channel, path, tiles), encoding="utf-8")
     return path
+
+
+def _frames(job: Job) -> list[tuple[str, str]]:
+    """Return the folder of features and the frame of each image that QuPath may show: the scanned part, or all."""
+    return [("", BOUNDS), (WHOLE, SLIDE)] if job.slide.scanned else [("", SLIDE)]
 
 
 def _write_overlay(job: Job, channel: ChannelInfo, folder: Path) -> list[tuple[str, int, int, int, int]]:
@@ -58,6 +69,10 @@ def _write_overlay(job: Job, channel: ChannelInfo, folder: Path) -> list[tuple[s
 def script(job: Job, channel: ChannelInfo, folder: Path, tiles: list[tuple[str, int, int, int, int]]) -> str:
     """Return the script, with paths and names quoted."""
     height, width = job.slide.size_px
+    scanned = job.slide.scanned
+    shown = [_image(Region(0, 0, height, width), WHOLE if scanned else ".")]
+    if scanned:
+        shown.insert(0, _image(scanned, "."))
     listed = ",\n".join(f"    [{_quoted(name)}, {x}, {y}, {w}, {h}]" for name, x, y, w, h in tiles)
     return TEMPLATE.format(
         title=" ".join(f"{channel.label} of {job.slide.id}".encode("ascii", "replace").decode().split()),
@@ -65,7 +80,16 @@ def script(job: Job, channel: ChannelInfo, folder: Path, tiles: list[tuple[str, 
         width=width,
         height=height,
         tiles=listed,
+        images="\n".join(shown),
         script=_quoted(SCRIPT),
+    )
+
+
+def _image(part: Region, features: str) -> str:
+    """Return the lines that recognise an image of a part of the slide by its size."""
+    return (
+        f"if (server.getWidth() == {part.width} && server.getHeight() == {part.height})\n"
+        f"    image = [{part.x}, {part.y}, {_quoted(features)}]"
     )
 
 
@@ -96,12 +120,15 @@ if (folder == null)
 def server = getCurrentServer()
 if (server == null)
     throw new IllegalStateException('Open the slide first')
-if (server.getWidth() != {width} || server.getHeight() != {height})
+def image = null  // x and y of its corner on the slide, and the folder of the features in its pixels
+{images}
+if (image == null)
     throw new IllegalStateException('This result is of a slide of {width} x {height} px, ' +
         'the open image has ' + server.getWidth() + ' x ' + server.getHeight())
+def features = new File(folder, image[2])
 
 // Patches and regions; what an earlier run of this script has added is replaced.
-def objects = ['patches.geojson', 'regions.geojson'].collectMany {{ PathIO.readObjects(new File(folder, it)) }}
+def objects = ['patches.geojson', 'regions.geojson'].collectMany {{ PathIO.readObjects(new File(features, it)) }}
 def ids = objects.collect {{ it.getID() }} as Set
 removeObjects(getAllObjects(false).findAll {{ ids.contains(it.getID()) }}, true)
 addObjects(objects)
@@ -109,7 +136,7 @@ addObjects(objects)
 // The overlay.
 def images = [:]
 tiles.each {{ name, x, y, w, h ->
-    images[ImageRegion.createInstance(x, y, w, h, 0, 0)] = ImageIO.read(new File(folder, name))
+    images[ImageRegion.createInstance(x - image[0], y - image[1], w, h, 0, 0)] = ImageIO.read(new File(folder, name))
 }}
 def viewer = getCurrentViewer()
 if (viewer != null)

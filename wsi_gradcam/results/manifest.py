@@ -50,6 +50,10 @@ class SlidePlan:
         stain: normalises the stain of the patches, if the model needs that and there are patches.
         tissue_rule: the version of the rule that found the tissue; 1 where an older version of the program did. A
             slide that was planned keeps its patches.
+        bounds: (y, x, height, width) of the part of level 0 that was scanned, where the file records another than the
+            whole; () where it does not. None in results of older versions.
+        mask_frame: what the mask was drawn on, "slide" or "bounds", on a slide with such bounds; else "".
+        notes: what a user should know of the slide.
     """
 
     slide_digest: str
@@ -64,6 +68,14 @@ class SlidePlan:
     mask_digest: str = ""
     stain: StainFit | None = None
     tissue_rule: int = 1
+    bounds: tuple[int, ...] | None = None
+    mask_frame: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def scanned(self) -> Region | None:
+        """The part of level 0 that was scanned, which QuPath shows; None: the whole slide, or not recorded."""
+        return Region(*self.bounds) if self.bounds else None
 
     @property
     def heatmap_px(self) -> tuple[int, int]:
@@ -92,6 +104,10 @@ class SlidePlan:
             least, most = (0, MOST_PATCHES) if name == "patches" else (1, LARGEST_PX)
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"{name} is {str(value)[:40]}, expected a whole number from {least} to {most:,}")
+        if self.bounds and (
+            len(self.bounds) != 4 or not all(type(v) is int and 0 <= v <= LARGEST_PX for v in self.bounds)
+        ):
+            raise ValueError(f"bounds {str(self.bounds)[:80]}, expected y, x, height, width in px")
         lengths = [*self.slide_mpp, *self.footprint, *self.view[2:]]
         if (len(self.slide_mpp), len(self.footprint), len(self.view)) != (2, 2, 4) or not all(
             isinstance(value, int | float) and 0 < value <= LARGEST_PX for value in lengths
@@ -117,6 +133,10 @@ class SlidePlan:
         try:
             pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint", "view")}
             stain = values.get("stain")
+            values = {
+                **values,
+                **{key: tuple(values[key]) for key in ("bounds", "notes") if values.get(key) is not None},
+            }
             plan = cls(**{**values, **pairs, "stain": None if stain is None else StainFit.from_json(stain)})
             plan.check()
             return plan
@@ -150,12 +170,14 @@ class SlideOutcome:
         status: OK or NO_TISSUE.
         patches, unreadable: number of patches, and of those that could not be read.
         cause: why patches could not be read, most often; "" if all could.
+        notes: what else a user should know, see `SlidePlan.notes`.
     """
 
     status: SlideStatus
     patches: int
     unreadable: int
     cause: str
+    notes: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,7 +222,9 @@ class SlideDone:
         """
         try:
             status = SlideStatus(values["status"])
-            outcome = SlideOutcome(status, values["patches"], values["unreadable"], values["cause"])
+            outcome = SlideOutcome(
+                status, values["patches"], values["unreadable"], values["cause"], values.get("notes", "")
+            )
             since = {key: values[key] for key in ("arrays", "slide", "made_with") if key in values}
             return cls(outcome, values["spans"], values["blocks"], values["files"], **since)
         except KeyError as error:

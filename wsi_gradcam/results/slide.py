@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.errors import ResultError, SlideFormatError, StoreError, UnknownNameError
+from wsi_gradcam.errors import ResultError, SlideError, SlideFormatError, StoreError, UnknownNameError
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -215,6 +215,21 @@ class SlideResult:
             slide.close()
             raise SlideFormatError(f"{self.path}: another file than was explained; put the right one there")
         return slide
+
+    @cached_property
+    def scanned(self) -> Region | None:
+        """The part of level 0 that was scanned, which QuPath shows alone; None: the whole slide.
+
+        Results of older versions do not say it, so that the slide is asked, as far as it is there.
+        """
+        if self.plan.bounds is not None:
+            return self.plan.scanned
+        try:
+            slide = self.open_slide()
+        except SlideError:
+            return None
+        slide.close()
+        return slide.info.bounds
 
     def patch_yx(self, patch: int) -> tuple[float, float]:
         """Return level-0 px of a patch's top left corner."""

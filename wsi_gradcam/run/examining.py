@@ -14,7 +14,7 @@ from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic
-from wsi_gradcam.tissue.annotations import entry_regions, tissue_within
+from wsi_gradcam.tissue.annotations import entry_regions, in_frame, tissue_within
 from wsi_gradcam.tissue.grid import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 from wsi_gradcam.tissue.stain import StainFit, apply, fit
@@ -112,7 +112,7 @@ def _of_slide(
         mask = masks.selected(settings.tissue)
         regions = entry_regions(entry, settings)
         if regions is not None:
-            mask = tissue_within(regions, mask, info)
+            mask = tissue_within(in_frame(regions, masks.tissue, info, settings.mask_frame), mask, info)
         places = choose_patches(grid, mask, settings.min_tissue, BLOCK_PX).yx
         places = places[np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
         patches = _readable(slide, places.tolist(), patch_px, mpp)

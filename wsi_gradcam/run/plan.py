@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+import logging
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.cam.facts import METHOD_INFO, MethodInfo
 from wsi_gradcam.cam.targets import Target, check_trusted, function_digest, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError
+from wsi_gradcam.errors import ConfigError, ModelError, MppError
+from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.examining import fit_stain
-from wsi_gradcam.tissue.annotations import tissue_within
+from wsi_gradcam.tissue.annotations import in_frame, tissue_within
 from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import TISSUE_RULE, slide_masks
 
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.run.settings import Settings
-    from wsi_gradcam.slides import Slide
+    from wsi_gradcam.slides import Slide, SlideInfo
     from wsi_gradcam.tissue.annotations import Regions
+
+LOG = logging.getLogger("wsi_gradcam")
 
 FORMAT = 4  # of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
@@ -170,6 +174,7 @@ def plan_slide(
         AnnotationError: the regions cannot be understood, or lie where no tissue is.
         StainError: its stain cannot be measured, and the model asks for that.
         ConfigError: patches smaller than a heatmap pixel.
+        MppError: the slide is far too coarse for the model.
     """
     settings, info = run.settings, slide.info
     slide_px = (info.height, info.width)
@@ -177,11 +182,19 @@ def plan_slide(
     scale = grid.footprint[0] / run.patch_px[0], grid.footprint[1] / run.patch_px[1]
     y, x, height, width = run.facts.view
     view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
+    notes = _enlarging(info, run.mpp, settings.allow_upsampling)
     Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
     masks = slide_masks(slide)
     mask = masks.selected(settings.tissue)
     if regions is not None:
+        regions = in_frame(regions, masks.tissue, info, settings.mask_frame)
         mask = tissue_within(regions, mask, info)
+    bounds = () if info.bounds in (None, Region(0, 0, *slide_px)) else astuple(info.bounds)
+    frame = "" if regions is None or not bounds else "bounds" if regions.part else "slide"
+    if frame and settings.mask_frame == "auto":
+        notes.append(f"the mask is taken as drawn on the {'scanned part' if frame == 'bounds' else 'whole slide'}")
+    for note in notes:
+        LOG.warning("%s: %s", info.path, note)
     block_px = SHARD * settings.heatmap_stride
     patches = choose_patches(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
     target = run.facts.stain
@@ -196,10 +209,35 @@ def plan_slide(
         span=settings.span_patches,
         stride=settings.heatmap_stride,
         mask_digest=regions.digest if regions else "",
+        bounds=bounds,
+        mask_frame=frame,
+        notes=tuple(notes),
         stain=fit_stain(slide, masks.tissue, run.mpp, target) if target is not None and len(patches.yx) else None,
         tissue_rule=TISSUE_RULE,
     )
     return plan, patches, mask
+
+
+# Of a slide's pixels for the model: enlarged more, it is told; more still, the model would see blur for tissue.
+ENLARGED, MOST_ENLARGED = 1.5, 4.0
+
+
+def _enlarging(info: SlideInfo, mpp: float, allowed: bool) -> list[str]:
+    """Return a note on a slide that is coarser than the model needs.
+
+    Raises:
+        MppError: it is far too coarse, and that is not allowed.
+    """
+    factor = max(info.mpp_yx) / mpp
+    if factor <= ENLARGED:
+        return []
+    told = f"its finest level has {max(info.mpp_yx):g} um/px, the model needs {mpp:g}: enlarged {factor:.3g} times"
+    if factor > MOST_ENLARGED and not allowed:
+        raise MppError(
+            f"{info.path}: too coarse for the model: {told}, expected up to {MOST_ENLARGED:g}; give a finer scan, "
+            "--mpp with --replace-mpp if the file's is wrong, or --allow-upsampling"
+        )
+    return [told]
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,9 @@ def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | No
         return f"holds results at mpp {plan.slide_mpp}, the slide's is {slide.info.mpp_yx}"
     if plan.mask_digest != (regions.digest if regions else ""):
         return f"holds results of another mask than {regions.path if regions else 'none'} is now"
+    frame = run.settings.mask_frame
+    if regions and slide.info.bounds and frame not in ("auto", plan.mask_frame or "slide"):
+        return f"holds results of the mask as drawn on '{plan.mask_frame or 'slide'}', not on '{frame}'"
     return ""
 
 

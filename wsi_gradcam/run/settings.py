@@ -12,9 +12,19 @@ from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.local import read_file
 
 # Settings that change only how fast or how patiently a result is reached, not the result. The path of the mask and the
-# source of a slide's mpp are among them: the mask's content and the mpp itself count, slide by slide.
+# source of a slide's mpp are among them: the mask's content, its frame and the mpp itself count, slide by slide.
 NOT_IN_IDENTITY = frozenset(
-    {"reader_threads", "torch_threads", "max_unreadable", "mask", "mpp", "replace_mpp", "trust_objective"}
+    {
+        "reader_threads",
+        "torch_threads",
+        "max_unreadable",
+        "mask",
+        "mask_frame",
+        "allow_upsampling",
+        "mpp",
+        "replace_mpp",
+        "trust_objective",
+    }
 )
 
 
@@ -92,6 +102,16 @@ class Settings(BaseModel):
     exclude: Annotated[
         tuple[str, ...], Field(description="annotation classes of `mask` that are out, also where they lie on others")
     ] = ()
+    mask_frame: Annotated[
+        Literal["auto", "slide", "bounds"],
+        Field(
+            description="what `mask` was drawn on: the whole slide, or the scanned part of a Leica, MIRAX or Ventana "
+            "slide, which QuPath shows; auto: where it lies on tissue, refused where both could be"
+        ),
+    ] = "auto"
+    allow_upsampling: Annotated[
+        bool, Field(description="explain slides that have to be enlarged more than 4 times for the model")
+    ] = False
     heatmap_stride: Annotated[PositiveInt, Field(description="level-0 pixels per heatmap pixel, a power of two")] = 16
     window: Annotated[Literal["hann", "uniform"], Field(description="how overlapping patches are weighted")] = "hann"
     batch_size: Annotated[

@@ -185,6 +185,7 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
         patches=plan.patches,
         unreadable=int((store.status() == UNREADABLE_PATCH).sum()),
         cause=_most_common(causes),
+        notes="; ".join(plan.notes),
     )
     record = SlideDone(
         outcome,

@@ -109,6 +109,7 @@ def _record(
         if unreadable > max_unreadable * patches:
             status = SlideStatus.FAILED
             error += f"; more than --max-unreadable {max_unreadable:g}"
+    error = "; ".join(filter(None, (error, outcome.notes)))
     return SlideRecord(
         slide, status, error, patches, unreadable, seconds, skipped, lasting=status == SlideStatus.FAILED
     )

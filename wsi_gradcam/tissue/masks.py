@@ -14,6 +14,7 @@ from skimage.morphology import closing, disk, remove_small_holes, remove_small_o
 
 from wsi_gradcam.io.local import write_atomic
 from wsi_gradcam.slides import thumbnail
+from wsi_gradcam.tissue.annotations import in_frame
 from wsi_gradcam.tissue.quality import pen_mask, shadow_mask
 
 if TYPE_CHECKING:
@@ -279,11 +280,11 @@ def _brighter_half(pixels: NDArray[np.uint8]) -> tuple[int, int, int]:
 
 
 def write_mask_preview(
-    path: Path, slide: Slide, tissue: str = "auto", regions: Regions | None = None
+    path: Path, slide: Slide, tissue: str = "auto", regions: Regions | None = None, frame: str = "auto"
 ) -> dict[str, float]:
     """Write the slide's thumbnail as PNG: tissue to be explained outlined in green, ink orange, shadows blue.
 
-    All that is outside of the regions is dark gray.
+    All that is outside of the regions, in their frame (see `in_frame`), is dark gray.
 
     Returns:
         Shares of the slide: `tissue` (to be explained), `pen`, `shadow`, `unscanned`, `glass`, `excluded`.
@@ -298,6 +299,7 @@ def write_mask_preview(
     masks = slide_masks(slide)
     mask, excluded = masks.selected(tissue), np.zeros_like(masks.tissue)
     if regions is not None:
+        regions = in_frame(regions, masks.tissue, slide.info, frame)
         excluded = ~regions.mask((slide.info.height, slide.info.width), mask.shape)
         mask = mask & ~excluded
     for where, colour in ((masks.shadow, SHADOW_COLOUR), (masks.pen, PEN_COLOUR), (excluded, EXCLUDED_COLOUR)):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from wsi_gradcam.errors import AnnotationError, ConfigError
-from wsi_gradcam.tissue.annotations.areas import Annotations, Area, rasterise
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Moved, Shapes, rasterise
 from wsi_gradcam.tissue.annotations.regions import ENDINGS, Regions, read_annotations, read_bytes, tissue_within
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.run.settings import Settings
 
@@ -24,12 +30,91 @@ __all__ = [
     "check_masks",
     "entry_regions",
     "find_mask",
+    "in_frame",
     "mask_file",
     "rasterise",
     "read_annotations",
     "read_regions",
     "tissue_within",
 ]
+
+
+WHOLE, BOUNDS, AUTO = "slide", "bounds", "auto"  # frames
+LIKELY, OUTSIDE = 0.6, 0.02  # share of a drawing on tissue in its own frame, at least; by which it may reach beyond
+
+
+def in_frame(regions: Regions, tissue: NDArray[np.bool_], info: Ground, frame: str = AUTO) -> Regions:
+    """Return the regions in the frame that they were drawn in: the whole slide, or its scanned part, as in QuPath.
+
+    Args:
+        tissue: bool [h, w] over the whole slide.
+        info: has the slide's size and `bounds`.
+        frame: "slide" or "bounds"; "auto" finds out by where the drawing lies on tissue inside of the bounds.
+
+    Raises:
+        AnnotationError: both frames could be meant, or neither.
+    """
+    bounds = info.bounds
+    if bounds is None or bounds == Region(0, 0, info.height, info.width) or frame == WHOLE:
+        return regions
+    both = (regions, replace(regions, part=bounds))
+    if frame == BOUNDS:
+        return both[1]
+    shares, masks, errors = [], [], []
+    for one in both:
+        try:
+            share, mask = _share_on_tissue(one, tissue, info, bounds)
+        except AnnotationError as error:
+            errors.append(error)
+            share, mask = 0.0, None
+        shares.append(share)
+        masks.append(mask)
+    if len(errors) == len(both):
+        raise errors[0]
+    if masks[0] is not None and masks[1] is not None and np.array_equal(masks[0], masks[1]):
+        return regions
+    best = both[shares.index(max(shares))]
+    if max(shares) < LIKELY or min(shares) > max(shares) / 2:
+        raise AnnotationError(
+            f"{regions.path}: may be drawn on the whole slide, where {shares[0]:.0%} of it lies on tissue, or on the "
+            f"scanned part alone ({bounds.height} x {bounds.width} px from y {bounds.y}, x {bounds.x}), where "
+            f"{shares[1]:.0%} does; say which with --mask-frame slide or bounds (QuPath shows bounds)"
+        )
+    return best
+
+
+class Ground(Protocol):
+    """The size of a slide, level-0 px, and its scanned part."""
+
+    @property
+    def height(self) -> int:
+        """Its height."""
+
+    @property
+    def width(self) -> int:
+        """Its width."""
+
+    @property
+    def bounds(self) -> Region | None:
+        """The part that was scanned; None where that is not recorded."""
+
+
+def _share_on_tissue(
+    regions: Regions, tissue: NDArray[np.bool_], info: Ground, bounds: Region
+) -> tuple[float, NDArray[np.bool_]]:
+    """Return the share of a drawing that lies on tissue, 0 where it reaches beyond the bounds, and its mask."""
+    slide_px, shape = (info.height, info.width), (tissue.shape[0], tissue.shape[1])
+    drawn = regions.drawn(slide_px)
+    names = regions.wanted(drawn) or frozenset(regions.exclude)
+    mask = drawn.mask(names, shape)
+    inner = drawn.drawn if isinstance(drawn, Moved) else drawn
+    if isinstance(inner, Shapes):
+        low, high = inner.extent(names)
+        first = (0, 0) if isinstance(drawn, Moved) else (bounds.y, bounds.x)
+        for axis, side in enumerate((bounds.height, bounds.width)):
+            if low[axis] < first[axis] - OUTSIDE * side or high[axis] > first[axis] + (1 + OUTSIDE) * side:
+                return 0.0, mask
+    return float((mask & tissue).sum() / max(1, mask.sum())), mask
 
 
 def mask_file(folder: Path, slide_id: str, own: str = "") -> Path:

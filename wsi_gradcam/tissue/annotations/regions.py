@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from wsi_gradcam.tissue.annotations.areas import (
     WRITE_ANEW,
     Annotations,
     LabelPicture,
+    Moved,
     Shapes,
     covers,
 )
@@ -311,6 +312,7 @@ class Regions:
         include: names of the classes that are in; none: all that are not excluded.
         exclude: names of the classes that are out.
         shared: True for a file of a folder, where not every class is on every slide.
+        part: the part of the slide that it was drawn on, in whose pixels it is; None: the whole slide.
     """
 
     path: Path
@@ -318,6 +320,7 @@ class Regions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     shared: bool = False
+    part: Region | None = None
 
     @property
     def digest(self) -> str:
@@ -337,6 +340,8 @@ class Regions:
         Raises:
             AnnotationError: it cannot be understood, lies outside of the slide, or has another shape.
         """
+        if self.part is not None:
+            return Moved(replace(self, part=None).drawn((self.part.height, self.part.width)), self.part, slide_px)
         if self._is_tiff:
             about = self.path.stat()
             return _tiff_picture(self.path, slide_px, (about.st_mtime_ns, about.st_size))
@@ -365,6 +370,7 @@ class Regions:
         Raises:
             AnnotationError: one is not in the file, none is chosen of a picture's several, or all lie outside.
         """
+        drawn = drawn.drawn if isinstance(drawn, Moved) else drawn
         self._check(drawn)
         wanted = frozenset(self.include or drawn.names) - set(self.exclude)
         if isinstance(drawn, Shapes):
