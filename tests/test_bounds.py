@@ -179,7 +179,13 @@ def test_a_slide_far_too_coarse_says_so(mpp: float, tmp_path: Path) -> None:
 def test_enlarging_is_told_and_more_of_it_allowed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for mpp, allowed, told in ((0.7, False, ""), (1.0, False, "enlarged 2 times"), (2.5, True, "enlarged 5 times")):
         path, out = coarse(tmp_path / f"{mpp}.tif", mpp), tmp_path / f"{mpp}"
-        explain(path, toy_spec("pooled_linear"), out, **{**SMALL, "heatmap_stride": 2, "tissue": "everything"}, allow_upsampling=allowed)
+        explain(
+            path,
+            toy_spec("pooled_linear"),
+            out,
+            **{**SMALL, "heatmap_stride": 2, "tissue": "everything"},
+            allow_upsampling=allowed,
+        )
         row = open_result(out)[path.name].row
         assert row["status"] == "ok"
         assert told in row["error"]

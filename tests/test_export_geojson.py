@@ -198,7 +198,7 @@ def test_qupath_s_folder_has_all_that_its_script_names(out: Path, tmp_path: Path
     lines = [line.strip(" ,") for line in script.splitlines() if line.startswith("    ['overlay-")]
     parts = [json.loads(line.replace("'", '"')) for line in lines]
     assert f"new File('{folder}')" in script
-    assert f"server.getWidth() != {SIZE[1]} || server.getHeight() != {SIZE[0]}" in script
+    assert f"server.getWidth() == {SIZE[1]} && server.getHeight() == {SIZE[0]}" in script
     shown = np.zeros(SHAPE, np.bool_)
     for name, x, y, width, height in parts:
         with Image.open(folder / name) as image:

@@ -29,7 +29,8 @@ from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.tissue.annotations import find_mask, in_frame, read_regions
-from wsi_gradcam.tissue.annotations.areas import LabelPicture, Moved
+from wsi_gradcam.tissue.annotations.areas import LabelPicture
+from wsi_gradcam.tissue.annotations.regions import Moved
 from wsi_gradcam.tissue.masks import Shares
 
 if TYPE_CHECKING:

@@ -211,7 +211,8 @@ class SlideDone:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
-        return {**asdict(self.outcome), **{each.name: getattr(self, each.name) for each in fields(self)[1:]}}
+        outcome = {key: value for key, value in asdict(self.outcome).items() if key != "notes" or value}
+        return {**outcome, **{each.name: getattr(self, each.name) for each in fields(self)[1:]}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SlideDone:

@@ -11,8 +11,8 @@ import numpy as np
 
 from wsi_gradcam.errors import AnnotationError, ConfigError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Moved, Shapes, rasterise
-from wsi_gradcam.tissue.annotations.regions import ENDINGS, Regions, read_annotations, read_bytes, tissue_within
+from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Shapes, rasterise
+from wsi_gradcam.tissue.annotations.regions import ENDINGS, Moved, Regions, read_annotations, read_bytes, tissue_within
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -327,43 +327,6 @@ class Shapes:
         return [area for area in self._found.areas if area.name in names]
 
 
-@dataclass(frozen=True)
-class Moved:
-    """What is drawn on a part of a slide, in its own pixels, as it lies on the slide of `slide_px` (height, width)."""
-
-    drawn: Drawn
-    part: Region
-    slide_px: tuple[int, int]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the classes."""
-        return self.drawn.names
-
-    @property
-    def known(self) -> tuple[str, ...]:
-        """The names that can be chosen."""
-        return self.drawn.known
-
-    def listed(self) -> str:
-        """Return the known names, for a message."""
-        return self.drawn.listed()
-
-    def mask(self, names: Collection[str], shape: tuple[int, int]) -> NDArray[np.bool_]:
-        """Return where classes are, bool [h, w] over the whole slide."""
-        top, bottom, left, right = (
-            round(at * shape[axis] / self.slide_px[axis])
-            for at, axis in ((self.part.y, 0), (self.part.bottom, 0), (self.part.x, 1), (self.part.right, 1))
-        )
-        mask = np.zeros(shape, np.bool_)
-        mask[top:bottom, left:right] = self.drawn.mask(names, (max(1, bottom - top), max(1, right - left)))
-        return mask
-
-    def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
-        """Return where classes are in a box (y, x, height, width) of level 0, bool `shape`."""
-        return self.drawn.cut(names, (box[0] - self.part.y, box[1] - self.part.x, box[2], box[3]), shape)
-
-
 class Pixels(Protocol):
     """The pixels of a picture as labels: gray values, numbers of a palette, or colours.
 

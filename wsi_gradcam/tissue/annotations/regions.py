@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from wsi_gradcam.tissue.annotations.areas import (
     WRITE_ANEW,
     Annotations,
     LabelPicture,
-    Moved,
     Shapes,
     covers,
 )
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.slides import SlideInfo
-    from wsi_gradcam.tissue.annotations.areas import Block, Drawn
+    from wsi_gradcam.tissue.annotations.areas import Block, Box, Drawn
 
 READERS: dict[str, Callable[[Path, bytes], Annotations]] = {
     ".geojson": read_geojson,
@@ -300,6 +299,43 @@ def png_picture(path: Path, data: bytes, slide_px: tuple[int, int]) -> LabelPict
 def _tiff_picture(path: Path, slide_px: tuple[int, int], changed: tuple[int, int]) -> LabelPicture:
     """Return the labels in a TIFF; another `changed` (time and size) is another file."""
     return LabelPicture(path, TiffPixels(path), slide_px)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What is drawn on a part of a slide, in its own pixels, as it lies on the slide of `slide_px` (height, width)."""
+
+    drawn: Drawn
+    part: Region
+    slide_px: tuple[int, int]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.drawn.names
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that can be chosen."""
+        return self.drawn.known
+
+    def listed(self) -> str:
+        """Return the known names, for a message."""
+        return self.drawn.listed()
+
+    def mask(self, names: Collection[str], shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Return where classes are, bool [h, w] over the whole slide."""
+        top, bottom, left, right = (
+            round(at * shape[axis] / self.slide_px[axis])
+            for at, axis in ((self.part.y, 0), (self.part.bottom, 0), (self.part.x, 1), (self.part.right, 1))
+        )
+        mask = np.zeros(shape, np.bool_)
+        mask[top:bottom, left:right] = self.drawn.mask(names, (max(1, bottom - top), max(1, right - left)))
+        return mask
+
+    def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Return where classes are in a box (y, x, height, width) of level 0, bool `shape`."""
+        return self.drawn.cut(names, (box[0] - self.part.y, box[1] - self.part.x, box[2], box[3]), shape)
 
 
 @dataclass(frozen=True)
