@@ -126,6 +126,9 @@ class LevelAlignment:
 
     def _moved(self, level: int) -> float | None:
         """Return by how many pixels the level's content has moved, 0 for up to one; None where it does not tell."""
+        size = self._slide.info.levels[level]
+        if max(size.height, size.width) <= WINDOW_PX and not size.problem:
+            return 0.0  # of so few pixels one is more than a factor is ever off, and all of a finer level would be read
         found = []
         for place in self._places(level):
             with suppress(SlideReadError):  # damage is found out, and told, where it matters
