@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from tests.test_slides_tiff_reader import noise, write_ome
 from wsi_gradcam.errors import SlideAccessError, SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io import object_stores
+from wsi_gradcam.run import failures
 from wsi_gradcam.slides import Slide, open_slide, read_region, remote, tiff_reader
 from wsi_gradcam.slides.base import LocalFile
 from wsi_gradcam.tissue.grid import choose_patches, patch_grid
@@ -410,3 +414,42 @@ def test_digests_tell_contents_apart(place: Place, tmp_path: Path) -> None:
                 shutil.rmtree(tmp_path / "www" / path.name, ignore_errors=True)
     assert digests[::2] == digests[1::2]
     assert len(set(digests)) == 6
+
+
+@pytest.mark.parametrize("fault", ["hangs", "drops", "refuses", "503"])
+def test_a_url_that_fails_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """In the time that the documentation says, here 4 s, whatever the server does; and a run tries no second time."""
+    monkeypatch.setattr(object_stores, "PATIENCE_S", 4.0)
+    with faulty_server(fault) as url:
+        began = time.monotonic()
+        with pytest.raises(SlideAccessError, match="cannot be read from its server") as caught:
+            open_slide(f"{url}/a.tif")
+        assert time.monotonic() - began < 4 + 3  # what is slow here
+    assert failures.is_transient(caught.value)  # for the next run
+    assert not failures.may_succeed_soon(caught.value)
+
+
+@contextmanager
+def faulty_server(fault: str) -> Iterator[str]:
+    """A server on loopback that answers nothing, closes connections, says 503, or is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as opened:
+        port = listening.getsockname()[1]
+        if fault == "refuses":
+            listening.close()
+        else:
+            thread = threading.Thread(target=_serve, args=(listening, fault, opened), daemon=True)
+            thread.start()
+        yield f"http://127.0.0.1:{port}"
+
+
+def _serve(listening: socket.socket, fault: str, opened: ExitStack) -> None:
+    with suppress(OSError):  # until it is closed
+        while True:
+            connection, _ = listening.accept()
+            if fault == "503":
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            if fault == "hangs":
+                opened.enter_context(connection)
+            else:
+                connection.close()

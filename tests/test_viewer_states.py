@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -183,3 +185,53 @@ def test_too_much_work_is_refused_and_unwanted_work_not_done() -> None:
     assert found.count("DisconnectedError") == 1
     assert sorted(done) == sorted(set(done))
     assert len(done) == 2
+
+
+def _at(*keys: str | int) -> Callable[[Any, Any], None]:
+    """A function that sets the value at a place in metadata."""
+
+    def put(metadata: Any, value: Any) -> None:
+        for key in keys[:-1]:
+            metadata = metadata[key]
+        metadata[keys[-1]] = value
+
+    return put
+
+
+WINDOW = ("attributes", "ome", "omero", "channels", 0, "window")
+PLACES = [
+    *(_at(*WINDOW, key) for key in ("min", "max", "start", "end")),
+    *(_at(*WINDOW[: 5 - cut]) for cut in range(3)),
+    _at(*WINDOW),
+    _at(*WINDOW[:5], "label"),
+    _at("attributes", "ome", "multiscales"),
+    _at("attributes", "ome"),
+    _at("attributes", "wsi_gradcam"),
+]
+VALUES = [float("nan"), float("inf"), -float("inf"), 10**400, None, "x" * 10_000, [], {}, True]
+
+
+def test_senseless_metadata_are_told_and_break_nothing(out: Path, tmp_path: Path) -> None:
+    """Never a 500, on no route."""
+    shutil.copytree(out, tmp_path / "copy")
+    file = tmp_path / "copy" / "a.tif" / "heatmap.ome.zarr" / "zarr.json"
+    good = file.read_text(encoding="utf-8")
+    with client(out) as server:
+        facts = facts_of(server, "a.tif")
+    routes = ["/api/run", "/api/slides", "/api/slide?id=a.tif"]
+    routes += [
+        f"/api/slides/{facts['key']}/{rest}" for rest in ("values?y=1&x=1", "patches/0", "patches/top?channel=0")
+    ]
+    routes += [f"{tiles_of(facts)}/{rest}" for rest in ("heat/0/0/0_0.png", "cells/0/0/0_0.png", "patch/0.jpg")]
+    found = set()
+    for place in PLACES:
+        for value in VALUES:
+            metadata = json.loads(good)
+            place(metadata, value)
+            file.write_text(json.dumps(metadata), encoding="utf-8")
+            with client(tmp_path / "copy") as server:
+                for route in routes:
+                    answer = server.get(route)
+                    assert answer.status_code < 500, f"{route}: {answer.text}"
+                    found.add(answer.status_code)
+    assert 422 in found or 404 in found

@@ -178,13 +178,14 @@ def web_store(url: str) -> HTTPStore:
 
 
 def _client_options(plain: bool, patience_s: float) -> ClientConfig:
-    return {"allow_http": plain, "connect_timeout": "5s", "timeout": f"{max(1, round(patience_s))}s"}
+    return {"allow_http": plain, "connect_timeout": "5s", "timeout": f"{max(1, round(patience_s / 2))}s"}
 
 
 def _retry_config(patience_s: float) -> RetryConfig:
     first, longest = timedelta(seconds=FIRST_DELAY_S), timedelta(seconds=LONGEST_DELAY_S)
     backoff: Any = {"init_backoff": first, "max_backoff": longest, "base": 2}
-    return {"max_retries": 100, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
+    # A request that hangs takes half of it; so the last one that is begun ends in time.
+    return {"max_retries": 100, "retry_timeout": timedelta(seconds=patience_s / 2), "backoff": backoff}
 
 
 class Bucket:

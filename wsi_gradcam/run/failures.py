@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wsi_gradcam.errors import AnnotationError, ResumeError, SlideMemoryError, one_line
+from wsi_gradcam.errors import AnnotationError, ResumeError, SlideAccessError, SlideMemoryError, one_line
 from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import versions
@@ -76,6 +76,11 @@ def is_transient(error: BaseException) -> bool:
     return error.__cause__ is not None and is_transient(error.__cause__)
 
 
+def may_succeed_soon(error: BaseException) -> bool:
+    """Return whether work is worth another attempt in this run; a server has been asked again and again already."""
+    return is_transient(error) and not isinstance(error, SlideAccessError)
+
+
 def is_lasting(error: BaseException) -> bool:
     """Return whether a slide that failed with the error would fail again, and only after it has been worked on."""
     return not (is_transient(error) or isinstance(error, FOUND_EARLY))
@@ -100,7 +105,7 @@ def retried(work: Callable[[], T], task: Task, on_error: Callable[[Exception, bo
         try:
             return work()
         except Exception as error:
-            if not is_transient(error):
+            if not may_succeed_soon(error):
                 raise
             log_retry(task, error, attempt)
             on_error(error, True)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     Layer = ServedSlide | Spread
     Stored = SlideResult | SpreadImage
 
+LARGEST = 1e38  # that float32 holds, with room for what is around a range
 CHUNK_BYTES = 96 << 20
 IMAGE_BYTES = 128 << 20
 COVERAGE = -1  # in place of a channel's number
@@ -212,7 +213,13 @@ def find_channel(result: Stored, number: int) -> ChannelInfo:
 
 
 def channel_scale(channel: ChannelInfo) -> ValueScale:
-    """Return the scale in which tiles hold the values of a channel."""
+    """Return the scale in which tiles hold the values of a channel.
+
+    Raises:
+        NotShownError: the metadata say no range of float32 numbers.
+    """
+    if not (abs(channel.minimum) < LARGEST and abs(channel.maximum) < LARGEST):
+        raise NotShownError(f"channel {channel.number}: its range is no pair of numbers; try `validate`")
     return ValueScale.around(channel.minimum, channel.maximum)
 
 

@@ -67,6 +67,9 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (DisconnectedError, 499),
 )
 
+# What reading metadata of unforeseen types and values ends with, and JSON of what is not finite.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
 Handler = Callable[["Request"], Awaitable[Response]]
 
 
@@ -148,6 +151,9 @@ def handling_errors(handler: Handler) -> Handler:
             if status == 503:
                 headers["Retry-After"] = "1"
             return JSONResponse({"error": valid_text(one_line(error))}, status, headers)
+        except MALFORMED as error:
+            text = f"the results hold what makes no sense ({one_line(error)}); `wsi-gradcam validate` says where"
+            return JSONResponse({"error": valid_text(text)}, 422, {"Cache-Control": NO_STORE})
 
     return handle
 

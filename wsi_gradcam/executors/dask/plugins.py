@@ -16,7 +16,7 @@ from distributed import Scheduler, SchedulerPlugin, Worker, WorkerPlugin, get_wo
 
 from wsi_gradcam.errors import WorkerError, one_line
 from wsi_gradcam.run.context import Context, perform
-from wsi_gradcam.run.failures import is_transient
+from wsi_gradcam.run.failures import may_succeed_soon
 from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.system.processes import release_freed_memory
 
@@ -127,7 +127,7 @@ def perform_batch(batch: TaskBatch) -> BatchResult:
             except Exception as error:
                 # Another node may see a file that this one does not.
                 result.error = portable(error)
-                result.may_succeed = is_transient(error) or isinstance(error, FileNotFoundError)
+                result.may_succeed = may_succeed_soon(error) or isinstance(error, FileNotFoundError)
                 break
     return result
 
