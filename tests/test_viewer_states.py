@@ -208,7 +208,7 @@ PLACES = [
     _at("attributes", "ome"),
     _at("attributes", "wsi_gradcam"),
 ]
-VALUES = [float("nan"), float("inf"), -float("inf"), 10**400, None, "x" * 10_000, [], {}, True]
+VALUES: list[Any] = [float("nan"), float("inf"), -float("inf"), 10**400, None, "x" * 10_000, [], {}, True]
 
 
 def test_senseless_metadata_are_told_and_break_nothing(out: Path, tmp_path: Path) -> None:
