@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import threading
 import uuid
 from collections.abc import Callable
@@ -54,6 +55,9 @@ def streamed(place: StoragePath, data: bytes, fails: bool) -> None:
         file.write(data[-3:])
 
 
+SOME = re.compile("([^/]+/)?f|c/.*")  # of the names below a folder
+
+
 def appended(data: bytes | None) -> bytes:
     return (data or b"") + b"+"
 
@@ -73,6 +77,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("update"), st.sampled_from(NAMES)),
     st.tuples(st.just("remove"), st.sampled_from(NAMES)),
     st.tuples(st.just("remove_tree"), st.sampled_from(FOLDERS)),
+    st.tuples(st.just("remove_files"), st.sampled_from(FOLDERS)),
 )
 
 
@@ -87,6 +92,7 @@ def act(out: StoragePath, action: tuple[Any, ...]) -> Any:
         "update": lambda: place.update(appended),
         "remove": place.remove,
         "remove_tree": place.remove_tree,
+        "remove_files": lambda: place.remove_files(SOME),
     }
     return told(calls[kind])
 

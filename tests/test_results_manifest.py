@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_a_kill_between_done_and_fold_loses_nothing(
 ) -> None:
     fill(manifest)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
+        patch.setattr(os, "walk", killed)
         with pytest.raises(Killed):
             manifest.write_done(FINISHED)
     again = Manifest(tmp_path / "manifest")
@@ -111,7 +111,7 @@ def test_a_kill_while_clearing_leaves_no_manifest_that_looks_valid(
     fill(manifest)
     manifest.write_done(FINISHED)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
+        patch.setattr(os, "walk", killed)
         with pytest.raises(Killed):
             manifest.clear()
     assert Manifest(tmp_path / "manifest").plan() is None
@@ -155,7 +155,7 @@ def test_a_damaged_file_is_named(
     assert str(caught.value) == f"{path}: damaged; delete the slide's folder and run again, or use --overwrite"
 
 
-@pytest.mark.parametrize("call", ["pathlib.Path.unlink", "shutil.rmtree"])
+@pytest.mark.parametrize("call", ["pathlib.Path.unlink", "os.walk"])
 def test_what_cannot_be_cleared_is_a_store_error(
     call: str, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

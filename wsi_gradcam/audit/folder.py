@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import numpy as np
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.results.seals import LISTING, Seal, seal_of
+from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
+from wsi_gradcam.results.run_files import MARK, folder_name
 from wsi_gradcam.run.status import AUDIT as AUDIT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 
 PIECES, REPORT = "pieces", "report.html"
 ENDING, DIGITS = ".npz", 12
+# Of a slide's folder, but for the image of its spread.
+CONTENTS = re.compile(
+    rf"({re.escape(REPORT)}|spread\.json|{PIECES}/[0-9a-f]{{{DIGITS}}}-[0-9]+{re.escape(ENDING)})(\.[0-9a-f]{{32}}\.partial)?"
+)
 
 Arrays = dict[str, "NDArray[Any]"]
 
@@ -54,21 +61,45 @@ class AuditFolder:
         """The sha256 of all other files, written just before the metrics."""
         return self.place / LISTING
 
+    def path_of(self, slide_id: str) -> str:
+        """Return the path of a slide's folder from here: as `folder_name` says, or as an older version has named it."""
+        name = folder_name(slide_id)
+        may_be_old = name != slide_id and not slide_id.partition("/")[0].endswith(MARK)  # which may be another's by now
+        return slide_id if may_be_old and not self._holds(name) and self._holds(slide_id) else name
+
+    def _holds(self, path: str) -> bool:
+        return (self.place / path / PIECES).exists() or (self.place / path / REPORT).is_file()
+
+    def slide(self, slide_id: str) -> StoragePath:
+        """Return the folder of a slide."""
+        return self.place / self.path_of(slide_id)
+
+    def forget(self, slide_id: str) -> None:
+        """Delete all that an audit has written of a slide; files that are not ours stay."""
+        self.spread(slide_id).remove_files(ZARR_CONTENTS)
+        self.slide(slide_id).remove_files(CONTENTS)
+
+    def remove_partial_files(self, slides: Iterable[str]) -> None:
+        """Delete files that killed audits of these slides have left half-written."""
+        self.place.remove_partial_files(recursive=False)
+        for slide_id in slides:
+            self.slide(slide_id).remove_partial_files()
+
     def slide_report(self, slide_id: str) -> StoragePath:
         """Return the page of a slide."""
-        return self.place / slide_id / REPORT
+        return self.slide(slide_id) / REPORT
 
     def batch(self, slide_id: str, digest: str, number: int) -> StoragePath:
         """Return the file of a batch's measurements."""
-        return self.place / slide_id / PIECES / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
+        return self.slide(slide_id) / PIECES / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
 
     def spread(self, slide_id: str) -> StoragePath:
         """Return the OME-Zarr image of where overlapping patches of a slide disagree."""
-        return self.place / slide_id / "spread.ome.zarr"
+        return self.slide(slide_id) / "spread.ome.zarr"
 
     def spread_means(self, slide_id: str) -> StoragePath:
         """Return the file of its means; written when the image is whole."""
-        return self.place / slide_id / "spread.json"
+        return self.slide(slide_id) / "spread.json"
 
     @property
     def is_listed(self) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.audit.archive import ExplainedRun, annotated_slide, audited_target, draw_sample, ground_of, open_run
 from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, shared_sample
@@ -24,15 +24,17 @@ from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.run_files import MARK, is_name
 from wsi_gradcam.results.seals import is_account, sealed_json, write_listing
+from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.driver import RunSession
-from wsi_gradcam.run.log import LOG
 from wsi_gradcam.run.types import RunListener, SlideRecord
 from wsi_gradcam.system.isolation import CRASHES
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.models.load import Model
+    from wsi_gradcam.results.run import Result
     from wsi_gradcam.run.plan import RunPlan
 
 
@@ -118,16 +120,20 @@ def audit_run(
     loaded = None if given is None or isinstance(given, ModelSpec) else given
     spec = loaded.spec if loaded is not None else given if isinstance(given, ModelSpec) else None
     given = None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()})
-    run = open_run(result, given, trust_code, held=loaded is not None)
     folder = AuditFolder(result.folder.place / AUDIT)
+    _check_room(folder, result)
+    run = open_run(result, given, trust_code, held=loaded is not None)
     other = None if against is None else open_audit(against)
     records: list[SlideRecord] = []
-    session = RunSession(folder.place, listener or RunListener(), lambda: _report_rows(records))
+    session = RunSession(
+        result.folder.place, listener or RunListener(), lambda: _report_rows(records), place=folder.place
+    )
     with session, open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
         facts = executor.examine(run.spec, run.model_settings, [], None)
         plan = _planned(run, run.plan(facts), settings, other)
         session.claim()
-        _settle(folder, plan, overwrite)
+        _settle(folder, plan, result.ids, overwrite)
+        folder.remove_partial_files(plan.samples)
         workload = AuditWorkload(plan)
         slides = [run.entries[name] for name in plan.samples]
         session.begin(workload, slides, executor.dashboard)
@@ -190,8 +196,31 @@ def _digests(
     return found
 
 
-def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
+def _check_room(folder: AuditFolder, result: Result) -> None:
+    """Refuse where older versions have put slides' results into OUT/audit.
+
+    Raises:
+        ResultError: there are some.
+    """
+    names = {*result.ids, *read_slide_records(result.folder.record)}
+    there = [path for name in sorted(names) if _is_inside(path := result.folder.path_of(name))]
+    if there:
+        first = there[0].split("/")[0]
+        raise ResultError(
+            f"{result.folder.place}: an older version has put results of {len(there)} slides ({there[0]}, ...) where "
+            f"the audit belongs; move them there from {first} to {first}{MARK}, where they are found too, and try again"
+        )
+
+
+def _is_inside(path: str) -> bool:
+    return path.partition("/")[0].casefold() == AUDIT
+
+
+def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwrite: bool) -> None:
     """Write the plan, unless it stands there; with `overwrite` all that was measured is forgotten.
+
+    Args:
+        slides: of the run; an older audit whose plan is damaged may have been about any of them.
 
     Raises:
         ResumeError: the numbers there are of another audit.
@@ -222,14 +251,20 @@ def _settle(folder: AuditFolder, plan: AuditPlan, overwrite: bool) -> None:
         folder.report,
     ):  # the plan first: what is half gone is no audit
         place.remove()
-    for name in set(folder.place.folder_names()) - {LOG}:
-        (folder.place / name).remove_tree()
+    for name in _audited(before, slides if overwrite else ()):
+        folder.forget(name)
     values = {
         "identity": identity,
         "digest": plan.audit_digest(),
         "samples": {name: sample.to_json() for name, sample in plan.samples.items()},
     }
     folder.plan.write(sealed_json(values, indent=1))
+
+
+def _audited(plan: dict[str, Any] | None, otherwise: Iterable[str]) -> list[str]:
+    """Return the slides of an audit by its plan; where that does not tell them, those that they may be."""
+    samples = (plan or {}).get("samples")
+    return [name for name in (samples if isinstance(samples, dict) else otherwise) if is_name(name)]
 
 
 def _short(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
 from wsi_gradcam.cli import PrintableFormatter, flags, say
-from wsi_gradcam.errors import ConfigError, StoppedError, WsiGradcamError, one_line, printable
+from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, one_line, printable
 from wsi_gradcam.system.isolation import supervise
 from wsi_gradcam.system.stopping import STOP
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
 SWITCHES = ("overwrite", "retry_failed", "log_tasks", "trust_code")  # of explain
+NO_PLACE = {errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS}  # nothing could be written at all
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.export import export
+    from wsi_gradcam.results.run import open_result
 
     options = _given(arguments, "channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame")
     if "channel" in options:
@@ -219,7 +222,13 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
     dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)
     listeners = (None, None) if arguments.json else (_print_exported, _print_window_progress)
-    done = export(arguments.out, arguments.to, dest, arguments.slide, *listeners, **options)
+    result = open_result(arguments.out)
+    try:
+        done = export(result, arguments.to, dest, arguments.slide, *listeners, **options)
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in NO_PLACE:
+            raise BrokenOffError(one_line(error)) from error
+        raise
     if arguments.json:
         print(json.dumps([{**each.__dict__, "paths": [str(path) for path in each.paths]} for each in done]))
     return SOME_FAILED if any(each.error for each in done) else DONE

@@ -15,8 +15,10 @@ from typing import Any
 
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.export.job import RUN, Job, Options
+from wsi_gradcam.export.journal import Journal
 from wsi_gradcam.io.paths import StoragePathLike
 from wsi_gradcam.results.run import Result, open_result
+from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.results.slide import SlideResult
 
 __all__ = ["FORMATS", "Exported", "Options", "export"]
@@ -81,19 +83,24 @@ def export(
     windows = opened.windows(progress) if chosen.window == RUN else {}
     records = []
     ids = frozenset(opened.ids)
-    for slide in found:
-        records.append(_exported(slide, Job(slide, Path(dest) / slide.id, chosen, windows, ids), to))
-        if listener is not None:
-            listener(records[-1])
+    with Journal(Path(dest)) as journal:
+        for slide in found:
+            job = Job(slide, Path(dest) / folder_name(slide.id), chosen, windows, ids, to, journal)
+            records.append(_exported(slide, job, journal))
+            if listener is not None:
+                listener(records[-1])
     return records
 
 
-def _exported(slide: SlideResult, job: Job, to: str) -> Exported:
+def _exported(slide: SlideResult, job: Job, journal: Journal) -> Exported:
     if not slide.is_finished:
         return Exported(slide.id, (), f"{slide.id}: is {slide.status}; run explain again, then export it")
     try:
-        module, _, function = FORMATS[to].partition(":")
+        if not job.options.overwrite and (paths := journal.was_done(job.digest)) is not None:
+            return Exported(slide.id, tuple(paths))
+        module, _, function = FORMATS[job.to].partition(":")
         paths = getattr(import_module(f"wsi_gradcam.export.{module}"), function or "write")(job)
+        journal.done(paths, job.digest)
     except StoreError as error:
         if isinstance(error.__cause__, OSError):  # a problem of the disk, not of the slide
             raise

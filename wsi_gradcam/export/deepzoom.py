@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from wsi_gradcam.export.job import Job, atomic_path, blocks, slug
+from wsi_gradcam.export.job import Job, blocks, slug
 from wsi_gradcam.geometry import Region, tiles
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.stitch import coarsen, coarsen_flags
@@ -38,8 +38,8 @@ def write(job: Job) -> list[Path]:
 def _write(job: Job, channel: ChannelInfo) -> list[Path]:
     name = slug(channel)
     dzi, place, folder = job.path(f"{name}.dzi"), job.path(f"{name}.json"), job.path(f"{name}_files")
-    with atomic_path(dzi, job.options.overwrite) as partial, atomic_path(place, job.options.overwrite) as beside:
-        with atomic_path(folder, job.options.overwrite) as tile_folder:
+    with job.atomic_path(dzi) as partial, job.atomic_path(place) as beside:
+        with job.atomic_path(folder) as tile_folder:
             _write_tiles(job, channel, tile_folder)
         height, width = job.slide.levels[0]
         partial.write_text(

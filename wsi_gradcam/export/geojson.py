@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsi_gradcam.export.job import Job, atomic_path, slug
+from wsi_gradcam.export.job import Job, slug
 from wsi_gradcam.export.regions import hot_regions
 from wsi_gradcam.results.heatmap import COLOURS
 
@@ -41,7 +41,7 @@ def write(job: Job) -> list[Path]:
 
 
 def _write(job: Job, path: Path, features: Iterable[Feature]) -> Path:
-    with atomic_path(path, job.options.overwrite) as partial:
+    with job.atomic_path(path) as partial:
         write_features(partial, features)
     return path
 

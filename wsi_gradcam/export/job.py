@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -16,8 +15,9 @@ import numpy as np
 
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.export.colours import Colouring, check_colormap
+from wsi_gradcam.export.journal import Journal, remove, settle
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.io.local import PARTIAL, wrap_write_errors
+from wsi_gradcam.io.local import wrap_write_errors
 from wsi_gradcam.results.channels import ChannelInfo
 from wsi_gradcam.results.slide import SlideResult
 
@@ -74,6 +74,8 @@ class Job:
         stem: path of the files to be made, without endings: DEST/SLIDE.
         windows: of the run, by the channels' labels; empty for other windows.
         ids: of all slides of the run.
+        to: the format.
+        journal: notes what is written; None where nobody goes on with it.
     """
 
     slide: SlideResult
@@ -81,6 +83,19 @@ class Job:
     options: Options
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
     ids: frozenset[str] = frozenset()
+    to: str = ""
+    journal: Journal | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that the files depend on."""
+        plan, options = self.slide.plan, replace(self.options, overwrite=False)
+        values = (self.to, self.slide.id, plan.slide_digest, plan.run_digest, options, sorted(self.windows.items()))
+        return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()
+
+    def atomic_path(self, path: Path) -> AbstractContextManager[Path]:
+        """Give a temporary path for a file or a folder of the job, see `atomic_path`."""
+        return atomic_path(path, self.options.overwrite, self.journal, self.digest if self.journal else "")
 
     @cached_property
     def channels(self) -> tuple[ChannelInfo, ...]:
@@ -166,41 +181,37 @@ def padded(tile: NDArray[np.generic], side: int, fill: int = 0) -> NDArray[np.ge
 
 
 @contextmanager
-def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_path(path: Path, overwrite: bool, journal: Journal | None = None, job: str = "") -> Iterator[Path]:
     """Give a temporary path for a file or a folder, which is renamed to `path` when the context ends well.
+
+    Args:
+        path: of the file or folder; what an export that did not end has made there for the same job is replaced.
+        overwrite: replace whatever is there, but for files in a folder that no export makes.
+        journal: notes what is done.
+        job: digest of the job.
 
     Raises:
         StoreError: `path` exists and `overwrite` is not set, or the disk cannot be written.
     """
-    if not overwrite and path.exists():
+    journal = Journal(path.parent) if journal is None else journal
+    if path.exists() and not (overwrite or journal.was_made(path, job)):
         raise StoreError(f"{path}: exists already; use --overwrite, or another --dest")
-    partial = _beside(path)
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial = journal.partial(path)
         try:
             yield partial
-            _replace(partial, path)
+            _replace(partial, path, journal.replaced(path))
         finally:
-            _remove(partial)
+            remove(partial)
+        journal.made(path, job)
 
 
-def _replace(partial: Path, path: Path) -> None:
+def _replace(partial: Path, path: Path, old: Path) -> None:
     """Rename a file or folder, in place of whatever is at `path`."""
-    if not path.is_dir():
+    if not (path.is_dir() and partial.is_dir()):
         partial.replace(path)
         return
-    old = _beside(path)  # a folder cannot be replaced in one step
-    path.rename(old)
+    path.rename(old)  # a folder cannot be replaced in one step
     partial.rename(path)
-    _remove(old)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    settle(old, path)

@@ -6,13 +6,14 @@ the OME-XML. Without a predictor, which Bio-Formats does not support for floats.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tifffile
 
-from wsi_gradcam.export.job import Job, atomic_path, ome_colour, padded
+from wsi_gradcam.export.job import Job, ome_colour, padded
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.heatmap import LABEL
 
@@ -39,7 +40,7 @@ def write(job: Job) -> list[Path]:
         "software": "wsi_gradcam",
     }
     with (
-        atomic_path(path, job.options.overwrite) as partial,
+        job.atomic_path(path) as partial,
         tifffile.TiffWriter(partial, bigtiff=True, ome=True) as writer,
     ):
         for level, shape in enumerate(levels):
@@ -68,6 +69,7 @@ def _metadata(job: Job) -> dict[str, Any]:
     um_y, um_x = job.um_per_px(0)
     windows = "; ".join("{}: {:g} to {:g}".format(c.label, *job.window(c)) for c in job.channels)
     return {
+        "UUID": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, job.digest)}",  # else another in each export
         "axes": "CYX",
         "Name": job.slide.id.encode("utf-8", "replace").decode(),
         "Description": f"Values of wsi_gradcam. Windows: {windows}. {LABEL}: bits 1 tissue, 2 explained, 4 unreadable.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import zarr
 from numcodecs import Blosc
 
-from wsi_gradcam.export.job import Job, atomic_path, ome_colour
+from wsi_gradcam.export.job import Job, ome_colour
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.results.heatmap import CHUNK, LABEL, SHARD
 
@@ -29,7 +29,7 @@ XSI = "http://www.w3.org/2001/XMLSchema-instance"
 def write(job: Job) -> list[Path]:
     """Write one folder with the chosen channels."""
     path = job.path("ome.zarr")
-    with atomic_path(path, job.options.overwrite) as partial:
+    with job.atomic_path(path) as partial:
         group = zarr.open_group(partial, mode="w-", zarr_format=2)
         labels = group.create_group("labels")
         label = labels.create_group(LABEL)

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from wsi_gradcam.errors import SlideError
-from wsi_gradcam.export.job import Job, atomic_path, slug
+from wsi_gradcam.export.job import Job, slug
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.overview import UNITS as METHOD_UNITS
 from wsi_gradcam.results.overview import round_length
@@ -62,7 +62,7 @@ def _write(job: Job, channel: ChannelInfo, background: Rgb, note: str) -> Path:
     path, colouring = job.path(f"{slug(channel)}.png"), job.colouring(channel)
     rgb = overlay(job, channel, colouring, background)
     picture = Picture(rgb, job.slide.size_px[1] * job.slide.mpp[1] / rgb.shape[1], note)
-    with atomic_path(path, job.options.overwrite) as partial, partial.open("wb") as file:
+    with job.atomic_path(path) as partial, partial.open("wb") as file:
         _draw(job, channel, colouring, picture).print_png(file)
     return path
 

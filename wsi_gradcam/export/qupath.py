@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from wsi_gradcam.export.geojson import patch_features, region_features, write_features
-from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, atomic_path, blocks, slug
+from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, blocks, slug
 from wsi_gradcam.geometry import Region
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def write(job: Job) -> list[Path]:
 
 def _write(job: Job, channel: ChannelInfo) -> Path:
     path = job.path(f"{slug(channel)}.qupath")
-    with atomic_path(path, job.options.overwrite) as partial:
+    with job.atomic_path(path) as partial:
         partial.mkdir()
         tiles = _write_overlay(job, channel, partial)
         for name, frame in _frames(job):

@@ -17,7 +17,7 @@ import tifffile
 
 from wsi_gradcam.errors import ResultError
 from wsi_gradcam.export.colours import GRAY, Colouring
-from wsi_gradcam.export.job import Job, atomic_path, blocks, padded, slug
+from wsi_gradcam.export.job import Job, blocks, padded, slug
 from wsi_gradcam.geometry import Region, ceil_div, tiles
 from wsi_gradcam.io.urls import is_url
 
@@ -44,7 +44,7 @@ def _write(job: Job, channel: ChannelInfo) -> Path:
     path, colouring = job.path(f"{slug(channel)}.tiff"), job.colouring(channel)
     samples = () if colouring.colormap == GRAY else (3,)
     sizes = [(*shape, *samples) for shape in job.slide.levels]
-    with atomic_path(path, job.options.overwrite) as partial:
+    with job.atomic_path(path) as partial:
         _write_pyramid(
             partial, job, channel, sizes, job.slide.stride_px, lambda level: _tiles(job, channel, colouring, level)
         )
@@ -107,7 +107,7 @@ def _write_asap(job: Job, channel: ChannelInfo, number: int) -> Path:
     finer = (job.slide.stride_px // step).bit_length() - 1  # levels that the heatmap does not have
     levels = range(finer + len(job.slide.levels))
     sizes: list[tuple[int, ...]] = [(ceil_div(height // step, 2**i), ceil_div(width // step, 2**i)) for i in levels]
-    with atomic_path(path, job.options.overwrite) as partial:
+    with job.atomic_path(path) as partial:
         _write_pyramid(
             partial, job, channel, sizes, step, lambda level: _gray_tiles(job, channel, sizes[level], level - finer)
         )
@@ -153,7 +153,7 @@ def write_tissuumaps(job: Job) -> list[Path]:
     if is_url(job.slide.path):
         raise ResultError(f"{job.slide.path}: TissUUmaps opens no URLs; download the slide, or use --to tiff")
     path = job.path("tmap")
-    with atomic_path(path, job.options.overwrite) as partial:
+    with job.atomic_path(path) as partial:
         pictures = write(job)
         partial.write_text(json.dumps(_project(job, path.parent, pictures), indent=1), encoding="ascii")
     return [path, *pictures]

@@ -12,6 +12,7 @@ from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io.object_stores import retry_delays
 
 if TYPE_CHECKING:
+    import re
     from typing import Self
 
     from zarr.abc.store import Store
@@ -127,6 +128,10 @@ class StoragePath(ABC):
     @abstractmethod
     def remove_tree(self) -> None:
         """Delete the folder and everything in it, if there is one."""
+
+    @abstractmethod
+    def remove_files(self, made: re.Pattern[str]) -> None:
+        """Delete the files below whose whole path from here, with slashes, matches; and folders that are then empty."""
 
     @abstractmethod
     def remove_partial_files(self, recursive: bool = True) -> None:

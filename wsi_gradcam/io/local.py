@@ -175,6 +175,23 @@ class LocalPath(StoragePath):
         with wrap_write_errors(self.path), suppress(FileNotFoundError, NotADirectoryError):
             shutil.rmtree(self.path)
 
+    def remove_files(self, made: re.Pattern[str]) -> None:
+        def failed(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
+        emptier = set[Path]()
+        with wrap_write_errors(self.path):
+            for folder, _, names in os.walk(self.path, topdown=False, onerror=failed):
+                here = Path(folder)
+                found = [n for n in names if made.fullmatch((here / n).relative_to(self.path).as_posix())]
+                for name in found:
+                    (here / name).unlink(missing_ok=True)
+                if found or here in emptier:
+                    with suppress(OSError):  # something else is in it
+                        here.rmdir()
+                        emptier.add(here.parent)
+
     def remove_partial_files(self, recursive: bool = True) -> None:
         remove_partial_files(self.path, recursive)
 
@@ -275,7 +292,8 @@ def remove_partial_files(folder: Path, recursive: bool = True) -> None:
     """Delete half-written files of killed processes, ours and zarr's, in `folder`, and below if `recursive`."""
     pattern = f"*.{'[0-9a-f]' * 32}{PARTIAL}"
     for path in folder.rglob(pattern) if recursive else folder.glob(pattern):
-        path.unlink(missing_ok=True)
+        if not path.is_dir():  # a slide may be named so
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -169,6 +169,13 @@ class S3Path(StoragePath):
 
         self._retry(remove, "written")
 
+    def remove_files(self, made: re.Pattern[str]) -> None:
+        def remove(store: ObjectStore) -> None:
+            if paths := [key for key in self.keys() if made.fullmatch(key.removeprefix(self._prefix))]:
+                store.delete(paths)
+
+        self._retry(remove, "written")
+
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
             return list(pool.map(lambda name: (self / name).read(), names))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
@@ -44,10 +45,12 @@ MAX_METADATA_BYTES = 16 << 20
 MAX_FILE_BYTES = 1 << 30  # of a shard
 MAX_CHUNK_BYTES = 1 << 28  # unpacked
 MAX_CHUNKS = 1 << 14  # in a shard, each of which is looked at
+# Of a group of ours, by paths below it; zarr's own half-written files end as ours do.
+ZARR_CONTENTS = re.compile(r"([^/]+/)*(zarr\.json|c(/[0-9]+)*|[^/]+\.[0-9a-f]{32}\.partial)")
 
 
 def write_group(path: StoragePath, build: Callable[[Store], None]) -> None:
-    """Replace everything at `path` by what `build` writes into an empty store.
+    """Replace the group at `path` by what `build` writes into an empty store; files that are of no group stay.
 
     It is built in memory first: zarr itself would check for each array whether it exists.
 
@@ -56,7 +59,7 @@ def write_group(path: StoragePath, build: Callable[[Store], None]) -> None:
     """
     built: dict[str, Buffer] = {}
     build(MemoryStore(built))
-    path.remove_tree()
+    path.remove_files(ZARR_CONTENTS)
     path.write_many({name: data.to_bytes() for name, data in built.items()})
 
 
@@ -78,7 +81,11 @@ class ZarrGroup:
     def array(self, name: str) -> zarr.Array[Any]:
         """Return the array of this path in the group."""
         if name not in self._arrays:
-            self._arrays[name] = bounded(self.group[name], f"{self._path}/{name}")
+            try:
+                array = self.group[name]
+            except KeyError as error:
+                raise FileNotFoundError(f"{self._path}: has no array {name}") from error
+            self._arrays[name] = bounded(array, f"{self._path}/{name}")
         return self._arrays[name]
 
 

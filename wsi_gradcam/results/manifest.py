@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -149,6 +150,8 @@ class SlidePlan:
 
 PLAN, DONE = "plan.json", "done.json"
 ENDING = ".json"
+PIECES = re.compile(r"(spans|blocks)/[0-9-]+\.json(\.[0-9a-f]{32}\.partial)?")
+CONTENTS = re.compile(rf"(plan|done)\.json(\.[0-9a-f]{{32}}\.partial)?|{PIECES.pattern}")
 
 
 class SlideStatus(StrEnum):
@@ -278,8 +281,8 @@ class Manifest:
 
     def fold(self) -> None:
         """Delete the pieces' files of a finished slide (a process may have been killed while doing so)."""
-        for kind in self._place.folder_names():
-            (self._place / kind).remove_tree()
+        if self._place.folder_names():
+            self._place.remove_files(PIECES)
 
     def complete(self, kind: str, name: str, record: dict[str, Any]) -> None:
         """Record a piece of work, whose data is on disk already."""
@@ -309,7 +312,7 @@ class Manifest:
     def clear(self) -> None:
         """Forget everything: called before a slide's stores are made anew."""
         (self._place / PLAN).remove()  # first, so that no half-cleared manifest looks valid
-        self._place.remove_tree()
+        self._place.remove_files(CONTENTS)
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         (self._place / name).write(json.dumps(value, indent=1, sort_keys=True).encode())

@@ -12,7 +12,7 @@ from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import ChannelInfo, at_index, suggest_names
 from wsi_gradcam.results.display import Progress, run_windows
 from wsi_gradcam.results.manifest import PLAN
-from wsi_gradcam.results.run_files import RunFolder, RunRecord, read_run
+from wsi_gradcam.results.run_files import RunFolder, RunRecord, SlideFolder, is_name, read_run, slide_id_of
 from wsi_gradcam.results.slide import SlideResult
 from wsi_gradcam.results.slide_tables import read_slides
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MAX_LISTED = 20  # slides in a notebook
-RESULT_FOLDERS = frozenset(
-    {"cams.zarr", "heatmap.ome.zarr", "manifest", "audit"}
-)  # of a slide's folder, where no slide is
+RESULT_FOLDERS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest"})  # of a slide's folder, where no slide is
 
 
 class Result:
@@ -41,7 +39,7 @@ class Result:
         self.record = RunRecord.from_json(run)
         rows = read_slides(folder.slides)
         for name in rows:
-            if not _is_name(name):
+            if not is_name(name):
                 raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
         names = list(rows) or list(planned_slides(folder))
         self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), self.record) for name in names}
@@ -68,7 +66,7 @@ class Result:
             slide_id = self.ids[at_index(slide_id, len(self), f"{self.out}: no slide", "its id or its number")]
         if (found := self._slides.get(slide_id)) is not None:
             return found
-        if _is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
+        if is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
             folder = self.folder.slide(slide_id)
             return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.record))
         raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {suggest_names(slide_id, self.ids)}")
@@ -159,7 +157,9 @@ def find_result(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
         if RunFolder(place).run.is_file():
             result = open_result(place)
             names = ["/".join(inside[:count]) for count in range(len(inside), 0, -1)]
-            return result, next((result[name] for name in names if name in result), None)
+            slides = ((result.folder.place / name, slide_id_of(name)) for name in names)
+            found = (result[name] for folder, name in slides if name in result and result[name].folder.place == folder)
+            return result, next(found, None)
     return open_result(path), None
 
 
@@ -177,13 +177,9 @@ def planned_slides(folder: RunFolder, inside: str = "") -> Iterator[str]:
     for name in (folder.place / inside if inside else folder.place).folder_names():
         if inside and name in RESULT_FOLDERS:
             continue
-        slide = f"{inside}/{name}" if inside else name
-        if (folder.slide(slide).manifest / PLAN).is_file():
-            yield slide
+        path = f"{inside}/{name}" if inside else name
+        slide = SlideFolder(folder.place / path)
+        if (slide.manifest / PLAN).is_file():
+            yield path if slide_id_of(path) == path else slide.slide_id or slide_id_of(path)
         elif not name.endswith((".zarr", "_files")):  # images that were exported
-            yield from planned_slides(folder, slide)
-
-
-def _is_name(slide_id: str) -> bool:
-    """Return whether it names a folder below OUT, and nothing outside."""
-    return not {"", ".", ".."} & set(slide_id.split("/")) and "\\" not in slide_id
+            yield from planned_slides(folder, path)

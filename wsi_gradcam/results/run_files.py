@@ -5,21 +5,84 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.cam.facts import Choice
-from wsi_gradcam.errors import DocumentError, ResumeError, StoreError, one_line
+from wsi_gradcam.errors import DocumentError, ResultError, ResumeError, StoreError, one_line
 from wsi_gradcam.io.documents import read_yaml, to_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
+from wsi_gradcam.results.manifest import PLAN, Manifest
 from wsi_gradcam.results.seals import BLANK, KEY, sealed
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.run.plan import RunPlan
+
+
+# All that is put, or may come to be put, at the top of OUT, of OUT/audit and of a folder of exports.
+RESERVED = frozenset(
+    {
+        *(
+            ".lock",
+            "audit",
+            "claim.json",
+            "digests.json",
+            "display.json",
+            "evidence",
+            "exports",
+            "files.json",
+            "log",
+            "logs",
+        ),
+        *("manifest.json", "metrics.json", "plan.json", "report.html", "run.html", "run.yaml", "slides.csv"),
+        *("slides.jsonl", "status.json"),
+    }
+)
+MARK = "~"  # no name of ours ends in it
+
+
+def folder_name(slide_id: str) -> str:
+    """Return the name of a slide's folder in OUT, in OUT/audit and among exports, which is never one of ours.
+
+    It is the slide's id, with a "~" more after its first part where that is in `RESERVED` for a disk that tells no
+    capitals apart, nor names by dots and blanks at their end: no two ids give one name.
+
+    Raises:
+        ResultError: the id leads out of OUT.
+
+    >>> [folder_name(name) for name in ("a.svs", "audit/a.svs", "Audit~/a.svs", "more/audit/a.svs")]
+    ['a.svs', 'audit~/a.svs', 'Audit~~/a.svs', 'more/audit/a.svs']
+    """
+    if not is_name(slide_id):
+        raise ResultError(f"{slide_id!r} is no name of a slide below OUT; slides.jsonl or slides.csv is damaged")
+    first, slash, rest = slide_id.partition("/")
+    return f"{first}{MARK}{slash}{rest}" if _is_reserved(first) else slide_id
+
+
+def slide_id_of(folder: str) -> str:
+    """Return the id of the slide whose folder has this name, or had it before there was `folder_name`.
+
+    >>> [slide_id_of(name) for name in ("audit~/a.svs", "audit/a.svs", "a~/b.svs")]
+    ['audit/a.svs', 'audit/a.svs', 'a~/b.svs']
+    """
+    first, slash, rest = folder.partition("/")
+    return f"{first.removesuffix(MARK)}{slash}{rest}" if _is_reserved(first) else folder
+
+
+def is_name(slide_id: str) -> bool:
+    """Return whether it names a folder below OUT, and nothing outside."""
+    return not {"", ".", ".."} & set(slide_id.split("/")) and "\\" not in slide_id
+
+
+def _is_reserved(name: str) -> bool:
+    return name.rstrip(f"{MARK}. ").casefold() in RESERVED
 
 
 @dataclass(frozen=True)
@@ -64,6 +127,26 @@ class SlideFolder:
         found = (n for n in self.place.all_files() if n.startswith(stores) and n.endswith("/zarr.json"))
         return sorted([*found, "manifest/plan.json", *(p.name for p in (self.table, self.overview, self.tissue))])
 
+    def holds(self, slide_id: str) -> bool:
+        """Return whether a slide was planned here, and none with another id."""
+        return (self.manifest / PLAN).is_file() and self.slide_id in (slide_id, "")
+
+    @property
+    def slide_id(self) -> str:
+        """The id of the slide that was planned here, as the heatmap is named; "" where that cannot be read."""
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
+            metadata = json.loads((self.heatmap / "zarr.json").read())
+            return str(metadata["attributes"]["ome"]["multiscales"][0]["name"])
+        return ""
+
+    def remove(self) -> None:
+        """Delete the slide's results; files that are not ours stay."""
+        Manifest(self.manifest).clear()
+        for image in (self.heatmap, self.cams):
+            image.remove_files(ZARR_CONTENTS)
+        files = (self.table, self.overview, self.tissue)
+        self.place.remove_files(re.compile("|".join(re.escape(file.name) for file in files)))
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -92,8 +175,22 @@ class RunFolder:
         return self.place / "slides.jsonl"
 
     def slide(self, slide_id: str) -> SlideFolder:
-        """Return the folder of a slide."""
-        return SlideFolder(self.place / slide_id)
+        """Return the folder of a slide: as `folder_name` says, or where an older version has put its results."""
+        return SlideFolder(self.place / self.path_of(slide_id))
+
+    def path_of(self, slide_id: str) -> str:
+        """Return the path of a slide's folder from OUT."""
+        name = folder_name(slide_id)
+        if name != slide_id and not SlideFolder(self.place / name).holds(slide_id):
+            return slide_id if SlideFolder(self.place / slide_id).holds(slide_id) else name
+        return name
+
+    def emptied(self, slide_id: str) -> SlideFolder:
+        """Return the folder in which a slide is made anew: what an older version put elsewhere is deleted."""
+        new = SlideFolder(self.place / folder_name(slide_id))
+        if (old := self.slide(slide_id)) != new:
+            old.remove()
+        return new
 
 
 PACKAGES = (

@@ -1,4 +1,4 @@
-"""`claim.json`: the run that works on OUT. Two runs on one OUT at the same time would write over each other.
+"""`claim.json`: the run, or the audit, that works on OUT. Two at the same time would write over each other.
 
 A run makes the file where there is none, renews it every few seconds, and removes it at the end. Where another run's
 claim stands, it is taken over if that run is gone: at once, where the process can be looked up on this machine; else
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
 CLAIM = "claim.json"
+EXPLAIN, AUDIT = "explain", "audit"  # the works that hold claims
 HEARTBEAT_S = 3.0
 SILENT_S = 20.0  # without a heartbeat a run on another machine counts as gone: some heartbeats may be late
 POLL_S = 0.5
@@ -36,15 +37,21 @@ _ENDED: set[str] = set()  # runs of this process that are over, though their cla
 
 @dataclass(frozen=True)
 class Holder:
-    """The holder of a claim: the run, its process, since when (UTC, by its own clock), and how often it was renewed."""
+    """The holder of a claim: the run, its process, since when (UTC, by its own clock), and how often it was renewed.
+
+    Attributes:
+        work: explain or audit.
+    """
 
     run_id: str
     process: Process
     since: str
     beat: int = 0
+    work: str = EXPLAIN
 
     def __str__(self) -> str:
-        return f"run {self.run_id} on {self.process.host} (process {self.process.pid}), since {self.since}"
+        kind = "audit" if self.work == AUDIT else "run"
+        return f"{kind} {self.run_id} on {self.process.host} (process {self.process.pid}), since {self.since}"
 
     def to_bytes(self) -> bytes:
         """Return the holder as it is written."""
@@ -77,9 +84,9 @@ def read_holder(out: StoragePath) -> Holder | None:
 class Claim:
     """The claim of a run on OUT, as a context: within it nobody else works there, or `check` says so."""
 
-    def __init__(self, out: StoragePath, run_id: str, report: Callable[[str], None]) -> None:
+    def __init__(self, out: StoragePath, run_id: str, report: Callable[[str], None], work: str = EXPLAIN) -> None:
         self._out, self._place, self._report = out, out / CLAIM, report
-        self._mine = Holder(run_id, this_process(), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        self._mine = Holder(run_id, this_process(), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", work=work)
         self._version = ""
         self._taken_by: str | None = None
         self._gone = ""  # the version of a claim whose run is known to be gone

@@ -83,6 +83,18 @@ class Context(Generic[W]):
         self._patches: Cache[str, PatchStore] = Cache(KEPT_STORES)
         self._heatmaps: Cache[str, HeatmapStore] = Cache(KEPT_STORES)
         self._glass: dict[str, tuple[int, int, int]] = {}
+        self._found_run = RunFolder(self.run.out).run.is_file()
+
+    def check_out(self) -> None:
+        """Find out whether OUT, or a part of it, has been deleted since this process began: no slide's fault.
+
+        Raises:
+            StoreError: it has.
+        """
+        if self._found_run and not RunFolder(self.run.out).run.is_file():
+            raise StoreError(
+                f"{self.run.out}: was deleted, or a part of it, while the run was at work; run the same command again"
+            )
 
     def model(self) -> Explainer:
         """Return the run's model, loaded on first use unless it was given."""
@@ -187,6 +199,9 @@ def perform(context: Context[Any], task: Task, upcoming: Task | None = None) -> 
         ahead["upcoming"] = upcoming.index[0]
     try:
         result = task.stage.function(context, task.slide, *task.index, **ahead)
+    except Exception:
+        context.check_out()
+        raise
     finally:
         release_freed_memory()
     return Performed(result, time.perf_counter() - started, context.worker)

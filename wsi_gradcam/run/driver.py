@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from wsi_gradcam.errors import WsiGradcamError, one_line
-from wsi_gradcam.run.claims import Claim, new_run_id
+from wsi_gradcam.results.run_files import RunFolder
+from wsi_gradcam.run.claims import AUDIT, CLAIM, EXPLAIN, Claim, new_run_id
 from wsi_gradcam.run.log import EventLog, logged_warnings
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import run_page
@@ -30,20 +31,31 @@ class RunSession:
     """A run at work on OUT, as a context; it ends with the report.
 
     Args:
-        out: the folder that is claimed, and where log, status and report are kept.
+        out: the folder that is claimed.
         listener: is told what happens.
         slide_rows: returns the slides that have ended, for the report: rows as in slides.csv, by slide id.
         log_tasks: whether each task has a line in the log.
+        place: where log, status and report are kept: for an audit a folder in `out`, else `out` itself.
     """
 
-    def __init__(self, out: StoragePath, listener: RunListener, slide_rows: SlideRows, log_tasks: bool = False) -> None:
+    def __init__(
+        self,
+        out: StoragePath,
+        listener: RunListener,
+        slide_rows: SlideRows,
+        log_tasks: bool = False,
+        place: StoragePath | None = None,
+    ) -> None:
         self.run_id = new_run_id()
-        self._out, self._listener, self._slide_rows = out, listener, slide_rows
-        self._log = EventLog(out, self.run_id, log_tasks)
+        self._results, self._listener, self._slide_rows = RunFolder(out), listener, slide_rows
+        self._out = out if place is None else place
+        self._log = EventLog(self._out, self.run_id, log_tasks)
         self._progress = Progress()
         self._lock = threading.Lock()
         self._facts: RunFacts | None = None
-        self._claim = Claim(out, self.run_id, self.message)
+        self._claim = Claim(out, self.run_id, self.message, EXPLAIN if place is None else AUDIT)
+        # Audits of older versions claimed their own folder.
+        self._older = None if place is None else Claim(place, self.run_id, self.message, AUDIT)
         self._claimed, self._working = ExitStack(), ExitStack()
         self._status_failed = False
 
@@ -53,7 +65,8 @@ class RunSession:
         Raises:
             ResumeError: one is.
         """
-        self._claim.look_first()
+        for claim in filter(None, (self._claim, self._older)):
+            claim.look_first()
         return self
 
     def __exit__(
@@ -72,6 +85,8 @@ class RunSession:
             StoreError: it cannot be written.
         """
         self._claimed.enter_context(self._claim)
+        if self._older is not None:
+            (self._out / CLAIM).remove()
 
     def begin(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """Begin the log, and show the status from now on; `slides` are all that the run is about."""
@@ -166,7 +181,7 @@ class RunSession:
         try:
             status = self._write(facts, state, cause)
             if not self._claim.lost:
-                (self._out / REPORT).write(run_page(status, self._slide_rows()))
+                (self._out / REPORT).write(run_page(status, self._slide_rows(), self._results.path_of))
         except WsiGradcamError as trouble:
             self._listener.message(f"the run's report cannot be written: {one_line(trouble)}")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wsi_gradcam.errors import AnnotationError, ResumeError, SlideAccessError, SlideMemoryError, one_line
+from wsi_gradcam.errors import AnnotationError, ResumeError, SlideAccessError, SlideMemoryError, WsiGradcamError, one_line
 from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import versions
@@ -83,7 +83,8 @@ def may_succeed_soon(error: BaseException) -> bool:
 
 def is_lasting(error: BaseException) -> bool:
     """Return whether a slide that failed with the error would fail again, and only after it has been worked on."""
-    return not (is_transient(error) or isinstance(error, FOUND_EARLY))
+    is_missing = isinstance(error, FileNotFoundError) and not isinstance(error, WsiGradcamError)  # a part of OUT
+    return not (is_missing or is_transient(error) or isinstance(error, FOUND_EARLY))
 
 
 def log_retry(task: Task, error: BaseException, attempt: int) -> None:

@@ -9,6 +9,7 @@ from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlidePlan, block_name, span_name
 from wsi_gradcam.results.overview import write_mask
 from wsi_gradcam.results.patch_store import PatchStore
+from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.run.plan import RunPlan
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.stitching import channels
@@ -38,6 +39,7 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
         ResumeError: the folder holds results of another file, model or configuration.
         StoreError: it cannot be made.
     """
+    context.check_out()
     folder, run = context.folder(entry), context.run
     # not what this command has done
     overwrite = context.workload.overwrite and entry.path not in CRASHES.finished_before
@@ -51,6 +53,7 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
         if problem and not overwrite:
             raise ResumeError(problem)
         plan, patches, mask = make_plan(slide, run, regions)
+    folder = RunFolder(run.out).emptied(entry.id)
     manifest = Manifest(folder.manifest)
     manifest.clear()
     context.forget_stores(entry)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.results.seals import COMMENT, sealed
 from wsi_gradcam.run.progress import without_path
 from wsi_gradcam.run.status import AUDIT, FailureCause, RunState, RunStatus, StageStatus, ThroughputStatus
@@ -68,12 +69,15 @@ class SlideRow:
     note: str
 
 
-def run_page(status: RunStatus, rows: Mapping[str, Mapping[str, str]]) -> bytes:
+def run_page(
+    status: RunStatus, rows: Mapping[str, Mapping[str, str]], path_of: Callable[[str], str] = folder_name
+) -> bytes:
     """Return the page of a run, as UTF-8.
 
     Args:
         status: of the run at its end.
         rows: the rows of `slides.csv` by slide id, or such as these.
+        path_of: returns the path of a slide's folder from OUT.
     """
     listed = list(rows.items())[:LISTED]
     is_audit, numbers = status.facts.work == AUDIT, status.numbers
@@ -90,7 +94,7 @@ def run_page(status: RunStatus, rows: Mapping[str, Mapping[str, str]]) -> bytes:
         failures=[_failure(cause, is_audit) for cause in numbers.failures],
         throughput=_throughput(numbers.throughput, numbers.elapsed_s),
         stages=_stages(numbers.stages),
-        slides=[_slide(name, row, statuses, "../" if is_audit else "") for name, row in listed],
+        slides=[_slide(name, row, statuses, f"{'../' * is_audit}{path_of(name)}") for name, row in listed],
         ended=len(rows),
     )
     return sealed(f"{COMMENT}{page}".encode())
@@ -122,7 +126,7 @@ def _stages(stages: Mapping[str, StageStatus]) -> list[StageRow]:
     return sorted(rows, key=lambda row: -row.seconds)
 
 
-def _slide(name: str, row: Mapping[str, str], statuses: Mapping[str, str], above: str) -> SlideRow:
-    picture = "" if row["status"] == SlideStatus.FAILED else f"{above}{name}/overview.png"
+def _slide(name: str, row: Mapping[str, str], statuses: Mapping[str, str], folder: str) -> SlideRow:
+    picture = "" if row["status"] == SlideStatus.FAILED else f"{folder}/overview.png"
     status = statuses.get(row["status"], row["status"])
     return SlideRow(name, picture, status, row["patches"], without_path(row["error"], row["path"]))

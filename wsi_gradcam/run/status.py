@@ -19,13 +19,14 @@ from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.io.urls import SCHEME, redact_url
 from wsi_gradcam.results.seals import sealed_json
+from wsi_gradcam.run.claims import AUDIT as AUDIT
 from wsi_gradcam.run.claims import HEARTBEAT_S, Holder, read_holder
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.run.types import Workload
 
-STATUS, REPORT, AUDIT = "status.json", "run.html", "audit"
+STATUS, REPORT = "status.json", "run.html"
 PATIENCE_S = 3 * HEARTBEAT_S  # a sign of life is waited for so long where the run's process cannot be looked up
 POLL_S = 0.25
 WATCHED_S = 2.0
@@ -359,8 +360,9 @@ def _observed(out: StoragePath, audit: StoragePath) -> ObservedRun:
 
 def _state(out: StoragePath) -> ObservedRun | None:
     """Return the state of the run on OUT itself; None where there is none."""
-    holder = read_holder(out)
-    alive = holder is not None and _is_alive(out, holder)
+    found = _claimed(out)
+    holder = None if found is None else found[1]
+    alive = found is not None and _is_alive(*found)
     status = read_status(out)
     if status is None and not alive:
         return None
@@ -370,6 +372,15 @@ def _state(out: StoragePath) -> ObservedRun | None:
     assert status is not None
     state = status.state if status.state != RunState.RUNNING or alive else RunState.KILLED
     return ObservedRun(str(out), state, status, holder if alive else None, report)
+
+
+def _claimed(out: StoragePath) -> tuple[StoragePath, Holder] | None:
+    """Return the holder of the claim on OUT itself, and where it lies: that of an audit lies above OUT/audit."""
+    own = read_holder(out)  # of an audit too, if an older version wrote it
+    if own is not None and own.work != AUDIT:
+        return out, own
+    above = read_holder(out.parent) if out.name == AUDIT else None
+    return (out.parent, above) if above is not None and above.work == AUDIT else None
 
 
 def _is_alive(out: StoragePath, holder: Holder) -> bool:

@@ -16,6 +16,7 @@ from wsi_gradcam import __version__
 from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import NotShownError, SlideError, WsiGradcamError, one_line
 from wsi_gradcam.io.cache import Cache
+from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.viewer.archive import valid_text
 from wsi_gradcam.viewer.gallery import status_of
 from wsi_gradcam.viewer.images import HeatmapReader, PointValues, channel_scale, finer_levels, heatmap_pyramid
@@ -243,7 +244,7 @@ def audit_address(archive: Archive, slide: ServedSlide) -> str | None:
     slide_id = slide.result.id
     if not _exists(AuditFolder(archive.out / AUDIT).slide_report(slide_id)):
         return None
-    return f"/files/{AUDIT}/{quote(slide_id.encode('utf-8', 'surrogateescape'))}/{REPORT}"
+    return f"/files/{AUDIT}/{quote(folder_name(slide_id).encode('utf-8', 'surrogateescape'))}/{REPORT}"
 
 
 def slide_facts(

@@ -28,6 +28,7 @@ from wsi_gradcam.errors import (
     WsiGradcamError,
     one_line,
 )
+from wsi_gradcam.results.run_files import slide_id_of
 from wsi_gradcam.viewer.archive import valid_text
 from wsi_gradcam.viewer.security import REPORT_POLICY, check_inside, path_below
 
@@ -223,9 +224,9 @@ class Files:
         if path in RUN_FILES:
             return out / path
         if name == OVERVIEW:
-            return self._archive.find_by_id(folder).result.folder.overview
+            return self._archive.find_by_id(slide_id_of(folder)).result.folder.overview
         if name == REPORT and folder.startswith(f"{AUDIT}/"):
-            slide = self._archive.find_by_id(folder.removeprefix(f"{AUDIT}/")).result
+            slide = self._archive.find_by_id(slide_id_of(folder.removeprefix(f"{AUDIT}/"))).result
             return AuditFolder(out / AUDIT).slide_report(slide.id)
         raise NotShownError("no such file")
 

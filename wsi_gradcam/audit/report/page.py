@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from wsi_gradcam.audit.vocabulary import (
 )
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.pages import render
-from wsi_gradcam.results.run_files import RunFolder
+from wsi_gradcam.results.run_files import RunFolder, folder_name
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.findings import Outcome
@@ -98,10 +98,22 @@ class QuestionPart:
     comparisons: Sequence[Cells]
 
 
-def archive_page(metrics: Metrics, slides: Sequence[str], examples: Sequence[Example], scale: float) -> bytes:
-    """Return the page of the archive; `slides` have pages of their own, `scale` is the maps' value in full colour."""
+def archive_page(
+    metrics: Metrics,
+    slides: Sequence[str],
+    examples: Sequence[Example],
+    scale: float,
+    path_of: Callable[[str], str] = folder_name,
+) -> bytes:
+    """Return the page of the archive.
+
+    Args:
+        slides: those that have pages of their own.
+        scale: the maps' value in full colour.
+        path_of: returns the path of a slide's folder from the page.
+    """
     title = f"Can these explanations be believed? {metrics.run.model}"
-    return _page(title, metrics, examples, scale, slides=slides)
+    return _page(title, metrics, examples, scale, slides={name: f"{path_of(name)}/{REPORT}" for name in slides})
 
 
 def slide_page(metrics: Metrics, examples: Sequence[Example], scale: float, overview: Picture | None) -> bytes:
@@ -116,7 +128,7 @@ def _page(
     examples: Sequence[Example],
     scale: float,
     *,
-    slides: Sequence[str] = (),
+    slides: Mapping[str, str] | None = None,
     archive_url: str = "",
     overview: Picture | None = None,
 ) -> bytes:
@@ -140,8 +152,7 @@ def _page(
         against=[_against_cells(row) for row in metrics.against.comparisons] if metrics.against else [],
         untested=[(row.what, row.why) for row in metrics.not_tested],
         not_audited=[(row.what, row.why) for row in metrics.not_audited],
-        slides=slides,
-        report_name=REPORT,
+        slides=slides or {},
         row_title=row_title,
     )
     return page.encode()
@@ -326,7 +337,7 @@ def write_reports(
             shown += examples[:each]
         page = slide_page(own, examples, scale, _overview(plan, slide))
         folder.slide_report(slide).write(page)
-    folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale))
+    folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale, folder.path_of))
 
 
 def _overview(plan: AuditPlan, slide: str) -> Picture | None:
