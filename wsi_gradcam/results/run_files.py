@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def folder_name(slide_id: str) -> str:
     >>> [folder_name(name) for name in ("a.svs", "audit/a.svs", "Audit~/a.svs", "more/audit/a.svs")]
     ['a.svs', 'audit~/a.svs', 'Audit~~/a.svs', 'more/audit/a.svs']
     """
-    if not is_name(slide_id):
+    if _leads_out(slide_id):
         raise ResultError(f"{slide_id!r} is no name of a slide below OUT; slides.jsonl or slides.csv is damaged")
     first, slash, rest = slide_id.partition("/")
     return f"{first}{MARK}{slash}{rest}" if _is_reserved(first) else slide_id
@@ -78,7 +79,11 @@ def slide_id_of(folder: str) -> str:
 
 def is_name(slide_id: str) -> bool:
     """Return whether it names a folder below OUT, and nothing outside."""
-    return not {"", ".", ".."} & set(slide_id.split("/")) and "\\" not in slide_id
+    return not _leads_out(slide_id) and "\\" not in slide_id
+
+
+def _leads_out(slide_id: str) -> bool:
+    return bool({"", ".", ".."} & set(slide_id.split("/")) or (os.name == "nt" and "\\" in slide_id))
 
 
 def _is_reserved(name: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wsi_gradcam.errors import ResultError
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run_files import folder_name
@@ -94,10 +95,17 @@ def run_page(
         failures=[_failure(cause, is_audit) for cause in numbers.failures],
         throughput=_throughput(numbers.throughput, numbers.elapsed_s),
         stages=_stages(numbers.stages),
-        slides=[_slide(name, row, statuses, f"{'../' * is_audit}{path_of(name)}") for name, row in listed],
+        slides=[_slide(name, row, statuses, "../" * is_audit + _folder(name, path_of)) for name, row in listed],
         ended=len(rows),
     )
     return sealed(f"{COMMENT}{page}".encode())
+
+
+def _folder(name: str, path_of: Callable[[str], str]) -> str:
+    try:
+        return path_of(name)
+    except ResultError:  # a name of no slide below OUT: of a table that is damaged
+        return name
 
 
 def _setting(value: Any) -> Any:
