@@ -45,7 +45,7 @@ class Journal:
         self._dest, self._mark = dest, uuid.uuid4().hex
         self._file = dest / f".export.{self._mark}{PARTIAL}"
         self._before: list[Line] = []  # of exports that did not end
-        self._is_open = False
+        self._is_open, self._is_new = False, False
         self._ticker = PeriodicTimer(TOUCHED_S, self._touch, "journal")
 
     def __enter__(self) -> Self:
@@ -55,6 +55,7 @@ class Journal:
             StoreError: DEST cannot be written.
         """
         with wrap_write_errors(self._dest):
+            self._is_new = not self._dest.exists()
             self._dest.mkdir(parents=True, exist_ok=True)
             self._is_open = True
             self._add({"process": asdict(this_process())})
@@ -70,6 +71,8 @@ class Journal:
         with suppress(OSError):
             if error is None:
                 self._file.unlink(missing_ok=True)
+                if self._is_new:
+                    self._dest.rmdir()  # where nothing was made
             else:  # the same command goes on from here
                 self._add({"ended": True})
 
