@@ -13,9 +13,9 @@ import numpy as np
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io.documents import read_json
-from wsi_gradcam.results.seals import LISTING, Seal, seal_of
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 from wsi_gradcam.results.run_files import MARK, folder_name
+from wsi_gradcam.results.seals import LISTING, Seal, seal_of
 from wsi_gradcam.run.status import AUDIT as AUDIT
 
 if TYPE_CHECKING:

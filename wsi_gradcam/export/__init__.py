@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
-from wsi_gradcam.export.job import RUN, Job, Options
-from wsi_gradcam.export.journal import Journal
+from wsi_gradcam.export.job import RUN, Job, Journal, Options
 from wsi_gradcam.io.paths import StoragePathLike
 from wsi_gradcam.results.run import Result, open_result
 from wsi_gradcam.results.run_files import folder_name
