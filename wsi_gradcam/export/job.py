@@ -47,7 +47,7 @@ CONTENTS = {
         r"(.*/)?\.z(array|attrs|group|metadata)|(labels/[^/]+/)?[0-9]+(/[0-9]+)+|OME/METADATA\.ome\.xml"
     ),
     "_files": re.compile(r"[0-9]+/[0-9]+_[0-9]+\.png"),
-    ".qupath": re.compile(r"overlay-[0-9]+\.png|(patches|regions)\.geojson|show_in_qupath\.groovy"),
+    ".qupath": re.compile(r"overlay-[0-9]+\.png|([a-z]+/)?(patches|regions)\.geojson|show_in_qupath\.groovy"),
 }
 
 Line = dict[str, Any]
