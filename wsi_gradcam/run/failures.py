@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wsi_gradcam.errors import AnnotationError, ResumeError, SlideAccessError, SlideMemoryError, WsiGradcamError, one_line
+from wsi_gradcam.errors import (
+    AnnotationError,
+    ResumeError,
+    SlideAccessError,
+    SlideMemoryError,
+    WsiGradcamError,
+    one_line,
+)
 from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import versions
