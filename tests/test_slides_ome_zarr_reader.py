@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import zarr
 from tests.runs import SMALL, rows_of, toy_spec
 from tests.synthetic import PINK
 from wsi_gradcam.api import explain, validate
-from wsi_gradcam.errors import MppError, SlideFormatError, SlideReadError
+from wsi_gradcam.errors import MppError, SlideError, SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.slides import ome_zarr_reader, open_slide
@@ -178,3 +180,27 @@ def test_images_are_found_in_folders_and_explained(picture: Rgb, tmp_path: Path)
     assert not validate(out)
     with pytest.raises(ValueError, match="no slides in this folder"):
         find_slides([out])  # results are no slides
+
+
+class _Ran:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_a_filter_that_unpickles_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    place = write(tmp_path / "a.ome.zarr", np.zeros((3, 100, 100), np.uint8), version="0.4")
+    for file in place.rglob(".zarray"):
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta |= {"filters": [{"id": "pickle"}], "compressor": None}
+        file.write_text(json.dumps(meta), encoding="utf-8")
+        for chunk in file.parent.rglob("*"):
+            if chunk.is_file() and not chunk.name.startswith("."):
+                chunk.write_bytes(pickle.dumps(_Ran(tmp_path / "ran")))
+    with pytest.raises(SlideError):
+        open_slide(place).read_level(0, Region(0, 0, 50, 50))
+    assert not (tmp_path / "ran").exists()
