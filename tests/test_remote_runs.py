@@ -120,9 +120,12 @@ def test_a_list_of_urls_gives_what_files_give(workers: int | None, s3: str, slid
         assert rows["b.ome.zarr"]["path"] == f"{web.url}/{image.name}"
         for name in rows:
             assert_same_values(tmp_path / "remote" / name, tmp_path / "local" / name)
-        assert not validate(tmp_path / "remote")
+        assert not validate(tmp_path / "remote", remote_slides=True)
+        refused = validate(tmp_path / "remote")
+        assert [finding.slide for finding in refused] == ["a.tif", "b.ome.zarr"]
+        assert all("on another machine, which is asked for it only if you say so" in f.problem for f in refused)
         put_folder(s3, image / "zarr.json", key)  # another object now
-        assert [finding.slide for finding in validate(tmp_path / "remote")] == ["a.tif"]
+        assert [finding.slide for finding in validate(tmp_path / "remote", remote_slides=True)] == ["a.tif"]
     written = b"".join(path.read_bytes() for path in (tmp_path / "remote").rglob("*") if path.is_file())
     assert b"sign=secret" not in written
 

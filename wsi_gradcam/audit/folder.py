@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import StoreError
+from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 from wsi_gradcam.results.run_files import MARK, folder_name
@@ -133,7 +135,7 @@ class AuditFolder:
 
 def _json(place: StoragePath) -> dict[str, Any] | None:
     try:
-        values = read_json(place.read())
+        values = read_json(place.read(SMALL_BYTES))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -157,11 +159,37 @@ def read_arrays(place: StoragePath) -> Arrays:
         StoreError: it is damaged.
         FileNotFoundError: there is none.
     """
+    data = place.read(MAX_ARRAYS_BYTES)
     try:
-        with np.load(io.BytesIO(place.read()), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            members = file.infolist()
+            if len(members) > MAX_ARRAYS or sum(member.file_size for member in members) > MAX_ARRAYS_BYTES:
+                raise _damaged(place)
+            return {member.filename.removesuffix(".npy"): _array(file, member) for member in members}
+    except _DAMAGE as error:
         raise _damaged(place) from error
+
+
+# Of the arrays of a batch of patches, unpacked; usual ones have some hundred kilobytes.
+MAX_ARRAYS, MAX_ARRAYS_BYTES = 1 << 14, 1 << 28
+_DAMAGE = (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    """Return an array of an .npz; raises a ValueError where its header claims more than the member holds.
+
+    Numpy makes room for what the header says before it reads on.
+    """
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("packed as no .npz is")
+    data = io.BytesIO(file.read(member))
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = read[np.lib.format.read_magic(data)](data)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"an array of {shape} in {member.file_size} bytes")
+    data.seek(0)
+    found: NDArray[Any] = np.lib.format.read_array(data, allow_pickle=False)
+    return found
 
 
 def _damaged(place: StoragePath) -> StoreError:

@@ -26,12 +26,14 @@ from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.results.run_files import MARK, is_name
 from wsi_gradcam.results.seals import is_account, sealed_json, write_listing
+from wsi_gradcam.results.slide import check_named
 from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.driver import RunSession
 from wsi_gradcam.run.types import RunListener, SlideRecord
 from wsi_gradcam.system.isolation import CRASHES
 
 if TYPE_CHECKING:
+    from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.results.run import Result
@@ -76,6 +78,7 @@ def audit_run(
     wait_for_workers: float | None = None,
     overwrite: bool = False,
     trust_code: bool = False,
+    remote_slides: bool = False,
     listener: RunListener | None = None,
 ) -> AuditOutcome:
     """Audit the explained archive in `out`; what was measured before is not measured again.
@@ -100,6 +103,7 @@ def audit_run(
         workers, scheduler, wait_for_workers: as for `explain`.
         overwrite: measure all anew, also where an audit with other settings stands.
         trust_code: as for `explain`; also where `out` itself names a model whose loading runs code.
+        remote_slides: ask other machines for slides that the results name by URLs, see `open_result`.
         listener: is told what happens.
 
     Raises:
@@ -131,15 +135,22 @@ def audit_run(
     with session, open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
         facts = executor.examine(run.spec, run.model_settings, [], None)
         plan = _planned(run, run.plan(facts), settings, other)
+        slides = _allowed([run.entries[name] for name in plan.samples], result, remote_slides)
         session.claim()
         _settle(folder, plan, result.ids, overwrite)
         folder.remove_partial_files(plan.samples)
         workload = AuditWorkload(plan)
-        slides = [run.entries[name] for name in plan.samples]
         session.begin(workload, slides, executor.dashboard)
         session.process(executor, workload, slides, records.append)
         metrics = _finish(folder, plan, run, records, other)
     return AuditOutcome(folder.place, metrics, tuple(records))
+
+
+def _allowed(slides: list[SlideEntry], result: Result, remote_slides: bool) -> list[SlideEntry]:
+    """Return the slides; raises a SlideAccessError where one shall not be opened, see `check_named`."""
+    for slide in slides:
+        check_named(slide.path, result.out, remote_slides)
+    return slides
 
 
 def _report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:

@@ -198,6 +198,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def add_validate(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `validate`."""
     parser.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
+    _add_remote_slides(parser)
     _add_json(parser)
 
 
@@ -225,6 +226,7 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     add("--model", help="the run's model, where its files have moved")
     _add_trust(parser)
     add("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")
+    _add_remote_slides(parser)
     add("--fail-on", metavar="QUESTION[,..]|any", help="end with 1 where a verdict on these fails")
     _add_workers(parser, "as for explain")
     add("--overwrite", action="store_true", help="measure again, whatever audit there is")
@@ -251,6 +253,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, help="longest side of a PNG in pixels (default 2000)")
     add("--frame", choices=("bounds", "slide"), help="of GeoJSON: the scanned part, as QuPath's (default), or all")
     add("--overwrite", action="store_true", default=None, help="replace files that exist")
+    _add_remote_slides(parser)
     _add_json(parser)
 
 
@@ -261,6 +264,7 @@ def add_view(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8765, help="port to listen on, 0 for any (default 8765)")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     add("--slides", type=Path, help="folder to take slides from, where they have moved")
+    _add_remote_slides(parser)
     add("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")
     add("--open", action="store_true", help="open the page in a browser")
@@ -298,6 +302,11 @@ def _add_workers(parser: argparse.ArgumentParser, wait_help: str) -> None:
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     about = "let the code of the model (TorchScript, .pt2, WSInfer, module:function) and targets run: you trust them"
     parser.add_argument("--trust-code", action="store_true", help=about)
+
+
+def _add_remote_slides(parser: argparse.ArgumentParser) -> None:
+    text = "ask other machines for slides that the results name by URLs"
+    parser.add_argument("--remote-slides", action="store_true", help=text)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -160,7 +160,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _validate(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.results.validation import check
 
-    validation = check(arguments.out)
+    validation = check(arguments.out, remote_slides=arguments.remote_slides)
     findings = validation.findings
     if arguments.json:
         print(json.dumps([finding.__dict__ for finding in findings]))
@@ -200,7 +200,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     options = _given(arguments, *names, "workers", "scheduler", "wait_for_workers")
     if arguments.only is not None:
         options["only"] = _split(arguments.only)
-    switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code")}
+    switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code", "remote_slides")}
     fail_on = None if arguments.fail_on is None else questions_to_fail_on(_split(arguments.fail_on))
     with _reporting(arguments.json) as listener:
         outcome = audit_run(arguments.out, listener=listener, **options, **switches)
@@ -213,7 +213,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.export import export
     from wsi_gradcam.results.run import open_result
 
-    options = _given(arguments, "channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame")
+    names = ("channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame", "remote_slides")
+    options = _given(arguments, *names)
     if "channel" in options:
         options["channel"] = tuple(options["channel"])
     if "," in options.get("window", ""):
@@ -265,6 +266,7 @@ def _view(arguments: argparse.Namespace) -> int:
         slides=arguments.slides,
         token=arguments.token,
         allow_host=arguments.allow_host,
+        remote_slides=arguments.remote_slides,
         browse=arguments.open,
         announce=say,
     )

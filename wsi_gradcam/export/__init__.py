@@ -52,12 +52,15 @@ def export(
     slides: Sequence[str] = (),
     listener: Callable[[Exported], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    remote_slides: bool = False,
     **options: Any,
 ) -> list[Exported]:
     """Write slides of a result into the folder `dest`, as DEST/SLIDE.ENDING.
 
     Args:
         result: an open result, or its folder or s3:// URL.
+        remote_slides: as of `open_result`, for PNGs that show the slide.
         to: one of FORMATS.
         slides: their ids; nothing given: all that are finished.
         listener: called with the record of each slide.
@@ -75,7 +78,7 @@ def export(
     if to not in FORMATS:
         raise ConfigError(f"format {to!r} is not known; expected one of {', '.join(FORMATS)}")
     chosen = Options(**options)
-    opened = result if isinstance(result, Result) else open_result(result)
+    opened = result if isinstance(result, Result) else open_result(result, remote_slides=remote_slides)
     found = [opened[name] for name in slides] or [slide for slide in opened if slide.is_finished]
     if not found:
         raise ConfigError(f"{opened.out}: no slide is finished; run explain again")

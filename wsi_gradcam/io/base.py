@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 UPDATE_PATIENCE_S = 120.0
+MAX_READ_BYTES = 1 << 29  # of a file that is read at once, where nothing tighter is known
+SMALL_BYTES = 1 << 26  # of one in JSON, which takes twenty times as much memory as it has bytes
 
 
 class StoragePath(ABC):
@@ -50,12 +52,18 @@ class StoragePath(ABC):
         """Return the same path for a process with another working directory."""
 
     @abstractmethod
-    def read(self) -> bytes:
+    def read(self, most: int = MAX_READ_BYTES) -> bytes:
         """Return the file's contents.
 
         Raises:
             FileNotFoundError: there is no such file.
+            StoreError: it has more than `most` bytes: results may be a stranger's.
         """
+
+    def check_size(self, size: int, most: int) -> None:
+        """Raise a StoreError where a file of `size` bytes is larger than any that we write there."""
+        if size > most:
+            raise StoreError(f"{self}: {size:,} bytes, expected up to {most:,}; it is damaged, or none of ours")
 
     @abstractmethod
     def read_range(self, start: int, count: int) -> bytes:

@@ -21,7 +21,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from wsi_gradcam.errors import StoreError, WsiGradcamError
-from wsi_gradcam.io.base import StoragePath
+from wsi_gradcam.io.base import MAX_READ_BYTES, StoragePath
 
 if TYPE_CHECKING:
     from zarr.storage import LocalStore
@@ -70,9 +70,10 @@ class LocalPath(StoragePath):
     def absolute(self) -> LocalPath:
         return LocalPath(self.path.absolute())
 
-    def read(self) -> bytes:
+    def read(self, most: int = MAX_READ_BYTES) -> bytes:
         with _wrap_read_errors(self.path):
-            return read_file(self.path)
+            self.check_size(check_regular(self.path).st_size, most)
+            return self.path.read_bytes()
 
     def read_range(self, start: int, count: int) -> bytes:
         with _wrap_read_errors(self.path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.io import object_stores
-from wsi_gradcam.io.base import StoragePath
+from wsi_gradcam.io.base import MAX_READ_BYTES, StoragePath
 from wsi_gradcam.io.object_stores import (
     EXPECTED_S3_URL,
     S3,
@@ -83,8 +83,13 @@ class S3Path(StoragePath):
     def absolute(self) -> S3Path:
         return self
 
-    def read(self) -> bytes:
-        return self._retry(lambda store: bytes(store.get(self.key).bytes()))
+    def read(self, most: int = MAX_READ_BYTES) -> bytes:
+        def read(store: ObjectStore) -> bytes:
+            result = store.get(self.key)
+            self.check_size(result.meta["size"], most)
+            return bytes(result.bytes())
+
+        return self._retry(read)
 
     def read_range(self, start: int, count: int) -> bytes:
         def read(store: ObjectStore) -> bytes:

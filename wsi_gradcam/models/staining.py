@@ -21,6 +21,7 @@ Density = Annotated[float, Field(ge=0)]
 Lightness = Annotated[float, Field(ge=0, le=100)]
 Chroma = Annotated[float, Field(ge=-128, le=128)]
 
+FORMATS = ("PNG", "JPEG", "TIFF")
 MAX_TARGET_PX = 1 << 26  # of a target's picture: what is more is a slide by mistake
 MEASURED_PX = 1 << 20  # of it, evenly
 MIN_ANGLE_DEG = 3.0  # two stains that are nearer to each other are one
@@ -116,7 +117,11 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
     """Return RGB uint8 [n, 3] of a picture, sampled evenly."""
     try:
         check_regular(path)
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.format == "JPEG":
+                from wsi_gradcam.slides.tiff_streams import check_jpeg  # not above: a client stays thin
+
+                check_jpeg(path.read_bytes())
             if picture.mode != "RGB" or picture.width * picture.height > MAX_TARGET_PX:
                 raise ModelError(
                     f"{path}: a picture of {picture.width} x {picture.height} px, {picture.mode}; expected 8-bit RGB "

@@ -18,6 +18,7 @@ import numpy as np
 
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import tiles
+from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.results.channels import PROBABILITY, QUANTILE, ChannelInfo, unit_of, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
@@ -207,7 +208,7 @@ def _key(slide: SlideResult) -> str:
 def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
     """Return the stored windows, if they are this run's and of this version."""
     try:
-        data = place.read()
+        data = place.read(SMALL_BYTES)
         values = read_json(data)
         for channel in values["channels"].values():
             Sketch.from_json(channel)

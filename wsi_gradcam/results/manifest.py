@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
+from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.heatmap import SHARD
@@ -320,7 +321,7 @@ class Manifest:
     def _read(self, name: str) -> dict[str, Any] | None:
         place = self._place / name
         try:
-            return _parsed(place, place.read())
+            return _parsed(place, place.read(SMALL_BYTES))
         except FileNotFoundError:
             return None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from wsi_gradcam.cam.facts import METHOD_INFO
+from wsi_gradcam.errors import StoreError, WsiGradcamError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import RANDOM
@@ -26,6 +28,7 @@ from wsi_gradcam.slides import thumbnail
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.run.plan import Map, RunPlan
     from wsi_gradcam.slides import Slide
@@ -199,6 +202,37 @@ def write_mask(place: StoragePathLike, mask: NDArray[np.bool_]) -> None:
 
 
 def read_mask(place: StoragePathLike) -> NDArray[np.bool_]:
-    """Read the bool mask [h, w] that `write_mask` wrote."""
-    with Image.open(io.BytesIO(storage_path(place).read())) as image:
+    """Read the bool mask [h, w] that `write_mask` wrote.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    with opened_picture(storage_path(place)) as image:
         return np.asarray(image.convert("L")) > 127
+
+
+MAX_PICTURE_PX, MAX_PICTURE_BYTES = 1 << 25, 1 << 28  # an overview has 5 million pixels
+
+
+@contextmanager
+def opened_picture(place: StoragePath) -> Iterator[Image.Image]:
+    """Open a PNG of ours, decoded when first used, after a look at the size that it claims.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StoreError: it is damaged, or larger than any of ours.
+    """
+    data = place.read(MAX_PICTURE_BYTES)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a tighter bound is checked here
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                if image.width * image.height > MAX_PICTURE_PX:
+                    raise StoreError(
+                        f"{place}: a picture of {image.height} x {image.width} px, expected up to {MAX_PICTURE_PX:,} px"
+                    )
+                yield image
+    except WsiGradcamError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise StoreError(f"{place}: damaged ({one_line(error)}); recompute with --overwrite") from error

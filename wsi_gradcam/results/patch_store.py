@@ -245,11 +245,9 @@ class StoredTable:
 
     def __init__(self, place: StoragePathLike, rows: int) -> None:
         self._place = place = storage_path(place)
-        size, most = place.size(), SPARE_BYTES + rows * MAX_COLUMNS
-        if size > most:
-            raise self._damaged(f"{size:,} bytes for {rows:,} patches")
+        data = place.read(SPARE_BYTES + rows * MAX_COLUMNS)
         try:
-            self._file = pq.ParquetFile(pa.BufferReader(place.read()), read_dictionary=list(TEXTS))
+            self._file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(TEXTS))
             self._check(rows)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise error if isinstance(error, StoreError) else self._damaged(one_line(error)) from error

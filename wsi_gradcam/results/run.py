@@ -34,7 +34,8 @@ class Result:
         record: the same as typed values, for what readers of results need.
     """
 
-    def __init__(self, folder: RunFolder, run: dict[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, run: dict[str, Any], remote_slides: bool = False) -> None:
+        self._remote_slides = remote_slides
         self.out, self.folder, self.run = str(folder.place), folder, run
         self.record = RunRecord.from_json(run)
         rows = read_slides(folder.slides)
@@ -42,7 +43,7 @@ class Result:
             if not is_name(name):
                 raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
         names = list(rows) or list(planned_slides(folder))
-        self._slides = {name: SlideResult(name, folder.slide(name), rows.get(name, {}), self.record) for name in names}
+        self._slides = {name: self._slide(name, rows.get(name, {})) for name in names}
 
     def __repr__(self) -> str:
         return f"<Result {self.out}: {len(self)} slides of {self.record.model.name}>"
@@ -67,9 +68,11 @@ class Result:
         if (found := self._slides.get(slide_id)) is not None:
             return found
         if is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():
-            folder = self.folder.slide(slide_id)
-            return self._slides.setdefault(slide_id, SlideResult(slide_id, folder, {}, self.record))
+            return self._slides.setdefault(slide_id, self._slide(slide_id, {}))
         raise UnknownNameError(f"{self.out}: no slide {slide_id!r}; {suggest_names(slide_id, self.ids)}")
+
+    def _slide(self, name: str, row: dict[str, str]) -> SlideResult:
+        return SlideResult(name, self.folder.slide(name), row, self.record, self._remote_slides)
 
     @property
     def ids(self) -> list[str]:
@@ -129,8 +132,11 @@ class Result:
         return render("results/run.html", title=title, rows=rows, left_out=len(slides) - len(rows))
 
 
-def open_result(out: StoragePathLike) -> Result:
+def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
     """Open the results in `out`, the folder or s3:// URL that `explain` was given; the run may still be going on.
+
+    Slides themselves are read from where the results say they are; from URLs only with `remote_slides`, as results of a
+    stranger could have this machine ask any server for them.
 
     Raises:
         ResultError: there are none; where it is a slide's folder the message says which to open.
@@ -139,7 +145,7 @@ def open_result(out: StoragePathLike) -> Result:
     folder = RunFolder(storage_path(out))
     run = read_run(folder.run)
     if run is not None:
-        return Result(folder, run)
+        return Result(folder, run, remote_slides)
     if not folder.place.exists():
         raise ResultError(f"{folder.place}: does not exist or is empty, expected what explain made; check the path")
     above = next((place for place, inside in _upwards(folder.place) if inside and RunFolder(place).run.is_file()), None)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.cam.facts import Choice
 from wsi_gradcam.errors import DocumentError, ResultError, ResumeError, StoreError, one_line
+from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_yaml, to_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
@@ -290,7 +291,7 @@ def read_run(place: StoragePathLike) -> dict[str, Any] | None:
         StoreError: it is damaged.
     """
     try:
-        return parse_run(place, storage_path(place).read())
+        return parse_run(place, storage_path(place).read(SMALL_BYTES))
     except FileNotFoundError:
         return None
 

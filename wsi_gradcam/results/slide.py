@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.errors import ResultError, SlideError, SlideFormatError, StoreError, UnknownNameError
+from wsi_gradcam.errors import (
+    ResultError,
+    SlideAccessError,
+    SlideError,
+    SlideFormatError,
+    StoreError,
+    UnknownNameError,
+)
+from wsi_gradcam.io.urls import is_url, redact_url, split_url
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -28,6 +37,31 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
 
 
+# Folders of the system whose files are no files: to read some is to wait for ever.
+SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
+
+
+def check_named(path: str, out: str, remote: bool) -> None:
+    """Check where results say that a slide is, before it is opened: they may be a stranger's.
+
+    A URL would have this machine ask a server, perhaps one that only it reaches, and sign the request with the user's
+    own key. So URLs and network paths are taken with `remote` only, or where the results `out` lie in the same bucket.
+
+    Raises:
+        SlideAccessError: it shall not be opened.
+    """
+    if os.path.realpath(path).startswith(tuple(f"{folder}/" for folder in SYSTEM_FOLDERS)):
+        raise SlideAccessError(f"{path}: no slide, but a file of the system; the results name it wrongly")
+    on_network = is_url(path) or path.startswith(("//", "\\\\"))
+    same_bucket = is_url(path) and is_url(out) and split_url(path)[:2] == split_url(out)[:2]
+    if on_network and not (remote or same_bucket):
+        shown = redact_url(path) if is_url(path) else path
+        raise SlideAccessError(
+            f"{shown}: the results name a slide on another machine, which is asked for it only if you say so: with "
+            "--remote-slides, in Python remote_slides=True"
+        )
+
+
 class SlideResult:
     """The results of one slide, as of when the result was opened. Safe to share between threads.
 
@@ -38,8 +72,11 @@ class SlideResult:
         folder: names of its files.
     """
 
-    def __init__(self, slide_id: str, folder: SlideFolder, row: dict[str, str], run: RunRecord) -> None:
+    def __init__(
+        self, slide_id: str, folder: SlideFolder, row: dict[str, str], run: RunRecord, remote_slides: bool = False
+    ) -> None:
         self.id, self.folder, self.row, self._run = slide_id, folder, row, run
+        self._remote_slides = remote_slides
         self.path = row.get("path", "")
 
     def __repr__(self) -> str:
@@ -208,8 +245,9 @@ class SlideResult:
         """Open the slide itself, to be closed by the caller.
 
         Raises:
-            SlideError: it is not there any more, or another file is.
+            SlideError: it is not there any more, another file is, or it is behind a URL, see `check_named`.
         """
+        self.check_path()
         slide = open_slide(self.path, self.mpp, self._run.reader)
         if slide.info.digest != self.plan.slide_digest:
             slide.close()
@@ -230,6 +268,10 @@ class SlideResult:
             return None
         slide.close()
         return slide.info.bounds
+
+    def check_path(self) -> None:
+        """Raise a SlideAccessError where the slide shall not be opened, see `check_named`."""
+        check_named(self.path, str(self.folder.place), self._remote_slides)
 
     def patch_yx(self, patch: int) -> tuple[float, float]:
         """Return level-0 px of a patch's top left corner."""

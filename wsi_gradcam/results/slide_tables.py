@@ -11,12 +11,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from wsi_gradcam.errors import StoreError
+from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
@@ -42,6 +43,7 @@ def read_slide_records(place: StoragePathLike) -> Record:
 def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
     """Return the rows, by id, in the bytes of a slides.jsonl; others raise StoreError."""
     try:
+        _check_lines(data)
         rows = [read_json(line) for line in data.splitlines()]
         if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
             raise TypeError("an id or a path is no text")
@@ -50,6 +52,14 @@ def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
             f"{place}: damaged; delete it and run the same command again, slides then get the ids of a new run"
         ) from error
     return {row["id"]: row for row in rows}
+
+
+LONG_LINE = re.compile(rb"[^\n]{1000000}")  # a slide's has some hundred bytes
+
+
+def _check_lines(data: bytes) -> None:
+    if LONG_LINE.search(data):
+        raise ValueError("a line of more than 1,000,000 bytes")
 
 
 def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
@@ -212,7 +222,11 @@ def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]
     """Return the rows, by slide id, in the bytes of a slides.csv; others raise StoreError."""
     text = data.decode("utf-8", NAMES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows = list(reader)
+    try:
+        _check_lines(data)
+        rows = list(reader)
+    except (csv.Error, ValueError) as error:
+        raise StoreError(f"{place}: damaged ({one_line(error)}); choose another --out") from error
     names = tuple(reader.fieldnames or ())
     ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
     if ((rows or text) and not ours) or any(None in row.values() for row in rows):

@@ -44,6 +44,7 @@ from wsi_gradcam.results.run_files import (
     parse_run,
 )
 from wsi_gradcam.results.seals import LISTING, Seal, file_problems, is_account, listing_problems, seal_of
+from wsi_gradcam.results.slide import check_named
 from wsi_gradcam.results.slide_tables import (
     Record,
     is_there,
@@ -94,29 +95,30 @@ class Validation:
     failed: list[str]
 
 
-def validate(out: StoragePathLike) -> list[Finding]:
+def validate(out: StoragePathLike, *, remote_slides: bool = False) -> list[Finding]:
     """Return all that is wrong with the results in `out`; empty if everything is right.
 
     For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
     block by block; the other files are, byte by byte, as they were made, and there are no more; the heatmap obeys
     OME-Zarr 0.5 and lies over the whole slide at the right scale on every level; the table has a row a patch with the
     stored values; the slide is still the same file. Files of the run agree with their digests and with the slides, and
-    so does an audit that is finished. A slide that was planned and neither finished nor failed is a finding.
+    so does an audit that is finished. A slide that was planned and neither finished nor failed is a finding. Slides
+    behind URLs are asked for with `remote_slides` only.
 
     Raises:
         ConfigError: `out` is no result.
         StoreError: it cannot be read at all.
     """
-    return check(out).findings
+    return check(out, remote_slides=remote_slides).findings
 
 
-def check(out: StoragePathLike) -> Validation:
+def check(out: StoragePathLike, *, remote_slides: bool = False) -> Validation:
     """Validate results, see `validate`, and say what could not be checked."""
     folder = RunFolder(storage_path(out))
     data = _bytes(folder.run)
     if data is None:
         raise ConfigError(f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made")
-    run = _Run(folder, data)
+    run = _Run(folder, data, remote_slides)
     old: list[str] = []
     for name, row in run.rows.items():
         if row["status"] != SlideStatus.FAILED or (folder.slide(name).manifest / DONE).is_file():
@@ -159,9 +161,11 @@ class _Run:
         values, record: the content of run.yaml.
         rows: of slides.csv.
         slides: of slides.jsonl.
+        out, remote_slides: where the results are, and whether slides behind URLs may be asked for.
     """
 
-    def __init__(self, folder: RunFolder, data: bytes) -> None:
+    def __init__(self, folder: RunFolder, data: bytes, remote_slides: bool) -> None:
+        self.remote_slides = remote_slides
         self.findings: list[Finding] = []
         self.notes: list[str] = []
         self.old: list[str] = []
@@ -169,6 +173,7 @@ class _Run:
         self.record: RunRecord | None = None
         self.rows: dict[str, dict[str, str]] = {}
         self.slides: Record = {}
+        self.out = str(folder.place)
         self._folder, self._is_sealed = folder, seal_of(data) is not Seal.MISSING
         self._tell("run.yaml", self._read_values(data))
         self._tell("slides.jsonl", self._read_slides())
@@ -472,6 +477,7 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: _Run) -> Iterator[st
 
 
 def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[str]:
+    check_named(row["path"], run.out, run.remote_slides)
     slide = open_slide(row["path"], plan.slide_mpp, run.record.reader if run.record else "auto")
     try:
         if slide.info.digest != plan.slide_digest:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.system.processes import Process, this_process
 from wsi_gradcam.system.timer import PeriodicTimer
@@ -76,7 +77,7 @@ def new_run_id() -> str:
 def read_holder(out: StoragePath) -> Holder | None:
     """Return the holder of the claim on OUT; None where nobody holds it."""
     try:
-        return Holder.from_bytes((out / CLAIM).read())
+        return Holder.from_bytes((out / CLAIM).read(SMALL_BYTES))
     except FileNotFoundError:
         return None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.io.urls import SCHEME, redact_url
@@ -283,7 +284,7 @@ def write_status(out: StoragePath, status: RunStatus) -> None:
 def read_status(out: StoragePath) -> RunStatus | None:
     """Return what the last run on OUT wrote; None where there is nothing, or nothing of ours."""
     try:
-        return RunStatus.from_json(read_json((out / STATUS).read()))
+        return RunStatus.from_json(read_json((out / STATUS).read(SMALL_BYTES)))
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

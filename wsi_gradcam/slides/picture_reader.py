@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides.base import SlideInfo, content_digest, make_levels, pad_with_background
+from wsi_gradcam.slides.tiff_streams import check_jpeg
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,6 +71,8 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
                     f"{path}: a picture of {picture.height} x {picture.width} px; expected up to {MAX_PX:,} px: "
                     "convert it to a tiled TIFF"
                 )
+            if picture.format == "JPEG":
+                check_jpeg(path.read_bytes())
             return _rgb(ImageOps.exif_transpose(picture))
     except SlideFormatError:
         raise

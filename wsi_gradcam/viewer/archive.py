@@ -51,13 +51,17 @@ class ServedSlide:
 class Archive:
     """All slides of a run, a few of them open. Safe to share between threads."""
 
-    def __init__(self, out: str | PathLike[str], slides_folder: Path | None = None) -> None:
+    def __init__(
+        self, out: str | PathLike[str], slides_folder: Path | None = None, remote_slides: bool = False
+    ) -> None:
         """Open the results in `out`; a slide that is in `slides_folder` under its id is taken from there.
+
+        Slides that the results name by URLs are asked for with `remote_slides` only.
 
         Raises:
             ResultError: there are no results.
         """
-        self._given, self._slides_folder = out, slides_folder
+        self._given, self._slides_folder, self._remote_slides = out, slides_folder, remote_slides
         self._lock = threading.Lock()
         self._open: ResourcePool[str, Slide] = ResourcePool(MAX_OPEN, lambda opened: opened.close())
         self._checked: set[tuple[str, str]] = set()
@@ -127,7 +131,7 @@ class Archive:
                 self._read()
 
     def _read(self) -> None:
-        self._refreshed_at, result = time.monotonic(), open_result(self._given)
+        self._refreshed_at, result = time.monotonic(), open_result(self._given, remote_slides=self._remote_slides)
         self._result = result
         self._known_size = self._size()
         self._slides = {slide.key: slide for slide in map(self._served, result)}
@@ -153,6 +157,7 @@ def _open_slide(result: SlideResult) -> Slide:
     except WsiGradcamError:
         if not result.path:
             raise SlideNotFoundError(f"{result.id}: its path is not known yet") from None
+        result.check_path()
         return open_slide(result.path)
     return result.open_slide()
 

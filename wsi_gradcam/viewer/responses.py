@@ -194,7 +194,7 @@ class Files:
         path = self._find(name)
         check_inside(self._archive.out, path)
         try:
-            data = path.read()
+            data = path.read(MAX_BYTES)
         except (FileNotFoundError, StoreError) as error:
             raise _not_found(error) from error
         media_type = MEDIA_TYPES[Path(path.name).suffix]

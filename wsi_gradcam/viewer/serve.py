@@ -92,6 +92,7 @@ def view(
     slides: Path | None = None,
     token: bool = False,
     allow_host: Sequence[str] = (),
+    remote_slides: bool = False,
     browse: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -102,6 +103,7 @@ def view(
         slides: a folder to take slides from, by their ids, where they have moved.
         token: require a token on 127.0.0.1 too, for machines with several users.
         allow_host: names by which proxies call the server.
+        remote_slides: ask other machines for slides that the results name by URLs.
         browse: open the page in a browser; a token is not in its command line.
         announce: receives a line with the page's address.
 
@@ -113,7 +115,7 @@ def view(
         raise ConfigError(f"--slides {slides}: expected a folder; check the path")
     secret = secrets.token_urlsafe(24) if token or not is_loopback(host) else ""
     access = Access.for_host(host, secret, allow_host)
-    app = make_app(Archive(out, slides), access)
+    app = make_app(Archive(out, slides, remote_slides), access)
     with ExitStack() as opened:
         bound = opened.enter_context(listen(host, port))
         address = f"http://{_url_host(host)}:{bound.getsockname()[1]}/"

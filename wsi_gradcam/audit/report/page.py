@@ -343,7 +343,8 @@ def write_reports(
 def _overview(plan: AuditPlan, slide: str) -> Picture | None:
     """Return the slide beside its heatmaps, as the run has drawn it; None where it has not."""
     try:
-        data = RunFolder(plan.run.out).slide(slide).overview.read()
+        return smaller(
+            RunFolder(plan.run.out).slide(slide).overview, f"{slide}: the slide and its heatmaps", OVERVIEW_PX
+        )
     except FileNotFoundError:
         return None
-    return smaller(data, f"{slide}: the slide and its heatmaps", OVERVIEW_PX)

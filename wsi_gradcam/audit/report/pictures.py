@@ -15,11 +15,13 @@ from wsi_gradcam.audit.measurements import Patches, record_from
 from wsi_gradcam.audit.questions.faithfulness import Faithfulness
 from wsi_gradcam.audit.questions.saturation import Saturation
 from wsi_gradcam.audit.vocabulary import EDGES, RANDOM
+from wsi_gradcam.results.overview import opened_picture
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.folder import Arrays
+    from wsi_gradcam.io.paths import StoragePath
 
 FOR_AND_AGAINST = colormaps["RdBu_r"]  # red speaks for the class, blue against it; apart for colour-blind eyes
 OPACITY = 0.65
@@ -128,9 +130,9 @@ def colour_scale(scale: float, unit: str) -> Picture:
     return picture(np.ascontiguousarray(ramp), description)
 
 
-def smaller(data: bytes, description: str, most_px: int) -> Picture:
-    """Return the picture in a file, no wider than `most_px`."""
-    with Image.open(io.BytesIO(data)) as image:
+def smaller(place: StoragePath, description: str, most_px: int) -> Picture:
+    """Return the picture in a file of results, no wider than `most_px`; errors as of `opened_picture`."""
+    with opened_picture(place) as image:
         image.thumbnail((most_px, image.height), Image.Resampling.LANCZOS)
         return picture(np.asarray(image.convert("RGB")), description)
 
