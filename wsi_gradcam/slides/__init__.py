@@ -71,7 +71,7 @@ def open_slide(
         return open_url(path, given, reader, trust_objective)
     path = Path(path)
     if not path.is_file() and not is_zarr(path):
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
     return open_file(path, given, reader, trust_objective)

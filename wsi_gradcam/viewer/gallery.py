@@ -54,7 +54,7 @@ class Scorer:
 
     def _score_all(self) -> None:
         while True:
-            with suppress(WsiGradcamError, OSError, ValueError):
+            with suppress(WsiGradcamError, OSError, ValueError, LookupError):
                 self._windows = self._archive.result.windows()
             self._windows_ready.set()
             for slide in self._archive.slides():
@@ -70,7 +70,7 @@ class Scorer:
         try:
             self._archive.find(slide.key)  # checks its links
             self._scores[slide.key, slide.version] = slide_scores(slide.result, self._archive.result.classes)
-        except (WsiGradcamError, OSError, ValueError):  # opening the slide reports the problem
+        except (WsiGradcamError, OSError, ValueError, LookupError):  # opening the slide reports the problem
             self._scores[slide.key, slide.version] = {}
 
 
