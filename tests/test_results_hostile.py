@@ -106,6 +106,12 @@ def put_bomb(out: Path) -> None:
     shard.write_bytes(data + index + struct.pack("<I", google_crc32c.value(index)))
 
 
+def put_pipe(out: Path) -> None:
+    shard = out / NAME / "heatmap.ome.zarr/0/c/0/0/0"
+    shard.unlink()
+    os.mkfifo(shard)
+
+
 HEATMAP = f"{NAME}/heatmap.ome.zarr/0/zarr.json"
 
 
@@ -164,13 +170,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda out: sparse(out / NAME / "heatmap.ome.zarr/0/c/0/0/0"),
         "bytes, expected up to|checksum|Checksum",
     ),
-    "a pipe for a shard": (
-        lambda out: (
-            (out / NAME / "heatmap.ome.zarr/0/c/0/0/0").unlink(),
-            os.mkfifo(out / NAME / "heatmap.ome.zarr/0/c/0/0/0"),
-        ),
-        "a pipe, socket or device",
-    ),
+    "a pipe for a shard": (put_pipe, "a pipe, socket or device"),
     "a slide of light years": (set_plan(slide_px=[1 << 50, 1 << 50]), "height is 1125899906842624, expected"),
     "a slide of more blocks than any": (set_plan(slide_px=[1 << 26, 1 << 26], stride=1), "more than any slide has"),
     "a billion patches": (set_plan(patches=10**9), "patches is 1000000000, expected"),
