@@ -83,6 +83,19 @@ def unnoticed(out: Path, name: str, data: bytes) -> bool:
         path.write_bytes(before)
 
 
+def same_values(out: Path, name: str, data: bytes) -> bool:
+    """Whether an array has the same values with these bytes in a chunk: the last ones of a Zstd frame may be any."""
+    array, is_chunk, _ = name.partition("/c/")
+    if not is_chunk:
+        return False
+    before, kept = zarr.open_array(out / array, mode="r")[...], (out / name).read_bytes()
+    (out / name).write_bytes(data)
+    try:
+        return np.array_equal(before, zarr.open_array(out / array, mode="r")[...], equal_nan=True)
+    finally:
+        (out / name).write_bytes(kept)
+
+
 def test_a_good_result_is_silent(good: Path) -> None:
     found = check(good / "out")
     assert (found.findings, found.notes, found.failed) == ([], [], [])
@@ -105,7 +118,7 @@ def test_flipped_bytes_of_any_file_are_noticed(shared_copy: Path) -> None:
         data = bytearray((shared_copy / name).read_bytes())
         place, other = draw.randrange(len(data)), draw.randrange(1, 256)
         data[place] ^= other
-        if unnoticed(shared_copy, name, bytes(data)):
+        if unnoticed(shared_copy, name, bytes(data)) and not same_values(shared_copy, name, bytes(data)):
             silent.append((name, place, other))
     assert silent == []
     assert told(shared_copy) == []
