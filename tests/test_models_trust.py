@@ -224,6 +224,13 @@ def test_a_run_is_continued_with_permission_alone(explained: Path, run: Run) -> 
     assert (code, "1 ok" in out) == (0, True)
 
 
+def test_a_script_gives_permission_once(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for value, allowed in (("0", False), ("1", True)):
+        monkeypatch.setenv("WSI_GRADCAM_TRUST_CODE", value)
+        run("info", "--model", folder / "function.yaml")
+        assert (folder / "ran").exists() == allowed
+
+
 def test_workers_get_the_permission(explained: Path) -> None:
     done = explain(
         explained / "a.tif", explained / "pooled_linear.yaml", explained / "dask", workers=1, trust_code=True, **SMALL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -33,6 +34,7 @@ REPEATED = "target"  # --target A --target B
 JOINED = "method"  # --method A,B
 MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
 EXAMPLES = {int: "224", float: "0.25"}
+TRUST = "WSI_GRADCAM_TRUST_CODE"  # "1" in the environment is --trust-code, for scripts that run many commands
 
 
 # --- flags from settings ---------------------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def _add_workers(parser: argparse.ArgumentParser, wait_help: str) -> None:
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     about = "let the code of the model (TorchScript, .pt2, WSInfer, module:function) and targets run: you trust them"
-    parser.add_argument("--trust-code", action="store_true", help=about)
+    parser.add_argument("--trust-code", action="store_true", default=os.environ.get(TRUST) == "1", help=about)
 
 
 def _add_remote_slides(parser: argparse.ArgumentParser) -> None:
