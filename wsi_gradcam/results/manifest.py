@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Bounds on what a plan on disk may say, far above what any scanner makes.
 LARGEST_PX, MOST_PATCHES = 1 << 26, 1 << 25
-MOST_PIECES = 1 << 17  # spans, or blocks of the heatmap's finest level
+MOST_PIECES = 1 << 20  # spans, or blocks of the heatmap's finest level
 
 
 @dataclass(frozen=True)
