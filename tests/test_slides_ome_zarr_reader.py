@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
+from numcodecs.errors import UnsafeDecodeError
 
 from tests.runs import SMALL, rows_of, toy_spec
 from tests.synthetic import PINK
@@ -192,15 +194,33 @@ class _Ran:
         return Path.touch, (self.file,)
 
 
-def test_a_filter_that_unpickles_is_refused_and_runs_nothing(tmp_path: Path) -> None:
-    place = write(tmp_path / "a.ome.zarr", np.zeros((3, 100, 100), np.uint8), version="0.4")
+PICKLES: dict[str, dict[str, Any]] = {
+    "filter": {"filters": [{"id": "pickle"}], "compressor": None},
+    "compressor": {"filters": None, "compressor": {"id": "pickle"}},
+    "second filter": {"filters": [{"id": "shuffle", "elementsize": 1}, {"id": "pickle"}], "compressor": None},
+    "objects": {"dtype": "|O", "fill_value": None, "filters": [{"id": "pickle"}], "compressor": None},
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_codec_that_unpickles_is_refused_and_runs_nothing(tmp_path: Path, kind: str) -> None:
+    """zarr 3.1 refuses such metadata at opening, and numcodecs 0.16.6 to decode."""
+    place = write(tmp_path / "a.ome.zarr", np.full((3, 100, 100), 7, np.uint8), version="0.4")
+    planted = 0
     for file in place.rglob(".zarray"):
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        meta |= {"filters": [{"id": "pickle"}], "compressor": None}
+        meta = json.loads(file.read_text(encoding="utf-8")) | PICKLES[kind]
         file.write_text(json.dumps(meta), encoding="utf-8")
         for chunk in file.parent.rglob("*"):
             if chunk.is_file() and not chunk.name.startswith("."):
                 chunk.write_bytes(pickle.dumps(_Ran(tmp_path / "ran")))
+                planted += 1
+    assert planted
     with pytest.raises(SlideError):
         open_slide(place).read_level(0, Region(0, 0, 50, 50))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_codec_itself_refuses(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeDecodeError):
+        numcodecs.Pickle().decode(pickle.dumps(_Ran(tmp_path / "ran")))
     assert not (tmp_path / "ran").exists()
