@@ -328,13 +328,13 @@ def test_the_commands_keep_them_apart(tmp_path: Path) -> None:
     """As a user meets it: explain, audit, audit again, validate."""
     write_slides(tmp_path / "archive", ("audit",))
     model, out = toy_file(tmp_path, "pooled_linear"), tmp_path / "out"
-    ran = command("explain", tmp_path / "archive", "--model", model, "--trust-code", "--out", out, *flags(SMALL))
+    ran = command("explain", tmp_path / "archive", "--model", model, "--out", out, *flags(SMALL))
     assert ran.returncode == 0, ran.stderr
     rows = list(csv.DictReader(io.StringIO((out / "slides.csv").read_text())))
     assert [row["id"] for row in rows] == ["audit/a.tif"]
     before = {name: data for name, data in hashes(out).items() if name.startswith("audit~/")}
     for more in ((), ("--seed", "4", "--overwrite")):
-        assert command("audit", out, "--trust-code", "--patches", "16", "--only", "saturation", *more).returncode == 0
+        assert command("audit", out, "--patches", "16", "--only", "saturation", *more).returncode == 0
     assert len(before) > 10
     assert {name: data for name, data in hashes(out).items() if name.startswith("audit~/")} == before
     assert command("validate", out).returncode == 0

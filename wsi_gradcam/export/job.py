@@ -91,18 +91,14 @@ class Journal:
             else:  # the same command goes on from here
                 self._add({"ended": True})
 
-    def partial(self, path: Path) -> Path:
-        """Return where a file or folder is written until it is whole, after noting that it is begun."""
-        self._add({"begun": self._name(path)})
+    def partial(self, path: Path, job: str) -> Path:
+        """Return where a file or folder of a job is written until it is whole, after noting that it is begun."""
+        self._add({"begun": self._name(path), "job": job, "new": not path.exists() or self.was_made(path, job)})
         return _beside(path, self._mark)
 
     def replaced(self, path: Path) -> Path:
         """Return where a folder is put until another has taken its place."""
         return _beside(path, self._mark, ".old")
-
-    def made(self, path: Path, job: str) -> None:
-        """Note that a file or folder of a job is whole."""
-        self._add({"made": self._name(path), "job": job})
 
     def done(self, paths: list[Path], job: str) -> None:
         """Note that all of a job is there."""
@@ -110,7 +106,7 @@ class Journal:
 
     def was_made(self, path: Path, job: str) -> bool:
         """Return whether an export that did not end has made this for the same job."""
-        return {"made": self._name(path), "job": job} in self._before
+        return {"begun": self._name(path), "job": job, "new": True} in self._before
 
     def was_done(self, job: str) -> list[Path] | None:
         """Return the files of a job that such an export has finished, where they are still there; else None."""
@@ -147,12 +143,14 @@ class Journal:
 
     def _clear_up(self, place: Path) -> None:
         mark, lines = place.name.split(".")[2], _lines(place)
+        kept = [line for line in lines if "done" in line]
         for line in lines:
-            if is_name(str(line.get("begun", ""))):
-                path = self._dest / line["begun"]
+            if isinstance(name := line.get("begun"), str) and is_name(name):
+                path = self._dest / name
+                if not os.path.lexists(_beside(path, mark)):  # what is there now was put there, whole
+                    kept.append(line)
                 remove(_beside(path, mark))
                 settle(_beside(path, mark, ".old"), path)
-        kept = [line for line in lines if {"made", "done"} & line.keys()]
         self._before += kept
         self._add(*kept)
         place.unlink(missing_ok=True)
@@ -382,13 +380,12 @@ def atomic_path(path: Path, overwrite: bool, journal: Journal | None = None, job
         raise StoreError(f"{path}: exists already; use --overwrite, or another --dest")
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = journal.partial(path)
+        partial = journal.partial(path, job)
         try:
             yield partial
             _replace(partial, path, journal.replaced(path))
         finally:
             remove(partial)
-        journal.made(path, job)
 
 
 def _replace(partial: Path, path: Path, old: Path) -> None:
