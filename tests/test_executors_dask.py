@@ -29,7 +29,7 @@ from wsi_gradcam.executors.dask.scheduling import SlideScheduler
 from wsi_gradcam.executors.dask.workers import Pools, Workers
 from wsi_gradcam.run.types import Task
 
-WITHIN_S = 60.0
+WITHIN_S = 120.0
 
 
 @pytest.fixture(scope="module")

@@ -227,7 +227,7 @@ def with_own_certificate() -> dict[str, Any]:
     return dict(arguments)
 
 
-REFUSED = r"(?i)closed|reset|certificate|alert|timed out|broken pipe|EOF"
+REFUSED = r"(?i)closed|reset|certificate|alert|timed out|broken pipe|EOF|before comm was established"
 STRANGERS = {"tcp": dict[str, Any], "tls": without_certificate, "tls with another key": with_own_certificate}
 
 

@@ -211,7 +211,7 @@ class TestRuns:
         (tmp_path / "masks").mkdir()
         for name in ("a", "b", "c"):
             write_marker_slide(tmp_path / f"{name}.tif", 256, 512, mpp=0.25, markers=[], marker_px=16)
-            Image.fromarray(np.array([[255], [0]], np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+            Image.fromarray(np.array([[255] * 4, [0] * 4], np.uint8)).save(tmp_path / "masks" / f"{name}.png")
         Image.fromarray(np.array([[255, 0]], np.uint8)).save(tmp_path / "left.png")
         (tmp_path / "list.csv").write_text(
             "slide,mask,label,site,scanner\na.tif,left.png,tumour,Hull,S360\nb.tif,,,,\nc.tif,,,York,\n"

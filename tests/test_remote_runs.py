@@ -144,7 +144,9 @@ def test_the_command_line_takes_urls(s3: str, slide: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert command("explain", slide, "--model", model, "--out", tmp_path / "local", *flags(SMALL)).returncode == 0
     assert_same_values(out / "a.tif", tmp_path / "local" / "a.tif")
-    assert command("validate", out).returncode == 0
+    told = command("validate", out)
+    assert (told.returncode, "--remote-slides" in told.stdout) == (0, True)
+    assert "--remote-slides" not in command("validate", out, "--remote-slides").stdout
     failed = command("explain", f"s3://{BUCKET}/gone.svs", url, "--model", model, "--out", out, *flags(SMALL))
     assert failed.returncode == 1
     assert "gone.svs: does not exist" in " ".join(failed.stderr.split())

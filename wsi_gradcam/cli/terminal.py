@@ -103,8 +103,7 @@ class Bars(Lines):
     def task_done(self, task: Task, performed: Performed) -> None:
         """Advance the patches."""
         super().task_done(task, performed)
-        done, rate = self.progress.patches_done, pace(self.progress) if self.progress.patches_done else ""
-        self._bars.update(self._patch_bar, total=self.progress.patches_expected or None, completed=done, rate=rate)
+        self._show_patches()
 
     def slide_done(self, record: SlideRecord) -> None:
         """Advance the slides; only failures are worth a line above the bars."""
@@ -113,6 +112,11 @@ class Bars(Lines):
         else:
             self.progress.slide_done(record)
         self._bars.update(self._slide_bar, completed=self.progress.slides_done)
+        self._show_patches()  # of a slide that could not be planned none are expected any more
+
+    def _show_patches(self) -> None:
+        done, rate = self.progress.patches_done, pace(self.progress) if self.progress.patches_done else ""
+        self._bars.update(self._patch_bar, total=self.progress.patches_expected or None, completed=done, rate=rate)
 
     def print_line(self, text: str) -> None:
         """Print a line above the bars."""

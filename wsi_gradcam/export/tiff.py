@@ -120,7 +120,7 @@ def asap_step(size: tuple[int, int], stride: int) -> int:
     It is the heatmap's stride, a power of two, or the largest part of it by which both sides divide: with pixels that
     reach beyond the slide left out, `size // (size // step)` is `step` along both axes, and so ASAP's factor is right.
 
-    >>> asap_step((15000, 19004), 16), asap_step((200, 19004), 16)
+    >>> asap_step((15000, 19004), 16), asap_step((40, 19004), 16)
     (16, 8)
     """
     step = stride

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 
 
+class NotAskedError(SlideAccessError):
+    """A slide on another machine, which is not asked without permission."""
+
+
 def check_named(path: str, out: str, remote: bool) -> None:
     """Check where results say that a slide is, before it is opened: they may be a stranger's.
 
@@ -48,7 +52,7 @@ def check_named(path: str, out: str, remote: bool) -> None:
     own key. So URLs and network paths are taken with `remote` only, or where the results `out` lie in the same bucket.
 
     Raises:
-        SlideAccessError: it shall not be opened.
+        SlideAccessError: it shall not be opened; `NotAskedError` where `remote` would allow it.
     """
     if os.path.realpath(path).startswith(tuple(f"{folder}/" for folder in SYSTEM_FOLDERS)):
         raise SlideAccessError(f"{path}: no slide, but a file of the system; the results name it wrongly")
@@ -56,7 +60,7 @@ def check_named(path: str, out: str, remote: bool) -> None:
     same_bucket = is_url(path) and is_url(out) and split_url(path)[:2] == split_url(out)[:2]
     if on_network and not (remote or same_bucket):
         shown = redact_url(path) if is_url(path) else path
-        raise SlideAccessError(
+        raise NotAskedError(
             f"{shown}: the results name a slide on another machine, which is asked for it only if you say so: with "
             "--remote-slides, in Python remote_slides=True"
         )

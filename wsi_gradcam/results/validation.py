@@ -44,7 +44,7 @@ from wsi_gradcam.results.run_files import (
     parse_run,
 )
 from wsi_gradcam.results.seals import LISTING, Seal, file_problems, is_account, listing_problems, seal_of
-from wsi_gradcam.results.slide import check_named
+from wsi_gradcam.results.slide import NotAskedError, check_named
 from wsi_gradcam.results.slide_tables import (
     Record,
     is_there,
@@ -103,7 +103,7 @@ def validate(out: StoragePathLike, *, remote_slides: bool = False) -> list[Findi
     OME-Zarr 0.5 and lies over the whole slide at the right scale on every level; the table has a row a patch with the
     stored values; the slide is still the same file. Files of the run agree with their digests and with the slides, and
     so does an audit that is finished. A slide that was planned and neither finished nor failed is a finding. Slides
-    behind URLs are asked for with `remote_slides` only.
+    behind URLs are asked for with `remote_slides` only; without, a note says that they were not compared.
 
     Raises:
         ConfigError: `out` is no result.
@@ -477,7 +477,11 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: _Run) -> Iterator[st
 
 
 def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[str]:
-    check_named(row["path"], run.out, run.remote_slides)
+    try:
+        check_named(row["path"], run.out, run.remote_slides)
+    except NotAskedError as error:
+        run.notes.append(f"{row['id']}: not compared with the slide: {error}")
+        return
     slide = open_slide(row["path"], plan.slide_mpp, run.record.reader if run.record else "auto")
     try:
         if slide.info.digest != plan.slide_digest:
