@@ -23,7 +23,6 @@ class FakeSlide:
 
     classes = ("other", "tumour")
     size_px = (1000, 1000)
-    plan = folder = None  # asked of slides with annotations alone
 
     def __init__(self, name: str, patches: int, seed: int = 0, unreadable: int = 0) -> None:
         random = np.random.default_rng(seed)

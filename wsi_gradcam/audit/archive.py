@@ -290,6 +290,8 @@ def _strata(
     predicted = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
     names = list(classes) if len(classes) > 1 else [f"not {classes[0]}", classes[0]]
     strata = [names[number] for number in predicted.tolist()]
+    if settings.annotations is None:
+        return strata
     ground = ground_of(slide.plan, slide.folder, settings)
     found = annotated_slide(settings.annotations, slide.id, settings.include, slide.size_px, own, ground)
     if found is None:
