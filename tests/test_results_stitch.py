@@ -71,10 +71,10 @@ def test_stitching_equals_the_oracle_pixel_by_pixel(case: Case) -> None:
 
 
 @PLAIN
-@given(cases(), st.floats(-1e4, 1e4, width=32, allow_subnormal=False))
+@given(cases(), st.floats(-1e4, 1e4, width=32))
 def test_a_constant_stitches_to_the_constant(case: Case, value: float) -> None:
     found, covered = case.stitch(cams=np.full_like(case.cams, value))
-    np.testing.assert_allclose(found[covered], value, rtol=2e-6)
+    np.testing.assert_allclose(found[covered], value, rtol=2e-6, atol=1e-30)
     assert not found[~covered].any()
 
 
@@ -251,12 +251,12 @@ def test_coarsen_is_the_mean_over_what_is_covered(given_: tuple[Image, Covered])
 
 
 @PLAIN
-@given(partly_covered(), st.floats(-1e5, 1e5, width=32, allow_subnormal=False))
+@given(partly_covered(), st.floats(-1e5, 1e5, width=32))
 def test_coarsen_keeps_a_constant(given_: tuple[Image, Covered], value: float) -> None:
     _, covered = given_
     found = coarsen(np.where(covered, np.float32(value), np.float32(0)), covered)
     there = coarsen_flags(covered.astype(np.uint8)) > 0
-    np.testing.assert_allclose(found[there], np.float32(value), rtol=2e-7)
+    np.testing.assert_allclose(found[there], np.float32(value), rtol=2e-7, atol=1e-30)
     assert not found[~there].any()
 
 
