@@ -46,6 +46,7 @@ class Allowed:
 CONTINUED = (
     Allowed(r"run\.yaml", r"versions\..*", "versions"),
     Allowed(r"run\.yaml", r"model\.folder", "path of the checkout"),
+    Allowed(r"run\.yaml", r"settings\..*", "new setting", added=True),
     Allowed(r"audit/metrics\.json", r"run\.versions\..*", "versions"),
     Allowed(r"audit/(.*/)?report\.html", r".*", "pages may be drawn otherwise"),
     Allowed(r"run\.yaml", r"sha256_of_the_rest", "new digest", added=True),
@@ -56,6 +57,9 @@ ALLOWED = (
     *CONTINUED,
     Allowed(r"slides\.csv", r".*: seconds", "seconds"),
     Allowed(r"slides\.csv", r".*: row_digest", "seconds"),
+    Allowed(r".*/manifest/plan\.json", r".*", "new field", added=True),
+    Allowed(r".*/manifest/done\.json", r"files\.overview\.png", "each probability is shown once"),
+    Allowed(r".*/overview\.png", r"pixels", "each probability is shown once"),
     Allowed(r".*", r"(\d+\.)?sha256_of_the_rest", "new digest", added=True),
     Allowed(r".*/manifest/done\.json", r"slide|made_with|(arrays|files)\..*", "new digest", added=True),
     Allowed(r"audit/metrics\.json", r"run\.out", "path of OUT"),
