@@ -223,7 +223,7 @@ def display_problems(data: bytes) -> Iterator[str]:
     mend = "delete it, it is made again when it is needed"
     if seal_of(data) is Seal.BROKEN:
         yield f"display.json differs from what was written; {mend}"
-    values = json.loads(data)
+    values = read_json(data)
     for label, channel in values["channels"].items() if values["version"] == VERSION else ():
         if tuple(channel["window"]) != _window(channel["unit"], Sketch.from_json(channel)):
             yield f"display.json: the window of {label} does not follow from its values; {mend}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.cam.facts import Choice
 from wsi_gradcam.errors import DocumentError, ResultError, ResumeError, StoreError, one_line
 from wsi_gradcam.io.base import SMALL_BYTES
-from wsi_gradcam.io.documents import read_yaml, to_yaml
+from wsi_gradcam.io.documents import read_json, read_yaml, to_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 from wsi_gradcam.results.manifest import PLAN, Manifest
@@ -141,7 +141,7 @@ class SlideFolder:
     def slide_id(self) -> str:
         """The id of the slide that was planned here, as the heatmap is named; "" where that cannot be read."""
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
-            metadata = json.loads((self.heatmap / "zarr.json").read())
+            metadata = read_json((self.heatmap / "zarr.json").read())
             return str(metadata["attributes"]["ome"]["multiscales"][0]["name"])
         return ""
 

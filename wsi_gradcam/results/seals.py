@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.io.documents import read_json
+
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
@@ -116,7 +118,7 @@ def listing_problems(place: StoragePath, data: bytes, left_out: Callable[[str], 
     """Yield what differs between the listing that `data` are and the files below a folder, but for those left out."""
     if seal_of(data) is not Seal.HOLDS:
         yield f"{LISTING} differs from what was made"
-    digests = json.loads(data)["files"]
+    digests = read_json(data)["files"]
     present = (name for name in place.all_files() if name != LISTING and not left_out(name))
     yield from file_problems(place, digests, present)
 

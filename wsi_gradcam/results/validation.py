@@ -217,7 +217,7 @@ class _Run:
         status, page = _bytes(place / "status.json"), _bytes(place / "run.html")
         if status is not None and seal_of(status) is Seal.BROKEN:
             yield f"{above}status.json differs from what was written"
-        ended = status is not None and seal_of(status) is Seal.HOLDS and json.loads(status)["state"] != "running"
+        ended = status is not None and seal_of(status) is Seal.HOLDS and read_json(status)["state"] != "running"
         if page is None and ended:
             yield f"{above}run.html is missing; the next run writes it"
         if page is not None and (seal_of(page) is Seal.BROKEN or (ended and seal_of(page) is Seal.MISSING)):
@@ -238,7 +238,7 @@ class _Run:
         else:
             self.old.append("the audit")
         if plan is not None:
-            yield from _check_audit_plan(json.loads(plan), self.values)
+            yield from _check_audit_plan(read_json(plan), self.values)
 
 
 def _check_audit_plan(values: dict[str, Any], run: dict[str, Any] | None) -> Iterator[str]:
@@ -293,10 +293,10 @@ def _unknown(folder: SlideFolder) -> list[str]:
 def _grid(metadata: bytes) -> tuple[int, ...]:
     """Return the number of chunk files along each axis of an array; () where its metadata is damaged."""
     try:
-        values = json.loads(metadata)
+        values = read_json(metadata)
         chunks = values["chunk_grid"]["configuration"]["chunk_shape"]
         return tuple(-(-size // chunk) for size, chunk in zip(values["shape"], chunks, strict=True))
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
         return ()
 
 
