@@ -425,3 +425,12 @@ def _align(file: BinaryIO) -> int:
     """Pad the end of the file to a multiple of 8 bytes and return its place."""
     file.write(bytes(-file.seek(0, 2) % 8))
     return file.tell()
+
+
+def write_marked_pair(folder: Path, height: int, width: int) -> None:
+    """Write `a.tif` and `b.tif`, slides with a marker and a border of glass that differ in their noise."""
+    folder.mkdir()
+    for seed, name in enumerate(("a.tif", "b.tif")):
+        write_marker_slide(
+            folder / name, height, width, mpp=0.25, markers=[(70, 90)], marker_px=16, glass_px=20, seed=seed
+        )

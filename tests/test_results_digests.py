@@ -17,7 +17,7 @@ import yaml
 import zarr
 
 from tests.runs import SMALL, toy_spec
-from tests.synthetic import write_marker_slide
+from tests.synthetic import write_marked_pair
 from wsi_gradcam import audit_run, open_result
 from wsi_gradcam.api import explain
 from wsi_gradcam.cli.main import main
@@ -40,11 +40,7 @@ LOG = re.compile(r"(audit/)?log/.*|(.*/)?\.lock")  # covered by nothing: docs/re
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Slides `a.tif` and `b.tif`, explained and audited in `out`, whose display windows were asked for."""
     folder = tmp_path_factory.mktemp("good")
-    (folder / "slides").mkdir()
-    for seed, name in enumerate(("a.tif", "b.tif")):
-        write_marker_slide(
-            folder / "slides" / name, 200, 264, mpp=0.25, markers=[(70, 90)], marker_px=16, glass_px=20, seed=seed
-        )
+    write_marked_pair(folder / "slides", 200, 264)
     explain(folder / "slides", toy_spec("pooled_linear"), folder / "out", **SETTINGS)
     open_result(folder / "out").windows()
     audit_run(folder / "out", **AUDIT)

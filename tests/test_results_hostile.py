@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.limits import little_memory
 from tests.made_results import Made, make, steps
 from tests.viewer_runs import client
 from wsi_gradcam.audit.folder import read_arrays, write_arrays
@@ -39,18 +38,6 @@ NAME = "a.svs"
 SIZE = (1200, 900)
 MEMORY = 700 << 20  # more than the threads that read need, and a fraction of what each of these claims
 HUGE = 1 << 40
-
-
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """Within, the memory of this process may hardly grow; what is asked for and not used counts too."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 @pytest.fixture
@@ -74,7 +61,7 @@ def read_all(out: Path) -> None:
 
 def test_sound_results_are_read_in_little_memory(out: Path) -> None:
     read_all(out)
-    with little_memory():
+    with little_memory(MEMORY):
         read_all(out)
 
 
@@ -203,7 +190,7 @@ def test_what_results_claim_costs_nothing(name: str, out: Path) -> None:
     read_all(out)  # all that is loaded once
     attack, said = ATTACKS[name]
     attack(out)
-    with little_memory(), pytest.raises((WsiGradcamError, ValueError, RuntimeError), match=said) as caught:
+    with little_memory(MEMORY), pytest.raises((WsiGradcamError, ValueError, RuntimeError), match=said) as caught:
         read_all(out)
     assert not isinstance(caught.value, MemoryError)
 
@@ -220,7 +207,7 @@ def png_of(height: int, width: int) -> bytes:
 
 def test_pictures_that_claim_gigapixels_are_not_decoded(tmp_path: Path) -> None:
     (tmp_path / "tissue.png").write_bytes(png_of(6000, 6000))
-    with little_memory(), pytest.raises(WsiGradcamError, match=r"a picture of 6000 x 6000 px, expected up to"):
+    with little_memory(MEMORY), pytest.raises(WsiGradcamError, match=r"a picture of 6000 x 6000 px, expected up to"):
         read_mask(tmp_path / "tissue.png")
 
 
@@ -237,16 +224,16 @@ def test_arrays_are_no_larger_than_what_holds_them(tmp_path: Path) -> None:
     claim = b"{'descr': '<f8', 'fortran_order': False, 'shape': (100000000000,), }\n"
     packed = b"{'descr': '|u1', 'fortran_order': False, 'shape': (300000000,), }\n"
     for place in (npz(tmp_path / "a.npz", claim), npz(tmp_path / "b.npz", packed, 300_000_000)):
-        with little_memory(), pytest.raises(WsiGradcamError, match="damaged"):
+        with little_memory(MEMORY), pytest.raises(WsiGradcamError, match="damaged"):
             read_arrays(place)
 
 
 def test_files_that_are_looked_at_often_are_read_up_to_a_size(out: Path) -> None:
     sparse(out / "status.json")
-    with little_memory(), pytest.raises(WsiGradcamError, match="bytes, expected up to"):
+    with little_memory(MEMORY), pytest.raises(WsiGradcamError, match="bytes, expected up to"):
         read_status(LocalPath(out))
     sparse(out / "display.json")
-    with little_memory():
+    with little_memory(MEMORY):
         assert open_result(out).windows()
 
 

@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 from tests.runs import SMALL, toy_spec
-from tests.synthetic import write_marker_slide
+from tests.synthetic import write_marked_pair
 from wsi_gradcam.api import explain
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.results.validation import Finding, validate
@@ -26,11 +26,7 @@ SETTINGS = {**SMALL, "heatmap_stride": 2, "batch_size": 16, "span_patches": 64} 
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the slides `slides/a.tif`, `slides/b.tif` and their results `out`."""
     folder = tmp_path_factory.mktemp("good")
-    (folder / "slides").mkdir()
-    for seed, name in enumerate(("a.tif", "b.tif")):
-        write_marker_slide(
-            folder / "slides" / name, 300, 400, mpp=0.25, markers=[(70, 90)], marker_px=16, glass_px=20, seed=seed
-        )
+    write_marked_pair(folder / "slides", 300, 400)
     explain(folder / "slides", toy_spec("pooled_linear"), folder / "out", **SETTINGS)
     return folder
 

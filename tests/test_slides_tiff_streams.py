@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import lzma
-import resource
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy.typing as npt
 import pytest
 import tifffile
 
+from tests.limits import little_memory
 from wsi_gradcam.errors import SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import open_slide
@@ -25,18 +24,6 @@ from wsi_gradcam.slides.tiff_streams import MAX_SCANS, check_jpeg, stream_check
 SIDE = 64
 MEMORY = 64 << 20  # more than a tile needs, and a hundredth of what a bomb does
 RGB = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-
-
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """Within, memory of this process may hardly grow; what takes more than is touched counts too."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def replaced(data: bytes, at: int, layout: str, *values: int) -> bytes:
@@ -149,7 +136,7 @@ def read(path: Path) -> npt.NDArray[np.uint8]:
 def test_a_tile_that_is_larger_than_it_says_is_not_decoded(name: str, tmp_path: Path) -> None:
     compression, data = BOMBS[name]
     path = write(tmp_path / "a.tif", compression, data)
-    with little_memory(), pytest.raises(SlideReadError, match=SAID.get(name, "the compressed picture has")):
+    with little_memory(MEMORY), pytest.raises(SlideReadError, match=SAID.get(name, "the compressed picture has")):
         read(path)
 
 
@@ -238,7 +225,7 @@ def test_tiles_of_many_samples_are_refused_before_anything_is_made(tmp_path: Pat
             compression="deflate",
             metadata=None,
         )
-    with little_memory(), pytest.raises(SlideFormatError, match=r"4096 x 4096 px of 40 bytes, expected up to"):
+    with little_memory(MEMORY), pytest.raises(SlideFormatError, match=r"4096 x 4096 px of 40 bytes, expected up to"):
         open_slide(tmp_path / "a.tif", 0.5, "tiff")
 
 

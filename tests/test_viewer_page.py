@@ -1,168 +1,37 @@
-"""The page in a real browser that can reach nothing but the server."""
+"""The page of a slide in a real browser."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-from tests.runs import ROOT
-from tests.viewer_runs import BROKEN, MARKERS, MPP, Served, make_run, plant, plant_audit, served
-from wsi_gradcam.viewer.security import Access
-from wsi_gradcam.viewer.serve import _private_address
-
-SCREENSHOTS = ROOT / "screenshots"  # looked at by people; not compared
-OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-SIZES = {"desk": (1440, 900), "tablet": (1024, 768), "phone": (390, 844)}
-SMALL = (960, 640)  # enough to work with, and quickly drawn without a graphics card
-GREEN, ORANGE = (0, 255, 0), (0xD5, 0x5E, 0x00)
-SLIDE = "a.tif"
-Pixels = npt.NDArray[np.float64]
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = make_run(tmp_path_factory.mktemp("page"))
-    for slide_id in MARKERS:
-        plant(found, slide_id)
-    plant_audit(found, SLIDE)
-    return found
-
-
-@pytest.fixture(scope="module")
-def server(out: Path) -> Iterator[Served]:
-    with served(out) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium")
-    if path is None:
-        assert "CI" not in os.environ, "chromium is not installed, and in CI these tests must run"
-        pytest.skip("chromium is not installed; `make browser` does")
-    arguments = [
-        OFFLINE,
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--force-color-profile=srgb",
-    ]
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=arguments)
-        yield found
-        found.close()
-
-
-@pytest.fixture
-def open_page(browser: Browser, server: Served) -> Iterator[Callable[..., Page]]:
-    """Opens the page at an address; whatever goes wrong in it fails the test."""
-    problems: list[str] = []
-    contexts = []
-
-    def said(message: ConsoleMessage) -> None:
-        if message.type == "error":
-            problems.append(message.text)
-
-    def answered(answer: Response) -> None:
-        if answer.status >= 400:
-            problems.append(f"{answer.status} {answer.url}")
-
-    def opened(address: str = "", size: str = "", url: str = server.url, **more: Any) -> Page:
-        width, height = SIZES.get(size, SMALL)
-        context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **more)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", said)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("response", answered)
-        page.goto(f"{url}/{address}")
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert problems == []
-
-
-def settled(page: Page) -> None:
-    """Wait until all tiles are there and drawn."""
-    page.wait_for_function(
-        """() => new Promise((done) => {
-            let calm = 0;
-            const look = () => {
-              calm = document.querySelector(".pane.loading") ? 0 : calm + 1;
-              if (calm > 6) done(true); else requestAnimationFrame(look);
-            };
-            look();
-        })"""
-    )
-
-
-def go(page: Page, address: str) -> None:
-    """Follow a link on the page."""
-    page.evaluate("hash => { delete document.body.dataset.ready; location.hash = hash }", address)
-    page.wait_for_selector("body[data-ready]")
-    settled(page)
-
-
-def at(slide: str, y: float, x: float, um: float, layers: str | None = None) -> str:
-    """The address of a view."""
-    view = "" if layers is None else f"&view={quote(layers)}"
-    return f"#slide={quote(slide)}&at={y},{x}&um={um}{view}"
-
-
-def layer(channel: str = "gradcam: other", colours: str = "orange", opacity: float = 1.0, threshold: str = "") -> str:
-    return f"{channel}~on~{colours}~{opacity}~fixed~0..1~{threshold}~full"
-
-
-def pixels(page: Page, around: Sequence[float] | Pixels, reach: int = 130) -> tuple[Pixels, Pixels]:
-    """What is on the screen around a place (y, x) of the first view, RGB, and where its top left corner is."""
-    box = page.locator(".screen").first.bounding_box()
-    assert box is not None
-    top, left = (max(0, round(middle) - reach) for middle in around)
-    height, width = min(2 * reach, box["height"] - top), min(2 * reach, box["width"] - left)
-    clip: Any = {"x": box["x"] + left, "y": box["y"] + top, "width": width, "height": height}
-    image = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
-    return np.asarray(image, np.float64), np.array((top, left), np.float64)
-
-
-def centre_of(image: Pixels, colour: tuple[int, int, int]) -> Pixels:
-    """The centroid (y, x) of a colour, by how near to it each pixel is."""
-    weight = np.clip(1 - np.abs(image - np.array(colour)).max(axis=2) / 90, 0, 1)
-    assert weight.sum() > 30, "the marker is not seen"
-    rows, columns = np.indices(weight.shape) + 0.5
-    centroid: Pixels = np.array([(rows * weight).sum(), (columns * weight).sum()]) / weight.sum()
-    return centroid
-
-
-def control(page: Page, name: str, number: int = 0) -> Locator:
-    """A control of a layer; number 0 is the lowest layer."""
-    return page.locator(f"#layer-{number} [data-name={name}]")
-
-
-def enter(field: Locator, text: str) -> None:
-    """Type into a field and end."""
-    field.fill(text)
-    field.press("Enter")
-
-
-def slide_to(slider: Locator, share: float) -> None:
-    """Move a slider."""
-    slider.evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')) }", round(1000 * share))
+from tests.viewer_browser import (
+    GREEN,
+    ORANGE,
+    SLIDE,
+    SMALL,
+    at,
+    browser,
+    centre_of,
+    control,
+    enter,
+    go,
+    layer,
+    open_page,
+    out,
+    pixels,
+    server,
+    settled,
+    slide_to,
+)
+from tests.viewer_runs import MARKERS, MPP
 
 
 @pytest.mark.parametrize("slide", MARKERS)
@@ -429,163 +298,3 @@ def test_no_number_is_cut(open_page: Callable[..., Page]) -> None:
     assert seen["y"] + seen["height"] <= SMALL[1]
     after = page.locator(".screen").bounding_box()
     assert after == box  # the view keeps its size
-
-
-def test_the_gallery_searches_sorts_and_opens(open_page: Callable[..., Page]) -> None:
-    page = open_page()
-    expect(page.locator(".card")).to_have_count(3)
-    expect(page.locator(".card.failed")).to_contain_text(BROKEN)
-    expect(page.locator(".card canvas")).to_have_count(2)
-    page.locator("#search").fill("inner")
-    expect(page.locator(".card")).to_have_count(1)
-    page.locator("#search").fill("")
-    page.locator("#status").select_option("failed")
-    expect(page.locator(".card")).to_have_count(1)
-    page.locator("#status").select_option("")
-    expect(page.locator(".card")).to_have_count(3)
-    page.locator("#sort").select_option("top:marker:down")
-    expect(page.locator(".card").last).to_contain_text(BROKEN)  # it has no score
-    page.wait_for_timeout(400)
-    first, second = page.locator(".card .name").all_text_contents()[:2]
-    page.locator(".card a").first.click()
-    expect(page.locator("#title")).to_contain_text(first)
-    page.keyboard.press("n")
-    expect(page.locator("#title")).to_contain_text(second)
-    page.keyboard.press("p")
-    expect(page.locator("#title")).to_contain_text(first)
-    page.keyboard.press("g")
-    expect(page.locator("#gallery")).to_be_visible()
-
-
-def test_a_slide_that_is_gone_shows_its_heatmap_alone(open_page: Callable[..., Page], out: Path) -> None:
-    place = out.parent / "slides" / "inner" / "b.tif"
-    place.rename(place.with_suffix(".moved"))
-    try:
-        with served(out) as server:
-            page = open_page(at("inner/b.tif", 480, 320, 0.4, layer()), url=server.url)
-            expect(page.locator("#notice")).to_contain_text("heatmap is shown alone")
-            settled(page)
-            box = page.locator(".screen").bounding_box()
-            assert box is not None
-            image, _ = pixels(page, (box["height"] / 2, box["width"] / 2))
-            assert centre_of(image, ORANGE) == pytest.approx(np.array(image.shape[:2]) / 2, abs=1)
-            page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-            expect(page.locator("#patch .no-picture").first).to_be_visible()
-            page.close()
-    finally:
-        place.with_suffix(".moved").rename(place)
-
-
-def test_the_report_of_the_run_is_linked(open_page: Callable[..., Page]) -> None:
-    page = open_page(at(SLIDE, 700, 900, 0.5))
-    with page.expect_popup() as opened:
-        page.get_by_role("link", name="Run", exact=True).click()
-    expect(opened.value.locator("h1")).to_be_visible()
-    opened.value.close()
-
-
-def test_the_audit_is_linked(open_page: Callable[..., Page]) -> None:
-    page = open_page(at(SLIDE, 700, 900, 0.5))
-    with page.expect_popup() as opened:
-        page.get_by_role("link", name="Audit").click()
-    report = opened.value
-    expect(report.locator("h1")).to_have_text("audited")
-    report.get_by_role("link", name="all").click()
-    expect(report.locator("h1")).to_have_text("all audited")
-    report.get_by_role("link", name="slide").click()
-    expect(report.locator("h1")).to_have_text("audited")
-    report.close()
-    page.bring_to_front()
-    go(page, at("inner/b.tif", 480, 320, 0.4))
-    expect(page.locator("#audit")).to_have_attribute("href", "/files/audit/report.html")  # it has no page of its own
-
-
-def test_where_the_map_is_unsure_is_a_channel(open_page: Callable[..., Page]) -> None:
-    page = open_page(at(SLIDE, 751, 1053, 0.5, layer("gradcam: marker", "inferno", 0.7)))
-    settled(page)
-    control(page, "channel").select_option("spread: marker")
-    expect(control(page, "map")).to_have_value("viridis")
-    expect(control(page, "window")).to_have_value("slide")
-    expect(page.locator(".legend")).to_contain_text("spread: marker (logits)")
-    expect(page.locator(".legend")).to_contain_text("patches disagree")
-    control(page, "map").select_option("orange")
-    slide_to(control(page, "opacity"), 1.0)
-    slide_to(control(page, "threshold"), 0.2)
-    settled(page)
-    box = page.locator(".screen").bounding_box()
-    assert box is not None
-    middle = box["height"] / 2, box["width"] / 2
-    image, corner = pixels(page, middle, 60)
-    seam = round(middle[1] - corner[1])  # the spread grows from the left and is known up to the slide's middle
-    nearness = np.abs(image - np.array(ORANGE)).max(axis=2)
-    assert np.median(nearness[:, seam - 8 : seam - 3]) < np.median(nearness[:, seam + 8 : seam + 13]) - 20
-    page.mouse.move(box["x"] + middle[1] - 20, box["y"] + middle[0])
-    expect(page.locator("#values")).to_contain_text("spread: marker 0.2")
-    page.mouse.move(box["x"] + middle[1] + 20, box["y"] + middle[0])
-    expect(page.locator("#values")).to_contain_text("spread: marker –")
-    control(page, "channel").select_option("gradcam: marker")
-    expect(control(page, "map")).to_have_value("inferno")
-    expect(page.locator(".legend")).not_to_contain_text("disagree")
-
-
-def test_help_lists_the_keys_and_closes(open_page: Callable[..., Page]) -> None:
-    page = open_page(at(SLIDE, 700, 900, 0.5))
-    page.keyboard.press("?")
-    dialog = page.get_by_role("dialog")
-    expect(dialog).to_contain_text("two views side by side")
-    page.keyboard.press("b")  # is for the dialog, not for what lies below
-    expect(page.locator(".pane")).to_have_count(1)
-    page.keyboard.press("Escape")
-    expect(dialog).to_be_hidden()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_it_is_accessible_and_fits(open_page: Callable[..., Page], size: str) -> None:
-    """WCAG 2.1 A and AA by axe-core, nothing wider than the screen; pictures are kept for people."""
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page = open_page(size=size, has_touch=size == "phone")
-    expect(page.locator(".card canvas").first).to_be_visible()
-    check(page, f"{size}-gallery")
-    y, x = MARKERS[SLIDE][0]
-    go(page, at(SLIDE, y, x, 0.5, layer("gradcam: marker", "inferno", 0.7)))
-    check(page, f"{size}-slide")
-    page.locator("#show-top").click()
-    page.locator(".strip-list button").first.click()
-    expect(page.locator("#patch h2")).to_be_visible()
-    if size != "phone":
-        page.locator("#beside").click()
-    settled(page)
-    check(page, f"{size}-patch")
-
-
-def check(page: Page, name: str) -> None:
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
-    options = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
-    found = Axe().run(page, options=options).response["violations"]
-    problems = [(v["id"], n["target"], n["failureSummary"]) for v in found for n in v["nodes"]]
-    assert not problems, json.dumps(problems, indent=1)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-
-def test_the_first_picture_is_there_within_a_second(open_page: Callable[..., Page]) -> None:
-    page = open_page(at(SLIDE, 700, 900, 0.5))
-    page.reload()
-    paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-    page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
-    assert page.evaluate(paint) < 1000
-
-
-def test_a_browser_opens_the_page_from_its_private_file(browser: Browser, out: Path) -> None:
-    """As `view --token --open` does: the file's code is in no address that stays, and the page has its cookie."""
-    access = Access.for_host("127.0.0.1", "secret-token")
-    with served(out, access) as server, _private_address(f"{server.url}/", access) as file:
-        page = browser.new_page()
-        page.goto(file)
-        page.wait_for_url(f"{server.url}/*")
-        expect(page.get_by_text("a.tif").first).to_be_visible()
-        assert "token" not in page.url
-        again = browser.new_context().new_page()
-        again.goto(file)
-        expect(again.get_by_text("open the address")).to_be_visible()
-        page.close()
-        again.close()
