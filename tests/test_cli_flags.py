@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 
 from tests.runs import ROOT
+from wsi_gradcam.audit.plan import AuditSettings
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cli.flags import parse_text
 from wsi_gradcam.cli.main import COMMANDS, make_parser
@@ -68,6 +70,14 @@ def test_every_setting_is_a_flag_with_a_description() -> None:
     for name, field in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in flags
         assert field.description
+
+
+def test_every_setting_of_an_audit_is_a_flag_with_its_description() -> None:
+    flags, text = arguments_of("audit"), help_of("audit")
+    for name, hint in get_type_hints(AuditSettings, include_extras=True).items():
+        (described,) = hint.__metadata__
+        assert f"--{name.replace('_', '-')}" in flags
+        assert described.description.partition("`")[0].strip() in text
 
 
 def test_help_tells_defaults_choices_and_flags() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runs import ROOT
-from wsi_gradcam.run.report import LISTED, NO_REMEDY, NO_REMEDY_OF_AUDIT, run_page
+from wsi_gradcam.run.report import LISTED, run_page
 from wsi_gradcam.run.status import RunStatus
 
 STYLE = (ROOT / "wsi_gradcam/pages/layout.css").read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def test_it_says_what_ran_and_how_it_ended() -> None:
         "0.5",
     ):
         assert text in re.sub(r"\s+", " ", page.text)
-    assert page.row("7") == ["7", "no mpp", "give --mpp 0.25", "c.svs ..."]
+    assert page.row("7") == ["7", "no mpp; give --mpp 0.25", "c.svs ..."]
     assert page.row("explain") == ["explain", "4", "30 s", "75%"]
     assert page.row("node1:7") == ["node1:7", "88", "4.4", "80%", "10%", "45%"]
     assert page.row("a.svs")[1:] == ["88", "19 s"]
@@ -137,15 +137,18 @@ def test_a_run_without_any_work_has_a_page() -> None:
         assert text in page.text
 
 
-def test_a_cause_without_a_mend_gets_one() -> None:
-    page = Page(run_page(status(failures=[{"cause": "ValueError: what", "count": 1, "slides": ["c.svs"]}]), {}))
-    assert page.row("1") == ["1", "ValueError: what", NO_REMEDY, "c.svs"]
+def test_a_cause_is_shown_whole_with_how_to_go_on() -> None:
+    cause = "the file: mpp; or a part of its name; is missing; give it with --mpp"
+    page = Page(run_page(status(failures=[{"cause": cause, "count": 1, "slides": ["c.svs"]}]), {}))
+    assert page.row("1") == ["1", cause, "c.svs"]
+    assert "run the same command again with --retry-failed" in page.text
 
 
 def test_an_audit_has_a_page_too() -> None:
     failures = [{"cause": "ValueError: what", "count": 1, "slides": ["c.svs"]}]
     page = Page(run_page(status(work="audit", failures=failures), {"a.svs": row("a.svs")}))
-    assert page.row("1") == ["1", "ValueError: what", NO_REMEDY_OF_AUDIT, "c.svs"]
+    assert page.row("1") == ["1", "ValueError: what", "c.svs"]
+    assert "run the same command again." in page.text  # an audit knows no --retry-failed
     assert ["a.svs", "audited"] in [row[:2] for row in page.rows]
     assert "explained" not in page.text
     links = [attributes["href"] for name, attributes in page.tags if name == "a"]

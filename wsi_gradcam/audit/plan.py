@@ -6,7 +6,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import Field
 
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import ConfigError
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.targets import Target
     from wsi_gradcam.run.plan import RunPlan
 
-FRAMES = ("auto", "slide", "bounds")
+Frame = Literal["auto", "slide", "bounds"]  # of a drawing
 FORMAT = 1  # of the numbers; raised when old ones must not be continued
 # All batches are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
 # in the last bit with the number of threads.
@@ -30,28 +32,35 @@ DEEP_SHARE = 10
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """Settings of an audit.
+    """The settings of an audit. Each field is a flag of `wsi-gradcam audit`, and its description the flag's help."""
 
-    Attributes:
-        patches: about so many, of all slides together.
-        seed: of the sample and of all random numbers.
-        only: the questions that are asked.
-        target: label of the target that is audited; "": each patch's predicted class where that was explained, else the
-            run's first target.
-        annotations: file or folder with areas in which the target's class is; None: none are known.
-        include: names of the annotation classes that count; none: all.
-        mask_frame: what annotations and regions were drawn on: "slide", or "bounds"; "auto" finds out.
-        regions: file or folder with areas that should not decide, such as rulers and folds, a suspect for each class.
-    """
-
-    patches: int = PATCHES
-    seed: int = 0
-    only: tuple[str, ...] = tuple(QUESTIONS)
-    target: str = ""
-    annotations: Path | None = None
-    include: tuple[str, ...] = ()
-    regions: Path | None = None
-    mask_frame: str = "auto"
+    patches: Annotated[int, Field(description="about so many of all slides together")] = PATCHES
+    seed: Annotated[int, Field(description="of the sample and of all random numbers")] = 0
+    only: Annotated[tuple[str, ...], Field(description=f"ask only some of {', '.join(QUESTIONS)} (default: all)")] = (
+        tuple(QUESTIONS)
+    )
+    target: Annotated[
+        str,
+        Field(
+            description="which of the run's targets is audited (default: each patch's predicted class where that was "
+            "explained, else the first)"
+        ),
+    ] = ""
+    annotations: Annotated[
+        Path | None, Field(description="a file, or a folder with one a slide, of areas that show the target's class")
+    ] = None
+    include: Annotated[tuple[str, ...], Field(description="classes of `annotations` that count (default: all)")] = ()
+    regions: Annotated[
+        Path | None,
+        Field(description="as `annotations`, of what should not decide: rulers, folds, pen; a suspect for each class"),
+    ] = None
+    mask_frame: Annotated[
+        Frame,
+        Field(
+            description="what both were drawn on: the whole slide, or its scanned part; auto: where they lie on "
+            "tissue, refused where both could be"
+        ),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         if self.patches < 1:
@@ -59,8 +68,8 @@ class AuditSettings:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected 0 or more")
         check_questions(self.only)
-        if self.mask_frame not in FRAMES:
-            raise ConfigError(f"mask_frame is {self.mask_frame!r}, expected one of {', '.join(FRAMES)}")
+        if self.mask_frame not in (frames := get_args(Frame)):
+            raise ConfigError(f"mask_frame is {self.mask_frame!r}, expected one of {', '.join(frames)}")
         if self.include and self.annotations is None:
             raise ConfigError("include names classes of annotations; give their file or folder too")
         for path in (self.annotations, self.regions):

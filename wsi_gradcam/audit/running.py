@@ -13,7 +13,7 @@ from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import read_measurements
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of, to_bytes
-from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditSettings, SlideSample
+from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditSettings, Frame, SlideSample
 from wsi_gradcam.audit.report.page import write_reports
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.stages import AuditWorkload
@@ -70,7 +70,7 @@ def audit_run(
     annotations: str | PathLike[str] | None = None,
     include: Sequence[str] = (),
     regions: str | PathLike[str] | None = None,
-    mask_frame: str = "auto",
+    mask_frame: Frame = "auto",
     model: str | PathLike[str] | ModelSpec | Model | None = None,
     against: StoragePathLike | None = None,
     workers: int | None = None,

@@ -7,10 +7,11 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from wsi_gradcam.errors import ConfigError, quoted
 
@@ -31,7 +32,7 @@ RUN_KEYS: Mapping[str, tuple[type, str]] = {
 }
 # Settings with several values take them as `--include A B`, except these.
 REPEATED = "target"  # --target A --target B
-JOINED = "method"  # --method A,B
+JOINED = ("method", "only")  # --method A,B
 MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
 EXAMPLES = {int: "224", float: "0.25"}
 TRUST = "WSI_GRADCAM_TRUST_CODE"  # "1" in the environment is --trust-code, for scripts that run many commands
@@ -45,19 +46,22 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
     from wsi_gradcam.run.settings import Settings
 
     for name in Settings.model_fields if names is None else names:
-        field = Settings.model_fields[name]
-        text = prefix + _help(name, field)
-        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **_options(name, field))
+        _add_setting(parser, name, Settings.model_fields[name], prefix)
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str, field: FieldInfo, prefix: str = "") -> None:
+    text = prefix + _help(name, field)
+    parser.add_argument(f"--{name.replace('_', '-')}", help=text, **_options(name, field))
 
 
 def _help(name: str, field: FieldInfo) -> str:
     """Return the description of a field, with the flags of the fields that it names in backticks, and the default."""
     text = re.sub(r"`(\w+)`", lambda found: "--" + found[1].replace("_", "-"), field.description or "")
-    if name == REPEATED:
+    if _is_repeated(name, field):
         text += "; may be given several times"
-    if name == JOINED:
+    if name in JOINED:
         text += "; several are joined by commas"
-    if not isinstance(field.default, bool) and field.default not in (None, ()):
+    if not isinstance(field.default, bool) and field.default not in (None, (), "") and "(default" not in text:
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         text += f" (default {default:g})" if isinstance(default, float) else f" (default {default})"
     return text.replace("%", "%%")
@@ -72,11 +76,15 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
         return {"type": types[0]}
     if all(isinstance(choice, str) for choice in types):
         return {"choices": types}
-    if name == REPEATED:
+    if _is_repeated(name, field):
         return {"action": "append"}
-    if types == [tuple[str, ...]] and name != JOINED:
+    if types == [tuple[str, ...]] and name not in JOINED:
         return {"nargs": "+", "action": "extend", "metavar": "NAME"}
     return {}
+
+
+def _is_repeated(name: str, field: FieldInfo) -> bool:
+    return name == REPEATED and _types(field.annotation) == [tuple[str, ...]]
 
 
 def _types(annotation: Any) -> list[Any]:
@@ -213,18 +221,15 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 def add_audit(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `audit`."""
-    from wsi_gradcam.audit.vocabulary import QUESTIONS
+    from pydantic.fields import FieldInfo
+
+    from wsi_gradcam.audit.plan import AuditSettings
 
     add = parser.add_argument
     add("out", help="folder that explain made, or s3://BUCKET/KEY; an audit there is continued")
-    add("--patches", type=int, help="about so many of all slides together (default 200)")
-    add("--seed", type=int, help="of the sample and of all random numbers (default 0)")
-    add("--only", metavar="QUESTION[,..]", help=f"ask only some of {', '.join(QUESTIONS)}")
-    add("--target", help="which of the run's targets (default: each patch's predicted class)")
-    add("--annotations", help="a file, or a folder with one a slide, of areas that show the target")
-    add("--include", nargs="+", action="extend", metavar="NAME", help="annotation classes that count")
-    add("--regions", help="as --annotations, of what should not decide: rulers, folds, pen")
-    add("--mask-frame", choices=("auto", "slide", "bounds"), help="what both were drawn on, as for explain")
+    types = get_type_hints(AuditSettings, include_extras=True)
+    for field in fields(AuditSettings):
+        _add_setting(parser, field.name, FieldInfo.from_annotated_attribute(types[field.name], field.default))
     add("--model", help="the run's model, where its files have moved")
     _add_trust(parser)
     add("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")

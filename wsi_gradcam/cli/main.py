@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -193,13 +193,14 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.audit.plan import AuditSettings
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.cli.output import print_audit, questions_to_fail_on
 
-    names = ("patches", "seed", "target", "annotations", "include", "regions", "mask_frame", "model", "against")
-    options = _given(arguments, *names, "workers", "scheduler", "wait_for_workers")
-    if arguments.only is not None:
-        options["only"] = _split(arguments.only)
+    settings = [field.name for field in fields(AuditSettings)]
+    options = _given(arguments, *settings, "model", "against", "workers", "scheduler", "wait_for_workers")
+    if "only" in options:
+        options["only"] = _split(options["only"])
     switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code", "remote_slides")}
     fail_on = None if arguments.fail_on is None else questions_to_fail_on(_split(arguments.fail_on))
     with _reporting(arguments.json) as listener:

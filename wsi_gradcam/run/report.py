@@ -12,7 +12,7 @@ from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.results.seals import COMMENT, sealed
 from wsi_gradcam.run.progress import without_path
-from wsi_gradcam.run.status import AUDIT, FailureCause, RunState, RunStatus, StageStatus, ThroughputStatus
+from wsi_gradcam.run.status import AUDIT, RunState, RunStatus, StageStatus, ThroughputStatus
 
 LISTED = 1000  # slides with a line of their own
 STATUSES: dict[str, str] = {
@@ -20,18 +20,6 @@ STATUSES: dict[str, str] = {
     SlideStatus.NO_TISSUE: "without tissue",
     SlideStatus.FAILED: "failed",
 }
-NO_REMEDY_OF_AUDIT = "check the file, then run the same command again"
-NO_REMEDY = f"{NO_REMEDY_OF_AUDIT} with --retry-failed"
-
-
-@dataclass(frozen=True)
-class FailureRow:
-    """Slides that failed for the same reason; only some of them may be named."""
-
-    count: int
-    cause: str
-    remedy: str
-    slides: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,8 @@ def run_page(
         done=done,
         statuses=statuses,
         settings=[(name, _setting(value)) for name, value in status.facts.settings.items()],
-        failures=[_failure(cause, is_audit) for cause in numbers.failures],
+        failures=numbers.failures,
+        is_audit=is_audit,
         throughput=_throughput(numbers.throughput, numbers.elapsed_s),
         stages=_stages(numbers.stages),
         slides=[_slide(name, row, statuses, "../" * is_audit + _folder(name, path_of)) for name, row in listed],
@@ -110,11 +99,6 @@ def _folder(name: str, path_of: Callable[[str], str]) -> str:
 
 def _setting(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def _failure(cause: FailureCause, is_audit: bool) -> FailureRow:
-    text, _, remedy = cause.cause.partition("; ")  # messages of our errors end with what to do
-    return FailureRow(cause.count, text, remedy or (NO_REMEDY_OF_AUDIT if is_audit else NO_REMEDY), cause.slides)
 
 
 def _throughput(throughput: ThroughputStatus, elapsed_s: float) -> ThroughputBars | None:
