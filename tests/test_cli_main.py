@@ -20,6 +20,7 @@ from tests.runs import SMALL, command, differing, rows_of, toy_spec
 from tests.synthetic import strip_mpp
 from wsi_gradcam import __version__
 from wsi_gradcam.api import Outcome, explain, preview
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cli import terminal
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.cli.output import print_outcome
@@ -188,6 +189,25 @@ def test_info_of_slides_and_models(run: Run, made: Path) -> None:
     code, printed, _ = run("info", made / "slides" / "a.tif")
     assert code == 0
     assert re.search(r"^ +size  390 x 500 px$", printed, re.MULTILINE)
+
+
+def test_info_lists_the_methods_that_explain_takes(run: Run, made: Path, tmp_path: Path) -> None:
+    """A ViT has no ReLU and reads a class token: of the methods some do not suit it, and `explain` refuses those."""
+    model = tmp_path / "vit.yaml"
+    model.write_text("source: tests.toy_models:tokens\npatch_px: 32\nmpp: 0.5\n", encoding="utf-8")
+    code, printed, _ = run("info", "--model", model, "--json")
+    assert code == 0
+    (found,) = json.loads(printed)
+    listed = found["methods"].split(", ")
+    refused = {key.removeprefix("not "): reason for key, reason in found.items() if key.startswith("not ")}
+    assert set(listed) | set(refused) == set(METHOD_INFO)
+    assert {"cam", "guided_backprop"} <= set(refused)
+    assert {"gradcam", "occlusion"} <= set(listed)
+    for method in METHOD_INFO:
+        options = ["--out", tmp_path / method, "--method", method, "--dry-run", *SMALL_FLAGS]
+        code, _, err = run("explain", made / "slides" / "a.tif", "--model", model, *options)
+        assert (code == 0) == (method in listed), (method, err)
+        assert method in listed or refused[method] in err
 
 
 def test_info_tells_an_unusable_mpp(run: Run, made: Path, tmp_path: Path) -> None:

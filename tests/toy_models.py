@@ -183,3 +183,10 @@ class Pair(nn.Module):
 def pair() -> nn.Module:
     """Returns a tuple where a tensor is expected."""
     return Pair()
+
+
+def tokens() -> nn.Module:
+    """A tiny vision transformer: GELU, normalisation of each token, and a class token that the head reads."""
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=2)

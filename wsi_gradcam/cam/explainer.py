@@ -22,7 +22,7 @@ from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, pr
 from wsi_gradcam.cam.program import EagerProgram, Program, trace_operators
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target
-from wsi_gradcam.errors import LayerError, ModelError
+from wsi_gradcam.errors import LayerError, ModelError, WsiGradcamError, one_line
 from wsi_gradcam.models.graph import with_points
 from wsi_gradcam.models.load import load_model
 
@@ -373,6 +373,17 @@ class Explainer:
     def layers(self) -> list[Layer]:
         """Return the layers that could be explained, in the order in which they run."""
         return explainable_layers(self.model, self.facts)
+
+    def refused_methods(self) -> dict[str, str]:
+        """Return why each method that a run of this model would refuse is refused, by the same check."""
+        images, refused = probe_images(self.model.input_px).to(self._device), {}
+        for method in METHOD_INFO:
+            try:
+                with self._lock:
+                    check_methods(self.facts.name, self._program, [method], images)
+            except WsiGradcamError as error:
+                refused[method] = one_line(error)
+        return refused
 
     def explain(
         self, rgb: NDArray[np.uint8], targets: Sequence[Target], methods: Sequence[str]

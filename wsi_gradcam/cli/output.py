@@ -229,7 +229,7 @@ def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[
     if spec.runs_code and not spec.trusted:
         return _unloaded(spec)
     explainer = examine_model(spec, make_settings(layer=layer, engine="eager", precision="float32"), [])
-    facts = explainer.facts
+    facts, refused = explainer.facts, explainer.refused_methods()
     return {
         "model": facts.name,
         "source": facts.source,
@@ -247,7 +247,8 @@ def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[
         "layers": _shortened([f"{found.name} {_shape(found.layout)}" for found in explainer.layers()[::-1]], "; "),
         "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
         "self-test": "head(trunk(x)) equals model(x)",
-        "methods": ", ".join(METHOD_INFO),
+        "methods": ", ".join(method for method in METHOD_INFO if method not in refused),
+        **{f"not {method}": reason.removeprefix(f"{facts.name}: ") for method, reason in refused.items()},
     }
 
 

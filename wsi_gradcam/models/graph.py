@@ -271,7 +271,7 @@ def free_batch(graph: fx.GraphModule, images: Tensor) -> None:
             elif node.target is EXPAND and _grows(node, len(images)):
                 _free_expansion(graph, node, batch)
         graph.recompile()
-        _ViewFreeing(graph, len(images)).run(images[:1].expand(2 if len(images) == 3 else 3, -1, -1, -1))
+        _ViewFreeing(graph, len(images)).run(images[:1].repeat(2 if len(images) == 3 else 3, 1, 1, 1))
     graph.recompile()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wsi_gradcam.errors import ModelError
@@ -17,31 +18,43 @@ class LogitsOf(nn.Module):
     """A network of which one output is taken: by key of a dict, or by place in a tuple or list.
 
     The output is given a row for each image: [B], [B, K, 1, 1] and, for a single image, [K] become [B, K].
-    With `output` None the network's only output is taken, for its shape alone.
+    With `output` None the network's only output is taken, for its shape alone. A network that changes its input in
+    place is given `copies`, so that whoever asks twice asks the same.
     """
 
-    def __init__(self, network: nn.Module, output: str | int | None) -> None:
+    def __init__(self, network: nn.Module, output: str | int | None, copies: bool = False) -> None:
         super().__init__()
         self.network = network
         self.output = output
+        self.copies = copies
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the chosen output."""
-        outputs = self.network(images)
+        outputs = self.network(images.clone() if self.copies else images)
         return as_rows(outputs if self.output is None else pick(outputs, self.output), len(images))
 
 
 def with_logits(network: nn.Module, images: Tensor, output: str | int | None) -> tuple[nn.Module, Tensor]:
     """Return a network that gives logits [B, K] for `images`, the given one if it does, and these logits.
 
+    `images` stay as they are, also under a network that changes its input in place.
+
     Raises:
         ModelError: which output is meant is not clear, or there is none called `output`.
     """
-    outputs = network(images)
+    given = images.clone()
+    before = _version(given)
+    outputs = network(given)
+    copies = _version(given) != before or not torch.equal(given, images)
     chosen = find_output(outputs, len(images)) if output is None else output
     found = outputs if chosen is None else pick(outputs, chosen)
     rows = as_rows(found, len(images))
-    return (network if rows is outputs else LogitsOf(network, chosen)), rows
+    return (network if rows is outputs and not copies else LogitsOf(network, chosen, copies)), rows
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; tensors of inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def as_rows(output: Tensor, count: int) -> Tensor:

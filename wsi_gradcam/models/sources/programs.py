@@ -235,7 +235,7 @@ def _unbound(spec: ModelSpec, program: ExportedProgram, images: Tensor, count: i
         free_batch(free, torch.cat([images] * count)[:count])
         three = torch.cat([images, images[:1].flip(3)])
         with torch.no_grad():
-            same = _same(free(three), [bound(image.expand(count, -1, -1, -1)) for image in three])
+            same = _same(free(three.clone()), [bound(image.repeat(count, 1, 1, 1)) for image in three])
     except Exception as error:  # the guess may fail in any way
         raise ModelError(_fixed(spec, count)) from error
     if not same:
