@@ -75,7 +75,9 @@ def test_logits_and_maps_are_those_of_the_network_that_leaves_its_input(change: 
 
 def test_every_method_agrees(images: Tensor) -> None:
     found, expected = (
-        GradCAM(PooledChanging(in_place), "net.features", list(METHOD_INFO), engine="eager", precision="float32")(images)
+        GradCAM(PooledChanging(in_place), "net.features", list(METHOD_INFO), engine="eager", precision="float32")(
+            images
+        )
         for in_place in (True, False)
     )
     for method in METHOD_INFO:
