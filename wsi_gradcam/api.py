@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.executors import open_executor
-from wsi_gradcam.inputs.find import SlideEntry, choose_slides, find_slides
+from wsi_gradcam.inputs.find import SlideEntry, choose_slides, search_slides
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
@@ -105,7 +105,7 @@ def explain(
             where the command line was told to.
     """
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
-    entries = _chosen(slides, folder, only, skip)
+    entries, remarks = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings, trust_code)
     session = RunSession(folder.place, listener or RunListener(), partial(read_slides, folder.slides), log_tasks)
     records: list[SlideRecord] = []
@@ -121,6 +121,8 @@ def explain(
         entries = record_slides(folder.record, entries)
         workload = ExplainWorkload(run, overwrite)
         session.begin(workload, entries, executor.dashboard)
+        for remark in remarks:
+            session.message(remark)
         wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
         if retry_failed:
             forget_unreadable(wanted, rows, folder)
@@ -144,12 +146,16 @@ def explain(
 
 @dataclass(frozen=True)
 class Preview:
-    """The outcome of a dry run: estimates of the slides that can be planned, errors of the others, and the time."""
+    """The outcome of a dry run: estimates of the slides that can be planned, errors of the others, and the time.
+
+    `remarks` are lines on what the search for slides left out.
+    """
 
     run: RunPlan
     estimates: tuple[Estimate, ...]
     errors: tuple[tuple[SlideEntry, str], ...]
     pace: Pace
+    remarks: tuple[str, ...] = ()
 
 
 def preview(
@@ -167,7 +173,7 @@ def preview(
     from wsi_gradcam.executors.serial import SerialExecutor
 
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
-    entries = _chosen(slides, folder, only, skip)
+    entries, remarks = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings, trust_code)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
@@ -185,7 +191,8 @@ def preview(
             estimates.append(estimate(entry, plan, run))
         except Exception as error:  # as in a run: a bad slide never hides the others
             errors.append((entry, one_line(error)))
-    return Preview(run, tuple(estimates), tuple(errors), _pace(folder, run, estimates, partial(executor.rate, run)))
+    pace = _pace(folder, run, estimates, partial(executor.rate, run))
+    return Preview(run, tuple(estimates), tuple(errors), pace, remarks)
 
 
 def _pace(folder: RunFolder, run: RunPlan, estimates: Sequence[Estimate], measure: Callable[[], float]) -> Pace:
@@ -214,11 +221,13 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
     return make_settings(**{**settings.model_dump(), **options}) if options else settings
 
 
-def _chosen(slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]) -> list[SlideEntry]:
-    """The slides to explain, with the ids that a run which is continued has for them."""
-    found = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+def _chosen(
+    slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]
+) -> tuple[list[SlideEntry], tuple[str, ...]]:
+    """The slides to explain, with the ids that a run which is continued has for them, and what is to be remarked."""
+    found = search_slides([slides] if isinstance(slides, str | PathLike) else slides)
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
-    return choose_slides(assign_ids(found, read_slide_records(folder.record)), *patterns)
+    return choose_slides(assign_ids(found.entries, read_slide_records(folder.record)), *patterns), found.remarks
 
 
 def _prepared(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +19,13 @@ from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cli import say
 from wsi_gradcam.errors import SlideError, printable, quoted
-from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.io.urls import is_url, url_name
+from wsi_gradcam.inputs.find import SlideEntry, search_slides
+from wsi_gradcam.io.urls import is_url, redact_url, url_name
 from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.progress import cause_of
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.slides import open_slide
+from wsi_gradcam.slides import is_zarr, open_slide
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.timer import format_duration
 from wsi_gradcam.tissue.annotations import check_mask, read_regions
@@ -82,7 +83,8 @@ def print_preview(found: Preview, as_json: bool) -> None:
     rows = [{**asdict(e), "slide": e.slide.id} for e in found.estimates]
     errors = {entry.id: error for entry, error in found.errors}
     if as_json:
-        print(json.dumps({"slides": rows, "errors": errors, "time": _time(found.pace)}, indent=1))
+        values = {"slides": rows, "errors": errors, "time": _time(found.pace), "remarks": found.remarks}
+        print(json.dumps(values, indent=1))
         return
     table = Table("slide", "patches", "spans", "blocks", "store", "memory")
     for e in found.estimates:
@@ -99,6 +101,8 @@ def print_preview(found: Preview, as_json: bool) -> None:
         f"about {format_duration(pace.seconds)} for the {pace.patches:,} patches that are left, at "
         f"{pace.patches_per_s:.3g} patches/s: {pace.basis}"
     )
+    for remark in found.remarks:
+        say(remark, error=True)
     for slide, error in errors.items():
         say(f"cannot be planned: {slide}: {error}", error=True)
 
@@ -160,7 +164,11 @@ def print_audit(outcome: AuditOutcome, failures: Sequence[VerdictRow], as_json: 
 
 
 def slide_info(path: str) -> dict[str, Any]:
-    """Describe a slide."""
+    """Describe a slide, or a folder of slides."""
+    if is_url(path) and path.endswith("/") and not path.rstrip("/").endswith(".zarr"):
+        return _folder_info(path)
+    if not is_url(path) and Path(path).is_dir() and not is_zarr(Path(path)):
+        return _folder_info(path)
     slide = open_slide(path)
     info = slide.info
     try:
@@ -179,6 +187,19 @@ def slide_info(path: str) -> dict[str, Any]:
         "bounds": "whole slide" if info.bounds is None else str(info.bounds),
         "area": area,
         "digest": info.digest,
+    }
+
+
+def _folder_info(path: str) -> dict[str, Any]:
+    """Describe a folder: the slides that a search finds, and what it leaves out."""
+    found = search_slides([path])
+    kinds = Counter(Path(entry.path).suffix.lower() for entry in found.entries)
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return {
+        "folder": redact_url(path) if is_url(path) else path,
+        "slides": f"{len(found.entries):,} ({listed})",
+        "first": ", ".join(entry.id for entry in found.entries[:MAX_SLIDES]),
+        **{f"remark {number}": remark for number, remark in enumerate(found.remarks, 1)},
     }
 
 

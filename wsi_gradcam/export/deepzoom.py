@@ -10,9 +10,8 @@ import json
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from wsi_gradcam.export.job import Job, blocks, slug
+from wsi_gradcam.export.job import Job, blocks, save_png, slug
 from wsi_gradcam.geometry import Region, tiles
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.stitch import coarsen, coarsen_flags
@@ -93,5 +92,4 @@ def _coarser_levels(job: Job, channel: ChannelInfo) -> Iterator[tuple[int, Pixel
 
 def _save(folder: Path, region: Region, rgba: NDArray[np.uint8]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{region.x // TILE}_{region.y // TILE}.png"
-    Image.fromarray(rgba).save(path, format="PNG", compress_level=1)
+    save_png(rgba, folder / f"{region.x // TILE}_{region.y // TILE}.png")

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from wsi_gradcam.errors import SlideError
-from wsi_gradcam.export.job import Job, slug
+from wsi_gradcam.export.job import MADE_BY, Job, slug
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.overview import UNITS as METHOD_UNITS
 from wsi_gradcam.results.overview import round_length
@@ -63,7 +63,7 @@ def _write(job: Job, channel: ChannelInfo, background: Rgb, note: str) -> Path:
     rgb = overlay(job, channel, colouring, background)
     picture = Picture(rgb, job.slide.size_px[1] * job.slide.mpp[1] / rgb.shape[1], note)
     with job.atomic_path(path) as partial, partial.open("wb") as file:
-        _draw(job, channel, colouring, picture).print_png(file)
+        _draw(job, channel, colouring, picture).print_png(file, metadata=MADE_BY)
     return path
 
 

@@ -10,10 +10,8 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from wsi_gradcam.export.geojson import patch_features, region_features, write_features
-from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, blocks, slug
+from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, blocks, save_png, slug
 from wsi_gradcam.geometry import Region
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ def _write_overlay(job: Job, channel: ChannelInfo, folder: Path) -> list[tuple[s
         rgba = colouring.rgba(values, flags)
         if rgba.any():
             name = f"overlay-{len(parts)}.png"
-            Image.fromarray(rgba).save(folder / name, format="PNG", compress_level=1)
+            save_png(rgba, folder / name)
             parts.append((name, region.x * step, region.y * step, region.width * step, region.height * step))
     return parts
 

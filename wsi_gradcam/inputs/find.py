@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError
 from wsi_gradcam.inputs.lists import ENDINGS, NO_DETAILS, Details, Mpp, is_list, read_list
 from wsi_gradcam.inputs.search import (
+    ANY_FOLDERS,
+    APPLE_DOUBLE,
     HEATMAP,
-    IMAGE_SUFFIX,
+    RESULT,
+    TIFFS,
     ZARR,
+    Remarks,
+    check_no_result,
+    ending_of,
     find_in_folder,
     has_wildcard,
+    is_export,
+    is_image,
+    is_passed_over,
+    is_slide_result,
     matches,
     parts_of_pattern,
     split_pattern,
+    zarr_kind,
 )
 from wsi_gradcam.io.urls import is_url, redact_url, url_name, url_parts
-from wsi_gradcam.slides import SUFFIXES, is_zarr
+from wsi_gradcam.slides import SUFFIXES, UNREAD, is_zarr
 
 # Tag (0020,000E), little endian, with its type (DICOM PS3.5 section 7.1.2); it stands before any pixels.
 SERIES_INSTANCE_UID = b"\x20\x00\x0e\x00UI"
 HEAD_BYTES = 1 << 16
+REQUESTS = 16  # at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +84,20 @@ class _Found:
         return SlideEntry(slide_id, self.path, more.mpp, self.url, more.mask, more.label, more.site, more.scanner)
 
 
+@dataclass(frozen=True)
+class Searched:
+    """The slides that were found, and a line on each kind of what was left out."""
+
+    entries: list[SlideEntry]
+    remarks: tuple[str, ...]
+
+
 def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
+    """Return the slides that `search_slides` finds."""
+    return search_slides(paths).entries
+
+
+def search_slides(paths: Sequence[str | os.PathLike[str]]) -> Searched:
     """Return the slides in `paths` (files, folders to search, patterns, URLs, lists), sorted by id, each once.
 
     A list is a CSV or Parquet file with a column `slide`, paths from the list's own folder, and if need be further
@@ -80,22 +107,27 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
 
     A file's id is its name; slides of a folder are named from the folder, those of a pattern from the folder before
     its first wildcard; where that would give two slides one id, all are named from the folder that holds everything
-    given.
+    given. Results of ours are no slides: a search leaves them out, and to name one is an error.
 
     Raises:
         SlideNotFoundError: a path that does not exist.
         SlideAccessError: a URL of a folder that cannot be listed.
-        ConfigError: nothing given, a folder without slides, a pattern that matches none, or an invalid list.
+        ConfigError: nothing given, a folder without slides, a pattern that matches none, an invalid list, or a result.
     """
     if not paths:
         raise ConfigError("no slide given; expected slide files, folders, patterns, URLs, or lists (.csv, .parquet)")
     found: dict[object, _Found] = {}
+    remarks = Remarks()
     for text in [os.fspath(path) for path in paths]:
-        for key, slide in _remote(text) if is_url(text) else _local(Path(text)):
+        for key, slide in _remote(text, remarks) if is_url(text) else _local(Path(text), remarks):
             known = found.setdefault(key, slide)
             if known is not slide and slide.details is not NO_DETAILS:
                 found[key] = replace(known, details=known.details.updated(slide.details))
-    slides = list(found.values())
+    return Searched(_entries(list(found.values())), tuple(remarks.lines()))
+
+
+def _entries(slides: list[_Found]) -> list[SlideEntry]:
+    """Return the slides with their ids, sorted by them."""
     names = [slide.name for slide in slides]
     if len(set(names)) < len(names):
         places = [path_parts(slide.path) for slide in slides]
@@ -165,9 +197,9 @@ def _common_folders(places: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def _local(path: Path) -> Iterator[tuple[object, _Found]]:
+def _local(path: Path, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
     try:
-        for place, name, details in _named(path):
+        for place, name, details in _named(path, remarks):
             yield (
                 _slide_at(place, name, details) if is_url(place) else (_slide_key(place), _Found(place, name, details))
             )
@@ -177,7 +209,7 @@ def _local(path: Path) -> Iterator[tuple[object, _Found]]:
         ) from error
 
 
-def _remote(url: str) -> Iterator[tuple[object, _Found]]:
+def _remote(url: str, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
     """Yield the slide at a URL, or those in a remote folder."""
     if not url.endswith("/") or url.rstrip("/").endswith(ZARR):
         yield _slide_at(url, url_name(url), NO_DETAILS)
@@ -187,10 +219,11 @@ def _remote(url: str) -> Iterator[tuple[object, _Found]]:
     if is_remote_zarr(url):
         yield _slide_at(url, url_name(url), NO_DETAILS)
         return
-    urls = _slides_below(url)
+    found = Remarks()
+    urls = _slides_below(url, "", found)
     if not urls:
-        endings = " ".join(sorted(SUFFIXES))
-        raise ConfigError(f"{redact_url(url)}: no slides in this folder; expected names ending in {endings}")
+        raise _no_slides(redact_url(url), "names", found)
+    remarks.add(found)
     root = len(url_parts(url))
     yield from (_slide_at(each, "/".join(url_parts(each)[root:]), NO_DETAILS) for each in urls)
 
@@ -200,42 +233,84 @@ def _slide_at(url: str, name: str, details: Details) -> tuple[object, _Found]:
     return shown, _Found(shown, name, details, "" if shown == url else url)
 
 
-def _slides_below(url: str) -> list[str]:
+def _no_slides(place: object, what: str, found: Remarks) -> ConfigError:
+    endings = " ".join(sorted(SUFFIXES))
+    more = "".join(f"; {line}" for line in found.lines())
+    return ConfigError(f"{place}: no slides in this folder; expected {what} ending in {endings}{more}")
+
+
+def _slides_below(url: str, below: str, remarks: Remarks) -> list[str]:
     """Return the URLs of the slides in a remote folder, as `find_in_folder` finds them in a local one."""
-    from wsi_gradcam.slides.remote import is_remote_zarr, list_folder
+    from wsi_gradcam.slides.remote import list_folder, read_in_folder
 
     folders, files = list_folder(url)
-    found = [file for file in files if Path(url_name(file)).suffix.lower() in SUFFIXES]
+    names = {url_name(each): each for each in (*folders, *files)}
+    if is_slide_result(names.keys()):
+        remarks.results.append(below.rstrip("/") or redact_url(url))
+        return []
+    slides = _slides_among(files, below, remarks)
     for folder in folders:
         name = url_name(folder)
-        if name.endswith(IMAGE_SUFFIX) and name != HEATMAP and is_remote_zarr(folder):
-            found.append(folder.rstrip("/"))
-        elif not name.endswith(ZARR):
-            found += _slides_below(folder)
-    return sorted(slide for slide in found if not url_name(slide).startswith("._"))
+        if name.endswith(ZARR):
+            kind = zarr_kind(partial(read_in_folder, folder))
+            if ours := kind == RESULT or name == HEATMAP:
+                remarks.results.append(below + name)
+            slides += [folder.rstrip("/")] * (not ours and not name.startswith(APPLE_DOUBLE) and is_image(name, kind))
+        elif is_passed_over(name, (), (ANY_FOLDERS,)):
+            remarks.folders.append(below + name)
+        else:
+            slides += _slides_below(folder, f"{below}{name}/", remarks)
+    return sorted(slides)
 
 
-def _named(path: Path) -> Iterator[tuple[str, str, Details]]:
+def _slides_among(files: Sequence[str], below: str, remarks: Remarks) -> list[str]:
+    """Return the URLs of files that are slides; of TIFFs the heads are read."""
+    from wsi_gradcam.slides.remote import remote_texts
+
+    own = [file for file in files if not url_name(file).startswith(APPLE_DOUBLE)]
+    remarks.unread += [below + url_name(file) for file in own if ending_of(file) in UNREAD]
+    slides = [file for file in own if ending_of(file) in SUFFIXES]
+    tiffs = [file for file in slides if ending_of(file) in TIFFS]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        ours = {file for file, texts in zip(tiffs, pool.map(remote_texts, tiffs), strict=True) if is_export(texts)}
+    remarks.results += [below + url_name(file) for file in tiffs if file in ours]
+    return [file for file in slides if file not in ours]
+
+
+def _named(path: Path, remarks: Remarks) -> Iterator[tuple[str, str, Details]]:
     """Yield path (with its folders resolved) or URL, name and details of the slides that a path names."""
     if not path.exists():
-        yield from _matching(path)
+        yield from _matching(path, remarks)
     elif is_list(path):
-        yield from read_list(path)
+        yield from _listed(path)
     elif path.is_dir() and not is_zarr(path):
-        empty = True
-        for place, name in find_in_folder(path):
+        empty, found = True, Remarks()
+        for place, name in find_in_folder(path, remarks=found):
             empty = False
             yield place, name, NO_DETAILS
         if empty:
-            endings = " ".join(sorted(SUFFIXES))
-            raise ConfigError(f"{path}: no slides in this folder; expected files ending in {endings}")
+            raise _no_slides(path, "files", found)
+        remarks.add(found)
     else:
         # The folder resolved and the name as given: a link is a slide of its own, `a/../a` is not.
         itself = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+        check_no_result(str(itself))
         yield str(itself), itself.name, NO_DETAILS
 
 
-def _matching(path: Path) -> Iterator[tuple[str, str, Details]]:
+def _listed(path: Path) -> Iterator[tuple[str, str, Details]]:
+    """Yield as `_named` for a list.
+
+    Raises:
+        ConfigError: it is none, or names a result.
+    """
+    for place, name, details in read_list(path):
+        if not is_url(place):
+            check_no_result(place, f"{path}: ")
+        yield place, name, details
+
+
+def _matching(path: Path, remarks: Remarks) -> Iterator[tuple[str, str, Details]]:
     """Yield as `_named` for a pattern; the lists among its matches are read."""
     root, pattern = split_pattern(Path(os.path.expanduser(path)))  # noqa: PTH111 - pathlib's own raises for unknown users
     if not pattern or not root.is_dir():
@@ -243,17 +318,17 @@ def _matching(path: Path) -> Iterator[tuple[str, str, Details]]:
         raise SlideNotFoundError(f"{where}: does not exist, expected a slide file or a folder; check the path")
     ending = Path(pattern[-1]).suffix.lower()
     endings = SUFFIXES if not ending or has_wildcard(ending) else SUFFIXES | {ending}
-    empty = True
-    for place, name in find_in_folder(root, endings, pattern):
-        if not matches(name.split("/"), pattern):
-            continue
+    empty, found = True, Remarks()
+    for place, name in find_in_folder(root, endings, pattern, found):
         empty = False
         if place.lower().endswith(ENDINGS) and is_list(Path(place)):
-            yield from read_list(Path(place))
+            yield from _listed(Path(place))
         else:
             yield place, name, NO_DETAILS
     if empty:
-        raise ConfigError(f"{path}: no slide in {root} matches this pattern; expected such as 'archive/**/*.svs'")
+        more = "".join(f"; {line}" for line in found.lines())
+        raise ConfigError(f"{path}: no slide in {root} matches this pattern; expected such as 'archive/**/*.svs'{more}")
+    remarks.add(found)
 
 
 def _slide_key(file: str) -> str | Path:

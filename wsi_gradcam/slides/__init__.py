@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SUFFIXES",
+    "UNREAD",
     "Level",
     "Slide",
     "SlideInfo",
@@ -34,6 +35,13 @@ __all__ = [
 SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm".split()  # noqa: SIM905
 )
+# Endings of slides that are not read, and what converts them.
+BIO_FORMATS, SDK = "bioformats2raw or QuPath", "the scanner's own software"
+UNREAD = {
+    **dict.fromkeys(".vsi .qptiff .lif .nd2 .lsm .oir .oib .oif .zvi .ims .jp2 .jpx .zif .afi".split(), BIO_FORMATS),  # noqa: SIM905
+    **dict.fromkeys(".isyntax .i2syntax".split(), "isyntax2raw or Philips' own software"),  # noqa: SIM905
+    **dict.fromkeys(".kfb .sdpc .dyqx .tron .mds .mdsx".split(), SDK),  # noqa: SIM905
+}
 
 
 def is_zarr(path: Path) -> bool:

@@ -305,6 +305,10 @@ class OmeZarrSlide:
 
 def _multiscales(group: Any) -> dict[str, Any]:
     attributes: Mapping[str, Any] = group.attrs.asdict()
+    if "wsi_gradcam" in attributes:
+        raise SlideFormatError("a heatmap that wsi_gradcam made, a result and no slide; give the slide that it shows")
+    if "image-label" in attributes.get("ome", attributes):
+        raise SlideFormatError("labels of an image, and no image; give the image that they belong to")
     found = attributes.get("ome", attributes).get("multiscales")
     if not found:
         raise SlideFormatError("a Zarr group without multiscales, expected an OME-Zarr image")

@@ -39,6 +39,7 @@ BLOCK_BYTES = 1 << 11
 MAX_BLOCKS = 1 << 14
 # Compressed tiles, a tenth of the bytes of their pixels: what the cache of pixels drops need not be fetched again.
 KEPT_BYTES = 64 << 20
+SMALL_BYTES = 4 << 20
 
 
 class RemoteFile:
@@ -198,6 +199,32 @@ def is_remote_zarr(url: str) -> bool:
             raise access_error(redact_url(url), error) from None
         return True
     return False
+
+
+def read_in_folder(url: str, name: str) -> bytes | None:
+    """Return a small file in a folder, its first bytes if it is none; None where there is no such file.
+
+    Raises:
+        SlideAccessError: the server does not answer.
+    """
+    try:
+        return probe(folder_store(url), name, SMALL_BYTES)[2]
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise access_error(redact_url(url), error) from None
+
+
+def remote_texts(url: str) -> dict[int, str]:
+    """Return the `first_texts` of a TIFF behind a URL; none where it cannot be read."""
+    from wsi_gradcam.slides.tiff_metadata import first_texts  # not above: a reader that knows files
+
+    try:
+        file = RemoteFile(url)
+        with file.stream() as stream:
+            return first_texts(stream, file.size)
+    except SlideError:  # it will fail as a slide, with this cause
+        return {}
 
 
 def list_folder(url: str) -> tuple[list[str], list[str]]:

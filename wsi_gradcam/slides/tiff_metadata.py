@@ -181,6 +181,7 @@ INTEGER_TYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
 IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH = SIZES = (256, 257, 322, 323)
 TILE_OFFSETS = 324
 BYTE_COUNTS = (279, 325)  # of strips, of tiles
+ASCII, MAX_TEXT = 2, 256
 MAX_DIRECTORIES, MAX_ENTRIES = 4096, 4096
 
 Entry = tuple[int, int, int, bytes]  # tag, type, count, the field that holds the value or its place
@@ -247,6 +248,22 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
         whole = len(raw) - len(raw) % length
         yield order, [struct.unpack_from(order + shape, raw, at) for at in range(0, whole, length)]
         place = _unpacked(file, order + word) or 0
+
+
+def first_texts(file: BinaryIO, size: int) -> dict[int, str]:
+    """Return the texts in the first directory of a TIFF by their tags, as far as they are short. A few small reads.
+
+    Nothing is in there of what is no TIFF.
+    """
+    order, entries = next(_directories(file, size), ("<", []))
+    texts = {}
+    for tag, kind, count, data in entries:
+        if kind == ASCII and count > len(data):
+            file.seek(int.from_bytes(data, "little" if order == "<" else "big"))
+            data = file.read(min(count, MAX_TEXT))
+        if kind == ASCII:
+            texts[tag] = data[:count].rstrip(b"\0").decode("ascii", "replace")
+    return texts
 
 
 def _unpacked(file: BinaryIO, layout: str) -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import binary_dilation, binary_opening, label, maximum_filter, minimum_filter
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import closing, disk, remove_small_holes, remove_small_objects
@@ -306,8 +307,9 @@ def write_mask_preview(
         tinted = _enlarged(where, rgb.shape)
         rgb[tinted] = (rgb[tinted] * (1 - OPACITY) + np.array(colour) * OPACITY).astype(np.uint8)
     rgb[_border(_enlarged(mask, rgb.shape))] = OUTLINE_COLOUR
-    buffer = io.BytesIO()
-    Image.fromarray(rgb).save(buffer, format="PNG")
+    buffer, about = io.BytesIO(), PngInfo()
+    about.add_text("Software", "wsi_gradcam")  # by it a search for slides knows that it is none
+    Image.fromarray(rgb).save(buffer, format="PNG", pnginfo=about)
     write_atomic(path, buffer.getvalue())
     return {**masks.shares(), "tissue": float(mask.mean()), "excluded": float(excluded.mean())}
 
