@@ -16,7 +16,7 @@ COPY wsi_gradcam ./wsi_gradcam
 # npm is needed while the package is built: hatch_build.py fetches what the viewer's page shows slides with.
 RUN apt-get update && apt-get install -y --no-install-recommends npm \
  && grep -vE '^(torch|torchvision|nvidia-|cuda-|triton)' constraints.txt > without-torch.txt \
- && pip install -c without-torch.txt ".${TORCH_INDEX:+[engines]}" \
+ && pip install -c without-torch.txt ".[fast${TORCH_INDEX:+,engines}]" \
  && apt-get purge -y npm && apt-get autoremove -y && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home reader

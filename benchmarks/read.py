@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import openslide
 import tifffile
+import torch  # noqa: F401 - as in `explain`, which resamples by it
 import zarr
 from numpy.typing import NDArray
 from PIL import Image

@@ -25,7 +25,7 @@ __all__ = ["FORMATS", "Exported", "Options", "export"]
 # The module of each format; its function write(job), or another that is named, returns the paths it has written.
 FORMATS = {
     "ome-zarr-0.4": "ome_zarr_04",
-    "ome-tiff": "ome_tiff",
+    "ome-tiff": "tiff:write_ome",
     "tiff": "tiff",
     "asap": "tiff:write_asap",
     "tissuumaps": "tiff:write_tissuumaps",

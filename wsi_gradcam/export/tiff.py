@@ -1,28 +1,30 @@
-"""Pyramidal TIFF in 8 bits, for viewers that open slides with OpenSlide, and what ASAP and TissUUmaps want of it.
+"""TIFF: pyramids in 8 bits, for viewers that open slides with OpenSlide, as ASAP and TissUUmaps want them; OME-TIFF.
 
-It is a BigTIFF whose levels are top-level pages, all but the first marked as reduced; the resolution tags have the
-micrometres per pixel of the heatmap.
+A pyramid is a BigTIFF whose levels are top-level pages, all but the first marked as reduced; the resolution tags have
+the micrometres per pixel of the heatmap.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import numpy as np
 import tifffile
 
 from wsi_gradcam.errors import ResultError
 from wsi_gradcam.export.colours import GRAY, Colouring
-from wsi_gradcam.export.job import Job, blocks, padded, slug
+from wsi_gradcam.export.job import Job, blocks, ome_colour, padded, slug
 from wsi_gradcam.geometry import Region, ceil_div, tiles
 from wsi_gradcam.io.urls import is_url
+from wsi_gradcam.results.heatmap import LABEL
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from wsi_gradcam.results.channels import ChannelInfo
@@ -33,6 +35,7 @@ TILE = 512
 WHITE = 255
 UM_PER_CM = 1e4
 ASAP_ENDING = "_likelihood_map.tif"
+COVERAGE_COLOUR = "FFFFFF"
 
 
 def write(job: Job) -> list[Path]:
@@ -191,3 +194,64 @@ def _source(path: str | Path, folder: Path) -> str:
 def _ascii(name: str) -> str:
     """Return a name without the bytes that are no text."""
     return name.encode("utf-8", "replace").decode()
+
+
+def write_ome(job: Job) -> list[Path]:
+    """Write one OME-TIFF with the values of all chosen channels, for QuPath, OMERO, Fiji and napari.
+
+    float32, a plane for each channel and a last one with the coverage bits; coarser levels are SubIFDs; pixel sizes are
+    in the OME-XML. Without a predictor, which Bio-Formats does not support for floats.
+    """
+    path, levels = job.path("ome.tiff"), job.slide.levels
+    planes = len(job.channels) + 1
+    common: dict[str, Any] = {
+        "dtype": "float32",
+        "tile": (TILE, TILE),
+        "photometric": "minisblack",
+        "compression": "deflate",
+        "resolutionunit": "CENTIMETER",
+        "software": "wsi_gradcam",
+    }
+    with (
+        job.atomic_path(path) as partial,
+        tifffile.TiffWriter(partial, bigtiff=True, ome=True) as writer,
+    ):
+        for level, shape in enumerate(levels):
+            um_y, um_x = job.um_per_px(level)
+            writer.write(
+                _ome_tiles(job, level),
+                shape=(planes, *shape),
+                resolution=(UM_PER_CM / um_x, UM_PER_CM / um_y),
+                **common,
+                **({"subfiletype": 1} if level else {"subifds": len(levels) - 1, "metadata": _ome_metadata(job)}),
+            )
+    return [path]
+
+
+def _ome_tiles(job: Job, level: int) -> Iterator[NDArray[np.generic]]:
+    regions = tiles(*job.slide.levels[level], TILE)
+    for channel in job.channels:
+        for region in regions:
+            yield padded(job.slide.read(channel, level, region), TILE)
+    for region in regions:
+        yield padded(job.slide.read_coverage(level, region).astype(np.float32), TILE)
+
+
+def _ome_metadata(job: Job) -> dict[str, Any]:
+    """Return the metadata that tifffile turns into OME-XML."""
+    um_y, um_x = job.um_per_px(0)
+    windows = "; ".join("{}: {:g} to {:g}".format(c.label, *job.window(c)) for c in job.channels)
+    return {
+        "UUID": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, job.digest)}",  # else another in each export
+        "axes": "CYX",
+        "Name": job.slide.id.encode("utf-8", "replace").decode(),
+        "Description": f"Values of wsi_gradcam. Windows: {windows}. {LABEL}: bits 1 tissue, 2 explained, 4 unreadable.",
+        "PhysicalSizeX": um_x,
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": um_y,
+        "PhysicalSizeYUnit": "µm",
+        "Channel": {
+            "Name": [*(channel.label for channel in job.channels), LABEL],
+            "Color": [ome_colour(text) for text in (*(channel.colour for channel in job.channels), COVERAGE_COLOUR)],
+        },
+    }

@@ -131,10 +131,14 @@ def pad_with_background(
     inside = region.intersect(Region(0, 0, size.height, size.width))
     if inside == region:
         return np.ascontiguousarray(read(region))
-    canvas = np.full((region.height, region.width, 3), colour, np.uint8)
-    if inside.height and inside.width:
-        place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
-        canvas[place.slices] = read(inside)
+    canvas = np.empty((region.height, region.width, 3), np.uint8)
+    if not (inside.height and inside.width):
+        canvas[:] = colour
+        return canvas
+    place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
+    for beside in (np.s_[: place.y], np.s_[place.bottom :], np.s_[:, : place.x], np.s_[:, place.right :]):
+        canvas[beside] = colour  # not all of it: a colour is written slowly
+    canvas[place.slices] = read(inside)
     return canvas
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from wsi_gradcam.errors import ConfigError, SlideReadError
 from wsi_gradcam.geometry import Region, tiles
+from wsi_gradcam.slides.triangle_filter import Span, resample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -279,13 +279,14 @@ class _Axis:
         self.exact = abs(scale - 1) * size < 0.01 and abs(start - round(start)) < 0.01
         self.size = size
         if self.exact:
-            self.first, self.length, self.box = round(start), size, (0.0, float(size))
+            self.first, self.length = round(start), size
+            self.span = Span(size, 0.0, size, size)
             return
         # The pixels that the filter weighs and no more: a damaged tile beside them is none of the region's business.
         end, margin = start + scale * size, max(1.0, scale) - scale / 2 - 0.5
         self.first = math.floor(min(start, start - margin + TINY))
         self.length = math.ceil(max(end, end + margin - TINY)) - self.first
-        self.box = (start - self.first, end - self.first)
+        self.span = Span(self.length, start - self.first, end - self.first, size)
 
 
 def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.uint8]:
@@ -297,6 +298,4 @@ def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.u
     pixels = slide.read_level(level, Region(rows.first, columns.first, rows.length, columns.length))
     if rows.exact and columns.exact:
         return pixels
-    box = (columns.box[0], rows.box[0], columns.box[1], rows.box[1])
-    size = (columns.size, rows.size)
-    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))
+    return resample(pixels, rows.span, columns.span)
