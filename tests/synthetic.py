@@ -11,7 +11,7 @@ Tiles (`corrupt_tile`):
   touches the tile. From then on the handle raises for every other region too and has to be reopened.
 - "silent": JPEG has no checksum, so flipped bits in the scan decode to wrong pixels, without a word from
   OpenSlide or imagecodecs. Deflate has one and raises.
-- "missing": transparent black (0, 0, 0, 0), no error; tifffile fills in zeros.
+- "missing": transparent black (0, 0, 0, 0), no error, whatever its offset; tifffile fills in zeros.
 
 Files (`truncate`): cut before the last directory, `OpenSlideUnsupportedFormatError` as for no slide at all;
 cut in the coarsest level, `OpenSlideError` on opening, which hashes that level.
@@ -174,7 +174,8 @@ def corrupt_tile(src: Path, dst: Path, level: int, row: int, col: int, *, damage
         level: page of the TIFF; row and col count its tiles.
         damage: "unreadable" complements every byte, so that no JPEG marker or zlib header is left; "silent"
             flips a bit of the bytes in the second half that neither are nor become part of a JPEG marker;
-            "missing" leaves no bytes at all (offset and count 0). What OpenSlide makes of each is told above.
+            "missing" leaves no bytes at all, but an offset: without one too, it would be told to be glass. What
+            OpenSlide makes of each is told above.
     """
     with tifffile.TiffFile(src) as tiff:
         page, order = cast(tifffile.TiffPage, tiff.pages[level]), tiff.byteorder
@@ -192,7 +193,7 @@ def corrupt_tile(src: Path, dst: Path, level: int, row: int, col: int, *, damage
         tile = file.read(count)
         moved = file.seek(0, 2)
         if damage == "missing":
-            moved = count = 0
+            count = 0
         else:
             file.write(_flip_scan(tile) if damage == "silent" else bytes(255 - byte for byte in tile))
         for (place, kind), value in zip(slots, (moved, count), strict=True):

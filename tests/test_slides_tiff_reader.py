@@ -94,6 +94,7 @@ def test_aperio_codecs_are_read_as_by_openslide(compression: str, bigtiff: bool,
         tile=(240, 240),
         photometric="rgb",
         compression=compression,
+        compressionargs={"mct": False} if compression.endswith("ycbc") else {},
         bigtiff=bigtiff,
         metadata=None,
         description="Aperio Image Library v1\n500x400 (240x240)|AppMag = 20|MPP = 0.499",
@@ -326,7 +327,7 @@ def test_an_unknown_reader_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("colours", ["rgb", "ycbcr"])
 def test_jpeg_tiles_are_decoded_as_by_tifffile(colours: Any, tmp_path: Path) -> None:
-    """Whole tiles by way of memory of our own, those at the edges and damaged ones by way of tifffile."""
+    """To memory of our own, at addresses that libjpeg writes to faster."""
     path = tmp_path / "a.tif"
     tifffile.imwrite(
         path,
@@ -339,16 +340,13 @@ def test_jpeg_tiles_are_decoded_as_by_tifffile(colours: Any, tmp_path: Path) -> 
     )
     with tifffile.TiffFile(path) as file, closing(LocalFile(path)) as source:
         (level,), page = tiff_levels(file), cast(tifffile.TiffPage, file.pages[0])
-        assert level.decode_whole is not None
-        whole = [i for i in range(20) if level._is_whole(i)]
-        assert whole == [5 * row + column for row in range(3) for column in range(4)]
+        assert level.decode_jpeg is not None
         for i in range(20):
             (data,) = source.read_many([(int(level.offsets[i]), int(level.counts[i]))])
             assert isinstance(data, bytes)
             expected, _, shape = page.decode(data, i, jpegtables=level.jpegtables)
             assert expected is not None
             np.testing.assert_array_equal(level.decode([i], [data]), expected[0, : shape[1], : shape[2]])
-            if i in whole:
-                found = level.decode_whole(data)
-                np.testing.assert_array_equal(found, expected[0])
-                assert found.ctypes.data % 32 == 16
+            found = level.decode_jpeg(data)
+            assert found is not None
+            assert found.ctypes.data % 32 == 16

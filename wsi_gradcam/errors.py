@@ -33,6 +33,10 @@ class SlideFormatError(SlideError, ValueError):
     """The file is not a slide that a reader knows, or is damaged beyond opening."""
 
 
+class SlideContentError(SlideFormatError):
+    """What the file holds is no picture in colour or gray: no reader may show it, even one that would."""
+
+
 class SlideAccessError(SlideError, ConnectionError):
     """A remote slide that cannot be reached, or may not be read."""
 

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.errors import SlideError, SlideFormatError, SlideNotFoundError, SlideReadError, one_line
+from wsi_gradcam.errors import (
+    SlideContentError,
+    SlideError,
+    SlideFormatError,
+    SlideNotFoundError,
+    SlideReadError,
+    one_line,
+)
 from wsi_gradcam.io.urls import redact_url, split_url
 from wsi_gradcam.slides.base import LocalFile, make_levels
 from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide, RemoteZarr
@@ -69,7 +76,7 @@ def open_tiff_slide(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Fact
             with open_tiff(file) as parsed:
                 levels, info = facts(file, parsed)
         except SlideFormatError as error:
-            raise SlideFormatError(f"{file.name}: {error}") from error
+            raise type(error)(f"{file.name}: {error}") from error
         except SlideError:
             raise
         except Exception as error:  # parsing a damaged file may raise anything
@@ -94,11 +101,21 @@ def _open_auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
     vendor = detect_vendor(path)
     if vendor is None and _begins_as_tiff(path):
         return _open_local_tiff(path, mpp, trust_objective)
-    known = OpenSlideSlide(path, mpp, trust_objective)
-    if vendor not in PLAIN:
-        return known
+    return (_open_plain if vendor in PLAIN else OpenSlideSlide)(path, mpp, trust_objective)
+
+
+def _open_plain(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
+    """Return a plain pyramid by the faster reader of those that know its codec; none may show what is no picture."""
+    try:
+        known = OpenSlideSlide(path, mpp, trust_objective)
+    except SlideFormatError as error:
+        LOG.info("%s is not read by OpenSlide: %s", path, one_line(error))
+        return open_tiff_slide(LocalFile(path), partial(plain_facts, mpp=mpp, trust_objective=trust_objective))
     try:
         fast = _open_if_equal(LocalFile(path), mpp, known)
+    except SlideContentError as error:
+        known.close()
+        raise SlideContentError(f"{path}: {error}") from error
     except Exception as error:  # tifffile need not know what OpenSlide does
         LOG.info("%s is read by OpenSlide: %s", path, one_line(error))
         return known
@@ -150,14 +167,19 @@ def _same_sizes(levels: Sequence[TiffLevel], wanted: Sequence[tuple[int, int]]) 
 
 
 def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
-    """Compare some tiles of a level; only the first one where OpenSlide interpolates the others."""
+    """Compare some tiles of a level; only the first one where OpenSlide interpolates the others.
+
+    A tile that either cannot read is damaged: OpenSlide, which fills up some, shall not read it in place of our own.
+    """
+    if fast.obeys_streams(level):  # OpenSlide does not
+        return
     tiles = fast.sample_tiles(level, TILES_COMPARED)
     for region in tiles if known.is_exact(level) else tiles[:1]:
         try:
             expected = known.read_level(level, region)
-        except SlideReadError:  # neither needs to read it
+            found = fast.read_level(level, region)
+        except SlideReadError:
             continue
-        found = fast.read_level(level, region)
         if not np.array_equal(found, expected):
             off = int(np.abs(found.astype(np.int16) - expected).max())
             raise SlideFormatError(f"level {level}, y {region.y}, x {region.x} differs from OpenSlide's by {off}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from contextlib import closing, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WHITE = (255, 255, 255)
-# Formats whose scanners store every tile: one without data was lost, and OpenSlide shows it as transparent without an
-# error. Other formats (MIRAX, Philips, Leica, Ventana, ...) leave out tiles of bare glass on purpose.
+# Formats whose scanners store every tile, or say of those of glass that they were left out: another one without data
+# was lost, and OpenSlide shows both as transparent. Others (MIRAX, Philips, Leica, Ventana, ...) leave out glass too.
 DENSE = frozenset({"aperio", "generic-tiff", "trestle"})
 
 
@@ -75,7 +76,7 @@ class OpenSlideSlide:
 
         def read(inside: Region) -> NDArray[np.uint8]:
             rgba = self._read(level, inside)
-            if self._info.vendor in DENSE and rgba.getchannel("A").getextrema()[0] == 0:
+            if self._info.vendor in DENSE and rgba.getchannel("A").getextrema()[0] == 0 and self._has_lost_tiles:
                 raise SlideReadError(f"{self._where(level, region)} has no data: a tile is missing in the file")
             return _composite(rgba, self._info.background)
 
@@ -89,6 +90,15 @@ class OpenSlideSlide:
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
+
+    @cached_property
+    def _has_lost_tiles(self) -> bool:
+        """True unless all tiles without data are told to have been left out, or where that cannot be seen."""
+        with suppress(Exception), closing(LocalFile(self._path)) as file, open_tiff(file) as parsed:  # may raise any
+            pages: Any = parsed.pages
+            places = [np.array([page.databytecounts, page.dataoffsets]) for page in pages if page.is_tiled]
+            return not places[0].any() or any(bool((offsets[counts == 0] > 0).any()) for counts, offsets in places)
+        return True
 
     def _read(self, level: int, region: Region) -> Image.Image:
         # OpenSlide wants level-0 coordinates and divides them by its own downsample, the mean of both axes. Where

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides.base import SlideInfo, content_digest, make_levels, pad_with_background
+from wsi_gradcam.slides.tiff_samples import check_whole_jpeg
 from wsi_gradcam.slides.tiff_streams import check_jpeg
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
                     "convert it to a tiled TIFF"
                 )
             if picture.format == "JPEG":
-                check_jpeg(path.read_bytes())
+                data = path.read_bytes()
+                check_jpeg(data)
+                check_whole_jpeg(data)
             return _rgb(ImageOps.exif_transpose(picture))
     except SlideFormatError:
         raise

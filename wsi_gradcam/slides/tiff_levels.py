@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tifffile import RESUNIT, TiffFile
 
-from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
+from wsi_gradcam.errors import SlideContentError, SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.slides.base import DIFFERENT, make_levels
-from wsi_gradcam.slides.tiff_samples import rgb_converter, whole_tile_decoder
-from wsi_gradcam.slides.tiff_streams import stream_check
+from wsi_gradcam.slides.tiff_samples import GIVING_RGB, is_ycc, jpeg_decoder, rgb_converter, ycc_to_rgb
+from wsi_gradcam.slides.tiff_streams import stream_check, turns_into_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,8 +62,9 @@ class TiffLevel:
         check: raises a ValueError for the bytes of a piece that would unpack to more than its tile; None where the
             decoder stops there by itself.
         decode_piece: tifffile's decoder of this page.
-        decode_whole: a faster one for tiles that lie wholly in the page, where there is one.
+        decode_jpeg: a faster and stricter one of JPEG; None for other codecs.
         to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
+        is_ycc: they are YCbCr in JPEG 2000, unless the stream says that it turns them into RGB itself.
         spacing: (y, x) micrometres per stored pixel by the page's resolution tags; None where they do not say.
     """
 
@@ -78,8 +79,9 @@ class TiffLevel:
     jpegtables: bytes | None
     check: Check | None
     decode_piece: Callable[..., Any]
-    decode_whole: Decode | None
+    decode_jpeg: Decode | None
     to_rgb: ToRGB
+    is_ycc: bool
     spacing: tuple[float, float] | None = None
 
     @property
@@ -128,31 +130,31 @@ class TiffLevel:
         if self.check is not None:
             for encoded in data:
                 self.check(encoded)
-        if self.decode_whole is not None and self._is_whole(pieces[0]):
-            with suppress(Exception):  # of damaged ones tifffile has more to say
-                return self.to_rgb(self.decode_whole(data[0]))
-        parts = []
-        for index, encoded in zip(pieces, data, strict=True):
-            array, _, shape = self.decode_piece(encoded, index, jpegtables=self.jpegtables)
-            if array is None or array.ndim != 4 or len(array) != 1:
-                raise ValueError(f"decoded to nothing that is a tile: {None if array is None else array.shape}")
-            parts.append(array[0, : shape[1], : shape[2]])
-        return self._coloured(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2))
+        parts = [self._samples(*piece) for piece in zip(pieces, data, strict=True)]
+        samples = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        return self._coloured(samples, self.is_ycc and not turns_into_rgb(data[0]))
 
-    def _coloured(self, samples: NDArray[np.generic]) -> NDArray[np.uint8]:
+    def _samples(self, index: int, encoded: bytes) -> NDArray[np.generic]:
+        """Return the samples [h, w, samples] of a piece of a tile."""
+        if self.decode_jpeg is not None and (found := self.decode_jpeg(encoded)) is not None:
+            return found
+        array, _, shape = self.decode_piece(encoded, index, jpegtables=self.jpegtables)
+        if array is None or array.ndim != 4 or len(array) != 1:
+            raise ValueError(f"decoded to nothing that is a tile: {None if array is None else array.shape}")
+        samples: NDArray[np.generic] = array[0, : shape[1], : shape[2]]
+        return samples
+
+    def _coloured(self, samples: NDArray[np.generic], from_ycc: bool) -> NDArray[np.uint8]:
         """Return RGB of a tile's samples; of a large one some rows at a time."""
+        convert = self.to_rgb if not from_ycc else lambda part: ycc_to_rgb(self.to_rgb(part))
         height, width = samples.shape[:2]
         if height * width <= CONVERTED_PX:
-            return self.to_rgb(samples)
+            return convert(samples)
         rgb = np.empty((height, width, 3), np.uint8)
         step = max(1, CONVERTED_PX // width)
         for top in range(0, height, step):
-            rgb[top : top + step] = self.to_rgb(samples[top : top + step])
+            rgb[top : top + step] = convert(samples[top : top + step])
         return rgb
-
-    def _is_whole(self, index: int) -> bool:
-        row, column = divmod(index, self.grid[1])
-        return (row + 1) * self.tile_px[0] <= self.height and (column + 1) * self.tile_px[1] <= self.width
 
 
 @contextmanager
@@ -176,6 +178,8 @@ def tiff_levels(file: TiffFile) -> list[TiffLevel]:
     except Exception as error:  # parsing a damaged file may raise anything
         raise SlideFormatError(f"damaged TIFF: {one_line(error)[:200]}; {AGAIN}") from error
     _check_whole(file, levels)
+    if not levels[0].counts.any():
+        raise SlideContentError(f"none of its {len(levels[0].counts):,} tiles has data; {AGAIN}")
     turned = {level.orientation for level in levels}
     if len(turned) > 1:
         raise SlideFormatError(f"levels have different orientations: {sorted(turned)}")
@@ -203,7 +207,7 @@ def _pyramid(file: TiffFile) -> list[TiffPage]:
     first = file.series[0]
     if len(first.pages) != 1:
         what = f"axes {first.axes} with sizes {tuple(first.shape)}"
-        raise SlideFormatError(
+        raise SlideContentError(
             f"{len(first.pages)} pictures that belong together ({what}), as of stains in fluorescence, planes or time; "
             "expected one in colour or gray"
         )
@@ -260,6 +264,8 @@ def _level(page: TiffPage) -> TiffLevel:
     if orientation not in range(1, 9):
         raise SlideFormatError(f"damaged TIFF: orientation {orientation}, expected 1 to 8; {AGAIN}")
     to_rgb = rgb_converter(page)  # first: it says more of a page that is no picture
+    if page.compression in GIVING_RGB:
+        page.subsampling = (1, 1)  # a tag about JPEG, of which the decoders of others need nothing
     return TiffLevel(
         height,
         width,
@@ -272,8 +278,9 @@ def _level(page: TiffPage) -> TiffLevel:
         page.jpegtables,
         stream_check(page, tile, samples // planes),
         page.decode,  # made now: it looks into the file
-        whole_tile_decoder(page, tile),
+        jpeg_decoder(page, tile),
         to_rgb,
+        is_ycc(page),
         spacing_of(page),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -13,12 +14,13 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.slides.base import pad_with_background
 from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, orient, shown_region, stored_region
+from wsi_gradcam.slides.tiff_streams import turns_into_rgb
 from wsi_gradcam.system.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.slides.base import ByteRange, SlideFile, SlideInfo
+    from wsi_gradcam.slides.base import ByteRange, Level, SlideFile, SlideInfo
 
     Tile = NDArray[np.uint8]
     Key = tuple[int, int, int]  # level, row, column
@@ -37,7 +39,7 @@ class TiffSlide:
         keep_freed_memory()
         self._file = file
         self._levels = levels
-        self._info = info
+        self._info = replace(info, levels=tuple(map(_with_data, levels, info.levels)))
         largest = 3 * max(height * width for height, width in (level.tile_px for level in levels))
         self._cache: Cache[Key, Tile] = Cache(max(CACHE_BYTES, largest), attrgetter("nbytes"))
 
@@ -66,9 +68,21 @@ class TiffSlide:
         chosen = full[np.unique(np.linspace(0, len(full) - 1, min(count, len(full))).astype(int))]
         return [shown_region(stored.tile_region(i // columns, i % columns), stored) for i in chosen.tolist()]
 
+    def obeys_streams(self, level: int) -> bool:
+        """Return True for a level of JPEG 2000 that is said to be YCbCr, but whose stream says that it is RGB."""
+        stored = self._levels[level]
+        if not stored.is_ycc:
+            return False
+        first = int(np.argmax(stored.counts > 0))
+        (data,) = self._file.read_many([(int(stored.offsets[first]), min(int(stored.counts[first]), SPARE_BYTES))])
+        return isinstance(data, bytes) and turns_into_rgb(data)
+
     def close(self) -> None:
         """Release the file."""
         self._file.close()
+
+    def _glass(self, stored: TiffLevel) -> NDArray[np.uint8]:
+        return np.broadcast_to(np.array(self._info.background, np.uint8), (*stored.tile_px, 3))
 
     def _read_shown(self, level: int, region: Region) -> NDArray[np.uint8]:
         """Return a region of the level after its orientation."""
@@ -112,6 +126,8 @@ class TiffSlide:
         self, level: int, row: int, column: int, places: list[ByteRange] | str, found: list[bytes | OSError]
     ) -> NDArray[np.uint8]:
         stored = self._levels[level]
+        if not places:
+            return self._glass(stored)
         region = stored.tile_region(row, column)
         try:
             tile = stored.decode(stored.pieces(row, column), _check_complete(places, found))
@@ -128,11 +144,22 @@ class TiffSlide:
         return tile
 
 
+def _with_data(stored: TiffLevel, level: Level) -> Level:
+    """Return a level, as one to be doubted where all its tiles were left out, which is more likely a failed write."""
+    return level if stored.counts.any() else replace(level, problem=level.problem or "all of its tiles are left out")
+
+
 def _locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
-    """Return the positions of a tile's pieces in the file, or the reason why they cannot be read."""
+    """Return the positions of a tile's pieces in the file, or the reason why they cannot be read.
+
+    None at all for a tile that its writer left out, which says so by an offset and a count of 0: it is glass.
+    """
     largest = 4 * stored.tile_px[0] * stored.tile_px[1] * stored.samples + SPARE_BYTES
     places = []
-    for index in stored.pieces(row, column):
+    pieces = stored.pieces(row, column)
+    if not any(stored.counts[index] or stored.offsets[index] for index in pieces):
+        return []
+    for index in pieces:
         offset, count = int(stored.offsets[index]), int(stored.counts[index])
         if not (offset and count):
             return "no data: a tile is missing in the file"

@@ -1,34 +1,49 @@
 """Samples of a TIFF page as RGB of 8 bits, by the rules of the TIFF 6.0 specification.
 
-JPEG tiles decoded to where the decoder writes fastest; what is decoded is tifffile's.
+JPEG tiles are decoded strictly, to where the decoder writes fastest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from imagecodecs import jpeg_decode
+from simplejpeg import decode_jpeg, decode_jpeg_header
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, SAMPLEFORMAT
 
-from wsi_gradcam.errors import SlideFormatError
+from wsi_gradcam.errors import SlideContentError, SlideFormatError
+from wsi_gradcam.geometry import ceil_div
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tifffile import TiffPage
 
     ToRGB = Callable[[NDArray[np.generic]], NDArray[np.uint8]]
-    Decode = Callable[[bytes], NDArray[np.uint8]]
+    Decode = Callable[[bytes], NDArray[np.uint8] | None]
 
 
 WHITE = 255
 # Codecs whose decoder gives RGB of YCbCr; others would give the samples as they are.
 CONVERTING = (COMPRESSION.JPEG, COMPRESSION.OJPEG, COMPRESSION.ALT_JPEG)
+# Those whose decoders give RGB, or what the stream of JPEG 2000 says.
+JPEGS_2000 = (
+    COMPRESSION.APERIO_JP2000_YCBC,
+    COMPRESSION.APERIO_JP2000_RGB,
+    COMPRESSION.JPEG2000,
+    COMPRESSION.JPEG_2000_LOSSY,
+)
+GIVING_RGB = (
+    *JPEGS_2000,
+    COMPRESSION.WEBP,
+    COMPRESSION.WEBP_DEPRECATED,
+    COMPRESSION.JPEGXL,
+    COMPRESSION.JPEGXL_DNG,
+)
 # Facsimile holds single bits: its decoder makes noise of other samples.
 FAX = (COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6)
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+COLOURS = 3
 CMYK_INKS = 1  # tag InkSet, the default
 # Contributions of chroma by its value: red and blue in gray levels, green in 1/65536, rounded as OpenSlide's are.
 _CHROMA = np.arange(256) - 128
@@ -48,7 +63,7 @@ def rgb_converter(page: TiffPage) -> ToRGB:
     """
     bits = page.dtype.itemsize * 8 if page.dtype is not None and page.dtype.kind == "u" else 0
     if bits not in (8, 16) or page.bitspersample != bits:
-        raise SlideFormatError(
+        raise SlideContentError(
             f"samples are {_kind(page)}, expected 8 or 16 bits without sign; convert it to 8-bit RGB"
         )
     if page.compression in FAX:
@@ -66,18 +81,25 @@ def rgb_converter(page: TiffPage) -> ToRGB:
         case (PHOTOMETRIC.PALETTE, 1):
             return _palette(page)
         case (_, 3) if page.compression == COMPRESSION.APERIO_JP2000_YCBC:
-            convert = _ycbcr
+            convert = _same
         case (PHOTOMETRIC.RGB, 3):
             convert = _same
-        case (PHOTOMETRIC.YCBCR, 3) if page.compression in CONVERTING:
+        case (PHOTOMETRIC.YCBCR, 3) if page.compression in (*CONVERTING, *GIVING_RGB):
             convert = _same
+        case (PHOTOMETRIC.YCBCR, 3):  # others may know how
+            raise SlideFormatError("samples of YCBCR that are not JPEG; convert it to 8-bit RGB")
         case (PHOTOMETRIC.SEPARATED, 4) if page.tags.valueof("InkSet", default=CMYK_INKS) == CMYK_INKS:
             convert = _cmyk
         case _:
-            raise SlideFormatError(
+            raise SlideContentError(
                 f"{colours} samples of {_name(page.photometric)} are no colours that can be shown; expected gray, "
                 "RGB, a palette or CMYK; convert it to 8-bit RGB"
             )
+    if extra > (colours > 1) and not (extra == 1 and page.extrasamples[0] in ALPHA):
+        raise SlideContentError(
+            f"{page.samplesperpixel} samples a pixel, of which {extra} are neither colour nor transparency, as stains "
+            "of fluorescence are; expected gray, RGB, a palette or CMYK; convert it to 8-bit RGB"
+        )
     alpha = colours if extra and page.extrasamples[0] in ALPHA else None
     associated = extra > 0 and page.extrasamples[0] == EXTRASAMPLE.ASSOCALPHA
 
@@ -124,7 +146,17 @@ def _cmyk(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return rgb
 
 
-def _ycbcr(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def is_ycc(page: TiffPage) -> bool:
+    """Return True for a page of JPEG 2000 that is said to be YCbCr, by Aperio's codec or by TIFF."""
+    if page.compression == COMPRESSION.APERIO_JP2000_YCBC:
+        return page.samplesperpixel == COLOURS
+    return page.photometric == PHOTOMETRIC.YCBCR and page.compression in (
+        COMPRESSION.JPEG2000,
+        COMPRESSION.JPEG_2000_LOSSY,
+    )
+
+
+def ycc_to_rgb(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Convert ITU-R BT.601 at full scale, as in JFIF, by OpenSlide's integer arithmetic."""
     y, cb, cr = (tile[..., i].astype(np.int32) for i in range(3))
     rgb = np.stack([y + RED_OF_CR[cr], y + ((GREEN_OF_CB[cb] + GREEN_OF_CR[cr]) >> 16), y + BLUE_OF_CB[cb]], axis=-1)
@@ -156,27 +188,53 @@ CONTIGUOUS = 1
 # To addresses that are multiples of 32, libjpeg-turbo writes past the caches: a tile that is read again at once, as
 # ours are, then takes half as long again (256 px: 280 us at 16 beyond such an address, 375 to 405 us at one).
 LINE, BEYOND = 32, 16
+JPEGS = (*CONVERTING, COMPRESSION.JPEG_LOSSY)
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+BLOCK = 16  # px: writers may pad a tile to whole ones
+# What says that samples are RGB: else libjpeg takes three of them for YCbCr.
+ADOBE_RGB = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
+TRANSFORM = 11  # bytes from Adobe's name to its word on colours
+MARKS_BYTES = 1 << 10
 
 
-def whole_tile_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
-    """Return a function from the bytes of a tile that is wholly inside `page` to RGB uint8 [*tile_px, 3].
+def jpeg_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
+    """Return a function from the bytes of a piece of `page` to its samples, uint8 [h, w, samples]; None if not JPEG.
 
-    None where the page's tiles are not JPEG of three colours of 8 bits. It raises whatever the decoder does.
+    What libjpeg only warns of (data that end early, bytes left over, markers out of their place) is an error: it would
+    fill up with gray. The function gives None where the bytes are sound, but only tifffile knows their colours.
     """
-    if (page.compression, page.bitspersample, page.samplesperpixel) != (COMPRESSION.JPEG, 8, 3):
+    if page.compression not in JPEGS:
         return None
-    if page.planarconfig != CONTIGUOUS or page.photometric not in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR):
-        return None
-    stored_as_rgb = page.photometric == PHOTOMETRIC.RGB and not page.is_jfif  # Aperio's
-    return partial(_decoded, tile_px, page.jpegtables, PHOTOMETRIC.RGB if stored_as_rgb else None)
+    samples = int(page.samplesperpixel) if page.planarconfig == CONTIGUOUS else 1
+    in_colour = samples == 3 and page.photometric in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR)
+    as_rgb = in_colour and page.photometric == PHOTOMETRIC.RGB and not page.is_jfif  # Aperio's
+    tables = page.jpegtables or SOI + EOI
+    head = SOI + (ADOBE_RGB if as_rgb else b"") + tables[2 : max(2, tables.rfind(EOI))]
+    height, width = (ceil_div(size, BLOCK) * BLOCK for size in tile_px)
+    colours = {1: "GRAY", 3: "RGB"}[samples] if samples == 1 or in_colour else ""
+
+    def decode(data: bytes) -> NDArray[np.uint8] | None:
+        if not data.startswith(SOI):
+            raise ValueError("not a JPEG")
+        whole = head + data[2:]
+        if not colours or (as_rgb and _says_ycc(data)):
+            check_whole_jpeg(whole)
+            return None
+        return decode_jpeg(whole, colours, buffer=_between_lines((height, width, samples)))[: tile_px[0], : tile_px[1]]  # type: ignore[no-any-return, unused-ignore]
+
+    return decode
 
 
-def _decoded(
-    tile_px: tuple[int, int], tables: bytes | None, colours: PHOTOMETRIC | None, data: bytes
-) -> NDArray[np.uint8]:
-    return jpeg_decode(
-        data, tables=tables, colorspace=colours, outcolorspace=PHOTOMETRIC.RGB, out=_between_lines((*tile_px, 3))
-    )  # type: ignore[no-any-return, unused-ignore]
+def _says_ycc(data: bytes) -> bool:
+    """Return True for a JPEG with a mark by which libjpeg would take its samples for YCbCr."""
+    adobe = data.find(b"Adobe", 0, MARKS_BYTES)
+    return data.find(b"JFIF", 0, MARKS_BYTES) >= 0 or (adobe >= 0 and data[adobe + TRANSFORM] != 0)
+
+
+def check_whole_jpeg(data: bytes) -> None:
+    """Raise a ValueError for a JPEG of which libjpeg would have to invent a part."""
+    *_, colours, _ = decode_jpeg_header(data)
+    decode_jpeg(data, {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}.get(colours, "RGB"))
 
 
 def _between_lines(shape: tuple[int, int, int]) -> NDArray[np.uint8]:

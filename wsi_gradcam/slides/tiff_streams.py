@@ -4,6 +4,9 @@ A file is a stranger's: 126 KB of JPEG can be a picture of 12 GB, whatever the T
 tiles. A decoder makes room for what the stream says, so the stream is asked first, and refused where it is larger than
 its tile. Codecs of bytes (deflate, LZW, Zstandard, PackBits) are given a buffer of the tile's size by tifffile, and
 stop at its end. No other codec is let through.
+
+Streams that say where they end are held to it: some decoders fill up what is missing. (JPEG is judged by its decoder,
+see `tiff_samples`; deflate, Zstandard, PNG and JPEG XL by theirs.)
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ MAX_PACKETS, MAX_BLOCKS, MAX_PARTS = 1 << 17, 1 << 20, 1 << 10
 ANY_TILE_PX = 1 << 27
 MAX_TEXTS = 8  # chunks of text in a PNG: each unpacks to 8 MB
 LZMA_BYTES = 128 << 20  # its dictionary
+# Zeros at the end of data are what a copy that failed leaves. Sound data end in some only where a WebP, which packs
+# nothing into ever smaller fractions, ends in one flat colour: in one byte for 10,000 px, as measured.
+FEW_ZEROS, PX_PER_ZERO = 16, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
     Raises:
         SlideFormatError: tiles of a codec whose memory cannot be bounded.
     """
+    if page.compression == COMPRESSION.LZW:
+        return lambda data: _check_zeros(data, FEW_ZEROS)
     if page.compression in BOUNDED:
         return None
     if page.compression == COMPRESSION.LZMA:
@@ -77,6 +85,7 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
         raise SlideFormatError("damaged TIFF: its tables of JPEG hold a picture; copy the file again from its source")
     height, width = (ceil_div(size, BLOCK) * BLOCK for size in tile_px)
     most = max(MOST_SAMPLES, samples)
+    most_zeros = FEW_ZEROS + tile_px[0] * tile_px[1] // PX_PER_ZERO
 
     known = b""  # mostly all tiles begin alike
 
@@ -91,9 +100,19 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
                 f"the compressed picture has {found.height} x {found.width} px of {found.samples} samples, its tile "
                 f"{tile_px[0]} x {tile_px[1]} px"
             )
+        if read is check_jpeg and found.samples != samples:
+            raise ValueError(f"the compressed picture has {found.samples} samples, its tile {samples}")
+        if read in (_webp, _jpeg_xr):
+            _check_zeros(data, most_zeros)
         known = data[: found.header]
 
     return check
+
+
+def _check_zeros(data: bytes, most: int) -> None:
+    """Raise a ValueError for data that end in more zeros than sound ones do."""
+    if len(data) > most and not any(data[-most - 1 :]):
+        raise ValueError(f"its data end in {len(data) - len(data.rstrip(bytes(1))):,} zeros")
 
 
 def check_jpeg(data: bytes) -> Stream:
@@ -148,7 +167,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 J2K_START, JP2_START = b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"
-SIZ, COD, COC, SOT, SOD = 0xFF51, 0xFF52, 0xFF53, 0xFF90, 0xFF93
+SIZ, COD, COC, SOT, SOD, EOC = 0xFF51, 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
 
 
 def _jpeg2000(data: bytes) -> Stream:
@@ -171,7 +190,14 @@ def _jpeg2000(data: bytes) -> Stream:
     found = Stream(*size, samples)
     if size[0] * size[1] <= ANY_TILE_PX:  # else it is refused for its size
         _check_fine(data, start, found, parts)
+        _check_ends(data, start)
     return found
+
+
+def turns_into_rgb(data: bytes) -> bool:
+    """Return True for a stream of JPEG 2000 whose decoder makes RGB of its components (ITU-T T.800, G.2 and G.3)."""
+    start = max(0, data.find(J2K_START))
+    return next((data[place + 6] == 1 for code, place in _j2k_segments(data, start) if code == COD), False)
 
 
 def _check_fine(data: bytes, start: int, found: Stream, parts: tuple[int, int]) -> None:
@@ -195,6 +221,21 @@ def _check_fine(data: bytes, start: int, found: Stream, parts: tuple[int, int]) 
             f"a JPEG 2000 of {count:,} tiles, {layers:,} layers, {precincts:,} precincts and {blocks:,} blocks, more "
             "than a tile of a slide has"
         )
+
+
+def _check_ends(data: bytes, start: int) -> None:
+    """Raise a ValueError where a picture's tiles are not followed by its end, or by the end of the data."""
+    place = start + 2
+    while place + 12 <= len(data):
+        code, length = struct.unpack_from(">HH", data, place)
+        (part,) = struct.unpack_from(">I", data, place + 6) if code == SOT else (2 + length,)
+        if code == EOC or (code == SOT and not part):
+            break
+        if not 0xFF01 <= code <= 0xFFFE:
+            raise ValueError(f"a JPEG 2000 with {code:04x} where a tile or its end belongs")
+        place += part
+    if place != len(data) and data.find(EOC.to_bytes(2, "big"), place) < 0:
+        raise ValueError("a JPEG 2000 without its end")
 
 
 def _precincts(found: Stream, parts: tuple[int, int], levels: int, sizes: bytes) -> Iterator[int]:
@@ -357,7 +398,25 @@ def _jpeg_xr(data: bytes) -> Stream:
         width, height = struct.unpack_from(">HH" if short else ">II", data, stream + 12)
         sizes.append((height + 1, width + 1))
         stream = data.find(b"WMPHOTO\0", stream + 8)
+    _check_xr_ends(data)
     return Stream(max(height for height, _ in sizes), max(width for _, width in sizes))
+
+
+XR_START, XR_ENTRY = b"II\xbc", struct.Struct("<HHII")
+XR_OFFSET, XR_COUNT = 0xBCC0, 0xBCC1  # of the picture; those of alpha follow by two
+
+
+def _check_xr_ends(data: bytes) -> None:
+    """Raise a ValueError where a picture or its alpha lies beyond the data (ITU-T T.832, A.7)."""
+    if not data.startswith(XR_START):
+        return
+    (place,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, place)
+    entries = (XR_ENTRY.unpack_from(data, place + 2 + XR_ENTRY.size * number) for number in range(count))
+    said = {tag: value for tag, _, _, value in entries}
+    ends = (said.get(XR_OFFSET + more, 0) + said.get(XR_COUNT + more, 0) for more in (0, 2))
+    if (end := max(ends)) > len(data):
+        raise ValueError(f"a JPEG XR that ends {end - len(data):,} bytes before it says")
 
 
 def _check_lzma(data: bytes, size: int) -> None:
@@ -367,6 +426,8 @@ def _check_lzma(data: bytes, size: int) -> None:
         found = len(decoder.decompress(data, max_length=size + 1))
     except lzma.LZMAError as error:
         raise ValueError(f"not data of LZMA ({error})") from error
+    if found <= size and not decoder.eof:
+        raise ValueError("data of LZMA without their end")
     if found > size:
         raise ValueError(f"more than {size:,} bytes in the tile")
 
