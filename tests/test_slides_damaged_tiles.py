@@ -66,7 +66,7 @@ def write(path: Path, name: str) -> Path:
 
 def change(path: Path, how: Callable[[bytes], bytes]) -> None:
     """Put other bytes in the place of a tile's own, with a count of their own, not more of them."""
-    with tifffile.TiffFile(path, mode="r+b") as file:
+    with tifffile.TiffFile(path, mode="r+") as file:
         page = cast(tifffile.TiffPage, file.pages[0])
         index, counts = ROW * 4 + COLUMN, [int(count) for count in page.databytecounts]
         file.filehandle.seek(page.dataoffsets[index])
@@ -155,11 +155,10 @@ def test_a_damaged_picture_is_refused(damage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["progressive", "gray", "restarts", "cmyk"])
 def test_other_jpegs_are_judged_too(kind: str, tmp_path: Path) -> None:
-    image, options = Image.fromarray(picture()[:SIDE, :SIDE]), {"quality": 90}
-    image = image.convert({"gray": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
-    options |= {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 4}}.get(kind, {})
+    options: dict[str, Any] = {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 4}}
+    image = Image.fromarray(picture()[:SIDE, :SIDE]).convert({"gray": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
     made = io.BytesIO()
-    image.save(made, "JPEG", **options)
+    image.save(made, "JPEG", quality=90, **options.get(kind, {}))
     for number, data in enumerate((made.getvalue(), made.getvalue()[: len(made.getvalue()) * 2 // 3])):
         tifffile.imwrite(
             tmp_path / f"{number}.tif",
@@ -233,7 +232,7 @@ def sparse(path: Path, left_out: list[int], *, offset: int = 0, level: int = 0, 
                 resolution=(2e4, 2e4),
                 **options,
             )
-    with tifffile.TiffFile(path, mode="r+b") as file:
+    with tifffile.TiffFile(path, mode="r+") as file:
         page = cast(tifffile.TiffPage, file.pages[level])
         for name, values, nothing in (
             ("TileByteCounts", page.databytecounts, 0),
