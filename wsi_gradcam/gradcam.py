@@ -21,7 +21,7 @@ from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, one_line
 from wsi_gradcam.models.load import Model, layer_name, load_model
-from wsi_gradcam.models.outputs import with_logits
+from wsi_gradcam.models.outputs import unwrapped, with_logits
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Layer
@@ -118,7 +118,7 @@ class GradCAM:
         _check("precision", precision, (AUTO, *PRECISIONS))
         if not isinstance(model, nn.Module | Model):
             model = load_model(fspath(model) if isinstance(model, PathLike) else model, trust_code=trust_code)
-        self._module = model.module if isinstance(model, Model) else model
+        self._module = model.module if isinstance(model, Model) else unwrapped(model)
         self._classes = tuple(classes or (model.classes if isinstance(model, Model) else ()))
         self._wanted = layer_name(self._module, layer) or (model.layer if isinstance(model, Model) else None)
         self._requested = engine, precision

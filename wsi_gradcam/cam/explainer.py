@@ -118,6 +118,7 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
         batch_size=batch_size,
         choice=choice,
         stain=model.stain,
+        notes=model.notes,
     )
     return Examined(facts, program)
 

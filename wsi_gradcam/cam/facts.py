@@ -144,6 +144,7 @@ class ModelFacts:
         batch_size: patches per forward pass.
         choice: engine and precision.
         stain: what slides are normalised to; None: they stay as they are.
+        notes: what was done to explain it, and what of its files was taken, a line each.
     """
 
     name: str
@@ -165,6 +166,7 @@ class ModelFacts:
     batch_size: int
     choice: Choice
     stain: Stain | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def layer(self) -> str:

@@ -103,6 +103,8 @@ def print_preview(found: Preview, as_json: bool) -> None:
     )
     for remark in found.remarks:
         say(remark, error=True)
+    for note in found.run.facts.notes:
+        say(f"model {found.run.facts.name}: {note}")
     for slide, error in errors.items():
         say(f"cannot be planned: {slide}: {error}", error=True)
 
@@ -265,6 +267,7 @@ def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[
         "activation": facts.activation,
         "parameters": f"{facts.parameters:,}",
         "weights": spec.weights or "the source's own",
+        **({"notes": "; ".join(facts.notes)} if facts.notes else {}),
         "layers": _shortened([f"{found.name} {_shape(found.layout)}" for found in explainer.layers()[::-1]], "; "),
         "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
         "self-test": "head(trunk(x)) equals model(x)",

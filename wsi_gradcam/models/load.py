@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wsi_gradcam.errors import LayerError, ModelError, one_line, quoted
-from wsi_gradcam.models.outputs import with_logits
-from wsi_gradcam.models.sources import Built
+from wsi_gradcam.models.outputs import unwrap_parts, unwrapped, with_logits
+from wsi_gradcam.models.sources import Built, load_weights
 from wsi_gradcam.models.sources.function import build_function, source_digest
 from wsi_gradcam.models.sources.hf import build_hf, weights_file
 from wsi_gradcam.models.sources.libraries import build_timm, build_torchvision
@@ -68,6 +67,7 @@ class Model:
         layer: the layer to explain where the specification names one.
         digest: sha256 of weights and of everything above and below that changes results.
         stain: what slides are normalised to before `prepare`; None: they stay as they are.
+        notes: what was done to explain it, and what of its files was taken, a line each.
     """
 
     spec: ModelSpec
@@ -83,6 +83,7 @@ class Model:
     runs_code: bool
     digest: str
     stain: Stain | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def patch_px(self) -> tuple[int, int]:
@@ -131,8 +132,10 @@ def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu", *, tr
     check_files(spec)
     spec.check_trusted()
     built = _build(spec)
+    built = replace(built, module=unwrap_parts(built.module))
     if (path := spec.weights_path) is not None:
-        _load_weights(built.module, path, spec)
+        notes = load_weights(built.module, path, spec)
+        built = replace(built, notes=(*built.notes, *notes))
     return finish(spec, built, device)
 
 
@@ -207,6 +210,7 @@ def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
         runs_code=spec.runs_code,
         digest="",
         stain=stain_target(spec.stain, spec.folder),
+        notes=built.notes,
     )
     return replace(resolved, digest=_digest(spec, resolved, built.code_digest))
 
@@ -242,42 +246,9 @@ def _build(spec: ModelSpec) -> Built:
             return SOURCES[spec.kind](spec)
 
 
-def _load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> None:
-    state = _state_dict(path)
-    own = module.state_dict().keys()
-    if not state.keys() & own:  # training with DataParallel or DDP puts a prefix before each name
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        lines = " ".join(str(error).split())
-        raise ModelError(f"{spec.name}: {path} does not fit {spec.source}: {lines[:400]}") from error
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name, pickles by torch's restricted unpickler only: no code can run."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
-        raise ModelError(
-            f"{path}: not a plain state dict ({type(error).__name__}); objects in pickles are never loaded; save "
-            "model.state_dict() with safetensors.torch.save_file"
-        ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
-    ):
-        raise ModelError(f"{path}: expected a state dict of tensors, found a {type(state).__name__} of other things")
-    return state
 
 
 def _check_numbers(name: str, module: nn.Module) -> None:
@@ -396,6 +367,7 @@ def model_of(
     >>> model.module(model.prepare(torch.zeros(5, 32, 32, 3, dtype=torch.uint8))).shape
     torch.Size([5, 2])
     """
+    module = unwrapped(module)
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     values = {
         "patch_px": patch_px,
@@ -415,7 +387,7 @@ def model_of(
     except ValidationError as error:
         raise ModelError(f"{kind}: {explain_validation(error)}") from error
     try:
-        built = Built(copy.deepcopy(module))
+        built = Built(unwrap_parts(copy.deepcopy(module)))
     except Exception as error:  # modules may hold anything
         raise ModelError(
             f"{kind}: cannot be copied ({one_line(error)}); load a state dict into a new module and give that"

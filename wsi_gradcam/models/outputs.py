@@ -1,4 +1,4 @@
-"""Networks that return more than logits, and the names of their layers."""
+"""Networks that return more than logits or are wrapped, and the names of their layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,29 @@ from wsi_gradcam.errors import ModelError
 
 # What libraries and papers call the logits, the clearest name first.
 NAMES = ("logits", "out", "output", "outputs", "prediction", "predictions", "pred", "preds", "y", "y_hat")
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside wrappers that compile it or run it on several devices, at any depth of them."""
+    while True:
+        compiled = getattr(network, "_orig_mod", None)
+        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            network = network.module
+        elif type(network).__name__ == "OptimizedModule" and isinstance(compiled, nn.Module):
+            network = compiled
+        else:
+            return network
+
+
+def unwrap_parts(network: nn.Module) -> nn.Module:
+    """Return the network without such wrappers around it or any part of it; changes `network`."""
+    network = unwrapped(network)
+    for part in list(network.modules()):
+        part._compiled_call_impl = None  # of `part.compile()`: hooks would not run
+        for name, child in list(part.named_children()):
+            if (plain := unwrapped(child)) is not child:
+                setattr(part, name, plain)
+    return network
 
 
 class LogitsOf(nn.Module):

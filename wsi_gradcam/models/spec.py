@@ -276,6 +276,19 @@ def _kind_of(path: Path, given: str) -> str | None:
     return _kind_of_folder(path, given) if folder else None
 
 
+def _kind_beside(file: Path, source: str) -> str | None:
+    """Return the kind of a source that is a path from a model file, as `--model` takes it; None if it is none.
+
+    Raises:
+        ModelError: such a file is missing, or nothing that can be used.
+    """
+    path = file.parent / Path(source).expanduser()
+    found = _kind_of(path, str(path)) if source else None
+    if found is None and ":" not in source and path.suffix in (*SCRIPT_SUFFIXES, ".pt2"):
+        raise ModelError(f"{file}: source: no file {path}; paths are relative to the model file")
+    return found
+
+
 def regular(path: Path, given: str) -> Path:
     """Return the path of a regular file.
 
@@ -330,6 +343,9 @@ def _from_file(path: Path) -> ModelSpec:
         raise ModelError(f"{path}: expected keys and values such as 'source: timm:resnet18'")
     if "folder" in values:
         raise ModelError(f"{path}: folder: unknown key, check the spelling")  # ours, not the file's
+    source = values.get("source")
+    if isinstance(source, str) and (kind := _kind_beside(path, source)) is not None:
+        values["source"] = f"{kind}:{source}"
     return _validated({"name": path.stem, **values}, path.parent, str(path))
 
 

@@ -250,6 +250,7 @@ def run_values(run: RunPlan) -> dict[str, Any]:
         "spec": run.spec.model_dump(mode="json", exclude_unset=True, exclude={"provenance"}),
         "folder": str(run.spec.folder),
         "provenance": run.spec.provenance,
+        "notes": list(facts.notes),
     }
     return {
         "run_digest": run.digest(),

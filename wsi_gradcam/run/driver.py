@@ -97,6 +97,8 @@ class RunSession:
         self._working.enter_context(PeriodicTimer(RENEWED_S, self._renew, "status"))
         self._working.enter_context(logged_warnings(self._log))
         self._listener.run_started(workload, slides, dashboard)
+        for note in workload.run.facts.notes:
+            self.message(f"model {workload.run.facts.name}: {note}")
 
     def process(
         self,

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from os import PathLike
@@ -55,6 +55,7 @@ class RunFacts:
         settings: of the run, as plain values.
         dashboard: address of a page that shows the work; "" where there is none.
         work: explain or audit.
+        notes: on the model: what was done to explain it.
     """
 
     run: str
@@ -69,6 +70,7 @@ class RunFacts:
     settings: dict[str, Any]
     dashboard: str
     work: str = "explain"
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ def facts_of(workload: Workload, out: StoragePath, run_id: str, dashboard: str) 
         settings=run.settings.model_dump(mode="json"),
         dashboard=dashboard,
         work=workload.name,
+        notes=list(run.facts.notes),
     )
 
 

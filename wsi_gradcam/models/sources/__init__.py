@@ -1,14 +1,29 @@
-"""The sources of networks: each builds a network from a specification, `build_SOURCE(spec) -> Built`."""
+"""The sources of networks, each `build_SOURCE(spec) -> Built`, and the way weights get from files into networks.
+
+People have weights as training frameworks save them: nested, or with a prefix before each name. What fits a network
+but for that is taken, and told; what does not fit is refused with the names that are missing.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from wsi_gradcam.errors import ModelError, one_line, printable, shortened
+from wsi_gradcam.models.spec import is_torchscript
 
 if TYPE_CHECKING:
-    from torch import nn
+    from pathlib import Path
 
-    from wsi_gradcam.models.spec import Activation, Resizing
+    from wsi_gradcam.models.spec import Activation, ModelSpec, Resizing
 
 
 @dataclass(frozen=True)
@@ -18,6 +33,7 @@ class Built:
     Attributes:
         patch_px: (height, width) to be read from a slide; `resizing` turns it into the network's input.
         code_digest: identifies the source's code, unless that is a released package.
+        notes: what was done to make it fit, a line each.
     """
 
     module: nn.Module
@@ -31,3 +47,263 @@ class Built:
     activation: Activation | None = None
     license: str | None = None
     code_digest: str = ""
+    notes: tuple[str, ...] = ()
+
+
+State = Mapping[str, Tensor]
+# Where training scripts keep what they train, the likeliest first: of several that fit, the first is taken.
+PLACES = ("", "state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
+# Averages over training steps, and models that follow another: taken where nothing else fits.
+AVERAGES = re.compile(
+    r"(^|[._])(ema|swa|averaged?|shadow|teacher|polyak)(?=[._]|$)|ema_?model|model_?ema", re.IGNORECASE
+)
+# What wrappers (torch.compile, FSDP, checkpointing of activations) put between the parts of a name.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+MAX_NESTED = 4  # dicts in dicts
+MAX_PARTS = 12  # of a name, that may be its prefix
+MAX_PREFIXES = 32  # that are tried
+NAMED = 3  # names in a message
+MAX_OF_HEAD = 4  # tensors of a classifier
+SAVE_ANEW = (
+    "objects in pickles are never loaded; where it was made, save the weights alone: "
+    "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+)
+
+
+def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, ...]:
+    """Load the weights in a file into a network; return notes on what of the file was taken.
+
+    Of a checkpoint the state dict is found that fits as it is, or without one prefix before its names. The names behind
+    that prefix must be the network's, all of them; other names are left out, and told. Of several that fit, the plain
+    weights are taken before averages of them.
+
+    Raises:
+        ModelError: the file holds no such weights, or several, or objects that are not loaded.
+    """
+    own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    states = _states(path)
+    matches = [match for place, state in states for match in _matches(own, place, state)]
+    fitting = sorted((match for match in matches if match.fits), key=lambda match: match.rank)
+    if not fitting and len(states) > 1:  # parts in dicts of their own
+        whole = {f"{place}.{name}".lstrip("."): value for place, state in states for name, value in state.items()}
+        fitting = [match for match in _matches(own, "", whole) if match.fits]
+    if not fitting:
+        raise ModelError(_misfit(matches, own, path, spec))
+    chosen, others = fitting[0], [m for m in fitting[1:] if not m.same_as(fitting[0])]
+    if others and others[0].rank == chosen.rank:
+        both = " and ".join(printable(shortened(m.where or "the file itself", 100)) for m in (chosen, others[0]))
+        raise ModelError(
+            f"{spec.name}: {path} holds several weights that fit, {both}; save the one that is meant alone"
+        )
+    try:
+        module.load_state_dict({**own, **chosen.renamed} if len(chosen.renamed) < len(own) else chosen.renamed)
+    except RuntimeError as error:
+        raise ModelError(f"{spec.name}: {path} does not fit {spec.source}: {one_line(error)[:400]}") from error
+    return chosen.notes(path.name, others)
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Weights of a file held against a network.
+
+    Attributes:
+        place: of the state dict in the file.
+        prefix: before each of its names that is the network's.
+        renamed: tensors by the network's names, as far as it has them.
+        missing, unexpected, reshaped: the network's names that are not there; names behind the prefix that it does not
+            have; names of tensors of another shape.
+        left: names beside the prefix, which are not used.
+    """
+
+    place: str
+    prefix: str
+    renamed: State
+    missing: Sequence[str]
+    unexpected: Sequence[str]
+    reshaped: Sequence[str]
+    left: Sequence[str]
+
+    @property
+    def fits(self) -> bool:
+        """True if the network gets all of its weights, and all behind the prefix are its own."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    @property
+    def where(self) -> str:
+        """The place and the prefix in one word."""
+        return ".".join(filter(None, (self.place, self.prefix.removesuffix("."))))
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """A measure of what is meant, the smallest first."""
+        known = PLACES.index(self.place) if self.place in PLACES else len(PLACES)
+        return bool(AVERAGES.search(self.where)), known
+
+    @property
+    def score(self) -> tuple[int, int]:
+        """A measure of how near to the network it is."""
+        return len(self.renamed) - len(self.reshaped), -len(self.unexpected)
+
+    def same_as(self, other: Match) -> bool:
+        """Return whether both are the same weights, stored twice."""
+        return self.renamed.keys() == other.renamed.keys() and all(
+            torch.equal(value, other.renamed[name]) for name, value in self.renamed.items()
+        )
+
+    def notes(self, file: str, others: Sequence[Match]) -> tuple[str, ...]:
+        """Return what is to be told of the choice, a line each."""
+        place = f"{printable(self.place)!r} of {file}" if self.place else file
+        found = (
+            [f"the weights are those of {place} behind the prefix {printable(self.prefix)!r}"] if self.prefix else []
+        )
+        if self.left:
+            found.append(f"not used of {place}: {_some(self.left)}")
+        if others:
+            found.append(
+                f"the weights are {printable(self.where or 'those at the top')!r} of {file}, which also holds "
+                f"{', '.join(repr(printable(m.where)) for m in others[:NAMED])}; save those alone to use them"
+            )
+        return tuple(found)
+
+
+def _matches(own: State, place: str, state: State) -> Iterator[Match]:
+    """Yield the state dict held against the network, with each prefix that could be meant, and as it is."""
+    plain = {WRAPPERS.sub("", name): value for name, value in state.items()}
+    wrapped = len(plain) < len(state) or any(WRAPPERS.search(name) for name in own)
+    given = state if wrapped or plain.keys() == state.keys() else plain
+    inner = {name.partition(".")[0] for name in own}
+    outer = f"{inner.pop()}." if len(inner) == 1 and all("." in name for name in own) else ""
+    for added in dict.fromkeys(("", outer)):  # a network that itself wraps the one that was saved
+        wanted = {name.removeprefix(added): value for name, value in own.items()}
+        counts: Counter[str] = Counter()
+        for name in given:
+            parts = name.split(".", MAX_PARTS)
+            tails = (".".join(parts[i:]) for i in range(len(parts)))
+            counts.update(name.removesuffix(tail) for tail in tails if tail in wanted)
+        prefixes = dict.fromkeys(["", *(prefix for prefix, _ in counts.most_common(MAX_PREFIXES))])
+        whole = [p for p in prefixes if p and counts[p] >= len(_needed(wanted))]
+        for prefix in prefixes:
+            copies = tuple(p for p in whole if p != prefix and p.startswith(prefix))
+            yield _held(own, wanted, given, place, prefix, added, copies)
+
+
+def _held(
+    own: State, wanted: State, state: State, place: str, prefix: str, added: str, copies: tuple[str, ...]
+) -> Match:
+    """Return the match behind one prefix; `copies` are prefixes of whole other networks behind it."""
+    inside = {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and not (copies and name.startswith(copies))
+    }
+    beside = [name for name in state if not name.startswith(prefix) or (copies and name.startswith(copies))]
+    # A head that was trained beside a backbone has no prefix.
+    found = {**{name: state[name] for name in beside if name in wanted}, **inside}
+    renamed: dict[str, Tensor] = {f"{added}{name}": value for name, value in found.items() if name in wanted}
+    return Match(
+        place=place,
+        prefix=prefix,
+        renamed=state if renamed.keys() == state.keys() else renamed,
+        missing=[name for name in _needed(own) if name not in renamed],
+        unexpected=[f"{prefix}{name}" for name in inside if name not in wanted],
+        reshaped=[name for name, value in renamed.items() if value.shape != own[name].shape],
+        left=[name for name in beside if name not in wanted or name in inside],
+    )
+
+
+def _needed(own: State) -> list[str]:
+    """Return the names that must be there: counters of training steps, which old checkpoints lack, change nothing."""
+    return [name for name in own if name.rpartition(".")[2] != "num_batches_tracked"]
+
+
+def _misfit(matches: Sequence[Match], own: State, path: Path, spec: ModelSpec) -> str:
+    """Return the message for weights that do not fit: in words, or the names of the nearest."""
+    best = max(matches, key=lambda match: match.score)
+    start = f"{spec.name}: {path} does not fit {spec.source}"
+    if not (best.missing or best.unexpected) and (outputs := _outputs(best, own)):
+        has, wants = outputs
+        if spec.classes is not None and wants == len(spec.classes):
+            return (
+                f"{start}: the checkpoint has {has} outputs, the model file names {wants} classes; name those that it "
+                "was trained on"
+            )
+        return (
+            f"{start}: the checkpoint has {has} outputs, the network {wants}; name the {has} classes with 'classes:' "
+            "in the model file, or make the network with as many"
+        )
+    if not best.renamed:
+        given = next(iter(best.unexpected or best.left), "")
+        return (
+            f"{start}: none of its names is one of the network's: it has {_some([given])}, wanted is {_some(list(own))}"
+        )
+    shapes = [f"{name} {tuple(best.renamed[name].shape)} for {tuple(own[name].shape)}" for name in best.reshaped]
+    unexpected = [*best.unexpected, *(best.left if best.missing else ())]
+    lists = {"missing": best.missing, "unexpected": unexpected, "of another shape": shapes}
+    told = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in lists.items() if names)
+    headless = 0 < len(best.missing) <= MAX_OF_HEAD and not (unexpected or shapes)
+    mend = "it has no trained head to explain" if headless else "is 'source:' the network that it was saved from?"
+    return f"{start}: {told}; {mend}"
+
+
+def _outputs(match: Match, own: State) -> tuple[int, int] | None:
+    """Return the numbers of outputs of checkpoint and network, where these alone differ."""
+    pairs = {(tuple(match.renamed[name].shape), tuple(own[name].shape)) for name in match.reshaped}
+    numbers = {(found[:1], wanted[:1]) for found, wanted in pairs}
+    if len(numbers) != 1 or any(found[1:] != wanted[1:] or not found for found, wanted in pairs):
+        return None
+    ((found, wanted),) = numbers
+    return (found[0], wanted[0]) if found and wanted else None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(printable(shortened(name, 200)) for name in names[:NAMED]) + more
+
+
+def _states(path: Path) -> list[tuple[str, State]]:
+    """Return the dicts of tensors in a file by their places; pickles are read by torch's restricted unpickler only."""
+    content = _read(path)
+    found = list(_dicts(content, ()))
+    if not found:
+        raise ModelError(f"{path}: expected a state dict of tensors, found a {type(content).__name__} of other things")
+    return found
+
+
+def _dicts(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, State]]:
+    if not isinstance(value, dict) or len(place) > MAX_NESTED:
+        return
+    tensors = {key: each for key, each in value.items() if isinstance(key, str) and isinstance(each, Tensor)}
+    if tensors:
+        yield ".".join(place), value if len(tensors) == len(value) else tensors
+    for key, each in value.items():
+        if isinstance(key, str):
+            yield from _dicts(each, (*place, key))
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as error:  # damaged files raise many kinds
+            raise ModelError(f"{path}: not a safetensors file: {one_line(error)[:300]}; is it damaged?") from error
+    if is_torchscript(path):
+        raise ModelError(
+            f"{path}: not a plain state dict, but a TorchScript program; make it the source ('source: {path.name}'), "
+            "and leave out 'weights:'"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
+        objects = _objects(path, error)
+        what = f"holds {objects}, which is no tensor" if objects else f"not a plain state dict ({type(error).__name__})"
+        raise ModelError(f"{path}: {what}; {SAVE_ANEW}") from error
+
+
+def _objects(path: Path, error: Exception) -> str:
+    """Return the names of the objects for which torch refused a pickle; nothing of them is loaded."""
+    names: list[str] = []
+    with suppress(Exception):  # of files in torch's older format, and damaged ones
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if not names:
+        names = re.findall(r"(?:GLOBAL|class) ([\w.]+)", str(error))[:1]
+    return _some([name for name in names if "." in name])

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wsi_gradcam.errors import DocumentError, ModelError, one_line
 from wsi_gradcam.io.documents import MAX_BYTES, read_json
 from wsi_gradcam.io.local import read_file
-from wsi_gradcam.models.sources import Built
+from wsi_gradcam.models.sources import Built, load_weights
 from wsi_gradcam.models.spec import ModelSpec, Resizing, ResizingDown, regular
 from wsi_gradcam.models.transform import Transform, make_transform
 from wsi_gradcam.system.processes import tensors_only
@@ -109,7 +108,7 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
         raise ModelError(f"{spec.source}: this timm has no architecture {name!r}; update timm, or check config.json")
     try:
         module = timm.create_model(name, pretrained=False, **{k: v for k, v in arguments.items() if v is not None})
-        module.load_state_dict(load_file(weights_file(folder, spec)))
+        notes = load_weights(module, weights_file(folder, spec), spec)
     except ModelError:
         raise
     except Exception as error:  # arguments of any kind, weights of another network
@@ -126,6 +125,7 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
         scale=1.0,
         resizing=_timm_resizing(cfg, input_px, spec),
         license=cfg.get("license"),
+        notes=notes,
     )
 
 
