@@ -6,7 +6,7 @@ import argparse
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -302,7 +302,11 @@ def test_compiled_networks_are_unwrapped(state: State, tmp_path: Path) -> None:
     assert holds(model, state)
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda n: nn.DataParallel(torch.compile(n))])
+def _parallel_of_compiled(network: nn.Module) -> nn.Module:
+    return nn.DataParallel(cast(nn.Module, torch.compile(network)))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, _parallel_of_compiled])
 def test_live_networks_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(3)
     plain = pooled_linear().eval()
