@@ -70,7 +70,7 @@ def test_planes_that_are_red_green_and_blue_are_a_picture_in_colour(
 
 
 def test_planes_have_levels_too(tmp_path: Path) -> None:
-    planes, options = noise(3, 256, 384), {"photometric": "minisblack", "tile": (64, 64)}
+    planes, options = noise(3, 256, 384), dict[str, Any](photometric="minisblack", tile=(64, 64))
     with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as writer:
         names = {"axes": "CYX", "Channel": {"Name": ["Red", "Green", "Blue"]}}
         writer.write(planes, subifds=1, metadata=names, **options)
@@ -157,7 +157,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_what_is_no_picture_is_refused_by_every_reader(name: str, ending: str, reader: str, tmp_path: Path) -> None:
     data, options, said = REFUSED[name]
     path = tmp_path / f"a.{ending}"
-    about = {"description": "Aperio Image Library v1\n192x128 (64x64)|MPP = 0.5"} if ending == "svs" else {}
+    about: dict[str, Any] = {}
+    if ending == "svs":
+        about["description"] = "Aperio Image Library v1\n192x128 (64x64)|MPP = 0.5"
     tifffile.imwrite(path, data, tile=(64, 64), metadata=None, **options, **about)
     if (name, ending) == ("a stack", "svs"):
         return  # in Aperio's format further pictures are levels, thumbnail and label
