@@ -12,6 +12,8 @@ median over the rounds, a ratio is our patches per second over theirs.
 | `fast_over_fastslide_CODEC_GRID` | the package fastslide where it is installed, at the slide's own mpp |
 | `fast_over_bare_decode_CODEC_GRID` | each tile that the patches touch, decoded once and thrown away: the limit |
 
+`ms_per_patch` says where a patch's time goes: disk, decode, filter, and the rest, which is Python and copies of pixels.
+
     python benchmarks/read.py [--threads 1] [--rounds 7] [--quick] [--json]
 """
 
@@ -25,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,7 +48,9 @@ from skimage.data import immunohistochemistry
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import open_slide, read_region
-from wsi_gradcam.slides.tiff_levels import tiff_levels
+from wsi_gradcam.slides import resample as resample_module
+from wsi_gradcam.slides.base import LocalFile
+from wsi_gradcam.slides.tiff_levels import TiffLevel, tiff_levels
 
 TILE_PX = 256
 MPP = 0.25
@@ -198,9 +203,50 @@ def measure(case: Case, rounds: int, threads: int) -> dict[str, float]:
     return {side: statistics.median(values) for side, values in rates.items()}
 
 
+@contextmanager
+def timed(where: Any, name: str, spent: defaultdict[str, float], part: str) -> Iterator[None]:
+    """Count the seconds that a function takes, by replacing it in the place where it is called from."""
+    function = getattr(where, name)
+
+    def counting(*args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            spent[part] += time.perf_counter() - started
+
+    setattr(where, name, counting)
+    try:
+        yield
+    finally:
+        setattr(where, name, function)
+
+
+def parts(case: Case) -> dict[str, float]:
+    """Milliseconds that a patch takes by part, in one thread, and the share that holds Python's lock.
+
+    `disk`, `decode` and `filter` release it, but for a few microseconds each; the rest, copies of pixels among it,
+    does not.
+    """
+    spent: defaultdict[str, float] = defaultdict(float)
+    with (
+        ours(case) as read,
+        timed(TiffLevel, "decode", spent, "decode"),
+        timed(LocalFile, "read_many", spent, "disk"),
+        timed(resample_module, "resample", spent, "filter"),
+    ):
+        started = time.perf_counter()
+        for place in case.places:
+            read(*place)
+        total = time.perf_counter() - started
+    rest = total - sum(spent.values())
+    found = {part: 1000 * value / len(case.places) for part, value in {**spent, "python": rest, "total": total}.items()}
+    return {**found, "share_with_lock": rest / total}
+
+
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures."""
-    found: dict[str, Any] = {"ratios": {}, "patches_per_s": {}, "identical_to_openslide": {}}
+    found: dict[str, Any] = {"ratios": {}, "patches_per_s": {}, "ms_per_patch": {}, "identical_to_openslide": {}}
     found["settings"] = {"threads": arguments.threads, "rounds": arguments.rounds, "tile_px": TILE_PX}
     across = 3 if arguments.quick else 16
     for codec in CODECS:
@@ -216,6 +262,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 found["ratios"] |= {
                     f"fast_over_{side}_{name}": rates["fast"] / rate for side, rate in rates.items() if side != "fast"
                 }
+                found["ms_per_patch"][name] = parts(case)
                 if scale == 1:
                     found["identical_to_openslide"][name] = _identical(case)
                 print(name, {side: round(rate) for side, rate in rates.items()}, file=sys.stderr, flush=True)

@@ -137,7 +137,7 @@ class Work:
     def decode_only(self, yx: Any) -> float:
         """Seconds to read all patches."""
         slide = open_entry(self.entry, self.run.settings)
-        size, threads = self.run.facts.batch_size, self.run.settings.reader_threads
+        size, threads = self.run.facts.batch_size, self.run.settings.readers
         started = time.perf_counter()
         with closing(PatchReader(slide, self.run.patch_px, self.run.mpp, size, threads)) as reader:
             count = sum(len(batch.rgb) for batch in reader.batches(yx))

@@ -54,7 +54,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 def cluster(given: argparse.Namespace) -> dict[str, Any]:
     """The DaskCluster, of which the operator makes pods.
 
-    Two threads a worker: one has patches read for the other. Four beside a GPU, of which one is for it of them.
+    Two threads a worker: one has patches read for the other. Five beside a GPU, of which two are for it.
     """
     # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. The pod's holds.
     command = [
@@ -63,7 +63,7 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
         "--name",
         "$(DASK_WORKER_NAME)",
         "--nthreads",
-        "4" if given.gpus else "2",
+        "5" if given.gpus else "2",
         "--memory-limit",
         "0",
         "--no-dashboard",

@@ -74,7 +74,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 def make_cluster(given: argparse.Namespace) -> SLURMCluster:
     """A scheduler here, that submits jobs when told to.
 
-    Two threads a worker: one has patches read for the other. Four beside a GPU, of which one is for it of them.
+    Two threads a worker: one has patches read for the other. Five beside a GPU, of which two are for it.
     """
     # No limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. SLURM's limit holds.
     worker = ["--memory-limit", "0", "--lifetime", f"{60 * given.hours - 15}m", "--lifetime-stagger", "5m"]
@@ -82,7 +82,7 @@ def make_cluster(given: argparse.Namespace) -> SLURMCluster:
         queue=given.partition,
         account=given.account,
         walltime=f"{given.hours:02d}:00:00",
-        cores=4 if given.gres else 2,  # Dask's word for threads
+        cores=5 if given.gres else 2,  # Dask's word for threads
         processes=1,
         job_cpu=given.cpus,
         memory=given.memory,

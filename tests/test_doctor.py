@@ -32,6 +32,7 @@ from wsi_gradcam.doctor import environment as check
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.slides import openslide_reader
+from wsi_gradcam.system import processes
 
 run = cli_runs.run  # a fixture
 
@@ -126,7 +127,7 @@ def test_what_the_processor_can_do_is_read_from_its_flags(tmp_path: Path, monkey
     assert environment.low_precision(tmp_path / "cpuinfo") == []
     assert environment.low_precision(tmp_path / "none") == []
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert environment.cores() == os.cpu_count()
+    assert processes.cores() == os.cpu_count()
 
 
 def test_gpus_are_named_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ EXPECTED = {
     "ConfigError": ValueError,
     "SlideNotFoundError": FileNotFoundError,
     "SlideFormatError": ValueError,
-    "SlideContentError": ValueError,
     "SlideAccessError": ConnectionError,
     "MppError": ValueError,
     "SlideReadError": OSError,

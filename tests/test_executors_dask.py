@@ -56,9 +56,9 @@ def told(**workers: dict[str, float]) -> dict[str, Any]:
 
 def test_spans_want_gpus_and_the_rest_cpus_where_some_declare_that() -> None:
     found = Workers.of(told(g={"GPU": 1}, h={"GPU": 1}, c={"CPU": 4}, plain={}), "cuda")
-    assert found.needs == Pools({"GPU": 1}, {"CPU": 1})
-    assert found.able == Pools({"g": 1, "h": 1}, {"c": 2})
-    assert found.slots == Pools(2, 2)
+    assert found.needs == Pools({"GPU": 0.5}, {"CPU": 1})  # two share a GPU
+    assert found.able == Pools({"g": 2, "h": 2}, {"c": 2})
+    assert found.slots == Pools(4, 2)
     assert found.missing == ""
 
 
@@ -66,7 +66,7 @@ def test_spans_want_gpus_and_the_rest_cpus_where_some_declare_that() -> None:
 def test_without_cpu_workers_any_does_the_rest(device: str) -> None:
     found = Workers.of(told(g={"GPU": 1}, plain={}), device)
     assert found.needs.other == {}
-    assert found.slots == Pools(4 if device == "cpu" else 1, 4)
+    assert found.slots == Pools(4 if device == "cpu" else 2, 4)
 
 
 def test_what_lacks_is_named_with_its_mend() -> None:

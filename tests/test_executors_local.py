@@ -96,7 +96,7 @@ def test_each_worker_has_a_gpu_of_its_own(made: list[dict[str, Any]], monkeypatc
     workers = [worker["options"] for worker in made[0]["workers"].values()]
     assert [worker["env"] for worker in workers] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
     assert all(worker["resources"] == {"GPU": 1, "CPU": 3} for worker in workers)
-    assert all(worker["nthreads"] == 4 for worker in workers)
+    assert all(worker["nthreads"] == 5 for worker in workers)
     assert all(worker["memory_limit"] == MEMORY_LIMIT // 3 for worker in workers)
 
 

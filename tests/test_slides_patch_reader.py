@@ -17,6 +17,7 @@ from tests.oracles import crop
 from tests.slides_in_memory import BACKGROUND, ArraySlide, read_batches
 from wsi_gradcam.errors import MppError, SlideFormatError
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.slides import patch_reader
 from wsi_gradcam.slides.patch_reader import Batch, PatchReader
 
 LEVEL0 = np.random.default_rng(2).integers(0, 256, (60, 80, 3), np.uint8)
@@ -75,12 +76,16 @@ def test_an_unreadable_patch_is_told_with_its_cause_and_the_rest_is_kept() -> No
             np.testing.assert_array_equal(patch, expected)
 
 
-def test_exactly_one_batch_is_read_ahead() -> None:
+@pytest.mark.parametrize(("most_bytes", "expected"), [(1 << 20, 3), (4 * 75 * 2, 2), (1, 1)])
+def test_some_batches_are_read_ahead_and_of_large_ones_one(
+    most_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patch_reader, "MAX_AHEAD_BYTES", most_bytes)
     source = slide()
-    batches = read_batches(source, places(20), (5, 5), MPP, 4, 2)
-    for consumed in range(1, 6):
+    batches = read_batches(source, places(36), (5, 5), MPP, 4, 2)
+    for consumed in range(1, 10):
         next(batches)
-        ahead = min(20, 4 * (consumed + 1))
+        ahead = min(36, 4 * (consumed + expected))
         assert until(lambda ahead=ahead: len(source.reads) == ahead)  # type: ignore[misc]
         time.sleep(0.01)
         assert len(source.reads) == ahead
@@ -160,6 +165,35 @@ def test_the_first_batch_of_what_follows_is_read_ahead() -> None:
         for patch, (y, x) in zip(batch.rgb, second[batch.start :].tolist(), strict=False):
             np.testing.assert_array_equal(patch, crop(LEVEL0, y, x, 5, 5, BACKGROUND))
     assert reader_threads() == 0
+
+
+def test_the_threads_that_read_treat_the_patches_too() -> None:
+    where: set[str] = set()
+
+    def halved(patch: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], float]:
+        where.add(threading.current_thread().name)
+        return patch[::2, ::2], float(patch[0, 0, 0])
+
+    yx = places(9)
+    with closing(PatchReader(slide(), (6, 8), MPP, 4, 2, halved)) as reader:
+        batches = list(reader.batches(yx))
+    assert all(name.startswith("read") for name in where)
+    for batch in batches:
+        assert batch.rgb.shape[1:] == (3, 4, 3)
+        for patch, measure, (y, x) in zip(batch.rgb, batch.measures, yx[batch.start :].tolist(), strict=False):
+            whole = crop(LEVEL0, y, x, 6, 8, BACKGROUND)
+            np.testing.assert_array_equal(patch, whole[::2, ::2])
+            assert measure == whole[0, 0, 0]
+
+
+def test_a_batch_of_which_nothing_can_be_read_has_the_size_of_treated_patches() -> None:
+    source = slide(Region(0, 0, 60, 80))
+    yx = np.array([[0, 0], [3, 3]])
+    with closing(PatchReader(source, (6, 8), MPP, 4, 2, lambda patch: (patch[:3, :3], 1.0))) as reader:
+        (batch,) = reader.batches(yx)
+    assert batch.rgb.shape == (2, 3, 3, 3)
+    assert np.isnan(batch.measures).all()
+    assert sorted(batch.causes) == [0, 1]
 
 
 def test_what_follows_otherwise_than_expected_is_read_anew() -> None:

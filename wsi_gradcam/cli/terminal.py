@@ -48,7 +48,7 @@ class Lines(Quiet):
         """Print what will be done."""
         super().run_started(workload, slides, dashboard)
         run = workload.run
-        self.progress.begin(len(slides), run.settings.reader_threads, workload.patches)
+        self.progress.begin(len(slides), run.settings.readers, workload.patches)
         labels = ", ".join(target.label for target in run.targets)
         self.print_line(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
         self.print_line(_engine_line(run.facts.choice))

@@ -185,11 +185,6 @@ def gpus() -> tuple[list[tuple[str, int, bool]], str]:
     return found, " ".join(" ".join(str(remark.message).split()) for remark in remarks)
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """Return the processor's instructions for bfloat16 and float16; none where the system does not list them."""
     try:

@@ -23,7 +23,6 @@ from wsi_gradcam.doctor.environment import (
     PROGRAM,
     WARN,
     Check,
-    cores,
     gpus,
     low_precision,
     run_check,
@@ -32,6 +31,7 @@ from wsi_gradcam.doctor.environment import (
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import StoragePath
+from wsi_gradcam.system.processes import cores
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wsi_gradcam.errors import ResumeError, StoreError
@@ -22,12 +23,18 @@ from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
 from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic, release_freed_memory
 from wsi_gradcam.tissue.masks import glass_colour
+from wsi_gradcam.tissue.quality import measure_blur
+from wsi_gradcam.tissue.stain import apply
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.slides import Slide
+    from wsi_gradcam.tissue.stain import StainFit
 
 T = TypeVar("T")
 W = TypeVar("W", bound=Workload, covariant=True)
@@ -129,8 +136,9 @@ class Context(Generic[W]):
         with self._opened(entry) as opened:
             with self._lock:
                 if opened.reader is None:
-                    size, threads = run.facts.batch_size, run.settings.reader_threads
-                    opened.reader = PatchReader(opened.slide, run.patch_px, run.mpp, size, threads)
+                    size, threads = run.facts.batch_size, run.settings.readers
+                    treat = partial(_treat, self.plan(entry).stain)
+                    opened.reader = PatchReader(opened.slide, run.patch_px, run.mpp, size, threads, treat)
             yield opened.reader
 
     def close(self) -> None:
@@ -176,6 +184,12 @@ class Context(Generic[W]):
                 f"{folder.place}: another run has begun there meanwhile; let one run at a time use an --out"
             )
         return plan
+
+
+def _treat(stain: StainFit | None, patch: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
+    """Return a patch with its stain normalised, and its blur as it was read: another stain is no sharper."""
+    (blur,) = measure_blur(patch[None])
+    return patch if stain is None else apply(stain, patch), float(blur)
 
 
 @dataclass

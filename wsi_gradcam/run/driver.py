@@ -90,7 +90,7 @@ class RunSession:
 
     def begin(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """Begin the log, and show the status from now on; `slides` are all that the run is about."""
-        self._progress.begin(len(slides), workload.run.settings.reader_threads, workload.patches)
+        self._progress.begin(len(slides), workload.run.settings.readers, workload.patches)
         self._facts = facts_of(workload, self._out, self.run_id, dashboard)
         self._log.begin(self._facts, workload.run.digest(), len(slides))
         self._renew()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from wsi_gradcam.errors import ModelError
 from wsi_gradcam.results.manifest import Manifest, span_name
 from wsi_gradcam.results.patch_store import OK, UNREADABLE, SpanData
 from wsi_gradcam.run.types import Processed
-from wsi_gradcam.tissue.quality import measure_blur
-from wsi_gradcam.tissue.stain import apply
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.run.types import Workload
     from wsi_gradcam.slides.patch_reader import Batch
-    from wsi_gradcam.tissue.stain import StainFit
 
 
 def explain_span(context: Context[Workload], entry: SlideEntry, span: int, upcoming: int | None = None) -> Processed:
@@ -44,7 +40,7 @@ def explain_span(context: Context[Workload], entry: SlideEntry, span: int, upcom
     with context.patches(entry) as reader:
         yx = store.yx(start, stop)
         clock = _Clock(reader.batches(yx, next_yx))
-        data, causes = _explain(context, entry, yx, clock, plan.stain)
+        data, causes = _explain(context, entry, yx, clock)
     store.write_span(start, data)
     manifest.complete(
         "spans",
@@ -85,11 +81,7 @@ class _Clock:
 
 
 def _explain(
-    context: Context[Workload],
-    entry: SlideEntry,
-    yx: NDArray[np.int64],
-    batches: Iterable[Batch],
-    stain: StainFit | None,
+    context: Context[Workload], entry: SlideEntry, yx: NDArray[np.int64], batches: Iterable[Batch]
 ) -> tuple[SpanData, dict[int, str]]:
     run, count, model = context.run, len(yx), context.model()
     logits = np.zeros((count, len(run.facts.classes)), np.float32)
@@ -97,16 +89,13 @@ def _explain(
     status = np.full(count, OK, np.uint8)
     blur = np.full(count, np.nan, np.float32)
     causes: dict[int, str] = {}
-    with ThreadPoolExecutor(1) as aside:
-        for batch in batches:
-            part = slice(batch.start, batch.start + len(batch.rgb))
-            blurred = aside.submit(measure_blur, batch.rgb)  # as read: another stain is no sharper
-            rgb = batch.rgb if stain is None else apply(stain, batch.rgb)
-            logits[part], cams[part] = model.explain(rgb, run.targets, run.settings.method)
-            blur[part] = blurred.result()
-            for i, cause in batch.causes.items():
-                at = batch.start + i
-                logits[at], cams[at], status[at], causes[at], blur[at] = 0, 0, UNREADABLE, cause, np.nan
+    for batch in batches:
+        part = slice(batch.start, batch.start + len(batch.rgb))
+        logits[part], cams[part] = model.explain(batch.rgb, run.targets, run.settings.method)
+        blur[part] = batch.measures
+        for i, cause in batch.causes.items():
+            at = batch.start + i
+            logits[at], cams[at], status[at], causes[at] = 0, 0, UNREADABLE, cause
     finite = np.isfinite(logits).all(axis=1) & np.isfinite(cams).all(axis=(1, 2, 3))
     if not finite.all():
         y, x = yx[int(np.argmin(finite))].tolist()

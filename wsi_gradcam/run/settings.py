@@ -5,20 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from wsi_gradcam.errors import ConfigError, DocumentError, one_line, quoted
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.local import read_file
+from wsi_gradcam.system.processes import cores
 
 # Settings that change only how fast or how patiently a result is reached, not the result. The path of the mask and the
 # source of a slide's mpp are among them: the mask's content, its frame and the mpp itself count, slide by slide.
@@ -36,6 +28,8 @@ NOT_IN_IDENTITY = frozenset(
     }
 )
 
+
+FEWEST_READERS, MOST_READERS = 2, 16
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -149,17 +143,16 @@ class Settings(BaseModel):
             "reads a file correctly"
         ),
     ] = "auto"
-    channels: Annotated[
-        tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None,
-        Field(
-            description="of slides whose channels are gray pictures (fluorescence), those that are shown as red, green "
-            "and blue, counted from 0: 2,1,0; without it such slides are refused. Slides in colour stay as they are"
-        ),
-    ] = None
     trust_objective: Annotated[
         bool, Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)")
     ] = False
-    reader_threads: Annotated[PositiveInt, Field(description="threads that read patches while the model works")] = 2
+    reader_threads: Annotated[
+        PositiveInt | None,
+        Field(
+            description="threads that read patches while the model works (default: 2; for a GPU one less than there "
+            "are cores, 2 to 16)"
+        ),
+    ] = None
     torch_threads: Annotated[
         PositiveInt | None, Field(description="threads of the model on a CPU (default: all, shared between workers)")
     ] = None
@@ -218,10 +211,16 @@ class Settings(BaseModel):
         height, width = (max(1, round(size * (1 - self.overlap))) for size in patch_px)
         return height, width
 
+    @property
+    def readers(self) -> int:
+        """The number of threads that read patches, in this process or one like it."""
+        if self.reader_threads is not None:
+            return self.reader_threads
+        return FEWEST_READERS if self.device == "cpu" else min(MOST_READERS, max(FEWEST_READERS, cores() - 1))
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that results depend on; two runs that differ in them must not share an output."""
-        without = {*NOT_IN_IDENTITY, *(() if self.channels else ("channels",))}  # older versions did not have it
-        return self.model_dump(mode="json", exclude=without)
+        return self.model_dump(mode="json", exclude=set(NOT_IN_IDENTITY))
 
 
 def make_settings(**values: Any) -> Settings:

@@ -21,7 +21,6 @@ from zarr.storage import ObjectStore
 
 from wsi_gradcam.errors import (
     SlideAccessError,
-    SlideContentError,
     SlideError,
     SlideFormatError,
     SlideNotFoundError,
@@ -31,7 +30,7 @@ from wsi_gradcam.errors import (
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.urls import redact_url
-from wsi_gradcam.slides.base import Channel, SlideInfo, check_mpp, make_levels, pad_with_background, shown_channels
+from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, pad_with_background
 from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_store, probe
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 
     Request = tuple[str, ByteRequest | None]
     Rgb = NDArray[np.uint8]
-    from wsi_gradcam.slides.base import Channels
-
     Key = tuple[int, int, int]  # level, row, column
 
 WHITE = (255, 255, 255)
@@ -119,11 +116,7 @@ class OmeZarrSlide:
     """A `Slide` in an OME-Zarr image of one picture in colour or gray, in a folder or behind a URL."""
 
     def __init__(
-        self,
-        place: Path | RemoteZarr,
-        mpp: tuple[float, float] | None = None,
-        trust_objective: bool = False,
-        channels: Channels | None = None,
+        self, place: Path | RemoteZarr, mpp: tuple[float, float] | None = None, trust_objective: bool = False
     ) -> None:
         self._remote = None if isinstance(place, Path) else place
         self._path = str(place) if isinstance(place, Path) else place.name
@@ -135,7 +128,6 @@ class OmeZarrSlide:
             self._levels: list[Any] = [group[dataset["path"]] for dataset in self._scales["datasets"]]
             self._axes = [axis["name"] for axis in self._scales["axes"]]
             self._check()
-            self._shown = self._shown_channels(group, channels)
             self._info = self._described(mpp)
         except SlideAccessError:
             raise
@@ -209,8 +201,6 @@ class OmeZarrSlide:
         # Axes may be in any order; pixels are cut and pasted as y, x, colour.
         order = [left.index("y"), left.index("x"), *([left.index("c")] if "c" in left else [])]
         values = values.transpose(order) if "c" in left else values.transpose(order)[..., None]
-        if self._shown is not None:
-            values = values[..., list(self._shown)]
         scaled = values if values.dtype == np.uint8 else (values.astype(np.uint32) + 128) // 257
         rgb = np.repeat(scaled, 3, axis=2) if scaled.shape[2] == 1 else scaled
         return np.ascontiguousarray(rgb.astype(np.uint8, copy=False))
@@ -238,21 +228,12 @@ class OmeZarrSlide:
         array = self._levels[0]
         sizes = dict(zip(self._axes, array.shape, strict=True))
         if not {"y", "x"} <= sizes.keys() or any(sizes[axis] != 1 for axis in sizes.keys() - {"y", "x", "c"}):
-            raise SlideContentError(f"an image of axes {sizes}, expected one picture of y, x and colours")
-        if array.dtype not in (np.uint8, np.uint16):
-            raise SlideContentError(
-                f"values of {array.dtype}, expected 8 or 16 bits without sign: heatmaps, for one, are no slides"
+            raise SlideFormatError(f"an image of axes {sizes}, expected one picture of y, x and colours")
+        if sizes.get("c", 1) not in (1, 3) or array.dtype not in (np.uint8, np.uint16):
+            raise SlideFormatError(
+                f"{sizes.get('c', 1)} channels of {array.dtype}, expected RGB or gray of 8 or 16 bits: stains of "
+                "fluorescence are no colours, and heatmaps no slides"
             )
-
-    def _shown_channels(self, group: Any, chosen: Channels | None) -> Channels | None:
-        """Return the channels that are red, green and blue; None for one picture in gray."""
-        count = dict(zip(self._axes, self._levels[0].shape, strict=True)).get("c", 1)
-        if count == 1:
-            return None
-        attributes: Mapping[str, Any] = group.attrs.asdict()
-        said = attributes.get("ome", attributes).get("omero", {}).get("channels", [])
-        described = [Channel(str(channel.get("label", "")), _colour(channel.get("color"))) for channel in said]
-        return shown_channels(count, described if len(described) == count else [], chosen, plain=True)
 
     def _described(self, mpp: tuple[float, float] | None) -> SlideInfo:
         y, x = self._axes.index("y"), self._axes.index("x")
@@ -333,14 +314,6 @@ def _multiscales(group: Any) -> dict[str, Any]:
         raise SlideFormatError("a Zarr group without multiscales, expected an OME-Zarr image")
     scales: dict[str, Any] = found[0]
     return scales
-
-
-def _colour(text: object) -> tuple[int, int, int] | None:
-    try:
-        red, green, blue = bytes.fromhex(str(text))
-    except ValueError:
-        return None
-    return red, green, blue
 
 
 def _scalings(scales: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:

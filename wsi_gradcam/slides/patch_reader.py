@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,13 +27,17 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.settings import Settings
     from wsi_gradcam.slides import Slide
 
-    Reads = list[Future[tuple[NDArray[np.uint8], float]]]
+    Treat = Callable[[NDArray[np.uint8]], tuple[NDArray[np.uint8], float]]
+    Reads = list[Future[tuple[NDArray[np.uint8], float, float]]]
 
 LOG = logging.getLogger("wsi_gradcam")
 
 
 # Of a remote slide, the number of patches that are read at the same time.
 WAITING_THREADS = 16
+# Batches that are read ahead of the one that the model works on: a few, so that one that takes long to read is not
+# waited for; only one where they are large.
+MAX_AHEAD, MAX_AHEAD_BYTES = 3, 64 << 20
 # The relative difference between mpp of scanners of one kind.
 MPP_TOLERANCE = 0.02
 
@@ -49,13 +55,7 @@ def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     """
     CRASHES.opening(entry.path)
     given = entry.mpp or settings.mpp
-    opened = partial(
-        open_slide,
-        entry.address,
-        reader=settings.reader,
-        trust_objective=settings.trust_objective,
-        channels=settings.channels,
-    )
+    opened = partial(open_slide, entry.address, reader=settings.reader, trust_objective=settings.trust_objective)
     if settings.replace_mpp or given is None:
         return opened(given)
     slide = opened()
@@ -86,27 +86,51 @@ class Batch:
 
     Attributes:
         start: index of the first in the span.
-        rgb: uint8 [n, height, width, 3]; an unreadable patch is zeros and must not be used.
+        rgb: uint8 [n, height, width, 3], as treated; an unreadable patch is zeros and must not be used.
+        measures: float32 [n], what the treatment measured; NaN of an unreadable patch.
         causes: error messages of unreadable patches, by their index in the batch.
         read_s: seconds that threads spent on the readable patches.
     """
 
     start: int
     rgb: NDArray[np.uint8]
+    measures: NDArray[np.float32]
     causes: dict[int, str]
     read_s: float = 0.0
 
 
-class PatchReader:
-    """Reads the patches of a slide with a few threads, a batch ahead of the consumer."""
+def untreated(patch: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
+    """Return a patch as it is, and nothing measured."""
+    return patch, float("nan")
 
-    def __init__(self, slide: Slide, patch_px: tuple[int, int], mpp: float, batch_size: int, threads: int) -> None:
+
+class PatchReader:
+    """Reads the patches of a slide with a few threads, some batches ahead of the consumer.
+
+    Args:
+        patch_px: (height, width) that is read.
+        batch_size: patches in a batch.
+        treat: turns what was read into what a batch holds, uint8 of one size, and measures it; done by the threads
+            that read.
+    """
+
+    def __init__(
+        self,
+        slide: Slide,
+        patch_px: tuple[int, int],
+        mpp: float,
+        batch_size: int,
+        threads: int,
+        treat: Treat = untreated,
+    ) -> None:
         self._slide = slide
         self._patch_px = patch_px
         self._mpp = mpp
         self._batch_size = batch_size
+        self._treat = treat
         if is_url(slide.info.path):  # threads wait more than they compute
             threads = max(threads, WAITING_THREADS)
+        self._ahead = max(1, min(MAX_AHEAD, MAX_AHEAD_BYTES // (3 * math.prod(patch_px) * batch_size)))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._kept: tuple[list[list[int]], Reads] = ([], [])
         self._lock = threading.Lock()
@@ -114,17 +138,19 @@ class PatchReader:
     def batches(self, yx: NDArray[np.int64], then: NDArray[np.int64] | None = None) -> Iterator[Batch]:
         """Yield the patches at level-0 `yx` [n, 2] in order, a batch at a time.
 
-        While the last one is consumed, the first batch of `then` is read, and kept for the call that wants it.
+        While the last ones are consumed, the first batch of `then` is read, and kept for the call that wants it.
         """
-        size, places = self._batch_size, yx.tolist()
-        ahead = self._first(places[:size])
-        for start in range(0, len(places), size):
-            reads, following = ahead, places[start + size : start + 2 * size]
-            if following:
-                ahead = self._submit(following)
-            elif then is not None:
-                self.read_ahead(then)
-            yield _collect(start, reads, self._patch_px)
+        places = yx.tolist()
+        starts = range(0, len(places), self._batch_size)
+        reads: deque[Reads] = deque()
+        for start in starts:
+            while len(reads) <= self._ahead and len(reads) < len(starts) - start // self._batch_size:
+                first = start + len(reads) * self._batch_size
+                wanted = places[first : first + self._batch_size]
+                reads.append(self._first(wanted) if first == 0 else self._submit(wanted))
+                if then is not None and first == starts[-1]:
+                    self.read_ahead(then)
+            yield self._collect(start, reads.popleft())
 
     def read_ahead(self, yx: NDArray[np.int64]) -> None:
         """Begin to read the first batch of the patches at `yx`, and keep it for the call that wants them."""
@@ -137,7 +163,13 @@ class PatchReader:
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, places: list[list[int]]) -> Reads:
-        return [self._pool.submit(_read, self._slide, y, x, *self._patch_px, self._mpp) for y, x in places]
+        return [self._pool.submit(self._read, y, x) for y, x in places]
+
+    def _read(self, y: int, x: int) -> tuple[NDArray[np.uint8], float, float]:
+        """Return a treated patch, what was measured, and the seconds that both took."""
+        started = time.perf_counter()
+        patch, measure = self._treat(read_region(self._slide, y, x, *self._patch_px, self._mpp))
+        return patch, measure, time.perf_counter() - started
 
     def _first(self, places: list[list[int]]) -> Reads:
         """Return the reads of a span's first batch, begun before or now."""
@@ -149,21 +181,22 @@ class PatchReader:
             read.cancel()
         return self._submit(places)
 
-
-def _read(slide: Slide, *place: Any) -> tuple[NDArray[np.uint8], float]:
-    """Return a patch, and the seconds that reading it took."""
-    started = time.perf_counter()
-    return read_region(slide, *place), time.perf_counter() - started
-
-
-def _collect(start: int, futures: Reads, patch_px: tuple[int, int]) -> Batch:
-    rgb = np.zeros((len(futures), *patch_px, 3), np.uint8)
-    causes: dict[int, str] = {}
-    read_s = 0.0
-    for i, future in enumerate(futures):
-        try:
-            rgb[i], seconds = future.result()
+    def _collect(self, start: int, futures: Reads) -> Batch:
+        rgb: NDArray[np.uint8] | None = None
+        measures = np.full(len(futures), np.nan, np.float32)
+        causes: dict[int, str] = {}
+        read_s = 0.0
+        for i, future in enumerate(futures):
+            try:
+                patch, measures[i], seconds = future.result()
+            except SlideReadError as error:
+                causes[i] = one_line(error)
+                continue
+            if rgb is None:
+                rgb = np.zeros((len(futures), *patch.shape), np.uint8)
+            rgb[i] = patch
             read_s += seconds
-        except SlideReadError as error:
-            causes[i] = one_line(error)
-    return Batch(start, rgb, causes, read_s)
+        if rgb is None:
+            nothing, _ = self._treat(np.zeros((*self._patch_px, 3), np.uint8))
+            rgb = np.zeros((len(futures), *nothing.shape), np.uint8)
+        return Batch(start, rgb, measures, causes, read_s)

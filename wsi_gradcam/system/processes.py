@@ -22,6 +22,11 @@ ARENAS = 2
 MIB = 1 << 20
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Process:
     """The identity of a process.

@@ -135,6 +135,7 @@ class Macenko:
         return result.reshape(rgb.shape)
 
 
+@lru_cache(maxsize=4)
 def _tables(slide: Macenko, target: Macenko) -> NDArray[np.float32]:
     """Return factors [channel of the result, channel of the slide, value], of which three make a result."""
     scale = np.divide(target.concentrations, slide.concentrations)

@@ -141,7 +141,7 @@ class Backlog:
 class Backlogs:
     """The work of each worker, of the batches for which one was chosen here.
 
-    Dask chooses by all that a worker has to do, with as many threads as it has. A GPU does one batch at a time, and
+    Dask chooses by all that a worker has to do, with as many threads as it has. A GPU does two batches at a time, and
     whether it runs dry does not depend on what its worker's other threads have to plan and stitch.
     """
 

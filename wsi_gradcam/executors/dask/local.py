@@ -23,9 +23,9 @@ from distributed.system import MEMORY_LIMIT
 from wsi_gradcam.errors import WorkerError
 
 THREADS = 2  # of a worker: one has patches read while the model works for the other
-# Of a worker with a GPU, which explains a slide in less time than one thread plans and stitches it. One is the GPU's.
-GPU_THREADS = 4
-GPU_RESOURCES = {"GPU": 1, "CPU": GPU_THREADS - 1}
+# Of a worker with a GPU, which explains a slide in less time than one thread plans and stitches it. Two are the GPU's.
+GPU_THREADS = 5
+GPU_RESOURCES = {"GPU": 1, "CPU": GPU_THREADS - 2}
 HOST = "127.0.0.1"
 NO_WORKER_S = 60
 SETTINGS = {

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 WAIT_S = 50.0  # with the time to connect an error comes within a minute
 GPU, CPU = "GPU", "CPU"  # names of the resources that workers declare
+# Two batches share a GPU: while the patches of one are read and its maps written, the model works for the other.
+GPU_SHARE = 0.5
 ANSWER_S = 10  # of a scheduler that is asked for its workers
 CERTIFICATES = (
     "name the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
@@ -60,7 +62,7 @@ class Workers:
     def of(cls, info: Mapping[str, Any], device: str, scheduler: str = "ADDRESS") -> Workers:
         """Return the workers in the scheduler's information on each; `device` is where the model runs."""
         declares_cpu = any(worker.get("resources", {}).get(CPU) for worker in info.values())
-        model_needs: dict[str, float] = {} if device == "cpu" else {GPU: 1}
+        model_needs: dict[str, float] = {} if device == "cpu" else {GPU: GPU_SHARE}
         other_needs: dict[str, float] = {CPU: 1} if declares_cpu else {}
         able = Pools(_able(info, model_needs), _able(info, other_needs))
         slots = Pools(sum(able.model.values()), sum(able.other.values()))
