@@ -1,28 +1,37 @@
 """Zarr groups of results, created and opened with few requests: in an object store each takes tens of milliseconds.
 
-Results may be a stranger's. So arrays are read by the codecs that we write with and by no other, each chunk is unpacked
-into no more than its shape holds, and neither a chunk nor a shard may be larger than any of ours.
+Results and slides may be a stranger's. So arrays are read by codecs of a list and by no other, those of results by the
+ones that we write with; each chunk is unpacked into no more than its shape holds, and neither a chunk nor a file may
+be larger than `RESULTS` or `SLIDES` say.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bz2
+import lzma
 import math
 import os
 import re
 import stat
+import struct
 import sys
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import zarr
 from imagecodecs import zstd_decode
+from numcodecs.abc import Codec as OldCodec
+from numcodecs.blosc import decompress as blosc_decode
+from numcodecs.lz4 import decompress as lz4_decode
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 from zarr.core.array import AsyncArray
 from zarr.core.chunk_grids import RegularChunkGrid
-from zarr.core.metadata import ArrayV3Metadata
+from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from wsi_gradcam.errors import StoreError
@@ -43,8 +52,38 @@ T = TypeVar("T")
 METADATA = "zarr.json"
 MAX_METADATA_BYTES = 16 << 20
 MAX_FILE_BYTES = 1 << 30  # of a shard
-MAX_CHUNK_BYTES = 1 << 28  # unpacked
-MAX_CHUNKS = 1 << 14  # in a shard, each of which is looked at
+MAX_SLIDE_METADATA_BYTES = 8 << 20
+LZMA_BYTES = 128 << 20  # its dictionary
+MADE_BY_US = "expected results of wsi_gradcam; recompute with --overwrite"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Bounds of arrays that are read.
+
+    Attributes:
+        of: what they are arrays of.
+        packed: names of the codecs that chunks may be packed by.
+        chunk_bytes: the most that a chunk unpacks to.
+        chunks: the most in a shard, each of which is looked at.
+        mend: what a user can do about another array.
+    """
+
+    of: str
+    packed: tuple[str, ...]
+    chunk_bytes: int
+    chunks: int
+    mend: str
+
+
+RESULTS = Rules("results", ("zstd",), 1 << 28, 1 << 14, MADE_BY_US)
+SLIDES = Rules(
+    "slides",
+    ("zstd", "gzip", "blosc", "zlib", "lz4", "bz2", "lzma"),
+    1 << 27,
+    1 << 16,
+    "convert the image anew, in chunks of about 512 x 512 px packed by Zstandard, Blosc or gzip",
+)
 # Of a group of ours, by paths below it; zarr's own half-written files end as ours do.
 ZARR_CONTENTS = re.compile(r"([^/]+/)*(zarr\.json|c(/[0-9]+)*|[^/]+\.[0-9a-f]{32}\.partial)")
 
@@ -89,62 +128,171 @@ class ZarrGroup:
         return self._arrays[name]
 
 
-def bounded(array: Any, name: str) -> zarr.Array[Any]:
-    """Return an array of Zarr 3 that unpacks no chunk to more than its shape holds.
+def bounded(array: Any, name: str, rules: Rules = RESULTS) -> zarr.Array[Any]:
+    """Return an array that unpacks no chunk to more than its shape holds; results are of Zarr 3.
 
     Raises:
-        StoreError: it is none, has other codecs than ours, or larger chunks than any of ours.
+        StoreError: it is none, has other codecs than the rules allow, or larger chunks.
     """
     about = array.metadata if isinstance(array, zarr.Array) else None
-    if not isinstance(about, ArrayV3Metadata) or not isinstance(about.chunk_grid, RegularChunkGrid):
-        raise StoreError(f"{name}: not an array of Zarr 3 in regular chunks; {MADE_BY_US}")
-    codecs = tuple(_bounded_codec(codec, name, is_outer=True) for codec in about.codecs)
+    changed: ArrayV2Metadata | ArrayV3Metadata
+    if isinstance(about, ArrayV3Metadata) and isinstance(about.chunk_grid, RegularChunkGrid):
+        changed = replace(
+            about, codecs=tuple(_bounded_codec(codec, name, rules, is_outer=True) for codec in about.codecs)
+        )
+    elif isinstance(about, ArrayV2Metadata) and rules is not RESULTS:
+        changed = _bounded_old(about, name, rules)
+    else:
+        raise StoreError(f"{name}: not an array of Zarr 3 in regular chunks; {rules.mend}")
     itemsize = array.dtype.itemsize if array.dtype.kind in "biuf" else 0
     shard, chunk = array.shards or array.chunks, array.chunks
-    inside = math.prod(-(-whole // part) for whole, part in zip(shard, chunk, strict=True))
-    if not itemsize or math.prod(chunk) * itemsize > MAX_CHUNK_BYTES or inside > MAX_CHUNKS:
-        raise StoreError(f"{name}: chunks of {chunk} {array.dtype} in files of {shard}, larger than any; {MADE_BY_US}")
-    inner = array.async_array
-    return zarr.Array(
-        AsyncArray(metadata=replace(about, codecs=codecs), store_path=inner.store_path, config=inner.config)
+    inside = (
+        math.prod(-(-whole // part) for whole, part in zip(shard, chunk, strict=True)) if all(chunk) else sys.maxsize
     )
+    if not itemsize or math.prod(chunk) * itemsize > rules.chunk_bytes or inside > rules.chunks:
+        raise StoreError(f"{name}: chunks of {chunk} {array.dtype} in files of {shard}, larger than any; {rules.mend}")
+    inner = array.async_array
+    return zarr.Array(AsyncArray(metadata=changed, store_path=inner.store_path, config=inner.config))
 
 
-MADE_BY_US = "expected results of wsi_gradcam; recompute with --overwrite"
+def most_in_file(array: zarr.Array[Any]) -> int:
+    """Return how many bytes a chunk's file, or what is read of a shard's at once, may have.
+
+    Packing makes nothing much larger. A shard's index has 16 bytes a chunk.
+    """
+    chunk = math.prod(array.chunks) * array.dtype.itemsize
+    index = 16 * math.prod(array.shards) // max(1, math.prod(array.chunks)) if array.shards else 0
+    return chunk + chunk // 4 + index + (1 << 16)
 
 
-def _bounded_codec(codec: Codec, name: str, *, is_outer: bool = False) -> Codec:
-    if isinstance(codec, ZstdCodec):
-        return BoundedZstd(level=codec.level, checksum=codec.checksum)
-    if isinstance(codec, BytesCodec | Crc32cCodec):
+def _bounded_codec(codec: Codec, name: str, rules: Rules, *, is_outer: bool = False) -> Codec:
+    for made_of in (BoundedZstd, BoundedGzip, BoundedBlosc):
+        if type(codec) is made_of.__base__ and made_of.packed in rules.packed:
+            return made_of.from_dict(codec.to_dict())
+    if isinstance(codec, BytesCodec | Crc32cCodec) or (isinstance(codec, TransposeCodec) and rules is not RESULTS):
         return codec
     if isinstance(codec, ShardingCodec) and is_outer:
         return ShardingCodec(
             chunk_shape=codec.chunk_shape,
-            codecs=[_bounded_codec(inner, name) for inner in codec.codecs],
-            index_codecs=[_plain_codec(inner, name) for inner in codec.index_codecs],
+            codecs=[_bounded_codec(inner, name, rules) for inner in codec.codecs],
+            index_codecs=[_plain_codec(inner, name, rules) for inner in codec.index_codecs],
             index_location=codec.index_location,
         )
-    raise StoreError(f"{name}: packed by {type(codec).__name__}, which no results are; {MADE_BY_US}")
+    raise StoreError(f"{name}: packed by {type(codec).__name__}, which no {rules.of} are; {rules.mend}")
 
 
-def _plain_codec(codec: Codec, name: str) -> Codec:
+def _plain_codec(codec: Codec, name: str, rules: Rules) -> Codec:
     if not isinstance(codec, BytesCodec | Crc32cCodec):
-        raise StoreError(f"{name}: an index packed by {type(codec).__name__}, which none is; {MADE_BY_US}")
+        raise StoreError(f"{name}: an index packed by {type(codec).__name__}, which none is; {rules.mend}")
     return codec
+
+
+def _bounded_old(about: ArrayV2Metadata, name: str, rules: Rules) -> ArrayV2Metadata:
+    if about.filters:
+        raise StoreError(f"{name}: filtered by {about.filters[0].codec_id}, which no {rules.of} are; {rules.mend}")
+    if about.compressor is None:
+        return about
+    packed = about.compressor.codec_id
+    if packed not in rules.packed or packed not in UNPACK:
+        raise StoreError(f"{name}: packed by {packed}, which no {rules.of} are; {rules.mend}")
+    return replace(
+        about, compressor=BoundedCodec(packed, math.prod(about.chunks) * about.dtype.to_native_dtype().itemsize)
+    )
+
+
+def _inflated(data: bytes, size: int, wbits: int) -> bytes:
+    """Return what a stream of zlib or gzip holds, which is checked at its end."""
+    unpacker = zlib.decompressobj(wbits)
+    found = unpacker.decompress(data, size) if size else b""
+    return _ended(found, unpacker, unpacker.decompress(unpacker.unconsumed_tail, 1))
+
+
+def _unpacked(unpacker: Any, data: bytes, size: int) -> bytes:
+    found: bytes = unpacker.decompress(data, size)
+    return _ended(found, unpacker, b"" if unpacker.eof else unpacker.decompress(b"", 1))
+
+
+def _ended(found: bytes, unpacker: Any, more: bytes) -> bytes:
+    if more or not unpacker.eof:
+        raise ValueError("larger than its chunk" if more else "cut short")
+    return found
+
+
+def _told(data: bytes, size: int, layout: str, place: int, unpack: Callable[[bytes], bytes]) -> bytes:
+    """Return what is unpacked of data that tell their size, to whoever makes room for it."""
+    (told,) = struct.unpack_from(layout, data, place)
+    if not 0 <= told <= size:
+        raise ValueError(f"{told:,} bytes, expected {size:,}")
+    return unpack(data)
+
+
+# By names of codecs: what `data` unpack to, up to `size` bytes. More is a ValueError, or an error of the codec's own.
+UNPACK: dict[str, Callable[[bytes, int], bytes]] = {
+    "zstd": lambda data, size: bytes(zstd_decode(data, out=size)),
+    "gzip": lambda data, size: _inflated(data, size, 31),
+    "zlib": lambda data, size: _inflated(data, size, 15),
+    "blosc": lambda data, size: _told(data, size, "<I", 4, blosc_decode),
+    "lz4": lambda data, size: _told(data, size, "<i", 0, lz4_decode),
+    "bz2": lambda data, size: _unpacked(bz2.BZ2Decompressor(), data, size),
+    "lzma": lambda data, size: _unpacked(lzma.LZMADecompressor(memlimit=LZMA_BYTES), data, size),
+}
+
+
+class BoundedCodec(OldCodec):  # type: ignore[misc]
+    """A codec of Zarr 2 that unpacks to no more than a chunk has, for reading alone."""
+
+    codec_id = "bounded"
+
+    def __init__(self, packed: str, size: int) -> None:
+        self.packed, self.size = packed, size
+
+    def encode(self, buf: Any) -> Any:
+        raise NotImplementedError
+
+    def decode(self, buf: Any, out: Any = None) -> bytes:
+        return UNPACK[self.packed](bytes(buf), self.size)
+
+
+def _chunk_of(packed: str, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
+    size = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
+    return chunk_spec.prototype.buffer.from_bytes(UNPACK[packed](chunk_bytes.to_bytes(), size))
 
 
 class BoundedZstd(ZstdCodec):
     """Zstandard, unpacked into no more bytes than a chunk has."""
 
+    packed: ClassVar = "zstd"
+
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
-        size = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
-        found = zstd_decode(chunk_bytes.to_bytes(), out=size)
-        return chunk_spec.prototype.buffer.from_bytes(bytes(found))
+        return _chunk_of(self.packed, chunk_bytes, chunk_spec)
+
+
+class BoundedGzip(GzipCodec):
+    """The codec gzip, unpacked into no more bytes than a chunk has."""
+
+    packed: ClassVar = "gzip"
+
+    def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
+        return _chunk_of(self.packed, chunk_bytes, chunk_spec)
+
+
+class BoundedBlosc(BloscCodec):
+    """The codec Blosc, unpacked into no more bytes than a chunk has."""
+
+    packed: ClassVar = "blosc"
+
+    def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
+        return _chunk_of(self.packed, chunk_bytes, chunk_spec)
 
 
 class BoundedStore(LocalStore):
     """Zarr's store in a folder: only of regular files, and never more at once than a shard of ours can have."""
+
+    mend = MADE_BY_US
+
+    def most(self, key: str) -> int:
+        """Return how many bytes may be read of a file at once."""
+        return MAX_METADATA_BYTES if key.rpartition("/")[2] == METADATA else MAX_FILE_BYTES
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -154,19 +302,63 @@ class BoundedStore(LocalStore):
         Raises:
             StoreError: it is no regular file, or too large.
         """
-        most = MAX_METADATA_BYTES if key.rpartition("/")[2] == METADATA else MAX_FILE_BYTES
         try:
             found = os.stat(self.root / key)  # noqa: PTH116 - of each chunk
         except OSError:
             return await super().get(key, prototype, byte_range)
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            raise StoreError(f"{self.root / key}: a pipe, socket or device, and no file; {MADE_BY_US}")
-        check_count(f"{self.root / key}", found.st_size, byte_range, most)
+            raise StoreError(f"{self.root / key}: a pipe, socket or device, and no file; {self.mend}")
+        check_count(f"{self.root / key}", found.st_size, byte_range, self.most(key), self.mend)
         return await super().get(key, prototype, byte_range)
 
 
-def check_count(name: str, size: int, part: ByteRequest | None, most: int = MAX_FILE_BYTES) -> None:
-    """Raise a StoreError where a file of `size` bytes, or a part of it, is larger than any of ours."""
+class SlideLimits:
+    """How much of a slide's files may be read at once: of metadata a few MiB in all, of levels what their chunks have.
+
+    A stranger's metadata may name any path as a level, so that only those that were allowed count.
+    """
+
+    mend = SLIDES.mend
+
+    def allow(self, array: zarr.Array[Any]) -> None:
+        """Let the chunks of a level be read."""
+        self._allowed[f"{array.path}/"] = most_in_file(array)
+
+    def most(self, key: str) -> int:
+        """Return how many bytes may be read of a file or object at once."""
+        found = [most for path, most in self._allowed.items() if key.startswith(path)]
+        return max(found, default=self._metadata_left)
+
+    def count(self, key: str, found: int) -> None:
+        """Take note of metadata that were read."""
+        if not any(key.startswith(path) for path in self._allowed):
+            self._metadata_left -= found
+
+    @cached_property
+    def _allowed(self) -> dict[str, int]:
+        return {}
+
+    @cached_property
+    def _metadata_left(self) -> int:
+        return MAX_SLIDE_METADATA_BYTES
+
+
+class LocalSlideStore(SlideLimits, BoundedStore):
+    """Zarr's store of a slide in a folder."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the same as `BoundedStore`."""
+        found = await super().get(key, prototype, byte_range)
+        self.count(key, 0 if found is None else len(found))
+        return found
+
+
+def check_count(
+    name: str, size: int, part: ByteRequest | None, most: int = MAX_FILE_BYTES, mend: str = MADE_BY_US
+) -> None:
+    """Raise a StoreError where a file of `size` bytes, or a part of it, has more than `most`."""
     if isinstance(part, RangeByteRequest):
         size = min(size, part.end) - part.start
     elif isinstance(part, OffsetByteRequest):
@@ -174,7 +366,7 @@ def check_count(name: str, size: int, part: ByteRequest | None, most: int = MAX_
     elif isinstance(part, SuffixByteRequest):
         size = min(size, part.suffix)
     if size > most:
-        raise StoreError(f"{name}: {size:,} bytes, expected up to {most:,}; {MADE_BY_US}")
+        raise StoreError(f"{name}: {size:,} bytes, expected up to {most:,}; {mend}")
 
 
 class RemoteStore(ObjectStore[Any]):

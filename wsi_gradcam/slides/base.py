@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from wsi_gradcam.errors import MppError
+from wsi_gradcam.errors import MppError, SlideFormatError
 from wsi_gradcam.geometry import Region, ceil_div
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ UM_AT_1X = 10.0
 # How many pixels the side of a level may be off its factor by rounding, also of several rounded one after the other;
 # and the share by which a factor of pixel sizes may be off the whole one that is meant.
 ROUNDED_PX, WHOLE = 1.5, 0.002
+MAX_SLIDE_PX, MAX_SIDE_PX = 1 << 40, 1 << 26  # a thousand gigapixels
+AGAIN = "copy the file again from its source"
 DIFFERENT = "its height and width tell different factors"
 # Files that make a folder a Zarr group, of either format.
 ZARR_FILES = ("zarr.json", ".zgroup")
@@ -166,6 +168,8 @@ def make_levels(
     >>> make_levels([(9216, 8192), (2560, 2048)], [(0.25, 0.25), (1.0, 1.0)], [(512, 512)] * 2)[1]
     Level(height=2304, width=2048, downsample_y=4.0, downsample_x=4.0)
     """
+    if math.prod(sizes[0]) > MAX_SLIDE_PX or max(sizes[0]) > MAX_SIDE_PX:
+        raise SlideFormatError(f"a picture of {sizes[0][0]:,} x {sizes[0][1]:,} px, more than any slide has; {AGAIN}")
     known = [*zip_longest(sizes, spacings, tiles)]
     return (Level(*sizes[0], 1.0, 1.0), *(_level(known[0], stored) for stored in known[1:]))
 

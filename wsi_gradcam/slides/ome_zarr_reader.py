@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,11 +26,13 @@ from wsi_gradcam.errors import (
     SlideFormatError,
     SlideNotFoundError,
     SlideReadError,
+    StoreError,
     one_line,
 )
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.urls import redact_url
+from wsi_gradcam.io.zarr_stores import SLIDES, LocalSlideStore, SlideLimits, bounded, check_count
 from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, pad_with_background
 from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_store, probe
 
@@ -47,11 +50,19 @@ UM_PER_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centime
 BYTES_IN_DIGEST = 1 << 22  # bytes of the coarsest level
 CHUNKS_IN_DIGEST = 4  # versions of remote chunks, of each level
 CACHE_BYTES = 32 << 20
-MAX_CHUNK_PX = 1 << 22  # of larger ones, which would fill the cache alone, just the requested part is read
+MANY_CHUNKS_PX = 1 << 22  # of larger ones only one is unpacked at a time
 WAITING_THREADS = 8  # chunks of one region that are fetched at once
+# Bounds on what a file may claim.
+MAX_LEVELS = 64
+MAX_CHUNKS = 1 << 24  # of a level
+MAX_CHUNKS_COARSEST = 1 << 17  # all of which are read for a thumbnail
+FEW_CHUNKS, SMALL_CHUNK_PX = 1 << 10, 1 << 12  # a level of more chunks may not have them smaller
+MAX_CHUNK_PX, THIN_PX = 1 << 24, 1 << 9  # thinner ones may not be larger than `MANY_CHUNKS_PX`
+GOLDEN = 0.618033988749895  # its multiples spread evenly, along no axis
+SPARSE_PX, LOOKED_AT = 1 << 28, 256  # of the chunks of a larger coarsest level, one of so many must be there
 
 
-class RemoteZarr(ObjectStore[Any]):
+class RemoteZarr(SlideLimits, ObjectStore[Any]):
     """A Zarr store behind a URL that caches its latest reads and distinguishes network errors from damage."""
 
     def __init__(self, url: str) -> None:
@@ -93,6 +104,7 @@ class RemoteZarr(ObjectStore[Any]):
             if data is None:
                 return None
             self._cache_of_reads.put(request, data)
+        self.count(key, len(data))
         return prototype.buffer.from_bytes(data)
 
     async def _fetched(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
@@ -104,9 +116,16 @@ class RemoteZarr(ObjectStore[Any]):
                     self._sizes[key], *_ = await asyncio.to_thread(probe, self.store, key)
                 size = self._sizes[key]
                 byte_range = RangeByteRequest(max(0, size - byte_range.suffix), size)
+            if byte_range is None:
+                result = await self.store.get_async(key)
+                check_count(f"{self.name}/{key}", result.meta["size"], None, self.most(key), self.mend)
+                return bytes(await result.bytes_async())
+            check_count(f"{self.name}/{key}", sys.maxsize, byte_range, self.most(key), self.mend)
             found = await super().get(key, default_buffer_prototype(), byte_range)
         except FileNotFoundError:
             return None
+        except StoreError:
+            raise
         except Exception as error:  # obstore raises many kinds
             raise access_error(self.name, error) from None
         return None if found is None else found.to_bytes()
@@ -120,14 +139,17 @@ class OmeZarrSlide:
     ) -> None:
         self._remote = None if isinstance(place, Path) else place
         self._path = str(place) if isinstance(place, Path) else place.name
-        self._cache: Cache[Key, Rgb] = Cache(CACHE_BYTES, attrgetter("nbytes"))
+        self._cache: Cache[Key, Rgb]
         self._pool = None if self._remote is None else ThreadPoolExecutor(WAITING_THREADS, "chunk")
         try:
-            group = zarr.open_group(place, mode="r")
+            store = LocalSlideStore(place, read_only=True) if isinstance(place, Path) else place
+            group = zarr.open_group(store, mode="r")
             self._scales = _multiscales(group)
-            self._levels: list[Any] = [group[dataset["path"]] for dataset in self._scales["datasets"]]
+            self._levels = _opened(group, store, self._scales["datasets"])
             self._axes = [axis["name"] for axis in self._scales["axes"]]
             self._check()
+            self._cache = Cache(max(CACHE_BYTES, 3 * max(map(self._most_px, self._levels))), attrgetter("nbytes"))
+            self._check_there(self._levels[-1])
             self._info = self._described(mpp)
         except SlideAccessError:
             raise
@@ -163,14 +185,15 @@ class OmeZarrSlide:
     def _pixels(self, level: int, region: Region) -> Rgb:
         chunks = self._chunks(level, region)
         rgb = np.empty((region.height, region.width, 3), np.uint8)
-        whole = math.prod(self._chunk_px(level)) <= MAX_CHUNK_PX
-        tiles = self._cache.get_many(list(chunks), self._made) if whole else []
-        for (key, part), tile in zip(chunks.items(), tiles, strict=False):
-            chunk = self._chunk_region(*key)
-            place = Region(part.y - region.y, part.x - region.x, part.height, part.width)
-            rgb[place.slices] = tile[Region(part.y - chunk.y, part.x - chunk.x, part.height, part.width).slices]
-        if not whole:
-            rgb = self._converted(level, region)
+        # Large ones one after the other: each takes what it unpacks to.
+        at_once = len(chunks) if math.prod(self._chunk_px(level)) <= MANY_CHUNKS_PX else 1
+        keys = list(chunks)
+        for first in range(0, len(keys), at_once):
+            some = keys[first : first + at_once]
+            for key, tile in zip(some, self._cache.get_many(some, self._made), strict=True):
+                chunk, part = self._chunk_region(*key), chunks[key]
+                place = Region(part.y - region.y, part.x - region.x, part.height, part.width)
+                rgb[place.slices] = tile[Region(part.y - chunk.y, part.x - chunk.x, part.height, part.width).slices]
         for part in chunks.values():
             if not rgb[Region(part.y - region.y, part.x - region.x, part.height, part.width).slices].any():
                 raise SlideReadError(
@@ -223,6 +246,18 @@ class OmeZarrSlide:
         rows = range(region.y // height, ceil_div(region.bottom, height))
         columns = range(region.x // width, ceil_div(region.right, width))
         return {(level, r, c): self._chunk_region(level, r, c).intersect(region) for r in rows for c in columns}
+
+    def _most_px(self, level: Any) -> int:
+        """Return how many pixels a chunk of a level can show.
+
+        Raises:
+            SlideFormatError: more than are unpacked, or in too thin a strip.
+        """
+        y, x = (self._axes.index(axis) for axis in "yx")
+        height, width = (min(level.chunks[axis], level.shape[axis]) for axis in (y, x))
+        if height * width > (MAX_CHUNK_PX if min(height, width) >= THIN_PX else MANY_CHUNKS_PX):
+            raise SlideFormatError(f"level {level.path} has chunks of {height} x {width} px; {SLIDES.mend}")
+        return int(height * width)
 
     def _check(self) -> None:
         array = self._levels[0]
@@ -286,21 +321,43 @@ class OmeZarrSlide:
                 digest.update(f"{name} {identity}".encode())
             return digest.hexdigest()[:32]
         coarsest = self._levels[-1]  # it stands for the rest, as in OpenSlide's hash
-        rows = max(1, BYTES_IN_DIGEST // max(1, coarsest.nbytes // coarsest.shape[self._axes.index("y")]))
-        digest.update(
-            np.asarray(coarsest[tuple(slice(rows) if a == "y" else slice(None) for a in self._axes)]).tobytes()
-        )
+        height, width = (coarsest.shape[self._axes.index(axis)] for axis in "yx")
+        rows = max(1, BYTES_IN_DIGEST // max(1, coarsest.nbytes // height))
+        cut = {"y": slice(rows), "x": slice(max(1, BYTES_IN_DIGEST * height * width // coarsest.nbytes))}
+        digest.update(np.asarray(coarsest[tuple(cut.get(axis, slice(None)) for axis in self._axes)]).tobytes())
         return digest.hexdigest()[:32]
 
     def _sample_objects(self) -> list[str]:
         """Return the names of a few chunks or shards of each level, from its first to its last."""
         found = []
         for level in self._levels:
-            grid = [ceil_div(n, size) for n, size in zip(level.shape, level.shards or level.chunks, strict=True)]
-            for number in np.unique(np.linspace(0, math.prod(grid) - 1, CHUNKS_IN_DIGEST).astype(int)):
-                place = tuple(int(i) for i in np.unravel_index(number, grid))
-                found.append(f"{level.path}/{level.metadata.encode_chunk_key(place)}")
+            shares = np.linspace(0, math.prod(_grid(level)) - 1, CHUNKS_IN_DIGEST)
+            found += [_chunk_name(level, number) for number in np.unique(shares.astype(int))]
         return found
+
+    def _check_there(self, level: Any) -> None:
+        """Raise a SlideFormatError for a vast level without chunks: to fill it in takes long, too."""
+        count = math.prod(_grid(level))
+        if level.size <= SPARSE_PX:
+            return
+        names = {_chunk_name(level, int(i * GOLDEN % 1 * count)) for i in range(LOOKED_AT)}
+        if self._remote is None or self._pool is None:
+            there = any((Path(self._path) / name).exists() for name in names)
+        else:
+            there = any(found != "missing" for found in self._pool.map(self._remote.identity, names))
+        if not there:
+            raise SlideFormatError(f"none of {len(names)} of its chunks is there; copy the image again from its source")
+
+
+def _grid(level: Any) -> list[int]:
+    """Return how many chunks, or shards, there are along each axis."""
+    return [ceil_div(n, size) for n, size in zip(level.shape, level.shards or level.chunks, strict=True)]
+
+
+def _chunk_name(level: Any, number: int) -> str:
+    """Return the name of the file of a level's chunk or shard of this number."""
+    place = tuple(int(i) for i in np.unravel_index(number, _grid(level)))
+    return f"{level.path}/{level.metadata.encode_chunk_key(place)}"
 
 
 def _multiscales(group: Any) -> dict[str, Any]:
@@ -314,6 +371,35 @@ def _multiscales(group: Any) -> dict[str, Any]:
         raise SlideFormatError("a Zarr group without multiscales, expected an OME-Zarr image")
     scales: dict[str, Any] = found[0]
     return scales
+
+
+def _opened(group: Any, store: LocalSlideStore | RemoteZarr, datasets: Any) -> list[Any]:
+    """Return the levels' arrays, whose chunks may from now on be read.
+
+    Raises:
+        SlideFormatError: they claim more than any image of a slide.
+    """
+    if not isinstance(datasets, list) or not 0 < len(datasets) <= MAX_LEVELS:
+        found = f"{len(datasets):,} levels" if isinstance(datasets, list) else "no list of levels"
+        raise SlideFormatError(f"{found}, expected 1 to {MAX_LEVELS}; {SLIDES.mend}")
+    levels = []
+    for dataset in datasets:
+        try:
+            level = bounded(group[dataset["path"]], f"level {dataset['path']!r}"[:60], SLIDES)
+        except StoreError as error:
+            raise SlideFormatError(str(error)) from error
+        store.allow(level)
+        levels.append(level)
+    for number, level in enumerate(levels):
+        grid = [ceil_div(n, size) for n, size in zip(level.shape, level.chunks, strict=True)]
+        count, chunk_px = math.prod(grid), math.prod(level.chunks)
+        most = MAX_CHUNKS_COARSEST if number == len(levels) - 1 else MAX_CHUNKS
+        if count > most or (count > FEW_CHUNKS and chunk_px < SMALL_CHUNK_PX):
+            raise SlideFormatError(
+                f"level {number} of {tuple(level.shape)} px in {count:,} chunks of {tuple(level.chunks)}, expected "
+                f"up to {most:,} of {SMALL_CHUNK_PX:,} px and more; {SLIDES.mend}"
+            )
+    return levels
 
 
 def _scalings(scales: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
