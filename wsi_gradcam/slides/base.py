@@ -34,7 +34,6 @@ UM_AT_1X = 10.0
 # and the share by which a factor of pixel sizes may be off the whole one that is meant.
 ROUNDED_PX, WHOLE = 1.5, 0.002
 MAX_SLIDE_PX, MAX_SIDE_PX = 1 << 40, 1 << 26  # a thousand gigapixels
-AGAIN = "copy the file again from its source"
 DIFFERENT = "its height and width tell different factors"
 # Files that make a folder a Zarr group, of either format.
 ZARR_FILES = ("zarr.json", ".zgroup")
@@ -169,7 +168,8 @@ def make_levels(
     Level(height=2304, width=2048, downsample_y=4.0, downsample_x=4.0)
     """
     if math.prod(sizes[0]) > MAX_SLIDE_PX or max(sizes[0]) > MAX_SIDE_PX:
-        raise SlideFormatError(f"a picture of {sizes[0][0]:,} x {sizes[0][1]:,} px, more than any slide has; {AGAIN}")
+        size = f"{sizes[0][0]:,} x {sizes[0][1]:,} px"
+        raise SlideFormatError(f"a picture of {size}, more than any slide has; copy the file again from its source")
     known = [*zip_longest(sizes, spacings, tiles)]
     return (Level(*sizes[0], 1.0, 1.0), *(_level(known[0], stored) for stored in known[1:]))
 
