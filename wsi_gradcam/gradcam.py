@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, one_line
 from wsi_gradcam.models.load import Model, layer_name, load_model
-from wsi_gradcam.models.outputs import unwrapped, with_logits
+from wsi_gradcam.models.outputs import Passed, one_row, separate, unwrapped, with_logits
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Layer
     from wsi_gradcam.cam.program import Program
     from wsi_gradcam.models.spec import ModelSpec
 
+LOG = logging.getLogger("wsi_gradcam")
 OneTarget = int | str | Callable[[Tensor], Tensor]
 MIN_IMAGES_FOR_CHOICE = 16  # images in a call: for fewer, trying engines costs more than it can bring
 PROGRAMS_KEPT = 8
@@ -119,6 +121,7 @@ class GradCAM:
         if not isinstance(model, nn.Module | Model):
             model = load_model(fspath(model) if isinstance(model, PathLike) else model, trust_code=trust_code)
         self._module = model.module if isinstance(model, Model) else unwrapped(model)
+        self._raw = not isinstance(model, Model)
         self._classes = tuple(classes or (model.classes if isinstance(model, Model) else ()))
         self._wanted = layer_name(self._module, layer) or (model.layer if isinstance(model, Model) else None)
         self._requested = engine, precision
@@ -187,12 +190,14 @@ class GradCAM:
         if size not in self._located:
             noise = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(images.device)
             try:
-                network, self._outputs = _logits_of(self._module, noise)
+                network, self._outputs, end = _logits_of(self._module, noise, self._raw)
                 module, layers, _ = locate_layers(network, self._wanted, noise)
             except WsiGradcamError:
                 raise
             except Exception as error:  # the network's own code may raise anything
                 raise ModelError(f"the model fails on images of shape {size}: {one_line(error)}") from error
+            if end is not None:
+                LOG.warning("the model ends in %s: what goes into that is explained as logits", end.name)
             check_methods("the model", EagerProgram(module, layers), self.methods, noise)
             self._located[size] = module, layers
         return self._located[size]
@@ -239,8 +244,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             yield from (tensor for tensor in part._buffers.values() if tensor is not None)
 
 
-def _logits_of(module: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
-    """The network giving logits [B, K], whatever it returns, tried on `images`; and K."""
+def _logits_of(module: nn.Module, images: Tensor, raw: bool) -> tuple[nn.Module, int, Passed | None]:
+    """The network giving logits [B, K], whatever it returns, tried on `images`; K; and, of a raw one, how it ended."""
     with evaluating(module), torch.no_grad():
         network, logits = with_logits(module, images, None)
     if logits.ndim != 2 or len(logits) != len(images) or not logits.shape[1]:
@@ -250,7 +255,12 @@ def _logits_of(module: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
         )
     if not torch.isfinite(logits).all():
         raise ModelError("the model gives NaN or infinite values for pictures of noise; check its weights")
-    return network, logits.shape[1]
+    end = None
+    if raw:
+        with evaluating(module), torch.no_grad():
+            network, _ = one_row(network, images[:1])
+            network, end = separate(network, images, logits)
+    return network, logits.shape[1], end
 
 
 def _explain(program: Program, images: Tensor, targets: Sequence[Any], methods: Sequence[str]) -> Explained:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from wsi_gradcam.errors import LayerError, ModelError, one_line, quoted
-from wsi_gradcam.models.outputs import unwrap_parts, unwrapped, with_logits
+from wsi_gradcam.models.outputs import Passed, one_row, separate, unwrap_parts, unwrapped, with_logits
 from wsi_gradcam.models.sources import Built, load_weights
 from wsi_gradcam.models.sources.function import build_function, source_digest
 from wsi_gradcam.models.sources.hf import build_hf, weights_file
@@ -185,12 +185,12 @@ def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
     """
     _check_numbers(spec.name, built.module)
     transform = _transform(spec, built)
-    module, outputs = _checked(spec, built.module.eval().float().requires_grad_(False), transform.input_px)
+    checked, outputs, end = _checked(spec, _frozen(built.module), transform.input_px)
+    module = _frozen(checked)
     classes = spec.classes or built.classes or tuple(str(i) for i in range(outputs))
     if len(classes) != outputs:
         raise ModelError(f"{spec.name}: {len(classes)} classes are named, but the model has {outputs} outputs")
-    declared = built.activation if "activation" not in spec.model_fields_set else None
-    activation = declared or spec.activation
+    activation, notes = _activation(spec, built, end)
     if outputs == 1 and activation == "softmax":
         raise ModelError(
             f"{spec.name}: the softmax of a single output is always 1; add 'activation: sigmoid' (or none) and one "
@@ -210,9 +210,34 @@ def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
         runs_code=spec.runs_code,
         digest="",
         stain=stain_target(spec.stain, spec.folder),
-        notes=built.notes,
+        notes=(*built.notes, *notes),
     )
-    return replace(resolved, digest=_digest(spec, resolved, built.code_digest))
+    return replace(resolved, digest=_digest(spec, resolved, built.code_digest, end))
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """Return the module in evaluation mode, in float32, without gradients of its weights; scripted ones too."""
+    for parameter in module.eval().float().parameters():
+        _ = parameter.requires_grad_(False) if parameter.is_leaf else parameter.detach_()
+    return module
+
+
+def _activation(spec: ModelSpec, built: Built, end: Passed | None) -> tuple[Activation, tuple[str, ...]]:
+    """Return how logits become probabilities: as the network itself ends, else as is declared; and a note on that.
+
+    Raises:
+        ModelError: both contradict each other.
+    """
+    declared = spec.activation if "activation" in spec.model_fields_set else None
+    if end is None:
+        return declared or built.activation or spec.activation, ()
+    if declared not in (None, end.activation):
+        raise ModelError(
+            f"{spec.name}: ends in {end.name}, but 'activation: {declared}' is declared; leave that out, or say 'none' "
+            "to explain the outputs as they are"
+        )
+    note = f"ends in {end.name}: what goes into that is explained and stored as logits, probabilities are its outputs"
+    return end.activation, (note,)
 
 
 def _transform(spec: ModelSpec, built: Built) -> Transform:
@@ -262,14 +287,14 @@ def _check_numbers(name: str, module: nn.Module) -> None:
             )
 
 
-def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> tuple[nn.Module, int]:
-    """Return the network, giving one row of logits for each image, and the number of logits."""
+def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> tuple[nn.Module, int, Passed | None]:
+    """Return the network, giving one row of logits for each image, their number, and the probabilities' activation."""
     images = torch.empty(0)
     try:
         images = torch.randn(2, 3, *input_px, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             module, output = with_logits(module, images, spec.output)
-            alone = module(images[:1])
+            module, alone = one_row(module, images[:1])
     except ModelError as error:
         raise ModelError(f"{spec.name}: {error}") from error
     except Exception as error:  # the model's own code may raise anything
@@ -284,7 +309,14 @@ def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> t
             f"{spec.name}: answers differently for an image alone and in a batch; was it saved in training mode (batch "
             "normalisation, dropout)? Save it after model.eval()"
         )
-    return module, int(output.shape[1])
+    end = None
+    if not (spec.activation == "none" and "activation" in spec.model_fields_set):
+        try:
+            with torch.no_grad():
+                module, end = separate(module, images, output)
+        except ModelError as error:
+            raise ModelError(f"{spec.name}: {error}") from error
+    return module, int(output.shape[1]), end
 
 
 def _differ(found: Tensor, expected: Tensor) -> bool:
@@ -292,7 +324,7 @@ def _differ(found: Tensor, expected: Tensor) -> bool:
     return float((found - expected).abs().max()) > BATCH_TOLERANCE * scale
 
 
-def _digest(spec: ModelSpec, model: Model, code: str) -> str:
+def _digest(spec: ModelSpec, model: Model, code: str, end: Passed | None) -> str:
     about: list[object] = [
         spec.kind if spec.kind in FILES else model.source,  # where a file lies changes nothing
         model.classes,
@@ -310,6 +342,8 @@ def _digest(spec: ModelSpec, model: Model, code: str) -> str:
         about.append(str(spec.output))
     if model.stain is not None:
         about.append(model.stain.to_json())
+    if end is not None:
+        about.append(["ends in", end.name])
     digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in sorted(model.module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -348,7 +382,7 @@ def model_of(
     scale: float | None = None,
     stain: str | Mapping[str, Any] | None = None,
     transform: Resizing | None = None,
-    activation: Activation = "softmax",
+    activation: Activation | None = None,
     layer: str | nn.Module | None = None,
     output: str | int | None = None,
     device: str = "cpu",
@@ -380,7 +414,7 @@ def model_of(
         "transform": transform,
         "layer": layer_name(module, layer),
         "output": output,
-        "activation": activation,
+        **({"activation": activation} if activation is not None else {}),
     }
     try:
         spec = ModelSpec.model_validate({"name": name or type(module).__name__, "source": f"live:{kind}", **values})

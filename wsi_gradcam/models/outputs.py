@@ -1,14 +1,18 @@
-"""Networks that return more than logits or are wrapped, and the names of their layers."""
+"""Networks that return more than logits, or probabilities instead, or are wrapped; and the names of their layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from wsi_gradcam.errors import ModelError
+from wsi_gradcam.models.graph import any_batch, with_points
 
 # What libraries and papers call the logits, the clearest name first.
 NAMES = ("logits", "out", "output", "outputs", "prediction", "predictions", "pred", "preds", "y", "y_hat")
@@ -42,18 +46,32 @@ class LogitsOf(nn.Module):
 
     The output is given a row for each image: [B], [B, K, 1, 1] and, for a single image, [K] become [B, K].
     With `output` None the network's only output is taken, for its shape alone. A network that changes its input in
-    place is given `copies`, so that whoever asks twice asks the same.
+    place is given `copies`, so that whoever asks twice asks the same. Of a network that ends in a softmax or
+    sigmoid the output is what goes into that, see `separate`.
     """
 
-    def __init__(self, network: nn.Module, output: str | int | None, copies: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, output: str | int | None, copies: bool = False, passed: Passed | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.output = output
         self.copies = copies
+        self.passed = passed
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the chosen output."""
-        outputs = self.network(images.clone() if self.copies else images)
+        given = images.clone() if self.copies else images
+        if self.passed is None:
+            outputs = self.network(given)
+        else:
+            with _Calls(self.passed.columns * len(images), self.passed.numbers) as calls:
+                outputs = self.network(given)
+            if calls.count != self.passed.count:
+                raise ModelError(
+                    f"the model ends in {self.passed.name} after another number of steps for these images than before; "
+                    "return the values before it"
+                )
         return as_rows(outputs if self.output is None else pick(outputs, self.output), len(images))
 
 
@@ -75,9 +93,199 @@ def with_logits(network: nn.Module, images: Tensor, output: str | int | None) ->
     return (network if rows is outputs and not copies else LogitsOf(network, chosen, copies)), rows
 
 
+def one_row(network: nn.Module, image: Tensor) -> tuple[nn.Module, Tensor]:
+    """Return the network giving [1, K] for one image too, where it squeezes that to [K]; and these logits."""
+    alone = network(image)
+    return (network, alone) if alone.ndim != 1 else (LogitsOf(network, None), as_rows(alone, 1))
+
+
 def _version(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place; tensors of inference mode do not count that."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class Passed:
+    """The last activations of a network, which pass on what goes into them.
+
+    Attributes:
+        name: softmax, sigmoid, log_softmax or log_sigmoid.
+        numbers: of its calls, among those with at most `columns` values an image, of which there are `count`.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    count: int
+    columns: int
+
+    @property
+    def activation(self) -> Literal["softmax", "sigmoid"]:
+        """What makes probabilities of the logits."""
+        return "softmax" if self.name.endswith("softmax") else "sigmoid"
+
+
+EPSILON = 1e-4  # of a probability
+SCALES = (10.0, -3.0, 0.0, 1000.0)  # of images of noise: logits grow with them, or change sign
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=1),
+    "sigmoid": torch.sigmoid,
+    "log_softmax": lambda logits: logits.log_softmax(dim=1),
+    "log_sigmoid": F.logsigmoid,
+}
+SAME = {"expit": "sigmoid", "logsigmoid": "log_sigmoid", "clip": "clamp"}
+BOUNDS = dict.fromkeys(("softmax", "sigmoid", "hardsigmoid", "clamp", "hardtanh"), (0.0, 1.0)) | {"tanh": (-1.0, 1.0)}
+MIXED = 64  # class-like values an image that may be averaged to one
+END_MEND = "return the values before it, or say 'activation: none' in the model file to explain the outputs as they are"
+
+
+class _Calls(TorchFunctionMode):
+    """Follows the calls of activations with at most `most` values.
+
+    Attributes:
+        count: how many there were.
+        found: of each its name and the number of its values, where they are not changed.
+    """
+
+    def __init__(self, most: int, passed: Sequence[int] = (), end: int | None = None) -> None:
+        super().__init__()
+        self._most, self._passed, self._end = most, passed, end
+        self.count = 0
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, unless its input is passed on or one end of its range given instead."""
+        kwargs = kwargs or {}
+        name = str(getattr(func, "__name__", "")).partition(".")[0].removeprefix("special_").strip("_")
+        name = SAME.get(name, name)
+        value = args[0] if args else kwargs.get("input")
+        known = name in ENDS or name == "exp" or name in BOUNDS
+        if not known or not isinstance(value, Tensor) or value.numel() > self._most:
+            return func(*args, **kwargs)
+        self.found.append((name, value.numel()))
+        self.count += 1
+        if self.count - 1 in self._passed:
+            return value
+        result = func(*args, **kwargs)
+        return torch.full_like(result, BOUNDS[name][self._end]) if self._end is not None and name in BOUNDS else result
+
+
+def separate(network: nn.Module, images: Tensor, rows: Tensor) -> tuple[nn.Module, Passed | None]:
+    """Return the network that gives logits of one that gives probabilities, and the activations that were left out.
+
+    `network` gave `rows` [B, K] for `images`. Found by values: outputs that are probabilities, or their logarithms, for
+    noise of several scales, and the calls without which the network gives what they make the same outputs of.
+
+    Raises:
+        ModelError: it gives probabilities, but of what cannot be told.
+    """
+    if not _kind(rows):
+        return network, None
+    probes = [(images, rows), *((scale * images, network(scale * images)) for scale in SCALES)]
+    probes = [(probe, found) for probe, found in probes if bool(torch.isfinite(found).all())]
+    kinds = {_kind(found) for _, found in probes}
+    if "" in kinds:
+        return network, None
+    for candidate in _plain_and_traced(network, images, "softmax" in kinds):
+        for passed in _candidates(candidate, images, rows):
+            separated = _without_end(candidate, passed)
+            if all(_makes(separated, probe, found, passed) for probe, found in probes):
+                return separated, passed
+    _check_mixture(network, probes, kinds)
+    return network, None
+
+
+def _kind(rows: Tensor) -> str:
+    """Return what outputs look like: softmax, sigmoid, log_softmax, log_sigmoid; "" for others."""
+    if not bool(torch.isfinite(rows).all()):
+        return ""
+    several = rows.shape[1] > 1
+    if float(rows.min()) >= -EPSILON and float(rows.max()) <= 1 + EPSILON:
+        sums = several and float((rows.sum(dim=1) - 1).abs().max()) <= 10 * EPSILON
+        return "softmax" if sums else "sigmoid"
+    if float(rows.max()) > EPSILON:
+        return ""
+    return "log_softmax" if several and float(rows.logsumexp(dim=1).abs().max()) <= 10 * EPSILON else "log_sigmoid"
+
+
+def _plain_and_traced(network: nn.Module, images: Tensor, sure: bool) -> Iterator[nn.Module]:
+    """Yield the network, and then its graph: activations in parts of TorchScript are not seen otherwise.
+
+    Making the graph takes a while: it is only made of networks that have such parts or, being `sure`, an activation.
+    """
+    yield network
+    if not sure and not any(isinstance(part, torch.jit.ScriptModule) for part in network.modules()):
+        return
+    try:
+        graph = any_batch(network, images)
+        for name, value in list(graph.named_parameters(recurse=False)):
+            delattr(graph, name)
+            graph.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
+        yield with_points(graph)
+    except Exception:  # a network that cannot be followed may raise anything
+        return
+
+
+def _candidates(network: nn.Module, images: Tensor, rows: Tensor) -> Iterator[Passed]:
+    """Yield calls that may be the network's last activations: one, or one for each of several heads."""
+    columns = rows.shape[1]
+    with _Calls(columns * len(images)) as calls:
+        network(images)
+    found = calls.found
+    for last in reversed(range(len(found))):
+        name, total = found[last]
+        numbers = [last]
+        for first in reversed(range(last)):
+            if total >= rows.numel():
+                break
+            if found[first][0] == name:
+                numbers.insert(0, first)
+                total += found[first][1]
+        if total == rows.numel() and name in ENDS:
+            yield Passed(name, tuple(numbers), len(found), columns)
+        if name == "exp" and last and found[last - 1][0] in ("log_softmax", "log_sigmoid"):
+            yield Passed(found[last - 1][0].removeprefix("log_"), (last - 1, last), len(found), columns)
+
+
+def _without_end(network: nn.Module, passed: Passed) -> LogitsOf:
+    if isinstance(network, LogitsOf):
+        return LogitsOf(network.network, network.output, network.copies, passed)
+    return LogitsOf(network, None, passed=passed)
+
+
+def _makes(separated: LogitsOf, images: Tensor, rows: Tensor, passed: Passed) -> bool:
+    """Return whether the activation makes the network's outputs of what goes into it."""
+    try:
+        logits = separated(images)
+    except Exception:  # what follows may want probabilities
+        return False
+    if logits.shape != rows.shape or not bool(torch.isfinite(logits).all()):
+        return False
+    return torch.allclose(ENDS[passed.name](logits), rows, rtol=EPSILON, atol=EPSILON)
+
+
+def _check_mixture(network: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], kinds: set[str]) -> None:
+    """Refuse averages and other mixtures of probabilities; outputs that only happen to lie between 0 and 1 may pass.
+
+    Raises:
+        ModelError: the outputs are such.
+    """
+    images, rows = probes[0]
+    varied = any(not torch.allclose(rows, found, atol=EPSILON) for _, found in probes[1:])
+    mixed = kinds == {"softmax"} and varied
+    if not mixed and kinds <= {"softmax", "sigmoid"}:
+        ends = []
+        for end in (0, 1):
+            with _Calls(MIXED * rows.numel(), end=end) as calls:
+                ends.append(network(images))
+            if not calls.count:
+                return
+        mixed = all(torch.allclose(found, torch.full_like(found, end), atol=EPSILON) for end, found in enumerate(ends))
+    if mixed:
+        what = "rows between 0 and 1 that sum to 1" if kinds == {"softmax"} else "values bounded to 0..1"
+        raise ModelError(
+            f"the model returns probabilities ({what}), not logits, and no last softmax or sigmoid was found whose "
+            f"input could be explained; {END_MEND}"
+        )
 
 
 def as_rows(output: Tensor, count: int) -> Tensor:
