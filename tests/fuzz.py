@@ -1,9 +1,13 @@
-"""Damages slides in many ways and reads them: nothing may crash, hang, take much memory, or turn black in silence.
+"""Damages slides in many ways and reads them: nothing may crash, hang, take much memory, or show what was not written.
 
     python -m tests.fuzz [--cases 10000] [--seed 0] [--keep FOLDER]
 
-Cases run in a process of their own, some hundred at a time, with bounds on memory and on the time of each. What
-breaks a bound, kills the process, or raises what is no `SlideError`, is printed with the number of its case, which
+Cases of an even number damage any bytes of whole files, and little is known of what they show then. Those of an odd
+one know all pixels (`tests.fuzz_truths`) and damage data within tiles, leave tiles out, or store colours and levels as
+some writers do: what was written is shown, or nothing is.
+
+Cases run in a process of their own, some hundred at a time, with bounds on memory and on the time of each. What breaks
+a bound, kills the process, or raises what is no `SlideError`, is printed with the number of its case, which
 `--only NUMBER` repeats.
 """
 
@@ -28,6 +32,7 @@ import numpy.typing as npt
 import tifffile
 from PIL import Image
 
+from tests.fuzz_truths import truth_case
 from tests.runs import ROOT
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import SlideError
@@ -141,7 +146,7 @@ STRUCTURAL = (cut, change_tag)
 def damaged(number: int, seed: int, files: list[Path], folder: Path) -> tuple[Path, Path, bool]:
     """(the damaged copy, its source, whether only the structure was damaged) of a case."""
     rng = np.random.default_rng([seed, number])
-    source = files[number % len(files)]
+    source = files[number // 2 % len(files)]
     how = DAMAGE[int(rng.integers(len(DAMAGE)))]
     data = bytearray(source.read_bytes())
     how(data, rng)
@@ -178,6 +183,8 @@ def look(path: Path) -> list[npt.NDArray[np.uint8]]:
 
 def check(number: int, seed: int, files: list[Path], folder: Path) -> str:
     """What is wrong in how a case is dealt with; nothing where all is well."""
+    if number % 2:
+        return check_truth(number, seed, folder)
     path, source, structural = damaged(number, seed, files, folder)
     started = time.monotonic()
     signal.alarm(2 * CASE_S)
@@ -198,6 +205,21 @@ def check(number: int, seed: int, files: list[Path], folder: Path) -> str:
     return f"took {seconds:.1f} s" if seconds > CASE_S else ""
 
 
+def check_truth(number: int, seed: int, folder: Path) -> str:
+    """The same of a case whose pixels are known."""
+    started = time.monotonic()
+    signal.alarm(2 * CASE_S)
+    try:
+        problems = truth_case(number, seed, folder)
+    except BaseException:
+        return traceback.format_exc(limit=-4)
+    finally:
+        signal.alarm(0)
+        shutil.rmtree(folder / str(number), ignore_errors=True)
+    seconds = time.monotonic() - started
+    return "; ".join(problems[:3]) or (f"took {seconds:.1f} s" if seconds > CASE_S else "")
+
+
 def run_cases(first: int, count: int, seed: int) -> int:
     """In a child: check cases, print what is wrong; the number of the case at work goes first."""
     resource.setrlimit(resource.RLIMIT_DATA, (CASE_BYTES, CASE_BYTES))
@@ -208,7 +230,8 @@ def run_cases(first: int, count: int, seed: int) -> int:
             print(f"case {number}", flush=True)
             if problem := check(number, seed, files, Path(folder)):
                 wrong += 1
-                print(f"WRONG {number} {files[number % len(files)].name}: {problem}", flush=True)
+                name = "known pixels" if number % 2 else files[number // 2 % len(files)].name
+                print(f"WRONG {number} {name}: {problem}", flush=True)
     return wrong
 
 

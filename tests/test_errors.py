@@ -19,6 +19,7 @@ EXPECTED = {
     "ConfigError": ValueError,
     "SlideNotFoundError": FileNotFoundError,
     "SlideFormatError": ValueError,
+    "SlideContentError": ValueError,
     "SlideAccessError": ConnectionError,
     "MppError": ValueError,
     "SlideReadError": OSError,

@@ -118,8 +118,8 @@ def test_an_image_without_mpp_says_so(unit: str | None, scale: float, said: str,
 @pytest.mark.parametrize(
     ("data", "axes", "said"),
     [
-        (np.ones((4, *SIZE), np.uint8), "cyx", "4 channels of uint8, expected RGB or gray"),
-        (np.ones((3, *SIZE), np.float32), "cyx", "3 channels of float32"),
+        (np.ones((4, *SIZE), np.uint8), "cyx", "4 pictures that belong together, as of stains"),
+        (np.ones((3, *SIZE), np.float32), "cyx", "values of float32, expected 8 or 16 bits"),
         (np.ones((5, *SIZE), np.uint8), "zyx", "expected one picture of y, x and colours"),
     ],
 )

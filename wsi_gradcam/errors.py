@@ -34,7 +34,7 @@ class SlideFormatError(SlideError, ValueError):
 
 
 class SlideContentError(SlideFormatError):
-    """What the file holds is no picture in colour or gray: no reader may show it, even one that would."""
+    """What the file holds is no picture in colour or gray, or not all of one: no reader may show it."""
 
 
 class SlideAccessError(SlideError, ConnectionError):

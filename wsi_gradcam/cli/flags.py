@@ -110,19 +110,22 @@ def parse_text(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str) and name in Settings.model_fields:
             types = _types(Settings.model_fields[name].annotation)
             if get_origin(types[0]) is tuple and Ellipsis not in get_args(types[0]):
-                parsed[name] = _parse_pair(name, value, _types(get_args(types[0])[0])[0])
+                parsed[name] = _parse_numbers(name, value, types[0])
             elif int in types and value.isdecimal():
                 parsed[name] = int(value)
     return parsed
 
 
-def _parse_pair(name: str, text: str, number: type[int] | type[float]) -> tuple[float, ...]:
+def _parse_numbers(name: str, text: str, wanted: Any) -> tuple[float, ...]:
+    """Return the numbers of a pair, which one stands for, or of more."""
+    number: type[int] | type[float] = _types(get_args(wanted)[0])[0]
+    is_pair = len(get_args(wanted)) == 2
     try:
         values = tuple(number(part) for part in text.split(","))
     except ValueError as error:
-        flag = f"--{name.replace('_', '-')}"
-        raise ConfigError(f"{flag} is {text!r}, expected a number such as {EXAMPLES[number]}, or Y,X") from error
-    return values * 2 if len(values) == 1 else values
+        form = f"a number such as {EXAMPLES[number]}, or Y,X" if is_pair else "numbers such as 2,1,0"
+        raise ConfigError(f"--{name.replace('_', '-')} is {text!r}, expected {form}") from error
+    return values * 2 if is_pair and len(values) == 1 else values
 
 
 # --- the config file -------------------------------------------------------------------------------------------------

@@ -413,6 +413,14 @@ class RunRecord:
         """Reader that slides are opened with, by name."""
         return str(self.settings.get("reader", "auto"))
 
+    @property
+    def channels(self) -> tuple[int, int, int] | None:
+        """Channels that are shown as red, green and blue, of slides of gray pictures; None where none were chosen."""
+        match self.settings.get("channels"):
+            case [int(red), int(green), int(blue)] if min(red, green, blue) >= 0:
+                return red, green, blue
+        return None
+
 
 def stored_choice(stored: dict[str, Any]) -> Choice | None:
     """Return the engine and precision of a run; None if an older version wrote it."""

@@ -252,7 +252,7 @@ class SlideResult:
             SlideError: it is not there any more, another file is, or it is behind a URL, see `check_named`.
         """
         self.check_path()
-        slide = open_slide(self.path, self.mpp, self._run.reader)
+        slide = open_slide(self.path, self.mpp, self._run.reader, channels=self._run.channels)
         if slide.info.digest != self.plan.slide_digest:
             slide.close()
             raise SlideFormatError(f"{self.path}: another file than was explained; put the right one there")

@@ -482,7 +482,8 @@ def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[st
     except NotAskedError as error:
         run.notes.append(f"{row['id']}: not compared with the slide: {error}")
         return
-    slide = open_slide(row["path"], plan.slide_mpp, run.record.reader if run.record else "auto")
+    reader, channels = (run.record.reader, run.record.channels) if run.record else ("auto", None)
+    slide = open_slide(row["path"], plan.slide_mpp, reader, channels=channels)
     try:
         if slide.info.digest != plan.slide_digest:
             yield f"{row['path']} is another file now than when it was explained"

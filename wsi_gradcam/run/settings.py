@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from wsi_gradcam.errors import ConfigError, DocumentError, one_line, quoted
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
@@ -143,6 +152,13 @@ class Settings(BaseModel):
             "reads a file correctly"
         ),
     ] = "auto"
+    channels: Annotated[
+        tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None,
+        Field(
+            description="of slides whose channels are gray pictures (fluorescence), those that are shown as red, green "
+            "and blue, counted from 0: 2,1,0; without it such slides are refused. Slides in colour stay as they are"
+        ),
+    ] = None
     trust_objective: Annotated[
         bool, Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)")
     ] = False
@@ -220,7 +236,8 @@ class Settings(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that results depend on; two runs that differ in them must not share an output."""
-        return self.model_dump(mode="json", exclude=set(NOT_IN_IDENTITY))
+        without = {*NOT_IN_IDENTITY, *(() if self.channels else ("channels",))}  # older versions did not have it
+        return self.model_dump(mode="json", exclude=without)
 
 
 def make_settings(**values: Any) -> Settings:

@@ -55,10 +55,13 @@ def open_slide(
     reader: str = "auto",
     *,
     trust_objective: bool = False,
+    channels: tuple[int, int, int] | None = None,
 ) -> Slide:
     """Return the slide at `path`, a file, a Zarr folder or a URL; `mpp`, or (y, x), replaces its own um per pixel.
 
-    With `trust_objective` the power of the objective stands in for an mpp that is not known.
+    With `trust_objective` the power of the objective stands in for an mpp that is not known. Of gray pictures that
+    belong together, as stains of fluorescence are, `channels` are shown as red, green and blue; a slide in colour is
+    shown as it is.
 
     Readers are the names in `opening.OPENERS`; `auto` takes the fastest that reads the file correctly.
 
@@ -67,6 +70,7 @@ def open_slide(
         SlideNotFoundError: no file there.
         SlideAccessError: the server of a URL does not let it be read.
         SlideFormatError: not a slide, or damaged.
+        SlideContentError: a SlideFormatError, of a file that holds something else than a picture in colour or gray.
         MppError: the given mpp is not possible. (A missing one is raised on the first use of `info.mpp_yx`.)
     """
     # Not above: `import wsi_gradcam.slides` shall not need the shared library.
@@ -76,13 +80,13 @@ def open_slide(
     given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
     if isinstance(path, str) and is_url(path):
         _check_given(given, redact_url(path))
-        return open_url(path, given, reader, trust_objective)
+        return open_url(path, given, reader, trust_objective, channels)
     path = Path(path)
     if not path.is_file() and not is_zarr(path):
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
-    return open_file(path, given, reader, trust_objective)
+    return open_file(path, given, reader, trust_objective, channels)
 
 
 def check_reader(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from wsi_gradcam.errors import MppError, SlideFormatError
+from wsi_gradcam.errors import MppError, SlideContentError, SlideFormatError, quoted
 from wsi_gradcam.geometry import Region, ceil_div
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ UM_AT_1X = 10.0
 ROUNDED_PX, WHOLE = 1.5, 0.002
 MAX_SLIDE_PX, MAX_SIDE_PX = 1 << 40, 1 << 26  # a thousand gigapixels
 DIFFERENT = "its height and width tell different factors"
+Channels: TypeAlias = tuple[int, int, int]  # numbers of those that are shown as red, green and blue
+COLOUR_NAME = re.compile(r"(?:channel|ch|c)?[ :_-]*(r|red|g|green|b|blue)[ :_-]*(?:channel)?", re.IGNORECASE)
+NUMBER_NAME = re.compile(r"(?:(?:channel|ch|c)?[ :_-]*\d+(?:[ :_-]+\d+)*)?", re.IGNORECASE)
+PURE = {(255, 0, 0): "r", (0, 255, 0): "g", (0, 0, 255): "b"}
 # Files that make a folder a Zarr group, of either format.
 ZARR_FILES = ("zarr.json", ".zgroup")
 
@@ -255,6 +260,62 @@ def _downsample(full: int, reduced: int) -> float:
 
 def _explains(whole: int, full: int, reduced: int) -> bool:
     return reduced in (full // whole, ceil_div(full, whole))
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One of several gray pictures that belong together, as a file describes it.
+
+    Attributes:
+        name: "" where it has none.
+        colour: RGB in which it shall be shown.
+        is_stain: it is told to be light of fluorescence.
+    """
+
+    name: str = ""
+    colour: tuple[int, int, int] | None = None
+    is_stain: bool = False
+
+
+def shown_channels(
+    count: int, described: Sequence[Channel], chosen: Channels | None, *, plain: bool = False
+) -> Channels:
+    """Return the numbers of the channels that are shown as red, green and blue.
+
+    Those that a user chose; else those that say by their names, or by nothing but their colours, that they are the
+    parts of a picture in colour. With `plain`, three that say nothing else are that too.
+
+    Raises:
+        SlideContentError: they are stains, or nothing tells what they are.
+
+    >>> shown_channels(3, [Channel("Blue"), Channel("Green"), Channel("Red")], None)
+    (2, 1, 0)
+    """
+    if chosen is not None:
+        if max(chosen) < count:
+            return chosen
+        raise SlideContentError(f"channels {','.join(map(str, chosen))} were chosen, but it has {count}, from 0 on")
+    if count == len(described) == len(PURE) and not any(channel.is_stain for channel in described):
+        for parts in ([_part_by_name(channel) for channel in described], [_part_by_colour(c) for c in described]):
+            if sorted(parts) == ["b", "g", "r"]:
+                return parts.index("r"), parts.index("g"), parts.index("b")
+    if plain and count == len(PURE) and not any(c.is_stain or not NUMBER_NAME.fullmatch(c.name) for c in described):
+        return 0, 1, 2
+    names = ", ".join(quoted(channel.name) for channel in described[:8] if channel.name)
+    raise SlideContentError(
+        f"{count} pictures that belong together{f' ({names})' if names else ''}, as of stains in fluorescence; "
+        "expected one in colour or gray; to show some as red, green and blue give their numbers from 0 on, such as "
+        "--channels 0,1,2"
+    )
+
+
+def _part_by_name(channel: Channel) -> str:
+    found = COLOUR_NAME.fullmatch(channel.name.strip())
+    return found[1][0].lower() if found else ""
+
+
+def _part_by_colour(channel: Channel) -> str:
+    return PURE.get(channel.colour or (0, 0, 0), "") if NUMBER_NAME.fullmatch(channel.name.strip()) else ""
 
 
 def check_mpp(value: float, origin: str) -> str:

@@ -22,6 +22,7 @@ from zarr.storage import ObjectStore
 
 from wsi_gradcam.errors import (
     SlideAccessError,
+    SlideContentError,
     SlideError,
     SlideFormatError,
     SlideNotFoundError,
@@ -33,7 +34,7 @@ from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.urls import redact_url
 from wsi_gradcam.io.zarr_stores import SLIDES, LocalSlideStore, SlideLimits, bounded, check_count
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, pad_with_background
+from wsi_gradcam.slides.base import Channel, SlideInfo, check_mpp, make_levels, pad_with_background, shown_channels
 from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_store, probe
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
     Request = tuple[str, ByteRequest | None]
     Rgb = NDArray[np.uint8]
+    from wsi_gradcam.slides.base import Channels
+
     Key = tuple[int, int, int]  # level, row, column
 
 WHITE = (255, 255, 255)
@@ -51,6 +54,7 @@ BYTES_IN_DIGEST = 1 << 22  # bytes of the coarsest level
 CHUNKS_IN_DIGEST = 4  # versions of remote chunks, of each level
 CACHE_BYTES = 32 << 20
 MANY_CHUNKS_PX = 1 << 22  # of larger ones only one is unpacked at a time
+MAX_CHANNELS = 64  # stains of one tissue
 WAITING_THREADS = 8  # chunks of one region that are fetched at once
 # Bounds on what a file may claim.
 MAX_LEVELS = 64
@@ -135,7 +139,11 @@ class OmeZarrSlide:
     """A `Slide` in an OME-Zarr image of one picture in colour or gray, in a folder or behind a URL."""
 
     def __init__(
-        self, place: Path | RemoteZarr, mpp: tuple[float, float] | None = None, trust_objective: bool = False
+        self,
+        place: Path | RemoteZarr,
+        mpp: tuple[float, float] | None = None,
+        trust_objective: bool = False,
+        channels: Channels | None = None,
     ) -> None:
         self._remote = None if isinstance(place, Path) else place
         self._path = str(place) if isinstance(place, Path) else place.name
@@ -148,6 +156,7 @@ class OmeZarrSlide:
             self._levels = _opened(group, store, self._scales["datasets"])
             self._axes = [axis["name"] for axis in self._scales["axes"]]
             self._check()
+            self._shown = self._shown_channels(group, channels)
             self._cache = Cache(max(CACHE_BYTES, 3 * max(map(self._most_px, self._levels))), attrgetter("nbytes"))
             self._check_there(self._levels[-1])
             self._info = self._described(mpp)
@@ -224,6 +233,8 @@ class OmeZarrSlide:
         # Axes may be in any order; pixels are cut and pasted as y, x, colour.
         order = [left.index("y"), left.index("x"), *([left.index("c")] if "c" in left else [])]
         values = values.transpose(order) if "c" in left else values.transpose(order)[..., None]
+        if self._shown is not None:
+            values = values[..., list(self._shown)]
         scaled = values if values.dtype == np.uint8 else (values.astype(np.uint32) + 128) // 257
         rgb = np.repeat(scaled, 3, axis=2) if scaled.shape[2] == 1 else scaled
         return np.ascontiguousarray(rgb.astype(np.uint8, copy=False))
@@ -263,12 +274,23 @@ class OmeZarrSlide:
         array = self._levels[0]
         sizes = dict(zip(self._axes, array.shape, strict=True))
         if not {"y", "x"} <= sizes.keys() or any(sizes[axis] != 1 for axis in sizes.keys() - {"y", "x", "c"}):
-            raise SlideFormatError(f"an image of axes {sizes}, expected one picture of y, x and colours")
-        if sizes.get("c", 1) not in (1, 3) or array.dtype not in (np.uint8, np.uint16):
-            raise SlideFormatError(
-                f"{sizes.get('c', 1)} channels of {array.dtype}, expected RGB or gray of 8 or 16 bits: stains of "
-                "fluorescence are no colours, and heatmaps no slides"
+            raise SlideContentError(f"an image of axes {sizes}, expected one picture of y, x and colours")
+        if sizes.get("c", 1) > MAX_CHANNELS:
+            raise SlideContentError(f"{sizes['c']:,} channels, expected up to {MAX_CHANNELS}")
+        if array.dtype not in (np.uint8, np.uint16):
+            raise SlideContentError(
+                f"values of {array.dtype}, expected 8 or 16 bits without sign: heatmaps, for one, are no slides"
             )
+
+    def _shown_channels(self, group: Any, chosen: Channels | None) -> Channels | None:
+        """Return the channels that are red, green and blue; None for one picture in gray."""
+        count = dict(zip(self._axes, self._levels[0].shape, strict=True)).get("c", 1)
+        if count == 1:
+            return None
+        attributes: Mapping[str, Any] = group.attrs.asdict()
+        said = attributes.get("ome", attributes).get("omero", {}).get("channels", [])
+        described = [Channel(str(channel.get("label", "")), _colour(channel.get("color"))) for channel in said]
+        return shown_channels(count, described if len(described) == count else [], chosen, plain=True)
 
     def _described(self, mpp: tuple[float, float] | None) -> SlideInfo:
         y, x = self._axes.index("y"), self._axes.index("x")
@@ -400,6 +422,14 @@ def _opened(group: Any, store: LocalSlideStore | RemoteZarr, datasets: Any) -> l
                 f"up to {most:,} of {SMALL_CHUNK_PX:,} px and more; {SLIDES.mend}"
             )
     return levels
+
+
+def _colour(text: object) -> tuple[int, int, int] | None:
+    try:
+        red, green, blue = bytes.fromhex(str(text))
+    except ValueError:
+        return None
+    return red, green, blue
 
 
 def _scalings(scales: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -37,7 +37,7 @@ from wsi_gradcam.slides.tiff_reader import TiffSlide
 if TYPE_CHECKING:
     from tifffile import TiffFile
 
-    from wsi_gradcam.slides.base import Slide, SlideFile, SlideInfo
+    from wsi_gradcam.slides.base import Channels, Slide, SlideFile, SlideInfo
 
     Facts = tuple[list[TiffLevel], SlideInfo]
 
@@ -49,11 +49,16 @@ TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILES_COMPARED = 3  # a level
 ZARR_SUFFIX = ".zarr"
 REMOTE_READERS = ("auto", "tiff", "ome-zarr")  # the others know files only
+WITH_CHANNELS = ("auto", "tiff", "ome-zarr")
 COPY_FIRST = "copy the file to a disk, and explain that"
 
 
-def open_file(path: Path, mpp: Mpp, reader: str, trust_objective: bool = False) -> Slide:
+def open_file(
+    path: Path, mpp: Mpp, reader: str, trust_objective: bool = False, channels: Channels | None = None
+) -> Slide:
     """Return the slide at `path` by a named reader, or by the fastest that reads it correctly.
+
+    Of gray pictures that belong together, `channels` are shown as red, green and blue.
 
     Raises:
         SlideFormatError: the reader does not know the file, or it is damaged.
@@ -62,7 +67,8 @@ def open_file(path: Path, mpp: Mpp, reader: str, trust_objective: bool = False) 
         with closing(LocalFile(path)) as file:
             if is_tiff(file):
                 check_tiff(file)
-    return OPENERS[reader](path, mpp, trust_objective)
+    chosen = () if channels is None or reader not in WITH_CHANNELS else (channels,)  # others know slides in colour
+    return OPENERS[reader](path, mpp, trust_objective, *chosen)
 
 
 def open_tiff_slide(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Facts]) -> TiffSlide:
@@ -93,26 +99,29 @@ def is_tiff(file: SlideFile) -> bool:
         return stream.read(4) in TIFF_SIGNATURES
 
 
-def _open_auto(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
+def _open_auto(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels | None = None) -> Slide:
     if path.is_dir():
-        return OmeZarrSlide(path, mpp)
+        return OmeZarrSlide(path, mpp, trust_objective, channels)
     if is_picture(path):
         return PictureSlide(path, mpp)
     vendor = detect_vendor(path)
     if vendor is None and _begins_as_tiff(path):
-        return _open_local_tiff(path, mpp, trust_objective)
-    return (_open_plain if vendor in PLAIN else OpenSlideSlide)(path, mpp, trust_objective)
+        return _open_local_tiff(path, mpp, trust_objective, channels)
+    if vendor not in PLAIN:
+        return OpenSlideSlide(path, mpp, trust_objective)
+    return _open_plain(path, mpp, trust_objective, channels)
 
 
-def _open_plain(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
+def _open_plain(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels | None) -> Slide:
     """Return a plain pyramid by the faster reader of those that know its codec; none may show what is no picture."""
     try:
         known = OpenSlideSlide(path, mpp, trust_objective)
     except SlideFormatError as error:
         LOG.info("%s is not read by OpenSlide: %s", path, one_line(error))
-        return open_tiff_slide(LocalFile(path), partial(plain_facts, mpp=mpp, trust_objective=trust_objective))
+        facts = partial(plain_facts, mpp=mpp, trust_objective=trust_objective, channels=channels)
+        return open_tiff_slide(LocalFile(path), facts)
     try:
-        fast = _open_if_equal(LocalFile(path), mpp, known)
+        fast = _open_if_equal(LocalFile(path), mpp, known, channels)
     except SlideContentError as error:
         known.close()
         raise SlideContentError(f"{path}: {error}") from error
@@ -123,17 +132,34 @@ def _open_plain(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
     return fast
 
 
-def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlide:
+def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
+    """Return the slide by OpenSlide, which would show what is no picture, and of several channels the first."""
+    if detect_vendor(path) in PLAIN:
+        try:
+            with closing(LocalFile(path)) as file, open_tiff(file) as parsed:
+                joined = tiff_levels(parsed)[0].is_joined
+        except SlideContentError as error:
+            raise SlideContentError(f"{path}: {error}") from error
+        except Exception:  # OpenSlide need not agree
+            joined = False
+        if joined:
+            raise SlideContentError(f"{path}: colours in pictures of their own, which --reader auto shows together")
+    return OpenSlideSlide(path, mpp, trust_objective)
+
+
+def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: Channels | None) -> TiffSlide:
     """Return the slide by our own reader, if some tiles of each level equal OpenSlide's. It owns the file.
 
     Raises:
         SlideFormatError: they do not.
     """
     try:
-        levels, info = _facts(file, mpp, known)
+        levels, info = _facts(file, mpp, known, channels)
         fast = TiffSlide(file, levels, info)
-        if levels[0].orientation == TOP_LEFT:  # OpenSlide does not turn pictures
-            for level in range(min(len(info.levels), len(known.info.levels))):
+        if levels[0].orientation == TOP_LEFT and not levels[0].is_joined:  # OpenSlide does not turn or join pictures
+            # Of Aperio's slides it makes smaller levels of level 0 where that lacks tiles.
+            count = min(len(info.levels), len(known.info.levels)) if levels[0].counts.all() else 1
+            for level in range(count):
                 _compare(fast, known, level)
     except BaseException:
         file.close()
@@ -141,11 +167,11 @@ def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> TiffSlid
     return fast
 
 
-def _facts(file: LocalFile, mpp: Mpp, known: OpenSlideSlide) -> Facts:
+def _facts(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: Channels | None) -> Facts:
     """Return levels and metadata of a file that OpenSlide knows, by OpenSlide as far as it sees all of the file."""
     with open_tiff(file) as parsed:
-        levels = tiff_levels(parsed)
-        if levels[0].orientation != TOP_LEFT:
+        levels = tiff_levels(parsed, channels)
+        if levels[0].orientation != TOP_LEFT or levels[0].is_joined:
             return levels, describe_tiff(file, parsed, levels, mpp)
         more = parsed.is_ome and len(levels) > len(known.stored_px)  # OpenSlide knows no levels in SubIFDs
         if more:
@@ -185,13 +211,13 @@ def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
             raise SlideFormatError(f"level {level}, y {region.y}, x {region.x} differs from OpenSlide's by {off}")
 
 
-def _open_local_tiff(path: Path, mpp: Mpp, trust_objective: bool) -> TiffSlide:
-    return open_tiff_slide(LocalFile(path), partial(tiff_facts, mpp=mpp))
+def _open_local_tiff(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels | None = None) -> TiffSlide:
+    return open_tiff_slide(LocalFile(path), partial(tiff_facts, mpp=mpp, channels=channels))
 
 
-def tiff_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp) -> Facts:
+def tiff_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp, channels: Channels | None = None) -> Facts:
     """Return levels and metadata of a file by its own tags."""
-    levels = tiff_levels(parsed)
+    levels = tiff_levels(parsed, channels)
     return levels, describe_tiff(file, parsed, levels, mpp)
 
 
@@ -200,8 +226,8 @@ def _begins_as_tiff(path: Path) -> bool:
         return is_tiff(file)
 
 
-def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False) -> Slide:
-    """Return the slide behind a URL by a named reader, or by the one for its format.
+def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False, channels: Channels | None = None) -> Slide:
+    """Return the slide behind a URL by a named reader, or by the one for its format; `channels` as in `open_file`.
 
     Raises:
         SlideNotFoundError: nothing is there.
@@ -215,28 +241,32 @@ def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False) -> 
         )
     path = split_url(url)[2]
     if reader == "ome-zarr" or (reader == "auto" and path.rstrip("/").endswith(ZARR_SUFFIX)):
-        return OmeZarrSlide(RemoteZarr(url), mpp)
+        return OmeZarrSlide(RemoteZarr(url), mpp, trust_objective, channels)
     try:
         file = RemoteFile(url)
     except SlideNotFoundError:
         if reader == "auto" and is_remote_zarr(url):
-            return OmeZarrSlide(RemoteZarr(url), mpp)
+            return OmeZarrSlide(RemoteZarr(url), mpp, trust_objective, channels)
         raise
-    return _open_remote_tiff(file, mpp, reader, trust_objective)
+    return _open_remote_tiff(file, mpp, reader, trust_objective, channels)
 
 
-def _open_remote_tiff(file: RemoteFile, mpp: Mpp, reader: str, trust_objective: bool) -> Slide:
-    plain = partial(plain_facts, mpp=mpp, trust_objective=trust_objective)
+def _open_remote_tiff(
+    file: RemoteFile, mpp: Mpp, reader: str, trust_objective: bool, channels: Channels | None
+) -> Slide:
+    plain = partial(plain_facts, mpp=mpp, trust_objective=trust_objective, channels=channels)
     try:
         if not is_tiff(file):
             raise SlideFormatError(f"{file.name}: neither TIFF nor OME-Zarr, which alone are read by URL; {COPY_FIRST}")
         check_tiff(file)
-        return open_tiff_slide(file, plain if reader == "auto" else partial(tiff_facts, mpp=mpp))
+        return open_tiff_slide(file, plain if reader == "auto" else partial(tiff_facts, mpp=mpp, channels=channels))
     finally:
         file.forget_headers()  # in any case: a network error is not damage
 
 
-def plain_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp, trust_objective: bool) -> Facts:
+def plain_facts(
+    file: SlideFile, parsed: TiffFile, mpp: Mpp, trust_objective: bool, channels: Channels | None = None
+) -> Facts:
     """Return levels and metadata of a file, as OpenSlide and our own reader give them together.
 
     Raises:
@@ -245,14 +275,17 @@ def plain_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp, trust_objective: bo
     vendor = tiff_vendor(parsed)
     if vendor is not None and vendor not in PLAIN:
         raise SlideFormatError(f"in the format of {vendor}, which OpenSlide reads, and from a disk only; {COPY_FIRST}")
-    levels = tiff_levels(parsed)
+    levels = tiff_levels(parsed, channels)
+    if levels[0].is_joined:
+        return levels, describe_tiff(file, parsed, levels, mpp)
     return levels, describe_plain(file, parsed, levels, mpp, trust_objective)
 
 
-# The readers by name, each a function of the path, the mpp that replaces the file's, and `trust_objective`.
-OPENERS: dict[str, Callable[[Path, Mpp, bool], Slide]] = {
+# The readers by name, each a function of the path, the mpp that replaces the file's, and `trust_objective`; those that
+# know pictures of several channels take the chosen ones too.
+OPENERS: dict[str, Callable[..., Slide]] = {
     "auto": _open_auto,
-    "openslide": OpenSlideSlide,
+    "openslide": _open_openslide,
     "tiff": _open_local_tiff,
     "ome-zarr": OmeZarrSlide,
     "picture": PictureSlide,

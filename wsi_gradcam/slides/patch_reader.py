@@ -55,7 +55,13 @@ def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     """
     CRASHES.opening(entry.path)
     given = entry.mpp or settings.mpp
-    opened = partial(open_slide, entry.address, reader=settings.reader, trust_objective=settings.trust_objective)
+    opened = partial(
+        open_slide,
+        entry.address,
+        reader=settings.reader,
+        trust_objective=settings.trust_objective,
+        channels=settings.channels,
+    )
     if settings.replace_mpp or given is None:
         return opened(given)
     slide = opened()

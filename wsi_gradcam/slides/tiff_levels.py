@@ -6,14 +6,15 @@ import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import numpy as np
-from tifffile import RESUNIT, TiffFile
+from tifffile import PHOTOMETRIC, RESUNIT, TiffFile
 
 from wsi_gradcam.errors import SlideContentError, SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
-from wsi_gradcam.slides.base import DIFFERENT, make_levels
-from wsi_gradcam.slides.tiff_samples import GIVING_RGB, is_ycc, jpeg_decoder, rgb_converter, ycc_to_rgb
+from wsi_gradcam.slides.base import DIFFERENT, Channel, make_levels, shown_channels
+from wsi_gradcam.slides.tiff_samples import ALPHA, GIVING_RGB, is_ycc, jpeg_decoder, rgb_converter, ycc_to_rgb
 from wsi_gradcam.slides.tiff_streams import stream_check, turns_into_rgb
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tifffile import TiffPage
 
-    from wsi_gradcam.slides.base import SlideFile
+    from wsi_gradcam.slides.base import Channels, SlideFile
     from wsi_gradcam.slides.tiff_samples import Decode, ToRGB
     from wsi_gradcam.slides.tiff_streams import Check
 
@@ -35,6 +36,8 @@ AGAIN = "copy the file again from its source"
 MAX_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
 CONTIGUOUS = 1
 TOP_LEFT = 1
+MAX_XML = 1 << 24
+STAIN = ("EmissionWavelength", "ExcitationWavelength", "Fluor")  # attributes of a channel that is light
 SWAPPED = 4  # orientations above it exchange rows and columns
 UM_PER_UNIT = {
     RESUNIT.INCH: 25_400.0,
@@ -55,6 +58,7 @@ class TiffLevel:
         height, width: of the page as it is stored, before its orientation.
         tile_px: (height, width) of a tile; those at the bottom and right edges may be stored shorter.
         planes: 1, or the number of samples where each has tiles of its own.
+        is_joined: the planes are pictures of their own in the file, of one channel each.
         offsets, counts: int64 [planes * rows * columns], bytes in the file.
         orientation: the TIFF tag, 1 to 8.
         samples: numbers a pixel, stored in each tile or plane by plane.
@@ -82,6 +86,7 @@ class TiffLevel:
     decode_jpeg: Decode | None
     to_rgb: ToRGB
     is_ycc: bool
+    is_joined: bool = False
     spacing: tuple[float, float] | None = None
 
     @property
@@ -164,15 +169,16 @@ def open_tiff(file: SlideFile) -> Iterator[TiffFile]:
         yield parsed
 
 
-def tiff_levels(file: TiffFile) -> list[TiffLevel]:
+def tiff_levels(file: TiffFile, channels: Channels | None = None) -> list[TiffLevel]:
     """Return the levels of the slide in `file`, finest first.
+
+    Of gray pictures that belong together, `channels` are shown as red, green and blue.
 
     Raises:
         SlideFormatError: it holds no image that can be read; the message tells why.
     """
     try:
-        pages = _pyramid(file)
-        levels = [_level(page) for page in pages]
+        levels = [_level(pages, _shown(file, pages, channels)) for pages in _pyramid(file)]
     except SlideError:
         raise
     except Exception as error:  # parsing a damaged file may raise anything
@@ -194,26 +200,43 @@ def _check_whole(file: TiffFile, levels: list[TiffLevel]) -> None:
     total = sum(len(level.offsets) for level in levels)
     if any(following) or beyond > MAX_BEYOND * total:
         what = f"{beyond:,} of {total:,} tiles lie beyond the end of the file" if beyond else "pages are missing"
-        raise SlideFormatError(f"cut short or damaged: {what}; {AGAIN}")
+        kind = SlideContentError if beyond else SlideFormatError  # OpenSlide would open it
+        raise kind(f"cut short or damaged: {what}; {AGAIN}")
 
 
-def _pyramid(file: TiffFile) -> list[TiffPage]:
-    """Return the pages of the first series' levels, of decreasing size."""
+def _pyramid(file: TiffFile) -> list[list[Any]]:
+    """Return the pages of each of the first series' levels, of decreasing size; one a channel."""
     alone: Any = file.pages[0] if len(file.pages) == 1 else None
     if alone is not None and not alone.subifds:  # whatever it says of planes in other files
-        return [alone]
+        return [[alone]]
     if not file.series:
         raise SlideFormatError("no picture in the file")
     first = file.series[0]
     if len(first.pages) != 1:
-        what = f"axes {first.axes} with sizes {tuple(first.shape)}"
-        raise SlideContentError(
-            f"{len(first.pages)} pictures that belong together ({what}), as of stains in fluorescence, planes or time; "
-            "expected one in colour or gray"
-        )
+        if "".join(axis for axis, size in zip(first.axes, first.shape, strict=True) if size > 1) != "CYX":
+            what = f"axes {first.axes} with sizes {tuple(first.shape)}"
+            raise SlideContentError(
+                f"{len(first.pages)} pictures that belong together ({what}), as of planes or time; expected one in "
+                "colour or gray"
+            )
+        return [list(level.pages) for level in first.levels]
     pages: list[Any] = [s.keyframe if s.keyframe is not None else s.pages[0] for s in first.levels]
     marked = [] if file.is_ome else _marked(file)
-    return max(_shrinking(pages), _shrinking(marked), key=len)
+    return [[page] for page in max(_shrinking(pages), _shrinking(marked), key=len)]
+
+
+def _shown(file: TiffFile, pages: list[Any], channels: Channels | None) -> Channels | None:
+    """Return the channels that are shown, of several pages or of the samples of one; None for one picture.
+
+    Raises:
+        SlideContentError: it cannot be told.
+    """
+    page, described = pages[0].keyframe, ome_channels(file)
+    samples, extra = int(page.samplesperpixel), page.extrasamples
+    count = len(pages) if samples == 1 else samples if len(pages) == 1 else 0
+    if count < 2 or page.photometric != PHOTOMETRIC.MINISBLACK or (len(extra) == 1 and extra[0] in ALPHA):
+        return None
+    return shown_channels(count, described if len(described) == count else [], channels)
 
 
 def _marked(file: TiffFile) -> list[Any]:
@@ -246,24 +269,26 @@ def _alike(first: Any, page: Any) -> bool:
     return make_levels(both, [spacing_of(p) for p in (first, page)], tiles)[1].problem != DIFFERENT
 
 
-def _level(page: TiffPage) -> TiffLevel:
+def _level(pages: list[Any], shown: Channels | None) -> TiffLevel:
+    """Return the level in a page, or in several of one channel each, of which some are shown."""
+    page = pages[0].keyframe
     height, width = int(page.imagelength), int(page.imagewidth)
     if min(height, width) < 1 or page.imagedepth != 1:
         raise SlideFormatError(f"damaged TIFF: a picture of {page.imagedepth} x {height} x {width} px; {AGAIN}")
-    tile, samples = _tile_size(page), int(page.samplesperpixel)
-    planes = 1 if page.planarconfig == CONTIGUOUS else samples
-    expected = planes * ceil_div(height, tile[0]) * ceil_div(width, tile[1])
-    if expected > MAX_TILES:
-        raise SlideFormatError(f"{height} x {width} px in {expected:,} tiles, expected up to {MAX_TILES:,}")
-    offsets, counts = (np.asarray(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
-    if not expected == len(offsets) == len(counts):
-        raise SlideFormatError(
-            f"damaged TIFF: {len(offsets)} tiles are listed, but {height} x {width} px have {expected}; {AGAIN}"
+    joined = [pages[number] for number in shown] if shown is not None and len(pages) > 1 else []
+    if len(pages) > 1 and not joined:
+        raise SlideContentError(
+            f"{len(pages)} pictures that belong together, of {page.samplesperpixel} samples each; expected one in "
+            "colour or gray"
         )
+    tile, samples = _tile_size(page), len(joined) or int(page.samplesperpixel)
+    planes = len(joined) or (1 if page.planarconfig == CONTIGUOUS else samples)
+    offsets, counts = _places(joined or [page], planes * ceil_div(height, tile[0]) * ceil_div(width, tile[1]))
     orientation = int(page.tags.valueof("Orientation", default=TOP_LEFT)) or TOP_LEFT  # some writers put 0
     if orientation not in range(1, 9):
         raise SlideFormatError(f"damaged TIFF: orientation {orientation}, expected 1 to 8; {AGAIN}")
-    to_rgb = rgb_converter(page)  # first: it says more of a page that is no picture
+    # First: it says more of a page that is no picture.
+    to_rgb = rgb_converter(page, (0, 1, 2) if joined else shown)
     if page.compression in GIVING_RGB:
         page.subsampling = (1, 1)  # a tag about JPEG, of which the decoders of others need nothing
     return TiffLevel(
@@ -281,8 +306,51 @@ def _level(page: TiffPage) -> TiffLevel:
         jpeg_decoder(page, tile),
         to_rgb,
         is_ycc(page),
+        bool(joined),
         spacing_of(page),
     )
+
+
+def _places(pages: list[Any], expected: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return offsets and counts of the tiles of a page, or of several one after the other.
+
+    Raises:
+        SlideFormatError: there are more than a slide has, or other than `expected`.
+    """
+    size = f"{pages[0].keyframe.imagelength} x {pages[0].keyframe.imagewidth} px"
+    if expected > MAX_TILES:
+        raise SlideFormatError(f"{size} in {expected:,} tiles, expected up to {MAX_TILES:,}")
+    if len({page.jpegtables for page in pages}) > 1:
+        raise SlideFormatError("channels with tables of JPEG of their own, expected the same for all")
+    offsets, counts = (
+        np.concatenate([np.asarray(values, np.int64) for values in parts])
+        for parts in zip(*((page.dataoffsets, page.databytecounts) for page in pages), strict=True)
+    )
+    if not expected == len(offsets) == len(counts):
+        raise SlideFormatError(f"damaged TIFF: {len(offsets)} tiles are listed, but {size} have {expected}; {AGAIN}")
+    return offsets, counts
+
+
+def ome_channels(file: TiffFile) -> list[Channel]:
+    """Return what the first picture of an OME-TIFF says of its channels (OME-XML 2016-06); nothing where it is none."""
+    xml = (file.ome_metadata or "") if file.is_ome else ""
+    if not 0 < len(xml) <= MAX_XML:
+        return []
+    try:
+        root = ElementTree.fromstring(xml)
+    except ElementTree.ParseError:
+        return []
+    pixels = next((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), ())
+    return [_channel(element.attrib) for element in pixels if element.tag.rpartition("}")[2] == "Channel"]
+
+
+def _channel(values: dict[str, str]) -> Channel:
+    stain = any(key in values for key in STAIN) or values.get("ContrastMethod") == "Fluorescence"
+    try:
+        red, green, blue, _ = (int(values["Color"]) & 0xFFFFFFFF).to_bytes(4, "big")  # written with a sign
+    except (KeyError, ValueError):
+        return Channel(values.get("Name", ""), None, stain)
+    return Channel(values.get("Name", ""), (red, green, blue), stain)
 
 
 def _tile_size(page: TiffPage) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from tifffile import TiffFile
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import ceil_div
 from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, mpp_from_objective
-from wsi_gradcam.slides.tiff_levels import AGAIN, MAX_TILE_PX, SWAPPED, TOP_LEFT, um_per_px
+from wsi_gradcam.slides.tiff_levels import AGAIN, MAX_TILE_PX, MAX_XML, SWAPPED, TOP_LEFT, um_per_px
 
 if TYPE_CHECKING:
     from wsi_gradcam.slides.base import SlideFile
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 WHITE = (255, 255, 255)
 # Length units that OME-XML allows, as far as microscopes use them; µ comes as two characters.
 UM_PER_OME_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
-MAX_XML = 1 << 24
 
 
 def describe_tiff(

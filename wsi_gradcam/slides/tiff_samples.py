@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tifffile import TiffPage
 
+    from wsi_gradcam.slides.base import Channels
+
     ToRGB = Callable[[NDArray[np.generic]], NDArray[np.uint8]]
     Decode = Callable[[bytes], NDArray[np.uint8] | None]
 
@@ -52,8 +54,10 @@ GREEN_OF_CB = np.rint(65536 * (0.5 - 0.34414 * _CHROMA)).astype(np.int32)
 GREEN_OF_CR = np.rint(65536 * -0.71414 * _CHROMA).astype(np.int32)
 
 
-def rgb_converter(page: TiffPage) -> ToRGB:
+def rgb_converter(page: TiffPage, shown: Channels | None = None) -> ToRGB:
     """Return a function from a decoded tile [h, w, samples] of `page` to RGB uint8 [h, w, 3].
+
+    Of gray pictures that belong together, `shown` are the samples that are red, green and blue.
 
     Gray is repeated, white-is-zero turned over, palettes looked up, 16 bits scaled to 8, CMYK taken for ideal inks,
     alpha laid on white.
@@ -71,6 +75,9 @@ def rgb_converter(page: TiffPage) -> ToRGB:
             f"{bits}-bit samples compressed as facsimile ({COMPRESSION(page.compression).name}), which holds single "
             "bits: damaged, or no picture in colour or gray; copy it again from its source, or convert it to 8-bit RGB"
         )
+    if shown is not None:
+        order = list(shown)
+        return lambda tile: _eight_bits(tile[..., order])
     extra = len(page.extrasamples)
     colours = page.samplesperpixel - extra
     match page.photometric, colours:

@@ -67,7 +67,7 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
     Raises:
         SlideFormatError: tiles of a codec whose memory cannot be bounded.
     """
-    if page.compression == COMPRESSION.LZW:
+    if page.compression in ENDING_IN_BITS:
         return lambda data: _check_zeros(data, FEW_ZEROS)
     if page.compression in BOUNDED:
         return None
@@ -433,6 +433,8 @@ def _check_lzma(data: bytes, size: int) -> None:
 
 
 C = COMPRESSION
+# Of the following, those that do not say how long they are, or not for each part, but whose last byte holds a 1.
+ENDING_IN_BITS = frozenset({C.LZW, C.ZSTD, C.ZSTD_DEPRECATED})
 # What tifffile unpacks into a buffer of the tile's size.
 BOUNDED = frozenset({C.NONE, C.LZW, C.ADOBE_DEFLATE, C.DEFLATE, C.PACKBITS, C.ZSTD, C.ZSTD_DEPRECATED})
 READERS: dict[int, Callable[[bytes], Stream]] = {
