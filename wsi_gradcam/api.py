@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ConfigError, StoreError, one_line
+from wsi_gradcam.errors import ConfigError, StoreError, as_text, one_line
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, search_slides
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
@@ -290,7 +290,7 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
     mpp_y, mpp_x = plan.slide_mpp if plan else ("", "")
     return {
         "id": record.slide.id,
-        "path": record.slide.path,
+        "path": as_text(record.slide.path),
         "status": record.status,
         "error": record.error,
         "patches": record.patches,

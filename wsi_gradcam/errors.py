@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import unicodedata
 from collections.abc import Iterable
 
 MAX_MESSAGE = 1000  # characters: files, and libraries that quote them, may say anything
@@ -142,8 +143,60 @@ def one_line(error: BaseException) -> str:
     >>> one_line(RuntimeError("two\\nlines"))
     'RuntimeError: two lines'
     """
-    text = shortened(" ".join(str(error)[: 2 * MAX_MESSAGE].split()))
+    text = shortened(as_text(" ".join(str(error)[: 2 * MAX_MESSAGE].split())))
     return text if isinstance(error, WsiGradcamError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+# What is no text in a file's name, which on Linux is bytes; and the letter that marks it in ours.
+_NO_TEXT = re.compile("[\ud800-\udfff\ufffd]")
+_MARKED = re.compile("(?:\ufffd[89a-f][0-9a-f])+")
+
+
+def as_text(name: str) -> str:
+    """Return a file's name or path as text that any file can hold: each byte that is none as U+FFFD and two digits.
+
+    `as_path` returns the name again: no two names give one text.
+
+    >>> as_text("a\\udce9.tif") == "a\\ufffde9.tif", as_text("é.tif")
+    (True, 'é.tif')
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        return "".join(f"\ufffd{byte:02x}" for byte in found[0].encode("utf-8", "surrogateescape"))
+
+    try:
+        return _NO_TEXT.sub(escaped, name)
+    except UnicodeEncodeError:  # half a pair, which no name of a file has
+        return name.encode("utf-8", "replace").decode()
+
+
+def as_path(text: str) -> str:
+    """Return the file's name or path that `as_text` has made text of.
+
+    >>> as_path(as_text("a\\udce9\\ufffd.tif")) == "a\\udce9\\ufffd.tif"
+    True
+    """
+    return _MARKED.sub(
+        lambda found: bytes.fromhex(found[0].replace("\ufffd", "")).decode("utf-8", "surrogateescape"), text
+    )
+
+
+def canonical(name: str) -> str:
+    """Return a name in Unicode's normal form C: programs and disks write one "é" as one letter or as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def picked(name: str, names: Iterable[str]) -> str | None:
+    """Return which of some names is meant: the very same, else the only one that differs in normal form alone.
+
+    >>> picked("Krebs-é", ["Krebs-e\\u0301", "glass"]) == "Krebs-e\\u0301", picked("x", ["y"])
+    (True, None)
+    """
+    known = list(names)
+    if name in known:
+        return name
+    alike = {each for each in known if canonical(each) == canonical(name)}
+    return alike.pop() if len(alike) == 1 else None
 
 
 def shortened(text: str, most: int = MAX_MESSAGE) -> str:

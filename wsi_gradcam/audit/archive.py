@@ -20,7 +20,7 @@ from wsi_gradcam.audit.estimates import stratified_sample
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditSettings, SlideSample, deep_patches
 from wsi_gradcam.audit.schema import UntestedRow
 from wsi_gradcam.cam.targets import PREDICTED, Target, check_trusted, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError
+from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError, as_path, picked
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
 from wsi_gradcam.results.manifest import SlideStatus
@@ -75,6 +75,7 @@ class ExplainedRun:
         model_settings: with which the model is examined: eager, float32, at the run's layer and batch size.
         candidates: the slides that can be audited.
         left_out: the others, and why.
+        targets: of the run, by their names alone: no function is loaded.
         groups: the slides' groups, such as "site", by slide id.
     """
 
@@ -84,6 +85,7 @@ class ExplainedRun:
     model_settings: Settings
     candidates: tuple[Candidate, ...]
     left_out: tuple[UntestedRow, ...]
+    targets: tuple[Target, ...]
     groups: dict[str, dict[str, str]]
 
     @property
@@ -131,7 +133,8 @@ def open_run(
     spec = (given or _spec_of(result)).trusting(trust_code)
     if not held:
         spec.check_trusted()
-    check_trusted(parse_targets(settings.target, run.model.classes), trust_code or (spec.trusted and not held))
+    targets = parse_targets(settings.target, run.model.classes)
+    check_trusted(targets, trust_code or (spec.trusted and not held))
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
     model_settings = settings.model_copy(
@@ -157,36 +160,39 @@ def open_run(
         model_settings,
         tuple(candidates),
         tuple(left_out),
+        targets,
         {key: by for key, by in groups.items() if by},
     )
 
 
-def audited_target(run: RunPlan, label: str, annotated: bool) -> Target:
+def audited_target(targets: Sequence[Target], classes: Sequence[str], label: str, annotated: bool) -> Target:
     """Return the target that is audited.
 
     Args:
+        targets: of the run.
+        classes: of its model.
         label: of one of the run's, or "predicted"; "": each patch's predicted class where all classes were explained or
             `predicted` was, else the run's first; with annotations, the run's only class.
 
     Raises:
         ConfigError: it was not explained, or nothing says which class annotations show.
     """
-    known = {target.label: target for target in run.targets}
-    every = len([t for t in run.targets if t.index is not None and t.is_class]) == len(run.facts.classes)
-    if every and len(run.facts.classes) > 1:
+    known = {target.label: target for target in targets}
+    every = len([t for t in targets if t.index is not None and t.is_class]) == len(classes)
+    if every and len(classes) > 1:
         known.setdefault(PREDICTED, Target(PREDICTED))
     if label:
-        if label not in known:
+        if (name := picked(label, known)) is None:
             raise ConfigError(f"target {label!r} was not explained; expected one of {', '.join(known)}")
-        return known[label]
+        return known[name]
     if annotated:
-        named = [target for target in run.targets if target.index is not None and target.is_class]
+        named = [target for target in targets if target.index is not None and target.is_class]
         if len(named) != 1:
             raise ConfigError(
                 f"annotations show one class, and the run explains {', '.join(known)}; say which with --target"
             )
         return named[0]
-    return known.get(PREDICTED, run.targets[0])
+    return known.get(PREDICTED, targets[0])
 
 
 def _spec_of(result: Result) -> ModelSpec:
@@ -212,7 +218,7 @@ def _entries(result: Result) -> dict[str, SlideEntry]:
     for name, row in read_slide_records(result.folder.record).items():
         mpp = row.get("mpp")
         told = {key: str(row.get(key, "")) for key in ("mask", *GROUPINGS)}
-        found[name] = SlideEntry(name, row["path"], None if mpp is None else (mpp[0], mpp[1]), **told)
+        found[name] = SlideEntry(name, as_path(row["path"]), None if mpp is None else (mpp[0], mpp[1]), **told)
     return found
 
 
@@ -394,7 +400,7 @@ def annotated_slide(
     assert regions is not None
     if ground is not None and ground.bounds is not None:
         regions = in_frame(regions, read_mask(ground.tissue), ground, ground.frame)
-    if include and regions.shared and not set(include) & set(regions.drawn(slide_px).known):
+    if include and regions.shared and not set(regions.include) & set(regions.drawn(slide_px).known):
         return None
     return Annotated(regions, slide_px)
 

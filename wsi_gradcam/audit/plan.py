@@ -142,20 +142,18 @@ class SlideSample:
         )
 
 
-@dataclass(frozen=True)
-class AuditPlan:
-    """The plan of an audit; workers get it once.
+@dataclass(frozen=True, kw_only=True)
+class AuditScope:
+    """All that an audit's numbers depend on; it is known before the model is loaded.
 
     Attributes:
-        run: the run that is audited. Its model runs eagerly in float32, whatever the run chose.
-        run_digest: of the run whose results these are.
+        run_digest: of the run whose results are audited.
         settings: of the audit.
         target: what is audited, one of the run's targets or each patch's predicted class.
         samples: by slide id.
         annotation_digests, region_digests: sha256 of the slides' files of annotations and regions, by slide id.
     """
 
-    run: RunPlan
     run_digest: str
     settings: AuditSettings
     target: Target
@@ -181,6 +179,23 @@ class AuditPlan:
     def audit_digest(self) -> str:
         """Return the sha256 of `audit_identity()`."""
         return hashlib.sha256(json.dumps(self.audit_identity(), sort_keys=True).encode()).hexdigest()
+
+    def planned(self, run: RunPlan, target: Target) -> AuditPlan:
+        """Return the plan of this audit, with the run's as it is with the model, and its own target."""
+        return AuditPlan(
+            run=run, **{field.name: getattr(self, field.name) for field in fields(self)} | {"target": target}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditPlan(AuditScope):
+    """The plan of an audit; workers get it once.
+
+    Attributes:
+        run: the run that is audited. Its model runs eagerly in float32, whatever the run chose.
+    """
+
+    run: RunPlan
 
 
 def deep_patches(patches: int) -> int:

@@ -13,12 +13,12 @@ from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import read_measurements
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of, to_bytes
-from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditSettings, Frame, SlideSample
+from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditScope, AuditSettings, Frame, SlideSample
 from wsi_gradcam.audit.report.page import write_reports
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.stages import AuditWorkload
 from wsi_gradcam.audit.vocabulary import QUESTIONS
-from wsi_gradcam.errors import ResultError, ResumeError, StoreError
+from wsi_gradcam.errors import ResultError, ResumeError, StoreError, as_text
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import ModelSpec, read_spec
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.results.run import Result
-    from wsi_gradcam.run.plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -128,14 +127,19 @@ def audit_run(
     _check_room(folder, result)
     run = open_run(result, given, trust_code, held=loaded is not None)
     other = None if against is None else open_audit(against)
+    scope = _scope(run, settings, other)
+    slides = _allowed([run.entries[name] for name in scope.samples], result, remote_slides)
+    _before(
+        folder, scope, overwrite
+    )  # and again where OUT is claimed: before any worker starts, and any model is loaded
     records: list[SlideRecord] = []
     session = RunSession(
         result.folder.place, listener or RunListener(), lambda: _report_rows(records), place=folder.place
     )
     with session, open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
         facts = executor.examine(run.spec, run.model_settings, [], None)
-        plan = _planned(run, run.plan(facts), settings, other)
-        slides = _allowed([run.entries[name] for name in plan.samples], result, remote_slides)
+        eager = run.plan(facts)
+        plan = scope.planned(eager, audited_target(eager.targets, eager.facts.classes, target, annotations is not None))
         session.claim()
         _settle(folder, plan, result.ids, overwrite)
         folder.remove_partial_files(plan.samples)
@@ -160,7 +164,7 @@ def _report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:
             "status": record.status,
             "patches": str(record.patches),
             "error": record.error,
-            "path": record.slide.path,
+            "path": as_text(record.slide.path),
         }
         for record in records
     }
@@ -170,14 +174,14 @@ def _unknown(only: Sequence[str]) -> bool:
     return bool(set(only) - set(QUESTIONS))
 
 
-def _planned(run: ExplainedRun, eager: RunPlan, settings: AuditSettings, other: OtherAudit | None) -> AuditPlan:
-    """Return the audit's plan, with its sample drawn."""
-    target = audited_target(eager, settings.target, settings.annotations is not None)
+def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None) -> AuditScope:
+    """Return what is audited, with its sample drawn; raises whatever is wrong in that."""
+    classes = run.result.record.model.classes
+    target = audited_target(run.targets, classes, settings.target, settings.annotations is not None)
     samples = draw_sample(run.candidates, settings) if other is None else shared_sample(run.candidates, other)
     if not samples:
         raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
-    return AuditPlan(
-        run=eager,
+    return AuditScope(
         run_digest=run.result.record.run_digest,
         settings=settings,
         target=target,
@@ -227,16 +231,13 @@ def _is_inside(path: str) -> bool:
     return path.partition("/")[0].casefold() == AUDIT
 
 
-def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwrite: bool) -> None:
-    """Write the plan, unless it stands there; with `overwrite` all that was measured is forgotten.
-
-    Args:
-        slides: of the run; an older audit whose plan is damaged may have been about any of them.
+def _before(folder: AuditFolder, scope: AuditScope, overwrite: bool) -> tuple[dict[str, Any] | None, bool]:
+    """Return the plan of the audit that stands there, and whether it is this one and is gone on with.
 
     Raises:
         ResumeError: the numbers there are of another audit.
     """
-    identity = plan.audit_identity()
+    identity = scope.audit_identity()
     try:
         before = folder.read_plan()
     except StoreError:
@@ -245,7 +246,7 @@ def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwri
         before = None
     anew = overwrite and not (CRASHES.causes or CRASHES.finished_before)  # not what this very command has done
     if before is not None and before.get("identity") == identity and not anew:
-        return
+        return before, True
     if before is not None and not overwrite:
         there = before.get("identity") or {}
         changed = [
@@ -255,6 +256,21 @@ def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwri
         ]
         what = ", ".join(changed) or "other patches"
         raise ResumeError(f"{folder.place}: holds an audit with other settings ({what}); --overwrite replaces it")
+    return before, False
+
+
+def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwrite: bool) -> None:
+    """Write the plan, unless it stands there; with `overwrite` all that was measured is forgotten.
+
+    Args:
+        slides: of the run; an older audit whose plan is damaged may have been about any of them.
+
+    Raises:
+        ResumeError: the numbers there are of another audit.
+    """
+    before, same = _before(folder, plan, overwrite)
+    if same:
+        return
     for place in (
         folder.plan,
         folder.listing,
@@ -265,7 +281,7 @@ def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwri
     for name in _audited(before, slides if overwrite else ()):
         folder.forget(name)
     values = {
-        "identity": identity,
+        "identity": plan.audit_identity(),
         "digest": plan.audit_digest(),
         "samples": {name: sample.to_json() for name, sample in plan.samples.items()},
     }

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.errors import TargetError, one_line
+from wsi_gradcam.errors import TargetError, one_line, picked
 from wsi_gradcam.system.processes import module_file, searching
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def _parse(text: str, classes: Sequence[str]) -> Target:
 
 
 def _class(text: str, classes: Sequence[str]) -> int | None:
-    if text in classes:
-        return list(classes).index(text)
+    if (name := picked(text, classes)) is not None:
+        return list(classes).index(name)
     return int(text) if text.isdecimal() and int(text) < len(classes) else None
 
 

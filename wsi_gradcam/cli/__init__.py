@@ -6,16 +6,30 @@ so that `main` and `flags` import whatever is heavy only when a command needs it
 
 from __future__ import annotations
 
+import atexit
+import io
 import logging
+import os
+import signal
 import sys
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam.errors import printable
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+NOT_WRITTEN = 1  # exit status where standard output is a full disk, say
+PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)  # as of a program that the signal ends
 
 
 def say(*lines: object, error: bool = False) -> None:
     """Print lines, as all commands do: nothing that a file or folder says reaches the terminal but as visible text."""
-    text = "\n".join(printable(str(line)) for line in lines)
-    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    stream = sys.stderr if error else sys.stdout
+    if stream is not None:  # print would take the other one
+        print("\n".join(printable(str(line)) for line in lines), file=stream, flush=True)
 
 
 class PrintableFormatter(logging.Formatter):
@@ -24,3 +38,113 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record on one line."""
         return printable(super().format(record))
+
+
+class Outlet(io.FileIO):
+    """Standard output or error, after whose first failure, as of a pipe that nobody reads, nothing is written any more.
+
+    Work on slides goes on then; where all is `vain` that is not read, as of a command that only prints, it ends with
+    the error.
+
+    Attributes:
+        error: the failure.
+    """
+
+    def __init__(self, descriptor: int, vain: bool) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self.vain = vain
+        self.error: OSError | None = None
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write bytes; return how many are done with.
+
+        Raises:
+            OSError: they cannot be written, for the first time, and all is in vain.
+        """
+        if self.error is None:
+            try:
+                return super().write(data) or 0  # None is of a pipe that is full and shall not be waited for
+            except OSError as error:
+                self.error = error
+                if self.vain:
+                    raise
+        return memoryview(data).nbytes
+
+
+class Streams:
+    """The standard streams of a process of ours: all three are there, and the last words reach them or are given up."""
+
+    def __init__(self) -> None:
+        for descriptor in range(3):
+            _opened(descriptor)
+        self._out, self._error = Outlet(1, vain=True), Outlet(2, vain=False)
+
+    def take(self) -> None:
+        """Put our streams in place; where Python found none, what is read is empty and what is written is lost."""
+        if sys.stdin is None:
+            sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - until the process ends
+        if sys.stdout is None or sys.platform != "win32":  # whose consoles take letters, not bytes
+            sys.stdout = _text(self._out, sys.stdout)
+        if sys.stderr is None or sys.platform != "win32":
+            sys.stderr = _text(self._error, sys.stderr, at_once=True)
+
+    def work(self) -> None:
+        """Let the command go on whatever becomes of its words: it writes results."""
+        self._out.vain = False
+
+    @property
+    def failed(self) -> OSError | None:
+        """The failure of standard output, or else of standard error."""
+        return self._out.error or self._error.error
+
+    def status(self, status: int) -> int:
+        """Return the exit status of a command that would end with this one, after telling what could not be written."""
+        self.work()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if self.failed is None:
+            return status
+        if isinstance(self.failed, BrokenPipeError):
+            return status or PIPE_CLOSED
+        say(f"error: standard output cannot be written: {self.failed.strerror}; give it another place", error=True)
+        return status or NOT_WRITTEN
+
+
+def _opened(descriptor: int) -> None:
+    """See that a descriptor is open: else the next file that is opened would get what is printed."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        with suppress(OSError):
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            os.set_inheritable(descriptor, True)
+
+
+def _text(outlet: Outlet, before: Any, at_once: bool = False) -> io.TextIOWrapper:
+    """Return a stream of text that takes an outlet's place; letters that its encoding does not have are escaped."""
+    at_once = at_once or outlet.isatty() or getattr(before, "write_through", False)  # PYTHONUNBUFFERED
+    return io.TextIOWrapper(
+        io.BufferedWriter(outlet),
+        encoding=getattr(before, "encoding", None) or "utf-8",
+        errors="backslashreplace",
+        line_buffering=at_once,
+    )
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once, after all that was to be done at its end.
+
+    The interpreter is not taken apart: libraries in C++ whose threads still run then, or end with it, abort the process
+    ("terminate called without an active exception"), and what was done would be told as a crash.
+    """
+    with suppress(Exception):
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as Python does
+    with suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

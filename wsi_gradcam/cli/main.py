@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
-from wsi_gradcam.cli import PrintableFormatter, flags, say
+from wsi_gradcam.cli import PrintableFormatter, Streams, flags, leave, say
 from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, one_line, printable
 from wsi_gradcam.system.isolation import supervise
 from wsi_gradcam.system.stopping import STOP
@@ -37,6 +37,7 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     description: str | None = None
+    works: bool = False  # what it writes is files, so that it goes on where nobody reads its words
     stoppable: bool = False  # SIGINT and SIGTERM stop it once the work in progress is finished
 
 
@@ -45,13 +46,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Stopped by SIGINT or SIGTERM it returns 130 or 143, once the work in progress is finished.
     """
-    arguments = make_parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+    if argv is None:
+        _main_of_process()
+    return _run(make_parser(argv).parse_args(argv), nullcontext())
+
+
+def _main_of_process() -> NoReturn:
+    """Run the command line in a process of its own, and end that with the status."""
+    streams = Streams()
+    streams.take()
+    try:
+        arguments = make_parser(sys.argv[1:]).parse_args()
+        stoppable: AbstractContextManager[None] = nullcontext()
+        if COMMANDS[arguments.command].works:
+            streams.work()
+        if COMMANDS[arguments.command].stoppable:  # there are no threads yet
+            supervise()
+            stoppable = STOP.handle_signals()
+        status = _run(arguments, stoppable)
+    except SystemExit as end:  # of wrong arguments, or of the process that waits
+        status = end.code if isinstance(end.code, int) else DONE
+    except OSError:
+        if not streams.failed:
+            raise
+        status = DONE
+    leave(streams.status(status))
+
+
+def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None]) -> int:
     if logging.lastResort is not None:  # what is logged and has no other handler is printed by this
         logging.lastResort.setFormatter(PrintableFormatter())
-    stoppable: AbstractContextManager[None] = nullcontext()
-    if argv is None and COMMANDS[arguments.command].stoppable:  # a process of its own, without threads yet
-        supervise()
-        stoppable = STOP.handle_signals()
     try:
         with stoppable:
             return COMMANDS[arguments.command].run(arguments)
@@ -319,9 +343,9 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 COMMANDS = {
-    "explain": Command("explain slides", flags.add_explain, _explain, "Explain slides.", stoppable=True),
+    "explain": Command("explain slides", flags.add_explain, _explain, "Explain slides.", works=True, stoppable=True),
     "demo": Command(
-        "explain a real slide with a trained model that comes along", flags.add_demo, _demo, stoppable=True
+        "explain a real slide with a trained model that comes along", flags.add_demo, _demo, works=True, stoppable=True
     ),
     "validate": Command("check results against manifest, specification and slide", flags.add_validate, _validate),
     "status": Command("progress of a run, seen from outside", flags.add_status, _status),
@@ -330,9 +354,10 @@ COMMANDS = {
         flags.add_audit,
         _audit,
         "Find out whether the explanations of a run can be believed.",
+        works=True,
         stoppable=True,
     ),
-    "export": Command("write results in the formats of other programs", flags.add_export, _export),
+    "export": Command("write results in the formats of other programs", flags.add_export, _export, works=True),
     "view": Command("show results over their slides in a browser", flags.add_view, _view),
     "info": Command("describe slides and models", flags.add_info, _info),
     "doctor": Command("check this machine, a folder for results, and a cluster's workers", flags.add_doctor, _doctor),

@@ -6,6 +6,7 @@ knows nothing of how they were made.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,6 +23,7 @@ from wsi_gradcam.results.slide import SlideResult
 
 __all__ = ["FORMATS", "Exported", "Options", "export"]
 
+NAMELESS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
 # The module of each format; its function write(job), or another that is named, returns the paths it has written.
 FORMATS = {
     "ome-zarr-0.4": "ome_zarr_04",
@@ -104,7 +106,8 @@ def _exported(slide: SlideResult, job: Job, journal: Journal) -> Exported:
         paths = getattr(import_module(f"wsi_gradcam.export.{module}"), function or "write")(job)
         journal.done(paths, job.digest)
     except StoreError as error:
-        if isinstance(error.__cause__, OSError):  # a problem of the disk, not of the slide
+        # A problem of the disk, not of the slide, unless the disk does not take its name.
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in NAMELESS:
             raise
         return Exported(slide.id, (), one_line(error))
     except Exception as error:  # one bad slide never stops the others

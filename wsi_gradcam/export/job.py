@@ -304,7 +304,11 @@ class Job:
 
     def path(self, ending: str) -> Path:
         """Return DEST/SLIDE.ENDING; slides may have dots in their names."""
-        return self.stem.with_name(f"{self.stem.name}.{ending}")
+        return self.named(self.stem.name, f".{ending}")
+
+    def named(self, name: str, ending: str) -> Path:
+        """Return DEST/FOLDERS/NAME with an ending, the name cut where a disk would not take it."""
+        return self.stem.with_name(fitting(name, ending))
 
     @property
     def base(self) -> str:
@@ -335,13 +339,31 @@ class Job:
         return self.slide.mpp[0] * step, self.slide.mpp[1] * step
 
 
+MAX_NAME_BYTES = 255 - 48  # of what disks take, less what a name has in addition while the file is written
+MAX_SLUG_BYTES = 80
+
+
+def fitting(name: str, ending: str) -> str:
+    """Return a name with an ending, cut in front of a digest of the name where both are too long for a disk.
+
+    >>> fitting("a.svs", ".png"), fitting("a" * 250, ".png")[192:]
+    ('a.svs.png', 'aa~0b65b4c62ee3.png')
+    """
+    if len(os.fsencode(name + ending)) <= MAX_NAME_BYTES:
+        return name + ending
+    mark = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}{ending}"
+    cut = os.fsencode(name)[: MAX_NAME_BYTES - len(os.fsencode(mark))]
+    return cut.decode("utf-8", "ignore") + mark
+
+
 def slug(channel: ChannelInfo) -> str:
     """Return a channel's label for file names; its number distinguishes labels that differ only in punctuation.
 
     >>> slug(ChannelInfo(2, "gradcam++: in situ", "gradcam++", "in situ", "", 0, 1, (0, 1), ""))
     '2-gradcam++-in-situ'
     """
-    return f"{channel.number}-" + re.sub(r"[^\w.+-]+", "-", channel.label).strip("-")
+    text = re.sub(r"[^\w.+-]+", "-", channel.label).strip("-")
+    return f"{channel.number}-" + text.encode()[:MAX_SLUG_BYTES].decode(errors="ignore")
 
 
 def save_png(rgba: NDArray[np.uint8], path: Path) -> None:

@@ -105,7 +105,7 @@ def write_asap(job: Job) -> list[Path]:
 
 def _write_asap(job: Job, channel: ChannelInfo, number: int) -> Path:
     base = job.base + (f".{slug(channel)}" if number else "")
-    path, (height, width) = job.stem.with_name(base + ASAP_ENDING), job.slide.size_px
+    path, (height, width) = job.named(base, ASAP_ENDING), job.slide.size_px
     step = asap_step((height, width), job.slide.stride_px)
     finer = (job.slide.stride_px // step).bit_length() - 1  # levels that the heatmap does not have
     levels = range(finer + len(job.slide.levels))

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from wsi_gradcam.errors import ConfigError, SlideNotFoundError
+from wsi_gradcam.errors import ConfigError, SlideNotFoundError, as_text, canonical
 from wsi_gradcam.inputs.lists import ENDINGS, NO_DETAILS, Details, Mpp, is_list, read_list
 from wsi_gradcam.inputs.search import (
     ANY_FOLDERS,
@@ -47,7 +47,7 @@ class SlideEntry:
     """A slide of a run.
 
     Attributes:
-        id: its path relative to the folder that was given, with forward slashes.
+        id: its path relative to the folder that was given, with forward slashes, as `as_text` writes it.
         path: its path, or its URL without secrets.
         mpp: (y, x) micrometres per level-0 pixel by a list, for a file that does not say it.
         url: the URL as it was given, where it has more than `path` shows. Not to be printed.
@@ -128,11 +128,11 @@ def search_slides(paths: Sequence[str | os.PathLike[str]]) -> Searched:
 
 def _entries(slides: list[_Found]) -> list[SlideEntry]:
     """Return the slides with their ids, sorted by them."""
-    names = [slide.name for slide in slides]
+    names = [as_text(slide.name) for slide in slides]
     if len(set(names)) < len(names):
         places = [path_parts(slide.path) for slide in slides]
         shared = len(_common_folders([place[:-1] for place in places]))
-        names = ["/".join(place[shared:]) for place in places]
+        names = [as_text("/".join(place[shared:])) for place in places]
     ids = set(names)
     if len(ids) < len(names):
         raise ConfigError("URLs that differ in dots and slashes alone; give each slide one way")
@@ -163,8 +163,8 @@ def choose_slides(entries: Sequence[SlideEntry], only: Sequence[str], skip: Sequ
 
 
 def _matching_ids(ids: Sequence[str], flag: str, pattern: str) -> list[str]:
-    parts = parts_of_pattern(pattern)
-    found = [name for name in ids if parts and matches(name.split("/"), parts)]
+    parts = parts_of_pattern(canonical(as_text(pattern)))
+    found = [name for name in ids if parts and matches(canonical(name).split("/"), parts)]
     if not found:
         raise ConfigError(
             f"--{flag} {pattern!r} matches no slide; expected a pattern of ids such as {ids[0]!r}, where * "

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError, one_line
+from wsi_gradcam.io.paths import alike
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.slides import check_mpp
 
@@ -79,7 +80,9 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Details]]:
             continue
         pure = _expanded(name)
         file = os.path.join(path.parent, pure)  # noqa: PTH118
-        if not os.path.exists(file):  # noqa: PTH110 - a list may have 100,000 lines
+        if not os.path.exists(file) and (others := alike(path.parent, str(pure))):  # noqa: PTH110 - of 100,000 lines
+            file = str(others[0])
+        if not os.path.exists(file):  # noqa: PTH110
             raise SlideNotFoundError(f"{where}: {Path(file)} does not exist; paths start at the list's own folder")
         folder, last = os.path.split(file)
         inside = not pure.is_absolute() and ".." not in pure.parts
@@ -114,7 +117,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
         with path.open("rb") as stream:
             file = pq.ParquetFile(stream)
             known = _known_columns(path, file.schema_arrow.names)
-            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=known))
+            rows = chain.from_iterable(
+                batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=known, use_threads=False)
+            )
             for number, row in enumerate(rows, 1):
                 yield f"{path}, row {number}", {key: _text(value) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
@@ -147,6 +152,8 @@ def _mask(path: Path, row: Row, where: str) -> str:
     if is_url(name):
         raise ConfigError(f"{where}: mask {name} is a URL; expected a file on disk")
     file = os.path.abspath(path.parent / _expanded(name))  # noqa: PTH100 - workers may run in another folder
+    if not os.path.isfile(file) and (others := alike(path.parent, str(_expanded(name)))):  # noqa: PTH113
+        file = str(others[0].absolute())
     if not os.path.isfile(file):  # noqa: PTH113
         raise ConfigError(f"{where}: mask {file} is no file; paths start at the list's own folder")
     return file

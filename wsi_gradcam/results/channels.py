@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import SupportsIndex
 
 from wsi_gradcam.cam.facts import METHOD_INFO
-from wsi_gradcam.errors import UnknownNameError
+from wsi_gradcam.errors import UnknownNameError, picked
 from wsi_gradcam.results.heatmap import COLOURS, Channel
 
 PROBABILITY = "probability"
@@ -72,12 +72,11 @@ def find_channel(channels: Sequence[ChannelInfo], name: str | int | ChannelInfo,
         name = name.label
     if not isinstance(name, str):
         return channels[at_index(name, len(channels), f"{where}: no channel", "its label, its class or its number")]
-    for found in channels:
-        if found.label == name:
-            return found
-    for found in channels:
-        if found.target == name:
-            return found
+    for key in ("label", "target"):
+        wanted = picked(name, [getattr(found, key) for found in channels])
+        for found in channels:
+            if wanted is not None and getattr(found, key) == wanted:
+                return found
     labels = [channel.label for channel in channels]
     raise UnknownNameError(
         f"{where}: no channel {name!r}; {suggest_names(name, [*labels, *(c.target for c in channels)])}"

@@ -255,13 +255,13 @@ class StoredTable:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the rows, of all columns or some."""
         try:
-            return self._plain(self._file.read(columns))
+            return self._plain(self._file.read(columns, use_threads=False))
         except (pa.ArrowException, OSError) as error:
             raise error if isinstance(error, StoreError) else self._damaged(one_line(error)) from error
 
     def batches(self, rows: int) -> Iterator[pa.Table]:
         """Yield the rows, so many at a time."""
-        for batch in self._file.iter_batches(rows):
+        for batch in self._file.iter_batches(rows, use_threads=False):
             yield self._plain(pa.Table.from_batches([batch]))
 
     def _check(self, rows: int) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ResultError, UnknownNameError
+from wsi_gradcam.errors import ResultError, UnknownNameError, as_text, picked
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import ChannelInfo, at_index, suggest_names
@@ -65,6 +65,9 @@ class Result:
         """
         if not isinstance(slide_id, str):
             slide_id = self.ids[at_index(slide_id, len(self), f"{self.out}: no slide", "its id or its number")]
+        if (known := picked(slide_id, self._slides)) is not None:
+            return self._slides[known]
+        slide_id = as_text(slide_id)
         if (found := self._slides.get(slide_id)) is not None:
             return found
         if is_name(slide_id) and (self.folder.slide(slide_id).manifest / PLAN).is_file():

@@ -80,7 +80,7 @@ def slide_id_of(folder: str) -> str:
 
 def is_name(slide_id: str) -> bool:
     """Return whether it names a folder below OUT, and nothing outside."""
-    return not _leads_out(slide_id) and "\\" not in slide_id
+    return not _leads_out(slide_id)
 
 
 def _leads_out(slide_id: str) -> bool:

@@ -16,6 +16,7 @@ from wsi_gradcam.errors import (
     SlideFormatError,
     StoreError,
     UnknownNameError,
+    as_path,
 )
 from wsi_gradcam.io.urls import is_url, redact_url, split_url
 from wsi_gradcam.pages import render
@@ -81,7 +82,7 @@ class SlideResult:
     ) -> None:
         self.id, self.folder, self.row, self._run = slide_id, folder, row, run
         self._remote_slides = remote_slides
-        self.path = row.get("path", "")
+        self.path = as_path(row.get("path", ""))
 
     def __repr__(self) -> str:
         return f"<SlideResult {self.id}: {self.status}>"
@@ -210,7 +211,7 @@ class SlideResult:
     @property
     def patches(self) -> pd.DataFrame:
         """A row a patch, see `results.table.write_table` for the columns; the index is the patch's number."""
-        frame: pd.DataFrame = self.table().to_pandas()
+        frame: pd.DataFrame = self.table().to_pandas(use_threads=False)
         return frame.rename_axis("patch")
 
     @cached_property

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from wsi_gradcam.errors import StoreError, one_line
+from wsi_gradcam.errors import StoreError, as_path, as_text, one_line
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
@@ -90,14 +90,14 @@ def assign_ids(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, 
     An id whose recorded path is not among the slides goes to the new slide that would have it in a new run: an
     archive that moved. Results of another file are refused later, by their digest.
     """
-    known = {row["path"]: name for name, row in record.items()}
+    known = {as_path(row["path"]): name for name, row in record.items()}
     given = {entry.path for entry in entries}
     ids = _Ids(record)
     names: dict[str, str] = {}
     for entry in entries:
         if entry.path in known:
             names[entry.path] = known[entry.path]
-        elif (row := record.get(entry.id)) is not None and row["path"] not in given:
+        elif (row := record.get(entry.id)) is not None and as_path(row["path"]) not in given:
             names[entry.path] = entry.id
         elif ids.fits(entry.id):
             names[entry.path] = entry.id
@@ -133,16 +133,16 @@ def _longer(path: str) -> Iterator[str]:
     """Yield ids of a slide, with more and more of its path; in the end numbered, without an end."""
     parts = path_parts(path)
     for count in range(1, len(parts) + 1):
-        yield "/".join(parts[-count:])
+        yield as_text("/".join(parts[-count:]))
     number = 2
     while True:
-        yield "/".join((str(number), *parts))
+        yield as_text("/".join((str(number), *parts)))
         number += 1
 
 
 def _held_by_another(row: Mapping[str, Any] | None, path: str) -> bool:
     """Return whether the id belongs to another file that is still there: this one is a copy, or will be refused."""
-    return row is not None and row["path"] != path and is_there(row["path"])
+    return row is not None and (there := as_path(row["path"])) != path and is_there(there)
 
 
 def is_there(path: str) -> bool:
@@ -154,7 +154,7 @@ def _row(entry: SlideEntry) -> dict[str, Any]:
     optional = {key: value for key in OPTIONAL_KEYS if (value := getattr(entry, key))}
     if entry.mpp:
         optional["mpp"] = list(entry.mpp)
-    return _sealed({"id": entry.id, "path": entry.path, **optional})
+    return _sealed({"id": entry.id, "path": as_text(entry.path), **optional})
 
 
 def _sealed(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,11 +243,15 @@ def row_digest(row: Mapping[str, Any]) -> str:
 def encode_rows(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Return the file of rows by id; each keeps the digest that it has."""
     buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(
-        {**rows[key], "row_digest": rows[key].get("row_digest") or row_digest(rows[key])} for key in sorted(rows)
+    plain, quoted = (
+        csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore", quoting=quoting)
+        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
     )
+    plain.writeheader()
+    for key in sorted(rows):
+        row = {**rows[key], "row_digest": rows[key].get("row_digest") or row_digest(rows[key])}
+        # Python's csv does not quote a carriage return alone, and reads it as the end of a row.
+        (quoted if any("\r" in str(cell) for cell in row.values()) else plain).writerow(row)
     return buffer.getvalue().encode("utf-8", NAMES)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import yaozarrs
 
 from wsi_gradcam.cam.targets import Target
-from wsi_gradcam.errors import ConfigError, WsiGradcamError, one_line
+from wsi_gradcam.errors import ConfigError, WsiGradcamError, as_path, one_line
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.display import display_problems
@@ -124,7 +124,9 @@ def check(out: StoragePathLike, *, remote_slides: bool = False) -> Validation:
         if row["status"] != SlideStatus.FAILED or (folder.slide(name).manifest / DONE).is_file():
             problems = _told("its results", _check(name, folder.slide(name), run, old))
             run.findings += [Finding(name, problem) for problem in problems]
-    wanted = [name for name, given in run.slides.items() if is_there(given["path"])]  # others have left the archive
+    wanted = [
+        name for name, given in run.slides.items() if is_there(as_path(given["path"]))
+    ]  # others have left the archive
     left = dict.fromkeys(name for name in (*planned_slides(folder), *wanted) if name not in run.rows)
     run.findings += [Finding(name, UNFINISHED) for name in left]
     if old:
@@ -478,12 +480,12 @@ def _check_table(folder: SlideFolder, plan: SlidePlan, run: _Run) -> Iterator[st
 
 def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[str]:
     try:
-        check_named(row["path"], run.out, run.remote_slides)
+        check_named(as_path(row["path"]), run.out, run.remote_slides)
     except NotAskedError as error:
         run.notes.append(f"{row['id']}: not compared with the slide: {error}")
         return
     reader, channels = (run.record.reader, run.record.channels) if run.record else ("auto", None)
-    slide = open_slide(row["path"], plan.slide_mpp, reader, channels=channels)
+    slide = open_slide(as_path(row["path"]), plan.slide_mpp, reader, channels=channels)
     try:
         if slide.info.digest != plan.slide_digest:
             yield f"{row['path']} is another file now than when it was explained"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+from wsi_gradcam.errors import as_text
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.run.status import (
     FailureCause,
@@ -225,7 +226,7 @@ class Progress:
 
 def cause_of(record: SlideRecord) -> str:
     """Return why a slide failed, without its name: a folder of wrong files has one cause a thousand times."""
-    return without_path(record.error, record.slide.path)
+    return without_path(record.error, as_text(record.slide.path))
 
 
 def without_path(error: str, path: str) -> str:

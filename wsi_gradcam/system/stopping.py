@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from wsi_gradcam.errors import StoppedError
@@ -90,15 +90,12 @@ class Stopping:
             if time.monotonic() - self._requested_at < ECHO_S:
                 return
             if sys.stderr.isatty():
-                os.write(2, SHOW_CURSOR.encode())  # progress bars had hidden it
+                _tell(SHOW_CURSOR)  # progress bars had hidden it
             os._exit(self.exit_code)
         self.signal, self._requested_at = signal.Signals(number), time.monotonic()
         if not self._graceful:
             raise KeyboardInterrupt
-        os.write(
-            2,
-            f"\n{self.signal.name}: finishing what is in work, at most {GRACE_S:g} s; again to end at once\n".encode(),
-        )
+        _tell(f"\n{self.signal.name}: finishing what is in work, at most {GRACE_S:g} s; again to end at once\n")
         self._deadline = threading.Timer(GRACE_S, self._interrupt)
         self._deadline.daemon = True
         self._deadline.start()
@@ -107,6 +104,12 @@ class Stopping:
         """Interrupt the main thread after the grace period."""
         self._interrupted = True
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def _tell(text: str) -> None:
+    """Write to standard error from a handler, which no stream of Python's may be in the way of, if anybody reads it."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 STOP = Stopping()

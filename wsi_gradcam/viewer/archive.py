@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.errors import NotShownError, SlideNotFoundError, WsiGradcamError
+from wsi_gradcam.errors import NotShownError, SlideNotFoundError, WsiGradcamError, as_path
 from wsi_gradcam.io.cache import ResourcePool
+from wsi_gradcam.io.paths import alike
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide
 from wsi_gradcam.viewer.security import check_tree
@@ -137,10 +138,8 @@ class Archive:
         self._slides = {slide.key: slide for slide in map(self._served, result)}
 
     def _served(self, result: SlideResult) -> ServedSlide:
-        if self._slides_folder is not None:
-            moved = self._slides_folder / result.id
-            if moved.exists():
-                result.path = str(moved)
+        if self._slides_folder is not None and (moved := alike(self._slides_folder, as_path(result.id))):
+            result.path = str(moved[0])
         known = json.dumps([result.row, result.path], sort_keys=True)
         return ServedSlide(slide_key(result.id), _digest(known)[:12], result)
 

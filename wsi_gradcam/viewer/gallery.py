@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_LISTED = 200
 TOP = 10  # patches whose mean probability is a score of the slide
 RESCAN_S = 10.0
+STOPPED_S = 2.0  # the windows of an archive take longer
 Scores = dict[str, dict[str, float]]
 
 
@@ -45,8 +46,10 @@ class Scorer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread; known scores are kept."""
+        """Stop the thread, which ends with the slide in work; known scores are kept."""
         self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(STOPPED_S)
 
     def of(self, slide: ServedSlide) -> Scores | None:
         """Return `share` and `top` by class, as `slide_scores` does; None while they are not known."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from wsi_gradcam.errors import AnnotationError, ConfigError
+from wsi_gradcam.errors import AnnotationError, ConfigError, as_path
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.io.paths import alike
 from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Shapes, rasterise
 from wsi_gradcam.tissue.annotations.regions import ENDINGS, Moved, Regions, read_annotations, read_bytes, tissue_within
 
@@ -141,9 +142,9 @@ def find_mask(folder: Path, slide_id: str, own: str = "") -> Path | None:
     Raises:
         AnnotationError: there is more than one.
     """
-    slide = Path(slide_id)
+    slide = Path(as_path(slide_id))
     for name in (slide, slide.with_suffix(""), Path(slide.name), Path(slide.stem)):
-        files = [folder / f"{name}{ending}" for ending in ENDINGS]
+        files = [file for ending in ENDINGS for file in alike(folder, f"{name}{ending}")]
         # a slide may be called as a mask would be: "a.tif"
         found = list(dict.fromkeys(file for file in files if file.is_file() and not _is_same(file, own)))
         if len(found) > 1:

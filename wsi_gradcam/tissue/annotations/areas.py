@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from wsi_gradcam.errors import AnnotationError
+from wsi_gradcam.errors import AnnotationError, canonical
 from wsi_gradcam.geometry import Region, ceil_div
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Area:
     """A closed shape that somebody drew on a slide.
 
     Attributes:
-        name: of its class, as the program that drew it shows it; "" where it has none.
+        name: of its class, as the program that drew it shows it, in Unicode's normal form C; "" where it has none.
         outline: float64 [n, 2] of (y, x) in level-0 px; the last point is joined to the first.
         holes: outlines of what is cut out of it; they may reach beyond it.
     """
@@ -44,6 +44,9 @@ class Area:
     name: str
     outline: NDArray[np.float64]
     holes: tuple[NDArray[np.float64], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", canonical(self.name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tifffile
 
-from wsi_gradcam.errors import AnnotationError, one_line
+from wsi_gradcam.errors import AnnotationError, canonical, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.local import check_regular
 from wsi_gradcam.tissue.annotations.areas import (
@@ -357,6 +357,10 @@ class Regions:
     exclude: tuple[str, ...] = ()
     shared: bool = False
     part: Region | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("include", "exclude"):
+            object.__setattr__(self, key, tuple(map(canonical, getattr(self, key))))
 
     @property
     def digest(self) -> str:
