@@ -346,8 +346,8 @@ MAX_SLUG_BYTES = 80
 def fitting(name: str, ending: str) -> str:
     """Return a name with an ending, cut in front of a digest of the name where both are too long for a disk.
 
-    >>> fitting("a.svs", ".png"), fitting("a" * 250, ".png")[192:]
-    ('a.svs.png', 'aa~0b65b4c62ee3.png')
+    >>> fitting("a.svs", ".png"), fitting("a" * 250, ".png")[188:]
+    ('a.svs.png', 'aa~3f3e35e0a775.png')
     """
     if len(os.fsencode(name + ending)) <= MAX_NAME_BYTES:
         return name + ending

@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.errors import ConfigError, as_text
 from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import storage_path
@@ -237,8 +237,8 @@ def facts_of(workload: Workload, out: StoragePath, run_id: str, dashboard: str) 
     return RunFacts(
         run=run_id,
         begun=now(),
-        command=command_line(sys.argv),
-        out=str(out),
+        command=as_text(command_line(sys.argv)),
+        out=as_text(str(out)),
         model=run.facts.name,
         model_digest=run.facts.digest,
         layer=run.facts.layer,
