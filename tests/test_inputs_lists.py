@@ -294,3 +294,61 @@ def facts(slides: list[SlideEntry]) -> list[tuple[Any, ...]]:
 def places(out: Path, slide: str) -> set[tuple[int, int]]:
     table = pq.read_table(out / slide / "patches.parquet")
     return set(zip(table["y"].to_pylist(), table["x"].to_pylist(), strict=True))
+
+
+FORMS = {
+    "commas": ('slide,mpp,site\na.svs,"0,25",x\n"b; c.svs",0.5,y\n', "utf-8"),
+    "semicolons": (
+        "slide;mpp;site\r\na.svs;0,25;x\r\nb\\; c.svs;0.5;y\r\n".replace("b\\; c.svs", '"b; c.svs"'),
+        "utf-8",
+    ),
+    "semicolons, BOM": ('"slide";"mpp";"site"\r\n"a.svs";"0,25";"x"\r\n"b; c.svs";"0.5";"y"\r\n', "utf-8-sig"),
+    "tabs, Unicode text": ('slide\tmpp\tsite\r\na.svs\t0,25\tx\r\n"b; c.svs"\t0.5\ty\r\n', "utf-16"),
+    "tabs, no BOM": ("slide\tmpp\tsite\na.svs\t,25\tx\nb; c.svs\t0.5\ty\n", "utf-16-le"),
+    "big endian": ("site\tslide\tmpp\nx\ta.svs\t0,25\ny\tb; c.svs\t0.5\n", "utf-16-be"),
+    "said first": ('sep=;\nslide;mpp;site\na.svs;0,25;x\n"b; c.svs";,5;y\n;;\n', "utf-8"),
+    "old line ends": ('slide;mpp;site;\ra.svs;0,25;x;;\r"b; c.svs";0.5;y\r', "utf-8"),
+    "an odd column": ('\n"a, b";slide;mpp;size, mm;site\n1;a.svs;0,25;1,5;x\n;"b; c.svs";0.5;;y\n', "utf-8"),
+}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".txt"])
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_spreadsheets_separate_cells_with_is_read(tmp_path: Path, form: str, ending: str) -> None:
+    touch(tmp_path, "a.svs", "b; c.svs")
+    text, encoding = FORMS[form]
+    (tmp_path / f"list{ending}").write_bytes(text.encode(encoding))
+    found = find_slides([tmp_path / f"list{ending}"])
+    assert [(each.id, each.mpp, each.site) for each in found] == [
+        ("a.svs", (0.25, 0.25), "x"),
+        ("b; c.svs", (0.5, 0.5), "y"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("slide,mpp;site\na.svs,0.5;x\n", "first line 'slide,mpp;site' is separated in several ways; expected commas"),
+        ("slide;mpp,mask\na.svs;0.5,x\n", "is separated in several ways"),
+        ("slide\tmpp;site\na.svs\t0.5;x\n", "is separated in several ways"),
+        ("slide;x,slide\na.svs;x,a.svs\n", "is separated in several ways"),
+        (
+            "slide,mpp\na.svs,0,25\n",
+            "line 2: 3 cells, expected 2 as in the first line; put what has ',' in it in quotes",
+        ),
+        ("slide\na, b.svs\n", "line 2: 2 cells, expected 1"),
+        ("slide;mpp\na.svs;1.000,5\n", "line 2: mpp '1.000,5' is no number"),
+        ("slide,mpp,slide\na.svs,1,a.svs\n", "has two columns 'slide'; leave one out"),
+        ("slide,mpp\n" + "a" * (1 << 21) + ",1\n", "a line of more than 1,048,576 characters"),
+    ],
+)
+def test_cells_are_not_guessed(tmp_path: Path, text: str, said: str) -> None:
+    touch(tmp_path, "a.svs", "a")
+    with pytest.raises(ConfigError, match=rf"list\.csv.*{said}"):
+        listed(tmp_path, text)
+
+
+def test_every_line_counts(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs")
+    with pytest.raises(SlideNotFoundError, match=r"line 6: .*gone"):
+        listed(tmp_path, "\nsep=;\nslide;mpp\n\na.svs;\ngone.svs;\n")

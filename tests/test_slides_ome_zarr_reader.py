@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import zarr
 from numcodecs.errors import UnsafeDecodeError
 
 from tests.runs import SMALL, rows_of, toy_spec
+from tests.servers import web_server
 from tests.synthetic import PINK
 from wsi_gradcam.api import explain, validate
+from wsi_gradcam.cli.output import slide_info
 from wsi_gradcam.errors import MppError, SlideError, SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs.find import find_slides
@@ -224,3 +227,133 @@ def test_the_codec_itself_refuses(tmp_path: Path) -> None:
     with pytest.raises(UnsafeDecodeError):
         numcodecs.Pickle().decode(pickle.dumps(_Ran(tmp_path / "ran")))
     assert not (tmp_path / "ran").exists()
+
+
+XML = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">{}</OME>'
+IMAGE = '<Image ID="Image:{}" Name="{}"><Pixels ID="Pixels:{}" {}/></Image>'
+Images = dict[str, tuple[int, int]]
+
+
+def collection(
+    path: Path,
+    images: Images,
+    version: str = "0.4",
+    sizes_um: tuple[float | None, ...] = (),
+    listed: bool = True,
+    layout: Any = 3,
+    **options: Any,
+) -> Path:
+    """Images by their names, as bioformats2raw writes them; the values of each are its number and more."""
+    root = zarr.open_group(path, mode="w", zarr_format=3 if version == "0.5" else 2)
+    about: dict[str, Any] = {"bioformats2raw.layout": layout}
+    root.attrs.update({"ome": {"version": version, **about}} if version == "0.5" else about)
+    described = []
+    for number, (name, size) in enumerate(images.items()):
+        rng = np.random.default_rng(number)
+        data = rng.integers(1, 256, (1, 3, 1, *size), dtype=np.uint8)
+        write(path / str(number), data, "tczyx", version, **options)
+        um = sizes_um[number] if number < len(sizes_um) else None
+        told = "" if um is None else f'PhysicalSizeX="{um}" PhysicalSizeY="{um}" PhysicalSizeXUnit="µm"'
+        described.append(IMAGE.format(number, name, number, told))
+    if listed:
+        group = root.create_group("OME")
+        series = {"series": [str(number) for number in range(len(images))]}
+        group.attrs.update({"ome": {"version": version, **series}} if version == "0.5" else series)
+        (path / "OME" / "METADATA.ome.xml").write_text(XML.format("".join(described)), encoding="utf-8")
+    return path
+
+
+def first_pixels(size: tuple[int, int]) -> Rgb:
+    return np.moveaxis(np.random.default_rng(0).integers(1, 256, (1, 3, 1, *size), dtype=np.uint8)[0, :, 0], 0, -1)
+
+
+SCAN: Images = {"scan.svs": (400, 500), "label image": (200, 200), "macro image": (150, 380), "": (50, 60)}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_the_slide_among_a_label_and_a_macro_is_taken(version: str, listed: bool, tmp_path: Path) -> None:
+    images = SCAN if listed else {"a": (400, 500), "b": (50, 60), "c": (60, 70)}
+    path = collection(tmp_path / "a.zarr", images, version, (0.5, None), listed)
+    slide = open_slide(path)
+    np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 400, 500)), first_pixels((400, 500)))
+    assert (slide.info.mpp, len(slide.info.images)) == ((0.5, 0.5), len(images))
+    assert "400 x 500 px" in slide.info.images[0]
+    assert slide_info(str(path))["images"].startswith(
+        "0 (scan.svs, 400 x 500 px), 1 (label image" if listed else "0 (4"
+    )
+    (entry,) = find_slides([tmp_path])
+    assert entry.id == "a.zarr"
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"region 1": (300, 300), "region 2": (200, 300)},
+        {"small": (60, 60), "scan": (400, 500)},
+        {"macro image": (100, 100), "scan": (400, 500), "other": (400, 500)},
+        {"scan": (300, 300), "second scan": (140, 140)},
+    ],
+)
+def test_of_several_that_may_be_the_slide_none_is_guessed(images: Images, tmp_path: Path) -> None:
+    path = collection(tmp_path / "a.ome.zarr", images)
+    said = rf"a\.ome\.zarr: holds {len(images)} images, of which several may be the slide: 0 \(.*, 1 \(.*; give the one"
+    with pytest.raises(SlideFormatError, match=rf"{said} that is meant, such as {path}/0"):
+        open_slide(path)
+    for number, size in enumerate(images.values()):
+        info = open_slide(path / str(number)).info
+        assert (info.height, info.width) == size
+    (entry,) = find_slides([path / "1"])
+    assert entry.id == "a.ome.zarr/1"
+
+
+def test_pixel_sizes_come_from_the_ome_xml_too(tmp_path: Path) -> None:
+    path = collection(tmp_path / "a.zarr", SCAN, sizes_um=(0.25, None), unit=None, scale=1.0)
+    assert open_slide(path).info.mpp == open_slide(path / "0").info.mpp == (0.25, 0.25)
+    assert open_slide(path / "1").info.mpp is None
+    assert open_slide(path, 0.5).info.mpp == (0.5, 0.5)
+    other = collection(tmp_path / "b.zarr", SCAN, sizes_um=(0.25, None), scale=0.5)
+    with pytest.raises(MppError, match=r"its scales and its OME-XML tell different pixel sizes \(y, x: 0.5, 0.5"):
+        _ = open_slide(other).info.mpp_yx
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_collections_behind_urls_are_read_alike(version: str, tmp_path: Path) -> None:
+    collection(tmp_path / "a.zarr", SCAN, version, (0.25,), unit=None)
+    local = open_slide(tmp_path / "a.zarr").info
+    with web_server(tmp_path) as web:
+        for url in (f"{web.url}/a.zarr", f"{web.url}/a.zarr/0", f"{web.url}/a.zarr/?sign=x"):
+            with closing(open_slide(url)) as slide:
+                assert (slide.info.mpp, slide.info.levels) == (local.mpp, local.levels)
+                expected = first_pixels((400, 500))
+                np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 400, 500)), expected)
+        (entry,) = find_slides([f"{web.url}/a.zarr/0"])
+        assert entry.id == "a.zarr/0"
+
+
+def test_collections_that_claim_too_much_are_refused(tmp_path: Path) -> None:
+    path = collection(tmp_path / "a.zarr", {"a": (60, 70)})
+    for series, said in (
+        (["0"] * 300, "a collection of 300 images, expected 1 to 256"),
+        ([], "a collection of no images"),
+        (["../b"], r"a list of images .*\.\./b.*, expected paths in the collection"),
+        (["0", "7"], "of which several may be the slide: .*7 .a, of a size that is not known|7 .of a size"),
+    ):
+        (path / "OME/.zattrs").write_text(json.dumps({"series": series}))
+        with pytest.raises(SlideFormatError, match=said):
+            open_slide(path)
+    with pytest.raises(SlideFormatError, match="layout 2 of bioformats2raw, expected 3"):
+        open_slide(collection(tmp_path / "b.zarr", {"a": (60, 70)}, layout=2))
+    many = write(tmp_path / "c.zarr", np.ones((90, 90), np.uint8), "yx", "0.4")
+    about = json.loads((many / ".zattrs").read_text())
+    about["multiscales"][0]["datasets"] *= 100
+    (many / ".zattrs").write_text(json.dumps(about))
+    with pytest.raises(SlideFormatError, match="200 levels, expected 1 to 64"):
+        open_slide(many)
+    (many / ".zattrs").write_text(json.dumps({"plate": {"wells": []}}))
+    with pytest.raises(SlideFormatError, match="a plate of wells, expected one image"):
+        open_slide(many)
+    bomb = collection(tmp_path / "d.zarr", {"a": (60, 70)}, unit=None)
+    with (bomb / "OME/METADATA.ome.xml").open("wb") as file:
+        file.truncate(1 << 30)
+    assert open_slide(bomb).info.mpp is None

@@ -17,7 +17,7 @@ from wsi_gradcam.errors import AnnotationError
 from wsi_gradcam.tissue.annotations import Annotations, Area, rasterise, read_annotations
 from wsi_gradcam.tissue.annotations import areas as base
 from wsi_gradcam.tissue.annotations import areas as raster
-from wsi_gradcam.tissue.annotations.regions import parse
+from wsi_gradcam.tissue.annotations.regions import Regions, parse
 
 Mask = npt.NDArray[np.bool_]
 Points = list[tuple[float, float]]  # x, y
@@ -340,3 +340,104 @@ class TestBadFiles:
             read_annotations(written(tmp_path / "a.csv", ""))
         with pytest.raises(AnnotationError, match=r"b\.xml: cannot be read: No such file"):
             read_annotations(tmp_path / "b.xml")
+
+
+SQUARES = [[(x, 0), (x + 9, 0), (x + 9, 9), (x, 9)] for x in range(0, 100, 20)]
+Layers = list[tuple[str, list[tuple[str, str, list[tuple[int, int]]]]]]
+
+
+def texts_file(folder: Path, layers: Layers, description: str = "") -> Path:
+    """An ImageScope file of layers (name, [(Text, NegativeROA, points)])."""
+    parts = []
+    for name, regions in layers:
+        inner = ""
+        for text, negative, points in regions:
+            vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in points)
+            inner += (
+                f'<Region Id="1" Type="0" Text="{text}" NegativeROA="{negative}"><Attributes><Attribute '
+                f'Name="Description" Value="of a region"/></Attributes><Vertices>{vertices}</Vertices></Region>'
+            )
+        told = f'<Attributes><Attribute Name="Description" Id="0" Value="{description}"/></Attributes>'
+        parts.append(f'<Annotation Id="1" Name="{name}">{told}<Regions>{inner}</Regions></Annotation>')
+    path = folder / "a.xml"
+    path.write_text(f'<Annotations MicronsPerPixel="0.25">{"".join(parts)}</Annotations>')
+    return path
+
+
+def shown(path: Path, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[int]:
+    """The numbers of the squares that lie in the regions."""
+    mask = Regions(path, path.read_bytes(), include, exclude).mask((10, 100), (10, 100))
+    return [number for number in range(5) if mask[4, 20 * number + 4]]
+
+
+@pytest.mark.parametrize("name", ["", "Layer 1", "Annotation 2", "3"])
+def test_regions_of_layers_without_a_name_have_their_text_for_a_class(tmp_path: Path, name: str) -> None:
+    regions = [("tumor", "0", SQUARES[0]), ("stroma", "0", SQUARES[1]), ("", "0", SQUARES[2])]
+    path = texts_file(tmp_path, [(name, regions)])
+    assert set(read_annotations(path).names) == {"tumor", "stroma", name}
+    assert shown(path, ("tumor",)) == [0]
+    assert shown(path, (), ("stroma",)) == [0, 2]
+    assert shown(path, ("stroma", "tumor")) == [0, 1]
+    if name:
+        assert shown(path, (name,)) == [0, 1, 2]
+
+
+def test_a_layer_s_own_name_is_the_class_and_texts_choose_in_it(tmp_path: Path) -> None:
+    layers: Layers = [
+        ("Tumor", [("solid", "0", SQUARES[0]), ("loose", "0", SQUARES[1])]),
+        ("Other", [("solid", "0", SQUARES[2])]),
+    ]
+    path = texts_file(tmp_path, layers, "not the name")
+    assert read_annotations(path).names == ("Other", "Tumor")
+    assert [shown(path, (name,)) for name in ("Tumor", "solid", "loose")] == [[0, 1], [0, 2], [1]]
+    assert shown(path, ("Tumor",), ("solid",)) == [1]
+    with pytest.raises(AnnotationError, match="no annotation is called 'Solid'; there are 'Other', 'Tumor', 'loo"):
+        shown(path, ("Solid",))
+    described = texts_file(tmp_path, [("", [("", "0", SQUARES[0])])], "Tumor bed")
+    assert read_annotations(described).names == ("Tumor bed",)
+
+
+def test_negative_regions_are_cut_out_of_all_texts_of_their_layer(tmp_path: Path) -> None:
+    whole = [(0, 0), (99, 0), (99, 9), (0, 9)]
+    layers: Layers = [("", [("tumor", "0", whole), ("", "1", SQUARES[1])]), ("rest", [("", "0", SQUARES[3])])]
+    assert shown(texts_file(tmp_path, layers)) == [0, 2, 3, 4]
+    assert shown(texts_file(tmp_path, layers), ("tumor",)) == [0, 2, 3, 4]
+    with pytest.raises(AnnotationError, match="holds 1 negative region without another, which enclose nothing"):
+        read_annotations(texts_file(tmp_path, [("x", [("", "1", whole)])]))
+
+
+def nested(folder: Path, groups: dict[str, str], placed: list[str]) -> Path:
+    """An ASAP file of groups (name: the group that it is part of), and of squares in groups."""
+    inner = "".join(f'<Group Name="{name}" PartOfGroup="{above}"/>' for name, above in groups.items())
+    drawn = "".join(
+        f'<Annotation Name="Annotation {number}" Type="Polygon" PartOfGroup="{group}"><Coordinates>'
+        + "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(SQUARES[number]))
+        + "</Coordinates></Annotation>"
+        for number, group in enumerate(placed)
+    )
+    path = folder / "a.xml"
+    path.write_text(
+        f"<ASAP_Annotations><Annotations>{drawn}</Annotations><AnnotationGroups>{inner}</AnnotationGroups>"
+        "</ASAP_Annotations>"
+    )
+    return path
+
+
+def test_groups_in_groups_give_names_to_choose_by(tmp_path: Path) -> None:
+    groups = {"Tumor": "Tissue", "_0": "Tumor", "_1": "Tumor", "Tissue": "None", "_2": "None"}
+    path = nested(tmp_path, groups, ["_0", "_1", "_2", "Tumor", "None"])
+    assert read_annotations(path).names == ("Annotation 4", "Tumor", "_0", "_1", "_2")
+    assert [shown(path, (name,)) for name in ("Tumor", "Tissue", "_0")] == [[0, 1, 3], [0, 1, 3], [0]]
+    assert shown(path, ("Tissue",), ("_1",)) == [0, 3]
+    assert shown(path, (), ("Tissue", "_2")) == [4]
+    assert shown(nested(tmp_path, groups, ["_0", "_1"]), (), ("Tumor",)) == [2, 3, 4]  # the rest, as of a class
+
+
+def test_groups_that_contain_themselves_end(tmp_path: Path) -> None:
+    path = nested(tmp_path, {"a": "b", "b": "a", "c": "c"}, ["a", "c"])
+    assert [shown(path, (name,)) for name in ("a", "b", "c")] == [[0], [0], [1]]
+    text = nested(tmp_path, {"x": "y"}, ["x"]).read_text()
+    path.write_text(text.replace("</AnnotationGroups>", '<Group Name="x" PartOfGroup="z"/></AnnotationGroups>'))
+    assert shown(path) == [0]
+    with pytest.raises(AnnotationError, match="no annotation is called 'y'; there are 'x'"):  # which x is in y?
+        shown(path, ("y",))

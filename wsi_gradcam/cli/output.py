@@ -189,6 +189,7 @@ def slide_info(path: str) -> dict[str, Any]:
         "bounds": "whole slide" if info.bounds is None else str(info.bounds),
         "area": area,
         "digest": info.digest,
+        **({"images": ", ".join(info.images)} if info.images else {}),
     }
 
 

@@ -115,7 +115,8 @@ def search_slides(paths: Sequence[str | os.PathLike[str]]) -> Searched:
         ConfigError: nothing given, a folder without slides, a pattern that matches none, an invalid list, or a result.
     """
     if not paths:
-        raise ConfigError("no slide given; expected slide files, folders, patterns, URLs, or lists (.csv, .parquet)")
+        endings = ", ".join(ENDINGS)
+        raise ConfigError(f"no slide given; expected slide files, folders, patterns, URLs, or lists ({endings})")
     found: dict[object, _Found] = {}
     remarks = Remarks()
     for text in [os.fspath(path) for path in paths]:
@@ -211,8 +212,8 @@ def _local(path: Path, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
 
 def _remote(url: str, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
     """Yield the slide at a URL, or those in a remote folder."""
-    if not url.endswith("/") or url.rstrip("/").endswith(ZARR):
-        yield _slide_at(url, url_name(url), NO_DETAILS)
+    if not url.endswith("/") or any(part.endswith(ZARR) for part in url_parts(url)[1:]):
+        yield _slide_at(url, _image_name(*url_parts(url)[-2:]), NO_DETAILS)
         return
     from wsi_gradcam.slides.remote import is_remote_zarr
 
@@ -295,7 +296,12 @@ def _named(path: Path, remarks: Remarks) -> Iterator[tuple[str, str, Details]]:
         # The folder resolved and the name as given: a link is a slide of its own, `a/../a` is not.
         itself = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
         check_no_result(str(itself))
-        yield str(itself), itself.name, NO_DETAILS
+        yield str(itself), _image_name(itself.parent.name, itself.name), NO_DETAILS
+
+
+def _image_name(folder: str, name: str) -> str:
+    """Return the name of a slide; of one image in a Zarr of several, whose own name is a number, with the folder's."""
+    return f"{folder}/{name}" if folder.endswith(ZARR) else name
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str, Details]]:

@@ -1,16 +1,20 @@
-"""Lists of slides: CSV or Parquet files with the slides' paths and further details."""
+"""Lists of slides: tables with the slides' paths and further details, as Parquet or as text that spreadsheets write.
+
+Text is UTF-8 or UTF-16, its cells are separated by commas, semicolons or tabs: the header tells which.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TextIO
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError, one_line
 from wsi_gradcam.io.paths import alike
@@ -19,7 +23,11 @@ from wsi_gradcam.slides import check_mpp
 
 Mpp = tuple[float, float] | None
 Row = dict[str, str]
-ENDINGS = CSV, PARQUET = (".csv", ".parquet")
+ENDINGS = CSV, TSV, TXT, PARQUET = (".csv", ".tsv", ".txt", ".parquet")
+DELIMITERS = ",;\t"
+SEPARATOR = re.compile(r'"?sep=([,;\t])"?\s*')  # a first line that spreadsheets write and read
+DECIMAL_COMMA = re.compile(r"[0-9]*,[0-9]+")
+MAX_LINE = 1 << 20
 BATCH_ROWS = 4096  # in memory at a time
 COLUMNS = ("slide", "mpp", "mpp_y", "mpp_x", "mask", "label", "site", "scanner")
 EXPECTED = "slide, and if need be mpp, or mpp_y and mpp_x, and mask, label, site, scanner"
@@ -99,13 +107,69 @@ def _expanded(name: str) -> PurePath:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield position and known cells of each line."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
-            reader = csv.DictReader(file, skipinitialspace=True)
-            known = _known_columns(path, reader.fieldnames or (), " in its first line")
-            for row in reader:
-                yield f"{path}, line {reader.line_num}", {key: (row[key] or "").strip() for key in known}
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise _invalid_list(path, error, "CSV in UTF-8") from error
+        with path.open(encoding=_encoding(path), newline="") as file:
+            lines = _lines(file)
+            number, header = next(((i, line) for i, line in enumerate(lines, 1) if line.strip()), (0, ""))
+            delimiter = ""
+            if found := SEPARATOR.fullmatch(header):
+                number, delimiter, header = number + 1, found[1], next(lines, "")
+            delimiter, names = _columns(path, header, delimiter or DELIMITERS)
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+            for cells in reader:
+                where = f"{path}, line {number + reader.line_num}"
+                row = dict(zip(names, map(str.strip, cells), strict=False))
+                if any(map(str.strip, cells[len(names) :])):
+                    raise ConfigError(
+                        f"{where}: {len(cells)} cells, expected {len(names)} as in the first line; put what has "
+                        f"{delimiter!r} in it in quotes"
+                    )
+                if any(row.values()):
+                    yield where, {name: row.get(name, "") for name in _known_columns(path, names)}
+    except (UnicodeError, csv.Error, OSError) as error:
+        raise _invalid_list(path, error, "CSV in UTF-8 or UTF-16 (spreadsheets call it CSV UTF-8)") from error
+
+
+def _encoding(path: Path) -> str:
+    """Return the encoding of a text by its first bytes: spreadsheets write UTF-16 too."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    return "utf-16-le" if head[1:] == b"\0" else "utf-16-be" if head[:1] == b"\0" else "utf-8-sig"
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise csv.Error(f"a line of more than {MAX_LINE:,} characters")
+        yield line
+
+
+def _columns(path: Path, header: str, delimiters: str) -> tuple[str, list[str]]:
+    """Return what separates the cells, and the names of the columns.
+
+    Raises:
+        ConfigError: no column is called "slide", or more than one character may separate the cells.
+    """
+    found = {}
+    for delimiter in delimiters:
+        cells = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+        names = [cell.strip() for cell in cells]
+        if "slide" in names:
+            found[delimiter] = names
+    different = {tuple(names) for names in found.values()}
+    if not found:
+        _known_columns(path, (), " in its first line")
+    delimiter, names = next(iter(found.items()))
+    inner = [name for name in names if set(COLUMNS) & {part.strip() for part in re.split(f"[{DELIMITERS}]", name)[1:]}]
+    if len(different) > 1 or inner:
+        raise ConfigError(
+            f"{path}: its first line {header.strip()[:80]!r} is separated in several ways; expected commas, semicolons "
+            "or tabs throughout"
+        )
+    if twice := [name for name in COLUMNS if names.count(name) > 1]:
+        raise ConfigError(f"{path}: has two columns {twice[0]!r}; leave one out")
+    return delimiter, names
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -167,7 +231,7 @@ def _mpp(row: Row, where: str) -> Mpp:
     values = []
     for text in (y, x):
         try:
-            value = float(text)
+            value = float(text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text)
         except ValueError as error:
             raise ConfigError(f"{where}: mpp {text!r} is no number; give both mpp_y and mpp_x, or mpp") from error
         if problem := check_mpp(value, "mpp"):

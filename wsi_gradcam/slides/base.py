@@ -75,6 +75,7 @@ class SlideInfo:
         bounds: the part of level 0 that was scanned, where the format records it.
         digest: a short content digest, see `content_digest`.
         objective: magnification of the scanner's objective, such as 40; None when the file does not say.
+        images: those in the file, in words, where it has several; the first is the slide.
     """
 
     path: str
@@ -86,6 +87,7 @@ class SlideInfo:
     bounds: Region | None
     digest: str
     objective: float | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def height(self) -> int:

@@ -1,24 +1,24 @@
-"""OME-Zarr images (OME-NGFF 0.4 and 0.5) as slides, in folders and behind URLs."""
+"""OME-Zarr images (OME-NGFF 0.4 and 0.5) as slides, in folders and behind URLs.
+
+So are the collections of images that bioformats2raw writes (layout 3): the first image is the slide, where the others
+are small (labels, macros, thumbnails).
+"""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import takewhile
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import ObjectStore
 
 from wsi_gradcam.errors import (
     SlideAccessError,
@@ -29,20 +29,19 @@ from wsi_gradcam.errors import (
     SlideReadError,
     StoreError,
     one_line,
+    quoted,
 )
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
-from wsi_gradcam.io.urls import redact_url
-from wsi_gradcam.io.zarr_stores import SLIDES, LocalSlideStore, SlideLimits, bounded, check_count
+from wsi_gradcam.io.zarr_stores import SLIDES, LocalSlideStore, bounded
 from wsi_gradcam.slides.base import Channel, SlideInfo, check_mpp, make_levels, pad_with_background, shown_channels
-from wsi_gradcam.slides.remote import KEPT_BYTES, access_error, folder_store, probe
+from wsi_gradcam.slides.remote import RemoteZarr
+from wsi_gradcam.slides.tiff_levels import MAX_XML
+from wsi_gradcam.slides.tiff_metadata import OneOfSeveral, ome_mpp, ome_names, slide_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
 
-    Request = tuple[str, ByteRequest | None]
     Rgb = NDArray[np.uint8]
     from wsi_gradcam.slides.base import Channels
 
@@ -66,75 +65,6 @@ GOLDEN = 0.618033988749895  # its multiples spread evenly, along no axis
 SPARSE_PX, LOOKED_AT = 1 << 28, 256  # of the chunks of a larger coarsest level, one of so many must be there
 
 
-class RemoteZarr(SlideLimits, ObjectStore[Any]):
-    """A Zarr store behind a URL that caches its latest reads and distinguishes network errors from damage."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(folder_store(url), read_only=True)
-        self.name = redact_url(url)
-        self._cache_of_reads: Cache[Request, bytes] = Cache(KEPT_BYTES, len)
-        self._sizes: dict[str, int] = {}
-        self._pending: dict[Request, asyncio.Task[bytes | None]] = {}
-
-    def identity(self, key: str) -> str:
-        """Return size and version of an object, or "missing".
-
-        Raises:
-            SlideAccessError: the server does not answer.
-        """
-        try:
-            size, version, _ = probe(self.store, key)
-        except FileNotFoundError:
-            return "missing"
-        except Exception as error:  # obstore raises many kinds
-            raise access_error(self.name, error) from None
-        return f"{size} {version}"
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return an object, or a range of it; None where there is none.
-
-        All calls come in zarr's own thread, so that nothing needs a lock.
-
-        Raises:
-            SlideAccessError: the server does not answer.
-        """
-        request = key, byte_range
-        data = self._cache_of_reads.peek(request)
-        if data is None:
-            if request not in self._pending:
-                task = self._pending[request] = asyncio.ensure_future(self._fetched(key, byte_range))
-                task.add_done_callback(lambda _: self._pending.pop(request))
-            data = await asyncio.shield(self._pending[request])
-            if data is None:
-                return None
-            self._cache_of_reads.put(request, data)
-        self.count(key, len(data))
-        return prototype.buffer.from_bytes(data)
-
-    async def _fetched(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
-        try:
-            if isinstance(
-                byte_range, SuffixByteRequest
-            ):  # many a web server knows only ranges from one byte to another
-                if key not in self._sizes:
-                    self._sizes[key], *_ = await asyncio.to_thread(probe, self.store, key)
-                size = self._sizes[key]
-                byte_range = RangeByteRequest(max(0, size - byte_range.suffix), size)
-            if byte_range is None:
-                result = await self.store.get_async(key)
-                check_count(f"{self.name}/{key}", result.meta["size"], None, self.most(key), self.mend)
-                return bytes(await result.bytes_async())
-            check_count(f"{self.name}/{key}", sys.maxsize, byte_range, self.most(key), self.mend)
-            found = await super().get(key, default_buffer_prototype(), byte_range)
-        except FileNotFoundError:
-            return None
-        except StoreError:
-            raise
-        except Exception as error:  # obstore raises many kinds
-            raise access_error(self.name, error) from None
-        return None if found is None else found.to_bytes()
-
-
 class OmeZarrSlide:
     """A `Slide` in an OME-Zarr image of one picture in colour or gray, in a folder or behind a URL."""
 
@@ -151,7 +81,14 @@ class OmeZarrSlide:
         self._pool = None if self._remote is None else ThreadPoolExecutor(WAITING_THREADS, "chunk")
         try:
             store = LocalSlideStore(place, read_only=True) if isinstance(place, Path) else place
-            group = zarr.open_group(store, mode="r")
+            group: Any = zarr.open_group(store, mode="r")
+            self._xml, self._number = b"", 0
+            self._images: tuple[str, ...] = ()
+            if _is_collection(group):
+                self._xml = _ome_xml(place)
+                series = _series(group, ome_names(self._xml))
+                self._images = tuple(map(str, series))
+                group = group[slide_of(series, self._path)]
             self._scales = _multiscales(group)
             self._levels = _opened(group, store, self._scales["datasets"])
             self._axes = [axis["name"] for axis in self._scales["axes"]]
@@ -159,6 +96,8 @@ class OmeZarrSlide:
             self._shown = self._shown_channels(group, channels)
             self._cache = Cache(max(CACHE_BYTES, 3 * max(map(self._most_px, self._levels))), attrgetter("nbytes"))
             self._check_there(self._levels[-1])
+            if mpp is None and not self._xml and not self._mpp()[0]:
+                self._xml, self._number = _xml_above(place)
             self._info = self._described(mpp)
         except SlideAccessError:
             raise
@@ -294,7 +233,7 @@ class OmeZarrSlide:
 
     def _described(self, mpp: tuple[float, float] | None) -> SlideInfo:
         y, x = self._axes.index("y"), self._axes.index("x")
-        found, problem = (mpp, "") if mpp is not None else self._mpp()
+        found, problem = (mpp, "") if mpp is not None else self._either_mpp()
         return SlideInfo(
             path=self._path,
             levels=make_levels(
@@ -308,6 +247,7 @@ class OmeZarrSlide:
             background=WHITE,
             bounds=None,
             digest=self._digest(),
+            images=self._images,
         )
 
     def _spacing(self, dataset: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -317,6 +257,17 @@ class OmeZarrSlide:
             return None
         y, x = (float(math.prod(scale[self._axes.index(axis)] for scale in scales)) for axis in "yx")
         return y, x
+
+    def _either_mpp(self) -> tuple[tuple[float, float] | None, str]:
+        """Return the mpp of the scales, or of the OME-XML beside the image, which may not disagree."""
+        by_scale, problem = self._mpp()
+        by_xml, _ = ome_mpp(self._xml, self._number) if self._xml else (None, "")
+        if by_scale is None or by_xml is None:
+            return (by_scale, "") if by_scale else (by_xml, "") if by_xml else (None, problem)
+        if any(abs(a - b) > MPP_ROUNDED * b for a, b in zip(by_scale, by_xml, strict=True)):
+            told = " and ".join(f"{y:g}, {x:g}" for y, x in (by_scale, by_xml))
+            return None, f"its scales and its OME-XML tell different pixel sizes (y, x: {told} um); give --mpp"
+        return by_scale, ""
 
     def _mpp(self) -> tuple[tuple[float, float] | None, str]:
         values = []
@@ -430,6 +381,94 @@ def _colour(text: object) -> tuple[int, int, int] | None:
     except ValueError:
         return None
     return red, green, blue
+
+
+# Of bioformats2raw (OME-NGFF 0.4 and 0.5, section "bioformats2raw.layout").
+LAYOUT, LAYOUT_VERSION = "bioformats2raw.layout", 3
+OME_XML = "OME/METADATA.ome.xml"
+MAX_SERIES = 256
+MPP_ROUNDED = 0.01
+
+
+def _ome(group: Any) -> Mapping[str, Any]:
+    attributes: Mapping[str, Any] = group.attrs.asdict()
+    found: Mapping[str, Any] = attributes.get("ome", attributes)
+    return found
+
+
+def _is_collection(group: Any) -> bool:
+    """Return True for a group of images as bioformats2raw writes it.
+
+    Raises:
+        SlideFormatError: it has another layout, or is a plate of wells.
+    """
+    about = _ome(group)
+    if "plate" in about:
+        raise SlideFormatError("a plate of wells, expected one image; give a field by its path, such as .../A/1/0")
+    if LAYOUT not in about or "multiscales" in about:
+        return False
+    if about[LAYOUT] != LAYOUT_VERSION:
+        raise SlideFormatError(f"layout {about[LAYOUT]} of bioformats2raw, expected {LAYOUT_VERSION}; convert it anew")
+    return True
+
+
+def _series(group: Any, names: Sequence[str]) -> list[OneOfSeveral]:
+    """Return the images of a collection.
+
+    Raises:
+        SlideFormatError: there is none, or there are more than any slide has.
+    """
+    paths = _series_paths(group)
+    if not paths or len(paths) > MAX_SERIES:
+        raise SlideFormatError(f"a collection of {len(paths) or 'no'} images, expected 1 to {MAX_SERIES}")
+    told = names if len(names) == len(paths) else [""] * len(paths)
+    return [_one_of_series(group, path, name) for path, name in zip(paths, told, strict=True)]
+
+
+def _series_paths(group: Any) -> list[str]:
+    """Return the paths of the images: as they are listed, else numbers from 0 on."""
+    listed = _ome(group["OME"]).get("series") if "OME" in group else None
+    if listed is None:
+        return [str(number) for number in takewhile(lambda number: str(number) in group, range(MAX_SERIES + 1))]
+    if not all(isinstance(path, str) and path and not {"", ".", ".."} & set(path.split("/")) for path in listed):
+        raise SlideFormatError(f"a list of images {quoted(listed)[:80]}, expected paths in the collection")
+    return list(listed)
+
+
+def _one_of_series(group: Any, path: str, name: str) -> OneOfSeveral:
+    try:
+        image = group[path]
+        scales = _multiscales(image)
+        axes = [axis["name"] for axis in scales["axes"]]
+        y, x = axes.index("y"), axes.index("x")
+        shape = image[scales["datasets"][0]["path"]].shape
+        steps = [t["scale"] for t in _scalings(scales, scales["datasets"][0])]
+        known = bool(steps) and scales["axes"][y].get("unit") in UM_PER_UNIT
+        spacing = (float(math.prod(s[y] for s in steps)), float(math.prod(s[x] for s in steps))) if known else None
+        return OneOfSeveral(path, name or str(scales.get("name") or ""), (int(shape[y]), int(shape[x])), spacing)
+    except SlideAccessError:
+        raise
+    except Exception:  # metadata may be anything
+        return OneOfSeveral(path, name, None, None)
+
+
+def _ome_xml(place: Path | RemoteZarr) -> bytes:
+    """Return the OME-XML of a collection; nothing where there is none."""
+    if not isinstance(place, Path):
+        return place.small_file(OME_XML, MAX_XML)
+    path = place / OME_XML
+    return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_XML else b""
+
+
+def _xml_above(place: Path | RemoteZarr) -> tuple[bytes, int]:
+    """Return the OME-XML of the collection in which an image lies, and its number there; nothing where it is alone."""
+    above = place.resolve().parent if isinstance(place, Path) else place.parent()
+    name = place.resolve().name if isinstance(place, Path) else place.name.rstrip("/").rpartition("/")[2]
+    try:
+        group = zarr.open_group(above, mode="r")
+        return (_ome_xml(above), _series_paths(group).index(name)) if _is_collection(group) else (b"", 0)
+    except Exception:  # there is none, or it is not to be read: the image says nothing of its pixels' size then
+        return b"", 0
 
 
 def _scalings(scales: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:

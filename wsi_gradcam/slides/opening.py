@@ -26,10 +26,10 @@ from wsi_gradcam.errors import (
 )
 from wsi_gradcam.io.urls import redact_url, split_url
 from wsi_gradcam.slides.base import LocalFile, make_levels
-from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide, RemoteZarr
+from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, detect_vendor
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
-from wsi_gradcam.slides.remote import RemoteFile, is_remote_zarr
+from wsi_gradcam.slides.remote import RemoteFile, RemoteZarr, is_remote_zarr
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
 from wsi_gradcam.slides.tiff_metadata import PLAIN, check_tiff, describe_plain, describe_tiff, tiff_mpp, tiff_vendor
 from wsi_gradcam.slides.tiff_reader import TiffSlide
@@ -48,6 +48,7 @@ Mpp = tuple[float, float] | None
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILES_COMPARED = 3  # a level
 ZARR_SUFFIX = ".zarr"
+ELSEWHERE = ".vsi"  # a TIFF with a thumbnail alone
 REMOTE_READERS = ("auto", "tiff", "ome-zarr")  # the others know files only
 WITH_CHANNELS = ("auto", "tiff", "ome-zarr")
 COPY_FIRST = "copy the file to a disk, and explain that"
@@ -63,6 +64,8 @@ def open_file(
     Raises:
         SlideFormatError: the reader does not know the file, or it is damaged.
     """
+    if path.suffix.lower() == ELSEWHERE:
+        raise SlideFormatError(f"{path}: its pixels are in a folder beside it and are not read; convert it to OME-TIFF")
     if path.is_file():
         with closing(LocalFile(path)) as file:
             if is_tiff(file):
@@ -240,7 +243,7 @@ def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False, cha
             f"{name}: reader {reader!r} knows files only; expected {', '.join(REMOTE_READERS)}, or {COPY_FIRST}"
         )
     path = split_url(url)[2]
-    if reader == "ome-zarr" or (reader == "auto" and path.rstrip("/").endswith(ZARR_SUFFIX)):
+    if reader == "ome-zarr" or (reader == "auto" and any(p.endswith(ZARR_SUFFIX) for p in path.split("/"))):
         return OmeZarrSlide(RemoteZarr(url), mpp, trust_objective, channels)
     try:
         file = RemoteFile(url)

@@ -1,14 +1,20 @@
-"""Files of slides behind URLs, s3://, https:// and http://, read by ranges."""
+"""Files and Zarr folders of slides behind URLs, s3://, https:// and http://, read by ranges."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from wsi_gradcam.errors import SlideAccessError, SlideError, SlideFormatError, SlideNotFoundError
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import ObjectStore as ZarrObjectStore
+
+from wsi_gradcam.errors import SlideAccessError, SlideError, SlideFormatError, SlideNotFoundError, StoreError
 from wsi_gradcam.geometry import ceil_div
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.object_stores import (
@@ -23,13 +29,18 @@ from wsi_gradcam.io.object_stores import (
     web_store,
 )
 from wsi_gradcam.io.urls import WEB_SCHEMES, redact_url, split_url
+from wsi_gradcam.io.zarr_stores import SlideLimits, check_count
 from wsi_gradcam.slides.base import ZARR_FILES
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
 
     from wsi_gradcam.io.object_stores import HTTPStore, ObjectStore
     from wsi_gradcam.slides.base import ByteRange
+
+    Request = tuple[str, ByteRequest | None]
 
 SCHEMES = (S3, *WEB_SCHEMES)
 # Tiles that touch are one request; writers of cloud-optimised TIFF leave 8 bytes between them, others pad by one.
@@ -170,6 +181,94 @@ class _Stream(io.RawIOBase):
         view[: len(data)] = data
         self._place += len(data)
         return len(data)
+
+
+class RemoteZarr(SlideLimits, ZarrObjectStore[Any]):
+    """A Zarr store behind a URL that caches its latest reads and distinguishes network errors from damage."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(folder_store(url), read_only=True)
+        self.name = redact_url(url)
+        self._url = url
+        self._cache_of_reads: Cache[Request, bytes] = Cache(KEPT_BYTES, len)
+        self._sizes: dict[str, int] = {}
+        self._pending: dict[Request, asyncio.Task[bytes | None]] = {}
+
+    def parent(self) -> RemoteZarr:
+        """Return the folder in which this one lies."""
+        place, mark, query = self._url.partition("?")
+        return RemoteZarr(place.rstrip("/").rpartition("/")[0] + mark + query)
+
+    def small_file(self, name: str, most: int) -> bytes:
+        """Return a file, the first `most` bytes of a longer one; nothing where there is none.
+
+        Raises:
+            SlideAccessError: the server does not answer.
+        """
+        try:
+            return probe(self.store, name, most)[2]
+        except FileNotFoundError:
+            return b""
+        except Exception as error:  # obstore raises many kinds
+            raise access_error(self.name, error) from None
+
+    def identity(self, key: str) -> str:
+        """Return size and version of an object, or "missing".
+
+        Raises:
+            SlideAccessError: the server does not answer.
+        """
+        try:
+            size, version, _ = probe(self.store, key)
+        except FileNotFoundError:
+            return "missing"
+        except Exception as error:  # obstore raises many kinds
+            raise access_error(self.name, error) from None
+        return f"{size} {version}"
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return an object, or a range of it; None where there is none.
+
+        All calls come in zarr's own thread, so that nothing needs a lock.
+
+        Raises:
+            SlideAccessError: the server does not answer.
+        """
+        request = key, byte_range
+        data = self._cache_of_reads.peek(request)
+        if data is None:
+            if request not in self._pending:
+                task = self._pending[request] = asyncio.ensure_future(self._fetched(key, byte_range))
+                task.add_done_callback(lambda _: self._pending.pop(request))
+            data = await asyncio.shield(self._pending[request])
+            if data is None:
+                return None
+            self._cache_of_reads.put(request, data)
+        self.count(key, len(data))
+        return prototype.buffer.from_bytes(data)
+
+    async def _fetched(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
+        try:
+            if isinstance(
+                byte_range, SuffixByteRequest
+            ):  # many a web server knows only ranges from one byte to another
+                if key not in self._sizes:
+                    self._sizes[key], *_ = await asyncio.to_thread(probe, self.store, key)
+                size = self._sizes[key]
+                byte_range = RangeByteRequest(max(0, size - byte_range.suffix), size)
+            if byte_range is None:
+                result = await self.store.get_async(key)
+                check_count(f"{self.name}/{key}", result.meta["size"], None, self.most(key), self.mend)
+                return bytes(await result.bytes_async())
+            check_count(f"{self.name}/{key}", sys.maxsize, byte_range, self.most(key), self.mend)
+            found = await super().get(key, default_buffer_prototype(), byte_range)
+        except FileNotFoundError:
+            return None
+        except StoreError:
+            raise
+        except Exception as error:  # obstore raises many kinds
+            raise access_error(self.name, error) from None
+        return None if found is None else found.to_bytes()
 
 
 def probe(store: ObjectStore, path: str, count: int = 1) -> tuple[int, str, bytes]:

@@ -1,13 +1,16 @@
-"""Metadata of TIFF slides: pixel sizes, vendor and properties where OpenSlide cannot be used; and if they can be true.
+"""Metadata of TIFF slides and OME-XML: pixel sizes, vendor, properties where OpenSlide cannot be used, and their truth.
 
 C libraries trust a file that claims more than it can hold, and crash for lack of memory: `check_tiff` comes first.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import struct
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO
 from xml.etree import ElementTree
 
@@ -53,7 +56,7 @@ def describe_tiff(
 def tiff_mpp(file: TiffFile) -> tuple[tuple[float, float] | None, str]:
     """Return micrometres per stored pixel (y, x) and an empty string, or None and the problem with its mend."""
     if file.is_ome:
-        return _ome_mpp(file.ome_metadata or "")
+        return ome_mpp(file.ome_metadata or "")
     return page_mpp(file.pages[0])
 
 
@@ -68,15 +71,15 @@ def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
     return (float(values[0] or 0), float(values[1] or 0)), ""
 
 
-def _ome_mpp(xml: str) -> tuple[tuple[float, float] | None, str]:
-    """Return PhysicalSizeY and PhysicalSizeX of the first image (OME-XML 2016-06), as `tiff_mpp` does."""
+def ome_mpp(xml: str | bytes, number: int = 0) -> tuple[tuple[float, float] | None, str]:
+    """Return PhysicalSizeY and PhysicalSizeX of an image (OME-XML 2016-06), as `tiff_mpp` does."""
     if len(xml) > MAX_XML:
         return None, f"its OME-XML of {len(xml):,} characters is too long; give the micrometres per pixel with --mpp"
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
         return None, f"its OME-XML cannot be read ({one_line(error)}); give the micrometres per pixel with --mpp"
-    pixels = next((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), None)
+    pixels = next(islice((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), number, None), None)
     values = []
     for axis in "YX":
         text = None if pixels is None else pixels.get(f"PhysicalSize{axis}")
@@ -91,6 +94,68 @@ def _ome_mpp(xml: str) -> tuple[tuple[float, float] | None, str]:
             return None, problem
         values.append(value)
     return (values[0], values[1]), ""
+
+
+def ome_names(xml: bytes) -> list[str]:
+    """Return the names of the images in OME-XML; none where it cannot be read."""
+    try:
+        root = ElementTree.fromstring(xml if len(xml) <= MAX_XML else b"")
+    except ElementTree.ParseError:
+        return []
+    return [e.get("Name", "") for e in root.iter() if e.tag.rpartition("}")[2] == "Image"]
+
+
+# An image is no second slide if it is called so, or has this share of the first one's pixels, or the larger one and
+# another pixel size.
+EXTRA = re.compile(r"label|macro|thumbnail|overview|preview", re.IGNORECASE)
+SMALL, SMALLER = 1 / 16, 1 / 4
+LISTED = 8
+
+
+@dataclass(frozen=True)
+class OneOfSeveral:
+    """An image of a file or folder with several.
+
+    Attributes:
+        path: in there.
+        name: of it by the OME-XML or its own metadata.
+        size: (height, width); None where it cannot be told.
+        spacing: (height, width) of its pixels in some unit; None where it is not told.
+    """
+
+    path: str
+    name: str
+    size: tuple[int, int] | None
+    spacing: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        size = "of a size that is not known" if self.size is None else f"{self.size[0]} x {self.size[1]} px"
+        return f"{self.path} ({self.name + ', ' if self.name else ''}{size})"
+
+    def is_extra(self, first: OneOfSeveral) -> bool:
+        """Return True for an image that is no slide beside the first: a label, a macro, a thumbnail."""
+        if self.size is None or first.size is None:
+            return False
+        share = math.prod(self.size) / math.prod(first.size)
+        same = first.spacing is not None and self.spacing is not None and self.spacing[0] < 1.5 * first.spacing[0]
+        named = bool(EXTRA.search(self.name)) and share < 1
+        return named or share <= SMALL or (share <= SMALLER and not same)
+
+
+def slide_of(series: Sequence[OneOfSeveral], place: str) -> str:
+    """Return the path of the first image, if it is the only one that may be the slide.
+
+    Raises:
+        SlideFormatError: others may be as well.
+    """
+    first, *others = series
+    if all(other.is_extra(first) for other in others):
+        return first.path
+    more = f" and {len(series) - LISTED} more" if len(series) > LISTED else ""
+    raise SlideFormatError(
+        f"holds {len(series)} images, of which several may be the slide: {', '.join(map(str, series[:LISTED]))}{more}; "
+        f"give the one that is meant, such as {place.rstrip('/')}/{first.path}"
+    )
 
 
 APERIO, GENERIC = "aperio", "generic-tiff"

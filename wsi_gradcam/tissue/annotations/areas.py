@@ -39,11 +39,17 @@ class Area:
         name: of its class, as the program that drew it shows it, in Unicode's normal form C; "" where it has none.
         outline: float64 [n, 2] of (y, x) in level-0 px; the last point is joined to the first.
         holes: outlines of what is cut out of it; they may reach beyond it.
+        groups: other names by which it may be chosen, such as of the groups that it lies in.
     """
 
     name: str
     outline: NDArray[np.float64]
     holes: tuple[NDArray[np.float64], ...] = ()
+    groups: tuple[str, ...] = ()
+
+    def is_of(self, names: Collection[str]) -> bool:
+        """Return True where one of the names means it."""
+        return self.name in names or any(group in names for group in self.groups)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", canonical(self.name))
@@ -65,6 +71,11 @@ class Annotations:
     def names(self) -> tuple[str, ...]:
         """The names of the classes, each once, sorted."""
         return tuple(sorted({area.name for area in self.areas}))
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """These, and those of groups of them, each once, sorted."""
+        return tuple(sorted({*self.names, *(group for area in self.areas for group in area.groups)}))
 
 
 def make_annotations(path: Path, areas: Iterable[Area], ignored: Iterable[str]) -> Annotations:
@@ -214,8 +225,7 @@ def _parts(counts: NDArray[np.int64]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(cuts)]
 
 
-# Of a picture that is held as a whole: 8,000 x 8,000 is a slide of 128,000 px at a sixteenth. Pillow itself warns of
-# bombs from 89 million on.
+# Of a picture that is held as a whole: 8,000 x 8,000 is a slide of 128,000 px at a sixteenth.
 MAX_MASK_PX = 64_000_000
 REDUCED_PX = 1 << 24  # of what a larger picture is summed up to
 NAMES_PX = 1 << 30  # of the level on which labels are looked for, at most: some seconds
@@ -281,14 +291,18 @@ class Shapes:
         """The names of the classes, sorted."""
         return self._found.names
 
+    def names_without(self, names: Collection[str]) -> frozenset[str]:
+        """Return the names of classes with areas that none of `names` means."""
+        return frozenset(area.name for area in self._found.areas if not area.is_of(names))
+
     @property
     def known(self) -> tuple[str, ...]:
-        """The names of the classes, sorted."""
-        return self._found.names
+        """The names of the classes and of their groups, sorted."""
+        return self._found.known
 
     def listed(self) -> str:
-        """Return the names of the classes, for a message."""
-        return ", ".join(map(repr, self.names))
+        """Return the names of the classes and of their groups, for a message."""
+        return ", ".join(map(repr, self.known))
 
     def check(self, names: Collection[str]) -> None:
         """Refuse classes of which every area lies outside of the slide."""
@@ -327,7 +341,7 @@ class Shapes:
         return rasterise(near, (max(1, round(box[2])), max(1, round(box[3]))), shape, str(self._path))
 
     def _of(self, names: Collection[str]) -> list[Area]:
-        return [area for area in self._found.areas if area.name in names]
+        return [area for area in self._found.areas if area.is_of(names)]
 
 
 class Pixels(Protocol):
@@ -412,12 +426,7 @@ class LabelPicture:
         shares = (counts * 255.0 / (full[0][:, None] * full[1])).astype(np.uint8)
         return np.asarray(Image.fromarray(shares).resize(shape[::-1], Image.Resampling.BOX)) > 127
 
-    def cut(
-        self,
-        names: Collection[str],
-        box: Box,
-        shape: tuple[int, int],
-    ) -> NDArray[np.bool_]:
+    def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
         """Return classes in a box (y, x, height, width) of level 0, bool `shape`, by the nearest pixels.
 
         False beside the slide.

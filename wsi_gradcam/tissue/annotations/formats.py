@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,9 @@ MAX_DEPTH = 64  # of nested elements; these formats need seven
 
 # ASAP's types that enclose something; a Spline's points are joined by straight lines here.
 ASAP_CLOSED = frozenset({"Polygon", "Rectangle", "Spline"})
+NO_GROUP = "None"  # as ASAP writes it
+# The names that ImageScope gives to layers.
+NUMBERED = re.compile(r"(?:layer|annotation)?\s*\d*", re.IGNORECASE)
 # ImageScope's numbers. An ellipse is stored as corners of its box.
 FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"
 IMAGESCOPE_NAMES = {"3": "arrow", "4": "ruler", "5": "counter"}
@@ -208,7 +212,8 @@ class _Reader:
 class _Asap:
     """`Annotation` elements with `Type`, `PartOfGroup`, and `Coordinate` elements with `Order`, `X`, `Y`.
 
-    The class is the group, as ASAP's own conversion to masks has it; without one, the annotation's name.
+    The class is the group, as ASAP's own conversion to masks has it; without one, the annotation's name. `Group`
+    elements, which come last, say in which other groups a group lies.
     """
 
     def __init__(self, path: Path) -> None:
@@ -217,6 +222,7 @@ class _Asap:
         self._ignored: list[str] = []
         self._about: Attributes = {}
         self._points: list[tuple[float, str | None, str | None]] = []
+        self._above: dict[str, set[str]] = {}  # the group that a group is part of
 
     def start(self, tag: str, attributes: Attributes) -> None:
         if tag == "Annotation":
@@ -225,40 +231,61 @@ class _Asap:
             order = attributes.get("Order", "")
             place = float(order) if order.isdecimal() and len(order) < 16 else float(len(self._points))
             self._points.append((place, attributes.get("X"), attributes.get("Y")))
+        elif tag == "Group":
+            self._above.setdefault(attributes.get("Name", ""), set()).add(attributes.get("PartOfGroup", NO_GROUP))
+
+    def _groups(self, name: str) -> tuple[str, ...]:
+        """Return the groups that contain a group, from the inside out; none above two of the same name."""
+        found: list[str] = []
+        while len(above := self._above.get(name, set())) == 1 and len(found) < MAX_DEPTH:
+            (name,) = above
+            if name in (NO_GROUP, "", *found):
+                break
+            found.append(name)
+        return tuple(found)
 
     def end(self, tag: str) -> None:
         if tag != "Annotation":
             return
-        kind, group = self._about.get("Type", "Polygon"), self._about.get("PartOfGroup", "None")
+        kind, group = self._about.get("Type", "Polygon"), self._about.get("PartOfGroup", NO_GROUP)
         name = self._about.get("Name", "")
         if kind not in ASAP_CLOSED:
             self._ignored.append(kind)
             return
         points = [(x, y) for _, x, y in sorted(self._points, key=lambda point: point[0])]
         self._areas.append(
-            Area(name if group == "None" else group, make_outline(self._path, f"annotation {name!r}", points))
+            Area(name if group in (NO_GROUP, "") else group, make_outline(self._path, f"annotation {name!r}", points))
         )
 
     def result(self) -> tuple[list[Area], list[str]]:
-        return self._areas, self._ignored
+        return [replace(area, groups=self._groups(area.name)) for area in self._areas], self._ignored
 
 
 @dataclass
 class _Layer:
-    """An `Annotation` element of ImageScope: regions of one name and colour."""
+    """An `Annotation` element of ImageScope: regions of one name and colour, each with its text.
+
+    Where a layer has a name of its own, that is the class, and a region's text chooses among them. Where it has none,
+    or the number that ImageScope gives it, the text is the class.
+    """
 
     name: str
-    positive: list[NDArray[np.float64]] = field(default_factory=list)
+    positive: list[tuple[str, NDArray[np.float64]]] = field(default_factory=list)
     negative: list[NDArray[np.float64]] = field(default_factory=list)
 
     def areas(self) -> list[Area]:
         """Return the areas inside positive regions, with negative ones as holes."""
-        areas = [Area(self.name, outline) for outline in self.positive]
+        areas = [self._area(text, outline) for text, outline in self.positive]
         if not self.negative:
             return areas
         low = np.array([hole.min(axis=0) for hole in self.negative])
         high = np.array([hole.max(axis=0) for hole in self.negative])
         return [replace(area, holes=self._touching(area.outline, low, high)) for area in areas]
+
+    def _area(self, text: str, outline: NDArray[np.float64]) -> Area:
+        named = self.name and not NUMBERED.fullmatch(self.name)
+        name, *others = dict.fromkeys(filter(None, (self.name, text) if named else (text, self.name))) or [""]
+        return Area(name, outline, groups=tuple(others))
 
     def _touching(
         self, outline: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]
@@ -270,8 +297,8 @@ class _Layer:
 class _ImageScope:
     """`Annotation` layers of `Region` elements with `Type`, `NegativeROA`, and `Vertex` elements with `X`, `Y`.
 
-    Coordinates are level-0 pixels. The class is the layer's name. A region with `NegativeROA="1"` is cut out of the
-    others of its layer.
+    Coordinates are level-0 pixels. The class is the layer's name or the region's `Text`, see `_Layer`. A region with
+    `NegativeROA="1"` is cut out of the others of its layer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -280,18 +307,22 @@ class _ImageScope:
         self._ignored: list[str] = []
         self._about: Attributes = {}
         self._points: list[tuple[str | None, str | None]] = []
+        self._inside = False  # of a region, which has attributes too
 
     def start(self, tag: str, attributes: Attributes) -> None:
         if tag == "Annotation":
-            self._layers.append(_Layer(attributes.get("Name", "")))
+            self._layers.append(_Layer(attributes.get("Name", "").strip()))
+        elif tag == "Attribute" and self._layers and not self._inside and attributes.get("Name") == "Description":
+            self._layers[-1].name = self._layers[-1].name or attributes.get("Value", "").strip()
         elif tag == "Region":
-            self._about, self._points = attributes, []
+            self._about, self._points, self._inside = attributes, [], True
         elif tag in ("Vertex", "V"):
             self._points.append((attributes.get("X"), attributes.get("Y")))
 
     def end(self, tag: str) -> None:
         if tag != "Region":
             return
+        self._inside = False
         kind = self._about.get("Type", FREEHAND)
         if kind not in (FREEHAND, RECTANGLE, ELLIPSE):
             self._ignored.append(IMAGESCOPE_NAMES.get(kind, f"region of type {kind}"))
@@ -300,7 +331,10 @@ class _ImageScope:
             raise AnnotationError(f"{self._path}: a Region outside of an Annotation; expected ImageScope's annotations")
         layer = self._layers[-1]
         outline = self._outline(kind, f"region {self._about.get('Id', '?')} of {layer.name!r}")
-        (layer.negative if self._about.get("NegativeROA", "0") == "1" else layer.positive).append(outline)
+        if self._about.get("NegativeROA", "0").lower() in ("1", "true"):
+            layer.negative.append(outline)
+        else:
+            layer.positive.append((self._about.get("Text", "").strip(), outline))
 
     def _outline(self, kind: str, what: str) -> NDArray[np.float64]:
         points = self._points
@@ -311,7 +345,8 @@ class _ImageScope:
         return box(corners) if kind == RECTANGLE else ellipse(corners)
 
     def result(self) -> tuple[list[Area], list[str]]:
-        return [area for layer in self._layers for area in layer.areas()], self._ignored
+        alone = ["negative region without another"] * sum(len(la.negative) for la in self._layers if not la.positive)
+        return [area for layer in self._layers for area in layer.areas()], [*self._ignored, *alone]
 
 
 FORMATS: dict[str, Callable[[Path], _Asap | _ImageScope]] = {"ASAP_Annotations": _Asap, "Annotations": _ImageScope}

@@ -414,6 +414,7 @@ class Regions:
         self._check(drawn)
         wanted = frozenset(self.include or drawn.names) - set(self.exclude)
         if isinstance(drawn, Shapes):
+            wanted &= frozenset(self.include) or drawn.names_without(self.exclude)
             drawn.check(wanted)
         elif len(wanted) > 1 and not self.include and not self.exclude:
             raise AnnotationError(
