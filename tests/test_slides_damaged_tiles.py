@@ -16,6 +16,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.servers import web_server
 from wsi_gradcam.errors import SlideContentError, SlideFormatError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import open_slide
@@ -86,8 +87,8 @@ def assert_refused_there_alone(path: Path, expected: Rgb, reader: str = "auto") 
         np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, SIDE, 512)), expected[:SIDE])
 
 
-def shown(path: Path) -> Rgb:
-    with closing(open_slide(path)) as slide:
+def shown(path: Path, mpp: float | None = None) -> Rgb:
+    with closing(open_slide(path, mpp)) as slide:
         return slide.read_level(0, Region(0, 0, slide.info.height, slide.info.width))
 
 
@@ -108,6 +109,22 @@ def test_a_tile_that_stops_half_way_is_unreadable(name: str, kept: str, tmp_path
     expected = shown(path)
     change(path, lambda data: data[: int(len(data) * KEPT[kept])])
     assert_refused_there_alone(path, expected)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_strip_that_stops_half_way_is_unreadable(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    data = np.moveaxis(picture(), -1, 0) if CODECS[name].get("planarconfig") else picture()
+    tifffile.imwrite(path, data, rowsperstrip=64, photometric="rgb", metadata=None, **CODECS[name])
+    expected = shown(path, 0.5)
+    assert np.abs(expected.astype(int) - picture()).mean() < 5
+    with tifffile.TiffFile(path, mode="r+") as file:
+        page = cast(tifffile.TiffPage, file.pages[0])
+        page.tags["StripByteCounts"].overwrite([int(n) // (1 + (i == 3)) for i, n in enumerate(page.databytecounts)])
+    with closing(open_slide(path, 0.5)) as slide:
+        np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 192, 512)), expected[:192])
+        with pytest.raises(SlideReadError, match=r"y 192, x 0, 64 x 512 px cannot be decoded"):
+            slide.read_level(0, Region(180, 0, 20, 20))
 
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name not in ("none", "packbits", "jpeg, planes")])
@@ -201,6 +218,7 @@ def test_a_jpeg_xr_that_ends_before_it_says_is_unreadable(left_out: int) -> None
     check = stream_check(page, (SIDE, SIDE), 3)
     assert check is not None
     check(data)
+    check(bytes(imagecodecs.jpegxr_encode(np.dstack([picture()[:SIDE, :SIDE], picture()[:SIDE, :SIDE, 0]]))))
     with pytest.raises(ValueError, match=f"ends {left_out:,} bytes before it says"):
         check(data[:-left_out])
 
@@ -254,6 +272,19 @@ def test_tiles_that_were_left_out_are_glass(codec: Any, reader: str, tmp_path: P
         assert int(np.abs(found.astype(int) - expected).max()) <= (60 if codec == "jpeg" else 0)
         assert (found[:SIDE, :SIDE] == 255).all()
         assert not slide.info.levels[1].problem
+
+
+def test_remote_tiles_are_left_out_and_damaged_too(tmp_path: Path) -> None:
+    expected = sparse(tmp_path / "a.tif", [0, 5, 6, 11], compression="deflate")
+    change(write(tmp_path / "b.tif", "jpeg"), lambda data: data[: len(data) // 2])
+    sparse(tmp_path / "c.tif", list(range(12)), compression="deflate")
+    with web_server(tmp_path) as server:
+        with closing(open_slide(f"{server.url}/a.tif")) as slide:
+            np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 384, 512)), expected)
+        with closing(open_slide(f"{server.url}/b.tif")) as slide, pytest.raises(SlideReadError, match="Premature end"):
+            slide.read_level(0, TILE)
+        with pytest.raises(SlideContentError, match=r"c.tif: none of its 12 tiles has data"):
+            open_slide(f"{server.url}/c.tif")
 
 
 def test_a_tile_that_was_lost_is_no_glass(tmp_path: Path) -> None:

@@ -403,19 +403,19 @@ def _jpeg_xr(data: bytes) -> Stream:
 
 
 XR_START, XR_ENTRY = b"II\xbc", struct.Struct("<HHII")
-XR_OFFSET, XR_COUNT = 0xBCC0, 0xBCC1  # of the picture; those of alpha follow by two
+XR_OFFSET, XR_COUNT, XR_ALPHA = 0xBCC0, 0xBCC1, 0xBCC2  # the last: offset of alpha, whose count some write too large
 
 
 def _check_xr_ends(data: bytes) -> None:
-    """Raise a ValueError where a picture or its alpha lies beyond the data (ITU-T T.832, A.7)."""
+    """Raise a ValueError where a picture ends, or its alpha begins, beyond the data (ITU-T T.832, A.7)."""
     if not data.startswith(XR_START):
         return
     (place,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, place)
     entries = (XR_ENTRY.unpack_from(data, place + 2 + XR_ENTRY.size * number) for number in range(count))
     said = {tag: value for tag, _, _, value in entries}
-    ends = (said.get(XR_OFFSET + more, 0) + said.get(XR_COUNT + more, 0) for more in (0, 2))
-    if (end := max(ends)) > len(data):
+    end = max(said.get(XR_OFFSET, 0) + said.get(XR_COUNT, 0), said.get(XR_ALPHA, 0))
+    if end > len(data):
         raise ValueError(f"a JPEG XR that ends {end - len(data):,} bytes before it says")
 
 
