@@ -112,7 +112,7 @@ def test_what_is_cut_short_is_not_walked_beyond_its_end(path: Path, keep: int) -
     check(path)
 
 
-def test_directories_in_a_circle_end(path: Path) -> None:
+def test_directories_in_a_circle_are_refused(path: Path) -> None:
     with tifffile.TiffFile(path) as file:
         first, place = file.pages[0].offset, file.pages.next_page_offset
         order, size = file.byteorder, file.tiff.offsetsize
@@ -120,9 +120,28 @@ def test_directories_in_a_circle_end(path: Path) -> None:
     data = bytearray(path.read_bytes())
     struct.pack_into(order + {4: "I", 8: "Q"}[size], data, place, first)
     path.write_bytes(data)
-    check(path)
+    with pytest.raises(SlideFormatError, match=r"a.tif: damaged TIFF: directory 1 leads back to an earlier one; copy"):
+        check(path)
 
 
 def test_slides_damaged_in_many_ways_are_read_or_refused() -> None:
     """The short form; `make proofs` runs ten thousand."""
     assert fuzz(300, seed=5) == []
+
+
+def test_a_tile_that_is_too_large_is_found_below_a_directory_too(tmp_path: Path) -> None:
+    picture = np.full((64, 64, 3), 200, np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(picture, tile=(32, 32), photometric="rgb", metadata=None, subifds=1)
+        writer.write(picture[::2, ::2], tile=(32, 32), photometric="rgb", metadata=None, subfiletype=1)
+    check(tmp_path / "a.tif")
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        page: Any = file.pages[0]
+        below = page.pages[0].tags["TileWidth"].offset
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    struct.pack_into("<HII", data, below + 2, 4, 1, 1 << 30)
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(
+        SlideFormatError, match=r"a.tif: damaged TIFF: tiles of 32 x 1073741824 px, .* in directory 1; copy"
+    ):
+        check(tmp_path / "a.tif")

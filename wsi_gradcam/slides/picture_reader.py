@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG")
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 WHITE = (255, 255, 255)
-MAX_PX = 1 << 26  # decoded as a whole, in 0.5 GB
+MAX_PX = 1 << 26  # decoded as a whole, in 0.6 GB
+CONVERTED_PX = 1 << 22  # at once
 NO_MPP = "a picture does not say how large its pixels are; give the micrometres per pixel with --mpp"
 
 
@@ -76,7 +77,8 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
                 data = path.read_bytes()
                 check_jpeg(data)
                 check_whole_jpeg(data)
-            return _rgb(ImageOps.exif_transpose(picture))
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _rgb(picture)
     except SlideFormatError:
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -86,6 +88,17 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
 
 
 def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    """Return all pixels in RGB; converted some rows at a time, since conversions need several copies."""
+    picture.load()
+    width, height = picture.size
+    rgb = np.empty((height, width, 3), np.uint8)
+    step = max(1, CONVERTED_PX // width)
+    for top in range(0, height, step):
+        rgb[top : top + step] = _rgb_rows(picture.crop((0, top, width, min(height, top + step))))
+    return rgb
+
+
+def _rgb_rows(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
         gray = ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=2)

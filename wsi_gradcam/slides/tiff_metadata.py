@@ -246,7 +246,9 @@ IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH = SIZES = (256, 257, 322, 323
 TILE_OFFSETS = 324
 BYTE_COUNTS = (279, 325)  # of strips, of tiles
 ASCII, MAX_TEXT = 2, 256
-MAX_DIRECTORIES, MAX_ENTRIES = 4096, 4096
+SUB_DIRECTORIES = 330
+PLACES = {4: "u4", 13: "u4", 16: "u8", 18: "u8"}
+MAX_DIRECTORIES, MAX_ENTRIES, MAX_BELOW = 4096, 4096, 256
 
 Entry = tuple[int, int, int, bytes]  # tag, type, count, the field that holds the value or its place
 
@@ -258,24 +260,31 @@ def check_tiff(file: SlideFile) -> None:
         SlideFormatError: one claims more data than the file or its tiles can hold, or tiles that are too large.
         SlideAccessError: a remote file cannot be reached.
     """
+    try:
+        with file.stream() as stream:
+            for number, (order, entries) in enumerate(_directories(stream, file.size)):
+                _check_directory(file, number, order, entries)
+    except _TooManyError as error:
+        raise SlideFormatError(f"{file.name}: damaged TIFF: {error}; {AGAIN}") from error
+
+
+def _check_directory(file: SlideFile, number: int, order: str, entries: list[Entry]) -> None:
     size = file.size
-    with file.stream() as stream:
-        for number, (order, entries) in enumerate(_directories(stream, size)):
-            for tag, kind, count, field in entries:
-                if TYPE_BYTES.get(kind, 0) * count > size:
-                    raise SlideFormatError(
-                        f"{file.name}: damaged TIFF: tag {tag} of directory {number} claims {count:,} values, more "
-                        f"than the file's {size:,} bytes can hold; {AGAIN}"
-                    )
-                if tag in BYTE_COUNTS and (largest := _largest(file, order, (tag, kind, count, field))) > size:
-                    raise SlideFormatError(
-                        f"{file.name}: damaged TIFF: a tile of {largest:,} bytes in directory {number}, more than "
-                        f"the file's {size:,}; {AGAIN}"
-                    )
-            sizes = {entry[0]: _largest(file, order, entry) for entry in entries if entry[0] in SIZES}
-            listed = next((count for tag, _, count, _ in entries if tag == TILE_OFFSETS), None)
-            if problem := _tile_problem(sizes, listed):
-                raise SlideFormatError(f"{file.name}: damaged TIFF: {problem} in directory {number}; {AGAIN}")
+    for tag, kind, count, field in entries:
+        if TYPE_BYTES.get(kind, 0) * count > size:
+            raise SlideFormatError(
+                f"{file.name}: damaged TIFF: tag {tag} of directory {number} claims {count:,} values, more "
+                f"than the file's {size:,} bytes can hold; {AGAIN}"
+            )
+        if tag in BYTE_COUNTS and (largest := _largest(file, order, (tag, kind, count, field))) > size:
+            raise SlideFormatError(
+                f"{file.name}: damaged TIFF: a tile of {largest:,} bytes in directory {number}, more than "
+                f"the file's {size:,}; {AGAIN}"
+            )
+    sizes = {entry[0]: _largest(file, order, entry) for entry in entries if entry[0] in SIZES}
+    listed = next((count for tag, _, count, _ in entries if tag == TILE_OFFSETS), None)
+    if problem := _tile_problem(sizes, listed):
+        raise SlideFormatError(f"{file.name}: damaged TIFF: {problem} in directory {number}; {AGAIN}")
 
 
 def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
@@ -290,7 +299,13 @@ def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
 
 
 def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]:
-    """Yield byte order and entries of each directory, to the end of the chain or to where it leaves the file."""
+    """Yield byte order and entries of each directory, to the end of the chain or to where it leaves the file.
+
+    Those that SubIFDs lead to come after the chain.
+
+    Raises:
+        _TooManyError: there are more than in any slide, or the chain leads back into itself.
+    """
     head = file.read(16)
     order = ORDERS.get(head[:2])
     if order is None or len(head) < 16:
@@ -299,19 +314,46 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
     if version not in (CLASSIC, BIG):
         return
     word, number, shape = ("Q", "Q", "HHQ8s") if version == BIG else ("I", "H", "HHI4s")
-    (place,) = struct.unpack_from(order + word, head, 8 if version == BIG else 4)
+    starts = list(struct.unpack_from(order + word, head, 8 if version == BIG else 4))
     seen: set[int] = set()
-    while 0 < place < size and place not in seen and len(seen) < MAX_DIRECTORIES:
-        seen.add(place)
-        file.seek(place)
-        count = _unpacked(file, order + number)
-        if count is None or count > MAX_ENTRIES:
-            return
-        length = struct.calcsize(order + shape)
-        raw = file.read(count * length)
-        whole = len(raw) - len(raw) % length
-        yield order, [struct.unpack_from(order + shape, raw, at) for at in range(0, whole, length)]
-        place = _unpacked(file, order + word) or 0
+    for start in starts:  # it grows
+        place = start
+        while 0 < place < size and place not in seen:
+            seen.add(place)
+            if len(seen) > MAX_DIRECTORIES:
+                raise _TooManyError(f"more than {MAX_DIRECTORIES:,} directories")
+            file.seek(place)
+            count = _unpacked(file, order + number)
+            if count is None or count > MAX_ENTRIES:
+                return
+            length = struct.calcsize(order + shape)
+            raw = file.read(count * length)
+            whole = len(raw) - len(raw) % length
+            entries = [struct.unpack_from(order + shape, raw, at) for at in range(0, whole, length)]
+            yield order, entries
+            place = _unpacked(file, order + word) or 0
+            starts += _places_below(file, order, entries)
+        if start == starts[0] and place in seen:
+            raise _TooManyError(f"directory {len(seen) - 1} leads back to an earlier one")
+
+
+class _TooManyError(Exception):
+    """A file with more directories than are looked at."""
+
+
+def _places_below(file: BinaryIO, order: str, entries: list[Entry]) -> list[int]:
+    """Return where the SubIFDs of a directory lie."""
+    found: list[int] = []
+    for _, kind, count, field in (entry for entry in entries if entry[0] == SUB_DIRECTORIES and entry[1] in PLACES):
+        if count > MAX_BELOW:
+            raise _TooManyError(f"{count:,} directories below one, expected up to {MAX_BELOW}")
+        data, length = field, count * TYPE_BYTES[kind]
+        if length > len(field):
+            file.seek(int.from_bytes(field, "little" if order == "<" else "big"))
+            data = file.read(length)
+        dtype = np.dtype(order + PLACES[kind])
+        found += np.frombuffer(data, dtype, min(count, len(data) // dtype.itemsize)).tolist()
+    return found
 
 
 def first_texts(file: BinaryIO, size: int) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -30,6 +31,8 @@ CACHE_BYTES = 32 << 20  # a row of tiles of 256 px as wide as a block of patches
 MAX_READ_PX = 1 << 22
 # A tile cannot need more than its pixels and some header: what claims more is not read.
 SPARE_BYTES = 1 << 16
+# Of damaged tiles that take long to be found so: how many are remembered, and from which size on.
+MAX_DAMAGED, LARGE_PX = 1 << 12, 1 << 20
 
 
 class TiffSlide:
@@ -42,6 +45,7 @@ class TiffSlide:
         self._info = replace(info, levels=tuple(map(_with_data, levels, info.levels)))
         largest = 3 * max(height * width for height, width in (level.tile_px for level in levels))
         self._cache: Cache[Key, Tile] = Cache(max(CACHE_BYTES, largest), attrgetter("nbytes"))
+        self._damaged: Cache[Key, str] = Cache(MAX_DAMAGED)
 
     @property
     def info(self) -> SlideInfo:
@@ -128,14 +132,19 @@ class TiffSlide:
         stored = self._levels[level]
         if not places:
             return self._glass(stored)
+        if (known := self._damaged.peek((level, row, column))) is not None:
+            raise SlideReadError(known)
         region = stored.tile_region(row, column)
         try:
             tile = stored.decode(stored.pieces(row, column), _check_complete(places, found))
         except Exception as error:  # decoders of damaged bytes raise many kinds
-            raise SlideReadError(
+            said = (
                 f"{self._file.name}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px "
                 f"cannot be decoded: {one_line(error)}"
-            ) from error
+            )
+            if math.prod(stored.tile_px) >= LARGE_PX and not any(isinstance(part, OSError) for part in found):
+                self._damaged.put((level, row, column), said)
+            raise SlideReadError(said) from error
         if tile.shape[0] < region.height or tile.shape[1] < region.width:
             raise SlideReadError(
                 f"{self._file.name}: level {level}, y {region.y}, x {region.x}: the tile has {tile.shape[0]} x "

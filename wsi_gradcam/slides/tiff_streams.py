@@ -32,6 +32,7 @@ BLOCK = 16  # px, a block of JPEG at most: writers may pad a tile to whole ones
 MOST_SAMPLES = 4
 # A usual progressive JPEG has 10 scans. Each takes its time over the whole tile, of however few bytes it is.
 MAX_SCANS = 64
+MAX_SCANNED_PX = 10 << 26  # of all scans: 10 of the largest picture that is read
 # Of JPEG 2000; a usual tile has some hundreds. An empty packet or block costs a bit of the file, and 100 bytes and more
 # in memory.
 MAX_PACKETS, MAX_BLOCKS, MAX_PARTS = 1 << 17, 1 << 20, 1 << 10
@@ -136,6 +137,8 @@ def check_jpeg(data: bytes) -> Stream:
     is_whole = scan is not None and frame[0] not in PROGRESSIVE and data[scan + 2] == samples
     if not is_whole and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ValueError(f"a JPEG of {scans} scans, expected up to {MAX_SCANS}")
+    if not is_whole and data.count(b"\xff\xda") * height * width > MAX_SCANNED_PX:
+        raise ValueError(f"a JPEG of {height} x {width} px in more scans than are read of so many pixels")
     return Stream(height, width, samples, scan + 3 if is_whole and scan is not None else 0)
 
 
