@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
@@ -59,6 +60,15 @@ def make_app(archive: Archive, access: Access) -> Starlette:
         middleware=[Middleware(AccessMiddleware, access=access)],
         lifespan=viewer.lifespan,
     )
+
+
+class _AnyLetters(PathConvertor):
+    """Any path: that of Starlette ends at a line break, which names may have."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("letters", _AnyLetters())
 
 
 class BoundedThreads:
@@ -130,8 +140,8 @@ class Viewer:
             f"{TILES}/cells/spread-{{spread:str}}/{IN_CHANNEL}": self.heatmap_tile,
             f"{TILES}/patch/{{patch:str}}.jpg": self.patch_image,
             f"{TILES}/thumb.jpg": self.thumbnail,
-            "/files/{path:path}": self.file,
-            "/zarr/{path:path}": self.zarr,
+            "/files/{path:letters}": self.file,
+            "/zarr/{path:letters}": self.zarr,
         }
         return [Route(path, handling_errors(handler), methods=["GET"]) for path, handler in handlers.items()]
 
