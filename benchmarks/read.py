@@ -12,6 +12,8 @@ median over the rounds, a ratio is our patches per second over theirs.
 | `fast_over_fastslide_CODEC_GRID` | the package fastslide where it is installed, at the slide's own mpp |
 | `fast_over_bare_decode_CODEC_GRID` | each tile that the patches touch, decoded once and thrown away: the limit |
 
+Ratios whose names end in `_scaled` are of `--decode scaled`, at another mpp than the slide's own.
+
 `ms_per_patch` says where a patch's time goes: disk, decode, filter, and the rest, which is Python and copies of pixels.
 
     python benchmarks/read.py [--threads 1] [--rounds 7] [--quick] [--json]
@@ -47,7 +49,7 @@ from skimage.data import immunohistochemistry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.slides import open_slide, read_region
+from wsi_gradcam.slides import open_slide, read_region, with_reductions
 from wsi_gradcam.slides import resample as resample_module
 from wsi_gradcam.slides.base import LocalFile
 from wsi_gradcam.slides.tiff_levels import TiffLevel, tiff_levels
@@ -99,6 +101,17 @@ def write_slide(path: Path, codec: str, side: int) -> None:
 def ours(case: Case) -> Iterator[Read]:
     """The reader that `explain` uses."""
     slide = open_slide(case.path)
+    slide.read_level(0, Region(0, 0, 1, 1))
+    try:
+        yield lambda y, x: read_region(slide, y, x, TILE_PX, TILE_PX, MPP * case.scale)
+    finally:
+        slide.close()
+
+
+@contextmanager
+def ours_scaled(case: Case) -> Iterator[Read]:
+    """The same with `--decode scaled`."""
+    slide = with_reductions(open_slide(case.path))
     slide.read_level(0, Region(0, 0, 1, 1))
     try:
         yield lambda y, x: read_region(slide, y, x, TILE_PX, TILE_PX, MPP * case.scale)
@@ -168,6 +181,7 @@ def _inside(region: Region, size: tuple[int, int]) -> Region:
 
 SIDES: dict[str, Callable[[Case], Any]] = {
     "fast": ours,
+    "scaled": ours_scaled,
     "openslide": by_openslide,
     "aszarr": by_aszarr,
     "fastslide": by_fastslide,
@@ -188,7 +202,7 @@ def seconds(side: str, case: Case, threads: int) -> float:
 def sides_of(case: Case) -> list[str]:
     """The sides that can read a case."""
     plain = ["aszarr", *(["fastslide"] if find_spec("fastslide") else [])]
-    return ["fast", "openslide", *(plain if case.scale == 1 else []), "bare_decode"]
+    return ["fast", "openslide", *(plain if case.scale == 1 else ["scaled"]), "bare_decode"]
 
 
 def measure(case: Case, rounds: int, threads: int) -> dict[str, float]:
@@ -259,9 +273,12 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 case, name = Case(path, places, scale), f"{codec}_{grid}{label}"
                 rates = measure(case, arguments.rounds, arguments.threads)
                 found["patches_per_s"][name] = rates
-                found["ratios"] |= {
-                    f"fast_over_{side}_{name}": rates["fast"] / rate for side, rate in rates.items() if side != "fast"
-                }
+                theirs = {side: rate for side, rate in rates.items() if side not in ("fast", "scaled")}
+                found["ratios"] |= {f"fast_over_{side}_{name}": rates["fast"] / rate for side, rate in theirs.items()}
+                if "scaled" in rates:
+                    found["ratios"] |= {
+                        f"fast_over_{side}_{name}_scaled": rates["scaled"] / rate for side, rate in theirs.items()
+                    }
                 found["ms_per_patch"][name] = parts(case)
                 if scale == 1:
                     found["identical_to_openslide"][name] = _identical(case)

@@ -184,6 +184,7 @@ class TestIdentity:
 
     def test_leaves_out_speed_patience_and_what_counts_slide_by_slide(self) -> None:
         left_out = {
+            "decode",
             "reader_threads",
             "torch_threads",
             "max_unreadable",

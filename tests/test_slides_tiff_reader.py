@@ -347,6 +347,6 @@ def test_jpeg_tiles_are_decoded_as_by_tifffile(colours: Any, tmp_path: Path) -> 
             expected, _, shape = page.decode(data, i, jpegtables=level.jpegtables)
             assert expected is not None
             np.testing.assert_array_equal(level.decode([i], [data]), expected[0, : shape[1], : shape[2]])
-            found = level.decode_jpeg(data)
+            found = level.decode_jpeg(data, 1)
             assert found is not None
             assert found.ctypes.data % 32 == 16

@@ -9,6 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.cam.facts import EXACT
 from wsi_gradcam.errors import ConfigError, StoreError, as_text, one_line
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, search_slides
@@ -272,9 +273,9 @@ def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
         stored = read_run(place)
     except StoreError:  # reported when it is compared with this run
         return None
-    asked = ("engine", "precision", "layer", "device")
-    now = settings.model_dump(mode="json")
-    if stored is None or any(stored.get("settings", {}).get(key) != now[key] for key in asked):
+    asked = ("engine", "precision", "layer", "device", "decode")
+    now, default = settings.model_dump(mode="json"), {"decode": EXACT}  # of older versions
+    if stored is None or any({**default, **stored.get("settings", {})}.get(key) != now[key] for key in asked):
         return None
     return stored_choice(stored)
 

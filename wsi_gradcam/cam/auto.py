@@ -128,7 +128,21 @@ def reuse_choice(
         torch.cat([_explain(p, batch, score) for batch, score in zip(batches, scores, strict=True)])
         for p in (program, plain)
     )
-    return program if _alike(fidelity(found, reference)) else None
+    return program if fidelity(found, reference).is_enough else None
+
+
+def likeness(program: Program, reference: Tensor, images: Tensor, batch_size: int) -> Fidelity:
+    """Compare maps of two readings of the same patches, [N, 3, H, W] each: Grad-CAM of the class that `reference` has.
+
+    N is whole batches.
+    """
+    batches = torch.split(reference, batch_size)
+    scores = _predictions(program, batches)
+    expected, found = (
+        torch.cat([_explain(program, batch, score) for batch, score in zip(read, scores, strict=True)])
+        for read in (batches, torch.split(images, batch_size))
+    )
+    return fidelity(found, expected)
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,11 @@ class Fidelity:
     pearson: float
     same_peak: float
     peak_risk: float
+
+    @property
+    def is_enough(self) -> bool:
+        """True where the maps may stand for the reference."""
+        return self.pearson >= MIN_PEARSON and self.peak_risk <= MAX_PEAK_RISK
 
 
 def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
@@ -252,13 +271,9 @@ def _try(
         return replace(trial, remark=str(error)), None
     alike = fidelity(cams, reference)
     trial = replace(trial, patches_per_s=rate, **asdict(alike))
-    if must_agree and not _alike(alike):
+    if must_agree and not alike.is_enough:
         return replace(trial, remark="maps differ from float32's"), None
     return trial, program
-
-
-def _alike(found: Fidelity) -> bool:
-    return found.pearson >= MIN_PEARSON and found.peak_risk <= MAX_PEAK_RISK
 
 
 def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:

@@ -15,7 +15,16 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.auto import choice_key, choose, make_program, read_choice, reuse_choice, store_choice
+from wsi_gradcam.cam.auto import (
+    Fidelity,
+    choice_key,
+    choose,
+    likeness,
+    make_program,
+    read_choice,
+    reuse_choice,
+    store_choice,
+)
 from wsi_gradcam.cam.engine import explain_batch, gradients, pool_to_layer_grid
 from wsi_gradcam.cam.facts import AUTO, METHOD_INFO, Choice, Layer, ModelFacts
 from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, probe_images
@@ -401,6 +410,17 @@ class Explainer:
         with self._lock:
             logits, maps = self._halving(images, targets, methods)
         return logits[:count].float().cpu().numpy(), maps[:count].float().cpu().numpy()
+
+    def likeness(self, reference: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> Fidelity:
+        """Compare maps of patches uint8 [n, H, W, 3] with those of another reading of them, the reference."""
+        size = self.facts.batch_size
+        count = size * -(-len(rgb) // size)
+
+        def images(patches: NDArray[np.uint8]) -> Tensor:
+            return _repeated(self.model.prepare(torch.from_numpy(patches).to(self._device)), count)
+
+        with self._lock:
+            return likeness(self._program, images(reference), images(rgb), size)
 
     def rate(self, targets: Sequence[Target], methods: Sequence[str], budget_s: float = 3.0) -> float:
         """Return patches explained per second, timed on noise: on a batch, or on a few where that takes long."""

@@ -179,6 +179,9 @@ ENGINES = ("eager", "compile", "openvino")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+EXACT, SCALED = "exact", "scaled"  # ways to decode tiles
+
+
 @dataclass(frozen=True)
 class Trial:
     """An engine's trial in a precision, on patches of the run.
@@ -202,17 +205,35 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine and precision of a run, the same on every worker and after every resume."""
+    """The engine and precision of a run, and how tiles are decoded: the same on every worker and after every resume.
+
+    Attributes:
+        trials: of engines and precisions.
+        decode: "exact", or "scaled": tiles are made smaller while they are decoded.
+        decode_trial: the likeness of maps of patches read so to those of exact ones; None where it was not tried.
+    """
 
     engine: str
     precision: str
     trials: tuple[Trial, ...] = ()
+    decode: str = EXACT
+    decode_trial: Trial | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the choice as plain values."""
-        return {**asdict(self), "trials": [asdict(trial) for trial in self.trials]}
+        values = {**asdict(self), "trials": [asdict(trial) for trial in self.trials]}
+        if self == Choice(self.engine, self.precision, self.trials):  # as in runs of older versions
+            del values["decode"], values["decode_trial"]
+        return values
 
     @classmethod
     def from_json(cls, values: Any) -> Choice:
         """Return the choice that `to_json` gave; raises KeyError or TypeError for other values."""
-        return cls(values["engine"], values["precision"], tuple(Trial(**trial) for trial in values["trials"]))
+        trial = values.get("decode_trial")
+        return cls(
+            values["engine"],
+            values["precision"],
+            tuple(Trial(**trial) for trial in values["trials"]),
+            values.get("decode", EXACT),
+            None if trial is None else Trial(**trial),
+        )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from wsi_gradcam.cam.facts import EXACT
 from wsi_gradcam.cli import say
 from wsi_gradcam.errors import printable
 from wsi_gradcam.run.progress import Progress
@@ -174,4 +175,14 @@ def _engine_line(choice: Choice) -> str:
             tried.append(f"{trial.engine} {trial.precision} {', '.join(filter(None, (rate, trial.remark)))}".rstrip())
     taken = [t.patches_per_s for t in choice.trials if (t.engine, t.precision) == (choice.engine, choice.precision)]
     speed = f" {taken[0]:.0f} patches/s" if taken and taken[0] else ""
-    return f"engine {choice.engine} {choice.precision}{speed}" + (f" (also tried: {'; '.join(tried)})" if tried else "")
+    line = f"engine {choice.engine} {choice.precision}{speed}" + (f" (also tried: {'; '.join(tried)})" if tried else "")
+    return line + _decode_words(choice)
+
+
+def _decode_words(choice: Choice) -> str:
+    """Return how tiles are decoded, where that was asked for."""
+    trial = choice.decode_trial
+    if trial is None:
+        return "" if choice.decode == EXACT else "; tiles are made smaller while they are decoded"
+    why = trial.remark or f"maps correlate to {trial.pearson:.4f} at least"
+    return f"; decoding {choice.decode} ({why})"

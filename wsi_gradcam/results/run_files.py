@@ -328,7 +328,9 @@ def identity_problems(values: dict[str, Any]) -> Iterator[str]:
         "model.mpp": (model.get("mpp"), known.get("patch_mpp") or model.get("mpp")),
         "model.patch_px": (model.get("patch_px"), known.get("patch_px") or model.get("patch_px")),
     }
-    chosen = {"target", "layer", "engine", "precision", "batch_size"}  # the settings say what was asked for
+    if "decode" in known:
+        resolved["choice.decode"] = (values.get("choice", {}).get("decode"), known["decode"])
+    chosen = {"target", "layer", "engine", "precision", "batch_size", "decode"}  # the settings say what was asked for
     resolved |= {f"settings.{key}": (settings.get(key), known[key]) for key in known if key not in chosen}
     for name, (found, expected) in resolved.items():
         if found is not None and found != expected:

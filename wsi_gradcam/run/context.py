@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from wsi_gradcam.cam.facts import SCALED
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.io.cache import Cache, ResourcePool
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -146,7 +147,9 @@ class Context(Generic[W]):
         self._slides.close()
 
     def _opened(self, entry: SlideEntry) -> AbstractContextManager[_Opened]:
-        return self._slides.borrow(entry, lambda: _Opened(open_entry(entry, self.run.settings)))
+        return self._slides.borrow(
+            entry, lambda: _Opened(open_entry(entry, self.run.settings, self.run.facts.choice.decode == SCALED))
+        )
 
     def folder(self, entry: SlideEntry) -> SlideFolder:
         """Return the folder of the slide's results."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from wsi_gradcam.cam.facts import EXACT, SCALED, Trial
 from wsi_gradcam.errors import ConfigError, SlideReadError, one_line
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.slides import read_region
+from wsi_gradcam.slides import read_region, with_reductions
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic
 from wsi_gradcam.tissue.annotations import entry_regions, in_frame, tissue_within
@@ -82,16 +84,18 @@ def sample_patches(
     mpp: float,
     count: int,
     stain: Stain | None = None,
+    scaled: bool = False,
 ) -> NDArray[np.uint8] | None:
     """Return up to `count` patches of those a run explains, uint8 [n, H, W, 3], of the first slide that can be read.
 
-    Of tissue and inside the mask, as the settings say; with a `stain` normalised to it. The same for the same archive
+    Of tissue and inside the mask, as the settings say; with a `stain` normalised to it; `scaled` while tiles are
+    decoded. The same for the same archive
     and settings. None where none of the first slides has a readable patch. What cannot be read is logged, and
     reported when the slide's turn comes.
     """
     for entry in slides[:SLIDES_TRIED]:
         try:
-            patches = _of_slide(entry, settings, patch_px, mpp, count, stain)
+            patches = _of_slide(entry, settings, patch_px, mpp, count, stain, scaled)
         except Exception as error:  # decoders and annotations of damaged files raise many kinds
             LOG.info("engines are not tried on %s: %s", entry.id, one_line(error))
             continue
@@ -102,7 +106,13 @@ def sample_patches(
 
 
 def _of_slide(
-    entry: SlideEntry, settings: Settings, patch_px: tuple[int, int], mpp: float, count: int, stain: Stain | None
+    entry: SlideEntry,
+    settings: Settings,
+    patch_px: tuple[int, int],
+    mpp: float,
+    count: int,
+    stain: Stain | None,
+    scaled: bool,
 ) -> NDArray[np.uint8]:
     slide = open_entry(entry, settings)
     try:
@@ -115,7 +125,8 @@ def _of_slide(
             mask = tissue_within(in_frame(regions, masks.tissue, info, settings.mask_frame), mask, info)
         places = choose_patches(grid, mask, settings.min_tissue, BLOCK_PX).yx
         places = places[np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
-        patches = _readable(slide, places.tolist(), patch_px, mpp)
+        source = with_reductions(slide) if scaled else slide
+        patches = _readable(source, places.tolist(), patch_px, mpp)
         if stain is None or not len(patches):
             return patches
         return apply(fit_stain(slide, masks.tissue, mpp, stain), patches)
@@ -164,15 +175,39 @@ def examine_model(
     from wsi_gradcam.cam.explainer import MAX_CHOICE_PATCHES, Explainer, Request
     from wsi_gradcam.models.load import load_model
 
-    def patches(model: Model) -> NDArray[np.uint8] | None:
+    def patches(model: Model, scaled: bool = False) -> NDArray[np.uint8] | None:
         mpp = settings.patch_mpp or model.mpp
         return (
             None
             if mpp is None
-            else sample_patches(slides, settings, model.patch_px, mpp, MAX_CHOICE_PATCHES, model.stain)
+            else sample_patches(slides, settings, model.patch_px, mpp, MAX_CHOICE_PATCHES, model.stain, scaled)
         )
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
     loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
     check_batch(loaded, settings.batch_size)
-    return Explainer.examine(loaded, request, patches)
+    explainer = Explainer.examine(loaded, request, patches)
+    if choice is None and settings.decode != EXACT:
+        made = explainer.facts.choice
+        decided = _decoding(explainer, settings, lambda scaled: patches(loaded, scaled))
+        explainer.facts = replace(explainer.facts, choice=replace(made, decode=decided[0], decode_trial=decided[1]))
+    return explainer
+
+
+def _decoding(
+    explainer: Explainer, settings: Settings, patches: Callable[[bool], NDArray[np.uint8] | None]
+) -> tuple[str, Trial | None]:
+    """Return how tiles are decoded, and the trial if there was one; `patches` reads some exactly, or scaled."""
+    if settings.decode == SCALED:
+        return SCALED, None
+    exact, scaled = patches(False), patches(True)
+    trial = Trial("decode", SCALED)
+    if exact is None or scaled is None or exact.shape != scaled.shape:
+        return EXACT, replace(trial, remark="no patches could be read in both ways")
+    if np.array_equal(exact, scaled):
+        return EXACT, replace(trial, remark="makes no difference at the mpp of the model on the first slides")
+    found = explainer.likeness(exact, scaled)
+    trial = replace(trial, **asdict(found))
+    return (
+        (SCALED, trial) if found.is_enough else (EXACT, replace(trial, remark="maps differ from those of exact pixels"))
+    )

@@ -8,7 +8,7 @@ import logging
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.cam.facts import METHOD_INFO, MethodInfo
+from wsi_gradcam.cam.facts import EXACT, METHOD_INFO, MethodInfo
 from wsi_gradcam.cam.targets import Target, check_trusted, function_digest, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, MppError
 from wsi_gradcam.geometry import Region
@@ -119,6 +119,8 @@ class RunPlan:
             precision=self.facts.choice.precision,
             batch_size=self.facts.batch_size,
         )
+        if self.facts.choice.decode != EXACT:  # not in runs of older versions
+            settings["decode"] = self.facts.choice.decode
         return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
 
     def digest(self) -> str:

@@ -34,6 +34,7 @@ NOT_IN_IDENTITY = frozenset(
         "mpp",
         "replace_mpp",
         "trust_objective",
+        "decode",  # what was chosen counts
     }
 )
 
@@ -159,6 +160,14 @@ class Settings(BaseModel):
             "and blue, counted from 0: 2,1,0; without it such slides are refused. Slides in colour stay as they are"
         ),
     ] = None
+    decode: Annotated[
+        Literal["exact", "scaled", "auto"],
+        Field(
+            description="scaled: where patches are coarser than a level, tiles of JPEG and JPEG 2000 are made smaller "
+            "while they are decoded: faster, and some gray levels beside exact; auto: if the maps of the first patches "
+            "stay the same"
+        ),
+    ] = "exact"
     trust_objective: Annotated[
         bool, Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)")
     ] = False

@@ -29,6 +29,7 @@ __all__ = [
     "open_slide",
     "read_region",
     "thumbnail",
+    "with_reductions",
 ]
 
 # Endings of slides that are searched for in folders; a file that is named itself is tried whatever its ending.
@@ -87,6 +88,17 @@ def open_slide(
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
     return open_file(path, given, reader, trust_objective, channels)
+
+
+def with_reductions(slide: Slide) -> Slide:
+    """Return the slide with levels that are made while tiles are decoded, where its reader can do that.
+
+    Patches at half, a quarter or an eighth of a level are then read several times as fast, and differ by some gray
+    levels. The slide itself is not to be closed besides.
+    """
+    from wsi_gradcam.slides.tiff_reader import TiffSlide
+
+    return slide.with_reductions() if isinstance(slide, TiffSlide) else slide
 
 
 def check_reader(name: str) -> None:

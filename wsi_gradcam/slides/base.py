@@ -52,6 +52,7 @@ class Level:
         height, width: without what fills up the last tiles, as far as that is known.
         problem: why the factors are not certain; "" where they are. Such a level is used only where its pixels prove
             them.
+        shift: by how many of its pixels what it shows lies further down and to the right than in other levels.
     """
 
     height: int
@@ -59,6 +60,7 @@ class Level:
     downsample_y: float
     downsample_x: float
     problem: str = field(default="", repr=False)
+    shift: float = field(default=0.0, repr=False)
 
 
 @dataclass(frozen=True)

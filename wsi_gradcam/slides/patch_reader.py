@@ -17,7 +17,7 @@ import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.io.urls import is_url
-from wsi_gradcam.slides import open_slide, read_region
+from wsi_gradcam.slides import open_slide, read_region, with_reductions
 from wsi_gradcam.system.isolation import CRASHES
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ MPP_TOLERANCE = 0.02
 _WARNED: set[tuple[float, ...]] = set()
 
 
-def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
-    """Return an opened slide of a run, by its settings.
+def open_entry(entry: SlideEntry, settings: Settings, scaled: bool = False) -> Slide:
+    """Return an opened slide of a run, by its settings; `scaled` with levels that are made while tiles are decoded.
 
     Its mpp is the file's; else, where that is trusted, the one by the power of the objective; else the one of a list
     or the settings, which take precedence with `replace_mpp`.
@@ -53,6 +53,11 @@ def open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     Raises:
         SlideError: as of `open_slide`, or it has crashed a process before.
     """
+    slide = _open_entry(entry, settings)
+    return with_reductions(slide) if scaled else slide
+
+
+def _open_entry(entry: SlideEntry, settings: Settings) -> Slide:
     CRASHES.opening(entry.path)
     given = entry.mpp or settings.mpp
     opened = partial(

@@ -57,16 +57,16 @@ def read_region(
     if min(height, width) < 1 or not all(0 < step < math.inf for step in (step_y, step_x)):
         raise ConfigError(f"cannot read {height} x {width} px at mpp {mpp}: expected positive, finite sizes")
     level = _aligned_level(slide, step_y, step_x)
-    down_y, down_x = slide.info.levels[level].downsample_y, slide.info.levels[level].downsample_x
+    taken = slide.info.levels[level]
+    down_y, down_x, shift = taken.downsample_y, taken.downsample_x, taken.shift
     source_per_px = (step_y / down_y) * (step_x / down_x)
     if height * width * source_per_px <= MAX_SOURCE_PX:
-        return _read(
-            slide, level, _Axis(y / down_y, step_y / down_y, height), _Axis(x / down_x, step_x / down_x, width)
-        )
+        rows = _Axis(y / down_y + shift, step_y / down_y, height)
+        return _read(slide, level, rows, _Axis(x / down_x + shift, step_x / down_x, width))
     out = np.empty((height, width, 3), np.uint8)
     for part in tiles(height, width, max(1, math.isqrt(int(MAX_SOURCE_PX / source_per_px)))):
-        rows = _Axis((y + part.y * step_y) / down_y, step_y / down_y, part.height)
-        columns = _Axis((x + part.x * step_x) / down_x, step_x / down_x, part.width)
+        rows = _Axis((y + part.y * step_y) / down_y + shift, step_y / down_y, part.height)
+        columns = _Axis((x + part.x * step_x) / down_x + shift, step_x / down_x, part.width)
         out[part.slices] = _read(slide, level, rows, columns)
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -14,7 +14,16 @@ from tifffile import PHOTOMETRIC, RESUNIT, TiffFile
 from wsi_gradcam.errors import SlideContentError, SlideError, SlideFormatError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.slides.base import DIFFERENT, Channel, make_levels, shown_channels
-from wsi_gradcam.slides.tiff_samples import ALPHA, GIVING_RGB, is_ycc, jpeg_decoder, rgb_converter, ycc_to_rgb
+from wsi_gradcam.slides.tiff_samples import (
+    ALPHA,
+    GIVING_RGB,
+    JPEGS_2000,
+    is_ycc,
+    jpeg_decoder,
+    reduced_jpeg2000,
+    rgb_converter,
+    ycc_to_rgb,
+)
 from wsi_gradcam.slides.tiff_streams import stream_check, turns_into_rgb
 
 if TYPE_CHECKING:
@@ -67,9 +76,11 @@ class TiffLevel:
             decoder stops there by itself.
         decode_piece: tifffile's decoder of this page.
         decode_jpeg: a faster and stricter one of JPEG; None for other codecs.
+        decode_reduced: makes pieces smaller while it decodes them; None where that is not possible.
         to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
         is_ycc: they are YCbCr in JPEG 2000, unless the stream says that it turns them into RGB itself.
         spacing: (y, x) micrometres per stored pixel by the page's resolution tags; None where they do not say.
+        reduction: the page is this many times larger than the level, see `reduced`.
     """
 
     height: int
@@ -84,10 +95,12 @@ class TiffLevel:
     check: Check | None
     decode_piece: Callable[..., Any]
     decode_jpeg: Decode | None
+    decode_reduced: Decode | None
     to_rgb: ToRGB
     is_ycc: bool
     is_joined: bool = False
     spacing: tuple[float, float] | None = None
+    reduction: int = 1
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -105,6 +118,22 @@ class TiffLevel:
         if self.orientation <= SWAPPED:
             return self.shown_px, self.spacing, self.tile_px
         return self.shown_px, None if self.spacing is None else self.spacing[::-1], self.tile_px[::-1]
+
+    @property
+    def piece_px(self) -> tuple[int, int]:
+        """(height, width) of a tile as it is stored."""
+        return self.tile_px[0] * self.reduction, self.tile_px[1] * self.reduction
+
+    def reduced(self, by: int) -> TiffLevel:
+        """Return the page as a level that is made smaller by 2, 4 or 8 while it is decoded: fast, but less exact."""
+        return replace(
+            self,
+            height=ceil_div(self.height, by),
+            width=ceil_div(self.width, by),
+            tile_px=(self.tile_px[0] // by, self.tile_px[1] // by),
+            spacing=None,
+            reduction=by,
+        )
 
     def tile_region(self, row: int, column: int) -> Region:
         """Return the part of the page that a tile shows."""
@@ -141,8 +170,11 @@ class TiffLevel:
 
     def _samples(self, index: int, encoded: bytes) -> NDArray[np.generic]:
         """Return the samples [h, w, samples] of a piece of a tile."""
-        if self.decode_jpeg is not None and (found := self.decode_jpeg(encoded)) is not None:
+        fast = self.decode_jpeg if self.reduction == 1 else self.decode_reduced
+        if fast is not None and (found := fast(encoded, self.reduction)) is not None:
             return found
+        if self.reduction > 1:
+            raise ValueError(f"cannot be decoded {self.reduction} times smaller")
         array, _, shape = self.decode_piece(encoded, index, jpegtables=self.jpegtables)
         if array is None or array.ndim != 4 or len(array) != 1:
             raise ValueError(f"decoded to nothing that is a tile: {None if array is None else array.shape}")
@@ -291,6 +323,7 @@ def _level(pages: list[Any], shown: Channels | None) -> TiffLevel:
     to_rgb = rgb_converter(page, (0, 1, 2) if joined else shown)
     if page.compression in GIVING_RGB:
         page.subsampling = (1, 1)  # a tag about JPEG, of which the decoders of others need nothing
+    jpeg = jpeg_decoder(page, tile)
     return TiffLevel(
         height,
         width,
@@ -303,7 +336,8 @@ def _level(pages: list[Any], shown: Channels | None) -> TiffLevel:
         page.jpegtables,
         stream_check(page, tile, samples // planes),
         page.decode,  # made now: it looks into the file
-        jpeg_decoder(page, tile),
+        jpeg,
+        reduced_jpeg2000 if page.compression in JPEGS_2000 else jpeg,
         to_rgb,
         is_ycc(page),
         bool(joined),

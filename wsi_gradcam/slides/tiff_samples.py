@@ -6,9 +6,11 @@ JPEG tiles are decoded strictly, to where the decoder writes fastest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 from simplejpeg import decode_jpeg, decode_jpeg_header
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, SAMPLEFORMAT
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides.base import Channels
 
     ToRGB = Callable[[NDArray[np.generic]], NDArray[np.uint8]]
-    Decode = Callable[[bytes], NDArray[np.uint8] | None]
+    Decode = Callable[[bytes, int], NDArray[np.uint8] | None]
 
 
 WHITE = 255
@@ -207,6 +209,8 @@ MARKS_BYTES = 1 << 10
 def jpeg_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
     """Return a function from the bytes of a piece of `page` to its samples, uint8 [h, w, samples]; None if not JPEG.
 
+    The function's second argument is 1, or 2, 4 or 8, by which the piece is made smaller while it is decoded.
+
     What libjpeg only warns of (data that end early, bytes left over, markers out of their place) is an error: it would
     fill up with gray. The function gives None where the bytes are sound, but only tifffile knows their colours.
     """
@@ -220,14 +224,17 @@ def jpeg_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
     height, width = (ceil_div(size, BLOCK) * BLOCK for size in tile_px)
     colours = {1: "GRAY", 3: "RGB"}[samples] if samples == 1 or in_colour else ""
 
-    def decode(data: bytes) -> NDArray[np.uint8] | None:
+    def decode(data: bytes, reduction: int) -> NDArray[np.uint8] | None:
         if not data.startswith(SOI):
             raise ValueError("not a JPEG")
         whole = head + data[2:]
         if not colours or (as_rgb and _says_ycc(data)):
             check_whole_jpeg(whole)
             return None
-        return decode_jpeg(whole, colours, buffer=_between_lines((height, width, samples)))[: tile_px[0], : tile_px[1]]  # type: ignore[no-any-return, unused-ignore]
+        buffer = _between_lines((height // reduction, width // reduction, samples))
+        rows, columns = tile_px[0] // reduction, tile_px[1] // reduction
+        least = {"min_height": rows, "min_width": columns} if reduction > 1 else {}
+        return decode_jpeg(whole, colours, buffer=buffer, **least)[:rows, :columns]  # type: ignore[no-any-return, unused-ignore]
 
     return decode
 
@@ -242,6 +249,16 @@ def check_whole_jpeg(data: bytes) -> None:
     """Raise a ValueError for a JPEG of which libjpeg would have to invent a part."""
     *_, colours, _ = decode_jpeg_header(data)
     decode_jpeg(data, {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}.get(colours, "RGB"))
+
+
+def reduced_jpeg2000(data: bytes, reduction: int) -> NDArray[np.uint8] | None:
+    """Return the samples of a JPEG 2000 without its finest details, each axis shorter by a power of two.
+
+    None where they are not colours of 8 bits.
+    """
+    with Image.open(BytesIO(data), formats=("JPEG2000",)) as image:
+        image.reduce = reduction.bit_length() - 1  # type: ignore[method-assign, assignment]
+        return np.asarray(image) if image.mode == "RGB" else None
 
 
 def _between_lines(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
