@@ -19,6 +19,7 @@ from wsi_gradcam.errors import AnnotationError
 from wsi_gradcam.export import export
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import open_slide
+from wsi_gradcam.slides.openslide_reader import _bounds
 from wsi_gradcam.tissue.annotations import in_frame, read_regions
 
 SIZE, BOUNDS = (2560, 3072), Region(512, 640, 1536, 2048)
@@ -191,3 +192,74 @@ def test_enlarging_is_told_and_more_of_it_allowed(tmp_path: Path, caplog: pytest
         assert told in row["error"]
         assert bool(row["error"]) == bool(told)
         assert told in caplog.text
+
+
+def write_ventana(path: Path, first: tuple[int, int], count: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """A slide of which `count` rows and columns of tiles were scanned, from tile `first` on; returns the scan."""
+    side, (rows, columns), joints = 256, count, []
+
+    def number(row: int, column: int) -> int:  # from the bottom up, every second row from right to left
+        up = rows - row - 1
+        return up * columns + (columns - column - 1 if up % 2 else column) + 1
+
+    def joint(direction: str, one: int, other: int) -> str:
+        return (
+            f'<TileJointInfo Direction="{direction}" FlagJoined="1" Confidence="100" Tile1="{one}" Tile2="{other}" '
+            'OverlapX="0" OverlapY="0"/>'
+        )
+
+    for row, column in np.ndindex(count):
+        here = number(row, column)
+        joints += [joint("RIGHT", here, number(row, column + 1))] if column + 1 < columns else []
+        joints += [joint("UP", here, number(row - 1, column))] if row else []
+    about = (
+        f'<EncodeInfo Ver="2"><SlideStitchInfo><ImageInfo AOIScanned="1" AOIIndex="0" NumRows="{rows}" '
+        f'NumCols="{columns}" Width="{side}" Height="{side}" Pos-X="0" Pos-Y="0">{"".join(joints)}</ImageInfo>'
+        f'</SlideStitchInfo><AoiOrigin><AOI0 OriginX="{first[1] * side}" OriginY="{first[0] * side}"/></AoiOrigin>'
+        "</EncodeInfo>"
+    )
+    scan = np.random.default_rng(0).integers(90, 200, (rows * side // 16, columns * side // 16, 3), dtype=np.uint8)
+    scan = scan.repeat(16, 0).repeat(16, 1)
+    image = np.full(((first[0] + rows) * side, (first[1] + columns) * side, 3), 255, np.uint8)
+    image[first[0] * side :, first[1] * side :] = scan
+    scanner = b'<iScan Magnification="20" ScanRes="0.5" Z-layers="1"/>'
+    pages = (
+        (np.full((300, 200, 3), 240, np.uint8), "Label Image", scanner),
+        (image, "level=0 mag=20 quality=95", about.encode()),
+        (image[::2, ::2], "level=1 mag=10 quality=95", b""),
+    )
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        for pixels, description, xml in pages:
+            tags = [(700, 1, len(xml), xml, True)] if xml else []
+            tiles: dict[str, Any] = {"tile": (side, side), "compression": "deflate"} if "level" in description else {}
+            writer.write(pixels, photometric="rgb", description=description, metadata=None, extratags=tags, **tiles)
+    return scan
+
+
+def test_a_slide_of_ventana_begins_where_its_scan_does(tmp_path: Path) -> None:
+    """OpenSlide shows the scanned area alone, so that there is one frame only."""
+    scan = write_ventana(tmp_path / "a.bif", (2, 3), (3, 4))
+    with closing(open_slide(tmp_path / "a.bif")) as slide:
+        info = slide.info
+        assert (info.vendor, info.height, info.width, info.mpp) == ("ventana", *scan.shape[:2], (0.5, 0.5))
+        assert info.bounds in (None, Region(0, 0, info.height, info.width))
+        np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, *scan.shape[:2])), scan)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (("100", "200", "300", "400"), Region(100, 200, 300, 400)),  # as of MIRAX
+        (("900", "200", "300", "400"), Region(900, 200, 100, 400)),
+        (("1000", "200", "300", "400"), None),
+        (("100", "200", "0", "400"), None),
+        (("100", "200", "x", "400"), None),
+        (("100", "200", "300"), None),
+    ],
+)
+def test_bounds_are_those_of_openslide_as_far_as_they_are_on_the_slide(
+    told: tuple[str, ...], expected: Region | None
+) -> None:
+    """MIRAX has no synthetic files: its properties alone stand in."""
+    names = [f"openslide.bounds-{name}" for name in ("y", "x", "height", "width")]
+    assert _bounds(dict(zip(names, told, strict=False)), (1000, 800)) == expected

@@ -150,9 +150,9 @@ def test_formats_that_leave_out_glass_show_it(written: Written, folder: Path, mo
 def test_bounds_are_read_where_the_format_has_them() -> None:
     names = ("Y", "X", "HEIGHT", "WIDTH")
     properties = {getattr(openslide, f"PROPERTY_NAME_BOUNDS_{n}"): v for n, v in zip(names, "5678", strict=True)}
-    assert openslide_reader._bounds(properties) == Region(5, 6, 7, 8)
+    assert openslide_reader._bounds(properties, (90, 90)) == Region(5, 6, 7, 8)
     del properties[openslide.PROPERTY_NAME_BOUNDS_WIDTH]
-    assert openslide_reader._bounds(properties) is None
+    assert openslide_reader._bounds(properties, (90, 90)) is None
 
 
 class TestMpp:

@@ -160,7 +160,7 @@ def _describe(path: Path, handle: openslide.OpenSlide, mpp: tuple[float, float] 
         mpp_problem=problem,
         vendor=properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
         background=_background(properties),
-        bounds=_bounds(properties),
+        bounds=_bounds(properties, handle.dimensions[::-1]),
         # Formats of many files (MIRAX, DICOM) have their pixels elsewhere: OpenSlide's own hash covers them.
         digest=content_digest(path, properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")),
         objective=_objective(properties),
@@ -226,16 +226,19 @@ def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _bounds(properties: Mapping[str, str]) -> Region | None:
+def _bounds(properties: Mapping[str, str], slide_px: tuple[int, int]) -> Region | None:
+    """Return the part of a slide of `slide_px` (height, width) that was scanned; None where that is not told."""
     names = (
         openslide.PROPERTY_NAME_BOUNDS_Y,
         openslide.PROPERTY_NAME_BOUNDS_X,
         openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
         openslide.PROPERTY_NAME_BOUNDS_WIDTH,
     )
-    if not all(name in properties for name in names):
+    try:
+        found = Region(*(int(properties[name]) for name in names)).intersect(Region(0, 0, *slide_px))
+    except (KeyError, ValueError):
         return None
-    return Region(*(int(properties[name]) for name in names))
+    return found if found.height > 0 and found.width > 0 else None
 
 
 def _composite(rgba: Image.Image, background: tuple[int, int, int]) -> NDArray[np.uint8]:

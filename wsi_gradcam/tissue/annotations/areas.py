@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     Box = tuple[float, float, float, float]
     Block = tuple[Region, NDArray[Any], frozenset[int]]  # a part of a picture, its labels, and which there are
 
-
-# Plain Python values take about twenty times the bytes of their JSON: this keeps a hostile file below a gigabyte.
+# Plain Python values take about twenty times the bytes of their JSON: this keeps a file below a gigabyte.
 MAX_BYTES = 32 << 20
 MAX_COORDINATE_PX = 1e8  # no slide is larger: what lies beyond is no pixel coordinate
 
@@ -75,7 +74,7 @@ class Annotations:
     @property
     def known(self) -> tuple[str, ...]:
         """These, and those of groups of them, each once, sorted."""
-        return tuple(sorted({*self.names, *(group for area in self.areas for group in area.groups)}))
+        return tuple(sorted({name for area in self.areas for name in (area.name, *area.groups)}))
 
 
 def make_annotations(path: Path, areas: Iterable[Area], ignored: Iterable[str]) -> Annotations:
@@ -320,15 +319,13 @@ class Shapes:
 
     def extent(self, names: Collection[str]) -> tuple[list[float], list[float]]:
         """Return the least and greatest (y, x) of classes, level-0 px."""
-        outlines = [area.outline for area in self._of(names)]
-        return np.min([o.min(axis=0) for o in outlines], axis=0).tolist(), np.max(
-            [o.max(axis=0) for o in outlines], axis=0
-        ).tolist()
+        points = np.concatenate([area.outline for area in self._of(names)])
+        return points.min(axis=0).tolist(), points.max(axis=0).tolist()
 
     def mask(self, names: Collection[str], shape: tuple[int, int], times: float = 1.0) -> NDArray[np.bool_]:
         """Return where classes are, bool [h, w] over the whole slide, see `rasterise`; coordinates taken `times`."""
-        height, width = self._slide_px
-        return rasterise(self._of(names), (height / times, width / times), shape, str(self._path))
+        slide_px = (self._slide_px[0] / times, self._slide_px[1] / times)
+        return rasterise(self._of(names), slide_px, shape, str(self._path))
 
     def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
         """Return where classes are in a box (y, x, height, width) of level 0, bool `shape`."""
