@@ -223,6 +223,15 @@ def test_a_jpeg_xr_that_ends_before_it_says_is_unreadable(left_out: int) -> None
         check(data[:-left_out])
 
 
+@pytest.mark.parametrize("level", [1, 3, 9])
+def test_noise_that_zstd_stores_as_it_is_may_end_in_zeros(level: int, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    pixels[-2:] = pixels[126:128] = 0
+    packed: dict[str, Any] = {"compression": "zstd", "compressionargs": {"level": level}}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(SIDE, SIDE), photometric="rgb", metadata=None, **packed)
+    np.testing.assert_array_equal(shown(tmp_path / "a.tif", 0.5), pixels)
+
+
 @pytest.mark.parametrize("value", [0, 128, 243, 255])
 @pytest.mark.parametrize("name", CODECS)
 def test_flat_tiles_are_sound(name: str, value: int, tmp_path: Path) -> None:

@@ -68,8 +68,10 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
     Raises:
         SlideFormatError: tiles of a codec whose memory cannot be bounded.
     """
-    if page.compression in ENDING_IN_BITS:
+    if page.compression == COMPRESSION.LZW:
         return lambda data: _check_zeros(data, FEW_ZEROS)
+    if page.compression in (COMPRESSION.ZSTD, COMPRESSION.ZSTD_DEPRECATED):
+        return _check_zstd
     if page.compression in BOUNDED:
         return None
     if page.compression == COMPRESSION.LZMA:
@@ -422,6 +424,29 @@ def _check_xr_ends(data: bytes) -> None:
         raise ValueError(f"a JPEG XR that ends {end - len(data):,} bytes before it says")
 
 
+ZSTD_BLOCK, ZSTD_PACKED = 3, 2  # bytes of a block's header, and the type of those that are not stored as they are
+ZSTD_DICTIONARY, ZSTD_SIZE = (0, 1, 2, 4), (0, 2, 4, 8)  # bytes of fields in the frame's header, by its first
+
+
+def _check_zstd(data: bytes) -> None:
+    """Raise a ValueError for data whose last block is packed, and ends in zeros (RFC 8878, 3.1.1).
+
+    Packed blocks end in a stream that is read backwards from its last bit that is 1.
+    """
+    if len(data) < FEW_ZEROS or any(data[-FEW_ZEROS - 1 :]):
+        return
+    first = data[4]
+    single = first >> 5 & 1
+    place = 6 - single + ZSTD_DICTIONARY[first & 3] + (ZSTD_SIZE[first >> 6] or single)
+    kind, is_last = -1, False
+    while not is_last and place + ZSTD_BLOCK <= len(data):
+        header = int.from_bytes(data[place : place + ZSTD_BLOCK], "little")
+        is_last, kind = bool(header & 1), header >> 1 & 3
+        place += ZSTD_BLOCK + (1 if kind == 1 else header >> 3)
+    if kind == ZSTD_PACKED:
+        _check_zeros(data, FEW_ZEROS)
+
+
 def _check_lzma(data: bytes, size: int) -> None:
     """Raise a ValueError where data unpack to more than `size` bytes, or need a dictionary that no tile needs."""
     try:
@@ -436,8 +461,6 @@ def _check_lzma(data: bytes, size: int) -> None:
 
 
 C = COMPRESSION
-# Of the following, those that do not say how long they are, or not for each part, but whose last byte holds a 1.
-ENDING_IN_BITS = frozenset({C.LZW, C.ZSTD, C.ZSTD_DEPRECATED})
 # What tifffile unpacks into a buffer of the tile's size.
 BOUNDED = frozenset({C.NONE, C.LZW, C.ADOBE_DEFLATE, C.DEFLATE, C.PACKBITS, C.ZSTD, C.ZSTD_DEPRECATED})
 READERS: dict[int, Callable[[bytes], Stream]] = {
