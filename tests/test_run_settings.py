@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "reader": "openslide",
     "trust_objective": True,
     "channels": (2, 1, 0),
+    "decode": "scaled",
     "reader_threads": 4,
     "torch_threads": 3,
     "max_unreadable": 0.5,
