@@ -30,6 +30,7 @@ from distributed.system import MEMORY_LIMIT
 from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import WorkerError
+from wsi_gradcam.executors import open_executor
 from wsi_gradcam.executors.dask import DaskExecutor, local
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import find_slides
@@ -328,3 +329,24 @@ def test_a_run_has_no_dashboard_to_tell_of() -> None:
         assert executor.dashboard == ""
     finally:
         executor.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "scheduler", "workers"), [("cuda", None, 1), ("cpu", None, None), ("cuda", "tcp://a:1", None)]
+)
+def test_a_gpu_has_a_worker_of_its_own_also_where_none_was_asked_for(
+    device: str, scheduler: str | None, workers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int | None, str | None]] = []
+
+    class Asked:
+        def __init__(self, workers: int | None, scheduler: str | None, *_: object) -> None:
+            asked.append((workers, scheduler))
+
+        def close(self) -> None:
+            """Close nothing."""
+
+    monkeypatch.setattr("wsi_gradcam.executors.dask.DaskExecutor", Asked)
+    with open_executor(None, scheduler, make_settings(device=device), None, None) as executor:
+        assert isinstance(executor, SerialExecutor) == (device == "cpu")
+    assert asked == ([] if device == "cpu" else [(workers, scheduler)])

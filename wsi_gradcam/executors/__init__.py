@@ -36,7 +36,7 @@ def open_executor(
     """Open an executor, as a context: this process, worker processes of this machine, or a cluster.
 
     Args:
-        workers: how many processes to start on this machine; None: none.
+        workers: how many processes to start on this machine; None: none, but one for a GPU ("cuda").
         scheduler: address of a Dask scheduler; None: none.
         settings: the run's, which say where the model runs, with how many threads.
         loaded: a model that is loaded in this process.
@@ -52,6 +52,8 @@ def open_executor(
             f"{loaded.name}: a loaded model works in this process only; for workers give what each can load itself, "
             "such as a file that torch.export.save wrote, or module:function"
         )
+    if settings.device == "cuda" and loaded is None and scheduler is None:
+        workers = workers or 1  # in this process planning and stitching would keep the GPU waiting
     if workers is None and scheduler is None:
         from wsi_gradcam.executors.serial import SerialExecutor
 
