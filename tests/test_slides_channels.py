@@ -69,6 +69,12 @@ def test_planes_that_are_red_green_and_blue_are_a_picture_in_colour(
         assert slide.info.mpp == pytest.approx((0.5, 0.5))
 
 
+def test_openslide_does_not_show_the_first_of_three_colours(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ome.tif", noise(3, 128, 192), SAID["names"][0])
+    with pytest.raises(SlideContentError, match="OpenSlide shows it in other colours than it has; use --reader auto"):
+        open_slide(path, reader="openslide")
+
+
 def test_planes_have_levels_too(tmp_path: Path) -> None:
     planes, options = noise(3, 256, 384), dict[str, Any](photometric="minisblack", tile=(64, 64))
     with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as writer:

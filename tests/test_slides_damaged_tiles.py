@@ -334,6 +334,8 @@ def test_a_stream_that_says_it_is_rgb_is_believed(reversible: bool, ending: str,
         path, flat, tile=(SIDE, SIDE), photometric="rgb", compression="aperio_jp2000_ycbc", metadata=None, **more
     )
     assert int(np.abs(shown(path).astype(int) - (200, 30, 120)).max()) <= 1
+    with pytest.raises(SlideContentError, match="OpenSlide shows it in other colours than it has"):
+        open_slide(path, reader="openslide")
 
 
 @pytest.mark.parametrize("compression", ["aperio_jp2000_ycbc", "jpeg2000"])

@@ -32,7 +32,7 @@ from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
 from wsi_gradcam.slides.remote import RemoteFile, RemoteZarr, is_remote_zarr
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
 from wsi_gradcam.slides.tiff_metadata import PLAIN, check_tiff, describe_plain, describe_tiff, tiff_mpp, tiff_vendor
-from wsi_gradcam.slides.tiff_reader import TiffSlide
+from wsi_gradcam.slides.tiff_reader import TiffSlide, says_rgb
 
 if TYPE_CHECKING:
     from tifffile import TiffFile
@@ -136,17 +136,18 @@ def _open_plain(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels 
 
 
 def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
-    """Return the slide by OpenSlide, which would show what is no picture, and of several channels the first."""
+    """Return the slide by OpenSlide, which would show what is no picture, and some in other colours than they have."""
     if detect_vendor(path) in PLAIN:
         try:
             with closing(LocalFile(path)) as file, open_tiff(file) as parsed:
-                joined = tiff_levels(parsed)[0].is_joined
+                first = tiff_levels(parsed)[0]
+                differs = first.is_joined or says_rgb(file, first)
         except SlideContentError as error:
             raise SlideContentError(f"{path}: {error}") from error
         except Exception:  # OpenSlide need not agree
-            joined = False
-        if joined:
-            raise SlideContentError(f"{path}: colours in pictures of their own, which --reader auto shows together")
+            differs = False
+        if differs:
+            raise SlideContentError(f"{path}: OpenSlide shows it in other colours than it has; use --reader auto")
     return OpenSlideSlide(path, mpp, trust_objective)
 
 

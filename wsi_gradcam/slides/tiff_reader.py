@@ -79,12 +79,7 @@ class TiffSlide:
 
     def obeys_streams(self, level: int) -> bool:
         """Return True for a level of JPEG 2000 that is said to be YCbCr, but whose stream says that it is RGB."""
-        stored = self._levels[level]
-        if not stored.is_ycc:
-            return False
-        first = int(np.argmax(stored.counts > 0))
-        (data,) = self._file.read_many([(int(stored.offsets[first]), min(int(stored.counts[first]), SPARE_BYTES))])
-        return isinstance(data, bytes) and turns_into_rgb(data)
+        return says_rgb(self._file, self._levels[level])
 
     def with_reductions(self) -> TiffSlide:
         """Return the slide with further levels, made smaller by 2, 4 and 8 while tiles are decoded.
@@ -192,6 +187,15 @@ class TiffSlide:
                 f"{tile.shape[1]} px, expected {region.height} x {region.width}"
             )
         return tile
+
+
+def says_rgb(file: SlideFile, stored: TiffLevel) -> bool:
+    """Return True for a level of JPEG 2000 that is said to be YCbCr, but whose first stream says that it is RGB."""
+    if not stored.is_ycc:
+        return False
+    first = int(np.argmax(stored.counts > 0))
+    (data,) = file.read_many([(int(stored.offsets[first]), min(int(stored.counts[first]), SPARE_BYTES))])
+    return isinstance(data, bytes) and turns_into_rgb(data)
 
 
 def _with_data(stored: TiffLevel, level: Level) -> Level:
