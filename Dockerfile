@@ -14,7 +14,9 @@ RUN versions=$(grep -E '^(torch|torchvision)==' constraints.txt) \
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY wsi_gradcam ./wsi_gradcam
 # npm is needed while the package is built: hatch_build.py fetches what the viewer's page shows slides with.
+# Triton, by which torch.compile makes kernels for a GPU, needs a C compiler while it runs.
 RUN apt-get update && apt-get install -y --no-install-recommends npm \
+ && if [ -z "$TORCH_INDEX" ]; then apt-get install -y --no-install-recommends gcc libc6-dev && apt-mark manual gcc libc6-dev; fi \
  && grep -vE '^(torch|torchvision|nvidia-|cuda-|triton)' constraints.txt > without-torch.txt \
  && pip install -c without-torch.txt ".[fast${TORCH_INDEX:+,engines}]" \
  && apt-get purge -y npm && apt-get autoremove -y && rm -rf /var/lib/apt/lists/*

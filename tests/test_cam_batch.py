@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam.cam import explainer as examine
-from wsi_gradcam.cam.explainer import MAX_BATCH, MIN_BATCH, activation_bytes, find_batch_size, is_out_of_memory
+from wsi_gradcam.cam.engine import activation_bytes
+from wsi_gradcam.cam.explainer import MAX_BATCH, MIN_BATCH, find_batch_size
 from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram
+from wsi_gradcam.errors import DeviceError, ModelError, device_errors, is_out_of_memory, lost_device
+from wsi_gradcam.run.failures import is_lasting, is_transient
+
+ACCELERATOR: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)
 
 LAYERS = (Layer("features", Layout("bkhw", 12, 4, 4)),)
 IMAGES = torch.zeros(2, 3, 32, 32)
@@ -107,10 +112,20 @@ def test_an_exception_leaves_no_hook() -> None:
         RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp:224: std::bad_alloc"),
         RuntimeError("bad allocation"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:83] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        ACCELERATOR("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     ],
 )
 def test_a_lack_of_memory_is_recognised(error: BaseException) -> None:
     assert is_out_of_memory(error)
+    assert lost_device(error) is None
+    assert is_transient(error)  # another process may have had it
+    assert not is_lasting(error)
 
 
 def test_a_real_lack_of_memory_is_recognised() -> None:
@@ -124,3 +139,52 @@ def test_a_real_lack_of_memory_is_recognised() -> None:
 )
 def test_other_errors_are_no_lack_of_memory(error: BaseException) -> None:
     assert not is_out_of_memory(error)
+    assert lost_device(error) is None
+
+
+def wrapped(error: Exception) -> Exception:
+    """An error of ours, raised because of another."""
+    try:
+        raise ModelError("engine eager cannot run this model") from error
+    except ModelError as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ACCELERATOR("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ..."),
+        ACCELERATOR("HIP error: invalid configuration argument"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+)
+def test_errors_after_which_a_gpu_is_of_no_use_are_recognised(error: Exception) -> None:
+    for found in (error, wrapped(error), wrapped(wrapped(error))):
+        assert lost_device(found) is error
+        assert not is_out_of_memory(found)
+        with (
+            pytest.raises(DeviceError, match="no slide is at fault: run the same command again") as caught,
+            device_errors(),
+        ):
+            raise found
+        assert not is_transient(caught.value)  # in this process nothing can be done again
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+        RuntimeError("CUDA error: invalid device ordinal"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("CUDA error: quoted in a file"),
+    ],
+)
+def test_other_errors_leave_a_gpu_as_it_was(error: Exception) -> None:
+    assert lost_device(wrapped(error)) is None
+    with pytest.raises(type(error)), device_errors():
+        raise error

@@ -24,6 +24,7 @@ from wsi_gradcam.cam.program import EagerProgram, Pass
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import Model, load_model, model_of
+from wsi_gradcam.models.transform import Transform
 
 Rgb = npt.NDArray[np.uint8]
 TARGETS = [Target("b", 1), Target("predicted"), Target("a-c", 0, 2)]
@@ -104,19 +105,21 @@ def test_fewer_patches_than_a_batch_are_the_same_to_the_last_bit(count: int, mod
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
         MemoryError("std::bad_alloc"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1 MB, max allowed: 18 GB)"),
     ],
 )
-@pytest.mark.parametrize(("most", "sizes"), [(3, [6, 3, 3]), (2, [6, 3, 2, 1, 3, 2, 1]), (5, [6, 3, 3])])
+@pytest.mark.parametrize(("most", "sizes"), [(3, [6, 3, 3]), (2, [6, 3, 2, 2, 2]), (5, [6, 3, 3])])
 def test_out_of_memory_halves_the_batch_and_loses_nothing(
     error: Exception, most: int, sizes: list[int], model: Model, rgb: Rgb, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = explainer_of(model).explain(rgb, TARGETS, [*METHODS, "gradient", "ablationcam"])
     explainer = explainer_of(model)
     program = limited(explainer, type("Some", (Small,), {"most": most, "error": error}))
-    with caplog.at_level(logging.WARNING, "wsi_gradcam"):
+    with caplog.at_level(logging.INFO, "wsi_gradcam"):
         found = explainer.explain(rgb, TARGETS, [*METHODS, "gradient", "ablationcam"])
     assert program.sizes == sizes
-    assert "out of memory with 6 patches at once, trying 3" in caplog.text
+    assert caplog.messages == [f"out of memory with 6 patches at once; from now on they are {min(sizes)} at most"]
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         flat = (
@@ -124,6 +127,58 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
             for values in (one, other)
         )
         assert relative(*flat) < 1e-4
+
+
+def test_what_fits_is_kept_to(model: Model, rgb: Rgb, caplog: pytest.LogCaptureFixture) -> None:
+    """A larger batch would fail again each time, after all the work that was done by then."""
+    explainer = explainer_of(model)
+    program = limited(explainer, type("Some", (Small,), {"most": 3}))
+    first = explainer.explain(rgb, TARGETS, METHODS)
+    assert explainer.at_once == 3
+    program.sizes.clear()
+    with caplog.at_level(logging.INFO, "wsi_gradcam"):
+        second = explainer.explain(rgb, TARGETS, METHODS)
+        explainer.explain(rgb[:2], TARGETS, METHODS)  # the other half of a batch would be what fills it up
+        explainer.rate(TARGETS, METHODS)
+    assert program.sizes[:3] == [3, 3, 3]
+    assert max(program.sizes) == 3
+    assert caplog.messages == []
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallTransform(Transform):
+    """Prepares no more than two patches at once."""
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        if len(rgb) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(rgb)
+
+
+def test_preparing_patches_takes_memory_too(model: Model, rgb: Rgb) -> None:
+    explainer = explainer_of(model)
+    expected = explainer.explain(rgb, TARGETS, METHODS)
+    own = explainer.model.transform
+    transform = SmallTransform(own.patch_px, own.mean, own.std)
+    explainer.model = dataclasses.replace(model, transform=transform)
+    found = explainer.explain(rgb, TARGETS, METHODS)
+    assert explainer.at_once == 2
+    assert relative(torch.from_numpy(found[0]), torch.from_numpy(expected[0])) < 1e-5
+
+
+def test_a_model_is_examined_with_as_many_patches_as_fit(rgb: Rgb) -> None:
+    spec = toy_spec("cramped")
+    loaded = load_model(spec)
+    explainer = explainer_of(loaded)
+    assert explainer.facts.batch_size == 6  # what the results are of, on every worker
+    assert explainer.at_once == 3
+    again = Explainer.load(spec, explainer.facts, "cpu")
+    assert again.at_once == 6  # nothing is run to make that program
+    patches = np.resize(rgb, (6, 32, 32, 3))
+    first, second = (each.explain(patches, TARGETS[:2], METHODS)[0] for each in (explainer, again))
+    assert np.array_equal(first, second)
+    assert again.at_once == 3
 
 
 def test_one_patch_that_does_not_fit_is_an_error(model: Model, rgb: Rgb) -> None:

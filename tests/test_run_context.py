@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +66,30 @@ def test_close_releases_the_slides(context: Context[ExplainWorkload]) -> None:
         raise KeyError
     context.close()
     assert not slide.open  # type: ignore[attr-defined]
+
+
+def test_slides_are_worked_on_while_the_model_is_loaded(
+    context: Context[ExplainWorkload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that takes minutes where the network is compiled."""
+    loading, may_end = threading.Event(), threading.Event()
+
+    def load(*_: Any) -> str:
+        loading.set()
+        assert may_end.wait(60)
+        return "loaded"
+
+    monkeypatch.setattr("wsi_gradcam.cam.explainer.Explainer.load", load)
+    monkeypatch.setattr(context, "plan", lambda _: SimpleNamespace(stain=None))
+    monkeypatch.setattr("wsi_gradcam.run.context.PatchReader", lambda *_: SimpleNamespace(close=lambda: None))
+    with ThreadPoolExecutor(1) as pool:
+        model = pool.submit(context.model)
+        assert loading.wait(60)
+        with context.patches(entry(0)) as reader:
+            assert reader is not None
+        assert not model.done()
+        may_end.set()
+        assert model.result() == "loaded"  # type: ignore[comparison-overlap]
 
 
 def test_a_worker_with_another_model_refuses(context: Context[ExplainWorkload]) -> None:

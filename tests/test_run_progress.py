@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,7 +43,7 @@ def planned(progress: Progress, number: int, left: int, seconds: float = 0.0) ->
     progress.task_done(Task(PLAN, entry(number)), Performed(pending, seconds, "host:1"))
 
 
-def explained(progress: Progress, number: int, patches: int, worker: str = "host:1", **times: float) -> None:
+def explained(progress: Progress, number: int, patches: int, worker: str = "host:1", **times: Any) -> None:
     seconds = times.pop("seconds", 0.0)
     task = Task(EXPLAIN, entry(number), (0,))
     progress.task_done(task, Performed(Processed(patches, 0, **times), seconds, worker))

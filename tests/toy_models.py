@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 CONSTANT = 0.375  # of `constant`'s map, before the weight of 2 of its linear layer
 SLOWNESS_S = "TOY_SECONDS_A_BATCH"  # environment: how long `slow_linear` sleeps in each forward pass
+LOADS = "TOY_LOADS"  # environment: the file in which `counted` counts
 POISON = "TOY_POISON"  # environment: what `poisoned` does to its process
 
 
@@ -132,6 +133,64 @@ class Hungry(PooledLinear):
 def hungry() -> nn.Module:
     """`pooled_linear` that eats memory on green patches: always for "always", once for a path (which it creates)."""
     return Hungry(cast(PooledLinear, pooled_linear()).features, 12)
+
+
+FAILED: list[str] = []  # why this process can use its device no more
+NOT_ENOUGH = 4  # images that the memory of `cramped` does not hold
+
+
+def _fail(images: Tensor | None) -> None:
+    """Fails as a GPU does: this process can never use it again."""
+    action = os.environ.get(POISON, "")
+    if not FAILED and action and (images is None or bool(has_marker(images).any())) and _first_time(action):
+        FAILED.append("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+    if FAILED:
+        raise getattr(torch, "AcceleratorError", RuntimeError)(FAILED[0])
+
+
+class Faulty(PooledLinear):
+    """Its device fails on patches with green in them, as the environment says, and at every call from then on."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        _fail(images)
+        return super().forward(images)
+
+
+def faulty() -> nn.Module:
+    """`pooled_linear` on a device that fails on green patches: always for "always", once for a path."""
+    return Faulty(cast(PooledLinear, pooled_linear()).features, 12)
+
+
+def faulty_at_once() -> nn.Module:
+    """`pooled_linear` on a device that fails while it is built, as the environment says."""
+    _fail(None)
+    return pooled_linear()
+
+
+class Cramped(PooledLinear):
+    """Fits into memory in small batches alone, and remembers the sizes that were tried."""
+
+    def __init__(self, features: nn.Module, channels: int) -> None:
+        super().__init__(features, channels)
+        self.sizes: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        if len(images) >= NOT_ENOUGH:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(images)
+
+
+def cramped() -> nn.Module:
+    """`pooled_linear` that does not fit into memory in batches of `NOT_ENOUGH`."""
+    return Cramped(cast(PooledLinear, pooled_linear()).features, 12)
+
+
+def counted() -> nn.Module:
+    """`pooled_linear` that adds a line with its process to the file of `LOADS` when it is built."""
+    with Path(os.environ[LOADS]).open("a", encoding="utf-8") as file:
+        print(os.getpid(), file=file)
+    return pooled_linear()
 
 
 def deadly() -> nn.Module:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+AGAIN = "run the same command again, nothing finished is lost"
 MAX_MESSAGE = 1000  # characters: files, and libraries that quote them, may say anything
 
 
@@ -116,6 +118,10 @@ class RangeError(WsiGradcamError, ValueError):
 
 class WorkerError(WsiGradcamError, RuntimeError):
     """The cluster cannot do the work: no worker, or one that died too often on the same task."""
+
+
+class DeviceError(WorkerError):
+    """A GPU that this process can use no more, whatever it is asked: the process must end, and no slide is at fault."""
 
 
 class StoppedError(WsiGradcamError, RuntimeError):
@@ -229,6 +235,78 @@ def quoted(value: object) -> str:
     '[[[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], ...]'
     """
     return shortened(_Quoting().repr(value), 200)
+
+
+# As allocators of hosts and of devices say it; creating a library's handle fails for want of memory, hardly otherwise.
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|bad allocation|bad_alloc|_ALLOC(ATION)?_FAILED"
+    r"|_NOT_INITIALIZED when calling `cu\w+Create|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+# Of CUDA and its like: what a kernel or the hardware did, after which every call of the process fails in the same way.
+_LOST_DEVICE = re.compile(
+    r"\b(CUDA|HIP) (driver )?error\b|Triton Error \[(CUDA|HIP)\]"
+    r"|_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
+    r"|illegal memory access|device-side assert|unspecified launch failure|uncorrectable ECC",
+    re.IGNORECASE,
+)
+# And what is told of a machine that cannot run it at all, and could not before.
+_NO_DEVICE = re.compile(
+    r"no CUDA-capable|invalid device ordinal|no kernel image|driver version is insufficient|device\(s\) is/are busy"
+    r"|initialization error|operation not supported",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice, a device's or the host's; allocators raise plain RuntimeErrors too.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    if isinstance(error, MemoryError):
+        return True
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded here
+    return isinstance(error, RuntimeError) and (named or _NO_MEMORY.search(str(error)) is not None)
+
+
+def lost_device(error: BaseException) -> BaseException | None:
+    """Return the error, or the one that led to it, after which a GPU is of no use to this process; None of others.
+
+    >>> lost_device(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    RuntimeError('CUDA error: an illegal memory access was encountered')
+    >>> lost_device(RuntimeError("CUDA error: out of memory"))
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        text, named = str(found), type(found).__name__ == "AcceleratorError"
+        other = not isinstance(found, RuntimeError) or is_out_of_memory(found) or _NO_DEVICE.search(text)
+        if not other and (named or _LOST_DEVICE.search(text)):
+            return found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return None
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Tell errors after which the process can use its GPU no more from all others, as a context.
+
+    Raises:
+        DeviceError: in place of such an error.
+    """
+    try:
+        yield
+    except DeviceError:
+        raise
+    except Exception as error:
+        if (cause := lost_device(error)) is None:
+            raise
+        raise DeviceError(
+            f"the GPU has failed, and this process can use it no more ({one_line(cause)}); no slide is at fault: "
+            f"{AGAIN}; where it fails again, see what the system says of it (nvidia-smi, dmesg)"
+        ) from error
 
 
 # Control characters (C0, DEL, C1), line and paragraph separators, marks and overrides of direction, invisible joiners

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsi_gradcam.cam.auto import choose, make_program
-from wsi_gradcam.cam.engine import Explained, explain_batch
-from wsi_gradcam.cam.explainer import check_methods, is_out_of_memory, locate_layers
+from wsi_gradcam.cam.engine import Explained, device_of, explain_batch
+from wsi_gradcam.cam.explainer import check_methods, locate_layers
 from wsi_gradcam.cam.facts import AUTO, ENGINES, METHOD_INFO, PRECISIONS, Choice
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, one_line
+from wsi_gradcam.cam.trunks import exact
+from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, is_out_of_memory, one_line
 from wsi_gradcam.models.load import Model, layer_name, load_model
 from wsi_gradcam.models.outputs import Passed, one_row, separate, unwrapped, with_logits
 
@@ -81,7 +82,8 @@ class GradCAM:
         model: a network, normalised images -> logits; or whatever `--model` takes, or a loaded `Model`.
         layer: the module to explain, or its name, or several names joined by "+"; nothing given: found.
         method: a name from `wsi_gradcam.cam.facts`, or several joined by commas, which share the forward pass.
-        precision: of the network up to the layer: float32, bfloat16, float16; auto: the fastest that keeps the maps.
+        precision: of the network up to the layer: float32, tf32 (GPUs), bfloat16, float16; auto: the fastest that keeps
+            the maps. float32 is IEEE float32, whatever the flags of torch say.
         engine: what runs the network up to the layer: eager, compile, openvino; auto: the fastest. It is chosen in
             the first call with 16 images or more; until then eager float32 works.
         batch_size: images per forward pass.
@@ -146,7 +148,7 @@ class GradCAM:
             TargetError: a target that the network does not have.
         """
         parts, parsed = [], None
-        with self._lock:
+        with self._lock, exact(device_of(self._module)):
             images = self._checked(images)
             for batch in torch.split(images, self._batch_size):
                 program = self._program(batch, enough=len(images) >= MIN_IMAGES_FOR_CHOICE)

@@ -128,7 +128,14 @@ def write_slide_spread(context: Context[AuditWorkload], entry: SlideEntry) -> No
 
 def measure_patches(plan: AuditPlan, subject: Subject, data: PatchData, slide_id: str, number: int) -> Arrays:
     """Return the measurements of batch `number` of a slide, by name; NaN for a patch that cannot be read any more."""
-    from wsi_gradcam.audit.batch import Batch, describe  # torch, which a client need not have
+    from wsi_gradcam.cam.trunks import exact  # torch, which a client need not have
+
+    with exact(subject.device):
+        return _measure(plan, subject, data, slide_id, number)
+
+
+def _measure(plan: AuditPlan, subject: Subject, data: PatchData, slide_id: str, number: int) -> Arrays:
+    from wsi_gradcam.audit.batch import Batch, describe
 
     batch = Batch.of(plan, subject, data, number < plan.samples[slide_id].deep)
     found = arrays_of(describe(batch, slide_id, number))

@@ -24,7 +24,7 @@ from wsi_gradcam.cam.engine import explain_batch
 from wsi_gradcam.cam.facts import AUTO, ENGINES, PRECISIONS, Choice, Trial
 from wsi_gradcam.cam.program import EagerProgram, Program, SplitProgram, cut_at
 from wsi_gradcam.cam.targets import PREDICTED, Target, make_score
-from wsi_gradcam.cam.trunks import low_precisions, make_trunk
+from wsi_gradcam.cam.trunks import exact, low_precisions, make_trunk
 from wsi_gradcam.errors import EngineError, one_line
 from wsi_gradcam.io.local import write_atomic
 from wsi_gradcam.models.graph import fixed_batch
@@ -58,7 +58,8 @@ def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, prec
     """
     if engine == "eager" and precision == "float32":
         return EagerProgram(module, layers)
-    return _split_program(module, layers, engine, precision, images, _Cut(module, layers, images))
+    with exact(images.device):
+        return _split_program(module, layers, engine, precision, images, _Cut(module, layers, images))
 
 
 def choose(
@@ -74,7 +75,13 @@ def choose(
     """
     if AUTO not in (engine, precision):
         return Choice(engine, precision), make_program(module, layers, engine, precision, images[:batch_size])
-    batches = torch.split(images, batch_size)
+    with exact(images.device):
+        return _fastest(module, layers, engine, precision, torch.split(images, batch_size))
+
+
+def _fastest(
+    module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, batches: Sequence[Tensor]
+) -> tuple[Choice, Program]:
     plain = EagerProgram(module, layers)
     scores = _predictions(plain, batches)
     reference, rate = _timed(plain, batches, scores)
@@ -83,7 +90,7 @@ def choose(
     if engine in ("eager", AUTO) and precision in ("float32", AUTO):
         best = trials[0], plain
     cut = _Cut(module, layers, batches[0])
-    for candidate in _candidates(engine, precision, images.device):
+    for candidate in _candidates(engine, precision, batches[0].device):
         if candidate[1] == "float16" and best is not None and best[0].precision == "bfloat16":
             continue  # not faster than bfloat16 on any hardware that has both
         if candidate[0] == "eager" and best is not None and best[0].engine == "openvino":
@@ -166,11 +173,11 @@ def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
     pairs of one map's lead of its highest cell over the second with another map's error of that lead, both in
     units of the map's deviation: a few dozen maps tell of risks far below one in a few dozen.
     """
-    a, b = reference.flatten(0, 1).flatten(1).double(), cams.flatten(0, 1).flatten(1).double()
+    a, b = (maps.flatten(0, 1).flatten(1).cpu().double() for maps in (reference, cams))  # no float64 on Apple's GPUs
     same_peak = (a.argmax(dim=1) == b.argmax(dim=1)).double().mean()
     spread = a.std(dim=1)
     first, second = a.topk(2, dim=1).indices.unbind(dim=1)
-    rows = torch.arange(len(a), device=a.device)
+    rows = torch.arange(len(a))
     lead, found = a[rows, first] - a[rows, second], b[rows, first] - b[rows, second]
     varied = spread > 0
     leads, errors = (lead / spread)[varied], ((found - lead) / spread)[varied]
@@ -281,7 +288,8 @@ def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:
 
     So all programs explain the same thing, also if another precision would predict the other of two close classes.
     """
-    return [make_score(Target(PREDICTED), plain.predict(batch)) for batch in batches]
+    with exact(batches[0].device):
+        return [make_score(Target(PREDICTED), plain.predict(batch)) for batch in batches]
 
 
 def _timed(program: Program, batches: Sequence[Tensor], scores: Sequence[Score]) -> tuple[Tensor, float]:
@@ -321,9 +329,7 @@ def choice_key(device: torch.device, *request: object) -> str:
     """Return the key of a choice: a digest of the machine, the versions, and the request."""
     machine = [platform.machine(), _processor(), str(device)]
     if device.type == "cuda":
-        import torch
-
-        machine.append(torch.cuda.get_device_name(device))
+        machine += [torch.cuda.get_device_name(device), *PRECISIONS]  # those that were there to be tried
     return hashlib.sha256(json.dumps([machine, [_version(p) for p in PACKAGES], request]).encode()).hexdigest()
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cam.methods import METHODS, Probe
 from wsi_gradcam.cam.perturbation import PROBING
+from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import Target, classes_of, finer_score, make_score
-from wsi_gradcam.errors import LayerError, TargetError
+from wsi_gradcam.cam.trunks import exact
+from wsi_gradcam.errors import LayerError, TargetError, is_out_of_memory
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.methods import Score
     from wsi_gradcam.cam.program import Pass, Program
 
+T = TypeVar("T")
 AnyTarget = Target | Callable[[Tensor], Tensor]
 # Gradients of several targets in one backward pass: 37 ms against 71 one by one (16 targets), held in memory at once.
 TARGETS_AT_ONCE = 16
@@ -45,12 +48,17 @@ def explain_batch(
     """Return logits and CAMs of normalised float32 `images` [B, 3, H, W].
 
     The trunk runs once, whatever the number of targets and methods; logits are explained, not probabilities, whose
-    gradient vanishes where the model is sure.
+    gradient vanishes where the model is sure. float32 is IEEE float32, also on a GPU, see `exact`.
 
     Raises:
         LayerError: no such layer, or a method that cannot explain this model.
         TargetError: a target that is no function of the logits.
     """
+    with exact(images.device):
+        return _explain(program, images, targets, methods)
+
+
+def _explain(program: Program, images: Tensor, targets: Sequence[AnyTarget], methods: Sequence[str]) -> Explained:
     done = program.forward(images)
     scores = [make_score(target, done.logits) for target in targets]
     plain = [m for m in methods if METHOD_INFO[m].asks == "gradient" and m != "finercam"]
@@ -92,6 +100,51 @@ def pool_to_layer_grid(maps: Tensor, method: str, shape: tuple[int, int]) -> Ten
     pooled = F.adaptive_avg_pool2d(maps, shape)
     cell_px = maps.shape[-2] * maps.shape[-1] / (shape[0] * shape[1])
     return pooled * cell_px if info.scale == "cells" else pooled
+
+
+def largest_that_fits(make: Callable[[int], T], count: int, device: torch.device) -> tuple[T, int]:
+    """Return what `make` makes for `count` images, or for half as many as often as memory does not hold them.
+
+    And for how many that was.
+    """
+    while True:
+        try:
+            return make(count), count
+        except Exception as error:
+            if count < 2 or not any(e is not None and is_out_of_memory(e) for e in (error, error.__cause__)):
+                raise
+        count = -(-count // 2)
+        free_memory(device)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a network is; the CPU for one without parameters."""
+    return next(iter(module.parameters()), torch.empty(0)).device
+
+
+def activation_bytes(module: nn.Module, image: Tensor) -> int:
+    """Return the largest input plus output of any layer for one image [1, 3, H, W], in bytes."""
+    largest = 0
+
+    def record(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        nonlocal largest
+        tensors = [t for t in (*args, output) if isinstance(t, Tensor)]
+        largest = max(largest, sum(t.numel() * t.element_size() for t in tensors))
+
+    handles = [part.register_forward_hook(record) for part in module.modules() if not list(part.children())]
+    try:
+        with evaluating(module), torch.no_grad():
+            module(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest
+
+
+def free_memory(device: torch.device) -> None:
+    """Return memory of a device that torch keeps for later tensors."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def _gradient_maps(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -25,13 +25,22 @@ from wsi_gradcam.cam.auto import (
     reuse_choice,
     store_choice,
 )
-from wsi_gradcam.cam.engine import explain_batch, gradients, pool_to_layer_grid
+from wsi_gradcam.cam.engine import (
+    activation_bytes,
+    device_of,
+    explain_batch,
+    free_memory,
+    gradients,
+    largest_that_fits,
+    pool_to_layer_grid,
+)
 from wsi_gradcam.cam.facts import AUTO, METHOD_INFO, Choice, Layer, ModelFacts
 from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, probe_images
 from wsi_gradcam.cam.program import EagerProgram, Program, trace_operators
 from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target
-from wsi_gradcam.errors import LayerError, ModelError, WsiGradcamError, one_line
+from wsi_gradcam.cam.trunks import exact
+from wsi_gradcam.errors import LayerError, ModelError, WsiGradcamError, is_out_of_memory, one_line
 from wsi_gradcam.models.graph import with_points
 from wsi_gradcam.models.load import load_model
 
@@ -74,10 +83,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Examined:
-    """A model ready for a run: facts for planning, and the program that explains it."""
+    """A model ready for a run.
+
+    Attributes:
+        facts: for planning.
+        program: explains it.
+        at_once: the most images that memory holds, up to a batch.
+    """
 
     facts: ModelFacts
     program: Program
+    at_once: int
 
 
 def examine(model: Model, request: Request = Request(), patches: Tensor | None = None) -> Examined:
@@ -88,7 +104,12 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
         ModelError: the output is not finite, or the tap changes it.
         EngineError: the requested engine or precision is not available.
     """
-    device = next(iter(model.module.parameters()), torch.empty(0)).device
+    with exact(device_of(model.module)):
+        return _examine(model, request, patches)
+
+
+def _examine(model: Model, request: Request, patches: Tensor | None) -> Examined:
+    device = device_of(model.module)
     noise = probe_images(model.input_px).to(device)
     _check_finite(model, noise)
     module, layers, traced = locate_layers(model.module, request.layer or model.layer, noise)
@@ -97,15 +118,20 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
     if isinstance(batch_size, str):
         batch_size = find_batch_size(module, layers, noise)
     images = _repeated(images, batch_size * max(1, min(MAX_CHOICE_PATCHES, len(images)) // batch_size))
-    if request.choice is not None:
-        choice = request.choice
-        program = make_program(module, layers, choice.engine, choice.precision, images[:batch_size])
-    elif AUTO in (request.engine, request.precision):
-        key = [model.digest, [layer.name for layer in layers], batch_size, request.engine, request.precision]
-        choice, program = _chosen(choice_key(device, *key), module, layers, request, images, batch_size)
-    else:
-        choice, program = choose(module, layers, request.engine, request.precision, images, batch_size)
-    check_methods(model.name, program, request.methods, _repeated(noise, batch_size))
+    key = [model.digest, [layer.name for layer in layers], batch_size, request.engine, request.precision]
+
+    def chosen(count: int) -> tuple[Choice, Program]:
+        if request.choice is not None:
+            engine, precision = request.choice.engine, request.choice.precision
+            found = request.choice, make_program(module, layers, engine, precision, images[:count])
+        elif AUTO in (request.engine, request.precision):
+            found = _chosen(choice_key(device, *key), module, layers, request, images, count)
+        else:
+            found = choose(module, layers, request.engine, request.precision, images, count)
+        check_methods(model.name, found[1], request.methods, _repeated(noise, count))
+        return found
+
+    (choice, program), at_once = largest_that_fits(chosen, batch_size, device)
     shapes = [(layer.layout.height, layer.layout.width) for layer in layers]
     facts = ModelFacts(
         name=model.name,
@@ -129,7 +155,7 @@ def examine(model: Model, request: Request = Request(), patches: Tensor | None =
         stain=model.stain,
         notes=model.notes,
     )
-    return Examined(facts, program)
+    return Examined(facts, program, at_once)
 
 
 def _chosen(
@@ -145,22 +171,21 @@ def _chosen(
     return choice, program
 
 
-def prepare_program(model: Model, facts: ModelFacts) -> Program:
-    """Return the program that `examine` chose, made anew in another process.
+def prepare_program(model: Model, facts: ModelFacts, batch_size: int | None = None) -> Program:
+    """Return the program that `examine` chose, made anew in another process, for other batches if need be.
 
     Raises:
         EngineError: this machine cannot run it.
     """
-    device = next(iter(model.module.parameters()), torch.empty(0)).device
-    noise = probe_images(model.input_px).to(device)
+    noise = probe_images(model.input_px).to(device_of(model.module))
     module = traced_module(model.module, noise) if facts.traced else model.module
-    images = _repeated(noise, facts.batch_size)
+    images = _repeated(noise, batch_size or facts.batch_size)
     return make_program(module, facts.layers, facts.choice.engine, facts.choice.precision, images)
 
 
 def explainable_layers(model: Model, facts: ModelFacts) -> list[Layer]:
     """Return the layers whose output holds a map, in the order in which they run; not each is self-tested."""
-    noise = probe_images(model.input_px).to(next(iter(model.module.parameters()), torch.empty(0)).device)
+    noise = probe_images(model.input_px).to(device_of(model.module))
     module = traced_module(model.module, noise) if facts.traced else model.module
     return [Layer(candidate.name, candidate.layout) for candidate in candidate_layers(module, noise)[0]]
 
@@ -281,7 +306,7 @@ def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor
     while size <= MAX_BATCH and _fits(module, images, size):
         try:
             rate = size / _seconds(program, images[:1].expand(size, *images.shape[1:]).contiguous())
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             break
@@ -289,14 +314,6 @@ def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor
             break
         best, best_rate, size = size, rate, size * 2
     return best
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory did not suffice; allocators and engines raise plain RuntimeErrors too."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    signs = ("can't allocate memory", "bad allocation", "bad_alloc", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _fits(module: nn.Module, images: Tensor, size: int) -> bool:
@@ -321,44 +338,30 @@ def _seconds(program: EagerProgram, images: Tensor) -> float:
     return min(times)
 
 
-def activation_bytes(module: nn.Module, image: Tensor) -> int:
-    """Return the largest input plus output of any layer for one image [1, 3, H, W], in bytes."""
-    largest = 0
-
-    def record(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        nonlocal largest
-        tensors = [t for t in (*args, output) if isinstance(t, Tensor)]
-        largest = max(largest, sum(t.numel() * t.element_size() for t in tensors))
-
-    handles = [part.register_forward_hook(record) for part in module.modules() if not list(part.children())]
-    try:
-        with evaluating(module), torch.no_grad():
-            module(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return largest
-
-
 LOG = logging.getLogger("wsi_gradcam")
 
 
 class Explainer:
-    """A loaded model with the program that explains it."""
+    """A loaded model with the program that explains it.
 
-    def __init__(self, model: Model, facts: ModelFacts, program: Program) -> None:
+    Attributes:
+        at_once: the most patches in a forward pass: `facts.batch_size`, or less since memory did not hold as many.
+    """
+
+    def __init__(self, model: Model, facts: ModelFacts, program: Program, at_once: int | None = None) -> None:
         self.facts = facts
         self.model = model
+        self.at_once = at_once or facts.batch_size
         self._program = program
         self._lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
-        self._device = next(iter(model.module.parameters()), torch.empty(0)).device
+        self._device = device_of(model.module)
 
     @classmethod
     def examine(cls, model: Model, request: Request, patches: Callable[[Model], NDArray[np.uint8] | None]) -> Explainer:
         """Return an explainer for a request; `patches` gives some of the run's, if the choice needs them."""
         sample = patches(model) if request.needs_patches else None
         examined = examine(model, request, None if sample is None else torch.from_numpy(sample))
-        return cls(model, examined.facts, examined.program)
+        return cls(model, examined.facts, examined.program, examined.at_once)
 
     @classmethod
     def load(cls, spec: ModelSpec, facts: ModelFacts, device: str) -> Explainer:
@@ -373,7 +376,9 @@ class Explainer:
                 f"{spec.name}: this worker loaded another model than the one the run began with; make the model's "
                 "files and packages the same everywhere"
             )
-        return cls(model, facts, prepare_program(model, facts))
+        where = device_of(model.module)
+        program, at_once = largest_that_fits(lambda n: prepare_program(model, facts, n), facts.batch_size, where)
+        return cls(model, facts, program, at_once)
 
     @property
     def input_px(self) -> tuple[int, int]:
@@ -402,18 +407,24 @@ class Explainer:
 
         Fewer patches than a batch are filled up: for another size torch chooses other kernels, whose sums differ in
         the last bit with the number of threads (DenseNet-121, 7 patches). Where memory does not suffice for a
-        batch, its halves are tried.
+        batch, its halves are tried, and what fits is kept to.
         """
         count, missing = len(rgb), self.facts.batch_size - len(rgb)
         full = np.pad(rgb, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        images = self.model.prepare(torch.from_numpy(full).to(self._device))
         with self._lock:
-            logits, maps = self._halving(images, targets, methods)
-        return logits[:count].float().cpu().numpy(), maps[:count].float().cpu().numpy()
+            logits, maps = self._in_parts(full, count, targets, methods)
+        return logits[:count], maps[:count]
+
+    def _on_device(self, rgb: Tensor, targets: Sequence[Target], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return logits and maps, all on the device of the patches, with no copy to the host or from it."""
+        explained = explain_batch(self._program, self.model.prepare(rgb), targets, methods)
+        shape = self.facts.cam_shape
+        maps = [pool_to_layer_grid(explained.cams[method], method, shape) for method in methods]
+        return explained.logits.float(), torch.cat(maps, dim=1).float()
 
     def likeness(self, reference: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> Fidelity:
         """Compare maps of patches uint8 [n, H, W, 3] with those of another reading of them, the reference."""
-        size = self.facts.batch_size
+        size = self.at_once
         count = size * -(-len(rgb) // size)
 
         def images(patches: NDArray[np.uint8]) -> Tensor:
@@ -436,22 +447,40 @@ class Explainer:
         noise = np.random.default_rng(0).integers(0, 256, (count, *self.facts.patch_px, 3), np.uint8)
         started = time.perf_counter()
         with self._lock:
-            logits, _ = self._halving(self.model.prepare(torch.from_numpy(noise).to(self._device)), targets, methods)
-        logits.cpu()  # a GPU has answered when it has finished
+            self._in_parts(noise, count, targets, methods)
         return time.perf_counter() - started
 
-    def _halving(self, images: Tensor, targets: Sequence[Target], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _in_parts(
+        self, rgb: NDArray[np.uint8], count: int, targets: Sequence[Target], methods: Sequence[str]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return logits and maps of the first `count` patches or some more, in parts that memory holds."""
+        found: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        done, wanted = 0, self.at_once
+        while done < count:
+            part = rgb[done : done + self.at_once]
+            explained = self._explained(part, targets, methods)
+            if explained is None:
+                self.at_once = -(-len(part) // 2)
+                free_memory(self._device)
+            else:
+                found.append(explained)
+                done += len(part)
+        if self.at_once < wanted:
+            LOG.info("out of memory with %d patches at once; from now on they are %d at most", wanted, self.at_once)
+        logits, maps = zip(*found, strict=True)
+        return (logits[0], maps[0]) if len(found) == 1 else (np.concatenate(logits), np.concatenate(maps))
+
+    def _explained(
+        self, rgb: NDArray[np.uint8], targets: Sequence[Target], methods: Sequence[str]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return logits and maps of patches, all of whose work on the device is done here; None if memory is too small.
+
+        By then nothing of the attempt is held any more, as it would be while the error is handled.
+        """
         try:
-            explained = explain_batch(self._program, images, targets, methods)
+            logits, maps = self._on_device(torch.from_numpy(rgb).to(self._device), targets, methods)
+            return logits.cpu().numpy(), maps.cpu().numpy()
         except Exception as error:
-            if not is_out_of_memory(error) or len(images) < 2:
+            if not is_out_of_memory(error) or len(rgb) < 2:
                 raise
-        else:
-            shape = self.facts.cam_shape
-            maps = [pool_to_layer_grid(explained.cams[method], method, shape) for method in methods]
-            return explained.logits, torch.cat(maps, dim=1)
-        LOG.warning("out of memory with %d patches at once, trying %d", len(images), len(images) // 2)
-        if images.is_cuda:
-            torch.cuda.empty_cache()
-        parts = [self._halving(part, targets, methods) for part in torch.split(images, -(-len(images) // 2))]
-        return torch.cat([logits for logits, _ in parts]), torch.cat([maps for _, maps in parts])
+        return None

@@ -176,7 +176,7 @@ class ModelFacts:
 
 AUTO = "auto"
 ENGINES = ("eager", "compile", "openvino")
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
 EXACT, SCALED = "exact", "scaled"  # ways to decode tiles

@@ -99,9 +99,9 @@ def eigencam(A: Tensor, g: Tensor) -> Tensor:
 
     v comes from the smaller of the two Gram matrices, X Xᵀ = U S² Uᵀ, where X v = u s, or XᵀX, which is faster than
     an SVD of X (7 x 7 x 2048: 3 ms an image against 6, or 60 for a full one). In float64, as a Gram matrix squares
-    the condition number. An image that is not finite has a map of NaN.
+    the condition number; for Apple's GPUs, which have none, on the CPU. An image that is not finite has a map of NaN.
     """
-    X = A.flatten(2).mT.double()
+    X = (A.cpu() if A.device.type == "mps" else A).flatten(2).mT.double()
     finite = X.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
     X = torch.where(finite, X, 0.0)
     if X.shape[1] <= X.shape[2]:
@@ -111,7 +111,7 @@ def eigencam(A: Tensor, g: Tensor) -> Tensor:
         projection = X @ torch.linalg.eigh(X.mT @ X).eigenvectors[:, :, -1:]
     agreement = (projection * X.sum(dim=2, keepdim=True)).sum(dim=1, keepdim=True)
     projection = torch.where(agreement < 0, -projection, projection)
-    return torch.where(finite, projection, torch.nan).to(A.dtype).reshape(len(A), *A.shape[2:])
+    return torch.where(finite, projection, torch.nan).to(A.dtype).to(A.device).reshape(len(A), *A.shape[2:])
 
 
 def _weighted(weights: Tensor, A: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +33,88 @@ Trunk = Callable[[Tensor], tuple[Tensor, ...]]
 # (ResNet, VGG) or slower by up to a fifth (DenseNet-121, EfficientNet-B0), because their maps leave the caches, and
 # take a hundred megabytes more.
 SLICE = {"float32": 4, "bfloat16": 16, "float16": 16}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TF32_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, from Ampere on
+
+_FLAGS = threading.RLock()  # torch's flags are the process's
+_SET: list[tuple[bool, bool]] = []  # what the contexts that are open have set, the innermost last: (on CUDA, TF32)
+
+
+@contextmanager
+def exact(device: torch.device | None = None, tf32: bool = False) -> Iterator[None]:
+    """Let float32 mean IEEE float32 in this process, and let sums repeat, as a context; then all is as it was.
+
+    PyTorch lets cuDNN compute convolutions of float32 in TF32, with 10 bits of mantissa, unless it is told otherwise;
+    a model's own code may do the same to matrix products. On a CUDA `device` kernels are chosen whose sums are the
+    same each time, where there are such.
+
+    Args:
+        device: where it is computed; None where only the precision matters.
+        tf32: use TF32 where the hardware has it, for a trunk in the precision of that name.
+    """
+    with _FLAGS, ExitStack() as restored:
+        on_cuda = device is not None and device.type == "cuda"
+        if not _SET or _SET[-1] != (on_cuda, tf32):  # it takes a tenth of a millisecond
+            _SET.append((on_cuda, tf32))
+            restored.callback(_SET.pop)
+            restored.callback(_set_float32, *_float32_flags())
+            _set_float32("high" if tf32 else "highest", tf32, [("tf32" if tf32 else "ieee")] * 3 + ["ieee"] * 3)
+            if on_cuda:
+                _choose_repeatable(restored)
+        yield
+
+
+def _choose_repeatable(restored: ExitStack) -> None:
+    """Let CUDA's kernels be those whose sums repeat, until the stack is closed; of the others torch warns once."""
+    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    restored.callback(torch.use_deterministic_algorithms, modes[0], warn_only=modes[1])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for owner, name, value in (
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+        (fill, "fill_uninitialized_memory", False),  # takes time, and nothing here reads such memory
+    ):
+        restored.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+
+def _float32_flags() -> tuple[str | None, bool | None, list[str]]:
+    """Return torch's flags of float32: of matrix products, of cuDNN, and by operator; None where they contradict."""
+    matmul = cudnn = None
+    with suppress(RuntimeError):  # torch refuses to say where its older and newer flags were set to different things
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn = bool(torch.backends.cudnn.allow_tf32)
+    return matmul, cudnn, [operator.fp32_precision for operator in _operators()]
+
+
+def _set_float32(matmul: str | None, cudnn: bool | None, precisions: Sequence[str]) -> None:
+    """Set the flags that `_float32_flags` returns.
+
+    The older ones first, which reach the newer ones: set only to what they do not say already, these do not contradict.
+    """
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
+    if cudnn is not None:
+        torch.backends.cudnn.allow_tf32 = cudnn
+    for operator, precision in zip(_operators(), precisions, strict=False):
+        if _plain_name(operator.fp32_precision) != _plain_name(precision):
+            operator.fp32_precision = precision
+
+
+def _plain_name(precision: str) -> str:
+    return "ieee" if precision == "none" else precision
+
+
+@cache
+def _operators() -> list[Any]:
+    """Return what has a precision of float32 of its own, three of CUDA and three of the CPU; none before torch 2.9."""
+    b = torch.backends
+    if not hasattr(b.cuda.matmul, "fp32_precision"):
+        return []
+    cpu = b.mkldnn
+    return [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn]  # type: ignore[attr-defined]
 
 
 def make_trunk(graph: fx.GraphModule, engine: str, precision: str, images: Tensor) -> Trunk:
@@ -41,6 +124,8 @@ def make_trunk(graph: fx.GraphModule, engine: str, precision: str, images: Tenso
         EngineError: the engine is not installed here, or cannot run this model in this precision.
     """
     makers = {"eager": _eager, "compile": _compiled, "openvino": _openvino}
+    if precision == "tf32" and images.device.type != "cuda":
+        raise EngineError(f"precision tf32 is one of NVIDIA's GPUs, and the model runs on {images.device}; use float32")
     try:
         trunk = makers[engine](graph, precision, images)
         trunk(images)
@@ -54,7 +139,10 @@ def make_trunk(graph: fx.GraphModule, engine: str, precision: str, images: Tenso
 def low_precisions(engine: str, device: torch.device) -> tuple[str, ...]:
     """Return the precisions below float32 that this machine has instructions for, by engine."""
     if device.type == "cuda":
-        return ("bfloat16", "float16") if torch.cuda.is_bf16_supported() else ("float16",)
+        has_tf32 = torch.cuda.get_device_capability(device) >= TF32_CAPABILITY
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        able = {"tf32": has_tf32, "bfloat16": has_bfloat16, "float16": True}
+        return tuple(name for name, fast in able.items() if fast)
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.9 on
     if engine == "openvino":
         capable = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -72,7 +160,8 @@ def _eager(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     low = copy.deepcopy(graph).to(dtype).to(memory_format=torch.channels_last)
 
     def run(batch: Tensor) -> tuple[Tensor, ...]:
-        values = low(batch.to(dtype, memory_format=torch.channels_last))
+        with exact(batch.device, tf32=precision == "tf32"):
+            values = low(batch.to(dtype, memory_format=torch.channels_last))
         return _plain(values)
 
     return run
@@ -92,7 +181,7 @@ def _compiled(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     compiled = torch.compile(low, dynamic=False)
 
     def run(batch: Tensor) -> tuple[Tensor, ...]:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), exact(batch.device, tf32=precision == "tf32"):
             warnings.simplefilter("ignore")  # inductor's remarks on the machine
             values = compiled(batch.to(dtype, memory_format=torch.channels_last))
         return _plain(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -70,13 +71,11 @@ class Transform:
         images = self._cropped(self._resized(rgb)).permute(0, 3, 1, 2).contiguous().float()
         if self.scale != 255:
             images.div_(255 / self.scale)
-        mean, std = (torch.tensor(v, device=rgb.device)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (_constant(v, rgb.device) for v in (self.mean, self.std))
         return images.sub_(mean).div_(std)
 
     def _normalised(self, rgb: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(v, device=rgb.device)[:, None, None] * (255 / self.scale) for v in (self.mean, self.std)
-        )
+        mean, std = (_constant(v, rgb.device, 255 / self.scale) for v in (self.mean, self.std))
         images = torch.empty(len(rgb), 3, *rgb.shape[1:3], device=rgb.device).copy_(rgb.permute(0, 3, 1, 2))
         return images.sub_(mean).div_(std)
 
@@ -95,6 +94,14 @@ class Transform:
         for target, patch in zip(resized, rgb.cpu().numpy(), strict=True):
             target[:] = np.asarray(Image.fromarray(patch).resize((width, height), RESAMPLING[self.interpolation]))
         return torch.from_numpy(resized).to(rgb.device)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: Triple, device: torch.device, factor: float | None = None) -> Tensor:
+    """Return a number for each colour, [3, 1, 1], copied to a device once: a copy for each batch would wait for it."""
+    with torch.inference_mode(False):  # also for a caller in it: another may want gradients
+        constant = torch.tensor(values)[:, None, None].to(device)
+        return constant if factor is None else constant * factor
 
 
 def make_transform(

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wsi_gradcam.cam.facts import SCALED
-from wsi_gradcam.errors import ResumeError, StoreError
+from wsi_gradcam.errors import ResumeError, StoreError, device_errors
 from wsi_gradcam.io.cache import Cache, ResourcePool
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
@@ -85,7 +85,7 @@ class Context(Generic[W]):
         limit_arenas()
         self.workload, self.run = workload, workload.run
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        self._lock = threading.Lock()
+        self._lock, self._model_lock = threading.Lock(), threading.Lock()
         self._model = model
         self._slides: ResourcePool[SlideEntry, _Opened] = ResourcePool(KEPT_OPEN, _Opened.close)
         self._patches: Cache[str, PatchStore] = Cache(KEPT_STORES)
@@ -105,8 +105,8 @@ class Context(Generic[W]):
             )
 
     def model(self) -> Explainer:
-        """Return the run's model, loaded on first use unless it was given."""
-        with self._lock:
+        """Return the run's model, loaded on first use unless it was given; slides are worked on meanwhile."""
+        with self._model_lock:
             if self._model is None:
                 make_sums_deterministic()
                 from wsi_gradcam.cam.explainer import Explainer
@@ -209,13 +209,18 @@ class _Opened:
 
 
 def perform(context: Context[Any], task: Task, upcoming: Task | None = None) -> Performed:
-    """Perform a task; what the `upcoming` one needs may be read meanwhile."""
+    """Perform a task; what the `upcoming` one needs may be read meanwhile.
+
+    Raises:
+        DeviceError: the process can use its device no more, and must end.
+    """
     started = time.perf_counter()
     ahead = {}
     if upcoming is not None and task.stage.reads_ahead and upcoming.stage == task.stage:
         ahead["upcoming"] = upcoming.index[0]
     try:
-        result = task.stage.function(context, task.slide, *task.index, **ahead)
+        with device_errors():
+            result = task.stage.function(context, task.slide, *task.index, **ahead)
     except Exception:
         context.check_out()
         raise

@@ -15,7 +15,7 @@ from wsi_gradcam.run.log import EventLog, logged_warnings
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import run_page
 from wsi_gradcam.run.status import REPORT, RunFacts, RunState, RunStatus, facts_of, now, write_status
-from wsi_gradcam.run.types import FatalError, Performed, RunListener, SlideRecord, Task
+from wsi_gradcam.run.types import FatalError, Performed, Processed, RunListener, SlideRecord, Task
 from wsi_gradcam.system.timer import PeriodicTimer
 
 if TYPE_CHECKING:
@@ -142,14 +142,20 @@ class RunSession:
         except WsiGradcamError as error:
             raise FatalError(error) from error
         with self._lock:
-            is_new = performed.worker not in self._progress.workers
+            before = self._progress.workers.get(performed.worker)
+            at_once = 0 if before is None else before.at_once
             self._progress.task_done(task, performed)
         if performed.error:
             self._log.task_failed(task, performed)
             self._listener.task_failed(task, performed)
             return
-        if is_new and performed.worker:
+        if before is None and performed.worker:
             self._log.worker_joined(performed.worker)
+        if isinstance(performed.result, Processed) and performed.result.at_once not in (0, at_once):
+            self.message(
+                f"the memory of {performed.worker} does not hold a whole batch: {performed.result.at_once} patches are "
+                "explained at once there from now on"
+            )
         self._log.task_done(task, performed)
         self._listener.task_done(task, performed)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from wsi_gradcam.cam.facts import EXACT, SCALED, Trial
-from wsi_gradcam.errors import ConfigError, SlideReadError, one_line
+from wsi_gradcam.errors import ConfigError, SlideReadError, device_errors, one_line
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.slides import read_region, with_reductions
 from wsi_gradcam.slides.patch_reader import open_entry
@@ -168,6 +168,7 @@ def examine_model(
 
     Raises:
         ConfigError: a batch is too large.
+        DeviceError: the process can use its GPU no more.
         ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
     """
     make_sums_deterministic()
@@ -184,9 +185,11 @@ def examine_model(
         )
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
-    loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
+    with device_errors():
+        loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
     check_batch(loaded, settings.batch_size)
-    explainer = Explainer.examine(loaded, request, patches)
+    with device_errors():
+        explainer = Explainer.examine(loaded, request, patches)
     if choice is None and settings.decode != EXACT:
         made = explainer.facts.choice
         decided = _decoding(explainer, settings, lambda scaled: patches(loaded, scaled))

@@ -51,7 +51,9 @@ def explain_span(context: Context[Workload], entry: SlideEntry, span: int, upcom
             "causes": {str(start + i): c for i, c in causes.items()},
         },
     )
-    return Processed(stop - start, len(causes), clock.waited_s, clock.model_s, clock.read_s)
+    model = context.model()
+    at_once = model.at_once if model.at_once < model.facts.batch_size else 0
+    return Processed(stop - start, len(causes), clock.waited_s, clock.model_s, clock.read_s, at_once)
 
 
 def read_ahead(context: Context[Workload], entry: SlideEntry, span: int) -> None:

@@ -20,6 +20,7 @@ from wsi_gradcam.errors import (
     SlideAccessError,
     SlideMemoryError,
     WsiGradcamError,
+    is_out_of_memory,
     one_line,
 )
 from wsi_gradcam.io.urls import is_url
@@ -76,7 +77,7 @@ def is_transient(error: BaseException) -> bool:
     >>> is_transient(OSError(errno.ESTALE, "stale file handle")), is_transient(OSError(errno.ENOSPC, "disk full"))
     (True, False)
     """
-    if isinstance(error, ConnectionError | TimeoutError | MemoryError | SlideMemoryError):
+    if isinstance(error, ConnectionError | TimeoutError | SlideMemoryError) or is_out_of_memory(error):
         return True
     if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
         return True

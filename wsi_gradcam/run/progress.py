@@ -68,6 +68,7 @@ class WorkerSum:
     waited_s: float = 0.0
     model_s: float = 0.0
     read_s: float = 0.0
+    at_once: int = 0
 
     def status(self, now_s: float, readers: int) -> WorkerStatus:
         """Return the work with its rate and its shares of the time, for so many reading threads."""
@@ -144,6 +145,7 @@ class Progress:
             worker.waited_s += result.waited_s
             worker.model_s += result.model_s
             worker.read_s += result.read_s
+            worker.at_once = result.at_once or worker.at_once
 
     def slide_done(self, record: SlideRecord) -> None:
         """Count a slide that has ended."""

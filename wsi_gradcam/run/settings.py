@@ -140,10 +140,10 @@ class Settings(BaseModel):
         Field(description="what runs the network up to the layer; auto: the fastest, see `precision`"),
     ] = "auto"
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        Literal["auto", "float32", "tf32", "bfloat16", "float16"],
         Field(
-            description="of the network up to the layer; auto: the fastest that keeps the maps, found on the first "
-            "patches of a run and kept for all of it"
+            description="of the network up to the layer, tf32 on GPUs alone; auto: the fastest that keeps the maps, "
+            "found on the first patches of a run and kept for all of it"
         ),
     ] = "auto"
     reader: Annotated[

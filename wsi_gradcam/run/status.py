@@ -119,6 +119,7 @@ class WorkerStatus:
         waited_s, model_s, read_s: seconds that the model waited for pixels, worked, and that threads read slides.
         patches_per_s: in the mean.
         model, waiting, reading: the same times as shares of the time since then, 0 to 1.
+        at_once: the most patches of a forward pass, where its memory did not hold a batch; 0 where it did.
     """
 
     since_s: float
@@ -132,6 +133,7 @@ class WorkerStatus:
     model: float
     waiting: float
     reading: float
+    at_once: int = 0
 
 
 @dataclass(frozen=True)

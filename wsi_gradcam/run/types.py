@@ -57,6 +57,7 @@ class Processed:
         waited_s: seconds that the model waited for pixels.
         model_s: seconds of the model, and of preparing its input.
         read_s: seconds that threads spent reading patches, summed over the threads.
+        at_once: the most patches of a forward pass, where memory did not hold a batch; 0 where it did.
     """
 
     patches: int
@@ -64,6 +65,7 @@ class Processed:
     waited_s: float = 0.0
     model_s: float = 0.0
     read_s: float = 0.0
+    at_once: int = 0
 
 
 TaskResult = Planned | Processed | SlideOutcome | None

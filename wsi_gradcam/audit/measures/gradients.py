@@ -89,11 +89,11 @@ def finite_steps(
     weight = enlarge(maps.float(), (images.shape[2], images.shape[3])).clamp(min=0)[:, None]
     largest = weight.amax(dim=(2, 3), keepdim=True)
     way = weight / torch.where(largest > 0, largest, 1.0) * (images - others)
-    slope = (input_gradient(subject, images, aim) * way).sum(dim=(1, 2, 3)).double().cpu().numpy()
+    slope = (input_gradient(subject, images, aim) * way).sum(dim=(1, 2, 3)).cpu().double().numpy()
     answers = torch.stack([subject.answers(images + step * way) for step in steps], dim=1)
     actual = aim.logit(answers) - aim.logit(aim.logits)[:, None]
     sizes = np.array(steps, np.float64)
-    return FiniteSteps(sizes, slope[:, None] * sizes, actual.double().cpu().numpy())
+    return FiniteSteps(sizes, slope[:, None] * sizes, actual.cpu().double().numpy())
 
 
 @torch.enable_grad()
@@ -131,11 +131,11 @@ def hiding_changes(
     A map of cells promises what lies on the mask of it, each cell in the part that is covered.
     """
     cells = torch.stack([enlarge(mask[None].float(), (maps.shape[1], maps.shape[2]))[0] for mask in masks])
-    promised = torch.einsum("phw,rhw->pr", maps.double(), cells.double())
+    promised = torch.einsum("phw,rhw->pr", maps.cpu().double(), cells.cpu().double())
     everywhere = [mask.expand(len(images), -1, -1) for mask in masks]
     answers = torch.stack([answers_without(subject, replace, mask) for mask in everywhere], dim=1)
     actual = aim.logit(aim.logits)[:, None] - aim.logit(answers)
-    return promised.cpu().numpy(), actual.double().cpu().numpy()
+    return promised.numpy(), actual.cpu().double().numpy()
 
 
 def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
@@ -144,7 +144,7 @@ def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
     Integrated Gradients are, but for the rule of their integral (Sundararajan 2017, arXiv 1703.01365); Grad-CAM is with
     global average pooling and a linear layer, against the bias.
     """
-    gap: Numbers = (maps.double().sum(dim=(1, 2)) - (whole - baseline).double()).cpu().numpy()
+    gap: Numbers = (maps.cpu().double().sum(dim=(1, 2)) - (whole - baseline).cpu().double()).numpy()
     return gap
 
 
@@ -191,7 +191,7 @@ def saturation(subject: Subject, images: Tensor, aim: Aim) -> Saturation:
             found = gradients(done.logits, [aim.score(rows), _share(aim, rows)], done.values[:1])
             sizes.append(torch.stack([g[0].detach().flatten(1).norm(dim=1) for g in found], dim=1))
         off.append((layout.to_map(done.values[0].detach()) == 0).flatten(2).all(dim=2))
-    of_logit, of_probability = torch.cat(sizes).double().cpu().numpy().T
+    of_logit, of_probability = torch.cat(sizes).cpu().double().numpy().T
     dead: NDArray[np.bool_] = torch.cat(off).cpu().numpy()
     always: NDArray[np.bool_] = np.logical_and.reduce(dead, axis=0)
     near = np.minimum(probability.cpu().numpy(), 1 - probability.cpu().numpy())

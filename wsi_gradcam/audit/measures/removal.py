@@ -37,8 +37,8 @@ def impute(images: Tensor, hidden: Tensor) -> Tensor:
         if bool(mask.all()):
             image[:] = image.mean(dim=(1, 2), keepdim=True)
         elif bool(mask.any()):
-            values = _solved(image.double().cpu().numpy(), mask.cpu().numpy())
-            image[:, mask] = torch.from_numpy(values).to(image)
+            values = _solved(image.cpu().double().numpy(), mask.cpu().numpy())
+            image[:, mask] = torch.from_numpy(values).to(image.dtype).to(image.device)
     return filled
 
 

@@ -84,8 +84,8 @@ def masking(
     """
     hidden = torch.from_numpy(np.stack([masks, *moved_masks(masks, controls, seed)])).to(images.device)
     answers = torch.stack([answers_without(subject, replace, mask) for mask in hidden], dim=1)
-    changes = (aim.logit(answers) - aim.logit(aim.logits)[:, None]).double().cpu().numpy()
-    flips = (predicted_classes(answers) != predicted_classes(aim.logits)[:, None]).double().cpu().numpy()
+    changes = (aim.logit(answers) - aim.logit(aim.logits)[:, None]).cpu().double().numpy()
+    flips = (predicted_classes(answers) != predicted_classes(aim.logits)[:, None]).cpu().double().numpy()
     share = masks.mean(axis=(1, 2))
     for values in (changes, flips):
         values[(share == 0) | (share == 1)] = np.nan

@@ -78,9 +78,9 @@ def moves(
         found.append(
             (moved.masked_fill(flipped, torch.nan), (aim.logit(answers) - aim.logit(aim.logits)).abs(), flipped)
         )
-    changes, logits, flips = (torch.stack(part).double().cpu().numpy() for part in zip(*found, strict=True))
+    changes, logits, flips = (torch.stack(part).cpu().double().numpy() for part in zip(*found, strict=True))
     largest = np.where(np.isnan(changes).all(axis=0), np.nan, np.fmax.reduce(changes, axis=0))
-    others = relative_change(before, before.roll(1, dims=0)).double().cpu().numpy()
+    others = relative_change(before, before.roll(1, dims=0)).cpu().double().numpy()
     others = others if len(others) > 1 else np.full_like(others, np.nan)
     return Moves(largest, logits.mean(axis=0), flips.mean(axis=0), others)
 
@@ -148,7 +148,7 @@ def shift_change(
     aim = target_of(first)
     large = [enlarge(subject.maps(images, aim, method), (height, width)) for images in (first, second)]
     before, after = large[0][:, y:, x:], large[1][:, : height - y, : width - x]
-    found: NDArray[np.float64] = relative_change(before, after).double().cpu().numpy()
+    found: NDArray[np.float64] = relative_change(before, after).cpu().double().numpy()
     return found
 
 

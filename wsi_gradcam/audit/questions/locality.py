@@ -85,7 +85,7 @@ def measure(batch: Batch) -> Locality | None:
     if len(subject.program.layers) == 1:  # the reference, in logits and complete by definition
         reference = subject.maps(images, aim, INTEGRATED)
         whole, empty = aim.logit(aim.logits), aim.logit(subject.answers(torch.zeros_like(images)))
-        gap, change = completeness_gap(reference, whole, empty), (whole - empty).double().cpu().numpy()
+        gap, change = completeness_gap(reference, whole, empty), (whole - empty).cpu().double().numpy()
         pooled = pool_to_layer_grid(reference, INTEGRATED, batch.grid).float().cpu().numpy()
         like = {name: spearman(map_, pooled) for name, map_ in batch.map_arrays.items()}
     return Locality(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from distributed import get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-from wsi_gradcam.errors import ConfigError, WorkerError, one_line
+from wsi_gradcam.errors import ConfigError, DeviceError, WorkerError, one_line
 from wsi_gradcam.executors.dask.local import NO_WORKER_S, local_cluster, threads_each
-from wsi_gradcam.executors.dask.plugins import RunSchedulerPlugin, RunWorkerPlugin, check_device
+from wsi_gradcam.executors.dask.plugins import EXAMINED, RunSchedulerPlugin, RunWorkerPlugin, check_device, use_threads
 from wsi_gradcam.executors.dask.scheduling import SlideScheduler
 from wsi_gradcam.executors.dask.workers import WAIT_S, MissingWorkerTimer, Workers, connect
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.examining import examine_model
+from wsi_gradcam.run.failures import PAUSES_S
 from wsi_gradcam.run.types import Observer, SlideRecord, Workload
 from wsi_gradcam.system.stopping import POLL_S, STOP
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.settings import Settings
 
 LOG = logging.getLogger("wsi_gradcam")
+END_S = 0.5  # for an error to reach the client
 WORKERS_POLLED_S = 2.0  # how often the scheduler is asked for its workers while some are missing
 
 
@@ -90,17 +94,31 @@ class DaskExecutor:
             WorkerError: the workers die of it, or are gone.
             StoppedError: the process was told to stop.
         """
-        needs = self.workers().needs.model
-        model = (spec, settings, slides, choice)
-        future = self._client.submit(_examine, self._device, *model, pure=False, resources=needs)
         try:
             with STOP.graceful():
-                facts: ModelFacts = self._result(future)
+                return self._examined(spec, settings, slides, choice)
         except KilledWorker as error:
             raise WorkerError("workers died while they loaded the model; give them more memory") from error
         except (NoValidWorkerError, CancelledError) as error:
             raise WorkerError("the workers are gone; start some and run the same command again") from error
-        return facts
+
+    def _examined(self, *model: Any) -> ModelFacts:
+        """Have the model examined: where a worker's GPU fails, by another worker, or the same one started anew."""
+        pauses_s = iter(PAUSES_S)
+        while True:
+            needs = self.workers().needs.model
+            future = self._client.submit(
+                _examine, self._device, self._torch_threads, *model, pure=False, resources=needs
+            )
+            try:
+                facts: ModelFacts = self._result(future)
+                return facts
+            except DeviceError as error:
+                if (pause_s := next(pauses_s, None)) is None:
+                    raise
+                LOG.warning("%s", one_line(error))
+                STOP.wait(pause_s)
+                self._wait()
 
     def run(self, workload: Workload, slides: Iterable[SlideEntry], observe: Observer) -> Iterator[SlideRecord]:
         """Yield the record of each slide as it is finished, in the order in which they finish.
@@ -154,7 +172,15 @@ class DaskExecutor:
         return future.result()
 
 
-def _examine(device: str, *model: Any) -> ModelFacts:
-    """Examine the model on a worker, where it stays; the facts are small."""
-    check_device(device, get_worker().address)
-    return examine_model(*model).facts
+def _examine(device: str, torch_threads: int | None, *model: Any) -> ModelFacts:
+    """Examine the model on a worker, where it stays for the run, with as many threads; the facts are small."""
+    worker = get_worker()
+    use_threads(torch_threads or worker.state.nthreads)
+    try:
+        check_device(device, worker.address)
+        explainer = examine_model(*model)
+        EXAMINED.keep(explainer, device)
+        return explainer.facts
+    except DeviceError:
+        threading.Timer(END_S, os._exit, (1,)).start()  # when the client knows why
+        raise

@@ -10,15 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distributed import Scheduler, SchedulerPlugin, Worker, WorkerPlugin, get_worker
 
-from wsi_gradcam.errors import WorkerError, one_line
+from wsi_gradcam.errors import DeviceError, WorkerError, device_errors, one_line
 from wsi_gradcam.run.context import Context, perform
 from wsi_gradcam.run.failures import may_succeed_soon
 from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.system.processes import release_freed_memory
+
+if TYPE_CHECKING:
+    from wsi_gradcam.cam.explainer import Explainer
+    from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.run.plan import RunPlan
 
 REPORT_S = 0.1  # for a few bytes to the scheduler, before what may be the end
 
@@ -68,7 +73,7 @@ class RunWorkerPlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Called on the worker."""
         use_threads(self._torch_threads or worker.state.nthreads)
-        self.context, self.lock = Context(self._workload), SharedLock()
+        self.context, self.lock = Context(self._workload, EXAMINED.take(self._workload.run)), SharedLock()
 
     def teardown(self, worker: Worker) -> None:
         """Called on the worker at the end of the run; tasks that are at work keep the context until they end."""
@@ -77,6 +82,35 @@ class RunWorkerPlugin(WorkerPlugin):
             self.context.close()
         self.context = None
         release_freed_memory()
+
+
+class ExaminedModel:
+    """The model that this process examined last, which a run on it need not load and compile once more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: tuple[str, Explainer] | None = None
+
+    def keep(self, explainer: Explainer, device: str) -> None:
+        """Keep an explainer for the run that it was examined for, which begins soon; an earlier one is forgotten."""
+        with self._lock:
+            self._kept = device, explainer
+
+    def take(self, run: RunPlan) -> Explainer | None:
+        """Return the explainer that was kept, if it is the run's, and forget it."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is None or kept[0] != run.settings.device or _loaded(kept[1].facts) != _loaded(run.facts):
+            return None
+        return kept[1]
+
+
+def _loaded(facts: ModelFacts) -> tuple[object, ...]:
+    """Return all that differs between two explainers: the weights and their digest, and what is made of them."""
+    return facts.digest, facts.layers, facts.traced, facts.batch_size, facts.choice.engine, facts.choice.precision
+
+
+EXAMINED = ExaminedModel()
 
 
 class SharedLock:
@@ -124,6 +158,8 @@ def perform_batch(batch: TaskBatch) -> BatchResult:
                 if task.stage.needs_model:
                     check_device(context.run.settings.device, worker.address)
                 result.results.append(perform(context, task, upcoming))
+            except DeviceError as error:
+                _end_process(worker, batch.run, error)
             except Exception as error:
                 # Another node may see a file that this one does not.
                 result.error = portable(error)
@@ -136,6 +172,17 @@ def _report_begun(worker: Worker, run: str) -> None:
     """Let the client know that from now on only this batch can end the process."""
     worker.log_event(run, {"alone": str(worker.get_current_task())})
     time.sleep(REPORT_S)
+
+
+def _end_process(worker: Worker, run: str, error: DeviceError) -> NoReturn:
+    """End a process that can use its GPU no more, with all that it has in hand; the client is told why.
+
+    Its nanny starts another one, and Dask gives its tasks to others, as when it dies by itself.
+    """
+    cause = one_line(error if error.__cause__ is None else error.__cause__)
+    worker.log_event(run, {"lost": str(worker.get_current_task()), "worker": worker.address, "cause": cause})
+    time.sleep(REPORT_S)
+    os._exit(1)  # nothing of it can be closed: libraries would wait for the GPU
 
 
 def portable(error: Exception) -> Exception:
@@ -151,6 +198,7 @@ def check_device(device: str, address: str) -> None:
     """Make sure that the model can run on a worker, before a slide is blamed.
 
     Raises:
+        DeviceError: it has failed since the process began.
         WorkerError: the device cannot be used there.
     """
     if device == "cpu":
@@ -158,7 +206,10 @@ def check_device(device: str, address: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        with device_errors():
+            torch.empty(0, device=device)
+    except DeviceError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise WorkerError(
             f"worker {address} declares a GPU, but --device {device} cannot be used there ({one_line(error)}); start "

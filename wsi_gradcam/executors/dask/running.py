@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 from wsi_gradcam.run.types import Phases, SlideJob, SlideRecord, Stage, Task, TaskResult
 from wsi_gradcam.run.workload import COARSEN, FINISH, PLAN, STITCH
 
+LOG = logging.getLogger("wsi_gradcam")
 # A batch costs the scheduler, the client and the way together some 2 ms, and a GPU its first patches' reading, some
 # 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel together.
 BATCH_S = 3.0
@@ -207,15 +209,22 @@ class CrashTrials:
 
     Attributes:
         waiting: batches that are not sent yet.
+        lost: why the GPU of the last worker failed that had a batch in hand, by the batch's key.
     """
 
     def __init__(self) -> None:
         self.waiting: deque[SentBatch] = deque()
+        self.lost: dict[str, str] = {}
         self._begun: Counter[str] = Counter()
 
-    def record_begun(self, event: tuple[float, Any]) -> None:
-        """Count a batch that a worker has begun alone."""
-        self._begun[event[1]["alone"]] += 1
+    def record(self, event: tuple[float, Any]) -> None:
+        """Count a batch that a worker has begun alone, or note that a worker's GPU has failed."""
+        told = event[1]
+        if "lost" in told:
+            self.lost[told["lost"]] = told["cause"]
+            LOG.warning("the GPU of worker %s has failed, which ends that process: %s", told["worker"], told["cause"])
+        else:
+            self._begun[told["alone"]] += 1
 
     def is_culprit(self, sent: SentBatch, key: str) -> bool:
         """Return whether a batch that workers died of is the cause; else it is put up for another trial."""

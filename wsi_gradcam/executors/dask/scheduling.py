@@ -16,7 +16,7 @@ from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-from wsi_gradcam.errors import SlideMemoryError, WorkerError, one_line
+from wsi_gradcam.errors import AGAIN, SlideMemoryError, WorkerError, one_line
 from wsi_gradcam.executors.dask.batching import Backlogs, RemainingWork
 from wsi_gradcam.executors.dask.plugins import BatchResult, TaskBatch, perform_batch, stop_here
 from wsi_gradcam.executors.dask.running import (
@@ -29,7 +29,7 @@ from wsi_gradcam.executors.dask.running import (
     SentBatch,
     kind_of,
 )
-from wsi_gradcam.executors.dask.workers import AGAIN, MissingWorkerTimer, Workers
+from wsi_gradcam.executors.dask.workers import MissingWorkerTimer, Workers
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.failures import PAUSES_S, log_retry
 from wsi_gradcam.run.types import FatalError, Observer, Performed, SlideRecord, Task, Workload
@@ -105,8 +105,13 @@ def _failed_attempt(error: BaseException, worker: str = "", again: bool = False)
     return Performed(None, worker=worker, error=text, again=again)
 
 
-def _helpful(error: BaseException, task: Task) -> BaseException:
-    """Return the error of a task, or instead of Dask's one that says how to mend it."""
+def _helpful(error: BaseException, task: Task, lost: str = "") -> BaseException:
+    """Return the error of a task, or instead of Dask's one that says how to mend it; `lost` is why a GPU failed."""
+    if isinstance(error, KilledWorker) and lost:
+        return WorkerError(
+            f"{task.slide.path}: on '{task}' alone the GPU failed in one worker after the other ({lost}); see what the "
+            f"system says of it (nvidia-smi, dmesg), and {AGAIN}"
+        )
     if isinstance(error, KilledWorker):
         return SlideMemoryError(
             f"{task.slide.path}: workers died repeatedly on '{task}' alone, mostly for lack of memory; give workers "
@@ -150,7 +155,7 @@ class SlideScheduler:
         self._active: list[RunningSlide] = []
         self._later: list[tuple[float, SentBatch]] = []
         self._crash_trials, self._backlogs = CrashTrials(), Backlogs()
-        client.subscribe_topic(name, self._crash_trials.record_begun)
+        client.subscribe_topic(name, self._crash_trials.record)
         self._sent: dict[Future[Any], SentBatch] = {}
         self._out: Counter[str] = Counter()
         self._finished: deque[SlideRecord] = deque()
@@ -317,7 +322,7 @@ class SlideScheduler:
 
     def _failed(self, sent: SentBatch, error: BaseException) -> None:
         self._observe(sent.tasks[0], _failed_attempt(error))
-        sent.running.fail(_helpful(error, sent.tasks[0]))
+        sent.running.fail(_helpful(error, sent.tasks[0], self._crash_trials.lost.get(self._key(sent), "")))
         self._leave(sent.running, len(sent.tasks))
 
     def _leave(self, running: RunningSlide, count: int) -> None:

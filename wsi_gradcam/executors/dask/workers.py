@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from distributed import Client, Security
 from distributed.comm.addressing import resolve_address
 
-from wsi_gradcam.errors import WorkerError, one_line
+from wsi_gradcam.errors import AGAIN, WorkerError, one_line
 
 LOG = logging.getLogger("wsi_gradcam")
 T = TypeVar("T")
@@ -25,7 +25,6 @@ CERTIFICATES = (
     "name the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
     "Dask's configuration (docs/clusters.md)"
 )
-AGAIN = "run the same command again, nothing finished is lost"
 
 
 @dataclass(frozen=True)
