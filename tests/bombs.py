@@ -27,7 +27,7 @@ from tests.runs import ROOT
 MOST_S, MOST_MIB = 5.0, 700.0  # what a bomb may cost
 LIMIT_S, LIMIT_BYTES = 100, 8 << 30  # where its process is ended
 GIB = 1 << 30
-KINDS = ("zarr", "tiff", "annotations", "models")
+KINDS = ("zarr", "tiff", "annotations")
 
 Random = np.random.Generator
 Make = Callable[[Path, Random], Path]
@@ -137,7 +137,21 @@ def _look_at_slide(path: Path | None) -> str:
     return f"read: {info.height} x {info.width} px, {thumb.unreadable.mean():.0%} of them not readable"
 
 
-LOOKS: dict[str, Callable[[Path | None], str]] = dict.fromkeys(("zarr", "tiff", "picture"), _look_at_slide)
+def _look_at_annotations(path: Path | None) -> str:
+    from wsi_gradcam.tissue.annotations.areas import rasterise
+    from wsi_gradcam.tissue.annotations.regions import read_annotations
+
+    if path is None:
+        return ""
+    found = read_annotations(path)
+    mask = rasterise(found.areas, (1e5, 1e5), (2048, 2048), str(path))
+    return f"read: {len(found.areas):,} areas, {mask.mean():.0%} of the slide"
+
+
+LOOKS: dict[str, Callable[[Path | None], str]] = {
+    **dict.fromkeys(("zarr", "tiff", "picture"), _look_at_slide),
+    "annotations": _look_at_annotations,
+}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from tests.bombs_zarr import HARMFUL, Image, codec_of, zstd_zeros
 from wsi_gradcam.errors import SlideError, SlideFormatError
 from wsi_gradcam.slides import open_slide
 
-KINDS = ("zarr", "tiff", "picture")
+KINDS = ("zarr", "tiff", "picture", "annotations")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
+from wsi_gradcam.geometry import Region, ceil_div, fill, fill_small, pyramid_shapes, tiles
 
 regions = st.builds(Region, st.integers(-6, 6), st.integers(-6, 6), st.integers(0, 8), st.integers(0, 8))
 
@@ -83,3 +83,22 @@ def test_pyramid_goes_on_as_long_as_both_axes_allow(height: int, width: int, sma
 
 def test_pyramid_ends_at_a_single_pixel() -> None:
     assert pyramid_shapes(5, 2, smallest=1) == [(5, 2), (3, 1), (2, 1), (1, 1)]
+
+
+def test_small_outlines_together_fill_what_each_does_alone() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        expected, hits, placed = np.zeros((50, 60), np.bool_), [], []
+        for _ in range(int(rng.integers(0, 30))):
+            outline = np.round(rng.uniform(-10, 70, (int(rng.integers(3, 12)), 2)) * 2) / 2
+            low = np.clip(np.floor(outline.min(axis=0)), 0, (50, 60)).astype(int).tolist()
+            high = np.clip(np.ceil(outline.max(axis=0)), 0, (50, 60)).astype(int).tolist()
+            if high[0] <= low[0] or high[1] <= low[1]:
+                continue
+            alone = fill(outline - low, (high[0] - low[0], high[1] - low[1]))
+            expected[low[0] : high[0], low[1] : high[1]] |= alone
+            hits.append(bool(alone.any()))
+            placed.append((outline, (low[0], low[1], high[0], high[1])))
+        found = np.zeros((50, 60), np.bool_)
+        assert fill_small(placed, found).tolist() == hits
+        np.testing.assert_array_equal(found, expected)

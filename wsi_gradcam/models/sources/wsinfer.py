@@ -138,7 +138,7 @@ def _resizing(config: Config, spec: ModelSpec) -> Resizing | None:
     if not arguments:
         return None
     given = arguments.get("interpolation", "bilinear")
-    if given not in INTERPOLATIONS or arguments.get("max_size") is not None:
+    if not isinstance(given, str | int) or given not in INTERPOLATIONS or arguments.get("max_size") is not None:
         raise ModelError(f"{spec.source}: the arguments of Resize are not supported: {quoted(arguments)}")
     size = arguments.get("size")
     if isinstance(size, list) and len(size) == 1:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,12 +14,14 @@ import numpy as np
 from PIL import Image
 
 from wsi_gradcam.errors import AnnotationError, canonical
-from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.geometry import Region, ceil_div, fill, fill_small, is_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
+
+    from wsi_gradcam.geometry import Corners, Placed
 
     Box = tuple[float, float, float, float]
     Block = tuple[Region, NDArray[Any], frozenset[int]]  # a part of a picture, its labels, and which there are
@@ -125,9 +126,8 @@ def box(corners: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([(top, left), (top, right), (bottom, right), (bottom, left)])
 
 
-CROSSINGS = 1 << 20  # of an outline with rows of pixels in one step: bounds the memory
-# Pixels and crossings of all outlines: some ten seconds. A thousand annotations that each fill a large slide's mask.
-MAX_WORK = 4e9
+# Pixels of all outlines, and what each crossing of a row of pixels and each outline costs: some five seconds.
+MAX_WORK, CROSSING_WORK, OUTLINE_WORK, SMALL_WORK = 4e9, 20, 1e5, 1e4
 
 
 def rasterise(
@@ -151,77 +151,76 @@ def rasterise(
     mask = np.zeros(shape, np.bool_)
     scale = np.array([shape[0] / slide_px[0], shape[1] / slide_px[1]])
     work = 0.0
-    for area in areas:
-        outlines = [outline * scale for outline in (area.outline, *area.holes)]
-        top, left, bottom, right = _box(outlines[0], shape)
+    small: list[Placed] = []
+    for area, (top, left, bottom, right) in zip(areas, _boxes(areas, scale, shape), strict=True):
+        outline, box = area.outline * scale, (top, left, bottom, right)
         if bottom <= top or right <= left:  # beside the slide
             continue
-        work += len(outlines) * (bottom - top) * (right - left) + sum(_crossings(o, top, bottom) for o in outlines)
+        holes = list(_visible(area.holes, scale, box))
+        work += sum(_work(*part) for part in [(outline, box), *holes])
         if work > MAX_WORK:
             raise AnnotationError(f"{source}: its outlines cover the slide too many times over; expected fewer areas")
-        mask[top:bottom, left:right] |= _inside(outlines, (top, left), (bottom - top, right - left))
+        if not holes and is_small(outline, box):
+            small.append((outline, box))
+        else:
+            mask[top:bottom, left:right] |= _inside(outline, holes, (top, left), (bottom - top, right - left))
+    hit = fill_small(small, mask)
+    for outline, (top, left, bottom, right) in (small[number] for number in np.nonzero(~hit)[0]):
+        mask[tuple(np.clip(outline.mean(axis=0), (top, left), (bottom - 1, right - 1)).astype(int))] = True
     return mask
 
 
-def _box(outline: NDArray[np.float64], shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return (top, left, bottom, right) of the pixels that an outline can touch."""
-    low = np.clip(np.floor(outline.min(axis=0)), 0, shape).astype(int).tolist()
-    high = np.clip(np.ceil(outline.max(axis=0)), 0, shape).astype(int).tolist()
-    return low[0], low[1], high[0], high[1]
+def _visible(holes: Sequence[NDArray[np.float64]], scale: NDArray[np.float64], box: Corners) -> Iterator[Placed]:
+    """Yield the holes, in mask pixels, that hold the centre of a pixel of a box, and what of the box each can touch."""
+    if not holes:
+        return
+    starts = np.cumsum([0, *map(len, holes[:-1])])
+    points = np.concatenate(holes) * scale
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
+    first = np.clip(np.ceil(low - 0.5), box[:2], box[2:]).astype(int)
+    last = np.clip(np.ceil(high - 0.5), box[:2], box[2:]).astype(int)
+    for number in np.nonzero((last > first).all(axis=1))[0].tolist():
+        (top, left), (bottom, right) = first[number].tolist(), last[number].tolist()
+        yield holes[number] * scale, (top, left, bottom, right)
+
+
+def _work(outline: NDArray[np.float64], box: Corners) -> float:
+    top, left, bottom, right = box
+    if is_small(outline, box):
+        return SMALL_WORK
+    return OUTLINE_WORK + (bottom - top) * (right - left) + CROSSING_WORK * _crossings(outline, top, bottom)
+
+
+def _boxes(areas: Sequence[Area], scale: NDArray[np.float64], shape: tuple[int, int]) -> list[Corners]:
+    """Return (top, left, bottom, right) of the pixels that each outline can touch."""
+    if not areas:
+        return []
+    lengths = [len(area.outline) for area in areas]
+    starts, points = np.cumsum([0, *lengths[:-1]]), np.concatenate([area.outline for area in areas]) * scale
+    low = np.clip(np.floor(np.minimum.reduceat(points, starts)), 0, shape).astype(int)
+    high = np.clip(np.ceil(np.maximum.reduceat(points, starts)), 0, shape).astype(int)
+    return [(top, left, bottom, right) for top, left, bottom, right in np.hstack([low, high]).tolist()]
 
 
 def _crossings(outline: NDArray[np.float64], top: int, bottom: int) -> float:
     return float(np.abs(np.diff(np.clip(outline[:, 0], top, bottom))).sum()) + len(outline)
 
 
-def _inside(outlines: list[NDArray[np.float64]], corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the inside of the first outline without the others, all in mask pixels; the result begins at `corner`."""
-    origin = np.array(corner)
-    inside = fill(outlines[0] - origin, size)
+def _inside(
+    outline: NDArray[np.float64], holes: Sequence[Placed], corner: tuple[int, int], size: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Return the inside of an outline without holes, all in mask pixels; the result begins at `corner`."""
+    inside = fill(outline - corner, size)
     if not inside.any():
-        middle = np.clip(outlines[0].mean(axis=0) - origin, 0, np.array(size) - 1).astype(int)
-        inside[middle[0], middle[1]] = True
-    for hole in outlines[1:]:
-        inside &= ~fill(hole - origin, size)
+        inside[tuple(np.clip(outline.mean(axis=0) - corner, 0, np.array(size) - 1).astype(int))] = True
+    cut, (y, x) = np.zeros(size, np.bool_), corner
+    moved = [(hole - corner, (box[0] - y, box[1] - x, box[2] - y, box[3] - x)) for hole, box in holes]
+    fill_small([part for part in moved if is_small(*part)], cut)
+    for hole, (top, left, bottom, right) in (part for part in moved if not is_small(*part)):
+        below = cut[top:bottom, left:right]
+        below |= fill(hole - (top, left), below.shape)
+    inside &= ~cut
     return inside
-
-
-def fill(outline: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the pixels whose centres the outline surrounds, bool [h, w]; (y, x) are in pixels from the corner.
-
-    Each edge adds its direction to the winding number of what lies right of where it crosses a row of centres
-    (half-open, so that a vertex on a row counts once); a pixel is inside where the number is not 0.
-    """
-    height, width = shape
-    start, end = outline, np.roll(outline, -1, axis=0)
-    first = _row(np.minimum(start[:, 0], end[:, 0]), height)
-    counts = _row(np.maximum(start[:, 0], end[:, 0]), height) - first
-    turns = np.zeros(height * (width + 1), np.int32)
-    for part in _parts(counts):
-        edges = np.repeat(np.arange(part.start, part.stop), counts[part])
-        within = np.arange(len(edges)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
-        rows = first[edges] + within
-        (y0, x0), (y1, x1) = start[edges].T, end[edges].T
-        x = x0 + (rows + 0.5 - y0) / (y1 - y0) * (x1 - x0)
-        columns = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
-        np.add.at(turns, rows * (width + 1) + columns, np.where(y1 > y0, 1, -1).astype(np.int32))
-    inside: NDArray[np.bool_] = np.cumsum(turns.reshape(height, width + 1)[:, :width], axis=1, dtype=np.int32) != 0
-    return inside
-
-
-def _row(y: NDArray[np.float64], height: int) -> NDArray[np.int64]:
-    """Return the first row whose centre is at or below `y`."""
-    return np.clip(np.ceil(y - 0.5), 0, height).astype(np.int64)
-
-
-def _parts(counts: NDArray[np.int64]) -> list[slice]:
-    """Return runs of edges with about CROSSINGS crossings each."""
-    total = np.cumsum(counts)
-    if not total[-1]:
-        return []
-    steps = np.arange(1, math.ceil(int(total[-1]) / CROSSINGS)) * CROSSINGS
-    cuts = sorted({0, *np.searchsorted(total, steps).tolist(), len(counts)})
-    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 # Of a picture that is held as a whole: 8,000 x 8,000 is a slide of 128,000 px at a sixteenth.
