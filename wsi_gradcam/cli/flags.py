@@ -192,6 +192,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     _add_trust(parser)
     add("--config", type=Path, help="YAML file with the same names as keys; flags come first")
     _add_workers(parser, "how long to wait for missing workers (default 50)")
+    _add_allow_hosts(parser)
     add("--dry-run", action="store_true", help="print what would be done, and do nothing")
     add("--overwrite", action="store_true", help="explain finished slides again, whatever settings --out holds")
     add("--retry-failed", action="store_true", help="try slides again that failed before")
@@ -287,6 +288,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     add("--model", help="a model, as for explain")
     _add_trust(parser)
     add("--layer", help="a layer of the model to test")
+    _add_allow_hosts(parser)
     add("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
     add_settings(parser, MASK_SETTINGS, prefix="with --mask-out: ")
     _add_json(parser)
@@ -317,6 +319,12 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 def _add_remote_slides(parser: argparse.ArgumentParser) -> None:
     text = "ask other machines for slides that the results name by URLs"
     parser.add_argument("--remote-slides", action="store_true", help=text)
+    _add_allow_hosts(parser)
+
+
+def _add_allow_hosts(parser: argparse.ArgumentParser) -> None:
+    text = "ask only these hosts and buckets for slides, such as '*.example.org' (default: all but cloud metadata)"
+    parser.add_argument("--allow-hosts", action="append", metavar="PATTERN", help=text)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from wsi_gradcam import __version__
 from wsi_gradcam.cli import PrintableFormatter, Streams, flags, leave, say
 from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, one_line, printable
+from wsi_gradcam.io.urls import allowing
 from wsi_gradcam.system.isolation import supervise
 from wsi_gradcam.system.stopping import STOP
 
@@ -77,7 +78,7 @@ def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None])
     if logging.lastResort is not None:  # what is logged and has no other handler is printed by this
         logging.lastResort.setFormatter(PrintableFormatter())
     try:
-        with stoppable:
+        with stoppable, allowing(getattr(arguments, "allow_hosts", None)):
             return COMMANDS[arguments.command].run(arguments)
     except StoppedError as error:
         say(one_line(error), error=True)

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any, TextIO
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError, one_line
+from wsi_gradcam.io.documents import plain_cell
 from wsi_gradcam.io.paths import alike
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.slides import check_mpp
@@ -117,7 +118,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
             reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
             for cells in reader:
                 where = f"{path}, line {number + reader.line_num}"
-                row = dict(zip(names, map(str.strip, cells), strict=False))
+                row = dict(zip(names, (plain_cell(cell.strip()) for cell in cells), strict=False))
                 if any(map(str.strip, cells[len(names) :])):
                     raise ConfigError(
                         f"{where}: {len(cells)} cells, expected {len(names)} as in the first line; put what has "

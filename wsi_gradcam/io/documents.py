@@ -1,4 +1,4 @@
-"""YAML and JSON that strangers may have written, read within bounds of size, depth and length of numbers.
+"""YAML and JSON that strangers may have written, read within bounds of size, depth and length of numbers; cells of CSV.
 
 YAML goes through its safe loader, in C where that is installed. Aliases are what lets a kilobyte stand for gigabytes,
 so they are refused, and merge keys with them; `run.yaml` of older versions may have some, within the bounds of what
@@ -8,6 +8,7 @@ they stand for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -166,3 +167,27 @@ def _check_depth(value: Any) -> None:
         if not level:
             return
     raise DocumentError(f"nested more than {MAX_DEPTH} deep")
+
+
+# What spreadsheets take for a formula, which may start programs and send what is in other cells away.
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.ASCII)
+
+
+def safe_cell(value: Any) -> Any:
+    """Return a value for a cell of a CSV file; before a text that would be a formula stands an apostrophe.
+
+    >>> safe_cell("=1+1"), safe_cell("-0.5"), safe_cell("a=b")
+    ("'=1+1", '-0.5', 'a=b')
+    """
+    text = isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value)
+    return f"'{value}" if text else value
+
+
+def plain_cell(text: str) -> str:
+    """Return what `safe_cell` made a cell of.
+
+    >>> plain_cell("'=1+1"), plain_cell("'a'"), plain_cell(safe_cell("'=x"))
+    ('=1+1', "'a'", "'=x")
+    """
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text

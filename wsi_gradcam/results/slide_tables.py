@@ -19,7 +19,7 @@ from typing import Any
 
 from wsi_gradcam.errors import StoreError, as_path, as_text, one_line
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
-from wsi_gradcam.io.documents import read_json
+from wsi_gradcam.io.documents import plain_cell, read_json, safe_cell
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.seals import KEY, Seal, seal_of, sealed_json
@@ -231,7 +231,8 @@ def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]
     ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
     if ((rows or text) and not ours) or any(None in row.values() for row in rows):
         raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
-    return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in rows}
+    plain = ({name: plain_cell(cell or "") for name, cell in row.items()} for row in rows)
+    return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in plain}
 
 
 def row_digest(row: Mapping[str, Any]) -> str:
@@ -251,7 +252,9 @@ def encode_rows(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     for key in sorted(rows):
         row = {**rows[key], "row_digest": rows[key].get("row_digest") or row_digest(rows[key])}
         # Python's csv does not quote a carriage return alone, and reads it as the end of a row.
-        (quoted if any("\r" in str(cell) for cell in row.values()) else plain).writerow(row)
+        (quoted if any("\r" in str(cell) for cell in row.values()) else plain).writerow(
+            {name: safe_cell(value) for name, value in row.items()}
+        )
     return buffer.getvalue().encode("utf-8", NAMES)
 
 

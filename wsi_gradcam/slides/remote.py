@@ -28,7 +28,7 @@ from wsi_gradcam.io.object_stores import (
     short_message,
     web_store,
 )
-from wsi_gradcam.io.urls import WEB_SCHEMES, redact_url, split_url
+from wsi_gradcam.io.urls import WEB_SCHEMES, redact_url, refusal, split_url
 from wsi_gradcam.io.zarr_stores import SlideLimits, check_count
 from wsi_gradcam.slides.base import ZARR_FILES
 
@@ -373,13 +373,20 @@ def _bucket_and_key(url: str) -> tuple[str, str]:
     found = bucket_and_key(url)
     if found is None:
         raise SlideAccessError(f"{redact_url(url)}: {EXPECTED_S3_URL}")
+    _check_allowed(url)
     return found
+
+
+def _check_allowed(url: str) -> None:
+    if why := refusal(url):
+        raise SlideAccessError(f"{redact_url(url)}: {why}")
 
 
 def _web_store(url: str) -> HTTPStore:
     scheme, host, _ = split_url(url)
     if scheme not in SCHEMES or not host.rpartition("@")[2]:
         raise SlideAccessError(f"{redact_url(url)}: expected a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
+    _check_allowed(url)
     try:
         return web_store(url)
     except ValueError as error:

@@ -42,8 +42,10 @@ PAGE_POLICY = (
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-# A report is a file that someone made: it may look as it likes, but runs no scripts and connects to nothing.
+# A report is a file that someone made: it may look as it likes, but runs no scripts, connects to nothing, opens nothing
+# and leads nowhere by itself. It keeps its origin, without which browsers would not fetch its pictures.
 REPORT_POLICY = (
+    "sandbox allow-same-origin; "
     "default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; font-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
