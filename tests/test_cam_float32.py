@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_flags_are_set_and_put_back(habit: Callable[[], None]) -> None:
     assert before is None or seen() == before
 
 
-def test_kernels_on_cuda_are_those_whose_sums_repeat() -> None:
+def test_kernels_on_cuda_are_those_whose_sums_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     def modes() -> tuple[bool, ...]:
         cudnn = BACKENDS.cudnn
         return (
@@ -164,8 +165,10 @@ def test_kernels_on_cuda_are_those_whose_sums_repeat() -> None:
         )
 
     before = modes()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with exact(CUDA):
         assert modes() == (True, False, True, True, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # else its matrix products need not repeat
         with exact(CUDA, tf32=True):
             assert modes() == (True, False, True, True, False)
     assert modes() == before

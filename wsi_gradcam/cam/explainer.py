@@ -411,13 +411,14 @@ class Explainer:
         """
         count, missing = len(rgb), self.facts.batch_size - len(rgb)
         full = np.pad(rgb, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        with self._lock:
-            logits, maps = self._in_parts(full, count, targets, methods)
+        logits, maps = self._in_parts(full, count, targets, methods)
         return logits[:count], maps[:count]
 
     def _on_device(self, rgb: Tensor, targets: Sequence[Target], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return logits and maps, all on the device of the patches, with no copy to the host or from it."""
-        explained = explain_batch(self._program, self.model.prepare(rgb), targets, methods)
+        images = self.model.prepare(rgb)  # while the network may be at work for another thread
+        with self._lock:
+            explained = explain_batch(self._program, images, targets, methods)
         shape = self.facts.cam_shape
         maps = [pool_to_layer_grid(explained.cams[method], method, shape) for method in methods]
         return explained.logits.float(), torch.cat(maps, dim=1).float()
@@ -446,8 +447,7 @@ class Explainer:
         """Return the seconds that `count` patches take at once."""
         noise = np.random.default_rng(0).integers(0, 256, (count, *self.facts.patch_px, 3), np.uint8)
         started = time.perf_counter()
-        with self._lock:
-            self._in_parts(noise, count, targets, methods)
+        self._in_parts(noise, count, targets, methods)
         return time.perf_counter() - started
 
     def _in_parts(
@@ -460,7 +460,7 @@ class Explainer:
             part = rgb[done : done + self.at_once]
             explained = self._explained(part, targets, methods)
             if explained is None:
-                self.at_once = -(-len(part) // 2)
+                self.at_once = min(self.at_once, -(-len(part) // 2))  # another thread may have found out as well
                 free_memory(self._device)
             else:
                 found.append(explained)

@@ -7,6 +7,7 @@ Only values come out of it, so any inference engine may run it, in any precision
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import threading
 import warnings
@@ -70,6 +71,7 @@ def _choose_repeatable(restored: ExitStack) -> None:
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     restored.callback(torch.use_deterministic_algorithms, modes[0], warn_only=modes[1])
     torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     for owner, name, value in (
         (cudnn, "benchmark", False),
         (cudnn, "deterministic", True),
