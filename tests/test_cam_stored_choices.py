@@ -73,7 +73,7 @@ def test_a_low_precision_is_compared_anew(monkeypatch: pytest.MonkeyPatch, alike
     request = Request(engine="eager", precision="auto", batch_size=4)
     key = choice_key(CPU, model.digest, ["features"], 4, "eager", "auto")
     store_choice(key, Choice("eager", "bfloat16"))
-    monkeypatch.setattr("wsi_gradcam.cam.auto._alike", lambda found: alike)
+    monkeypatch.setattr("wsi_gradcam.cam.auto.Fidelity.is_enough", alike)
     assert (examine(model, request).facts.choice == Choice("eager", "bfloat16")) is alike
 
 
