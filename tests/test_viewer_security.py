@@ -274,11 +274,29 @@ def test_a_token_is_asked_for(out: Path) -> None:
         assert server.get("/?token=wrong").status_code == 401
         assert server.get("/api/run", headers={"Authorization": "Bearer right"}).status_code == 200
         entered = server.get("/?token=right&x=1", follow_redirects=False)
-        assert (entered.status_code, entered.headers["location"]) == (303, "/?x=1")
+        assert (entered.status_code, entered.headers["location"]) == (303, f"{access.folder}?x=1")
         cookie = entered.headers["set-cookie"].lower()
         assert "httponly" in cookie
         assert "samesite=strict" in cookie
-        assert server.get("/api/run").status_code == 200  # by the cookie
+        assert f"path={access.folder}" in cookie
+        assert "secure" not in cookie.split("; ")
+        assert server.get(f"{access.folder}api/run").status_code == 200  # by the cookie
+        assert server.get("/api/run").status_code == 401  # where no browser sends it
+        value = {"Cookie": f"{access.cookie}=right"}
+        assert server.get("/api/run", headers=value).status_code == 401
+        assert server.get("/api/run", headers={"Authorization": "Bearer right"}).status_code == 200
+
+
+def test_the_folder_of_a_page_tells_nothing_of_its_token(out: Path) -> None:
+    access = Access.for_host("127.0.0.1", "right")
+    assert "right" not in access.folder
+    assert len(access.folder) == 34
+    assert access.folder != Access.for_host("127.0.0.1", "other").folder
+    assert Access.for_host("127.0.0.1", "").folder == "/"
+    with client(out, access) as server:
+        assert server.get(f"{access.folder}api/run").status_code == 401
+        assert server.get(f"{access.folder}page/main.js").status_code == 401
+        assert server.get(f"{access.folder}api/run", headers={"Authorization": "Bearer right"}).status_code == 200
 
 
 def test_two_servers_of_a_machine_keep_their_browsers(out: Path) -> None:
@@ -293,7 +311,7 @@ def test_two_servers_of_a_machine_keep_their_browsers(out: Path) -> None:
     both = {"Cookie": "; ".join(f"{name}={value}" for name, value in cookies.items())}
     for access in servers.values():
         with client(out, access) as server:
-            assert server.get("/api/run", headers=both).status_code == 200
+            assert server.get(f"{access.folder}api/run", headers=both).status_code == 200
 
 
 def test_a_code_admits_one_browser(out: Path) -> None:
@@ -303,17 +321,18 @@ def test_a_code_admits_one_browser(out: Path) -> None:
         with client(out, access) as server:
             answer = server.get(f"/?token={code}", follow_redirects=False)
             assert answer.status_code == found
-            assert server.get("/api/run").status_code == (200 if found == 303 else 401)
+            assert server.get(f"{access.folder}api/run").status_code == (200 if found == 303 else 401)
             assert answer.headers.get("cache-control") == "no-store"
 
 
 def test_a_browser_that_comes_from_a_file_begins_anew(out: Path) -> None:
     """A strict cookie is not sent along with what another page began, nor with where that is redirected to."""
-    with client(out, Access.for_host("127.0.0.1", "right")) as server:
+    access = Access.for_host("127.0.0.1", "right")
+    with client(out, access) as server:
         come = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
         answer = server.get('/?token=right&slide="><script>', headers=come)
         assert answer.status_code == 200
-        assert 'url=/?slide=%22%3E%3Cscript%3E"' in answer.text
+        assert f'url={access.folder}?slide=%22%3E%3Cscript%3E"' in answer.text
         assert "right" not in answer.text
         assert "set-cookie" in answer.headers
 

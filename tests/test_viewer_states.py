@@ -139,7 +139,7 @@ def test_the_command_opens_a_browser(
         opened.append(address)
 
     server = Server()
-    monkeypatch.setattr(serve, "make_server", lambda app: server)
+    monkeypatch.setattr(serve, "make_server", lambda app, tls: server)
     monkeypatch.setattr("webbrowser.open", open_it)
     serve.view(str(out), host=host, port=0, token=token, browse=True, announce=said.append)
     assert opened[0].startswith(f"{begins}{server.address[1]}/")

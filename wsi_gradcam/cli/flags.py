@@ -278,6 +278,7 @@ def add_view(parser: argparse.ArgumentParser) -> None:
     _add_remote_slides(parser)
     add("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="files of a certificate and its key: serve https://")
     add("--open", action="store_true", help="open the page in a browser")
 
 

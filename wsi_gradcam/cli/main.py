@@ -293,6 +293,7 @@ def _view(arguments: argparse.Namespace) -> int:
         token=arguments.token,
         allow_host=arguments.allow_host,
         remote_slides=arguments.remote_slides,
+        tls=None if arguments.tls is None else tuple(arguments.tls),
         browse=arguments.open,
         announce=say,
     )

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -91,8 +91,17 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """Name of the cookie, other than those of other servers: browsers send cookies to all ports of a machine."""
+        """Name of the cookie, other than those of other servers."""
         return f"{COOKIE}-{hashlib.sha256(self.token.encode()).hexdigest()[:16]}"
+
+    @property
+    def folder(self) -> str:
+        """The path below which the page lies where there is a token, "/.../"; no other server knows it.
+
+        Browsers send the cookies of a host to all its ports, but only below their path: a server on another port, to
+        which a link or a refresh leads, gets none.
+        """
+        return f"/{hashlib.sha256(b'folder' + self.token.encode()).hexdigest()[:32]}/" if self.token else "/"
 
     def knows_host(self, header: str) -> bool:
         """Return whether a Host header names this server."""
@@ -150,10 +159,19 @@ class AccessMiddleware:
                     headers.setdefault(name, value)
             await send(message)
 
-        refusal = self._refusal(scope)
-        await (refusal or self._app)(scope, receive, send_with_headers)
+        below = self._below_folder(scope)
+        refusal = self._refusal(below or scope, below is not None)
+        await (refusal or self._app)(below or scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _below_folder(self, scope: Scope) -> Scope | None:
+        """Return the request as one without the page's own folder before its path; None where that is not there."""
+        folder = self._access.folder
+        if not hmac.compare_digest(scope["path"][: len(folder)].encode(), folder.encode()):
+            return None
+        raw = scope.get("raw_path") or b""
+        return {**scope, "path": scope["path"][len(folder) - 1 :], "raw_path": raw[len(folder) - 1 :]}
+
+    def _refusal(self, scope: Scope, in_folder: bool) -> Response | None:
         headers = Headers(scope=scope)
         if len(headers.getlist("host")) != 1 or not self._access.knows_host(headers["host"]):
             return _refuse(421, "this server is not called by that name; start it with --allow-host NAME")
@@ -163,20 +181,24 @@ class AccessMiddleware:
             return Response("only GET and HEAD are answered\n", 405, {"Allow": "GET, HEAD"}, "text/plain")
         if _is_cross_site(headers, scope["path"]):
             return _refuse(403, "requested by the page of another site")
-        return self._check_token(scope, headers) if self._access.token else None
+        return self._check_token(scope, headers, in_folder) if self._access.token else None
 
-    def _check_token(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
+    def _check_token(self, scope: Scope, headers: Mapping[str, str], in_folder: bool) -> Response | None:
         """Refuse clients without the token; a token in the address is turned into a cookie, and leaves the address."""
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         given = dict(query).get("token")
         if given is not None and self._access.admits(given):
             rest = urlencode([(name, value) for name, value in query if name != "token"])
-            admitted = _admitted("/" + (f"?{rest}" if rest else ""), headers)
-            admitted.set_cookie(self._access.cookie, self._access.token, httponly=True, samesite="strict")
+            folder = self._access.folder
+            admitted = _admitted(folder + (f"?{rest}" if rest else ""), headers)
+            kept: dict[str, Any] = {"path": folder, "httponly": True, "samesite": "strict"}
+            admitted.set_cookie(self._access.cookie, self._access.token, secure=scope["scheme"] == "https", **kept)
             return admitted
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         cookie = _cookie(headers.get("cookie", ""), self._access.cookie)
-        if self._access.allows(cookie) or (scheme.lower() == "bearer" and self._access.allows(bearer.strip())):
+        if (in_folder and self._access.allows(cookie)) or (
+            scheme.lower() == "bearer" and self._access.allows(bearer.strip())
+        ):
             return None
         return _refuse(401, "open the address with ?token=... that the command printed")
 

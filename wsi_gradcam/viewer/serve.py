@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.errors import ConfigError, one_line
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
 from wsi_gradcam.viewer.security import Access, is_loopback, redirecting_page
@@ -35,6 +35,10 @@ MAX_CONNECTIONS = 512
 REQUEST_TIMEOUT_S = 15.0  # for a whole request, from the connection or the last response on
 STALL_TIMEOUT_S = 30.0  # for a client that reads nothing of its response
 CHECK_EVERY_S = 1.0
+NOT_ENCRYPTED = (
+    "warning: not encrypted: who can listen on this network can read slides, results and the token, and use it; "
+    "--tls CERT KEY encrypts"
+)
 
 
 class BoundedProtocol(H11Protocol):
@@ -93,6 +97,7 @@ def view(
     token: bool = False,
     allow_host: Sequence[str] = (),
     remote_slides: bool = False,
+    tls: tuple[str, str] | None = None,
     browse: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -104,6 +109,7 @@ def view(
         token: require a token on 127.0.0.1 too, for machines with several users.
         allow_host: names by which proxies call the server.
         remote_slides: ask other machines for slides that the results name by URLs.
+        tls: files of a certificate and its key, in PEM: the page's address is then https://.
         browse: open the page in a browser; a token is not in its command line.
         announce: receives a line with the page's address.
 
@@ -118,11 +124,14 @@ def view(
     app = make_app(Archive(out, slides, remote_slides), access)
     with ExitStack() as opened:
         bound = opened.enter_context(listen(host, port))
-        address = f"http://{_url_host(host)}:{bound.getsockname()[1]}/"
+        address = f"http{'s' if tls else ''}://{_url_host(host)}:{bound.getsockname()[1]}/"
+        server = make_server(app, tls)
         announce(f"{address}{f'?token={secret}' if secret else ''}  (end with Ctrl-C)")
+        if not tls and not is_loopback(host):
+            announce(NOT_ENCRYPTED)
         if browse:
             webbrowser.open(opened.enter_context(_private_address(address, access)) if secret else address)
-        make_server(app).run(sockets=[bound])
+        server.run(sockets=[bound])
 
 
 @contextmanager
@@ -162,11 +171,18 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_server(app: Starlette) -> uvicorn.Server:
-    """Return a server with our bounds, to be run with a bound socket."""
-    return uvicorn.Server(
-        uvicorn.Config(
+def make_server(app: Starlette, tls: tuple[str, str] | None = None) -> uvicorn.Server:
+    """Return a server with our bounds, to be run with a bound socket; `tls` are files of a certificate and its key.
+
+    Raises:
+        ConfigError: these cannot be used.
+    """
+    certificate, key = tls or (None, None)
+    try:
+        config = uvicorn.Config(
             app,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
             http=BoundedProtocol,
             ws="none",
             loop="asyncio",
@@ -178,7 +194,12 @@ def make_server(app: Starlette) -> uvicorn.Server:
             server_header=False,
             proxy_headers=False,
         )
-    )
+        config.load()
+    except OSError as error:  # of ssl, too
+        raise ConfigError(
+            f"--tls {certificate} {key}: {one_line(error)}; expected certificate and key in PEM"
+        ) from error
+    return uvicorn.Server(config)
 
 
 def _url_host(host: str) -> str:

@@ -18,7 +18,7 @@ const PATCH_SCREEN_PX = 220; // of a patch that is jumped to
 function linkTo(name, address) {
   const link = find(name);
   link.hidden = !address;
-  link.href = address || "#";
+  link.href = address ? address.slice(1) : "#"; // below the page's own address
 }
 
 class App {

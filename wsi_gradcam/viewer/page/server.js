@@ -1,4 +1,4 @@
-// What the server is asked for. Addresses are described in app.py.
+// What the server is asked for, below the page's own address. Addresses are described in app.py.
 
 async function json(address, signal) {
   const answer = await fetch(address, { signal });
@@ -9,16 +9,16 @@ async function json(address, signal) {
 
 const query = (values) => new URLSearchParams(values).toString();
 
-export const run = () => json("/api/run");
-export const slides = (values, signal) => json(`/api/slides?${query(values)}`, signal);
-export const slideNamed = (id) => json(`/api/slide?${query({ id })}`);
-export const slide = (key) => json(`/api/slides/${key}`);
-export const values = (key, y, x, signal) => json(`/api/slides/${key}/values?${query({ y, x })}`, signal);
-export const patchAt = (key, y, x) => json(`/api/slides/${key}/patches/at?${query({ y, x })}`);
-export const patch = (key, number) => json(`/api/slides/${key}/patches/${number}`);
-export const top = (key, by, count, order) => json(`/api/slides/${key}/patches/top?${query({ by, count, order })}`);
+export const run = () => json("api/run");
+export const slides = (values, signal) => json(`api/slides?${query(values)}`, signal);
+export const slideNamed = (id) => json(`api/slide?${query({ id })}`);
+export const slide = (key) => json(`api/slides/${key}`);
+export const values = (key, y, x, signal) => json(`api/slides/${key}/values?${query({ y, x })}`, signal);
+export const patchAt = (key, y, x) => json(`api/slides/${key}/patches/at?${query({ y, x })}`);
+export const patch = (key, number) => json(`api/slides/${key}/patches/${number}`);
+export const top = (key, by, count, order) => json(`api/slides/${key}/patches/top?${query({ by, count, order })}`);
 
-const tiles = (slide) => `/tiles/${slide.key}/${slide.version}`;
+const tiles = (slide) => `tiles/${slide.key}/${slide.version}`;
 
 export const slideTile = (slide, level, row, column) => `${tiles(slide)}/slide/${level}/${row}_${column}.jpg`;
 export const heatTile = (slide, { address }, level, row, column, smooth = true) =>
