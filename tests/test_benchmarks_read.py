@@ -24,9 +24,19 @@ def figures() -> dict[str, Any]:
 def test_ratios_are_of_the_rates_that_are_reported(figures: dict[str, Any]) -> None:
     for name, rates in figures["patches_per_s"].items():
         assert {"fast", "openslide", "bare_decode"} <= rates.keys()
-        assert ("aszarr" in rates) == ("_by_" not in name)
-        for side in rates.keys() - {"fast"}:
+        assert ("aszarr" in rates) == ("_by_" not in name) == ("scaled" not in rates)
+        for side in rates.keys() - {"fast", "scaled"}:
             assert figures["ratios"][f"fast_over_{side}_{name}"] == rates["fast"] / rates[side]
+            if "scaled" in rates:
+                assert figures["ratios"][f"fast_over_{side}_{name}_scaled"] == rates["scaled"] / rates[side]
+
+
+def test_the_parts_of_a_patch_make_up_its_time(figures: dict[str, Any]) -> None:
+    for parts in figures["ms_per_patch"].values():
+        assert parts["disk"] + parts["decode"] + parts.get("filter", 0) + parts["python"] == pytest.approx(
+            parts["total"]
+        )
+        assert 0 < parts["share_with_lock"] < 1
 
 
 def test_every_codec_grid_and_scale_is_measured(figures: dict[str, Any]) -> None:
