@@ -84,6 +84,8 @@ CHANGES: dict[str, Any] = {
     "precision": "bfloat16",
     "reader": "openslide",
     "trust_objective": True,
+    "channels": (2, 1, 0),
+    "decode": "scaled",
     "reader_threads": 7,
     "torch_threads": 3,
     "max_unreadable": 0.5,
@@ -108,6 +110,12 @@ def test_a_setting_that_changes_results_changes_the_digest(key: str) -> None:
 @pytest.mark.parametrize("key", sorted(NOT_IN_IDENTITY))
 def test_a_setting_that_changes_speed_or_slides_alone_does_not(key: str) -> None:
     assert run_of(**{key: CHANGES[key]}).digest() == run_of().digest()
+
+
+def test_how_tiles_are_decoded_counts_as_chosen() -> None:
+    scaled = replace(FACTS, choice=replace(FACTS.choice, decode="scaled"))
+    assert run_of(scaled).digest() != run_of().digest()
+    assert "decode" not in run_of(decode="auto").identity()["settings"]  # as in runs of older versions
 
 
 def test_the_layer_counts_as_found_however_it_was_named() -> None:
