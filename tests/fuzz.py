@@ -1,6 +1,6 @@
 """Damages slides in many ways and reads them: nothing may crash, hang, take much memory, or show what was not written.
 
-    python -m tests.fuzz [--cases 10000] [--seed 0] [--keep FOLDER]
+    python -m tests.fuzz [--kind slides] [--cases 10000] [--seed 0] [--keep FOLDER]
 
 Cases of an even number damage any bytes of whole files, and little is known of what they show then. Those of an odd
 one know all pixels (`tests.fuzz_truths`) and damage data within tiles, leave tiles out, or store colours and levels as
@@ -32,6 +32,8 @@ import numpy.typing as npt
 import tifffile
 from PIL import Image
 
+from tests.fuzz_documents import KINDS
+from tests.fuzz_documents import fuzz as fuzz_documents
 from tests.fuzz_truths import truth_case
 from tests.runs import ROOT
 from tests.synthetic import write_marker_slide
@@ -257,6 +259,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this case alone")
+    parser.add_argument(
+        "--kind", choices=["slides", "all", *KINDS], default="slides", help="documents: fuzz_documents.py"
+    )
     parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -265,9 +270,17 @@ def main() -> None:
         return
     first, cases = (0, arguments.cases) if arguments.only is None else (arguments.only, 1)
     started = time.monotonic()
-    problems = fuzz(cases, arguments.seed, first)
+    kinds = ["slides", *KINDS] if arguments.kind == "all" else [arguments.kind]
+    problems = []
+    for kind in kinds:
+        more = (
+            fuzz(cases, arguments.seed, first)
+            if kind == "slides"
+            else fuzz_documents(kind, cases, arguments.seed, first)
+        )
+        problems += more
     print(*problems, sep="\n")
-    print(f"{cases:,} cases, {len(problems)} problems, {time.monotonic() - started:.0f} s")
+    print(f"{cases:,} cases of {', '.join(kinds)}, {len(problems)} problems, {time.monotonic() - started:.0f} s")
     sys.exit(bool(problems))
 
 

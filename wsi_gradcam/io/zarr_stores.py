@@ -17,7 +17,8 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -34,7 +35,7 @@ from zarr.core.chunk_grids import RegularChunkGrid
 from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
-from wsi_gradcam.errors import StoreError
+from wsi_gradcam.errors import StoreError, WsiGradcamError, one_line
 from wsi_gradcam.io import object_stores
 from wsi_gradcam.io.object_stores import Failure, classify, retry_delays, store_error
 
@@ -102,6 +103,17 @@ def write_group(path: StoragePath, build: Callable[[Store], None]) -> None:
     path.write_many({name: data.to_bytes() for name, data in built.items()})
 
 
+@contextmanager
+def telling_damage(path: object) -> Iterator[None]:
+    """Turn what metadata of unforeseen types and values end with into a StoreError."""
+    try:
+        yield
+    except WsiGradcamError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise StoreError(f"{path}: damaged metadata ({one_line(error)[:200]}); {MADE_BY_US}") from error
+
+
 class ZarrGroup:
     """A group of Zarr 3 whose arrays' metadata is read once, and whose memory is bounded, see `bounded`.
 
@@ -113,17 +125,19 @@ class ZarrGroup:
         store = path.zarr_store(read_only)
         if isinstance(store, LocalStore) and not store.root.is_dir():  # zarr would make the folder
             raise FileNotFoundError(f"{path}: does not exist")
-        self.group = zarr.open_group(store, mode="r" if read_only else "r+", zarr_format=3)
+        with telling_damage(path):
+            self.group = zarr.open_group(store, mode="r" if read_only else "r+", zarr_format=3)
         self._path = path
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Return the array of this path in the group."""
         if name not in self._arrays:
-            try:
-                array = self.group[name]
-            except KeyError as error:
-                raise FileNotFoundError(f"{self._path}: has no array {name}") from error
+            with telling_damage(f"{self._path}/{name}"):
+                try:
+                    array = self.group[name]
+                except KeyError as error:
+                    raise FileNotFoundError(f"{self._path}: has no array {name}") from error
             self._arrays[name] = bounded(array, f"{self._path}/{name}")
         return self._arrays[name]
 

@@ -17,7 +17,7 @@ import zarr
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.io.zarr_stores import MADE_BY_US, ZarrGroup, write_group
+from wsi_gradcam.io.zarr_stores import MADE_BY_US, ZarrGroup, telling_damage, write_group
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,11 +118,12 @@ class HeatmapStore:
     @property
     def channels(self) -> list[Channel]:
         """The channels and how they are shown, as the metadata say."""
-        return [
-            Channel(shown["label"], window["min"], window["max"], window["start"], window["end"], shown["active"])
-            for shown in self.attributes["ome"]["omero"]["channels"]
-            for window in [shown["window"]]
-        ]
+        with telling_damage(self._place):
+            return [
+                Channel(shown["label"], window["min"], window["max"], window["start"], window["end"], shown["active"])
+                for shown in self.attributes["ome"]["omero"]["channels"]
+                for window in [shown["window"]]
+            ]
 
     def blocks(self, level: int) -> list[Region]:
         """Return the blocks of a level."""

@@ -229,7 +229,7 @@ def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]
         raise StoreError(f"{place}: damaged ({one_line(error)}); choose another --out") from error
     names = tuple(reader.fieldnames or ())
     ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
-    if ((rows or text) and not ours) or any(None in row.values() for row in rows):
+    if ((rows or text) and not ours) or any(None in row or None in row.values() for row in rows):
         raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
     plain = ({name: plain_cell(cell or "") for name, cell in row.items()} for row in rows)
     return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in plain}

@@ -213,7 +213,7 @@ class OmeZarrSlide:
         array = self._levels[0]
         sizes = dict(zip(self._axes, array.shape, strict=True))
         if not {"y", "x"} <= sizes.keys() or any(sizes[axis] != 1 for axis in sizes.keys() - {"y", "x", "c"}):
-            raise SlideContentError(f"an image of axes {sizes}, expected one picture of y, x and colours")
+            raise SlideContentError(f"an image of axes {quoted(sizes)}, expected one picture of y, x and colours")
         if sizes.get("c", 1) > MAX_CHANNELS:
             raise SlideContentError(f"{sizes['c']:,} channels, expected up to {MAX_CHANNELS}")
         if array.dtype not in (np.uint8, np.uint16):
@@ -275,7 +275,7 @@ class OmeZarrSlide:
             number = self._axes.index(name)
             unit = self._scales["axes"][number].get("unit")
             if unit not in UM_PER_UNIT:
-                return None, f"axis {name} has unit {unit!r}; give the micrometres per pixel with --mpp"
+                return None, f"axis {name} has unit {quoted(unit)}; give the micrometres per pixel with --mpp"
             steps = [t["scale"][number] for t in _scalings(self._scales, self._scales["datasets"][0])]
             value = float(np.prod(steps)) * UM_PER_UNIT[unit]
             if problem := check_mpp(value, f"the scale of axis {name}"):

@@ -91,7 +91,7 @@ def _geojson_features(path: Path, values: Any) -> Iterator[tuple[Any, str]]:
         for item in values:
             yield from _geojson_features(path, _check_type(path, item, {"Feature", "FeatureCollection"}))
         return
-    kind = values.get("type") if isinstance(values, dict) else None
+    kind = _type_of(values)
     if kind == "FeatureCollection" and isinstance(values.get("features"), list):
         for item in values["features"]:
             yield from _geojson_features(path, _check_type(path, item, {"Feature"}))
@@ -104,8 +104,14 @@ def _geojson_features(path: Path, values: Any) -> Iterator[tuple[Any, str]]:
         raise AnnotationError(f"{path}: holds {_describe(values)}; {EXPECTED_GEOJSON}")
 
 
+def _type_of(item: Any) -> str:
+    """Return the type that a GeoJSON object says; "" where it says none."""
+    found = item.get("type") if isinstance(item, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def _check_type(path: Path, item: Any, kinds: set[str]) -> Any:
-    if not isinstance(item, dict) or item.get("type") not in kinds:
+    if _type_of(item) not in kinds:
         raise AnnotationError(f"{path}: holds {_describe(item)} among its features; {EXPECTED_GEOJSON}")
     return item
 
@@ -127,11 +133,11 @@ def _class_name(properties: Any) -> str:
 
 def _simple_geometries(path: Path, geometry: Any, number: int) -> Iterator[dict[str, Any]]:
     """Yield the geometry, or those of a collection."""
-    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    kind = _type_of(geometry)
     inner = geometry.get("geometries") if kind == "GeometryCollection" else None
     if isinstance(inner, list):
         for part in inner:
-            if isinstance(part, dict) and part.get("type") == "GeometryCollection":  # section 3.1.8: SHOULD be avoided
+            if _type_of(part) == "GeometryCollection":  # section 3.1.8: SHOULD be avoided
                 raise AnnotationError(f"{path}: feature {number} nests collections; expected plain geometries")
             yield from _simple_geometries(path, part, number)
     elif kind in GEOJSON_OPEN | {"Polygon", "MultiPolygon"} and isinstance(geometry.get("coordinates"), list):
