@@ -313,6 +313,7 @@ def check(kind: str, number: int, seed: int) -> str:
 def run_cases(kind: str, first: int, count: int, seed: int) -> None:
     """In a child: check cases, print what is wrong; the number of the case at work goes first."""
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
     check(kind, first, seed)  # imports what it needs, which takes its time
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + CASE_BYTES, used + CASE_BYTES))

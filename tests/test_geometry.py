@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam.geometry import Region, ceil_div, fill, fill_small, pyramid_shapes, tiles
+from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
+from wsi_gradcam.tissue.quality import fill, fill_small
 
 regions = st.builds(Region, st.integers(-6, 6), st.integers(-6, 6), st.integers(0, 8), st.integers(0, 8))
 

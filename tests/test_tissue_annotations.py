@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_gradcam import geometry as raster
 from wsi_gradcam.errors import AnnotationError
+from wsi_gradcam.tissue import quality as raster
 from wsi_gradcam.tissue.annotations import Annotations, Area, rasterise, read_annotations
 from wsi_gradcam.tissue.annotations import areas as base
 from wsi_gradcam.tissue.annotations.regions import Regions, parse

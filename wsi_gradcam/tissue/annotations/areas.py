@@ -14,14 +14,15 @@ import numpy as np
 from PIL import Image
 
 from wsi_gradcam.errors import AnnotationError, canonical
-from wsi_gradcam.geometry import Region, ceil_div, fill, fill_small, is_small
+from wsi_gradcam.geometry import Region, ceil_div
+from wsi_gradcam.tissue.quality import fill, fill_small, is_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.geometry import Corners, Placed
+    from wsi_gradcam.tissue.quality import Corners, Placed
 
     Box = tuple[float, float, float, float]
     Block = tuple[Region, NDArray[Any], frozenset[int]]  # a part of a picture, its labels, and which there are
