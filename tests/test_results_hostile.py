@@ -249,7 +249,7 @@ NETWORK = ["s3://other/a.svs", "http://169.254.169.254/latest", "https://me:key@
 def test_a_stranger_cannot_have_this_machine_ask_another(path: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def open_it(path: str, *given: object) -> None:
+    def open_it(path: str, *_: object, **__: object) -> None:
         asked.append(path)
         raise SlideNotFoundError("asked")
 
