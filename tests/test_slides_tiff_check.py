@@ -124,6 +124,27 @@ def test_directories_in_a_circle_are_refused(path: Path) -> None:
         check(path)
 
 
+def write_large_ndpi(path: Path, following: list[int]) -> None:
+    """A sparse file of 5 GiB whose directories lie beyond 4 GiB, with 64 bits for their places, as Hamamatsu's are."""
+    places = [(1 << 32) + 1024 * (i + 1) for i in range(len(following))]
+    with path.open("wb") as file:
+        file.write(b"II*\0" + struct.pack("<Q", places[0]))
+        for place, after in zip(places, following, strict=True):
+            file.seek(place)
+            # Of the counts of bytes in a strip only the lower half of the place is here: it would be read elsewhere.
+            file.write(struct.pack("<H", 1) + struct.pack("<HHII", 279, 4, 1000, 1 << 20))
+            file.write(struct.pack("<Q", places[after] if after >= 0 else 0))
+        file.truncate(5 << 30)
+
+
+def test_directories_beyond_4_gib_are_found_as_hamamatsu_writes_them(tmp_path: Path) -> None:
+    write_large_ndpi(tmp_path / "a.ndpi", [1, 2, -1])
+    check(tmp_path / "a.ndpi")
+    write_large_ndpi(tmp_path / "b.ndpi", [1, 2, 0])
+    with pytest.raises(SlideFormatError, match="directory 2 leads back to an earlier one"):
+        check(tmp_path / "b.ndpi")
+
+
 def test_slides_damaged_in_many_ways_are_read_or_refused() -> None:
     """The short form; `make proofs` runs ten thousand."""
     assert fuzz(300, seed=5) == []

@@ -314,6 +314,8 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
     if version not in (CLASSIC, BIG):
         return
     word, number, shape = ("Q", "Q", "HHQ8s") if version == BIG else ("I", "H", "HHI4s")
+    is_large_ndpi = version == CLASSIC and size > CLASSIC_BYTES  # no other file of so many bytes is no BigTIFF
+    word = "Q" if is_large_ndpi else word
     starts = list(struct.unpack_from(order + word, head, 8 if version == BIG else 4))
     seen: set[int] = set()
     for start in starts:  # it grows
@@ -330,11 +332,16 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
             raw = file.read(count * length)
             whole = len(raw) - len(raw) % length
             entries = [struct.unpack_from(order + shape, raw, at) for at in range(0, whole, length)]
+            if is_large_ndpi:  # the upper halves of where values lie are elsewhere
+                entries = []
             yield order, entries
             place = _unpacked(file, order + word) or 0
             starts += _places_below(file, order, entries)
         if start == starts[0] and place in seen:
             raise _TooManyError(f"directory {len(seen) - 1} leads back to an earlier one")
+
+
+CLASSIC_BYTES = 1 << 32
 
 
 class _TooManyError(Exception):
