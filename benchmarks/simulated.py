@@ -14,10 +14,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import dask
-from distributed import Worker
+from distributed import Worker, get_worker
 
 from wsi_gradcam.executors.dask import plugins
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
@@ -45,25 +46,36 @@ class Clock:
         self.blocks: list[int] = []  # of a slide, by level
         self.spent_s: defaultdict[str, float] = defaultdict(float)
         self.patches = 0
-        self.within_s = 0.0  # in tasks that explain
+        self.within_s = 0.0  # while tasks that explain are at work, one or two in a worker
+        self._at_work: defaultdict[str, int] = defaultdict(int)
+        self._since: dict[str, float] = {}
+        self._devices: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.first, self.last = float("inf"), 0.0
         self._lock = threading.Lock()
         self._next = threading.local()  # what this thread reads meanwhile
 
     def perform(self, context: Any, task: Task, upcoming: Task | None = None) -> Performed:
         """Replace `run.context.perform`."""
-        start = time.time()
+        start, worker = time.time(), get_worker().address
+        explains = task.stage.name == "explain"
+        with self._lock:
+            self._at_work[worker] += explains
+            if explains and self._at_work[worker] == 1:
+                self._since[worker] = start
         patches = min(SPAN, PATCHES - SPAN * task.index[0]) if task.stage.name == "explain" else 0
         for name, seconds in self._parts(task, patches):
-            time.sleep(self.slowness * seconds)
+            with self._devices[worker] if name == "explain" else nullcontext():  # two share a GPU, which does one thing
+                time.sleep(self.slowness * seconds)
             with self._lock:
                 self.spent_s[name] += seconds
         self._next.task = upcoming
         end = time.time()
-        if task.stage.name == "explain":
+        if explains:
             with self._lock:
                 self.patches += patches
-                self.within_s += end - start
+                self._at_work[worker] -= 1
+                if not self._at_work[worker]:
+                    self.within_s += end - self._since[worker]
                 self.first, self.last = min(self.first, start), max(self.last, end)
         return Performed(self._result_of(task, patches), end - start, str(os.getpid()))
 
@@ -109,7 +121,7 @@ async def work(address: str, count: int, threads: int) -> None:
         Worker(
             address,
             nthreads=threads,
-            resources={"GPU": 1, "CPU": threads - 1},
+            resources={"GPU": 1, "CPU": threads - 2},
             memory_limit=0,
             dashboard=False,
             silence_logs=50,

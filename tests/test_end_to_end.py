@@ -20,6 +20,7 @@ from tests import toy_models
 from tests.runs import SMALL, Heatmap, contents, rows_of, stored, toy_spec
 from tests.synthetic import MarkerSlide, corrupt_tile, write_marker_slide
 from wsi_gradcam.api import explain
+from wsi_gradcam.errors import as_text
 from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.results.validation import validate
 
@@ -380,5 +381,5 @@ def test_a_name_that_is_not_unicode_stops_nothing(slide: MarkerSlide, tmp_path: 
         path.symlink_to(slide.path)
     explain(tmp_path / "in", toy_spec("pooled_linear"), tmp_path / "out", **SMALL)
     rows = read_slides(tmp_path / "out" / "slides.csv")
-    assert set(rows) == {name, "good.tif"}
+    assert set(rows) == {as_text(name), "good.tif"}
     assert rows["good.tif"]["status"] == "ok"

@@ -39,6 +39,7 @@ EXPECTED = {
     "OutsideError": PermissionError,
     "RangeError": ValueError,
     "WorkerError": RuntimeError,
+    "DeviceError": RuntimeError,
     "SlideMemoryError": RuntimeError,
     "StoppedError": RuntimeError,
 }

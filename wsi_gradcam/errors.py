@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import reprlib
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -189,7 +188,9 @@ def as_path(text: str) -> str:
 
 def canonical(name: str) -> str:
     """Return a name in Unicode's normal form C: programs and disks write one "é" as one letter or as two."""
-    return unicodedata.normalize("NFC", name)
+    from unicodedata import normalize  # only where names are compared: a megabyte
+
+    return normalize("NFC", name)
 
 
 def picked(name: str, names: Iterable[str]) -> str | None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from wsi_gradcam import __version__
 from wsi_gradcam.cli import PrintableFormatter, Streams, flags, leave, say
 from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, one_line, printable
-from wsi_gradcam.io.urls import allowing
 from wsi_gradcam.system.isolation import supervise
 from wsi_gradcam.system.stopping import STOP
 
@@ -75,6 +74,8 @@ def _main_of_process() -> NoReturn:
 
 
 def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None]) -> int:
+    from wsi_gradcam.io.urls import allowing  # not in the process that only waits
+
     if logging.lastResort is not None:  # what is logged and has no other handler is printed by this
         logging.lastResort.setFormatter(PrintableFormatter())
     try:
