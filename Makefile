@@ -47,7 +47,7 @@ demo: venv
 
 test: venv browser .venv-napari/installed
 	$(BIN)/python -m coverage erase
-	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
 
 S3_SUITES := tests/test_end_to_end.py tests/test_end_to_end_damage.py tests/test_executors.py tests/test_executors_scheduling.py \
   tests/test_masked_run.py tests/test_stain_runs.py tests/test_remote_runs.py tests/test_resume.py tests/test_results_validation.py \
