@@ -158,7 +158,7 @@ def test_the_process_that_waits_is_small(made: Path, tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=WITHIN_S)
     psutil.wait_procs([child], timeout=5)
-    assert waiting < 32 << 20
+    assert waiting < 36 << 20  # with numpy alone it would be more
 
 
 def told(*names: str) -> list[tuple[str, str]]:

@@ -66,6 +66,7 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (SlideError, 404),
     (BusyError, 503),
     (DisconnectedError, 499),
+    (StoreError, 404),  # damaged metadata
 )
 
 # What reading metadata of unforeseen types and values ends with, and JSON of what is not finite.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.cam.facts import METHOD_INFO
-from wsi_gradcam.errors import NotShownError, ResultError, WsiGradcamError, one_line
+from wsi_gradcam.errors import NotShownError, ResultError, StoreError, WsiGradcamError, one_line
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.channels import ChannelInfo
 from wsi_gradcam.results.heatmap import COLOURS, HeatmapStore
@@ -143,9 +143,9 @@ def _checked(read: Callable[[], T], check: Callable[[], None]) -> T:
     """
     try:
         return read()
-    except WsiGradcamError:
-        raise
     except Exception as error:  # zarr and its codecs raise many kinds
+        if isinstance(error, WsiGradcamError) and not isinstance(error, StoreError):
+            raise
         raise ResultError(f"{DAMAGED} ({one_line(error)}); audit the run again with --overwrite") from error
     finally:
         check()
