@@ -18,7 +18,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ import numpy.typing as npt
 import tifffile
 from PIL import Image
 
-from tests.fuzz_documents import KINDS
+from tests.fuzz_documents import KINDS, in_children
 from tests.fuzz_documents import fuzz as fuzz_documents
 from tests.fuzz_truths import truth_case
 from tests.runs import ROOT
@@ -42,7 +41,6 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import open_slide, read_region, thumbnail
 
 CASE_S, CASE_BYTES = 5, 1 << 30
-AT_ONCE = 250
 PATCH_PX = 64
 REAL = ROOT.parent / "shared/data/slides"
 
@@ -239,19 +237,11 @@ def run_cases(first: int, count: int, seed: int) -> int:
 
 def fuzz(cases: int, seed: int = 0, first: int = 0) -> list[str]:
     """What went wrong in that many cases, a line or a traceback each."""
-    problems: list[str] = []
-    number, end = first, first + cases
-    while number < end:
-        count = min(AT_ONCE, end - number)
-        command = [sys.executable, "-m", "tests.fuzz", "--child", str(number), str(count), "--seed", str(seed)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        chunks = ended.stdout.split("case ")[1:]
-        problems += [chunk.partition("WRONG ")[2] for chunk in chunks if "WRONG " in chunk]
-        done = int(chunks[-1].split()[0]) if chunks else number
-        if ended.returncode:
-            problems.append(f"{done}: the process ended with {ended.returncode}: {ended.stderr[-300:]}")
-        number = done + 1 if ended.returncode else number + count
-    return problems
+
+    def command(number: int, count: int) -> list[str]:
+        return ["tests.fuzz", "--child", str(number), str(count), "--seed", str(seed)]
+
+    return in_children(command, cases, first, "")
 
 
 def main() -> None:

@@ -326,17 +326,30 @@ def run_cases(kind: str, first: int, count: int, seed: int) -> None:
 
 def fuzz(kind: str, cases: int, seed: int = 0, first: int = 0) -> list[str]:
     """What went wrong in that many cases, a line or a traceback each."""
+
+    def command(number: int, count: int) -> list[str]:
+        return ["tests.fuzz_documents", kind, str(number), str(count), str(seed)]
+
+    return in_children(command, cases, first, f"{kind} ")
+
+
+def in_children(command: Callable[[int, int], list[str]], cases: int, first: int, what: str) -> list[str]:
+    """What went wrong in cases that processes of their own try, some at a time, each after one that ended it.
+
+    `command` gives module and arguments for so many cases from a number on; what they print begins with "case NUMBER",
+    and after "WRONG " says what is. `what` stands before the number of a case that ended its process.
+    """
     problems: list[str] = []
     number, end = first, first + cases
     while number < end:
         count = min(AT_ONCE, end - number)
-        command = [sys.executable, "-m", "tests.fuzz_documents", kind, str(number), str(count), str(seed)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        run = [sys.executable, "-m", *command(number, count)]
+        ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
         chunks = ended.stdout.split("case ")[1:]
         problems += [chunk.partition("WRONG ")[2] for chunk in chunks if "WRONG " in chunk]
         done = int(chunks[-1].split()[0]) if chunks else number
         if ended.returncode:
-            problems.append(f"{kind} {done}: the process ended with {ended.returncode}: {ended.stderr[-300:]}")
+            problems.append(f"{what}{done}: the process ended with {ended.returncode}: {ended.stderr[-300:]}")
         number = done + 1 if ended.returncode else number + count
     return problems
 
