@@ -242,7 +242,7 @@ def _pyramid(file: TiffFile) -> list[list[Any]]:
     if alone is not None and not alone.subifds:  # whatever it says of planes in other files
         return [[alone]]
     if not file.series:
-        raise SlideFormatError("no picture in the file")
+        raise SlideFormatError(f"no picture in the file, which may be cut short; {AGAIN}")
     first = file.series[0]
     if len(first.pages) != 1:
         if "".join(axis for axis, size in zip(first.axes, first.shape, strict=True) if size > 1) != "CYX":
