@@ -169,7 +169,7 @@ def simulated(run: RunPlan, slides: Sequence[SlideEntry], case: Case, costs: dic
             threads_per_worker=local.GPU_THREADS,
             processes=False,
             resources=local.GPU_RESOURCES,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             protocol="tcp://",
             memory_limit=0,
         ) as cluster:
