@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from wsi_gradcam.results.manifest import Manifest
-from wsi_gradcam.run import explaining
+from wsi_gradcam.run import stages
 
 JOURNAL = "CHAOS_JOURNAL"  # environment: the file
 BEGUN, DONE = "begun", "done"
@@ -18,7 +18,7 @@ BEGUN, DONE = "begun", "done"
 def dask_setup(worker: Any) -> None:
     """Called by a worker that starts."""
     current = threading.local()
-    explain_span, work, complete = explaining.explain_span, explaining.__dict__["_explain"], Manifest.complete
+    explain_span, work, complete = stages.explain_span, stages.__dict__["_explain"], Manifest.complete
 
     def told(event: str) -> None:
         line = json.dumps([event, *current.span, time.time(), os.getpid()])
@@ -39,6 +39,6 @@ def dask_setup(worker: Any) -> None:
         if kind == "spans":
             told(DONE)
 
-    explaining.explain_span = spanned  # tasks find it by its name
-    explaining.__dict__["_explain"] = explained
+    stages.explain_span = spanned  # tasks find it by its name
+    stages.__dict__["_explain"] = explained
     Manifest.complete = completed  # type: ignore[method-assign, assignment]

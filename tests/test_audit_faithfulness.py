@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from tests.planted import Patches, patches, trained, untrained
 from tests.subjects import subject_of
-from wsi_gradcam.audit.measures.faithfulness import Curves, mean_height, slide_removal
 from wsi_gradcam.audit.measures.removal import (
     STEPS,
+    Curves,
     blurred,
     mean_colour,
+    mean_height,
     removal_curves,
     removal_ranks,
     replace_by,
     replace_by_neighbours,
+    slide_removal,
 )
 from wsi_gradcam.audit.measures.subject import Aim, Subject, control_maps
 from wsi_gradcam.audit.vocabulary import CONTROLS, PROBABILITY

@@ -15,9 +15,16 @@ from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS, Way
 from wsi_gradcam.audit.questions.saturation import LIKE_LEAKY
 from wsi_gradcam.audit.questions.shortcuts import AREA, ATTRIBUTION
-from wsi_gradcam.audit.report.figures import curves_figure, intervals_figure
+from wsi_gradcam.audit.report.figures import (
+    Example,
+    colour_scale,
+    curves_figure,
+    examples_of,
+    intervals_figure,
+    overlay,
+    scale_of,
+)
 from wsi_gradcam.audit.report.page import archive_page, difference, p_text, slide_page, square, undecided, value
-from wsi_gradcam.audit.report.pictures import Example, colour_scale, examples_of, overlay, scale_of
 from wsi_gradcam.audit.schema import (
     AgainstFacts,
     ComparisonRow,

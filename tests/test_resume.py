@@ -29,10 +29,9 @@ from wsi_gradcam.results.slide_tables import read_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.context import Context, perform
 from wsi_gradcam.run.examining import examine_model
-from wsi_gradcam.run.explaining import explain_span
 from wsi_gradcam.run.plan import RunPlan, plan_run
-from wsi_gradcam.run.planning import plan_slide
 from wsi_gradcam.run.settings import make_settings
+from wsi_gradcam.run.stages import explain_span, plan_slide
 from wsi_gradcam.run.stitching import finish_slide
 from wsi_gradcam.run.types import Performed, Planned, SlideRecord, Task
 from wsi_gradcam.run.workload import COARSEN, PLAN, STITCH, ExplainWorkload

@@ -16,7 +16,7 @@ from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run import log as run_log
 from wsi_gradcam.run.log import LOG, LONGEST, RunLog
-from wsi_gradcam.system.timer import PeriodicTimer
+from wsi_gradcam.system.processes import PeriodicTimer
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Thr
 from wsi_gradcam.run.status import FailureCause, RunNumbers
 from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
 from wsi_gradcam.run.workload import EXPLAIN, PLAN, STITCH
-from wsi_gradcam.system.timer import format_duration
+from wsi_gradcam.system.processes import format_duration
 
 
 class Clock:

@@ -15,8 +15,8 @@ from wsi_gradcam.audit.batch import PatchData, subject_of
 from wsi_gradcam.audit.measurements import joined
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditPlan, AuditSettings, SlideSample, patch_seeds
+from wsi_gradcam.audit.report.figures import examples_of, scale_of
 from wsi_gradcam.audit.report.page import archive_page
-from wsi_gradcam.audit.report.pictures import examples_of, scale_of
 from wsi_gradcam.audit.stages import measure_patches
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cam.explainer import Request, examine

@@ -27,7 +27,7 @@ from wsi_gradcam.run.progress import cause_of
 from wsi_gradcam.run.settings import make_settings
 from wsi_gradcam.slides import is_zarr, open_slide
 from wsi_gradcam.slides.patch_reader import open_entry
-from wsi_gradcam.system.timer import format_duration
+from wsi_gradcam.system.processes import format_duration
 from wsi_gradcam.tissue.annotations import check_mask, read_regions
 from wsi_gradcam.tissue.masks import slide_masks, write_mask_preview
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from wsi_gradcam.errors import printable
 from wsi_gradcam.run.status import AUDIT, ObservedRun, RunState, RunStatus, SlideCounts, WorkerStatus
-from wsi_gradcam.system.timer import format_duration
+from wsi_gradcam.system.processes import format_duration
 
 WORKERS_NAMED = 16
 

@@ -17,7 +17,7 @@ from wsi_gradcam.cli import say
 from wsi_gradcam.errors import printable
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.types import Performed, Planned, RunListener, Task
-from wsi_gradcam.system.timer import format_duration
+from wsi_gradcam.system.processes import format_duration
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice

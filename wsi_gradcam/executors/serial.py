@@ -10,8 +10,8 @@ from wsi_gradcam.errors import one_line
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.context import Context, perform
 from wsi_gradcam.run.examining import examine_model
-from wsi_gradcam.run.explaining import read_ahead
 from wsi_gradcam.run.failures import retried
+from wsi_gradcam.run.stages import read_ahead
 from wsi_gradcam.run.types import Observer, Performed, Planned, SlideRecord, Task, TaskResult, Workload
 from wsi_gradcam.run.workload import EXPLAIN, PLAN, perform_job
 from wsi_gradcam.system.isolation import CRASHES

@@ -27,8 +27,7 @@ from wsi_gradcam.io.local import PARTIAL, wrap_write_errors
 from wsi_gradcam.results.channels import ChannelInfo
 from wsi_gradcam.results.run_files import is_name
 from wsi_gradcam.results.slide import SlideResult
-from wsi_gradcam.system.processes import Process, this_process
-from wsi_gradcam.system.timer import PeriodicTimer
+from wsi_gradcam.system.processes import PeriodicTimer, Process, this_process
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

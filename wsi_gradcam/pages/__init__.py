@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from wsi_gradcam.system.timer import format_duration
+from wsi_gradcam.system.processes import format_duration
 
 if TYPE_CHECKING:
     from jinja2 import Environment

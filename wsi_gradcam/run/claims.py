@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Self
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
-from wsi_gradcam.system.processes import Process, this_process
-from wsi_gradcam.system.timer import PeriodicTimer
+from wsi_gradcam.system.processes import PeriodicTimer, Process, this_process
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath

@@ -16,7 +16,7 @@ from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import run_page
 from wsi_gradcam.run.status import REPORT, RunFacts, RunState, RunStatus, facts_of, now, write_status
 from wsi_gradcam.run.types import FatalError, Performed, Processed, RunListener, SlideRecord, Task
-from wsi_gradcam.system.timer import PeriodicTimer
+from wsi_gradcam.system.processes import PeriodicTimer
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry

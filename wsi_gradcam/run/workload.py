@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
-from wsi_gradcam.run.explaining import explain_span
 from wsi_gradcam.run.failures import is_lasting
-from wsi_gradcam.run.planning import plan_slide
+from wsi_gradcam.run.stages import explain_span, plan_slide
 from wsi_gradcam.run.stitching import coarsen_block, finish_slide, stitch_block
 from wsi_gradcam.run.types import FatalError, Planned, SlideJob, SlideRecord, Stage, Task, TaskResult
 

@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from wsi_gradcam.errors import NotShownError, TileError
-from wsi_gradcam.viewer.gallery import Scorer, list_slides
+from wsi_gradcam.viewer.archive import Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
 from wsi_gradcam.viewer.queries import Queries, run_facts
 from wsi_gradcam.viewer.responses import (

@@ -17,8 +17,7 @@ from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import NotShownError, SlideError, WsiGradcamError, one_line
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.run_files import folder_name
-from wsi_gradcam.viewer.archive import valid_text
-from wsi_gradcam.viewer.gallery import status_of
+from wsi_gradcam.viewer.archive import status_of, valid_text
 from wsi_gradcam.viewer.images import HeatmapReader, PointValues, channel_scale, finer_levels, heatmap_pyramid
 from wsi_gradcam.viewer.responses import RUN_REPORT
 from wsi_gradcam.viewer.tiles import slide_pyramid

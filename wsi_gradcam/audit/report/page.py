@@ -11,8 +11,18 @@ from wsi_gradcam.audit.folder import REPORT, read_arrays
 from wsi_gradcam.audit.metrics import QUADRANTS, metrics_of
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS
-from wsi_gradcam.audit.report.figures import SMALL_PANEL, curves_figure, drawn
-from wsi_gradcam.audit.report.pictures import SHOWN, Example, Picture, colour_scale, examples_of, scale_of, smaller
+from wsi_gradcam.audit.report.figures import (
+    SHOWN,
+    SMALL_PANEL,
+    Example,
+    Picture,
+    colour_scale,
+    curves_figure,
+    drawn,
+    examples_of,
+    scale_of,
+    smaller,
+)
 from wsi_gradcam.audit.schema import CurveRow
 from wsi_gradcam.audit.vocabulary import (
     CONTROLS,
