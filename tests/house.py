@@ -32,6 +32,7 @@ ROOMS = (
     "models",
     "cam",
     "gradcam",
+    "mil",
     "results",
     "run",
     "executors",
