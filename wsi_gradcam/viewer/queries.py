@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
-    from wsi_gradcam.viewer.spread import Spread, Spreads
+    from wsi_gradcam.viewer.images import Spread, Spreads
 
     Windows = dict[str, tuple[float, float]]
 
