@@ -27,7 +27,7 @@ from tests import cli_runs
 from tests.cli_runs import Run, only_error
 from tests.runs import ROOT, toy_file
 from wsi_gradcam.cam import auto as remembered
-from wsi_gradcam.doctor import FAIL, OK, WARN, Check, cluster, environment, examine, local, worst
+from wsi_gradcam.doctor import FAIL, OK, WARN, Check, checks, environment, examine, worst
 from wsi_gradcam.doctor import environment as check
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.patch_store import PatchStore
@@ -89,21 +89,21 @@ def test_wrong_usage_is_told_before_any_check(run: Run, tmp_path: Path) -> None:
 def test_versions_are_compared_with_what_the_package_asks_for(
     installed: str | None, status: str, mend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "version_of", lambda name: installed)
-    (found,) = local._package("torch")
+    monkeypatch.setattr(checks, "version_of", lambda name: installed)
+    (found,) = checks._package("torch")
     assert (found.status, found.mend) == (status, mend)
 
 
 def test_openvino_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "version_of", lambda name: None)
-    (found,) = local._package("openvino")
+    monkeypatch.setattr(checks, "version_of", lambda name: None)
+    (found,) = checks._package("openvino")
     assert found.status == OK
     assert found.mend.startswith("pip install 'openvino>=")
 
 
 def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
-    (found,) = local._python()
+    (found,) = checks._python()
     assert (found.status, found.mend) == (FAIL, "make an environment with Python >=3.11")
 
 
@@ -114,9 +114,9 @@ def test_every_package_that_is_checked_is_one_that_is_asked_for() -> None:
 
 
 def test_threads_beyond_the_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "cores", lambda: 1)
+    monkeypatch.setattr(checks, "cores", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    (found,) = local._cpu()
+    (found,) = checks._cpu()
     assert (found.status, found.mend) == (WARN, "more threads than cores are slow: --torch-threads 1")
 
 
@@ -139,7 +139,7 @@ def test_gpus_are_named_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device", lambda n: ExitStack())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    cuda, mps = local._gpu()
+    cuda, mps = checks._gpu()
     assert (cuda.status, cuda.found) == (OK, "cuda:0 L4, 24.0 GiB, bfloat16: no")
     assert (mps.status, mps.found) == (OK, "mps, bfloat16: yes")
 
@@ -154,13 +154,13 @@ def test_a_driver_without_a_gpu_for_torch_is_told(
 
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     monkeypatch.setattr(torch.version, "cuda", built)
-    monkeypatch.setattr(local, "NVIDIA", tmp_path)
-    (found,) = local._gpu()
+    monkeypatch.setattr(checks, "NVIDIA", tmp_path)
+    (found,) = checks._gpu()
     assert found.status == WARN
     assert told in found.found
     assert found.found.endswith("the driver is too old")
-    monkeypatch.setattr(local, "NVIDIA", tmp_path / "none")
-    (found,) = local._gpu()
+    monkeypatch.setattr(checks, "NVIDIA", tmp_path / "none")
+    (found,) = checks._gpu()
     assert (found.status, found.found) == (OK, "none; the model runs on the CPU")
 
 
@@ -170,7 +170,7 @@ def test_a_codec_that_is_missing_fails_and_the_others_pass(monkeypatch: pytest.M
 
     monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {})  # decoders found before are kept there
     monkeypatch.setattr(imagecodecs, "zstd_decode", missing)
-    found = {codec: worst(check.run_check(codec, local._codec, codec)) for codec in local.CODECS}
+    found = {codec: worst(check.run_check(codec, checks._codec, codec)) for codec in checks.CODECS}
     assert {codec: status for codec, status in found.items() if status != OK} == {"zstd": FAIL}
 
 
@@ -178,30 +178,30 @@ def test_a_codec_that_decodes_wrongly_fails(monkeypatch: pytest.MonkeyPatch) -> 
     decode = imagecodecs.lzw_decode
     monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {})
     monkeypatch.setattr(imagecodecs, "lzw_decode", lambda data, **options: bytes(len(decode(data, **options))))
-    (found,) = local._codec("lzw")
+    (found,) = checks._codec("lzw")
     assert (found.status, found.found) == (FAIL, "decoded values are up to 189 from the true ones")
 
 
 def test_openslide_really_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = local._openslide()
+    (found,) = checks._openslide()
     assert (found.status, found.found) == (OK, f"library {openslide_reader.library_version()}, a slide was read")
     white = np.full((64, 64, 3), 255, np.uint8)
     monkeypatch.setattr(openslide_reader.OpenSlideSlide, "read_level", lambda *arguments: white)
-    (found,) = local._openslide()
+    (found,) = checks._openslide()
     assert (found.status, found.found.rpartition(" ")[2]) == (FAIL, "wrong")
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(remembered, "cache_file", lambda: tmp_path / "file" / "engines.json")
-    (found,) = local._choices()
+    (found,) = checks._choices()
     assert found.status == WARN
     assert "XDG_CACHE_HOME" in found.mend
 
 
 def test_a_broken_installation_does_not_stop_the_other_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = by_name(local.check_machine())
+    found = by_name(checks.check_machine())
     assert (found["CPU"].status, found["GPU"].status, found["codec zstd"].status) == (FAIL, FAIL, OK)
     assert "torch" in found["CPU"].found
 
@@ -254,20 +254,20 @@ def test_a_full_disk_fails_with_its_mend(quick: None, tmp_path: Path, monkeypatc
 
 
 def test_renames_that_are_seen_in_the_old_file_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local._rename(tmp_path).status == OK
+    assert checks._rename(tmp_path).status == OK
     monkeypatch.setattr(os, "replace", lambda source, target: shutil.copyfile(source, target))
-    assert local._rename(tmp_path).status == WARN
+    assert checks._rename(tmp_path).status == WARN
 
 
 def test_file_systems_without_locks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*arguments: Any) -> None:
         raise OSError(errno.ENOTSUP, "not supported")
 
-    assert local._locks(tmp_path).status == OK
+    assert checks._locks(tmp_path).status == OK
     monkeypatch.setattr("fcntl.flock", unknown)
-    assert local._locks(tmp_path).found == "no locks: OSError: [Errno 95] not supported"
+    assert checks._locks(tmp_path).found == "no locks: OSError: [Errno 95] not supported"
     monkeypatch.setattr("fcntl.flock", lambda *arguments: None)
-    assert (local._locks(tmp_path).status, local._locks(tmp_path).found) == (WARN, "a file could be locked twice")
+    assert (checks._locks(tmp_path).status, checks._locks(tmp_path).found) == (WARN, "a file could be locked twice")
 
 
 class Usage(NamedTuple):
@@ -288,7 +288,7 @@ def test_little_space_is_told(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(gib << 30))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_files=inodes, f_favail=left))
-    one = local._space(tmp_path)
+    one = checks._space(tmp_path)
     assert (one.status, one.found) == (status, found)
 
 
@@ -425,10 +425,10 @@ def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> No
     assert "No such file" in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
     (tmp_path / "probe").write_text("other", encoding="utf-8")
     assert "holds something else" in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
-    blind = cluster._shared(storage_path(tmp_path), {"tcp://a": worker(out="No such file")}, 0)
+    blind = checks._shared(storage_path(tmp_path), {"tcp://a": worker(out="No such file")}, 0)
     assert (blind.status, blind.found) == (FAIL, "tcp://a: No such file")
     workers = {f"tcp://{n}": worker(pid=n) for n in range(3)}
-    unseen = cluster._shared(storage_path(tmp_path), workers, 2)
+    unseen = checks._shared(storage_path(tmp_path), workers, 2)
     assert (unseen.status, unseen.found) == (FAIL, "files of 1 workers are not seen here")
 
 
@@ -439,13 +439,13 @@ def test_what_must_be_equal_between_processes() -> None:
     assert environment.differences(here, other) == {}
     other["versions"]["openvino"] = None
     assert list(environment.differences(here, other)) == ["openvino"]
-    assert cluster._versions({"tcp://a": other}).status == WARN
+    assert checks._versions({"tcp://a": other}).status == WARN
     other["python"] = "3.99.1"
-    assert cluster._versions({"tcp://a": other}).status == FAIL
+    assert checks._versions({"tcp://a": other}).status == FAIL
 
 
 def test_many_workers_with_one_trouble_are_not_all_listed() -> None:
-    found = cluster._problem("name", WARN, {f"tcp://{n}": "bad" for n in range(8)}, "mend")
+    found = checks._problem("name", WARN, {f"tcp://{n}": "bad" for n in range(8)}, "mend")
     assert found.found.endswith("tcp://4: bad; and 3 more")
 
 

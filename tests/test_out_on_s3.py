@@ -16,7 +16,7 @@ from tests.cli_runs import SMALL_FLAGS, Run, calling, write_inputs
 from tests.runs import SMALL, contents, objects, start, toy_spec
 from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam.api import explain, validate
-from wsi_gradcam.doctor.local import check_folder
+from wsi_gradcam.doctor.checks import check_folder
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io import object_stores
 from wsi_gradcam.io.local import LOCK

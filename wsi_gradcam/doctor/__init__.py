@@ -1,6 +1,6 @@
 """Checks before a run: of this machine, of the folder of the results, and of a cluster's workers.
 
-`local` has those of this process, `cluster` those of workers; both return `Check`s, which the command line prints. The
+`checks` has those of this process and those of workers; they return `Check`s, which the command line prints. The
 room may try whatever a run will need (readers, stores, models, workers), and leaves everything as it was.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.doctor.cluster import check_workers
+from wsi_gradcam.doctor.checks import check_folder, check_machine, check_workers
 from wsi_gradcam.doctor.environment import (
     FAIL,
     OK,
@@ -21,7 +21,6 @@ from wsi_gradcam.doctor.environment import (
     run_check,
     worst,
 )
-from wsi_gradcam.doctor.local import check_folder, check_machine
 from wsi_gradcam.io.paths import StoragePath, storage_path
 
 if TYPE_CHECKING:
