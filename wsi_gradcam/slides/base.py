@@ -41,6 +41,7 @@ COLOUR_NAME = re.compile(r"(?:channel|ch|c)?[ :_-]*(r|red|g|green|b|blue)[ :_-]*
 NUMBER_NAME = re.compile(r"(?:(?:channel|ch|c)?[ :_-]*\d+(?:[ :_-]+\d+)*)?", re.IGNORECASE)
 PURE = {(255, 0, 0): "r", (0, 255, 0): "g", (0, 0, 255): "b"}
 # Files that make a folder a Zarr group, of either format.
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ZARR_FILES = ("zarr.json", ".zgroup")
 
 
@@ -439,3 +440,9 @@ class LocalFile:
             return os.pread(self._descriptor, count, offset)
         except OSError as error:  # one bad sector is not the whole slide
             return error
+
+
+def is_tiff(file: SlideFile) -> bool:
+    """Return True for a file with the signature of TIFF."""
+    with file.stream() as stream:
+        return stream.read(4) in TIFF_SIGNATURES

@@ -13,7 +13,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from wsi_gradcam.errors import SlideFormatError, SlideReadError
+from wsi_gradcam.errors import SlideFormatError, SlideReadError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides.base import (
     Level,
@@ -25,6 +25,7 @@ from wsi_gradcam.slides.base import (
     mpp_from_objective,
     pad_with_background,
 )
+from wsi_gradcam.slides.openslide_tiles import TileJudge
 from wsi_gradcam.slides.tiff_levels import open_tiff, spacing_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class OpenSlideSlide:
         self.stored_px = [(height, width) for width, height in self._handle.level_dimensions]
         self._info = mpp_from_objective(info) if trust_objective else info
         self._downsamples = self._handle.level_downsamples
+        self._tiles = TileJudge(path, self._info.vendor, self.stored_px)
 
     @property
     def info(self) -> SlideInfo:
@@ -71,7 +73,21 @@ class OpenSlideSlide:
         """Return the pixels of `region` of `level` as RGB uint8 [height, width, 3], transparency on the background.
 
         Raises:
-            SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
+            SlideReadError: a tile is damaged or missing; the slide stays usable.
+        """
+        shown = region.intersect(Region(0, 0, self._info.levels[level].height, self._info.levels[level].width))
+        if shown.height > 0 and shown.width > 0:
+            try:
+                self._tiles.check(level, shown, slack=0 if self.is_exact(level) else 1)
+            except Exception as error:  # decoders raise many kinds
+                raise SlideReadError(f"{self._where(level, region)} cannot be decoded: {one_line(error)}") from error
+        return self.read_as_it_is(level, region)
+
+    def read_as_it_is(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Return the same with what OpenSlide makes of damaged tiles.
+
+        Raises:
+            SlideReadError: OpenSlide itself cannot decode a tile, or one is missing.
         """
 
         def read(inside: Region) -> NDArray[np.uint8]:
@@ -89,6 +105,7 @@ class OpenSlideSlide:
 
     def close(self) -> None:
         """Release the file."""
+        self._tiles.close()
         self._handle.close()
 
     @cached_property

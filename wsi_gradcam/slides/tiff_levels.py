@@ -210,7 +210,7 @@ def tiff_levels(file: TiffFile, channels: Channels | None = None) -> list[TiffLe
         SlideFormatError: it holds no image that can be read; the message tells why.
     """
     try:
-        levels = [_level(pages, _shown(file, pages, channels)) for pages in _pyramid(file)]
+        levels = [page_level(pages, _shown(file, pages, channels)) for pages in _pyramid(file)]
     except SlideError:
         raise
     except Exception as error:  # parsing a damaged file may raise anything
@@ -301,7 +301,7 @@ def _alike(first: Any, page: Any) -> bool:
     return make_levels(both, [spacing_of(p) for p in (first, page)], tiles)[1].problem != DIFFERENT
 
 
-def _level(pages: list[Any], shown: Channels | None) -> TiffLevel:
+def page_level(pages: list[Any], shown: Channels | None) -> TiffLevel:
     """Return the level in a page, or in several of one channel each, of which some are shown."""
     page = pages[0].keyframe
     height, width = int(page.imagelength), int(page.imagewidth)

@@ -110,9 +110,9 @@ class TiffSlide:
         row, column = divmod(index, stored.grid[1])
         smaller = stored.reduced(by)
         try:
-            places = _locate(smaller, row, column)
+            places = locate(smaller, row, column)
             found = list(self._file.read_many(places if isinstance(places, list) else []))
-            tile = smaller.decode(smaller.pieces(row, column), _check_complete(places, found))
+            tile = smaller.decode(smaller.pieces(row, column), check_complete(places, found))
         except Exception:  # decoders raise many kinds
             return False
         return tile.shape[:2] == smaller.tile_px
@@ -152,7 +152,7 @@ class TiffSlide:
 
     def _make(self, keys: list[Key]) -> list[Tile | Exception]:
         """Return decoded tiles, read in one go, or the errors of those that cannot be."""
-        places = [_locate(self._levels[level], row, column) for level, row, column in keys]
+        places = [locate(self._levels[level], row, column) for level, row, column in keys]
         data = iter(self._file.read_many([place for found in places if isinstance(found, list) for place in found]))
         made: list[Tile | Exception] = []
         for key, found in zip(keys, places, strict=True):
@@ -172,7 +172,7 @@ class TiffSlide:
             raise SlideReadError(known)
         region = stored.tile_region(row, column)
         try:
-            tile = stored.decode(stored.pieces(row, column), _check_complete(places, found))
+            tile = stored.decode(stored.pieces(row, column), check_complete(places, found))
         except Exception as error:  # decoders of damaged bytes raise many kinds
             said = (
                 f"{self._file.name}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px "
@@ -203,7 +203,7 @@ def _with_data(stored: TiffLevel, level: Level) -> Level:
     return level if stored.counts.any() else replace(level, problem=level.problem or "all of its tiles are left out")
 
 
-def _locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
+def locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
     """Return the positions of a tile's pieces in the file, or the reason why they cannot be read.
 
     None at all for a tile that its writer left out, which says so by an offset and a count of 0: it is glass.
@@ -223,7 +223,7 @@ def _locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
     return places
 
 
-def _check_complete(places: list[ByteRange] | str, found: list[bytes | OSError]) -> list[bytes]:
+def check_complete(places: list[ByteRange] | str, found: list[bytes | OSError]) -> list[bytes]:
     """Return the pieces of a tile.
 
     Raises:
