@@ -59,6 +59,10 @@ class StainError(SlideError, ValueError):
     """Tissue whose stain cannot be measured, and so not be normalised."""
 
 
+class FeatureError(SlideError, ValueError):
+    """Feature vectors of a slide that cannot be read, or of which the places on the slide are not known."""
+
+
 class DocumentError(WsiGradcamError, ValueError):
     """YAML or JSON that cannot be read within bounds; whoever reads a file adds its name."""
 

@@ -103,7 +103,6 @@ def _required(name: str) -> SpecifierSet:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-
     ours = metadata(PROGRAM)
     if name == "python":
         return SpecifierSet(ours["Requires-Python"], prereleases=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -52,11 +52,11 @@ class Enlarger:
                 "choose a smaller --heatmap-stride"
             )
 
-    def first(self, start: NDArray[np.int64]) -> NDArray[np.int64]:
+    def first(self, start: NDArray[Any]) -> NDArray[np.int64]:
         """Return the index of the first heatmap pixel whose centre is at or after `start` level-0 px."""
         return np.ceil(start / self.stride - 0.5).astype(np.int64)
 
-    def axis(self, axis: int, start: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def axis(self, axis: int, start: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return interpolation [n, pixels, cells] and blending weights [n, pixels] from `first(start)` on."""
         size, cells = self.footprint[axis], self.cells[axis]
         pixels = int(np.ceil(size / self.stride)) + 1
@@ -83,7 +83,7 @@ class Blender:
         self._sum = np.zeros((block.height, block.width), np.float32)
         self._weight = np.zeros_like(self._sum)
 
-    def add(self, yx: NDArray[np.int64], cams: NDArray[np.float32]) -> None:
+    def add(self, yx: NDArray[Any], cams: NDArray[np.float32]) -> None:
         """Add patches at `yx` int64 [n, 2] (level-0 px) with `cams` float32 [n, h, w]."""
         for start in range(0, len(yx), GROUP):
             self._add(yx[start : start + GROUP], cams[start : start + GROUP])
@@ -93,13 +93,19 @@ class Blender:
         covered = self._weight > 0
         return np.divide(self._sum, self._weight, out=np.zeros_like(self._sum), where=covered), covered
 
-    def _add(self, yx: NDArray[np.int64], cams: NDArray[np.float32]) -> None:
+    def joined(self, other: Blender) -> Blender:
+        """Add what another blender has been given of the same block; return this one."""
+        self._sum += other._sum
+        self._weight += other._weight
+        return self
+
+    def _add(self, yx: NDArray[Any], cams: NDArray[np.float32]) -> None:
         for place, value, weight in self.placements(yx, cams, weighted=True):
             self._sum[place] += value
             self._weight[place] += weight
 
     def placements(
-        self, yx: NDArray[np.int64], cams: NDArray[np.float32], weighted: bool = False
+        self, yx: NDArray[Any], cams: NDArray[np.float32], weighted: bool = False
     ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]]]:
         """Yield (slices of the block, enlarged CAM there, its weight there) of each patch that meets it, in order.
 
@@ -123,11 +129,47 @@ class Blender:
                 yield (slice(y, bottom), slice(x, right)), value[here], weight[here]
 
 
-def touching(yx: NDArray[np.int64], footprint: tuple[float, float], stride: int, block: Region) -> NDArray[np.int64]:
-    """Return the indices, ascending, of the patches whose footprint meets `block` (in heatmap px of `stride`)."""
+def blend_boxes(
+    boxes: NDArray[np.float64], values: NDArray[np.float32], stride: int, block: Region, window: Window = "uniform"
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return (values float32, covered bool), both [height, width], of one value for each patch, blended in a block.
+
+    Patches may lie anywhere and be of any size; where they overlap, each heatmap pixel is their weighted mean.
+
+    Args:
+        boxes: float64 [n, 4], y, x, height, width in level-0 px.
+        values: float32 [n].
+        stride: level-0 px per heatmap pixel.
+        block: in heatmap pixels.
+        window: as of `Enlarger`.
+
+    Raises:
+        ConfigError: a patch is smaller than a heatmap pixel.
+    """
+    total: Blender | None = None
+    near = touching(boxes[:, :2], boxes[:, 2:], stride, block)
+    boxes, values = boxes[near], values[near]
+    for height, width in np.unique(boxes[:, 2:], axis=0).tolist():
+        alike = (boxes[:, 2:] == (height, width)).all(axis=1)
+        blender = Blender(Enlarger((height, width), (1, 1), stride, window), block)
+        blender.add(boxes[alike, :2], values[alike, None, None])
+        total = blender if total is None else total.joined(blender)
+    if total is None:
+        return np.zeros((block.height, block.width), np.float32), np.zeros((block.height, block.width), np.bool_)
+    return total.result()
+
+
+def touching(
+    yx: NDArray[Any], footprint: tuple[float, float] | NDArray[np.float64], stride: int, block: Region
+) -> NDArray[np.int64]:
+    """Return the indices, ascending, of the patches whose footprint meets `block` (in heatmap px of `stride`).
+
+    The footprint is (height, width), one for all patches or [n, 2].
+    """
     y, x = yx[:, 0], yx[:, 1]
-    rows = (y < block.bottom * stride) & (y + footprint[0] > block.y * stride)
-    columns = (x < block.right * stride) & (x + footprint[1] > block.x * stride)
+    height, width = np.asarray(footprint).T
+    rows = (y < block.bottom * stride) & (y + height > block.y * stride)
+    columns = (x < block.right * stride) & (x + width > block.x * stride)
     return np.flatnonzero(rows & columns)
 
 
