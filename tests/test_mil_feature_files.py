@@ -336,6 +336,17 @@ def test_tensors_are_held_against_what_they_claim(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_a_wrong_checksum_is_told(tmp_path: Path) -> None:
+    slide2vec(tmp_path / "a", frame())
+    slide2vec(tmp_path / "b", frame(), packed=True)
+    for path in (tmp_path / "a" / "tile_embeddings" / "a.pt", tmp_path / "b" / "tile_embeddings" / "a.npz"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(FeatureError, match=r"checksum|CRC|decompress|damaged"):
+            opened(path.parent.parent)
+
+
 def test_numpy_files_are_held_against_what_they_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slide2vec(tmp_path, frame())
     path = tmp_path / "tiles" / "a.coordinates.npz"
@@ -378,6 +389,14 @@ def test_descriptions_beside_coordinates(tmp_path: Path) -> None:
     (tmp_path / "tile_embeddings" / "a.meta.json").unlink()
     with pytest.raises(FeatureError, match="--feature-patch-um"):
         opened(tmp_path)
+
+
+def test_micrometres_of_other_pixels_are_noted(tmp_path: Path) -> None:
+    stamp(tmp_path, frame())
+    with opened(tmp_path) as bag:
+        assert bag.notes == ()
+    with open_features(tmp_path, frame(9_500, 15_000, mpp=0.25)) as bag:
+        assert any("no whole pixels of 0.25 um" in note for note in bag.notes)
 
 
 def test_stamp_of_an_unknown_unit_is_refused(tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ def h5_coordinates(path: Path, file: Any) -> NDArray[np.float64] | None:
     inner = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(inner) != 2 or inner[1] not in (2, 5) or inner[0] > MAX_PATCHES:
         raise FeatureError(f"{path}: coords of {' x '.join(map(str, shape))}, expected [N, 2], or [N, 5] of AtlasPatch")
-    return np.asarray(h5_dataset(path, dataset)[()], np.float64).reshape(inner)
+    with np.errstate(invalid="ignore"):  # of damaged ones: no numbers, and so told where patches are placed
+        return np.asarray(h5_dataset(path, dataset)[()], np.float64).reshape(inner)
 
 
 class Marks:
@@ -308,9 +309,12 @@ def torch_rows(path: Path) -> FeatureRows:
         )
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    wrong = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
-    if wrong or any(e.filename.endswith("data.pkl") and e.file_size > MAX_TENSOR_PICKLE for e in entries):
-        raise FeatureError(f"{path}: not as torch.save writes a tensor; write it anew by torch.save of the tensor")
+        wrong = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
+        large = any(e.filename.endswith("data.pkl") and e.file_size > MAX_TENSOR_PICKLE for e in entries)
+        if wrong or large or sum(e.file_size for e in entries) > path.stat().st_size:
+            raise FeatureError(f"{path}: not as torch.save writes a tensor; write it anew by torch.save of the tensor")
+        if damaged := archive.testzip():
+            raise FeatureError(f"{path}: the checksum of {quoted(damaged)} in it is wrong; it is damaged, make it anew")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
@@ -363,6 +367,7 @@ def numpy_vector(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[np.
         if len(shape) > 1 or math.prod(shape) > MAX_PATCHES:
             raise FeatureError(f"{path}: {name} of {shape}, expected a number for each patch")
         data = stream.read(math.prod(shape) * dtype.itemsize)
+        stream.read(1)  # at the end the checksum is compared
     return np.frombuffer(data, dtype, count=math.prod(shape)).astype(np.float64)
 
 
@@ -382,6 +387,7 @@ def numpy_rows(path: Path, archive: zipfile.ZipFile, opened: ExitStack) -> Featu
         while left and (data := stream.read(min(left, COPY_BYTES))):
             file.write(data)
             left -= len(data)
+        stream.read(1)  # at the end the checksum is compared
     if left:
         raise FeatureError(f"{path}: features are cut short; make them anew")
     file.flush()

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -193,7 +194,7 @@ def _look(path: Path, slide: SlideFrame, settled: Settled, opened: ExitStack) ->
         raise
     except DocumentError as error:
         raise FeatureError(f"{path}: what stands beside it cannot be read: {one_line(error)}") from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise FeatureError(f"{path}: cannot be read: {one_line(error)}; is it damaged? make it anew") from error
     yield from parts
 

@@ -32,6 +32,7 @@ PIXELS = frozenset({"px", "pixel", "pixels"})
 NEIGHBOURS = 3  # that a lattice is believed from
 STEP_PX = 1.5  # by which rounding moves neighbours apart
 MOST_GAPS = 4  # patches left out between the nearest two of a row
+NEARLY, ENOUGH = 0.1, 20  # px from a whole one, and patches that tell
 NOMINAL = 0.02  # by which a magnification in words and a pixel size may differ
 
 
@@ -177,6 +178,8 @@ def place_patches(
     xy = coordinates / scale
     if settled.axes == "yx":
         xy = xy[:, ::-1]
+    if claims.square_mpp and scale[0] != 1:
+        _note_pixels(xy, claims, scale[0], notes)
     sides = _sides(path, xy, claims, slide, settled, notes)
     boxes = np.concatenate([xy[:, ::-1], np.broadcast_to(sides[..., ::-1], xy.shape)], axis=1)
     _check_inside(path, boxes, claims, slide, settled, notes)
@@ -343,6 +346,17 @@ def _note_magnification(
         notes.append(
             f"patches are {_width(side):g} level-0 px wide as it says; by the slide's pixel size they would be "
             f"{real:.1f}, and too few are neighbours to tell; {PATCH_UM} settles it"
+        )
+
+
+def _note_pixels(xy: NDArray[np.float64], claims: Claims, mpp: float, notes: list[str]) -> None:
+    """Note micrometres that are of other pixels than the slide's: some begin at whole ones, of areas of 1,024 px."""
+    tiles = max(1, int(claims.beyond_px * mpp // _width(claims.sides[0]))) if claims.sides else 1
+    whole = np.abs(xy - np.round(xy)) < NEARLY
+    if len(xy) >= ENOUGH and tiles <= 2 and (whole.mean(axis=0) < 0.7 / tiles).any():
+        notes.append(
+            f"its coordinates are no whole pixels of {mpp:g} um: they were made with another pixel size, or moved; "
+            "compare the map with the slide, and give the size that they were made with by --mpp"
         )
 
 
