@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from wsi_gradcam.errors import ResumeError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.run_files import identity_problems, read_run
 from wsi_gradcam.slides import Slide, open_slide, read_region, with_reductions
+from wsi_gradcam.slides.base import ByteRange, LocalFile
 
 Rgb = npt.NDArray[np.uint8]
 MPP, TILE = 0.25, 256
@@ -95,6 +97,33 @@ def test_levels_have_their_sizes_and_reads_beyond_the_edge_are_background(
         assert (whole[:3] == scaled.info.background).all()
         assert (whole[605:] == scaled.info.background).all()
         np.testing.assert_array_equal(whole[3:605, 3:553], scaled.read_level(1, Region(0, 0, 602, 550)))
+
+
+def test_a_made_level_is_trusted_as_its_source_is_and_costs_no_further_tiles(
+    picture: Rgb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = with_reductions(open_slide(write(tmp_path / "a.tif", [picture], **CODECS["jpeg"])))
+    assert [level.made_of for level in slide.info.levels] == [None, 0, 0, 0]
+    read: list[int] = []
+    plain = LocalFile.read_many
+
+    def counting(file: LocalFile, ranges: Sequence[ByteRange]) -> Sequence[bytes | OSError]:
+        read.append(len(ranges))
+        return plain(file, ranges)
+
+    monkeypatch.setattr(LocalFile, "read_many", counting)
+    with closing(slide):
+        read_region(slide, 0, 0, TILE // 2, TILE // 2, 2 * MPP)
+    assert read == [1]
+
+
+def test_a_level_made_of_one_that_lies_elsewhere_is_not_used(picture: Rgb, tmp_path: Path) -> None:
+    moved = np.roll(np.asarray(Image.fromarray(picture).reduce(4)), 9, axis=(0, 1))
+    exact, scaled = both(write(tmp_path / "a.tif", [picture, moved], **CODECS["jpeg"]))
+    with closing(exact), closing(scaled):
+        assert [level.made_of for level in scaled.info.levels] == [None, 0, None, 2, 2, 2]
+        expected, found = (read_region(slide, 64, 64, 100, 100, 8 * MPP) for slide in (exact, scaled))
+    assert np.abs(found.astype(int) - expected).mean() < CLOSE["jpeg"]
 
 
 def test_a_level_of_the_file_is_taken_rather_than_one_that_is_made(picture: Rgb, tmp_path: Path) -> None:

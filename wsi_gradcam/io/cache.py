@@ -28,7 +28,7 @@ class Cache(Generic[K, V]):
 
     def __init__(self, maxsize: float, getsizeof: Callable[[V], float] = _count) -> None:
         self._values: LRUCache[K, V] = LRUCache(maxsize, getsizeof)
-        self._pending: dict[K, Future[V]] = {}
+        self._pending: dict[K, Future[dict[K, V | Exception]]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -49,22 +49,26 @@ class Cache(Generic[K, V]):
         `make` returns for each of its keys the value, or an exception, which is raised here and in all threads that
         wait for that value, and is not kept. An exception that it raises counts for all its keys.
         """
-        kept: dict[K, V] = {}
-        pending: dict[K, Future[V]] = {}
-        claimed: dict[K, Future[V]] = {}
+        found: dict[K, V | Exception] = {}
+        claimed: list[K] = []
+        pending: dict[K, Future[dict[K, V | Exception]]] = {}
+        own: Future[dict[K, V | Exception]] | None = None
         with self._lock:
             for key in keys:
                 if key in self._values:
-                    kept[key] = self._values[key]
+                    found[key] = self._values[key]
                 elif key in self._pending:
                     pending[key] = self._pending[key]
-                else:
-                    claimed[key] = self._pending[key] = Future()
+                else:  # one for all: making one takes longer than looking up a value
+                    own = own or Future()
+                    self._pending[key] = own
+                    claimed.append(key)
         # All that this thread has claimed is computed before it waits for others: none waits for one that waits.
-        if claimed:
-            self._make(claimed, make)
-            pending |= claimed
-        return [kept[key] if key in kept else pending[key].result() for key in keys]
+        if own is not None:
+            found |= self._make(claimed, own, make)
+        for key, future in pending.items():
+            found[key] = future.result()[key]
+        return [_raised(found[key]) for key in keys]
 
     def peek(self, key: K) -> V | None:
         """Return the value of `key`, None where it is missing."""
@@ -81,30 +85,39 @@ class Cache(Generic[K, V]):
         with self._lock:
             self._values.pop(key, None)
 
-    def _make(self, claimed: dict[K, Future[V]], make: Callable[[list[K]], Sequence[V | Exception]]) -> None:
+    def _make(
+        self,
+        claimed: list[K],
+        future: Future[dict[K, V | Exception]],
+        make: Callable[[list[K]], Sequence[V | Exception]],
+    ) -> dict[K, V | Exception]:
+        """Return the claimed values or their errors, which are told to all who wait for the future."""
         try:
-            made = dict(zip(claimed, make(list(claimed)), strict=True))
+            made = dict(zip(claimed, make(claimed.copy()), strict=True))
         except BaseException as error:
             with self._lock:
                 for key in claimed:
                     del self._pending[key]
-            for future in claimed.values():
-                future.set_exception(error)
+            future.set_exception(error)
             raise
         with self._lock:
             for key, value in made.items():
                 del self._pending[key]
                 if not isinstance(value, Exception):
                     self._keep(key, value)
-        for key, value in made.items():
-            if isinstance(value, Exception):
-                claimed[key].set_exception(value)
-            else:
-                claimed[key].set_result(value)
+        future.set_result(made)
+        return made
 
     def _keep(self, key: K, value: V) -> None:
         if self._values.getsizeof(value) <= self._values.maxsize:
             self._values[key] = value
+
+
+def _raised(value: V | Exception) -> V:
+    """Return a value; an exception is raised."""
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
 @dataclass

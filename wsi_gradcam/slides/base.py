@@ -54,6 +54,7 @@ class Level:
         problem: why the factors are not certain; "" where they are. Such a level is used only where its pixels prove
             them.
         shift: by how many of its pixels what it shows lies further down and to the right than in other levels.
+        made_of: the index of the level whose tiles it is decoded from, made smaller; None for a level of the file.
     """
 
     height: int
@@ -62,6 +63,7 @@ class Level:
     downsample_x: float
     problem: str = field(default="", repr=False)
     shift: float = field(default=0.0, repr=False)
+    made_of: int | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,9 @@ class LevelAlignment:
         with self._lock:
             if level not in self._known:
                 info = self._slide.info
+                if (source := info.levels[level].made_of) is not None:  # its pixels lie where those of its source do
+                    self._known[level] = self.holds(source)
+                    return self._known[level]
                 moved = self._moved(level)
                 self._known[level] = not moved if moved is not None else not info.levels[level].problem
                 if not self._known[level]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 MAX_TILES = 1 << 24
 MAX_TILE_PX = 1 << 25  # 100 MB decoded: a slide in one strip is no slide
 MAX_TILE_BYTES = 1 << 28  # of samples, which may be of 16 bits, with alpha
+SPARE_BYTES = 1 << 16  # of a tile's header
 CONVERTED_PX = 1 << 20  # at once: some conversions to RGB need 40 bytes a pixel
 AGAIN = "copy the file again from its source"
 MAX_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
@@ -102,7 +104,7 @@ class TiffLevel:
     spacing: tuple[float, float] | None = None
     reduction: int = 1
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of tiles."""
         return ceil_div(self.height, self.tile_px[0]), ceil_div(self.width, self.tile_px[1])
@@ -123,6 +125,12 @@ class TiffLevel:
     def piece_px(self) -> tuple[int, int]:
         """(height, width) of a tile as it is stored."""
         return self.tile_px[0] * self.reduction, self.tile_px[1] * self.reduction
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """The size in bytes that a piece of a tile cannot need more than: its pixels and some header."""
+        height, width = self.piece_px
+        return 4 * height * width * self.samples + SPARE_BYTES
 
     def reduced(self, by: int) -> TiffLevel:
         """Return the page as a level that is made smaller by 2, 4 or 8 while it is decoded: fast, but less exact."""

@@ -14,7 +14,7 @@ from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.slides.base import Level, pad_with_background
-from wsi_gradcam.slides.tiff_levels import TOP_LEFT, TiffLevel, orient, shown_region, stored_region
+from wsi_gradcam.slides.tiff_levels import SPARE_BYTES, TOP_LEFT, TiffLevel, orient, shown_region, stored_region
 from wsi_gradcam.slides.tiff_samples import reduced_jpeg2000
 from wsi_gradcam.slides.tiff_streams import turns_into_rgb
 from wsi_gradcam.system.processes import keep_freed_memory
@@ -34,8 +34,6 @@ REDUCTIONS = (2, 4, 8)
 NEARLY = 1.01
 # What a wavelet of JPEG 2000 leaves of two pixels is centred on the first of them, not between both.
 WAVELET_PX = 0.5
-# A tile cannot need more than its pixels and some header: what claims more is not read.
-SPARE_BYTES = 1 << 16
 # Of damaged tiles that take long to be found so: how many are remembered, and from which size on.
 MAX_DAMAGED, LARGE_PX = 1 << 12, 1 << 20
 
@@ -87,9 +85,12 @@ class TiffSlide:
         That takes a half to a seventh of the time. Their pixels differ from those of a shrunk level by some gray
         levels. None is made that is not finer than the next level in the file.
         """
-        levels = [*zip(self._levels, self._info.levels, strict=True)]
-        steps = [level.downsample_y for _, level in levels]
-        for stored, level in levels.copy():
+        own = self._info.levels
+        levels: list[tuple[TiffLevel, Level, Level | None]] = [
+            (stored, level, None) for stored, level in zip(self._levels, own, strict=True)
+        ]
+        steps = [level.downsample_y for level in own]
+        for stored, level in zip(self._levels, own, strict=True):
             for by in REDUCTIONS:
                 beyond = level.downsample_y * by * NEARLY
                 if any(level.downsample_y < step <= beyond for step in steps) or not self._can_reduce(stored, by):
@@ -97,10 +98,11 @@ class TiffSlide:
                 size = ceil_div(level.height, by), ceil_div(level.width, by)
                 downsamples = level.downsample_y * by, level.downsample_x * by
                 shift = WAVELET_PX * (1 - 1 / by) if stored.decode_reduced is reduced_jpeg2000 else 0.0
-                levels.append((stored.reduced(by), Level(*size, *downsamples, level.problem, shift)))
-        levels.sort(key=lambda both: both[1].downsample_y)
-        stored_levels, shown = zip(*levels, strict=True)
-        return TiffSlide(self._file, list(stored_levels), replace(self._info, levels=shown))
+                levels.append((stored.reduced(by), Level(*size, *downsamples, level.problem, shift), level))
+        levels.sort(key=lambda made: made[1].downsample_y)
+        at = {id(level): index for index, (_, level, _) in enumerate(levels)}
+        shown = tuple(replace(level, made_of=at[id(source)] if source else None) for _, level, source in levels)
+        return TiffSlide(self._file, [stored for stored, _, _ in levels], replace(self._info, levels=shown))
 
     def _can_reduce(self, stored: TiffLevel, by: int) -> bool:
         """Return True where the first tile that there is comes out smaller."""
@@ -142,12 +144,10 @@ class TiffSlide:
         for first in range(0, len(wanted), at_once):
             keys = wanted[first : first + at_once]
             for (_, row, column), tile in zip(keys, self._cache.get_many(keys, self._make), strict=True):
-                y, x = row * height, column * width  # plain numbers: this runs several times a patch
-                top, bottom = max(y, region.y), min(y + height, region.bottom)
-                left, right = max(x, region.x), min(x + width, region.right)
-                out[top - region.y : bottom - region.y, left - region.x : right - region.x] = tile[
-                    top - y : bottom - y, left - x : right - x
-                ]
+                y, x = row * height - region.y, column * width - region.x  # plain numbers: this runs for every tile
+                top, bottom = max(y, 0), min(y + height, region.height)
+                left, right = max(x, 0), min(x + width, region.width)
+                out[top:bottom, left:right] = tile[top - y : bottom - y, left - x : right - x]
         return out
 
     def _make(self, keys: list[Key]) -> list[Tile | Exception]:
@@ -168,12 +168,12 @@ class TiffSlide:
         stored = self._levels[level]
         if not places:
             return self._glass(stored)
-        if (known := self._damaged.peek((level, row, column))) is not None:
+        if self._damaged.currsize and (known := self._damaged.peek((level, row, column))) is not None:
             raise SlideReadError(known)
-        region = stored.tile_region(row, column)
         try:
             tile = stored.decode(stored.pieces(row, column), check_complete(places, found))
         except Exception as error:  # decoders of damaged bytes raise many kinds
+            region = stored.tile_region(row, column)
             said = (
                 f"{self._file.name}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px "
                 f"cannot be decoded: {one_line(error)}"
@@ -181,6 +181,9 @@ class TiffSlide:
             if math.prod(stored.tile_px) >= LARGE_PX and not any(isinstance(part, OSError) for part in found):
                 self._damaged.put((level, row, column), said)
             raise SlideReadError(said) from error
+        if tile.shape[:2] == stored.tile_px:
+            return tile
+        region = stored.tile_region(row, column)
         if tile.shape[0] < region.height or tile.shape[1] < region.width:
             raise SlideReadError(
                 f"{self._file.name}: level {level}, y {region.y}, x {region.x}: the tile has {tile.shape[0]} x "
@@ -208,18 +211,14 @@ def locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
 
     None at all for a tile that its writer left out, which says so by an offset and a count of 0: it is glass.
     """
-    largest = 4 * stored.piece_px[0] * stored.piece_px[1] * stored.samples + SPARE_BYTES
-    places = []
-    pieces = stored.pieces(row, column)
-    if not any(stored.counts[index] or stored.offsets[index] for index in pieces):
+    places = [(stored.offsets.item(index), stored.counts.item(index)) for index in stored.pieces(row, column)]
+    if not any(offset or count for offset, count in places):
         return []
-    for index in pieces:
-        offset, count = int(stored.offsets[index]), int(stored.counts[index])
+    for offset, count in places:
         if not (offset and count):
             return "no data: a tile is missing in the file"
-        if offset < 0 or not 0 < count <= largest:
+        if offset < 0 or not 0 < count <= stored.most_bytes:
             return f"{count} bytes at {offset} are claimed for a tile"
-        places.append((offset, count))
     return places
 
 

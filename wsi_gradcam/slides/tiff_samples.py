@@ -227,14 +227,15 @@ def jpeg_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
     def decode(data: bytes, reduction: int) -> NDArray[np.uint8] | None:
         if not data.startswith(SOI):
             raise ValueError("not a JPEG")
-        whole = head + data[2:]
+        whole = b"".join((head, memoryview(data)[2:]))
         if not colours or (as_rgb and _says_ycc(data)):
             check_whole_jpeg(whole)
             return None
         buffer = _between_lines((height // reduction, width // reduction, samples))
         rows, columns = tile_px[0] // reduction, tile_px[1] // reduction
-        least = {"min_height": rows, "min_width": columns} if reduction > 1 else {}
-        return decode_jpeg(whole, colours, buffer=buffer, **least)[:rows, :columns]  # type: ignore[no-any-return, unused-ignore]
+        if reduction == 1:
+            return decode_jpeg(whole, colours, buffer=buffer)[:rows, :columns]  # type: ignore[no-any-return, unused-ignore]
+        return decode_jpeg(whole, colours, buffer=buffer, min_height=rows, min_width=columns)[:rows, :columns]  # type: ignore[no-any-return, unused-ignore]
 
     return decode
 
@@ -265,5 +266,5 @@ def _between_lines(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Return an array at an address that is no multiple of `LINE`."""
     size = shape[0] * shape[1] * shape[2]
     memory = np.empty(size + LINE, np.uint8)
-    start = (BEYOND - memory.ctypes.data) % LINE
+    start = (BEYOND - memory.__array_interface__["data"][0]) % LINE  # `memory.ctypes` takes longer
     return memory[start : start + size].reshape(shape)
