@@ -215,10 +215,10 @@ HOSTILE: dict[str, Callable[[h5py.File, Path], None]] = {
     r"holds \|S1, expected numbers": words,
     "holds object, expected numbers": objects,
     "features are int32, expected floating": counted,
-    "one vector of a whole slide": one_vector,
+    r"no features of a\.svs, but features of a slide; expected": one_vector,
     "an array of 20 x 4 x 8": deep,
     "20 coordinates for 19 feature vectors": short,
-    "features of a patient, not of patches": patient,
+    "but features of a patient; expected": patient,
     "not all of it was ever": endless,
 }
 

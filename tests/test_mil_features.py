@@ -128,6 +128,8 @@ def test_a_lattice_that_nothing_explains_is_refused() -> None:
         place(claims(512), square(300))
     boxes, _ = place(claims(512), square(300), settled=Settled(patch_um=300 * 0.265))
     np.testing.assert_allclose(boxes[:, 2:], 300)
+    _, (note,) = place(claims(512), square(300), settled=Settled(patch_um=30))
+    assert "nothing covers what is between" in note
 
 
 def test_gaps_of_what_is_no_tissue_are_no_contradiction() -> None:
@@ -190,6 +192,15 @@ def test_transposed_coordinates_are_refused_where_they_leave_the_tissue() -> Non
         FeatureError, match=r"on tissue of a\.svs, and 100% with x and y swapped; say with --feature-axes"
     ):
         place(claims(512), xy[:, ::-1], slide=slide, tissue=tissue)
+
+
+def test_another_order_than_the_program_has_is_noted() -> None:
+    of_clam = Claims("CLAM", "px", (np.array([512.0, 512.0]),), by_columns=True)
+    xy = np.array(square(512))
+    assert place(of_clam, xy)[1] == ()
+    _, (note,) = place(of_clam, xy[:, ::-1])
+    assert "as if x and y were swapped" in note
+    assert place(of_clam, xy[:, ::-1], settled=Settled(axes="yx"))[1] == ()
 
 
 def test_swapped_sizes_of_the_slide_are_refused() -> None:
@@ -256,6 +267,17 @@ def test_two_encoders_are_told_apart_by_their_folder_or_size(tmp_path: Path) -> 
         open_features(tmp_path, slide, dimensions=3)
 
 
+def test_vectors_of_whole_slides_beside_those_of_patches_are_passed_over(tmp_path: Path) -> None:
+    slide = frame()
+    made = trident(tmp_path, slide)
+    (tmp_path / "20x_256px" / "slide_features_titan").mkdir()
+    with h5py.File(tmp_path / "20x_256px" / "slide_features_titan" / "a.h5", "w") as file:
+        file["features"] = np.ones(768, np.float32)
+        file["coords"] = made.xy
+    with open_features(tmp_path, slide) as bag:
+        assert bag.features.shape == (len(made.xy), DIMENSIONS)
+
+
 def test_one_of_several_features_in_a_file(tmp_path: Path) -> None:
     slide = frame()
     made = atlas(tmp_path, slide, names=("conch", "uni_v1"))
@@ -279,8 +301,13 @@ def test_slides_are_matched_by_name_and_folder(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match=r"no features of c\.svs; expected a file such as c\.h5"):
         folder.files_of("c.svs")
     both = FeatureFolder(tmp_path, ["p/b.svs", "q/b.svs"])
-    with pytest.raises(FeatureError, match=r"several slides are named b; put the features of q/b\.svs into a folder q"):
+    with pytest.raises(FeatureError, match=r"several slides are named b; put those of q/b\.svs into a folder q, or"):
         both.files_of("q/b.svs")
+    kinds = FeatureFolder(tmp_path, ["b.svs", "b.tif"])
+    with pytest.raises(FeatureError, match=r"several slides are named b; of this slide name them b\.svs\.h5"):
+        kinds.files_of("b.svs")
+    (tmp_path / "b.svs.h5").write_bytes(b"")
+    assert [path.name for path in FeatureFolder(tmp_path, ["b.svs", "b.tif"]).files_of("b.svs")] == ["b.svs.h5"]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -126,8 +127,8 @@ class FeatureFolder:
         if self.place.is_dir():
             for file in _files(self.place):
                 self._by_stem.setdefault(_stem(file.name), []).append(file)
-        names = [name for each in ids for name in names_of(each)]
-        self._shared = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+        counts = Counter(name for each in set(ids) for name in names_of(each))
+        self._shared = {name for name, count in counts.items() if count > 1}
 
     def files_of(self, slide_id: str) -> list[Path]:
         """Return the files with a slide's name, in the folder of the same name where there are some in it.
@@ -138,17 +139,18 @@ class FeatureFolder:
         if not self.place.is_dir():
             return [self.place]
         names = names_of(slide_id)
-        found = next((files for name in names if (files := self._by_stem.get(name))), [])
-        if not found:
-            raise FeatureError(f"{self.place}: no features of {slide_id}; expected a file such as {names[0]}.h5")
         inside = PurePosixPath(canonical(slide_id)).parent.parts
-        near = [file for file in found if inside and self._folders(file)[-len(inside) :] == inside]
-        if not near and self._shared & set(names):
-            raise FeatureError(
-                f"{found[0]}: several slides are named {names[0]}; put the features of {slide_id} into a folder "
-                f"{'/'.join(inside)}"
-            )
-        return sorted(near or found)
+        found: list[Path] = []
+        for name in names:
+            files = self._by_stem.get(name, [])
+            near = [file for file in files if inside and self._folders(file)[-len(inside) :] == inside]
+            if near or (files and name not in self._shared):
+                return sorted(near or files)
+            found += files
+        if found:
+            mend = f"put those of {slide_id} into a folder {'/'.join(inside)}, or" if inside else "of this slide"
+            raise FeatureError(f"{found[0]}: several slides are named {names[0]}; {mend} name them {names[-1]}.h5")
+        raise FeatureError(f"{self.place}: no features of {slide_id}; expected a file such as {names[0]}.h5")
 
     def _folders(self, file: Path) -> tuple[str, ...]:
         return tuple(canonical(as_text(part)) for part in file.relative_to(self.place).parent.parts)

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.errors import ConfigError, DocumentError, FeatureError, one_line
+from wsi_gradcam.errors import ConfigError, DocumentError, FeatureError, is_out_of_memory, one_line
 from wsi_gradcam.io.documents import MAX_BYTES, read_json
 from wsi_gradcam.io.local import check_regular, read_file
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
@@ -115,6 +114,7 @@ class _Part:
     coordinates: NDArray[np.float64] | None = None
     claims: Claims = field(default_factory=lambda: Claims("coordinates"))
     name: str = ""
+    problem: str = ""
 
 
 def _with_features(
@@ -124,7 +124,7 @@ def _with_features(
     found = [part for part in parts if part.features is not None and settled.name in (None, part.name or None)]
     if not found:
         named = f" named {settled.name}" if settled.name else ""
-        known = ", ".join(part.name for part in parts if part.name)[:200]
+        known = ", ".join(part.name or part.problem for part in parts if part.name or part.problem)[:200]
         raise FeatureError(
             f"{parts[0].path if parts else folder.place}: no features{named} of {slide.id}"
             f"{f', but {known}' if known else ''}; expected features [N, D] beside coords [N, 2]"
@@ -194,7 +194,9 @@ def _look(path: Path, slide: SlideFrame, settled: Settled, opened: ExitStack) ->
         raise
     except DocumentError as error:
         raise FeatureError(f"{path}: what stands beside it cannot be read: {one_line(error)}") from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # damaged files raise struct, index, unicode, zlib and many other errors
+        if is_out_of_memory(error):
+            raise
         raise FeatureError(f"{path}: cannot be read: {one_line(error)}; is it damaged? make it anew") from error
     yield from parts
 
@@ -213,12 +215,11 @@ def _look_h5(path: Path, slide: SlideFrame, opened: ExitStack) -> Iterator[_Part
     coordinates = None if columns is None else columns[:, :2]
     kind = marks.text("feat_type")
     features = list(_h5_features(path, file))
-    if features and kind not in ("", "tile"):
-        raise FeatureError(f"{path}: features of a {kind}, not of patches; give those of patches")
-    if not features:
+    of_slide = kind not in ("", "tile") or any(len(dataset.shape) == 1 for _, dataset in features)
+    if not features or of_slide:
         file.close()
-        if coordinates is not None:
-            yield _Part(path, None, coordinates, claims)
+        yield _Part(path, None, coordinates, claims, problem=f"features of a {kind or 'slide'}" if features else "")
+        return
     for name, dataset in features:
         yield _Part(path, h5_rows(path, dataset, file.close), coordinates, claims, name)
 
@@ -315,7 +316,7 @@ def _clam(marks: Marks, slide: SlideFrame) -> Claims:
         whole, actual = np.array(stated) * factor, np.array(slide.shape[::-1])
         near = np.abs(whole - actual) <= 2 * factor  # by whole pixels of the level
         pixels = (int(actual[0]), int(actual[1])) if near.all() else (round(whole[0]), round(whole[1]))
-    return Claims("CLAM", "px", sides, slide_px=pixels)
+    return Claims("CLAM", "px", sides, slide_px=pixels, by_columns=True)
 
 
 # NumPy
@@ -353,6 +354,7 @@ def _slide2vec(path: Path, side: NDArray[np.float64] | None, count: int) -> Clai
         sides or _square(size),
         share if share is not None and 0 <= share < 1 else None,
         slide_px=_pair(about.get("dimensions")),
+        by_columns=True,
     )
 
 

@@ -97,6 +97,7 @@ class Claims:
         mpp: micrometres per level-0 pixel of the slide.
         square_mpp: micrometres were made of pixels by the width of a pixel alone.
         side_unit: of sides, where it is not that of coordinates.
+        by_columns: its program orders patches by x, and those of one x by y.
         beyond_px: how far outside the slide patches may lie.
     """
 
@@ -109,6 +110,7 @@ class Claims:
     mpp: float | None = None
     square_mpp: bool = False
     side_unit: str | None = None
+    by_columns: bool = False
     beyond_px: float = 0.0
 
 
@@ -180,6 +182,11 @@ def place_patches(
         xy = xy[:, ::-1]
     if claims.square_mpp and scale[0] != 1:
         _note_pixels(xy, claims, scale[0], notes)
+    if claims.by_columns and settled.axes is None and _by_rows(xy):
+        notes.append(
+            f"its patches are in another order than {claims.format} has them, as if x and y were swapped; where the "
+            f"map does not lie on the tissue say {AXES} yx"
+        )
     sides = _sides(path, xy, claims, slide, settled, notes)
     boxes = np.concatenate([xy[:, ::-1], np.broadcast_to(sides[..., ::-1], xy.shape)], axis=1)
     _check_inside(path, boxes, claims, slide, settled, notes)
@@ -267,7 +274,9 @@ def _sides(
     """Return (width, height) of patches in level-0 px, float64 [2] or [N, 2]."""
     if settled.patch_um is not None:
         mpp_y, mpp_x = _mpp(path, slide, f"{PATCH_UM} is given")
-        return np.array([settled.patch_um / mpp_x, settled.patch_um / mpp_y])
+        side = np.array([settled.patch_um / mpp_x, settled.patch_um / mpp_y])
+        _note_gaps(side, steps(xy), notes)
+        return side
     scale = _scale(path, claims.side_unit or claims.unit or settled.unit, claims, slide, [])
     possible = [np.asarray(side, np.float64) / scale for side in claims.sides]
     if not all(np.isfinite(side).all() and (side > 0).all() for side in possible):
@@ -347,6 +356,12 @@ def _note_magnification(
             f"patches are {_width(side):g} level-0 px wide as it says; by the slide's pixel size they would be "
             f"{real:.1f}, and too few are neighbours to tell; {PATCH_UM} settles it"
         )
+
+
+def _by_rows(xy: NDArray[np.float64]) -> bool:
+    """Return True where patches follow one another along x, hardly any along y."""
+    along_x, along_y = ((np.diff(xy[:, axis]) > 0) & (np.diff(xy[:, 1 - axis]) == 0) for axis in (0, 1))
+    return bool(along_x.sum() > max(NEIGHBOURS, 10 * along_y.sum()))
 
 
 def _note_pixels(xy: NDArray[np.float64], claims: Claims, mpp: float, notes: list[str]) -> None:
