@@ -399,6 +399,21 @@ def test_micrometres_of_other_pixels_are_noted(tmp_path: Path) -> None:
         assert any("no whole pixels of 0.25 um" in note for note in bag.notes)
 
 
+@pytest.mark.parametrize("level", [0, 1, 5])
+def test_rows_of_atlaspatch_tell_sizes_where_no_attribute_does(level: int, tmp_path: Path) -> None:
+    rows = np.concatenate([XY, np.full((COUNT, 2), 128), np.full((COUNT, 1), level)], axis=1)
+    rows[3, 2:4] = 64
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("features")["uni"] = ones()
+        file["coords"] = rows
+    if level == 5:
+        with pytest.raises(FeatureError, match="--feature-patch-um"):
+            opened(tmp_path)
+        return
+    with opened(tmp_path) as bag:
+        np.testing.assert_array_equal(bag.boxes[2:4, 2:], np.array([[128, 128], [64, 64]]) * 4**level)
+
+
 def test_stamp_of_an_unknown_unit_is_refused(tmp_path: Path) -> None:
     made = stamp(tmp_path, frame())
     with h5py.File(tmp_path / "a.h5", "a") as file:

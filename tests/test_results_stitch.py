@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from tests.oracles import coarsen_by_pixel, stitch_by_pixel
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, Window, coarsen, coarsen_flags, touching
+from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, Window, blend_boxes, coarsen, coarsen_flags, touching
 
 Image = npt.NDArray[np.float32]
 Covered = npt.NDArray[np.bool_]
@@ -281,3 +281,42 @@ def test_coarsening_in_parts_cut_at_even_pixels_equals_the_whole(
     cut = 2 * data.draw(st.integers(0, values.shape[0] // 2))
     parts: list[Any] = [coarsen(values[p], covered[p]) for p in (slice(cut), slice(cut, None))]
     assert np.concatenate(parts).tobytes() == coarsen(values, covered).tobytes()
+
+
+def boxes_anywhere(count: int) -> tuple[npt.NDArray[np.float64], Image]:
+    """Patches of three sizes, two of them no squares, that overlap as it comes."""
+    rng = np.random.default_rng(5)
+    sizes = np.array([(40.0, 40.0), (25.5, 61.25), (33.0, 17.0)])[rng.integers(0, 3, count)]
+    return np.concatenate([rng.uniform(-20, 300, (count, 2)), sizes], axis=1), rng.normal(size=count).astype(np.float32)
+
+
+def test_boxes_of_any_place_and_size_are_the_mean_of_those_that_hold_a_pixel() -> None:
+    stride, region = 8, Region(0, 0, 40, 38)
+    boxes, values = boxes_anywhere(90)
+    y, x = (np.arange(n) * stride + stride / 2 for n in (region.height, region.width))
+    rows = (y >= boxes[:, 0, None]) & (y < boxes[:, 0, None] + boxes[:, 2, None])
+    columns = (x >= boxes[:, 1, None]) & (x < boxes[:, 1, None] + boxes[:, 3, None])
+    holds = rows[:, :, None] & columns[:, None, :]
+    expected = (holds * values[:, None, None]).sum(axis=0) / np.maximum(holds.sum(axis=0), 1)
+    found, covered = blend_boxes(boxes, values, stride, region)
+    np.testing.assert_array_equal(covered, holds.any(axis=0))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_boxes_block_by_block_are_the_whole_to_the_bit(window: Window) -> None:
+    boxes, values = boxes_anywhere(90)
+    whole, covered = blend_boxes(boxes, values, 8, Region(0, 0, 40, 38), window)
+    for block in (Region(0, 0, 16, 16), Region(16, 16, 24, 22), Region(0, 16, 16, 22)):
+        part, there = blend_boxes(boxes, values, 8, block, window)
+        assert part.tobytes() == whole[block.slices].tobytes()
+        np.testing.assert_array_equal(there, covered[block.slices])
+
+
+def test_no_boxes_cover_nothing_and_small_ones_are_refused() -> None:
+    values, covered = blend_boxes(np.zeros((0, 4)), np.zeros(0, np.float32), 8, Region(0, 0, 4, 5))
+    assert values.shape == covered.shape == (4, 5)
+    assert not values.any()
+    assert not covered.any()
+    with pytest.raises(ConfigError, match="choose a smaller --heatmap-stride"):
+        blend_boxes(np.array([[0.0, 0, 4, 4]]), np.ones(1, np.float32), 8, Region(0, 0, 4, 5))
