@@ -183,7 +183,7 @@ def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
     Raises:
         ModelError: it does not do what its specification says.
     """
-    _check_numbers(spec.name, built.module)
+    check_numbers(spec.name, built.module)
     transform = _transform(spec, built)
     checked, outputs, end = _checked(spec, _frozen(built.module), transform.input_px)
     module = _frozen(checked)
@@ -276,8 +276,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_numbers(name: str, module: nn.Module) -> None:
-    """Refuse weights that are no numbers: every explanation would be NaN."""
+def check_numbers(name: str, module: nn.Module) -> None:
+    """Refuse weights that are no numbers: every explanation would be NaN.
+
+    Raises:
+        ModelError: names the first such weights.
+    """
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
             count = int(torch.isnan(tensor).sum())

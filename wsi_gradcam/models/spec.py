@@ -333,6 +333,15 @@ def bundled() -> list[str]:
 
 
 def _from_file(path: Path) -> ModelSpec:
+    return spec_in(read_values(path), path)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a model file, within the bounds of documents that strangers wrote.
+
+    Raises:
+        ModelError: it cannot be read, or holds no keys and values.
+    """
     try:
         values = read_yaml(read_file(path, MAX_BYTES))
     except DocumentError as error:
@@ -343,10 +352,19 @@ def _from_file(path: Path) -> ModelSpec:
         raise ModelError(f"{path}: expected keys and values such as 'source: timm:resnet18'")
     if "folder" in values:
         raise ModelError(f"{path}: folder: unknown key, check the spelling")  # ours, not the file's
+    return values
+
+
+def spec_in(values: dict[str, Any], path: Path, within: str = "") -> ModelSpec:
+    """Return the specification that the values of a model file give, or those `within` a part of it.
+
+    Raises:
+        ModelError: they are none.
+    """
     source = values.get("source")
     if isinstance(source, str) and (kind := _kind_beside(path, source)) is not None:
-        values["source"] = f"{kind}:{source}"
-    return _validated({"name": path.stem, **values}, path.parent, str(path))
+        values = {**values, "source": f"{kind}:{source}"}
+    return _validated({"name": path.stem, **values}, path.parent, f"{path}: {within}" if within else str(path))
 
 
 def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:

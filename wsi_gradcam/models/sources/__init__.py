@@ -7,12 +7,14 @@ but for that is taken, and told; what does not fit is refused with the names tha
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -51,6 +53,12 @@ class Built:
 
 
 State = Mapping[str, Tensor]
+# What NumPy's numbers are made of in pickles, under the names of NumPy 1 and 2.
+NUMBERS: list[Any] = [
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+]
 # Where training scripts keep what they train, the likeliest first: of several that fit, the first is taken.
 PLACES = ("", "state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
 # Averages over training steps, and models that follow another: taken where nothing else fits.
@@ -69,6 +77,14 @@ SAVE_ANEW = (
     "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
 )
 
+LIGHTNING = (
+    "is a Lightning checkpoint, which holds pickled objects beside the weights; where you trust it, make the weights "
+    "a file of their own: import torch; from safetensors.torch import save_file; s = torch.load('in.ckpt', "
+    "map_location='cpu', weights_only=False)['state_dict']; save_file({k: v.contiguous() for k, v in s.items()}, "
+    "'weights.safetensors')"
+)
+MAX_PEEKED = 4 << 20  # bytes
+
 
 def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, ...]:
     """Load the weights in a file into a network; return notes on what of the file was taken.
@@ -81,7 +97,7 @@ def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, .
         ModelError: the file holds no such weights, or several, or objects that are not loaded.
     """
     own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    states = _states(path)
+    states = states_in(path)
     matches = [match for place, state in states for match in _matches(own, place, state)]
     fitting = sorted((match for match in matches if match.fits), key=lambda match: match.rank)
     if not fitting and len(states) > 1:  # parts in dicts of their own
@@ -260,9 +276,17 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(printable(shortened(name, 200)) for name in names[:NAMED]) + more
 
 
-def _states(path: Path) -> list[tuple[str, State]]:
-    """Return the dicts of tensors in a file by their places; pickles are read by torch's restricted unpickler only."""
-    content = _read(path)
+def states_in(path: Path, numbers: bool = False) -> list[tuple[str, State]]:
+    """Return the dicts of tensors in a file by their places; pickles are read by torch's restricted unpickler only.
+
+    Args:
+        numbers: take a file that also holds NumPy's numbers (a loss, a score), each type allowed by its name.
+
+    Raises:
+        ModelError: it is damaged, or holds objects or no tensors.
+    """
+    with torch.serialization.safe_globals(NUMBERS if numbers else []):
+        content = _read(path)
     found = list(_dicts(content, ()))
     if not found:
         raise ModelError(f"{path}: expected a state dict of tensors, found a {type(content).__name__} of other things")
@@ -307,3 +331,14 @@ def _objects(path: Path, error: Exception) -> str:
     if not names:
         names = re.findall(r"(?:GLOBAL|class) ([\w.]+)", str(error))[:1]
     return _some([name for name in names if "." in name])
+
+
+def is_lightning(path: Path) -> bool:
+    """Return whether a file is a checkpoint of Lightning, of which nothing is unpickled."""
+    with (
+        suppress(OSError, ValueError, zipfile.BadZipFile, NotImplementedError, KeyError),
+        zipfile.ZipFile(path) as archive,
+    ):
+        names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return any(b"pytorch-lightning_version" in archive.open(name).read(MAX_PEEKED) for name in names[:1])
+    return False

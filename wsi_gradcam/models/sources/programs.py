@@ -149,10 +149,15 @@ def load_torchscript(
     """
     content, digest = read_source(path, spec)
     images = sample_images(spec, patch_px, resizing)
-    return as_network(_load_script(path, content), images, spec, SAVE_AGAIN), digest
+    return as_network(load_script(path, content), images, spec, SAVE_AGAIN), digest
 
 
-def _load_script(path: Path, content: bytes) -> nn.Module:
+def load_script(path: Path, content: bytes) -> nn.Module:
+    """Return the TorchScript program in a file's bytes, in evaluation mode and float32; loading it runs code in it.
+
+    Raises:
+        ModelError: it is none, or damaged.
+    """
     if not is_torchscript(path):
         raise ModelError(
             f"{path}: no TorchScript program (or a damaged one); a state dict is named with 'weights:' in a model "

@@ -1,0 +1,244 @@
+"""`SlideModelSpec`: all that is known of a slide-level model besides its weights, as one YAML file. Needs no torch.
+
+A slide-level model is an encoder, which makes a feature vector of each patch, and an aggregator, which makes one answer
+of all of them (multiple-instance learning).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError, field_validator
+
+from wsi_gradcam.errors import ModelError, did_you_mean, quoted, shortened
+from wsi_gradcam.models.spec import (
+    MAX_CLASSES,
+    ModelSpec,
+    Word,
+    explain_validation,
+    read_spec,
+    read_values,
+    spec_in,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+NETWORKS = ("abmil", "clam", "dsmil", "transmil")  # written here; their weights are a state dict
+FORMS = (
+    f"{', '.join(NETWORKS)}, mil-lab:FOLDER (config.json and model.safetensors), torchscript:FILE or module:function"
+)
+SlideActivation = Literal["softmax", "sigmoid", "none", "hazard"]
+
+
+class AggregatorSpec(BaseModel):
+    """The part of a slide-level model that turns feature vectors into the slide's logits.
+
+    Attributes:
+        source: `abmil`, `clam`, `dsmil`, `transmil`, `mil-lab:FOLDER`, `torchscript:FILE` or `module:function`.
+        weights: the state dict of the first four, beside the model file; of the others it is inside.
+        sha256: of the weights file, else of the file that the source is, else of a function's code.
+        heads, landmarks: of a TransMIL, where its weights do not tell (no `res_conv`) or training changed them; the
+            landmarks are half the width unless given, as in its authors' code.
+        value_activation: what follows DSMIL's `v`, of which versions of its code differ.
+        logits: DSMIL's answer is its `bag` classifier's, or the `mean` of that and the critical patches' own.
+        output, feature_dim: of a program: which of its outputs are the logits (key or place), and the length of a
+            feature vector; found when left out.
+        folder: where relative paths start; not part of the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Annotated[str, Field(min_length=3, max_length=5000)]
+    weights: Annotated[str, Field(max_length=5000)] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
+    heads: Annotated[PositiveInt, Field(le=1024)] | None = None
+    landmarks: Annotated[PositiveInt, Field(le=8192)] | None = None
+    value_activation: Literal["relu", "none"] | None = None
+    logits: Literal["bag", "mean"] | None = None
+    output: Word | int | None = None
+    feature_dim: Annotated[PositiveInt, Field(le=1 << 20)] | None = None
+    folder: Path = Field(default=Path(), exclude=True)
+
+    @property
+    def kind(self) -> str:
+        """The source's kind: one of `NETWORKS`, `mil-lab`, `torchscript` or `function`."""
+        kind = self.source.partition(":")[0]
+        return kind if kind in (*NETWORKS, "mil-lab", "torchscript") else "function"
+
+    @property
+    def argument(self) -> str:
+        """The part of `source` behind the kind; all of it for a function."""
+        return self.source if self.kind == "function" else self.source.partition(":")[2]
+
+    @property
+    def runs_code(self) -> bool:
+        """True if loading it runs code that is in it."""
+        return self.kind in ("torchscript", "function")
+
+    @field_validator("source")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        kind, colon, argument = value.partition(":")
+        if kind in NETWORKS and colon:
+            raise ValueError(f"{kind} takes nothing behind a colon; name its state dict with 'weights:'")
+        if kind not in NETWORKS and not argument:
+            near = did_you_mean(kind, (*NETWORKS, "mil-lab", "torchscript"))
+            raise ValueError(f"expected {FORMS}{near and f'; {near}'}")
+        return value
+
+
+class SlideModelSpec(BaseModel):
+    """A model file of a slide-level model.
+
+    Attributes:
+        name: how results name it.
+        encoder: what makes a feature vector of a patch, as in a patch model's file; its output is the vector. None:
+            features come from elsewhere.
+        aggregator: what makes the slide's logits of all feature vectors.
+        classes: names of the logits, in their order; of intervals of time for `hazard`.
+        activation: how logits become probabilities; `none` is a regression, `hazard` discrete-time survival.
+        license, provenance: kept with the results.
+        folder: where relative paths start; not part of the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1, max_length=1000)]
+    encoder: ModelSpec | None = None
+    aggregator: AggregatorSpec
+    classes: Annotated[tuple[Word, ...], Field(max_length=MAX_CLASSES)] | None = None
+    activation: SlideActivation = "softmax"
+    license: str | None = None
+    provenance: Any = None
+    folder: Path = Field(default=Path(), exclude=True)
+    _trusted: bool = PrivateAttr(default=False)  # as of `ModelSpec`: no file can say it
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return ModelSpec._names(value)
+
+    @field_validator("classes")
+    @classmethod
+    def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return ModelSpec._unique(value)
+
+    @property
+    def runs_code(self) -> bool:
+        """True if loading the model runs code that is in it: use only models from people you trust."""
+        return self.aggregator.runs_code or (self.encoder is not None and self.encoder.runs_code)
+
+    @property
+    def trusted(self) -> bool:
+        """True where the code in it may run, see `trusting`."""
+        return self._trusted
+
+    def trusting(self, trust_code: bool = True) -> SlideModelSpec:
+        """Return the specification with the permission to run code of encoder and aggregator, if it is given."""
+        if not trust_code or self._trusted:
+            return self
+        trusted = self.model_copy(update={"encoder": self.encoder and self.encoder.trusting()})
+        trusted._trusted = True
+        return trusted
+
+    def check_trusted(self) -> None:
+        """Refuse an aggregator whose loading would run code without permission; the encoder's own check does its.
+
+        Raises:
+            ModelError: says how permission is given.
+        """
+        if self.aggregator.runs_code and not self._trusted:
+            raise ModelError(
+                f"{shortened(self.aggregator.source, 200)}: loading it runs code that is in it, so it was not loaded; "
+                "if you trust whoever made it, allow that with --trust-code (in Python: trust_code=True)"
+            )
+
+
+def is_slide_model(model: str | Path) -> bool:
+    """Return whether a file is that of a slide-level model: YAML with an `aggregator:`."""
+    path = Path(model)
+    if path.suffix not in (".yaml", ".yml"):
+        return False
+    try:
+        return "aggregator" in read_values(path)
+    except ModelError:
+        return False
+
+
+def read_slide_model(model: str | Path) -> SlideModelSpec:
+    """Return the specification in the file of a slide-level model.
+
+    Raises:
+        ModelError: it cannot be read, or has keys or values that are none of such a file.
+    """
+    path = Path(model)
+    values = read_values(path)
+    if "aggregator" not in values:
+        near = did_you_mean("aggregator", [str(key) for key in values])
+        asked = near.replace("did you mean", "is it")
+        raise ModelError(f"{path}: no 'aggregator:', so this is no slide-level model{asked and f'; {asked}'}")
+    given = {**values, "aggregator": _aggregator(values["aggregator"], path)}
+    if values.get("encoder") is not None:
+        given["encoder"] = _encoder(values["encoder"], path)
+    try:
+        return SlideModelSpec.model_validate({"name": path.stem, **given, "folder": path.parent})
+    except ValidationError as error:
+        raise ModelError(f"{path}: {_explained(error, SlideModelSpec)}") from error
+
+
+def _aggregator(values: object, path: Path) -> AggregatorSpec:
+    values = {"source": values} if isinstance(values, str) else values
+    if not isinstance(values, dict) or "folder" in values:
+        raise ModelError(
+            f"{path}: aggregator: expected keys such as 'source: abmil' and 'weights: abmil.pt', "
+            f"given: {quoted(values)}"
+        )
+    try:
+        return AggregatorSpec.model_validate({**values, "folder": path.parent})
+    except ValidationError as error:
+        raise ModelError(f"{path}: aggregator: {_explained(error, AggregatorSpec)}") from error
+
+
+def _encoder(values: object, path: Path) -> ModelSpec:
+    """Return the encoder: keys of a patch model, a source, or the path of a patch model's file."""
+    if isinstance(values, str) and Path(values).suffix in (".yaml", ".yml"):
+        return read_spec(str(path.parent / values))
+    values = {"source": values} if isinstance(values, str) else values
+    if not isinstance(values, dict) or "folder" in values:
+        raise ModelError(
+            f"{path}: encoder: expected keys such as 'source: timm:resnet50', or the path of a patch model's file, "
+            f"given: {quoted(values)}"
+        )
+    return spec_in({"name": f"{path.stem} encoder", **values}, path, "encoder")
+
+
+def _explained(error: ValidationError, of: type[BaseModel]) -> str:
+    return explain_validation(error, set(of.model_fields) - {"folder"})
+
+
+def slide_probabilities(logits: NDArray[np.floating], activation: SlideActivation) -> NDArray[np.float64]:
+    """Return slide logits [..., K] as probabilities of the same shape.
+
+    Of discrete-time survival (`hazard`) the logit of interval k is that of the hazard h_k, and what is returned is the
+    probability to survive it, S_k = prod_{j <= k} (1 - h_j).
+
+    >>> slide_probabilities(np.array([0.0, 0.0]), "hazard").tolist()
+    [0.5, 0.25]
+    >>> slide_probabilities(np.array([[1000.0, 0.0]]), "softmax").tolist()
+    [[1.0, 0.0]]
+    """
+    values = np.array(logits, np.float64)
+    if activation == "hazard":
+        survived: NDArray[np.float64] = (0.5 * (1 - np.tanh(values / 2))).cumprod(axis=-1)
+        return survived
+    if activation == "sigmoid":
+        risen: NDArray[np.float64] = 0.5 * (1 + np.tanh(values / 2))
+        return risen
+    if activation == "none":
+        return values
+    shifted = np.exp(values - values.max(axis=-1, keepdims=True))
+    shares: NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
+    return shares
