@@ -34,7 +34,7 @@ FORMATS = {
     "geojson": "geojson",
     "qupath": "qupath",
     "png": "png",
-    "deepzoom": "deepzoom",
+    "deepzoom": "png:write_deepzoom",
 }
 
 
