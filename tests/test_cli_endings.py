@@ -65,7 +65,7 @@ FAILURES: dict[str, tuple[str, int]] = {
     "export nothing": ("export {made}/none --to png", 2),
     "export no such slide": ("export {out} --to png --slide none", 2),
     "export below a file": ("export {out} --to png --dest {made}/file", 2),
-    "export no such channel": ("export {out} --to png --channel none", 1),
+    "export no such channel": ("export {out} --to png --channel none", 2),
     "view nothing": ("view {made}/none", 2),
     "view at a port in use": ("view {out} --port {port}", 2),
     "view with slides that are not there": ("view {out} --slides {made}/none", 2),

@@ -179,7 +179,9 @@ def test_wrong_names_are_refused(out: Path, tmp_path: Path) -> None:
         export(out, "jpeg", tmp_path)
     with pytest.raises(UnknownNameError, match="no slide 'x'"):
         export(out, "tiff", tmp_path, ["x"])
-    assert "did you mean tumour" in export(out, "tiff", tmp_path, ["a.svs"], channel=("tumor",))[0].error
+    with pytest.raises(ConfigError, match=r"no channel 'tumor'; .*did you mean tumour"):
+        export(out, "tiff", tmp_path / "new", channel=("tumour", "tumor"))
+    assert not (tmp_path / "new").exists()
     empty = make(tmp_path / "none", {"c.svs": Made((9, 9), steps((1, 1)), status="failed")})
     with pytest.raises(ConfigError, match="no slide is finished"):
         export(empty, "tiff", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tests.test_slides_ome_zarr_reader import write as write_zarr
 from wsi_gradcam.api import explain, preview
 from wsi_gradcam.cli.output import slide_info
 from wsi_gradcam.demo.slide import write_slide
-from wsi_gradcam.errors import ConfigError, SlideFormatError
+from wsi_gradcam.errors import ConfigError, SlideContentError, SlideFormatError
 from wsi_gradcam.export import FORMATS, export
 from wsi_gradcam.inputs.find import find_slides, search_slides
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -134,6 +135,7 @@ def test_a_run_into_its_own_slides_folder_goes_on_as_it_was(tmp_path: Path) -> N
     assert any(said[0] in json.loads(line).get("text", line) for line in log.read_text().splitlines())
     shown = command("explain", slides, "--model", toy_file(tmp_path, "pooled_linear"), "--out", out, "--dry-run")
     assert said[0] in shown.stderr
+    assert said[0] in unescape((out / "run.html").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +155,33 @@ def test_results_in_a_bucket_are_no_slides(slides: Path, server: str, monkeypatc
     found, local = search_slides([f"s3://{BUCKET}/archive/"]), search_slides([slides])
     assert [entry.id for entry in found.entries] == ["a.tif", "in/b.svs"] == [entry.id for entry in local.entries]
     assert [line.partition("(")[0] for line in found.remarks] == [line.partition("(")[0] for line in local.remarks]
+    (name, *_) = (path.name for path in sorted((slides / "elsewhere").iterdir()) if path.suffix == ".tif")
+    url = f"s3://{BUCKET}/archive/elsewhere/{name}"
+    with pytest.raises(ConfigError, match=rf"{name}: an export that wsi_gradcam made, a result and no slide; give"):
+        search_slides([url])
+    with pytest.raises(SlideContentError, match=rf"{name}: an export that wsi_gradcam made, a result and no slide"):
+        open_slide(url)  # as of a list
+
+
+def test_what_is_passed_over_in_a_local_folder_is_told(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "a.svs", ".snapshot/a.svs", "@eaDir/b.svs", "$RECYCLE.BIN/x/c.svs", "in/.Trash-1000/d.svs", "._a.svs"
+    )
+    touch(tmp_path, "b.vsi", "_b_/stack1/frame_t.ets", "in/c.ISYNTAX", "in/d.qptiff", "in/e.vsi")
+    found = search_slides([tmp_path])
+    assert [entry.id for entry in found.entries] == ["a.svs"]
+    unread, folders = found.remarks
+    assert unread.startswith("left out, in formats that are not read (1 .isyntax, 1 .qptiff, 2 .vsi): 4 (b.vsi, in/c.I")
+    assert "convert to OME-TIFF or OME-Zarr with isyntax2raw or Philips' own software or bioformats2raw" in unread
+    assert folders == "not searched, as hidden or of the system: 4 ($RECYCLE.BIN, .Trash-1000, .snapshot, ...)"
+    assert [entry.id for entry in search_slides([tmp_path / ".snapshot"]).entries] == ["a.svs"]
+    assert [entry.id for entry in search_slides([tmp_path / "@eaDir" / "*.svs"]).entries] == ["b.svs"]
+
+
+def test_a_slide_of_a_format_that_is_not_read_says_so_by_name(tmp_path: Path) -> None:
+    write_slide(tmp_path / "b.vsi", np.full((300, 300, 3), 200, np.uint8), mpp=0.5)  # a TIFF, as of Olympus
+    (entry,) = find_slides([tmp_path / "b.vsi"])
+    with pytest.raises(
+        SlideFormatError, match=r"b\.vsi: its pixels are in a folder beside it and are not read; convert"
+    ):
+        open_slide(entry.path)

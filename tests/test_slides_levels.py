@@ -16,6 +16,7 @@ import zarr
 from PIL import Image
 
 from tests.synthetic import tissue_texture
+from tests.vendors import half, tissue, write_dicom, write_philips
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import Slide, open_slide, read_region
 from wsi_gradcam.slides.base import make_levels
@@ -193,3 +194,25 @@ def test_tags_that_cannot_be_true_are_no_tags() -> None:
     ):
         (_, level) = make_levels(sizes, spacings, [(TILE, TILE)] * 2)
         assert (level.downsample_y, level.downsample_x, level.problem) == (4.0, 4.0, "")
+
+
+@pytest.mark.parametrize("kind", ["philips", "dicom"])
+def test_padded_levels_of_scanners_are_where_they_belong(kind: str, tmp_path: Path) -> None:
+    """Philips' XML tells each level's pixel size; of DICOM OpenSlide takes the factor of the sizes."""
+    whole = tissue(384, 512)
+    if kind == "philips":
+        path, _ = write_philips(tmp_path, padded=88)
+    else:
+        small = np.pad(half(whole), ((0, 64), (0, 0), (0, 0)))
+        path, _ = write_dicom(tmp_path, levels=(whole, small))
+    with closing(open_slide(path)) as slide:
+        assert slide.info.mpp == (0.5, 0.5)
+        for by in (2, 4):
+            found = read_region(slide, 64, 64, 256 // by, 256 // by, 0.5 * by).astype(int)
+            expected, first = half(whole, by).astype(int), 64 // by
+            off = {
+                (y, x): np.abs(found - expected[y : y + 256 // by, x : x + 256 // by]).mean()
+                for y in range(first - 2, first + 3)
+                for x in range(first - 2, first + 3)
+            }
+            assert min(off, key=lambda place: off[place]) == (first, first)

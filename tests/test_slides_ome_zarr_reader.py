@@ -17,7 +17,7 @@ import zarr
 from numcodecs.errors import UnsafeDecodeError
 
 from tests.runs import SMALL, rows_of, toy_spec
-from tests.servers import web_server
+from tests.servers import BUCKET, CREDENTIALS, put_folder, s3_server, web_server
 from tests.synthetic import PINK
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.cli.output import slide_info
@@ -329,6 +329,20 @@ def test_collections_behind_urls_are_read_alike(version: str, tmp_path: Path) ->
                 np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 400, 500)), expected)
         (entry,) = find_slides([f"{web.url}/a.zarr/0"])
         assert entry.id == "a.zarr/0"
+
+
+def test_collections_in_a_bucket_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection(tmp_path / "in/a.zarr", SCAN, "0.5", (0.25,), unit=None)
+    with s3_server() as server:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": server}.items():
+            monkeypatch.setenv(name, value)
+        put_folder(server, tmp_path, "archive")
+        (entry,) = find_slides([f"s3://{BUCKET}/archive/"])
+        assert entry.id == "in/a.zarr"
+        for url in (entry.path, f"{entry.path}/0"):
+            with closing(open_slide(url)) as slide:
+                assert slide.info.mpp == (0.25, 0.25)
+                np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 400, 500)), first_pixels((400, 500)))
 
 
 def test_collections_that_claim_too_much_are_refused(tmp_path: Path) -> None:

@@ -121,9 +121,7 @@ def explain(
         write_run(folder.run, run)
         entries = record_slides(folder.record, entries)
         workload = ExplainWorkload(run, overwrite)
-        session.begin(workload, entries, executor.dashboard)
-        for remark in remarks:
-            session.message(remark)
+        session.begin(workload, entries, executor.dashboard, remarks)
         wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
         if retry_failed:
             forget_unreadable(wanted, rows, folder)

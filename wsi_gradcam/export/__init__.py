@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from wsi_gradcam.errors import ConfigError, StoreError, one_line
+from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError, one_line
 from wsi_gradcam.export.job import RUN, Job, Journal, Options
 from wsi_gradcam.io.paths import StoragePathLike
+from wsi_gradcam.results.channels import ChannelInfo, find_channel
 from wsi_gradcam.results.run import Result, open_result
 from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.results.slide import SlideResult
@@ -73,7 +75,7 @@ def export(
         A record for each slide; those of slides that could not be exported have the error.
 
     Raises:
-        ConfigError: an unknown format or option.
+        ConfigError: an unknown format, option or channel.
         ResultError: there is no result, or no such slide.
         StoreError: the disk is full, or cannot be written.
     """
@@ -84,6 +86,7 @@ def export(
     found = [opened[name] for name in slides] or [slide for slide in opened if slide.is_finished]
     if not found:
         raise ConfigError(f"{opened.out}: no slide is finished; run explain again")
+    _check_channels(found, chosen.channel, opened.out)
     windows = opened.windows(progress) if chosen.window == RUN else {}
     records = []
     ids = frozenset(opened.ids)
@@ -94,6 +97,22 @@ def export(
             if listener is not None:
                 listener(records[-1])
     return records
+
+
+def _check_channels(slides: Sequence[SlideResult], names: Sequence[str], where: object) -> None:
+    """Raise a ConfigError for a channel that the run does not have; its slides have all the same."""
+    known = next(filter(None, map(_channels, slides)), ()) if names else ()
+    try:
+        for name in names if known else ():
+            find_channel(known, name, str(where))
+    except UnknownNameError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _channels(slide: SlideResult) -> tuple[ChannelInfo, ...]:
+    with suppress(Exception):  # a damaged one is told when its turn comes
+        return slide.channels
+    return ()
 
 
 def _exported(slide: SlideResult, job: Job, journal: Journal) -> Exported:

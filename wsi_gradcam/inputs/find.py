@@ -24,12 +24,12 @@ from wsi_gradcam.inputs.search import (
     ending_of,
     find_in_folder,
     has_wildcard,
-    is_export,
     is_image,
     is_passed_over,
     is_slide_result,
     matches,
     parts_of_pattern,
+    result_error,
     split_pattern,
     zarr_kind,
 )
@@ -213,6 +213,7 @@ def _local(path: Path, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
 def _remote(url: str, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
     """Yield the slide at a URL, or those in a remote folder."""
     if not url.endswith("/") or any(part.endswith(ZARR) for part in url_parts(url)[1:]):
+        _check_no_remote_result(url)
         yield _slide_at(url, _image_name(*url_parts(url)[-2:]), NO_DETAILS)
         return
     from wsi_gradcam.slides.remote import is_remote_zarr
@@ -227,6 +228,16 @@ def _remote(url: str, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
     remarks.add(found)
     root = len(url_parts(url))
     yield from (_slide_at(each, "/".join(url_parts(each)[root:]), NO_DETAILS) for each in urls)
+
+
+def _check_no_remote_result(url: str) -> None:
+    """Raise a ConfigError for an exported TIFF at a URL; heatmaps say what they are when they are opened."""
+    if ending_of(url_name(url)) in TIFFS:
+        from wsi_gradcam.slides.remote import remote_texts
+        from wsi_gradcam.slides.tiff_metadata import is_export
+
+        if is_export(remote_texts(url)):
+            raise result_error(redact_url(url), "an export")
 
 
 def _slide_at(url: str, name: str, details: Details) -> tuple[object, _Found]:
@@ -267,6 +278,7 @@ def _slides_below(url: str, below: str, remarks: Remarks) -> list[str]:
 def _slides_among(files: Sequence[str], below: str, remarks: Remarks) -> list[str]:
     """Return the URLs of files that are slides; of TIFFs the heads are read."""
     from wsi_gradcam.slides.remote import remote_texts
+    from wsi_gradcam.slides.tiff_metadata import is_export
 
     own = [file for file in files if not url_name(file).startswith(APPLE_DOUBLE)]
     remarks.unread += [below + url_name(file) for file in own if ending_of(file) in UNREAD]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 from wsi_gradcam.errors import ConfigError, DocumentError
 from wsi_gradcam.io.documents import MAX_BYTES, read_json
 from wsi_gradcam.slides import SUFFIXES, UNREAD
+from wsi_gradcam.slides.base import OURS
 
 WILD = frozenset("*?[")
 ANY_FOLDERS = "**"
@@ -288,9 +289,7 @@ def is_deep_zoom(folder: str, beside: Set[str]) -> bool:
 
 
 RESULT, IMAGE, OTHER, NO_ZARR = "result", "image", "other", "no Zarr"
-OURS = "wsi_gradcam"  # the name under which results say that they are ours
 PNG_MARK = b"tEXtSoftware\0" + OURS.encode()
-DESCRIPTION, SOFTWARE = 270, 305  # tags of TIFF 6.0
 LAYOUT = "bioformats2raw.layout"
 
 
@@ -312,11 +311,6 @@ def zarr_kind(read: Callable[[str], bytes | None]) -> str:
         return IMAGE if "multiscales" in ome or LAYOUT in ome else OTHER
     except (DocumentError, AttributeError, TypeError):  # it may be anything
         return OTHER
-
-
-def is_export(texts: Mapping[int, str]) -> bool:
-    """Return True for the texts of a TIFF that an export has made; the demo's slide does not describe itself."""
-    return texts.get(SOFTWARE) == OURS and DESCRIPTION in texts
 
 
 def is_image(name: str, kind: str) -> bool:
@@ -342,7 +336,10 @@ def is_result(path: str) -> bool:
     ending = ending_of(path)
     if ending not in (PNG, *TIFFS) or not os.path.isfile(path):  # noqa: PTH113 - nor what a link leads to
         return False
-    from wsi_gradcam.slides.tiff_metadata import first_texts  # not above: what parses TIFF takes time to load
+    from wsi_gradcam.slides.tiff_metadata import (
+        first_texts,
+        is_export,
+    )  # not above: what parses TIFF takes time to load
 
     try:
         with Path(path).open("rb") as file:
@@ -360,7 +357,9 @@ def check_no_result(place: str, where: str = "") -> None:
     """Raise a ConfigError for a result of ours that was named as a slide, by a list at `where`."""
     folder = os.path.dirname(place)  # noqa: PTH120
     if is_result(place) or (os.path.isfile(_joined(folder, PLAN)) and is_slide_result(set(os.listdir(folder)))):  # noqa: PTH113, PTH208
-        what = "a heatmap" if place.endswith(ZARR) else "an export or a picture"
-        raise ConfigError(
-            f"{where}{place}: {what} that wsi_gradcam made, a result and no slide; give the slide that it shows"
-        )
+        raise result_error(f"{where}{place}", "a heatmap" if place.endswith(ZARR) else "an export or a picture")
+
+
+def result_error(place: str, what: str) -> ConfigError:
+    """Return the error for a result of ours that was named as a slide."""
+    return ConfigError(f"{place}: {what} that wsi_gradcam made, a result and no slide; give the slide that it shows")

@@ -88,10 +88,15 @@ class RunSession:
         if self._older is not None:
             (self._out / CLAIM).remove()
 
-    def begin(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """Begin the log, and show the status from now on; `slides` are all that the run is about."""
+    def begin(
+        self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str, remarks: Sequence[str] = ()
+    ) -> None:
+        """Begin the log, and show the status from now on; `slides` are all that the run is about.
+
+        `remarks` are lines on what the search for slides left out.
+        """
         self._progress.begin(len(slides), workload.run.settings.readers, workload.patches)
-        self._facts = facts_of(workload, self._out, self.run_id, dashboard)
+        self._facts = facts_of(workload, self._out, self.run_id, dashboard, remarks)
         self._log.begin(self._facts, workload.run.digest(), len(slides))
         self._renew()
         self._working.enter_context(PeriodicTimer(RENEWED_S, self._renew, "status"))
@@ -99,6 +104,8 @@ class RunSession:
         self._listener.run_started(workload, slides, dashboard)
         for note in workload.run.facts.notes:
             self.message(f"model {workload.run.facts.name}: {note}")
+        for remark in remarks:
+            self.message(remark)
 
     def process(
         self,

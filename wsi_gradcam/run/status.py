@@ -56,6 +56,7 @@ class RunFacts:
         dashboard: address of a page that shows the work; "" where there is none.
         work: explain or audit.
         notes: on the model: what was done to explain it.
+        remarks: on what the search for slides left out.
     """
 
     run: str
@@ -71,6 +72,7 @@ class RunFacts:
     dashboard: str
     work: str = "explain"
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,9 @@ class RunStatus:
         return cls(facts, RunState(values["state"]), values["cause"], values["updated"], numbers)
 
 
-def facts_of(workload: Workload, out: StoragePath, run_id: str, dashboard: str) -> RunFacts:
+def facts_of(
+    workload: Workload, out: StoragePath, run_id: str, dashboard: str, remarks: Sequence[str] = ()
+) -> RunFacts:
     """Return the facts of a run that begins now."""
     run = workload.run
     return RunFacts(
@@ -250,6 +254,7 @@ def facts_of(workload: Workload, out: StoragePath, run_id: str, dashboard: str) 
         dashboard=dashboard,
         work=workload.name,
         notes=list(run.facts.notes),
+        remarks=[as_text(remark) for remark in remarks],
     )
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from wsi_gradcam.errors import MppError, SlideContentError, SlideFormatError, quoted
+from wsi_gradcam.errors import MppError, SlideContentError, SlideFormatError, SlideReadError, quoted
 from wsi_gradcam.geometry import Region, ceil_div
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     Pair: TypeAlias = tuple[N, N]  # y, x
     Stored = tuple[Pair[int], Pair[float] | None, Pair[int] | None]  # size, spacing, tile of a level
 
+
+OURS = "wsi_gradcam"  # the name under which results say that they are ours
+LOG = logging.getLogger(OURS)
 
 # Scanners deliver 0.1 to 1 um per pixel and thumbnails of slides up to about 30. Values outside are wrong
 # tags: 72 dpi, which image editors write by default, comes out as 352.8.
@@ -448,3 +453,45 @@ def is_tiff(file: SlideFile) -> bool:
     """Return True for a file with the signature of TIFF."""
     with file.stream() as stream:
         return stream.read(4) in TIFF_SIGNATURES
+
+
+DARK = 64  # of 255: no picture in 16 bits is darker everywhere, but one of 12 bits that is taken for 16 is
+
+
+def eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
+    """Return samples of 8 or 16 bits as 8 bits, where `full` is white; 0: their type's largest value.
+
+    Raises:
+        ValueError: one is larger.
+    """
+    full = full or int(np.iinfo(values.dtype).max)
+    if values.dtype == np.uint8 and full == 255:
+        return values
+    if full == 65535:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if (most := int(values.max(initial=0))) > full:
+        raise ValueError(f"a sample of {most:,}, more than the {full.bit_length()} bits that the file says are used")
+    return ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
+
+
+def check_not_dark(slide: Slide, places: Sequence[tuple[int, Region]], *, chosen: bool = False) -> None:
+    """Look at some places of a slide in 16 bits that does not say how many of them are used.
+
+    Raises:
+        SlideContentError: all are dark. With channels that were `chosen`, as of fluorescence, the log warns of it.
+    """
+    levels = set()
+    for level, region in places:
+        with suppress(SlideReadError):
+            levels.add(int(slide.read_level(level, region).max(initial=0)))
+        if levels and max(levels) >= DARK:
+            return
+    if not levels:
+        return
+    told = "16-bit samples, none of those looked at above a quarter of the scale, as where fewer bits are used"
+    if chosen:
+        LOG.warning("%s: %s; they are shown at the full scale", slide.info.path, told)
+        return
+    raise SlideContentError(
+        f"{told}, which the file does not say; write SignificantBits into its OME-XML, or convert it to 8-bit RGB"
+    )

@@ -34,10 +34,20 @@ from wsi_gradcam.errors import (
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.io.zarr_stores import SLIDES, LocalSlideStore, bounded
-from wsi_gradcam.slides.base import Channel, SlideInfo, check_mpp, make_levels, pad_with_background, shown_channels
+from wsi_gradcam.slides.base import (
+    Channel,
+    SlideInfo,
+    check_mpp,
+    check_not_dark,
+    eight_bits,
+    make_levels,
+    pad_with_background,
+    shown_channels,
+)
 from wsi_gradcam.slides.remote import RemoteZarr
-from wsi_gradcam.slides.tiff_levels import MAX_XML
+from wsi_gradcam.slides.tiff_levels import MAX_XML, significant_bits
 from wsi_gradcam.slides.tiff_metadata import OneOfSeveral, ome_mpp, ome_names, slide_of
+from wsi_gradcam.slides.tiff_samples import full_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,7 +108,11 @@ class OmeZarrSlide:
             self._check_there(self._levels[-1])
             if mpp is None and not self._xml and not self._mpp()[0]:
                 self._xml, self._number = _xml_above(place)
+            told = (self._xml, self._number) if self._xml else _xml_above(place)
+            self._full = full_scale(self._levels[0].dtype.itemsize * 8, significant_bits(*told))
             self._info = self._described(mpp)
+            if not self._full:
+                check_not_dark(self, self._some_places(), chosen=channels is not None)
         except SlideAccessError:
             raise
         except SlideError as error:
@@ -174,7 +188,10 @@ class OmeZarrSlide:
         values = values.transpose(order) if "c" in left else values.transpose(order)[..., None]
         if self._shown is not None:
             values = values[..., list(self._shown)]
-        scaled = values if values.dtype == np.uint8 else (values.astype(np.uint32) + 128) // 257
+        try:
+            scaled = eight_bits(values, self._full)
+        except ValueError as error:
+            raise SlideReadError(f"{self._where(level, region)} has {error}") from error
         rgb = np.repeat(scaled, 3, axis=2) if scaled.shape[2] == 1 else scaled
         return np.ascontiguousarray(rgb.astype(np.uint8, copy=False))
 
@@ -208,6 +225,13 @@ class OmeZarrSlide:
         if height * width > (MAX_CHUNK_PX if min(height, width) >= THIN_PX else MANY_CHUNKS_PX):
             raise SlideFormatError(f"level {level.path} has chunks of {height} x {width} px; {SLIDES.mend}")
         return int(height * width)
+
+    def _some_places(self) -> list[tuple[int, Region]]:
+        """Return small parts of the coarsest level, in its middle and towards the first corner."""
+        level, at = self._info.levels[-1], [(y, x) for y in (2, 1, 0) for x in (2, 1, 0)]
+        size = min(256, ceil_div(level.height, 4)), min(256, ceil_div(level.width, 4))
+        places = [Region(level.height * y // 4, level.width * x // 4, *size) for y, x in at]
+        return [(len(self._levels) - 1, place) for place in places]
 
     def _check(self) -> None:
         array = self._levels[0]

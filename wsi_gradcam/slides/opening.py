@@ -25,13 +25,22 @@ from wsi_gradcam.errors import (
     one_line,
 )
 from wsi_gradcam.io.urls import redact_url, split_url
-from wsi_gradcam.slides.base import LocalFile, is_tiff, make_levels
+from wsi_gradcam.slides.base import OURS, LocalFile, check_not_dark, is_tiff, make_levels
 from wsi_gradcam.slides.ome_zarr_reader import OmeZarrSlide
 from wsi_gradcam.slides.openslide_reader import OpenSlideSlide, detect_vendor
 from wsi_gradcam.slides.picture_reader import PictureSlide, is_picture
 from wsi_gradcam.slides.remote import RemoteFile, RemoteZarr, is_remote_zarr
 from wsi_gradcam.slides.tiff_levels import AGAIN, TOP_LEFT, TiffLevel, open_tiff, tiff_levels
-from wsi_gradcam.slides.tiff_metadata import PLAIN, check_tiff, describe_plain, describe_tiff, tiff_mpp, tiff_vendor
+from wsi_gradcam.slides.tiff_metadata import (
+    PLAIN,
+    check_tiff,
+    describe_plain,
+    describe_tiff,
+    first_texts,
+    is_export,
+    tiff_mpp,
+    tiff_vendor,
+)
 from wsi_gradcam.slides.tiff_reader import TiffSlide, says_rgb
 
 if TYPE_CHECKING:
@@ -89,10 +98,23 @@ def open_tiff_slide(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Fact
             raise
         except Exception as error:  # parsing a damaged file may raise anything
             raise SlideFormatError(f"{file.name}: damaged TIFF ({one_line(error)[:200]}); {AGAIN}") from error
+        slide = TiffSlide(file, levels, info)
+        try:
+            _check_depth(slide, levels)
+        except SlideContentError as error:
+            raise SlideContentError(f"{file.name}: {error}") from error
     except BaseException:
         file.close()
         raise
-    return TiffSlide(file, levels, info)
+    return slide
+
+
+def _check_depth(slide: TiffSlide, levels: Sequence[TiffLevel]) -> None:
+    """Raise a SlideContentError for a picture of less than the 16 bits that its samples have, which it does not say."""
+    if not levels[0].full:
+        numbers = sorted({len(levels) - 1, 0}, reverse=True)
+        places = [(number, tile) for number in numbers for tile in slide.sample_tiles(number, TILES_COMPARED)]
+        check_not_dark(slide, places, chosen=levels[0].is_chosen)
 
 
 def _open_auto(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels | None = None) -> Slide:
@@ -134,7 +156,9 @@ def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
         try:
             with closing(LocalFile(path)) as file, open_tiff(file) as parsed:
                 first = tiff_levels(parsed)[0]
-                differs = first.is_joined or says_rgb(file, first)
+                differs = first.is_joined or first.is_scaled or says_rgb(file, first)
+            if not first.full:
+                _open_local_tiff(path, mpp, trust_objective).close()
         except SlideContentError as error:
             raise SlideContentError(f"{path}: {error}") from error
         except Exception:  # OpenSlide need not agree
@@ -153,6 +177,7 @@ def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: C
     try:
         levels, info = _facts(file, mpp, known, channels)
         fast = TiffSlide(file, levels, info)
+        _check_depth(fast, levels)
         if levels[0].orientation == TOP_LEFT and not levels[0].is_joined:  # OpenSlide does not turn or join pictures
             # Of Aperio's slides it makes smaller levels of level 0 where that lacks tiles.
             count = min(len(info.levels), len(known.info.levels)) if levels[0].counts.all() else 1
@@ -194,7 +219,7 @@ def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
 
     A tile that either cannot read is damaged: OpenSlide, which fills up some, shall not read it in place of our own.
     """
-    if fast.obeys_streams(level):  # OpenSlide does not
+    if fast.obeys_streams(level) or fast.is_scaled(level):  # OpenSlide does not
         return
     tiles = fast.sample_tiles(level, TILES_COMPARED)
     for region in tiles if known.is_exact(level) else tiles[:1]:
@@ -256,6 +281,10 @@ def _open_remote_tiff(
         if not is_tiff(file):
             raise SlideFormatError(f"{file.name}: neither TIFF nor OME-Zarr, which alone are read by URL; {COPY_FIRST}")
         check_tiff(file)
+        with file.stream() as stream:
+            texts = first_texts(stream, file.size)
+        if is_export(texts):
+            raise SlideContentError(f"{file.name}: an export that {OURS} made, a result and no slide; give the slide")
         return open_tiff_slide(file, plain if reader == "auto" else partial(tiff_facts, mpp=mpp, channels=channels))
     finally:
         file.forget_headers()  # in any case: a network error is not damage

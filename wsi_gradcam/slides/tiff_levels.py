@@ -19,6 +19,7 @@ from wsi_gradcam.slides.tiff_samples import (
     ALPHA,
     GIVING_RGB,
     JPEGS_2000,
+    full_of,
     is_ycc,
     jpeg_decoder,
     reduced_jpeg2000,
@@ -82,6 +83,8 @@ class TiffLevel:
         to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
         is_ycc: they are YCbCr in JPEG 2000, unless the stream says that it turns them into RGB itself.
         spacing: (y, x) micrometres per stored pixel by the page's resolution tags; None where they do not say.
+        full: value of the brightest sample; 0 for one of 16 bits that does not tell how many are used.
+        is_chosen: its channels were chosen by a user.
         reduction: the page is this many times larger than the level, see `reduced`.
     """
 
@@ -102,6 +105,8 @@ class TiffLevel:
     is_ycc: bool
     is_joined: bool = False
     spacing: tuple[float, float] | None = None
+    full: int = 255
+    is_chosen: bool = False
     reduction: int = 1
 
     @cached_property
@@ -120,6 +125,11 @@ class TiffLevel:
         if self.orientation <= SWAPPED:
             return self.shown_px, self.spacing, self.tile_px
         return self.shown_px, None if self.spacing is None else self.spacing[::-1], self.tile_px[::-1]
+
+    @property
+    def is_scaled(self) -> bool:
+        """True for a page that says that it does not use all bits of its samples."""
+        return self.full not in (0, 255, 65535)
 
     @property
     def piece_px(self) -> tuple[int, int]:
@@ -218,7 +228,8 @@ def tiff_levels(file: TiffFile, channels: Channels | None = None) -> list[TiffLe
         SlideFormatError: it holds no image that can be read; the message tells why.
     """
     try:
-        levels = [page_level(pages, _shown(file, pages, channels)) for pages in _pyramid(file)]
+        bits = significant_bits(file.ome_metadata or "") if file.is_ome else 0
+        levels = [page_level(pages, _shown(file, pages, channels), bits, channels) for pages in _pyramid(file)]
     except SlideError:
         raise
     except Exception as error:  # parsing a damaged file may raise anything
@@ -309,8 +320,11 @@ def _alike(first: Any, page: Any) -> bool:
     return make_levels(both, [spacing_of(p) for p in (first, page)], tiles)[1].problem != DIFFERENT
 
 
-def page_level(pages: list[Any], shown: Channels | None) -> TiffLevel:
-    """Return the level in a page, or in several of one channel each, of which some are shown."""
+def page_level(pages: list[Any], shown: Channels | None, bits: int = 0, chosen: Channels | None = None) -> TiffLevel:
+    """Return the level in a page, or in several of one channel each, of which some are shown.
+
+    Of its samples' bits `bits` are used; 0: that is not told.
+    """
     page = pages[0].keyframe
     height, width = int(page.imagelength), int(page.imagewidth)
     if min(height, width) < 1 or page.imagedepth != 1:
@@ -328,7 +342,8 @@ def page_level(pages: list[Any], shown: Channels | None) -> TiffLevel:
     if orientation not in range(1, 9):
         raise SlideFormatError(f"damaged TIFF: orientation {orientation}, expected 1 to 8; {AGAIN}")
     # First: it says more of a page that is no picture.
-    to_rgb = rgb_converter(page, (0, 1, 2) if joined else shown)
+    full = full_of(page, bits)
+    to_rgb = rgb_converter(page, (0, 1, 2) if joined else shown, full)
     if page.compression in GIVING_RGB:
         page.subsampling = (1, 1)  # a tag about JPEG, of which the decoders of others need nothing
     jpeg = jpeg_decoder(page, tile)
@@ -350,7 +365,19 @@ def page_level(pages: list[Any], shown: Channels | None) -> TiffLevel:
         is_ycc(page),
         bool(joined),
         spacing_of(page),
+        full,
+        chosen is not None and shown is not None,
     )
+
+
+def significant_bits(xml: str | bytes, number: int = 0) -> int:
+    """Return how many bits of its samples an image uses (OME-XML 2016-06); 0 where it does not say."""
+    try:
+        root = ElementTree.fromstring(xml if len(xml) <= MAX_XML else "")
+        pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
+        return int(pixels[number].get("SignificantBits", 0))
+    except (ElementTree.ParseError, ValueError, IndexError):
+        return 0
 
 
 def _places(pages: list[Any], expected: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +19,7 @@ from tifffile import TiffFile
 
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import ceil_div
-from wsi_gradcam.slides.base import SlideInfo, check_mpp, make_levels, mpp_from_objective
+from wsi_gradcam.slides.base import OURS, SlideInfo, check_mpp, make_levels, mpp_from_objective
 from wsi_gradcam.slides.tiff_levels import AGAIN, MAX_TILE_PX, MAX_XML, SWAPPED, TOP_LEFT, um_per_px
 
 if TYPE_CHECKING:
@@ -377,6 +377,14 @@ def first_texts(file: BinaryIO, size: int) -> dict[int, str]:
         if kind == ASCII:
             texts[tag] = data[:count].rstrip(b"\0").decode("ascii", "replace")
     return texts
+
+
+DESCRIPTION, SOFTWARE = 270, 305
+
+
+def is_export(texts: Mapping[int, str]) -> bool:
+    """Return True for the texts of a TIFF that an export has made; the demo's slide does not describe itself."""
+    return texts.get(SOFTWARE) == OURS and DESCRIPTION in texts
 
 
 def _unpacked(file: BinaryIO, layout: str) -> int | None:

@@ -79,6 +79,10 @@ class TiffSlide:
         """Return True for a level of JPEG 2000 that is said to be YCbCr, but whose stream says that it is RGB."""
         return says_rgb(self._file, self._levels[level])
 
+    def is_scaled(self, level: int) -> bool:
+        """Return True for a level that says that it does not use all bits of its samples."""
+        return self._levels[level].is_scaled
+
     def with_reductions(self) -> TiffSlide:
         """Return the slide with further levels, made smaller by 2, 4 and 8 while tiles are decoded.
 

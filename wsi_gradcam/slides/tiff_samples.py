@@ -16,6 +16,7 @@ from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, SAMPLEFORMAT
 
 from wsi_gradcam.errors import SlideContentError, SlideFormatError
 from wsi_gradcam.geometry import ceil_div
+from wsi_gradcam.slides.base import eight_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,13 +57,13 @@ GREEN_OF_CB = np.rint(65536 * (0.5 - 0.34414 * _CHROMA)).astype(np.int32)
 GREEN_OF_CR = np.rint(65536 * -0.71414 * _CHROMA).astype(np.int32)
 
 
-def rgb_converter(page: TiffPage, shown: Channels | None = None) -> ToRGB:
+def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) -> ToRGB:
     """Return a function from a decoded tile [h, w, samples] of `page` to RGB uint8 [h, w, 3].
 
     Of gray pictures that belong together, `shown` are the samples that are red, green and blue.
 
     Gray is repeated, white-is-zero turned over, palettes looked up, 16 bits scaled to 8, CMYK taken for ideal inks,
-    alpha laid on white.
+    alpha laid on white. Samples are `full` where they are brightest; 0: the largest value of their type.
 
     Raises:
         SlideFormatError: samples that are no colours of an image; the message describes them.
@@ -79,7 +80,7 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None) -> ToRGB:
         )
     if shown is not None:
         order = list(shown)
-        return lambda tile: _eight_bits(tile[..., order])
+        return lambda tile: eight_bits(tile[..., order], full)
     extra = len(page.extrasamples)
     colours = page.samplesperpixel - extra
     match page.photometric, colours:
@@ -113,11 +114,24 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None) -> ToRGB:
     associated = extra > 0 and page.extrasamples[0] == EXTRASAMPLE.ASSOCALPHA
 
     def to_rgb(tile: NDArray[np.generic]) -> NDArray[np.uint8]:
-        eight = _eight_bits(tile)
+        eight = eight_bits(tile, full)
         rgb = convert(eight[..., :colours])
         return rgb if alpha is None else _on_white(rgb, eight[..., alpha], associated)
 
     return to_rgb
+
+
+def full_of(page: TiffPage, bits: int) -> int:
+    """Return the value of the brightest sample of a page by OME-XML's bits or the tag MaxSampleValue; 0: not told."""
+    most = page.tags.valueof("MaxSampleValue", default=0)
+    most = most[0] if isinstance(most, tuple) and len(set(most)) == 1 else most
+    said = bits or (int(most).bit_length() if isinstance(most, int) and most & (most + 1) == 0 else 0)
+    return full_scale(page.bitspersample, said)
+
+
+def full_scale(bits: int, used: int) -> int:
+    """Return the value of the brightest sample by its bits and those that are used; 0: that is not told."""
+    return (1 << used) - 1 if 0 < used <= bits else 255 * (bits == 8)
 
 
 def _kind(page: TiffPage) -> str:
@@ -126,13 +140,6 @@ def _kind(page: TiffPage) -> str:
 
 def _name(photometric: object) -> str:
     return str(getattr(photometric, "name", photometric))
-
-
-def _eight_bits(tile: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Return samples of 8 bits at full scale: 65535 becomes 255."""
-    if tile.dtype == np.uint8:
-        return tile  # type: ignore[return-value]
-    return ((tile.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _same(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
