@@ -86,6 +86,7 @@ CHANGES: dict[str, Any] = {
     "trust_objective": True,
     "channels": (2, 1, 0),
     "decode": "scaled",
+    "allow_hosts": ("*.example.org",),
     "reader_threads": 7,
     "torch_threads": 3,
     "max_unreadable": 0.5,

@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {
     "trust_objective": True,
     "channels": (2, 1, 0),
     "decode": "scaled",
+    "allow_hosts": ("*.example.org",),
     "reader_threads": 4,
     "torch_threads": 3,
     "max_unreadable": 0.5,
@@ -185,6 +186,7 @@ class TestIdentity:
 
     def test_leaves_out_speed_patience_and_what_counts_slide_by_slide(self) -> None:
         left_out = {
+            "allow_hosts",
             "decode",
             "reader_threads",
             "torch_threads",

@@ -15,6 +15,7 @@ from wsi_gradcam.executors import open_executor
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, search_slides
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
+from wsi_gradcam.io.urls import allowed_hosts, allowing
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import RunFolder, check_same_run, read_run, stored_choice, write_run
@@ -106,11 +107,16 @@ def explain(
             where the command line was told to.
     """
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
-    entries, remarks = _chosen(slides, folder, only, skip)
+    with allowing(settings.allow_hosts):
+        entries, remarks = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings, trust_code)
     session = RunSession(folder.place, listener or RunListener(), partial(read_slides, folder.slides), log_tasks)
     records: list[SlideRecord] = []
-    with session, open_executor(workers, scheduler, settings, loaded, wait_for_workers) as executor:
+    with (
+        allowing(settings.allow_hosts),
+        session,
+        open_executor(workers, scheduler, settings, loaded, wait_for_workers) as executor,
+    ):
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.place, spec, settings, entries, choice)
         session.claim()
@@ -172,7 +178,8 @@ def preview(
     from wsi_gradcam.executors.serial import SerialExecutor
 
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
-    entries, remarks = _chosen(slides, folder, only, skip)
+    with allowing(settings.allow_hosts):
+        entries, remarks = _chosen(slides, folder, only, skip)
     spec, loaded = _prepared(entries, model, settings, trust_code)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
@@ -216,15 +223,17 @@ def _pace(folder: RunFolder, run: RunPlan, estimates: Sequence[Estimate], measur
 
 def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
     if settings is None:
-        return make_settings(**options)
-    return make_settings(**{**settings.model_dump(), **options}) if options else settings
+        settings = make_settings(**options)
+    elif options:
+        settings = make_settings(**{**settings.model_dump(), "allow_hosts": settings.allow_hosts, **options})
+    return settings.model_copy(update={"allow_hosts": settings.allow_hosts or allowed_hosts()})
 
 
 def _chosen(
     slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]
 ) -> tuple[list[SlideEntry], tuple[str, ...]]:
     """The slides to explain, with the ids that a run which is continued has for them, and what is to be remarked."""
-    found = search_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    found = search_slides([slides] if isinstance(slides, str | PathLike) else slides, str(folder.place))
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
     return choose_slides(assign_ids(found.entries, read_slide_records(folder.record)), *patterns), found.remarks
 

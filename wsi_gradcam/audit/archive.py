@@ -22,9 +22,11 @@ from wsi_gradcam.audit.schema import UntestedRow
 from wsi_gradcam.cam.targets import PREDICTED, Target, check_trusted, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError, as_path, picked
 from wsi_gradcam.inputs.find import SlideEntry
+from wsi_gradcam.io.urls import allowed_hosts
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.overview import read_mask
+from wsi_gradcam.results.slide import slide_address
 from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import Settings, make_settings
@@ -129,7 +131,7 @@ def open_run(
         ModelError: loading the model runs code, and that is not allowed.
     """
     run = result.record
-    settings = make_settings(**run.settings)
+    settings = make_settings(**run.settings | {"allow_hosts": allowed_hosts()})
     spec = (given or _spec_of(result)).trusting(trust_code)
     if not held:
         spec.check_trusted()
@@ -218,7 +220,9 @@ def _entries(result: Result) -> dict[str, SlideEntry]:
     for name, row in read_slide_records(result.folder.record).items():
         mpp = row.get("mpp")
         told = {key: str(row.get(key, "")) for key in ("mask", *GROUPINGS)}
-        found[name] = SlideEntry(name, as_path(row["path"]), None if mpp is None else (mpp[0], mpp[1]), **told)
+        path, stated = as_path(row["path"]), None if mpp is None else (mpp[0], mpp[1])
+        address = slide_address(path, result.out)
+        found[name] = SlideEntry(name, path, stated, "" if address == path else address, **told)
     return found
 
 

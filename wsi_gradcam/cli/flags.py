@@ -31,7 +31,7 @@ RUN_KEYS: Mapping[str, tuple[type, str]] = {
     "skip": PATTERNS,
 }
 # Settings with several values take them as `--include A B`, except these.
-REPEATED = "target"  # --target A --target B
+REPEATED = {"target": "TARGET", "allow_hosts": "PATTERN"}  # --target A --target B
 JOINED = ("method", "only")  # --method A,B
 MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
 EXAMPLES = {int: "224", float: "0.25"}
@@ -77,14 +77,14 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
     if all(isinstance(choice, str) for choice in types):
         return {"choices": types}
     if _is_repeated(name, field):
-        return {"action": "append"}
+        return {"action": "append", "metavar": REPEATED[name]}
     if types == [tuple[str, ...]] and name not in JOINED:
         return {"nargs": "+", "action": "extend", "metavar": "NAME"}
     return {}
 
 
 def _is_repeated(name: str, field: FieldInfo) -> bool:
-    return name == REPEATED and _types(field.annotation) == [tuple[str, ...]]
+    return name in REPEATED and _types(field.annotation) == [tuple[str, ...]]
 
 
 def _types(annotation: Any) -> list[Any]:
@@ -192,7 +192,6 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     _add_trust(parser)
     add("--config", type=Path, help="YAML file with the same names as keys; flags come first")
     _add_workers(parser, "how long to wait for missing workers (default 50)")
-    _add_allow_hosts(parser)
     add("--dry-run", action="store_true", help="print what would be done, and do nothing")
     add("--overwrite", action="store_true", help="explain finished slides again, whatever settings --out holds")
     add("--retry-failed", action="store_true", help="try slides again that failed before")
@@ -324,8 +323,7 @@ def _add_remote_slides(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_allow_hosts(parser: argparse.ArgumentParser) -> None:
-    text = "ask only these hosts and buckets for slides, such as '*.example.org' (default: all but cloud metadata)"
-    parser.add_argument("--allow-hosts", action="append", metavar="PATTERN", help=text)
+    add_settings(parser, ["allow_hosts"])
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,7 +33,7 @@ from wsi_gradcam.inputs.search import (
     split_pattern,
     zarr_kind,
 )
-from wsi_gradcam.io.urls import is_url, redact_url, url_name, url_parts
+from wsi_gradcam.io.urls import as_listed, host_of_url, is_url, redact_url, url_name, url_parts
 from wsi_gradcam.slides import SUFFIXES, UNREAD, is_zarr
 
 # Tag (0020,000E), little endian, with its type (DICOM PS3.5 section 7.1.2); it stands before any pixels.
@@ -97,7 +97,7 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
     return search_slides(paths).entries
 
 
-def search_slides(paths: Sequence[str | os.PathLike[str]]) -> Searched:
+def search_slides(paths: Sequence[str | os.PathLike[str]], named: str = "") -> Searched:
     """Return the slides in `paths` (files, folders to search, patterns, URLs, lists), sorted by id, each once.
 
     A list is a CSV or Parquet file with a column `slide`, paths from the list's own folder, and if need be further
@@ -109,6 +109,9 @@ def search_slides(paths: Sequence[str | os.PathLike[str]]) -> Searched:
     its first wildcard; where that would give two slides one id, all are named from the folder that holds everything
     given. Results of ours are no slides: a search leaves them out, and to name one is an error.
 
+    Buckets that only a list names are asked without the user's credentials; those of `paths` are not, nor that of the
+    URL which is `named` besides.
+
     Raises:
         SlideNotFoundError: a path that does not exist.
         SlideAccessError: a URL of a folder that cannot be listed.
@@ -119,8 +122,10 @@ def search_slides(paths: Sequence[str | os.PathLike[str]]) -> Searched:
         raise ConfigError(f"no slide given; expected slide files, folders, patterns, URLs, or lists ({endings})")
     found: dict[object, _Found] = {}
     remarks = Remarks()
-    for text in [os.fspath(path) for path in paths]:
-        for key, slide in _remote(text, remarks) if is_url(text) else _local(Path(text), remarks):
+    texts = [os.fspath(path) for path in paths]
+    buckets = {host_of_url(text) for text in (*texts, named) if is_url(text)}
+    for text in texts:
+        for key, slide in _remote(text, remarks) if is_url(text) else _local(Path(text), remarks, buckets):
             known = found.setdefault(key, slide)
             if known is not slide and slide.details is not NO_DETAILS:
                 found[key] = replace(known, details=known.details.updated(slide.details))
@@ -198,12 +203,13 @@ def _common_folders(places: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def _local(path: Path, remarks: Remarks) -> Iterator[tuple[object, _Found]]:
+def _local(path: Path, remarks: Remarks, buckets: Collection[str]) -> Iterator[tuple[object, _Found]]:
     try:
         for place, name, details in _named(path, remarks):
-            yield (
-                _slide_at(place, name, details) if is_url(place) else (_slide_key(place), _Found(place, name, details))
-            )
+            if is_url(place):
+                yield _slide_at(as_listed(place, buckets), name, details)
+            else:
+                yield _slide_key(place), _Found(place, name, details)
     except PermissionError as error:
         raise ConfigError(
             f"{error.filename or path}: cannot be read: {error.strerror}; let it be read, or give other slides"

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from enum import Enum, auto
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 from wsi_gradcam.errors import StoreError
-from wsi_gradcam.io.urls import split_url
+from wsi_gradcam.io.urls import closed_proxy, find_route, split_url
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -148,33 +148,46 @@ def bucket_and_key(url: str) -> tuple[str, str] | None:
     return None if not bucket or "@" in bucket else (bucket, key)
 
 
-def s3_store(bucket: str, prefix: str | None = None, patience_s: float | None = None) -> S3Store:
-    """Return a client of a bucket, or of what lies below a prefix, set up by the environment."""
+def s3_store(bucket: str, prefix: str | None = None, patience_s: float | None = None, signed: bool = True) -> S3Store:
+    """Return a client of a bucket, or of what lies below a prefix, set up by the environment.
+
+    Where it is not `signed`, the bucket is asked without the user's credentials.
+    """
     from obstore.store import S3Store
 
     # Set by the user, and other tools take that for permission.
     plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
     patience = PATIENCE_S if patience_s is None else patience_s
     options, retries = _client_options(plain, patience), _retry_config(patience)
-    return S3Store(bucket, prefix=prefix, client_options=options, retry_config=retries)
+    keys: Any = {} if signed else {"skip_signature": True}
+    return S3Store(bucket, prefix=prefix, client_options=options, retry_config=retries, **keys)
 
 
-def web_store(url: str) -> HTTPStore:
-    """Return a client of what lies below a web address; a user and password in it become basic authentication.
+def web_store(url: str, names: Sequence[str] = ("",)) -> HTTPStore:
+    """Return a client of a web address; a user and password in it become basic authentication.
+
+    With `names` it is of what lies below, of which one has that name. It follows redirects to the hosts that are known
+    to be allowed, and to no others: those would be asked through a proxy that refuses all.
 
     Raises:
         ValueError: not a valid URL.
+        SlideAccessError: the server, or one that it redirects to, is not to be asked.
     """
     from obstore.store import HTTPStore
 
-    scheme, host, _ = split_url(url)
+    route = find_route(url, names, PATIENCE_S / 6)
+    scheme, host, _ = split_url(route.url)
     options = _client_options(scheme == "http", PATIENCE_S)
+    headers = {"host": route.host} if route.host else {}
     user, at, _ = host.rpartition("@")
     if at:
-        token = base64.b64encode(unquote(user).encode()).decode()
-        options["default_headers"] = {"authorization": f"Basic {token}"}
-        url = url.replace(user + at, "", 1)
-    return HTTPStore(url, client_options=options, retry_config=_retry_config(PATIENCE_S))
+        headers["authorization"] = f"Basic {base64.b64encode(unquote(user).encode()).decode()}"
+    if headers:
+        options["default_headers"] = headers
+    if route.hosts is not None:
+        options |= {"proxy_url": closed_proxy(), "proxy_excludes": ",".join(route.hosts)}
+    address = route.url.replace(user + at, "", 1)
+    return HTTPStore(address, client_options=options, retry_config=_retry_config(PATIENCE_S))
 
 
 def _client_options(plain: bool, patience_s: float) -> ClientConfig:

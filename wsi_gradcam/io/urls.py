@@ -1,18 +1,30 @@
 """URLs of slides: their parts, the names they give to slides, how they are shown without secrets, and which are asked.
 
-Lists of slides come from anywhere. No server is asked that only machines in a cloud reach: there lie their secrets.
+Lists of slides come from anywhere. No server is asked that only machines in a cloud reach, where their secrets lie, nor
+by redirects; and buckets that the user has not named are asked without the user's credentials.
 """
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from urllib.parse import unquote
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from wsi_gradcam.errors import SlideAccessError
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 # Two letters at least: C:\ is a disk.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -80,6 +92,8 @@ def _plain(part: str) -> str:
 
 
 ALLOW_HOSTS = "WSI_GRADCAM_ALLOW_HOSTS"  # patterns of hosts and buckets, separated by commas; all others are not asked
+_OF_RUN: ContextVar[tuple[str, ...]] = ContextVar("patterns of a run, which a worker has from its settings", default=())
+ANONYMOUS = "anonymous@"  # before a bucket: asked without credentials
 # What clouds answer with the secrets of the machine that asks, besides the link-local addresses.
 METADATA_ADDRESSES = frozenset(
     map(ipaddress.ip_address, ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254"))
@@ -101,18 +115,54 @@ def allowing(patterns: Sequence[str] | None) -> Iterator[None]:
             os.environ.update({} if before is None else {ALLOW_HOSTS: before})
 
 
+@contextmanager
+def allowing_for_run(patterns: tuple[str, ...]) -> Iterator[None]:
+    """Do as `allowing` in this thread alone; workers on other machines do not have the environment of the command."""
+    token = _OF_RUN.set(patterns)
+    try:
+        yield
+    finally:
+        _OF_RUN.reset(token)
+
+
+def allowed_hosts() -> tuple[str, ...]:
+    """Return the patterns that hold here; none where all is asked but what only a cloud's machines reach."""
+    return _OF_RUN.get() or tuple(
+        pattern.strip() for pattern in os.environ.get(ALLOW_HOSTS, "").split(",") if pattern.strip()
+    )
+
+
+def _matches(scheme: str, host: str) -> bool:
+    """Return True where a pattern names the host or bucket, with or without its scheme."""
+    names = (host.lower(), f"{scheme}://{host.lower()}")
+    return any(fnmatchcase(name, pattern.lower().rstrip("/")) for pattern in allowed_hosts() for name in names)
+
+
+def as_listed(url: str, named: Collection[str] = ()) -> str:
+    """Return the URL of a slide that a list or a result names, without the right to the user's credentials.
+
+    They are for buckets that the user has `named` and for those that `--allow-hosts` lets be asked. Other URLs and
+    paths are returned as they are.
+
+    >>> as_listed("s3://bucket/a.svs"), as_listed("s3://bucket/a.svs", {"bucket"}), as_listed("https://host/a.svs")
+    ('s3://anonymous@bucket/a.svs', 's3://bucket/a.svs', 'https://host/a.svs')
+    """
+    scheme, place, _ = split_url(url)
+    if not is_url(url) or scheme in WEB_SCHEMES or "@" in place or place in named or _matches(scheme, place):
+        return url
+    return url.replace("://", f"://{ANONYMOUS}", 1)
+
+
 def refusal(url: str) -> str:
     """Return why the server of a URL is not asked, with the mend; "" where it is.
 
     >>> refusal("http://169.254.169.254/latest"), refusal("https://8.8.8.8/a.svs")
     ('the address 169.254.169.254 is for a cloud machine itself; --allow-hosts 169.254.169.254 allows it', '')
     """
-    scheme, place, _ = split_url(url)
-    host = _host(place) if scheme in WEB_SCHEMES else place
-    patterns = [pattern.strip() for pattern in os.environ.get(ALLOW_HOSTS, "").split(",") if pattern.strip()]
-    if any(fnmatchcase(host.lower(), pattern.lower()) for pattern in patterns):
+    scheme, host = split_url(url)[0], host_of_url(url)
+    if _matches(scheme, host):
         return ""
-    if patterns:
+    if patterns := allowed_hosts():
         return (
             f"{host} is none of the hosts and buckets that are asked ({', '.join(patterns)}); --allow-hosts adds others"
         )
@@ -134,15 +184,208 @@ def is_private_to_cloud(address: str) -> bool:
     return found.is_link_local or found in METADATA_ADDRESSES
 
 
-def _host(place: str) -> str:
-    """Return the host of user, host and port."""
+def host_of_url(url: str) -> str:
+    """Return the host of a web address without user, port and brackets, or the bucket.
+
+    >>> host_of_url("https://me@[fe80::1]:80/a.svs"), host_of_url("s3://bucket/a.svs")
+    ('fe80::1', 'bucket')
+    """
+    scheme, place, _ = split_url(url)
     host = place.rpartition("@")[2]
+    if scheme not in WEB_SCHEMES:
+        return host
     return host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
 
 
 def _addresses(host: str) -> list[str]:
     """Return all addresses of a host; none where it has none, which whoever asks it will say."""
     try:
-        return [str(found[4][0]) for found in socket.getaddrinfo(unquote(host), None, type=socket.SOCK_STREAM)]
+        found = socket.getaddrinfo(unquote(host), None, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(str(each[4][0]) for each in found))
     except (OSError, UnicodeError):
         return []
+
+
+# --- redirects -------------------------------------------------------------------------------------------------------
+
+MAX_REDIRECTS = 10
+REDIRECTS = (301, 302, 303, 307, 308)
+FRESH_S = 60  # a route is looked for again
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way to what lies at a web address, all of whose hosts may be asked.
+
+    Attributes:
+        url: to ask; with an address for the name of a host that is asked without encryption, since names can lead
+            elsewhere a moment later, and no certificate would show it.
+        host: the Host header to send then; "" for the URL's own.
+        hosts: the hosts to which redirects may lead from there; None where a proxy of the environment asks for us.
+    """
+
+    url: str
+    host: str = ""
+    hosts: tuple[str, ...] | None = None
+
+
+def find_route(url: str, names: Sequence[str] = ("",), wait_s: float = 5.0) -> Route:
+    """Return the way to a file at a web address, or to the files of a folder, which has one of these `names`.
+
+    A server that does not answer in `wait_s` redirects to nowhere.
+
+    Raises:
+        SlideAccessError: its server, or one that it redirects to, is not to be asked.
+    """
+    return _found_route(url, tuple(names), wait_s, allowed_hosts(), int(time.monotonic() / FRESH_S))
+
+
+@lru_cache(maxsize=256)
+def _found_route(url: str, names: tuple[str, ...], wait_s: float, patterns: tuple[str, ...], now: int) -> Route:
+    from urllib.request import getproxies, proxy_bypass  # takes time to import, as http.client and ssl do
+
+    if getproxies().get(split_url(url)[0]) and not proxy_bypass(host_of_url(url)):
+        return Route(url)
+    chain, name = [url], ""
+    for name in names:
+        chain, status = _follow(_joined(url, name), wait_s)
+        if status is None or status < 400 or len(chain) > 1:
+            break
+    plain = [number for number, each in enumerate(chain) if split_url(each)[0] == "http"]
+    start = min(plain[-1] + 1, len(chain) - 1) if plain else 0
+    base = chain[start] if not name else _without(chain[start], name, url)
+    if split_url(base)[0] != "http":
+        return Route(base, hosts=tuple(dict.fromkeys(map(host_of_url, chain[start:]))))
+    return _pinned(base, wait_s)
+
+
+def _joined(url: str, name: str) -> str:
+    place, mark, query = url.partition("?")
+    return f"{place.rstrip('/')}/{name}{mark}{query}" if name else url
+
+
+def _without(place: str, name: str, url: str) -> str:
+    """Return the address of the folder in which a file is."""
+    path, mark, query = place.partition("?")
+    if not path.endswith(f"/{name}"):
+        raise SlideAccessError(f"{redact_url(url)}: redirects to {redact_url(place)}; give the final URL of the folder")
+    return path.removesuffix(f"/{name}") + mark + query
+
+
+def _pinned(url: str, wait_s: float) -> Route:
+    """Return the route to the address that the name of a host has now."""
+    place = split_url(url)[1]
+    user, at, named = place.rpartition("@")
+    try:
+        with closing(_connected(url, wait_s)) as connected:
+            address = str(connected.getpeername()[0])
+    except (OSError, ValueError):  # the reader will say so
+        address = next(iter(_addresses(host_of_url(url))), "")
+    if address in ("", host_of_url(url)):
+        return Route(url, hosts=(host_of_url(url),))
+    shown = f"[{address}]" if ":" in address else address
+    port = re.search(r":\d+$", named)
+    return Route(url.replace(place, f"{user}{at}{shown}{port[0] if port else ''}", 1), named, (address,))
+
+
+def _follow(url: str, wait_s: float) -> tuple[list[str], int | None]:
+    """Return an address and those that it redirects to, one after the other, and the last status; None without one.
+
+    Raises:
+        SlideAccessError: one of them is not to be asked.
+    """
+    chain = [url]
+    while True:
+        if why := refusal(chain[-1]):
+            raise SlideAccessError(f"{redact_url(url)}: {_redirected(chain)}{why}")
+        status, location = _asked(chain[-1], wait_s)
+        if status not in REDIRECTS or not location:
+            return chain, status
+        following = urljoin(chain[-1], quote(location, safe="!#$%&'()*+,/:;=?@[]~"))
+        user, at, place = split_url(chain[-1])[1].rpartition("@")
+        if at and split_url(following)[1] == place:  # still there
+            following = following.replace(place, f"{user}@{place}", 1)
+        chain.append(following)
+        if split_url(following)[0] not in WEB_SCHEMES or not host_of_url(following):
+            raise SlideAccessError(f"{redact_url(url)}: {_redirected(chain)}which is no web address; give another URL")
+        if (split_url(chain[-2])[0], split_url(following)[0]) == ("https", "http"):
+            raise SlideAccessError(f"{redact_url(url)}: {_redirected(chain)}without encryption; give the final URL")
+        if len(chain) > MAX_REDIRECTS:
+            raise SlideAccessError(f"{redact_url(url)}: redirects without end; give the final URL")
+
+
+def _redirected(chain: Sequence[str]) -> str:
+    return f"redirects to {redact_url(chain[-1])}: " if len(chain) > 1 else ""
+
+
+def _asked(url: str, wait_s: float) -> tuple[int | None, str]:
+    """Return the status of a web address and where it redirects to; (None, "") where it does not answer.
+
+    Some servers answer no HEAD, and addresses that are signed for GET refuse it.
+    """
+    from http.client import HTTPException
+
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    headers = {"User-Agent": "wsi-gradcam", "Range": "bytes=0-0"}
+    if at:
+        headers["Authorization"] = f"Basic {base64.b64encode(unquote(user).encode()).decode()}"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    answer: tuple[int | None, str] = (None, "")
+    for method in ("HEAD", "GET"):
+        try:
+            with closing(_connection(url, wait_s)) as connection:
+                connection.request(method, target, headers=headers)
+                found = connection.getresponse()
+                answer = found.status, found.headers.get("Location", "")
+        except (OSError, ValueError, HTTPException):  # the reader will say what is wrong
+            return answer
+        if found.status < 400 or found.status == 404:
+            break
+    return answer
+
+
+def _connection(url: str, wait_s: float) -> HTTPConnection:
+    """Return a connection to the host of a web address, at an address that may be asked.
+
+    Raises:
+        OSError: there is none.
+    """
+    from http.client import HTTPConnection
+    from ssl import create_default_context
+
+    connected, connection = _connected(url, wait_s), HTTPConnection(urlsplit(url).netloc.rpartition("@")[2])
+    if split_url(url)[0] == "https":
+        with closing(connected) as plain:  # which gives its place to the encrypted one
+            connected = create_default_context().wrap_socket(plain, server_hostname=host_of_url(url))
+    connection.sock = connected
+    return connection
+
+
+def _connected(url: str, wait_s: float) -> socket.socket:
+    """Return a socket that is connected to the first address of a host that may be asked and answers.
+
+    Raises:
+        OSError: there is none.
+    """
+    parts, host = urlsplit(url), host_of_url(url)
+    failed = OSError(f"{host} has no address")
+    for address in _addresses(host):
+        if _matches(parts.scheme, host) or not is_private_to_cloud(address):
+            try:
+                return socket.create_connection(
+                    (address, parts.port or (443 if parts.scheme == "https" else 80)), wait_s
+                )
+            except OSError as error:
+                failed = error
+    raise failed
+
+
+@lru_cache(maxsize=1)
+def closed_proxy() -> str:
+    """Return the address of a proxy that refuses all: one of this process that nobody can connect to."""
+    door = socket.socket()
+    door.bind(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{door.getsockname()[1]}"
+    door.detach()  # kept as long as the process lives, so that no other takes it
+    return address

@@ -18,7 +18,7 @@ from wsi_gradcam.errors import (
     UnknownNameError,
     as_path,
 )
-from wsi_gradcam.io.urls import is_url, redact_url, split_url
+from wsi_gradcam.io.urls import as_listed, host_of_url, is_url, redact_url, split_url
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -65,6 +65,11 @@ def check_named(path: str, out: str, remote: bool) -> None:
             f"{shown}: the results name a slide on another machine, which is asked for it only if you say so: with "
             "--remote-slides, in Python remote_slides=True"
         )
+
+
+def slide_address(path: str, out: str) -> str:
+    """Return the path of a slide of results; of a URL in another bucket than theirs, one that is not signed for."""
+    return as_listed(path, {host_of_url(out)} if is_url(out) else ())
 
 
 class SlideResult:
@@ -253,7 +258,7 @@ class SlideResult:
             SlideError: it is not there any more, another file is, or it is behind a URL, see `check_named`.
         """
         self.check_path()
-        slide = open_slide(self.path, self.mpp, self._run.reader, channels=self._run.channels)
+        slide = open_slide(self.address, self.mpp, self._run.reader, channels=self._run.channels)
         if slide.info.digest != self.plan.slide_digest:
             slide.close()
             raise SlideFormatError(f"{self.path}: another file than was explained; put the right one there")
@@ -273,6 +278,11 @@ class SlideResult:
             return None
         slide.close()
         return slide.info.bounds
+
+    @property
+    def address(self) -> str:
+        """The slide's path, or its URL as far as results may name it, see `as_listed`."""
+        return slide_address(self.path, str(self.folder.place))
 
     def check_path(self) -> None:
         """Raise a SlideAccessError where the slide shall not be opened, see `check_named`."""

@@ -44,7 +44,7 @@ from wsi_gradcam.results.run_files import (
     parse_run,
 )
 from wsi_gradcam.results.seals import LISTING, Seal, file_problems, is_account, listing_problems, seal_of
-from wsi_gradcam.results.slide import NotAskedError, check_named
+from wsi_gradcam.results.slide import NotAskedError, check_named, slide_address
 from wsi_gradcam.results.slide_tables import (
     Record,
     is_there,
@@ -485,7 +485,7 @@ def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[st
         run.notes.append(f"{row['id']}: not compared with the slide: {error}")
         return
     reader, channels = (run.record.reader, run.record.channels) if run.record else ("auto", None)
-    slide = open_slide(as_path(row["path"]), plan.slide_mpp, reader, channels=channels)
+    slide = open_slide(slide_address(as_path(row["path"]), run.out), plan.slide_mpp, reader, channels=channels)
     try:
         if slide.info.digest != plan.slide_digest:
             yield f"{row['path']} is another file now than when it was explained"

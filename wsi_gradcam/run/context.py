@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from wsi_gradcam.cam.facts import SCALED
 from wsi_gradcam.errors import ResumeError, StoreError, device_errors
 from wsi_gradcam.io.cache import Cache, ResourcePool
+from wsi_gradcam.io.urls import allowing_for_run
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
@@ -111,7 +112,8 @@ class Context(Generic[W]):
                 make_sums_deterministic()
                 from wsi_gradcam.cam.explainer import Explainer
 
-                self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)
+                with allowing_for_run(self.run.settings.allow_hosts):
+                    self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)
             return self._model
 
     def glass(self, entry: SlideEntry) -> tuple[int, int, int]:

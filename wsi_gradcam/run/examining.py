@@ -12,6 +12,7 @@ import numpy as np
 
 from wsi_gradcam.cam.facts import EXACT, SCALED, Trial
 from wsi_gradcam.errors import ConfigError, SlideReadError, device_errors, one_line
+from wsi_gradcam.io.urls import allowing_for_run
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.slides import read_region, with_reductions
 from wsi_gradcam.slides.patch_reader import open_entry
@@ -186,7 +187,8 @@ def examine_model(
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
     with device_errors():
-        loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
+        with allowing_for_run(settings.allow_hosts):
+            loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
     check_batch(loaded, settings.batch_size)
     with device_errors():
         explainer = Explainer.examine(loaded, request, patches)

@@ -35,6 +35,7 @@ NOT_IN_IDENTITY = frozenset(
         "replace_mpp",
         "trust_objective",
         "decode",  # what was chosen counts
+        "allow_hosts",
     }
 )
 
@@ -185,6 +186,15 @@ class Settings(BaseModel):
         Share, Field(description="share of unreadable patches above which a slide has failed")
     ] = 0.01
 
+    allow_hosts: Annotated[
+        tuple[str, ...],
+        Field(
+            exclude=True,  # a permission, which no file of results gives
+            description="ask only these hosts and buckets for slides: '*.example.org', 's3://bucket' (default: all but "
+            "the metadata of clouds); buckets that only a list names are asked with your credentials if named here",
+        ),
+    ] = ()
+
     @model_validator(mode="before")
     @classmethod
     def _pairs(cls, values: Any) -> Any:
@@ -199,7 +209,7 @@ class Settings(BaseModel):
         for key in ("mpp", "patch_px"):
             if isinstance(values.get(key), int | float):
                 values[key] = (values[key], values[key])
-        for key in ("target", "include", "exclude"):
+        for key in ("target", "include", "exclude", "allow_hosts"):
             if isinstance(values.get(key), str | int):
                 values[key] = (values[key],)
             if isinstance(values.get(key), list | tuple):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.errors import SlideReadError, one_line
-from wsi_gradcam.io.urls import is_url
+from wsi_gradcam.io.urls import allowing_for_run, is_url
 from wsi_gradcam.slides import open_slide, read_region, with_reductions
 from wsi_gradcam.system.isolation import CRASHES
 
@@ -53,7 +53,8 @@ def open_entry(entry: SlideEntry, settings: Settings, scaled: bool = False) -> S
     Raises:
         SlideError: as of `open_slide`, or it has crashed a process before.
     """
-    slide = _open_entry(entry, settings)
+    with allowing_for_run(settings.allow_hosts):
+        slide = _open_entry(entry, settings)
     return with_reductions(slide) if scaled else slide
 
 

@@ -28,7 +28,7 @@ from wsi_gradcam.io.object_stores import (
     short_message,
     web_store,
 )
-from wsi_gradcam.io.urls import WEB_SCHEMES, redact_url, refusal, split_url
+from wsi_gradcam.io.urls import ANONYMOUS, WEB_SCHEMES, redact_url, refusal, split_url
 from wsi_gradcam.io.zarr_stores import SlideLimits, check_count
 from wsi_gradcam.slides.base import ZARR_FILES
 
@@ -50,6 +50,7 @@ BLOCK_BYTES = 1 << 11
 MAX_BLOCKS = 1 << 14
 # Compressed tiles, a tenth of the bytes of their pixels: what the cache of pixels drops need not be fetched again.
 KEPT_BYTES = 64 << 20
+LISTED_HINT = "--allow-hosts BUCKET has a bucket asked with them that only a list or results name"
 SMALL_BYTES = 4 << 20
 
 
@@ -337,12 +338,11 @@ def list_folder(url: str) -> tuple[list[str], list[str]]:
             f"{redact_url(url)}: web servers cannot be asked what lies below; name the slides one by one, or in a list "
             "(.csv)"
         )
-    bucket, _ = _bucket_and_key(url)
     try:
         found = folder_store(url).list_with_delimiter()
     except Exception as error:
         raise access_error(redact_url(url), error) from None
-    base = url.rstrip("/") if split_url(url)[2] else f"{S3}://{bucket}"
+    base = url.rstrip("/")
     folders = [f"{base}/{name.rstrip('/')}/" for name in found["common_prefixes"]]
     return folders, [f"{base}/{item['path']}" for item in found["objects"]]
 
@@ -352,9 +352,9 @@ def folder_store(url: str) -> ObjectStore:
     if split_url(url)[0] != S3:
         scheme, _, rest = url.partition("://")
         place, mark, query = rest.partition("?")
-        return _web_store(f"{scheme}://{place.rstrip('/')}{mark}{query}")
-    bucket, key = _bucket_and_key(url)
-    return s3_store(bucket, key.rstrip("/") or None)
+        return _web_store(f"{scheme}://{place.rstrip('/')}{mark}{query}", ZARR_FILES)
+    bucket, key, signed = _place_in_store(url)
+    return s3_store(bucket, key.rstrip("/") or None, signed=signed)
 
 
 def file_store(url: str) -> tuple[ObjectStore, str]:
@@ -365,30 +365,26 @@ def file_store(url: str) -> tuple[ObjectStore, str]:
     """
     if split_url(url)[0] != S3:
         return _web_store(url), ""  # all in the address, so that a query stays in its place
-    bucket, key = _bucket_and_key(url)
-    return s3_store(bucket), key
+    bucket, key, signed = _place_in_store(url)
+    return s3_store(bucket, signed=signed), key
 
 
-def _bucket_and_key(url: str) -> tuple[str, str]:
-    found = bucket_and_key(url)
+def _place_in_store(url: str) -> tuple[str, str, bool]:
+    """Return bucket and key of an s3:// URL, and whether requests are signed with the user's credentials."""
+    found = bucket_and_key(url.replace(f"://{ANONYMOUS}", "://", 1))
     if found is None:
         raise SlideAccessError(f"{redact_url(url)}: {EXPECTED_S3_URL}")
-    _check_allowed(url)
-    return found
-
-
-def _check_allowed(url: str) -> None:
     if why := refusal(url):
         raise SlideAccessError(f"{redact_url(url)}: {why}")
+    return *found, f"://{ANONYMOUS}" not in url
 
 
-def _web_store(url: str) -> HTTPStore:
+def _web_store(url: str, names: Sequence[str] = ("",)) -> HTTPStore:
     scheme, host, _ = split_url(url)
     if scheme not in SCHEMES or not host.rpartition("@")[2]:
         raise SlideAccessError(f"{redact_url(url)}: expected a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
-    _check_allowed(url)
     try:
-        return web_store(url)
+        return web_store(url, names)
     except ValueError as error:
         raise access_error(redact_url(url), error) from None
 
@@ -408,8 +404,9 @@ def access_error(name: str, error: Exception) -> SlideError:
         )
     if failure in (Failure.ACCESS_DENIED, Failure.NO_CREDENTIALS):
         web = "check user and password in the URL, or make a new signed one"
+        in_s3 = split_url(name)[0] == S3
         what = "access was refused" if failure is Failure.ACCESS_DENIED else "there are no credentials"
-        return SlideAccessError(f"{name}: {what}; {CREDENTIALS_HINT if split_url(name)[0] == S3 else web}")
+        return SlideAccessError(f"{name}: {what}; {f'{CREDENTIALS_HINT}; {LISTED_HINT}' if in_s3 else web}")
     if failure is Failure.BEYOND_END:
         return SlideFormatError(f"{name}: empty, expected a slide; copy it again from its source")
     if failure is Failure.REDIRECTED:

@@ -171,7 +171,7 @@ def _open_slide(result: SlideResult) -> Slide:
         if not result.path:
             raise SlideNotFoundError(f"{result.id}: its path is not known yet") from None
         result.check_path()
-        return open_slide(result.path)
+        return open_slide(result.address)
     return result.open_slide()
 
 

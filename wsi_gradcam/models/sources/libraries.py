@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import urllib.parse
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ModelError, did_you_mean
+from wsi_gradcam.io.urls import refusal
 from wsi_gradcam.models.sources import Built
 
 if TYPE_CHECKING:
@@ -56,15 +58,24 @@ def _check_network(spec: ModelSpec, config: Any) -> None:
 
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
     repository = getattr(config, "hf_hub_id", None)
+    if any(
+        repository and isinstance(try_to_load_from_cache(str(repository), file), str)
+        for file in ("model.safetensors", "pytorch_model.bin")
+    ):
+        return
+    _check_allowed(spec, constants.ENDPOINT if repository else str(getattr(config, "url", "")))
     if not repository or not host or urllib.request.getproxies():  # fetched from elsewhere, or by another way
         return
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        if isinstance(try_to_load_from_cache(str(repository), file), str):
-            return
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
         raise _no_weights(spec, f"no way to {host}: {error}") from error
+
+
+def _check_allowed(spec: ModelSpec, url: str) -> None:
+    """Raise a ModelError where weights would be fetched from a host that is not to be asked."""
+    if url and (why := refusal(url)):
+        raise _no_weights(spec, why)
 
 
 def _no_weights(spec: ModelSpec, cause: str) -> ModelError:
@@ -80,6 +91,7 @@ def build_torchvision(spec: ModelSpec) -> Built:
     Raises:
         ModelError: torchvision has no such classifier, or its published weights cannot be had.
     """
+    from torch.hub import get_dir
     from torchvision.models import get_model, get_model_weights, list_models
 
     name = spec.argument
@@ -94,6 +106,8 @@ def build_torchvision(spec: ModelSpec) -> Built:
     arguments: dict[str, Any] = {"weights": published if spec.weights is None else None}
     if spec.weights is not None and spec.classes is not None:
         arguments["num_classes"] = len(spec.classes)
+    if spec.weights is None and not (Path(get_dir()) / "checkpoints" / Path(published.url).name).is_file():
+        _check_allowed(spec, published.url)
     try:
         module = get_model(name, **arguments)
     except (OSError, RuntimeError) as error:
