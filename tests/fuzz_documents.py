@@ -8,8 +8,11 @@ result folders. `--kind all` takes each in turn.
 
 from __future__ import annotations
 
+import atexit
 import copy
+import io
 import json
+import os
 import resource
 import shutil
 import signal
@@ -20,6 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from wsi_gradcam.errors import WsiGradcamError
 
 CASE_S, CASE_BYTES = 5, 1 << 30
 AT_ONCE = 250
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # networks this small wait for one another's threads
 MAX_LINE = 4000  # characters of an error
 
 Random = np.random.Generator
@@ -151,9 +156,9 @@ WSINFER = {
     ],
 }
 TIMM = {
-    "architecture": "resnet18",
+    "architecture": "test_resnet",
     "num_classes": 3,
-    "num_features": 512,
+    "num_features": 96,
     "global_pool": "avg",
     "label_names": ["a", "b", "c"],
     "model_args": {"in_chans": 3},
@@ -197,24 +202,62 @@ def make_xml(text: str) -> Callable[[Path, Random], Path]:
     return make
 
 
-def make_model(values: dict[str, Any]) -> Callable[[Path, Random], Path]:
-    """Return a maker of folders with a changed config.json."""
+def make_model(
+    values: dict[str, Any], weights: Callable[[], tuple[str, bytes]], change: bool = True
+) -> Callable[[Path, Random], Path]:
+    """Return a maker of folders with a changed config.json and weights that fit what it was."""
 
     def make(folder: Path, rng: Random) -> Path:
         path = folder / "config.json"
         path.write_text(json.dumps(values))
-        change_json(path, rng)
-        (folder / "torchscript_model.pt").write_bytes(b"PK\x03\x04")
-        (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        if change:
+            change_json(path, rng)
+        name, data = weights()
+        (folder / name).write_bytes(data)
         return folder
 
     return make
 
 
-def make_results(folder: Path, rng: Random) -> Path:
+@cache
+def scripted() -> tuple[str, bytes]:
+    """A small network in TorchScript."""
+    import torch
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 5, 4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 2),
+    )
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(network.eval(), torch.zeros(1, 3, 64, 64)), buffer)  # type: ignore[no-untyped-call]
+    return "torchscript_model.pt", buffer.getvalue()
+
+
+@cache
+def trained() -> tuple[str, bytes]:
+    """The weights of timm's smallest network."""
+    import timm
+    from safetensors.torch import save
+
+    return "model.safetensors", save(timm.create_model(str(TIMM["architecture"]), num_classes=3).state_dict())
+
+
+@cache
+def sound_results() -> Path:
+    """Results to be copied, which go with the process."""
     from tests.made_results import Made, make, steps
 
-    out = make(folder / "out", {"a.svs": Made((640, 640), steps((40, 40)))})
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return make(folder / "out", {"a.svs": Made((640, 640), steps((40, 40)))})
+
+
+def make_results(folder: Path, rng: Random) -> Path:
+    out = Path(shutil.copytree(sound_results(), folder / "out"))
     files = sorted(path for path in out.rglob("*") if path.suffix in (".json", ".yaml", ".csv", ".jsonl", ".parquet"))
     path = files[int(rng.integers(len(files)))]
     if path.suffix == ".json":
@@ -274,8 +317,8 @@ KINDS: dict[str, tuple[Callable[[Path, Random], Path], Read]] = {
     "geojson": (make_geojson, read_mask),
     "imagescope": (make_xml(IMAGESCOPE), read_mask),
     "asap": (make_xml(ASAP), read_mask),
-    "wsinfer": (make_model(WSINFER), read_wsinfer),
-    "hf": (make_model(TIMM), read_hf),
+    "wsinfer": (make_model(WSINFER, scripted), read_wsinfer),
+    "hf": (make_model(TIMM, trained), read_hf),
     "results": (make_results, read_results),
 }
 
@@ -344,7 +387,7 @@ def in_children(command: Callable[[int, int], list[str]], cases: int, first: int
     while number < end:
         count = min(AT_ONCE, end - number)
         run = [sys.executable, "-m", *command(number, count)]
-        ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+        ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False, env=ONE_THREAD)
         chunks = ended.stdout.split("case ")[1:]
         problems += [chunk.partition("WRONG ")[2] for chunk in chunks if "WRONG " in chunk]
         done = int(chunks[-1].split()[0]) if chunks else number

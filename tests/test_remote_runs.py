@@ -15,6 +15,7 @@ from tests.test_slides_ome_zarr_reader import write as write_zarr
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.errors import ConfigError, SlideAccessError
 from wsi_gradcam.inputs.find import find_slides
+from wsi_gradcam.io.urls import ALLOW_HOSTS
 from wsi_gradcam.results.validation import check
 from wsi_gradcam.slides import open_slide
 
@@ -103,7 +104,10 @@ def test_web_servers_are_not_asked_what_they_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [None, 1])
-def test_a_list_of_urls_gives_what_files_give(workers: int | None, s3: str, slide: Path, tmp_path: Path) -> None:
+def test_a_list_of_urls_gives_what_files_give(
+    workers: int | None, s3: str, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOW_HOSTS, f"s3://{BUCKET},127.0.0.1")  # else a list's bucket is asked without credentials
     key, image = f"{tmp_path.name}/{slide.name}", tmp_path / "b.ome.zarr"
     pixels = np.array(PINK, np.uint8) - np.random.default_rng(3).integers(0, 16, (260, 390, 3), dtype=np.uint8)
     write_zarr(image, np.moveaxis(pixels, -1, 0), scale=0.25)

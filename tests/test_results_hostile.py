@@ -24,7 +24,7 @@ from tests.limits import little_memory
 from tests.made_results import Made, make, steps
 from tests.viewer_runs import client
 from wsi_gradcam.audit.folder import read_arrays, write_arrays
-from wsi_gradcam.errors import SlideAccessError, SlideNotFoundError, WsiGradcamError
+from wsi_gradcam.errors import SlideAccessError, SlideNotFoundError, StoreError, WsiGradcamError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.results import slide as slide_module
@@ -288,3 +288,32 @@ def test_a_pipe_is_no_slide(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.svs")
     with pytest.raises(SlideNotFoundError, match=r"a\.svs: is no regular file, expected a slide"):
         open_slide(tmp_path / "a.svs")
+
+
+@pytest.mark.parametrize("label", [["a"], 7, None, {"a": 1}, "no method: a"])
+def test_odd_names_of_channels_are_damage(label: object, out: Path) -> None:
+    _change(out / "a.svs/heatmap.ome.zarr/zarr.json", ("attributes", "ome", "omero", "channels", 0, "label"), label)
+    with pytest.raises(StoreError, match=r"heatmap\.ome\.zarr: damaged metadata"):
+        _ = open_result(out)[0].channels
+
+
+def test_arrays_without_their_metadata_are_told_in_a_line(out: Path) -> None:
+    (out / "a.svs/heatmap.ome.zarr/0/zarr.json").write_text("{}")
+    with pytest.raises(WsiGradcamError, match=r"has no array 0; expected results of wsi_gradcam"):
+        open_result(out)[0].read(0, 0, Region(0, 0, 4, 4))
+
+
+def test_a_damaged_shard_is_told_in_a_line(out: Path) -> None:
+    path = out / "a.svs/heatmap.ome.zarr/0/zarr.json"
+    _change(path, ("codecs", 0, "configuration", "index_codecs"), [{"name": "crc32c"}])
+    with pytest.raises(WsiGradcamError, match=r"heatmap\.ome\.zarr"):
+        open_result(out)[0].read(0, 0, Region(0, 0, 4, 4))
+
+
+def _change(path: Path, keys: tuple[str | int, ...], value: object) -> None:
+    document = json.loads(path.read_text())
+    inner = document
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(document))

@@ -321,7 +321,10 @@ def test_weights_are_not_fetched_from_hosts_that_no_pattern_names(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with allowing(["*.example.org"]), pytest.raises(ModelError, match="is none of the hosts and buckets that are asked"):
+    with (
+        allowing(["*.example.org"]),
+        pytest.raises(ModelError, match="is none of the hosts and buckets that are asked"),
+    ):
         load_model(model)
 
 

@@ -107,16 +107,12 @@ def explain(
             where the command line was told to.
     """
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
-    with allowing(settings.allow_hosts):
-        entries, remarks = _chosen(slides, folder, only, skip)
+    entries, remarks = _chosen(slides, folder, only, skip, settings)
     spec, loaded = _prepared(entries, model, settings, trust_code)
     session = RunSession(folder.place, listener or RunListener(), partial(read_slides, folder.slides), log_tasks)
     records: list[SlideRecord] = []
-    with (
-        allowing(settings.allow_hosts),
-        session,
-        open_executor(workers, scheduler, settings, loaded, wait_for_workers) as executor,
-    ):
+    opened = open_executor(workers, scheduler, settings, loaded, wait_for_workers)
+    with allowing(settings.allow_hosts), session, opened as executor:
         choice = None if overwrite else _choice_before(folder.run, settings)
         run = _plan(executor, folder.place, spec, settings, entries, choice)
         session.claim()
@@ -178,8 +174,7 @@ def preview(
     from wsi_gradcam.executors.serial import SerialExecutor
 
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
-    with allowing(settings.allow_hosts):
-        entries, remarks = _chosen(slides, folder, only, skip)
+    entries, remarks = _chosen(slides, folder, only, skip, settings)
     spec, loaded = _prepared(entries, model, settings, trust_code)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
@@ -230,10 +225,11 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
 
 
 def _chosen(
-    slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str]
+    slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str], settings: Settings
 ) -> tuple[list[SlideEntry], tuple[str, ...]]:
     """The slides to explain, with the ids that a run which is continued has for them, and what is to be remarked."""
-    found = search_slides([slides] if isinstance(slides, str | PathLike) else slides, str(folder.place))
+    with allowing(settings.allow_hosts):
+        found = search_slides([slides] if isinstance(slides, str | PathLike) else slides, str(folder.place))
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
     return choose_slides(assign_ids(found.entries, read_slide_records(folder.record)), *patterns), found.remarks
 

@@ -95,6 +95,10 @@ class ResultError(WsiGradcamError, ValueError):
     """A folder that holds no results, or results that are not there yet."""
 
 
+class MissingPartError(ResultError, FileNotFoundError):
+    """A result without a part that it should have."""
+
+
 class UnknownNameError(ResultError, LookupError):
     """A slide or channel that a result does not have."""
 

@@ -171,7 +171,7 @@ def web_store(url: str, names: Sequence[str] = ("",)) -> HTTPStore:
 
     Raises:
         ValueError: not a valid URL.
-        SlideAccessError: the server, or one that it redirects to, is not to be asked.
+        RouteError: the server, or one that it redirects to, is not to be asked.
     """
     from obstore.store import HTTPStore
 

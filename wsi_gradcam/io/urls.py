@@ -21,8 +21,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from wsi_gradcam.errors import SlideAccessError
-
 if TYPE_CHECKING:
     from http.client import HTTPConnection
 
@@ -213,6 +211,10 @@ REDIRECTS = (301, 302, 303, 307, 308)
 FRESH_S = 60  # a route is looked for again
 
 
+class RouteError(ValueError):
+    """A web address that is not asked, since it leads where nothing is asked; the message says all."""
+
+
 @dataclass(frozen=True)
 class Route:
     """The way to what lies at a web address, all of whose hosts may be asked.
@@ -235,7 +237,7 @@ def find_route(url: str, names: Sequence[str] = ("",), wait_s: float = 5.0) -> R
     A server that does not answer in `wait_s` redirects to nowhere.
 
     Raises:
-        SlideAccessError: its server, or one that it redirects to, is not to be asked.
+        RouteError: its server, or one that it redirects to, is not to be asked.
     """
     return _found_route(url, tuple(names), wait_s, allowed_hosts(), int(time.monotonic() / FRESH_S))
 
@@ -268,7 +270,7 @@ def _without(place: str, name: str, url: str) -> str:
     """Return the address of the folder in which a file is."""
     path, mark, query = place.partition("?")
     if not path.endswith(f"/{name}"):
-        raise SlideAccessError(f"{redact_url(url)}: redirects to {redact_url(place)}; give the final URL of the folder")
+        raise RouteError(f"{redact_url(url)}: redirects to {redact_url(place)}; give the final URL of the folder")
     return path.removesuffix(f"/{name}") + mark + query
 
 
@@ -292,12 +294,12 @@ def _follow(url: str, wait_s: float) -> tuple[list[str], int | None]:
     """Return an address and those that it redirects to, one after the other, and the last status; None without one.
 
     Raises:
-        SlideAccessError: one of them is not to be asked.
+        RouteError: one of them is not to be asked.
     """
     chain = [url]
     while True:
         if why := refusal(chain[-1]):
-            raise SlideAccessError(f"{redact_url(url)}: {_redirected(chain)}{why}")
+            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}{why}")
         status, location = _asked(chain[-1], wait_s)
         if status not in REDIRECTS or not location:
             return chain, status
@@ -307,11 +309,11 @@ def _follow(url: str, wait_s: float) -> tuple[list[str], int | None]:
             following = following.replace(place, f"{user}@{place}", 1)
         chain.append(following)
         if split_url(following)[0] not in WEB_SCHEMES or not host_of_url(following):
-            raise SlideAccessError(f"{redact_url(url)}: {_redirected(chain)}which is no web address; give another URL")
+            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}which is no web address; give another URL")
         if (split_url(chain[-2])[0], split_url(following)[0]) == ("https", "http"):
-            raise SlideAccessError(f"{redact_url(url)}: {_redirected(chain)}without encryption; give the final URL")
+            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}without encryption; give the final URL")
         if len(chain) > MAX_REDIRECTS:
-            raise SlideAccessError(f"{redact_url(url)}: redirects without end; give the final URL")
+            raise RouteError(f"{redact_url(url)}: redirects without end; give the final URL")
 
 
 def _redirected(chain: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ from zarr.core.chunk_grids import RegularChunkGrid
 from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
-from wsi_gradcam.errors import StoreError, WsiGradcamError, one_line
+from wsi_gradcam.errors import MissingPartError, StoreError, WsiGradcamError, one_line
 from wsi_gradcam.io import object_stores
 from wsi_gradcam.io.object_stores import Failure, classify, retry_delays, store_error
 
@@ -131,13 +131,18 @@ class ZarrGroup:
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """Return the array of this path in the group."""
+        """Return the array of this path in the group.
+
+        Raises:
+            MissingPartError: there is none.
+            StoreError: it is damaged.
+        """
         if name not in self._arrays:
             with telling_damage(f"{self._path}/{name}"):
                 try:
                     array = self.group[name]
                 except KeyError as error:
-                    raise FileNotFoundError(f"{self._path}: has no array {name}") from error
+                    raise MissingPartError(f"{self._path}: has no array {name}; {MADE_BY_US}") from error
             self._arrays[name] = bounded(array, f"{self._path}/{name}")
         return self._arrays[name]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 
-from wsi_gradcam.errors import StoreError
+from wsi_gradcam.errors import StoreError, quoted
 from wsi_gradcam.geometry import Region, pyramid_shapes, tiles
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_stores import MADE_BY_US, ZarrGroup, telling_damage, write_group
@@ -120,9 +121,9 @@ class HeatmapStore:
         """The channels and how they are shown, as the metadata say."""
         with telling_damage(self._place):
             return [
-                Channel(shown["label"], window["min"], window["max"], window["start"], window["end"], shown["active"])
+                Channel(_text(shown["label"]), low, high, start, end, bool(shown["active"]))
                 for shown in self.attributes["ome"]["omero"]["channels"]
-                for window in [shown["window"]]
+                for low, high, start, end in [map(float, itemgetter("min", "max", "start", "end")(shown["window"]))]
             ]
 
     def blocks(self, level: int) -> list[Region]:
@@ -141,11 +142,13 @@ class HeatmapStore:
 
     def read(self, level: int, channel: int, region: Region) -> NDArray[np.float32]:
         """Read one channel of a region of a level, float32 [height, width]."""
-        return np.asarray(self.array(level)[(channel, *region.slices)], np.float32)
+        with telling_damage(self._place):
+            return np.asarray(self.array(level)[(channel, *region.slices)], np.float32)
 
     def read_flags(self, level: int, region: Region) -> NDArray[np.uint8]:
         """Read the coverage label of a region of a level, uint8 [height, width]."""
-        return np.asarray(self.labels(level)[region.slices], np.uint8)
+        with telling_damage(self._place):
+            return np.asarray(self.labels(level)[region.slices], np.uint8)
 
     def set_channels(self, channels: Sequence[Channel]) -> None:
         """Replace how channels are shown; values are never touched."""
@@ -230,6 +233,17 @@ def _datasets(levels: int, leading: list[float], scale_um: tuple[float, float]) 
         }
         for level in range(levels)
     ]
+
+
+def _text(value: object) -> str:
+    """Return a text of metadata.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{quoted(value)} is no name of a channel")
+    return value
 
 
 def _omero(channels: Sequence[Channel]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import zarr
 
 from wsi_gradcam.errors import StoreError, one_line
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.io.zarr_stores import ZarrGroup, write_group
+from wsi_gradcam.io.zarr_stores import ZarrGroup, telling_damage, write_group
 from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.manifest import digest_of
 
@@ -201,7 +201,8 @@ class PatchStore:
         return self._read("blur", slice(start, stop), np.float32)
 
     def _read(self, name: str, selection: Any, dtype: type[T]) -> NDArray[T]:
-        return np.asarray(self._group.array(name)[selection], dtype)
+        with telling_damage(self._place):
+            return np.asarray(self._group.array(name)[selection], dtype)
 
 
 ROWS = 1 << 16  # in a row group

@@ -19,6 +19,7 @@ from wsi_gradcam.errors import (
     as_path,
 )
 from wsi_gradcam.io.urls import as_listed, host_of_url, is_url, redact_url, split_url
+from wsi_gradcam.io.zarr_stores import telling_damage
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -157,7 +158,8 @@ class SlideResult:
     @cached_property
     def channels(self) -> tuple[ChannelInfo, ...]:
         """The heatmap's channels, explanations first."""
-        return tuple(ChannelInfo.of(i, channel) for i, channel in enumerate(self.store.channels))
+        with telling_damage(self.folder.heatmap):  # a label may name no method
+            return tuple(ChannelInfo.of(i, channel) for i, channel in enumerate(self.store.channels))
 
     def channel(self, name: str | int | ChannelInfo) -> ChannelInfo:
         """Return the channel labelled `name`, such as "gradcam: tumour", or the first that explains class `name`.

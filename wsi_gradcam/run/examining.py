@@ -186,9 +186,8 @@ def examine_model(
         )
 
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
-    with device_errors():
-        with allowing_for_run(settings.allow_hosts):
-            loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
+    with device_errors(), allowing_for_run(settings.allow_hosts):
+        loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
     check_batch(loaded, settings.batch_size)
     with device_errors():
         explainer = Explainer.examine(loaded, request, patches)

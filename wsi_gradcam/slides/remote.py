@@ -28,7 +28,7 @@ from wsi_gradcam.io.object_stores import (
     short_message,
     web_store,
 )
-from wsi_gradcam.io.urls import ANONYMOUS, WEB_SCHEMES, redact_url, refusal, split_url
+from wsi_gradcam.io.urls import ANONYMOUS, WEB_SCHEMES, RouteError, redact_url, refusal, split_url
 from wsi_gradcam.io.zarr_stores import SlideLimits, check_count
 from wsi_gradcam.slides.base import ZARR_FILES
 
@@ -385,6 +385,8 @@ def _web_store(url: str, names: Sequence[str] = ("",)) -> HTTPStore:
         raise SlideAccessError(f"{redact_url(url)}: expected a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
     try:
         return web_store(url, names)
+    except RouteError as error:
+        raise SlideAccessError(str(error)) from None
     except ValueError as error:
         raise access_error(redact_url(url), error) from None
 
