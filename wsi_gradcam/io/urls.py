@@ -146,7 +146,7 @@ def as_listed(url: str, named: Collection[str] = ()) -> str:
     ('s3://anonymous@bucket/a.svs', 's3://bucket/a.svs', 'https://host/a.svs')
     """
     scheme, place, _ = split_url(url)
-    if not is_url(url) or scheme in WEB_SCHEMES or "@" in place or place in named or _matches(scheme, place):
+    if scheme != "s3" or "@" in place or place in named or _matches(scheme, place):
         return url
     return url.replace("://", f"://{ANONYMOUS}", 1)
 
