@@ -6,20 +6,23 @@ The room knows files, URLs and pixels; it knows neither tissue nor models nor ru
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsi_gradcam.errors import ConfigError, MppError, SlideNotFoundError
 from wsi_gradcam.io.urls import is_url, redact_url
 from wsi_gradcam.slides.base import ZARR_FILES, Level, Slide, SlideInfo, check_mpp
 from wsi_gradcam.slides.resample import Thumbnail, read_region, thumbnail
+from wsi_gradcam.system.confinement import Limits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from os import PathLike
 
 __all__ = [
     "SUFFIXES",
     "UNREAD",
     "Level",
+    "Limits",
     "Slide",
     "SlideInfo",
     "Thumbnail",
@@ -57,6 +60,7 @@ def open_slide(
     *,
     trust_objective: bool = False,
     channels: tuple[int, int, int] | None = None,
+    isolate: Limits | bool = False,
 ) -> Slide:
     """Return the slide at `path`, a file, a Zarr folder or a URL; `mpp`, or (y, x), replaces its own um per pixel.
 
@@ -64,10 +68,12 @@ def open_slide(
     belong together, as stains of fluorescence are, `channels` are shown as red, green and blue; a slide in colour is
     shown as it is.
 
-    Readers are the names in `opening.OPENERS`; `auto` takes the fastest that reads the file correctly.
+    Readers are the names in `opening.OPENERS`; `auto` takes the fastest that reads the file correctly. With `isolate`
+    a process of its own reads the slide, which may need no more than these limits (True: the usual ones), see
+    `isolated_reader`: for files of strangers.
 
     Raises:
-        ConfigError: there is no such reader.
+        ConfigError: there is no such reader, or no such process on this system.
         SlideNotFoundError: no file there.
         SlideAccessError: the server of a URL does not let it be read.
         SlideFormatError: not a slide, or damaged.
@@ -79,15 +85,24 @@ def open_slide(
 
     check_reader(reader)
     given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
+    options: dict[str, Any] = {"mpp": given, "reader": reader, "trust_objective": trust_objective, "channels": channels}
     if isinstance(path, str) and is_url(path):
         _check_given(given, redact_url(path))
-        return open_url(path, given, reader, trust_objective, channels)
+        if isolate:
+            return _isolated(path, isolate, options)
+        return open_url(path, **options)
     path = Path(path)
     if not path.is_file() and not is_zarr(path):
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
-    return open_file(path, given, reader, trust_objective, channels)
+    return _isolated(str(path), isolate, options) if isolate else open_file(path, **options)
+
+
+def _isolated(path: str, isolate: Limits | Literal[True], options: dict[str, Any]) -> Slide:
+    from wsi_gradcam.slides.isolated_reader import open_isolated
+
+    return open_isolated(path, Limits() if isolate is True else isolate, **options)
 
 
 def with_reductions(slide: Slide) -> Slide:
@@ -96,9 +111,8 @@ def with_reductions(slide: Slide) -> Slide:
     Patches at half, a quarter or an eighth of a level are then read several times as fast, and differ by some gray
     levels. The slide itself is not to be closed besides.
     """
-    from wsi_gradcam.slides.tiff_reader import TiffSlide
-
-    return slide.with_reductions() if isinstance(slide, TiffSlide) else slide
+    reduced: Callable[[], Slide] | None = getattr(slide, "with_reductions", None)
+    return slide if reduced is None else reduced()
 
 
 def check_reader(name: str) -> None:

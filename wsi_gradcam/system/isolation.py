@@ -104,7 +104,7 @@ def supervise(crashes: CrashLog = CRASHES) -> None:
             parent, child = os.getpid(), os.fork()
             if not child:
                 crashes.descriptor = os.dup(log.fileno())
-                _die_with(parent)
+                die_with(parent)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 return
             status = _wait_for(child, handled)
@@ -133,7 +133,7 @@ def _wait_for(child: int, signals: set[signal.Signals]) -> int:
             os.kill(child, caught.si_signo)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Arrange for this process to be killed when its parent is, so that two never do the same work."""
     import ctypes  # not for the process that waits
 
