@@ -18,6 +18,8 @@ from wsi_gradcam.errors import ConfigError, quoted
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from wsi_gradcam.system.confinement import Limits
+
 # Keys of a config file besides the settings: the type of their values, and how error messages name it.
 PATTERNS = (list, "a pattern or a list of patterns")
 RUN_KEYS: Mapping[str, tuple[type, str]] = {
@@ -34,6 +36,7 @@ RUN_KEYS: Mapping[str, tuple[type, str]] = {
 REPEATED = {"target": "TARGET", "allow_hosts": "PATTERN"}  # --target A --target B
 JOINED = ("method", "only")  # --method A,B
 MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
+ISOLATION = ("isolate", "isolate_memory", "isolate_seconds")
 EXAMPLES = {int: "224", float: "0.25"}
 TRUST = "WSI_GRADCAM_TRUST_CODE"  # "1" in the environment is --trust-code, for scripts that run many commands
 
@@ -129,6 +132,19 @@ def _parse_numbers(name: str, text: str, wanted: Any) -> tuple[float, ...]:
 
 
 # --- the config file -------------------------------------------------------------------------------------------------
+
+
+def isolation(arguments: argparse.Namespace) -> Limits | None:
+    """Return the limits that the flags of a command ask for; None without --isolate.
+
+    Raises:
+        ConfigError: impossible values.
+    """
+    if not getattr(arguments, "isolate", None):
+        return None
+    from wsi_gradcam.run.settings import make_settings
+
+    return make_settings(**{name: value for name in ISOLATION if (value := getattr(arguments, name))}).isolation
 
 
 def merge_config(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -268,13 +284,15 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def add_view(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `view`."""
+    """Add the arguments of `view`, which isolates unless told otherwise."""
     add = parser.add_argument
     add("out", help="folder that explain made, or s3://BUCKET/KEY")
     add("--port", type=int, default=8765, help="port to listen on, 0 for any (default 8765)")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     add("--slides", type=Path, help="folder to take slides from, where they have moved")
     _add_remote_slides(parser)
+    about = "read slides in this process, not in one each that can do little (docs/viewer.md; on Linux alone)"
+    add("--no-isolate", dest="isolate", action="store_false", default=None, help=about)
     add("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="files of a certificate and its key: serve https://")
@@ -289,6 +307,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     _add_trust(parser)
     add("--layer", help="a layer of the model to test")
     _add_allow_hosts(parser)
+    _add_isolate(parser)
     add("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
     add_settings(parser, MASK_SETTINGS, prefix="with --mask-out: ")
     _add_json(parser)
@@ -320,6 +339,12 @@ def _add_remote_slides(parser: argparse.ArgumentParser) -> None:
     text = "ask other machines for slides that the results name by URLs"
     parser.add_argument("--remote-slides", action="store_true", help=text)
     _add_allow_hosts(parser)
+    _add_isolate(parser)
+
+
+def _add_isolate(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of readers in processes of their own, as `explain` has them."""
+    add_settings(parser, ISOLATION)
 
 
 def _add_allow_hosts(parser: argparse.ArgumentParser) -> None:

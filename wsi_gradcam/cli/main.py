@@ -75,11 +75,13 @@ def _main_of_process() -> NoReturn:
 
 def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None]) -> int:
     from wsi_gradcam.io.urls import allowing  # not in the process that only waits
+    from wsi_gradcam.system.confinement import isolating
 
     if logging.lastResort is not None:  # what is logged and has no other handler is printed by this
         logging.lastResort.setFormatter(PrintableFormatter())
     try:
-        with stoppable, allowing(getattr(arguments, "allow_hosts", None)):
+        hosts = getattr(arguments, "allow_hosts", None)
+        with stoppable, allowing(hosts), isolating(flags.isolation(arguments)):
             return COMMANDS[arguments.command].run(arguments)
     except StoppedError as error:
         say(one_line(error), error=True)
@@ -294,6 +296,7 @@ def _view(arguments: argparse.Namespace) -> int:
         token=arguments.token,
         allow_host=arguments.allow_host,
         remote_slides=arguments.remote_slides,
+        isolate=arguments.isolate,
         tls=None if arguments.tls is None else tuple(arguments.tls),
         browse=arguments.open,
         announce=say,

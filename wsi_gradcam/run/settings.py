@@ -19,6 +19,7 @@ from pydantic import (
 from wsi_gradcam.errors import ConfigError, DocumentError, one_line, quoted
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.local import read_file
+from wsi_gradcam.system.confinement import Limits
 from wsi_gradcam.system.processes import cores
 
 # Settings that change only how fast or how patiently a result is reached, not the result. The path of the mask and the
@@ -36,6 +37,9 @@ NOT_IN_IDENTITY = frozenset(
         "trust_objective",
         "decode",  # what was chosen counts
         "allow_hosts",
+        "isolate",
+        "isolate_memory",
+        "isolate_seconds",
     }
 )
 
@@ -182,6 +186,19 @@ class Settings(BaseModel):
     torch_threads: Annotated[
         PositiveInt | None, Field(description="threads of the model on a CPU (default: all, shared between workers)")
     ] = None
+    isolate: Annotated[
+        bool,
+        Field(
+            description="for files of strangers: let each slide be read by a process of its own, which can reach no "
+            "network, change no file, and costs its slide where it needs too much (Linux; 0.2 to 1 ms a patch)"
+        ),
+    ] = False
+    isolate_memory: Annotated[PositiveInt, Field(description="with `isolate`: MiB that reading a slide may need")] = (
+        2048
+    )
+    isolate_seconds: Annotated[
+        PositiveFloat, Field(description="with `isolate`: seconds of work to open a slide, or to read a region of it")
+    ] = 60.0
     max_unreadable: Annotated[
         Share, Field(description="share of unreadable patches above which a slide has failed")
     ] = 0.01
@@ -252,6 +269,11 @@ class Settings(BaseModel):
         if self.reader_threads is not None:
             return self.reader_threads
         return FEWEST_READERS if self.device == "cpu" else min(MOST_READERS, max(FEWEST_READERS, cores() - 1))
+
+    @property
+    def isolation(self) -> Limits | None:
+        """The limits of the processes that read slides; None where slides are read as elsewhere in this process."""
+        return Limits(self.isolate_memory, self.isolate_seconds) if self.isolate else None
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that results depend on; two runs that differ in them must not share an output."""

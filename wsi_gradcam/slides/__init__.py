@@ -6,13 +6,13 @@ The room knows files, URLs and pixels; it knows neither tissue nor models nor ru
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.errors import ConfigError, MppError, SlideNotFoundError
 from wsi_gradcam.io.urls import is_url, redact_url
 from wsi_gradcam.slides.base import ZARR_FILES, Level, Slide, SlideInfo, check_mpp
 from wsi_gradcam.slides.resample import Thumbnail, read_region, thumbnail
-from wsi_gradcam.system.confinement import Limits
+from wsi_gradcam.system.confinement import Limits, check_can_confine, limits_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ def open_slide(
     *,
     trust_objective: bool = False,
     channels: tuple[int, int, int] | None = None,
-    isolate: Limits | bool = False,
+    isolate: Limits | bool | None = None,
 ) -> Slide:
     """Return the slide at `path`, a file, a Zarr folder or a URL; `mpp`, or (y, x), replaces its own um per pixel.
 
@@ -69,8 +69,8 @@ def open_slide(
     shown as it is.
 
     Readers are the names in `opening.OPENERS`; `auto` takes the fastest that reads the file correctly. With `isolate`
-    a process of its own reads the slide, which may need no more than these limits (True: the usual ones), see
-    `isolated_reader`: for files of strangers.
+    a process of its own reads the slide, which may need no more than these limits (True: the usual ones; None: as
+    `isolating` says, else not), see `isolated_reader`: for files of strangers.
 
     Raises:
         ConfigError: there is no such reader, or no such process on this system.
@@ -84,25 +84,20 @@ def open_slide(
     from wsi_gradcam.slides.opening import open_file, open_url
 
     check_reader(reader)
+    limits = _limits(isolate)
+    if limits is not None:
+        from wsi_gradcam.slides.isolated_reader import open_isolated
     given = (mpp, mpp) if isinstance(mpp, int | float) else mpp
     options: dict[str, Any] = {"mpp": given, "reader": reader, "trust_objective": trust_objective, "channels": channels}
     if isinstance(path, str) and is_url(path):
         _check_given(given, redact_url(path))
-        if isolate:
-            return _isolated(path, isolate, options)
-        return open_url(path, **options)
+        return open_url(path, **options) if limits is None else open_isolated(path, limits, options)
     path = Path(path)
     if not path.is_file() and not is_zarr(path):
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
-    return _isolated(str(path), isolate, options) if isolate else open_file(path, **options)
-
-
-def _isolated(path: str, isolate: Limits | Literal[True], options: dict[str, Any]) -> Slide:
-    from wsi_gradcam.slides.isolated_reader import open_isolated
-
-    return open_isolated(path, Limits() if isolate is True else isolate, **options)
+    return open_file(path, **options) if limits is None else open_isolated(str(path), limits, options)
 
 
 def with_reductions(slide: Slide) -> Slide:
@@ -113,6 +108,15 @@ def with_reductions(slide: Slide) -> Slide:
     """
     reduced: Callable[[], Slide] | None = getattr(slide, "with_reductions", None)
     return slide if reduced is None else reduced()
+
+
+def _limits(isolate: Limits | bool | None) -> Limits | None:
+    if isinstance(isolate, bool):
+        limits = Limits() if isolate else None
+    else:
+        limits = limits_here() if isolate is None else isolate
+    check_can_confine(limits)
+    return limits
 
 
 def check_reader(name: str) -> None:

@@ -6,54 +6,43 @@ memory that both see. A process that dies is replaced; after a few the slide is 
 
 from __future__ import annotations
 
-import builtins
 import logging
 import math
 import mmap
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from fcntl import F_ADD_SEALS, fcntl
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from wsi_gradcam import errors
 from wsi_gradcam.errors import (
-    ConfigError,
     SlideError,
     SlideFormatError,
     SlideMemoryError,
     SlideReadError,
-    WsiGradcamError,
-    is_out_of_memory,
 )
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.urls import is_url, redact_url
-from wsi_gradcam.slides.base import MAX_SIDE_PX, Level, SlideInfo
-from wsi_gradcam.slides.opening import open_file, open_url
-from wsi_gradcam.slides.tiff_reader import TiffSlide
+from wsi_gradcam.slides import isolated_process
+from wsi_gradcam.slides.isolated_process import error_of, info_of, serve_slide
 from wsi_gradcam.system.confinement import (
     Confined,
     ConfinementServer,
     Limits,
     Link,
-    can_confine,
     cpu_seconds,
     linked,
 )
-from wsi_gradcam.system.processes import keep_freed_memory, limit_arenas
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.slides.base import Slide
+    from wsi_gradcam.slides.base import SlideInfo
 
 T = TypeVar("T")
 
@@ -62,7 +51,6 @@ LOG = logging.getLogger("wsi_gradcam")
 MOST_DEATHS = 3  # of processes of one slide
 PATIENCE = 10  # times as long may a process wait as work
 KEPT_BYTES = 8 << 20  # of memory for pixels, from one read of a thread to the next
-MOST_CAUSES = 4
 _LATE = "the limit of time"
 ALMOST = 0.8  # of a processor gets what works
 SEALS = 0x1 | 0x2 | 0x4  # of memory that both see: no further seals, it stays as large as it is
@@ -96,23 +84,20 @@ class IsolatedSlide:
     def with_reductions(self) -> IsolatedSlide:
         """Return the slide with levels that are made while tiles are decoded, where its reader can do that."""
         reply = self._source.call("making levels", lambda process: process.ask({"do": "reduce"}))
-        return IsolatedSlide(self._source, _info_of(reply["info"]), scaled=True)
+        return IsolatedSlide(self._source, info_of(reply["info"]), scaled=True)
 
     def close(self) -> None:
         """End the process."""
         self._source.close()
 
 
-def open_isolated(path: str | Path, limits: Limits, **options: Any) -> IsolatedSlide:
+def open_isolated(path: str, limits: Limits, options: Mapping[str, Any]) -> IsolatedSlide:
     """Return the slide at a path or URL, opened by a process of its own; options as of `open_slide`.
 
     Raises:
-        ConfigError: not on this system.
         SlideError: as of `open_slide`, or it needed more memory or time than it may have.
     """
-    if not can_confine():
-        raise ConfigError("slides can be read in processes of their own on Linux only; use --isolate off")
-    source = _Source(str(path), limits, options)
+    source = _Source(path, limits, options)
     return IsolatedSlide(source, source.info)
 
 
@@ -202,7 +187,7 @@ class _Source:
             reply = process.ask(request)
             for lacking in reply["lacking"]:
                 _warn_once(f"this system cannot refuse {lacking} to processes that read slides; see SECURITY.md")
-            return process, _info_of(reply["info"])
+            return process, info_of(reply["info"])
         except MemoryError:
             process.end()
             raise SlideFormatError(f"{self.name}: {self._too_much('opening it')}") from None
@@ -295,8 +280,12 @@ class _Process:
             if self._idle:
                 return self._idle.pop()
         lane = _Lane()
-        with self._asking, lane.theirs:
-            self._answer(self._confined.link, {"do": "lane"}, lane.theirs.fileno())
+        try:
+            with self._asking, lane.theirs:
+                self._answer(self._confined.link, {"do": "lane"}, lane.theirs.fileno())
+        except BaseException:
+            lane.close()
+            raise
         return lane
 
     def _return(self, lane: _Lane) -> None:
@@ -327,7 +316,7 @@ class _Process:
         for level, text in reply.get("log", ()):
             LOG.log(int(level), "%s", text)
         if "error" in reply:
-            raise _error_of(reply["error"])
+            raise error_of(reply["error"])
         return reply
 
     def _wait(self, link: Link) -> None:
@@ -386,7 +375,7 @@ def _start(limits: Limits, *, network: bool) -> tuple[ConfinementServer, Confine
             if _SERVERS and _SERVERS[0].owner != os.getpid():  # this process was forked
                 _SERVERS.clear()
             if not _SERVERS:
-                _SERVERS.append(ConfinementServer(__name__, serve_slide.__name__))
+                _SERVERS.append(ConfinementServer(isolated_process.__name__, serve_slide.__name__))
             server = _SERVERS[0]
         try:
             return server, server.start(limits, network=network)
@@ -394,188 +383,10 @@ def _start(limits: Limits, *, network: bool) -> tuple[ConfinementServer, Confine
             server.close()
             with _LOCK, suppress(ValueError):
                 _SERVERS.remove(server)
-    raise SlideError("the process that starts readers of slides ends at once; use --isolate off, and report it")
+    raise SlideError("the process that starts readers of slides ends at once; go without --isolate, and report it")
 
 
 def _warn_once(text: str) -> None:
     if text not in _SAID:
         _SAID.add(text)
         LOG.warning("%s", text)
-
-
-KNOWN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
-
-
-def _told(error: BaseException) -> list[list[Any]]:
-    """Return an error and its causes, as JSON can hold them."""
-    if _lacks_memory(error):
-        return [["MemoryError", []]]
-    told: list[list[Any]] = []
-    cause: BaseException | None = error
-    while cause is not None and len(told) < MOST_CAUSES:
-        system = isinstance(cause, OSError) and cause.errno is not None
-        filename = None if not system or cause.filename is None else str(cause.filename)  # type: ignore[attr-defined]
-        values = [cause.errno, cause.strerror, filename] if system else [str(cause)]  # type: ignore[attr-defined]
-        told.append([type(cause).__name__, values])
-        cause = cause.__cause__
-    return told
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        if is_out_of_memory(found):
-            return True
-        seen.add(id(found))
-        found = found.__cause__ or found.__context__
-    return False
-
-
-def _error_of(told: Any) -> Exception:
-    """Return the error that `_told` described."""
-    error: Exception | None = None
-    for name, values in reversed(told[:MOST_CAUSES]):
-        made = _made(str(name), values)
-        made.__cause__ = error
-        error = made
-    return error or RuntimeError("an error without a name")
-
-
-def _made(name: str, values: Any) -> Exception:
-    kind = getattr(errors, name, None) or getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, (WsiGradcamError, *KNOWN)):
-        with suppress(TypeError):
-            return kind(*values)
-    return RuntimeError(f"{name}: {values[0] if values else ''}")
-
-
-def _info_of(values: Any) -> SlideInfo:
-    """Return metadata that another process has told; its sizes are bounded as those of any slide."""
-    try:
-        levels = tuple(_level_of(**level) for level in values["levels"])
-        mpp, bounds, objective = values["mpp"], values["bounds"], values["objective"]
-        red, green, blue = (int(value) for value in values["background"])
-        return SlideInfo(
-            path=str(values["path"]),
-            levels=levels,
-            mpp=None if mpp is None else (float(mpp[0]), float(mpp[1])),
-            mpp_problem=str(values["mpp_problem"]),
-            vendor=str(values["vendor"]),
-            background=(red, green, blue),
-            bounds=None if bounds is None else Region(**{key: int(value) for key, value in bounds.items()}),
-            digest=str(values["digest"]),
-            objective=None if objective is None else float(objective),
-            images=tuple(str(image) for image in values["images"]),
-        )
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise SlideFormatError(f"the process that reads a slide has told nonsense of it ({error!r})") from error
-
-
-def _level_of(height: int, width: int, downsample_y: float, downsample_x: float, problem: str, shift: float) -> Level:
-    if not (0 < height <= MAX_SIDE_PX and 0 < width <= MAX_SIDE_PX):
-        raise ValueError("a level of an impossible size")
-    return Level(int(height), int(width), float(downsample_y), float(downsample_x), str(problem), float(shift))
-
-
-# ---- in the confined process
-
-
-class _Remembering(logging.Handler):
-    """Keeps what is logged for the next answer."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._kept: list[tuple[int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record's level and text."""
-        self._kept.append((record.levelno, record.getMessage()))
-
-    def taken(self) -> list[tuple[int, str]]:
-        """Return what was kept, and forget it."""
-        kept, self._kept = self._kept, []
-        return kept
-
-
-class _Reader:
-    """The slide of a confined process, as it is and with levels that are made while tiles are decoded."""
-
-    def __init__(self, lacking: list[str]) -> None:
-        self._lacking = lacking
-        self._slides: dict[bool, Slide] = {}
-        self._log = _Remembering()
-        LOG.setLevel(logging.INFO)
-        LOG.propagate = False
-        LOG.addHandler(self._log)
-
-    def obey(self, link: Link) -> NoReturn:
-        """Do what messages say: open the slide, and serve the threads that want to read it."""
-        while True:
-            message, descriptors = link.receive()
-            if message["do"] == "lane":
-                lane = Link(socket.socket(fileno=descriptors[0]))
-                threading.Thread(target=self._serve, args=(lane,), daemon=True).start()
-                link.send({})
-            else:
-                work = partial(self._open, message) if message["do"] == "open" else self._reduce
-                link.send(self._reply(work))
-
-    def _open(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        os.chdir(message["cwd"])
-        path, options = message["path"], message["options"]
-        if is_url(path):
-            os.environ.clear()
-            os.environ.update(message["environment"])
-            self._slides[False] = open_url(path, **_with_tuples(options))
-        else:
-            self._slides[False] = open_file(Path(path), **_with_tuples(options))
-        return {"info": asdict(self._slides[False].info), "lacking": self._lacking}
-
-    def _reduce(self) -> dict[str, Any]:
-        slide = self._slides[False]
-        self._slides[True] = slide.with_reductions() if isinstance(slide, TiffSlide) else slide
-        return {"info": asdict(self._slides[True].info)}
-
-    def _serve(self, lane: Link) -> None:
-        memory = mmap.mmap(-1, 1)
-        try:
-            while True:
-                message, descriptors = lane.receive()
-                if descriptors:
-                    memory.close()
-                    memory = mmap.mmap(descriptors[0], 0)
-                    os.close(descriptors[0])
-                lane.send(self._reply(partial(self._read, message, memory)))
-        except EOFError:
-            memory.close()
-            lane.close()
-        except BaseException:  # else nobody would answer
-            os._exit(1)
-
-    def _read(self, message: Mapping[str, Any], memory: mmap.mmap) -> dict[str, Any]:
-        region = Region(*message["region"])
-        pixels = self._slides[message["scaled"]].read_level(message["level"], region)
-        np.frombuffer(memory, np.uint8, pixels.size).reshape(pixels.shape)[...] = pixels
-        return {}
-
-    def _reply(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        try:
-            reply = work()
-        except Exception as error:
-            reply = {"error": _told(error)}
-        if log := self._log.taken():
-            reply["log"] = log
-        return reply
-
-
-def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-
-
-def serve_slide(link: Link, lacking: list[str]) -> None:
-    """Serve one slide until the other side closes the link, in a process that is confined."""
-    keep_freed_memory()
-    limit_arenas()
-    with suppress(EOFError, OSError):
-        _Reader(lacking).obey(link)

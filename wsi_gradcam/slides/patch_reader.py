@@ -67,6 +67,7 @@ def _open_entry(entry: SlideEntry, settings: Settings) -> Slide:
         reader=settings.reader,
         trust_objective=settings.trust_objective,
         channels=settings.channels,
+        isolate=settings.isolation,
     )
     if settings.replace_mpp or given is None:
         return opened(given)

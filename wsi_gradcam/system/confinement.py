@@ -18,13 +18,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from select import POLLIN, poll
 from typing import Any, TypeAlias
 
+from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.system.isolation import die_with
 
 Message: TypeAlias = Mapping[str, Any]
@@ -50,10 +51,58 @@ class Limits:
     memory_mib: int = 2048
     seconds: float = 60.0
 
+    def __post_init__(self) -> None:
+        if self.memory_mib < 1 or not 0 < self.seconds < float("inf"):
+            raise ConfigError(f"limits of {self.memory_mib} MiB and {self.seconds:g} s, expected more than 0")
+
+
+ISOLATE = "WSI_GRADCAM_ISOLATE"  # MiB and seconds, joined by a comma: also for processes that are started
+
 
 def can_confine() -> bool:
     """Return True where processes can be confined."""
     return sys.platform == "linux"
+
+
+def check_can_confine(limits: Limits | None) -> None:
+    """Raise a ConfigError where limits are wanted and this system confines no processes."""
+    if limits is not None and not can_confine():
+        raise ConfigError("slides can be read by processes of their own on Linux only; go without --isolate")
+
+
+@contextmanager
+def isolating(limits: Limits | None) -> Iterator[None]:
+    """Have slides read by confined processes within, unless None; also in processes that are started there.
+
+    Raises:
+        ConfigError: this system has none.
+    """
+    check_can_confine(limits)
+    before = os.environ.get(ISOLATE)
+    if limits is not None:
+        os.environ[ISOLATE] = f"{limits.memory_mib},{limits.seconds}"
+    try:
+        yield
+    finally:
+        if limits is not None:
+            os.environ.pop(ISOLATE)
+            os.environ.update({} if before is None else {ISOLATE: before})
+
+
+def limits_here() -> Limits | None:
+    """Return the limits of slides' readers here; None where slides are read by this process.
+
+    Raises:
+        ConfigError: the environment says nonsense.
+    """
+    text = os.environ.get(ISOLATE, "")
+    if not text:
+        return None
+    try:
+        memory, seconds = text.split(",")
+        return Limits(int(memory), float(seconds))
+    except ValueError as error:
+        raise ConfigError(f"{ISOLATE} is {text!r}, expected MiB and seconds such as 2048,60") from error
 
 
 class Link:

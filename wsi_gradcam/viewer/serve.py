@@ -20,6 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wsi_gradcam.errors import ConfigError, one_line
+from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
 from wsi_gradcam.viewer.security import Access, is_loopback, redirecting_page
@@ -39,6 +40,7 @@ NOT_ENCRYPTED = (
     "warning: not encrypted: who can listen on this network can read slides, results and the token, and use it; "
     "--tls CERT KEY encrypts"
 )
+NOT_ISOLATED = "warning: slides are read by this process itself: only Linux has processes that can do little"
 
 
 class BoundedProtocol(H11Protocol):
@@ -97,6 +99,7 @@ def view(
     token: bool = False,
     allow_host: Sequence[str] = (),
     remote_slides: bool = False,
+    isolate: bool | None = None,
     tls: tuple[str, str] | None = None,
     browse: bool = False,
     announce: Callable[[str], None] = print,
@@ -109,6 +112,8 @@ def view(
         token: require a token on 127.0.0.1 too, for machines with several users.
         allow_host: names by which proxies call the server.
         remote_slides: ask other machines for slides that the results name by URLs.
+        isolate: read slides by processes of their own, which can do little; None: unless this system has none, which
+            is announced, or slides are read so already.
         tls: files of a certificate and its key, in PEM: the page's address is then https://.
         browse: open the page in a browser; a token is not in its command line.
         announce: receives a line with the page's address.
@@ -121,14 +126,18 @@ def view(
         raise ConfigError(f"--slides {slides}: expected a folder; check the path")
     secret = secrets.token_urlsafe(24) if token or not is_loopback(host) else ""
     access = Access.for_host(host, secret, allow_host)
-    app = make_app(Archive(out, slides, remote_slides), access)
+    limits = Limits() if isolate or (isolate is None and can_confine() and limits_here() is None) else None
     with ExitStack() as opened:
+        opened.enter_context(isolating(limits))
+        app = make_app(Archive(out, slides, remote_slides), access)
         bound = opened.enter_context(listen(host, port))
         address = f"http{'s' if tls else ''}://{_url_host(host)}:{bound.getsockname()[1]}/"
         server = make_server(app, tls)
         announce(f"{address}{f'?token={secret}' if secret else ''}  (end with Ctrl-C)")
         if not tls and not is_loopback(host):
             announce(NOT_ENCRYPTED)
+        if isolate is None and not can_confine():
+            announce(NOT_ISOLATED)
         if browse:
             webbrowser.open(opened.enter_context(_private_address(address, access)) if secret else address)
         server.run(sockets=[bound])
