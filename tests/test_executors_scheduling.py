@@ -25,7 +25,7 @@ from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run import failures
 from wsi_gradcam.run.types import FatalError, Performed, Planned, Processed, SlideJob, SlideRecord, Task
 from wsi_gradcam.run.workload import EXPLAIN, explain_job, perform_job
-from wsi_gradcam.system.stopping import Stopping
+from wsi_gradcam.system.isolation import Stopping
 
 Perform = Callable[[Task], Any]
 

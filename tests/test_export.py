@@ -16,8 +16,8 @@ from wsi_gradcam.cli import main as cli
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError
 from wsi_gradcam.export import FORMATS, Options, export, tiff
-from wsi_gradcam.export.colours import Colouring
 from wsi_gradcam.export.job import Job, atomic_path
+from wsi_gradcam.results.display import Colouring
 from wsi_gradcam.results.run import open_result
 
 LABEL = "gradcam: tumour"

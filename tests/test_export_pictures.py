@@ -15,10 +15,10 @@ from PIL import Image
 from tests.made_results import Flags, Made, Values, make, steps
 from tests.synthetic import MarkerSlide, write_marker_slide
 from wsi_gradcam.export import Options, export
-from wsi_gradcam.export.colours import Colouring
 from wsi_gradcam.export.job import Job
 from wsi_gradcam.export.png import INCH_PX, MARGIN, TITLE, overlay
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.display import Colouring
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide

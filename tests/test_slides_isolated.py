@@ -321,9 +321,9 @@ def test_a_bomb_costs_its_slide_and_not_the_run(slide_path: Path, toys: Path) ->
 @pytest.mark.parametrize("kind", ["tiff", "zarr"])
 def test_bombs_are_refused_or_read_within_small_limits(kind: str, tmp_path: Path) -> None:
     """As this process does it, or for want of memory; some of each kind."""
-    makers = [make for name, make in bombs.all_bombs().items() if name.startswith(kind) and "nested" not in name]
+    makers = [make for name, make in bombs.all_bombs().items() if name.startswith(kind)]
     said = []
-    for number, make in enumerate(makers[::4]):
+    for number, make in enumerate(makers[1::6]):
         folder = tmp_path / str(number)
         folder.mkdir()
         path = make(folder, np.random.default_rng(number))

@@ -18,7 +18,7 @@ from wsi_gradcam.run import failures
 from wsi_gradcam.run.failures import is_transient, retried
 from wsi_gradcam.run.types import Task
 from wsi_gradcam.run.workload import EXPLAIN
-from wsi_gradcam.system.stopping import Stopping
+from wsi_gradcam.system.isolation import Stopping
 
 TASK = Task(EXPLAIN, SlideEntry("a.svs", "/a.svs"), (3,))
 
@@ -28,7 +28,7 @@ def run_alone(code: str) -> subprocess.CompletedProcess[str]:
     prelude = (
         "import os, signal, time\n"
         "from wsi_gradcam.errors import StoppedError\n"
-        "from wsi_gradcam.system import stopping\n"
+        "from wsi_gradcam.system import isolation as stopping\n"
         "stop = stopping.Stopping()\n"
     )
     command = [sys.executable, "-c", prelude + textwrap.dedent(code)]

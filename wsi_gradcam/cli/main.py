@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from wsi_gradcam import __version__
 from wsi_gradcam.cli import PrintableFormatter, Streams, flags, leave, say
 from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, one_line, printable
-from wsi_gradcam.system.isolation import supervise
-from wsi_gradcam.system.stopping import STOP
+from wsi_gradcam.system.isolation import STOP, supervise
 
 if TYPE_CHECKING:
     from wsi_gradcam.cli.terminal import Quiet

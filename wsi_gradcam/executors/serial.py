@@ -14,8 +14,7 @@ from wsi_gradcam.run.failures import retried
 from wsi_gradcam.run.stages import read_ahead
 from wsi_gradcam.run.types import Observer, Performed, Planned, SlideRecord, Task, TaskResult, Workload
 from wsi_gradcam.run.workload import EXPLAIN, PLAN, perform_job
-from wsi_gradcam.system.isolation import CRASHES
-from wsi_gradcam.system.stopping import STOP
+from wsi_gradcam.system.isolation import CRASHES, STOP
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer

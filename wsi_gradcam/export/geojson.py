@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsi_gradcam.export.colours import Colouring
 from wsi_gradcam.export.job import Job, slug
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.display import Colouring
 from wsi_gradcam.results.heatmap import CHUNK, COLOURS
 
 if TYPE_CHECKING:

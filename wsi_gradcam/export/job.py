@@ -21,10 +21,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.export.colours import Colouring, check_colormap
 from wsi_gradcam.geometry import Region, tiles
 from wsi_gradcam.io.local import PARTIAL, wrap_write_errors
 from wsi_gradcam.results.channels import ChannelInfo
+from wsi_gradcam.results.display import Colouring, check_colormap
 from wsi_gradcam.results.run_files import is_name
 from wsi_gradcam.results.slide import SlideResult
 from wsi_gradcam.system.processes import PeriodicTimer, Process, this_process

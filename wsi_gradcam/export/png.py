@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from wsi_gradcam.export.colours import Colouring
     from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.display import Colouring
 
     Rgb = NDArray[np.uint8]
     Pixels = tuple[NDArray[np.float32], NDArray[np.uint8]]

@@ -18,10 +18,10 @@ import numpy as np
 import tifffile
 
 from wsi_gradcam.errors import ResultError
-from wsi_gradcam.export.colours import GRAY, Colouring
 from wsi_gradcam.export.job import Job, blocks, ome_colour, padded, slug
 from wsi_gradcam.geometry import Region, ceil_div, tiles
 from wsi_gradcam.io.urls import is_url
+from wsi_gradcam.results.display import GRAY, Colouring
 from wsi_gradcam.results.heatmap import LABEL
 
 if TYPE_CHECKING:

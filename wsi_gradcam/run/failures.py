@@ -27,8 +27,7 @@ from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import versions
 from wsi_gradcam.run.types import SlideRecord, Task
-from wsi_gradcam.system.isolation import CRASHES
-from wsi_gradcam.system.stopping import STOP
+from wsi_gradcam.system.isolation import CRASHES, STOP
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry

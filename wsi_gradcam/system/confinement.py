@@ -206,11 +206,14 @@ class ConfinementServer:
             OSError: the system starts no process.
         """
         ours, theirs = linked()
-        with theirs, self._lock:
-            reply = self._ask({"memory": limits.memory_mib << 20, "network": network}, [theirs.fileno()])
-        if "pid" not in reply:
+        try:
+            with theirs, self._lock:
+                reply = self._ask({"memory": limits.memory_mib << 20, "network": network}, [theirs.fileno()])
+            if "pid" not in reply:
+                raise OSError(*reply["errno"])
+        except BaseException:
             ours.close()
-            raise OSError(*reply["errno"])
+            raise
         return Confined(ours, reply["pid"])
 
     def end(self, confined: Confined) -> int:

@@ -2,6 +2,9 @@
 
 `supervise` lets a child process do the work and waits for it. When the child is killed, another one goes on without
 the slide that was in work. The process that waits imports nothing large.
+
+And graceful stops by signals: executors finish work in flight within a grace period, and begin nothing new. Only the
+command line installs the handlers. Code that does not poll `STOP` is interrupted as usual.
 """
 
 from __future__ import annotations
@@ -10,17 +13,24 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NoReturn
 
-from wsi_gradcam.errors import SlideError, printable
+from wsi_gradcam.errors import SlideError, StoppedError, printable
 
 # A model or a machine that crashes every process would have slide after slide blamed for it.
 MAX_CRASHES_IN_A_ROW = 10
 MAX_OPEN = 2  # the slide in work, and the next one while it is planned
 PR_SET_PDEATHSIG = 1
 SHOW_CURSOR = "\x1b[?25h"
+GRACE_S = 30.0
+POLL_S = 0.2
+ECHO_S = 0.5  # a signal to a process group arrives twice: directly, and forwarded by the supervising process
 
 
 @dataclass
@@ -156,3 +166,96 @@ def _print(text: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(SHOW_CURSOR)  # progress bars hide it
     print(printable(text), file=sys.stderr)
+
+
+class Stopping:
+    """The request to stop this process, and the signal that made it."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._graceful = 0
+        self._requested_at = 0.0
+        self._deadline: threading.Timer | None = None
+        self._interrupted = False
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a process ended by the signal: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + (self.signal or signal.SIGINT)
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        """Promise to poll `requested` in this context, so that the first signal does not interrupt."""
+        self._graceful += 1
+        try:
+            yield
+        finally:
+            self._graceful -= 1
+
+    def requested(self) -> bool:
+        """Return True when no new work shall begin."""
+        return self.signal is not None
+
+    def check(self) -> None:
+        """Raise if a stop was requested.
+
+        Raises:
+            StoppedError: no new work shall begin.
+        """
+        if self.requested():
+            raise self.error()
+
+    def error(self) -> StoppedError:
+        """Return the error that a stopped run ends with."""
+        cause = "" if self.signal is None else f" by {self.signal.name}"
+        return StoppedError(f"stopped{cause}; run the same command again to go on, nothing finished is lost")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, at most until a stop is requested."""
+        until = time.monotonic() + seconds
+        while not self.requested() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left))
+
+    @contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM in this context; to be entered in the main thread."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Request a stop at the first signal, or interrupt code that does not poll; exit at once at the second."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            if time.monotonic() - self._requested_at < ECHO_S:
+                return
+            if sys.stderr.isatty():
+                _tell(SHOW_CURSOR)  # progress bars had hidden it
+            os._exit(self.exit_code)
+        self.signal, self._requested_at = signal.Signals(number), time.monotonic()
+        if not self._graceful:
+            raise KeyboardInterrupt
+        _tell(f"\n{self.signal.name}: finishing what is in work, at most {GRACE_S:g} s; again to end at once\n")
+        self._deadline = threading.Timer(GRACE_S, self._interrupt)
+        self._deadline.daemon = True
+        self._deadline.start()
+
+    def _interrupt(self) -> None:
+        """Interrupt the main thread after the grace period."""
+        self._interrupted = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def _tell(text: str) -> None:
+    """Write to standard error from a handler, which no stream of Python's may be in the way of, if anybody reads it."""
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+STOP = Stopping()

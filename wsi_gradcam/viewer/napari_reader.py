@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wsi_gradcam.errors import ResultError, SlideError
-from wsi_gradcam.export.colours import STEPS, Colouring
+from wsi_gradcam.results.display import STEPS, Colouring
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.lazy import lazy_flags, lazy_levels, lazy_slide, padded
 from wsi_gradcam.results.run import Result, find_result

@@ -24,7 +24,7 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.failures import PAUSES_S
 from wsi_gradcam.run.types import Observer, SlideRecord, Workload
-from wsi_gradcam.system.stopping import POLL_S, STOP
+from wsi_gradcam.system.isolation import POLL_S, STOP
 
 if TYPE_CHECKING:
     from distributed import Client, Future

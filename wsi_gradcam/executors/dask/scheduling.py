@@ -34,7 +34,7 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.failures import PAUSES_S, log_retry
 from wsi_gradcam.run.types import FatalError, Observer, Performed, SlideRecord, Task, Workload
 from wsi_gradcam.run.workload import PLAN
-from wsi_gradcam.system.stopping import GRACE_S, POLL_S, STOP
+from wsi_gradcam.system.isolation import GRACE_S, POLL_S, STOP
 
 WORKERS_POLLED_S = 2.0
 FETCH_S = 10.0  # for results of workers that may be gone with them
