@@ -24,7 +24,6 @@ from wsi_gradcam.audit.plan import BATCH_SIZE
 from wsi_gradcam.audit.schema import Metrics
 from wsi_gradcam.audit.stages import spread
 from wsi_gradcam.audit.vocabulary import QUESTIONS
-from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import storage_path
@@ -33,7 +32,7 @@ from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.claims import CLAIM, Claim
-from wsi_gradcam.run.status import REPORT, RunState, observe
+from wsi_gradcam.run.status import REPORT, RunState, observe, shown
 
 
 @pytest.fixture(scope="module")

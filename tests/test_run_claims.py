@@ -16,13 +16,12 @@ from tests.cli_runs import SMALL_FLAGS, Run, calling, only_error
 from tests.runs import SMALL, differing, start, toy_file, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import RunListener, explain
-from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run import claims
 from wsi_gradcam.run.claims import CLAIM, read_holder
-from wsi_gradcam.run.status import RunState, observe
+from wsi_gradcam.run.status import RunState, observe, shown
 from wsi_gradcam.run.types import Performed, Task
 
 PATIENCE_S = 120

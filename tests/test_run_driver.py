@@ -15,7 +15,6 @@ from tests.cli_runs import Run, calling, write_inputs
 from tests.runs import SMALL, flags, toy_spec
 from tests.synthetic import strip_mpp
 from wsi_gradcam.api import RunListener, explain
-from wsi_gradcam.cli.status import shown
 from wsi_gradcam.errors import SlideAccessError, SlideReadError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath
@@ -27,7 +26,7 @@ from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.failures import attempt_digest
 from wsi_gradcam.run.plan import plan_run
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.run.status import REPORT, observe
+from wsi_gradcam.run.status import REPORT, observe, shown
 from wsi_gradcam.run.types import Performed, SlideRecord, Task
 from wsi_gradcam.run.workload import STITCH
 from wsi_gradcam.system.isolation import CRASHES

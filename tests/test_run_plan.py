@@ -89,6 +89,9 @@ CHANGES: dict[str, Any] = {
     "allow_hosts": ("*.example.org",),
     "reader_threads": 7,
     "torch_threads": 3,
+    "isolate": True,
+    "isolate_memory": 4096,
+    "isolate_seconds": 120.0,
     "max_unreadable": 0.5,
 }
 

@@ -44,6 +44,9 @@ OTHER: dict[str, Any] = {
     "allow_hosts": ("*.example.org",),
     "reader_threads": 4,
     "torch_threads": 3,
+    "isolate": True,
+    "isolate_memory": 4096,
+    "isolate_seconds": 120.0,
     "max_unreadable": 0.5,
 }
 
@@ -188,6 +191,9 @@ class TestIdentity:
         left_out = {
             "allow_hosts",
             "decode",
+            "isolate",
+            "isolate_memory",
+            "isolate_seconds",
             "reader_threads",
             "torch_threads",
             "max_unreadable",

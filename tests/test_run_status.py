@@ -16,11 +16,19 @@ import pytest
 from tests.cli_runs import Run, calling, only_error
 from tests.runs import ROOT
 from tests.test_run_report import status as told_by
-from wsi_gradcam.cli.status import WORKERS_NAMED, shown
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.run import status as module
 from wsi_gradcam.run.claims import CLAIM, Holder, read_holder
-from wsi_gradcam.run.status import STATUS, ObservedRun, RunState, observe, read_status, write_status
+from wsi_gradcam.run.status import (
+    STATUS,
+    WORKERS_NAMED,
+    ObservedRun,
+    RunState,
+    observe,
+    read_status,
+    shown,
+    write_status,
+)
 from wsi_gradcam.system.processes import this_process
 
 HERE = this_process()
@@ -167,7 +175,7 @@ def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, tex
 def test_it_loads_nothing_heavy() -> None:
     """It is for login nodes."""
     code = (
-        "import sys, wsi_gradcam.cli.status;print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
+        "import sys, wsi_gradcam.run.status;print([m for m in ('torch', 'zarr', 'numpy', 'dask') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

@@ -207,8 +207,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.cli.status import shown
-    from wsi_gradcam.run.status import observe
+    from wsi_gradcam.run.status import observe, shown
 
     before = None
     for seen in observe(arguments.out, arguments.watch):

@@ -24,7 +24,6 @@ from wsi_gradcam import errors
 from wsi_gradcam.errors import SlideFormatError, WsiGradcamError, is_out_of_memory
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.urls import is_url
-from wsi_gradcam.slides import with_reductions
 from wsi_gradcam.slides.base import MAX_SIDE_PX, Level, SlideInfo
 from wsi_gradcam.slides.opening import open_file, open_url
 from wsi_gradcam.system.confinement import Link
@@ -164,7 +163,8 @@ class _Reader:
 
     def _reduce(self) -> dict[str, Any]:
         slide = self._slides[False]
-        self._slides[True] = with_reductions(slide)
+        reduced: Callable[[], Slide] = getattr(slide, "with_reductions", lambda: slide)
+        self._slides[True] = reduced()
         return {"info": asdict(self._slides[True].info)}
 
     def _serve(self, lane: Link) -> None:
