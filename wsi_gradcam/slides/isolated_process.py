@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from wsi_gradcam import errors
-from wsi_gradcam.errors import SlideFormatError, WsiGradcamError, is_out_of_memory
+from wsi_gradcam.errors import SlideFormatError, WsiGradcamError, is_out_of_memory, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.urls import is_url
-from wsi_gradcam.slides.base import MAX_SIDE_PX, Level, SlideInfo
+from wsi_gradcam.slides.base import MAX_SIDE_PX, SlideInfo
 from wsi_gradcam.slides.opening import open_file, open_url
 from wsi_gradcam.system.confinement import Link
 from wsi_gradcam.system.processes import keep_freed_memory, limit_arenas
@@ -84,30 +85,12 @@ def _made(name: str, values: Any) -> Exception:
 def info_of(values: Any) -> SlideInfo:
     """Return metadata that another process has told; its sizes are bounded as those of any slide."""
     try:
-        if not (levels := tuple(_level_of(**level) for level in values["levels"])):
-            raise ValueError("no levels")
-        mpp, bounds, objective = values["mpp"], values["bounds"], values["objective"]
-        red, green, blue = (int(value) for value in values["background"])
-        return SlideInfo(
-            path=str(values["path"]),
-            levels=levels,
-            mpp=None if mpp is None else (float(mpp[0]), float(mpp[1])),
-            mpp_problem=str(values["mpp_problem"]),
-            vendor=str(values["vendor"]),
-            background=(red, green, blue),
-            bounds=None if bounds is None else Region(**{key: int(value) for key, value in bounds.items()}),
-            digest=str(values["digest"]),
-            objective=None if objective is None else float(objective),
-            images=tuple(str(image) for image in values["images"]),
-        )
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise SlideFormatError(f"the process that reads a slide has told nonsense of it ({error!r})") from error
-
-
-def _level_of(height: int, width: int, downsample_y: float, downsample_x: float, problem: str, shift: float) -> Level:
-    if not (0 < height <= MAX_SIDE_PX and 0 < width <= MAX_SIDE_PX):
-        raise ValueError("a level of an impossible size")
-    return Level(int(height), int(width), float(downsample_y), float(downsample_x), str(problem), float(shift))
+        info = TypeAdapter(SlideInfo).validate_python(values)
+    except ValidationError as error:
+        raise SlideFormatError(f"the process that reads a slide has told nonsense of it: {one_line(error)}") from error
+    if not info.levels or not all(0 < side <= MAX_SIDE_PX for x in info.levels for side in (x.height, x.width)):
+        raise SlideFormatError("the process that reads a slide has told nonsense of it: sizes that no slide has")
+    return info
 
 
 class _Remembering(logging.Handler):
