@@ -28,8 +28,16 @@ from tests.servers import web_server
 from tests.synthetic import corrupt_tile, truncate, write_marker_slide
 from wsi_gradcam.api import explain
 from wsi_gradcam.cli.main import main
-from wsi_gradcam.errors import ConfigError, SlideError, SlideFormatError, SlideMemoryError, SlideReadError
+from wsi_gradcam.errors import (
+    ConfigError,
+    SlideAccessError,
+    SlideError,
+    SlideFormatError,
+    SlideMemoryError,
+    SlideReadError,
+)
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.io.urls import allowing_for_run
 from wsi_gradcam.slides import (
     Limits,
     isolated_process,
@@ -117,6 +125,8 @@ def test_a_made_slide_has_the_same_metadata_and_pixels(slide_path: Path) -> None
 def test_a_remote_slide_has_the_same_metadata_and_pixels(slide_path: Path) -> None:
     with web_server(slide_path.parent) as server:
         same_pixels(f"{server.url}/a.tif")
+        with allowing_for_run(("elsewhere",)), pytest.raises(SlideAccessError, match="none of the hosts"):
+            open_slide(f"{server.url}/a.tif", isolate=True)
 
 
 def test_many_threads_read_the_same(slide_path: Path) -> None:

@@ -291,12 +291,12 @@ def add_view(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     add("--slides", type=Path, help="folder to take slides from, where they have moved")
     _add_remote_slides(parser)
-    about = "read slides in this process, not in one each that can do little (docs/viewer.md; on Linux alone)"
-    add("--no-isolate", dest="isolate", action="store_false", default=None, help=about)
     add("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")
     add("--tls", nargs=2, metavar=("CERT", "KEY"), help="files of a certificate and its key: serve https://")
     add("--open", action="store_true", help="open the page in a browser")
+    about = "read slides in this process, not in one each that can do little (docs/viewer.md; on Linux alone)"
+    add("--no-isolate", dest="isolate", action="store_false", default=None, help=about)
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:

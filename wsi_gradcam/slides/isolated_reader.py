@@ -27,7 +27,7 @@ from wsi_gradcam.errors import (
     SlideReadError,
 )
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.io.urls import is_url, redact_url
+from wsi_gradcam.io.urls import ALLOW_HOSTS, allowed_hosts, is_url, redact_url
 from wsi_gradcam.slides import isolated_process
 from wsi_gradcam.slides.isolated_process import error_of, info_of, serve_slide
 from wsi_gradcam.system.confinement import (
@@ -114,6 +114,8 @@ class _Source:
 
     def __init__(self, path: str, limits: Limits, options: Mapping[str, Any]) -> None:
         self._path, self._limits, self._options = path, limits, options
+        # Credentials, and which servers this thread may ask.
+        self._environment = {**os.environ, ALLOW_HOSTS: ",".join(allowed_hosts())} if is_url(path) else {}
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self._deaths = 0
@@ -181,8 +183,8 @@ class _Source:
             cwd = str(Path.cwd())
         except OSError:  # it is gone
             cwd = "/"
-        environment = dict(os.environ) if is_url(self._path) else {}
-        request = {"do": "open", "path": self._path, "cwd": cwd, "environment": environment, "options": self._options}
+        request = {"do": "open", "path": self._path, "cwd": cwd, "options": self._options}
+        request["environment"] = self._environment
         try:
             reply = process.ask(request)
             for lacking in reply["lacking"]:
