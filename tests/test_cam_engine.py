@@ -20,8 +20,7 @@ from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam.cam.engine import TARGETS_AT_ONCE, AnyTarget, explain_batch, fuse
 from wsi_gradcam.cam.facts import METHOD_INFO, Layer
 from wsi_gradcam.cam.layers import check_layer, probe_images
-from wsi_gradcam.cam.methods import Score
-from wsi_gradcam.cam.perturbation import PROBING
+from wsi_gradcam.cam.methods import PROBING, Score
 from wsi_gradcam.cam.program import EagerProgram, SplitProgram, cut_at
 from wsi_gradcam.cam.targets import Target, finer_score
 from wsi_gradcam.cam.trunks import make_trunk

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsi_gradcam.cam.tap import guided_graph, guided_relu
+from wsi_gradcam.cam.layers import guided_graph, guided_relu
 from wsi_gradcam.errors import LayerError
 from wsi_gradcam.models.graph import trace
 

@@ -30,8 +30,17 @@ from tests.split_models import (
     relative,
 )
 from wsi_gradcam.cam.facts import METHOD_INFO
-from wsi_gradcam.cam.methods import METHODS, cam, eigencam, gradcam, gradcam_plus_plus, hirescam, layercam, xgradcam
-from wsi_gradcam.cam.perturbation import PROBING
+from wsi_gradcam.cam.methods import (
+    METHODS,
+    PROBING,
+    cam,
+    eigencam,
+    gradcam,
+    gradcam_plus_plus,
+    hirescam,
+    layercam,
+    xgradcam,
+)
 from wsi_gradcam.cam.targets import COMPARED, GAMMA, finer_score
 from wsi_gradcam.errors import LayerError, TargetError
 

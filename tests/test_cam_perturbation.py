@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tests import oracles
 from tests.split_models import MODELS, Split, curved, of_class, of_classes, pictures, pooled, probe_of, relative
-from wsi_gradcam.cam.methods import Probe, Score
-from wsi_gradcam.cam.perturbation import ablationcam, occlusion, scorecam
+from wsi_gradcam.cam.methods import Probe, Score, ablationcam, occlusion, scorecam
 
 Probing = Callable[[Probe, Score], Tensor]
 PERTURBATIONS: dict[str, Probing] = {"scorecam": scorecam, "ablationcam": ablationcam, "occlusion": occlusion}

@@ -25,12 +25,13 @@ from tests.split_models import (
     probe_of,
     relative,
 )
-from wsi_gradcam.cam.methods import Probe, Score
-from wsi_gradcam.cam.perturbation import (
+from wsi_gradcam.cam.methods import (
     SAMPLES,
     SEED,
     SPREAD,
     STEPS,
+    Probe,
+    Score,
     gradient,
     guided_backprop,
     integrated_gradients,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsi_gradcam.cam.tap import Tap, find_module, tapped
+from wsi_gradcam.cam.layers import Tap, find_module, tapped
 from wsi_gradcam.errors import LayerError
 from wsi_gradcam.models.outputs import LogitsOf
 

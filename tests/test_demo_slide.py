@@ -26,8 +26,7 @@ from tests.synthetic import (
     write_gigapixel_slide,
     write_marker_slide,
 )
-from wsi_gradcam.demo.layout import Layout, lay_out, plan_layout, quadrants
-from wsi_gradcam.demo.slide import shrink, write_slide
+from wsi_gradcam.demo.slide import Layout, lay_out, plan_layout, quadrants, shrink, write_slide
 from wsi_gradcam.errors import ConfigError, MppError
 
 Rgba = npt.NDArray[np.uint8]

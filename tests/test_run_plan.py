@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.slides_in_memory import ArraySlide
-from wsi_gradcam.cam.facts import Choice, Layer, Layout, ModelFacts, Trial
+from wsi_gradcam.cam.facts import BagFacts, Choice, Layer, Layout, ModelFacts, Trial
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, ModelError, MppError, StoreError, TargetError
 from wsi_gradcam.inputs.find import SlideEntry
@@ -86,6 +86,8 @@ CHANGES: dict[str, Any] = {
     "trust_objective": True,
     "channels": (2, 1, 0),
     "decode": "scaled",
+    "bag_method": ("lrp",),
+    "feature_precision": "float16",
     "allow_hosts": ("*.example.org",),
     "reader_threads": 7,
     "torch_threads": 3,
@@ -120,6 +122,15 @@ def test_how_tiles_are_decoded_counts_as_chosen() -> None:
     scaled = replace(FACTS, choice=replace(FACTS.choice, decode="scaled"))
     assert run_of(scaled).digest() != run_of().digest()
     assert "decode" not in run_of(decode="auto").identity()["settings"]  # as in runs of older versions
+
+
+def test_how_bags_are_explained_counts_for_slide_level_models() -> None:
+    bags = replace(FACTS, bag=BagFacts("encoder", 12, ("attention",)))
+    plain = run_of(bags).digest()
+    assert plain != run_of().digest()
+    assert run_of(bags, bag_method="lrp").digest() != plain
+    assert run_of(bags, feature_precision="float16").digest() != plain
+    assert not {"bag_method", "feature_precision"} & set(run_of().identity()["settings"])  # as in older versions
 
 
 def test_the_layer_counts_as_found_however_it_was_named() -> None:

@@ -41,6 +41,8 @@ OTHER: dict[str, Any] = {
     "trust_objective": True,
     "channels": (2, 1, 0),
     "decode": "scaled",
+    "bag_method": ("lrp",),
+    "feature_precision": "float16",
     "allow_hosts": ("*.example.org",),
     "reader_threads": 4,
     "torch_threads": 3,
@@ -190,10 +192,12 @@ class TestIdentity:
     def test_leaves_out_speed_patience_and_what_counts_slide_by_slide(self) -> None:
         left_out = {
             "allow_hosts",
+            "bag_method",
             "decode",
             "isolate",
             "isolate_memory",
             "isolate_seconds",
+            "feature_precision",
             "reader_threads",
             "torch_threads",
             "max_unreadable",

@@ -249,3 +249,19 @@ def tokens() -> nn.Module:
     from timm.models import VisionTransformer
 
     return VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=2)
+
+
+class Encoder(nn.Module):
+    """The features of an untrained net of two convolutions, averaged over the patch: 12 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = cast(PooledLinear, pooled_linear()).features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.features(images).mean(dim=(2, 3)))
+
+
+def encoder() -> nn.Module:
+    """An encoder of slide-level models, with 12 features."""
+    return Encoder()

@@ -9,16 +9,19 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from wsi_gradcam.cam.facts import EXACT
-from wsi_gradcam.errors import ConfigError, StoreError, as_text, one_line
+from wsi_gradcam.errors import ConfigError, ModelError, StoreError, as_text, one_line
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, search_slides
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.io.urls import allowed_hosts, allowing
-from wsi_gradcam.models.spec import ModelSpec, read_spec
+from wsi_gradcam.mil.spec import SlideModelSpec, is_slide_model, read_slide_model
+from wsi_gradcam.models.spec import ModelSpec, probabilities, read_spec
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
-from wsi_gradcam.results.run_files import RunFolder, check_same_run, read_run, stored_choice, write_run
+from wsi_gradcam.results.run_files import RunFolder, SlideFolder, check_same_run, read_run, stored_choice, write_run
 from wsi_gradcam.results.slide_tables import SlideTable, assign_ids, read_slide_records, read_slides, record_slides
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.driver import RunSession
@@ -57,7 +60,7 @@ class Outcome:
 
 def explain(
     slides: Paths,
-    model: str | PathLike[str] | ModelSpec | Model,
+    model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model,
     out: StoragePathLike,
     settings: Settings | None = None,
     *,
@@ -80,8 +83,8 @@ def explain(
 
     Args:
         slides: slide files, folders, patterns, URLs, and lists of slides, see `find_slides`.
-        model: whatever `--model` takes, a `ModelSpec`, or a loaded `Model`, such as `model_of` makes of a network that
-            Python code holds; that one explains in this process, on the device where it is.
+        model: whatever `--model` takes, a `ModelSpec` or `SlideModelSpec`, or a loaded `Model`, such as `model_of`
+            makes of a network that Python code holds; that one explains in this process, on the device where it is.
         out: folder for the results, or s3://BUCKET/KEY.
         settings: how slides are explained; or single `options` by the names of `Settings`.
         workers: run on this many processes of this machine; nothing given: in this process.
@@ -161,7 +164,7 @@ class Preview:
 
 def preview(
     slides: Paths,
-    model: str | PathLike[str] | ModelSpec | Model,
+    model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model,
     out: StoragePathLike,
     settings: Settings | None = None,
     *,
@@ -235,11 +238,16 @@ def _chosen(
 
 
 def _prepared(
-    entries: Sequence[SlideEntry], model: str | PathLike[str] | ModelSpec | Model, settings: Settings, trust_code: bool
-) -> tuple[ModelSpec, Model | None]:
+    entries: Sequence[SlideEntry],
+    model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model,
+    settings: Settings,
+    trust_code: bool,
+) -> tuple[ModelSpec | SlideModelSpec, Model | None]:
     """Return the model's specification, and the model where it is loaded already."""
     check_reader(settings.reader)
     check_masks(entries, settings)
+    if isinstance(model, SlideModelSpec) or (isinstance(model, str | PathLike) and is_slide_model(fspath(model))):
+        return _prepared_slide_model(model, settings, trust_code), None
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):
             raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")
@@ -252,6 +260,28 @@ def _prepared(
     return spec, None
 
 
+def _prepared_slide_model(
+    model: str | PathLike[str] | SlideModelSpec, settings: Settings, trust_code: bool
+) -> SlideModelSpec:
+    spec = (model if isinstance(model, SlideModelSpec) else read_slide_model(fspath(model))).trusting(trust_code)
+    spec.check_trusted()
+    encoder = spec.encoder
+    if encoder is None:
+        raise ModelError(f"{spec.name}: has no 'encoder:', so it explains no pixels; add one to the model file")
+    encoder.check_trusted()
+    changed: dict[str, Any] = {"folder": encoder.folder.absolute()}
+    if settings.patch_px is not None:
+        changed["patch_px"] = settings.patch_px
+    aggregator = spec.aggregator.model_copy(update={"folder": spec.aggregator.folder.absolute()})
+    return spec.model_copy(
+        update={
+            "encoder": encoder.model_copy(update=changed),
+            "aggregator": aggregator,
+            "folder": spec.folder.absolute(),
+        }
+    )
+
+
 def _shown(out: StoragePathLike) -> Path | S3Path:
     place = storage_path(out)
     return place if isinstance(place, S3Path) else Path(str(place))
@@ -260,7 +290,7 @@ def _shown(out: StoragePathLike) -> Path | S3Path:
 def _plan(
     executor: Executor,
     out: StoragePath,
-    spec: ModelSpec,
+    spec: ModelSpec | SlideModelSpec,
     settings: Settings,
     entries: Sequence[SlideEntry],
     choice: Choice | None,
@@ -308,6 +338,22 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
         "site": record.slide.site,
         "scanner": record.slide.scanner,
         "tried": attempt_digest(record.slide, run) if record.lasting else "",
+        **({} if run.facts.bag is None else _answer(folder.slide(record.slide.id), run)),
+    }
+
+
+def _answer(folder: SlideFolder, run: RunPlan) -> dict[str, str]:
+    """Return the columns that say what a slide-level model answered, where it did."""
+    done = Manifest(folder.manifest).done()
+    if done is None or not done.answer:
+        return {}
+    logits = np.array([list(done.answer.values())], np.float32)
+    shares = probabilities(logits, run.facts.activation)[0].tolist()
+    of = dict(zip(done.answer, zip(logits[0].tolist(), shares, strict=True), strict=True))
+    return {
+        f"slide_{kind}_{name}": f"{both[i]:.6g}"
+        for i, kind in enumerate(("logit", "probability"))
+        for name, both in of.items()
     }
 
 

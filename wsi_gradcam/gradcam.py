@@ -17,8 +17,8 @@ from wsi_gradcam.cam.auto import choose, make_program
 from wsi_gradcam.cam.engine import Explained, device_of, explain_batch
 from wsi_gradcam.cam.explainer import check_methods, locate_layers
 from wsi_gradcam.cam.facts import AUTO, ENGINES, METHOD_INFO, PRECISIONS, Choice
+from wsi_gradcam.cam.layers import evaluating
 from wsi_gradcam.cam.program import EagerProgram
-from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target, parse_targets
 from wsi_gradcam.cam.trunks import exact
 from wsi_gradcam.errors import ConfigError, ModelError, TargetError, WsiGradcamError, is_out_of_memory, one_line

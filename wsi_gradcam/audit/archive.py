@@ -131,6 +131,10 @@ def open_run(
         ModelError: loading the model runs code, and that is not allowed.
     """
     run = result.record
+    if "aggregator" in (run.model.spec or {}):
+        raise ConfigError(
+            f"{result.out}: was made by a slide-level model; the audit asks models of patches, and cannot ask this one"
+        )
     settings = make_settings(**run.settings | {"allow_hosts": allowed_hosts()})
     spec = (given or _spec_of(result)).trusting(trust_code)
     if not held:

@@ -4,26 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsi_gradcam.cam.facts import METHOD_INFO
-from wsi_gradcam.cam.methods import METHODS, Probe
-from wsi_gradcam.cam.perturbation import PROBING
-from wsi_gradcam.cam.tap import evaluating
+from wsi_gradcam.cam.layers import evaluating
+from wsi_gradcam.cam.methods import METHODS, PROBING, Probe
 from wsi_gradcam.cam.targets import Target, classes_of, finer_score, make_score
 from wsi_gradcam.cam.trunks import exact
 from wsi_gradcam.errors import LayerError, TargetError, is_out_of_memory
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from wsi_gradcam.cam.methods import Score
     from wsi_gradcam.cam.program import Pass, Program
 
 T = TypeVar("T")
 AnyTarget = Target | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureTargets:
+    """Targets of an encoder, other ones for each patch: the features weighed with coefficients, <c_i, E(x_i)>.
+
+    With coefficients that a slide-level model has for a patch, the gradient of that is the gradient of its answer.
+
+    Attributes:
+        coefficients: float32 [n, T, D].
+    """
+
+    coefficients: NDArray[np.float32]
+
+    def rows(self, start: int, stop: int) -> list[Callable[[Tensor], Tensor]]:
+        """Return the scores of the patches from `start` to `stop`; 0 for those that only fill up a batch."""
+        part = self.coefficients[start:stop]
+        filled = torch.from_numpy(np.pad(part, ((0, stop - start - len(part)), (0, 0), (0, 0))))
+        return [partial(_weighed, filled[:, t]) for t in range(filled.shape[1])]
+
+
+def _weighed(coefficients: Tensor, features: Tensor) -> Tensor:
+    return (features * coefficients.to(features.device)).sum(dim=1)
+
+
 # Gradients of several targets in one backward pass: 37 ms against 71 one by one (16 targets), held in memory at once.
 TARGETS_AT_ONCE = 16
 

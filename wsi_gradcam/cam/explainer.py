@@ -26,6 +26,8 @@ from wsi_gradcam.cam.auto import (
     store_choice,
 )
 from wsi_gradcam.cam.engine import (
+    AnyTarget,
+    FeatureTargets,
     activation_bytes,
     device_of,
     explain_batch,
@@ -35,9 +37,8 @@ from wsi_gradcam.cam.engine import (
     pool_to_layer_grid,
 )
 from wsi_gradcam.cam.facts import AUTO, METHOD_INFO, Choice, Layer, ModelFacts
-from wsi_gradcam.cam.layers import candidate_layers, check_layer, find_layer, probe_images
+from wsi_gradcam.cam.layers import candidate_layers, check_layer, evaluating, find_layer, probe_images
 from wsi_gradcam.cam.program import EagerProgram, Program, trace_operators
-from wsi_gradcam.cam.tap import evaluating
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.cam.trunks import exact
 from wsi_gradcam.errors import LayerError, ModelError, WsiGradcamError, is_out_of_memory, one_line
@@ -339,6 +340,7 @@ def _seconds(program: EagerProgram, images: Tensor) -> float:
 
 
 LOG = logging.getLogger("wsi_gradcam")
+Targets = Sequence[Target] | FeatureTargets
 
 
 class Explainer:
@@ -371,7 +373,7 @@ class Explainer:
             ModelError: the model is not the same here, or cannot be run.
         """
         model = load_model(spec, device)
-        if model.digest != facts.digest:
+        if model.digest != (facts.bag.encoder if facts.bag else facts.digest):
             raise ModelError(
                 f"{spec.name}: this worker loaded another model than the one the run began with; make the model's "
                 "files and packages the same everywhere"
@@ -401,7 +403,7 @@ class Explainer:
         return refused
 
     def explain(
-        self, rgb: NDArray[np.uint8], targets: Sequence[Target], methods: Sequence[str]
+        self, rgb: NDArray[np.uint8], targets: Targets, methods: Sequence[str]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return (logits [n, K], raw maps [n, methods x targets, h, w]) of patches uint8 [n, H, W, 3], float32.
 
@@ -414,14 +416,25 @@ class Explainer:
         logits, maps = self._in_parts(full, count, targets, methods)
         return logits[:count], maps[:count]
 
-    def _on_device(self, rgb: Tensor, targets: Sequence[Target], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _on_device(self, rgb: Tensor, targets: Sequence[AnyTarget], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return logits and maps, all on the device of the patches, with no copy to the host or from it."""
         images = self.model.prepare(rgb)  # while the network may be at work for another thread
         with self._lock:
             explained = explain_batch(self._program, images, targets, methods)
         shape = self.facts.cam_shape
         maps = [pool_to_layer_grid(explained.cams[method], method, shape) for method in methods]
+        maps = maps or [explained.logits.new_zeros(len(explained.logits), 0, *shape)]
         return explained.logits.float(), torch.cat(maps, dim=1).float()
+
+    def explain_weighed(
+        self, rgb: NDArray[np.uint8], coefficients: NDArray[np.float32], methods: Sequence[str]
+    ) -> NDArray[np.float32]:
+        """Return raw maps [n, methods x T, h, w] of <c_i, E(x_i)>, with coefficients c [n, T, D] of an encoder E."""
+        return self.explain(rgb, FeatureTargets(coefficients), methods)[1]
+
+    def features(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the outputs of an encoder for patches uint8 [n, H, W, 3], float32 [n, D]; see `explain`."""
+        return self.explain(rgb, (), ())[0]
 
     def likeness(self, reference: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> Fidelity:
         """Compare maps of patches uint8 [n, H, W, 3] with those of another reading of them, the reference."""
@@ -451,14 +464,15 @@ class Explainer:
         return time.perf_counter() - started
 
     def _in_parts(
-        self, rgb: NDArray[np.uint8], count: int, targets: Sequence[Target], methods: Sequence[str]
+        self, rgb: NDArray[np.uint8], count: int, targets: Targets, methods: Sequence[str]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return logits and maps of the first `count` patches or some more, in parts that memory holds."""
         found: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
         done, wanted = 0, self.at_once
         while done < count:
             part = rgb[done : done + self.at_once]
-            explained = self._explained(part, targets, methods)
+            wanted_of = targets.rows(done, done + len(part)) if isinstance(targets, FeatureTargets) else targets
+            explained = self._explained(part, wanted_of, methods)
             if explained is None:
                 self.at_once = min(self.at_once, -(-len(part) // 2))  # another thread may have found out as well
                 free_memory(self._device)
@@ -471,7 +485,7 @@ class Explainer:
         return (logits[0], maps[0]) if len(found) == 1 else (np.concatenate(logits), np.concatenate(maps))
 
     def _explained(
-        self, rgb: NDArray[np.uint8], targets: Sequence[Target], methods: Sequence[str]
+        self, rgb: NDArray[np.uint8], targets: Sequence[AnyTarget], methods: Sequence[str]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return logits and maps of patches, all of whose work on the device is done here; None if memory is too small.
 

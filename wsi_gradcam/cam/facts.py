@@ -131,6 +131,21 @@ def _is_grid(height: int, width: int, proportion: float) -> bool:
 
 
 @dataclass(frozen=True)
+class BagFacts:
+    """The slide-level part of a model, which turns the features of a slide's patches into its answer.
+
+    Attributes:
+        encoder: digest of the encoder alone; `ModelFacts.digest` is that of both.
+        feature_dim: length of a feature vector.
+        attention: labels of its heads of attention; empty where it has none.
+    """
+
+    encoder: str
+    feature_dim: int
+    attention: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """A model's description without its weights.
 
@@ -145,6 +160,7 @@ class ModelFacts:
         choice: engine and precision.
         stain: what slides are normalised to; None: they stay as they are.
         notes: what was done to explain it, and what of its files was taken, a line each.
+        bag: of a slide-level model, whose classes and activation are the slide's and all else its encoder's.
     """
 
     name: str
@@ -152,7 +168,7 @@ class ModelFacts:
     digest: str
     license: str | None
     classes: tuple[str, ...]
-    activation: Activation
+    activation: Activation | Literal["hazard"]
     patch_px: tuple[int, int]
     view: tuple[float, float, float, float]
     mpp: float | None
@@ -167,6 +183,7 @@ class ModelFacts:
     choice: Choice
     stain: Stain | None = None
     notes: tuple[str, ...] = ()
+    bag: BagFacts | None = None
 
     @property
     def layer(self) -> str:

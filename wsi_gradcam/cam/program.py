@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from wsi_gradcam.cam.tap import evaluating, find_module, guided_graph, tapped
+from wsi_gradcam.cam.layers import evaluating, find_module, guided_graph, tapped
 from wsi_gradcam.errors import EngineError, LayerError
 from wsi_gradcam.models.graph import any_batch, fixed_batch, split, trace
 

@@ -17,10 +17,12 @@ from rich.text import Text
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cli import say
 from wsi_gradcam.errors import SlideError, printable, quoted
 from wsi_gradcam.inputs.find import SlideEntry, search_slides
 from wsi_gradcam.io.urls import is_url, redact_url, url_name
+from wsi_gradcam.mil.spec import BAG_METHODS, is_slide_model, read_slide_model
 from wsi_gradcam.models.spec import read_spec
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.progress import cause_of
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.running import AuditOutcome
     from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.facts import Layout
+    from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.results.run_files import RunFolder, SlideFolder
     from wsi_gradcam.run.plan import Pace
@@ -247,8 +250,8 @@ def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[
 
     Of a model whose loading runs code, only what can be told without loading it, unless that is allowed.
     """
-    from wsi_gradcam.cam.facts import METHOD_INFO
-
+    if is_slide_model(model):
+        return _slide_model_info(read_slide_model(model).trusting(trust_code), layer)
     spec = read_spec(model).trusting(trust_code)
     if spec.runs_code and not spec.trusted:
         return _unloaded(spec)
@@ -274,6 +277,40 @@ def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[
         "self-test": "head(trunk(x)) equals model(x)",
         "methods": ", ".join(method for method in METHOD_INFO if method not in refused),
         **{f"not {method}": reason.removeprefix(f"{facts.name}: ") for method, reason in refused.items()},
+    }
+
+
+def _slide_model_info(spec: SlideModelSpec, layer: str | None) -> dict[str, Any]:
+    """Describe a slide-level model: its aggregator, and the encoder whose layers are explained."""
+    from wsi_gradcam.mil.aggregators import load_aggregator
+
+    about: dict[str, Any] = {"model": spec.name, "aggregator": spec.aggregator.source}
+    if spec.runs_code and not spec.trusted:
+        return {**about, "loading it": "runs code in it, so it was not loaded; --trust-code allows that"}
+    aggregator = load_aggregator(spec)
+    about |= {
+        "classes": _shortened(aggregator.classes, ", "),
+        "activation": spec.activation,
+        "features": f"{aggregator.network.feature_dim} of each patch",
+        "aggregator's parameters": f"{sum(p.numel() for p in aggregator.network.parameters()):,}",
+        "bag methods": ", ".join(BAG_METHODS),
+        **({"notes": "; ".join(aggregator.notes)} if aggregator.notes else {}),
+    }
+    if spec.encoder is None:
+        return {**about, "encoder": "none: its features come from elsewhere"}
+    settings = make_settings(layer=layer, engine="eager", precision="float32")
+    explainer = examine_model(spec, settings, [])
+    facts, refused = explainer.facts, explainer.refused_methods()
+    return {
+        **about,
+        "encoder": spec.encoder.source,
+        "digest": facts.digest,
+        "license": facts.license or "not stated",
+        "patch": f"{facts.patch_px[0]} x {facts.patch_px[1]} px at {facts.mpp or '?'} um/px",
+        "attention": ", ".join(facts.bag.attention) or "none" if facts.bag else "none",
+        "layers": _shortened([f"{found.name} {_shape(found.layout)}" for found in explainer.layers()[::-1]], "; "),
+        "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
+        "methods": ", ".join(method for method in METHOD_INFO if method not in refused and method != "finercam"),
     }
 
 

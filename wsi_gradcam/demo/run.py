@@ -18,8 +18,7 @@ from scipy.stats import rankdata
 from skimage.color import rgb2hed
 
 from wsi_gradcam.api import explain
-from wsi_gradcam.demo.layout import Layout, lay_out
-from wsi_gradcam.demo.slide import write_slide
+from wsi_gradcam.demo.slide import Layout, lay_out, write_slide
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath, wrap_write_errors
 from wsi_gradcam.results.heatmap import EXPLAINED, HeatmapStore

@@ -13,12 +13,13 @@ from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.failures import retried
 from wsi_gradcam.run.stages import read_ahead
 from wsi_gradcam.run.types import Observer, Performed, Planned, SlideRecord, Task, TaskResult, Workload
-from wsi_gradcam.run.workload import EXPLAIN, PLAN, perform_job
+from wsi_gradcam.run.workload import ENCODE, EXPLAIN, PLAN, perform_job
 from wsi_gradcam.system.isolation import CRASHES, STOP
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.cam.facts import Choice, ModelFacts
+    from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.run.plan import RunPlan
@@ -35,7 +36,11 @@ class SerialExecutor:
         self._explainer: Explainer | None = None
 
     def examine(
-        self, spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
+        self,
+        spec: ModelSpec | SlideModelSpec,
+        settings: Settings,
+        slides: Sequence[SlideEntry],
+        choice: Choice | None = None,
     ) -> ModelFacts:
         """Return what `examine_model` learns of the model, which stays loaded for the run."""
         self._explainer = examine_model(self._model or spec, settings, slides, choice)
@@ -57,7 +62,7 @@ class SerialExecutor:
 
         def perform_observed(task: Task, upcoming: Task | None) -> TaskResult:
             STOP.check()
-            if task.stage == EXPLAIN:
+            if task.stage in (EXPLAIN, ENCODE):
                 ahead.plan_next()
 
             def attempt() -> Performed:
@@ -116,8 +121,8 @@ class _LookAhead:
     def _prepare(self, slide: SlideEntry) -> Performed:
         """Plan a slide and begin to read it; an error is raised when the slide's turn has come."""
         performed = perform(self._context, Task(PLAN, slide))
-        if isinstance(performed.result, Planned) and performed.result.spans:
-            read_ahead(self._context, slide, performed.result.spans[0])
+        if isinstance(performed.result, Planned) and (spans := performed.result.encode or performed.result.spans):
+            read_ahead(self._context, slide, spans[0])
         return performed
 
     def _peek(self) -> SlideEntry | None:

@@ -24,16 +24,14 @@ from torch import Tensor
 from wsi_gradcam.cam.targets import make_score
 from wsi_gradcam.errors import ConfigError, ModelError, TargetError, did_you_mean
 from wsi_gradcam.mil.networks import LRP, PLAIN, Aggregator, Opaque, Pool, Pooled, Rule
+from wsi_gradcam.mil.spec import BAG_METHODS, CHAINED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.cam.targets import Target
 
-# With coefficients c_i [D], whose product with the features is the relevance, and those of patches alone.
-CHAINED = ("gradient_x_input", "integrated_gradients", "lrp")
-PATCHWISE = ("attention", "single", "one_removed", "shapley")
-METHODS = (*CHAINED, *PATCHWISE)
+METHODS = (*BAG_METHODS, "single", "attention")
 STEPS = 50  # of integrated gradients, by Gauss and Legendre
 CHUNK_BYTES = 96 << 20
 MAX_ROWS, MIN_ROWS = 4096, 16

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, Val
 from wsi_gradcam.errors import ModelError, did_you_mean, quoted, shortened
 from wsi_gradcam.models.spec import (
     MAX_CLASSES,
+    RANDOM,
     ModelSpec,
     Word,
     explain_validation,
@@ -30,6 +31,9 @@ NETWORKS = ("abmil", "clam", "dsmil", "transmil")  # written here; their weights
 FORMS = (
     f"{', '.join(NETWORKS)}, mil-lab:FOLDER (config.json and model.safetensors), torchscript:FILE or module:function"
 )
+# Bag methods: with coefficients c_i [D], whose product with the features is the relevance, and those of patches alone.
+CHAINED = ("integrated_gradients", "gradient_x_input", "lrp")
+BAG_METHODS = (*CHAINED, "one_removed", "shapley")
 SlideActivation = Literal["softmax", "sigmoid", "none", "hazard"]
 
 
@@ -125,6 +129,11 @@ class SlideModelSpec(BaseModel):
     @classmethod
     def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return ModelSpec._unique(value)
+
+    @property
+    def weights(self) -> str | None:
+        """The aggregator's weights; "random" where the encoder is untrained."""
+        return RANDOM if self.encoder is not None and self.encoder.weights == RANDOM else self.aggregator.weights
 
     @property
     def runs_code(self) -> bool:
@@ -242,3 +251,14 @@ def slide_probabilities(logits: NDArray[np.floating], activation: SlideActivatio
     shifted = np.exp(values - values.max(axis=-1, keepdims=True))
     shares: NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
     return shares
+
+
+def encoder_of(spec: SlideModelSpec) -> ModelSpec:
+    """Return the specification of what makes features of patches, see `ModelSpec.as_encoder`.
+
+    Raises:
+        ModelError: the model has none: its features come from elsewhere.
+    """
+    if spec.encoder is None:
+        raise ModelError(f"{spec.name}: has no 'encoder:', so it sees no pixels; add one to the model file")
+    return spec.encoder.as_encoder()

@@ -21,7 +21,7 @@ from wsi_gradcam.models.outputs import Passed, one_row, separate, unwrap_parts, 
 from wsi_gradcam.models.sources import Built, load_weights
 from wsi_gradcam.models.sources.function import build_function, source_digest
 from wsi_gradcam.models.sources.hf import build_hf, weights_file
-from wsi_gradcam.models.sources.libraries import build_timm, build_torchvision
+from wsi_gradcam.models.sources.libraries import build_timm, build_torchvision, without_head
 from wsi_gradcam.models.sources.programs import build_export, build_torchscript, failure
 from wsi_gradcam.models.sources.wsinfer import PROGRAM, build_wsinfer
 from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, Resizing, explain_validation, read_spec, regular
@@ -136,6 +136,8 @@ def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu", *, tr
     if (path := spec.weights_path) is not None:
         notes = load_weights(built.module, path, spec)
         built = replace(built, notes=(*built.notes, *notes))
+    if spec.is_encoder:
+        built = without_head(built, spec)
     return finish(spec, built, device)
 
 

@@ -131,6 +131,7 @@ class ModelSpec(BaseModel):
     provenance: Any = None
     folder: Path = Field(default=Path(), exclude=True)
     _trusted: bool = PrivateAttr(default=False)  # of this process and its workers: no file can say it, none keeps it
+    _is_encoder: bool = PrivateAttr(default=False)
 
     @field_validator("patch_px", mode="before")
     @classmethod
@@ -206,6 +207,17 @@ class ModelSpec(BaseModel):
         trusted = self.model_copy()
         trusted._trusted = True
         return trusted
+
+    @property
+    def is_encoder(self) -> bool:
+        """True where the outputs are taken for features: a head of timm's or torchvision's network is left off."""
+        return self._is_encoder
+
+    def as_encoder(self) -> ModelSpec:
+        """Return the specification of the same network, whose outputs are features and as they are."""
+        encoder = self.model_copy(update={"activation": "none", "classes": None})
+        encoder._is_encoder = True
+        return encoder
 
     def check_trusted(self) -> None:
         """Refuse a model whose loading would run code without permission.
@@ -400,14 +412,18 @@ def _finding(error: ErrorDetails, keys: Iterable[str]) -> str:
 Activation = Literal["softmax", "sigmoid", "none"]
 
 
-def probabilities(logits: NDArray[np.float32], activation: Activation) -> NDArray[np.float32]:
+def probabilities(logits: NDArray[np.float32], activation: Activation | Literal["hazard"]) -> NDArray[np.float32]:
     """Return logits float32 [n, classes] through softmax, sigmoid or nothing; same shape.
+
+    Those of hazards, of one interval of time after the other, become the probabilities to survive each.
 
     >>> probabilities(np.array([[0, 0], [1000, 0]], np.float32), "softmax").tolist()
     [[0.5, 0.5], [1.0, 0.0]]
     """
     if activation == "none":
         return logits
+    if activation == "hazard":
+        return np.cumprod(0.5 * (1 - np.tanh(logits / 2)), axis=1, dtype=np.float32)
     if activation == "sigmoid":
         return (0.5 * (1 + np.tanh(logits / 2))).astype(np.float32)  # does not overflow
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -12,6 +12,8 @@ from wsi_gradcam.errors import UnknownNameError, picked
 from wsi_gradcam.results.heatmap import COLOURS, Channel
 
 PROBABILITY = "probability"
+RELEVANCE, ATTENTION = "relevance", "attention"  # of slide-level models
+UNITS = {PROBABILITY: PROBABILITY, RELEVANCE: "logit", ATTENTION: "arbitrary"}
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class ChannelInfo:
 
     Attributes:
         number: its index in the image.
-        label: "METHOD: TARGET", or "probability: TARGET".
-        method: what made it: a method's name, or "probability".
+        label: "METHOD: TARGET", or "probability: TARGET"; of slide-level models also "relevance: TARGET", "attention".
+        method: what made it: a method's name, "probability", "relevance" or "attention".
         target: the class, or another target, by name.
         unit: "logit", "drop" (logits lost where covered), "arbitrary", or "probability".
         minimum, maximum: range of its values in this slide.
@@ -59,7 +61,7 @@ class ChannelInfo:
 def unit_of(label: str) -> str:
     """Return the unit of a channel's values, by its label."""
     method = label.partition(": ")[0]
-    return PROBABILITY if method == PROBABILITY else METHOD_INFO[method].unit
+    return UNITS[method] if method in UNITS else METHOD_INFO[method].unit
 
 
 def find_channel(channels: Sequence[ChannelInfo], name: str | int | ChannelInfo, where: str) -> ChannelInfo:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from wsi_gradcam.io.zarr_stores import MADE_BY_US, ZarrGroup, telling_damage, wr
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from zarr.abc.store import Store
+
+    from wsi_gradcam.io.paths import StoragePath
 
 CHUNK, SHARD = 512, 2048
 LABEL = "coverage"
@@ -264,3 +268,22 @@ def _omero(channels: Sequence[Channel]) -> dict[str, Any]:
         ],
         "rdefs": {"model": "color"},
     }
+
+
+def check_specification(heatmap: StoragePath) -> None:
+    """Validate a copy of what yaozarrs reads, as it knows no object stores of ours; raises whatever it raises."""
+    import yaozarrs  # takes time to import, and only validation needs it
+
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "heatmap.ome.zarr"
+        _copy_metadata(heatmap, copy)
+        yaozarrs.validate_zarr_store(copy)
+
+
+def _copy_metadata(place: StoragePath, folder: Path) -> None:
+    folder.mkdir()
+    for name in place.file_names():
+        (folder / name).write_bytes((place / name).read())
+    for name in place.folder_names():
+        if name != "c":
+            _copy_metadata(place / name, folder / name)

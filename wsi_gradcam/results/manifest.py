@@ -151,7 +151,8 @@ class SlidePlan:
 
 PLAN, DONE = "plan.json", "done.json"
 ENDING = ".json"
-PIECES = re.compile(r"(spans|blocks)/[0-9-]+\.json(\.[0-9a-f]{32}\.partial)?")
+BAG, WHOLE = "bag", "whole"  # the piece of work that is all of a slide, of slide-level models
+PIECES = re.compile(rf"(features|{BAG}|spans|blocks)/([0-9-]+|{WHOLE})\.json(\.[0-9a-f]{{32}}\.partial)?")
 CONTENTS = re.compile(rf"(plan|done)\.json(\.[0-9a-f]{{32}}\.partial)?|{PIECES.pattern}")
 
 
@@ -196,6 +197,7 @@ class SlideDone:
         arrays: digests of the patch store's arrays that no span writes, by name.
         slide: the slide's id.
         made_with: digest of the model and the settings, see `run_files.made_with`.
+        answer: logit of the slide by class, of slide-level models.
 
     Older versions wrote fewer files, and nothing of what comes after them.
     """
@@ -207,6 +209,7 @@ class SlideDone:
     arrays: dict[str, str] = field(default_factory=dict)
     slide: str = ""
     made_with: str = ""
+    answer: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_covered(self) -> bool:
@@ -216,7 +219,8 @@ class SlideDone:
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
         outcome = {key: value for key, value in asdict(self.outcome).items() if key != "notes" or value}
-        return {**outcome, **{each.name: getattr(self, each.name) for each in fields(self)[1:]}}
+        others = {each.name: getattr(self, each.name) for each in fields(self)[1:]}
+        return {**outcome, **{key: value for key, value in others.items() if key != "answer" or value}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SlideDone:
@@ -230,7 +234,7 @@ class SlideDone:
             outcome = SlideOutcome(
                 status, values["patches"], values["unreadable"], values["cause"], values.get("notes", "")
             )
-            since = {key: values[key] for key in ("arrays", "slide", "made_with") if key in values}
+            since = {key: values[key] for key in ("arrays", "slide", "made_with", "answer") if key in values}
             return cls(outcome, values["spans"], values["blocks"], values["files"], **since)
         except KeyError as error:
             raise StoreError(f"done.json has no {error.args[0]}") from error
@@ -304,6 +308,11 @@ class Manifest:
         contents = (self._place / kind).read_many(files)
         parsed = [_parsed(self._place / kind / file, data) for file, data in zip(files, contents, strict=True)]
         return dict(zip(names, parsed, strict=True))
+
+    def answer(self) -> dict[str, float]:
+        """Return the slide's logit by class; empty before a slide-level model has answered, and for other models."""
+        found: dict[str, float] = (self._read(f"{BAG}/{WHOLE}{ENDING}") or {}).get("answer", {})
+        return found
 
     def forget(self, kind: str, names: Iterable[str]) -> None:
         """Take back that pieces are finished: they will be made again."""

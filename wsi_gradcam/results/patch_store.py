@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -206,10 +206,18 @@ class PatchStore:
 
 
 ROWS = 1 << 16  # in a row group
+Columns = Callable[[int, int], "list[NDArray[Any]]"]
+"""(first patch, end) -> the values of further columns for the patches between."""
 
 
 def write_table(
-    place: StoragePathLike, run: RunPlan, plan: SlidePlan, store: PatchStore, causes: dict[int, str], slide: str = ""
+    place: StoragePathLike,
+    run: RunPlan,
+    plan: SlidePlan,
+    store: PatchStore,
+    causes: dict[int, str],
+    slide: str = "",
+    columns: Columns | None = None,
 ) -> None:
     """Write the table of the slide with the id `slide`; `causes` says by patch number why a patch could not be read.
 
@@ -218,6 +226,8 @@ def write_table(
     `cam_mean_TARGET`, `cam_max_TARGET`; for a second method and those after it `METHOD_mean_TARGET`,
     `METHOD_max_TARGET`. The CAM's statistics are in the heatmap's unit, for Grad-CAM logits: with global average
     pooling and a linear layer, cam_mean + bias = logit.
+    Of a slide-level model logits and probabilities are its answers to a bag of that patch alone, and there are also
+    `METHOD_relevance_TARGET` of each bag method, and `attention`, or `attention_CLASS`, from `columns`.
     Numbers of unreadable patches are null, also `blur`, which patches of one colour do not have either.
     The schema's metadata `wsi_gradcam` is JSON that says of which slide and run the patches are, and their size, mpp
     and stride.
@@ -226,7 +236,7 @@ def write_table(
     with storage_path(place).atomic_writer() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         step = max(1, ROWS // plan.span) * plan.span
         for start in range(0, plan.patches, step):
-            writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema))
+            writer.write_table(_rows(run, store, start, min(start + step, plan.patches), causes, schema, columns))
 
 
 MAX_COLUMNS = 1 << 14
@@ -305,6 +315,14 @@ def column(run: RunPlan, shown: Map, kind: str) -> str:
     return f"{method}_{kind}_{shown.target.label}"
 
 
+def bag_columns(run: RunPlan) -> list[str]:
+    """Return the names of the columns that a slide-level model adds."""
+    if run.facts.bag is None:
+        return []
+    relevance = [f"{method}_relevance_{t.label}" for method in run.settings.bag_method for t in run.targets]
+    return relevance + [label.replace(": ", "_") for label in run.facts.bag.attention]
+
+
 def _geometry(run: RunPlan, plan: SlidePlan) -> dict[str, Any]:
     """Return what places patches on the slide, as plain values; pairs are (y, x) or (height, width)."""
     stride, footprint = run.settings.stride(run.patch_px), plan.footprint
@@ -324,6 +342,7 @@ def _geometry(run: RunPlan, plan: SlidePlan) -> dict[str, Any]:
 def _schema(run: RunPlan, origin: dict[str, Any]) -> pa.Schema:
     names = [f"{kind}_{label}" for kind in ("logit", "probability") for label in run.facts.classes]
     names += [column(run, m, kind) for kind in ("mean", "max") for m in run.maps]
+    names += bag_columns(run)
     fields = [
         ("y", pa.int64()),
         ("x", pa.int64()),
@@ -338,7 +357,13 @@ def _schema(run: RunPlan, origin: dict[str, Any]) -> pa.Schema:
 
 
 def _rows(
-    run: RunPlan, store: PatchStore, start: int, stop: int, causes: dict[int, str], schema: pa.Schema
+    run: RunPlan,
+    store: PatchStore,
+    start: int,
+    stop: int,
+    causes: dict[int, str],
+    schema: pa.Schema,
+    more: Columns | None,
 ) -> pa.Table:
     yx, status, logits = store.yx(start, stop), store.status(start, stop), store.logits(start, stop)
     missing = status != OK
@@ -351,6 +376,7 @@ def _rows(
     numbers = [*logits.T, *shares.T]
     cams = [store.cams(start, stop, i) * np.float32(m.factor) for i, m in enumerate(run.maps)]
     numbers += [cam.mean(axis=(1, 2)) for cam in cams] + [cam.max(axis=(1, 2)) for cam in cams]
+    numbers += [] if more is None else more(start, stop)
     columns += [pa.array(values, pa.float32(), mask=missing) for values in numbers]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.Table.from_arrays(arrays, schema=schema)

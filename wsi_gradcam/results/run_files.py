@@ -108,6 +108,11 @@ class SlideFolder:
         return self.place / "cams.zarr"
 
     @property
+    def features(self) -> StoragePath:
+        """Features of the patches, of slide-level models."""
+        return self.place / "features.zarr"
+
+    @property
     def table(self) -> StoragePath:
         """A row a patch."""
         return self.place / "patches.parquet"
@@ -129,7 +134,7 @@ class SlideFolder:
 
     def covered(self) -> list[str]:
         """Return the names of the files whose bytes the slide's record covers; of chunks it covers the values."""
-        stores = tuple(f"{store.name}/" for store in (self.heatmap, self.cams))
+        stores = tuple(f"{store.name}/" for store in (self.heatmap, self.cams, self.features))
         found = (n for n in self.place.all_files() if n.startswith(stores) and n.endswith("/zarr.json"))
         return sorted([*found, "manifest/plan.json", *(p.name for p in (self.table, self.overview, self.tissue))])
 
@@ -148,7 +153,7 @@ class SlideFolder:
     def remove(self) -> None:
         """Delete the slide's results; files that are not ours stay."""
         Manifest(self.manifest).clear()
-        for image in (self.heatmap, self.cams):
+        for image in (self.heatmap, self.cams, self.features):
             image.remove_files(ZARR_CONTENTS)
         files = (self.table, self.overview, self.tissue)
         self.place.remove_files(re.compile("|".join(re.escape(file.name) for file in files)))

@@ -199,6 +199,9 @@ COLUMNS = (
 )
 
 
+# Behind them, of slide-level models, two columns a class.
+ANSWERS = ("slide_logit_", "slide_probability_")
+
 DIGITS = 16
 OLDEST = 11  # columns that every version had, the first ones
 
@@ -228,7 +231,8 @@ def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]
     except (csv.Error, ValueError) as error:
         raise StoreError(f"{place}: damaged ({one_line(error)}); choose another --out") from error
     names = tuple(reader.fieldnames or ())
-    ours = len(names) >= OLDEST and names == COLUMNS[: len(names)]
+    fixed, more = names[: len(COLUMNS)], names[len(COLUMNS) :]
+    ours = len(fixed) >= OLDEST and fixed == COLUMNS[: len(fixed)] and all(name.startswith(ANSWERS) for name in more)
     if ((rows or text) and not ours) or any(None in row or None in row.values() for row in rows):
         raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
     plain = ({name: plain_cell(cell or "") for name, cell in row.items()} for row in rows)
@@ -238,14 +242,16 @@ def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]
 def row_digest(row: Mapping[str, Any]) -> str:
     """Return a digest of a row's other cells."""
     cells = ["" if row.get(name) is None else str(row[name]) for name in COLUMNS[:-1]]
+    cells += [f"{name} {row[name]}" for name in sorted(row) if name.startswith(ANSWERS) and row[name] != ""]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:DIGITS]
 
 
 def encode_rows(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Return the file of rows by id; each keeps the digest that it has."""
     buffer = io.StringIO(newline="")
+    answers = dict.fromkeys(name for key in sorted(rows) for name in rows[key] if name.startswith(ANSWERS))
     plain, quoted = (
-        csv.DictWriter(buffer, COLUMNS, lineterminator="\n", extrasaction="ignore", quoting=quoting)
+        csv.DictWriter(buffer, (*COLUMNS, *answers), lineterminator="\n", extrasaction="ignore", quoting=quoting)
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
     )
     plain.writeheader()

@@ -11,19 +11,17 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaozarrs
 
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, as_path, one_line
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.display import display_problems
-from wsi_gradcam.results.heatmap import LABEL, HeatmapStore
+from wsi_gradcam.results.feature_store import FeatureStore
+from wsi_gradcam.results.heatmap import LABEL, HeatmapStore, check_specification
 from wsi_gradcam.results.manifest import (
     DONE,
     Manifest,
@@ -61,10 +59,19 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.manifest import SlidePlan
 
 AUDIT = "audit"
-PIECES = ("manifest/spans/", "manifest/blocks/")  # left where a run was killed while it folded them away
+PIECES = (
+    "manifest/features/",
+    "manifest/bag/",
+    "manifest/spans/",
+    "manifest/blocks/",
+)  # left where a run was killed while it folded them away
 GROUPS = {
     f"{group}/zarr.json"
-    for group in ("cams.zarr", *(f"heatmap.ome.zarr{name}" for name in ("", "/labels", f"/labels/{LABEL}")))
+    for group in (
+        "cams.zarr",
+        "features.zarr",
+        *(f"heatmap.ome.zarr{name}" for name in ("", "/labels", f"/labels/{LABEL}")),
+    )
 }
 METADATA_BYTES = 1 << 20  # most that is read of it
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
@@ -381,6 +388,10 @@ def _check_spans(folder: SlideFolder, plan: SlidePlan, done: SlideDone) -> Itera
     for name, digest in known.items():
         if done.arrays.get(name) != digest:
             yield f"{name} of cams.zarr differs from what was computed"
+    if done.answer:
+        for name, digest in FeatureStore(folder.features, read_only=True).digests().items():
+            if done.arrays.get(name) != digest:
+                yield f"{name} differs from what was computed"
     if (unreadable := int((store.status() == UNREADABLE).sum())) != done.outcome.unreadable:
         yield f"manifest/done.json has {done.outcome.unreadable} unreadable patches, cams.zarr {unreadable}"
 
@@ -389,7 +400,7 @@ def _check_heatmap(
     folder: SlideFolder, plan: SlidePlan, done: SlideDone, run: _Run, with_values: bool
 ) -> Iterator[str]:
     try:
-        _check_specification(folder.heatmap)
+        check_specification(folder.heatmap)
     except Exception as error:  # its own error types differ between releases
         yield f"heatmap.ome.zarr is not valid OME-Zarr: {one_line(error)}"
         return
@@ -426,28 +437,12 @@ def _check_channels(attributes: dict[str, Any], plan: SlidePlan, run: _Run) -> I
     targets = [Target(**target) for target in run.values["targets"]]
     labels = [f"{method}: {target.label}" for method in identity["settings"]["method"] for target in targets]
     labels += [f"probability: {target.label}" for target in targets if target.is_class]
+    labels += identity["settings"].get("bag_channels", [])
     if [channel["label"] for channel in channels] != labels:
         yield f"heatmap.ome.zarr/zarr.json has other channels than {', '.join(labels)}"
     said = attributes["wsi_gradcam"]
     if any(said.get(key) != value for key, value in {**identity, "slide": plan.slide_digest}.items()):
         yield "heatmap.ome.zarr/zarr.json tells of another model, configuration or slide"
-
-
-def _check_specification(heatmap: StoragePath) -> None:
-    """Validate a copy of what yaozarrs reads, as it knows no object stores of ours; raises whatever it raises."""
-    with TemporaryDirectory() as folder:
-        copy = Path(folder) / "heatmap.ome.zarr"
-        _copy_metadata(heatmap, copy)
-        yaozarrs.validate_zarr_store(copy)
-
-
-def _copy_metadata(place: StoragePath, folder: Path) -> None:
-    folder.mkdir()
-    for name in place.file_names():
-        (folder / name).write_bytes((place / name).read())
-    for name in place.folder_names():
-        if name != CHUNKS:
-            _copy_metadata(place / name, folder / name)
 
 
 def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[str]:

@@ -16,6 +16,7 @@ from wsi_gradcam.cam.facts import SCALED
 from wsi_gradcam.errors import ResumeError, StoreError, device_errors
 from wsi_gradcam.io.cache import Cache, ResourcePool
 from wsi_gradcam.io.urls import allowing_for_run
+from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.mil.aggregators import LoadedAggregator
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.tissue.stain import StainFit
@@ -91,6 +93,8 @@ class Context(Generic[W]):
         self._slides: ResourcePool[SlideEntry, _Opened] = ResourcePool(KEPT_OPEN, _Opened.close)
         self._patches: Cache[str, PatchStore] = Cache(KEPT_STORES)
         self._heatmaps: Cache[str, HeatmapStore] = Cache(KEPT_STORES)
+        self._features: Cache[str, FeatureStore] = Cache(KEPT_STORES)
+        self._aggregator: LoadedAggregator | None = None
         self._glass: dict[str, tuple[int, int, int]] = {}
         self._found_run = RunFolder(self.run.out).run.is_file()
 
@@ -113,7 +117,7 @@ class Context(Generic[W]):
                 from wsi_gradcam.cam.explainer import Explainer
 
                 with allowing_for_run(self.run.settings.allow_hosts):
-                    self._model = Explainer.load(self.run.spec, self.run.facts, self.run.settings.device)
+                    self._model = Explainer.load(self.run.encoder, self.run.facts, self.run.settings.device)
             return self._model
 
     def glass(self, entry: SlideEntry) -> tuple[int, int, int]:
@@ -165,10 +169,26 @@ class Context(Generic[W]):
         """Return the slide's heatmap; the last few are kept."""
         return self._heatmaps.get(entry.id, lambda: HeatmapStore(self.folder(entry).heatmap))
 
+    def features(self, entry: SlideEntry) -> FeatureStore:
+        """Return the store of the slide's features, of a slide-level model; the last few are kept."""
+        return self._features.get(entry.id, lambda: FeatureStore(self.folder(entry).features))
+
+    def aggregator(self) -> LoadedAggregator:
+        """Return the aggregator of the run's slide-level model, in double precision on the CPU; it is loaded once."""
+        with self._model_lock:
+            if self._aggregator is None:
+                make_sums_deterministic()
+                from wsi_gradcam.mil.aggregators import load_aggregator
+
+                self._aggregator = load_aggregator(self.run.slide_model)
+                self._aggregator.network.double()
+            return self._aggregator
+
     def forget_stores(self, entry: SlideEntry) -> None:
         """Forget the slide's stores, which are about to be made anew."""
         self._patches.discard(entry.id)
         self._heatmaps.discard(entry.id)
+        self._features.discard(entry.id)
 
     def plan(self, entry: SlideEntry) -> SlidePlan:
         """Return the slide's plan, as `plan_slide` stored it.

@@ -6,14 +6,17 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Literal
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from wsi_gradcam.cam.facts import EXACT, SCALED, Trial
-from wsi_gradcam.errors import ConfigError, SlideReadError, device_errors, one_line
+from wsi_gradcam.cam.facts import EXACT, SCALED, BagFacts, ModelFacts, Trial
+from wsi_gradcam.errors import ConfigError, ModelError, SlideReadError, device_errors, one_line
 from wsi_gradcam.io.urls import allowing_for_run
+from wsi_gradcam.mil.spec import SlideModelSpec, encoder_of
 from wsi_gradcam.models.spec import ModelSpec
+from wsi_gradcam.results.channels import ATTENTION
 from wsi_gradcam.slides import read_region, with_reductions
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.cam.facts import Choice
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.mil.aggregators import LoadedAggregator
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.run.settings import Settings
     from wsi_gradcam.slides import Slide
@@ -161,9 +165,14 @@ def check_batch(model: Model, batch_size: int | Literal["auto"]) -> None:
 
 
 def examine_model(
-    model: ModelSpec | Model, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
+    model: ModelSpec | SlideModelSpec | Model,
+    settings: Settings,
+    slides: Sequence[SlideEntry],
+    choice: Choice | None = None,
 ) -> Explainer:
     """Load a model, unless it is loaded, learn what planning needs of it, and choose what runs it.
+
+    Of a slide-level model it is the encoder that runs; its aggregator is looked at, too.
 
     A `choice` that was made before is kept.
 
@@ -185,6 +194,13 @@ def examine_model(
             else sample_patches(slides, settings, model.patch_px, mpp, MAX_CHOICE_PATCHES, model.stain, scaled)
         )
 
+    if isinstance(model, SlideModelSpec):
+        from wsi_gradcam.mil.aggregators import load_aggregator
+
+        aggregator = load_aggregator(model)
+        encoder = examine_model(encoder_of(model), settings, slides, choice)
+        encoder.facts = slide_level_facts(model, encoder.facts, aggregator)
+        return encoder
     request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
     with device_errors(), allowing_for_run(settings.allow_hosts):
         loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
@@ -196,6 +212,45 @@ def examine_model(
         decided = _decoding(explainer, settings, lambda scaled: patches(loaded, scaled))
         explainer.facts = replace(explainer.facts, choice=replace(made, decode=decided[0], decode_trial=decided[1]))
     return explainer
+
+
+def slide_level_facts(spec: SlideModelSpec, encoder: ModelFacts, aggregator: LoadedAggregator) -> ModelFacts:
+    """Return the facts of a slide-level model, of those of its parts.
+
+    Raises:
+        ModelError: the encoder's features are not those that the aggregator takes.
+    """
+    length, network = len(encoder.classes), aggregator.network
+    if length != network.feature_dim:
+        raise ModelError(
+            f"{spec.name}: the encoder gives {length} features, but the aggregator takes {network.feature_dim}; name "
+            "the encoder that it was trained with"
+        )
+    heads = network(_zeros(network)).attention
+    labels = () if heads is None else _attention_labels(heads.shape[1], aggregator.classes)
+    return replace(
+        encoder,
+        name=spec.name,
+        source=f"{encoder.source}, {spec.aggregator.source}",
+        digest=sha256(f"{encoder.digest} {aggregator.digest}".encode()).hexdigest(),
+        license=spec.license or encoder.license,
+        classes=aggregator.classes,
+        activation=spec.activation,
+        notes=(*encoder.notes, *aggregator.notes),
+        bag=BagFacts(encoder.digest, length, labels),
+    )
+
+
+def _zeros(network: Any) -> Any:
+    parameter = next(iter(network.parameters()))
+    return parameter.new_zeros(1, network.feature_dim)
+
+
+def _attention_labels(heads: int, classes: tuple[str, ...]) -> tuple[str, ...]:
+    if heads == 1:
+        return (ATTENTION,)
+    names = classes if heads == len(classes) else tuple(map(str, range(heads)))
+    return tuple(f"{ATTENTION}: {name}" for name in names)
 
 
 def _decoding(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_gradcam.cam.facts import EXACT, METHOD_INFO, MethodInfo
 from wsi_gradcam.cam.targets import Target, check_trusted, function_digest, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError, MppError
+from wsi_gradcam.errors import ConfigError, ModelError, MppError, did_you_mean
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.mil.spec import BAG_METHODS, CHAINED, SlideModelSpec, encoder_of
+from wsi_gradcam.results.channels import RELEVANCE
 from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
@@ -77,7 +79,7 @@ class RunPlan:
     """
 
     out: StoragePath
-    spec: ModelSpec
+    spec: ModelSpec | SlideModelSpec
     facts: ModelFacts
     settings: Settings
     targets: tuple[Target, ...]
@@ -109,6 +111,24 @@ class RunPlan:
         """The targets that have a probability, which is a channel too."""
         return tuple(target for target in self.targets if target.is_class)
 
+    @property
+    def slide_model(self) -> SlideModelSpec:
+        """The specification of a run's slide-level model."""
+        assert isinstance(self.spec, SlideModelSpec)
+        return self.spec
+
+    @property
+    def encoder(self) -> ModelSpec:
+        """The specification of the network that sees patches: the model, or the encoder of a slide-level one."""
+        return encoder_of(self.spec) if isinstance(self.spec, SlideModelSpec) else self.spec
+
+    @property
+    def bag_channels(self) -> tuple[str, ...]:
+        """Labels of the heatmap's channels that a slide-level model adds: the relevance of patches, and attention."""
+        if self.facts.bag is None:
+            return ()
+        return (*(f"{RELEVANCE}: {target.label}" for target in self.targets), *self.facts.bag.attention)
+
     def identity(self) -> dict[str, Any]:
         """Return all that results depend on besides the slide, as plain values."""
         settings = self.settings.identity()
@@ -121,6 +141,10 @@ class RunPlan:
         )
         if self.facts.choice.decode != EXACT:  # not in runs of older versions
             settings["decode"] = self.facts.choice.decode
+        if self.facts.bag is not None:
+            settings["bag_method"] = list(self.settings.bag_method)
+            settings["feature_precision"] = self.settings.feature_precision
+            settings["bag_channels"] = list(self.bag_channels)
         return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
 
     def digest(self) -> str:
@@ -128,7 +152,7 @@ class RunPlan:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def plan_run(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
+def plan_run(out: StoragePathLike, spec: ModelSpec | SlideModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
     """Return the run's plan, checked as far as is possible without a slide.
 
     Raises:
@@ -137,6 +161,8 @@ def plan_run(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings:
         ModelError: the model's mpp is not known.
     """
     check_methods(settings.method)
+    if facts.bag is not None:
+        check_bag_methods(settings)
     if settings.span_patches % facts.batch_size:
         raise ConfigError(
             f"span_patches is {settings.span_patches}, expected a multiple of the batch size {facts.batch_size}, so "
@@ -161,6 +187,24 @@ def check_methods(methods: Sequence[str]) -> None:
     for method in methods:
         if method not in METHOD_INFO:
             raise ConfigError(f"method {method!r} is not known; expected one of {', '.join(METHOD_INFO)}")
+
+
+def check_bag_methods(settings: Settings) -> None:
+    """Raise ConfigError for methods that are none of a slide-level model, or that cannot lead down to pixels."""
+    first, *others = settings.bag_method
+    if first not in CHAINED:
+        raise ConfigError(
+            f"bag_method {first!r} comes first, but only {', '.join(CHAINED)} lead on to pixels; name one of them "
+            f"before it: --bag-method {CHAINED[0]},{first}"
+        )
+    for name in others:
+        if name not in BAG_METHODS:
+            near = did_you_mean(name, BAG_METHODS)
+            raise ConfigError(
+                f"bag_method {name!r} is not known; expected {', '.join(BAG_METHODS)}{near and f'; {near}'}"
+            )
+    if "finercam" in settings.method:
+        raise ConfigError("finercam compares classes of a patch, which slide-level models do not have; use gradcam")
 
 
 def plan_slide(

@@ -40,6 +40,8 @@ NOT_IN_IDENTITY = frozenset(
         "isolate",
         "isolate_memory",
         "isolate_seconds",
+        "bag_method",  # of slide-level models, to whose plan they are added
+        "feature_precision",
     }
 )
 
@@ -67,6 +69,17 @@ class Settings(BaseModel):
     method: Annotated[
         tuple[str, ...], Field(description="explanations by name: gradcam, hirescam, ...; 'info --model' lists all")
     ] = ("gradcam",)
+    bag_method: Annotated[
+        tuple[str, ...],
+        Field(
+            description="of slide-level models: what a patch is worth to the slide's answer, by name: "
+            "integrated_gradients, gradient_x_input, lrp, one_removed, shapley; the first, one of the first three, is "
+            "explained down to the pixel by `method`"
+        ),
+    ] = ("integrated_gradients",)
+    feature_precision: Annotated[
+        Literal["float32", "float16"], Field(description="of the features that slide-level models store")
+    ] = "float32"
     layer: Annotated[
         str | None,
         Field(
@@ -233,8 +246,9 @@ class Settings(BaseModel):
                 values[key] = tuple(str(v) for v in values[key])
         if isinstance(values.get("mask"), str | Path):
             values["mask"] = Path(values["mask"]).absolute()  # workers may run in another folder
-        if isinstance(values.get("method"), str):
-            values["method"] = tuple(name.strip() for name in values["method"].split(","))
+        for key in ("method", "bag_method"):
+            if isinstance(values.get(key), str):
+                values[key] = tuple(name.strip() for name in values[key].split(","))
         return values
 
     @model_validator(mode="after")
@@ -243,8 +257,9 @@ class Settings(BaseModel):
             raise ValueError(f"heatmap_stride is {self.heatmap_stride}, expected a power of two such as 16")
         if self.overlap and self.stride_px is not None:
             raise ValueError("overlap and stride_px say the same thing, give one of them")
-        if not self.method or len(set(self.method)) != len(self.method):
-            raise ValueError(f"method is {', '.join(self.method) or 'empty'}, expected names that differ")
+        for key, names in (("method", self.method), ("bag_method", self.bag_method)):
+            if not names or len(set(names)) != len(names):
+                raise ValueError(f"{key} is {', '.join(names) or 'empty'}, expected names that differ")
         if isinstance(self.batch_size, int) and self.span_patches % self.batch_size:
             raise ValueError(
                 f"span_patches is {self.span_patches}, expected a multiple of batch_size {self.batch_size}, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from wsi_gradcam.errors import ModelError, ResumeError, StoreError, one_line
+from wsi_gradcam.results.feature_store import create_store
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlidePlan, block_name, span_name
 from wsi_gradcam.results.overview import write_mask
@@ -91,8 +92,10 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
         channels(run),
         attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
     )
+    if run.facts.bag is not None:
+        create_store(run, folder.features, plan.patches, plan.span)
     manifest.write_plan(plan)
-    return _left_to_do(plan, manifest)
+    return _left_to_do(plan, manifest, run)
 
 
 def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None) -> tuple[Planned | None, str]:
@@ -104,7 +107,7 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | 
             return None, ""
         problem = _mismatch(plan, slide, run, regions)
         if not problem:
-            return _left_to_do(plan, manifest), ""
+            return _left_to_do(plan, manifest, run), ""
     except (StoreError, TypeError) as error:  # this slide's matter, not the whole run's
         return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
     return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
@@ -125,10 +128,11 @@ def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | No
     return ""
 
 
-def _left_to_do(plan: SlidePlan, manifest: Manifest) -> Planned:
+def _left_to_do(plan: SlidePlan, manifest: Manifest, run: RunPlan) -> Planned:
     if (done := manifest.done()) is not None:
         manifest.fold()
         return Planned(plan.patches, 0, [], [], done.outcome)
+    encoded = manifest.completed("features") if run.facts.bag is not None and plan.patches else None
     explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
     return Planned(
@@ -139,6 +143,8 @@ def _left_to_do(plan: SlidePlan, manifest: Manifest) -> Planned:
             [i for i in range(len(plan.blocks(level))) if block_name(level, i) not in blocks]
             for level in range(len(plan.level_shapes))
         ],
+        encode=[] if encoded is None else [i for i in range(len(plan.spans)) if span_name(i) not in encoded],
+        aggregate=encoded is not None and not manifest.completed("bag"),
     )
 
 
@@ -157,8 +163,8 @@ def explain_span(context: Context[Workload], entry: SlideEntry, span: int, upcom
     next_yx = None if upcoming is None else store.yx(*plan.spans[upcoming])
     with context.patches(entry) as reader:
         yx = store.yx(start, stop)
-        clock = _Clock(reader.batches(yx, next_yx))
-        data, causes = _explain(context, entry, yx, clock)
+        clock = Clock(reader.batches(yx, next_yx))
+        data, causes = _explain(context, entry, start, yx, clock)
     store.write_span(start, data)
     manifest.complete(
         "spans",
@@ -182,7 +188,7 @@ def read_ahead(context: Context[Workload], entry: SlideEntry, span: int) -> None
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Batches on their way to the model, and how long each side waited for the other."""
 
     batches: Iterator[Batch]
@@ -201,7 +207,7 @@ class _Clock:
 
 
 def _explain(
-    context: Context[Workload], entry: SlideEntry, yx: NDArray[np.int64], batches: Iterable[Batch]
+    context: Context[Workload], entry: SlideEntry, start: int, yx: NDArray[np.int64], batches: Iterable[Batch]
 ) -> tuple[SpanData, dict[int, str]]:
     run, count, model = context.run, len(yx), context.model()
     logits = np.zeros((count, len(run.facts.classes)), np.float32)
@@ -209,9 +215,15 @@ def _explain(
     status = np.full(count, OK, np.uint8)
     blur = np.full(count, np.nan, np.float32)
     causes: dict[int, str] = {}
+    features = None if run.facts.bag is None else context.features(entry)
     for batch in batches:
         part = slice(batch.start, batch.start + len(batch.rgb))
-        logits[part], cams[part] = model.explain(batch.rgb, run.targets, run.settings.method)
+        if features is None:
+            logits[part], cams[part] = model.explain(batch.rgb, run.targets, run.settings.method)
+        else:
+            rows = start + part.start, start + part.stop
+            cams[part] = model.explain_weighed(batch.rgb, features.read("coefficients", *rows), run.settings.method)
+            logits[part] = features.read("logits", *rows)
         blur[part] = batch.measures
         for i, cause in batch.causes.items():
             at = batch.start + i

@@ -10,7 +10,8 @@ import numpy as np
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import probabilities
-from wsi_gradcam.results.channels import QUANTILE, window_end
+from wsi_gradcam.results.channels import ATTENTION, PROBABILITY, QUANTILE, unit_of, window_end
+from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import (
     Manifest,
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 def channels(run: RunPlan) -> list[Channel]:
     """Return the heatmap's channels: all explanations, then all probabilities."""
     maps = [Channel(shown.label, active=i == 0) for i, shown in enumerate(run.maps)]
-    return maps + [Channel(f"probability: {t.label}", active=False) for t in run.probabilities]
+    maps += [Channel(f"probability: {t.label}", active=False) for t in run.probabilities]
+    return maps + [Channel(label, active=False) for label in run.bag_channels]
 
 
 def stitch_block(context: Context[Workload], entry: SlideEntry, number: int) -> None:
@@ -58,7 +60,7 @@ def stitch_block(context: Context[Workload], entry: SlideEntry, number: int) -> 
     for channel in range(len(channels(run))):  # one at a time: memory does not grow with the targets
         blender = Blender(enlarger, block)
         for first, chosen in _by_span(readable, plan.span):
-            values = _channel_values(run, patches, channel, first, min(first + plan.span, plan.patches))
+            values = _channel_values(context, entry, channel, first, min(first + plan.span, plan.patches))
             blender.add(seen[chosen], values[chosen - first])
         image, covered = blender.result()
         heatmap.write(0, channel, block, image)
@@ -103,14 +105,30 @@ def _status(store: PatchStore, indices: NDArray[np.int64], span: int) -> NDArray
     return np.concatenate(status) if status else np.zeros(0, np.uint8)
 
 
-def _channel_values(run: RunPlan, store: PatchStore, channel: int, start: int, stop: int) -> NDArray[np.float32]:
-    """Return the values of a heatmap channel for patches, float32 [n, h, w]: an explanation, or the probability."""
+def _channel_values(
+    context: Context[Workload], entry: SlideEntry, channel: int, start: int, stop: int
+) -> NDArray[np.float32]:
+    """Return the values of a heatmap channel for patches, float32 [n, h, w]: an explanation, or one number a patch."""
+    run, store = context.run, context.patch_store(entry)
     if channel < len(run.maps):
         return store.cams(start, stop, channel) * np.float32(run.maps[channel].factor)
-    target = run.probabilities[channel - len(run.maps)]
-    shares = probabilities(store.logits(start, stop), run.facts.activation)
-    share = shares.max(axis=1) if target.index is None else shares[:, target.index]
+    number = channel - len(run.maps)
+    if number < len(run.probabilities):
+        target = run.probabilities[number]
+        shares = probabilities(store.logits(start, stop), run.facts.activation)
+        share = shares.max(axis=1) if target.index is None else shares[:, target.index]
+    else:
+        share = _bag_values(run, context.features(entry), number - len(run.probabilities), start, stop)
     return np.broadcast_to(share[:, None, None], (len(share), *run.facts.cam_shape))
+
+
+def _bag_values(run: RunPlan, store: FeatureStore, number: int, start: int, stop: int) -> NDArray[np.float32]:
+    """Return the values of one of `RunPlan.bag_channels` for patches, float32 [n]."""
+    if number < len(run.targets):
+        values: NDArray[np.float32] = store.read("relevance", start, stop)[:, 0, number]
+        return values
+    weights: NDArray[np.float32] = store.read(ATTENTION, start, stop)[:, number - len(run.targets)]
+    return weights
 
 
 def _by_span(indices: NDArray[np.int64], span: int) -> list[tuple[int, NDArray[np.int64]]]:
@@ -169,14 +187,11 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     plan = context.plan(entry)
     spans, blocks = manifest.records("spans"), manifest.records("blocks")
     _refuse_foreign(manifest, plan, store, spans, blocks)
-    units = [shown.info.unit for shown in run.maps]
-    shown = [
-        _windowed(heatmap, i, channel, units[i]) if i < len(units) else channel
-        for i, channel in enumerate(channels(run))
-    ]
+    shown = [_windowed(heatmap, i, channel, unit_of(channel.label)) for i, channel in enumerate(channels(run))]
     heatmap.set_channels(shown)
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
-    write_table(folder.table, run, plan, store, causes, entry.id)
+    bag = None if run.facts.bag is None else FeatureStore(folder.features)
+    write_table(folder.table, run, plan, store, causes, entry.id, None if bag is None else bag.columns)
     with context.slide(entry) as slide:
         draw_overview(folder.overview, run, plan, slide, heatmap, shown)
     folder.place.remove_partial_files()
@@ -192,9 +207,10 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
         spans={name: value["digest"] for name, value in spans.items()},
         blocks={name: value["digests"] for name, value in blocks.items()},
         files=digests_of(folder.place, folder.covered()),
-        arrays=store.known_digests(),
+        arrays={**store.known_digests(), **({} if bag is None else bag.digests())},
         slide=entry.id,
         made_with=made_with(run_values(run)),
+        answer=manifest.answer(),
     )
     manifest.write_done(record)
     return outcome
@@ -225,6 +241,8 @@ def _most_common(causes: dict[int, str]) -> str:
 
 def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
     """Return an explanation's channel with its value range, and a window from 0 to the 99.5 % quantile."""
+    if unit == PROBABILITY:
+        return channel
     level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
     whole = Region(0, 0, *heatmap.shapes[level])
     values = heatmap.read(level, number, whole)[(heatmap.read_flags(level, whole) & EXPLAINED) > 0]

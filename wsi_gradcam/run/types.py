@@ -7,7 +7,7 @@ they take a workload's jobs apart into tasks, and perform these wherever they li
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
@@ -15,6 +15,7 @@ from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice, ModelFacts
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.run.settings import Settings
@@ -38,6 +39,8 @@ class Planned:
         spans: numbers of the spans that are to be explained.
         blocks: numbers of the heatmap's blocks that are to be made, by level.
         outcome: of a slide that is finished; None of others.
+        encode: numbers of the spans whose features are to be made, of slide-level models.
+        aggregate: whether the slide's features are to be aggregated, of slide-level models.
     """
 
     patches: int
@@ -45,6 +48,8 @@ class Planned:
     spans: list[int]
     blocks: list[list[int]]
     outcome: SlideOutcome | None = None
+    encode: list[int] = field(default_factory=list)
+    aggregate: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class Executor(Protocol):
         """Address of a page that shows the work; "" where there is none."""
 
     def examine(
-        self, spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None
+        self, spec: ModelSpec | SlideModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None
     ) -> ModelFacts:
         """Return what planning must know of the model; see `examine_model`."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
+from wsi_gradcam.run.bags import aggregate_bag, encode_span
 from wsi_gradcam.run.failures import is_lasting
 from wsi_gradcam.run.stages import explain_span, plan_slide
 from wsi_gradcam.run.stitching import coarsen_block, finish_slide, stitch_block
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.plan import RunPlan
 
 PLAN = Stage("plan", plan_slide)
+ENCODE = Stage("encode", encode_span, needs_model=True, reads_ahead=True)
+AGGREGATE = Stage("aggregate", aggregate_bag)
 EXPLAIN = Stage("explain", explain_span, needs_model=True, reads_ahead=True)
 STITCH = Stage("stitch", stitch_block)
 COARSEN = Stage("coarsen", coarsen_block)
@@ -54,6 +57,8 @@ def explain_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
         outcome, skipped = planned.outcome, planned.outcome is not None
         if outcome is None:
             *_, finished = yield [
+                [Task(ENCODE, slide, (i,)) for i in planned.encode],
+                [Task(AGGREGATE, slide)] if planned.aggregate else [],
                 [Task(EXPLAIN, slide, (i,)) for i in planned.spans],
                 *(_block_tasks(slide, level, numbers) for level, numbers in enumerate(planned.blocks)),
                 [Task(FINISH, slide)],

@@ -21,9 +21,9 @@ from torch import Tensor
 from wsi_gradcam.audit.measures.removal import Replace, answers_without
 from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
 from wsi_gradcam.cam.engine import gradients
+from wsi_gradcam.cam.layers import leaky_graph
 from wsi_gradcam.cam.methods import Score
 from wsi_gradcam.cam.program import SplitProgram, cut_at
-from wsi_gradcam.cam.tap import leaky_graph
 from wsi_gradcam.cam.targets import Target, classes_of
 from wsi_gradcam.cam.trunks import make_trunk
 from wsi_gradcam.errors import LayerError, TargetError

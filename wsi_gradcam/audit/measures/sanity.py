@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
 from wsi_gradcam.audit.vocabulary import RESEMBLING
-from wsi_gradcam.cam.tap import evaluating
+from wsi_gradcam.cam.layers import evaluating
 
 Order = Literal["top_down", "bottom_up", "independent"]
 ORDERS: tuple[Order, ...] = ("top_down", "bottom_up", "independent")

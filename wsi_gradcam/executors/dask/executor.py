@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
     from wsi_gradcam.cam.facts import Choice, ModelFacts
+    from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.run.settings import Settings
 
@@ -86,7 +87,11 @@ class DaskExecutor:
         return Workers.of(info, self._device, self._scheduler)
 
     def examine(
-        self, spec: ModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None = None
+        self,
+        spec: ModelSpec | SlideModelSpec,
+        settings: Settings,
+        slides: Sequence[SlideEntry],
+        choice: Choice | None = None,
     ) -> ModelFacts:
         """Return what `examine_model` learns of the model, on a worker: this process never loads torch.
 

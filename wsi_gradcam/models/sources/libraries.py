@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import urllib.parse
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from wsi_gradcam.io.urls import allowed_hosts, refusal
 from wsi_gradcam.models.sources import Built
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from wsi_gradcam.models.spec import ModelSpec
 
 
@@ -36,7 +39,7 @@ def build_timm(spec: ModelSpec) -> Built:
         )
     if spec.weights is None:
         _check_network(spec, timm.get_pretrained_cfg(name))
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {"num_classes": 0} if spec.is_encoder else {}
     if spec.weights is not None and spec.classes is not None:  # timm would put a random head on published weights
         outputs["num_classes"] = len(spec.classes)
     try:
@@ -116,3 +119,39 @@ def build_torchvision(spec: ModelSpec) -> Built:
     classes = tuple(published.meta["categories"]) if spec.classes is None else None
     mean, std = tuple(transform.mean), tuple(transform.std)
     return Built(module, classes, patch_px=(side, side), mean=mean, std=std)
+
+
+HEADS = ("fc", "classifier", "heads", "head")  # of torchvision's networks
+
+
+def without_head(built: Built, spec: ModelSpec) -> Built:
+    """Return the network that gives what a library's classifier puts into its last linear layer: features.
+
+    A network from elsewhere stays as it is, and gives features itself.
+
+    Raises:
+        ModelError: its last layer is none that can be left off.
+    """
+    module = built.module
+    if spec.kind in ("timm", "hf"):
+        module.reset_classifier(0)  # type: ignore[operator]  # of timm's networks
+    elif spec.kind == "torchvision":
+        _leave_off(spec, module)
+    return replace(built, classes=None)
+
+
+def _leave_off(spec: ModelSpec, module: nn.Module) -> None:
+    from torch import nn
+
+    for name in HEADS:
+        head = getattr(module, name, None)
+        if isinstance(head, nn.Linear):
+            setattr(module, name, nn.Identity())
+            return
+        if isinstance(head, nn.Sequential) and isinstance(head[-1], nn.Linear):
+            head[-1] = nn.Identity()
+            return
+    raise ModelError(
+        f"{spec.source}: does not end in a linear layer, so it gives no features as it is; write a function that "
+        "returns a network which does"
+    )

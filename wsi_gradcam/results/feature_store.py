@@ -1,0 +1,176 @@
+"""The features of a slide's patches, `features.zarr`, and what the aggregator of a slide-level model says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.io.zarr_stores import ZarrGroup, write_group
+from wsi_gradcam.results.manifest import digest_of
+from wsi_gradcam.results.patch_store import OK
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from zarr.abc.store import Store
+
+    from wsi_gradcam.run.plan import RunPlan
+
+OF_SPAN = ("features", "status")
+OF_BAG = ("relevance", "attention", "coefficients", "logits")
+FEATURE_ROWS = 1 << 12  # in memory at once
+
+
+@dataclass(frozen=True)
+class BagShape:
+    """The lengths of the axes of a slide-level model's arrays.
+
+    Attributes:
+        features: D, of a feature vector.
+        methods: M, of bag methods.
+        targets: T.
+        heads: H, of attention; 0 where there is none.
+        classes: K.
+        precision: dtype of the features.
+    """
+
+    features: int
+    methods: int
+    targets: int
+    heads: int
+    classes: int
+    precision: str = "float32"
+
+
+class FeatureStore:
+    """Reads and writes `features.zarr`: feature vectors of a slide's patches, and what each is worth to its answer.
+
+    Arrays: `features` [N, D] and `status` uint8 [N] (as in `PatchStore`), span by span; then, of the whole bag,
+    float32: `relevance` [N, M, T] by bag method and target, `attention` [N, H] (weights whose sum is 1),
+    `coefficients` [N, T, D], by which a patch's features are weighed down to its pixels, and `logits` [N, K], the
+    answer to a bag of that patch alone. An unreadable patch is no part of the bag and has zeros.
+    """
+
+    def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
+        self._place = storage_path(place)
+        self._group = ZarrGroup(self._place, read_only=read_only)
+
+    @classmethod
+    def create(cls, place: StoragePathLike, count: int, span: int, shape: BagShape, attributes: dict[str, Any]) -> None:
+        """Create a store of `count` patches; one that stood at `place` is replaced."""
+        arrays: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
+            "features": ((shape.features,), shape.precision, ("feature",)),
+            "status": ((), "uint8", ()),
+            "relevance": ((shape.methods, shape.targets), "float32", ("method", "target")),
+            "attention": ((shape.heads,), "float32", ("head",)),
+            "coefficients": ((shape.targets, shape.features), "float32", ("target", "feature")),
+            "logits": ((shape.classes,), "float32", ("class",)),
+        }
+
+        def build(store: Store) -> None:
+            group = zarr.create_group(store, attributes=attributes)
+            for name, (rest, dtype, axes) in arrays.items():
+                if 0 not in rest:
+                    group.create_array(
+                        name,
+                        shape=(count, *rest),
+                        chunks=(span, *rest),
+                        dtype=dtype,
+                        dimension_names=("patch", *axes),
+                    )
+
+        write_group(storage_path(place), build)
+
+    def write(self, start: int, **arrays: NDArray[Any]) -> None:
+        """Write rows of arrays by name, from patch `start` on.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        with self._place.wrap_write_errors():
+            for name, values in arrays.items():
+                self._group.array(name)[start : start + len(values)] = values
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read rows of an array."""
+        return np.asarray(self._group.array(name)[start:stop])
+
+    def columns(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """Read what `patches.parquet` has of the bag, in the order of its columns, [n] each."""
+        relevance = self.read("relevance", start, stop)
+        columns = list(relevance.reshape(len(relevance), -1).T)
+        return columns + (list(self.read("attention", start, stop).T) if self.has("attention") else [])
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such an array."""
+        return name in self._group.group
+
+    def digest(self, start: int, stop: int) -> str:
+        """Return the sha256 of what a span wrote."""
+        return digest_of(self.read(name, start, stop) for name in OF_SPAN)
+
+    def digests(self) -> dict[str, str]:
+        """Return the sha256 of each array, by its path from the slide's folder."""
+        return {
+            f"{self._place.name}/{name}": digest_of(self._parts(name)) for name in (*OF_SPAN, *OF_BAG) if self.has(name)
+        }
+
+    def _parts(self, name: str) -> Iterator[NDArray[Any]]:
+        for start in range(0, self._group.array(name).shape[0], FEATURE_ROWS):
+            yield self.read(name, start, start + FEATURE_ROWS)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D) of the features."""
+        count, length = self._group.array("features").shape
+        return int(count), int(length)
+
+
+class Bag:
+    """The features of a slide's readable patches, as rows that are read when they are asked for.
+
+    Attributes:
+        rows: numbers of the patches, int64 [n].
+        shape: (n, D).
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+        self.rows = np.flatnonzero(store.read("status") == OK)
+        self.shape = (len(self.rows), store.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        rows = self.rows[part]
+        if not len(rows):
+            return np.zeros((0, self.shape[1]), np.float32)
+        first = int(rows[0])
+        return self._store.read("features", first, int(rows[-1]) + 1)[rows - first]
+
+
+def create_store(run: RunPlan, place: StoragePathLike, patches: int, span: int) -> None:
+    """Create the store of a slide's features, and of what its aggregator says of them."""
+    bag = run.facts.bag
+    assert bag is not None
+    shape = BagShape(
+        bag.feature_dim,
+        len(run.settings.bag_method),
+        len(run.targets),
+        len(bag.attention),
+        len(run.facts.classes),
+        run.settings.feature_precision,
+    )
+    about = {
+        "encoder": bag.encoder,
+        "bag_methods": list(run.settings.bag_method),
+        "targets": [target.label for target in run.targets],
+        "classes": list(run.facts.classes),
+        "attention": list(bag.attention),
+    }
+    FeatureStore.create(place, patches, span, shape, about)
