@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wsi_gradcam.cam.facts import SCALED
-from wsi_gradcam.errors import ResumeError, StoreError, device_errors
+from wsi_gradcam.errors import ResumeError, SlideFormatError, StoreError, device_errors
 from wsi_gradcam.io.cache import Cache, ResourcePool
 from wsi_gradcam.io.urls import allowing_for_run
 from wsi_gradcam.results.feature_store import FeatureStore
@@ -143,19 +145,39 @@ class Context(Generic[W]):
         with self._opened(entry) as opened:
             with self._lock:
                 if opened.reader is None:
+                    refuse_other(opened.slide, self.plan(entry))
                     size, threads = run.facts.batch_size, run.settings.readers
                     treat = partial(_treat, self.plan(entry).stain)
                     opened.reader = PatchReader(opened.slide, run.patch_px, run.mpp, size, threads, treat)
             yield opened.reader
+
+    def check_slide(self, entry: SlideEntry) -> None:
+        """Find out whether the slide's file is still the one that was planned, so that no patches of two are mixed.
+
+        Raises:
+            SlideFormatError: it is another.
+        """
+        plan = self.plan(entry)
+        with self._opened(entry) as opened:
+            refuse_other(opened.slide, plan)
+            if opened.state is not None and opened.state == file_state(entry.path):
+                return
+        fresh = open_entry(entry, self.run.settings)
+        try:
+            refuse_other(fresh, plan)
+        finally:
+            fresh.close()
 
     def close(self) -> None:
         """Close the slides that no task uses."""
         self._slides.close()
 
     def _opened(self, entry: SlideEntry) -> AbstractContextManager[_Opened]:
-        return self._slides.borrow(
-            entry, lambda: _Opened(open_entry(entry, self.run.settings, self.run.facts.choice.decode == SCALED))
-        )
+        def opened() -> _Opened:
+            state = file_state(entry.path)  # before: what changes meanwhile is seen
+            return _Opened(open_entry(entry, self.run.settings, self.run.facts.choice.decode == SCALED), state)
+
+        return self._slides.borrow(entry, opened)
 
     def folder(self, entry: SlideEntry) -> SlideFolder:
         """Return the folder of the slide's results."""
@@ -211,6 +233,26 @@ class Context(Generic[W]):
         return plan
 
 
+def refuse_other(slide: Slide, plan: SlidePlan) -> None:
+    """Raise a SlideFormatError for a slide that is not the file that was planned."""
+    if slide.info.digest != plan.slide_digest:
+        raise SlideFormatError(
+            f"{slide.info.path}: was replaced by another file while the run worked on it, so that its results would be "
+            "of both; let it not change in a run, and run the same command again with --overwrite"
+        )
+
+
+def file_state(path: str) -> tuple[int, ...] | None:
+    """Return values that change when a file on a disk is written or replaced; None for a folder or a URL."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _treat(stain: StainFit | None, patch: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
     """Return a patch with its stain normalised, and its blur as it was read: another stain is no sharper."""
     (blur,) = measure_blur(patch[None])
@@ -219,9 +261,10 @@ def _treat(stain: StainFit | None, patch: NDArray[np.uint8]) -> tuple[NDArray[np
 
 @dataclass
 class _Opened:
-    """An open slide, and the reader of its patches."""
+    """An open slide, the state of its file before it was opened, and the reader of its patches."""
 
     slide: Slide
+    state: tuple[int, ...] | None
     reader: PatchReader | None = None
 
     def close(self) -> None:

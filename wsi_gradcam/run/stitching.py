@@ -178,6 +178,7 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
 
     Raises:
         ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them anew.
+        SlideFormatError: the slide's file was replaced meanwhile.
     """
     run, folder = context.run, context.folder(entry)
     manifest, store, heatmap = Manifest(folder.manifest), PatchStore(folder.cams), HeatmapStore(folder.heatmap)
@@ -194,6 +195,7 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     write_table(folder.table, run, plan, store, causes, entry.id, None if bag is None else bag.columns)
     with context.slide(entry) as slide:
         draw_overview(folder.overview, run, plan, slide, heatmap, shown)
+    context.check_slide(entry)
     folder.place.remove_partial_files()
     outcome = SlideOutcome(
         status=SlideStatus.OK if plan.patches else SlideStatus.NO_TISSUE,
