@@ -1,13 +1,14 @@
 """Slides whose pixels are known, damaged within their tiles: what is shown is what was written, or nothing is.
 
 Each case is made from its number and a seed: a picture, a codec, a container, and one of truncated tiles, planes of
-colours or stains, levels of whole tiles, and tiles left out. `tests.fuzz` runs them.
+colours or stains, levels of whole tiles, and tiles left out; or a slide in the format of a scanner (`tests.vendors`).
+`tests.fuzz` runs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import tifffile
 from PIL import Image
 
+from tests.vendors import WRITERS, spoil
 from wsi_gradcam.errors import SlideContentError, SlideError, SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import Slide, open_slide, read_region
@@ -317,11 +319,44 @@ def wrong_places(path: Path, truth: Truth) -> Iterator[str]:
                 yield f"y {y}, x {x} at 1/{factor} is off by {off:.1f} on the mean: something else is shown there"
 
 
+def scanner_case(rng: Random, folder: Path) -> Iterator[str]:
+    """What is shown of a slide in a scanner's format, some of whose tiles were damaged, and was not written."""
+    folder.mkdir()
+    kind = str(rng.choice(list(WRITERS)))
+    path, places = WRITERS[kind](folder)
+    with closing(open_slide(path, MPP)) as slide:
+        shown = {(level, region): slide.read_level(level, region) for level, region in patches(slide, rng)}
+    for place in rng.choice(len(places), int(rng.integers(1, 4)), replace=False):
+        way = (zeros, end_and_zeros)[int(rng.integers(2)) * ("2000" not in kind)]
+        spoil(places[place], partial(way, share=float(rng.uniform(0.2, 0.9))))
+    with closing(open_slide(path, MPP)) as slide:
+        for (level, region), expected in shown.items():
+            with suppress(SlideReadError):
+                if not np.array_equal(slide.read_level(level, region), expected):
+                    yield f"{path}: level {level}, {region} shows what was not written"
+
+
+def end_and_zeros(data: bytes, share: float) -> bytes:
+    """Data of the same length with JPEG's end in the middle. (Where a part is lost, 4 % of 4:2:0 decode to as much.)"""
+    return early_end(data, share).ljust(len(data), bytes(1))
+
+
+def patches(slide: Slide, rng: Random) -> Iterator[tuple[int, Region]]:
+    for number, level in enumerate(slide.info.levels):
+        whole = Region(0, 0, level.height, level.width)
+        for y in range(-int(rng.integers(99)), level.height, 99):
+            for x in range(-int(rng.integers(99)), level.width, 99):
+                yield number, Region(y, x, 99, 99).intersect(whole)
+
+
 ENDINGS = ("a.tif", "a.svs", "a.ome.tif")
+SCANNERS = 0.03  # of the cases
 
 
 def truth_case(number: int, seed: int, folder: Path) -> list[str]:
     """What is wrong in how a case is dealt with; nothing where all is well."""
+    if (scanned := np.random.default_rng([seed, number, 18])).random() < SCANNERS:
+        return [*scanner_case(scanned, folder / str(number))]
     rng = np.random.default_rng([seed, number, 17])
     kind = str(rng.choice(["truncated", "sparse", "planes", "padded"], p=[0.6, 0.2, 0.15, 0.05]))
     name = "a.ome.tif" if kind == "planes" else "a.tif" if kind == "padded" else str(rng.choice(ENDINGS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.vendors import WRITERS, Places, write_aperio, write_dicom, write_leica, write_philips
+from tests.vendors import WRITERS, Places, spoil, write_aperio, write_dicom, write_leica, write_philips
 from wsi_gradcam.errors import SlideReadError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.slides import open_slide, openslide_tiles
@@ -52,17 +52,6 @@ def noise(data: bytes) -> bytes:
     return data[:begin] + np.random.default_rng(3).integers(0, 255, end - begin, np.uint8).tobytes() + data[end:]
 
 
-def damage(place: tuple[Path, int, int], how: Callable[[bytes], bytes]) -> bytes:
-    """Damage a tile in its file; return what it was."""
-    path, offset, count = place
-    with path.open("r+b") as file:
-        file.seek(offset)
-        data = file.read(count)
-        file.seek(offset)
-        file.write(how(data))
-    return data
-
-
 def some(places: Places) -> Places:
     """A few tiles, of each level and file."""
     return [
@@ -90,10 +79,10 @@ def test_no_damaged_tile_is_shown(kind: str, tmp_path: Path) -> None:
         expected = shown(slide)
     for place in some(places):
         for how in (zeros, noise) if "2000" not in kind else (zeros,):  # bits within a part of JPEG 2000 are not seen
-            data = damage(place, how)
+            data = spoil(place, how)
             with closing(opened(path)) as slide:
                 assert 0 < refused(slide, expected) < len(expected)
-            damage(place, lambda _, data=data: data)  # type: ignore[misc]
+            spoil(place, lambda _, data=data: data)  # type: ignore[misc]
     with closing(opened(path)) as slide:
         assert refused(slide, expected) == 0
 
@@ -105,7 +94,7 @@ def test_a_damaged_tile_costs_its_own_place_alone(kind: str, tmp_path: Path) -> 
     with closing(opened(path)) as slide:
         level = slide.info.levels[0]
         whole = slide.read_level(0, Region(0, 0, level.height, level.width)).copy()
-    damage(places[0], noise)
+    spoil(places[0], noise)
     bad = np.zeros(whole.shape[:2], np.bool_)
     with closing(opened(path)) as slide:
         for y in range(0, level.height, 16):
@@ -137,11 +126,11 @@ def test_each_tile_is_decoded_once_and_small(tmp_path: Path, monkeypatch: pytest
     assert decoded == [(16, 16, 3)] * len(places)
 
 
-def test_threads_find_the_same_damage(tmp_path: Path) -> None:
+def test_threads_find_the_same_spoil(tmp_path: Path) -> None:
     path, places = write_philips(tmp_path)
     with closing(opened(path)) as slide:
         expected = shown(slide)
-    damage(places[5], zeros)
+    spoil(places[5], zeros)
     with closing(opened(path)) as slide, ThreadPoolExecutor(4) as pool:
         counts = [*pool.map(lambda _: refused(slide, expected), range(4))]
     assert len(set(counts)) == 1
@@ -157,7 +146,7 @@ def test_a_slide_of_ours_that_openslide_must_read_is_judged_too(
     with closing(open_slide(path)) as slide:
         assert isinstance(slide, OpenSlideSlide)
         expected = shown(slide)
-    damage(places[5], noise)
+    spoil(places[5], noise)
     with closing(opened(path)) as slide:
         assert refused(slide, expected) > 0
 
@@ -166,7 +155,7 @@ def test_tiles_that_cannot_be_found_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, places = write_leica(tmp_path)
-    damage(places[0], noise)
+    spoil(places[0], noise)
     monkeypatch.setattr(openslide_tiles, "MAX_XML", 10)
     with closing(opened(path)) as slide, caplog.at_level(logging.WARNING, "wsi_gradcam"):
         slide.read_level(0, Region(100, 132, 64, 64))
@@ -182,6 +171,6 @@ def test_other_files_beside_a_series_of_dicom_are_passed_over(tmp_path: Path) ->
     (tmp_path / "folder").mkdir()
     with closing(opened(path)) as slide:
         expected = shown(slide)
-    damage(places[-1], zeros)
+    spoil(places[-1], zeros)
     with closing(opened(path)) as slide:
         assert refused(slide, expected) > 0

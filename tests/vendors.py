@@ -358,3 +358,14 @@ WRITERS: dict[str, Callable[[Path], tuple[Path, Places]]] = {
     "dicom, sparse": lambda folder: write_dicom(folder, sparse=True),
     "dicom, jpeg 2000": lambda folder: write_dicom(folder, "jpeg2000"),
 }
+
+
+def spoil(place: tuple[Path, int, int], how: Callable[[bytes], bytes]) -> bytes:
+    """Damage a tile in its file; return what it was."""
+    path, offset, count = place
+    with path.open("r+b") as file:
+        file.seek(offset)
+        data = file.read(count)
+        file.seek(offset)
+        file.write(how(data))
+    return data
