@@ -96,14 +96,13 @@ def memory_needed(aggregator: Aggregator, count: int, targets: int = 1) -> int:
     In chunks, those of a chunk and a few numbers for each patch; else what autograd keeps of three small bags,
     extrapolated by the square.
     """
-    size = next(iter(aggregator.parameters())).element_size()
+    one = next(iter(aggregator.parameters()), torch.zeros(()))  # the module of a user may have none
     if isinstance(aggregator, Pooled):
-        probe = torch.zeros(1, aggregator.feature_dim, dtype=next(iter(aggregator.parameters())).dtype)
-        heads = aggregator(probe).attention
+        heads = aggregator(one.new_zeros(1, aggregator.feature_dim)).attention
         return 4 * CHUNK_BYTES + count * 8 * (2 * (1 if heads is None else heads.shape[1]) + 6 * targets)
     kept = [_kept(aggregator, n) for n in MEASURED]
     grown = float(np.polyval(np.polyfit(MEASURED, kept, 2), count))
-    return int(max(1.5 * grown, 0.0)) + count * aggregator.feature_dim * size * (2 + targets)
+    return int(max(1.5 * grown, 0.0)) + count * aggregator.feature_dim * one.element_size() * (2 + targets)
 
 
 def _kept(aggregator: Aggregator, count: int) -> int:
@@ -177,6 +176,7 @@ class _Bag:
         self.coefficients = coefficients
         parameter = next(iter(network.parameters()), torch.zeros(()))
         self.dtype, self.device = parameter.dtype, parameter.device
+        self.numpy_dtype = np.float64 if self.dtype == torch.float64 else np.float32
         self.baseline = self.tensor(baseline)
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         self.path = [(float(a + 1) / 2, float(w) / 2) for a, w in zip(nodes, weights, strict=True)]
@@ -188,7 +188,7 @@ class _Bag:
 
     def tensor(self, values: Any) -> Tensor:
         """Return values as the network takes them."""
-        return torch.as_tensor(np.asarray(values)).to(self.device, self.dtype)
+        return torch.from_numpy(np.array(values, self.numpy_dtype)).to(self.device)
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return features of rows from `start` to `stop`.
