@@ -55,11 +55,10 @@ def digit_features(side: int = 96) -> tuple[Floats, NDArray[np.int64]]:
     ).eval()
     images = torch.from_numpy(digits.images / 16).float()[:, None]
     images = F.interpolate(images, (side, side), mode="bilinear").expand(-1, 3, -1, -1)
-    normed = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
-        :, None, None
-    ]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    normed = (images - mean) / std
     with torch.no_grad():
-        found = [network.extract_features(part).mean(dim=(2, 3)) for part in normed.split(64)]
+        found = [network.extract_features(part).mean(dim=(2, 3)) for part in torch.split(normed, 64)]
     return torch.cat(found).numpy(), digits.target.astype(np.int64)
 
 
@@ -108,15 +107,15 @@ def evidence(problem: str, bag: NDArray[np.int64], label: int) -> NDArray[np.int
     """Return 1 for digits that speak for a class, -1 for those against it, 0 for all others."""
     if problem == "4-Bags":
         eight, nine = (bag == 8).astype(int), (bag == 9).astype(int)
-        return (1 if label in (1, 3) else -1) * eight + (1 if label in (2, 3) else -1) * nine
+        return np.asarray((1 if label in (1, 3) else -1) * eight + (1 if label in (2, 3) else -1) * nine, np.int64)
     if problem == "Pos-Neg":
         found = np.isin(bag, (4, 6, 8)).astype(int) - np.isin(bag, (5, 7, 9)).astype(int)
     else:
         found = np.isin(bag, neighbours(bag)).astype(int)
-    return found if label else -found
+    return np.asarray(found if label else -found, np.int64)
 
 
-def auprc_2(relevance: Floats, truth: NDArray[np.int64]) -> float | None:
+def auprc_2(relevance: Floats, truth: NDArray[np.integer]) -> float | None:
     """Return the mean of the average precisions for and against; None where all or none of the digits are either."""
     found = [
         average_precision_score(truth == sign, sign * relevance)
@@ -129,7 +128,7 @@ def auprc_2(relevance: Floats, truth: NDArray[np.int64]) -> float | None:
 def answers(network: AttentionPool, bags: Tensor) -> Tensor:
     """Return logits [n, K] of bags [n, 30, D]."""
     scores, values = network.instances(bags.flatten(0, 1), bags.new_empty(0))
-    scores, values = (each.unflatten(0, bags.shape[:2]) for each in (scores, values))
+    scores, values = (each.reshape(*bags.shape[:2], -1) for each in (scores, values))
     return network.head(scores.softmax(dim=1).mT @ values, bags.new_empty(0))
 
 
@@ -143,7 +142,7 @@ def train(features: Tensor, parts: Sequence[Bags], classes: int, epochs: int, se
     (x, y), (x_val, y_val) = ((torch.from_numpy(p.rows), torch.from_numpy(p.classes)) for p in parts)
     best, kept, right = np.inf, network.state_dict(), 0.0
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(16):
+        for rows in torch.split(torch.randperm(len(x)), 16):
             optimizer.zero_grad()
             F.cross_entropy(answers(network, features[x[rows]]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -127,7 +127,7 @@ def test_the_toy_problems_are_those_of_the_paper() -> None:
         assert set(bags.classes) == set(range(classes))
         np.testing.assert_array_equal(known[bags.rows], bags.digits)
     assert auprc_2(np.array([3.0, 1, 0, -1]), np.array([1, 0, 0, -1])) == 1
-    assert auprc_2(np.array([3.0, 1, 0, -1]), np.zeros(4)) is None
+    assert auprc_2(np.array([3.0, 1, 0, -1]), np.zeros(4, int)) is None
 
 
 def test_relevance_beats_attention_on_a_toy_problem() -> None:
