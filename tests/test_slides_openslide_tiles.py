@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pydicom
 import pytest
 
 from tests.vendors import WRITERS, Places, spoil, write_aperio, write_dicom, write_leica, write_philips
@@ -174,3 +176,28 @@ def test_other_files_beside_a_series_of_dicom_are_passed_over(tmp_path: Path) ->
     spoil(places[-1], zeros)
     with closing(opened(path)) as slide:
         assert refused(slide, expected) > 0
+
+
+def test_headers_of_dicom_are_read_within_bounds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files beside a slide, one is packed, and one has many empty items, of which each takes a kilobyte."""
+    monkeypatch.setattr(openslide_tiles, "MAX_HEAD", 1 << 18)
+    path, _ = write_dicom(tmp_path)
+    packed = pydicom.dcmread(path)
+    packed.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    packed.PixelData = bytes(1 << 26)
+    packed.save_as(tmp_path / "bomb.dcm", enforce_file_format=True)
+    many = pydicom.dcmread(path)
+    many.SOPInstanceUID += ".9"
+    many.ContributingEquipmentSequence = [pydicom.Dataset()] * 60_000
+    many.save_as(tmp_path / "items.dcm", enforce_file_format=True)
+    tracemalloc.start()
+    with caplog.at_level(logging.WARNING, "wsi_gradcam"):
+        judge = openslide_tiles.TileJudge(path, "dicom", [(384, 512), (192, 256)])
+        judge.check(0, Region(0, 0, 9, 9), 0)
+        judge.close()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caplog.records == []
+    assert most < 24 << 20

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -67,6 +67,7 @@ SYNTAXES = {
     "1.2.840.10008.1.2.4.90": "jpeg2000",
     "1.2.840.10008.1.2.4.91": "jpeg2000",
 }
+MAX_HEAD, MAX_FRAMES_BYTES = 1 << 22, 1 << 24  # bytes of a header, and of one that says where each frame lies
 DICOM_HEADER = struct.Struct("<HH4sI")  # group, element, representation, length
 PIXEL_DATA = 0x7FE0, 0x0010
 
@@ -346,13 +347,28 @@ BY_VENDOR = {
 }
 
 
+class Bounded(BufferedReader):
+    """A file of which only so many bytes are read, wherever: pydicom believes what a file says of its parts."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        super().__init__(FileIO(path))
+        self._left = most
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return some bytes; raises a ValueError for too many, and for all that there are (to be unpacked)."""
+        if size is None or size < 0 or size > self._left:
+            raise ValueError("a header of DICOM that is longer than those of slides, or packed")
+        self._left -= size
+        return super().read(size)
+
+
 def _of_dicom(path: Path, sizes: Sequence[Size], open_file: Callable[[Path], LocalFile]) -> list[list[Grid]]:
     """Return the frames of the files of a series (PS3.3, C.8.12.4) by the size of the whole picture."""
     import pydicom
 
     def read(file: Path) -> Any:
-        with suppress(Exception):  # other files of the folder may be anything
-            return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(DICOM_TAGS))
+        with suppress(Exception), Bounded(file, MAX_HEAD) as stream:  # other files of the folder may be anything
+            return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(DICOM_TAGS))
         return None
 
     series = read(path).SeriesInstanceUID
@@ -375,7 +391,7 @@ def _dicom_tiles(path: Path, head: Any, size: Size, compression: str) -> TiffLev
     if tiles > MAX_TILES:
         raise ValueError(f"{tiles:,} tiles, expected up to {MAX_TILES:,}")
     offsets, counts = (np.zeros(tiles, np.int64) for _ in range(2))
-    with path.open("rb") as file:
+    with Bounded(path, MAX_FRAMES_BYTES) as file:
         places = _frames(file, int(head.NumberOfFrames))
     for number, (offset, count) in zip(_dicom_numbers(path, head, tile, columns), places, strict=True):
         offsets[number], counts[number] = offset, count
@@ -406,7 +422,8 @@ def _dicom_numbers(path: Path, head: Any, tile: Size, columns: int) -> list[int]
         return list(range(first, first + int(head.NumberOfFrames)))
     import pydicom
 
-    full = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PerFrameFunctionalGroupsSequence"])
+    with Bounded(path, MAX_FRAMES_BYTES) as file:
+        full = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["PerFrameFunctionalGroupsSequence"])
     at = [frame.PlanePositionSlideSequence[0] for frame in full.PerFrameFunctionalGroupsSequence]
     rows = [(int(place.RowPositionInTotalImagePixelMatrix) - 1) // tile[0] for place in at]
     return [
