@@ -80,6 +80,9 @@ proofs: coverage
 	$(BIN)/python -m tests.fuzz --cases 10000
 	$(BIN)/python -m tests.chaos --kills 30
 	$(BIN)/python -m tests.chaos --kills 30 --store s3
+	for command in explain audit export; do for store in disk s3; do \
+		$(BIN)/python -m tests.chaos --kills 100 --command $$command --store $$store || exit 1; \
+	done; done
 
 clean:
 	rm -rf .venv .venv-napari demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,10 @@ explained on three worker processes. Whatever is killed is started again, as SLU
 its user, with the same command. In the end all arrays and tables must be those of an undisturbed run, byte for byte,
 the two bad slides must be named with their causes, and no span may have been computed after its record was there.
 With `--store s3`, OUT is in a local S3 server behind a proxy that fails 5 % of all requests.
+
+    python -m tests.chaos --command explain|audit|export [--kills 100] [--store s3]
+
+kills one command again and again, without a cluster: see `tests.kills`.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.chaos_journal import BEGUN, JOURNAL
+from tests.kills import COMMANDS, kill_command
 from tests.mirror import bring, url_of
 from tests.runs import ROOT, contents, flags, rows_of, toy_file, toy_spec
 from tests.s3_proxy import Proxy, at_random, passing
@@ -299,6 +304,17 @@ def undisturbed(folder: Path, archive: Path) -> Path:
     return folder
 
 
+def _alone(arguments: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        remote = arguments.store == "s3"
+        if remote:
+            os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=stack.enter_context(s3_server()))
+        wrong = kill_command(arguments.command, folder, arguments.kills, arguments.seed, remote)
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
 def main() -> int:
     """Runs with kills until there were enough; prints what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,7 +323,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", choices=("disk", "s3"), default="disk")
     parser.add_argument("--keep", type=Path, help="a folder for everything, which is kept")
+    parser.add_argument("--command", choices=COMMANDS, help="kill this alone, without a cluster")
     arguments = parser.parse_args()
+    if arguments.command:
+        return _alone(arguments)
     with ExitStack() as stack:
         folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(exist_ok=True)

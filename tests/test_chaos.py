@@ -10,6 +10,7 @@ import pytest
 
 from tests import chaos
 from tests.chaos_journal import BEGUN, DONE
+from tests.kills import kill_command
 from tests.runs import differing
 
 
@@ -55,3 +56,9 @@ def test_a_span_begun_after_its_record_was_there_is_named(tmp_path: Path) -> Non
     journal = tmp_path / "journal"
     journal.write_text("\n".join(json.dumps([*line, 1]) for line in lines), encoding="utf-8")
     assert chaos.computed_twice(journal) == ["a 0"]
+
+
+@pytest.mark.parametrize("command", ["explain", "export", pytest.param("audit", marks=pytest.mark.slow)])
+def test_a_command_that_is_killed_makes_the_same_bytes(tmp_path: Path, command: str) -> None:
+    """`make proofs` kills each a hundred times, in an object store too."""
+    assert kill_command(command, tmp_path / "kills", kills=3, seed=1, tell=lambda text: None) == []
