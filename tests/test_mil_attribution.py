@@ -14,8 +14,9 @@ from tests.bags import MODELS, D, K, bag, in_double
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, ModelError
 from wsi_gradcam.mil import attribution
-from wsi_gradcam.mil.attribution import BagExplanation, explain_bag, memory_needed
+from wsi_gradcam.mil.attribution import explain_bag, memory_needed
 from wsi_gradcam.mil.networks import Pool, Pooled
+from wsi_gradcam.mil.spec import BagExplanation
 
 TARGETS = [Target("1", 1), Target("2-0", 2, 0), Target("predicted")]
 COUNT = 23
@@ -65,7 +66,17 @@ def test_integrated_gradients_are_the_mean_of_the_whole_bags_gradients_along_the
         each = scores(answer(there), predicted)
         total += weight * torch.stack([torch.autograd.grad(s, there, retain_graph=True)[0] for s in each], 1)
     expected = (total * (x - start)[:, None]).sum(dim=2).numpy()
-    found = explain_bag(network, x, TARGETS, ["integrated_gradients"], baseline=start.numpy(), steps=3)
+    given: list[NDArray[np.floating]] = []
+    found = explain_bag(
+        network,
+        x.numpy(),
+        TARGETS,
+        ["integrated_gradients"],
+        baseline=start.numpy(),
+        coefficients=lambda _method, _start, block: given.append(block),
+        steps=3,
+    )
+    np.testing.assert_allclose(np.concatenate(given), total.numpy(), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(found.relevance["integrated_gradients"], expected, rtol=1e-6, atol=1e-9)
 
 

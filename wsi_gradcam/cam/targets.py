@@ -151,6 +151,22 @@ def make_score(target: Target | Callable[[Tensor], Tensor], logits: Tensor) -> S
     return lambda logits: logits[rows, classes]
 
 
+def score_of_bag(target: Target, logits: Tensor) -> Score:
+    """Return a target as a function of logits [n, K]; `predicted` is the class of the bag with `logits` in all.
+
+    Raises:
+        TargetError: a class that the aggregator does not have.
+    """
+    if target.function is not None:
+        return make_score(target, logits[None])
+    index = int(logits.argmax()) if target.index is None else target.index
+    if max(index, target.minus or 0) >= len(logits):
+        raise TargetError(f"target {target.label!r}: the aggregator has {len(logits)} logits")
+    if target.minus is None:
+        return lambda given: given[:, index]
+    return lambda given: given[:, index] - given[:, target.minus]
+
+
 def classes_of(target: Target, logits: Tensor) -> Tensor:
     """Return the class [B] that each image is explained for."""
     predicted = logits.detach().argmax(dim=1)

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wsi_gradcam.cam.targets import make_score
-from wsi_gradcam.errors import ConfigError, ModelError, TargetError, did_you_mean
-from wsi_gradcam.mil.networks import LRP, PLAIN, Aggregator, Opaque, Pool, Pooled, Rule
-from wsi_gradcam.mil.spec import BAG_METHODS, CHAINED
+from wsi_gradcam.cam.targets import score_of_bag
+from wsi_gradcam.errors import ConfigError, ModelError, did_you_mean
+from wsi_gradcam.mil.networks import LRP, PLAIN, Aggregator, AttentionPool, Mlp, Opaque, Pool, Pooled, Rule
+from wsi_gradcam.mil.spec import BAG_METHODS, CHAINED, BagExplanation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,24 +39,6 @@ MAX_REMOVED = 2000  # patches that are removed one by one from a bag that is see
 MEASURED = (512, 1024, 2048)  # patches of the bags that tell how memory grows
 
 Coefficients = Callable[[str, int, "NDArray[np.floating]"], None]
-Score = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class BagExplanation:
-    """What is known of a bag of N patches for T targets.
-
-    Attributes:
-        logits: [K], float64.
-        attention: `attention`, raw scores, and `attention_weight`, their softmax over the bag, each [N, H]; empty for
-            networks without.
-        relevance: [N, T] by method, in the unit of the slide's logits; no number where a bag of one patch is to lose
-            it.
-    """
-
-    logits: NDArray[np.float64]
-    attention: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    relevance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def explain_bag(
@@ -147,18 +129,6 @@ def _check(aggregator: Aggregator, features: Any, methods: Sequence[str], baseli
         )
 
 
-def _score(target: Target, logits: Tensor) -> Score:
-    """Return a target as a function of logits [n, K]; `predicted` is the class of the bag with `logits` in all."""
-    if target.function is not None:
-        return make_score(target, logits[None])
-    index = int(logits.argmax()) if target.index is None else target.index
-    if max(index, target.minus or 0) >= len(logits):
-        raise TargetError(f"target {target.label!r}: the aggregator has {len(logits)} logits")
-    if target.minus is None:
-        return lambda given: given[:, index]
-    return lambda given: given[:, index] - given[:, target.minus]
-
-
 class _Bag:
     """A bag that is being explained: its features, what is asked, and what is known so far."""
 
@@ -225,6 +195,21 @@ class _Point:
     by_critical: list[Tensor] = field(default_factory=list)  # ds/d critical [M, D]
 
 
+class _Lifted:
+    """The features of a bag behind a linear layer, computed where they are asked for."""
+
+    def __init__(self, bag: _Bag, layer: nn.Linear) -> None:
+        self.bag, self.layer, self.shape = bag, layer, (len(bag.features), layer.out_features)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[np.floating]:
+        with torch.no_grad():
+            found: NDArray[np.floating] = self.layer(self.bag.block(rows.start, rows.stop)).cpu().numpy()
+        return found
+
+
 class _PooledBag(_Bag):
     """A bag of a network that pools by attention, in chunks."""
 
@@ -235,11 +220,12 @@ class _PooledBag(_Bag):
         self.head = copy.deepcopy(self.network).double()  # what is left when one of 200,000 goes is in the last digits
         self.rows = self._rows()
         whole = _Point(1.0)
-        gradients = [_Point(a, w) for a, w in self.path] if "integrated_gradients" in self.methods else []
+        lifted = self._explain_lifted() if "integrated_gradients" in self.methods else True
+        gradients = [] if lifted else [_Point(a, w) for a, w in self.path]
         self.raw: list[Tensor] = []
         self._pool([whole, *gradients])
         logits = self._logits(whole.pool.mean, whole.critical)
-        self.scores = [_score(target, logits) for target in self.targets]
+        self.scores = [score_of_bag(target, logits) for target in self.targets]
         self.logits = logits
         for point in [whole, *gradients]:
             self._differentiate(point)
@@ -251,6 +237,24 @@ class _PooledBag(_Bag):
         if "one_removed" in self.methods:
             self._remove_critical(whole)
         return BagExplanation(logits.cpu().numpy(), self._attention(whole), self.relevance)
+
+    def _explain_lifted(self) -> bool:
+        """Explain along the path behind a first linear layer, if there is one: it is straight there, and narrower."""
+        network = self.network
+        if not isinstance(network, AttentionPool) or network.embed.starts or not len(network.embed.layers):
+            return False
+        first, *rest = (layer for layer in network.embed.layers if isinstance(layer, nn.Linear))
+        tail = AttentionPool(Mlp(rest, True, starts=True), network.a, network.b, network.c, network.top)
+        given, weight = self.coefficients, first.weight.cpu().numpy()
+
+        def take(method: str, start: int, block: NDArray[np.floating]) -> None:
+            if given is not None:
+                given(method, start, block @ weight)
+
+        start, ours = first(self.baseline).detach().cpu().numpy(), ("integrated_gradients",)
+        behind = _PooledBag(tail, _Lifted(self, first), self.targets, ours, start, take, len(self.path))
+        self.relevance |= behind.explain().relevance
+        return True
 
     def _rows(self) -> int:
         """Return how many patches make a chunk of about `CHUNK_BYTES`."""
@@ -441,7 +445,7 @@ class _WholeBag(_Bag):
         with torch.no_grad():
             logits, attention = self.network(bag)
         self.logits = logits.double()
-        self.scores = [_score(target, logits) for target in self.targets]
+        self.scores = [score_of_bag(target, logits) for target in self.targets]
         if "gradient_x_input" in self.methods:
             self._chain("gradient_x_input", bag, self._gradients(bag, PLAIN))
         if "lrp" in self.methods:

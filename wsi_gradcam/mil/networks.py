@@ -77,13 +77,14 @@ class Mlp(nn.Module):
     A class of its own and no nn.Sequential, so that a rule can go through it.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], ends: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], ends: bool, starts: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.ends = ends
+        self.starts, self.ends = starts, ends
 
     def forward(self, x: Tensor, rule: Rule = PLAIN) -> Tensor:
         """Return the outputs [..., d] of inputs [..., D]."""
+        x = x.relu() if self.starts else x
         for k, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)
             x = rule.linear(layer, x)

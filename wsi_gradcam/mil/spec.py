@@ -6,6 +6,7 @@ of all of them (multiple-instance learning).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,6 +165,23 @@ class SlideModelSpec(BaseModel):
                 f"{shortened(self.aggregator.source, 200)}: loading it runs code that is in it, so it was not loaded; "
                 "if you trust whoever made it, allow that with --trust-code (in Python: trust_code=True)"
             )
+
+
+@dataclass(frozen=True)
+class BagExplanation:
+    """What is known of a bag of N patches for T targets.
+
+    Attributes:
+        logits: [K], float64.
+        attention: `attention`, raw scores, and `attention_weight`, their softmax over the bag, each [N, H]; empty for
+            networks without.
+        relevance: [N, T] by method, in the unit of the slide's logits; no number where a bag of one patch is to lose
+            it.
+    """
+
+    logits: NDArray[np.float64]
+    attention: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    relevance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def is_slide_model(model: str | Path) -> bool:
