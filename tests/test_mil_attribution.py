@@ -285,3 +285,14 @@ def test_targets_of_other_classes_are_refused(tmp_path: Path) -> None:
     network, _ = in_double(tmp_path, "abmil")
     with pytest.raises(Exception, match=f"the aggregator has {K} logits"):
         explain_bag(network, bag(3), [Target("9", 9)], ["single"])
+
+
+@pytest.mark.slow
+def test_a_bag_of_200000_patches_takes_less_than_1500_mebibytes() -> None:
+    import subprocess
+    import sys
+
+    from benchmarks.bags import LIMIT_BYTES
+
+    command = [sys.executable, "-m", "benchmarks.bags", "200000"]
+    assert int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < LIMIT_BYTES

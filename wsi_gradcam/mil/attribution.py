@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.targets import Target
 
 METHODS = (*BAG_METHODS, "single", "attention")
-STEPS = 50  # of integrated gradients, by Gauss and Legendre
+STEPS = 32  # of integrated gradients, by Gauss and Legendre
 CHUNK_BYTES = 96 << 20
 MAX_ROWS, MIN_ROWS = 4096, 16
 MAX_REMOVED = 2000  # patches that are removed one by one from a bag that is seen at once
