@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tests import bombs, isolated_toys
 from tests.conftest import SHARED_DATA
+from tests.made_results import Made, make, steps
 from tests.runs import ROOT, SMALL, differing, toy_spec
 from tests.servers import web_server
 from tests.synthetic import corrupt_tile, truncate, write_marker_slide
@@ -48,6 +49,7 @@ from wsi_gradcam.slides import (
     with_reductions,
 )
 from wsi_gradcam.system.confinement import CALLS, ISOLATE, Link, filter_of, isolating, limits_here, linked
+from wsi_gradcam.viewer import serve
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are confined on Linux only")
 REAL = [
@@ -331,12 +333,12 @@ def test_a_bomb_costs_its_slide_and_not_the_run(slide_path: Path, toys: Path) ->
 @pytest.mark.parametrize("kind", ["tiff", "zarr"])
 def test_bombs_are_refused_or_read_within_small_limits(kind: str, tmp_path: Path) -> None:
     """As this process does it, or for want of memory; some of each kind."""
-    makers = [make for name, make in bombs.all_bombs().items() if name.startswith(kind)]
+    makers = [maker for name, maker in bombs.all_bombs().items() if name.startswith(kind)]
     said = []
-    for number, make in enumerate(makers[1::6]):
+    for number, maker in enumerate(makers[1::6]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        path = make(folder, np.random.default_rng(number))
+        path = maker(folder, np.random.default_rng(number))
         try:
             slide = open_slide(path, 0.5, isolate=Limits(400, 10))
             with suppress(SlideReadError):
@@ -428,3 +430,19 @@ def test_links_pass_messages_of_any_length() -> None:
     with pytest.raises(EOFError):
         other.receive()
     other.close()
+
+
+def test_the_viewer_isolates_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Limits | None] = []
+
+    class Server:
+        def run(self, sockets: Any) -> None:
+            seen.append(limits_here())
+
+    monkeypatch.setattr(serve, "make_server", lambda *given: Server())
+    monkeypatch.setattr(serve, "make_app", lambda *given: None)
+    out = make(tmp_path / "out", {"a.svs": Made((300, 300), steps((19, 19)))})
+    for isolate in (None, True, False):
+        serve.view(str(out), port=0, isolate=isolate, announce=lambda text: None)
+    assert seen == [Limits(), Limits(), None]
+    assert limits_here() is None
