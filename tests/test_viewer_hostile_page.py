@@ -131,7 +131,10 @@ def test_a_certificate_makes_it_https(browser: Browser, out: Path, certificate: 
         page = context.new_page()
         page.goto(f"https://127.0.0.1:{bound.getsockname()[1]}/?token=a-token-of-ours")
         page.wait_for_selector("body[data-ready]")
-        assert [cookie["secure"] for cookie in context.cookies(page.url)] == [True]
+        (cookie,) = context.cookies(page.url)
+        assert (cookie["secure"], cookie["httpOnly"], cookie["sameSite"]) == (True, True, "Strict")
+        assert cookie["name"].startswith("__Secure-")
+        assert cookie["path"] == access.folder
         context.close()
         server.should_exit = True
         thread.join(20)

@@ -282,7 +282,7 @@ def test_a_token_is_asked_for(out: Path) -> None:
         assert "secure" not in cookie.split("; ")
         assert server.get(f"{access.folder}api/run").status_code == 200  # by the cookie
         assert server.get("/api/run").status_code == 401  # where no browser sends it
-        value = {"Cookie": f"{access.cookie}=right"}
+        value = {"Cookie": f"{access.cookie()}=right"}
         assert server.get("/api/run", headers=value).status_code == 401
         assert server.get("/api/run", headers={"Authorization": "Bearer right"}).status_code == 200
 

@@ -89,10 +89,14 @@ class Access:
         own = {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
         return cls(LOOPBACK | names | own, host in ("0.0.0.0", "::", ""), token)
 
-    @property
-    def cookie(self) -> str:
-        """Name of the cookie, other than those of other servers."""
-        return f"{COOKIE}-{hashlib.sha256(self.token.encode()).hexdigest()[:16]}"
+    def cookie(self, scheme: str = "http") -> str:
+        """Return the name of the cookie, other than those of other servers.
+
+        Over TLS no page without encryption can set one of that name. (`__Host-` would say the same of other hosts, but
+        such a cookie lies below "/", and so goes to all ports.)
+        """
+        name = f"{COOKIE}-{hashlib.sha256(self.token.encode()).hexdigest()[:16]}"
+        return f"__Secure-{name}" if scheme == "https" else name
 
     @property
     def folder(self) -> str:
@@ -192,10 +196,11 @@ class AccessMiddleware:
             folder = self._access.folder
             admitted = _admitted(folder + (f"?{rest}" if rest else ""), headers)
             kept: dict[str, Any] = {"path": folder, "httponly": True, "samesite": "strict"}
-            admitted.set_cookie(self._access.cookie, self._access.token, secure=scope["scheme"] == "https", **kept)
+            name, secure = self._access.cookie(scope["scheme"]), scope["scheme"] == "https"
+            admitted.set_cookie(name, self._access.token, secure=secure, **kept)
             return admitted
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        cookie = _cookie(headers.get("cookie", ""), self._access.cookie)
+        cookie = _cookie(headers.get("cookie", ""), self._access.cookie(scope["scheme"]))
         if (in_folder and self._access.allows(cookie)) or (
             scheme.lower() == "bearer" and self._access.allows(bearer.strip())
         ):
