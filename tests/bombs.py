@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from tests.runs import ROOT
 MOST_S, MOST_MIB = 5.0, 700.0  # what a bomb may cost
 LIMIT_S, LIMIT_BYTES = 100, 8 << 30  # where its process is ended
 GIB = 1 << 30
-KINDS = ("zarr", "tiff", "annotations")
+KINDS = ("zarr", "tiff", "annotations", "documents")  # modules
 
 Random = np.random.Generator
+RANDOM = np.random.default_rng(0)
 Make = Callable[[Path, Random], Path]
 BOMBS: dict[str, Make] = {}  # by names that begin with their kind
 
@@ -42,6 +43,11 @@ def bomb(name: str) -> Callable[[Make], Make]:
         return make
 
     return enter
+
+
+def kind_of(name: str) -> str:
+    """Return what a bomb is opened as."""
+    return name.partition(" ")[0].rstrip(":")
 
 
 def side(rng: Random, low: float, high: float) -> int:
@@ -72,7 +78,7 @@ class Cost:
 
 def cost_of(path: Path, name: str, limit_s: float = LIMIT_S) -> Cost:
     """Return what opening a file as what `name` says costs in a process of its own."""
-    command = [sys.executable, "-m", "tests.bombs", "--open", str(path), name.split(" ")[0].rstrip(":")]
+    command = [sys.executable, "-m", "tests.bombs", "--open", str(path), kind_of(name)]
     try:
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_s + 20)
     except subprocess.TimeoutExpired:
@@ -82,9 +88,10 @@ def cost_of(path: Path, name: str, limit_s: float = LIMIT_S) -> Cost:
     return Cost(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def costs_of(kind: str, seed: int, limit_s: float = 600) -> dict[str, Cost]:
-    """Return what all bombs of a kind cost, by name, in one process after the other."""
-    command = [sys.executable, "-m", "tests.bombs", "--only", kind, "--here", "--seed", str(seed)]
+def costs_of(kinds: Sequence[str], seed: int, every: int = 1, limit_s: float = 600) -> dict[str, Cost]:
+    """Return what the bombs of some kinds cost, or each so-manieth of them, by name, in one process."""
+    command = [sys.executable, "-m", "tests.bombs", "--only", ",".join(kinds), "--here", "--seed", str(seed)]
+    command += ["--every", str(every)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_s)
     costs = {}
     for line in ended.stdout.splitlines():
@@ -148,7 +155,45 @@ def _look_at_annotations(path: Path | None) -> str:
     return f"read: {len(found.areas):,} areas, {mask.mean():.0%} of the slide"
 
 
+def _look_at_list(path: Path | None) -> str:
+    from wsi_gradcam.inputs.find import find_slides
+
+    return "" if path is None else f"read: {len(find_slides([path])):,} slides"
+
+
+def _look_at_config(path: Path | None) -> str:
+    from wsi_gradcam.run.settings import make_settings, read_config
+
+    return "" if path is None else f"read: {make_settings(**read_config(path)).overlap}"
+
+
+def _look_at_model(path: Path | None) -> str:
+    from tests import fuzz_documents
+    from wsi_gradcam.models.load import load_model
+
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder:
+            fuzz_documents.make_model(fuzz_documents.TIMM, fuzz_documents.trained, change=False)(Path(folder), RANDOM)
+            load_model(f"hf:{folder}")
+        return ""
+    return f"read: {len(load_model(f'hf:{path}').classes):,} classes"
+
+
+def _look_at_results(path: Path | None) -> str:
+    from tests import fuzz_documents
+
+    if path is None:
+        fuzz_documents.read_results(fuzz_documents.sound_results())
+        return ""
+    fuzz_documents.read_results(path)
+    return "read"
+
+
 LOOKS: dict[str, Callable[[Path | None], str]] = {
+    "list": _look_at_list,
+    "config": _look_at_config,
+    "model": _look_at_model,
+    "results": _look_at_results,
     **dict.fromkeys(("zarr", "tiff", "picture"), _look_at_slide),
     "annotations": _look_at_annotations,
 }
@@ -160,6 +205,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--skip", type=int, default=0, help="this number of bombs")
     parser.add_argument("--limit", type=float, default=LIMIT_S)
+    parser.add_argument("--every", type=int, default=1, help="so-manieth bomb of those that are made")
     parser.add_argument("--open", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--here", action="store_true", help="in this process, as lines of JSON")
     arguments = parser.parse_args()
@@ -167,13 +213,15 @@ def main() -> None:
         print(json.dumps(asdict(open_here(Path(arguments.open[0]), arguments.open[1]))))
         return
     wrong = 0
+    left, only = iter(range(sys.maxsize)), arguments.only.split(",")
     for number, (name, make) in enumerate(all_bombs().items()):
-        if not (name.startswith(arguments.only) or f" {arguments.only}" in name) or number < arguments.skip:
+        wanted = any(kind_of(name) == kind or f" {kind}" in f" {name} " * (not arguments.here) for kind in only)
+        if not wanted or number < arguments.skip or next(left) % arguments.every:
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = make(Path(folder), np.random.default_rng([arguments.seed, number]))
             if arguments.here:
-                print(json.dumps([name, asdict(open_here(path, name.split(" ")[0].rstrip(":")))]), flush=True)
+                print(json.dumps([name, asdict(open_here(path, kind_of(name)))]), flush=True)
                 continue
             cost = cost_of(path, name, arguments.limit)
             wrong += not cost.bearable

@@ -346,7 +346,7 @@ def test_arguments_of_a_timm_model_are_used(timm_folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("[]"), "expected a mapping"),
         (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
         (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "Safetensor"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "weights, and its *.safetensors have 100 bytes"),
         (lambda f: (f / "model.safetensors").rename(f / "x.bin"), "no *.safetensors"),
     ],
 )

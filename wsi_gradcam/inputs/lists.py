@@ -14,13 +14,16 @@ from dataclasses import dataclass, fields
 from functools import cache
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError, one_line
 from wsi_gradcam.io.documents import plain_cell
 from wsi_gradcam.io.paths import alike
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.slides import check_mpp
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import FileMetaData
 
 Mpp = tuple[float, float] | None
 Row = dict[str, str]
@@ -29,6 +32,9 @@ DELIMITERS = ",;\t"
 SEPARATOR = re.compile(r'"?sep=([,;\t])"?\s*')  # a first line that spreadsheets write and read
 DECIMAL_COMMA = re.compile(r"[0-9]*,[0-9]+")
 MAX_LINE = 1 << 20
+MAX_ROWS = 1_000_000  # an archive of 100,000 slides is a large one
+MAX_BYTES = 256 << 20
+MAX_UNPACKED = 128 << 20  # bytes of the columns of a Parquet file that are read
 BATCH_ROWS = 4096  # in memory at a time
 COLUMNS = ("slide", "mpp", "mpp_y", "mpp_x", "mask", "label", "site", "scanner")
 EXPECTED = "slide, and if need be mpp, or mpp_y and mpp_x, and mask, label, site, scanner"
@@ -108,6 +114,7 @@ def _expanded(name: str) -> PurePath:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield position and known cells of each line."""
     try:
+        _check_rows(path, _lines_in(path))
         with path.open(encoding=_encoding(path), newline="") as file:
             lines = _lines(file)
             number, header = next(((i, line) for i, line in enumerate(lines, 1) if line.strip()), (0, ""))
@@ -128,6 +135,26 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     yield where, {name: row.get(name, "") for name in _known_columns(path, names)}
     except (UnicodeError, csv.Error, OSError) as error:
         raise _invalid_list(path, error, "CSV in UTF-8 or UTF-16 (spreadsheets call it CSV UTF-8)") from error
+
+
+def _check_rows(path: Path, rows: int) -> None:
+    if rows > MAX_ROWS:
+        raise ConfigError(f"{path}: a list of {rows:,} lines, expected up to {MAX_ROWS:,}; make several lists of it")
+
+
+def _lines_in(path: Path) -> int:
+    """Return how many lines a text has, counted up to what no list has.
+
+    Raises:
+        ConfigError: it is longer than any list.
+    """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ConfigError(f"{path}: {size:,} bytes, expected up to {MAX_BYTES:,}; make several lists of it")
+    found = 0
+    with path.open("rb") as file:
+        while found <= MAX_ROWS and (part := file.read(MAX_LINE)):
+            found += part.count(b"\n")
+    return found
 
 
 def _encoding(path: Path) -> str:
@@ -182,6 +209,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
         with path.open("rb") as stream:
             file = pq.ParquetFile(stream)
             known = _known_columns(path, file.schema_arrow.names)
+            _check_rows(path, file.metadata.num_rows)
+            if (size := _unpacked_bytes(file.metadata, known)) > MAX_UNPACKED:
+                raise ConfigError(f"{path}: {size:,} bytes of text, expected up to {MAX_UNPACKED:,}; no list of slides")
             rows = chain.from_iterable(
                 batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=known, use_threads=False)
             )
@@ -189,6 +219,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 yield f"{path}, row {number}", {key: _text(value) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise _invalid_list(path, error, "a Parquet file") from error
+
+
+def _unpacked_bytes(about: FileMetaData, names: Sequence[str]) -> int:
+    """Return the bytes of the columns of these names, unpacked."""
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema in names)
 
 
 def _invalid_list(path: Path, error: Exception, expected: str) -> ConfigError:

@@ -236,8 +236,9 @@ class OmeZarrSlide:
     def _check(self) -> None:
         array = self._levels[0]
         sizes = dict(zip(self._axes, array.shape, strict=True))
-        if not {"y", "x"} <= sizes.keys() or any(sizes[axis] != 1 for axis in sizes.keys() - {"y", "x", "c"}):
-            raise SlideContentError(f"an image of axes {quoted(sizes)}, expected one picture of y, x and colours")
+        known = len(sizes) == len(self._axes) and {"y", "x"} <= sizes.keys()
+        if not known or any(sizes[axis] != 1 for axis in sizes.keys() - {"y", "x", "c"}):
+            raise SlideContentError(f"an image of axes {quoted(list(zip(self._axes, array.shape, strict=True)))}, expected one picture of y, x and colours")
         if sizes.get("c", 1) > MAX_CHANNELS:
             raise SlideContentError(f"{sizes['c']:,} channels, expected up to {MAX_CHANNELS}")
         if array.dtype not in (np.uint8, np.uint16):

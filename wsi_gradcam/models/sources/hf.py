@@ -10,8 +10,10 @@ With another `patch_px` they are carried out.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from wsi_gradcam.models.transform import Transform, make_transform
 from wsi_gradcam.system.processes import tensors_only
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -84,6 +86,7 @@ def build_hf(spec: ModelSpec) -> Built:
             f"{spec.source}: no *.safetensors in {folder}; weights in pickles (.bin, .pt) are not loaded: save them "
             "with save_pretrained or safetensors.torch.save_file"
         )
+    _check_bounds(folder, config, spec)
     build = _build_timm if "architecture" in config else _build_transformers if "model_type" in config else None
     if build is not None:
         try:
@@ -98,6 +101,51 @@ def build_hf(spec: ModelSpec) -> Built:
     )
 
 
+MAX_HEADER = 16 << 20  # bytes that name the tensors of a file; a network of 10,000 takes one MiB
+MAX_LAYERS = 1000
+LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|repeats?)$")  # keys whose numbers are of layers
+
+
+def _check_bounds(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None:
+    """Refuse what would take long to be built or read, before it is.
+
+    Raises:
+        ModelError: more layers, or a longer list of tensors, than networks have.
+    """
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER < size <= path.stat().st_size:  # the library refuses what is longer than its file
+            raise ModelError(f"{spec.source}: {path.name}: a header of {size:,} bytes, expected up to {MAX_HEADER:,}")
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += [(str(key), each) for key, each in value.items()] if isinstance(value, dict) else []
+            waiting += [(name, each) for each in value] if isinstance(value, list) else []
+        elif isinstance(value, int | float) and value > MAX_LAYERS and LAYERS.search(name):
+            raise ModelError(f"{spec.source}: its configuration has {name} {value:g}, expected up to {MAX_LAYERS}")
+
+
+def _check_size(build: Callable[[], torch.nn.Module], folder: Path, spec: ModelSpec) -> None:
+    """Refuse a network of more weights than its files have bytes, before it takes memory.
+
+    Raises:
+        ModelError: it has.
+    """
+    try:
+        with torch.device("meta"):
+            count = sum(weights.numel() for weights in build().parameters())
+    except Exception:  # what is wrong is said where it is built in earnest; and some networks need numbers to be built
+        return
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if count > held:
+        raise ModelError(
+            f"{spec.source}: its configuration is of a network of {count:,} weights, and its *.safetensors have "
+            f"{held:,} bytes; copy them again, or the config.json that belongs to them"
+        )
+
+
 def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
     import timm
 
@@ -106,8 +154,10 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
     name = str(config["architecture"])
     if not timm.is_model(name.split(".")[0]):
         raise ModelError(f"{spec.source}: this timm has no architecture {name!r}; update timm, or check config.json")
+    given = {key: value for key, value in arguments.items() if value is not None}
     try:
-        module = timm.create_model(name, pretrained=False, **{k: v for k, v in arguments.items() if v is not None})
+        _check_size(partial(timm.create_model, name, pretrained=False, **given), folder, spec)
+        module = timm.create_model(name, pretrained=False, **given)
         notes = load_weights(module, weights_file(folder, spec), spec)
     except ModelError:
         raise
@@ -216,6 +266,12 @@ def _import(spec: ModelSpec) -> Any:
 
 
 def _load(transformers: Any, folder: Path, spec: ModelSpec) -> Any:
+    def untrained() -> Any:
+        about = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = transformers.AutoModelForImageClassification
+        return kind.from_config(about, attn_implementation="eager", trust_remote_code=False)
+
+    _check_size(untrained, folder, spec)
     try:
         # Attention by plain operators: the configuration may name kernels that would be fetched.
         module, report = transformers.AutoModelForImageClassification.from_pretrained(
