@@ -236,15 +236,14 @@ class OmeZarrSlide:
     def _check(self) -> None:
         array = self._levels[0]
         sizes = dict(zip(self._axes, array.shape, strict=True))
-        known = len(sizes) == len(self._axes) and {"y", "x"} <= sizes.keys()
-        if not known or any(sizes[axis] != 1 for axis in sizes.keys() - {"y", "x", "c"}):
-            raise SlideContentError(f"an image of axes {quoted(list(zip(self._axes, array.shape, strict=True)))}, expected one picture of y, x and colours")
+        once = {axis for axis in sizes if self._axes.count(axis) == 1 and (axis in ("y", "x", "c") or sizes[axis] == 1)}
+        if not {"y", "x"} <= once or once != sizes.keys():
+            raise SlideContentError(f"an image of axes {quoted(sizes)}, expected one picture of y, x and colours")
         if sizes.get("c", 1) > MAX_CHANNELS:
             raise SlideContentError(f"{sizes['c']:,} channels, expected up to {MAX_CHANNELS}")
         if array.dtype not in (np.uint8, np.uint16):
-            raise SlideContentError(
-                f"values of {array.dtype}, expected 8 or 16 bits without sign: heatmaps, for one, are no slides"
-            )
+            what = "expected 8 or 16 bits without sign: heatmaps, for one, are no slides"
+            raise SlideContentError(f"values of {array.dtype}, {what}")
 
     def _shown_channels(self, group: Any, chosen: Channels | None) -> Channels | None:
         """Return the channels that are red, green and blue; None for one picture in gray."""

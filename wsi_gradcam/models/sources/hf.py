@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_gradcam.errors import DocumentError, ModelError, one_line
+from wsi_gradcam.errors import DocumentError, ModelError, one_line, quoted
 from wsi_gradcam.io.documents import MAX_BYTES, read_json
 from wsi_gradcam.io.local import read_file
 from wsi_gradcam.models.sources import Built, load_weights
@@ -153,7 +153,9 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
     arguments = {**config.get("model_args", {}), "num_classes": config.get("num_classes", cfg.get("num_classes"))}
     name = str(config["architecture"])
     if not timm.is_model(name.split(".")[0]):
-        raise ModelError(f"{spec.source}: this timm has no architecture {name!r}; update timm, or check config.json")
+        raise ModelError(
+            f"{spec.source}: this timm has no architecture {quoted(name)}; update timm, or check config.json"
+        )
     given = {key: value for key, value in arguments.items() if value is not None}
     try:
         _check_size(partial(timm.create_model, name, pretrained=False, **given), folder, spec)
