@@ -27,7 +27,7 @@ from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.driver import RunSession
 from wsi_gradcam.run.examining import SLIDES_TRIED
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.run.plan import Estimate, Pace, RunPlan, check_methods, estimate, plan_run
+from wsi_gradcam.run.plan import Estimate, Pace, RunPlan, check_bag_methods, check_methods, estimate, plan_run
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.run.types import Executor, RunListener, SlideRecord
@@ -265,6 +265,7 @@ def _prepared_slide_model(
 ) -> SlideModelSpec:
     spec = (model if isinstance(model, SlideModelSpec) else read_slide_model(fspath(model))).trusting(trust_code)
     spec.check_trusted()
+    check_bag_methods(settings)
     encoder = spec.encoder
     if encoder is None:
         raise ModelError(f"{spec.name}: has no 'encoder:', so it explains no pixels; add one to the model file")

@@ -34,7 +34,7 @@ RUN_KEYS: Mapping[str, tuple[type, str]] = {
 }
 # Settings with several values take them as `--include A B`, except these.
 REPEATED = {"target": "TARGET", "allow_hosts": "PATTERN"}  # --target A --target B
-JOINED = ("method", "only")  # --method A,B
+JOINED = ("method", "bag_method", "only")  # --method A,B
 MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
 ISOLATION = ("isolate", "isolate_memory", "isolate_seconds")
 EXAMPLES = {int: "224", float: "0.25"}
