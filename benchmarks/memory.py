@@ -1,9 +1,10 @@
 """Peak memory of the whole process tree while explaining slides of 1 and 10 gigapixels of equal patch density.
 
 Memory must depend on batch, workers and block size alone. Prints one JSON object with `--json`:
-`ratios` (10 gigapixels over 1, for the serial executor and for one worker) and the peaks in MiB.
+`ratios` (10 gigapixels over 1, for the serial executor and for one worker) and the peaks in MiB. With `--mpp-ratio 2`
+patches are resampled, as most are. `--modes serial --tissue 0.005` takes minutes.
 
-    python benchmarks/memory.py [--quick] [--json]
+    python benchmarks/memory.py [--modes serial one_worker] [--mpp-ratio 1] [--tissue 0.05] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -27,8 +29,10 @@ source: torchvision:resnet18
 weights: random
 classes: [other, tumour]
 patch_px: 224
-mpp: 0.25
+mpp: {mpp}
 """
+MPP = 0.25
+MODES = {"serial": [], "one_worker": ["--workers", "1"]}
 SIDES = {"1_gigapixel": 31_116, "10_gigapixel": 98_400}
 QUICK_SIDES = {"0.1_gigapixel": 9_840, "1_gigapixel": 31_116}
 
@@ -60,19 +64,21 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def measure(folder: Path, sides: dict[str, int], tissue: float) -> dict[str, dict[str, float]]:
+def measure(
+    folder: Path, sides: dict[str, int], tissue: float, ratio: float, modes: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Peaks in MiB by mode and slide."""
     model = folder / "resnet18.yaml"
-    model.write_text(MODEL)
-    peaks: dict[str, dict[str, float]] = {"serial": {}, "one_worker": {}}
+    model.write_text(MODEL.format(mpp=MPP * ratio))
+    peaks: dict[str, dict[str, float]] = {mode: {} for mode in modes}
     for name, side in sides.items():
         slide = folder / f"{name}.tiff"
-        write_gigapixel_slide(slide, side, side, mpp=0.25, tissue_fraction=tissue)
-        for mode, extra in (("serial", []), ("one_worker", ["--workers", "1"])):
+        write_gigapixel_slide(slide, side, side, mpp=MPP, tissue_fraction=tissue)
+        for mode in modes:
             out = folder / f"{name}-{mode}"
             command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", str(slide), "--model", str(model)]
             started = time.monotonic()
-            peaks[mode][name] = peak_rss_mib([*command, "--out", str(out), "--batch-size", "32", *extra])
+            peaks[mode][name] = peak_rss_mib([*command, "--out", str(out), "--batch-size", "32", *MODES[mode]])
             seconds = time.monotonic() - started
             print(f"{mode:>10} {name:>14} {peaks[mode][name]:8.0f} MiB {seconds:6.0f} s", file=sys.stderr)
     return peaks
@@ -81,13 +87,15 @@ def measure(folder: Path, sides: dict[str, int], tissue: float) -> dict[str, dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="slides a tenth as large")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="executors (default both)")
+    parser.add_argument("--mpp-ratio", type=float, default=1.0, help="pixels of the model over the slide's (default 1)")
     parser.add_argument("--tissue", type=float, default=0.05, help="share of tissue (default 0.05)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     sides = QUICK_SIDES if arguments.quick else SIDES
     small, large = sides
     with tempfile.TemporaryDirectory() as folder:
-        peaks = measure(Path(folder), sides, arguments.tissue)
+        peaks = measure(Path(folder), sides, arguments.tissue, arguments.mpp_ratio, arguments.modes)
     ratios = {f"{large}_over_{small}_{mode}": values[large] / values[small] for mode, values in peaks.items()}
     print(json.dumps({"ratios": ratios, "peak_mib": peaks}, indent=None if arguments.json else 1))
 

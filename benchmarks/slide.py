@@ -5,7 +5,13 @@ model is loaded and chosen before the clock runs, for every side. `wall_over_bou
 stitching, table and overview, over the longer of reading alone and model alone: 1 is perfect overlap on a machine
 with cores to spare; where reading and model share all cores, the sum of both is the bound, and stands beside it.
 
-    python benchmarks/slide.py [--side 8192] [--rounds 3] [--engine auto] [--precision auto] [--quick] [--json]
+`--mpp-ratio 2` explains the slide, of 0.25 um per pixel, at 0.5, as most slides are. With `--rate R` the model only
+waits, for as long as a device takes that explains R patches a second. `--against CHECKOUT` does the same whole slides
+by the package in another checkout, in a process of its own, by turns: `patches_per_s_over_other`, and
+`cpu_s_of_other_over_own`, which depends less on what else the machine does.
+
+    python benchmarks/slide.py [--side 8192] [--mpp-ratio 1] [--rate R] [--against CHECKOUT] [--rounds 3]
+                               [--engine auto] [--precision auto] [--decode exact] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -13,7 +19,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,7 +36,7 @@ from typing import Any
 import numpy as np
 from skimage.data import immunohistochemistry
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, os.environ.get("WSI_GRADCAM_BENCHMARKED", str(Path(__file__).parents[1])))
 from wsi_gradcam.cam.explainer import Explainer
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.executors.serial import SerialExecutor
@@ -46,6 +55,7 @@ from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
 
 MPP = 0.25
+PACKAGE = "WSI_GRADCAM_BENCHMARKED"  # environment: the checkout whose package is measured, this one by default
 
 
 @dataclass
@@ -137,7 +147,9 @@ class Work:
     def decode_only(self, yx: Any) -> float:
         """Seconds to read all patches."""
         slide = open_entry(self.entry, self.run.settings)
-        size, threads = self.run.facts.batch_size, self.run.settings.readers
+        settings: Any = self.run.settings
+        size = self.run.facts.batch_size
+        threads = settings.readers if hasattr(settings, "readers") else settings.reader_threads  # older checkouts
         started = time.perf_counter()
         with closing(PatchReader(slide, self.run.patch_px, self.run.mpp, size, threads)) as reader:
             count = sum(len(batch.rgb) for batch in reader.batches(yx))
@@ -160,8 +172,33 @@ class Work:
         return plan_run(out, self.run.spec, self.run.facts, self.run.settings)
 
 
-def prepare(folder: Path, side: int, settings: Settings) -> Work:
-    """A slide of `side` px and its model."""
+@contextmanager
+def waiting_model(rate: float | None) -> Iterator[None]:
+    """Have models wait for as long as a device takes that explains `rate` patches a second; None: they compute.
+
+    Their first call is a real one, and what it returns is returned ever after.
+    """
+    explain: Any = Explainer.explain
+    known: list[Any] = []
+    lock = threading.Lock()
+
+    def wait(self: Any, rgb: Any, *arguments: Any, **options: Any) -> Any:
+        with lock:
+            if not known or len(known[0][0]) < len(rgb):
+                known[:] = [explain(self, rgb, *arguments, **options)]
+            time.sleep(len(rgb) / (rate or math.inf))
+            return tuple(part[: len(rgb)] for part in known[0])
+
+    if rate is not None:
+        Explainer.explain = wait  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Explainer.explain = explain  # type: ignore[method-assign]
+
+
+def prepare(folder: Path, side: int, ratio: float, settings: Settings) -> Work:
+    """A slide of `side` px and its model, which sees pixels `ratio` times as large."""
     micrograph = immunohistochemistry()
     pair = np.concatenate([micrograph, micrograph[:, ::-1]], axis=1)
     four = np.concatenate([pair, pair[::-1]])
@@ -174,18 +211,88 @@ def prepare(folder: Path, side: int, settings: Settings) -> Work:
         weights="random",
         classes=("other", "tumour"),
         patch_px=(224, 224),
-        mpp=MPP,
+        mpp=MPP * ratio,
     )
     executor = SerialExecutor()
     facts = executor.examine(spec, settings, entries)
     return Work(executor, plan_run(folder / "out", spec, facts, settings), entries[0])
 
 
+def begin(arguments: argparse.Namespace, folder: Path) -> tuple[Work, Any]:
+    """The slide with its model, and the positions of the patches."""
+    chosen = {} if arguments.decode == "exact" else {"decode": arguments.decode}  # older checkouts have no choice
+    settings = make_settings(engine=arguments.engine, precision=arguments.precision, min_tissue=0.0, **chosen)
+    work = prepare(folder, arguments.side, arguments.mpp_ratio, settings)
+    return work, work.places(folder / "plan")
+
+
+def serve(arguments: argparse.Namespace, folder: Path) -> None:
+    """Explain the whole slide for each line that comes in, and answer with patches, seconds and seconds computed."""
+    work, yx = begin(arguments, folder)
+    print(sys.modules["wsi_gradcam"].__file__, flush=True)
+    for number, _ in enumerate(sys.stdin):
+        computed = time.process_time()
+        seconds = work.end_to_end(folder / f"run{number}")
+        print(json.dumps([len(yx), seconds, time.process_time() - computed]), flush=True)
+
+
+class Other:
+    """Another process that serves, with the package of a checkout."""
+
+    def __init__(self, checkout: Path, argv: Sequence[str]) -> None:
+        found = {**os.environ, PACKAGE: str(checkout.resolve()), "PYTHONPATH": str(checkout.resolve())}
+        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--serve"]
+        self._process = subprocess.Popen(
+            command, env=found, cwd=checkout, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        package = Path(self._process.stdout.readline().strip())
+        assert package.is_relative_to(checkout.resolve()), f"{package} was measured, not {checkout}"
+
+    def turn(self) -> tuple[int, float, float]:
+        """Patches of a whole slide, its seconds, and the seconds that were computed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        patches, seconds, computed = json.loads(self._process.stdout.readline())
+        return patches, seconds, computed
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """This checkout and another, whole slides by turns."""
+    sides = {"own": Other(Path(__file__).parents[1], argv), "other": Other(arguments.against, argv)}
+    turns: dict[str, list[tuple[int, float, float]]] = {name: [] for name in sides}
+    for i in range(arguments.rounds + 1):
+        for name, side in list(sides.items())[:: 1 if i % 2 else -1]:
+            turn = side.turn()
+            if i:  # the first round warms up
+                turns[name].append(turn)
+    for side in sides.values():
+        side.close()
+    patches = {name: {turn[0] for turn in found} for name, found in turns.items()}
+    assert patches["own"] == patches["other"], patches
+    rate = {name: statistics.median(turn[0] / turn[1] for turn in found) for name, found in turns.items()}
+    computed = {name: statistics.median(turn[2] for turn in found) for name, found in turns.items()}
+    return {
+        "ratios": {
+            "patches_per_s_over_other": rate["own"] / rate["other"],
+            "cpu_s_of_other_over_own": computed["other"] / computed["own"],
+        },
+        "patches_per_s": rate,
+        "cpu_s": computed,
+        "patches": max(patches["own"]),
+    }
+
+
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures."""
-    settings = make_settings(engine=arguments.engine, precision=arguments.precision, min_tissue=0.0)
-    work = prepare(folder, arguments.side, settings)
-    yx = work.places(folder / "plan")
+    work, yx = begin(arguments, folder)
     times: dict[str, list[float]] = {"wall": [], "decode": [], "model": []}
     for i in range(arguments.rounds + 1):
         sides: list[tuple[str, Callable[[], float]]] = [
@@ -204,6 +311,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "ratios": {"wall_over_bound": wall / max(decode, model), "wall_over_sum": wall / (decode + model)},
         "seconds": {"wall": wall, "decode_only": decode, "model_only": model},
         "patches": len(yx),
+        "patches_per_s": len(yx) / wall,
+        "load": os.getloadavg()[0],
         "engine": work.run.facts.choice.engine,
         "precision": work.run.facts.choice.precision,
         "time_line": line.summary(),
@@ -213,6 +322,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=8192, help="of the slide in px (default 8192)")
+    parser.add_argument("--mpp-ratio", type=float, default=1.0, help="pixels of the model over the slide's (default 1)")
+    parser.add_argument("--rate", type=float, help="patches/s of a device that is waited for; no model then computes")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to compare with by turns")
+    parser.add_argument("--decode", default="exact", help="as for explain (default exact)")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--engine", default="auto", help="as for explain")
     parser.add_argument("--precision", default="auto", help="as for explain")
@@ -221,8 +335,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.side, arguments.rounds, arguments.engine, arguments.precision = 1024, 1, "eager", "float32"
-    with tempfile.TemporaryDirectory() as folder:
-        found = run(arguments, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, waiting_model(arguments.rate):
+        if arguments.serve:
+            serve(arguments, Path(folder))
+            return
+        given = sys.argv[1:] if argv is None else argv
+        found = compare(arguments, given) if arguments.against else run(arguments, Path(folder))
     print(json.dumps(found, indent=None if arguments.json else 1))
 
 
