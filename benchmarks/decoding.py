@@ -33,8 +33,9 @@ import torch
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.explain import Case, _efficientnet_lite0, normalised
+from benchmarks.explain import _efficientnet_lite0, normalised
 from benchmarks.read import CODECS, TILE_PX, write_slide
+from benchmarks.rivals import Case
 from wsi_gradcam import GradCAM
 from wsi_gradcam.cam.auto import likeness
 from wsi_gradcam.cam.program import EagerProgram
@@ -57,7 +58,7 @@ def readings(path: Path, factor: float, patch_px: int, count: int) -> tuple[Rgb,
         size, mpp = patch_px * factor, factor * info.mpp_yx[0]
         found: list[tuple[Rgb, Rgb]] = []
         while len(found) < count:
-            y, x = (int(rng.integers(0, max(1, side - size))) for side in (info.height, info.width))
+            y, x = (int(rng.integers(max(1, int(side - size)))) for side in (info.height, info.width))
             patch = read_region(exact, y, x, patch_px, patch_px, mpp)
             if patch.mean() < GLASS or rng.random() < 0.02:  # some glass: else a slide of nothing else would not end
                 found.append((patch, read_region(scaled, y, x, patch_px, patch_px, mpp)))

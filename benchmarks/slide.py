@@ -37,8 +37,8 @@ import numpy as np
 from skimage.data import immunohistochemistry
 
 sys.path.insert(0, os.environ.get("WSI_GRADCAM_BENCHMARKED", str(Path(__file__).parents[1])))
+from tests.synthetic import write_gigapixel_slide
 from wsi_gradcam.cam.explainer import Explainer
-from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.io.paths import storage_path
@@ -202,8 +202,8 @@ def prepare(folder: Path, side: int, ratio: float, settings: Settings) -> Work:
     micrograph = immunohistochemistry()
     pair = np.concatenate([micrograph, micrograph[:, ::-1]], axis=1)
     four = np.concatenate([pair, pair[::-1]])
-    repeats = -(-side // len(four))
-    write_slide(folder / "slide.tif", np.tile(four, (repeats, repeats, 1))[:side, :side], mpp=MPP)
+    # Each level is a quarter of the one before, as those of scanners: pixels of twice the size are in none.
+    write_gigapixel_slide(folder / "slide.tif", side, side, mpp=MPP, tissue_fraction=1.0, tissue_rgb=four)
     entries = find_slides([folder / "slide.tif"])
     spec = ModelSpec(
         name="resnet18",

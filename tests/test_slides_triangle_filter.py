@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from wsi_gradcam.slides import triangle_filter
 from wsi_gradcam.slides.triangle_filter import Span, resample
 
 COMPILED = triangle_filter._passes()
+triangle_filter._COUNT = itertools.count(triangle_filter.FEW)  # not for few pictures
 PLAIN = (triangle_filter._sum_columns, triangle_filter._sum_rows)
 
 
@@ -92,6 +94,22 @@ def test_a_machine_without_a_library_gives_the_same(
     expected = resample(pixels, axis, axis)
     WITHOUT[missing](monkeypatch)
     np.testing.assert_array_equal(resample(pixels, axis, axis), expected)
+
+
+def test_numba_is_not_loaded_for_few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def passes() -> object:
+        asked.append(True)
+        return COMPILED
+
+    monkeypatch.setattr(triangle_filter, "_passes", passes)
+    monkeypatch.setattr(triangle_filter, "_COUNT", itertools.count())
+    axis = Span(58, 1.25, 56.0, 40)
+    found = [resample(picture(axis, axis, 1), axis, axis) for _ in range(triangle_filter.FEW)]
+    assert not asked
+    np.testing.assert_array_equal(resample(picture(axis, axis, 1), axis, axis), found[0])
+    assert asked == [True]
 
 
 def test_numba_that_cannot_be_imported_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

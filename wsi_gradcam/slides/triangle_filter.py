@@ -3,13 +3,15 @@
 Pillow works in fixed point: each axis has integer weights of 22 bits, and what the first axis gives is rounded to whole
 gray levels before the second is summed. Three ways give these bytes, and each is taken where it is the fastest:
 
-- two loops that numba compiles (extra `fast`), in any case: a seventh of Pillow's time;
-- else PyTorch, where both axes shrink by the same power of two: its weights of 16 bits are exact there;
+- PyTorch, where both axes shrink by the same power of two: its weights of 16 bits are exact there;
+- two loops that numba compiles (extra `fast`), in any case: a seventh of Pillow's time. They take two thirds of
+  PyTorch's too, but numba takes 120 MB and seconds to load, so it is loaded for many pictures of other factors alone;
 - else Pillow.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import sys
@@ -35,6 +37,8 @@ LOG = logging.getLogger("wsi_gradcam")
 
 BITS = 22  # of Pillow's weights
 POWERS = (2.0, 4.0, 8.0)
+FEW = 64  # pictures, for which numba is not loaded: thumbnails, masks, what the viewer shows first
+_COUNT = itertools.count()
 TAPS, ROWS = 4, 16  # pixels of a window, and rows, that the compiled passes take at once
 KEPT_WINDOWS = 64  # an archive has few factors, but patches lie at many fractions of a pixel
 
@@ -69,12 +73,15 @@ def resample(pixels: Pixels, rows: Span, columns: Span) -> Pixels:
     Each pixel is the mean of those under a triangle of twice its width, at least of two of theirs; outside of the
     source there is nothing.
     """
-    rows_first, passes = _rows_first(rows, columns), _passes()
-    if passes is not None and min(rows.length - _taps(rows), columns.length - _taps(columns)) >= 0:
-        return _by_passes(pixels, rows, columns, passes, rows_first)
+    rows_first = _rows_first(rows, columns)
     if not rows_first and rows.power and rows.power == columns.power and "torch" in sys.modules:
         return _halved(pixels, rows.power)
-    return _by_pillow(pixels, rows, columns)
+    if min(rows.length - _taps(rows), columns.length - _taps(columns)) < 0 or next(_COUNT) < FEW:
+        return _by_pillow(pixels, rows, columns)
+    passes = _passes()
+    return (
+        _by_pillow(pixels, rows, columns) if passes is None else _by_passes(pixels, rows, columns, passes, rows_first)
+    )
 
 
 def _rows_first(rows: Span, columns: Span) -> bool:
