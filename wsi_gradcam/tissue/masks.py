@@ -16,7 +16,7 @@ from skimage.morphology import closing, disk, remove_small_holes, remove_small_o
 from wsi_gradcam.io.local import write_atomic
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.tissue.annotations import in_frame
-from wsi_gradcam.tissue.quality import pen_mask, shadow_mask
+from wsi_gradcam.tissue.quality import ROWS, label_sizes, pen_mask, shadow_mask
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,19 +166,25 @@ def _even_shadow(
 
     Unstained fat is gray too, but has membranes, and does not reach the border.
     """
-    light = [rgb[..., i] / np.float32(max(1, glass[i])) for i in range(3)]
-    neutral = np.maximum.reduce(light) - np.minimum.reduce(light) <= NEUTRAL
+    neutral = np.concatenate([_is_neutral(rgb[top : top + ROWS], glass) for top in range(0, len(rgb), ROWS)])
     found = _even_gray(rgb, DARKEST) & neutral & differs
     labels, count = label(found)
     border = _wider(unscanned, EVEN_PX)
     border[:EVEN_PX], border[-EVEN_PX:], border[:, :EVEN_PX], border[:, -EVEN_PX:] = True, True, True, True
-    keep = np.bincount(labels.ravel(), minlength=count + 1) >= EVEN_SHADOW_PX
+    keep = label_sizes(labels, count) >= EVEN_SHADOW_PX
     keep &= np.bincount(labels[border], minlength=count + 1) > 0
     keep[0] = False
     core: NDArray[np.bool_] = keep[labels]
     if core.any():
         core = binary_dilation(core, iterations=EVEN_PX, mask=core | (neutral & differs))
     return core
+
+
+def _is_neutral(rgb: NDArray[np.uint8], glass: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """Return what has the hue of glass, bool [h, w]."""
+    light = [rgb[..., i] / np.float32(max(1, glass[i])) for i in range(3)]
+    neutral: NDArray[np.bool_] = np.maximum.reduce(light) - np.minimum.reduce(light) <= NEUTRAL
+    return neutral
 
 
 def _wider(where: NDArray[np.bool_], px: int = 1) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 CONNECTED = np.ones((3, 3), np.bool_)
+ROWS = 256  # of a picture at once, where each pixel is judged alone
 BLUR_PX = 11
 
 # Densities, at 8 um per pixel and smoothed, from measurements. "Lost" is the share of the pixels of tissue that the
@@ -62,7 +63,9 @@ def pen_mask(rgb: NDArray[np.uint8], smallest_px: int = 1, edge_px: int = EDGE_P
     Special stains that are themselves green or blue (trichrome, Alcian blue, Luxol fast blue) pass for ink.
     """
     red, green, blue = densities(rgb)
-    return _grown(*_cool(red, green), smallest_px, edge_px) | _grown(*_warm(red, green, blue), smallest_px, edge_px)
+    cool, warm = _by_rows(_cool, red, green), _by_rows(_warm, red, green, blue)
+    del red, green, blue
+    return _grown(*cool, smallest_px, edge_px) | _grown(*warm, smallest_px, edge_px)
 
 
 def shadow_mask(
@@ -77,19 +80,51 @@ def shadow_mask(
         glass: the colour of bare glass, against which gray is judged.
         smallest_px: fewer pixels together than this are not looked at.
     """
-    low, high = _range(*densities(rgb, glass))
+    low = _density(rgb[..., 0], glass[0])
+    high = low.copy()
+    for i in (1, 2):  # one at a time: of a large thumbnail each takes 16 MB
+        density = _density(rgb[..., i], glass[i])
+        np.minimum(low, density, out=low)
+        np.maximum(high, density, out=high)
+        del density
+    return _grown(*_by_rows(_dark_gray, low, high), smallest_px) | _lines(low, high)
+
+
+def _dark_gray(low: Density, high: Density) -> tuple[Mask, Mask]:
+    """Return where gray is certain, and where it is possible."""
     certain = (low > SHADOW) & (low > GRAY * high)
-    return _grown(certain, (low > SHADOW_EDGE) & (low > GRAY_EDGE * high), smallest_px) | _lines(low, high)
+    return certain, (low > SHADOW_EDGE) & (low > GRAY_EDGE * high)
 
 
 def densities(
     rgb: NDArray[np.uint8], glass: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[Density, Density, Density]:
     """Return optical densities of red, green and blue against glass, float32 [h, w] each, smoothed against noise."""
-    red, green, blue = (
-        ndimage.gaussian_filter(DENSITY[rgb[..., i]] - DENSITY[glass[i]], 1.0, mode="nearest") for i in range(3)
-    )
+    red, green, blue = (_density(rgb[..., i], glass[i]) for i in range(3))
     return red, green, blue
+
+
+def _density(channel: NDArray[np.uint8], glass: int) -> Density:
+    found: Density = DENSITY[channel]
+    found -= DENSITY[glass]
+    smooth: Density = ndimage.gaussian_filter(found, 1.0, mode="nearest")
+    return smooth
+
+
+def _by_rows(judge: Callable[..., tuple[Mask, Mask]], *densities: Density) -> tuple[Mask, Mask]:
+    """Return what a function of pixels finds, some rows at a time: its numbers between would take 100 MB."""
+    tops = range(0, len(densities[0]), ROWS)
+    parts = [judge(*(density[top : top + ROWS] for density in densities)) for top in tops]
+    certain, perhaps = (np.concatenate(found) for found in zip(*parts, strict=True))
+    return certain, perhaps
+
+
+def label_sizes(labels: NDArray[np.int32], count: int) -> NDArray[np.int64]:
+    """Return the number of pixels of each label, int64 [count + 1], without a copy of all in 64 bits."""
+    sizes = np.zeros(count + 1, np.int64)
+    for top in range(0, len(labels), ROWS):
+        sizes += np.bincount(labels[top : top + ROWS].ravel(), minlength=count + 1)
+    return sizes
 
 
 def _cool(red: Density, green: Density) -> tuple[Mask, Mask]:
@@ -109,13 +144,14 @@ def _warm(red: Density, green: Density, blue: Density) -> tuple[Mask, Mask]:
 
 
 def _range(red: Density, green: Density, blue: Density) -> tuple[Density, Density]:
-    return np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+    low, high = np.minimum(red, green), np.maximum(red, green)
+    return np.minimum(low, blue, out=low), np.maximum(high, blue, out=high)
 
 
 def _grown(certain: Mask, perhaps: Mask, smallest_px: int, edge_px: int = EDGE_PX) -> Mask:
     """Return certain pixels that are connected in sufficient number, with their possible edges."""
     labels, count = ndimage.label(certain, CONNECTED)
-    enough = np.bincount(labels.ravel(), minlength=count + 1) >= smallest_px
+    enough = label_sizes(labels, count) >= smallest_px
     enough[0] = False
     core: Mask = enough[labels]
     if not core.any():
@@ -126,7 +162,10 @@ def _grown(certain: Mask, perhaps: Mask, smallest_px: int, edge_px: int = EDGE_P
 
 def _lines(low: Density, high: Density) -> Mask:
     """Return long thin gray lines, also pale ones: edges of coverslips or bubbles."""
-    gray = (low > LINE) & (high - low < LINE_COLOUR + (1 - GRAY) * high)
+    most = (1 - GRAY) * high
+    most += LINE_COLOUR
+    gray = (low > LINE) & (high - low < most)
+    del most
     thin = low - ndimage.grey_opening(low, size=LINE_WIDTH_PX) > LINE
     labels, _ = ndimage.label(gray & thin, CONNECTED)
     lines = np.zeros(low.shape, np.bool_)
