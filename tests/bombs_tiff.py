@@ -265,3 +265,88 @@ def turned(folder: Path, rng: Random) -> Path:
     edge = int(rng.integers(7700, 8192))
     Image.new("RGB", (edge, edge), (200, 100, 150)).save(folder / "a.jpg", exif=exif)
     return folder / "a.jpg"
+
+
+def described(count: int, packed: int, kind: int = 2) -> Callable[[Path, Random], Path]:
+    """Return a maker of a picture with a tag of so many values, and bytes behind it that take no room on the disk."""
+
+    def make(folder: Path, rng: Random) -> Path:
+        path = write(folder / "a.tif", sound_tags([(305 if kind != 2 else 270, LONG, [8])]), TILE)
+        data = bytearray(path.read_bytes())
+        entries = struct.unpack_from("<H", data, 8)[0]
+        for at in range(10, 10 + 12 * entries, 12):
+            if struct.unpack_from("<H", data, at)[0] in (270, 305):
+                struct.pack_into("<HII", data, at + 2, kind, count - int(rng.integers(1, 1000)), len(data))
+        path.write_bytes(data)
+        with path.open("r+b") as file:
+            file.truncate(len(data) + packed)
+        return path
+
+    return make
+
+
+BOMBS["tiff: a description of gigabytes"] = described(1 << 31, 1 << 31)
+BOMBS["tiff: a description as long as is read"] = described(64 << 20, 1 << 31)
+BOMBS["tiff: a description of more than the file"] = described((1 << 32) - 1, 0)
+BOMBS["tiff: a tag of 2^32 doubles"] = described((1 << 32) - 1, 1 << 33, kind=12)
+
+
+@bomb("tiff: SubIFDs in a circle")
+def sub_circle(folder: Path, rng: Random) -> Path:
+    return write(folder / "a.tif", sound_tags([(330, LONG, [8] * int(rng.integers(1, 250)))]), TILE)
+
+
+@bomb("tiff: a JPEG that claims 65,500 px in a tile")
+def wide_jpeg(folder: Path, rng: Random) -> Path:
+    buffer = io.BytesIO()
+    Image.new("RGB", (256, 256), (180, 90, 160)).save(buffer, "JPEG")
+    data = bytearray(buffer.getvalue())
+    struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, 65_500, int(rng.integers(60_000, 65_500)))
+    tags = [(n, k, [7] if n == 259 else [6] if n == 262 else v) for n, k, v in picture_tags(512, 512, (256, 256), 0, 0)]
+    return write(folder / "a.tif", [(n, k, [len(data)] * 4 if n == 325 else v) for n, k, v in tags], bytes(data))
+
+
+def jp2_bomb(components: int, tile: int) -> Make:
+    """Return a maker of a picture in JPEG 2000 that claims components, or tiles of so many pixels a side."""
+
+    def make(folder: Path, rng: Random) -> Path:
+        buffer = io.BytesIO()
+        Image.new("RGB", (256, 256), (180, 90, 160)).save(buffer, "JPEG2000", no_jp2=True)
+        data = bytearray(buffer.getvalue())
+        at = data.index(b"\xff\x51")
+        if tile:
+            struct.pack_into(">II", data, at + 22, tile, tile)
+            struct.pack_into(">II", data, at + 6, 1 << int(rng.integers(16, 20)), 1 << int(rng.integers(16, 20)))
+        if components:
+            siz = bytes(data[at : at + 40]) + b"\x07\x01\x01" * components
+            old = struct.unpack_from(">H", data, at + 2)[0]
+            siz = siz[:2] + struct.pack(">H", min(38 + 3 * components, 65_535)) + siz[4:38]
+            siz += struct.pack(">H", components) + b"\x07\x01\x01" * components
+            data[at : at + 2 + old] = siz
+        tags = [(n, k, [33_005] if n == 259 else v) for n, k, v in picture_tags(512, 512, (256, 256), 0, 0)]
+        return write(folder / "a.tif", [(n, k, [len(data)] * 4 if n == 325 else v) for n, k, v in tags], bytes(data))
+
+    return make
+
+
+BOMBS["tiff: JPEG 2000 of 16,000 components"] = jp2_bomb(16_000, 0)
+BOMBS["tiff: JPEG 2000 of a million tiles"] = jp2_bomb(0, 1 << 8)
+BOMBS["tiff: JPEG 2000 of tiles of one pixel"] = jp2_bomb(0, 1)
+
+
+def png_with(kind: bytes, head: bytes, count: int) -> Make:
+    """Return a maker of a small PNG with chunks that unpack to gigabytes."""
+
+    def make(folder: Path, rng: Random) -> Path:
+        data = png(300, 300, 8, 2)
+        packed = head + zlib.compress(bytes(1 << 26), 9)
+        chunk = struct.pack(">I", len(packed)) + kind + packed + struct.pack(">I", zlib.crc32(kind + packed))
+        (folder / "a.png").write_bytes(data[:33] + chunk * count + data[33:])
+        return folder / "a.png"
+
+    return make
+
+
+BOMBS["picture: PNG of a packed text"] = png_with(b"zTXt", b"a\0\0", 60)
+BOMBS["picture: PNG of a packed profile"] = png_with(b"iCCP", b"a\0\0", 1)
+BOMBS["picture: PNG of an international text"] = png_with(b"iTXt", b"a\0\1\0\0\0", 60)

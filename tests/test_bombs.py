@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,8 +79,18 @@ def test_an_axis_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         open_slide(path, 0.5)
 
 
-def test_lists_and_configurations_say_what_is_too_large(tmp_path: Path) -> None:
+def test_files_say_what_is_too_large(tmp_path: Path) -> None:
+    uses: dict[type[Exception], Callable[[Path], object]] = {
+        SlideFormatError: open_slide,
+        ConfigError: lambda path: find_slides([path]),
+        ModelError: lambda path: load_model(f"hf:{path}"),
+    }
     for name, error, said in (
+        (
+            "tiff: a description of gigabytes",
+            SlideFormatError,
+            "bytes in tag 270 of directory 0, expected up to 67,108",
+        ),
         ("list: very many lines", ConfigError, "lines, expected up to 1,000,000"),
         ("list: Parquet of a long value", ConfigError, "bytes of text, expected up to 134,217,728"),
         ("model: a transformer of very many layers", ModelError, "num_hidden_layers .*, expected up to 1000"),
@@ -90,4 +100,4 @@ def test_lists_and_configurations_say_what_is_too_large(tmp_path: Path) -> None:
         folder.mkdir()
         path = all_bombs()[name](folder, np.random.default_rng(0))
         with pytest.raises(error, match=said):
-            find_slides([path]) if error is ConfigError else load_model(f"hf:{path}")
+            uses[error](path)

@@ -246,6 +246,7 @@ IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH = SIZES = (256, 257, 322, 323
 TILE_OFFSETS = 324
 BYTE_COUNTS = (279, 325)  # of strips, of tiles
 ASCII, MAX_TEXT = 2, 256
+MAX_TAG_TEXT = 64 << 20  # bytes; parsers hold it several times
 SUB_DIRECTORIES = 330
 PLACES = {4: "u4", 13: "u4", 16: "u8", 18: "u8"}
 MAX_DIRECTORIES, MAX_ENTRIES, MAX_BELOW = 4096, 4096, 256
@@ -275,6 +276,11 @@ def _check_directory(file: SlideFile, number: int, order: str, entries: list[Ent
             raise SlideFormatError(
                 f"{file.name}: damaged TIFF: tag {tag} of directory {number} claims {count:,} values, more "
                 f"than the file's {size:,} bytes can hold; {AGAIN}"
+            )
+        if kind == ASCII and count > MAX_TAG_TEXT:
+            raise SlideFormatError(
+                f"{file.name}: a text of {count:,} bytes in tag {tag} of directory {number}, expected up to "
+                f"{MAX_TAG_TEXT:,}; write the slide without it"
             )
         if tag in BYTE_COUNTS and (largest := _largest(file, order, (tag, kind, count, field))) > size:
             raise SlideFormatError(
