@@ -32,6 +32,8 @@ EXPECTED = {
     "TargetError": ValueError,
     "StoreError": OSError,
     "ResultError": ValueError,
+    "MissingPartError": FileNotFoundError,
+    "FeatureError": ValueError,
     "UnknownNameError": LookupError,
     "ResumeError": ValueError,
     "TileError": LookupError,

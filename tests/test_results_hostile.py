@@ -299,7 +299,9 @@ def test_odd_names_of_channels_are_damage(label: object, out: Path) -> None:
 
 def test_arrays_without_their_metadata_are_told_in_a_line(out: Path) -> None:
     (out / "a.svs/heatmap.ome.zarr/0/zarr.json").write_text("{}")
-    with pytest.raises(WsiGradcamError, match=r"has no array 0; expected results of wsi_gradcam"):
+    with pytest.raises(
+        WsiGradcamError, match=r"(has no array 0|/0: damaged metadata .*); expected results of wsi_gradcam"
+    ):
         open_result(out)[0].read(0, 0, Region(0, 0, 4, 4))
 
 

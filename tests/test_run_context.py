@@ -28,6 +28,7 @@ class FakeSlide:
 
     def __init__(self, path: str, *_: Any) -> None:
         self.path, self.open = path, True
+        self.info = SimpleNamespace(path=path, digest="digest")
 
     def close(self) -> None:
         self.open = False
@@ -80,7 +81,7 @@ def test_slides_are_worked_on_while_the_model_is_loaded(
         return "loaded"
 
     monkeypatch.setattr("wsi_gradcam.cam.explainer.Explainer.load", load)
-    monkeypatch.setattr(context, "plan", lambda _: SimpleNamespace(stain=None))
+    monkeypatch.setattr(context, "plan", lambda _: SimpleNamespace(stain=None, slide_digest="digest"))
     monkeypatch.setattr("wsi_gradcam.run.context.PatchReader", lambda *_: SimpleNamespace(close=lambda: None))
     with ThreadPoolExecutor(1) as pool:
         model = pool.submit(context.model)

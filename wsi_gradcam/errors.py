@@ -95,7 +95,7 @@ class ResultError(WsiGradcamError, ValueError):
     """A folder that holds no results, or results that are not there yet."""
 
 
-class MissingPartError(ResultError, FileNotFoundError):
+class MissingPartError(WsiGradcamError, FileNotFoundError):
     """A result without a part that it should have."""
 
 

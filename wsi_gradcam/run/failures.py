@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from wsi_gradcam.errors import (
     AnnotationError,
+    MissingPartError,
     ResumeError,
     SlideAccessError,
     SlideMemoryError,
@@ -90,7 +91,8 @@ def may_succeed_soon(error: BaseException) -> bool:
 
 def is_lasting(error: BaseException) -> bool:
     """Return whether a slide that failed with the error would fail again, and only after it has been worked on."""
-    is_missing = isinstance(error, FileNotFoundError) and not isinstance(error, WsiGradcamError)  # a part of OUT
+    ours = isinstance(error, WsiGradcamError) and not isinstance(error, MissingPartError)
+    is_missing = isinstance(error, FileNotFoundError) and not ours  # a part of OUT
     return not (is_missing or is_transient(error) or isinstance(error, FOUND_EARLY))
 
 
