@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,34 @@ def _write_table(path: Path, slide: Made) -> None:
         table[f"logit_{name}"] = pa.array(values, pa.float32(), mask=missing)
     table["cam_mean_tumour"] = pa.array(logits[1] * 2, pa.float32(), mask=missing)
     pq.write_table(pa.table(table), path)
+
+
+def leaves(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each plain value, and to each dictionary or list in which none is."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from leaves(part, (*way, key))
+    if way and not inner:
+        yield way
+
+
+def other(value: Any) -> Any:
+    """A value of the same kind that is another."""
+    if isinstance(value, bool) or value is None:
+        return 1 if value is None else not value
+    if isinstance(value, int | float):
+        return value + 1 if np.isfinite(value) else 0
+    return f"{value}x" if isinstance(value, str) else [value]
+
+
+def changed(value: Any, way: tuple[Any, ...], kind: str) -> Any:
+    """A copy with one value changed, or not a number, or gone."""
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in way[:-1]:
+        inner = inner[key]
+    if kind == "gone":
+        del inner[way[-1]]
+    else:
+        inner[way[-1]] = float("nan") if kind == "nan" else other(inner[way[-1]])
+    return copy

@@ -17,6 +17,7 @@ import pytest
 import yaml
 import zarr
 
+from tests.made_results import changed, leaves
 from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marked_pair
 from wsi_gradcam import audit_run, open_result
@@ -160,37 +161,6 @@ def test_lost_files_are_noticed(shared_copy: Path) -> None:
         else:
             assert noticed(shared_copy, name) is (name not in silent), name
         path.write_bytes(data)
-
-
-def leaves(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to each plain value, and to each dictionary or list in which none is."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in inner:
-        yield from leaves(part, (*way, key))
-    if way and not inner:
-        yield way
-
-
-def other(value: Any) -> Any:
-    """A value of the same kind that is another."""
-    if isinstance(value, bool) or value is None:
-        return 1 if value is None else not value
-    if isinstance(value, int | float):
-        return value + 1 if np.isfinite(value) else 0
-    return f"{value}x" if isinstance(value, str) else [value]
-
-
-def changed(value: Any, way: tuple[Any, ...], kind: str) -> Any:
-    """A copy with one value changed, or not a number, or gone."""
-    copy = json.loads(json.dumps(value))
-    inner = copy
-    for key in way[:-1]:
-        inner = inner[key]
-    if kind == "gone":
-        del inner[way[-1]]
-    else:
-        inner[way[-1]] = float("nan") if kind == "nan" else other(inner[way[-1]])
-    return copy
 
 
 def written(name: str, value: Any) -> bytes:
