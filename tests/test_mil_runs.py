@@ -223,3 +223,14 @@ def test_an_encoder_that_is_code_needs_permission(slide: MarkerSlide, model: Pat
     with pytest.raises(ModelError, match="--trust-code"):
         explain(slide.path, model, tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_features_that_float16_does_not_hold_are_refused(slide: MarkerSlide, tmp_path: Path) -> None:
+    """They would be infinite; float32 holds them."""
+    loud = {key: value for key, value in toy_values("loud_encoder").items() if key not in ("name", "classes")}
+    model = write_model(tmp_path / "loud", encoder=loud)
+    settings = {**SMALL, "feature_precision": "float16"}
+    (record,) = explain(slide.path, model, tmp_path / "out", trust_code=True, **settings).records
+    assert record.status == "failed"
+    assert "infinite in float16" in record.error
+    assert "--feature-precision float32" in record.error

@@ -359,3 +359,19 @@ def test_memory_depends_on_the_batch_and_not_on_the_slide() -> None:
     assert estimate(ENTRY, huge, run).memory_bytes == estimate(ENTRY, PLAN, run).memory_bytes == memory_estimate(run)
     double = run_of(replace(FACTS, activation_bytes=1 << 24, batch_size=64))
     assert memory_estimate(double) - memory_estimate(run) == 32 * (2 * (1 << 24) + 3 * 3 * 4 * 32 * 64)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "path", "told"),
+    [
+        ("mirax", "a.mrxs", True),
+        ("hamamatsu", "a.vms", True),
+        ("hamamatsu", "a.ndpi", False),
+        ("aperio", "a.svs", False),
+    ],
+)
+def test_formats_whose_tiles_are_not_looked_at_say_so(vendor: str, path: str, told: bool) -> None:
+    slide = ArraySlide([np.full((600, 800, 3), (200, 120, 180), np.uint8)], mpp=(0.5, 0.5))
+    slide._info = replace(slide.info, vendor=vendor, path=path)
+    plan, _, _ = plan_slide(slide, run_of())
+    assert any("judged by OpenSlide alone" in note for note in plan.notes) is told

@@ -262,6 +262,18 @@ class Encoder(nn.Module):
         return cast(Tensor, self.features(images).mean(dim=(2, 3)))
 
 
+class LoudEncoder(Encoder):
+    """Features that float16 does not hold."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * 1e7
+
+
+def loud_encoder() -> nn.Module:
+    """An encoder whose features are beyond float16."""
+    return LoudEncoder()
+
+
 def encoder() -> nn.Module:
     """An encoder of slide-level models, with 12 features."""
     return Encoder()

@@ -43,19 +43,22 @@ def encode_span(context: Context[Workload], entry: SlideEntry, span: int, upcomi
             found[batch.start : batch.start + len(batch.rgb)] = model.features(batch.rgb)
             for i in batch.causes:
                 found[batch.start + i], status[batch.start + i] = 0, UNREADABLE
-    _check_finite(entry, found, places.yx(start, stop))
-    store.write(start, features=found.astype(context.run.settings.feature_precision), status=status)
+    with np.errstate(over="ignore"):
+        kept = found.astype(context.run.settings.feature_precision)
+    _check_finite(entry, kept, places.yx(start, stop))
+    store.write(start, features=kept, status=status)
     manifest.complete("features", name, {"digest": store.digest(start, stop), "run": plan.run_digest})
     return Processed(0, 0, clock.waited_s, clock.model_s, clock.read_s)
 
 
-def _check_finite(entry: SlideEntry, found: NDArray[np.float32], yx: NDArray[np.int64]) -> None:
+def _check_finite(entry: SlideEntry, found: NDArray[np.floating[Any]], yx: NDArray[np.int64]) -> None:
     finite = np.isfinite(found).all(axis=1)
     if not finite.all():
         y, x = yx[int(np.argmin(finite))].tolist()
         raise ModelError(
-            f"{entry.path}: the encoder gives NaN or infinite features for the patch at level-0 y {y}, x {x}; check "
-            "its weights and normalisation"
+            f"{entry.path}: features of the patch at level-0 y {y}, x {x} are NaN or infinite in {found.dtype}; check "
+            "the encoder's weights and normalisation"
+            + ("" if found.dtype == np.float32 else ", or give --feature-precision float32")
         )
 
 

@@ -19,6 +19,7 @@ from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.examining import fit_stain
+from wsi_gradcam.slides.openslide_tiles import judged_by_openslide_alone
 from wsi_gradcam.tissue.annotations import in_frame, tissue_within
 from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import TISSUE_RULE, slide_masks
@@ -229,6 +230,8 @@ def plan_slide(
     y, x, height, width = run.facts.view
     view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
     notes = _enlarging(info, run.mpp, settings.allow_upsampling)
+    if judged_by_openslide_alone(info):
+        notes.append("its tiles are judged by OpenSlide alone, which shows some that are damaged")
     Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
     masks = slide_masks(slide)
     mask = masks.selected(settings.tissue)

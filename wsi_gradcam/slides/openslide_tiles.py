@@ -39,6 +39,8 @@ from wsi_gradcam.slides.tiff_samples import EOI, JPEGS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.slides.base import SlideInfo
+
     Pair = tuple[float, float]
     Size = tuple[int, int]
 
@@ -450,3 +452,13 @@ def _frames(file: BinaryIO, count: int) -> list[tuple[int, int]]:
     file.seek(items[-1] + 4)
     lengths = np.diff(items, append=items[-1] + 8 + int.from_bytes(file.read(4), "little")) - 8
     return [(item + 8, int(length)) for item, length in zip(items, lengths, strict=True)]
+
+
+# OpenSlide's words for formats whose tiles nothing here finds.
+UNJUDGED = frozenset({"mirax", "sakura", "zeiss"})
+
+
+def judged_by_openslide_alone(info: SlideInfo) -> bool:
+    """Return whether a slide's format is one whose compressed tiles only OpenSlide looks at."""
+    is_vms = info.vendor == "hamamatsu" and not info.path.lower().endswith(".ndpi")
+    return info.vendor in UNJUDGED or is_vms
