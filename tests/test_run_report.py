@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runs import ROOT
+from wsi_gradcam.results.run_files import folder_name, is_name
 from wsi_gradcam.run.report import LISTED, run_page
 from wsi_gradcam.run.status import RunStatus
 
@@ -155,7 +156,7 @@ def test_an_audit_has_a_page_too() -> None:
     assert links == ["./../a.svs/overview.png"]
 
 
-@given(st.one_of(st.just(HOSTILE), st.text(min_size=1)), st.sampled_from(["ok", "failed", HOSTILE]))
+@given(st.one_of(st.sampled_from([HOSTILE, "METRICS.JSON", "audit"]), st.text(min_size=1)), st.sampled_from(["ok", "failed", HOSTILE]))
 def test_names_and_texts_are_nothing_but_text(text: str, state: str) -> None:
     everything = status(
         run=text,
@@ -176,10 +177,11 @@ def test_names_and_texts_are_nothing_but_text(text: str, state: str) -> None:
     plain = Page(run_page(status(state="stopped"), {"a.svs": row("a.svs", state)}))
     assert {name for name, _ in page.tags} <= {name for name, _ in plain.tags}
     assert not {key for _, tag in page.tags for key in tag if key.startswith("on")}
+    folder = folder_name(text) if is_name(text) else text
     for name, tag in page.tags:
         if name == "a":
             assert (tag["href"] or "").startswith("./")
-            assert unquote((tag["href"] or "")[2:]) == f"{text}/overview.png"
+            assert unquote((tag["href"] or "")[2:]) == f"{folder}/overview.png"
 
 
 def test_names_that_are_not_unicode_are_shown_and_found() -> None:
