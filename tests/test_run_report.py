@@ -156,7 +156,10 @@ def test_an_audit_has_a_page_too() -> None:
     assert links == ["./../a.svs/overview.png"]
 
 
-@given(st.one_of(st.sampled_from([HOSTILE, "METRICS.JSON", "audit"]), st.text(min_size=1)), st.sampled_from(["ok", "failed", HOSTILE]))
+@given(
+    st.one_of(st.sampled_from([HOSTILE, "METRICS.JSON", "audit"]), st.text(min_size=1)),
+    st.sampled_from(["ok", "failed", HOSTILE]),
+)
 def test_names_and_texts_are_nothing_but_text(text: str, state: str) -> None:
     everything = status(
         run=text,
