@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -323,6 +324,44 @@ def test_a_code_admits_one_browser(out: Path) -> None:
             assert answer.status_code == found
             assert server.get(f"{access.folder}api/run").status_code == (200 if found == 303 else 401)
             assert answer.headers.get("cache-control") == "no-store"
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_a_clock_that_is_set_locks_nobody_out_and_in(out: Path, monkeypatch: pytest.MonkeyPatch, years: int) -> None:
+    """Neither token nor cookie has an end by the clock, which is the browser's too here."""
+    access = Access.for_host("127.0.0.1", "right")
+    access.codes.update({"before", "after"})
+    true, jumped = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: true() + jumped[0])
+    with client(out, access) as early, client(out, access) as late, client(out, access) as stranger:
+        entered = early.get("/?token=before", follow_redirects=False)
+        assert not {"expires", "max-age"} & {part.partition("=")[0] for part in cookie_parts(entered)}
+        jumped[0] = years * 365.25 * 86400
+        assert early.get(f"{access.folder}api/run").status_code == 200
+        assert early.get("/api/run", headers={"Authorization": "Bearer right"}).status_code == 200
+        assert stranger.get("/?token=before", follow_redirects=False).status_code == 401  # used up, as ever
+        assert late.get("/?token=after", follow_redirects=False).status_code == 303
+        jumped[0] = 0.0
+        assert [each.get(f"{access.folder}api/run").status_code for each in (early, late, stranger)] == [200, 200, 401]
+
+
+def cookie_parts(answer: Any) -> list[str]:
+    return [part.strip().lower() for part in answer.headers["set-cookie"].split(";")]
+
+
+def test_a_clock_that_is_set_closes_no_connection_and_keeps_none(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a client has been silent is told by a clock that nobody sets."""
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(connections, "CHECK_EVERY_S", 0.1)
+    true, jumped = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: true() + jumped[0])
+    with served(out) as server:
+        for years in (30, -30):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
+                began, jumped[0] = time.monotonic(), years * 365.25 * 86400
+                assert silent.recv(1) == b""
+                assert 1.5 < time.monotonic() - began < 15
+            assert fetched(f"{server.url}/api/run")[0] == 200
 
 
 def test_a_browser_that_comes_from_a_file_begins_anew(out: Path) -> None:

@@ -22,10 +22,19 @@ from PIL.PngImagePlugin import PngInfo
 
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.io.local import PARTIAL, wrap_write_errors
+from wsi_gradcam.io.local import PARTIAL, LocalPath, wrap_write_errors
 from wsi_gradcam.results.channels import ChannelInfo
 from wsi_gradcam.results.display import Colouring, check_colormap
 from wsi_gradcam.results.run_files import is_name
+from wsi_gradcam.results.seals import (
+    EXPORTS,
+    JOURNAL,
+    contents_of,
+    export_digest,
+    journal_lines,
+    read_exports,
+    sealed_json,
+)
 from wsi_gradcam.results.slide import SlideResult
 from wsi_gradcam.system.processes import PeriodicTimer, Process, this_process
 
@@ -39,18 +48,10 @@ HALF = 0.5  # the share of the window at which regions begin without a threshold
 
 # The journal of an export is a file in DEST, which is removed when all has ended well. An export that was killed, or
 # broke off, leaves it: the next one into DEST deletes the half-written files that it names, and does not write again
-# what is finished, where the same is asked for.
-NAME = re.compile(rf"\.export\.([0-9a-f]{{32}}){re.escape(PARTIAL)}")
+# what is finished, where the same is asked for. The journal holds the digests of what is done, too: they come into the
+# listing in the end, at once for all slides, or when the next export reads the journal.
 TOUCHED_S = 10.0
 SILENT_S = 60.0  # an export elsewhere whose journal is older counts as dead
-# Of the folders that exports make, by their endings: the files in them.
-CONTENTS = {
-    ".ome.zarr": re.compile(
-        r"(.*/)?\.z(array|attrs|group|metadata)|(labels/[^/]+/)?[0-9]+(/[0-9]+)+|OME/METADATA\.ome\.xml"
-    ),
-    "_files": re.compile(r"[0-9]+/[0-9]+_[0-9]+\.png"),
-    ".qupath": re.compile(r"overlay-[0-9]+\.png|([a-z]+/)?(patches|regions)\.geojson|show_in_qupath\.groovy"),
-}
 
 Line = dict[str, Any]
 
@@ -62,6 +63,7 @@ class Journal:
         self._dest, self._mark = dest, uuid.uuid4().hex
         self._file = dest / f".export.{self._mark}{PARTIAL}"
         self._before: list[Line] = []  # of exports that did not end
+        self._digests: dict[str, str] = {}  # to be listed; "" of what was replaced, and nobody knows by what
         self._is_open, self._is_new = False, False
         self._ticker = PeriodicTimer(TOUCHED_S, self._touch, "journal")
 
@@ -69,8 +71,9 @@ class Journal:
         """Clear up after exports that did not end.
 
         Raises:
-            StoreError: DEST cannot be written.
+            StoreError: DEST cannot be written, or its listing is damaged.
         """
+        self._check_listing()
         with wrap_write_errors(self._dest):
             self._is_new = not self._dest.exists()
             self._dest.mkdir(parents=True, exist_ok=True)
@@ -85,13 +88,53 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ticker.__exit__(kind, error, trace)
-        with suppress(OSError):
+        try:
+            self._write_listing()
+        except (StoreError, OSError):
+            self._break_off()
             if error is None:
-                self._file.unlink(missing_ok=True)
-                if self._is_new:
-                    self._dest.rmdir()  # where nothing was made
-            else:  # the same command goes on from here
-                self._add({"ended": True})
+                raise
+            return
+        if error is not None:
+            self._break_off()
+            return
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
+            if self._is_new:
+                self._dest.rmdir()  # where nothing was made
+
+    def _break_off(self) -> None:
+        """Note that this export does not go on: the same command does, from here."""
+        with suppress(StoreError, OSError):
+            self._add({"ended": True})
+
+    def _check_listing(self) -> dict[str, str]:
+        try:
+            return read_exports(LocalPath(self._dest / EXPORTS))
+        except ValueError as error:
+            raise StoreError(
+                f"{self._dest / EXPORTS}: damaged, or none of ours; delete it, then `validate` does not know what was "
+                "exported before"
+            ) from error
+
+    def _write_listing(self) -> None:
+        """Write the digests of what was made into the listing, beside those of other exports."""
+        if not self._digests:
+            return
+        place = LocalPath(self._dest)
+
+        def changed(_: bytes | None) -> bytes | None:  # nobody else writes it meanwhile
+            for half in self._dest.glob(f"{EXPORTS}.*{PARTIAL}"):
+                half.unlink(missing_ok=True)
+            before = self._check_listing()
+            kept = {name: text for name, text in before.items() if self._digests.get(name, text)}
+            for name in before.keys() - kept.keys():  # a job that broke off may have left it as it was
+                if export_digest(place, name) == before[name]:
+                    kept[name] = before[name]
+            files = kept | {name: text for name, text in self._digests.items() if text}
+            return None if files == before else sealed_json({"files": dict(sorted(files.items()))}, indent=1)
+
+        (place / EXPORTS).update(changed)
 
     def partial(self, path: Path, job: str) -> Path:
         """Return where a file or folder of a job is written until it is whole, after noting that it is begun."""
@@ -104,7 +147,9 @@ class Journal:
 
     def done(self, paths: list[Path], job: str) -> None:
         """Note that all of a job is there."""
-        self._add({"done": [self._name(path) for path in paths], "job": job})
+        names = [self._name(path) for path in paths]
+        files = {name: export_digest(LocalPath(self._dest), name) for name in names} if self._is_open else {}
+        self._add({"done": names, "job": job, "files": files})
 
     def was_made(self, path: Path, job: str) -> bool:
         """Return whether an export that did not end has made this for the same job."""
@@ -113,7 +158,7 @@ class Journal:
     def was_done(self, job: str) -> list[Path] | None:
         """Return the files of a job that such an export has finished, where they are still there; else None."""
         for line in self._before:
-            if "done" in line and line["job"] == job:
+            if "done" in line and line.get("job") == job:
                 paths = [self._dest / name for name in line["done"]]
                 return paths if all(path.exists() for path in paths) else None
         return None
@@ -126,6 +171,10 @@ class Journal:
             return
         with wrap_write_errors(self._file), self._file.open("a", encoding="ascii") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines:
+            if "begun" in line:
+                self._digests[line["begun"]] = ""
+            self._digests |= line.get("files", {})
 
     def _touch(self) -> None:
         with suppress(OSError):
@@ -135,7 +184,7 @@ class Journal:
         """Yield the journals of exports that did not end."""
         now = self._file.stat().st_mtime  # by the clock of the file system
         for place in sorted(self._dest.iterdir()):
-            if NAME.fullmatch(place.name) and place != self._file and place.is_file():
+            if JOURNAL.fullmatch(place.name) and place != self._file and place.is_file():
                 lines = _lines(place)
                 process = _process(lines)
                 alive = None if process is None else process.alive()
@@ -144,11 +193,12 @@ class Journal:
                     yield place
 
     def _clear_up(self, place: Path) -> None:
-        mark, lines = place.name.split(".")[2], _lines(place)
-        kept = [line for line in lines if "done" in line]
-        for line in lines:
-            if isinstance(name := line.get("begun"), str) and is_name(name):
-                path = self._dest / name
+        mark, kept = place.name.split(".")[2], []
+        for line in _lines(place):
+            if "done" in line:
+                kept.append(line)
+            elif "begun" in line:
+                path = self._dest / line["begun"]
                 if not os.path.lexists(_beside(path, mark)):  # what is there now was put there, whole
                     kept.append(line)
                 remove(_beside(path, mark))
@@ -179,9 +229,9 @@ def settle(old: Path, path: Path) -> None:
 
 def _foreign(folder: Path, name: str) -> list[Path]:
     """Return the files of a folder of this name that are not of an export."""
-    ours = [contents for ending, contents in CONTENTS.items() if name.endswith(ending)]
+    ours = contents_of(name)
     files = [Path(here, name) for here, _, names in os.walk(folder) for name in names]
-    return [file for file in files if ours and not ours[0].fullmatch(file.relative_to(folder).as_posix())]
+    return [file for file in files if ours and not ours.fullmatch(file.relative_to(folder).as_posix())]
 
 
 def remove(path: Path) -> None:
@@ -197,13 +247,18 @@ def _beside(path: Path, mark: str, kind: str = "") -> Path:
 
 
 def _lines(place: Path) -> list[Line]:
-    """Return the lines of a journal, without one that was cut short."""
-    found = []
-    for text in place.read_text(encoding="ascii", errors="replace").splitlines():
-        with suppress(ValueError):
-            line = json.loads(text)
-            found += [line] if isinstance(line, dict) else []
-    return found
+    """Return the lines of a journal, but for those that are not as they were written."""
+    return [line for line in journal_lines(place) if _is_sound(line)]
+
+
+def _is_sound(line: Line) -> bool:
+    """Return whether a line of a journal names paths below its folder alone."""
+    files = line.get("files", {})
+    done = line.get("done", [])
+    if not (isinstance(files, dict) and isinstance(done, list) and isinstance(line.get("begun", "x"), str)):
+        return False
+    names = (line.get("begun", "x"), *done, *files, *files.values())
+    return all(isinstance(name, str) and is_name(name) for name in names)
 
 
 def _process(lines: list[Line]) -> Process | None:

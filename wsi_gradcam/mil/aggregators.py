@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.mil.spec import AggregatorSpec, SlideModelSpec
 
 MAX_NUMBERS = 1 << 28  # of all weights: a view in a small file may claim any shape
-MAX_PREFIX = 4  # parts of a name
+MAX_TENSORS, MAX_PREFIXES, MAX_PREFIX = 4096, 32, 4  # prefixes that are tried, and parts of one
 ATTENTION_PARTS = (
     ("gate_a", r"(?:.*\.)?attention_[aV](?:\.(\d+))?"),
     ("gate_b", r"(?:.*\.)?attention_[bU](?:\.(\d+))?"),
@@ -282,10 +283,12 @@ def _layers(where: str, state: Mapping[str, Tensor], parts: Sequence[tuple[str, 
     Raises:
         ModelError: a name that has no part.
     """
-    if sum(tensor.numel() for tensor in state.values()) > MAX_NUMBERS:
-        raise ModelError(f"{where}: its weights claim more than {MAX_NUMBERS:,} numbers, which no aggregator has")
+    count = sum(tensor.numel() for tensor in state.values())
+    if count > MAX_NUMBERS or len(state) > MAX_TENSORS:
+        raise ModelError(f"{where}: claims {count:,} numbers in {len(state):,} tensors, which no aggregator has")
     named = {_plain(name): (name, tensor) for name, tensor in state.items()}
-    prefixes = {".".join(name.split(".")[:k]) + "." * (k > 0) for name in named for k in range(MAX_PREFIX)}
+    shared = Counter(".".join(name.split(".")[:k]) + "." * (k > 0) for name in named for k in range(MAX_PREFIX))
+    prefixes = [prefix for prefix, _ in shared.most_common(MAX_PREFIXES)]
     counts = {prefix: sum(_part(name, prefix, parts) is not None for name in named) for prefix in prefixes}
     prefix = max(sorted(prefixes, key=len), key=lambda each: counts[each])
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -303,9 +306,8 @@ def _layers(where: str, state: Mapping[str, Tensor], parts: Sequence[tuple[str, 
             found.setdefault(part, {}).setdefault(stem, {})[kind] = tensor
     notes = [f"the weights are those behind {prefix!r}"] if prefix else []
     notes += [f"not used: {', '.join(left[:3])}{f' and {len(left) - 3} more' * (len(left) > 3)}"] if left else []
-    return Layers(
-        where, {part: _ordered(where, stems, part, parts) for part, stems in found.items()}, tuple(notes)
-    ), counts[prefix]
+    ordered = {part: _ordered(where, stems, part, parts) for part, stems in found.items()}
+    return Layers(where, ordered, tuple(notes)), counts[prefix]
 
 
 def _plain(name: str) -> str:

@@ -305,16 +305,15 @@ def torch_rows(path: Path) -> FeatureRows:
     """Return the features in a file of PyTorch: a tensor, or one under the name of features in a dict."""
     import torch
 
+    from wsi_gradcam.models.sources import saved_problem
+
     if not zipfile.is_zipfile(path):
         raise FeatureError(
             f"{path}: a pickle of PyTorch before 1.6, or none; write it anew by torch.save of the tensor"
         )
+    if problem := saved_problem(path, MAX_TENSOR_PICKLE):
+        raise FeatureError(f"{path}: {problem}; write it anew by torch.save of the tensor")
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        wrong = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
-        large = any(e.filename.endswith("data.pkl") and e.file_size > MAX_TENSOR_PICKLE for e in entries)
-        if wrong or large or sum(e.file_size for e in entries) > path.stat().st_size:
-            raise FeatureError(f"{path}: not as torch.save writes a tensor; write it anew by torch.save of the tensor")
         if damaged := archive.testzip():
             raise FeatureError(f"{path}: the checksum of {quoted(damaged)} in it is wrong; it is damaged, make it anew")
     try:

@@ -24,7 +24,7 @@ from wsi_gradcam.geometry import Region, ceil_div, pyramid_shapes, tiles
 from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.results.heatmap import SHARD
+from wsi_gradcam.results.heatmap import LABEL, SHARD
 from wsi_gradcam.results.seals import sealed_json
 from wsi_gradcam.tissue.stain import StainFit
 
@@ -366,3 +366,57 @@ def digest_of(arrays: Iterable[NDArray[np.generic]]) -> str:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+# The names of files in the folder of a slide's results.
+LEFT_OVER = (
+    "manifest/features/",
+    "manifest/bag/",
+    "manifest/spans/",
+    "manifest/blocks/",
+)  # left where a run was killed while it folded them away
+GROUPS = {
+    f"{group}/zarr.json"
+    for group in (
+        "cams.zarr",
+        "features.zarr",
+        *(f"heatmap.ome.zarr{name}" for name in ("", "/labels", f"/labels/{LABEL}")),
+    )
+}
+METADATA_BYTES = 1 << 20  # most that is read of it
+METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
+
+
+def is_of_array(name: str) -> bool:
+    """Return True for the name of the metadata of an array, and not of a group."""
+    return name.endswith(f"/{METADATA}") and name not in GROUPS
+
+
+def unknown_files(place: StoragePath) -> list[str]:
+    """Return the names of a slide's files but for those of the manifest and the chunks that its arrays may have."""
+    names = place.all_files()
+    grids = {}
+    for name in names:
+        if is_of_array(name):
+            grids[name.removesuffix(METADATA)] = _grid((place / name).read_range(0, METADATA_BYTES))
+    return [n for n in names if not (n == f"manifest/{DONE}" or n.startswith(LEFT_OVER) or _is_chunk(n, grids))]
+
+
+def _grid(metadata: bytes) -> tuple[int, ...]:
+    """Return the number of chunk files along each axis of an array; () where its metadata is damaged."""
+    try:
+        values = read_json(metadata)
+        chunks = values["chunk_grid"]["configuration"]["chunk_shape"]
+        return tuple(-(-size // chunk) for size, chunk in zip(values["shape"], chunks, strict=True))
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        return ()
+
+
+def _is_chunk(name: str, grids: dict[str, tuple[int, ...]]) -> bool:
+    array, found, key = name.rpartition(f"/{CHUNKS}/")
+    grid, numbers = grids.get(f"{array}/", ()), key.split("/")
+    return (
+        bool(found)
+        and len(grid) == len(numbers)
+        and all(n.isdecimal() and str(int(n)) == n and int(n) < count for n, count in zip(numbers, grid, strict=True))
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from wsi_gradcam.io.documents import read_json, read_yaml, to_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 from wsi_gradcam.results.manifest import PLAN, Manifest
-from wsi_gradcam.results.seals import BLANK, KEY, sealed
+from wsi_gradcam.results.seals import BLANK, KEY, leads_out, sealed
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
@@ -39,6 +38,7 @@ RESERVED = frozenset(
             "display.json",
             "evidence",
             "exports",
+            "exports.json",
             "files.json",
             "log",
             "logs",
@@ -62,7 +62,7 @@ def folder_name(slide_id: str) -> str:
     >>> [folder_name(name) for name in ("a.svs", "audit/a.svs", "Audit~/a.svs", "more/audit/a.svs")]
     ['a.svs', 'audit~/a.svs', 'Audit~~/a.svs', 'more/audit/a.svs']
     """
-    if _leads_out(slide_id):
+    if leads_out(slide_id):
         raise ResultError(f"{slide_id!r} is no name of a slide below OUT; slides.jsonl or slides.csv is damaged")
     first, slash, rest = slide_id.partition("/")
     return f"{first}{MARK}{slash}{rest}" if _is_reserved(first) else slide_id
@@ -80,11 +80,7 @@ def slide_id_of(folder: str) -> str:
 
 def is_name(slide_id: str) -> bool:
     """Return whether it names a folder below OUT, and nothing outside."""
-    return not _leads_out(slide_id)
-
-
-def _leads_out(slide_id: str) -> bool:
-    return bool({"", ".", ".."} & set(slide_id.split("/")) or (os.name == "nt" and "\\" in slide_id))
+    return not leads_out(slide_id)
 
 
 def _is_reserved(name: str) -> bool:

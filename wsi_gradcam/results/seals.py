@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
+from wsi_gradcam.io.local import PARTIAL, LocalPath, read_file
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from wsi_gradcam.io.paths import StoragePath
 
 KEY = "sha256_of_the_rest"
@@ -104,7 +110,9 @@ def file_problems(place: StoragePath, digests: Mapping[str, str], present: Itera
         digests: sha256 by name.
         present: names of files that are there.
     """
-    for name, found in digests_of(place, digests).items():
+    outside = [name for name in digests if leads_out(name)]
+    yield from (f"{name!r} is no name of a file of these results" for name in outside[:NAMED])
+    for name, found in digests_of(place, digests.keys() - set(outside)).items():
         if found != digests[name]:
             yield f"{name} differs from what was made" if found else f"{name} is missing"
     unknown = sorted(set(present) - digests.keys())
@@ -112,6 +120,15 @@ def file_problems(place: StoragePath, digests: Mapping[str, str], present: Itera
         yield f"{name} is no file of these results; remove it"
     if len(unknown) > NAMED:
         yield f"{len(unknown) - NAMED} more files are none of these results"
+
+
+def leads_out(name: str) -> bool:
+    """Return True for a name of no file below a folder: with parts that are empty or lead upwards.
+
+    >>> leads_out("a/b.json"), leads_out("../b.json"), leads_out("/etc/b.json")
+    (False, True, True)
+    """
+    return not {"", ".", ".."}.isdisjoint(name.split("/")) or (os.name == "nt" and "\\" in name)
 
 
 def listing_problems(place: StoragePath, data: bytes, left_out: Callable[[str], bool]) -> Iterator[str]:
@@ -128,3 +145,99 @@ def write_listing(place: StoragePath, coming: Mapping[str, bytes], left_out: Cal
     names = {name for name in place.all_files() if name != LISTING and name not in coming and not left_out(name)}
     digests = digests_of(place, names) | {name: hashlib.sha256(data).hexdigest() for name, data in coming.items()}
     (place / LISTING).write(sealed_json({"files": dict(sorted(digests.items()))}, indent=1))
+
+
+# A folder of exports has a listing, with the sha256 of each file and folder that exports made there. While an export
+# works it keeps a journal beside it: a line of JSON for each path that is begun, and for each job that is done.
+EXPORTS = "exports.json"
+JOURNAL = re.compile(rf"\.export\.([0-9a-f]{{32}}){re.escape(PARTIAL)}")
+MAX_JOURNAL_BYTES = 1 << 28
+# Of the folders that exports make, by their endings: the files in them.
+CONTENTS = {
+    ".ome.zarr": re.compile(
+        r"(.*/)?\.z(array|attrs|group|metadata)|(labels/[^/]+/)?[0-9]+(/[0-9]+)+|OME/METADATA\.ome\.xml"
+    ),
+    "_files": re.compile(r"[0-9]+/[0-9]+_[0-9]+\.png"),
+    ".qupath": re.compile(r"overlay-[0-9]+\.png|([a-z-]+/)?(patches|regions)\.geojson|show_in_qupath\.groovy"),
+}
+
+
+def contents_of(name: str) -> re.Pattern[str] | None:
+    """Return which files are in a folder of this name that an export makes; None for the name of a file."""
+    return next((contents for ending, contents in CONTENTS.items() if name.endswith(ending)), None)
+
+
+def export_digest(place: StoragePath, name: str) -> str:
+    """Return the sha256 of a file that an export made, or of the lines that `sha256sum` gives of a folder's files.
+
+    It is "" where nothing is there. Files that no export makes do not count.
+    """
+    if (contents := contents_of(name)) is None:
+        return _digest(place / name)
+    found = digests_of(place / name, [file for file in (place / name).all_files() if contents.fullmatch(file)])
+    lines = "".join(f"{digest}  {file}\n" for file, digest in found.items())
+    return hashlib.sha256(lines.encode()).hexdigest() if found else ""
+
+
+def read_exports(place: StoragePath) -> dict[str, str]:
+    """Return the digests in a listing of exports by the paths of files and folders; none where there is no listing.
+
+    Raises:
+        ValueError: it is damaged, or none of ours.
+        StoreError: it cannot be read.
+    """
+    try:
+        data = place.read(SMALL_BYTES)
+    except FileNotFoundError:
+        return {}
+    values = read_json(data)
+    found = values.get("files") if isinstance(values, dict) and seal_of(data) is Seal.HOLDS else None
+    if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
+        raise ValueError(f"{EXPORTS} differs from what was made")
+    return found
+
+
+def export_problems(place: StoragePath, notes: list[str], where: str = "", is_theirs: bool = True) -> Iterator[str]:
+    """Yield what differs between a folder of exports and its listing.
+
+    Args:
+        notes: what could not be checked is added to them.
+        where: the folder, in messages.
+        is_theirs: there is nothing else in the folder.
+    """
+    try:
+        digests = read_exports(place / EXPORTS)
+    except ValueError:
+        yield f"{where}{EXPORTS} differs from what was made; delete it and export with --overwrite"
+        return
+    begun = _begun_exports(place)
+    if begun is not None:
+        notes.append(f"{where or place}: an export has not ended; run the same export command again")
+    for name in sorted(digests):
+        if leads_out(name):
+            yield f"{where}{EXPORTS} names {name!r}, which is no path of an export"
+        elif name not in (begun or ()) and (found := export_digest(place, name)) != digests[name]:
+            yield f"{where}{name} " + ("differs from what was made" if found else "is missing") + "; export it again"
+    folders = tuple(f"{name}/" for name in digests if contents_of(name))
+    present = {name for name in place.all_files() if not name.startswith(folders)} if is_theirs else set()
+    if others := present - {EXPORTS, *digests}:
+        notes.append(f"{where or place}: {len(others)} files are not in {EXPORTS}, so they were not checked")
+
+
+def _begun_exports(place: StoragePath) -> set[str] | None:
+    """Return the paths that exports have begun which have not ended; None where there is no such export."""
+    if not isinstance(place, LocalPath) or not place.path.is_dir():
+        return None
+    journals = [file for file in place.path.iterdir() if JOURNAL.fullmatch(file.name) and file.is_file()]
+    lines = [line for journal in journals for line in journal_lines(journal)]
+    return {line["begun"] for line in lines if isinstance(line.get("begun"), str)} if journals else None
+
+
+def journal_lines(place: Path) -> list[dict[str, Any]]:
+    """Return the lines of the journal of an export, without one that was cut short."""
+    found = []
+    for text in read_file(place, MAX_JOURNAL_BYTES).decode("ascii", "replace").splitlines():
+        with suppress(ValueError):
+            line = read_json(text)
+            found += [line] if isinstance(line, dict) else []
+    return found

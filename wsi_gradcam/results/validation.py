@@ -24,12 +24,15 @@ from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import LABEL, HeatmapStore, check_specification
 from wsi_gradcam.results.manifest import (
     DONE,
+    METADATA,
     Manifest,
     SlideDone,
     SlideStatus,
     block_name,
     digest_of,
+    is_of_array,
     span_name,
+    unknown_files,
 )
 from wsi_gradcam.results.patch_store import OK, STATUS_NAMES, UNREADABLE, PatchStore, StoredTable
 from wsi_gradcam.results.run import planned_slides
@@ -41,7 +44,16 @@ from wsi_gradcam.results.run_files import (
     made_with,
     parse_run,
 )
-from wsi_gradcam.results.seals import LISTING, Seal, file_problems, is_account, listing_problems, seal_of
+from wsi_gradcam.results.seals import (
+    EXPORTS,
+    LISTING,
+    Seal,
+    export_problems,
+    file_problems,
+    is_account,
+    listing_problems,
+    seal_of,
+)
 from wsi_gradcam.results.slide import NotAskedError, check_named, slide_address
 from wsi_gradcam.results.slide_tables import (
     Record,
@@ -59,22 +71,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.manifest import SlidePlan
 
 AUDIT = "audit"
-PIECES = (
-    "manifest/features/",
-    "manifest/bag/",
-    "manifest/spans/",
-    "manifest/blocks/",
-)  # left where a run was killed while it folded them away
-GROUPS = {
-    f"{group}/zarr.json"
-    for group in (
-        "cams.zarr",
-        "features.zarr",
-        *(f"heatmap.ome.zarr{name}" for name in ("", "/labels", f"/labels/{LABEL}")),
-    )
-}
-METADATA_BYTES = 1 << 20  # most that is read of it
-METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 UNFINISHED = "is not finished; run the same explain command again"
 OLD = "made by an older version, which took fewer digests: only what follows from other files could be checked of it"
 
@@ -109,8 +105,9 @@ def validate(out: StoragePathLike, *, remote_slides: bool = False) -> list[Findi
     block by block; the other files are, byte by byte, as they were made, and there are no more; the heatmap obeys
     OME-Zarr 0.5 and lies over the whole slide at the right scale on every level; the table has a row a patch with the
     stored values; the slide is still the same file. Files of the run agree with their digests and with the slides, and
-    so does an audit that is finished. A slide that was planned and neither finished nor failed is a finding. Slides
-    behind URLs are asked for with `remote_slides` only; without, a note says that they were not compared.
+    so do an audit that is finished, and exports. A slide that was planned and neither finished nor failed is a finding.
+    Slides behind URLs are asked for with `remote_slides` only; without, a note says that they were not compared. `out`
+    may also be a folder of exports.
 
     Raises:
         ConfigError: `out` is no result.
@@ -123,8 +120,15 @@ def check(out: StoragePathLike, *, remote_slides: bool = False) -> Validation:
     """Validate results, see `validate`, and say what could not be checked."""
     folder = RunFolder(storage_path(out))
     data = _bytes(folder.run)
+    if data is None and (folder.place / EXPORTS).is_file():
+        notes: list[str] = []
+        found = [Finding("", problem) for problem in _told("the exports", export_problems(folder.place, notes))]
+        return Validation(found, notes, [])
     if data is None:
-        raise ConfigError(f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made")
+        raise ConfigError(
+            f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made, or one of exports "
+            f"with {EXPORTS}"
+        )
     run = _Run(folder, data, remote_slides)
     old: list[str] = []
     for name, row in run.rows.items():
@@ -191,6 +195,7 @@ class _Run:
             self._tell("display.json", display_problems(display))
         self._tell("status.json", self._check_account(folder.place))
         self._tell(AUDIT, self._check_audit(folder.place / AUDIT))
+        self._tell("exports", self._check_exports(folder.place))
 
     def _tell(self, name: str, problems: Iterable[str]) -> None:
         self.findings += [Finding("", problem) for problem in _told(name, problems)]
@@ -249,6 +254,16 @@ class _Run:
         if plan is not None:
             yield from _check_audit_plan(read_json(plan), self.values)
 
+    def _check_exports(self, out: StoragePath) -> Iterator[str]:
+        """Yield what is wrong with exports in OUT, in `exports` or in other folders at the top, by their listings."""
+        yield from export_problems(out, self.notes, is_theirs=False)
+        others = set(out.folder_names()) - {name.partition("/")[0] for name in self.rows}
+        for name in sorted(others):
+            if (out / name / EXPORTS).is_file():
+                yield from export_problems(out / name, self.notes, f"{name}/")
+            elif name == "exports":
+                self.old.append(name)
+
 
 def _check_audit_plan(values: dict[str, Any], run: dict[str, Any] | None) -> Iterator[str]:
     identity = values["identity"]
@@ -271,52 +286,20 @@ def _check(name: str, folder: SlideFolder, run: _Run, old: list[str]) -> Iterato
     if not done.is_covered:
         old.append(name)
     files = list(
-        _told("its files", file_problems(folder.place, done.files, _unknown(folder) if done.is_covered else ()))
+        _told(
+            "its files", file_problems(folder.place, done.files, unknown_files(folder.place) if done.is_covered else ())
+        )
     )
     yield from files
     yield from _told("manifest/done.json", _check_record(name, folder, plan, done, run))
     yield from _told("manifest/plan.json", _check_plan(plan, run))
     yield from _told("slides.csv", _check_row(run.rows[name], plan, done, run))
-    reshaped = {problem.partition("/")[0] for problem in files if _is_of_array(problem.partition(" ")[0])}
+    reshaped = {problem.partition("/")[0] for problem in files if is_of_array(problem.partition(" ")[0])}
     if folder.cams.name not in reshaped:  # else its arrays may say any size
         yield from _told("cams.zarr", _check_spans(folder, plan, done))
         yield from _told("patches.parquet", _check_table(folder, plan, run))
     yield from _told("heatmap.ome.zarr", _check_heatmap(folder, plan, done, run, folder.heatmap.name not in reshaped))
     yield from _told(run.rows[name]["path"], _check_slide(run.rows[name], plan, run))
-
-
-def _is_of_array(name: str) -> bool:
-    return name.endswith(f"/{METADATA}") and name not in GROUPS
-
-
-def _unknown(folder: SlideFolder) -> list[str]:
-    """Return the names of a slide's files but for those of the manifest and the chunks that its arrays may have."""
-    names = folder.place.all_files()
-    grids = {}
-    for name in names:
-        if _is_of_array(name):
-            grids[name.removesuffix(METADATA)] = _grid((folder.place / name).read_range(0, METADATA_BYTES))
-    return [n for n in names if not (n == f"manifest/{DONE}" or n.startswith(PIECES) or _is_chunk(n, grids))]
-
-
-def _grid(metadata: bytes) -> tuple[int, ...]:
-    """Return the number of chunk files along each axis of an array; () where its metadata is damaged."""
-    try:
-        values = read_json(metadata)
-        chunks = values["chunk_grid"]["configuration"]["chunk_shape"]
-        return tuple(-(-size // chunk) for size, chunk in zip(values["shape"], chunks, strict=True))
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        return ()
-
-
-def _is_chunk(name: str, grids: dict[str, tuple[int, ...]]) -> bool:
-    array, found, key = name.rpartition(f"/{CHUNKS}/")
-    grid, numbers = grids.get(f"{array}/", ()), key.split("/")
-    return (
-        bool(found)
-        and len(grid) == len(numbers)
-        and all(n.isdecimal() and str(int(n)) == n and int(n) < count for n, count in zip(numbers, grid, strict=True))
-    )
 
 
 def _check_record(name: str, folder: SlideFolder, plan: SlidePlan, done: SlideDone, run: _Run) -> Iterator[str]:

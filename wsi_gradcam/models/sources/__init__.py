@@ -6,13 +6,16 @@ but for that is taken, and told; what does not fit is refused with the names tha
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -53,10 +56,24 @@ class Built:
 
 
 State = Mapping[str, Tensor]
+
+
+def plain_dtype(code: str, *more: bool) -> np.dtype[Any]:
+    """Return the type of NumPy's numbers that a pickle names; a type of its own may have any size.
+
+    Raises:
+        ValueError: it is no type of numbers.
+    """
+    found = np.dtype(code, *more)
+    if found.kind not in "biuf":
+        raise ValueError(f"{found} is no type of numbers")
+    return found
+
+
 # What NumPy's numbers are made of in pickles, under the names of NumPy 1 and 2.
 NUMBERS: list[Any] = [
     *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    np.dtype,
+    (plain_dtype, "numpy.dtype"),
     *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
 # Where training scripts keep what they train, the likeliest first: of several that fit, the first is taken.
@@ -315,12 +332,48 @@ def _read(path: Path) -> Any:
             f"{path}: not a plain state dict, but a TorchScript program; make it the source ('source: {path.name}'), "
             "and leave out 'weights:'"
         )
+    if problem := saved_problem(path):
+        raise ModelError(f"{path}: {problem}; {SAVE_ANEW}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
         objects = _objects(path, error)
         what = f"holds {objects}, which is no tensor" if objects else f"not a plain state dict ({type(error).__name__})"
         raise ModelError(f"{path}: {what}; {SAVE_ANEW}") from error
+
+
+MAX_PICKLE = 8 << 20  # bytes of what names and describes tensors; 10,000 of them take one MiB
+ZIP = b"PK\x03\x04"
+WITH_ROOM = "holds a bytearray, which is no tensor"
+ROOM = b"bytearray"  # the one thing besides tensors of which torch's restricted unpickler makes any number of bytes
+
+
+def saved_problem(path: Path, most: int = MAX_PICKLE) -> str:
+    """Return why a file of PyTorch stands for more than it holds, "" where it does not, or is damaged.
+
+    `torch.save` packs nothing, and what describes the tensors is short: at most `most` bytes.
+    """
+    with suppress(zipfile.BadZipFile, NotImplementedError, KeyError, zlib.error), path.open("rb") as file:
+        if file.read(len(ZIP)) != ZIP:  # by which torch tells the formats apart, too; the older one is a pickle
+            return WITH_ROOM if _finds_room(file) else ""
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
+            if packed or sum(e.file_size for e in entries) > path.stat().st_size:
+                return "not as torch.save writes a tensor, packed or with one part twice"
+            pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+            if any(entry.file_size > most for entry in pickles):
+                return f"not as torch.save writes a tensor, with a description of more than {most:,} bytes"
+            if any(ROOM in archive.read(entry) for entry in pickles):
+                return WITH_ROOM
+    return ""
+
+
+def _finds_room(file: BinaryIO) -> bool:
+    if not file.seek(0, os.SEEK_END):
+        return False
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(ROOM) >= 0
 
 
 def _objects(path: Path, error: Exception) -> str:
