@@ -15,9 +15,21 @@ without overlap."""
 
 
 def oral_card(
-    spec: Spec, model: PatchCNN, recipe: Recipe, results: Sequence[Result], match: float, glass: float
+    spec: Spec,
+    model: PatchCNN,
+    recipe: Recipe,
+    results: Sequence[Result],
+    names: tuple[Sequence[str], Sequence[str]],
+    match: float,
+    glass: float,
 ) -> str:
-    """The card of oral-tumour; ``match``: largest correlation of two crops; ``glass``: as below."""
+    """Return the card of oral-tumour.
+
+    Args:
+        names: of the crops that it was trained on, and of those held out.
+        match: the largest correlation of two crops.
+        glass: the highest probability of bare glass.
+    """
     return f"""\
 # oral-tumour
 
@@ -41,26 +53,25 @@ sarah-antillia/ImageMask-Dataset-OCDC and sarah-antillia/Tensorflow-Image-Segmen
 The weights are given under CC BY 4.0, with attribution to the authors of the data set. Masks are JPEG and
 are cut at half of 255. 0.5 mpp is assumed.
 
+- Trained on: {", ".join(names[0])}.
+- Held out: {", ".join(names[1])}. `wsi-gradcam demo` shows these.
+
 The oral-cancer tiles of atlan-antillia/EfficientNet-Histopathologic-Oral-Cancer were considered and left out:
 one label a tile and no masks, two other magnifications, and of 1,224 files 14 groups are
 byte-identical under both labels and 2 in both splits.
 
 ## Held-out figures
 
-Split by crop: each crop is judged by a model that was trained on the six others with the same recipe. The
-weights given are trained on all seven crops: **no pixel with truth was left to judge these very weights**,
-and the figures are those of the recipe. They flatter a little: patch size, network and loss were chosen
-by the same cross-validation, steps and weight decay by three of its crops. No two crops share tissue: the
-highest phase correlation of two under shifts, turns and mirrors is {match:.3f}; a copy gives 1, and crops that
-share a quarter 0.17.
+Split by crop. The weights given are the ones judged: they never saw a pixel of the held-out crops. The
+figures still flatter a little: all crops are of one slide, and patch size, network, loss and training time
+were chosen before, by cross-validation over all seven. No two crops share tissue: the highest phase
+correlation of two under shifts, turns and mirrors is {match:.3f}; a copy gives 1, and crops that share a quarter 0.17.
 
 ### Maps
 
 {MAPS}
 
 {map_table(results)}
-
-"All together" ranks cells of seven different models on one scale.
 
 ### Patches
 
@@ -75,8 +86,8 @@ Bare glass, flat from 225 to 255: highest probability of tumour {glass:.3f}.
 
 - One slide, one patient, one laboratory, one scanner: another stain or organ is outside what it knows, and
   nothing here measures that. Calibration holds within the slide at best.
-- Every crop holds tumour; what is negative is the keratin, inflammation, stroma and glass beside it. Normal
-  epithelium, muscle, glands and fat were never seen.
+- Every crop that it learnt from holds tumour; what is negative is the keratin, inflammation, stroma and
+  glass beside it. Normal epithelium, muscle, glands and fat were never seen.
 - Without overlap the probability map is as blocky as its {spec.patch_px} px patches: see "true share"
   above. Patches that overlap make it finer.
 - Cells were trained with the mask, so that Grad-CAM follows edges better than the probability does. It shows

@@ -24,6 +24,7 @@ from wsi_gradcam.models.spec import ZOO, bundled
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.results.validation import validate
+from wsi_gradcam.slides import open_slide
 
 
 @pytest.fixture(scope="module", params=["oral-tumour", "ihc-dab"])
@@ -42,16 +43,46 @@ def test_the_demo_agrees_with_the_stain_and_is_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "SIDE_PX", 2048)
-    assert main(["demo", "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--stain", "ihc", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "held-out quadrant" in printed
     assert "overview.png" in printed
     assert f"wsi-gradcam view {tmp_path / 'ihc-dab'}" in printed
     assert validate(tmp_path / "ihc-dab") == []
-    _, layout = demo.lay_out_slide(tmp_path / "again.tiff")
-    rows = demo.agreement(RunFolder(storage_path(tmp_path / "ihc-dab")).slide(demo.SLIDE_NAME), layout)
-    assert min(rows["gradcam: positive"]) > 0.97
-    assert min(rows["probability: positive"]) > 0.93
+    again = demo.make_ihc_example(tmp_path)
+    found = demo.agreement(again.out.slide(demo.SLIDE_NAME), again)
+    assert found is not None
+    assert min(found.auc["gradcam: positive"]) > 0.97
+    assert min(found.auc["probability: positive"]) > 0.93
+
+
+def test_the_demo_agrees_with_the_pathologists_outlines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("faithfulness (gradcam)", "plausibility (gradcam)", "report.html", "overview.png"):
+        assert text in printed
+    assert validate(tmp_path / "oral-cancer") == []
+    example = demo.make_he_example(tmp_path / "again")
+    slide = open_slide(example.slide)
+    slide.close()
+    assert max(slide.info.width, slide.info.height) >= 8000
+    assert len(slide.info.levels) > 3
+    assert slide.info.mpp_yx == (0.25, 0.25)
+    assert (tmp_path / demo.HE_NAME).read_bytes() == example.slide.read_bytes()
+    found = demo.agreement(RunFolder(storage_path(tmp_path / "oral-cancer")).slide(demo.HE_NAME), example)
+    assert found is not None
+    assert found.auc["gradcam: tumour"][0] > 0.9
+    assert found.auc["probability: tumour"][0] > 0.93
+
+
+def test_no_crop_of_the_demo_is_of_the_training_data() -> None:
+    card = (ZOO / "oral-tumour.md").read_text(encoding="utf-8")
+    trained = next(line for line in card.splitlines() if line.startswith("- Trained on:"))
+    assert not [name for name in demo.UNSEEN if name in trained]
+    assert sorted(path.name for path in demo.CROPS.glob("*.jpg")) == sorted(
+        f"{name}-{kind}.jpg" for name in demo.UNSEEN for kind in ("mask", "tissue")
+    )
+    assert sum(path.stat().st_size for path in demo.CROPS.iterdir()) <= 1_500_000
 
 
 def test_the_demo_explains_a_given_slide(tmp_path: Path, shared_data: Path) -> None:

@@ -18,7 +18,7 @@ from matplotlib.path import Path as Outline
 
 from tests.made_results import PATCH_PX, Made, make, steps
 from wsi_gradcam.export import Options, export, geojson
-from wsi_gradcam.export.geojson import TooManyRunsError, hot_regions, outlines
+from wsi_gradcam.export.geojson import TooManyRunsError, annotation_features, hot_regions, outlines
 from wsi_gradcam.export.job import Job
 from wsi_gradcam.results.run import open_result
 
@@ -75,6 +75,17 @@ def pieces(mask: Mask, *, corners: bool = False) -> int:
             left -= fresh
             reached += fresh
     return count
+
+
+def test_a_mask_becomes_annotations_of_a_class() -> None:
+    mask = np.zeros((60, 90), np.bool_)
+    mask[10:40, 20:70] = True
+    mask[20:30, 30:40] = False
+    (feature,) = annotation_features(mask, "tumour")
+    polygon = shapely.geometry.shape(feature["geometry"])
+    assert polygon.bounds == (20, 10, 70, 40)
+    assert polygon.area == 30 * 50 - 10 * 10
+    assert feature["properties"]["classification"]["name"] == "tumour"
 
 
 def test_no_image_has_no_outlines() -> None:

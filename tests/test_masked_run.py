@@ -231,7 +231,7 @@ class TestArchive:
     def test_one_file_for_many_slides_is_wrong_usage(self, slide: Path, tmp_path: Path) -> None:
         for name in ("a.tif", "b.tif"):
             (tmp_path / name).symlink_to(slide)
-        with pytest.raises(ConfigError, match="one mask for 2 slides"):
+        with pytest.raises(ConfigError, match="one file of --mask for 2 slides"):
             explain(tmp_path, MODEL, tmp_path / "out", **SMALL, mask=drawn(tmp_path / "m.json", *REGIONS))
 
 
@@ -417,3 +417,52 @@ def test_a_mask_with_another_ending_is_wrong_usage(slide: Path, tmp_path: Path) 
     (tmp_path / "m.jpg").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"expected one of the endings \.png \.tif \.tiff \.geojson"):
         explain(slide, MODEL, tmp_path / "out", **SMALL, mask=tmp_path / "m.jpg")
+
+
+class TestOutlines:
+    """`outlines` are drawn over the overview, and change nothing else."""
+
+    def test_are_drawn_where_they_lie(self, slide: Path, tmp_path: Path) -> None:
+        explain(slide, MODEL, tmp_path / "plain", **SMALL)
+        outlines = drawn(tmp_path / "drawn.geojson", square("tumour", 128, 128, 256))
+        explain(slide, MODEL, tmp_path / "outlined", **SMALL, outlines=outlines)
+        plain, outlined = (
+            np.asarray(Image.open(tmp_path / name / "a.tif" / "overview.png").convert("RGB")).astype(int)
+            for name in ("plain", "outlined")
+        )
+        changed = np.abs(plain - outlined).max(axis=2) > 100
+        rows, columns = np.nonzero(changed[:, : changed.shape[1] // 3])  # the first panel
+        assert np.ptp(rows) == pytest.approx(np.ptp(columns), abs=4)  # a square stays one
+        assert {path.name for path in (tmp_path / "plain/a.tif").iterdir()} == {
+            path.name for path in (tmp_path / "outlined/a.tif").iterdir()
+        }
+        for name in ("cams.zarr", "heatmap.ome.zarr"):
+            assert differing(tmp_path / "plain/a.tif" / name, tmp_path / "outlined/a.tif" / name) == []
+        assert validate(tmp_path / "outlined") == []
+        again = explain(slide, MODEL, tmp_path / "outlined", **SMALL)  # without them: the same results
+        assert [record.status for record in again.records] == ["ok"]
+
+    def test_of_a_folder_are_those_of_the_slide_of_that_name(self, slide: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "drawn"
+        folder.mkdir()
+        drawn(folder / "b.geojson", square("tumour", 128, 128, 256))
+        explain(slide, MODEL, tmp_path / "without", **SMALL, outlines=folder)
+        drawn(folder / "a.geojson", square("tumour", 128, 128, 256))
+        explain(slide, MODEL, tmp_path / "with", **SMALL, outlines=folder)
+        pictures = [(tmp_path / name / "a.tif/overview.png").read_bytes() for name in ("without", "with")]
+        assert pictures[0] != pictures[1]
+
+    def test_that_cannot_be_drawn_are_refused_before_any_patch_is_explained(self, slide: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="--outlines"):
+            explain(slide, MODEL, tmp_path / "out", **SMALL, outlines=tmp_path / "none.geojson")
+        beside = drawn(tmp_path / "beside.geojson", square("tumour", 5000, 5000, 10))
+        (record,) = explain(slide, MODEL, tmp_path / "out", **SMALL, outlines=beside).failed
+        assert "lies outside of the slide" in record.error
+        assert not (tmp_path / "out/a.tif/cams.zarr").exists()
+
+
+def test_panels_of_a_long_slide_lie_below_each_other(tmp_path: Path) -> None:
+    path = write_marker_slide(tmp_path / "long.tif", 192, 960, mpp=0.25, markers=[], marker_px=16).path
+    explain(path, MODEL, tmp_path / "out", **SMALL)
+    with Image.open(tmp_path / "out/long.tif/overview.png") as picture:
+        assert picture.width < 1.5 * picture.height

@@ -74,6 +74,7 @@ CHANGES: dict[str, Any] = {
     "include": ("tumour",),
     "exclude": ("artefact",),
     "mask_frame": "slide",
+    "outlines": "drawn",
     "allow_upsampling": True,
     "heatmap_stride": 8,
     "window": "uniform",

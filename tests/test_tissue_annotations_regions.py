@@ -173,7 +173,7 @@ class TestRegions:
         [
             (None, ["a"], 1, "give the file with --mask"),
             ("none.png", [], 1, "none.png: does not exist"),
-            ("a.png", [], 2, "a.png: one mask for 2 slides; give a folder"),
+            ("a.png", [], 2, "a.png: one file of --mask for 2 slides; give a folder"),
         ],
     )
     def test_what_no_slide_can_fulfil(

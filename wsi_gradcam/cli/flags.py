@@ -218,7 +218,13 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `demo`."""
     add = parser.add_argument
-    add("slide", nargs="?", help="an H&E slide; without one, an IHC slide is made from a micrograph")
+    add("slide", nargs="?", help="an H&E slide of yours; without one, a slide of real tissue is laid out")
+    add(
+        "--stain",
+        choices=("he", "ihc"),
+        default="he",
+        help="the slide that is laid out: H&E with a pathologist's outlines (default), or IHC",
+    )
     add("--out", default="demo-output", help="folder for the results (default: demo-output)")
     add("--mpp", type=float, help="the slide's micrometres per pixel, where the file is wrong")
     add("--workers", type=int, help="number of processes (default: this one)")

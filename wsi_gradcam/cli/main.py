@@ -162,24 +162,27 @@ def _reporting(quiet: bool) -> Iterator[Quiet]:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.cli.output import print_agreement, print_outcome, print_results
-    from wsi_gradcam.demo.run import SIDE_PX, agreement, explain_example, given_example, make_example
+    from wsi_gradcam.cli.output import print_agreement, print_audit, print_outcome, print_results
+    from wsi_gradcam.demo import run as demo
 
     started, out = time.monotonic(), Path(arguments.out)
-    if arguments.slide is None:
-        say(f"laying out an IHC slide of {SIDE_PX} x {SIDE_PX} px ...")
-        example = make_example(out)
+    if arguments.slide is not None:
+        example = demo.given_example(Path(arguments.slide), out)
     else:
-        example = given_example(Path(arguments.slide), out)
+        say("laying out a slide of real tissue ...")
+        example = demo.make_ihc_example(out) if arguments.stain == "ihc" else demo.make_he_example(out)
     with _reporting(quiet=False) as listener:
-        outcome = explain_example(example, arguments.workers, arguments.mpp, listener)
+        outcome = demo.explain_example(example, arguments.workers, arguments.mpp, listener)
     print_outcome(outcome, as_json=False)
     if outcome.failed:
         return SOME_FAILED
     slide = example.out.slide(outcome.records[0].slide.id)
+    if example.outlines is not None:
+        say("", "a brief audit:")
+        print_audit(demo.audit_example(example), (), as_json=False)
     print_results(example.out, slide)
-    if example.layout is not None:
-        print_agreement(agreement(slide, example.layout))
+    if (agreement := demo.agreement(slide, example)) is not None:
+        print_agreement(agreement)
     say("", f"all of it took {time.monotonic() - started:.0f} s")
     return DONE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.running import AuditOutcome
     from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.facts import Layout
+    from wsi_gradcam.demo.run import Agreement
     from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.results.run_files import RunFolder, SlideFolder
@@ -123,14 +124,15 @@ def print_results(run: RunFolder, slide: SlideFolder) -> None:
     say(f"  to look  {command} view {run.place}")
 
 
-def print_agreement(auc: Mapping[str, tuple[float, float]]) -> None:
-    """Print how well the demo's heatmap agrees with the stain: by channel, in the held-out quadrant and everywhere."""
-    say("", "agreement with the DAB stain (truth by colour deconvolution), ROC AUC per 16 px:")
-    width = max(len(label) for label in auc)
-    say(f"  {'':{width}}  held-out quadrant  all tissue")
-    for label, (held_out, everywhere) in auc.items():
-        say(f"  {label:{width}}  {held_out:17.3f}  {everywhere:10.3f}")
-    say("  the model never saw the held-out quadrant of the micrograph")
+def print_agreement(found: Agreement) -> None:
+    """Print how well the demo's heatmap agrees with a truth, by channel and part of the slide."""
+    say("", f"agreement with {found.truth}, ROC AUC per 16 px:")
+    width = max(map(len, found.auc))
+    say(f"  {'':{width}}  " + "  ".join(found.where))
+    for label, values in found.auc.items():
+        columns = (f"{value:{len(where)}.3f}" for value, where in zip(values, found.where, strict=True))
+        say(f"  {label:{width}}  " + "  ".join(columns))
+    say(f"  {found.note}")
 
 
 def questions_to_fail_on(names: Sequence[str]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""The examples of `wsi-gradcam demo`, and how well a heatmap agrees with the stain.
+"""The examples of `wsi-gradcam demo`, and how well a heatmap agrees with what is known of them.
 
-One is an immunohistochemistry slide made of scikit-image's micrograph, whose brown stain is the truth for each pixel;
-the other is an H&E slide of the user.
+One is an H&E slide of four crops of an oral tumour, on which pathologists outlined the tumour; one an
+immunohistochemistry slide made of scikit-image's micrograph, whose brown stain is the truth for each pixel; and one an
+H&E slide of the user.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import skimage.data
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
 from skimage.color import rgb2hed
 
 from wsi_gradcam.api import explain
-from wsi_gradcam.demo.slide import Layout, lay_out, write_slide
+from wsi_gradcam.audit.running import audit_run
+from wsi_gradcam.demo.slide import Layout, lay_out, paint_slide, plan_cores, write_slide
+from wsi_gradcam.export.geojson import annotation_features, write_features
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath, wrap_write_errors
 from wsi_gradcam.results.heatmap import EXPLAINED, HeatmapStore
@@ -26,11 +30,18 @@ from wsi_gradcam.results.run_files import RunFolder
 
 if TYPE_CHECKING:
     from wsi_gradcam.api import Outcome
+    from wsi_gradcam.audit.running import AuditOutcome
     from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.types import RunListener
 
-SIDE_PX, MPP = 8192, 0.5  # the micrograph's pixel size is not known: 0.5 um is assumed
-SLIDE_NAME = "ihc-demo.tiff"
+CROPS = Path(__file__).parent / "crops"
+CROP_PX, MPP = 640, 0.5  # neither the crops' pixel size nor the micrograph's is recorded: 0.5 um is assumed
+ENLARGED = 2  # crops are laid out at 0.25 um, as most scanners see tissue
+HE_NAME, HE_SIZE = "oral-cancer.tiff", (1536, 8192)
+UNSEEN = ("r27c5", "r31c0", "r35c4", "r41c2")
+"""The crops that the bundled model `oral-tumour` never saw."""
+
+SIDE_PX, SLIDE_NAME = 8192, "ihc-demo.tiff"
 
 HELD_OUT = (slice(256, 512), slice(256, 512))
 """Rows and columns of the quadrant that the bundled model never saw: bottom right, a gland in stroma."""
@@ -53,7 +64,8 @@ class Example:
         out: the folder of the results.
         model, target: the bundled model and the class that is explained.
         overlap: share of a patch that its neighbour covers too.
-        layout: of a slide that was made of the micrograph; None for a slide of the user.
+        layout: of a slide that was made here; None for a slide of the user.
+        outlines: GeoJSON of what pathologists outlined on it, if any.
     """
 
     slide: Path
@@ -62,9 +74,59 @@ class Example:
     target: str
     overlap: float
     layout: Layout | None = None
+    outlines: Path | None = None
 
 
-def make_example(out: Path) -> Example:
+@dataclass(frozen=True)
+class Agreement:
+    """How well the channels of a heatmap agree with a truth.
+
+    Attributes:
+        truth: what is taken for true, in words.
+        where: names of the parts of the slide.
+        auc: by channel, the area under the ROC curve in each part, a heatmap pixel being one case.
+        note: what one must know of it.
+    """
+
+    truth: str
+    where: tuple[str, ...]
+    auc: dict[str, tuple[float, ...]]
+    note: str
+
+
+def make_he_example(out: Path) -> Example:
+    """Write the H&E slide and its outlines below `out`, and return it for the model that finds oral tumours.
+
+    Raises:
+        StoreError: the output cannot be written.
+    """
+    tissue, tumour = read_crops()
+    layout = plan_cores(len(UNSEEN), CROP_PX * ENLARGED, HE_SIZE)
+    path = out / HE_NAME
+    outlines = path.with_suffix(".geojson")
+    with wrap_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_slide(path, paint_slide(layout, tissue), mpp=MPP / ENLARGED)
+        write_features(outlines, annotation_features(layout.paint(tumour, False), "tumour"))
+    return Example(path, RunFolder(LocalPath(out / "oral-cancer")), "oral-tumour", "tumour", 0.5, layout, outlines)
+
+
+def read_crops() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return the unseen crops side by side and enlarged, RGB uint8 [h, n * h, 3], and where their tumour is, bool.
+
+    From the OCDC data set, https://doi.org/10.17632/9bsc36jyrt (CC BY 4.0); masks are JPEG and cut at half of 255.
+    """
+    side = CROP_PX * ENLARGED
+    opened = [[Image.open(CROPS / f"{name}-{kind}.jpg") for name in UNSEEN] for kind in ("tissue", "mask")]
+    tissue = [np.asarray(one.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for one in opened[0]]
+    tumour = [np.asarray(one.convert("L").resize((side, side), Image.Resampling.BILINEAR)) > 127 for one in opened[1]]
+    return np.concatenate(tissue, axis=1), np.concatenate(tumour, axis=1)
+
+
+AUDITED = 60  # patches of a brief audit
+
+
+def make_ihc_example(out: Path) -> Example:
     """Write the immunohistochemistry slide below `out`, and return it for the model that finds DAB.
 
     Raises:
@@ -97,6 +159,19 @@ def explain_example(example: Example, workers: int | None, mpp: float | None, li
         overlap=example.overlap,
         mpp=mpp,
         replace_mpp=mpp is not None,
+        outlines=example.outlines,
+    )
+
+
+def audit_example(example: Example) -> AuditOutcome:
+    """Audit the explanations of an outlined slide briefly: are they faithful, and do they agree with the outlines?"""
+    return audit_run(
+        example.out.place,
+        target=example.target,
+        annotations=example.outlines,
+        patches=AUDITED,
+        only=("faithfulness", "plausibility"),
+        overwrite=True,
     )
 
 
@@ -129,8 +204,31 @@ def dab_positive(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return cast(NDArray[np.bool_], smooth > DAB_THRESHOLD)
 
 
-def agreement(folder: SlideFolder, layout: Layout) -> dict[str, tuple[float, float]]:
-    """Return by channel the ROC AUC against the stain, in tissue of the held-out quadrant and in all tissue."""
+def agreement(folder: SlideFolder, example: Example) -> Agreement | None:
+    """Return how well the heatmap agrees with what is known of the slide; None for a slide of the user."""
+    if example.layout is None:
+        return None
+    measure = agreement_with_stain if example.outlines is None else agreement_with_outlines
+    return measure(folder, example.layout)
+
+
+def agreement_with_outlines(folder: SlideFolder, layout: Layout) -> Agreement:
+    """Return how well an H&E slide's heatmap agrees with the pathologists' outlines."""
+    heatmap = HeatmapStore(folder.heatmap)
+    whole = Region(0, 0, *heatmap.shapes[0])
+    stride = -(-layout.size[0] // whole.height)
+    truth = majority(layout.paint(read_crops()[1], False), stride)
+    tissue = majority(layout.tissue(), stride) & ((heatmap.read_flags(0, whole) & EXPLAINED) > 0)
+    auc: dict[str, tuple[float, ...]] = {}
+    for number, channel in enumerate(heatmap.channels):
+        auc[channel.label] = (roc_auc(heatmap.read(0, number, whole)[tissue], truth[tissue]),)
+    return Agreement(
+        "the pathologists' outlines of the tumour", ("all tissue",), auc, "the model never saw any of this tissue"
+    )
+
+
+def agreement_with_stain(folder: SlideFolder, layout: Layout) -> Agreement:
+    """Return how well an IHC slide's heatmap agrees with the DAB stain."""
     heatmap = HeatmapStore(folder.heatmap)
     whole = Region(0, 0, *heatmap.shapes[0])
     stride = -(-layout.size[0] // whole.height)
@@ -139,11 +237,16 @@ def agreement(folder: SlideFolder, layout: Layout) -> dict[str, tuple[float, flo
     truth = _cells(layout, dab_positive(micrograph()), stride)
     tissue = majority(layout.tissue(), stride) & ((heatmap.read_flags(0, whole) & EXPLAINED) > 0)
     held_out = tissue & _cells(layout, held_out_source, stride)
-    auc = {}
+    auc: dict[str, tuple[float, ...]] = {}
     for number, channel in enumerate(heatmap.channels):
         values = heatmap.read(0, number, whole)
         auc[channel.label] = roc_auc(values[held_out], truth[held_out]), roc_auc(values[tissue], truth[tissue])
-    return auc
+    return Agreement(
+        "the DAB stain (truth by colour deconvolution)",
+        ("held-out quadrant", "all tissue"),
+        auc,
+        "the model never saw the held-out quadrant of the micrograph",
+    )
 
 
 def _cells(layout: Layout, source: NDArray[np.bool_], stride: int) -> NDArray[np.bool_]:

@@ -292,9 +292,14 @@ def lay_out(
         size, glass_px, seed: see `plan_layout`.
     """
     layout = plan_layout((micrograph.shape[0], micrograph.shape[1]), size, glass_px=glass_px, seed=seed)
-    slide = _glass(size, np.random.default_rng(seed))
-    layout.paint_onto(slide, micrograph, soft=True)
-    return slide, layout
+    return paint_slide(layout, micrograph, seed), layout
+
+
+def paint_slide(layout: Layout, image: Rgb, seed: int = 0) -> Rgb:
+    """Return a slide's level 0, [height, width, 3] uint8: the layout's pieces of the image on glass."""
+    slide = glass(layout.size, np.random.default_rng(seed))
+    layout.paint_onto(slide, image, soft=True)
+    return slide
 
 
 def plan_layout(
@@ -328,6 +333,30 @@ def plan_layout(
     )
     pieces = tuple(_plan_piece(box, bool(k % 2), source_size, glass_px, rng) for k, box in enumerate(boxes))
     return Layout(size, source_size, pieces)
+
+
+def plan_cores(count: int, side_px: int, size: tuple[int, int]) -> Layout:
+    """Return a layout of pieces in a row, like the cores of a tissue microarray, each with a crop of its own.
+
+    The images that it paints are the crops side by side, (side_px, count * side_px). A core is a square with rounded
+    corners that leaves out the crop's outermost pixels.
+
+    Raises:
+        ConfigError: when the canvas has no room for them.
+    """
+    gap_x, gap_y = (size[1] - count * side_px) // (count + 1), (size[0] - side_px) // 2
+    if min(gap_x, gap_y) < 0:
+        raise ConfigError(
+            f"size is {size[0]} x {size[1]} px; {count} cores of {side_px} px side by side need a larger one"
+        )
+    nodes = (np.arange(-(-side_px // GRID_PX) + 1) * GRID_PX - side_px / 2) / (side_px / 2)
+    rounded = (np.abs(nodes[:, None]) ** 6 + np.abs(nodes) ** 6) ** (1 / 6)
+    depth_px = ((0.985 - rounded) * side_px / 2).astype(np.float32)
+    pieces = (
+        Piece(gap_y, gap_x + k * (side_px + gap_x), side_px, side_px, False, (0, k * side_px), depth_px)
+        for k in range(count)
+    )
+    return Layout(size, (side_px, count * side_px), tuple(pieces))
 
 
 def quadrants(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -401,7 +430,7 @@ def _cover(canvas: Image, tissue: Image, cover: npt.NDArray[np.float32], soft: b
         np.copyto(canvas, tissue, where=cover >= 0.5)
 
 
-def _glass(size: tuple[int, int], rng: np.random.Generator) -> Rgb:
+def glass(size: tuple[int, int], rng: np.random.Generator) -> Rgb:
     """Return empty glass [height, width, 3]: one noisy patch repeated, as noise for every pixel takes seconds."""
     noisy = np.rint(rng.normal(GLASS_RGB, GLASS_NOISE, (STRIP_PX, STRIP_PX, 3)))
     patch = np.clip(noisy, 0, 255).astype(np.uint8)

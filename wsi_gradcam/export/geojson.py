@@ -174,6 +174,19 @@ def outlines(bands: Iterable[Mask], max_runs: int) -> list[shapely.Polygon]:
     return _faces(np.concatenate(flat), np.concatenate(upright))
 
 
+def annotation_features(mask: Mask, name: str) -> list[Feature]:
+    """Return annotations of class `name` around the True pixels of a slide's level 0, bool [H, W], as drawn by hand.
+
+    Raises:
+        TooManyRunsError: the mask is too ragged.
+    """
+    properties = {"objectType": "annotation", "classification": {"name": name}}
+    return [
+        {"type": "Feature", "geometry": shapely.geometry.mapping(_simplified(polygon)), "properties": properties}
+        for polygon in outlines([mask], MAX_RUNS)
+    ]
+
+
 def _flat_runs(above: Mask, band: Mask, top: int) -> Runs:
     """Return runs along the upper sides of a band's rows, [n, 4]: y, first x, last x, 1 if hot is below, else -1."""
     rows = np.concatenate([above[None], band]).astype(np.int8)

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.run.plan import Map, RunPlan
     from wsi_gradcam.slides import Slide
+    from wsi_gradcam.tissue.annotations import Drawn
 
 
 MAX_PX = 600  # of the thumbnail: a panel has some 450
+FLAT = 0.5  # slides of less height than this share of their width have their panels one below the other, twice as wide
 MAX_MAPS = 3
 UNREADABLE_GRAY = 128
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
@@ -50,8 +52,12 @@ def draw_overview(
     slide: Slide,
     heatmap: HeatmapStore,
     channels: Sequence[Channel],
+    outlines: Drawn | None = None,
 ) -> None:
-    """Draw thumbnail and overlays (the first explanations and their probabilities) with their colour bars."""
+    """Draw thumbnail and overlays (the first explanations and their probabilities) with their colour bars.
+
+    The outlines of annotations are drawn over each of them.
+    """
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     maps = run.maps[:MAX_MAPS]
@@ -62,6 +68,8 @@ def draw_overview(
     covered, images = _scaled(heatmap, plan, [number for number, _ in panels], (rgb.shape[0], rgb.shape[1]))
     for axis, (number, unit), image in zip(axes[1:], panels, images, strict=True):
         _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
+    if outlines is not None:
+        _show_outlines(axes, outlines.mask(outlines.names, (rgb.shape[0], rgb.shape[1])))
     title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{_about(run, plan)}"
     figure.suptitle(_shown(title), fontsize=9, parse_math=False)
     buffer = io.BytesIO()
@@ -94,13 +102,18 @@ def _about(run: RunPlan, plan: SlidePlan) -> str:
 
 def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
     """Return the slide's thumbnail, gray where it cannot be decoded."""
-    thumb = thumbnail(slide, 0.0, MAX_PX)
+    flat = slide.info.height < FLAT * slide.info.width
+    thumb = thumbnail(slide, 0.0, MAX_PX * (2 if flat else 1))
     thumb.rgb[thumb.unreadable] = UNREADABLE_GRAY
     return thumb.rgb
 
 
 def _panels(maps: int, probabilities: int, aspect: float) -> tuple[Figure, list[Axes]]:
     """Lay out axes for the slide and `maps` explanations, and below them for probabilities; one map makes one row."""
+    if aspect < FLAT:
+        rows, width = 1 + maps + probabilities, 8.4
+        figure = Figure(figsize=(width, (width * 0.9 * aspect + 0.35) * rows + 0.6), dpi=120, layout="constrained")
+        return figure, list(figure.subplots(rows, 1))
     columns, rows = (2 + probabilities, 1) if maps == 1 else (1 + maps, 1 + (probabilities > 0))
     below = range(3 + maps, 3 + maps + probabilities)
     places = range(1, columns + 1) if maps == 1 else [*range(1, 2 + maps), *below]
@@ -147,6 +160,15 @@ def _show_overlay(
     bar = figure.colorbar(ScalarMappable(norm, seen), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
+
+
+def _show_outlines(axes: Sequence[Axes], mask: NDArray[np.bool_]) -> None:
+    """Draw a mask's outlines in white on black, which are seen on glass, tissue and colours."""
+    if not mask.any() or mask.all():
+        return
+    for axis in axes:
+        for colour, width in (("black", 2.2), ("white", 1.0)):
+            axis.contour(mask, levels=[0.5], colors=colour, linewidths=width)
 
 
 def _shown(name: str) -> str:

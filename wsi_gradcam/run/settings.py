@@ -31,6 +31,7 @@ NOT_IN_IDENTITY = frozenset(
         "max_unreadable",
         "mask",
         "mask_frame",
+        "outlines",
         "allow_upsampling",
         "mpp",
         "replace_mpp",
@@ -140,6 +141,13 @@ class Settings(BaseModel):
             "slide, which QuPath shows; auto: where it lies on tissue, refused where both could be"
         ),
     ] = "auto"
+    outlines: Annotated[
+        Path | None,
+        Field(
+            description="annotations, in a form and a frame as of `mask`, whose outlines are drawn over overview.png; "
+            "nothing else depends on them"
+        ),
+    ] = None
     allow_upsampling: Annotated[
         bool, Field(description="explain slides that have to be enlarged more than 4 times for the model")
     ] = False
@@ -244,8 +252,9 @@ class Settings(BaseModel):
                 values[key] = (values[key],)
             if isinstance(values.get(key), list | tuple):
                 values[key] = tuple(str(v) for v in values[key])
-        if isinstance(values.get("mask"), str | Path):
-            values["mask"] = Path(values["mask"]).absolute()  # workers may run in another folder
+        for key in ("mask", "outlines"):
+            if isinstance(values.get(key), str | Path):
+                values[key] = Path(values[key]).absolute()  # workers may run in another folder
         for key in ("method", "bag_method"):
             if isinstance(values.get(key), str):
                 values[key] = tuple(name.strip() for name in values[key].split(","))

@@ -20,7 +20,7 @@ from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.stitching import channels
 from wsi_gradcam.run.types import Planned, Processed, Workload
 from wsi_gradcam.system.isolation import CRASHES
-from wsi_gradcam.tissue.annotations import Regions, entry_regions
+from wsi_gradcam.tissue.annotations import Regions, entry_outlines, entry_regions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -63,6 +63,7 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
         if problem and not overwrite:
             raise ResumeError(problem)
         plan, patches, mask = make_plan(slide, run, regions)
+        entry_outlines(entry, run.settings, mask, slide.info)  # refused before any work
     folder = RunFolder(run.out).emptied(entry.id)
     manifest = Manifest(folder.manifest)
     manifest.clear()

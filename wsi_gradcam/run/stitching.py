@@ -28,6 +28,7 @@ from wsi_gradcam.results.patch_store import UNREADABLE as UNREADABLE_PATCH
 from wsi_gradcam.results.run_files import made_with, run_values
 from wsi_gradcam.results.seals import digests_of
 from wsi_gradcam.results.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
+from wsi_gradcam.tissue.annotations import entry_outlines
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -194,7 +195,8 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     bag = None if run.facts.bag is None else FeatureStore(folder.features)
     write_table(folder.table, run, plan, store, causes, entry.id, None if bag is None else bag.columns)
     with context.slide(entry) as slide:
-        draw_overview(folder.overview, run, plan, slide, heatmap, shown)
+        outlines = entry_outlines(entry, run.settings, read_mask(folder.tissue), slide.info)
+        draw_overview(folder.overview, run, plan, slide, heatmap, shown, outlines)
     context.check_slide(entry)
     folder.place.remove_partial_files()
     outcome = SlideOutcome(

@@ -12,7 +12,7 @@ import numpy as np
 from wsi_gradcam.errors import AnnotationError, ConfigError, as_path
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import alike
-from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Shapes, rasterise
+from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Drawn, Shapes, rasterise
 from wsi_gradcam.tissue.annotations.regions import ENDINGS, Moved, Regions, read_annotations, read_bytes, tissue_within
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ __all__ = [
     "ENDINGS",
     "Annotations",
     "Area",
+    "Drawn",
     "Regions",
     "check_ending",
     "check_mask",
     "check_masks",
+    "entry_outlines",
     "entry_regions",
     "find_mask",
     "in_frame",
@@ -191,14 +193,35 @@ def entry_regions(entry: SlideEntry, settings: Settings) -> Regions | None:
     return Regions(path, read_bytes(path), settings.include, settings.exclude, shared=True)
 
 
+def entry_outlines(entry: SlideEntry, settings: Settings, tissue: NDArray[np.bool_], info: Ground) -> Drawn | None:
+    """Return the annotations whose outlines are drawn over a slide's overview; None where there are none for it.
+
+    Args:
+        entry, settings: of the slide, and of its run.
+        tissue, info: see `in_frame`.
+
+    Raises:
+        AnnotationError: there are several files, or one cannot be understood.
+    """
+    given = settings.outlines
+    path = find_mask(given, entry.id, entry.path) if given is not None and given.is_dir() else given
+    if path is None:
+        return None
+    regions = Regions(path, read_bytes(path), shared=True)
+    return in_frame(regions, tissue, info, settings.mask_frame).drawn((info.height, info.width))
+
+
 def check_masks(entries: Sequence[SlideEntry], settings: Settings) -> None:
-    """Refuse, before any work, masks that fit no slide; errors as of `check_mask`."""
+    """Refuse, before any work, masks and outlines that fit no slide; errors as of `check_mask`."""
+    check_mask(settings.outlines, (), (), len(entries), "--outlines")
     without = sum(not entry.mask for entry in entries)
     if settings.mask is not None or without == len(entries):
         check_mask(settings.mask, settings.include, settings.exclude, without)
 
 
-def check_mask(mask: Path | None, include: Sequence[str], exclude: Sequence[str], slides: int) -> None:
+def check_mask(
+    mask: Path | None, include: Sequence[str], exclude: Sequence[str], slides: int, flag: str = "--mask"
+) -> None:
     """Refuse, before any work, a mask that fits no slide.
 
     Raises:
@@ -210,11 +233,12 @@ def check_mask(mask: Path | None, include: Sequence[str], exclude: Sequence[str]
             raise ConfigError("include and exclude name classes of a mask; give the file with --mask")
         return
     if not mask.exists():
-        raise ConfigError(f"{mask}: does not exist, expected a file or a folder for --mask; check the path")
+        raise ConfigError(f"{mask}: does not exist, expected a file or a folder for {flag}; check the path")
     check_ending(mask)
     if slides > 1 and not mask.is_dir():
         raise ConfigError(
-            f"{mask}: one mask for {slides} slides; give a folder that holds a file for each, named as the slide"
+            f"{mask}: one file of {flag} for {slides} slides; give a folder that holds a file for each, named as the "
+            "slide"
         )
 
 
