@@ -252,6 +252,7 @@ def parts(case: Case, side: str) -> dict[str, float]:
         timed(TiffLevel, "decode", spent, "decode"),
         timed(LocalFile, "read_many", spent, "disk"),
         timed(resample_module, "resample", spent, "filter"),
+        timed(resample_module, "shrink_framed", spent, "filter"),
     ):
         started = time.perf_counter()
         for place in case.places:

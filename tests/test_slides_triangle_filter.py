@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from wsi_gradcam.slides import triangle_filter
-from wsi_gradcam.slides.triangle_filter import Span, resample
+from wsi_gradcam.slides.triangle_filter import Span, frame_px, resample
 
 COMPILED = triangle_filter._passes()
 triangle_filter._COUNT = itertools.count(triangle_filter.FEW)  # not for few pictures
@@ -74,7 +75,22 @@ def test_powers_of_two_are_as_by_pillow(power: int, height: int, width: int) -> 
     expected = by_pillow(pixels, rows, columns)
     np.testing.assert_array_equal(resample(pixels, rows, columns), expected)
     if not triangle_filter._rows_first(rows, columns):
-        np.testing.assert_array_equal(triangle_filter._halved(pixels, power), expected)
+        assert frame_px(rows, columns) == power // 2
+
+
+@pytest.mark.parametrize("power", [2, 4, 8])
+def test_a_process_that_feeds_a_gpu_uses_the_compiled_passes(power: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    axis = Span(41 * power, power / 2, 40.5 * power, 40)
+    pixels = picture(axis, axis, power)
+    assert frame_px(axis, axis) == power // 2
+    framed = np.pad(pixels, ((power // 2,) * 2, (power // 2,) * 2, (0, 0)), constant_values=77)
+    by_torch = triangle_filter.shrink_framed(framed, power // 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert frame_px(axis, axis) == 0
+    np.testing.assert_array_equal(resample(pixels, axis, axis), by_torch)
+    np.testing.assert_array_equal(by_torch, by_pillow(pixels, axis, axis))
+    monkeypatch.setattr(triangle_filter, "_passes", lambda: None)  # without numba
+    assert frame_px(axis, axis) == power // 2
 
 
 WITHOUT: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

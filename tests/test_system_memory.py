@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from wsi_gradcam.system import processes
 
@@ -70,3 +72,16 @@ def test_where_the_allocator_cannot_be_asked_nothing_happens(monkeypatch: pytest
     processes.release_freed_memory()
     processes.limit_arenas()
     processes.keep_freed_memory()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs its compiler")
+@pytest.mark.skipif(find_spec("triton") is None, reason="not installed with this torch")
+def test_a_model_of_torchvision_does_not_bring_the_compiler_of_gpus() -> None:
+    code = (
+        "import sys; from wsi_gradcam.models.load import load_model; from wsi_gradcam.models.spec import ModelSpec;"
+        "load_model(ModelSpec(name='r', source='torchvision:resnet18', weights='random', classes=('a', 'b'), "
+        "patch_px=(64, 64), mpp=0.5));"
+        "print('torch._dynamo' in sys.modules, 'triton' in sys.modules); import triton"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert found.stdout.split() == ["True", "False"]

@@ -27,7 +27,7 @@ from wsi_gradcam.models.sources.wsinfer import PROGRAM, build_wsinfer
 from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, Resizing, explain_validation, read_spec, regular
 from wsi_gradcam.models.staining import stain_target
 from wsi_gradcam.models.transform import Transform, make_transform
-from wsi_gradcam.system.processes import tensors_only
+from wsi_gradcam.system.processes import spare_triton, tensors_only
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -131,6 +131,7 @@ def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu", *, tr
     spec = (spec if isinstance(spec, ModelSpec) else read_spec(fspath(spec))).trusting(trust_code)
     check_files(spec)
     spec.check_trusted()
+    spare_triton()
     built = _build(spec)
     built = replace(built, module=unwrap_parts(built.module))
     if (path := spec.weights_path) is not None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -150,14 +150,29 @@ def pad_with_background(
     if inside == region:
         return np.ascontiguousarray(read(region))
     canvas = np.empty((region.height, region.width, 3), np.uint8)
+    inside, place = fill_background(region, size, colour, canvas)
+    if place.size:
+        place[:] = read(inside)
+    return canvas
+
+
+def fill_background(
+    region: Region, size: Level, colour: tuple[int, int, int], out: NDArray[np.uint8]
+) -> tuple[Region, NDArray[np.uint8]]:
+    """Fill what of `out`, which shows `region`, lies outside the level; return the part inside, and its place in `out`.
+
+    Both are empty where nothing lies inside.
+    """
+    inside = region.intersect(Region(0, 0, size.height, size.width))
+    if inside == region:
+        return region, out
     if not (inside.height and inside.width):
-        canvas[:] = colour
-        return canvas
+        out[:] = colour
+        return inside, out[:0, :0]
     place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
     for beside in (np.s_[: place.y], np.s_[place.bottom :], np.s_[:, : place.x], np.s_[:, place.right :]):
-        canvas[beside] = colour  # not all of it: a colour is written slowly
-    canvas[place.slices] = read(inside)
-    return canvas
+        out[beside] = colour  # not all of it: a colour is written slowly
+    return inside, out[place.slices]
 
 
 def make_levels(
@@ -456,22 +471,6 @@ def is_tiff(file: SlideFile) -> bool:
 
 
 DARK = 64  # of 255: no picture in 16 bits is darker everywhere, but one of 12 bits that is taken for 16 is
-
-
-def eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
-    """Return samples of 8 or 16 bits as 8 bits, where `full` is white; 0: their type's largest value.
-
-    Raises:
-        ValueError: one is larger.
-    """
-    full = full or int(np.iinfo(values.dtype).max)
-    if values.dtype == np.uint8 and full == 255:
-        return values
-    if full == 65535:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if (most := int(values.max(initial=0))) > full:
-        raise ValueError(f"a sample of {most:,}, more than the {full.bit_length()} bits that the file says are used")
-    return ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
 
 
 def check_not_dark(slide: Slide, places: Sequence[tuple[int, Region]], *, chosen: bool = False) -> None:

@@ -39,7 +39,6 @@ from wsi_gradcam.slides.base import (
     SlideInfo,
     check_mpp,
     check_not_dark,
-    eight_bits,
     make_levels,
     pad_with_background,
     shown_channels,
@@ -47,7 +46,7 @@ from wsi_gradcam.slides.base import (
 from wsi_gradcam.slides.remote import RemoteZarr
 from wsi_gradcam.slides.tiff_levels import MAX_XML, significant_bits
 from wsi_gradcam.slides.tiff_metadata import OneOfSeveral, ome_mpp, ome_names, slide_of
-from wsi_gradcam.slides.tiff_samples import full_scale
+from wsi_gradcam.slides.tiff_samples import eight_bits, full_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,7 +14,7 @@ import numpy as np
 
 from wsi_gradcam.errors import ConfigError, SlideReadError
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.slides.triangle_filter import Span, resample
+from wsi_gradcam.slides.triangle_filter import Span, frame_px, resample, shrink_framed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -298,7 +298,16 @@ def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.u
             f"{slide.info.path}: level {level}, y {rows.first}, x {columns.first}: {rows.length} x {columns.length} px "
             "would have to be read at once, because no level is coarse enough; write the slide anew with a pyramid"
         )
-    pixels = slide.read_level(level, Region(rows.first, columns.first, rows.length, columns.length))
+    region = Region(rows.first, columns.first, rows.length, columns.length)
     if rows.exact and columns.exact:
-        return pixels
-    return resample(pixels, rows.span, columns.span)
+        return slide.read_level(level, region)
+    frame = frame_px(rows.span, columns.span)
+    if not frame:
+        return resample(slide.read_level(level, region), rows.span, columns.span)
+    framed = np.empty((rows.length + 2 * frame, columns.length + 2 * frame, 3), np.uint8)
+    within = framed[frame:-frame, frame:-frame]
+    if (read_into := getattr(slide, "read_into", None)) is not None:
+        read_into(level, region, within)
+    else:
+        within[:] = slide.read_level(level, region)
+    return shrink_framed(framed, frame)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ import numpy as np
 from wsi_gradcam.errors import SlideReadError, one_line
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
-from wsi_gradcam.slides.base import Level, pad_with_background
+from wsi_gradcam.slides.base import Level, fill_background
 from wsi_gradcam.slides.tiff_levels import SPARE_BYTES, TOP_LEFT, TiffLevel, orient, shown_region, stored_region
 from wsi_gradcam.slides.tiff_samples import reduced_jpeg2000
 from wsi_gradcam.slides.tiff_streams import turns_into_rgb
@@ -62,9 +61,27 @@ class TiffSlide:
             SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
             SlideAccessError: a remote file cannot be reached any more.
         """
-        return pad_with_background(
-            region, self._info.levels[level], self._info.background, partial(self._read_shown, level)
-        )
+        out = np.empty((region.height, region.width, 3), np.uint8)
+        self.read_into(level, region, out)
+        return out
+
+    def read_into(self, level: int, region: Region, out: NDArray[np.uint8]) -> None:
+        """Fill `out`, which may be a part of a larger array, with what `read_level` returns.
+
+        Raises:
+            SlideError: as of `read_level`.
+        """
+        inside, place = fill_background(region, self._info.levels[level], self._info.background, out)
+        stored = self._levels[level]
+        if not place.size:
+            return
+        if stored.orientation == TOP_LEFT:  # nearly all, and this runs for every patch
+            self._fill(level, inside, place)
+            return
+        turned = stored_region(inside, stored.shown_px, stored.orientation)
+        pixels = np.empty((turned.height, turned.width, 3), np.uint8)
+        self._fill(level, turned, pixels)
+        place[:] = orient(pixels, stored.orientation)
 
     def sample_tiles(self, level: int, count: int) -> list[Region]:
         """Return up to `count` tiles of a level that have data, evenly over the file, as regions of the level."""
@@ -130,19 +147,10 @@ class TiffSlide:
     def _glass(self, stored: TiffLevel) -> NDArray[np.uint8]:
         return np.broadcast_to(np.array(self._info.background, np.uint8), (*stored.tile_px, 3))
 
-    def _read_shown(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Return a region of the level after its orientation."""
-        stored = self._levels[level]
-        if stored.orientation == TOP_LEFT:  # nearly all, and this runs for every patch
-            return self._read_stored(level, region)
-        pixels = self._read_stored(level, stored_region(region, stored.shown_px, stored.orientation))
-        return orient(pixels, stored.orientation)
-
-    def _read_stored(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Return a region of the stored page from its tiles."""
+    def _fill(self, level: int, region: Region, out: NDArray[np.uint8]) -> None:
+        """Fill `out` with a region of the stored page from its tiles."""
         stored = self._levels[level]
         height, width = stored.tile_px
-        out = np.empty((region.height, region.width, 3), np.uint8)
         wanted = [(level, row, column) for row, column in stored.tiles_of(region)]
         at_once = max(1, MAX_READ_PX // (height * width))
         for first in range(0, len(wanted), at_once):
@@ -152,7 +160,6 @@ class TiffSlide:
                 top, bottom = max(y, 0), min(y + height, region.height)
                 left, right = max(x, 0), min(x + width, region.width)
                 out[top:bottom, left:right] = tile[top - y : bottom - y, left - x : right - x]
-        return out
 
     def _make(self, keys: list[Key]) -> list[Tile | Exception]:
         """Return decoded tiles, read in one go, or the errors of those that cannot be."""

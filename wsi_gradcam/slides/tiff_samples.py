@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,6 @@ from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, SAMPLEFORMAT
 
 from wsi_gradcam.errors import SlideContentError, SlideFormatError
 from wsi_gradcam.geometry import ceil_div
-from wsi_gradcam.slides.base import eight_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -119,6 +118,22 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) 
         return rgb if alpha is None else _on_white(rgb, eight[..., alpha], associated)
 
     return to_rgb
+
+
+def eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
+    """Return samples of 8 or 16 bits as 8 bits, where `full` is white; 0: their type's largest value.
+
+    Raises:
+        ValueError: one is larger.
+    """
+    full = full or int(np.iinfo(values.dtype).max)
+    if values.dtype == np.uint8 and full == 255:
+        return values
+    if full == 65535:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if (most := int(values.max(initial=0))) > full:
+        raise ValueError(f"a sample of {most:,}, more than the {full.bit_length()} bits that the file says are used")
+    return ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
 
 
 def full_of(page: TiffPage, bits: int) -> int:

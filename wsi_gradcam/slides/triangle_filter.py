@@ -4,8 +4,9 @@ Pillow works in fixed point: each axis has integer weights of 22 bits, and what 
 gray levels before the second is summed. Three ways give these bytes, and each is taken where it is the fastest:
 
 - PyTorch, where both axes shrink by the same power of two: its weights of 16 bits are exact there;
-- two loops that numba compiles (extra `fast`), in any case: a seventh of Pillow's time. They take two thirds of
-  PyTorch's too, but numba takes 120 MB and seconds to load, so it is loaded for many pictures of other factors alone;
+- two loops that numba compiles (extra `fast`), in any case: a seventh of Pillow's time. They take a half to two thirds
+  of PyTorch's too, but numba takes 120 MB and seconds to load, so it is loaded for many pictures alone, of other
+  factors or in a process that feeds a GPU;
 - else Pillow.
 """
 
@@ -73,15 +74,35 @@ def resample(pixels: Pixels, rows: Span, columns: Span) -> Pixels:
     Each pixel is the mean of those under a triangle of twice its width, at least of two of theirs; outside of the
     source there is nothing.
     """
-    rows_first = _rows_first(rows, columns)
-    if not rows_first and rows.power and rows.power == columns.power and "torch" in sys.modules:
-        return _halved(pixels, rows.power)
-    if min(rows.length - _taps(rows), columns.length - _taps(columns)) < 0 or next(_COUNT) < FEW:
+    if frame := frame_px(rows, columns):
+        framed = np.empty((rows.length + 2 * frame, columns.length + 2 * frame, 3), np.uint8)
+        framed[frame:-frame, frame:-frame] = pixels
+        return shrink_framed(framed, frame)
+    passes = None if min(rows.length - _taps(rows), columns.length - _taps(columns)) < 0 else _passes_for_many()
+    if passes is None:
         return _by_pillow(pixels, rows, columns)
-    passes = _passes()
-    return (
-        _by_pillow(pixels, rows, columns) if passes is None else _by_passes(pixels, rows, columns, passes, rows_first)
-    )
+    return _by_passes(pixels, rows, columns, passes, _rows_first(rows, columns))
+
+
+def frame_px(rows: Span, columns: Span) -> int:
+    """Return by how many px of anything the source is to be surrounded for `shrink_framed`; 0 where `resample` is due.
+
+    That is for other spans, and where the compiled passes are worth their memory.
+    """
+    same = rows.power and rows.power == columns.power and not _rows_first(rows, columns)
+    if not same or "torch" not in sys.modules:
+        return 0
+    return 0 if _feeds_gpu() and _passes_for_many() is not None else rows.power // 2
+
+
+def _feeds_gpu() -> bool:
+    """Return True in a process that computes on a GPU, which waits for what is read, and has memory to spare."""
+    return bool(sys.modules["torch"].cuda.is_initialized())
+
+
+def _passes_for_many() -> Passes | None:
+    """Return the compiled passes, once there have been more than a few pictures; else None, or without numba."""
+    return None if next(_COUNT) < FEW else _passes()
 
 
 def _rows_first(rows: Span, columns: Span) -> bool:
@@ -95,21 +116,18 @@ def _by_pillow(pixels: Pixels, rows: Span, columns: Span) -> Pixels:
     return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))
 
 
-def _halved(pixels: Pixels, power: int) -> Pixels:
-    """Return the picture shrunk by a power of two, without the half window that surrounds it.
+def shrink_framed(framed: Pixels, frame: int) -> Pixels:
+    """Return the picture within a frame of `frame` px, made smaller by twice as much, without its own half windows.
 
-    PyTorch gives pixels at the border other weights. So the source gets another half window on each side, of anything,
+    PyTorch gives pixels at the border other weights. So the source has another half window on each side, of anything,
     and what comes out there is dropped.
     """
     import torch
 
-    height, width, _ = pixels.shape
-    half = power // 2
-    framed = np.empty((height + power, width + power, 3), np.uint8)
-    framed[half : half + height, half : half + width] = pixels
+    height, width, _ = framed.shape
     with torch.inference_mode():
         batch = torch.from_numpy(framed).permute(2, 0, 1)[None]
-        size = (height // power + 1, width // power + 1)
+        size = (height // (2 * frame), width // (2 * frame))
         # What `interpolate` calls; but that leaves the colours in planes, and to join them takes as long again.
         shrunk = torch.empty((1, 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
         torch.ops.aten._upsample_bilinear2d_aa.out(batch, size, False, None, None, out=shrunk)

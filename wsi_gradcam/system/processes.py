@@ -125,6 +125,26 @@ def make_sums_deterministic() -> None:
     os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 
+def spare_triton() -> None:
+    """Keep torch from loading Triton, its compiler for GPUs, in a process that has no GPU: 75 MiB.
+
+    torchvision loads `torch._dynamo`, and that loads Triton if it is installed. torch looks for it once and remembers
+    the answer.
+    """
+    import torch
+
+    if torch.cuda.is_available() or torch.xpu.is_available() or "triton" in sys.modules:
+        return
+    with suppress(ImportError, AttributeError):  # another version of torch
+        from torch.utils._triton import has_triton_package
+
+        sys.modules["triton"] = None  # type: ignore[assignment]  # makes its import fail
+        try:
+            has_triton_package()
+        finally:
+            del sys.modules["triton"]
+
+
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
