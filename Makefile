@@ -33,6 +33,15 @@ browser:
 	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || \
 		echo "chromium is missing: the page's tests are skipped"
 
+# Tests of the SLURM recipe start a SLURM of two nodes, of Debian's packages (4 MB); elsewhere install them by hand. The
+# services of the packages do not start, as there is no /etc/slurm/slurm.conf.
+SLURM := slurmctld slurmd slurm-client
+.PHONY: slurm
+slurm:
+	@PATH="$$PATH:/usr/sbin" && command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null || \
+		{ apt-get update && apt-get install -y --no-install-recommends $(SLURM); } || \
+		echo "SLURM is missing: the tests of its recipe are skipped"
+
 # napari brings plugins of pytest and other versions: its environment lies beside, for two tests, and sees the rest of
 # what it needs in .venv.
 PURELIB := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -49,11 +58,11 @@ demo: venv
 # Threads of PyTorch that wait for others shall not take the cores of the processes beside them: half the time.
 test coverage test-s3: export OMP_WAIT_POLICY := PASSIVE
 
-test: venv browser .venv-napari/installed
+test: venv browser slurm .venv-napari/installed
 	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Following every line takes a fifth of the tests' time.
-coverage: venv browser .venv-napari/installed
+coverage: venv browser slurm .venv-napari/installed
 	$(BIN)/python -m coverage erase
 	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
 
@@ -80,6 +89,7 @@ proofs: coverage
 	$(BIN)/python -m tests.fuzz --cases 10000
 	$(BIN)/python -m tests.chaos --kills 30
 	$(BIN)/python -m tests.chaos --kills 30 --store s3
+	$(BIN)/python -m tests.slurm_chaos --kills 30
 	for command in explain audit export; do for store in disk s3; do \
 		$(BIN)/python -m tests.chaos --kills 100 --command $$command --store $$store || exit 1; \
 	done; done

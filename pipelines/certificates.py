@@ -3,7 +3,7 @@
     eval "$(python pipelines/certificates.py /shared/me/tls)"
 
 makes the folder, which nobody else may read, and prints the variables by which `dask scheduler`, `dask worker` and
-`wsi-gradcam` find the files. Whoever has the key can run programs on the cluster as you. The recipes for SLURM and SSH
+`wsi-gradcam` find the files. Whoever has the key can run programs on the cluster as you. The recipes for queues and SSH
 make a key for each run, and remove it afterwards.
 """
 

@@ -1,15 +1,18 @@
-"""Dask schedulers and workers as processes of their own, in another folder than the tests'."""
+"""Dask schedulers and workers as processes of their own, in another folder than the tests'; and what recipes print."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 from tests.runs import ROOT
 
@@ -60,3 +63,18 @@ def worker(address: str, threads: int = 1, resources: str = "") -> list[str]:
         "127.0.0.1",
         *declared,
     ]
+
+
+def printed(name: str, at: Path, *arguments: str) -> tuple[int, str, str]:
+    """Runs a recipe with --print in a folder, in this process: its exit status, what it prints, and what it says."""
+    out, said = io.StringIO(), io.StringIO()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", [name, *arguments, "--print"]))
+        stack.enter_context(mock.patch.object(sys, "path", [str(ROOT / "pipelines"), *sys.path]))
+        for context in (chdir(at), redirect_stdout(out), redirect_stderr(said)):
+            stack.enter_context(context)
+        try:
+            runpy.run_path(str(ROOT / f"pipelines/{name}.py"), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0), out.getvalue(), said.getvalue()
+    raise AssertionError(f"{name} has not exited")

@@ -7,15 +7,17 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import dask
 import psutil
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from tests.clusters import process, scheduler, worker
 from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file, toy_spec
@@ -280,3 +282,45 @@ def test_a_scheduler_that_cannot_look_after_a_run_gets_no_hints(
     assert understood == [True, False]
     assert "the scheduler cannot look after the run (TypeError: cannot travel)" in caplog.messages
     assert differing(tmp_path / "out", serial) == []
+
+
+CALLS = 1000
+
+
+def test_workers_that_are_there_are_never_said_to_be_missing() -> None:
+    """Others come and go meanwhile, and the client's own refresh, which leaves workers out, is as busy as it can be."""
+    busy = {"distributed.client.scheduler-info-interval": "1ms"}
+    with (
+        dask.config.set(busy),
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+    ):
+        executor, over = DaskExecutor(scheduler=cluster.scheduler_address), threading.Event()
+
+        def churn() -> None:
+            while not over.wait(0.05):
+                cluster.scale(3)
+                over.wait(0.2)
+                cluster.scale(1)
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        try:
+            found = [executor.workers() for _ in range(CALLS)]
+        finally:
+            over.set()
+            thread.join()
+            executor.close()
+    assert [workers for workers in found if workers.missing] == []
+    assert len({workers.addresses for workers in found}) > 2  # they did come and go
+
+
+def test_a_scheduler_that_is_gone_while_workers_are_waited_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not waited for as long as workers would be."""
+    with scheduler(tmp_path) as (started, address):
+        threading.Timer(1.0, started.kill).start()
+        began = time.monotonic()
+        with pytest.raises(WorkerError, match="the connection to the Dask scheduler is lost; start it anew"):
+            DaskExecutor(scheduler=address, wait_s=86_400)
+        assert time.monotonic() - began < WITHIN_S

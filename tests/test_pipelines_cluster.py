@@ -1,4 +1,4 @@
-"""Recipes for clusters: what they would submit; and whole runs, where stand-ins start the workers on this machine."""
+"""Recipes for SSH and Kubernetes: what they would start; and whole runs, with workers on this machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ from wsi_gradcam.api import explain
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask.workers import connect
 
-# What a job scheduler or a remote machine does, done here; workers end with their scheduler.
-SBATCH = (
-    'cp "$1" {folder}/script.sh\nbash {folder}/script.sh >{folder}/worker.log 2>&1 </dev/null &\n'
-    'echo "Submitted batch job $!"\n'
-)
+# What a remote machine does, done here; workers end with their scheduler.
 SSH = '[ "$1 $2 $3" = "-o BatchMode=yes node1" ] || exit 255\nexec sh -c "$4" >{folder}/worker.log 2>&1\n'
 
 
@@ -77,84 +73,6 @@ def arguments_of_explain(made: Path, out: Path) -> list[str]:
 def option(words: list[str], name: str) -> str:
     assert words.count(name) >= 1, f"{name} is not among {words}"
     return words[len(words) - 1 - words[::-1].index(name) + 1]  # the last one counts
-
-
-# --- SLURM -----------------------------------------------------------------------------------------------------------
-
-
-def slurm_script(at: Path, *arguments: str) -> tuple[dict[str, str], list[str]]:
-    """Directives of the job script, and the words of the worker's command."""
-    done = recipe("slurm", at, *arguments, "--print")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    given = [line.removeprefix("#SBATCH ").replace("=", " ").split(" ", 1) for line in lines if "#SBATCH" in line]
-    return {line[0]: line[1] for line in given}, shlex.split(next(line for line in lines if "--nthreads" in line))
-
-
-def test_the_slurm_script_asks_for_what_a_gpu_worker_needs(tmp_path: Path) -> None:
-    directives, worker = slurm_script(
-        tmp_path,
-        "--partition",
-        "gpu",
-        "--gres",
-        "gpu:1",
-        "--account",
-        "lab",
-        "--hours",
-        "8",
-        "--memory",
-        "12GiB",
-        "--cpus",
-        "6",
-    )
-    assert directives.pop("-e").startswith("slurm-logs/")
-    assert directives.pop("-o").startswith("slurm-logs/")
-    assert directives == {
-        "-J": "wsi-gradcam",
-        "-p": "gpu",
-        "-A": "lab",
-        "-n": "1",
-        "--cpus-per-task": "6",
-        "--mem": "12G",
-        "-t": "08:00:00",
-        "--gres": "gpu:1",
-    }
-    assert worker[0] == sys.executable
-    assert option(worker, "--nthreads") == "5"
-    assert option(worker, "--memory-limit") == "0"
-    assert option(worker, "--resources") == "GPU=1,CPU=3"
-    assert option(worker, "--lifetime") == "465m"
-    assert "--nanny" in worker
-    key = Path(option(worker, "--tls-key"))
-    assert (key.name, key.parent.parent) == ("key.pem", tmp_path)
-    assert option(worker, "--tls-ca-file") == option(worker, "--tls-cert") == str(key.parent / "certificate.pem")
-    assert any(word.startswith("tls://") for word in worker)
-    assert not key.parent.exists()  # the key has gone with the run
-
-
-def test_a_slurm_worker_without_a_gpu_promises_none(tmp_path: Path) -> None:
-    directives, worker = slurm_script(tmp_path, "--hours", "1")
-    assert not {"--gres", "-p", "-A"} & directives.keys()
-    assert "--resources" not in worker
-    assert option(worker, "--lifetime") == "45m"
-
-
-@pytest.mark.parametrize("wrong", [("--hours", "0"), ("--minimum", "0"), ("--minimum", "3")])
-def test_slurm_jobs_that_cannot_be_are_refused(tmp_path: Path, wrong: tuple[str, str]) -> None:
-    done = recipe("slurm", tmp_path, *wrong, "--print")
-    assert done.returncode == 2
-    assert "expected --hours of 1 or more, and 1 <= --minimum <= --workers" in done.stderr
-
-
-def test_slurm_jobs_explain_as_this_process_does(made: Path, tmp_path: Path) -> None:
-    path = programs(tmp_path / "bin", sbatch=SBATCH, scancel='kill "$1" 2>/dev/null\n')
-    out = tmp_path / "out"
-    done = recipe(
-        "slurm", tmp_path, "--workers", "1", "--logs", tmp_path / "logs", *arguments_of_explain(made, out), path=path
-    )
-    assert done.returncode == 0, done.stderr
-    assert differing(out, made / "serial") == []
-    assert "--nthreads 2" in (path / "script.sh").read_text(encoding="utf-8")
 
 
 # --- SSH -------------------------------------------------------------------------------------------------------------

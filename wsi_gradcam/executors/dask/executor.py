@@ -19,7 +19,7 @@ from wsi_gradcam.errors import ConfigError, DeviceError, WorkerError, one_line
 from wsi_gradcam.executors.dask.local import NO_WORKER_S, local_cluster, threads_each
 from wsi_gradcam.executors.dask.plugins import EXAMINED, RunSchedulerPlugin, RunWorkerPlugin, check_device, use_threads
 from wsi_gradcam.executors.dask.scheduling import SlideScheduler
-from wsi_gradcam.executors.dask.workers import WAIT_S, MissingWorkerTimer, Workers, connect
+from wsi_gradcam.executors.dask.workers import WAIT_S, MissingWorkerTimer, Workers, connect, workers_of
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.failures import PAUSES_S
@@ -82,9 +82,12 @@ class DaskExecutor:
         return str(self._client.dashboard_link) if "dashboard" in services else ""
 
     def workers(self) -> Workers:
-        """Return the workers that there are now."""
-        info = self._client.scheduler_info(n_workers=-1)["workers"]
-        return Workers.of(info, self._device, self._scheduler)
+        """Return the workers that there are now.
+
+        Raises:
+            WorkerError: the scheduler does not answer.
+        """
+        return Workers.of(workers_of(self._client), self._device, self._scheduler)
 
     def examine(
         self,

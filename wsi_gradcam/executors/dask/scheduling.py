@@ -29,7 +29,7 @@ from wsi_gradcam.executors.dask.running import (
     SentBatch,
     kind_of,
 )
-from wsi_gradcam.executors.dask.workers import MissingWorkerTimer, Workers
+from wsi_gradcam.executors.dask.workers import LOST, MissingWorkerTimer, Workers
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.failures import PAUSES_S, log_retry
 from wsi_gradcam.run.types import FatalError, Observer, Performed, SlideRecord, Task, Workload
@@ -177,7 +177,7 @@ class SlideScheduler:
                 self._collect()
                 yield from self._drain()
         except (CancelledError, CommClosedError, ClosedClientError) as error:
-            raise _lost("the connection to the Dask scheduler is lost; start it anew") from error
+            raise _lost(LOST) from error
         finally:
             if self._client.status == "running":
                 self._client.cancel(list(self._sent))
@@ -259,11 +259,11 @@ class SlideScheduler:
         if time.monotonic() - self._looked < WORKERS_POLLED_S:
             return
         if self._client.status != "running":
-            raise _lost("the connection to the Dask scheduler is lost; start it anew")
-        before, self._workers, self._looked = self._workers, self._ask_workers(), time.monotonic()
-        if before.needs.other and not self._workers.needs.other:
-            self._send_anew()
+            raise _lost(LOST)
         try:
+            before, self._workers, self._looked = self._workers, self._ask_workers(), time.monotonic()
+            if before.needs.other and not self._workers.needs.other:
+                self._send_anew()
             self._missing_timer.check(self._workers.missing)
         except WorkerError as error:
             raise FatalError(error) from error

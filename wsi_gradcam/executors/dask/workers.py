@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from distributed import Client, Security
 from distributed.comm.addressing import resolve_address
+from distributed.comm.core import CommClosedError
 
 from wsi_gradcam.errors import AGAIN, WorkerError, one_line
 
@@ -17,10 +18,12 @@ LOG = logging.getLogger("wsi_gradcam")
 T = TypeVar("T")
 
 WAIT_S = 50.0  # with the time to connect an error comes within a minute
+TOLD_S = 3.0  # before it is told that workers are missing: a moment is not worth a word
 GPU, CPU = "GPU", "CPU"  # names of the resources that workers declare
 # Two batches share a GPU: while the patches of one are read and its maps written, the model works for the other.
 GPU_SHARE = 0.5
 ANSWER_S = 10  # of a scheduler that is asked for its workers
+LOST = "the connection to the Dask scheduler is lost; start it anew"
 CERTIFICATES = (
     "name the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
     "Dask's configuration (docs/clusters.md)"
@@ -97,11 +100,12 @@ def _missing_workers(info: Mapping[str, Any], has_device: bool, device: str, sch
 
 
 class MissingWorkerTimer:
-    """Bounds the time for which workers may be missing, and logs when that begins."""
+    """Bounds the time for which workers may be missing, and logs when they have been for a moment."""
 
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
         self._since: float | None = None
+        self._told = False
 
     def check(self, missing: str) -> None:
         """Check the time, for what is missing now; "" where nothing is.
@@ -109,13 +113,33 @@ class MissingWorkerTimer:
         Raises:
             WorkerError: something has been missing for too long.
         """
+        now = time.monotonic()
         if not missing:
-            self._since = None
-        elif self._since is None:
-            self._since = time.monotonic()
+            self._since, self._told = None, False
+            return
+        self._since = now if self._since is None else self._since
+        if not self._told and now - self._since >= min(TOLD_S, self._wait_s / 10):
             LOG.warning("waiting up to %g s: %s", self._wait_s, missing)
-        if self._since is not None and time.monotonic() - self._since >= self._wait_s:
+            self._told = True
+        if now - self._since >= self._wait_s:
             raise WorkerError(f"waited {self._wait_s:g} s: {missing}; then {AGAIN}")
+
+
+def workers_of(client: Client) -> dict[str, Any]:
+    """Return what the scheduler itself says now of each worker, by address.
+
+    `Client.scheduler_info` stores the answer where the client's own refresh, which leaves workers out, may write over
+    it before it is read: of 62,689 calls 3 had no workers. And where none comes, it returns the last one.
+
+    Raises:
+        WorkerError: the scheduler does not answer.
+    """
+    try:
+        if client.scheduler is None:
+            raise CommClosedError(f"the client is {client.status}")
+        return dict(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
+    except OSError as error:  # a CommClosedError is an OSError
+        raise WorkerError(f"{LOST} and {AGAIN}") from error
 
 
 def connect(where: Any, timeout_s: float) -> Client:
@@ -164,5 +188,5 @@ def ask_workers(
         WorkerError: no scheduler answers.
     """
     with connect(scheduler, timeout_s) as client:
-        workers = dict(client.scheduler_info(n_workers=-1)["workers"])
+        workers = workers_of(client)
         return workers, client.run(function, *arguments, workers=list(workers), on_error="return")
