@@ -355,7 +355,8 @@ class Jobs:
             return
         if self._silent:
             say("the queue answers again")
-            self._silent = ""
+            self._silent, self._pause = "", ASKED_S[0]
+            self._soon(now)
         now = time.monotonic()
         for job in list(self._jobs):
             self._judge(job, seen.get(job.id), now)
@@ -404,7 +405,7 @@ class Jobs:
             return
         self._sized_at = now + 5
         workers = max(1, self._system.gpus(self._given))
-        target = -(-self._scheduler.adaptive_target() // workers)
+        target = -(-self._cluster.sync(self._target) // workers)
         target = max(self._given.minimum, min(self._given.workers, target))
         self._fewer = self._fewer + 1 if target < len(self._jobs) else 0
         self._wanted = target if target > self._wanted or self._fewer >= 3 else self._wanted
@@ -415,6 +416,10 @@ class Jobs:
             ending = [*idle[:surplus], *(job for job in self._jobs if job.name in names)]
             self._jobs = [job for job in self._jobs if job not in ending]
             self._cancel(ending)
+
+    async def _target(self) -> int:
+        """Return how many workers Dask would have for the work that there is."""
+        return int(self._scheduler.adaptive_target())
 
     async def _retired(self, count: int) -> set[str]:
         """Let so many idle workers leave; return the names of their jobs."""

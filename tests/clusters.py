@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -65,11 +65,11 @@ def worker(address: str, threads: int = 1, resources: str = "") -> list[str]:
     ]
 
 
-def printed(name: str, at: Path, *arguments: str) -> tuple[int, str, str]:
-    """Runs a recipe with --print in a folder, in this process: its exit status, what it prints, and what it says."""
+def printed(name: str, at: Path, *arguments: str, printing: Sequence[str] = ("--print",)) -> tuple[int, str, str]:
+    """Runs a recipe that only prints, in a folder and this process: its exit status, what it prints, what it says."""
     out, said = io.StringIO(), io.StringIO()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, "argv", [name, *arguments, "--print"]))
+        stack.enter_context(mock.patch.object(sys, "argv", [name, *arguments, *printing]))
         stack.enter_context(mock.patch.object(sys, "path", [str(ROOT / "pipelines"), *sys.path]))
         for context in (chdir(at), redirect_stdout(out), redirect_stderr(said)):
             stack.enter_context(context)

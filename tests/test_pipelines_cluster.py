@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import dask
+import kubernetes_validate
 import pytest
 import yaml
 
-from tests.clusters import process, scheduler, worker
+from tests.clusters import printed, process, scheduler, worker
 from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.api import explain
@@ -131,9 +136,10 @@ def test_workers_over_ssh_explain_as_this_process_does(made: Path, tmp_path: Pat
 def manifests(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The DaskCluster and the Job."""
     claims = ("--image", "registry/wsi-gradcam:1", "--slides-claim", "archive", "--out-claim", "results")
-    done = recipe("kubernetes", ROOT, *claims, *arguments)
-    assert done.returncode == 0, done.stderr
-    cluster, job = yaml.safe_load_all(done.stdout)
+    status, text, said = printed("kubernetes", ROOT, *claims, *arguments, printing=())
+    assert status == 0, said
+    assert "&id" not in text
+    cluster, job = yaml.safe_load_all(text)
     assert (cluster["apiVersion"], cluster["kind"]) == ("kubernetes.dask.org/v1", "DaskCluster")
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     return cluster, job
@@ -155,7 +161,7 @@ def test_all_pods_share_image_slides_and_results() -> None:
         assert seen == {"/slides": "archive", "/out": "results", "/tls": "wsi-gradcam-tls"}
         assert [m["mountPath"] for m in container["volumeMounts"] if m.get("readOnly")] == ["/slides", "/tls"]
         assert tls["secret"]["defaultMode"] == 0o440
-        assert pod["securityContext"]["fsGroup"] == 1000
+        assert volumes[0]["persistentVolumeClaim"]["readOnly"]
 
 
 def test_workers_have_gpus_only_when_asked_for() -> None:
@@ -217,7 +223,153 @@ def test_pods_answer_those_alone_that_have_the_key() -> None:
         ]
     (scheduler,) = cluster["spec"]["scheduler"]["spec"]["containers"]
     routes = next(v["value"] for v in scheduler["env"] if v["name"].endswith("HTTP__ROUTES"))
-    assert routes == "['distributed.http.health']"
+    assert routes == "['distributed.http.health', 'wsi_gradcam.executors.dask.plugins']"
+
+
+VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
+ALL_FLAGS = (
+    *("--gpus", "1", "--node-selector", "pool=gpu", "--pull-secret", "registry", "--workers", "8"),
+    *("--toleration", "nvidia.com/gpu:NoSchedule", "--toleration", "team=lab", "--model", "oral-tumour"),
+)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("arguments", [(), ALL_FLAGS])
+def test_manifests_are_valid(version: str, arguments: tuple[str, ...]) -> None:
+    """By the schemas of these versions of Kubernetes; the operator's own resource holds two pods of theirs."""
+    cluster, job = manifests(*arguments)
+    kubernetes_validate.validate(job, version, strict=True)
+    for name, pod in pods(cluster, job).items():
+        kind = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod}
+        kubernetes_validate.validate(kind, version, strict=True)
+
+
+def test_the_schemas_would_find_a_mistake() -> None:
+    _, job = manifests()
+    job["spec"]["backoffLimits"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, VERSIONS[0], strict=True)
+
+
+def test_pods_keep_to_the_restricted_security_standard() -> None:
+    for pod in pods(*manifests()).values():
+        assert pod["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 1000,
+            "fsGroup": 1000,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            closed = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == closed
+
+
+def test_workers_go_where_they_are_told_to() -> None:
+    cluster, job = manifests(*ALL_FLAGS)
+    worker = cluster["spec"]["worker"]["spec"]
+    assert worker["nodeSelector"] == {"pool": "gpu"}
+    assert worker["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "team", "operator": "Equal", "value": "lab"},
+    ]
+    for name, pod in pods(cluster, job).items():
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert ("nodeSelector" in pod) == ("tolerations" in pod) == (name == "worker")
+
+
+def test_a_wrong_argument_is_not_tried_again_and_a_lost_scheduler_is() -> None:
+    _, job = manifests()
+    assert job["spec"]["podFailurePolicy"]["rules"] == [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": {"containerName": "explain", "operator": "In", "values": [2]}},
+    ]
+    assert job["spec"]["backoffLimit"] == 6
+
+
+def test_the_client_waits_for_its_scheduler() -> None:
+    """As it would end with 2 without one."""
+    (wait,) = manifests()[1]["spec"]["template"]["spec"]["initContainers"]
+    assert wait["command"][3:] == ["wsi-gradcam-scheduler", "8786"]
+    port = free_port()
+    command = [sys.executable, *wait["command"][1:3], "127.0.0.1", str(port)]
+    with subprocess.Popen(command) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        with socket.create_server(("127.0.0.1", port)):
+            assert process.wait(60) == 0
+
+
+def test_a_patch_goes_into_the_pods_it_names(tmp_path: Path) -> None:
+    patch = {
+        "worker": {
+            "priorityClassName": "batch",
+            "tolerations": [{"key": "more", "operator": "Exists"}],
+            "containers": [{"name": "worker", "env": [{"name": "A", "value": "1"}]}, {"name": "side", "image": "s"}],
+        }
+    }
+    (tmp_path / "patch.yaml").write_text(yaml.safe_dump(patch), encoding="utf-8")
+    plain, patched = manifests("--toleration", "x"), manifests("--toleration", "x", "--patch", f"{tmp_path}/patch.yaml")
+    worker, before = patched[0]["spec"]["worker"]["spec"], plain[0]["spec"]["worker"]["spec"]
+    assert worker["priorityClassName"] == "batch"
+    assert [each["key"] for each in worker["tolerations"]] == ["x", "more"]
+    first, side = worker["containers"]
+    assert first["env"] == [*before["containers"][0]["env"], {"name": "A", "value": "1"}]
+    assert first["command"] == before["containers"][0]["command"]
+    assert side == {"name": "side", "image": "s"}
+    assert patched[1] == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--name", "Lung_1"), "expected at most 40 small letters, digits and -, a letter first, not 'Lung_1'"),
+        (("--name", "a" * 41), "expected at most 40"),
+        (("--memory", "8GiB"), "expected an amount of memory such as 8Gi, not '8GiB'"),
+        (("--memory", "0Gi"), "expected an amount of memory"),
+        (("--cpus", "many"), "expected a number of cores"),
+        (("--workers", "-3"), "expected a whole number of 1 or more, not '-3'"),
+        (("--workers", "0"), "expected a whole number of 1 or more"),
+        (("--toleration", "a:Never"), "expected KEY[=VALUE][:EFFECT]"),
+        (("--node-selector", "gpu"), "expected LABEL=VALUE"),
+        (("--patch", "nonesuch.yaml"), "nonesuch.yaml cannot be read"),
+    ],
+)
+def test_manifests_that_cannot_be_are_refused(tmp_path: Path, wrong: tuple[str, str], told: str) -> None:
+    claims = ("--image", "registry/wsi-gradcam:1", "--slides-claim", "archive", "--out-claim", "results")
+    status, text, said = printed("kubernetes", tmp_path, *claims, *wrong, printing=())
+    assert (status, text) == (2, "")
+    assert told in " ".join(said.split())
+
+
+def test_a_cluster_without_work_is_told_from_one_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By HTTP, as Dask's operator asks, which then ends it; and nothing else is answered but its health."""
+    cluster, _ = manifests("--idle", "600")
+    assert cluster["spec"]["idleTimeout"] == 600
+    (container,) = cluster["spec"]["scheduler"]["spec"]["containers"]
+    routes = next(v for v in container["env"] if v["name"].endswith("HTTP__ROUTES"))
+    monkeypatch.setenv(routes["name"], routes["value"])
+    port = free_port()
+    file = tmp_path / "scheduler.json"
+    listening = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", f"127.0.0.1:{port}"]
+    with process(tmp_path, "scheduler", *listening, "--scheduler-file", str(file)):
+        deadline = time.monotonic() + 60
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        answers = {path: answered(port, path) for path in ("/health", "/api/v1/check_idle", "/api/v1/retire_workers")}
+    assert answers["/health"] == (200, "ok")
+    assert answers["/api/v1/check_idle"][0] == 200
+    assert json.loads(answers["/api/v1/check_idle"][1]).keys() == {"idle_since"}
+    assert answers["/api/v1/retire_workers"][0] == 404
+
+
+def answered(port: int, path: str) -> tuple[int, str]:
+    """Status and text that a server on this machine answers."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
 
 
 # --- keys, and clusters by hand --------------------------------------------------------------------------------------

@@ -369,8 +369,7 @@ def bound(running: Slurm) -> list[tuple[int, str]]:
     for process in running.steps():
         with suppress(psutil.Error, ValueError):
             words = process.cmdline()
-            name = words[words.index("--name") + 1]
-            if "each_gpu.py" not in " ".join(words):
-                number = int(name.partition(".")[2])
-                found += [(number, worker.environ()["CUDA_VISIBLE_DEVICES"]) for worker in process.children()]
+            number = int(words[words.index("--name") + 1].partition(".")[2])  # that of the launcher has none
+            workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+            found += [(number, worker.environ()["CUDA_VISIBLE_DEVICES"]) for worker in workers]
     return found

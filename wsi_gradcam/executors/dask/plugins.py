@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distributed import Scheduler, SchedulerPlugin, Worker, WorkerPlugin, get_worker
+from distributed.http.scheduler.api import CheckIdleHandler
 
 from wsi_gradcam.errors import DeviceError, WorkerError, device_errors, one_line
 from wsi_gradcam.run.context import Context, perform
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.run.plan import RunPlan
 
+# What a scheduler's HTTP server answers where its configuration names this module (pipelines/kubernetes.py): whether
+# there is work, so that Dask's operator ends an idle cluster. All of Dask's own API would let anybody retire workers.
+routes: list[tuple[str, Any, dict[str, Any]]] = [("/api/v1/check_idle", CheckIdleHandler, {})]
 REPORT_S = 0.1  # for a few bytes to the scheduler, before what may be the end
 
 
