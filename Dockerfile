@@ -21,8 +21,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends npm \
  && pip install -c without-torch.txt ".[fast${TORCH_INDEX:+,engines}]" \
  && apt-get purge -y npm && apt-get autoremove -y && rm -rf /var/lib/apt/lists/*
 
-RUN useradd --create-home reader
-USER reader
+# A number, as Kubernetes sees from it alone that the user is not root.
+RUN useradd --create-home --uid 1000 reader
+USER 1000
 WORKDIR /data
 ENTRYPOINT ["wsi-gradcam"]
 CMD ["--help"]
