@@ -54,10 +54,12 @@ def test_logits_and_gradients_are_those_of_the_whole_bag(name: str, tmp_path: Pa
     np.testing.assert_allclose(found.relevance["gradient_x_input"], relevance, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("path_bytes", [0, attribution.PATH_BYTES])  # in chunks, and a whole point at once
 @pytest.mark.parametrize("name", MODELS)
 def test_integrated_gradients_are_the_mean_of_the_whole_bags_gradients_along_the_path(
-    name: str, tmp_path: Path
+    name: str, path_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attribution, "PATH_BYTES", path_bytes)
     network, answer = in_double(tmp_path, name)
     x, start = torch.from_numpy(bag(COUNT)), torch.from_numpy(bag(1, seed=1)[0] / 4)
     predicted, total = int(answer(x).argmax()), torch.zeros(COUNT, 3, x.shape[1], dtype=torch.float64)

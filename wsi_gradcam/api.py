@@ -9,8 +9,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from wsi_gradcam.cam.facts import EXACT
 from wsi_gradcam.errors import ConfigError, ModelError, StoreError, as_text, one_line
 from wsi_gradcam.executors import open_executor
@@ -19,10 +17,18 @@ from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.io.urls import allowed_hosts, allowing
 from wsi_gradcam.mil.spec import SlideModelSpec, is_slide_model, read_slide_model
-from wsi_gradcam.models.spec import ModelSpec, probabilities, read_spec
+from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import RunFolder, SlideFolder, check_same_run, read_run, stored_choice, write_run
-from wsi_gradcam.results.slide_tables import SlideTable, assign_ids, read_slide_records, read_slides, record_slides
+from wsi_gradcam.results.slide_tables import (
+    ANSWERS,
+    SlideTable,
+    answer_shares,
+    assign_ids,
+    read_slide_records,
+    read_slides,
+    record_slides,
+)
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.driver import RunSession
 from wsi_gradcam.run.examining import SLIDES_TRIED
@@ -270,17 +276,9 @@ def _prepared_slide_model(
     if encoder is None:
         raise ModelError(f"{spec.name}: has no 'encoder:', so it explains no pixels; add one to the model file")
     encoder.check_trusted()
-    changed: dict[str, Any] = {"folder": encoder.folder.absolute()}
     if settings.patch_px is not None:
-        changed["patch_px"] = settings.patch_px
-    aggregator = spec.aggregator.model_copy(update={"folder": spec.aggregator.folder.absolute()})
-    return spec.model_copy(
-        update={
-            "encoder": encoder.model_copy(update=changed),
-            "aggregator": aggregator,
-            "folder": spec.folder.absolute(),
-        }
-    )
+        spec = spec.model_copy(update={"encoder": encoder.model_copy(update={"patch_px": settings.patch_px})})
+    return spec.resolved()
 
 
 def _shown(out: StoragePathLike) -> Path | S3Path:
@@ -348,14 +346,8 @@ def _answer(folder: SlideFolder, run: RunPlan) -> dict[str, str]:
     done = Manifest(folder.manifest).done()
     if done is None or not done.answer:
         return {}
-    logits = np.array([list(done.answer.values())], np.float32)
-    shares = probabilities(logits, run.facts.activation)[0].tolist()
-    of = dict(zip(done.answer, zip(logits[0].tolist(), shares, strict=True), strict=True))
-    return {
-        f"slide_{kind}_{name}": f"{both[i]:.6g}"
-        for i, kind in enumerate(("logit", "probability"))
-        for name, both in of.items()
-    }
+    both = (done.answer, answer_shares(done.answer, run.facts.activation))
+    return {f"{kind}{name}": f"{v:.6g}" for kind, each in zip(ANSWERS, both, strict=True) for name, v in each.items()}
 
 
 def _nothing_but_failures(rows: dict[str, dict[str, Any]]) -> bool:

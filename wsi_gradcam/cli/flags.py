@@ -308,7 +308,7 @@ def add_view(parser: argparse.ArgumentParser) -> None:
 def add_info(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `info`."""
     add = parser.add_argument
-    add("slide", nargs="*", help="slide files")
+    add("slide", nargs="*", help="slide files, or folders of results")
     add("--model", help="a model, as for explain")
     _add_trust(parser)
     add("--layer", help="a layer of the model to test")

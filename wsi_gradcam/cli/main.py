@@ -306,11 +306,11 @@ def _view(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.cli.output import mask_info, model_info, slide_info
+    from wsi_gradcam.cli.output import mask_info, model_info, result_info, slide_info
 
     if not arguments.slide and not arguments.model:
-        raise ConfigError("nothing to show; give slide files, or --model")
-    found = [slide_info(path) for path in arguments.slide]
+        raise ConfigError("nothing to show; give slide files, results, or --model")
+    found = [result_info(path) or slide_info(path) for path in arguments.slide]
     if arguments.mask_out:
         if len(found) != 1:
             raise ConfigError(f"--mask-out makes a picture of one slide, {len(found)} are given")

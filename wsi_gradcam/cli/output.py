@@ -19,15 +19,19 @@ from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cli import say
-from wsi_gradcam.errors import SlideError, printable, quoted
+from wsi_gradcam.errors import ConfigError, SlideError, printable, quoted
 from wsi_gradcam.inputs.find import SlideEntry, search_slides
+from wsi_gradcam.io.object_stores import S3
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.io.urls import is_url, redact_url, url_name
 from wsi_gradcam.mil.spec import BAG_METHODS, is_slide_model, read_slide_model
 from wsi_gradcam.models.spec import read_spec
+from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.run.examining import examine_model
 from wsi_gradcam.run.progress import cause_of
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.slides import is_zarr, open_slide
+from wsi_gradcam.slides import SUFFIXES, is_zarr, open_slide
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.processes import format_duration
 from wsi_gradcam.tissue.annotations import check_mask, read_regions
@@ -38,9 +42,10 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.facts import Layout
     from wsi_gradcam.demo.run import Agreement
+    from wsi_gradcam.mil.aggregators import LoadedAggregator
     from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.spec import ModelSpec
-    from wsi_gradcam.results.run_files import RunFolder, SlideFolder
+    from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.plan import Pace
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.tissue.stain import Stain
@@ -198,6 +203,36 @@ def slide_info(path: str) -> dict[str, Any]:
     }
 
 
+def result_info(path: str) -> dict[str, Any]:
+    """Describe the results in a folder, with the answers of a slide-level model; empty where there are none."""
+    if not is_result(path):
+        return {}
+    result = open_result(path)
+    record, slides = result.record, list(result)
+    bag_methods = record.settings.get("bag_method", ()) if record.is_slide_level else ()
+    counts = Counter(str(slide.status) for slide in slides)
+    answers = {f"answer {slide.id}": slide.answer for slide in slides if slide.answer}
+    more = len(answers) - MAX_LISTED
+    return {
+        "results": result.out,
+        "model": record.model.name,
+        "classes": _shortened(result.classes, ", "),
+        "layer": record.model.layer,
+        "methods": ", ".join(record.settings.get("method", ())),
+        **({"bag methods": ", ".join(bag_methods)} if bag_methods else {}),
+        "slides": ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items())),
+        **dict(list(answers.items())[:MAX_LISTED]),
+        **({"more answers": f"{more:,}, in slides.csv"} if more > 0 else {}),
+    }
+
+
+def is_result(path: str) -> bool:
+    """Return whether a folder, here or in an object store, holds results."""
+    if Path(path).suffix.lower() in SUFFIXES or (is_url(path) and not path.startswith(f"{S3}:")):
+        return False
+    return RunFolder(storage_path(path)).run.is_file()
+
+
 def _folder_info(path: str) -> dict[str, Any]:
     """Describe a folder: the slides that a search finds, and what it leaves out."""
     found = search_slides([path])
@@ -290,30 +325,52 @@ def _slide_model_info(spec: SlideModelSpec, layer: str | None) -> dict[str, Any]
     if spec.runs_code and not spec.trusted:
         return {**about, "loading it": "runs code in it, so it was not loaded; --trust-code allows that"}
     aggregator = load_aggregator(spec)
+    reasons = {method: _why_not(aggregator, method) for method in BAG_METHODS}
     about |= {
+        "loading it": "runs code in it, as was allowed" if spec.runs_code else "runs no code",
         "classes": _shortened(aggregator.classes, ", "),
         "activation": spec.activation,
         "features": f"{aggregator.network.feature_dim} of each patch",
+        "aggregator's weights": spec.aggregator.weights or "the source's own",
         "aggregator's parameters": f"{sum(p.numel() for p in aggregator.network.parameters()):,}",
-        "bag methods": ", ".join(BAG_METHODS),
+        "bag methods": ", ".join(method for method, reason in reasons.items() if not reason),
+        **{f"not {method}": reason for method, reason in reasons.items() if reason},
         **({"notes": "; ".join(aggregator.notes)} if aggregator.notes else {}),
     }
     if spec.encoder is None:
-        return {**about, "encoder": "none: its features come from elsewhere"}
+        return {**about, "license": spec.license or "not stated", "encoder": "none: its features come from elsewhere"}
     settings = make_settings(layer=layer, engine="eager", precision="float32")
     explainer = examine_model(spec, settings, [])
     facts, refused = explainer.facts, explainer.refused_methods()
     return {
         **about,
+        "attention": ", ".join(facts.bag.attention) or "none" if facts.bag else "none",
         "encoder": spec.encoder.source,
+        "encoder's weights": spec.encoder.weights or "the source's own",
+        "encoder's parameters": f"{facts.parameters:,}",
         "digest": facts.digest,
         "license": facts.license or "not stated",
         "patch": f"{facts.patch_px[0]} x {facts.patch_px[1]} px at {facts.mpp or '?'} um/px",
-        "attention": ", ".join(facts.bag.attention) or "none" if facts.bag else "none",
+        "input": f"{explainer.input_px[0]} x {explainer.input_px[1]} px",
+        "mean, std": f"{facts.mean}, {facts.std}",
+        "stain": _stain(facts.stain),
         "layers": _shortened([f"{found.name} {_shape(found.layout)}" for found in explainer.layers()[::-1]], "; "),
         "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
-        "methods": ", ".join(method for method in METHOD_INFO if method not in refused and method != "finercam"),
+        "self-test": "head(trunk(x)) equals model(x)",
+        "methods": ", ".join(method for method in METHOD_INFO if method not in {*refused, "finercam"}),
+        **{f"not {method}": reason.removeprefix(f"{facts.name}: ") for method, reason in refused.items()},
     }
+
+
+def _why_not(aggregator: LoadedAggregator, method: str) -> str:
+    """Return why an aggregator does not have a bag method; "" where it does."""
+    from wsi_gradcam.mil.attribution import check_methods
+
+    try:
+        check_methods(aggregator.network, [method])
+    except ConfigError as error:
+        return str(error).removeprefix(f"{method}: ")
+    return ""
 
 
 def _unloaded(spec: ModelSpec) -> dict[str, Any]:

@@ -116,8 +116,10 @@ class Bars(Lines):
         self._show_patches()  # of a slide that could not be planned none are expected any more
 
     def _show_patches(self) -> None:
-        done, rate = self.progress.patches_done, pace(self.progress) if self.progress.patches_done else ""
-        self._bars.update(self._patch_bar, total=self.progress.patches_expected or None, completed=done, rate=rate)
+        done, expected = self.progress.passes
+        rate = pace(self.progress) if done else ""
+        what = "passes" if self.progress.to_encode else "patches"  # each patch is encoded, and then explained
+        self._bars.update(self._patch_bar, total=expected or None, completed=done, rate=rate, description=what)
 
     def print_line(self, text: str) -> None:
         """Print a line above the bars."""
@@ -157,7 +159,8 @@ def pace(numbers: Progress, whole: bool = False) -> str:
         parts.append(f"about {format_duration(left_s)} left")
     if not whole:
         return ", ".join(parts)
-    counts = f"{numbers.slides_done}/{numbers.slides} slides, {numbers.patches_done} patches"
+    first = f", {numbers.encoded} encoded" if numbers.encoded else ""
+    counts = f"{numbers.slides_done}/{numbers.slides} slides, {numbers.patches_done} patches{first}"
     if 1 < len(shares) <= MAX_WORKERS_LISTED:
         each = (f"{name} {share.patches_per_s:.0f}/s" for name, share in sorted(shares.items()))
         parts.append("workers " + ", ".join(each))

@@ -24,7 +24,7 @@ from wsi_gradcam.doctor.environment import (
 from wsi_gradcam.io.paths import StoragePath, storage_path
 
 if TYPE_CHECKING:
-    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.doctor.environment import AnySpec
 
 __all__ = ["FAIL", "OK", "WARN", "Check", "Status", "examine", "format_check", "worst"]
 
@@ -49,11 +49,12 @@ def examine(
     return _examine(folder, scheduler, spec)
 
 
-def _examine(out: StoragePath | None, scheduler: str | None, spec: ModelSpec | None) -> Iterator[Check]:
+def _examine(out: StoragePath | None, scheduler: str | None, spec: AnySpec | None) -> Iterator[Check]:
     yield from check_machine()
     if spec is not None:
         problem = loading_problem(spec)
-        good, bad = Check("model", OK, f"{spec.name} loads"), Check("model", FAIL, problem, "see docs/models.md")
+        page = "docs/slide_level.md" if hasattr(spec, "aggregator") else "docs/models.md"
+        good, bad = Check("model", OK, f"{spec.name} loads"), Check("model", FAIL, problem, f"see {page}")
         yield bad if problem else good
     if out is not None:
         yield from run_check("OUT", check_folder, out)
@@ -61,9 +62,16 @@ def _examine(out: StoragePath | None, scheduler: str | None, spec: ModelSpec | N
         yield from run_check("scheduler", check_workers, scheduler, out, spec)
 
 
-def _spec(model: str, trust_code: bool) -> ModelSpec:
+def _spec(model: str, trust_code: bool) -> AnySpec:
+    from wsi_gradcam.mil.spec import is_slide_model, read_slide_model
     from wsi_gradcam.models.spec import read_spec
 
+    if is_slide_model(model):
+        of_slides = read_slide_model(model).trusting(trust_code)
+        of_slides.check_trusted()
+        if of_slides.encoder is not None:
+            of_slides.encoder.check_trusted()
+        return of_slides.resolved()
     spec = read_spec(model).trusting(trust_code)
     spec.check_trusted()
     return spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from packaging.specifiers import SpecifierSet
 
-    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.doctor.environment import AnySpec
 
 GIB = 1 << 30
 MIN_FREE = 10 * GIB
@@ -342,7 +342,7 @@ def _space(folder: Path) -> Check:
     return Check("OUT: space", OK, found)
 
 
-def check_workers(scheduler: str, out: StoragePath | None, spec: ModelSpec | None) -> Iterator[Check]:
+def check_workers(scheduler: str, out: StoragePath | None, spec: AnySpec | None) -> Iterator[Check]:
     """Check the workers of a scheduler, also with the folder of the results and a model."""
     from wsi_gradcam.executors.dask import ask_workers
 

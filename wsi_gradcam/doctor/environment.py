@@ -17,7 +17,10 @@ from wsi_gradcam.errors import one_line
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.spec import ModelSpec
+
+    AnySpec = ModelSpec | SlideModelSpec
 
 PROGRAM = "wsi-gradcam"
 # Packages that values and messages between processes depend on.
@@ -112,7 +115,7 @@ def facts() -> Facts:
     }
 
 
-def inspect_worker(probe: StoragePath | None, token: str, model: ModelSpec | None) -> WorkerFacts:
+def inspect_worker(probe: StoragePath | None, token: str, model: AnySpec | None) -> WorkerFacts:
     """Return a worker's environment, its problem with the file `probe`, and its problem with the model.
 
     Runs on the worker. The file must contain `token`; another one is written beside it, named after this process.
@@ -120,14 +123,23 @@ def inspect_worker(probe: StoragePath | None, token: str, model: ModelSpec | Non
     return {**facts(), "out": _exchange(probe, token) if probe else "", "model": loading_problem(model)}
 
 
-def loading_problem(model: ModelSpec | None) -> str:
+def loading_problem(model: AnySpec | None) -> str:
     """Return the reason why a model does not load here; "" if it does, or there is none."""
     if model is None:
         return ""
     try:
+        from wsi_gradcam.mil.aggregators import load_aggregator
         from wsi_gradcam.models.load import load_model
+        from wsi_gradcam.models.spec import ModelSpec
+        from wsi_gradcam.run.examining import examine_model
+        from wsi_gradcam.run.settings import make_settings
 
-        load_model(model)
+        if isinstance(model, ModelSpec):
+            load_model(model)
+        elif model.encoder is None:
+            load_aggregator(model)
+        else:  # both, and whether one takes what the other gives
+            examine_model(model, make_settings(engine="eager", precision="float32"), [])
     except Exception as error:  # the model's own code may raise anything
         return one_line(error)
     return ""

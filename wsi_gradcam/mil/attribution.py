@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 METHODS = (*BAG_METHODS, "single", "attention")
 STEPS = 32  # of integrated gradients, by Gauss and Legendre
 CHUNK_BYTES = 96 << 20
+PATH_BYTES = 3 * CHUNK_BYTES  # of a bag whose path is gone point by point, by the gradient of the whole
 MAX_ROWS, MIN_ROWS = 4096, 16
 MAX_REMOVED = 2000  # patches that are removed one by one from a bag that is seen at once
 MEASURED = (512, 1024, 2048)  # patches of the bags that tell how memory grows
-
 Coefficients = Callable[[str, int, "NDArray[np.floating]"], None]
 
 
@@ -67,7 +67,7 @@ def explain_bag(
     """
     _check(aggregator, features, methods, baseline)
     base = np.zeros(aggregator.feature_dim) if baseline is None else np.asarray(baseline)
-    kind: type[_Bag] = _PooledBag if isinstance(aggregator, Pooled) else _WholeBag
+    kind = _PooledBag if isinstance(aggregator, Pooled) else _WholeBag
     with torch.enable_grad():
         return kind(aggregator, features, targets, tuple(methods), base, coefficients, steps).explain()
 
@@ -82,12 +82,12 @@ def memory_needed(aggregator: Aggregator, count: int, targets: int = 1) -> int:
     if isinstance(aggregator, Pooled):
         heads = aggregator(one.new_zeros(1, aggregator.feature_dim)).attention
         return 4 * CHUNK_BYTES + count * 8 * (2 * (1 if heads is None else heads.shape[1]) + 6 * targets)
-    kept = [_kept(aggregator, n) for n in MEASURED]
+    kept = [_kept(aggregator, one.new_zeros(n, aggregator.feature_dim)) for n in MEASURED]
     grown = float(np.polyval(np.polyfit(MEASURED, kept, 2), count))
     return int(max(1.5 * grown, 0.0)) + count * aggregator.feature_dim * one.element_size() * (2 + targets)
 
 
-def _kept(aggregator: Aggregator, count: int) -> int:
+def _kept(aggregator: Aggregator, bag: Tensor) -> int:
     """Return the bytes that autograd keeps of a bag until the backward pass."""
     seen: dict[int, int] = {}
 
@@ -95,19 +95,14 @@ def _kept(aggregator: Aggregator, count: int) -> int:
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    parameter = next(iter(aggregator.parameters()), torch.zeros(()))
-    bag = torch.zeros(count, aggregator.feature_dim, dtype=parameter.dtype, requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        keep = aggregator(bag)
+        keep = aggregator(bag.requires_grad_())
     del keep
     return sum(seen.values())
 
 
 def _check(aggregator: Aggregator, features: Any, methods: Sequence[str], baseline: Any) -> None:
-    for method in methods:
-        if method not in METHODS:
-            near = did_you_mean(method, METHODS)
-            raise ConfigError(f"bag method {method!r}: expected {', '.join(METHODS)}{near and f'; {near}'}")
+    check_methods(aggregator, methods)
     dim, shape = aggregator.feature_dim, tuple(features.shape)
     if len(shape) != 2 or shape[1] != dim:
         raise ModelError(
@@ -118,6 +113,14 @@ def _check(aggregator: Aggregator, features: Any, methods: Sequence[str], baseli
         raise ModelError("a bag of no patches has no answer; is there tissue on the slide?")
     if baseline is not None and np.shape(baseline) != (dim,):
         raise ModelError(f"a baseline of shape {np.shape(baseline)}, expected ({dim},)")
+
+
+def check_methods(aggregator: Aggregator, methods: Sequence[str]) -> None:
+    """Raise ConfigError for a bag method that is none, or that the aggregator does not have."""
+    for method in methods:
+        if method not in METHODS:
+            near = did_you_mean(method, METHODS)
+            raise ConfigError(f"bag method {method!r}: expected {', '.join(METHODS)}{near and f'; {near}'}")
     if "attention" in methods and aggregator.attention_is is None:
         raise ConfigError("attention: this aggregator is a program, of which no attention is known; leave it out")
     if "lrp" in methods and isinstance(aggregator, Opaque):
@@ -129,32 +132,27 @@ def _check(aggregator: Aggregator, features: Any, methods: Sequence[str], baseli
         )
 
 
+@dataclass
 class _Bag:
     """A bag that is being explained: its features, what is asked, and what is known so far."""
 
-    def __init__(
-        self,
-        network: Aggregator,
-        features: Any,
-        targets: Sequence[Target],
-        methods: tuple[str, ...],
-        baseline: NDArray[np.floating],
-        coefficients: Coefficients | None,
-        steps: int,
-    ) -> None:
-        self.network, self.features, self.targets, self.methods = network, features, targets, methods
-        self.coefficients = coefficients
-        parameter = next(iter(network.parameters()), torch.zeros(()))
+    network: Aggregator
+    features: Any
+    targets: Sequence[Target]
+    methods: tuple[str, ...]
+    baseline_at: NDArray[np.floating]
+    coefficients: Coefficients | None
+    steps: int
+
+    def __post_init__(self) -> None:
+        parameter = next(iter(self.network.parameters()), torch.zeros(()))
         self.dtype, self.device = parameter.dtype, parameter.device
         self.numpy_dtype = np.float64 if self.dtype == torch.float64 else np.float32
-        self.baseline = self.tensor(baseline)
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        self.baseline = self.tensor(self.baseline_at)
+        nodes, weights = np.polynomial.legendre.leggauss(self.steps)
         self.path = [(float(a + 1) / 2, float(w) / 2) for a, w in zip(nodes, weights, strict=True)]
-        self.relevance = {m: np.empty((len(features), len(targets))) for m in methods if m != "attention"}
-
-    def explain(self) -> BagExplanation:
-        """Return the explanation."""
-        raise NotImplementedError
+        sizes, self.scores = (len(self.features), len(self.targets)), list[Any]()
+        self.relevance = {method: np.empty(sizes) for method in self.methods if method != "attention"}
 
     def tensor(self, values: Any) -> Tensor:
         """Return values as the network takes them."""
@@ -179,6 +177,24 @@ class _Bag:
         self.relevance[method][start:stop] = products.cpu().numpy()
         if self.coefficients is not None:
             self.coefficients(method, start, coefficients.cpu().numpy())
+
+    def _explain_path(self, bag: Tensor) -> None:
+        """Explain a bag that is in memory along the path from the baseline."""
+        change, total = bag - self.baseline, torch.zeros(())
+        for at, weight in self.path:
+            total = total + weight * self._gradients(self.baseline + at * change, PLAIN)
+        self._chain("integrated_gradients", change, total)
+
+    def _gradients(self, bag: Tensor, rule: Rule) -> Tensor:
+        """Return the gradients [N, T, D] of all targets at a bag."""
+        bag = bag.clone().requires_grad_()
+        logits = self.network(bag, rule).logits
+        found = [torch.autograd.grad(score(logits[None])[0], bag, retain_graph=True)[0] for score in self.scores]
+        return torch.stack(found, dim=1) if found else bag.new_zeros(len(bag), 0, bag.shape[1])
+
+    def _chain(self, method: str, factors: Tensor, coefficients: Tensor) -> None:
+        for start in range(0, len(factors), MAX_ROWS):
+            self.keep(method, start, factors[start : start + MAX_ROWS], coefficients[start : start + MAX_ROWS])
 
 
 @dataclass
@@ -220,13 +236,15 @@ class _PooledBag(_Bag):
         self.head = copy.deepcopy(self.network).double()  # what is left when one of 200,000 goes is in the last digits
         self.rows = self._rows()
         whole = _Point(1.0)
-        lifted = self._explain_lifted() if "integrated_gradients" in self.methods else True
-        gradients = [] if lifted else [_Point(a, w) for a, w in self.path]
+        walked = "integrated_gradients" in self.methods and not self._explain_lifted()
+        at_once = len(self.features) * self.row_bytes <= PATH_BYTES  # each point is then seen once, not twice
+        gradients = [_Point(a, w) for a, w in self.path] if walked and not at_once else []
         self.raw: list[Tensor] = []
         self._pool([whole, *gradients])
-        logits = self._logits(whole.pool.mean, whole.critical)
-        self.scores = [score_of_bag(target, logits) for target in self.targets]
-        self.logits = logits
+        self.logits = self._logits(whole.pool.mean, whole.critical)
+        self.scores = [score_of_bag(target, self.logits) for target in self.targets]
+        if walked and at_once:
+            self._explain_path(self.block(0, len(self.features)))
         for point in [whole, *gradients]:
             self._differentiate(point)
         self._differentiate_critical([*([whole] if "gradient_x_input" in self.methods else []), *gradients])
@@ -236,7 +254,10 @@ class _PooledBag(_Bag):
             self._explain(start, block, whole, gradients, relevant)
         if "one_removed" in self.methods:
             self._remove_critical(whole)
-        return BagExplanation(logits.cpu().numpy(), self._attention(whole), self.relevance)
+        raw = torch.cat(self.raw)
+        known = {"attention": raw, "attention_weight": (raw - whole.pool.log_sum).exp()}
+        attention = {name: values.cpu().numpy() for name, values in known.items()}
+        return BagExplanation(self.logits.cpu().numpy(), attention, self.relevance)
 
     def _explain_lifted(self) -> bool:
         """Explain along the path behind a first linear layer, if there is one: it is straight there, and narrower."""
@@ -265,8 +286,8 @@ class _PooledBag(_Bag):
         pooled = scores.shape[1] * values.shape[1] * 2 * 3 * bool({"single", "one_removed"} & set(self.methods))
         dim = self.network.feature_dim
         chained = dim * len(self.targets) * 2 * len(set(CHAINED) & set(self.methods))
-        row = 4 * (4 * dim + 4 * layers + pooled + chained)
-        return max(MIN_ROWS, min(MAX_ROWS, CHUNK_BYTES // row))
+        self.row_bytes = 4 * (4 * dim + 4 * layers + pooled + chained)
+        return max(MIN_ROWS, min(MAX_ROWS, CHUNK_BYTES // self.row_bytes))
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(self.features), self.rows):
@@ -387,7 +408,8 @@ class _PooledBag(_Bag):
         if "one_removed" in self.methods:
             left = self._left(start, scores, values, whole)
             critical = whole.critical.expand(len(block), *whole.critical.shape)
-            self.relevance["one_removed"][start:stop] = self._lost(self._logits(left, critical))
+            answers = self._answers(self._logits(left, critical))
+            self.relevance["one_removed"][start:stop] = self._answers(self.logits[None]) - answers
         if "shapley" in self.methods:
             summands = self.network.summands()
             assert summands is not None
@@ -400,9 +422,6 @@ class _PooledBag(_Bag):
         """Return the targets' scores [n, T] of logits [n, K]."""
         answers = [score(logits).double() for score in self.scores]
         return torch.stack(answers, dim=1).cpu().numpy() if answers else np.empty((len(logits), 0))
-
-    def _lost(self, logits: Tensor) -> NDArray[np.float64]:
-        return self._answers(self.logits[None]) - self._answers(logits)
 
     def _left(self, start: int, scores: Tensor, values: Tensor, whole: _Point) -> Tensor:
         """Return the weighted means [n, H, V] that are left without each patch: (z - p_i v_i) / (1 - p_i)."""
@@ -421,13 +440,9 @@ class _PooledBag(_Bag):
                 point = _Point(1.0)
                 self._pool([point], without=row)
                 with torch.no_grad():
-                    lost = self._lost(self._logits(point.pool.mean, point.critical)[None])
+                    rest = self._logits(point.pool.mean, point.critical)[None]
+                    lost = self._answers(self.logits[None]) - self._answers(rest)
             self.relevance["one_removed"][row] = lost[0]
-
-    def _attention(self, whole: _Point) -> dict[str, NDArray[np.float64]]:
-        raw = torch.cat(self.raw)
-        weights = (raw - whole.pool.log_sum).exp()
-        return {"attention": raw.cpu().numpy(), "attention_weight": weights.cpu().numpy()}
 
 
 class _WholeBag(_Bag):
@@ -439,9 +454,8 @@ class _WholeBag(_Bag):
         Raises:
             ModelError: memory will not do.
         """
-        count = len(self.features)
-        self._check_memory(count)
-        bag = self.block(0, count)
+        self._check_memory(len(self.features))
+        bag = self.block(0, len(self.features))
         with torch.no_grad():
             logits, attention = self.network(bag)
         self.logits = logits.double()
@@ -451,9 +465,7 @@ class _WholeBag(_Bag):
         if "lrp" in self.methods:
             self._chain("lrp", bag, self._gradients(bag, LRP))
         if "integrated_gradients" in self.methods:
-            total = sum(w * self._gradients(self.baseline + a * (bag - self.baseline), PLAIN) for a, w in self.path)
-            assert isinstance(total, Tensor)
-            self._chain("integrated_gradients", bag - self.baseline, total)
+            self._explain_path(bag)
         with torch.no_grad():
             self._explain_patches(bag)
         known = {} if attention is None else {"attention": attention.double().cpu().numpy()}
@@ -474,18 +486,6 @@ class _WholeBag(_Bag):
                 f"one_removed: {count:,} patches would be removed one by one, each from the whole bag, which this "
                 f"aggregator sees at once; it is done for at most {MAX_REMOVED:,}, use integrated_gradients or lrp"
             )
-
-    def _gradients(self, bag: Tensor, rule: Rule) -> Tensor:
-        """Return the gradients [N, T, D] of all targets at a bag."""
-        bag = bag.clone().requires_grad_()
-        logits = self.network(bag, rule).logits
-        found = [torch.autograd.grad(score(logits[None])[0], bag, retain_graph=True)[0] for score in self.scores]
-        return torch.stack(found, dim=1) if found else bag.new_zeros(len(bag), 0, bag.shape[1])
-
-    def _chain(self, method: str, factors: Tensor, coefficients: Tensor) -> None:
-        for start in range(0, len(factors), MAX_ROWS):
-            rows = slice(start, start + MAX_ROWS)
-            self.keep(method, start, factors[rows], coefficients[rows])
 
     def _explain_patches(self, bag: Tensor) -> None:
         for i in range(len(bag)) if "single" in self.methods else ():

@@ -154,6 +154,14 @@ class SlideModelSpec(BaseModel):
         trusted._trusted = True
         return trusted
 
+    def resolved(self) -> SlideModelSpec:
+        """Return the specification with absolute folders, as workers may run in another one."""
+        changed: dict[str, Any] = {"folder": self.folder.absolute()}
+        for name in ("encoder", "aggregator"):
+            part = getattr(self, name)
+            changed[name] = part and part.model_copy(update={"folder": part.folder.absolute()})
+        return self.model_copy(update=changed)
+
     def check_trusted(self) -> None:
         """Refuse an aggregator whose loading would run code without permission; the encoder's own check does its.
 

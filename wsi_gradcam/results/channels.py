@@ -122,14 +122,24 @@ QUANTILE = 0.995
 MIN_WINDOW = 1.0  # logits
 
 
-def window_end(top: float, unit: str) -> float:
+def window_end(top: float, unit: str, floor: float = MIN_WINDOW) -> float:
     """Return the end of the window of an explanation whose `QUANTILE` is `top`; it begins at 0.
 
     What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
     never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
     methods whose means are not logits have no such floor: what one covered window costs may be a hundredth of a logit.
+    Nor has a slide-level model, whose logit is shared by all patches, that of one patch; see `window_floor`.
 
     >>> window_end(0.2, "logit"), window_end(0.2, "drop"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
     (1.0, 0.2, 0.2, 1.0)
     """
-    return max(top, MIN_WINDOW) if unit == "logit" or top <= 0 else top
+    return max(top, floor) if unit == "logit" or top <= 0 else top
+
+
+def window_floor(is_slide_level: bool, patches: float) -> float:
+    """Return the least end of a window in logits: one, which a slide-level model's patches have together.
+
+    >>> window_floor(False, 500), window_floor(True, 500)
+    (1.0, 0.002)
+    """
+    return MIN_WINDOW / max(1.0, patches) if is_slide_level else MIN_WINDOW

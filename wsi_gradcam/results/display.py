@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,16 @@ from wsi_gradcam.errors import ConfigError, StoreError, one_line
 from wsi_gradcam.geometry import tiles
 from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
-from wsi_gradcam.results.channels import PROBABILITY, QUANTILE, ChannelInfo, unit_of, window_end
+from wsi_gradcam.results.channels import (
+    MIN_WINDOW,
+    PROBABILITY,
+    QUANTILE,
+    RELEVANCE,
+    ChannelInfo,
+    unit_of,
+    window_end,
+    window_floor,
+)
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.seals import Seal, seal_of, sealed_json
@@ -165,21 +174,28 @@ def run_windows(
             del keys[name]
         if progress is not None:
             progress(count + 1, len(new))
-    windows = {label: _window(unit, sketch) for label, (unit, sketch) in sketches.items()}
+    floor = window_floor(any(label.startswith(f"{RELEVANCE}: ") for label in sketches), _patches(finished, keys))
+    windows = {label: _window(unit, sketch, floor) for label, (unit, sketch) in sketches.items()}
     if new:
         channels = {
             label: {"unit": unit, "window": list(windows[label]), **sketch.to_json()}
             for label, (unit, sketch) in sketches.items()
         }
         values = {"version": VERSION, "run_digest": run_digest, "quantile": QUANTILE, "channels": channels}
+        values |= {} if floor == MIN_WINDOW else {"floor": floor}
         _store(place, {**values, "slides": keys, "left_out": left_out})
     return windows
 
 
-def _window(unit: str, sketch: Sketch) -> tuple[float, float]:
+def _window(unit: str, sketch: Sketch, floor: float) -> tuple[float, float]:
     if unit == PROBABILITY or not sketch.total:
         return 0.0, 1.0
-    return 0.0, window_end(sketch.quantile(QUANTILE), unit)
+    return 0.0, window_end(sketch.quantile(QUANTILE), unit, floor)
+
+
+def _patches(slides: Mapping[str, SlideResult], counted: Iterable[str]) -> float:
+    """Return the mean number of patches of those slides that are counted."""
+    return float(np.mean([int(slides[name].row.get("patches") or 0) for name in counted] or [0]))
 
 
 def _add(sketches: dict[str, tuple[str, Sketch]], slide: SlideResult) -> None:
@@ -229,8 +245,9 @@ def display_problems(data: bytes) -> Iterator[str]:
     if seal_of(data) is Seal.BROKEN:
         yield f"display.json differs from what was written; {mend}"
     values = read_json(data)
+    floor = values.get("floor", MIN_WINDOW)
     for label, channel in values["channels"].items() if values["version"] == VERSION else ():
-        if tuple(channel["window"]) != _window(channel["unit"], Sketch.from_json(channel)):
+        if tuple(channel["window"]) != _window(channel["unit"], Sketch.from_json(channel), floor):
             yield f"display.json: the window of {label} does not follow from its values; {mend}"
 
 

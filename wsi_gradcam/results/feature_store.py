@@ -99,6 +99,15 @@ class FeatureStore:
         """Read rows of an array."""
         return np.asarray(self._group.array(name)[start:stop])
 
+    def arrays(self, *names: str) -> list[Any]:
+        """Return arrays as they are stored, of which nothing is read yet."""
+        return [self._group.array(name) for name in names]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is known of the arrays: the encoder, and names of methods, targets, classes and heads of attention."""
+        return dict(self._group.group.attrs)
+
     def columns(self, start: int, stop: int) -> list[NDArray[Any]]:
         """Read what `patches.parquet` has of the bag, in the order of its columns, [n] each."""
         relevance = self.read("relevance", start, stop)

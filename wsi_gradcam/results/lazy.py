@@ -12,11 +12,13 @@ import xarray as xr
 
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.results.heatmap import EXPLAINED, SHARD, HeatmapStore
+from wsi_gradcam.results.patch_store import OK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.feature_store import FeatureStore
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.slides import Slide
 
@@ -61,6 +63,33 @@ def lazy_slide(slide: Slide) -> list[Any]:
     return [
         da.from_array(_LevelPixels(slide, level), chunks=(SLIDE_CHUNK, SLIDE_CHUNK, 3), name=False) for level in levels
     ]
+
+
+# Of the arrays of features.zarr: their axes behind the patches, and the attributes that name the places along these.
+BAG_AXES = {
+    "features": {"feature": ""},
+    "relevance": {"bag_method": "bag_methods", "target": "targets"},
+    "attention": {"head": "attention"},
+    "coefficients": {"target": "targets", "feature": ""},
+}
+
+
+def lazy_bag(store: FeatureStore, yx: NDArray[np.int64], name: str, units: str) -> xr.DataArray:
+    """Return an array of a slide's bag, [patch, ...]; NaN for unreadable patches, which are no part of the bag.
+
+    Coordinates are the patches' numbers, and `y` and `x` of their top left corners in level-0 px of the slide.
+    """
+    array, status = (da.from_array(found, chunks=found.chunks, name=False) for found in store.arrays(name, "status"))
+    missing = (status != OK).reshape(-1, *[1] * (array.ndim - 1))
+    coordinates: dict[str, Any] = {
+        "patch": np.arange(len(yx)),
+        "y": ("patch", yx[:, 0], {"units": "px", "long_name": "level-0 px of the slide"}),
+        "x": ("patch", yx[:, 1], {"units": "px", "long_name": "level-0 px of the slide"}),
+    }
+    axes = BAG_AXES[name]
+    coordinates |= {axis: list(store.attributes[key]) for axis, key in axes.items() if key}
+    values = da.where(missing, array.dtype.type(np.nan), array)
+    return xr.DataArray(values, coordinates, ("patch", *axes), name, {"units": units})
 
 
 class _LevelPixels:

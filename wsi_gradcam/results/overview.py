@@ -53,15 +53,18 @@ def draw_overview(
     heatmap: HeatmapStore,
     channels: Sequence[Channel],
     outlines: Drawn | None = None,
+    answer: str = "",
 ) -> None:
     """Draw thumbnail and overlays (the first explanations and their probabilities) with their colour bars.
 
-    The outlines of annotations are drawn over each of them.
+    The outlines of annotations are drawn over each of them; above them stands the `answer` of a slide-level model for
+    the slide, in words.
     """
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     maps = run.maps[:MAX_MAPS]
-    panels = [(number, UNITS[shown.info.unit]) for number, shown in enumerate(maps)]
+    whose = " of the slide" if run.facts.bag else ""
+    panels = [(number, UNITS[shown.info.unit] + whose) for number, shown in enumerate(maps)]
     panels += [(number, "probability") for number in _probabilities(run, maps)]
     figure, axes = _panels(len(maps), len(panels) - len(maps), rgb.shape[0] / rgb.shape[1])
     _show_slide(axes[0], rgb, um_per_px, plan)
@@ -70,7 +73,8 @@ def draw_overview(
         _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
     if outlines is not None:
         _show_outlines(axes, outlines.mask(outlines.names, (rgb.shape[0], rgb.shape[1])))
-    title = f"{slide.info.path.rsplit('/', 1)[-1]}\n{_about(run, plan)}"
+    name = slide.info.path.rsplit("/", 1)[-1]
+    title = f"{name}{answer and f': {answer}'}\n{_about(run, plan)}"
     figure.suptitle(_shown(title), fontsize=9, parse_math=False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
@@ -89,6 +93,7 @@ def _about(run: RunPlan, plan: SlidePlan) -> str:
     """Return the text that one must know to read the picture."""
     stride = run.settings.stride(run.patch_px)
     methods = ", ".join(METHOD_INFO[method].title for method in run.settings.method)
+    methods += f" of {run.settings.bag_method[0].replace('_', ' ')}" if run.facts.bag else ""
     parts = [
         run.facts.name + (" (UNTRAINED, random weights)" if run.spec.weights == RANDOM else ""),
         f"{methods} at layer {run.facts.layer}",

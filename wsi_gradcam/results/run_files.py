@@ -386,12 +386,14 @@ class RunRecord:
         run_digest: of all that results depend on besides the slide.
         settings: by name, see `wsi_gradcam.Settings`; those that an older version did not have are missing.
         choice: engine and precision; None if an older version wrote it.
+        is_slide_level: whether the model answers for whole slides.
     """
 
     run_digest: str
     settings: dict[str, Any]
     model: ModelRecord
     choice: Choice | None
+    is_slide_level: bool = False
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunRecord:
@@ -409,7 +411,8 @@ class RunRecord:
         settings = values.get("settings", {})
         if not isinstance(settings, dict):
             raise StoreError("run.yaml: not of wsi_gradcam or damaged (settings is no mapping); choose another --out")
-        return cls(values["run_digest"], settings, model, stored_choice(values))
+        spec = model.spec if isinstance(model.spec, dict) else {}
+        return cls(values["run_digest"], settings, model, stored_choice(values), "aggregator" in spec)
 
     @property
     def reader(self) -> str:

@@ -22,9 +22,11 @@ from wsi_gradcam.io.urls import as_listed, host_of_url, is_url, redact_url, spli
 from wsi_gradcam.io.zarr_stores import telling_damage
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
+from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.patch_store import PatchStore, StoredTable
+from wsi_gradcam.results.slide_tables import ANSWERS, answer_in_words
 from wsi_gradcam.slides import open_slide, read_region, thumbnail
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.run_files import RunRecord, SlideFolder
     from wsi_gradcam.slides import Slide
 
+
+LOGIT, SHARE = ANSWERS
 
 # Folders of the system whose files are no files: to read some is to wait for ever.
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
@@ -221,6 +225,76 @@ class SlideResult:
         frame: pd.DataFrame = self.table().to_pandas(use_threads=False)
         return frame.rename_axis("patch")
 
+    @property
+    def slide_logits(self) -> dict[str, float]:
+        """The answer of a slide-level model for the whole slide, a logit by class; empty where there is none."""
+        return self._answers(LOGIT)
+
+    @property
+    def slide_probabilities(self) -> dict[str, float]:
+        """The answer for the whole slide as probabilities by class; of survival those to survive each interval."""
+        return self._answers(SHARE)
+
+    @property
+    def answer(self) -> str:
+        """The answer for the whole slide in words, as "tumour 0.931, normal 0.069"; "" where there is none."""
+        return answer_in_words(self.slide_logits, self.slide_probabilities)
+
+    def _answers(self, prefix: str) -> dict[str, float]:
+        found = {name: self.row.get(f"{prefix}{name}") for name in self.classes}
+        return {name: float(value) for name, value in found.items() if value}
+
+    @property
+    def features(self) -> xr.DataArray:
+        """The feature vectors that the encoder made of the patches, lazy, float32 or float16 [patch, feature].
+
+        Coordinates are the patches' numbers, as in `patches`, and `y`, `x` of their top left corners in level-0 px of
+        the slide; NaN for unreadable patches, which are no part of the bag.
+
+        Raises:
+            ResultError: the run's model is none of whole slides, or the slide is not finished.
+        """
+        return self._bag("features", "")
+
+    @property
+    def relevance(self) -> xr.DataArray:
+        """What each patch is worth to the slide's answer, in its logits, lazy, float32 [patch, bag_method, target].
+
+        `relevance.sel(bag_method="lrp", target="tumour")`; coordinates, NaN and errors as of `features`.
+        """
+        return self._bag("relevance", "logit")
+
+    @property
+    def attention(self) -> xr.DataArray:
+        """The weights with which a slide-level model looks at patches, lazy, float32 [patch, head]; 1 in sum.
+
+        Coordinates, NaN and errors as of `features`; there is none of programs.
+        """
+        return self._bag("attention", "1")
+
+    @property
+    def coefficients(self) -> xr.DataArray:
+        """What each feature is worth by the first bag method, lazy, float32 [patch, target, feature].
+
+        Their product with a patch's features is its relevance. Coordinates, NaN and errors as of `features`.
+        """
+        return self._bag("coefficients", "logit")
+
+    def _bag(self, name: str, units: str) -> xr.DataArray:
+        from wsi_gradcam.results.lazy import lazy_bag
+
+        if not self.is_finished:
+            raise ResultError(f"{self.id}: is {self.status}, there is no bag yet; run explain again to finish")
+        try:
+            store = FeatureStore(self.folder.features, read_only=True)
+        except FileNotFoundError:
+            raise ResultError(
+                f"{self.id}: has no {name}, as the model of this run sees single patches; slide-level models have them"
+            ) from None
+        if not store.has(name):
+            raise ResultError(f"{self.id}: has no {name}: the aggregator is a program, of which none is known")
+        return lazy_bag(store, self._patch_store.yx(0, self.plan.patches), name, units)
+
     @cached_property
     def _patch_store(self) -> PatchStore:
         patches = self.plan.patches
@@ -328,6 +402,7 @@ class SlideResult:
             facts += [
                 ("size", f"{height:,} x {width:,} px at {mpp_y:g} x {mpp_x:g} µm (y, x)"),
                 ("patches", f"{self.plan.patches:,}"),
+                *([("answer for the slide", self.answer)] if self.answer else []),
                 ("channels", ", ".join(channel.label for channel in self.channels)),
             ]
         return render("results/slide.html", facts=facts, overview=self._repr_png_())

@@ -15,14 +15,20 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from wsi_gradcam.errors import StoreError, as_path, as_text, one_line
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
 from wsi_gradcam.io.documents import plain_cell, read_json, safe_cell
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.urls import is_url
+from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.seals import KEY, Seal, seal_of, sealed_json
+
+if TYPE_CHECKING:
+    from wsi_gradcam.mil.spec import SlideActivation
 
 Record = dict[str, dict[str, Any]]
 OPTIONAL_KEYS = ("mpp", "mask", "label", "site", "scanner")
@@ -201,6 +207,28 @@ COLUMNS = (
 
 # Behind them, of slide-level models, two columns a class.
 ANSWERS = ("slide_logit_", "slide_probability_")
+
+MOST_NAMED = 4  # classes of an answer in words
+
+
+def answer_shares(logits: Mapping[str, float], activation: SlideActivation) -> dict[str, float]:
+    """Return the probabilities of a slide's logits by class, in float32 as all results have them."""
+    values = np.array([list(logits.values())], np.float32)
+    return dict(zip(logits, probabilities(values, activation)[0].tolist(), strict=True)) if logits else {}
+
+
+def answer_in_words(logits: Mapping[str, float], shares: Mapping[str, float]) -> str:
+    """Return what a slide-level model answered, by class, the highest first; a regression has no probabilities.
+
+    >>> answer_in_words({"normal": -1.0, "tumour": 1.2}, {"normal": 0.1, "tumour": 0.9})
+    'tumour 0.900, normal 0.100'
+    >>> answer_in_words({"age": 53.2}, {"age": 53.2})
+    'age 53.2'
+    """
+    ranked = sorted(shares, key=lambda name: -shares[name])
+    named = [f"{n} {shares[n]:.4g}" if shares[n] == logits.get(n) else f"{n} {shares[n]:.3f}" for n in ranked]
+    return ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
+
 
 DIGITS = 16
 OLDEST = 11  # columns that every version had, the first ones

@@ -32,7 +32,7 @@ def encode_span(context: Context[Workload], entry: SlideEntry, span: int, upcomi
     start, stop = plan.spans[span]
     manifest, name = Manifest(folder.manifest), span_name(span)
     if manifest.has("features", name, plan.run_digest):
-        return Processed(0)
+        return Processed(0, encoded=stop - start)
     places, store, model = context.patch_store(entry), context.features(entry), context.model()
     found = np.zeros((stop - start, store.shape[1]), np.float32)
     status = np.full(stop - start, OK, np.uint8)
@@ -48,7 +48,7 @@ def encode_span(context: Context[Workload], entry: SlideEntry, span: int, upcomi
     _check_finite(entry, kept, places.yx(start, stop))
     store.write(start, features=kept, status=status)
     manifest.complete("features", name, {"digest": store.digest(start, stop), "run": plan.run_digest})
-    return Processed(0, 0, clock.waited_s, clock.model_s, clock.read_s)
+    return Processed(0, 0, clock.waited_s, clock.model_s, clock.read_s, encoded=stop - start)
 
 
 def _check_finite(entry: SlideEntry, found: NDArray[np.floating[Any]], yx: NDArray[np.int64]) -> None:

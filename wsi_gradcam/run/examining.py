@@ -177,7 +177,7 @@ def examine_model(
     A `choice` that was made before is kept.
 
     Raises:
-        ConfigError: a batch is too large.
+        ConfigError: a batch is too large, or the aggregator does not have a bag method.
         DeviceError: the process can use its GPU no more.
         ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
     """
@@ -196,8 +196,10 @@ def examine_model(
 
     if isinstance(model, SlideModelSpec):
         from wsi_gradcam.mil.aggregators import load_aggregator
+        from wsi_gradcam.mil.attribution import check_methods
 
         aggregator = load_aggregator(model)
+        check_methods(aggregator.network, settings.bag_method)
         encoder = examine_model(encoder_of(model), settings, slides, choice)
         encoder.facts = slide_level_facts(model, encoder.facts, aggregator)
         return encoder

@@ -98,6 +98,7 @@ class Progress:
         ended: slides by how they ended.
         skipped: of these, those that had ended before this run.
         patches: to be done, of the slides planned so far; `patches_done` of them are.
+        to_encode: patches that a slide-level model sees once more, before all others; `encoded` of them were.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -106,7 +107,7 @@ class Progress:
         self.slides = self.skipped = self.planned = self.retries = 0
         self.readers = 1
         self.ended: Counter[str] = Counter()
-        self.patches = self.patches_done = 0
+        self.patches = self.patches_done = self.to_encode = self.encoded = 0
         self.stages: dict[str, StageSum] = {}
         self.workers: dict[str, WorkerSum] = {}
         self.throughput = Throughput()
@@ -136,12 +137,13 @@ class Progress:
         if isinstance(result, Planned):
             self.planned += 1
             self.patches += result.left
+            self.to_encode += result.to_encode
             self._sizes += result.patches
             self._in_work.add(task.slide.id)
         elif isinstance(result, Processed):
-            self.patches_done += result.patches
-            self.throughput.add(now_s, result.patches)
-            worker.patches += result.patches
+            self.patches_done, self.encoded = self.patches_done + result.patches, self.encoded + result.encoded
+            self.throughput.add(now_s, result.patches + result.encoded)
+            worker.patches += result.patches + result.encoded
             worker.waited_s += result.waited_s
             worker.model_s += result.model_s
             worker.read_s += result.read_s
@@ -175,8 +177,18 @@ class Progress:
         Of these, slides that an earlier command has finished count whole: that nothing is left of them says nothing of
         the others.
         """
+        return self.patches + self._unplanned if self.planned else 0
+
+    @property
+    def _unplanned(self) -> int:
         unplanned = max(0, self.slides - self.planned - self._never_planned)
-        return self.patches + round(unplanned * self._sizes / self.planned) if self.planned else 0
+        return round(unplanned * self._sizes / self.planned) if self.planned else 0
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """How often a patch was shown to the model, and how often one will have been: twice of slide-level models."""
+        encoding = self.to_encode + self._unplanned if self.to_encode else 0
+        return self.patches_done + self.encoded, self.patches_expected + encoding
 
     def rate(self) -> float:
         """Return the patches per second over the last minutes."""
@@ -187,7 +199,8 @@ class Progress:
 
     def left_s(self) -> float | None:
         """Return the seconds that the rest will take at the present rate; None where that is not known yet."""
-        left = max(0, self.patches_expected - self.patches_done)
+        done, expected = self.passes
+        left = max(0, expected - done)
         if self.slides_done == self.slides:
             return 0.0
         rate = self.rate()
@@ -205,7 +218,7 @@ class Progress:
         return RunNumbers(
             elapsed_s=round(now_s, 1),
             slides=SlideCounts(self.slides, self.slides_done, self.skipped, dict(self.ended)),
-            patches=PatchCounts(self.patches_done, self.patches, self.patches_expected),
+            patches=PatchCounts(self.patches_done, self.patches, self.patches_expected, self.encoded),
             patches_per_s=round(self.rate(), 2),
             left_s=None if left_s is None else round(left_s, 1),
             retries=self.retries,

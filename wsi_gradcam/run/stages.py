@@ -136,6 +136,7 @@ def _left_to_do(plan: SlidePlan, manifest: Manifest, run: RunPlan) -> Planned:
     encoded = manifest.completed("features") if run.facts.bag is not None and plan.patches else None
     explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
+    encode = [] if encoded is None else [i for i in range(len(plan.spans)) if span_name(i) not in encoded]
     return Planned(
         patches=plan.patches,
         left=sum(stop - start for start, stop in (plan.spans[i] for i in spans)),
@@ -144,7 +145,8 @@ def _left_to_do(plan: SlidePlan, manifest: Manifest, run: RunPlan) -> Planned:
             [i for i in range(len(plan.blocks(level))) if block_name(level, i) not in blocks]
             for level in range(len(plan.level_shapes))
         ],
-        encode=[] if encoded is None else [i for i in range(len(plan.spans)) if span_name(i) not in encoded],
+        encode=encode,
+        to_encode=sum(stop - start for start, stop in (plan.spans[i] for i in encode)),
         aggregate=encoded is not None and not manifest.completed("bag"),
     )
 

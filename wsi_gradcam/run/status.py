@@ -99,11 +99,16 @@ class SlideCounts:
 
 @dataclass(frozen=True)
 class PatchCounts:
-    """Patches that are done, those of the slides planned so far, and those expected in all."""
+    """Patches that are done, those of the slides planned so far, and those expected in all.
+
+    Attributes:
+        encoded: those that features were made of before, of slide-level models.
+    """
 
     done: int
     planned: int
     expected: int
+    encoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -423,7 +428,8 @@ def _lines(seen: ObservedRun) -> Iterator[str]:
     yield f"  model     {facts.model}, layer {facts.layer}, targets {', '.join(facts.targets)}"
     yield f"  slides    {_counts(numbers.slides)}"
     of = f" of about {numbers.patches.expected:,}" if numbers.patches.expected else ""
-    yield f"  patches   {numbers.patches.done:,}{of}"
+    first = f"; {numbers.patches.encoded:,} encoded" if numbers.patches.encoded else ""
+    yield f"  patches   {numbers.patches.done:,}{of}{first}"
     if seen.state == RunState.RUNNING:
         left = "not known yet" if numbers.left_s is None else f"about {format_duration(numbers.left_s)}"
         yield f"  pace      {numbers.patches_per_s:.1f} patches/s; time left {left}"

@@ -10,7 +10,7 @@ import numpy as np
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import probabilities
-from wsi_gradcam.results.channels import ATTENTION, PROBABILITY, QUANTILE, unit_of, window_end
+from wsi_gradcam.results.channels import ATTENTION, PROBABILITY, QUANTILE, unit_of, window_end, window_floor
 from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import (
@@ -27,6 +27,7 @@ from wsi_gradcam.results.patch_store import OK, PatchStore, write_table
 from wsi_gradcam.results.patch_store import UNREADABLE as UNREADABLE_PATCH
 from wsi_gradcam.results.run_files import made_with, run_values
 from wsi_gradcam.results.seals import digests_of
+from wsi_gradcam.results.slide_tables import answer_in_words, answer_shares
 from wsi_gradcam.results.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
 from wsi_gradcam.tissue.annotations import entry_outlines
 
@@ -189,14 +190,17 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     plan = context.plan(entry)
     spans, blocks = manifest.records("spans"), manifest.records("blocks")
     _refuse_foreign(manifest, plan, store, spans, blocks)
-    shown = [_windowed(heatmap, i, channel, unit_of(channel.label)) for i, channel in enumerate(channels(run))]
+    floor = window_floor(run.facts.bag is not None, plan.patches)
+    shown = [_windowed(heatmap, i, channel, floor) for i, channel in enumerate(channels(run))]
     heatmap.set_channels(shown)
     causes = {int(i): cause for record in spans.values() for i, cause in record["causes"].items()}
     bag = None if run.facts.bag is None else FeatureStore(folder.features)
     write_table(folder.table, run, plan, store, causes, entry.id, None if bag is None else bag.columns)
     with context.slide(entry) as slide:
         outlines = entry_outlines(entry, run.settings, read_mask(folder.tissue), slide.info)
-        draw_overview(folder.overview, run, plan, slide, heatmap, shown, outlines)
+        answer = manifest.answer()
+        words = answer_in_words(answer, answer_shares(answer, run.facts.activation))
+        draw_overview(folder.overview, run, plan, slide, heatmap, shown, outlines, words)
     context.check_slide(entry)
     folder.place.remove_partial_files()
     outcome = SlideOutcome(
@@ -243,8 +247,9 @@ def _most_common(causes: dict[int, str]) -> str:
     return Counter(causes.values()).most_common(1)[0][0] if causes else ""
 
 
-def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -> Channel:
+def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, floor: float) -> Channel:
     """Return an explanation's channel with its value range, and a window from 0 to the 99.5 % quantile."""
+    unit = unit_of(channel.label)
     if unit == PROBABILITY:
         return channel
     level = next((i for i, (h, w) in enumerate(heatmap.shapes) if h * w <= STATISTICS_PX), len(heatmap.shapes) - 1)
@@ -253,5 +258,5 @@ def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, unit: str) -
     if not len(values):
         return channel
     low, high, top = float(values.min()), float(values.max()), float(np.quantile(values, QUANTILE))
-    end = window_end(top, unit)
+    end = window_end(top, unit, floor)
     return Channel(channel.label, min(low, 0.0), max(high, end), 0.0, end, channel.active)

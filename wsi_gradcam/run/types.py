@@ -41,6 +41,7 @@ class Planned:
         outcome: of a slide that is finished; None of others.
         encode: numbers of the spans whose features are to be made, of slide-level models.
         aggregate: whether the slide's features are to be aggregated, of slide-level models.
+        to_encode: how many patches are in the spans of `encode`.
     """
 
     patches: int
@@ -50,6 +51,7 @@ class Planned:
     outcome: SlideOutcome | None = None
     encode: list[int] = field(default_factory=list)
     aggregate: bool = False
+    to_encode: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Processed:
         model_s: seconds of the model, and of preparing its input.
         read_s: seconds that threads spent reading patches, summed over the threads.
         at_once: the most patches of a forward pass, where memory did not hold a batch; 0 where it did.
+        encoded: how many patches features were made of, in the first of a slide-level model's two passes.
     """
 
     patches: int
@@ -71,6 +74,7 @@ class Processed:
     model_s: float = 0.0
     read_s: float = 0.0
     at_once: int = 0
+    encoded: int = 0
 
 
 TaskResult = Planned | Processed | SlideOutcome | None

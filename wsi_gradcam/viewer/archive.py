@@ -281,7 +281,8 @@ def list_slides(
 ) -> dict[str, Any]:
     """Return some of the slides whose ids contain all words of `search`, and the number of all of them, as JSON.
 
-    `sort` is `name`, `status`, `patches`, `share:CLASS` or `top:CLASS`; slides without the number come last.
+    `sort` is `name`, `status`, `patches`, `share:CLASS`, `top:CLASS` or, of slide-level models, `answer:CLASS`; slides
+    without the number come last.
     """
     words = search.lower().split()
     found = [
@@ -306,6 +307,8 @@ def _sort_key(sort: str, scores: Callable[[ServedSlide], Scores | None]) -> Call
     kind, _, label = sort.partition(":")
     if kind in ("share", "top"):
         return lambda slide: (scores(slide) or {}).get(label, {}).get(kind)
+    if kind == "answer":
+        return lambda slide: slide.result.slide_logits.get(label)
     if kind == "patches":
         return lambda slide: int(slide.result.row.get("patches") or 0)
     if kind == "status":
@@ -323,8 +326,15 @@ def _row(slide: ServedSlide, scores: Scores | None) -> dict[str, Any]:
         "error": valid_text(result.error),
         "patches": int(result.row.get("patches") or 0),
         "unreadable": int(result.row.get("unreadable") or 0),
+        "answer": answer_of(result),
         "scores": scores,
     }
+
+
+def answer_of(result: SlideResult) -> list[dict[str, Any]]:
+    """Return what a slide-level model answered for the slide, by class, as JSON values; empty where it did not."""
+    logits, shares = result.slide_logits, result.slide_probabilities
+    return [{"label": valid_text(n), "logit": logits.get(n), "probability": shares[n]} for n in shares]
 
 
 def status_of(slide: ServedSlide) -> str:

@@ -17,7 +17,7 @@ from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import NotShownError, SlideError, WsiGradcamError, one_line
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.run_files import folder_name
-from wsi_gradcam.viewer.archive import status_of, valid_text
+from wsi_gradcam.viewer.archive import answer_of, status_of, valid_text
 from wsi_gradcam.viewer.images import HeatmapReader, PointValues, channel_scale, finer_levels, heatmap_pyramid
 from wsi_gradcam.viewer.responses import RUN_REPORT
 from wsi_gradcam.viewer.tiles import slide_pyramid
@@ -228,6 +228,7 @@ def run_facts(archive: Archive) -> dict[str, Any]:
         "name": valid_text(archive.out.name),
         "model": valid_text(str(model.name)),
         "untrained": model.weights == "random",
+        "slide_level": result.record.is_slide_level,
         "layer": model.layer,
         "classes": [valid_text(label) for label in result.classes],
         "methods": list(result.record.settings.get("method", [])),
@@ -260,6 +261,7 @@ def slide_facts(
         "id": valid_text(result.id),
         "status": status_of(slide),
         "error": valid_text(result.error),
+        "answer": answer_of(result),
         "slide": _slide_image(opened),
         "heat": None,
         "channels": [],

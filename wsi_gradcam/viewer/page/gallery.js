@@ -1,7 +1,7 @@
 // The slides of the run: pictures with scores, searched and sorted by the server, a page at a time.
 
 import { recolour, table } from "./colours.js";
-import { element, find, later, option, shareBar } from "./dom.js";
+import { element, find, later, option, shareBar, short } from "./dom.js";
 import { firstChannel, fresh } from "./layers.js";
 import * as server from "./server.js";
 
@@ -24,10 +24,11 @@ export class Gallery {
   }
 
   fill() {
-    const { classes } = this.run;
+    const { classes, slide_level: slideLevel } = this.run;
+    const answers = slideLevel ? classes.map((label) => option(`answer:${label}:down`, `answer ${label}`)) : [];
     find("status").append(option("", "all"), ...Object.entries(STATES).map(([key, text]) => option(key, text)));
     find("sort").append(
-      option("name", "name"), option("status", "status"), option("patches:down", "patches"),
+      option("name", "name"), option("status", "status"), option("patches:down", "patches"), ...answers,
       ...classes.map((label) => option(`share:${label}:down`, `share of ${label}`)),
       ...classes.map((label) => option(`top:${label}:down`, `highest ${label}`)),
     );
@@ -95,6 +96,7 @@ export class Gallery {
         element("span", { class: "facts" }, element("span", { class: "badge" }, STATES[slide.status] || slide.status),
           slide.status === "failed" ? "" : ` ${facts.join(", ")}`),
       ),
+      slide.answer.length ? this.answer(slide.answer) : null,
       slide.error ? element("p", { class: "error", title: slide.error }, slide.error) : null,
       slide.scores ? this.scores(slide.scores) : null,
     );
@@ -102,11 +104,21 @@ export class Gallery {
     return made;
   }
 
+  /** What a slide-level model answers for the slide. */
+  answer(answer) {
+    return element("dl", { class: "scores answer" }, ...answer.map(({ label, logit, probability }) =>
+      element("div", {},
+        element("dt", {}, label),
+        element("dd", { title: `answer for the slide; logit ${short(logit)}` },
+          shareBar(probability), ` ${short(probability)}`))));
+  }
+
   scores(scores) {
+    const alone = this.run.slide_level ? ", each as a slide of its own" : "";
     return element("dl", { class: "scores" }, ...Object.entries(scores).map(([label, { share, top }]) =>
       element("div", {},
         element("dt", {}, label),
-        element("dd", { title: "share of the patches given to this class; mean probability of the ten highest" },
+        element("dd", { title: `share of the patches given to this class; mean probability of the ten highest${alone}` },
           shareBar(share),
           ` ${(100 * share).toFixed(1)} %, top ${top.toFixed(2)}`))));
   }

@@ -143,6 +143,9 @@ class App {
     state.hidden = slide.status === "ok";
     state.textContent = slide.status.replace("_", " ");
     linkTo("audit", slide.audit || this.run.audit);
+    const answer = slide.answer.map(({ label, probability }) => `${label} ${short(probability)}`).join(" · ");
+    find("answer").hidden = !answer;
+    find("answer").textContent = answer;
     const lines = [];
     if (slide.slide.problem && slide.heat) {
       lines.push(`The slide cannot be shown, so the heatmap is shown alone. ${slide.slide.problem}`);
@@ -168,6 +171,7 @@ class App {
     find("show-gallery").setAttribute("aria-pressed", "true");
     find("title").textContent = `${this.run.name}: ${this.run.model}${this.run.untrained ? " (untrained)" : ""}`;
     find("state").hidden = true;
+    find("answer").hidden = true;
     linkTo("audit", this.run.audit);
     linkTo("report", this.run.report);
     await this.gallery.show();

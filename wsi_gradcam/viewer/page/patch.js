@@ -129,7 +129,8 @@ export class PatchPanel {
       element("td", {}, short(patch[`logit_${label}`])),
       element("td", {}, short(patch[`probability_${label}`])),
       element("td", {}, shareBar(patch[`probability_${label}`])));
-    const heads = ["class", "logit", "probability", ""].map((text) =>
+    const alone = run.slide_level ? " of it alone" : "";
+    const heads = ["class", `logit${alone}`, `probability${alone}`, ""].map((text) =>
       text ? element("th", { scope: "col" }, text) : element("td"));
     return element("table", {}, element("thead", {}, element("tr", {}, ...heads)),
       element("tbody", {}, ...run.classes.map(row)));
