@@ -2,7 +2,8 @@
 
     python -m tests.planted_rates [--seeds N] [--first SEED] [--jobs N] [--only WORD] [--results FILE] [--json]
 
-Prints a table in Markdown, or with --json the same as one object, in the order of `tests.planted_truths.TRUTHS`. With
+Prints a table in Markdown, or with --json the same as one object, in the order of `tests.planted_truths.TRUTHS`,
+and after them those of `tests.planted_bags.BAG_TRUTHS` ("slides, ..."). With
 --results outcomes are added to the file seed by seed, and those that are in it are not judged again.
 """
 
@@ -21,8 +22,10 @@ from pathlib import Path
 
 import torch
 
+from tests.planted_bags import BAG_TRUTHS, BagTruth
 from tests.planted_truths import TRUTHS, Outcome, Truth
 
+EVERY: tuple[Truth | BagTruth, ...] = (*TRUTHS, *BAG_TRUTHS)
 OUTCOMES: tuple[Outcome, ...] = ("holds", "unclear", "fails")
 
 
@@ -40,7 +43,7 @@ class Finding:
 class Rate:
     """A truth, and how often each outcome was found."""
 
-    truth: Truth
+    truth: Truth | BagTruth
     counts: Counter[str]
     seconds: float
 
@@ -57,7 +60,7 @@ def find(truths: Iterable[str], seed: int) -> list[Finding]:
     """Judge the truths of these names with a seed, on one thread."""
     torch.set_num_threads(1)
     wanted, found = set(truths), []
-    for truth in TRUTHS:
+    for truth in EVERY:
         if truth.name in wanted:
             started = time.process_time()
             outcome = truth.judge(seed)
@@ -65,7 +68,7 @@ def find(truths: Iterable[str], seed: int) -> list[Finding]:
     return found
 
 
-def rate(truth: Truth, findings: Iterable[Finding]) -> Rate:
+def rate(truth: Truth | BagTruth, findings: Iterable[Finding]) -> Rate:
     mine = [one for one in findings if one.truth == truth.name]
     return Rate(truth, Counter(one.outcome for one in mine), sum(one.seconds for one in mine))
 
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     arguments = parser.parse_args(argv)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    chosen = [truth for truth in TRUTHS if arguments.only in truth.name]
+    chosen = [truth for truth in EVERY if arguments.only in truth.name]
     known = _read(arguments.results)
     findings = [known[truth.name, seed] for truth in chosen for seed in seeds if (truth.name, seed) in known]
     missing = {seed: [truth.name for truth in chosen if (truth.name, seed) not in known] for seed in seeds}

@@ -15,7 +15,7 @@ from tests.planted_models import bent
 from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
 from wsi_gradcam.audit.estimates import estimate
-from wsi_gradcam.audit.measures.gradients import (
+from wsi_gradcam.audit.measures.changes import (
     STEPS,
     FiniteSteps,
     completeness_gap,
@@ -26,7 +26,7 @@ from wsi_gradcam.audit.measures.gradients import (
 )
 from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by
 from wsi_gradcam.audit.measures.subject import Subject, enlarge
-from wsi_gradcam.audit.questions.locality import promises_kept
+from wsi_gradcam.audit.questions.gradients import promises_kept
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

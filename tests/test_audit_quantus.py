@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from tests.planted import TRAINING, Patches, features, fitted, patches, trained
 from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.measures.gradients import completeness_gap, hiding_changes, infidelity, input_gradient
+from wsi_gradcam.audit.measures.changes import (
+    completeness_gap,
+    hiding_changes,
+    infidelity,
+    input_gradient,
+    relative_change,
+)
 from wsi_gradcam.audit.measures.removal import impute, removal_curves, replace_by, replace_by_neighbours
 from wsi_gradcam.audit.measures.sanity import complexity_rise, spearman, ssim
-from wsi_gradcam.audit.measures.stability import relative_change
 from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
 from wsi_gradcam.audit.questions.plausibility import auroc, pointing_game, relevance_mass, relevance_rank
 from wsi_gradcam.cam.targets import Target

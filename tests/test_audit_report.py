@@ -13,7 +13,7 @@ from tests.test_run_report import HOSTILE, Page
 from wsi_gradcam.audit.metrics import QUADRANTS
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS, Way
-from wsi_gradcam.audit.questions.saturation import LIKE_LEAKY
+from wsi_gradcam.audit.questions.gradients import LIKE_LEAKY
 from wsi_gradcam.audit.questions.shortcuts import AREA, ATTRIBUTION
 from wsi_gradcam.audit.report.figures import (
     Example,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.planted import features, patches, trained
 from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.measures.gradients import leaky_maps, saturation
+from wsi_gradcam.audit.measures.changes import leaky_maps, saturation
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import TargetError
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.planted import Rgb, patches, trained
 from tests.subjects import subject_of
-from wsi_gradcam.audit.measures.stability import (
+from wsi_gradcam.audit.measures.changes import (
     CHANGE_FUNCTIONS,
     as_strong_noise,
     jpeg,

@@ -12,16 +12,17 @@ import torch
 
 import wsi_gradcam
 from tests.planted import as_model, marker_only, patches
+from tests.planted_bags import BagTruth
 from tests.planted_models import Annotation, Facade
-from tests.planted_rates import Finding, main
+from tests.planted_rates import EVERY, Finding, main
 from tests.planted_truths import TRUTHS, Truth
 from wsi_gradcam import GradCAM
 
-by_name = pytest.mark.parametrize("truth", TRUTHS, ids=lambda truth: truth.name)
+by_name = pytest.mark.parametrize("truth", EVERY, ids=lambda truth: truth.name)
 
 
 @by_name
-def test_truths_are_told(truth: Truth) -> None:
+def test_truths_are_told(truth: Truth | BagTruth) -> None:
     assert truth.judge(1) in truth.expected
 
 
@@ -30,7 +31,7 @@ def test_truths_are_told_with_fifty_fresh_seeds(capsys: pytest.CaptureFixture[st
     """No measure or threshold was chosen with these seeds in sight."""
     main(["--seeds", "50", "--first", "1000", "--jobs", "2", "--json"])
     rates = json.loads(capsys.readouterr().out)["rates"]
-    assert len(rates) == len(TRUTHS)
+    assert len(rates) == len(EVERY)
     assert not [rate for rate in rates if rate["right"] < 48 or rate["wrong"] > 2]
 
 
@@ -69,10 +70,10 @@ def test_gradcam_shows_what_is_planted_and_the_answer_does_not_hang_on_it() -> N
 
 
 def test_truths_have_names_of_their_own() -> None:
-    assert len({truth.name for truth in TRUTHS}) == len(TRUTHS) == 34
+    assert len({truth.name for truth in EVERY}) == len(EVERY) == len(TRUTHS) + 16 == 50
 
 
-@pytest.mark.parametrize("module", ["planted", "planted_models", "planted_truths", "planted_rates"])
+@pytest.mark.parametrize("module", ["planted", "planted_bags", "planted_models", "planted_truths", "planted_rates"])
 def test_truths_are_judged_through_public_names_alone(module: str) -> None:
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
     for node in tree.body:  # those for types alone are in a block of their own

@@ -9,10 +9,9 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, compare
 from wsi_gradcam.audit.findings import ENOUGH, Outcome, Verdict
 from wsi_gradcam.audit.metrics import quadrant
 from wsi_gradcam.audit.questions.faithfulness import faithful
-from wsi_gradcam.audit.questions.locality import promises_kept
+from wsi_gradcam.audit.questions.gradients import not_saturated, promises_kept
 from wsi_gradcam.audit.questions.plausibility import plausible
 from wsi_gradcam.audit.questions.sanity import depends_on_weights, has_learned
-from wsi_gradcam.audit.questions.saturation import not_saturated
 from wsi_gradcam.audit.questions.shortcuts import free_of, quiet_on_glass
 from wsi_gradcam.audit.questions.stability import robust_to
 

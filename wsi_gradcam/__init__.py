@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from wsi_gradcam.api import explain, validate
-    from wsi_gradcam.audit.images import audit_images
+    from wsi_gradcam.audit.images import audit_bags, audit_images
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.gradcam import GradCAM
     from wsi_gradcam.models.load import load_model, model_of
@@ -26,6 +26,7 @@ __all__ = [
     "ModelSpec",
     "Settings",
     "__version__",
+    "audit_bags",
     "audit_images",
     "audit_run",
     "explain",
@@ -40,6 +41,7 @@ _HOME = {
     "GradCAM": "wsi_gradcam.gradcam",
     "ModelSpec": "wsi_gradcam.models.spec",
     "Settings": "wsi_gradcam.run.settings",
+    "audit_bags": "wsi_gradcam.audit.images",
     "audit_images": "wsi_gradcam.audit.images",
     "audit_run": "wsi_gradcam.audit.running",
     "explain": "wsi_gradcam.api",

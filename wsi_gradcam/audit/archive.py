@@ -8,8 +8,9 @@ and, with annotations, by whether an annotation's border runs through them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from pydantic import ValidationError
 from wsi_gradcam.audit.estimates import stratified_sample
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditSettings, SlideSample, deep_patches
 from wsi_gradcam.audit.schema import UntestedRow
+from wsi_gradcam.audit.vocabulary import Unit
 from wsi_gradcam.cam.targets import PREDICTED, Target, check_trusted, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError, as_path, picked
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import allowed_hosts
+from wsi_gradcam.mil.spec import SlideModelSpec, slide_model_in, with_patch_px
 from wsi_gradcam.models.spec import ModelSpec, explain_validation
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.overview import read_mask
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.tissue.annotations.areas import Drawn
 
     Box = tuple[float, float, float, float]
+    Spec = ModelSpec | SlideModelSpec
 
 GROUPINGS = ("site", "scanner", "label")
 MASK_PX = 2048  # of the longer side of a mask over the whole slide, from which shares of patches are taken
@@ -83,12 +87,17 @@ class ExplainedRun:
 
     result: Result
     settings: Settings
-    spec: ModelSpec
+    spec: Spec
     model_settings: Settings
     candidates: tuple[Candidate, ...]
     left_out: tuple[UntestedRow, ...]
     targets: tuple[Target, ...]
     groups: dict[str, dict[str, str]]
+
+    @property
+    def unit(self) -> Unit:
+        """What questions are asked of: patches, or slides where the model is a slide-level one."""
+        return "slide" if isinstance(self.spec, SlideModelSpec) else "patch"
 
     @property
     def entries(self) -> dict[str, SlideEntry]:
@@ -115,9 +124,7 @@ class ExplainedRun:
         return eager
 
 
-def open_run(
-    result: Result, given: ModelSpec | None = None, trust_code: bool = False, held: bool = False
-) -> ExplainedRun:
+def open_run(result: Result, given: Spec | None = None, trust_code: bool = False, held: bool = False) -> ExplainedRun:
     """Open a run, from its run.yaml, slides.jsonl and the slides' manifests.
 
     Args:
@@ -131,10 +138,6 @@ def open_run(
         ModelError: loading the model runs code, and that is not allowed.
     """
     run = result.record
-    if "aggregator" in (run.model.spec or {}):
-        raise ConfigError(
-            f"{result.out}: was made by a slide-level model; the audit asks models of patches, and cannot ask this one"
-        )
     settings = make_settings(**run.settings | {"allow_hosts": allowed_hosts()})
     spec = (given or _spec_of(result)).trusting(trust_code)
     if not held:
@@ -142,7 +145,7 @@ def open_run(
     targets = parse_targets(settings.target, run.model.classes)
     check_trusted(targets, trust_code or (spec.trusted and not held))
     if settings.patch_px is not None:
-        spec = spec.model_copy(update={"patch_px": settings.patch_px})
+        spec = with_patch_px(spec, settings.patch_px)
     model_settings = settings.model_copy(
         update={"engine": "eager", "precision": "float32", "layer": run.model.layer, "batch_size": run.model.batch_size}
     )
@@ -201,12 +204,14 @@ def audited_target(targets: Sequence[Target], classes: Sequence[str], label: str
     return known.get(PREDICTED, targets[0])
 
 
-def _spec_of(result: Result) -> ModelSpec:
+def _spec_of(result: Result) -> Spec:
     model = result.record.model
     if model.spec is None:
         raise ResultError(f"{result.out}/run.yaml does not say how its model is loaded; give it with --model")
     values: dict[str, Any] = {**model.spec, "folder": Path(model.folder)}
     try:
+        if "aggregator" in values:
+            return slide_model_in(values)
         spec = ModelSpec.model_validate(values)
     except ValidationError as error:
         raise ModelError(f"{result.out}/run.yaml: {explain_validation(error)}") from error
@@ -246,7 +251,7 @@ def _why_not(slide: SlideResult, entries: dict[str, SlideEntry]) -> str:
 
 def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
     """Return the sample by slide id, in the order of ids; the same for the same seed."""
-    chosen, stands_for = _slides(candidates, settings)
+    chosen, stands_for = _slides(candidates, settings, max(1, settings.patches // BATCH_SIZE))
     each = -(-settings.patches // max(1, len(chosen)))
     samples = {}
     for candidate, weight in zip(chosen, stands_for, strict=True):
@@ -256,9 +261,25 @@ def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dic
     return with_depth(samples, settings)
 
 
-def _slides(candidates: Sequence[Candidate], settings: AuditSettings) -> tuple[list[Candidate], list[float]]:
-    """Return the slides, and how many each stands for."""
-    wanted = max(1, settings.patches // BATCH_SIZE)
+def draw_slides(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
+    """Return the sample of slides by id, of a slide-level model; each is itself what is measured."""
+    chosen, weights = _slides(candidates, settings, settings.slides)
+    return {
+        one.slide.id: whole_slide(one.entry.label or "any", weight)
+        for one, weight in zip(chosen, weights, strict=True)
+        if (np.asarray(one.slide.table(["status"]).column("status")) == "ok").any()
+    }
+
+
+def whole_slide(stratum: str, weight: float = 1.0) -> SlideSample:
+    """Return the sample of a slide that is measured as a whole."""
+    return SlideSample((0,), ((0, 0),), (weight,), (stratum,), 1)
+
+
+def _slides(
+    candidates: Sequence[Candidate], settings: AuditSettings, wanted: int
+) -> tuple[list[Candidate], list[float]]:
+    """Return about `wanted` slides, and how many each stands for."""
     ordered = sorted(candidates, key=lambda one: one.slide.id)
     if len(ordered) <= wanted:
         return ordered, [1.0] * len(ordered)
@@ -341,12 +362,32 @@ class Annotated:
 
     def shares(self, yx: NDArray[np.int64], view: Box) -> NDArray[np.float32]:
         """Return the annotated share of each patch at level-0 `yx` [n, 2]; `view` is (y, x, height, width) in it."""
+        return self._shares(partial(self.regions.mask, self.slide_px), yx, view)
+
+    def shares_by_class(self, yx: NDArray[np.int64], view: Box) -> dict[str, NDArray[np.float32]]:
+        """Return the share of each patch that a class covers, by its name, as `masks_by_class` names it."""
+        drawn = self.regions.drawn(self.slide_px)
+        single = self._is_picture and len(drawn.names) < 2
+        return {
+            UNNAMED if single else name or UNNAMED: self._shares(partial(drawn.mask, {name}), yx, view)
+            for name in drawn.names or [UNNAMED]
+        }
+
+    def _shares(
+        self, mask_of: Callable[[tuple[int, int]], NDArray[np.bool_]], yx: NDArray[np.int64], view: Box
+    ) -> NDArray[np.float32]:
         longer = max(self.slide_px)
         shape = tuple(max(1, round(side * min(1, MASK_PX / longer))) for side in self.slide_px)
-        mask = self.regions.mask(self.slide_px, (shape[0], shape[1]))
         scale = np.array([shape[0] / self.slide_px[0], shape[1] / self.slide_px[1]])
         start = (yx + np.array(view[:2])) * scale
+        mask = mask_of((shape[0], shape[1]))
         return Shares(mask).of(np.concatenate([start, start + np.array(view[2:]) * scale], axis=1))
+
+    @property
+    def _is_picture(self) -> bool:
+        """True of a picture, whose only class has a number for a name."""
+        drawn = self.regions.drawn(self.slide_px)
+        return isinstance(drawn.drawn if isinstance(drawn, Moved) else drawn, LabelPicture)
 
     def masks(self, yx: Sequence[tuple[int, int]], view: Box) -> NDArray[np.bool_]:
         """Return masks of the annotated areas in each patch, bool [n, SIDE_PX, SIDE_PX].
@@ -361,8 +402,7 @@ class Annotated:
         """Return the same of each class by its name; an area without one, and a picture of one, is "region"."""
         drawn = self.regions.drawn(self.slide_px)
         boxes, names = _boxes(yx, view), drawn.names
-        inner = drawn.drawn if isinstance(drawn, Moved) else drawn
-        single = isinstance(inner, LabelPicture) and len(names) < 2
+        single = self._is_picture and len(names) < 2
         return {UNNAMED if single else name or UNNAMED: _cut(drawn, {name}, boxes) for name in names or [UNNAMED]}
 
 

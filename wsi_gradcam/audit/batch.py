@@ -1,8 +1,9 @@
-"""A batch of patches under audit: pixels, what the run stored, what is annotated, and maps of methods and controls."""
+"""What is under audit at once: a batch of patches with pixels and maps, or, of a slide-level model, a slide's bag."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,14 @@ from PIL import Image
 
 from wsi_gradcam.audit.archive import annotated_slide, ground_of
 from wsi_gradcam.audit.measurements import Patches
+from wsi_gradcam.audit.measures.bags import BagSubject, Flipping, flipping, leaving_order, of_heads
 from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
-from wsi_gradcam.audit.vocabulary import PROBABILITY
+from wsi_gradcam.audit.vocabulary import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM, SINGLE
 from wsi_gradcam.cam.engine import pool_to_layer_grid
-from wsi_gradcam.errors import ResumeError, SlideFormatError, SlideReadError
+from wsi_gradcam.errors import ModelError, ResumeError, SlideFormatError, SlideReadError
 from wsi_gradcam.models.spec import probabilities
+from wsi_gradcam.results.feature_store import Bag
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import OK
 from wsi_gradcam.slides import read_region
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.plan import AuditPlan
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.models.load import Model
+    from wsi_gradcam.results.feature_store import FeatureStore
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.results.patch_store import PatchStore
     from wsi_gradcam.run.context import Context
@@ -332,3 +336,117 @@ def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     scale = min(1.0, SHOWN_PX / max(rgb.shape[:2]))
     size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
+
+
+RANDOM_ORDERS, FEWER_ORDERS = 10, 3  # of networks that are asked once for all orders, and of others
+SHOWS = 0.05  # of a patch: that much ink, glass or region makes it a patch of it
+HELD_BYTES = 1 << 29  # of a bag's features, that are held in memory; larger ones are read anew
+
+
+@dataclass(frozen=True, eq=False)
+class SlideBag:
+    """A slide of a slide-level model under audit.
+
+    Attributes:
+        subject: its bag, and the network that answers for it.
+        relevance: [N] of the patches, by method.
+        places: [N, 2] of the patches' corners, in patches' sides; None where they are not known.
+        suspects: [N] which patches show what should not decide, by name; those alone that a patch shows.
+        annotated: [N] share of each patch that is annotated; None where nothing is.
+        seed: of the slide's random numbers.
+        model_seed: of random weights, which are the same for all slides.
+        staying_of_encoder: returns how maps stay with random weights of the encoder, [draws] by method; nothing where
+            it cannot be asked.
+    """
+
+    subject: BagSubject
+    relevance: dict[str, NDArray[np.float64]]
+    places: NDArray[np.float64] | None
+    suspects: dict[str, NDArray[np.bool_]]
+    annotated: NDArray[np.float64] | None
+    seed: int
+    model_seed: int
+    staying_of_encoder: Callable[[], dict[str, list[float]]] = field(default=dict)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods whose relevance is audited."""
+        return tuple(self.relevance)
+
+    @cached_property
+    def flips(self) -> dict[str, list[Flipping]]:
+        """How the answer changes as patches leave, by method; at random in several orders."""
+        draws = RANDOM_ORDERS if self.subject.in_one_go else FEWER_ORDERS
+        orders = [leaving_order(values, self.seed) for values in self.relevance.values()]
+        chance = [np.random.default_rng([self.seed, i]).permutation(len(orders[0])) for i in range(draws)]
+        found = flipping(self.subject, [*orders, *chance])
+        flips = {name: [one] for name, one in zip(self.relevance, found, strict=False)}
+        return {**flips, RANDOM: found[len(orders) :]}
+
+    def some(self, count: int) -> BagSubject:
+        """Return the bag of `count` of its patches, drawn at random; all where there are no more."""
+        size = len(self.subject.features)
+        if size <= count:
+            return self.subject.part(np.arange(size))
+        return self.subject.part(np.sort(np.random.default_rng(self.seed).choice(size, count, replace=False)))
+
+
+def read_bag(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) -> SlideBag:
+    """Read a slide's bag: its features, and what the run has stored of each patch; no pixel is read.
+
+    Raises:
+        ResumeError: the slide's results are of another run by now.
+        AnnotationError: the slide's annotations cannot be understood.
+    """
+    plan, run, settings = _plan_of(context, audit, entry), audit.run, audit.settings
+    store, places = context.features(entry), context.patch_store(entry)
+    bag = Bag(store)
+    rows = bag.rows
+    held = bag[: len(rows)] if len(rows) * store.shape[1] * 4 <= HELD_BYTES else bag
+    subject = BagSubject.of(context.aggregator().network, held, audit.target, run.slide_model.activation)
+    (seed,) = patch_seeds(settings.seed, entry.id, [0])
+    yx, whole = places.yx()[rows], (0.0, 0.0, *plan.footprint)
+    ground = ground_of(plan, context.folder(entry), settings)
+    found = annotated_slide(settings.annotations, entry.id, settings.include, plan.slide_px, entry.path, ground)
+    given = annotated_slide(settings.regions, entry.id, (), plan.slide_px, entry.path, ground)
+    shares = {PEN: places.share(PEN)[rows], GLASS: places.share(GLASS)[rows]}
+    shares |= {} if given is None else {given_name(n): s for n, s in given.shares_by_class(yx, whole).items()}
+    return SlideBag(
+        subject,
+        {name: stored_relevance(audit, subject, store, rows, name) for name in audit.methods},
+        yx / np.array(plan.footprint),
+        {name: share > SHOWS for name, share in shares.items() if (share > SHOWS).any()},
+        None if found is None else found.shares(yx, whole).astype(np.float64),
+        seed,
+        settings.seed,
+    )
+
+
+def given_name(name: str) -> str:
+    """Return what a suspect is named that somebody has drawn."""
+    return f"{name.replace('/', '-')} (given)"
+
+
+def stored_relevance(
+    audit: AuditPlan, subject: BagSubject, store: FeatureStore, rows: NDArray[np.int64], method: str
+) -> NDArray[np.float64]:
+    """Return the relevance [N] of the patches `rows` for what is audited, as the run has stored it.
+
+    Raises:
+        ModelError: the slide's predicted class was not explained.
+    """
+    run = audit.run
+    if method == ATTENTION:
+        return of_heads(store.read(ATTENTION)[rows], subject.target, len(run.facts.classes))
+    if method == SINGLE:
+        return subject.scalar(store.read("logits")[rows].astype(np.float64))
+    same = [audit.target, subject.target]
+    column = next(
+        (i for i, one in enumerate(run.targets) if one in same or (one.is_class and one.index == subject.target.index)),
+        None,
+    )
+    if column is None:
+        raise ModelError(f"{subject.target.label} is predicted for the slide, and was not explained; give --target")
+    number = run.settings.bag_method.index(method)
+    found: NDArray[np.float64] = store.read("relevance")[rows, number, column].astype(np.float64)
+    return found

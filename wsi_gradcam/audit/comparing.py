@@ -12,6 +12,8 @@ from wsi_gradcam.audit.findings import comparison_row
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import Measurements, read_measurements
 from wsi_gradcam.audit.plan import SlideSample
+from wsi_gradcam.audit.questions.bag_orders import SRG, BagFaithfulness
+from wsi_gradcam.audit.questions.bag_trust import BagPlausibility
 from wsi_gradcam.audit.questions.faithfulness import (
     CURVE_FRACTIONS,
     MAIN,
@@ -20,13 +22,12 @@ from wsi_gradcam.audit.questions.faithfulness import (
     Faithfulness,
     score,
 )
-from wsi_gradcam.audit.questions.locality import WORTH, Locality
+from wsi_gradcam.audit.questions.gradients import LIKE_LEAKY, SATURATED, WORTH, Locality, Saturation
 from wsi_gradcam.audit.questions.plausibility import AUROC, IOU, Plausibility
 from wsi_gradcam.audit.questions.sanity import STAYING_MAPS, Sanity, share_staying
-from wsi_gradcam.audit.questions.saturation import LIKE_LEAKY, SATURATED, Saturation
 from wsi_gradcam.audit.questions.stability import CHANGED_ANSWERS, CHANGES, Stability
 from wsi_gradcam.audit.schema import AgainstFacts
-from wsi_gradcam.audit.vocabulary import Keys, Measure
+from wsi_gradcam.audit.vocabulary import Keys, Measure, Unit
 from wsi_gradcam.errors import ConfigError, ResultError, StoreError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 
@@ -58,6 +59,7 @@ class OtherAudit:
     methods: tuple[str, ...]
     samples: Mapping[str, SlideSample]
     footprints: Mapping[str, tuple[float, float]]
+    unit: Unit = "patch"
 
     def measurements(self, seed: int) -> Measurements:
         """Return its measurements."""
@@ -81,24 +83,32 @@ def open_audit(out: StoragePathLike) -> OtherAudit:
     try:
         samples = {name: SlideSample.from_json(values) for name, values in plan["samples"].items()}
         digest, methods = str(plan["digest"]), tuple(metrics["run"]["methods"])
+        unit: Unit = metrics["run"].get("unit", "patch")
         left_out = {row["what"] for row in metrics["not_audited"]}
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder.place}: damaged, or of another version; audit again with --overwrite") from error
     samples = {name: sample for name, sample in samples.items() if name not in left_out}
     footprints = {name: result[name].plan.footprint for name in samples}
-    return OtherAudit(result.out, folder, digest, str(metrics["run"]["model"]), methods, samples, footprints)
+    return OtherAudit(result.out, folder, digest, str(metrics["run"]["model"]), methods, samples, footprints, unit)
 
 
-def shared_sample(candidates: Sequence[Candidate], other: OtherAudit) -> dict[str, SlideSample]:
-    """Return the other audit's patches that this run has too, with their weights.
+def shared_sample(candidates: Sequence[Candidate], other: OtherAudit, unit: Unit = "patch") -> dict[str, SlideSample]:
+    """Return the other audit's patches, or slides of slide-level models, that this run has too, with their weights.
 
     Raises:
         ConfigError: there are none.
     """
+    units = {"patch": "patches", "slide": "the slides of a slide-level model"}
+    if unit != other.unit:
+        raise ConfigError(
+            f"{other.out}: its audit is of {units[other.unit]} and this one of {units[unit]}; compare like with like"
+        )
     found = {}
     for candidate in candidates:
         name = candidate.slide.id
-        if name in other.samples and _alike(candidate.slide.plan.footprint, other.footprints[name]):
+        if unit == "slide" and name in other.samples:
+            found[name] = other.samples[name]
+        elif name in other.samples and _alike(candidate.slide.plan.footprint, other.footprints[name]):
             sample = _matched(candidate, other.samples[name])
             if sample.patches:
                 found[name] = sample
@@ -222,6 +232,11 @@ def _of_map(data: Measurements, method: str, other: str) -> list[_Number]:
     if gradients is not None and method in gradients.like_leaky:
         likeness = gradients.like_leaky[method]
         found.append(_Number("saturation", replace(LIKE_LEAKY, what="like_leaky"), likeness, keys))
+    if (flips := data.of(BagFaithfulness)) is not None and method in flips.most:
+        found.append(_Number("faithfulness", SRG, flips.srg(method), keys))
+    bags = data.of(BagPlausibility)
+    if bags is not None and method in bags.auroc:
+        found.append(_Number("plausibility", AUROC, bags.auroc[method], keys))
     random = data.of(Sanity)
     if random is not None and method in random.draws:
         found.append(_Number("sanity", STAYING_MAPS, share_staying(random.draws[method]), keys))

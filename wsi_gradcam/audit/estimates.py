@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -100,7 +101,7 @@ def estimate(values: ArrayLike, slides: ArrayLike, weights: ArrayLike | None = N
     number = len(np.asarray(values))
     if not counted.any():
         return Estimate(np.nan, np.nan, np.nan, 0, 0, number, unit)
-    means = _resampled(heavy, seed) @ np.stack([sums[0], heavy], axis=1)
+    means = _resampled(len(heavy), seed) @ np.stack([sums[0], heavy], axis=1)
     low, high = np.quantile(means[:, 0] / means[:, 1], _percentiles(len(heavy)))
     present = len(np.unique(np.asarray(slides)[counted]))
     patches = int(counted.sum())
@@ -174,22 +175,25 @@ def _units(
     return sums, heavy, unit, counted
 
 
-def _percentiles(units: int) -> list[float]:
+@lru_cache(maxsize=256)
+def _percentiles(units: int) -> tuple[float, float]:
     """Return the ends of an interval of a bootstrap of so many units: plain percentiles leave the truth out too often.
 
     Hesterberg's expanded percentiles (2015, doi 10.1080/00031305.2015.1089789).
     """
     if units < 2:
-        return [0.0, 1.0]
+        return 0.0, 1.0
     reach = np.sqrt(units / (units - 1)) * stats.t.ppf((1 + LEVEL) / 2, units - 1)
     low = float(stats.norm.sf(reach))
-    return [low, 1 - low]
+    return low, 1 - low
 
 
-def _resampled(units: Floats, seed: int) -> Floats:
-    """Return the number of times that each unit is drawn, [RESAMPLES, U]."""
-    count = len(units)
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
+@lru_cache(maxsize=4)
+def _resampled(count: int, seed: int) -> Floats:
+    """Return the number of times that each of `count` units is drawn, [RESAMPLES, count]; not to be changed."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _student(sums: Floats) -> float:

@@ -1,38 +1,47 @@
-"""`audit_images`: the audit's questions of plain patches that are in memory, without slides or a run."""
+"""`audit_images` and `audit_bags`: the audit's questions of what is in memory, without slides or a run."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.audit.archive import with_depth
-from wsi_gradcam.audit.batch import PatchData, subject_of
+from wsi_gradcam.audit.archive import whole_slide, with_depth
+from wsi_gradcam.audit.batch import PatchData, SlideBag, given_name, subject_of
 from wsi_gradcam.audit.measurements import joined
+from wsi_gradcam.audit.measures.bags import BagSubject
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of
-from wsi_gradcam.audit.plan import BATCH_SIZE, AuditPlan, AuditSettings, SlideSample, patch_seeds
+from wsi_gradcam.audit.plan import BATCH_SIZE, AuditPlan, AuditSettings, SlideSample, asked_questions, patch_seeds
 from wsi_gradcam.audit.report.figures import examples_of, scale_of
 from wsi_gradcam.audit.report.page import archive_page
-from wsi_gradcam.audit.stages import measure_patches
-from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.audit.stages import measure_bag, measure_patches
+from wsi_gradcam.audit.vocabulary import ATTENTION, INTEGRATED, QUESTIONS, SINGLE
 from wsi_gradcam.cam.explainer import Request, examine
-from wsi_gradcam.cam.targets import PREDICTED
+from wsi_gradcam.cam.facts import BagFacts, Choice, ModelFacts
+from wsi_gradcam.cam.targets import PREDICTED, parse_targets
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.io.local import LocalPath
+from wsi_gradcam.mil.aggregators import load_aggregator
+from wsi_gradcam.mil.networks import opaque
+from wsi_gradcam.mil.spec import AggregatorSpec, SlideModelSpec, read_slide_model
 from wsi_gradcam.models.load import Model, load_model
-from wsi_gradcam.run.plan import check_methods, plan_run
+from wsi_gradcam.run.plan import RunPlan, check_methods, plan_run
 from wsi_gradcam.run.settings import make_settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import nn
 
     from wsi_gradcam.audit.folder import Arrays
     from wsi_gradcam.audit.measurements import Measurements
     from wsi_gradcam.audit.schema import Metrics
+    from wsi_gradcam.mil.networks import Aggregator
+    from wsi_gradcam.mil.spec import SlideActivation
     from wsi_gradcam.models.spec import ModelSpec
 
     Masks = NDArray[np.bool_]
@@ -210,3 +219,139 @@ def _page(metrics: Metrics, plan: AuditPlan, found: Measurements, first: Arrays,
     factor = next(shown.factor for shown in plan.run.maps if shown.method == method)
     examples = examples_of(first, name, method, factor, plan.run.facts.classes)
     return archive_page(metrics, [], examples, scale_of(found.patches.maps[method]) * factor)
+
+
+def audit_bags(
+    features: Mapping[str, NDArray[np.floating]] | Sequence[NDArray[np.floating]],
+    model: str | PathLike[str] | SlideModelSpec | nn.Module,
+    *,
+    method: str | Sequence[str] = "",
+    target: str = PREDICTED,
+    classes: Sequence[str] | None = None,
+    activation: SlideActivation = "softmax",
+    places: Mapping[str, NDArray[np.floating]] | None = None,
+    annotated: Mapping[str, NDArray[np.floating]] | None = None,
+    regions: Mapping[str, Mapping[str, Masks]] | None = None,
+    only: Sequence[str] = (),
+    seed: int = 0,
+    trust_code: bool = False,
+    report: str | PathLike[str] | None = None,
+) -> Metrics:
+    """Audit a slide-level model on bags of feature vectors [N, D], one for each slide: as `audit_run` with slides.
+
+    Args:
+        features: by the slide's name, or in a list.
+        model: the file of a slide-level model, of which the aggregator alone is asked, or a `torch.nn.Module` from
+            [N, D] to logits, or an `Aggregator` of `wsi_gradcam.mil.networks`.
+        method: bag methods, `single` and `attention` among them; nothing given: integrated_gradients, single, and
+            attention where there is one.
+        target: what is explained: a class, or "predicted".
+        classes, activation: of a module; a model file has its own.
+        places: of the patches, [N, 2] in their own sides, by slide: areas elsewhere are then as compact as regions.
+        annotated: share of each patch that shows the target's class, [N], by slide.
+        regions: which patches show what should not decide, bool [N], by name and slide.
+        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.BAG_QUESTIONS`; nothing given: all.
+        seed: of all random numbers.
+        trust_code: allow the code in the model to run.
+        report: a file for the report, one page of HTML.
+
+    Raises:
+        ConfigError: arguments that do not fit together.
+        ModelError: features that the model does not take.
+        TargetError: a target that the model does not have.
+    """
+    bags = dict(features) if isinstance(features, Mapping) else {f"bag {i}": one for i, one in enumerate(features)}
+    if not bags:
+        raise ConfigError("no bag of features; give one for each slide")
+    for name, parts in (("places", places or {}), ("annotated", annotated or {}), *(regions or {}).items()):
+        _check_bags(name, parts, bags)
+    width = next(iter(bags.values())).shape[-1]
+    network, spec, names = _aggregator(model, width, classes, activation, trust_code)
+    attended = ATTENTION if network.attention_is is not None else ""
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    methods = tuple(filter(None, methods)) or (INTEGRATED, SINGLE, *filter(None, [attended]))
+    samples = {name: whole_slide("given") for name in bags}
+    plan = AuditPlan(
+        run=_bag_run(spec, network, names, target, attended),
+        run_digest="",
+        settings=AuditSettings(len(bags), seed, asked_questions(only, "slide"), slides=len(bags)),
+        target=parse_targets([target], names)[0],
+        samples=samples,
+        annotation_digests={},
+        region_digests={},
+        unit="slide",
+        bag_methods=methods,
+    )
+    measured = []
+    for name, one in bags.items():
+        subject = BagSubject.of(network, one, plan.target, spec.activation)
+        suspects = {given_name(key): masks[name] for key, masks in (regions or {}).items() if name in masks}
+        bag = SlideBag(
+            subject,
+            subject.relevance(methods),
+            None if places is None or name not in places else np.asarray(places[name], np.float64),
+            {key: mask for key, mask in suspects.items() if mask.any()},
+            None if annotated is None or name not in annotated else np.asarray(annotated[name], np.float64),
+            patch_seeds(seed, name, [0])[0],
+            seed,
+        )
+        measured.append((name, measure_bag(plan, bag)))
+    metrics = metrics_of(joined(measured, seed), plan, ArchiveFacts(len(bags), sum(map(len, bags.values()))))
+    if report is not None:
+        Path(report).write_bytes(archive_page(metrics, [], [], 1.0))
+    return metrics
+
+
+def _check_bags(name: str, parts: Mapping[str, NDArray[Any]], bags: Mapping[str, NDArray[np.floating]]) -> None:
+    for slide, values in parts.items():
+        if slide not in bags or len(values) != len(bags[slide]):
+            raise ConfigError(f"{name} of {slide!r}: expected one of each patch of one of the bags")
+
+
+def _aggregator(
+    model: str | PathLike[str] | SlideModelSpec | nn.Module,
+    width: int,
+    classes: Sequence[str] | None,
+    activation: SlideActivation,
+    trust_code: bool,
+) -> tuple[Aggregator, SlideModelSpec, tuple[str, ...]]:
+    """Return a network in double precision, its specification and the names of its classes."""
+    if isinstance(model, str | PathLike):
+        model = read_slide_model(fspath(model))
+    if isinstance(model, SlideModelSpec):
+        loaded = load_aggregator(model.trusting(trust_code))
+        return loaded.network.double(), model, loaded.classes
+    network = opaque(copy.deepcopy(model), type(model).__name__, width, None).double().eval()
+    names = tuple(classes) if classes is not None else tuple(str(k) for k in range(network.class_count))
+    if len(names) != network.class_count:
+        raise ConfigError(f"{len(names)} classes are named, but the model gives {network.class_count} logits")
+    part = AggregatorSpec(source="module:function")
+    return network, SlideModelSpec(name=type(model).__name__, aggregator=part, activation=activation), names
+
+
+def _bag_run(
+    spec: SlideModelSpec, network: Aggregator, classes: tuple[str, ...], target: str, attended: str
+) -> RunPlan:
+    """Return the plan of a run that there was not: it says what was audited."""
+    facts = ModelFacts(
+        name=spec.name,
+        source=spec.aggregator.source,
+        digest="",
+        license=spec.license,
+        classes=classes,
+        activation=spec.activation,
+        patch_px=(1, 1),
+        view=(0.0, 0.0, 1.0, 1.0),
+        mpp=None,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        layers=(),
+        traced=False,
+        cam_shape=(1, 1),
+        parameters=sum(each.numel() for each in network.parameters()),
+        activation_bytes=0,
+        batch_size=1,
+        choice=Choice("eager", "float32"),
+        bag=BagFacts("", network.feature_dim, (attended,) if attended else ()),
+    )
+    return RunPlan(LocalPath(Path()), spec, facts, make_settings(target=[target]), parse_targets([target], classes))

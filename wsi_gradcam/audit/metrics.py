@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.audit.estimates import across
-from wsi_gradcam.audit.findings import Findings, Outcome, corrected
+from wsi_gradcam.audit.findings import Findings, Outcome, Verdict, corrected
 from wsi_gradcam.audit.questions import Scope, question_named
+from wsi_gradcam.audit.questions.bag_orders import SRG, BagFaithfulness, gains
+from wsi_gradcam.audit.questions.bag_trust import BagPlausibility
 from wsi_gradcam.audit.questions.faithfulness import MAIN, SCORE, Faithfulness, faithful_where, score
 from wsi_gradcam.audit.questions.plausibility import AUROC, Plausibility
 from wsi_gradcam.audit.schema import Metrics, QuadrantRow, RunFacts, SampleFacts, StrataRow, UntestedRow, VerdictRow
 from wsi_gradcam.audit.stages import has_overlap
-from wsi_gradcam.audit.vocabulary import EXPENSIVE, QUESTIONS, Keys, Measure
+from wsi_gradcam.audit.vocabulary import EXPENSIVE, Keys, Measure, questions_of
 from wsi_gradcam.results.run_files import versions
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def _sections(readable: Measurements, plan: AuditPlan, scope: Scope) -> tuple[li
     sections: list[Findings] = []
     untested: list[UntestedRow] = []
     for name in plan.settings.only:
-        question = question_named(name)
+        question = question_named(name, plan.unit)
         section = Findings(name, in_depth if question.in_depth else readable)
         if not len(section.measurements):
             why = "no patch was measured in depth" if len(readable) else "no patch could be read"
@@ -107,11 +109,11 @@ def _sections(readable: Measurements, plan: AuditPlan, scope: Scope) -> tuple[li
 def _scope(plan: AuditPlan, archive: ArchiveFacts, slide: str) -> Scope:
     slides = [slide] if slide in archive.spreads else sorted(archive.spreads)
     return Scope(
-        methods=plan.run.settings.method,
+        methods=plan.methods,
         classes=plan.run.facts.classes,
         positive=positive_class(plan),
         is_class=plan.target.is_class,
-        overlaps=has_overlap(plan) if plan.run_digest else None,
+        overlaps=has_overlap(plan) if plan.run_digest and plan.unit == "patch" else None,
         disagreement={
             label: {name: _ratio(**archive.spreads[name][label]) for name in slides}
             for label in (archive.spreads[slides[0]] if slides else ())
@@ -154,28 +156,35 @@ def run_facts(plan: AuditPlan) -> RunFacts:
         layer=facts.layer,
         classes=list(facts.classes),
         target=plan.target.label,
-        methods=list(plan.run.settings.method),
+        methods=list(plan.methods),
         questions=list(plan.settings.only),
         annotations=str(plan.settings.annotations or ""),
         regions=str(plan.settings.regions or ""),
         versions=versions(),
+        unit=plan.unit,
     )
 
 
 def _sample(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide: str) -> SampleFacts:
     slides = set(data.slides.tolist())
     strata = Counter(stratum for name in slides for stratum in plan.samples[name].strata)
+    of_slides = plan.unit == "slide"
     return SampleFacts(
-        asked=plan.settings.patches,
-        patches=len(data),
+        asked=plan.settings.slides if of_slides else plan.settings.patches,
+        patches=int(data.arrays["base/bag"].sum()) if of_slides else len(data),
         deep=int((data.patches.in_depth == 1).sum()),
         unreadable=int((data.patches.readable == 0).sum()),
         slides=len(slides),
         slides_of_run=1 if slide else archive.slides_of_run,
-        patches_of_run=round(float(data.weights.sum())) if slide else archive.patches_of_run,
+        patches_of_run=_patches_of_slide(data) if slide else archive.patches_of_run,
         seed=plan.settings.seed,
         strata=dict(sorted(strata.items())),
     )
+
+
+def _patches_of_slide(data: Measurements) -> int:
+    """Return how many patches a slide has: those of its bag, or those that the sample stands for."""
+    return round(float(data.arrays.get("base/bag", data.weights).sum()))
 
 
 def _quadrants(data: Measurements, verdicts: Sequence[VerdictRow], methods: Sequence[str]) -> list[QuadrantRow]:
@@ -184,13 +193,11 @@ def _quadrants(data: Measurements, verdicts: Sequence[VerdictRow], methods: Sequ
     On other patches they would speak of different tissue.
     """
     found = []
-    annotated = data.of(Plausibility)
+    aurocs = _aurocs(data)
     plausible = {verdict.method: verdict.outcome for verdict in verdicts if verdict.question == "plausibility"}
-    if annotated is None:
-        return []
-    for method in methods:
-        rows = np.isfinite(annotated.maps[method].auroc)
-        faithful = faithful_where(data, method, rows)
+    for method in methods if aurocs else ():
+        rows = np.isfinite(aurocs[method])
+        faithful = _faithful_where(data, method, rows)
         if faithful is not None and method in plausible:
             outcomes = faithful.outcome, plausible[method]
             found.append(
@@ -205,6 +212,21 @@ def _quadrants(data: Measurements, verdicts: Sequence[VerdictRow], methods: Sequ
     return found
 
 
+def _aurocs(data: Measurements) -> dict[str, NDArray[np.float64]]:
+    """Return how well maps meet the annotation, by method; empty where there is none."""
+    if (of_patches := data.of(Plausibility)) is not None:
+        return {name: np.asarray(one.auroc, np.float64) for name, one in of_patches.maps.items()}
+    of_slides = data.of(BagPlausibility)
+    return {} if of_slides is None else dict(of_slides.auroc)
+
+
+def _faithful_where(data: Measurements, method: str, rows: NDArray[np.bool_]) -> Verdict | None:
+    some = data.only(rows)
+    if len(some) and (found := some.of(BagFaithfulness)) is not None and method in found.most:
+        return gains(found, method, some)
+    return faithful_where(data, method, rows)
+
+
 def quadrant(faithful: Outcome, plausible: Outcome) -> str:
     """Return what the two together mean; they are never mixed into one number."""
     if "unclear" in (faithful, plausible):
@@ -214,15 +236,16 @@ def quadrant(faithful: Outcome, plausible: Outcome) -> str:
 
 def _grouped_numbers(data: Measurements, scope: Scope) -> list[GroupedNumber]:
     """Return what is compared between sites and scanners."""
-    curves, annotated = data.of(Faithfulness), data.of(Plausibility)
+    curves, flips, aurocs = data.of(Faithfulness), data.of(BagFaithfulness), _aurocs(data)
     found = []
     for method in scope.methods:
-        if curves is not None:
+        if curves is not None and method in curves.main:
             keys = Keys(method=method, baseline=MAIN)
             found.append(GroupedNumber("faithfulness", SCORE, keys, score(curves.main[method])))
-        if annotated is not None:
-            auroc = np.asarray(annotated.maps[method].auroc, np.float64)
-            found.append(GroupedNumber("plausibility", AUROC, Keys(method=method), auroc))
+        if flips is not None and method in flips.most:
+            found.append(GroupedNumber("faithfulness", SRG, Keys(method=method), flips.srg(method)))
+        if method in aurocs:
+            found.append(GroupedNumber("plausibility", AUROC, Keys(method=method), aurocs[method]))
     if data.patches.probability is not None:
         probability = np.asarray(data.patches.probability, np.float64)
         found.append(GroupedNumber("", PROBABILITY, Keys(), probability))
@@ -263,16 +286,20 @@ def strata(
 def _untested(plan: AuditPlan, data: Measurements, scope: Scope) -> list[UntestedRow]:
     """Return what was left out of the questions, and the questions that were left out."""
     found = [
-        UntestedRow(what=name, why="not asked: see --only") for name in QUESTIONS if name not in plan.settings.only
+        UntestedRow(what=name, why="not asked: see --only")
+        for name in questions_of(plan.unit)
+        if name not in plan.settings.only
     ]
     why = "it runs the model dozens of times for a map; only all weights together were made random"
     found += [
         UntestedRow(what=f"stability of {method}, and its randomisation layer by layer", why=why)
         for method in scope.methods
-        if method in EXPENSIVE
+        if method in EXPENSIVE and plan.unit == "patch"
     ]
     for name in plan.settings.only:
-        found += [UntestedRow(what=what, why=why) for what, why in question_named(name).untested(data, scope)]
+        found += [
+            UntestedRow(what=what, why=why) for what, why in question_named(name, plan.unit).untested(data, scope)
+        ]
     if not scope.is_class:
         found.append(UntestedRow(what="curves of probabilities", why="the target is no class"))
     return found

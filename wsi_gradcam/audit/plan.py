@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.audit.vocabulary import ATTENTION, BAG_QUESTIONS, QUESTIONS, SINGLE, Unit, questions_of
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.tissue.annotations import check_ending
 
@@ -26,6 +26,7 @@ FORMAT = 1  # of the numbers; raised when old ones must not be continued
 # in the last bit with the number of threads.
 BATCH_SIZE = 8
 PATCHES = 200
+SLIDES = 200  # of slide-level models
 FEWEST_DEEP = 48  # patches on which what is slow is measured too: enough for a verdict, from 6 slides where there are
 DEEP_SHARE = 10
 
@@ -36,9 +37,13 @@ class AuditSettings:
 
     patches: Annotated[int, Field(description="about so many of all slides together")] = PATCHES
     seed: Annotated[int, Field(description="of the sample and of all random numbers")] = 0
-    only: Annotated[tuple[str, ...], Field(description=f"ask only some of {', '.join(QUESTIONS)} (default: all)")] = (
-        tuple(QUESTIONS)
-    )
+    only: Annotated[
+        tuple[str, ...],
+        Field(
+            description=f"ask only some of {', '.join(QUESTIONS)}; of slide-level models {', '.join(BAG_QUESTIONS)} "
+            "(default: all)"
+        ),
+    ] = tuple(QUESTIONS)
     target: Annotated[
         str,
         Field(
@@ -62,9 +67,12 @@ class AuditSettings:
         ),
     ] = "auto"
 
+    slides: Annotated[int, Field(description="of slide-level models, whose unit is the slide: about so many")] = SLIDES
+
     def __post_init__(self) -> None:
-        if self.patches < 1:
-            raise ConfigError(f"patches is {self.patches}, expected 1 or more")
+        for name in ("patches", "slides"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected 0 or more")
         check_questions(self.only)
@@ -84,7 +92,8 @@ class AuditSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, in the order of the questions."""
-        values = {**asdict(self), "only": [name for name in QUESTIONS if name in self.only]}
+        known = {**QUESTIONS, **BAG_QUESTIONS}
+        values = {**asdict(self), "only": [name for name in known if name in self.only]}
         for name in ("annotations", "regions"):
             values[name] = None if values[name] is None else str(values[name])
         if self.mask_frame == "auto":  # as in audits of older versions
@@ -92,11 +101,24 @@ class AuditSettings:
         return {**values, "include": list(self.include)}
 
 
-def check_questions(names: Sequence[str]) -> None:
-    """Raise ConfigError for a name that is no question."""
+def check_questions(names: Sequence[str], unit: Unit | None = None) -> None:
+    """Raise ConfigError for a name that is no question, or none that is asked of patches, or of slides."""
+    known = {**QUESTIONS, **BAG_QUESTIONS} if unit is None else questions_of(unit)
     for name in names:
-        if name not in QUESTIONS:
-            raise ConfigError(f"{name!r} is no question of the audit; expected some of {', '.join(QUESTIONS)}")
+        if name not in known:
+            what = "" if unit is None else {"patch": " of patches", "slide": " of slide-level models"}[unit]
+            raise ConfigError(f"{name!r} is no question of the audit{what}; expected some of {', '.join(known)}")
+
+
+def asked_questions(only: Sequence[str], unit: Unit) -> tuple[str, ...]:
+    """Return the questions that are asked, in the report's order; all where none is named.
+
+    Raises:
+        ConfigError: one is no question that is asked of patches, or of slides.
+    """
+    check_questions(only)
+    check_questions(only, unit)
+    return tuple(name for name in questions_of(unit) if not only or name in only)
 
 
 @dataclass(frozen=True)
@@ -152,6 +174,7 @@ class AuditScope:
         target: what is audited, one of the run's targets or each patch's predicted class.
         samples: by slide id.
         annotation_digests, region_digests: sha256 of the slides' files of annotations and regions, by slide id.
+        unit: of which questions are asked; the sample of a slide is itself then, as if it were one patch.
     """
 
     run_digest: str
@@ -160,11 +183,14 @@ class AuditScope:
     samples: Mapping[str, SlideSample]
     annotation_digests: Mapping[str, str]
     region_digests: Mapping[str, str]
+    unit: Unit = "patch"
 
     def audit_identity(self) -> dict[str, Any]:
         """Return all that the numbers depend on: the content of annotations and regions, not their paths."""
         settings = self.settings.to_json()
-        del settings["annotations"], settings["regions"]
+        del settings["annotations"], settings["regions"], settings["patches" if self.unit == "slide" else "slides"]
+        if self.unit == "slide":  # as in audits of older versions else
+            settings["unit"] = self.unit
         sample = json.dumps({name: one.to_json() for name, one in sorted(self.samples.items())}, sort_keys=True)
         return {
             "format": FORMAT,
@@ -193,9 +219,20 @@ class AuditPlan(AuditScope):
 
     Attributes:
         run: the run that is audited. Its model runs eagerly in float32, whatever the run chose.
+        bag_methods: of a slide-level model, those whose relevance is audited, where they are not the run's.
     """
 
     run: RunPlan
+    bag_methods: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods whose maps are audited; of a slide-level model its bag methods, single patches and attention."""
+        if self.unit == "patch":
+            return self.run.settings.method
+        bag = self.run.facts.bag
+        assert bag is not None
+        return self.bag_methods or (*self.run.settings.bag_method, SINGLE, *([ATTENTION] if bag.attention else []))
 
 
 def deep_patches(patches: int) -> int:

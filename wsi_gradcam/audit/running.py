@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.audit.archive import ExplainedRun, annotated_slide, audited_target, draw_sample, ground_of, open_run
+from wsi_gradcam.audit.archive import (
+    ExplainedRun,
+    annotated_slide,
+    audited_target,
+    draw_sample,
+    draw_slides,
+    ground_of,
+    open_run,
+)
 from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, shared_sample
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import read_measurements
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of, to_bytes
-from wsi_gradcam.audit.plan import PATCHES, AuditPlan, AuditScope, AuditSettings, Frame, SlideSample
+from wsi_gradcam.audit.plan import (
+    PATCHES,
+    SLIDES,
+    AuditPlan,
+    AuditScope,
+    AuditSettings,
+    Frame,
+    SlideSample,
+    asked_questions,
+    check_questions,
+)
 from wsi_gradcam.audit.report.page import write_reports
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.stages import AuditWorkload
-from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import ResultError, ResumeError, StoreError, as_text
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.mil.spec import SlideModelSpec, is_slide_model, read_slide_model, with_whole_paths
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
@@ -64,13 +82,14 @@ def audit_run(
     *,
     patches: int = PATCHES,
     seed: int = 0,
-    only: Sequence[str] = tuple(QUESTIONS),
+    slides: int = SLIDES,
+    only: Sequence[str] = (),
     target: str = "",
     annotations: str | PathLike[str] | None = None,
     include: Sequence[str] = (),
     regions: str | PathLike[str] | None = None,
     mask_frame: Frame = "auto",
-    model: str | PathLike[str] | ModelSpec | Model | None = None,
+    model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model | None = None,
     against: StoragePathLike | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
@@ -88,7 +107,9 @@ def audit_run(
         out: folder or s3:// URL that `explain` was given; slides and model must be where they were.
         patches: about so many are audited, of all slides together.
         seed: of the sample and of all random numbers.
-        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`.
+        slides: of a slide-level model, whose unit is the slide, about so many are audited, each with all its patches.
+        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`, and `BAG_QUESTIONS` for slide-level
+            models; nothing given: all.
         target: which of the run's targets is audited; nothing given: each patch's predicted class, where that was
             explained, else the run's first.
         annotations: file, or folder with a file a slide, of areas that show the target's class.
@@ -108,27 +129,18 @@ def audit_run(
     Raises:
         WsiGradcamError: nothing could be done at all, or the audit had to stop; what was measured is not lost.
     """
-    settings = AuditSettings(
-        patches,
-        seed,
-        tuple(name for name in QUESTIONS if name in only) if not _unknown(only) else tuple(only),
-        target,
-        None if annotations is None else Path(annotations).absolute(),
-        tuple(include),
-        None if regions is None else Path(regions).absolute(),
-        mask_frame,
-    )
+    check_questions(only)
+    drawn, hidden = (None if path is None else Path(path).absolute() for path in (annotations, regions))
+    settings = AuditSettings(patches, seed, tuple(only), target, drawn, tuple(include), hidden, mask_frame, slides)
     result = open_result(storage_path(out).absolute())
-    given = read_spec(fspath(model)) if isinstance(model, str | PathLike) else model
-    loaded = None if given is None or isinstance(given, ModelSpec) else given
-    spec = loaded.spec if loaded is not None else given if isinstance(given, ModelSpec) else None
-    given = None if spec is None else spec.model_copy(update={"folder": spec.folder.absolute()})
+    given, loaded = _given(model)
     folder = AuditFolder(result.folder.place / AUDIT)
     _check_room(folder, result)
     run = open_run(result, given, trust_code, held=loaded is not None)
+    settings = replace(settings, only=asked_questions(only, run.unit))
     other = None if against is None else open_audit(against)
     scope = _scope(run, settings, other)
-    slides = _allowed([run.entries[name] for name in scope.samples], result, remote_slides)
+    entries = _allowed([run.entries[name] for name in scope.samples], result, remote_slides)
     _before(
         folder, scope, overwrite
     )  # and again where OUT is claimed: before any worker starts, and any model is loaded
@@ -144,10 +156,25 @@ def audit_run(
         _settle(folder, plan, result.ids, overwrite)
         folder.remove_partial_files(plan.samples)
         workload = AuditWorkload(plan)
-        session.begin(workload, slides, executor.dashboard)
-        session.process(executor, workload, slides, records.append)
+        session.begin(workload, entries, executor.dashboard)
+        session.process(executor, workload, entries, records.append)
         metrics = _finish(folder, plan, run, records, other)
     return AuditOutcome(folder.place, metrics, tuple(records))
+
+
+def _given(
+    model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model | None,
+) -> tuple[ModelSpec | SlideModelSpec | None, Model | None]:
+    """Return the specification of a model that is given, with whole paths, and the model if it is loaded."""
+    if model is None:
+        return None, None
+    if isinstance(model, str | PathLike):
+        path = fspath(model)
+        model = read_slide_model(path) if is_slide_model(path) else read_spec(path)
+    if isinstance(model, SlideModelSpec):
+        return with_whole_paths(model), None
+    loaded, spec = (None, model) if isinstance(model, ModelSpec) else (model, model.spec)
+    return spec.model_copy(update={"folder": spec.folder.absolute()}), loaded
 
 
 def _allowed(slides: list[SlideEntry], result: Result, remote_slides: bool) -> list[SlideEntry]:
@@ -170,15 +197,14 @@ def _report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:
     }
 
 
-def _unknown(only: Sequence[str]) -> bool:
-    return bool(set(only) - set(QUESTIONS))
-
-
 def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None) -> AuditScope:
     """Return what is audited, with its sample drawn; raises whatever is wrong in that."""
     classes = run.result.record.model.classes
     target = audited_target(run.targets, classes, settings.target, settings.annotations is not None)
-    samples = draw_sample(run.candidates, settings) if other is None else shared_sample(run.candidates, other)
+    if other is not None:
+        samples = shared_sample(run.candidates, other, run.unit)
+    else:
+        samples = (draw_slides if run.unit == "slide" else draw_sample)(run.candidates, settings)
     if not samples:
         raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
     return AuditScope(
@@ -188,6 +214,7 @@ def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None)
         samples=samples,
         annotation_digests=_digests(run, settings, settings.annotations, settings.include, samples),
         region_digests=_digests(run, settings, settings.regions, (), samples),
+        unit=run.unit,
     )
 
 
@@ -318,7 +345,7 @@ def _finish(
     data = read_measurements(folder, plan.audit_digest(), plan.samples, plan.settings.seed, slides)
     metrics = metrics_of(data, plan, archive)
     if other is not None:
-        against = compare_audits(data, plan.samples, plan.run.settings.method, other)
+        against = compare_audits(data, plan.samples, plan.methods, other)
         metrics = metrics.model_copy(update={"against": against})
     folder.metrics.remove()
     write_reports(folder, plan, data, metrics, archive)

@@ -35,7 +35,8 @@ class Keyed(_Strict):
         question: of the audit.
         method: whose map it is of.
         control: what knows nothing of the model, and stands in for the map or beside it: `random`, `edges`, `constant`,
-            `centre`, `probability`; `random_weights`, `equal_noise`, `equal_area`, `share_of_area`.
+            `centre`, `probability`; `attention` of a slide-level model; `random_weights`,
+            `equal_noise`, `equal_area`, `share_of_area`.
         other_method: that the method is compared with.
         baseline: what fills the gaps: `mean`, `blur`, `background`, `road`.
         change: of the patch, such as `stain`.
@@ -185,7 +186,12 @@ class SampleFacts(_Strict):
 
 
 class RunFacts(_Strict):
-    """Facts of the run that was audited."""
+    """Facts of the run that was audited.
+
+    Attributes:
+        unit: of which the questions were asked: of patches, or of the slides of a slide-level model. Where it is the
+            slide, `patches` of a row are slides too.
+    """
 
     out: Text
     run_digest: str
@@ -200,6 +206,7 @@ class RunFacts(_Strict):
     annotations: Text
     regions: Text
     versions: dict[str, str]
+    unit: Literal["patch", "slide"] = "patch"
 
 
 class AgainstFacts(_Strict):

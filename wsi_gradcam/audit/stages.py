@@ -1,8 +1,8 @@
 """Auditing slides: the stages, their order for a slide, and the workload that executors run.
 
-One stage measures batches of patches. The other writes `spread.ome.zarr` of a slide: where overlapping patches
-disagree, as an image that lies over the slide's heatmap; the same tissue seen in another frame should be explained
-alike.
+One stage measures batches of patches, or the bag of a slide-level model's slide. The other writes `spread.ome.zarr` of
+a slide: where overlapping patches disagree, as an image that lies over the slide's heatmap; the same tissue seen in
+another frame should be explained alike.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder, write_arrays
-from wsi_gradcam.audit.measurements import SLIDE, arrays_of
+from wsi_gradcam.audit.measurements import SLIDE, Patches, arrays_of
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import StoreError
@@ -32,11 +32,12 @@ from wsi_gradcam.run.workload import failed_record
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.batch import PatchData
+    from wsi_gradcam.audit.batch import PatchData, SlideBag
     from wsi_gradcam.audit.folder import Arrays
     from wsi_gradcam.audit.measures.subject import Subject
     from wsi_gradcam.audit.plan import AuditPlan
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.results.patch_store import PatchStore
     from wsi_gradcam.run.context import Context
@@ -70,7 +71,7 @@ class AuditWorkload:
 
     def job(self, slide: SlideEntry) -> SlideJob:
         """Return the phases of a slide; see `Workload.job`."""
-        overlap = self.plan.settings.asks("stability") and has_overlap(self.plan)
+        overlap = self.plan.unit == "patch" and self.plan.settings.asks("stability") and has_overlap(self.plan)
         return audit_job(slide, self.plan.samples[slide.id].batches, overlap)
 
 
@@ -94,6 +95,8 @@ def measure_batch(context: Context[AuditWorkload], entry: SlideEntry, number: in
     place = AuditFolder(plan.run.out / AUDIT).batch(entry.id, plan.audit_digest(), number)
     if place.is_file():
         return Processed(part.stop - part.start)
+    if plan.unit == "slide":
+        return _measure_slide(context, entry, place)
     from wsi_gradcam.audit.batch import (
         read_batch,
         subject_of,  # torch, which a client need not have
@@ -113,6 +116,40 @@ def measure_batch(context: Context[AuditWorkload], entry: SlideEntry, number: in
     write_arrays(place, arrays)
     unreadable = int((arrays["base/readable"] == 0).sum())
     return Processed(part.stop - part.start, unreadable, max(0.0, read - idle_since), model_s, read - started)
+
+
+def _measure_slide(context: Context[AuditWorkload], entry: SlideEntry, place: StoragePath) -> Processed:
+    """Measure the bag of a slide and store the measurements."""
+    from wsi_gradcam.audit.batch import read_bag  # torch
+
+    plan, started = context.workload.plan, time.perf_counter()
+    bag = read_bag(context, plan, entry)
+    read = time.perf_counter()
+    write_arrays(place, measure_bag(plan, bag, plan.samples[entry.id].weights[0]))
+    return Processed(1, 0, read - started, time.perf_counter() - read, read - started)
+
+
+def measure_bag(plan: AuditPlan, bag: SlideBag, weight: float = 1.0) -> Arrays:
+    """Return the measurements of a slide's bag, by name, with an axis of one slide first."""
+    subject = bag.subject
+    share = subject.probability(subject.logits)
+    index = subject.target.index
+    known = share is not None and index is not None
+    facts = Patches(
+        number=np.zeros(1, np.int64),
+        weight=np.array([weight]),
+        readable=np.ones(1, np.uint8),
+        in_depth=np.ones(1, np.uint8),
+        logits=subject.logits[None].astype(np.float32),
+        logit=np.array([float(subject.scalar(subject.logits))]),
+        explained_class=np.array([index], np.int64) if known else None,
+        probability=np.array([float(share)]) if share is not None and known else None,
+    )
+    found = {**arrays_of(facts), "base/bag": np.array([float(len(subject.features))])}
+    for name in plan.settings.only:
+        if (record := question_named(name, "slide").measure(bag)) is not None:
+            found |= arrays_of(record)
+    return found
 
 
 def write_slide_spread(context: Context[AuditWorkload], entry: SlideEntry) -> None:

@@ -4,33 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from wsi_gradcam.cam.facts import METHOD_INFO
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, VerdictRow
 
-# The module of each question, with its `QUESTION`, in the order of the report.
+# The module of each question, with its `QUESTION` or the name behind the colon, in the order of the report.
 QUESTIONS: dict[str, str] = {
     "faithfulness": "wsi_gradcam.audit.questions.faithfulness",
     "sanity": "wsi_gradcam.audit.questions.sanity",
     "stability": "wsi_gradcam.audit.questions.stability",
-    "locality": "wsi_gradcam.audit.questions.locality",
-    "saturation": "wsi_gradcam.audit.questions.saturation",
+    "locality": "wsi_gradcam.audit.questions.gradients:LOCALITY",
+    "saturation": "wsi_gradcam.audit.questions.gradients:SATURATION",
     "shortcuts": "wsi_gradcam.audit.questions.shortcuts",
     "plausibility": "wsi_gradcam.audit.questions.plausibility",
 }
+# Likewise of slide-level models, whose slides are asked in place of patches.
+BAG_QUESTIONS: dict[str, str] = {
+    "faithfulness": "wsi_gradcam.audit.questions.bag_orders:FAITHFULNESS",
+    "sufficiency": "wsi_gradcam.audit.questions.bag_orders:SUFFICIENCY",
+    "sanity": "wsi_gradcam.audit.questions.bag_trust:SANITY",
+    "stability": "wsi_gradcam.audit.questions.bag_trust:STABILITY",
+    "agreement": "wsi_gradcam.audit.questions.bag_orders:AGREEMENT",
+    "shortcuts": "wsi_gradcam.audit.questions.bag_trust:SHORTCUTS",
+    "plausibility": "wsi_gradcam.audit.questions.bag_trust:PLAUSIBILITY",
+}
+Unit = Literal["patch", "slide"]  # of which the questions are asked
 # Maps that know nothing of the model.
 RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY = "random", "edges", "constant", "centre", "probability"
 CONTROLS = (RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY)
 PEN, GLASS, BLUR, BORDER = "pen", "glass", "blur", "border"  # regions that should not decide
 RESEMBLING = 0.95  # a map resembles another that is more like it than this share of its cells' permutations
 GUIDED, INTEGRATED = "guided_backprop", "integrated_gradients"
+ATTENTION, SINGLE = "attention", "single"  # maps that all slide-level models have, or nearly all
 # Methods that run the model dozens of times for a map: nothing that needs many maps is measured of them.
 EXPENSIVE = frozenset(
     name for name, info in METHOD_INFO.items() if info.asks == "model" and name not in ("gradient", GUIDED)
 )
+BAG_TITLES = {
+    "gradient_x_input": "gradient x input",
+    "lrp": "LRP",
+    "one_removed": "one patch removed",
+    "shapley": "Shapley values",
+    SINGLE: "single patches",
+    ATTENTION: "attention",
+}
 CONTROL_TITLES = {
     RANDOM: "noise (control)",
     EDGES: "edges (control)",
@@ -87,6 +107,11 @@ def fill(text: str, keys: Any) -> str:
     return text.format(**either, **keys)
 
 
+def questions_of(unit: Unit) -> dict[str, str]:
+    """Return the questions that are asked of patches, or of slides."""
+    return BAG_QUESTIONS if unit == "slide" else QUESTIONS
+
+
 def map_keys(name: str) -> Keys:
     """Return the key of a map: of a control, or else of a method."""
     return Keys(control=name) if name in CONTROLS else Keys(method=name)
@@ -94,12 +119,14 @@ def map_keys(name: str) -> Keys:
 
 def method_title(name: str) -> str:
     """Return what a method is called; a control's name says that it is one."""
-    return METHOD_INFO[name].title if name in METHOD_INFO else CONTROL_TITLES.get(name, name)
+    if name in METHOD_INFO:
+        return METHOD_INFO[name].title
+    return {**BAG_TITLES, **CONTROL_TITLES}.get(name, name)
 
 
 def change_title(name: str) -> str:
     """Return what a change of the patch is called."""
-    return {"jpeg": "JPEG"}.get(name, name)
+    return {"jpeg": "JPEG", "half": "half of the patches"}.get(name, name)
 
 
 def row_title(row: EstimateRow | ComparisonRow | CurveRow | VerdictRow) -> str:
@@ -107,6 +134,8 @@ def row_title(row: EstimateRow | ComparisonRow | CurveRow | VerdictRow) -> str:
     names = [row.suspect] if row.suspect and row.method else []
     if row.method:
         names.append(method_title(row.method))
+        if row.question == "agreement" and row.other_method:
+            names[-1] += f" and {method_title(row.other_method)}"
     elif row.control in CONTROL_TITLES:
         names.append(CONTROL_TITLES[row.control])
     if row.change and (names or row.question == "stability"):
@@ -116,7 +145,9 @@ def row_title(row: EstimateRow | ComparisonRow | CurveRow | VerdictRow) -> str:
 
 def reference_title(row: ComparisonRow) -> str:
     """Return what a comparison is held against, as people call it."""
-    return method_title(row.other_method) if row.other_method else CONTROL_TITLES.get(row.control or "", row.against)
+    if row.other_method:
+        return method_title(row.other_method)
+    return {**CONTROL_TITLES, ATTENTION: BAG_TITLES[ATTENTION]}.get(row.control or "", row.against)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ of all of them (multiple-instance learning).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -222,6 +223,37 @@ def read_slide_model(model: str | Path) -> SlideModelSpec:
         return SlideModelSpec.model_validate({"name": path.stem, **given, "folder": path.parent})
     except ValidationError as error:
         raise ModelError(f"{path}: {_explained(error, SlideModelSpec)}") from error
+
+
+def slide_model_in(values: Mapping[str, Any]) -> SlideModelSpec:
+    """Return the specification in the values that a run has kept of one, with the `folder` of its file.
+
+    Raises:
+        ValidationError: they are none of such a model.
+    """
+    folder = values["folder"]
+    parts = {name: {**values[name], "folder": folder} for name in ("encoder", "aggregator") if values.get(name)}
+    return SlideModelSpec.model_validate({**values, **parts})
+
+
+def with_patch_px(spec: ModelSpec | SlideModelSpec, patch_px: tuple[int, int]) -> ModelSpec | SlideModelSpec:
+    """Return a specification whose patches, or those of its encoder, have another size."""
+    if isinstance(spec, ModelSpec):
+        return spec.model_copy(update={"patch_px": patch_px})
+    encoder = spec.encoder and spec.encoder.model_copy(update={"patch_px": patch_px})
+    return spec.model_copy(update={"encoder": encoder})
+
+
+def with_whole_paths(spec: SlideModelSpec) -> SlideModelSpec:
+    """Return a specification whose folders are whole paths: workers may run in another folder."""
+    encoder, part = spec.encoder, spec.aggregator
+    return spec.model_copy(
+        update={
+            "folder": spec.folder.absolute(),
+            "encoder": encoder and encoder.model_copy(update={"folder": encoder.folder.absolute()}),
+            "aggregator": part.model_copy(update={"folder": part.folder.absolute()}),
+        }
+    )
 
 
 def _aggregator(values: object, path: Path) -> AggregatorSpec:

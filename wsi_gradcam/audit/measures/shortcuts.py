@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from wsi_gradcam.audit.measures.removal import Replace, answers_without
@@ -26,8 +30,12 @@ from wsi_gradcam.audit.vocabulary import BLUR, BORDER, GLASS, PEN
 from wsi_gradcam.tissue.masks import HIGHEST, MASK_MPP
 from wsi_gradcam.tissue.quality import measure_blur, pen_mask
 
+if TYPE_CHECKING:
+    from wsi_gradcam.audit.measures.bags import BagSubject
+
 CONTROLS = 8
 PLACES = 8  # tried for each
+TOUCHING = 1.5  # sides of a patch that the corners of neighbours are apart at most, over the corner too
 GLASS_GRAIN = 2.0  # grey levels of noise on pure glass
 
 WINDOWS = 4  # a side: what is blurred is told for windows of a quarter of the patch
@@ -219,3 +227,81 @@ def spread_out(masks: Masks, side: int, size: tuple[int, int]) -> Masks:
 
 def _part(size: int, number: int, parts: int) -> slice:
     return slice(size * number // parts, size * (number + 1) // parts)
+
+
+def equal_areas(removed: Masks, places: Numbers | None, draws: int, seed: int) -> Masks | None:
+    """Return masks [draws, N] of as many patches elsewhere as `removed` [N]; None where there are not as many.
+
+    Where places are known each connected area has its like: the patches nearest to a random one. Scattered patches
+    would be a mean of the whole slide, which no region is.
+
+    Args:
+        places: [N, 2] of the patches, in their own sides; None draws patches one by one.
+    """
+    free = ~removed
+    size = int(removed.sum())
+    if not size or free.sum() < size:
+        return None
+    random = np.random.default_rng(seed)
+    found = np.zeros((draws, len(removed)), np.bool_)
+    sizes = [1] * size if places is None else areas_of(places[removed])
+    for mask in found:
+        left = free.copy()
+        for area in sizes:
+            rows = np.flatnonzero(left)
+            centre = rows[random.integers(len(rows))]
+            if places is None or area == 1:
+                near = np.array([centre])
+            else:
+                distance = ((places[rows] - places[centre]) ** 2).sum(axis=1)
+                near = rows[np.argsort(distance, kind="stable")[:area]]
+            mask[near], left[near] = True, False
+    return found
+
+
+def areas_of(places: Numbers) -> list[int]:
+    """Return the sizes of the connected areas of patches at `places` [n, 2], in their own sides, the largest first."""
+    pairs = cKDTree(places).query_pairs(TOUCHING, output_type="ndarray")
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(places), len(places)))
+    _, member = connected_components(graph, directed=False)
+    return sorted(np.bincount(member).tolist(), reverse=True)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What removing some patches does, against equal areas elsewhere.
+
+    Attributes:
+        drop: of the explained scalar, signed: with all patches less without these.
+        control_drop, control_size: mean of the same of equal areas, and of its size.
+        flips: 1 where the answer changes, else 0; NaN where there is no answer.
+        control_flips: the share of the equal areas of which that is true.
+    """
+
+    drop: float
+    control_drop: float
+    control_size: float
+    flips: float
+    control_flips: float
+
+
+def removal(subject: BagSubject, removed: Masks, elsewhere: Masks) -> Removal:
+    """Return what removing the patches of a mask [N] does, against masks [draws, N] elsewhere."""
+    logits = subject.without(np.concatenate([removed[None], elsewhere]))
+    drops = float(subject.scalar(subject.logits)) - subject.scalar(logits)
+    before, after = subject.says_so(subject.logits), subject.says_so(logits)
+    flips = np.full(len(drops), np.nan) if after is None else (after != before).astype(np.float64)
+    return Removal(
+        float(drops[0]),
+        float(drops[1:].mean()),
+        float(np.abs(drops[1:]).mean()),
+        float(flips[0]),
+        float(flips[1:].mean()),
+    )
+
+
+def relevance_on(relevance: Numbers, mask: Masks) -> float:
+    """Return the share of the positive relevance [N] on the patches of a mask; NaN where nothing is positive."""
+    positive = np.maximum(np.nan_to_num(relevance), 0)
+    total = float(positive.sum())
+    return float(positive[mask].sum() / total) if total > 0 else float("nan")

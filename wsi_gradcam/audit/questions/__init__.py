@@ -1,7 +1,8 @@
 """The questions of the audit, a module each: what is measured, how it is judged, which figures and words it has.
 
-To add one, write a module with a `QUESTION`, and add it to `wsi_gradcam.audit.vocabulary.QUESTIONS`. The modules import
-no torch: what measures is imported from `wsi_gradcam.audit.measures` where it is called, on workers.
+To add one, write a module with a `QUESTION`, and add it to `wsi_gradcam.audit.vocabulary.QUESTIONS`; those that are
+asked of the slides of slide-level models are in `BAG_QUESTIONS`. The modules import no torch: what measures is imported
+from `wsi_gradcam.audit.measures` where it is called, on workers.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.audit.vocabulary import questions_of
 
 if TYPE_CHECKING:
-    from wsi_gradcam.audit.batch import Batch
     from wsi_gradcam.audit.findings import Findings
     from wsi_gradcam.audit.measurements import Measurements
     from wsi_gradcam.audit.schema import Metrics
-    from wsi_gradcam.audit.vocabulary import Figure, Measure, Words
+    from wsi_gradcam.audit.vocabulary import Figure, Measure, Unit, Words
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Question:
 
     Attributes:
         words: for the report.
-        measure: measure a batch of patches, on a worker: a record, see `wsi_gradcam.audit.measurements`, or None.
+        measure: measure a batch of patches (`Batch`), or a slide (`SlideBag`), on a worker: a record, see
+            `wsi_gradcam.audit.measurements`, or None.
         assess: add what the measurements of all patches say.
         figures: which rows make which figure.
         remarks: sentences that the report says below the figures.
@@ -64,18 +65,19 @@ class Question:
     """
 
     words: Words
-    measure: Callable[[Batch], object | None]
+    measure: Callable[[Any], object | None]
     assess: Callable[[Findings, Scope], None]
     measures: Sequence[Measure]
     figures: Callable[[Metrics], list[Figure]] = _nothing
     remarks: Callable[[Metrics], list[str]] = _nothing
     untested: Callable[[Measurements, Scope], list[tuple[str, str]]] = _nothing
     in_depth: bool = False
-    measure_slide: Callable[[Batch], object | None] | None = None
+    measure_slide: Callable[[Any], object | None] | None = None
     no_numbers: str = "nothing could be measured"
 
 
-def question_named(name: str) -> Question:
-    """Return a question of `QUESTIONS`."""
-    found: Question = import_module(QUESTIONS[name]).QUESTION
+def question_named(name: str, unit: Unit = "patch") -> Question:
+    """Return a question that is asked of patches, or of slides."""
+    module, _, attribute = questions_of(unit)[name].partition(":")
+    found: Question = getattr(import_module(module), attribute or "QUESTION")
     return found

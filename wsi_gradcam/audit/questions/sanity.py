@@ -25,6 +25,7 @@ from wsi_gradcam.audit.vocabulary import (
     Figure,
     IntervalsFigure,
     Measure,
+    Unit,
     Words,
     row_title,
 )
@@ -171,7 +172,7 @@ def assess(findings: Findings, scope: Scope) -> None:
         return
     _add_answers(findings, found)
     for method, draws in found.draws.items():
-        staying = _estimate_of_draws(draws, data)
+        staying = estimate_of_draws(draws, data)
         findings.add(STAYING_MAPS, staying, draws=True, method=method)
         if method in scope.methods:
             p = interval_p(staying, STAYING)
@@ -199,7 +200,7 @@ def _add_answers(findings: Findings, found: Sanity) -> None:
     findings.conclude("model", verdict, np.nan, ANSWER_SPREAD, RANDOM_ANSWER_SPREAD, is_finding=False)
 
 
-def _estimate_of_draws(draws: Floats, data: Measurements) -> Estimate:
+def estimate_of_draws(draws: Floats, data: Measurements) -> Estimate:
     """Return the share of maps that stay; the unit is the draw of weights."""
     patches, count = draws.shape
     numbers = np.repeat(np.arange(count)[None], patches, axis=0)
@@ -233,14 +234,15 @@ def depends_on_weights(staying: Estimate) -> Verdict:
     return Verdict(question, "unclear", words, evidence)
 
 
-def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
-    """Return whether answers to these patches differ by more than those of random copies of the model do.
+def has_learned(spread: float, of_random: ArrayLike, unit: Unit = "patch") -> Verdict:
+    """Return whether answers to these patches, or slides, differ by more than those of random copies of the model do.
 
     Args:
         spread: `answer_spread` of the model.
         of_random: [draws] the same of its copies with random weights; 49 or more, or nothing can be told.
     """
-    question = "Has the model learned what tells these patches apart?"
+    units = "patches" if unit == "patch" else "slides"
+    question = f"Has the model learned what tells these {units} apart?"
     others = np.asarray(of_random, np.float64)
     p = float((1 + (others >= spread).sum()) / (1 + len(others)))
     middle = float(np.median(others)) if len(others) else float("nan")
@@ -248,10 +250,10 @@ def has_learned(spread: float, of_random: ArrayLike) -> Verdict:
     if 1 / (1 + len(others)) > RARE:
         return Verdict(question, "unclear", f"{len(others)} random copies are too few to tell.", evidence)
     if p <= RARE:
-        words = "Its answers differ from patch to patch more than those of its copies with random weights."
+        words = f"Its answers differ from {unit} to {unit} more than those of its copies with random weights."
         return Verdict(question, "holds", words, evidence)
     words = (
-        "Its answers differ no more than those of copies with random weights: it is untrained, or for other patches."
+        f"Its answers differ no more than those of copies with random weights: it is untrained, or for other {units}."
     )
     return Verdict(question, "fails", words, evidence)
 

@@ -12,7 +12,18 @@ from wsi_gradcam.audit.estimates import Comparison, Estimate, estimate
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, percent
 from wsi_gradcam.audit.measurements import stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import BLUR, BORDER, GLASS, PEN, Figure, IntervalsFigure, Measure, Words, method_title
+from wsi_gradcam.audit.vocabulary import (
+    BLUR,
+    BORDER,
+    GLASS,
+    PEN,
+    Figure,
+    IntervalsFigure,
+    Measure,
+    Unit,
+    Words,
+    method_title,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -178,27 +189,30 @@ def suspect_words(suspect: str) -> str:
     return SUSPECT_WORDS.get(suspect, suspect.removesuffix(GIVEN))
 
 
-def free_of(suspect: str, drop: Comparison, flips: Comparison) -> Verdict:
+def free_of(suspect: str, drop: Comparison, flips: Comparison, unit: Unit = "patch") -> Verdict:
     """Return whether the model leaves a suspect region alone: what hiding it does, against equal areas elsewhere.
 
     Args:
         suspect: in words, such as "ink".
         drop: size of the logit's change with the suspect hidden, against equal areas.
         flips: whether the predicted class changes (0 or 1), against its share for equal areas.
+        unit: of which it is: a patch in which it is hidden, or a slide from which patches with it are removed.
     """
-    question = f"Does the answer do without {suspect}?"
+    units, hiding = ("patches", "hiding") if unit == "patch" else ("slides", "removing")
+    as_much, whose = f"{hiding} as much elsewhere", "" if unit == "patch" else "slide's "
+    question = f"Does the {whose}answer do without {suspect}?"
     evidence = {"change of the logit": drop, "changed answers": flips}
     if flips.p < ALPHA and flips.difference.value > 0:
         share = percent(flips.difference.value)
-        words = f"Hiding {suspect} changes the answer for {share} more of the patches than hiding as much elsewhere."
+        words = f"{capitalised(hiding)} {suspect} changes the answer for {share} more of the {units} than {as_much}."
         return Verdict(question, "fails", words, evidence)
     if drop.p < ALPHA and drop.difference.value > 0:
         words = f"{capitalised(suspect)} moves the logit more than an equal area does, but seldom decides."
         return Verdict(question, "unclear", words, evidence)
     if drop.difference.patches < ENOUGH:
-        words = f"Only {drop.difference.patches} patches show {suspect}, and something else as large."
+        words = f"Only {drop.difference.patches} {units} show {suspect}, and something else as large."
         return Verdict(question, "unclear", words, evidence)
-    return Verdict(question, "holds", f"Hiding {suspect} does no more than hiding as much elsewhere.", evidence)
+    return Verdict(question, "holds", f"{capitalised(hiding)} {suspect} does no more than {as_much}.", evidence)
 
 
 def quiet_on_glass(name: str, called: Estimate) -> Verdict:

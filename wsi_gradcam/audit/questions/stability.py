@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CHANGES = ("noise", "stain", "jpeg")
 SHIFT = "shift"
 REPEATS = 2
+OFTEN = 0.05  # of the slides: more answers that change are too many
 CHANGE_WORDS = {"noise": "noise", "stain": "another stain", "jpeg": "JPEG compression", SHIFT: "a shift of the grid"}
 
 CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{change}", "noise as strong as it")
@@ -50,7 +51,7 @@ class AnswerChange:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stability:
-    """Changes of answers and maps, by change of the patch and method; see `measures.stability.Moves`.
+    """Changes of answers and maps, by change of the patch and method; see `measures.changes.Moves`.
 
     Attributes:
         answers: of a change.
@@ -69,7 +70,7 @@ class Stability:
 
 def measure(batch: Batch) -> Stability:
     """Measure changes of answers and maps with noise, stain, JPEG, and the grid of patches."""
-    from wsi_gradcam.audit.measures.stability import CHANGE_FUNCTIONS, as_strong_noise, moves
+    from wsi_gradcam.audit.measures.changes import CHANGE_FUNCTIONS, as_strong_noise, moves
 
     cheap = [method for method in batch.methods if method not in EXPENSIVE]
     data = batch.data
@@ -99,7 +100,7 @@ def _of_others(changes: Floats, count: int) -> Floats:
 
 def _shift_changes(batch: Batch, methods: list[str]) -> dict[str, Floats]:
     """Return the change of the map where the grid of patches begins elsewhere; none where nothing is round a patch."""
-    from wsi_gradcam.audit.measures.stability import shift_change
+    from wsi_gradcam.audit.measures.changes import shift_change
 
     wide = batch.data.wide
     if wide is None:
@@ -182,6 +183,35 @@ def steady(change: str, share: Estimate) -> Verdict:
         return Verdict(question, "fails", f"{moved}: it tells little of this one.", evidence)
     words = f"{capitalised(change)} moves the map about half as far as another patch would."
     return Verdict(question, "unclear", words, evidence)
+
+
+def lasting(change: str, flips: Estimate) -> Verdict:
+    """Return whether answers of slides survive a change: the share that does not, against one in twenty."""
+    question = f"Does the slide's answer survive {change}?"
+    evidence, share = {"changed answers": flips}, percent(flips.value)
+    if flips.low > OFTEN:
+        return Verdict(
+            question, "fails", f"{capitalised(change)} changes the answer of {share} of the slides.", evidence
+        )
+    if flips.high <= OFTEN and flips.patches >= ENOUGH:
+        words = f"{capitalised(change)} changes the answer of {share} of the slides, and of 1 in 20 at most."
+        return Verdict(question, "holds", words, evidence)
+    words = f"{capitalised(change)} changes the answer of {share} of these slides; more would tell."
+    return Verdict(question, "unclear", words, evidence)
+
+
+def keeps_order(ranks: Estimate) -> Verdict:
+    """Return whether a map stays when features change: its rank correlation with the first, at worst, against 0.5."""
+    question = "Does the map survive noise, rounding, and half of the patches missing?"
+    evidence, told = (
+        {"rank correlation": ranks},
+        f"At worst its ranks correlate by {ranks.value:.2f} with the first map",
+    )
+    if ranks.patches > 1 and ranks.low > HALF:
+        return Verdict(question, "holds", f"{told}.", evidence)
+    if ranks.patches > 1 and ranks.high < HALF:
+        return Verdict(question, "fails", f"{told}: it is of the moment.", evidence)
+    return Verdict(question, "unclear", f"{told}.", evidence)
 
 
 def figures(metrics: Metrics) -> list[Figure]:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from wsi_gradcam.audit.measurements import Patches, record_from
 from wsi_gradcam.audit.questions.faithfulness import Faithfulness
-from wsi_gradcam.audit.questions.saturation import Saturation
+from wsi_gradcam.audit.questions.gradients import Saturation
 from wsi_gradcam.audit.vocabulary import EDGES, RANDOM, CurvesFigure
 from wsi_gradcam.results.overview import opened_picture
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from wsi_gradcam.audit.folder import REPORT, read_arrays
 from wsi_gradcam.audit.metrics import QUADRANTS, metrics_of
 from wsi_gradcam.audit.questions import question_named
+from wsi_gradcam.audit.questions.bag_orders import SRG
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS
 from wsi_gradcam.audit.report.figures import (
     SHOWN,
@@ -26,11 +27,11 @@ from wsi_gradcam.audit.report.figures import (
 from wsi_gradcam.audit.schema import CurveRow
 from wsi_gradcam.audit.vocabulary import (
     CONTROLS,
-    QUESTIONS,
     CurvesFigure,
     fill,
     map_keys,
     method_title,
+    questions_of,
     reference_title,
     row_title,
 )
@@ -142,13 +143,14 @@ def _page(
     archive_url: str = "",
     overview: Picture | None = None,
 ) -> bytes:
-    methods = [METHOD_INFO[name] for name in metrics.run.methods]
-    unit = UNITS[methods[0].unit]
+    first, unit_of = metrics.run.methods[0], metrics.run.unit
+    unit = UNITS[METHOD_INFO[first].unit if unit_of == "patch" else "logit"]
     page = render(
         "audit/report/page.html",
         title=title,
         metrics=metrics,
-        methods=methods,
+        methods=[method_title(name) for name in metrics.run.methods],
+        units="patches" if unit_of == "patch" else "slides",
         counts=Counter(verdict.outcome for verdict in metrics.verdicts),
         archive_url=archive_url,
         overview=overview,
@@ -157,7 +159,7 @@ def _page(
         undecided=undecided(metrics.quadrants),
         legend=Legend(colour_scale(scale, unit), scale, unit),
         examples=[_card(example, scale) for example in examples],
-        questions=[_question(metrics, name) for name in QUESTIONS if name in metrics.run.questions],
+        questions=[_question(metrics, name) for name in questions_of(unit_of) if name in metrics.run.questions],
         strata=[_strata_cells(row) for row in metrics.strata],
         against=[_against_cells(row) for row in metrics.against.comparisons] if metrics.against else [],
         untested=[(row.what, row.why) for row in metrics.not_tested],
@@ -178,11 +180,12 @@ def _verdicts(metrics: Metrics) -> Mapping[str, Sequence[VerdictCard]]:
 
 def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
     """Return the comparisons that a verdict rests on, or else the estimates, and its p, in words."""
-    measures = {measure.name: measure for measure in question_named(verdict.question).measures}
+    measures = {measure.name: measure for measure in question_named(verdict.question, metrics.run.unit).measures}
+    units = "patches" if metrics.run.unit == "patch" else "slides"
     found = [
-        f"against {reference_title(row)}: {difference(row)}"
-        if row.measure == SCORE.name
-        else f"{_evidence_name(row, measures)}, against {reference_title(row)}: {difference(row)}"
+        f"against {reference_title(row)}: {difference(row, units)}"
+        if row.measure in (SCORE.name, SRG.name)
+        else f"{_evidence_name(row, measures)}, against {reference_title(row)}: {difference(row, units)}"
         for row in metrics.comparisons
         if row.control is not None and _backs(row, verdict)
     ]
@@ -252,15 +255,16 @@ def _patch_curves(example: Example) -> Svg:
 
 
 def _question(metrics: Metrics, name: str) -> QuestionPart:
-    question = question_named(name)
+    question = question_named(name, metrics.run.unit)
     estimates = [row for row in metrics.estimates if row.question == name and row.patches]
     estimates.sort(key=lambda row: row.control in CONTROLS)
+    cells = 6 if metrics.run.unit == "patch" else 5  # patches are slides there
     return QuestionPart(
         name,
         question.words,
         [drawn(figure) for figure in question.figures(metrics)],
         question.remarks(metrics),
-        [(row_title(r), r.what, value(r), r.unit, r.patches, r.slides) for r in estimates],
+        [(row_title(r), r.what, value(r), r.unit, r.patches, r.slides)[:cells] for r in estimates],
         [_comparison_cells(row) for row in metrics.comparisons if row.question == name and row.patches],
     )
 
@@ -297,13 +301,13 @@ def value(row: EstimateRow) -> str:
     return f"{show(row.value)}{interval}"
 
 
-def difference(row: ComparisonRow) -> str:
+def difference(row: ComparisonRow, units: str = "patches") -> str:
     """Return a difference with its interval and unit, in text."""
     if row.difference is None:
         return "no number"
     if row.unit == "share":
         return f"{_signed(f'{100 * row.difference:+.0f}')} % ({_percent(row.low)} to {_percent(row.high)})"
-    better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the patches"
+    better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the {units}"
     unit = "" if row.unit in BARE else f" {row.unit}"
     return f"{_signed(f'{row.difference:+.3g}')}{unit} ({number(row.low)} to {number(row.high)}){better}"
 
@@ -331,6 +335,9 @@ def write_reports(
     folder: AuditFolder, plan: AuditPlan, data: Measurements, metrics: Metrics, archive: ArchiveFacts
 ) -> None:
     """Write a page for each slide of the sample, and that of the archive."""
+    if plan.unit == "slide":
+        _write_slide_reports(folder, plan, data, metrics, archive)
+        return
     method, digest = plan.run.settings.method[0], plan.audit_digest()
     slides = list(dict.fromkeys(data.slides.tolist()))
     factor = next(shown.factor for shown in plan.run.maps if shown.method == method)
@@ -348,6 +355,17 @@ def write_reports(
         page = slide_page(own, examples, scale, _overview(plan, slide))
         folder.slide_report(slide).write(page)
     folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale, folder.path_of))
+
+
+def _write_slide_reports(
+    folder: AuditFolder, plan: AuditPlan, data: Measurements, metrics: Metrics, archive: ArchiveFacts
+) -> None:
+    """Write the same of a slide-level model, whose slides are what was measured."""
+    slides, alone = list(dict.fromkeys(data.slides.tolist())), replace(archive, not_audited=())
+    for slide in slides:
+        own = metrics_of(data.of_slide(slide), plan, alone, slide)
+        folder.slide_report(slide).write(slide_page(own, [], 1.0, _overview(plan, slide)))
+    folder.report.write(archive_page(metrics, slides, [], 1.0, folder.path_of))
 
 
 def _overview(plan: AuditPlan, slide: str) -> Picture | None:
