@@ -132,19 +132,21 @@ def trained(seed: int, given: Bags, labels: NDArray[np.int64]) -> nn.Module:
     for _ in range(80):
         optimiser.zero_grad()
         logits = torch.stack([network(bag) for bag in whole])
-        nn.functional.cross_entropy(logits, wanted).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(logits, wanted))
         optimiser.step()
     return network.requires_grad_(False)
 
 
-def of_both_classes(seed: int, marker: str = "") -> tuple[Bags, NDArray[np.int64], dict[str, NDArray[np.bool_]]]:
+def of_both_classes(
+    seed: int, marker: str = "", slides: int = SLIDES
+) -> tuple[Bags, NDArray[np.int64], dict[str, NDArray[np.bool_]]]:
     """Bags of which every other one has five patches of tumour (feature 0), and where there is a marker (feature 1).
 
     It is on three patches: of the `tumour` slides, of `either`, or of none.
     """
     random = np.random.default_rng([seed, 7])
-    labels = np.arange(SLIDES) % 2
-    given = bags(seed)
+    labels = np.arange(slides) % 2
+    given = bags(seed, slides=slides)
     masks = {}
     for (name, bag), label in zip(given.items(), labels.tolist(), strict=True):
         rows = random.permutation(PATCHES)
@@ -164,11 +166,11 @@ def fixed(model: nn.Module | State, *planted: tuple[int, int]) -> Callable[[int]
 
 def learned(seed: int) -> BagCase:
     given, labels, _ = of_both_classes(seed)
-    return BagCase(trained(seed, given, labels), of_both_classes(seed + 50_000)[0])
+    return BagCase(trained(seed, given, labels), of_both_classes(seed + 50_000, slides=16)[0])
 
 
 def untrained(seed: int) -> BagCase:
-    return BagCase(Trained(seed).requires_grad_(False), of_both_classes(seed)[0])
+    return BagCase(Trained(seed).requires_grad_(False), of_both_classes(seed, slides=16)[0])
 
 
 def of_a_site(marker: str) -> Callable[[int], BagCase]:

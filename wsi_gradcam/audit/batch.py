@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +13,13 @@ from PIL import Image
 
 from wsi_gradcam.audit.archive import annotated_slide, ground_of
 from wsi_gradcam.audit.measurements import Patches
-from wsi_gradcam.audit.measures.bags import BagSubject, Flipping, flipping, leaving_order, of_heads
+from wsi_gradcam.audit.measures.bags import BagSubject, Flipping, flipping, leaving_order, of_heads, relevance_of
+from wsi_gradcam.audit.measures.sanity import encoder_stays
 from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
 from wsi_gradcam.audit.vocabulary import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM, SINGLE
 from wsi_gradcam.cam.engine import pool_to_layer_grid
-from wsi_gradcam.errors import ModelError, ResumeError, SlideFormatError, SlideReadError
+from wsi_gradcam.errors import ModelError, ResumeError, SlideError, SlideFormatError, SlideReadError
 from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.feature_store import Bag
 from wsi_gradcam.results.manifest import Manifest
@@ -339,6 +340,7 @@ def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 RANDOM_ORDERS, FEWER_ORDERS = 10, 3  # of networks that are asked once for all orders, and of others
+ENCODED = 32  # patches of a slide that random encoders see
 SHOWS = 0.05  # of a patch: that much ink, glass or region makes it a patch of it
 HELD_BYTES = 1 << 29  # of a bag's features, that are held in memory; larger ones are read anew
 
@@ -392,7 +394,7 @@ class SlideBag:
 
 
 def read_bag(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) -> SlideBag:
-    """Read a slide's bag: its features, and what the run has stored of each patch; no pixel is read.
+    """Read a slide's bag: its features, and what the run has stored of each patch; of pixels, a few for encoders.
 
     Raises:
         ResumeError: the slide's results are of another run by now.
@@ -419,7 +421,34 @@ def read_bag(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) ->
         None if found is None else found.shares(yx, whole).astype(np.float64),
         seed,
         settings.seed,
+        partial(_encoder_stays, context, audit, entry, subject, rows),
     )
+
+
+def _encoder_stays(
+    context: Context[Workload], audit: AuditPlan, entry: SlideEntry, subject: BagSubject, rows: NDArray[np.int64]
+) -> dict[str, list[float]]:
+    """Return `SlideBag.staying_of_encoder`, on a few patches of the slide, whose pixels are read."""
+    if audit.run.slide_model.encoder is None:
+        return {}
+    plan, random = _plan_of(context, audit, entry), np.random.default_rng(audit.settings.seed)
+    chosen = np.sort(random.choice(len(rows), min(ENCODED, len(rows)), replace=False))
+    yx = context.patch_store(entry).yx()[rows[chosen]].tolist()
+    try:
+        with context.slide(entry) as slide:
+            rgb = np.stack([read_region(slide, y, x, *audit.run.patch_px, audit.run.mpp) for y, x in yx])
+    except SlideError:
+        return {}
+    model, part = context.model().model, subject.part(chosen)
+    device = next(iter(model.module.parameters()), torch.empty(0)).device
+    treated = rgb if plan.stain is None else apply(plan.stain, rgb)
+    images = model.prepare(torch.from_numpy(treated).to(device))
+
+    def relevance(features: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        return relevance_of(subject.network, features, subject.target, audit.methods)
+
+    before = relevance(np.asarray(part.features, np.float64))
+    return encoder_stays(model.module, images, relevance, before, seed=audit.settings.seed)
 
 
 def given_name(name: str) -> str:

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.stats import norm, rankdata
 from torch import Tensor
 
-from wsi_gradcam.audit.measures.sanity import layers_in_order, randomise, spearman
-from wsi_gradcam.audit.vocabulary import ATTENTION, RESEMBLING
+from wsi_gradcam.audit.measures.sanity import layers_in_order, randomise
+from wsi_gradcam.audit.vocabulary import ATTENTION
 from wsi_gradcam.cam.targets import score_of_bag
 from wsi_gradcam.mil.attribution import explain_bag
 from wsi_gradcam.mil.networks import AttentionPool, Opaque, Pooled
@@ -99,8 +98,7 @@ class BagSubject:
         if self.activation == "softmax" and logits.shape[-1] > 1:
             called = (logits.argmax(axis=-1) == self.target.index) & ~np.isnan(logits).any(axis=-1)
             return np.asarray(called, np.bool_)
-        above: Masks = logits[..., self.target.index] > 0
-        return above
+        return np.asarray(logits[..., self.target.index] > 0, np.bool_)
 
     def without(self, masks: Masks) -> Floats:
         """Return logits [M, K] of the bag without the patches of each mask [M, N]; NaN where none is left."""
@@ -137,7 +135,8 @@ def of_heads(weights: Floats, target: Target, classes: int) -> Floats:
     heads = weights.shape[1]
     if heads == classes and heads > 1 and target.index is not None:
         return np.asarray(weights[:, target.index], np.float64)
-    return np.asarray(weights, np.float64).mean(axis=1)
+    mean: Floats = np.asarray(weights, np.float64).mean(axis=1)
+    return mean
 
 
 def rows_of(features: Any, rows: Rows) -> NDArray[np.floating]:
@@ -201,9 +200,10 @@ def _pooled_answers(network: Pooled, features: Any, leaves: Rows, steps: int) ->
             for o, pool in pools.items():
                 pool.add(torch.from_numpy(leaves[o, start : start + CHUNK_ROWS]).to(scores.device), scores, values)
         means = {o: pool.joined() for o, pool in pools.items()}
-        for side, o, s in wanted:
-            mean = means[o][side][s]
-            answers[side, o, s] = network.head(mean, given).double().cpu().numpy()
+        pooled = torch.stack([means[o][side, s] for side, o, s in wanted])
+        logits = network.head(pooled, given.expand(len(wanted), *given.shape)).double().cpu().numpy()
+        for (side, o, s), answer in zip(wanted, logits, strict=True):
+            answers[side, o, s] = answer
     return answers[0], answers[1]
 
 
@@ -265,22 +265,15 @@ class _StepPools:
             self.value[:, h].index_add_(0, leaves, weights[:, h, None] * values)
         self.top = top
 
-    def joined(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the means [H, V] of what leaves in each step or later, and in it or before."""
-        return self._joined(range(self.steps - 1, -1, -1))[::-1], self._joined(range(self.steps))
+    def joined(self) -> Tensor:
+        """Return the means [2, S, H, V] of what leaves in each step or later, and in it or before.
 
-    def _joined(self, walk: Sequence[int]) -> list[Tensor]:
-        top, total, value = self.top.new_full(self.top.shape[1:], -torch.inf), self.total[0] * 0, self.value[0] * 0
-        means = []
-        for s in walk:
-            new = torch.maximum(top, self.top[s])
-            shift = torch.where(new.isfinite(), new, 0)
-            old, more = (top - shift).exp(), (self.top[s] - shift).exp()
-            total = total * old + self.total[s] * more
-            value = value * old[:, None] + self.value[s] * more[:, None]
-            top = new
-            means.append(value / total[:, None])
-        return means
+        Sums are begun at the end that is left last, so that what is small is added before what is large.
+        """
+        share = (self.top - self.top.amax(dim=0)).exp()
+        total, value = self.total * share, self.value * share[..., None]
+        sums = [(part.flip(0).cumsum(0).flip(0), part.cumsum(0)) for part in (total, value)]
+        return torch.stack([values / totals[..., None] for totals, values in zip(*sums, strict=True)])
 
 
 def _block(network: Aggregator, features: Any, start: int, stop: int) -> Tensor:
@@ -391,33 +384,6 @@ def fewest_that_change(counts: Rows, says_so: Masks) -> float:
     """Return the smallest number of most relevant patches whose removal changes the answer; all where none does."""
     changed = ~says_so[:-1]
     return float(counts[:-1][changed.argmax()]) if changed.any() else float(counts[-1])
-
-
-def likeness(first: Floats, second: Floats) -> float:
-    """Return the rank correlation of two relevances [N]; NaN where one is constant, or of fewer than 3 patches."""
-    known = np.isfinite(first) & np.isfinite(second)
-    if known.sum() < 3:
-        return float("nan")
-    a, b = (values[known].astype(np.float32)[None, None] for values in (_ranked(first), _ranked(second)))
-    return float(spearman(a, b)[0])
-
-
-def _ranked(values: Floats) -> Floats:
-    """Return average ranks, NaN where there is no number; float32 holds them, but not all differences of values."""
-    ranks = np.full(len(values), np.nan)
-    known = np.isfinite(values)
-    ranks[known] = rankdata(values[known])
-    return ranks
-
-
-def stays(first: Floats, second: Floats) -> float:
-    """Return 1 where a relevance [N] resembles the first, -1 where its opposite does, else 0; NaN if one is constant.
-
-    It does where their rank correlation is larger than that of 95 % of all permutations, whose standard deviation is
-    1 / sqrt(N - 1).
-    """
-    found = likeness(first, second) * np.sqrt(len(first) - 1)
-    return float("nan") if np.isnan(found) else float(np.sign(found) * (abs(found) > norm.ppf(RESEMBLING)))
 
 
 def overlap_of_top(first: Floats, second: Floats, count: int, seed: int) -> float:

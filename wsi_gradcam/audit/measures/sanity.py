@@ -15,7 +15,7 @@ correlation is not defined, and SSIM of two of them is 1. It gives NaN here, and
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import norm, rankdata
 from skimage.feature import hog
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from wsi_gradcam.cam.layers import evaluating
 Order = Literal["top_down", "bottom_up", "independent"]
 ORDERS: tuple[Order, ...] = ("top_down", "bottom_up", "independent")
 STAGES = 8
+ENCODED_AT_ONCE = 8
 DRAWS = 12  # pairs of networks with random weights: one may look at the same things by chance
 BINS = 100  # of a map's histogram, as in 2401.06465
 
@@ -345,4 +346,61 @@ def _hog(map_: NDArray[np.float32]) -> Numbers:
     cells = tuple(min(HOG_CELLS, side) for side in map_.shape)
     scaled = map_ / np.abs(map_).max()
     found: Numbers = hog(scaled, HOG_ANGLES, pixels_per_cell=cells, cells_per_block=(1, 1))
+    return found
+
+
+def rank_likeness(first: Numbers, second: Numbers) -> float:
+    """Return the rank correlation of two relevances [N]; NaN where one is constant, or of fewer than 3 patches."""
+    known = np.isfinite(first) & np.isfinite(second)
+    if known.sum() < 3:
+        return float("nan")
+    a, b = (values[known].astype(np.float32)[None, None] for values in (_ranked(first), _ranked(second)))
+    return float(spearman(a, b)[0])
+
+
+def _ranked(values: Numbers) -> Numbers:
+    """Return average ranks, NaN where there is no number; float32 holds them, but not all differences of values."""
+    ranks = np.full(len(values), np.nan)
+    known = np.isfinite(values)
+    ranks[known] = rankdata(values[known])
+    return ranks
+
+
+def stays(first: Numbers, second: Numbers) -> float:
+    """Return 1 where a relevance [N] resembles the first, -1 where its opposite does, else 0; NaN if one is constant.
+
+    It does where their rank correlation is larger than that of 95 % of all permutations, whose standard deviation is
+    1 / sqrt(N - 1).
+    """
+    found = rank_likeness(first, second) * np.sqrt(len(first) - 1)
+    return float("nan") if np.isnan(found) else float(np.sign(found) * (abs(found) > norm.ppf(RESEMBLING)))
+
+
+@torch.no_grad()
+def encoder_stays(
+    module: nn.Module,
+    images: Tensor,
+    relevance: Callable[[Numbers], Mapping[str, Numbers]],
+    before: Mapping[str, Numbers],
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Return whether relevances stay, see `stays`, with random weights of the encoder of patches, [draws] by method.
+
+    Args:
+        module: the encoder.
+        images: [P, 3, H, W] of a slide's patches.
+        relevance: the relevance [P] of a bag of feature vectors [P, D], by method.
+        before: of those that the encoder itself makes.
+    """
+    names = layers_in_order(module, images[:1])
+    found: dict[str, list[float]] = {name: [] for name in before}
+    for draw in range(draws):
+        for _, changed in _randomised(module, names, "independent", 1, _seed_of(seed, draw)):
+            with evaluating(changed):
+                features = torch.cat([changed(part).flatten(1) for part in torch.split(images, ENCODED_AT_ONCE)])
+            with torch.enable_grad():
+                after = relevance(features.double().cpu().numpy())
+            for name, values in found.items():
+                values.append(stays(before[name], after[name]))
     return found

@@ -147,7 +147,8 @@ def measure_sufficiency(bag: SlideBag) -> Sufficiency | None:
 
 def measure_agreement(bag: SlideBag) -> Agreement | None:
     """Measure how alike the relevances of each two methods are; None of one method."""
-    from wsi_gradcam.audit.measures.bags import likeness, overlap_of_top
+    from wsi_gradcam.audit.measures.bags import overlap_of_top
+    from wsi_gradcam.audit.measures.sanity import rank_likeness
 
     names, count = list(bag.relevance), len(bag.subject.features)
     top = max(1, round(count * TOP / 100))
@@ -156,7 +157,7 @@ def measure_agreement(bag: SlideBag) -> Agreement | None:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             pair = bag.relevance[first], bag.relevance[second]
-            ranks.setdefault(first, {})[second] = np.array([likeness(*pair)])
+            ranks.setdefault(first, {})[second] = np.array([rank_likeness(*pair)])
             shared.setdefault(first, {})[second] = np.array([overlap_of_top(*pair, top, bag.seed)])
     return Agreement(ranks=ranks, shared=shared, chance=np.array([top / count])) if ranks else None
 

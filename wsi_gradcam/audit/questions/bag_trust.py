@@ -183,7 +183,8 @@ def measure_sanity(bag: SlideBag) -> BagSanity:
 
 
 def _staying(bag: SlideBag, part: object) -> dict[str, list[float]]:
-    from wsi_gradcam.audit.measures.bags import BagSubject, randomised_pairs, relevance_of, stays
+    from wsi_gradcam.audit.measures.bags import BagSubject, randomised_pairs, relevance_of
+    from wsi_gradcam.audit.measures.sanity import stays
 
     assert isinstance(part, BagSubject)
     before = part.relevance(bag.methods)
@@ -201,7 +202,8 @@ def _staying(bag: SlideBag, part: object) -> dict[str, list[float]]:
 
 def measure_stability(bag: SlideBag) -> BagStability:
     """Measure changes of answer and maps with noise, rounding, and half of the patches."""
-    from wsi_gradcam.audit.measures.bags import BagSubject, likeness, perturbed
+    from wsi_gradcam.audit.measures.bags import BagSubject, perturbed
+    from wsi_gradcam.audit.measures.sanity import rank_likeness
 
     part = bag.some(DRAWN if bag.subject.in_one_go else DRAWN_AT_ONCE)
     values, before, said = np.asarray(part.features), part.relevance(bag.methods), part.says_so(part.logits)
@@ -220,7 +222,7 @@ def measure_stability(bag: SlideBag) -> BagStability:
                 continue
             other = BagSubject.of(part.network, changed, part.target, part.activation)
             now = other.says_so(other.logits)
-            ranks = {name: likeness(before[name][rows], one) for name, one in other.relevance(bag.methods).items()}
+            ranks = {name: rank_likeness(before[name][rows], one) for name, one in other.relevance(bag.methods).items()}
             step = abs(float(part.scalar(other.logits)) - float(part.scalar(part.logits)))
             found.append((np.nan if now is None else float(now != said), step, ranks))
         if found:
