@@ -16,7 +16,7 @@ from rich.text import Text
 
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import check_questions
-from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.audit.vocabulary import BAG_QUESTIONS, QUESTIONS
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cli import say
 from wsi_gradcam.errors import ConfigError, SlideError, printable, quoted
@@ -147,7 +147,7 @@ def questions_to_fail_on(names: Sequence[str]) -> tuple[str, ...]:
         ConfigError: a name is not a question.
     """
     if ANY in names:
-        return tuple(QUESTIONS)
+        return tuple({**QUESTIONS, **BAG_QUESTIONS})
     check_questions(names)
     return tuple(names)
 
