@@ -154,7 +154,7 @@ def test_random_networks_turn_with_their_last_layer() -> None:
     for changed, turned, looking in randomised_pairs(network, features, 2, 5):
         logits = [BagSubject.of(one, features, Target("1", 1), "softmax").logits for one in (changed, turned)]
         np.testing.assert_allclose(logits[0], -logits[1])
-        assert torch.equal(looking.c.weight, -changed.c.weight)  # type: ignore[union-attr, operator]
+        assert torch.equal(looking.get_parameter("c.weight"), -changed.get_parameter("c.weight"))
     assert all(torch.equal(one, same) for one, same in zip(before, network.parameters(), strict=True))
     assert list(randomised_pairs(both().double(), features, 2, 5)) == []  # no weights
 

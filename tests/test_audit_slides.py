@@ -13,7 +13,7 @@ from tests.test_mil_runs import BAG, write_model
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.audit.vocabulary import BAG_QUESTIONS
-from wsi_gradcam.cli import main
+from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, ResumeError
 
 NAMES = ("a.tif", "b.tif", "c.tif")
@@ -55,7 +55,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def audited(out: Path, drawn: Path) -> dict[str, bytes]:
     """All files of the audit."""
     outcome = audit_run(
-        out, trust_code=True, only=QUICK, target="tumour", annotations=drawn, regions=drawn, include=["fold"]
+        out,
+        trust_code=True,
+        only=QUICK,
+        target="tumour",
+        annotations=drawn,
+        regions=drawn,
+        include=["fold"],
+        overwrite=True,
     )
     assert not outcome.failed
     return contents(out / "audit")
