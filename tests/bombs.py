@@ -27,7 +27,7 @@ from tests.runs import ROOT
 MOST_S, MOST_MIB = 5.0, 700.0  # what a bomb may cost
 LIMIT_S, LIMIT_BYTES = 100, 8 << 30  # where its process is ended
 GIB = 1 << 30
-KINDS = ("zarr", "tiff", "annotations", "documents")  # modules
+KINDS = ("zarr", "tiff", "annotations", "documents", "features")  # modules
 
 Random = np.random.Generator
 RANDOM = np.random.default_rng(0)
@@ -189,12 +189,56 @@ def _look_at_results(path: Path | None) -> str:
     return "read"
 
 
+def _look_at_features(path: Path | None) -> str:
+    from wsi_gradcam.mil.feature_files import open_features
+    from wsi_gradcam.mil.features import SlideFrame
+
+    if path is None:
+        import h5py  # noqa: F401 - what is imported is no cost of a bomb
+        import torch  # noqa: F401
+
+        return ""
+    found = open_features(path, SlideFrame("a.svs", (1_100_000, 1_100_000), (0.25, 0.25)))
+    try:
+        some = found.features[0:64]
+        return f"read: {found.features.shape}, {some.dtype}"
+    finally:
+        found.features.close()
+
+
+def _look_at_weights(path: Path | None) -> str:
+    from wsi_gradcam.models.sources import states_in
+
+    return "" if path is None else f"read: {sum(len(state) for _, state in states_in(path)):,} tensors"
+
+
+def _look_at_aggregator(path: Path | None) -> str:
+    from wsi_gradcam.mil.aggregators import load_aggregator
+    from wsi_gradcam.mil.spec import read_slide_model
+
+    return "" if path is None else f"read: {load_aggregator(read_slide_model(str(path))).classes}"
+
+
+def _look_at_mask(path: Path | None) -> str:
+    from wsi_gradcam.tissue.annotations import read_regions
+
+    if path is None:
+        return ""
+    found = read_regions(path, "a", own="a.svs")
+    assert found is not None
+    return f"read: {found.mask((100_000, 100_000), (2048, 2048)).mean():.0%} of the slide"
+
+
 LOOKS: dict[str, Callable[[Path | None], str]] = {
+    "features": _look_at_features,
+    "weights": _look_at_weights,
+    "aggregator": _look_at_aggregator,
+    "mask": _look_at_mask,
     "list": _look_at_list,
     "config": _look_at_config,
     "model": _look_at_model,
     "results": _look_at_results,
-    **dict.fromkeys(("zarr", "tiff", "picture"), _look_at_slide),
+    **dict.fromkeys(("zarr", "tiff", "picture", "mrxs", "dicom"), _look_at_slide),
     "annotations": _look_at_annotations,
 }
 

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bombs import Cost, all_bombs, costs_of, kind_of
+from tests.bombs import LOOKS, Cost, all_bombs, costs_of, kind_of
 from tests.bombs_zarr import HARMFUL, Image, codec_of, zstd_zeros
-from wsi_gradcam.errors import ConfigError, ModelError, SlideError, SlideFormatError
+from wsi_gradcam.errors import ConfigError, FeatureError, ModelError, SlideError, SlideFormatError
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.models.load import load_model
 from wsi_gradcam.slides import open_slide
 
-KINDS = ("zarr", "tiff", "picture", "annotations", "list", "config", "model", "results")
+KINDS = (
+    *("zarr", "tiff", "picture", "mrxs", "dicom", "annotations", "mask", "list", "config", "model", "results"),
+    *("features", "weights", "aggregator"),
+)
 SLOWER = 2  # a machine that tests, beside others' work, than the one that the bounds in seconds are told for
 
 
@@ -91,7 +94,7 @@ def test_files_say_what_is_too_large(tmp_path: Path) -> None:
             SlideFormatError,
             "bytes in tag 270 of directory 0, expected up to 67,108",
         ),
-        ("list: very many lines", ConfigError, "lines, expected up to 1,000,000"),
+        ("list: very many lines", ConfigError, "lines, expected up to 250,000"),
         ("list: Parquet of a long value", ConfigError, "bytes of text, expected up to 134,217,728"),
         ("model: a transformer of very many layers", ModelError, "num_hidden_layers .*, expected up to 1000"),
         ("model: a network of very many channels", ModelError, r"of a network of .* weights, and its \*\.safetensors"),
@@ -101,3 +104,45 @@ def test_files_say_what_is_too_large(tmp_path: Path) -> None:
         path = all_bombs()[name](folder, np.random.default_rng(0))
         with pytest.raises(error, match=said):
             uses[error](path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("weights: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is no tensor; objects in pickles"),
+        ("weights: PyTorch, a bytearray of gigabytes in the older format", "holds a bytearray, which is no tensor"),
+        ("weights: PyTorch, packed numbers", "packed or with one part twice"),
+        ("weights: PyTorch, a long description", "a description of more than 8,388,608 bytes"),
+        ("weights: PyTorch, very many members", "names its members in .* bytes, expected up to 8,388,608"),
+        ("features: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is no tensor; write it anew"),
+        ("features: NumPy, packed zeros of gigabytes", "features is .* bytes in .*, which no features are"),
+        ("features: NumPy, very many members", "names its members in .* bytes, expected up to 8,388,608"),
+        ("aggregator: very many layers behind other names", "numbers in .* tensors, which no aggregator has"),
+    ],
+)
+def test_features_and_weights_that_are_no_such_say_why(name: str, said: str, tmp_path: Path) -> None:
+    path = all_bombs()[name](tmp_path, np.random.default_rng(0))
+    with pytest.raises((ModelError, FeatureError), match=said):
+        LOOKS[kind_of(name)](path)
+
+
+def test_numbers_of_numpy_in_weights_have_the_size_of_numbers(tmp_path: Path) -> None:
+    """A type of NumPy's may have any size, and a number of that type as many bytes."""
+    import pickle
+
+    import torch
+
+    from wsi_gradcam.models.sources import states_in
+
+    torch.save({"state": {"w": torch.ones(2)}, "loss": np.float64(0.5)}, tmp_path / "a.pt")
+    assert [list(state) for _, state in states_in(tmp_path / "a.pt", numbers=True)] == [["w"]]
+
+    class Vast:
+        def __reduce__(self) -> tuple[object, ...]:
+            return np.zeros(1).dtype.type(0).__reduce__()[0], (np.dtype("V1073741824"),)
+
+    from tests.bombs_features import saved
+
+    saved(tmp_path / "b.pt", pickle.dumps({"w": Vast()}, 2))
+    with pytest.raises(ModelError):
+        states_in(tmp_path / "b.pt", numbers=True)

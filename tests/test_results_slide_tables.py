@@ -17,7 +17,15 @@ from wsi_gradcam.api import explain, preview
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.results.seals import KEY, Seal, seal_of
-from wsi_gradcam.results.slide_tables import assign_ids, read_slide_records, record_slides
+from wsi_gradcam.results.slide_tables import (
+    COLUMNS,
+    MAX_SLIDES,
+    assign_ids,
+    parse_rows,
+    parse_slide_records,
+    read_slide_records,
+    record_slides,
+)
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.types import RunListener, Workload
 
@@ -238,3 +246,30 @@ class TestRuns:
         with pytest.raises(KeyboardInterrupt):
             explain(slides, MODEL, tmp_path, **SMALL, listener=Stopped())
         assert set(read_slide_records(tmp_path / "slides.jsonl")) == {"1/a.tif", "2/a.tif"}
+
+
+def test_a_table_of_more_slides_than_a_run_has_is_refused_soon(tmp_path: Path) -> None:
+    row = ",".join(["a.svs", "/a.svs", "ok", "", *["0"] * 12]) + "\n"
+    assert len(parse_rows("slides.csv", (",".join(COLUMNS) + "\n" + row * 1000).encode())) == 1
+    with pytest.raises(StoreError, match=r"slides\.csv: damaged \(ValueError: 250,003 lines, expected up to 250,000\)"):
+        parse_rows("slides.csv", (",".join(COLUMNS) + "\n" + row * (MAX_SLIDES + 2)).encode())
+    with pytest.raises(StoreError, match=r"slides\.jsonl: damaged"):
+        parse_slide_records("slides.jsonl", b'{"id": "a", "path": "b"}\n' * (MAX_SLIDES + 2))
+
+
+def test_a_run_of_more_slides_than_its_table_may_have_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsi_gradcam.results.slide_tables.MAX_SLIDES", 2)
+    entries = [SlideEntry(f"{name}.svs", f"/{name}.svs") for name in "abc"]
+    with pytest.raises(ConfigError, match="3 slides in one run, expected up to 2; make several runs"):
+        record_slides(tmp_path / "slides.jsonl", entries)
+    assert not (tmp_path / "slides.jsonl").exists()
+    assert len(record_slides(tmp_path / "slides.jsonl", entries[:2])) == 2
+
+
+def test_equal_cells_of_many_rows_are_one_text(tmp_path: Path) -> None:
+    lines = [",".join([f"{i}.svs", f"/{i}.svs", "ok", "", *["0.2525"] * 10, "", ""]) for i in range(300)]
+    rows = list(parse_rows("slides.csv", "\n".join([",".join(COLUMNS), *lines]).encode()).values())
+    assert [row["id"] for row in rows] == [f"{i}.svs" for i in range(300)]
+    assert len({id(row["mpp_y"]) for row in rows}) == 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io.base import SMALL_BYTES
-from wsi_gradcam.io.documents import read_json
+from wsi_gradcam.io.documents import open_zip, read_json
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 from wsi_gradcam.results.run_files import MARK, folder_name
 from wsi_gradcam.results.seals import LISTING, Seal, seal_of
@@ -161,7 +161,7 @@ def read_arrays(place: StoragePath) -> Arrays:
     """
     data = place.read(MAX_ARRAYS_BYTES)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
+        with open_zip(io.BytesIO(data)) as file:
             members = file.infolist()
             if len(members) > MAX_ARRAYS or sum(member.file_size for member in members) > MAX_ARRAYS_BYTES:
                 raise _damaged(place)

@@ -32,7 +32,7 @@ DELIMITERS = ",;\t"
 SEPARATOR = re.compile(r'"?sep=([,;\t])"?\s*')  # a first line that spreadsheets write and read
 DECIMAL_COMMA = re.compile(r"[0-9]*,[0-9]+")
 MAX_LINE = 1 << 20
-MAX_ROWS = 1_000_000  # an archive of 100,000 slides is a large one
+MAX_ROWS = 250_000  # an archive of 100,000 slides is a large one; half a KiB each
 MAX_BYTES = 256 << 20
 MAX_UNPACKED = 128 << 20  # bytes of the columns of a Parquet file that are read
 BATCH_ROWS = 4096  # in memory at a time

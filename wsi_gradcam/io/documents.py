@@ -1,4 +1,4 @@
-"""YAML and JSON that strangers may have written, read within bounds of size, depth and length of numbers; cells of CSV.
+"""YAML, JSON and ZIP that strangers may have written, read within bounds of size, depth and number; cells of CSV.
 
 YAML goes through its safe loader, in C where that is installed. Aliases are what lets a kilobyte stand for gigabytes,
 so they are refused, and merge keys with them; `run.yaml` of older versions may have some, within the bounds of what
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zipfile
 from collections.abc import Hashable
-from typing import Any
+from io import SEEK_END
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -191,3 +195,50 @@ def plain_cell(text: str) -> str:
     ('=1+1', "'a'", "'=x")
     """
     return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
+MAX_DIRECTORY = 8 << 20  # bytes of a ZIP file's directory: that of 10,000 tensors has one MiB
+_END, _END_64, _LOCATOR = struct.Struct("<4s8xI6x"), struct.Struct("<4s36xQ8x"), struct.Struct("<4s4xQ4x")
+_MAX_COMMENT = 1 << 16
+
+
+class LongZipError(zipfile.BadZipFile):
+    """A ZIP file of more members than files of ours have."""
+
+
+def open_zip(file: Path | BinaryIO) -> zipfile.ZipFile:
+    """Return a ZIP file to be read. Its directory is read as a whole, and takes a hundred times its bytes.
+
+    Raises:
+        BadZipFile: it is none, or has too many members (`LongZipError`).
+        OSError: it cannot be read.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            size = _directory_bytes(stream)
+    else:
+        size = _directory_bytes(file)
+    if size > MAX_DIRECTORY:
+        raise LongZipError(f"names its members in {size:,} bytes, expected up to {MAX_DIRECTORY:,}")
+    return zipfile.ZipFile(file)
+
+
+def _directory_bytes(file: BinaryIO) -> int:
+    """Return how long the directory of a ZIP file says that it is, in any of the places that may say it."""
+    length = file.seek(0, SEEK_END)
+    begin = file.seek(max(0, length - _MAX_COMMENT - 2 * _END_64.size))
+    tail = file.read()
+    found = 0
+    for match in re.finditer(rb"PK\x05\x06", tail):
+        at = match.start()
+        if at + _END.size > len(tail):
+            continue
+        found = max(found, _END.unpack_from(tail, at)[1] % 0xFFFFFFFF)
+        if at >= _LOCATOR.size and tail[at - _LOCATOR.size :].startswith(b"PK\6\7"):
+            place = _LOCATOR.unpack_from(tail, at - _LOCATOR.size)[1]
+            for record in (begin + at - _LOCATOR.size - _END_64.size, place):
+                file.seek(max(0, min(record, length)))
+                data = file.read(_END_64.size)
+                if len(data) == _END_64.size and data.startswith(b"PK\6\6"):
+                    found = max(found, _END_64.unpack(data)[1])
+    return found

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import FeatureError, as_text, canonical, one_line, quoted
+from wsi_gradcam.io.documents import open_zip
 from wsi_gradcam.io.urls import is_url, redact_url
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ MAX_DIMENSIONS = 1 << 16
 MAX_CHUNK_BYTES = 1 << 28  # of HDF5, unpacked
 MAX_TENSOR_PICKLE = 1 << 20  # beside the numbers of a tensor
 COPY_BYTES = 1 << 20
+MAX_UNPACKED, MOST_PACKED = 1 << 28, 100  # bytes of what is packed to less than a hundredth: features are like noise
 # gzip, shuffle, checksums, LZF; others would be loaded from plugins.
 FILTERS = frozenset({1, 2, 3, 32000})
 
@@ -313,7 +315,7 @@ def torch_rows(path: Path) -> FeatureRows:
         )
     if problem := saved_problem(path, MAX_TENSOR_PICKLE):
         raise FeatureError(f"{path}: {problem}; write it anew by torch.save of the tensor")
-    with zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         if damaged := archive.testzip():
             raise FeatureError(f"{path}: the checksum of {quoted(damaged)} in it is wrong; it is damaged, make it anew")
     try:
@@ -349,6 +351,10 @@ def _member(
 ) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
     """Give (stream of the numbers, shape, type) of an array, which may not be of objects."""
     info = archive.getinfo(f"{name}.npy")
+    if info.file_size > MAX_UNPACKED and info.file_size > MOST_PACKED * info.compress_size:
+        raise FeatureError(
+            f"{path}: {name} is {info.file_size:,} bytes in {info.compress_size:,}, which no features are; make it anew"
+        )
     with archive.open(info) as stream:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         version = np.lib.format.read_magic(stream)

@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.errors import ConfigError, DocumentError, FeatureError, is_out_of_memory, one_line
-from wsi_gradcam.io.documents import MAX_BYTES, read_json
+from wsi_gradcam.io.documents import MAX_BYTES, open_zip, read_json
 from wsi_gradcam.io.local import check_regular, read_file
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.mil.feature_arrays import (
@@ -324,7 +323,7 @@ def _clam(marks: Marks, slide: SlideFrame) -> Claims:
 
 def _look_numpy(path: Path, opened: ExitStack) -> _Part:
     """Return the features or the coordinates in a file of slide2vec."""
-    with zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         names = {info.filename.removesuffix(".npy") for info in archive.infolist()[:MAX_ALIKE]}
         x, y = (next((n for n in (axis, f"{axis}_lv0") if n in names), None) for axis in "xy")
         if x and y:

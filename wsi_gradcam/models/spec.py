@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from wsi_gradcam.errors import DocumentError, ModelError, did_you_mean, one_line, quoted, shortened
-from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
+from wsi_gradcam.io.documents import MAX_BYTES, open_zip, read_yaml
 from wsi_gradcam.io.local import check_regular, read_file
 from wsi_gradcam.models.staining import StainSpec
 
@@ -333,7 +333,7 @@ def is_torchscript(path: Path) -> bool:
     """Return whether a file is a TorchScript archive; state dicts and pickled models have the same endings."""
     try:
         check_regular(path)
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             return any(name.split("/")[-1] == "constants.pkl" for name in archive.namelist())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return False

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.errors import StoreError, as_path, as_text, one_line
+from wsi_gradcam.errors import ConfigError, StoreError, as_path, as_text, one_line
 from wsi_gradcam.inputs.find import SlideEntry, folders_of, path_parts
 from wsi_gradcam.io.documents import plain_cell, read_json, safe_cell
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
@@ -63,15 +63,21 @@ def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
 LONG_LINE = re.compile(rb"[^\n]{1000000}")  # a slide's has some hundred bytes
 
 
+MAX_SLIDES = 250_000  # of a run, as many as a list may name
+
+
 def _check_lines(data: bytes) -> None:
     if LONG_LINE.search(data):
         raise ValueError("a line of more than 1,000,000 bytes")
+    if (count := data.count(b"\n")) > MAX_SLIDES + 1:
+        raise ValueError(f"{count:,} lines, expected up to {MAX_SLIDES:,}")
 
 
 def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
     """Return the slides with the ids that the run keeps for them, after writing these down.
 
     Raises:
+        ConfigError: more slides than a run may have.
         StoreError: it cannot be read or written, or is damaged.
     """
     settled: list[SlideEntry] = []
@@ -84,6 +90,8 @@ def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list
         for entry in settled:
             if not _held_by_another(record.get(entry.id), entry.path):
                 kept[entry.id] = _row(entry)
+        if len(kept) > MAX_SLIDES:
+            raise ConfigError(f"{len(kept):,} slides in one run, expected up to {MAX_SLIDES:,}; make several runs")
         return None if kept == before else encode_slide_records(kept)
 
     storage_path(place).update(changed)
@@ -230,6 +238,7 @@ def answer_in_words(logits: Mapping[str, float], shares: Mapping[str, float]) ->
     return ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
 
 
+MOST_ALIKE = 4096  # cells that are looked for in later rows: of many slides status, model, mpp and site are the same
 DIGITS = 16
 OLDEST = 11  # columns that every version had, the first ones
 
@@ -251,20 +260,37 @@ def read_slides(place: StoragePathLike) -> dict[str, dict[str, str]]:
 
 def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]:
     """Return the rows, by slide id, in the bytes of a slides.csv; others raise StoreError."""
-    text = data.decode("utf-8", NAMES)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         _check_lines(data)
-        rows = list(reader)
+        reader = csv.reader(io.StringIO(data.decode("utf-8", NAMES), newline=""))
+        names = tuple(next(reader, ()))
+        fixed, more = names[: len(COLUMNS)], names[len(COLUMNS) :]
+        ours = (
+            len(fixed) >= OLDEST and fixed == COLUMNS[: len(fixed)] and all(name.startswith(ANSWERS) for name in more)
+        )
+        if data and not ours:
+            raise StoreError(_damaged(place))
+        return dict(_rows(place, names, reader))
     except (csv.Error, ValueError) as error:
         raise StoreError(f"{place}: damaged ({one_line(error)}); choose another --out") from error
-    names = tuple(reader.fieldnames or ())
-    fixed, more = names[: len(COLUMNS)], names[len(COLUMNS) :]
-    ours = len(fixed) >= OLDEST and fixed == COLUMNS[: len(fixed)] and all(name.startswith(ANSWERS) for name in more)
-    if ((rows or text) and not ours) or any(None in row or None in row.values() for row in rows):
-        raise StoreError(f"{place}: damaged; delete it and run the same command again, finished slides stay finished")
-    plain = ({name: plain_cell(cell or "") for name, cell in row.items()} for row in rows)
-    return {row["id"]: {**dict.fromkeys(COLUMNS, ""), **row} for row in plain}
+
+
+def _rows(
+    place: StoragePathLike, names: Sequence[str], rows: Iterator[list[str]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    once: dict[str, str] = {}
+    missing = dict.fromkeys(COLUMNS[len(names) :], "")
+    for cells in filter(None, rows):
+        if len(cells) != len(names):
+            raise StoreError(_damaged(place))
+        for cell in cells if len(once) < MOST_ALIKE else ():
+            once.setdefault(cell, cell)
+        row = {name: plain_cell(once.get(cell, cell)) for name, cell in zip(names, cells, strict=True)}
+        yield row["id"], row | missing if missing else row
+
+
+def _damaged(place: StoragePathLike) -> str:
+    return f"{place}: damaged; delete it and run the same command again, finished slides stay finished"
 
 
 def row_digest(row: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wsi_gradcam.errors import ModelError, one_line, printable, shortened
+from wsi_gradcam.io.documents import LongZipError, open_zip
 from wsi_gradcam.models.spec import is_torchscript
 
 if TYPE_CHECKING:
@@ -356,7 +357,11 @@ def saved_problem(path: Path, most: int = MAX_PICKLE) -> str:
     with suppress(zipfile.BadZipFile, NotImplementedError, KeyError, zlib.error), path.open("rb") as file:
         if file.read(len(ZIP)) != ZIP:  # by which torch tells the formats apart, too; the older one is a pickle
             return WITH_ROOM if _finds_room(file) else ""
-        with zipfile.ZipFile(file) as archive:
+        try:
+            archive = open_zip(file)
+        except LongZipError as error:
+            return f"not as torch.save writes a tensor: it {error}"
+        with archive:
             entries = archive.infolist()
             packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
             if packed or sum(e.file_size for e in entries) > path.stat().st_size:
@@ -390,7 +395,7 @@ def is_lightning(path: Path) -> bool:
     """Return whether a file is a checkpoint of Lightning, of which nothing is unpickled."""
     with (
         suppress(OSError, ValueError, zipfile.BadZipFile, NotImplementedError, KeyError),
-        zipfile.ZipFile(path) as archive,
+        open_zip(path) as archive,
     ):
         names = [name for name in archive.namelist() if name.endswith("data.pkl")]
         return any(b"pytorch-lightning_version" in archive.open(name).read(MAX_PEEKED) for name in names[:1])
