@@ -17,7 +17,7 @@ from wsi_gradcam.audit.measures.bags import BagSubject, Flipping, flipping, leav
 from wsi_gradcam.audit.measures.sanity import encoder_stays
 from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
-from wsi_gradcam.audit.vocabulary import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM, SINGLE
+from wsi_gradcam.audit.vocabulary import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM_ORDER, SINGLE
 from wsi_gradcam.cam.engine import pool_to_layer_grid
 from wsi_gradcam.errors import ModelError, ResumeError, SlideError, SlideFormatError, SlideReadError
 from wsi_gradcam.models.spec import probabilities
@@ -383,7 +383,7 @@ class SlideBag:
         chance = [np.random.default_rng([self.seed, i]).permutation(len(orders[0])) for i in range(draws)]
         found = flipping(self.subject, [*orders, *chance])
         flips = {name: [one] for name, one in zip(self.relevance, found, strict=False)}
-        return {**flips, RANDOM: found[len(orders) :]}
+        return {**flips, RANDOM_ORDER: found[len(orders) :]}
 
     def some(self, count: int) -> BagSubject:
         """Return the bag of `count` of its patches, drawn at random; all where there are no more."""

@@ -35,7 +35,7 @@ class Keyed(_Strict):
         question: of the audit.
         method: whose map it is of.
         control: what knows nothing of the model, and stands in for the map or beside it: `random`, `edges`, `constant`,
-            `centre`, `probability`; `attention` of a slide-level model; `random_weights`,
+            `centre`, `probability`; of a slide-level model `random_order`, `attention`; `random_weights`,
             `equal_noise`, `equal_area`, `share_of_area`.
         other_method: that the method is compared with.
         baseline: what fills the gaps: `mean`, `blur`, `background`, `road`.

@@ -35,6 +35,7 @@ Unit = Literal["patch", "slide"]  # of which the questions are asked
 # Maps that know nothing of the model.
 RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY = "random", "edges", "constant", "centre", "probability"
 CONTROLS = (RANDOM, EDGES, CONSTANT, CENTRE, PROBABILITY)
+RANDOM_ORDER = "random_order"  # of a slide's patches
 PEN, GLASS, BLUR, BORDER = "pen", "glass", "blur", "border"  # regions that should not decide
 RESEMBLING = 0.95  # a map resembles another that is more like it than this share of its cells' permutations
 GUIDED, INTEGRATED = "guided_backprop", "integrated_gradients"
@@ -57,6 +58,7 @@ CONTROL_TITLES = {
     CONSTANT: "no order (control)",
     CENTRE: "middle first (control)",
     PROBABILITY: "probability alone (control)",
+    RANDOM_ORDER: "random order (control)",
 }
 
 
@@ -114,7 +116,7 @@ def questions_of(unit: Unit) -> dict[str, str]:
 
 def map_keys(name: str) -> Keys:
     """Return the key of a map: of a control, or else of a method."""
-    return Keys(control=name) if name in CONTROLS else Keys(method=name)
+    return Keys(control=name) if name in (*CONTROLS, RANDOM_ORDER) else Keys(method=name)
 
 
 def method_title(name: str) -> str:

@@ -17,7 +17,7 @@ from wsi_gradcam.audit.measurements import stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import (
     ATTENTION,
-    RANDOM,
+    RANDOM_ORDER,
     CurvesFigure,
     Figure,
     IntervalsFigure,
@@ -166,7 +166,7 @@ def assess_flipping(findings: Findings, scope: Scope) -> None:
     """Add curves, areas and gains of all maps, and a verdict for each method."""
     if (found := findings.measurements.of(BagFaithfulness)) is None:
         return
-    for name in (*scope.methods, RANDOM):
+    for name in (*scope.methods, RANDOM_ORDER):
         _add_flipping(findings, found, name)
     for method in scope.methods:
         verdict = gains(found, method, findings.measurements)
@@ -176,8 +176,8 @@ def assess_flipping(findings: Findings, scope: Scope) -> None:
         p, is_finding = _p_of(verdict)
         findings.conclude(method, verdict, p, SRG, is_finding=is_finding, method=method)
         if method in found.least_probability:
-            pair = (_gain(found, name) for name in (method, RANDOM))
-            findings.compare(SRG_PROBABILITY, *pair, method=method, control=RANDOM)
+            pair = (_gain(found, name) for name in (method, RANDOM_ORDER))
+            findings.compare(SRG_PROBABILITY, *pair, method=method, control=RANDOM_ORDER)
         findings.estimate(TIED, found.tied[method], method=method)
 
 
@@ -187,7 +187,7 @@ def _gain(found: BagFaithfulness, name: str) -> Floats:
 
 
 def _add_flipping(findings: Findings, found: BagFaithfulness, name: str) -> None:
-    keys, interval = map_keys(name), name != RANDOM and len(findings.measurements) > 1
+    keys, interval = map_keys(name), name != RANDOM_ORDER and len(findings.measurements) > 1
     for way in WAYS:
         curve = getattr(found, way)[name]
         x = (np.arange(curve.shape[1]) / curve.shape[1]).tolist()
@@ -205,7 +205,7 @@ def _add_flipping(findings: Findings, found: BagFaithfulness, name: str) -> None
 
 def gains(found: BagFaithfulness, method: str, data: Measurements) -> Verdict:
     """Return whether the slide's answer hangs on what a map calls relevant, see `gains_more`."""
-    others = {RANDOM: found.srg(RANDOM)}
+    others = {RANDOM_ORDER: found.srg(RANDOM_ORDER)}
     if ATTENTION in found.most and method != ATTENTION:
         others[ATTENTION] = found.srg(ATTENTION)
     return gains_more(found.srg(method), others, data.slides, data.seed)
@@ -220,7 +220,7 @@ def gains_more(gain: ArrayLike, controls: Mapping[str, ArrayLike], slides: Array
     """
     question = "Does the slide's answer hang on what the map shows?"
     found = {name: compare(gain, other, slides, None, seed) for name, other in controls.items()}
-    chance, attention = found[RANDOM], found.get(ATTENTION)
+    chance, attention = found[RANDOM_ORDER], found.get(ATTENTION)
     if chance.p < ALPHA and chance.difference.value < 0:
         words = "Taking patches away in a random order tells more than in the order of the map."
         return Verdict(question, "fails", words, found)
@@ -242,7 +242,7 @@ def _is_no_better(found: Comparison) -> bool:
 
 def _p_of(verdict: Verdict) -> tuple[float, bool]:
     """Return (p, whether something was found)."""
-    chance = verdict.evidence[RANDOM]
+    chance = verdict.evidence[RANDOM_ORDER]
     assert isinstance(chance, Comparison)
     if verdict.outcome == "fails" and not (chance.p < ALPHA and chance.difference.value < 0):
         return float("nan"), False
@@ -253,16 +253,18 @@ def assess_sufficiency(findings: Findings, scope: Scope) -> None:
     """Add how few patches keep the answer, and must go to change it, and a verdict for each method."""
     if (found := findings.measurements.of(Sufficiency)) is None:
         return
-    for name in (*scope.methods, RANDOM):
+    for name in (*scope.methods, RANDOM_ORDER):
         for measure, counted, shares in ((KEPT, KEPT_COUNT, found.kept), (REMOVED, REMOVED_COUNT, found.removed)):
             findings.estimate(measure, shares[name], **map_keys(name))
             findings.estimate(counted, shares[name] * found.count, **map_keys(name))
     for method in scope.methods:
-        keys = Keys(method=method, control=RANDOM)
-        kept = findings.compare(KEPT, found.kept[method], found.kept[RANDOM], **keys)
-        removed = findings.compare(REMOVED, found.removed[method], found.removed[RANDOM], **keys)
+        keys = Keys(method=method, control=RANDOM_ORDER)
+        kept = findings.compare(KEPT, found.kept[method], found.kept[RANDOM_ORDER], **keys)
+        removed = findings.compare(REMOVED, found.removed[method], found.removed[RANDOM_ORDER], **keys)
         if kept.difference.patches:
-            means = [float(np.nanmean(part[name])) for part in (found.kept, found.removed) for name in (method, RANDOM)]
+            means = [
+                float(np.nanmean(part[name])) for part in (found.kept, found.removed) for name in (method, RANDOM_ORDER)
+            ]
             verdict, p = few_decide(kept, removed, means), max(kept.p, removed.p)
             findings.conclude(method, verdict, p, KEPT, REMOVED, is_finding=verdict.outcome == "holds", method=method)
 

@@ -46,6 +46,7 @@ DASHES: Mapping[str, tuple[float, ...]] = {
     "constant": (6, 1.5, 1, 1.5),
     "centre": (2, 1, 2, 3),
     "probability": (8, 2),
+    "random_order": (1, 1.5),
 }
 PANEL, SMALL_PANEL = (4.2, 3.0), (2.6, 2.2)  # (width, height) of a panel, in inches of 72 points
 

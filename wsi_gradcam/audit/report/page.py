@@ -144,19 +144,20 @@ def _page(
     overview: Picture | None = None,
 ) -> bytes:
     first, unit_of = metrics.run.methods[0], metrics.run.unit
+    units = "patches" if unit_of == "patch" else "slides"
     unit = UNITS[METHOD_INFO[first].unit if unit_of == "patch" else "logit"]
     page = render(
         "audit/report/page.html",
         title=title,
         metrics=metrics,
         methods=[method_title(name) for name in metrics.run.methods],
-        units="patches" if unit_of == "patch" else "slides",
+        units=units,
         counts=Counter(verdict.outcome for verdict in metrics.verdicts),
         archive_url=archive_url,
         overview=overview,
         verdicts=_verdicts(metrics),
         square=square(metrics.quadrants),
-        undecided=undecided(metrics.quadrants),
+        undecided=undecided(metrics.quadrants, units),
         legend=Legend(colour_scale(scale, unit), scale, unit),
         examples=[_card(example, scale) for example in examples],
         questions=[_question(metrics, name) for name in questions_of(unit_of) if name in metrics.run.questions],
@@ -221,10 +222,10 @@ def square(quadrants: Sequence[QuadrantRow]) -> list[SquareCell]:
     ]
 
 
-def undecided(quadrants: Sequence[QuadrantRow]) -> list[str]:
+def undecided(quadrants: Sequence[QuadrantRow], units: str = "patches") -> list[str]:
     """Return the methods that have no place in the square."""
     return [
-        f"{method_title(q.method)} on {q.patches} patches" for q in quadrants if "unclear" in (q.faithful, q.plausible)
+        f"{method_title(q.method)} on {q.patches} {units}" for q in quadrants if "unclear" in (q.faithful, q.plausible)
     ]
 
 
