@@ -161,7 +161,7 @@ class Work:
     def model_only(self, count: int) -> float:
         """Seconds to explain as many patches that are in memory."""
         explainer, size = self.executor._explainer, self.run.facts.batch_size
-        assert explainer is not None
+        assert isinstance(explainer, Explainer)
         rgb = np.random.default_rng(0).integers(0, 256, (size, *self.run.patch_px, 3), np.uint8)
         started = time.perf_counter()
         for start in range(0, count, size):

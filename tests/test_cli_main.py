@@ -371,7 +371,7 @@ def test_errors_before_anything_began_are_not_failures(
     def full(*_: Any) -> None:
         raise StoreError("the disk is full")
 
-    monkeypatch.setattr("wsi_gradcam.api.write_run", full)
+    monkeypatch.setattr("wsi_gradcam.run.driver.write_run", full)
     code, _, err = run("explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path)
     assert (code, only_error(err)) == (2, "the disk is full")
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ EXPECTED = {
     "DocumentError": ValueError,
     "StainError": ValueError,
     "ModelError": ValueError,
+    "BagSizeError": ValueError,
     "LayerError": ValueError,
     "EngineError": ValueError,
     "TargetError": ValueError,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from wsi_gradcam.api import explain, validate
+    from wsi_gradcam.api import encode, explain, validate
     from wsi_gradcam.audit.images import audit_bags, audit_images
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.gradcam import GradCAM
@@ -29,6 +29,7 @@ __all__ = [
     "audit_bags",
     "audit_images",
     "audit_run",
+    "encode",
     "explain",
     "load_model",
     "model_of",
@@ -44,6 +45,7 @@ _HOME = {
     "audit_bags": "wsi_gradcam.audit.images",
     "audit_images": "wsi_gradcam.audit.images",
     "audit_run": "wsi_gradcam.audit.running",
+    "encode": "wsi_gradcam.api",
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",
     "model_of": "wsi_gradcam.models.load",

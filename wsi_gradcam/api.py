@@ -1,39 +1,42 @@
-"""The public calls: `explain` an archive, `preview` what that would cost, `validate` a result."""
+"""The public calls: `explain` an archive, `preview` what that would cost, `encode` it, `validate` a result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.cam.facts import EXACT
-from wsi_gradcam.errors import ConfigError, ModelError, StoreError, as_text, one_line
+from wsi_gradcam.cam.facts import NO_METHOD
+from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, search_slides
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.s3 import S3Path
 from wsi_gradcam.io.urls import allowed_hosts, allowing
-from wsi_gradcam.mil.spec import SlideModelSpec, is_slide_model, read_slide_model
+from wsi_gradcam.mil.feature_arrays import FeatureFolder
+from wsi_gradcam.mil.spec import SlideModelSpec, encoder_of, is_slide_model, read_slide_model
 from wsi_gradcam.models.spec import ModelSpec, read_spec
-from wsi_gradcam.results.manifest import Manifest, SlideStatus
-from wsi_gradcam.results.run_files import RunFolder, SlideFolder, check_same_run, read_run, stored_choice, write_run
-from wsi_gradcam.results.slide_tables import (
-    ANSWERS,
-    SlideTable,
-    answer_shares,
-    assign_ids,
-    read_slide_records,
-    read_slides,
-    record_slides,
-)
+from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.run_files import RunFolder, read_run
+from wsi_gradcam.results.slide_tables import assign_ids, read_slide_records, read_slides
 from wsi_gradcam.results.validation import validate
-from wsi_gradcam.run.driver import RunSession
+from wsi_gradcam.run.driver import MEAN, Command
 from wsi_gradcam.run.examining import SLIDES_TRIED
-from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.run.plan import Estimate, Pace, RunPlan, check_bag_methods, check_methods, estimate, plan_run
+from wsi_gradcam.run.plan import (
+    Estimate,
+    Pace,
+    RunPlan,
+    check_bag_methods,
+    check_features,
+    check_methods,
+    estimate,
+    open_given,
+    plan_run,
+)
 from wsi_gradcam.run.plan import plan_slide as make_plan
 from wsi_gradcam.run.settings import Settings, make_settings
 from wsi_gradcam.run.types import Executor, RunListener, SlideRecord
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice
     from wsi_gradcam.models.load import Model
 
-__all__ = ["Estimate", "Outcome", "RunListener", "SlideRecord", "explain", "preview", "validate"]
+__all__ = ["Estimate", "Outcome", "RunListener", "SlideRecord", "encode", "explain", "preview", "validate"]
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -118,40 +121,63 @@ def explain(
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries, remarks = _chosen(slides, folder, only, skip, settings)
     spec, loaded = _prepared(entries, model, settings, trust_code)
-    session = RunSession(folder.place, listener or RunListener(), partial(read_slides, folder.slides), log_tasks)
-    records: list[SlideRecord] = []
-    opened = open_executor(workers, scheduler, settings, loaded, wait_for_workers)
-    with allowing(settings.allow_hosts), session, opened as executor:
-        choice = None if overwrite else _choice_before(folder.run, settings)
-        run = _plan(executor, folder.place, spec, settings, entries, choice)
-        session.claim()
-        rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
-        if not overwrite and not _nothing_but_failures(rows):
-            check_same_run(folder.run, run)
-        folder.place.remove_partial_files(recursive=False)
-        write_run(folder.run, run)
-        entries = record_slides(folder.record, entries)
-        workload = ExplainWorkload(run, overwrite)
-        session.begin(workload, entries, executor.dashboard, remarks)
-        wanted, known = split_failed(entries, rows, run, anew=overwrite or retry_failed)
-        if retry_failed:
-            forget_unreadable(wanted, rows, folder)
-        if known:
-            session.message(f"{len(known)} slides failed before and are not tried again; --retry-failed does")
-        for record in known:
-            records.append(record)
-            session.slide_done(record)
-        table = SlideTable(folder.slides)
+    settings = _seeing(spec, settings)
+    opened = partial(open_executor, workers, scheduler, settings, loaded, wait_for_workers)
+    told = listener or RunListener()
+    command = Command(folder, entries, remarks, settings, told, overwrite, retry_failed, log_tasks, opened)
+    from_mean = settings.bag_baseline == MEAN and isinstance(spec, SlideModelSpec)
+    if isinstance(spec, SlideModelSpec) and from_mean and settings.features is None:
+        command.encode_first(encoder_of(spec))
 
-        def keep(record: SlideRecord) -> None:
-            table.add(_row(record, folder, run, rows.get(record.slide.id)))
-            records.append(record)
+    def plan(executor: Executor, choice: Choice | None) -> RunPlan:
+        made = _plan(executor, folder.place, spec, settings, entries, choice)
+        return replace(made, baseline=command.mean_feature(made)) if from_mean else made
 
-        try:
-            session.process(executor, workload, wanted, keep)
-        finally:
-            table.flush()
-    return Outcome(_shown(out), tuple(records))
+    return Outcome(_shown(out), command.run(plan, ExplainWorkload))
+
+
+def encode(
+    slides: Paths,
+    model: str | PathLike[str] | ModelSpec | SlideModelSpec,
+    out: StoragePathLike,
+    settings: Settings | None = None,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    wait_for_workers: float | None = None,
+    overwrite: bool = False,
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
+    retry_failed: bool = False,
+    log_tasks: bool = False,
+    trust_code: bool = False,
+    listener: RunListener | None = None,
+    **options: Any,
+) -> Outcome:
+    """Make the features of all patches of slides, below `out`, and nothing of them; what is there is not made again.
+
+    `explain` with the same `out`, encoder and settings of patches goes on from them. `export` writes them for others.
+
+    Args:
+        model: the file of a slide-level model, whose encoder is taken, or of a model of patches, without its head.
+        The others are as of `explain`.
+
+    Returns:
+        A record for each slide, as `explain`.
+
+    Raises:
+        WsiGradcamError: as of `explain`.
+    """
+    settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
+    if settings.features is not None:
+        raise ConfigError("features: are there already, so nothing is left to encode; give them to explain")
+    entries, remarks = _chosen(slides, folder, only, skip, settings)
+    settings = settings.model_copy(update={"method": (NO_METHOD,)})
+    spec = _prepared_encoder(entries, model, settings, trust_code)
+    opened = partial(open_executor, workers, scheduler, settings, None, wait_for_workers)
+    told = listener or RunListener()
+    command = Command(folder, entries, remarks, settings, told, overwrite, retry_failed, log_tasks, opened)
+    return Outcome(_shown(out), command.encode(spec))
 
 
 @dataclass(frozen=True)
@@ -185,17 +211,24 @@ def preview(
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries, remarks = _chosen(slides, folder, only, skip, settings)
     spec, loaded = _prepared(entries, model, settings, trust_code)
+    settings = _seeing(spec, settings)
     # What will be chosen to run the model changes no estimate, and finding it out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
     executor = SerialExecutor(loaded)
     run = _plan(executor, folder.place, spec, plain, entries, None)
     estimates, errors = [], []
+    place = settings.features
+    folder_of_features = None if place is None else FeatureFolder(place, [entry.id for entry in entries])
     for entry in entries:
         try:
             slide = open_entry(entry, settings)
             try:
                 regions = entry_regions(entry, settings)
-                plan, _, _ = make_plan(slide, run, regions)
+                given = (
+                    None if folder_of_features is None else open_given(folder_of_features, entry.id, slide.info, run)
+                )
+                with given or nullcontext():
+                    plan, _, _ = make_plan(slide, run, regions, given)
             finally:
                 slide.close()
             estimates.append(estimate(entry, plan, run))
@@ -251,9 +284,11 @@ def _prepared(
 ) -> tuple[ModelSpec | SlideModelSpec, Model | None]:
     """Return the model's specification, and the model where it is loaded already."""
     check_reader(settings.reader)
+    check_methods(settings.method)
     check_masks(entries, settings)
     if isinstance(model, SlideModelSpec) or (isinstance(model, str | PathLike) and is_slide_model(fspath(model))):
         return _prepared_slide_model(model, settings, trust_code), None
+    check_features(settings, is_slide_level=False)
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):
             raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")
@@ -266,19 +301,50 @@ def _prepared(
     return spec, None
 
 
+def _prepared_encoder(
+    entries: Sequence[SlideEntry],
+    model: str | PathLike[str] | ModelSpec | SlideModelSpec,
+    settings: Settings,
+    trust_code: bool,
+) -> ModelSpec:
+    """Return the specification of what makes features: a slide-level model's encoder, or a model without its head."""
+    if isinstance(model, SlideModelSpec) or (isinstance(model, str | PathLike) and is_slide_model(fspath(model))):
+        given = model if isinstance(model, SlideModelSpec) else read_slide_model(fspath(model))
+        model = encoder_of(given)
+    elif not isinstance(model, str | PathLike | ModelSpec):
+        raise ConfigError(f"{model.name}: features are made with what workers can load, such as a model file; give one")
+    explaining = settings.model_copy(update={"method": ("gradcam",)})  # what is checked of it is not of a method
+    spec, _ = _prepared(entries, model, explaining, trust_code)
+    assert isinstance(spec, ModelSpec)
+    return spec.as_encoder()
+
+
 def _prepared_slide_model(
     model: str | PathLike[str] | SlideModelSpec, settings: Settings, trust_code: bool
 ) -> SlideModelSpec:
     spec = (model if isinstance(model, SlideModelSpec) else read_slide_model(fspath(model))).trusting(trust_code)
     spec.check_trusted()
+    check_features(settings, is_slide_level=True)
     check_bag_methods(settings)
-    encoder = spec.encoder
-    if encoder is None:
-        raise ModelError(f"{spec.name}: has no 'encoder:', so it explains no pixels; add one to the model file")
-    encoder.check_trusted()
-    if settings.patch_px is not None:
-        spec = spec.model_copy(update={"encoder": encoder.model_copy(update={"patch_px": settings.patch_px})})
-    return spec.resolved()
+    encoder = None if settings.features is not None and not settings.methods else spec.encoder
+    if encoder is None and settings.features is None:
+        raise ModelError(
+            f"{spec.name}: has no 'encoder:', so it makes no features; add one to the model file, or give features "
+            "made elsewhere with --features"
+        )
+    if settings.features is not None:
+        FeatureFolder(settings.features)  # here, not slide by slide
+    if encoder is not None:
+        encoder.check_trusted()
+        if settings.patch_px is not None:
+            encoder = encoder.model_copy(update={"patch_px": settings.patch_px})
+    return spec.model_copy(update={"encoder": encoder}).resolved()
+
+
+def _seeing(spec: ModelSpec | SlideModelSpec, settings: Settings) -> Settings:
+    """Return the settings of a run, in which no method explains pixels where no network of the model sees any."""
+    blind = isinstance(spec, SlideModelSpec) and spec.encoder is None
+    return settings.model_copy(update={"method": (NO_METHOD,)}) if blind else settings
 
 
 def _shown(out: StoragePathLike) -> Path | S3Path:
@@ -294,62 +360,5 @@ def _plan(
     entries: Sequence[SlideEntry],
     choice: Choice | None,
 ) -> RunPlan:
-    check_methods(settings.method)
     facts = executor.examine(spec, settings, entries[:SLIDES_TRIED], choice)
     return plan_run(out, spec, facts, settings)
-
-
-def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
-    """The engine and precision that a run which is continued has chosen, if the same was asked for."""
-    try:
-        stored = read_run(place)
-    except StoreError:  # reported when it is compared with this run
-        return None
-    asked = ("engine", "precision", "layer", "device", "decode")
-    now, default = settings.model_dump(mode="json"), {"decode": EXACT}  # of older versions
-    if stored is None or any({**default, **stored.get("settings", {})}.get(key) != now[key] for key in asked):
-        return None
-    return stored_choice(stored)
-
-
-def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str, Any] | None) -> dict[str, Any]:
-    """A row of slides.csv; a slide that was finished before keeps its seconds."""
-    seconds = before["seconds"] if record.skipped and before is not None else f"{record.seconds:.2f}"
-    plan = (
-        None
-        if record.status == SlideStatus.FAILED and not record.patches
-        else Manifest(folder.slide(record.slide.id).manifest).plan()
-    )
-    mpp_y, mpp_x = plan.slide_mpp if plan else ("", "")
-    return {
-        "id": record.slide.id,
-        "path": as_text(record.slide.path),
-        "status": record.status,
-        "error": record.error,
-        "patches": record.patches,
-        "unreadable": record.unreadable,
-        "seconds": seconds,
-        "mpp_y": mpp_y,
-        "mpp_x": mpp_x,
-        "slide_digest": plan.slide_digest if plan else "",
-        "model_digest": run.facts.digest,
-        "label": record.slide.label,
-        "site": record.slide.site,
-        "scanner": record.slide.scanner,
-        "tried": attempt_digest(record.slide, run) if record.lasting else "",
-        **({} if run.facts.bag is None else _answer(folder.slide(record.slide.id), run)),
-    }
-
-
-def _answer(folder: SlideFolder, run: RunPlan) -> dict[str, str]:
-    """Return the columns that say what a slide-level model answered, where it did."""
-    done = Manifest(folder.manifest).done()
-    if done is None or not done.answer:
-        return {}
-    both = (done.answer, answer_shares(done.answer, run.facts.activation))
-    return {f"{kind}{name}": f"{v:.6g}" for kind, each in zip(ANSWERS, both, strict=True) for name, v in each.items()}
-
-
-def _nothing_but_failures(rows: dict[str, dict[str, Any]]) -> bool:
-    """Return whether no slide has begun: such an `out` may be used with other settings, as a missing --mpp."""
-    return bool(rows) and all(row["status"] == SlideStatus.FAILED and row["patches"] == "0" for row in rows.values())

@@ -75,6 +75,10 @@ class ModelError(WsiGradcamError, ValueError):
     """A model that cannot be loaded, or does not behave as its specification says."""
 
 
+class BagSizeError(ModelError):
+    """A slide with more patches than this machine's memory holds for an aggregator that sees them all at once."""
+
+
 class LayerError(ModelError):
     """No layer to explain, or a named layer that cannot be tapped."""
 

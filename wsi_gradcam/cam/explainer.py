@@ -428,9 +428,9 @@ class Explainer:
 
     def explain_weighed(
         self, rgb: NDArray[np.uint8], coefficients: NDArray[np.float32], methods: Sequence[str]
-    ) -> NDArray[np.float32]:
-        """Return raw maps [n, methods x T, h, w] of <c_i, E(x_i)>, with coefficients c [n, T, D] of an encoder E."""
-        return self.explain(rgb, FeatureTargets(coefficients), methods)[1]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return features E(x_i) [n, D] and raw maps [n, methods x T, h, w] of <c_i, E(x_i)>, for given c [n, T, D]."""
+        return self.explain(rgb, FeatureTargets(coefficients), methods)
 
     def features(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the outputs of an encoder for patches uint8 [n, H, W, 3], float32 [n, D]; see `explain`."""

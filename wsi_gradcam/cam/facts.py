@@ -35,6 +35,8 @@ class MethodInfo:
     title: str
 
 
+NO_METHOD = "none"  # in place of a method: no pixel is explained
+
 METHOD_INFO: dict[str, MethodInfo] = {
     "cam": MethodInfo("gradient", "layer", "one", "logit", "CAM"),
     "gradcam": MethodInfo("gradient", "layer", "cells", "logit", "Grad-CAM"),
@@ -138,11 +140,14 @@ class BagFacts:
         encoder: digest of the encoder alone; `ModelFacts.digest` is that of both.
         feature_dim: length of a feature vector.
         attention: labels of its heads of attention; empty where it has none.
+        whole: of one that sees all patches at once, the bytes that explaining a bag takes, as the coefficients of a
+            polynomial of the number of patches, highest power first; () of one that works in chunks.
     """
 
     encoder: str
     feature_dim: int
     attention: tuple[str, ...]
+    whole: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

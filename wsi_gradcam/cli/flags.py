@@ -35,6 +35,19 @@ RUN_KEYS: Mapping[str, tuple[type, str]] = {
 # Settings with several values take them as `--include A B`, except these.
 REPEATED = {"target": "TARGET", "allow_hosts": "PATTERN"}  # --target A --target B
 JOINED = ("method", "bag_method", "only")  # --method A,B
+# Settings that make no difference to features, or are of those made elsewhere.
+NOT_OF_ENCODING = (
+    "target",
+    "method",
+    "bag_method",
+    "bag_baseline",
+    "features",
+    "feature_patch_um",
+    "feature_unit",
+    "feature_axes",
+    "feature_name",
+    "window",
+)
 MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
 ISOLATION = ("isolate", "isolate_memory", "isolate_seconds")
 EXAMPLES = {int: "224", float: "0.25"}
@@ -155,7 +168,7 @@ def merge_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from wsi_gradcam.run.settings import Settings
 
-    names = [*RUN_KEYS, *Settings.model_fields]
+    names = [*RUN_KEYS, *(name for name in Settings.model_fields if hasattr(arguments, name))]
     values = _read_config(arguments.config, names) if arguments.config else {}
     given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, [])}
     if {"workers", "scheduler"} & given.keys():  # each replaces the other
@@ -191,8 +204,8 @@ def _check_type(path: Path, key: str, value: Any) -> Any:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def add_explain(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `explain`."""
+def add_explain(parser: argparse.ArgumentParser, settings: Iterable[str] | None = None) -> None:
+    """Add the arguments of `explain`, or with fewer `settings` those of a command like it."""
     add = parser.add_argument
     add("slide", nargs="*", help="slides, folders, patterns ('a/**/*.svs'), lists (.csv, .parquet)")
     add(
@@ -201,18 +214,30 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
         "file, a WSInfer or Hugging Face folder",
     )
     add("--out", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
-    add_settings(parser)
+    add_settings(parser, settings)
     add_patterns = partial(add, nargs="+", action="extend", metavar="PATTERN")
     add_patterns("--only", help="explain only slides with ids like these: '2023/**'")
     add_patterns("--skip", help="leave out slides with ids like these: '2023/**'")
     _add_trust(parser)
     add("--config", type=Path, help="YAML file with the same names as keys; flags come first")
     _add_workers(parser, "how long to wait for missing workers (default 50)")
-    add("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    if settings is None:
+        add("--dry-run", action="store_true", help="print what would be done, and do nothing")
     add("--overwrite", action="store_true", help="explain finished slides again, whatever settings --out holds")
     add("--retry-failed", action="store_true", help="try slides again that failed before")
     add("--log-tasks", action="store_true", help="a line for each task in the log below --out")
     _add_json(parser)
+
+
+def add_encode(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `encode`: those of `explain` that features depend on."""
+    add_explain(parser, [name for name in _settings() if name not in NOT_OF_ENCODING])
+
+
+def _settings() -> Iterable[str]:
+    from wsi_gradcam.run.settings import Settings
+
+    return Settings.model_fields
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -270,8 +295,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", help="folder that explain made")
     formats = (
-        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, qupath, png, deepzoom; docs/exports.md says which "
-        "for what"
+        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, qupath, png, deepzoom; of features trident, clam; "
+        "docs/exports.md says which for what"
     )
     add("--to", required=True, metavar="FORMAT", help=formats)
     add("--dest", help="folder for the files (default: OUT/exports)")

@@ -122,6 +122,37 @@ class BrokenOffError(WsiGradcamError):
 def _explain(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.api import explain, preview
     from wsi_gradcam.cli.output import print_outcome, print_preview
+
+    slides, model, out, settings, run, chosen = _of_run(arguments)
+    if arguments.dry_run:
+        found = preview(slides, model, out, settings, **chosen, trust_code=arguments.trust_code)
+        print_preview(found, arguments.json)
+        return SOME_FAILED if found.errors else DONE
+    switches: dict[str, Any] = {name: getattr(arguments, name) for name in SWITCHES}
+    with _reporting(arguments.json) as listener:
+        outcome = explain(slides, model, out, settings, listener=listener, **run, **chosen, **switches)
+    print_outcome(outcome, arguments.json)
+    return SOME_FAILED if outcome.failed else DONE
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.api import encode
+    from wsi_gradcam.cli.output import print_outcome
+
+    slides, model, out, settings, run, chosen = _of_run(arguments)
+    switches: dict[str, Any] = {name: getattr(arguments, name) for name in SWITCHES}
+    with _reporting(arguments.json) as listener:
+        outcome = encode(slides, model, out, settings, listener=listener, **run, **chosen, **switches)
+    print_outcome(outcome, arguments.json)
+    return SOME_FAILED if outcome.failed else DONE
+
+
+def _of_run(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """Return slides, model, out, settings, where it runs, and patterns of ids, of flags and the --config file.
+
+    Raises:
+        ConfigError: one of the first three is missing, or a value is wrong.
+    """
     from wsi_gradcam.executors import check_workers
     from wsi_gradcam.run.settings import make_settings
 
@@ -134,15 +165,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     check_workers(run["workers"], run["scheduler"])
     slides, model, out = run.pop("slide"), run.pop("model"), run.pop("out")
     chosen: dict[str, Any] = {key: run.pop(key) or () for key in ("only", "skip")}
-    if arguments.dry_run:
-        found = preview(slides, model, out, settings, **chosen, trust_code=arguments.trust_code)
-        print_preview(found, arguments.json)
-        return SOME_FAILED if found.errors else DONE
-    switches: dict[str, Any] = {name: getattr(arguments, name) for name in SWITCHES}
-    with _reporting(arguments.json) as listener:
-        outcome = explain(slides, model, out, settings, listener=listener, **run, **chosen, **switches)
-    print_outcome(outcome, arguments.json)
-    return SOME_FAILED if outcome.failed else DONE
+    return slides, model, out, settings, run, chosen
 
 
 @contextmanager
@@ -351,6 +374,14 @@ def _split(text: str) -> tuple[str, ...]:
 
 COMMANDS = {
     "explain": Command("explain slides", flags.add_explain, _explain, "Explain slides.", works=True, stoppable=True),
+    "encode": Command(
+        "make the features of slides, for slide-level models",
+        flags.add_encode,
+        _encode,
+        "Make the features of slides' patches, which slide-level models and other programs take.",
+        works=True,
+        stoppable=True,
+    ),
     "demo": Command(
         "explain a real slide with a trained model that comes along", flags.add_demo, _demo, works=True, stoppable=True
     ),

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import one_line
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.context import Context, perform
-from wsi_gradcam.run.examining import examine_model
+from wsi_gradcam.run.examining import examine_for_run
 from wsi_gradcam.run.failures import retried
 from wsi_gradcam.run.stages import read_ahead
 from wsi_gradcam.run.types import Observer, Performed, Planned, SlideRecord, Task, TaskResult, Workload
-from wsi_gradcam.run.workload import ENCODE, EXPLAIN, PLAN, perform_job
+from wsi_gradcam.run.workload import ENCODE, EXPLAIN, IMPORT, PLAN, perform_job
 from wsi_gradcam.system.isolation import CRASHES, STOP
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.run.examining import Blind
     from wsi_gradcam.run.plan import RunPlan
     from wsi_gradcam.run.settings import Settings
 
@@ -33,7 +34,7 @@ class SerialExecutor:
 
     def __init__(self, model: Model | None = None) -> None:
         self._model = model
-        self._explainer: Explainer | None = None
+        self._explainer: Explainer | Blind | None = None
 
     def examine(
         self,
@@ -42,14 +43,14 @@ class SerialExecutor:
         slides: Sequence[SlideEntry],
         choice: Choice | None = None,
     ) -> ModelFacts:
-        """Return what `examine_model` learns of the model, which stays loaded for the run."""
-        self._explainer = examine_model(self._model or spec, settings, slides, choice)
+        """Return what `examine_for_run` learns of the model, which stays loaded for the run."""
+        self._explainer = examine_for_run(self._model or spec, settings, slides, choice)
         return self._explainer.facts
 
     def rate(self, run: RunPlan) -> float:
         """Return the patches per second that the model explains in this process; `examine` comes first."""
         assert self._explainer is not None
-        return self._explainer.rate(run.targets, run.settings.method)
+        return self._explainer.rate(run.targets, run.settings.methods)
 
     def run(self, workload: Workload, slides: Iterable[SlideEntry], observe: Observer) -> Iterator[SlideRecord]:
         """Yield the record of each slide as it is finished.
@@ -62,7 +63,7 @@ class SerialExecutor:
 
         def perform_observed(task: Task, upcoming: Task | None) -> TaskResult:
             STOP.check()
-            if task.stage in (EXPLAIN, ENCODE):
+            if task.stage in (EXPLAIN, ENCODE, IMPORT):
                 ahead.plan_next()
 
             def attempt() -> Performed:
@@ -121,7 +122,7 @@ class _LookAhead:
     def _prepare(self, slide: SlideEntry) -> Performed:
         """Plan a slide and begin to read it; an error is raised when the slide's turn has come."""
         performed = perform(self._context, Task(PLAN, slide))
-        if isinstance(performed.result, Planned) and (spans := performed.result.encode or performed.result.spans):
+        if isinstance(performed.result, Planned) and (spans := performed.result.first_spans):
             read_ahead(self._context, slide, spans[0])
         return performed
 

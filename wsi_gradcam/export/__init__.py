@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError, one_line
+from wsi_gradcam.errors import ConfigError, ResultError, StoreError, UnknownNameError, one_line
 from wsi_gradcam.export.job import RUN, Job, Journal, Options
 from wsi_gradcam.io.paths import StoragePathLike
 from wsi_gradcam.results.channels import ChannelInfo, find_channel
@@ -37,7 +37,10 @@ FORMATS = {
     "qupath": "qupath",
     "png": "png",
     "deepzoom": "png:write_deepzoom",
+    "trident": "features:trident",
+    "clam": "features:clam",
 }
+OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,15 @@ def export(
         raise ConfigError(f"format {to!r} is not known; expected one of {', '.join(FORMATS)}")
     chosen = Options(**options)
     opened = result if isinstance(result, Result) else open_result(result, remote_slides=remote_slides)
-    found = [opened[name] for name in slides] or [slide for slide in opened if slide.is_finished]
+    found = [opened[name] for name in slides] or [slide for slide in opened if _is_ready(slide, to)]
+    if not found and to in OF_FEATURES:
+        raise ConfigError(
+            f"{opened.out}: no slide has features; slide-level models make them, and 'wsi-gradcam encode'"
+        )
     if not found:
         raise ConfigError(f"{opened.out}: no slide is finished; run explain again")
     _check_channels(found, chosen.channel, opened.out)
-    windows = opened.windows(progress) if chosen.window == RUN else {}
+    windows = opened.windows(progress) if chosen.window == RUN and to not in OF_FEATURES else {}
     records = []
     ids = frozenset(opened.ids)
     with Journal(Path(dest)) as journal:
@@ -97,6 +104,18 @@ def export(
             if listener is not None:
                 listener(records[-1])
     return records
+
+
+def _is_ready(slide: SlideResult, to: str) -> bool:
+    """Return whether all is there that a format writes of a slide."""
+    if to not in OF_FEATURES:
+        return slide.is_finished
+    from wsi_gradcam.export.features import has_features
+
+    try:
+        return has_features(slide)
+    except (ResultError, StoreError):  # of one that has failed
+        return False
 
 
 def _check_channels(slides: Sequence[SlideResult], names: Sequence[str], where: object) -> None:
@@ -116,7 +135,7 @@ def _channels(slide: SlideResult) -> tuple[ChannelInfo, ...]:
 
 
 def _exported(slide: SlideResult, job: Job, journal: Journal) -> Exported:
-    if not slide.is_finished:
+    if not _is_ready(slide, job.to):
         return Exported(slide.id, (), f"{slide.id}: is {slide.status}; run explain again, then export it")
     try:
         if not job.options.overwrite and (paths := journal.was_done(job.digest)) is not None:

@@ -89,8 +89,10 @@ SLIDES = Rules(
 ZARR_CONTENTS = re.compile(r"([^/]+/)*(zarr\.json|c(/[0-9]+)*|[^/]+\.[0-9a-f]{32}\.partial)")
 
 
-def write_group(path: StoragePath, build: Callable[[Store], None]) -> None:
+def write_group(path: StoragePath, build: Callable[[Store], None], keep: bool = False) -> None:
     """Replace the group at `path` by what `build` writes into an empty store; files that are of no group stay.
+
+    With `keep` other arrays, and chunks that are not written, stay too.
 
     It is built in memory first: zarr itself would check for each array whether it exists.
 
@@ -99,7 +101,8 @@ def write_group(path: StoragePath, build: Callable[[Store], None]) -> None:
     """
     built: dict[str, Buffer] = {}
     build(MemoryStore(built))
-    path.remove_files(ZARR_CONTENTS)
+    if not keep:
+        path.remove_files(ZARR_CONTENTS)
     path.write_many({name: data.to_bytes() for name, data in built.items()})
 
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from wsi_gradcam.cam.targets import score_of_bag
 from wsi_gradcam.errors import ConfigError, ModelError, did_you_mean
 from wsi_gradcam.mil.networks import LRP, PLAIN, Aggregator, AttentionPool, Mlp, Opaque, Pool, Pooled, Rule
-from wsi_gradcam.mil.spec import BAG_METHODS, CHAINED, BagExplanation
+from wsi_gradcam.mil.spec import BAG_METHODS, CHAINED, BagExplanation, refuse_large_bag, whole_bag_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +35,6 @@ STEPS = 32  # of integrated gradients, by Gauss and Legendre
 CHUNK_BYTES = 96 << 20
 PATH_BYTES = 3 * CHUNK_BYTES  # of a bag whose path is gone point by point, by the gradient of the whole
 MAX_ROWS, MIN_ROWS = 4096, 16
-MAX_REMOVED = 2000  # patches that are removed one by one from a bag that is seen at once
 MEASURED = (512, 1024, 2048)  # patches of the bags that tell how memory grows
 Coefficients = Callable[[str, int, "NDArray[np.floating]"], None]
 
@@ -82,9 +80,16 @@ def memory_needed(aggregator: Aggregator, count: int, targets: int = 1) -> int:
     if isinstance(aggregator, Pooled):
         heads = aggregator(one.new_zeros(1, aggregator.feature_dim)).attention
         return 4 * CHUNK_BYTES + count * 8 * (2 * (1 if heads is None else heads.shape[1]) + 6 * targets)
+    return whole_bag_bytes(memory_growth(aggregator), count, aggregator.feature_dim, targets, one.element_size())
+
+
+def memory_growth(aggregator: Aggregator) -> tuple[float, ...]:
+    """Return the bytes of autograd for a bag as a polynomial of its patches, see `BagFacts.whole`; () in chunks."""
+    if isinstance(aggregator, Pooled):
+        return ()
+    one = next(iter(aggregator.parameters()), torch.zeros(()))
     kept = [_kept(aggregator, one.new_zeros(n, aggregator.feature_dim)) for n in MEASURED]
-    grown = float(np.polyval(np.polyfit(MEASURED, kept, 2), count))
-    return int(max(1.5 * grown, 0.0)) + count * aggregator.feature_dim * one.element_size() * (2 + targets)
+    return tuple(float(1.5 * value) for value in np.polyfit(MEASURED, kept, 2))
 
 
 def _kept(aggregator: Aggregator, bag: Tensor) -> int:
@@ -475,17 +480,7 @@ class _WholeBag(_Bag):
         return BagExplanation(self.logits.cpu().numpy(), known, self.relevance)
 
     def _check_memory(self, count: int) -> None:
-        needed, there = memory_needed(self.network, count, len(self.targets)), psutil.virtual_memory().available
-        if needed > there:
-            raise ModelError(
-                f"a bag of {count:,} patches needs about {needed:,} bytes of memory at once with this aggregator, and "
-                f"{there:,} are free; aggregators that pool by attention (abmil, clam, dsmil) are worked in chunks"
-            )
-        if "one_removed" in self.methods and count > MAX_REMOVED:
-            raise ConfigError(
-                f"one_removed: {count:,} patches would be removed one by one, each from the whole bag, which this "
-                f"aggregator sees at once; it is done for at most {MAX_REMOVED:,}, use integrated_gradients or lrp"
-            )
+        refuse_large_bag(count, memory_needed(self.network, count, len(self.targets)), self.methods)
 
     def _explain_patches(self, bag: Tensor) -> None:
         for i in range(len(bag)) if "single" in self.methods else ():

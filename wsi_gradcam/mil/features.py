@@ -191,7 +191,7 @@ def place_patches(
     boxes = np.concatenate([xy[:, ::-1], np.broadcast_to(sides[..., ::-1], xy.shape)], axis=1)
     _check_inside(path, boxes, claims, slide, settled, notes)
     if tissue is not None and settled.axes is None:
-        _check_tissue(path, boxes, slide, tissue)
+        check_on_tissue(path, boxes, slide.id, slide.shape, tissue)
     if repeated := len(boxes) - len(np.unique(boxes, axis=0)):
         notes.append(f"{repeated:,} patches stand in it more than once")
     return boxes, tuple(notes)
@@ -408,12 +408,24 @@ def _outside(boxes: NDArray[np.float64], shape: tuple[int, int], beyond: float =
 LEAST_TISSUE, MORE_TISSUE = 0.5, 0.3
 
 
-def _check_tissue(path: object, boxes: NDArray[np.float64], slide: SlideFrame, tissue: NDArray[np.bool_]) -> None:
-    """Refuse coordinates that lie on glass as they stand and on tissue with x and y swapped."""
+def check_on_tissue(
+    path: object, boxes: NDArray[np.float64], name: str, shape: tuple[int, int], tissue: NDArray[np.bool_]
+) -> None:
+    """Refuse coordinates that lie on glass as they stand and on tissue with x and y swapped.
+
+    Args:
+        path: named in messages.
+        boxes: as of `FeatureBag`.
+        name, shape: of the slide.
+        tissue: mask of the whole slide.
+
+    Raises:
+        FeatureError: says which flag settles it.
+    """
     swapped = boxes[:, [1, 0, 3, 2]]
-    if not len(boxes) or _outside(swapped, slide.shape).any():
+    if not len(boxes) or _outside(swapped, shape).any():
         return
-    scale = np.array(tissue.shape) / np.array(slide.shape)
+    scale = np.array(tissue.shape) / np.array(shape)
     shares = Shares(tissue)
     here, there = (
         float(shares.of(np.concatenate([b[:, :2] * scale, (b[:, :2] + b[:, 2:]) * scale], axis=1)).mean())
@@ -421,6 +433,6 @@ def _check_tissue(path: object, boxes: NDArray[np.float64], slide: SlideFrame, t
     )
     if here < LEAST_TISSUE and there > here + MORE_TISSUE:
         raise FeatureError(
-            f"{path}: {here:.0%} of its patches lie on tissue of {slide.id}, and {there:.0%} with x and y swapped; say "
+            f"{path}: {here:.0%} of its patches lie on tissue of {name}, and {there:.0%} with x and y swapped; say "
             f"with {AXES} xy or yx how they are to be read"
         )

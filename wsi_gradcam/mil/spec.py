@@ -6,15 +6,16 @@ of all of them (multiple-instance learning).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError, field_validator
 
-from wsi_gradcam.errors import ModelError, did_you_mean, quoted, shortened
+from wsi_gradcam.errors import BagSizeError, ModelError, did_you_mean, quoted, shortened
 from wsi_gradcam.models.spec import (
     MAX_CLASSES,
     RANDOM,
@@ -191,6 +192,44 @@ class BagExplanation:
     logits: NDArray[np.float64]
     attention: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     relevance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+MAX_REMOVED = 2000  # patches that are removed one by one from a bag that is seen at once
+
+
+def whole_bag_bytes(growth: Sequence[float], count: int, length: int, targets: int, itemsize: int = 8) -> int:
+    """Return the bytes, about, of explaining a bag that is seen at once: what autograd keeps, features and gradients.
+
+    Args:
+        growth: as `BagFacts.whole`.
+        count, length: of patches, and of a feature vector.
+    """
+    return int(max(float(np.polyval(growth, count)), 0.0)) + count * length * itemsize * (2 + targets)
+
+
+def refuse_large_bag(count: int, needed: int, methods: Sequence[str], where: str = "") -> None:
+    """Refuse a bag that an aggregator sees at once and that takes more memory, or time, than there is.
+
+    Args:
+        count: its patches.
+        needed: bytes of memory.
+        methods: that explain it.
+        where: the slide, as messages begin.
+
+    Raises:
+        BagSizeError: says how many bytes it takes.
+    """
+    there = psutil.virtual_memory().available
+    if needed > there:
+        raise BagSizeError(
+            f"{where}a bag of {count:,} patches needs about {needed:,} bytes of memory at once with this aggregator, "
+            f"and {there:,} are free; aggregators that pool by attention (abmil, clam, dsmil) are worked in chunks"
+        )
+    if "one_removed" in methods and count > MAX_REMOVED:
+        raise BagSizeError(
+            f"{where}one_removed: {count:,} patches would be removed one by one, each from the whole bag, which this "
+            f"aggregator sees at once; it is done for at most {MAX_REMOVED:,}, use integrated_gradients or lrp"
+        )
 
 
 def is_slide_model(model: str | Path) -> bool:

@@ -11,18 +11,21 @@ import zarr
 
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_stores import ZarrGroup, write_group
-from wsi_gradcam.results.manifest import digest_of
+from wsi_gradcam.results.manifest import digest_of, span_name
 from wsi_gradcam.results.patch_store import OK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from zarr.abc.store import Store
 
+    from wsi_gradcam.results.manifest import Manifest, SlidePlan
     from wsi_gradcam.run.plan import RunPlan
 
 OF_SPAN = ("features", "status")
 OF_BAG = ("relevance", "attention", "coefficients", "logits")
+BOXES = "boxes"
 FEATURE_ROWS = 1 << 12  # in memory at once
+KEPT_BOXES = 1 << 16  # in a chunk
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class BagShape:
         targets: T.
         heads: H, of attention; 0 where there is none.
         classes: K.
+        maps: targets that are explained down to pixels: T or 0.
         precision: dtype of the features.
     """
 
@@ -43,6 +47,7 @@ class BagShape:
     targets: int
     heads: int
     classes: int
+    maps: int
     precision: str = "float32"
 
 
@@ -53,6 +58,8 @@ class FeatureStore:
     float32: `relevance` [N, M, T] by bag method and target, `attention` [N, H] (weights whose sum is 1),
     `coefficients` [N, T, D], by which a patch's features are weighed down to its pixels, and `logits` [N, K], the
     answer to a bag of that patch alone. An unreadable patch is no part of the bag and has zeros.
+    Of features made elsewhere also `boxes` float64 [N, 4]: y, x, height, width of each patch in level-0 px.
+    `coefficients` are there where patches are explained down to their pixels.
     """
 
     def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
@@ -60,14 +67,26 @@ class FeatureStore:
         self._group = ZarrGroup(self._place, read_only=read_only)
 
     @classmethod
-    def create(cls, place: StoragePathLike, count: int, span: int, shape: BagShape, attributes: dict[str, Any]) -> None:
-        """Create a store of `count` patches; one that stood at `place` is replaced."""
+    def create(
+        cls,
+        place: StoragePathLike,
+        count: int,
+        span: int,
+        shape: BagShape,
+        attributes: dict[str, Any],
+        boxes: NDArray[np.float64] | None = None,
+        keep: bool = False,
+    ) -> None:
+        """Create a store of `count` patches, whose `boxes` are kept.
+
+        One that stood at `place` is replaced; with `keep` but for its features, which are of the same patches.
+        """
         arrays: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
             "features": ((shape.features,), shape.precision, ("feature",)),
             "status": ((), "uint8", ()),
             "relevance": ((shape.methods, shape.targets), "float32", ("method", "target")),
             "attention": ((shape.heads,), "float32", ("head",)),
-            "coefficients": ((shape.targets, shape.features), "float32", ("target", "feature")),
+            "coefficients": ((shape.maps, shape.features), "float32", ("target", "feature")),
             "logits": ((shape.classes,), "float32", ("class",)),
         }
 
@@ -82,8 +101,13 @@ class FeatureStore:
                         dtype=dtype,
                         dimension_names=("patch", *axes),
                     )
+            if boxes is not None:
+                kept = group.create_array(
+                    BOXES, shape=boxes.shape, chunks=(KEPT_BOXES, 4), dtype="float64", dimension_names=("patch", "box")
+                )
+                kept[:] = boxes
 
-        write_group(storage_path(place), build)
+        write_group(storage_path(place), build, keep)
 
     def write(self, start: int, **arrays: NDArray[Any]) -> None:
         """Write rows of arrays by name, from patch `start` on.
@@ -125,12 +149,19 @@ class FeatureStore:
     def digests(self) -> dict[str, str]:
         """Return the sha256 of each array, by its path from the slide's folder."""
         return {
-            f"{self._place.name}/{name}": digest_of(self._parts(name)) for name in (*OF_SPAN, *OF_BAG) if self.has(name)
+            f"{self._place.name}/{name}": digest_of(self._parts(name))
+            for name in (*OF_SPAN, *OF_BAG, BOXES)
+            if self.has(name)
         }
 
     def _parts(self, name: str) -> Iterator[NDArray[Any]]:
         for start in range(0, self._group.array(name).shape[0], FEATURE_ROWS):
             yield self.read(name, start, start + FEATURE_ROWS)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the arrays are of: encoder, bag methods, targets."""
+        return dict(self._group.group.attrs.asdict())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,18 +170,31 @@ class FeatureStore:
         return int(count), int(length)
 
 
+def encoding_problems(store: FeatureStore, manifest: Manifest, plan: SlidePlan) -> Iterator[str]:
+    """Yield what is wrong with features that were made of a slide whose patches are not explained yet."""
+    records = manifest.records("features")
+    for number, (start, stop) in enumerate(plan.spans):
+        record = records.get(span_name(number))
+        if record is None or record.get("run") != plan.run_digest:
+            yield f"features of span {number} are not made; run the same encode command again"
+        elif store.digest(start, stop) != record.get("digest"):
+            yield f"features of span {number} (patches {start} to {stop}) differ from what was computed"
+
+
 class Bag:
     """The features of a slide's readable patches, as rows that are read when they are asked for.
 
     Attributes:
         rows: numbers of the patches, int64 [n].
         shape: (n, D).
+        dtype: of the features.
     """
 
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
         self.rows = np.flatnonzero(store.read("status") == OK)
         self.shape = (len(self.rows), store.shape[1])
+        self.dtype = store.read("features", 0, 0).dtype
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -163,8 +207,15 @@ class Bag:
         return self._store.read("features", first, int(rows[-1]) + 1)[rows - first]
 
 
-def create_store(run: RunPlan, place: StoragePathLike, patches: int, span: int) -> None:
-    """Create the store of a slide's features, and of what its aggregator says of them."""
+def create_store(
+    run: RunPlan,
+    place: StoragePathLike,
+    patches: int,
+    span: int,
+    boxes: NDArray[np.float64] | None = None,
+    keep: bool = False,
+) -> None:
+    """Create the store of a slide's features, and of what its aggregator says of them; see `FeatureStore.create`."""
     bag = run.facts.bag
     assert bag is not None
     shape = BagShape(
@@ -173,13 +224,15 @@ def create_store(run: RunPlan, place: StoragePathLike, patches: int, span: int) 
         len(run.targets),
         len(bag.attention),
         len(run.facts.classes),
+        len(run.targets) if run.maps else 0,
         run.settings.feature_precision,
     )
     about = {
         "encoder": bag.encoder,
+        "encoding": run.encoding(),
         "bag_methods": list(run.settings.bag_method),
         "targets": [target.label for target in run.targets],
         "classes": list(run.facts.classes),
         "attention": list(bag.attention),
     }
-    FeatureStore.create(place, patches, span, shape, about)
+    FeatureStore.create(place, patches, span, shape, about, boxes, keep)

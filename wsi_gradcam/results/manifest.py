@@ -56,6 +56,7 @@ class SlidePlan:
             whole; () where it does not. None in results of older versions.
         mask_frame: what the mask was drawn on, "slide" or "bounds", on a slide with such bounds; else "".
         notes: what a user should know of the slide.
+        features: digest of the features that were made elsewhere, and of where their patches lie; "" of others.
     """
 
     slide_digest: str
@@ -73,6 +74,14 @@ class SlidePlan:
     bounds: tuple[int, ...] | None = None
     mask_frame: str = ""
     notes: tuple[str, ...] = ()
+    features: str = ""
+
+    def patch_mpp(self, patch_px: tuple[int, int], mpp: float) -> float:
+        """Return the micrometres per pixel at which patches are read that the model sees at `mpp`.
+
+        Those of features made elsewhere are read as they were made.
+        """
+        return self.footprint[0] * self.slide_mpp[0] / patch_px[0] if self.features else mpp
 
     @property
     def scanned(self) -> Region | None:
@@ -123,7 +132,8 @@ class SlidePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
-        return {**asdict(self), "stain": None if self.stain is None else self.stain.to_json()}
+        values = {**asdict(self), "stain": None if self.stain is None else self.stain.to_json()}
+        return {key: value for key, value in values.items() if key != "features" or value}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SlidePlan:

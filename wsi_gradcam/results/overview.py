@@ -22,6 +22,7 @@ from wsi_gradcam.errors import StoreError, WsiGradcamError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import RANDOM
+from wsi_gradcam.results.channels import unit_of
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.slides import thumbnail
 
@@ -59,14 +60,16 @@ def draw_overview(
 
     The outlines of annotations are drawn over each of them; above them stands the `answer` of a slide-level model for
     the slide, in words.
+    Where no pixel is explained, what patches are worth stands for the explanations.
     """
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
     maps = run.maps[:MAX_MAPS]
     whose = " of the slide" if run.facts.bag else ""
-    panels = [(number, UNITS[shown.info.unit] + whose) for number, shown in enumerate(maps)]
+    panels = [(number, UNITS[shown.info.unit] + whose) for number, shown in enumerate(maps)] or _of_patches(run)
+    shown = len(panels)
     panels += [(number, "probability") for number in _probabilities(run, maps)]
-    figure, axes = _panels(len(maps), len(panels) - len(maps), rgb.shape[0] / rgb.shape[1])
+    figure, axes = _panels(shown, len(panels) - shown, rgb.shape[0] / rgb.shape[1])
     _show_slide(axes[0], rgb, um_per_px, plan)
     covered, images = _scaled(heatmap, plan, [number for number, _ in panels], (rgb.shape[0], rgb.shape[1]))
     for axis, (number, unit), image in zip(axes[1:], panels, images, strict=True):
@@ -83,6 +86,13 @@ def draw_overview(
     storage_path(place).write(buffer.getvalue())
 
 
+def _of_patches(run: RunPlan) -> list[tuple[int, str]]:
+    """Return the first channels of a slide-level model with one number a patch, and their units; attention is last."""
+    labels = run.bag_channels[: len(run.targets)][: MAX_MAPS - 1] + run.bag_channels[len(run.targets) :][:1]
+    before = len(run.maps) + len(run.probabilities)
+    return [(before + run.bag_channels.index(label), UNITS[unit_of(label)]) for label in labels]
+
+
 def _probabilities(run: RunPlan, maps: Sequence[Map]) -> list[int]:
     """Return the channels with the probabilities of the maps' targets, each once; a contrast has none."""
     targets = dict.fromkeys(shown.target for shown in maps if shown.target in run.probabilities)
@@ -92,14 +102,19 @@ def _probabilities(run: RunPlan, maps: Sequence[Map]) -> list[int]:
 def _about(run: RunPlan, plan: SlidePlan) -> str:
     """Return the text that one must know to read the picture."""
     stride = run.settings.stride(run.patch_px)
-    methods = ", ".join(METHOD_INFO[method].title for method in run.settings.method)
-    methods += f" of {run.settings.bag_method[0].replace('_', ' ')}" if run.facts.bag else ""
-    parts = [
-        run.facts.name + (" (UNTRAINED, random weights)" if run.spec.weights == RANDOM else ""),
-        f"{methods} at layer {run.facts.layer}",
-        f"{plan.patches:,} patches of {run.patch_px[0]} px at {run.mpp:g} µm/px",
-        "no overlap: patch borders show" if stride == run.patch_px else f"a patch each {stride[0]} px",
-    ]
+    methods = ", ".join(METHOD_INFO[method].title for method in run.settings.methods)
+    methods += f" of {run.settings.bag_method[0].replace('_', ' ')}" if methods and run.facts.bag else ""
+    how = f"{methods} at layer {run.facts.layer}" if methods else f"patches by {run.settings.bag_method[0]}"
+    parts = [run.facts.name + (" (UNTRAINED, random weights)" if run.spec.weights == RANDOM else ""), how]
+    if plan.features:
+        parts.append(
+            f"{plan.patches:,} patches of {plan.footprint[0] * plan.slide_mpp[0]:.4g} µm, as features were made"
+        )
+    else:
+        parts += [
+            f"{plan.patches:,} patches of {run.patch_px[0]} px at {run.mpp:g} µm/px",
+            "no overlap: patch borders show" if stride == run.patch_px else f"a patch each {stride[0]} px",
+        ]
     if len(run.maps) > MAX_MAPS:
         parts.append(f"the first {MAX_MAPS} of {len(run.maps)} maps")
     return ", ".join(parts)

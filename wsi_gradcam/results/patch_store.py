@@ -99,22 +99,24 @@ class PatchStore:
                     array[:] = getattr(patches, name)
             group.create_array("status", chunks=(span,), dtype="uint8", **one)
             group.create_array("blur", chunks=(span,), dtype="float32", fill_value=np.nan, **one)
-            group.create_array(
-                "logits",
-                shape=(count, classes),
-                chunks=(span, classes),
-                dtype="float32",
-                dimension_names=("patch", "class"),
-            )
+            if classes:
+                group.create_array(
+                    "logits",
+                    shape=(count, classes),
+                    chunks=(span, classes),
+                    dtype="float32",
+                    dimension_names=("patch", "class"),
+                )
             # One file a span, one chunk in it a target: stitching reads one target at a time.
-            group.create_array(
-                "cam",
-                shape=(count, targets, *cam_shape),
-                chunks=(span, 1, *cam_shape),
-                shards=(span, targets, *cam_shape),
-                dtype="float32",
-                dimension_names=("patch", "target", "y", "x"),
-            )
+            if targets:
+                group.create_array(
+                    "cam",
+                    shape=(count, targets, *cam_shape),
+                    chunks=(span, 1, *cam_shape),
+                    shards=(span, targets, *cam_shape),
+                    dtype="float32",
+                    dimension_names=("patch", "target", "y", "x"),
+                )
 
         write_group(storage_path(place), build)
         return cls(place)
@@ -132,7 +134,7 @@ class PatchStore:
     @property
     def span(self) -> int:
         """The number of patches of a span."""
-        return int(self._group.array("logits").chunks[0])
+        return int(self._group.array("status").chunks[0])
 
     def yx(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Read level-0 px of the patches' top left corners, int64 [n, 2]."""
@@ -147,16 +149,20 @@ class PatchStore:
         part = slice(start, start + len(data.status))
         with self._place.wrap_write_errors():
             self._group.array("logits")[part] = data.logits
-            self._group.array("cam")[part] = data.cams
+            if data.cams.shape[1]:
+                self._group.array("cam")[part] = data.cams
             self._group.array("status")[part] = data.status
             self._group.array("blur")[part] = data.blur
 
     def read_span(self, start: int, stop: int) -> SpanData:
         """Read everything of the patches from `start` to `stop`."""
         part = slice(start, stop)
+        logits = self._read("logits", part, np.float32)
         return SpanData(
-            self._read("logits", part, np.float32),
-            self._read("cam", part, np.float32),
+            logits,
+            self._read("cam", part, np.float32)
+            if "cam" in self._group.group
+            else np.zeros((len(logits), 0, 1, 1), "f4"),
             self._read("status", part, np.uint8),
             self._read("blur", part, np.float32),
         )
@@ -327,12 +333,15 @@ def _geometry(run: RunPlan, plan: SlidePlan) -> dict[str, Any]:
     """Return what places patches on the slide, as plain values; pairs are (y, x) or (height, width)."""
     stride, footprint = run.settings.stride(run.patch_px), plan.footprint
     scale = footprint[0] / run.patch_px[0], footprint[1] / run.patch_px[1]
+    strides = {
+        "patch_stride_px": list(stride),
+        "patch_stride_level0_px": [stride[0] * scale[0], stride[1] * scale[1]],
+    }
     return {
         "patch_px": list(run.patch_px),
-        "patch_mpp": run.mpp,
-        "patch_stride_px": list(stride),
+        "patch_mpp": plan.patch_mpp(run.patch_px, run.mpp),
         "patch_level0_px": list(footprint),
-        "patch_stride_level0_px": [stride[0] * scale[0], stride[1] * scale[1]],
+        **({} if plan.features else strides),  # features made elsewhere may lie anywhere
         "slide_digest": plan.slide_digest,
         "slide_px": list(plan.slide_px),
         "slide_mpp": list(plan.slide_mpp),

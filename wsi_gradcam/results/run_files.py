@@ -260,6 +260,8 @@ def run_values(run: RunPlan) -> dict[str, Any]:
         "model": model,
         "targets": [asdict(target) for target in run.targets],
         "choice": facts.choice.to_json(),
+        **({"encoding": run.encoding()} if facts.bag is not None else {}),
+        **({"baseline": list(run.baseline)} if run.baseline else {}),
     }
 
 
@@ -436,6 +438,11 @@ def stored_choice(stored: dict[str, Any]) -> Choice | None:
         return None
 
 
+def is_encoded(stored: dict[str, Any]) -> bool:
+    """Return whether a run.yaml is of a run that made features, and nothing of them."""
+    return bool(stored.get("encoding")) and not stored["model"].get("classes")
+
+
 def check_same_run(place: StoragePathLike, run: RunPlan) -> None:
     """Refuse to mix results.
 
@@ -445,6 +452,13 @@ def check_same_run(place: StoragePathLike, run: RunPlan) -> None:
     stored = read_run(place)
     if stored is None or stored["run_digest"] == run.digest():
         return
+    if is_encoded(stored) and not run.only_encodes and stored.get("encoding") == run.encoding():
+        return
+    if run.only_encodes and not is_encoded(stored):
+        raise ResumeError(
+            f"{storage_path(place).parent}: holds explained slides; those of a slide-level model have features, and "
+            "'wsi-gradcam export --to trident' writes them; choose another --out for others"
+        )
     differences = _differences(stored["identity"], run.identity())
     raise ResumeError(
         f"{storage_path(place).parent}: holds results of another model or configuration ({differences}); choose "

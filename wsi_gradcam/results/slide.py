@@ -139,6 +139,21 @@ class SlideResult:
         return self.plan.slide_mpp
 
     @property
+    def patch_px(self) -> tuple[int, int]:
+        """(height, width) of a patch in the model's pixels."""
+        return self._run.model.patch_px
+
+    @property
+    def patch_mpp(self) -> float:
+        """Micrometres per pixel at which patches of this slide are read for the model."""
+        return self.plan.patch_mpp(self._run.model.patch_px, self._run.model.mpp)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name."""
+        return self._run.model.name
+
+    @property
     def stride_px(self) -> int:
         """Level-0 pixels of the slide per pixel of the heatmap's level 0; twice as many on each further level."""
         return self.plan.stride
@@ -371,12 +386,10 @@ class SlideResult:
 
     def patch_image(self, patch: int) -> NDArray[np.uint8]:
         """Read a patch as the model saw it, before its own transform: RGB uint8 [height, width, 3]."""
-        model = self._run.model
         y, x = self._patch_store.yx(patch, patch + 1)[0]
         slide = self.open_slide()
         try:
-            height, width = model.patch_px
-            return read_region(slide, float(y), float(x), height, width, model.mpp)
+            return read_region(slide, float(y), float(x), *self.patch_px, self.patch_mpp)
         finally:
             slide.close()
 

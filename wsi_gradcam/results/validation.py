@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wsi_gradcam.cam.facts import NO_METHOD
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, WsiGradcamError, as_path, one_line
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.display import display_problems
-from wsi_gradcam.results.feature_store import FeatureStore
+from wsi_gradcam.results.feature_store import FeatureStore, encoding_problems
 from wsi_gradcam.results.heatmap import LABEL, HeatmapStore, check_specification
 from wsi_gradcam.results.manifest import (
     DONE,
@@ -41,6 +42,7 @@ from wsi_gradcam.results.run_files import (
     RunRecord,
     SlideFolder,
     identity_problems,
+    is_encoded,
     made_with,
     parse_run,
 )
@@ -280,6 +282,11 @@ def _check(name: str, folder: SlideFolder, run: _Run, old: list[str]) -> Iterato
     """Yield all that is wrong with a slide's results; its name is added to `old` where an older version made them."""
     manifest = Manifest(folder.manifest)
     plan, done = manifest.plan(), manifest.done()
+    if plan is not None and run.values is not None and is_encoded(run.values):
+        yield from _told(
+            "features.zarr", encoding_problems(FeatureStore(folder.features, read_only=True), manifest, plan)
+        )
+        return
     if plan is None or done is None:
         yield UNFINISHED
         return
@@ -326,6 +333,10 @@ def _check_plan(plan: SlidePlan, run: _Run) -> Iterator[str]:
         yield "manifest/plan.json has another stride or span than run.yaml"
     height, width = model["patch_px"]
     expected = patch_grid(plan.slide_px, plan.slide_mpp, (height, width), model["mpp"], (height, width)).footprint
+    if bool(plan.features) != ("given_features" in settings):
+        yield "manifest/plan.json and run.yaml differ in whether features were made elsewhere"
+    if plan.features:  # then patches are as large as in `boxes`, which have a digest
+        expected = plan.footprint
     if not np.allclose(plan.footprint, expected, rtol=1e-9, atol=0):
         yield f"manifest/plan.json has a footprint of {plan.footprint}, expected {expected}"
     scale = expected[0] / height, expected[1] / width
@@ -418,7 +429,8 @@ def _check_channels(attributes: dict[str, Any], plan: SlidePlan, run: _Run) -> I
         return
     identity = run.values["identity"]
     targets = [Target(**target) for target in run.values["targets"]]
-    labels = [f"{method}: {target.label}" for method in identity["settings"]["method"] for target in targets]
+    methods = [method for method in identity["settings"]["method"] if method != NO_METHOD]
+    labels = [f"{method}: {target.label}" for method in methods for target in targets]
     labels += [f"probability: {target.label}" for target in targets if target.is_class]
     labels += identity["settings"].get("bag_channels", [])
     if [channel["label"] for channel in channels] != labels:

@@ -18,11 +18,16 @@ from wsi_gradcam.cam.facts import SCALED
 from wsi_gradcam.errors import ResumeError, SlideFormatError, StoreError, device_errors
 from wsi_gradcam.io.cache import Cache, ResourcePool
 from wsi_gradcam.io.urls import allowing_for_run
+from wsi_gradcam.mil.feature_arrays import FeatureFolder
+from wsi_gradcam.mil.features import FeatureBag
 from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run_files import RunFolder, SlideFolder
+from wsi_gradcam.results.slide_tables import read_slide_records
+from wsi_gradcam.run.examining import Blind
+from wsi_gradcam.run.plan import open_given
 from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
@@ -86,7 +91,7 @@ class Context(Generic[W]):
         worker: name of the process, as `host:process id`.
     """
 
-    def __init__(self, workload: W, model: Explainer | None = None) -> None:
+    def __init__(self, workload: W, model: Explainer | Blind | None = None) -> None:
         limit_arenas()
         self.workload, self.run = workload, workload.run
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
@@ -96,6 +101,8 @@ class Context(Generic[W]):
         self._patches: Cache[str, PatchStore] = Cache(KEPT_STORES)
         self._heatmaps: Cache[str, HeatmapStore] = Cache(KEPT_STORES)
         self._features: Cache[str, FeatureStore] = Cache(KEPT_STORES)
+        self._given: ResourcePool[SlideEntry, FeatureBag] = ResourcePool(KEPT_OPEN, FeatureBag.close)
+        self._feature_folder: Exclusive[FeatureFolder] = Exclusive()
         self._aggregator: LoadedAggregator | None = None
         self._glass: dict[str, tuple[int, int, int]] = {}
         self._found_run = RunFolder(self.run.out).run.is_file()
@@ -120,6 +127,7 @@ class Context(Generic[W]):
 
                 with allowing_for_run(self.run.settings.allow_hosts):
                     self._model = Explainer.load(self.run.encoder, self.run.facts, self.run.settings.device)
+            assert not isinstance(self._model, Blind)  # no task of such a run asks for it
             return self._model
 
     def glass(self, entry: SlideEntry) -> tuple[int, int, int]:
@@ -146,9 +154,9 @@ class Context(Generic[W]):
             with self._lock:
                 if opened.reader is None:
                     refuse_other(opened.slide, self.plan(entry))
-                    size, threads = run.facts.batch_size, run.settings.readers
-                    treat = partial(_treat, self.plan(entry).stain)
-                    opened.reader = PatchReader(opened.slide, run.patch_px, run.mpp, size, threads, treat)
+                    plan, size, threads = self.plan(entry), run.facts.batch_size, run.settings.readers
+                    treat, mpp = partial(_treat, plan.stain), plan.patch_mpp(run.patch_px, run.mpp)
+                    opened.reader = PatchReader(opened.slide, run.patch_px, mpp, size, threads, treat)
             yield opened.reader
 
     def check_slide(self, entry: SlideEntry) -> None:
@@ -169,8 +177,29 @@ class Context(Generic[W]):
             fresh.close()
 
     def close(self) -> None:
-        """Close the slides that no task uses."""
+        """Close the slides, and the files of features, that no task uses."""
         self._slides.close()
+        self._given.close()
+
+    @contextmanager
+    def given(self, entry: SlideEntry) -> Iterator[FeatureBag | None]:
+        """Open the features of the slide that were made elsewhere, unless they are open; None where none are given.
+
+        Raises:
+            FeatureError: there are none of this slide, or it is not known where their patches lie.
+        """
+        place = self.run.settings.features
+        if place is None:
+            yield None
+            return
+        with self._given.borrow(entry, lambda: self._open_features(entry, place)) as found:
+            yield found
+
+    def _open_features(self, entry: SlideEntry, place: Path) -> FeatureBag:
+        """Open features; which files there are is looked up once in each process."""
+        ids = partial(read_slide_records, RunFolder(self.run.out).record)
+        with self.slide(entry) as slide, self._feature_folder.used(lambda: FeatureFolder(place, ids())) as folder:
+            return open_given(folder, entry.id, slide.info, self.run)
 
     def _opened(self, entry: SlideEntry) -> AbstractContextManager[_Opened]:
         def opened() -> _Opened:

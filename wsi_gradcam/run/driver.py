@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from wsi_gradcam.errors import WsiGradcamError, one_line
-from wsi_gradcam.results.run_files import RunFolder
+from wsi_gradcam.cam.facts import EXACT, NO_METHOD
+from wsi_gradcam.errors import StoreError, WsiGradcamError, as_text, one_line
+from wsi_gradcam.io.urls import allowing
+from wsi_gradcam.results.manifest import Manifest, SlideStatus
+from wsi_gradcam.results.run_files import (
+    RunFolder,
+    check_same_run,
+    is_encoded,
+    read_run,
+    stored_choice,
+    write_run,
+)
+from wsi_gradcam.results.slide_tables import ANSWERS, SlideTable, answer_shares, read_slides, record_slides
+from wsi_gradcam.run.bags import mean_feature, plan_encoding
 from wsi_gradcam.run.claims import AUDIT, CLAIM, EXPLAIN, Claim, new_run_id
+from wsi_gradcam.run.examining import SLIDES_TRIED
+from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
 from wsi_gradcam.run.log import EventLog, logged_warnings
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import run_page
 from wsi_gradcam.run.status import REPORT, RunFacts, RunState, RunStatus, facts_of, now, write_status
 from wsi_gradcam.run.types import FatalError, Performed, Processed, RunListener, SlideRecord, Task
+from wsi_gradcam.run.workload import EncodeWorkload, ExplainWorkload
 from wsi_gradcam.system.processes import PeriodicTimer
 
 if TYPE_CHECKING:
+    from wsi_gradcam.cam.facts import Choice
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.models.spec import ModelSpec
+    from wsi_gradcam.results.run_files import SlideFolder
+    from wsi_gradcam.run.plan import RunPlan
+    from wsi_gradcam.run.settings import Settings
     from wsi_gradcam.run.types import Executor, Workload
 
 RENEWED_S = 3.0
@@ -203,3 +225,149 @@ class RunSession:
 
 def _cause(error: BaseException) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+
+
+MEAN = "mean"  # of the settings' `bag_baseline`
+Planning = Callable[["Executor", "Choice | None"], "RunPlan"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that works on slides below OUT.
+
+    Attributes:
+        folder: OUT.
+        entries: the slides, with their ids.
+        remarks: lines on what the search for slides left out.
+        settings: of the run.
+        listener: is told what happens.
+        overwrite, retry_failed, log_tasks: as of `wsi_gradcam.api.explain`.
+        executor: opens where the work is done.
+    """
+
+    folder: RunFolder
+    entries: list[SlideEntry]
+    remarks: tuple[str, ...]
+    settings: Settings
+    listener: RunListener
+    overwrite: bool
+    retry_failed: bool
+    log_tasks: bool
+    executor: Callable[[], AbstractContextManager[Executor]]
+
+    def run(
+        self, planning: Planning, workload_of: type[ExplainWorkload] | type[EncodeWorkload]
+    ) -> tuple[SlideRecord, ...]:
+        """Plan the run, do what is left of it, and return a record for each slide, in the order in which they end."""
+        folder, rows_of = self.folder, partial(read_slides, self.folder.slides)
+        records: list[SlideRecord] = []
+        session = RunSession(folder.place, self.listener, rows_of, self.log_tasks)
+        with allowing(self.settings.allow_hosts), session, self.executor() as executor:
+            run = planning(executor, None if self.overwrite else _choice_before(folder.run, self.settings))
+            session.claim()
+            rows: dict[str, dict[str, Any]] = dict(read_slides(folder.slides))
+            if not self.overwrite and not _nothing_but_failures(rows):
+                check_same_run(folder.run, run)
+            folder.place.remove_partial_files(recursive=False)
+            write_run(folder.run, run)
+            entries = record_slides(folder.record, self.entries)
+            workload = workload_of(run, self.overwrite)
+            session.begin(workload, entries, executor.dashboard, self.remarks)
+            wanted, known = split_failed(entries, rows, run, anew=self.overwrite or self.retry_failed)
+            if self.retry_failed:
+                forget_unreadable(wanted, rows, folder)
+            if known:
+                session.message(f"{len(known)} slides failed before and are not tried again; --retry-failed does")
+            for record in known:
+                records.append(record)
+                session.slide_done(record)
+            table = SlideTable(folder.slides)
+
+            def keep(record: SlideRecord) -> None:
+                table.add(_row(record, folder, run, rows.get(record.slide.id)))
+                records.append(record)
+
+            try:
+                session.process(executor, workload, wanted, keep)
+            finally:
+                table.flush()
+        return tuple(records)
+
+    def encode(self, spec: ModelSpec) -> tuple[SlideRecord, ...]:
+        """Make the features of all slides."""
+
+        def plan(executor: Executor, choice: Choice | None) -> RunPlan:
+            facts = executor.examine(spec, self.settings, self.entries[:SLIDES_TRIED], choice)
+            return plan_encoding(self.folder.place, spec, facts, self.settings)
+
+        return self.run(plan, EncodeWorkload)
+
+    def encode_first(self, spec: ModelSpec) -> None:
+        """Make the features whose mean is the baseline of a run, unless that run has begun."""
+        stored = None if self.overwrite else read_run(self.folder.run)
+        if stored is None or is_encoded(stored):
+            without = self.settings.model_copy(update={"method": (NO_METHOD,)})
+            replace(self, settings=without, listener=RunListener()).encode(spec)
+
+    def mean_feature(self, run: RunPlan) -> tuple[float, ...]:
+        """Return the mean feature vector of all patches of all slides, whatever their order."""
+        stored = None if self.overwrite else read_run(self.folder.run)
+        if run.settings.features is None and stored is not None and not is_encoded(stored):
+            return tuple(map(float, stored.get("baseline", ())))
+        return mean_feature(self.folder, self.entries, run)
+
+
+def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
+    """The engine and precision that a run which is continued has chosen, if the same was asked for."""
+    try:
+        stored = read_run(place)
+    except StoreError:  # reported when it is compared with this run
+        return None
+    asked = ("engine", "precision", "layer", "device", "decode")
+    now, default = settings.model_dump(mode="json"), {"decode": EXACT}  # of older versions
+    if stored is None or any({**default, **stored.get("settings", {})}.get(key) != now[key] for key in asked):
+        return None
+    return stored_choice(stored)
+
+
+def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str, Any] | None) -> dict[str, Any]:
+    """A row of slides.csv; a slide that was finished before keeps its seconds."""
+    seconds = before["seconds"] if record.skipped and before is not None else f"{record.seconds:.2f}"
+    plan = (
+        None
+        if record.status == SlideStatus.FAILED and not record.patches
+        else Manifest(folder.slide(record.slide.id).manifest).plan()
+    )
+    mpp_y, mpp_x = plan.slide_mpp if plan else ("", "")
+    return {
+        "id": record.slide.id,
+        "path": as_text(record.slide.path),
+        "status": record.status,
+        "error": record.error,
+        "patches": record.patches,
+        "unreadable": record.unreadable,
+        "seconds": seconds,
+        "mpp_y": mpp_y,
+        "mpp_x": mpp_x,
+        "slide_digest": plan.slide_digest if plan else "",
+        "model_digest": run.facts.digest,
+        "label": record.slide.label,
+        "site": record.slide.site,
+        "scanner": record.slide.scanner,
+        "tried": attempt_digest(record.slide, run) if record.lasting else "",
+        **({} if run.facts.bag is None else _answer(folder.slide(record.slide.id), run)),
+    }
+
+
+def _answer(folder: SlideFolder, run: RunPlan) -> dict[str, str]:
+    """Return the columns that say what a slide-level model answered, where it did."""
+    done = Manifest(folder.manifest).done()
+    if done is None or not done.answer:
+        return {}
+    both = (done.answer, answer_shares(done.answer, run.facts.activation))
+    return {f"{kind}{name}": f"{v:.6g}" for kind, each in zip(ANSWERS, both, strict=True) for name, v in each.items()}
+
+
+def _nothing_but_failures(rows: dict[str, dict[str, Any]]) -> bool:
+    """Return whether no slide has begun: such an `out` may be used with other settings, as a missing --mpp."""
+    return bool(rows) and all(row["status"] == SlideStatus.FAILED and row["patches"] == "0" for row in rows.values())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from wsi_gradcam.cam.facts import EXACT, SCALED, BagFacts, ModelFacts, Trial
+from wsi_gradcam.cam.facts import EXACT, SCALED, BagFacts, Choice, ModelFacts, Trial
 from wsi_gradcam.errors import ConfigError, ModelError, SlideReadError, device_errors, one_line
 from wsi_gradcam.io.urls import allowing_for_run
 from wsi_gradcam.mil.spec import SlideModelSpec, encoder_of
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.cam.explainer import Explainer
-    from wsi_gradcam.cam.facts import Choice
+    from wsi_gradcam.cam.targets import Target
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.mil.aggregators import LoadedAggregator
     from wsi_gradcam.models.load import Model
@@ -43,6 +44,8 @@ LOG = logging.getLogger("wsi_gradcam")
 SLIDES_TRIED = 3
 MAX_BATCH_BYTES = 16 << 30
 BLOCK_PX = 1 << 15
+LOOKED_AT_PX, LOOKED_AT_MPP = (256, 256), 0.5  # of patches that no network sees, as viewers show them
+RATED = 1024  # patches
 # A slide's stain is measured on so many squares of its tissue, of so many pixels a side: on CMU-1 the stains are then
 # within 1.5 degrees of those of all pixels; 128 squares of 64 px were 4 off.
 STAIN_PLACES, STAIN_PX = 512, 32
@@ -203,7 +206,9 @@ def examine_model(
         encoder = examine_model(encoder_of(model), settings, slides, choice)
         encoder.facts = slide_level_facts(model, encoder.facts, aggregator)
         return encoder
-    request = Request(settings.layer, settings.method, settings.engine, settings.precision, settings.batch_size, choice)
+    request = Request(
+        settings.layer, settings.methods, settings.engine, settings.precision, settings.batch_size, choice
+    )
     with device_errors(), allowing_for_run(settings.allow_hosts):
         loaded = load_model(model, settings.device) if isinstance(model, ModelSpec) else model
     check_batch(loaded, settings.batch_size)
@@ -216,13 +221,75 @@ def examine_model(
     return explainer
 
 
+@dataclass
+class Blind:
+    """A slide-level model whose features come from elsewhere: no network of it is ever shown a pixel."""
+
+    facts: ModelFacts
+    aggregator: LoadedAggregator
+
+    def rate(self, targets: Sequence[Target], methods: Sequence[str]) -> float:
+        """Return patches explained per second, timed on noise; no method looks at pixels."""
+        from wsi_gradcam.mil.attribution import explain_bag
+
+        noise = np.random.default_rng(0).normal(size=(RATED, self.aggregator.network.feature_dim))
+        started = time.perf_counter()
+        explain_bag(self.aggregator.network, noise, targets, ("integrated_gradients",))
+        return RATED / (time.perf_counter() - started)
+
+
+def examine_for_run(
+    model: ModelSpec | SlideModelSpec | Model,
+    settings: Settings,
+    slides: Sequence[SlideEntry],
+    choice: Choice | None = None,
+) -> Explainer | Blind:
+    """Examine a model, see `examine_model`, or a slide-level one without an encoder."""
+    if not isinstance(model, SlideModelSpec) or model.encoder is not None:
+        return examine_model(model, settings, slides, choice)
+    from wsi_gradcam.mil.aggregators import load_aggregator
+
+    aggregator = load_aggregator(model)
+    return Blind(slide_level_facts(model, _no_encoder(settings, aggregator), aggregator), aggregator)
+
+
+def _no_encoder(settings: Settings, aggregator: LoadedAggregator) -> ModelFacts:
+    """Return the facts of what stands in for an encoder where features come from elsewhere.
+
+    Each slide's plan says how large its patches are; size and resolution here are those at which they are looked at.
+    """
+    side = settings.patch_px or LOOKED_AT_PX
+    return ModelFacts(
+        name="",
+        source="features made elsewhere",
+        digest="",
+        license=None,
+        classes=tuple(map(str, range(aggregator.network.feature_dim))),
+        activation="none",
+        patch_px=side,
+        view=(0.0, 0.0, float(side[0]), float(side[1])),
+        mpp=settings.patch_mpp or LOOKED_AT_MPP,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        layers=(),
+        traced=False,
+        cam_shape=(1, 1),
+        parameters=sum(parameter.numel() for parameter in aggregator.network.parameters()),
+        activation_bytes=0,
+        batch_size=settings.batch_size if isinstance(settings.batch_size, int) else 32,
+        choice=Choice("none", "float64"),
+    )
+
+
 def slide_level_facts(spec: SlideModelSpec, encoder: ModelFacts, aggregator: LoadedAggregator) -> ModelFacts:
     """Return the facts of a slide-level model, of those of its parts.
 
     Raises:
         ModelError: the encoder's features are not those that the aggregator takes.
     """
-    length, network = len(encoder.classes), aggregator.network
+    from wsi_gradcam.mil.attribution import memory_growth
+
+    length, network = len(encoder.classes), aggregator.network.double()  # as it will explain
     if length != network.feature_dim:
         raise ModelError(
             f"{spec.name}: the encoder gives {length} features, but the aggregator takes {network.feature_dim}; name "
@@ -239,7 +306,7 @@ def slide_level_facts(spec: SlideModelSpec, encoder: ModelFacts, aggregator: Loa
         classes=aggregator.classes,
         activation=spec.activation,
         notes=(*encoder.notes, *aggregator.notes),
-        bag=BagFacts(encoder.digest, length, labels),
+        bag=BagFacts(encoder.digest, length, labels, memory_growth(network)),
     )
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from wsi_gradcam.errors import (
     AnnotationError,
+    BagSizeError,
+    FeatureError,
     MissingPartError,
     ResumeError,
     SlideAccessError,
@@ -65,7 +67,7 @@ TRANSIENT_ERRNOS = frozenset(
     if hasattr(errno, name)
 )
 # These are found out before any work is done, so that trying them again costs nothing.
-FOUND_EARLY = (AnnotationError, ResumeError)
+FOUND_EARLY = (AnnotationError, BagSizeError, FeatureError, ResumeError)
 # Settings that no failure of a slide depends on.
 ONLY_SPEED = {"reader_threads", "torch_threads"}
 DIGITS = 16

@@ -5,15 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.cam.facts import EXACT, METHOD_INFO, MethodInfo
+import numpy as np
+
+from wsi_gradcam.cam.facts import EXACT, METHOD_INFO, NO_METHOD, MethodInfo
 from wsi_gradcam.cam.targets import Target, check_trusted, function_digest, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError, MppError, did_you_mean
+from wsi_gradcam.errors import ConfigError, FeatureError, ModelError, MppError, did_you_mean
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.mil.spec import BAG_METHODS, CHAINED, SlideModelSpec, encoder_of
+from wsi_gradcam.mil.feature_files import open_features
+from wsi_gradcam.mil.features import FeatureBag, SlideFrame, check_on_tissue
+from wsi_gradcam.mil.spec import (
+    BAG_METHODS,
+    CHAINED,
+    SlideModelSpec,
+    encoder_of,
+    refuse_large_bag,
+    whole_bag_bytes,
+)
 from wsi_gradcam.results.channels import RELEVANCE
 from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
@@ -21,25 +33,28 @@ from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.examining import fit_stain
 from wsi_gradcam.slides.openslide_tiles import judged_by_openslide_alone
 from wsi_gradcam.tissue.annotations import in_frame, tissue_within
-from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid
+from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid, patches_at
 from wsi_gradcam.tissue.masks import TISSUE_RULE, slide_masks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.mil.feature_arrays import FeatureFolder
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.run.settings import Settings
     from wsi_gradcam.slides import Slide, SlideInfo
     from wsi_gradcam.tissue.annotations import Regions
+    from wsi_gradcam.tissue.stain import StainFit
 
 LOG = logging.getLogger("wsi_gradcam")
 
+# Of the settings in an identity, those that make no difference to the features of patches.
+AFTER_FEATURES = {"method", "target", "window", "bag_method", "bag_channels", "baseline", "given_features"}
 FORMAT = 4  # of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
 
@@ -77,6 +92,7 @@ class RunPlan:
         facts: what was found of the model.
         settings: how slides are explained.
         targets: what is explained.
+        baseline: the feature vector where Integrated Gradients of a slide-level model begin; () for zero.
     """
 
     out: StoragePath
@@ -84,6 +100,7 @@ class RunPlan:
     facts: ModelFacts
     settings: Settings
     targets: tuple[Target, ...]
+    baseline: tuple[float, ...] = ()
 
     @property
     def patch_px(self) -> tuple[int, int]:
@@ -103,7 +120,7 @@ class RunPlan:
         cells = self.facts.cam_shape[0] * self.facts.cam_shape[1]
         return tuple(
             Map(method, target, cells if METHOD_INFO[method].scale == "cells" else 1)
-            for method in self.settings.method
+            for method in self.settings.methods
             for target in self.targets
         )
 
@@ -122,6 +139,16 @@ class RunPlan:
     def encoder(self) -> ModelSpec:
         """The specification of the network that sees patches: the model, or the encoder of a slide-level one."""
         return encoder_of(self.spec) if isinstance(self.spec, SlideModelSpec) else self.spec
+
+    @property
+    def sees_pixels(self) -> bool:
+        """True if the model's network is shown patches: False where features are given and no pixel is explained."""
+        return bool(self.settings.methods) or self.settings.features is None
+
+    @property
+    def only_encodes(self) -> bool:
+        """True if features are all that is made: there is no model that would answer."""
+        return self.facts.bag is not None and not self.facts.classes
 
     @property
     def bag_channels(self) -> tuple[str, ...]:
@@ -146,7 +173,24 @@ class RunPlan:
             settings["bag_method"] = list(self.settings.bag_method)
             settings["feature_precision"] = self.settings.feature_precision
             settings["bag_channels"] = list(self.bag_channels)
+            settings |= self._given()
         return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
+
+    def _given(self) -> dict[str, Any]:
+        """Return what runs on features made elsewhere depend on, and those of another baseline than zero."""
+        found: dict[str, Any] = {"given_features": True} if self.settings.features is not None else {}
+        if self.baseline:
+            found["baseline"] = hashlib.sha256(repr(self.baseline).encode()).hexdigest()
+        return found
+
+    def encoding(self) -> str:
+        """Return the sha256 of all that features of patches depend on besides the slide; "" without features."""
+        if self.facts.bag is None:
+            return ""
+        kept = {name: value for name, value in self.identity()["settings"].items() if name not in AFTER_FEATURES}
+        kept |= {"encoder": self.facts.bag.encoder, "patch_px": self.patch_px, "mpp": self.mpp}
+        kept["stain"] = None if self.facts.stain is None else self.facts.stain.to_json()
+        return hashlib.sha256(json.dumps({"format": FORMAT, **kept}, sort_keys=True).encode()).hexdigest()
 
     def digest(self) -> str:
         """Return the sha256 of `identity()`."""
@@ -185,9 +229,27 @@ def plan_run(out: StoragePathLike, spec: ModelSpec | SlideModelSpec, facts: Mode
 
 def check_methods(methods: Sequence[str]) -> None:
     """Raise ConfigError for a method that is not known."""
-    for method in methods:
+    if NO_METHOD in methods and len(methods) > 1:
+        raise ConfigError(f"method is {', '.join(methods)}: {NO_METHOD} stands alone")
+    for method in () if tuple(methods) == (NO_METHOD,) else methods:
         if method not in METHOD_INFO:
             raise ConfigError(f"method {method!r} is not known; expected one of {', '.join(METHOD_INFO)}")
+
+
+def check_features(settings: Settings, is_slide_level: bool) -> None:
+    """Raise ConfigError for what has no part in a run on features made elsewhere, and for their flags without them."""
+    names = [name for name in type(settings).model_fields if name.startswith("feature_")]
+    given = [name for name in names if name != "feature_precision" and getattr(settings, name) is not None]
+    if settings.features is None and given:
+        raise ConfigError(f"{given[0]} is given without features; give their folder with --features")
+    chosen = {"mask": settings.mask, "overlap": settings.overlap, "stride_px": settings.stride_px}
+    refused = [name for name, value in chosen.items() if value]
+    if settings.features is not None and refused:
+        raise ConfigError(f"features say which patches there are; leave out {' and '.join(refused)}")
+    if not is_slide_level and settings.features is not None:
+        raise ConfigError("features: are taken by slide-level models, whose file has an 'aggregator:'; leave them out")
+    if not is_slide_level and not settings.methods:
+        raise ConfigError(f"method {NO_METHOD}: says nothing of a model of patches; name one such as gradcam")
 
 
 def check_bag_methods(settings: Settings) -> None:
@@ -209,9 +271,9 @@ def check_bag_methods(settings: Settings) -> None:
 
 
 def plan_slide(
-    slide: Slide, run: RunPlan, regions: Regions | None = None
+    slide: Slide, run: RunPlan, regions: Regions | None = None, given: FeatureBag | None = None
 ) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
-    """Return the plan of an open slide, its patches and its tissue mask.
+    """Return the plan of an open slide, its patches and its tissue mask; patches are where `given` features are.
 
     Reads a thumbnail, and some tissue for its stain.
 
@@ -221,18 +283,23 @@ def plan_slide(
         AnnotationError: the regions cannot be understood, or lie where no tissue is.
         StainError: its stain cannot be measured, and the model asks for that.
         ConfigError: patches smaller than a heatmap pixel.
+        FeatureError: the given features are of patches that the encoder does not see, or lie on glass.
+        ModelError: the aggregator sees all patches at once, and they need more memory than there is.
         MppError: the slide is far too coarse for the model.
     """
     settings, info = run.settings, slide.info
     slide_px = (info.height, info.width)
     grid = patch_grid(slide_px, info.mpp_yx, run.patch_px, run.mpp, settings.stride(run.patch_px))
-    scale = grid.footprint[0] / run.patch_px[0], grid.footprint[1] / run.patch_px[1]
+    footprint, notes = (grid.footprint, []) if given is None else _given_patches(given, run, info)
+    scale = footprint[0] / run.patch_px[0], footprint[1] / run.patch_px[1]
     y, x, height, width = run.facts.view
     view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
-    notes = _enlarging(info, run.mpp, settings.allow_upsampling)
+    notes += _enlarging(info, run.mpp, settings.allow_upsampling) if run.sees_pixels else []
     if judged_by_openslide_alone(info):
         notes.append("its tiles are judged by OpenSlide alone, which shows some that are damaged")
     Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
+    if given is not None and len(given):
+        Enlarger((float(given.boxes[:, 2].min()), float(given.boxes[:, 3].min())), (1, 1), settings.heatmap_stride)
     masks = slide_masks(slide)
     mask = masks.selected(settings.tissue)
     if regions is not None:
@@ -244,15 +311,20 @@ def plan_slide(
         notes.append(f"the mask is taken as drawn on the {'scanned part' if frame == 'bounds' else 'whole slide'}")
     for note in notes:
         LOG.warning("%s: %s", info.path, note)
-    block_px = SHARD * settings.heatmap_stride
-    patches = choose_patches(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
-    target = run.facts.stain
+    if given is None:
+        block_px = SHARD * settings.heatmap_stride
+        patches = choose_patches(grid, mask, settings.min_tissue, block_px, masks.pen, masks.glass)
+    else:
+        patches = patches_at(given.boxes, slide_px, mask, masks.pen, masks.glass)
+        if settings.feature_axes is None:
+            check_on_tissue(given.source, given.boxes, info.path, slide_px, masks.tissue)
+    _check_bag(run, info.path, len(patches.yx))
     plan = SlidePlan(
         slide_digest=info.digest,
         run_digest=run.digest(),
         slide_px=slide_px,
         slide_mpp=info.mpp_yx,
-        footprint=grid.footprint,
+        footprint=footprint,
         view=view,
         patches=len(patches.yx),
         span=settings.span_patches,
@@ -261,10 +333,74 @@ def plan_slide(
         bounds=bounds,
         mask_frame=frame,
         notes=tuple(notes),
-        stain=fit_stain(slide, masks.tissue, run.mpp, target) if target is not None and len(patches.yx) else None,
+        stain=_stain(slide, run, masks.tissue, len(patches.yx)),
         tissue_rule=TISSUE_RULE,
+        features="" if given is None else given.digest,
     )
     return plan, patches, mask
+
+
+def open_given(folder: FeatureFolder, slide_id: str, info: SlideInfo, run: RunPlan) -> FeatureBag:
+    """Open the features of a slide that were made elsewhere, by the settings of the run; see `open_features`."""
+    settings, bag = run.settings, run.facts.bag
+    assert bag is not None
+    return open_features(
+        folder,
+        SlideFrame.of(slide_id, info),
+        patch_um=settings.feature_patch_um,
+        unit=settings.feature_unit,
+        axes=settings.feature_axes,
+        name=settings.feature_name,
+        dimensions=bag.feature_dim,
+    )
+
+
+def _check_bag(run: RunPlan, path: str, patches: int) -> None:
+    """Refuse a slide whose patches the aggregator sees all at once, where they are too many; see `refuse_large_bag`."""
+    bag = run.facts.bag
+    if bag is not None and bag.whole and patches:
+        needed = whole_bag_bytes(bag.whole, patches, bag.feature_dim, len(run.targets))
+        refuse_large_bag(patches, needed, run.settings.bag_method, f"{path}: ")
+
+
+def _stain(slide: Slide, run: RunPlan, tissue: NDArray[np.bool_], patches: int) -> StainFit | None:
+    """Return what makes the stain of a slide with patches that of the model, where that asks for it."""
+    target = run.facts.stain
+    return fit_stain(slide, tissue, run.mpp, target) if target is not None and patches else None
+
+
+# Of a patch's side: what rounding leaves; and what programs leave that know magnifications in words.
+SAME_SIDE, NEAR_SIDE = 0.02, 0.15
+
+
+def _given_patches(given: FeatureBag, run: RunPlan, info: SlideInfo) -> tuple[tuple[float, float], list[str]]:
+    """Return (height, width) in level-0 px of patches whose features were made elsewhere, and notes.
+
+    Where pixels are explained that is what the encoder is shown, whose pixels are square.
+
+    Raises:
+        FeatureError: the encoder sees patches of another size or shape.
+    """
+    notes = list(given.notes)
+    seen = tuple(px * run.mpp / mpp for px, mpp in zip(run.patch_px, info.mpp_yx, strict=True))
+    if not len(given):
+        return (seen[0], seen[1]), notes
+    height, width = map(float, np.median(given.boxes[:, 2:], axis=0))
+    if not run.sees_pixels:
+        return (height, width), notes
+    um = height * info.mpp_yx[0], width * info.mpp_yx[1]
+    mend = f"give --patch-mpp if it was shown these, or explain patches alone with --method {NO_METHOD}"
+    told = f"{given.source}: features of patches of {um[0]:.4g} x {um[1]:.4g} um"
+    if float(np.abs(given.boxes[:, 2:] / (height, width) - 1).max()) > SAME_SIDE:
+        raise FeatureError(f"{told} and of other sizes, but pixels are explained in patches of one size; {mend}")
+    mpp = math.sqrt(um[0] / run.patch_px[0] * um[1] / run.patch_px[1])
+    shown = tuple(px * mpp / each for px, each in zip(run.patch_px, info.mpp_yx, strict=True))
+    if max(abs(shown[0] / height - 1), abs(shown[1] / width - 1), abs(mpp / run.mpp - 1) - NEAR_SIDE) > SAME_SIDE:
+        sees = " x ".join(f"{px * run.mpp:.4g}" for px in run.patch_px)
+        raise FeatureError(f"{told}, but the encoder sees {sees} um ({run.patch_px[0]} px at {run.mpp:g}); {mend}")
+    if abs(mpp / run.mpp - 1) > SAME_SIDE:
+        notes.append(f"patches are read as their features were made, at {mpp:.4g} um/px, not at {run.mpp:g}")
+    return (shown[0], shown[1]), notes
 
 
 # Of a slide's pixels for the model: enlarged more, it is told; more still, the model would see blur for tissue.

@@ -16,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from wsi_gradcam.cam.facts import NO_METHOD
 from wsi_gradcam.errors import ConfigError, DocumentError, one_line, quoted
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.local import read_file
+from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.system.confinement import Limits
 from wsi_gradcam.system.processes import cores
 
@@ -42,7 +44,14 @@ NOT_IN_IDENTITY = frozenset(
         "isolate_memory",
         "isolate_seconds",
         "bag_method",  # of slide-level models, to whose plan they are added
+        "bag_baseline",
         "feature_precision",
+        # Of given features the places count, slide by slide, and what the vectors are.
+        "features",
+        "feature_patch_um",
+        "feature_unit",
+        "feature_axes",
+        "feature_name",
     }
 )
 
@@ -68,7 +77,11 @@ class Settings(BaseModel):
         ),
     ] = ()
     method: Annotated[
-        tuple[str, ...], Field(description="explanations by name: gradcam, hirescam, ...; 'info --model' lists all")
+        tuple[str, ...],
+        Field(
+            description="explanations by name: gradcam, hirescam, ...; 'info --model' lists all; none: what patches "
+            "are worth to a slide-level model, without a look at their pixels"
+        ),
     ] = ("gradcam",)
     bag_method: Annotated[
         tuple[str, ...],
@@ -81,6 +94,32 @@ class Settings(BaseModel):
     feature_precision: Annotated[
         Literal["float32", "float16"], Field(description="of the features that slide-level models store")
     ] = "float32"
+    bag_baseline: Annotated[
+        Literal["zero", "mean"],
+        Field(
+            description="of slide-level models: where integrated_gradients begins: features of zero, or the mean of "
+            "all patches of all slides of the command"
+        ),
+    ] = "zero"
+    features: Annotated[
+        Path | None,
+        Field(
+            description="folder of features made elsewhere, which slide-level models take for their patches: of "
+            "TRIDENT, CLAM, STAMP, AtlasPatch, slide2vec (docs/slide_level.md)"
+        ),
+    ] = None
+    feature_patch_um: Annotated[
+        PositiveFloat | None,
+        Field(description="of `features` that do not say it, or wrongly: side of a patch in micrometres"),
+    ] = None
+    feature_unit: Annotated[
+        Literal["px", "um"] | None,
+        Field(description="of `features` that do not say it: coordinates are level-0 pixels, or micrometres"),
+    ] = None
+    feature_axes: Annotated[
+        Literal["xy", "yx"] | None, Field(description="of `features` that may be swapped: the order of coordinates")
+    ] = None
+    feature_name: Annotated[str | None, Field(description="of files with several features: which")] = None
     layer: Annotated[
         str | None,
         Field(
@@ -252,7 +291,9 @@ class Settings(BaseModel):
                 values[key] = (values[key],)
             if isinstance(values.get(key), list | tuple):
                 values[key] = tuple(str(v) for v in values[key])
-        for key in ("mask", "outlines"):
+        if isinstance(values.get("features"), str) and is_url(values["features"]):
+            raise ValueError(f"features is {quoted(values['features'])}: they are read from a disk; copy them there")
+        for key in ("mask", "outlines", "features"):
             if isinstance(values.get(key), str | Path):
                 values[key] = Path(values[key]).absolute()  # workers may run in another folder
         for key in ("method", "bag_method"):
@@ -275,6 +316,11 @@ class Settings(BaseModel):
                 "so that batches are cut the same way everywhere"
             )
         return self
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods by which patches are explained down to pixels; () where none does."""
+        return () if self.method == (NO_METHOD,) else self.method
 
     def stride(self, patch_px: tuple[int, int]) -> tuple[int, int]:
         """Return (y, x) patch pixels from one patch to the next.

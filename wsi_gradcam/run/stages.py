@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from wsi_gradcam.errors import ModelError, ResumeError, StoreError, one_line
-from wsi_gradcam.results.feature_store import create_store
+from wsi_gradcam.results.feature_store import FeatureStore, create_store
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlidePlan, block_name, span_name
 from wsi_gradcam.results.overview import write_mask
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.inputs.find import SlideEntry
+    from wsi_gradcam.mil.features import FeatureBag
     from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.slides.patch_reader import Batch
+    from wsi_gradcam.tissue.grid import Patches
 
 
 class OverwritingWorkload(Workload, Protocol):
@@ -55,15 +57,18 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
     overwrite = context.workload.overwrite and entry.path not in CRASHES.finished_before
     if folder.place.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
-    with context.slide(entry) as slide:
+    with context.slide(entry) as slide, context.given(entry) as given:
         regions = entry_regions(entry, run.settings)
-        planned, problem = _stored(folder, slide, run, regions)
+        encoded = None if overwrite else _encoded(folder, run)
+        planned, problem = (None, "") if encoded else _stored(folder, slide, run, regions, given)
         if planned is not None and not (overwrite and planned.outcome is not None):
             return planned
         if problem and not overwrite:
             raise ResumeError(problem)
-        plan, patches, mask = make_plan(slide, run, regions)
+        plan, patches, mask = make_plan(slide, run, regions, given)
         entry_outlines(entry, run.settings, mask, slide.info)  # refused before any work
+        boxes = None if given is None else given.boxes
+        kept = {} if encoded is None else _kept_features(folder, encoded, plan, patches)
     folder = RunFolder(run.out).emptied(entry.id)
     manifest = Manifest(folder.manifest)
     manifest.clear()
@@ -78,35 +83,70 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
         run.facts.cam_shape,
         attributes={
             "targets": [target.label for target in run.targets],
-            "methods": list(run.settings.method),
+            "methods": list(run.settings.methods),
             "maps": [shown.label for shown in run.maps],
             "classes": list(run.facts.classes),
             "heatmap_factor": [shown.factor for shown in run.maps],
             "note": "cam holds the methods' raw maps; heatmap values are cam * heatmap_factor",
         },
     )
-    HeatmapStore.create(
-        folder.heatmap,
-        entry.id,
-        plan.heatmap_px,
-        (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
-        channels(run),
-        attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
-    )
+    if not run.only_encodes:
+        HeatmapStore.create(
+            folder.heatmap,
+            entry.id,
+            plan.heatmap_px,
+            (plan.slide_mpp[0] * plan.stride, plan.slide_mpp[1] * plan.stride),
+            channels(run),
+            attributes={**run.identity(), "slide": plan.slide_digest, "model_name": run.facts.name},
+        )
     if run.facts.bag is not None:
-        create_store(run, folder.features, plan.patches, plan.span)
+        create_store(run, folder.features, plan.patches, plan.span, boxes, keep=bool(kept))
+    for name, record in kept.items():
+        manifest.complete("features", name, {**record, "run": plan.run_digest})
     manifest.write_plan(plan)
     return _left_to_do(plan, manifest, run)
 
 
-def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None) -> tuple[Planned | None, str]:
+def _encoded(folder: SlideFolder, run: RunPlan) -> SlidePlan | None:
+    """Return the plan of a slide whose features another run has made, and nothing of them, as this one would."""
+    if run.facts.bag is None or run.only_encodes:
+        return None
+    try:
+        plan, store = Manifest(folder.manifest).plan(), FeatureStore(folder.features, read_only=True)
+        is_same = store.attributes.get("encoding") == run.encoding()
+    except (FileNotFoundError, StoreError):
+        return None
+    return plan if plan is not None and is_same and not store.has("relevance") else None
+
+
+def _kept_features(
+    folder: SlideFolder, before: SlidePlan, plan: SlidePlan, patches: Patches
+) -> dict[str, dict[str, Any]]:
+    """Return the records of spans whose features are there already.
+
+    Raises:
+        ResumeError: they are of other patches, or of another file.
+    """
+    changed = {name for name, value in before.to_json().items() if value != plan.to_json().get(name)}
+    same = np.array_equal(PatchStore(folder.cams, read_only=True).yx(), patches.yx)
+    if changed - {"run_digest", "notes"} or not same:
+        raise ResumeError(
+            f"{folder.place}: holds features of other patches than these are now, or of another file; choose another "
+            "--out, or recompute with --overwrite"
+        )
+    return Manifest(folder.manifest).records("features")
+
+
+def _stored(
+    folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None, given: FeatureBag | None
+) -> tuple[Planned | None, str]:
     """Return what is left to do of a slide that was planned before; else None, and why that plan cannot be used."""
     manifest = Manifest(folder.manifest)
     try:
         plan = manifest.plan()
         if plan is None:
             return None, ""
-        problem = _mismatch(plan, slide, run, regions)
+        problem = _mismatch(plan, slide, run, regions, given)
         if not problem:
             return _left_to_do(plan, manifest, run), ""
     except (StoreError, TypeError) as error:  # this slide's matter, not the whole run's
@@ -114,7 +154,7 @@ def _stored(folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | 
     return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
 
 
-def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | None) -> str:
+def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | None, given: FeatureBag | None) -> str:
     if plan.run_digest != run.digest():
         return "holds results of another model or configuration"
     if plan.slide_digest != slide.info.digest:
@@ -123,6 +163,8 @@ def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | No
         return f"holds results at mpp {plan.slide_mpp}, the slide's is {slide.info.mpp_yx}"
     if plan.mask_digest != (regions.digest if regions else ""):
         return f"holds results of another mask than {regions.path if regions else 'none'} is now"
+    if given is not None and plan.features != given.digest:
+        return f"holds results of other features than {given.source} are now"
     frame = run.settings.mask_frame
     if regions and slide.info.bounds and frame not in ("auto", plan.mask_frame or "slide"):
         return f"holds results of the mask as drawn on '{plan.mask_frame or 'slide'}', not on '{frame}'"
@@ -137,6 +179,8 @@ def _left_to_do(plan: SlidePlan, manifest: Manifest, run: RunPlan) -> Planned:
     explained, blocks = manifest.completed("spans"), manifest.completed("blocks")
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
     encode = [] if encoded is None else [i for i in range(len(plan.spans)) if span_name(i) not in encoded]
+    if run.only_encodes:
+        return Planned(plan.patches, sum(stop - start for start, stop in (plan.spans[i] for i in encode)), [], [], encode=encode)
     return Planned(
         patches=plan.patches,
         left=sum(stop - start for start, stop in (plan.spans[i] for i in spans)),
@@ -148,6 +192,8 @@ def _left_to_do(plan: SlidePlan, manifest: Manifest, run: RunPlan) -> Planned:
         encode=encode,
         to_encode=sum(stop - start for start, stop in (plan.spans[i] for i in encode)),
         aggregate=encoded is not None and not manifest.completed("bag"),
+        given=bool(plan.features),
+        pixels=bool(run.maps),
     )
 
 
@@ -167,17 +213,17 @@ def explain_span(context: Context[Workload], entry: SlideEntry, span: int, upcom
     with context.patches(entry) as reader:
         yx = store.yx(start, stop)
         clock = Clock(reader.batches(yx, next_yx))
-        data, causes = _explain(context, entry, start, yx, clock)
+        data, causes, likeness = _explain(context, entry, start, yx, clock)
     store.write_span(start, data)
-    manifest.complete(
-        "spans",
-        span_name(span),
-        {
-            "digest": data.digest(),
-            "run": plan.run_digest,
-            "causes": {str(start + i): c for i, c in causes.items()},
-        },
-    )
+    record = {
+        "digest": data.digest(),
+        "run": plan.run_digest,
+        "causes": {str(start + i): c for i, c in causes.items()},
+    }
+    alike = [value for i, value in enumerate(likeness) if i not in causes]
+    if plan.features and alike:
+        record["agreement"] = {"patches": len(alike), "mean": round(float(np.mean(alike)), 4)}
+    manifest.complete("spans", span_name(span), record)
     model = context.model()
     at_once = model.at_once if model.at_once < model.facts.batch_size else 0
     return Processed(stop - start, len(causes), clock.waited_s, clock.model_s, clock.read_s, at_once)
@@ -211,21 +257,28 @@ class Clock:
 
 def _explain(
     context: Context[Workload], entry: SlideEntry, start: int, yx: NDArray[np.int64], batches: Iterable[Batch]
-) -> tuple[SpanData, dict[int, str]]:
+) -> tuple[SpanData, dict[int, str], list[float]]:
+    """Return the results of patches, why some could not be read, and of a slide-level model the cosines of features.
+
+    These are of the stored features and those that the encoder makes now.
+    """
     run, count, model = context.run, len(yx), context.model()
     logits = np.zeros((count, len(run.facts.classes)), np.float32)
     cams = np.zeros((count, len(run.maps), *run.facts.cam_shape), np.float32)
     status = np.full(count, OK, np.uint8)
     blur = np.full(count, np.nan, np.float32)
     causes: dict[int, str] = {}
+    likeness: list[float] = []
     features = None if run.facts.bag is None else context.features(entry)
     for batch in batches:
         part = slice(batch.start, batch.start + len(batch.rgb))
         if features is None:
-            logits[part], cams[part] = model.explain(batch.rgb, run.targets, run.settings.method)
+            logits[part], cams[part] = model.explain(batch.rgb, run.targets, run.settings.methods)
         else:
             rows = start + part.start, start + part.stop
-            cams[part] = model.explain_weighed(batch.rgb, features.read("coefficients", *rows), run.settings.method)
+            weights = features.read("coefficients", *rows)
+            made, cams[part] = model.explain_weighed(batch.rgb, weights, run.settings.methods)
+            likeness += _cosines(made, features.read("features", *rows))
             logits[part] = features.read("logits", *rows)
         blur[part] = batch.measures
         for i, cause in batch.causes.items():
@@ -238,4 +291,12 @@ def _explain(
             f"{entry.path}: the model gives NaN or infinite values for the patch at level-0 y {y}, x {x}; "
             "check its weights and normalisation"
         )
-    return SpanData(logits, cams, status, blur), causes
+    return SpanData(logits, cams, status, blur), causes, likeness
+
+
+def _cosines(one: NDArray[np.float32], other: NDArray[np.floating[Any]]) -> list[float]:
+    """Return the cosine of the angle between each two vectors [n, D]; 0 where one has no length."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    found: list[float] = np.divide((a * b).sum(axis=1), lengths, out=np.zeros(len(a)), where=lengths > 0).tolist()
+    return found

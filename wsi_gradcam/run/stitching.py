@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.channels import ATTENTION, PROBABILITY, QUANTILE, unit_of, window_end, window_floor
-from wsi_gradcam.results.feature_store import FeatureStore
+from wsi_gradcam.results.feature_store import BOXES, FeatureStore
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import (
     Manifest,
@@ -28,7 +29,7 @@ from wsi_gradcam.results.patch_store import UNREADABLE as UNREADABLE_PATCH
 from wsi_gradcam.results.run_files import made_with, run_values
 from wsi_gradcam.results.seals import digests_of
 from wsi_gradcam.results.slide_tables import answer_in_words, answer_shares
-from wsi_gradcam.results.stitch import Blender, Enlarger, coarsen, coarsen_flags, touching
+from wsi_gradcam.results.stitch import Blender, Enlarger, blend_boxes, coarsen, coarsen_flags, touching
 from wsi_gradcam.tissue.annotations import entry_outlines
 
 if TYPE_CHECKING:
@@ -42,11 +43,15 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.types import Workload
 
 
+LOG = logging.getLogger("wsi_gradcam")
+
+
 def channels(run: RunPlan) -> list[Channel]:
     """Return the heatmap's channels: all explanations, then all probabilities."""
     maps = [Channel(shown.label, active=i == 0) for i, shown in enumerate(run.maps)]
     maps += [Channel(f"probability: {t.label}", active=False) for t in run.probabilities]
-    return maps + [Channel(label, active=False) for label in run.bag_channels]
+    first = "" if run.maps else next(iter(run.bag_channels), "")
+    return maps + [Channel(label, active=label == first) for label in run.bag_channels]
 
 
 def stitch_block(context: Context[Workload], entry: SlideEntry, number: int) -> None:
@@ -55,21 +60,40 @@ def stitch_block(context: Context[Workload], entry: SlideEntry, number: int) -> 
     block = plan.blocks(0)[number]
     patches, heatmap = context.patch_store(entry), context.heatmap(entry)
     seen = _seen(plan, patches.yx())
+    boxes = context.features(entry).read(BOXES) if plan.features else None
     inside = touching(seen, plan.view[2:], plan.stride, block)
     readable = inside[_status(patches, inside, plan.span) == OK]
     enlarger = Enlarger(plan.view[2:], run.facts.cam_shape, plan.stride, run.settings.window)
     digests, covered = [], np.zeros((block.height, block.width), np.bool_)
     for channel in range(len(channels(run))):  # one at a time: memory does not grow with the targets
-        blender = Blender(enlarger, block)
-        for first, chosen in _by_span(readable, plan.span):
-            values = _channel_values(context, entry, channel, first, min(first + plan.span, plan.patches))
-            blender.add(seen[chosen], values[chosen - first])
-        image, covered = blender.result()
+        if boxes is not None and channel >= len(run.maps):
+            image, here = _blended_boxes(context, entry, channel, block, boxes)
+        else:
+            blender = Blender(enlarger, block)
+            for first, chosen in _by_span(readable, plan.span):
+                values = _channel_values(context, entry, channel, first, min(first + plan.span, plan.patches))
+                blender.add(seen[chosen], values[chosen - first])
+            image, here = blender.result()
+        covered |= here
         heatmap.write(0, channel, block, image)
         digests.append(digest_of((image,)))
     flags = _flags(folder, plan, block, covered, seen[np.setdiff1d(inside, readable)])
     heatmap.write_flags(0, block, flags)
     _complete_block(folder, plan, 0, number, [*digests, digest_of((flags,))])
+
+
+def _blended_boxes(
+    context: Context[Workload], entry: SlideEntry, channel: int, block: Region, boxes: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return a block of a channel that has one number a patch, of patches as large as the features' are."""
+    plan = context.plan(entry)
+    inside = touching(boxes[:, :2], boxes[:, 2:], plan.stride, block)
+    readable = inside[_status(context.patch_store(entry), inside, plan.span) == OK]
+    found = [np.zeros(0, np.float32)]
+    for first, chosen in _by_span(readable, plan.span):
+        values = _channel_values(context, entry, channel, first, min(first + plan.span, plan.patches))
+        found.append(values[chosen - first, 0, 0])
+    return blend_boxes(boxes[readable], np.concatenate(found), plan.stride, block, context.run.settings.window)
 
 
 def coarsen_block(context: Context[Workload], entry: SlideEntry, level: int, number: int) -> None:
@@ -208,7 +232,7 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
         patches=plan.patches,
         unreadable=int((store.status() == UNREADABLE_PATCH).sum()),
         cause=_most_common(causes),
-        notes="; ".join(plan.notes),
+        notes="; ".join([*plan.notes, *_agreement(entry, spans)]),
     )
     record = SlideDone(
         outcome,
@@ -222,6 +246,24 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     )
     manifest.write_done(record)
     return outcome
+
+
+AGREEMENT = 0.95  # of features; pictures that other programs have resized leave some 0.98
+
+
+def _agreement(entry: SlideEntry, spans: dict[str, Any]) -> list[str]:
+    """Return a note where given features are not those that the encoder makes of their patches, by their cosine."""
+    found = [record["agreement"] for record in spans.values() if record.get("agreement")]
+    count = sum(each["patches"] for each in found)
+    mean = sum(each["mean"] * each["patches"] for each in found) / count if count else 1.0
+    if mean >= AGREEMENT:
+        return []
+    note = (
+        f"its features are not those that the encoder makes of these patches: their cosine is {mean:.3f} on average; "
+        "relevance is that of the features, maps are the encoder's"
+    )
+    LOG.warning("%s: %s", entry.path, note)
+    return [note]
 
 
 def _refuse_foreign(

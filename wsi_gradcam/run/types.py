@@ -42,6 +42,8 @@ class Planned:
         encode: numbers of the spans whose features are to be made, of slide-level models.
         aggregate: whether the slide's features are to be aggregated, of slide-level models.
         to_encode: how many patches are in the spans of `encode`.
+        given: True if the features were made elsewhere.
+        pixels: False if no patch is explained down to its pixels.
     """
 
     patches: int
@@ -52,6 +54,15 @@ class Planned:
     encode: list[int] = field(default_factory=list)
     aggregate: bool = False
     to_encode: int = 0
+    given: bool = False
+    pixels: bool = True
+
+    @property
+    def first_spans(self) -> list[int]:
+        """The spans whose pixels are read first; none where other work comes before."""
+        if self.encode and self.given:
+            return []
+        return self.encode or (self.spans if self.pixels else [])
 
 
 @dataclass(frozen=True)

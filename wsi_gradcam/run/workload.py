@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
-from wsi_gradcam.run.bags import aggregate_bag, encode_span
+from wsi_gradcam.run.bags import aggregate_bag, answer_span, encode_span, finish_encoding, import_span
 from wsi_gradcam.run.failures import is_lasting
 from wsi_gradcam.run.stages import explain_span, plan_slide
 from wsi_gradcam.run.stitching import coarsen_block, finish_slide, stitch_block
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 PLAN = Stage("plan", plan_slide)
 ENCODE = Stage("encode", encode_span, needs_model=True, reads_ahead=True)
+IMPORT = Stage("import", import_span)
 AGGREGATE = Stage("aggregate", aggregate_bag)
 EXPLAIN = Stage("explain", explain_span, needs_model=True, reads_ahead=True)
+ANSWER = Stage("patches", answer_span)  # instead of EXPLAIN, where no pixel is explained
 STITCH = Stage("stitch", stitch_block)
 COARSEN = Stage("coarsen", coarsen_block)
 FINISH = Stage("finish", finish_slide)
+FINISH_ENCODING = Stage("finish", finish_encoding)
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,54 @@ class ExplainWorkload:
         return explain_job(slide, self.run.settings.max_unreadable)
 
 
+@dataclass(frozen=True)
+class EncodeWorkload:
+    """Making the features of slides' patches; attributes as of `ExplainWorkload`."""
+
+    run: RunPlan
+    overwrite: bool = False
+    name: ClassVar[str] = "encode"
+    patches: ClassVar[None] = None
+
+    def job(self, slide: SlideEntry) -> SlideJob:
+        """Return the phases of a slide; see `Workload.job`."""
+        return _planned_job(slide, _encoding, self.run.settings.max_unreadable)
+
+
 def explain_job(slide: SlideEntry, max_unreadable: float) -> SlideJob:
     """Plan a slide, explain its spans, blend and coarsen its blocks, finish it; see `Workload.job`."""
+    return _planned_job(slide, _explaining, max_unreadable)
+
+
+def _planned_job(
+    slide: SlideEntry, phases: Callable[[SlideEntry, Planned], list[list[Task]]], max_unreadable: float
+) -> SlideJob:
     started = time.monotonic()
     try:
         (planned,) = yield [[Task(PLAN, slide)]]
         assert isinstance(planned, Planned)
         outcome, skipped = planned.outcome, planned.outcome is not None
         if outcome is None:
-            *_, finished = yield [
-                [Task(ENCODE, slide, (i,)) for i in planned.encode],
-                [Task(AGGREGATE, slide)] if planned.aggregate else [],
-                [Task(EXPLAIN, slide, (i,)) for i in planned.spans],
-                *(_block_tasks(slide, level, numbers) for level, numbers in enumerate(planned.blocks)),
-                [Task(FINISH, slide)],
-            ]
+            *_, finished = yield phases(slide, planned)
             assert isinstance(finished, SlideOutcome)
             outcome = finished
     except Exception as error:
         return failed_record(slide, error, time.monotonic() - started)
     return _record(slide, outcome, max_unreadable, time.monotonic() - started, skipped)
+
+
+def _explaining(slide: SlideEntry, planned: Planned) -> list[list[Task]]:
+    return [
+        [Task(IMPORT if planned.given else ENCODE, slide, (i,)) for i in planned.encode],
+        [Task(AGGREGATE, slide)] if planned.aggregate else [],
+        [Task(EXPLAIN if planned.pixels else ANSWER, slide, (i,)) for i in planned.spans],
+        *(_block_tasks(slide, level, numbers) for level, numbers in enumerate(planned.blocks)),
+        [Task(FINISH, slide)],
+    ]
+
+
+def _encoding(slide: SlideEntry, planned: Planned) -> list[list[Task]]:
+    return [[Task(ENCODE, slide, (i,)) for i in planned.encode], [Task(FINISH_ENCODING, slide)]]
 
 
 def perform_job(job: SlideJob, perform: Callable[[Task, Task | None], TaskResult]) -> SlideRecord:

@@ -127,6 +127,20 @@ def choose_patches(
     return Patches(yx, tissue, ink, _shares(grid, yx, ~mask if glass is None else glass))
 
 
+def patches_at(
+    boxes: NDArray[np.float64],
+    slide_px: tuple[int, int],
+    mask: NDArray[np.bool_],
+    pen: NDArray[np.bool_],
+    glass: NDArray[np.bool_],
+) -> Patches:
+    """Return patches at given places, in their order: float64 [n, 4], y, x, height, width in level-0 px."""
+    scale = np.array(mask.shape) / np.array(slide_px)
+    ends = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) * np.tile(scale, 2)
+    inside = np.clip(ends, 0, np.tile(mask.shape, 2))
+    return Patches(np.round(boxes[:, :2]).astype(np.int64), *(Shares(each).of(inside) for each in (mask, pen, glass)))
+
+
 def _boxes(grid: PatchGrid, yx: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Return the patches, clipped to the slide, in pixels of a mask of `shape`, float64 [n, 4]."""
     scale = np.array([shape[0] / grid.slide_px[0], shape[1] / grid.slide_px[1]])

@@ -89,7 +89,7 @@ class Images:
             if not 0 <= number < slide.result.plan.patches:
                 raise NotShownError(f"no patch {number}; there are {slide.result.plan.patches}, counted from 0")
             (y, x), (height, width) = slide.result.patch_yx(number), model.patch_px
-            return encode_jpeg(read_region(opened, y, x, height, width, model.mpp), PATCH_QUALITY)
+            return encode_jpeg(read_region(opened, y, x, height, width, slide.result.patch_mpp), PATCH_QUALITY)
 
         return self._from_slide(slide, ("patch", number), encode)
 

@@ -21,7 +21,7 @@ from wsi_gradcam.executors.dask.plugins import EXAMINED, RunSchedulerPlugin, Run
 from wsi_gradcam.executors.dask.scheduling import SlideScheduler
 from wsi_gradcam.executors.dask.workers import WAIT_S, MissingWorkerTimer, Workers, connect, workers_of
 from wsi_gradcam.inputs.find import SlideEntry
-from wsi_gradcam.run.examining import examine_model
+from wsi_gradcam.run.examining import examine_for_run
 from wsi_gradcam.run.failures import PAUSES_S
 from wsi_gradcam.run.types import Observer, SlideRecord, Workload
 from wsi_gradcam.system.isolation import POLL_S, STOP
@@ -96,7 +96,7 @@ class DaskExecutor:
         slides: Sequence[SlideEntry],
         choice: Choice | None = None,
     ) -> ModelFacts:
-        """Return what `examine_model` learns of the model, on a worker: this process never loads torch.
+        """Return what `examine_for_run` learns of the model, on a worker: this process never loads torch.
 
         Raises:
             WorkerError: the workers die of it, or are gone.
@@ -186,7 +186,7 @@ def _examine(device: str, torch_threads: int | None, *model: Any) -> ModelFacts:
     use_threads(torch_threads or worker.state.nthreads)
     try:
         check_device(device, worker.address)
-        explainer = examine_model(*model)
+        explainer = examine_for_run(*model)
         EXAMINED.keep(explainer, device)
         return explainer.facts
     except DeviceError:

@@ -24,6 +24,7 @@ from wsi_gradcam.system.processes import release_freed_memory
 if TYPE_CHECKING:
     from wsi_gradcam.cam.explainer import Explainer
     from wsi_gradcam.cam.facts import ModelFacts
+    from wsi_gradcam.run.examining import Blind
     from wsi_gradcam.run.plan import RunPlan
 
 # What a scheduler's HTTP server answers where its configuration names this module (pipelines/kubernetes.py): whether
@@ -93,14 +94,14 @@ class ExaminedModel:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: tuple[str, Explainer] | None = None
+        self._kept: tuple[str, Explainer | Blind] | None = None
 
-    def keep(self, explainer: Explainer, device: str) -> None:
+    def keep(self, explainer: Explainer | Blind, device: str) -> None:
         """Keep an explainer for the run that it was examined for, which begins soon; an earlier one is forgotten."""
         with self._lock:
             self._kept = device, explainer
 
-    def take(self, run: RunPlan) -> Explainer | None:
+    def take(self, run: RunPlan) -> Explainer | Blind | None:
         """Return the explainer that was kept, if it is the run's, and forget it."""
         with self._lock:
             kept, self._kept = self._kept, None
