@@ -28,7 +28,7 @@ __all__ = ["FORMATS", "Exported", "Options", "export"]
 NAMELESS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
 # The module of each format; its function write(job), or another that is named, returns the paths it has written.
 FORMATS = {
-    "ome-zarr-0.4": "ome_zarr_04",
+    "ome-zarr-0.4": "arrays",
     "ome-tiff": "tiff:write_ome",
     "tiff": "tiff",
     "asap": "tiff:write_asap",
@@ -37,8 +37,8 @@ FORMATS = {
     "qupath": "qupath",
     "png": "png",
     "deepzoom": "png:write_deepzoom",
-    "trident": "features:trident",
-    "clam": "features:clam",
+    "trident": "arrays:write_trident_features",
+    "clam": "arrays:write_clam_features",
 }
 OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
 
@@ -110,7 +110,7 @@ def _is_ready(slide: SlideResult, to: str) -> bool:
     """Return whether all is there that a format writes of a slide."""
     if to not in OF_FEATURES:
         return slide.is_finished
-    from wsi_gradcam.export.features import has_features
+    from wsi_gradcam.export.arrays import has_features
 
     try:
         return has_features(slide)

@@ -1,8 +1,9 @@
-"""OME-Zarr 0.4 (Zarr 2), for programs that do not read 0.5 yet: QuPath, OMERO, Fiji.
+"""Arrays for other programs: heatmaps as OME-Zarr 0.4, and features as the HDF5 files of TRIDENT and CLAM.
 
-It has the levels, values and label of `heatmap.ome.zarr`. Chunks are compressed as the other writers of 0.4 do it, with
-Blosc, as some readers know no other codec (ngff-zarr refuses zlib); arrays name their axes as xarray asks for it;
-`OME/METADATA.ome.xml` has pixel size, channels and colours for programs that use Bio-Formats.
+OME-Zarr 0.4 (Zarr 2) is for programs that do not read 0.5 yet: QuPath, OMERO, Fiji. It has the levels, values and label
+of `heatmap.ome.zarr`. Chunks are compressed as the other writers of 0.4 do it, with Blosc, as some readers know no other
+codec (ngff-zarr refuses zlib); arrays name their axes as xarray asks for it; `OME/METADATA.ome.xml` has pixel size,
+channels and colours for programs that use Bio-Formats.
 """
 
 from __future__ import annotations
@@ -10,15 +11,26 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import zarr
 from numcodecs import Blosc
 
+from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.export.job import Job, ome_colour
 from wsi_gradcam.geometry import tiles
+from wsi_gradcam.mil.feature_files import write_clam, write_trident
+from wsi_gradcam.mil.features import SlideFrame, steps
+from wsi_gradcam.results.feature_store import BOXES, Bag, FeatureStore, encoding_problems
 from wsi_gradcam.results.heatmap import CHUNK, LABEL, SHARD
+from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.results.patch_store import PatchStore
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.results.slide import SlideResult
 
 VERSION = "0.4"
 NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
@@ -116,3 +128,71 @@ def ome_xml(job: Job) -> bytes:
         ET.SubElement(pixels, "Channel", {**about, "Color": str(ome_colour(channel.colour))})
     ET.SubElement(pixels, "MetadataOnly")
     return bytes(ET.tostring(root, encoding="UTF-8", xml_declaration=True))
+
+
+# Features
+
+
+def has_features(slide: SlideResult) -> bool:
+    """Return whether all features of a slide are there, explained or not."""
+    manifest = Manifest(slide.folder.manifest)
+    try:
+        store = FeatureStore(slide.folder.features, read_only=True)
+    except FileNotFoundError:
+        return False
+    return manifest.is_finished or not list(encoding_problems(store, manifest, slide.plan))
+
+
+def write_trident_features(job: Job) -> list[Path]:
+    """Write DEST/SLIDE.h5 as TRIDENT does."""
+    bag, boxes, frame = _bag(job)
+    slide = job.slide
+    height, width = slide.patch_px
+    if height != width:
+        raise ConfigError(f"{slide.id}: patches of {height} x {width} px; TRIDENT's are squares, export the other way")
+    step = next((step for step in steps(boxes[:, 1::-1]) if step), None)
+    stride = width if step is None else min(width, round(width * step / slide.plan.footprint[1]))
+    path = job.named(job.base, ".h5")
+    with job.atomic_path(path) as partial:
+        write_trident(
+            partial,
+            bag,
+            boxes,
+            frame,
+            patch_px=width,
+            stride_px=stride,
+            mpp=slide.patch_mpp,
+            encoder=slide.model_name,
+        )
+    return [path]
+
+
+def write_clam_features(job: Job) -> list[Path]:
+    """Write DEST/SLIDE.h5 as CLAM does, features and places in one file."""
+    bag, boxes, frame = _bag(job)
+    path = job.named(job.base, ".h5")
+    with job.atomic_path(path) as partial:
+        write_clam(partial, bag, boxes, frame)
+    return [path]
+
+
+def _bag(job: Job) -> tuple[Bag, NDArray[np.float64], SlideFrame]:
+    """Return the features of a slide's readable patches, their boxes as of `FeatureBag`, and the slide.
+
+    Raises:
+        ResultError: it has none.
+    """
+    slide, plan = job.slide, job.slide.plan
+    try:
+        store = FeatureStore(slide.folder.features, read_only=True)
+    except FileNotFoundError as error:
+        raise ResultError(
+            f"{slide.id}: has no features; slide-level models have them, and what 'wsi-gradcam encode' makes"
+        ) from error
+    bag = Bag(store)
+    if store.has(BOXES):
+        boxes = store.read(BOXES)
+    else:
+        yx = PatchStore(slide.folder.cams, read_only=True).yx()
+        boxes = np.concatenate([yx, np.broadcast_to(plan.footprint, yx.shape)], axis=1).astype(np.float64)
+    return bag, boxes[bag.rows], SlideFrame(slide.id, plan.slide_px, plan.slide_mpp)
