@@ -202,7 +202,7 @@ def test_features_are_exported_and_come_back(
         np.testing.assert_array_equal(bag.features[:], features_of(out))
         np.testing.assert_array_equal(bag.boxes[:, 1::-1], stored(out / "a.tif", "xy"))
         assert (bag.boxes[:, 2:] == 64).all()
-        assert bag.notes == ()
+        assert [note for note in bag.notes if "another order than CLAM" not in note] == []  # ours is row by row
     if of == "explained" and to == "trident":
         explain(archive, model, tmp_path / "again", features=tmp_path / "made", method="none", **SETTINGS)
         for name in SLIDES:
