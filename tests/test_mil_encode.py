@@ -24,8 +24,8 @@ from wsi_gradcam.mil.aggregators import load_aggregator
 from wsi_gradcam.mil.attribution import explain_bag
 from wsi_gradcam.mil.feature_files import open_features
 from wsi_gradcam.mil.features import SlideFrame
-from wsi_gradcam.mil.spec import read_slide_model
-from wsi_gradcam.run import bags, plan
+from wsi_gradcam.mil.spec import read_slide_model, refuse_large_bag, whole_bag_bytes
+from wsi_gradcam.run import bags
 
 SLIDES = ("a.tif", "b.tif")
 SETTINGS: dict[str, Any] = {**SMALL, "bag_method": "integrated_gradients"}
@@ -115,7 +115,12 @@ def test_what_is_encoded_is_not_encoded_again(
     with pytest.raises(StoreError):
         encode(archive, model, tmp_path / "out", **SMALL)
     made: list[int] = []
-    monkeypatch.setattr(bags, "_keep", lambda c, e, span, *rest: (made.append(span), whole(c, e, span, *rest)))
+
+    def counted(context: Any, entry: Any, span: int, *rest: Any) -> None:
+        made.append(span)
+        whole(context, entry, span, *rest)
+
+    monkeypatch.setattr(bags, "_keep", counted)
     encode(archive, model, tmp_path / "out", **SMALL)
     assert contents(tmp_path / "out") == contents(encoded)
     before = len(made)
@@ -292,7 +297,7 @@ def transmil_state(length: int) -> dict[str, torch.Tensor]:
 def test_the_estimate_of_memory_is_that_of_the_bag(tmp_path: Path) -> None:
     """Of aggregators in chunks there is none; of others it grows, and large bags lose no patch one by one."""
     facts = BagFacts("encoder", 12, (), (0.0, 100.0, 1000.0))
-    checked = plan.whole_bag_bytes(facts.whole, 100, 12, 2)
+    checked = whole_bag_bytes(facts.whole, 100, 12, 2)
     assert checked == 100 * 100 + 1000 + 100 * 12 * 8 * 4
     with pytest.raises(BagSizeError, match="one_removed: 2,001 patches"):
-        plan.refuse_large_bag(2001, 0, ("integrated_gradients", "one_removed"), "a.svs: ")
+        refuse_large_bag(2001, 0, ("integrated_gradients", "one_removed"), "a.svs: ")

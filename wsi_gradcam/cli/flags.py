@@ -37,6 +37,7 @@ REPEATED = {"target": "TARGET", "allow_hosts": "PATTERN"}  # --target A --target
 JOINED = ("method", "bag_method", "only")  # --method A,B
 # Settings that make no difference to features, or are of those made elsewhere.
 NOT_OF_ENCODING = (
+    "outlines",
     "target",
     "method",
     "bag_method",
@@ -295,7 +296,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("out", help="folder that explain made")
     formats = (
-        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, qupath, png, deepzoom; of features trident, clam; "
+        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, qupath, png, deepzoom, trident, clam; "
         "docs/exports.md says which for what"
     )
     add("--to", required=True, metavar="FORMAT", help=formats)

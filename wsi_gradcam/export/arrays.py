@@ -2,8 +2,8 @@
 
 OME-Zarr 0.4 (Zarr 2) is for programs that do not read 0.5 yet: QuPath, OMERO, Fiji. It has the levels, values and label
 of `heatmap.ome.zarr`. Chunks are compressed as the other writers of 0.4 do it, with Blosc, as some readers know no
-other codec (ngff-zarr refuses zlib); arrays name their axes as xarray asks for it; `OME/METADATA.ome.xml` has pixel size,
-channels and colours for programs that use Bio-Formats.
+other codec (ngff-zarr refuses zlib); arrays name their axes as xarray asks for it; `OME/METADATA.ome.xml` has pixel
+size, channels and colours for programs that use Bio-Formats.
 """
 
 from __future__ import annotations
