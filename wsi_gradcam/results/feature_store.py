@@ -159,11 +159,6 @@ class FeatureStore:
             yield self.read(name, start, start + FEATURE_ROWS)
 
     @property
-    def attributes(self) -> dict[str, Any]:
-        """What the arrays are of: encoder, bag methods, targets."""
-        return dict(self._group.group.attrs.asdict())
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(N, D) of the features."""
         count, length = self._group.array("features").shape

@@ -180,7 +180,8 @@ def _left_to_do(plan: SlidePlan, manifest: Manifest, run: RunPlan) -> Planned:
     spans = [i for i in range(len(plan.spans)) if span_name(i) not in explained]
     encode = [] if encoded is None else [i for i in range(len(plan.spans)) if span_name(i) not in encoded]
     if run.only_encodes:
-        return Planned(plan.patches, sum(stop - start for start, stop in (plan.spans[i] for i in encode)), [], [], encode=encode)
+        left = sum(stop - start for start, stop in (plan.spans[i] for i in encode))
+        return Planned(plan.patches, left, [], [], encode=encode)
     return Planned(
         patches=plan.patches,
         left=sum(stop - start for start, stop in (plan.spans[i] for i in spans)),
