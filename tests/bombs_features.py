@@ -307,7 +307,7 @@ def mirax(folder: Path, slidedat: str) -> Path:
     (folder / "a").mkdir()
     (folder / "a/Slidedat.ini").write_text(slidedat)
     (folder / "a/Index.dat").write_bytes(b"01.02" + b"0" * 32 + bytes(64))
-    (folder / "a.mrxs").write_bytes(b"\xff\xd8\xff\xd9")
+    (folder / "a.mrxs").write_bytes(b"no picture")
     return folder / "a.mrxs"
 
 

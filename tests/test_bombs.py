@@ -117,12 +117,15 @@ def test_files_say_what_is_too_large(tmp_path: Path) -> None:
         ("features: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is no tensor; write it anew"),
         ("features: NumPy, packed zeros of gigabytes", "features is .* bytes in .*, which no features are"),
         ("features: NumPy, very many members", "names its members in .* bytes, expected up to 8,388,608"),
+        ("mrxs: vast numbers", r"a\.mrxs: Slidedat\.ini has IMAGENUMBER_X .*, expected up to 65,536"),
+        ("mrxs: a configuration of gigabytes", r"a\.mrxs: Slidedat\.ini cannot be read: larger than 4 MiB"),
+        ("dicom: sequences in sequences", r"a\.dcm: sequences nested more than 64 deep, which are of no slide"),
         ("aggregator: very many layers behind other names", "numbers in .* tensors, which no aggregator has"),
     ],
 )
-def test_features_and_weights_that_are_no_such_say_why(name: str, said: str, tmp_path: Path) -> None:
+def test_files_that_are_no_such_say_why(name: str, said: str, tmp_path: Path) -> None:
     path = all_bombs()[name](tmp_path, np.random.default_rng(0))
-    with pytest.raises((ModelError, FeatureError), match=said):
+    with pytest.raises((ModelError, FeatureError, SlideFormatError), match=said):
         LOOKS[kind_of(name)](path)
 
 

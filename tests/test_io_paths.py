@@ -426,3 +426,18 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
     (out / "x/f/g").remove()
     (out / "x/f").remove_tree()
     assert (out / "x/f").read() == b"1"
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    """Results may be a stranger's: what it leads to would be emptied."""
+    (tmp_path / "mine").write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(StoreError, match="a link is in the place of a file of ours; delete it"):
+        storage_path(out / "display.json").update(lambda _: b"{}")
+    assert (tmp_path / "mine").read_text() == "precious"
+    (out / ".lock").unlink()
+    os.mkfifo(out / ".lock")  # which nobody reads
+    storage_path(out / "display.json").update(lambda _: b"{}")
+    assert (out / "display.json").read_bytes() == b"{}"

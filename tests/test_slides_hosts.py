@@ -351,3 +351,21 @@ def test_a_list_may_have_such_cells(tmp_path: Path) -> None:
     (tmp_path / "=a.svs").write_bytes(b"")
     (tmp_path / "list.csv").write_text("slide\n'=a.svs\n")
     assert [entry.id for entry in find_slides([tmp_path / "list.csv"])] == ["=a.svs"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254\\@8.8.8.8/a.svs",
+        "https://169.254.169.254\\@8.8.8.8/a.svs",
+        "http://169.254\t.169.254/a.svs",
+        "http://169.254.169.254\n/a.svs",
+        "http://169.254.169.254 /a.svs",
+        "http://8.8.8.8\0.169.254.169.254/a.svs",
+    ],
+)
+def test_hosts_that_libraries_read_in_several_ways_are_not_asked(url: str) -> None:
+    """Browsers' rules leave tabs out and end the host at a backslash; those of RFC 3986 do not."""
+    assert "is no name of a host; correct the URL" in refusal(url)
+    with allowing(["8.8.8.8"]):
+        assert "is no name of a host; correct the URL" in refusal(url)

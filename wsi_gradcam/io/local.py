@@ -30,7 +30,11 @@ LOCK = ".lock"
 ATTEMPTS = 3
 PARTIAL = ".partial"  # also the ending of zarr's own unfinished files
 
+# Results may be a stranger's: a link in place of the lock is not followed, and a pipe is not waited for.
+LOCKING = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW"))
+
 _MENDS = {
+    errno.ELOOP: "a link is in the place of a file of ours; delete it",
     errno.ENOSPC: "the disk is full; free space and run the same command again, nothing finished is lost",
     errno.EDQUOT: "the disk quota is used up; free space and run the same command again, nothing finished is lost",
     errno.EROFS: "the file system is read-only; choose another --out",
@@ -224,7 +228,7 @@ class LocalPath(StoragePath):
         """Hold an exclusive lock on the folder, as far as the system and the file system know locks."""
         with wrap_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = (self.path.parent / LOCK).open("w")
+            file = os.fdopen(os.open(self.path.parent / LOCK, LOCKING, 0o666), "wb")
         with file:
             if fcntl is not None:
                 with suppress(OSError):

@@ -97,6 +97,7 @@ METADATA_ADDRESSES = frozenset(
     map(ipaddress.ip_address, ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254"))
 )
 MAPPED = ipaddress.ip_network("64:ff9b::/96")
+NO_HOST = re.compile(r"[\x00-\x20\x7f\\]")  # some libraries leave these out, or end the host there, and others do not
 
 
 @contextmanager
@@ -157,7 +158,9 @@ def refusal(url: str) -> str:
     >>> refusal("http://169.254.169.254/latest"), refusal("https://8.8.8.8/a.svs")
     ('the address 169.254.169.254 is for a cloud machine itself; --allow-hosts 169.254.169.254 allows it', '')
     """
-    scheme, host = split_url(url)[0], host_of_url(url)
+    (scheme, place, _), host = split_url(url), host_of_url(url)
+    if scheme in WEB_SCHEMES and NO_HOST.search(place):
+        return f"{place.rpartition('@')[2][:100]!r} is no name of a host; correct the URL"
     if _matches(scheme, host):
         return ""
     if patterns := allowed_hosts():

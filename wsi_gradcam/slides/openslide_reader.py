@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from contextlib import closing, suppress
 from functools import cached_property
@@ -15,6 +16,7 @@ from PIL import Image
 
 from wsi_gradcam.errors import SlideFormatError, SlideReadError, one_line
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.io.local import read_file
 from wsi_gradcam.slides.base import (
     Level,
     LocalFile,
@@ -146,9 +148,88 @@ class OpenSlideSlide:
 
 
 def detect_vendor(path: Path) -> str | None:
-    """Return OpenSlide's name of a file's format; None where it knows none."""
+    """Return OpenSlide's name of a file's format; None where it knows none.
+
+    Raises:
+        SlideFormatError: DICOM whose sequences are nested too deeply for a parser that calls itself for each; MIRAX
+            that counts more of something than OpenSlide could make room for, which ends the process.
+    """
+    if _is_dicom(path):
+        _check_nesting(path)
+    if path.suffix.lower() == MIRAX:
+        _check_counts(path, path.with_suffix("") / "Slidedat.ini")
     vendor: str | None = openslide.OpenSlide.detect_format(path)
     return vendor
+
+
+DICOM = b"DICM"  # after 128 bytes
+MAX_DICOM_HEAD = 32 << 20  # bytes that are looked through; the head of a slide of 100,000 frames has some 20 MB
+MAX_NESTED = 64  # sequences in sequences; those of slides have five
+# The item of a sequence with its length, the ends of an item and of a sequence, and the pixels (PS3.5, 7.5).
+_PARTS = re.compile(rb"\xfe\xff\x00\xe0(.{4})|\xfe\xff\x0d\xe0|\xe0\x7f\x10\x00", re.DOTALL)
+_NO_LENGTH, DICOM_PIXELS = 0xFFFFFFFF, b"\xe0"
+
+
+MIRAX = ".mrxs"
+MAX_SLIDEDAT = 4 << 20  # bytes; those of slides have some 50 kB
+MAX_COUNT, MAX_PICTURES = 1 << 16, 1 << 24  # of levels, files, ..., and of the camera's pictures
+_COUNTS = re.compile(rb"^\s*(\w*COUNT|IMAGENUMBER_[XY]|CameraImageDivisionsPerSide)\s*=\s*\+?(\d+)", re.MULTILINE)
+
+
+def _check_counts(path: Path, slidedat: Path) -> None:
+    """Refuse a slide of MIRAX whose configuration counts more than slides have."""
+    try:
+        data = read_file(slidedat, MAX_SLIDEDAT)
+    except FileNotFoundError:  # OpenSlide will say so
+        return
+    except OSError as error:
+        raise SlideFormatError(f"{path}: {slidedat.name} cannot be read: {error.strerror}") from error
+    numbers = [(name.decode(), int(digits[:20])) for name, digits in _COUNTS.findall(data)]
+    wrong = next((each for each in numbers if each[1] > MAX_COUNT), None)
+    if wrong is not None:
+        raise SlideFormatError(f"{path}: {slidedat.name} has {wrong[0]} {wrong[1]:,}, expected up to {MAX_COUNT:,}")
+    sides = [number for name, number in numbers if name.startswith("IMAGENUMBER")]
+    if math.prod(sides[:2]) > MAX_PICTURES:
+        raise SlideFormatError(f"{path}: {slidedat.name} has {math.prod(sides[:2]):,} pictures, of which no slide is")
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(132)[128:] == DICOM
+    except OSError:  # OpenSlide will say so
+        return False
+
+
+def _check_nesting(path: Path) -> None:
+    """Refuse a file of DICOM if it, or another of its folder, as the levels of a slide are, is nested too deeply."""
+    for file in sorted(path.parent.iterdir()):
+        if _is_dicom(file) and _depth(file) > MAX_NESTED:
+            raise SlideFormatError(f"{file}: sequences nested more than {MAX_NESTED} deep, which are of no slide")
+
+
+def _depth(path: Path) -> int:
+    """Return how deep the sequences of a DICOM file lie in one another, before its pixels."""
+    with path.open("rb") as file:
+        data = file.read(MAX_DICOM_HEAD)
+    ends: list[float] = []  # of the items that are open
+    deepest = 0
+    for part in _PARTS.finditer(data):
+        while ends and ends[-1] <= part.start():
+            ends.pop()
+        if part[1] is not None:
+            length = int.from_bytes(part[1], "little")
+            ends.append(math.inf if length == _NO_LENGTH else part.end() + length)
+            deepest = max(deepest, len(ends))
+        elif data[part.start() : part.start() + 1] == DICOM_PIXELS:
+            break
+        elif ends:
+            ends.pop()
+        if deepest > MAX_NESTED:
+            break
+    return deepest
 
 
 def _open(path: Path) -> openslide.OpenSlide:
