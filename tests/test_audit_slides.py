@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.feature_formats import MPP, trident
 from tests.runs import contents
-from tests.synthetic import MarkerSlide, write_marker_slide
+from tests.synthetic import MarkerSlide, write_gigapixel_slide, write_marker_slide
+from tests.test_mil_given_features import ON_FEATURES, frame_of, write_aggregator
 from tests.test_mil_runs import BAG, write_model
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain, validate
@@ -125,3 +127,21 @@ def test_the_command_says_what_was_found(out: Path, capsys: pytest.CaptureFixtur
     assert "sufficiency (gradient_x_input)" in text
     metrics = json.loads((out / "audit" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["sample"]["slides"] == 2
+
+
+def test_features_made_elsewhere_are_audited_without_a_pixel(tmp_path: Path) -> None:
+    """By an aggregator alone, also where the model is given anew and has an encoder."""
+    write_gigapixel_slide(tmp_path / "a.tif", 9_000, 14_000, mpp=MPP, tissue_fraction=1.0, blobs=1)
+    trident(tmp_path / "features", frame_of(tmp_path / "a.tif"))
+    model = write_aggregator(tmp_path / "model")
+    explain(tmp_path / "a.tif", model, tmp_path / "out", features=tmp_path / "features", **ON_FEATURES)
+    outcome = audit_run(tmp_path / "out", only=["faithfulness", "sanity"], target="tumour", model=model)
+    assert not outcome.failed
+    (gain,) = (
+        row
+        for row in outcome.metrics.estimates
+        if (row.measure, row.method) == ("srg", "gradient_x_input") and row.value is not None
+    )
+    assert gain.value is not None
+    assert gain.value > 0
+    assert "random weights of the encoder" in {row.what for row in outcome.metrics.not_tested}

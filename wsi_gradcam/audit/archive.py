@@ -140,6 +140,8 @@ def open_run(result: Result, given: Spec | None = None, trust_code: bool = False
     run = result.record
     settings = make_settings(**run.settings | {"allow_hosts": allowed_hosts()})
     spec = (given or _spec_of(result)).trusting(trust_code)
+    if isinstance(spec, SlideModelSpec) and settings.features is not None and not settings.methods:
+        spec = spec.model_copy(update={"encoder": None})  # as when it was explained: no pixel was seen
     if not held:
         spec.check_trusted()
     targets = parse_targets(settings.target, run.model.classes)

@@ -434,9 +434,10 @@ def _encoder_stays(
     plan, random = _plan_of(context, audit, entry), np.random.default_rng(audit.settings.seed)
     chosen = np.sort(random.choice(len(rows), min(ENCODED, len(rows)), replace=False))
     yx = context.patch_store(entry).yx()[rows[chosen]].tolist()
+    mpp = plan.patch_mpp(audit.run.patch_px, audit.run.mpp)
     try:
         with context.slide(entry) as slide:
-            rgb = np.stack([read_region(slide, y, x, *audit.run.patch_px, audit.run.mpp) for y, x in yx])
+            rgb = np.stack([read_region(slide, y, x, *audit.run.patch_px, mpp) for y, x in yx])
     except SlideError:
         return {}
     model, part = context.model().model, subject.part(chosen)

@@ -38,7 +38,7 @@ from wsi_gradcam.audit.stages import AuditWorkload
 from wsi_gradcam.errors import ResultError, ResumeError, StoreError, as_text
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.mil.spec import SlideModelSpec, is_slide_model, read_slide_model, with_whole_paths
+from wsi_gradcam.mil.spec import SlideModelSpec, is_slide_model, read_slide_model
 from wsi_gradcam.models.spec import ModelSpec, read_spec
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
@@ -172,7 +172,7 @@ def _given(
         path = fspath(model)
         model = read_slide_model(path) if is_slide_model(path) else read_spec(path)
     if isinstance(model, SlideModelSpec):
-        return with_whole_paths(model), None
+        return model.resolved(), None
     loaded, spec = (None, model) if isinstance(model, ModelSpec) else (model, model.spec)
     return spec.model_copy(update={"folder": spec.folder.absolute()}), loaded
 

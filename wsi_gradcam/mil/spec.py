@@ -283,18 +283,6 @@ def with_patch_px(spec: ModelSpec | SlideModelSpec, patch_px: tuple[int, int]) -
     return spec.model_copy(update={"encoder": encoder})
 
 
-def with_whole_paths(spec: SlideModelSpec) -> SlideModelSpec:
-    """Return a specification whose folders are whole paths: workers may run in another folder."""
-    encoder, part = spec.encoder, spec.aggregator
-    return spec.model_copy(
-        update={
-            "folder": spec.folder.absolute(),
-            "encoder": encoder and encoder.model_copy(update={"folder": encoder.folder.absolute()}),
-            "aggregator": part.model_copy(update={"folder": part.folder.absolute()}),
-        }
-    )
-
-
 def _aggregator(values: object, path: Path) -> AggregatorSpec:
     values = {"source": values} if isinstance(values, str) else values
     if not isinstance(values, dict) or "folder" in values:
