@@ -1,6 +1,6 @@
 """Kills `explain`, `audit` and `export` at random moments, and looks whether the same command makes the same bytes.
 
-    python -m tests.chaos --command explain|audit|export [--kills 100] [--store s3]
+    python -m tests.chaos --command explain|explain-slide-level|audit|export [--kills 100] [--store s3]
 
 Each command is begun in a fresh process and killed (SIGKILL), again and again; then it may end, and what it has made is
 compared with what an undisturbed one makes: every byte, nothing half-written left, and `validate` is silent.
@@ -24,9 +24,11 @@ from tests.made_results import Made, make, steps
 from tests.mirror import bring, send, url_of
 from tests.runs import SMALL, differing, toy_spec
 from tests.synthetic import write_marker_slide
+from tests.test_mil_runs import write_model
 from wsi_gradcam.api import explain, validate
 
-COMMANDS = ("explain", "audit", "export")
+SLIDE_LEVEL = "explain-slide-level"
+COMMANDS = ("explain", SLIDE_LEVEL, "audit", "export")
 FORMATS = ("deepzoom", "ome-zarr-0.4", "geojson", "ome-tiff", "png")
 PER_TURN = 10  # kills, before the command may end
 END_S = 600.0
@@ -38,6 +40,8 @@ def carry_out(command: str, given: dict[str, Any], environment: dict[str, str]) 
     os.environ.update(environment)
     if command == "explain":
         explain(given["slides"], toy_spec("pooled_linear"), given["out"], **SMALL)
+    elif command == SLIDE_LEVEL:
+        explain(given["slides"], given["model"], given["out"], trust_code=True, **SMALL)
     elif command == "audit":
         from wsi_gradcam import audit_run
 
@@ -77,6 +81,8 @@ class Command:
             make(self.start, {f"{n}.svs": Made((900, 1300), steps((57, 82), seed=n)) for n in range(2)})
             if self.remote:
                 send(self.start)
+        elif self.name == SLIDE_LEVEL:
+            write_model(self.folder / "model")
         elif self.name == "audit":
             explain(slides, toy_spec("pooled_linear"), self.start, **SMALL)
         self._whole("deepzoom")
@@ -128,6 +134,7 @@ class Command:
     def _process(self, out: Path, to: str) -> Any:
         shown = url_of(out) if self.remote else str(out)
         given: dict[str, Any] = {"slides": str(self.folder / "slides"), "out": shown, "to": to}
+        given["model"] = str(self.folder / "model" / "slides.yaml")
         if self.name == "export":
             given |= {"out": url_of(self.start) if self.remote else str(self.start), "dest": str(out)}
         context = multiprocessing.get_context("forkserver")

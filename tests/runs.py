@@ -169,7 +169,9 @@ def start(
     slowness_s: float = 0.0,
     environment: dict[str, str] | None = None,
 ) -> Any:
-    """A process that explains `slides` with a toy model, to be killed; it is forked from one that has torch loaded.
+    """A process that explains `slides` with a toy model, or a model file, to be killed.
+
+    It is forked from one that has torch loaded.
 
     It kills itself when it is about to change the folder for the `die_at_change`-th time, counted from 0; the model
     `slow_linear` sleeps for `slowness_s` in each batch.

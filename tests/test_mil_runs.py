@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import yaml
 from torch import Tensor, nn
 
 from tests import toy_models
-from tests.runs import SMALL, contents, rows_of, stored, toy_values
+from tests.doomed import CHANGES
+from tests.runs import SMALL, contents, rows_of, start, stored, toy_values
 from tests.synthetic import MarkerSlide, corrupt_tile, write_marker_slide
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.errors import ConfigError, ModelError
@@ -173,6 +177,35 @@ def test_workers_leave_the_same_bytes(slide: MarkerSlide, model: Path, out: Path
     """Two processes encode, aggregate and explain as one does."""
     explain(slide.path, model, tmp_path / "out", workers=2, trust_code=True, **BAG)
     assert contents(tmp_path / "out") == contents(out)
+
+
+@pytest.mark.parametrize("kind", ["features", "spans"])  # records of the first pass, and of the second
+def test_a_run_killed_in_either_pass_continues(
+    kind: str, slide: MarkerSlide, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command ends with the same bytes."""
+    changed: list[str] = []
+
+    def noted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any, **more: Any) -> Any:
+            changed.append(str(given))
+            return real(*given, **more)
+
+        return called
+
+    with monkeypatch.context() as patched:
+        for name in CHANGES:
+            patched.setattr(os, name, noted(getattr(os, name)))
+        explain(slide.path, model, tmp_path / "whole", trust_code=True, **SMALL)
+    second = [number for number, paths in enumerate(changed) if f"manifest/{kind}/" in paths][1]
+    process = start([Path(slide.path)], str(model), tmp_path / "out", die_at_change=second + 1)
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    records = list((tmp_path / "out" / "whole.tif" / "manifest" / kind).iterdir())
+    assert 0 < len(records) < 4  # spans
+    assert not (tmp_path / "out" / "whole.tif" / "manifest" / "done.json").exists()
+    explain(slide.path, model, tmp_path / "out", trust_code=True, **SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_an_unreadable_patch_is_no_part_of_the_bag(model: Path, tmp_path: Path) -> None:

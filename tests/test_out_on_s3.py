@@ -15,6 +15,7 @@ import pytest
 from tests.cli_runs import SMALL_FLAGS, Run, calling, write_inputs
 from tests.runs import SMALL, contents, objects, start, toy_spec
 from tests.s3_proxy import Proxy, at_random
+from tests.test_mil_runs import BAG, write_model
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.doctor.checks import check_folder
 from wsi_gradcam.errors import StoreError
@@ -149,6 +150,16 @@ def test_a_store_that_goes_away_stops_the_run(
     s3_proxy.passed.fails = lambda method, target: ""
     explain(inputs / "slides", toy_spec("pooled_linear"), s3_out, **SMALL)
     assert differing(s3_out, expected) == []
+
+
+def test_a_slide_level_run_leaves_the_same_bytes(inputs: Path, tmp_path: Path, s3_out: str) -> None:
+    model, slide = write_model(tmp_path / "model"), inputs / "slides/b.tif"
+    explain(slide, model, tmp_path / "out", trust_code=True, **BAG)
+    explain(slide, model, s3_out, trust_code=True, **BAG)
+    wanted = {name: data for name, data in contents(tmp_path / "out").items() if name != LOCK}
+    assert any("features.zarr" in name for name in wanted)
+    assert differing(s3_out, wanted) == []
+    assert validate(s3_out) == []
 
 
 def test_validate_finds_what_was_changed(inputs: Path, s3_out: str) -> None:
