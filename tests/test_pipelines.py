@@ -81,7 +81,7 @@ mil.write_model(Path(sys.argv[2]), network, crops, pools, mil.QUICK, mil.SEED)
 def test_a_slide_level_model_is_trained_and_judged_on_what_it_never_saw(tmp_path: Path) -> None:
     """The model file loads, the card says how the model did, and training again gives the same weights."""
     crops, out = write_crops(tmp_path / "crops"), tmp_path / "out"
-    given = ["--data", crops, "--leave-out", "p_r2c0", "--quick", "--threads", "1", "--out", out]
+    given: list[str | Path] = ["--data", crops, "--leave-out", "p_r2c0", "--quick", "--threads", "1", "--out", out]
     ended = run("pipelines/train_mil.py", *given)
     assert ended.returncode == 0, ended.stderr
     ended = run("-c", TRAINED_AGAIN, crops, tmp_path / "again")
