@@ -287,7 +287,7 @@ class Jobs:
         self._scheduler: Any = cluster.scheduler
         self._run = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self._jobs: list[Job] = []
-        self._wanted, self._fewer, self._sized_at = int(given.workers), 0, 0.0
+        self._wanted, self._fewer, self._sized_at = int(given.minimum), 0, 0.0
         self._number = self._failed = self._refused = 0
         self._not_before, self._ask_at = 0.0, math.inf
         self._pause = ASKED_S[0]

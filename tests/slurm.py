@@ -121,14 +121,14 @@ class Slurm:
 
     def crash(self, node: str) -> None:
         """Kill all processes of a node at once: its slurmd, what it started for jobs, and these."""
-        victims = [self.daemons[node].pid, *(process.pid for process in self.steps(node))]
+        victims = [self.daemons[node].pid, *(process.pid for process in self.steps(node, True))]
         for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.daemons[node].wait()
 
-    def steps(self, node: str = "") -> list[psutil.Process]:
-        """Processes of jobs on a node, or on all: what slurmstepd started, and itself."""
+    def steps(self, node: str = "", itself: bool = False) -> list[psutil.Process]:
+        """Processes of jobs on a node, or on all: what slurmstepd started, and if wanted `itself`."""
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -137,7 +137,7 @@ class Slurm:
                 if environment.get("SLURM_CONF") == str(self.folder / "slurm.conf") and at and at == (node or at):
                     found[process.pid] = process
                     parent = process.parent()
-                    if parent is not None and "slurmstepd" in parent.name():
+                    if itself and parent is not None and "slurmstepd" in parent.name():
                         found[parent.pid] = parent
         return list(found.values())
 
@@ -172,7 +172,7 @@ class Slurm:
         """End all jobs and daemons."""
         for name in list(self.daemons):
             self.kill(name)
-        for process in self.steps():
+        for process in self.steps(itself=True):
             with suppress(psutil.Error):
                 process.kill()
 
@@ -237,7 +237,8 @@ def made_slides(folder: Path, count: int) -> Path:
     for number in range(count):
         path = folder / f"slides/{number}.tif"
         write_marker_slide(path, 390, 500, mpp=0.25, markers=[(200, 200)], marker_px=16, seed=number)
-    explain(folder / "slides", str(toy_file(folder, "slow_linear")), folder / "serial", **SMALL)
+    model = str(toy_file(folder, "slow_linear"))
+    explain(folder / "slides", model, folder / "serial", trust_code=True, **SMALL)
     return folder
 
 

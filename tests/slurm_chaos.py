@@ -103,6 +103,8 @@ def disturbed(folder: Path, running: Slurm, made: Path, kills: int, dice: random
                 return killer.killed, [f"not done after {RUN_S:g} s; see {folder}"]
     finally:
         killer.stop()
+        if killer.driver is not None:
+            killer.driver.process.kill()
     running.wait_for_nodes()
     try:
         running.wait_until_idle(LEFT_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -373,3 +374,50 @@ def bound(running: Slurm) -> list[tuple[int, str]]:
             workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
             found += [(number, worker.environ()["CUDA_VISIBLE_DEVICES"]) for worker in workers]
     return found
+
+
+# Jobs are tended by this program itself, with work that comes and goes, in place of `explain`.
+TENDING = """\
+import sys, time
+import certificates, queues, slurm
+from distributed import Client
+given, _ = queues.parsed(slurm.Slurm(), "")
+def until(what):
+    end = time.monotonic() + float(sys.stdin.readline())
+    while not what():
+        assert time.monotonic() < end
+        jobs.tend()
+        time.sleep(0.2)
+if __name__ == "__main__":
+    with (
+        certificates.made_for_this_run("") as key,
+        queues.scheduler(given) as cluster,
+        queues.Jobs(slurm.Slurm(), given, cluster, key) as jobs,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        workers = lambda: len(client.scheduler_info(n_workers=-1)["workers"])
+        for step in ("one", "two", "one"):
+            work = client.map(time.sleep, [5] * 200, pure=False) if step == "two" else []
+            until(lambda: workers() == (2 if step == "two" else 1))
+            print(step, flush=True)
+            client.cancel(work)
+"""
+
+
+@real
+def test_there_are_as_many_jobs_as_there_is_work_for(cluster: Slurm, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TENDING, "--minimum", "1", "--workers", "2", "--cpus", "1", "--memory", "1GiB"]
+    environment = {**cluster.environment, "PYTHONPATH": f"{ROOT}/pipelines:{ROOT}"}
+    done = subprocess.run(
+        command,
+        input=f"{ENDED_S}\n" * 3,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=4 * ENDED_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line in ("one", "two")] == ["one", "two", "one"]
+    assert ours(cluster) == {}
