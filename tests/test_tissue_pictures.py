@@ -364,3 +364,11 @@ def test_a_large_strip_is_read_by_its_rows(tmp_path: Path) -> None:
     reduced = found.mask((10_000, 10_000), (100, 100))
     assert reduced.sum() == 625
     assert reduced[25:50, 25:50].all()
+
+
+def test_a_tiff_that_is_finer_than_its_slide_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """One tile in a file may stand for a million of them."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((512, 512), np.uint8), tile=(64, 64), compression="zlib")
+    assert read_regions(tmp_path / "a.tif", "a").drawn((256, 256)).known == ("0",)  # type: ignore[union-attr]
+    with pytest.raises(AnnotationError, match=r"512 x 512 px .* over a slide of 200 x 200 px; a mask is no finer"):
+        read_regions(tmp_path / "a.tif", "a").drawn((200, 200))  # type: ignore[union-attr]

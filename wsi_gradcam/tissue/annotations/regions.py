@@ -47,6 +47,7 @@ LOSSLESS = frozenset(
     ("NONE", "CCITTRLE", "CCITTFAX3", "CCITTFAX4", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD")
 )
 MAX_TILE_PX, MAX_TILES = 1 << 26, 1 << 24
+MOST_FINER = 2.0  # pixels of a mask for one of the slide, along an axis
 SAME_BYTES, KEPT = 4096, 8  # tiles of one label are small, alike and many: they are decoded once
 WHITE_IS_ZERO, BLACK_IS_ZERO, COLOURS, PALETTE, UPRIGHT = 0, 1, 2, 3, 1
 MISPLACED, PLACED = 0.1, 0.5  # shares of a drawing on tissue: of a wrong frame at most, of a right one at least
@@ -298,7 +299,14 @@ def png_picture(path: Path, data: bytes, slide_px: tuple[int, int]) -> LabelPict
 @lru_cache(4)
 def _tiff_picture(path: Path, slide_px: tuple[int, int], changed: tuple[int, int]) -> LabelPicture:
     """Return the labels in a TIFF; another `changed` (time and size) is another file."""
-    return LabelPicture(path, TiffPixels(path), slide_px)
+    pixels = TiffPixels(path)
+    if max(side / whole for side, whole in zip(pixels.sizes[0], slide_px, strict=True)) > MOST_FINER:
+        height, width = pixels.sizes[0]
+        raise AnnotationError(
+            f"{path}: {height} x {width} px (height x width) over a slide of {slide_px[0]} x {slide_px[1]} px; a mask "
+            "is no finer than its slide: write it smaller"
+        )
+    return LabelPicture(path, pixels, slide_px)
 
 
 @dataclass(frozen=True)
