@@ -3,7 +3,9 @@
 One process, sides alternating, the same patches (ResNet-18, 224 px, batches of 32) of a slide of tissue in JPEG. The
 model is loaded and chosen before the clock runs, for every side. `wall_over_bound` is the run's time, with planning,
 stitching, table and overview, over the longer of reading alone and model alone: 1 is perfect overlap on a machine
-with cores to spare; where reading and model share all cores, the sum of both is the bound, and stands beside it.
+with cores to spare. Where the model computes on all cores, reading cannot be hidden behind it: `wall_over_cores` takes
+for the bound what both compute, over the cores, where that is longer. `cpu_over_both` is all that the run computes over
+what both compute, and says what planning, stitching, table and overview cost, also on a machine that others use.
 
 `--mpp-ratio 2` explains the slide, of 0.25 um per pixel, at 0.5, as most slides are. With `--rate R` the model only
 waits, for as long as a device takes that explains R patches a second. `--against CHECKOUT` does the same whole slides
@@ -293,7 +295,7 @@ def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures."""
     work, yx = begin(arguments, folder)
-    times: dict[str, list[float]] = {"wall": [], "decode": [], "model": []}
+    times: dict[str, list[tuple[float, float]]] = {"wall": [], "decode": [], "model": []}
     for i in range(arguments.rounds + 1):
         sides: list[tuple[str, Callable[[], float]]] = [
             ("decode", lambda: work.decode_only(yx)),
@@ -301,15 +303,25 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             ("wall", lambda i=i: work.end_to_end(folder / f"run{i}")),  # type: ignore[misc]
         ]
         for name, side in sides if i % 2 == 0 else sides[::-1]:
+            computed = time.process_time()
             seconds = side()
             if i:  # the first round warms up
-                times[name].append(seconds)
+                times[name].append((seconds, time.process_time() - computed))
     with watched() as line:
         work.end_to_end(folder / "watched")
-    wall, decode, model = (statistics.median(times[name]) for name in ("wall", "decode", "model"))
+    (wall, decode, model), (whole, reading, computing) = (
+        [statistics.median(turn[clock] for turn in times[name]) for name in ("wall", "decode", "model")]
+        for clock in (0, 1)
+    )
     return {
-        "ratios": {"wall_over_bound": wall / max(decode, model), "wall_over_sum": wall / (decode + model)},
+        "ratios": {
+            "wall_over_bound": wall / max(decode, model),
+            "wall_over_sum": wall / (decode + model),
+            "wall_over_cores": wall / max(decode, model, (reading + computing) / len(os.sched_getaffinity(0))),
+            "cpu_over_both": whole / (reading + computing),
+        },
         "seconds": {"wall": wall, "decode_only": decode, "model_only": model},
+        "cpu_s": {"wall": whole, "decode_only": reading, "model_only": computing},
         "patches": len(yx),
         "patches_per_s": len(yx) / wall,
         "load": os.getloadavg()[0],
