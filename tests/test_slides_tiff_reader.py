@@ -12,6 +12,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 import tifffile
+import torch  # noqa: F401 - which reading at half of a level is done by
 from PIL import Image
 
 from tests.synthetic import corrupt_tile, write_marker_slide
@@ -113,6 +114,16 @@ def test_patches_at_any_mpp_are_the_same(aperio: Path) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def test_at_half_of_a_level_nothing_is_copied_for_the_filter(aperio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read goes into the frame that the filter wants; other readers' pixels are copied there."""
+    with closing(open_slide(aperio)) as slide, closing(open_slide(aperio, reader="openslide")) as expected:
+        mpp = 2 * slide.info.mpp_yx[0]
+        known = [read_region(expected, y, x, 50, 60, mpp) for y, x in ((-9, -9), (300, 500))]
+        monkeypatch.setattr(TiffSlide, "read_level", None)
+        for (y, x), pixels in zip(((-9, -9), (300, 500)), known, strict=True):
+            np.testing.assert_array_equal(read_region(slide, y, x, 50, 60, mpp), pixels)
+
+
 def test_what_differs_from_openslide_is_read_by_openslide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -172,6 +183,10 @@ def test_orientations_are_honoured(orientation: int, tmp_path: Path) -> None:
     for region in regions(*expected.shape[:2]):
         shown = padded[400 + region.y : 400 + region.bottom, 400 + region.x : 400 + region.right]
         np.testing.assert_array_equal(slide.read_level(0, region), shown)
+        assert isinstance(slide, TiffSlide)
+        larger = np.full((region.height + 4, region.width + 6, 3), 99, np.uint8)
+        slide.read_into(0, region, larger[2:-2, 3:-3])
+        np.testing.assert_array_equal(larger, np.pad(shown, ((2, 2), (3, 3), (0, 0)), constant_values=99))
     assert isinstance(slide, TiffSlide)
     covered = np.zeros(expected.shape[:2], int)
     for region in slide.sample_tiles(0, 99):
