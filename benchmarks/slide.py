@@ -261,9 +261,8 @@ class Other:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # closes its pipes, and waits
+            pass
 
 
 def compare(arguments: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
