@@ -81,12 +81,12 @@ def in_torch(kind: str) -> None:
 
     @enter("packed numbers")
     def packed(folder: Path, rng: Random) -> Path:
-        count = side(rng, 8.6, 8.8)
+        count = side(rng, 7.5, 7.8)
         return saved(folder / "a.pt", tensor_pickle(1, count), zipfile.ZIP_DEFLATED, bytes(4 * count))
 
     @enter("a packed description")
     def packed_pickle(folder: Path, rng: Random) -> Path:
-        return saved(folder / "a.pt", b"\x80\x02" + b"N0" * side(rng, 8.6, 8.8) + b"N.", zipfile.ZIP_DEFLATED)
+        return saved(folder / "a.pt", b"\x80\x02" + b"N0" * side(rng, 7.5, 7.8) + b"N.", zipfile.ZIP_DEFLATED)
 
     @enter("a long description")
     def long_pickle(folder: Path, rng: Random) -> Path:
@@ -99,7 +99,7 @@ def in_torch(kind: str) -> None:
     @enter("very many members")
     def members(folder: Path, rng: Random) -> Path:
         path = saved(folder / "a.pt", tensor_pickle(), data=bytes(16))
-        return many_members(path, side(rng, 5.8, 6.1))
+        return many_members(path, side(rng, 5.3, 5.6))
 
     @enter("lists in lists")
     def deep(folder: Path, rng: Random) -> Path:
@@ -223,19 +223,19 @@ def npz(folder: Path, packing: int, rows: int, columns: int) -> Path:
     return folder
 
 
-@bomb("features: NumPy, packed zeros of gigabytes")
+@bomb("features: NumPy, packed zeros")
 def packed_zeros(folder: Path, rng: Random) -> Path:
-    return npz(folder, zipfile.ZIP_DEFLATED, 1024, side(rng, 6, 6.3))
+    return npz(folder, zipfile.ZIP_DEFLATED, 1 << 14, int(rng.uniform(1e4, 2e4)))
 
 
-@bomb("features: NumPy, zeros of gigabytes by LZMA")
+@bomb("features: NumPy, zeros by LZMA")
 def lzma_zeros(folder: Path, rng: Random) -> Path:
-    return npz(folder, zipfile.ZIP_LZMA, 1 << 16, int(rng.uniform(7e3, 1e4)))
+    return npz(folder, zipfile.ZIP_LZMA, 1 << 13, int(rng.uniform(17e3, 2e4)))
 
 
 @bomb("features: NumPy, very many members")
 def many_arrays(folder: Path, rng: Random) -> Path:
-    many_members(npz(folder, zipfile.ZIP_STORED, 9, 2) / "a.npz", side(rng, 5.8, 6.1))
+    many_members(npz(folder, zipfile.ZIP_STORED, 9, 2) / "a.npz", side(rng, 5.3, 5.6))
     return folder
 
 
@@ -293,7 +293,7 @@ def many_labels(folder: Path, rng: Random) -> Path:
     """Each pixel has a label of its own."""
     import tifffile
 
-    wide = int(rng.integers(5000, 7000))
+    wide = int(rng.integers(2000, 3000))
     data = np.arange(wide * wide, dtype=np.uint32).view(np.uint8).reshape(wide, wide, 4)[..., :3]
     tifffile.imwrite(folder / "a.tif", data, tile=(512, 512), photometric="rgb", compression="zlib")
     return folder / "a.tif"

@@ -115,7 +115,7 @@ def test_files_say_what_is_too_large(tmp_path: Path) -> None:
         ("weights: PyTorch, a long description", "a description of more than 8,388,608 bytes"),
         ("weights: PyTorch, very many members", "names its members in .* bytes, expected up to 8,388,608"),
         ("features: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is no tensor; write it anew"),
-        ("features: NumPy, packed zeros of gigabytes", "features is .* bytes in .*, which no features are"),
+        ("features: NumPy, packed zeros", "features is .* bytes in .*, which no features are"),
         ("features: NumPy, very many members", "names its members in .* bytes, expected up to 8,388,608"),
         ("mrxs: vast numbers", r"a\.mrxs: Slidedat\.ini has IMAGENUMBER_X .*, expected up to 65,536"),
         ("mrxs: a configuration of gigabytes", r"a\.mrxs: Slidedat\.ini cannot be read: larger than 4 MiB"),
