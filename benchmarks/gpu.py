@@ -3,8 +3,9 @@
 In this order, so that what is cut off by `--seconds` matters least:
 
 1. `machine`: device, driver, versions, flags.
-2. `fidelity`: maps and logits in IEEE float32 against the CPU's, how far TF32, bfloat16 and float16 are off, on eager
-   and compiled trunks, whether the same batch gives the same bytes again (`repeats`), and in another order (`order`).
+2. `fidelity`: maps and logits in IEEE float32 against the CPU's, how far TF32, bfloat16 and float16 are off, on eager,
+   recorded (CUDA graphs) and compiled trunks, whether the same batch gives the same bytes again (`repeats`), and in
+   another order (`order`).
 3. `rate`: explained patches/s at several batch sizes, beside the forward pass alone, pytorch-grad-cam and captum.
 4. `copy`: host to device, pageable and pinned.
 5. `run`: `explain` of a slide on the CPU and on the device: time, and the likeness of what is stored.
@@ -177,7 +178,8 @@ def tell_fidelity(bench: Bench, net: Net) -> None:
     there = images.to(bench.device)
     programs = [("eager", "float32"), ("eager", "bfloat16"), ("eager", "float16")]
     if bench.on_cuda:
-        programs[1:1] = [("eager", "tf32"), ("compile", "float32"), ("compile", "tf32"), ("compile", "bfloat16")]
+        programs[1:1] = [("eager", "tf32"), ("cudagraphs", "float32"), ("cudagraphs", "bfloat16")]
+        programs += [("compile", "float32"), ("compile", "tf32"), ("compile", "bfloat16")]
     for engine, precision in programs:
         bench.section(
             "fidelity",
@@ -217,7 +219,8 @@ def sides(bench: Bench, net: Net, images: Tensor) -> Iterator[tuple[str, Callabl
     """Yield the sides that are timed; a rival that is not installed, or fails to be set up, is told and left out."""
     programs = [("eager", "float32"), ("eager", "bfloat16"), ("eager", "float16")]
     if bench.on_cuda and len(images) == FIRST_BATCH:  # it compiles for a minute
-        programs += [("eager", "tf32"), ("compile", "tf32"), ("compile", "bfloat16")]
+        programs += [("eager", "tf32"), ("cudagraphs", "tf32"), ("cudagraphs", "bfloat16")]
+        programs += [("compile", "tf32"), ("compile", "bfloat16")]
     for engine, precision in programs:
         try:
             program = make_program(net.there, net.layers, engine, precision, images)

@@ -13,7 +13,7 @@ The first two: real slides, ResNet-18 in eager float32, sides taking turns, medi
 the patches is done to the end of the run, so that starting processes and loading the model do not count.
 
 The simulation: a scheduler as a process, the real executor, plugin, batches and answers; real Dask workers with GPU=1
-and five threads, many in a process, whose tasks sleep. A slide has 1,000 patches; GPUs explain 1,000 patches/s, which
+and seven threads, many in a process, whose tasks sleep. A slide has 1,000 patches; GPUs explain 1,000 patches/s, which
 is assumed; what all else takes is measured before, on a slide of 1 gigapixel with 5 % tissue, which is as many patches.
 8 workers get 250 slides, 64 get 2,000, 256 get 8,000: half a minute of work for each. Time is slowed down by the factor
 `slowness`, so that two cores can be all those machines: sleeps and the sizes of batches are multiplied by it. The
@@ -60,7 +60,7 @@ ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 MPP = 0.25
 SECTIONS = ("overhead", "speedup", "simulation", "planning")
-THREADS = 5  # of a simulated worker: two for the GPU, the others plan and stitch
+THREADS = 7  # of a simulated worker: four for the GPU, the others plan and stitch
 WORKERS_A_PROCESS = 32
 SIMULATIONS = ((8, 1.0), (64, 2.0), (256, 8.0))  # workers, slowness
 SLIDES_A_WORKER = 31.25  # so that 64 have 2,000

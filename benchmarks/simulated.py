@@ -121,7 +121,7 @@ async def work(address: str, count: int, threads: int) -> None:
         Worker(
             address,
             nthreads=threads,
-            resources={"GPU": 1, "CPU": threads - 2},
+            resources={"GPU": 1, "CPU": threads - 4},
             memory_limit=0,
             dashboard=False,
             silence_logs=50,

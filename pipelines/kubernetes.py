@@ -126,7 +126,7 @@ def merged(value: Any, more: Any) -> Any:
 def cluster(given: argparse.Namespace) -> dict[str, Any]:
     """The DaskCluster, of which the operator makes pods.
 
-    Two threads a worker: one has patches read for the other. Five beside a GPU, of which two are for it.
+    Two threads a worker: one has patches read for the other. Seven beside a GPU, of which four are for it.
     """
     # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. The pod's holds.
     command = [
@@ -135,7 +135,7 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
         "--name",
         "$(DASK_WORKER_NAME)",
         "--nthreads",
-        "5" if given.gpus else "2",
+        "7" if given.gpus else "2",
         "--memory-limit",
         "0",
         "--no-dashboard",

@@ -204,7 +204,7 @@ def clock(seconds: int) -> str:
 def script(system: System, given: argparse.Namespace, name: str, address: str, key: Path, log: Path) -> str:
     """Return the script of a job, whose worker has the key of a folder.
 
-    Two threads a worker: one has patches read for the other. Five beside a GPU, of which two are for it. A worker
+    Two threads a worker: one has patches read for the other. Seven beside a GPU, of which four are for it. A worker
     leaves before its job's time is over, 15 minutes before it if that is not too much.
     """
     gpus, margin = system.gpus(given), min(900, given.seconds // 4)
@@ -225,7 +225,7 @@ def script(system: System, given: argparse.Namespace, name: str, address: str, k
         name=name,
         job_name="wsi-gradcam",
         python=shlex.join(launcher),
-        cores=5 if gpus else 2,  # Dask's word for threads
+        cores=7 if gpus else 2,  # Dask's word for threads
         processes=1,
         death_timeout=60,
         memory=given.memory,

@@ -84,9 +84,9 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 def command(host: str, number: int, address: str, key: Path, given: argparse.Namespace) -> list[str]:
     """Return the command that starts worker `number` of a host.
 
-    Two threads: one has patches read while the model works for the other. Five beside a GPU, of which two are for it.
+    Two threads: one has patches read while the model works for the other. Seven beside a GPU, of which four are for it.
     """
-    threads = "5" if given.gpus else "2"
+    threads = "7" if given.gpus else "2"
     # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back.
     worker = [given.python, "-m", "dask", "worker", address, "--nthreads", threads, "--memory-limit", "0"]
     worker += ["--death-timeout", "60", "--no-dashboard", *certificates.flags(key)]

@@ -30,7 +30,7 @@ from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cam.layers import probe_images
 from wsi_gradcam.cam.program import EagerProgram, SplitProgram, cut_at
 from wsi_gradcam.cam.targets import PREDICTED, Target
-from wsi_gradcam.cam.trunks import _eager
+from wsi_gradcam.cam.trunks import _eager, in_precision, lowered
 from wsi_gradcam.models import transform
 from wsi_gradcam.models.load import Model, load_model, model_of
 
@@ -89,20 +89,11 @@ def on_gpu(mode: FakeTensorMode, module: nn.Module) -> Any:
 
 
 class Graph:
-    """A graph on a GPU that is converted, and copied, where its tensors have values."""
+    """A graph that is moved to a GPU when it is first used: before, its tensors have values."""
 
     def __init__(self, mode: FakeTensorMode, graph: fx.GraphModule) -> None:
         self._mode, self._graph = mode, graph
         self._moved: Any = None
-
-    def __deepcopy__(self, memo: Any) -> Graph:
-        with unset_fake_temporarily():
-            return Graph(self._mode, copy.deepcopy(self._graph))
-
-    def to(self, *arguments: Any, **options: Any) -> Graph:
-        with unset_fake_temporarily():
-            self._graph.to(*arguments, **options)
-        return self
 
     def __call__(self, batch: Tensor) -> Any:
         if self._moved is None:
@@ -141,14 +132,14 @@ def explainers(mode: FakeTensorMode, model: Model) -> dict[str, Explainer]:
     layout = layers[0].layout
     facts: Any = SimpleNamespace(batch_size=BATCH, cam_shape=(layout.height, layout.width))
     graph, head = cut_at(module, layers[0].name, noise)
-    trunk: Any = Graph(mode, graph)
+    trunks: dict[str, Any] = {"float32": _eager(Graph(mode, graph), "float32", noise)}  # type: ignore[arg-type]
+    for precision in ("tf32", "bfloat16", "float16"):  # `make_trunk` refuses TF32 on what is no GPU of NVIDIA
+        trunks[precision] = in_precision(Graph(mode, lowered(graph, precision)), precision)
     whole, head = on_gpu(mode, module), on_gpu(mode, head)
     moved = dataclasses.replace(model, module=whole)
     with mode:
-        images = torch.empty(BATCH, *noise.shape[1:], device=GPU)
         programs: dict[str, EagerProgram] = {"float32": EagerProgram(whole, layers)}
-        for precision in ("float32", "tf32", "bfloat16", "float16"):
-            made = _eager(trunk, precision, images)  # `make_trunk` refuses TF32 on what is no GPU of NVIDIA
+        for precision, made in trunks.items():
             programs[f"split {precision}"] = SplitProgram(whole, layers[0], made, head)
     return {name: Explainer(moved, facts, program) for name, program in programs.items()}
 

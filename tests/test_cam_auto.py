@@ -297,7 +297,7 @@ def test_a_program_that_fails_when_it_runs_is_passed_over(
     [
         ("openvino", "auto", "no program for --engine openvino --precision auto: openvino float32: not here; "),
         ("openvino", "bfloat16", "^not here"),
-        ("quantum", "auto", "engine 'quantum' is not known; expected auto, eager, compile, openvino"),
+        ("quantum", "auto", "engine 'quantum' is not known; expected auto, eager, compile, cudagraphs, openvino"),
         ("auto", "int4", "precision 'int4' is not known; expected auto, float32, tf32, bfloat16, float16"),
     ],
 )

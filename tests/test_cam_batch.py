@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.toy_models import PooledLinear, pooled_linear
-from wsi_gradcam.cam import explainer as examine
-from wsi_gradcam.cam.engine import activation_bytes
-from wsi_gradcam.cam.explainer import MAX_BATCH, MIN_BATCH, find_batch_size
+from wsi_gradcam.cam import engine
+from wsi_gradcam.cam.engine import MAX_BATCH, MIN_BATCH, activation_bytes, find_batch_size
 from wsi_gradcam.cam.facts import Layer, Layout
 from wsi_gradcam.cam.program import EagerProgram
 from wsi_gradcam.errors import DeviceError, ModelError, device_errors, is_out_of_memory, lost_device
@@ -33,7 +32,7 @@ def timing(monkeypatch: pytest.MonkeyPatch, per_s: dict[int, float]) -> list[int
             raise torch.OutOfMemoryError("CUDA out of memory")
         return len(images) / per_s[len(images)]
 
-    monkeypatch.setattr(examine, "_seconds", seconds)
+    monkeypatch.setattr(engine, "_seconds", seconds)
     return tried
 
 
@@ -59,13 +58,13 @@ def test_batches_grow_as_long_as_that_brings_speed(
 def test_batches_grow_into_half_of_the_free_memory_alone(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network = pooled_linear().eval()
     each = 3 * activation_bytes(network, IMAGES[:1])
-    monkeypatch.setattr(examine, "_free_bytes", lambda device: 2 * each * MIN_BATCH * times)
+    monkeypatch.setattr(engine, "_free_bytes", lambda device: 2 * each * MIN_BATCH * times)
     timing(monkeypatch, {16 * 2**i: 10.0 * 2**i for i in range(5)})
     assert find_batch_size(network, LAYERS, IMAGES) == {1: 16, 4: 64, 9: 128}[times]
 
 
 def test_the_smallest_batch_is_the_answer_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examine, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(engine, "_free_bytes", lambda device: 0)
     assert find_batch_size(pooled_linear().eval(), LAYERS, IMAGES) == MIN_BATCH
 
 
@@ -73,7 +72,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
     def fail(program: EagerProgram, images: Tensor) -> float:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(examine, "_seconds", fail)
+    monkeypatch.setattr(engine, "_seconds", fail)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         find_batch_size(pooled_linear().eval(), LAYERS, IMAGES)
 

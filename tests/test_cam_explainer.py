@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.runs import toy_spec
 from tests.split_models import Split, curved, relative
 from wsi_gradcam.cam import explainer as explaining
-from wsi_gradcam.cam.engine import explain_batch
+from wsi_gradcam.cam.engine import Lane, explain_batch
 from wsi_gradcam.cam.explainer import Explainer, Request
 from wsi_gradcam.cam.explainer import examine as plain_examine
 from wsi_gradcam.cam.facts import Choice
@@ -24,7 +24,8 @@ from wsi_gradcam.cam.program import EagerProgram, Pass
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import Model, load_model, model_of
-from wsi_gradcam.models.transform import Transform
+from wsi_gradcam.models.spec import Resizing
+from wsi_gradcam.models.transform import Transform, make_transform
 
 Rgb = npt.NDArray[np.uint8]
 TARGETS = [Target("b", 1), Target("predicted"), Target("a-c", 0, 2)]
@@ -285,3 +286,42 @@ def test_patches_are_asked_for_only_where_a_choice_needs_them(
 def test_layers_that_could_be_explained(model: Model) -> None:
     names = [layer.name for layer in explainer_of(model).layers()]
     assert names[:5] == ["features.0", "features.1", "features.2", "features.3", "features"]
+
+
+def test_results_may_be_asked_for_later_and_in_any_order(model: Model, rgb: Rgb) -> None:
+    explainer = explainer_of(model)
+    expected = [explainer.explain(part, TARGETS, METHODS) for part in (rgb, rgb[:2], rgb[::-1])]
+    begun = [explainer.begin(part.copy(), TARGETS, METHODS) for part in (rgb, rgb[:2], rgb[::-1])]
+    for found, wanted in reversed(list(zip(begun, expected, strict=True))):
+        for a, b in zip(found(), wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_whole_batch_travels_from_where_it_was_read_and_a_part_is_filled_up(model: Model, rgb: Rgb) -> None:
+    lane, explainer = Lane(torch.device("cpu")), explainer_of(model)
+    batch = explainer.empty(rgb.shape)
+    batch[:] = rgb
+    staged = lane.staged(batch, len(batch))
+    assert staged.data_ptr() == batch.ctypes.data
+    filled = lane.staged(batch[:4], 6)
+    assert torch.equal(filled[:4], torch.from_numpy(rgb[:4]))
+    assert not filled[4:].any()
+    fixed = rgb.copy()
+    fixed.flags.writeable = False
+    assert torch.equal(lane.staged(fixed, 6), torch.from_numpy(rgb))
+    (found,) = lane.fetch(lane.send(staged))()
+    np.testing.assert_array_equal(found, rgb)
+
+
+def test_the_model_resizes_where_patches_are_read(rgb: Rgb) -> None:
+    model = model_of(curved(), patch_px=(32, 24), layer="features")
+    resizing = dataclasses.replace(
+        model, transform=make_transform((64, 48), model.mean, model.std, resizing=Resizing(resize=(32, 24)))
+    )
+    explainer = explainer_of(resizing)
+    large = np.random.default_rng(2).integers(0, 256, (6, 64, 48, 3), np.uint8)
+    small = np.stack([explainer.resized(patch) for patch in large])
+    for a, b in zip(
+        explainer.explain(small, TARGETS, METHODS), explainer.explain(large, TARGETS, METHODS), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.split_models import Split, pictures, pooled
+from tests.split_models import Split, pictures, pooled, relative
 from wsi_gradcam.audit.measures.subject import Subject
 from wsi_gradcam.cam import trunks
+from wsi_gradcam.cam.engine import explain_batch
 from wsi_gradcam.cam.explainer import Explainer, Request
+from wsi_gradcam.cam.facts import Layer
+from wsi_gradcam.cam.layers import check_layer
+from wsi_gradcam.cam.program import EagerProgram, SplitProgram, cut_at
 from wsi_gradcam.cam.targets import PREDICTED, Target
-from wsi_gradcam.cam.trunks import exact, low_precisions, make_trunk
+from wsi_gradcam.cam.trunks import exact, in_precision, low_precisions, make_trunk
 from wsi_gradcam.errors import EngineError
 from wsi_gradcam.gradcam import GradCAM
 from wsi_gradcam.models.load import Model, model_of
@@ -208,14 +212,16 @@ def test_a_trunk_in_tf32_runs_in_tf32_and_nothing_else_does(
     batch: Any = OnCuda()
     graph: Any = Graph()
     with exact(CUDA):
-        trunk = make_trunk(graph, "eager", precision, batch)
+        trunk = (
+            make_trunk(graph, "eager", precision, batch) if precision == "float32" else in_precision(graph, precision)
+        )
         trunk(batch)
         assert not any(seen().values())
     assert {flags["cudnn tf32"] for flags in inside} == {expected}
     assert {flags["matmul tf32"] for flags in inside} == {expected}
 
 
-@pytest.mark.parametrize("engine", ["eager", "compile", "openvino"])
+@pytest.mark.parametrize("engine", ["eager", "compile", "cudagraphs", "openvino"])
 def test_tf32_is_refused_where_there_is_none(engine: str) -> None:
     with pytest.raises(EngineError, match=r"precision tf32 is one of NVIDIA's GPUs, .* on cpu; use float32"):
         GradCAM(pooled(), "features", engine=engine, precision="tf32")(pictures(2))
@@ -236,3 +242,39 @@ def test_precisions_of_gpus_are_those_they_have_hardware_for(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16 or including_emulation)
     assert low_precisions("eager", CUDA) == expected
     assert low_precisions("compile", CUDA) == expected
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_head_may_be_in_tf32_where_its_trunk_is_no_more_exact(tf32: bool) -> None:
+    """Forward and backward, and nothing else: what runs the whole network stays in IEEE float32."""
+    network, images = pooled(), pictures(2)
+    layer = Layer("features", check_layer(network, "features", images))
+    trunk, head = cut_at(network, "features", images)
+    inside, before = [], seen()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            inside.append(seen()["matmul tf32"])
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            inside.append(seen()["matmul tf32"])
+            return gradients
+
+    def watched(value: Tensor, *others: Any) -> Tensor:
+        found: Tensor = head(Watched.apply(value), *others)
+        return found
+
+    watched.meta = head.meta  # type: ignore[attr-defined]
+    program = SplitProgram(network, layer, trunk, cast(Any, watched), tf32)
+    maps = explain_batch(program, images, [Target("a", 0)], ["gradcam"]).cams["gradcam"]
+    assert inside == [tf32, tf32]
+    assert seen() == before
+    expected = explain_batch(EagerProgram(network, (layer,)), images, [Target("a", 0)]).cams["gradcam"]
+    assert relative(maps, expected) < 1e-5
+    inside.clear()
+    explain_batch(program, images, [Target("a", 0)], ["ablationcam"])
+    assert inside[0] == tf32
+    assert not any(inside[1:])

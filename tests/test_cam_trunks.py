@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ from wsi_gradcam.cam.auto import make_program
 from wsi_gradcam.cam.engine import explain_batch
 from wsi_gradcam.cam.facts import Layer
 from wsi_gradcam.cam.layers import check_layer, find_layer, probe_images
-from wsi_gradcam.cam.program import cut_at
+from wsi_gradcam.cam.program import cut_at, trace_operators
 from wsi_gradcam.cam.targets import Target
-from wsi_gradcam.cam.trunks import low_precisions, make_trunk
+from wsi_gradcam.cam.trunks import folded, in_precision, low_precisions, make_trunk
 from wsi_gradcam.errors import EngineError
 
 CPU = torch.device("cpu")
@@ -76,6 +77,80 @@ def test_a_low_precision_leaves_the_graph_as_it_was() -> None:
     make_trunk(graph, "eager", "bfloat16", images)
     assert all(torch.equal(a, b) for a, b in zip(graph.buffers(), before, strict=True))
     assert {tensor.dtype for tensor in graph.buffers()} <= {torch.float32, torch.int64}
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """With statistics such as training leaves, far from 0 and 1."""
+    random = torch.Generator().manual_seed(5)
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            assert part.running_mean is not None
+            assert part.running_var is not None
+            part.running_mean.copy_(torch.randn(len(part.running_mean), generator=random))
+            part.running_var.copy_(0.2 + 3 * torch.rand(len(part.running_var), generator=random))
+    return network.eval()
+
+
+def normalisations(graph: fx.GraphModule) -> int:
+    return sum(node.target is torch.ops.aten.batch_norm.default for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("network", "left"),
+    [
+        (lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=3), 0),
+        (lambda: DenseNet(8, (2, 2), 8, num_classes=3), 6),  # there most stand before their convolution
+    ],
+)
+def test_batch_normalisations_are_folded_into_the_convolutions_before_them(
+    network: Callable[[], nn.Module], left: int
+) -> None:
+    images = pictures(2)
+    graph = trace_operators(trained(network()), images)
+    before, expected = normalisations(graph), graph(images)
+    made = folded(graph)
+    assert normalisations(made) == left
+    assert relative(made(images), expected) < 1e-5
+    assert normalisations(graph) == before
+    assert torch.equal(graph(images), expected)
+    weights = [sum(tensor.numel() for tensor in each.buffers()) for each in (made, graph)]
+    assert weights[0] <= weights[1]  # what is not used any more is not carried along
+
+
+def test_folding_first_and_casting_then_loses_no_more() -> None:
+    images = pictures(3)
+    graph = trace_operators(trained(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)), images)
+    expected = graph(images)
+
+    def off(low: fx.GraphModule) -> float:
+        (found,) = in_precision(lambda batch: (low.to(torch.bfloat16)(batch),), "bfloat16")(images)
+        return relative(found, expected)
+
+    plain, better = off(copy.deepcopy(graph)), off(folded(graph))
+    assert 0 < better < 1.2 * plain
+
+
+def test_a_map_that_something_else_reads_is_left() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.convolution(images)
+            return (self.norm(found) + found).mean(dim=(2, 3))  # type: ignore[no-any-return]
+
+    images = pictures(2)
+    graph = trace_operators(trained(Read()), images)
+    made = folded(graph)
+    assert normalisations(made) == 1
+    assert torch.equal(made(images), graph(images))
+
+
+def test_cuda_graphs_are_refused_where_there_is_no_cuda() -> None:
+    images = pictures(2)
+    with pytest.raises(EngineError, match="replays kernels of NVIDIA's GPUs, and the model runs on cpu; use eager"):
+        make_trunk(trunk_of(pooled(), "features", images), "cudagraphs", "float32", images)
 
 
 def test_a_compiled_trunk_gives_the_same() -> None:

@@ -58,7 +58,7 @@ def told(**workers: dict[str, float]) -> dict[str, Any]:
 
 def test_spans_want_gpus_and_the_rest_cpus_where_some_declare_that() -> None:
     found = Workers.of(told(g={"GPU": 1}, h={"GPU": 1}, c={"CPU": 4}, plain={}), "cuda")
-    assert found.needs == Pools({"GPU": 0.5}, {"CPU": 1})  # two share a GPU
+    assert found.needs == Pools({"GPU": 0.25}, {"CPU": 1})  # four share a GPU
     assert found.able == Pools({"g": 2, "h": 2}, {"c": 2})
     assert found.slots == Pools(4, 2)
     assert found.missing == ""

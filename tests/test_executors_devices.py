@@ -175,11 +175,11 @@ def test_what_another_device_or_engine_made_is_never_mixed_in(tmp_path: Path) ->
         plan_run(
             tmp_path, spec, replace(facts, choice=Choice(engine, precision)), make_settings(**{**SMALL, **where})
         ).digest()
-        for engine in ("eager", "compile", "openvino")
+        for engine in ("eager", "compile", "cudagraphs", "openvino")
         for precision in ("float32", "tf32", "bfloat16", "float16")
         for where in ({"device": "cpu"}, {"device": "cuda"}, {"device": "mps"})
     }
-    assert len(digests) == 3 * 4 * 3
+    assert len(digests) == 4 * 4 * 3
     little = replace(facts, batch_size=2)
     assert plan_run(tmp_path, spec, little, settings).digest() not in digests
 

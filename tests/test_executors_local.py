@@ -32,6 +32,7 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.executors.dask import DaskExecutor, local
+from wsi_gradcam.executors.dask.workers import Workers
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.run.plan import plan_run
@@ -94,11 +95,34 @@ def test_cores_and_memory_are_shared(made: list[dict[str, Any]]) -> None:
 def test_each_worker_has_a_gpu_of_its_own(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "find_spec", lambda name: None)
     start(3, "cuda")
-    workers = [worker["options"] for worker in made[0]["workers"].values()]
+    workers = [worker["options"] for worker in made[0]["workers"].values()][:3]
     assert [worker["env"] for worker in workers] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
-    assert all(worker["resources"] == {"GPU": 1, "CPU": 3} for worker in workers)
-    assert all(worker["nthreads"] == 5 for worker in workers)
-    assert all(worker["memory_limit"] == MEMORY_LIMIT // 3 for worker in workers)
+    assert all(worker["resources"] == {"GPU": 1} for worker in workers)
+    assert all(worker["nthreads"] == 4 for worker in workers)
+    assert all(worker["memory_limit"] == MEMORY_LIMIT // 2 // 3 for worker in workers)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(("cores", "count"), [(1, 1), (8, 2), (16, 5)])
+def test_helpers_plan_and_stitch_beside_a_gpu(
+    cores: int, count: int, made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of one thread, which see no GPU: Python's own work would keep the threads of a GPU from running."""
+    monkeypatch.setattr(local, "find_spec", lambda name: None)
+    monkeypatch.setattr(local.helpers, "__defaults__", (cores,))
+    start(1, "cuda")
+    (gpu, *helpers) = [worker["options"] for worker in made[0]["workers"].values()]
+    assert len(helpers) == count
+    for options in helpers:
+        assert (options["nthreads"], options["resources"]) == (1, {"CPU": 1})
+        assert options["env"] == {"CUDA_VISIBLE_DEVICES": ""}
+        assert options["memory_limit"] == MEMORY_LIMIT // 2 // count
+    assert gpu["memory_limit"] + count * helpers[0]["memory_limit"] <= MEMORY_LIMIT
+    info = {str(i): {**o, "status": "running"} for i, o in enumerate((gpu, *helpers))}
+    found = Workers.of(info, "cuda")
+    assert (found.slots.model, found.slots.other) == (4, count)
+    assert set(found.able.model) == {"0"}
+    assert "0" not in found.able.other
 
 
 @pytest.mark.usefixtures("four_gpus")
@@ -110,7 +134,7 @@ def test_dask_cuda_is_used_where_it_is_installed(made: list[dict[str, Any]], mon
     start(2, "cuda")
     (options,) = made
     assert options["CUDA_VISIBLE_DEVICES"] == ["0", "1"]
-    assert options["resources"] == {"GPU": 1, "CPU": 3}
+    assert (options["resources"], options["threads_per_worker"]) == ({"GPU": 1, "CPU": 3}, 7)
     assert (options["protocol"], options["security"].require_encryption) == ("tls", True)
     assert options["routes"] == [[], []]
     assert options["dashboard_address"] is None
@@ -151,8 +175,8 @@ def test_a_named_device_stays_as_it_is(made: list[dict[str, Any]]) -> None:
     """With --device cuda:1 all workers share that one."""
     start(2, "cuda:1")
     workers = [worker["options"] for worker in made[0]["workers"].values()]
-    assert [worker["resources"] for worker in workers] == [{"GPU": 1, "CPU": 3}] * 2
-    assert [worker["env"] for worker in workers] == [{}, {}]
+    assert [worker["resources"] for worker in workers[:2]] == [{"GPU": 1}] * 2
+    assert not any("env" in worker for worker in workers[:2])
 
 
 def torch_threads(task: Any) -> int:

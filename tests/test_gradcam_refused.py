@@ -40,7 +40,10 @@ def test_wrong_images_are_refused(given: Any, problem: str, network: Split) -> N
         ({"method": "gradcan"}, "method 'gradcan' is not known; expected one of cam, gradcam"),
         ({"method": "gradcam,gradcam"}, "names one twice"),
         ({"method": []}, "is empty"),
-        ({"engine": "quantum"}, "engine 'quantum' is not known; expected one of auto, eager, compile, openvino"),
+        (
+            {"engine": "quantum"},
+            "engine 'quantum' is not known; expected one of auto, eager, compile, cudagraphs, openvino",
+        ),
         ({"precision": "int8"}, "precision 'int8' is not known; expected one of auto, float32"),
         ({"batch_size": 0}, "batch_size 0 is too small"),
     ],

@@ -112,3 +112,17 @@ def test_patches_of_another_size_are_not_squeezed_silently() -> None:
     transform = make_transform((64, 64), MEAN, STD, resizing=Resizing(resize=32))
     with pytest.raises(ModelError, match=r"patches of \(64, 60\) px are given, expected \(64, 64\)"):
         transform(patches(1, 64, 60))
+
+
+@pytest.mark.parametrize("crop", [None, 24])
+def test_patches_that_readers_have_resized_become_the_same(crop: int | None) -> None:
+    rgb = patches(3, 64, 64)
+    transform = make_transform((64, 64), MEAN, STD, resizing=Resizing(resize=32, crop=crop, interpolation="bicubic"))
+    resized = np.stack([transform.resized(patch) for patch in rgb.numpy()])
+    assert resized.shape == (3, 32, 32, 3)
+    assert torch.equal(transform(torch.from_numpy(resized)), transform(rgb))
+
+
+def test_patches_that_need_no_resizing_are_left() -> None:
+    patch = patches(1, 64, 64).numpy()[0]
+    assert make_transform((64, 64), MEAN, STD).resized(patch) is patch

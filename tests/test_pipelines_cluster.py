@@ -100,7 +100,7 @@ def test_ssh_starts_a_worker_a_gpu_on_each_host(tmp_path: Path) -> None:
     assert [words[:2] for words in workers] == [["env", f"CUDA_VISIBLE_DEVICES={n}"] for n in (0, 1, 0, 1)]
     for words in workers:
         assert words[2:7] == [sys.executable, "-m", "dask", "worker", "tls://10.0.0.1:8786"]
-        assert (option(words, "--nthreads"), option(words, "--memory-limit")) == ("5", "0")
+        assert (option(words, "--nthreads"), option(words, "--memory-limit")) == ("7", "0")
         assert option(words, "--resources") == "GPU=1,CPU=3"
         assert Path(option(words, "--tls-key")).parent.parent == tmp_path
     assert list(tmp_path.iterdir()) == []  # the key has gone with the run
@@ -171,7 +171,7 @@ def test_workers_have_gpus_only_when_asked_for() -> None:
     assert worker["replicas"] == 8
     assert container["resources"]["limits"] == {"cpu": "6", "memory": "12Gi", "nvidia.com/gpu": "1"}
     assert container["command"][:4] == ["dask", "worker", "--name", "$(DASK_WORKER_NAME)"]
-    assert option(container["command"], "--nthreads") == "5"
+    assert option(container["command"], "--nthreads") == "7"
     assert option(container["command"], "--memory-limit") == "0"
     assert option(container["command"], "--resources") == "GPU=1,CPU=3"
     (plain,) = manifests()[0]["spec"]["worker"]["spec"]["containers"]

@@ -128,7 +128,7 @@ def test_workers_are_started_as_slurms_are(tmp_path: Path, name: str) -> None:
     line = next(line for line in submitted(name, tmp_path, *ASKED) if "--nthreads" in line)
     worker = shlex.split(line.partition("EXIT; ")[2].rstrip("'\"") if name == "htcondor" else line)
     assert worker[:3] == [sys.executable, str(ROOT / "pipelines/each_gpu.py"), "2"]
-    assert (option(worker, "--nthreads"), option(worker, "--memory-limit")) == ("5", "0")
+    assert (option(worker, "--nthreads"), option(worker, "--memory-limit")) == ("7", "0")
     assert (option(worker, "--resources"), option(worker, "--lifetime")) == ("GPU=1,CPU=3", "4500s")
     assert Path(option(worker, "--tls-key")).parent.parent == tmp_path
 

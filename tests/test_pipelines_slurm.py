@@ -74,7 +74,7 @@ def test_the_script_asks_for_what_a_gpu_worker_needs(tmp_path: Path) -> None:
         "--output": f'"{tmp_path}/slurm-logs/wsi-gradcam-%j.log"',
     }
     assert worker[:3] == [sys.executable, "-m", "distributed.cli.dask_worker"]
-    assert option(worker, "--nthreads") == "5"
+    assert option(worker, "--nthreads") == "7"
     assert option(worker, "--memory-limit") == "0"
     assert option(worker, "--resources") == "GPU=1,CPU=3"
     assert option(worker, "--lifetime") == f"{8 * 3600 - 900}s"

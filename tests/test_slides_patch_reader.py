@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -213,3 +214,59 @@ def test_a_read_ahead_that_failed_is_told_where_it_is_due() -> None:
         (fine,) = reader.batches(first, second)
         (bad,) = reader.batches(second)
     assert (fine.causes, sorted(bad.causes)) == ({}, [0])
+
+
+def test_patches_are_put_into_arrays_that_the_caller_makes() -> None:
+    """Such as pinned memory, from which they travel to a GPU: nothing is copied once more."""
+    made: list[npt.NDArray[np.uint8]] = []
+
+    def empty(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        made.append(np.full(shape, 77, np.uint8))
+        return made[-1]
+
+    with closing(PatchReader(slide(Region(33, 43, 2, 2)), (8, 8), MPP, 2, 2, empty=empty)) as reader:
+        batches = list(reader.batches(np.array([[0, 0], [30, 40], [10, 0]])))
+    assert {id(batch.rgb) for batch in batches} == set(map(id, made))
+    np.testing.assert_array_equal(batches[0].rgb[0], LEVEL0[:8, :8])
+    assert not batches[0].rgb[1].any()  # unreadable
+
+
+def test_threads_that_read_several_slides_stay_when_one_is_closed() -> None:
+    with ThreadPoolExecutor(2, thread_name_prefix="read") as pool:
+        first, second = SlowSlide([LEVEL0], (MPP, MPP)), slide()
+        with closing(PatchReader(first, (5, 5), MPP, 4, 2, pool=pool)) as reader:
+            next(reader.batches(places(40)))
+        begun = len(first.reads)
+        assert begun < 40  # what was read ahead is cancelled, and what had begun has ended
+        with closing(PatchReader(second, (5, 5), MPP, 4, 2, pool=pool)) as reader:
+            (batch,) = reader.batches(places(3))
+        assert len(first.reads) == begun
+        assert len(batch.rgb) == 3
+    assert reader_threads() == 0
+
+
+def test_orders_that_share_a_slide_keep_each_its_own_first_batch() -> None:
+    source = slide()
+    spans = [places(count) for count in (3, 4, 5)]
+    with closing(PatchReader(source, (5, 5), MPP, 8, 2)) as reader:
+        for span in spans:
+            reader.read_ahead(span)
+        for span in reversed(spans):
+            (batch,) = reader.batches(span)
+            assert len(batch.rgb) == len(span)
+    assert len(source.reads) == 3 + 4 + 5  # nothing was read twice
+
+
+def test_a_thread_is_handed_some_patches_at_a_time_where_there_are_enough_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patch_reader, "MOST_AT_ONCE", 3)
+    yx, bad = places(40), Region(33, 43, 2, 2)
+    with (
+        closing(PatchReader(slide(bad), (8, 8), MPP, 20, 2)) as some,
+        closing(PatchReader(slide(bad), (8, 8), MPP, 20, 40)) as one,
+    ):
+        found, expected = list(some.batches(yx)), list(one.batches(yx))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.rgb, b.rgb)
+        assert a.causes == b.causes

@@ -84,8 +84,8 @@ class GradCAM:
         method: a name from `wsi_gradcam.cam.facts`, or several joined by commas, which share the forward pass.
         precision: of the network up to the layer: float32, tf32 (GPUs), bfloat16, float16; auto: the fastest that keeps
             the maps. float32 is IEEE float32, whatever the flags of torch say.
-        engine: what runs the network up to the layer: eager, compile, openvino; auto: the fastest. It is chosen in
-            the first call with 16 images or more; until then eager float32 works.
+        engine: what runs the network up to the layer: eager, compile, cudagraphs, openvino; auto: the fastest. It is
+            chosen in the first call with 16 images or more; until then eager float32 works.
         batch_size: images per forward pass.
         classes: names of the outputs, so that targets can be named.
         trust_code: allow the code in a model that is named to run, see `load_model`.

@@ -215,7 +215,8 @@ def _split_program(
     module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor, cut: _Cut
 ) -> Program:
     trunk, head = cut.parts()
-    program = SplitProgram(module, layers[0], make_trunk(trunk, engine, precision, images), head)
+    tf32 = precision != "float32" and images.device.type == "cuda"
+    program = SplitProgram(module, layers[0], make_trunk(trunk, engine, precision, images), head, tf32)
     try:
         found = program.predict(images)
     except Exception as error:  # the head may not take what another engine hands it
@@ -254,7 +255,7 @@ def _candidates(engine: str, precision: str, device: torch.device) -> Iterator[t
 
 def _engines(device: torch.device, precision: str) -> tuple[str, ...]:
     if device.type != "cpu":
-        return "eager", "compile"
+        return ("eager", "cudagraphs", "compile") if device.type == "cuda" else ("eager", "compile")
     if find_spec("openvino") is None:
         return ("eager",)
     return ("openvino",) if precision in (AUTO, "float32") else ("openvino", "eager")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,13 +17,15 @@ from torch.nn import functional as F
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cam.layers import evaluating
 from wsi_gradcam.cam.methods import METHODS, PROBING, Probe
-from wsi_gradcam.cam.targets import Target, classes_of, finer_score, make_score
+from wsi_gradcam.cam.program import EagerProgram
+from wsi_gradcam.cam.targets import PREDICTED, Target, classes_of, finer_score, make_score
 from wsi_gradcam.cam.trunks import exact
 from wsi_gradcam.errors import LayerError, TargetError, is_out_of_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.cam.facts import Layer
     from wsi_gradcam.cam.methods import Score
     from wsi_gradcam.cam.program import Pass, Program
 
@@ -41,15 +45,18 @@ class FeatureTargets:
 
     coefficients: NDArray[np.float32]
 
-    def rows(self, start: int, stop: int) -> list[Callable[[Tensor], Tensor]]:
-        """Return the scores of the patches from `start` to `stop`; 0 for those that only fill up a batch."""
+    def rows(self, start: int, stop: int, send: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
+        """Return the scores of the patches from `start` to `stop`; 0 for those that only fill up a batch.
+
+        `send` puts coefficients where the features will be, before anything is computed there.
+        """
         part = self.coefficients[start:stop]
-        filled = torch.from_numpy(np.pad(part, ((0, stop - start - len(part)), (0, 0), (0, 0))))
+        filled = send(torch.from_numpy(np.pad(part, ((0, stop - start - len(part)), (0, 0), (0, 0)))))
         return [partial(_weighed, filled[:, t]) for t in range(filled.shape[1])]
 
 
 def _weighed(coefficients: Tensor, features: Tensor) -> Tensor:
-    return (features * coefficients.to(features.device)).sum(dim=1)
+    return (features * coefficients).sum(dim=1)
 
 
 # Gradients of several targets in one backward pass: 37 ms against 71 one by one (16 targets), held in memory at once.
@@ -87,13 +94,14 @@ def explain_batch(
 
 
 def _explain(program: Program, images: Tensor, targets: Sequence[AnyTarget], methods: Sequence[str]) -> Explained:
-    done = program.forward(images)
-    scores = [make_score(target, done.logits) for target in targets]
     plain = [m for m in methods if METHOD_INFO[m].asks == "gradient" and m != "finercam"]
     finer = [m for m in methods if m == "finercam"]
-    jobs = [(score, plain) for score in scores if plain]
-    jobs += [(_finer(target, done.logits), finer) for target in targets if finer]
-    maps = _gradient_maps(program, done, jobs)
+    with exact(images.device, tf32=program.tf32):
+        done = program.forward(images)
+        scores = [make_score(target, done.logits) for target in targets]
+        jobs = [(score, plain) for score in scores if plain]
+        jobs += [(_finer(target, done.logits), finer) for target in targets if finer]
+        maps = _gradient_maps(program, done, jobs)
     perturbing = [m for m in methods if METHOD_INFO[m].asks == "model"]
     if perturbing:
         probe = _probe(program, images, done)
@@ -145,6 +153,56 @@ def largest_that_fits(make: Callable[[int], T], count: int, device: torch.device
         free_memory(device)
 
 
+# Powers of two: a span of 256 patches holds whole batches. For fewer than 16 eager float32 can depend on the number of
+# threads (1 x 1 convolutions), and runs would not agree.
+MIN_BATCH, MAX_BATCH = 16, 256
+MIN_GAIN = 1.05  # a batch twice as large must bring this much
+MEMORY_SHARE = 0.5  # of what is free
+
+
+def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> int:
+    """Return a batch size: doubled as long as that brings speed and fits into half of the free memory.
+
+    `images` [B, 3, H, W] are examples of the input. It is found with eager float32, the hungriest program.
+    """
+    program = EagerProgram(module, layers)
+    best, best_rate = MIN_BATCH, 0.0
+    size = MIN_BATCH
+    while size <= MAX_BATCH and _fits(module, images, size):
+        try:
+            rate = size / _seconds(program, images[:1].expand(size, *images.shape[1:]).contiguous())
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        if rate < MIN_GAIN * best_rate:
+            break
+        best, best_rate, size = size, rate, size * 2
+    return best
+
+
+def _fits(module: nn.Module, images: Tensor, size: int) -> bool:
+    """Return whether a batch is likely to fit: a few of its largest layers at once, three to be safe."""
+    return 3 * size * activation_bytes(module, images[:1]) <= MEMORY_SHARE * _free_bytes(images.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _seconds(program: EagerProgram, images: Tensor) -> float:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        explain_batch(program, images, [Target(PREDICTED)])
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Return where a network is; the CPU for one without parameters."""
     return next(iter(module.parameters()), torch.empty(0)).device
@@ -167,6 +225,61 @@ def activation_bytes(module: nn.Module, image: Tensor) -> int:
         for handle in handles:
             handle.remove()
     return largest
+
+
+class Lane:
+    """Copies of patches to a device, and of results back. On CUDA neither waits for what the device has been given.
+
+    Patches lie in pinned memory, which torch keeps for the next ones, and travel on a stream of their own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        on_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return an array on the host of any values, in pinned memory where the device is CUDA."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None).numpy()
+
+    def staged(self, rgb: NDArray[np.uint8], count: int) -> Tensor:
+        """Return `count` patches on the host, uint8 [count, H, W, 3]: those given, and zeros; without a copy if it can.
+
+        What `empty` made, and holds a whole batch, is taken as it is.
+        """
+        whole = len(rgb) == count and rgb.flags.c_contiguous and rgb.flags.writeable
+        if whole and (self._stream is None or torch.from_numpy(rgb).is_pinned()):
+            return torch.from_numpy(rgb)
+        filled = self.empty((count, *rgb.shape[1:]))
+        filled[: len(rgb)], filled[len(rgb) :] = rgb, 0
+        return torch.from_numpy(filled)
+
+    def send(self, staged: Tensor) -> Tensor:
+        """Return what was staged, or a part of it, on the device; work that it is given now finds it there."""
+        if self._stream is None:
+            return staged.to(self._device)
+        with torch.cuda.stream(self._stream):
+            there = staged.to(self._device, non_blocking=True)
+        now = torch.cuda.current_stream(self._device)
+        now.wait_stream(self._stream)
+        there.record_stream(now)
+        return there
+
+    def fetch(self, *tensors: Tensor) -> Callable[[], tuple[NDArray[Any], ...]]:
+        """Begin to copy results from the device; what is returned waits for them and returns them as arrays."""
+        if self._stream is None:
+            found = tuple(tensor.cpu().numpy() for tensor in tensors)
+            return lambda: found
+        here = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        # A thread that waits leaves its core to those that read.
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+
+        def waited() -> tuple[NDArray[Any], ...]:
+            done.synchronize()
+            return tuple(tensor.numpy() for tensor in here)
+
+        return waited
 
 
 def free_memory(device: torch.device) -> None:

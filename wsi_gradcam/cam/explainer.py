@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +27,11 @@ from wsi_gradcam.cam.auto import (
 from wsi_gradcam.cam.engine import (
     AnyTarget,
     FeatureTargets,
+    Lane,
     activation_bytes,
     device_of,
     explain_batch,
+    find_batch_size,
     free_memory,
     gradients,
     largest_that_fits,
@@ -38,7 +39,7 @@ from wsi_gradcam.cam.engine import (
 )
 from wsi_gradcam.cam.facts import AUTO, METHOD_INFO, Choice, Layer, ModelFacts
 from wsi_gradcam.cam.layers import candidate_layers, check_layer, evaluating, find_layer, probe_images
-from wsi_gradcam.cam.program import EagerProgram, Program, trace_operators
+from wsi_gradcam.cam.program import Program, trace_operators
 from wsi_gradcam.cam.targets import PREDICTED, Target
 from wsi_gradcam.cam.trunks import exact
 from wsi_gradcam.errors import LayerError, ModelError, WsiGradcamError, is_out_of_memory, one_line
@@ -289,58 +290,10 @@ def _repeated(images: Tensor, count: int) -> Tensor:
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 
-# Powers of two: a span of 256 patches holds whole batches. For fewer than 16 eager float32 can depend on the number of
-# threads (1 x 1 convolutions), and runs would not agree.
-MIN_BATCH, MAX_BATCH = 16, 256
-MIN_GAIN = 1.05  # a batch twice as large must bring this much
-MEMORY_SHARE = 0.5  # of what is free
-
-
-def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> int:
-    """Return a batch size: doubled as long as that brings speed and fits into half of the free memory.
-
-    `images` [B, 3, H, W] are examples of the input. It is found with eager float32, the hungriest program.
-    """
-    program = EagerProgram(module, layers)
-    best, best_rate = MIN_BATCH, 0.0
-    size = MIN_BATCH
-    while size <= MAX_BATCH and _fits(module, images, size):
-        try:
-            rate = size / _seconds(program, images[:1].expand(size, *images.shape[1:]).contiguous())
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            break
-        if rate < MIN_GAIN * best_rate:
-            break
-        best, best_rate, size = size, rate, size * 2
-    return best
-
-
-def _fits(module: nn.Module, images: Tensor, size: int) -> bool:
-    """Return whether a batch is likely to fit: a few of its largest layers at once, three to be safe."""
-    return 3 * size * activation_bytes(module, images[:1]) <= MEMORY_SHARE * _free_bytes(images.device)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _seconds(program: EagerProgram, images: Tensor) -> float:
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        explain_batch(program, images, [Target(PREDICTED)])
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 LOG = logging.getLogger("wsi_gradcam")
 Targets = Sequence[Target] | FeatureTargets
+Found = tuple["NDArray[np.float32]", "NDArray[np.float32]"]
+IN_FLIGHT = 2  # batches of a span that a GPU has been given beside the one whose results are stored
 
 
 class Explainer:
@@ -357,6 +310,7 @@ class Explainer:
         self._program = program
         self._lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
         self._device = device_of(model.module)
+        self._lane = Lane(self._device)
 
     @classmethod
     def examine(cls, model: Model, request: Request, patches: Callable[[Model], NDArray[np.uint8] | None]) -> Explainer:
@@ -387,6 +341,14 @@ class Explainer:
         """(height, width) that the network sees of a patch, resized."""
         return self.model.input_px
 
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return an array for a batch of patches, from which they travel to the device without another copy."""
+        return self._lane.empty(shape)
+
+    def resized(self, patch: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return a patch uint8 [H, W, 3] in the size that the model resizes it to: for threads that read patches."""
+        return self.model.transform.resized(patch)
+
     def layers(self) -> list[Layer]:
         """Return the layers that could be explained, in the order in which they run."""
         return explainable_layers(self.model, self.facts)
@@ -402,19 +364,36 @@ class Explainer:
                 refused[method] = one_line(error)
         return refused
 
-    def explain(
-        self, rgb: NDArray[np.uint8], targets: Targets, methods: Sequence[str]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    @property
+    def in_flight(self) -> int:
+        """The number of batches that may be begun before the results of the first are asked for."""
+        return IN_FLIGHT if self._device.type == "cuda" else 0
+
+    def explain(self, rgb: NDArray[np.uint8], targets: Targets, methods: Sequence[str]) -> Found:
         """Return (logits [n, K], raw maps [n, methods x targets, h, w]) of patches uint8 [n, H, W, 3], float32.
 
-        Fewer patches than a batch are filled up: for another size torch chooses other kernels, whose sums differ in
-        the last bit with the number of threads (DenseNet-121, 7 patches). Where memory does not suffice for a
-        batch, its halves are tried, and what fits is kept to.
+        Patches may be resized already. Fewer than a batch are filled up: for another size torch chooses other kernels,
+        whose sums differ in the last bit with the number of threads (DenseNet-121, 7 patches). Where memory does not
+        suffice for a batch, its halves are tried, and what fits is kept to.
         """
-        count, missing = len(rgb), self.facts.batch_size - len(rgb)
-        full = np.pad(rgb, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        logits, maps = self._in_parts(full, count, targets, methods)
-        return logits[:count], maps[:count]
+        return self.begin(rgb, targets, methods)()
+
+    def begin(self, rgb: NDArray[np.uint8], targets: Targets, methods: Sequence[str]) -> Callable[[], Found]:
+        """Begin to explain patches; what is returned waits for the results, which are those of `explain`.
+
+        A GPU works meanwhile; on a CPU the results are there at once.
+        """
+        count = len(rgb)
+        staged = self._lane.staged(rgb, max(count, self.facts.batch_size))
+        parts = self._in_parts(staged, count, targets, methods)
+
+        def found(_held: Tensor = staged) -> Found:  # the patches may still be on their way
+            logits, maps = zip(*(part() for part in parts), strict=True)
+            if len(parts) > 1:
+                logits, maps = (np.concatenate(logits),), (np.concatenate(maps),)
+            return logits[0][:count], maps[0][:count]
+
+        return found
 
     def _on_device(self, rgb: Tensor, targets: Sequence[AnyTarget], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return logits and maps, all on the device of the patches, with no copy to the host or from it."""
@@ -426,11 +405,11 @@ class Explainer:
         maps = maps or [explained.logits.new_zeros(len(explained.logits), 0, *shape)]
         return explained.logits.float(), torch.cat(maps, dim=1).float()
 
-    def explain_weighed(
+    def begin_weighed(
         self, rgb: NDArray[np.uint8], coefficients: NDArray[np.float32], methods: Sequence[str]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return features E(x_i) [n, D] and raw maps [n, methods x T, h, w] of <c_i, E(x_i)>, for given c [n, T, D]."""
-        return self.explain(rgb, FeatureTargets(coefficients), methods)
+    ) -> Callable[[], Found]:
+        """Begin features E(x_i) [n, D] and raw maps [n, methods x T, h, w] of <c_i, E(x_i)>, for given c [n, T, D]."""
+        return self.begin(rgb, FeatureTargets(coefficients), methods)
 
     def features(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the outputs of an encoder for patches uint8 [n, H, W, 3], float32 [n, D]; see `explain`."""
@@ -460,40 +439,40 @@ class Explainer:
         """Return the seconds that `count` patches take at once."""
         noise = np.random.default_rng(0).integers(0, 256, (count, *self.facts.patch_px, 3), np.uint8)
         started = time.perf_counter()
-        self._in_parts(noise, count, targets, methods)
+        for part in self._in_parts(self._lane.staged(noise, count), count, targets, methods):
+            part()
         return time.perf_counter() - started
 
     def _in_parts(
-        self, rgb: NDArray[np.uint8], count: int, targets: Targets, methods: Sequence[str]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return logits and maps of the first `count` patches or some more, in parts that memory holds."""
-        found: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        self, rgb: Tensor, count: int, targets: Targets, methods: Sequence[str]
+    ) -> list[Callable[[], tuple[NDArray[Any], ...]]]:
+        """Begin to explain the first `count` patches or some more, in parts that memory holds."""
+        begun = []
         done, wanted = 0, self.at_once
         while done < count:
             part = rgb[done : done + self.at_once]
-            wanted_of = targets.rows(done, done + len(part)) if isinstance(targets, FeatureTargets) else targets
-            explained = self._explained(part, wanted_of, methods)
+            explained = self._begun(part, targets, methods, done)
             if explained is None:
                 self.at_once = min(self.at_once, -(-len(part) // 2))  # another thread may have found out as well
                 free_memory(self._device)
             else:
-                found.append(explained)
+                begun.append(explained)
                 done += len(part)
         if self.at_once < wanted:
             LOG.info("out of memory with %d patches at once; from now on they are %d at most", wanted, self.at_once)
-        logits, maps = zip(*found, strict=True)
-        return (logits[0], maps[0]) if len(found) == 1 else (np.concatenate(logits), np.concatenate(maps))
+        return begun
 
-    def _explained(
-        self, rgb: NDArray[np.uint8], targets: Sequence[AnyTarget], methods: Sequence[str]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Return logits and maps of patches, all of whose work on the device is done here; None if memory is too small.
+    def _begun(
+        self, rgb: Tensor, targets: Targets, methods: Sequence[str], first: int
+    ) -> Callable[[], tuple[NDArray[Any], ...]] | None:
+        """Give the device all the work of patches, of which `first` come before them; None if memory is too small.
 
         By then nothing of the attempt is held any more, as it would be while the error is handled.
         """
+        send = self._lane.send
         try:
-            logits, maps = self._on_device(torch.from_numpy(rgb).to(self._device), targets, methods)
-            return logits.cpu().numpy(), maps.cpu().numpy()
+            of = targets.rows(first, first + len(rgb), send) if isinstance(targets, FeatureTargets) else targets
+            return self._lane.fetch(*self._on_device(send(rgb), of, methods))
         except Exception as error:
             if not is_out_of_memory(error) or len(rgb) < 2:
                 raise

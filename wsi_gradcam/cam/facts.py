@@ -197,7 +197,7 @@ class ModelFacts:
 
 
 AUTO = "auto"
-ENGINES = ("eager", "compile", "openvino")
+ENGINES = ("eager", "compile", "cudagraphs", "openvino")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 

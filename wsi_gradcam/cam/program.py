@@ -42,9 +42,15 @@ class Pass:
 
 
 class Program(Protocol):
-    """A model as the engine needs it."""
+    """A model as the engine needs it.
+
+    Attributes:
+        layers: that are explained.
+        tf32: whether its head and the gradient may be computed in TF32, where the trunk is less exact than float32.
+    """
 
     layers: tuple[Layer, ...]
+    tf32: bool
 
     def forward(self, images: Tensor) -> Pass:
         """Return the pass for normalised float32 images [B, 3, H, W]."""
@@ -61,6 +67,8 @@ class Program(Protocol):
 
 class EagerProgram:
     """The network as it is, tapped by hooks: for any network and any number of layers, in float32."""
+
+    tf32 = False
 
     def __init__(self, module: nn.Module, layers: tuple[Layer, ...]) -> None:
         for layer in layers:
@@ -107,13 +115,14 @@ class EagerProgram:
 
 
 class SplitProgram(EagerProgram):
-    """The network cut in two: the trunk on any engine, the head in float32 with exact gradients.
+    """The network cut in two: the trunk on any engine, the head in float32 with exact gradients, or in TF32.
 
     Where the cut network takes batches of one size only, others are explained by the network as it is.
     """
 
-    def __init__(self, module: nn.Module, layer: Layer, trunk: Trunk, head: fx.GraphModule) -> None:
+    def __init__(self, module: nn.Module, layer: Layer, trunk: Trunk, head: fx.GraphModule, tf32: bool = False) -> None:
         super().__init__(module, (layer,))
+        self.tf32 = tf32
         self._trunk = trunk
         self._head = head
         self._size = fixed_batch(head)

@@ -1,4 +1,4 @@
-"""Engines that run a model's trunk: eager PyTorch, torch.compile, OpenVINO.
+"""Engines that run a model's trunk: eager PyTorch, torch.compile, CUDA graphs, OpenVINO.
 
 A trunk is a graph, images float32 [B, 3, H, W] -> a tuple of tensors, of which the layer's output is the first.
 Only values come out of it, so any inference engine may run it, in any precision.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from wsi_gradcam.errors import EngineError, one_line
 from wsi_gradcam.models.graph import fixed_batch
@@ -36,6 +37,7 @@ Trunk = Callable[[Tensor], tuple[Tensor, ...]]
 SLICE = {"float32": 4, "bfloat16": 16, "float16": 16}
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TF32_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, from Ampere on
+WARM_UP = 3  # passes before one is recorded, as PyTorch advises
 
 _FLAGS = threading.RLock()  # torch's flags are the process's
 _SET: list[tuple[bool, bool]] = []  # what the contexts that are open have set, the innermost last: (on CUDA, TF32)
@@ -125,7 +127,7 @@ def make_trunk(graph: fx.GraphModule, engine: str, precision: str, images: Tenso
     Raises:
         EngineError: the engine is not installed here, or cannot run this model in this precision.
     """
-    makers = {"eager": _eager, "compile": _compiled, "openvino": _openvino}
+    makers = {"eager": _eager, "compile": _compiled, "cudagraphs": _recorded, "openvino": _openvino}
     if precision == "tf32" and images.device.type != "cuda":
         raise EngineError(f"precision tf32 is one of NVIDIA's GPUs, and the model runs on {images.device}; use float32")
     try:
@@ -158,8 +160,17 @@ def low_precisions(engine: str, device: torch.device) -> tuple[str, ...]:
 def _eager(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     if precision == "float32":
         return lambda batch: _plain(graph(batch))
+    return in_precision(lowered(graph, precision), precision)
+
+
+def lowered(graph: fx.GraphModule, precision: str) -> fx.GraphModule:
+    """Return a copy of a graph for a precision below float32, with batch normalisations folded before its cast."""
+    return folded(graph).to(DTYPES[precision]).to(memory_format=torch.channels_last)
+
+
+def in_precision(low: Callable[[Tensor], Sequence[Any]], precision: str) -> Trunk:
+    """Return the trunk of a network whose weights are in a precision."""
     dtype = DTYPES[precision]
-    low = copy.deepcopy(graph).to(dtype).to(memory_format=torch.channels_last)
 
     def run(batch: Tensor) -> tuple[Tensor, ...]:
         with exact(batch.device, tf32=precision == "tf32"):
@@ -167,6 +178,63 @@ def _eager(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
         return _plain(values)
 
     return run
+
+
+CONVOLUTIONS = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
+
+
+def folded(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph in which convolutions do what the batch normalisations behind them would do.
+
+    Weights are scaled in float32: each map is then rounded once and not twice where they are cast to fewer bits, and
+    a pass over memory is saved. Float32 sums change in the last bits. Left are normalisations by another's statistics,
+    and behind maps that something else reads too.
+    """
+    graph = copy.deepcopy(graph)
+    for norm in [n for n in graph.graph.nodes if n.target is torch.ops.aten.batch_norm.default]:
+        convolution, gamma, beta, mean, variance, training, _, epsilon = norm.args[:8]
+        if training or not _is_plain(convolution) or not all(_is_constant(a) for a in (gamma, beta, mean, variance)):
+            continue
+        source, *constants = (*convolution.args[:3], None)[:3]
+        others = convolution.args[3:]
+        values: list[Any] = [
+            None if node is None else getattr(graph, node.target) for node in (*constants, mean, variance, gamma, beta)
+        ]
+        kernel, bias, mean, variance, scale, shift = values
+        made = fuse_conv_bn_weights(kernel, bias, mean, variance, epsilon, scale, shift)
+        with graph.graph.inserting_before(convolution):
+            for name, value in zip(("weight", "bias"), made, strict=True):
+                graph.register_buffer(f"_{norm.name}_{name}", value.detach())
+            constants = [graph.graph.get_attr(f"_{norm.name}_{name}") for name in ("weight", "bias")]
+        convolution.args = (source, *constants, *others)
+        norm.replace_all_uses_with(convolution)
+        graph.graph.erase_node(norm)
+    graph.graph.eliminate_dead_code()
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in graph.named_buffers(recurse=False) if name not in used]:
+        delattr(graph, name)
+    graph.recompile()
+    return graph
+
+
+def _is_plain(node: Any) -> bool:
+    """Return whether a node is a convolution with constant weights that one normalisation alone reads."""
+    return (
+        _is_node(node)
+        and node.target in CONVOLUTIONS
+        and len(node.users) == 1
+        and not node.kwargs
+        and node.args[1].op == "get_attr"
+        and _is_constant(node.args[2] if len(node.args) > 2 else None)
+    )
+
+
+def _is_node(value: Any) -> bool:
+    return hasattr(value, "op") and hasattr(value, "users")
+
+
+def _is_constant(value: Any) -> bool:
+    return value is None or (_is_node(value) and value.op == "get_attr")
 
 
 def _plain(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -178,17 +246,62 @@ def _plain(values: Sequence[Any]) -> tuple[Any, ...]:
 def _compiled(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     if images.device.type == "cpu" and not _has_compiler():
         raise EngineError("engine compile needs a C++ compiler on this machine: install g++, or use another --engine")
-    dtype = DTYPES[precision]
-    low = copy.deepcopy(graph).to(dtype).to(memory_format=torch.channels_last)
-    compiled = torch.compile(low, dynamic=False)
+    low = (
+        copy.deepcopy(graph).to(memory_format=torch.channels_last)
+        if precision == "float32"
+        else lowered(graph, precision)
+    )
+    run = in_precision(torch.compile(low, dynamic=False), precision)
 
-    def run(batch: Tensor) -> tuple[Tensor, ...]:
-        with warnings.catch_warnings(), exact(batch.device, tf32=precision == "tf32"):
+    def quiet(batch: Tensor) -> tuple[Tensor, ...]:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # inductor's remarks on the machine
-            values = compiled(batch.to(dtype, memory_format=torch.channels_last))
-        return _plain(values)
+            return run(batch)
 
-    return run
+    return quiet
+
+
+def _recorded(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
+    """Return the trunk as CUDA replays it: its hundreds of kernels are launched at once, not by Python one by one."""
+    if images.device.type != "cuda":
+        raise EngineError(
+            f"engine cudagraphs replays kernels of NVIDIA's GPUs, and the model runs on {images.device}; use eager"
+        )
+    if fixed_batch(graph) not in (None, len(images)):
+        raise EngineError("engine cudagraphs cannot record this model for batches of that size; use eager")
+    run = _eager(graph, precision, images)
+    recordings: dict[torch.Size, Recording] = {}
+
+    def replay(batch: Tensor) -> tuple[Tensor, ...]:
+        if batch.shape not in recordings:
+            recordings.clear()  # each holds memory for all of its maps
+            recordings[batch.shape] = Recording(run, batch)
+        return recordings[batch.shape](batch)
+
+    return replay
+
+
+class Recording:
+    """The kernels of a trunk for batches of one size, recorded once and replayed for each batch."""
+
+    def __init__(self, run: Trunk, batch: Tensor) -> None:
+        self._given = batch.clone()
+        side = torch.cuda.Stream(batch.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(batch.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):  # libraries choose kernels and make workspaces, which cannot be recorded
+                run(self._given)
+        torch.cuda.current_stream(batch.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads copy patches meanwhile, which is no part of it.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._found = run(self._given)
+
+    def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Return the trunk's tensors for a batch, which are the caller's own."""
+        self._given.copy_(batch)
+        self._graph.replay()
+        return tuple(value.clone() if isinstance(value, Tensor) else value for value in self._found)
 
 
 def _has_compiler() -> bool:

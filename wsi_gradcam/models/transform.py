@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.spec import MAX_SIDE_PX, Interpolation, Resizing
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Triple = tuple[float, float, float]
 Size = tuple[int, int]
@@ -63,12 +67,15 @@ class Transform:
     def __call__(self, rgb: Tensor) -> Tensor:
         """Turn uint8 [B, H, W, 3] into float32 [B, 3, h, w] on the same device.
 
-        Without resizing patches may have any size that holds the crop. Resized pixels are rounded to 8 bits, as
-        Pillow does and so torchvision on PIL images; those are then treated by torchvision's very sums.
+        Patches are those that were read, or what `resized` made of them. Without resizing they may have any size that
+        holds the crop. Resized pixels are rounded to 8 bits, as Pillow does and so torchvision on PIL images; those
+        are then treated by torchvision's very sums.
         """
         if self.resize_px is None:
             return self._normalised(self._cropped(rgb))
-        images = self._cropped(self._resized(rgb)).permute(0, 3, 1, 2).contiguous().float()
+        if tuple(rgb.shape[1:3]) != self.resize_px:
+            rgb = torch.from_numpy(np.stack([self.resized(patch) for patch in rgb.cpu().numpy()])).to(rgb.device)
+        images = self._cropped(rgb).permute(0, 3, 1, 2).contiguous().float()
         if self.scale != 255:
             images.div_(255 / self.scale)
         mean, std = (_constant(v, rgb.device) for v in (self.mean, self.std))
@@ -85,15 +92,18 @@ class Transform:
         y, x, height, width = self.crop
         return rgb[:, y : y + height, x : x + width]
 
-    def _resized(self, rgb: Tensor) -> Tensor:
-        if tuple(rgb.shape[1:3]) != self.patch_px:
-            raise ModelError(f"patches of {tuple(rgb.shape[1:3])} px are given, expected {self.patch_px}")
-        assert self.resize_px is not None
+    def resized(self, patch: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return a patch uint8 [H, W, 3] in the size of `resize_px`; itself where that is None.
+
+        Raises:
+            ModelError: it is of another size than `patch_px`.
+        """
+        if self.resize_px is None:
+            return patch
+        if patch.shape[:2] != self.patch_px:
+            raise ModelError(f"patches of {patch.shape[:2]} px are given, expected {self.patch_px}")
         height, width = self.resize_px
-        resized = np.empty((len(rgb), height, width, 3), np.uint8)
-        for target, patch in zip(resized, rgb.cpu().numpy(), strict=True):
-            target[:] = np.asarray(Image.fromarray(patch).resize((width, height), RESAMPLING[self.interpolation]))
-        return torch.from_numpy(resized).to(rgb.device)
+        return np.asarray(Image.fromarray(patch).resize((width, height), RESAMPLING[self.interpolation]))
 
 
 @lru_cache(maxsize=64)

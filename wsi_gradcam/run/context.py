@@ -30,13 +30,15 @@ from wsi_gradcam.run.examining import Blind
 from wsi_gradcam.run.plan import open_given
 from wsi_gradcam.run.types import Performed, Task, Workload
 from wsi_gradcam.slides import thumbnail
-from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
+from wsi_gradcam.slides.patch_reader import PatchReader, open_entry, reading_threads
 from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic, release_freed_memory
 from wsi_gradcam.tissue.masks import glass_colour
 from wsi_gradcam.tissue.quality import measure_blur
 from wsi_gradcam.tissue.stain import apply
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -52,7 +54,8 @@ W = TypeVar("W", bound=Workload, covariant=True)
 
 GLANCE_PX = 512  # longer side of the thumbnail in which the colour of a slide's glass is found
 KEPT_OPEN = 2  # the slide in work and the next one
-KEPT_STORES = 4  # of each kind: their metadata need not be read again
+KEPT_OPEN_FOR_GPU = 6  # those of the orders that share it, and the next ones
+KEPT_STORES = 8  # of each kind: their metadata need not be read again
 
 
 class Exclusive(Generic[T]):
@@ -97,7 +100,11 @@ class Context(Generic[W]):
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self._lock, self._model_lock = threading.Lock(), threading.Lock()
         self._model = model
-        self._slides: ResourcePool[SlideEntry, _Opened] = ResourcePool(KEPT_OPEN, _Opened.close)
+        self._readers: ThreadPoolExecutor | None = None  # end when nothing refers to them any more
+        on_cpu = self.run.settings.device == "cpu"
+        self._slides: ResourcePool[SlideEntry, _Opened] = ResourcePool(
+            KEPT_OPEN if on_cpu else KEPT_OPEN_FOR_GPU, _Opened.close
+        )
         self._patches: Cache[str, PatchStore] = Cache(KEPT_STORES)
         self._heatmaps: Cache[str, HeatmapStore] = Cache(KEPT_STORES)
         self._features: Cache[str, FeatureStore] = Cache(KEPT_STORES)
@@ -155,9 +162,19 @@ class Context(Generic[W]):
                 if opened.reader is None:
                     refuse_other(opened.slide, self.plan(entry))
                     plan, size, threads = self.plan(entry), run.facts.batch_size, run.settings.readers
-                    treat, mpp = partial(_treat, plan.stain), plan.patch_mpp(run.patch_px, run.mpp)
-                    opened.reader = PatchReader(opened.slide, run.patch_px, mpp, size, threads, treat)
+                    treat, mpp = partial(_treat, plan.stain, self._resized), plan.patch_mpp(run.patch_px, run.mpp)
+                    if self._readers is None:
+                        self._readers = reading_threads(threads)
+                    opened.reader = PatchReader(
+                        opened.slide, run.patch_px, mpp, size, threads, treat, self._readers, self._empty
+                    )
             yield opened.reader
+
+    def _resized(self, patch: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return self.model().resized(patch)  # threads wait for it: slides are opened while it is loaded
+
+    def _empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        return self.model().empty(shape)
 
     def check_slide(self, entry: SlideEntry) -> None:
         """Find out whether the slide's file is still the one that was planned, so that no patches of two are mixed.
@@ -282,10 +299,15 @@ def file_state(path: str) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _treat(stain: StainFit | None, patch: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
-    """Return a patch with its stain normalised, and its blur as it was read: another stain is no sharper."""
+def _treat(
+    stain: StainFit | None, resized: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], patch: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], float]:
+    """Return a patch with its stain normalised, resized for the model, and its blur as it was read.
+
+    Another stain is no sharper.
+    """
     (blur,) = measure_blur(patch[None])
-    return patch if stain is None else apply(stain, patch), float(blur)
+    return resized(patch if stain is None else apply(stain, patch)), float(blur)
 
 
 @dataclass

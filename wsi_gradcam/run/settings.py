@@ -201,7 +201,7 @@ class Settings(BaseModel):
     )
     device: Annotated[str, Field(description="where the model runs: cpu, cuda, cuda:1, mps")] = "cpu"
     engine: Annotated[
-        Literal["auto", "eager", "compile", "openvino"],
+        Literal["auto", "eager", "compile", "cudagraphs", "openvino"],
         Field(description="what runs the network up to the layer; auto: the fastest, see `precision`"),
     ] = "auto"
     precision: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +24,7 @@ from wsi_gradcam.system.isolation import CRASHES
 from wsi_gradcam.tissue.annotations import Regions, entry_outlines, entry_regions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -271,20 +272,33 @@ def _explain(
     causes: dict[int, str] = {}
     likeness: list[float] = []
     features = None if run.facts.bag is None else context.features(entry)
+    begun: deque[tuple[slice, Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]]]]] = deque()
+
+    def store(most: int) -> None:
+        """Store results until those of no more than `most` batches are waited for."""
+        while len(begun) > most:
+            part, found = begun.popleft()
+            answers, cams[part] = found()
+            if features is None:
+                logits[part] = answers
+            else:
+                likeness.extend(_cosines(answers, features.read("features", start + part.start, start + part.stop)))
+
     for batch in batches:
         part = slice(batch.start, batch.start + len(batch.rgb))
         if features is None:
-            logits[part], cams[part] = model.explain(batch.rgb, run.targets, run.settings.methods)
+            begun.append((part, model.begin(batch.rgb, run.targets, run.settings.methods)))
         else:
             rows = start + part.start, start + part.stop
             weights = features.read("coefficients", *rows)
-            made, cams[part] = model.explain_weighed(batch.rgb, weights, run.settings.methods)
-            likeness += _cosines(made, features.read("features", *rows))
+            begun.append((part, model.begin_weighed(batch.rgb, weights, run.settings.methods)))
             logits[part] = features.read("logits", *rows)
         blur[part] = batch.measures
-        for i, cause in batch.causes.items():
-            at = batch.start + i
-            logits[at], cams[at], status[at], causes[at] = 0, 0, UNREADABLE, cause
+        causes |= {batch.start + i: cause for i, cause in batch.causes.items()}
+        store(model.in_flight)
+    store(0)
+    for at in causes:
+        logits[at], cams[at], status[at] = 0, 0, UNREADABLE
     finite = np.isfinite(logits).all(axis=1) & np.isfinite(cams).all(axis=(1, 2, 3))
     if not finite.all():
         y, x = yx[int(np.argmin(finite))].tolist()

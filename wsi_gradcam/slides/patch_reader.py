@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
 
     Treat = Callable[[NDArray[np.uint8]], tuple[NDArray[np.uint8], float]]
-    Reads = list[Future[tuple[NDArray[np.uint8], float, float]]]
+    Empty = Callable[[tuple[int, ...]], NDArray[np.uint8]]
 
 LOG = logging.getLogger("wsi_gradcam")
 
@@ -38,6 +38,9 @@ WAITING_THREADS = 16
 # Batches that are read ahead of the one that the model works on: a few, so that one that takes long to read is not
 # waited for; only one where they are large.
 MAX_AHEAD, MAX_AHEAD_BYTES = 3, 64 << 20
+# Patches that a thread is handed at a time, where a batch has enough for all: each time holds Python's lock.
+MOST_AT_ONCE = 8
+MAX_KEPT = 4  # first batches of what may be wanted next: as many as there are orders that may read one slide
 # The relative difference between mpp of scanners of one kind.
 MPP_TOLERANCE = 0.02
 
@@ -117,6 +120,48 @@ def untreated(patch: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
     return patch, float("nan")
 
 
+def empty_array(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return an array of any values."""
+    return np.empty(shape, np.uint8)
+
+
+def reading_threads(count: int) -> ThreadPoolExecutor:
+    """Return threads that read patches, of one slide or of several."""
+    return ThreadPoolExecutor(count, thread_name_prefix="read")
+
+
+class _Coming:
+    """A batch that threads are reading: each puts its patches where they belong."""
+
+    def __init__(self, places: list[list[int]], empty: Empty) -> None:
+        self.places = places
+        self.reads: list[Future[float]] = []
+        self.causes: dict[int, str] = {}
+        self._empty, self._lock = empty, threading.Lock()
+        self._rgb: NDArray[np.uint8] | None = None
+        self._measures = np.full(len(places), np.nan, np.float32)
+
+    def put(self, number: int, patch: NDArray[np.uint8], measure: float) -> None:
+        """Keep a treated patch; all are of one size, which the first one tells."""
+        with self._lock:
+            if self._rgb is None:
+                self._rgb = self._empty((len(self.places), *patch.shape))
+        self._rgb[number], self._measures[number] = patch, measure
+
+    def batch(self, start: int, nothing: Callable[[], NDArray[np.uint8]]) -> Batch:
+        """Return the batch once all is read; `nothing` is a treated patch, for one of which nothing can be read.
+
+        Raises:
+            SlideError: something is wrong with the whole slide.
+        """
+        read_s = sum(read.result() for read in self.reads)
+        if self._rgb is None:
+            self.put(0, nothing(), np.nan)
+        assert self._rgb is not None
+        self._rgb[list(self.causes)] = 0
+        return Batch(start, self._rgb, self._measures, dict(sorted(self.causes.items())), read_s)
+
+
 class PatchReader:
     """Reads the patches of a slide with a few threads, some batches ahead of the consumer.
 
@@ -125,6 +170,8 @@ class PatchReader:
         batch_size: patches in a batch.
         treat: turns what was read into what a batch holds, uint8 of one size, and measures it; done by the threads
             that read.
+        pool: threads that read several slides; None: some of its own. Of a remote slide they are its own always.
+        empty: makes the array of a batch, of a shape.
     """
 
     def __init__(
@@ -135,17 +182,23 @@ class PatchReader:
         batch_size: int,
         threads: int,
         treat: Treat = untreated,
+        pool: ThreadPoolExecutor | None = None,
+        empty: Empty = empty_array,
     ) -> None:
         self._slide = slide
         self._patch_px = patch_px
         self._mpp = mpp
         self._batch_size = batch_size
         self._treat = treat
+        self._empty = empty
         if is_url(slide.info.path):  # threads wait more than they compute
-            threads = max(threads, WAITING_THREADS)
+            threads, pool = max(threads, WAITING_THREADS), None
         self._ahead = max(1, min(MAX_AHEAD, MAX_AHEAD_BYTES // (3 * math.prod(patch_px) * batch_size)))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self._kept: tuple[list[list[int]], Reads] = ([], [])
+        self._threads = threads
+        self._pool = pool or reading_threads(threads)
+        self._own = None if pool else self._pool
+        self._begun: set[Future[float]] = set()
+        self._kept: deque[_Coming] = deque()
         self._lock = threading.Lock()
 
     def batches(self, yx: NDArray[np.int64], then: NDArray[np.int64] | None = None) -> Iterator[Batch]:
@@ -155,61 +208,64 @@ class PatchReader:
         """
         places = yx.tolist()
         starts = range(0, len(places), self._batch_size)
-        reads: deque[Reads] = deque()
+        coming: deque[_Coming] = deque()
         for start in starts:
-            while len(reads) <= self._ahead and len(reads) < len(starts) - start // self._batch_size:
-                first = start + len(reads) * self._batch_size
+            while len(coming) <= self._ahead and len(coming) < len(starts) - start // self._batch_size:
+                first = start + len(coming) * self._batch_size
                 wanted = places[first : first + self._batch_size]
-                reads.append(self._first(wanted) if first == 0 else self._submit(wanted))
+                coming.append(self._first(wanted) if first == 0 else self._begin(wanted))
                 if then is not None and first == starts[-1]:
                     self.read_ahead(then)
-            yield self._collect(start, reads.popleft())
+            yield coming.popleft().batch(start, self._nothing)
 
     def read_ahead(self, yx: NDArray[np.int64]) -> None:
         """Begin to read the first batch of the patches at `yx`, and keep it for the call that wants them."""
-        places = yx[: self._batch_size].tolist()
         with self._lock:
-            self._kept = (places, self._submit(places))
+            self._kept.append(self._begin(yx[: self._batch_size].tolist()))
+            unwanted = [self._kept.popleft() for _ in range(len(self._kept) - MAX_KEPT)]
+        for coming in unwanted:
+            for read in coming.reads:
+                read.cancel()
 
     def close(self) -> None:
-        """Stop the threads without waiting for reads ahead."""
-        self._pool.shutdown(cancel_futures=True)
+        """Wait for the reads that have begun, so that the slide can be closed, and forget those ahead."""
+        if self._own is not None:
+            self._own.shutdown(cancel_futures=True)
+        wait([read for read in list(self._begun) if not read.cancel()])
 
-    def _submit(self, places: list[list[int]]) -> Reads:
-        return [self._pool.submit(self._read, y, x) for y, x in places]
+    def _begin(self, places: list[list[int]]) -> _Coming:
+        coming = _Coming(places, self._empty)
+        step = max(1, min(MOST_AT_ONCE, len(places) // (2 * self._threads)))
+        some = [range(i, min(i + step, len(places))) for i in range(0, len(places), step)]
+        coming.reads = [self._pool.submit(self._read, coming, numbers) for numbers in some]
+        self._begun.update(coming.reads)
+        for read in coming.reads:
+            read.add_done_callback(self._begun.discard)
+        return coming
 
-    def _read(self, y: int, x: int) -> tuple[NDArray[np.uint8], float, float]:
-        """Return a treated patch, what was measured, and the seconds that both took."""
-        started = time.perf_counter()
-        patch, measure = self._treat(read_region(self._slide, y, x, *self._patch_px, self._mpp))
-        return patch, measure, time.perf_counter() - started
-
-    def _first(self, places: list[list[int]]) -> Reads:
-        """Return the reads of a span's first batch, begun before or now."""
-        with self._lock:
-            (known, reads), self._kept = self._kept, ([], [])
-        if known == places:
-            return reads
-        for read in reads:
-            read.cancel()
-        return self._submit(places)
-
-    def _collect(self, start: int, futures: Reads) -> Batch:
-        rgb: NDArray[np.uint8] | None = None
-        measures = np.full(len(futures), np.nan, np.float32)
-        causes: dict[int, str] = {}
+    def _read(self, coming: _Coming, numbers: range) -> float:
+        """Read and treat some patches of a batch; return the seconds that those took that can be read."""
         read_s = 0.0
-        for i, future in enumerate(futures):
+        for number in numbers:
+            started = time.perf_counter()
+            y, x = coming.places[number]
             try:
-                patch, measures[i], seconds = future.result()
+                coming.put(number, *self._treat(read_region(self._slide, y, x, *self._patch_px, self._mpp)))
             except SlideReadError as error:
-                causes[i] = one_line(error)
-                continue
-            if rgb is None:
-                rgb = np.zeros((len(futures), *patch.shape), np.uint8)
-            rgb[i] = patch
-            read_s += seconds
-        if rgb is None:
-            nothing, _ = self._treat(np.zeros((*self._patch_px, 3), np.uint8))
-            rgb = np.zeros((len(futures), *nothing.shape), np.uint8)
-        return Batch(start, rgb, measures, causes, read_s)
+                coming.causes[number] = one_line(error)
+            else:
+                read_s += time.perf_counter() - started
+        return read_s
+
+    def _first(self, places: list[list[int]]) -> _Coming:
+        """Return a span's first batch, which was begun before or is begun now."""
+        with self._lock:
+            for number, coming in enumerate(self._kept):
+                if coming.places == places:
+                    del self._kept[number]
+                    return coming
+        return self._begin(places)
+
+    def _nothing(self) -> NDArray[np.uint8]:
+        """Return a treated patch of zeros."""
+        return self._treat(np.zeros((*self._patch_px, 3), np.uint8))[0]

@@ -20,6 +20,9 @@ from wsi_gradcam.run.types import Stage, Task
 # knows) / 5 s: 4 batches of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
 # are left to each while a slide is planned.
 BATCHES_PER_SLOT = 4
+# And slides are planned so far ahead of the model that it does not wait where many small ones follow each other, and
+# those that plan are at other work, which nothing interrupts: finishing a slide takes most of a second.
+PLANNED_S = BATCH_S
 # Workers shall end together: a batch for the model is at most one of so many parts of the work left for each, and when
 # that is less than one batch, fewer are in flight. Other batches of a slide follow each other: smaller ones only wait.
 LAST_PER_SLOT, LAST_PARTS, LAST_PARTS_OTHER = 2, 8, 2
@@ -40,15 +43,18 @@ class BatchLimits:
     ahead: int
 
     @classmethod
-    def of(cls, left_s: Pools[float], slots: Pools[int]) -> BatchLimits:
-        """Return the limits for seconds of work that are left in all, and so many batches that can run at once."""
+    def of(cls, left_s: Pools[float], slots: Pools[int], slide_s: float = BATCH_S) -> BatchLimits:
+        """Return the limits for seconds of work that are left in all, and so many batches that can run at once.
+
+        `slide_s` are the seconds of the model for a slide.
+        """
         model_slots, other_slots = max(1, slots.model), max(1, slots.other)
         model_s, other_s = left_s.model / model_slots, left_s.other / other_slots
         few = LAST_PER_SLOT if model_s < BATCH_S else BATCHES_PER_SLOT
         return cls(
             Pools(few * model_slots, BATCHES_PER_SLOT * other_slots),
             Pools(_batch_s(model_s / LAST_PARTS), _batch_s(other_s / LAST_PARTS_OTHER)),
-            BATCHES_PER_SLOT * model_slots,
+            model_slots * max(BATCHES_PER_SLOT, math.ceil(PLANNED_S / _batch_s(slide_s))),
         )
 
 
@@ -106,7 +112,8 @@ class RemainingWork:
 
     def limits(self, active: Iterable[RunningSlide], slots: Pools[int]) -> BatchLimits:
         """Return the limits for so many batches that can run at once: until the end comes near, always the same."""
-        return BatchLimits.of(self.left_s(active, LAST_PARTS * BATCH_S * max(1, slots.model)), slots)
+        left_s = self.left_s(active, LAST_PARTS * BATCH_S * max(1, slots.model))
+        return BatchLimits.of(left_s, slots, self._slide_s())
 
     def _ahead_s(self) -> float:
         """Return the seconds of the model for slides that are not begun."""
@@ -114,8 +121,12 @@ class RemainingWork:
             return 0.0
         if not self._planned:
             return math.inf
+        return self._ahead * self._slide_s()
+
+    def _slide_s(self) -> float:
+        """Return the seconds of the model for a slide, in the mean of those planned."""
         planned_s = sum(count * self._rates.seconds(stage) for stage, count in self._stages.items())
-        return self._ahead * planned_s / self._planned
+        return planned_s / self._planned if self._planned else BATCH_S
 
 
 @dataclass

@@ -23,9 +23,13 @@ from distributed.system import MEMORY_LIMIT
 from wsi_gradcam.errors import WorkerError
 
 THREADS = 2  # of a worker: one has patches read while the model works for the other
-# Of a worker with a GPU, which explains a slide in less time than one thread plans and stitches it. Two are the GPU's.
-GPU_THREADS = 5
-GPU_RESOURCES = {"GPU": 1, "CPU": GPU_THREADS - 2}
+# Of a worker with a GPU: the orders that it has in hand for it, see `workers.GPU_SHARE`. Planning, stitching and
+# finishing are work of Python's own, which would keep these from running: helpers do it, processes of one thread.
+GPU_THREADS = 4
+GPU_RESOURCES, HELPER_RESOURCES = {"GPU": 1}, {"CPU": 1}
+CORES_A_HELPER = 3  # the others read, and feed the GPUs
+# Where dask-cuda starts the workers there are no helpers.
+WHOLE_THREADS, WHOLE_RESOURCES = 7, {"GPU": 1, "CPU": 3}
 HOST = "127.0.0.1"
 NO_WORKER_S = 60
 SETTINGS = {
@@ -40,6 +44,11 @@ SETTINGS = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
 }
+
+
+def helpers(cores: int = CPU_COUNT) -> int:
+    """Return the number of processes beside workers with a GPU that plan, stitch and finish slides."""
+    return max(1, cores // CORES_A_HELPER)
 
 
 def threads_each(workers: int) -> int:
@@ -75,10 +84,7 @@ def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
     """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what fails is reported with its slide
     gpus = gpus_for(workers) if device == "cuda" else None
-    options: dict[str, Any] = {"memory_limit": MEMORY_LIMIT // workers, "preload": [__name__]}
-    if device != "cpu":
-        options["resources"] = GPU_RESOURCES
-    with private_scratch(), dask.config.set(SETTINGS), _started(workers, gpus, options) as cluster:
+    with private_scratch(), dask.config.set(SETTINGS), _started(workers, device, gpus) as cluster:
         yield cluster
 
 
@@ -95,38 +101,56 @@ def private_scratch() -> Iterator[None]:
         yield
 
 
-def _started(workers: int, gpus: list[str] | None, options: dict[str, Any]) -> Cluster:
+def _started(workers: int, device: str, gpus: list[str] | None) -> Cluster:
     security = Security.temporary()
     if gpus is not None and find_spec("dask_cuda") is not None:
-        return _of_dask_cuda(gpus, options, security)
-    threads = GPU_THREADS if "resources" in options else THREADS
-    options |= {"host": HOST, "nthreads": threads, "protocol": "tls", "security": security}
-    options |= {"worker_class": UnseenWorker, "silence_logs": logging.CRITICAL}
-    # A worker sees one GPU, which is `cuda` to it; torch is not loaded before its environment is set.
-    environments: list[dict[str, str]] = [{}] * workers if gpus is None else [{"CUDA_VISIBLE_DEVICES": g} for g in gpus]
+        return _of_dask_cuda(gpus, security)
+    shared = {"host": HOST, "protocol": "tls", "security": security, "preload": [__name__]}
+    shared |= {"worker_class": UnseenWorker, "silence_logs": logging.CRITICAL}
     scheduler = {"host": HOST, "port": 0, "protocol": "tls", "security": security, "dashboard": False}
     return SpecCluster(
         scheduler={"cls": UnseenScheduler, "options": scheduler},
-        workers={i: {"cls": Nanny, "options": {**options, "env": env}} for i, env in enumerate(environments)},
+        workers={name: {"cls": Nanny, "options": {**shared, **o}} for name, o in worker_options(workers, device, gpus)},
         security=security,
         silence_logs=logging.CRITICAL,
     )
 
 
-def _of_dask_cuda(gpus: list[str], options: dict[str, Any], security: Security) -> Cluster:
+def worker_options(workers: int, device: str, gpus: list[str] | None) -> Iterator[tuple[int | str, dict[str, Any]]]:
+    """Yield the name of each worker process, and what sets it apart: threads, memory, resources, environment.
+
+    On a GPU each sees one of `gpus`, which is `cuda` to it; torch is not loaded before its environment is set.
+    """
+    if device == "cpu":
+        for number in range(workers):
+            yield number, {"nthreads": THREADS, "memory_limit": MEMORY_LIMIT // workers}
+        return
+    half = MEMORY_LIMIT // 2
+    for number in range(workers):
+        seen = {} if gpus is None else {"env": {"CUDA_VISIBLE_DEVICES": gpus[number]}}
+        about = {"nthreads": GPU_THREADS, "memory_limit": half // workers, "resources": GPU_RESOURCES}
+        yield number, {**about, **seen}
+    for number in range(helpers()):
+        about = {"nthreads": 1, "memory_limit": half // helpers(), "resources": HELPER_RESOURCES}
+        yield f"helper-{number}", {**about, "env": {"CUDA_VISIBLE_DEVICES": ""}}
+
+
+def _of_dask_cuda(gpus: list[str], security: Security) -> Cluster:
     """Start a process for each GPU through dask-cuda, which also picks the cores near each; its HTTP has no pages."""
     with dask.config.set({f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}):
         cluster: Cluster = import_module("dask_cuda").LocalCUDACluster(
             CUDA_VISIBLE_DEVICES=gpus,
             n_workers=len(gpus),
-            threads_per_worker=GPU_THREADS,
+            threads_per_worker=WHOLE_THREADS,
+            resources=WHOLE_RESOURCES,
+            memory_limit=MEMORY_LIMIT // len(gpus),
+            preload=[__name__],
             host=HOST,
             protocol="tls",
             security=security,
             dashboard_address=None,
             scheduler_kwargs={"dashboard_address": f"{HOST}:0"},
             silence_logs=logging.CRITICAL,
-            **options,
         )
     return cluster
 

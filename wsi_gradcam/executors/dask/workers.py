@@ -20,8 +20,9 @@ T = TypeVar("T")
 WAIT_S = 50.0  # with the time to connect an error comes within a minute
 TOLD_S = 3.0  # before it is told that workers are missing: a moment is not worth a word
 GPU, CPU = "GPU", "CPU"  # names of the resources that workers declare
-# Two batches share a GPU: while the patches of one are read and its maps written, the model works for the other.
-GPU_SHARE = 0.5
+# So many batches share a GPU: while the patches of one are read, and the maps of others written, the model works for
+# another, and the slides after it are open already.
+GPU_SHARE = 0.25
 ANSWER_S = 10  # of a scheduler that is asked for its workers
 LOST = "the connection to the Dask scheduler is lost; start it anew"
 CERTIFICATES = (
