@@ -69,6 +69,9 @@ def test_close_releases_the_slides(context: Context[ExplainWorkload]) -> None:
     assert not slide.open  # type: ignore[attr-defined]
 
 
+PLANNED = SimpleNamespace(stain=None, slide_digest="digest", patch_mpp=lambda *_: 0.5)
+
+
 def test_slides_are_worked_on_while_the_model_is_loaded(
     context: Context[ExplainWorkload], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +84,7 @@ def test_slides_are_worked_on_while_the_model_is_loaded(
         return "loaded"
 
     monkeypatch.setattr("wsi_gradcam.cam.explainer.Explainer.load", load)
-    monkeypatch.setattr(context, "plan", lambda _: SimpleNamespace(stain=None, slide_digest="digest"))
+    monkeypatch.setattr(context, "plan", lambda _: PLANNED)
     monkeypatch.setattr("wsi_gradcam.run.context.PatchReader", lambda *_: SimpleNamespace(close=lambda: None))
     with ThreadPoolExecutor(1) as pool:
         model = pool.submit(context.model)
