@@ -19,7 +19,7 @@ from benchmarks.feeding import Case, Device, Simulation
 
 def test_a_device_is_fed_through_the_real_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "CASES", {"small": Case(2_000, 3, 8, 64)})
-    before = dict(os.environ)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     given = argparse.Namespace(quick=True, readers=4, cores=6, slowness=4.0, only="")
     found = feeding.run(given, tmp_path)
     ratios, costs = found["ratios"], found["small"]["costs_ms"]
@@ -29,7 +29,7 @@ def test_a_device_is_fed_through_the_real_stages(tmp_path: Path, monkeypatch: py
     assert set(costs) == {"plan", "stitch", "finish", feeding.READ, feeding.LOCKED}
     assert all(value > 0 for value in costs.values())
     assert costs[feeding.LOCKED] < costs[feeding.READ]
-    assert dict(os.environ) == before
+    assert (os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get(feeding.FILE)) == (before, None)
 
 
 def test_the_device_works_on_one_batch_after_the_other_and_is_waited_for() -> None:
