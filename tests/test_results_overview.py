@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ def test_an_unreadable_tile_is_gray_and_the_rest_is_there(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("methods", [("gradcam",), ("gradcam", "hirescam"), ("gradcam", "hirescam", "layercam")])
 @pytest.mark.parametrize("target", ["tumour", "all", "tumour-other"])
-def test_each_probability_is_shown_once(methods: tuple[str, ...], target: str) -> None:
+@pytest.mark.parametrize("aspect", [0.2, 1.0, 3.0])
+def test_each_probability_is_shown_once(methods: tuple[str, ...], target: str, aspect: float) -> None:
     """However many methods explain a class, and none for a contrast; each has a panel of its own."""
     facts = replace(FACTS, classes=("other", "tumour"))
     settings = make_settings(target=target, method=methods)
@@ -80,9 +82,14 @@ def test_each_probability_is_shown_once(methods: tuple[str, ...], target: str) -
     shown = {shown.target for shown in maps if shown.target.is_class}
     assert {run.probabilities[number - len(run.maps)] for number in found} == shown
     assert len(found) == len(shown)
-    _, axes = _panels(len(maps), len(found), 1.0)
-    assert len(axes) == 1 + len(maps) + len(found)
-    assert len({axis.get_subplotspec().num1 for axis in axes}) == len(axes)  # type: ignore[union-attr]
+    figure, panels = _panels(len(maps), len(found), aspect)
+    assert len(panels) == 1 + len(maps) + len(found)
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert len(boxes) == 2 * len(panels) - 1  # the slide has no colour bar
+    for box in boxes:
+        assert 0 <= box.x0 < box.x1 <= 1
+        assert 0 <= box.y0 < box.y1 <= 1
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_a_map_of_logits_lost_has_a_window_of_its_own() -> None:

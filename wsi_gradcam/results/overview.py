@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 MAX_PX = 600  # of the thumbnail: a panel has some 450
 FLAT = 0.5  # slides of less height than this share of their width have their panels one below the other, twice as wide
+PICTURE_IN, TITLE_IN, HEAD_IN, MARGIN_IN = 3.4, 0.3, 0.4, 0.08  # inches: a picture's width; above it; above all; around
+BAR_GAP_IN, BAR_IN, BAR_ROOM_IN = 0.07, 0.13, 0.85  # inches: to the colour bar, of its width, and with its labels
 MAX_MAPS = 3
 UNREADABLE_GRAY = 128
 COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
@@ -69,16 +72,17 @@ def draw_overview(
     panels = [(number, UNITS[shown.info.unit] + whose) for number, shown in enumerate(maps)] or _of_patches(run)
     shown = len(panels)
     panels += [(number, "probability") for number in _probabilities(run, maps)]
-    figure, axes = _panels(shown, len(panels) - shown, rgb.shape[0] / rgb.shape[1])
-    _show_slide(axes[0], rgb, um_per_px, plan)
+    figure, places = _panels(shown, len(panels) - shown, rgb.shape[0] / rgb.shape[1])
+    _show_slide(places[0].picture, rgb, um_per_px, plan)
     covered, images = _scaled(heatmap, plan, [number for number, _ in panels], (rgb.shape[0], rgb.shape[1]))
-    for axis, (number, unit), image in zip(axes[1:], panels, images, strict=True):
-        _show_overlay(figure, axis, rgb, image, covered, channels[number], unit)
+    for panel, (number, unit), image in zip(places[1:], panels, images, strict=True):
+        _show_overlay(figure, panel, rgb, image, covered, channels[number], unit)
     if outlines is not None:
-        _show_outlines(axes, outlines.mask(outlines.names, (rgb.shape[0], rgb.shape[1])))
+        _show_outlines([panel.picture for panel in places], outlines.mask(outlines.names, (rgb.shape[0], rgb.shape[1])))
     name = slide.info.path.rsplit("/", 1)[-1]
     title = f"{name}{answer and f': {answer}'}\n{_about(run, plan)}"
-    figure.suptitle(_shown(title), fontsize=9, parse_math=False)
+    top = 1 - MARGIN_IN / figure.get_figheight()
+    figure.suptitle(_shown(title), y=top, va="top", fontsize=9, parse_math=False)
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
@@ -128,20 +132,39 @@ def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
     return thumb.rgb
 
 
-def _panels(maps: int, probabilities: int, aspect: float) -> tuple[Figure, list[Axes]]:
-    """Lay out axes for the slide and `maps` explanations, and below them for probabilities; one map makes one row."""
+@dataclass(frozen=True)
+class Panel:
+    """Where a picture is drawn, and its colour bar; the slide has none."""
+
+    picture: Axes
+    bar: Axes
+
+
+def _panels(maps: int, probabilities: int, aspect: float) -> tuple[Figure, list[Panel]]:
+    """Lay out panels for the slide and `maps` explanations, and below them for probabilities; one map makes one row.
+
+    Panels of a slide much longer than high, `aspect` being its height over its width, lie below each other. All places
+    are computed here: matplotlib's own layouts draw everything twice to find them.
+    """
     if aspect < FLAT:
-        rows, width = 1 + maps + probabilities, 8.4
-        figure = Figure(figsize=(width, (width * 0.9 * aspect + 0.35) * rows + 0.6), dpi=120, layout="constrained")
-        return figure, list(figure.subplots(rows, 1))
-    columns, rows = (2 + probabilities, 1) if maps == 1 else (1 + maps, 1 + (probabilities > 0))
-    below = range(3 + maps, 3 + maps + probabilities)
-    places = range(1, columns + 1) if maps == 1 else [*range(1, 2 + maps), *below]
-    width = 4.2
-    figure = Figure(
-        figsize=(width * columns, (width * 0.82 * aspect + 0.45) * rows + 0.6), dpi=120, layout="constrained"
-    )
-    return figure, [figure.add_subplot(rows, columns, place) for place in places]
+        places = [(row, 0) for row in range(1 + maps + probabilities)]
+    elif maps == 1:
+        places = [(0, column) for column in range(2 + probabilities)]
+    else:
+        places = [(0, column) for column in range(1 + maps)] + [(1, 1 + column) for column in range(probabilities)]
+    rows, columns = (1 + max(numbers) for numbers in zip(*places, strict=True))
+    width = PICTURE_IN * (2 if aspect < FLAT else 1)
+    height = width * aspect
+    size = columns * (width + BAR_ROOM_IN), rows * (height + TITLE_IN) + HEAD_IN + MARGIN_IN
+    figure = Figure(figsize=size, dpi=120)
+    panels = []
+    for row, column in places:
+        left, bottom = MARGIN_IN + column * (width + BAR_ROOM_IN), size[1] - HEAD_IN - (row + 1) * (height + TITLE_IN)
+        boxes = (left, bottom, width, height), (left + width + BAR_GAP_IN, bottom, BAR_IN, height)
+        axes = [figure.add_axes((x / size[0], y / size[1], w / size[0], h / size[1])) for x, y, w, h in boxes]
+        panels.append(Panel(*axes))
+    panels[0].bar.remove()
+    return figure, panels
 
 
 def _show_slide(axis: Axes, rgb: NDArray[np.uint8], um_per_px: float, plan: SlidePlan) -> None:
@@ -159,7 +182,7 @@ def _show_slide(axis: Axes, rgb: NDArray[np.uint8], um_per_px: float, plan: Slid
 
 def _show_overlay(
     figure: Figure,
-    axis: Axes,
+    place: Panel,
     rgb: NDArray[np.uint8],
     image: NDArray[np.float32],
     covered: NDArray[np.bool_],
@@ -172,12 +195,12 @@ def _show_overlay(
     gray = rgb.mean(axis=2, dtype=np.float32)
     shown = np.repeat((128 + gray / 2).astype(np.uint8)[..., None], 3, axis=2)
     shown[covered] = _blended(np.asarray(norm(image[covered]), np.float32), gray[covered])
-    axis.imshow(shown)
-    axis.set_title(_shown(channel.label), fontsize=9, parse_math=False)
-    axis.set_axis_off()
+    place.picture.imshow(shown)
+    place.picture.set_title(_shown(channel.label), fontsize=9, parse_math=False)
+    place.picture.set_axis_off()
     steps = np.linspace(0, 1, 256, dtype=np.float32)
     seen = ListedColormap(_blended(steps, np.full(256, TISSUE_GRAY, np.float32)) / 255)
-    bar = figure.colorbar(ScalarMappable(norm, seen), ax=axis, fraction=0.046, pad=0.02, extend=_extend(channel))
+    bar = figure.colorbar(ScalarMappable(norm, seen), cax=place.bar, extend=_extend(channel))
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
