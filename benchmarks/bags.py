@@ -1,7 +1,9 @@
-"""Speed and memory of explaining bags of patches: `python -m benchmarks.bags [speed|memory]`.
+"""Speed and memory of explaining bags of patches: `python -m benchmarks.bags [speed|pixels|memory]`.
 
 Speed: seconds for 10,000 patches x 1,024 features by a CLAM of the usual size, each method alone, and the ratio of its
 CPU time to that of one forward and backward pass of the whole bag through the same network, both sides in turns.
+Pixels: CPU time of explaining patches down to the pixel for coefficients of the bag (the second pass, Grad-CAM at the
+last layer), by number of targets, over that of their features alone (a forward pass), by one engine and in turns.
 Memory: what the process grows by at its peak, by number of patches of 1,536 features in float16, which are read from a
 file that is mapped into memory.
 """
@@ -23,9 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from wsi_gradcam.cam.explainer import Explainer, Request
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.mil.attribution import explain_bag
 from wsi_gradcam.mil.networks import AttentionPool, Mlp
+from wsi_gradcam.models.load import load_model
+from wsi_gradcam.models.spec import RANDOM, ModelSpec
 
 METHODS = ("attention", "gradient_x_input", "lrp", "single", "one_removed", "shapley", "integrated_gradients")
 COUNTS = (1_000, 10_000, 50_000, 100_000, 200_000)
@@ -69,6 +74,25 @@ def speed(count: int = 10_000, width: int = 1024, rounds: int = 3) -> dict[str, 
     return found
 
 
+def pixels(name: str, rounds: int = 7, count: int = 16) -> list[float]:
+    """Return the CPU time of the second pass over that of a forward pass, for one target and for four."""
+    spec = ModelSpec(name=name, source=f"timm:{name}", weights=RANDOM, patch_px=(224, 224), mpp=0.5).as_encoder()
+    explainer = Explainer.examine(load_model(spec), Request(batch_size=count), lambda _: None)
+    random = np.random.default_rng(0)
+    rgb = random.integers(0, 256, (count, 224, 224, 3), np.uint8)
+    width = explainer.features(rgb).shape[1]
+    sides: list[Callable[[], object]] = [partial(explainer.features, rgb)]
+    for targets in (1, 4):
+        coefficients = random.normal(size=(count, targets, width)).astype(np.float32)
+        sides.append(lambda given=coefficients: explainer.begin_weighed(rgb, given, ["gradcam"])())
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, found in zip(sides, times, strict=True):
+            found.append(seconds(side))
+    forward, *passes = (median(found[1:]) for found in times)  # the first call sets things up
+    return [one / forward for one in passes]
+
+
 def grown(count: int, width: int = 1536) -> int:
     """Return the bytes that the process has grown by at most while it explained a bag; to be asked once a process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -107,6 +131,10 @@ def main(wanted: str = "") -> None:
         print("method                  s   CPU s   of forward + backward")
         for method, (clock, cpu, ratio) in speed().items():
             print(f"{method:20} {clock:5.2f}   {cpu:5.2f}   {ratio:5.2f}")
+    if wanted in ("", "pixels"):
+        print("encoder              second pass over forward: 1 target   4 targets")
+        for name in ("resnet18", "resnet50", "vit_small_patch16_224"):
+            print(f"{name:36} {'   '.join(f'{ratio:13.3f}' for ratio in pixels(name))}")
     if wanted in ("", "memory"):
         print("patches   MiB more")
         for count in COUNTS:
