@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tests.bags import MODELS, D, K, bag, in_double
 from wsi_gradcam.cam.targets import Target
-from wsi_gradcam.errors import ConfigError, ModelError
+from wsi_gradcam.errors import BagSizeError, ConfigError, ModelError
 from wsi_gradcam.mil import attribution
 from wsi_gradcam.mil.attribution import explain_bag, memory_needed
 from wsi_gradcam.mil.networks import Pool, Pooled
@@ -272,7 +273,7 @@ def test_a_bag_that_memory_does_not_hold_is_refused_with_the_bytes(tmp_path: Pat
 
     with pytest.raises(ModelError, match=r"a bag of 3,000,000,000 patches needs about [\d,]{15,} bytes of memory"):
         explain_bag(network, Long(), TARGETS[:1], ["gradient_x_input"])
-    with pytest.raises(ConfigError, match="one_removed: 2,500 patches would be removed one by one"):
+    with pytest.raises(BagSizeError, match="one_removed: 2,500 patches would be removed one by one"):
         explain_bag(network, bag(2500), TARGETS[:1], ["one_removed"])
 
 
@@ -281,6 +282,19 @@ def test_memory_grows_with_a_bag_only_where_it_is_seen_at_once(tmp_path: Path) -
     whole, _ = in_double(tmp_path, "transmil")
     assert memory_needed(chunked, 200_000) < 1.5 * memory_needed(chunked, 1000)
     assert memory_needed(whole, 200_000) > 50 * memory_needed(whole, 1000)
+
+
+def test_asking_how_much_memory_a_bag_takes_keeps_none_of_it(tmp_path: Path) -> None:
+    whole, _ = in_double(tmp_path, "transmil")
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+    memory_needed(whole, 1000)
+    before = tensors()
+    memory_needed(whole, 1000)
+    assert tensors() == before
 
 
 def test_targets_of_other_classes_are_refused(tmp_path: Path) -> None:

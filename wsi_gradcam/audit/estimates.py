@@ -25,6 +25,7 @@ FEWEST_SLIDES = 6  # below, nothing can be said of other slides
 FEWEST_FLIPS = 10
 LEVEL = 0.95
 RESAMPLES = 2000
+KEPT_UNITS = 500  # whose draws are kept: 8 MB
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,20 @@ def _percentiles(units: int) -> tuple[float, float]:
     return low, 1 - low
 
 
-@lru_cache(maxsize=4)
 def _resampled(count: int, seed: int) -> Floats:
-    """Return the number of times that each of `count` units is drawn, [RESAMPLES, count]; not to be changed."""
+    """Return the number of times that each of `count` units is drawn, [RESAMPLES, count]; not to be changed.
+
+    Those of a few units, such as slides, are kept: an audit asks for them again and again.
+    """
+    return _kept(count, seed) if count <= KEPT_UNITS else _drawn(count, seed)
+
+
+@lru_cache(maxsize=4)
+def _kept(count: int, seed: int) -> Floats:
+    return _drawn(count, seed)
+
+
+def _drawn(count: int, seed: int) -> Floats:
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
     drawn.flags.writeable = False
     return drawn

@@ -98,7 +98,7 @@ def _kept(aggregator: Aggregator, bag: Tensor) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph holds would never be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep = aggregator(bag.requires_grad_())
