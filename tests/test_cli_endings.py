@@ -55,6 +55,7 @@ FAILURES: dict[str, tuple[str, int]] = {
     "explain a class that is not there": ("explain {made}/slides --model {model} --out {new} --target tumor", 2),
     "explain where another run's results are": ("explain {made}/slides --model {other} --out {out} {small}", 2),
     "explain a slide that is none": ("explain {made}/bad.tif --model {model} --out {new} {small}", 1),
+    "encode a slide that is not there": ("encode {made}/none.tif --model {model} --out {new}", 2),
     "audit nothing": ("audit {made}/none", 2),
     "audit with a value that no mask has": ("audit {out} --annotations {made}/mask.png --include 2", 2),
     "audit with another seed": ("audit {out} --patches 8 --only saturation --seed 4", 2),

@@ -164,7 +164,7 @@ def test_validate_and_info_of_nothing(run: Run, tmp_path: Path) -> None:
     assert "does not exist" in only_error(err)
     code, _, err = run("info")
     assert code == 2
-    assert "nothing to show; give slide files, or --model" in only_error(err)
+    assert "nothing to show; give slide files, results, or --model" in only_error(err)
 
 
 def test_unknown_flags_and_commands_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

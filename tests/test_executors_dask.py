@@ -314,6 +314,7 @@ def test_workers_that_are_there_are_never_said_to_be_missing() -> None:
     assert len({workers.addresses for workers in found}) > 2  # they did come and go
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_gone_while_workers_are_waited_for_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,6 +293,7 @@ def test_jobs_that_are_cancelled_while_they_wait_are_told_and_replaced(
     assert ours(cluster) == {}
 
 
+@pytest.mark.slow
 @real
 def test_a_later_submission_that_is_refused_is_tried_again(cluster: Slurm, made: Path, tmp_path: Path) -> None:
     with driver(cluster, tmp_path, "--workers", "1", *explaining(made, tmp_path / "out"), slowness_s=0.3) as run:
@@ -307,6 +308,7 @@ def test_a_later_submission_that_is_refused_is_tried_again(cluster: Slurm, made:
     assert ours(cluster) == {}
 
 
+@pytest.mark.slow
 @real
 def test_workers_that_die_while_the_controller_is_away_are_replaced(cluster: Slurm, made: Path, tmp_path: Path) -> None:
     with driver(cluster, tmp_path, *explaining(made, tmp_path / "out"), slowness_s=0.5) as run:
@@ -326,6 +328,7 @@ def test_workers_that_die_while_the_controller_is_away_are_replaced(cluster: Slu
     assert ours(cluster) == {}
 
 
+@pytest.mark.slow
 @real
 def test_a_node_that_crashes_costs_its_job_alone(cluster: Slurm, made: Path, tmp_path: Path) -> None:
     """Its slurmd and its workers are killed at once; SLURM believes for a while that the job runs."""
@@ -340,6 +343,7 @@ def test_a_node_that_crashes_costs_its_job_alone(cluster: Slurm, made: Path, tmp
     assert differences(tmp_path / "out", made / "serial") == []
 
 
+@pytest.mark.slow
 @real
 def test_a_driver_that_is_killed_leaves_no_job_for_long(cluster: Slurm, made: Path, tmp_path: Path) -> None:
     with driver(cluster, tmp_path, *explaining(made, tmp_path / "out"), slowness_s=0.5) as run:
@@ -349,6 +353,7 @@ def test_a_driver_that_is_killed_leaves_no_job_for_long(cluster: Slurm, made: Pa
         cluster.wait_until_idle(STOPPED_S)
 
 
+@pytest.mark.slow
 @real
 def test_a_job_of_four_gpus_has_four_workers_each_bound_to_its_own(cluster: Slurm, made: Path, tmp_path: Path) -> None:
     """The GPUs are fake, as far as SLURM is concerned real."""

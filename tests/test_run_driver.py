@@ -131,7 +131,7 @@ def test_the_status_of_an_end(finished: Path, run: Run) -> None:
     code, printed, _ = run("status", finished, "--json", "--watch")
     told = json.loads(printed)
     assert told["state"] == "finished"
-    assert told["patches"] == {"done": 76, "planned": 76, "expected": 76}
+    assert told["patches"] == {"done": 76, "planned": 76, "expected": 76, "encoded": 0}
     assert told["left_s"] == 0
     assert sum(told["throughput"]["patches"]) == 76
     assert set(told["stages"]) == {"plan", "explain", "stitch", "finish"}

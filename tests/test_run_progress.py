@@ -82,7 +82,8 @@ def test_counts_of_slides_and_patches() -> None:
     progress.slide_done(record(2, "failed", "/slides/2.svs: broken; mend it"))
     told = progress.numbers().to_json()
     assert told["slides"] == {"total": 4, "done": 2, "skipped": 0, "ok": 1, "failed": 1}
-    assert told["patches"] == {"done": 12, "planned": 40, "expected": 60}  # another slide of 20; one was never planned
+    patches = {"done": 12, "planned": 40, "encoded": 0}
+    assert told["patches"] == {**patches, "expected": 60}  # another slide of 20; one was never planned
     assert json.loads(json.dumps(told)) == told
     assert RunNumbers.from_json(told) == progress.numbers()
 
@@ -104,7 +105,7 @@ def test_patches_may_be_known_before_any_slide_is_planned() -> None:
     progress = Progress(Clock())
     progress.begin(4, patches=40)
     explained(progress, 0, 12)
-    assert progress.numbers().to_json()["patches"] == {"done": 12, "planned": 40, "expected": 40}
+    assert progress.numbers().to_json()["patches"] == {"done": 12, "planned": 40, "encoded": 0, "expected": 40}
 
 
 def test_rate_and_time_left_follow_the_last_minutes() -> None:

@@ -333,7 +333,11 @@ def _read(path: Path) -> Any:
             f"{path}: not a plain state dict, but a TorchScript program; make it the source ('source: {path.name}'), "
             "and leave out 'weights:'"
         )
-    if problem := saved_problem(path):
+    try:
+        problem = saved_problem(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {one_line(error)}") from error
+    if problem:
         raise ModelError(f"{path}: {problem}; {SAVE_ANEW}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
