@@ -1,4 +1,4 @@
-"""Makes viewer.png: `make demo`, then `python docs/images/make_viewer.py demo-output/ihc-dab ihc-demo.tiff`.
+"""Makes viewer.png: `make demo`, then `python docs/images/make_viewer.py demo-output/oral-cancer oral-cancer.tiff`.
 
 With Chromium and playwright installed. Other results and slides may be given.
 """
