@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tests import planted_bags
 from tests.bags import MODELS, bag, in_double
+from tests.planted_rates import find
 from tests.test_mil_truths import both, pool
 from wsi_gradcam import audit_bags
 from wsi_gradcam.audit.findings import ENOUGH
@@ -204,3 +205,16 @@ def test_what_does_not_fit_is_refused() -> None:
         audit_bags(given, pool(0, 0), classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="no bag of features"):
         audit_bags({}, pool(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("truth", "seed"),
+    [
+        ("slides, faithfulness, single: needs two kinds together", 72002),
+        ("slides, faithfulness, attention: counts", 72009),
+    ],
+)
+def test_a_map_that_is_the_same_everywhere_wins_by_no_chance(truth: str, seed: int) -> None:
+    """With these seeds the order of its ties beat the ten random ones."""
+    (found,) = find([truth], seed)
+    assert found.outcome == "fails"

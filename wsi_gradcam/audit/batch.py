@@ -13,7 +13,15 @@ from PIL import Image
 
 from wsi_gradcam.audit.archive import annotated_slide, ground_of
 from wsi_gradcam.audit.measurements import Patches
-from wsi_gradcam.audit.measures.bags import BagSubject, Flipping, flipping, leaving_order, of_heads, relevance_of
+from wsi_gradcam.audit.measures.bags import (
+    BagSubject,
+    Flipping,
+    flipping,
+    is_constant,
+    leaving_order,
+    of_heads,
+    relevance_of,
+)
 from wsi_gradcam.audit.measures.sanity import encoder_stays
 from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
@@ -377,13 +385,20 @@ class SlideBag:
 
     @cached_property
     def flips(self) -> dict[str, list[Flipping]]:
-        """How the answer changes as patches leave, by method; at random in several orders."""
+        """How the answer changes as patches leave, by method; at random in several orders.
+
+        A map that is the same everywhere has no order: those at random are its orders, lest one of them win by chance.
+        """
         draws = RANDOM_ORDERS if self.subject.in_one_go else FEWER_ORDERS
         orders = [leaving_order(values, self.seed) for values in self.relevance.values()]
         chance = [np.random.default_rng([self.seed, i]).permutation(len(orders[0])) for i in range(draws)]
         found = flipping(self.subject, [*orders, *chance])
-        flips = {name: [one] for name, one in zip(self.relevance, found, strict=False)}
-        return {**flips, RANDOM_ORDER: found[len(orders) :]}
+        at_random = found[len(orders) :]
+        flips = {
+            name: at_random if is_constant(values) else [one]
+            for (name, values), one in zip(self.relevance.items(), found, strict=False)
+        }
+        return {**flips, RANDOM_ORDER: at_random}
 
     def some(self, count: int) -> BagSubject:
         """Return the bag of `count` of its patches, drawn at random; all where there are no more."""

@@ -282,6 +282,16 @@ def _block(network: Aggregator, features: Any, start: int, stop: int) -> Tensor:
     return torch.from_numpy(np.array(block, np.float64)).to(parameter.device, parameter.dtype)
 
 
+def is_constant(relevance: Floats) -> bool:
+    """Return True where patches [N] have one relevance, but for the rounding of float32.
+
+    >>> is_constant(np.array([0.2, 0.2 + 1e-9])), is_constant(np.array([0.2, 0.3]))
+    (True, False)
+    """
+    known = relevance[np.isfinite(relevance)]
+    return not len(known) or bool(np.ptp(known) <= 1e-6 * np.abs(known).max())
+
+
 def leaving_order(relevance: Floats, seed: int) -> Rows:
     """Return the place of each patch [N] when the most relevant leaves first; ties at random.
 
