@@ -255,7 +255,7 @@ def greedy_shard(folder: Path, rng: Random) -> Path:
 def nested_shards(folder: Path, rng: Random) -> Path:
     index = [{"name": "bytes", "configuration": {"endian": "little"}}]
     codecs: list[Any] = [{"name": "bytes"}]
-    for _ in range(int(rng.integers(50, 400))):
+    for _ in range(int(rng.integers(50, 150))):
         settings = {"chunk_shape": [3, 256, 256], "codecs": codecs, "index_codecs": index}
         codecs = [{"name": "sharding_indexed", "configuration": settings}]
     return Image(3, fill=200, more=(("codecs", codecs),)).write(folder / "a.zarr")

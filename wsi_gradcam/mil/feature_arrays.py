@@ -33,7 +33,7 @@ COORDINATES, PATCHES = ".coordinates", "_patches"  # what slide2vec and TRIDENT 
 DOUBLE = (".ome",)  # before the ending of a slide
 MAX_FILES = 1_000_000
 MAX_ALIKE = 64  # files that are looked into for a slide
-MAX_PATCHES = 5_000_000
+MAX_PATCHES = 2_000_000
 MAX_DIMENSIONS = 1 << 16
 MAX_CHUNK_BYTES = 1 << 28  # of HDF5, unpacked
 MAX_TENSOR_PICKLE = 1 << 20  # beside the numbers of a tensor
@@ -244,7 +244,10 @@ def h5_coordinates(path: Path, file: Any) -> NDArray[np.float64] | None:
     shape: tuple[int, ...] = getattr(dataset, "shape", ())
     inner = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(inner) != 2 or inner[1] not in (2, 5) or inner[0] > MAX_PATCHES:
-        raise FeatureError(f"{path}: coords of {' x '.join(map(str, shape))}, expected [N, 2], or [N, 5] of AtlasPatch")
+        raise FeatureError(
+            f"{path}: coords of {' x '.join(map(str, shape))}, expected [N, 2], or [N, 5] of AtlasPatch, of up to "
+            f"{MAX_PATCHES:,} patches"
+        )
     with np.errstate(invalid="ignore"):  # of damaged ones: no numbers, and so told where patches are placed
         return np.asarray(h5_dataset(path, dataset)[()], np.float64).reshape(inner)
 
