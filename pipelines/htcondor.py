@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import queues
+from amounts import memory
 from queues import OVER, RUNS, WAITS, Seen, System
 
 IDLE, RUNNING, REMOVED, COMPLETED, HELD = "12345"  # its JobStatus
@@ -34,7 +35,7 @@ class HTCondor(System):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add what HTCondor alone has."""
         super().add_arguments(parser)
-        parser.add_argument("--disk", type=queues.memory, default="1GiB", help="scratch space of a job (default 1GiB)")
+        parser.add_argument("--disk", type=memory, default="1GiB", help="scratch space of a job (default 1GiB)")
 
     def options(self, given: argparse.Namespace, log: Path) -> dict[str, Any]:
         """Return the lines of what is submitted."""

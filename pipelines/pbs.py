@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import queues
+from amounts import clock, megabytes
 from queues import OVER, RUNS, WAITS, Seen, System
 
 
@@ -37,12 +38,12 @@ class Pbs(System):
     def options(self, given: argparse.Namespace, log: Path) -> dict[str, Any]:
         """Return the directives; PBS is not to start a job again by itself, as a lost one is replaced here."""
         gpus = f":ngpus={given.gpus}" if given.gpus else ""
-        chunk = f"select=1:ncpus={given.cpus}:mem={queues.megabytes(given.memory)}mb{gpus}"
+        chunk = f"select=1:ncpus={given.cpus}:mem={megabytes(given.memory)}mb{gpus}"
         return {
             "queue": given.queue,
             "account": given.account,
             "resource_spec": given.resources or chunk,
-            "walltime": queues.clock(given.seconds),
+            "walltime": clock(given.seconds),
             "job_extra_directives": ["-j oe", f'-o "{log}"', "-r n", *given.directive],
         }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import queues
+from amounts import clock, megabytes
 from queues import RUNS, WAITS, Seen, System
 
 
@@ -37,14 +38,14 @@ class Sge(System):
     def options(self, given: argparse.Namespace, log: Path) -> dict[str, Any]:
         """Return the directives. Memory is asked for a core; a job is not started again by the queue itself."""
         wanted = given.resources or ("h_vmem=MBM,gpu=GPUS" if given.gpus else "h_vmem=MBM")
-        numbers = {"CPUS": given.cpus, "MB": -(-queues.megabytes(given.memory) // given.cpus), "GPUS": given.gpus}
+        numbers = {"CPUS": given.cpus, "MB": -(-megabytes(given.memory) // given.cpus), "GPUS": given.gpus}
         for word, number in numbers.items():
             wanted = wanted.replace(word, str(number))
         return {
             "queue": given.queue,
             "project": given.account,
             "resource_spec": wanted,
-            "walltime": queues.clock(given.seconds),
+            "walltime": clock(given.seconds),
             "job_extra_directives": [f"-pe {given.pe} {given.cpus}", f'-o "{log}"', "-r n", *given.directive],
         }
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import queues
+from amounts import clock
 from queues import OVER, RUNS, WAITS, Seen, System
 
 
@@ -57,7 +58,7 @@ class Slurm(System):
         return {
             "queue": given.queue,
             "account": given.account,
-            "walltime": queues.clock(given.seconds),
+            "walltime": clock(given.seconds),
             "job_cpu": given.cpus,
             "job_extra_directives": [*lines, *given.directive],
         }
