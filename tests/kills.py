@@ -99,7 +99,9 @@ class Command:
             self._prepare(out)
             while self.killed - before < min(PER_TURN, kills - before) and self._killed_once(out, to, dice):
                 self.killed += 1
-            if not (self.name == "export" and _files(out) and not list(out.glob(".export.*"))):  # it had ended
+                if self._had_ended(out):
+                    break
+            if not self._had_ended(out):
                 self._end(out, to)
             found = self._judged(out)
             self.problems += [f"turn {turn}: {problem}" for problem in found]
@@ -155,6 +157,10 @@ class Command:
         if not alive and process.exitcode:
             self.problems.append(f"ended with {process.exitcode}")
         return alive and process.exitcode == -signal.SIGKILL
+
+    def _had_ended(self, out: Path) -> bool:
+        """Return True where the last one was killed when nothing was left to do: an export takes no files twice."""
+        return self.name == "export" and bool(_files(out)) and not list(out.glob(".export.*"))
 
     def _end(self, out: Path, to: str) -> None:
         process = self._process(out, to)

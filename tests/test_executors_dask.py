@@ -17,7 +17,7 @@ from typing import Any
 import dask
 import psutil
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, wait
 
 from tests.clusters import process, scheduler, worker
 from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file, toy_spec
@@ -26,8 +26,8 @@ from tests.toy_models import SLOWNESS_S
 from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors.dask import DaskExecutor, ask_workers
-from wsi_gradcam.executors.dask.plugins import RunSchedulerPlugin
-from wsi_gradcam.executors.dask.scheduling import SlideScheduler
+from wsi_gradcam.executors.dask.plugins import BatchResult, RunSchedulerPlugin
+from wsi_gradcam.executors.dask.scheduling import ResultCollector, SlideScheduler
 from wsi_gradcam.executors.dask.workers import Pools, Workers
 from wsi_gradcam.run.types import Task
 
@@ -285,6 +285,29 @@ def test_a_scheduler_that_cannot_look_after_a_run_gets_no_hints(
 
 
 CALLS = 1000
+CHURN_S = 60  # until workers have come and gone, on a machine that is busy with other things
+
+
+def test_a_result_that_is_lost_with_its_worker_is_computed_again() -> None:
+    """One that died between the end of a task and the fetching of its result."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        future, collector = client.submit(BatchResult, "of nobody", pure=False), ResultCollector(client)
+        wait(future)
+        cluster.scale(0)
+        until = time.monotonic() + WITHIN_S
+        while future.status != "lost" and time.monotonic() < until:
+            time.sleep(0.01)
+        assert future.status == "lost"
+        collector.watch(future)
+        assert [collector.collect(0.05) for _ in range(10)] == [[]] * 10
+        cluster.scale(1)
+        found: list[Any] = []
+        while not found and time.monotonic() < until:
+            found = collector.collect(0.1)
+    assert [(each is future, type(result)) for each, result in found] == [(True, BatchResult)]
 
 
 def test_workers_that_are_there_are_never_said_to_be_missing() -> None:
@@ -305,7 +328,10 @@ def test_workers_that_are_there_are_never_said_to_be_missing() -> None:
         thread = threading.Thread(target=churn)
         thread.start()
         try:
-            found = [executor.workers() for _ in range(CALLS)]
+            found = [executor.workers()]
+            until = time.monotonic() + CHURN_S
+            while len(found) < CALLS or (len({each.addresses for each in found}) <= 2 and time.monotonic() < until):
+                found.append(executor.workers())
         finally:
             over.set()
             thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.runs import ROOT
 from wsi_gradcam.slides import triangle_filter
 from wsi_gradcam.slides.triangle_filter import Span, frame_px, resample
 
@@ -145,3 +147,28 @@ def test_a_folder_that_keeps_nothing_costs_compiling_anew(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(numba, "njit", refusing)
     assert all(map(callable, triangle_filter._passes.__wrapped__() or [None]))
+
+
+WHILE_TORCH_LOADS = """
+import threading
+from wsi_gradcam.executors.dask.plugins import use_threads
+from wsi_gradcam.slides.triangle_filter import Span, frame_px
+
+over = threading.Event()
+
+def load():
+    import torch
+    over.set()
+
+threading.Thread(target=load).start()
+span = Span(64, 0, 64, 32)
+while not over.is_set():
+    assert frame_px(span, span) in (0, 1)
+    use_threads(1)
+"""
+
+
+def test_another_thread_may_be_loading_torch() -> None:
+    """As in a worker that loads its model while it plans the next slide."""
+    ended = subprocess.run([sys.executable, "-c", WHILE_TORCH_LOADS], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -97,7 +97,8 @@ def frame_px(rows: Span, columns: Span) -> int:
 
 def _feeds_gpu() -> bool:
     """Return True in a process that computes on a GPU, which waits for what is read, and has memory to spare."""
-    return bool(sys.modules["torch"].cuda.is_initialized())
+    cuda = sys.modules.get("torch.cuda")
+    return bool(getattr(cuda, "is_initialized", bool)())  # another thread may be loading it
 
 
 def _passes_for_many() -> Passes | None:

@@ -228,7 +228,9 @@ def use_threads(count: int) -> None:
 
     # Dask gives workers 1 of each; torch takes MKL's number for its own.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
-    if (torch := sys.modules.get("torch")) is not None:
+    if "torch" in sys.modules:
+        import torch  # which waits for a thread that is loading it
+
         torch.set_num_threads(count)
 
 

@@ -49,6 +49,7 @@ class ResultCollector:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._lost: list[Future[Any]] = []
 
     def watch(self, future: Future[Any]) -> None:
         """Collect the result of a future once it is done."""
@@ -58,13 +59,16 @@ class ResultCollector:
         """Return the futures that are done, with their result or Dask's error; waits a while for the first."""
         collected: list[tuple[Future[Any], BatchResult | BaseException]] = []
         finished = []
-        for future in self._arrived(wait_s):
+        arrived, self._lost = self._lost + self._arrived(wait_s), []
+        for future in arrived:
             if future.status == "finished":
                 finished.append(future)
             elif future.status == "error":
                 collected.append((future, future.exception()))
-            elif future.status == "pending":  # its result was lost with a worker, and is computed again
+            elif future.status == "pending":
                 self.watch(future)
+            elif future.status == "lost":  # with its worker; it is computed again, and Dask calls it done meanwhile
+                self._lost.append(future)
             else:
                 collected.append((future, CancelledError(future.key)))
         return collected + self._fetched(finished)
