@@ -18,6 +18,7 @@ import dask
 import psutil
 import pytest
 from distributed import Client, LocalCluster, wait
+from tornado.web import Application
 
 from tests.clusters import process, scheduler, worker
 from tests.runs import ROOT, SMALL, differing, flags, rows_of, toy_file, toy_spec
@@ -282,6 +283,20 @@ def test_a_scheduler_that_cannot_look_after_a_run_gets_no_hints(
     assert understood == [True, False]
     assert "the scheduler cannot look after the run (TypeError: cannot travel)" in caplog.messages
     assert differing(tmp_path / "out", serial) == []
+
+
+def test_a_dashboard_is_told_of_where_the_scheduler_has_one() -> None:
+    """Its HTTP server alone, which answers whether it is well, is none."""
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+        executor = DaskExecutor(scheduler=cluster.scheduler_address)
+        server = cluster.scheduler.http_application
+        try:
+            server.applications.clear()  # as with --no-dashboard, whether or not bokeh is installed
+            assert executor.dashboard == ""
+            server.add_application(Application())
+            assert executor.dashboard.endswith(f":{cluster.scheduler.http_server.port}/status")
+        finally:
+            executor.close()
 
 
 CALLS = 1000

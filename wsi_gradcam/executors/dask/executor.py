@@ -77,9 +77,13 @@ class DaskExecutor:
 
     @property
     def dashboard(self) -> str:
-        """Address of Dask's own page; "" where its scheduler has none, as on this machine."""
-        services = self._client.scheduler_info(n_workers=0).get("services", {})
-        return str(self._client.dashboard_link) if "dashboard" in services else ""
+        """Address of Dask's own pages; "" where its scheduler has none, as on this machine."""
+        try:
+            has_pages = self._client.run_on_scheduler(_has_pages)
+        except Exception as error:  # whatever an import there ends with: a run does not need to know
+            LOG.debug("whether the scheduler has a dashboard is not known (%s)", one_line(error))
+            return ""
+        return str(self._client.dashboard_link) if has_pages else ""
 
     def workers(self) -> Workers:
         """Return the workers that there are now.
@@ -178,6 +182,11 @@ class DaskExecutor:
                 timer.check(self.workers().missing)
                 polled = time.monotonic()
         return future.result()
+
+
+def _has_pages(dask_scheduler: Any) -> bool:
+    """Return whether a scheduler shows pages to browsers; all have an HTTP server, with --no-dashboard too."""
+    return bool(getattr(getattr(dask_scheduler, "http_application", None), "applications", ()))
 
 
 def _examine(device: str, torch_threads: int | None, *model: Any) -> ModelFacts:
