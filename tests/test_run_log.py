@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import storage_path
-from wsi_gradcam.run import log as run_log
-from wsi_gradcam.run.log import LOG, LONGEST, RunLog
+from wsi_gradcam.run import report as run_log
+from wsi_gradcam.run.report import LOG, LONGEST, RunLog
 from wsi_gradcam.system.processes import PeriodicTimer
 
 

@@ -164,7 +164,7 @@ def test_a_clock_that_jumps_changes_nothing(
     clock = JumpingClock()
     monkeypatch.setattr(claims, "datetime", clock)
     monkeypatch.setattr(status, "datetime", clock)
-    monkeypatch.setattr("wsi_gradcam.run.log.datetime", clock)
+    monkeypatch.setattr("wsi_gradcam.run.report.datetime", clock)
     steps = iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: 1e9 + 1e6 * (-1) ** next(steps))
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)

@@ -27,9 +27,8 @@ from wsi_gradcam.run.bags import mean_feature, plan_encoding
 from wsi_gradcam.run.claims import AUDIT, CLAIM, EXPLAIN, Claim, new_run_id
 from wsi_gradcam.run.examining import SLIDES_TRIED
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
-from wsi_gradcam.run.log import EventLog, logged_warnings
 from wsi_gradcam.run.progress import Progress
-from wsi_gradcam.run.report import run_page
+from wsi_gradcam.run.report import EventLog, logged_warnings, run_page
 from wsi_gradcam.run.status import REPORT, RunFacts, RunState, RunStatus, facts_of, now, write_status
 from wsi_gradcam.run.types import FatalError, Performed, Processed, RunListener, SlideRecord, Task
 from wsi_gradcam.run.workload import EncodeWorkload, ExplainWorkload
