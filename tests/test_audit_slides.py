@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.feature_formats import MPP, trident
 from tests.runs import contents
@@ -14,6 +17,8 @@ from tests.test_mil_given_features import ON_FEATURES, frame_of, write_aggregato
 from tests.test_mil_runs import BAG, write_model
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain, validate
+from wsi_gradcam.audit.comparing import open_audit
+from wsi_gradcam.audit.questions.bag_orders import BagFaithfulness
 from wsi_gradcam.audit.vocabulary import BAG_QUESTIONS
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, ResumeError
@@ -127,6 +132,41 @@ def test_the_command_says_what_was_found(out: Path, capsys: pytest.CaptureFixtur
     assert "sufficiency (gradient_x_input)" in text
     metrics = json.loads((out / "audit" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["sample"]["slides"] == 2
+
+
+def test_two_slide_level_models_are_compared_slide_by_slide(
+    slides: list[MarkerSlide], out: Path, tmp_path: Path
+) -> None:
+    """One whose answers are the other's with the classes exchanged; the third slide is in one audit only."""
+    asked: dict[str, Any] = {"trust_code": True, "only": ["faithfulness"], "target": "tumour"}
+    here = audit_run(out, overwrite=True, **asked).metrics
+    model = write_model(tmp_path / "model")
+    layers = torch.load(tmp_path / "model" / "abmil.pt", weights_only=True)
+    for name in ("classifier.weight", "classifier.bias"):
+        layers[name] = layers[name].flip(0)
+    torch.save(layers, tmp_path / "model" / "abmil.pt")
+    explain([slide.path for slide in slides[:2]], model, tmp_path / "out", trust_code=True, **BAG)
+    found = audit_run(tmp_path / "out", against=out, **asked).metrics
+    assert found.against is not None
+    assert (found.against.out, found.against.patches, found.against.only_there) == (str(out), 2, 1)
+    assert found.sample.slides == 2
+    rows = {row.method: row for row in found.against.comparisons if row.measure == "srg"}
+    assert set(rows) == set(found.run.methods)
+    for method, row in rows.items():
+        now, before = _gains(tmp_path / "out", method), _gains(out, method)
+        expected = np.mean([now[slide.path.name] - before[slide.path.name] for slide in slides[:2]])
+        assert row.difference == pytest.approx(expected, abs=1e-9)
+        assert (row.of, row.against, row.patches) == (f"{method}, here", f"{method}, there", 2)
+    assert here.run.methods == found.run.methods
+    assert max(abs(row.difference) for row in rows.values()) > 1e-5, rows
+
+
+def _gains(out: Path, method: str) -> dict[str, float]:
+    """The symmetric relevance gain of each slide, as it was measured."""
+    data = open_audit(out).measurements(0)
+    flips = data.of(BagFaithfulness)
+    assert flips is not None
+    return dict(zip(data.slides.tolist(), flips.srg(method).tolist(), strict=True))
 
 
 def test_features_made_elsewhere_are_audited_without_a_pixel(tmp_path: Path) -> None:
