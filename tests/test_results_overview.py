@@ -13,7 +13,7 @@ from tests.synthetic import corrupt_tile, write_marker_slide
 from tests.test_results_table import FACTS
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.results.channels import unit_of, window_end
+from wsi_gradcam.results.display import unit_of, window_end
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.overview import UNREADABLE_GRAY, _panels, _probabilities, _scaled, _thumbnail, round_length

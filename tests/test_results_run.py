@@ -18,7 +18,7 @@ from tests.runs import SMALL, Heatmap, stored, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import ResultError, SlideError, SlideNotFoundError, UnknownNameError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.channels import suggest_names
+from wsi_gradcam.results.display import suggest_names
 from wsi_gradcam.results.run import Result, find_result, open_result
 from wsi_gradcam.results.slide import SlideResult
 

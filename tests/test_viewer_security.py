@@ -16,7 +16,8 @@ from tests.viewer_runs import Served, client, facts_of, fetched, make_run, serve
 from wsi_gradcam.errors import NotShownError, OutsideError
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.viewer import serve as connections
-from wsi_gradcam.viewer.security import COOKIE, Access, check_inside, check_tree, host_of, is_loopback, path_below
+from wsi_gradcam.viewer.archive import check_inside, check_tree, path_below
+from wsi_gradcam.viewer.serve import COOKIE, Access, host_of, is_loopback
 
 SECRET = "root:x:0:0"
 

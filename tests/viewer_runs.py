@@ -25,8 +25,7 @@ from wsi_gradcam.results.heatmap import EXPLAINED, TISSUE, Channel, HeatmapStore
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
-from wsi_gradcam.viewer.security import Access
-from wsi_gradcam.viewer.serve import listen, make_server
+from wsi_gradcam.viewer.serve import Access, listen, make_server
 
 MPP = 0.25
 MARKER_PX = 96

@@ -20,7 +20,7 @@ from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.channels import QUANTILE
+from wsi_gradcam.results.display import QUANTILE
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.patch_store import OK

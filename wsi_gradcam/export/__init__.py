@@ -18,7 +18,7 @@ from typing import Any
 from wsi_gradcam.errors import ConfigError, ResultError, StoreError, UnknownNameError, one_line
 from wsi_gradcam.export.job import RUN, Job, Journal, Options
 from wsi_gradcam.io.paths import StoragePathLike
-from wsi_gradcam.results.channels import ChannelInfo, find_channel
+from wsi_gradcam.results.display import ChannelInfo, find_channel
 from wsi_gradcam.results.run import Result, open_result
 from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.results.slide import SlideResult

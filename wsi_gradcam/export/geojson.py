@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.display import ChannelInfo
 
     Mask = NDArray[np.bool_]
     Runs = NDArray[np.int64]

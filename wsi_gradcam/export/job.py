@@ -23,8 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.geometry import Region, tiles
 from wsi_gradcam.io.local import PARTIAL, LocalPath, wrap_write_errors
-from wsi_gradcam.results.channels import ChannelInfo
-from wsi_gradcam.results.display import Colouring, check_colormap
+from wsi_gradcam.results.display import ChannelInfo, Colouring, check_colormap
 from wsi_gradcam.results.run_files import is_name
 from wsi_gradcam.results.seals import (
     EXPORTS,

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from wsi_gradcam.results.channels import ChannelInfo
-    from wsi_gradcam.results.display import Colouring
+    from wsi_gradcam.results.display import ChannelInfo, Colouring
 
     Rgb = NDArray[np.uint8]
     Pixels = tuple[NDArray[np.float32], NDArray[np.uint8]]

@@ -17,7 +17,7 @@ from wsi_gradcam.geometry import Region
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.display import ChannelInfo
 
 MAX_PX = 1 << 25  # 128 MB in QuPath
 SIDE = 2048

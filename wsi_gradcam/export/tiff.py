@@ -27,7 +27,7 @@ from wsi_gradcam.results.heatmap import LABEL
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.display import ChannelInfo
 
     Tiles = Iterator[NDArray[np.generic]]
 

@@ -17,7 +17,7 @@ from wsi_gradcam.results.patch_store import OK
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.display import ChannelInfo
     from wsi_gradcam.results.feature_store import FeatureStore
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.slides import Slide

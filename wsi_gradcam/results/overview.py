@@ -23,7 +23,7 @@ from wsi_gradcam.errors import StoreError, WsiGradcamError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import RANDOM
-from wsi_gradcam.results.channels import unit_of
+from wsi_gradcam.results.display import unit_of
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.slides import thumbnail
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_gradcam.errors import ResultError, UnknownNameError, as_text, picked
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages import render
-from wsi_gradcam.results.channels import ChannelInfo, at_index, suggest_names
-from wsi_gradcam.results.display import Progress, run_windows
+from wsi_gradcam.results.display import ChannelInfo, Progress, at_index, run_windows, suggest_names
 from wsi_gradcam.results.manifest import PLAN
 from wsi_gradcam.results.run_files import RunFolder, RunRecord, SlideFolder, is_name, read_run, slide_id_of
 from wsi_gradcam.results.slide import SlideResult

@@ -21,7 +21,7 @@ from wsi_gradcam.errors import (
 from wsi_gradcam.io.urls import as_listed, host_of_url, is_url, redact_url, split_url
 from wsi_gradcam.io.zarr_stores import telling_damage
 from wsi_gradcam.pages import render
-from wsi_gradcam.results.channels import PROBABILITY, ChannelInfo, find_channel
+from wsi_gradcam.results.display import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideStatus

@@ -18,7 +18,7 @@ from wsi_gradcam.cam.facts import NO_METHOD, BagFacts
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError, FeatureError, ModelError, ResumeError, one_line
 from wsi_gradcam.mil.feature_arrays import FeatureFolder
-from wsi_gradcam.results.channels import ATTENTION
+from wsi_gradcam.results.display import ATTENTION
 from wsi_gradcam.results.feature_store import FEATURE_ROWS, Bag, FeatureStore, encoding_problems
 from wsi_gradcam.results.manifest import BAG, WHOLE, Manifest, SlideOutcome, SlideStatus, span_name
 from wsi_gradcam.results.patch_store import OK, UNREADABLE, SpanData

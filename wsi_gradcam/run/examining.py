@@ -17,7 +17,7 @@ from wsi_gradcam.errors import ConfigError, ModelError, SlideReadError, device_e
 from wsi_gradcam.io.urls import allowing_for_run
 from wsi_gradcam.mil.spec import SlideModelSpec, encoder_of
 from wsi_gradcam.models.spec import ModelSpec
-from wsi_gradcam.results.channels import ATTENTION
+from wsi_gradcam.results.display import ATTENTION
 from wsi_gradcam.slides import read_region, with_reductions
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic

@@ -26,7 +26,7 @@ from wsi_gradcam.mil.spec import (
     refuse_large_bag,
     whole_bag_bytes,
 )
-from wsi_gradcam.results.channels import RELEVANCE
+from wsi_gradcam.results.display import RELEVANCE
 from wsi_gradcam.results.heatmap import SHARD
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.stitch import Enlarger

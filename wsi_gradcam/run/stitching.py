@@ -11,7 +11,7 @@ import numpy as np
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import probabilities
-from wsi_gradcam.results.channels import ATTENTION, PROBABILITY, QUANTILE, unit_of, window_end, window_floor
+from wsi_gradcam.results.display import ATTENTION, PROBABILITY, QUANTILE, unit_of, window_end, window_floor
 from wsi_gradcam.results.feature_store import BOXES, FeatureStore
 from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
 from wsi_gradcam.results.manifest import (

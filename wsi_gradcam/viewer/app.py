@@ -25,7 +25,8 @@ from starlette.routing import Route
 
 from wsi_gradcam.errors import NotShownError, TileError
 from wsi_gradcam.viewer.archive import Scorer, list_slides
-from wsi_gradcam.viewer.images import Images, Spreads
+from wsi_gradcam.viewer.images import Images
+from wsi_gradcam.viewer.layers import Spreads
 from wsi_gradcam.viewer.queries import Queries, run_facts
 from wsi_gradcam.viewer.responses import (
     BusyError,
@@ -36,7 +37,7 @@ from wsi_gradcam.viewer.responses import (
     json_response,
     page_routes,
 )
-from wsi_gradcam.viewer.security import Access, AccessMiddleware
+from wsi_gradcam.viewer.serve import Access, AccessMiddleware
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -1,6 +1,7 @@
 """The slides of a run as the server knows them, and the gallery that lists them.
 
-They have short keys and are reread while the run goes on; the gallery searches, sorts and lists them by pages, with
+They have short keys and are reread while the run goes on; files outside OUT are never served, not even through links.
+The gallery searches, sorts and lists them by pages, with
 scores that are computed in the background.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import threading
 import time
 from collections import Counter
@@ -19,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.errors import NotShownError, SlideNotFoundError, WsiGradcamError, as_path
+from wsi_gradcam.errors import NotShownError, OutsideError, SlideNotFoundError, WsiGradcamError, as_path
 from wsi_gradcam.io.cache import ResourcePool
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import alike
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.viewer.security import check_tree
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -192,6 +195,61 @@ def _as_in_address(text: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# A part of a path below OUT that a request may name. Nothing that is hidden, relative or odd is ever served.
+PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)
+MAX_PATH_PARTS = 12
+
+
+def path_below(folder: StoragePath, name: str) -> StoragePath:
+    """Return the path below a folder that a request names.
+
+    Raises:
+        NotShownError: the path has parts that none of our files has.
+    """
+    parts = name.split("/")
+    if len(parts) > MAX_PATH_PARTS or not all(PATH_PART.fullmatch(part) for part in parts):
+        raise NotShownError("no such file")
+    return folder / name
+
+
+def check_inside(out: StoragePath, path: StoragePath) -> None:
+    """Check that a file or folder is below OUT after all links are followed; object stores have no links.
+
+    Raises:
+        OutsideError: it is not below OUT.
+    """
+    if isinstance(out, LocalPath) and isinstance(path, LocalPath):
+        _check_link(out.path.resolve(), path.path)
+
+
+def check_tree(out: StoragePath, folder: StoragePath) -> None:
+    """Check everything below a folder, for readers that open files in it by themselves.
+
+    Raises:
+        OutsideError: a link leads out of OUT.
+    """
+    if not (isinstance(out, LocalPath) and isinstance(folder, LocalPath)):
+        return
+    root = out.path.resolve()
+    _check_link(root, folder.path)
+    waiting = [folder.path]
+    while waiting:
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                _check_link(root, Path(entry.path))
+            elif entry.is_dir():
+                waiting.append(Path(entry.path))
+
+
+def _check_link(root: Path, path: Path) -> None:
+    if not path.resolve().is_relative_to(root):
+        raise OutsideError(f"{path.name}: a link that leads out of the results; copy the file there instead")
 
 
 Scores = dict[str, dict[str, float]]

@@ -1,52 +1,45 @@
 """Images of slides and heatmaps as the page gets them: encoded tiles, patches and thumbnails, with their caches.
 
-Among them is the spread of overlapping patches' maps, stored by an audit: channels that show where a slide's map is
-unsure.
+Tiles are those of a pyramid of halves over an image of any size, encoded as JPEG, or as values in a PNG.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from wsi_gradcam.audit.folder import AUDIT, AuditFolder
-from wsi_gradcam.cam.facts import METHOD_INFO
-from wsi_gradcam.errors import NotShownError, ResultError, StoreError, TileError, WsiGradcamError, one_line
+from wsi_gradcam.errors import NotShownError, TileError
 from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.io.cache import Cache
-from wsi_gradcam.results.channels import ChannelInfo
-from wsi_gradcam.results.heatmap import CHUNK, COLOURS, EXPLAINED, TISSUE, UNREADABLE, HeatmapStore
+from wsi_gradcam.results.display import ChannelInfo
+from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE
 from wsi_gradcam.slides import read_region, thumbnail
-from wsi_gradcam.viewer.security import check_inside, check_tree
-from wsi_gradcam.viewer.tiles import (
-    TilePyramid,
-    ValueScale,
-    chunks_touching,
-    encode_jpeg,
-    encode_values,
-    pixel_at,
-    slide_pyramid,
-    slide_tile,
-)
+from wsi_gradcam.slides.resample import best_level
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.results.heatmap import Channel
     from wsi_gradcam.results.slide import SlideResult
-    from wsi_gradcam.slides import Slide
+    from wsi_gradcam.slides import Slide, SlideInfo
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
+    from wsi_gradcam.viewer.layers import Spread, SpreadImage
 
     Layer: TypeAlias = "ServedSlide | Spread"
     Stored: TypeAlias = "SlideResult | SpreadImage"
 
+TILE_PX = 256
+JPEG_QUALITY = 88  # nuclei stay crisp; 75 shows blocks at 40x
+# The most pixels that are read for one tile. Coarser levels of a slide whose own pyramid ends early are not served; the
+# page then composes them of the tiles of the coarsest level that is.
+MAX_SOURCE_PX = 1 << 24
+STEPS = (1 << 16) - 1
 LARGEST = 1e38  # that float32 holds, with room for what is around a range
 CHUNK_BYTES = 96 << 20
 IMAGE_BYTES = 128 << 20
@@ -264,142 +257,142 @@ def _interpolate(
     )
 
 
-T = TypeVar("T")
-SPREAD = "spread"
-MAX_OPEN = 64
-DAMAGED = "its spread cannot be read"
+@dataclass(frozen=True)
+class TilePyramid:
+    """The tiles of an image of `height` x `width` px. Level 0 is the finest, each pixel of level n is 2**n of level 0.
 
+    Attributes:
+        levels: number of levels that are served.
+    """
 
-class SpreadImage:
-    """The stored spread, read as a heatmap is; it aligns with the heatmap of the slide, level by level."""
+    height: int
+    width: int
+    levels: int
+    tile_px: int = TILE_PX
 
-    def __init__(self, slide: SlideResult, store: HeatmapStore, check: Callable[[], None]) -> None:
-        """Describe the channels; `check` raises if the opened image has been replaced meanwhile.
+    @classmethod
+    def covering(cls, height: int, width: int, tile_px: int = TILE_PX) -> TilePyramid:
+        """Return a pyramid with levels up to the one that is a single tile.
+
+        >>> TilePyramid.covering(2967, 2220).levels
+        5
+        """
+        levels = 1
+        while max(height, width) > tile_px << (levels - 1):
+            levels += 1
+        return cls(height, width, levels, tile_px)
+
+    def shape(self, level: int) -> tuple[int, int]:
+        """Return (height, width) of a level, rounded up: the last pixels may reach beyond the image.
+
+        >>> TilePyramid(2967, 2220, 5).shape(2)
+        (742, 555)
+        """
+        return ceil_div(self.height, 1 << level), ceil_div(self.width, 1 << level)
+
+    def region(self, level: int, row: int, column: int) -> Region:
+        """Return the region of a tile in pixels of its level; the last tiles of rows and columns are cut.
 
         Raises:
-            ResultError: the spread belongs to another heatmap.
+            TileError: there is no such tile.
+
+        >>> TilePyramid(2967, 2220, 5).region(2, 2, 2)
+        Region(y=512, x=512, height=230, width=43)
         """
-        about, plan = store.attributes["wsi_gradcam"], slide.plan
-        known = (plan.run_digest, plan.slide_digest, plan.level_shapes)
-        if (about["run"], about["slide"], store.shapes) != known:
-            raise ResultError("the slide was explained anew since its audit; audit it again to see the spread")
-        unit = METHOD_INFO[about["method"]].unit
-        self.channels = tuple(_describe(i, channel, unit) for i, channel in enumerate(store.channels))
-        self.levels, self.stride_px = slide.levels, slide.stride_px
-        self._store, self._check = store, check
+        if not 0 <= level < self.levels:
+            raise TileError(f"no level {level}; there are {self.levels}, counted from 0")
+        height, width = self.shape(level)
+        y, x = row * self.tile_px, column * self.tile_px
+        if not (0 <= y < height and 0 <= x < width):
+            rows, columns = ceil_div(height, self.tile_px), ceil_div(width, self.tile_px)
+            raise TileError(f"no tile {row}, {column}; level {level} has {rows} rows and {columns} columns")
+        return Region(y, x, min(self.tile_px, height - y), min(self.tile_px, width - x))
 
-    def read(self, channel: ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
-        """Return values of a channel, float32 [height, width]; 0 where fewer than two patches cover a pixel.
 
-        Raises:
-            ResultError: the image is damaged.
-            NotShownError: the slide is being audited again.
-        """
-        return _checked(lambda: self._store.read(level, channel.number, region), self._check)
+def slide_pyramid(info: SlideInfo) -> TilePyramid:
+    """Return the tiles of a slide, without the levels whose tiles would be too expensive to read."""
+    whole = TilePyramid.covering(info.height, info.width)
+    cheap = [level for level in range(whole.levels) if _source_px(info, level, whole.tile_px) <= MAX_SOURCE_PX]
+    return TilePyramid(whole.height, whole.width, len(cheap), whole.tile_px)
 
-    def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Return the bits of each pixel, 2 where several patches cover it. Raises as `read`."""
-        return _checked(lambda: self._store.read_flags(level, region), self._check)
+
+def _source_px(info: SlideInfo, level: int, tile_px: int) -> float:
+    """Return the number of pixels that are read for a tile: never more than the slide's level has."""
+    step = float(1 << level)
+    source = info.levels[best_level(info, step, step)]
+    height, width = tile_px * step / source.downsample_y, tile_px * step / source.downsample_x
+    return min(height, source.height) * min(width, source.width)
+
+
+def slide_tile(slide: Slide, pyramid: TilePyramid, level: int, row: int, column: int) -> bytes:
+    """Return a tile of the slide as JPEG.
+
+    Raises:
+        TileError: there is no such tile.
+        SlideReadError: it cannot be decoded.
+    """
+    region, step = pyramid.region(level, row, column), 1 << level
+    mpp_y, mpp_x = slide.info.mpp_yx
+    rgb = read_region(
+        slide, region.y * step, region.x * step, region.height, region.width, (mpp_y * step, mpp_x * step)
+    )
+    return encode_jpeg(rgb)
+
+
+def encode_jpeg(rgb: NDArray[np.uint8], quality: int = JPEG_QUALITY) -> bytes:
+    """Return an RGB image, uint8 [h, w, 3], as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The spread of a slide, to be shown as its heatmap is.
+class ValueScale:
+    """The 16-bit scale of a channel's values in tiles: `low` is 0 and `high` 65535."""
 
-    Attributes:
-        key: of the slide.
-        version: changes with the slide's version and with the spread.
-        digest: of the spread's files; part of addresses.
+    low: float
+    high: float
+
+    @classmethod
+    def around(cls, minimum: float, maximum: float) -> ValueScale:
+        """Return a scale with room beyond the known range of the channel, which is measured on a coarser level."""
+        room = max(maximum - minimum, 1e-6) / 2
+        return cls(minimum - room, maximum + room)
+
+    def steps(self, values: NDArray[np.float32]) -> NDArray[np.uint16]:
+        """Return values as whole numbers, to the nearest; values beyond the ends become the ends, NaN becomes 0."""
+        scaled = (values - np.float32(self.low)) * np.float32(STEPS / (self.high - self.low))
+        steps: NDArray[np.uint16] = np.clip(np.nan_to_num(np.rint(scaled), nan=0.0), 0, STEPS).astype(np.uint16)
+        return steps
+
+
+def encode_values(values: NDArray[np.float32], flags: NDArray[np.uint8], scale: ValueScale) -> bytes:
+    """Return a PNG whose red and green are the high and the low byte of a value, and whose blue is the coverage's bits.
+
+    The browser applies colours, thresholds and windows to it, so that a slider needs no request.
     """
-
-    key: str
-    version: str
-    digest: str
-    result: SpreadImage
-
-    @property
-    def is_final(self) -> bool:
-        """Return True: a spread with this digest does not change."""
-        return True
+    steps = scale.steps(values)
+    rgb = np.stack([(steps >> 8).astype(np.uint8), (steps & 255).astype(np.uint8), flags], axis=-1)
+    buffer = io.BytesIO()
+    # A third faster than searching for repeated strings, of which low bytes have none, and a third larger.
+    Image.fromarray(rgb).save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return buffer.getvalue()
 
 
-class Spreads:
-    """Finds and opens spreads; those used last stay open. No file is touched for slides that nobody views."""
+def pixel_at(y: float, x: float, stride: int, shape: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the heatmap's pixel (row, column) over level-0 (y, x); None outside the heatmap.
 
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
-        self._open: Cache[tuple[str, str, str], Spread] = Cache(MAX_OPEN)
-
-    def of(self, slide: ServedSlide) -> Spread | None:
-        """Return the spread of a slide; None if no audit has made one.
-
-        Raises:
-            WsiGradcamError: it is damaged, belongs to another heatmap, or a link leads out of OUT.
-        """
-        digest = self._digest(slide)
-        return None if digest is None else self.with_digest(slide, digest)
-
-    def with_digest(self, slide: ServedSlide, digest: str) -> Spread:
-        """Return the spread of a slide with the digest in an address.
-
-        Raises:
-            NotShownError: the slide has another spread, or none.
-            WsiGradcamError: as `of`.
-        """
-        return self._open.get((slide.key, slide.version, digest), lambda: self._read(slide, digest))
-
-    def _read(self, slide: ServedSlide, digest: str) -> Spread:
-        folder, result = self._folder, slide.result
-
-        def check() -> None:
-            # An audit that starts again removes the plan first, and writes the means last.
-            if not folder.plan.is_file() or self._digest(slide) != digest:
-                raise NotShownError("the slide is, or was, audited anew; load the page again")
-
-        place = folder.spread(result.id)
-        check_tree(self._archive.out, place)
-        image = _checked(lambda: SpreadImage(result, HeatmapStore(place, read_only=True), check), check)
-        return Spread(slide.key, f"{slide.version} {SPREAD} {digest}", digest, image)
-
-    def _digest(self, slide: ServedSlide) -> str | None:
-        """Return a digest of the means, which are written once the image is complete; None if there are none."""
-        slide_id = slide.result.id
-        check_inside(self._archive.out, self._folder.spread_means(slide_id))
-        means = self._folder.read_spread(slide_id)
-        return None if means is None else hashlib.sha256(json.dumps(means, sort_keys=True).encode()).hexdigest()[:12]
-
-    @property
-    def _folder(self) -> AuditFolder:
-        return AuditFolder(self._archive.out / AUDIT)
-
-
-def _checked(read: Callable[[], T], check: Callable[[], None]) -> T:
-    """Return what `read` returns if the check passes afterwards: files that are being removed look empty.
-
-    Raises:
-        ResultError: the files are damaged.
+    >>> pixel_at(31.9, 32, 16, (10, 10))
+    (1, 2)
     """
-    try:
-        return read()
-    except Exception as error:  # zarr and its codecs raise many kinds
-        if isinstance(error, WsiGradcamError) and not isinstance(error, StoreError):
-            raise
-        raise ResultError(f"{DAMAGED} ({one_line(error)}); audit the run again with --overwrite") from error
-    finally:
-        check()
+    if not (math.isfinite(y) and math.isfinite(x)):
+        return None
+    row, column = math.floor(y / stride), math.floor(x / stride)
+    return (row, column) if 0 <= row < shape[0] and 0 <= column < shape[1] else None
 
 
-def _describe(number: int, channel: Channel, unit: str) -> ChannelInfo:
-    if not all(map(math.isfinite, (channel.minimum, channel.maximum, channel.start, channel.end))):
-        raise ValueError(f"{channel.label}: a window that is not finite")
-    return ChannelInfo(
-        number,
-        channel.label,
-        SPREAD,
-        channel.label.removeprefix(f"{SPREAD}: "),
-        unit,
-        channel.minimum,
-        channel.maximum,
-        (channel.start, channel.end),
-        COLOURS[number % len(COLOURS)],
-    )
+def chunks_touching(region: Region, side: int) -> list[tuple[int, int]]:
+    """Return (row, column) of the `side` x `side` chunks that a region touches."""
+    rows = range(region.y // side, -(-region.bottom // side))
+    columns = range(region.x // side, -(-region.right // side))
+    return [(row, column) for row in rows for column in columns]

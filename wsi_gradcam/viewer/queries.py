@@ -18,9 +18,15 @@ from wsi_gradcam.errors import NotShownError, SlideError, WsiGradcamError, one_l
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.viewer.archive import answer_of, status_of, valid_text
-from wsi_gradcam.viewer.images import HeatmapReader, PointValues, channel_scale, finer_levels, heatmap_pyramid
+from wsi_gradcam.viewer.images import (
+    HeatmapReader,
+    PointValues,
+    channel_scale,
+    finer_levels,
+    heatmap_pyramid,
+    slide_pyramid,
+)
 from wsi_gradcam.viewer.responses import RUN_REPORT
-from wsi_gradcam.viewer.tiles import slide_pyramid
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +35,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.io.paths import StoragePath
-    from wsi_gradcam.results.channels import ChannelInfo
+    from wsi_gradcam.results.display import ChannelInfo
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
-    from wsi_gradcam.viewer.images import Spread, Spreads
+    from wsi_gradcam.viewer.layers import Spread, Spreads
 
     Windows = dict[str, tuple[float, float]]
 

@@ -29,8 +29,8 @@ from wsi_gradcam.errors import (
     one_line,
 )
 from wsi_gradcam.results.run_files import slide_id_of
-from wsi_gradcam.viewer.archive import valid_text
-from wsi_gradcam.viewer.security import REPORT_POLICY, check_inside, path_below
+from wsi_gradcam.viewer.archive import check_inside, path_below, valid_text
+from wsi_gradcam.viewer.serve import REPORT_POLICY
 
 if TYPE_CHECKING:
     from starlette.requests import Request

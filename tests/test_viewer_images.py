@@ -22,13 +22,18 @@ from wsi_gradcam.viewer.archive import Archive, ServedSlide
 from wsi_gradcam.viewer.images import (
     COVERAGE,
     HeatmapReader,
+    TilePyramid,
+    ValueScale,
     channel_scale,
+    encode_values,
     find_channel,
     finer_levels,
     heatmap_pyramid,
+    pixel_at,
+    slide_pyramid,
+    slide_tile,
 )
 from wsi_gradcam.viewer.responses import byte_range
-from wsi_gradcam.viewer.tiles import TilePyramid, ValueScale, encode_values, pixel_at, slide_pyramid, slide_tile
 
 SIZES = st.integers(1, 5000)
 
