@@ -49,7 +49,7 @@ from wsi_gradcam.slides import (
     with_reductions,
 )
 from wsi_gradcam.system.confinement import CALLS, ISOLATE, Link, filter_of, isolating, limits_here, linked
-from wsi_gradcam.viewer import serve
+from wsi_gradcam.viewer import app
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are confined on Linux only")
 REAL = [
@@ -439,10 +439,10 @@ def test_the_viewer_isolates_unless_told_otherwise(tmp_path: Path, monkeypatch: 
         def run(self, sockets: Any) -> None:
             seen.append(limits_here())
 
-    monkeypatch.setattr(serve, "make_server", lambda *given: Server())
-    monkeypatch.setattr(serve, "make_app", lambda *given: None)
+    monkeypatch.setattr(app, "make_server", lambda *given: Server())
+    monkeypatch.setattr(app, "make_app", lambda *given: None)
     out = make(tmp_path / "out", {"a.svs": Made((300, 300), steps((19, 19)))})
     for isolate in (None, True, False):
-        serve.view(str(out), port=0, isolate=isolate, announce=lambda text: None)
+        app.view(str(out), port=0, isolate=isolate, announce=lambda text: None)
     assert seen == [Limits(), Limits(), None]
     assert limits_here() is None

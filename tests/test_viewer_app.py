@@ -26,8 +26,9 @@ from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer import archive as archives
+from wsi_gradcam.viewer.app import view
 from wsi_gradcam.viewer.responses import page_routes
-from wsi_gradcam.viewer.serve import listen, view
+from wsi_gradcam.viewer.serve import listen
 
 CLASSES = ["other", "marker"]
 

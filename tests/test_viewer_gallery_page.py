@@ -30,7 +30,8 @@ from tests.viewer_browser import (
     slide_to,
 )
 from tests.viewer_runs import BROKEN, MARKERS, served
-from wsi_gradcam.viewer.serve import Access, _private_address
+from wsi_gradcam.viewer.app import _private_address
+from wsi_gradcam.viewer.serve import Access
 
 
 def test_the_gallery_searches_sorts_and_opens(open_page: Callable[..., Page]) -> None:

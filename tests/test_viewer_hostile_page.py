@@ -16,7 +16,8 @@ from playwright.sync_api import Browser
 from tests.viewer_browser import browser, out
 from tests.viewer_runs import served
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.viewer.serve import Access, make_server, view
+from wsi_gradcam.viewer.app import view
+from wsi_gradcam.viewer.serve import Access, make_server
 
 __all__ = ["browser", "out"]  # fixtures
 

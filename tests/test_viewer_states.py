@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 from tests.viewer_runs import BROKEN, client, facts_of, make_run, tiles_of
-from wsi_gradcam.viewer import responses, serve
+from wsi_gradcam.viewer import app, responses
 from wsi_gradcam.viewer.app import BoundedThreads
 from wsi_gradcam.viewer.archive import Archive, valid_text
 from wsi_gradcam.viewer.responses import BusyError, DisconnectedError
@@ -139,9 +139,9 @@ def test_the_command_opens_a_browser(
         opened.append(address)
 
     server = Server()
-    monkeypatch.setattr(serve, "make_server", lambda app, tls: server)
+    monkeypatch.setattr(app, "make_server", lambda app, tls: server)
     monkeypatch.setattr("webbrowser.open", open_it)
-    serve.view(str(out), host=host, port=0, token=token, browse=True, announce=said.append)
+    app.view(str(out), host=host, port=0, token=token, browse=True, announce=said.append)
     assert opened[0].startswith(f"{begins}{server.address[1]}/")
     assert ("?token=" in opened[0]) == token == bool(files)
     assert said[0].startswith(opened[0].partition("?")[0])

@@ -310,7 +310,7 @@ def _parse_window(text: str) -> tuple[float, float]:
 
 
 def _view(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.viewer.serve import view
+    from wsi_gradcam.viewer.app import view
 
     view(
         arguments.out,

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
 import numpy as np
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
+    from wsi_gradcam.geometry import Region
     from wsi_gradcam.io.paths import StoragePath
-    from wsi_gradcam.results.slide import SlideResult
 
 
 PROBABILITY = "probability"
@@ -268,8 +268,38 @@ STATISTICS_PX = 1 << 22
 Progress = Callable[[int, int], None]
 
 
+class Explained(Protocol):
+    """A slide whose values are counted: a `SlideResult`."""
+
+    @property
+    def id(self) -> str:
+        """Its name in the run."""
+
+    @property
+    def row(self) -> dict[str, str]:
+        """Its row of slides.csv; empty for one that is not in there yet."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether everything of it is there."""
+
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        """(height, width) of the heatmap's levels, finest first."""
+
+    @property
+    def channels(self) -> tuple[ChannelInfo, ...]:
+        """The channels of the heatmap."""
+
+    def read(self, channel: ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
+        """Return values of a channel in a region of a level."""
+
+    def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Return the coverage in a region of a level."""
+
+
 def run_windows(
-    slides: Iterable[SlideResult], place: StoragePath, run_digest: str, progress: Progress | None = None
+    slides: Iterable[Explained], place: StoragePath, run_digest: str, progress: Progress | None = None
 ) -> dict[str, tuple[float, float]]:
     """Return the window (low, high) of each channel, by its label, over all finished slides; kept at `place`.
 
@@ -318,12 +348,12 @@ def _window(unit: str, sketch: Sketch, floor: float) -> tuple[float, float]:
     return 0.0, window_end(sketch.quantile(QUANTILE), unit, floor)
 
 
-def _patches(slides: Mapping[str, SlideResult], counted: Iterable[str]) -> float:
+def _patches(slides: Mapping[str, Explained], counted: Iterable[str]) -> float:
     """Return the mean number of patches of those slides that are counted."""
     return float(np.mean([int(slides[name].row.get("patches") or 0) for name in counted] or [0]))
 
 
-def _add(sketches: dict[str, tuple[str, Sketch]], slide: SlideResult) -> None:
+def _add(sketches: dict[str, tuple[str, Sketch]], slide: Explained) -> None:
     """Count a slide's explained pixels: into all sketches, or, where it cannot be read, into none."""
     if not slide.is_finished:
         raise StoreError(f"{slide.id}: is not finished")
@@ -335,7 +365,7 @@ def _add(sketches: dict[str, tuple[str, Sketch]], slide: SlideResult) -> None:
         whole.minimum, whole.maximum = min(whole.minimum, sketch.minimum), max(whole.maximum, sketch.maximum)
 
 
-def _sketch(slide: SlideResult, channel: ChannelInfo, level: int) -> Sketch:
+def _sketch(slide: Explained, channel: ChannelInfo, level: int) -> Sketch:
     sketch = Sketch()
     if channel.unit == PROBABILITY:
         return sketch
@@ -345,7 +375,7 @@ def _sketch(slide: SlideResult, channel: ChannelInfo, level: int) -> Sketch:
     return sketch
 
 
-def _key(slide: SlideResult) -> str:
+def _key(slide: Explained) -> str:
     """Return a key that changes when the slide is explained anew: its row holds digests and seconds."""
     row = {name: value for name, value in slide.row.items() if name != "row_digest"}
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]

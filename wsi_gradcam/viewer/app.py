@@ -1,4 +1,4 @@
-"""The web application: its routes, and the handlers that answer them in a bounded number of threads.
+"""`wsi-gradcam view`, and the web application: its routes, and handlers that answer in a bounded number of threads.
 
 /                                              the page; /page/... its modules
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
@@ -14,7 +14,12 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+import secrets
+import webbrowser
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -23,8 +28,9 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from wsi_gradcam.errors import NotShownError, TileError
-from wsi_gradcam.viewer.archive import Scorer, list_slides
+from wsi_gradcam.errors import ConfigError, NotShownError, TileError
+from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
+from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
 from wsi_gradcam.viewer.layers import Spreads
 from wsi_gradcam.viewer.queries import Queries, run_facts
@@ -37,19 +43,103 @@ from wsi_gradcam.viewer.responses import (
     json_response,
     page_routes,
 )
-from wsi_gradcam.viewer.serve import Access, AccessMiddleware
+from wsi_gradcam.viewer.serve import (
+    Access,
+    AccessMiddleware,
+    is_loopback,
+    listen,
+    make_server,
+    redirecting_page,
+    url_host,
+)
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from wsi_gradcam.viewer.archive import Archive, ServedSlide
+    from wsi_gradcam.viewer.archive import ServedSlide
 
 T = TypeVar("T")
 SLIDE, TILES = "/api/slides/{key:str}", "/tiles/{key:str}/{version:str}"
 IN_CHANNEL = "{channel:str}/{level:str}/{row:str}_{column:str}.png"
 JPEG, PNG = "image/jpeg", "image/png"
 WHOLE_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
+
+
+NOT_ENCRYPTED = (
+    "warning: not encrypted: who can listen on this network can read slides, results and the token, and use it; "
+    "--tls CERT KEY encrypts"
+)
+NOT_ISOLATED = "warning: slides are read by this process itself: only Linux has processes that can do little"
+
+
+def view(
+    out: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    slides: Path | None = None,
+    token: bool = False,
+    allow_host: Sequence[str] = (),
+    remote_slides: bool = False,
+    isolate: bool | None = None,
+    tls: tuple[str, str] | None = None,
+    browse: bool = False,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serve the results in `out` until interrupted; port 0 takes any that is free.
+
+    Args:
+        host: address to listen on; except on the loopback addresses, clients need a token.
+        slides: a folder to take slides from, by their ids, where they have moved.
+        token: require a token on 127.0.0.1 too, for machines with several users.
+        allow_host: names by which proxies call the server.
+        remote_slides: ask other machines for slides that the results name by URLs.
+        isolate: read slides by processes of their own, which can do little; None: unless this system has none, which
+            is announced, or slides are read so already.
+        tls: files of a certificate and its key, in PEM: the page's address is then https://.
+        browse: open the page in a browser; a token is not in its command line.
+        announce: receives a line with the page's address.
+
+    Raises:
+        ResultError: there are no results.
+        ConfigError: the port is in use, or the page is not installed.
+    """
+    if slides is not None and not slides.is_dir():
+        raise ConfigError(f"--slides {slides}: expected a folder; check the path")
+    secret = secrets.token_urlsafe(24) if token or not is_loopback(host) else ""
+    access = Access.for_host(host, secret, allow_host)
+    limits = Limits() if isolate or (isolate is None and can_confine() and limits_here() is None) else None
+    with ExitStack() as opened:
+        opened.enter_context(isolating(limits))
+        app = make_app(Archive(out, slides, remote_slides), access)
+        bound = opened.enter_context(listen(host, port))
+        address = f"http{'s' if tls else ''}://{url_host(host)}:{bound.getsockname()[1]}/"
+        server = make_server(app, tls)
+        announce(f"{address}{f'?token={secret}' if secret else ''}  (end with Ctrl-C)")
+        if not tls and not is_loopback(host):
+            announce(NOT_ENCRYPTED)
+        if isolate is None and not can_confine():
+            announce(NOT_ISOLATED)
+        if browse:
+            webbrowser.open(opened.enter_context(_private_address(address, access)) if secret else address)
+        server.run(sockets=[bound])
+
+
+@contextmanager
+def _private_address(address: str, access: Access) -> Iterator[str]:
+    """Return an address for a browser's command line, which all users of the machine can read, as a context.
+
+    It is that of a file which nobody else can read. The file leads to the page with a code that admits one browser:
+    the token itself gets into no history. (A code in the command line could be used by another user first.)
+    """
+    code = secrets.token_urlsafe(24)
+    access.codes.add(code)
+    with TemporaryDirectory(prefix="wsi-gradcam-") as folder:  # mode 0700
+        file = Path(folder) / "open.html"
+        file.touch(0o600)
+        file.write_text(redirecting_page(f"{address}?token={code}"), encoding="utf-8")
+        yield file.as_uri()
 
 
 def make_app(archive: Archive, access: Access) -> Starlette:

@@ -1,4 +1,4 @@
-"""`wsi-gradcam view`: starts the server, with bounds on its connections, and checks requests before handlers see them.
+"""The server of the viewer: bounds on its connections, and a check of each request before a handler sees it.
 
 The server shows patients' slides. A web page of another site, open in the same browser, must not reach it: neither
 directly (refused by origin and fetch metadata, and nothing is shared across origins), nor by a name that it lets point
@@ -16,16 +16,11 @@ import hmac
 import html
 import ipaddress
 import re
-import secrets
 import socket
 import time
-import webbrowser
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -35,12 +30,8 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wsi_gradcam.errors import ConfigError, one_line
-from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
-from wsi_gradcam.viewer.archive import Archive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from starlette.applications import Starlette
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -50,11 +41,6 @@ MAX_CONNECTIONS = 512
 REQUEST_TIMEOUT_S = 15.0  # for a whole request, from the connection or the last response on
 STALL_TIMEOUT_S = 30.0  # for a client that reads nothing of its response
 CHECK_EVERY_S = 1.0
-NOT_ENCRYPTED = (
-    "warning: not encrypted: who can listen on this network can read slides, results and the token, and use it; "
-    "--tls CERT KEY encrypts"
-)
-NOT_ISOLATED = "warning: slides are read by this process itself: only Linux has processes that can do little"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 COOKIE = "wsi-gradcam"
 # The hash is of the one style sheet that OpenSeadragon 6.1.1 adds to a page.
@@ -322,77 +308,6 @@ class BoundedProtocol(H11Protocol):
             self._timer = self.loop.call_later(CHECK_EVERY_S, self._check)
 
 
-def view(
-    out: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8765,
-    slides: Path | None = None,
-    token: bool = False,
-    allow_host: Sequence[str] = (),
-    remote_slides: bool = False,
-    isolate: bool | None = None,
-    tls: tuple[str, str] | None = None,
-    browse: bool = False,
-    announce: Callable[[str], None] = print,
-) -> None:
-    """Serve the results in `out` until interrupted; port 0 takes any that is free.
-
-    Args:
-        host: address to listen on; except on the loopback addresses, clients need a token.
-        slides: a folder to take slides from, by their ids, where they have moved.
-        token: require a token on 127.0.0.1 too, for machines with several users.
-        allow_host: names by which proxies call the server.
-        remote_slides: ask other machines for slides that the results name by URLs.
-        isolate: read slides by processes of their own, which can do little; None: unless this system has none, which
-            is announced, or slides are read so already.
-        tls: files of a certificate and its key, in PEM: the page's address is then https://.
-        browse: open the page in a browser; a token is not in its command line.
-        announce: receives a line with the page's address.
-
-    Raises:
-        ResultError: there are no results.
-        ConfigError: the port is in use, or the page is not installed.
-    """
-    if slides is not None and not slides.is_dir():
-        raise ConfigError(f"--slides {slides}: expected a folder; check the path")
-    from wsi_gradcam.viewer.app import make_app  # which needs what stands here
-
-    secret = secrets.token_urlsafe(24) if token or not is_loopback(host) else ""
-    access = Access.for_host(host, secret, allow_host)
-    limits = Limits() if isolate or (isolate is None and can_confine() and limits_here() is None) else None
-    with ExitStack() as opened:
-        opened.enter_context(isolating(limits))
-        app = make_app(Archive(out, slides, remote_slides), access)
-        bound = opened.enter_context(listen(host, port))
-        address = f"http{'s' if tls else ''}://{_url_host(host)}:{bound.getsockname()[1]}/"
-        server = make_server(app, tls)
-        announce(f"{address}{f'?token={secret}' if secret else ''}  (end with Ctrl-C)")
-        if not tls and not is_loopback(host):
-            announce(NOT_ENCRYPTED)
-        if isolate is None and not can_confine():
-            announce(NOT_ISOLATED)
-        if browse:
-            webbrowser.open(opened.enter_context(_private_address(address, access)) if secret else address)
-        server.run(sockets=[bound])
-
-
-@contextmanager
-def _private_address(address: str, access: Access) -> Iterator[str]:
-    """Return an address for a browser's command line, which all users of the machine can read, as a context.
-
-    It is that of a file which nobody else can read. The file leads to the page with a code that admits one browser:
-    the token itself gets into no history. (A code in the command line could be used by another user first.)
-    """
-    code = secrets.token_urlsafe(24)
-    access.codes.add(code)
-    with TemporaryDirectory(prefix="wsi-gradcam-") as folder:  # mode 0700
-        file = Path(folder) / "open.html"
-        file.touch(0o600)
-        file.write_text(redirecting_page(f"{address}?token={code}"), encoding="utf-8")
-        yield file.as_uri()
-
-
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
@@ -445,5 +360,6 @@ def make_server(app: Starlette, tls: tuple[str, str] | None = None) -> uvicorn.S
     return uvicorn.Server(config)
 
 
-def _url_host(host: str) -> str:
+def url_host(host: str) -> str:
+    """Return a host as addresses of pages have it: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
