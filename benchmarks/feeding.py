@@ -51,7 +51,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.read import timed
 from benchmarks.scale import spec, write_slides
-from wsi_gradcam.executors.dask import DaskExecutor, local, plugins
+from wsi_gradcam.executors.dask import DaskExecutor, plugins
+from wsi_gradcam.executors.dask import workers as dask_workers
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath
@@ -146,7 +147,7 @@ SPENT_S: defaultdict[str, float] = defaultdict(float)  # by the cores that sleep
 
 def dask_setup(worker: Worker) -> None:
     """Called by Dask in a new worker's process: replace what is simulated."""
-    local.dask_setup(worker)
+    dask_workers.dask_setup(worker)
     simulation: Simulation = pickle.loads(Path(os.environ[FILE]).read_bytes())
     costs = {part: simulation.slowness * seconds for part, seconds in simulation.costs.items()}
     patch = np.zeros((PATCH_PX, PATCH_PX, 3), np.uint8)
@@ -255,20 +256,20 @@ def plans(run: RunPlan, slides: Sequence[SlideEntry]) -> dict[str, Planned]:
 def machine(simulation: Simulation, folder: Path, cores: int) -> Iterator[None]:
     """Let `--device cuda` find a GPU and so many cores, and its processes simulate, as a context."""
     (folder / "simulation").write_bytes(pickle.dumps(simulation))
-    real, helpers = local.worker_options, local.helpers(cores)
+    real, helpers = dask_workers.worker_options, dask_workers.helpers(cores)
 
     def options(*given: Any) -> Iterator[tuple[int | str, dict[str, Any]]]:
         for name, about in real(*given):
             yield name, {**about, "preload": ["benchmarks.feeding"]}
 
-    kept = local.helpers, dict(os.environ)
-    vars(local).update(worker_options=options, helpers=lambda: helpers)
+    kept = dask_workers.helpers, dict(os.environ)
+    vars(dask_workers).update(worker_options=options, helpers=lambda: helpers)
     path = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     os.environ.update({FILE: str(folder / "simulation"), "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": path})
     try:
         yield
     finally:
-        local.worker_options, local.helpers = real, kept[0]
+        dask_workers.worker_options, dask_workers.helpers = real, kept[0]
         os.environ.clear()
         os.environ.update(kept[1])
 

@@ -45,7 +45,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.simulated import FIRST_BATCH, PATCHES, RATE, SPAN, WRITING, report
-from wsi_gradcam.executors.dask import DaskExecutor, batching, running
+from wsi_gradcam.executors.dask import DaskExecutor, batching
 from wsi_gradcam.executors.dask.plugins import TaskBatch, perform_batch
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
@@ -328,14 +328,12 @@ def _run_simulated(
 @contextmanager
 def slowed(slowness: float) -> Iterator[None]:
     """Orders sized for tasks that take so many times longer."""
-    known = {name: getattr(running, name) for name in ("BATCH_S", "LEAST_S")}
-    for module in (batching, running):
-        vars(module).update({name: value * slowness for name, value in known.items()})
+    known = {name: getattr(batching, name) for name in ("BATCH_S", "LEAST_S")}
+    vars(batching).update({name: value * slowness for name, value in known.items()})
     try:
         yield
     finally:
-        for module in (batching, running):
-            vars(module).update(known)
+        vars(batching).update(known)
 
 
 def _cpu_s(watched: psutil.Process) -> float:

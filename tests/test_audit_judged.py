@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from wsi_gradcam.audit.archive import SIDE_PX, annotated_slide
-from wsi_gradcam.audit.estimates import Estimate
 from wsi_gradcam.audit.findings import UNSURE, Conclusion, Findings, Verdict, corrected, interval_p
 from wsi_gradcam.audit.folder import read_arrays, write_arrays
-from wsi_gradcam.audit.measurements import Measurements, arrays_of, joined, record_from
+from wsi_gradcam.audit.measurements import Estimate, Measurements, arrays_of, joined, record_from
 from wsi_gradcam.audit.measures.removal import Curves
 from wsi_gradcam.audit.metrics import GroupedNumber, strata
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, MAIN, ROAD, Faithfulness, score

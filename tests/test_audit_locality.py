@@ -14,7 +14,7 @@ from tests.planted import patches, trained, untrained
 from tests.planted_models import bent
 from tests.subjects import subject_of
 from tests.toy_models import PooledLinear
-from wsi_gradcam.audit.estimates import estimate
+from wsi_gradcam.audit.measurements import estimate
 from wsi_gradcam.audit.measures.changes import (
     STEPS,
     FiniteSteps,

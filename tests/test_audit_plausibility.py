@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.planted import patches, trained
 from tests.subjects import subject_of
-from wsi_gradcam.audit.estimates import compare
+from wsi_gradcam.audit.measurements import compare
 from wsi_gradcam.audit.measures.subject import enlarge
 from wsi_gradcam.audit.questions.plausibility import (
     PLAUSIBILITY,

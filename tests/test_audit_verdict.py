@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsi_gradcam.audit.estimates import Comparison, Estimate, compare
 from wsi_gradcam.audit.findings import ENOUGH, Outcome, Verdict
+from wsi_gradcam.audit.measurements import Comparison, Estimate, compare
 from wsi_gradcam.audit.metrics import quadrant
 from wsi_gradcam.audit.questions.faithfulness import faithful
 from wsi_gradcam.audit.questions.gradients import not_saturated, promises_kept

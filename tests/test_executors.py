@@ -21,10 +21,11 @@ from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
 from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
-from wsi_gradcam.executors.dask import DaskExecutor, local
+from wsi_gradcam.executors.dask import DaskExecutor
 from wsi_gradcam.executors.dask import executor as dask_executor
+from wsi_gradcam.executors.dask import workers as dask_workers
+from wsi_gradcam.executors.dask.batching import MAX_TASKS
 from wsi_gradcam.executors.dask.plugins import TaskBatch, perform_batch
-from wsi_gradcam.executors.dask.running import MAX_TASKS
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.run.types import Performed, Task
@@ -143,7 +144,7 @@ def test_a_worker_that_eats_the_machine_is_replaced(
     """Once; its span is tried again, and nobody waits for a paused worker."""
     explain(archive / "a.tif", toy_spec("hungry"), tmp_path / "serial", **SMALL)
     monkeypatch.setenv(POISON, str(tmp_path / "eaten"))
-    monkeypatch.setattr(local, "MEMORY_LIMIT", 3 << 29)
+    monkeypatch.setattr(dask_workers, "MEMORY_LIMIT", 3 << 29)
     outcome = explain(archive / "a.tif", toy_spec("hungry"), tmp_path / "out", **SMALL, workers=1)
     assert (tmp_path / "eaten").exists()
     assert [record.status for record in outcome.records] == ["ok"]

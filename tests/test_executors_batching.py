@@ -14,15 +14,18 @@ from hypothesis import strategies as st
 
 from tests.test_executors_scheduling import FakeArchive, FakeClient, FakeFuture, entry, hints_of, scheduler
 from wsi_gradcam.executors.dask.batching import (
+    BATCH_S,
     BATCHES_PER_SLOT,
     LAST_PARTS,
     LAST_PER_SLOT,
+    LEAST_S,
     Backlogs,
     BatchLimits,
+    Rates,
     RemainingWork,
+    RunningSlide,
 )
 from wsi_gradcam.executors.dask.plugins import TaskBatch
-from wsi_gradcam.executors.dask.running import BATCH_S, LEAST_S, Rates, RunningSlide
 from wsi_gradcam.executors.dask.workers import Pools
 from wsi_gradcam.run.types import Task
 from wsi_gradcam.run.workload import EXPLAIN, STITCH, explain_job

@@ -31,7 +31,8 @@ from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import WorkerError
 from wsi_gradcam.executors import open_executor
-from wsi_gradcam.executors.dask import DaskExecutor, local
+from wsi_gradcam.executors.dask import DaskExecutor
+from wsi_gradcam.executors.dask import workers as dask_workers
 from wsi_gradcam.executors.dask.workers import Workers
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import find_slides
@@ -61,7 +62,7 @@ class FakeCluster:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What clusters are made with."""
     FakeCluster.made = []
-    monkeypatch.setattr(local, "SpecCluster", FakeCluster)
+    monkeypatch.setattr(dask_workers, "SpecCluster", FakeCluster)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return FakeCluster.made
 
@@ -76,7 +77,7 @@ def four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(workers: int, device: str) -> None:
-    with local.local_cluster(workers, device):
+    with dask_workers.local_cluster(workers, device):
         pass
 
 
@@ -93,7 +94,7 @@ def test_cores_and_memory_are_shared(made: list[dict[str, Any]]) -> None:
 
 @pytest.mark.usefixtures("four_gpus")
 def test_each_worker_has_a_gpu_of_its_own(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "find_spec", lambda name: None)
+    monkeypatch.setattr(dask_workers, "find_spec", lambda name: None)
     start(3, "cuda")
     workers = [worker["options"] for worker in made[0]["workers"].values()][:3]
     assert [worker["env"] for worker in workers] == [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(3)]
@@ -108,8 +109,8 @@ def test_helpers_plan_and_stitch_beside_a_gpu(
     cores: int, count: int, made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Processes of one thread, which see no GPU: Python's own work would keep the threads of a GPU from running."""
-    monkeypatch.setattr(local, "find_spec", lambda name: None)
-    monkeypatch.setattr(local.helpers, "__defaults__", (cores,))
+    monkeypatch.setattr(dask_workers, "find_spec", lambda name: None)
+    monkeypatch.setattr(dask_workers.helpers, "__defaults__", (cores,))
     start(1, "cuda")
     (gpu, *helpers) = [worker["options"] for worker in made[0]["workers"].values()]
     assert len(helpers) == count
@@ -130,7 +131,7 @@ def test_dask_cuda_is_used_where_it_is_installed(made: list[dict[str, Any]], mon
     module: Any = types.ModuleType("dask_cuda")
     module.LocalCUDACluster = FakeCluster
     monkeypatch.setitem(sys.modules, "dask_cuda", module)
-    monkeypatch.setattr(local, "find_spec", lambda name: name)
+    monkeypatch.setattr(dask_workers, "find_spec", lambda name: name)
     start(2, "cuda")
     (options,) = made
     assert options["CUDA_VISIBLE_DEVICES"] == ["0", "1"]
@@ -167,7 +168,7 @@ def test_the_environment_says_which_gpus_may_be_used(
     given: str, gpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert local.visible_gpus() == gpus
+    assert dask_workers.visible_gpus() == gpus
 
 
 @pytest.mark.usefixtures("four_gpus")
@@ -222,7 +223,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(temporary))
         patch.setattr(tempfile, "tempdir", None)
-        with local.local_cluster(2, "cpu") as cluster, Client(cluster, set_as_default=False) as client:
+        with dask_workers.local_cluster(2, "cpu") as cluster, Client(cluster, set_as_default=False) as client:
             client.wait_for_workers(2)
             workers = client.scheduler_info(n_workers=-1)["workers"]
             nannies = [worker["nanny"] for worker in workers.values()]

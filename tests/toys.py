@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_gradcam.audit.estimates import Estimate
 from wsi_gradcam.audit.findings import HALF, Findings, Outcome, Verdict, interval_p, percent
-from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measurements import Estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import Figure, IntervalsFigure, Measure, Words, row_title
 from wsi_gradcam.cam.facts import MethodInfo

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from wsi_gradcam.audit.estimates import stratified_sample
+from wsi_gradcam.audit.measurements import stratified_sample
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditSettings, SlideSample, deep_patches
 from wsi_gradcam.audit.schema import UntestedRow
 from wsi_gradcam.audit.vocabulary import Unit

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import numpy as np
 from scipy import stats
 
-from wsi_gradcam.audit.estimates import LEVEL, Comparison, Estimate, holm
+from wsi_gradcam.audit.measurements import LEVEL, Comparison, Estimate, holm
 from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, VerdictRow
 from wsi_gradcam.audit.vocabulary import Keys, Measure, fill
 

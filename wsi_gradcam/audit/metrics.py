@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import across
 from wsi_gradcam.audit.findings import Findings, Outcome, Verdict, corrected
+from wsi_gradcam.audit.measurements import across
 from wsi_gradcam.audit.questions import Scope, question_named
 from wsi_gradcam.audit.questions.bag_orders import SRG, BagFaithfulness, gains
 from wsi_gradcam.audit.questions.bag_trust import BagPlausibility

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import Comparison, compare
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, Findings, Verdict, percent
-from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measurements import Comparison, compare, stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import (
     ATTENTION,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import FEWEST_SLIDES, Comparison, Estimate
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, interval_p, percent
-from wsi_gradcam.audit.measurements import optional, stored
+from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Comparison, Estimate, optional, stored
 from wsi_gradcam.audit.questions import Question, Scope, plausibility, shortcuts
 from wsi_gradcam.audit.questions.plausibility import AUROC, CHANCE, auroc
 from wsi_gradcam.audit.questions.sanity import (

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import Comparison, compare, holm
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, Findings, Verdict
-from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measurements import Comparison, compare, holm, stored
 from wsi_gradcam.audit.measures.removal import Curves, mean_height, slide_removal
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import (

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import Estimate
 from wsi_gradcam.audit.findings import HALF, Findings, Verdict, interval_p, percent
-from wsi_gradcam.audit.measurements import optional, stored
+from wsi_gradcam.audit.measurements import Estimate, optional, stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import EXPENSIVE, INTEGRATED, CurvesFigure, Figure, Measure, Words, method_title
 from wsi_gradcam.cam.facts import METHOD_INFO

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from wsi_gradcam.audit.estimates import Estimate
 from wsi_gradcam.audit.findings import Findings, Verdict, interval_p, percent
-from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measurements import Estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import RANDOM, Figure, IntervalsFigure, Measure, Words, map_keys, row_title
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import Estimate, estimate
 from wsi_gradcam.audit.findings import Findings, Verdict, interval_p, percent
-from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measurements import Estimate, estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import (
     EXPENSIVE,

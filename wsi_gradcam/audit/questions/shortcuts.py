@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import Comparison, Estimate, estimate
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, percent
-from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measurements import Comparison, Estimate, estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import (
     BLUR,

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.estimates import Comparison, Estimate, estimate
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, interval_p, percent
-from wsi_gradcam.audit.measurements import stored
+from wsi_gradcam.audit.measurements import Comparison, Estimate, estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
 from wsi_gradcam.audit.vocabulary import EXPENSIVE, Figure, IntervalsFigure, Measure, Words, change_title, method_title
 

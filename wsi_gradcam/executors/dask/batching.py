@@ -1,20 +1,248 @@
 """Limits of how many batches are in flight, of which size, and the choice of the worker that gets the next one.
 
 There are a few batches in flight for each that can run at once, and towards the end of a run fewer and smaller ones, so
-that all workers end together.
+that all workers end together. The first half is a slide at work: its tasks, cut into batches, and the trials of tasks
+that workers died of.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from wsi_gradcam.executors.dask.running import BATCH_S, LEAST_S, Rates, RunningSlide
 from wsi_gradcam.executors.dask.workers import Pools
-from wsi_gradcam.run.types import Stage, Task
+from wsi_gradcam.run.types import Phases, SlideJob, SlideRecord, Stage, Task, TaskResult
+from wsi_gradcam.run.workload import COARSEN, FINISH, PLAN, STITCH
+
+LOG = logging.getLogger("wsi_gradcam")
+# A batch costs the scheduler, the client and the way together some 2 ms, and a GPU its first patches' reading, some
+# 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel together.
+BATCH_S = 3.0
+MAX_TASKS = 64  # tasks in a batch: some 3 kB
+WEIGHT = 0.2  # of the newest
+LEAST_S = 0.2  # less is not worth the way, even where workers wait
+# Until one is done; what a span takes, which is a hundred times more on some devices than on others, is not guessed.
+GUESSED_S = {STITCH.name: 0.2, COARSEN.name: 0.1, FINISH.name: 0.5}
+
+
+class Rates:
+    """The seconds that a task of a stage takes, learned from those that are done."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def learn(self, stage: Stage, seconds: float) -> None:
+        """Learn from a task that is done."""
+        known = self._seconds.get(stage.name, seconds)
+        self._seconds[stage.name] = known + WEIGHT * (seconds - known)
+
+    def seconds(self, stage: Stage) -> float:
+        """Return the seconds that a task is expected to take."""
+        return self._seconds.get(stage.name, GUESSED_S.get(stage.name, BATCH_S))
+
+    def of(self, tasks: Iterable[Task]) -> float:
+        """Return the seconds that tasks are expected to take, one after the other."""
+        return sum(self.seconds(task.stage) for task in tasks)
+
+
+MODEL, PLANNING, OTHER, ALONE = "model", "plan", "other", "alone"  # kinds of batches that are counted apart
+
+
+@dataclass
+class RunningSlide:
+    """A slide's job and how far it is.
+
+    Attributes:
+        number: of the slide in its run.
+        phases: tasks that wait, with their positions among `results`, by phase.
+        out: how many tasks are in flight.
+        open: whether tasks of the first phase may be sent now.
+        batches: how many batches were made.
+        planned: whether it is known what there is to do.
+        error: the first error of its tasks.
+    """
+
+    job: SlideJob
+    number: int
+    phases: deque[deque[tuple[int, Task]]] = field(default_factory=deque)
+    results: list[TaskResult] = field(default_factory=list)
+    out: int = 0
+    open: bool = True
+    batches: int = 0
+    planned: bool = False
+    error: BaseException | None = None
+
+    def begin(self) -> SlideRecord | None:
+        """Begin the job; returns as `advance` does."""
+        return self._set(lambda: next(self.job))
+
+    def advance(self) -> SlideRecord | None:
+        """Send the job the results of its tasks, once none is left; return the record if that was its end."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            return self._set(lambda: self.job.throw(error))
+        return self._set(lambda: self.job.send(self.results))
+
+    def _set(self, proceed: Callable[[], Phases]) -> SlideRecord | None:
+        try:
+            phases = proceed()
+        except StopIteration as end:
+            record: SlideRecord = end.value
+            return record
+        positions = iter(range(sum(map(len, phases))))
+        self.phases = deque(deque((next(positions), task) for task in phase) for phase in phases if phase)
+        self.results = [None] * sum(map(len, self.phases))
+        self.open = True
+        return None
+
+    @property
+    def next_stage(self) -> Stage | None:
+        """The stage of the tasks that may be sent now; None where none may."""
+        return self.phases[0][0][1].stage if self.open and self.phases else None
+
+    @property
+    def waiting_for_model(self) -> int:
+        """The number of tasks that wait for the model."""
+        return len(self.phases[0]) if self.next_stage is not None and self.next_stage.needs_model else 0
+
+    def next_batch(self, rates: Rates, budget_s: float) -> SentBatch:
+        """Return a batch of the next tasks, one or more, that take about `budget_s`.
+
+        Where they complete their phase, tasks of the next one may follow, if they are for the same kind of worker.
+        """
+        taken: list[tuple[int, Task]] = []
+        first, is_complete, left_s = self.phases[0], not self.out, budget_s
+        while self.phases and len(taken) < MAX_TASKS:
+            phase = self.phases[0]
+            stage = phase[0][1].stage
+            if phase is not first and (not is_complete or stage.needs_model != taken[0][1].stage.needs_model):
+                break
+            if taken and left_s < rates.seconds(stage):
+                break
+            taken.append(phase.popleft())
+            left_s -= rates.seconds(stage)
+            if not phase:
+                self.phases.popleft()
+        self.open = bool(self.phases) and self.phases[0] is first
+        self.out += len(taken)
+        self.batches += 1
+        positions, tasks = zip(*taken, strict=True)
+        return SentBatch(self, positions, tasks, self.batches)
+
+    def returned(self, count: int) -> None:
+        """Count tasks as no longer in flight."""
+        self.out -= count
+        if not self.out:
+            self.open = True
+
+    def fail(self, error: BaseException) -> None:
+        """Send nothing more; the job gets the error when no task is in flight."""
+        self.error = self.error or error
+        self.phases.clear()
+
+    @property
+    def ended(self) -> bool:
+        """True when no task waits or is in flight."""
+        return not self.phases and not self.out
+
+
+@dataclass(frozen=True)
+class SentBatch:
+    """Tasks of a slide in flight, or waiting to be sent again.
+
+    Attributes:
+        positions: of the tasks' results among the slide's.
+        number: of the batch among the slide's.
+        attempt: how often they failed for a transient reason.
+        alone: they were there when workers died, and run alone in their process now.
+        trials: how often they were sent to run alone.
+        begun: how often a worker has begun them alone, and died.
+        avoid: address of a worker that could not do them.
+    """
+
+    running: RunningSlide
+    positions: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    number: int
+    attempt: int = 0
+    alone: bool = False
+    trials: int = 0
+    begun: int = 0
+    avoid: str = ""
+
+    @property
+    def needs_model(self) -> bool:
+        """True where the tasks run on the run's device."""
+        return self.tasks[0].stage.needs_model
+
+    @property
+    def kind(self) -> str:
+        """The kind of batch that it is counted as."""
+        return ALONE if self.alone else kind_of(self.tasks[0].stage)
+
+    def rest(self, done: int, **changes: Any) -> SentBatch:
+        """Return what is left of it after the first tasks, under a new number."""
+        self.running.batches += 1
+        changes["number"] = self.running.batches
+        return replace(self, positions=self.positions[done:], tasks=self.tasks[done:], **changes)
+
+    def singly(self) -> list[SentBatch]:
+        """Return a batch for each task, to run alone; tasks that build on each other stay together."""
+        if not self.needs_model:
+            return [self.rest(0, alone=True)]
+        pairs = enumerate(zip(self.positions, self.tasks, strict=True))
+        return [replace(self.rest(i, alone=True), positions=(at,), tasks=(task,)) for i, (at, task) in pairs]
+
+
+def kind_of(stage: Stage) -> str:
+    """Return the kind of batch that tasks of a stage are counted as: each kind has limits of its own."""
+    return MODEL if stage.needs_model else PLANNING if stage == PLAN else OTHER
+
+
+# A task that was begun alone in its process so often, and each time the process died, has killed it.
+DEATHS_ALONE = 2
+MAX_TRIALS = 4  # of a task whose workers always die before it begins
+
+
+class CrashTrials:
+    """Batches that workers died of, which are tried again with each task alone.
+
+    Dask blames all tasks of a worker that dies. One that is blamed too often is run again while nothing else of the
+    run is at work in its process: if workers die of that too, it is the culprit. Few run alone at once.
+
+    Attributes:
+        waiting: batches that are not sent yet.
+        lost: why the GPU of the last worker failed that had a batch in hand, by the batch's key.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[SentBatch] = deque()
+        self.lost: dict[str, str] = {}
+        self._begun: Counter[str] = Counter()
+
+    def record(self, event: tuple[float, Any]) -> None:
+        """Count a batch that a worker has begun alone, or note that a worker's GPU has failed."""
+        told = event[1]
+        if "lost" in told:
+            self.lost[told["lost"]] = told["cause"]
+            LOG.warning("the GPU of worker %s has failed, which ends that process: %s", told["worker"], told["cause"])
+        else:
+            self._begun[told["alone"]] += 1
+
+    def is_culprit(self, sent: SentBatch, key: str) -> bool:
+        """Return whether a batch that workers died of is the cause; else it is put up for another trial."""
+        begun = sent.begun + self._begun.pop(key, 0)
+        if sent.alone and (begun >= DEATHS_ALONE or sent.trials >= MAX_TRIALS):
+            return True
+        again = [sent.rest(0)] if sent.alone else sent.singly()
+        self.waiting += [replace(trial, trials=sent.trials + 1, begun=begun) for trial in again]
+        return False
+
 
 # Batches in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler
 # knows) / 5 s: 4 batches of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work

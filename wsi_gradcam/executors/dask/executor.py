@@ -16,10 +16,18 @@ from distributed import get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import ConfigError, DeviceError, WorkerError, one_line
-from wsi_gradcam.executors.dask.local import NO_WORKER_S, local_cluster, threads_each
 from wsi_gradcam.executors.dask.plugins import EXAMINED, RunSchedulerPlugin, RunWorkerPlugin, check_device, use_threads
 from wsi_gradcam.executors.dask.scheduling import SlideScheduler
-from wsi_gradcam.executors.dask.workers import WAIT_S, MissingWorkerTimer, Workers, connect, workers_of
+from wsi_gradcam.executors.dask.workers import (
+    NO_WORKER_S,
+    WAIT_S,
+    MissingWorkerTimer,
+    Workers,
+    connect,
+    local_cluster,
+    threads_each,
+    workers_of,
+)
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.examining import examine_for_run
 from wsi_gradcam.run.failures import PAUSES_S

@@ -17,18 +17,19 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from wsi_gradcam.errors import AGAIN, SlideMemoryError, WorkerError, one_line
-from wsi_gradcam.executors.dask.batching import Backlogs, RemainingWork
-from wsi_gradcam.executors.dask.plugins import BatchResult, TaskBatch, perform_batch, stop_here
-from wsi_gradcam.executors.dask.running import (
+from wsi_gradcam.executors.dask.batching import (
     ALONE,
     MODEL,
     PLANNING,
+    Backlogs,
     CrashTrials,
     Rates,
+    RemainingWork,
     RunningSlide,
     SentBatch,
     kind_of,
 )
+from wsi_gradcam.executors.dask.plugins import BatchResult, TaskBatch, perform_batch, stop_here
 from wsi_gradcam.executors.dask.workers import LOST, MissingWorkerTimer, Workers
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.run.failures import PAUSES_S, log_retry

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from wsi_gradcam.audit.estimates import across, compare, estimate, holm, stratified_sample
+from wsi_gradcam.audit.measurements import across, compare, estimate, holm, stratified_sample
 from wsi_gradcam.errors import ConfigError
 
 
