@@ -5,9 +5,9 @@ under which name its arrays lie; a mapping has a pair of braces in it for each l
 
     worth: Mapping[str, Floats] = stored("locality/{}/worth")
 
-Then what goes from numbers of patches to statements: samples, intervals, tests and effects, by slide. Patches of a
-slide are alike, so a slide is what is resampled. Where there are fewer than `FEWEST_SLIDES`, patches are, and the statement
-is about these slides alone: `unit` says which.
+Then what leads from numbers of patches to statements: samples, intervals, tests and effects, by slide. Patches of one
+slide are alike, so a slide is what is resampled. Where there are fewer than `FEWEST_SLIDES`, patches are, and the
+statement is about these slides alone: `unit` says which.
 """
 
 from __future__ import annotations
