@@ -18,7 +18,7 @@ import numpy.typing as npt
 import yaml
 import zarr
 
-from wsi_gradcam.io.s3 import S3Path
+from wsi_gradcam.io.paths import S3Path
 from wsi_gradcam.models.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent

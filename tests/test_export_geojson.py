@@ -17,9 +17,11 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from matplotlib.path import Path as Outline
 
 from tests.made_results import PATCH_PX, Made, make, steps
-from wsi_gradcam.export import Options, export, geojson
-from wsi_gradcam.export.geojson import TooManyRunsError, annotation_features, hot_regions, outlines
+from wsi_gradcam.export import Options, export
+from wsi_gradcam.export import outlines as outlining
+from wsi_gradcam.export.geojson import annotation_features
 from wsi_gradcam.export.job import Job
+from wsi_gradcam.export.outlines import TooManyRunsError, hot_regions, outlines
 from wsi_gradcam.results.run import open_result
 
 Mask = npt.NDArray[np.bool_]
@@ -111,7 +113,7 @@ def hot(job: Job, level: int = 0) -> Mask:
 
 
 def test_regions_lie_where_the_heatmap_is_hot(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geojson, "CHUNK", 50)  # rows at a time: seams cross the regions
+    monkeypatch.setattr(outlining, "CHUNK", 50)  # rows at a time: seams cross the regions
     found = hot_regions(job, job.slide.channel("tumour"), simplified=False)
     assert (found.level, found.threshold) == (0, THRESHOLD)
     inside = drawn(found.polygons, SHAPE, STRIDE)
@@ -138,7 +140,7 @@ def test_simplified_regions_are_nearly_the_same_with_far_fewer_corners(job: Job)
 
 
 def test_too_long_borders_are_traced_on_a_coarser_level(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geojson, "MAX_RUNS", 10)
+    monkeypatch.setattr(outlining, "MAX_RUNS", 10)
     found = hot_regions(job, job.slide.channel("tumour"), simplified=False)
     assert found.level == len(job.slide.levels) - 1 > 0
     shape, step = job.slide.levels[found.level], STRIDE * 2**found.level

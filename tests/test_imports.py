@@ -110,7 +110,7 @@ def test_the_package_is_imported_without_anything_heavy() -> None:
         "executors.dask",
         "slides",
         "results.validation",
-        "export.qupath",
+        "export.outlines",
         "viewer.napari_reader",
     ],
 )

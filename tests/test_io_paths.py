@@ -23,8 +23,7 @@ from tests.s3_proxy import Proxy, at_random
 from wsi_gradcam.errors import ConfigError, StoreError
 from wsi_gradcam.io import base, object_stores
 from wsi_gradcam.io.local import LOCK, LocalPath
-from wsi_gradcam.io.paths import StoragePath, storage_path
-from wsi_gradcam.io.s3 import S3Path
+from wsi_gradcam.io.paths import S3Path, StoragePath, storage_path
 
 NAMES = ["f", "g.json", "x/f", "x/y/f", "x/ü #%?+&=[1]", "x.zarr/c/0/0"]
 FOLDERS = ["", "x", "x/y", "x.zarr", "gone"]

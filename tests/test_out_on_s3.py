@@ -21,8 +21,7 @@ from wsi_gradcam.doctor.checks import check_folder
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.io import object_stores
 from wsi_gradcam.io.local import LOCK
-from wsi_gradcam.io.paths import storage_path
-from wsi_gradcam.io.s3 import S3Path
+from wsi_gradcam.io.paths import S3Path, storage_path
 
 
 def slow(value: int) -> Any:

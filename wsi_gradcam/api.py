@@ -14,8 +14,7 @@ from wsi_gradcam.cam.facts import NO_METHOD
 from wsi_gradcam.errors import ConfigError, ModelError, StoreError, one_line
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.inputs.find import SlideEntry, choose_slides, search_slides
-from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
-from wsi_gradcam.io.s3 import S3Path
+from wsi_gradcam.io.paths import S3Path, StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.io.urls import allowed_hosts, allowing
 from wsi_gradcam.mil.feature_arrays import FeatureFolder
 from wsi_gradcam.mil.spec import SlideModelSpec, encoder_of, is_slide_model, read_slide_model

@@ -34,7 +34,7 @@ FORMATS = {
     "asap": "tiff:write_asap",
     "tissuumaps": "tiff:write_tissuumaps",
     "geojson": "geojson",
-    "qupath": "qupath",
+    "qupath": "geojson:write_qupath",
     "png": "png",
     "deepzoom": "png:write_deepzoom",
     "trident": "arrays:write_trident_features",

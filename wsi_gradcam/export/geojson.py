@@ -3,10 +3,9 @@
 Coordinates are x, y in level-0 px as in QuPath: from the corner of the slide, or of its scanned part where the file
 records one (OpenSlide's bounds). Files are written feature by feature.
 
-Hot regions are polygons around values that reach a threshold. Their outlines follow the borders of pixels exactly and
-are traced band by band, without seams. A border is a run of pixel sides with a hot pixel on one side only. Runs end
-exactly where borders meet, also where two hot pixels touch at a corner, so that GEOS can make faces of them without
-searching for crossings, and joins runs that bands have cut.
+The format `qupath` is a folder with a script that puts overlay, patches and hot regions on the open slide. The overlay
+is the finest level of the heatmap that fits into memory as one image, divided into PNGs that a BufferedImageOverlay
+places in level-0 px.
 """
 
 from __future__ import annotations
@@ -15,26 +14,22 @@ import json
 import math
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
 
-from wsi_gradcam.export.job import Job, slug
+from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, blocks, save_png, slug
+from wsi_gradcam.export.outlines import hot_regions, mask_polygons
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.display import Colouring
-from wsi_gradcam.results.heatmap import CHUNK, COLOURS
+from wsi_gradcam.results.heatmap import COLOURS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
+    from wsi_gradcam.export.outlines import Mask
     from wsi_gradcam.results.display import ChannelInfo
-
-    Mask = NDArray[np.bool_]
-    Runs = NDArray[np.int64]
 
 
 BATCH_ROWS = 1 << 12  # patches in memory at once
@@ -141,39 +136,6 @@ def _feature(
     }
 
 
-MAX_RUNS = 250_000  # about 200 MB while polygons are made of them
-TOLERANCE_PX = 0.75  # traced pixels; turns a staircase of pixels into the line that it approximates
-MIN_AREA_PX2 = 25  # smaller regions are not simplified: they could lose most of their area
-
-
-class TooManyRunsError(Exception):
-    """The outline has more runs than fit into bounded memory."""
-
-
-def outlines(bands: Iterable[Mask], max_runs: int) -> list[shapely.Polygon]:
-    """Return polygons, with holes, around the True pixels of an image given in `bands` of rows [n, w], top first.
-
-    Coordinates are x, y in pixels, the first pixel from 0 to 1. Pixels that share a side are in one polygon.
-
-    Raises:
-        TooManyRunsError: there are more than `max_runs` runs.
-    """
-    flat, upright, count, top = [], [], 0, 0
-    above: Mask | None = None
-    for band in bands:
-        above = np.zeros(band.shape[1], np.bool_) if above is None else above
-        flat.append(_flat_runs(above, band, top))
-        upright.append(_upright_runs(band, top))
-        count += len(flat[-1]) + len(upright[-1])
-        if count > max_runs:
-            raise TooManyRunsError
-        above, top = band[-1], top + len(band)
-    if above is None:
-        return []
-    flat.append(_flat_runs(above, np.zeros((1, len(above)), np.bool_), top))
-    return _faces(np.concatenate(flat), np.concatenate(upright))
-
-
 def annotation_features(mask: Mask, name: str) -> list[Feature]:
     """Return annotations of class `name` around the True pixels of a slide's level 0, bool [H, W], as drawn by hand.
 
@@ -182,106 +144,137 @@ def annotation_features(mask: Mask, name: str) -> list[Feature]:
     """
     properties = {"objectType": "annotation", "classification": {"name": name}}
     return [
-        {"type": "Feature", "geometry": shapely.geometry.mapping(_simplified(polygon)), "properties": properties}
-        for polygon in outlines([mask], MAX_RUNS)
+        {"type": "Feature", "geometry": shapely.geometry.mapping(polygon), "properties": properties}
+        for polygon in mask_polygons(mask)
     ]
 
 
-def _flat_runs(above: Mask, band: Mask, top: int) -> Runs:
-    """Return runs along the upper sides of a band's rows, [n, 4]: y, first x, last x, 1 if hot is below, else -1."""
-    rows = np.concatenate([above[None], band]).astype(np.int8)
-    return np.add(_runs(rows[1:] - rows[:-1]), (top, 0, 0, 0), dtype=np.int64)
+# QuPath
 
 
-def _upright_runs(band: Mask, top: int) -> Runs:
-    """Return runs along the left and right sides of a band's pixels, [n, 4]: x, first y, last y, 1 if hot is right."""
-    columns = np.pad(band, ((0, 0), (1, 1))).astype(np.int8)
-    return np.add(_runs((columns[:, 1:] - columns[:, :-1]).T), (0, top, top, 0), dtype=np.int64)
+MAX_PX = 1 << 25  # 128 MB in QuPath
+SIDE = 2048
+WHOLE = "whole-slide"  # features in the frame of the whole slide, where only a part was scanned
+SCRIPT = "show_in_qupath.groovy"
 
 
-def _runs(steps: NDArray[np.int8]) -> Runs:
-    """Return runs of equal values other than 0 in rows, [n, 4]: row, first, end, value."""
-    padded = np.pad(steps, ((0, 0), (1, 1)))
-    rows, ends = np.nonzero(padded[:, 1:] != padded[:, :-1])
-    value = padded[rows, ends + 1]
-    begins = np.flatnonzero(value)
-    return np.stack([rows[begins], ends[begins], ends[begins + 1], value[begins]], axis=1).astype(np.int64)
+def write_qupath(job: Job) -> list[Path]:
+    """Write a folder for each chosen channel."""
+    return [_write_qupath(job, channel) for channel in job.drawn_channels]
 
 
-def _faces(flat: Runs, upright: Runs) -> list[shapely.Polygon]:
-    """Return the hot faces of those that the runs enclose."""
-    if not len(flat):
-        return []
-    y, first, end, _ = flat.T
-    x, top, bottom, _ = upright.T
-    lines = np.concatenate([np.stack([first, y, end, y], axis=1), np.stack([x, top, x, bottom], axis=1)])
-    collection = shapely.polygonize(np.asarray(shapely.linestrings(lines.reshape(-1, 2, 2).astype(np.float64))))
-    faces = shapely.get_parts(collection)
-    # The pixel below the upper left corner of a face is in it: it is hot if such a run begins there.
-    below = flat[flat[:, 3] == 1]
-    hot = set(zip(below[:, 0].tolist(), below[:, 1].tolist(), strict=True))
-    return [face for face in faces if _corner(face) in hot]
+def _write_qupath(job: Job, channel: ChannelInfo) -> Path:
+    path = job.path(f"{slug(channel)}.qupath")
+    with job.atomic_path(path) as partial:
+        partial.mkdir()
+        tiles = _write_overlay(job, channel, partial)
+        for name, frame in _frames(job):
+            (partial / name).mkdir(exist_ok=True)
+            framed = replace(job, options=replace(job.options, frame=frame))
+            write_features(partial / name / "patches.geojson", patch_features(framed))
+            write_features(partial / name / "regions.geojson", region_features(framed, channel))
+        (partial / SCRIPT).write_text(script(job, channel, path, tiles), encoding="utf-8")
+    return path
 
 
-def _corner(face: shapely.Polygon) -> tuple[int, int]:
-    """Return (y, x) of the leftmost of the uppermost corners."""
-    ring = shapely.get_coordinates(face.exterior)
-    x, y = ring[np.lexsort((ring[:, 0], ring[:, 1]))[0]]
-    return int(y), int(x)
+def _frames(job: Job) -> list[tuple[str, str]]:
+    """Return the folder of features and the frame of each image that QuPath may show: the scanned part, or all."""
+    return [("", BOUNDS), (WHOLE, SLIDE)] if job.slide.scanned else [("", SLIDE)]
 
 
-@dataclass(frozen=True)
-class HotRegions:
-    """Polygons around hot pixels.
-
-    Attributes:
-        polygons: with holes, x, y in level-0 px of the slide, valid, not touching each other but at corners.
-        level: the level of the heatmap that was traced, the finest without too many borders.
-        threshold: the lowest value that is hot.
-    """
-
-    polygons: list[shapely.Polygon]
-    level: int
-    threshold: float
-
-
-def hot_regions(job: Job, channel: ChannelInfo, *, simplified: bool = True) -> HotRegions:
-    """Return polygons around explained pixels whose values reach the threshold."""
-    threshold = job.threshold(channel)
-    last = len(job.slide.levels) - 1
-    for level in range(last + 1):
-        try:
-            found = outlines(_bands(job, channel, threshold, level), MAX_RUNS if level < last else 1 << 62)
-        except TooManyRunsError:
-            continue
-        polygons = [_in_slide(_simplified(face) if simplified else _straight(face), job, level) for face in found]
-        return HotRegions(polygons, level, threshold)
-    raise AssertionError("the last level has no limit")
-
-
-def _bands(job: Job, channel: ChannelInfo, threshold: float, level: int) -> Iterator[NDArray[np.bool_]]:
-    height, width = job.slide.levels[level]
-    colouring = Colouring("gray", 0.0, 1.0, threshold)
-    for y in range(0, height, CHUNK):
-        band = Region(y, 0, min(CHUNK, height - y), width)
-        yield colouring.shown(job.slide.read(channel, level, band), job.slide.read_coverage(level, band))
-
-
-def _straight(face: shapely.Polygon) -> shapely.Polygon:
-    """Return the face without points on straight sides, which the division into bands has left."""
-    return shapely.simplify(face, 0)
-
-
-def _simplified(face: shapely.Polygon) -> shapely.Polygon:
-    if face.area < MIN_AREA_PX2:
-        return _straight(face)
-    found = shapely.simplify(face, TOLERANCE_PX)
-    return found if found.is_valid else _straight(face)
-
-
-def _in_slide(face: shapely.Polygon, job: Job, level: int) -> shapely.Polygon:
-    """Return a face in level-0 px, cut at the slide's borders: the heatmap's last pixels may reach beyond."""
+def _write_overlay(job: Job, channel: ChannelInfo, folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """Write the overlay, and return name, x, y, width, height in level-0 px of each part that is not empty."""
+    levels, colouring = job.slide.levels, job.colouring(channel)
+    level = next((i for i, (h, w) in enumerate(levels) if h * w <= MAX_PX), len(levels) - 1)
     step = job.slide.stride_px * 2**level
+    parts: list[tuple[str, int, int, int, int]] = []
+    for region, values, flags in blocks(job.slide, channel, level, SIDE):
+        rgba = colouring.rgba(values, flags)
+        if rgba.any():
+            name = f"overlay-{len(parts)}.png"
+            save_png(rgba, folder / name)
+            parts.append((name, region.x * step, region.y * step, region.width * step, region.height * step))
+    return parts
+
+
+def script(job: Job, channel: ChannelInfo, folder: Path, tiles: list[tuple[str, int, int, int, int]]) -> str:
+    """Return the script, with paths and names quoted."""
     height, width = job.slide.size_px
-    placed = shapely.transform(face, lambda xy: np.minimum(xy * step, (width, height)))
-    return shapely.orient_polygons(placed)
+    scanned = job.slide.scanned
+    shown = [_image(Region(0, 0, height, width), WHOLE if scanned else ".")]
+    if scanned:
+        shown.insert(0, _image(scanned, "."))
+    listed = ",\n".join(f"    [{_quoted(name)}, {x}, {y}, {w}, {h}]" for name, x, y, w, h in tiles)
+    return TEMPLATE.format(
+        title=" ".join(f"{channel.label} of {job.slide.id}".encode("ascii", "replace").decode().split()),
+        folder=_quoted(str(folder.absolute())),
+        width=width,
+        height=height,
+        tiles=listed,
+        images="\n".join(shown),
+        script=_quoted(SCRIPT),
+    )
+
+
+def _image(part: Region, features: str) -> str:
+    """Return the lines that recognise an image of a part of the slide by its size."""
+    return (
+        f"if (server.getWidth() == {part.width} && server.getHeight() == {part.height})\n"
+        f"    image = [{part.x}, {part.y}, {_quoted(features)}]"
+    )
+
+
+def _quoted(text: str) -> str:
+    """Return a single-quoted string of Groovy, in which $ has no meaning."""
+    return "'" + json.dumps(text)[1:-1].replace("'", "\\'").replace('\\"', '"') + "'"
+
+
+TEMPLATE = """\
+// wsi_gradcam: {title}
+// In QuPath: open the slide, then drag this file onto the window, or Automate > Script editor > Open, and Run.
+import javafx.application.Platform
+import javax.imageio.ImageIO
+import qupath.lib.gui.viewer.overlays.BufferedImageOverlay
+import qupath.lib.io.PathIO
+import qupath.lib.regions.ImageRegion
+
+def folder = new File({folder})
+def tiles = [  // file, and x, y, width, height in pixels of the slide
+{tiles}
+]
+
+if (!new File(folder, 'regions.geojson').exists())  // the folder was moved
+    folder = promptForFile('groovy')?.getParentFile()
+if (folder == null)
+    throw new IOException('Choose ' + {script} + ' in the folder that wsi-gradcam export made')
+
+def server = getCurrentServer()
+if (server == null)
+    throw new IllegalStateException('Open the slide first')
+def image = null  // x and y of its corner on the slide, and the folder of the features in its pixels
+{images}
+if (image == null)
+    throw new IllegalStateException('This result is of a slide of {width} x {height} px, ' +
+        'the open image has ' + server.getWidth() + ' x ' + server.getHeight())
+def features = new File(folder, image[2])
+
+// Patches and regions; what an earlier run of this script has added is replaced.
+def objects = ['patches.geojson', 'regions.geojson'].collectMany {{ PathIO.readObjects(new File(features, it)) }}
+def ids = objects.collect {{ it.getID() }} as Set
+removeObjects(getAllObjects(false).findAll {{ ids.contains(it.getID()) }}, true)
+addObjects(objects)
+
+// The overlay.
+def images = [:]
+tiles.each {{ name, x, y, w, h ->
+    images[ImageRegion.createInstance(x - image[0], y - image[1], w, h, 0, 0)] = ImageIO.read(new File(folder, name))
+}}
+def viewer = getCurrentViewer()
+if (viewer != null)
+    Platform.runLater {{
+        viewer.setCustomPixelLayerOverlay(new BufferedImageOverlay(viewer, images))
+        viewer.getOverlayOptions().setShowPixelClassification(true)
+        viewer.repaint()
+    }}
+println 'Laid ' + objects.size() + ' objects and ' + images.size() + ' pictures on the slide'
+"""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from wsi_gradcam.errors import ConfigError, SlideNotFoundError, one_line
 from wsi_gradcam.io.documents import plain_cell
-from wsi_gradcam.io.paths import alike
+from wsi_gradcam.io.local import alike
 from wsi_gradcam.io.urls import is_url, url_name
 from wsi_gradcam.slides import check_mpp
 

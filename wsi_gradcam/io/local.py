@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -20,7 +21,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-from wsi_gradcam.errors import StoreError, WsiGradcamError
+from wsi_gradcam.errors import StoreError, WsiGradcamError, canonical
 from wsi_gradcam.io.base import MAX_READ_BYTES, StoragePath
 
 if TYPE_CHECKING:
@@ -328,3 +329,34 @@ def _is_internal(name: str) -> bool:
 
 def _version(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def alike(folder: Path, name: str) -> list[Path]:
+    """Return the files or folders in `folder`, or below it, of which the path is `name`.
+
+    Where there is none, those of which it differs in Unicode's normal form alone: macOS and archives change it.
+    """
+    if os.path.lexists(folder / name):
+        return [folder / name]
+    if name.isascii():
+        return []
+    places = [folder]
+    for part in Path(name).parts:
+        places = [inner for place in places for inner in _named(place, part)]
+    return places
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    try:
+        return [folder / each for each in _by_form(folder, folder.stat().st_mtime_ns).get(canonical(name), ())]
+    except OSError:  # no folder, or one that cannot be read
+        return []
+
+
+@lru_cache(maxsize=64)
+def _by_form(folder: Path, changed: int) -> dict[str, list[str]]:
+    """Return the names in a folder, changed at that time, by their normal forms."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(place.name for place in folder.iterdir()):
+        found.setdefault(canonical(name), []).append(name)
+    return found

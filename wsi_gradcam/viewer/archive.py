@@ -24,8 +24,7 @@ import numpy as np
 
 from wsi_gradcam.errors import NotShownError, OutsideError, SlideNotFoundError, WsiGradcamError, as_path
 from wsi_gradcam.io.cache import ResourcePool
-from wsi_gradcam.io.local import LocalPath
-from wsi_gradcam.io.paths import alike
+from wsi_gradcam.io.local import LocalPath, alike
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide

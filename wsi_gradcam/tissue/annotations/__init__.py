@@ -11,7 +11,7 @@ import numpy as np
 
 from wsi_gradcam.errors import AnnotationError, ConfigError, as_path
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.io.paths import alike
+from wsi_gradcam.io.local import alike
 from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Drawn, Shapes, rasterise
 from wsi_gradcam.tissue.annotations.regions import ENDINGS, Moved, Regions, read_annotations, read_bytes, tissue_within
 
