@@ -20,6 +20,7 @@ from wsi_gradcam.api import explain, preview
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.results.display import OUTLINE_COLOURS
 from wsi_gradcam.results.heatmap import TISSUE
 from wsi_gradcam.results.validation import validate
 from wsi_gradcam.slides import open_slide, read_region
@@ -451,6 +452,14 @@ class TestOutlines:
         explain(slide, MODEL, tmp_path / "with", **SMALL, outlines=folder)
         pictures = [(tmp_path / name / "a.tif/overview.png").read_bytes() for name in ("without", "with")]
         assert pictures[0] != pictures[1]
+
+    def test_of_several_classes_each_have_their_colour_and_a_name(self, slide: Path, tmp_path: Path) -> None:
+        shapes = square("tumour", 128, 128, 256), square("stroma", 64, 300, 100)
+        explain(slide, MODEL, tmp_path / "out", **SMALL, outlines=drawn(tmp_path / "drawn.geojson", *shapes))
+        picture = np.asarray(Image.open(tmp_path / "out/a.tif/overview.png").convert("RGB")).astype(int)
+        for colour in OUTLINE_COLOURS[:2]:
+            near = np.abs(picture - list(bytes.fromhex(colour))).max(axis=2) < 40
+            assert near[:, picture.shape[1] // 3 :].any()  # over a map; the legend is in the first panel
 
     def test_that_cannot_be_drawn_are_refused_before_any_patch_is_explained(self, slide: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--outlines"):

@@ -23,6 +23,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.results.heatmap import EXPLAINED, TISSUE, Channel, HeatmapStore
 from wsi_gradcam.results.run import open_result
+from wsi_gradcam.viewer.annotations import AnnotationFiles
 from wsi_gradcam.viewer.app import make_app
 from wsi_gradcam.viewer.archive import Archive
 from wsi_gradcam.viewer.serve import Access, listen, make_server
@@ -72,6 +73,23 @@ def plant(out: Path, slide_id: str, channel: int = 0) -> None:
         store.write_flags(level, whole, np.full((height, width), TISSUE | EXPLAINED, np.uint8))
 
 
+def square(y: float, x: float, side: float, name: str) -> dict[str, Any]:
+    """A square annotation around a place (y, x), as a feature of GeoJSON."""
+    top, left, bottom, right = y - side / 2, x - side / 2, y + side / 2, x + side / 2
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    return {"type": "Feature", "geometry": geometry, "properties": {"classification": {"name": name}}}
+
+
+def plant_annotations(folder: Path, slide_id: str, *more: dict[str, Any]) -> Path:
+    """A folder with GeoJSON of a slide: its markers, as class "marker", and other features."""
+    path = folder / f"{slide_id}.geojson"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = [square(y, x, MARKER_PX, "marker") for y, x in MARKERS[slide_id]]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [*features, *more]}), encoding="utf-8")
+    return folder
+
+
 def plant_audit(out: Path, slide_id: str, spread: float = 1.0, **about: Any) -> AuditFolder:
     """Write pages of an audit, and a spread that grows to the right up to `spread`, known in the left half alone."""
     folder, plan = AuditFolder(LocalPath(out) / AUDIT), open_result(out)[slide_id].plan
@@ -100,9 +118,12 @@ def _share(start: int, length: int, step: int, count: int) -> np.ndarray[Any, np
 
 
 @contextmanager
-def client(out: Path | str, access: Access | None = None, **given: Any) -> Iterator[TestClient]:
+def client(
+    out: Path | str, access: Access | None = None, annotations: Path | None = None, **given: Any
+) -> Iterator[TestClient]:
     """A client of the server, without a network."""
-    app = make_app(Archive(out, **given), access or Access.for_host("127.0.0.1", ""))
+    archive = Archive(out, **given)
+    app = make_app(archive, access or Access.for_host("127.0.0.1", ""), AnnotationFiles(archive, annotations))
     with TestClient(app, base_url=BASE) as found:
         yield found
 
@@ -116,9 +137,10 @@ class Served:
 
 
 @contextmanager
-def served(out: Path, access: Access | None = None, **given: Any) -> Iterator[Served]:
+def served(out: Path, access: Access | None = None, annotations: Path | None = None, **given: Any) -> Iterator[Served]:
     """The server on loopback, in a thread."""
-    app = make_app(Archive(out, **given), access or Access.for_host("127.0.0.1", ""))
+    archive = Archive(out, **given)
+    app = make_app(archive, access or Access.for_host("127.0.0.1", ""), AnnotationFiles(archive, annotations))
     with listen("127.0.0.1", 0) as bound:
         server = make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

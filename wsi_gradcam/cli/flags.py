@@ -322,6 +322,10 @@ def add_view(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8765, help="port to listen on, 0 for any (default 8765)")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     add("--slides", type=Path, help="folder to take slides from, where they have moved")
+    drawn = "annotations to show over slides and maps: a file, or a folder with a file for each slide"
+    add("--annotations", type=Path, metavar="PATH", help=f"{drawn} (GeoJSON, ASAP, ImageScope, masks)")
+    frame = "what these were drawn on: the slide, or its scanned part as in QuPath (default: found out)"
+    add("--mask-frame", choices=("auto", "slide", "bounds"), default="auto", help=frame)
     _add_remote_slides(parser)
     add("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")

@@ -317,6 +317,8 @@ def _view(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         port=arguments.port,
         slides=arguments.slides,
+        annotations=arguments.annotations,
+        mask_frame=arguments.mask_frame,
         token=arguments.token,
         allow_host=arguments.allow_host,
         remote_slides=arguments.remote_slides,

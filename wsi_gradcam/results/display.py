@@ -172,6 +172,8 @@ BINS = 1 << 16
 SIGN = np.uint32(1 << 31)
 STEPS = 256
 GRAY = "gray"
+# Of annotations: light, so that with a dark edge they are seen on glass, tissue and the colours of maps.
+OUTLINE_COLOURS = ("ffffff", "56b4e9", "f0e442", "4de2a0", "ff9ad5", "ffb000")
 FADE = 0.25  # the share of the window over which colours reach their full opacity
 
 

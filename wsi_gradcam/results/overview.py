@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,8 +14,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from wsi_gradcam.cam.facts import METHOD_INFO
@@ -23,9 +25,10 @@ from wsi_gradcam.errors import StoreError, WsiGradcamError, one_line
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.models.spec import RANDOM
-from wsi_gradcam.results.display import unit_of
+from wsi_gradcam.results.display import OUTLINE_COLOURS, unit_of
 from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
 from wsi_gradcam.slides import thumbnail
+from wsi_gradcam.tissue.annotations import class_outlines
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,7 +81,7 @@ def draw_overview(
     for panel, (number, unit), image in zip(places[1:], panels, images, strict=True):
         _show_overlay(figure, panel, rgb, image, covered, channels[number], unit)
     if outlines is not None:
-        _show_outlines([panel.picture for panel in places], outlines.mask(outlines.names, (rgb.shape[0], rgb.shape[1])))
+        _show_outlines([panel.picture for panel in places], class_outlines(outlines, plan.slide_px), plan, rgb.shape[1])
     name = slide.info.path.rsplit("/", 1)[-1]
     title = f"{name}{answer and f': {answer}'}\n{_about(run, plan)}"
     top = 1 - MARGIN_IN / figure.get_figheight()
@@ -205,13 +208,21 @@ def _show_overlay(
     bar.ax.tick_params(labelsize=7)
 
 
-def _show_outlines(axes: Sequence[Axes], mask: NDArray[np.bool_]) -> None:
-    """Draw a mask's outlines in white on black, which are seen on glass, tissue and colours."""
-    if not mask.any() or mask.all():
-        return
-    for axis in axes:
-        for colour, width in (("black", 2.2), ("white", 1.0)):
-            axis.contour(mask, levels=[0.5], colors=colour, linewidths=width)
+def _show_outlines(
+    axes: Sequence[Axes], outlines: Mapping[str, Sequence[NDArray[np.float64]]], plan: SlidePlan, width: int
+) -> None:
+    """Draw outlines of classes with black edges, and of several classes their names into the first picture."""
+    scale = width / plan.slide_px[1]
+    lines = []
+    for number, (name, rings) in enumerate(outlines.items()):
+        colour = f"#{OUTLINE_COLOURS[number % len(OUTLINE_COLOURS)]}"
+        closed = [np.concatenate([ring, ring[:1]])[:, ::-1] * scale - 0.5 for ring in rings]
+        for axis in axes:
+            for edge, thick in (("black", 2.2), (colour, 1.0)):
+                axis.add_collection(LineCollection(closed, colors=edge, linewidths=thick), autolim=False)
+        lines.append(Line2D([], [], color=colour, linewidth=2, label=_shown(name) or "region"))
+    if len(lines) > 1:
+        axes[0].legend(handles=lines, loc="upper right", fontsize=6, facecolor="#444444", labelcolor="white")
 
 
 def _shown(name: str) -> str:

@@ -3,6 +3,7 @@
 /                                              the page; /page/... its modules
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
 /api/slides/KEY/values, .../patches/...        the values at a point, a patch, the highest patches
+/api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
                heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
 /files/..., /zarr/ID/heatmap.ome.zarr/...      files of the results as they are in OUT, the second by byte ranges
@@ -30,6 +31,7 @@ from starlette.routing import Route
 
 from wsi_gradcam.errors import ConfigError, NotShownError, TileError
 from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
+from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles, annotation_facts
 from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
 from wsi_gradcam.viewer.layers import Spreads
@@ -84,6 +86,8 @@ def view(
     remote_slides: bool = False,
     isolate: bool | None = None,
     tls: tuple[str, str] | None = None,
+    annotations: Path | None = None,
+    mask_frame: str = "auto",
     browse: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -98,6 +102,8 @@ def view(
         isolate: read slides by processes of their own, which can do little; None: unless this system has none, which
             is announced, or slides are read so already.
         tls: files of a certificate and its key, in PEM: the page's address is then https://.
+        annotations: a file of annotations, or a folder with a file for each slide, to be shown over slides and maps.
+        mask_frame: what they were drawn on, as of `in_frame`.
         browse: open the page in a browser; a token is not in its command line.
         announce: receives a line with the page's address.
 
@@ -112,7 +118,8 @@ def view(
     limits = Limits() if isolate or (isolate is None and can_confine() and limits_here() is None) else None
     with ExitStack() as opened:
         opened.enter_context(isolating(limits))
-        app = make_app(Archive(out, slides, remote_slides), access)
+        archive = Archive(out, slides, remote_slides)
+        app = make_app(archive, access, AnnotationFiles(archive, annotations, mask_frame))
         bound = opened.enter_context(listen(host, port))
         address = f"http{'s' if tls else ''}://{url_host(host)}:{bound.getsockname()[1]}/"
         server = make_server(app, tls)
@@ -142,9 +149,9 @@ def _private_address(address: str, access: Access) -> Iterator[str]:
         yield file.as_uri()
 
 
-def make_app(archive: Archive, access: Access) -> Starlette:
-    """Return the web application of a run."""
-    viewer = Viewer(archive)
+def make_app(archive: Archive, access: Access, annotations: AnnotationFiles | None = None) -> Starlette:
+    """Return the web application of a run, with the annotations of its slides."""
+    viewer = Viewer(archive, annotations or AnnotationFiles(archive, None))
     return Starlette(
         routes=[*page_routes(), *viewer.routes()],
         middleware=[Middleware(AccessMiddleware, access=access)],
@@ -193,8 +200,9 @@ class BoundedThreads:
 class Viewer:
     """The handlers of requests, and the caches and threads that they share."""
 
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
+    def __init__(self, archive: Archive, annotations: AnnotationFiles) -> None:
+        self._archive, self._annotations = archive, annotations
+        self._agreements = Agreements(annotations)
         self._images = Images(archive)
         self._scorer = Scorer(archive)
         self._spreads = Spreads(archive)
@@ -219,6 +227,8 @@ class Viewer:
             "/api/slides": self.slides,
             "/api/slide": self.slide_by_id,
             SLIDE: self.slide,
+            f"{SLIDE}/annotations": self.annotations,
+            f"{SLIDE}/agreement": self.agreement,
             f"{SLIDE}/values": self.values,
             f"{SLIDE}/patches/at": self.patch_at,
             f"{SLIDE}/patches/top": self.top_patches,
@@ -267,6 +277,18 @@ class Viewer:
         slide_id = request.query_params.get("id", "")
         return await self._json(
             request, lambda: self._queries.slide(self._archive.find_by_id(slide_id).key), self._slide_threads
+        )
+
+    async def annotations(self, request: Request) -> Response:
+        """Return the outlines of a slide's annotations, by class."""
+        key = request.path_params["key"]
+        return await self._json(request, lambda: annotation_facts(self._annotations.of(self._archive.find(key))))
+
+    async def agreement(self, request: Request) -> Response:
+        """Return how well each channel agrees with a class of the annotations, on the whole slide."""
+        key, name = request.path_params["key"], request.query_params.get("class", "")
+        return await self._json(
+            request, lambda: self._agreements.of(self._archive.find(key), name), self._slide_threads
         )
 
     async def values(self, request: Request) -> Response:

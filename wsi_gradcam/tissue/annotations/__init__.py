@@ -30,6 +30,7 @@ __all__ = [
     "check_ending",
     "check_mask",
     "check_masks",
+    "class_outlines",
     "entry_outlines",
     "entry_regions",
     "find_mask",
@@ -209,6 +210,41 @@ def entry_outlines(entry: SlideEntry, settings: Settings, tissue: NDArray[np.boo
         return None
     regions = Regions(path, read_bytes(path), shared=True)
     return in_frame(regions, tissue, info, settings.mask_frame).drawn((info.height, info.width))
+
+
+TRACED_PX = 2048  # the longer side of a picture whose borders are traced
+
+
+def class_outlines(drawn: Drawn, slide_px: tuple[int, int]) -> dict[str, list[NDArray[np.float64]]]:
+    """Return the outlines of each class by its name, holes among them: (y, x) in level-0 px, float64 [n, 2] each.
+
+    The last point is joined to the first. Of pictures, borders of up to `TRACED_PX` pixels a side are traced.
+
+    Raises:
+        AnnotationError: a picture is damaged.
+    """
+    if isinstance(drawn, Moved):
+        corner = np.array((drawn.part.y, drawn.part.x), np.float64)
+        inner = class_outlines(drawn.drawn, (drawn.part.height, drawn.part.width))
+        return {name: [outline + corner for outline in outlines] for name, outlines in inner.items()}
+    if isinstance(drawn, Shapes):
+        areas = drawn.areas_of(drawn.names)
+        return {
+            name: [outline for area in areas if area.name == name for outline in (area.outline, *area.holes)]
+            for name in drawn.names
+        }
+    shrink = min(1.0, TRACED_PX / max(slide_px))
+    shape = (max(1, round(slide_px[0] * shrink)), max(1, round(slide_px[1] * shrink)))
+    return {name: _traced(drawn.mask({name}, shape), slide_px) for name in drawn.names}
+
+
+def _traced(mask: NDArray[np.bool_], slide_px: tuple[int, int]) -> list[NDArray[np.float64]]:
+    """Return the borders of a mask over the whole slide, (y, x) in level-0 px."""
+    from skimage.measure import find_contours
+
+    scale = np.array(slide_px, np.float64) / mask.shape
+    found = find_contours(np.pad(mask, 1).astype(np.float32), 0.5)
+    return [np.clip((outline[:-1] - 0.5) * scale, 0, slide_px) for outline in found]
 
 
 def check_masks(entries: Sequence[SlideEntry], settings: Settings) -> None:

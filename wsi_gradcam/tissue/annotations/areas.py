@@ -224,8 +224,7 @@ def _inside(
     return inside
 
 
-# Of a picture that is held as a whole: 8,000 x 8,000 is a slide of 128,000 px at a sixteenth.
-MAX_MASK_PX = 64_000_000
+MAX_MASK_PX = 64_000_000  # of a picture that is held as a whole: a slide of 128,000 px at a sixteenth
 REDUCED_PX = 1 << 24  # of what a larger picture is summed up to
 NAMES_PX = 1 << 30  # of the level on which labels are looked for, at most: some seconds
 MAX_LABELS, LISTED = 1000, 12
@@ -305,7 +304,7 @@ class Shapes:
 
     def check(self, names: Collection[str]) -> None:
         """Refuse classes of which every area lies outside of the slide."""
-        areas = self._of(names)
+        areas = self.areas_of(names)
         if not areas:
             return
         low, high = self.extent(names)
@@ -319,25 +318,26 @@ class Shapes:
 
     def extent(self, names: Collection[str]) -> tuple[list[float], list[float]]:
         """Return the least and greatest (y, x) of classes, level-0 px."""
-        points = np.concatenate([area.outline for area in self._of(names)])
+        points = np.concatenate([area.outline for area in self.areas_of(names)])
         return points.min(axis=0).tolist(), points.max(axis=0).tolist()
 
     def mask(self, names: Collection[str], shape: tuple[int, int], times: float = 1.0) -> NDArray[np.bool_]:
         """Return where classes are, bool [h, w] over the whole slide, see `rasterise`; coordinates taken `times`."""
         slide_px = (self._slide_px[0] / times, self._slide_px[1] / times)
-        return rasterise(self._of(names), slide_px, shape, str(self._path))
+        return rasterise(self.areas_of(names), slide_px, shape, str(self._path))
 
     def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
         """Return where classes are in a box (y, x, height, width) of level 0, bool `shape`."""
         origin, end = np.array(box[:2]), np.array(box[:2]) + np.array(box[2:])
         near = [
             replace(area, outline=area.outline - origin, holes=tuple(hole - origin for hole in area.holes))
-            for area in self._of(names)
+            for area in self.areas_of(names)
             if (area.outline.max(axis=0) > origin).all() and (area.outline.min(axis=0) < end).all()
         ]
         return rasterise(near, (max(1, round(box[2])), max(1, round(box[3]))), shape, str(self._path))
 
-    def _of(self, names: Collection[str]) -> list[Area]:
+    def areas_of(self, names: Collection[str]) -> list[Area]:
+        """Return the areas that one of `names` means."""
         return [area for area in self._found.areas if area.is_of(names)]
 
 

@@ -15,6 +15,7 @@ export function parsed(hash) {
     centre: centre.length === 2 && centre.every(Number.isFinite) ? centre : null,
     um: um > 0 && Number.isFinite(um) ? um : null,
     views,
+    outlines: values.get("outlines"),
     patch: patch !== null && /^\d{1,9}$/.test(patch) ? Number(patch) : null,
   };
 }
@@ -22,13 +23,14 @@ export function parsed(hash) {
 const layers = (text) => (text === "" ? [] : text.split(";"));
 
 /** The other way round. */
-export function formed({ slide, centre, um, views, patch }) {
+export function formed({ slide, centre, um, views, patch, outlines }) {
   const values = new URLSearchParams();
   if (slide === null) return "#";
   values.set("slide", slide);
   if (centre) values.set("at", centre.map((value) => value.toFixed(1)).join(","));
   if (um) values.set("um", um.toPrecision(6));
   views.forEach((texts, i) => values.set(i === 0 ? "view" : "beside", texts.join(";")));
+  if (outlines) values.set("outlines", outlines);
   if (patch !== null && patch !== undefined) values.set("patch", String(patch));
   return `#${values}`;
 }

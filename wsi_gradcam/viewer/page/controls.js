@@ -15,7 +15,7 @@ export class Controls {
   }
 
   /** Show the layers of view number `active` of `views`. */
-  show(slide, layers, active, views) {
+  show(slide, layers, active, views, more = []) {
     this.slide = slide;
     this.layers = layers;
     fill(
@@ -25,6 +25,7 @@ export class Controls {
       ...this.emptyText(),
       ...layers.map((_, i) => this.box(i)).reverse(), // the uppermost first, as it lies
       slide.channels.length ? this.foot() : null,
+      ...more,
     );
   }
 

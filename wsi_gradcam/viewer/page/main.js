@@ -1,6 +1,7 @@
 // Puts the page together: which slide, which place, which panels, and the address that holds them.
 
 import { formed, parsed } from "./address.js";
+import { Annotations } from "./annotations.js";
 import { Controls } from "./controls.js";
 import { element, find, later, length, say, short } from "./dom.js";
 import { Gallery } from "./gallery.js";
@@ -37,6 +38,7 @@ class App {
       closed: () => this.closePatch(),
     });
     this.strip = new Strip(run, (number) => this.showPatch(number, true));
+    this.annotations = new Annotations(() => { this.showControls(); this.remember(); });
     this.remember = later(150, () => this.writeAddress());
     this.askValues = later(60, (y, x) => this.showValues(y, x));
     this.buttons();
@@ -102,17 +104,20 @@ class App {
       activated: () => this.showControls(),
     });
     this.views = views;
+    this.annotations.text = wanted.outlines;
     views.smooth = this.controls.smooth;
     await views.open(wanted.views);
     if (this.views !== views) return;
     if (this.strip.isShown) this.strip.show(slide);
     if (!wanted.centre) views.pane.home(true);
     await this.showPlace(wanted);
+    if (this.views === views) this.annotations.show(slide, views);
   }
 
   /** Another view of the slide that is shown. */
   async changeView(wanted) {
     await this.views.setTexts(wanted.views);
+    this.annotations.text = wanted.outlines;
     if (wanted.patch === null && this.panel.patch) this.panel.close();
     await this.showPlace(wanted);
   }
@@ -129,6 +134,7 @@ class App {
     delete document.body.dataset.ready;
     this.views?.close();
     this.views = null;
+    this.annotations.clear();
     this.slide = null;
     this.panel.element.hidden = true;
     this.panel.patch = null;
@@ -180,7 +186,8 @@ class App {
 
   showControls() {
     const { views, slide } = this;
-    this.controls.show(slide, views.layers[views.active], views.active, views.panes.length);
+    if (!views) return;
+    this.controls.show(slide, views.layers[views.active], views.active, views.panes.length, [this.annotations.section()]);
   }
 
   setLayers(layers, rebuilt) {
@@ -333,7 +340,8 @@ class App {
     const { slide, views } = this;
     if (!slide || !views?.panes.length) return;
     const { centre, um } = views.pane.place();
-    const address = formed({ slide: slide.id, centre, um, views: views.texts(), patch: this.panel.patch?.number });
+    const address = formed({ slide: slide.id, centre, um, views: views.texts(), patch: this.panel.patch?.number,
+      outlines: this.annotations.text });
     history.replaceState(null, "", address);
     this.written = location.hash;
   }
@@ -372,6 +380,7 @@ class App {
       [["C"], "previous channel", () => this.nextChannel(-1)],
       [["["], "less opaque", () => this.changeOpacity(-0.1)],
       [["]"], "more opaque", () => this.changeOpacity(0.1)],
+      [["a"], "show or hide annotations", () => this.annotations.toggle()],
       [["b"], "two views side by side", () => this.toggleBeside()],
       [["l"], "show or hide the layer panel", () => this.toggleLayers()],
       [["t"], "show or hide the top patches", () => this.toggleStrip()],

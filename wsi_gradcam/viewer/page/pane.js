@@ -2,6 +2,7 @@
 
 import { recolour, table } from "./colours.js";
 import { element } from "./dom.js";
+import { Overlay } from "./overlay.js";
 import { pyramid } from "./pyramid.js";
 import { Ruler } from "./ruler.js";
 import { heatTile, slideTile } from "./server.js";
@@ -24,6 +25,7 @@ export class Pane {
     this.viewer.canvas.setAttribute("role", "application");
     this.viewer.canvas.setAttribute("aria-label", `${label}: arrow keys move, + and − zoom, 0 shows all`);
     this.ruler = new Ruler(this.element, slide.mpp);
+    this.overlay = new Overlay(this);
     this.listen(events);
   }
 
@@ -179,6 +181,12 @@ export class Pane {
     if (smooth === this.smooth) return;
     this.smooth = smooth;
     this.setLayers(this.layers, true);
+  }
+
+  /** Where a place (y, x) is on the screen, CSS px from the corner of the view. */
+  onScreen([y, x]) {
+    const width = this.slide.size_px[1];
+    return this.viewer.viewport.pixelFromPoint(new OpenSeadragon.Point(x / width, y / width), true);
   }
 
   position(webPoint) {

@@ -14,6 +14,8 @@ export const slides = (values, signal) => json(`api/slides?${query(values)}`, si
 export const slideNamed = (id) => json(`api/slide?${query({ id })}`);
 export const slide = (key) => json(`api/slides/${key}`);
 export const values = (key, y, x, signal) => json(`api/slides/${key}/values?${query({ y, x })}`, signal);
+export const annotations = (key) => json(`api/slides/${key}/annotations`);
+export const agreement = (key, name) => json(`api/slides/${key}/agreement?${query({ class: name })}`);
 export const patchAt = (key, y, x) => json(`api/slides/${key}/patches/at?${query({ y, x })}`);
 export const patch = (key, number) => json(`api/slides/${key}/patches/${number}`);
 export const top = (key, by, count, order) => json(`api/slides/${key}/patches/top?${query({ by, count, order })}`);

@@ -16,6 +16,7 @@ export class Views {
     this.active = 0;
     this.smooth = true;
     this.framed = null;
+    this.painters = new Map();
   }
 
   /** Show lists of layers as texts, one a view; without any, the first channel. */
@@ -50,6 +51,7 @@ export class Views {
     await pane.open();
     if (!this.panes.includes(pane)) return; // closed meanwhile
     pane.frame(this.framed);
+    this.painters.forEach((painter, name) => pane.overlay.set(name, painter));
     this.moved();
     await this.draw(this.panes.indexOf(pane));
   }
@@ -119,6 +121,13 @@ export class Views {
   frame(rectangle) {
     this.framed = rectangle;
     this.panes.forEach((pane) => pane.frame(rectangle));
+  }
+
+  /** Draw over all views, also those to come; see `Overlay`. */
+  paint(name, painter) {
+    if (painter) this.painters.set(name, painter);
+    else this.painters.delete(name);
+    this.panes.forEach((pane) => pane.overlay.set(name, painter));
   }
 
   texts() {
