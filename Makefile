@@ -5,7 +5,7 @@ SLIDE ?=
 OUT ?= demo-output
 JOBS ?= 2
 
-.PHONY: help venv browser demo test test-s3 coverage check format proofs clean
+.PHONY: help venv browser demo test test-s3 coverage check docs format proofs clean
 
 help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-s3 [JOBS=n]   run the suites of runs with all results in a local S3 server"
 	@echo "make coverage           the tests, and which lines they reach (at least 90 %)"
 	@echo "make check              format, lint, types, tests (what CI runs)"
+	@echo "make docs               the site of the documentation, into site/; fails where a link leads nowhere"
 	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, ten thousand damaged slides,"
 	@echo "                        and how often the audit tells planted truths"
 
@@ -79,6 +80,11 @@ check: venv
 	$(BIN)/mypy
 	$(MAKE) test
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: venv
+	$(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
 format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -95,4 +101,4 @@ proofs: coverage
 	done; done
 
 clean:
-	rm -rf .venv .venv-napari demo-output .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-napari demo-output site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -159,7 +159,8 @@ def encode(
 
     Args:
         model: the file of a slide-level model, whose encoder is taken, or of a model of patches, without its head.
-        The others are as of `explain`.
+
+    The other arguments are those of `explain`.
 
     Returns:
         A record for each slide, as `explain`.

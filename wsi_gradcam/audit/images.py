@@ -246,7 +246,8 @@ def audit_bags(
         method: bag methods, `single` and `attention` among them; nothing given: integrated_gradients, single, and
             attention where there is one.
         target: what is explained: a class, or "predicted".
-        classes, activation: of a module; a model file has its own.
+        classes: of a module; a model file has its own.
+        activation: of a module; a model file has its own.
         places: of the patches, [N, 2] in their own sides, by slide: areas elsewhere are then as compact as regions.
         annotated: share of each patch that shows the target's class, [N], by slide.
         regions: which patches show what should not decide, bool [N], by name and slide.

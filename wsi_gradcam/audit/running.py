@@ -120,7 +120,9 @@ def audit_run(
             "bounds"; "auto" finds out, and refuses where both could be.
         model: where the run does not say how its model is loaded, or its files have moved.
         against: another run, whose audit is finished; its patches are audited here too, and the two are compared.
-        workers, scheduler, wait_for_workers: as for `explain`.
+        workers: as for `explain`.
+        scheduler: as for `explain`.
+        wait_for_workers: as for `explain`.
         overwrite: measure all anew, also where an audit with other settings stands.
         trust_code: as for `explain`; also where `out` itself names a model whose loading runs code.
         remote_slides: ask other machines for slides that the results name by URLs, see `open_result`.
