@@ -26,7 +26,7 @@ from wsi_gradcam.audit.measures.changes import (
 )
 from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by
 from wsi_gradcam.audit.measures.subject import Subject, enlarge
-from wsi_gradcam.audit.questions.gradients import promises_kept
+from wsi_gradcam.audit.questions.gradients import gradient_predicts
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)
@@ -77,7 +77,7 @@ def test_two_models_with_equal_maps_and_different_futures_are_told_apart() -> No
     for story in ("plateau", "cliff"):  # against the map all three are alike
         back = ~forward & (found[story].steps < 0)
         np.testing.assert_allclose(found[story].departure[:, back], 0, atol=1e-3)
-    outcomes = {story: promises_kept(estimate(steps.worth, range(8))).outcome for story, steps in found.items()}
+    outcomes = {story: gradient_predicts(estimate(steps.worth, range(8))).outcome for story, steps in found.items()}
     assert outcomes == {"straight": "holds", "plateau": "fails", "cliff": "fails"}
     assert (found["plateau"].reach < 1).all()
     assert (found["cliff"].departure.min(axis=1) < found["plateau"].departure.min(axis=1) - 1).all()

@@ -49,7 +49,7 @@ from wsi_gradcam.audit.vocabulary import (
     row_title,
 )
 
-WORTH = Measure("worth", "worth of the promise")
+WORTH = Measure("worth", "agreement with the gradient's prediction")
 
 
 def estimate_row(question: str, measure: Measure, value: float | None = 0.25, **keys: Unpack[Keys]) -> EstimateRow:
@@ -209,11 +209,11 @@ def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
     assert difference(change.model_copy(update={"unit": "0 to 1", "better": None})) == "+0.5 (0.4 to 0.6)"
 
 
-def test_the_map_with_a_leaky_backward_stands_beside() -> None:
+def test_the_map_with_leaky_gradients_stands_beside() -> None:
     page, text = read(archive_page(metrics(), ["a.svs"], [example(leaks=True)], 1.0))
     assert text.count("data:image/png") == 1 + 3
-    assert "leaks through inactive units" in page.text
-    for found, said in ((0.4, "is another: units that are off hold back evidence"), (0.99, "is nearly the same")):
+    assert "leaky gradients, which also pass inactive units" in page.text
+    for found, said in ((0.4, "inactive units hide evidence from it"), (0.99, "is nearly the same")):
         page, _ = read(
             archive_page(
                 metrics(estimates=[estimate_row("saturation", LIKE_LEAKY, found, method="gradcam")]), [], [], 1.0
@@ -325,10 +325,10 @@ def test_the_square_marks_where_a_method_is(faithful: bool, plausible: bool) -> 
 
 def test_the_square_without_annotations_and_with_doubt() -> None:
     page, _ = read(archive_page(metrics(), [], [], 1.0))
-    assert "Without annotations nothing is known about plausibility" in page.text
+    assert "Plausibility can only be judged with annotations" in page.text
     doubt = QuadrantRow(method="gradcam", patches=3, faithful="unclear", plausible="holds", meaning="?")
     page, text = read(archive_page(metrics(quadrants=[doubt]), [], [], 1.0))
-    assert "not known for Grad-CAM on 3 patches" in page.text
+    assert "is unclear for Grad-CAM on 3 patches" in page.text
     assert "here" not in re.findall(r'class="(\w+)"', text)
 
 
@@ -342,7 +342,7 @@ def test_a_comparison_with_another_audit() -> None:
         comparisons=[comparison_row("gradcam, here", "gradcam, there")],
     )
     page, _ = read(archive_page(metrics(against=against), [], [], 1.0))
-    assert "12 patches are in both audits; the other one is of other in there" in page.text
+    assert "12 patches are in both audits; the other audit is of other in there" in page.text
     assert page.row("gradcam, here")[3] == "0.5 (0.4 to 0.6)"
 
 

@@ -9,7 +9,7 @@ from wsi_gradcam.audit.findings import ENOUGH, Outcome, Verdict
 from wsi_gradcam.audit.measurements import Comparison, Estimate, compare
 from wsi_gradcam.audit.metrics import quadrant
 from wsi_gradcam.audit.questions.faithfulness import faithful
-from wsi_gradcam.audit.questions.gradients import not_saturated, promises_kept
+from wsi_gradcam.audit.questions.gradients import gradient_predicts, not_saturated
 from wsi_gradcam.audit.questions.plausibility import plausible
 from wsi_gradcam.audit.questions.sanity import depends_on_weights, has_learned
 from wsi_gradcam.audit.questions.shortcuts import free_of, quiet_on_glass
@@ -38,9 +38,9 @@ def pair(value: float, p: float, patches: int = 100) -> Comparison:
         (robust_to("JPEG", pair(0.1, 0.01), "noise"), "fails"),
         (robust_to("JPEG", pair(-0.1, 0.01), "noise"), "holds"),
         (robust_to("JPEG", pair(0, 0.9, ENOUGH - 1), "noise"), "unclear"),
-        (promises_kept(interval(0.2, 0.9)), "holds"),
-        (promises_kept(interval(-0.9, -0.2)), "fails"),
-        (promises_kept(interval(-0.2, 0.2)), "unclear"),
+        (gradient_predicts(interval(0.2, 0.9)), "holds"),
+        (gradient_predicts(interval(-0.9, -0.2)), "fails"),
+        (gradient_predicts(interval(-0.2, 0.2)), "unclear"),
         (has_learned(2.0, np.linspace(0, 1, 49)), "holds"),
         (has_learned(2.0, np.linspace(0, 3, 49)), "fails"),
         (has_learned(2.0, np.linspace(0, 1, 48)), "unclear"),

@@ -223,7 +223,11 @@ def _of_map(data: Measurements, method: str, other: str) -> list[_Number]:
             found.append(_Number("faithfulness", PROBABILITY_SCORE, probability, main))
     steps = data.of(Locality)
     if steps is not None and method in steps.worth:
-        found.append(_Number("locality", replace(WORTH, what="worth"), steps.worth[method], keys))
+        found.append(
+            _Number(
+                "locality", replace(WORTH, what="agreement with the gradient's prediction"), steps.worth[method], keys
+            )
+        )
     annotated = data.of(Plausibility)
     if annotated is not None and method in annotated.maps:
         found.append(_Number("plausibility", AUROC, annotated.maps[method].auroc, keys))
@@ -231,7 +235,11 @@ def _of_map(data: Measurements, method: str, other: str) -> list[_Number]:
     gradients = data.of(Saturation)
     if gradients is not None and method in gradients.like_leaky:
         likeness = gradients.like_leaky[method]
-        found.append(_Number("saturation", replace(LIKE_LEAKY, what="like_leaky"), likeness, keys))
+        found.append(
+            _Number(
+                "saturation", replace(LIKE_LEAKY, what="similarity to the map with leaky gradients"), likeness, keys
+            )
+        )
     if (flips := data.of(BagFaithfulness)) is not None and method in flips.most:
         found.append(_Number("faithfulness", SRG, flips.srg(method), keys))
     bags = data.of(BagPlausibility)

@@ -1,8 +1,8 @@
 """The findings of a question: rows of estimates, comparisons and curves, and verdicts that stand together.
 
-What is enough comes from controls: a map must beat maps that know nothing, a cause must do more than an equal area
-elsewhere. What cannot be told with the patches at hand is unclear. Many tests find something by chance, so each verdict
-must stand when corrected for all of them.
+Controls set the standard: a map must beat maps that know nothing, a cause must have more effect than an equal area
+elsewhere. What the patches at hand cannot decide is unclear. Many tests find something by chance, so each verdict must
+remain significant after correction for all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALPHA = 0.05
 HALF = 0.5
 # A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
 ENOUGH = 34
-UNSURE = "It does not stand when corrected for the number of verdicts."
+UNSURE = "This is not significant after correction for the number of verdicts."
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def comparison_row(question: str, measure: Measure, found: Comparison, **keys: U
 
 
 def corrected(conclusions: Sequence[Conclusion]) -> list[VerdictRow]:
-    """Return the verdicts with p corrected over all of them (Holm 1979); a finding that is none any more is unclear."""
+    """Return the verdicts with p corrected over all of them (Holm 1979); a finding that is not significant is unclear."""
     tested = [i for i, one in enumerate(conclusions) if not np.isnan(one.p)]
     adjusted = dict(zip(tested, holm([conclusions[i].p for i in tested]), strict=True))
     return [_verdict_row(one, adjusted.get(i, float("nan"))) for i, one in enumerate(conclusions)]

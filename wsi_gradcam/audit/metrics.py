@@ -9,16 +9,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi_gradcam.audit.findings import Findings, Outcome, Verdict, corrected
+from wsi_gradcam.audit.findings import Findings, Outcome, Verdict, capitalised, corrected
 from wsi_gradcam.audit.measurements import across
 from wsi_gradcam.audit.questions import Scope, question_named
 from wsi_gradcam.audit.questions.bag_orders import SRG, BagFaithfulness, gains
+from wsi_gradcam.audit.questions.bag_trust import CHANGE_WORDS as BAG_CHANGE_WORDS
 from wsi_gradcam.audit.questions.bag_trust import BagPlausibility
 from wsi_gradcam.audit.questions.faithfulness import MAIN, SCORE, Faithfulness, faithful_where, score
 from wsi_gradcam.audit.questions.plausibility import AUROC, Plausibility
-from wsi_gradcam.audit.schema import Metrics, QuadrantRow, RunFacts, SampleFacts, StrataRow, UntestedRow, VerdictRow
+from wsi_gradcam.audit.questions.shortcuts import suspect_words
+from wsi_gradcam.audit.questions.stability import CHANGE_WORDS
+from wsi_gradcam.audit.schema import (
+    ConclusionRow,
+    Metrics,
+    QuadrantRow,
+    RunFacts,
+    SampleFacts,
+    StrataRow,
+    UntestedRow,
+    VerdictRow,
+)
 from wsi_gradcam.audit.stages import has_overlap
-from wsi_gradcam.audit.vocabulary import EXPENSIVE, Keys, Measure, questions_of
+from wsi_gradcam.audit.vocabulary import EXPENSIVE, Keys, Measure, Unit, method_title, questions_of
+from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.results.run_files import versions
 
 if TYPE_CHECKING:
@@ -31,11 +44,36 @@ if TYPE_CHECKING:
 
 PROBABILITY = Measure("probability", "probability of the explained class", of="model")
 QUADRANTS = {  # (faithful, plausible)
-    (True, True): "The model looks where a pathologist would, and its answer hangs on that.",
-    (True, False): "The answer hangs on something else than what was annotated: a shortcut, or something new.",
-    (False, True): "The map looks right, but the answer does not hang on it: it flatters the model.",
-    (False, False): "The map shows neither what the model uses nor what was annotated: it says nothing.",
+    (True, True): "The model looks where a pathologist would, and its answer depends on what it sees there.",
+    (True, False): "The answer depends on something other than what was annotated: a shortcut, or something new.",
+    (False, True): "The map looks right, but the answer does not depend on what it shows: it flatters the model.",
+    (False, False): "The map shows neither what the model uses nor what was annotated: it is uninformative.",
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of verdict in the conclusion: the clause for one that fails, and the noun of what is unclear."""
+
+    failing: str
+    noun: str
+
+
+# By question and whether it is about the map; suspects, changes and glass have words of their own. Without a clause:
+# what belief rests on.
+KINDS = {
+    ("locality", True): Kind("the map does not show how much the answer would change", "the size of the effects"),
+    ("saturation", False): Kind("the model is saturated on most patches", "saturation"),
+    ("stability", True): Kind("the map is not reproducible", "the reproducibility of the map"),
+    ("sufficiency", True): Kind("no small part of the patches decides", "the number of patches that decide"),
+    ("plausibility", True): Kind("the map does not match the annotation", "the match with the annotation"),
+    ("plausibility", False): Kind(
+        "the answer does not depend on what was annotated", "the influence of what was annotated"
+    ),
+    ("sanity", True): Kind("", "the dependence of the map on training"),
+    ("sanity", False): Kind("", "what the model has learned"),
+}
+UNTESTED = {"sanity": "dependence on training", "stability": "stability", "shortcuts": "the influence of artefacts"}
 
 
 @dataclass(frozen=True)
@@ -68,14 +106,15 @@ class GroupedNumber:
 
 def metrics_of(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide: str = "") -> Metrics:
     """Return the metrics of the archive, or of a `slide` whose patches alone are in `data`."""
-    scope = _scope(plan, archive, slide)
+    scope, facts, sample = _scope(plan, archive, slide), run_facts(plan), _sample(data, plan, archive, slide)
     readable = data.only(data.patches.readable == 1)
     sections, untested = _sections(readable, plan, scope)
     verdicts = corrected([one for section in sections for one in section.conclusions])
     return Metrics(
         slide=slide,
-        run=run_facts(plan),
-        sample=_sample(data, plan, archive, slide),
+        run=facts,
+        sample=sample,
+        conclusion=conclusion(verdicts, facts, sample),
         verdicts=verdicts,
         quadrants=_quadrants(readable, verdicts, scope.methods),
         estimates=[row for section in sections for row in section.estimates],
@@ -85,6 +124,111 @@ def metrics_of(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide
         not_tested=[*untested, *_untested(plan, readable, scope)],
         not_audited=list(archive.not_audited),
     )
+
+
+def conclusion(verdicts: Sequence[VerdictRow], run: RunFacts, sample: SampleFacts) -> ConclusionRow:
+    """Return the conclusion on the map of the run's first method: a sentence that follows from the verdicts by rule.
+
+    The map can be believed where faithfulness holds, and neither its own sanity nor the model's fails. Whatever else
+    fails, is unclear, or was not tested is named behind that; nothing that fails is left out.
+    """
+    method = run.methods[0]
+    about = [verdict for verdict in verdicts if verdict.method in (method, None)]
+    outcome, reasons = _belief({(one.question, one.method is not None): one.outcome for one in about}, run.unit)
+    shown = f"the map of {'the predicted class' if run.target == PREDICTED else run.target} ({method_title(method)})"
+    plausible = any(one.question == "plausibility" and one.method and one.outcome == "holds" for one in about)
+    main = {
+        "holds": f"{shown} can be believed where it is hot{' and matches the annotation' * plausible}",
+        "fails": f"{shown} cannot be believed{', although it matches the annotation' * plausible}",
+        "unclear": f"it is unclear whether {shown} can be believed{', although it matches the annotation' * plausible}",
+    }[outcome]
+    untested = [words for name, words in UNTESTED.items() if name not in {one.question for one in verdicts}]
+    clauses = [
+        f"on {_sampled(run, sample)}, {main}{': ' * bool(reasons)}{' and '.join(reasons)}",
+        *_failures(about),
+        *_sentence_part(_open_points(about), "unclear", "is", "are"),
+        *_sentence_part(untested, "not tested", "was", "were"),
+    ]
+    return ConclusionRow(method=method, outcome=outcome, words=f"{capitalised('; '.join(clauses))}.")
+
+
+def _belief(outcomes: Mapping[tuple[str, bool], Outcome], unit: Unit) -> tuple[Outcome, list[str]]:
+    """Return whether a map can be believed, and why not; `outcomes` by question and whether it is about the map."""
+    faithful, units = outcomes.get(("faithfulness", True)), "patches" if unit == "patch" else "slides"
+    reasons = {
+        f"the model has not learned to tell these {units} apart": outcomes.get(("sanity", False)) == "fails",
+        "the answer does not depend on what the map shows": faithful == "fails",
+        "the map stays the same when the weights of the model are random": outcomes.get(("sanity", True)) == "fails",
+    }
+    if any(reasons.values()):
+        return "fails", [words for words, is_so in reasons.items() if is_so]
+    if faithful == "holds":
+        return "holds", []
+    untested = "whether the answer depends on what it shows was not tested"
+    return "unclear", [f"these {units} do not show whether the answer depends on it" if faithful else untested]
+
+
+def _failures(about: Sequence[VerdictRow]) -> list[str]:
+    """Return what fails besides what `_belief` rests on, a clause for each kind."""
+    failed = [one for one in about if one.outcome == "fails"]
+    suspects, changes, map_changes = _suspects(failed), _changes(failed, False), _changes(failed, True)
+    clauses = [
+        f"the answer depends on {listed(suspects)}" if suspects else "",
+        *(f"bare glass is called {one.label}" for one in failed if one.label),
+        f"the answer changes under {listed(changes)}" if changes else "",
+        f"the map changes under {listed(map_changes)}" if map_changes else "",
+        *(KINDS[kind].failing for kind in _kinds(failed)),
+    ]
+    return [*filter(None, clauses)]
+
+
+def _open_points(about: Sequence[VerdictRow]) -> list[str]:
+    """Return what is unclear besides faithfulness, as nouns."""
+    unclear = [one for one in about if one.outcome == "unclear"]
+    influences, map_changes = [*_suspects(unclear), *_changes(unclear, False)], _changes(unclear, True)
+    nouns = [
+        f"the influence of {listed(influences)}" if influences else "",
+        *(f"whether bare glass is called {one.label}" for one in unclear if one.label),
+        f"the stability of the map under {listed(map_changes)}" if map_changes else "",
+        *(KINDS[kind].noun for kind in _kinds(unclear)),
+    ]
+    return [*filter(None, nouns)]
+
+
+def _kinds(rows: Sequence[VerdictRow]) -> list[tuple[str, bool]]:
+    """Return the kinds of verdicts that are not about a suspect, a change or glass, in the order of `KINDS`."""
+    there = {(one.question, one.method is not None) for one in rows if not (one.suspect or one.change or one.label)}
+    return [kind for kind in KINDS if kind in there]
+
+
+def _suspects(rows: Sequence[VerdictRow]) -> list[str]:
+    return [suspect_words(one.suspect) for one in rows if one.suspect]
+
+
+def _changes(rows: Sequence[VerdictRow], of_map: bool) -> list[str]:
+    words = {**BAG_CHANGE_WORDS, **CHANGE_WORDS}
+    names = [one.change for one in rows if one.change and (one.method is not None) == of_map]
+    return [words.get(name, name) for name in names]
+
+
+def _sentence_part(nouns: Sequence[str], what: str, one: str, many: str) -> list[str]:
+    """Return a clause that says something of nouns; none without nouns."""
+    return [f"{listed(nouns)} {one if len(nouns) == 1 else many} {what}"] if nouns else []
+
+
+def _sampled(run: RunFacts, sample: SampleFacts) -> str:
+    if run.unit == "patch" and not run.run_digest:  # patches in memory
+        return "this patch" if sample.patches == 1 else f"these {sample.patches:,} patches"
+    return "this slide" if sample.slides == 1 else f"these {sample.slides:,} slides"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as a list in a sentence.
+
+    >>> listed(["ink"]), listed(["ink", "glass", "blur"])
+    ('ink', 'ink, glass and blur')
+    """
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _sections(readable: Measurements, plan: AuditPlan, scope: Scope) -> tuple[list[Findings], list[UntestedRow]]:
@@ -230,7 +374,7 @@ def _faithful_where(data: Measurements, method: str, rows: NDArray[np.bool_]) ->
 def quadrant(faithful: Outcome, plausible: Outcome) -> str:
     """Return what the two together mean; they are never mixed into one number."""
     if "unclear" in (faithful, plausible):
-        return "One of the two is not known: no statement about the pair."
+        return "Faithfulness or plausibility is unclear, so nothing can be said about the two together."
     return QUADRANTS[faithful == "holds", plausible == "holds"]
 
 
@@ -286,11 +430,11 @@ def strata(
 def _untested(plan: AuditPlan, data: Measurements, scope: Scope) -> list[UntestedRow]:
     """Return what was left out of the questions, and the questions that were left out."""
     found = [
-        UntestedRow(what=name, why="not asked: see --only")
+        UntestedRow(what=name, why="not requested, see --only")
         for name in questions_of(plan.unit)
         if name not in plan.settings.only
     ]
-    why = "it runs the model dozens of times for a map; only all weights together were made random"
+    why = "each map takes dozens of passes through the model; only all weights together were randomised"
     found += [
         UntestedRow(what=f"stability of {method}, and its randomisation layer by layer", why=why)
         for method in scope.methods
@@ -301,5 +445,5 @@ def _untested(plan: AuditPlan, data: Measurements, scope: Scope) -> list[Unteste
             UntestedRow(what=what, why=why) for what, why in question_named(name, plan.unit).untested(data, scope)
         ]
     if not scope.is_class:
-        found.append(UntestedRow(what="curves of probabilities", why="the target is no class"))
+        found.append(UntestedRow(what="curves of probabilities", why="the target is not a class"))
     return found

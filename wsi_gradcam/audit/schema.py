@@ -143,6 +143,20 @@ class VerdictRow(Keyed):
     evidence: list[str]
 
 
+class ConclusionRow(_Strict):
+    """What the verdicts say together: a sentence that follows from them by rule.
+
+    Attributes:
+        method: the method whose map it is about, the first of the run.
+        outcome: `holds`: the map can be believed where it is hot; `fails`: it cannot be believed; `unclear`.
+        words: the sentence.
+    """
+
+    method: str
+    outcome: Literal["holds", "fails", "unclear"]
+    words: str
+
+
 class QuadrantRow(_Strict):
     """Faithful and plausible together, for a method, on the `patches` of which the annotation tells."""
 
@@ -236,6 +250,7 @@ class Metrics(_Strict):
     not_tested: list[UntestedRow]
     not_audited: list[UntestedRow]
     against: AgainstFacts | None = None
+    conclusion: ConclusionRow | None = None
 
     def failed(self, questions: tuple[str, ...] = ()) -> list[VerdictRow]:
         """Return verdicts that fail, of some questions or of all."""

@@ -21,7 +21,7 @@ QUESTIONS: dict[str, str] = {
     "shortcuts": "wsi_gradcam.audit.questions.shortcuts",
     "plausibility": "wsi_gradcam.audit.questions.plausibility",
 }
-# Likewise of slide-level models, whose slides are asked in place of patches.
+# The same for slide-level models, with slides in place of patches.
 BAG_QUESTIONS: dict[str, str] = {
     "faithfulness": "wsi_gradcam.audit.questions.bag_orders:FAITHFULNESS",
     "sufficiency": "wsi_gradcam.audit.questions.bag_orders:SUFFICIENCY",
@@ -55,9 +55,9 @@ BAG_TITLES = {
 CONTROL_TITLES = {
     RANDOM: "noise (control)",
     EDGES: "edges (control)",
-    CONSTANT: "no order (control)",
-    CENTRE: "middle first (control)",
-    PROBABILITY: "probability alone (control)",
+    CONSTANT: "random pixels (control)",
+    CENTRE: "centre first (control)",
+    PROBABILITY: "neighbouring probabilities (control)",
     RANDOM_ORDER: "random order (control)",
 }
 
@@ -132,7 +132,7 @@ def change_title(name: str) -> str:
 
 
 def row_title(row: EstimateRow | ComparisonRow | CurveRow | VerdictRow) -> str:
-    """Return what a row is of, as people call it."""
+    """Return what a row is about, in words."""
     names = [row.suspect] if row.suspect and row.method else []
     if row.method:
         names.append(method_title(row.method))
@@ -146,7 +146,7 @@ def row_title(row: EstimateRow | ComparisonRow | CurveRow | VerdictRow) -> str:
 
 
 def reference_title(row: ComparisonRow) -> str:
-    """Return what a comparison is held against, as people call it."""
+    """Return what a comparison is made with, in words."""
     if row.other_method:
         return method_title(row.other_method)
     return {**CONTROL_TITLES, ATTENTION: BAG_TITLES[ATTENTION]}.get(row.control or "", row.against)
@@ -154,7 +154,7 @@ def reference_title(row: ComparisonRow) -> str:
 
 @dataclass(frozen=True)
 class Words:
-    """A question in plain words, for readers who are no statisticians.
+    """A question in plain words, for readers who are not statisticians.
 
     Attributes:
         title: as a heading.

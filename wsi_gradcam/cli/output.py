@@ -153,22 +153,24 @@ def questions_to_fail_on(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def print_audit(outcome: AuditOutcome, failures: Sequence[VerdictRow], as_json: bool) -> None:
-    """Print the verdicts, the path of the report, and the verdicts that `--fail-on` refuses."""
+    """Print the conclusion, the verdicts, the path of the report, and the verdicts that `--fail-on` refuses."""
     metrics = outcome.metrics
     if as_json:
         values = {
             "out": str(outcome.out),
+            "conclusion": None if metrics.conclusion is None else metrics.conclusion.model_dump(),
             "verdicts": [verdict.model_dump(mode="json") for verdict in metrics.verdicts],
             "failed_on": [f"{verdict.question}: {verdict.of}" for verdict in failures],
             "not_audited": [row.model_dump() for row in metrics.not_audited],
         }
         print(json.dumps(values, indent=1))
     else:
+        say(*([] if metrics.conclusion is None else [metrics.conclusion.words, ""]))
         for verdict in metrics.verdicts:
             say(f"{verdict.outcome:>7}  {verdict.question} ({verdict.of}): {verdict.words}")
         sample = metrics.sample
         slides = "1 slide" if sample.slides == 1 else f"{sample.slides} slides"
-        say(f"{sample.patches} patches of {slides}, seed {sample.seed}; {outcome.out / 'report.html'}")
+        say("", f"{sample.patches} patches of {slides}, seed {sample.seed}; report: {outcome.out / 'report.html'}")
     for record in outcome.failed:
         say(f"not audited: {record.slide.id}: {record.error}", error=True)
     for verdict in failures:

@@ -1,6 +1,6 @@
-"""Of slide-level models: does the slide's answer hang on the patches that a map calls relevant, and on how few?
+"""Slide-level models: does the slide's answer depend on the patches that a map marks, and on how few?
 
-Patches leave the bag in the order of their relevance, see `wsi_gradcam.audit.measures.bags`. The unit is the slide.
+Patches are removed in the order of their relevance, see `wsi_gradcam.audit.measures.bags`. The unit is the slide.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ AUPC = Measure("aupc", "area, most relevant first", "logits")
 AUPC_PROBABILITY = Measure("aupc_probability", "area, most relevant first, probability", "probability")
 SRG = Measure("srg", "symmetric relevance gain", "logits")
 SRG_PROBABILITY = Measure("srg_probability", "symmetric relevance gain, probability", "probability")
-TIED = Measure("tied_values", "values that are tied", "share")
+TIED = Measure("tied_values", "tied values", "share")
 KEPT = Measure("sufficient_share", "patches that keep the answer", "share")
-REMOVED = Measure("necessary_share", "patches that must go to change the answer", "share")
+REMOVED = Measure("necessary_share", "patches whose removal changes the answer", "share")
 KEPT_COUNT = Measure("sufficient_patches", "number of patches that keep the answer", "patches")
-REMOVED_COUNT = Measure("necessary_patches", "number of patches that must go to change the answer", "patches")
+REMOVED_COUNT = Measure("necessary_patches", "number of patches whose removal changes the answer", "patches")
 PAIR = "{method} and {other_method}"
 RANKS = Measure("agreement_spearman", "rank correlation", "correlation", of=PAIR)
-SHARED = Measure("agreement_top", f"common to the first {TOP} in 100 patches", "share", of=PAIR)
+SHARED = Measure("agreement_top", f"shared among the top {TOP} % of patches", "share", of=PAIR)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,7 +203,7 @@ def _add_flipping(findings: Findings, found: BagFaithfulness, name: str) -> None
 
 
 def gains(found: BagFaithfulness, method: str, data: Measurements) -> Verdict:
-    """Return whether the slide's answer hangs on what a map calls relevant, see `gains_more`."""
+    """Return whether the slide's answer depends on what a map marks, see `gains_more`."""
     others = {RANDOM_ORDER: found.srg(RANDOM_ORDER)}
     if ATTENTION in found.most and method != ATTENTION:
         others[ATTENTION] = found.srg(ATTENTION)
@@ -211,26 +211,28 @@ def gains(found: BagFaithfulness, method: str, data: Measurements) -> Verdict:
 
 
 def gains_more(gain: ArrayLike, controls: Mapping[str, ArrayLike], slides: ArrayLike, seed: int = 0) -> Verdict:
-    """Return whether the answer hangs on the map: the relevance gain [N] of slides against that of random orders.
+    """Return whether the answer depends on what the map marks: the relevance gain [N] against that of random orders.
 
     It holds where the gain is larger than that of random orders. It fails where random orders gain more, or where
-    enough slides do not set it apart from them: an interval that holds 0, and no large effect (Cohen's d of 0.8).
-    Attention, which the model gives for nothing, is a control too: a map that gains less is told to.
+    enough slides show no difference from them: an interval that contains 0, and no large effect (Cohen's d of 0.8).
+    Attention, which costs nothing extra, is a control too: the words say so where a map gains less.
     """
-    question = "Does the slide's answer hang on what the map shows?"
+    question = "Does the slide's answer depend on what the map shows?"
     found = {name: compare(gain, other, slides, None, seed) for name, other in controls.items()}
     chance, attention = found[RANDOM_ORDER], found.get(ATTENTION)
     if chance.p < ALPHA and chance.difference.value < 0:
-        words = "Taking patches away in a random order tells more than in the order of the map."
+        words = "Removing patches in a random order changes the answer more than removing them in the order of the map."
         return Verdict(question, "fails", words, found)
     if chance.p < ALPHA and chance.difference.value > 0:
-        words = "Without the patches that the map calls relevant the answer goes, and without the others it stays."
+        words = "The answer changes without the patches that the map marks, and stays without the others."
         if attention is not None and attention.p < ALPHA and attention.difference.value < 0:
-            words += " The order of attention tells more still."
+            words += " The order of attention changes it even more."
         return Verdict(question, "holds", words, found)
     if _is_no_better(chance):
-        return Verdict(question, "fails", "The map's order of the patches is worth no more than a random one.", found)
-    return Verdict(question, "unclear", "The map is not told apart from a random order with these slides.", found)
+        return Verdict(
+            question, "fails", "The map's order of the patches changes the answer no more than a random order.", found
+        )
+    return Verdict(question, "unclear", "These slides do not distinguish the map from a random order.", found)
 
 
 def _is_no_better(found: Comparison) -> bool:
@@ -274,18 +276,18 @@ def few_decide(kept: Comparison, removed: Comparison, means: Sequence[float]) ->
     Args:
         means: share that keeps it by the map, and at random; share that must go by the map, and at random.
     """
-    question = "Do few of the patches that the map calls relevant decide?"
-    evidence = {"patches that keep the answer": kept, "patches that must go": removed}
+    question = "Do a few of the patches that the map marks decide the answer?"
+    evidence = {"patches that keep the answer": kept, "patches whose removal changes it": removed}
     shares = [share_text(value) for value in means]
     words = (
-        f"The first {shares[0]} of the patches keep the answer ({shares[1]} at random), and {shares[2]} must go "
-        f"to change it ({shares[3]} at random)"
+        f"The top {shares[0]} of the patches are enough to keep the answer ({shares[1]} at random), and the top "
+        f"{shares[2]} must be removed to change it ({shares[3]} at random)"
     )
     better = [one.p < ALPHA and one.difference.value < 0 for one in (kept, removed)]
     if all(better):
         return Verdict(question, "holds", f"{words}.", evidence)
     if not any(better) and all(one.difference.patches >= ENOUGH for one in (kept, removed)):
-        return Verdict(question, "fails", f"{words}: no fewer than by chance.", evidence)
+        return Verdict(question, "fails", f"{words}: no fewer than at random.", evidence)
     return Verdict(question, "unclear", f"{words}.", evidence)
 
 
@@ -321,11 +323,11 @@ def flipping_figures(metrics: Metrics) -> list[Figure]:
             for way, words in WAYS.items()
         ]
         if any(rows for _, rows in panels):
-            found.append(CurvesFigure(panels, f"Mean answers of slides in {name} as patches leave, all maps"))
+            found.append(CurvesFigure(panels, f"Mean answers of slides in {name} as patches are removed, all maps"))
     rows = [row for row in metrics.estimates if row.measure == SRG.name]
     lines = [(row_title(row), row) for row in sorted(rows, key=lambda row: row.control is not None)]
     if lines:
-        axis = "symmetric relevance gain, in logits; random orders have about 0"
+        axis = "symmetric relevance gain, in logits; about 0 for random orders"
         found.append(IntervalsFigure(lines, axis, "Relevance gains of all maps", reference=0.0))
     return found
 
@@ -348,19 +350,19 @@ def agreement_figures(metrics: Metrics) -> list[Figure]:
         if row.measure == RANKS.name
     ]
     axis = "rank correlation of the relevance of a slide's patches"
-    return [IntervalsFigure(rows, axis, "How alike methods are", reference=0.0)] if rows else []
+    return [IntervalsFigure(rows, axis, "Similarity of methods", reference=0.0)] if rows else []
 
 
 FAITHFULNESS = Question(
     Words(
-        title="Does the slide's answer hang on what the map shows?",
-        how="Patches are taken from the slide's bag in the order of the map, the most relevant first, and the model "
-        "answers anew each time; then again with the least relevant first. If the map is right, the answer falls soon "
-        "in the first order and late in the second. What lies between the two is the symmetric relevance gain. The "
-        "same is done in random orders, which gain nothing, and in the order of attention.",
-        not_proven="The answer is that of the features: whether the encoder sees in a patch what a pathologist does is "
-        "not asked. A map that is faithful to a bad model is still faithful. Bags with few patches are slides that "
-        "the model may never have seen the like of.",
+        title="Does the slide's answer depend on what the map shows?",
+        how="Patches are removed from the slide's bag in the order of the map, the most relevant first, and the model "
+        "answers each time; then again with the least relevant first. If the map is faithful, the answer falls "
+        "early in the first order and late in the second. The difference between the two is the symmetric relevance "
+        "gain. The same is done in random orders, which gain nothing, and in the order of attention.",
+        not_proven="The answer is based on features: whether the encoder sees what a pathologist sees in a patch is "
+        "not tested. A map that is faithful to a bad model is still faithful. The model may never have been trained "
+        "on bags with so few patches.",
         source="Hense 2024 (arXiv 2406.04280); symmetric relevance gain: Blücher 2024 (arXiv 2401.06654)",
     ),
     measure_flipping,
@@ -374,31 +376,31 @@ FAITHFULNESS = Question(
 SUFFICIENCY = Question(
     Words(
         title="How few patches decide?",
-        how="Of slides that are called the explained class: how many of the most relevant patches keep that answer "
-        "alone (sufficient), and how many must go before it changes (necessary), each in the order of the map and at "
-        "random.",
-        not_proven="That few patches suffice does not say that they show what should decide: look at them. Where much "
-        "of a slide says the same, nearly all of it must go, whatever the map.",
+        how="For slides that are called by the explained class: how many of the most relevant patches are enough to "
+        "keep that answer (sufficient), and how many must be removed before it changes (necessary), each in the order "
+        "of the map and at random.",
+        not_proven="That a few patches suffice does not prove that they show what should decide: look at them. Where "
+        "much of a slide supports the same answer, nearly all of it must be removed, for any map.",
         source="Kaczmarzyk 2024 (HIPPO, arXiv 2409.03080)",
     ),
     measure_sufficiency,
     assess_sufficiency,
     measures=(KEPT, REMOVED, KEPT_COUNT, REMOVED_COUNT),
     figures=sufficiency_figures,
-    no_numbers="no slide is called the explained class, or the answer is a number and no class",
+    no_numbers="no slide is called by the explained class, or the answer is a number rather than a class",
 )
 AGREEMENT = Question(
     Words(
         title="Do methods agree on which patches are relevant?",
-        how="The relevance of a slide's patches by one method is held against that by another: the correlation of "
-        f"their ranks, and how many of the first {TOP} in 100 patches they have in common ({TOP} % by chance).",
-        not_proven="Methods that agree may all be wrong, and methods that ask different questions may differ and all "
-        "be right: the first question tells which to believe.",
+        how="The relevance of a slide's patches by one method is compared with that by another: the correlation of "
+        f"their ranks, and how many of the top {TOP} % of patches they share ({TOP} % by chance).",
+        not_proven="Methods that agree may all be wrong, and methods that answer different questions may differ and "
+        "all be right: faithfulness shows which to believe.",
         source="rank correlation: Spearman 1904; ties at their mean rank",
     ),
     measure_agreement,
     assess_agreement,
     measures=(RANKS, SHARED),
     figures=agreement_figures,
-    no_numbers="one method alone was audited",
+    no_numbers="only one method was audited",
 )

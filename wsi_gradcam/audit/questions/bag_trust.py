@@ -1,6 +1,6 @@
-"""Of slide-level models: sanity, stability, shortcuts and plausibility, asked of slides in place of patches.
+"""Slide-level models: sanity, stability, shortcuts and plausibility, with slides in place of patches.
 
-Patches are taken away or changed as feature vectors, and weights are made random; see `audit.measures.bags`.
+Patches are removed or changed as feature vectors, and weights are replaced by random ones; see `audit.measures.bags`.
 """
 
 from __future__ import annotations
@@ -69,20 +69,26 @@ DRAWS_ELSEWHERE = 20
 SHOWS = 0.05  # of a patch: that much of a region makes it a patch of it
 ANNOTATED = 0.5  # of a patch that counts as annotated where maps are held against it
 
-STAYING_ENCODER = Measure("staying_maps_encoder", "maps that stay with random weights of the encoder", "share")
+STAYING_ENCODER = Measure("staying_maps_encoder", "maps that stay the same with random weights of the encoder", "share")
 CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{change}")
 LOGIT_CHANGE = Measure("logit_change", "change of the logit", "logits", "{change}")
-MAP_LIKENESS = Measure("map_likeness", "rank correlation with the first map, with {change}", "correlation")
-WORST_LIKENESS = Measure("worst_map_likeness", "rank correlation with the first map, at worst", "correlation")
+MAP_LIKENESS = Measure("map_likeness", "rank correlation with the original map, with {change}", "correlation")
+WORST_LIKENESS = Measure("worst_map_likeness", "rank correlation with the original map, at worst", "correlation")
 SHOWN = Measure("suspect_shown", "slides that show it", "share", of="{suspect}")
-AREA = Measure("suspect_area", "its share of the patches", "share", of="{suspect}")
+AREA = Measure("suspect_area", "share of the patches", "share", of="{suspect}")
 ATTRIBUTION = Measure(
-    "attribution_on_suspect", "positive relevance on it", "share", of="{suspect}, {method}", against=AREA.what
+    "attribution_on_suspect", "share of the positive relevance", "share", of="{suspect}, {method}", against=AREA.what
 )
-REMOVAL_CHANGE = Measure("removal_change", "size of the logit's change", "logits", "{suspect}", "as much elsewhere")
-REMOVAL_FLIPS = Measure("removal_flips", "changed answers", "share", "{suspect}", "as much elsewhere")
-REMOVAL_DROP = Measure("annotated_drop", "logit lost without it", "logits", "annotation", "as much elsewhere")
-REMOVAL_ANNOTATED_FLIPS = Measure("annotated_flips", "changed answers", "share", "annotation", "as much elsewhere")
+REMOVAL_CHANGE = Measure(
+    "removal_change", "absolute change of the logit", "logits", "{suspect}", "an equal area elsewhere"
+)
+REMOVAL_FLIPS = Measure("removal_flips", "changed answers", "share", "{suspect}", "an equal area elsewhere")
+REMOVAL_DROP = Measure(
+    "annotated_drop", "fall of the logit without it", "logits", "annotation", "an equal area elsewhere"
+)
+REMOVAL_ANNOTATED_FLIPS = Measure(
+    "annotated_flips", "changed answers", "share", "annotation", "an equal area elsewhere"
+)
 ANNOTATED_SHARE = Measure("annotated_share", "annotated share of the patches", "share", of="chance")
 
 
@@ -308,7 +314,7 @@ def untested_sanity(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
     if found is None or not found.encoder:
         rows.append(("random weights of the encoder", "the run has no encoder, or its slides cannot be read"))
     if len(data) < FEWEST_SLIDES:
-        rows.append(("whether the model has learned anything", f"fewer than {FEWEST_SLIDES} slides tell nothing of it"))
+        rows.append(("whether the model has learned anything", f"this needs at least {FEWEST_SLIDES} slides"))
     return rows
 
 
@@ -373,45 +379,47 @@ def assess_plausibility(findings: Findings, scope: Scope) -> None:
     drop = findings.compare(REMOVAL_DROP, one.drop, one.control_drop, **keys)
     flips = findings.compare(REMOVAL_ANNOTATED_FLIPS, one.flips, one.control_flips, **keys)
     if drop.difference.patches:
-        verdict = hangs_on(drop, flips)
+        verdict = depends_on_annotation(drop, flips)
         p, measures = drop.p, (REMOVAL_DROP, REMOVAL_ANNOTATED_FLIPS)
         findings.conclude("annotation", verdict, p, *measures, is_finding=verdict.outcome == "holds")
 
 
 def meets(area: Estimate, chance: Comparison) -> Verdict:
     """Return whether the most relevant patches are annotated ones: `auroc` of slides, against that of noise."""
-    question = "Does the map look where the annotation says?"
+    question = "Does the map highlight what was annotated?"
     evidence = {"auroc": chance}
     if chance.p < ALPHA and chance.difference.value > 0:
-        words = f"In {percent(area.value)} of all pairs an annotated patch is more relevant than one that is not."
+        words = f"In {percent(area.value)} of all pairs, an annotated patch is more relevant than one that is not."
         return Verdict(question, "holds", words, evidence)
     if chance.p < ALPHA and area.high < CHANCE:
         words = "Annotated patches are less relevant than others: the model looks elsewhere."
         return Verdict(question, "fails", words, evidence)
-    return Verdict(question, "unclear", "The map meets the annotation no better than chance does.", evidence)
+    return Verdict(question, "unclear", "The map matches the annotation no better than chance.", evidence)
 
 
-def hangs_on(drop: Comparison, flips: Comparison) -> Verdict:
-    """Return whether the slide's answer hangs on what was annotated: what goes without it, against areas elsewhere."""
-    question = "Would the slide's answer be another without what was annotated?"
-    evidence = {"logit lost": drop, "changed answers": flips}
+def depends_on_annotation(drop: Comparison, flips: Comparison) -> Verdict:
+    """Return whether the slide's answer depends on what was annotated: removing it, against equal areas elsewhere."""
+    question = "Does the slide's answer depend on what was annotated?"
+    evidence = {"fall of the logit": drop, "changed answers": flips}
     if drop.p < ALPHA and drop.difference.value > 0:
-        words = "Without the annotated area the logit falls farther than without as much elsewhere"
+        words = "Removing the annotated area lowers the logit more than removing an equal area elsewhere"
         share = f", and the answer changes for {percent(flips.difference.value)} more of the slides"
         changed = flips.p < ALPHA and flips.difference.value > 0
         return Verdict(question, "holds", f"{words}{share if changed else ''}.", evidence)
     if drop.difference.patches < ENOUGH:
-        return Verdict(question, "unclear", f"{drop.difference.patches} slides are too few to tell.", evidence)
-    words = "Removing the annotated area takes no more from the answer than removing as much elsewhere."
+        return Verdict(question, "unclear", f"Too few slides ({drop.difference.patches}) to tell.", evidence)
+    words = "Removing the annotated area lowers the logit no more than removing an equal area elsewhere."
     return Verdict(question, "fails", words, evidence)
 
 
 def sanity_figures(metrics: Metrics) -> list[Figure]:
-    """Return the maps that stay with random weights."""
+    """Return the maps that stay the same with random weights."""
     titles = {STAYING_MAPS.name: "aggregator", STAYING_ENCODER.name: "encoder"}
     rows = [(f"{row_title(row)}, {titles[row.measure]}", row) for row in metrics.estimates if row.measure in titles]
-    axis = "share of maps that stay, less those that turn into their opposite"
-    return [IntervalsFigure(rows, axis, "Maps that stay with random weights", reference=STAYING)] if rows else []
+    axis = "share of maps that stay the same, minus those that are inverted"
+    return (
+        [IntervalsFigure(rows, axis, "Maps that stay the same with random weights", reference=STAYING)] if rows else []
+    )
 
 
 def stability_figures(metrics: Metrics) -> list[Figure]:
@@ -421,20 +429,20 @@ def stability_figures(metrics: Metrics) -> list[Figure]:
         for row in metrics.estimates
         if row.measure == MAP_LIKENESS.name
     ]
-    axis = "rank correlation with the first map; 1: it stays"
-    return [IntervalsFigure(rows, axis, "How far maps stay", reference=HALF)] if rows else []
+    axis = "rank correlation with the original map; 1: unchanged"
+    return [IntervalsFigure(rows, axis, "How stable maps are", reference=HALF)] if rows else []
 
 
 SANITY = Question(
     Words(
         title="Does the map depend on what the model has learned?",
-        how="The weights of the aggregator are made random, and the relevance of a slide's patches is computed again. "
-        "If it stays, it shows the features and not the model. Each random network is joined by its opposite, so that "
-        "what two networks share by chance is taken off. With some patches of each slide the same is done with the "
-        "encoder, which makes other features of them. The answers to slides are held against those of random copies, "
-        "too: if they differ no more, the aggregator has learned nothing of such slides.",
-        not_proven="It finds maps that ignore the model. It cannot say which of two methods that pass is better. That "
-        "the encoder was trained on other pictures is not seen here.",
+        how="The weights of the aggregator are replaced by random ones, and the relevance of a slide's patches is "
+        "computed again. If it stays the same, it shows the features and not the model. Each random network is paired "
+        "with its opposite, so that agreement by chance cancels out. For some patches of each slide the same is done "
+        "with the encoder. The answers are also compared with those of random copies: if they vary no more, the "
+        "aggregator has learned nothing about such slides.",
+        not_proven="The test finds maps that ignore the model. It cannot say which of two methods that pass is better. "
+        "It does not notice an encoder that was trained on a different kind of image.",
         source="Adebayo 2018 (arXiv 1810.03292); that it ranks nothing: Binder 2022 (arXiv 2211.12486)",
     ),
     measure_sanity,
@@ -445,10 +453,10 @@ SANITY = Question(
 )
 STABILITY = Question(
     Words(
-        title="Do answer and map survive small changes of the bag?",
-        how="The features get noise of a tenth of their deviation, are rounded to 16 bits, and half of the patches "
-        "are left out, at random. The answer should stay, and so should the order of the patches.",
-        not_proven="Other changes than these, such as another laboratory's staining, or another encoder, may do more.",
+        title="Are answer and map stable under small changes of the bag?",
+        how="Noise of a tenth of their standard deviation is added to the features, they are rounded to 16 bits, and a "
+        "random half of the patches is left out. The answer and the order of the patches should stay the same.",
+        not_proven="Other changes, such as another laboratory's staining or another encoder, may have a larger effect.",
         source="Yeh 2019 (arXiv 1901.09392) for small changes; ranks in place of sizes, which a smaller bag changes",
     ),
     measure_stability,
@@ -458,12 +466,12 @@ STABILITY = Question(
 )
 SHORTCUTS = Question(
     Words(
-        title="Does the slide's answer hang on ink, glass, or what should not decide?",
-        how="All patches that show such a region are taken from the bag, and the model answers anew; then areas as "
-        "many and as large elsewhere on the slide's tissue are. If the answer changes more without the region, it is "
-        "a cause of the answer.",
+        title="Does the slide's answer depend on ink, glass or other regions that should not decide?",
+        how="All patches that show such a region are removed from the bag, and the model answers again; then the same "
+        "number of patches, in areas of the same size, is removed elsewhere. If the answer changes more without the "
+        "region, the region is a cause of the answer.",
         not_proven="Only ink and glass that are detected, and regions that are given (--regions), are tested. "
-        "Shortcuts that look like tissue, such as a stain that goes with a hospital, are not among them: compare "
+        "Shortcuts that look like tissue, such as a stain used by one hospital only, are not among them: compare "
         "sites and scanners below.",
         source="a removal with equal areas as controls, as HIPPO (arXiv 2409.03080) removes regions",
     ),
@@ -475,16 +483,16 @@ SHORTCUTS = Question(
 )
 PLAUSIBILITY = Question(
     Words(
-        title="Does the map look where an annotation says, and would the answer change without it?",
-        how="The relevance of annotated patches is held against that of the others of the slide. Then the annotated "
-        "patches are taken away, and areas as large elsewhere: is the answer another without what was annotated?",
-        not_proven="That a map looks right does not say that the model uses it: read it with the first question. "
-        "Annotations are coarse.",
+        title="Does the map highlight what was annotated, and does the answer depend on it?",
+        how="The relevance of annotated patches is compared with that of the slide's other patches. Then the annotated "
+        "patches are removed, and compared with removing areas of the same size elsewhere.",
+        not_proven="A map that looks right does not prove that the model uses what it shows: read this together with "
+        "faithfulness. Annotations are coarse.",
         source="area under the ROC curve with ties counting half; removal as in HIPPO (arXiv 2409.03080)",
     ),
     measure_plausibility,
     assess_plausibility,
     measures=(ANNOTATED_SHARE, AUROC, REMOVAL_DROP, REMOVAL_ANNOTATED_FLIPS),
     figures=plausibility.figures,
-    no_numbers="no slide of the sample is annotated in part; give --annotations",
+    no_numbers="no slide of the sample is partly annotated; give --annotations",
 )

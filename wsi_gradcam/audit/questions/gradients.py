@@ -1,4 +1,4 @@
-"""What gradients cannot tell: how far their promises are kept (locality), and where they are blind (saturation)."""
+"""What gradients cannot tell: how far their prediction holds (locality), and where they vanish (saturation)."""
 
 from __future__ import annotations
 
@@ -28,33 +28,36 @@ if TYPE_CHECKING:
 STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)  # along a map
 HIDDEN_SQUARES = 8
 
-WORTH = Measure("worth", "worth of the promise", "-1 to 1")
-REACH = Measure("reach", "reach of the promise", "of the patch's contrast")
-PROMISED, ACTUAL = Measure("promised", "promised"), Measure("actual", "actual")
-INFIDELITY = Measure("infidelity", "infidelity, best scaled", "logits²")
-NO_PROMISE = Measure("infidelity_of_nothing", "infidelity of promising nothing", "logits²")
-LIKE_INTEGRATED = Measure("like_integrated_gradients", "likeness to Integrated Gradients", "rank correlation")
-COMPLETENESS_GAP = Measure("completeness_gap", "gap of completeness", "logits")
-COMPLETENESS_SUM = Measure("completeness_sum", "what its values should sum to", "logits")
+# The names of measures are those of metrics.json, which stay; their words are for readers.
+WORTH = Measure("worth", "agreement with the gradient's prediction", "-1 to 1")
+REACH = Measure("reach", "largest step that the gradient predicts", "of the patch's contrast")
+PROMISED, ACTUAL = Measure("promised", "predicted"), Measure("actual", "actual")
+INFIDELITY = Measure("infidelity", "infidelity, optimally scaled", "logits²")
+NO_PROMISE = Measure("infidelity_of_nothing", "infidelity of a map of zeros", "logits²")
+LIKE_INTEGRATED = Measure("like_integrated_gradients", "similarity to Integrated Gradients", "rank correlation")
+COMPLETENESS_GAP = Measure("completeness_gap", "completeness gap", "logits")
+COMPLETENESS_SUM = Measure("completeness_sum", "expected sum of the values", "logits")
 
-ALIKE = 0.9  # rank correlation from which maps are taken for nearly the same
+ALIKE = 0.9  # rank correlation from which maps count as nearly the same
 
 SATURATED = Measure("saturated", "patches with a saturated probability", "share", of="model")
 SILENT = Measure("silent", "patches without any gradient", "share", of="model")
-GRADIENT_RATIO = Measure("gradient_ratio", "gradient of the probability over that of the logit", "ratio", of="model")
-DEAD_CHANNELS = Measure("dead_channels", "dead channels of a patch", "share", of="model")
-LIKE_LEAKY = Measure("like_leaky", "likeness to the map with a leaky backward", "rank correlation")
+GRADIENT_RATIO = Measure(
+    "gradient_ratio", "gradient of the probability relative to that of the logit", "ratio", of="model"
+)
+DEAD_CHANNELS = Measure("dead_channels", "inactive channels of a patch", "share", of="model")
+LIKE_LEAKY = Measure("like_leaky", "similarity to the map with leaky gradients", "rank correlation")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Locality:
-    """Steps along maps, by method: what they do, and what was promised; see `measures.changes`.
+    """Steps along maps, by method: what they do, and what the gradient predicts; see `measures.changes`.
 
     Attributes:
         promised, actual: [N, steps] changes of the explained scalar.
         worth, reach: [N], see `FiniteSteps`.
         infidelity: [N] of hiding squares, the map scaled best.
-        moved: [N] the infidelity of a map that promises nothing.
+        moved: [N] the infidelity of a map of zeros.
         like_integrated: [N] rank correlation with Integrated Gradients.
         completeness_gap: [N] of Integrated Gradients, in logits; None with several layers.
         score_change: [N] what they should sum to.
@@ -125,7 +128,7 @@ def hidden_squares(size: tuple[int, int], count: int, seed: int) -> Tensor:
 
 
 def assess_locality(findings: Findings, scope: Scope) -> None:
-    """Add the effects of finite steps, against the gradient's promise, and a verdict for each method."""
+    """Add the effects of finite steps, against the gradient's prediction, and a verdict for each method."""
     if (found := findings.measurements.of(Locality)) is None:
         return
     axes = ("step along the map", "change of the logit")
@@ -133,7 +136,9 @@ def assess_locality(findings: Findings, scope: Scope) -> None:
         if method not in found.worth:
             continue
         worth = findings.estimate(WORTH, found.worth[method], method=method)
-        findings.conclude(method, promises_kept(worth), interval_p(worth, 0.0), WORTH, method=method)
+        promised, actual = (findings.measurements.mean(part[method]) for part in (found.promised, found.actual))
+        verdict = gradient_predicts(worth, follows(promised, actual))
+        findings.conclude(method, verdict, interval_p(worth, 0.0), WORTH, method=method)
         findings.estimate(REACH, found.reach[method], method=method)
         findings.curve(PROMISED, axes, STEPS, found.promised[method], True, method=method)
         findings.curve(ACTUAL, axes, STEPS, found.actual[method], True, method=method)
@@ -146,26 +151,51 @@ def assess_locality(findings: Findings, scope: Scope) -> None:
         findings.estimate(COMPLETENESS_SUM, np.abs(found.score_change), method=INTEGRATED)
 
 
-def promises_kept(worth: Estimate) -> Verdict:
-    """Return whether the logit moves as the gradient promises when the picture really changes: `FiniteSteps.worth`.
+def follows(promised: Floats, actual: Floats) -> bool:
+    """Return whether mean curves [steps] agree: on both sides of 0 the prediction errs less than predicting no change.
 
-    0 is what promising no change at all is worth.
+    These are the curves of the report, in which patches with large changes count most.
     """
-    question = "Does the model do what its gradient promises?"
-    evidence = {"worth of the promise": worth}
-    if worth.low > 0:
-        words = "Real changes along the map move the answer about as the map promises."
-        return Verdict(question, "holds", words, evidence)
-    if worth.high < 0:
+    steps = np.array(STEPS)
+    missed, moved = (actual - promised) ** 2, actual**2
+    return all(bool(missed[side].sum() < moved[side].sum()) for side in (steps < 0, steps > 0))
+
+
+def gradient_predicts(worth: Estimate, mean_follows: bool | None = None) -> Verdict:
+    """Return whether the logit changes as the gradient predicts when the image really changes: `FiniteSteps.worth`.
+
+    Predicting no change at all scores 0. A verdict must agree with the curves that the report shows beside it.
+
+    Args:
+        mean_follows: what `follows` says of the mean curves; None where they are not known.
+    """
+    question = "Does the model respond as its gradient predicts?"
+    evidence = {"agreement with the prediction": worth}
+    if worth.low > 0 and mean_follows is not False:
         words = (
-            "Real changes along the map move the answer otherwise than it promises: it tells of the nearest step only."
+            "When what the map marks is weakened or strengthened, the answer changes about as the gradient predicts."
+        )
+        return Verdict(question, "holds", words, evidence)
+    if worth.high < 0 and mean_follows is not True:
+        words = (
+            "When what the map marks is weakened or strengthened, the answer does not change as the gradient predicts: "
+            "the map shows where the model is sensitive, not how much the answer would change."
         )
         return Verdict(question, "fails", words, evidence)
-    return Verdict(question, "unclear", "The map's promise is not told apart from promising no change.", evidence)
+    if worth.low > 0:
+        words = (
+            "On most patches the answer changes as the gradient predicts, but the mean curves differ: a few patches "
+        )
+        return Verdict(question, "unclear", f"{words}with large changes do not follow the prediction.", evidence)
+    if worth.high < 0:
+        words = "On most patches the answer does not change as the gradient predicts, but the mean curves agree: a few "
+        return Verdict(question, "unclear", f"{words}patches with large changes follow the prediction.", evidence)
+    words = "These patches do not show whether the gradient predicts the answer better than expecting no change."
+    return Verdict(question, "unclear", words, evidence)
 
 
 def locality_figures(metrics: Metrics) -> list[Figure]:
-    """Return actual and promised changes, a panel a method."""
+    """Return actual and predicted changes, one panel for each method."""
     steps = (PROMISED.name, ACTUAL.name)
     curves = [row for row in metrics.curves if row.measure in steps and any(y is not None for y in row.y)]
     methods = list(dict.fromkeys(row.method for row in curves))
@@ -175,17 +205,18 @@ def locality_figures(metrics: Metrics) -> list[Figure]:
     for method in methods:
         title = method_title(method or "")
         panels.append((title, [(f"{title}: {row.what}", row) for row in curves if row.method == method]))
-    description = "What steps along the map do, against what the gradient promises"
+    description = "What steps along the map do, compared with the gradient's prediction"
     return [CurvesFigure(panels, description, reference=0.0, reference_name="no change (control)")]
 
 
 LOCALITY = Question(
     Words(
-        title="How far does the map's story carry?",
-        how="A gradient tells of an infinitely small change. Here what the map shows is really made weaker and "
-        "stronger, step by step, and the answer is held against what the gradient had promised. Where the two part, "
-        "the map is right about the nearest step only: two models may have equal maps and do different things next.",
-        not_proven="Only steps along the map are tried. A promise that is kept there may be broken elsewhere.",
+        title="How far does the gradient's prediction hold?",
+        how="A gradient describes an infinitely small change. Here, what the map marks is actually weakened and "
+        "strengthened, step by step, and the change of the answer is compared with the gradient's prediction. Where "
+        "the two diverge, the map shows where the model is sensitive, but not how much the answer would change: two "
+        "models with equal maps may respond differently to a larger change.",
+        not_proven="Only steps along the map are tried. A prediction that holds there may fail elsewhere.",
         source="Yeh 2019 (arXiv 1901.09392); Sundararajan 2017 (arXiv 1703.01365)",
     ),
     measure_locality,
@@ -204,7 +235,7 @@ class Saturation:
     """Saturation of the model on patches, [N] each: see `measures.changes.Saturation`.
 
     Attributes:
-        leaky: [N, h, w] maps with a backward that leaks through ReLUs, by method.
+        leaky: [N, h, w] maps with gradients that leak through inactive ReLUs, by method.
         like_leaky: [N] rank correlation of the plain maps with them.
     """
 
@@ -217,7 +248,7 @@ class Saturation:
 
 
 def measure_saturation(batch: Batch) -> Saturation | None:
-    """Measure saturation, and the maps that a backward pass that leaks through ReLUs would show."""
+    """Measure saturation, and the maps that leaky gradients, which pass inactive ReLUs too, would show."""
     if batch.aim.classes is None:
         return None
     from wsi_gradcam.audit.measures.changes import saturation
@@ -243,7 +274,7 @@ def _leaky_maps(batch: Batch) -> dict[str, NDArray[np.float32]]:
         if METHOD_INFO[name].grid == "layer" and name not in EXPENSIVE:
             try:
                 maps = leaky_maps(batch.subject, batch.images, batch.aim, name)
-            except ModelError:  # several layers, a network that cannot be cut: told by its absence
+            except ModelError:  # several layers, a network that cannot be cut: it is missing then
                 break
             found[name] = maps.float().cpu().numpy()
     return found
@@ -265,37 +296,37 @@ def assess_saturation(findings: Findings, scope: Scope) -> None:
 
 
 def not_saturated(saturated: Estimate, silent: Estimate) -> Verdict:
-    """Return whether gradients can see: shares of the patches with a saturated probability, and with a silent logit.
+    """Return whether gradients can show the evidence: shares of patches with saturated probability, and silent logit.
 
     Args:
         saturated, silent: of the fields of `Saturation`.
     """
-    question = "Can a gradient see what the model uses?"
+    question = "Can gradients show what the model uses?"
     evidence = {"saturated": saturated, "silent": silent}
     if silent.low > HALF:
-        words = f"On {percent(silent.value)} of the patches even the logit has no gradient: the map shows nothing."
+        words = f"On {percent(silent.value)} of the patches even the logit has no gradient: the map is empty there."
         return Verdict(question, "fails", words, evidence)
     if saturated.low > HALF:
         share = percent(saturated.value)
-        words = f"On {share} of the patches the probability is saturated: only the logit can be explained by gradients."
+        words = f"On {share} of the patches the probability is saturated: gradients can explain only the logit there."
         return Verdict(question, "fails", words, evidence)
     if saturated.high < HALF and silent.high < HALF:
         words = f"The probability is saturated on {percent(saturated.value)} of the patches."
         return Verdict(question, "holds", words, evidence)
-    return Verdict(question, "unclear", "On about half of the patches the probability is saturated.", evidence)
+    return Verdict(question, "unclear", "The probability is saturated on about half of the patches.", evidence)
 
 
 def remarks(metrics: Metrics) -> list[str]:
-    """Return sentences on the maps with a leaky backward."""
+    """Return sentences on the maps with leaky gradients."""
     found = []
     for row in metrics.estimates:
         if row.measure == LIKE_LEAKY.name and row.patches and row.value is not None:
             title = method_title(row.method or "")
-            leaky = f"The map of {title} with a leaky backward (rank correlation {row.value:.2f})"
+            leaky = f"With leaky gradients, which pass inactive units too, the {title} map is"
             found.append(
-                f"{leaky} is another: units that are off hold back evidence, which this map does not show."
+                f"{leaky} different (rank correlation {row.value:.2f}): inactive units hide evidence from it."
                 if row.value < ALIKE
-                else f"{leaky} is nearly the same: hardly anything is hidden by units that are off."
+                else f"{leaky} nearly the same (rank correlation {row.value:.2f}): inactive units hide hardly anything."
             )
     return found
 
@@ -305,16 +336,16 @@ def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
     found = data.of(Saturation)
     if not scope.is_class or (found is not None and found.like_leaky):
         return []
-    return [("maps with a leaky backward", "the network cannot be cut at one layer")]
+    return [("maps with leaky gradients", "the network cannot be split at one layer")]
 
 
 SATURATION = Question(
     Words(
-        title="Where is the gradient blind?",
+        title="Where do gradients vanish?",
         how="Where a model is very sure, its probability hardly changes any more, and the gradient of the probability "
-        "is nearly zero although the evidence is strongest there. The maps of this archive explain the logit, which "
-        "does not saturate so. Units that are off pass no gradient either; a map whose backward pass leaks through "
-        "them stands beside.",
+        "is nearly zero although the evidence is strongest there. The maps of this run explain the logit, which does "
+        "not saturate. Inactive units (ReLUs at zero) pass no gradient either; a second map with leaky gradients, "
+        "which pass them, is compared with the first.",
         not_proven="A model without saturation may still be wrong.",
         source="definitions: wsi_gradcam.audit.measures.changes",
     ),
@@ -323,5 +354,5 @@ SATURATION = Question(
     measures=(SATURATED, SILENT, GRADIENT_RATIO, DEAD_CHANNELS, LIKE_LEAKY),
     remarks=remarks,
     untested=untested,
-    no_numbers="the target is no class, and has no probability",
+    no_numbers="the target is not a class and has no probability",
 )

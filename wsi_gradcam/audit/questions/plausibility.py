@@ -1,4 +1,4 @@
-"""Does the map look where an annotation says? Kept apart from faithfulness, and never mixed with it.
+"""Does the map highlight what was annotated? Kept apart from faithfulness, and never mixed with it.
 
 All measures take maps [P, h, w] and masks bool [P, h, w] of the same grid and give a number a patch, NaN where the
 question has no answer: a mask that is empty or full, a map that is constant or not finite. Counting those as hits
@@ -102,23 +102,23 @@ def assess(findings: Findings, scope: Scope) -> None:
 
 
 def plausible(area: Estimate) -> Verdict:
-    """Return whether the map looks where the annotation says: `auroc`, 0.5 by chance."""
-    question = "Does the map look where the annotation says?"
+    """Return whether the map highlights what was annotated: `auroc`, 0.5 by chance."""
+    question = "Does the map highlight what was annotated?"
     evidence = {"auroc": area}
     if area.low > CHANCE:
-        words = f"In {percent(area.value)} of all pairs, what was annotated is higher on the map than what was not."
+        words = f"In {percent(area.value)} of all pairs, an annotated place is hotter than one outside the annotation."
         return Verdict(question, "holds", words, evidence)
     if area.high < CHANCE:
-        words = "What was annotated is lower on the map than what was not: the model looks elsewhere."
+        words = "Annotated places are colder than places outside the annotation: the model looks elsewhere."
         return Verdict(question, "fails", words, evidence)
-    return Verdict(question, "unclear", "The map meets the annotation no better than chance does.", evidence)
+    return Verdict(question, "unclear", "The map matches the annotation no better than chance.", evidence)
 
 
 def figures(metrics: Metrics) -> list[Figure]:
     """Return the agreement of maps with annotations."""
     rows = [(row_title(row), row) for row in metrics.estimates if row.measure == AUROC.name]
     axis = "area under the ROC curve; chance is 0.5"
-    return [IntervalsFigure(rows, axis, "How well maps meet annotations", reference=CHANCE)] if rows else []
+    return [IntervalsFigure(rows, axis, "How well maps match annotations", reference=CHANCE)] if rows else []
 
 
 def pointing_game(maps: Maps, masks: Masks) -> Floats:
@@ -206,9 +206,10 @@ def _answered(values: Floats, maps: Maps, masks: Masks) -> Floats:
 
 QUESTION = Question(
     Words(
-        title="Does the map look where an annotation says?",
-        how="On patches through which the border of an annotation runs, the map is held against the annotated area.",
-        not_proven="That a map looks right does not say that the model uses it: read it with the first question.",
+        title="Does the map highlight what was annotated?",
+        how="On patches that the border of an annotation crosses, the map is compared with the annotated area.",
+        not_proven="A map that looks right does not prove that the model uses what it shows: read this together with "
+        "faithfulness.",
         source="pointing game: Zhang 2016 (arXiv 1608.00507); mass and rank: Arras 2022 (arXiv 2003.07258)",
     ),
     measure,

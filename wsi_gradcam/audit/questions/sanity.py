@@ -46,7 +46,7 @@ STAYING = 0.25  # of the maps: a quarter that ignores the model is too many; of 
 RARE = 0.02  # an untrained model that is said to have learned something is the worst error of all
 COPIES = "random copies"
 
-STAYING_MAPS = Measure("staying_maps", "maps that stay with random weights", "share")
+STAYING_MAPS = Measure("staying_maps", "maps that stay the same with random weights", "share")
 ANSWER_SPREAD = Measure("answer_spread", "spread of the answers", "logits", of="model")
 RANDOM_ANSWER_SPREAD = Measure(
     "random_answer_spread",
@@ -55,7 +55,7 @@ RANDOM_ANSWER_SPREAD = Measure(
     of=COPIES,
     evidence="spread of the answers with random weights",
 )
-SMOOTHED = Measure("smoothed_spearman", "spearman with all weights random, of averaged maps", "correlation")
+SMOOTHED = Measure("smoothed_spearman", "spearman with all weights random, averaged maps", "correlation")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,15 +221,17 @@ def depends_on_weights(staying: Estimate) -> Verdict:
     Less those that turn into their opposite, see `wsi_gradcam.audit.measures.sanity.staying_maps`: 0 is chance.
     """
     question = "Does the map depend on what the model has learned?"
-    evidence = {"maps that stay": staying}
+    evidence = {"maps that stay the same": staying}
     share = percent(max(0.0, staying.value))
     if staying.low > STAYING:
-        words = f"With random weights {share} of the maps stay, more than chance: they show the picture, not the model."
+        words = (
+            f"With random weights {share} of the maps stay the same beyond chance: they show the image, not the model."
+        )
         return Verdict(question, "fails", words, evidence)
     if staying.high < STAYING:
-        words = f"With random weights maps change; {share} stay, more than chance."
+        words = f"With random weights the maps change; {share} stay the same beyond chance."
         return Verdict(question, "holds", words, evidence)
-    words = f"With random weights about {share} of the maps stay, more than chance."
+    words = f"With random weights about {share} of the maps stay the same beyond chance."
     return Verdict(question, "unclear", words, evidence)
 
 
@@ -241,19 +243,18 @@ def has_learned(spread: float, of_random: ArrayLike, unit: Unit = "patch") -> Ve
         of_random: [draws] the same of its copies with random weights; 49 or more, or nothing can be told.
     """
     units = "patches" if unit == "patch" else "slides"
-    question = f"Has the model learned what tells these {units} apart?"
+    question = f"Has the model learned to tell these {units} apart?"
     others = np.asarray(of_random, np.float64)
     p = float((1 + (others >= spread).sum()) / (1 + len(others)))
     middle = float(np.median(others)) if len(others) else float("nan")
     evidence = {"spread of its answers": spread, "with random weights": middle, "p": p}
     if 1 / (1 + len(others)) > RARE:
-        return Verdict(question, "unclear", f"{len(others)} random copies are too few to tell.", evidence)
+        return Verdict(question, "unclear", f"Too few copies with random weights ({len(others)}) to tell.", evidence)
     if p <= RARE:
-        words = f"Its answers differ from {unit} to {unit} more than those of its copies with random weights."
+        words = f"Its answers vary more from {unit} to {unit} than those of copies with random weights."
         return Verdict(question, "holds", words, evidence)
-    words = (
-        f"Its answers differ no more than those of copies with random weights: it is untrained, or for other {units}."
-    )
+    words = "Its answers vary no more than those of copies with random weights: it is untrained, or made for other"
+    words = f"{words} {units}."
     return Verdict(question, "fails", words, evidence)
 
 
@@ -262,10 +263,10 @@ def figures(metrics: Metrics) -> list[Figure]:
     description = "Likeness of maps to those of the trained model as layers become random, from the head down"
     found: list[Figure] = []
     for name, title, y_name, chance in (
-        ("spearman", "how the maps' ranks agree with the first map", "rank correlation", 0.0),
+        ("spearman", "rank correlation with the trained model's map", "rank correlation", 0.0),
         (
             "resembles",
-            "maps like the first, more than 95 % of its permutations",
+            "maps closer to the trained model's than 95 % of permutations",
             "share of the patches",
             1 - RESEMBLING,
         ),
@@ -283,8 +284,8 @@ def figures(metrics: Metrics) -> list[Figure]:
         if row.measure == STAYING_MAPS.name
     ]
     if rows:
-        axis = "share of maps that stay, less those that turn into their opposite"
-        found.append(IntervalsFigure(rows, axis, "Maps that stay with random weights", reference=STAYING))
+        axis = "share of maps that stay the same, minus those that are inverted"
+        found.append(IntervalsFigure(rows, axis, "Maps that stay the same with random weights", reference=STAYING))
     return found
 
 
@@ -294,18 +295,18 @@ def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
     if found is not None and GUIDED in found.draws:
         return []
     why = "the model has no ReLU, or several layers are explained"
-    return [("guided backpropagation as the control that must fail", why)]
+    return [("guided backpropagation as the negative control", why)]
 
 
 QUESTION = Question(
     Words(
         title="Does the map depend on what the model has learned?",
-        how="The model's weights are made random, and the map is made again. If it stays, it shows the picture and not "
-        "the model. Each random network is joined by its opposite, so that what two networks share by chance is taken "
-        "off. Guided backpropagation, which is known to draw edges whatever a model has learned, stands beside as the "
-        "control that should fail. The model's answers are held against those of random copies, too: if they differ "
-        "no more, it has learned nothing of such patches.",
-        not_proven="It finds maps that ignore the model. It cannot say which of two methods that pass is better.",
+        how="The model's weights are replaced by random ones, and the map is computed again. If it stays the same, it "
+        "shows the image and not the model. Each random network is paired with its opposite, so that agreement by "
+        "chance cancels out. Guided backpropagation, which is known to draw edges whatever a model has learned, is the "
+        "negative control: it should fail. The model's answers are also compared with those of random copies: if they "
+        "vary no more, the model has learned nothing about such patches.",
+        not_proven="The test finds maps that ignore the model. It cannot say which of two methods that pass is better.",
         source="Adebayo 2018 (arXiv 1810.03292); Hedström 2024 (arXiv 2401.06465); that it ranks nothing: Binder 2022 "
         "(arXiv 2211.12486)",
     ),

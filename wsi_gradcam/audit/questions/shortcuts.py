@@ -1,4 +1,4 @@
-"""Does the answer hang on ink, glass, blur, folds or borders? And what is bare glass called?"""
+"""Does the answer depend on ink, glass, blur or patch borders? And what is bare glass called?"""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 GIVEN = " (given)"  # ends the names of suspects that somebody has drawn
-SUSPECT_WORDS = {PEN: "ink", GLASS: "bare glass", BLUR: "what is blurred", BORDER: "the patch's border"}
+SUSPECT_WORDS = {PEN: "ink", GLASS: "bare glass", BLUR: "blurred areas", BORDER: "the patch border"}
 HIDEABLE = (0.02, 0.9)  # shares of a patch between which a suspect can be hidden, with as much elsewhere
 
 SHOWN = Measure("suspect_shown", "patches that show it", "share", of="{suspect}")
-AREA = Measure("suspect_area", "its share of the area", "share", of="{suspect}")
+AREA = Measure("suspect_area", "share of the area", "share", of="{suspect}")
 ATTRIBUTION = Measure(
-    "attribution_on_suspect", "positive attribution on it", "share", of="{suspect}, {method}", against=AREA.what
+    "attribution_on_suspect", "share of the positive attribution", "share", of="{suspect}, {method}", against=AREA.what
 )
-LOGIT_CHANGE = Measure("logit_change", "change of the logit", "logits", "{suspect}", "as much elsewhere")
-CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{suspect}", "as much elsewhere")
+LOGIT_CHANGE = Measure("logit_change", "change of the logit", "logits", "{suspect}", "an equal area elsewhere")
+CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{suspect}", "an equal area elsewhere")
 GLASS_CALLED = Measure(
     "glass_called",
-    "patches of bare glass called so",
+    "bare glass called so",
     "share",
     of="glass, {label}",
-    evidence="patches of bare glass called {label}",
+    evidence="bare glass called {label}",
 )
 
 
@@ -183,13 +183,13 @@ def suspect_words(suspect: str) -> str:
     """Return what a suspect is called in a sentence.
 
     >>> suspect_words("pen"), suspect_words("ruler (given)")
-    ('ink', 'ruler')
+    ('ink', '“ruler”')
     """
-    return SUSPECT_WORDS.get(suspect, suspect.removesuffix(GIVEN))
+    return SUSPECT_WORDS.get(suspect, f"“{suspect.removesuffix(GIVEN)}”")
 
 
 def free_of(suspect: str, drop: Comparison, flips: Comparison, unit: Unit = "patch") -> Verdict:
-    """Return whether the model leaves a suspect region alone: what hiding it does, against equal areas elsewhere.
+    """Return whether the answer is independent of a suspect region: the effect of hiding it, against equal areas.
 
     Args:
         suspect: in words, such as "ink".
@@ -198,36 +198,38 @@ def free_of(suspect: str, drop: Comparison, flips: Comparison, unit: Unit = "pat
         unit: of which it is: a patch in which it is hidden, or a slide from which patches with it are removed.
     """
     units, hiding = ("patches", "hiding") if unit == "patch" else ("slides", "removing")
-    as_much, whose = f"{hiding} as much elsewhere", "" if unit == "patch" else "slide's "
-    question = f"Does the {whose}answer do without {suspect}?"
+    as_much, whose = f"{hiding} an equal area elsewhere", "" if unit == "patch" else "slide's "
+    question = f"Is the {whose}answer independent of {suspect}?"
     evidence = {"change of the logit": drop, "changed answers": flips}
     if flips.p < ALPHA and flips.difference.value > 0:
         share = percent(flips.difference.value)
         words = f"{capitalised(hiding)} {suspect} changes the answer for {share} more of the {units} than {as_much}."
         return Verdict(question, "fails", words, evidence)
     if drop.p < ALPHA and drop.difference.value > 0:
-        words = f"{capitalised(suspect)} moves the logit more than an equal area does, but seldom decides."
+        words = f"{capitalised(hiding)} {suspect} moves the logit more than {as_much}, but seldom changes the answer."
         return Verdict(question, "unclear", words, evidence)
     if drop.difference.patches < ENOUGH:
-        words = f"Only {drop.difference.patches} {units} show {suspect}, and something else as large."
+        words = f"Too few {units} ({drop.difference.patches}) show {suspect} and have an equal area elsewhere."
         return Verdict(question, "unclear", words, evidence)
-    return Verdict(question, "holds", f"{capitalised(hiding)} {suspect} does no more than {as_much}.", evidence)
+    return Verdict(
+        question, "holds", f"{capitalised(hiding)} {suspect} changes the answer no more than {as_much}.", evidence
+    )
 
 
 def quiet_on_glass(name: str, called: Estimate) -> Verdict:
-    """Return whether bare glass is left alone: the share of patches of glass, with grain, that are called `name`.
+    """Return whether bare glass is not called by a class: the share of patches of glass that are called `name`.
 
     Args:
         name: a class of tissue, such as "tumour".
     """
-    question = f"Is bare glass not called {name}?"
+    question = f"Is bare glass called something other than {name}?"
     evidence = {f"glass called {name}": called}
     share = percent(called.value)
     if called.low > HALF:
-        words = f"{share} of patches of bare glass are called {name}: it is what is left by default."
+        words = f"{share} of the patches of bare glass are called {name}: it is the class given by default."
         return Verdict(question, "fails", words, evidence)
     if called.high < HALF:
-        return Verdict(question, "holds", f"{share} of patches of glass are called {name}.", evidence)
+        return Verdict(question, "holds", f"{share} of the patches of bare glass are called {name}.", evidence)
     return Verdict(question, "unclear", f"About half of the patches of bare glass are called {name}.", evidence)
 
 
@@ -250,17 +252,17 @@ def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
     """Return bare glass, where no class is the positive one."""
     if scope.positive:
         return []
-    why = "no class is known to be the positive one; say which with --target"
+    why = "which class is the positive one is not known; name it with --target"
     return [("whether bare glass is called a class of tissue", why)]
 
 
 QUESTION = Question(
     Words(
-        title="Does the answer hang on ink, glass, blur, folds or borders?",
-        how="Attribution on such a place is a correlation. Hiding it is an experiment: if the answer changes more than "
-        "when as much is hidden elsewhere, the place is a cause of the answer.",
+        title="Does the answer depend on ink, glass, blur or patch borders?",
+        how="Attribution on such a region is a correlation. Hiding the region is an experiment: if the answer changes "
+        "more than when an equal area is hidden elsewhere, the region is a cause of the answer.",
         not_proven="Only suspects that are detected or given (--regions) are tested, and detection misses some; folds "
-        "and rulers are not detected. Shortcuts that look like tissue, such as a stain that goes with a hospital, are "
+        "and rulers are not detected. Shortcuts that look like tissue, such as a stain used by one hospital only, are "
         "not among them: compare sites and scanners below.",
         source="a masking intervention with equal-area controls, see wsi_gradcam.audit.measures.shortcuts",
     ),

@@ -1,4 +1,4 @@
-"""Do answer and map survive what slides vary by: noise, stain, JPEG, the grid of patches?"""
+"""Are answer and map stable under what differs between slides: noise, stain, JPEG, the patch grid?"""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ if TYPE_CHECKING:
 CHANGES = ("noise", "stain", "jpeg")
 SHIFT = "shift"
 REPEATS = 2
-OFTEN = 0.05  # of the slides: more answers that change are too many
-CHANGE_WORDS = {"noise": "noise", "stain": "another stain", "jpeg": "JPEG compression", SHIFT: "a shift of the grid"}
+OFTEN = 0.05  # of the slides: if more answers change, they are too many
+CHANGE_WORDS = {
+    "noise": "noise",
+    "stain": "stain variation",
+    "jpeg": "JPEG compression",
+    SHIFT: "a shift of the patch grid",
+}
 
-CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{change}", "noise as strong as it")
+CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{change}", "equally strong noise")
 LOGIT_CHANGE = Measure("logit_change", "change of the logit", "logits", "{change}")
 MAP_CHANGE = Measure("map_change", "change of the map with {change}", "relative")
 MAP_CHANGE_RELATIVE = Measure(
-    "map_change_relative", "change of the map with {change}, over that to another patch", "ratio"
+    "map_change_relative", "change of the map with {change}, relative to another patch's map", "ratio"
 )
 DISAGREEMENT = Measure(
-    "disagreement", "disagreement of overlapping patches, over the size of the map", "ratio", of="{label}"
+    "disagreement", "disagreement of overlapping patches, relative to the map", "ratio", of="{label}"
 )
 
 
@@ -132,7 +137,7 @@ def _add_answers(findings: Findings, change: str, found: Stability) -> None:
     findings.estimate(LOGIT_CHANGE, moved.logit_change, change=change)
     if control is not None:
         flips = findings.compare(CHANGED_ANSWERS, moved.flips, control.flips, change=change, control="equal_noise")
-        verdict = robust_to(CHANGE_WORDS[change], flips, "noise as strong")
+        verdict = robust_to(CHANGE_WORDS[change], flips, "equally strong noise")
         is_finding = verdict.outcome == "fails"
         findings.conclude(change, verdict, flips.p, CHANGED_ANSWERS, is_finding=is_finding, change=change)
 
@@ -150,66 +155,66 @@ def _add_maps(findings: Findings, method: str, change: str, found: Stability) ->
 
 
 def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
-    """Return whether answers survive a change that slides vary by, against a harmless one.
+    """Return whether answers are stable under a change that occurs between slides, against a harmless one.
 
     Args:
         change, control: in words.
         flips: whether the predicted class changes (0 or 1 a patch), against the same with the control.
     """
-    question = f"Does the answer survive {change}?"
+    question = f"Is the answer stable under {change}?"
     evidence = {"changed answers": flips}
     if flips.p < ALPHA and flips.difference.value > 0:
         share = percent(flips.difference.value)
         words = f"{capitalised(change)} changes the answer for {share} more of the patches than {control} does."
         return Verdict(question, "fails", words, evidence)
     if flips.difference.patches < ENOUGH:
-        return Verdict(question, "unclear", f"{flips.difference.patches} patches are too few to tell.", evidence)
+        return Verdict(question, "unclear", f"Too few patches ({flips.difference.patches}) to tell.", evidence)
     words = f"{capitalised(change)} changes the answer no more often than {control} does."
     return Verdict(question, "holds", words, evidence)
 
 
 def steady(change: str, share: Estimate) -> Verdict:
-    """Return whether a map stays when the patch changes: its change, over that to the map of another patch.
+    """Return whether a map is stable when the patch changes: its change, relative to the map of another patch.
 
-    Half as far as to another patch is the bound: what moves farther tells little of this patch.
+    The limit is half of the difference to another patch: a map that changes more says little about this patch.
     """
-    question = f"Does the map survive {change}?"
-    evidence = {"change, over that to another patch": share}
-    moved = f"{capitalised(change)} moves the map {percent(share.value)} as far as another patch would"
+    question = f"Is the map stable under {change}?"
+    evidence = {"change, relative to another patch": share}
+    moved = (
+        f"{capitalised(change)} changes the map by {percent(share.value)} of its difference from another patch's map"
+    )
     if share.high < HALF:
         return Verdict(question, "holds", f"{moved}.", evidence)
     if share.low > HALF:
-        return Verdict(question, "fails", f"{moved}: it tells little of this one.", evidence)
-    words = f"{capitalised(change)} moves the map about half as far as another patch would."
+        return Verdict(question, "fails", f"{moved}: it says little about this patch.", evidence)
+    words = f"{capitalised(change)} changes the map by about half of its difference from another patch's map."
     return Verdict(question, "unclear", words, evidence)
 
 
 def lasting(change: str, flips: Estimate) -> Verdict:
-    """Return whether answers of slides survive a change: the share that does not, against one in twenty."""
-    question = f"Does the slide's answer survive {change}?"
+    """Return whether answers of slides are stable under a change: the share that changes, against one in twenty."""
+    question = f"Is the slide's answer stable under {change}?"
     evidence, share = {"changed answers": flips}, percent(flips.value)
     if flips.low > OFTEN:
         return Verdict(
             question, "fails", f"{capitalised(change)} changes the answer of {share} of the slides.", evidence
         )
     if flips.high <= OFTEN and flips.patches >= ENOUGH:
-        words = f"{capitalised(change)} changes the answer of {share} of the slides, and of 1 in 20 at most."
+        words = f"{capitalised(change)} changes the answer of {share} of the slides, within the limit of 1 in 20."
         return Verdict(question, "holds", words, evidence)
-    words = f"{capitalised(change)} changes the answer of {share} of these slides; more would tell."
+    words = f"{capitalised(change)} changes the answer of {share} of these slides; more slides are needed to tell."
     return Verdict(question, "unclear", words, evidence)
 
 
 def keeps_order(ranks: Estimate) -> Verdict:
-    """Return whether a map stays when features change: its rank correlation with the first, at worst, against 0.5."""
-    question = "Does the map survive noise, rounding, and half of the patches missing?"
-    evidence, told = (
-        {"rank correlation": ranks},
-        f"At worst its ranks correlate by {ranks.value:.2f} with the first map",
-    )
+    """Return whether a map is stable when features change: its worst rank correlation with the first, against 0.5."""
+    question = "Is the map stable under noise, rounding and the loss of half of the patches?"
+    evidence = {"rank correlation": ranks}
+    told = f"At worst, its ranks correlate with those of the original map by {ranks.value:.2f}"
     if ranks.patches > 1 and ranks.low > HALF:
         return Verdict(question, "holds", f"{told}.", evidence)
     if ranks.patches > 1 and ranks.high < HALF:
-        return Verdict(question, "fails", f"{told}: it is of the moment.", evidence)
+        return Verdict(question, "fails", f"{told}: the map is not reproducible.", evidence)
     return Verdict(question, "unclear", f"{told}.", evidence)
 
 
@@ -220,24 +225,25 @@ def figures(metrics: Metrics) -> list[Figure]:
         for row in metrics.estimates
         if row.measure == MAP_CHANGE_RELATIVE.name
     ]
-    axis = "change of the map; 1 is as far as another patch's"
-    return [IntervalsFigure(rows, axis, "How far maps move", reference=HALF, left=0.0)] if rows else []
+    axis = "change of the map; 1: as much as to another patch's map"
+    return [IntervalsFigure(rows, axis, "How much maps change", reference=HALF, left=0.0)] if rows else []
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
     """Return overlapping patches, where a run has none."""
     if scope.overlaps is not False:
         return []
-    return [("where overlapping patches disagree", "the run's patches do not overlap; explain with --overlap 0.5")]
+    return [("where overlapping patches disagree", "the run's patches do not overlap; run explain with --overlap 0.5")]
 
 
 QUESTION = Question(
     Words(
-        title="Do answer and map survive what slides vary by?",
-        how="Each patch is changed a little: noise of a camera, another strength of its stains, JPEG compression, a "
-        "shift of the grid of patches. The change of the map is held against the map of another patch, which is as "
-        "far as a map can reasonably move; the change of the answer against noise that moves pixels as far.",
-        not_proven="Other changes than these, such as another laboratory's staining, may do more.",
+        title="Are answer and map stable under what differs between slides?",
+        how="Each patch is changed slightly: camera noise, stronger or weaker stains, JPEG compression, and a shift of "
+        "the patch grid. The change of the map is compared with the difference from another patch's map, which is as "
+        "much as a map can reasonably change; the change of the answer is compared with that under noise that alters "
+        "the pixels equally strongly.",
+        not_proven="Other changes, such as another laboratory's staining, may have a larger effect.",
         source="Yeh 2019 (arXiv 1901.09392); Tellez 2018 (doi 10.1109/TMI.2018.2820199)",
     ),
     measure,

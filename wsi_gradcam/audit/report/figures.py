@@ -183,7 +183,7 @@ class Example:
         title: which patch it is.
         rgb: uint8 [h, w, 3].
         map: float32 [h, w] of the first method, as heatmaps show it.
-        leaky: the same with a backward that leaks through ReLUs; None where it is not known.
+        leaky: the same with gradients that leak through inactive ReLUs; None where it is not known.
         curves: of deletion and insertion, by the map's name: (deletion [Q], insertion [Q]).
     """
 
@@ -194,11 +194,11 @@ class Example:
     curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
     def pictures(self, scale: float) -> list[Picture]:
-        """Return the patch, its map, and where there is one the map with a leaky backward; `scale` as for `overlay`."""
+        """Return the patch, its map, and where there is one the map with leaky gradients; `scale` as for `overlay`."""
         pictures = [picture(self.rgb, f"{self.title}: the patch")]
         pictures.append(overlay(self.rgb, self.map, scale, f"{self.title}: its map"))
         if self.leaky is not None:
-            pictures.append(overlay(self.rgb, self.leaky, scale, f"{self.title}: its map with a leaky backward"))
+            pictures.append(overlay(self.rgb, self.leaky, scale, f"{self.title}: its map with leaky gradients"))
         return pictures
 
 

@@ -1,4 +1,4 @@
-"""The pages of an audit, of the archive and of each slide: their numbers in words, and what their template is given."""
+"""The pages of an audit, of the archive and of each slide: their numbers in words, and the values of their template."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 OVERVIEW_PX = 1100
 UNITS = {
     "logit": "in logits, as in the heatmap",
-    "drop": "in logits that are lost where the patch is covered",
-    "arbitrary": "in a unit of the method's own",
+    "drop": "in logits lost when the place is covered",
+    "arbitrary": "in the method's own unit",
 }
 BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that say nothing behind a number
 
@@ -71,7 +71,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class ExampleCard:
-    """An example patch: its pictures, of which the last is of a leaky backward if `leaky`, and its curves."""
+    """An example patch: its pictures, of which the last is of leaky gradients if `leaky`, and its curves."""
 
     title: str
     pictures: Sequence[Picture]
@@ -296,7 +296,7 @@ def p_text(p: float) -> str:
 def value(row: EstimateRow) -> str:
     """Return an estimate with its interval, in text."""
     if row.value is None:
-        return "no number"
+        return "no value"
     show = _percent if row.unit == "share" else number
     interval = "" if row.low is None or row.high is None else f" ({show(row.low)} to {show(row.high)})"
     return f"{show(row.value)}{interval}"
@@ -305,7 +305,7 @@ def value(row: EstimateRow) -> str:
 def difference(row: ComparisonRow, units: str = "patches") -> str:
     """Return a difference with its interval and unit, in text."""
     if row.difference is None:
-        return "no number"
+        return "no value"
     if row.unit == "share":
         return f"{_signed(f'{100 * row.difference:+.0f}')} % ({_percent(row.low)} to {_percent(row.high)})"
     better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the {units}"
