@@ -195,7 +195,7 @@ def comparison_row(question: str, measure: Measure, found: Comparison, **keys: U
 
 
 def corrected(conclusions: Sequence[Conclusion]) -> list[VerdictRow]:
-    """Return the verdicts with p corrected over all of them (Holm 1979); a finding that is not significant is unclear."""
+    """Return the verdicts with p corrected over all of them (Holm 1979); a finding without significance is unclear."""
     tested = [i for i, one in enumerate(conclusions) if not np.isnan(one.p)]
     adjusted = dict(zip(tested, holm([conclusions[i].p for i in tested]), strict=True))
     return [_verdict_row(one, adjusted.get(i, float("nan"))) for i, one in enumerate(conclusions)]
