@@ -23,7 +23,14 @@ BELIEVED, NOT_BELIEVED = "can be believed where it is hot", "cannot be believed"
 
 
 def verdict(question: str, outcome: Outcome, **keys: Any) -> VerdictRow:
-    values: dict[str, Any] = {"measures": [], "of": "x", "asked": "?", "words": "Never read.", "p": None, "p_adjusted": None}
+    values: dict[str, Any] = {
+        "measures": [],
+        "of": "x",
+        "asked": "?",
+        "words": "Never read.",
+        "p": None,
+        "p_adjusted": None,
+    }
     return VerdictRow(question=question, outcome=outcome, evidence=[], **values, **keys)
 
 
