@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,16 +109,35 @@ def _joined(spans: list[tuple[float, float]]) -> Iterator[tuple[float, float]]:
         yield at
 
 
+ENTRY = "begin" if hasattr(Explainer, "begin") else "explain"  # older checkouts begin nothing that they do not end
+
+
+@contextmanager
+def replaced(entry: Callable[..., Any]) -> Iterator[None]:
+    """Have models begin to explain by another function."""
+    before = getattr(Explainer, ENTRY)
+    setattr(Explainer, ENTRY, entry)
+    try:
+        yield
+    finally:
+        setattr(Explainer, ENTRY, before)
+
+
 @contextmanager
 def watched() -> Iterator[TimeLine]:
     """Notes when models explain and patches are read."""
-    line, explain, read = TimeLine(), Explainer.explain, read_region
-    Explainer.explain = line.told("model", explain)  # type: ignore[method-assign]
+    line, read = TimeLine(), read_region
+    explain = line.told("model", getattr(Explainer, ENTRY))
+
+    def begin(*arguments: Any, **options: Any) -> Any:
+        begun = explain(*arguments, **options)
+        return line.told("model", begun) if callable(begun) else begun
+
     reading.read_region = line.told("read", read)  # type: ignore[attr-defined]
     try:
-        yield line
+        with replaced(begin):
+            yield line
     finally:
-        Explainer.explain = explain  # type: ignore[method-assign]
         reading.read_region = read  # type: ignore[attr-defined]
 
 
@@ -180,23 +199,27 @@ def waiting_model(rate: float | None) -> Iterator[None]:
 
     Their first call is a real one, and what it returns is returned ever after.
     """
-    explain: Any = Explainer.explain
+    explain: Any = getattr(Explainer, ENTRY)
     known: list[Any] = []
     lock = threading.Lock()
+    free_at = 0.0
 
-    def wait(self: Any, rgb: Any, *arguments: Any, **options: Any) -> Any:
+    def begin(self: Any, rgb: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal free_at
         with lock:
             if not known or len(known[0][0]) < len(rgb):
-                known[:] = [explain(self, rgb, *arguments, **options)]
-            time.sleep(len(rgb) / (rate or math.inf))
+                found = explain(self, rgb, *arguments, **options)
+                known[:] = [found() if callable(found) else found]
+            free_at = done_at = max(free_at, time.perf_counter()) + len(rgb) / (rate or math.inf)
+
+        def wait() -> Any:
+            time.sleep(max(0.0, done_at - time.perf_counter()))
             return tuple(part[: len(rgb)] for part in known[0])
 
-    if rate is not None:
-        Explainer.explain = wait  # type: ignore[method-assign]
-    try:
+        return wait if ENTRY == "begin" else wait()
+
+    with replaced(begin) if rate is not None else nullcontext():
         yield
-    finally:
-        Explainer.explain = explain  # type: ignore[method-assign]
 
 
 def prepare(folder: Path, side: int, ratio: float, settings: Settings) -> Work:

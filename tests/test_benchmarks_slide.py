@@ -30,24 +30,41 @@ def test_a_slide_at_half_of_its_resolution_against_a_device_of_a_known_rate(caps
 
 
 def test_a_model_that_waits_returns_what_it_did_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which patches were given to it: one batch after the other."""
     calls: list[int] = []
 
-    def explain(self: object, rgb: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def begin(self: object, rgb: np.ndarray[Any, Any]) -> Any:
         calls.append(len(rgb))
-        return rgb, -rgb
+        return lambda: (rgb, -rgb)
 
-    monkeypatch.setattr(Explainer, "explain", explain)
+    monkeypatch.setattr(Explainer, "begin", begin)
     call: Any
     with slide.waiting_model(100):
-        call = Explainer.explain
-        first, rgb = call(None, np.arange(10)), np.arange(10, 14)
+        call = Explainer.begin
+        first = call(None, np.arange(10))()
         started = time.perf_counter()
-        again = call(None, rgb)
-        assert time.perf_counter() - started >= 0.04
+        begun = [call(None, np.arange(10, 14)) for _ in range(3)]
+        assert time.perf_counter() - started < 0.04
+        again = begun[2]()
+        assert time.perf_counter() - started >= 0.12
     assert calls == [10]
     np.testing.assert_array_equal(again[1], first[1][:4])
-    call = Explainer.explain
-    assert call is explain
+    call = Explainer.begin
+    assert call is begin
+
+
+def test_the_times_of_the_model_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(self: object) -> Any:
+        time.sleep(0.02)
+        return lambda: time.sleep(0.03)
+
+    monkeypatch.setattr(Explainer, "begin", begin)
+    call: Any
+    with slide.watched() as line:
+        call = Explainer.begin
+        call(None)()
+    assert line.summary()["model_busy_s"] >= 0.05
+    assert len(line.model) == 2
 
 
 @pytest.mark.slow
