@@ -18,7 +18,7 @@ COPY wsi_gradcam ./wsi_gradcam
 RUN apt-get update && apt-get install -y --no-install-recommends npm \
  && if [ -z "$TORCH_INDEX" ]; then apt-get install -y --no-install-recommends gcc libc6-dev && apt-mark manual gcc libc6-dev; fi \
  && grep -vE '^(torch|torchvision|nvidia-|cuda-|triton)' constraints.txt > without-torch.txt \
- && pip install -c without-torch.txt ".[fast${TORCH_INDEX:+,engines}]" \
+ && pip install -c without-torch.txt ".[cluster,fast,features,remote,timm,viewer,xarray${TORCH_INDEX:+,engines}]" \
  && apt-get purge -y npm && apt-get autoremove -y && rm -rf /var/lib/apt/lists/*
 
 # A number, as Kubernetes sees from it alone that the user is not root.

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -94,11 +95,16 @@ def test_versions_are_compared_with_what_the_package_asks_for(
     assert (found.status, found.mend) == (status, mend)
 
 
-def test_openvino_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", environment.OPTIONAL)
+def test_packages_of_extras_may_be_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "version_of", lambda name: None)
-    (found,) = checks._package("openvino")
+    (found,) = checks._package(name)
+    extra, needed_for = environment.OPTIONAL[name]
     assert found.status == OK
-    assert found.mend.startswith("pip install 'openvino>=")
+    assert found.found == f"not installed; {needed_for}"
+    assert found.mend == f"pip install 'wsi-gradcam[{extra}]', if you want it"
+    brought = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert any(requirement.startswith(f"{name}>=") for requirement in brought[extra])
 
 
 def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ EXPECTED = {
     "WorkerError": RuntimeError,
     "DeviceError": RuntimeError,
     "SlideMemoryError": RuntimeError,
+    "MissingExtraError": ImportError,
     "StoppedError": RuntimeError,
 }
 

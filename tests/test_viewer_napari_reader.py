@@ -163,12 +163,12 @@ print(json.dumps({"names": [layer.name for layer in layers], "centres": found}))
 def in_napari(script: str, *arguments: Path) -> Any:
     """What a script that runs where napari is prints last, as JSON.
 
-    That is with the extra `viewers`, or in NAPARI_PYTHON, a Python of another environment that has all we need.
+    That is with the extra `napari`, or in NAPARI_PYTHON, a Python of another environment that has all we need.
     """
     python = os.environ.get("NAPARI_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import napari, napari_ome_zarr"], capture_output=True, check=False).returncode:
         assert "NAPARI_PYTHON" not in os.environ, "napari is not there, as `make test` would have it"
-        pytest.skip("needs napari: pip install '.[viewers]', or NAPARI_PYTHON")
+        pytest.skip("needs napari: pip install '.[napari]', or NAPARI_PYTHON")
     done = subprocess.run(
         [python, "-c", script, *map(str, arguments)],
         cwd=ROOT,

@@ -135,8 +135,37 @@ class DeviceError(WorkerError):
     """A GPU that this process can use no more, whatever it is asked: the process must end, and no slide is at fault."""
 
 
+class MissingExtraError(WsiGradcamError, ImportError):
+    """A package that only some tasks need, and that is not installed; the message names the extra that brings it."""
+
+
 class StoppedError(WsiGradcamError, RuntimeError):
     """The run was told to stop before all was done."""
+
+
+@contextmanager
+def from_extra(extra: str, what: str) -> Iterator[None]:
+    """Import packages of an extra, as a context; `what` is what needs them.
+
+    >>> try:
+    ...     with from_extra("viewer", "view"):
+    ...         import no_such_package
+    ... except MissingExtraError as error:
+    ...     print(error)
+    view needs no_such_package, which is not installed: pip install 'wsi-gradcam[viewer]'
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        if package == __package__:
+            raise
+        raise MissingExtraError(
+            f"{what} needs {package}, which is not installed: pip install 'wsi-gradcam[{extra}]'"
+        ) from error
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

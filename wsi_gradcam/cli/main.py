@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
 from wsi_gradcam.cli import PrintableFormatter, Streams, flags, leave, say
-from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, one_line, printable
+from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, from_extra, one_line, printable
 from wsi_gradcam.system.isolation import STOP, supervise
 
 if TYPE_CHECKING:
@@ -310,7 +310,8 @@ def _parse_window(text: str) -> tuple[float, float]:
 
 
 def _view(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.viewer.app import view
+    with from_extra("viewer", "wsi-gradcam view"):
+        from wsi_gradcam.viewer.app import view
 
     view(
         arguments.out,

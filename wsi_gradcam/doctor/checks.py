@@ -36,7 +36,7 @@ from wsi_gradcam.doctor.environment import (
     run_check,
     version_of,
 )
-from wsi_gradcam.errors import StoreError, WorkerError, one_line
+from wsi_gradcam.errors import StoreError, WorkerError, from_extra, one_line
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.io.paths import StoragePath
 from wsi_gradcam.system.processes import cores
@@ -89,7 +89,8 @@ def _package(name: str) -> Iterator[Check]:
     found, required = version_of(name), _required(name)
     wanted = f"pip install '{name}{required}'"
     if found is None and name in OPTIONAL:
-        yield Check(name, OK, "not installed; it makes networks faster on CPUs", f"{wanted}, if you want it")
+        extra, needed_for = OPTIONAL[name]
+        yield Check(name, OK, f"not installed; {needed_for}", f"pip install '{PROGRAM}[{extra}]', if you want it")
     elif found is None:
         yield Check(name, FAIL, "not installed", wanted)
     elif found not in required:
@@ -344,7 +345,8 @@ def _space(folder: Path) -> Check:
 
 def check_workers(scheduler: str, out: StoragePath | None, spec: AnySpec | None) -> Iterator[Check]:
     """Check the workers of a scheduler, also with the folder of the results and a model."""
-    from wsi_gradcam.executors.dask import ask_workers
+    with from_extra("cluster", "--scheduler"):
+        from wsi_gradcam.executors.dask import ask_workers
 
     token = uuid.uuid4().hex
     with _probe(out, token) as probe:

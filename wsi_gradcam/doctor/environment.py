@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 PROGRAM = "wsi-gradcam"
 # Packages that values and messages between processes depend on.
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "openslide-python",
-    "openslide-bin",
-    "tifffile",
-    "imagecodecs",
-    "zarr",
-    "dask",
-    "distributed",
-    "obstore",
-)
-OPTIONAL = ("openvino",)
+PACKAGES = ("torch", "numpy", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "zarr")
+# And those of extras: the extra, and what cannot be done without it.
+OPTIONAL = {
+    "dask": ("cluster", "--workers, --scheduler and --device cuda need it"),
+    "distributed": ("cluster", "--workers, --scheduler and --device cuda need it"),
+    "timm": ("timm", "models of timm need it"),
+    "torchvision": ("timm", "models of torchvision need it"),
+    "transformers": ("hf", "Hugging Face folders of transformers need it"),
+    "h5py": ("features", "features in HDF5 need it"),
+    "obstore": ("remote", "s3:// and https:// need it"),
+    "uvicorn": ("viewer", "wsi-gradcam view needs it"),
+    "xarray": ("xarray", "heatmaps in Python need it"),
+    "openvino": ("engines", "it makes networks faster on CPUs"),
+    "numba": ("fast", "it makes slides faster to read"),
+}
 LOW_PRECISION = ("avx512_bf16", "amx_bf16", "amx_fp16")  # flags of processors
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.errors import ConfigError, from_extra
 
 if TYPE_CHECKING:
     from wsi_gradcam.models.load import Model
@@ -44,6 +44,7 @@ def open_executor(
 
     Raises:
         ConfigError: two places are given, or a loaded model for another process.
+        MissingExtraError: Dask is not installed.
         WorkerError: no scheduler answers, or no worker comes.
     """
     check_workers(workers, scheduler)
@@ -63,7 +64,8 @@ def open_executor(
             torch.set_num_threads(settings.torch_threads)
         yield SerialExecutor(loaded)
     else:
-        from wsi_gradcam.executors.dask import DaskExecutor
+        with from_extra("cluster", "work on other processes (--workers, --scheduler, --device cuda)"):
+            from wsi_gradcam.executors.dask import DaskExecutor
 
         executor = DaskExecutor(workers, scheduler, settings.torch_threads, settings.device, wait_s)
         try:

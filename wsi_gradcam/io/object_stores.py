@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
-from wsi_gradcam.errors import StoreError
+from wsi_gradcam.errors import MissingExtraError, StoreError, from_extra
 from wsi_gradcam.io.urls import closed_proxy, find_route, split_url
 
 if TYPE_CHECKING:
@@ -56,7 +56,13 @@ class Failure(Enum):
 
 
 def classify(error: BaseException) -> Failure:
-    """Return the kind of an error that obstore has raised."""
+    """Return the kind of an error that obstore has raised.
+
+    Raises:
+        MissingExtraError: the error, where obstore is not installed.
+    """
+    if isinstance(error, MissingExtraError):
+        raise error
     from obstore import exceptions
 
     kinds = {
@@ -153,7 +159,8 @@ def s3_store(bucket: str, prefix: str | None = None, patience_s: float | None = 
 
     Where it is not `signed`, the bucket is asked without the user's credentials.
     """
-    from obstore.store import S3Store
+    with from_extra("remote", "s3://"):
+        from obstore.store import S3Store
 
     # Set by the user, and other tools take that for permission.
     plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
@@ -173,7 +180,8 @@ def web_store(url: str, names: Sequence[str] = ("",)) -> HTTPStore:
         ValueError: not a valid URL.
         RouteError: the server, or one that it redirects to, is not to be asked.
     """
-    from obstore.store import HTTPStore
+    with from_extra("remote", "https://"):
+        from obstore.store import HTTPStore
 
     route = find_route(url, names, PATIENCE_S / 6)
     scheme, host, _ = split_url(route.url)

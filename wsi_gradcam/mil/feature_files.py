@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.errors import ConfigError, DocumentError, FeatureError, is_out_of_memory, one_line
+from wsi_gradcam.errors import (
+    ConfigError,
+    DocumentError,
+    FeatureError,
+    MissingExtraError,
+    from_extra,
+    is_out_of_memory,
+    one_line,
+)
 from wsi_gradcam.io.documents import MAX_BYTES, open_zip, read_json
 from wsi_gradcam.io.local import check_regular, read_file
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
@@ -189,7 +197,7 @@ def _look(path: Path, slide: SlideFrame, settled: Settled, opened: ExitStack) ->
             parts = [_Part(path, torch_rows(path))]
         else:
             parts = [_look_numpy(path, opened)]
-    except FeatureError:
+    except (FeatureError, MissingExtraError):
         raise
     except DocumentError as error:
         raise FeatureError(f"{path}: what stands beside it cannot be read: {one_line(error)}") from error
@@ -204,7 +212,8 @@ def _look(path: Path, slide: SlideFrame, settled: Settled, opened: ExitStack) ->
 
 
 def _look_h5(path: Path, slide: SlideFrame, opened: ExitStack) -> Iterator[_Part]:
-    import h5py
+    with from_extra("features", f"{path}: HDF5"):
+        import h5py
 
     file = h5py.File(path, "r", locking=False)
     opened.callback(file.close)
@@ -466,7 +475,8 @@ def _write(
     real: np.dtype[Any],
     marks: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    import h5py
+    with from_extra("features", f"{place}: HDF5"):
+        import h5py
 
     count, dimensions = features.shape
     with tempfile.TemporaryFile() as scratch:  # HDF5 goes back and forth in it

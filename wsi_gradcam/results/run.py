@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ResultError, UnknownNameError, as_text, picked
+from wsi_gradcam.errors import ResultError, UnknownNameError, as_text, from_extra, picked
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.display import ChannelInfo, Progress, at_index, run_windows, suggest_names
@@ -98,7 +98,8 @@ class Result:
 
         All of it is in memory: a million patches of ten classes take some 200 MB.
         """
-        import pandas as pd
+        with from_extra("xarray", "patches"):
+            import pandas as pd
 
         frames = {slide.id: slide.patches for slide in self if slide.is_finished}
         if not frames:

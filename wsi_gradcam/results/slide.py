@@ -17,6 +17,7 @@ from wsi_gradcam.errors import (
     StoreError,
     UnknownNameError,
     as_path,
+    from_extra,
 )
 from wsi_gradcam.io.urls import as_listed, host_of_url, is_url, redact_url, split_url
 from wsi_gradcam.io.zarr_stores import telling_damage
@@ -206,13 +207,15 @@ class SlideResult:
         in micrometres: `heatmap("tumour").sel(y=slice(0, 4096))`. Where nothing was explained it is 0, with `masked`
         NaN.
         """
-        from wsi_gradcam.results.lazy import lazy_channel  # not above: dask and xarray
+        with from_extra("xarray", "heatmap"):
+            from wsi_gradcam.results.lazy import lazy_channel  # not above: dask and xarray
 
         return lazy_channel(self.store, self.plan, self._level(level), self.channel(channel), masked=masked)
 
     def coverage(self, level: int = 0) -> xr.DataArray:
         """Return the coverage label as a lazy array, uint8 [y, x], with coordinates as in `heatmap`."""
-        from wsi_gradcam.results.lazy import lazy_coverage
+        with from_extra("xarray", "coverage"):
+            from wsi_gradcam.results.lazy import lazy_coverage
 
         return lazy_coverage(self.store, self.plan, self._level(level))
 
@@ -237,7 +240,8 @@ class SlideResult:
     @property
     def patches(self) -> pd.DataFrame:
         """A row a patch, see `results.table.write_table` for the columns; the index is the patch's number."""
-        frame: pd.DataFrame = self.table().to_pandas(use_threads=False)
+        with from_extra("xarray", "patches"):
+            frame: pd.DataFrame = self.table().to_pandas(use_threads=False)
         return frame.rename_axis("patch")
 
     @property
@@ -296,7 +300,8 @@ class SlideResult:
         return self._bag("coefficients", "logit")
 
     def _bag(self, name: str, units: str) -> xr.DataArray:
-        from wsi_gradcam.results.lazy import lazy_bag
+        with from_extra("xarray", name):
+            from wsi_gradcam.results.lazy import lazy_bag
 
         if not self.is_finished:
             raise ResultError(f"{self.id}: is {self.status}, there is no bag yet; run explain again to finish")

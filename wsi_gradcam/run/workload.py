@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, ClassVar
 
-from wsi_gradcam.errors import StoppedError, StoreError, WorkerError, one_line
+from wsi_gradcam.errors import MissingExtraError, StoppedError, StoreError, WorkerError, one_line
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run.bags import aggregate_bag, answer_span, encode_span, finish_encoding, import_span
 from wsi_gradcam.run.failures import is_lasting
@@ -126,7 +126,7 @@ def failed_record(slide: SlideEntry, error: Exception, seconds: float) -> SlideR
     """
     if isinstance(error, FatalError):  # raised by an observer
         raise error
-    if isinstance(error, StoppedError | StoreError | WorkerError):
+    if isinstance(error, StoppedError | StoreError | WorkerError | MissingExtraError):
         raise FatalError(error) from error
     return SlideRecord(slide, SlideStatus.FAILED, one_line(error), 0, 0, seconds, lasting=is_lasting(error))
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_gradcam.errors import DocumentError, ModelError, one_line, quoted
+from wsi_gradcam.errors import DocumentError, ModelError, from_extra, one_line, quoted
 from wsi_gradcam.io.documents import MAX_BYTES, read_json
 from wsi_gradcam.io.local import read_file
 from wsi_gradcam.models.sources import Built, load_weights
@@ -147,7 +147,8 @@ def _check_size(build: Callable[[], torch.nn.Module], folder: Path, spec: ModelS
 
 
 def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
-    import timm
+    with from_extra("timm", spec.source):
+        import timm
 
     cfg = config.get("pretrained_cfg", config)
     arguments = {**config.get("model_args", {}), "num_classes": config.get("num_classes", cfg.get("num_classes"))}
@@ -258,12 +259,9 @@ def _build_transformers(folder: Path, config: dict[str, Any], spec: ModelSpec) -
 
 
 def _import(spec: ModelSpec) -> Any:
-    try:
+    with from_extra("hf", spec.source):
         import transformers
-    except ImportError as error:
-        raise ModelError(
-            f"{spec.source}: needs the package transformers; install it with: pip install 'wsi-gradcam[hf]'"
-        ) from error
+
     return transformers
 
 

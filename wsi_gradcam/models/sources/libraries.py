@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ModelError, did_you_mean
+from wsi_gradcam.errors import ModelError, did_you_mean, from_extra
 from wsi_gradcam.io.urls import allowed_hosts, refusal
 from wsi_gradcam.models.sources import Built
 
@@ -25,7 +25,8 @@ def build_timm(spec: ModelSpec) -> Built:
     Raises:
         ModelError: timm has no such model, or its published weights cannot be had.
     """
-    import timm
+    with from_extra("timm", spec.source):
+        import timm
 
     name = spec.argument
     if not timm.is_model(name.split(".")[0]):
@@ -95,7 +96,9 @@ def build_torchvision(spec: ModelSpec) -> Built:
         ModelError: torchvision has no such classifier, or its published weights cannot be had.
     """
     from torch.hub import get_dir
-    from torchvision.models import get_model, get_model_weights, list_models
+
+    with from_extra("timm", spec.source):
+        from torchvision.models import get_model, get_model_weights, list_models
 
     name = spec.argument
     try:
