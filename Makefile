@@ -5,7 +5,7 @@ SLIDE ?=
 OUT ?= demo-output
 JOBS ?= 2
 
-.PHONY: help venv browser demo test test-s3 coverage check docs format proofs clean
+.PHONY: help venv browser demo test test-s3 coverage check docs dist wheel lowest format proofs clean
 
 help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
@@ -14,6 +14,9 @@ help:
 	@echo "make coverage           the tests, and which lines they reach (at least 90 %)"
 	@echo "make check              format, lint, types, tests (what CI runs)"
 	@echo "make docs               the site of the documentation, into site/; fails where a link leads nowhere"
+	@echo "make dist               sdist and wheel, into dist/, and a look at their metadata"
+	@echo "make wheel              the demo of that wheel in an empty environment (6 GB)"
+	@echo "make lowest             some tests with the lowest versions of packages that are allowed (6 GB)"
 	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, ten thousand damaged slides,"
 	@echo "                        and how often the audit tells planted truths"
 
@@ -85,12 +88,25 @@ docs: venv
 	$(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
 
+dist: venv
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+# For another Python: .venv/bin/nox --session wheel-3.13, or tests-3.13.
+wheel: dist
+	$(BIN)/nox --session wheel-3.11; status=$$?; rm -rf .nox; exit $$status
+
+lowest: venv
+	$(BIN)/nox --session lowest; status=$$?; rm -rf .nox; exit $$status
+
 format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 proofs: coverage
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
+	$(MAKE) wheel lowest
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -m tests.fuzz --cases 10000
 	$(BIN)/python -m tests.chaos --kills 30
@@ -101,4 +117,4 @@ proofs: coverage
 	done; done
 
 clean:
-	rm -rf .venv .venv-napari demo-output site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-napari .nox demo-output dist site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -164,9 +164,17 @@ def test_what_needs_an_extra_names_it_in_one_line(refused: dict[str, tuple[Any, 
 
 
 def test_all_and_dev_bring_every_extra() -> None:
-    apart = {"all", "bench", "dev", "docs", "napari", "test"}  # napari brings Qt; the others are for developers
+    apart = {
+        "all",
+        "bench",
+        "dev",
+        "docs",
+        "napari",
+        "release",
+        "test",
+    }  # napari brings Qt; the others are for developers
     assert set(IN_ALL) == EXTRAS.keys() - apart
-    assert EXTRAS["dev"][0] == "wsi-gradcam[all,bench,docs,test]"
+    assert EXTRAS["dev"][0] == "wsi-gradcam[all,bench,docs,release,test]"
 
 
 def test_no_extra_brings_what_is_there_anyway() -> None:

@@ -1,0 +1,82 @@
+"""Environments besides `.venv`: other versions of Python, the lowest versions of packages, and the wheel alone.
+
+    .venv/bin/nox --session wheel                  # dist/*.whl in an empty environment: the demo, outside the checkout
+    .venv/bin/nox --session tests-3.13             # the tests under another Python, which must be installed
+    .venv/bin/nox --session lowest                 # the lowest versions that pyproject.toml allows
+
+An environment is some 6 GB below .nox, mostly CUDA: remove it afterwards. `make wheel` and `make lowest` do.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+# What says most of the packages below: reading, explaining, stitching, storing, validating, and what is drawn.
+SHORT = [
+    "tests/test_end_to_end.py",
+    "tests/test_slides.py",
+    "tests/test_cam_methods.py",
+    "tests/test_results_heatmap.py",
+]
+nox.options.sessions = ["wheel"]
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests, or those that are named behind --, with the newest versions that pip finds for this Python."""
+    session.install("--editable", ".[all,bench,test]")
+    session.run("python", "-m", "pytest", "--no-cov", "-n", "2", "--dist", "worksteal", *session.posargs)
+
+
+@nox.session(python="3.11")
+def lowest(session: nox.Session) -> None:
+    """Run a short part of the tests with the lowest versions that `pyproject.toml` allows of what `explain` needs."""
+    bounds = Path(session.create_tmp()) / "lowest.txt"
+    bounds.write_text("\n".join(map(lowest_of, PROJECT["dependencies"])) + "\n", encoding="utf-8")
+    session.install("--constraint", str(bounds), "--editable", ".[test,timm]")
+    session.run("python", "-W", "ignore", "-m", "pytest", "--no-cov", "-W", "ignore", *(session.posargs or SHORT))
+
+
+def lowest_of(requirement: str) -> str:
+    """Return the requirement of the lowest release that another allows, and of its patches.
+
+    >>> lowest_of("torch>=2.6"), lowest_of("openslide-bin>=4.0.0.6")
+    ('torch==2.6.*', 'openslide-bin==4.0.0.6')
+    """
+    name, version = re.split(">=", requirement)
+    return f"{name}=={version}" if version.count(".") > 1 else f"{name}=={version}.*"
+
+
+@nox.session(python=PYTHONS)
+def wheel(session: nox.Session) -> None:
+    """Install the wheel of `make dist` into an empty environment, and run its demo outside the checkout."""
+    (made,) = (ROOT / "dist").glob("*.whl")
+    started = time.monotonic()
+    session.install("--constraint", "constraints.txt", str(made))
+    session.log(f"installed in {time.monotonic() - started:.0f} s, {_megabytes(Path(session.virtualenv.location))} MB")
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder / "demo", ignore_errors=True)
+    with session.chdir(folder):
+        started = time.monotonic()
+        session.run("python", "-m", "pip", "check")
+        session.run("wsi-gradcam", "demo", "--out", "demo", env={"PYTHONPATH": ""})
+        session.log(f"the demo took {time.monotonic() - started:.0f} s")
+        (results,) = (path.parent for path in folder.glob("demo/*/run.yaml"))
+        session.run("wsi-gradcam", "validate", str(results))
+        missing = session.run("wsi-gradcam", "view", str(results), success_codes=[2], silent=True)
+        assert isinstance(missing, str)
+        assert "pip install 'wsi-gradcam[viewer]'" in missing
+
+
+def _megabytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) // 10**6
