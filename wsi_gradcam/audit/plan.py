@@ -35,39 +35,45 @@ DEEP_SHARE = 10
 class AuditSettings:
     """The settings of an audit. Each field is a flag of `wsi-gradcam audit`, and its description the flag's help."""
 
-    patches: Annotated[int, Field(description="about so many of all slides together")] = PATCHES
-    seed: Annotated[int, Field(description="of the sample and of all random numbers")] = 0
+    patches: Annotated[int, Field(description="approximate number of patches, over all slides")] = PATCHES
+    seed: Annotated[int, Field(description="seed of the sample and all random numbers")] = 0
     only: Annotated[
         tuple[str, ...],
         Field(
-            description=f"ask only some of {', '.join(QUESTIONS)}; of slide-level models {', '.join(BAG_QUESTIONS)} "
+            description=f"ask only some of {', '.join(QUESTIONS)}; for slide-level models {', '.join(BAG_QUESTIONS)} "
             "(default: all)"
         ),
     ] = tuple(QUESTIONS)
     target: Annotated[
         str,
         Field(
-            description="which of the run's targets is audited (default: each patch's predicted class where that was "
-            "explained, else the first)"
+            description="which of the run's targets to audit (default: each patch's predicted class if all classes "
+            "were explained, else the first target)"
         ),
     ] = ""
     annotations: Annotated[
-        Path | None, Field(description="a file, or a folder with one a slide, of areas that show the target's class")
+        Path | None,
+        Field(description="areas that show the target's class: a file, or a folder with one file per slide"),
     ] = None
-    include: Annotated[tuple[str, ...], Field(description="classes of `annotations` that count (default: all)")] = ()
+    include: Annotated[
+        tuple[str, ...], Field(description="annotation classes of `annotations` to use (default: all)")
+    ] = ()
     regions: Annotated[
         Path | None,
-        Field(description="as `annotations`, of what should not decide: rulers, folds, pen; a suspect for each class"),
+        Field(
+            description="the same for regions that should not decide, such as rulers, folds and pen; each class is "
+            "tested"
+        ),
     ] = None
     mask_frame: Annotated[
         Frame,
         Field(
-            description="what both were drawn on: the whole slide, or its scanned part; auto: where they lie on "
-            "tissue, refused where both could be"
+            description="what both were drawn on: the whole slide, or its scanned part; auto: whichever places them on "
+            "tissue, refused if both could"
         ),
     ] = "auto"
 
-    slides: Annotated[int, Field(description="of slide-level models, whose unit is the slide: about so many")] = SLIDES
+    slides: Annotated[int, Field(description="for slide-level models: approximate number of slides")] = SLIDES
 
     def __post_init__(self) -> None:
         for name in ("patches", "slides"):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.system.confinement import Limits
 
+    Adding = argparse._ActionsContainer  # a parser, or a group of its flags
+
 # Keys of a config file besides the settings: the type of their values, and how error messages name it.
 PATTERNS = (list, "a pattern or a list of patterns")
 RUN_KEYS: Mapping[str, tuple[type, str]] = {
@@ -49,8 +51,39 @@ NOT_OF_ENCODING = (
     "feature_name",
     "window",
 )
+# The settings by what they are about, common ones first: groups of the help of `explain` and of commands like it. What
+# is in none comes with the rest.
+WHAT, HOW, SLIDE_LEVEL, READING = "what to explain", "how to explain it", "slide-level models", "how slides are read"
+WHERE, RESUME, REST = "where to run", "resuming and output", "other settings"
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    WHAT: ("target", "mask", "include", "exclude", "mask_frame", "tissue", "min_tissue", "outlines"),
+    HOW: (
+        *("method", "layer", "overlap", "stride_px", "patch_mpp", "patch_px", "allow_upsampling"),
+        *("heatmap_stride", "window"),
+    ),
+    SLIDE_LEVEL: (
+        *("bag_method", "bag_baseline", "features", "feature_name", "feature_patch_um", "feature_unit"),
+        *("feature_axes", "feature_precision"),
+    ),
+    READING: (
+        *("mpp", "replace_mpp", "trust_objective", "reader", "channels", "decode", "max_unreadable"),
+        *("allow_hosts", "isolate", "isolate_memory", "isolate_seconds"),
+    ),
+    WHERE: ("device", "engine", "precision", "batch_size", "span_patches", "reader_threads", "torch_threads"),
+}
+METAVARS = {int: "N", float: "NUMBER", Path: "PATH"}
 MASK_SETTINGS = ("mpp", "replace_mpp", "tissue", "mask", "include", "exclude", "mask_frame")
 ISOLATION = ("isolate", "isolate_memory", "isolate_seconds")
+FORMS = {
+    "mpp": "MPP",
+    "patch_px": "PX",
+    "channels": "R,G,B",
+    "batch_size": "N",
+    "device": "DEVICE",
+    "method": "NAME[,..]",
+    "bag_method": "NAME[,..]",
+    "only": "QUESTION[,..]",
+}
 EXAMPLES = {int: "224", float: "0.25"}
 TRUST = "WSI_GRADCAM_TRUST_CODE"  # "1" in the environment is --trust-code, for scripts that run many commands
 
@@ -58,7 +91,7 @@ TRUST = "WSI_GRADCAM_TRUST_CODE"  # "1" in the environment is --trust-code, for 
 # --- flags from settings ---------------------------------------------------------------------------------------------
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None, prefix: str = "") -> None:
+def add_settings(parser: Adding, names: Iterable[str] | None = None, prefix: str = "") -> None:
     """Add a flag for each field of `Settings`, or for the named ones; `prefix` begins their help."""
     from wsi_gradcam.run.settings import Settings
 
@@ -66,9 +99,14 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
         _add_setting(parser, name, Settings.model_fields[name], prefix)
 
 
-def _add_setting(parser: argparse.ArgumentParser, name: str, field: FieldInfo, prefix: str = "") -> None:
+def _add_setting(parser: Adding, name: str, field: FieldInfo, prefix: str = "") -> None:
     text = prefix + _help(name, field)
     parser.add_argument(f"--{name.replace('_', '-')}", help=text, **_options(name, field))
+
+
+def group(parser: argparse.ArgumentParser, title: str) -> Adding:
+    """Return a group of flags, which the help shows below its title."""
+    return parser.add_argument_group(title)
 
 
 def _help(name: str, field: FieldInfo) -> str:
@@ -90,14 +128,14 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
     if types == [bool]:
         return {"action": "store_true", "default": None}
     if types in ([int], [float]):
-        return {"type": types[0]}
+        return {"type": types[0], "metavar": METAVARS[types[0]]}
     if all(isinstance(choice, str) for choice in types):
         return {"choices": types}
     if _is_repeated(name, field):
         return {"action": "append", "metavar": REPEATED[name]}
     if types == [tuple[str, ...]] and name not in JOINED:
         return {"nargs": "+", "action": "extend", "metavar": "NAME"}
-    return {}
+    return {"metavar": FORMS.get(name) or next((METAVARS[kind] for kind in types if kind in METAVARS), "NAME")}
 
 
 def _is_repeated(name: str, field: FieldInfo) -> bool:
@@ -207,27 +245,48 @@ def _check_type(path: Path, key: str, value: Any) -> Any:
 
 def add_explain(parser: argparse.ArgumentParser, settings: Iterable[str] | None = None) -> None:
     """Add the arguments of `explain`, or with fewer `settings` those of a command like it."""
-    add = parser.add_argument
-    add("slide", nargs="*", help="slides, folders, patterns ('a/**/*.svs'), lists (.csv, .parquet)")
+    wanted = list(_settings() if settings is None else settings)
+    groups = {title: group(parser, title) for title in (WHAT, HOW, SLIDE_LEVEL, READING, WHERE, RESUME, REST)}
+    _add_slides(groups[WHAT])
+    for title, names in GROUPS.items():
+        add_settings(groups[title], [name for name in names if name in wanted])
+        if title == WHAT:
+            _add_patterns(groups[WHAT])
+        if title == HOW:
+            _add_trust(groups[HOW])
+    _add_workers(groups[WHERE], "how long to wait for workers that are missing (default 50)")
+    _add_resume(groups[RESUME], dry_run=settings is None)
+    add_settings(
+        groups[REST], [name for name in wanted if name not in {one for some in GROUPS.values() for one in some}]
+    )
+
+
+def _add_slides(where: Adding) -> None:
+    add = where.add_argument
+    add("slide", nargs="*", help="slides, folders, patterns ('a/**/*.svs') or lists of slides (.csv, .parquet)")
     add(
         "--model",
-        help="model file (.yaml), a bundled name, timm:NAME, torchvision:NAME, module:function, a TorchScript or .pt2 "
-        "file, a WSInfer or Hugging Face folder",
+        help="a model file (.yaml), the name of a bundled model (oral-tumour, ihc-dab), timm:NAME, torchvision:NAME, "
+        "module:function, a TorchScript or .pt2 file, a WSInfer or Hugging Face folder",
     )
-    add("--out", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
-    add_settings(parser, settings)
-    add_patterns = partial(add, nargs="+", action="extend", metavar="PATTERN")
-    add_patterns("--only", help="explain only slides with ids like these: '2023/**'")
-    add_patterns("--skip", help="leave out slides with ids like these: '2023/**'")
-    _add_trust(parser)
-    add("--config", type=Path, help="YAML file with the same names as keys; flags come first")
-    _add_workers(parser, "how long to wait for missing workers (default 50)")
-    if settings is None:
-        add("--dry-run", action="store_true", help="print what would be done, and do nothing")
-    add("--overwrite", action="store_true", help="explain finished slides again, whatever settings --out holds")
+    add("--out", metavar="PATH", help="folder for the results, or s3://BUCKET/KEY; a run there is continued")
+
+
+def _add_patterns(where: Adding) -> None:
+    add = partial(where.add_argument, nargs="+", action="extend", metavar="PATTERN")
+    add("--only", help="only slides whose ids match, such as '2023/**'")
+    add("--skip", help="all slides but those whose ids match")
+
+
+def _add_resume(where: Adding, dry_run: bool) -> None:
+    add = where.add_argument
+    if dry_run:
+        add("--dry-run", action="store_true", help="print what would be done and how long it would take, and stop")
+    add("--overwrite", action="store_true", help="redo finished slides, even if --out has other settings")
     add("--retry-failed", action="store_true", help="try slides again that failed before")
-    add("--log-tasks", action="store_true", help="a line for each task in the log below --out")
-    _add_json(parser)
+    add("--config", type=Path, metavar="FILE", help="YAML file with these names as keys; flags take precedence")
+    add("--log-tasks", action="store_true", help="log a line for each task, in the folder log of --out")
+    _add_json(where)
 
 
 def add_encode(parser: argparse.ArgumentParser) -> None:
@@ -244,28 +303,28 @@ def _settings() -> Iterable[str]:
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `demo`."""
     add = parser.add_argument
-    add("slide", nargs="?", help="an H&E slide of yours; without one, a slide of real tissue is laid out")
+    add("slide", nargs="?", help="an H&E slide of yours; by default, a slide is made from real tissue")
     add(
         "--stain",
         choices=("he", "ihc"),
         default="he",
-        help="the slide that is laid out: H&E with a pathologist's outlines (default), or IHC",
+        help="the slide to make: H&E with pathologists' outlines (default), or IHC",
     )
-    add("--out", default="demo-output", help="folder for the results (default: demo-output)")
-    add("--mpp", type=float, help="the slide's micrometres per pixel, where the file is wrong")
-    add("--workers", type=int, help="number of processes (default: this one)")
+    add("--out", default="demo-output", metavar="PATH", help="folder for the results (default: demo-output)")
+    add("--mpp", type=float, metavar="MPP", help="the slide's micrometres per pixel, if its file is wrong")
+    add("--workers", type=int, metavar="N", help="number of worker processes (default: none, this process works)")
 
 
 def add_validate(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `validate`."""
-    parser.add_argument("out", help="folder that explain made, or s3://BUCKET/KEY")
-    _add_remote_slides(parser)
+    parser.add_argument("out", help="folder of results, or s3://BUCKET/KEY")
     _add_json(parser)
+    _add_remote_slides(parser)
 
 
 def add_status(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `status`."""
-    parser.add_argument("out", help="folder that explain works on")
+    parser.add_argument("out", help="folder that a run or an audit writes to")
     parser.add_argument("--watch", action="store_true", help="print changes until the run ends")
     _add_json(parser)
 
@@ -276,116 +335,132 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
 
     from wsi_gradcam.audit.plan import AuditSettings
 
-    add = parser.add_argument
-    add("out", help="folder that explain made, or s3://BUCKET/KEY; an audit there is continued")
+    what, compared, where = (group(parser, title) for title in ("what to audit", "comparisons and limits", WHERE))
+    what.add_argument("out", help="folder of results, or s3://BUCKET/KEY; an audit there is continued")
     types = get_type_hints(AuditSettings, include_extras=True)
     for field in fields(AuditSettings):
-        _add_setting(parser, field.name, FieldInfo.from_annotated_attribute(types[field.name], field.default))
-    add("--model", help="the run's model, where its files have moved")
-    _add_trust(parser)
-    add("--against", metavar="OUT2", help="compare with the audit of another run, on its patches")
-    _add_remote_slides(parser)
-    add("--fail-on", metavar="QUESTION[,..]|any", help="end with 1 where a verdict on these fails")
-    _add_workers(parser, "as for explain")
-    add("--overwrite", action="store_true", help="measure again, whatever audit there is")
-    _add_json(parser)
+        _add_setting(what, field.name, FieldInfo.from_annotated_attribute(types[field.name], field.default))
+    what.add_argument("--model", help="the run's model, if its files have moved")
+    _add_trust(what)
+    add = compared.add_argument
+    add("--against", metavar="OUT2", help="compare with the audit of another run, on the patches of that audit")
+    add("--fail-on", metavar="QUESTION[,..]|any", help="exit with status 1 if a verdict on one of these fails")
+    _add_workers(where, "as for explain")
+    _add_remote_slides(group(parser, READING))
+    resume = group(parser, RESUME)
+    resume.add_argument("--overwrite", action="store_true", help="measure again, even if the audit has other settings")
+    _add_json(resume)
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
-    add = parser.add_argument
-    add("out", help="folder that explain made")
+    what, how, rest = (group(parser, title) for title in ("what to export", "how values are shown", "files"))
     formats = (
         "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, qupath, png, deepzoom, trident, clam; "
-        "docs/exports.md says which for what"
+        "docs/exports.md says which is for what"
     )
-    add("--to", required=True, metavar="FORMAT", help=formats)
-    add("--dest", help="folder for the files (default: OUT/exports)")
-    add("--slide", nargs="+", action="extend", default=[], metavar="ID", help="default: all")
-    channels = 'labels such as "gradcam: tumour", or classes (default: all; of pictures and regions, the first)'
-    add("--channel", nargs="+", action="extend", metavar="NAME", help=channels)
-    add("--colormap", help="a colour map of matplotlib (default inferno); gray: one sample")
-    add("--window", help="values that colour runs between: run (default), slide, or LOW,HIGH")
-    add("--threshold", type=float, help="show values from this on; regions: default middle of window")
-    add("--alpha", type=float, help="opacity over the slide (default 0.6)")
-    add("--size", type=int, help="longest side of a PNG in pixels (default 2000)")
-    add("--frame", choices=("bounds", "slide"), help="of GeoJSON: the scanned part, as QuPath's (default), or all")
-    add("--overwrite", action="store_true", default=None, help="replace files that exist")
-    _add_remote_slides(parser)
-    _add_json(parser)
+    what.add_argument("out", help="folder of results")
+    what.add_argument("--to", required=True, metavar="FORMAT", help=formats)
+    what.add_argument(
+        "--slide", nargs="+", action="extend", default=[], metavar="ID", help="ids of slides (default: all)"
+    )
+    channels = 'labels such as "gradcam: tumour", or classes (default: all; for pictures and regions, the first)'
+    what.add_argument("--channel", nargs="+", action="extend", metavar="NAME", help=channels)
+    add = how.add_argument
+    add("--window", help="values between which the colours run: run (default), slide, or LOW,HIGH")
+    add(
+        "--threshold",
+        type=float,
+        metavar="VALUE",
+        help="show values from here on; for regions, the middle of the window",
+    )
+    add("--colormap", metavar="NAME", help="a colour map of matplotlib (default inferno); gray has a single channel")
+    add("--alpha", type=float, metavar="0..1", help="opacity over the slide (default 0.6)")
+    add("--size", type=int, metavar="PX", help="longest side of a PNG in pixels (default 2000)")
+    add(
+        "--frame",
+        choices=("bounds", "slide"),
+        help="of GeoJSON: the scanned part, as in QuPath (default), or the slide",
+    )
+    add = rest.add_argument
+    add("--dest", metavar="PATH", help="folder for the files (default: OUT/exports)")
+    add("--overwrite", action="store_true", default=None, help="replace existing files")
+    _add_json(rest)
+    _add_remote_slides(group(parser, READING))
 
 
 def add_view(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `view`, which isolates unless told otherwise."""
     add = parser.add_argument
-    add("out", help="folder that explain made, or s3://BUCKET/KEY")
-    add("--port", type=int, default=8765, help="port to listen on, 0 for any (default 8765)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    add("--slides", type=Path, help="folder to take slides from, where they have moved")
-    drawn = "annotations to show over slides and maps: a file, or a folder with a file for each slide"
-    add("--annotations", type=Path, metavar="PATH", help=f"{drawn} (GeoJSON, ASAP, ImageScope, masks)")
-    frame = "what these were drawn on: the slide, or its scanned part as in QuPath (default: found out)"
-    add("--mask-frame", choices=("auto", "slide", "bounds"), default="auto", help=frame)
-    _add_remote_slides(parser)
-    add("--token", action="store_true", help="ask for a token on 127.0.0.1 too: others use this machine")
-    add("--allow-host", action="append", default=[], metavar="NAME", help="a proxy's name for the server")
-    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="files of a certificate and its key: serve https://")
+    add("out", help="folder of results, or s3://BUCKET/KEY")
     add("--open", action="store_true", help="open the page in a browser")
-    about = "read slides in this process, not in one each that can do little (docs/viewer.md; on Linux alone)"
-    add("--no-isolate", dest="isolate", action="store_false", default=None, help=about)
+    add("--slides", type=Path, metavar="PATH", help="folder of the slides, if they have moved")
+    add = (server := group(parser, "server")).add_argument
+    add("--port", type=int, metavar="N", default=8765, help="port to listen on, 0 for any free one (default 8765)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: this machine only)")
+    add("--token", action="store_true", help="require a token on 127.0.0.1 too, for machines with several users")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a name by which a proxy calls the server")
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="files of a certificate and its key, to serve https://")
+    _add_remote_slides(group(parser, READING))
+    about = "read slides in the server's process, instead of a restricted process each (Linux only; docs/viewer.md)"
+    server.add_argument("--no-isolate", dest="isolate", action="store_false", default=None, help=about)
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `info`."""
     add = parser.add_argument
-    add("slide", nargs="*", help="slide files, or folders of results")
+    add("slide", nargs="*", help="slide files, or folders of slides or results")
     add("--model", help="a model, as for explain")
     _add_trust(parser)
-    add("--layer", help="a layer of the model to test")
-    _add_allow_hosts(parser)
-    _add_isolate(parser)
-    add("--mask-out", type=Path, help="write a PNG of the slide with its tissue, ink and shadows")
-    add_settings(parser, MASK_SETTINGS, prefix="with --mask-out: ")
+    add("--layer", help="a layer of the model, to be tested")
     _add_json(parser)
+    masks = group(parser, "picture of the tissue mask")
+    masks.add_argument(
+        "--mask-out", type=Path, metavar="FILE", help="write a PNG of the slide with its tissue, ink and shadows"
+    )
+    add_settings(masks, MASK_SETTINGS, prefix="with --mask-out: ")
+    reading = group(parser, READING)
+    _add_allow_hosts(reading)
+    _add_isolate(reading)
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `doctor`."""
     add = parser.add_argument
-    add("--out", help="folder for the results, to be tried here and from the workers")
-    add("--scheduler", help="address of a Dask scheduler, whose workers are checked")
+    add("--out", metavar="PATH", help="folder for results, to be tested from here and from the workers")
+    add("--scheduler", metavar="URL", help="address of a Dask scheduler, whose workers are tested")
     add("--model", help="a model, as for explain, to be loaded here and on the workers")
     _add_trust(parser)
     _add_json(parser)
 
 
-def _add_workers(parser: argparse.ArgumentParser, wait_help: str) -> None:
+def _add_workers(parser: Adding, wait_help: str) -> None:
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=int, help="run on this many processes of this machine")
-    where.add_argument("--scheduler", help="run on the Dask cluster at this address")
+    where.add_argument("--workers", type=int, metavar="N", help="run in this many processes on this machine")
+    where.add_argument("--scheduler", metavar="URL", help="run on the Dask cluster at this address")
     parser.add_argument("--wait-for-workers", type=float, metavar="SECONDS", help=wait_help)
 
 
-def _add_trust(parser: argparse.ArgumentParser) -> None:
-    about = "let the code of the model (TorchScript, .pt2, WSInfer, module:function) and targets run: you trust them"
+def _add_trust(parser: Adding) -> None:
+    about = "allow a model or target that contains code (TorchScript, .pt2, WSInfer, module:function) to run it"
     parser.add_argument("--trust-code", action="store_true", default=os.environ.get(TRUST) == "1", help=about)
 
 
-def _add_remote_slides(parser: argparse.ArgumentParser) -> None:
-    text = "ask other machines for slides that the results name by URLs"
+def _add_remote_slides(parser: Adding) -> None:
+    text = "contact other machines for slides that the results name by URL"
     parser.add_argument("--remote-slides", action="store_true", help=text)
     _add_allow_hosts(parser)
     _add_isolate(parser)
 
 
-def _add_isolate(parser: argparse.ArgumentParser) -> None:
+def _add_isolate(parser: Adding) -> None:
     """Add the flags of readers in processes of their own, as `explain` has them."""
     add_settings(parser, ISOLATION)
 
 
-def _add_allow_hosts(parser: argparse.ArgumentParser) -> None:
+def _add_allow_hosts(parser: Adding) -> None:
     add_settings(parser, ["allow_hosts"])
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def _add_json(parser: Adding) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")

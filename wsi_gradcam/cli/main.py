@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,18 +25,29 @@ if TYPE_CHECKING:
     from wsi_gradcam.export import Exported
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
+MAX_HELP_COLUMNS = 100
+EXAMPLES = (
+    "wsi-gradcam demo",
+    "wsi-gradcam explain slides/ --model oral-tumour --target tumour --out results/",
+    "wsi-gradcam COMMAND --help     the flags of a command, with examples",
+)
 SWITCHES = ("overwrite", "retry_failed", "log_tasks", "trust_code")  # of explain
 NO_PLACE = {errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS}  # nothing could be written at all
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the help in the list of commands, its arguments, and the function that runs it."""
+    """A command: the help in the list of commands, its arguments, and the function that runs it.
+
+    `examples` end its own help, which `description` begins; `usage` is what must be given.
+    """
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-    description: str | None = None
+    usage: str
+    description: str
+    examples: tuple[str, ...]
     works: bool = False  # what it writes is files, so that it goes on where nobody reads its words
     stoppable: bool = False  # SIGINT and SIGTERM stop it once the work in progress is finished
 
@@ -93,6 +105,18 @@ def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None])
         return STOP.exit_code
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help whose examples keep their lines, with room for the names of flags, and never wider than 100 columns."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, MAX_HELP_COLUMNS) - 2
+        super().__init__(prog, max_help_position=26, width=width)
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)])
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors quote arguments, such as names that a shell found, as visible text."""
 
@@ -104,12 +128,22 @@ class Parser(argparse.ArgumentParser):
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of these arguments: only the commands named in them have flags, as some take time to make."""
     parser = Parser(
-        prog="wsi-gradcam", description="Where a CNN looks on whole slides: heatmaps that open aligned over the slide."
+        prog="wsi-gradcam",
+        description="Show where a model looks on whole slides, and whether that explanation can be believed.",
+        epilog=_examples(EXAMPLES),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"wsi-gradcam {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.help, description=command.description)
+        subparser = commands.add_parser(
+            name,
+            help=command.help,
+            usage=f"wsi-gradcam {name} {command.usage}",
+            description=command.description,
+            epilog=_examples(command.examples),
+            formatter_class=HelpFormatter,
+        )
         if name in argv:
             command.add_arguments(subparser)
     return parser
@@ -376,32 +410,110 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 COMMANDS = {
-    "explain": Command("explain slides", flags.add_explain, _explain, "Explain slides.", works=True, stoppable=True),
-    "encode": Command(
-        "make the features of slides, for slide-level models",
-        flags.add_encode,
-        _encode,
-        "Make the features of slides' patches, which slide-level models and other programs take.",
+    "demo": Command(
+        "explain and audit an example slide with a bundled model",
+        flags.add_demo,
+        _demo,
+        usage="[SLIDE] [options]",
+        description="Explain and audit a slide of real tissue with a bundled model, in half a minute.",
+        examples=("wsi-gradcam demo", "wsi-gradcam demo my-slide.svs --out my-demo/"),
         works=True,
         stoppable=True,
     ),
-    "demo": Command(
-        "explain a real slide with a trained model that comes along", flags.add_demo, _demo, works=True, stoppable=True
+    "explain": Command(
+        "compute heatmaps of what a model looks at",
+        flags.add_explain,
+        _explain,
+        usage="SLIDE... --model MODEL --out PATH [options]",
+        description="Compute heatmaps of what a model looks at, and a table of patches, for slides.",
+        examples=(
+            "wsi-gradcam explain slides/ --model oral-tumour --target tumour --out results/",
+            "wsi-gradcam explain 'all/**/*.svs' --model my.yaml --out results/ --workers 4",
+        ),
+        works=True,
+        stoppable=True,
     ),
-    "validate": Command("check results against manifest, specification and slide", flags.add_validate, _validate),
-    "status": Command("progress of a run, seen from outside", flags.add_status, _status),
     "audit": Command(
-        "whether the explanations of a run can be believed",
+        "test whether the explanations can be believed",
         flags.add_audit,
         _audit,
-        "Find out whether the explanations of a run can be believed.",
+        usage="OUT [options]",
+        description="Test whether the explanations of a run can be believed, and write a report.",
+        examples=(
+            "wsi-gradcam audit results/",
+            "wsi-gradcam audit results/ --target tumour --annotations drawn/ --fail-on any",
+        ),
         works=True,
         stoppable=True,
     ),
-    "export": Command("write results in the formats of other programs", flags.add_export, _export, works=True),
-    "view": Command("show results over their slides in a browser", flags.add_view, _view),
-    "info": Command("describe slides and models", flags.add_info, _info),
-    "doctor": Command("check this machine, a folder for results, and a cluster's workers", flags.add_doctor, _doctor),
+    "view": Command(
+        "show results over their slides in a browser",
+        flags.add_view,
+        _view,
+        usage="OUT [options]",
+        description="Show results over their slides in a browser, offline.",
+        examples=("wsi-gradcam view results/ --open", "wsi-gradcam view results/ --slides /moved/slides --port 0"),
+    ),
+    "export": Command(
+        "write results in the formats of other programs",
+        flags.add_export,
+        _export,
+        usage="OUT --to FORMAT [options]",
+        description="Write results in the formats of other programs.",
+        examples=(
+            "wsi-gradcam export results/ --to qupath",
+            "wsi-gradcam export results/ --to png --size 4000 --slide a.svs",
+        ),
+        works=True,
+    ),
+    "status": Command(
+        "show the progress of a run or an audit",
+        flags.add_status,
+        _status,
+        usage="OUT [options]",
+        description="Show the progress of a run or an audit, from any machine that sees its folder.",
+        examples=("wsi-gradcam status results/", "wsi-gradcam status results/ --watch"),
+    ),
+    "info": Command(
+        "describe slides, models and results",
+        flags.add_info,
+        _info,
+        usage="[SLIDE_OR_OUT...] [options]",
+        description="Describe slides, folders of slides, models and results.",
+        examples=("wsi-gradcam info slide.svs --mask-out tissue.png", "wsi-gradcam info --model my-model.yaml"),
+    ),
+    "validate": Command(
+        "check that results are complete and undamaged",
+        flags.add_validate,
+        _validate,
+        usage="OUT [options]",
+        description="Check results against their manifest, the OME-Zarr format and their slides.",
+        examples=("wsi-gradcam validate results/", "wsi-gradcam validate s3://bucket/results --json"),
+    ),
+    "encode": Command(
+        "compute features for slide-level models",
+        flags.add_encode,
+        _encode,
+        usage="SLIDE... --model MODEL --out PATH [options]",
+        description="Compute features of patches, for slide-level models and other programs.",
+        examples=(
+            "wsi-gradcam encode slides/ --model slide-model.yaml --out features/",
+            "wsi-gradcam encode slides/ --model timm:resnet50 --patch-mpp 0.5 --out out/",
+        ),
+        works=True,
+        stoppable=True,
+    ),
+    "doctor": Command(
+        "test this machine, a folder for results, and a cluster",
+        flags.add_doctor,
+        _doctor,
+        usage="[options]",
+        description="Test this machine, a folder for results, a model, and the workers of a cluster.",
+        examples=(
+            "wsi-gradcam doctor --out results/",
+            "wsi-gradcam doctor --scheduler tcp://host:8786 --out results/",
+        ),
+    ),
 }
 
 

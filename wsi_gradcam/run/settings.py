@@ -72,70 +72,70 @@ class Settings(BaseModel):
     target: Annotated[
         tuple[str, ...],
         Field(
-            description="class name, index, 'predicted', 'all', CLASS-CLASS or module:function (default: all of up to "
-            "10 classes, else predicted)"
+            description="what to explain: a class by name or index, 'predicted', 'all', CLASS-CLASS (the difference of "
+            "two) or module:function (default: all of up to 10 classes, else predicted)"
         ),
     ] = ()
     method: Annotated[
         tuple[str, ...],
         Field(
-            description="explanations by name: gradcam, hirescam, ...; 'info --model' lists all; none: what patches "
-            "are worth to a slide-level model, without a look at their pixels"
+            description="explanation methods: gradcam, hirescam, ...; 'info --model' lists all; none: only how much "
+            "each patch contributes to a slide-level model, without explaining its pixels"
         ),
     ] = ("gradcam",)
     bag_method: Annotated[
         tuple[str, ...],
         Field(
-            description="of slide-level models: what a patch is worth to the slide's answer, by name: "
-            "integrated_gradients, gradient_x_input, lrp, one_removed, shapley; the first, one of the first three, is "
-            "explained down to the pixel by `method`"
+            description="how to measure the contribution of a patch to the slide's answer: integrated_gradients, "
+            "gradient_x_input, lrp, one_removed, shapley; the first one given, which must be one of the first three "
+            "here, is explained down to the pixel by `method`"
         ),
     ] = ("integrated_gradients",)
     feature_precision: Annotated[
-        Literal["float32", "float16"], Field(description="of the features that slide-level models store")
+        Literal["float32", "float16"], Field(description="precision of the stored features")
     ] = "float32"
     bag_baseline: Annotated[
         Literal["zero", "mean"],
         Field(
-            description="of slide-level models: where integrated_gradients begins: features of zero, or the mean of "
-            "all patches of all slides of the command"
+            description="the baseline of integrated_gradients: features of zero, or the mean over all patches of all "
+            "slides of the command"
         ),
     ] = "zero"
     features: Annotated[
         Path | None,
         Field(
-            description="folder of features made elsewhere, which slide-level models take for their patches: of "
-            "TRIDENT, CLAM, STAMP, AtlasPatch, slide2vec (docs/slide_level.md)"
+            description="folder of existing features: from TRIDENT, CLAM, STAMP, AtlasPatch or slide2vec "
+            "(docs/slide_level.md)"
         ),
     ] = None
     feature_patch_um: Annotated[
         PositiveFloat | None,
-        Field(description="of `features` that do not say it, or wrongly: side of a patch in micrometres"),
+        Field(description="side of a patch in micrometres, if `features` do not state it or are wrong"),
     ] = None
     feature_unit: Annotated[
         Literal["px", "um"] | None,
-        Field(description="of `features` that do not say it: coordinates are level-0 pixels, or micrometres"),
+        Field(description="unit of the coordinates, if `features` do not state it: level-0 pixels or micrometres"),
     ] = None
     feature_axes: Annotated[
-        Literal["xy", "yx"] | None, Field(description="of `features` that may be swapped: the order of coordinates")
+        Literal["xy", "yx"] | None, Field(description="order of the coordinates, if those of `features` may be swapped")
     ] = None
-    feature_name: Annotated[str | None, Field(description="of files with several features: which")] = None
+    feature_name: Annotated[str | None, Field(description="which features to use of files with several")] = None
     layer: Annotated[
         str | None,
         Field(
-            description="module whose output is explained, or A+B, whose maps are averaged (default: the model file's, "
-            "else found)"
+            description="module whose output is explained, or A+B to average the maps of two (default: the model "
+            "file's, or else detected)"
         ),
     ] = None
     mpp: Annotated[
         tuple[float, float] | None,
         Field(
-            description="micrometres per level-0 pixel of slides that do not state theirs: one number, or Y,X; the "
-            "value in a list of slides takes precedence"
+            description="micrometres per level-0 pixel for slides that do not state it: a number, or Y,X; the value in "
+            "a list of slides takes precedence"
         ),
     ] = None
     replace_mpp: Annotated[
-        bool, Field(description="use `mpp`, and the mpp of a list, also for slides that state another")
+        bool, Field(description="use `mpp`, or the mpp in a list, even for slides that state another")
     ] = False
     patch_mpp: Annotated[
         PositiveFloat | None,
@@ -146,7 +146,8 @@ class Settings(BaseModel):
         Field(description="side of the model's input in pixels, or HEIGHT,WIDTH (default: the model file's)"),
     ] = None
     overlap: Annotated[
-        float, Field(ge=0, lt=1, description="share of a patch its neighbour covers too on each axis, 0 to below 1")
+        float,
+        Field(ge=0, lt=1, description="share of a patch that its neighbour also covers along each axis, 0 to below 1"),
     ] = 0.0
     stride_px: Annotated[
         PositiveInt | None, Field(description="instead of `overlap`: patch pixels from one patch to the next")
@@ -156,45 +157,45 @@ class Settings(BaseModel):
         Literal["auto", "with-pen", "everything"],
         Field(
             description="what counts as tissue: auto leaves out glass, ink and shadows; with-pen keeps what looks like "
-            "ink, for stains such as trichrome and Alcian blue; everything is all of the slide"
+            "ink, for stains such as trichrome and Alcian blue; everything is the whole slide"
         ),
     ] = "auto"
     mask: Annotated[
         Path | None,
         Field(
-            description="part to explain: a PNG (not black is in), GeoJSON, ASAP or ImageScope file that covers the "
-            "slide, or a folder with one a slide; `tissue` still applies"
+            description="regions to explain: a PNG (all that is not black), GeoJSON, ASAP or ImageScope file for the "
+            "whole slide, or a folder with one file per slide; `tissue` still applies"
         ),
     ] = None
     include: Annotated[
         tuple[str, ...],
-        Field(description="annotation classes of `mask` that are in (default: all that are not excluded)"),
+        Field(description="annotation classes of `mask` to explain (default: all that are not excluded)"),
     ] = ()
     exclude: Annotated[
-        tuple[str, ...], Field(description="annotation classes of `mask` that are out, also where they lie on others")
+        tuple[str, ...], Field(description="annotation classes of `mask` to leave out, even where they overlap others")
     ] = ()
     mask_frame: Annotated[
         Literal["auto", "slide", "bounds"],
         Field(
             description="what `mask` was drawn on: the whole slide, or the scanned part of a Leica, MIRAX or Ventana "
-            "slide, which QuPath shows; auto: where it lies on tissue, refused where both could be"
+            "slide, as shown in QuPath; auto: whichever places it on tissue, refused if both could"
         ),
     ] = "auto"
     outlines: Annotated[
         Path | None,
         Field(
-            description="annotations, in a form and a frame as of `mask`, whose outlines are drawn over overview.png; "
-            "nothing else depends on them"
+            description="annotations whose outlines are drawn on overview.png, in the formats of `mask`; they affect "
+            "nothing else"
         ),
     ] = None
     allow_upsampling: Annotated[
-        bool, Field(description="explain slides that have to be enlarged more than 4 times for the model")
+        bool, Field(description="explain slides even if they must be enlarged more than 4 times for the model")
     ] = False
     heatmap_stride: Annotated[PositiveInt, Field(description="level-0 pixels per heatmap pixel, a power of two")] = 16
     window: Annotated[Literal["hann", "uniform"], Field(description="how overlapping patches are weighted")] = "hann"
     batch_size: Annotated[
         PositiveInt | Literal["auto"],
-        Field(description="patches per forward pass, or auto: as many as bring speed and fit into memory"),
+        Field(description="patches per forward pass, or auto: as many as increase speed and fit into memory"),
     ] = 32
     span_patches: Annotated[PositiveInt, Field(description="patches per unit of work, a multiple of `batch_size`")] = (
         256
@@ -207,39 +208,39 @@ class Settings(BaseModel):
     precision: Annotated[
         Literal["auto", "float32", "tf32", "bfloat16", "float16"],
         Field(
-            description="of the network up to the layer, tf32 on GPUs alone; auto: the fastest that keeps the maps, "
-            "found on the first patches of a run and kept for all of it"
+            description="precision of the network up to the layer, tf32 only on GPUs; auto: the fastest that preserves "
+            "the maps, chosen on the first patches and used for the whole run"
         ),
     ] = "auto"
     reader: Annotated[
         str,
         Field(
-            description="what opens slides: openslide, tiff, ... (docs/slides.md lists all); auto: the fastest that "
+            description="what reads slides: openslide, tiff, ... (docs/slides.md lists all); auto: the fastest that "
             "reads a file correctly"
         ),
     ] = "auto"
     channels: Annotated[
         tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None,
         Field(
-            description="of slides whose channels are gray pictures (fluorescence), those that are shown as red, green "
-            "and blue, counted from 0: 2,1,0; without it such slides are refused. Slides in colour stay as they are"
+            description="channels to use as red, green and blue for slides with grey channels (fluorescence), counted "
+            "from 0: 2,1,0; such slides are refused without it, and slides in colour are not affected"
         ),
     ] = None
     decode: Annotated[
         Literal["exact", "scaled", "auto"],
         Field(
-            description="scaled: where patches are coarser than a level, tiles of JPEG and JPEG 2000 are made smaller "
-            "while they are decoded: faster, and some gray levels beside exact; auto: if the maps of the first patches "
-            "stay the same"
+            description="scaled: reduce JPEG and JPEG 2000 tiles while they are decoded, where patches are coarser "
+            "than a level: faster, but a few grey levels off; auto: scaled if the maps of the first patches stay the "
+            "same"
         ),
     ] = "exact"
     trust_objective: Annotated[
-        bool, Field(description="take the mpp of slides that do not state it from the objective's power (40x: 0.25)")
+        bool, Field(description="derive the mpp of slides that do not state it from the objective's power (40x: 0.25)")
     ] = False
     reader_threads: Annotated[
         PositiveInt | None,
         Field(
-            description="threads that read patches while the model works (default: 2; for a GPU one less than there "
+            description="threads that read patches while the model works (default: 2; for a GPU, one fewer than there "
             "are cores, 2 to 16)"
         ),
     ] = None
@@ -249,26 +250,24 @@ class Settings(BaseModel):
     isolate: Annotated[
         bool,
         Field(
-            description="for files of strangers: let each slide be read by a process of its own, which can reach no "
-            "network, change no file, and costs its slide where it needs too much (Linux; 0.2 to 1 ms a patch)"
+            description="for files from untrusted sources: read each slide in a process of its own without network or "
+            "write access; if it needs too much, only its slide fails (Linux; costs 0.2 to 1 ms per patch)"
         ),
     ] = False
-    isolate_memory: Annotated[PositiveInt, Field(description="with `isolate`: MiB that reading a slide may need")] = (
-        2048
-    )
+    isolate_memory: Annotated[
+        PositiveInt, Field(description="with `isolate`: MiB of memory allowed for reading a slide")
+    ] = 2048
     isolate_seconds: Annotated[
-        PositiveFloat, Field(description="with `isolate`: seconds of work to open a slide, or to read a region of it")
+        PositiveFloat, Field(description="with `isolate`: seconds allowed for opening a slide or reading a region")
     ] = 60.0
-    max_unreadable: Annotated[
-        Share, Field(description="share of unreadable patches above which a slide has failed")
-    ] = 0.01
+    max_unreadable: Annotated[Share, Field(description="share of unreadable patches above which a slide fails")] = 0.01
 
     allow_hosts: Annotated[
         tuple[str, ...],
         Field(
             exclude=True,  # a permission, which no file of results gives
-            description="ask only these hosts and buckets for slides: '*.example.org', 's3://bucket' (default: all but "
-            "the metadata of clouds); buckets that only a list names are asked with your credentials if named here",
+            description="contact only these hosts and buckets for slides: '*.example.org', 's3://bucket' (default: all "
+            "but cloud metadata services); your credentials are used for buckets of a list only if they are named here",
         ),
     ] = ()
 
