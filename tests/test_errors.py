@@ -25,6 +25,7 @@ EXPECTED = {
     "SlideReadError": OSError,
     "AnnotationError": ValueError,
     "DocumentError": ValueError,
+    "MarkError": ValueError,
     "StainError": ValueError,
     "ModelError": ValueError,
     "BagSizeError": ValueError,

@@ -133,7 +133,7 @@ def test_values_a_patch_its_neighbours_and_the_top(open_page: Callable[..., Page
     assert box is not None
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(middle[0] + 3, middle[1])
-    expect(page.locator("#place")).to_have_text("y 202 µm, x 301 µm")
+    expect(page.locator("#place")).to_have_text("x 301 µm, y 202 µm")
     expect(page.locator("#values")).to_contain_text("gradcam: other 1 ")
     page.mouse.click(*middle)
     panel = page.locator("#patch")

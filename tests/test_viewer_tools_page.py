@@ -69,3 +69,47 @@ def test_agreement_is_beside_and_accessible(open_page: Callable[..., Page], size
     check(page, f"{size}-agreement")
     page.locator("#agreement-class").select_option("stroma")
     expect(page.locator("#agreement")).to_contain_text("Lesions found (FROC), of 1")
+
+
+def test_a_patch_and_a_region_are_marked_listed_and_taken_back(open_page: Callable[..., Page], out: Path) -> None:
+    (out / "marks.jsonl").unlink(missing_ok=True)
+    page = resized(open_page(at(SLIDE, Y, X, 0.5, "")), "small")
+    expect(page.locator("#mark-region")).to_be_visible()
+    plain = looks(page)
+    page.mouse.click(700, 350)
+    expect(page.locator("#patch-mark button")).to_have_count(4)
+    page.keyboard.press("x")
+    marks = page.locator(".mark-list li")
+    expect(marks).to_have_count(1)
+    expect(marks.first).to_contain_text("Artefact")
+    page.locator("#patch-mark [data-kind=note]").click()  # says nothing yet
+    expect(marks).to_have_count(1)
+    page.locator("#patch-mark-text").fill("a fold")
+    page.locator("#patch-mark [data-kind=note]").click()
+    expect(marks.first).to_contain_text("a fold")
+    page.keyboard.press("Escape")
+    page.keyboard.press("m")
+    page.mouse.move(500, 300)
+    page.mouse.down()
+    for x, y in ((600, 290), (620, 400), (480, 390)):
+        page.mouse.move(x, y, steps=3)
+    page.mouse.up()
+    page.locator("#region-mark-text").fill("lymphocytes")
+    check(page, "small-marks")
+    page.locator("#region-form [data-kind=expected]").click()
+    expect(marks).to_have_count(3)
+    expect(marks.first).to_contain_text("lymphocytes")
+    assert looks(page) != plain
+    page.locator(".openseadragon-canvas").first.focus()
+    page.keyboard.press("m")
+    page.keyboard.press("Enter")  # without a mouse: what the view shows
+    page.locator("#region-form [data-kind=unexpected]").click()
+    expect(marks).to_have_count(4)
+    other = open_page(at(SLIDE, 300, 300, 0.5, ""))  # another window
+    expect(other.locator(".mark-list li")).to_have_count(4)
+    other.locator(".mark-go", has_text="lymphocytes").click()
+    for name in ("Take back: lymphocytes, region", "Take back: a fold, patch"):
+        other.get_by_role("button", name=name).click()
+    expect(other.locator(".mark-list li")).to_have_count(2)
+    page.reload()
+    expect(page.locator(".mark-list li")).to_have_count(2)

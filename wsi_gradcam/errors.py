@@ -71,6 +71,10 @@ class AnnotationError(WsiGradcamError, ValueError):
     """A mask or a file of annotations that cannot be used; the message names it."""
 
 
+class MarkError(WsiGradcamError, ValueError):
+    """What is no mark of a place on a slide; the message says what is."""
+
+
 class ModelError(WsiGradcamError, ValueError):
     """A model that cannot be loaded, or does not behave as its specification says."""
 

@@ -356,8 +356,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     what, how, rest = (group(parser, title) for title in ("what to export", "how values are shown", "files"))
     formats = (
-        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, qupath, png, deepzoom, trident, clam; "
-        "docs/exports.md says which is for what"
+        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, marks-geojson, marks-csv, qupath, png, "
+        "deepzoom, trident, clam; docs/exports.md says which is for what"
     )
     what.add_argument("out", help="folder of results")
     what.add_argument("--to", required=True, metavar="FORMAT", help=formats)
@@ -395,6 +395,11 @@ def add_view(parser: argparse.ArgumentParser) -> None:
     add("out", help="folder of results, or s3://BUCKET/KEY")
     add("--open", action="store_true", help="open the page in a browser")
     add("--slides", type=Path, metavar="PATH", help="folder of the slides, if they have moved")
+    drawn = "annotations to show over slides and maps: a file, or a folder with a file for each slide"
+    add("--annotations", type=Path, metavar="PATH", help=f"{drawn} (GeoJSON, ASAP, ImageScope, masks)")
+    frame = "what these were drawn on: the slide, or its scanned part as in QuPath (default: found out)"
+    add("--mask-frame", choices=("auto", "slide", "bounds"), default="auto", help=frame)
+    add("--read-only", action="store_true", help="keep no marks (OUT/marks.jsonl)")
     add = (server := group(parser, "server")).add_argument
     add("--port", type=int, metavar="N", default=8765, help="port to listen on, 0 for any free one (default 8765)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: this machine only)")

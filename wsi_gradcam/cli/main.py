@@ -354,6 +354,7 @@ def _view(arguments: argparse.Namespace) -> int:
         slides=arguments.slides,
         annotations=arguments.annotations,
         mask_frame=arguments.mask_frame,
+        read_only=arguments.read_only,
         token=arguments.token,
         allow_host=arguments.allow_host,
         remote_slides=arguments.remote_slides,

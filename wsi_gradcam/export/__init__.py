@@ -34,12 +34,15 @@ FORMATS = {
     "asap": "tiff:write_asap",
     "tissuumaps": "tiff:write_tissuumaps",
     "geojson": "geojson",
+    "marks-geojson": "geojson:write_marks",
+    "marks-csv": "geojson:write_marks_csv",
     "qupath": "geojson:write_qupath",
     "png": "png",
     "deepzoom": "png:write_deepzoom",
     "trident": "arrays:write_trident_features",
     "clam": "arrays:write_clam_features",
 }
+OF_MARKS = ("marks-geojson", "marks-csv")
 OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
 
 
@@ -86,15 +89,18 @@ def export(
         raise ConfigError(f"format {to!r} is not known; expected one of {', '.join(FORMATS)}")
     chosen = Options(**options)
     opened = result if isinstance(result, Result) else open_result(result, remote_slides=remote_slides)
+    unseen = (*OF_FEATURES, *OF_MARKS)  # formats without colours
     found = [opened[name] for name in slides] or [slide for slide in opened if _is_ready(slide, to)]
     if not found and to in OF_FEATURES:
         raise ConfigError(
             f"{opened.out}: no slide has features; slide-level models make them, and 'wsi-gradcam encode'"
         )
+    if not found and to in OF_MARKS:
+        raise ConfigError(f"{opened.out}: no slide has marks; 'wsi-gradcam view' makes them")
     if not found:
         raise ConfigError(f"{opened.out}: no slide is finished; run explain again")
     _check_channels(found, chosen.channel, opened.out)
-    windows = opened.windows(progress) if chosen.window == RUN and to not in OF_FEATURES else {}
+    windows = opened.windows(progress) if chosen.window == RUN and to not in unseen else {}
     records = []
     ids = frozenset(opened.ids)
     with Journal(Path(dest)) as journal:
@@ -108,6 +114,8 @@ def export(
 
 def _is_ready(slide: SlideResult, to: str) -> bool:
     """Return whether all is there that a format writes of a slide."""
+    if to in OF_MARKS:
+        return bool(slide.marks())
     if to not in OF_FEATURES:
         return slide.is_finished
     from wsi_gradcam.export.arrays import has_features
@@ -136,7 +144,8 @@ def _channels(slide: SlideResult) -> tuple[ChannelInfo, ...]:
 
 def _exported(slide: SlideResult, job: Job, journal: Journal) -> Exported:
     if not _is_ready(slide, job.to):
-        return Exported(slide.id, (), f"{slide.id}: is {slide.status}; run explain again, then export it")
+        what = "has no marks" if job.to in OF_MARKS else f"is {slide.status}; run explain again, then export it"
+        return Exported(slide.id, (), f"{slide.id}: {what}")
     try:
         if not job.options.overwrite and (paths := journal.was_done(job.digest)) is not None:
             return Exported(slide.id, tuple(paths))

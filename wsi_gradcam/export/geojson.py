@@ -10,6 +10,7 @@ places in level-0 px.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import uuid
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
+from wsi_gradcam.errors import as_text
 from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, blocks, save_png, slug
 from wsi_gradcam.export.outlines import hot_regions, mask_polygons
 from wsi_gradcam.geometry import Region
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wsi_gradcam.export.outlines import Mask
-    from wsi_gradcam.results.display import ChannelInfo
-
+    from wsi_gradcam.io.documents import safe_cell
+from wsi_gradcam.io.documents import safe_cell
+from wsi_gradcam.results.display import ChannelInfo
 
 BATCH_ROWS = 1 << 12  # patches in memory at once
 NOT_MEASURED = frozenset({"y", "x", "status", "cause"})
@@ -92,6 +95,37 @@ def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
             {"name": f"{channel.target} hot", "color": colour},
             measured,
         )
+
+
+def write_marks(job: Job) -> list[Path]:
+    """Write DEST/SLIDE.geojson: people's marks, classified by their kind, as `audit --regions DEST` takes them."""
+    top, left = job.origin
+    features = []
+    for mark in job.slide.marks():
+        ring = [[x - left, y - top] for y, x in (*mark.outline, mark.outline[0])]
+        properties = {"objectType": "annotation", "classification": {"name": mark.kind}, "name": mark.text or mark.kind}
+        about = {name: value for name, value in (("by", mark.by), ("made", mark.made), ("patch", mark.patch)) if value}
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        properties |= {"metadata": {name: str(value) for name, value in about.items()}}
+        features.append(
+            {"type": "Feature", "id": str(uuid.UUID(mark.id)), "geometry": geometry, "properties": properties}
+        )
+    return [_write(job, job.path("geojson"), features)]
+
+
+def write_marks_csv(job: Job) -> list[Path]:
+    """Write DEST/SLIDE.marks.csv: a row a mark, with the box (x, y, width, height) of its outline in level-0 px."""
+    path = job.path("marks.csv")
+    with job.atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("slide", "kind", "text", "by", "made", "patch", "x", "y", "width", "height", "id"))
+        for mark in job.slide.marks():
+            low, high = np.min(mark.outline, axis=0), np.max(mark.outline, axis=0)
+            box = [low[1], low[0], *(high - low)[::-1]]
+            patch = "" if mark.patch is None else mark.patch
+            texts = [safe_cell(text) for text in (as_text(job.slide.id), mark.kind, mark.text, mark.by, mark.made)]
+            rows.writerow((*texts, patch, *(f"{value:g}" for value in box), mark.id))
+    return [path]
 
 
 class _Classes:

@@ -237,6 +237,44 @@ class LocalPath(StoragePath):
             yield
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line that ends in a line break, wholly or not at all, and return once it is on the disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    is_new = not path.exists()
+    file = os.open(path, LOCKING | os.O_APPEND, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            line = b"\n" + line  # after one that was cut short
+        try:
+            left = memoryview(line)
+            while left:
+                left = left[os.write(file, left) :]
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+    finally:
+        os.close(file)
+    if is_new:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the name of a new file on the disk, as far as the system can."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def check_regular(path: Path) -> os.stat_result:
     """Return the facts about a file, which is not opened: to open a pipe is to wait for its writer, perhaps for ever.
 

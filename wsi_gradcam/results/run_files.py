@@ -42,11 +42,13 @@ RESERVED = frozenset(
             "files.json",
             "log",
             "logs",
+            "marks.jsonl",
         ),
         *("manifest.json", "metrics.json", "plan.json", "report.html", "run.html", "run.yaml", "slides.csv"),
         *("slides.jsonl", "status.json"),
     }
 )
+MARKS = "marks.jsonl"  # what people say of places
 MARK = "~"  # no name of ours ends in it
 
 

@@ -26,6 +26,7 @@ from wsi_gradcam.results.display import PROBABILITY, ChannelInfo, find_channel
 from wsi_gradcam.results.feature_store import FeatureStore
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
+from wsi_gradcam.results.marks import Mark, Marks
 from wsi_gradcam.results.patch_store import PatchStore, StoredTable
 from wsi_gradcam.results.slide_tables import ANSWERS, answer_in_words
 from wsi_gradcam.slides import open_slide, read_region, thumbnail
@@ -374,6 +375,17 @@ class SlideResult:
             return None
         slide.close()
         return slide.info.bounds
+
+    def marks(self) -> list[Mark]:
+        """Return what people said of places on the slide in the viewer, the oldest first.
+
+        Raises:
+            StoreError: `marks.jsonl` cannot be read.
+        """
+        out = self.folder.place
+        for _ in self.id.split("/"):
+            out = out.parent
+        return Marks(out).of(self.id)
 
     @property
     def address(self) -> str:

@@ -3,6 +3,7 @@
 /                                              the page; /page/... its modules
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
 /api/slides/KEY/values, .../patches/...        the values at a point, a patch, the highest patches
+/api/slides/KEY/marks, POST /api/marks         what people say of places, kept in OUT/marks.jsonl
 /api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
                heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
@@ -29,13 +30,14 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from wsi_gradcam.errors import ConfigError, NotShownError, TileError
+from wsi_gradcam.errors import ConfigError, MarkError, NotShownError, TileError
+from wsi_gradcam.results.marks import KINDS, Marks, make_mark
 from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
 from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles, annotation_facts
 from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
 from wsi_gradcam.viewer.layers import Spreads
-from wsi_gradcam.viewer.queries import Queries, run_facts
+from wsi_gradcam.viewer.queries import Queries, mark_facts, run_facts
 from wsi_gradcam.viewer.responses import (
     BusyError,
     DisconnectedError,
@@ -44,8 +46,10 @@ from wsi_gradcam.viewer.responses import (
     image_response,
     json_response,
     page_routes,
+    sent_json,
 )
 from wsi_gradcam.viewer.serve import (
+    WRITING,
     Access,
     AccessMiddleware,
     is_loopback,
@@ -88,6 +92,7 @@ def view(
     tls: tuple[str, str] | None = None,
     annotations: Path | None = None,
     mask_frame: str = "auto",
+    read_only: bool = False,
     browse: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
@@ -104,6 +109,7 @@ def view(
         tls: files of a certificate and its key, in PEM: the page's address is then https://.
         annotations: a file of annotations, or a folder with a file for each slide, to be shown over slides and maps.
         mask_frame: what they were drawn on, as of `in_frame`.
+        read_only: keep no marks.
         browse: open the page in a browser; a token is not in its command line.
         announce: receives a line with the page's address.
 
@@ -119,7 +125,7 @@ def view(
     with ExitStack() as opened:
         opened.enter_context(isolating(limits))
         archive = Archive(out, slides, remote_slides)
-        app = make_app(archive, access, AnnotationFiles(archive, annotations, mask_frame))
+        app = make_app(archive, access, AnnotationFiles(archive, annotations, mask_frame), read_only)
         bound = opened.enter_context(listen(host, port))
         address = f"http{'s' if tls else ''}://{url_host(host)}:{bound.getsockname()[1]}/"
         server = make_server(app, tls)
@@ -149,9 +155,11 @@ def _private_address(address: str, access: Access) -> Iterator[str]:
         yield file.as_uri()
 
 
-def make_app(archive: Archive, access: Access, annotations: AnnotationFiles | None = None) -> Starlette:
-    """Return the web application of a run, with the annotations of its slides."""
-    viewer = Viewer(archive, annotations or AnnotationFiles(archive, None))
+def make_app(
+    archive: Archive, access: Access, annotations: AnnotationFiles | None = None, read_only: bool = False
+) -> Starlette:
+    """Return the web application of a run, with the annotations of its slides; it keeps marks unless `read_only`."""
+    viewer = Viewer(archive, annotations or AnnotationFiles(archive, None), read_only)
     return Starlette(
         routes=[*page_routes(), *viewer.routes()],
         middleware=[Middleware(AccessMiddleware, access=access)],
@@ -200,8 +208,9 @@ class BoundedThreads:
 class Viewer:
     """The handlers of requests, and the caches and threads that they share."""
 
-    def __init__(self, archive: Archive, annotations: AnnotationFiles) -> None:
-        self._archive, self._annotations = archive, annotations
+    def __init__(self, archive: Archive, annotations: AnnotationFiles, read_only: bool = False) -> None:
+        self._archive, self._annotations, self._read_only = archive, annotations, read_only
+        self._marks = Marks(archive.out)
         self._agreements = Agreements(annotations)
         self._images = Images(archive)
         self._scorer = Scorer(archive)
@@ -229,6 +238,7 @@ class Viewer:
             SLIDE: self.slide,
             f"{SLIDE}/annotations": self.annotations,
             f"{SLIDE}/agreement": self.agreement,
+            f"{SLIDE}/marks": self.marks,
             f"{SLIDE}/values": self.values,
             f"{SLIDE}/patches/at": self.patch_at,
             f"{SLIDE}/patches/top": self.top_patches,
@@ -243,7 +253,8 @@ class Viewer:
             "/files/{path:letters}": self.file,
             "/zarr/{path:letters}": self.zarr,
         }
-        return [Route(path, handling_errors(handler), methods=["GET"]) for path, handler in handlers.items()]
+        routes = [Route(path, handling_errors(handler), methods=["GET"]) for path, handler in handlers.items()]
+        return [*routes, Route(WRITING, handling_errors(self.mark), methods=["POST"])]
 
     async def run(self, request: Request) -> Response:
         """Describe the run."""
@@ -290,6 +301,34 @@ class Viewer:
         return await self._json(
             request, lambda: self._agreements.of(self._archive.find(key), name), self._slide_threads
         )
+
+    async def marks(self, request: Request) -> Response:
+        """Return the marks of a slide, and whether more can be made."""
+        key = request.path_params["key"]
+
+        def find() -> dict[str, Any]:
+            marks = self._marks.of(self._archive.find(key).result.id)
+            can_write = not self._read_only and self._marks.can_write
+            return {"can_write": can_write, "kinds": KINDS, "marks": [mark_facts(mark) for mark in marks]}
+
+        return await self._json(request, find)
+
+    async def mark(self, request: Request) -> Response:
+        """Keep a mark, or take one back; the answer is sent once that is on the disk."""
+        if self._read_only:
+            raise MarkError("this viewer was started with --read-only; start it without to mark")
+        given = await sent_json(request)
+
+        def keep() -> dict[str, Any]:
+            if isinstance(given.get("delete"), str):
+                self._marks.delete(given["delete"][:64], str(given.get("by", ""))[:100])
+                return {"deleted": given["delete"][:64]}
+            slide = self._archive.find(str(given.get("slide")))
+            mark = make_mark(slide.result.id, slide.result.plan, given)
+            self._marks.add(mark)
+            return mark_facts(mark)
+
+        return await self._json(request, keep)
 
     async def values(self, request: Request) -> Response:
         """Return all channels' values at a point."""

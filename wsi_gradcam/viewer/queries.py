@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.display import ChannelInfo
+    from wsi_gradcam.results.marks import Mark
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
@@ -243,6 +244,13 @@ def run_facts(archive: Archive) -> dict[str, Any]:
         "report": f"/files/{RUN_REPORT}" if _exists(archive.out / RUN_REPORT) else None,
         "audit": f"/files/{AUDIT}/{REPORT}" if _exists(AuditFolder(archive.out / AUDIT).report) else None,
     }
+
+
+def mark_facts(mark: Mark) -> dict[str, Any]:
+    """Return a mark as JSON values; its outline is a flat list y, x, y, x, ... in level-0 px."""
+    flat = [value for point in mark.outline for value in point]
+    texts = {name: valid_text(text) for name, text in (("text", mark.text), ("by", mark.by), ("made", mark.made))}
+    return {"id": valid_text(mark.id), "kind": mark.kind, "patch": mark.patch, "outline": flat, **texts}
 
 
 def audit_address(archive: Archive, slide: ServedSlide) -> str | None:

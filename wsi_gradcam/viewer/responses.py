@@ -11,12 +11,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import (
     ConfigError,
+    DocumentError,
+    MarkError,
     NotShownError,
     OutsideError,
     RangeError,
@@ -28,6 +31,8 @@ from wsi_gradcam.errors import (
     WsiGradcamError,
     one_line,
 )
+from wsi_gradcam.io.documents import read_json
+from wsi_gradcam.results.marks import MAX_LINE
 from wsi_gradcam.results.run_files import slide_id_of
 from wsi_gradcam.viewer.archive import check_inside, path_below, valid_text
 from wsi_gradcam.viewer.serve import REPORT_POLICY
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 IMMUTABLE = "private, max-age=31536000, immutable"  # for addresses that contain a version
 REVALIDATE = "private, no-cache"
 NO_STORE = "no-store"
+BODY_S = 15.0  # for all that a page sends
 # Larger files are requested in several parts, which bounds the memory of a response.
 MAX_BYTES = 32 << 20
 BYTE_RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))", re.ASCII)
@@ -62,6 +68,7 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (FileNotFoundError, 404),
     (OutsideError, 403),
     (RangeError, 416),
+    (MarkError, 400),
     (SlideReadError, 502),
     (SlideError, 404),
     (BusyError, 503),
@@ -83,6 +90,29 @@ def json_response(value: Any) -> Response:
 def image_response(data: bytes, media_type: str, immutable: bool) -> Response:
     """Return an encoded image; an immutable one has an address whose version covers all that it depends on."""
     return Response(data, media_type=media_type, headers={"Cache-Control": IMMUTABLE if immutable else NO_STORE})
+
+
+async def sent_json(request: Request) -> dict[str, Any]:
+    """Return the mapping that a request sends as JSON, once all of it has come.
+
+    Raises:
+        MarkError: it is larger than a mark is, comes too slowly, or is no mapping in JSON.
+    """
+    data = b""
+    with anyio.move_on_after(BODY_S) as scope:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_LINE:
+                raise MarkError(f"a mark has up to {MAX_LINE >> 10} KiB")
+    if scope.cancelled_caught:
+        raise MarkError(f"a mark is sent within {BODY_S:g} s")
+    try:
+        found = read_json(data)
+    except (DocumentError, ValueError) as error:
+        raise MarkError("a mark is JSON") from error
+    if not isinstance(found, dict):
+        raise MarkError("a mark is a mapping")
+    return found
 
 
 def etag_response(request: Request, data: bytes, media_type: str, headers: dict[str, str] | None = None) -> Response:

@@ -67,6 +67,7 @@ HEADERS = {
 # A name or an IPv4 address, or an IPv6 address in brackets; and a port. Nothing else is a Host header of a browser.
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9_.-]{1,253}))(?::[0-9]{1,5})?", re.ASCII)
 MAX_TARGET_BYTES = 4096
+WRITING = "/api/marks"  # the only path that takes what a page sends
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ class AccessMiddleware:
             return _refuse(421, "this server is not called by that name; start it with --allow-host NAME")
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_TARGET_BYTES:
             return _refuse(414, "the address is too long")
-        if scope["method"] not in ("GET", "HEAD"):
-            return Response("only GET and HEAD are answered\n", 405, {"Allow": "GET, HEAD"}, "text/plain")
+        if scope["method"] not in ("GET", "HEAD") and (refusal := _refuse_writing(scope, headers)):
+            return refusal
         if _is_cross_site(headers, scope["path"]):
             return _refuse(403, "requested by the page of another site")
         return self._check_token(scope, headers, in_folder) if self._access.token else None
@@ -239,6 +240,21 @@ def _is_cross_site(headers: Mapping[str, str], path: str) -> bool:
     site = headers.get("sec-fetch-site", "none")
     to_the_page = path == "/" and headers.get("sec-fetch-mode") == "navigate"
     return site not in ("same-origin", "none") and not to_the_page
+
+
+def _refuse_writing(scope: Scope, headers: Mapping[str, str]) -> Response | None:
+    """Refuse requests that would change anything, but those of our own page that keep marks, as JSON.
+
+    Browsers say of each POST which page makes it; a page of another site can neither claim to be ours nor send JSON
+    without asking first, which nothing here allows.
+    """
+    if scope["method"] != "POST" or scope["path"] != WRITING:
+        return Response("only GET and HEAD are answered\n", 405, {"Allow": "GET, HEAD"}, "text/plain")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return _refuse(415, "marks are sent as application/json")
+    if "origin" not in headers:  # which another check compares
+        return _refuse(403, "marks are kept for the viewer's own page, which sends its Origin")
+    return None
 
 
 def _cookie(header: str, name: str) -> str:

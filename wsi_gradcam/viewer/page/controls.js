@@ -18,6 +18,7 @@ export class Controls {
   show(slide, layers, active, views, more = []) {
     this.slide = slide;
     this.layers = layers;
+    const { id, scrollTop } = { id: document.activeElement?.id, scrollTop: this.element.scrollTop };
     fill(
       this.element,
       element("h2", {}, "Layers"),
@@ -27,6 +28,9 @@ export class Controls {
       slide.channels.length ? this.foot() : null,
       ...more,
     );
+    this.element.scrollTop = scrollTop;
+    const held = id && find(id);
+    if (held && this.element.contains(held)) held.focus();
   }
 
   emptyText() {

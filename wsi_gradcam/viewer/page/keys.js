@@ -10,6 +10,10 @@ export function listen(actions) {
     if (find("help-dialog").open) return;
     const action = byKey.get(event.key);
     if (!action) return;
+    if (event.key === "Enter") { // what has the focus may need it
+      if (!event.target.matches("button, a, summary, input") && action()) event.preventDefault();
+      return;
+    }
     event.preventDefault();
     action();
   });
@@ -28,7 +32,7 @@ const NAMES = { ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: 
 
 /** Whether what has the focus needs the key itself. */
 function takesKeys(target, key) {
-  if (target.isContentEditable || target.matches("textarea, select, input[type=search], input[type=number]")) {
+  if (target.isContentEditable || target.matches("textarea, select, input[type=search], input[type=number], input[type=text]")) {
     return key !== "Escape";
   }
   if (target.matches("input[type=range], input[type=radio]")) return key.startsWith("Arrow");

@@ -7,6 +7,7 @@ import { element, find, later, length, say, short } from "./dom.js";
 import { Gallery } from "./gallery.js";
 import { listen } from "./keys.js";
 import { PatchPanel } from "./patch.js";
+import { Marks } from "./marks.js";
 import { magnification, umAt } from "./ruler.js";
 import * as server from "./server.js";
 import { Strip } from "./strip.js";
@@ -36,9 +37,14 @@ class App {
     this.panel = new PatchPanel(run, {
       chosen: (number) => this.showPatch(number, true),
       closed: () => this.closePatch(),
+      marking: () => this.marks.canWrite && this.marks.form((kind, text) => this.markPatch(kind, text), "patch-mark"),
     });
     this.strip = new Strip(run, (number) => this.showPatch(number, true));
     this.annotations = new Annotations(() => { this.showControls(); this.remember(); });
+    this.marks = new Marks({
+      changed: () => { this.showControls(); this.panel.patch && this.panel.showMark(); },
+      goTo: (mark) => this.showMark(mark),
+    });
     this.remember = later(150, () => this.writeAddress());
     this.askValues = later(60, (y, x) => this.showValues(y, x));
     this.buttons();
@@ -111,7 +117,9 @@ class App {
     if (this.strip.isShown) this.strip.show(slide);
     if (!wanted.centre) views.pane.home(true);
     await this.showPlace(wanted);
-    if (this.views === views) this.annotations.show(slide, views);
+    if (this.views !== views) return;
+    this.annotations.show(slide, views);
+    this.marks.show(slide, views);
   }
 
   /** Another view of the slide that is shown. */
@@ -135,6 +143,7 @@ class App {
     this.views?.close();
     this.views = null;
     this.annotations.clear();
+    this.marks.clear();
     this.slide = null;
     this.panel.element.hidden = true;
     this.panel.patch = null;
@@ -160,7 +169,7 @@ class App {
     if (slide.spread_problem) lines.push(`Where the map is unsure cannot be shown: ${slide.spread_problem}`);
     if (slide.status === "no_tissue") lines.push("No tissue was found on this slide.");
     if (slide.mpp && Math.abs(slide.mpp[0] / slide.mpp[1] - 1) > 0.005) {
-      lines.push(`Pixels are ${short(slide.mpp[0])} by ${short(slide.mpp[1])} µm (y by x) and are shown as squares.`);
+      lines.push(`Pixels are ${short(slide.mpp[1])} x ${short(slide.mpp[0])} µm (width x height) and are shown as squares.`);
     }
     this.notice(lines.join(" "));
   }
@@ -187,7 +196,7 @@ class App {
   showControls() {
     const { views, slide } = this;
     if (!views) return;
-    this.controls.show(slide, views.layers[views.active], views.active, views.panes.length, [this.annotations.section()]);
+    this.controls.show(slide, views.layers[views.active], views.active, views.panes.length, [this.annotations.section(), this.marks.section()]);
   }
 
   setLayers(layers, rebuilt) {
@@ -222,7 +231,7 @@ class App {
       find("values").textContent = "";
       return;
     }
-    find("place").textContent = `y ${length(y * slide.mpp[0])}, x ${length(x * slide.mpp[1])}`;
+    find("place").textContent = `x ${length(x * slide.mpp[1])}, y ${length(y * slide.mpp[0])}`;
     this.askValues(y, x);
   }
 
@@ -269,6 +278,30 @@ class App {
     views.frame([patch.y, patch.x, ...slide.patch.footprint_px]);
     this.panel.show(slide, patch, views.layers[views.active]);
     this.remember();
+  }
+
+  /** Mark the patch that is open. */
+  markPatch(kind, text = "") {
+    const { patch } = this.panel;
+    if (!patch || !this.marks.canWrite) return false;
+    const [height, width] = this.slide.patch.footprint_px;
+    const [top, left, bottom, right] = [patch.y, patch.x, patch.y + height, patch.x + width];
+    const outline = [top, left, top, right, bottom, right, bottom, left];
+    return this.marks.make({ kind, outline, patch: patch.number, text });
+  }
+
+  async showMark(mark) {
+    if (mark.patch !== null) {
+      await this.showPatch(mark.patch, true);
+      return;
+    }
+    const axis = (first) => mark.outline.filter((_, i) => i % 2 === first);
+    const [ys, xs] = [axis(0), axis(1)];
+    const span = (values) => [Math.min(...values), Math.max(...values)];
+    const [[top, bottom], [left, right]] = [span(ys), span(xs)];
+    const screen = this.views.pane.viewer.viewport.getContainerSize();
+    const um = 1.3 * this.slide.mpp[1] * Math.max((bottom - top) / screen.y, (right - left) / screen.x);
+    this.views.goTo([(top + bottom) / 2, (left + right) / 2], Math.max(um, 0.1));
   }
 
   closePatch() {
@@ -387,7 +420,12 @@ class App {
       [["n"], "next slide", () => this.nextSlide(1)],
       [["p"], "previous slide", () => this.nextSlide(-1)],
       [["g"], "all slides", () => this.go("#")],
-      [["Escape"], "close the patch", () => this.panel.patch && this.panel.close()],
+      [["m"], "mark a region: draw around it", () => this.views && this.marks.toggleDrawing()],
+      [["Enter"], "while a region is drawn: take what the view shows", () => this.marks.takeView()],
+      [["x"], "mark the patch as an artefact", () => this.markPatch("artefact")],
+      [["e"], "mark the patch as expected", () => this.markPatch("expected")],
+      [["u"], "mark the patch as unexpected", () => this.markPatch("unexpected")],
+      [["Escape"], "end drawing; close the patch", () => this.marks.cancel() || (this.panel.patch && this.panel.close())],
       [["?"], "this help", () => find("help-dialog").showModal()],
     ]);
   }

@@ -34,17 +34,27 @@ export class PatchPanel {
         element("button", { type: "button", class: "small", "aria-label": "Close patch", onclick: () => this.close() },
           "✕")),
       element("p", { class: "facts" },
-        `level-0 px y ${patch.y}, x ${patch.x} · centre y ${middle[0].toLocaleString("en")} µm, ` +
-        `x ${middle[1].toLocaleString("en")} µm`),
+        `level-0 px x ${patch.x}, y ${patch.y} · centre x ${middle[1].toLocaleString("en")} µm, ` +
+        `y ${middle[0].toLocaleString("en")} µm`),
       this.picture(),
       this.mapChoice(),
       this.flags(),
+      element("div", { id: "patch-mark" }),
       this.classTable(),
       this.statistics(),
       this.neighbours(),
     );
+    this.showMark();
     this.drawMap();
     say(`Patch ${patch.number}`);
+  }
+
+  /** The buttons that mark the patch, as soon as it is known whether marks can be kept. */
+  showMark() {
+    const place = find("patch-mark");
+    if (place.childElementCount) return;
+    const form = this.events.marking();
+    if (form) place.append(form);
   }
 
   close() {

@@ -7,6 +7,15 @@ async function json(address, signal) {
   return value;
 }
 
+async function send(address, value) {
+  const answer = await fetch(address, {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(value),
+  });
+  const found = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(found.error || `the server answered ${answer.status}`);
+  return found;
+}
+
 const query = (values) => new URLSearchParams(values).toString();
 
 export const run = () => json("api/run");
@@ -16,6 +25,8 @@ export const slide = (key) => json(`api/slides/${key}`);
 export const values = (key, y, x, signal) => json(`api/slides/${key}/values?${query({ y, x })}`, signal);
 export const annotations = (key) => json(`api/slides/${key}/annotations`);
 export const agreement = (key, name) => json(`api/slides/${key}/agreement?${query({ class: name })}`);
+export const marks = (key) => json(`api/slides/${key}/marks`);
+export const mark = (value) => send("api/marks", value);
 export const patchAt = (key, y, x) => json(`api/slides/${key}/patches/at?${query({ y, x })}`);
 export const patch = (key, number) => json(`api/slides/${key}/patches/${number}`);
 export const top = (key, by, count, order) => json(`api/slides/${key}/patches/top?${query({ by, count, order })}`);
