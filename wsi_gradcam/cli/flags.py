@@ -357,7 +357,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     what, how, rest = (group(parser, title) for title in ("what to export", "how values are shown", "files"))
     formats = (
         "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, marks-geojson, marks-csv, qupath, png, "
-        "deepzoom, trident, clam; docs/exports.md says which is for what"
+        "deepzoom, dicom-parametric-map, dicom-segmentation, dicom-annotations, trident, clam; "
+        "docs/exports.md says which is for what"
     )
     what.add_argument("out", help="folder of results")
     what.add_argument("--to", required=True, metavar="FORMAT", help=formats)
@@ -383,6 +384,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         help="of GeoJSON: the scanned part, as in QuPath (default), or the slide",
     )
     add = rest.add_argument
+    about = "YAML or JSON: patient, study and specimen of slides that are not DICOM, such as PatientID: A1"
+    add("--dicom-attributes", metavar="FILE", help=about)
     add("--dest", metavar="PATH", help="folder for the files (default: OUT/exports)")
     add("--overwrite", action="store_true", default=None, help="replace existing files")
     _add_json(rest)

@@ -300,8 +300,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.export import export
     from wsi_gradcam.results.run import open_result
 
-    names = ("channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame", "remote_slides")
-    options = _given(arguments, *names)
+    names = ("channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame", "dicom_attributes")
+    options = _given(arguments, *names, "remote_slides")
     if "channel" in options:
         options["channel"] = tuple(options["channel"])
     if "," in options.get("window", ""):

@@ -39,6 +39,9 @@ FORMATS = {
     "qupath": "geojson:write_qupath",
     "png": "png",
     "deepzoom": "png:write_deepzoom",
+    "dicom-parametric-map": "dicom",
+    "dicom-segmentation": "dicom:write_segmentation",
+    "dicom-annotations": "dicom:write_annotations",
     "trident": "arrays:write_trident_features",
     "clam": "arrays:write_clam_features",
 }
@@ -87,7 +90,7 @@ def export(
     """
     if to not in FORMATS:
         raise ConfigError(f"format {to!r} is not known; expected one of {', '.join(FORMATS)}")
-    chosen = Options(**options)
+    chosen = _options(options)
     opened = result if isinstance(result, Result) else open_result(result, remote_slides=remote_slides)
     unseen = (*OF_FEATURES, *OF_MARKS)  # formats without colours
     found = [opened[name] for name in slides] or [slide for slide in opened if _is_ready(slide, to)]
@@ -110,6 +113,17 @@ def export(
             if listener is not None:
                 listener(records[-1])
     return records
+
+
+def _options(given: dict[str, Any]) -> Options:
+    attributes = given.pop("dicom_attributes", None)
+    if attributes is None:
+        return Options(**given)
+    from wsi_gradcam.export.dicom_source import check_attributes, read_attributes
+
+    if isinstance(attributes, str | PathLike):
+        return Options(**given, dicom_attributes=read_attributes(Path(attributes)))
+    return Options(**given, dicom_attributes=check_attributes(attributes, "dicom_attributes"))
 
 
 def _is_ready(slide: SlideResult, to: str) -> bool:

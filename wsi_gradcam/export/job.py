@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -279,6 +279,8 @@ class Options:
         size: longest side in pixels, of a PNG.
         overwrite: replace files that exist.
         frame: of coordinates in GeoJSON: "bounds", from the corner of the scanned part, as QuPath has them; "slide".
+        dicom_attributes: of patient, study and specimen by their keywords, and below "slides" those of single slides
+            by id, for slides that are not DICOM themselves; or the path of a file that says them.
     """
 
     channel: tuple[str, ...] = ()
@@ -289,6 +291,7 @@ class Options:
     size: int = 2000
     overwrite: bool = False
     frame: str = BOUNDS
+    dicom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_colormap(self.colormap)

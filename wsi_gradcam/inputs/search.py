@@ -268,7 +268,7 @@ def is_passed_over(name: str, inner: Sequence[str], pattern: Sequence[str]) -> b
 # (no slide's folder is called so); the tiles of a Deep Zoom picture.
 PLAN, TABLE = "manifest/plan.json", "slides.csv"
 KEPT_IN_RUNS = ("audit", "exports")
-PNG, TIFFS = ".png", (".tif", ".tiff")
+PNG, DICOM, TIFFS = ".png", ".dcm", (".tif", ".tiff")
 TILES = "_files"
 
 
@@ -289,6 +289,7 @@ def is_deep_zoom(folder: str, beside: Set[str]) -> bool:
 
 
 RESULT, IMAGE, OTHER, NO_ZARR = "result", "image", "other", "no Zarr"
+DICOM_MARK = b"\x02\x00\x13\x00SH\x0c\x00" + OURS.encode()  # the implementation, of an even length
 PNG_MARK = b"tEXtSoftware\0" + OURS.encode()
 LAYOUT = "bioformats2raw.layout"
 
@@ -334,7 +335,7 @@ def is_result(path: str) -> bool:
     if os.path.isdir(path):  # noqa: PTH112
         return zarr_kind(partial(_read_within, path)) == RESULT
     ending = ending_of(path)
-    if ending not in (PNG, *TIFFS) or not os.path.isfile(path):  # noqa: PTH113 - nor what a link leads to
+    if ending not in (PNG, DICOM, *TIFFS) or not os.path.isfile(path):  # noqa: PTH113 - nor what a link leads to
         return False
     from wsi_gradcam.slides.tiff_metadata import (
         first_texts,
@@ -343,8 +344,8 @@ def is_result(path: str) -> bool:
 
     try:
         with Path(path).open("rb") as file:
-            if ending == PNG:
-                return PNG_MARK in file.read(HEAD_BYTES)
+            if ending in (PNG, DICOM):
+                return (PNG_MARK if ending == PNG else DICOM_MARK) in file.read(HEAD_BYTES)
             return is_export(first_texts(file, os.fstat(file.fileno()).st_size))
     except OSError:  # it will fail as a slide, with this cause
         return False

@@ -90,6 +90,14 @@ class StoragePath(ABC):
         """
 
     @abstractmethod
+    def modified(self) -> float:
+        """Return when the file was written last, in seconds since 1970.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+    @abstractmethod
     def exists(self) -> bool:
         """Return True for a file, and for a folder with a file somewhere in it."""
 

@@ -98,6 +98,10 @@ class LocalPath(StoragePath):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
             return found.st_size
 
+    def modified(self) -> float:
+        with _wrap_read_errors(self.path):
+            return self.path.stat().st_mtime
+
     def exists(self) -> bool:
         return self.is_file() or _holds_files(self.path)
 

@@ -148,6 +148,9 @@ class S3Path(StoragePath):
     def size(self) -> int:
         return self._retry(lambda store: store.head(self.key)["size"])
 
+    def modified(self) -> float:
+        return self._retry(lambda store: store.head(self.key)["last_modified"]).timestamp()
+
     def exists(self) -> bool:
         try:
             self.size()

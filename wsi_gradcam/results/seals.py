@@ -158,6 +158,8 @@ CONTENTS = {
         r"(.*/)?\.z(array|attrs|group|metadata)|(labels/[^/]+/)?[0-9]+(/[0-9]+)+|OME/METADATA\.ome\.xml"
     ),
     "_files": re.compile(r"[0-9]+/[0-9]+_[0-9]+\.png"),
+    ".dicom-parametric-map": re.compile(r"level-[0-9]+\.dcm"),
+    ".dicom-segmentation": re.compile(r"level-[0-9]+\.dcm"),
     ".qupath": re.compile(r"overlay-[0-9]+\.png|([a-z-]+/)?(patches|regions)\.geojson|show_in_qupath\.groovy"),
 }
 

@@ -1,0 +1,450 @@
+"""DICOM: heatmaps as Parametric Maps (PS3.3 A.75), hot regions as Segmentations (A.51) and as annotations (A.87).
+
+Maps and segmentations have an instance for each level, with the tiles in which there is anything.
+
+Headers are made whole, pixels follow tile by tile: memory does not grow with the slide. Identifiers are made of
+digests (PS3.5 B.2), and dates say when the heatmap was finished, so that the same export has the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+from pydicom import dcmwrite
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian
+
+from wsi_gradcam import __version__
+from wsi_gradcam.export.dicom_source import TILE, MapLevel, Source, long_string, spacing_mm, uid
+from wsi_gradcam.export.job import MADE_BY, slug
+from wsi_gradcam.export.outlines import hot_regions
+from wsi_gradcam.geometry import Region, tiles
+from wsi_gradcam.results.display import Colouring
+from wsi_gradcam.results.heatmap import EXPLAINED
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.export.job import Job
+    from wsi_gradcam.results.display import ChannelInfo
+
+OURS = MADE_BY["Software"]
+PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+ANNOTATIONS = "1.2.840.10008.5.1.4.1.1.91.1"
+FLOAT_PIXELS, PIXELS = (0x7FE00008, "OF"), (0x7FE00010, "OB")
+
+
+def code(value: str, scheme: str, meaning: str) -> Dataset:
+    """Return a coded concept."""
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, long_string(meaning)
+    return item
+
+
+def own_code(text: str) -> Dataset:
+    """Return a concept of ours, such as a method of explanation."""
+    return code(long_string(re.sub(r"\W+", "_", text), 16), "99WSIGRADCAM", text)
+
+
+def new_object(source: Source, sop_class: str, modality: str, name: str, instance: int) -> Dataset:
+    """Return a header with all that our objects share: patient, study, series, equipment, and the slide's files.
+
+    Args:
+        name: of the series, unlike that of all others of the slide.
+        instance: number within the series, from 1.
+    """
+    found = Dataset()
+    found.update(source.about)
+    found.SOPClassUID, found.Modality = sop_class, modality
+    found.SOPInstanceUID = uid("instance", source.digest, name, instance)
+    found.SeriesInstanceUID = uid("series", source.digest, name)
+    found.SeriesNumber = 1 + int(uid("number", name)[5:]) % 9999
+    found.InstanceNumber = instance
+    found.SeriesDescription = long_string(name)
+    found.Manufacturer, found.ManufacturerModelName, found.SoftwareVersions = OURS, OURS, __version__
+    found.DeviceSerialNumber = "none"
+    found.ContentDate, found.ContentTime = source.finished.strftime("%Y%m%d"), source.finished.strftime("%H%M%S")
+    found.TimezoneOffsetFromUTC = "+0000"
+    found.ContentCreatorName = ""
+    if references := source.references():
+        series = Dataset()
+        series.SeriesInstanceUID = source.heads[0].SeriesInstanceUID
+        series.ReferencedInstanceSequence = references
+        found.ReferencedSeriesSequence = [series]
+    return found
+
+
+def add_tiled_image(found: Dataset, source: Source, job: Job, level: MapLevel) -> None:
+    """Add what a tiled image of a level has: its size, its place on the slide, and the size of its pixels."""
+    found.Rows = found.Columns = TILE
+    found.SamplesPerPixel, found.PhotometricInterpretation = 1, "MONOCHROME2"
+    found.TotalPixelMatrixRows, found.TotalPixelMatrixColumns = level.size
+    found.TotalPixelMatrixFocalPlanes = 1
+    head = level.head or (source.heads[0] if source.heads else Dataset())
+    found.ImageOrientationSlide = head.get("ImageOrientationSlide") or ["1", "0", "0", "0", "1", "0"]
+    # Places are those of the first pixel's centre; of other slides (0, 0) is that of their own first pixel.
+    y_mm, x_mm = ((factor - 1) / 2 * mpp / 1000 for factor, mpp in zip(level.factor, job.slide.mpp, strict=True))
+    found.TotalPixelMatrixOriginSequence = head.get("TotalPixelMatrixOriginSequence") or [_place(x_mm, y_mm)]
+    found.LossyImageCompression = head.get("LossyImageCompression") or "00"
+    for name in ("LossyImageCompressionRatio", "LossyImageCompressionMethod"):
+        if name in head:
+            setattr(found, name, head[name].value)
+    found.BurnedInAnnotation = "NO"
+    measures, shared = Dataset(), Dataset()
+    own = [mpp * factor / 1000 for mpp, factor in zip(job.slide.mpp, level.factor, strict=True)]
+    measures.PixelSpacing = [f"{mm:.10g}" for mm in (level.head and spacing_mm(level.head)) or own]
+    measures.SliceThickness = "0.001"
+    shared.PixelMeasuresSequence = [measures]
+    found.SharedFunctionalGroupsSequence = [shared]
+
+
+def add_frames(found: Dataset, places: Sequence[tuple[Region, int]], with_segments: bool = False) -> None:
+    """Add where each frame lies (PS3.3 C.8.12.6.1): those of tiles without content are left out.
+
+    Args:
+        places: region of each frame in pixels of the level, and the number of its segment.
+        with_segments: segments are a dimension too.
+    """
+    organization = Dataset()
+    organization.DimensionOrganizationUID = uid("dimensions", found.SOPInstanceUID)
+    found.DimensionOrganizationType = "TILED_SPARSE"
+    found.DimensionOrganizationSequence = [organization]
+    pointers = [("RowPositionInTotalImagePixelMatrix", "PlanePositionSlideSequence")]
+    pointers += [("ColumnPositionInTotalImagePixelMatrix", "PlanePositionSlideSequence")]
+    if with_segments:
+        pointers.insert(0, ("ReferencedSegmentNumber", "SegmentIdentificationSequence"))
+    found.DimensionIndexSequence = [_dimension(organization.DimensionOrganizationUID, *pair) for pair in pointers]
+    found.PyramidUID = uid("pyramid", found.SeriesInstanceUID)
+    found.NumberOfFrames = len(places)
+    found.PerFrameFunctionalGroupsSequence = [_frame(found, *place, with_segments) for place in places]
+
+
+def _dimension(organization: str, pointer: str, group: str) -> Dataset:
+    item = Dataset()
+    item.DimensionOrganizationUID = organization
+    item.DimensionIndexPointer, item.FunctionalGroupPointer = tag_for_keyword(pointer), tag_for_keyword(group)
+    return item
+
+
+def _frame(found: Dataset, region: Region, segment: int, with_segments: bool) -> Dataset:
+    """Return the functional groups of a frame: its place, and its segment."""
+    item, content = Dataset(), Dataset()
+    ((x, y),) = in_mm(found, np.array([[region.x + 0.5, region.y + 0.5]]))
+    place = _place(x, y)
+    place.ColumnPositionInTotalImagePixelMatrix, place.RowPositionInTotalImagePixelMatrix = region.x + 1, region.y + 1
+    index = [region.y // TILE + 1, region.x // TILE + 1]
+    content.DimensionIndexValues = [segment, *index] if with_segments else index
+    item.FrameContentSequence, item.PlanePositionSlideSequence = [content], [place]
+    if with_segments:
+        identified = Dataset()
+        identified.ReferencedSegmentNumber = segment
+        item.SegmentIdentificationSequence = [identified]
+    return item
+
+
+def in_mm(head: Dataset, xy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return where points of an image lie on the slide, [n, 2] of x, y in mm (PS3.3 C.7.6.2.1.1).
+
+    Args:
+        head: says where the centre of its first pixel lies, how it is turned, and how large pixels are.
+        xy: in its pixels, [n, 2]; the first pixel goes from 0 to 1.
+    """
+    origin = head.TotalPixelMatrixOriginSequence[0]
+    corner = np.array([float(origin.XOffsetInSlideCoordinateSystem), float(origin.YOffsetInSlideCoordinateSystem)])
+    axes = np.reshape([float(each) for each in head.ImageOrientationSlide], (2, 3))[:, :2]
+    y_mm, x_mm = spacing_mm(head) or (0.0, 0.0)
+    return np.asarray(corner + (xy - 0.5) * (x_mm, y_mm) @ axes)
+
+
+def _place(x_mm: float, y_mm: float) -> Dataset:
+    item = Dataset()
+    item.XOffsetInSlideCoordinateSystem, item.YOffsetInSlideCoordinateSystem = f"{x_mm:.10g}", f"{y_mm:.10g}"
+    item.ZOffsetInSlideCoordinateSystem = "0"
+    return item
+
+
+def save(
+    path: Path, found: Dataset, element: tuple[int, str] | None = None, frames: Iterable[bytes] = (), size: int = 0
+) -> None:
+    """Write an object; behind the header an element, its tag and type, of `size` bytes, frame by frame."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = found.SOPClassUID, found.SOPInstanceUID
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID = UID(uid("implementation", OURS))
+    meta.ImplementationVersionName = OURS
+    found.file_meta = meta
+    dcmwrite(path, found, enforce_file_format=True)
+    if element is None:
+        return
+    tag, kind = element
+    with path.open("ab") as file:
+        file.write(struct.pack("<HH2sHI", tag >> 16, tag & 0xFFFF, kind.encode(), 0, size))
+        for frame in frames:
+            file.write(frame)
+
+
+Read = Callable[[int, Region], "NDArray[Any]"]  # values of a level of the heatmap in a region
+
+
+def sampled(job: Job, level: MapLevel, read: Read, region: Region) -> NDArray[Any]:
+    """Return the values of a region of a level.
+
+    A pixel takes the value of the heatmap's pixel in which its centre lies, on the heatmap's coarsest level that is no
+    coarser; where factors are equal that is the very same pixel.
+    """
+    stride, shapes = job.slide.stride_px, job.slide.levels
+    chosen = max((i for i in range(len(shapes)) if stride * 2**i <= min(level.factor) * 1.01), default=0)
+    step, shape = stride * 2**chosen, shapes[chosen]
+    y, x = (
+        np.minimum(((np.arange(first, first + count) + 0.5) * factor / step).astype(int), most - 1)
+        for first, count, factor, most in (
+            (region.y, region.height, level.factor[0], shape[0]),
+            (region.x, region.width, level.factor[1], shape[1]),
+        )
+    )
+    wanted = Region(int(y[0]), int(x[0]), int(y[-1] - y[0]) + 1, int(x[-1] - x[0]) + 1)
+    return read(chosen, wanted)[np.ix_(y - y[0], x - x[0])]
+
+
+def explained_tiles(job: Job, level: MapLevel) -> list[Region]:
+    """Return the tiles of a level in which anything was explained; the first, if nothing was."""
+    every = tiles(*level.size, TILE)
+    found = [t for t in every if (sampled(job, level, job.slide.read_coverage, t) & EXPLAINED).any()]
+    return found or [every[0]]
+
+
+def whole_tile(values: NDArray[Any]) -> NDArray[Any]:
+    """Return a tile filled up to its full size with zeros."""
+    height, width = values.shape
+    return np.pad(values, ((0, TILE - height), (0, TILE - width)))
+
+
+def write(job: Job) -> list[Path]:
+    """Write a folder for each chosen channel, with an instance for each level."""
+    source = Source(job)
+    return [_write(job, source, channel) for channel in job.drawn_channels]
+
+
+def _write(job: Job, source: Source, channel: ChannelInfo) -> Path:
+    path = job.path(f"{slug(channel)}.dicom-parametric-map")
+
+    def read(level: int, region: Region) -> NDArray[np.float32]:
+        return job.slide.read(channel, level, region)
+
+    with job.atomic_path(path) as partial:
+        partial.mkdir()
+        for number, level in enumerate(source.levels(4)):
+            found, written = parametric_map(job, source, channel, level, number + 1), explained_tiles(job, level)
+            add_frames(found, [(tile, 1) for tile in written])
+            frames = (whole_tile(sampled(job, level, read, tile)).astype("<f4").tobytes() for tile in written)
+            save(partial / f"level-{number}.dcm", found, FLOAT_PIXELS, frames, len(written) * TILE**2 * 4)
+    return path
+
+
+def parametric_map(job: Job, source: Source, channel: ChannelInfo, level: MapLevel, instance: int) -> Dataset:
+    """Return the header of a level of a channel's map (PS3.3 A.75.3)."""
+    found = new_object(source, PARAMETRIC_MAP, "OT", channel.label, instance)
+    add_tiled_image(found, source, job, level)
+    found.ImageType = ["DERIVED", "PRIMARY", "VOLUME", "QUANTITY"]
+    found.BitsAllocated = 32
+    found.ContentLabel = re.sub(r"[^A-Z0-9]+", "_", channel.method.upper())[:16]
+    found.ContentDescription = long_string(f"{channel.label} of {job.slide.id}")
+    found.ContentQualification, found.PixelPresentation = "RESEARCH", "MONOCHROME"
+    found.AcquisitionContextSequence = []
+    found.PresentationLUTShape, found.RecognizableVisualFeatures = "IDENTITY", "NO"
+    if references := source.references():
+        found.SourceImageSequence = references
+    (shared,) = found.SharedFunctionalGroupsSequence
+    kind, identity, shown = Dataset(), Dataset(), Dataset()
+    kind.FrameType = found.ImageType
+    identity.RescaleIntercept, identity.RescaleSlope, identity.RescaleType = "0", "1", "US"
+    low, high = job.window(channel)
+    shown.WindowCenter, shown.WindowWidth = f"{(low + high) / 2:.8g}", f"{high - low:.8g}"
+    shared.ParametricMapFrameTypeSequence = [kind]
+    shared.PixelValueTransformationSequence = [identity]
+    shared.FrameVOILUTSequence = [shown]
+    shared.RealWorldValueMappingSequence = [_mapping(channel)]
+    return found
+
+
+def _mapping(channel: ChannelInfo) -> Dataset:
+    """Return what values mean: themselves, without a unit of the UCUM, from the least to the largest of the slide."""
+    found, quantity = Dataset(), Dataset()
+    found.LUTLabel, found.LUTExplanation = (
+        long_string(channel.label, 16),
+        long_string(f"{channel.label}, {channel.unit}"),
+    )
+    found.DoubleFloatRealWorldValueFirstValueMapped = float(channel.minimum)
+    found.DoubleFloatRealWorldValueLastValueMapped = float(channel.maximum)
+    found.RealWorldValueIntercept, found.RealWorldValueSlope = 0.0, 1.0
+    found.MeasurementUnitsCodeSequence = [code("1", "UCUM", "no units")]
+    quantity.ValueType = "CODE"
+    quantity.ConceptNameCodeSequence = [code("246205007", "SCT", "Quantity")]
+    quantity.ConceptCodeSequence = [own_code(channel.method)]
+    found.QuantityDefinitionSequence = [quantity]
+    return found
+
+
+def write_segmentation(job: Job) -> list[Path]:
+    """Write a folder with an instance for each level: segment 1 is what was explained, then the channels' hot parts."""
+    source, path = Source(job), job.path("dicom-segmentation")
+    with job.atomic_path(path) as partial:
+        partial.mkdir()
+        for number, level in enumerate(source.levels(1 / 8 * (1 + len(job.drawn_channels)))):
+            found = segmentation(job, source, level, number + 1)
+            frames = [
+                (tile, segment)
+                for segment in range(1, 2 + len(job.drawn_channels))
+                for tile in tiles(*level.size, TILE)
+                if _mask(job, level, segment, tile).any()
+            ] or [(tiles(*level.size, TILE)[0], 1)]
+            add_frames(found, frames, with_segments=True)
+            bits = (
+                np.packbits(whole_tile(_mask(job, level, segment, tile)), bitorder="little").tobytes()
+                for tile, segment in frames
+            )
+            save(partial / f"level-{number}.dcm", found, PIXELS, bits, len(frames) * TILE**2 // 8)
+    return [path]
+
+
+def _mask(job: Job, level: MapLevel, segment: int, tile: Region) -> NDArray[np.bool_]:
+    """Return what belongs to a segment in a tile of a level, bool [h, w]."""
+    flags = sampled(job, level, job.slide.read_coverage, tile)
+    if segment == 1:
+        return np.asarray(flags & EXPLAINED > 0)
+    channel = job.drawn_channels[segment - 2]
+    values = sampled(job, level, lambda i, region: job.slide.read(channel, i, region), tile)
+    return Colouring("gray", 0.0, 1.0, job.threshold(channel)).shown(values, flags)
+
+
+def segmentation(job: Job, source: Source, level: MapLevel, instance: int) -> Dataset:
+    """Return the header of a level of the segmentation (PS3.3 A.51.3)."""
+    found = new_object(source, SEGMENTATION, "SEG", "hot regions", instance)
+    add_tiled_image(found, source, job, level)
+    found.ImageType = ["DERIVED", "PRIMARY"]
+    found.SegmentationType, found.SegmentsOverlap = "BINARY", "YES"
+    found.BitsAllocated = found.BitsStored = 1
+    found.HighBit = found.PixelRepresentation = 0
+    found.ContentLabel, found.ContentDescription = "HOT_REGIONS", long_string(f"hot regions of {job.slide.id}")
+    found.SegmentSequence = [_segment(1, "explained", "where there are values", "808080")]
+    for number, channel in enumerate(job.drawn_channels, 2):
+        about = f"{channel.label} from {job.threshold(channel):g} on"
+        found.SegmentSequence.append(_segment(number, f"hot {channel.label}", about, channel.colour))
+    found.PatientOrientation = ""  # of the frame of a patient, which a slide is not in
+    found.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [_derivation(source)]
+    return found
+
+
+def _derivation(source: Source) -> Dataset:
+    """Return of which images a segmentation was made: the slide's levels; of no one's where it is not DICOM."""
+    found, images = Dataset(), source.references()
+    for image in images:
+        image.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
+    found.DerivationCodeSequence = [code("113076", "DCM", "Segmentation")]
+    found.SourceImageSequence = images
+    return found
+
+
+def _segment(number: int, label: str, about: str, colour: str) -> Dataset:
+    """Return the description of a segment (PS3.3 C.8.20.4); what is hot is a place, and no finding."""
+    found = Dataset()
+    found.SegmentNumber, found.SegmentLabel, found.SegmentDescription = number, long_string(label), about[:1024]
+    found.SegmentAlgorithmType, found.SegmentAlgorithmName = "AUTOMATIC", OURS
+    found.SegmentationAlgorithmIdentificationSequence = [_algorithm()]
+    found.SegmentedPropertyCategoryCodeSequence = [code("309825002", "SCT", "Spatial and relational concept")]
+    found.SegmentedPropertyTypeCodeSequence = [own_code(label.split()[0])]
+    found.RecommendedDisplayCIELabValue = cielab(colour)
+    return found
+
+
+def _algorithm() -> Dataset:
+    found = Dataset()
+    found.AlgorithmFamilyCodeSequence = [code("123109", "DCM", "Artificial Intelligence")]
+    found.AlgorithmName, found.AlgorithmVersion = OURS, __version__
+    return found
+
+
+def cielab(colour: str) -> list[int]:
+    """Return a colour of 6 hex digits as DICOM has it: L* and a*, b* in 16 bits (PS3.3 C.10.7.1.1).
+
+    >>> cielab("FFFFFF"), cielab("000000")
+    ([65535, 32896, 32896], [0, 32896, 32896])
+    """
+    from skimage.color import rgb2lab
+
+    lightness, a, b = rgb2lab(np.frombuffer(bytes.fromhex(colour), np.uint8)[None, None] / 255)[0, 0]
+    scaled = (lightness * 65535 / 100, (a + 128) * 65535 / 255, (b + 128) * 65535 / 255)
+    return [int(np.clip(round(float(each)), 0, 65535)) for each in scaled]
+
+
+def write_annotations(job: Job) -> list[Path]:
+    """Write one file with the outlines of the chosen channels' hot regions, in millimetres on the slide.
+
+    Where no region is hot there is none, as annotations of DICOM are never empty.
+    """
+    source, path = Source(job), job.path("annotations.dcm")
+    finest = Dataset()
+    add_tiled_image(finest, source, job, MapLevel(job.slide.size_px, (1.0, 1.0), next(iter(source.heads), None)))
+    groups = [group for channel in job.drawn_channels for group in _groups(job, channel, finest)]
+    for number, group in enumerate(groups, 1):
+        group.AnnotationGroupNumber, group.AnnotationGroupUID = number, uid("group", source.digest, number)
+    if not groups:
+        return []
+    found = new_object(source, ANNOTATIONS, "ANN", "outlines", 1)
+    found.ContentLabel, found.ContentDescription = "OUTLINES", long_string(f"outlines on {job.slide.id}")
+    found.AnnotationCoordinateType = "3D"
+    found.AnnotationGroupSequence = groups
+    if references := source.references():
+        found.ReferencedImageSequence = references[:1]
+    with job.atomic_path(path) as partial:
+        save(partial, found)
+    return [path]
+
+
+def _groups(job: Job, channel: ChannelInfo, finest: Dataset) -> Iterator[Dataset]:
+    """Yield the group of a channel's outlines, and that of the holes in them: polygons of DICOM have none."""
+    regions = hot_regions(job, channel)
+    about = long_string(f"{channel.label} from {regions.threshold:g} on")
+    if regions.polygons:
+        outer = [polygon.exterior for polygon in regions.polygons]
+        group = annotation_group(f"hot {channel.label}", about, outer, finest)
+        areas = np.array([polygon.area for polygon in regions.polygons]) * job.slide.mpp[0] * job.slide.mpp[1]
+        group.MeasurementsSequence = [_areas(areas)]
+        yield group
+    if holes := [ring for polygon in regions.polygons for ring in polygon.interiors]:
+        yield annotation_group(f"holes in {channel.label}", about, holes, finest)
+
+
+def annotation_group(label: str, about: str, rings: Sequence[shapely.LinearRing], finest: Dataset) -> Dataset:
+    """Return a group of polygons (PS3.3 C.37.1.2), given by rings in pixels of the slide's finest level."""
+    found = Dataset()
+    found.AnnotationGroupLabel, found.AnnotationGroupDescription = long_string(label), about
+    found.AnnotationGroupGenerationType = "AUTOMATIC"
+    found.AnnotationGroupAlgorithmIdentificationSequence = [_algorithm()]
+    found.AnnotationPropertyCategoryCodeSequence = [code("309825002", "SCT", "Spatial and relational concept")]
+    found.AnnotationPropertyTypeCodeSequence = [own_code(label.split()[0])]
+    found.AnnotationAppliesToAllOpticalPaths, found.GraphicType = "YES", "POLYGON"
+    found.AnnotationAppliesToAllZPlanes, found.CommonZCoordinateValue = "NO", 0.0
+    found.NumberOfAnnotations = len(rings)
+    corners = [in_mm(finest, shapely.get_coordinates(ring)[:-1]) for ring in rings]  # the first is not repeated
+    found.PointCoordinatesData = np.concatenate(corners).astype("<f4").tobytes()
+    starts = np.cumsum([0, *(2 * len(each) for each in corners[:-1])]) + 1  # of numbers, two a point
+    found.LongPrimitivePointIndexList = starts.astype("<u4").tobytes()
+    return found
+
+
+def _areas(um2: NDArray[np.float64]) -> Dataset:
+    found, values = Dataset(), Dataset()
+    values.FloatingPointValues = um2.astype("<f4").tobytes()
+    found.ConceptNameCodeSequence = [code("42798000", "SCT", "Area")]
+    found.MeasurementUnitsCodeSequence = [code("um2", "UCUM", "square micrometer")]
+    found.MeasurementValuesSequence = [values]
+    return found
