@@ -46,6 +46,12 @@ slurm:
 		{ apt-get update && apt-get install -y --no-install-recommends $(SLURM); } || \
 		echo "SLURM is missing: the tests of its recipe are skipped"
 
+# Tests of exports check objects of DICOM with dciodvfy, of Debian's dicom3tools; elsewhere install it by hand.
+.PHONY: dicom
+dicom:
+	@command -v dciodvfy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends dicom3tools; } || \
+		echo "dicom3tools is missing: one test of DICOM is skipped"
+
 # napari brings plugins of pytest and other versions: its environment lies beside, for two tests, and sees the rest of
 # what it needs in .venv.
 PURELIB := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -62,11 +68,11 @@ demo: venv
 # Threads of PyTorch that wait for others shall not take the cores of the processes beside them: half the time.
 test coverage test-s3: export OMP_WAIT_POLICY := PASSIVE
 
-test: venv browser slurm .venv-napari/installed
+test: venv browser slurm dicom .venv-napari/installed
 	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Following every line takes a fifth of the tests' time.
-coverage: venv browser slurm .venv-napari/installed
+coverage: venv browser slurm dicom .venv-napari/installed
 	$(BIN)/python -m coverage erase
 	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
 
