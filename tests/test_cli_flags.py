@@ -135,7 +135,8 @@ def test_help_tells_defaults_choices_and_flags() -> None:
 
 def test_help_names_every_question_and_every_format() -> None:
     assert f"ask only some of {', '.join(QUESTIONS)}" in help_of("audit")
-    assert f"{', '.join(FORMATS)}; docs/exports.md" in help_of("export")
+    listed = f"{', '.join(FORMATS)}; docs/exports.md"
+    assert listed.replace(" ", "") in help_of("export").replace(" ", "")  # lines may end at a hyphen
 
 
 def test_values_become_settings() -> None:
