@@ -89,33 +89,30 @@ def commands_page() -> str:
         "",
     ]
     for name, command in commands.choices.items():
-        lines += [f"## {name}", "", *_command(name, command)]
+        lines += [f"## {name}", "", *_command(command)]
     return "\n".join(lines)
 
 
-def _command(name: str, command: argparse.ArgumentParser) -> Iterator[str]:
-    places = [action for action in command._get_positional_actions() if action.help != argparse.SUPPRESS]
-    shown = " ".join(command._get_formatter()._format_args(action, action.metavar or action.dest) for action in places)
-    yield from ["```", f"wsi-gradcam {name} {shown}".rstrip() + " [OPTIONS]", "```", ""]
+def _command(command: argparse.ArgumentParser) -> Iterator[str]:
+    usage = " ".join(command.format_usage().removeprefix("usage: ").split())
+    yield from ["```", usage, "```", ""]
     if command.description:
         yield from [_plain(command.description), ""]
     for group in command._action_groups:
         actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
         if not actions:
             continue
-        if group.title not in (None, "options", "positional arguments"):
-            yield from [f"**{group.title}**", ""]
-        yield from ["| argument | |" if actions[0] in places else "| flag | |", "|---|---|"]
+        title = "" if group.title in (None, "options", "positional arguments") else group.title
+        yield from [f"| {title} | |", "|---|---|"]
         yield from (f"| {_flag(command, action)} | {_cell(_expanded(command, action))} |" for action in actions)
         yield ""
     if command.epilog:
-        yield from ["```", command.epilog % {"prog": command.prog} if "%(" in command.epilog else command.epilog]
-        yield from ["```", ""]
+        yield from ["```", *(line.strip() for line in command.epilog.splitlines() if line.startswith(" ")), "```", ""]
 
 
 def _flag(command: argparse.ArgumentParser, action: argparse.Action) -> str:
-    default = action.dest.upper() if action.option_strings else action.dest
-    name = ", ".join(action.option_strings) or default
+    default = action.dest.upper()
+    name = ", ".join(action.option_strings) or str(action.metavar or default)
     values = command._get_formatter()._format_args(action, default) if action.nargs != 0 else ""
     return f"`{f'{name} {values}' if action.option_strings and values else name}`".replace("|", "\\|")
 
@@ -228,7 +225,7 @@ def _rows(boxes: Iterable[str], arrows: Sequence[tuple[str, str]]) -> list[list[
 
 def _svg(boxes: dict[str, tuple[str, str]], arrows: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
     wide = max(map(len, rows)) * (BOX_W + GAP_X)
-    places = {}
+    places: dict[str, tuple[float, float]] = {}
     for number, row in enumerate(rows):
         left = (wide - len(row) * (BOX_W + GAP_X) + GAP_X) / 2
         places |= {name: (left + i * (BOX_W + GAP_X), number * (BOX_H + GAP_Y)) for i, name in enumerate(row)}

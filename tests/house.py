@@ -40,6 +40,7 @@ ROOMS = (
     "export",
     "viewer",
     "doctor",
+    "card",
     "api",
     "demo",
     "cli",

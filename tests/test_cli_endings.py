@@ -76,6 +76,8 @@ FAILURES: dict[str, tuple[str, int]] = {
     "info about a slide that is none": ("info {made}/bad.tif", 2),
     "info about no such model": ("info --model none", 2),
     "demo of a slide that is not there": ("demo {made}/none.tif --out {new}", 2),
+    "card of another model": ("card {other} {out} --dest {new}", 2),
+    "card of nothing": ("card {model} {made}/none --dest {new}", 2),
     "doctor of a model that is not there": ("doctor --model none", 2),
 }
 THEIRS = ("zarr_io", "asyncio_")  # Zarr's own, which it ends when Python does

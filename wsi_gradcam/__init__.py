@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.api import encode, explain, validate
     from wsi_gradcam.audit.images import audit_bags, audit_images
     from wsi_gradcam.audit.running import audit_run
+    from wsi_gradcam.card import write_card
     from wsi_gradcam.gradcam import GradCAM
     from wsi_gradcam.models.load import load_model, model_of
     from wsi_gradcam.models.spec import ModelSpec
@@ -36,6 +37,7 @@ __all__ = [
     "open_result",
     "open_slide",
     "validate",
+    "write_card",
 ]
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "open_result": "wsi_gradcam.results.run",
     "open_slide": "wsi_gradcam.slides",
     "validate": "wsi_gradcam.api",
+    "write_card": "wsi_gradcam.card",
 }
 
 

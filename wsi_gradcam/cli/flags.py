@@ -322,6 +322,16 @@ def add_validate(parser: argparse.ArgumentParser) -> None:
     _add_remote_slides(parser)
 
 
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `card`."""
+    add = parser.add_argument
+    add("model", help="the model, as for --model of explain; it must be the one that OUT was made with")
+    add("out", help="folder that explain made, or s3://BUCKET/KEY, with its audit where there is one")
+    add("--dest", default=".", help="folder for NAME.card.md and NAME.card.html (default: the current one)")
+    add("--overwrite", action="store_true", help="replace cards that are there")
+    _add_trust(parser)
+
+
 def add_status(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `status`."""
     parser.add_argument("out", help="folder that a run or an audit writes to")

@@ -296,6 +296,14 @@ def _audit(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if outcome.failed or failures else DONE
 
 
+def _card(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.card import write_card
+
+    switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code")}
+    say(*write_card(arguments.model, arguments.out, arguments.dest, **switches))
+    return DONE
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.export import export
     from wsi_gradcam.results.run import open_result
@@ -454,6 +462,18 @@ COMMANDS = {
         usage="OUT [options]",
         description="Show results over their slides in a browser, offline.",
         examples=("wsi-gradcam view results/ --open", "wsi-gradcam view results/ --slides /moved/slides --port 0"),
+    ),
+    "card": Command(
+        "write a model card from a run and its audit",
+        flags.add_card,
+        _card,
+        usage="MODEL OUT [options]",
+        description="Write a model card, in Markdown and HTML: data, performance, what the audit found, limits.",
+        examples=(
+            "wsi-gradcam card my-model.yaml results/",
+            "wsi-gradcam card oral-tumour results/ --dest supplement/ --overwrite",
+        ),
+        works=True,
     ),
     "export": Command(
         "write results in the formats of other programs",

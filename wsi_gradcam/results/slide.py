@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 
 LOGIT, SHARE = ANSWERS
+TOP = 10  # patches whose mean probability is a score of the slide
+Scores = dict[str, dict[str, float]]
 
 # Folders of the system whose files are no files: to read some is to wait for ever.
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
@@ -441,3 +443,22 @@ class SlideResult:
         if not 0 <= level < len(self.levels):
             raise UnknownNameError(f"{self.id}: no level {level}; the heatmap has {len(self.levels)}, counted from 0")
         return level
+
+
+def slide_scores(result: SlideResult, classes: Sequence[str]) -> Scores:
+    """Return a slide's scores by class, from its table of patches.
+
+    `share` is the share of the patches whose most probable class it is, `top` the mean probability of the ten highest.
+    """
+    names = [f"probability_{label}" for label in classes]
+    table = result.table(names)
+    values = np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in names])
+    values = values[:, ~np.isnan(values).any(axis=0)]
+    if not values.shape[1]:
+        return {}
+    winners = np.bincount(values.argmax(axis=0), minlength=len(names)) / values.shape[1]
+    tops = np.sort(values, axis=1)[:, -TOP:].mean(axis=1)
+    return {
+        label: {"share": float(share), "top": float(top)}
+        for label, share, top in zip(classes, winners, tops, strict=True)
+    }

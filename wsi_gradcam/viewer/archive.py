@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from wsi_gradcam.errors import NotShownError, OutsideError, SlideNotFoundError, WsiGradcamError, as_path
 from wsi_gradcam.io.cache import ResourcePool
 from wsi_gradcam.io.local import LocalPath, alike
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
+from wsi_gradcam.results.slide import slide_scores
 from wsi_gradcam.slides import open_slide
 
 if TYPE_CHECKING:
@@ -34,14 +33,13 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.run import Result
-    from wsi_gradcam.results.slide import SlideResult
+    from wsi_gradcam.results.slide import Scores, SlideResult
     from wsi_gradcam.slides import Slide
 
 
 REFRESH_S = 5.0
 MAX_OPEN = 8
 MAX_LISTED = 200
-TOP = 10  # patches whose mean probability is a score of the slide
 RESCAN_S = 10.0
 STOPPED_S = 2.0  # the windows of an archive take longer
 
@@ -251,9 +249,6 @@ def _check_link(root: Path, path: Path) -> None:
         raise OutsideError(f"{path.name}: a link that leads out of the results; copy the file there instead")
 
 
-Scores = dict[str, dict[str, float]]
-
-
 class Scorer:
     """Computes each finished slide's scores in a thread of its own: reading the tables of an archive takes minutes."""
 
@@ -304,25 +299,6 @@ class Scorer:
             self._scores[slide.key, slide.version] = slide_scores(slide.result, self._archive.result.classes)
         except (WsiGradcamError, OSError, ValueError, LookupError):  # opening the slide reports the problem
             self._scores[slide.key, slide.version] = {}
-
-
-def slide_scores(result: SlideResult, classes: list[str]) -> Scores:
-    """Return a slide's scores by class, from its table of patches.
-
-    `share` is the share of the patches whose most probable class it is, `top` the mean probability of the ten highest.
-    """
-    names = [f"probability_{label}" for label in classes]
-    table = result.table(names)
-    values = np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in names])
-    values = values[:, ~np.isnan(values).any(axis=0)]
-    if not values.shape[1]:
-        return {}
-    winners = np.bincount(values.argmax(axis=0), minlength=len(names)) / values.shape[1]
-    tops = np.sort(values, axis=1)[:, -TOP:].mean(axis=1)
-    return {
-        label: {"share": float(share), "top": float(top)}
-        for label, share, top in zip(classes, winners, tops, strict=True)
-    }
 
 
 def list_slides(

@@ -1,0 +1,163 @@
+"""A model's card: its numbers are those of the tables and of the audit's records, and it is of the run's own model."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from tests.runs import SMALL, toy_file, toy_spec
+from tests.synthetic import write_marker_slide
+from wsi_gradcam import audit_run, card, explain, write_card
+from wsi_gradcam.errors import ModelError, ResultError
+from wsi_gradcam.results.run import open_result
+
+SLIDES = 14
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model files, and `out`: a run over slides of two sites, half of which show the marker, audited."""
+    folder = tmp_path_factory.mktemp("card")
+    rows = []
+    for number in range(SLIDES):
+        path = folder / f"{number:02}.tif"
+        markers = [(32, 32)] if number % 2 else []
+        write_marker_slide(path, 64, 128, mpp=0.25, markers=markers, marker_px=64)
+        rows.append((path, "marker" if number % 2 else "other", "Aarhus" if number < 7 else "B|<b>*rest*"))
+    with (folder / "slides.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("slide", "label", "site"), *rows])
+    out = folder / "out"
+    outcome = explain(folder / "slides.csv", toy_spec("marker", layer=None), out, target="marker", **SMALL)
+    assert not outcome.failed
+    audit_run(out, patches=4, only=("saturation",), trust_code=True)
+    toy_file(folder, "marker", layer=None)
+    toy_file(folder, "pooled_linear")
+    return folder
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of a Markdown file's tables, where no `|` is escaped."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def test_the_card_says_how_well_labels_are_told(made: Path, tmp_path: Path) -> None:
+    text, page = (path.read_text(encoding="utf-8") for path in write_card(made / "marker.yaml", made / "out", tmp_path))
+    rows = {tuple(row[:2]): row[2:] for row in cells(text)}
+    found = card.roc(np.array([0.0] * 7 + [0.5] * 7), np.array([False] * 7 + [True] * 7))
+    assert rows["share of the patches given to it", "all"] == ["7 / 7", "1.000", card.interval_text(found)]
+    assert rows["share of the patches given to it", "Aarhus"] == ["3 / 4", "1.000", "–"]
+    assert "### marker against the rest" in text
+    assert "### other against the rest" not in text
+    assert "Brier" not in text, "scores of a patch model are no probabilities of the slide"
+    assert "| Aarhus |  | marker | 3 |" in text
+    assert "<polyline" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_names_of_strangers_are_text_in_both_forms(made: Path, tmp_path: Path) -> None:
+    text, page = (path.read_text(encoding="utf-8") for path in write_card(made / "marker.yaml", made / "out", tmp_path))
+    assert r"B\|\<b\>\*rest\*" in text
+    assert "<b>*rest*" not in text + page
+    assert "B|&lt;b&gt;*rest*" in page
+
+
+def test_the_audits_records_are_the_cards_words(made: Path, tmp_path: Path) -> None:
+    path, _ = write_card(made / "marker.yaml", made / "out", tmp_path)
+    text = path.read_text(encoding="utf-8")
+    metrics = card.make_card(open_result(made / "out"), facts(made)).audit
+    assert metrics is not None
+    assert metrics.verdicts
+    for verdict in metrics.verdicts:
+        heading = card.HEADINGS[verdict.outcome]
+        assert card._escaped(verdict.words) in text.partition(f"### {heading}\n")[2].partition("\n#")[0]
+    assert f"Of {metrics.sample.patches} patches of {metrics.sample.slides} slide" in text
+
+
+def facts(made: Path) -> Any:
+    """What is known of the run's model once it is loaded."""
+    return card._same_model(str(made / "marker.yaml"), open_result(made / "out"), trust_code=True)
+
+
+def test_another_model_gets_no_card_of_this_run(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"another model than .* was made with \(marker, digest"):
+        write_card(made / "pooled_linear.yaml", made / "out", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_code_needs_permission(made: Path, tmp_path: Path, asking: None) -> None:
+    with pytest.raises(ModelError, match="trust"):
+        write_card(made / "marker.yaml", made / "out", tmp_path)
+    assert len(write_card(made / "marker.yaml", made / "out", tmp_path, trust_code=True)) == 2
+
+
+def test_a_card_is_not_written_over_unless_told(made: Path, tmp_path: Path) -> None:
+    path, _ = write_card(made / "marker.yaml", made / "out", tmp_path)
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(ResultError, match="is there already; give --overwrite"):
+        write_card(made / "marker.yaml", made / "out", tmp_path)
+    assert path.read_text(encoding="utf-8") == "mine"
+    write_card(made / "marker.yaml", made / "out", tmp_path, overwrite=True)
+    assert path.read_text(encoding="utf-8") != "mine"
+
+
+def test_an_audit_of_other_results_is_refused_and_none_is_said(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made / "out", out)
+    metrics = out / "audit" / "metrics.json"
+    digest = open_result(out).record.run_digest
+    metrics.write_text(metrics.read_text(encoding="utf-8").replace(digest, "0" * 64), encoding="utf-8")
+    with pytest.raises(ResultError, match="its audit is of other results"):
+        write_card(made / "marker.yaml", out, tmp_path)
+    shutil.rmtree(out / "audit")
+    path, _ = write_card(made / "marker.yaml", out, tmp_path)
+    assert "The explanations of this run were not audited." in path.read_text(encoding="utf-8")
+
+
+def test_without_labels_nothing_is_said_of_being_right(made: Path, tmp_path: Path) -> None:
+    outcome = explain(made / "00.tif", toy_spec("marker", layer=None), tmp_path / "out", target="marker", **SMALL)
+    assert not outcome.failed
+    path, _ = write_card(made / "marker.yaml", tmp_path / "out", tmp_path)
+    assert "The list of slides has no labels" in path.read_text(encoding="utf-8")
+
+
+def test_curve_and_area_are_those_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    truth = random.random(60) < 0.4
+    scores = np.round(truth + random.normal(0, 0.8, 60), 1)  # with ties
+    found = card.roc(scores, truth)
+    assert found.auroc == pytest.approx(roc_auc_score(truth, scores))
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
+    assert np.allclose(found.curve, np.stack([false, true], axis=1))
+    assert card.roc([*scores, np.nan], [*truth, True]) == found
+
+
+def test_the_interval_holds_the_true_area_as_often_as_it_says() -> None:
+    """Normal scores one and a half deviations apart: the true area is 0.856."""
+    random, hits, draws = np.random.default_rng(1), 0, 400
+    for _ in range(draws):
+        scores = np.concatenate([random.normal(1.5, 1, 12), random.normal(0, 1, 20)])
+        interval = card.roc(scores, np.arange(32) < 12).interval
+        assert interval is not None
+        hits += interval[0] <= 0.8556 <= interval[1]
+    assert 0.92 <= hits / draws <= 0.99
+
+
+def test_the_interval_of_a_perfect_score_is_no_point() -> None:
+    low, high = card.auroc_interval(1.0, 8, 8)
+    assert 0.6 < low < 0.9
+    assert high == pytest.approx(1.0)
+    assert card.auroc_interval(1.0, 80, 80)[0] > low
+
+
+def test_bins_of_a_calibration_have_equal_numbers_and_none_too_few() -> None:
+    values = np.linspace(0, 1, 30)
+    bins = card.calibration(values, values > 0.5)
+    assert [found.slides for found in bins] == [6] * 5
+    assert [found.observed for found in bins] == [0, 0, 0.5, 1, 1]
+    assert card.calibration(values[:11], values[:11] > 0.5) == ()
