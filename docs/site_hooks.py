@@ -102,7 +102,8 @@ def _command(command: argparse.ArgumentParser) -> Iterator[str]:
         actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
         if not actions:
             continue
-        title = "" if group.title in (None, "options", "positional arguments") else group.title
+        plain = {"positional arguments": "argument", "options": "flag"}
+        title = plain.get(group.title or "options", group.title)
         yield from [f"| {title} | |", "|---|---|"]
         yield from (f"| {_flag(command, action)} | {_cell(_expanded(command, action))} |" for action in actions)
         yield ""

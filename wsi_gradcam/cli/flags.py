@@ -327,7 +327,12 @@ def add_card(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="the model, as for --model of explain; it must be the one that OUT was made with")
     add("out", help="folder that explain made, or s3://BUCKET/KEY, with its audit where there is one")
-    add("--dest", default=".", help="folder for NAME.card.md and NAME.card.html (default: the current one)")
+    add(
+        "--dest",
+        metavar="PATH",
+        default=".",
+        help="folder for NAME.card.md and NAME.card.html (default: the current one)",
+    )
     add("--overwrite", action="store_true", help="replace cards that are there")
     _add_trust(parser)
 
