@@ -12,7 +12,7 @@ import pytest
 from matplotlib import colormaps
 
 from tests.made_results import Made, make, steps
-from wsi_gradcam.cli import main as cli
+from wsi_gradcam.cli import output
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError
 from wsi_gradcam.export import FORMATS, OF_FEATURES, Options, export, tiff
@@ -121,7 +121,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_a_large_archive_s_window_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     for done in range(1, 251):
-        cli._print_window_progress(done, 250)
+        output.print_window_progress(done, 250)
     assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
         "100 of 250 slides read",
         "200 of 250 slides read",

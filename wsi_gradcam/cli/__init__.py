@@ -6,13 +6,16 @@ so that `main` and `flags` import whatever is heavy only when a command needs it
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 NOT_WRITTEN = 1  # exit status where standard output is a full disk, say
+MAX_HELP_COLUMNS = 100
 PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)  # as of a program that the signal ends
 
 
@@ -30,6 +34,19 @@ def say(*lines: object, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is not None:  # print would take the other one
         print("\n".join(printable(str(line)) for line in lines), file=stream, flush=True)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help whose examples keep their lines, with room for the names of flags, and never wider than 100 columns."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, MAX_HELP_COLUMNS) - 2
+        super().__init__(prog, max_help_position=26, width=width)
+
+
+def examples_text(lines: Sequence[str]) -> str:
+    """Return the examples at the end of a help, a line each."""
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)])
 
 
 class PrintableFormatter(logging.Formatter):

@@ -325,8 +325,8 @@ def add_validate(parser: argparse.ArgumentParser) -> None:
 def add_card(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `card`."""
     add = parser.add_argument
-    add("model", help="the model, as for --model of explain; it must be the one that OUT was made with")
-    add("out", help="folder that explain made, or s3://BUCKET/KEY, with its audit where there is one")
+    add("model", help="the model that OUT was made with, as for --model of explain")
+    add("out", help="folder of results, or s3://BUCKET/KEY; its audit is used if there is one")
     add(
         "--dest",
         metavar="PATH",
@@ -487,3 +487,16 @@ def _add_allow_hosts(parser: Adding) -> None:
 
 def _add_json(parser: Adding) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """Return the two ends of a window, "LOW,HIGH".
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--window is {text!r}, expected run, slide, or two numbers LOW,HIGH") from error
+    return low, high

@@ -6,7 +6,6 @@ import argparse
 import errno
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
-from wsi_gradcam.cli import PrintableFormatter, Streams, flags, leave, say
+from wsi_gradcam.cli import HelpFormatter, PrintableFormatter, Streams, examples_text, flags, leave, say
 from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, from_extra, one_line, printable
 from wsi_gradcam.system.isolation import STOP, supervise
 
 if TYPE_CHECKING:
     from wsi_gradcam.cli.terminal import Quiet
-    from wsi_gradcam.export import Exported
 
 DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
-MAX_HELP_COLUMNS = 100
 EXAMPLES = (
     "wsi-gradcam demo",
     "wsi-gradcam explain slides/ --model oral-tumour --target tumour --out results/",
@@ -105,18 +102,6 @@ def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None])
         return STOP.exit_code
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help whose examples keep their lines, with room for the names of flags, and never wider than 100 columns."""
-
-    def __init__(self, prog: str) -> None:
-        width = min(shutil.get_terminal_size().columns, MAX_HELP_COLUMNS) - 2
-        super().__init__(prog, max_help_position=26, width=width)
-
-
-def _examples(lines: Sequence[str]) -> str:
-    return "\n".join(["examples:", *(f"  {line}" for line in lines)])
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors quote arguments, such as names that a shell found, as visible text."""
 
@@ -130,7 +115,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = Parser(
         prog="wsi-gradcam",
         description="Show where a model looks on whole slides, and whether that explanation can be believed.",
-        epilog=_examples(EXAMPLES),
+        epilog=examples_text(EXAMPLES),
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"wsi-gradcam {__version__}")
@@ -141,7 +126,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             help=command.help,
             usage=f"wsi-gradcam {name} {command.usage}",
             description=command.description,
-            epilog=_examples(command.examples),
+            epilog=examples_text(command.examples),
             formatter_class=HelpFormatter,
         )
         if name in argv:
@@ -245,25 +230,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.cli.output import print_validation
     from wsi_gradcam.results.validation import check
 
     validation = check(arguments.out, remote_slides=arguments.remote_slides)
-    findings = validation.findings
-    if arguments.json:
-        print(json.dumps([finding.__dict__ for finding in findings]))
-    else:
-        for finding in findings:
-            say(f"{finding.slide or arguments.out}: {finding.problem}")
-        say(f"{len(findings)} problems found" if findings else f"{arguments.out}: valid")
-    for note in validation.notes:
-        say(f"note: {note}", error=arguments.json)
-    if failed := validation.failed:
-        say(
-            f"{len(failed)} slides of the run failed and have no results that could be checked: "
-            f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
-            error=arguments.json,
-        )
-    return SOME_FAILED if findings else DONE
+    print_validation(arguments.out, validation, arguments.json)
+    return SOME_FAILED if validation.findings else DONE
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -305,6 +277,7 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.cli.output import print_exported, print_window_progress
     from wsi_gradcam.export import export
     from wsi_gradcam.results.run import open_result
 
@@ -313,11 +286,11 @@ def _export(arguments: argparse.Namespace) -> int:
     if "channel" in options:
         options["channel"] = tuple(options["channel"])
     if "," in options.get("window", ""):
-        options["window"] = _parse_window(options["window"])
+        options["window"] = flags.parse_window(options["window"])
     if arguments.dest is None and "://" in arguments.out:
         raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
     dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)
-    listeners = (None, None) if arguments.json else (_print_exported, _print_window_progress)
+    listeners = (None, None) if arguments.json else (print_exported, print_window_progress)
     result = open_result(arguments.out)
     try:
         done = export(result, arguments.to, dest, arguments.slide, *listeners, **options)
@@ -328,27 +301,6 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([{**each.__dict__, "paths": [str(path) for path in each.paths]} for each in done]))
     return SOME_FAILED if any(each.error for each in done) else DONE
-
-
-def _print_exported(done: Exported) -> None:
-    if done.error:
-        say(f"error: {done.slide}: {done.error}", error=True)
-    for path in done.paths:
-        say(path)
-
-
-def _print_window_progress(done: int, total: int) -> None:
-    """Print a line now and then while the run's window is computed, which takes a while for an archive."""
-    if done % 100 == 0:
-        say(f"display window of the run: {done} of {total} slides read", error=True)
-
-
-def _parse_window(text: str) -> tuple[float, float]:
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--window is {text!r}, expected run, slide, or two numbers LOW,HIGH") from error
-    return low, high
 
 
 def _view(arguments: argparse.Namespace) -> int:
@@ -468,7 +420,7 @@ COMMANDS = {
         flags.add_card,
         _card,
         usage="MODEL OUT [options]",
-        description="Write a model card, in Markdown and HTML: data, performance, what the audit found, limits.",
+        description="Write a model card as Markdown and HTML from a run and its audit.",
         examples=(
             "wsi-gradcam card my-model.yaml results/",
             "wsi-gradcam card oral-tumour results/ --dest supplement/ --overwrite",

@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.facts import Layout
     from wsi_gradcam.demo.run import Agreement
+    from wsi_gradcam.export import Exported
     from wsi_gradcam.mil.aggregators import LoadedAggregator
     from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.spec import ModelSpec
     from wsi_gradcam.results.run_files import SlideFolder
+    from wsi_gradcam.results.validation import Validation
     from wsi_gradcam.run.plan import Pace
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.tissue.stain import Stain
@@ -405,3 +407,36 @@ def _shape(layout: Layout) -> str:
 def _shortened(texts: Sequence[str], between: str) -> str:
     more = f"{between}... ({len(texts)} in all)" if len(texts) > MAX_LISTED else ""
     return between.join(texts[:MAX_LISTED]) + more
+
+
+def print_validation(out: str, validation: Validation, as_json: bool) -> None:
+    """Print what `validate` found, and what it could not look at."""
+    findings = validation.findings
+    if as_json:
+        print(json.dumps([finding.__dict__ for finding in findings]))
+    else:
+        for finding in findings:
+            say(f"{finding.slide or out}: {finding.problem}")
+        say(f"{len(findings)} problems found" if findings else f"{out}: valid")
+    for note in validation.notes:
+        say(f"note: {note}", error=as_json)
+    if failed := validation.failed:
+        say(
+            f"{len(failed)} slides of the run failed and have no results that could be checked: "
+            f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
+            error=as_json,
+        )
+
+
+def print_exported(done: Exported) -> None:
+    """Print the files of an export, or why there are none."""
+    if done.error:
+        say(f"error: {done.slide}: {done.error}", error=True)
+    for path in done.paths:
+        say(path)
+
+
+def print_window_progress(done: int, total: int) -> None:
+    """Print a line now and then while the run's window is computed, which takes a while for an archive."""
+    if done % 100 == 0:
+        say(f"display window of the run: {done} of {total} slides read", error=True)
