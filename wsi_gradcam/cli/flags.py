@@ -487,16 +487,3 @@ def _add_allow_hosts(parser: Adding) -> None:
 
 def _add_json(parser: Adding) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def parse_window(text: str) -> tuple[float, float]:
-    """Return the two ends of a window, "LOW,HIGH".
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--window is {text!r}, expected run, slide, or two numbers LOW,HIGH") from error
-    return low, high

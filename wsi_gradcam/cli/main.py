@@ -277,7 +277,7 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.cli.output import print_exported, print_window_progress
+    from wsi_gradcam.cli.output import parse_window, print_exported, print_window_progress
     from wsi_gradcam.export import export
     from wsi_gradcam.results.run import open_result
 
@@ -286,7 +286,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if "channel" in options:
         options["channel"] = tuple(options["channel"])
     if "," in options.get("window", ""):
-        options["window"] = flags.parse_window(options["window"])
+        options["window"] = parse_window(options["window"])
     if arguments.dest is None and "://" in arguments.out:
         raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
     dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)

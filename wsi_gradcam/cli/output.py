@@ -440,3 +440,16 @@ def print_window_progress(done: int, total: int) -> None:
     """Print a line now and then while the run's window is computed, which takes a while for an archive."""
     if done % 100 == 0:
         say(f"display window of the run: {done} of {total} slides read", error=True)
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """Return the two ends of a window, "LOW,HIGH".
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--window is {text!r}, expected run, slide, or two numbers LOW,HIGH") from error
+    return low, high
