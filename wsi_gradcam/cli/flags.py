@@ -372,8 +372,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     what, how, rest = (group(parser, title) for title in ("what to export", "how values are shown", "files"))
     formats = (
         "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, marks-geojson, marks-csv, qupath, png, "
-        "deepzoom, dicom-parametric-map, dicom-segmentation, dicom-annotations, trident, clam; "
-        "docs/exports.md says which is for what"
+        "deepzoom, dsa, asap-xml, omero-rois, cytomine, dicom-parametric-map, dicom-segmentation, dicom-annotations, "
+        "trident, clam; docs/exports.md says which is for what. Several are joined by commas; all: all of heatmaps"
     )
     what.add_argument("out", help="folder of results")
     what.add_argument("--to", required=True, metavar="FORMAT", help=formats)
@@ -390,6 +390,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         metavar="VALUE",
         help="show values from here on; for regions, the middle of the window",
     )
+    add("--min-area", type=float, metavar="UM2", help="leave out hot regions below this area in µm² (default 0)")
+    about = "how far outlines may lie from the borders of pixels, in heatmap pixels (default 0.75)"
+    add("--simplify", type=float, metavar="PX", help=about)
     add("--colormap", metavar="NAME", help="a colour map of matplotlib (default inferno); gray has a single channel")
     add("--alpha", type=float, metavar="0..1", help="opacity over the slide (default 0.6)")
     add("--size", type=int, metavar="PX", help="longest side of a PNG in pixels (default 2000)")

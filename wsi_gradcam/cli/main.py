@@ -282,7 +282,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.results.run import open_result
 
     names = ("channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame", "dicom_attributes")
-    options = _given(arguments, *names, "remote_slides")
+    options = _given(arguments, *names, "remote_slides", "min_area", "simplify")
     if "channel" in options:
         options["channel"] = tuple(options["channel"])
     if "," in options.get("window", ""):

@@ -39,12 +39,17 @@ FORMATS = {
     "qupath": "geojson:write_qupath",
     "png": "png",
     "deepzoom": "png:write_deepzoom",
+    "dsa": "annotations:write_dsa",
+    "asap-xml": "annotations:write_asap",
+    "omero-rois": "annotations:write_omero",
+    "cytomine": "annotations:write_cytomine",
     "dicom-parametric-map": "dicom",
     "dicom-segmentation": "dicom:write_segmentation",
     "dicom-annotations": "dicom:write_annotations",
     "trident": "arrays:write_trident_features",
     "clam": "arrays:write_clam_features",
 }
+ALL = "all"  # of heatmaps; `tissuumaps` has the pictures of `tiff`
 OF_MARKS = ("marks-geojson", "marks-csv")
 OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
 
@@ -74,24 +79,52 @@ def export(
     Args:
         result: an open result, or its folder or s3:// URL.
         remote_slides: as of `open_result`, for PNGs that show the slide.
-        to: one of FORMATS.
+        to: one of FORMATS, several of them joined by commas, or "all" of heatmaps.
         slides: their ids; nothing given: all that are finished.
         listener: called with the record of each slide.
         progress: called with the number of slides read for the run's window, and the number of all.
         options: see `Options`.
 
     Returns:
-        A record for each slide; those of slides that could not be exported have the error.
+        A record for each slide in each format; those of slides that could not be exported have the error.
 
     Raises:
         ConfigError: an unknown format, option or channel.
         ResultError: there is no result, or no such slide.
         StoreError: the disk is full, or cannot be written.
     """
-    if to not in FORMATS:
-        raise ConfigError(f"format {to!r} is not known; expected one of {', '.join(FORMATS)}")
+    formats = _formats(to)
     chosen = _options(options)
     opened = result if isinstance(result, Result) else open_result(result, remote_slides=remote_slides)
+    return [
+        record
+        for each in formats
+        for record in _export_as(each, opened, Path(dest), slides, chosen, listener=listener, progress=progress)
+    ]
+
+
+def _formats(to: str) -> list[str]:
+    """Return the formats that are asked for, each once."""
+    if to == ALL:
+        return [name for name in FORMATS if name not in (*OF_FEATURES, *OF_MARKS, "tiff")]
+    names = [name.strip() for name in to.split(",")]
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"format {name!r} is not known; expected one of {', '.join(FORMATS)}, or {ALL}")
+    return list(dict.fromkeys(names))
+
+
+def _export_as(
+    to: str,
+    opened: Result,
+    dest: Path,
+    slides: Sequence[str],
+    chosen: Options,
+    *,
+    listener: Callable[[Exported], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[Exported]:
+    """Write slides in one format."""
     unseen = (*OF_FEATURES, *OF_MARKS)  # formats without colours
     found = [opened[name] for name in slides] or [slide for slide in opened if _is_ready(slide, to)]
     if not found and to in OF_FEATURES:
@@ -106,9 +139,9 @@ def export(
     windows = opened.windows(progress) if chosen.window == RUN and to not in unseen else {}
     records = []
     ids = frozenset(opened.ids)
-    with Journal(Path(dest)) as journal:
+    with Journal(dest) as journal:
         for slide in found:
-            job = Job(slide, Path(dest) / folder_name(slide.id), chosen, windows, ids, to, journal)
+            job = Job(slide, dest / folder_name(slide.id), chosen, windows, ids, to, journal)
             records.append(_exported(slide, job, journal))
             if listener is not None:
                 listener(records[-1])

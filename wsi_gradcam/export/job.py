@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 MADE_BY = {"Software": "wsi_gradcam"}  # by it a search for slides knows that a picture is none
 SLIDE, RUN, BOUNDS = "slide", "run", "bounds"
+MAX_SIMPLIFY_PX = 100
 HALF = 0.5  # the share of the window at which regions begin without a threshold
 
 
@@ -279,6 +281,8 @@ class Options:
         size: longest side in pixels, of a PNG.
         overwrite: replace files that exist.
         frame: of coordinates in GeoJSON: "bounds", from the corner of the scanned part, as QuPath has them; "slide".
+        min_area: smaller regions are left out, in µm².
+        simplify: how far outlines may lie from the borders of pixels, in pixels of the heatmap; 0 for exactly along.
         dicom_attributes: of patient, study and specimen by their keywords, and below "slides" those of single slides
             by id, for slides that are not DICOM themselves; or the path of a file that says them.
     """
@@ -291,6 +295,8 @@ class Options:
     size: int = 2000
     overwrite: bool = False
     frame: str = BOUNDS
+    min_area: float = 0.0
+    simplify: float = 0.75
     dicom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -303,6 +309,10 @@ class Options:
             raise ConfigError(f"alpha is {self.alpha:g}, expected above 0 and at most 1")
         if self.frame not in (SLIDE, BOUNDS):
             raise ConfigError(f"frame is {self.frame!r}, expected {BOUNDS} or {SLIDE}")
+        if not 0 <= self.min_area < math.inf:
+            raise ConfigError(f"min_area is {self.min_area:g}, expected 0 or more square micrometres")
+        if not 0 <= self.simplify <= MAX_SIMPLIFY_PX:
+            raise ConfigError(f"simplify is {self.simplify:g}, expected 0 to {MAX_SIMPLIFY_PX} pixels of the heatmap")
         if not 16 <= self.size <= 20_000:
             raise ConfigError(f"size is {self.size}, expected 16 to 20000 pixels")
 

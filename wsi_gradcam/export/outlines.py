@@ -129,7 +129,7 @@ class HotRegions:
 
 
 def hot_regions(job: Job, channel: ChannelInfo, *, simplified: bool = True) -> HotRegions:
-    """Return polygons around explained pixels whose values reach the threshold."""
+    """Return polygons around explained pixels whose values reach the threshold, without those below `min_area`."""
     threshold = job.threshold(channel)
     last = len(job.slide.levels) - 1
     for level in range(last + 1):
@@ -137,7 +137,10 @@ def hot_regions(job: Job, channel: ChannelInfo, *, simplified: bool = True) -> H
             found = outlines(_bands(job, channel, threshold, level), MAX_RUNS if level < last else 1 << 62)
         except TooManyRunsError:
             continue
-        polygons = [_in_slide(_simplified(face) if simplified else _straight(face), job, level) for face in found]
+        tolerance = job.options.simplify if simplified else 0
+        least = job.options.min_area / (job.slide.mpp[0] * job.slide.mpp[1] * (job.slide.stride_px * 2**level) ** 2)
+        kept = [face for face in found if face.area >= least]
+        polygons = [_in_slide(_simplified(face, tolerance), job, level) for face in kept]
         return HotRegions(polygons, level, threshold)
     raise AssertionError("the last level has no limit")
 
@@ -155,10 +158,10 @@ def _straight(face: shapely.Polygon) -> shapely.Polygon:
     return shapely.simplify(face, 0)
 
 
-def _simplified(face: shapely.Polygon) -> shapely.Polygon:
-    if face.area < MIN_AREA_PX2:
+def _simplified(face: shapely.Polygon, tolerance_px: float = TOLERANCE_PX) -> shapely.Polygon:
+    if face.area < MIN_AREA_PX2 or not tolerance_px:
         return _straight(face)
-    found = shapely.simplify(face, TOLERANCE_PX)
+    found = shapely.simplify(face, tolerance_px)
     return found if found.is_valid else _straight(face)
 
 
