@@ -28,8 +28,7 @@ from wsidicom.graphical_annotations import AnnotationInstance
 from tests.made_results import Flags, Made, Values, make, steps
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.export import ALL, FORMATS, OF_FEATURES, OF_MARKS, Options, export
-from wsi_gradcam.export import annotations as drawing
+from wsi_gradcam.export import ALL, FORMATS, OF_FEATURES, OF_MARKS, Options, export, shapes
 from wsi_gradcam.export.job import Job
 from wsi_gradcam.export.outlines import HotRegions, hot_regions
 from wsi_gradcam.geometry import Region
@@ -115,7 +114,7 @@ def test_dsa_takes_regions_and_heatmap(files: dict[str, Path], regions: HotRegio
 def test_a_heatmap_of_too_many_points_is_that_of_a_coarser_level(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "MAX_POINTS", 500)
+    monkeypatch.setattr(shapes, "MAX_POINTS", 500)
     (done,) = export(out, "dsa", tmp_path, threshold=THRESHOLD)
     _, heat = json.loads(done.paths[0].read_text())
     assert heat["elements"][0]["radius"] == 2 * STRIDE
