@@ -112,12 +112,18 @@ def test_dsa_takes_regions_and_heatmap(files: dict[str, Path], regions: HotRegio
 
 
 def test_a_heatmap_of_too_many_points_is_that_of_a_coarser_level(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shapes, "MAX_POINTS", 500)
-    (done,) = export(out, "dsa", tmp_path, threshold=THRESHOLD)
-    _, heat = json.loads(done.paths[0].read_text())
-    assert heat["elements"][0]["radius"] == 2 * STRIDE
+    out = make(tmp_path / "out", {"a.svs": Made((3000, 4200), steps((188, 263)))})
+    points = []
+    for most in (10**6, 10_000):
+        monkeypatch.setattr(shapes, "MAX_POINTS", most)
+        (done,) = export(out, "dsa", tmp_path / str(most), threshold=THRESHOLD)
+        _, heat = json.loads(done.paths[0].read_text())
+        points.append((len(heat["elements"][0]["points"]), heat["elements"][0]["radius"]))
+    (fine, step), (coarse, wider) = points
+    assert (step, wider) == (STRIDE, 2 * STRIDE)
+    assert coarse <= 10_000 < fine
     assert "level 1 of the heatmap" in heat["description"]
 
 
@@ -143,7 +149,7 @@ def test_omero_s_model_takes_outlines(files: dict[str, Path], regions: HotRegion
     drawn: dict[str, list[shapely.Polygon]] = {}
     for roi in found.rois:
         (polygon,) = roi.union
-        corners = [tuple(map(float, pair.split(","))) for pair in polygon.points.split()]  # type: ignore[union-attr]
+        corners = [tuple(map(float, pair.split(","))) for pair in polygon.points.split()]
         drawn.setdefault(str(roi.name), []).append(shapely.Polygon(corners))
     same(drawn[f"{LABEL} hot"], [shapely.Polygon(polygon.exterior) for polygon in regions.polygons])
     assert len(drawn[f"{LABEL} holes"]) == sum(len(polygon.interiors) for polygon in regions.polygons)
@@ -182,8 +188,9 @@ def test_the_least_area_is_in_square_micrometres(out: Path, regions: HotRegions)
 
 @pytest.mark.parametrize(("option", "value"), [("min_area", -1.0), ("simplify", -0.5), ("simplify", 101.0)])
 def test_wrong_bounds_are_refused(out: Path, tmp_path: Path, option: str, value: float) -> None:
+    options: dict[str, Any] = {option: value}
     with pytest.raises(ConfigError, match=f"{option} is {value:g}, expected 0"):
-        export(out, "dsa", tmp_path, **{option: value})
+        export(out, "dsa", tmp_path, **options)
 
 
 def test_all_and_several_formats(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
