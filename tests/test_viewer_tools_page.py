@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from playwright.sync_api import Page, expect
 from tests.test_viewer_gallery_page import check
 from tests.viewer_browser import SLIDE, at, browser, open_page, out, settled
 from tests.viewer_runs import MARKERS, Served, plant_annotations, served, square
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.heatmap import HeatmapStore
 
 TOOL_SIZES = {"small": (1024, 700), "desk": (1440, 900), "large": (2560, 1440)}
 Y, X = MARKERS[SLIDE][0]
@@ -113,3 +116,48 @@ def test_a_patch_and_a_region_are_marked_listed_and_taken_back(open_page: Callab
     expect(other.locator(".mark-list li")).to_have_count(2)
     page.reload()
     expect(page.locator(".mark-list li")).to_have_count(2)
+
+
+def test_two_runs_are_shown_beside_each_other_and_as_a_difference(
+    open_page: Callable[..., Page], out: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(out, tmp_path / "new")
+    store = HeatmapStore(tmp_path / "new" / SLIDE / "heatmap.ome.zarr")
+    for level, shape in enumerate(store.shapes):
+        whole = Region(0, 0, *shape)
+        store.write(level, 1, whole, store.read(level, 1, whole)[::-1, ::-1])
+    with served(out, second=tmp_path / "new") as both:
+        page = resized(open_page(url=both.url), "small")
+        expect(page.locator("#title")).to_contain_text("compared with new")
+        expect(page.locator(".card").first).to_contain_text("maps disagree", timeout=60_000)
+        page.locator("#sort").select_option("difference:maps:down")
+        expect(page.locator(".card .name").first).to_have_text(SLIDE)
+        check(page, "small-two-runs")
+        page.locator(".card a").first.click()
+        expect(page.locator(".pane")).to_have_count(2)
+        expect(page.locator(".legend").last).to_contain_text("gradcam: marker (new)")
+        settled(page)
+        left, right = (screen.screenshot() for screen in page.locator(".screen").all())
+        assert left != right
+        page.locator("#layer-0 [data-name=channel]").select_option("difference: gradcam: marker")
+        expect(page.locator(".legend").first).to_contain_text("red is more")
+        expect(page.locator("#layer-0 [data-name=map]")).to_have_value("coolwarm")
+        check(page, "small-difference")
+
+
+@pytest.mark.parametrize("size", TOOL_SIZES)
+def test_the_highest_patches_of_the_archive_lead_to_their_places(open_page: Callable[..., Page], size: str) -> None:
+    page = resized(open_page(), size)
+    page.keyboard.press("T")
+    patches = page.locator("#top-patches a")
+    expect(patches.first).to_be_visible(timeout=60_000)
+    expect(page.locator("#cards")).to_be_hidden()
+    expect(page.locator("#top-found")).to_have_text("of 2 slides", timeout=60_000)
+    check(page, f"{size}-archive-top")
+    page.locator("#top-class").select_option("other")
+    expect(patches.first).to_contain_text("other ")
+    title = patches.first.get_attribute("title") or ""
+    patches.first.click()
+    slide, _, number = title.rpartition(", patch ")
+    expect(page.locator("#title")).to_have_text(slide)
+    expect(page.locator("#patch h2")).to_have_text(f"Patch {number}")

@@ -119,11 +119,17 @@ def _share(start: int, length: int, step: int, count: int) -> np.ndarray[Any, np
 
 @contextmanager
 def client(
-    out: Path | str, access: Access | None = None, annotations: Path | None = None, **given: Any
+    out: Path | str,
+    access: Access | None = None,
+    annotations: Path | None = None,
+    second: Path | None = None,
+    **given: Any,
 ) -> Iterator[TestClient]:
     """A client of the server, without a network."""
     archive = Archive(out, **given)
-    app = make_app(archive, access or Access.for_host("127.0.0.1", ""), AnnotationFiles(archive, annotations))
+    other = None if second is None else Archive(second)
+    access = access or Access.for_host("127.0.0.1", "")
+    app = make_app(archive, access, AnnotationFiles(archive, annotations), second=other)
     with TestClient(app, base_url=BASE) as found:
         yield found
 
@@ -137,10 +143,14 @@ class Served:
 
 
 @contextmanager
-def served(out: Path, access: Access | None = None, annotations: Path | None = None, **given: Any) -> Iterator[Served]:
+def served(
+    out: Path, access: Access | None = None, annotations: Path | None = None, second: Path | None = None, **given: Any
+) -> Iterator[Served]:
     """The server on loopback, in a thread."""
     archive = Archive(out, **given)
-    app = make_app(archive, access or Access.for_host("127.0.0.1", ""), AnnotationFiles(archive, annotations))
+    other = None if second is None else Archive(second)
+    access = access or Access.for_host("127.0.0.1", "")
+    app = make_app(archive, access, AnnotationFiles(archive, annotations), second=other)
     with listen("127.0.0.1", 0) as bound:
         server = make_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

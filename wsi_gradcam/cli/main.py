@@ -309,6 +309,7 @@ def _view(arguments: argparse.Namespace) -> int:
 
     view(
         arguments.out,
+        arguments.second,
         host=arguments.host,
         port=arguments.port,
         slides=arguments.slides,

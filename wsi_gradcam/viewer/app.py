@@ -1,12 +1,13 @@
 """`wsi-gradcam view`, and the web application: its routes, and handlers that answer in a bounded number of threads.
 
 /                                              the page; /page/... its modules
-/api/run, /api/slides, /api/slide?id=, /api/slides/KEY   JSON
+/api/run, /api/slides, /api/slide?id=, /api/slides/KEY, /api/top   JSON
 /api/slides/KEY/values, .../patches/...        the values at a point, a patch, the highest patches
 /api/slides/KEY/marks, POST /api/marks         what people say of places, kept in OUT/marks.jsonl
 /api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
                heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
+               heat/other-VERSION/..., heat/difference-VERSION/...: of a second run
 /files/..., /zarr/ID/heatmap.ome.zarr/...      files of the results as they are in OUT, the second by byte ranges
 """
 
@@ -36,8 +37,8 @@ from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limit
 from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles, annotation_facts
 from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
-from wsi_gradcam.viewer.layers import Spreads
-from wsi_gradcam.viewer.queries import Queries, mark_facts, run_facts
+from wsi_gradcam.viewer.layers import Comparison, Spreads
+from wsi_gradcam.viewer.queries import ArchiveTop, Queries, mark_facts, run_facts
 from wsi_gradcam.viewer.responses import (
     BusyError,
     DisconnectedError,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from wsi_gradcam.viewer.archive import ServedSlide
+    from wsi_gradcam.viewer.images import Layer
 
 T = TypeVar("T")
 SLIDE, TILES = "/api/slides/{key:str}", "/tiles/{key:str}/{version:str}"
@@ -81,6 +83,7 @@ NOT_ISOLATED = "warning: slides are read by this process itself: only Linux has 
 
 def view(
     out: str,
+    second: str | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8765,
@@ -99,6 +102,7 @@ def view(
     """Serve the results in `out` until interrupted; port 0 takes any that is free.
 
     Args:
+        second: results of another run over the same slides, to be shown beside and as differences.
         host: address to listen on; except on the loopback addresses, clients need a token.
         slides: a folder to take slides from, by their ids, where they have moved.
         token: require a token on 127.0.0.1 too, for machines with several users.
@@ -125,7 +129,9 @@ def view(
     with ExitStack() as opened:
         opened.enter_context(isolating(limits))
         archive = Archive(out, slides, remote_slides)
-        app = make_app(archive, access, AnnotationFiles(archive, annotations, mask_frame), read_only)
+        other = None if second is None else Archive(second, slides, remote_slides)
+        drawn = AnnotationFiles(archive, annotations, mask_frame)
+        app = make_app(archive, access, drawn, read_only, other)
         bound = opened.enter_context(listen(host, port))
         address = f"http{'s' if tls else ''}://{url_host(host)}:{bound.getsockname()[1]}/"
         server = make_server(app, tls)
@@ -156,10 +162,17 @@ def _private_address(address: str, access: Access) -> Iterator[str]:
 
 
 def make_app(
-    archive: Archive, access: Access, annotations: AnnotationFiles | None = None, read_only: bool = False
+    archive: Archive,
+    access: Access,
+    annotations: AnnotationFiles | None = None,
+    read_only: bool = False,
+    second: Archive | None = None,
 ) -> Starlette:
-    """Return the web application of a run, with the annotations of its slides; it keeps marks unless `read_only`."""
-    viewer = Viewer(archive, annotations or AnnotationFiles(archive, None), read_only)
+    """Return the web application of a run, with the annotations of its slides and a second run to compare it with.
+
+    It keeps marks unless `read_only`.
+    """
+    viewer = Viewer(archive, annotations or AnnotationFiles(archive, None), read_only, second)
     return Starlette(
         routes=[*page_routes(), *viewer.routes()],
         middleware=[Middleware(AccessMiddleware, access=access)],
@@ -208,14 +221,18 @@ class BoundedThreads:
 class Viewer:
     """The handlers of requests, and the caches and threads that they share."""
 
-    def __init__(self, archive: Archive, annotations: AnnotationFiles, read_only: bool = False) -> None:
+    def __init__(
+        self, archive: Archive, annotations: AnnotationFiles, read_only: bool = False, second: Archive | None = None
+    ) -> None:
+        self._comparison = Comparison(archive, second)
         self._archive, self._annotations, self._read_only = archive, annotations, read_only
         self._marks = Marks(archive.out)
         self._agreements = Agreements(annotations)
         self._images = Images(archive)
-        self._scorer = Scorer(archive)
+        self._top = ArchiveTop(archive)
+        self._scorer = Scorer(archive, None if second is None else self._comparison.scores, self._top.collect)
         self._spreads = Spreads(archive)
-        self._queries = Queries(archive, self._spreads, self._scorer.windows)
+        self._queries = Queries(archive, self._spreads, self._scorer.windows, self._comparison)
         self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
         # A slide in an object store may be slow: heatmaps do not wait behind it.
@@ -235,6 +252,7 @@ class Viewer:
             "/api/run": self.run,
             "/api/slides": self.slides,
             "/api/slide": self.slide_by_id,
+            "/api/top": self.archive_top,
             SLIDE: self.slide,
             f"{SLIDE}/annotations": self.annotations,
             f"{SLIDE}/agreement": self.agreement,
@@ -248,6 +266,8 @@ class Viewer:
             f"{TILES}/cells/{IN_CHANNEL}": self.heatmap_tile,
             f"{TILES}/heat/spread-{{spread:str}}/{IN_CHANNEL}": self.heatmap_tile,
             f"{TILES}/cells/spread-{{spread:str}}/{IN_CHANNEL}": self.heatmap_tile,
+            f"{TILES}/heat/{{second:str}}-{{of:str}}/{IN_CHANNEL}": self.heatmap_tile,
+            f"{TILES}/cells/{{second:str}}-{{of:str}}/{IN_CHANNEL}": self.heatmap_tile,
             f"{TILES}/patch/{{patch:str}}.jpg": self.patch_image,
             f"{TILES}/thumb.jpg": self.thumbnail,
             "/files/{path:letters}": self.file,
@@ -258,7 +278,7 @@ class Viewer:
 
     async def run(self, request: Request) -> Response:
         """Describe the run."""
-        return await self._json(request, lambda: run_facts(self._archive))
+        return await self._json(request, lambda: run_facts(self._archive, self._comparison.name))
 
     async def slides(self, request: Request) -> Response:
         """List the slides on one page of the gallery."""
@@ -268,6 +288,7 @@ class Viewer:
             return list_slides(
                 self._archive.slides(),
                 self._scorer.of,
+                difference=self._scorer.difference,
                 search=query.get("search", ""),
                 status=query.get("status", ""),
                 sort=query.get("sort", "name"),
@@ -277,6 +298,13 @@ class Viewer:
             )
 
         return await self._json(request, find)
+
+    async def archive_top(self, request: Request) -> Response:
+        """Return the highest patches of all slides."""
+        query = request.query_params
+        label, site, flag = (query.get(name, "") for name in ("class", "site", "flag"))
+        count = whole_number(query.get("count", "60"))
+        return await self._json(request, lambda: self._top.top(label, site, flag, count))
 
     async def slide(self, request: Request) -> Response:
         """Describe a slide."""
@@ -360,9 +388,12 @@ class Viewer:
         """Return a tile of a channel, with its pixels enlarged smoothly (heat) or as they are (cells)."""
         channel, tile = whole_number(request.path_params["channel"]), _tile(request)
         smooth, spread = "/heat/" in request.url.path, request.path_params.get("spread")
+        second = request.path_params.get("second")
 
         def encode(slide: ServedSlide) -> bytes:
-            layer = slide if spread is None else self._spreads.with_digest(slide, spread)
+            layer: Layer = slide if spread is None else self._spreads.with_digest(slide, spread)
+            if second is not None:
+                layer = self._comparison.layer(slide, second, request.path_params["of"])
             return self._images.heatmap_tile(layer, channel, *tile, smooth)
 
         return await self._image(request, PNG, encode)

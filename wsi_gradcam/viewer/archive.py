@@ -154,7 +154,7 @@ class Archive:
     def _served(self, result: SlideResult) -> ServedSlide:
         if self._slides_folder is not None and (moved := alike(self._slides_folder, as_path(result.id))):
             result.path = str(moved[0])
-        known = json.dumps([result.row, result.path], sort_keys=True)
+        known = json.dumps([str(self.out), result.row, result.path], sort_keys=True)
         return ServedSlide(slide_key(result.id), _digest(known)[:12], result)
 
     def _size(self) -> int:
@@ -252,9 +252,21 @@ def _check_link(root: Path, path: Path) -> None:
 class Scorer:
     """Computes each finished slide's scores in a thread of its own: reading the tables of an archive takes minutes."""
 
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
+    def __init__(
+        self,
+        archive: Archive,
+        compare: Callable[[ServedSlide], dict[str, float]] | None = None,
+        collect: Callable[[ServedSlide], None] = lambda _: None,
+    ) -> None:
+        """Score the slides of an archive.
+
+        Args:
+            compare: returns how much a second run differs on a slide.
+            collect: is given each slide that has been scored.
+        """
+        self._archive, self._compare, self._collect = archive, compare, collect
         self._scores: dict[tuple[str, str], Scores] = {}
+        self._differences: dict[tuple[str, str], dict[str, float]] = {}
         self._stop = threading.Event()
         self._windows_ready = threading.Event()
         self._windows: dict[str, tuple[float, float]] = {}
@@ -279,6 +291,10 @@ class Scorer:
         """Return `share` and `top` by class, as `slide_scores` does; None while they are not known."""
         return self._scores.get((slide.key, slide.version))
 
+    def difference(self, slide: ServedSlide) -> dict[str, float]:
+        """Return how much a second run differs on a slide; empty while, or where, that is not known."""
+        return self._differences.get((slide.key, slide.version), {})
+
     def _score_all(self) -> None:
         while True:
             with suppress(WsiGradcamError, OSError, ValueError, LookupError):
@@ -288,6 +304,7 @@ class Scorer:
                 if self._stop.is_set():
                     return
                 self._score(slide)
+                self._score_difference(slide)
             if self._stop.wait(RESCAN_S):  # the run may go on
                 return
 
@@ -297,14 +314,24 @@ class Scorer:
         try:
             self._archive.find(slide.key)  # checks its links
             self._scores[slide.key, slide.version] = slide_scores(slide.result, self._archive.result.classes)
+            self._collect(slide)
         except (WsiGradcamError, OSError, ValueError, LookupError):  # opening the slide reports the problem
             self._scores[slide.key, slide.version] = {}
+
+    def _score_difference(self, slide: ServedSlide) -> None:
+        if self._compare is None or (slide.key, slide.version) in self._differences or not slide.is_final:
+            return
+        found: dict[str, float] = {}
+        with suppress(WsiGradcamError, OSError, ValueError, LookupError):  # opening the slide reports the problem
+            found = self._compare(self._archive.find(slide.key))
+        self._differences[slide.key, slide.version] = found
 
 
 def list_slides(
     slides: list[ServedSlide],
     scores: Callable[[ServedSlide], Scores | None],
     *,
+    difference: Callable[[ServedSlide], dict[str, float]],
     search: str = "",
     status: str = "",
     sort: str = "name",
@@ -314,8 +341,8 @@ def list_slides(
 ) -> dict[str, Any]:
     """Return some of the slides whose ids contain all words of `search`, and the number of all of them, as JSON.
 
-    `sort` is `name`, `status`, `patches`, `share:CLASS`, `top:CLASS` or, of slide-level models, `answer:CLASS`; slides
-    without the number come last.
+    `sort` is `name`, `status`, `patches`, `share:CLASS`, `top:CLASS` or, of slide-level models, `answer:CLASS`, and
+    with a second run `difference:maps` or `difference:probabilities`; slides without the number come last.
     """
     words = search.lower().split()
     found = [
@@ -323,7 +350,7 @@ def list_slides(
         for slide in slides
         if all(word in slide.result.id.lower() for word in words) and status in ("", status_of(slide))
     ]
-    key = _sort_key(sort, scores)
+    key = _sort_key(sort, scores, difference)
     ranked = sorted((slide for slide in found if key(slide) is not None), key=key, reverse=descending)
     ranked += [slide for slide in found if key(slide) is None]
     page = ranked[max(0, offset) : max(0, offset) + min(max(1, limit), MAX_LISTED)]
@@ -332,16 +359,20 @@ def list_slides(
         "found": len(found),
         "scored": sum(scores(slide) is not None for slide in slides),
         "counts": dict(Counter(map(status_of, slides))),
-        "slides": [_row(slide, scores(slide)) for slide in page],
+        "slides": [_row(slide, scores(slide)) | {"difference": difference(slide)} for slide in page],
     }
 
 
-def _sort_key(sort: str, scores: Callable[[ServedSlide], Scores | None]) -> Callable[[ServedSlide], Any]:
+def _sort_key(
+    sort: str, scores: Callable[[ServedSlide], Scores | None], difference: Callable[[ServedSlide], dict[str, float]]
+) -> Callable[[ServedSlide], Any]:
     kind, _, label = sort.partition(":")
     if kind in ("share", "top"):
         return lambda slide: (scores(slide) or {}).get(label, {}).get(kind)
     if kind == "answer":
         return lambda slide: slide.result.slide_logits.get(label)
+    if kind == "difference":
+        return lambda slide: difference(slide).get(label)
     if kind == "patches":
         return lambda slide: int(slide.result.row.get("patches") or 0)
     if kind == "status":

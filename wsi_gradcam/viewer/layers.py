@@ -1,6 +1,7 @@
-"""Channels beside those of a heatmap: the spread of overlapping patches' maps, stored by an audit.
+"""Channels beside those of a heatmap, read as it is: the spread that an audit stored, and those of a second run.
 
-It shows where a slide's map is unsure, and is read as the heatmap is.
+The spread of overlapping patches' maps shows where a slide's map is unsure. Of a second run over the same slides, there
+are its own channels, and the difference of each that both runs have.
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from scipy.stats import rankdata
 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import NotShownError, ResultError, StoreError, WsiGradcamError, one_line
+from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.cache import Cache
-from wsi_gradcam.results.display import ChannelInfo
-from wsi_gradcam.results.heatmap import COLOURS, HeatmapStore
+from wsi_gradcam.results.display import PROBABILITY, ChannelInfo
+from wsi_gradcam.results.heatmap import COLOURS, EXPLAINED, HeatmapStore
 from wsi_gradcam.viewer.archive import check_inside, check_tree
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    from wsi_gradcam.geometry import Region
     from wsi_gradcam.results.heatmap import Channel
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
@@ -168,3 +172,169 @@ def _describe(number: int, channel: Channel, unit: str) -> ChannelInfo:
         (channel.start, channel.end),
         COLOURS[number % len(COLOURS)],
     )
+
+
+DIFFERENCE, OTHER = "difference", "other"
+COMPARED_PX = 1 << 16  # of the level on which runs are compared for the gallery
+
+
+class Difference:
+    """A second run's channels minus those of the first with the same labels, where both explained the slide.
+
+    It is read as a heatmap is, on the coarser of both grids.
+
+    Raises:
+        ResultError: the runs do not explain the same slide, or have no channel in common.
+    """
+
+    def __init__(self, first: SlideResult, second: SlideResult) -> None:
+        if (first.plan.slide_digest, first.size_px) != (second.plan.slide_digest, second.size_px):
+            raise ResultError("the other run explained another file under this name")
+        by_label = {channel.label: channel for channel in second.channels}
+        self._pairs = [(channel, by_label[channel.label]) for channel in first.channels if channel.label in by_label]
+        if not self._pairs:
+            raise ResultError("the other run has no channel of the same name: other methods, or other classes")
+        self._runs = (first, second)
+        self.stride_px = max(first.stride_px, second.stride_px)
+        self._offsets = tuple((self.stride_px // run.stride_px).bit_length() - 1 for run in self._runs)
+        grids = [run.levels[offset:] for run, offset in zip(self._runs, self._offsets, strict=True)]
+        self.levels = [mine for mine, other in zip(*grids, strict=False) if mine == other]
+        if not self.levels:
+            raise ResultError("the other run's heatmap has another stride, of which this one has no level")
+        self.channels = tuple(_difference(i, *pair) for i, pair in enumerate(self._pairs))
+
+    def read(self, channel: ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
+        """Return the difference in a region of a level, float32 [height, width]."""
+        mine, other = self.both(channel, level, region)
+        return np.asarray(other - mine, np.float32)
+
+    def both(self, channel: ChannelInfo, level: int, region: Region) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the values of both runs in a region of a level, float32 [height, width]."""
+        mine, other = (
+            run.read(one, level + offset, region)
+            for run, one, offset in zip(self._runs, self._pairs[channel.number], self._offsets, strict=True)
+        )
+        return mine, other
+
+    def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Return the bits of each pixel that it has in both runs."""
+        mine, other = (
+            run.read_coverage(level + offset, region) for run, offset in zip(self._runs, self._offsets, strict=True)
+        )
+        return np.asarray(mine & other, np.uint8)
+
+
+def _difference(number: int, mine: ChannelInfo, other: ChannelInfo) -> ChannelInfo:
+    """Describe the difference of two channels; its window is half of the wider one's, to both sides of 0."""
+    end = max(abs(value) for channel in (mine, other) for value in channel.window) / 2
+    return ChannelInfo(
+        number,
+        f"{DIFFERENCE}: {mine.label}",
+        DIFFERENCE,
+        mine.target,
+        mine.unit,
+        other.minimum - mine.maximum,
+        other.maximum - mine.minimum,
+        (0.0, end or 1.0),
+        COLOURS[number % len(COLOURS)],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A slide in two runs: as the second run has it, and the difference.
+
+    Attributes:
+        slide: of the second run.
+        version: of both; part of addresses.
+        key: of the slide.
+        is_final: whether both runs are through with it.
+        result: the difference.
+    """
+
+    slide: ServedSlide
+    version: str
+    key: str
+    is_final: bool
+    result: Difference
+
+
+class Comparison:
+    """Finds slides in a second run by their ids."""
+
+    def __init__(self, archive: Archive, other: Archive | None = None) -> None:
+        self._archive, self._other = archive, other
+        self._open: Cache[tuple[str, str, str], Compared] = Cache(MAX_OPEN)
+
+    @cached_property
+    def name(self) -> str:
+        """The second run's name, other than the first one's; "" without one."""
+        if self._other is None:
+            return ""
+        name = self._other.out.name
+        return name if name != self._archive.out.name else f"{self._other.out.parent.name}/{name}"
+
+    def of(self, slide: ServedSlide) -> Compared | None:
+        """Return a slide in both runs; None without a second run, or where that has nothing of the slide.
+
+        Raises:
+            WsiGradcamError: they cannot be compared.
+        """
+        if self._other is None:
+            return None
+        try:
+            other = self._other.find_by_id(slide.result.id)
+        except NotShownError:
+            return None
+        version = hashlib.sha256(f"{slide.version} {other.version}".encode()).hexdigest()[:12]
+
+        def compare() -> Compared:
+            final = slide.is_final and other.is_final
+            return Compared(other, version, slide.key, final, Difference(slide.result, other.result))
+
+        return self._open.get((slide.key, slide.version, version), compare)
+
+    def layer(self, slide: ServedSlide, kind: str, version: str) -> ServedSlide | Compared:
+        """Return what an address names: the second run's slide, or the difference.
+
+        Raises:
+            NotShownError: there is no such version any more.
+            WsiGradcamError: as `of`.
+        """
+        found = self.of(slide)
+        if found is None or found.version != version or kind not in (OTHER, DIFFERENCE):
+            raise NotShownError("the slide has been explained anew; load the page again")
+        return found.slide if kind == OTHER else found
+
+    def scores(self, slide: ServedSlide) -> dict[str, float]:
+        """Return how much the runs differ on a slide; empty where they cannot be compared.
+
+        `maps` is 1 - Spearman's correlation of the explanations over the pixels that both explained, the mean of all
+        common ones: 0 for the same order, 1 for none, 2 for the opposite. `probabilities` is their mean difference
+        without sign.
+        """
+        found = self.of(slide)
+        if found is None or not found.is_final:
+            return {}
+        difference = found.result
+        last = len(difference.levels) - 1
+        level = next((i for i, (h, w) in enumerate(difference.levels) if h * w <= COMPARED_PX), last)
+        whole = Region(0, 0, *difference.levels[level])
+        known = (difference.read_coverage(level, whole) & EXPLAINED) > 0
+        maps, changes = [], []
+        for channel in difference.channels:
+            mine, other = (values[known].astype(np.float64) for values in difference.both(channel, level, whole))
+            if channel.unit == PROBABILITY:
+                changes.append(float(np.abs(other - mine).mean()) if len(mine) else math.nan)
+            else:
+                maps.append(1 - _rank_correlation(mine, other))
+        named = {"maps": maps, "probabilities": changes}
+        answered = {name: [value for value in values if math.isfinite(value)] for name, values in named.items()}
+        return {name: float(np.mean(values)) for name, values in answered.items() if values}
+
+
+def _rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Return Spearman's correlation; NaN where one of both is constant."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

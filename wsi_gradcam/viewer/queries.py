@@ -26,6 +26,7 @@ from wsi_gradcam.viewer.images import (
     heatmap_pyramid,
     slide_pyramid,
 )
+from wsi_gradcam.viewer.layers import DIFFERENCE, OTHER
 from wsi_gradcam.viewer.responses import RUN_REPORT
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
-    from wsi_gradcam.viewer.layers import Spread, Spreads
+    from wsi_gradcam.viewer.layers import Compared, Comparison, Difference, Spread, Spreads
 
     Windows = dict[str, tuple[float, float]]
 
@@ -149,6 +150,69 @@ def _direction(dy: float, dx: float) -> str:
     return DIRECTIONS[round(math.atan2(-dy, dx) / (math.pi / 4)) % 8]
 
 
+BEST = 12  # patches of a slide, of each class, among which those of the archive are chosen
+FLAGS = {"pen": 0.05, "glass": 0.05, "blur": 0.4}  # measures of quality and what is notable, as the panel of a patch
+
+
+class ArchiveTop:
+    """The highest patches of all slides by the probability of a class, collected slide by slide in the background."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._best: dict[tuple[str, str], dict[str, list[tuple[float, int, frozenset[str]]]]] = {}
+
+    def collect(self, slide: ServedSlide) -> None:
+        """Keep the highest patches of a slide, for each class; of overlapping ones only the highest."""
+        result = slide.result
+        columns = [f"probability_{label}" for label in self._archive.result.classes]
+        table = result.table([*COORDINATES, *TEXTS, *columns, *FLAGS])  # results of older versions have no flags
+        patches = PatchTable(table, result.plan.footprint)
+        self._best[slide.key, slide.version] = {
+            name: [(patches.values[name][n], n, _flags(patches, n)) for n in patches.top(name, BEST)]
+            for name in columns
+        }
+
+    def top(self, label: str, site: str, flag: str, count: int) -> dict[str, Any]:
+        """Return the highest patches of class `label` of all slides that are collected by now, as JSON values.
+
+        At most `BEST` of each slide. `site` is one of the list of slides, "" for all; `flag` is one of `FLAGS`, "none"
+        for patches without any, "" for all.
+        """
+        slides = self._archive.slides()
+        found = []
+        for slide in slides:
+            if site and slide.result.row.get("site", "") != site:
+                continue
+            for value, number, flags in self._best.get((slide.key, slide.version), {}).get(f"probability_{label}", ()):
+                if not flag or (flag == "none" and not flags) or flag in flags:
+                    found.append((value, number, flags, slide))
+        ranked = sorted(found, key=lambda one: -one[0])[: min(count, MAX_TOP)]
+        return {
+            "sites": sorted({valid_text(slide.result.row.get("site", "")) for slide in slides} - {""}),
+            "flags": list(FLAGS),
+            "collected": sum((slide.key, slide.version) in self._best for slide in slides),
+            "finished": sum(status_of(slide) == "ok" for slide in slides),
+            "patches": [
+                {
+                    "slide": valid_text(slide.result.id),
+                    "key": slide.key,
+                    "version": slide.version,
+                    "site": valid_text(slide.result.row.get("site", "")),
+                    "number": number,
+                    "value": value,
+                    "flags": sorted(flags),
+                }
+                for value, number, flags, slide in ranked
+            ],
+        }
+
+
+def _flags(patches: PatchTable, number: int) -> frozenset[str]:
+    return frozenset(
+        name for name, most in FLAGS.items() if name in patches.values and patches.values[name][number] > most
+    )
+
+
 MAX_TOP = 100
 CHUNK_BYTES = 16 << 20
 TABLE_BYTES = 512 << 20  # four slides of a million patches
@@ -157,21 +221,25 @@ TABLE_BYTES = 512 << 20  # four slides of a million patches
 class Queries:
     """Answers queries about slides; the tables of the slides used last are kept."""
 
-    def __init__(self, archive: Archive, spreads: Spreads, windows: Callable[[], Windows]) -> None:
-        self._archive, self._spreads, self._windows = archive, spreads, windows
+    def __init__(
+        self, archive: Archive, spreads: Spreads, windows: Callable[[], Windows], comparison: Comparison
+    ) -> None:
+        self._archive, self._spreads, self._windows, self._comparison = archive, spreads, windows, comparison
         self._heatmaps = HeatmapReader(CHUNK_BYTES)
         self._tables: Cache[tuple[str, str], PatchTable] = Cache(TABLE_BYTES, lambda table: table.nbytes)
 
     def slide(self, key: str) -> dict[str, Any]:
         """Describe a slide; the reason why it cannot be opened is part of the description."""
         slide = self._archive.find(key)
-        spread, windows = self._spread(slide), self._windows()
+        spread, windows, compared = self._spread(slide), self._windows(), self._compared(slide)
         audit = {"audit": audit_address(self._archive, slide)}
         try:
             with self._archive.borrow_slide(slide) as opened:
-                return slide_facts(slide, opened, spread, windows) | audit
+                facts = slide_facts(slide, opened, spread, windows) | audit
         except SlideError as error:
-            return slide_facts(slide, error, spread, windows) | audit
+            facts = slide_facts(slide, error, spread, windows) | audit
+        _add_second_run(facts, compared, self._comparison.name)
+        return facts
 
     def values(self, key: str, y: float, x: float) -> dict[str, Any]:
         """Return all channels' values over level-0 (y, x), those of the spread last."""
@@ -179,7 +247,8 @@ class Queries:
         found = self._heatmaps.at(slide, y, x)
         if found is None or found.values is None:
             return asdict(PointValues(None, tissue=False, explained=False, unreadable=False))
-        return asdict(found) | {"values": [*found.values, *self._spread_values(slide, y, x)]}
+        beside = [*self._spread_values(slide, y, x), *self._second_values(slide, y, x)]
+        return asdict(found) | {"values": [*found.values, *beside]}
 
     def patch_at(self, key: str, y: float, x: float) -> dict[str, Any]:
         """Return the patch that covers level-0 (y, x); `{"number": None}` if none does."""
@@ -219,6 +288,23 @@ class Queries:
             found = None
         return found.values if found and found.values else [None] * len(spread.result.channels)
 
+    def _compared(self, slide: ServedSlide) -> Compared | WsiGradcamError | None:
+        """Return a slide in both runs, or why they cannot be compared."""
+        try:
+            return self._comparison.of(slide)
+        except (WsiGradcamError, OSError, KeyError) as error:
+            return error if isinstance(error, WsiGradcamError) else NotShownError(one_line(error))
+
+    def _second_values(self, slide: ServedSlide, y: float, x: float) -> list[float | None]:
+        compared = self._compared(slide)
+        if compared is None or isinstance(compared, WsiGradcamError):
+            return []
+        values: list[float | None] = []
+        for layer in (compared.slide, compared):
+            found = self._heatmaps.at(layer, y, x)
+            values += found.values if found and found.values else [None] * len(layer.result.channels)
+        return values
+
     def _table(self, slide: ServedSlide) -> PatchTable:
         def read() -> PatchTable:
             return PatchTable(slide.result.table(), slide.result.plan.footprint)
@@ -226,13 +312,14 @@ class Queries:
         return self._tables.get((slide.key, slide.version), read)
 
 
-def run_facts(archive: Archive) -> dict[str, Any]:
-    """Describe a run: its name, model and classes, and the addresses of its reports."""
+def run_facts(archive: Archive, second: str = "") -> dict[str, Any]:
+    """Describe a run: its name, model and classes, and the addresses of its reports; `second` names another run."""
     result = archive.result
     model = result.record.model
     return {
         "version": __version__,
         "name": valid_text(archive.out.name),
+        "second": valid_text(second) or None,
         "model": valid_text(str(model.name)),
         "untrained": model.weights == "random",
         "slide_level": result.record.is_slide_level,
@@ -297,20 +384,40 @@ def _add_heatmap_facts(
     plan = result.plan
     facts["size_px"], facts["mpp"] = list(plan.slide_px), list(plan.slide_mpp)
     facts["patch"] = {"count": plan.patches, "footprint_px": list(plan.footprint), "view_px": list(plan.view)}
-    pyramid = heatmap_pyramid(result)
-    facts["heat"] = {
-        "size_px": [pyramid.height, pyramid.width],
-        "levels": pyramid.levels,
-        "tile_px": pyramid.tile_px,
-        "finer": finer_levels(result),
-        "stride_px": result.stride_px,
-    }
+    facts["heat"] = _heat(result)
     channels = [_channel(channel, windows, str(channel.number)) for channel in result.channels]
     if spread is not None and not isinstance(spread, WsiGradcamError):
         channels += [_channel(c, {}, f"spread-{spread.digest}/{c.number}") for c in spread.result.channels]
     facts["channels"] = channels
     facts["spread_problem"] = valid_text(one_line(spread)) if isinstance(spread, WsiGradcamError) else None
     facts["table"] = result.is_finished and plan.patches > 0
+
+
+def _add_second_run(facts: dict[str, Any], compared: Compared | WsiGradcamError | None, name: str) -> None:
+    """Add the channels of a second run, and the differences, each with its own grid, to the facts of a slide."""
+    facts["second_problem"] = valid_text(one_line(compared)) if isinstance(compared, WsiGradcamError) else None
+    if compared is None or isinstance(compared, WsiGradcamError) or not facts["heat"]:
+        return
+    other, difference = compared.slide.result, compared.result
+    for kind, result in ((OTHER, other), (DIFFERENCE, difference)):
+        heat = _heat(result)
+        for channel in result.channels:
+            about = _channel(channel, {}, f"{kind}-{compared.version}/{channel.number}") | {"heat": heat}
+            if kind == OTHER:
+                about |= {"label": valid_text(f"{channel.label} ({name})"), "second": valid_text(channel.label)}
+            facts["channels"].append(about)
+
+
+def _heat(result: SlideResult | Difference) -> dict[str, Any]:
+    """Describe the grid of a heatmap."""
+    pyramid = heatmap_pyramid(result)
+    return {
+        "size_px": [pyramid.height, pyramid.width],
+        "levels": pyramid.levels,
+        "tile_px": pyramid.tile_px,
+        "finer": finer_levels(result),
+        "stride_px": result.stride_px,
+    }
 
 
 def _slide_image(opened: Slide | SlideError) -> dict[str, Any]:

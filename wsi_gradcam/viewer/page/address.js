@@ -16,6 +16,7 @@ export function parsed(hash) {
     um: um > 0 && Number.isFinite(um) ? um : null,
     views,
     outlines: values.get("outlines"),
+    jumps: values.has("jump"),
     patch: patch !== null && /^\d{1,9}$/.test(patch) ? Number(patch) : null,
   };
 }

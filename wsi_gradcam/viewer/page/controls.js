@@ -2,7 +2,7 @@
 
 import { MAPS, isSigned } from "./colours.js";
 import { element, fill, find, option, short } from "./dom.js";
-import { WINDOWS, fresh, isSpread, withWindow } from "./layers.js";
+import { WINDOWS, fresh, kindOf, withWindow } from "./layers.js";
 
 const SLIDER = 1000; // steps
 
@@ -152,7 +152,7 @@ export class Controls {
     const { on, map, opacity, fade, channel: before } = this.layers[number];
     const layer = { ...fresh(channel, number), on, opacity, fade };
     const old = this.slide.channels.find((other) => other.label === before);
-    if (isSpread(old) === isSpread(channel)) layer.map = map; // two things never look alike by chance
+    if (kindOf(old) === kindOf(channel)) layer.map = map; // two things never look alike by chance
     this.set(number, withWindow(layer, channel, layer.kind), true);
   }
 

@@ -27,8 +27,11 @@ export class Gallery {
     const { classes, slide_level: slideLevel } = this.run;
     const answers = slideLevel ? classes.map((label) => option(`answer:${label}:down`, `answer ${label}`)) : [];
     find("status").append(option("", "all"), ...Object.entries(STATES).map(([key, text]) => option(key, text)));
+    const differences = this.run.second
+      ? [option("difference:maps:down", "disagreement of maps"), option("difference:probabilities:down", "change of probabilities")]
+      : [];
     find("sort").append(
-      option("name", "name"), option("status", "status"), option("patches:down", "patches"), ...answers,
+      option("name", "name"), ...differences, option("status", "status"), option("patches:down", "patches"), ...answers,
       ...classes.map((label) => option(`share:${label}:down`, `share of ${label}`)),
       ...classes.map((label) => option(`top:${label}:down`, `highest ${label}`)),
     );
@@ -99,6 +102,7 @@ export class Gallery {
       slide.answer.length ? this.answer(slide.answer) : null,
       slide.error ? element("p", { class: "error", title: slide.error }, slide.error) : null,
       slide.scores ? this.scores(slide.scores) : null,
+      this.difference(slide.difference),
     );
     this.painter.observe(picture);
     return made;
@@ -111,6 +115,17 @@ export class Gallery {
         element("dt", {}, label),
         element("dd", { title: `answer for the slide; logit ${short(logit)}` },
           shareBar(probability), ` ${short(probability)}`))));
+  }
+
+  /** How much the second run differs. */
+  difference({ maps, probabilities }) {
+    const rows = [
+      ["maps disagree", maps, "1 - Spearman's correlation of the maps of both runs: 0 the same order, 1 none, 2 the opposite"],
+      ["probabilities change by", probabilities, "mean of the differences without sign"],
+    ].filter(([, value]) => value !== undefined);
+    if (!rows.length) return null;
+    return element("dl", { class: "scores" }, ...rows.map(([name, value, title]) =>
+      element("div", {}, element("dt", {}, name), element("dd", { title }, short(value)))));
   }
 
   scores(scores) {
@@ -146,6 +161,7 @@ async function paintThumb(target, run) {
   canvas.style.width = `${100 * width}%`;
   canvas.style.height = `${100 * height}%`;
   const frame = element("div", { class: "thumb-frame" }, ...target.children, canvas);
+  frame.classList.toggle("wide", facts.size_px[1] / facts.size_px[0] > 1.2); // than the card's picture is
   frame.style.aspectRatio = `${facts.size_px[1]} / ${facts.size_px[0]}`;
   target.replaceChildren(frame);
   return undefined;

@@ -14,13 +14,19 @@ export function firstChannel(channels, classes) {
 /** Whether a channel says how much patches disagree, not what the model looks at. */
 export const isSpread = (channel) => channel.method === "spread";
 
+/** Whether a channel is the second run minus the first. */
+export const isDifference = (channel) => channel.method === "difference";
+
+/** Channels of one kind share their colours. */
+export const kindOf = (channel) => (isSpread(channel) || isDifference(channel) ? channel.method : "map");
+
 /** The layer that a channel begins with; the `order`-th of a view. */
 export function fresh(channel, order = 0) {
   const singles = ["inferno", "blue", "green", "pink", "orange"];
   const layer = {
     channel: channel.label,
     on: true,
-    map: isSpread(channel) ? "viridis" : singles[order % singles.length],
+    map: isSpread(channel) ? "viridis" : isDifference(channel) ? "coolwarm" : singles[order % singles.length],
     opacity: 0.7,
     threshold: null,
     kind: channel.run_window ? "run" : "slide",

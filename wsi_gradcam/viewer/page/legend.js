@@ -2,7 +2,7 @@
 
 import { gradient } from "./colours.js";
 import { element, short } from "./dom.js";
-import { isSpread } from "./layers.js";
+import { isDifference, isSpread } from "./layers.js";
 
 export const UNITS = {
   logit: "logits", drop: "logits lost where covered", probability: "probability", arbitrary: "arbitrary unit",
@@ -27,5 +27,6 @@ function bar(layer, channel) {
     element("span", { class: "bar-title" }, `${channel.label} (${UNITS[channel.unit]}${above})`),
     element("span", { class: "bar-row" }, short(low), scale, short(high)),
     isSpread(channel) ? element("span", { class: "bar-title" }, "high: overlapping patches disagree") : null,
+    isDifference(channel) ? element("span", { class: "bar-title" }, "second run minus first: red is more") : null,
   );
 }

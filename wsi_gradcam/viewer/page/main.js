@@ -1,6 +1,7 @@
 // Puts the page together: which slide, which place, which panels, and the address that holds them.
 
 import { formed, parsed } from "./address.js";
+import { ArchiveTop } from "./archive_top.js";
 import { Annotations } from "./annotations.js";
 import { Controls } from "./controls.js";
 import { element, find, later, length, say, short } from "./dom.js";
@@ -30,6 +31,7 @@ class App {
     this.views = null;
     this.turn = 0;
     this.gallery = new Gallery(run);
+    this.archiveTop = new ArchiveTop(run);
     this.controls = new Controls({
       changed: (layers, rebuilt) => this.setLayers(layers, rebuilt),
       chosen: (number) => this.activate(number),
@@ -114,6 +116,7 @@ class App {
     views.smooth = this.controls.smooth;
     await views.open(wanted.views);
     if (this.views !== views) return;
+    find("beside").setAttribute("aria-pressed", String(views.panes.length > 1));
     if (this.strip.isShown) this.strip.show(slide);
     if (!wanted.centre) views.pane.home(true);
     await this.showPlace(wanted);
@@ -133,7 +136,7 @@ class App {
   async showPlace(wanted) {
     this.showControls();
     if (wanted.centre) this.views.goTo(wanted.centre, wanted.um, true);
-    if (wanted.patch !== null) await this.showPatch(wanted.patch, false);
+    if (wanted.patch !== null) await this.showPatch(wanted.patch, wanted.jumps);
     document.body.dataset.ready = this.slide.key;
     this.writeAddress();
   }
@@ -166,6 +169,7 @@ class App {
       lines.push(`The slide cannot be shown, so the heatmap is shown alone. ${slide.slide.problem}`);
     }
     if (slide.heat_problem) lines.push(`No heatmap: ${slide.heat_problem}`);
+    if (slide.second_problem) lines.push(`Not compared with ${this.run.second}: ${slide.second_problem}`);
     if (slide.spread_problem) lines.push(`Where the map is unsure cannot be shown: ${slide.spread_problem}`);
     if (slide.status === "no_tissue") lines.push("No tissue was found on this slide.");
     if (slide.mpp && Math.abs(slide.mpp[0] / slide.mpp[1] - 1) > 0.005) {
@@ -184,12 +188,14 @@ class App {
     this.strip.hide();
     document.body.classList.remove("has-slide");
     find("show-gallery").setAttribute("aria-pressed", "true");
-    find("title").textContent = `${this.run.name}: ${this.run.model}${this.run.untrained ? " (untrained)" : ""}`;
+    find("title").textContent = `${this.run.name}: ${this.run.model}${this.run.untrained ? " (untrained)" : ""}${
+      this.run.second ? `, compared with ${this.run.second}` : ""}`;
     find("state").hidden = true;
     find("answer").hidden = true;
     linkTo("audit", this.run.audit);
     linkTo("report", this.run.report);
     await this.gallery.show();
+    if (this.archiveTop.isShown) this.archiveTop.load();
     document.body.dataset.ready = "gallery";
   }
 
@@ -385,6 +391,7 @@ class App {
     pressed("beside", () => this.toggleBeside());
     pressed("show-layers", () => this.toggleLayers());
     pressed("show-top", () => this.toggleStrip());
+    pressed("gallery-top", () => this.archiveTop.toggle());
     pressed("help", () => find("help-dialog").showModal());
     const home = element("button", { type: "button", onclick: () => this.views?.pane.home() }, "Fit");
     const times = TIMES.map((value) =>
@@ -417,6 +424,10 @@ class App {
       [["b"], "two views side by side", () => this.toggleBeside()],
       [["l"], "show or hide the layer panel", () => this.toggleLayers()],
       [["t"], "show or hide the top patches", () => this.toggleStrip()],
+      [["T"], "the highest patches of all slides", async () => {
+        if (this.slide) await this.go("#");
+        if (!this.slide) this.archiveTop.toggle();
+      }],
       [["n"], "next slide", () => this.nextSlide(1)],
       [["p"], "previous slide", () => this.nextSlide(-1)],
       [["g"], "all slides", () => this.go("#")],

@@ -68,7 +68,8 @@ export class Pane {
   }
 
   addHeat(channel, opacity) {
-    const { heat, size_px: size } = this.slide;
+    const { size_px: size } = this.slide;
+    const heat = channel.heat || this.slide.heat; // a second run may have another grid
     const [height, width] = heat.size_px;
     const { smooth } = this;
     const url = (level, row, column) => heatTile(this.slide, channel, level, row, column, smooth);

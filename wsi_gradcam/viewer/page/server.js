@@ -25,6 +25,7 @@ export const slide = (key) => json(`api/slides/${key}`);
 export const values = (key, y, x, signal) => json(`api/slides/${key}/values?${query({ y, x })}`, signal);
 export const annotations = (key) => json(`api/slides/${key}/annotations`);
 export const agreement = (key, name) => json(`api/slides/${key}/agreement?${query({ class: name })}`);
+export const archiveTop = (values, signal) => json(`api/top?${query(values)}`, signal);
 export const marks = (key) => json(`api/slides/${key}/marks`);
 export const mark = (value) => send("api/marks", value);
 export const patchAt = (key, y, x) => json(`api/slides/${key}/patches/at?${query({ y, x })}`);

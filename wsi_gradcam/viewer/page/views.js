@@ -25,7 +25,8 @@ export class Views {
     const known = this.known(texts);
     const first = known[0] || (channels.length ? [fresh(firstChannel(channels, this.classes))] : []);
     await this.add(first);
-    if (known[1]) await this.add(known[1]);
+    const second = !texts.length && first.length && channels.find((channel) => channel.second === first[0].channel);
+    if (known[1] || second) await this.add(known[1] || [fresh(second)]);
   }
 
   /** Show other lists of layers, as many as there are views. */
