@@ -143,6 +143,10 @@ class SlidePlan:
             StoreError: another version wrote it, or it is damaged.
         """
         try:
+            values = {
+                "view": (0.0, 0.0, *values["footprint"]),
+                **values,
+            }  # the first format's maps filled their patches
             pairs = {key: tuple(values[key]) for key in ("slide_px", "slide_mpp", "footprint", "view")}
             stain = values.get("stain")
             values = {

@@ -46,7 +46,8 @@ class SpanData:
         logits: float32 [n, classes].
         cams: float32 [n, targets, h, w], raw and signed.
         status: uint8 [n], OK or UNREADABLE; an unreadable patch has zeros.
-        blur: float32 [n], see `wsi_gradcam.tissue.quality.measure_blur`; NaN for an unreadable patch.
+        blur: float32 [n], see `wsi_gradcam.tissue.quality.measure_blur`; NaN for an unreadable patch. Empty
+            where an older version did not measure it.
     """
 
     logits: NDArray[np.float32]
@@ -56,7 +57,8 @@ class SpanData:
 
     def digest(self) -> str:
         """Return the sha256 of the values."""
-        return digest_of((self.logits, self.cams, self.status, self.blur))
+        measured = (self.blur,) if len(self.blur) == len(self.status) else ()
+        return digest_of((self.logits, self.cams, self.status, *measured))
 
 
 class PatchStore:
@@ -164,7 +166,7 @@ class PatchStore:
             if "cam" in self._group.group
             else np.zeros((len(logits), 0, 1, 1), "f4"),
             self._read("status", part, np.uint8),
-            self._read("blur", part, np.float32),
+            self._read("blur", part, np.float32) if "blur" in self._group.group else np.zeros(0, np.float32),
         )
 
     def digests(self, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
@@ -199,12 +201,18 @@ class PatchStore:
         return self._read("status", slice(start, stop), np.uint8)
 
     def share(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Read the share of each patch that is `tissue`, `pen` or `glass`, float32 [n]."""
-        return self._read(name, slice(start, stop), np.float32)
+        """Read the share of each patch that is `tissue`, `pen` or `glass`, float32 [n]; NaN where it is not known."""
+        return self._measured(name, slice(start, stop))
 
     def blur(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Read the blur of patches, float32 [n]; NaN where it is not known."""
-        return self._read("blur", slice(start, stop), np.float32)
+        return self._measured("blur", slice(start, stop))
+
+    def _measured(self, name: str, part: slice) -> NDArray[np.float32]:
+        """Read what is measured of patches; NaN in stores of the first two formats, which had tissue alone."""
+        if name in self._group.group:
+            return self._read(name, part, np.float32)
+        return np.full(len(range(self.patches)[part]), np.nan, np.float32)
 
     def _read(self, name: str, selection: Any, dtype: type[T]) -> NDArray[T]:
         with telling_damage(self._place):

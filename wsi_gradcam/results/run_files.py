@@ -328,8 +328,8 @@ def identity_problems(values: dict[str, Any]) -> Iterator[str]:
         "model.layer": (model.get("layer"), known["layer"]),
         "model.batch_size": (model.get("batch_size"), known["batch_size"]),
         "targets": (values.get("targets"), known["target"]),
-        "choice.engine": (values.get("choice", {}).get("engine"), known["engine"]),
-        "choice.precision": (values.get("choice", {}).get("precision"), known["precision"]),
+        "choice.engine": (values.get("choice", {}).get("engine"), known.get("engine")),
+        "choice.precision": (values.get("choice", {}).get("precision"), known.get("precision")),
         "model.mpp": (model.get("mpp"), known.get("patch_mpp") or model.get("mpp")),
         "model.patch_px": (model.get("patch_px"), known.get("patch_px") or model.get("patch_px")),
     }
@@ -415,6 +415,8 @@ class RunRecord:
         settings = values.get("settings", {})
         if not isinstance(settings, dict):
             raise StoreError("run.yaml: not of wsi_gradcam or damaged (settings is no mapping); choose another --out")
+        if isinstance(settings.get("method"), str):  # the first format has but one
+            settings = {**settings, "method": (settings["method"],)}
         spec = model.spec if isinstance(model.spec, dict) else {}
         return cls(values["run_digest"], settings, model, stored_choice(values), "aggregator" in spec)
 

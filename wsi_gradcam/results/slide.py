@@ -340,7 +340,10 @@ class SlideResult:
             raise UnknownNameError(f"{self.id}: no patch {patch}; it has {self.plan.patches}, counted from 0")
         store = self._patch_store
         raw: NDArray[np.float32] = store.read_span(patch, patch + 1).cams[0]
-        return raw * np.array(store.attributes["heatmap_factor"], np.float32)[:, None, None]
+        factors = np.atleast_1d(
+            np.array(store.attributes["heatmap_factor"], np.float32)
+        )  # the first format has one for all
+        return raw * factors[:, None, None]
 
     def cam(self, patch: int, channel: str | int | ChannelInfo) -> NDArray[np.float32]:
         """Read one explanation of a patch, float32 [h, w]; see `cams`."""

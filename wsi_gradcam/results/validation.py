@@ -429,7 +429,8 @@ def _check_channels(attributes: dict[str, Any], plan: SlidePlan, run: _Run) -> I
         return
     identity = run.values["identity"]
     targets = [Target(**target) for target in run.values["targets"]]
-    methods = [method for method in identity["settings"]["method"] if method != NO_METHOD]
+    given = identity["settings"]["method"]
+    methods = [method for method in ([given] if isinstance(given, str) else given) if method != NO_METHOD]
     labels = [f"{method}: {target.label}" for method in methods for target in targets]
     labels += [f"probability: {target.label}" for target in targets if target.is_class]
     labels += identity["settings"].get("bag_channels", [])
