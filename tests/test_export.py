@@ -15,7 +15,7 @@ from tests.made_results import Made, make, steps
 from wsi_gradcam.cli import output
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError
-from wsi_gradcam.export import FORMATS, OF_FEATURES, Options, export, tiff
+from wsi_gradcam.export import OF_HEATMAPS, Options, export, tiff
 from wsi_gradcam.export.job import Job, atomic_path
 from wsi_gradcam.results.display import Colouring
 from wsi_gradcam.results.run import open_result
@@ -54,7 +54,7 @@ def test_slides_and_channels_are_chosen(out: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "dest") == ["in/b.svs.0-gradcam-tumour.tiff", "in/b.svs.2-probability-tumour.tiff"]
 
 
-@pytest.mark.parametrize("to", [name for name in FORMATS if name not in OF_FEATURES])
+@pytest.mark.parametrize("to", OF_HEATMAPS)
 def test_what_exists_is_not_overwritten_unless_told(out: Path, tmp_path: Path, to: str) -> None:
     def contents() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in sorted(tmp_path.glob("dest/**/*")) if path.is_file()}

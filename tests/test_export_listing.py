@@ -18,7 +18,7 @@ from tests.made_results import Made, make, steps
 from tests.runs import ROOT
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, StoreError
-from wsi_gradcam.export import FORMATS, OF_FEATURES, export
+from wsi_gradcam.export import OF_HEATMAPS, export
 from wsi_gradcam.results.seals import EXPORTS
 from wsi_gradcam.results.validation import check
 
@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_formats(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an export of each format of heatmaps, to be changed and put back."""
     dest = tmp_path_factory.mktemp("exports") / "dest"
-    for to in (name for name in FORMATS if name not in OF_FEATURES):
+    for to in OF_HEATMAPS:
         done = export(made, to, dest, overwrite=to == "tissuumaps", **WINDOW)  # which has the pictures of `tiff`
         assert {each.error for each in done} == {""}
     return dest

@@ -13,7 +13,7 @@ import pytest
 
 from tests.made_results import Flags, Made, Values, make
 from tests.runs import ROOT
-from wsi_gradcam.export import FORMATS
+from wsi_gradcam.export import OF_HEATMAPS
 from wsi_gradcam.geometry import Region
 
 CHILD = """
@@ -65,6 +65,6 @@ def test_four_times_the_pixels_need_no_more_memory(tmp_path: Path, to: str) -> N
 @pytest.mark.slow
 def test_ten_gigapixels_take_less_than_a_gigabyte(tmp_path: Path) -> None:
     out = make(tmp_path / "out", {"a.svs": Made((100_000, 100_000), hills, patches=100_000)})
-    peaks = {to: peak_mib(out, to, tmp_path / to) for to in FORMATS}
+    peaks = {to: peak_mib(out, to, tmp_path / to) for to in OF_HEATMAPS}
     print(json.dumps(peaks))
     assert max(peaks.values()) < 1000

@@ -28,7 +28,7 @@ from wsidicom.graphical_annotations import AnnotationInstance
 from tests.made_results import Flags, Made, Values, make, steps
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.export import ALL, FORMATS, OF_FEATURES, OF_MARKS, Options, export, shapes
+from wsi_gradcam.export import ALL, OF_HEATMAPS, Options, export, shapes
 from wsi_gradcam.export.job import Job
 from wsi_gradcam.export.outlines import HotRegions, hot_regions
 from wsi_gradcam.geometry import Region
@@ -201,7 +201,7 @@ def test_all_and_several_formats(out: Path, tmp_path: Path, capsys: pytest.Captu
     assert "format 'jpeg' is not known; expected one of ome-zarr-0.4" in capsys.readouterr().err
     done = export(out, ALL, tmp_path / "all", threshold=THRESHOLD)
     assert [each.error for each in done] == [""] * len(done)
-    assert len(done) == len(FORMATS) - len(OF_FEATURES) - len(OF_MARKS) - 1
+    assert len(done) == len(OF_HEATMAPS) - 1
     assert list((tmp_path / "all").glob("*.tiff"))  # those of `tissuumaps`
 
 
@@ -333,7 +333,7 @@ def with_marker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_format_but_the_figure_has_a_foreign_reader() -> None:
-    assert {*READERS, "png", *OF_FEATURES, *OF_MARKS} == set(FORMATS)
+    assert {*READERS, "png"} == set(OF_HEATMAPS)
 
 
 @pytest.mark.parametrize("to", READERS)

@@ -23,12 +23,10 @@ from wsi_gradcam.api import explain, preview
 from wsi_gradcam.cli.output import slide_info
 from wsi_gradcam.demo.slide import write_slide
 from wsi_gradcam.errors import ConfigError, SlideContentError, SlideFormatError
-from wsi_gradcam.export import FORMATS, OF_FEATURES, export
+from wsi_gradcam.export import OF_HEATMAPS, export
 from wsi_gradcam.inputs.find import find_slides, search_slides
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.slides import open_slide
-
-OF_HEATMAPS = [name for name in FORMATS if name not in OF_FEATURES]
 
 
 @pytest.fixture

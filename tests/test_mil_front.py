@@ -19,7 +19,7 @@ from tests.viewer_runs import client
 from wsi_gradcam.api import explain, validate
 from wsi_gradcam.doctor import FAIL, OK, examine
 from wsi_gradcam.errors import ResultError
-from wsi_gradcam.export import FORMATS, export
+from wsi_gradcam.export import OF_FEATURES, OF_HEATMAPS, export
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.run.status import read_status
@@ -139,7 +139,7 @@ def test_patches_of_both_passes_are_counted(slide: MarkerSlide, out: Path, run: 
     assert "patches encoded" in (out / "run.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", [*OF_HEATMAPS, *OF_FEATURES])
 def test_results_are_exported(out: Path, tmp_path: Path, to: str) -> None:
     """In each format, with the channels that only slide-level models have."""
     channels = ("relevance: tumour", "attention", "gradcam: tumour")

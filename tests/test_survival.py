@@ -27,15 +27,13 @@ from wsi_gradcam.audit import stages
 from wsi_gradcam.audit.folder import write_arrays
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ResumeError, StoreError
-from wsi_gradcam.export import FORMATS, OF_FEATURES, Exported, export
+from wsi_gradcam.export import OF_HEATMAPS, Exported, export
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.run import stitching
 from wsi_gradcam.run.claims import AUDIT, CLAIM, Claim, Holder
 from wsi_gradcam.run.status import RunState, observe
 from wsi_gradcam.system.processes import Process, this_process
-
-OF_HEATMAPS = [name for name in FORMATS if name not in OF_FEATURES]
 
 ASK: dict[str, Any] = {**QUICK, "only": ["saturation"]}
 

@@ -52,6 +52,7 @@ FORMATS = {
 ALL = "all"  # of heatmaps; `tissuumaps` has the pictures of `tiff`
 OF_MARKS = ("marks-geojson", "marks-csv")
 OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
+OF_HEATMAPS = tuple(name for name in FORMATS if name not in (*OF_MARKS, *OF_FEATURES))
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def export(
 def _formats(to: str) -> list[str]:
     """Return the formats that are asked for, each once."""
     if to == ALL:
-        return [name for name in FORMATS if name not in (*OF_FEATURES, *OF_MARKS, "tiff")]
+        return [name for name in OF_HEATMAPS if name != "tiff"]
     names = [name.strip() for name in to.split(",")]
     for name in names:
         if name not in FORMATS:
