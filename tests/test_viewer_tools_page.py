@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.test_viewer_gallery_page import check
-from tests.viewer_browser import SLIDE, at, browser, open_page, out, settled
+from tests.viewer_browser import SLIDE, at, browser, open_page, out, settled, slide_to
 from tests.viewer_runs import MARKERS, Served, plant_annotations, served, square
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import HeatmapStore
@@ -161,3 +162,61 @@ def test_the_highest_patches_of_the_archive_lead_to_their_places(open_page: Call
     slide, _, number = title.rpartition(", patch ")
     expect(page.locator("#title")).to_have_text(slide)
     expect(page.locator("#patch h2")).to_have_text(f"Patch {number}")
+
+
+@pytest.mark.parametrize("size", TOOL_SIZES)
+def test_tools_change_the_view_and_save_it(open_page: Callable[..., Page], size: str) -> None:
+    page = resized(open_page(at(SLIDE, Y, X, 0.5)), size)
+    seen = [looks(page)]
+    page.locator("#layer-0 [data-name=lines]").select_option("contour")
+    seen.append(looks(page))
+    page.locator("#layer-0 [data-name=lines]").select_option("isolines alone")
+    seen.append(looks(page))
+    page.locator("#layer-0 [data-name=lines]").select_option("")
+    slide_to(page.locator("#layer-0 [data-name=gamma]"), 0.1)
+    seen.append(looks(page))
+    page.locator(".openseadragon-canvas").first.focus()
+    page.keyboard.press("r")
+    seen.append(looks(page))
+    assert len(set(seen)) == len(seen)
+    page.wait_for_timeout(300)
+    assert "turn=90" in page.url
+    page.keyboard.press("d")  # by keys: from one middle of the view to another
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_timeout(300)
+    page.keyboard.press("Enter")
+    expect(page.locator("#said")).to_contain_text("µm")
+    page.keyboard.press("d")
+    page.keyboard.press("r")
+    page.keyboard.press("r")
+    page.keyboard.press("r")  # upright again
+    page.locator("#measure").click()
+    page.mouse.move(500, 300)
+    page.mouse.down()
+    page.mouse.move(600, 300, steps=3)
+    page.mouse.up()
+    expect(page.locator("#said")).to_have_text("50 µm")  # 100 px of 0.5 µm
+    with page.expect_download() as download:
+        page.keyboard.press("s")
+    with Image.open(download.value.path()) as picture:
+        view = page.locator(".pane").bounding_box()
+        assert view is not None
+        assert picture.size == (round(view["width"]), round(view["height"]))
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 100
+    page.keyboard.press("Escape")
+    page.keyboard.press("D")
+    expect(page.locator("html.dark")).to_be_attached()
+    page.mouse.click(view["x"] + view["width"] / 2, view["y"] + view["height"] / 2)
+    expect(page.locator("#patch h2")).to_be_visible()
+    check(page, f"{size}-dark")
+    page.keyboard.press("g")
+    expect(page.locator(".card canvas").first).to_be_visible()
+    thumb = page.locator(".card .thumb").first
+    before = thumb.screenshot()
+    page.locator("#thumb-channel").select_option("probability: other")
+    expect(page.locator(".card canvas").first).to_be_visible()
+    assert thumb.screenshot() != before
+    check(page, f"{size}-dark-gallery")
+    page.reload()
+    expect(page.locator("html.dark")).to_be_attached()

@@ -16,6 +16,7 @@ export function parsed(hash) {
     um: um > 0 && Number.isFinite(um) ? um : null,
     views,
     outlines: values.get("outlines"),
+    turn: [90, 180, 270].includes(Number(values.get("turn"))) ? Number(values.get("turn")) : 0,
     jumps: values.has("jump"),
     patch: patch !== null && /^\d{1,9}$/.test(patch) ? Number(patch) : null,
   };
@@ -24,13 +25,14 @@ export function parsed(hash) {
 const layers = (text) => (text === "" ? [] : text.split(";"));
 
 /** The other way round. */
-export function formed({ slide, centre, um, views, patch, outlines }) {
+export function formed({ slide, centre, um, views, patch, outlines, turn }) {
   const values = new URLSearchParams();
   if (slide === null) return "#";
   values.set("slide", slide);
   if (centre) values.set("at", centre.map((value) => value.toFixed(1)).join(","));
   if (um) values.set("um", um.toPrecision(6));
   views.forEach((texts, i) => values.set(i === 0 ? "view" : "beside", texts.join(";")));
+  if (turn) values.set("turn", String(turn));
   if (outlines) values.set("outlines", outlines);
   if (patch !== null && patch !== undefined) values.set("patch", String(patch));
   return `#${values}`;

@@ -50,13 +50,50 @@ export function colourAt(list, share) {
  */
 export function shade(settings, list, value) {
   const [low, high] = settings.window;
-  const share = (value - low) / (high - low || 1);
+  const share = bent(settings, (value - low) / (high - low || 1));
   const strength = isSigned(settings.map) ? Math.abs(2 * share - 1) : share;
   const tested = isSigned(settings.map) ? Math.abs(value) : value;
   if (settings.threshold !== null && tested < settings.threshold) return [0, 0, 0, 0];
   const single = settings.map in SINGLE;
   const alpha = single ? Math.min(1, Math.max(0, share)) : settings.fade ? Math.min(1, Math.max(0, strength * FADE)) : 1;
   return [...colourAt(list, share), Math.round(255 * alpha)];
+}
+
+/** A share of the window after gamma: below 1 shows more of what is low; to both sides of the middle of signed maps. */
+function bent({ gamma = 1, map }, share) {
+  if (gamma === 1) return share;
+  const inside = Math.min(1, Math.max(0, share));
+  if (!isSigned(map)) return inside ** gamma;
+  const side = 2 * inside - 1;
+  return (1 + Math.sign(side) * Math.abs(side) ** gamma) / 2;
+}
+
+/** The steps of a tile at which a layer's lines run: none, its threshold, or four between the ends of its window. */
+export function lineSteps({ lines = "", threshold, window: [low, high] }, scale) {
+  if (!lines) return [];
+  const values = lines.startsWith("contour")
+    ? [threshold === null ? (low + high) / 2 : threshold]
+    : [0.2, 0.4, 0.6, 0.8].map((share) => low + share * (high - low));
+  return values.map((value) => ((value - scale[0]) / (scale[1] - scale[0])) * STEPS);
+}
+
+/** Draw lines of equal values over the pixels of a tile, dark on the low side and light on the high one; in place. */
+export function drawLines(pixels, steps, out, width) {
+  const band = (at) => {
+    if (!(pixels[4 * at + 2] & EXPLAINED)) return -1;
+    const step = (pixels[4 * at] << 8) | pixels[4 * at + 1];
+    return steps.reduce((count, limit) => count + (step >= limit), 0);
+  };
+  const count = pixels.length / 4;
+  const bands = Int8Array.from({ length: count }, (_, at) => band(at));
+  const [dark, light] = new Uint32Array(new Uint8Array([16, 16, 16, 255, 255, 255, 255, 255]).buffer);
+  for (let at = 0; at < count; at += 1) {
+    for (const next of [(at + 1) % width ? at + 1 : at, at + width < count ? at + width : at]) {
+      if (bands[at] === bands[next] || bands[at] < 0 || bands[next] < 0) continue;
+      out[bands[at] < bands[next] ? at : next] = dark;
+      out[bands[at] < bands[next] ? next : at] = light;
+    }
+  }
 }
 
 /** A colour for each step of a tile whose values run from scale[0] to scale[1], as canvas pixels. */
@@ -95,14 +132,17 @@ export function recolour(pixels, lookup) {
   }
 }
 
+/** Places from 0 to 1 and the colours there, from the window's low to its high end. */
+export function gradientStops(settings, list) {
+  const [low, high] = settings.window;
+  return Array.from({ length: 33 }, (_, i) => {
+    const [red, green, blue, alpha] = shade(settings, list, low + ((high - low) * i) / 32);
+    return [i / 32, `rgba(${red},${green},${blue},${((alpha / 255) * settings.opacity).toFixed(3)})`];
+  });
+}
+
 /** A CSS gradient of a layer's colours over a pale tissue, from the window's low to its high end. */
 export function gradient(settings) {
-  const list = colours(settings.map);
-  const [low, high] = settings.window;
-  const stops = [];
-  for (let i = 0; i <= 32; i += 1) {
-    const [red, green, blue, alpha] = shade(settings, list, low + ((high - low) * i) / 32);
-    stops.push(`rgba(${red},${green},${blue},${((alpha / 255) * settings.opacity).toFixed(3)})`);
-  }
+  const stops = gradientStops(settings, colours(settings.map)).map(([, colour]) => colour);
   return `linear-gradient(to right, ${stops.join(",")})`;
 }

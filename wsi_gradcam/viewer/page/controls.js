@@ -2,7 +2,7 @@
 
 import { MAPS, isSigned } from "./colours.js";
 import { element, fill, find, option, short } from "./dom.js";
-import { WINDOWS, fresh, kindOf, withWindow } from "./layers.js";
+import { LINES, WINDOWS, fresh, kindOf, withWindow } from "./layers.js";
 
 const SLIDER = 1000; // steps
 
@@ -78,6 +78,13 @@ export class Controls {
       })),
       ...this.windowRows(number, layer, channel),
       row("Hide below", ...this.threshold(number, layer, channel, set)),
+      row("Gamma", slider({
+        "data-name": "gamma", value: Math.log2(layer.gamma), low: -2, high: 2,
+        text: (value) => short(2 ** value), oninput: (value) => set({ gamma: Math.abs(value) < 0.02 ? 1 : 2 ** value }),
+      })),
+      row("Lines", element("select", {
+        "data-name": "lines", onchange: (event) => this.set(number, { ...this.layers[number], lines: event.target.value }, true),
+      }, ...Object.entries(LINES).map(([kind, text]) => option(kind, text, kind === layer.lines)))),
       row("Fade low", element("input", {
         type: "checkbox", checked: layer.fade, "data-name": "fade",
         onchange: (event) => set({ fade: event.target.checked }),
@@ -149,8 +156,8 @@ export class Controls {
 
   setChannel(number, label) {
     const channel = this.slide.channels.find((other) => other.label === label);
-    const { on, map, opacity, fade, channel: before } = this.layers[number];
-    const layer = { ...fresh(channel, number), on, opacity, fade };
+    const { on, map, opacity, fade, gamma, lines, channel: before } = this.layers[number];
+    const layer = { ...fresh(channel, number), on, opacity, fade, gamma, lines };
     const old = this.slide.channels.find((other) => other.label === before);
     if (kindOf(old) === kindOf(channel)) layer.map = map; // two things never look alike by chance
     this.set(number, withWindow(layer, channel, layer.kind), true);

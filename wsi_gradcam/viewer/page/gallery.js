@@ -19,6 +19,7 @@ export class Gallery {
     find("search").addEventListener("input", again);
     find("status").addEventListener("change", again);
     find("sort").addEventListener("change", again);
+    find("thumb-channel").addEventListener("change", () => this.repaint());
     find("more").addEventListener("click", () => this.load(this.slides.length));
     this.painter = new IntersectionObserver((seen) => this.paint(seen), { rootMargin: "300px" });
   }
@@ -142,33 +143,52 @@ export class Gallery {
     for (const { isIntersecting, target } of seen) {
       if (!isIntersecting) continue;
       this.painter.unobserve(target);
-      paintThumb(target, this.run).catch(() => target.classList.add("empty"));
+      this.paintThumb(target).catch(() => target.classList.add("empty"));
+    }
+  }
+
+  /** The slide, small, with the chosen channel over it, or the first. */
+  async paintThumb(target) {
+    if (target.slide.status === "failed") return target.classList.add("empty");
+    const facts = await server.slide(target.slide.key);
+    if (!facts.slide.problem) {
+      target.append(element("img", { src: server.thumb(facts), alt: "", loading: "lazy" }));
+    }
+    if (!facts.heat) return undefined;
+    this.offer(facts.channels);
+    const chosen = facts.channels.find(({ label }) => label === find("thumb-channel").value);
+    const canvas = await heatCanvas(facts, chosen || firstChannel(facts.channels, this.run.classes));
+    // The heatmap's last pixels reach beyond the slide.
+    const heat = chosen?.heat || facts.heat;
+    const [height, width] = heat.size_px.map((size, i) => size / facts.size_px[i]);
+    canvas.style.width = `${100 * width}%`;
+    canvas.style.height = `${100 * height}%`;
+    const frame = element("div", { class: "thumb-frame" }, ...target.children, canvas);
+    frame.classList.toggle("wide", facts.size_px[1] / facts.size_px[0] > 1.2); // than the card's picture is
+    frame.style.aspectRatio = `${facts.size_px[1]} / ${facts.size_px[0]}`;
+    target.replaceChildren(frame);
+    return undefined;
+  }
+
+  /** Offer the channels of a slide for the thumbnails. */
+  offer(channels) {
+    const select = find("thumb-channel");
+    if (select.options.length || channels.length < 2) return;
+    const first = firstChannel(channels, this.run.classes).label;
+    select.append(...channels.map(({ label }) => option(label, label, label === first)));
+    find("thumb-channel-label").hidden = false;
+  }
+
+  repaint() {
+    for (const target of find("cards").querySelectorAll(".thumb:not(.empty)")) {
+      target.replaceChildren();
+      this.painter.observe(target);
     }
   }
 }
 
-/** The slide, small, with the first channel over it. */
-async function paintThumb(target, run) {
-  if (target.slide.status === "failed") return target.classList.add("empty");
-  const facts = await server.slide(target.slide.key);
-  if (!facts.slide.problem) {
-    target.append(element("img", { src: server.thumb(facts), alt: "", loading: "lazy" }));
-  }
-  if (!facts.heat) return undefined;
-  const canvas = await heatCanvas(facts, firstChannel(facts.channels, run.classes));
-  // The heatmap's last pixels reach beyond the slide.
-  const [height, width] = facts.heat.size_px.map((size, i) => size / facts.size_px[i]);
-  canvas.style.width = `${100 * width}%`;
-  canvas.style.height = `${100 * height}%`;
-  const frame = element("div", { class: "thumb-frame" }, ...target.children, canvas);
-  frame.classList.toggle("wide", facts.size_px[1] / facts.size_px[0] > 1.2); // than the card's picture is
-  frame.style.aspectRatio = `${facts.size_px[1]} / ${facts.size_px[0]}`;
-  target.replaceChildren(frame);
-  return undefined;
-}
-
 async function heatCanvas(facts, channel) {
-  const { levels, size_px: size, tile_px: tile } = facts.heat;
+  const { levels, size_px: size, tile_px: tile } = channel.heat || facts.heat;
   const [height, width] = size.map((px) => Math.ceil(px / 2 ** (levels - 1)));
   const canvas = element("canvas", { width, height, "aria-hidden": "true" });
   const context = canvas.getContext("2d", { willReadFrequently: true });

@@ -2,6 +2,10 @@
 
 import { MAPS, isSigned } from "./colours.js";
 
+export const LINES = {
+  "": "none", contour: "contour of the threshold", "contour alone": "contour alone", isolines: "isolines",
+  "isolines alone": "isolines alone",
+};
 export const WINDOWS = { slide: "of this slide", run: "of the whole run", fixed: "fixed" };
 
 /** The channel to begin with: the first; of two classes that both are explained, the second, as it is the positive. */
@@ -32,6 +36,8 @@ export function fresh(channel, order = 0) {
     kind: channel.run_window ? "run" : "slide",
     window: [0, 1],
     fade: true,
+    gamma: 1,
+    lines: "",
   };
   return withWindow(layer, channel, layer.kind);
 }
@@ -49,6 +55,7 @@ export function written(layer) {
   const parts = [layer.channel, layer.on ? "on" : "off", layer.map, layer.opacity, layer.kind];
   parts.push(layer.kind === "fixed" ? layer.window.map(plain).join("..") : "");
   parts.push(layer.threshold === null ? "" : plain(layer.threshold), layer.fade ? "fade" : "full");
+  if (layer.gamma !== 1 || layer.lines) parts.push(plain(layer.gamma), layer.lines);
   return parts.map((part) => String(part).replace(/[%~;]/g, escaped)).join("~");
 }
 
@@ -56,7 +63,8 @@ export function written(layer) {
 export function read(text, channels) {
   const parts = text.split("~").map(decodeURIComponent);
   const channel = channels.find(({ label }) => label === parts[0]);
-  if (!channel || parts.length !== 8) return null;
+  if (!channel || (parts.length !== 8 && parts.length !== 10)) return null;
+  const gamma = Number(parts[8] || 1);
   const opacity = Number(parts[3]);
   const threshold = parts[6] === "" ? null : Number(parts[6]);
   const layer = {
@@ -66,6 +74,8 @@ export function read(text, channels) {
     opacity: opacity >= 0 && opacity <= 1 ? opacity : 0.7,
     threshold: Number.isFinite(threshold) ? threshold : null,
     fade: parts[7] === "fade",
+    gamma: gamma >= 0.2 && gamma <= 5 ? gamma : 1,
+    lines: (parts[9] || "") in LINES ? parts[9] || "" : "",
   };
   const given = parts[5].split("..").map(Number);
   const usable = given.length === 2 && given.every(Number.isFinite) && given[0] < given[1];

@@ -12,6 +12,7 @@ import { Marks } from "./marks.js";
 import { magnification, umAt } from "./ruler.js";
 import * as server from "./server.js";
 import { Strip } from "./strip.js";
+import { Measure, savePicture, startDark, toggleDark } from "./tools.js";
 import { Views } from "./views.js";
 
 const TIMES = [1, 5, 10, 20, 40];
@@ -49,6 +50,8 @@ class App {
     });
     this.remember = later(150, () => this.writeAddress());
     this.askValues = later(60, (y, x) => this.showValues(y, x));
+    this.measure = new Measure(this);
+    startDark();
     this.buttons();
     this.keys();
     window.addEventListener("popstate", () => this.followAddress());
@@ -114,6 +117,7 @@ class App {
     this.views = views;
     this.annotations.text = wanted.outlines;
     views.smooth = this.controls.smooth;
+    views.turn = wanted.turn;
     await views.open(wanted.views);
     if (this.views !== views) return;
     find("beside").setAttribute("aria-pressed", String(views.panes.length > 1));
@@ -129,6 +133,7 @@ class App {
   async changeView(wanted) {
     await this.views.setTexts(wanted.views);
     this.annotations.text = wanted.outlines;
+    this.views.turnTo(wanted.turn);
     if (wanted.patch === null && this.panel.patch) this.panel.close();
     await this.showPlace(wanted);
   }
@@ -142,6 +147,7 @@ class App {
   }
 
   closeSlide() {
+    this.measure.stop();
     delete document.body.dataset.ready;
     this.views?.close();
     this.views = null;
@@ -380,9 +386,16 @@ class App {
     if (!slide || !views?.panes.length) return;
     const { centre, um } = views.pane.place();
     const address = formed({ slide: slide.id, centre, um, views: views.texts(), patch: this.panel.patch?.number,
-      outlines: this.annotations.text });
+      outlines: this.annotations.text, turn: views.turn });
     history.replaceState(null, "", address);
     this.written = location.hash;
+  }
+
+  turnBy(step) {
+    if (!this.views) return;
+    this.views.turnTo(this.views.turn + step);
+    say(`Turned to ${this.views.turn} degrees`);
+    this.remember();
   }
 
   buttons() {
@@ -391,6 +404,10 @@ class App {
     pressed("beside", () => this.toggleBeside());
     pressed("show-layers", () => this.toggleLayers());
     pressed("show-top", () => this.toggleStrip());
+    pressed("turn", () => this.turnBy(90));
+    pressed("measure", () => this.measure.toggle());
+    pressed("save", () => this.views && savePicture(this.views, this.slide.id));
+    pressed("dark", toggleDark);
     pressed("gallery-top", () => this.archiveTop.toggle());
     pressed("help", () => find("help-dialog").showModal());
     const home = element("button", { type: "button", onclick: () => this.views?.pane.home() }, "Fit");
@@ -428,15 +445,20 @@ class App {
         if (this.slide) await this.go("#");
         if (!this.slide) this.archiveTop.toggle();
       }],
+      [["r"], "turn by 90 degrees", () => this.turnBy(90)],
+      [["d"], "measure a length", () => this.measure.toggle()],
+      [["s"], "save the view as a picture", () => this.views && savePicture(this.views, this.slide.id)],
+      [["D"], "dark or light page", toggleDark],
       [["n"], "next slide", () => this.nextSlide(1)],
       [["p"], "previous slide", () => this.nextSlide(-1)],
       [["g"], "all slides", () => this.go("#")],
       [["m"], "mark a region: draw around it", () => this.views && this.marks.toggleDrawing()],
-      [["Enter"], "while a region is drawn: take what the view shows", () => this.marks.takeView()],
+      [["Enter"], "while a region is drawn: take what the view shows; while measuring: take its middle",
+        () => this.marks.takeView() || this.measure.takeMiddle()],
       [["x"], "mark the patch as an artefact", () => this.markPatch("artefact")],
       [["e"], "mark the patch as expected", () => this.markPatch("expected")],
       [["u"], "mark the patch as unexpected", () => this.markPatch("unexpected")],
-      [["Escape"], "end drawing; close the patch", () => this.marks.cancel() || (this.panel.patch && this.panel.close())],
+      [["Escape"], "end drawing or measuring; close the patch", () => this.marks.cancel() || (this.measure.on ? this.measure.toggle() || true : false) || (this.panel.patch && this.panel.close())],
       [["?"], "this help", () => find("help-dialog").showModal()],
     ]);
   }

@@ -1,6 +1,6 @@
 // One view: the slide in deep zoom with layers over it. Positions are (y, x) in level-0 px of the slide.
 
-import { recolour, table } from "./colours.js";
+import { drawLines, lineSteps, recolour, table } from "./colours.js";
 import { element } from "./dom.js";
 import { Overlay } from "./overlay.js";
 import { pyramid } from "./pyramid.js";
@@ -98,7 +98,10 @@ export class Pane {
     const known = JSON.stringify({ ...layer, on: 0, opacity: 0 });
     if (item.layerKey !== known) {
       item.layerKey = known;
-      item.source.lookup = table(layer, this.channel(layer).scale);
+      const { scale } = this.channel(layer);
+      item.source.lookup = table(layer, scale);
+      item.source.lines = lineSteps(layer, scale);
+      item.source.filled = !layer.lines?.endsWith("alone");
       item.requestInvalidate();
       this.viewer.navigator?.world.requestInvalidate();
     }
@@ -160,6 +163,12 @@ export class Pane {
     const delta = new OpenSeadragon.Point(right * size.x * 0.2, down * size.y * 0.2);
     this.viewer.viewport.panBy(this.viewer.viewport.deltaPointsFromPixels(delta));
     this.viewer.viewport.applyConstraints();
+  }
+
+  /** Turn the view to 0, 90, 180 or 270 degrees, clockwise. */
+  turn(degrees) {
+    this.viewer.viewport.setRotation(degrees, true);
+    this.overlay.draw();
   }
 
   zoomBy(factor) {
@@ -228,12 +237,15 @@ export class Pane {
 
 /** Tiles of layers come as values; colours are made here. */
 async function colour(event) {
-  const { lookup } = event.tiledImage.source;
+  const { lookup, lines, filled } = event.tiledImage.source;
   if (!lookup) return;
   const context = await event.getData("context2d");
   if (event.outdated()) return;
   const image = context.getImageData(0, 0, context.canvas.width, context.canvas.height);
-  recolour(image.data, lookup);
+  const values = lines.length ? image.data.slice() : null;
+  if (filled) recolour(image.data, lookup);
+  else image.data.fill(0);
+  if (values) drawLines(values, lines, new Uint32Array(image.data.buffer), image.width);
   context.putImageData(image, 0, 0);
   await event.setData(context, "context2d");
 }

@@ -17,6 +17,7 @@ export class Views {
     this.smooth = true;
     this.framed = null;
     this.painters = new Map();
+    this.turn = 0; // degrees, clockwise
   }
 
   /** Show lists of layers as texts, one a view; without any, the first channel. */
@@ -51,6 +52,7 @@ export class Views {
     find("views").classList.toggle("two", this.panes.length > 1);
     await pane.open();
     if (!this.panes.includes(pane)) return; // closed meanwhile
+    pane.turn(this.turn);
     pane.frame(this.framed);
     this.painters.forEach((painter, name) => pane.overlay.set(name, painter));
     this.moved();
@@ -129,6 +131,12 @@ export class Views {
     if (painter) this.painters.set(name, painter);
     else this.painters.delete(name);
     this.panes.forEach((pane) => pane.overlay.set(name, painter));
+  }
+
+  /** Turn all views. */
+  turnTo(degrees) {
+    this.turn = ((degrees % 360) + 360) % 360;
+    this.panes.forEach((pane) => pane.turn(this.turn));
   }
 
   texts() {
