@@ -90,7 +90,8 @@ def test_a_mistake_is_told_in_one_line(run: Run, made: Path, tmp_path: Path, nam
 def test_what_is_missing_is_named(run: Run, arguments: list[str], missing: str) -> None:
     code, _, err = run("explain", *arguments)
     assert code == 2
-    assert only_error(err) == f"{missing} is missing; give it on the command line or in the --config file"
+    command = "wsi-gradcam explain slides/ --model oral-tumour --out results/"
+    assert only_error(err) == f"{missing} is missing; give it here or in the --config file, as in: {command}"
 
 
 CONFIGS = {
@@ -173,6 +174,32 @@ def test_unknown_flags_and_commands_are_wrong_usage(capsys: pytest.CaptureFixtur
             main(arguments)
         assert caught.value.code == 2
     assert "--nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["explan", "a.tif"], "explain"),
+        (["explain", "a.tif", "--methd", "gradcam"], "--method"),
+        (["explain", "a.tif", "--modle=oral-tumour"], "--model"),
+        (["explain", "a.tif", "--engine", "openvno"], "openvino"),
+        (["view", "out", "--prt", "1"], "--port"),
+    ],
+)
+def test_a_slip_of_the_hand_is_told_with_what_may_be_meant(
+    arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert re.search(rf"; did you mean {meant}( or --?[a-z-]+)*\?$", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_method_that_is_written_otherwise_is_found(run: Run, made: Path, tmp_path: Path) -> None:
+    given = [made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path / "out"]
+    code, _, err = run("explain", *given, "--method", "grad-cam")
+    assert code == 2
+    assert "did you mean gradcam" in only_error(err)
 
 
 # --- some slides failed: exit code 1 --------------------------------------------------------------------------------

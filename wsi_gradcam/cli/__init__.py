@@ -11,15 +11,16 @@ import atexit
 import io
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wsi_gradcam.errors import printable
+from wsi_gradcam.errors import did_you_mean, printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -42,6 +43,29 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns, MAX_HELP_COLUMNS) - 2
         super().__init__(prog, max_help_position=26, width=width)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors quote arguments as visible text, and say which command, flag or value may be meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and error, and exit."""
+        near = did_you_mean(*self._mistaken(message))
+        super().error(printable(f"{message}; {near}" if near else message))
+
+    def _mistaken(self, message: str) -> tuple[str, list[str]]:
+        """Return the word that argparse did not take, and those that it would have taken."""
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            return found[1], [choice.strip("'") for choice in found[2].split(", ")]
+        found = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+        return (found[1] if found else ""), list(self._flags())
+
+    def _flags(self) -> Iterator[str]:
+        """Yield the names of all flags, also of the commands below."""
+        for action in self._actions:
+            yield from (name for name in action.option_strings if name.startswith("--"))
+            for parser in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+                yield from parser._flags()
 
 
 def examples_text(lines: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
-from wsi_gradcam.cli import HelpFormatter, PrintableFormatter, Streams, examples_text, flags, leave, say
-from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, from_extra, one_line, printable
+from wsi_gradcam.cli import HelpFormatter, Parser, PrintableFormatter, Streams, examples_text, flags, leave, say
+from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, from_extra, one_line
 from wsi_gradcam.system.isolation import STOP, supervise
 
 if TYPE_CHECKING:
@@ -102,14 +102,6 @@ def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None])
         return STOP.exit_code
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors quote arguments, such as names that a shell found, as visible text."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print usage and error, and exit."""
-        super().error(printable(message))
-
-
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of these arguments: only the commands named in them have flags, as some take time to make."""
     parser = Parser(
@@ -179,7 +171,8 @@ def _of_run(arguments: argparse.Namespace) -> tuple[Any, ...]:
     run = {key: values.pop(key, None) for key in flags.RUN_KEYS}
     for key, flag in (("slide", "SLIDE"), ("model", "--model"), ("out", "--out")):
         if not run[key]:
-            raise ConfigError(f"{flag} is missing; give it on the command line or in the --config file")
+            example = f"wsi-gradcam {arguments.command} slides/ --model oral-tumour --out results/"
+            raise ConfigError(f"{flag} is missing; give it here or in the --config file, as in: {example}")
     settings = make_settings(**values)
     check_workers(run["workers"], run["scheduler"])
     slides, model, out = run.pop("slide"), run.pop("model"), run.pop("out")

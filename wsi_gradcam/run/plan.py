@@ -233,7 +233,9 @@ def check_methods(methods: Sequence[str]) -> None:
         raise ConfigError(f"method is {', '.join(methods)}: {NO_METHOD} stands alone")
     for method in () if tuple(methods) == (NO_METHOD,) else methods:
         if method not in METHOD_INFO:
-            raise ConfigError(f"method {method!r} is not known; expected one of {', '.join(METHOD_INFO)}")
+            near = did_you_mean(method, METHOD_INFO)
+            expected = f"expected one of {', '.join(METHOD_INFO)}{f'; {near}' if near else ''}"
+            raise ConfigError(f"method {method!r} is not known; {expected}")
 
 
 def check_features(settings: Settings, is_slide_level: bool) -> None:
