@@ -23,6 +23,8 @@ import tifffile
 import zarr
 from PIL import Image
 from shapely.affinity import affine_transform
+from tissuumaps_schema import current
+from tissuumaps_schema.utils import MAJOR_SCHEMA_VERSION_MODULES, get_major_version, guess_schema_version
 from wsidicom.graphical_annotations import AnnotationInstance
 
 from tests.made_results import Flags, Made, Values, make, steps
@@ -228,11 +230,15 @@ def in_tiff(paths: list[Path]) -> Place:
 
 
 def in_tissuumaps(paths: list[Path]) -> Place:
-    project = json.loads(paths[0].read_text())
-    picture = paths[0].parent / project["layers"][1]["tileSource"].removesuffix(".dzi")
-    y, x = in_tiff([picture])
-    assert (project["layers"][1]["x"], project["layers"][1]["y"]) == (0, 0)
-    return y / STRIDE * project["layers"][1]["scale"], x / STRIDE * project["layers"][1]["scale"]
+    """As TissUUmaps opens a project: by the schema of its version, which is then brought to the newest."""
+    state = json.loads(paths[0].read_text())
+    known = MAJOR_SCHEMA_VERSION_MODULES[get_major_version(guess_schema_version(state))]
+    project = current.Project.upgrade(known.Project.model_validate(state))
+    slide, layer = project.model_dump(by_alias=True)["layers"]
+    assert (slide["x"], slide["y"], layer["x"], layer["y"]) == (0, 0, 0, 0)
+    y, x = in_tiff([paths[0].parent / layer["tileSource"].removesuffix(".dzi")])
+    scale = layer["scale"] / slide["scale"]
+    return y / STRIDE * scale, x / STRIDE * scale
 
 
 def in_asap(paths: list[Path]) -> Place:

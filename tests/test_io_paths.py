@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -200,6 +201,7 @@ def test_large_streams_are_sent_in_parts_and_come_whole(s3_out: str) -> None:
         for start in range(0, len(data), 3_000_000):
             stream.write(data[start : start + 3_000_000])
     assert file.size() == len(data)
+    assert abs(file.modified() - time.time()) < 60
     assert file.read() == data
 
 
@@ -417,6 +419,8 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
     for missing in (out / "x", out / "x/f/g"):
         with pytest.raises(FileNotFoundError):
             missing.size()
+    with pytest.raises(FileNotFoundError):
+        (out / "x/none").modified()
     with pytest.raises(FileNotFoundError):
         (out / "x/f/g").read()
     with pytest.raises(StoreError, match="cannot be read: Is a directory"):

@@ -112,10 +112,10 @@ def _values_at(job: Job, channel: ChannelInfo, level: int) -> list[list[float]] 
     found: list[list[float]] = []
     for region, values, flags in blocks(job.slide, channel, level, SIDE):
         y, x = np.nonzero(colouring.shown(values, flags))
+        if len(found) + len(y) > MAX_POINTS and level < last:
+            return None
         centres = (np.stack([x + region.x, y + region.y], axis=1) + 0.5) * step
         found += [[*xy, 0.0, float(value)] for xy, value in zip(centres.tolist(), values[y, x], strict=True)]
-        if len(found) > MAX_POINTS and level < last:
-            return None
     return found
 
 
