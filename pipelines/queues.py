@@ -326,7 +326,7 @@ class Jobs:
         self._jobs.remove(job)
         lived = 0.0 if job.came is None else (job.gone or now) - job.came
         if job.came is not None and lived > YOUNG_S:
-            say(f"job {job.id} has ended: {words}; it is replaced")
+            say(f"job {job.id} has ended: {words}; it will be replaced")
             return
         self._failed += 1
         self._not_before = now + min(LONGEST_PAUSE_S, 2.0 ** max(0, self._failed - self._wanted))

@@ -1,4 +1,4 @@
-"""Prove that a newer checkout continues the results of an older one, and makes the same results anew.
+"""Prove that a newer checkout continues the results of an older one, and makes the same results again.
 
     python -m tests.continuity --old OLD --new NEW --work FOLDER [--slides FILE[=MPP] ...] [--only local,dask,..]
 
@@ -9,14 +9,14 @@ all questions), by two workers of Dask (`dask`), and to an S3 server on loopback
 - the same commands again: each ends with 0, each slide is skipped, no file is written but those in which a run tells
   of itself, and of the few that are always written again the content stays;
 - `validate`, which must find nothing wrong;
-- all of it anew into an empty OUT. Every value of every array, table and file of numbers must be the same, bit by
+- all of it again into an empty OUT. Every value of every array, table and file of numbers must be the same, bit by
   bit, but for what `ALLOWED` names. NaN equals NaN.
 
 In `stopped` OLD is stopped in the midst of explaining, NEW goes on, and likewise in the midst of the audit; the engine
 is chosen by `auto`. What OLD had finished must not be written again, and the end must be as if nothing had happened.
 
 Exit status 1 where anything was otherwise. OLD may equal NEW, to see what two runs of one checkout differ in. With
-`--tamper` the proof is put to the test: single values of the results made anew are changed, and each must be found.
+`--tamper` the proof is put to the test: single values of the results made again are changed, and each must be found.
 Nothing of either checkout is imported here; FOLDER keeps all results, and `commands.log` what was called.
 """
 
@@ -363,7 +363,7 @@ def trial(bench: Bench, variant: str, tamper: bool) -> Iterator[Callable[[], Non
         if variant == "s3":
             url = stack.enter_context(s3_server())
             os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=url)
-        out, other = (Out(folder / name, f"runs/{name}" if variant == "s3" else "") for name in ("out", "anew"))
+        out, other = (Out(folder / name, f"runs/{name}" if variant == "s3" else "") for name in ("out", "again"))
         before = made(bench, bench.old, out, variant).copy(folder / "before")
         yield lambda: continued(bench, variant, out, before)
         yield lambda: anew(bench, variant, other, before, tamper)
@@ -402,7 +402,7 @@ def firsts(found: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def put_to_the_test(bench: Bench, old: Path, new: Path) -> None:
-    """Change one value after the other in the results made anew, and see each found."""
+    """Change one value after the other in the results made again, and see each found."""
     for pattern, change in TAMPERS:
         name = next(name for name in sorted(contents(new)) if re.fullmatch(pattern, name))
         place = contents(new)[name]

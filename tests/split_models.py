@@ -140,7 +140,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture
 def network() -> Split:
-    """`curved`, made anew for each test."""
+    """`curved`, made again for each test."""
     return curved()
 
 

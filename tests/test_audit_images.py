@@ -108,11 +108,11 @@ def test_arguments_that_do_not_fit() -> None:
         ({"rgb": rgb[:, :8]}, ConfigError, r"expected uint8 \('N', 32, 32, 3\)"),
         ({"rgb": rgb[:0]}, ConfigError, "expected uint8"),
         ({"groups": ["a"]}, ConfigError, "1 groups of 48 patches"),
-        ({"annotated": disc, "target": "predicted"}, ConfigError, "say which with target"),
+        ({"annotated": disc, "target": "predicted"}, ConfigError, "name it with target"),
         ({"regions": {"fold": disc[:3]}}, ConfigError, "fold: bool "),
         ({"regions": {"fold": disc.astype(np.uint8)}}, ConfigError, "fold: uint8 "),
         ({"target": "liver"}, TargetError, "liver"),
-        ({"only": ["truth"]}, ConfigError, "'truth' is no question"),
+        ({"only": ["truth"]}, ConfigError, "'truth' is not a question"),
         ({"method": "tarot"}, ConfigError, "tarot"),
         ({"model": "no-such-model"}, ModelError, "no such model"),
     ):

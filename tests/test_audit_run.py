@@ -202,13 +202,13 @@ def test_only_some_questions(copy: Path) -> None:
 
 def test_settings_that_make_no_sense(copy: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"only": ["truth"]}, "'truth' is no question of the audit; expected some of faithfulness"),
+        ({"only": ["truth"]}, "'truth' is not a question of the audit; expected some of faithfulness"),
         ({"patches": 0}, "patches is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"annotations": tmp_path / "none"}, "does not exist"),
         ({"include": ["x"]}, "give their file or folder too"),
         ({"target": "lymph"}, "target 'lymph' was not explained; expected one of other, marker, predicted"),
-        ({"annotations": tmp_path}, "say which with --target"),
+        ({"annotations": tmp_path}, "name it with --target"),
         ({"workers": 0}, "workers is 0"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -246,7 +246,7 @@ def test_a_slide_that_is_another_now(tmp_path: Path) -> None:
     write_marker_slide(tmp_path / "b.tif", 200, 200, mpp=0.25, markers=[], marker_px=16, seed=2)
     outcome = audit_run(tmp_path / "out", only=["saturation"], **QUICK)
     assert [record.slide.id for record in outcome.failed] == ["b.tif"]
-    assert ("b.tif", "another file than was explained") in [
+    assert ("b.tif", "not the file that was explained") in [
         (row.what, row.why.partition("; ")[0].rpartition(": ")[2]) for row in outcome.metrics.not_audited
     ]
     (tmp_path / "a.tif").unlink()

@@ -103,5 +103,5 @@ def test_without_a_relu_behind_the_layer_nothing_leaks() -> None:
 def test_a_contrast_has_no_probability() -> None:
     subject = subject_of(trained())
     images = subject.images(patches(2, 0).rgb)
-    with pytest.raises(TargetError, match="the target is no class; give a class"):
+    with pytest.raises(TargetError, match="the target is not a class; give a class"):
         saturation(subject, images, subject.aim(images, Target("tumour-other", 1, 0)))

@@ -121,7 +121,7 @@ def test_workers_measure_the_same(out: Path, drawn: Path, audited: dict[str, byt
 
 
 def test_questions_of_patches_are_refused(out: Path) -> None:
-    with pytest.raises(ConfigError, match="'locality' is no question of the audit of slide-level models"):
+    with pytest.raises(ConfigError, match="'locality' is not a question of the audit of slide-level models"):
         audit_run(out, trust_code=True, only=["locality"])
 
 
@@ -170,7 +170,7 @@ def _gains(out: Path, method: str) -> dict[str, float]:
 
 
 def test_features_made_elsewhere_are_audited_without_a_pixel(tmp_path: Path) -> None:
-    """By an aggregator alone, also where the model is given anew and has an encoder."""
+    """By an aggregator alone, also where the model is given again and has an encoder."""
     write_gigapixel_slide(tmp_path / "a.tif", 9_000, 14_000, mpp=MPP, tissue_fraction=1.0, blobs=1)
     trident(tmp_path / "features", frame_of(tmp_path / "a.tif"))
     model = write_aggregator(tmp_path / "model")

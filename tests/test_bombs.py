@@ -109,18 +109,18 @@ def test_files_say_what_is_too_large(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("weights: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is no tensor; objects in pickles"),
-        ("weights: PyTorch, a bytearray of gigabytes in the older format", "holds a bytearray, which is no tensor"),
+        ("weights: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is not a tensor; objects in pickles"),
+        ("weights: PyTorch, a bytearray of gigabytes in the older format", "holds a bytearray, which is not a tensor"),
         ("weights: PyTorch, packed numbers", "packed or with one part twice"),
         ("weights: PyTorch, a long description", "a description of more than 8,388,608 bytes"),
         ("weights: PyTorch, very many members", "names its members in .* bytes, expected up to 8,388,608"),
-        ("features: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is no tensor; write it anew"),
-        ("features: NumPy, packed zeros", "features is .* bytes in .*, which no features are"),
+        ("features: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is not a tensor; write it again"),
+        ("features: NumPy, packed zeros", "features is .* bytes in .*, which is not plausible for features"),
         ("features: NumPy, very many members", "names its members in .* bytes, expected up to 8,388,608"),
         ("mrxs: vast numbers", r"a\.mrxs: Slidedat\.ini has IMAGENUMBER_X .*, expected up to 65,536"),
         ("mrxs: a configuration of gigabytes", r"a\.mrxs: Slidedat\.ini cannot be read: larger than 4 MiB"),
         ("dicom: sequences in sequences", r"a\.dcm: sequences nested more than 64 deep, which are of no slide"),
-        ("aggregator: very many layers behind other names", "numbers in .* tensors, which no aggregator has"),
+        ("aggregator: very many layers behind other names", "numbers in .* tensors, more than any aggregator has"),
     ],
 )
 def test_files_that_are_no_such_say_why(name: str, said: str, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_float32_that_is_none_is_refused(bench: Bench, network: nn.Module, image
     """An engine may get a network wrong: in float32 its outputs must be the network's own."""
     bench.noise["float32"] = 0.1
     bench.rates["openvino", "float32"] = 99.0
-    problem = "engine openvino gives other outputs than the model, by 0"
+    problem = "engine openvino gives outputs that differ from the model's by 0"
     with pytest.raises(EngineError, match=problem):
         make_program(network, layers_of(network), "openvino", "float32", images)
     choice, _ = choose(network, layers_of(network), "auto", "float32", images, 4)
@@ -295,7 +295,7 @@ def test_a_program_that_fails_when_it_runs_is_passed_over(
 @pytest.mark.parametrize(
     ("engine", "precision", "problem"),
     [
-        ("openvino", "auto", "no program for --engine openvino --precision auto: openvino float32: not here; "),
+        ("openvino", "auto", "no engine for --engine openvino --precision auto: openvino float32: not here; "),
         ("openvino", "bfloat16", "^not here"),
         ("quantum", "auto", "engine 'quantum' is not known; expected auto, eager, compile, cudagraphs, openvino"),
         ("auto", "int4", "precision 'int4' is not known; expected auto, float32, tf32, bfloat16, float16"),
@@ -313,7 +313,7 @@ def test_several_layers_are_explained_whole(bench: Bench, network: nn.Module, im
     layers = layers_of(network, "features.2", "features")
     choice, _ = choose(network, layers, "auto", "auto", images, 4)
     assert chosen(choice) == ("eager", "float32")
-    assert choice.trials[1].remark == "several layers are explained by eager float32 alone"
+    assert choice.trials[1].remark == "several layers can only be explained with eager float32"
     with pytest.raises(EngineError, match="several layers"):
         choose(network, layers, "openvino", "auto", images, 4)
 

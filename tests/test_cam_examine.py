@@ -171,7 +171,7 @@ def test_a_method_whose_maps_are_not_finite_is_refused(model: Model) -> None:
             return cast(Tensor, self.fc(torch.sqrt(maps.relu() * maps).mean(dim=(2, 3))))
 
     network = Rooted(nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Tanh()), 4)
-    with pytest.raises(LayerError, match="toy: layercam gives NaN or infinite values for pictures of noise"):
+    with pytest.raises(LayerError, match="toy: layercam gives NaN or infinite values for images of noise"):
         examine(dataclasses.replace(model, module=network), Request("features", ("layercam",)))
 
 

@@ -223,7 +223,7 @@ def test_a_trunk_in_tf32_runs_in_tf32_and_nothing_else_does(
 
 @pytest.mark.parametrize("engine", ["eager", "compile", "cudagraphs", "openvino"])
 def test_tf32_is_refused_where_there_is_none(engine: str) -> None:
-    with pytest.raises(EngineError, match=r"precision tf32 is one of NVIDIA's GPUs, .* on cpu; use float32"):
+    with pytest.raises(EngineError, match=r"precision tf32 exists only on NVIDIA GPUs, .* on cpu; use float32"):
         GradCAM(pooled(), "features", engine=engine, precision="tf32")(pictures(2))
 
 

@@ -318,7 +318,7 @@ def test_a_model_that_is_another_function_on_every_call_fails_the_self_test(
 
 
 def test_a_model_that_cannot_be_differentiated_is_refused() -> None:
-    with pytest.raises(LayerError, match="cannot be differentiated behind layer 'third'"):
+    with pytest.raises(LayerError, match="cannot be differentiated after layer 'third'"):
         check_layer(Net(squared_in_place), "third", IMAGES)
 
 

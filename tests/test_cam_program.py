@@ -142,7 +142,7 @@ def test_what_bypasses_the_layer_crosses_the_cut(images: Tensor) -> None:
 @pytest.mark.parametrize(
     ("network", "layer", "problem"),
     [
-        (Choosing(), "layer", "cannot be cut at layer 'layer': .*operator by operator"),
+        (Choosing(), "layer", "cannot be split at layer 'layer': .*operator by operator"),
         (Net(), "lyer", "no layer 'lyer'; did you mean layer"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_layer_that_runs_twice_cannot_be_cut(images: Tensor) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return cast(Tensor, self.fc(self.layer(self.layer(self.stem(x))).mean(dim=(2, 3))))
 
-    with pytest.raises(EngineError, match="cannot be cut at layer 'layer': it runs 2 times"):
+    with pytest.raises(EngineError, match="cannot be split at layer 'layer': it runs 2 times"):
         cut_at(Twice(), "layer", images)
 
 

@@ -149,7 +149,7 @@ def test_a_map_that_something_else_reads_is_left() -> None:
 
 def test_cuda_graphs_are_refused_where_there_is_no_cuda() -> None:
     images = pictures(2)
-    with pytest.raises(EngineError, match="replays kernels of NVIDIA's GPUs, and the model runs on cpu; use eager"):
+    with pytest.raises(EngineError, match="works only on NVIDIA GPUs, but the model runs on cpu; use eager"):
         make_trunk(trunk_of(pooled(), "features", images), "cudagraphs", "float32", images)
 
 

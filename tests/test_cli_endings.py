@@ -257,7 +257,7 @@ def test_a_full_disk_at_standard_output_is_told_in_one_line(audited: Path, made:
             process = ended(*arguments, stdout=full)
         lines = process.stderr.decode().splitlines()
         assert (arguments[0], process.returncode) == (arguments[0], 1)
-        assert lines[-1] == "error: standard output cannot be written: No space left on device; give it another place"
+        assert lines[-1] == "error: cannot write to standard output: No space left on device; redirect it elsewhere"
         assert not [line for line in lines[:-1] if "rror" in line]
     assert {slide.status for slide in open_result(tmp_path / "out")} == {"ok"}
 

@@ -33,7 +33,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "wrong shape": (["--model", "{made}/wrong_shape.yaml"], r"wrong_shape: returns shape .* expected \(2, classes\)"),
     "no network": (
         ["--model", "{made}/not_a_module.yaml"],
-        r"makes no network; expected a function that returns a torch\.nn\.Module",
+        r"does not return a network; expected a function that returns a torch\.nn\.Module",
     ),
     "no function": (["--model", "{made}/gone.yaml"], r"'tests\.toy_models' has no function 'gone'"),
     "class count": (["--model", "{made}/three_classes.yaml"], r"3 classes are named, but the model has 2 outputs"),
@@ -335,4 +335,4 @@ def test_ctrl_c_says_how_to_go_on(run: Run, made: Path, tmp_path: Path, monkeypa
         "explain", made / "slides", "--model", made / "pooled_linear.yaml", "--out", tmp_path, *SMALL_FLAGS
     )
     assert code == 130
-    assert err.splitlines()[-1] == "stopped; run the same command again to go on, nothing finished is lost"
+    assert err.splitlines()[-1] == "stopped; run the same command again to continue; nothing finished is lost"

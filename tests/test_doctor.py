@@ -398,7 +398,7 @@ def test_weak_workers_are_told(quick: None) -> None:
     assert found["workers", OK] == "1 workers, 1 threads, 0.5 GiB or more each, resource GPU on 1"
     assert found["workers", WARN] == "some have one thread only"
     assert found["workers' memory", WARN].endswith(": 0.5 GiB")
-    assert found["workers' GPUs", WARN].endswith(": has resource GPU, and torch finds none")
+    assert found["workers' GPUs", WARN].endswith(": has resource GPU, but torch finds none")
     assert worst(checks) == WARN
 
 
@@ -430,7 +430,10 @@ def test_a_dead_scheduler_fails_in_time(address: str, run: Run, quick: None, mon
 def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> None:
     assert "No such file" in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
     (tmp_path / "probe").write_text("other", encoding="utf-8")
-    assert "holds something else" in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
+    assert (
+        "does not contain what was written"
+        in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
+    )
     blind = checks._shared(storage_path(tmp_path), {"tcp://a": worker(out="No such file")}, 0)
     assert (blind.status, blind.found) == (FAIL, "tcp://a: No such file")
     workers = {f"tcp://{n}": worker(pid=n) for n in range(3)}

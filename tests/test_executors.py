@@ -195,7 +195,7 @@ def test_a_cluster_that_dies_stops_the_run_and_loses_nothing(
     monkeypatch.setattr(dask_executor, "WAIT_S", 3)
     with scheduler(tmp_path) as (boss, address), process(tmp_path, *worker(address)) as hand:
         listener = Calls((boss if victim == "scheduler" else hand).kill)
-        with pytest.raises(WorkerError, match="run the same command again, nothing finished is lost"):
+        with pytest.raises(WorkerError, match="run the same command again; nothing finished is lost"):
             explain(archive, toy_spec("poisoned"), tmp_path / "out", **SMALL, scheduler=address, listener=listener)
     explain(archive, toy_spec("poisoned"), tmp_path / "out", **SMALL)
     assert differing(tmp_path / "out", serial) == []

@@ -247,7 +247,7 @@ def test_a_signal_stops_a_run_on_workers(
         command.send_signal(sent)
     _, said = command.communicate(timeout=WITHIN_S)
     assert command.returncode == code, said
-    assert said.splitlines()[-1].startswith(f"stopped by {sent.name}; run the same command again to go on")
+    assert said.splitlines()[-1].startswith(f"stopped by {sent.name}; run the same command again to continue")
     assert "Traceback" not in said
     psutil.wait_procs(family, timeout=10)
     assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
@@ -281,7 +281,7 @@ def test_a_scheduler_that_cannot_look_after_a_run_gets_no_hints(
     monkeypatch.setattr(RunSchedulerPlugin, "__reduce_ex__", refused)
     explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL, workers=1)
     assert understood == [True, False]
-    assert "the scheduler cannot look after the run (TypeError: cannot travel)" in caplog.messages
+    assert "the scheduler cannot monitor the run (TypeError: cannot travel)" in caplog.messages
     assert differing(tmp_path / "out", serial) == []
 
 
@@ -363,6 +363,6 @@ def test_a_scheduler_that_is_gone_while_workers_are_waited_for_is_named(
     with scheduler(tmp_path) as (started, address):
         threading.Timer(1.0, started.kill).start()
         began = time.monotonic()
-        with pytest.raises(WorkerError, match="the connection to the Dask scheduler is lost; start it anew"):
+        with pytest.raises(WorkerError, match="the connection to the Dask scheduler is lost; restart it"):
             DaskExecutor(scheduler=address, wait_s=86_400)
         assert time.monotonic() - began < WITHIN_S

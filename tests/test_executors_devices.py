@@ -65,8 +65,8 @@ def test_the_process_of_a_command_ends_and_the_same_command_goes_on(
     arguments: list[str | Path] = ["explain", slides, "--model", model, "--out", out, *flags(SMALL)]
     failed = command(*arguments, **{POISON: str(tmp_path / "poison")})
     assert failed.returncode == 1
-    assert "the GPU has failed, and this process can use it no more" in failed.stderr
-    assert "run the same command again, nothing finished is lost" in failed.stderr
+    assert "the GPU has failed, and this process can no longer use it" in failed.stderr
+    assert "run the same command again; nothing finished is lost" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not failed_rows(out)
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
@@ -127,7 +127,7 @@ def test_a_small_memory_is_told_once_and_changes_no_result(slides: Path, expecte
     outcome = explain(slides, toy_spec("cramped"), tmp_path, **SMALL, listener=notes)
     assert not outcome.failed
     (told,) = [text for text in notes.told if "does not hold a whole batch" in text]
-    assert told.endswith("does not hold a whole batch: 2 patches are explained at once there from now on")
+    assert told.endswith("does not hold a whole batch: 2 patches at once are explained there from now on")
     assert logged(tmp_path).count("does not hold a whole batch") == 1
     (worker,) = json.loads((tmp_path / "status.json").read_text())["workers"].values()
     assert worker["at_once"] == 2

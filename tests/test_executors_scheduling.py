@@ -389,7 +389,7 @@ def test_workers_that_dropped_the_run_end_it() -> None:
         return submit(_, TaskBatch("run", ()), **options)
 
     client.submit = dropped  # type: ignore[assignment,method-assign]
-    with pytest.raises(FatalError, match="drop the run"):
+    with pytest.raises(FatalError, match="dropped the run"):
         list(records)
 
 
@@ -410,7 +410,7 @@ def test_stopping_finishes_what_is_begun_and_begins_nothing(monkeypatch: pytest.
     finished = [next(records)]
     stop.signal = signal.SIGTERM
     sent = len(client.batches)
-    with pytest.raises(FatalError, match="stopped by SIGTERM; run the same command again to go on"):
+    with pytest.raises(FatalError, match="stopped by SIGTERM; run the same command again to continue"):
         finished += list(records)
     assert len(client.batches) == sent
     assert not client.waiting

@@ -248,7 +248,7 @@ def test_a_hostile_listing_or_journal_names_nothing_outside(made: Path, tmp_path
     (tmp_path / "secret").write_text("s")
     names = ["../secret", "/etc/passwd", "a/../../secret", "", "a//b"]
     (dest / EXPORTS).write_bytes(sealed_json({"files": dict.fromkeys(names, "0" * 64)}))
-    assert [problem.endswith("which is no path of an export") for problem in told(dest)] == [True] * len(names)
+    assert [problem.endswith("which is not the path of an export") for problem in told(dest)] == [True] * len(names)
     (dest / EXPORTS).unlink()
     lines = [{"process": {}}, {"begun": "../secret", "job": "x", "new": True}, {"done": 7}, {"files": [1]}, 3, []]
     lines += [{"done": ["../secret"], "job": "x", "files": {"../secret": "0"}}, {"done": [], "files": {"x": 7}}]

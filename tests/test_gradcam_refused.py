@@ -78,7 +78,7 @@ def test_a_wrong_number_of_classes_is_refused(network: Split, images: Tensor) ->
 def test_weights_that_are_not_numbers_are_refused_as_such(layer: str | None, network: Split, images: Tensor) -> None:
     with torch.no_grad():
         network.features[0].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index]
-    with pytest.raises(ModelError, match="gives NaN or infinite values for pictures of noise; check its weights"):
+    with pytest.raises(ModelError, match="gives NaN or infinite values for images of noise; check its weights"):
         plain(network, layer=layer)(images)
 
 

@@ -78,9 +78,9 @@ def test_equal_names_are_told_apart(tmp_path: Path) -> None:
         ("slide,mpp\n", ConfigError, "no slide in this list"),
         ("slide,mpp\n,0.25\n", ConfigError, "line 2: no slide named"),
         ("slide\na.svs\ngone.svs\n", SlideNotFoundError, r"line 3: .*gone.svs does not exist; paths start at the"),
-        ("slide,mpp\na.svs,fine\n", ConfigError, "line 2: mpp 'fine' is no number"),
+        ("slide,mpp\na.svs,fine\n", ConfigError, "line 2: mpp 'fine' is not a number"),
         ("slide,mpp\na.svs,352.8\n", ConfigError, "line 2: mpp is 352.8, expected 0.01 to 100 um per pixel"),
-        ("slide,mpp_y\na.svs,0.5\n", ConfigError, "line 2: mpp '' is no number; give both mpp_y and mpp_x, or mpp"),
+        ("slide,mpp_y\na.svs,0.5\n", ConfigError, "line 2: mpp '' is not a number; give both mpp_y and mpp_x, or mpp"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, error: type[Exception], said: str) -> None:
@@ -184,7 +184,7 @@ class TestWhatIsTold:
     @pytest.mark.parametrize(
         ("mask", "said"),
         [
-            ("none.png", r"line 2: mask .*none\.png is no file; paths start"),
+            ("none.png", r"line 2: mask .*none\.png is not a file; paths are"),
             ("s3://b/m.png", "mask s3://b/m.png is a URL"),
         ],
     )
@@ -337,7 +337,7 @@ def test_whatever_spreadsheets_separate_cells_with_is_read(tmp_path: Path, form:
             "line 2: 3 cells, expected 2 as in the first line; put what has ',' in it in quotes",
         ),
         ("slide\na, b.svs\n", "line 2: 2 cells, expected 1"),
-        ("slide;mpp\na.svs;1.000,5\n", "line 2: mpp '1.000,5' is no number"),
+        ("slide;mpp\na.svs;1.000,5\n", "line 2: mpp '1.000,5' is not a number"),
         ("slide,mpp,slide\na.svs,1,a.svs\n", "has two columns 'slide'; leave one out"),
         ("slide,mpp\n" + "a" * (1 << 21) + ",1\n", "a line of more than 1,048,576 characters"),
     ],

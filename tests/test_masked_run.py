@@ -363,16 +363,14 @@ class TestMisplaced:
 
     def test_wholly_off_the_slide_is_told_with_both_extents(self, tmp_path: Path) -> None:
         mask = drawn(tmp_path / "m.json", square("tumour", 5000, 7000, 200), square("tumour", 6000, 100, 50))
-        problem = (
-            "lies outside of the slide: its areas reach from y 5000 to 6050 and from x 100 to 7200, the slide to y 640"
-        )
+        problem = "is outside the slide: its areas reach from y 5000 to 6050 and from x 100 to 7200, the slide to y 640"
         assert problem in self.failed(tmp_path, mask)
         negative = drawn(tmp_path / "m.json", square("tumour", -300, 10, 200))
         assert "from y -300 to -100" in self.failed(tmp_path, negative, overwrite=True)
 
     def test_so_is_a_chosen_class(self, tmp_path: Path) -> None:
         mask = drawn(tmp_path / "m.json", square("tumour", 5000, 7000, 200), square("fold", 100, 100, 50))
-        assert "lies outside of the slide" in self.failed(tmp_path, mask, include="tumour")
+        assert "is outside the slide" in self.failed(tmp_path, mask, include="tumour")
 
     def test_on_glass_alone_is_told_with_both_extents(self, tmp_path: Path) -> None:
         error = self.failed(tmp_path, drawn(tmp_path / "m.json", square("tumour", 128, 640, 192)))
@@ -466,7 +464,7 @@ class TestOutlines:
             explain(slide, MODEL, tmp_path / "out", **SMALL, outlines=tmp_path / "none.geojson")
         beside = drawn(tmp_path / "beside.geojson", square("tumour", 5000, 5000, 10))
         (record,) = explain(slide, MODEL, tmp_path / "out", **SMALL, outlines=beside).failed
-        assert "lies outside of the slide" in record.error
+        assert "is outside the slide" in record.error
         assert not (tmp_path / "out/a.tif/cams.zarr").exists()
 
 

@@ -92,5 +92,5 @@ def test_an_export_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None
 def test_patches_that_the_formats_cannot_hold(tmp_path: Path) -> None:
     features, boxes = bag_of()
     boxes[:, 2] *= 2
-    with pytest.raises(ConfigError, match="squares of one size"):
+    with pytest.raises(ConfigError, match="square patches of one size"):
         write_clam(tmp_path / "a.h5", features, boxes, frame())

@@ -129,7 +129,7 @@ def test_a_lattice_that_nothing_explains_is_refused() -> None:
     boxes, _ = place(claims(512), square(300), settled=Settled(patch_um=300 * 0.265))
     np.testing.assert_allclose(boxes[:, 2:], 300)
     _, (note,) = place(claims(512), square(300), settled=Settled(patch_um=30))
-    assert "nothing covers what is between" in note
+    assert "nothing covers the gaps" in note
 
 
 def test_gaps_of_what_is_no_tissue_are_no_contradiction() -> None:
@@ -153,7 +153,7 @@ def test_one_of_two_sizes_by_the_lattice() -> None:
 
 def test_gaps_between_patches_are_noted() -> None:
     _, (note,) = place(Claims("CLAM", "px", (np.array([256.0, 256.0]),)), square(512))
-    assert "nothing covers what is between" in note
+    assert "nothing covers the gaps" in note
 
 
 @pytest.mark.parametrize("missing", ["unit", "side", "both"])
@@ -175,7 +175,7 @@ def test_what_nothing_says_is_refused_by_its_flag(missing: str) -> None:
 def test_transposed_coordinates_are_refused_where_they_leave_the_slide() -> None:
     slide = frame(6_000, 20_000, 0.25)
     xy = np.array(square(512, 30, 8))
-    with pytest.raises(FeatureError, match="inside with x and y swapped; say with --feature-axes"):
+    with pytest.raises(FeatureError, match="inside with x and y swapped; use --feature-axes"):
         place(claims(512), xy[:, ::-1], slide=slide)
     right, _ = place(claims(512), xy, slide=slide)
     turned, _ = place(claims(512), xy[:, ::-1], slide=slide, settled=Settled(axes="yx"))
@@ -188,9 +188,7 @@ def test_transposed_coordinates_are_refused_where_they_leave_the_tissue() -> Non
     tissue[:22, :80] = True
     xy = np.array(square(512, 14, 4))
     place(claims(512), xy, slide=slide, tissue=tissue)
-    with pytest.raises(
-        FeatureError, match=r"on tissue of a\.svs, and 100% with x and y swapped; say with --feature-axes"
-    ):
+    with pytest.raises(FeatureError, match=r"on tissue of a\.svs, and 100% with x and y swapped; use --feature-axes"):
         place(claims(512), xy[:, ::-1], slide=slide, tissue=tissue)
 
 
@@ -205,7 +203,7 @@ def test_another_order_than_the_program_has_is_noted() -> None:
 
 def test_swapped_sizes_of_the_slide_are_refused() -> None:
     swapped = claims(512, slide_px=(9_000, 14_000))
-    with pytest.raises(FeatureError, match="the axes are swapped; say with --feature-axes"):
+    with pytest.raises(FeatureError, match="the axes are swapped; use --feature-axes"):
         place(swapped, square(512))
     place(swapped, square(512), settled=Settled(axes="xy"))
 
@@ -229,7 +227,7 @@ def test_coordinates_that_are_no_numbers_and_repeated_ones() -> None:
     with pytest.raises(FeatureError, match="the coordinates of patch 1 are not finite"):
         place(claims(512), [(0, 0), (np.nan, 0)])
     _, (note,) = place(claims(512), square(512) + square(512)[:3])
-    assert note == "3 patches stand in it more than once"
+    assert note == "3 patches occur in it more than once"
 
 
 def test_micrometres_need_a_pixel_size() -> None:
@@ -313,7 +311,7 @@ def test_slides_are_matched_by_name_and_folder(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="no such folder of features"):
         open_features(tmp_path / "none", frame())
-    with pytest.raises(FeatureError, match="features are read from a disk"):
+    with pytest.raises(FeatureError, match="features are read from a local disk"):
         open_features("s3://bucket/features", frame())
 
 
@@ -335,7 +333,7 @@ def test_coordinates_that_disagree_between_files_are_refused(tmp_path: Path) -> 
     with h5py.File(tmp_path / "patches" / "a.h5") as file, h5py.File(tmp_path / "other" / "a.h5", "w") as copy:
         file.copy("coords", copy)
         copy["coords"][3] = (0, 0)
-    with pytest.raises(FeatureError, match="2 files say where its patches lie, each otherwise"):
+    with pytest.raises(FeatureError, match="2 files contradict each other about the positions"):
         open_features(tmp_path, slide)
 
 

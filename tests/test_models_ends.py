@@ -234,7 +234,7 @@ MIXTURES: dict[str, End] = {
 @pytest.mark.parametrize("name", list(MIXTURES))
 def test_probabilities_of_which_no_logits_can_be_told_are_refused(name: str) -> None:
     with pytest.raises(
-        ModelError, match=r"returns probabilities .* return the values before it, or say 'activation: n"
+        ModelError, match=r"returns probabilities .* return the values before it, or set 'activation: n"
     ):
         model_of(Ending(MIXTURES[name]).eval(), name="n", patch_px=32)
     with pytest.raises(ModelError, match="returns probabilities"):
@@ -332,7 +332,7 @@ def test_a_run_reports_each_probability_once(name: str, tmp_path: Path) -> None:
     found = table[[f"probability_{c}" for c in names]].to_numpy(np.float32)
     assert np.allclose(found, probabilities(logits, "sigmoid" if one else "softmax"), atol=1e-6)
     (note,) = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text(encoding="utf-8"))["model"]["notes"]
-    assert "probabilities are its outputs" in note
+    assert "its outputs are the probabilities" in note
     assert note in (tmp_path / "out" / "run.html").read_text(encoding="utf-8")
     assert any(note in path.read_text(encoding="utf-8") for path in (tmp_path / "out" / "log").glob("*.jsonl"))
     assert rows_of(tmp_path / "out")["a.tif"]["status"] == "ok"

@@ -1,4 +1,4 @@
-"""Weights that others trained and published load into a class written anew.
+"""Weights that others trained and published load into a class written again.
 
 They are those of https://github.com/Heartfirey/Shufflenet-in-lung-colon-image-classification.
 """

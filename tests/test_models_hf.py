@@ -234,7 +234,7 @@ def test_an_adapter_is_refused(folder: Path) -> None:
 
 def test_without_a_processor_the_colours_must_be_said(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
-    assert "how its pictures are normalised is not known" in refused(folder, patch_px=64)
+    assert "the normalisation of its images is unknown" in refused(folder, patch_px=64)
     model = load(folder, patch_px=64, mean=[0.5] * 3, std=[0.2] * 3)
     assert (model.mean, model.std) == ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -341,7 +341,10 @@ def test_arguments_of_a_timm_model_are_used(timm_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda f: change_json(f / "config.json", architecture="resnet1"), "this timm has no architecture 'resnet1'"),
+        (
+            lambda f: change_json(f / "config.json", architecture="resnet1"),
+            "the installed timm has no architecture 'resnet1'",
+        ),
         (lambda f: change_json(f / "config.json", num_classes=3), "outputs, the network 3"),
         (lambda f: change_json(f / "config.json", model_args={"nonsense": 1}), "nonsense"),
         (lambda f: (f / "config.json").write_text("[]"), "expected a mapping"),

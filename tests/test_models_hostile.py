@@ -75,7 +75,7 @@ MODEL_FILES = {
     "long value": (f"{PLAIN}activation: {'v' * 1_000_000}\n", "activation"),
     "many wrong keys": (PLAIN + "".join(f"k{i}: 1\n" for i in range(10_000)), "and 9992 more"),
     "many classes": (f"{PLAIN}classes: [{', '.join(map(str, range(100_001)))}]\n", "at most 100000 items"),
-    "nested classes": (f"{PLAIN}classes: [{'[' * 40}{']' * 40}]\n", "is no name"),
+    "nested classes": (f"{PLAIN}classes: [{'[' * 40}{']' * 40}]\n", "is not a name"),
     "a folder of its own": (f"{PLAIN}folder: /etc\n", "folder: unknown key"),
     "weights of another place": (
         f"{PLAIN.replace('random', '/proc/self/mem')}",

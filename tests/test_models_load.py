@@ -202,7 +202,7 @@ def test_missing_weights_are_refused(name: str, tmp_path: Path) -> None:
         (lambda state: {**state, "fc.weight": torch.ones(3, 12)}, "the checkpoint has 3 outputs, the network 2"),
         (
             lambda state: {"a": torch.ones(1)},
-            "none of its names is one of the network's: it has a, wanted is features.0.weight",
+            "none of its names occurs in the network: it has a, expected features.0.weight",
         ),
     ],
     ids=["extra", "missing", "size", "other"],
@@ -230,7 +230,10 @@ def test_classes_without_names_are_numbered() -> None:
     [
         ("tests.toy_models:wrong_shape", r"returns shape (2, 2, 15, 15) for a batch of 2, expected (2, classes)"),
         (f"{__name__}:maps", "returns a tuple, expected a tensor of shape (batch, classes)"),
-        ("tests.toy_models:not_a_module", "not_a_module() makes no network; expected a function that returns a"),
+        (
+            "tests.toy_models:not_a_module",
+            "not_a_module() does not return a network; expected a function that returns a",
+        ),
         (f"{__name__}:flattened", "returns shape (4,)"),
         (f"{__name__}:averaged", "returns shape (1, 2) for a batch of 2"),
         (f"{__name__}:choosy", "fails on a batch of shape (2, 3, 32, 32): ValueError: only gray"),

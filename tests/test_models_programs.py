@@ -243,8 +243,8 @@ def test_an_exported_program_with_other_things_in_it_is_refused_unread(name: str
 def test_a_pickled_model_is_no_torchscript(save: Callable[[object, Path], object], tmp_path: Path) -> None:
     touched, path = tmp_path / "touched", tmp_path / "model.pt"
     save({"model": Evil(touched)}, path)
-    assert "no TorchScript program" in refused(f"torchscript:{path}")
-    with pytest.raises(ModelError, match=r"holds no TorchScript program; weights alone need a model file \(\.yaml\)"):
+    assert "not a TorchScript program" in refused(f"torchscript:{path}")
+    with pytest.raises(ModelError, match=r"is not a TorchScript program; weights alone need a model file \(\.yaml\)"):
         read_spec(str(path))
     assert not touched.exists()
 

@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("source", ["timm:resnet10t", "torchvision:squeezenet1_1"])
 def test_published_weights_without_a_network_are_one_clear_line(source: str) -> None:
     message = refused(source, weights=None)
-    assert message.startswith(f"{source}: the published weights cannot be had (OSError: ")
+    assert message.startswith(f"{source}: the published weights are not available (OSError: ")
     assert "Network is unreachable" in message
     assert "'weights:' in a model file, or use 'weights: random'" in message
     assert "\n" not in message
@@ -141,7 +141,7 @@ def test_what_the_model_file_says_goes_first() -> None:
         ("resnet18", "expected module:function"),
         ("yaml:dump", "dump() fails: TypeError"),
         ("yaml:SafeDumper", "SafeDumper() fails: TypeError"),
-        ("collections:OrderedDict", "collections makes no networks"),
+        ("collections:OrderedDict", "collections does not make networks"),
         ("tests.toys:Path", "returned a PosixPath, expected a torch.nn.Module"),
     ],
 )

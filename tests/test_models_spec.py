@@ -88,7 +88,7 @@ def test_class_names_may_look_like_numbers(tmp_path: Path) -> None:
         ({"classes": ["a", "a"]}, "differ from each other"),
         ({"classes": "tumour"}, "classes"),
         ({"classes": [False, True]}, "quote them"),
-        ({"classes": ["a", None]}, "None is no name"),
+        ({"classes": ["a", None]}, "None is not a name"),
         ({"patch_px": 0}, "patch_px"),
         ({"patch_px": [224]}, "patch_px"),
         ({"patch_px": -224}, "(given: -224)"),
@@ -193,7 +193,7 @@ def test_an_exported_program_is_known_by_its_ending(tmp_path: Path) -> None:
 def test_weights_alone_are_no_model(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(content)
     message = refused(tmp_path / "w.pt")
-    assert "holds no TorchScript program" in message
+    assert "is not a TorchScript program" in message
     assert "'weights: w.pt'" in message
 
 
@@ -216,8 +216,8 @@ def test_a_folder_is_known_by_what_is_in_it(files: list[str], kind: str, tmp_pat
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ([], "a folder without config.json is no model"),
-        (["model.safetensors"], "a folder without config.json is no model"),
+        ([], "a folder without config.json is not a model"),
+        (["model.safetensors"], "a folder without config.json is not a model"),
         (["config.json", "pytorch_model.bin"], "weights in pickles (.bin, .pt, .pth) are not loaded"),
     ],
 )

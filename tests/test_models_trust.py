@@ -281,17 +281,19 @@ def test_an_audit_is_allowed_on_the_command_line(explained: Path, run: Run) -> N
 )
 @pytest.mark.parametrize("trust_code", [False, True])
 def test_what_makes_no_network_is_refused_at_once(source: str, trust_code: bool, folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"runs code|makes no network|expected module:function|has no function"):
+    with pytest.raises(
+        ModelError, match=r"runs code|does not return a network|expected module:function|has no function"
+    ):
         load_model(ModelSpec(name="n", source=source, folder=folder, **PATCH), trust_code=trust_code)
 
 
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
-        ("def build() -> int:\n    raise SystemError", "makes no network"),
-        ("def build() -> None:\n    raise SystemError", "makes no network"),
-        ("from wsi_gradcam.cli.main import main as build", "makes no network"),
-        ("from time import sleep as build", "makes no network"),
+        ("def build() -> int:\n    raise SystemError", "does not return a network"),
+        ("def build() -> None:\n    raise SystemError", "does not return a network"),
+        ("from wsi_gradcam.cli.main import main as build", "does not return a network"),
+        ("from time import sleep as build", "does not return a network"),
         ("def build():\n    return input()", "fails: EOFError"),
         ("import sys\ndef build():\n    sys.exit(3)", "fails: SystemExit: 3"),
         ("import sys\nsys.exit(3)", "SystemExit: 3"),

@@ -97,7 +97,7 @@ def test_no_two_slides_have_one_folder_and_none_has_ours(first: str, second: str
 
 @pytest.mark.parametrize("name", ["", "..", "../a.svs", "a/../../b", "/a", "a//b", "a/"])
 def test_a_name_that_leads_elsewhere_has_no_folder(name: str) -> None:
-    with pytest.raises(ResultError, match="no name of a slide below OUT"):
+    with pytest.raises(ResultError, match="not the name of a slide below OUT"):
         folder_name(name)
 
 

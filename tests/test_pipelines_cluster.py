@@ -418,7 +418,7 @@ def test_a_cluster_with_tls_explains_and_is_closed_to_others(
         for name in list(os.environ):
             if name.startswith("DASK_DISTRIBUTED__COMM"):
                 monkeypatch.delenv(name)
-        for tried, told in ((address, "wants a certificate, and none is set"), (f"tcp{address[3:]}", "no Dask")):
+        for tried, told in ((address, "requires a certificate, and none is set"), (f"tcp{address[3:]}", "no Dask")):
             with pytest.raises(WorkerError, match=told):
                 connect(tried, 3)
 

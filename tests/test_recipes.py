@@ -77,7 +77,7 @@ def test_a_toy_slide_is_explained_as_the_tiff_is_and_a_damaged_one_fails_alone(
 
 @pytest.mark.usefixtures("reader")
 def test_a_reader_of_files_is_told_to_know_no_urls() -> None:
-    with pytest.raises(SlideFormatError, match="reader 'toy' knows files only; expected auto, tiff, ome-zarr, or copy"):
+    with pytest.raises(SlideFormatError, match="reader 'toy' reads only files; expected auto, tiff, ome-zarr, or copy"):
         open_slide("https://host/a.npz", reader="toy")
 
 
@@ -188,5 +188,5 @@ def test_a_toy_question_stands_with_the_others_in_the_order_of_the_table() -> No
 
 
 def test_without_its_line_in_the_table_a_question_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'brightness' is no question of the audit"):
+    with pytest.raises(ConfigError, match="'brightness' is not a question of the audit"):
         audited(planted.marker_only())

@@ -292,14 +292,14 @@ MEANT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a lost chunk of known values": (lambda o: (o / "b.tif/cams.zarr/tissue/c/0").unlink(), "tissue"),
     "a chunk beyond the array": (
         lambda o: shutil.copy(o / "b.tif/cams.zarr/tissue/c/0", o / "b.tif/cams.zarr/tissue/c/1"),
-        "cams.zarr/tissue/c/1 is no file of these results",
+        "cams.zarr/tissue/c/1 is not a file of these results",
     ),
-    "a file that is not ours": (lambda o: (o / "b.tif/notes.txt").touch(), "notes.txt is no file of these results"),
+    "a file that is not ours": (lambda o: (o / "b.tif/notes.txt").touch(), "notes.txt is not a file of these results"),
     "an array that is not ours": (
         lambda o: shutil.copytree(o / "b.tif/cams.zarr/pen", o / "b.tif/cams.zarr/more"),
-        "cams.zarr/more/zarr.json is no file",
+        "cams.zarr/more/zarr.json is not a file",
     ),
-    "a file more in the audit": (lambda o: (o / "audit/b.tif/more.npz").touch(), "audit/b.tif/more.npz is no file"),
+    "a file more in the audit": (lambda o: (o / "audit/b.tif/more.npz").touch(), "audit/b.tif/more.npz is not a file"),
     "a line of slides.jsonl lost": (
         lambda o: edit(o / "slides.jsonl", lambda lines: lines.pop()),
         "b.tif: is not in slides.jsonl",
@@ -340,7 +340,7 @@ def test_what_a_result_means_is_noticed_and_named(out: Path, name: str) -> None:
 
 
 def test_values_that_agree_with_run_yaml_alone_are_noticed_by_the_slides(good: Path, out: Path, tmp_path: Path) -> None:
-    """Whoever seals run.yaml anew does not mend what each slide's record says of it."""
+    """Whoever seals run.yaml again does not mend what each slide's record says of it."""
     from wsi_gradcam.results.seals import BLANK, sealed
 
     values = {**read(out / "run.yaml"), KEY: BLANK}

@@ -260,7 +260,7 @@ def test_a_slide_that_is_gone_or_another_is_told(tmp_path: Path, out: Path) -> N
     with pytest.raises(SlideNotFoundError):
         open_result(tmp_path / "out")["a.tif"].thumbnail()
     (tmp_path / "out" / "slides.csv").write_text(table.replace("/slides/a.tif", "/slides/inner/b.tif"))
-    with pytest.raises(SlideError, match="another file than was explained"):
+    with pytest.raises(SlideError, match="not the file that was explained"):
         open_result(tmp_path / "out")["a.tif"].thumbnail()
 
 
@@ -275,7 +275,7 @@ def test_a_table_that_names_folders_outside_is_refused(tmp_path: Path, out: Path
     shutil.copytree(out, tmp_path / "out")
     table = (tmp_path / "out" / "slides.csv").read_text()
     (tmp_path / "out" / "slides.csv").write_text(table.replace("inner/b.tif,", "../b.tif,"))
-    with pytest.raises(ResultError, match="is no name of a slide below OUT"):
+    with pytest.raises(ResultError, match="is not the name of a slide below OUT"):
         open_result(tmp_path / "out")
 
 

@@ -240,7 +240,7 @@ def test_a_replaced_slide_is_refused_alone(slides: list[Path], undisturbed: Path
     assert "--overwrite" in failed.error
     assert rows_of(out)["a.tif"]["status"] == "ok"
     again = explain(archive, toy_spec("slow_linear"), out, **SMALL, overwrite=True)
-    assert [record.skipped for record in again.records] == [False, False]  # --overwrite makes all anew
+    assert [record.skipped for record in again.records] == [False, False]  # --overwrite makes all again
     assert validate(out) == []
 
 
@@ -343,7 +343,7 @@ def test_work_of_another_run_never_enters_a_finished_slide(slides: list[Path], t
     (entry,) = find_slides(slides[:1])
     perform(old, Task(PLAN, entry))
     plan_slide(new, entry)
-    with pytest.raises(ResumeError, match="another run has begun there"):
+    with pytest.raises(ResumeError, match="another run has started there"):
         explain_span(old, entry, 0)
     stale = Manifest(tmp_path / "a.tif" / "manifest")
     new_plan = stale.plan()
@@ -375,7 +375,7 @@ def test_overwrite_makes_a_damaged_slide_anew(slides: list[Path], undisturbed: P
     assert differing(out, undisturbed) == []
 
 
-@pytest.mark.disk  # the twin in the store is made anew by the run within the run
+@pytest.mark.disk  # the twin in the store is made again by the run within the run
 def test_runs_that_share_an_out_one_after_the_other_keep_each_others_rows(slides: list[Path], tmp_path: Path) -> None:
     class Meddler(RunListener):
         def slide_done(self, record: SlideRecord) -> None:

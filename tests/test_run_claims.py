@@ -92,7 +92,7 @@ def test_a_killed_run_is_followed_at_once(slides: list[Path], undisturbed: Path,
     process.join()
     (state,) = observe(tmp_path)
     assert (state.state, state.is_well) == (RunState.KILLED, False)
-    assert "to go on, give the same command again" in shown(state)
+    assert "to continue, give the same command again" in shown(state)
     said: list[str] = []
 
     class Told(RunListener):
@@ -104,7 +104,7 @@ def test_a_killed_run_is_followed_at_once(slides: list[Path], undisturbed: Path,
     explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL, listener=Told())
     assert time.monotonic() - started < claims.SILENT_S
     assert done
-    assert "has ended without finishing" in said[0]
+    assert "ended without finishing" in said[0]
     assert f"process {process.pid}" in said[0]
     assert differing(tmp_path, undisturbed) == []
     assert validate(tmp_path) == []

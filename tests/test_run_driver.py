@@ -282,7 +282,7 @@ def test_what_failed_for_its_own_reason_is_not_tried_again_unless_asked(made: Pa
     arguments = ("explain", slides, "--model", made / "pooled_linear.yaml", "--out", out, "--max-unreadable", "0.5")
     code, _, err = run(*arguments, *flags(SMALL))
     assert code == 1
-    assert "1 of them failed before and were not tried again; --retry-failed does" in err
+    assert "1 of them failed before and were not tried again; use --retry-failed to do so" in err
     assert "1 slides failed before and are not tried again; --retry-failed does" in err
     assert "[3/3] c.tif" not in err
     code, _, err = run(*arguments, *flags(SMALL), "--retry-failed")

@@ -89,7 +89,7 @@ def test_a_run_that_left_no_word_was_killed(tmp_path: Path, process: Any) -> Non
     state = only(tmp_path)
     assert (state.state, state.is_well, state.holder) == (RunState.KILLED, False, None)
     assert "killed, or its machine is gone; after 20 s" in shown(state)
-    assert "to go on, give the same command again: wsi-gradcam explain a --out b" in shown(state)
+    assert "to continue, give the same command again: wsi-gradcam explain a --out b" in shown(state)
 
 
 def test_a_run_elsewhere_lives_where_its_claim_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_ends_and_what_to_do(tmp_path: Path) -> None:
     leave(tmp_path, state=RunState.STOPPED, cause="the disk is full")
     text = shown(only(tmp_path))
     assert "stopped: the disk is full; after 20 s" in text
-    assert "to go on, give the same command again" in text
+    assert "to continue, give the same command again" in text
     assert "failed    7: no mpp; give --mpp 0.25 (c.svs ...)" in text
     assert "to try failed slides again: wsi-gradcam explain a --out b --retry-failed" in text
     assert f"report    {tmp_path}/run.html" in text

@@ -141,7 +141,7 @@ def test_a_slide_in_colour_is_shown_as_it_is_whatever_is_chosen(tmp_path: Path) 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "int16": (np.zeros((128, 192), np.int16), {"photometric": "minisblack"}, "samples are 16 bits, INT"),
-    "cielab": (np.full((128, 192, 3), 120, np.uint8), {"photometric": "cielab"}, "3 samples of CIELAB are no colours"),
+    "cielab": (np.full((128, 192, 3), 120, np.uint8), {"photometric": "cielab"}, "3 samples of CIELAB are not colours"),
     "five samples": (
         np.zeros((128, 192, 5), np.uint8),
         {"photometric": "minisblack", "planarconfig": "contig"},

@@ -366,6 +366,6 @@ def test_a_list_may_have_such_cells(tmp_path: Path) -> None:
 )
 def test_hosts_that_libraries_read_in_several_ways_are_not_asked(url: str) -> None:
     """Browsers' rules leave tabs out and end the host at a backslash; those of RFC 3986 do not."""
-    assert "is no name of a host; correct the URL" in refusal(url)
+    assert "is not the name of a host; correct the URL" in refusal(url)
     with allowing(["8.8.8.8"]):
-        assert "is no name of a host; correct the URL" in refusal(url)
+        assert "is not the name of a host; correct the URL" in refusal(url)

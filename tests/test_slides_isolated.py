@@ -371,7 +371,7 @@ def test_settings_come_from_flags_and_the_environment(
 
 def test_other_systems_say_that_they_have_no_such_processes(slide_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wsi_gradcam.system.confinement.can_confine", lambda: False)
-    with pytest.raises(ConfigError, match="on Linux only; go without --isolate"):
+    with pytest.raises(ConfigError, match="only on Linux; omit --isolate"):
         open_slide(slide_path, isolate=True)
     open_slide(slide_path).close()
 

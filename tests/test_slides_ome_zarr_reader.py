@@ -313,7 +313,7 @@ def test_pixel_sizes_come_from_the_ome_xml_too(tmp_path: Path) -> None:
     assert open_slide(path / "1").info.mpp is None
     assert open_slide(path, 0.5).info.mpp == (0.5, 0.5)
     other = collection(tmp_path / "b.zarr", SCAN, sizes_um=(0.25, None), scale=0.5)
-    with pytest.raises(MppError, match=r"its scales and its OME-XML tell different pixel sizes \(y, x: 0.5, 0.5"):
+    with pytest.raises(MppError, match=r"its scales and its OME-XML state different pixel sizes \(y, x: 0.5, 0.5"):
         _ = open_slide(other).info.mpp_yx
 
 

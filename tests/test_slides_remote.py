@@ -374,7 +374,7 @@ def test_credentials_in_an_s3_url_are_refused_and_not_shown() -> None:
 
 @pytest.mark.parametrize("reader", ["openslide", "picture"])
 def test_readers_of_files_refuse_urls(reader: str) -> None:
-    with pytest.raises(SlideFormatError, match=f"reader '{reader}' knows files only; .*copy the file to a disk"):
+    with pytest.raises(SlideFormatError, match=f"reader '{reader}' reads only files; .*copy the file to a disk"):
         open_slide("https://host/a.svs", reader=reader)
 
 

@@ -140,7 +140,7 @@ def test_a_killed_run_of_this_machine_is_followed_at_once(out: StoragePath, monk
         mine.check()
     (line,) = told
     assert "run theirs" in line
-    assert line.endswith("has ended without finishing; going on with what it has finished")
+    assert line.endswith("ended without finishing; continuing with what it finished")
 
 
 def test_a_run_that_ended_while_the_store_was_away_is_followed_by_the_next_of_its_process(

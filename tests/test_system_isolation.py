@@ -133,7 +133,7 @@ def test_a_signal_to_the_command_stops_the_work(made: Path, tmp_path: Path, sent
     assert process.returncode == code, said
     assert (
         said.splitlines()[-1]
-        == f"stopped by {sent.name}; run the same command again to go on, nothing finished is lost"
+        == f"stopped by {sent.name}; run the same command again to continue; nothing finished is lost"
     )
     assert not child.is_running()
     assert not (out / "a.tif" / "overview.png").exists()
@@ -168,7 +168,7 @@ def told(*names: str) -> list[tuple[str, str]]:
 
 def test_the_only_open_slide_is_to_blame() -> None:
     watch = CrashLog()
-    assert "going on without it" in watch.record_crash(told("a", "b", "-a", "-b", "c"), "SIGSEGV")
+    assert "continuing without it" in watch.record_crash(told("a", "b", "-a", "-b", "c"), "SIGSEGV")
     assert watch.causes.keys() == {"c"}
     assert watch.finished_before == {"a", "b"}
     with pytest.raises(SlideError, match="c: SIGSEGV ended the process"):
@@ -177,7 +177,7 @@ def test_the_only_open_slide_is_to_blame() -> None:
 
 def test_of_two_open_slides_none_is_blamed_until_one_is_alone() -> None:
     watch = CrashLog()
-    assert "one at a time" in watch.record_crash(told("a", "b"), "SIGBUS")
+    assert "one after the other" in watch.record_crash(told("a", "b"), "SIGBUS")
     assert (watch.causes, watch.one_at_a_time) == ({}, True)
     watch.record_crash(told("a", "-a", "b"), "SIGBUS")
     assert watch.causes.keys() == {"b"}
@@ -205,7 +205,7 @@ def test_a_command_that_dies_again_and_again_ends() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=WITHIN_S)
     assert done.returncode == 1
-    assert done.stderr.count("going on without it") == MAX_CRASHES_IN_A_ROW + 1
+    assert done.stderr.count("continuing without it") == MAX_CRASHES_IN_A_ROW + 1
     assert "stopped; run the same command again" in done.stderr
 
 

@@ -51,7 +51,7 @@ def test_the_first_signal_asks_those_who_look() -> None:
         assert signal.getsignal(signal.SIGTERM) == before
         raise SystemExit(stop.exit_code)
     """)
-    expected = "stopped by SIGTERM; run the same command again to go on, nothing finished is lost\n"
+    expected = "stopped by SIGTERM; run the same command again to continue; nothing finished is lost\n"
     assert (done.returncode, done.stdout) == (143, expected), done.stderr
 
 
@@ -81,7 +81,7 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT); time.sleep(60)
     """)
     assert (done.returncode, done.stdout) == (143, "still here\n")
-    assert "SIGTERM: finishing what is in work, at most 30 s; again to end at once" in done.stderr
+    assert "SIGTERM: finishing current tasks, at most 30 s; repeat to stop at once" in done.stderr
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

@@ -268,16 +268,16 @@ BAD_JSON: dict[str, tuple[Any, str]] = {
     "words": (feature([[["a", "b"]] * 3]), "points that are not pairs of numbers"),
     "one number": (feature([[[1]] * 3]), "points that are not pairs of numbers"),
     "flat": (feature([[1, 2, 3]]), "points that are not pairs of numbers"),
-    "huge": (feature([[(1e300, 1), (2, 3), (4, 5)]]), "no level-0 pixels of any slide"),
-    "infinite": (feature([[("inf", 1), (2, 3), (4, 5)]]), "no level-0 pixels of any slide"),
+    "huge": (feature([[(1e300, 1), (2, 3), (4, 5)]]), "not level-0 pixels of any slide"),
+    "infinite": (feature([[("inf", 1), (2, 3), (4, 5)]]), "not level-0 pixels of any slide"),
     "nested": (
         {"type": "GeometryCollection", "geometries": [{"type": "GeometryCollection", "geometries": []}]},
         "nests collections",
     ),
 }
 BAD_XML = {
-    "no XML": ("{}", "damaged or no XML"),
-    "cut": (asap(("Polygon", "g", SQUARE))[:-30], "damaged or no XML"),
+    "no XML": ("{}", "damaged or not XML"),
+    "cut": (asap(("Polygon", "g", SQUARE))[:-30], "damaged or not XML"),
     "another": ("<svg/>", "XML of 'svg', expected ASAP_Annotations"),
     "empty": ("<Annotations/>", "holds no annotation; expected polygons"),
     "no points": (asap(("Polygon", "g", [])), "annotation 'Annotation 0' has 0 points"),
@@ -293,7 +293,7 @@ BAD_XML = {
         "declares a document type",
     ),
     "deep": ("<Annotations>" + "<a>" * 100_000, "more than 64 elements inside each other"),
-    "encoding": ('<?xml version="1.0" encoding="no-such"?><Annotations/>', "damaged or no XML"),
+    "encoding": ('<?xml version="1.0" encoding="no-such"?><Annotations/>', "damaged or not XML"),
 }
 
 
@@ -331,7 +331,7 @@ class TestBadFiles:
     def test_a_file_that_is_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = written(tmp_path / "a.json", feature([SQUARE]))
         monkeypatch.setattr("wsi_gradcam.tissue.annotations.regions.MAX_BYTES", path.stat().st_size - 1)
-        with pytest.raises(AnnotationError, match="larger than 0 MiB, more than anybody draws"):
+        with pytest.raises(AnnotationError, match="larger than 0 MiB, more than is ever drawn by hand"):
             read_annotations(path)
         assert base.MAX_BYTES == 32 << 20
 

@@ -168,7 +168,7 @@ def test_a_slide_that_was_audited_anew_has_other_addresses(server: TestClient, o
     assert server.get(tile(before)).content == kept  # of the page that is open still
     gone = server.get(tile(before, 1))  # was not asked for in time
     assert gone.status_code == 404
-    assert "load the page again" in gone.json()["error"]
+    assert "reload the page" in gone.json()["error"]
     assert gone.headers["cache-control"] == "no-store"
 
 
@@ -208,7 +208,7 @@ def _anew(**about: Any) -> Callable[[AuditFolder], None]:
 
 TROUBLES: dict[str, tuple[Callable[[AuditFolder], None], str]] = {
     "under way": (_forget("spread_means"), ""),
-    "begun anew": (_forget("plan"), "audited anew"),
+    "begun again": (_forget("plan"), "audited again"),
     "no image": (lambda folder: folder.spread(SLIDE).remove_tree(), "cannot be read"),
     "no metadata": (_write("spread.ome.zarr/zarr.json", b"{"), "cannot be read"),
     "other metadata": (_write("spread.ome.zarr/zarr.json", b'{"zarr_format":3,"node_type":"group"}'), "cannot be read"),
@@ -216,9 +216,9 @@ TROUBLES: dict[str, tuple[Callable[[AuditFolder], None], str]] = {
     "means no table": (_write("spread.json", b"[]"), "damaged"),
     "method not known": (_anew(method="nonsense"), "cannot be read"),
     "a window of NaN": (_anew(spread=float("nan")), "cannot be read"),
-    "another size": (_anew(shape=(9, 9)), "explained anew"),
-    "another run": (_anew(run="another"), "explained anew"),
-    "another slide": (_anew(slide="another"), "explained anew"),
+    "another size": (_anew(shape=(9, 9)), "explained again"),
+    "another run": (_anew(run="another"), "explained again"),
+    "another slide": (_anew(slide="another"), "explained again"),
 }
 
 

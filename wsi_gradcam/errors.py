@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-AGAIN = "run the same command again, nothing finished is lost"
+AGAIN = "run the same command again; nothing finished is lost"
 MAX_MESSAGE = 1000  # characters: files, and libraries that quote them, may say anything
 
 
@@ -350,8 +350,8 @@ def device_errors() -> Iterator[None]:
         if (cause := lost_device(error)) is None:
             raise
         raise DeviceError(
-            f"the GPU has failed, and this process can use it no more ({one_line(cause)}); no slide is at fault: "
-            f"{AGAIN}; where it fails again, see what the system says of it (nvidia-smi, dmesg)"
+            f"the GPU has failed, and this process can no longer use it ({one_line(cause)}); no slide is at fault: "
+            f"{AGAIN}; if it fails again, check the system messages (nvidia-smi, dmesg)"
         ) from error
 
 

@@ -90,7 +90,7 @@ class GradCAM:
         classes: names of the outputs, so that targets can be named.
         trust_code: allow the code in a model that is named to run, see `load_model`.
 
-    The weights may change between calls, as in training: what was made of them is then made anew.
+    The weights may change between calls, as in training: what was made of them is then made again.
 
     Raises:
         ConfigError: a method, engine or precision that does not exist.
@@ -256,7 +256,7 @@ def _logits_of(module: nn.Module, images: Tensor, raw: bool) -> tuple[nn.Module,
             "classes); wrap it so that it returns one logit per class"
         )
     if not torch.isfinite(logits).all():
-        raise ModelError("the model gives NaN or infinite values for pictures of noise; check its weights")
+        raise ModelError("the model gives NaN or infinite values for images of noise; check its weights")
     end = None
     if raw:
         with evaluating(module), torch.no_grad():

@@ -118,7 +118,7 @@ class ExplainedRun:
         if stored.digest() != run.run_digest:
             what = "another model" if facts.digest != run.model.digest else "other settings or another version"
             raise ResumeError(
-                f"{self.result.out}: its results are of {what} than are found now; give the model that it was "
+                f"{self.result.out}: its results are of {what} than now; give the model that it was "
                 "explained with by --model, or explain again"
             )
         return eager
@@ -200,7 +200,7 @@ def audited_target(targets: Sequence[Target], classes: Sequence[str], label: str
         named = [target for target in targets if target.index is not None and target.is_class]
         if len(named) != 1:
             raise ConfigError(
-                f"annotations show one class, and the run explains {', '.join(known)}; say which with --target"
+                f"annotations show one class, but the run explains {', '.join(known)}; name it with --target"
             )
         return named[0]
     return known.get(PREDICTED, targets[0])

@@ -109,7 +109,7 @@ def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, 
     yx = [*sample.yx[part], *sample.yx[part.stop - 1 : part.stop] * missing]
     with context.slide(entry) as slide:
         if slide.info.digest != plan.slide_digest:
-            raise SlideFormatError(f"{entry.path}: another file than was explained; put the right one there")
+            raise SlideFormatError(f"{entry.path}: not the file that was explained; put the right one there")
         raw, wide, readable = _pixels(slide, audit, yx)
     rgb = raw
     if plan.stain is not None:
@@ -142,7 +142,9 @@ def _plan_of(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) ->
     folder = context.folder(entry)
     plan = Manifest(folder.manifest).plan()
     if plan is None or plan.run_digest != audit.run_digest:
-        raise ResumeError(f"{folder.place}: another run has begun there meanwhile; audit again when it is finished")
+        raise ResumeError(
+            f"{folder.place}: another run has started there in the meantime; audit again when it is finished"
+        )
     return plan
 
 
@@ -350,7 +352,7 @@ def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 RANDOM_ORDERS, FEWER_ORDERS = 10, 3  # of networks that are asked once for all orders, and of others
 ENCODED = 32  # patches of a slide that random encoders see
 SHOWS = 0.05  # of a patch: that much ink, glass or region makes it a patch of it
-HELD_BYTES = 1 << 29  # of a bag's features, that are held in memory; larger ones are read anew
+HELD_BYTES = 1 << 29  # of a bag's features, that are held in memory; larger ones are read again
 
 
 @dataclass(frozen=True, eq=False)

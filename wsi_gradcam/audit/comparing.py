@@ -79,7 +79,7 @@ def open_audit(out: StoragePathLike) -> OtherAudit:
     folder = AuditFolder(result.folder.place / AUDIT)
     plan, metrics = folder.read_plan(), folder.read_metrics()
     if plan is None or metrics is None:
-        raise ResultError(f"{folder.place}: holds no finished audit; run `wsi-gradcam audit {result.out}` first")
+        raise ResultError(f"{folder.place}: has no finished audit; run `wsi-gradcam audit {result.out}` first")
     try:
         samples = {name: SlideSample.from_json(values) for name, values in plan["samples"].items()}
         digest, methods = str(plan["digest"]), tuple(metrics["run"]["methods"])
@@ -114,7 +114,7 @@ def shared_sample(candidates: Sequence[Candidate], other: OtherAudit, unit: Unit
                 found[name] = sample
     if not found:
         raise ConfigError(
-            f"{other.out}: none of its audited patches is one of this run; compare runs on the same slides, with "
+            f"{other.out}: this run has none of its audited patches; compare runs on the same slides, with "
             "patches of the same size, mpp and stride"
         )
     return dict(sorted(found.items()))
@@ -127,7 +127,7 @@ def compare_audits(
     there = other.measurements(here.seed)
     rows_here, rows_there = _pairs(_places(samples, here), _places(other.samples, there))
     if not len(rows_here):
-        raise ResultError(f"{other.out}: no patch was audited here and there")
+        raise ResultError(f"{other.out}: the two audits have no patches in common")
     mine, theirs = here.only(rows_here), there.only(rows_there)
     return AgainstFacts(
         out=other.out,

@@ -140,7 +140,7 @@ def _check(
         if mask.ndim != 3 or len(mask) != len(rgb) or mask.dtype != np.bool_:
             raise ConfigError(f"{name}: {mask.dtype} {mask.shape}, expected a bool mask for each of {len(rgb)} patches")
     if annotated is not None and target == PREDICTED:
-        raise ConfigError("annotated shows one class; say which with target")
+        raise ConfigError("annotated shows one class; name it with target")
 
 
 def _names(rgb: NDArray[np.uint8], groups: Sequence[str] | None) -> list[str]:
@@ -263,7 +263,7 @@ def audit_bags(
     """
     bags = dict(features) if isinstance(features, Mapping) else {f"bag {i}": one for i, one in enumerate(features)}
     if not bags:
-        raise ConfigError("no bag of features; give one for each slide")
+        raise ConfigError("no features; give a bag for each slide")
     for name, parts in (("places", places or {}), ("annotated", annotated or {}), *(regions or {}).items()):
         _check_bags(name, parts, bags)
     width = next(iter(bags.values())).shape[-1]

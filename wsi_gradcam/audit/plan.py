@@ -113,7 +113,7 @@ def check_questions(names: Sequence[str], unit: Unit | None = None) -> None:
     for name in names:
         if name not in known:
             what = "" if unit is None else {"patch": " of patches", "slide": " of slide-level models"}[unit]
-            raise ConfigError(f"{name!r} is no question of the audit{what}; expected some of {', '.join(known)}")
+            raise ConfigError(f"{name!r} is not a question of the audit{what}; expected some of {', '.join(known)}")
 
 
 def asked_questions(only: Sequence[str], unit: Unit) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def audit_run(
         workers: as for `explain`.
         scheduler: as for `explain`.
         wait_for_workers: as for `explain`.
-        overwrite: measure all anew, also where an audit with other settings stands.
+        overwrite: measure all again, also where an audit with other settings stands.
         trust_code: as for `explain`; also where `out` itself names a model whose loading runs code.
         remote_slides: ask other machines for slides that the results name by URLs, see `open_result`.
         listener: is told what happens.
@@ -208,7 +208,7 @@ def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None)
     else:
         samples = (draw_slides if run.unit == "slide" else draw_sample)(run.candidates, settings)
     if not samples:
-        raise ResultError(f"{run.result.out}: no patch could be read when it was explained, so nothing can be audited")
+        raise ResultError(f"{run.result.out}: no patch could be read by explain, so nothing can be audited")
     return AuditScope(
         run_digest=run.result.record.run_digest,
         settings=settings,

@@ -107,7 +107,7 @@ def _fastest(
         del program
     if best is None:
         reasons = "; ".join(f"{t.engine} {t.precision}: {t.remark}" for t in trials[1:])
-        raise EngineError(f"no program for --engine {engine} --precision {precision}: {reasons}")
+        raise EngineError(f"no engine for --engine {engine} --precision {precision}: {reasons}")
     chosen, made = best
     if made is None:
         release_freed_memory()
@@ -120,7 +120,7 @@ def reuse_choice(
 ) -> Program | None:
     """Return the program of an earlier choice; None if it fails here, or does not keep the maps of `images`.
 
-    A precision below float32 is compared anew, because how much it changes depends on the slides.
+    A precision below float32 is compared again, because how much it changes depends on the slides.
     """
     try:
         program = make_program(module, layers, choice.engine, choice.precision, images[:batch_size])
@@ -202,7 +202,7 @@ class _Cut:
             module, layers, images = self._arguments
             try:
                 if len(layers) > 1:
-                    raise EngineError("several layers are explained by eager float32 alone")
+                    raise EngineError("several layers can only be explained with eager float32")
                 self._made = cut_at(module, layers[0].name, images)
             except EngineError as error:
                 self._made = error
@@ -230,7 +230,7 @@ def _split_program(
 def _self_test(engine: str, found: Tensor, expected: Tensor) -> None:
     off = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not off <= TOLERANCE:  # also for NaN
-        raise EngineError(f"engine {engine} gives other outputs than the model, by {off:.2g} of the largest")
+        raise EngineError(f"engine {engine} gives outputs that differ from the model's by {off:.2g} of the largest")
 
 
 def _candidates(engine: str, precision: str, device: torch.device) -> Iterator[tuple[str, str]]:

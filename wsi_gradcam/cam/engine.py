@@ -314,7 +314,7 @@ def gradients(logits: Tensor, scores: Sequence[Score], values: Sequence[Tensor])
         singles = [score(logits).sum() for score in some]
         if not all(single.requires_grad for single in singles):
             raise TargetError(
-                "a target does not depend on the logits it is given, or hides how: use torch functions alone"
+                "a target does not depend on the logits it is given, or in a hidden way: use only torch functions"
             )
         sums = torch.stack(singles)
         for found in _gradients_batched(sums, values) or _gradients_in_turn(sums, values):
@@ -344,7 +344,7 @@ def _or_zeros(gradient: Tensor | None, value: Tensor) -> Tensor:
 
 def _finer(target: AnyTarget, logits: Tensor) -> Score:
     if not isinstance(target, Target) or not target.is_class:
-        raise TargetError("finercam compares a class with those most like it: give a class as the target")
+        raise TargetError("finercam compares a class with the most similar ones: give a class as the target")
     return finer_score(logits, classes_of(target, logits))
 
 

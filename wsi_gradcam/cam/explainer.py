@@ -174,7 +174,7 @@ def _chosen(
 
 
 def prepare_program(model: Model, facts: ModelFacts, batch_size: int | None = None) -> Program:
-    """Return the program that `examine` chose, made anew in another process, for other batches if need be.
+    """Return the program that `examine` chose, made again in another process, for other batches if need be.
 
     Raises:
         EngineError: this machine cannot run it.
@@ -231,7 +231,7 @@ def _check_finite(model: Model, images: Tensor) -> None:
     with evaluating(model.module), torch.no_grad():
         output = model.module(images)
     if not torch.isfinite(output).all():
-        raise ModelError(f"{model.name}: gives NaN or infinite values for pictures of noise; check its weights")
+        raise ModelError(f"{model.name}: gives NaN or infinite values for images of noise; check its weights")
 
 
 def check_methods(name: str, program: Program, methods: Sequence[str], images: Tensor) -> None:
@@ -248,7 +248,7 @@ def check_methods(name: str, program: Program, methods: Sequence[str], images: T
     for method in [m for m in methods if METHOD_INFO[m].asks == "gradient" or m == "guided_backprop"]:
         cams = explain_batch(program, images, [Target(PREDICTED)], [method]).cams[method]
         if not torch.isfinite(cams).all():
-            raise LayerError(f"{name}: {method} gives NaN or infinite values for pictures of noise")
+            raise LayerError(f"{name}: {method} gives NaN or infinite values for images of noise")
     if "cam" in methods:
         _check_linear(name, program, images)
     if "hirescam" in methods:
@@ -459,7 +459,7 @@ class Explainer:
                 begun.append(explained)
                 done += len(part)
         if self.at_once < wanted:
-            LOG.info("out of memory with %d patches at once; from now on they are %d at most", wanted, self.at_once)
+            LOG.info("out of memory with %d patches at once; from now on at most %d are used", wanted, self.at_once)
         return begun
 
     def _begun(

@@ -193,7 +193,7 @@ def _depends(output: Tensor, activation: Tensor, layout: Layout, layer: str) -> 
     try:
         (gradient,) = torch.autograd.grad(output.sum(), activation, allow_unused=True)
     except RuntimeError as error:  # the model overwrites in place what a backward pass needs
-        raise LayerError(f"the model cannot be differentiated behind layer {layer!r}: {one_line(error)}") from error
+        raise LayerError(f"the model cannot be differentiated after layer {layer!r}: {one_line(error)}") from error
     # Behind a transformer's last attention only the class token is read: the map's gradient is zero throughout.
     return gradient is not None and (layout.axes != "bnk" or bool(layout.to_map(gradient).any()))
 

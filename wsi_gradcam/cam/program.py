@@ -166,12 +166,12 @@ def cut_at(module: nn.Module, layer: str, images: Tensor) -> tuple[fx.GraphModul
         with evaluating(module):
             graph = trace_operators(module, images)
     except (ValueError, LayerError) as error:  # ModelError is a ValueError
-        raise EngineError(f"the model cannot be cut at layer {layer!r}: {error}") from error
+        raise EngineError(f"the model cannot be split at layer {layer!r}: {error}") from error
     finally:
         handle.remove()
     marks = [node for node in graph.graph.nodes if node.target is torch.ops.wsi_gradcam.cut.default]
     if len(marks) != 1:
-        raise EngineError(f"the model cannot be cut at layer {layer!r}: it runs {len(marks)} times")
+        raise EngineError(f"the model cannot be split at layer {layer!r}: it runs {len(marks)} times")
     (cut,) = marks
     source = cut.args[0]
     trunk, head = split(graph, cut)

@@ -181,7 +181,7 @@ def load_function(path: str, digest: str = "") -> Callable[[Tensor], Tensor]:
         TargetError: there is none, or its file is not the one with `digest`.
     """
     if digest and function_digest(path) != digest:
-        raise TargetError(f"target {path}: another file than the one the run began with; make it the same everywhere")
+        raise TargetError(f"target {path}: not the file that the run was started with; use the same file everywhere")
     module, _, name = path.partition(":")
     with searching([Path.cwd()]):
         try:
@@ -204,7 +204,7 @@ def function_digest(path: str) -> str:
     with searching([Path.cwd()]):
         file = module_file(path.partition(":")[0])
     if file is None or not Path(file).is_file():
-        raise TargetError(f"target {path!r}: neither a class of the model nor a module that can be found here")
+        raise TargetError(f"target {path!r}: neither a class of the model nor a module that can be found")
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 

@@ -129,7 +129,9 @@ def make_trunk(graph: fx.GraphModule, engine: str, precision: str, images: Tenso
     """
     makers = {"eager": _eager, "compile": _compiled, "cudagraphs": _recorded, "openvino": _openvino}
     if precision == "tf32" and images.device.type != "cuda":
-        raise EngineError(f"precision tf32 is one of NVIDIA's GPUs, and the model runs on {images.device}; use float32")
+        raise EngineError(
+            f"precision tf32 exists only on NVIDIA GPUs, but the model runs on {images.device}; use float32"
+        )
     try:
         trunk = makers[engine](graph, precision, images)
         trunk(images)
@@ -265,7 +267,7 @@ def _recorded(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     """Return the trunk as CUDA replays it: its hundreds of kernels are launched at once, not by Python one by one."""
     if images.device.type != "cuda":
         raise EngineError(
-            f"engine cudagraphs replays kernels of NVIDIA's GPUs, and the model runs on {images.device}; use eager"
+            f"engine cudagraphs works only on NVIDIA GPUs, but the model runs on {images.device}; use eager"
         )
     if fixed_batch(graph) not in (None, len(images)):
         raise EngineError("engine cudagraphs cannot record this model for batches of that size; use eager")

@@ -147,7 +147,7 @@ class Streams:
             return status
         if isinstance(self.failed, BrokenPipeError):
             return status or PIPE_CLOSED
-        say(f"error: standard output cannot be written: {self.failed.strerror}; give it another place", error=True)
+        say(f"error: cannot write to standard output: {self.failed.strerror}; redirect it elsewhere", error=True)
         return status or NOT_WRITTEN
 
 

@@ -86,7 +86,7 @@ def _print_failures(outcome: Outcome) -> None:
     if len(outcome.failed) > MAX_SLIDES:
         say(f"  all of them are in {outcome.out / 'slides.csv'}", error=True)
     if before := sum(record.skipped and record.lasting for record in outcome.failed):
-        say(f"  {before} of them failed before and were not tried again; --retry-failed does", error=True)
+        say(f"  {before} of them failed before and were not tried again; use --retry-failed to do so", error=True)
 
 
 def print_preview(found: Preview, as_json: bool) -> None:
@@ -109,7 +109,7 @@ def print_preview(found: Preview, as_json: bool) -> None:
     )
     pace = found.pace
     say(
-        f"about {format_duration(pace.seconds)} for the {pace.patches:,} patches that are left, at "
+        f"about {format_duration(pace.seconds)} for the {pace.patches:,} remaining patches, at "
         f"{pace.patches_per_s:.3g} patches/s: {pace.basis}"
     )
     for remark in found.remarks:
@@ -256,7 +256,7 @@ def _areas(slide: Slide) -> str:
     if slide.info.mpp is None:
         return "not measured: the mpp is not known"
     if smallest.height * smallest.width > MOST_LOOKED_AT_PX:
-        return "not measured, for want of a small level; --mask-out measures it"
+        return "not measured, because there is no small level; --mask-out measures it"
     try:
         shares = slide_masks(slide).shares()
     except SlideError as error:

@@ -186,6 +186,6 @@ def _decode_words(choice: Choice) -> str:
     """Return how tiles are decoded, where that was asked for."""
     trial = choice.decode_trial
     if trial is None:
-        return "" if choice.decode == EXACT else "; tiles are made smaller while they are decoded"
+        return "" if choice.decode == EXACT else "; tiles are reduced while they are decoded"
     why = trial.remark or f"maps correlate to {trial.pearson:.4f} at least"
     return f"; decoding {choice.decode} ({why})"

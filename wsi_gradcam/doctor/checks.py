@@ -116,7 +116,7 @@ def _required(name: str) -> SpecifierSet:
 def _cpu() -> Iterator[Check]:
     import torch
 
-    able = ", ".join(low_precision()) or "no bfloat16 or AMX: --precision bfloat16 brings nothing"
+    able = ", ".join(low_precision()) or "no bfloat16 or AMX: --precision bfloat16 is no faster"
     found = f"{cores()} cores, torch uses {torch.get_num_threads()} threads, {able}"
     if torch.get_num_threads() > cores():
         yield Check("CPU", WARN, found, f"more threads than cores are slow: --torch-threads {cores()}")
@@ -133,7 +133,7 @@ def _gpu() -> Iterator[Check]:
         yield Check("GPU", OK, f"{name}{memory}, bfloat16: {'yes' if bfloat16 else 'no'}")
     if not found and NVIDIA.exists():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        mend = "install a torch that fits the driver, or see that the job was given a GPU (CUDA_VISIBLE_DEVICES)"
+        mend = "install a torch that fits the driver, or make sure that the job has a GPU (CUDA_VISIBLE_DEVICES)"
         yield Check("GPU", WARN, f"an NVIDIA driver, but no GPU for torch; {built}. {remarks}".rstrip(". "), mend)
     elif not found:
         yield Check("GPU", OK, "none; the model runs on the CPU")
@@ -211,7 +211,7 @@ def _choices() -> Iterator[Check]:
         write_atomic(probe, b"")
         probe.unlink()
     except OSError as error:
-        mend = "set XDG_CACHE_HOME to a folder that can be written, else --engine auto may choose anew in each run"
+        mend = "set XDG_CACHE_HOME to a writable folder, otherwise --engine auto may choose differently in each run"
         yield Check("engine choices", WARN, one_line(error), mend)
     else:
         yield Check("engine choices", OK, str(folder))
@@ -282,7 +282,7 @@ def _array(folder: StoragePath) -> Check:
     )
     store.write_span(0, span)
     if PatchStore(folder / "cams.zarr").read_span(0, 4).digest() != span.digest():
-        return Check("OUT: arrays", FAIL, "what was read is not what was written", "choose another --out")
+        return Check("OUT: arrays", FAIL, "the data read differ from the data written", "choose another --out")
     return Check("OUT: arrays", OK, "written and read back")
 
 
@@ -293,9 +293,9 @@ def _claims(folder: StoragePath) -> Check:
     _, version = file.read_versioned()
     seen += [file.replace(b"three", version), file.replace(b"four", version)]
     if (seen, file.read()) == ([True, False, True, False], b"three"):
-        return Check("OUT: claims", OK, "a file is made once, and changed only by who knows it")
-    mend = "choose another --out, for object stores one that knows If-None-Match and If-Match"
-    return Check("OUT: claims", FAIL, "what another process has written would be written over", mend)
+        return Check("OUT: claims", OK, "a file is created only once, and changed only with its current version")
+    mend = "choose another --out, for an object store, one that supports If-None-Match and If-Match"
+    return Check("OUT: claims", FAIL, "the output of another process would be overwritten", mend)
 
 
 def _rename(folder: Path) -> Check:
@@ -315,7 +315,7 @@ def _rename(folder: Path) -> Check:
 
 def _locks(folder: Path) -> Check:
     """Check that a locked file (flock) cannot be locked a second time."""
-    mend = "never have two runs on this --out at a time: their rows of slides.csv could be lost"
+    mend = "never start two runs on this --out at once: rows of slides.csv could be lost"
     try:
         import fcntl
 
@@ -339,7 +339,7 @@ def _space(folder: Path) -> Check:
         found += f", {stats.f_favail:,} more files" if stats.f_files else ""
         few = bool(stats.f_files) and stats.f_favail < MIN_FILES
     if free < MIN_FREE or few:
-        return Check("OUT: space", WARN, found, "'wsi-gradcam explain --dry-run' prints what a run will take")
+        return Check("OUT: space", WARN, found, "'wsi-gradcam explain --dry-run' prints what a run will need")
     return Check("OUT: space", OK, found)
 
 
@@ -395,7 +395,7 @@ def _resources(info: dict[str, Any]) -> Iterator[Check]:
     found = f"{len(info)} workers, {sum(threads)} threads, {memory}, resource GPU on {sum(map(bool, gpus))}"
     yield Check("workers", OK, found)
     if min(threads) < 2:
-        mend = "start workers with --nthreads 2: one thread has patches read while the model works for the other"
+        mend = "start workers with --nthreads 2, so that one thread reads patches while the model works for the other"
         yield Check("workers", WARN, "some have one thread only", mend)
     small = {address: f"{limit / GIB:.1f} GiB" for address, limit in limits.items() if limit < MIN_MEMORY}
     if small:
@@ -418,12 +418,14 @@ def _versions(workers: Workers) -> Check:
 
 def _gpus(info: dict[str, Any], workers: Workers) -> Check:
     bare = {
-        address: "has resource GPU, and torch finds none"
+        address: "has resource GPU, but torch finds none"
         for address, worker in workers.items()
         if info[address]["resources"].get("GPU") and not worker["devices"]
     }
     if bare:
-        return _problem("workers' GPUs", WARN, bare, "see that jobs ask for a GPU, and that torch there knows CUDA")
+        return _problem(
+            "workers' GPUs", WARN, bare, "make sure that jobs request a GPU, and that torch there supports CUDA"
+        )
     devices = sorted({device for worker in workers.values() for device in worker["devices"]})
     return Check("workers' GPUs", OK, ", ".join(devices) or "none; the model runs on CPUs")
 
@@ -437,7 +439,8 @@ def _model(workers: Workers, name: str) -> Check:
 
 def _shared(out: StoragePath, workers: Workers, written: int) -> Check:
     """Check that each worker has read what this process wrote in `out`, and this process sees what each wrote."""
-    mend = f"{out.absolute()} must be a shared folder, at the same path on every worker, or a bucket, for all to write"
+    mend = f"{out.absolute()} must be a shared folder, at the same path on every worker, or a bucket, that all can "
+    "write to"
     blind = {address: worker["out"] for address, worker in workers.items() if worker["out"]}
     if blind:
         return _problem("workers' OUT", FAIL, blind, mend)

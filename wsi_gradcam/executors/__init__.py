@@ -26,7 +26,7 @@ def check_workers(workers: int | None, scheduler: str | None) -> None:
     if workers is not None and scheduler is not None:
         raise ConfigError("workers and scheduler are both given; give one of them")
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}, expected 1 or more; leave it out to work in this process")
+        raise ConfigError(f"workers is {workers}, expected 1 or more; omit it to work in this process")
 
 
 @contextmanager

@@ -257,7 +257,7 @@ def _mask(path: Path, row: Row, where: str) -> str:
     if not os.path.isfile(file) and (others := alike(path.parent, str(_expanded(name)))):  # noqa: PTH113
         file = str(others[0].absolute())
     if not os.path.isfile(file):  # noqa: PTH113
-        raise ConfigError(f"{where}: mask {file} is no file; paths start at the list's own folder")
+        raise ConfigError(f"{where}: mask {file} is not a file; paths are relative to the list's folder")
     return file
 
 
@@ -271,7 +271,7 @@ def _mpp(row: Row, where: str) -> Mpp:
         try:
             value = float(text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text)
         except ValueError as error:
-            raise ConfigError(f"{where}: mpp {text!r} is no number; give both mpp_y and mpp_x, or mpp") from error
+            raise ConfigError(f"{where}: mpp {text!r} is not a number; give both mpp_y and mpp_x, or mpp") from error
         if problem := check_mpp(value, "mpp"):
             raise ConfigError(f"{where}: {problem}")
         values.append(value)

@@ -36,8 +36,8 @@ LOCKING = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in ("O_CLOE
 
 _MENDS = {
     errno.ELOOP: "a link is in the place of a file of ours; delete it",
-    errno.ENOSPC: "the disk is full; free space and run the same command again, nothing finished is lost",
-    errno.EDQUOT: "the disk quota is used up; free space and run the same command again, nothing finished is lost",
+    errno.ENOSPC: "the disk is full; free space and run the same command again; nothing finished is lost",
+    errno.EDQUOT: "the disk quota is used up; free space and run the same command again; nothing finished is lost",
     errno.EROFS: "the file system is read-only; choose another --out",
     errno.EACCES: "no permission to write there; choose another --out or change the permissions",
     errno.EPERM: "no permission to write there; choose another --out or change the permissions",

@@ -110,7 +110,7 @@ def store_error(path: object, error: Exception, action: str) -> OSError:
         Failure.ACCESS_DENIED: f"access was refused ({short_message(error)}); {CREDENTIALS_HINT}, and let them read, "
         "write, list and delete there",
         Failure.NO_CREDENTIALS: f"there are no credentials; {CREDENTIALS_HINT}",
-        Failure.REDIRECTED: f"it lies elsewhere ({short_message(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
+        Failure.REDIRECTED: f"it is elsewhere ({short_message(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
         Failure.REJECTED: f"the store refuses that ({short_message(error)}); check --out and the store's settings",
     }
     other = (

@@ -140,7 +140,7 @@ class S3Path(StoragePath):
             result = store.get(self.key)
             version = result.meta["e_tag"]
             if version is None:
-                raise StoreError(f"{self}: the store tells no ETag, which runs need; choose another --out")
+                raise StoreError(f"{self}: the store returns no ETag, which runs need; choose another --out")
             return bytes(result.bytes()), version
 
         return self._retry(read)

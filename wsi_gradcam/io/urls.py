@@ -160,7 +160,7 @@ def refusal(url: str) -> str:
     """
     (scheme, place, _), host = split_url(url), host_of_url(url)
     if scheme in WEB_SCHEMES and NO_HOST.search(place):
-        return f"{place.rpartition('@')[2][:100]!r} is no name of a host; correct the URL"
+        return f"{place.rpartition('@')[2][:100]!r} is not the name of a host; correct the URL"
     if _matches(scheme, host):
         return ""
     if patterns := allowed_hosts():
@@ -312,7 +312,7 @@ def _follow(url: str, wait_s: float) -> tuple[list[str], int | None]:
             following = following.replace(place, f"{user}@{place}", 1)
         chain.append(following)
         if split_url(following)[0] not in WEB_SCHEMES or not host_of_url(following):
-            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}which is no web address; give another URL")
+            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}which is not a web address; give another URL")
         if (split_url(chain[-2])[0], split_url(following)[0]) == ("https", "http"):
             raise RouteError(f"{redact_url(url)}: {_redirected(chain)}without encryption; give the final URL")
         if len(chain) > MAX_REDIRECTS:

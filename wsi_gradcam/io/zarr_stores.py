@@ -83,7 +83,7 @@ SLIDES = Rules(
     ("zstd", "gzip", "blosc", "zlib", "lz4", "bz2", "lzma"),
     1 << 27,
     1 << 16,
-    "convert the image anew, in chunks of about 512 x 512 px packed by Zstandard, Blosc or gzip",
+    "convert the image again, in chunks of about 512 x 512 px packed by Zstandard, Blosc or gzip",
 )
 # Of a group of ours, by paths below it; zarr's own half-written files end as ours do.
 ZARR_CONTENTS = re.compile(r"([^/]+/)*(zarr\.json|c(/[0-9]+)*|[^/]+\.[0-9a-f]{32}\.partial)")

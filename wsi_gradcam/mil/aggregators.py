@@ -271,7 +271,7 @@ def network_of(kind: str, part: AggregatorSpec, path: Path) -> tuple[Aggregator,
         raise max(failed, key=lambda each: each[0])[1]
     if len({_weights_digest(network) for _, network, _ in made}) > 1:
         raise ModelError(
-            f"{path}: holds several weights that fit, {' and '.join(p for p, _, _ in made[:2])}; save one alone"
+            f"{path}: has several sets of weights that fit, {' and '.join(p for p, _, _ in made[:2])}; save only one"
         )
     place, network, notes = made[0]
     return network, (*((f"the weights are {place!r} of {path.name}",) if place else ()), *notes)
@@ -285,7 +285,7 @@ def _layers(where: str, state: Mapping[str, Tensor], parts: Sequence[tuple[str, 
     """
     count = sum(tensor.numel() for tensor in state.values())
     if count > MAX_NUMBERS or len(state) > MAX_TENSORS:
-        raise ModelError(f"{where}: claims {count:,} numbers in {len(state):,} tensors, which no aggregator has")
+        raise ModelError(f"{where}: claims {count:,} numbers in {len(state):,} tensors, more than any aggregator has")
     named = {_plain(name): (name, tensor) for name, tensor in state.items()}
     shared = Counter(".".join(name.split(".")[:k]) + "." * (k > 0) for name in named for k in range(MAX_PREFIX))
     prefixes = [prefix for prefix, _ in shared.most_common(MAX_PREFIXES)]
@@ -337,7 +337,7 @@ def _ordered(
         found = next(match for pattern in patterns if (match := re.fullmatch(pattern, stem)))
         number = next((int(group) for group in found.groups() if group), 0)
         if "weight" not in tensors or not all(tensor.is_floating_point() for tensor in tensors.values()):
-            raise ModelError(f"{where}: {printable(stem)} has no weights that are real numbers")
+            raise ModelError(f"{where}: {printable(stem)} has no real-valued weights")
         bias = tensors["bias"].float() if "bias" in tensors else None
         layers.append((number, stem, tensors["weight"].float(), bias))
     return sorted(layers, key=lambda layer: layer[0])
@@ -469,8 +469,8 @@ def _nystrom(layers: Layers, part: AggregatorSpec, number: int, width: int) -> N
         conv = convolution(kernel, None)
     if heads is None or inner % heads:
         raise ModelError(
-            f"{layers.where}: {name} tells {inner} numbers for all heads of attention, but not how many heads; add "
-            "'heads: 8' (or another divisor) to 'aggregator:'"
+            f"{layers.where}: {name} shows {inner} numbers for all heads of attention, but not the number of heads; "
+            "add 'heads: 8' (or another divisor) to 'aggregator:'"
         )
     return NystromAttention(linear(weight, None), linear(out, out_bias), conv, heads, part.landmarks or width // 2)
 

@@ -127,7 +127,7 @@ def check_methods(aggregator: Aggregator, methods: Sequence[str]) -> None:
             near = did_you_mean(method, METHODS)
             raise ConfigError(f"bag method {method!r}: expected {', '.join(METHODS)}{near and f'; {near}'}")
     if "attention" in methods and aggregator.attention_is is None:
-        raise ConfigError("attention: this aggregator is a program, of which no attention is known; leave it out")
+        raise ConfigError("attention: this aggregator is custom code, whose attention is not known; leave it out")
     if "lrp" in methods and isinstance(aggregator, Opaque):
         raise ConfigError("lrp: its rules are known for abmil, clam, dsmil and transmil; use integrated_gradients")
     if "shapley" in methods and (not isinstance(aggregator, Pooled) or aggregator.summands() is None):
@@ -172,7 +172,7 @@ class _Bag:
         block = self.tensor(self.features[start:stop])
         if not bool(torch.isfinite(block).all()):
             row = start + int((~torch.isfinite(block)).any(dim=1).nonzero()[0])
-            raise ModelError(f"the feature vector of patch {row} has values that are no finite numbers; encode it anew")
+            raise ModelError(f"the feature vector of patch {row} has values that are not finite; encode it again")
         return block
 
     def keep(self, method: str, start: int, factors: Tensor, coefficients: Tensor) -> None:
@@ -438,7 +438,7 @@ class _PooledBag(_Bag):
         return left
 
     def _remove_critical(self, whole: _Point) -> None:
-        """Answer anew without each critical patch: others take its place, and all scores change."""
+        """Answer again without each critical patch: others take its place, and all scores change."""
         for row in sorted(set(whole.chosen.tolist())):
             lost = np.full((1, len(self.targets)), np.nan)
             if len(self.features) > 1:

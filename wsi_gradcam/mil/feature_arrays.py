@@ -63,7 +63,7 @@ class FeatureRows:
         if count > MAX_PATCHES or not 1 <= dimensions <= MAX_DIMENSIONS:
             raise FeatureError(
                 f"{path}: features of {count:,} x {dimensions:,}, expected up to {MAX_PATCHES:,} patches x "
-                f"{MAX_DIMENSIONS:,} numbers; they are damaged, or no features"
+                f"{MAX_DIMENSIONS:,} numbers; they are damaged, or not features"
             )
         self.shape = shape
         self.dtype = np.dtype(np.float16) if dtype.itemsize == 2 and dtype.kind == "f" else np.dtype(np.float32)
@@ -96,12 +96,14 @@ class FeatureRows:
             with np.errstate(over="ignore"):  # of float64: infinite, and so told below
                 block = np.asarray(self._read(start, stop)).astype(self.dtype, copy=False)
         except (OSError, RuntimeError, ValueError) as error:
-            raise FeatureError(f"{self._path}: features cannot be read: {one_line(error)}; make them anew") from error
+            raise FeatureError(
+                f"{self._path}: features cannot be read: {one_line(error)}; create them again"
+            ) from error
         if block.shape != (stop - start, self.shape[1]):
-            raise FeatureError(f"{self._path}: the file is cut short at patch {start:,}; make the features anew")
+            raise FeatureError(f"{self._path}: the file is truncated at patch {start:,}; create the features again")
         if not (fine := np.isfinite(block).all(axis=1)).all():
             bad = start + int(np.argmin(fine))
-            raise FeatureError(f"{self._path}: features of patch {bad:,} are not finite; make them anew")
+            raise FeatureError(f"{self._path}: features of patch {bad:,} are not finite; create them again")
         return block
 
 
@@ -121,7 +123,7 @@ class FeatureFolder:
 
     def __init__(self, place: str | os.PathLike[str], ids: Collection[str] = ()) -> None:
         if is_url(os.fspath(place)):
-            raise FeatureError(f"{redact_url(os.fspath(place))}: features are read from a disk; copy them there")
+            raise FeatureError(f"{redact_url(os.fspath(place))}: features are read from a local disk; copy them there")
         self.place = Path(place)
         if not self.place.exists():
             raise FeatureError(f"{self.place}: no such folder of features; check the path")
@@ -166,7 +168,7 @@ def _files(folder: Path) -> Iterator[Path]:
             if name.lower().endswith(ENDINGS) and not name.startswith("."):
                 if (count := count + 1) > MAX_FILES:
                     raise FeatureError(
-                        f"{folder}: more than {MAX_FILES:,} files; give the folder of the features alone"
+                        f"{folder}: more than {MAX_FILES:,} files; give the folder that contains only the features"
                     )
                 yield Path(place, name)
 
@@ -192,9 +194,7 @@ def h5_node(path: Path, group: Any, name: str) -> Any:
     import h5py
 
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise FeatureError(
-            f"{path}: {quoted(name)} is a link to elsewhere, which is not followed; copy it into the file"
-        )
+        raise FeatureError(f"{path}: {quoted(name)} is an external link, which is not followed; copy it into the file")
     return group[name]
 
 
@@ -204,7 +204,7 @@ def h5_dataset(path: Path, dataset: Any) -> Any:
     if dataset.dtype.kind not in "fiu":
         raise FeatureError(f"{path}: {name} holds {dataset.dtype}, expected numbers")
     if dataset.is_virtual or dataset.external:
-        raise FeatureError(f"{path}: {name} is kept in other files, which are not read; copy it into this one")
+        raise FeatureError(f"{path}: {name} is stored in other files, which are not read; copy it into this one")
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
     if unknown := set(filters) - FILTERS:
@@ -218,7 +218,7 @@ def h5_dataset(path: Path, dataset: Any) -> Any:
         expected = math.prod(-(-side // chunk) for side, chunk in zip(dataset.shape, dataset.chunks, strict=True))
         stored = dataset.id.get_num_chunks() >= expected
     if not stored:
-        raise FeatureError(f"{path}: {name} says {dataset.shape}, but not all of it was ever written; make it anew")
+        raise FeatureError(f"{path}: {name} says {dataset.shape}, but was not written completely; create it again")
     return dataset
 
 
@@ -313,28 +313,30 @@ def torch_rows(path: Path) -> FeatureRows:
     from wsi_gradcam.models.sources import saved_problem
 
     if not zipfile.is_zipfile(path):
-        raise FeatureError(
-            f"{path}: a pickle of PyTorch before 1.6, or none; write it anew by torch.save of the tensor"
-        )
+        raise FeatureError(f"{path}: not a file of PyTorch 1.6 or later; write it again with torch.save of the tensor")
     if problem := saved_problem(path, MAX_TENSOR_PICKLE):
-        raise FeatureError(f"{path}: {problem}; write it anew by torch.save of the tensor")
+        raise FeatureError(f"{path}: {problem}; write it again with torch.save of the tensor")
     with open_zip(path) as archive:
         if damaged := archive.testzip():
-            raise FeatureError(f"{path}: the checksum of {quoted(damaged)} in it is wrong; it is damaged, make it anew")
+            raise FeatureError(
+                f"{path}: the checksum of {quoted(damaged)} in it is wrong; it is damaged, create it again"
+            )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
         raise FeatureError(
-            f"{path}: no plain tensor ({type(error).__name__}); write it anew by torch.save of the tensor"
+            f"{path}: no plain tensor ({type(error).__name__}); write it again with torch.save of the tensor"
         ) from error
     tensor = (
         next((found[key] for key in ("features", "feats") if key in found), None) if isinstance(found, dict) else found
     )
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
-        raise FeatureError(f"{path}: holds no tensor of floating point numbers; expected features [N, D]")
+        raise FeatureError(f"{path}: has no tensor of floating point numbers; expected features [N, D]")
     shape, axis = _two_axes(path, tuple(tensor.shape))
     if not tensor.is_contiguous() or tensor.numel() * tensor.element_size() > path.stat().st_size:
-        raise FeatureError(f"{path}: claims {shape[0]:,} x {shape[1]:,} numbers, which it does not hold; make it anew")
+        raise FeatureError(
+            f"{path}: claims {shape[0]:,} x {shape[1]:,} numbers, which it does not contain; create it again"
+        )
     rows = tensor if axis is None else tensor.squeeze(axis)
     half = tensor.dtype == torch.float16
 
@@ -356,7 +358,8 @@ def _member(
     info = archive.getinfo(f"{name}.npy")
     if info.file_size > MAX_UNPACKED and info.file_size > MOST_PACKED * info.compress_size:
         raise FeatureError(
-            f"{path}: {name} is {info.file_size:,} bytes in {info.compress_size:,}, which no features are; make it anew"
+            f"{path}: {name} is {info.file_size:,} bytes in {info.compress_size:,}, which is not plausible for "
+            "features; create it again"
         )
     with archive.open(info) as stream:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -367,7 +370,7 @@ def _member(
         if dtype.kind not in "fiu" or (by_columns and len(shape) > 1):
             raise FeatureError(f"{path}: {name} holds {quoted(str(dtype))}, expected plain numbers, row by row")
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > info.file_size:
-            raise FeatureError(f"{path}: {name} claims {shape}, which the file does not hold; make it anew")
+            raise FeatureError(f"{path}: {name} claims {shape}, which the file does not contain; create it again")
         yield stream, shape, dtype
 
 
@@ -399,7 +402,7 @@ def numpy_rows(path: Path, archive: zipfile.ZipFile, opened: ExitStack) -> Featu
             left -= len(data)
         stream.read(1)  # at the end the checksum is compared
     if left:
-        raise FeatureError(f"{path}: features are cut short; make them anew")
+        raise FeatureError(f"{path}: the features are truncated; create them again")
     file.flush()
     rows: NDArray[Any] = np.memmap(file, dtype, "r", shape=shape) if size else np.zeros(shape, dtype)
     return FeatureRows(path, shape, dtype, lambda start, stop: rows[start:stop], file.close)

@@ -167,11 +167,13 @@ def _with_coordinates(chosen: _Part, parts: Sequence[_Part]) -> _Part:
     fitting = [part for part in placed if part.coordinates is not None and len(part.coordinates) == count]
     if not fitting or (placed[0].path == chosen.path and placed[0] is not fitting[0]):
         rows = len(placed[0].coordinates) if placed[0].coordinates is not None else 0
-        raise FeatureError(f"{placed[0].path}: {rows:,} coordinates for {count:,} feature vectors; make them anew")
+        raise FeatureError(f"{placed[0].path}: {rows:,} coordinates for {count:,} feature vectors; create them again")
     first = fitting[0]
     same = [part for part in fitting if np.array_equal(_numbers(part), _numbers(first))]
     if len(same) < len(fitting) and first.path != chosen.path:
-        raise FeatureError(f"{chosen.path}: {len(fitting)} files say where its patches lie, each otherwise; leave one")
+        raise FeatureError(
+            f"{chosen.path}: {len(fitting)} files contradict each other about the positions of its patches; keep one"
+        )
     telling = next((part for part in same if part.claims.sides), first)
     return first if first.claims.sides else replace(telling, coordinates=first.coordinates)
 
@@ -204,7 +206,7 @@ def _look(path: Path, slide: SlideFrame, settled: Settled, opened: ExitStack) ->
     except Exception as error:  # damaged files raise struct, index, unicode, zlib and many other errors
         if is_out_of_memory(error):
             raise
-        raise FeatureError(f"{path}: cannot be read: {one_line(error)}; is it damaged? make it anew") from error
+        raise FeatureError(f"{path}: cannot be read: {one_line(error)}; is it damaged? create it again") from error
     yield from parts
 
 
@@ -458,7 +460,7 @@ def _one_side(boxes: NDArray[np.float64], format_name: str) -> float:
     sides = boxes[:, 2:]
     if len(sides) and np.abs(sides - sides[0, 0]).max() > 1:
         raise ConfigError(
-            f"{format_name}'s files hold squares of one size; these patches are not; export the other way"
+            f"{format_name}'s files only support square patches of one size, which these are not; use the other format"
         )
     return float(sides[0, 0]) if len(sides) else 0.0
 

@@ -172,7 +172,7 @@ def place_patches(
     """
     if not np.isfinite(coordinates).all():
         bad = int(np.argmin(np.isfinite(coordinates).all(axis=1)))
-        raise FeatureError(f"{path}: the coordinates of patch {bad:,} are not finite; make the features anew")
+        raise FeatureError(f"{path}: the coordinates of patch {bad:,} are not finite; create the features again")
     _check_known(path, coordinates, claims, settled)
     _check_slide(path, claims, slide, settled)
     notes: list[str] = []
@@ -193,7 +193,7 @@ def place_patches(
     if tissue is not None and settled.axes is None:
         check_on_tissue(path, boxes, slide.id, slide.shape, tissue)
     if repeated := len(boxes) - len(np.unique(boxes, axis=0)):
-        notes.append(f"{repeated:,} patches stand in it more than once")
+        notes.append(f"{repeated:,} patches occur in it more than once")
     return boxes, tuple(notes)
 
 
@@ -228,7 +228,7 @@ def _check_known(path: object, coordinates: NDArray[np.float64], claims: Claims,
     if missing:
         apart = next((f"; neighbours are {step:g} apart" for step in steps(coordinates) if step), "")
         raise FeatureError(
-            f"{path}: {claims.format} without {' and '.join(missing)}: nothing in the file says it{apart}; give "
+            f"{path}: {claims.format} without {' and '.join(missing)}: the file does not state this{apart}; give "
             f"{'these flags' if len(missing) > 1 else 'this flag'}"
         )
 
@@ -243,7 +243,7 @@ def _check_slide(path: object, claims: Claims, slide: SlideFrame, settled: Settl
         if settled.axes is None:
             raise FeatureError(
                 f"{path}: made of a slide of {stated} (width x height), but {slide.id} has {width} x {height}: the "
-                f"axes are swapped; say with {AXES} xy or yx how coordinates are to be read"
+                f"axes are swapped; use {AXES} xy or yx"
             )
         return
     raise FeatureError(
@@ -280,7 +280,7 @@ def _sides(
     scale = _scale(path, claims.side_unit or claims.unit or settled.unit, claims, slide, [])
     possible = [np.asarray(side, np.float64) / scale for side in claims.sides]
     if not all(np.isfinite(side).all() and (side > 0).all() for side in possible):
-        raise FeatureError(f"{path}: the size of its patches makes no sense; give their side with {PATCH_UM}")
+        raise FeatureError(f"{path}: the size of its patches is implausible; give their side with {PATCH_UM}")
     apart = steps(xy)
     if claims.overlap is None and _alike(possible):  # neighbours may be any length apart
         _note_gaps(possible[0], apart, notes)
@@ -339,9 +339,7 @@ def _times(step: float, expected: float) -> int:
 
 def _note_gaps(side: NDArray[np.float64], apart: Sequence[float | None], notes: list[str]) -> None:
     if (step := max(filter(None, apart), default=0.0)) > _width(side) + STEP_PX:
-        notes.append(
-            f"neighbours are {step:g} px apart and patches {_width(side):g} px wide: nothing covers what is between"
-        )
+        notes.append(f"neighbours are {step:g} px apart and patches {_width(side):g} px wide: nothing covers the gaps")
 
 
 def _note_magnification(
@@ -354,7 +352,7 @@ def _note_magnification(
     if abs(real / _width(side) - 1) > NOMINAL:
         notes.append(
             f"patches are {_width(side):g} level-0 px wide as it says; by the slide's pixel size they would be "
-            f"{real:.1f}, and too few are neighbours to tell; {PATCH_UM} settles it"
+            f"{real:.1f}, and there are too few neighbours to decide; {PATCH_UM} settles it"
         )
 
 
@@ -370,7 +368,7 @@ def _note_pixels(xy: NDArray[np.float64], claims: Claims, mpp: float, notes: lis
     whole = np.abs(xy - np.round(xy)) < NEARLY
     if len(xy) >= ENOUGH and tiles <= 2 and (whole.mean(axis=0) < 0.7 / tiles).any():
         notes.append(
-            f"its coordinates are no whole pixels of {mpp:g} um: they were made with another pixel size, or moved; "
+            f"its coordinates are not whole pixels of {mpp:g} um: they were made with another pixel size, or moved; "
             "compare the map with the slide, and give the size that they were made with by --mpp"
         )
 
@@ -391,9 +389,7 @@ def _check_inside(
     (y, x), (height, width) = boxes[bad, :2], slide.shape
     where = f"{path}: patch {bad:,} at x {x:g}, y {y:g} lies outside {slide.id} of {width} x {height} px"
     if settled.axes is None and not _outside(boxes[:, [1, 0, 3, 2]], slide.shape).any():
-        raise FeatureError(
-            f"{where}, and inside with x and y swapped; say with {AXES} xy or yx how they are to be read"
-        )
+        raise FeatureError(f"{where}, and inside with x and y swapped; use {AXES} xy or yx")
     raise FeatureError(
         f"{where}; give the slide that the features are of, or the unit of coordinates with {UNIT} px or um"
     )
@@ -433,6 +429,6 @@ def check_on_tissue(
     )
     if here < LEAST_TISSUE and there > here + MORE_TISSUE:
         raise FeatureError(
-            f"{path}: {here:.0%} of its patches lie on tissue of {name}, and {there:.0%} with x and y swapped; say "
-            f"with {AXES} xy or yx how they are to be read"
+            f"{path}: {here:.0%} of its patches lie on tissue of {name}, and {there:.0%} with x and y swapped; use "
+            f"{AXES} xy or yx"
         )

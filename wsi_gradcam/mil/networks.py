@@ -470,7 +470,7 @@ def opaque(module: nn.Module, source: str, feature_dim: int | None, output: str 
                 return candidate
             except Exception as error:  # the module's own code may raise anything
                 causes.append(one_line(error))
-    told = shortened(causes[0], 400) if causes else "it has no weights that tell the length of a feature vector"
+    told = shortened(causes[0], 400) if causes else "no weight shows the length of a feature vector"
     raise ModelError(
         f"{source} gives no logits for a bag of shape (patches, features): {told}; 'feature_dim:' in 'aggregator:' is "
         "the length of a feature vector"

@@ -223,7 +223,7 @@ def refuse_large_bag(count: int, needed: int, methods: Sequence[str], where: str
     if needed > there:
         raise BagSizeError(
             f"{where}a bag of {count:,} patches needs about {needed:,} bytes of memory at once with this aggregator, "
-            f"and {there:,} are free; aggregators that pool by attention (abmil, clam, dsmil) are worked in chunks"
+            f"and {there:,} are free; aggregators that pool by attention (abmil, clam, dsmil) work in chunks"
         )
     if "one_removed" in methods and count > MAX_REMOVED:
         raise BagSizeError(
@@ -254,7 +254,7 @@ def read_slide_model(model: str | Path) -> SlideModelSpec:
     if "aggregator" not in values:
         near = did_you_mean("aggregator", [str(key) for key in values])
         asked = near.replace("did you mean", "is it")
-        raise ModelError(f"{path}: no 'aggregator:', so this is no slide-level model{asked and f'; {asked}'}")
+        raise ModelError(f"{path}: no 'aggregator:', so this is not a slide-level model{asked and f'; {asked}'}")
     given = {**values, "aggregator": _aggregator(values["aggregator"], path)}
     if values.get("encoder") is not None:
         given["encoder"] = _encoder(values["encoder"], path)
@@ -345,5 +345,5 @@ def encoder_of(spec: SlideModelSpec) -> ModelSpec:
         ModelError: the model has none: its features come from elsewhere.
     """
     if spec.encoder is None:
-        raise ModelError(f"{spec.name}: has no 'encoder:', so it sees no pixels; add one to the model file")
+        raise ModelError(f"{spec.name}: has no 'encoder:', so it cannot read pixels; add one to the model file")
     return spec.encoder.as_encoder()

@@ -250,7 +250,7 @@ def any_batch(call: Callable[[Tensor], Tensor], images: Tensor) -> fx.GraphModul
         ) from error
     if not same:
         raise ModelError(
-            f"the model answers for batches of {len(images)} images only, or chooses its path by what a picture shows"
+            f"the model answers for batches of {len(images)} images only, or its control flow depends on the image"
         )
     graph.meta["fixed_batch"] = None
     return graph
@@ -329,7 +329,7 @@ def _free_expansion(graph: fx.GraphModule, node: fx.Node, batch: fx.Node) -> Non
 
 
 def _free_constant(graph: fx.GraphModule, node: fx.Node, batch: fx.Node, count: int) -> None:
-    """Expand anew a class token that `trace` has already expanded to `count` equal rows."""
+    """Expand again a class token that `trace` has already expanded to `count` equal rows."""
     value: Tensor = getattr(graph, str(node.target))
     if count < 2 or value.ndim < 2 or len(value) != count or not torch.equal(value, value[:1].expand_as(value)):
         return

@@ -239,7 +239,7 @@ def _activation(spec: ModelSpec, built: Built, end: Passed | None) -> tuple[Acti
             f"{spec.name}: ends in {end.name}, but 'activation: {declared}' is declared; leave that out, or say 'none' "
             "to explain the outputs as they are"
         )
-    note = f"ends in {end.name}: what goes into that is explained and stored as logits, probabilities are its outputs"
+    note = f"ends in {end.name}: its inputs are explained and stored as logits, its outputs are the probabilities"
     return end.activation, (note,)
 
 
@@ -265,7 +265,7 @@ def _device(name: str) -> torch.device:
 
 def _build(spec: ModelSpec) -> Built:
     if spec.kind == "live":
-        raise ModelError(f"{spec.source}: a live module is known only where it was made; give it to model_of")
+        raise ModelError(f"{spec.source}: a live module exists only in its own process; pass it to model_of")
     with _SEEDED, torch.random.fork_rng(devices=[]):  # an untrained network is the same in every process
         torch.manual_seed(0)
         if spec.kind == "function":

@@ -135,7 +135,7 @@ ENDS: dict[str, Callable[[Tensor], Tensor]] = {
 SAME = {"expit": "sigmoid", "logsigmoid": "log_sigmoid", "clip": "clamp"}
 BOUNDS = dict.fromkeys(("softmax", "sigmoid", "hardsigmoid", "clamp", "hardtanh"), (0.0, 1.0)) | {"tanh": (-1.0, 1.0)}
 MIXED = 64  # class-like values an image that may be averaged to one
-END_MEND = "return the values before it, or say 'activation: none' in the model file to explain the outputs as they are"
+END_MEND = "return the values before it, or set 'activation: none' in the model file to explain the outputs as they are"
 
 
 class _Calls(TorchFunctionMode):
@@ -314,7 +314,7 @@ def pick(outputs: Any, output: str | int) -> Tensor:
         found, named = getattr(outputs, str(output), None), type(outputs).__name__
     if not isinstance(found, Tensor):
         raise ModelError(
-            f"the model's output {output!r} is no tensor; it returns {named}; set 'output:' to one of them"
+            f"the model's output {output!r} is not a tensor; it returns {named}; set 'output:' to one of them"
         )
     return found
 
@@ -347,7 +347,7 @@ def find_output(outputs: Any, count: int) -> str | int | None:
     if not columns:
         raise ModelError(f"{what} or one among others; wrap the model so that it returns one logit per class")
     choices = ", ".join(f"{key} ({width} columns)" for key, width in columns.items())
-    raise ModelError(f"{what}; several of its outputs can be meant: {choices}; choose with 'output:' in a model file")
+    raise ModelError(f"{what}; its output is ambiguous: {choices}; choose with 'output:' in a model file")
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:

@@ -155,7 +155,7 @@ class ModelSpec(BaseModel):
             return value
         if wrong := [v for v in value if isinstance(v, bool) or not isinstance(v, str | int | float)]:
             given = quoted(wrong[0])
-            raise ValueError(f"{given} is no name; YAML reads yes, no, on and off as true and false: quote them")
+            raise ValueError(f"{given} is not a name; YAML reads yes, no, on and off as true and false: quote them")
         return [str(v) for v in value]
 
     @field_validator("classes")
@@ -282,7 +282,7 @@ def _kind_of(path: Path, given: str) -> str | None:
         if is_torchscript(path):
             return "torchscript"
         raise ModelError(
-            f"{given}: holds no TorchScript program; weights alone need a model file (.yaml) that names their network: "
+            f"{given}: is not a TorchScript program; weights alone need a model file (.yaml) that names their network: "
             f"'source: timm:resnet18' (or another) and 'weights: {path.name}'"
         )
     return _kind_of_folder(path, given) if folder else None
@@ -319,7 +319,7 @@ def _kind_of_folder(path: Path, given: str) -> str:
     if (path / "torchscript_model.pt").exists():
         return "wsinfer"
     if not (path / "config.json").exists():
-        raise ModelError(f"{given}: a folder without config.json is no model; expected {FORMS}")
+        raise ModelError(f"{given}: a folder without config.json is not a model; expected {FORMS}")
     if any(path.glob("*.safetensors")):
         return "hf"
     raise ModelError(

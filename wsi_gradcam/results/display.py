@@ -307,7 +307,7 @@ def run_windows(
 
     Probabilities run from 0 to 1; explanations as on a single slide from 0 to the 99.5 % quantile, see `window_end`,
     each explained pixel of the run counting once. Slides that cannot be read are left out and named in the file.
-    Where the file cannot be written, the windows are made anew each time.
+    Where the file cannot be written, the windows are made again each time.
 
     Args:
         progress: told how many slides are read, and of how many.
@@ -316,7 +316,7 @@ def run_windows(
     keys = {name: _key(slide) for name, slide in finished.items()}
     stored = _stored(place, run_digest)
     known: dict[str, str] = stored["slides"] if stored else {}
-    if any(keys.get(name) != key for name, key in known.items()):  # one was made anew, or is gone
+    if any(keys.get(name) != key for name, key in known.items()):  # one was made again, or is gone
         stored, known = None, {}
     sketches = (
         {label: (unit_of(label), Sketch.from_json(c)) for label, c in stored["channels"].items()} if stored else {}
@@ -378,7 +378,7 @@ def _sketch(slide: Explained, channel: ChannelInfo, level: int) -> Sketch:
 
 
 def _key(slide: Explained) -> str:
-    """Return a key that changes when the slide is explained anew: its row holds digests and seconds."""
+    """Return a key that changes when the slide is explained again: its row holds digests and seconds."""
     row = {name: value for name, value in slide.row.items() if name != "row_digest"}
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -393,7 +393,7 @@ def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
         same = (values["version"], values["run_digest"], values["quantile"]) == (VERSION, run_digest, QUANTILE)
         return values if same and seal_of(data) is not Seal.BROKEN and isinstance(values["slides"], dict) else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return None  # made anew
+        return None  # made again
 
 
 def display_problems(data: bytes) -> Iterator[str]:

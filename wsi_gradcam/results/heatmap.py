@@ -246,7 +246,7 @@ def _text(value: object) -> str:
         TypeError: it is none.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{quoted(value)} is no name of a channel")
+        raise TypeError(f"{quoted(value)} is not the name of a channel")
     return value
 
 

@@ -334,7 +334,7 @@ class Manifest:
             (self._place / kind / f"{name}{ENDING}").remove()
 
     def clear(self) -> None:
-        """Forget everything: called before a slide's stores are made anew."""
+        """Forget everything: called before a slide's stores are made again."""
         (self._place / PLAN).remove()  # first, so that no half-cleared manifest looks valid
         self._place.remove_files(CONTENTS)
 

@@ -93,7 +93,7 @@ def _checked_outline(given: Any) -> tuple[tuple[float, float], ...]:
     if not 3 <= len(points) <= MAX_POINTS:
         raise MarkError(f"an outline has 3 to {MAX_POINTS} points, and this one {len(points)}")
     if not all(math.isfinite(value) and abs(value) <= MAX_PX for point in points for value in point):
-        raise MarkError("an outline has coordinates that are no level-0 pixels")
+        raise MarkError("an outline has coordinates that are not level-0 pixels")
     if len(set(points)) < 3:
         raise MarkError("an outline encloses nothing; draw a larger one")
     return points

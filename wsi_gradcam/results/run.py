@@ -40,7 +40,9 @@ class Result:
         rows = read_slides(folder.slides)
         for name in rows:
             if not is_name(name):
-                raise ResultError(f"{folder.slides}: {name!r} is no name of a slide below OUT; the file is damaged")
+                raise ResultError(
+                    f"{folder.slides}: {name!r} is not the name of a slide below OUT; the file is damaged"
+                )
         names = list(rows) or list(planned_slides(folder))
         self._slides = {name: self._slide(name, rows.get(name, {})) for name in names}
 
@@ -153,7 +155,7 @@ def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
         raise ResultError(f"{folder.place}: does not exist or is empty, expected what explain made; check the path")
     above = next((place for place, inside in _upwards(folder.place) if inside and RunFolder(place).run.is_file()), None)
     mend = f"open {above} and take the slide from it" if above else "give the --out of an explain command"
-    raise ResultError(f"{folder.place}: holds no run.yaml, so it is no result; {mend}")
+    raise ResultError(f"{folder.place}: has no run.yaml, so it is not a result; {mend}")
 
 
 def find_result(path: StoragePathLike) -> tuple[Result, SlideResult | None]:

@@ -65,7 +65,7 @@ def folder_name(slide_id: str) -> str:
     ['a.svs', 'audit~/a.svs', 'Audit~~/a.svs', 'more/audit/a.svs']
     """
     if leads_out(slide_id):
-        raise ResultError(f"{slide_id!r} is no name of a slide below OUT; slides.jsonl or slides.csv is damaged")
+        raise ResultError(f"{slide_id!r} is not the name of a slide below OUT; slides.jsonl or slides.csv is damaged")
     first, slash, rest = slide_id.partition("/")
     return f"{first}{MARK}{slash}{rest}" if _is_reserved(first) else slide_id
 
@@ -195,7 +195,7 @@ class RunFolder:
         return name
 
     def emptied(self, slide_id: str) -> SlideFolder:
-        """Return the folder in which a slide is made anew: what an older version put elsewhere is deleted."""
+        """Return the folder in which a slide is made again: what an older version put elsewhere is deleted."""
         new = SlideFolder(self.place / folder_name(slide_id))
         if (old := self.slide(slide_id)) != new:
             old.remove()
@@ -414,7 +414,9 @@ class RunRecord:
             ) from error
         settings = values.get("settings", {})
         if not isinstance(settings, dict):
-            raise StoreError("run.yaml: not of wsi_gradcam or damaged (settings is no mapping); choose another --out")
+            raise StoreError(
+                "run.yaml: not of wsi_gradcam or damaged (settings is not a mapping); choose another --out"
+            )
         if isinstance(settings.get("method"), str):  # the first format has but one
             settings = {**settings, "method": (settings["method"],)}
         spec = model.spec if isinstance(model.spec, dict) else {}

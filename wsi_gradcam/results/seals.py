@@ -111,13 +111,13 @@ def file_problems(place: StoragePath, digests: Mapping[str, str], present: Itera
         present: names of files that are there.
     """
     outside = [name for name in digests if leads_out(name)]
-    yield from (f"{name!r} is no name of a file of these results" for name in outside[:NAMED])
+    yield from (f"{name!r} is not the name of a file of these results" for name in outside[:NAMED])
     for name, found in digests_of(place, digests.keys() - set(outside)).items():
         if found != digests[name]:
             yield f"{name} differs from what was made" if found else f"{name} is missing"
     unknown = sorted(set(present) - digests.keys())
     for name in unknown[:NAMED]:
-        yield f"{name} is no file of these results; remove it"
+        yield f"{name} is not a file of these results; remove it"
     if len(unknown) > NAMED:
         yield f"{len(unknown) - NAMED} more files are none of these results"
 
@@ -217,7 +217,7 @@ def export_problems(place: StoragePath, notes: list[str], where: str = "", is_th
         notes.append(f"{where or place}: an export has not ended; run the same export command again")
     for name in sorted(digests):
         if leads_out(name):
-            yield f"{where}{EXPORTS} names {name!r}, which is no path of an export"
+            yield f"{where}{EXPORTS} names {name!r}, which is not the path of an export"
         elif name not in (begun or ()) and (found := export_digest(place, name)) != digests[name]:
             yield f"{where}{name} " + ("differs from what was made" if found else "is missing") + "; export it again"
     folders = tuple(f"{name}/" for name in digests if contents_of(name))

@@ -363,7 +363,7 @@ class SlideResult:
         slide = open_slide(self.address, self.mpp, self._run.reader, channels=self._run.channels)
         if slide.info.digest != self.plan.slide_digest:
             slide.close()
-            raise SlideFormatError(f"{self.path}: another file than was explained; put the right one there")
+            raise SlideFormatError(f"{self.path}: not the file that was explained; put the right one there")
         return slide
 
     @cached_property

@@ -52,7 +52,7 @@ def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
         _check_lines(data)
         rows = [read_json(line) for line in data.splitlines()]
         if not all(isinstance(row["id"], str) and isinstance(row["path"], str) for row in rows):
-            raise TypeError("an id or a path is no text")
+            raise TypeError("an id or a path is not text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{place}: damaged; delete it and run the same command again, slides then get the ids of a new run"

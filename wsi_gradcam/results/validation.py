@@ -438,7 +438,7 @@ def _check_channels(attributes: dict[str, Any], plan: SlidePlan, run: _Run) -> I
         yield f"heatmap.ome.zarr/zarr.json has other channels than {', '.join(labels)}"
     said = attributes["wsi_gradcam"]
     if any(said.get(key) != value for key, value in {**identity, "slide": plan.slide_digest}.items()):
-        yield "heatmap.ome.zarr/zarr.json tells of another model, configuration or slide"
+        yield "heatmap.ome.zarr/zarr.json belongs to another model, configuration or slide"
 
 
 def _check_scales(name: str, ome: dict[str, Any], plan: SlidePlan) -> Iterator[str]:

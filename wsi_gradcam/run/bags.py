@@ -101,7 +101,7 @@ def finish_encoding(context: Context[Workload], entry: SlideEntry) -> SlideOutco
     """Return how the making of a slide's features came out.
 
     Raises:
-        ResumeError: some features are not this run's; they are forgotten, so that running again makes them anew.
+        ResumeError: some features are not this run's; they are forgotten, so that running again makes them again.
     """
     plan, folder = context.plan(entry), context.folder(entry)
     store, manifest = FeatureStore(folder.features), Manifest(folder.manifest)

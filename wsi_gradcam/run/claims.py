@@ -163,7 +163,7 @@ class Claim:
         if holder is not None and alive:
             raise _refusal(self._out, holder)
         if holder is not None and alive is False:
-            self._report(f"{holder} has ended without finishing; going on with what it has finished")
+            self._report(f"{holder} ended without finishing; continuing with what it finished")
             self._gone = version
             return True
         named = str(holder) if holder else "an unknown run"

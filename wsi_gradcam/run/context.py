@@ -253,7 +253,7 @@ class Context(Generic[W]):
             return self._aggregator
 
     def forget_stores(self, entry: SlideEntry) -> None:
-        """Forget the slide's stores, which are about to be made anew."""
+        """Forget the slide's stores, which are about to be made again."""
         self._patches.discard(entry.id)
         self._heatmaps.discard(entry.id)
         self._features.discard(entry.id)
@@ -274,7 +274,7 @@ class Context(Generic[W]):
             )
         if plan.run_digest != self.run.digest():
             raise ResumeError(
-                f"{folder.place}: another run has begun there meanwhile; let one run at a time use an --out"
+                f"{folder.place}: another run has started there in the meantime; only one run may use an --out"
             )
         return plan
 

@@ -148,7 +148,7 @@ def split_failed(
         entries: all slides of the run.
         rows: slides.csv as it was before.
         run: the run's plan.
-        anew: whether slides that failed are tried again; but for those that this very command has tried, in a
+        again: whether slides that failed are tried again; but for those that this very command has tried, in a
             process that died.
     """
     wanted, known = [], []

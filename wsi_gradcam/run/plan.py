@@ -421,7 +421,7 @@ def _enlarging(info: SlideInfo, mpp: float, allowed: bool) -> list[str]:
     told = f"its finest level has {max(info.mpp_yx):g} um/px, the model needs {mpp:g}: enlarged {factor:.3g} times"
     if factor > MOST_ENLARGED and not allowed:
         raise MppError(
-            f"{info.path}: too coarse for the model: {told}, expected up to {MOST_ENLARGED:g}; give a finer scan, "
+            f"{info.path}: too coarse for the model: {told}, expected up to {MOST_ENLARGED:g}; use a finer scan, "
             "--mpp with --replace-mpp if the file's is wrong, or --allow-upsampling"
         )
     return [told]

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 
 class OverwritingWorkload(Workload, Protocol):
-    """A workload that may make results anew."""
+    """A workload that may make results again."""
 
     @property
     def overwrite(self) -> bool:
-        """True where slides that have results are planned anew."""
+        """True where slides that have results are planned again."""
 
 
 def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Planned:

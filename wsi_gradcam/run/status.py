@@ -477,7 +477,7 @@ def _workers(workers: Mapping[str, WorkerStatus]) -> Iterator[str]:
 def _advice(state: RunState, status: RunStatus) -> Iterator[str]:
     command = status.facts.command
     if state in (RunState.STOPPED, RunState.KILLED):
-        yield f"  to go on, give the same command again: {command}"
+        yield f"  to continue, give the same command again: {command}"
     if status.numbers.failures and state != RunState.RUNNING:
         again = command if status.facts.work == AUDIT else f"{command} --retry-failed"
         yield f"  to try failed slides again: {again}"

@@ -203,7 +203,7 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     A cluster may ask twice, when the worker that did it dies before it can answer: the record stays as it is.
 
     Raises:
-        ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them anew.
+        ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them again.
         SlideFormatError: the slide's file was replaced meanwhile.
     """
     run, folder = context.run, context.folder(entry)

@@ -38,7 +38,7 @@ class ExplainWorkload:
 
     Attributes:
         run: the plan of the run.
-        overwrite: whether slides that have results are explained anew.
+        overwrite: whether slides that have results are explained again.
     """
 
     run: RunPlan

@@ -1,6 +1,6 @@
 """The process that reads one slide for `isolated_reader`: it obeys messages, and tells errors and metadata as JSON.
 
-It is not trusted: whoever asks makes errors and metadata anew from what it tells, and bounds them.
+It is not trusted: whoever asks makes errors and metadata again from what it tells, and bounds them.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def info_of(values: Any) -> SlideInfo:
     try:
         info = TypeAdapter(SlideInfo).validate_python(values)
     except ValidationError as error:
-        raise SlideFormatError(f"the process that reads a slide has told nonsense of it: {one_line(error)}") from error
+        raise SlideFormatError(f"the process that reads a slide reported nonsense: {one_line(error)}") from error
     if not info.levels or not all(0 < side <= MAX_SIDE_PX for x in info.levels for side in (x.height, x.width)):
-        raise SlideFormatError("the process that reads a slide has told nonsense of it: sizes that no slide has")
+        raise SlideFormatError("the process that reads a slide reported impossible sizes")
     return info
 
 

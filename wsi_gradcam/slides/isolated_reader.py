@@ -385,7 +385,7 @@ def _start(limits: Limits, *, network: bool) -> tuple[ConfinementServer, Confine
             server.close()
             with _LOCK, suppress(ValueError):
                 _SERVERS.remove(server)
-    raise SlideError("the process that starts readers of slides ends at once; go without --isolate, and report it")
+    raise SlideError("the process that starts readers of slides ends at once; omit --isolate, and report it")
 
 
 def _warn_once(text: str) -> None:

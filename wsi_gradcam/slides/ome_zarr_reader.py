@@ -241,7 +241,7 @@ class OmeZarrSlide:
         if sizes.get("c", 1) > MAX_CHANNELS:
             raise SlideContentError(f"{sizes['c']:,} channels, expected up to {MAX_CHANNELS}")
         if array.dtype not in (np.uint8, np.uint16):
-            what = "expected 8 or 16 bits without sign: heatmaps, for one, are no slides"
+            what = "expected unsigned 8 or 16 bits: heatmaps, for example, are not slides"
             raise SlideContentError(f"values of {array.dtype}, {what}")
 
     def _shown_channels(self, group: Any, chosen: Channels | None) -> Channels | None:
@@ -289,7 +289,7 @@ class OmeZarrSlide:
             return (by_scale, "") if by_scale else (by_xml, "") if by_xml else (None, problem)
         if any(abs(a - b) > MPP_ROUNDED * b for a, b in zip(by_scale, by_xml, strict=True)):
             told = " and ".join(f"{y:g}, {x:g}" for y, x in (by_scale, by_xml))
-            return None, f"its scales and its OME-XML tell different pixel sizes (y, x: {told} um); give --mpp"
+            return None, f"its scales and its OME-XML state different pixel sizes (y, x: {told} um); give --mpp"
         return by_scale, ""
 
     def _mpp(self) -> tuple[tuple[float, float] | None, str]:
@@ -431,7 +431,7 @@ def _is_collection(group: Any) -> bool:
     if LAYOUT not in about or "multiscales" in about:
         return False
     if about[LAYOUT] != LAYOUT_VERSION:
-        raise SlideFormatError(f"layout {about[LAYOUT]} of bioformats2raw, expected {LAYOUT_VERSION}; convert it anew")
+        raise SlideFormatError(f"layout {about[LAYOUT]} of bioformats2raw, expected {LAYOUT_VERSION}; convert it again")
     return True
 
 

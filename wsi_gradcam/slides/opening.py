@@ -259,7 +259,7 @@ def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False, cha
     name = redact_url(url)
     if reader not in REMOTE_READERS:
         raise SlideFormatError(
-            f"{name}: reader {reader!r} knows files only; expected {', '.join(REMOTE_READERS)}, or {COPY_FIRST}"
+            f"{name}: reader {reader!r} reads only files; expected {', '.join(REMOTE_READERS)}, or {COPY_FIRST}"
         )
     path = split_url(url)[2]
     if reader == "ome-zarr" or (reader == "auto" and any(p.endswith(ZARR_SUFFIX) for p in path.split("/"))):

@@ -53,7 +53,7 @@ class OpenSlideSlide:
         stored_px: (height, width) of the levels, with what fills up their last tiles.
 
     An OpenSlide handle that failed once answers every later call with the same error, so a failed read opens the
-    file anew: one bad region must not cost the rest of the slide.
+    file again: one bad region must not cost the rest of the slide.
     """
 
     def __init__(self, path: Path, mpp: tuple[float, float] | None = None, trust_objective: bool = False) -> None:

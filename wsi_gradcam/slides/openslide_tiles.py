@@ -258,7 +258,7 @@ def _of_leica(file: LocalFile, pages: list[Any], sizes: Sequence[Size]) -> list[
     for size, level in zip(sizes, levels, strict=True):
         nm = min(nm for _, _, nm in level)
         if size != (math.ceil(whole[0] / nm), math.ceil(whole[1] / nm)):
-            raise ValueError(f"its XML tells of other sizes than {size[0]} x {size[1]} px")
+            raise ValueError(f"its XML states other sizes than {size[0]} x {size[1]} px")
         at = [(number, (float(int(y / nm)), float(int(x / nm)))) for number, (y, x), _ in level]
         found.append([_plain(file, _stored(pages[number]), origin) for number, origin in at])
     return found

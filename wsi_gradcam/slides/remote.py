@@ -335,8 +335,7 @@ def list_folder(url: str) -> tuple[list[str], list[str]]:
     """
     if split_url(url)[0] != S3:
         raise SlideAccessError(
-            f"{redact_url(url)}: web servers cannot be asked what lies below; name the slides one by one, or in a list "
-            "(.csv)"
+            f"{redact_url(url)}: web servers cannot be searched; name the slides one by one, or in a list (.csv)"
         )
     try:
         found = folder_store(url).list_with_delimiter()
@@ -413,7 +412,7 @@ def access_error(name: str, error: Exception) -> SlideError:
         return SlideFormatError(f"{name}: empty, expected a slide; copy it again from its source")
     if failure is Failure.REDIRECTED:
         return SlideAccessError(
-            f"{name}: it lies elsewhere ({short_message(error)}); set AWS_REGION, or give the final URL"
+            f"{name}: it is elsewhere ({short_message(error)}); set AWS_REGION, or give the final URL"
         )
     return SlideAccessError(
         f"{name}: cannot be read from its server ({short_message(error)}); check both and the network, and run the "

@@ -296,7 +296,7 @@ def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.u
     if rows.length * columns.length > MOST_READ_PX:
         raise SlideReadError(
             f"{slide.info.path}: level {level}, y {rows.first}, x {columns.first}: {rows.length} x {columns.length} px "
-            "would have to be read at once, because no level is coarse enough; write the slide anew with a pyramid"
+            "would have to be read at once, because no level is coarse enough; write the slide again with a pyramid"
         )
     region = Region(rows.first, columns.first, rows.length, columns.length)
     if rows.exact and columns.exact:

@@ -250,7 +250,7 @@ def _check_whole(file: TiffFile, levels: list[TiffLevel]) -> None:
     beyond = sum(int((level.offsets + level.counts > file.filehandle.size).sum()) for level in levels)
     total = sum(len(level.offsets) for level in levels)
     if any(following) or beyond > MAX_BEYOND * total:
-        what = f"{beyond:,} of {total:,} tiles lie beyond the end of the file" if beyond else "pages are missing"
+        what = f"{beyond:,} of {total:,} tiles are beyond the end of the file" if beyond else "pages are missing"
         kind = SlideContentError if beyond else SlideFormatError  # OpenSlide would open it
         raise kind(f"cut short or damaged: {what}; {AGAIN}")
 

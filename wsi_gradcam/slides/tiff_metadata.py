@@ -162,7 +162,7 @@ APERIO, GENERIC = "aperio", "generic-tiff"
 # OpenSlide's names of formats that are plain pyramids of tiles. In others tiles overlap, have other positions or are
 # left out where there is glass.
 PLAIN = frozenset({APERIO, GENERIC})
-NO_MPP = "its ImageDescription tells no MPP; give the micrometres per pixel with --mpp"
+NO_MPP = "its ImageDescription contains no MPP; give the micrometres per pixel with --mpp"
 
 
 def tiff_vendor(file: TiffFile) -> str | None:

@@ -75,7 +75,8 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) 
     if page.compression in FAX:
         raise SlideFormatError(
             f"{bits}-bit samples compressed as facsimile ({COMPRESSION(page.compression).name}), which holds single "
-            "bits: damaged, or no picture in colour or gray; copy it again from its source, or convert it to 8-bit RGB"
+            "bits: damaged, or not an image in colour or gray; copy it again from its source, or convert it to 8-bit "
+            "RGB"
         )
     if shown is not None:
         order = list(shown)
@@ -101,7 +102,7 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) 
             convert = _cmyk
         case _:
             raise SlideContentError(
-                f"{colours} samples of {_name(page.photometric)} are no colours that can be shown; expected gray, "
+                f"{colours} samples of {_name(page.photometric)} are not colours that can be shown; expected gray, "
                 "RGB, a palette or CMYK; convert it to 8-bit RGB"
             )
     if extra > (colours > 1) and not (extra == 1 and page.extrasamples[0] in ALPHA):

@@ -189,13 +189,13 @@ def _passes() -> Passes | None:
     except ImportError:
         return None
     except Exception as error:  # versions of numba that do not know this numpy
-        LOG.info("numba cannot be used, patches are resampled by Pillow: %s", one_line(error))
+        LOG.info("numba cannot be used, so patches are resampled with Pillow: %s", one_line(error))
         return None
     compiled = []
     for function in (_sum_columns, _sum_rows):
         try:
             compiled.append(njit(nogil=True, cache=True)(function))
-        except RuntimeError:  # no folder to keep it in: each process compiles anew
+        except RuntimeError:  # no folder to keep it in: each process compiles again
             compiled.append(njit(nogil=True)(function))
     return compiled[0], compiled[1]
 

@@ -67,7 +67,7 @@ def can_confine() -> bool:
 def check_can_confine(limits: Limits | None) -> None:
     """Raise a ConfigError where limits are wanted and this system confines no processes."""
     if limits is not None and not can_confine():
-        raise ConfigError("slides can be read by processes of their own on Linux only; go without --isolate")
+        raise ConfigError("slides can be read in separate processes only on Linux; omit --isolate")
 
 
 @contextmanager

@@ -80,13 +80,14 @@ class CrashLog:
         suspects = list(opened)[-1 if self.one_at_a_time else -MAX_OPEN :]
         self.one_at_a_time = len(suspects) > 1
         if self.one_at_a_time:
-            return f"{cause} ended the process while {' and '.join(suspects)} were open; going on with one at a time"
+            return f"{cause} ended the process while {' and '.join(suspects)} were open; continuing with one after the "
+            "other"
         for path in suspects:
             self.causes[path] = (
                 f"{path}: {cause} ended the process that worked on it; the file is damaged in a way that a decoder "
                 "does not survive, or there was not enough memory: try another --reader, or a smaller --batch-size"
             )
-            return f"{self.causes[path]}; going on without it"
+            return f"{self.causes[path]}; continuing without it"
         return ""
 
     def _log(self, event: str, path: str) -> None:
@@ -127,7 +128,7 @@ def supervise(crashes: CrashLog = CRASHES) -> None:
         message = crashes.record_crash(events, signal.Signals(number).name)
         _print(message or f"{signal.Signals(number).name} ended the process while no slide was open")
         if not message or in_a_row > MAX_CRASHES_IN_A_ROW:
-            _print("stopped; run the same command again to go on, nothing finished is lost")
+            _print("stopped; run the same command again to continue; nothing finished is lost")
             sys.exit(1)
 
 
@@ -208,7 +209,7 @@ class Stopping:
     def error(self) -> StoppedError:
         """Return the error that a stopped run ends with."""
         cause = "" if self.signal is None else f" by {self.signal.name}"
-        return StoppedError(f"stopped{cause}; run the same command again to go on, nothing finished is lost")
+        return StoppedError(f"stopped{cause}; run the same command again to continue; nothing finished is lost")
 
     def wait(self, seconds: float) -> None:
         """Sleep, at most until a stop is requested."""
@@ -241,7 +242,7 @@ class Stopping:
         self.signal, self._requested_at = signal.Signals(number), time.monotonic()
         if not self._graceful:
             raise KeyboardInterrupt
-        _tell(f"\n{self.signal.name}: finishing what is in work, at most {GRACE_S:g} s; again to end at once\n")
+        _tell(f"\n{self.signal.name}: finishing current tasks, at most {GRACE_S:g} s; repeat to stop at once\n")
         self._deadline = threading.Timer(GRACE_S, self._interrupt)
         self._deadline.daemon = True
         self._deadline.start()

@@ -1,6 +1,6 @@
 """Stain normalisation: a slide's stain, measured once on its tissue, and pixels as if stained like a target.
 
-Networks that were trained on normalised patches expect them. Usual libraries measure the stain of each patch anew, so
+Networks that were trained on normalised patches expect them. Usual libraries measure the stain of each patch again, so
 that a patch of one stain alone, or of little tissue, comes out strangely, and two patches that overlap differ; here a
 slide has one stain, and all its pixels are changed alike.
 
@@ -160,7 +160,7 @@ def _outermost(density: NDArray[np.float64]) -> NDArray[np.float64]:
     low, high = np.percentile(np.angle(places * middle.conjugate()), (ALPHA, 100 - ALPHA))
     if not np.degrees(high - low) >= NARROWEST_DEG:
         raise StainError(
-            f"(nearly) one stain only: its colours differ by {np.degrees(high - low):.1f} degrees of optical density, "
+            f"(nearly) a single stain: its colours differ by {np.degrees(high - low):.1f} degrees of optical density, "
             f"expected at least {NARROWEST_DEG:g}"
         )
     ends = middle * np.exp(1j * np.array([low, high]))
@@ -168,7 +168,7 @@ def _outermost(density: NDArray[np.float64]) -> NDArray[np.float64]:
     if stains.min() < LEAST_DENSITY:
         raise StainError(
             f"its colours are not those of two stains: one would have the optical density {stains.min():.2f}, "
-            f"expected at least {LEAST_DENSITY:g}; is there ink, or no tissue?"
+            f"expected at least {LEAST_DENSITY:g}; is there ink, or too little tissue?"
         )
     return stains[np.argsort(-stains[:, 0])]  # haematoxylin absorbs red
 
@@ -212,7 +212,8 @@ class Reinhard:
         if min(std) < LEAST_DEVIATION:
             found = ", ".join(f"{value:.2f}" for value in std)
             raise StainError(
-                f"it is (nearly) of one colour: L*, a* and b* deviate by {found}, expected at least {LEAST_DEVIATION:g}"
+                f"it has (nearly) a single colour: L*, a* and b* deviate by {found}, expected at least "
+                "{LEAST_DEVIATION:g}"
             )
         return cls(mean, std)
 

@@ -161,7 +161,7 @@ class Agreements:
             raise NotShownError(f"no annotations of class {name[:100]!r} on this slide")
         drawn = found.drawn
         if not slide.is_final:
-            raise NotShownError("the slide is not finished; agreement is measured once all of its map is there")
+            raise NotShownError("the slide is not finished; agreement is measured once its map is complete")
         return self._known.get(
             (slide.key, slide.version, id(found), name), lambda: agreement(slide.result, drawn, name)
         )

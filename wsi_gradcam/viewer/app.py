@@ -75,10 +75,10 @@ WHOLE_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 
 NOT_ENCRYPTED = (
-    "warning: not encrypted: who can listen on this network can read slides, results and the token, and use it; "
+    "warning: not encrypted: anyone listening on this network can read slides, results and the token, and use it; "
     "--tls CERT KEY encrypts"
 )
-NOT_ISOLATED = "warning: slides are read by this process itself: only Linux has processes that can do little"
+NOT_ISOLATED = "warning: slides are read in this process: restricted processes exist only on Linux"
 
 
 def view(
@@ -441,7 +441,7 @@ def whole_number(text: str) -> int:
         TileError: the text is not one, or has more than nine digits.
     """
     if WHOLE_NUMBER.fullmatch(text) is None:
-        raise TileError(f"{text[:40]!r} is no whole number up to 999999999")
+        raise TileError(f"{text[:40]!r} is not a whole number up to 999999999")
     return int(text)
 
 
@@ -465,5 +465,5 @@ def coordinate(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise NotShownError(f"{text[:40]!r} is no coordinate; expected y and x in level-0 px")
+        raise NotShownError(f"{text[:40]!r} is not a coordinate; expected y and x in level-0 px")
     return value

@@ -222,7 +222,7 @@ def channel_scale(channel: ChannelInfo) -> ValueScale:
         NotShownError: the metadata say no range of float32 numbers.
     """
     if not (abs(channel.minimum) < LARGEST and abs(channel.maximum) < LARGEST):
-        raise NotShownError(f"channel {channel.number}: its range is no pair of numbers; try `validate`")
+        raise NotShownError(f"channel {channel.number}: its range is not a pair of numbers; try `validate`")
     return ValueScale.around(channel.minimum, channel.maximum)
 
 

@@ -51,7 +51,7 @@ class SpreadImage:
         about, plan = store.attributes["wsi_gradcam"], slide.plan
         known = (plan.run_digest, plan.slide_digest, plan.level_shapes)
         if (about["run"], about["slide"], store.shapes) != known:
-            raise ResultError("the slide was explained anew since its audit; audit it again to see the spread")
+            raise ResultError("the slide was explained again since its audit; audit it again to see the spread")
         unit = METHOD_INFO[about["method"]].unit
         self.channels = tuple(_describe(i, channel, unit) for i, channel in enumerate(store.channels))
         self.levels, self.stride_px = slide.levels, slide.stride_px
@@ -123,7 +123,7 @@ class Spreads:
         def check() -> None:
             # An audit that starts again removes the plan first, and writes the means last.
             if not folder.plan.is_file() or self._digest(slide) != digest:
-                raise NotShownError("the slide is, or was, audited anew; load the page again")
+                raise NotShownError("the slide is being, or was, audited again; reload the page")
 
         place = folder.spread(result.id)
         check_tree(self._archive.out, place)

@@ -134,7 +134,7 @@ def range_response(request: Request, path: StoragePath, media_type: str) -> Resp
     size, header = path.size(), request.headers.get("range")
     headers = {"Accept-Ranges": "bytes", "Cache-Control": REVALIDATE}
     if header is None and size > MAX_BYTES and request.method != "HEAD":
-        raise RangeError(f"{size} bytes are not sent at once; ask for ranges of up to {MAX_BYTES}")
+        raise RangeError(f"{size} bytes are too many for one request; request ranges of up to {MAX_BYTES}")
     if request.method == "HEAD":
         return Response(headers={**headers, "Content-Length": str(size)}, media_type=media_type)
     if header is None:
@@ -184,7 +184,7 @@ def handling_errors(handler: Handler) -> Handler:
                 headers["Retry-After"] = "1"
             return JSONResponse({"error": valid_text(one_line(error))}, status, headers)
         except MALFORMED as error:
-            text = f"the results hold what makes no sense ({one_line(error)}); `wsi-gradcam validate` says where"
+            text = f"the results contain impossible values ({one_line(error)}); `wsi-gradcam validate` says where"
             return JSONResponse({"error": valid_text(text)}, 422, {"Cache-Control": NO_STORE})
 
     return handle

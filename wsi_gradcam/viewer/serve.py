@@ -190,7 +190,7 @@ class AccessMiddleware:
         if scope["method"] not in ("GET", "HEAD") and (refusal := _refuse_writing(scope, headers)):
             return refusal
         if _is_cross_site(headers, scope["path"]):
-            return _refuse(403, "requested by the page of another site")
+            return _refuse(403, "requested by a page of another site")
         return self._check_token(scope, headers, in_folder) if self._access.token else None
 
     def _check_token(self, scope: Scope, headers: Mapping[str, str], in_folder: bool) -> Response | None:

@@ -184,11 +184,11 @@ def saturation(subject: Subject, images: Tensor, aim: Aim) -> Saturation:
     Dead channels mean something behind a ReLU only: another activation is 0 nowhere.
 
     Raises:
-        TargetError: the target is no class, which alone has a probability.
+        TargetError: the target is not a class, which alone has a probability.
     """
     probability = aim.probability(aim.logits)
     if probability is None:
-        raise TargetError("saturation is of a class's probability, and the target is no class; give a class")
+        raise TargetError("saturation is of a class's probability, and the target is not a class; give a class")
     layout = subject.program.layers[0].layout
     sizes, off = [], []
     for start in range(0, len(images), subject.batch_size):

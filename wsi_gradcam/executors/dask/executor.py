@@ -89,7 +89,7 @@ class DaskExecutor:
         try:
             has_pages = self._client.run_on_scheduler(_has_pages)
         except Exception as error:  # whatever an import there ends with: a run does not need to know
-            LOG.debug("whether the scheduler has a dashboard is not known (%s)", one_line(error))
+            LOG.debug("it is not known whether the scheduler has a dashboard (%s)", one_line(error))
             return ""
         return str(self._client.dashboard_link) if has_pages else ""
 
@@ -123,7 +123,7 @@ class DaskExecutor:
             raise WorkerError("the workers are gone; start some and run the same command again") from error
 
     def _examined(self, *model: Any) -> ModelFacts:
-        """Have the model examined: where a worker's GPU fails, by another worker, or the same one started anew."""
+        """Have the model examined: where a worker's GPU fails, by another worker, or the same one started again."""
         pauses_s = iter(PAUSES_S)
         while True:
             needs = self.workers().needs.model
@@ -152,7 +152,7 @@ class DaskExecutor:
         try:
             self._client.register_plugin(scheduler_plugin)
         except Exception as error:  # whatever an import there ends with
-            LOG.warning("the scheduler cannot look after the run (%s)", one_line(error))
+            LOG.warning("the scheduler cannot monitor the run (%s)", one_line(error))
             hints = False
         self._client.register_plugin(RunWorkerPlugin(name, workload, self._torch_threads))
         scheduler = SlideScheduler(

@@ -150,7 +150,7 @@ def perform_batch(batch: TaskBatch) -> BatchResult:
     worker = get_worker()
     plugin, result = worker.plugins.get(batch.run), BatchResult(worker.address)
     if not isinstance(plugin, RunWorkerPlugin) or plugin.context is None or plugin.lock is None:
-        result.error = WorkerError("the worker has forgotten the run, as after a lost connection")
+        result.error = WorkerError("the worker has lost the run, as after a lost connection")
         return result
     context = plugin.context
     with plugin.lock.held(batch.alone):

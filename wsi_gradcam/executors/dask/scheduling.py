@@ -106,7 +106,7 @@ def _lost(reason: str) -> FatalError:
 
 def _failed_attempt(error: BaseException, worker: str = "", again: bool = False) -> Performed:
     """Return an attempt that failed."""
-    text = "the worker that had it in hand died" if isinstance(error, KilledWorker) else one_line(error)
+    text = "the worker that was processing it died" if isinstance(error, KilledWorker) else one_line(error)
     return Performed(None, worker=worker, error=text, again=again)
 
 
@@ -274,7 +274,7 @@ class SlideScheduler:
             raise FatalError(error) from error
 
     def _forget(self, future: Future[Any]) -> SentBatch | None:
-        """Return the batch of a future, which is no longer in flight; None where it was sent anew."""
+        """Return the batch of a future, which is no longer in flight; None where it was sent again."""
         sent = self._sent.pop(future, None)
         if sent is not None:
             self._out[sent.kind] -= 1
@@ -305,7 +305,7 @@ class SlideScheduler:
             self._leave(running, done)
         elif result.error is None:  # the worker begins nothing more
             if not STOP.requested():
-                raise _lost("workers were told to drop the run, as after a lost connection;")
+                raise _lost("workers have dropped the run, as after a lost connection;")
         elif result.may_succeed and sent.attempt < len(PAUSES_S):
             log_retry(sent.tasks[done], result.error, sent.attempt)
             self._observe(sent.tasks[done], _failed_attempt(result.error, result.worker, again=True))

@@ -36,7 +36,7 @@ GPU, CPU = "GPU", "CPU"  # names of the resources that workers declare
 # another, and the slides after it are open already.
 GPU_SHARE = 0.25
 ANSWER_S = 10  # of a scheduler that is asked for its workers
-LOST = "the connection to the Dask scheduler is lost; start it anew"
+LOST = "the connection to the Dask scheduler is lost; restart it"
 CERTIFICATES = (
     "name the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
     "Dask's configuration (docs/clusters.md)"
@@ -187,7 +187,7 @@ def _check_certificates(address: str) -> None:
     except OSError as error:  # an SSLError is an OSError
         raise WorkerError(f"{address}: the certificates cannot be used: {one_line(error)}; {CERTIFICATES}") from error
     if not complete:
-        raise WorkerError(f"{address}: a scheduler with TLS wants a certificate, and none is set; {CERTIFICATES}")
+        raise WorkerError(f"{address}: a scheduler with TLS requires a certificate, and none is set; {CERTIFICATES}")
 
 
 def ask_workers(
@@ -218,10 +218,10 @@ NO_WORKER_S = 60
 SETTINGS = {
     "distributed.scheduler.no-workers-timeout": NO_WORKER_S,
     "distributed.scheduler.allowed-failures": 1,  # a trial gets another chance, alone
-    # A worker that dies again while it starts anew is not lost: after 15 s it would be given up for good.
+    # A worker that dies again while it starts again is not lost: after 15 s it would be given up for good.
     "distributed.deploy.lost-worker-timeout": "1 day",
     # Nothing of ours can be spilled, and a worker that Dask pauses would wait for ever, as torch never gives memory
-    # back: one that eats its share of the machine is ended and started anew, and its task is tried again.
+    # back: one that eats its share of the machine is ended and started again, and its task is tried again.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
@@ -351,7 +351,7 @@ def gpus_for(workers: int) -> list[str]:
         )
     if workers > len(gpus):
         raise WorkerError(
-            f"--workers {workers} with --device cuda wants a GPU for each, but there are {len(gpus)} "
+            f"--workers {workers} with --device cuda needs a GPU for each, but there are {len(gpus)} "
             f"({', '.join(gpus)}); give --workers {len(gpus)}"
         )
     return gpus[:workers]

@@ -63,11 +63,11 @@ def plain_dtype(code: str, *more: bool) -> np.dtype[Any]:
     """Return the type of NumPy's numbers that a pickle names; a type of its own may have any size.
 
     Raises:
-        ValueError: it is no type of numbers.
+        ValueError: it is not a numeric type.
     """
     found = np.dtype(code, *more)
     if found.kind not in "biuf":
-        raise ValueError(f"{found} is no type of numbers")
+        raise ValueError(f"{found} is not a numeric type")
     return found
 
 
@@ -91,7 +91,7 @@ MAX_PREFIXES = 32  # that are tried
 NAMED = 3  # names in a message
 MAX_OF_HEAD = 4  # tensors of a classifier
 SAVE_ANEW = (
-    "objects in pickles are never loaded; where it was made, save the weights alone: "
+    "objects in pickles are never loaded; on the original machine, save only the weights: "
     "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
 )
 
@@ -127,7 +127,7 @@ def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, .
     if others and others[0].rank == chosen.rank:
         both = " and ".join(printable(shortened(m.where or "the file itself", 100)) for m in (chosen, others[0]))
         raise ModelError(
-            f"{spec.name}: {path} holds several weights that fit, {both}; save the one that is meant alone"
+            f"{spec.name}: {path} contains several sets of weights that fit, {both}; save only the intended one"
         )
     try:
         module.load_state_dict({**own, **chosen.renamed} if len(chosen.renamed) < len(own) else chosen.renamed)
@@ -187,9 +187,7 @@ class Match:
     def notes(self, file: str, others: Sequence[Match]) -> tuple[str, ...]:
         """Return what is to be told of the choice, a line each."""
         place = f"{printable(self.place)!r} of {file}" if self.place else file
-        found = (
-            [f"the weights are those of {place} behind the prefix {printable(self.prefix)!r}"] if self.prefix else []
-        )
+        found = [f"the weights are those of {place} with the prefix {printable(self.prefix)!r}"] if self.prefix else []
         if self.left:
             found.append(f"not used of {place}: {_some(self.left)}")
         if others:
@@ -263,13 +261,11 @@ def _misfit(matches: Sequence[Match], own: State, path: Path, spec: ModelSpec) -
             )
         return (
             f"{start}: the checkpoint has {has} outputs, the network {wants}; name the {has} classes with 'classes:' "
-            "in the model file, or make the network with as many"
+            "in the model file, or build the network with that many"
         )
     if not best.renamed:
         given = next(iter(best.unexpected or best.left), "")
-        return (
-            f"{start}: none of its names is one of the network's: it has {_some([given])}, wanted is {_some(list(own))}"
-        )
+        return f"{start}: none of its names occurs in the network: it has {_some([given])}, expected {_some(list(own))}"
     shapes = [f"{name} {tuple(best.renamed[name].shape)} for {tuple(own[name].shape)}" for name in best.reshaped]
     unexpected = [*best.unexpected, *(best.left if best.missing else ())]
     lists = {"missing": best.missing, "unexpected": unexpected, "of another shape": shapes}
@@ -343,13 +339,15 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
         objects = _objects(path, error)
-        what = f"holds {objects}, which is no tensor" if objects else f"not a plain state dict ({type(error).__name__})"
+        what = (
+            f"holds {objects}, which is not a tensor" if objects else f"not a plain state dict ({type(error).__name__})"
+        )
         raise ModelError(f"{path}: {what}; {SAVE_ANEW}") from error
 
 
 MAX_PICKLE = 8 << 20  # bytes of what names and describes tensors; 10,000 of them take one MiB
 ZIP = b"PK\x03\x04"
-WITH_ROOM = "holds a bytearray, which is no tensor"
+WITH_ROOM = "holds a bytearray, which is not a tensor"
 ROOM = b"bytearray"  # the one thing besides tensors of which torch's restricted unpickler makes any number of bytes
 
 

@@ -124,7 +124,7 @@ def build_function(spec: ModelSpec) -> Built:
         except (Exception, SystemExit) as error:  # the module's own code may raise anything
             raise ModelError(
                 f"{source}: cannot import {module_name!r} ({one_line(error)}); expected an importable "
-                f"module:function (install it, or put it beside the model file), or another of {FORMS}"
+                f"module:function (install it, or put it beside the model file), or one of {FORMS}"
             ) from error
         _check_origins(source, project_files(module_name, file))
         function = getattr(python, function_name, None)
@@ -139,11 +139,11 @@ def _names(source: str) -> tuple[str, str]:
     """Return module and function of a source; refuse what is none, and modules that make no networks."""
     module, _, function = source.partition(":")
     if not all(name.isidentifier() for name in (*module.split("."), function)):
-        raise ModelError(f"{source}: expected module:function, or another of {FORMS}")
+        raise ModelError(f"{source}: expected module:function, or one of {FORMS}")
     if source not in BUNDLED and _of_a_program(module):
         raise ModelError(
-            f"{source}: {module.partition('.')[0]} makes no networks; expected a function that returns a "
-            f"torch.nn.Module, or another of {FORMS}"
+            f"{source}: {module.partition('.')[0]} does not make networks; expected a function that returns a "
+            f"torch.nn.Module, or one of {FORMS}"
         )
     return module, function
 
@@ -159,7 +159,9 @@ def _call(source: str, function: Callable[[], Any]) -> nn.Module:
     promised = getattr(function, "__annotations__", {}).get("return", nn.Module)
     plain = promised in (None, int, str, bool, float, "None", "int", "str", "bool", "float")
     if plain or (inspect.isroutine(function) and _of_a_program(function.__module__ or "") and source not in BUNDLED):
-        raise ModelError(f"{source}: {name}() makes no network; expected a function that returns a torch.nn.Module")
+        raise ModelError(
+            f"{source}: {name}() does not return a network; expected a function that returns a torch.nn.Module"
+        )
     stdin, sys.stdin = sys.stdin, io.StringIO()  # what asks the user would wait for ever
     try:
         network = function()

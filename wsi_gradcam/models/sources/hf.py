@@ -155,7 +155,7 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
     name = str(config["architecture"])
     if not timm.is_model(name.split(".")[0]):
         raise ModelError(
-            f"{spec.source}: this timm has no architecture {quoted(name)}; update timm, or check config.json"
+            f"{spec.source}: the installed timm has no architecture {quoted(name)}; update timm, or check config.json"
         )
     given = {key: value for key, value in arguments.items() if value is not None}
     try:
@@ -208,7 +208,7 @@ def _timm_resizing(cfg: dict[str, Any], input_px: Size, spec: ModelSpec) -> Resi
     if mode not in ("center", "squash") or (mode == "center" and input_px[0] != input_px[1]):
         raise ModelError(
             f"{spec.source}: patch_px {spec.patch_px} is not the input's {input_px}, and crop_mode {mode!r} of such "
-            "inputs is not supported; leave out patch_px, or say with 'transform:' what is to be done"
+            "inputs is not supported; leave out patch_px, or set 'transform:'"
         )
     scaled = (math.floor(input_px[0] / crop_pct), math.floor(input_px[1] / crop_pct))
     return Resizing(
@@ -309,7 +309,7 @@ def _prepared(processor: Any, config: Any, spec: ModelSpec) -> dict[str, Any]:
     if processor is None:
         if spec.scale is None and (spec.mean is None or spec.std is None):
             raise ModelError(
-                f"{spec.source}: no preprocessor_config.json: how its pictures are normalised is not known; put that "
+                f"{spec.source}: no preprocessor_config.json: the normalisation of its images is unknown; put that "
                 "file into the folder, or name mean and std in a model file"
             )
         return {"patch_px": spec.patch_px or _pair(getattr(config, "image_size", None))}

@@ -73,7 +73,7 @@ def _check_network(spec: ModelSpec, config: Any) -> None:
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
-        raise _no_weights(spec, f"no way to {host}: {error}") from error
+        raise _no_weights(spec, f"cannot reach {host}: {error}") from error
 
 
 def _check_allowed(spec: ModelSpec, url: str) -> None:
@@ -84,8 +84,8 @@ def _check_allowed(spec: ModelSpec, url: str) -> None:
 
 def _no_weights(spec: ModelSpec, cause: str) -> ModelError:
     return ModelError(
-        f"{spec.source}: the published weights cannot be had ({cause}); name a file with 'weights:' in a model file, "
-        "or use 'weights: random' for an untrained network"
+        f"{spec.source}: the published weights are not available ({cause}); name a file with 'weights:' in a model "
+        "file, or use 'weights: random' for an untrained network"
     )
 
 

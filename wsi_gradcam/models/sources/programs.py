@@ -104,7 +104,7 @@ def failure(name: str, images: Tensor, error: Exception) -> str:
     if (wanted := channels_wanted(error)) is not None:
         return (
             f"{name}: takes images of {wanted} channel{'s' * (wanted != 1)}, but patches are RGB, of 3; use a model "
-            "that takes RGB, or wrap it in one that makes of RGB what it takes"
+            "that takes RGB, or wrap it in one that converts RGB"
         )
     return f"{name}: fails on a batch of shape {shape}: {cause}; is 'patch_px' the size the network takes?"
 
@@ -160,7 +160,7 @@ def load_script(path: Path, content: bytes) -> nn.Module:
     """
     if not is_torchscript(path):
         raise ModelError(
-            f"{path}: no TorchScript program (or a damaged one); a state dict is named with 'weights:' in a model "
+            f"{path}: not a TorchScript program, or damaged; a state dict is named with 'weights:' in a model "
             "file, beside the 'source:' of its network"
         )
     try:
@@ -209,7 +209,7 @@ def _load_exported(path: Path, content: bytes) -> ExportedProgram:
     except Exception as error:  # damaged files raise many kinds
         raise ModelError(
             f"{path}: cannot be loaded as an exported program: {one_line(error)[:400]}; it is damaged, holds pickled "
-            "objects, which are never loaded, or was made by another version of PyTorch: export it anew"
+            "objects, which are never loaded, or was made by another version of PyTorch: export it again"
         ) from error
 
 

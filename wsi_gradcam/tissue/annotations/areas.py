@@ -108,7 +108,7 @@ def make_outline(path: Path, what: str, points: Any) -> NDArray[np.float64]:
     if len(xy) < 3:
         raise AnnotationError(f"{path}: {what} has {len(xy)} points, expected 3 or more")
     if not bool(np.isfinite(xy).all()) or float(np.abs(xy).max()) > MAX_COORDINATE_PX:
-        raise AnnotationError(f"{path}: {what} has coordinates that are no level-0 pixels of any slide")
+        raise AnnotationError(f"{path}: {what} has coordinates that are not level-0 pixels of any slide")
     return xy[:, ::-1].copy()
 
 
@@ -311,7 +311,7 @@ class Shapes:
         beside = [(a.outline.max(axis=0) <= 0).any() or (a.outline.min(axis=0) >= self._slide_px).any() for a in areas]
         if all(beside):
             raise AnnotationError(
-                f"{self._path}: lies outside of the slide: its areas reach from y {low[0]:g} to {high[0]:g} and from x "
+                f"{self._path}: is outside the slide: its areas reach from y {low[0]:g} to {high[0]:g} and from x "
                 f"{low[1]:g} to {high[1]:g}, the slide to y {self._slide_px[0]} and x {self._slide_px[1]} px; expected "
                 "level-0 pixels of this slide, not micrometres, another level or another slide"
             )
@@ -373,7 +373,7 @@ class LabelPicture:
         if not covers(pixels.sizes[0], slide_px):
             raise AnnotationError(
                 f"{path}: {height} x {width} px (height x width) have another shape than the slide's {full_height} x "
-                f"{full_width} px, so it is turned, cropped or of another slide; expected a picture of the whole slide"
+                f"{full_width} px, so it is rotated, cropped or from another slide; expected the whole slide"
             )
 
     @cached_property

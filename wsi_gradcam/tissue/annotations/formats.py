@@ -177,7 +177,7 @@ def read_xml(path: Path, data: bytes) -> Annotations:
     except AnnotationError:
         raise
     except (expat.ExpatError, ValueError, LookupError) as error:  # the last two: encodings
-        raise AnnotationError(f"{path}: damaged or no XML: {error}; expected annotations of ASAP or ImageScope") from (
+        raise AnnotationError(f"{path}: damaged or not XML: {error}; expected annotations of ASAP or ImageScope") from (
             error
         )
     assert reader.format is not None  # a document without a root element is an ExpatError

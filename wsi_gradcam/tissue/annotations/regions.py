@@ -84,8 +84,8 @@ def read_bytes(path: Path) -> bytes:
         raise AnnotationError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     if len(data) > MAX_BYTES:
         raise AnnotationError(
-            f"{path}: larger than {MAX_BYTES >> 20} MiB, more than anybody draws; export annotations without the "
-            "detected cells"
+            f"{path}: larger than {MAX_BYTES >> 20} MiB, more than is ever drawn by hand; export annotations without "
+            "the detected cells"
         )
     return data
 
@@ -275,7 +275,7 @@ def _labeller(page: Any) -> Callable[[NDArray[Any]], NDArray[Any]]:
     if colours is None or samples != colours + alpha or kind not in "buif" or deep:
         name = getattr(page.photometric, "name", page.photometric)
         raise AnnotationError(
-            f"{samples} samples of {page.dtype} as {name} are no labels; expected gray, a palette or RGB; {WRITE_ANEW}"
+            f"{samples} samples of {page.dtype} as {name} are not labels; expected gray, a palette or RGB; {WRITE_ANEW}"
         )
     top = (1 << int(page.bitspersample)) - 1 if photometric == WHITE_IS_ZERO and kind in "bu" else 0
 
