@@ -37,6 +37,7 @@ ROOMS = (
     "run",
     "executors",
     "audit",
+    "evidence",
     "export",
     "viewer",
     "doctor",

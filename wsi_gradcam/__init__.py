@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.images import audit_bags, audit_images
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.card import write_card
+    from wsi_gradcam.evidence.running import evidence_run
     from wsi_gradcam.gradcam import GradCAM
     from wsi_gradcam.models.load import load_model, model_of
     from wsi_gradcam.models.spec import ModelSpec
@@ -31,6 +32,7 @@ __all__ = [
     "audit_images",
     "audit_run",
     "encode",
+    "evidence_run",
     "explain",
     "load_model",
     "model_of",
@@ -48,6 +50,7 @@ _HOME = {
     "audit_images": "wsi_gradcam.audit.images",
     "audit_run": "wsi_gradcam.audit.running",
     "encode": "wsi_gradcam.api",
+    "evidence_run": "wsi_gradcam.evidence.running",
     "explain": "wsi_gradcam.api",
     "load_model": "wsi_gradcam.models.load",
     "model_of": "wsi_gradcam.models.load",

@@ -23,6 +23,7 @@ from wsi_gradcam.audit.measures.bags import (
     relevance_of,
 )
 from wsi_gradcam.audit.measures.sanity import encoder_stays
+from wsi_gradcam.audit.measures.shortcuts import input_masks
 from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
 from wsi_gradcam.audit.vocabulary import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM_ORDER, SINGLE
@@ -283,13 +284,7 @@ class Batch:
     def input_masks(self, masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return masks [P, h, w] of patches as the network sees them, [P, H, W]: the nearest pixel of each."""
         height, width = self.images.shape[2:]
-        top, left, view_height, view_width = self.plan.run.facts.view
-        scale = masks.shape[1] / self.patch_px[0], masks.shape[2] / self.patch_px[1]
-        rows = ((top + (torch.arange(height) + 0.5) * view_height / height) * scale[0]).long().clamp(0)
-        columns = ((left + (torch.arange(width) + 0.5) * view_width / width) * scale[1]).long().clamp(0)
-        rows, columns = rows.clamp(max=masks.shape[1] - 1), columns.clamp(max=masks.shape[2] - 1)
-        found: NDArray[np.bool_] = masks[:, rows.numpy()[:, None], columns.numpy()[None]]
-        return found
+        return input_masks(masks, (height, width), self.plan.run.facts.view, self.patch_px)
 
 
 def subject_of(plan: AuditPlan, model: Model) -> Subject:
@@ -319,7 +314,7 @@ def describe(batch: Batch, slide_id: str, number: int) -> Patches:
         probability=probability.cpu().double().numpy() if known and probability is not None else None,
         difference={name: _difference(batch, name) for name in batch.methods},
         maps=batch.map_arrays,
-        shown=np.stack([_small(rgb) for rgb in data.rgb]) if number == 0 else None,
+        shown=np.stack([small_picture(rgb) for rgb in data.rgb]) if number == 0 else None,
     )
 
 
@@ -343,7 +338,8 @@ def _difference(batch: Batch, method: str) -> NDArray[np.float64]:
     return found
 
 
-def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def small_picture(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a patch for a report, of `SHOWN_PX` at most."""
     scale = min(1.0, SHOWN_PX / max(rgb.shape[:2]))
     size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))

@@ -135,20 +135,20 @@ def audit_run(
     drawn, hidden = (None if path is None else Path(path).absolute() for path in (annotations, regions))
     settings = AuditSettings(patches, seed, tuple(only), target, drawn, tuple(include), hidden, mask_frame, slides)
     result = open_result(storage_path(out).absolute())
-    given, loaded = _given(model)
+    given, loaded = given_model(model)
     folder = AuditFolder(result.folder.place / AUDIT)
     _check_room(folder, result)
     run = open_run(result, given, trust_code, held=loaded is not None)
     settings = replace(settings, only=asked_questions(only, run.unit))
     other = None if against is None else open_audit(against)
     scope = _scope(run, settings, other)
-    entries = _allowed([run.entries[name] for name in scope.samples], result, remote_slides)
+    entries = allowed_slides([run.entries[name] for name in scope.samples], result, remote_slides)
     _before(
         folder, scope, overwrite
     )  # and again where OUT is claimed: before any worker starts, and any model is loaded
     records: list[SlideRecord] = []
     session = RunSession(
-        result.folder.place, listener or RunListener(), lambda: _report_rows(records), place=folder.place
+        result.folder.place, listener or RunListener(), lambda: report_rows(records), place=folder.place
     )
     with session, open_executor(workers, scheduler, run.settings, loaded, wait_for_workers) as executor:
         facts = executor.examine(run.spec, run.model_settings, [], None)
@@ -164,7 +164,7 @@ def audit_run(
     return AuditOutcome(folder.place, metrics, tuple(records))
 
 
-def _given(
+def given_model(
     model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model | None,
 ) -> tuple[ModelSpec | SlideModelSpec | None, Model | None]:
     """Return the specification of a model that is given, with whole paths, and the model if it is loaded."""
@@ -179,14 +179,14 @@ def _given(
     return spec.model_copy(update={"folder": spec.folder.absolute()}), loaded
 
 
-def _allowed(slides: list[SlideEntry], result: Result, remote_slides: bool) -> list[SlideEntry]:
+def allowed_slides(slides: list[SlideEntry], result: Result, remote_slides: bool) -> list[SlideEntry]:
     """Return the slides; raises a SlideAccessError where one shall not be opened, see `check_named`."""
     for slide in slides:
         check_named(slide.path, result.out, remote_slides)
     return slides
 
 
-def _report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:
+def report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:
     """Return the slides that have ended, for the report of the run."""
     return {
         record.slide.id: {
@@ -279,7 +279,7 @@ def _before(folder: AuditFolder, scope: AuditScope, overwrite: bool) -> tuple[di
     if before is not None and not overwrite:
         there = before.get("identity") or {}
         changed = [
-            f"{key}: {_short(there.get(key))} there, {_short(value)} now"
+            f"{key}: {short(there.get(key))} there, {short(value)} now"
             for key, value in identity.items()
             if there.get(key) != value and key != "sample"  # it follows from the others, mostly
         ]
@@ -323,7 +323,8 @@ def _audited(plan: dict[str, Any] | None, otherwise: Iterable[str]) -> list[str]
     return [name for name in (samples if isinstance(samples, dict) else otherwise) if is_name(name)]
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value in a few characters."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
 

@@ -367,6 +367,26 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     _add_json(resume)
 
 
+def add_evidence(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `evidence`."""
+    from pydantic.fields import FieldInfo
+
+    from wsi_gradcam.evidence import EvidenceSettings
+
+    add = parser.add_argument
+    add("out", help="folder that explain made, or s3://BUCKET/KEY; evidence there is continued")
+    types = get_type_hints(EvidenceSettings, include_extras=True)
+    for field in fields(EvidenceSettings):
+        _add_setting(parser, field.name, FieldInfo.from_annotated_attribute(types[field.name], field.default))
+    add("--model", help="the run's model, where its files have moved")
+    _add_trust(parser)
+    _add_remote_slides(parser)
+    add("--fail-on", choices=["shortcut"], help="end with 1 where a kind of evidence looks like a shortcut")
+    _add_workers(parser, "as for explain")
+    add("--overwrite", action="store_true", help="measure again, whatever evidence there is")
+    _add_json(parser)
+
+
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     what, how, rest = (group(parser, title) for title in ("what to export", "how values are shown", "files"))

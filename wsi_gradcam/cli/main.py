@@ -269,6 +269,21 @@ def _card(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _evidence(arguments: argparse.Namespace) -> int:
+    from wsi_gradcam.cli.output import print_evidence
+    from wsi_gradcam.evidence import EvidenceSettings
+    from wsi_gradcam.evidence.running import evidence_run
+
+    settings = [field.name for field in fields(EvidenceSettings)]
+    options = _given(arguments, *settings, "model", "workers", "scheduler", "wait_for_workers")
+    switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code", "remote_slides")}
+    with _reporting(arguments.json) as listener:
+        outcome = evidence_run(arguments.out, listener=listener, **options, **switches)
+    shortcuts = outcome.evidence.shortcuts if arguments.fail_on else []
+    print_evidence(outcome, shortcuts, arguments.json)
+    return SOME_FAILED if outcome.failed or shortcuts else DONE
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.cli.output import parse_window, print_exported, print_window_progress
     from wsi_gradcam.export import export
@@ -397,6 +412,19 @@ COMMANDS = {
         examples=(
             "wsi-gradcam audit results/",
             "wsi-gradcam audit results/ --target tumour --annotations drawn/ --fail-on any",
+        ),
+        works=True,
+        stoppable=True,
+    ),
+    "evidence": Command(
+        "show what the model looks at, across the archive",
+        flags.add_evidence,
+        _evidence,
+        usage="OUT [options]",
+        description="Sort what the model looks at, across all slides of a run, and write a report.",
+        examples=(
+            "wsi-gradcam evidence results/",
+            "wsi-gradcam evidence results/ --target tumour --fail-on shortcut",
         ),
         works=True,
         stoppable=True,

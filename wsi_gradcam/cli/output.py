@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.facts import Layout
     from wsi_gradcam.demo.run import Agreement
+    from wsi_gradcam.evidence.findings import KindRow
+    from wsi_gradcam.evidence.running import EvidenceOutcome
     from wsi_gradcam.export import Exported
     from wsi_gradcam.mil.aggregators import LoadedAggregator
     from wsi_gradcam.mil.spec import SlideModelSpec
@@ -177,6 +179,31 @@ def print_audit(outcome: AuditOutcome, failures: Sequence[VerdictRow], as_json: 
         say(f"not audited: {record.slide.id}: {record.error}", error=True)
     for verdict in failures:
         say(f"--fail-on: {verdict.question} ({verdict.of}) fails: {verdict.words}", error=True)
+
+
+def print_evidence(outcome: EvidenceOutcome, shortcuts: Sequence[KindRow], as_json: bool) -> None:
+    """Print the findings, the path of the report, and the kinds that `--fail-on` refuses."""
+    evidence = outcome.evidence
+    if as_json:
+        values = {
+            "out": str(outcome.out),
+            "worth_sorting": evidence.worth_sorting,
+            "findings": [finding.model_dump() for finding in evidence.findings],
+            "failed_on": [kind.number for kind in shortcuts],
+            "not_read": evidence.not_read,
+        }
+        print(json.dumps(values, indent=1))
+    else:
+        if not evidence.worth_sorting:
+            say(f"There is no evidence worth sorting. {evidence.learned}")
+        for finding in evidence.findings:
+            say(f"{finding.kind:>8}  {finding.words}")
+        slides = "1 slide" if evidence.slides == 1 else f"{evidence.slides} slides"
+        say(f"{evidence.places} places of {slides}, seed {evidence.seed}; {outcome.out / 'report.html'}")
+    for record in outcome.failed:
+        say(f"not read: {record.slide.id}: {record.error}", error=True)
+    for kind in shortcuts:
+        say(f"--fail-on: cluster {kind.number} looks like a shortcut", error=True)
 
 
 def slide_info(path: str) -> dict[str, Any]:

@@ -72,7 +72,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.manifest import SlidePlan
 
-AUDIT = "audit"
+AUDIT, EVIDENCE = "audit", "evidence"
+GIVEN = ("names.yaml",)  # by the user, in OUT/evidence
 UNFINISHED = "is not finished; run the same explain command again"
 OLD = "made by an older version, which took fewer digests: only what follows from other files could be checked of it"
 
@@ -196,7 +197,8 @@ class _Run:
         if (display := _bytes(folder.display)) is not None:
             self._tell("display.json", display_problems(display))
         self._tell("status.json", self._check_account(folder.place))
-        self._tell(AUDIT, self._check_audit(folder.place / AUDIT))
+        self._tell(AUDIT, self._check_part(AUDIT, folder.place / AUDIT, "metrics.json"))
+        self._tell(EVIDENCE, self._check_part(EVIDENCE, folder.place / EVIDENCE, "evidence.json"))
         self._tell("exports", self._check_exports(folder.place))
 
     def _tell(self, name: str, problems: Iterable[str]) -> None:
@@ -239,22 +241,25 @@ class _Run:
         if page is not None and (seal_of(page) is Seal.BROKEN or (ended and seal_of(page) is Seal.MISSING)):
             yield f"{above}run.html differs from what was written"
 
-    def _check_audit(self, place: StoragePath) -> Iterator[str]:
-        """Yield what is wrong with an audit, by the listing of its files, which is there once it is finished."""
-        plan, listing, metrics = (_bytes(place / name) for name in ("plan.json", LISTING, "metrics.json"))
+    def _check_part(self, part: str, place: StoragePath, last: str) -> Iterator[str]:
+        """Yield what is wrong with an audit, or with evidence, by the listing of its files.
+
+        That is there once it is finished; the file that is written `last` is there then, too.
+        """
+        plan, listing, metrics = (_bytes(place / name) for name in ("plan.json", LISTING, last))
         if plan is None and listing is None and metrics is None:
             return
-        yield from self._check_account(place, f"{AUDIT}/")
+        yield from self._check_account(place, f"{part}/")
         if listing is not None:
-            yield from (f"{AUDIT}/{problem}" for problem in listing_problems(place, listing, is_account))
+            yield from (f"{part}/{problem}" for problem in listing_problems(place, listing, _is_no_result))
         elif metrics is None:
-            self.notes.append("the audit is not finished, so it was not checked; run the same audit command again")
+            self.notes.append(f"the {part} is not finished, so it was not checked; run the same {part} command again")
         elif plan is None or seal_of(plan) is not Seal.MISSING:
-            yield f"{AUDIT}/{LISTING} is missing; run the same audit command again"
+            yield f"{part}/{LISTING} is missing; run the same {part} command again"
         else:
-            self.old.append("the audit")
+            self.old.append(f"the {part}")
         if plan is not None:
-            yield from _check_audit_plan(read_json(plan), self.values)
+            yield from _check_part_plan(part, read_json(plan), self.values)
 
     def _check_exports(self, out: StoragePath) -> Iterator[str]:
         """Yield what is wrong with exports in OUT, in `exports` or in other folders at the top, by their listings."""
@@ -267,15 +272,19 @@ class _Run:
                 self.old.append(name)
 
 
-def _check_audit_plan(values: dict[str, Any], run: dict[str, Any] | None) -> Iterator[str]:
+def _is_no_result(name: str) -> bool:
+    return is_account(name) or name in GIVEN
+
+
+def _check_part_plan(part: str, values: dict[str, Any], run: dict[str, Any] | None) -> Iterator[str]:
     identity = values["identity"]
     if hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest() != values["digest"]:
-        yield "audit/plan.json: digest is not that of identity"
+        yield f"{part}/plan.json: digest is not that of identity"
     sample = json.dumps(dict(sorted(values["samples"].items())), sort_keys=True)
     if hashlib.sha256(sample.encode()).hexdigest() != identity["sample"]:
-        yield "audit/plan.json: the sample is not that of identity"
+        yield f"{part}/plan.json: the sample is not that of identity"
     if run is not None and identity["run"] != run["run_digest"]:
-        yield "audit: is of other results than these; audit them again, with --overwrite"
+        yield f"{part}: is of other results than these; run {part} again, with --overwrite"
 
 
 def _check(name: str, folder: SlideFolder, run: _Run, old: list[str]) -> Iterator[str]:

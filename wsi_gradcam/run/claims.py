@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
 CLAIM = "claim.json"
-EXPLAIN, AUDIT = "explain", "audit"  # the works that hold claims
+EXPLAIN, AUDIT, EVIDENCE = "explain", "audit", "evidence"  # the works that hold claims
 HEARTBEAT_S = 3.0
 SILENT_S = 20.0  # without a heartbeat a run on another machine counts as gone: some heartbeats may be late
 POLL_S = 0.5
@@ -40,7 +40,7 @@ class Holder:
     """The holder of a claim: the run, its process, since when (UTC, by its own clock), and how often it was renewed.
 
     Attributes:
-        work: explain or audit.
+        work: explain, audit or evidence.
     """
 
     run_id: str
@@ -50,7 +50,7 @@ class Holder:
     work: str = EXPLAIN
 
     def __str__(self) -> str:
-        kind = "audit" if self.work == AUDIT else "run"
+        kind = {AUDIT: "audit", EVIDENCE: "search for evidence"}.get(self.work, "run")
         return f"{kind} {self.run_id} on {self.process.host} (process {self.process.pid}), since {self.since}"
 
     def to_bytes(self) -> bytes:

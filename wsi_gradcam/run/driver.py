@@ -57,6 +57,7 @@ class RunSession:
         slide_rows: returns the slides that have ended, for the report: rows as in slides.csv, by slide id.
         log_tasks: whether each task has a line in the log.
         place: where log, status and report are kept: for an audit a folder in `out`, else `out` itself.
+        work: whose folder that is.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class RunSession:
         slide_rows: SlideRows,
         log_tasks: bool = False,
         place: StoragePath | None = None,
+        work: str = AUDIT,
     ) -> None:
         self.run_id = new_run_id()
         self._results, self._listener, self._slide_rows = RunFolder(out), listener, slide_rows
@@ -74,9 +76,9 @@ class RunSession:
         self._progress = Progress()
         self._lock = threading.Lock()
         self._facts: RunFacts | None = None
-        self._claim = Claim(out, self.run_id, self.message, EXPLAIN if place is None else AUDIT)
+        self._claim = Claim(out, self.run_id, self.message, EXPLAIN if place is None else work)
         # Audits of older versions claimed their own folder.
-        self._older = None if place is None else Claim(place, self.run_id, self.message, AUDIT)
+        self._older = None if place is None or work != AUDIT else Claim(place, self.run_id, self.message, AUDIT)
         self._claimed, self._working = ExitStack(), ExitStack()
         self._status_failed = False
 
@@ -134,8 +136,11 @@ class RunSession:
         workload: Workload,
         slides: Iterable[SlideEntry],
         keep: Callable[[SlideRecord], None],
+        again: bool = False,
     ) -> None:
         """Run a workload on slides; each slide's record is given to `keep` as it is finished.
+
+        With `again` it is another pass over slides that were counted: those are told of that fail in it.
 
         Raises:
             WsiGradcamError: the run cannot go on.
@@ -143,7 +148,8 @@ class RunSession:
         try:
             for record in executor.run(workload, slides, self._task_ended):
                 keep(record)
-                self.slide_done(record)
+                if not again or record.status == SlideStatus.FAILED:
+                    self.slide_done(record)
         except FatalError as error:
             raise error.cause from error.cause.__cause__
 

@@ -21,7 +21,7 @@ from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.io.urls import SCHEME, redact_url
 from wsi_gradcam.results.seals import sealed_json
 from wsi_gradcam.run.claims import AUDIT as AUDIT
-from wsi_gradcam.run.claims import HEARTBEAT_S, Holder, read_holder
+from wsi_gradcam.run.claims import EVIDENCE, HEARTBEAT_S, Holder, read_holder
 from wsi_gradcam.system.processes import format_duration
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class RunFacts:
         engine: what runs the network, and its precision.
         settings: of the run, as plain values.
         dashboard: address of a page that shows the work; "" where there is none.
-        work: explain or audit.
+        work: explain, audit or evidence.
         notes: on the model: what was done to explain it.
         remarks: on what the search for slides left out.
     """
@@ -395,10 +395,10 @@ def _state(out: StoragePath) -> ObservedRun | None:
 def _claimed(out: StoragePath) -> tuple[StoragePath, Holder] | None:
     """Return the holder of the claim on OUT itself, and where it lies: that of an audit lies above OUT/audit."""
     own = read_holder(out)  # of an audit too, if an older version wrote it
-    if own is not None and own.work != AUDIT:
+    if own is not None and own.work not in (AUDIT, EVIDENCE):
         return out, own
-    above = read_holder(out.parent) if out.name == AUDIT else None
-    return (out.parent, above) if above is not None and above.work == AUDIT else None
+    above = read_holder(out.parent) if out.name in (AUDIT, EVIDENCE) else None
+    return (out.parent, above) if above is not None and above.work == out.name else None
 
 
 def _is_alive(out: StoragePath, holder: Holder) -> bool:
@@ -479,5 +479,5 @@ def _advice(state: RunState, status: RunStatus) -> Iterator[str]:
     if state in (RunState.STOPPED, RunState.KILLED):
         yield f"  to continue, give the same command again: {command}"
     if status.numbers.failures and state != RunState.RUNNING:
-        again = command if status.facts.work == AUDIT else f"{command} --retry-failed"
+        again = command if status.facts.work in (AUDIT, EVIDENCE) else f"{command} --retry-failed"
         yield f"  to try failed slides again: {again}"

@@ -148,6 +148,22 @@ def cover(masks: Masks, grid: tuple[int, int]) -> Numbers:
     return shares
 
 
+def input_masks(
+    masks: Masks, size: tuple[int, int], view: tuple[float, float, float, float], patch_px: tuple[int, int]
+) -> Masks:
+    """Return masks [P, h, w] of patches of `patch_px` as the network sees them at `size`: the nearest pixel of each.
+
+    `view` is (y, x, height, width) of what it sees of a patch.
+    """
+    top, left, view_height, view_width = view
+    scale = masks.shape[1] / patch_px[0], masks.shape[2] / patch_px[1]
+    rows = ((top + (torch.arange(size[0]) + 0.5) * view_height / size[0]) * scale[0]).long().clamp(0)
+    columns = ((left + (torch.arange(size[1]) + 0.5) * view_width / size[1]) * scale[1]).long().clamp(0)
+    rows, columns = rows.clamp(max=masks.shape[1] - 1), columns.clamp(max=masks.shape[2] - 1)
+    found: Masks = masks[:, rows.numpy()[:, None], columns.numpy()[None]]
+    return found
+
+
 def border(size: tuple[int, int], width_px: int) -> NDArray[np.bool_]:
     """Return the outer `width_px` pixels of a patch of `size`, bool [H, W]."""
     found = np.ones(size, np.bool_)

@@ -1,0 +1,510 @@
+"""What was found: the kinds of evidence in numbers, tests and plain words.
+
+A kind is a shortcut where two things come together: it is spread unevenly over sites or scanners, by a test that
+permutes slides, and the answer falls where it is covered, by more than where as much is covered elsewhere. p-values
+are corrected for all kinds (Holm 1979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from wsi_gradcam.audit.findings import ALPHA, percent
+from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm
+from wsi_gradcam.evidence.clusters import SIDES, STABLE, Side
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.audit.findings import Verdict
+    from wsi_gradcam.evidence.clusters import Choice
+
+    Floats = NDArray[np.float64]
+
+FINDING_KINDS = ("shortcut", "suspect", "evidence", "uneven")
+PERMUTATIONS = 4999
+PRESENT = 0.01  # of a slide's evidence, from which a kind is said to occur on it
+MUCH_MORE = 3.0  # times denser must a kind be in one group than in the others, to be told
+ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur or the border, from which that is told
+FACTORS = ("site", "scanner", "label")
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Share(_Row):
+    """A share with its 95 % interval, by slide where there are enough."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Spread(_Row):
+    """How a kind is spread over sites, scanners or labels."""
+
+    by: Annotated[str, Field(description="site, scanner or label, as the list of slides tells them")]
+    groups: Annotated[dict[str, list[int]], Field(description="slides with the kind, and slides, by group")]
+    share: Annotated[dict[str, float], Field(description="mean share of the slides' evidence, by group")]
+    density: Annotated[
+        dict[str, float], Field(description="mean contribution of a place to the target, over all places, by group")
+    ]
+    p: Annotated[float | None, Field(description="of the densities, slides permuted; null with one group alone")]
+    p_adjusted: Annotated[float | None, Field(description="corrected for all kinds (Holm)")]
+
+
+class Covering(_Row):
+    """What happens to the explained scalar where the places of a kind are covered."""
+
+    patches: int
+    slides: int
+    change: Annotated[Share, Field(description="logits: covered less whole")]
+    elsewhere: Annotated[Share, Field(description="the same of equal areas elsewhere in the patch")]
+    difference: Annotated[Share, Field(description="of the two")]
+    p: float | None
+    p_adjusted: float | None
+
+
+class KindRow(_Row):
+    """A kind of evidence."""
+
+    number: Annotated[int, Field(description="from 1 on, as in the tables and in names.yaml")]
+    name: Annotated[str, Field(description="given in names.yaml; empty where none is")]
+    side: Annotated[Side, Field(description="whether it speaks for or against the target")]
+    share: Annotated[Share, Field(description="of all that speaks for the target, or against it")]
+    area: Annotated[Share, Field(description="of the explained tissue")]
+    lift: Annotated[float | None, Field(description="share over area")]
+    slides: Annotated[int, Field(description="on which it is a hundredth of the evidence at least")]
+    of_slides: int
+    probability: Annotated[float | None, Field(description="mean of the target's class, of patches with the kind")]
+    suspects: Annotated[dict[str, float], Field(description="share of its evidence on ink, glass, blur, border")]
+    spread: list[Spread]
+    covering: Covering | None
+    shortcut: bool
+
+
+class Finding(_Row):
+    """A statement in plain words, the weightiest first."""
+
+    kind: Annotated[Literal["shortcut", "suspect", "evidence", "uneven"], Field(description="what is stated")]
+    cluster: int
+    words: str
+
+
+class TrialRow(_Row):
+    """So many kinds of a side, how well they keep (adjusted Rand index) and lie apart (silhouette)."""
+
+    side: Side
+    kinds: int
+    stability: float
+    silhouette: float
+    chosen: bool
+
+
+class Evidence(_Row):
+    """All that `wsi-gradcam evidence` found; `evidence.json`."""
+
+    format: int = 1
+    model: str
+    model_digest: str
+    run: str
+    layer: str
+    target: str
+    seed: int
+    places: int
+    patches: int
+    patches_of_run: int
+    slides: int
+    slides_of_run: int
+    unit: Annotated[Literal["slide", "patch"], Field(description="what intervals and tests resample")]
+    worth_sorting: Annotated[bool, Field(description="false where the model has learned nothing of such patches")]
+    learned: Annotated[str, Field(description="why, in words")]
+    sure: Annotated[dict[str, bool], Field(description="whether the number of kinds is sure, by side")]
+    trials: list[TrialRow]
+    kinds: list[KindRow]
+    findings: list[Finding]
+    not_read: Annotated[dict[str, str], Field(description="slides that were left out, and why")]
+
+    @property
+    def shortcuts(self) -> list[KindRow]:
+        """The kinds that look like shortcuts."""
+        return [kind for kind in self.kinds if kind.shortcut]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Places of a sample, and their patches.
+
+    Attributes:
+        kind: [n] of each, -1 for none.
+        value: [n] signed contribution.
+        weight: [n] how many places each stands for.
+        patch: [n] row of its patch.
+        suspects: [n] share of each place that shows ink, glass, blur or border, by name.
+        slide: [P] ids of the patches' slides.
+        probability: [P] of the target's class; None where none is explained.
+    """
+
+    kind: NDArray[np.int64]
+    value: Floats
+    weight: Floats
+    patch: NDArray[np.int64]
+    suspects: Mapping[str, NDArray[np.float32]]
+    slide: NDArray[np.str_]
+    probability: Floats | None
+
+    def per_patch(self, values: Floats) -> Floats:
+        """Return weighted sums [P] of values [n] of places."""
+        found: Floats = np.bincount(self.patch, values * self.weight, len(self.slide)).astype(np.float64)
+        return found
+
+    def on(self, side: Side) -> Floats:
+        """Return what each place [n] contributes to a side, not negative."""
+        return np.maximum(self.value if side == "for" else -self.value, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Covered:
+    """Patches in which a kind was covered: the change, that of equal areas elsewhere, slide and weight, each [m]."""
+
+    change: Floats
+    elsewhere: Floats
+    slide: NDArray[np.str_]
+    weight: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the numbers are of, beside the places.
+
+    Attributes:
+        groups: of the slides, such as "site", by slide id.
+        names: that the user has given to kinds, by number.
+        learned: whether the model has learned anything.
+    """
+
+    model: str
+    model_digest: str
+    run: str
+    layer: str
+    target: str
+    seed: int
+    patches_of_run: int
+    slides_of_run: int
+    learned: Verdict
+    groups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
+    not_read: Mapping[str, str] = field(default_factory=dict)
+
+
+def find(places: Places, choice: Choice | None, covered: Mapping[int, Covered], facts: Facts) -> Evidence:
+    """Return all that is found of places that are sorted into kinds."""
+    worth = choice is not None and facts.learned.outcome == "holds"
+    kinds = [] if choice is None or not worth else _rows(places, choice, covered, facts)
+    trials = [] if choice is None else [_trial_row(choice, side, i) for side in SIDES for i in _numbers(choice, side)]
+    slides = len(np.unique(places.slide))
+    return Evidence(
+        model=facts.model,
+        model_digest=facts.model_digest,
+        run=facts.run,
+        layer=facts.layer,
+        target=facts.target,
+        seed=facts.seed,
+        places=len(places.kind),
+        patches=len(places.slide),
+        patches_of_run=facts.patches_of_run,
+        slides=slides,
+        slides_of_run=facts.slides_of_run,
+        unit="slide" if slides >= FEWEST_SLIDES else "patch",
+        worth_sorting=worth,
+        learned=facts.learned.words,
+        sure={} if choice is None else {side: choice.is_sure(side) for side in SIDES},
+        trials=trials,
+        kinds=kinds,
+        findings=in_words(kinds, facts.target),
+        not_read=dict(facts.not_read),
+    )
+
+
+def _numbers(choice: Choice, side: Side) -> range:
+    return range(len(choice.tried[side]))
+
+
+def _trial_row(choice: Choice, side: Side, number: int) -> TrialRow:
+    one = choice.tried[side][number]
+    return TrialRow(
+        side=side,
+        kinds=one.kinds,
+        stability=one.stability,
+        silhouette=one.silhouette,
+        chosen=choice.chosen(side) == one,
+    )
+
+
+def _rows(places: Places, choice: Choice, covered: Mapping[int, Covered], facts: Facts) -> list[KindRow]:
+    rows = [_row(places, number, side, covered.get(number), facts) for number, side in enumerate(choice.kinds.sides)]
+    spreads = [(i, j) for i, row in enumerate(rows) for j, one in enumerate(row.spread) if one.p is not None]
+    even = holm([rows[i].spread[j].p or 0.0 for i, j in spreads])
+    tested = [i for i, row in enumerate(rows) if row.covering is not None and row.covering.p is not None]
+    moved = holm([rows[i].covering.p or 0.0 for i in tested])  # type: ignore[union-attr]
+    of_spread, of_covering = dict(zip(spreads, even, strict=True)), dict(zip(tested, moved, strict=True))
+    return [_judged(row, i, of_spread, of_covering) for i, row in enumerate(rows)]
+
+
+def _judged(
+    row: KindRow, number: int, of_spread: Mapping[tuple[int, int], float], of_covering: Mapping[int, float]
+) -> KindRow:
+    """Return a row with corrected p-values, and whether it looks like a shortcut."""
+    spread = [one.model_copy(update={"p_adjusted": of_spread.get((number, j))}) for j, one in enumerate(row.spread)]
+    covering = row.covering
+    if covering is not None:
+        covering = covering.model_copy(update={"p_adjusted": of_covering.get(number)})
+    row = row.model_copy(update={"spread": spread, "covering": covering})
+    return row.model_copy(update={"shortcut": bool(uneven(row)) and matters(row)})
+
+
+def uneven(row: KindRow, by: Sequence[str] = ("site", "scanner")) -> list[Spread]:
+    """Return the groupings over which a kind is spread more unevenly than chance makes it, and by much."""
+    return [
+        one
+        for one in row.spread
+        if one.by in by and one.p_adjusted is not None and one.p_adjusted <= ALPHA and times_more(one) >= MUCH_MORE
+    ]
+
+
+def times_more(spread: Spread) -> float:
+    """Return how many times larger the density is in the group where it is largest than in the others together."""
+    first = max(spread.density, key=lambda name: spread.density[name])
+    others = {name: of for name, (_, of) in spread.groups.items() if name != first}
+    rest = sum(spread.density[name] * of for name, of in others.items()) / sum(others.values())
+    return spread.density[first] / rest if rest > 0 else float("inf")
+
+
+def matters(row: KindRow) -> bool:
+    """Return whether covering a kind moves the answer to its other side, more than covering as much elsewhere does."""
+    one = row.covering
+    if one is None or one.p_adjusted is None or one.difference.value is None:
+        return False
+    return one.p_adjusted <= ALPHA and (one.difference.value < 0) == (row.side == "for")
+
+
+def _row(places: Places, number: int, side: Side, covered: Covered | None, facts: Facts) -> KindRow:
+    own = places.kind == number
+    mass, area = places.per_patch(places.on(side)), places.per_patch(np.ones(len(own)))
+    own_mass, own_area = places.per_patch(places.on(side) * own), places.per_patch(own.astype(np.float64))
+    share, of_area = _share(own_mass, mass, places.slide, facts.seed), _share(own_area, area, places.slide, facts.seed)
+    of_slide, density = _by_slide(own_mass, mass, places.slide), _by_slide(own_mass, area, places.slide)
+    total = float((places.on(side) * places.weight * own).sum())
+    suspects = {
+        name: float((places.on(side) * places.weight * own * shows).sum() / total) if total > 0 else 0.0
+        for name, shows in places.suspects.items()
+    }
+    probability = None
+    if places.probability is not None and own_mass.sum() > 0:
+        probability = float(np.average(places.probability, weights=own_mass))
+    return KindRow(
+        number=number + 1,
+        name=facts.names.get(number + 1, ""),
+        side=side,
+        share=share,
+        area=of_area,
+        lift=share.value / of_area.value if share.value is not None and of_area.value else None,
+        slides=sum(value >= PRESENT for value in of_slide.values()),
+        of_slides=len(of_slide),
+        probability=probability,
+        suspects=suspects,
+        spread=[one for by in FACTORS if (one := _spread(of_slide, density, by, facts)) is not None],
+        covering=None if covered is None else _covering(covered, facts.seed),
+        shortcut=False,
+    )
+
+
+def _share(part: Floats, whole: Floats, slides: NDArray[np.str_], seed: int) -> Share:
+    """Return the share that `part` [P] is of `whole` [P], sums over patches."""
+    known = whole > 0
+    if not known.any():
+        return Share(value=None, low=None, high=None)
+    found = estimate(part[known] / whole[known], slides[known], whole[known], seed)
+    return _as_share(found)
+
+
+def _as_share(found: Estimate) -> Share:
+    return Share(**{name: None if np.isnan(v := getattr(found, name)) else v for name in ("value", "low", "high")})
+
+
+def _by_slide(part: Floats, whole: Floats, slides: NDArray[np.str_]) -> dict[str, float]:
+    """Return the share of each slide's evidence, by slide id; slides without any are left out."""
+    names, member = np.unique(slides, return_inverse=True)
+    sums = np.bincount(member, part, len(names)), np.bincount(member, whole, len(names))
+    return {name: float(p / w) for name, p, w in zip(names.tolist(), *sums, strict=True) if w > 0}
+
+
+def _spread(of_slide: Mapping[str, float], density: Mapping[str, float], by: str, facts: Facts) -> Spread | None:
+    """Return how a kind is spread over groups of slides; None where the list of slides tells none."""
+    known = {name: group for name, group in facts.groups.get(by, {}).items() if name in of_slide}
+    if not known:
+        return None
+    share, dense = (np.array([of[name] for name in known]) for of in (of_slide, density))
+    group = np.array(list(known.values()))
+    strata = None
+    if by != "label":
+        labels = facts.groups.get("label", {})
+        strata = np.array([labels.get(name, "") for name in known])
+    return Spread(
+        by=by,
+        groups={
+            str(name): [int((share[group == name] >= PRESENT).sum()), int((group == name).sum())]
+            for name in np.unique(group)
+        },
+        share={str(name): float(share[group == name].mean()) for name in np.unique(group)},
+        density={str(name): float(dense[group == name].mean()) for name in np.unique(group)},
+        p=permutation_p(dense, group, facts.seed, strata),
+        p_adjusted=None,
+    )
+
+
+def permutation_p(
+    values: Floats, groups: NDArray[np.str_], seed: int, strata: NDArray[np.str_] | None = None
+) -> float | None:
+    """Return the p of the sum of squares between groups when slides are permuted; None with one group alone.
+
+    Args:
+        values: [S] of slides.
+        groups: [S] such as their sites.
+        strata: [S] within which slides are permuted, such as labels: another mix of cases is no effect of a site.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        return None
+    sizes = np.bincount(member, minlength=len(names))
+    random = np.random.default_rng(seed)
+    rows = [np.arange(len(values))] if strata is None else [np.flatnonzero(strata == one) for one in np.unique(strata)]
+
+    def between(of: Floats) -> float:
+        return float((np.bincount(member, of, len(names)) ** 2 / sizes).sum())
+
+    own, larger = between(values), 0
+    for _ in range(PERMUTATIONS):
+        moved = values.copy()
+        for some in rows:
+            moved[some] = values[random.permutation(some)]
+        larger += between(moved) >= own * (1 - 1e-12)
+    return (1 + larger) / (1 + PERMUTATIONS)
+
+
+def _covering(covered: Covered, seed: int) -> Covering | None:
+    known = np.isfinite(covered.change) & np.isfinite(covered.elsewhere)
+    if not known.any():
+        return None
+    change, other = covered.change[known], covered.elsewhere[known]
+    slide, weight = covered.slide[known], covered.weight[known]
+    found = compare(change, other, slide, weight, seed)
+    return Covering(
+        patches=int(known.sum()),
+        slides=len(np.unique(slide)),
+        change=_as_share(estimate(change, slide, weight, seed)),
+        elsewhere=_as_share(estimate(other, slide, weight, seed)),
+        difference=_as_share(found.difference),
+        p=None if np.isnan(found.p) else found.p,
+        p_adjusted=None,
+    )
+
+
+def in_words(kinds: Sequence[KindRow], target: str) -> list[Finding]:
+    """Return the findings: shortcuts, suspects, then the evidence by its share, then what is unevenly spread."""
+    found: list[tuple[int, float, Finding]] = []
+    for row in kinds:
+        weight = -(row.share.value or 0.0)
+        if row.shortcut:
+            found.append((0, weight, Finding(kind="shortcut", cluster=row.number, words=_shortcut_words(row, target))))
+        elif row.side == "for" and (words := _suspect_words(row, target)):
+            found.append((1, weight, Finding(kind="suspect", cluster=row.number, words=words)))
+        elif row.side == "for":
+            found.append((2, weight, Finding(kind="evidence", cluster=row.number, words=_evidence_words(row, target))))
+        if not row.shortcut and (spread := uneven(row)):
+            found.append((3, weight, Finding(kind="uneven", cluster=row.number, words=_uneven_words(row, spread[0]))))
+    return [one for *_, one in sorted(found, key=lambda one: one[:2])]
+
+
+def called(row: KindRow) -> str:
+    """Return what a kind is called in a sentence.
+
+    >>> called(KindRow.model_construct(number=3, name="nuclei")), called(KindRow.model_construct(number=3, name=""))
+    ('“nuclei” (cluster 3)', 'cluster 3')
+    """
+    return f"“{row.name}” (cluster {row.number})" if row.name else f"cluster {row.number}"
+
+
+def _shortcut_words(row: KindRow, target: str) -> str:
+    spread = uneven(row)[0]
+    return (
+        f"{called(row).capitalize()} looks like a shortcut: {_where(row, spread)}, and {_effect(row)}. It is "
+        f"{percent(row.share.value or 0.0)} of the evidence {row.side} {target}."
+    )
+
+
+def _suspect_words(row: KindRow, target: str) -> str:
+    name, share = max(row.suspects.items(), key=lambda one: one[1], default=("", 0.0))
+    if share < ON_SUSPECT:
+        return ""
+    effect = f", and {_effect(row)}" if matters(row) else ""
+    of_all = percent(row.share.value or 0.0)
+    return (
+        f"{called(row).capitalize()} lies on {name}: {percent(share)} of it. It is {of_all} of the evidence for "
+        f"{target}{effect}."
+    )
+
+
+def _evidence_words(row: KindRow, target: str) -> str:
+    lift = "" if row.lift is None else f", {row.lift:.1f} times its share of the area"
+    effect = f"; {_effect(row)}" if row.covering is not None and row.covering.difference.value is not None else ""
+    return (
+        f"{percent(row.share.value or 0.0)} of the evidence for {target} lies on {called(row)}{lift}, "
+        f"on {row.slides} of {row.of_slides} slides{effect}."
+    )
+
+
+def _uneven_words(row: KindRow, spread: Spread) -> str:
+    return f"{called(row).capitalize()} is spread unevenly: {_where(row, spread)}."
+
+
+def _where(row: KindRow, spread: Spread) -> str:
+    """Return where a kind occurs: on slides of one group alone, or more on those of the first than of the others."""
+    present = {name: found for name, (found, _) in spread.groups.items() if found}
+    if len(present) == 1:
+        (name,) = present
+        found, of = spread.groups[name]
+        return f"it occurs on slides of {spread.by} {name} only ({found} of {of})"
+    first = max(spread.density, key=lambda name: spread.density[name])
+    others = ", ".join(f"{percent(v)} on {name}" for name, v in spread.share.items() if name != first)
+    return f"on slides of {spread.by} {first} it is {percent(spread.share[first])} of the evidence, {others}"
+
+
+def _effect(row: KindRow) -> str:
+    """Return what covering a kind does beyond covering as much elsewhere, where that was measured."""
+    one = row.covering
+    assert one is not None
+    assert one.difference.value is not None
+    size, verb = abs(one.difference.value), "lowers" if one.difference.value < 0 else "raises"
+    unsure = "" if matters(row) else ", which may be chance"
+    return f"covering it {verb} the logit by {size:.2g} more than covering as much elsewhere does{unsure}"
+
+
+def stable_words(evidence: Evidence, side: Side) -> str:
+    """Return how sure the number of kinds of a side is, in words."""
+    chosen = next((one for one in evidence.trials if one.side == side and one.chosen), None)
+    if chosen is None:
+        return ""
+    if evidence.sure[side]:
+        return f"{chosen.kinds} kinds {side} it (stability {chosen.stability:.2f}, silhouette {chosen.silhouette:.2f})"
+    why = "with other seeds places are sorted otherwise" if chosen.stability < STABLE else "the kinds hardly lie apart"
+    return (
+        f"{chosen.kinds} kinds {side} it, which is unsure: {why} (stability {chosen.stability:.2f}, silhouette "
+        f"{chosen.silhouette:.2f})"
+    )

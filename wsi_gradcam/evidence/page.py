@@ -1,0 +1,180 @@
+"""The report on the evidence: what its template is given."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from wsi_gradcam.audit.report.figures import Picture, colour_scale, overlay, picture, scale_of
+from wsi_gradcam.audit.report.page import number, p_text
+from wsi_gradcam.evidence.clusters import SIDES
+from wsi_gradcam.evidence.findings import called, stable_words
+from wsi_gradcam.pages import render
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsi_gradcam.audit.folder import Arrays
+    from wsi_gradcam.evidence.findings import Covering, Evidence, KindRow, Share, Spread, TrialRow
+    from wsi_gradcam.io.paths import StoragePath
+
+OUTLINE = (20, 20, 20), (255, 225, 60)  # dark beside bright: seen on any tissue
+LEAST_PX = 112  # of an example's side: smaller patches are enlarged
+
+
+@dataclass(frozen=True)
+class ExampleCard:
+    """An example patch of a kind: the patch with the kind's places outlined, and its map."""
+
+    title: str
+    extreme: bool
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class KindCard:
+    """A kind with its numbers in words."""
+
+    row: KindRow
+    title: str
+    facts: Sequence[tuple[str, str]]
+    spread: Sequence[tuple[str, ...]]
+    examples: Sequence[ExampleCard]
+
+
+def write_report(place: StoragePath, evidence: Evidence, looked: Sequence[tuple[str, Arrays]], factor: int) -> None:
+    """Write the report.
+
+    Args:
+        looked: the pieces of the second pass, each with its slide.
+        factor: from contributions to what heatmaps show.
+    """
+    place.write(evidence_page(evidence, looked, factor))
+
+
+def evidence_page(evidence: Evidence, looked: Sequence[tuple[str, Arrays]], factor: int = 1) -> bytes:
+    """Return the report as HTML."""
+    maps = [arrays["example/map"] for _, arrays in looked if "example/map" in arrays]
+    scale = scale_of(np.concatenate([one.ravel() for one in maps])) if maps else 1.0
+    examples = _examples(looked, scale)
+    page = render(
+        "evidence/page.html",
+        title=f"What does the model look at? {evidence.model}",
+        evidence=evidence,
+        cards=[_card(row, evidence, examples[row.number - 1]) for row in evidence.kinds],
+        certainty=[words for side in SIDES if (words := stable_words(evidence, side))],
+        trials=[_trial(one) for one in evidence.trials],
+        overview=[_overview(row) for row in evidence.kinds],
+        not_read=sorted(evidence.not_read.items()),
+        legend=colour_scale(scale, "of the explained scalar"),
+        scale=scale,
+    )
+    return page.encode()
+
+
+def _trial(one: TrialRow) -> tuple[str, ...]:
+    chosen = "chosen" if one.chosen else ""
+    return one.side, str(one.kinds), f"{one.stability:.2f}", f"{one.silhouette:.2f}", chosen
+
+
+def _overview(row: KindRow) -> tuple[str, ...]:
+    change = "–" if row.covering is None else interval(row.covering.change)
+    return (
+        called(row).capitalize(),
+        row.side,
+        shares(row.share),
+        shares(row.area),
+        "–" if row.lift is None else f"{row.lift:.1f}",
+        f"{row.slides} of {row.of_slides}",
+        change,
+    )
+
+
+def _card(row: KindRow, evidence: Evidence, examples: Sequence[ExampleCard]) -> KindCard:
+    facts = [
+        (f"Share of the evidence {row.side} {evidence.target}", shares(row.share)),
+        ("Share of the area", shares(row.area)),
+        ("Lift", "" if row.lift is None else f"{row.lift:.2f}"),
+        ("Slides", f"{row.slides} of {row.of_slides} (a hundredth of their evidence at least)"),
+        (f"Mean probability of {evidence.target}", "" if row.probability is None else f"{row.probability:.2f}"),
+        ("Lies on", ", ".join(f"{name} {100 * value:.0f} %" for name, value in row.suspects.items() if value >= 0.005)),
+        ("Covered", "" if row.covering is None else covering_words(row.covering)),
+    ]
+    return KindCard(row, called(row).capitalize(), facts, [_spread(one) for one in row.spread], examples)
+
+
+def _spread(one: Spread) -> tuple[str, ...]:
+    groups = ", ".join(
+        f"{name}: {100 * one.share[name]:.1f} % ({found} of {of} slides)" for name, (found, of) in one.groups.items()
+    )
+    p = "one group alone" if one.p is None else p_text(one.p if one.p_adjusted is None else one.p_adjusted)
+    return one.by, groups, p
+
+
+def covering_words(one: Covering) -> str:
+    """Return what covering has changed, in words."""
+    p = "" if one.p_adjusted is None else f", {p_text(one.p_adjusted)}"
+    return (
+        f"the logit changes by {interval(one.change)}, where as much is covered elsewhere by {interval(one.elsewhere)}"
+        f"{p}; {one.patches} patches of {one.slides} slides"
+    )
+
+
+def shares(share: Share) -> str:
+    """Return a share with its interval, in percent."""
+    if share.value is None or share.low is None or share.high is None:
+        return "–"
+    return f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
+def interval(share: Share) -> str:
+    """Return a number with its interval."""
+    return "–" if share.value is None else f"{number(share.value)} ({number(share.low)} to {number(share.high)})"
+
+
+def _examples(looked: Sequence[tuple[str, Arrays]], scale: float) -> dict[int, list[ExampleCard]]:
+    """Return the examples by kind, extremes last."""
+    found: dict[int, list[ExampleCard]] = defaultdict(list)
+    for slide, arrays in looked:
+        if "example/row" not in arrays:
+            continue
+        for i, row in enumerate(arrays["example/row"].tolist()):
+            rgb = enlarged(arrays["example/rgb"][i])
+            title = f"{slide}, patch {int(arrays['example/number'][i])}"
+            pictures = [
+                picture(outlined(rgb, arrays["example/cells"][i]), f"{title}: the patch with the cluster outlined"),
+                overlay(rgb, arrays["example/map"][i], scale, f"{title}: its map"),
+            ]
+            kind = int(arrays["shown/kind"][row])
+            found[kind].append(ExampleCard(title, bool(arrays["example/extreme"][i]), pictures))
+    for cards in found.values():
+        cards.sort(key=lambda card: card.extreme)
+    return found
+
+
+def enlarged(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a picture that is large enough to be looked at, by whole numbers."""
+    times = -(-LEAST_PX // min(rgb.shape[:2]))
+    return rgb.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def outlined(rgb: NDArray[np.uint8], cells: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return a patch uint8 [h, w, 3] with a line round marked cells [n, m] of a grid over it."""
+    height, width = rgb.shape[:2]
+    large = np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST))
+    found, inside = rgb.copy(), large
+    for colour in OUTLINE:
+        smaller = _eroded(inside)
+        found[inside & ~smaller] = colour
+        inside = smaller
+    return found
+
+
+def _eroded(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    padded = np.pad(mask, 1)
+    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
