@@ -23,7 +23,7 @@ from wsi_gradcam.models.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("other", "marker")
-LOADING = ("explain", "audit", "info", "doctor", "card")  # commands that load models
+LOADING = ("explain", "audit", "evidence", "info", "doctor", "card")  # commands that load models
 OF_ITSELF = {"claim.json", "status.json", "run.html", ".lock"}
 # Patches of 32 x 32 px at 0.5 um on slides of 0.25: 64 level-0 px, 8 pixels of the heatmap.
 SMALL: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import parquet
@@ -17,7 +18,7 @@ from wsi_gradcam.evidence.findings import Evidence
 
 DOCS = ROOT / "docs"
 SLIDES, MARKED = 30, 5
-QUICK = {"places": 1600, "seed": 1}
+QUICK: dict[str, Any] = {"places": 1600, "seed": 1}
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ def test_modules_form_no_circle() -> None:
         ("openslide", {"slides"}),
         ("rich", {"cli"}),
         ("shapely", {"export"}),
+        ("sklearn", {"evidence"}),
         ("starlette", {"viewer"}),
         ("uvicorn", {"viewer"}),
         ("yaozarrs", {"results"}),
@@ -121,8 +122,8 @@ def test_modules_of_the_client_never_load_torch(module: str) -> None:
 def test_public_names_are_what_they_say() -> None:
     code = "import wsi_gradcam as w; print(*(getattr(w, n).__name__ for n in sorted(w.__all__) if n[0] != '_'))"
     assert python(code) == (
-        "GradCAM ModelSpec Settings audit_bags audit_images audit_run encode explain load_model model_of open_result "
-        "open_slide validate write_card"
+        "GradCAM ModelSpec Settings audit_bags audit_images audit_run encode evidence_run explain load_model model_of "
+        "open_result open_slide validate write_card"
     )
     assert python("import wsi_gradcam as w\ntry: w.nonsense\nexcept AttributeError as e: print(e)") == (
         "module 'wsi_gradcam' has no attribute 'nonsense'"

@@ -37,6 +37,21 @@ def say(*lines: object, error: bool = False) -> None:
         print("\n".join(printable(str(line)) for line in lines), file=stream, flush=True)
 
 
+def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the named arguments that were given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Return the names of a list with commas."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Return a group of flags, which the help shows below its title."""
+    return parser.add_argument_group(title)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help whose examples keep their lines, with room for the names of flags, and never wider than 100 columns."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from wsi_gradcam.cli import group
 from wsi_gradcam.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
@@ -102,11 +103,6 @@ def add_settings(parser: Adding, names: Iterable[str] | None = None, prefix: str
 def _add_setting(parser: Adding, name: str, field: FieldInfo, prefix: str = "") -> None:
     text = prefix + _help(name, field)
     parser.add_argument(f"--{name.replace('_', '-')}", help=text, **_options(name, field))
-
-
-def group(parser: argparse.ArgumentParser, title: str) -> Adding:
-    """Return a group of flags, which the help shows below its title."""
-    return parser.add_argument_group(title)
 
 
 def _help(name: str, field: FieldInfo) -> str:
@@ -327,12 +323,8 @@ def add_card(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="the model that OUT was made with, as for --model of explain")
     add("out", help="folder of results, or s3://BUCKET/KEY; its audit is used if there is one")
-    add(
-        "--dest",
-        metavar="PATH",
-        default=".",
-        help="folder for NAME.card.md and NAME.card.html (default: the current one)",
-    )
+    text = "folder for NAME.card.md and NAME.card.html (default: the current one)"
+    add("--dest", metavar="PATH", default=".", help=text)
     add("--overwrite", action="store_true", help="replace cards that are there")
     _add_trust(parser)
 
@@ -346,45 +338,40 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 def add_audit(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `audit`."""
-    from pydantic.fields import FieldInfo
-
     from wsi_gradcam.audit.plan import AuditSettings
 
-    what, compared, where = (group(parser, title) for title in ("what to audit", "comparisons and limits", WHERE))
-    what.add_argument("out", help="folder of results, or s3://BUCKET/KEY; an audit there is continued")
-    types = get_type_hints(AuditSettings, include_extras=True)
-    for field in fields(AuditSettings):
-        _add_setting(what, field.name, FieldInfo.from_annotated_attribute(types[field.name], field.default))
-    what.add_argument("--model", help="the run's model, if its files have moved")
-    _add_trust(what)
-    add = compared.add_argument
+    add = _add_judging(parser, "audit", "an audit", AuditSettings).add_argument
     add("--against", metavar="OUT2", help="compare with the audit of another run, on the patches of that audit")
     add("--fail-on", metavar="QUESTION[,..]|any", help="exit with status 1 if a verdict on one of these fails")
-    _add_workers(where, "as for explain")
-    _add_remote_slides(group(parser, READING))
-    resume = group(parser, RESUME)
-    resume.add_argument("--overwrite", action="store_true", help="measure again, even if the audit has other settings")
-    _add_json(resume)
 
 
 def add_evidence(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evidence`."""
-    from pydantic.fields import FieldInfo
-
     from wsi_gradcam.evidence import EvidenceSettings
 
-    add = parser.add_argument
-    add("out", help="folder that explain made, or s3://BUCKET/KEY; evidence there is continued")
-    types = get_type_hints(EvidenceSettings, include_extras=True)
-    for field in fields(EvidenceSettings):
-        _add_setting(parser, field.name, FieldInfo.from_annotated_attribute(types[field.name], field.default))
-    add("--model", help="the run's model, where its files have moved")
-    _add_trust(parser)
-    _add_remote_slides(parser)
-    add("--fail-on", choices=["shortcut"], help="end with 1 where a kind of evidence looks like a shortcut")
-    _add_workers(parser, "as for explain")
-    add("--overwrite", action="store_true", help="measure again, whatever evidence there is")
-    _add_json(parser)
+    limits = _add_judging(parser, "look at", "evidence", EvidenceSettings)
+    limits.add_argument("--fail-on", choices=["shortcut"], help="exit with status 1 if evidence looks like a shortcut")
+
+
+def _add_judging(parser: argparse.ArgumentParser, work: str, made: str, settings: type[Any]) -> Adding:
+    """Add what commands have in common that judge a run, and return the group of comparisons and limits."""
+    from pydantic.fields import FieldInfo
+
+    what, compared, where = (group(parser, title) for title in (f"what to {work}", "comparisons and limits", WHERE))
+    what.add_argument("out", help=f"folder of results, or s3://BUCKET/KEY; {made} there is continued")
+    types = get_type_hints(settings, include_extras=True)
+    for field in fields(settings):
+        _add_setting(what, field.name, FieldInfo.from_annotated_attribute(types[field.name], field.default))
+    what.add_argument("--model", help="the run's model, if its files have moved")
+    _add_trust(what)
+    _add_workers(where, "as for explain")
+    _add_remote_slides(group(parser, READING))
+    resume = group(parser, RESUME)
+    resume.add_argument(
+        "--overwrite", action="store_true", help=f"measure again, even if the {work} has other settings"
+    )
+    _add_json(resume)
+    return compared
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:

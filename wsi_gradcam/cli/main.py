@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
-from wsi_gradcam.cli import HelpFormatter, Parser, PrintableFormatter, Streams, examples_text, flags, leave, say
+from wsi_gradcam.cli import (
+    HelpFormatter,
+    Parser,
+    PrintableFormatter,
+    Streams,
+    examples_text,
+    flags,
+    given,
+    leave,
+    say,
+    split,
+)
 from wsi_gradcam.errors import ConfigError, StoppedError, StoreError, WsiGradcamError, from_extra, one_line
 from wsi_gradcam.system.isolation import STOP, supervise
 
@@ -87,8 +98,8 @@ def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None])
 
     if logging.lastResort is not None:  # what is logged and has no other handler is printed by this
         logging.lastResort.setFormatter(PrintableFormatter())
+    hosts = getattr(arguments, "allow_hosts", None)
     try:
-        hosts = getattr(arguments, "allow_hosts", None)
         with stoppable, allowing(hosts), isolating(flags.isolation(arguments)):
             return COMMANDS[arguments.command].run(arguments)
     except StoppedError as error:
@@ -176,8 +187,7 @@ def _of_run(arguments: argparse.Namespace) -> tuple[Any, ...]:
     settings = make_settings(**values)
     check_workers(run["workers"], run["scheduler"])
     slides, model, out = run.pop("slide"), run.pop("model"), run.pop("out")
-    chosen: dict[str, Any] = {key: run.pop(key) or () for key in ("only", "skip")}
-    return slides, model, out, settings, run, chosen
+    return slides, model, out, settings, run, {key: run.pop(key) or () for key in ("only", "skip")}
 
 
 @contextmanager
@@ -249,11 +259,11 @@ def _audit(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.cli.output import print_audit, questions_to_fail_on
 
     settings = [field.name for field in fields(AuditSettings)]
-    options = _given(arguments, *settings, "model", "against", "workers", "scheduler", "wait_for_workers")
+    options = given(arguments, *settings, "model", "against", "workers", "scheduler", "wait_for_workers")
     if "only" in options:
-        options["only"] = _split(options["only"])
+        options["only"] = split(options["only"])
     switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code", "remote_slides")}
-    fail_on = None if arguments.fail_on is None else questions_to_fail_on(_split(arguments.fail_on))
+    fail_on = None if arguments.fail_on is None else questions_to_fail_on(split(arguments.fail_on))
     with _reporting(arguments.json) as listener:
         outcome = audit_run(arguments.out, listener=listener, **options, **switches)
     failures = [] if fail_on is None else outcome.metrics.failed(fail_on)
@@ -270,18 +280,10 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 def _evidence(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.cli.output import print_evidence
-    from wsi_gradcam.evidence import EvidenceSettings
-    from wsi_gradcam.evidence.running import evidence_run
+    from wsi_gradcam.cli.output import run_evidence
 
-    settings = [field.name for field in fields(EvidenceSettings)]
-    options = _given(arguments, *settings, "model", "workers", "scheduler", "wait_for_workers")
-    switches = {name: getattr(arguments, name) for name in ("overwrite", "trust_code", "remote_slides")}
     with _reporting(arguments.json) as listener:
-        outcome = evidence_run(arguments.out, listener=listener, **options, **switches)
-    shortcuts = outcome.evidence.shortcuts if arguments.fail_on else []
-    print_evidence(outcome, shortcuts, arguments.json)
-    return SOME_FAILED if outcome.failed or shortcuts else DONE
+        return run_evidence(arguments, listener)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -290,7 +292,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.results.run import open_result
 
     names = ("channel", "colormap", "window", "threshold", "alpha", "size", "overwrite", "frame", "dicom_attributes")
-    options = _given(arguments, *names, "remote_slides", "min_area", "simplify")
+    options = given(arguments, *names, "remote_slides", "min_area", "simplify")
     if "channel" in options:
         options["channel"] = tuple(options["channel"])
     if "," in options.get("window", ""):
@@ -344,7 +346,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.mask_out:
         if len(found) != 1:
             raise ConfigError(f"--mask-out makes a picture of one slide, {len(found)} are given")
-        values = flags.parse_text(_given(arguments, *flags.MASK_SETTINGS))
+        values = flags.parse_text(given(arguments, *flags.MASK_SETTINGS))
         found[0] |= mask_info(arguments.slide[0], arguments.mask_out, values)
     if arguments.model:
         found.append(model_info(arguments.model, arguments.layer, arguments.trust_code))
@@ -364,19 +366,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         checks.append(check)
         if not arguments.json:
             say(format_check(check))
-    status = worst(checks)
     if arguments.json:
-        print(json.dumps({"status": status, "checks": [check.__dict__ for check in checks]}))
-    return SOME_FAILED if status == FAIL else DONE
-
-
-def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return the named arguments that were given."""
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
+        print(json.dumps({"status": worst(checks), "checks": [check.__dict__ for check in checks]}))
+    return SOME_FAILED if worst(checks) == FAIL else DONE
 
 
 COMMANDS = {
@@ -420,12 +412,9 @@ COMMANDS = {
         "show what the model looks at, across the archive",
         flags.add_evidence,
         _evidence,
-        usage="OUT [options]",
-        description="Sort what the model looks at, across all slides of a run, and write a report.",
-        examples=(
-            "wsi-gradcam evidence results/",
-            "wsi-gradcam evidence results/ --target tumour --fail-on shortcut",
-        ),
+        "OUT [options]",
+        "Sort what the model looks at, across all slides of a run, and write a report.",
+        ("wsi-gradcam evidence results/ --target tumour --fail-on shortcut",),
         works=True,
         stoppable=True,
     ),

@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.vocabulary import BAG_QUESTIONS, QUESTIONS
 from wsi_gradcam.cam.facts import METHOD_INFO
-from wsi_gradcam.cli import say
+from wsi_gradcam.cli import given, say
 from wsi_gradcam.errors import ConfigError, SlideError, printable, quoted
 from wsi_gradcam.inputs.find import SlideEntry, search_slides
 from wsi_gradcam.io.object_stores import S3
@@ -38,6 +38,8 @@ from wsi_gradcam.tissue.annotations import check_mask, read_regions
 from wsi_gradcam.tissue.masks import slide_masks, write_mask_preview
 
 if TYPE_CHECKING:
+    import argparse
+
     from wsi_gradcam.audit.running import AuditOutcome
     from wsi_gradcam.audit.schema import VerdictRow
     from wsi_gradcam.cam.facts import Layout
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.run_files import SlideFolder
     from wsi_gradcam.results.validation import Validation
     from wsi_gradcam.run.plan import Pace
+    from wsi_gradcam.run.types import RunListener
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.tissue.stain import Stain
 
@@ -179,6 +182,20 @@ def print_audit(outcome: AuditOutcome, failures: Sequence[VerdictRow], as_json: 
         say(f"not audited: {record.slide.id}: {record.error}", error=True)
     for verdict in failures:
         say(f"--fail-on: {verdict.question} ({verdict.of}) fails: {verdict.words}", error=True)
+
+
+def run_evidence(arguments: argparse.Namespace, listener: RunListener) -> bool:
+    """Do what `evidence` is asked for and print it; return whether something failed, or `--fail-on` has found it."""
+    from wsi_gradcam.evidence import EvidenceSettings
+    from wsi_gradcam.evidence.running import evidence_run
+
+    names = [field.name for field in fields(EvidenceSettings)]
+    options = given(arguments, *names, "model", "workers", "scheduler", "wait_for_workers")
+    options |= {name: getattr(arguments, name) for name in ("overwrite", "trust_code", "remote_slides")}
+    outcome = evidence_run(arguments.out, listener=listener, **options)
+    shortcuts = outcome.evidence.shortcuts if arguments.fail_on else []
+    print_evidence(outcome, shortcuts, arguments.json)
+    return bool(outcome.failed or shortcuts)
 
 
 def print_evidence(outcome: EvidenceOutcome, shortcuts: Sequence[KindRow], as_json: bool) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from wsi_gradcam.audit.findings import ALPHA, percent
 from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm
-from wsi_gradcam.evidence.clusters import SIDES, STABLE, Side
+from wsi_gradcam.evidence.clusters import SIDES, Side
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-FINDING_KINDS = ("shortcut", "suspect", "evidence", "uneven")
 PERMUTATIONS = 4999
 PRESENT = 0.01  # of a slide's evidence, from which a kind is said to occur on it
 MUCH_MORE = 3.0  # times denser must a kind be in one group than in the others, to be told
@@ -494,17 +493,3 @@ def _effect(row: KindRow) -> str:
     size, verb = abs(one.difference.value), "lowers" if one.difference.value < 0 else "raises"
     unsure = "" if matters(row) else ", which may be chance"
     return f"covering it {verb} the logit by {size:.2g} more than covering as much elsewhere does{unsure}"
-
-
-def stable_words(evidence: Evidence, side: Side) -> str:
-    """Return how sure the number of kinds of a side is, in words."""
-    chosen = next((one for one in evidence.trials if one.side == side and one.chosen), None)
-    if chosen is None:
-        return ""
-    if evidence.sure[side]:
-        return f"{chosen.kinds} kinds {side} it (stability {chosen.stability:.2f}, silhouette {chosen.silhouette:.2f})"
-    why = "with other seeds places are sorted otherwise" if chosen.stability < STABLE else "the kinds hardly lie apart"
-    return (
-        f"{chosen.kinds} kinds {side} it, which is unsure: {why} (stability {chosen.stability:.2f}, silhouette "
-        f"{chosen.silhouette:.2f})"
-    )

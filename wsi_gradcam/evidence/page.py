@@ -12,14 +12,15 @@ from PIL import Image
 
 from wsi_gradcam.audit.report.figures import Picture, colour_scale, overlay, picture, scale_of
 from wsi_gradcam.audit.report.page import number, p_text
-from wsi_gradcam.evidence.clusters import SIDES
-from wsi_gradcam.evidence.findings import called, stable_words
+from wsi_gradcam.evidence.clusters import SIDES, STABLE
+from wsi_gradcam.evidence.findings import called
 from wsi_gradcam.pages import render
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.folder import Arrays
+    from wsi_gradcam.evidence.clusters import Side
     from wsi_gradcam.evidence.findings import Covering, Evidence, KindRow, Share, Spread, TrialRow
     from wsi_gradcam.io.paths import StoragePath
 
@@ -178,3 +179,17 @@ def outlined(rgb: NDArray[np.uint8], cells: NDArray[np.bool_]) -> NDArray[np.uin
 def _eroded(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     padded = np.pad(mask, 1)
     return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+
+
+def stable_words(evidence: Evidence, side: Side) -> str:
+    """Return how sure the number of kinds of a side is, in words."""
+    chosen = next((one for one in evidence.trials if one.side == side and one.chosen), None)
+    if chosen is None:
+        return ""
+    if evidence.sure[side]:
+        return f"{chosen.kinds} kinds {side} it (stability {chosen.stability:.2f}, silhouette {chosen.silhouette:.2f})"
+    why = "with other seeds places are sorted otherwise" if chosen.stability < STABLE else "the kinds hardly lie apart"
+    return (
+        f"{chosen.kinds} kinds {side} it, which is unsure: {why} (stability {chosen.stability:.2f}, silhouette "
+        f"{chosen.silhouette:.2f})"
+    )

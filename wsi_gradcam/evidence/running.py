@@ -7,18 +7,17 @@ are covered in some patches, and examples are taken. Tasks carry coordinates, re
 from __future__ import annotations
 
 import io
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wsi_gradcam.audit.archive import audited_target, draw_sample, open_run
-from wsi_gradcam.audit.folder import Arrays, read_arrays, write_arrays
-from wsi_gradcam.audit.plan import AuditSettings, patch_seeds
+from wsi_gradcam.audit.folder import Arrays, read_arrays
+from wsi_gradcam.audit.plan import AuditSettings
 from wsi_gradcam.audit.running import allowed_slides, given_model, report_rows, short
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import (
@@ -26,12 +25,9 @@ from wsi_gradcam.errors import (
     DocumentError,
     ResultError,
     ResumeError,
-    SlideFormatError,
-    SlideReadError,
     StoreError,
 )
 from wsi_gradcam.evidence import (
-    PIECE,
     PLACES,
     EvidenceFolder,
     EvidencePlan,
@@ -42,39 +38,26 @@ from wsi_gradcam.evidence import (
 from wsi_gradcam.evidence.clusters import Choice, Kinds, Piece, find_kinds, need_library
 from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, Places, find
 from wsi_gradcam.evidence.page import write_report
+from wsi_gradcam.evidence.stages import DRAWN, EvidenceWorkload, choose_shown
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
-from wsi_gradcam.results.manifest import Manifest, SlideStatus
+from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.results.seals import is_account, sealed_json, write_listing
 from wsi_gradcam.run.claims import EVIDENCE
-from wsi_gradcam.run.context import Exclusive
 from wsi_gradcam.run.driver import RunSession
-from wsi_gradcam.run.types import Processed, RunListener, SlideJob, SlideRecord, Stage, Task
-from wsi_gradcam.run.workload import failed_record
-from wsi_gradcam.slides import read_region
-from wsi_gradcam.tissue.stain import apply
+from wsi_gradcam.run.types import RunListener, SlideRecord
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.archive import ExplainedRun
     from wsi_gradcam.audit.findings import Verdict
-    from wsi_gradcam.audit.measures.subject import Subject
-    from wsi_gradcam.evidence.measuring import Seen
-    from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
-    from wsi_gradcam.results.manifest import SlidePlan
-    from wsi_gradcam.run.context import Context
-    from wsi_gradcam.run.plan import RunPlan
-
-DRAWN = 4  # places of a patch, see `measuring.CELLS`, which a client without torch need not load
-COVERED = 40  # patches in which a kind is covered: enough for a paired test, see `audit.findings.ENOUGH`
-EXAMPLES = 6  # typical ones of a kind, and as many extremes
 
 
 @dataclass(frozen=True)
@@ -89,171 +72,6 @@ class EvidenceOutcome:
     def failed(self) -> tuple[SlideRecord, ...]:
         """The slides of the sample that could not be read."""
         return tuple(record for record in self.records if record.status == SlideStatus.FAILED)
-
-
-@dataclass(frozen=True)
-class EvidenceWorkload:
-    """A pass over the slides of the sample.
-
-    Attributes:
-        plan: with the kinds in the second pass.
-        subject: the model in this process.
-    """
-
-    name: ClassVar[str] = EVIDENCE
-    plan: EvidencePlan
-    subject: Exclusive[Subject] = field(default_factory=Exclusive, repr=False, compare=False)
-
-    @property
-    def patches(self) -> int:
-        """The number of patches of the pass."""
-        if self.plan.kinds is None:
-            return sum(len(sample.patches) for sample in self.plan.samples.values())
-        return sum(len(own) for own in self.plan.shown.values())
-
-    @property
-    def run(self) -> RunPlan:
-        """The plan of the run whose slides these are."""
-        return self.plan.run
-
-    def job(self, slide: SlideEntry) -> SlideJob:
-        """Return the phases of a slide; see `Workload.job`."""
-        stage = MEASURE if self.plan.kinds is None else SHOW
-        return _job(slide, [Task(stage, slide, (i,)) for i in range(self.plan.pieces(slide.id))])
-
-
-def _job(slide: SlideEntry, tasks: list[Task]) -> SlideJob:
-    started = time.monotonic()
-    try:
-        results = yield [tasks]
-    except Exception as error:
-        return failed_record(slide, error, time.monotonic() - started)
-    done = [result for result in results if isinstance(result, Processed)]
-    patches, unreadable = sum(each.patches for each in done), sum(each.unreadable for each in done)
-    return SlideRecord(slide, SlideStatus.OK, "", patches, unreadable, time.monotonic() - started)
-
-
-def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
-    """Measure a piece of a slide's sample and store what is measured, unless that was done."""
-    plan = context.workload.plan
-    sample, part = plan.samples[entry.id], slice(number * PIECE, (number + 1) * PIECE)
-    patches = sample.patches[part]
-    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.digest(), number)
-    if place.is_file():
-        return Processed(len(patches))
-    from wsi_gradcam.evidence.measuring import describe, probe  # torch, which a client need not have
-
-    started = time.perf_counter()
-    seen, readable = _read(context, entry, patches, sample.yx[part])
-    read = time.perf_counter()
-    found: Arrays = {
-        "patch/number": np.array(patches, np.int64)[readable],
-        "patch/weight": np.array(sample.weights[part])[readable],
-        "patch/yx": np.array(sample.yx[part], np.int64)[readable],
-    }
-    with context.workload.subject.used(lambda: _subject(context)) as subject:
-        if readable.any():
-            found |= describe(subject, seen, plan.target, DRAWN)
-            if number == 0:
-                found["probe/answers"] = probe(subject, seen.rgb[: plan.probed(entry.id)], plan.settings.seed)
-    write_arrays(place, found)
-    done = time.perf_counter()
-    return Processed(len(patches), int((~readable).sum()), read - started, done - read, read - started)
-
-
-def show_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
-    """Cover kinds in some patches of a slide, take pictures of others, and store both, unless that was done."""
-    plan = context.workload.plan
-    shown = plan.shown[entry.id][number * PIECE : (number + 1) * PIECE]
-    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.shown_digest(), number)
-    if place.is_file():
-        return Processed(len(shown))
-    from wsi_gradcam.audit.batch import small_picture
-    from wsi_gradcam.evidence.measuring import cover_kinds, sort_cells  # torch
-
-    assert plan.kinds is not None
-    started = time.perf_counter()
-    seen, readable = _read(context, entry, [one.number for one in shown], [one.yx for one in shown])
-    read = time.perf_counter()
-    shown = tuple(one for one, good in zip(shown, readable.tolist(), strict=True) if good)
-    found: Arrays = {"shown/kind": np.array([one.kind for one in shown], np.int64)}
-    if shown:
-        with context.workload.subject.used(lambda: _subject(context)) as subject:
-            patches = sort_cells(subject, seen.rgb, plan.target, plan.kinds)
-            kinds = [one.kind for one in shown]
-            change, elsewhere = cover_kinds(subject, patches, plan.target, kinds, plan.settings.seed)
-        covered = np.array([one.covered for one in shown])
-        found |= {
-            "cover/change": np.where(covered, change, np.nan),
-            "cover/elsewhere": np.where(covered, elsewhere, np.nan),
-        }
-        examples = [i for i, one in enumerate(shown) if one.example]
-        if examples:
-            found |= {
-                "example/row": np.array(examples, np.int64),
-                "example/number": np.array([shown[i].number for i in examples], np.int64),
-                "example/extreme": np.array([shown[i].example == "extreme" for i in examples]),
-                "example/rgb": np.stack([small_picture(seen.raw[i]) for i in examples]),
-                "example/map": patches.map[examples],
-                "example/cells": patches.kinds[examples] == np.array(kinds)[examples][:, None, None],
-            }
-    write_arrays(place, found)
-    done = time.perf_counter()
-    return Processed(len(readable), int((~readable).sum()), read - started, done - read, read - started)
-
-
-MEASURE = Stage("evidence", measure_piece, needs_model=True)
-SHOW = Stage("cover", show_piece, needs_model=True)
-
-
-def _subject(context: Context[EvidenceWorkload]) -> Subject:
-    from wsi_gradcam.audit.measures.subject import Subject
-    from wsi_gradcam.evidence.measuring import BATCH_SIZE
-
-    run = context.workload.run
-    return Subject.of(context.model().model, run.settings.method, run.facts.layer, BATCH_SIZE)
-
-
-def _read(
-    context: Context[EvidenceWorkload], entry: SlideEntry, patches: Sequence[int], yx: Sequence[tuple[int, int]]
-) -> tuple[Seen, NDArray[np.bool_]]:
-    """Return those patches that can be read, and which they are.
-
-    Raises:
-        ResumeError: the slide's results are of another run by now.
-        SlideFormatError: the slide is another file than was explained.
-    """
-    from wsi_gradcam.audit.measures.shortcuts import input_masks
-    from wsi_gradcam.evidence.measuring import Seen
-
-    plan, run = context.workload.plan, context.workload.run
-    slide_plan = _slide_plan(context.folder(entry).manifest, plan.run_digest)
-    mpp = slide_plan.patch_mpp(run.patch_px, run.mpp)
-    rgb, readable = [], np.ones(len(yx), np.bool_)
-    with context.slide(entry) as slide:
-        if slide.info.digest != slide_plan.slide_digest:
-            raise SlideFormatError(f"{entry.path}: another file than was explained; put the right one there")
-        for i, (y, x) in enumerate(yx):
-            try:
-                rgb.append(read_region(slide, y, x, *run.patch_px, mpp))
-            except SlideReadError:
-                readable[i] = False
-    raw = np.stack(rgb) if rgb else np.zeros((0, *run.patch_px, 3), np.uint8)
-    treated = raw if slide_plan.stain is None or not len(raw) else apply(slide_plan.stain, raw)
-    seeds = patch_seeds(plan.settings.seed, entry.id, [n for n, good in zip(patches, readable, strict=True) if good])
-    size, view = context.model().input_px, run.facts.view
-
-    def shown(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        return input_masks(masks, size, view, run.patch_px)
-
-    return Seen(raw, treated, run.mpp, context.glass(entry), seeds, shown), readable
-
-
-def _slide_plan(place: StoragePath, run_digest: str) -> SlidePlan:
-    plan = Manifest(place).plan()
-    if plan is None or plan.run_digest != run_digest:
-        raise ResumeError(f"{place.parent}: another run has begun there meanwhile; try again when it is finished")
-    return plan
 
 
 def evidence_run(
@@ -437,54 +255,6 @@ def _first_pass(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str
     )
     shown = {} if choice is None else choose_shown(found, whole, len(choice.kinds), plan.settings.seed)
     return _First(choice, found, learned, shown, tuple(slides))
-
-
-def choose_shown(
-    places: Places, whole: Mapping[str, NDArray[Any]], kinds: int, seed: int
-) -> dict[str, tuple[Shown, ...]]:
-    """Return, by slide id, the patches in which kinds are covered, and their examples.
-
-    Those that are covered are drawn in proportion to what the kind contributes in them, one slide after the other, so
-    that many slides are among them. Typical examples are nearest to the kind's centre; extremes contribute most.
-    """
-    found: dict[str, list[Shown]] = defaultdict(list)
-    for kind in range(kinds):
-        own = np.flatnonzero(places.kind == kind)
-        mass = np.bincount(places.patch[own], np.abs(places.value[own]) * places.weight[own], len(places.slide))
-        waiting = np.random.default_rng([seed, kind]).exponential(size=len(mass))
-        there = np.flatnonzero(mass > 0)
-        by_chance = there[np.argsort(waiting[there] / mass[there], kind="stable")]
-        covered = set(_in_turn(by_chance, places.slide, COVERED))
-        size = np.abs(places.value[own])
-        strong = own[size >= np.median(size)] if len(own) else own
-        typical = places.patch[strong[np.argsort(-whole["likeness"][strong], kind="stable")]]
-        extreme = places.patch[own[np.argsort(-size, kind="stable")]]
-        examples: dict[int, str] = {}
-        for name, order in (("extreme", extreme), ("typical", typical)):
-            fresh = [row for row in dict.fromkeys(order.tolist()) if row not in examples]
-            examples |= dict.fromkeys(_in_turn(fresh, places.slide, EXAMPLES), name)
-        for row in sorted(covered | examples.keys()):
-            y, x = whole["yx"][row].tolist()
-            one = Shown(
-                int(whole["number"][row]),
-                (y, x),
-                float(whole["patch_weight"][row]),
-                kind,
-                examples.get(row, ""),
-                row in covered,
-            )
-            found[str(places.slide[row])].append(one)
-    return {slide: tuple(own) for slide, own in sorted(found.items())}
-
-
-def _in_turn(rows: Sequence[int] | NDArray[np.int64], slides: NDArray[np.str_], count: int) -> list[int]:
-    """Return the first `count` of `rows`, a first one of each slide, then a second one, and so on."""
-    turns: dict[str, int] = defaultdict(int)
-    ordered = []
-    for place, row in enumerate(map(int, rows)):
-        ordered.append((turns[slides[row]], place, row))
-        turns[slides[row]] += 1
-    return [row for *_, row in sorted(ordered)[:count]]
 
 
 def _measured(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Iterator[tuple[str, Arrays]]:
