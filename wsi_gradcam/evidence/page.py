@@ -120,9 +120,10 @@ def _spread(one: Spread) -> tuple[str, ...]:
 def covering_words(one: Covering) -> str:
     """Return what covering has changed, in words."""
     p = "" if one.p_adjusted is None else f", {p_text(one.p_adjusted)}"
+    slides = "slide" if one.slides == 1 else "slides"
     return (
         f"the logit changes by {interval(one.change)}, where as much is covered elsewhere by {interval(one.elsewhere)}"
-        f"{p}; {one.patches} patches of {one.slides} slides"
+        f"{p}; {one.patches} patches of {one.slides} {slides}"
     )
 
 
