@@ -83,9 +83,9 @@ def test_the_report_shows_findings_and_examples(out: Path) -> None:
 def test_validate_knows_the_files_and_finds_what_was_changed(out: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(out, tmp_path / "copy")
     (copy / "evidence" / "names.yaml").write_text("1: nuclei\n", encoding="utf-8")
-    assert validate(copy).findings == []
+    assert validate(copy) == []
     (copy / "evidence" / "clusters.parquet").write_bytes(b"")
-    assert any("evidence/clusters.parquet" in finding for finding in validate(copy).findings)
+    assert any("evidence/clusters.parquet" in finding.problem for finding in validate(copy))
 
 
 def test_names_that_are_given_are_used(out: Path, tmp_path: Path) -> None:
