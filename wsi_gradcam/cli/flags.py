@@ -421,8 +421,7 @@ def add_view(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `view`, which isolates unless told otherwise."""
     add = parser.add_argument
     add("out", help="folder of results, or s3://BUCKET/KEY")
-    second = "results of another run over the same slides, to compare"
-    add("second", nargs="?", metavar="out2", help=second)
+    add("second", nargs="?", metavar="out2", help="results of another run over the same slides, to compare")
     add("--open", action="store_true", help="open the page in a browser")
     add("--slides", type=Path, metavar="PATH", help="folder of the slides, if they have moved")
     drawn = "annotations to show over slides and maps: a file, or a folder with a file for each slide"

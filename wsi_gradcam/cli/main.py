@@ -317,18 +317,11 @@ def _view(arguments: argparse.Namespace) -> int:
     with from_extra("viewer", "wsi-gradcam view"):
         from wsi_gradcam.viewer.app import view
 
+    names = ("host", "port", "slides", "annotations", "mask_frame", "read_only", "token", "allow_host", "remote_slides")
     view(
         arguments.out,
         arguments.second,
-        host=arguments.host,
-        port=arguments.port,
-        slides=arguments.slides,
-        annotations=arguments.annotations,
-        mask_frame=arguments.mask_frame,
-        read_only=arguments.read_only,
-        token=arguments.token,
-        allow_host=arguments.allow_host,
-        remote_slides=arguments.remote_slides,
+        **{name: getattr(arguments, name) for name in names},
         isolate=arguments.isolate,
         tls=None if arguments.tls is None else tuple(arguments.tls),
         browse=arguments.open,
