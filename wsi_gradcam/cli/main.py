@@ -407,7 +407,7 @@ COMMANDS = {
         _evidence,
         "OUT [options]",
         "Sort what the model looks at, across all slides of a run, and write a report.",
-        ("wsi-gradcam evidence results/ --target tumour --fail-on shortcut",),
+        ("wsi-gradcam evidence results/", "wsi-gradcam evidence results/ --target tumour --fail-on shortcut"),
         works=True,
         stoppable=True,
     ),
