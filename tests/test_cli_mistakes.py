@@ -311,7 +311,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert code == 1
     last = err.splitlines()[-1]
     assert re.fullmatch(
-        rf"error: {tmp_path}/.*: cannot write: the disk is full; free space and run the same command again, "
+        rf"error: {tmp_path}/.*: cannot write: the disk is full; free space and run the same command again; "
         "nothing finished is lost",
         last,
     )
