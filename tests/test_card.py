@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from tests.runs import SMALL, toy_file, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run, card, explain, write_card
-from wsi_gradcam.errors import ModelError, ResultError
+from wsi_gradcam.errors import ModelError, ResultError, StoreError
 from wsi_gradcam.results.run import open_result
 
 SLIDES = 14
@@ -76,7 +77,7 @@ def test_the_audits_records_are_the_cards_words(made: Path, tmp_path: Path) -> N
     for verdict in metrics.verdicts:
         heading = card.HEADINGS[verdict.outcome]
         assert card._escaped(verdict.words) in text.partition(f"### {heading}\n")[2].partition("\n#")[0]
-    assert f"Of {metrics.sample.patches} patches of {metrics.sample.slides} slide" in text
+    assert f"Of {metrics.sample.patches} patches, from slides: {metrics.sample.slides};" in text
 
 
 def facts(made: Path) -> Any:
@@ -113,6 +114,9 @@ def test_an_audit_of_other_results_is_refused_and_none_is_said(made: Path, tmp_p
     digest = open_result(out).record.run_digest
     metrics.write_text(metrics.read_text(encoding="utf-8").replace(digest, "0" * 64), encoding="utf-8")
     with pytest.raises(ResultError, match="its audit is of other results"):
+        write_card(made / "marker.yaml", out, tmp_path)
+    metrics.write_text("{}", encoding="utf-8")
+    with pytest.raises(StoreError, match="damaged or of another version"):
         write_card(made / "marker.yaml", out, tmp_path)
     shutil.rmtree(out / "audit")
     path, _ = write_card(made / "marker.yaml", out, tmp_path)
@@ -161,3 +165,28 @@ def test_bins_of_a_calibration_have_equal_numbers_and_none_too_few() -> None:
     assert [found.slides for found in bins] == [6] * 5
     assert [found.observed for found in bins] == [0, 0, 0.5, 1, 1]
     assert card.calibration(values[:11], values[:11] > 0.5) == ()
+
+
+def test_what_the_model_looks_at_is_said_where_it_was_asked(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made / "out", out)
+    found = {"model_digest": open_result(out).record.model.digest, "target": "marker", "patches": 1200, "slides": 14}
+    found |= {"worth_sorting": True, "learned": "it tells patches apart", "findings": [{"words": "Ink *decides*."}]}
+    place = out / "evidence" / "evidence.json"
+    place.parent.mkdir()
+    place.write_text(json.dumps(found), encoding="utf-8")
+    path, page = write_card(made / "marker.yaml", out, tmp_path)
+    part = path.read_text(encoding="utf-8").partition("## What it looks at\n")[2].partition("\n#")[0]
+    assert part.split("\n")[1:-1] == [
+        "- Explained is marker, on 1,200 patches of 14 slides.",
+        r"- Ink \*decides\*.",
+    ]
+    assert "<li>Ink *decides*.</li>" in page.read_text(encoding="utf-8")
+    place.write_text(json.dumps(found | {"worth_sorting": False}), encoding="utf-8")
+    assert "it tells patches apart" in write_card(made / "marker.yaml", out, tmp_path, overwrite=True)[0].read_text()
+    place.write_text(json.dumps(found | {"model_digest": "other"}), encoding="utf-8")
+    with pytest.raises(ResultError, match="evidence is of another model"):
+        write_card(made / "marker.yaml", out, tmp_path, overwrite=True)
+    place.write_text("{}", encoding="utf-8")
+    with pytest.raises(StoreError, match="damaged"):
+        write_card(made / "marker.yaml", out, tmp_path, overwrite=True)

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.runs import ROOT, SMALL, flags, toy_file
 from tests.synthetic import write_marker_slide
 from tests.test_run_progress import Clock, entry, explained, planned, record
+from wsi_gradcam.cli import terminal
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.cli.terminal import MAX_WORKERS_LISTED, Lines, pace
 from wsi_gradcam.run.progress import Progress
@@ -165,3 +167,38 @@ def test_commands_print_through_one_door() -> None:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print":
                 assert path.name == "__init__.py" or "json.dumps" in ast.unparse(call), f"{path}: {ast.unparse(call)}"
+
+
+def test_in_a_notebook_progress_is_a_bar_that_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a browser: what would be displayed is recorded, and names of slides are text in it."""
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, html: Any) -> None:
+            shown.append(html.data)
+
+    def display(html: Any, display_id: bool) -> Handle:
+        assert display_id
+        shown.append(html.data)
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr("wsi_gradcam.cli.terminal.in_notebook", lambda: True)
+    with terminal.progress() as listener:
+        assert isinstance(listener, terminal.NotebookBar)
+        assert 'value="0" max="1"' in shown[-1]
+        listener.progress = at_work(1)
+        listener.message("<b>a.svs</b>: remark")
+        assert 'value="200" max="3000"' in shown[-1], "three slides, of which one is planned, are taken to be alike"
+        assert "2 patches/s, model busy 50%" in shown[-1]
+        assert "&lt;b&gt;a.svs&lt;/b&gt;: remark" in shown[-1]
+        for number in range(20):
+            listener.message(f"line {number}")
+    assert shown[-1].count("<div>") == terminal.NOTEBOOK_LINES
+
+
+def test_a_program_that_has_imported_ipython_is_no_notebook() -> None:
+    import IPython
+
+    assert IPython.get_ipython() is None
+    assert not terminal.in_notebook()

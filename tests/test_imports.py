@@ -123,7 +123,7 @@ def test_public_names_are_what_they_say() -> None:
     code = "import wsi_gradcam as w; print(*(getattr(w, n).__name__ for n in sorted(w.__all__) if n[0] != '_'))"
     assert python(code) == (
         "GradCAM ModelSpec Settings audit_bags audit_images audit_run encode evidence_run explain load_model model_of "
-        "open_result open_slide validate write_card"
+        "open_result open_slide progress validate write_card"
     )
     assert python("import wsi_gradcam as w\ntry: w.nonsense\nexcept AttributeError as e: print(e)") == (
         "module 'wsi_gradcam' has no attribute 'nonsense'"

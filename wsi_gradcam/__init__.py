@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.images import audit_bags, audit_images
     from wsi_gradcam.audit.running import audit_run
     from wsi_gradcam.card import write_card
+    from wsi_gradcam.cli.terminal import progress
     from wsi_gradcam.evidence.running import evidence_run
     from wsi_gradcam.gradcam import GradCAM
     from wsi_gradcam.models.load import load_model, model_of
@@ -38,6 +39,7 @@ __all__ = [
     "model_of",
     "open_result",
     "open_slide",
+    "progress",
     "validate",
     "write_card",
 ]
@@ -56,6 +58,7 @@ _HOME = {
     "model_of": "wsi_gradcam.models.load",
     "open_result": "wsi_gradcam.results.run",
     "open_slide": "wsi_gradcam.slides",
+    "progress": "wsi_gradcam.cli.terminal",
     "validate": "wsi_gradcam.api",
     "write_card": "wsi_gradcam.card",
 }

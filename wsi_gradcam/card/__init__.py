@@ -1,14 +1,13 @@
-"""A model's card: what a run and its audit say of a model, as Markdown and as a page, for its folder or a supplement.
+"""A model's card, as Markdown and as a page: the numbers of a run's tables and of its audit, and what was not measured.
 
-All numbers are those of the run's tables and of the audit's records; what was not measured is said to be so. The room
-reads results and loads the model, to be sure that the card is about that one; it writes nothing into OUT.
+The room reads results and loads the model, to be sure that the card is about that one; it writes nothing into OUT.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -17,10 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.optimize import brentq
 
 from wsi_gradcam.audit.folder import AUDIT, AuditFolder
-from wsi_gradcam.audit.schema import Metrics, SampleFacts, VerdictRow
-from wsi_gradcam.errors import ModelError, ResultError, canonical
+from wsi_gradcam.audit.schema import Metrics, VerdictRow
+from wsi_gradcam.errors import ModelError, ResultError, StoreError, canonical, one_line
+from wsi_gradcam.io.base import SMALL_BYTES
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.local import wrap_write_errors, write_atomic
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.run import open_result
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 FEWEST = 6  # slides of either kind, below which an interval or a curve would promise too much
 BINS = 5  # of a calibration
 Z = 1.959964  # of 95 %
-OUTCOMES = ("holds", "fails", "unclear")
 HEADINGS = {"holds": "What holds", "fails": "What fails", "unclear": "What these patches do not tell"}
 SCORES = {"share": "share of the patches given to it", "top": "mean probability of the ten highest patches"}
 
@@ -73,6 +74,11 @@ class CalibrationBin:
     observed: float
     slides: int
 
+    @property
+    def row(self) -> tuple[str, str, int]:
+        """The bin as a row of a table."""
+        return number(self.predicted), number(self.observed), self.slides
+
 
 @dataclass(frozen=True)
 class Performance:
@@ -105,6 +111,7 @@ class Card:
         model, data: facts as (name, value).
         counts: rows of (site, scanner, label, slides), where the list of slides tells them.
         performance: by class; empty where `unlabelled` says why.
+        looks_at: sentences of OUT/evidence on what the model looks at, where that was asked.
         audit: the audit's records; None where there is none.
         limits: sentences.
         made: the day.
@@ -116,6 +123,7 @@ class Card:
     counts: tuple[tuple[str, str, str, int], ...]
     performance: tuple[Performance, ...]
     unlabelled: str
+    looks_at: tuple[str, ...]
     audit: Metrics | None
     limits: tuple[str, ...]
     made: str
@@ -171,6 +179,7 @@ def make_card(result: Result, facts: ModelFacts) -> Card:
         counts=tuple(_counts(finished)),
         performance=performance,
         unlabelled=unlabelled,
+        looks_at=tuple(_looks_at(result)),
         audit=audit,
         limits=tuple(_limits(result, performance, audit)),
         made=datetime.now(UTC).date().isoformat(),
@@ -252,8 +261,7 @@ def _performance(finished: Sequence[SlideResult], result: Result) -> tuple[tuple
         classes = ", ".join(result.classes)
         return (), f"The labels of the slides ({found}) are not two of the model's classes ({classes})."
     scores = [_scores(slide, result) for slide, _ in known]
-    sites = [slide.row.get("site") or "" for slide, _ in known]
-    truths = [label for _, label in known]
+    sites, truths = [slide.row.get("site") or "" for slide, _ in known], [label for _, label in known]
     shown = result.classes[1:] if len(result.classes) == 2 else result.classes
     return tuple(_of_class(name, scores, truths, sites) for name in shown), ""
 
@@ -268,8 +276,7 @@ def _scores(slide: SlideResult, result: Result) -> Mapping[str, Mapping[str, flo
 def _of_class(
     name: str, scores: Sequence[Mapping[str, Mapping[str, float]]], truths: Sequence[str], sites: Sequence[str]
 ) -> Performance:
-    rocs = []
-    kinds = list(scores[0].get(name, {})) if scores else []
+    rocs, kinds = [], list(scores[0].get(name, {})) if scores else []
     truth = np.array([label == name for label in truths])
     for kind in kinds:
         values = np.array([each.get(name, {}).get(kind, np.nan) for each in scores])
@@ -321,15 +328,8 @@ def auroc_interval(area: float, positive: int, negative: int) -> tuple[float, fl
         inner = 1 + many * ((1 - theta) / (2 - theta) + theta / (1 + theta))
         return (area - theta) ** 2 - Z**2 * theta * (1 - theta) * inner / (positive * negative)
 
-    return _crossing(excess, 0.0, area), _crossing(excess, 1.0, area)
-
-
-def _crossing(excess: Callable[[float], float], far: float, near: float) -> float:
-    """Return where a function goes from positive, at `far`, to negative, by halving."""
-    for _ in range(60):
-        middle = (far + near) / 2
-        far, near = (middle, near) if excess(middle) > 0 else (far, middle)
-    return far
+    below, above = max(area - 1e-9, 0.0), min(area + 1e-9, 1.0)  # at an area of 0 or 1 the excess itself is 0
+    return float(brentq(excess, 0.0, below)), float(brentq(excess, above, 1.0))
 
 
 def calibration(values: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[CalibrationBin, ...]:
@@ -342,7 +342,31 @@ def calibration(values: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[
     return tuple(CalibrationBin(float(values[p].mean()), float(truth[p].mean()), len(p)) for p in parts)
 
 
-# --- audit and limits ------------------------------------------------------------------------------------------------
+# --- evidence, audit and limits --------------------------------------------------------------------------------------
+
+
+def _looks_at(result: Result) -> Iterator[str]:
+    """Yield what the run's evidence says in words; nothing where that was not asked.
+
+    Raises:
+        ResultError: it is of another model than the results are of now.
+        StoreError: it is damaged.
+    """
+    place = result.folder.place / "evidence" / "evidence.json"
+    try:
+        found = read_json(place.read(SMALL_BYTES))
+        of_model, learned = found["model_digest"], found["worth_sorting"]
+        words = [str(finding["words"]) for finding in found["findings"]]
+        about = f"Explained is {found['target']}, on {found['patches']:,} patches of {found['slides']:,} slides."
+        why = str(found["learned"])
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{place}: damaged ({one_line(error)}); make it again with --overwrite") from error
+    if of_model != result.record.model.digest:
+        raise ResultError(f"{result.out}: its evidence is of another model; make it again with --overwrite")
+    yield about
+    yield from words if learned else [why]
 
 
 def _audit(result: Result) -> Metrics | None:
@@ -354,7 +378,10 @@ def _audit(result: Result) -> Metrics | None:
     found = AuditFolder(result.folder.place / AUDIT).read_metrics()
     if found is None:
         return None
-    metrics = Metrics.model_validate(found)
+    try:
+        metrics = Metrics.model_validate(found)
+    except ValueError as error:
+        raise StoreError(f"{result.out}: its audit is damaged or of another version; audit it again") from error
     if metrics.run.run_digest != result.record.run_digest:
         raise ResultError(f"{result.out}: its audit is of other results; audit it again with --overwrite")
     return metrics
@@ -380,7 +407,7 @@ def _limits(result: Result, performance: Sequence[Performance], audit: Metrics |
 def verdicts(card: Card) -> dict[str, list[VerdictRow]]:
     """Return the audit's verdicts by outcome, those that hold first; empty without an audit."""
     rows = card.audit.verdicts if card.audit else []
-    return {outcome: found for outcome in OUTCOMES if (found := [row for row in rows if row.outcome == outcome])}
+    return {outcome: found for outcome in HEADINGS if (found := [row for row in rows if row.outcome == outcome])}
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -392,7 +419,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def interval_text(found: Roc) -> str:
-    """Return the interval of a curve's area, "0.712 to 0.934"; a dash for none."""
+    """Return the interval of a curve's area, "0.712 to 0.934"."""
     return "–" if found.interval is None else f"{number(found.interval[0])} to {number(found.interval[1])}"
 
 
@@ -406,18 +433,12 @@ def page(card: Card) -> str:
         number=number,
         interval=interval_text,
         points=_points,
-        bin_rows=_bin_rows,
-        sample=_sample,
     )
 
 
 def _points(pairs: Sequence[tuple[float, float]]) -> str:
     """Return points of a unit square for an SVG of 200 px."""
     return " ".join(f"{200 * x:.1f},{200 - 200 * y:.1f}" for x, y in pairs)
-
-
-def _bin_rows(bins: Sequence[CalibrationBin]) -> list[tuple[str, str, int]]:
-    return [(number(found.predicted), number(found.observed), found.slides) for found in bins]
 
 
 def markdown(card: Card) -> str:
@@ -429,6 +450,7 @@ def markdown(card: Card) -> str:
         _table(("site", "scanner", "label", "slides"), card.counts) if card.counts else [],
         ["## Performance against labels", "", *([_escaped(card.unlabelled)] if card.unlabelled else [])],
         *(list(_performance_lines(found)) for found in card.performance),
+        ["## What it looks at", "", *(f"- {_escaped(words)}" for words in card.looks_at)] if card.looks_at else [],
         list(_audit_lines(card)),
         ["## Limits", "", *(f"- {_escaped(limit)}" for limit in card.limits)],
     ]
@@ -445,7 +467,7 @@ def _performance_lines(found: Performance) -> Iterator[str]:
     if found.brier is not None:
         yield from ["", f"Brier score of the slide's probability: {number(found.brier)}."]
     if found.bins:
-        yield from ["", *_table(("mean probability", "observed share", "slides"), _bin_rows(found.bins))]
+        yield from ["", *_table(("mean probability", "observed share", "slides"), [one.row for one in found.bins])]
 
 
 def _audit_lines(card: Card) -> Iterator[str]:
@@ -454,17 +476,13 @@ def _audit_lines(card: Card) -> Iterator[str]:
         yield "The explanations of this run were not audited."
         return
     sample = card.audit.sample
-    yield f"Of {_sample(sample)}; p-values are corrected over all verdicts."
+    yield f"Of {sample.patches:,} patches, from slides: {sample.slides:,}; p-values are corrected over all verdicts."
     for outcome, rows in verdicts(card).items():
         yield from ["", f"### {HEADINGS[outcome]}", ""]
         yield from (f"- **{row.question}** ({_escaped(row.of)}): {_escaped(row.words)}" for row in rows)
     if card.audit.not_tested:
         yield from ["", "### What was not tested", ""]
         yield from (f"- {_escaped(row.what)}: {_escaped(row.why)}" for row in card.audit.not_tested)
-
-
-def _sample(sample: SampleFacts) -> str:
-    return f"{sample.patches:,} patches of {sample.slides:,} slide{'s' * (sample.slides != 1)}"
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -1,12 +1,13 @@
-"""Progress on standard error: bars on a terminal, plain lines in a log."""
+"""Progress: bars on a terminal, plain lines in a log, a bar below the cell of a notebook."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -15,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from wsi_gradcam.cam.facts import EXACT
 from wsi_gradcam.cli import say
 from wsi_gradcam.errors import printable
+from wsi_gradcam.pages import render
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.types import Performed, Planned, RunListener, Task
 from wsi_gradcam.system.processes import format_duration
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.types import SlideRecord, Workload
 
 LINE_EVERY_S = 30.0
+DRAW_EVERY_S = 0.2  # of a notebook: each drawing is a message to the browser
+NOTEBOOK_LINES = 6
 MAX_WORKERS_LISTED = 8
 
 
@@ -126,11 +130,61 @@ class Bars(Lines):
         self._bars.console.print(printable(text), style="dim", highlight=False, markup=False)
 
 
+class NotebookBar(Lines):
+    """Progress as a bar below a notebook's cell, with the last lines under it; it needs no widgets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from IPython.display import HTML, display
+
+        self._html: Any = HTML
+        self._texts: list[str] = []
+        self._drawn_s = -math.inf
+        self._shown: Any = display(HTML(self._page()), display_id=True)
+
+    def task_done(self, task: Task, performed: Performed) -> None:
+        """Advance the bar."""
+        super().task_done(task, performed)
+        self._draw()
+
+    def slide_done(self, record: SlideRecord) -> None:
+        """Print how the slide ended."""
+        super().slide_done(record)
+        self._draw(now=True)
+
+    def print_line(self, text: str) -> None:
+        """Show a line under the bar, in place of the oldest."""
+        self.last_line = time.monotonic()
+        self._texts = [*self._texts, printable(text)][-NOTEBOOK_LINES:]
+        self._draw(now=True)
+
+    def _draw(self, now: bool = False) -> None:
+        if now or time.monotonic() - self._drawn_s > DRAW_EVERY_S:
+            self._drawn_s = time.monotonic()
+            self._shown.update(self._html(self._page()))
+
+    def _page(self) -> str:
+        done, expected = self.progress.passes
+        words = pace(self.progress, whole=True) if done else "starting"
+        return render("cli/progress.html", done=done, expected=expected, words=words, lines=self._texts)
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
 @contextmanager
-def progress(quiet: bool) -> Iterator[Quiet]:
-    """Return a listener that suits standard error: bars on a terminal, else plain lines; nothing if `quiet`."""
+def progress(quiet: bool = False) -> Iterator[Quiet]:
+    """Return a listener for `explain`, `encode` and `audit_run` that shows progress where it is called.
+
+    That is a bar below the cell of a notebook, bars on a terminal, and plain lines elsewhere; nothing if `quiet`.
+    """
     if quiet:
         yield Quiet()
+    elif in_notebook():
+        yield NotebookBar()
     elif sys.stderr.isatty():
         columns = (
             TextColumn("{task.description:>8}"),
