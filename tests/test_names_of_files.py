@@ -95,7 +95,8 @@ def held_by_every_command(archive: Path, out: Path, names: Sequence[str], format
         done = export(out, to, out.parent / to, window="slide", size=64)
         assert [each.error for each in done] == [""] * len(names), to
         paths = [path for each in done for path in each.paths]
-        assert len(set(paths)) == len(paths) >= len(names)
+        assert len(set(paths)) == len(paths)
+        assert len(paths) >= len(names) or to == "dicom-annotations"  # there are none where nothing is hot
         assert [path for path in paths if not path.exists()] == []
     made = [
         path
