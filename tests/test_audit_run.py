@@ -187,7 +187,7 @@ def test_another_audit_is_refused_and_replaced_on_demand(copy: Path) -> None:
 def test_only_some_questions(copy: Path) -> None:
     outcome = audit_run(copy, only=["shortcuts", "saturation"], **QUICK)
     assert {row.question for row in outcome.metrics.estimates} == {"shortcuts", "saturation"}
-    assert {row.what for row in outcome.metrics.not_tested if row.why == "not asked: see --only"} == {
+    assert {row.what for row in outcome.metrics.not_tested if row.why == "not requested, see --only"} == {
         "faithfulness",
         "sanity",
         "stability",
@@ -218,7 +218,7 @@ def test_settings_that_make_no_sense(copy: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused(copy: Path) -> None:
-    with pytest.raises(ResumeError, match="its results are of another model than are found now"):
+    with pytest.raises(ResumeError, match="its results are of another model than now"):
         audit_run(copy, model=toy_spec("other_linear"), **QUICK)
     yaml = (copy / "run.yaml").read_text(encoding="utf-8")
     (copy / "run.yaml").write_text(
