@@ -19,7 +19,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import HeatmapStore
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.viewer.archive import Archive
-from wsi_gradcam.viewer.layers import Comparison, Difference
+from wsi_gradcam.viewer.layers import ClassMap, Comparison, Difference
 
 SLIDE, OTHER_SLIDE = "a.tif", "inner/b.tif"
 
@@ -175,3 +175,31 @@ def test_the_highest_patches_of_all_slides(out: Path) -> None:
         assert server.get("/api/top", params=query | {"site": "elsewhere"}).json()["patches"] == []
         assert server.get("/api/top", params={"class": "nothing"}).json()["patches"] == []
         assert server.get("/api/top", params={"count": "-1"}).status_code == 404
+
+
+def test_predicted_classes_are_those_of_the_probabilities(out: Path) -> None:
+    result = open_result(out)[SLIDE]
+    whole = Region(0, 0, *result.levels[0])
+    found = ClassMap(result)
+    values = found.read(found.channels[0], 0, whole)
+    shares = np.stack([result.read(f"probability: {label}", 0, whole) for label in result.classes])
+    np.testing.assert_array_equal(np.floor(values), shares.argmax(axis=0))
+    np.testing.assert_allclose(values % 1, np.minimum(shares.max(axis=0), 0.998), atol=1e-6)
+    np.testing.assert_array_equal(found.read_coverage(0, whole), result.read_coverage(0, whole))
+    with client(out) as server:
+        facts = facts_of(server, SLIDE)
+        channel = facts["predicted"]
+        assert (channel["label"], channel["classes"]) == ("predicted class", result.classes)
+        level = facts["heat"]["finer"]
+        tile = server.get(f"{tiles_of(facts)}/cells/{channel['address']}/{level}/0_0.png")
+        red, green, _ = np.moveaxis(np.asarray(Image.open(io.BytesIO(tile.content)), np.float64), 2, 0)
+        low, high = channel["scale"]
+        shown = low + (red * 256 + green) * (high - low) / 65535
+        np.testing.assert_array_equal(np.floor(shown), np.floor(values[: len(shown), : shown.shape[1]]))
+
+
+def test_without_all_probabilities_there_are_no_predicted_classes(out: Path) -> None:
+    result = open_result(out)[SLIDE]
+    result.__dict__["channels"] = [channel for channel in result.channels if channel.label != "probability: other"]
+    with pytest.raises(ResultError, match="probabilities of all classes"):
+        ClassMap(result)

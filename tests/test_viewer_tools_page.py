@@ -220,3 +220,22 @@ def test_tools_change_the_view_and_save_it(open_page: Callable[..., Page], size:
     check(page, f"{size}-dark-gallery")
     page.reload()
     expect(page.locator("html.dark")).to_be_attached()
+
+
+def test_classes_are_shown_at_once(open_page: Callable[..., Page]) -> None:
+    page = resized(open_page(at(SLIDE, Y, X, 0.5)), "small")
+    before = looks(page)
+    page.locator("#layer-0 [data-name=channel]").select_option("predicted class")
+    expect(page.locator(".class-item")).to_have_text(["other", "marker"])
+    expect(page.locator("#layer-0 [data-name=map]")).to_have_count(0)
+    classes = looks(page)
+    page.locator("#layer-0 [data-name=lines]").select_option("contour alone")
+    assert len({before, classes, looks(page)}) == 3
+    box = page.locator(".screen").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(page.locator("#values")).to_contain_text("predicted class marker ")
+    check(page, "small-classes")
+    page.wait_for_timeout(300)
+    again = open_page(page.url[page.url.index("#") :])
+    expect(again.locator(".class-item")).to_have_count(2)

@@ -7,6 +7,7 @@
 /api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
                heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
+               cells/classes-0/...: the most probable classes
                heat/other-VERSION/..., heat/difference-VERSION/...: of a second run
 /files/..., /zarr/ID/heatmap.ome.zarr/...      files of the results as they are in OUT, the second by byte ranges
 """
@@ -37,7 +38,7 @@ from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limit
 from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles, annotation_facts
 from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
-from wsi_gradcam.viewer.layers import Comparison, Spreads
+from wsi_gradcam.viewer.layers import CLASSES, Comparison, Predicted, Spreads
 from wsi_gradcam.viewer.queries import ArchiveTop, Queries, mark_facts, run_facts
 from wsi_gradcam.viewer.responses import (
     BusyError,
@@ -392,7 +393,9 @@ class Viewer:
 
         def encode(slide: ServedSlide) -> bytes:
             layer: Layer = slide if spread is None else self._spreads.with_digest(slide, spread)
-            if second is not None:
+            if second == CLASSES:
+                layer = Predicted.of(slide)
+            elif second is not None:
                 layer = self._comparison.layer(slide, second, request.path_params["of"])
             return self._images.heatmap_tile(layer, channel, *tile, smooth)
 

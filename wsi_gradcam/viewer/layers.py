@@ -174,6 +174,53 @@ def _describe(number: int, channel: Channel, unit: str) -> ChannelInfo:
     )
 
 
+CLASSES = "classes"
+
+
+class ClassMap:
+    """The most probable class of each pixel, read as a heatmap is: its number plus its probability, which is below 1.
+
+    Raises:
+        ResultError: not all classes have a map of their probability.
+    """
+
+    def __init__(self, result: SlideResult) -> None:
+        by_target = {channel.target: channel for channel in result.channels if channel.method == PROBABILITY}
+        if len(result.classes) < 2 or not by_target.keys() >= set(result.classes):
+            raise ResultError("the run has no maps of the probabilities of all classes")
+        self._result, self._parts = result, [by_target[label] for label in result.classes]
+        self.levels, self.stride_px = result.levels, result.stride_px
+        end = float(len(self._parts))
+        self.channels = (ChannelInfo(0, "predicted class", CLASSES, "", "class", 0.0, end, (0.0, end), COLOURS[0]),)
+
+    def read(self, channel: ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
+        """Return the class's number plus its probability in a region of a level, float32 [height, width]."""
+        shares = np.stack([self._result.read(part, level, region) for part in self._parts])
+        return np.asarray(shares.argmax(axis=0) + np.clip(shares.max(axis=0), 0, MOST), np.float32)
+
+    def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Return the coverage of the slide's heatmap."""
+        return self._result.read_coverage(level, region)
+
+
+MOST = np.float32(0.998)  # so that a probability of 1 is not the next class
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """The most probable classes of a slide; `key`, `version` and `is_final` as of the slide."""
+
+    key: str
+    version: str
+    is_final: bool
+    result: ClassMap
+
+    @classmethod
+    def of(cls, slide: ServedSlide) -> Predicted:
+        """Return those of a slide. Raises as `ClassMap`."""
+        return cls(slide.key, f"{slide.version} {CLASSES}", slide.is_final, ClassMap(slide.result))
+
+
 DIFFERENCE, OTHER = "difference", "other"
 COMPARED_PX = 1 << 16  # of the level on which runs are compared for the gallery
 

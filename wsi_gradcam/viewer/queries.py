@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -26,7 +27,7 @@ from wsi_gradcam.viewer.images import (
     heatmap_pyramid,
     slide_pyramid,
 )
-from wsi_gradcam.viewer.layers import DIFFERENCE, OTHER
+from wsi_gradcam.viewer.layers import CLASSES, DIFFERENCE, OTHER, Predicted
 from wsi_gradcam.viewer.responses import RUN_REPORT
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ class Queries:
                 facts = slide_facts(slide, opened, spread, windows) | audit
         except SlideError as error:
             facts = slide_facts(slide, error, spread, windows) | audit
+        _add_classes(facts, slide)
         _add_second_run(facts, compared, self._comparison.name)
         return facts
 
@@ -391,6 +393,14 @@ def _add_heatmap_facts(
     facts["channels"] = channels
     facts["spread_problem"] = valid_text(one_line(spread)) if isinstance(spread, WsiGradcamError) else None
     facts["table"] = result.is_finished and plan.patches > 0
+
+
+def _add_classes(facts: dict[str, Any], slide: ServedSlide) -> None:
+    """Add the channel of the most probable classes, with their names, as `predicted` to the facts of a slide."""
+    facts["predicted"] = None
+    with suppress(WsiGradcamError, OSError, KeyError):
+        about = _channel(Predicted.of(slide).result.channels[0], {}, f"{CLASSES}-0/0")
+        facts["predicted"] = about | {"classes": [valid_text(label) for label in slide.result.classes]}
 
 
 def _add_second_run(facts: dict[str, Any], compared: Compared | WsiGradcamError | None, name: str) -> None:

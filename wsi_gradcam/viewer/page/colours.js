@@ -17,6 +17,8 @@ const SAMPLED = {
 };
 // One hue each, after Okabe and Ito: for several channels over each other, told apart also by the colour-blind.
 const SINGLE = { orange: "d55e00", blue: "0072b2", green: "009e73", pink: "cc79a7", black: "1a1a1a" };
+// Of classes, after Okabe and Ito; further ones begin again.
+const CLASSES = ["0072b2", "d55e00", "009e73", "cc79a7", "e69f00", "56b4e9", "f0e442", "1a1a1a"];
 const SIGNED = new Set(["coolwarm"]);
 const EXPLAINED = 2; // bit of the coverage
 const FADE = 4; // colour gathers strength over the first quarter of the window, as in overview.png
@@ -24,11 +26,12 @@ const STEPS = 65535;
 const SHADES = 1023;
 
 export const MAPS = [...Object.keys(SAMPLED), ...Object.keys(SINGLE)];
+export const classColour = (number) => `#${CLASSES[number % CLASSES.length]}`;
 export const isSigned = (map) => SIGNED.has(map);
 
 /** Colours of a map as [red, green, blue], from low to high. */
 export function colours(map) {
-  const text = SAMPLED[map] || SINGLE[map].repeat(2);
+  const text = map === "classes" ? CLASSES.join("") : SAMPLED[map] || SINGLE[map].repeat(2);
   const found = [];
   for (let at = 0; at < text.length; at += 6) {
     found.push([0, 2, 4].map((part) => parseInt(text.slice(at + part, at + part + 2), 16)));
@@ -69,11 +72,12 @@ function bent({ gamma = 1, map }, share) {
 }
 
 /** The steps of a tile at which a layer's lines run: none, its threshold, or four between the ends of its window. */
-export function lineSteps({ lines = "", threshold, window: [low, high] }, scale) {
+export function lineSteps({ lines = "", map, threshold, window: [low, high] }, scale) {
   if (!lines) return [];
-  const values = lines.startsWith("contour")
+  const borders = map === "classes" && Array.from({ length: high - 1 }, (_, i) => i + 1);
+  const values = borders || (lines.startsWith("contour")
     ? [threshold === null ? (low + high) / 2 : threshold]
-    : [0.2, 0.4, 0.6, 0.8].map((share) => low + share * (high - low));
+    : [0.2, 0.4, 0.6, 0.8].map((share) => low + share * (high - low)));
   return values.map((value) => ((value - scale[0]) / (scale[1] - scale[0])) * STEPS);
 }
 
@@ -98,6 +102,7 @@ export function drawLines(pixels, steps, out, width) {
 
 /** A colour for each step of a tile whose values run from scale[0] to scale[1], as canvas pixels. */
 export function table(settings, scale) {
+  if (settings.map === "classes") return classTable(settings, scale);
   const { window: [low, high], threshold, map } = settings;
   const shades = palette(settings);
   const made = new Uint32Array(STEPS + 1);
@@ -109,6 +114,21 @@ export function table(settings, scale) {
     const value = scale[0] + step * width;
     if ((signed ? Math.abs(value) : value) < least) continue; // stays transparent
     made[step] = shades[Math.min(SHADES, Math.max(0, Math.round((value - low) * perValue)))];
+  }
+  return made;
+}
+
+/** The same for classes: steps are the number of a class plus its probability, below which a threshold hides it. */
+function classTable({ window: [, count], threshold, fade }, scale) {
+  const list = colours("classes");
+  const made = new Uint32Array(STEPS + 1);
+  const bytes = new Uint8ClampedArray(made.buffer);
+  for (let step = 0; step <= STEPS; step += 1) {
+    const value = scale[0] + (step * (scale[1] - scale[0])) / STEPS;
+    const number = Math.floor(value);
+    const share = value - number;
+    if (number < 0 || number >= count || share < (threshold ?? 0)) continue;
+    bytes.set([...list[number % list.length], fade ? 255 * share : 255], 4 * step);
   }
   return made;
 }
@@ -135,6 +155,9 @@ export function recolour(pixels, lookup) {
 /** Places from 0 to 1 and the colours there, from the window's low to its high end. */
 export function gradientStops(settings, list) {
   const [low, high] = settings.window;
+  if (settings.map === "classes") {
+    return Array.from({ length: 2 * high }, (_, i) => [Math.ceil(i / 2) / high, classColour(i >> 1)]);
+  }
   return Array.from({ length: 33 }, (_, i) => {
     const [red, green, blue, alpha] = shade(settings, list, low + ((high - low) * i) / 32);
     return [i / 32, `rgba(${red},${green},${blue},${((alpha / 255) * settings.opacity).toFixed(3)})`];

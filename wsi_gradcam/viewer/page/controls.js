@@ -2,7 +2,7 @@
 
 import { MAPS, isSigned } from "./colours.js";
 import { element, fill, find, option, short } from "./dom.js";
-import { LINES, WINDOWS, fresh, kindOf, withWindow } from "./layers.js";
+import { LINES, WINDOWS, fresh, isClasses, kindOf, withWindow } from "./layers.js";
 
 const SLIDER = 1000; // steps
 
@@ -69,16 +69,16 @@ export class Controls {
           onclick: () => this.remove(number),
         }, "✕"),
       ),
-      row("Colours", element("select", {
+      isClasses(channel) ? null : row("Colours", element("select", {
         "data-name": "map", onchange: (event) => this.setMap(number, channel, event.target.value),
       }, ...MAPS.map((map) => option(map, map, map === layer.map)))),
       row("Opacity", slider({
         "data-name": "opacity", value: layer.opacity, low: 0, high: 1,
         text: (value) => `${Math.round(100 * value)} %`, oninput: (value) => set({ opacity: value }),
       })),
-      ...this.windowRows(number, layer, channel),
+      ...(isClasses(channel) ? [] : this.windowRows(number, layer, channel)),
       row("Hide below", ...this.threshold(number, layer, channel, set)),
-      row("Gamma", slider({
+      isClasses(channel) ? null : row("Gamma", slider({
         "data-name": "gamma", value: Math.log2(layer.gamma), low: -2, high: 2,
         text: (value) => short(2 ** value), oninput: (value) => set({ gamma: Math.abs(value) < 0.02 ? 1 : 2 ** value }),
       })),
@@ -110,7 +110,7 @@ export class Controls {
   /** A slider from the window's lower end, where nothing is hidden, and a field for any number. */
   threshold(number, layer, channel, set) {
     const low = isSigned(layer.map) ? 0 : layer.window[0];
-    const high = Math.max(layer.window[1], channel.range[1]);
+    const high = isClasses(channel) ? 1 : Math.max(layer.window[1], channel.range[1]);
     const text = (value) => (value <= low ? "" : String(Number(value.toPrecision(5))));
     const field = element("input", {
       type: "number", step: "any", placeholder: "off", "aria-label": `Hide below, layer ${number + 1}`,

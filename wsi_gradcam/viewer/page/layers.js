@@ -21,8 +21,11 @@ export const isSpread = (channel) => channel.method === "spread";
 /** Whether a channel is the second run minus the first. */
 export const isDifference = (channel) => channel.method === "difference";
 
+/** Whether a channel holds the most probable class and its probability. */
+export const isClasses = (channel) => channel.method === "classes";
+
 /** Channels of one kind share their colours. */
-export const kindOf = (channel) => (isSpread(channel) || isDifference(channel) ? channel.method : "map");
+export const kindOf = (channel) => (isSpread(channel) || isDifference(channel) || isClasses(channel) ? channel.method : "map");
 
 /** The layer that a channel begins with; the `order`-th of a view. */
 export function fresh(channel, order = 0) {
@@ -30,7 +33,7 @@ export function fresh(channel, order = 0) {
   const layer = {
     channel: channel.label,
     on: true,
-    map: isSpread(channel) ? "viridis" : isDifference(channel) ? "coolwarm" : singles[order % singles.length],
+    map: { spread: "viridis", difference: "coolwarm", classes: "classes" }[channel.method] || singles[order % singles.length],
     opacity: 0.7,
     threshold: null,
     kind: channel.run_window ? "run" : "slide",
@@ -70,7 +73,7 @@ export function read(text, channels) {
   const layer = {
     ...fresh(channel),
     on: parts[1] === "on",
-    map: MAPS.includes(parts[2]) ? parts[2] : "inferno",
+    map: isClasses(channel) ? "classes" : MAPS.includes(parts[2]) ? parts[2] : "inferno",
     opacity: opacity >= 0 && opacity <= 1 ? opacity : 0.7,
     threshold: Number.isFinite(threshold) ? threshold : null,
     fade: parts[7] === "fade",

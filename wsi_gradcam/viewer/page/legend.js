@@ -1,8 +1,8 @@
 // The colour bars of a view.
 
-import { gradient } from "./colours.js";
+import { classColour, gradient } from "./colours.js";
 import { element, short } from "./dom.js";
-import { isDifference, isSpread } from "./layers.js";
+import { isClasses, isDifference, isSpread } from "./layers.js";
 
 export const UNITS = {
   logit: "logits", drop: "logits lost where covered", probability: "probability", arbitrary: "arbitrary unit",
@@ -17,7 +17,20 @@ export function showLegend(pane, layers) {
   pane.element.append(pane.legend);
 }
 
+/** The classes with their colours. */
+function classes(layer, channel) {
+  const above = layer.threshold === null ? "" : `, from a probability of ${short(layer.threshold)}`;
+  const item = (name, number) => {
+    const swatch = element("span", { class: "swatch" });
+    swatch.style.backgroundColor = classColour(number);
+    return element("span", { class: "class-item" }, swatch, name);
+  };
+  return element("div", {}, element("span", { class: "bar-title" }, `${channel.label}${above}`),
+    element("span", { class: "class-items" }, ...channel.classes.map(item)));
+}
+
 function bar(layer, channel) {
+  if (isClasses(channel)) return classes(layer, channel);
   const scale = element("span", { class: "bar" });
   scale.style.backgroundImage = gradient(layer);
   const [low, high] = layer.window;

@@ -25,6 +25,17 @@ function linkTo(name, address) {
   link.href = address ? address.slice(1) : "#"; // below the page's own address
 }
 
+/** The value of the `number`-th channel in words; of classes, the most probable one and its probability. */
+function valueText(channels, number, values) {
+  const { classes } = channels[number];
+  if (!classes) return short(values?.[number]);
+  const shares = classes.map((name) => values?.[channels.findIndex(
+    ({ method, target, second }) => method === "probability" && target === name && !second)] ?? null);
+  if (shares.includes(null)) return short(null);
+  const most = Math.max(...shares);
+  return `${classes[shares.indexOf(most)]} ${short(most)}`;
+}
+
 class App {
   constructor(run) {
     this.run = run;
@@ -257,7 +268,7 @@ class App {
       if (this.slide !== slide) return;
       const seen = new Set(this.views.layers.flat().map(({ channel }) => channel));
       const known = slide.channels
-        .map(({ label }, i) => ({ label, text: `${label} ${short(found.values?.[i])}` }))
+        .map(({ label }, i) => ({ label, text: `${label} ${valueText(slide.channels, i, found.values)}` }))
         .sort((a, b) => seen.has(b.label) - seen.has(a.label))
         .map(({ text }) => text);
       const text = found.explained ? known.join(" · ") : found.tissue ? "tissue, not explained" : "not explained";

@@ -20,8 +20,15 @@ const query = (values) => new URLSearchParams(values).toString();
 
 export const run = () => json("api/run");
 export const slides = (values, signal) => json(`api/slides?${query(values)}`, signal);
-export const slideNamed = (id) => json(`api/slide?${query({ id })}`);
-export const slide = (key) => json(`api/slides/${key}`);
+/** Facts of a slide; the most probable class is its last channel. */
+async function described(address) {
+  const facts = await json(address);
+  if (facts.predicted && facts.channels.length) facts.channels.push(facts.predicted);
+  return facts;
+}
+
+export const slideNamed = (id) => described(`api/slide?${query({ id })}`);
+export const slide = (key) => described(`api/slides/${key}`);
 export const values = (key, y, x, signal) => json(`api/slides/${key}/values?${query({ y, x })}`, signal);
 export const annotations = (key) => json(`api/slides/${key}/annotations`);
 export const agreement = (key, name) => json(`api/slides/${key}/agreement?${query({ class: name })}`);
@@ -35,7 +42,7 @@ export const top = (key, by, count, order) => json(`api/slides/${key}/patches/to
 const tiles = (slide) => `tiles/${slide.key}/${slide.version}`;
 
 export const slideTile = (slide, level, row, column) => `${tiles(slide)}/slide/${level}/${row}_${column}.jpg`;
-export const heatTile = (slide, { address }, level, row, column, smooth = true) =>
-  `${tiles(slide)}/${smooth ? "heat" : "cells"}/${address}/${level}/${row}_${column}.png`;
+export const heatTile = (slide, { address, classes }, level, row, column, smooth = true) =>
+  `${tiles(slide)}/${smooth && !classes ? "heat" : "cells"}/${address}/${level}/${row}_${column}.png`;
 export const patchPicture = (slide, number) => `${tiles(slide)}/patch/${number}.jpg`;
 export const thumb = (slide) => `${tiles(slide)}/thumb.jpg`;
