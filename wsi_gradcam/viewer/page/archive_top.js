@@ -50,7 +50,7 @@ export class ArchiveTop {
     }
     find("top-site-label").hidden = !found.sites.length;
     const reading = found.collected < found.finished;
-    find("top-found").textContent = `of ${found.collected} slides${reading ? ` so far, of ${found.finished}` : ""}`;
+    find("top-found").textContent = `of ${found.collected} slide${found.collected === 1 ? "" : "s"}${reading ? ` so far, of ${found.finished}` : ""}`;
     find("top-patches").replaceChildren(...found.patches.map((patch) => this.item(patch, label)));
     if (reading && this.isShown && !find("gallery").hidden) this.waiting = setTimeout(() => this.load(), AGAIN);
   }
