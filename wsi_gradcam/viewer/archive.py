@@ -154,7 +154,7 @@ class Archive:
     def _served(self, result: SlideResult) -> ServedSlide:
         if self._slides_folder is not None and (moved := alike(self._slides_folder, as_path(result.id))):
             result.path = str(moved[0])
-        known = json.dumps([str(self.out), result.row, result.path], sort_keys=True)
+        known = json.dumps([result.row, result.path], sort_keys=True)
         return ServedSlide(slide_key(result.id), _digest(known)[:12], result)
 
     def _size(self) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -337,7 +337,9 @@ class Comparison:
 
         def compare() -> Compared:
             final = slide.is_final and other.is_final
-            return Compared(other, version, slide.key, final, Difference(slide.result, other.result))
+            # With a version that the first run's slide does not have, as both share caches.
+            own = replace(other, version=f"{OTHER} {version}")
+            return Compared(own, version, slide.key, final, Difference(slide.result, other.result))
 
         return self._open.get((slide.key, slide.version, version), compare)
 

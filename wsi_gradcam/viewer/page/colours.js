@@ -73,11 +73,10 @@ function bent({ gamma = 1, map }, share) {
 
 /** The steps of a tile at which a layer's lines run: none, its threshold, or four between the ends of its window. */
 export function lineSteps({ lines = "", map, threshold, window: [low, high] }, scale) {
-  if (!lines) return [];
-  const borders = map === "classes" && Array.from({ length: high - 1 }, (_, i) => i + 1);
-  const values = borders || (lines.startsWith("contour")
+  if (!lines || map === "classes") return [];
+  const values = lines.startsWith("contour")
     ? [threshold === null ? (low + high) / 2 : threshold]
-    : [0.2, 0.4, 0.6, 0.8].map((share) => low + share * (high - low)));
+    : [0.2, 0.4, 0.6, 0.8].map((share) => low + share * (high - low));
   return values.map((value) => ((value - scale[0]) / (scale[1] - scale[0])) * STEPS);
 }
 

@@ -82,7 +82,7 @@ export class Controls {
         "data-name": "gamma", value: Math.log2(layer.gamma), low: -2, high: 2,
         text: (value) => short(2 ** value), oninput: (value) => set({ gamma: Math.abs(value) < 0.02 ? 1 : 2 ** value }),
       })),
-      row("Lines", element("select", {
+      isClasses(channel) ? null : row("Lines", element("select", {
         "data-name": "lines", onchange: (event) => this.set(number, { ...this.layers[number], lines: event.target.value }, true),
       }, ...Object.entries(LINES).map(([kind, text]) => option(kind, text, kind === layer.lines)))),
       row("Fade low", element("input", {

@@ -101,7 +101,7 @@ export class Pane {
       const { scale } = this.channel(layer);
       item.source.lookup = table(layer, scale);
       item.source.lines = lineSteps(layer, scale);
-      item.source.filled = !layer.lines?.endsWith("alone");
+      item.source.filled = !item.source.lines.length || !layer.lines.endsWith("alone");
       item.requestInvalidate();
       this.viewer.navigator?.world.requestInvalidate();
     }
