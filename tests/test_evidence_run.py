@@ -99,6 +99,7 @@ def test_names_that_are_given_are_used(out: Path, tmp_path: Path) -> None:
         evidence_run(copy, trust_code=True, **QUICK)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_replaced_on_request(out: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(out, tmp_path / "copy")
     with pytest.raises(ResumeError, match="places: 1600 there, 400 now"):
@@ -118,6 +119,7 @@ def test_what_was_measured_is_not_measured_again_and_ends_the_same(out: Path, tm
     assert read(copy) == read(out)
 
 
+@pytest.mark.slow
 def test_workers_find_the_same(out: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(out, tmp_path / "copy", ignore=lambda _, names: [n for n in names if n == "evidence"])
     evidence_run(copy, trust_code=True, workers=1, **QUICK)
@@ -134,6 +136,7 @@ def test_the_command_fails_on_a_shortcut_where_it_is_asked_to(out: Path, capsys:
     assert json.loads(capsys.readouterr().out)["failed_on"] == [kind.number for kind in read(out).shortcuts]
 
 
+@pytest.mark.slow
 def test_an_untrained_model_has_no_evidence_worth_sorting(archive: Path, tmp_path: Path) -> None:
     out = explained(archive, model_file(tmp_path, of_nothing(5)), tmp_path / "out")
     found = evidence_run(out, trust_code=True, **QUICK).evidence
@@ -142,6 +145,7 @@ def test_an_untrained_model_has_no_evidence_worth_sorting(archive: Path, tmp_pat
     assert "no evidence worth sorting" in (out / "evidence" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_look_at_the_marker_has_no_shortcut(archive: Path, tmp_path: Path) -> None:
     out = explained(archive, model_file(tmp_path, of_nuclei(0)), tmp_path / "out")
     found = evidence_run(out, trust_code=True, **QUICK).evidence

@@ -141,7 +141,8 @@ def evidence_run(
         workload = EvidenceWorkload(plan)
         session.begin(workload, entries, executor.dashboard)
         session.process(executor, workload, entries, records.append)
-        read = [record.slide for record in records if record.status == SlideStatus.OK]
+        good = {record.slide.id for record in records if record.status == SlideStatus.OK}
+        read = [entry for entry in entries if entry.id in good]  # in the plan's order, whichever ended first
         if not read:
             raise ResultError(f"{folder.place}: no slide could be read; the first: {records[0].error}")
         found = _first_pass(folder, plan, [entry.id for entry in read])
