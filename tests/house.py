@@ -55,7 +55,7 @@ class Bounds:
     """The most that each figure may be."""
 
     top_modules: int = 6
-    modules: int = 196
+    modules: int = 190
     longest_module: int = 500
     longest_function: int = 90
     median_function: float = 8

@@ -15,10 +15,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from wsi_gradcam.geometry import Region, ceil_div
-from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.results.heatmap import EXPLAINED, Channel, HeatmapStore, coarsen, coarsen_flags
 from wsi_gradcam.results.manifest import Manifest, SlideDone, SlideOutcome, SlidePlan, SlideStatus
 from wsi_gradcam.results.slide_tables import SlideTable
-from wsi_gradcam.results.stitch import coarsen, coarsen_flags
 
 Values = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.uint8]

@@ -29,7 +29,7 @@ from wsi_gradcam.audit.measures.bags import (
 )
 from wsi_gradcam.audit.measures.sanity import rank_likeness, stays
 from wsi_gradcam.audit.measures.shortcuts import areas_of, equal_areas, removal
-from wsi_gradcam.audit.vocabulary import BAG_QUESTIONS
+from wsi_gradcam.audit.schema import BAG_QUESTIONS
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.errors import ConfigError
 

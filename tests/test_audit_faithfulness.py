@@ -26,7 +26,7 @@ from wsi_gradcam.audit.measures.removal import (
     slide_removal,
 )
 from wsi_gradcam.audit.measures.subject import Aim, Subject, control_maps
-from wsi_gradcam.audit.vocabulary import CONTROLS, PROBABILITY
+from wsi_gradcam.audit.schema import CONTROLS, PROBABILITY
 from wsi_gradcam.cam.targets import Target
 
 TUMOUR = Target("tumour", 1)

@@ -11,16 +11,15 @@ import pytest
 
 from wsi_gradcam.audit.archive import SIDE_PX, annotated_slide
 from wsi_gradcam.audit.findings import UNSURE, Conclusion, Findings, Verdict, corrected, interval_p
-from wsi_gradcam.audit.folder import read_arrays, write_arrays
 from wsi_gradcam.audit.measurements import Estimate, Measurements, arrays_of, joined, record_from
 from wsi_gradcam.audit.measures.removal import Curves
 from wsi_gradcam.audit.metrics import GroupedNumber, strata
+from wsi_gradcam.audit.plan import read_arrays, write_arrays
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, MAIN, ROAD, Faithfulness, score
 from wsi_gradcam.audit.questions.sanity import Sanity, Stages
 from wsi_gradcam.audit.questions.shortcuts import Shortcuts
 from wsi_gradcam.audit.questions.stability import AnswerChange, Stability, steady
-from wsi_gradcam.audit.schema import EstimateRow, metrics_schema
-from wsi_gradcam.audit.vocabulary import Keys, Measure, fill
+from wsi_gradcam.audit.schema import EstimateRow, Keys, Measure, fill, metrics_schema
 from wsi_gradcam.errors import AnnotationError, StoreError
 from wsi_gradcam.io.paths import storage_path
 

@@ -7,7 +7,7 @@ import pytest
 
 from wsi_gradcam.audit.stages import spread
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, Window
+from wsi_gradcam.results.heatmap import GROUP, Blender, Enlarger, Window
 
 
 def some(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -26,10 +26,16 @@ from wsi_gradcam.audit.report.figures import (
 )
 from wsi_gradcam.audit.report.page import archive_page, difference, p_text, slide_page, square, undecided, value
 from wsi_gradcam.audit.schema import (
+    CONTROLS,
+    QUESTIONS,
     AgainstFacts,
     ComparisonRow,
     CurveRow,
+    CurvesFigure,
     EstimateRow,
+    IntervalsFigure,
+    Keys,
+    Measure,
     Metrics,
     QuadrantRow,
     RunFacts,
@@ -37,14 +43,6 @@ from wsi_gradcam.audit.schema import (
     StrataRow,
     UntestedRow,
     VerdictRow,
-)
-from wsi_gradcam.audit.vocabulary import (
-    CONTROLS,
-    QUESTIONS,
-    CurvesFigure,
-    IntervalsFigure,
-    Keys,
-    Measure,
     map_keys,
     row_title,
 )

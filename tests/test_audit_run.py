@@ -19,18 +19,15 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain
 from wsi_gradcam.audit import stages
-from wsi_gradcam.audit.folder import read_arrays, write_arrays
-from wsi_gradcam.audit.plan import BATCH_SIZE
-from wsi_gradcam.audit.schema import Metrics
+from wsi_gradcam.audit.plan import BATCH_SIZE, read_arrays, write_arrays
+from wsi_gradcam.audit.schema import QUESTIONS, Metrics
 from wsi_gradcam.audit.stages import spread
-from wsi_gradcam.audit.vocabulary import QUESTIONS
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import storage_path
-from wsi_gradcam.results.heatmap import HeatmapStore
+from wsi_gradcam.results.heatmap import Enlarger, HeatmapStore
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.results.run import open_result
-from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.claims import CLAIM, Claim
 from wsi_gradcam.run.status import REPORT, RunState, observe, shown
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import ROOT
 from wsi_gradcam.audit.plan import AuditSettings
-from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.audit.schema import QUESTIONS
 from wsi_gradcam.cli.flags import GROUPS, HOW, READING, RESUME, SLIDE_LEVEL, WHAT, WHERE, parse_text
 from wsi_gradcam.cli.main import COMMANDS, make_parser
 from wsi_gradcam.errors import ConfigError

@@ -24,7 +24,7 @@ from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.export import Options, export
 from wsi_gradcam.export.dicom_source import MapLevel, matched_levels
 from wsi_gradcam.export.job import Job
-from wsi_gradcam.export.outlines import hot_regions
+from wsi_gradcam.export.shapes import hot_regions
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.results.run import open_result

@@ -18,10 +18,10 @@ from matplotlib.path import Path as Outline
 
 from tests.made_results import PATCH_PX, Made, make, steps
 from wsi_gradcam.export import Options, export
-from wsi_gradcam.export import outlines as outlining
+from wsi_gradcam.export import shapes as outlining
 from wsi_gradcam.export.geojson import annotation_features
 from wsi_gradcam.export.job import Job
-from wsi_gradcam.export.outlines import TooManyRunsError, hot_regions, outlines
+from wsi_gradcam.export.shapes import TooManyRunsError, hot_regions, outlines
 from wsi_gradcam.results.run import open_result
 
 Mask = npt.NDArray[np.bool_]

@@ -32,7 +32,7 @@ from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.export import ALL, OF_HEATMAPS, Options, export, shapes
 from wsi_gradcam.export.job import Job
-from wsi_gradcam.export.outlines import HotRegions, hot_regions
+from wsi_gradcam.export.shapes import HotRegions, hot_regions
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.tissue.annotations.regions import read_annotations

@@ -16,7 +16,7 @@ from wsi_gradcam.geometry import Region, ceil_div
 from wsi_gradcam.mil.feature_arrays import FeatureFolder
 from wsi_gradcam.mil.feature_files import open_features
 from wsi_gradcam.mil.features import Claims, Settled, SlideFrame, place_patches
-from wsi_gradcam.results.stitch import blend_boxes
+from wsi_gradcam.results.heatmap import blend_boxes
 
 STRIDE = 64
 

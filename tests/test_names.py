@@ -24,7 +24,7 @@ from tests.synthetic import write_marker_slide
 from tests.viewer_runs import client
 from wsi_gradcam import audit_run, open_result
 from wsi_gradcam.api import explain
-from wsi_gradcam.audit.folder import AuditFolder
+from wsi_gradcam.audit.plan import AuditFolder
 from wsi_gradcam.errors import ResultError
 from wsi_gradcam.export import _exported, export
 from wsi_gradcam.export.job import Job, Journal, Options

@@ -16,7 +16,7 @@ from tests.runs import SMALL, Heatmap, rows_of, stored, toy_spec
 from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import PooledLinear, pooled_linear
 from wsi_gradcam import GradCAM, audit_images, explain, open_slide, validate
-from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.audit.schema import QUESTIONS
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cam.methods import METHODS
 from wsi_gradcam.errors import ConfigError, SlideFormatError

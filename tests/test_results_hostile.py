@@ -23,7 +23,7 @@ from PIL import Image
 from tests.limits import little_memory
 from tests.made_results import Made, make, steps
 from tests.viewer_runs import client
-from wsi_gradcam.audit.folder import read_arrays, write_arrays
+from wsi_gradcam.audit.plan import read_arrays, write_arrays
 from wsi_gradcam.errors import SlideAccessError, SlideNotFoundError, StoreError, WsiGradcamError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath

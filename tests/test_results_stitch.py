@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from tests.oracles import coarsen_by_pixel, stitch_by_pixel
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.geometry import Region
-from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, Window, blend_boxes, coarsen, coarsen_flags, touching
+from wsi_gradcam.results.heatmap import GROUP, Blender, Enlarger, Window, blend_boxes, coarsen, coarsen_flags, touching
 
 Image = npt.NDArray[np.float32]
 Covered = npt.NDArray[np.bool_]

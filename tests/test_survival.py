@@ -24,7 +24,7 @@ from tests.synthetic import write_marker_slide
 from wsi_gradcam import audit_run
 from wsi_gradcam.api import explain
 from wsi_gradcam.audit import stages
-from wsi_gradcam.audit.folder import write_arrays
+from wsi_gradcam.audit.plan import write_arrays
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ResumeError, StoreError
 from wsi_gradcam.export import OF_HEATMAPS, Exported, export

@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from tests.servers import BUCKET, CREDENTIALS, put_folder
 from tests.viewer_runs import client, facts_of, make_run, plant_audit, tiles_of
 from wsi_gradcam import audit_run
-from wsi_gradcam.audit.folder import AuditFolder
+from wsi_gradcam.audit.plan import AuditFolder
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.results.heatmap import EXPLAINED, HeatmapStore

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from wsi_gradcam.audit.findings import HALF, Findings, Outcome, Verdict, interval_p, percent
 from wsi_gradcam.audit.measurements import Estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import Figure, IntervalsFigure, Measure, Words, row_title
+from wsi_gradcam.audit.schema import Figure, IntervalsFigure, Measure, Words, row_title
 from wsi_gradcam.cam.facts import MethodInfo
 from wsi_gradcam.errors import SlideFormatError, one_line
 from wsi_gradcam.geometry import Region

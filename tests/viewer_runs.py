@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 import wsi_gradcam
 from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
-from wsi_gradcam.audit.folder import AUDIT, AuditFolder
+from wsi_gradcam.audit.plan import AUDIT, AuditFolder
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.results.heatmap import EXPLAINED, TISSUE, Channel, HeatmapStore

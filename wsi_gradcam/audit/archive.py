@@ -19,8 +19,7 @@ from pydantic import ValidationError
 
 from wsi_gradcam.audit.measurements import stratified_sample
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditSettings, SlideSample, deep_patches
-from wsi_gradcam.audit.schema import UntestedRow
-from wsi_gradcam.audit.vocabulary import Unit
+from wsi_gradcam.audit.schema import Unit, UntestedRow
 from wsi_gradcam.cam.targets import PREDICTED, Target, check_trusted, parse_targets
 from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError, as_path, picked
 from wsi_gradcam.inputs.find import SlideEntry

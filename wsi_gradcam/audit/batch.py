@@ -26,7 +26,7 @@ from wsi_gradcam.audit.measures.sanity import encoder_stays
 from wsi_gradcam.audit.measures.shortcuts import input_masks
 from wsi_gradcam.audit.measures.subject import Subject, control_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
-from wsi_gradcam.audit.vocabulary import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM_ORDER, SINGLE
+from wsi_gradcam.audit.schema import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM_ORDER, SINGLE
 from wsi_gradcam.cam.engine import pool_to_layer_grid
 from wsi_gradcam.errors import ModelError, ResumeError, SlideError, SlideFormatError, SlideReadError
 from wsi_gradcam.models.spec import probabilities

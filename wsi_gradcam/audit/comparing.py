@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_gradcam.audit.findings import comparison_row
-from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import Measurements, read_measurements
-from wsi_gradcam.audit.plan import SlideSample
+from wsi_gradcam.audit.plan import AUDIT, AuditFolder, SlideSample
 from wsi_gradcam.audit.questions.bag_orders import SRG, BagFaithfulness
 from wsi_gradcam.audit.questions.bag_trust import BagPlausibility
 from wsi_gradcam.audit.questions.faithfulness import (
@@ -26,8 +25,7 @@ from wsi_gradcam.audit.questions.gradients import LIKE_LEAKY, SATURATED, WORTH, 
 from wsi_gradcam.audit.questions.plausibility import AUROC, IOU, Plausibility
 from wsi_gradcam.audit.questions.sanity import STAYING_MAPS, Sanity, share_staying
 from wsi_gradcam.audit.questions.stability import CHANGED_ANSWERS, CHANGES, Stability
-from wsi_gradcam.audit.schema import AgainstFacts
-from wsi_gradcam.audit.vocabulary import Keys, Measure, Unit
+from wsi_gradcam.audit.schema import AgainstFacts, Keys, Measure, Unit
 from wsi_gradcam.errors import ConfigError, ResultError, StoreError
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 

@@ -15,8 +15,7 @@ import numpy as np
 from scipy import stats
 
 from wsi_gradcam.audit.measurements import LEVEL, Comparison, Estimate, holm
-from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, VerdictRow
-from wsi_gradcam.audit.vocabulary import Keys, Measure, fill
+from wsi_gradcam.audit.schema import ComparisonRow, CurveRow, EstimateRow, Keys, Measure, VerdictRow, fill
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,8 +19,8 @@ from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditPlan, AuditSettings, SlideSample, asked_questions, patch_seeds
 from wsi_gradcam.audit.report.figures import examples_of, scale_of
 from wsi_gradcam.audit.report.page import archive_page
+from wsi_gradcam.audit.schema import ATTENTION, INTEGRATED, QUESTIONS, SINGLE
 from wsi_gradcam.audit.stages import measure_bag, measure_patches
-from wsi_gradcam.audit.vocabulary import ATTENTION, INTEGRATED, QUESTIONS, SINGLE
 from wsi_gradcam.cam.explainer import Request, examine
 from wsi_gradcam.cam.facts import BagFacts, Choice, ModelFacts
 from wsi_gradcam.cam.targets import PREDICTED, parse_targets
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from wsi_gradcam.audit.folder import Arrays
     from wsi_gradcam.audit.measurements import Measurements
+    from wsi_gradcam.audit.plan import Arrays
     from wsi_gradcam.audit.schema import Metrics
     from wsi_gradcam.mil.networks import Aggregator
     from wsi_gradcam.mil.spec import SlideActivation
@@ -82,7 +82,7 @@ def audit_images(
         glass: RGB of bare glass.
         mpp: micrometres per pixel, where the model does not say it: ink and blur are judged by it.
         layer: the layer to explain.
-        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`.
+        only: the questions to ask, see `wsi_gradcam.audit.schema.QUESTIONS`.
         seed: of all random numbers.
         trust_code: allow the code in the model, and in a target that is a function, to run; see `load_model`.
         report: a file for the report, one page of HTML.
@@ -251,7 +251,7 @@ def audit_bags(
         places: of the patches, [N, 2] in their own sides, by slide: areas elsewhere are then as compact as regions.
         annotated: share of each patch that shows the target's class, [N], by slide.
         regions: which patches show what should not decide, bool [N], by name and slide.
-        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.BAG_QUESTIONS`; nothing given: all.
+        only: the questions to ask, see `wsi_gradcam.audit.schema.BAG_QUESTIONS`; nothing given: all.
         seed: of all random numbers.
         trust_code: allow the code in the model to run.
         report: a file for the report, one page of HTML.

@@ -22,14 +22,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from wsi_gradcam.audit.folder import Arrays, read_arrays
+from wsi_gradcam.audit.plan import Arrays, read_arrays
 from wsi_gradcam.errors import ConfigError
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-    from wsi_gradcam.audit.folder import AuditFolder
-    from wsi_gradcam.audit.plan import SlideSample
+    from wsi_gradcam.audit.plan import AuditFolder, SlideSample
 
 Floats = NDArray[np.float64]
 Unit = Literal["slide", "patch"]

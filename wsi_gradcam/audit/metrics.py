@@ -20,17 +20,22 @@ from wsi_gradcam.audit.questions.plausibility import AUROC, Plausibility
 from wsi_gradcam.audit.questions.shortcuts import suspect_words
 from wsi_gradcam.audit.questions.stability import CHANGE_WORDS
 from wsi_gradcam.audit.schema import (
+    EXPENSIVE,
     ConclusionRow,
+    Keys,
+    Measure,
     Metrics,
     QuadrantRow,
     RunFacts,
     SampleFacts,
     StrataRow,
+    Unit,
     UntestedRow,
     VerdictRow,
+    method_title,
+    questions_of,
 )
 from wsi_gradcam.audit.stages import has_overlap
-from wsi_gradcam.audit.vocabulary import EXPENSIVE, Keys, Measure, Unit, method_title, questions_of
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.results.run_files import versions
 

@@ -18,12 +18,13 @@ from wsi_gradcam.audit.archive import (
     open_run,
 )
 from wsi_gradcam.audit.comparing import OtherAudit, compare_audits, open_audit, shared_sample
-from wsi_gradcam.audit.folder import AUDIT, AuditFolder
 from wsi_gradcam.audit.measurements import read_measurements
 from wsi_gradcam.audit.metrics import ArchiveFacts, metrics_of, to_bytes
 from wsi_gradcam.audit.plan import (
+    AUDIT,
     PATCHES,
     SLIDES,
+    AuditFolder,
     AuditPlan,
     AuditScope,
     AuditSettings,
@@ -108,7 +109,7 @@ def audit_run(
         patches: about so many are audited, of all slides together.
         seed: of the sample and of all random numbers.
         slides: of a slide-level model, whose unit is the slide, about so many are audited, each with all its patches.
-        only: the questions to ask, see `wsi_gradcam.audit.vocabulary.QUESTIONS`, and `BAG_QUESTIONS` for slide-level
+        only: the questions to ask, see `wsi_gradcam.audit.schema.QUESTIONS`, and `BAG_QUESTIONS` for slide-level
             models; nothing given: all.
         target: which of the run's targets is audited; nothing given: each patch's predicted class, where that was
             explained, else the run's first.

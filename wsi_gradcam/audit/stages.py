@@ -14,17 +14,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from wsi_gradcam.audit.folder import AUDIT, AuditFolder, write_arrays
 from wsi_gradcam.audit.measurements import SLIDE, Patches, arrays_of
+from wsi_gradcam.audit.plan import AUDIT, AuditFolder, write_arrays
 from wsi_gradcam.audit.questions import question_named
-from wsi_gradcam.audit.vocabulary import QUESTIONS
+from wsi_gradcam.audit.schema import QUESTIONS
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.display import QUANTILE
-from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, Channel, HeatmapStore
+from wsi_gradcam.results.heatmap import (
+    CHUNK,
+    EXPLAINED,
+    GROUP,
+    Blender,
+    Channel,
+    Enlarger,
+    HeatmapStore,
+    coarsen,
+    coarsen_flags,
+    touching,
+)
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.patch_store import OK
-from wsi_gradcam.results.stitch import GROUP, Blender, Enlarger, coarsen, coarsen_flags, touching
 from wsi_gradcam.run.context import Exclusive
 from wsi_gradcam.run.types import Processed, SlideJob, SlideRecord, Stage, Task
 from wsi_gradcam.run.workload import failed_record
@@ -33,9 +43,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.batch import PatchData, SlideBag
-    from wsi_gradcam.audit.folder import Arrays
     from wsi_gradcam.audit.measures.subject import Subject
-    from wsi_gradcam.audit.plan import AuditPlan
+    from wsi_gradcam.audit.plan import Arrays, AuditPlan
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.manifest import SlidePlan

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import brentq
 
-from wsi_gradcam.audit.folder import AUDIT, AuditFolder
+from wsi_gradcam.audit.plan import AUDIT, AuditFolder
 from wsi_gradcam.audit.schema import Metrics, VerdictRow
 from wsi_gradcam.errors import ModelError, ResultError, StoreError, canonical, one_line
 from wsi_gradcam.io.base import SMALL_BYTES

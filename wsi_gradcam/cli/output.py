@@ -16,7 +16,7 @@ from rich.text import Text
 
 from wsi_gradcam.api import Outcome, Preview
 from wsi_gradcam.audit.plan import check_questions
-from wsi_gradcam.audit.vocabulary import BAG_QUESTIONS, QUESTIONS
+from wsi_gradcam.audit.schema import BAG_QUESTIONS, QUESTIONS
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cli import given, say
 from wsi_gradcam.errors import ConfigError, SlideError, printable, quoted

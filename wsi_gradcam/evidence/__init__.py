@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from wsi_gradcam.audit.folder import AuditFolder
+from wsi_gradcam.audit.plan import AuditFolder
 from wsi_gradcam.errors import ConfigError
 
 if TYPE_CHECKING:

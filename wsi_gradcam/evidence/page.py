@@ -19,7 +19,7 @@ from wsi_gradcam.pages import render
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.folder import Arrays
+    from wsi_gradcam.audit.plan import Arrays
     from wsi_gradcam.evidence.clusters import Side
     from wsi_gradcam.evidence.findings import Covering, Evidence, KindRow, Share, Spread, TrialRow
     from wsi_gradcam.io.paths import StoragePath

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.audit.archive import audited_target, draw_sample, open_run
-from wsi_gradcam.audit.folder import Arrays, read_arrays
-from wsi_gradcam.audit.plan import AuditSettings
+from wsi_gradcam.audit.plan import Arrays, AuditSettings, read_arrays
 from wsi_gradcam.audit.running import allowed_slides, given_model, report_rows, short
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import (

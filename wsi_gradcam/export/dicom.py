@@ -24,7 +24,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from wsi_gradcam import __version__
 from wsi_gradcam.export.dicom_source import TILE, MapLevel, Source, long_string, spacing_mm, uid
 from wsi_gradcam.export.job import MADE_BY, slug
-from wsi_gradcam.export.outlines import hot_regions
+from wsi_gradcam.export.shapes import hot_regions
 from wsi_gradcam.geometry import Region, tiles
 from wsi_gradcam.results.display import Colouring
 from wsi_gradcam.results.heatmap import EXPLAINED

@@ -23,14 +23,14 @@ import shapely
 
 from wsi_gradcam.errors import as_text
 from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, blocks, save_png, slug
-from wsi_gradcam.export.outlines import hot_regions, mask_polygons
+from wsi_gradcam.export.shapes import hot_regions, mask_polygons
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import COLOURS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wsi_gradcam.export.outlines import Mask
+    from wsi_gradcam.export.shapes import Mask
     from wsi_gradcam.io.documents import safe_cell
 from wsi_gradcam.io.documents import safe_cell
 from wsi_gradcam.results.display import ChannelInfo

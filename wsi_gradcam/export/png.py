@@ -21,10 +21,9 @@ from matplotlib.figure import Figure
 from wsi_gradcam.errors import SlideError
 from wsi_gradcam.export.job import MADE_BY, Job, blocks, save_png, slug
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.results.heatmap import EXPLAINED
+from wsi_gradcam.results.heatmap import EXPLAINED, coarsen, coarsen_flags
 from wsi_gradcam.results.overview import UNITS as METHOD_UNITS
 from wsi_gradcam.results.overview import round_length
-from wsi_gradcam.results.stitch import coarsen, coarsen_flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,8 +22,7 @@ from wsi_gradcam.models.sources import Built, load_weights
 from wsi_gradcam.models.sources.function import build_function, source_digest
 from wsi_gradcam.models.sources.hf import build_hf, weights_file
 from wsi_gradcam.models.sources.libraries import build_timm, build_torchvision, without_head
-from wsi_gradcam.models.sources.programs import build_export, build_torchscript, failure
-from wsi_gradcam.models.sources.wsinfer import PROGRAM, build_wsinfer
+from wsi_gradcam.models.sources.programs import PROGRAM, build_export, build_torchscript, build_wsinfer, failure
 from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, Resizing, explain_validation, read_spec, regular
 from wsi_gradcam.models.staining import stain_target
 from wsi_gradcam.models.transform import Transform, make_transform

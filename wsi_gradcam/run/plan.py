@@ -27,9 +27,8 @@ from wsi_gradcam.mil.spec import (
     whole_bag_bytes,
 )
 from wsi_gradcam.results.display import RELEVANCE
-from wsi_gradcam.results.heatmap import SHARD
+from wsi_gradcam.results.heatmap import SHARD, Enlarger
 from wsi_gradcam.results.manifest import SlidePlan
-from wsi_gradcam.results.stitch import Enlarger
 from wsi_gradcam.run.examining import fit_stain
 from wsi_gradcam.slides.openslide_tiles import judged_by_openslide_alone
 from wsi_gradcam.tissue.annotations import in_frame, tissue_within

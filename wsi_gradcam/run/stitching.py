@@ -13,7 +13,20 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.models.spec import probabilities
 from wsi_gradcam.results.display import ATTENTION, PROBABILITY, QUANTILE, unit_of, window_end, window_floor
 from wsi_gradcam.results.feature_store import BOXES, FeatureStore
-from wsi_gradcam.results.heatmap import CHUNK, EXPLAINED, TISSUE, UNREADABLE, Channel, HeatmapStore
+from wsi_gradcam.results.heatmap import (
+    CHUNK,
+    EXPLAINED,
+    TISSUE,
+    UNREADABLE,
+    Blender,
+    Channel,
+    Enlarger,
+    HeatmapStore,
+    blend_boxes,
+    coarsen,
+    coarsen_flags,
+    touching,
+)
 from wsi_gradcam.results.manifest import (
     Manifest,
     SlideDone,
@@ -29,7 +42,6 @@ from wsi_gradcam.results.patch_store import UNREADABLE as UNREADABLE_PATCH
 from wsi_gradcam.results.run_files import made_with, run_values
 from wsi_gradcam.results.seals import digests_of
 from wsi_gradcam.results.slide_tables import answer_in_words, answer_shares
-from wsi_gradcam.results.stitch import Blender, Enlarger, blend_boxes, coarsen, coarsen_flags, touching
 from wsi_gradcam.tissue.annotations import entry_outlines
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from scipy.stats import rankdata
 
-from wsi_gradcam.audit.folder import AUDIT, AuditFolder
+from wsi_gradcam.audit.plan import AUDIT, AuditFolder
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import NotShownError, ResultError, StoreError, WsiGradcamError, one_line
 from wsi_gradcam.geometry import Region

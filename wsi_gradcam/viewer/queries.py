@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from wsi_gradcam import __version__
-from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
+from wsi_gradcam.audit.plan import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import NotShownError, SlideError, WsiGradcamError, one_line
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.run_files import folder_name

@@ -15,7 +15,7 @@ import anyio
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from wsi_gradcam.audit.folder import AUDIT, REPORT, AuditFolder
+from wsi_gradcam.audit.plan import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import (
     ConfigError,
     DocumentError,

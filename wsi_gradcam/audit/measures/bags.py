@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from wsi_gradcam.audit.measures.sanity import layers_in_order, randomise
-from wsi_gradcam.audit.vocabulary import ATTENTION
+from wsi_gradcam.audit.schema import ATTENTION
 from wsi_gradcam.cam.targets import score_of_bag
 from wsi_gradcam.mil.attribution import explain_bag
 from wsi_gradcam.mil.networks import AttentionPool, Opaque, Pooled

@@ -29,7 +29,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
-from wsi_gradcam.audit.vocabulary import RESEMBLING
+from wsi_gradcam.audit.schema import RESEMBLING
 from wsi_gradcam.cam.layers import evaluating
 
 Order = Literal["top_down", "bottom_up", "independent"]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from wsi_gradcam.audit.measures.removal import Replace, answers_without
 from wsi_gradcam.audit.measures.subject import Aim, Subject, predicted_classes
-from wsi_gradcam.audit.vocabulary import BLUR, BORDER, GLASS, PEN
+from wsi_gradcam.audit.schema import BLUR, BORDER, GLASS, PEN
 from wsi_gradcam.tissue.masks import HIGHEST, MASK_MPP
 from wsi_gradcam.tissue.quality import measure_blur, pen_mask
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wsi_gradcam.audit.vocabulary import CENTRE, CONSTANT, EDGES, RANDOM
+from wsi_gradcam.audit.schema import CENTRE, CONSTANT, EDGES, RANDOM
 from wsi_gradcam.cam.engine import AnyTarget, explain_batch
 from wsi_gradcam.cam.explainer import Request, examine
 from wsi_gradcam.cam.program import EagerProgram

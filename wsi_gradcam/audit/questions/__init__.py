@@ -1,6 +1,6 @@
 """The questions of the audit, a module each: what is measured, how it is judged, which figures and words it has.
 
-To add one, write a module with a `QUESTION`, and add it to `wsi_gradcam.audit.vocabulary.QUESTIONS`; those that are
+To add one, write a module with a `QUESTION`, and add it to `wsi_gradcam.audit.schema.QUESTIONS`; those that are
 asked of the slides of slide-level models are in `BAG_QUESTIONS`. The modules import no torch: what measures is imported
 from `wsi_gradcam.audit.measures` where it is called, on workers.
 """
@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.audit.vocabulary import questions_of
+from wsi_gradcam.audit.schema import questions_of
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.findings import Findings
     from wsi_gradcam.audit.measurements import Measurements
-    from wsi_gradcam.audit.schema import Metrics
-    from wsi_gradcam.audit.vocabulary import Figure, Measure, Unit, Words
+    from wsi_gradcam.audit.schema import Figure, Measure, Metrics, Unit, Words
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, Findings, Verdict, percent
 from wsi_gradcam.audit.measurements import Comparison, compare, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import (
+from wsi_gradcam.audit.schema import (
     ATTENTION,
     RANDOM_ORDER,
     CurvesFigure,

@@ -27,7 +27,7 @@ from wsi_gradcam.audit.questions.sanity import (
 )
 from wsi_gradcam.audit.questions.shortcuts import free_of, suspect_words
 from wsi_gradcam.audit.questions.stability import OFTEN, keeps_order, lasting
-from wsi_gradcam.audit.vocabulary import (
+from wsi_gradcam.audit.schema import (
     ATTENTION,
     RANDOM,
     Figure,

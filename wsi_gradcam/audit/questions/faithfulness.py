@@ -17,7 +17,7 @@ from wsi_gradcam.audit.findings import ALPHA, ENOUGH, Findings, Verdict, capital
 from wsi_gradcam.audit.measurements import Comparison, compare, holm, stored
 from wsi_gradcam.audit.measures.removal import Curves, mean_height, slide_removal
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import (
+from wsi_gradcam.audit.schema import (
     CENTRE,
     CONSTANT,
     CONTROLS,

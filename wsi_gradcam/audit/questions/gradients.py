@@ -11,7 +11,7 @@ import numpy as np
 from wsi_gradcam.audit.findings import HALF, Findings, Verdict, interval_p, percent
 from wsi_gradcam.audit.measurements import Estimate, optional, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import EXPENSIVE, INTEGRATED, CurvesFigure, Figure, Measure, Words, method_title
+from wsi_gradcam.audit.schema import EXPENSIVE, INTEGRATED, CurvesFigure, Figure, Measure, Words, method_title
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import ModelError
 

@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from wsi_gradcam.audit.findings import Findings, Verdict, interval_p, percent
 from wsi_gradcam.audit.measurements import Estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import RANDOM, Figure, IntervalsFigure, Measure, Words, map_keys, row_title
+from wsi_gradcam.audit.schema import RANDOM, Figure, IntervalsFigure, Measure, Words, map_keys, row_title
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.batch import Batch

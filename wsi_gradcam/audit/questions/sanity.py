@@ -16,7 +16,7 @@ import numpy as np
 from wsi_gradcam.audit.findings import Findings, Verdict, interval_p, percent
 from wsi_gradcam.audit.measurements import Estimate, estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import (
+from wsi_gradcam.audit.schema import (
     EXPENSIVE,
     GUIDED,
     RESEMBLING,

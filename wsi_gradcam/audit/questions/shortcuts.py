@@ -11,7 +11,7 @@ import numpy as np
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, percent
 from wsi_gradcam.audit.measurements import Comparison, Estimate, estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import (
+from wsi_gradcam.audit.schema import (
     BLUR,
     BORDER,
     GLASS,

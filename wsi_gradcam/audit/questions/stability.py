@@ -12,7 +12,7 @@ import numpy as np
 from wsi_gradcam.audit.findings import ALPHA, ENOUGH, HALF, Findings, Verdict, capitalised, interval_p, percent
 from wsi_gradcam.audit.measurements import Comparison, Estimate, estimate, stored
 from wsi_gradcam.audit.questions import Question, Scope
-from wsi_gradcam.audit.vocabulary import EXPENSIVE, Figure, IntervalsFigure, Measure, Words, change_title, method_title
+from wsi_gradcam.audit.schema import EXPENSIVE, Figure, IntervalsFigure, Measure, Words, change_title, method_title
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

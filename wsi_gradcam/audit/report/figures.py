@@ -23,17 +23,16 @@ from PIL import Image
 from wsi_gradcam.audit.measurements import Patches, record_from
 from wsi_gradcam.audit.questions.faithfulness import Faithfulness
 from wsi_gradcam.audit.questions.gradients import Saturation
-from wsi_gradcam.audit.vocabulary import EDGES, RANDOM, CurvesFigure
+from wsi_gradcam.audit.schema import EDGES, RANDOM, CurvesFigure
 from wsi_gradcam.results.overview import opened_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from wsi_gradcam.audit.folder import Arrays
-    from wsi_gradcam.audit.schema import CurveRow
-    from wsi_gradcam.audit.vocabulary import Figure as FigureRows
-    from wsi_gradcam.audit.vocabulary import IntervalsFigure
+    from wsi_gradcam.audit.plan import Arrays
+    from wsi_gradcam.audit.schema import CurveRow, IntervalsFigure
+    from wsi_gradcam.audit.schema import Figure as FigureRows
     from wsi_gradcam.io.paths import StoragePath
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from wsi_gradcam.audit.folder import REPORT, read_arrays
 from wsi_gradcam.audit.metrics import QUADRANTS, metrics_of
+from wsi_gradcam.audit.plan import REPORT, read_arrays
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.questions.bag_orders import SRG
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS
@@ -24,9 +24,9 @@ from wsi_gradcam.audit.report.figures import (
     scale_of,
     smaller,
 )
-from wsi_gradcam.audit.schema import CurveRow
-from wsi_gradcam.audit.vocabulary import (
+from wsi_gradcam.audit.schema import (
     CONTROLS,
+    CurveRow,
     CurvesFigure,
     fill,
     map_keys,
@@ -41,13 +41,20 @@ from wsi_gradcam.results.run_files import RunFolder, folder_name
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.findings import Outcome
-    from wsi_gradcam.audit.folder import AuditFolder
     from wsi_gradcam.audit.measurements import Measurements
     from wsi_gradcam.audit.metrics import ArchiveFacts
-    from wsi_gradcam.audit.plan import AuditPlan
+    from wsi_gradcam.audit.plan import AuditFolder, AuditPlan
     from wsi_gradcam.audit.report.figures import Svg
-    from wsi_gradcam.audit.schema import ComparisonRow, EstimateRow, Metrics, QuadrantRow, StrataRow, VerdictRow
-    from wsi_gradcam.audit.vocabulary import Measure, Words
+    from wsi_gradcam.audit.schema import (
+        ComparisonRow,
+        EstimateRow,
+        Measure,
+        Metrics,
+        QuadrantRow,
+        StrataRow,
+        VerdictRow,
+        Words,
+    )
 
 OVERVIEW_PX = 1100
 UNITS = {
