@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SLIDE ?=
 OUT ?= demo-output
-JOBS ?= 2
+JOBS ?= 3
 
 .PHONY: help venv browser demo test test-s3 coverage check docs dist wheel lowest format proofs clean
 

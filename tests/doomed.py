@@ -17,6 +17,11 @@ from wsi_gradcam.api import explain
 CHANGES = ("replace", "unlink", "rmdir")  # functions of `os` through which every change of a result goes
 
 
+def is_by_clock(*arguments: object) -> bool:
+    """Return True for files that are renewed every few seconds, however far a run is."""
+    return any(name in str(each) for each in arguments for name in ("status.json", "claim.json"))
+
+
 def explain_and_die(
     slides: list[str], model: str, out: str, die_at_change: int | None, slowness_s: float, environment: dict[str, str]
 ) -> None:
@@ -34,6 +39,8 @@ def _die_at(change: int) -> None:
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
+            if is_by_clock(*args):
+                return function(*args, **kwargs)
             if left <= 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1

@@ -15,6 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ class Command:
         process.join(dice.uniform(0, self.lasts_s))
         alive: bool = process.is_alive()
         if alive:
-            os.kill(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ends just now
+                os.kill(process.pid, signal.SIGKILL)
         process.join()
         if not alive and process.exitcode:
             self.problems.append(f"ended with {process.exitcode}")

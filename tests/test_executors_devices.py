@@ -127,7 +127,7 @@ def test_a_small_memory_is_told_once_and_changes_no_result(slides: Path, expecte
     outcome = explain(slides, toy_spec("cramped"), tmp_path, **SMALL, listener=notes)
     assert not outcome.failed
     (told,) = [text for text in notes.told if "does not hold a whole batch" in text]
-    assert told.endswith("does not hold a whole batch: 2 patches at once are explained there from now on")
+    assert told.endswith("does not hold a whole batch: 2 patches are explained at once there from now on")
     assert logged(tmp_path).count("does not hold a whole batch") == 1
     (worker,) = json.loads((tmp_path / "status.json").read_text())["workers"].values()
     assert worker["at_once"] == 2

@@ -111,7 +111,7 @@ def test_the_package_is_imported_without_anything_heavy() -> None:
         "executors.dask",
         "slides",
         "results.validation",
-        "export.outlines",
+        "export.shapes",
         "viewer.napari_reader",
     ],
 )

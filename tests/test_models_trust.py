@@ -282,7 +282,8 @@ def test_an_audit_is_allowed_on_the_command_line(explained: Path, run: Run) -> N
 @pytest.mark.parametrize("trust_code", [False, True])
 def test_what_makes_no_network_is_refused_at_once(source: str, trust_code: bool, folder: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"runs code|does not return a network|expected module:function|has no function"
+        ModelError,
+        match=r"runs code|does not return a network|does not make networks|expected module:function|has no function",
     ):
         load_model(ModelSpec(name="n", source=source, folder=folder, **PATCH), trust_code=trust_code)
 

@@ -122,7 +122,7 @@ def test_an_image_without_mpp_says_so(unit: str | None, scale: float, said: str,
     ("data", "axes", "said"),
     [
         (np.ones((4, *SIZE), np.uint8), "cyx", "4 pictures that belong together, as of stains"),
-        (np.ones((3, *SIZE), np.float32), "cyx", "values of float32, expected 8 or 16 bits"),
+        (np.ones((3, *SIZE), np.float32), "cyx", "values of float32, expected unsigned 8 or 16 bits"),
         (np.ones((5, *SIZE), np.uint8), "zyx", "expected one picture of y, x and colours"),
     ],
 )

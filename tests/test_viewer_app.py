@@ -282,7 +282,7 @@ def test_another_file_at_the_slide_s_place_is_not_shown(out: Path) -> None:
     shutil.copy(out.parent / "slides" / "inner" / "b.tif", slide)
     try:
         with client(out) as server:
-            assert "another file" in facts_of(server, "a.tif")["slide"]["problem"]
+            assert "not the file that was explained" in facts_of(server, "a.tif")["slide"]["problem"]
     finally:
         slide.with_suffix(".kept").rename(slide)
 

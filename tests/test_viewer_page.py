@@ -255,7 +255,9 @@ def test_hide_below_begins_at_the_window_and_takes_a_number(open_page: Callable[
     page = open_page(at(SLIDE, y, x, 0.5, "gradcam: other~on~inferno~0.7~fixed~0.25..2~~fade"))
     number = control(page, "threshold-number")
     expect(number).to_have_value("")
+    page.wait_for_load_state("networkidle")  # marks and annotations come after the layers, and the panel is drawn again
     slide_to(control(page, "threshold"), 0.001)
+    expect(number).not_to_have_value("")
     low = float(number.input_value())
     assert 0.25 < low < 0.27
     enter(number, "0.5")

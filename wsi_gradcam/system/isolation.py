@@ -80,8 +80,10 @@ class CrashLog:
         suspects = list(opened)[-1 if self.one_at_a_time else -MAX_OPEN :]
         self.one_at_a_time = len(suspects) > 1
         if self.one_at_a_time:
-            return f"{cause} ended the process while {' and '.join(suspects)} were open; continuing with one after the "
-            "other"
+            return (
+                f"{cause} ended the process while {' and '.join(suspects)} were open; continuing with one after the "
+                "other"
+            )
         for path in suspects:
             self.causes[path] = (
                 f"{path}: {cause} ended the process that worked on it; the file is damaged in a way that a decoder "
