@@ -114,6 +114,7 @@ def test_what_is_done_is_not_done_again_and_what_is_lost_is(out: Path, drawn: Pa
         audit_run(out, trust_code=True, seed=3, **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_workers_measure_the_same(out: Path, drawn: Path, audited: dict[str, bytes]) -> None:
     given = {"only": QUICK, "target": "tumour", "annotations": drawn, "regions": drawn, "include": ["fold"]}
     audit_run(out, trust_code=True, workers=2, overwrite=True, **given)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ def figures(*arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_simulated_cluster_does_all_its_work() -> None:
     found = figures("--only", "simulation")
     ran = found["simulation"]["4_workers"]

@@ -151,6 +151,7 @@ def test_a_worker_that_eats_the_machine_is_replaced(
     assert differing(tmp_path / "out", tmp_path / "serial") == []
 
 
+@pytest.mark.slow
 def test_a_model_that_kills_workers_is_told(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(POISON, "load")
     with pytest.raises(WorkerError, match="workers died while they loaded the model; give them more memory"):

@@ -200,6 +200,7 @@ class TestResume:
         explain(slide, MODEL, finished / "out", **SMALL, mask=finished / "m.json", overwrite=True)
         assert validate(finished / "out") == []
 
+    @pytest.mark.slow
     def test_a_cluster_makes_the_same_bytes(self, slide: Path, finished: Path, tmp_path: Path) -> None:
         explain(slide, toy_file(tmp_path, "pooled_linear"), tmp_path / "one", **SMALL, mask=finished / "m.json")
         explain(

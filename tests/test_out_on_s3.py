@@ -114,7 +114,7 @@ def doomed(s3_proxy: Proxy, inputs: Path, s3_out: str) -> Iterator[Callable[[int
         process.join()
 
 
-@pytest.mark.parametrize("change", [slow(0), 12, slow(40), slow(60), 90])
+@pytest.mark.parametrize("change", [slow(0), 12, slow(40), slow(60), slow(90)])
 def test_a_killed_run_continues(
     change: int, doomed: Callable[[int], None], inputs: Path, expected: dict[str, bytes], s3_out: str, s3_proxy: Proxy
 ) -> None:

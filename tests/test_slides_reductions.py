@@ -204,6 +204,7 @@ def test_a_run_reads_scaled_where_it_is_told_and_stays_with_it(slide: Path, tmp_
     assert contents(tmp_path / "scaled" / "a.tif") == before
 
 
+@pytest.mark.slow
 def test_a_run_by_workers_reads_as_one_alone(slide: Path, tmp_path: Path) -> None:
     spec = toy_spec("pooled_linear", mpp=2 * MPP)
     for name, workers in (("one", None), ("two", 2)):

@@ -112,6 +112,7 @@ def test_the_slides_own_stain_is_kept_with_its_plan(serial: Path) -> None:
     assert json.loads((serial / "glass.tif" / "manifest" / "plan.json").read_text())["stain"] is None
 
 
+@pytest.mark.slow
 def test_two_workers_leave_the_same_bytes(archive: Path, serial: Path, tmp_path: Path) -> None:
     explain(archive, spec(), tmp_path, **SMALL, workers=2)
     assert differing(tmp_path, serial) == []

@@ -81,7 +81,7 @@ def working(process: subprocess.Popen[str], out: Path) -> psutil.Process:
     raise AssertionError(f"no span within {WITHIN_S} s")
 
 
-@pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGSEGV", pytest.param("SIGKILL", marks=pytest.mark.slow)])
 def test_slides_that_end_the_process_fail_and_the_others_are_explained(made: Path, tmp_path: Path, name: str) -> None:
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     process = begun(arguments(made, "mixed", out), **{mortal.SIGNAL: name})
