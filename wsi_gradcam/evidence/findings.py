@@ -490,6 +490,6 @@ def _effect(row: KindRow) -> str:
     one = row.covering
     assert one is not None
     assert one.difference.value is not None
-    size, verb = abs(one.difference.value), "lowers" if one.difference.value < 0 else "raises"
+    size, side = abs(one.difference.value), "lower" if one.difference.value < 0 else "higher"
     unsure = "" if matters(row) else ", which may be chance"
-    return f"covering it {verb} the logit by {size:.2g} more than covering as much elsewhere does{unsure}"
+    return f"covering it leaves the logit {size:.2g} {side} than covering as much elsewhere{unsure}"
