@@ -112,7 +112,7 @@ def test_the_package_is_imported_without_anything_heavy() -> None:
         "slides",
         "results.validation",
         "export.shapes",
-        "viewer.napari_reader",
+        "viewer",
     ],
 )
 def test_modules_of_the_client_never_load_torch(module: str) -> None:

@@ -24,7 +24,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import EXPLAINED
 from wsi_gradcam.results.run import open_result
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.viewer.napari_reader import get_reader, read
+from wsi_gradcam.viewer import get_reader, read
 
 MPP, STRIDE = (0.25, 0.3), 8
 SIZE, SHAPE = (2099, 3001), (263, 376)
