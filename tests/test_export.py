@@ -15,7 +15,7 @@ from tests.made_results import Made, make, steps
 from wsi_gradcam.cli import output
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, StoreError, UnknownNameError
-from wsi_gradcam.export import OF_HEATMAPS, Options, export, tiff
+from wsi_gradcam.export import OF_HEATMAPS, Options, arrays, export
 from wsi_gradcam.export.job import Job, atomic_path
 from wsi_gradcam.results.display import Colouring
 from wsi_gradcam.results.run import open_result
@@ -94,7 +94,7 @@ def test_an_export_that_breaks_leaves_nothing(out: Path, tmp_path: Path, monkeyp
         raise RuntimeError("power cut")
         yield
 
-    monkeypatch.setattr(tiff, "_tiles", broken)
+    monkeypatch.setattr(arrays, "_tiles", broken)
     (done,) = export(out, "tiff", tmp_path / "dest", ["in/b.svs"])
     assert "power cut" in done.error
     assert names(tmp_path / "dest") == []

@@ -28,11 +28,11 @@ __all__ = ["FORMATS", "Exported", "Options", "export"]
 NAMELESS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
 # The module of each format; its function write(job), or another that is named, returns the paths it has written.
 FORMATS = {
-    "ome-zarr-0.4": "arrays",
-    "ome-tiff": "tiff:write_ome",
-    "tiff": "tiff",
-    "asap": "tiff:write_asap",
-    "tissuumaps": "tiff:write_tissuumaps",
+    "ome-zarr-0.4": "arrays:write_ome_zarr",
+    "ome-tiff": "arrays:write_ome_tiff",
+    "tiff": "arrays:write_tiff",
+    "asap": "arrays:write_asap",
+    "tissuumaps": "arrays:write_tissuumaps",
     "geojson": "geojson",
     "marks-geojson": "geojson:write_marks",
     "marks-csv": "geojson:write_marks_csv",

@@ -1,44 +1,63 @@
-"""Arrays for other programs: heatmaps as OME-Zarr 0.4, and features as the HDF5 files of TRIDENT and CLAM.
+"""Heatmaps as arrays of other programs: OME-Zarr 0.4, OME-TIFF, and TIFF in 8 bits; features as HDF5.
 
 OME-Zarr 0.4 (Zarr 2) is for programs that do not read 0.5 yet: QuPath, OMERO, Fiji. It has the levels, values and label
 of `heatmap.ome.zarr`. Chunks are compressed as the other writers of 0.4 do it, with Blosc, as some readers know no
 other codec (ngff-zarr refuses zlib); arrays name their axes as xarray asks for it; `OME/METADATA.ome.xml` has pixel
 size, channels and colours for programs that use Bio-Formats.
+
+TIFFs are for viewers that open slides with OpenSlide, and as ASAP and TissUUmaps want them. A pyramid is a BigTIFF
+whose levels are top-level pages, all but the first marked as reduced; the resolution tags have the micrometres per
+pixel of the heatmap. Features are written as TRIDENT and CLAM do.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import uuid
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
+import tifffile
 import zarr
 from numcodecs import Blosc
 
 from wsi_gradcam.errors import ConfigError, ResultError
-from wsi_gradcam.export.job import Job, ome_colour
-from wsi_gradcam.geometry import tiles
+from wsi_gradcam.export.job import Job, blocks, ome_colour, padded, slug
+from wsi_gradcam.geometry import Region, ceil_div, tiles
+from wsi_gradcam.io.urls import is_url
 from wsi_gradcam.mil.feature_files import write_clam, write_trident
 from wsi_gradcam.mil.features import SlideFrame, steps
+from wsi_gradcam.results.display import GRAY, Colouring
 from wsi_gradcam.results.feature_store import BOXES, Bag, FeatureStore, encoding_problems
 from wsi_gradcam.results.heatmap import CHUNK, LABEL, SHARD
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import PatchStore
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
+    from wsi_gradcam.results.display import ChannelInfo
     from wsi_gradcam.results.slide import SlideResult
+
+    Tiles = Iterator[NDArray[np.generic]]
 
 VERSION = "0.4"
 NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 DIMENSIONS = "_ARRAY_DIMENSIONS"  # where xarray looks for the names of an array's axes in Zarr 2
 XSI = "http://www.w3.org/2001/XMLSchema-instance"
+TILE = 512
+WHITE = 255
+UM_PER_CM = 1e4
+ASAP_ENDING = "_likelihood_map.tif"
+COVERAGE_COLOUR = "FFFFFF"
 
 
-def write(job: Job) -> list[Path]:
+def write_ome_zarr(job: Job) -> list[Path]:
     """Write one folder with the chosen channels."""
     path = job.path("ome.zarr")
     with job.atomic_path(path) as partial:
@@ -196,3 +215,222 @@ def _bag(job: Job) -> tuple[Bag, NDArray[np.float64], SlideFrame]:
         yx = PatchStore(slide.folder.cams, read_only=True).yx()
         boxes = np.concatenate([yx, np.broadcast_to(plan.footprint, yx.shape)], axis=1).astype(np.float64)
     return bag, boxes[bag.rows], SlideFrame(slide.id, plan.slide_px, plan.slide_mpp)
+
+
+def write_tiff(job: Job) -> list[Path]:
+    """Write a file for each chosen channel: RGB, white where nothing is shown; for "gray" one sample, 0 there."""
+    return [_write_tiff(job, channel) for channel in job.drawn_channels]
+
+
+def _write_tiff(job: Job, channel: ChannelInfo) -> Path:
+    path, colouring = job.path(f"{slug(channel)}.tiff"), job.colouring(channel)
+    samples = () if colouring.colormap == GRAY else (3,)
+    sizes = [(*shape, *samples) for shape in job.slide.levels]
+    with job.atomic_path(path) as partial:
+        _write_pyramid(
+            partial, job, channel, sizes, job.slide.stride_px, lambda level: _tiles(job, channel, colouring, level)
+        )
+    return path
+
+
+def _write_pyramid(
+    path: Path,
+    job: Job,
+    channel: ChannelInfo,
+    sizes: list[tuple[int, ...]],
+    step_px: int,
+    tiles_of: Callable[[int], Tiles],
+) -> None:
+    """Write levels of `sizes`, the first with a pixel for each `step_px` level-0 px of the slide."""
+    colouring = job.colouring(channel)
+    about = f"{channel.label} of {job.slide.id}, {colouring.low:g} to {colouring.high:g}"
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        for level, size in enumerate(sizes):
+            um_y, um_x = (mpp * step_px * 2**level for mpp in job.slide.mpp)
+            writer.write(
+                tiles_of(level),
+                shape=size,
+                dtype="uint8",
+                tile=(TILE, TILE),
+                photometric="rgb" if len(size) == 3 else "minisblack",
+                compression="deflate",
+                subfiletype=int(level > 0),
+                resolution=(UM_PER_CM / um_x, UM_PER_CM / um_y),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+                description=about.encode("utf-8", "replace"),  # text must be ASCII
+                software="wsi_gradcam",
+            )
+
+
+def _tiles(job: Job, channel: ChannelInfo, colouring: Colouring, level: int) -> Iterator[NDArray[np.generic]]:
+    for _, values, flags in blocks(job.slide, channel, level, TILE):
+        if colouring.colormap == GRAY:
+            yield padded(colouring.gray(values, flags), TILE)
+        else:
+            rgb = colouring.rgb(values)
+            rgb[~colouring.shown(values, flags)] = WHITE
+            yield padded(rgb, TILE, WHITE)
+
+
+def write_asap(job: Job) -> list[Path]:
+    """Write BASE_likelihood_map.tif, which ASAP shows over the slide BASE.* in the same folder: gray, 0 = not shown.
+
+    ASAP takes the factor from the sizes, in whole numbers, and refuses an image where it differs between the axes: see
+    `asap_step`. It finds one file a slide; those of further channels have the channel's name before the ending.
+    """
+    return [_write_asap(job, channel, number) for number, channel in enumerate(job.drawn_channels)]
+
+
+def _write_asap(job: Job, channel: ChannelInfo, number: int) -> Path:
+    base = job.base + (f".{slug(channel)}" if number else "")
+    path, (height, width) = job.named(base, ASAP_ENDING), job.slide.size_px
+    step = asap_step((height, width), job.slide.stride_px)
+    finer = (job.slide.stride_px // step).bit_length() - 1  # levels that the heatmap does not have
+    levels = range(finer + len(job.slide.levels))
+    sizes: list[tuple[int, ...]] = [(ceil_div(height // step, 2**i), ceil_div(width // step, 2**i)) for i in levels]
+    with job.atomic_path(path) as partial:
+        _write_pyramid(
+            partial, job, channel, sizes, step, lambda level: _gray_tiles(job, channel, sizes[level], level - finer)
+        )
+    return path
+
+
+def asap_step(size: tuple[int, int], stride: int) -> int:
+    """Return the level-0 px per pixel of an image that ASAP lays over a slide of `size` (height, width).
+
+    It is the heatmap's stride, a power of two, or the largest part of it by which both sides divide: with pixels that
+    reach beyond the slide left out, `size // (size // step)` is `step` along both axes, and so ASAP's factor is right.
+
+    >>> asap_step((15000, 19004), 16), asap_step((40, 19004), 16)
+    (16, 8)
+    """
+    step = stride
+    while any(side < step or side // (side // step) != step for side in size):
+        step //= 2
+    return step
+
+
+def _gray_tiles(job: Job, channel: ChannelInfo, size: tuple[int, ...], level: int) -> Iterator[NDArray[np.generic]]:
+    """Yield the tiles of an image of `size` at a level of the heatmap; of one below 0 its pixels are repeated."""
+    colouring, times = job.colouring(channel), 2 ** max(0, -level)
+    for tile in tiles(size[0], size[1], TILE):
+        y, x = tile.y // times, tile.x // times
+        source = Region(y, x, ceil_div(tile.bottom, times) - y, ceil_div(tile.right, times) - x)
+        values = job.slide.read(channel, max(0, level), source)
+        gray = colouring.gray(values, job.slide.read_coverage(max(0, level), source))
+        top, left = tile.y - y * times, tile.x - x * times
+        whole = gray.repeat(times, 0).repeat(times, 1)
+        yield padded(whole[top : top + tile.height, left : left + tile.width], TILE)
+
+
+def write_tissuumaps(job: Job) -> list[Path]:
+    """Write the TIFF of each chosen channel, and SLIDE.tmap, a project of TissUUmaps that lays them over the slide.
+
+    TissUUmaps takes layers to be of one scale unless the project says otherwise.
+
+    Raises:
+        ResultError: the slide is no file.
+    """
+    if is_url(job.slide.path):
+        raise ResultError(f"{job.slide.path}: TissUUmaps opens no URLs; download the slide, or use --to tiff")
+    path = job.path("tmap")
+    with job.atomic_path(path) as partial:
+        pictures = write_tiff(job)
+        partial.write_text(json.dumps(_project(job, path.parent, pictures), indent=1), encoding="ascii")
+    return [path, *pictures]
+
+
+def _project(job: Job, folder: Path, pictures: list[Path]) -> dict[str, Any]:
+    """Return the project: the slide and one picture are seen, others can be ticked; addresses start at its folder."""
+    slide = {"name": _ascii(job.slide.id), "tileSource": _source(job.slide.path, folder), "scale": 1}
+    shown = [
+        {"name": _ascii(channel.label), "tileSource": _source(path, folder), "scale": job.slide.stride_px}
+        for channel, path in zip(job.drawn_channels, pictures, strict=True)
+    ]
+    layers = [{**layer, "x": 0, "y": 0} for layer in (slide, *shown)]
+    opacities = {str(i): job.options.alpha if i else 1 for i in range(len(layers))}
+    return {
+        "filename": _ascii(job.slide.id),
+        "layers": layers,
+        "layerOpacities": opacities,
+        "layerVisibilities": {name: name in "01" for name in opacities},
+        "layerFilters": {name: [] for name in opacities},
+        "filters": [],
+        "compositeMode": "source-over",
+        "mpp": job.slide.mpp[1],
+        "markerFiles": [],
+        "regions": {},
+    }
+
+
+def _source(path: str | Path, folder: Path) -> str:
+    """Return the address, relative to the project's folder, under which TissUUmaps serves an image."""
+    relative = os.path.relpath(os.path.abspath(path), folder.absolute())  # noqa: PTH100 - Path does not go upwards
+    return quote(os.fsencode(Path(relative).as_posix())) + ".dzi"
+
+
+def _ascii(name: str) -> str:
+    """Return a name without the bytes that are no text."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def write_ome_tiff(job: Job) -> list[Path]:
+    """Write one OME-TIFF with the values of all chosen channels, for QuPath, OMERO, Fiji and napari.
+
+    float32, a plane for each channel and a last one with the coverage bits; coarser levels are SubIFDs; pixel sizes are
+    in the OME-XML. Without a predictor, which Bio-Formats does not support for floats.
+    """
+    path, levels = job.path("ome.tiff"), job.slide.levels
+    planes = len(job.channels) + 1
+    common: dict[str, Any] = {
+        "dtype": "float32",
+        "tile": (TILE, TILE),
+        "photometric": "minisblack",
+        "compression": "deflate",
+        "resolutionunit": "CENTIMETER",
+        "software": "wsi_gradcam",
+    }
+    with (
+        job.atomic_path(path) as partial,
+        tifffile.TiffWriter(partial, bigtiff=True, ome=True) as writer,
+    ):
+        for level, shape in enumerate(levels):
+            um_y, um_x = job.um_per_px(level)
+            writer.write(
+                _ome_tiles(job, level),
+                shape=(planes, *shape),
+                resolution=(UM_PER_CM / um_x, UM_PER_CM / um_y),
+                **common,
+                **({"subfiletype": 1} if level else {"subifds": len(levels) - 1, "metadata": _ome_metadata(job)}),
+            )
+    return [path]
+
+
+def _ome_tiles(job: Job, level: int) -> Iterator[NDArray[np.generic]]:
+    regions = tiles(*job.slide.levels[level], TILE)
+    for channel in job.channels:
+        for region in regions:
+            yield padded(job.slide.read(channel, level, region), TILE)
+    for region in regions:
+        yield padded(job.slide.read_coverage(level, region).astype(np.float32), TILE)
+
+
+def _ome_metadata(job: Job) -> dict[str, Any]:
+    """Return the metadata that tifffile turns into OME-XML."""
+    um_y, um_x = job.um_per_px(0)
+    windows = "; ".join("{}: {:g} to {:g}".format(c.label, *job.window(c)) for c in job.channels)
+    return {
+        "UUID": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, job.digest)}",  # else another in each export
+        "axes": "CYX",
+        "Name": job.slide.id.encode("utf-8", "replace").decode(),
+        "Description": f"Values of wsi_gradcam. Windows: {windows}. {LABEL}: bits 1 tissue, 2 explained, 4 unreadable.",
+        "PhysicalSizeX": um_x,
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": um_y,
+        "PhysicalSizeYUnit": "µm",
+        "Channel": {
+            "Name": [*(channel.label for channel in job.channels), LABEL],
+            "Color": [ome_colour(text) for text in (*(channel.colour for channel in job.channels), COVERAGE_COLOUR)],
+        },
+    }
