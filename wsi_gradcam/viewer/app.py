@@ -2,6 +2,7 @@
 
 /                                              the page; /page/... its modules
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY, /api/top   JSON
+/api/evidence, /api/evidence/CLUSTER?site=     clusters of the evidence, and the patches of one
 /api/slides/KEY/values, .../patches/...        the values at a point, a patch, the highest patches
 /api/slides/KEY/marks, POST /api/marks         what people say of places, kept in OUT/marks.jsonl
 /api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
@@ -35,11 +36,12 @@ from starlette.routing import Route
 from wsi_gradcam.errors import ConfigError, MarkError, NotShownError, TileError
 from wsi_gradcam.results.marks import KINDS, Marks, make_mark
 from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
+from wsi_gradcam.viewer.across import ArchiveTop, EvidenceIndex
 from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles, annotation_facts
 from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
 from wsi_gradcam.viewer.layers import CLASSES, Comparison, Predicted, Spreads
-from wsi_gradcam.viewer.queries import ArchiveTop, Queries, mark_facts, run_facts
+from wsi_gradcam.viewer.queries import Queries, mark_facts, run_facts
 from wsi_gradcam.viewer.responses import (
     BusyError,
     DisconnectedError,
@@ -230,10 +232,12 @@ class Viewer:
         self._marks = Marks(archive.out)
         self._agreements = Agreements(annotations)
         self._images = Images(archive)
-        self._top = ArchiveTop(archive)
-        self._scorer = Scorer(archive, None if second is None else self._comparison.scores, self._top.collect)
+        self._evidence = EvidenceIndex(archive)
+        self._top = ArchiveTop(archive, self._evidence)
+        compare = None if second is None else self._comparison.scores
+        self._scorer = Scorer(archive, compare, self._top.collect, self._evidence.collect)
         self._spreads = Spreads(archive)
-        self._queries = Queries(archive, self._spreads, self._scorer.windows, self._comparison)
+        self._queries = Queries(archive, self._spreads, self._scorer.windows, self._comparison, self._evidence)
         self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
         # A slide in an object store may be slow: heatmaps do not wait behind it.
@@ -254,6 +258,8 @@ class Viewer:
             "/api/slides": self.slides,
             "/api/slide": self.slide_by_id,
             "/api/top": self.archive_top,
+            "/api/evidence": self.evidence,
+            "/api/evidence/{cluster:str}": self.cluster,
             SLIDE: self.slide,
             f"{SLIDE}/annotations": self.annotations,
             f"{SLIDE}/agreement": self.agreement,
@@ -304,8 +310,18 @@ class Viewer:
         """Return the highest patches of all slides."""
         query = request.query_params
         label, site, flag = (query.get(name, "") for name in ("class", "site", "flag"))
-        count = whole_number(query.get("count", "60"))
-        return await self._json(request, lambda: self._top.top(label, site, flag, count))
+        count, cluster = whole_number(query.get("count", "60")), whole_number(query.get("cluster") or "0")
+        return await self._json(request, lambda: self._top.top(label, site, flag, count, cluster))
+
+    async def evidence(self, request: Request) -> Response:
+        """Describe the evidence of the run: its findings and clusters."""
+        return await self._json(request, self._evidence.facts)
+
+    async def cluster(self, request: Request) -> Response:
+        """Return the patches of a cluster of the evidence."""
+        number, query = whole_number(request.path_params["cluster"]), request.query_params
+        site, count = query.get("site", ""), whole_number(query.get("count", "60"))
+        return await self._json(request, lambda: self._evidence.patches(number, site, count))
 
     async def slide(self, request: Request) -> Response:
         """Describe a slide."""

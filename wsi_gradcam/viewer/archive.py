@@ -257,14 +257,16 @@ class Scorer:
         archive: Archive,
         compare: Callable[[ServedSlide], dict[str, float]] | None = None,
         collect: Callable[[ServedSlide], None] = lambda _: None,
+        look: Callable[[ServedSlide], None] = lambda _: None,
     ) -> None:
         """Score the slides of an archive.
 
         Args:
             compare: returns how much a second run differs on a slide.
             collect: is given each slide that has been scored.
+            look: is given each slide again and again, as what it looks for may come, or change, while the viewer runs.
         """
-        self._archive, self._compare, self._collect = archive, compare, collect
+        self._archive, self._compare, self._collect, self._look = archive, compare, collect, look
         self._scores: dict[tuple[str, str], Scores] = {}
         self._differences: dict[tuple[str, str], dict[str, float]] = {}
         self._stop = threading.Event()
@@ -304,6 +306,8 @@ class Scorer:
                 if self._stop.is_set():
                     return
                 self._score(slide)
+                with suppress(WsiGradcamError, OSError, ValueError, LookupError):
+                    self._look(slide)
                 self._score_difference(slide)
             if self._stop.wait(RESCAN_S):  # the run may go on
                 return

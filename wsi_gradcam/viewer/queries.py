@@ -1,23 +1,18 @@
-"""Answers to the page's queries about the run, its slides, points and patches, as JSON values.
-
-`PatchTable` finds the patch at a point, its neighbours, and the patches with the highest values.
-"""
+"""Answers to the page's queries about the run, its slides, points and patches, as JSON values."""
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
-
-import numpy as np
 
 from wsi_gradcam import __version__
 from wsi_gradcam.audit.plan import AUDIT, REPORT, AuditFolder
 from wsi_gradcam.errors import NotShownError, SlideError, WsiGradcamError, one_line
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.run_files import folder_name
+from wsi_gradcam.viewer.across import MAX_TOP, PatchTable
 from wsi_gradcam.viewer.archive import answer_of, status_of, valid_text
 from wsi_gradcam.viewer.images import (
     HeatmapReader,
@@ -33,188 +28,18 @@ from wsi_gradcam.viewer.responses import RUN_REPORT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pyarrow as pa
-    from numpy.typing import NDArray
-
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.display import ChannelInfo
     from wsi_gradcam.results.marks import Mark
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide
+    from wsi_gradcam.viewer.across import EvidenceIndex
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
     from wsi_gradcam.viewer.layers import Compared, Comparison, Difference, Spread, Spreads
 
     Windows = dict[str, tuple[float, float]]
 
 
-COORDINATES = ("y", "x")
-TEXTS = ("status", "cause")
-DIRECTIONS = ("E", "NE", "N", "NW", "W", "SW", "S", "SE")
-MAX_CANDIDATES = 50_000  # of a top-k, of which neighbours are left out
-
-
-class PatchTable:
-    """The rows of patches.parquet as arrays; `footprint` is a patch's (height, width) in level-0 px."""
-
-    def __init__(self, table: pa.Table, footprint: tuple[float, float]) -> None:
-        names = [name for name in table.column_names if name not in (*COORDINATES, *TEXTS)]
-        self.values = {name: _floats(table, name) for name in names}
-        self.y, self.x = (table.column(name).to_numpy().astype(np.int64) for name in COORDINATES)
-        self._texts = {name: table.column(name) for name in TEXTS}
-        self.footprint = footprint
-        self.nbytes = int(table.nbytes) + sum(array.nbytes for array in (*self.values.values(), self.y, self.x))
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def at(self, y: float, x: float) -> int | None:
-        """Return the patch that covers level-0 (y, x); of several, the one whose centre is nearest."""
-        height, width = self.footprint
-        inside = (self.y <= y) & (y < self.y + height) & (self.x <= x) & (x < self.x + width)
-        (found,) = np.nonzero(inside)
-        if not len(found):
-            return None
-        return int(found[np.argmin(self._distances(found, y - height / 2, x - width / 2))])
-
-    def neighbours(self, number: int) -> list[tuple[int, str]]:
-        """Return the numbers and directions of up to 8 patches around one, the nearest in each direction."""
-        y, x, reach = float(self.y[number]), float(self.x[number]), 1.5 * max(self.footprint)
-        near = (np.abs(self.y - y) <= reach) & (np.abs(self.x - x) <= reach)
-        near[number] = False
-        (found,) = np.nonzero(near)
-        order = found[np.argsort(self._distances(found, y, x), kind="stable")]
-        nearest: dict[str, int] = {}
-        for other in order.tolist():
-            nearest.setdefault(_direction(self.y[other] - y, self.x[other] - x), other)
-        return [(nearest[name], name) for name in DIRECTIONS if name in nearest]
-
-    def top(self, column: str, count: int, lowest: bool = False) -> list[int]:
-        """Return the patches with the highest values of a column; of overlapping ones only the highest.
-
-        Raises:
-            NotShownError: there is no such column.
-        """
-        values = self._column(column)
-        ranked = np.argsort(values if lowest else -values, kind="stable")  # NaN comes last
-        chosen: list[int] = []
-        for number in ranked[:MAX_CANDIDATES].tolist():
-            if len(chosen) == count or math.isnan(values[number]):
-                break
-            if not self._overlaps(number, chosen):
-                chosen.append(number)
-        return chosen
-
-    def row(self, number: int) -> dict[str, Any]:
-        """Return all columns of a patch; None for values that are not known.
-
-        Raises:
-            NotShownError: there is no such patch.
-        """
-        if not 0 <= number < len(self):
-            raise NotShownError(f"no patch {number}; there are {len(self)}, counted from 0")
-        row: dict[str, Any] = {"number": number, "y": int(self.y[number]), "x": int(self.x[number])}
-        row |= {name: column[number].as_py() for name, column in self._texts.items()}
-        return row | {name: _known(array[number]) for name, array in self.values.items()}
-
-    def value(self, column: str, number: int) -> float | None:
-        """Return one value of a patch; None if it is not known."""
-        return _known(self._column(column)[number])
-
-    def _column(self, name: str) -> NDArray[np.float64]:
-        if name not in self.values:
-            raise NotShownError(f"no column {name[:100]!r}; expected one of {', '.join(self.values)}")
-        return self.values[name]
-
-    def _distances(self, numbers: NDArray[np.intp], y: float, x: float) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.hypot(self.y[numbers] - y, self.x[numbers] - x)
-        return found
-
-    def _overlaps(self, number: int, chosen: list[int]) -> bool:
-        """Return whether a patch shares more than half its length with one of others, along both axes."""
-        height, width = self.footprint
-        return any(
-            abs(self.y[number] - self.y[o]) < height / 2 and abs(self.x[number] - self.x[o]) < width / 2 for o in chosen
-        )
-
-
-def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
-    """Return a column as float64, so that JSON shows the numbers that are stored; null becomes NaN."""
-    return np.asarray(table.column(name).to_numpy(), np.float64)
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _direction(dy: float, dx: float) -> str:
-    """Return a compass direction, as on a map; y runs down."""
-    return DIRECTIONS[round(math.atan2(-dy, dx) / (math.pi / 4)) % 8]
-
-
-BEST = 12  # patches of a slide, of each class, among which those of the archive are chosen
-FLAGS = {"pen": 0.05, "glass": 0.05, "blur": 0.4}  # measures of quality and what is notable, as the panel of a patch
-
-
-class ArchiveTop:
-    """The highest patches of all slides by the probability of a class, collected slide by slide in the background."""
-
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
-        self._best: dict[tuple[str, str], dict[str, list[tuple[float, int, frozenset[str]]]]] = {}
-
-    def collect(self, slide: ServedSlide) -> None:
-        """Keep the highest patches of a slide, for each class; of overlapping ones only the highest."""
-        result = slide.result
-        columns = [f"probability_{label}" for label in self._archive.result.classes]
-        table = result.table([*COORDINATES, *TEXTS, *columns, *FLAGS])  # results of older versions have no flags
-        patches = PatchTable(table, result.plan.footprint)
-        self._best[slide.key, slide.version] = {
-            name: [(patches.values[name][n], n, _flags(patches, n)) for n in patches.top(name, BEST)]
-            for name in columns
-        }
-
-    def top(self, label: str, site: str, flag: str, count: int) -> dict[str, Any]:
-        """Return the highest patches of class `label` of all slides that are collected by now, as JSON values.
-
-        At most `BEST` of each slide. `site` is one of the list of slides, "" for all; `flag` is one of `FLAGS`, "none"
-        for patches without any, "" for all.
-        """
-        slides = self._archive.slides()
-        found = []
-        for slide in slides:
-            if site and slide.result.row.get("site", "") != site:
-                continue
-            for value, number, flags in self._best.get((slide.key, slide.version), {}).get(f"probability_{label}", ()):
-                if not flag or (flag == "none" and not flags) or flag in flags:
-                    found.append((value, number, flags, slide))
-        ranked = sorted(found, key=lambda one: -one[0])[: min(count, MAX_TOP)]
-        return {
-            "sites": sorted({valid_text(slide.result.row.get("site", "")) for slide in slides} - {""}),
-            "flags": list(FLAGS),
-            "collected": sum((slide.key, slide.version) in self._best for slide in slides),
-            "finished": sum(status_of(slide) == "ok" for slide in slides),
-            "patches": [
-                {
-                    "slide": valid_text(slide.result.id),
-                    "key": slide.key,
-                    "version": slide.version,
-                    "site": valid_text(slide.result.row.get("site", "")),
-                    "number": number,
-                    "value": value,
-                    "flags": sorted(flags),
-                }
-                for value, number, flags, slide in ranked
-            ],
-        }
-
-
-def _flags(patches: PatchTable, number: int) -> frozenset[str]:
-    return frozenset(
-        name for name, most in FLAGS.items() if name in patches.values and patches.values[name][number] > most
-    )
-
-
-MAX_TOP = 100
 CHUNK_BYTES = 16 << 20
 TABLE_BYTES = 512 << 20  # four slides of a million patches
 
@@ -223,9 +48,15 @@ class Queries:
     """Answers queries about slides; the tables of the slides used last are kept."""
 
     def __init__(
-        self, archive: Archive, spreads: Spreads, windows: Callable[[], Windows], comparison: Comparison
+        self,
+        archive: Archive,
+        spreads: Spreads,
+        windows: Callable[[], Windows],
+        comparison: Comparison,
+        evidence: EvidenceIndex,
     ) -> None:
         self._archive, self._spreads, self._windows, self._comparison = archive, spreads, windows, comparison
+        self._evidence = evidence
         self._heatmaps = HeatmapReader(CHUNK_BYTES)
         self._tables: Cache[tuple[str, str], PatchTable] = Cache(TABLE_BYTES, lambda table: table.nbytes)
 
@@ -257,12 +88,18 @@ class Queries:
         slide = self._archive.find(key)
         table = self._table(slide)
         number = table.at(y, x)
-        return {"number": None} if number is None else _patch(slide, table, number)
+        return {"number": None} if number is None else self._patch(slide, table, number)
 
     def patch(self, key: str, number: int) -> dict[str, Any]:
         """Return a patch: its row, its own maps, its neighbours."""
         slide = self._archive.find(key)
-        return _patch(slide, self._table(slide), number)
+        return self._patch(slide, self._table(slide), number)
+
+    def _patch(self, slide: ServedSlide, table: PatchTable, number: int) -> dict[str, Any]:
+        row = table.row(number)
+        neighbours = [{"number": other, "direction": name} for other, name in table.neighbours(number)]
+        more = {"clusters": self._evidence.of_patch(slide, number), "neighbours": neighbours}
+        return {**row, "maps": _patch_maps(slide.result, number), **more}
 
     def top(self, key: str, column: str, count: int, lowest: bool) -> dict[str, Any]:
         """Return the patches with the highest, or lowest, values of a column; with column "" only the columns."""
@@ -457,12 +294,6 @@ def _channel(channel: ChannelInfo, windows: Windows, address: str) -> dict[str, 
         "run_window": list(run) if run else None,
         "scale": [scale.low, scale.high],
     }
-
-
-def _patch(slide: ServedSlide, table: PatchTable, number: int) -> dict[str, Any]:
-    row = table.row(number)
-    neighbours = [{"number": other, "direction": name} for other, name in table.neighbours(number)]
-    return {**row, "maps": _patch_maps(slide.result, number), "neighbours": neighbours}
 
 
 def _patch_maps(result: SlideResult, number: int) -> list[dict[str, Any]]:

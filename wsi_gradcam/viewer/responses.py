@@ -34,6 +34,7 @@ from wsi_gradcam.errors import (
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.results.marks import MAX_LINE
 from wsi_gradcam.results.run_files import slide_id_of
+from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.viewer.archive import check_inside, path_below, valid_text
 from wsi_gradcam.viewer.serve import REPORT_POLICY
 
@@ -192,7 +193,11 @@ def handling_errors(handler: Handler) -> Handler:
 
 HEATMAP = "heatmap.ome.zarr"
 RUN_REPORT, OVERVIEW = "run.html", "overview.png"
-RUN_FILES = (RUN_REPORT, f"{AUDIT}/{REPORT}", f"{AUDIT}/metrics.json")
+RUN_FILES = (
+    RUN_REPORT,
+    *(f"{AUDIT}/{name}" for name in (REPORT, "metrics.json")),
+    *(f"{EVIDENCE}/{name}" for name in (REPORT, "evidence.json")),
+)
 PAGE = Path(__file__).parent / "page"
 OPENSEADRAGON = "vendor/openseadragon.min.js"
 BYTES = "application/octet-stream"

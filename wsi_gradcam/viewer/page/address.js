@@ -2,7 +2,7 @@
 
 /**
  * What the part after # says: slide id, centre (level-0 px), um (micrometres per CSS pixel), views (lists of layers as
- * text, one or two), patch number.
+ * text, one or two), patch number. Without a slide: the highest patches of all (top), or the evidence: a cluster, 0 all.
  */
 export function parsed(hash) {
   const values = new URLSearchParams(hash.replace(/^#/, ""));
@@ -18,6 +18,8 @@ export function parsed(hash) {
     outlines: values.get("outlines"),
     turn: [90, 180, 270].includes(Number(values.get("turn"))) ? Number(values.get("turn")) : 0,
     jumps: values.has("jump"),
+    top: values.has("top"),
+    evidence: values.has("evidence") ? Number(values.get("evidence")) || 0 : null,
     patch: patch !== null && /^\d{1,9}$/.test(patch) ? Number(patch) : null,
   };
 }

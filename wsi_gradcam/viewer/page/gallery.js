@@ -42,9 +42,13 @@ export class Gallery {
     return !find("gallery").hidden;
   }
 
-  async show() {
+  /** Show the slides, or of other lists the head alone. */
+  async show(slides) {
     find("gallery").hidden = false;
-    await this.load();
+    find("cards").hidden = !slides;
+    find("gallery").classList.toggle("others", !slides);
+    if (slides) await this.load();
+    else clearTimeout(this.waiting);
   }
 
   hide() {

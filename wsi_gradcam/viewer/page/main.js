@@ -5,6 +5,7 @@ import { ArchiveTop } from "./archive_top.js";
 import { Annotations } from "./annotations.js";
 import { Controls } from "./controls.js";
 import { element, find, later, length, say, short } from "./dom.js";
+import { Evidence } from "./evidence.js";
 import { Gallery } from "./gallery.js";
 import { listen } from "./keys.js";
 import { PatchPanel } from "./patch.js";
@@ -43,7 +44,8 @@ class App {
     this.views = null;
     this.turn = 0;
     this.gallery = new Gallery(run);
-    this.archiveTop = new ArchiveTop(run);
+    this.evidence = new Evidence();
+    this.archiveTop = new ArchiveTop(run, this.evidence);
     this.controls = new Controls({
       changed: (layers, rebuilt) => this.setLayers(layers, rebuilt),
       chosen: (number) => this.activate(number),
@@ -51,6 +53,7 @@ class App {
     this.panel = new PatchPanel(run, {
       chosen: (number) => this.showPatch(number, true),
       closed: () => this.closePatch(),
+      clusters: (patch) => this.evidence.ofPatch(patch),
       marking: () => this.marks.canWrite && this.marks.form((kind, text) => this.markPatch(kind, text), "patch-mark"),
     });
     this.strip = new Strip(run, (number) => this.showPatch(number, true));
@@ -92,7 +95,7 @@ class App {
     const wanted = parsed(location.hash);
     try {
       if (wanted.slide === null) {
-        await this.showGallery();
+        await this.showGallery(wanted);
         return;
       }
       if (this.views && this.slide?.id === wanted.slide && wanted.views.length === this.views.panes.length) {
@@ -110,7 +113,7 @@ class App {
     document.body.classList.add("has-slide");
     this.gallery.hide();
     find("show-gallery").setAttribute("aria-pressed", "false");
-    const slide = await server.slideNamed(wanted.slide);
+    const [slide] = await Promise.all([server.slideNamed(wanted.slide), this.evidence.look()]);
     if (turn !== this.turn) return;
     this.slide = slide;
     find("title").textContent = slide.id;
@@ -200,20 +203,30 @@ class App {
     find("notice").hidden = !text;
   }
 
-  async showGallery() {
+  /** Show all slides, the highest patches, or the evidence. */
+  async showGallery({ top, evidence }) {
+    const { turn } = this;
     this.closeSlide();
     this.strip.hide();
     document.body.classList.remove("has-slide");
-    find("show-gallery").setAttribute("aria-pressed", "true");
     find("title").textContent = `${this.run.name}: ${this.run.model}${this.run.untrained ? " (untrained)" : ""}${
       this.run.second ? `, compared with ${this.run.second}` : ""}`;
     find("state").hidden = true;
     find("answer").hidden = true;
     linkTo("audit", this.run.audit);
     linkTo("report", this.run.report);
-    await this.gallery.show();
-    if (this.archiveTop.isShown) this.archiveTop.load();
-    document.body.dataset.ready = "gallery";
+    const isEvidence = evidence !== null;
+    find("gallery-title").textContent = isEvidence ? "Evidence" : top ? "Highest patches" : "Slides";
+    find("show-gallery").setAttribute("aria-pressed", String(!top && !isEvidence));
+    find("gallery-top").setAttribute("aria-pressed", String(top));
+    find("gallery-evidence").setAttribute("aria-pressed", String(isEvidence));
+    const asked = this.evidence.look();
+    if (!isEvidence) this.evidence.hide();
+    if (top) await asked;
+    this.archiveTop.show(top);
+    await this.gallery.show(!top && !isEvidence);
+    if (isEvidence) await this.evidence.show(evidence);
+    if (turn === this.turn) document.body.dataset.ready = "gallery";
   }
 
   showControls() {
@@ -409,6 +422,11 @@ class App {
     this.remember();
   }
 
+  toggleEvidence() {
+    if (find("gallery-evidence").hidden) say("This run has no evidence: run wsi-gradcam evidence on it.");
+    else this.go(!this.slide && location.hash === "#evidence" ? "#" : "#evidence");
+  }
+
   buttons() {
     const pressed = (id, action) => find(id).addEventListener("click", action);
     pressed("show-gallery", () => this.go("#"));
@@ -419,7 +437,8 @@ class App {
     pressed("measure", () => this.measure.toggle());
     pressed("save", () => this.views && savePicture(this.views, this.slide.id));
     pressed("dark", toggleDark);
-    pressed("gallery-top", () => this.archiveTop.toggle());
+    pressed("gallery-top", () => this.go(this.archiveTop.isShown ? "#" : "#top"));
+    pressed("gallery-evidence", () => this.toggleEvidence());
     pressed("help", () => find("help-dialog").showModal());
     const home = element("button", { type: "button", onclick: () => this.views?.pane.home() }, "Fit");
     const times = TIMES.map((value) =>
@@ -452,10 +471,8 @@ class App {
       [["b"], "two views side by side", () => this.toggleBeside()],
       [["l"], "show or hide the layer panel", () => this.toggleLayers()],
       [["t"], "show or hide the top patches", () => this.toggleStrip()],
-      [["T"], "the highest patches of all slides", async () => {
-        if (this.slide) await this.go("#");
-        if (!this.slide) this.archiveTop.toggle();
-      }],
+      [["T"], "the highest patches of all slides", () => this.go(!this.slide && this.archiveTop.isShown ? "#" : "#top")],
+      [["E"], "the clusters of the evidence", () => this.toggleEvidence()],
       [["r"], "turn by 90 degrees", () => this.turnBy(90)],
       [["d"], "measure a length", () => this.measure.toggle()],
       [["s"], "save the view as a picture", () => this.views && savePicture(this.views, this.slide.id)],

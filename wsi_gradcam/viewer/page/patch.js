@@ -41,6 +41,7 @@ export class PatchPanel {
       this.flags(),
       element("div", { id: "patch-mark" }),
       this.classTable(),
+      this.events.clusters(patch),
       this.statistics(),
       this.neighbours(),
     );
@@ -147,7 +148,7 @@ export class PatchPanel {
   }
 
   statistics() {
-    const skipped = /^(number|y|x|status|cause|maps|neighbours)$|^(logit|probability)_/;
+    const skipped = /^(number|y|x|status|cause|maps|neighbours|clusters)$|^(logit|probability)_/;
     const names = Object.keys(this.patch).filter((name) => !skipped.test(name));
     return element("details", {}, element("summary", {}, "All numbers"),
       element("table", {}, element("tbody", {}, ...names.map((name) =>

@@ -33,6 +33,8 @@ export const values = (key, y, x, signal) => json(`api/slides/${key}/values?${qu
 export const annotations = (key) => json(`api/slides/${key}/annotations`);
 export const agreement = (key, name) => json(`api/slides/${key}/agreement?${query({ class: name })}`);
 export const archiveTop = (values, signal) => json(`api/top?${query(values)}`, signal);
+export const evidence = () => json("api/evidence");
+export const clusterPatches = (number, values) => json(`api/evidence/${number}?${query(values)}`);
 export const marks = (key) => json(`api/slides/${key}/marks`);
 export const mark = (value) => send("api/marks", value);
 export const patchAt = (key, y, x) => json(`api/slides/${key}/patches/at?${query({ y, x })}`);

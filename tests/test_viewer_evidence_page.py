@@ -1,0 +1,186 @@
+"""The clusters of the evidence in the viewer: from a finding to patches, to the place, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+from pyarrow import parquet
+from starlette.testclient import TestClient
+
+from tests.evidence_runs import explained, model_file, of_nuclei_and_marker, write_archive
+from tests.test_viewer_gallery_page import check
+from tests.test_viewer_tools_page import TOOL_SIZES, resized
+from tests.viewer_browser import browser, open_page, settled
+from tests.viewer_runs import Served, client, facts_of, served
+from wsi_gradcam import evidence_run
+from wsi_gradcam.evidence.findings import Evidence
+
+SLIDES, MARKED = 10, 3
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that looks at nuclei and at markers, which the slides of site south alone have; its evidence."""
+    folder = tmp_path_factory.mktemp("evidence")
+    listed = write_archive(folder, SLIDES, MARKED, seed=3)
+    found = explained(listed, model_file(folder, of_nuclei_and_marker(0)), folder / "out")
+    evidence_run(found, trust_code=True, places=480, seed=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def evidence(out: Path) -> Evidence:
+    return Evidence.model_validate_json((out / "evidence" / "evidence.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def server(out: Path) -> Iterator[Served]:
+    with served(out) as found:
+        yield found
+
+
+def collected(server: TestClient) -> dict[str, Any]:
+    """What the page is told of the evidence, once all slides are read."""
+    for _ in range(600):
+        facts: dict[str, Any] = server.get("/api/evidence").json()
+        if facts.get("collected", 0) == SLIDES or facts["problem"]:
+            return facts
+        time.sleep(0.1)
+    raise AssertionError("slides are not collected")
+
+
+def marker(evidence: Evidence) -> int:
+    (shortcut,) = evidence.shortcuts
+    return shortcut.number
+
+
+def test_clusters_and_their_patches_are_those_of_the_tables(out: Path, evidence: Evidence) -> None:
+    with client(out) as server:
+        facts = collected(server)
+        assert [one["words"] for one in facts["findings"]] == [one.words for one in evidence.findings]
+        assert [one["number"] for one in facts["clusters"]] == [kind.number for kind in evidence.kinds]
+        assert [one["share"]["value"] for one in facts["clusters"]] == [kind.share.value for kind in evidence.kinds]
+        assert len({one["colour"] for one in facts["clusters"]}) == len(evidence.kinds)
+        assert (facts["sites"], facts["target"]) == (["north", "south"], "tumour")
+        number = marker(evidence)
+        expected: dict[tuple[str, int], float] = {}
+        for table in (out / "evidence").rglob("places.parquet"):
+            for row in parquet.read_table(table).to_pylist():
+                if row["cluster"] == number:
+                    key = (table.parent.name, row["patch"])
+                    expected[key] = expected.get(key, 0.0) + row["contribution"]
+        found = server.get(f"/api/evidence/{number}").json()
+        assert found["found"] == len(expected)
+        assert {(one["slide"], one["number"]): one["value"] for one in found["patches"]} == pytest.approx(expected)
+        sizes = [abs(one["value"]) for one in found["patches"]]
+        assert sizes == sorted(sizes, reverse=True)
+        assert {one["site"] for one in found["patches"]} == {"south"}
+        assert server.get(f"/api/evidence/{number}", params={"site": "north"}).json()["patches"] == []
+        assert server.get("/api/evidence/99").status_code == 404
+        first = found["patches"][0]
+        patch = server.get(f"/api/slides/{first['key']}/patches/{first['number']}").json()
+        assert {one["cluster"]: one["contribution"] for one in patch["clusters"]}[number] == first["value"]
+        assert sum(one["share"] for one in patch["clusters"]) == pytest.approx(1)
+        assert server.get("/files/evidence/report.html").status_code == 200
+
+
+def test_the_highest_patches_are_filtered_by_cluster(out: Path, evidence: Evidence) -> None:
+    with client(out) as server:
+        collected(server)
+        number = marker(evidence)
+        found = server.get("/api/top", params={"class": "tumour", "cluster": number}).json()["patches"]
+        assert found
+        assert {one["site"] for one in found} == {"south"}
+        for one in found:
+            patch = server.get(f"/api/slides/{one['key']}/patches/{one['number']}").json()
+            assert patch["clusters"][0]["cluster"] == number
+            assert patch["probability_tumour"] == one["value"]
+        assert server.get("/api/top", params={"class": "none", "cluster": number}).json()["patches"] == []
+
+
+def test_without_evidence_nothing_is_said_of_it(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy", ignore=lambda _, names: [n for n in names if n == "evidence"])
+    with client(copy) as server:
+        assert server.get("/api/evidence").json() == {"there": False, "problem": None, "clusters": []}
+        key = facts_of(server, "000.tif")["key"]
+        assert server.get(f"/api/slides/{key}/patches/0").json()["clusters"] is None
+
+
+@pytest.mark.parametrize("damage", ["no json", "other values", "another run", "a link", "places"])
+def test_damaged_or_old_evidence_is_told_and_hides_nothing_else(out: Path, tmp_path: Path, damage: str) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    place = copy / "evidence" / "evidence.json"
+    values = json.loads(place.read_text(encoding="utf-8"))
+    if damage == "no json":
+        place.write_text("[" * 100_000, encoding="utf-8")
+    elif damage == "other values":
+        values["kinds"][0]["share"] = "much"
+        place.write_text(json.dumps(values), encoding="utf-8")
+    elif damage == "another run":
+        place.write_text(json.dumps({**values, "run": "0" * 64}), encoding="utf-8")
+    elif damage == "a link":
+        place.rename(tmp_path / "elsewhere.json")
+        place.symlink_to(tmp_path / "elsewhere.json")
+    else:
+        (copy / "evidence" / "000.tif" / "places.parquet").write_bytes(b"PAR1" * 50)
+    with client(copy) as server:
+        slide = facts_of(server, "000.tif")
+        if damage == "places":
+            answer = server.get(f"/api/slides/{slide['key']}/patches/0")
+            assert answer.status_code == 200
+            assert answer.json()["clusters"] is None
+        else:
+            assert server.get("/api/evidence").json()["problem"]
+        assert slide["channels"]
+
+
+@pytest.mark.parametrize("size", TOOL_SIZES)
+def test_from_a_finding_to_the_place_and_back(open_page: Callable[..., Page], evidence: Evidence, size: str) -> None:
+    page = resized(open_page(), size)
+    expect(page.locator("#gallery-evidence")).to_be_visible()
+    page.keyboard.press("E")
+    expect(page.locator("#gallery-title")).to_have_text("Evidence")
+    expect(page.locator(".cluster-card")).to_have_count(len(evidence.kinds))
+    expect(page.locator("#findings li").first).to_contain_text("looks like a shortcut")
+    expect(page.locator(".cluster-card .examples img").first).to_be_visible(timeout=60_000)
+    check(page, f"{size}-evidence")
+    page.locator("#findings a").first.focus()
+    page.keyboard.press("Enter")
+    number = marker(evidence)
+    patches = page.locator("#cluster-patches a")
+    expect(patches.first).to_contain_text("south")
+    expect(page.locator(".cluster-title")).to_contain_text(f"cluster {number}")
+    page.locator("#cluster-site").select_option("north")
+    expect(patches).to_have_count(0)
+    page.locator("#cluster-site").select_option("south")
+    expect(patches.first).to_be_visible()
+    page.keyboard.press("D")
+    check(page, f"{size}-cluster-dark")
+    title = patches.first.get_attribute("title") or ""
+    patches.first.focus()
+    page.keyboard.press("Enter")
+    slide, _, patch = title.rpartition(", patch ")
+    expect(page.locator("#title")).to_have_text(slide)
+    expect(page.locator("#patch h2")).to_have_text(f"Patch {patch}")
+    settled(page)
+    link = page.locator("#patch-evidence a").first
+    expect(link).to_have_text(f"cluster {number}")
+    check(page, f"{size}-evidence-patch-dark")
+    link.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".cluster-title")).to_contain_text(f"cluster {number}")
+    page.go_back()
+    expect(page.locator("#patch h2")).to_have_text(f"Patch {patch}")
+    page.keyboard.press("T")
+    page.locator("#top-cluster").select_option(str(number))
+    expect(page.locator("#top-patches a").first).to_contain_text("south")
+    expect(page.locator("#top-patches a", has_text="north")).to_have_count(0)
+    page.keyboard.press("T")
+    expect(page.locator("#gallery-title")).to_have_text("Slides")

@@ -1,0 +1,184 @@
+// What the model looks at: the clusters of `wsi-gradcam evidence`, their patches across the archive, and their places.
+
+import { patchItem } from "./archive_top.js";
+import { element, fill, find, option, shareBar, short } from "./dom.js";
+import * as server from "./server.js";
+
+const COUNT = 60;
+const AGAIN = 2000; // ms, while slides are still read
+const FRESH = 10000; // ms, after which evidence is asked for again
+const PILLS = { shortcut: ["bad", "shortcut"], suspect: ["open", "artefact?"], uneven: ["open", "uneven"], evidence: ["good", "evidence"] };
+const SUSPECTS = { ink: "ink", glass: "bare glass", blur: "blurred tissue", border: "the border of the patch" };
+
+const percent = (share) => (share === null || share === undefined ? "–" : `${Number((100 * share).toFixed(1))} %`);
+
+/** The colour of a cluster, and its name. */
+export function clusterName({ colour, label }) {
+  const swatch = element("span", { class: "swatch" });
+  swatch.style.backgroundColor = colour;
+  return element("span", { class: "cluster-name" }, swatch, element("span", {}, label));
+}
+
+export class Evidence {
+  constructor() {
+    this.facts = { there: false, problem: null, clusters: [] };
+    this.askedAt = -FRESH;
+    this.site = "";
+    this.element = find("evidence");
+  }
+
+  get clusters() {
+    return this.facts.clusters;
+  }
+
+  cluster(number) {
+    return this.clusters.find((cluster) => cluster.number === number);
+  }
+
+  /** Ask what there is, unless that was asked a moment ago. */
+  async look(anew = false) {
+    if (!anew && performance.now() - this.askedAt < FRESH) return;
+    this.askedAt = performance.now();
+    try {
+      this.facts = await server.evidence();
+    } catch (error) {
+      this.facts = { there: false, problem: error.message, clusters: [] };
+    }
+    find("gallery-evidence").hidden = !(this.facts.there || this.facts.problem);
+  }
+
+  /** Show all clusters, or one. */
+  async show(number) {
+    this.number = number;
+    clearTimeout(this.waiting);
+    this.element.hidden = false;
+    await this.look(true);
+    if (this.number !== number || this.element.hidden) return;
+    const chosen = this.cluster(number);
+    if (chosen) await this.showCluster(chosen);
+    else this.showAll();
+    this.waitForMore();
+  }
+
+  hide() {
+    this.element.hidden = true;
+    clearTimeout(this.waiting);
+  }
+
+  waitForMore() {
+    if (this.facts.collected < this.facts.finished && !this.element.hidden) {
+      this.waiting = setTimeout(() => this.show(this.number), AGAIN);
+    }
+  }
+
+  showAll() {
+    const { facts } = this;
+    fill(this.element, ...(facts.there ? [this.about(), ...this.overview()] : [element("p", { class: "error", role: "status" },
+      facts.problem || "This run has no evidence yet: run wsi-gradcam evidence on it.")]));
+  }
+
+  about() {
+    const { target, places, slides, clusters, report } = this.facts;
+    return element("p", { class: "facts" },
+      `${places.toLocaleString("en")} places of ${slides.toLocaleString("en")} slides, sorted by what in them speaks for or against ` +
+      `${target}: ${clusters.length} cluster${clusters.length === 1 ? "" : "s"}. `,
+      element("a", { href: report.slice(1), target: "_blank", rel: "noopener" }, "Report with all numbers"),
+      ". Names are given in evidence/names.yaml.");
+  }
+
+  overview() {
+    const { facts } = this;
+    if (!facts.worth_sorting) return [element("p", {}, `There is no evidence worth sorting. ${facts.learned}`)];
+    return [
+      element("h3", {}, "Findings"),
+      element("ol", { id: "findings" }, ...facts.findings.map((finding) => element("li", {}, pill(finding.kind),
+        element("a", { href: `#evidence=${finding.cluster}` }, finding.words)))),
+      element("h3", {}, "Clusters"),
+      element("ul", { id: "clusters" }, ...facts.clusters.map((cluster) => this.card(cluster))),
+    ];
+  }
+
+  card(cluster) {
+    return element("li", { class: "cluster-card" },
+      element("a", { href: `#evidence=${cluster.number}`, "data-cluster": cluster.number },
+        clusterName(cluster),
+        element("span", { class: "facts" }, shareBar(cluster.share.value), ` ${this.shareText(cluster)}`),
+        element("span", { class: "facts" }, `on ${cluster.slides} of ${cluster.of_slides} slides`, ...flags(cluster)),
+        element("span", { class: "examples" }, ...cluster.examples.map((patch) =>
+          element("img", { src: server.patchPicture(patch, patch.number), alt: "", loading: "lazy" })))));
+  }
+
+  shareText({ share, side }) {
+    return `${percent(share.value)} of the evidence ${side} ${this.facts.target}`;
+  }
+
+  async showCluster(cluster) {
+    const { facts } = this;
+    const sites = element("select", { id: "cluster-site", onchange: (event) => { this.site = event.target.value; this.show(cluster.number); } },
+      option("", "all"), ...facts.sites.map((name) => option(name, name, name === this.site)));
+    const list = element("ul", { id: "cluster-patches", class: "patch-list" });
+    const found = element("span", { role: "status", class: "facts" });
+    const held = document.activeElement?.id;
+    fill(this.element,
+      element("p", {}, element("a", { href: "#evidence", id: "all-clusters" }, "All clusters")),
+      element("h3", { class: "cluster-title" }, clusterName(cluster), ...flags(cluster)),
+      this.numbers(cluster),
+      element("div", { class: "gallery-head" }, facts.sites.length ? element("label", {}, "Site ", sites) : null, found),
+      list);
+    if (held) find(held)?.focus();
+    try {
+      const { patches, found: count } = await server.clusterPatches(cluster.number, { site: this.site, count: COUNT });
+      const reading = facts.collected < facts.finished ? `, of ${facts.collected} of ${facts.finished} slides so far` : "";
+      found.textContent = patches.length < count
+        ? `the ${patches.length} patches to which it contributes most, of ${count}${reading}`
+        : `${count} patch${count === 1 ? "" : "es"} of the sample${reading}`;
+      list.append(...patches.map((patch) => patchItem(patch, `contributes ${short(patch.value)}`, `evidence=${cluster.number}`)));
+    } catch (error) {
+      found.textContent = error.message;
+    }
+  }
+
+  numbers(cluster) {
+    const { share, area, lift, slides, of_slides: all, probability, suspects, uneven, change } = cluster;
+    const { target } = this.facts;
+    const on = Object.entries(suspects).filter(([, value]) => value >= 0.05)
+      .map(([name, value]) => `${percent(value)} on ${SUSPECTS[name] || name}`);
+    const rows = [
+      [`Share of the evidence ${cluster.side} ${target}`, `${percent(share.value)} (${percent(share.low)} to ${percent(share.high)})`],
+      ["Share of the tissue", `${percent(area)}${lift === null ? "" : `; ${short(lift)} times as much evidence as area`}`],
+      ["Slides", `${slides} of ${all}${uneven.length ? `, unevenly by ${uneven.join(" and ")}` : ""}`],
+      [`Mean probability of ${target}`, short(probability)],
+      ["Covering it leaves the logit", change === null ? null
+        : `${short(Math.abs(change))} ${change < 0 ? "lower" : "higher"} than covering as much elsewhere`],
+      ["Lies", on.join(", ") || null],
+    ].filter(([, text]) => text !== null);
+    return element("dl", { class: "cluster-facts" }, ...rows.map(([name, text]) =>
+      element("div", {}, element("dt", {}, name), element("dd", {}, text))));
+  }
+
+  /** What the clusters contribute to a patch, for its panel; null where that is not known. */
+  ofPatch(patch) {
+    if (!this.clusters.length) return null;
+    const rows = (patch.clusters || []).filter(({ cluster }) => this.cluster(cluster));
+    const body = patch.clusters === null
+      ? [element("p", { class: "facts" }, "This patch was not drawn when the evidence was sorted.")]
+      : rows.length ? [element("ul", { class: "patch-clusters" }, ...rows.map(({ cluster, share, contribution }) =>
+        element("li", {}, element("a", { href: `#evidence=${cluster}` }, clusterName(this.cluster(cluster))),
+          element("span", { class: "facts", title: `contribution ${short(contribution)}` }, percent(share)))))]
+        : [element("p", { class: "facts" }, "What was drawn of this patch is in no cluster.")];
+    return element("div", { id: "patch-evidence" }, element("h3", {}, "Clusters of the evidence"), ...body);
+  }
+}
+
+function pill(kind) {
+  const [state, text] = PILLS[kind];
+  return element("span", { class: `pill ${state}` }, text);
+}
+
+function flags({ shortcut, suspects, uneven }) {
+  const found = [];
+  if (shortcut) found.push(pill("shortcut"));
+  if (Object.values(suspects).some((share) => share >= 0.5)) found.push(pill("suspect"));
+  if (!shortcut && uneven.length) found.push(pill("uneven"));
+  return found.flatMap((made) => [" ", made]);
+}
