@@ -308,6 +308,18 @@ def in_segmentation(paths: list[Path]) -> Place:
     return brightest(found.get_total_pixel_matrix(segment_numbers=[2])[..., 0])
 
 
+def in_labels(paths: list[Path]) -> Place:
+    found = highdicom.seg.segread(paths[0] / "level-0.dcm")
+    return brightest(found.get_total_pixel_matrix(combine_segments=True))
+
+
+def in_report(paths: list[Path]) -> Place:
+    report: Any = highdicom.sr.srread(paths[0]).content
+    (group,) = report.get_planar_roi_measurement_groups()
+    y, x = centre([shapely.Polygon(group.roi.value[:, :2])])
+    return y * 1000 / MPP[0] + 0.5, x * 1000 / MPP[1] + 0.5
+
+
 def in_annotations(paths: list[Path]) -> Place:
     (group,) = next(iter(AnnotationInstance.open(paths))).groups
     y, x = centre([shapely.Polygon(each.geometry.to_coords()) for each in group.annotations])
@@ -329,7 +341,9 @@ READERS: dict[str, Callable[[list[Path]], Place]] = {
     "cytomine": in_cytomine,
     "dicom-parametric-map": in_map,
     "dicom-segmentation": in_segmentation,
+    "dicom-labelmap": in_labels,
     "dicom-annotations": in_annotations,
+    "dicom-sr": in_report,
 }
 
 

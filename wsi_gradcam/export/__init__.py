@@ -45,7 +45,9 @@ FORMATS = {
     "cytomine": "shapes:write_cytomine",
     "dicom-parametric-map": "dicom",
     "dicom-segmentation": "dicom:write_segmentation",
-    "dicom-annotations": "dicom:write_annotations",
+    "dicom-labelmap": "dicom:write_labelmap",
+    "dicom-annotations": "dicom_outlines:write_annotations",
+    "dicom-sr": "dicom_outlines:write_report",
     "trident": "arrays:write_trident_features",
     "clam": "arrays:write_clam_features",
 }

@@ -1,4 +1,4 @@
-"""DICOM: heatmaps as Parametric Maps (PS3.3 A.75), hot regions as Segmentations (A.51) and as annotations (A.87).
+"""DICOM: heatmaps as Parametric Maps (PS3.3 A.75), hot regions as Segmentations (A.51).
 
 Maps and segmentations have an instance for each level, with the tiles in which there is anything.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,8 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from wsi_gradcam import __version__
 from wsi_gradcam.export.dicom_source import TILE, MapLevel, Source, long_string, spacing_mm, uid
 from wsi_gradcam.export.job import MADE_BY, slug
-from wsi_gradcam.export.shapes import hot_regions
+from wsi_gradcam.export.shapes import regions_by_area
 from wsi_gradcam.geometry import Region, tiles
-from wsi_gradcam.results.display import Colouring
 from wsi_gradcam.results.heatmap import EXPLAINED
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 OURS = MADE_BY["Software"]
 PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
-ANNOTATIONS = "1.2.840.10008.5.1.4.1.1.91.1"
+LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"
 FLOAT_PIXELS, PIXELS = (0x7FE00008, "OF"), (0x7FE00010, "OB")
 
 
@@ -293,9 +292,58 @@ def _mapping(channel: ChannelInfo) -> Dataset:
     return found
 
 
+class Hot:
+    """What is hot, tile by tile, without regions below the least area that was asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._traced: dict[str, float] = {}  # level-0 px of a pixel, by channel
+        self._trees: dict[str, tuple[shapely.STRtree, shapely.STRtree]] = {}  # of regions that are kept, and not
+        for channel in job.drawn_channels if job.options.min_area else ():
+            parts = regions_by_area(job, channel)
+            self._traced[channel.label] = job.slide.stride_px * 2.0 ** parts[0].level
+            kept, small = (shapely.STRtree(part.polygons) for part in parts)
+            self._trees[channel.label] = kept, small
+
+    def explained(self, level: MapLevel, tile: Region) -> NDArray[np.bool_]:
+        """Return what was explained in a tile of a level, bool [h, w]."""
+        return np.asarray(sampled(self._job, level, self._job.slide.read_coverage, tile) & EXPLAINED > 0)
+
+    def values(self, channel: ChannelInfo, level: MapLevel, tile: Region) -> NDArray[np.float32]:
+        """Return a channel's values in a tile of a level, float32 [h, w]."""
+        return sampled(self._job, level, lambda i, region: self._job.slide.read(channel, i, region), tile)
+
+    def mask(self, channel: ChannelInfo, level: MapLevel, tile: Region) -> NDArray[np.bool_]:
+        """Return what is hot in a tile of a level, bool [h, w]."""
+        found = self.explained(level, tile) & (self.values(channel, level, tile) >= self._job.threshold(channel))
+        if channel.label in self._trees:
+            self._leave_out(found, channel, level, tile)
+        return found
+
+    def _leave_out(self, found: NDArray[np.bool_], channel: ChannelInfo, level: MapLevel, tile: Region) -> None:
+        """Clear the pixels of small regions; of levels coarser than the traced one those that touch no other."""
+        (kept, small), (step_y, step_x) = self._trees[channel.label], level.factor
+        y, x = np.nonzero(found)
+        left, top = (x + tile.x) * step_x, (y + tile.y) * step_y
+        is_exact = max(level.factor) <= self._traced[channel.label] * 1.01  # then each pixel lies in one region
+        if is_exact:
+            pixels = np.asarray(shapely.points(left + step_x / 2, top + step_y / 2))
+        else:
+            pixels = np.asarray(shapely.box(left, top, left + step_x, top + step_y))
+        hit = np.unique(small.query(pixels, predicate="intersects")[0])
+        if not is_exact:
+            hit = np.delete(hit, np.unique(kept.query(pixels[hit], predicate="intersects")[0]))
+        found[y[hit], x[hit]] = False
+
+
 def write_segmentation(job: Job) -> list[Path]:
     """Write a folder with an instance for each level: segment 1 is what was explained, then the channels' hot parts."""
-    source, path = Source(job), job.path("dicom-segmentation")
+    source, path, hot = Source(job), job.path("dicom-segmentation"), Hot(job)
+
+    def mask(level: MapLevel, segment: int, tile: Region) -> NDArray[np.bool_]:
+        is_first = segment == 1
+        return hot.explained(level, tile) if is_first else hot.mask(job.drawn_channels[segment - 2], level, tile)
+
     with job.atomic_path(path) as partial:
         partial.mkdir()
         for number, level in enumerate(source.levels(1 / 8 * (1 + len(job.drawn_channels)))):
@@ -304,42 +352,99 @@ def write_segmentation(job: Job) -> list[Path]:
                 (tile, segment)
                 for segment in range(1, 2 + len(job.drawn_channels))
                 for tile in tiles(*level.size, TILE)
-                if _mask(job, level, segment, tile).any()
+                if mask(level, segment, tile).any()
             ] or [(tiles(*level.size, TILE)[0], 1)]
             add_frames(found, frames, with_segments=True)
             bits = (
-                np.packbits(whole_tile(_mask(job, level, segment, tile)), bitorder="little").tobytes()
+                np.packbits(whole_tile(mask(level, segment, tile)), bitorder="little").tobytes()
                 for tile, segment in frames
             )
             save(partial / f"level-{number}.dcm", found, PIXELS, bits, len(frames) * TILE**2 // 8)
     return [path]
 
 
-def _mask(job: Job, level: MapLevel, segment: int, tile: Region) -> NDArray[np.bool_]:
-    """Return what belongs to a segment in a tile of a level, bool [h, w]."""
-    flags = sampled(job, level, job.slide.read_coverage, tile)
-    if segment == 1:
-        return np.asarray(flags & EXPLAINED > 0)
-    channel = job.drawn_channels[segment - 2]
-    values = sampled(job, level, lambda i, region: job.slide.read(channel, i, region), tile)
-    return Colouring("gray", 0.0, 1.0, job.threshold(channel)).shown(values, flags)
-
-
 def segmentation(job: Job, source: Source, level: MapLevel, instance: int) -> Dataset:
     """Return the header of a level of the segmentation (PS3.3 A.51.3)."""
     found = new_object(source, SEGMENTATION, "SEG", "hot regions", instance)
-    add_tiled_image(found, source, job, level)
-    found.ImageType = ["DERIVED", "PRIMARY"]
+    _add_segments(found, job, source, level, hot_segments(job))
     found.SegmentationType, found.SegmentsOverlap = "BINARY", "YES"
     found.BitsAllocated = found.BitsStored = 1
     found.HighBit = found.PixelRepresentation = 0
     found.ContentLabel, found.ContentDescription = "HOT_REGIONS", long_string(f"hot regions of {job.slide.id}")
-    found.SegmentSequence = [_segment(1, "explained", "where there are values", "808080")]
+    return found
+
+
+def hot_segments(job: Job) -> list[Dataset]:
+    """Return the segments: what was explained, then what is hot of each channel."""
+    found = [segment(1, "explained", "where there are values", "808080")]
     for number, channel in enumerate(job.drawn_channels, 2):
         about = f"{channel.label} from {job.threshold(channel):g} on"
-        found.SegmentSequence.append(_segment(number, f"hot {channel.label}", about, channel.colour))
+        found.append(segment(number, f"hot {channel.label}", about, channel.colour))
+    return found
+
+
+def _add_segments(found: Dataset, job: Job, source: Source, level: MapLevel, segments: list[Dataset]) -> None:
+    add_tiled_image(found, source, job, level)
+    found.ImageType = ["DERIVED", "PRIMARY"]
+    found.SegmentSequence = segments
     found.PatientOrientation = ""  # of the frame of a patient, which a slide is not in
     found.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [_derivation(source)]
+
+
+def write_labelmap(job: Job) -> list[Path]:
+    """Write a folder of label maps: 0 nothing, 1 explained, then the channels' hot parts.
+
+    Where several are hot, the one counts that lies highest above its threshold, measured by its window.
+    """
+    hot = Hot(job)
+
+    def read(level: MapLevel, tile: Region) -> NDArray[np.uint8]:
+        found = hot.explained(level, tile).astype(np.uint8)
+        best = np.zeros(found.shape)
+        for number, channel in enumerate(job.drawn_channels, 2):
+            low, high = job.window(channel)
+            above = (hot.values(channel, level, tile) - job.threshold(channel)) / (high - low)
+            taken = hot.mask(channel, level, tile) & ((found == 1) | (above > best))
+            found[taken], best[taken] = number, above[taken]
+        return found
+
+    return [write_labels(job, "hot regions", job.path("dicom-labelmap"), hot_segments(job), read)]
+
+
+def write_labels(
+    job: Job, name: str, path: Path, segments: list[Dataset], read: Callable[[MapLevel, Region], NDArray[np.uint8]]
+) -> Path:
+    """Write a label map (PS3.3 A.51, SegmentationType LABELMAP): an instance for each level, uint8.
+
+    Args:
+        name: of what the labels are.
+        segments: of all labels but 0.
+        read: gives the labels of a tile of a level, uint8 [h, w].
+    """
+    source = Source(job)
+    with job.atomic_path(path) as partial:
+        partial.mkdir()
+        for number, level in enumerate(source.levels(1)):
+            found = new_object(source, LABELMAP, "SEG", f"labels of {name}", number + 1)
+            _add_segments(found, job, source, level, [_background(), *segments])
+            found.SegmentationType, found.SegmentsOverlap, found.PixelPaddingValue = "LABELMAP", "NO", 0
+            found.BitsAllocated = found.BitsStored = 8
+            found.HighBit, found.PixelRepresentation = 7, 0
+            found.ContentLabel = re.sub(r"[^A-Z0-9]+", "_", name.upper())[:16]
+            found.ContentDescription = long_string(f"{name} of {job.slide.id}")
+            every = tiles(*level.size, TILE)
+            written = [tile for tile in every if read(level, tile).any()] or every[:1]
+            add_frames(found, [(tile, 1) for tile in written])
+            frames = (whole_tile(read(level, tile)).tobytes() for tile in written)
+            save(partial / f"level-{number}.dcm", found, PIXELS, frames, len(written) * TILE**2)
+    return path
+
+
+def _background() -> Dataset:
+    """Return the segment of label 0, which label maps have."""
+    found = segment(0, "Background", "neither explained nor of a segment", "000000")
+    found.SegmentedPropertyCategoryCodeSequence = [code("125040", "DCM", "Background")]
+    found.SegmentedPropertyTypeCodeSequence = [code("125040", "DCM", "Background")]
     return found
 
 
@@ -353,19 +458,20 @@ def _derivation(source: Source) -> Dataset:
     return found
 
 
-def _segment(number: int, label: str, about: str, colour: str) -> Dataset:
+def segment(number: int, label: str, about: str, colour: str) -> Dataset:
     """Return the description of a segment (PS3.3 C.8.20.4); what is hot is a place, and no finding."""
     found = Dataset()
     found.SegmentNumber, found.SegmentLabel, found.SegmentDescription = number, long_string(label), about[:1024]
     found.SegmentAlgorithmType, found.SegmentAlgorithmName = "AUTOMATIC", OURS
-    found.SegmentationAlgorithmIdentificationSequence = [_algorithm()]
+    found.SegmentationAlgorithmIdentificationSequence = [algorithm()]
     found.SegmentedPropertyCategoryCodeSequence = [code("309825002", "SCT", "Spatial and relational concept")]
     found.SegmentedPropertyTypeCodeSequence = [own_code(label.split()[0])]
     found.RecommendedDisplayCIELabValue = cielab(colour)
     return found
 
 
-def _algorithm() -> Dataset:
+def algorithm() -> Dataset:
+    """Return what has made an object: this program (PS3.3 10.16)."""
     found = Dataset()
     found.AlgorithmFamilyCodeSequence = [code("123109", "DCM", "Artificial Intelligence")]
     found.AlgorithmName, found.AlgorithmVersion = OURS, __version__
@@ -383,68 +489,3 @@ def cielab(colour: str) -> list[int]:
     lightness, a, b = rgb2lab(np.frombuffer(bytes.fromhex(colour), np.uint8)[None, None] / 255)[0, 0]
     scaled = (lightness * 65535 / 100, (a + 128) * 65535 / 255, (b + 128) * 65535 / 255)
     return [int(np.clip(round(float(each)), 0, 65535)) for each in scaled]
-
-
-def write_annotations(job: Job) -> list[Path]:
-    """Write one file with the outlines of the chosen channels' hot regions, in millimetres on the slide.
-
-    Where no region is hot there is none, as annotations of DICOM are never empty.
-    """
-    source, path = Source(job), job.path("annotations.dcm")
-    finest = Dataset()
-    add_tiled_image(finest, source, job, MapLevel(job.slide.size_px, (1.0, 1.0), next(iter(source.heads), None)))
-    groups = [group for channel in job.drawn_channels for group in _groups(job, channel, finest)]
-    for number, group in enumerate(groups, 1):
-        group.AnnotationGroupNumber, group.AnnotationGroupUID = number, uid("group", source.digest, number)
-    if not groups:
-        return []
-    found = new_object(source, ANNOTATIONS, "ANN", "outlines", 1)
-    found.ContentLabel, found.ContentDescription = "OUTLINES", long_string(f"outlines on {job.slide.id}")
-    found.AnnotationCoordinateType = "3D"
-    found.AnnotationGroupSequence = groups
-    if references := source.references():
-        found.ReferencedImageSequence = references[:1]
-    with job.atomic_path(path) as partial:
-        save(partial, found)
-    return [path]
-
-
-def _groups(job: Job, channel: ChannelInfo, finest: Dataset) -> Iterator[Dataset]:
-    """Yield the group of a channel's outlines, and that of the holes in them: polygons of DICOM have none."""
-    regions = hot_regions(job, channel)
-    about = long_string(f"{channel.label} from {regions.threshold:g} on")
-    if regions.polygons:
-        outer = [polygon.exterior for polygon in regions.polygons]
-        group = annotation_group(f"hot {channel.label}", about, outer, finest)
-        areas = np.array([polygon.area for polygon in regions.polygons]) * job.slide.mpp[0] * job.slide.mpp[1]
-        group.MeasurementsSequence = [_areas(areas)]
-        yield group
-    if holes := [ring for polygon in regions.polygons for ring in polygon.interiors]:
-        yield annotation_group(f"holes in {channel.label}", about, holes, finest)
-
-
-def annotation_group(label: str, about: str, rings: Sequence[shapely.LinearRing], finest: Dataset) -> Dataset:
-    """Return a group of polygons (PS3.3 C.37.1.2), given by rings in pixels of the slide's finest level."""
-    found = Dataset()
-    found.AnnotationGroupLabel, found.AnnotationGroupDescription = long_string(label), about
-    found.AnnotationGroupGenerationType = "AUTOMATIC"
-    found.AnnotationGroupAlgorithmIdentificationSequence = [_algorithm()]
-    found.AnnotationPropertyCategoryCodeSequence = [code("309825002", "SCT", "Spatial and relational concept")]
-    found.AnnotationPropertyTypeCodeSequence = [own_code(label.split()[0])]
-    found.AnnotationAppliesToAllOpticalPaths, found.GraphicType = "YES", "POLYGON"
-    found.AnnotationAppliesToAllZPlanes, found.CommonZCoordinateValue = "NO", 0.0
-    found.NumberOfAnnotations = len(rings)
-    corners = [in_mm(finest, shapely.get_coordinates(ring)[:-1]) for ring in rings]  # the first is not repeated
-    found.PointCoordinatesData = np.concatenate(corners).astype("<f4").tobytes()
-    starts = np.cumsum([0, *(2 * len(each) for each in corners[:-1])]) + 1  # of numbers, two a point
-    found.LongPrimitivePointIndexList = starts.astype("<u4").tobytes()
-    return found
-
-
-def _areas(um2: NDArray[np.float64]) -> Dataset:
-    found, values = Dataset(), Dataset()
-    values.FloatingPointValues = um2.astype("<f4").tobytes()
-    found.ConceptNameCodeSequence = [code("42798000", "SCT", "Area")]
-    found.MeasurementUnitsCodeSequence = [code("um2", "UCUM", "square micrometer")]
-    found.MeasurementValuesSequence = [values]
-    return found

@@ -10,6 +10,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -323,18 +324,36 @@ class HotRegions:
 
 def hot_regions(job: Job, channel: ChannelInfo, *, simplified: bool = True) -> HotRegions:
     """Return polygons around explained pixels whose values reach the threshold, without those below `min_area`."""
-    threshold = job.threshold(channel)
-    last = len(job.slide.levels) - 1
+    level, found = _traced(job, channel)
+    tolerance = job.options.simplify if simplified else 0
+    least = _least_px(job, level)
+    polygons = [_in_slide(_simplified(face, tolerance), job, level) for face in found if face.area >= least]
+    return HotRegions(polygons, level, job.threshold(channel))
+
+
+def regions_by_area(job: Job, channel: ChannelInfo) -> tuple[HotRegions, HotRegions]:
+    """Return the polygons from `min_area` on, and those below, both exactly along the borders of pixels."""
+    level, found = _traced(job, channel)
+    least = _least_px(job, level)
+    parts: tuple[list[shapely.Polygon], list[shapely.Polygon]] = ([], [])
+    for face in found:
+        parts[face.area < least].append(_in_slide(_straight(face), job, level))
+    kept, small = (HotRegions(part, level, job.threshold(channel)) for part in parts)
+    return kept, small
+
+
+def _least_px(job: Job, level: int) -> float:
+    """Return the least area of a region in pixels of a level of the heatmap."""
+    um_y, um_x = job.um_per_px(level)
+    return job.options.min_area / (um_y * um_x)
+
+
+def _traced(job: Job, channel: ChannelInfo) -> tuple[int, list[shapely.Polygon]]:
+    """Return the finest level without too many borders, and polygons around what is hot there, in its pixels."""
+    threshold, last = job.threshold(channel), len(job.slide.levels) - 1
     for level in range(last + 1):
-        try:
-            found = outlines(_bands(job, channel, threshold, level), MAX_RUNS if level < last else 1 << 62)
-        except TooManyRunsError:
-            continue
-        tolerance = job.options.simplify if simplified else 0
-        least = job.options.min_area / (job.slide.mpp[0] * job.slide.mpp[1] * (job.slide.stride_px * 2**level) ** 2)
-        kept = [face for face in found if face.area >= least]
-        polygons = [_in_slide(_simplified(face, tolerance), job, level) for face in kept]
-        return HotRegions(polygons, level, threshold)
+        with suppress(TooManyRunsError):
+            return level, outlines(_bands(job, channel, threshold, level), MAX_RUNS if level < last else 1 << 62)
     raise AssertionError("the last level has no limit")
 
 
