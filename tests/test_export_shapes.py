@@ -165,6 +165,15 @@ def test_cytomine_s_y_goes_up(files: dict[str, Path], regions: HotRegions) -> No
     assert {each["term"] for each in found} == {f"{LABEL} hot"}
 
 
+@pytest.mark.parametrize("box", [Region(0, 0, 94, 132), Region(30, 20, 11, 40), Region(5, 130, 60, 2)])
+def test_filled_polygons_have_the_pixels_whose_centres_lie_in_them(regions: HotRegions, box: Region) -> None:
+    y, x = np.mgrid[box.y : box.bottom, box.x : box.right] + 0.5
+    for polygon in (*regions.polygons, shapely.Point(701.3, 502.7).buffer(411.1)):
+        expected = shapely.contains_xy(polygon, x * STRIDE, y * STRIDE)
+        clear = shapely.distance(polygon.boundary, shapely.points(x * STRIDE, y * STRIDE)) > 1e-6
+        np.testing.assert_array_equal(shapes.filled(polygon, box, STRIDE)[clear], expected[clear])
+
+
 @pytest.mark.parametrize("to", [*OURS, "geojson"])
 def test_small_regions_are_left_out_and_outlines_simplified(out: Path, tmp_path: Path, to: str) -> None:
     def size(name: str, **options: Any) -> int:

@@ -379,8 +379,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     what, how, rest = (group(parser, title) for title in ("what to export", "how values are shown", "files"))
     formats = (
         "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, marks-geojson, marks-csv, qupath, png, deepzoom, "
-        "dsa, asap-xml, omero-rois, cytomine, dicom-parametric-map, dicom-segmentation, dicom-labelmap, dicom-sr, "
-        "dicom-annotations, trident, clam (docs/exports.md), several joined by commas; all: all of heatmaps"
+        "dsa, asap-xml, omero-rois, cytomine, dicom-parametric-map, dicom-segmentation, dicom-labelmap, "
+        "dicom-annotations, dicom-sr, trident, clam; docs/exports.md. Several by commas; all: all of heatmaps"
     )
     what.add_argument("out", help="folder of results")
     what.add_argument("--to", required=True, metavar="FORMAT", help=formats)

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from wsi_gradcam import __version__
 from wsi_gradcam.export.dicom import OURS, add_tiled_image, algorithm, code, in_mm, new_object, own_code, save
 from wsi_gradcam.export.dicom_source import MapLevel, Source, long_string, uid
-from wsi_gradcam.export.shapes import HotRegions, hot_regions
+from wsi_gradcam.export.shapes import HotRegions, filled, hot_regions
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import EXPLAINED
 
@@ -280,9 +280,7 @@ def _values(job: Job, channel: ChannelInfo, regions: HotRegions, polygon: shapel
         box = Region(y, x, min(height, int(-(-bottom // step))) - y, min(width, int(-(-right // step))) - x)
         if box.height * box.width <= MAX_MEASURED_PX:
             break
-    ys, xs = np.mgrid[box.y : box.y + box.height, box.x : box.x + box.width]
-    shapely.prepare(polygon)
-    within = shapely.contains_xy(polygon, (xs + 0.5) * step, (ys + 0.5) * step)
+    within = filled(polygon, box, step)
     values = job.slide.read(channel, level, box)[within & (job.slide.read_coverage(level, box) & EXPLAINED > 0)]
     if not values.size:
         return []

@@ -383,3 +383,30 @@ def _in_slide(face: shapely.Polygon, job: Job, level: int) -> shapely.Polygon:
     height, width = job.slide.size_px
     placed = shapely.transform(face, lambda xy: np.minimum(xy * step, (width, height)))
     return shapely.orient_polygons(placed)
+
+
+def filled(polygon: shapely.Polygon, box: Region, step: float) -> Mask:
+    """Return which pixels of a region have their centres in a polygon with holes, bool [h, w].
+
+    Scanlines: a pixel is in it if an odd number of edges crosses its row to the left of its centre.
+
+    Args:
+        polygon: x, y in level-0 px.
+        box: in pixels of `step` level-0 px.
+    """
+    rings = [shapely.get_coordinates(ring) / step - (box.x + 0.5, box.y + 0.5) for ring in _rings(polygon)]
+    edges = np.concatenate([np.concatenate([ring[:-1], ring[1:]], axis=1) for ring in rings])
+    x, y, to_x, to_y = edges[edges[:, 1] != edges[:, 3]].T
+    first, end = (np.ceil(pick(y, to_y)).clip(0, box.height).astype(np.int64) for pick in (np.minimum, np.maximum))
+    count = end - first  # of rows that each edge crosses
+    edge = np.repeat(np.arange(len(count)), count)
+    row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    crossing = x[edge] + (row - y[edge]) * ((to_x - x) / (to_y - y))[edge]
+    column = np.ceil(crossing).clip(0, box.width).astype(np.int64)
+    crossed = np.bincount(row * (box.width + 1) + column, minlength=box.height * (box.width + 1))
+    sums = np.cumsum(crossed.reshape(box.height, -1), axis=1)
+    return np.asarray(sums[:, : box.width] % 2 == 1)
+
+
+def _rings(polygon: shapely.Polygon) -> list[shapely.LinearRing]:
+    return [polygon.exterior, *polygon.interiors]
