@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html import escape
 from typing import Any, Unpack
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.test_run_report import HOSTILE, Page
+from wsi_gradcam.audit.archive import drawn_labels
 from wsi_gradcam.audit.metrics import QUADRANTS
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS, Way
@@ -364,6 +367,24 @@ def test_examples_are_of_readable_patches() -> None:
     ]
     assert found[0].map.tolist() == [[16.0, 16.0], [16.0, 16.0]]
     assert found[0].curves == {}
+    assert not found[0].is_drawn_on
+    annotated = np.zeros((3, 4, 4), np.bool_)
+    annotated[2, :, :2] = True
+    drawn = drawn_labels(annotated, {"pen": annotated.swapaxes(1, 2)})
+    assert drawn is not None
+    assert drawn[2].tolist() == [[1, 1, 2, 2]] * 2 + [[1, 1, 0, 0]] * 2
+    assert drawn_labels(None, {}) is None
+    outer, inner = examples_of({**numbers, "shown/drawn": drawn}, "a.svs", "gradcam", 16, ("other", "tumour"))
+    assert (outer.is_drawn_on, inner.is_drawn_on) == (True, False)
+    lines = {"green": (0x4D, 0xE2, 0xA0), "orange": (0xFF, 0xB0, 0x00)}
+    for picture in outer.pictures(1.0):
+        assert "outlines" in picture.description
+        with Image.open(io.BytesIO(picture.png)) as image:
+            seen = {colour for _, colour in image.getcolors() or ()}
+        assert set(lines.values()) <= seen
+    assert outer.pictures(1.0)[0].png != inner.pictures(1.0)[0].png
+    page, _ = read(archive_page(metrics(), [], [outer], 1.0))
+    assert "Outlines: green, annotated" in page.text
     numbers["base/readable"][:] = 0
     assert examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour")) == []
     page, _ = read(archive_page(metrics(), [], [], 1.0))

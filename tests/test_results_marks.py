@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from starlette.testclient import TestClient
 
 from tests.viewer_runs import BASE, client, facts_of, make_run
 from wsi_gradcam.audit.archive import annotated_slide
+from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError, MarkError, StoreError
 from wsi_gradcam.export import export
 from wsi_gradcam.io.local import LocalPath
@@ -255,3 +257,23 @@ def test_exports_are_tables_and_regions_of_an_audit(out: Path, tmp_path: Path) -
     assert (int(mask.sum()), bool(mask[140, 250])) == (80 * 100, True)
     (none,) = export(out, "marks-csv", tmp_path / "other", ["inner/b.tif"])
     assert none.error == "inner/b.tif: has no marks"
+
+
+def test_marks_that_are_exported_are_regions_of_an_audit(out: Path, tmp_path: Path) -> None:
+    """Marked artefacts are asked for by their kind, and outlined in the report's example patches."""
+    (out / "marks.jsonl").unlink(missing_ok=True)
+    slide = open_result(out)[SLIDE]
+    height, width = slide.plan.footprint
+    for number in range(slide.plan.patches):
+        y, x = slide.patch_yx(number)
+        outline = [[y, x], [y, x + width], [y + height / 3, x + width], [y + height / 3, x]]
+        given = {"kind": "artefact", "outline": outline, "patch": number}
+        Marks(LocalPath(out)).add(make_mark(SLIDE, slide.plan, given))
+    export(out, "marks-geojson", tmp_path / "marks")
+    command = ["audit", str(out), "--regions", str(tmp_path / "marks"), "--only", "shortcuts", "--patches", "24"]
+    assert main([*command, "--trust-code", "--seed", "1"]) == 0
+    metrics = json.loads((out / "audit" / "metrics.json").read_text(encoding="utf-8"))
+    assert "artefact (given)" in {row["suspect"] for row in metrics["verdicts"] if row["question"] == "shortcuts"}
+    page = (out / "audit" / SLIDE / "report.html").read_text(encoding="utf-8")
+    assert "Outlines: green, annotated; orange, a region that should not decide." in page
+    shutil.rmtree(out / "audit")

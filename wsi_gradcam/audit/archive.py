@@ -462,3 +462,19 @@ def _boxes(yx: Sequence[tuple[int, int]], view: Box) -> list[Box]:
 def _cut(drawn: Drawn, names: Collection[str], boxes: Sequence[Box]) -> NDArray[np.bool_]:
     """Return where classes are in each box, bool [n, SIDE_PX, SIDE_PX]."""
     return np.stack([drawn.cut(names, box, (SIDE_PX, SIDE_PX)) for box in boxes])
+
+
+ANNOTATED, REGION = 1, 2  # in labels of what is drawn on a patch
+
+
+def drawn_labels(
+    annotated: NDArray[np.bool_] | None, regions: Mapping[str, NDArray[np.bool_]]
+) -> NDArray[np.uint8] | None:
+    """Return what is drawn on patches, uint8 [n, side, side]: `ANNOTATED`, `REGION` elsewhere; None for nothing."""
+    masks = [(REGION, mask) for mask in regions.values()] + ([] if annotated is None else [(ANNOTATED, annotated)])
+    if not any(mask.any() for _, mask in masks):
+        return None
+    found = np.zeros(masks[0][1].shape, np.uint8)
+    for label, mask in masks:
+        found[mask] = label
+    return found

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wsi_gradcam.audit.archive import annotated_slide, ground_of
+from wsi_gradcam.audit.archive import annotated_slide, drawn_labels, ground_of
 from wsi_gradcam.audit.measurements import Patches
 from wsi_gradcam.audit.measures.bags import (
     BagSubject,
@@ -315,6 +315,7 @@ def describe(batch: Batch, slide_id: str, number: int) -> Patches:
         difference={name: _difference(batch, name) for name in batch.methods},
         maps=batch.map_arrays,
         shown=np.stack([small_picture(rgb) for rgb in data.rgb]) if number == 0 else None,
+        drawn=drawn_labels(data.annotated, data.regions) if number == 0 else None,
     )
 
 

@@ -19,7 +19,9 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.ndimage import binary_erosion
 
+from wsi_gradcam.audit.archive import ANNOTATED, REGION
 from wsi_gradcam.audit.measurements import Patches, record_from
 from wsi_gradcam.audit.questions.faithfulness import Faithfulness
 from wsi_gradcam.audit.questions.gradients import Saturation
@@ -184,6 +186,7 @@ class Example:
         map: float32 [h, w] of the first method, as heatmaps show it.
         leaky: the same with gradients that leak through inactive ReLUs; None where it is not known.
         curves: of deletion and insertion, by the map's name: (deletion [Q], insertion [Q]).
+        drawn: what is drawn on it, uint8 [side, side], see `audit.archive.drawn_labels`; None for nothing.
     """
 
     title: str
@@ -191,14 +194,23 @@ class Example:
     map: NDArray[np.float32]
     leaky: NDArray[np.float32] | None
     curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    drawn: NDArray[np.uint8] | None = None
+
+    @property
+    def is_drawn_on(self) -> bool:
+        """Whether any of it is annotated, or of a region."""
+        return self.drawn is not None and bool(self.drawn.any())
 
     def pictures(self, scale: float) -> list[Picture]:
-        """Return the patch, its map, and where there is one the map with leaky gradients; `scale` as for `overlay`."""
-        pictures = [picture(self.rgb, f"{self.title}: the patch")]
-        pictures.append(overlay(self.rgb, self.map, scale, f"{self.title}: its map"))
+        """Return the patch, its map, and where there is one the map with leaky gradients; `scale` as for `coloured`.
+
+        What is drawn on the patch is outlined in all of them.
+        """
+        lines = " with outlines" if self.is_drawn_on else ""
+        parts = [(self.rgb, f"the patch{lines}"), (coloured(self.rgb, self.map, scale), f"its map{lines}")]
         if self.leaky is not None:
-            pictures.append(overlay(self.rgb, self.leaky, scale, f"{self.title}: its map with leaky gradients"))
-        return pictures
+            parts.append((coloured(self.rgb, self.leaky, scale), f"its map with leaky gradients{lines}"))
+        return [picture(outlined(rgb, self.drawn), f"{self.title}: {what}") for rgb, what in parts]
 
 
 def examples_of(
@@ -224,6 +236,7 @@ def examples_of(
             patches.maps[method][i] * np.float32(factor),
             None if leaky is None else leaky[i] * np.float32(factor),
             {name: (one.deletion[i], one.insertion[i]) for name, one in of_maps.items()},
+            None if patches.drawn is None else patches.drawn[i],
         )
         for i in dict.fromkeys(chosen)
     ]
@@ -245,6 +258,11 @@ def scale_of(maps: NDArray[np.float32]) -> float:
 
 
 def overlay(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float, description: str) -> Picture:
+    """Return a map over the gray patch, see `coloured`, as a PNG."""
+    return picture(coloured(rgb, map_, scale), description)
+
+
+def coloured(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float) -> NDArray[np.uint8]:
     """Return a map [h, w] in colour over the gray patch; what is near 0 stays gray, `scale` has full colour."""
     height, width = rgb.shape[:2]
     large = np.asarray(
@@ -254,7 +272,25 @@ def overlay(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float, des
     colour = FOR_AND_AGAINST((value + 1) / 2, bytes=True)[..., :3].astype(np.float32)
     gray = np.repeat(rgb.mean(axis=2, dtype=np.float32)[..., None], 3, axis=2)
     opacity = OPACITY * np.minimum(1, np.abs(value) * 3)[..., None]
-    return picture((gray * (1 - opacity) + colour * opacity).round().astype(np.uint8), description)
+    return np.asarray((gray * (1 - opacity) + colour * opacity).round(), np.uint8)
+
+
+LINES = {ANNOTATED: (0x4D, 0xE2, 0xA0), REGION: (0xFF, 0xB0, 0x00)}  # green and orange, with a dark edge
+
+
+def outlined(rgb: NDArray[np.uint8], labels: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    """Return a picture with lines round each label's areas: a line in its colour outside, a dark one inside of it."""
+    if labels is None:
+        return rgb
+    large = np.asarray(Image.fromarray(labels).resize(rgb.shape[1::-1], Image.Resampling.NEAREST))
+    found = rgb.copy()
+    for label, colour in LINES.items():
+        inside = large == label
+        for line in (colour, (0, 0, 0)):
+            inner = binary_erosion(inside, border_value=1)
+            found[inside & ~inner] = line
+            inside = inner
+    return found
 
 
 def colour_scale(scale: float, unit: str) -> Picture:

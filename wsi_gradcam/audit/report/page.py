@@ -78,12 +78,16 @@ class Legend:
 
 @dataclass(frozen=True)
 class ExampleCard:
-    """An example patch: its pictures, of which the last is of leaky gradients if `leaky`, and its curves."""
+    """An example patch: its pictures, of which the last is of leaky gradients if `leaky`, and its curves.
+
+    `outlined` says whether annotations or regions are drawn on it.
+    """
 
     title: str
     pictures: Sequence[Picture]
     leaky: bool
     curves: Svg | None
+    outlined: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,7 @@ def undecided(quadrants: Sequence[QuadrantRow], units: str = "patches") -> list[
 
 def _card(example: Example, scale: float) -> ExampleCard:
     curves = _patch_curves(example) if example.curves else None
-    return ExampleCard(example.title, example.pictures(scale), example.leaky is not None, curves)
+    return ExampleCard(example.title, example.pictures(scale), example.leaky is not None, curves, example.is_drawn_on)
 
 
 def _patch_curves(example: Example) -> Svg:
