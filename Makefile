@@ -24,13 +24,15 @@ venv: .venv/installed
 
 # Quantus, an oracle in tests, asks for opencv-python. That and the opencv-python-headless of pytorch-grad-cam write the
 # same files, and only the latter does without a display's libraries: so Quantus comes without it.
-# girder-large-image-annotation holds the schema of DSA's annotations; what it depends on is a server.
+# CLIENTS are the programs that exports are for; what they depend on in addition are servers.
+CLIENTS := girder-large-image-annotation large-image large-image-source-tifffile large-image-source-openslide palettable \
+  tifftools histomicstk tissuumaps pyvips pyvips-binary
 .venv/installed: pyproject.toml constraints.txt hatch_build.py
 	@command -v npm >/dev/null || { apt-get update && apt-get install -y --no-install-recommends npm; } || \
 		echo "npm is missing: wsi-gradcam view will lack its page"
 	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps quantus girder-large-image-annotation
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps quantus $(CLIENTS)
 	@touch $@
 
 # Tests of the viewer's page need Debian's Chromium; elsewhere install it by hand.
