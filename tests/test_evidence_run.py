@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaozarrs
 from pyarrow import parquet
 
 from tests.evidence_runs import explained, model_file, of_nothing, of_nuclei, of_nuclei_and_marker, write_archive
 from tests.runs import ROOT, flags
-from wsi_gradcam import evidence_run, validate
+from wsi_gradcam import evidence_run, open_result, validate
 from wsi_gradcam.errors import ConfigError, ResumeError
+from wsi_gradcam.evidence import NOTHING
 from wsi_gradcam.evidence.findings import Evidence
+from wsi_gradcam.evidence.labels import open_clusters
+from wsi_gradcam.export import export
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.io.paths import storage_path
+from wsi_gradcam.results.marks import Marks, make_mark
 
 DOCS = ROOT / "docs"
 SLIDES, MARKED = 30, 5
@@ -72,6 +82,77 @@ def test_tables_name_the_kind_of_each_place(out: Path) -> None:
     assert (table["y"].between(0, 96) & table["x"].between(0, 128)).all()
 
 
+def test_a_label_image_lies_on_the_heatmap_and_names_its_kinds(out: Path) -> None:
+    """A pixel has the label of its cell in the patch in whose middle it lies, as the tables of places have it."""
+    found, slide = read(out), open_result(out)["000.tif"]
+    image = open_clusters(slide)
+    assert image is not None
+    assert [(k.number, k.side, k.colour) for k in image.kinds] == [(k.number, k.side, k.colour) for k in found.kinds]
+    assert image.shapes == slide.levels
+    labels = image.read(0, Region(0, 0, *image.shapes[0]))
+    assert set(np.unique(labels)) <= {0, NOTHING, *(kind.number for kind in found.kinds)}
+    assert (labels > 0).all()  # all patches of the slide are in the sample
+    table = parquet.read_table(out / "evidence" / "000.tif" / "places.parquet").to_pandas()
+    step = slide.stride_px  # two cells: the second one holds the pixel's centre
+    table = table[(table["y"] % step > step / 2) & (table["x"] % step > step / 2)]
+    at = labels[(table["y"] // step).astype(int), (table["x"] // step).astype(int)]
+    assert len(table) > 5
+    assert (np.where(at == NOTHING, 0, at) == table["cluster"]).all()
+    pixels = np.stack([table["y"], table["x"]], axis=1) // step
+    assert (image.at(np.concatenate([pixels, [[-1, 0], [0, 10**6]]])) == [*at, 0, 0]).all()
+    yaozarrs.validate_zarr_store(str(out / "evidence" / "000.tif" / "clusters.ome.zarr"))  # its source is found, too
+
+
+def test_each_patch_has_the_kind_that_contributes_most(out: Path) -> None:
+    table = parquet.read_table(out / "evidence" / "000.tif" / "patches.parquet").to_pandas()
+    sums = table[[name for name in table if name.startswith("evidence_")]].to_numpy()
+    assert (table["cluster"] == np.abs(sums).argmax(axis=1) + 1).all()
+    assert table["patch"].is_unique
+
+
+def test_slides_without_clusters_say_so(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy", ignore=lambda _, names: [n for n in names if n == "evidence"])
+    with pytest.raises(ConfigError, match="no slide has clusters"):
+        export(copy, "clusters-geojson", tmp_path / "there")
+
+
+def test_kinds_are_compared_with_regions_and_annotations_and_marks(out: Path, tmp_path: Path) -> None:
+    """Markers are drawn as regions: the kind of markers lies on them. What is given changes without measuring anew."""
+    copy = shutil.copytree(out, tmp_path / "copy")
+    (marker,) = read(out).shortcuts
+    table = parquet.read_table(out / "evidence" / "000.tif" / "places.parquet").to_pandas()
+    own = table[table["cluster"] == marker.number]
+    boxes = [
+        [[x - 8, y - 8], [x + 8, y - 8], [x + 8, y + 8], [x - 8, y + 8], [x - 8, y - 8]]
+        for y, x in own[["y", "x"]].to_numpy()
+    ]
+    (tmp_path / "given").mkdir()
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [box]},
+            "properties": {"classification": {"name": "ruler"}},
+        }
+        for box in boxes
+    ]
+    (tmp_path / "given" / "000.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    slide = open_result(copy)["001.tif"]
+    Marks(storage_path(copy)).add(
+        make_mark("001.tif", slide.plan, {"kind": "artefact", "outline": [[0, 0], [0, 200], [200, 200], [200, 0]]})
+    )
+    pieces = {p: p.stat().st_mtime_ns for p in (copy / "evidence").rglob("*.npz")}
+    found = evidence_run(
+        copy, trust_code=True, regions=tmp_path / "given", annotations=tmp_path / "given", **QUICK
+    ).evidence
+    assert all(p.stat().st_mtime_ns == made for p, made in pieces.items())
+    (again,) = found.shortcuts
+    assert again.number == marker.number
+    of_first = sum(own["contribution"].abs() * own["weight"])
+    assert again.regions["ruler"] == again.annotations["ruler"] > 0.5 / MARKED * (of_first > 0)
+    assert max(kind.regions["ruler"] for kind in found.kinds if kind.number != marker.number) < again.regions["ruler"]
+    assert sum(kind.marks["artefact"] > 0 for kind in found.kinds) >= 1
+
+
 def test_the_report_shows_findings_and_examples(out: Path) -> None:
     page = (out / "evidence" / "report.html").read_text(encoding="utf-8")
     found = read(out)
@@ -94,6 +175,16 @@ def test_names_that_are_given_are_used(out: Path, tmp_path: Path) -> None:
     found = evidence_run(copy, trust_code=True, **QUICK).evidence
     assert found.kinds[0].name == "dark nuclei"
     assert any("“dark nuclei” (cluster 1)" in finding.words for finding in found.findings)
+    export(copy, "clusters-geojson", tmp_path / "there", ["000.tif"], simplify=0)
+    features = json.loads((tmp_path / "there" / "000.tif.clusters.geojson").read_text(encoding="utf-8"))["features"]
+    slide = open_result(copy)["000.tif"]
+    image = open_clusters(slide)
+    assert image is not None
+    assert image.kinds[0].title == "dark nuclei"
+    labels, um2 = image.read(0, Region(0, 0, *image.shapes[0])), (slide.mpp[0] * slide.stride_px) ** 2
+    for kind in image.kinds:
+        own = [f["properties"] for f in features if f["properties"]["classification"]["name"] == kind.title]
+        assert sum(one["measurements"]["area µm²"] for one in own) == pytest.approx((labels == kind.number).sum() * um2)
     (copy / "evidence" / "names.yaml").write_text("one\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="NUMBER: NAME"):
         evidence_run(copy, trust_code=True, **QUICK)
@@ -161,3 +252,15 @@ def test_a_target_that_is_not_one_class_is_refused(out: Path) -> None:
 def test_the_published_schema_is_the_schema() -> None:
     published = json.loads((DOCS / "evidence.schema.json").read_text(encoding="utf-8"))
     assert published == Evidence.model_json_schema()
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_the_number_of_places(tmp_path: Path) -> None:
+    peaks = []
+    for places in (10_000, 1_000_000):
+        command = [sys.executable, "-m", "tests.evidence_scale", str(places), str(tmp_path / str(places))]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(json.loads(done.stdout))
+    few, many = peaks
+    assert many["counted"] - few["counted"] < 60
+    assert many["kinds_found"] == few["kinds_found"] == 5

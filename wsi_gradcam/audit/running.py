@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -59,23 +59,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AuditOutcome:
-    """The outcome of an audit.
+class Judged:
+    """The outcome of judging a run.
 
     Attributes:
-        out: OUT/audit.
-        metrics: of the archive.
+        out: the folder of what was found, such as OUT/audit.
         records: of the slides in the sample.
     """
 
     out: StoragePath
-    metrics: Metrics
     records: tuple[SlideRecord, ...]
 
     @property
     def failed(self) -> tuple[SlideRecord, ...]:
-        """The slides that could not be audited."""
+        """The slides of the sample that failed."""
         return tuple(record for record in self.records if record.status == SlideStatus.FAILED)
+
+
+@dataclass(frozen=True)
+class AuditOutcome(Judged):
+    """The outcome of an audit.
+
+    Attributes:
+        metrics: of the archive.
+    """
+
+    metrics: Metrics
 
 
 def audit_run(
@@ -144,9 +153,8 @@ def audit_run(
     other = None if against is None else open_audit(against)
     scope = _scope(run, settings, other)
     entries = allowed_slides([run.entries[name] for name in scope.samples], result, remote_slides)
-    _before(
-        folder, scope, overwrite
-    )  # and again where OUT is claimed: before any worker starts, and any model is loaded
+    # And again where OUT is claimed: before any worker starts, and any model is loaded.
+    plan_before(folder, scope.audit_identity(), overwrite)
     records: list[SlideRecord] = []
     session = RunSession(
         result.folder.place, listener or RunListener(), lambda: report_rows(records), place=folder.place
@@ -162,7 +170,7 @@ def audit_run(
         session.begin(workload, entries, executor.dashboard)
         session.process(executor, workload, entries, records.append)
         metrics = _finish(folder, plan, run, records, other)
-    return AuditOutcome(folder.place, metrics, tuple(records))
+    return AuditOutcome(folder.place, tuple(records), metrics)
 
 
 def given_model(
@@ -215,18 +223,18 @@ def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None)
         settings=settings,
         target=target,
         samples=samples,
-        annotation_digests=_digests(run, settings, settings.annotations, settings.include, samples),
-        region_digests=_digests(run, settings, settings.regions, (), samples),
+        annotation_digests=drawn_digests(run, settings, settings.annotations, settings.include, samples),
+        region_digests=drawn_digests(run, settings, settings.regions, (), samples),
         unit=run.unit,
     )
 
 
-def _digests(
+def drawn_digests(
     run: ExplainedRun,
     settings: AuditSettings,
     path: Path | None,
     include: tuple[str, ...],
-    samples: dict[str, SlideSample],
+    samples: Mapping[str, SlideSample],
 ) -> dict[str, str]:
     """Return sha256 of the slides' files of annotations, by slide id."""
     found = {}
@@ -261,13 +269,14 @@ def _is_inside(path: str) -> bool:
     return path.partition("/")[0].casefold() == AUDIT
 
 
-def _before(folder: AuditFolder, scope: AuditScope, overwrite: bool) -> tuple[dict[str, Any] | None, bool]:
-    """Return the plan of the audit that stands there, and whether it is this one and is gone on with.
+def plan_before(
+    folder: AuditFolder, identity: dict[str, Any], overwrite: bool, what: str = "an audit"
+) -> tuple[dict[str, Any] | None, bool]:
+    """Return the plan of the audit that stands there, and whether it is of this identity and is gone on with.
 
     Raises:
-        ResumeError: the numbers there are of another audit.
+        ResumeError: the numbers there are of another one.
     """
-    identity = scope.audit_identity()
     try:
         before = folder.read_plan()
     except StoreError:
@@ -284,9 +293,26 @@ def _before(folder: AuditFolder, scope: AuditScope, overwrite: bool) -> tuple[di
             for key, value in identity.items()
             if there.get(key) != value and key != "sample"  # it follows from the others, mostly
         ]
-        what = ", ".join(changed) or "other patches"
-        raise ResumeError(f"{folder.place}: holds an audit with other settings ({what}); --overwrite replaces it")
+        which = ", ".join(changed) or "other patches"
+        raise ResumeError(f"{folder.place}: holds {what} with other settings ({which}); --overwrite replaces it")
     return before, False
+
+
+def write_plan(
+    folder: AuditFolder, identity: dict[str, Any], digest: str, samples: Mapping[str, SlideSample], old: Iterable[str]
+) -> None:
+    """Write the plan of an audit, after forgetting all that was written of the slides of an old one."""
+    # The plan first: what is half gone is no audit.
+    for place in (folder.plan, folder.listing, folder.metrics, folder.report):
+        place.remove()
+    for name in old:
+        folder.forget(name)
+    values = {
+        "identity": identity,
+        "digest": digest,
+        "samples": {name: sample.to_json() for name, sample in samples.items()},
+    }
+    folder.plan.write(sealed_json(values, indent=1))
 
 
 def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwrite: bool) -> None:
@@ -298,27 +324,13 @@ def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwri
     Raises:
         ResumeError: the numbers there are of another audit.
     """
-    before, same = _before(folder, plan, overwrite)
-    if same:
-        return
-    for place in (
-        folder.plan,
-        folder.listing,
-        folder.metrics,
-        folder.report,
-    ):  # the plan first: what is half gone is no audit
-        place.remove()
-    for name in _audited(before, slides if overwrite else ()):
-        folder.forget(name)
-    values = {
-        "identity": plan.audit_identity(),
-        "digest": plan.audit_digest(),
-        "samples": {name: sample.to_json() for name, sample in plan.samples.items()},
-    }
-    folder.plan.write(sealed_json(values, indent=1))
+    before, same = plan_before(folder, plan.audit_identity(), overwrite)
+    if not same:
+        old = audited_slides(before, slides if overwrite else ())
+        write_plan(folder, plan.audit_identity(), plan.audit_digest(), plan.samples, old)
 
 
-def _audited(plan: dict[str, Any] | None, otherwise: Iterable[str]) -> list[str]:
+def audited_slides(plan: dict[str, Any] | None, otherwise: Iterable[str]) -> list[str]:
     """Return the slides of an audit by its plan; where that does not tell them, those that they may be."""
     samples = (plan or {}).get("samples")
     return [name for name in (samples if isinstance(samples, dict) else otherwise) if is_name(name)]

@@ -33,11 +33,11 @@ from wsi_gradcam.results.heatmap import (
     coarsen_flags,
     touching,
 )
-from wsi_gradcam.results.manifest import Manifest, SlideStatus
+from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import OK
 from wsi_gradcam.run.context import Exclusive
-from wsi_gradcam.run.types import Processed, SlideJob, SlideRecord, Stage, Task
-from wsi_gradcam.run.workload import failed_record
+from wsi_gradcam.run.types import Processed, SlideJob, Stage, Task
+from wsi_gradcam.run.workload import measuring_job
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,20 +81,8 @@ class AuditWorkload:
     def job(self, slide: SlideEntry) -> SlideJob:
         """Return the phases of a slide; see `Workload.job`."""
         overlap = self.plan.unit == "patch" and self.plan.settings.asks("stability") and has_overlap(self.plan)
-        return audit_job(slide, self.plan.samples[slide.id].batches, overlap)
-
-
-def audit_job(slide: SlideEntry, batches: int, spread: bool) -> SlideJob:
-    """Measure the batches of a slide's sample, and where its patches disagree; see `Workload.job`."""
-    started = time.monotonic()
-    try:
-        measured = [Task(MEASURE, slide, (i,)) for i in range(batches)]
-        results = yield [measured, [Task(SPREAD, slide)] if spread else []]
-    except Exception as error:
-        return failed_record(slide, error, time.monotonic() - started)
-    done = [result for result in results if isinstance(result, Processed)]
-    patches, unreadable = sum(each.patches for each in done), sum(each.unreadable for each in done)
-    return SlideRecord(slide, SlideStatus.OK, "", patches, unreadable, time.monotonic() - started)
+        measured = [Task(MEASURE, slide, (i,)) for i in range(self.plan.samples[slide.id].batches)]
+        return measuring_job(slide, [measured, [Task(SPREAD, slide)] if overlap else []])
 
 
 def measure_batch(context: Context[AuditWorkload], entry: SlideEntry, number: int) -> Processed:

@@ -40,17 +40,8 @@ REPEATED = {"target": "TARGET", "allow_hosts": "PATTERN"}  # --target A --target
 JOINED = ("method", "bag_method", "only")  # --method A,B
 # Settings that make no difference to features, or are of those made elsewhere.
 NOT_OF_ENCODING = (
-    "outlines",
-    "target",
-    "method",
-    "bag_method",
-    "bag_baseline",
-    "features",
-    "feature_patch_um",
-    "feature_unit",
-    "feature_axes",
-    "feature_name",
-    "window",
+    *("outlines", "target", "method", "bag_method", "bag_baseline", "features", "feature_patch_um", "feature_unit"),
+    *("feature_axes", "feature_name", "window"),
 )
 # The settings by what they are about, common ones first: groups of the help of `explain` and of commands like it. What
 # is in none comes with the rest.
@@ -378,8 +369,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     what, how, rest = (group(parser, title) for title in ("what to export", "how values are shown", "files"))
     formats = (
-        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, marks-geojson, marks-csv, qupath, png, deepzoom, "
-        "dsa, asap-xml, omero-rois, cytomine, dicom-parametric-map, dicom-segmentation, dicom-labelmap, "
+        "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, clusters-geojson, marks-geojson, marks-csv, qupath, "
+        "png, deepzoom, dsa, asap-xml, omero-rois, cytomine, dicom-parametric-map, dicom-segmentation, dicom-labelmap, "
         "dicom-annotations, dicom-sr, trident, clam; docs/exports.md. Several by commas; all: all of heatmaps"
     )
     what.add_argument("out", help="folder of results")

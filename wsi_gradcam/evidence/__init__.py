@@ -3,7 +3,12 @@
 The places that carry its evidence are sorted into kinds of morphology (Spectral Relevance Analysis, Lapuschkin 2019,
 doi 10.1038/s41467-019-08987-4): each with its share of the evidence, its pictures, the slides on which it occurs, and
 what happens to the answer when it is removed. `running.evidence_run` does it. Here stands what the numbers depend on
-and where they lie; `measuring` runs the model, `clusters` finds the kinds, `findings` counts and tests, `page` reports.
+and where they lie; `stages` runs the model, `clusters` finds the kinds, `labels` writes what they are on each slide,
+`findings` counts and tests, `page` reports.
+
+What grows with the archive is written and read by workers, slide by slide: three passes over the slides of the sample
+measure places, sort them, and look again at a few patches of each kind. The client reads a bounded number of places, to
+find the kinds, and the sums of each slide.
 """
 
 from __future__ import annotations
@@ -12,12 +17,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from wsi_gradcam.audit.plan import AuditFolder
+from wsi_gradcam.audit.plan import AuditFolder, AuditSettings, Frame
 from wsi_gradcam.errors import ConfigError
+from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.plan import SlideSample
@@ -26,10 +34,17 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.run.plan import RunPlan
 
-FORMAT = 1  # of the numbers; raised when old ones must not be continued
+FORMAT = 2  # of the numbers; raised when old ones must not be continued
 PLACES = 20_000
+DRAWN = 4  # places of a patch
 PIECE = 64  # patches that are measured and stored together
 PROBED = 48  # patches whose answers are compared with those of random copies, of all slides together
+# Of kinds by their number, in the page, in label images and in exports; distinct on pink and violet tissue.
+COLOURS = (
+    *("E69F00", "0072B2", "009E73", "F0E442", "56B4E9", "D55E00", "000000", "CC79A7"),
+    *("117733", "88CCEE", "332288", "999933", "AA4499", "44AA99", "661100", "BBBBBB"),
+)
+NOTHING = 255  # in label images: looked at, and of no kind
 
 
 @dataclass(frozen=True)
@@ -43,12 +58,49 @@ class EvidenceSettings:
     target: Annotated[
         str, Field(description="whose evidence: one of the run's targets (default: the first that it explains)")
     ] = ""
+    annotations: Annotated[
+        Path | None,
+        Field(
+            description="annotated areas, whose classes clusters are compared with: a file, or a folder with one file "
+            "per slide"
+        ),
+    ] = None
+    regions: Annotated[
+        Path | None,
+        Field(description="the same for regions that should not decide, such as rulers, folds and pen"),
+    ] = None
+    mask_frame: Annotated[
+        Frame,
+        Field(
+            description="what both were drawn on: the whole slide, or its scanned part; auto: whichever places them on "
+            "tissue, refused if both could"
+        ),
+    ] = "auto"
+    skip_labels: Annotated[
+        bool,
+        Field(description="write no label images and no tables of patches, for which each patch is looked at twice"),
+    ] = False
 
     def __post_init__(self) -> None:
         if self.places < 1:
             raise ConfigError(f"places is {self.places}, expected 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, expected 0 or more")
+        self.drawings()
+
+    def drawings(self) -> AuditSettings:
+        """Return the settings of an audit that draws as many patches and reads the same annotations and regions.
+
+        Raises:
+            ConfigError: a path does not exist, or is of no known form.
+        """
+        return AuditSettings(
+            patches=max(1, -(-self.places // DRAWN)),
+            seed=self.seed,
+            annotations=self.annotations,
+            regions=self.regions,
+            mask_frame=self.mask_frame,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,17 +124,24 @@ class Shown:
     covered: bool
 
 
+Pass = Literal["measure", "sort", "show"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvidencePlan:
-    """The plan; workers get it once for each of the two passes over the slides.
+    """The plan; workers get it once for each of the three passes over the slides.
 
     Attributes:
         run: the run whose model and slides these are; its model runs eagerly in float32.
         run_digest: of the run's results.
         target: whose evidence it is.
         samples: patches by slide id.
-        kinds: in the second pass.
-        shown: in the second pass, patches by slide id.
+        step: which pass it is.
+        kinds: from the second pass on.
+        names: that kinds have, by number.
+        given: digest of the annotations, regions and marks that kinds are compared with.
+        single: whether sums are kept for single patches, as intervals of fewer than six slides need them.
+        shown: in the third pass, patches by slide id.
     """
 
     run: RunPlan
@@ -90,36 +149,64 @@ class EvidencePlan:
     settings: EvidenceSettings
     target: Target
     samples: Mapping[str, SlideSample]
+    step: Pass = "measure"
     kinds: Kinds | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    given: str = ""
+    single: bool = False
     shown: Mapping[str, tuple[Shown, ...]] = field(default_factory=dict)
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return all that the numbers depend on."""
+        """All that the measured numbers depend on."""
         sample = json.dumps({name: one.to_json() for name, one in sorted(self.samples.items())}, sort_keys=True)
         return {
             "format": FORMAT,
             "run": self.run_digest,
-            **asdict(self.settings),
+            **{name: getattr(self.settings, name) for name in ("places", "seed")},
             "target": self.target.label,
             "sample": hashlib.sha256(sample.encode()).hexdigest(),
         }
 
+    @cached_property
     def digest(self) -> str:
-        """Return the sha256 of `identity()`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        """The sha256 of `identity`."""
+        return _digest(self.identity)
 
+    @cached_property
+    def cells_digest(self) -> str:
+        """The sha256 of `identity` and of the kinds, by which patches are sorted."""
+        assert self.kinds is not None
+        return _digest([self.identity, self.kinds.digest()])
+
+    @cached_property
+    def sums_digest(self) -> str:
+        """The sha256 of what a slide's sums depend on, too."""
+        return _digest([self.cells_digest, self.given, self.single, "sums"])
+
+    @cached_property
     def shown_digest(self) -> str:
-        """Return the sha256 of `identity()` and of the patches of the second pass; they follow from the first."""
+        """The sha256 of the kinds and of the patches of the third pass; these follow from the second."""
         shown = {name: [asdict(one) for one in own] for name, own in sorted(self.shown.items())}
-        return hashlib.sha256(json.dumps([self.identity(), shown], sort_keys=True).encode()).hexdigest()
+        return _digest([self.cells_digest, shown])
 
     def pieces(self, slide: str) -> int:
-        """Return the number of pieces of a slide's sample, or in the second pass of its patches that are shown."""
-        return -(-len(self.samples[slide].patches if self.kinds is None else self.shown[slide]) // PIECE)
+        """Return the number of pieces of a slide's sample, or in the third pass of its patches that are shown."""
+        return -(-len(self.shown[slide] if self.step == "show" else self.samples[slide].patches) // PIECE)
 
     def probed(self, slide: str) -> int:
         """Return how many of a slide's patches, from the first on, are given to random copies of the model."""
+        if slide not in self._probed_slides:
+            return 0
         return min(len(self.samples[slide].patches), PIECE, -(-PROBED // len(self.samples)))
+
+    @cached_property
+    def _probed_slides(self) -> frozenset[str]:
+        return frozenset(list(self.samples)[:: max(1, len(self.samples) // PROBED)][:PROBED])
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -145,12 +232,67 @@ class EvidenceFolder(AuditFolder):
         """Return the table of a slide's places with their kinds."""
         return self.slide(slide_id) / "places.parquet"
 
+    def patches(self, slide_id: str) -> StoragePath:
+        """Return the table of a slide's patches with the kind that contributes most to each."""
+        return self.slide(slide_id) / "patches.parquet"
+
+    def labels(self, slide_id: str) -> StoragePath:
+        """Return the label image of a slide's kinds, on the grid of its heatmap."""
+        return self.slide(slide_id) / "clusters.ome.zarr"
+
     def forget(self, slide_id: str) -> None:
         """Delete all that was written of a slide; files that are not ours stay."""
         self.places(slide_id).remove()
+        self.forget_labels(slide_id)
         super().forget(slide_id)
+
+    def forget_labels(self, slide_id: str) -> None:
+        """Delete the label image of a slide, and the table of its patches."""
+        self.patches(slide_id).remove()
+        self.labels(slide_id).remove_files(ZARR_CONTENTS)
 
 
 def is_given(name: str) -> bool:
     """Return whether a file below OUT/evidence is given by the user, and no result: the names of kinds."""
     return name == "names.yaml"
+
+
+class Row(BaseModel):
+    """A part of `evidence.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Share(Row):
+    """A share with its 95 % interval, by slide where there are enough."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class AgainstRow(Row):
+    """A kind of one of two models, and what share of each one's evidence lies on its places."""
+
+    cluster: Annotated[int | None, Field(description="the kind here; null for one of the other model")]
+    there: Annotated[int | None, Field(description="the kind of the other model; for one here, that which is the same")]
+    name: str
+    side: Literal["for", "against"]
+    share: Annotated[Share, Field(description="of this model's evidence, at the kind's places")]
+    share_there: Annotated[Share, Field(description="of the other model's evidence, at the same places")]
+    difference: Annotated[Share, Field(description="of the two, slide by slide")]
+    p: Annotated[float | None, Field(description="signs of the slides' differences flipped; null with few slides")]
+    p_adjusted: Annotated[float | None, Field(description="corrected for all rows (Holm)")]
+    change: Annotated[Literal["begun", "more", "less", "dropped", ""], Field(description="empty: none that is told")]
+
+
+class Against(Row):
+    """Another model's evidence on the same slides."""
+
+    out: str
+    model: str
+    model_digest: str
+    target: str
+    slides: Annotated[int, Field(description="on which both models' evidence was sorted")]
+    rows: list[AgainstRow]
+    words: Annotated[list[str], Field(description="what this model has begun to look at, and what it has dropped")]

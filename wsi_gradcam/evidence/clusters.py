@@ -4,14 +4,15 @@ Contributions [n, C] are unit vectors, so that places are alike in what they con
 They are brought to their few main axes, in pieces and weighed by the size of the contribution, and sorted there: what
 speaks for the target and what speaks against it, each for itself. Of the numbers of kinds that stay the same on other
 halves of the places with other seeds (adjusted Rand index, Hubert and Arabie 1985) the one is taken whose kinds lie
-farthest apart (silhouette, Rousseeuw 1987); where none stays, or none lies apart, that is said. Memory depends on the
-number of channels and not on that of places, but for two numbers a place.
+farthest apart (silhouette, Rousseeuw 1987); where none stays, or none lies apart, that is said. Places are read once,
+and memory depends on the number of channels and not on that of places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,8 @@ RESTARTS = 5  # of k-means: the one whose kinds lie farthest apart, lest a rare 
 STABLE = 0.8  # mean adjusted Rand index over pairs of seeds from which a number of kinds is said to keep
 APART = 0.25  # mean silhouette below which there is no structure to speak of (Kaufman and Rousseeuw 1990)
 REST = 0.05  # of all contributions, in the places that contribute least, are of no kind
+STEPS = 64  # of contributions, for each doubling, in which their distribution is kept
+SPARE = 1.25  # times as many places are kept as are needed: some lie below the floor
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +49,21 @@ class Kinds:
         centres: [k, R] unit vectors; what speaks for the target first, and of each side the largest first.
         sides: of each kind.
         floors: of each side; places that contribute less to it are of no kind.
+        middles: [k] half of a kind lies on places that contribute more than this.
     """
 
     axes: NDArray[np.float32]
     centres: NDArray[np.float32]
     sides: tuple[Side, ...]
     floors: tuple[float, float]
+    middles: tuple[float, ...] = ()
+
+    def digest(self) -> str:
+        """Return the sha256 of all that sorts."""
+        found = hashlib.sha256(repr((self.sides, self.floors, self.middles)).encode())
+        for array in (self.axes, self.centres):
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self.centres)
@@ -104,21 +116,38 @@ Piece = tuple["NDArray[Any]", "Floats", "Floats"]
 """Contributions [n, C], their sums [n], and weights [n] of places."""
 
 
-def find_kinds(pieces: Callable[[], Iterable[Piece]], seed: int) -> Choice | None:
-    """Return the kinds of the places that `pieces` yields, as often as it is called; None where nothing contributes."""
-    floors = _floors_of(pieces())
+def find_kinds(pieces: Iterable[Piece], seed: int) -> Choice | None:
+    """Return the kinds of the places that `pieces` yields; None where nothing contributes."""
+    moment, drawn = _Moment(), {side: _Drawn(side, seed) for side in SIDES}
+    for features, values, weights in pieces:
+        moment.add(features, np.abs(values) * weights)
+        for one in drawn.values():
+            one.add(features, values, weights)
+    floors = (drawn["for"].floor(), drawn["against"].floor())
     if not any(np.isfinite(floors)):
         return None
-    axes = main_axes(pieces())
+    axes = moment.axes()
     found: dict[Side, tuple[NDArray[np.float32], tuple[Trial, ...]]] = {}
-    for side, floor in zip(SIDES, floors, strict=True):
-        sample = _sample(pieces(), axes, floor, side, seed)
-        if len(sample):
-            found[side] = _sorted(sample, seed)
+    samples = {side: drawn[side].above(floor) for side, floor in zip(SIDES, floors, strict=True)}
+    for side, (features, _) in samples.items():
+        if len(features):
+            found[side] = _sorted(_on(axes, features), seed)
     centres = np.concatenate([one for one, _ in found.values()])
     sides = tuple(side for side, (one, _) in found.items() for _ in one)
-    tried = {side: found[side][1] if side in found else () for side in SIDES}
-    return Choice(Kinds(axes, centres, sides, floors), tried)
+    kinds = Kinds(axes, centres, sides, floors)
+    return Choice(
+        replace(kinds, middles=_middles(kinds, samples)), {s: found[s][1] if s in found else () for s in SIDES}
+    )
+
+
+def _middles(kinds: Kinds, samples: Mapping[Side, tuple[NDArray[Any], Floats]]) -> tuple[float, ...]:
+    """Return for each kind the median contribution of places that are drawn in proportion to it."""
+    middles = [0.0] * len(kinds)
+    for features, values in samples.values():
+        sorted_as = kinds.sort(features, values)
+        for kind in np.unique(sorted_as[sorted_as >= 0]).tolist():
+            middles[kind] = float(np.median(np.abs(values[sorted_as == kind])))
+    return tuple(middles)
 
 
 def _sorted(sample: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], tuple[Trial, ...]]:
@@ -126,9 +155,11 @@ def _sorted(sample: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32]
     different = len(np.unique(sample.round(3), axis=0))
     tried = [Trial(1, 1.0, 0.0)]
     if different > 2 and len(sample) >= 4 * MOST:
-        tried = [_trial(sample, count, seed) for count in range(2, min(MOST, different - 1) + 1)]
+        tried = _trials(sample, range(2, min(MOST, different - 1) + 1), seed)
     count = chosen_number(tried)
-    centres = sample.mean(axis=0, keepdims=True) if count == 1 else _fitted(sample, count, seed)[0].cluster_centers_
+    centres = sample.mean(axis=0, keepdims=True)
+    if count > 1:
+        centres = _Half(sample, seed, None).fitted(count)[0].cluster_centers_
     centres = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     sizes = np.bincount((sample @ centres.T).argmax(axis=1), minlength=count)
     return centres[np.argsort(-sizes, kind="stable")].astype(np.float32), tuple(tried)
@@ -142,57 +173,75 @@ def chosen_number(tried: Sequence[Trial]) -> int:
     return max(tried, key=lambda one: one.stability).kinds
 
 
-def main_axes(pieces: Iterable[Piece]) -> NDArray[np.float32]:
-    """Return the main axes [C, R] of contributions, the largest first: eigenvectors of their weighted second moment."""
-    moment: Floats | None = None
-    for features, values, weights in pieces:
-        weighed = features.astype(np.float64)
-        own = (weighed * (weights * np.abs(values))[:, None]).T @ weighed
-        moment = own if moment is None else moment + own
-    assert moment is not None
-    _, vectors = np.linalg.eigh(moment)
-    axes = vectors[:, ::-1][:, :AXES]
-    signs = np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # LAPACK leaves them open
-    return np.asarray(axes * signs, np.float32)
+class _Moment:
+    """The weighted second moment of contributions."""
+
+    def __init__(self) -> None:
+        self._sum: Floats | None = None
+
+    def add(self, features: NDArray[Any], weights: Floats) -> None:
+        """Add contributions [n, C] of these weights [n]."""
+        whole = features.astype(np.float64)
+        own = (whole * weights[:, None]).T @ whole
+        self._sum = own if self._sum is None else self._sum + own
+
+    def axes(self) -> NDArray[np.float32]:
+        """Return the main axes [C, R], the largest first: eigenvectors of the moment."""
+        assert self._sum is not None
+        _, vectors = np.linalg.eigh(self._sum)
+        axes = vectors[:, ::-1][:, :AXES]
+        signs = np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # LAPACK leaves them open
+        return np.asarray(axes * signs, np.float32)
 
 
-def _floors_of(pieces: Iterable[Piece]) -> tuple[float, float]:
-    """Return, for each side, the contribution below which places hold `REST` of it; infinite where there is none."""
-    values, weights = [], []
-    for _, value, weight in pieces:
-        values.append(value)
-        weights.append(weight)
-    value, weight = np.concatenate(values), np.concatenate(weights)
-    first, second = (_floor(np.maximum(_speaking(value, side), 0), weight) for side in SIDES)
-    return first, second
-
-
-def _floor(size: Floats, weights: Floats) -> float:
-    order = np.argsort(size, kind="stable")
-    below = np.cumsum((size * weights)[order])
-    return float(size[order[np.searchsorted(below, REST * below[-1])]]) if below[-1] > 0 else float("inf")
-
-
-def _sample(
-    pieces: Iterable[Piece], axes: NDArray[np.float32], floor: float, side: Side, seed: int
-) -> NDArray[np.float32]:
-    """Return places [n, R] of a side on the main axes, drawn in proportion to what they contribute.
+class _Drawn:
+    """Places of a side, drawn in proportion to what they contribute, and the distribution of all contributions.
 
     Each place has an exponential waiting time of its rate, and the first ones stay (Efraimidis and Spirakis 2006): what
     is drawn does not depend on how places are cut into pieces.
     """
-    random = np.random.default_rng(seed)
-    kept, times = np.zeros((0, axes.shape[1]), np.float32), np.zeros(0)
-    for features, values, weights in pieces:
-        size = _speaking(values, side)
-        waiting = random.exponential(size=len(values))
-        rows = np.flatnonzero((size >= floor) & (size > 0) & (weights > 0))
-        times = np.concatenate([times, waiting[rows] / (size[rows] * weights[rows])])
-        kept = np.concatenate([kept, _on(axes, features[rows])])
-        if len(times) > FITTED:
-            first = np.sort(np.argpartition(times, FITTED)[:FITTED])
-            times, kept = times[first], kept[first]
-    return kept
+
+    def __init__(self, side: Side, seed: int) -> None:
+        self._side, self._random = side, np.random.default_rng(seed)
+        self._below: dict[int, float] = {}  # what places contribute, by steps of their size
+        self._times, self._values = np.zeros(0), np.zeros(0)
+        self._features: NDArray[Any] | None = None
+
+    def add(self, features: NDArray[Any], values: Floats, weights: Floats) -> None:
+        """Add places: contributions [n, C], their sums [n], and weights [n]."""
+        waiting = self._random.exponential(size=len(values))
+        size = _speaking(values, self._side)
+        rows = np.flatnonzero((size > 0) & (weights > 0))
+        mass = size[rows] * weights[rows]
+        steps, member = np.unique(np.floor(np.log2(size[rows]) * STEPS).astype(np.int64), return_inverse=True)
+        for step, more in zip(steps.tolist(), np.bincount(member, mass, len(steps)).tolist(), strict=True):
+            self._below[step] = self._below.get(step, 0.0) + more
+        new = waiting[rows] / mass
+        if len(self._times) == int(SPARE * FITTED):
+            soon = new < self._times.max()
+            rows, new = rows[soon], new[soon]
+        times, kept = np.concatenate([self._times, new]), features[rows]
+        if self._features is not None:
+            kept = np.concatenate([self._features, kept])
+        first = np.sort(np.argsort(times, kind="stable")[: int(SPARE * FITTED)])
+        self._times, self._features = times[first], kept[first]
+        self._values = np.concatenate([self._values, values[rows]])[first]
+
+    def floor(self) -> float:
+        """Return the contribution below which places hold less than `REST` of all; infinite where there is none."""
+        if not self._below:
+            return float("inf")
+        steps = sorted(self._below)
+        below = np.cumsum([self._below[step] for step in steps])
+        return float(2.0 ** (steps[int(np.searchsorted(below, REST * below[-1]))] / STEPS))
+
+    def above(self, floor: float) -> tuple[NDArray[Any], Floats]:
+        """Return contributions [n, C] and their sums [n] of the places that were drawn and reach the floor."""
+        if self._features is None:
+            return np.zeros((0, 0)), np.zeros(0)
+        rows = np.flatnonzero(_speaking(self._values, self._side) >= floor)
+        first = np.sort(rows[np.argsort(self._times[rows], kind="stable")[:FITTED]])
+        return self._features[first], self._values[first]
 
 
 def _speaking(values: Floats, side: Side) -> Floats:
@@ -200,32 +249,46 @@ def _speaking(values: Floats, side: Side) -> Floats:
     return values if side == "for" else -values
 
 
-def _trial(sample: NDArray[np.float32], count: int, seed: int) -> Trial:
-    """Return how well so many kinds keep and how far they lie apart, of fits that see a half of the places each."""
+class _Half:
+    """A half of the places, drawn by chance, and the distances of some of it."""
+
+    def __init__(self, sample: NDArray[np.float32], seed: int, draw: int | None) -> None:
+        _, metrics = need_library()
+        self.seed = seed if draw is None else seed + draw
+        self.places = sample
+        if draw is not None:
+            self.places = sample[np.random.default_rng([seed, draw]).permutation(len(sample))[: -(-len(sample) // 2)]]
+        some = np.random.default_rng(self.seed).permutation(len(self.places))[:COMPARED]
+        self._some = self.places[some]
+        self._distances = metrics.pairwise_distances(self._some)
+        np.fill_diagonal(self._distances, 0)
+
+    def fitted(self, count: int) -> tuple[Any, float]:
+        """Return the k-means of several starts whose kinds lie farthest apart, and its mean silhouette."""
+        cluster, metrics = need_library()
+        best: tuple[Any, float] | None = None
+        for start in range(RESTARTS):
+            number = (1000 * self.seed + start) % 2**32
+            model = cluster.KMeans(count, n_init=1, random_state=number, max_iter=50).fit(self.places)
+            labels, apart = model.predict(self._some), -1.0
+            if 1 < len(np.unique(labels)) < len(self._some):
+                apart = float(metrics.silhouette_score(self._distances, labels, metric="precomputed"))
+            if best is None or apart > best[1]:
+                best = model, apart
+        assert best is not None
+        return best
+
+
+def _trials(sample: NDArray[np.float32], counts: Sequence[int], seed: int) -> list[Trial]:
+    """Return how well each number of kinds keeps and how far they lie apart, of fits that see a half of the places."""
     _, metrics = need_library()
-    labels, apart = [], []
-    for draw in range(SEEDS):
-        half = np.random.default_rng([seed, draw]).permutation(len(sample))[: -(-len(sample) // 2)]
-        model, silhouette = _fitted(sample[half], count, seed + draw)
-        labels.append(model.predict(sample))
-        apart.append(silhouette)
-    pairs = [metrics.adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
-    return Trial(count, float(np.mean(pairs)), float(np.mean(apart)))
-
-
-def _fitted(sample: NDArray[np.float32], count: int, seed: int) -> tuple[Any, float]:
-    """Return the k-means of several starts whose kinds lie farthest apart, and its mean silhouette."""
-    cluster, metrics = need_library()
-    some = sample[np.random.default_rng(seed).permutation(len(sample))[:COMPARED]]
-    best: tuple[Any, float] | None = None
-    for start in range(RESTARTS):
-        model = cluster.KMeans(count, n_init=1, random_state=(1000 * seed + start) % 2**32, max_iter=50).fit(sample)
-        labels = model.predict(some)
-        apart = float(metrics.silhouette_score(some, labels)) if 1 < len(np.unique(labels)) < len(some) else -1.0
-        if best is None or apart > best[1]:
-            best = model, apart
-    assert best is not None
-    return best
+    halves, found = [_Half(sample, seed, draw) for draw in range(SEEDS)], []
+    for count in counts:
+        fits = [half.fitted(count) for half in halves]
+        labels = [model.predict(sample) for model, _ in fits]
+        pairs = [metrics.adjusted_rand_score(a, b) for a, b in combinations(labels, 2)]
+        found.append(Trial(count, float(np.mean(pairs)), float(np.mean([apart for _, apart in fits]))))
+    return found
 
 
 def need_library() -> tuple[Any, Any]:
@@ -245,10 +308,3 @@ def _on(axes: NDArray[np.float32], features: NDArray[Any]) -> NDArray[np.float32
     length = np.linalg.norm(found, axis=1, keepdims=True)
     unit: NDArray[np.float32] = np.divide(found, length, out=np.zeros_like(found), where=length > 0)
     return unit
-
-
-def pieces_of(features: NDArray[Any], values: Floats, weights: Floats, size: int = 4096) -> Iterator[Piece]:
-    """Yield places that are in memory in pieces."""
-    for start in range(0, len(values), size):
-        rows = slice(start, start + size)
-        yield features[rows], values[rows], weights[rows]

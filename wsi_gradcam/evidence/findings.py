@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from wsi_gradcam.audit.findings import ALPHA, percent
 from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm
+from wsi_gradcam.evidence import COLOURS, Against, Row, Share
 from wsi_gradcam.evidence.clusters import SIDES, Side
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.audit.findings import Verdict
     from wsi_gradcam.evidence.clusters import Choice
+    from wsi_gradcam.evidence.tables import Tally
 
     Floats = NDArray[np.float64]
 
@@ -33,19 +35,7 @@ ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur or the border, from
 FACTORS = ("site", "scanner", "label")
 
 
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Share(_Row):
-    """A share with its 95 % interval, by slide where there are enough."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-class Spread(_Row):
+class Spread(Row):
     """How a kind is spread over sites, scanners or labels."""
 
     by: Annotated[str, Field(description="site, scanner or label, as the list of slides tells them")]
@@ -58,7 +48,7 @@ class Spread(_Row):
     p_adjusted: Annotated[float | None, Field(description="corrected for all kinds (Holm)")]
 
 
-class Covering(_Row):
+class Covering(Row):
     """What happens to the explained scalar where the places of a kind are covered."""
 
     patches: int
@@ -70,11 +60,12 @@ class Covering(_Row):
     p_adjusted: float | None
 
 
-class KindRow(_Row):
+class KindRow(Row):
     """A kind of evidence."""
 
     number: Annotated[int, Field(description="from 1 on, as in the tables and in names.yaml")]
     name: Annotated[str, Field(description="given in names.yaml; empty where none is")]
+    colour: Annotated[str, Field(description="six hex digits: in the report, in label images and in exports")]
     side: Annotated[Side, Field(description="whether it speaks for or against the target")]
     share: Annotated[Share, Field(description="of all that speaks for the target, or against it")]
     area: Annotated[Share, Field(description="of the explained tissue")]
@@ -83,12 +74,15 @@ class KindRow(_Row):
     of_slides: int
     probability: Annotated[float | None, Field(description="mean of the target's class, of patches with the kind")]
     suspects: Annotated[dict[str, float], Field(description="share of its evidence on ink, glass, blur, border")]
+    regions: Annotated[dict[str, float], Field(description="the same on regions that are given, by class")]
+    annotations: Annotated[dict[str, float], Field(description="the same in annotated areas, by class")]
+    marks: Annotated[dict[str, float], Field(description="the same in regions and patches that people marked, by kind")]
     spread: list[Spread]
     covering: Covering | None
     shortcut: bool
 
 
-class Finding(_Row):
+class Finding(Row):
     """A statement in plain words, the weightiest first."""
 
     kind: Annotated[Literal["shortcut", "suspect", "evidence", "uneven"], Field(description="what is stated")]
@@ -96,7 +90,7 @@ class Finding(_Row):
     words: str
 
 
-class TrialRow(_Row):
+class TrialRow(Row):
     """So many kinds of a side, how well they keep (adjusted Rand index) and lie apart (silhouette)."""
 
     side: Side
@@ -106,7 +100,7 @@ class TrialRow(_Row):
     chosen: bool
 
 
-class Evidence(_Row):
+class Evidence(Row):
     """All that `wsi-gradcam evidence` found; `evidence.json`."""
 
     format: int = 1
@@ -129,43 +123,12 @@ class Evidence(_Row):
     kinds: list[KindRow]
     findings: list[Finding]
     not_read: Annotated[dict[str, str], Field(description="slides that were left out, and why")]
+    against: Annotated[Against | None, Field(description="another model's evidence on the same slides")] = None
 
     @property
     def shortcuts(self) -> list[KindRow]:
         """The kinds that look like shortcuts."""
         return [kind for kind in self.kinds if kind.shortcut]
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Places of a sample, and their patches.
-
-    Attributes:
-        kind: [n] of each, -1 for none.
-        value: [n] signed contribution.
-        weight: [n] how many places each stands for.
-        patch: [n] row of its patch.
-        suspects: [n] share of each place that shows ink, glass, blur or border, by name.
-        slide: [P] ids of the patches' slides.
-        probability: [P] of the target's class; None where none is explained.
-    """
-
-    kind: NDArray[np.int64]
-    value: Floats
-    weight: Floats
-    patch: NDArray[np.int64]
-    suspects: Mapping[str, NDArray[np.float32]]
-    slide: NDArray[np.str_]
-    probability: Floats | None
-
-    def per_patch(self, values: Floats) -> Floats:
-        """Return weighted sums [P] of values [n] of places."""
-        found: Floats = np.bincount(self.patch, values * self.weight, len(self.slide)).astype(np.float64)
-        return found
-
-    def on(self, side: Side) -> Floats:
-        """Return what each place [n] contributes to a side, not negative."""
-        return np.maximum(self.value if side == "for" else -self.value, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,14 +163,15 @@ class Facts:
     groups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     not_read: Mapping[str, str] = field(default_factory=dict)
+    against: Against | None = None
 
 
-def find(places: Places, choice: Choice | None, covered: Mapping[int, Covered], facts: Facts) -> Evidence:
-    """Return all that is found of places that are sorted into kinds."""
+def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], facts: Facts) -> Evidence:
+    """Return all that is found of places that are sorted into kinds, from their sums."""
     worth = choice is not None and facts.learned.outcome == "holds"
-    kinds = [] if choice is None or not worth else _rows(places, choice, covered, facts)
+    kinds = [] if choice is None or not worth else _rows(sums, choice, covered, facts)
     trials = [] if choice is None else [_trial_row(choice, side, i) for side in SIDES for i in _numbers(choice, side)]
-    slides = len(np.unique(places.slide))
+    slides = len(np.unique(sums.slides))
     return Evidence(
         model=facts.model,
         model_digest=facts.model_digest,
@@ -215,8 +179,8 @@ def find(places: Places, choice: Choice | None, covered: Mapping[int, Covered], 
         layer=facts.layer,
         target=facts.target,
         seed=facts.seed,
-        places=len(places.kind),
-        patches=len(places.slide),
+        places=sums.places,
+        patches=sums.patches,
         patches_of_run=facts.patches_of_run,
         slides=slides,
         slides_of_run=facts.slides_of_run,
@@ -228,6 +192,7 @@ def find(places: Places, choice: Choice | None, covered: Mapping[int, Covered], 
         kinds=kinds,
         findings=in_words(kinds, facts.target),
         not_read=dict(facts.not_read),
+        against=facts.against,
     )
 
 
@@ -246,8 +211,8 @@ def _trial_row(choice: Choice, side: Side, number: int) -> TrialRow:
     )
 
 
-def _rows(places: Places, choice: Choice, covered: Mapping[int, Covered], facts: Facts) -> list[KindRow]:
-    rows = [_row(places, number, side, covered.get(number), facts) for number, side in enumerate(choice.kinds.sides)]
+def _rows(sums: Tally, choice: Choice, covered: Mapping[int, Covered], facts: Facts) -> list[KindRow]:
+    rows = [_row(sums, number, side, covered.get(number), facts) for number, side in enumerate(choice.kinds.sides)]
     spreads = [(i, j) for i, row in enumerate(rows) for j, one in enumerate(row.spread) if one.p is not None]
     even = holm([rows[i].spread[j].p or 0.0 for i, j in spreads])
     tested = [i for i, row in enumerate(rows) if row.covering is not None and row.covering.p is not None]
@@ -293,35 +258,42 @@ def matters(row: KindRow) -> bool:
     return one.p_adjusted <= ALPHA and (one.difference.value < 0) == (row.side == "for")
 
 
-def _row(places: Places, number: int, side: Side, covered: Covered | None, facts: Facts) -> KindRow:
-    own = places.kind == number
-    mass, area = places.per_patch(places.on(side)), places.per_patch(np.ones(len(own)))
-    own_mass, own_area = places.per_patch(places.on(side) * own), places.per_patch(own.astype(np.float64))
-    share, of_area = _share(own_mass, mass, places.slide, facts.seed), _share(own_area, area, places.slide, facts.seed)
-    of_slide, density = _by_slide(own_mass, mass, places.slide), _by_slide(own_mass, area, places.slide)
-    total = float((places.on(side) * places.weight * own).sum())
-    suspects = {
-        name: float((places.on(side) * places.weight * own * shows).sum() / total) if total > 0 else 0.0
-        for name, shows in places.suspects.items()
-    }
-    probability = None
-    if places.probability is not None and own_mass.sum() > 0:
-        probability = float(np.average(places.probability, weights=own_mass))
+def _row(sums: Tally, number: int, side: Side, covered: Covered | None, facts: Facts) -> KindRow:
+    mass, own_mass, own_area = sums.mass[:, SIDES.index(side)], sums.own_mass[:, number], sums.own_area[:, number]
+    share = _share(own_mass, mass, sums.slides, facts.seed)
+    of_area = _share(own_area, sums.area, sums.slides, facts.seed)
+    of_slide, density = _by_slide(own_mass, mass, sums.slides), _by_slide(own_mass, sums.area, sums.slides)
+    total = float(own_mass.sum())
+    probability = sums.probability[number] / total if total > 0 else np.nan
     return KindRow(
         number=number + 1,
         name=facts.names.get(number + 1, ""),
+        colour=COLOURS[number % len(COLOURS)],
         side=side,
         share=share,
         area=of_area,
         lift=share.value / of_area.value if share.value is not None and of_area.value else None,
         slides=sum(value >= PRESENT for value in of_slide.values()),
         of_slides=len(of_slide),
-        probability=probability,
-        suspects=suspects,
+        probability=None if np.isnan(probability) else float(probability),
+        suspects=_on(sums, "suspect", number),
+        regions=_on(sums, "region", number),
+        annotations=_on(sums, "annotation", number),
+        marks=_on(sums, "mark", number),
         spread=[one for by in FACTORS if (one := _spread(of_slide, density, by, facts)) is not None],
         covering=None if covered is None else _covering(covered, facts.seed),
         shortcut=False,
     )
+
+
+def _on(sums: Tally, what: str, number: int) -> dict[str, float]:
+    """Return the share of a kind that lies on each thing of a sort, by its name."""
+    total, start = float(sums.own_mass[:, number].sum()), f"{what}/"
+    return {
+        name.removeprefix(start): float(values[number]) / total if total > 0 else 0.0
+        for name, values in sums.on.items()
+        if name.startswith(start)
+    }
 
 
 def _share(part: Floats, whole: Floats, slides: NDArray[np.str_], seed: int) -> Share:
@@ -330,10 +302,11 @@ def _share(part: Floats, whole: Floats, slides: NDArray[np.str_], seed: int) -> 
     if not known.any():
         return Share(value=None, low=None, high=None)
     found = estimate(part[known] / whole[known], slides[known], whole[known], seed)
-    return _as_share(found)
+    return as_share(found)
 
 
-def _as_share(found: Estimate) -> Share:
+def as_share(found: Estimate) -> Share:
+    """Return an estimate as a share; null where there is none."""
     return Share(**{name: None if np.isnan(v := getattr(found, name)) else v for name in ("value", "low", "high")})
 
 
@@ -407,9 +380,9 @@ def _covering(covered: Covered, seed: int) -> Covering | None:
     return Covering(
         patches=int(known.sum()),
         slides=len(np.unique(slide)),
-        change=_as_share(estimate(change, slide, weight, seed)),
-        elsewhere=_as_share(estimate(other, slide, weight, seed)),
-        difference=_as_share(found.difference),
+        change=as_share(estimate(change, slide, weight, seed)),
+        elsewhere=as_share(estimate(other, slide, weight, seed)),
+        difference=as_share(found.difference),
         p=None if np.isnan(found.p) else found.p,
         p_adjusted=None,
     )

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.plan import Arrays
+    from wsi_gradcam.evidence import Share
     from wsi_gradcam.evidence.clusters import Side
-    from wsi_gradcam.evidence.findings import Covering, Evidence, KindRow, Share, Spread, TrialRow
+    from wsi_gradcam.evidence.findings import Covering, Evidence, KindRow, Spread, TrialRow
     from wsi_gradcam.io.paths import StoragePath
 
 OUTLINE = (20, 20, 20), (255, 225, 60)  # dark beside bright: seen on any tissue

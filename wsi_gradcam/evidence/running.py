@@ -1,76 +1,83 @@
-"""`evidence_run`: two passes over a sample of places, and what is made of them.
+"""`evidence_run`: three passes over a sample of places, and what is made of them.
 
-In the first pass the model explains patches and places are drawn from them; kinds are found; in the second the kinds
-are covered in some patches, and examples are taken. Tasks carry coordinates, results lie in pieces on disk.
+In the first pass the model explains patches and places are drawn from them; kinds are found; in the second all places
+are sorted, and tables and label images written; in the third kinds are covered in some patches, and examples are taken.
+Tasks carry coordinates, results lie in pieces on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wsi_gradcam.audit.archive import audited_target, draw_sample, open_run
-from wsi_gradcam.audit.plan import Arrays, AuditSettings, read_arrays
-from wsi_gradcam.audit.running import allowed_slides, given_model, report_rows, short
-from wsi_gradcam.cam.targets import PREDICTED
-from wsi_gradcam.errors import (
-    ConfigError,
-    DocumentError,
-    ResultError,
-    ResumeError,
-    StoreError,
+from wsi_gradcam.audit.measurements import FEWEST_SLIDES
+from wsi_gradcam.audit.plan import Arrays, Frame, read_arrays
+from wsi_gradcam.audit.running import (
+    Judged,
+    allowed_slides,
+    audited_slides,
+    drawn_digests,
+    given_model,
+    plan_before,
+    report_rows,
+    write_plan,
 )
+from wsi_gradcam.cam.targets import PREDICTED
+from wsi_gradcam.errors import ConfigError, DocumentError, ResultError
 from wsi_gradcam.evidence import (
+    DRAWN,
+    PIECE,
     PLACES,
     EvidenceFolder,
     EvidencePlan,
     EvidenceSettings,
-    Shown,
     is_given,
 )
-from wsi_gradcam.evidence.clusters import Choice, Kinds, Piece, find_kinds, need_library
-from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, Places, find
+from wsi_gradcam.evidence.clusters import Choice, Piece, find_kinds, need_library
+from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, find
 from wsi_gradcam.evidence.page import write_report
-from wsi_gradcam.evidence.stages import DRAWN, EvidenceWorkload, choose_shown
+from wsi_gradcam.evidence.stages import EvidenceWorkload
+from wsi_gradcam.evidence.tables import Tally, measured, tally, weights_of
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.manifest import SlideStatus
+from wsi_gradcam.results.marks import Marks
 from wsi_gradcam.results.run import open_result
-from wsi_gradcam.results.seals import is_account, sealed_json, write_listing
+from wsi_gradcam.results.seals import is_account, write_listing
 from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.run.driver import RunSession
 from wsi_gradcam.run.types import RunListener, SlideRecord
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from wsi_gradcam.audit.archive import ExplainedRun
     from wsi_gradcam.audit.findings import Verdict
+    from wsi_gradcam.audit.plan import AuditSettings
+    from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
 
 
+READ = 100_000  # places, of all that were measured, in which kinds are found
+
+
 @dataclass(frozen=True)
-class EvidenceOutcome:
-    """The outcome: where it lies, what was found, and the records of the slides."""
+class EvidenceOutcome(Judged):
+    """The outcome: what was found."""
 
-    out: StoragePath
     evidence: Evidence
-    records: tuple[SlideRecord, ...]
-
-    @property
-    def failed(self) -> tuple[SlideRecord, ...]:
-        """The slides of the sample that could not be read."""
-        return tuple(record for record in self.records if record.status == SlideStatus.FAILED)
 
 
 def evidence_run(
@@ -79,6 +86,10 @@ def evidence_run(
     places: int = PLACES,
     seed: int = 0,
     target: str = "",
+    annotations: str | PathLike[str] | None = None,
+    regions: str | PathLike[str] | None = None,
+    mask_frame: Frame = "auto",
+    skip_labels: bool = False,
     model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
@@ -90,13 +101,18 @@ def evidence_run(
 ) -> EvidenceOutcome:
     """Find out what the model looks at, across the explained archive in `out`; what was measured before is kept.
 
-    Everything is written to `out`/evidence: report.html, evidence.json, clusters.parquet, and the places of each slide.
+    Everything is written to `out`/evidence: report.html, evidence.json, clusters.parquet, and for each slide a label
+    image and tables of its places and patches.
 
     Args:
         out: folder or s3:// URL that `explain` was given; slides and model must be where they were.
         places: about so many cells of the explained layer are drawn, of all slides together.
         seed: of the sample and of all random numbers.
         target: whose evidence: one of the run's targets; nothing given: the first.
+        annotations: file, or folder with a file a slide, of areas whose classes kinds are compared with.
+        regions: the same of areas that should not decide, such as rulers, folds and pen.
+        mask_frame: as of `audit_run`.
+        skip_labels: write no label images and no tables of patches, for which each patch is looked at twice.
         model: the run's model, where its files have moved or a program alone has it.
         workers, scheduler, wait_for_workers: as of `explain`.
         overwrite: measure all anew; evidence with other settings is refused without it.
@@ -107,7 +123,8 @@ def evidence_run(
     Raises:
         WsiGradcamError: nothing could be done at all, or it had to stop; what was measured is not lost.
     """
-    settings = EvidenceSettings(places, seed, target)
+    drawn, hidden = (None if path is None else Path(path).absolute() for path in (annotations, regions))
+    settings = EvidenceSettings(places, seed, target, drawn, hidden, mask_frame, skip_labels)
     need_library()
     result = open_result(storage_path(out).absolute())
     given, loaded = given_model(model)
@@ -117,7 +134,7 @@ def evidence_run(
             f"{result.out}: is of a slide-level model, and evidence is sorted for models of patches alone; explain the "
             "same slides with a model of patches"
         )
-    samples = draw_sample(run.candidates, AuditSettings(patches=max(1, -(-places // DRAWN)), seed=seed))
+    samples = draw_sample(run.candidates, replace(settings.drawings(), annotations=None))
     if not samples:
         raise ResultError(f"{result.out}: no patch could be read when it was explained, so there is no evidence")
     folder = EvidenceFolder(result.folder.place / EVIDENCE)
@@ -134,143 +151,103 @@ def evidence_run(
         plan = EvidencePlan(
             run=eager, run_digest=result.record.run_digest, settings=settings, target=aim, samples=samples
         )
+        drawings = _given(run, settings.drawings(), plan)
         session.claim()
-        _settle(folder, plan, overwrite)
+        _settle(folder, plan, result.ids, overwrite)
         folder.remove_partial_files(samples)
-        workload = EvidenceWorkload(plan)
-        session.begin(workload, entries, executor.dashboard)
-        session.process(executor, workload, entries, records.append)
-        good = {record.slide.id for record in records if record.status == SlideStatus.OK}
-        read = [entry for entry in entries if entry.id in good]  # in the plan's order, whichever ended first
-        if not read:
-            raise ResultError(f"{folder.place}: no slide could be read; the first: {records[0].error}")
-        found = _first_pass(folder, plan, [entry.id for entry in read])
-        if found.shown:
-            second = replace(plan, kinds=found.kinds, shown=found.shown)
-            wanted = [entry for entry in read if entry.id in found.shown]
-            again: list[SlideRecord] = []
-            session.process(executor, EvidenceWorkload(second), wanted, again.append, again=True)
-            records += [record for record in again if record.status == SlideStatus.FAILED]
-        else:
-            second = plan
-        evidence = _finish(folder, second, run, records, found)
-    return EvidenceOutcome(folder.place, evidence, tuple(records))
+        session.begin(EvidenceWorkload(plan), entries, executor.dashboard)
+
+        def perform(step: EvidencePlan, slides: list[SlideEntry], again: bool = True) -> list[SlideEntry]:
+            """Perform a pass; return the slides that have not failed, in the plan's order, whichever ended first."""
+            ended: list[SlideRecord] = []
+            session.process(executor, EvidenceWorkload(step), slides, ended.append, again)
+            records.extend(one for one in ended if not again or one.status == SlideStatus.FAILED)
+            good = {record.slide.id for record in ended if record.status == SlideStatus.OK}
+            if not good and slides:
+                raise ResultError(f"{folder.place}: no slide could be read; the first: {ended[0].error}")
+            return [entry for entry in slides if entry.id in good]
+
+        evidence = _passes(folder, plan, run, entries, drawings, perform, records)
+    return EvidenceOutcome(folder.place, tuple(records), evidence)
 
 
-def _settle(folder: EvidenceFolder, plan: EvidencePlan, overwrite: bool) -> None:
+def _passes(
+    folder: EvidenceFolder,
+    plan: EvidencePlan,
+    run: ExplainedRun,
+    entries: list[SlideEntry],
+    drawings: str,
+    perform: Callable[..., list[SlideEntry]],
+    records: list[SlideRecord],
+) -> Evidence:
+    """Perform the three passes; each takes the slides that the one before could read."""
+    read = perform(plan, entries, again=False)
+    ids = [entry.id for entry in read]
+    learned = _learned(folder, plan, ids)
+    choice = None
+    if learned.outcome == "holds":
+        choice = find_kinds(drawn_pieces(folder, plan, ids), plan.settings.seed)
+    if choice is None:
+        return _finish(folder, plan, run, records, _Found(None, _unsorted(folder, plan, ids), learned))
+    names = read_names(folder.names)
+    single = len(read) < FEWEST_SLIDES
+    second = replace(plan, step="sort", kinds=choice.kinds, names=names, given=drawings, single=single)
+    ids = [entry.id for entry in perform(second, read)]
+    summed = ((name, read_arrays(folder.batch(name, second.sums_digest, 0))) for name in ids)
+    sums, shown = tally(summed, len(choice.kinds))
+    third = replace(second, step="show", shown=shown)
+    if shown:
+        perform(third, [entry for entry in read if entry.id in shown])
+    return _finish(folder, third, run, records, _Found(choice, sums, learned))
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What the passes gave: kinds, sums, and whether the model has learned anything."""
+
+    choice: Choice | None
+    sums: Tally
+    learned: Verdict
+
+
+def _settle(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str], overwrite: bool) -> None:
     """Write the plan, unless it stands there; with `overwrite` all that was measured is forgotten.
+
+    Args:
+        slides: of the run; where the plan there is damaged, it may have been about any of them.
 
     Raises:
         ResumeError: the numbers there are of other settings.
     """
-    try:
-        before = folder.read_plan()
-    except StoreError:
-        if not overwrite:
-            raise
-        before = None
-    identity = plan.identity()
-    if before is not None and before.get("identity") == identity and not overwrite:
-        return
-    if before is not None and not overwrite:
-        there = before.get("identity") or {}
-        changed = [
-            f"{key}: {short(there.get(key))} there, {short(value)} now"
-            for key, value in identity.items()
-            if there.get(key) != value and key != "sample"
-        ]
-        what = ", ".join(changed) or "other patches"
-        raise ResumeError(f"{folder.place}: holds evidence with other settings ({what}); --overwrite replaces it")
-    for place in (folder.plan, folder.listing, folder.metrics, folder.report, folder.clusters):
-        place.remove()
-    for name in (before or {}).get("samples", plan.samples):
-        folder.forget(name)
-    values = {
-        "identity": identity,
-        "digest": plan.digest(),
-        "samples": {name: sample.to_json() for name, sample in plan.samples.items()},
-    }
-    folder.plan.write(sealed_json(values, indent=1))
+    before, same = plan_before(folder, plan.identity, overwrite, "evidence")
+    if not same:
+        folder.clusters.remove()
+        old = audited_slides(before, slides if overwrite else ())
+        write_plan(folder, plan.identity, plan.digest, plan.samples, old)
 
 
-@dataclass(frozen=True, eq=False)
-class _First:
-    """What the first pass gave: kinds, places, and the patches of the second pass."""
-
-    choice: Choice | None
-    places: Places
-    learned: Verdict
-    shown: dict[str, tuple[Shown, ...]]
-    slides: tuple[str, ...]
-
-    @property
-    def kinds(self) -> Kinds | None:
-        return None if self.choice is None else self.choice.kinds
+def _given(run: ExplainedRun, settings: AuditSettings, plan: EvidencePlan) -> str:
+    """Return the sha256 of all that people have drawn on the slides of the sample."""
+    paths = (settings.annotations, settings.regions)
+    drawn = [drawn_digests(run, settings, path, (), plan.samples) for path in paths]
+    marks = [asdict(mark) for mark in Marks(run.result.folder.place).all() if mark.slide in plan.samples]
+    return hashlib.sha256(json.dumps([drawn, marks], sort_keys=True).encode()).hexdigest()
 
 
-def _first_pass(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> _First:
-    """Find kinds among the places that were measured, and choose patches to look at again."""
-
-    def pieces() -> Iterator[Piece]:
-        for _, arrays in _measured(folder, plan, slides):
-            yield arrays["place/features"], arrays["place/value"], _weights(arrays)
-
-    learned = _learned(folder, plan, slides)
-    choice = find_kinds(pieces, plan.settings.seed) if learned.outcome == "holds" else None
-    kept: dict[str, list[NDArray[Any]]] = defaultdict(list)
-    suspects: dict[str, list[NDArray[Any]]] = defaultdict(list)
-    patches = 0
-    for slide, arrays in _measured(folder, plan, slides):
-        features, values = arrays["place/features"], arrays["place/value"]
-        kinds = np.full(len(values), -1) if choice is None else choice.kinds.sort(features, values)
-        likeness = np.zeros(len(values), np.float32)
-        if choice is not None and len(values):
-            likeness = np.take_along_axis(choice.kinds.likeness(features), np.maximum(kinds, 0)[:, None], axis=1)[:, 0]
-        for name, array in {
-            "kind": kinds,
-            "likeness": likeness,
-            "value": values,
-            "weight": _weights(arrays),
-            "patch": arrays["place/patch"] + patches,
-            "slide": np.full(len(arrays["patch/number"]), slide),
-            "number": arrays["patch/number"],
-            "yx": arrays["patch/yx"],
-            "patch_weight": arrays["patch/weight"],
-            "probability": arrays.get("patch/probability", np.zeros(0)),
-        }.items():
-            kept[name].append(array)
-        for name, array in arrays.items():
-            if name.startswith("suspect/"):
-                suspects[name.removeprefix("suspect/")].append(array)
-        patches += len(arrays["patch/number"])
-    whole = {name: np.concatenate(parts) for name, parts in kept.items()}
-    found = Places(
-        whole["kind"],
-        whole["value"],
-        whole["weight"],
-        whole["patch"],
-        {name: np.concatenate(parts) for name, parts in suspects.items()},
-        whole["slide"],
-        whole["probability"] if len(whole["probability"]) == patches else None,
-    )
-    shown = {} if choice is None else choose_shown(found, whole, len(choice.kinds), plan.settings.seed)
-    return _First(choice, found, learned, shown, tuple(slides))
-
-
-def _measured(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Iterator[tuple[str, Arrays]]:
-    """Yield the pieces of the first pass that have places, with their slide."""
-    first = replace(plan, kinds=None)
-    for slide in slides:
-        for number in range(first.pieces(slide)):
-            arrays = read_arrays(folder.batch(slide, first.digest(), number))
-            if len(arrays["patch/number"]):
-                yield slide, arrays
-
-
-def _weights(arrays: Arrays) -> NDArray[np.float64]:
-    """Return how many places of the archive each place stands for."""
-    weights: NDArray[np.float64] = arrays["place/weight"] * arrays["patch/weight"][arrays["place/patch"]]
-    return weights
+def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Iterator[Piece]:
+    """Yield the places in which kinds are found: all, or those of pieces drawn by chance where there are many."""
+    pieces = [
+        (slide, number, min(PIECE, len(plan.samples[slide].patches) - number * PIECE))
+        for slide in slides
+        for number in range(-(-len(plan.samples[slide].patches) // PIECE))
+    ]
+    order = np.random.default_rng(plan.settings.seed).permutation(len(pieces))
+    before = np.cumsum([0, *(DRAWN * pieces[i][2] for i in order[:-1].tolist())])
+    for i in np.sort(order[before < READ]).tolist():
+        slide, number, _ = pieces[i]
+        arrays = read_arrays(folder.batch(slide, plan.digest, number))
+        if len(arrays["patch/number"]):
+            yield arrays["place/features"], arrays["place/value"], weights_of(arrays)
 
 
 def _learned(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Verdict:
@@ -278,18 +255,30 @@ def _learned(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) 
     from wsi_gradcam.audit.questions.sanity import answer_spread, has_learned
 
     own, others = [], []
-    for _, arrays in _measured(folder, plan, slides):
-        if "probe/answers" in arrays:
-            others.append(arrays["probe/answers"])
-            own.append(arrays["patch/logits"][: len(others[-1])])
+    for slide in slides:
+        if plan.probed(slide):
+            arrays = read_arrays(folder.batch(slide, plan.digest, 0))
+            if "probe/answers" in arrays:
+                others.append(arrays["probe/answers"])
+                own.append(arrays["patch/logits"][: len(others[-1])])
     if not own:
         raise ResultError(f"{folder.place}: no patch of the sample could be read, so there is no evidence")
     spread = float(answer_spread(np.concatenate(own)))
     return has_learned(spread, answer_spread(np.moveaxis(np.concatenate(others), 1, 0)))
 
 
+def _unsorted(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Tally:
+    """Return how many places there are, of a model whose places are not sorted."""
+    patches = places = 0
+    for slide in slides:
+        for arrays in measured(folder, plan, slide):
+            patches, places = patches + len(arrays["patch/number"]), places + len(arrays["place/value"])
+    none = np.zeros((0, 0))
+    return Tally(np.array(slides, np.str_), none, none, none, none, {}, np.zeros(0), places, patches)
+
+
 def _finish(
-    folder: EvidenceFolder, plan: EvidencePlan, run: ExplainedRun, records: Sequence[SlideRecord], first: _First
+    folder: EvidenceFolder, plan: EvidencePlan, run: ExplainedRun, records: Sequence[SlideRecord], found: _Found
 ) -> Evidence:
     """Count and test what was measured, and write it."""
     failed = {record.slide.id: record.error for record in records if record.status == SlideStatus.FAILED}
@@ -303,14 +292,13 @@ def _finish(
         seed=plan.settings.seed,
         patches_of_run=sum(candidate.patches for candidate in run.candidates),
         slides_of_run=len(run.candidates),
-        learned=first.learned,
+        learned=found.learned,
         groups=run.groups,
-        names=read_names(folder.names),
+        names=plan.names,
         not_read={**{row.what: row.why for row in run.left_out}, **failed},
     )
-    evidence = find(first.places, first.choice, covered_by_kind(looked), facts)
+    evidence = find(found.sums, found.choice, covered_by_kind(looked), facts)
     folder.metrics.remove()
-    _write_places(folder, plan, run, first)
     folder.clusters.write(_parquet([_flat(kind) for kind in evidence.kinds]))
     factor = next((one.factor for one in plan.run.maps), 1)
     write_report(folder.report, evidence, looked, factor)
@@ -322,7 +310,7 @@ def _finish(
 
 def _shown(folder: EvidenceFolder, plan: EvidencePlan, slide: str) -> Iterator[Arrays]:
     for number in range(plan.pieces(slide)):
-        yield read_arrays(folder.batch(slide, plan.shown_digest(), number))
+        yield read_arrays(folder.batch(slide, plan.shown_digest, number))
 
 
 def covered_by_kind(looked: Sequence[tuple[str, Arrays]]) -> dict[int, Covered]:
@@ -364,28 +352,6 @@ def read_names(place: StoragePath) -> dict[int, str]:
     return dict(values)
 
 
-def _write_places(folder: EvidenceFolder, plan: EvidencePlan, run: ExplainedRun, first: _First) -> None:
-    """Write a table a slide of its places: patch, centre in level-0 px, kind (0 for none), contribution, weight."""
-    height, width = plan.run.facts.cam_shape
-    views = {one.slide.id: one.slide.plan.view for one in run.candidates}
-    for slide in first.slides:
-        rows: dict[str, list[NDArray[Any]]] = defaultdict(list)
-        for _, arrays in _measured(folder, plan, [slide]):
-            features, values = arrays["place/features"], arrays["place/value"]
-            kinds = np.full(len(values), -1) if first.kinds is None else first.kinds.sort(features, values)
-            top, left, tall, wide = views[slide]
-            cell, patch = np.divmod(arrays["place/cell"], width), arrays["place/patch"]
-            yx = arrays["patch/yx"][patch]
-            rows["patch"].append(arrays["patch/number"][patch])
-            rows["y"].append(yx[:, 0] + top + (cell[0] + 0.5) * tall / height)
-            rows["x"].append(yx[:, 1] + left + (cell[1] + 0.5) * wide / width)
-            rows["cluster"].append(kinds + 1)
-            rows["contribution"].append(values)
-            rows["weight"].append(_weights(arrays))
-        if rows:
-            folder.places(slide).write(_parquet({name: np.concatenate(parts) for name, parts in rows.items()}))
-
-
 def _flat(kind: KindRow) -> dict[str, Any]:
     """Return a kind as a row of a table."""
     row: dict[str, Any] = {"cluster": kind.number, "name": kind.name, "side": kind.side}
@@ -400,15 +366,11 @@ def _flat(kind: KindRow) -> dict[str, Any]:
     return {**row, "shortcut": kind.shortcut}
 
 
-def _parquet(rows: Sequence[Mapping[str, Any]] | Mapping[str, NDArray[Any]]) -> bytes:
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet
 
-    if isinstance(rows, Mapping):
-        table = pa.table({name: pa.array(values) for name, values in rows.items()})
-    else:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.BytesIO()
-    parquet.write_table(table, buffer)
+    parquet.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), buffer)
     return buffer.getvalue()

@@ -1,12 +1,11 @@
-"""The two passes over the slides of a sample: the tasks, what they leave on disk, and what the second pass looks at."""
+"""The three passes over the slides of a sample: what the model does in their tasks, and what these leave on disk."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from wsi_gradcam.audit.measures.removal import mean_colour, replace_by
 from wsi_gradcam.audit.measures.sanity import random_answers
-from wsi_gradcam.audit.measures.shortcuts import cover, masking, suspects
+from wsi_gradcam.audit.measures.shortcuts import cover, input_masks, masking, suspects
 from wsi_gradcam.audit.measures.subject import Aim, Subject
 from wsi_gradcam.audit.plan import Arrays, patch_seeds, write_arrays
 from wsi_gradcam.cam.engine import gradients
@@ -25,18 +24,13 @@ from wsi_gradcam.errors import (
     SlideFormatError,
     SlideReadError,
 )
-from wsi_gradcam.evidence import (
-    PIECE,
-    EvidenceFolder,
-    EvidencePlan,
-    Shown,
-)
-from wsi_gradcam.evidence.findings import Places
-from wsi_gradcam.results.manifest import Manifest, SlideStatus
+from wsi_gradcam.evidence import DRAWN, NOTHING, PIECE, EvidenceFolder, EvidencePlan
+from wsi_gradcam.evidence.tables import sort_slide
+from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.run.context import Exclusive
-from wsi_gradcam.run.types import Processed, SlideJob, SlideRecord, Stage, Task
-from wsi_gradcam.run.workload import failed_record
+from wsi_gradcam.run.types import Processed, SlideJob, Stage, Task
+from wsi_gradcam.run.workload import measuring_job
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.tissue.stain import apply
 
@@ -60,7 +54,6 @@ if TYPE_CHECKING:
 
 # A batch is always of this size, filled up where need be: for others torch chooses other kernels, whose sums differ.
 BATCH_SIZE = 16
-CELLS = 4  # places that are drawn from a patch
 EVENLY = 0.5  # of the draws go to any cell, the others to where the contributions are
 CONTROLS = 4  # equal areas elsewhere, for each patch that is covered
 
@@ -107,7 +100,7 @@ def _filled(images: Tensor) -> Sequence[Tensor]:
     return torch.split(torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]), BATCH_SIZE)
 
 
-def describe(subject: Subject, seen: Seen, target: AnyTarget, cells: int = CELLS) -> Arrays:
+def describe(subject: Subject, seen: Seen, target: AnyTarget, cells: int = DRAWN) -> Arrays:
     """Return what patches are (`patch/...`, [P]), and the places that are drawn from them (`place/...`, [n]).
 
     Cells are drawn with a probability that grows with their contribution, and each stands for as many others as that
@@ -208,17 +201,12 @@ def cover_kinds(
     return found.change, found.control_changes.mean(axis=1)
 
 
-DRAWN = 4  # places of a patch, see `measuring.CELLS`, which a client without torch need not load
-COVERED = 40  # patches in which a kind is covered: enough for a paired test, see `audit.findings.ENOUGH`
-EXAMPLES = 6  # typical ones of a kind, and as many extremes
-
-
 @dataclass(frozen=True)
 class EvidenceWorkload:
     """A pass over the slides of the sample.
 
     Attributes:
-        plan: with the kinds in the second pass.
+        plan: which says which pass it is.
         subject: the model in this process.
     """
 
@@ -229,9 +217,9 @@ class EvidenceWorkload:
     @property
     def patches(self) -> int:
         """The number of patches of the pass."""
-        if self.plan.kinds is None:
-            return sum(len(sample.patches) for sample in self.plan.samples.values())
-        return sum(len(own) for own in self.plan.shown.values())
+        if self.plan.step == "show":
+            return sum(len(own) for own in self.plan.shown.values())
+        return sum(len(sample.patches) for sample in self.plan.samples.values())
 
     @property
     def run(self) -> RunPlan:
@@ -240,19 +228,12 @@ class EvidenceWorkload:
 
     def job(self, slide: SlideEntry) -> SlideJob:
         """Return the phases of a slide; see `Workload.job`."""
-        stage = MEASURE if self.plan.kinds is None else SHOW
-        return _job(slide, [Task(stage, slide, (i,)) for i in range(self.plan.pieces(slide.id))])
-
-
-def _job(slide: SlideEntry, tasks: list[Task]) -> SlideJob:
-    started = time.monotonic()
-    try:
-        results = yield [tasks]
-    except Exception as error:
-        return failed_record(slide, error, time.monotonic() - started)
-    done = [result for result in results if isinstance(result, Processed)]
-    patches, unreadable = sum(each.patches for each in done), sum(each.unreadable for each in done)
-    return SlideRecord(slide, SlideStatus.OK, "", patches, unreadable, time.monotonic() - started)
+        pieces = [(i,) for i in range(self.plan.pieces(slide.id))]
+        if self.plan.step == "sort":
+            cells = [] if self.plan.settings.skip_labels else [Task(CELLS, slide, index) for index in pieces]
+            return measuring_job(slide, [cells, [Task(SORT, slide)]])
+        stage = MEASURE if self.plan.step == "measure" else SHOW
+        return measuring_job(slide, [[Task(stage, slide, index) for index in pieces]])
 
 
 def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
@@ -260,11 +241,9 @@ def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number:
     plan = context.workload.plan
     sample, part = plan.samples[entry.id], slice(number * PIECE, (number + 1) * PIECE)
     patches = sample.patches[part]
-    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.digest(), number)
+    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.digest, number)
     if place.is_file():
         return Processed(len(patches))
-    from wsi_gradcam.evidence.stages import describe, probe  # torch, which a client need not have
-
     started = time.perf_counter()
     seen, readable = _read(context, entry, patches, sample.yx[part])
     read = time.perf_counter()
@@ -276,22 +255,51 @@ def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number:
     with context.workload.subject.used(lambda: _subject(context)) as subject:
         if readable.any():
             found |= describe(subject, seen, plan.target, DRAWN)
-            if number == 0:
+            if number == 0 and plan.probed(entry.id):
                 found["probe/answers"] = probe(subject, seen.rgb[: plan.probed(entry.id)], plan.settings.seed)
     write_arrays(place, found)
     done = time.perf_counter()
     return Processed(len(patches), int((~readable).sum()), read - started, done - read, read - started)
 
 
+def sort_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
+    """Sort all cells of the patches of a piece into kinds, and store that, unless it was done."""
+    plan = context.workload.plan
+    sample, part = plan.samples[entry.id], slice(number * PIECE, (number + 1) * PIECE)
+    patches = sample.patches[part]
+    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.cells_digest, number)
+    if place.is_file():
+        return Processed(len(patches))
+    assert plan.kinds is not None
+    started = time.perf_counter()
+    seen, readable = _read(context, entry, patches, sample.yx[part])
+    read = time.perf_counter()
+    grid, count = plan.run.facts.cam_shape, int(readable.sum())
+    kinds, sums = np.zeros((count, *grid), np.uint8), np.zeros((count, len(plan.kinds)), np.float32)
+    if count:
+        with context.workload.subject.used(lambda: _subject(context)) as subject:
+            found = sort_cells(subject, seen.rgb, plan.target, plan.kinds)
+        kinds = np.where(found.kinds < 0, NOTHING, found.kinds + 1).astype(np.uint8)
+        sums = np.stack([np.where(found.kinds == i, found.map, 0).sum(axis=(1, 2)) for i in range(len(plan.kinds))], 1)
+    arrays: Arrays = {
+        "patch/number": np.array(patches, np.int64)[readable],
+        "patch/yx": np.array(sample.yx[part], np.int64).reshape(-1, 2)[readable],
+        "cells/kinds": kinds,
+        "cells/sums": sums.astype(np.float32),
+    }
+    write_arrays(place, arrays)
+    done = time.perf_counter()
+    return Processed(len(patches), 0, read - started, done - read, read - started)
+
+
 def show_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
     """Cover kinds in some patches of a slide, take pictures of others, and store both, unless that was done."""
     plan = context.workload.plan
     shown = plan.shown[entry.id][number * PIECE : (number + 1) * PIECE]
-    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.shown_digest(), number)
+    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.shown_digest, number)
     if place.is_file():
         return Processed(len(shown))
     from wsi_gradcam.audit.batch import small_picture
-    from wsi_gradcam.evidence.stages import cover_kinds, sort_cells  # torch
 
     assert plan.kinds is not None
     started = time.perf_counter()
@@ -325,13 +333,12 @@ def show_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: in
 
 
 MEASURE = Stage("evidence", measure_piece, needs_model=True)
+CELLS = Stage("sort", sort_piece, needs_model=True)
+SORT = Stage("tables", sort_slide)
 SHOW = Stage("cover", show_piece, needs_model=True)
 
 
 def _subject(context: Context[EvidenceWorkload]) -> Subject:
-    from wsi_gradcam.audit.measures.subject import Subject
-    from wsi_gradcam.evidence.stages import BATCH_SIZE
-
     run = context.workload.run
     return Subject.of(context.model().model, run.settings.method, run.facts.layer, BATCH_SIZE)
 
@@ -345,9 +352,6 @@ def _read(
         ResumeError: the slide's results are of another run by now.
         SlideFormatError: the slide is another file than was explained.
     """
-    from wsi_gradcam.audit.measures.shortcuts import input_masks
-    from wsi_gradcam.evidence.stages import Seen
-
     plan, run = context.workload.plan, context.workload.run
     slide_plan = _slide_plan(context.folder(entry).manifest, plan.run_digest)
     mpp = slide_plan.patch_mpp(run.patch_px, run.mpp)
@@ -376,51 +380,3 @@ def _slide_plan(place: StoragePath, run_digest: str) -> SlidePlan:
     if plan is None or plan.run_digest != run_digest:
         raise ResumeError(f"{place.parent}: another run has begun there meanwhile; try again when it is finished")
     return plan
-
-
-def choose_shown(
-    places: Places, whole: Mapping[str, NDArray[Any]], kinds: int, seed: int
-) -> dict[str, tuple[Shown, ...]]:
-    """Return, by slide id, the patches in which kinds are covered, and their examples.
-
-    Those that are covered are drawn in proportion to what the kind contributes in them, one slide after the other, so
-    that many slides are among them. Typical examples are nearest to the kind's centre; extremes contribute most.
-    """
-    found: dict[str, list[Shown]] = defaultdict(list)
-    for kind in range(kinds):
-        own = np.flatnonzero(places.kind == kind)
-        mass = np.bincount(places.patch[own], np.abs(places.value[own]) * places.weight[own], len(places.slide))
-        waiting = np.random.default_rng([seed, kind]).exponential(size=len(mass))
-        there = np.flatnonzero(mass > 0)
-        by_chance = there[np.argsort(waiting[there] / mass[there], kind="stable")]
-        covered = set(_in_turn(by_chance, places.slide, COVERED))
-        size = np.abs(places.value[own])
-        strong = own[size >= np.median(size)] if len(own) else own
-        typical = places.patch[strong[np.argsort(-whole["likeness"][strong], kind="stable")]]
-        extreme = places.patch[own[np.argsort(-size, kind="stable")]]
-        examples: dict[int, str] = {}
-        for name, order in (("extreme", extreme), ("typical", typical)):
-            fresh = [row for row in dict.fromkeys(order.tolist()) if row not in examples]
-            examples |= dict.fromkeys(_in_turn(fresh, places.slide, EXAMPLES), name)
-        for row in sorted(covered | examples.keys()):
-            y, x = whole["yx"][row].tolist()
-            one = Shown(
-                int(whole["number"][row]),
-                (y, x),
-                float(whole["patch_weight"][row]),
-                kind,
-                examples.get(row, ""),
-                row in covered,
-            )
-            found[str(places.slide[row])].append(one)
-    return {slide: tuple(own) for slide, own in sorted(found.items())}
-
-
-def _in_turn(rows: Sequence[int] | NDArray[np.int64], slides: NDArray[np.str_], count: int) -> list[int]:
-    """Return the first `count` of `rows`, a first one of each slide, then a second one, and so on."""
-    turns: dict[str, int] = defaultdict(int)
-    ordered = []
-    for place, row in enumerate(map(int, rows)):
-        ordered.append((turns[slides[row]], place, row))
-        turns[slides[row]] += 1
-    return [row for *_, row in sorted(ordered)[:count]]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_gradcam.errors import ConfigError, ResultError, StoreError, UnknownNameError, one_line
+from wsi_gradcam.evidence.labels import open_clusters
 from wsi_gradcam.export.job import RUN, Job, Journal, Options
 from wsi_gradcam.io.paths import StoragePathLike
 from wsi_gradcam.results.display import ChannelInfo, find_channel
@@ -34,6 +35,7 @@ FORMATS = {
     "asap": "arrays:write_asap",
     "tissuumaps": "arrays:write_tissuumaps",
     "geojson": "geojson",
+    "clusters-geojson": "geojson:write_clusters",
     "marks-geojson": "geojson:write_marks",
     "marks-csv": "geojson:write_marks_csv",
     "qupath": "geojson:write_qupath",
@@ -54,7 +56,8 @@ FORMATS = {
 ALL = "all"  # of heatmaps; `tissuumaps` has the pictures of `tiff`
 OF_MARKS = ("marks-geojson", "marks-csv")
 OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
-OF_HEATMAPS = tuple(name for name in FORMATS if name not in (*OF_MARKS, *OF_FEATURES))
+OF_CLUSTERS = ("clusters-geojson",)  # of slides whose evidence was sorted
+OF_HEATMAPS = tuple(name for name in FORMATS if name not in (*OF_MARKS, *OF_FEATURES, *OF_CLUSTERS))
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _export_as(
     progress: Callable[[int, int], None] | None,
 ) -> list[Exported]:
     """Write slides in one format."""
-    unseen = (*OF_FEATURES, *OF_MARKS)  # formats without colours
+    unseen = (*OF_FEATURES, *OF_MARKS, *OF_CLUSTERS)  # formats without colours
     found = [opened[name] for name in slides] or [slide for slide in opened if _is_ready(slide, to)]
     if not found and to in OF_FEATURES:
         raise ConfigError(
@@ -136,6 +139,8 @@ def _export_as(
         )
     if not found and to in OF_MARKS:
         raise ConfigError(f"{opened.out}: no slide has marks; 'wsi-gradcam view' makes them")
+    if not found and to in OF_CLUSTERS:
+        raise ConfigError(f"{opened.out}: no slide has clusters; 'wsi-gradcam evidence' makes them")
     if not found:
         raise ConfigError(f"{opened.out}: no slide is finished; run explain again")
     _check_channels(found, chosen.channel, opened.out)
@@ -166,6 +171,8 @@ def _is_ready(slide: SlideResult, to: str) -> bool:
     """Return whether all is there that a format writes of a slide."""
     if to in OF_MARKS:
         return bool(slide.marks())
+    if to in OF_CLUSTERS:
+        return slide.is_finished and open_clusters(slide) is not None
     if to not in OF_FEATURES:
         return slide.is_finished
     from wsi_gradcam.export.arrays import has_features
@@ -194,7 +201,9 @@ def _channels(slide: SlideResult) -> tuple[ChannelInfo, ...]:
 
 def _exported(slide: SlideResult, job: Job, journal: Journal) -> Exported:
     if not _is_ready(slide, job.to):
-        what = "has no marks" if job.to in OF_MARKS else f"is {slide.status}; run explain again, then export it"
+        what = f"is {slide.status}; run explain again, then export it"
+        if job.to in OF_MARKS or (job.to in OF_CLUSTERS and slide.is_finished):
+            what = "has no marks" if job.to in OF_MARKS else "has no clusters; it is not in the sample of its evidence"
         return Exported(slide.id, (), f"{slide.id}: {what}")
     try:
         if not job.options.overwrite and (paths := journal.was_done(job.digest)) is not None:

@@ -16,20 +16,23 @@ import math
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
 
-from wsi_gradcam.errors import as_text
+from wsi_gradcam.errors import ResultError, as_text
+from wsi_gradcam.evidence.labels import open_clusters
 from wsi_gradcam.export.job import BOUNDS, SLIDE, Job, blocks, save_png, slug
-from wsi_gradcam.export.shapes import hot_regions, mask_polygons
+from wsi_gradcam.export.shapes import hot_regions, mask_polygons, regions_of
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import COLOURS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from wsi_gradcam.evidence.labels import Clusters
     from wsi_gradcam.export.shapes import Mask
     from wsi_gradcam.io.documents import safe_cell
 from wsi_gradcam.io.documents import safe_cell
@@ -95,6 +98,36 @@ def region_features(job: Job, channel: ChannelInfo) -> Iterator[Feature]:
             {"name": f"{channel.target} hot", "color": colour},
             measured,
         )
+
+
+def write_clusters(job: Job) -> list[Path]:
+    """Write DEST/SLIDE.clusters.geojson: an annotation around each region of a kind of evidence, by the kind's name."""
+    return [_write(job, job.path("clusters.geojson"), cluster_features(job))]
+
+
+def cluster_features(job: Job) -> Iterator[Feature]:
+    """Yield an annotation for each region of a kind of evidence.
+
+    Raises:
+        ResultError: the slide has no label image.
+    """
+    found = open_clusters(job.slide)
+    if found is None:
+        raise ResultError(f"{job.slide.id}: has no label image of clusters; run evidence without --skip-labels")
+    um2 = job.slide.mpp[0] * job.slide.mpp[1]
+    for kind in found.kinds:
+        polygons, level = regions_of(job, partial(_is_of, found, kind.number))
+        about = {"name": kind.title, "color": list(bytes.fromhex(kind.colour))}
+        for number, polygon in enumerate(polygons):
+            placed = shapely.transform(polygon, lambda xy: xy - job.origin[::-1])
+            measured = {"cluster": kind.number, "area µm²": polygon.area * um2, "traced on level": level}
+            name = f"cluster {kind.number} {number}"
+            yield _feature(job, name, json.loads(shapely.to_geojson(placed)), "annotation", about, measured)
+
+
+def _is_of(found: Clusters, number: int, level: int, band: Region) -> Mask:
+    """Return which pixels of a region are of a kind."""
+    return np.asarray(found.read(level, band) == number)
 
 
 def write_marks(job: Job) -> list[Path]:

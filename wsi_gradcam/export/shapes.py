@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,21 +348,39 @@ def _least_px(job: Job, level: int) -> float:
     return job.options.min_area / (um_y * um_x)
 
 
+def regions_of(job: Job, mask: Callable[[int, Region], Mask]) -> tuple[list[shapely.Polygon], int]:
+    """Return polygons around the True pixels of masks, as of `HotRegions`, and the level that was traced.
+
+    `mask` returns that of a region of a level of the heatmap.
+    """
+    level, found = _outlined(job, mask)
+    least = _least_px(job, level)
+    simplified = (_simplified(face, job.options.simplify) for face in found if face.area >= least)
+    return [_in_slide(face, job, level) for face in simplified], level
+
+
 def _traced(job: Job, channel: ChannelInfo) -> tuple[int, list[shapely.Polygon]]:
     """Return the finest level without too many borders, and polygons around what is hot there, in its pixels."""
-    threshold, last = job.threshold(channel), len(job.slide.levels) - 1
+    colouring = Colouring("gray", 0.0, 1.0, job.threshold(channel))
+
+    def hot(level: int, band: Region) -> Mask:
+        return colouring.shown(job.slide.read(channel, level, band), job.slide.read_coverage(level, band))
+
+    return _outlined(job, hot)
+
+
+def _outlined(job: Job, mask: Callable[[int, Region], Mask]) -> tuple[int, list[shapely.Polygon]]:
+    last = len(job.slide.levels) - 1
     for level in range(last + 1):
         with suppress(TooManyRunsError):
-            return level, outlines(_bands(job, channel, threshold, level), MAX_RUNS if level < last else 1 << 62)
+            return level, outlines(_bands(job, mask, level), MAX_RUNS if level < last else 1 << 62)
     raise AssertionError("the last level has no limit")
 
 
-def _bands(job: Job, channel: ChannelInfo, threshold: float, level: int) -> Iterator[NDArray[np.bool_]]:
+def _bands(job: Job, mask: Callable[[int, Region], Mask], level: int) -> Iterator[Mask]:
     height, width = job.slide.levels[level]
-    colouring = Colouring("gray", 0.0, 1.0, threshold)
     for y in range(0, height, CHUNK):
-        band = Region(y, 0, min(CHUNK, height - y), width)
-        yield colouring.shown(job.slide.read(channel, level, band), job.slide.read_coverage(level, band))
+        yield mask(level, Region(y, 0, min(CHUNK, height - y), width))
 
 
 def _straight(face: shapely.Polygon) -> shapely.Polygon:

@@ -106,6 +106,25 @@ def write_group(path: StoragePath, build: Callable[[Store], None], keep: bool = 
     path.write_many({name: data.to_bytes() for name, data in built.items()})
 
 
+def write_labels_group(
+    path: StoragePath, shapes: Iterable[tuple[int, int]], chunk: int, shard: int, attributes: dict[str, Any]
+) -> None:
+    """Replace the group at `path` by empty arrays uint8 "0", "1", ... of `shapes` [h, w]; raises as `write_group`."""
+    layout: dict[str, Any] = {
+        "chunks": (chunk,) * 2,
+        "shards": (shard,) * 2,
+        "dtype": "uint8",
+        "dimension_names": ("y", "x"),
+    }
+
+    def build(store: Store) -> None:
+        group = zarr.create_group(store, attributes=attributes)
+        for level, shape in enumerate(shapes):
+            group.create_array(str(level), shape=shape, fill_value=0, **layout)
+
+    write_group(path, build)
+
+
 @contextmanager
 def telling_damage(path: object) -> Iterator[None]:
     """Turn what metadata of unforeseen types and values end with into a StoreError."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.geometry import Region
+    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.results.run_files import RunRecord, SlideFolder
     from wsi_gradcam.slides import Slide
@@ -387,10 +388,15 @@ class SlideResult:
         Raises:
             StoreError: `marks.jsonl` cannot be read.
         """
+        return Marks(self.out).of(self.id)
+
+    @property
+    def out(self) -> StoragePath:
+        """The run's folder."""
         out = self.folder.place
         for _ in self.id.split("/"):
             out = out.parent
-        return Marks(out).of(self.id)
+        return out
 
     @property
     def address(self) -> str:

@@ -14,7 +14,7 @@ from wsi_gradcam.run.bags import aggregate_bag, answer_span, encode_span, finish
 from wsi_gradcam.run.failures import is_lasting
 from wsi_gradcam.run.stages import explain_span, plan_slide
 from wsi_gradcam.run.stitching import coarsen_block, finish_slide, stitch_block
-from wsi_gradcam.run.types import FatalError, Planned, SlideJob, SlideRecord, Stage, Task, TaskResult
+from wsi_gradcam.run.types import FatalError, Planned, Processed, SlideJob, SlideRecord, Stage, Task, TaskResult
 
 if TYPE_CHECKING:
     from wsi_gradcam.inputs.find import SlideEntry
@@ -99,6 +99,18 @@ def _explaining(slide: SlideEntry, planned: Planned) -> list[list[Task]]:
 
 def _encoding(slide: SlideEntry, planned: Planned) -> list[list[Task]]:
     return [[Task(ENCODE, slide, (i,)) for i in planned.encode], [Task(FINISH_ENCODING, slide)]]
+
+
+def measuring_job(slide: SlideEntry, phases: list[list[Task]]) -> SlideJob:
+    """Perform phases whose tasks measure patches of a slide, as an audit does; see `Workload.job`."""
+    started = time.monotonic()
+    try:
+        results = yield phases
+    except Exception as error:
+        return failed_record(slide, error, time.monotonic() - started)
+    done = [result for result in results if isinstance(result, Processed)]
+    patches, unreadable = sum(each.patches for each in done), sum(each.unreadable for each in done)
+    return SlideRecord(slide, SlideStatus.OK, "", patches, unreadable, time.monotonic() - started)
 
 
 def perform_job(job: SlideJob, perform: Callable[[Task, Task | None], TaskResult]) -> SlideRecord:
