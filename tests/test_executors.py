@@ -21,8 +21,8 @@ from tests.synthetic import truncate, write_marker_slide
 from tests.toy_models import POISON
 from wsi_gradcam.api import RunListener, explain
 from wsi_gradcam.errors import ConfigError, StoreError, WorkerError
+from wsi_gradcam.executors import dask as dask_executor
 from wsi_gradcam.executors.dask import DaskExecutor
-from wsi_gradcam.executors.dask import executor as dask_executor
 from wsi_gradcam.executors.dask import workers as dask_workers
 from wsi_gradcam.executors.dask.batching import MAX_TASKS
 from wsi_gradcam.executors.dask.plugins import TaskBatch, perform_batch

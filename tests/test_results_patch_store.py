@@ -16,7 +16,7 @@ import zarr
 
 from wsi_gradcam.errors import StoreError
 from wsi_gradcam.results.patch_store import OK, PENDING, SHARES, UNREADABLE, PatchStore, SpanData
-from wsi_gradcam.tissue.grid import Patches
+from wsi_gradcam.tissue import Patches
 
 SPAN, CLASSES, TARGETS, CAM = 4, 3, 2, (2, 5)
 

@@ -25,7 +25,7 @@ from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.patch_store import OK, UNREADABLE, PatchStore, SpanData, write_table
 from wsi_gradcam.run.plan import RunPlan, plan_run
 from wsi_gradcam.run.settings import make_settings
-from wsi_gradcam.tissue.grid import Patches
+from wsi_gradcam.tissue import Patches
 
 CLASSES = ("other", 'in situ / "№ 1", a=b')
 CAUSE = "tile (3, 4) cannot be decoded: “broken”, line\nbreak"

@@ -25,7 +25,7 @@ from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.run.plan import RunPlan, estimate, memory_estimate, plan_run, plan_slide
 from wsi_gradcam.run.settings import NOT_IN_IDENTITY, Settings, make_settings
-from wsi_gradcam.tissue.grid import Patches
+from wsi_gradcam.tissue import Patches
 from wsi_gradcam.tissue.masks import TISSUE_RULE
 
 FACTS = ModelFacts(

@@ -28,7 +28,7 @@ from wsi_gradcam.io import object_stores
 from wsi_gradcam.run import failures
 from wsi_gradcam.slides import Slide, open_slide, read_region, remote, tiff_reader
 from wsi_gradcam.slides.base import LocalFile
-from wsi_gradcam.tissue.grid import choose_patches, patch_grid
+from wsi_gradcam.tissue import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 
 MOST_SHARE = 1.02  # of the bytes of the tiles that are needed, in all

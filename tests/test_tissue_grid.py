@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as npst
 
 from tests.oracles import share_of
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.tissue.grid import PatchGrid, choose_patches, patch_grid
+from wsi_gradcam.tissue import PatchGrid, choose_patches, patch_grid
 
 mpps = st.one_of(st.sampled_from([0.25, 0.5, 0.499, 0.2532, 1.0]), st.floats(0.1, 4))
 

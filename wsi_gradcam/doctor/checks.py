@@ -272,7 +272,7 @@ def _array(folder: StoragePath) -> Check:
     import numpy as np
 
     from wsi_gradcam.results.patch_store import PatchStore, SpanData
-    from wsi_gradcam.tissue.grid import Patches
+    from wsi_gradcam.tissue import Patches
 
     values = np.linspace(-1, 1, 4 * 2 * 7 * 7, dtype=np.float32).reshape(4, 2, 7, 7)
     span = SpanData(values[:, :, 0, 0], values, np.ones(4, np.uint8), values[:, 0, 0, 0])

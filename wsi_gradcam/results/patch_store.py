@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.run.plan import Map, RunPlan
-    from wsi_gradcam.tissue.grid import Patches
+    from wsi_gradcam.tissue import Patches
 
 
 T = TypeVar("T", bound=np.generic)

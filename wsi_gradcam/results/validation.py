@@ -66,7 +66,7 @@ from wsi_gradcam.results.slide_tables import (
     row_problems,
 )
 from wsi_gradcam.slides import open_slide
-from wsi_gradcam.tissue.grid import patch_grid
+from wsi_gradcam.tissue import patch_grid
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath

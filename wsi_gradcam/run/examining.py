@@ -21,8 +21,8 @@ from wsi_gradcam.results.display import ATTENTION
 from wsi_gradcam.slides import read_region, with_reductions
 from wsi_gradcam.slides.patch_reader import open_entry
 from wsi_gradcam.system.processes import limit_arenas, make_sums_deterministic
+from wsi_gradcam.tissue import choose_patches, patch_grid
 from wsi_gradcam.tissue.annotations import entry_regions, in_frame, tissue_within
-from wsi_gradcam.tissue.grid import choose_patches, patch_grid
 from wsi_gradcam.tissue.masks import slide_masks
 from wsi_gradcam.tissue.stain import StainFit, apply, fit
 

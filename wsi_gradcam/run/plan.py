@@ -31,8 +31,8 @@ from wsi_gradcam.results.heatmap import SHARD, Enlarger
 from wsi_gradcam.results.manifest import SlidePlan
 from wsi_gradcam.run.examining import fit_stain
 from wsi_gradcam.slides.openslide_tiles import judged_by_openslide_alone
+from wsi_gradcam.tissue import Patches, choose_patches, patch_grid, patches_at
 from wsi_gradcam.tissue.annotations import in_frame, tissue_within
-from wsi_gradcam.tissue.grid import Patches, choose_patches, patch_grid, patches_at
 from wsi_gradcam.tissue.masks import TISSUE_RULE, slide_masks
 
 if TYPE_CHECKING:

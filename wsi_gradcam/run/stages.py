@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.slides.patch_reader import Batch
-    from wsi_gradcam.tissue.grid import Patches
+    from wsi_gradcam.tissue import Patches
 
 
 class OverwritingWorkload(Workload, Protocol):
