@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, fx, nn
 
 from tests.split_models import curved, pictures, relative
-from wsi_gradcam.cam import auto
+from wsi_gradcam.cam import auto, trunks
 from wsi_gradcam.cam.auto import MAX_PEAK_RISK, MIN_PEARSON, MIN_SPEEDUP, choose, fidelity, make_program, reuse_choice
 from wsi_gradcam.cam.engine import explain_batch
 from wsi_gradcam.cam.facts import Choice, Layer, Trial
@@ -398,3 +399,26 @@ def test_tf32_is_held_to_the_same_agreement_as_lower_precisions(
     assert chosen(choice) == ("eager", expected)
     (trial,) = [trial for trial in choice.trials if trial.precision == "tf32"]
     assert (trial.remark == "maps differ from float32's") == (expected == "float32")
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_a_class_tokens_last_block_computes_no_more_than_it_reads(
+    bench: Bench, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever way eager float32 was chosen, so that workers, which are told the choice, compute the same."""
+    monkeypatch.setattr(auto, "make_trunk", trunks.make_trunk)
+    bench.engines = ()
+    bench.known["eager"] = ()
+    torch.manual_seed(0)
+    network = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5).eval()
+    images = torch.randn(8, 3, 32, 32)
+    layers = (Layer("blocks.0", check_layer(network, "blocks.0", images[:2])),)
+    choice, program = choose(network, layers, engine, engine.replace("eager", "float32"), images, 4)
+    assert chosen(choice) == ("eager", "float32")
+    assert isinstance(program, SplitProgram)
+    again = make_program(network, layers, "eager", "float32", images[:4])
+    target = [Target("c", 2)]
+    expected = explain_batch(EagerProgram(network, layers), images, target).cams["gradcam"]
+    found = explain_batch(program, images, target).cams["gradcam"]
+    assert relative(found, expected) < 1e-5
+    assert torch.equal(explain_batch(again, images, target).cams["gradcam"], found)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 
 from tests.programs import FORMS, lively, save_program
+from wsi_gradcam.cam.program import cut_at
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.graph import any_batch, fixed_batch, free_batch, trace, with_points
 from wsi_gradcam.models.load import Model, load_model
@@ -188,3 +190,70 @@ def test_the_specification_of_a_program_is_its_file(tmp_path: Path) -> None:
     spec = read_spec(str(path))
     assert (spec.name, spec.kind, spec.source_path) == ("model", "torchscript", path)
     assert isinstance(spec, ModelSpec)
+
+
+class Encoder(nn.Module):
+    """A transformer with queries, keys and values of layers of their own, and attention written out."""
+
+    def __init__(self, masked: bool = False) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 8, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 12))
+        self.first, self.last = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True), nn.LayerNorm(12)
+        self.query, self.key, self.value, self.out = (nn.Linear(12, 12) for _ in range(4))
+        self.masked = masked
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(images), -1, -1), tokens], dim=1)
+        tokens = self.last(self.first(tokens))
+        query, key, value = (
+            part(tokens).view(len(images), -1, 3, 4).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.masked)
+        tokens = tokens + self.out(found.transpose(1, 2).reshape(len(images), -1, 12))
+        read: Tensor = nn.functional.silu(tokens)[:, 0] * 2.0
+        return read
+
+
+SIZE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+HEADS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
+    # network, layer, linear layers that are spared tokens: projection and perceptron, in a causal one the last alone
+    "vit": (lambda: timm.models.VisionTransformer(**SIZE), "blocks.0", 3),
+    "behind a norm": (lambda: timm.models.VisionTransformer(**SIZE), "blocks.1.norm1", 3),
+    "registers": (lambda: timm.models.VisionTransformer(**SIZE, reg_tokens=4, no_embed_class=True), "blocks.0", 3),
+    "layer scale": (lambda: timm.models.VisionTransformer(**SIZE, init_values=1.0, qk_norm=True), "blocks.0", 3),
+    "two tokens": (lambda: timm.create_model("deit_tiny_distilled_patch16_224", **SIZE), "blocks.0", 6),
+    "mean of tokens": (
+        lambda: timm.models.VisionTransformer(**SIZE, class_token=False, global_pool="avg"),
+        "blocks.0",
+        0,
+    ),
+    "apart": (Encoder, "first", 2),
+    "causal": (lambda: Encoder(True), "first", 1),
+    "cnn": (tv.resnet18, "layer4", 0),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_computes_only_the_tokens_that_are_read(name: str) -> None:
+    build, layer, spared = HEADS[name]
+    torch.manual_seed(0)
+    network = lively(build(), images(16, 32, 2)).requires_grad_(False)
+    some = images(3, 32)
+    trunk, head = cut_at(network, layer, images(2, 32))
+    assert head.meta["spared"] == spared
+    with torch.no_grad():
+        value, *others = trunk(some)
+        assert close(head(value, *others), network(some))
+    whole: Tensor = value.clone().requires_grad_()
+
+    def replaced(part: nn.Module, given: Any, output: Tensor) -> Tensor:
+        return whole
+
+    handle = network.get_submodule(layer).register_forward_hook(replaced)
+    (expected,) = torch.autograd.grad(network(some)[:, 1].sum(), whole)
+    handle.remove()
+    leaf = value.clone().requires_grad_()
+    (found,) = torch.autograd.grad(head(leaf, *others)[:, 1].sum(), leaf)
+    assert close(found, expected)

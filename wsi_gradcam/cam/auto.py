@@ -56,10 +56,20 @@ def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, prec
     Raises:
         EngineError: that cannot be had, with the reason.
     """
-    if engine == "eager" and precision == "float32":
-        return EagerProgram(module, layers)
+    cut = _Cut(module, layers, images)
     with exact(images.device):
-        return _split_program(module, layers, engine, precision, images, _Cut(module, layers, images))
+        if engine == "eager" and precision == "float32":
+            return _plain_program(module, layers, images, cut)
+        return _split_program(module, layers, engine, precision, images, cut)
+
+
+def _plain_program(module: nn.Module, layers: tuple[Layer, ...], images: Tensor, cut: _Cut) -> Program:
+    """Return eager float32: the network as it is; cut where its head then has less to do, see `with_few_rows`."""
+    if len(layers) == 1 and layers[0].layout.axes == "bnk":
+        with suppress(EngineError):
+            if cut.parts()[1].meta["spared"]:
+                return _split_program(module, layers, "eager", "float32", images, cut)
+    return EagerProgram(module, layers)
 
 
 def choose(
@@ -109,7 +119,9 @@ def _fastest(
         reasons = "; ".join(f"{t.engine} {t.precision}: {t.remark}" for t in trials[1:])
         raise EngineError(f"no engine for --engine {engine} --precision {precision}: {reasons}")
     chosen, made = best
-    if made is None:
+    if made is plain:
+        made = _plain_program(module, layers, batches[0], cut)
+    elif made is None:
         release_freed_memory()
         made = _split_program(module, layers, chosen.engine, chosen.precision, batches[0], cut)
     return Choice(chosen.engine, chosen.precision, tuple(trials)), made

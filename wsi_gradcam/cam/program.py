@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wsi_gradcam.cam.layers import evaluating, find_module, guided_graph, tapped
 from wsi_gradcam.errors import EngineError, LayerError
-from wsi_gradcam.models.graph import any_batch, fixed_batch, split, trace
+from wsi_gradcam.models.graph import any_batch, fixed_batch, split, trace, with_few_rows
 
 if TYPE_CHECKING:
     from torch import fx
@@ -154,6 +154,8 @@ class SplitProgram(EagerProgram):
 def cut_at(module: nn.Module, layer: str, images: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a network at a layer's output into trunk and head: `head(*trunk(images)) == module(images)`.
 
+    The head computes only the tokens that its output depends on, see `with_few_rows`.
+
     Raises:
         EngineError: the network cannot be cut, with the reason.
     """
@@ -178,7 +180,7 @@ def cut_at(module: nn.Module, layer: str, images: Tensor) -> tuple[fx.GraphModul
     # The trunk ends in the marked value itself: other engines do not know the marker.
     _unmark(trunk)
     assert source is not None
-    return trunk, head
+    return trunk, with_few_rows(head)
 
 
 def trace_operators(module: nn.Module, images: Tensor) -> fx.GraphModule:

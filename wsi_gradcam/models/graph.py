@@ -213,6 +213,8 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def _copy(graph: fx.GraphModule, inputs: list[fx.Node], nodes: list[fx.Node], output: Any) -> fx.GraphModule:
     copy = fx.Graph()
     made = {node: copy.placeholder(node.name) for node in inputs}
+    for node in inputs:
+        made[node].meta = dict(node.meta)
     for node in nodes:
         made[node] = copy.node_copy(node, lambda source: made[source])
     copy.output(fx.map_arg(output, lambda source: made[source]))
@@ -354,3 +356,115 @@ def _sizes(node: fx.Node) -> list[Any]:
 def _shape(node: Any) -> tuple[int, ...]:
     found = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
     return tuple(getattr(found, "shape", ()))
+
+
+def with_few_rows(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph that computes no more tokens than its output reads, for the same output; changes `graph`.
+
+    A transformer's head often reads the class token alone: in its last block all tokens are keys and values, but that
+    one alone is a query, and goes through the projection and the perceptron. What picks a part of an axis is moved
+    ahead of the operators that treat each place of the axis alone. `meta["spared"]` is the number of linear layers that
+    have less to do.
+    """
+    spared = 0
+    for node in list(graph.graph.nodes):
+        if node.target is aten.dropout.default and not node.args[2]:  # does nothing, and is kept as if it were random
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        if node.target is aten.select.int and isinstance(node.args[2], int) and _ndim(node.args[0]):
+            spared += _Rows(graph, node).take()
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    graph.meta["spared"] = spared
+    return graph
+
+
+aten = torch.ops.aten
+EACH_ALONE = (aten.gelu.default, aten.relu.default, aten.silu.default, aten.clone.default, aten.contiguous.default)
+TWO_TENSORS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+RESHAPES = (aten.view.default, aten.reshape.default)
+
+
+class _Rows:
+    """One place of an axis of a value, which `select` picks, computed from as few as possible of what is before."""
+
+    def __init__(self, graph: fx.GraphModule, select: fx.Node) -> None:
+        self._graph = graph.graph
+        self._select = select
+        self._made: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._spared = 0
+
+    def take(self) -> int:
+        """Let the selected place be computed alone if that spares linear layers the others, and return how many."""
+        arguments: Any = self._select.args
+        source, axis, index = arguments[:3]
+        self._index = index % _shape_of(source)[axis]
+        with self._graph.inserting_before(self._select):
+            row = self._row(source, axis % _ndim(source))
+        if self._spared:
+            self._select.args = (row, axis, 0)
+        return self._spared
+
+    def _row(self, node: fx.Node, axis: int) -> fx.Node:
+        """Return what gives `node` at the place alone, with an axis of length 1."""
+        if (node, axis) not in self._made:
+            arguments = self._arguments(node, axis) if node.op == "call_function" else None
+            if arguments is None:
+                made = self._graph.call_function(aten.slice.Tensor, (node, axis, self._index, self._index + 1))
+            else:
+                made = self._graph.call_function(node.target, tuple(arguments), node.kwargs)  # type: ignore[arg-type]
+                self._spared += node.target is aten.linear.default
+            self._made[node, axis] = made
+        return self._made[node, axis]
+
+    def _arguments(self, node: fx.Node, axis: int) -> list[Any] | None:
+        """Return the arguments that give `node` at the place alone; None where it does not treat each place alone."""
+        arguments: list[Any] = list(node.args)
+        last = _ndim(node) - 1
+        source: Any = arguments[0] if arguments else None
+        if node.target in TWO_TENSORS:
+            return [self._aligned(one, node, axis) for one in arguments[:2]] + arguments[2:]
+        if node.target in EACH_ALONE:
+            place: int | None = axis
+        elif node.target is aten.linear.default:
+            place = axis if axis < last else None
+        elif node.target is aten.layer_norm.default:
+            place = axis if axis <= last - len(arguments[1]) else None
+        elif node.target is aten.scaled_dot_product_attention.default:
+            plain = not any(arguments[3:6]) and not node.kwargs.get("is_causal") and axis == last - 1
+            place = axis if plain and node.kwargs.get("attn_mask") is None else None
+        elif node.target is aten.transpose.int:
+            swapped = {arguments[1] % (last + 1): arguments[2], arguments[2] % (last + 1): arguments[1]}
+            place = swapped.get(axis, axis) % (last + 1)
+        elif node.target in RESHAPES:
+            place = _same_axis(_shape_of(source), _shape_of(node), axis)
+            arguments[1] = [1 if i == axis else size for i, size in enumerate(arguments[1])]
+        else:
+            place = None
+        return None if place is None else [self._row(source, place), *arguments[1:]]
+
+    def _aligned(self, one: Any, node: fx.Node, axis: int) -> Any:
+        """Return an operand of two that are broadcast."""
+        own = axis - (_ndim(node) - _ndim(one)) if isinstance(one, fx.Node) else -1
+        return one if own < 0 or _shape_of(one)[own] == 1 else self._row(one, own)
+
+
+def _same_axis(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
+    """Return the axis of `before` that a view to `after` keeps as its `axis`; None if it does not.
+
+    >>> _same_axis((2, 197, 3, 64), (2, 197, 192), 1), _same_axis((2, 14, 14, 8), (2, 196, 8), 1)
+    (1, None)
+    """
+    for i, size in enumerate(before):
+        if size == after[axis] and math.prod(before[:i]) == math.prod(after[:axis]):
+            return i
+    return None
+
+
+def _shape_of(node: Any) -> tuple[int, ...]:
+    found = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(found.shape) if isinstance(found, Tensor) else ()
+
+
+def _ndim(node: Any) -> int:
+    return len(_shape_of(node))
