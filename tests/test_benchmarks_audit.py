@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.audit import ANSWERS
 from tests.runs import ROOT
 from wsi_gradcam.audit.measures.removal import STEPS
 
 
+@pytest.mark.slow
 def test_the_ratio_is_of_the_times_that_are_reported() -> None:
     ended = subprocess.run(
         [sys.executable, "benchmarks/audit.py", "--quick", "--json"],

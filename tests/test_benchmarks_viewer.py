@@ -11,6 +11,7 @@ import pytest
 from tests.runs import ROOT
 
 
+@pytest.mark.slow
 def test_it_reports_ratios_of_its_figures() -> None:
     command = [sys.executable, "benchmarks/viewer.py", "--quick", "--json"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

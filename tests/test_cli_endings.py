@@ -195,6 +195,7 @@ def test_libraries_that_abort_at_the_end_change_no_status(arguments: list[str], 
 # --- streams that are closed, unread or full -------------------------------------------------------------------------
 
 CLOSED: dict[str, tuple[int, ...]] = {"in": (0,), "out": (1,), "error": (2,), "out and error": (1, 2), "all": (0, 1, 2)}
+SHUT = [name if name in ("in", "all") else pytest.param(name, marks=pytest.mark.slow) for name in CLOSED]
 
 
 def closing(descriptors: tuple[int, ...], arguments: list[str], **environment: str) -> int:
@@ -203,7 +204,7 @@ def closing(descriptors: tuple[int, ...], arguments: list[str], **environment: s
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False, timeout=120).returncode
 
 
-@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("name", SHUT)
 def test_explaining_with_closed_streams_is_explaining(made: Path, tmp_path: Path, name: str) -> None:
     arguments = [str(made / "slides"), "--model", str(made / "pooled_linear.yaml"), "--out", str(tmp_path / "out")]
     assert closing(CLOSED[name], ["explain", *arguments, *SMALL_FLAGS, "--trust-code"]) == 0
@@ -211,7 +212,7 @@ def test_explaining_with_closed_streams_is_explaining(made: Path, tmp_path: Path
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"patches, " in path.read_bytes()[:200]]
 
 
-@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("name", SHUT)
 def test_other_commands_work_with_closed_streams(audited: Path, made: Path, tmp_path: Path, name: str) -> None:
     dest = tmp_path / "dest"
     assert closing(CLOSED[name], ["export", str(audited), "--to", "png", "--dest", str(dest), "--window", "slide"]) == 0
@@ -237,7 +238,7 @@ def printing(audited: Path, made: Path, tmp_path: Path) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_pipe_that_nobody_reads_ends_as_a_signal_would(
     audited: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str
 ) -> None:

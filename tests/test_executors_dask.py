@@ -219,7 +219,10 @@ def plugins_left(dask_scheduler: Any) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="commands guard themselves on Linux only")
-@pytest.mark.parametrize(("sent", "code", "where"), [(signal.SIGINT, 130, "group"), (signal.SIGTERM, 143, "command")])
+@pytest.mark.parametrize(
+    ("sent", "code", "where"),
+    [(signal.SIGINT, 130, "group"), pytest.param(signal.SIGTERM, 143, "command", marks=pytest.mark.slow)],
+)
 def test_a_signal_stops_a_run_on_workers(
     slides: Path, serial: Path, tmp_path: Path, sent: signal.Signals, code: int, where: str
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_worker_whose_gpu_fails_is_replaced_and_costs_no_slide(
     assert "an illegal memory access" in logged(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_gpu_that_fails_while_the_model_is_loaded_is_no_end(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,8 +50,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+LARGE = ("densenet121", "inception_v3")  # hundreds of layers, tens of seconds for each form
+
+
 @pytest.mark.parametrize("form", ["script", "trace", "frozen", "export"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in NETWORKS])
 def test_a_program_answers_as_the_network_it_was_made_of(name: str, form: str, tmp_path: Path) -> None:
     build, side = NETWORKS[name]
     torch.manual_seed(1)

@@ -311,6 +311,7 @@ def test_a_plan_of_a_stranger_deletes_nothing_elsewhere(copy: Path) -> None:
     assert victim.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_object_store_keeps_them_apart_too(tmp_path: Path, s3_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {**ASK, "patches": 8}
     explain(write_slides(tmp_path, ("audit",)), toy_spec("pooled_linear"), s3_out, **SMALL)

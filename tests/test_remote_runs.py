@@ -136,6 +136,7 @@ def test_a_list_of_urls_gives_what_files_give(
     assert b"sign=secret" not in written
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_urls(s3: str, slide: Path, tmp_path: Path) -> None:
     key = f"{tmp_path.name}/{slide.name}"
     put_folder(s3, slide, key)

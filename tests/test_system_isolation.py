@@ -104,6 +104,7 @@ def test_slides_that_end_the_process_fail_and_the_others_are_explained(made: Pat
         assert differing(out / slide, undisturbed / slide) == []
 
 
+@pytest.mark.slow
 def test_finished_slides_are_not_overwritten_again(made: Path, tmp_path: Path) -> None:
     """`--overwrite` holds for the whole command, not for each process of it."""
     out = tmp_path / "out"
