@@ -6,23 +6,25 @@ ones. Replaced are
 
 - the model: batches take the time of an assumed rate, one after the other, and are given and asked for as on CUDA;
 - reading a patch with its measures: it takes as long as it takes here in one thread (measured first), of which
-  the share that holds Python's lock is computed, and the rest slept;
+  the share that holds Python's lock is computed while it is held, and the rest slept;
 - planning, stitching and finishing, in the helpers: they are sleeps as long as they take here.
 
 All that takes its time takes `--slowness` times as long, and figures are told in the time of the machine that is
-simulated. So two cores can stand for sixteen and a GPU. It shows what Python, locks, writing and
+simulated. So two cores can stand for sixteen and a GPU, if it is as many times slower (the default). What is real,
+batches, spans, messages, is not slowed: its cost is told as `other_cpu`. It shows what Python, locks, writing and
 waiting cost the GPU; it is no rate of any GPU: none was at hand.
 
 | figure | what |
 |---|---|
 | `utilisation_NAME` | share of the time from the first batch to the last in which the model works |
 | `longest_wait_ms_NAME` | the longest time between two batches, slides' ends among them |
-| `lock_share_NAME` | CPU seconds of the GPU's worker per second of that time; it cannot be much more than 1 |
+| `lock_share_NAME` | share of that time in which a reading thread of the GPU's worker holds Python's lock; at most 1 |
+| `other_cpu_NAME` | CPU seconds of that worker beside reading, per second: batches, spans, stores; most hold no lock |
 
 NAME is `resnet50` (10,000 patches/s, assumed), `vit_l` (2,900), each of slides of 1,024 patches, or `small`: 30 slides
 of 64 patches at 2,900. `cores_NAME` are the cores that all sleeps together stand for, in the mean over the run.
 
-    python benchmarks/feeding.py [--readers 14] [--cores 16] [--only resnet50,vit_l,small] [--quick] [--json]
+    python benchmarks/feeding.py [--readers 14] [--cores 16] [--slowness 8] [--only resnet50,vit_l,small] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -166,11 +168,12 @@ def dask_setup(worker: Worker) -> None:
         return Performed(result, seconds, "here")
 
     def read(*_: Any) -> NDArray[np.uint8]:
-        locked = time.perf_counter() + simulation.costs[LOCKED]  # slow motion gives Python no more of its lock
-        while time.perf_counter() < locked:  # as Python's own code does, it keeps others from running
+        locked = time.thread_time() + costs[LOCKED]
+        while time.thread_time() < locked:  # as Python's own code does, it keeps others of the process from running
             pass
         time.sleep(costs[READ] - costs[LOCKED])
         SPENT_S[READ] += costs[READ]
+        SPENT_S[LOCKED] += costs[LOCKED]
         return patch
 
     def model(_: Context[Any]) -> Device:
@@ -288,11 +291,14 @@ def simulated(simulation: Simulation, slides: Sequence[SlideEntry], folder: Path
     ((gpu, busy),) = [(name, told["busy"]) for name, told in after.items() if told["busy"]]
     waits = [later[0] - earlier[1] for earlier, later in pairwise(busy)]
     run_s = busy[-1][1] - busy[0][0]
+    own_s = after[gpu]["cpu"] - before[gpu]["cpu"] - after[gpu]["spent"].get(LOCKED, 0.0)
     return {
         "utilisation": sum(end - start for start, end in busy) / run_s,
         "longest_wait_ms": 1000 * max(waits) / simulation.slowness,
-        "lock_share": (after[gpu]["cpu"] - before[gpu]["cpu"]) / run_s * simulation.slowness,
-        "cores": sum(sum(told["spent"].values()) for told in after.values()) / run_s,
+        "lock_share": after[gpu]["spent"].get(LOCKED, 0.0) / run_s,
+        "other_cpu": own_s * simulation.slowness / run_s,
+        "cores": sum(seconds for told in after.values() for part, seconds in told["spent"].items() if part != LOCKED)
+        / run_s,
     }
 
 
@@ -340,11 +346,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", type=int, default=14, help="threads that read (default 14)")
     parser.add_argument("--cores", type=int, default=16, help="cores of the machine that is simulated (default 16)")
-    parser.add_argument("--slowness", type=float, default=1.0, help="of all that is simulated (default 1)")
+    parser.add_argument("--slowness", type=float, help="of all that is simulated (default: cores for one that is here)")
     parser.add_argument("--only", default="", help="cases, joined by commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="few slides: does it run?")
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     arguments = parser.parse_args(argv)
+    arguments.slowness = arguments.slowness or max(1.0, arguments.cores / (os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as folder:
         found = run(arguments, Path(folder))
     print(json.dumps(found, indent=None if arguments.json else 1))

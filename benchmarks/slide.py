@@ -12,7 +12,7 @@ waits, for as long as a device takes that explains R patches a second. `--agains
 by the package in another checkout, in a process of its own, by turns: `patches_per_s_over_other`, and
 `cpu_s_of_other_over_own`, which depends less on what else the machine does.
 
-    python benchmarks/slide.py [--side 8192] [--mpp-ratio 1] [--rate R] [--against CHECKOUT] [--rounds 3]
+    python benchmarks/slide.py [--side 16384] [--mpp-ratio 1] [--rate R] [--against CHECKOUT] [--rounds 3]
                                [--engine auto] [--precision auto] [--decode exact] [--quick] [--json]
 """
 
@@ -355,7 +355,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=8192, help="of the slide in px (default 8192)")
+    parser.add_argument("--side", type=int, help="of the slide in px (default 8192 of the model's: 1,300 patches)")
     parser.add_argument("--mpp-ratio", type=float, default=1.0, help="pixels of the model over the slide's (default 1)")
     parser.add_argument("--rate", type=float, help="patches/s of a device that is waited for; no model then computes")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to compare with by turns")
@@ -367,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a small slide, one round: does it run?")
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     arguments = parser.parse_args(argv)
+    arguments.side = arguments.side or round(8192 * arguments.mpp_ratio)
     if arguments.quick:
         arguments.side, arguments.rounds, arguments.engine, arguments.precision = 1024, 1, "eager", "float32"
     with tempfile.TemporaryDirectory() as folder, waiting_model(arguments.rate):
