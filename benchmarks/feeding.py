@@ -24,7 +24,7 @@ waiting cost the GPU; it is no rate of any GPU: none was at hand.
 NAME is `resnet50` (10,000 patches/s, assumed), `vit_l` (2,900), each of slides of 1,024 patches, or `small`: 30 slides
 of 64 patches at 2,900. `cores_NAME` are the cores that all sleeps together stand for, in the mean over the run.
 
-    python benchmarks/feeding.py [--readers 14] [--cores 16] [--slowness 8] [--only resnet50,vit_l,small] [--quick] [--json]
+    python benchmarks/feeding.py [--readers 14] [--cores 16] [--slowness 8] [--only resnet50,vit_l,small] [--json]
 """
 
 from __future__ import annotations
