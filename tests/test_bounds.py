@@ -119,7 +119,7 @@ def test_a_frame_is_found_by_where_the_tissue_is(
 
 def test_a_frame_that_cannot_be_found_is_asked_for(slide: Path, tmp_path: Path) -> None:
     mask = geojson(tmp_path / "a.geojson", 800, 960, 160, 160)
-    with pytest.raises(AnnotationError, match=r"100% of it lies on tissue.*--mask-frame slide or bounds"):
+    with pytest.raises(AnnotationError, match=r"100% of it lies on tissue.*--mask-frame slide or --mask-frame bounds"):
         laid(slide, mask, "auto")
 
 

@@ -226,7 +226,7 @@ def test_an_out_below_a_file_fails(run: Run, quick: None, tmp_path: Path) -> Non
     code, out, _ = run("doctor", "--out", tmp_path / "file" / "out")
     assert code == 1
     assert out.startswith("fail  OUT: ")
-    assert "a file stands where a folder is needed" in out
+    assert "there is a file where a folder is needed" in out
     assert (tmp_path / "file").exists()
 
 

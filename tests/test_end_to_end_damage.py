@@ -30,7 +30,7 @@ SIZE, MPP, PATCH_PX = (1024, 1536), "0.25", 32
 TILE = Region(256, 512, 256, 256)  # the one that is damaged: row 1, column 2
 READERS = {"tiff": TiffSlide, "auto": TiffSlide, "openslide": OpenSlideSlide}
 DAMAGES: tuple[Damage, ...] = ("unreadable", "missing")
-CAUSES = {"unreadable": r"px cannot be decoded: ", "missing": r"a tile is missing in the file"}
+CAUSES = {"unreadable": r"px cannot be decoded: ", "missing": r"a tile is missing from the file"}
 SETTINGS: dict[str, Any] = {**SMALL, "batch_size": 32, "span_patches": 256}
 
 

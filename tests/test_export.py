@@ -102,7 +102,7 @@ def test_an_export_that_breaks_leaves_nothing(out: Path, tmp_path: Path, monkeyp
 
 def test_a_disk_that_refuses_stops_it(out: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+    with pytest.raises(StoreError, match="there is a file where a folder is needed"):
         export(out, "tiff", tmp_path / "file" / "dest")
 
 

@@ -110,5 +110,5 @@ def test_bio_formats_is_told_sizes(out: Path, slide: SlideResult, tmp_path: Path
 def test_ome_zarr_is_no_slide_of_ours(out: Path, tmp_path: Path) -> None:
     """A result is not to be explained: whoever tries it is told."""
     (done,) = export(out, "ome-zarr-0.4", tmp_path)
-    with pytest.raises(ValueError, match="a heatmap that wsi_gradcam made, a result and no slide"):
+    with pytest.raises(ValueError, match="a heatmap made by wsi_gradcam, not a slide"):
         open_slide(done.paths[0])

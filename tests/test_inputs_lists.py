@@ -76,11 +76,19 @@ def test_equal_names_are_told_apart(tmp_path: Path) -> None:
         ("", ConfigError, "no column 'slide' in its first line; expected the columns slide"),
         ("path,mpp\na.svs,1\n", ConfigError, "no column 'slide'"),
         ("slide,mpp\n", ConfigError, "no slide in this list"),
-        ("slide,mpp\n,0.25\n", ConfigError, "line 2: no slide named"),
-        ("slide\na.svs\ngone.svs\n", SlideNotFoundError, r"line 3: .*gone.svs does not exist; paths start at the"),
+        ("slide,mpp\n,0.25\n", ConfigError, "line 2: no slide is given"),
+        (
+            "slide\na.svs\ngone.svs\n",
+            SlideNotFoundError,
+            r"line 3: .*gone.svs does not exist; paths are relative to the",
+        ),
         ("slide,mpp\na.svs,fine\n", ConfigError, "line 2: mpp 'fine' is not a number"),
         ("slide,mpp\na.svs,352.8\n", ConfigError, "line 2: mpp is 352.8, expected 0.01 to 100 um per pixel"),
-        ("slide,mpp_y\na.svs,0.5\n", ConfigError, "line 2: mpp '' is not a number; give both mpp_y and mpp_x, or mpp"),
+        (
+            "slide,mpp_y\na.svs,0.5\n",
+            ConfigError,
+            "line 2: mpp '' is not a number; fill in both mpp_y and mpp_x, or mpp",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, error: type[Exception], said: str) -> None:
@@ -157,7 +165,7 @@ class TestParquet:
         for columns, said in (
             ({"path": ["a.svs"]}, "no column 'slide'; expected the columns slide"),
             ({"slide": pa.array([], pa.string())}, "no slide in this list"),
-            ({"slide": ["a.svs", None]}, "row 2: no slide named"),
+            ({"slide": ["a.svs", None]}, "row 2: no slide is given"),
             ({"slide": ["a.svs"], "mpp": [352.8]}, "row 1: mpp is 352.8"),
         ):
             pq.write_table(pa.table(columns), path)
@@ -255,7 +263,7 @@ class TestRuns:
         explain(path, toy_spec("pooled_linear"), archive / "out", **SMALL, mask=archive / "masks" / "b.png")
         assert {name: row["status"] for name, row in rows_of(archive / "out").items()} == {"a.tif": "ok", "b.tif": "ok"}
         path.write_text("slide\na.tif\n")
-        with pytest.raises(ConfigError, match="give the file with --mask"):
+        with pytest.raises(ConfigError, match="give the mask with --mask"):
             explain(path, toy_spec("pooled_linear"), archive / "other", **SMALL, include="tumour")
 
     def test_labels_are_written_down_and_change_no_result(self, archive: Path) -> None:
@@ -328,17 +336,17 @@ def test_whatever_spreadsheets_separate_cells_with_is_read(tmp_path: Path, form:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("slide,mpp;site\na.svs,0.5;x\n", "first line 'slide,mpp;site' is separated in several ways; expected commas"),
-        ("slide;mpp,mask\na.svs;0.5,x\n", "is separated in several ways"),
-        ("slide\tmpp;site\na.svs\t0.5;x\n", "is separated in several ways"),
-        ("slide;x,slide\na.svs;x,a.svs\n", "is separated in several ways"),
+        ("slide,mpp;site\na.svs,0.5;x\n", "first line 'slide,mpp;site' mixes separators; expected commas"),
+        ("slide;mpp,mask\na.svs;0.5,x\n", "mixes separators"),
+        ("slide\tmpp;site\na.svs\t0.5;x\n", "mixes separators"),
+        ("slide;x,slide\na.svs;x,a.svs\n", "mixes separators"),
         (
             "slide,mpp\na.svs,0,25\n",
-            "line 2: 3 cells, expected 2 as in the first line; put what has ',' in it in quotes",
+            "line 2: 3 cells, expected 2 as in the first line; quote cells that contain ','",
         ),
         ("slide\na, b.svs\n", "line 2: 2 cells, expected 1"),
         ("slide;mpp\na.svs;1.000,5\n", "line 2: mpp '1.000,5' is not a number"),
-        ("slide,mpp,slide\na.svs,1,a.svs\n", "has two columns 'slide'; leave one out"),
+        ("slide,mpp,slide\na.svs,1,a.svs\n", "has two columns 'slide'; remove one"),
         ("slide,mpp\n" + "a" * (1 << 21) + ",1\n", "a line of more than 1,048,576 characters"),
     ],
 )

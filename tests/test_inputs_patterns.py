@@ -115,7 +115,7 @@ class TestChoosing:
             (["1/*", "typo/*"], [], r"--only 'typo/\*' matches no slide; expected .* ids such as '1/a.svs'"),
             ([], ["a.svs"], r"--skip 'a.svs' matches no slide"),
             ([""], [], r"--only '' matches no slide"),
-            (["1/*"], ["1"], "no slide is left of 4: --skip leaves out all"),
+            (["1/*"], ["1"], "none of 4 slides is left: --skip excludes all"),
         ],
     )
     def test_what_chooses_nothing_is_an_error(self, only: list[str], skip: list[str], said: str) -> None:

@@ -81,11 +81,13 @@ def test_heatmaps_and_spreads_are_no_slides_under_any_name(slides: Path) -> None
 def test_what_is_left_out_is_told(slides: Path) -> None:
     export(slides / "results", "tiff", slides / "elsewhere")
     (line,) = search_slides([slides]).remarks
-    assert line.startswith("left out, as no slides but results of wsi_gradcam: 5 (elsewhere/a.tif.0-gradcam-tumour.tif")
+    assert line.startswith(
+        "left out, because they are results of wsi_gradcam and not slides: 5 (elsewhere/a.tif.0-gradcam-tumour.tif"
+    )
     assert line in slide_info(str(slides))["remark 1"]
     shutil.rmtree(slides / "in")
     (slides / "a.tif").unlink()
-    with pytest.raises(ConfigError, match=r"no slides in this folder; .*; left out, as no slides but results of wsi_g"):
+    with pytest.raises(ConfigError, match=r"no slides in this folder; .*; left out, because they are results of wsi_g"):
         find_slides([slides])
 
 
@@ -94,15 +96,15 @@ def test_results_that_are_named_outright_are_refused_in_one_line(slides: Path, t
     (path, *_) = export(slides / "results", to, slides / "elsewhere", ["a.tif"])[0].paths
     shutil.copytree(slides / "results/a.tif/heatmap.ome.zarr", slides / "copied.ome.zarr")
     for result in (path, slides / "copied.ome.zarr", slides / "results/a.tif/heatmap.ome.zarr"):
-        with pytest.raises(ConfigError, match=rf"{result.name}: an? .* that wsi_gradcam made, a result and no slide"):
+        with pytest.raises(ConfigError, match=rf"{result.name}: an? .* made by wsi_gradcam, not a slide"):
             find_slides([result])
     (slides / "list.csv").write_text(f"slide\na.tif\n{path.relative_to(slides)}\n")
-    with pytest.raises(ConfigError, match=rf"list\.csv: .*{path.name}: .* a result and no slide; give the slide that"):
+    with pytest.raises(ConfigError, match=rf"list\.csv: .*{path.name}: .* not a slide; give the slide it"):
         find_slides([slides / "list.csv"])
 
 
 def test_a_heatmap_says_what_it_is(slides: Path) -> None:
-    for folder, said in (("", "a heatmap that wsi_gradcam made"), ("/labels/coverage", "labels of an image")):
+    for folder, said in (("", "a heatmap made by wsi_gradcam"), ("/labels/coverage", "labels of an image")):
         with pytest.raises(SlideFormatError, match=rf"{said}.*, .*; give the") as caught:
             open_slide(f"{slides}/results/a.tif/heatmap.ome.zarr{folder}")
         assert "\n" not in str(caught.value)
@@ -130,7 +132,9 @@ def test_a_run_into_its_own_slides_folder_goes_on_as_it_was(tmp_path: Path) -> N
     assert (record.slide.id, record.skipped) == ("a.tif", True)
     assert list(rows_of(out)) == ["a.tif"]
     said = preview(slides, model, tmp_path / "new", **SMALL).remarks
-    assert [line.partition(":")[0] for line in said] == ["left out, as no slides but results of wsi_gradcam"]
+    assert [line.partition(":")[0] for line in said] == [
+        "left out, because they are results of wsi_gradcam and not slides"
+    ]
     log = sorted((out / "log").iterdir())[-1]
     assert any(said[0] in json.loads(line).get("text", line) for line in log.read_text().splitlines())
     shown = command("explain", slides, "--model", toy_file(tmp_path, "pooled_linear"), "--out", out, "--dry-run")
@@ -157,9 +161,9 @@ def test_results_in_a_bucket_are_no_slides(slides: Path, server: str, monkeypatc
     assert [line.partition("(")[0] for line in found.remarks] == [line.partition("(")[0] for line in local.remarks]
     (name, *_) = (path.name for path in sorted((slides / "elsewhere").iterdir()) if path.suffix == ".tif")
     url = f"s3://{BUCKET}/archive/elsewhere/{name}"
-    with pytest.raises(ConfigError, match=rf"{name}: an export that wsi_gradcam made, a result and no slide; give"):
+    with pytest.raises(ConfigError, match=rf"{name}: an export made by wsi_gradcam, not a slide; give"):
         search_slides([url])
-    with pytest.raises(SlideContentError, match=rf"{name}: an export that wsi_gradcam made, a result and no slide"):
+    with pytest.raises(SlideContentError, match=rf"{name}: an export made by wsi_gradcam, not a slide"):
         open_slide(url)  # as of a list
 
 
@@ -171,9 +175,14 @@ def test_what_is_passed_over_in_a_local_folder_is_told(tmp_path: Path) -> None:
     found = search_slides([tmp_path])
     assert [entry.id for entry in found.entries] == ["a.svs"]
     unread, folders = found.remarks
-    assert unread.startswith("left out, in formats that are not read (1 .isyntax, 1 .qptiff, 2 .vsi): 4 (b.vsi, in/c.I")
+    assert unread.startswith(
+        "left out, because their formats are not supported (1 .isyntax, 1 .qptiff, 2 .vsi): 4 (b.vsi, in/c.I"
+    )
     assert "convert to OME-TIFF or OME-Zarr with isyntax2raw or Philips' own software or bioformats2raw" in unread
-    assert folders == "not searched, as hidden or of the system: 4 ($RECYCLE.BIN, .Trash-1000, .snapshot, ...)"
+    assert (
+        folders
+        == "not searched, because they are hidden or system folders: 4 ($RECYCLE.BIN, .Trash-1000, .snapshot, ...)"
+    )
     assert [entry.id for entry in search_slides([tmp_path / ".snapshot"]).entries] == ["a.svs"]
     assert [entry.id for entry in search_slides([tmp_path / "@eaDir" / "*.svs"]).entries] == ["b.svs"]
 
@@ -182,6 +191,6 @@ def test_a_slide_of_a_format_that_is_not_read_says_so_by_name(tmp_path: Path) ->
     write_slide(tmp_path / "b.vsi", np.full((300, 300, 3), 200, np.uint8), mpp=0.5)  # a TIFF, as of Olympus
     (entry,) = find_slides([tmp_path / "b.vsi"])
     with pytest.raises(
-        SlideFormatError, match=r"b\.vsi: its pixels are in a folder beside it and are not read; convert"
+        SlideFormatError, match=r"b\.vsi: its pixels are in a folder beside it, which cannot be read; convert"
     ):
         open_slide(entry.path)

@@ -45,7 +45,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, place: Path, number: int) -> None:
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     touch(tmp_path, "a.svs", "x/y/b.svs", "z/c.svs")
     refusing(monkeypatch, tmp_path / "x" / "y", number)
-    said = rf"/x/y: cannot be read: {os.strerror(number)}, and its slides would be left out; let it be read, or"
+    said = rf"/x/y: cannot be read: {os.strerror(number)}, so its slides would be missing; grant read permission, or"
     for given in (tmp_path, tmp_path / "**" / "*.svs"):
         with pytest.raises(ConfigError, match=said):
             find_slides([given])
@@ -80,7 +80,9 @@ def test_a_path_that_may_not_be_looked_at_is_named(tmp_path: Path, monkeypatch: 
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "exists", closed)
-    with pytest.raises(ConfigError, match=r"/a\.svs: cannot be read: Permission denied; let it be read, or give other"):
+    with pytest.raises(
+        ConfigError, match=r"/a\.svs: cannot be read: Permission denied; grant read permission, or give other"
+    ):
         find_slides([tmp_path / "a.svs"])
 
 

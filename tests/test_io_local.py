@@ -101,7 +101,7 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     for path in (tmp_path / "out" / "run.yaml", tmp_path / "out" / "deep" / "run.yaml"):
-        with pytest.raises(StoreError, match=r"run\.yaml: cannot write: a file stands where a folder is needed"):
+        with pytest.raises(StoreError, match=r"run\.yaml: cannot write: there is a file where a folder is needed"):
             write_atomic(path, b"")
 
 

@@ -291,7 +291,7 @@ def test_what_no_key_can_hold_is_written_with_percent_signs(s3_out: str) -> None
         ("gs://bucket/out", "expected a folder, or s3://BUCKET/KEY"),
         (Path("s3://bucket/out"), "give a URL as text, not as a path"),
         ("s3://", "expected s3://BUCKET/KEY"),
-        ("s3://key:secret@bucket/out", r"^s3://bucket/out: expected s3://BUCKET/KEY; credentials"),
+        ("s3://key:secret@bucket/out", r"^s3://bucket/out: expected s3://BUCKET/KEY; set credentials"),
         ("s3://bucket/a/../b", r"has \. or \.\. in it"),
     ],
 )
@@ -349,10 +349,10 @@ def test_errors_of_the_store_say_what_to_do(
 @pytest.mark.parametrize("ask", ["read", "file_names", "folder_names", "exists", "remove_tree"])
 def test_what_cannot_be_read_is_no_empty_folder(ask: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_stores, "OUT_PATIENCE_S", 0.5)
-    with pytest.raises(StoreError, match=r"no such bucket; make it|access was refused"):
+    with pytest.raises(StoreError, match=r"no such bucket; create it|access was refused"):
         getattr(storage_path("s3://no-such-bucket/out"), ask)()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StoreError, match="check it and the network, and run the same command again"):
+    with pytest.raises(StoreError, match="check the store and the network, and run the same command again"):
         getattr(storage_path("s3://slides/out"), ask)()
 
 
@@ -361,7 +361,7 @@ def test_an_update_among_too_many_gives_up(s3_out: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(S3Path, "replace", lambda self, data, known: False)
     file = storage_path(s3_out) / "file"
     file.write(b"old")
-    with pytest.raises(StoreError, match="other processes write to it all the time"):
+    with pytest.raises(StoreError, match="other processes keep writing to it"):
         file.update(appended)
 
 
@@ -437,7 +437,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / ".lock").symlink_to(tmp_path / "mine")
-    with pytest.raises(StoreError, match="a link is in the place of a file of ours; delete it"):
+    with pytest.raises(StoreError, match="a symbolic link takes the place of a file of the results; delete it"):
         storage_path(out / "display.json").update(lambda _: b"{}")
     assert (tmp_path / "mine").read_text() == "precious"
     (out / ".lock").unlink()

@@ -221,7 +221,7 @@ class TestArchive:
         settings = {**SMALL, "min_tissue": 0.5, "mask": tmp_path / "masks"}
         (failed,) = explain(tmp_path / "slides", MODEL, out, **settings).failed
         assert failed.slide.id == "b.tif"
-        assert "no mask of slide b.tif; expected b with one of the endings" in failed.error
+        assert "no mask for slide b.tif; expected b with one of the endings" in failed.error
         assert {name: row["patches"] for name, row in rows_of(out).items()} == {
             "a.tif": "16",
             "b.tif": "0",
@@ -403,7 +403,7 @@ class TestMisplaced:
         labels = np.zeros((640, 960), np.uint8)
         labels[100:300, 100:300], labels[320:500, 100:300] = 1, 2
         Image.fromarray(np.rot90(labels)).save(tmp_path / "m.png")
-        assert "960 x 640 px (height x width) have another shape than the slide's 640 x 960 px" in self.failed(
+        assert "960 x 640 px (height x width) have another aspect ratio than the slide's 640 x 960 px" in self.failed(
             tmp_path, tmp_path / "m.png"
         )
         Image.fromarray(labels).save(tmp_path / "m.tif")

@@ -85,7 +85,7 @@ def test_an_export_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None
         write_clam(place, Failing(), boxes, frame())
     assert place.read_bytes() == before
     assert list(tmp_path.iterdir()) == [place]
-    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+    with pytest.raises(StoreError, match="there is a file where a folder is needed"):
         write_clam(place / "b.h5", features, boxes, frame())
 
 

@@ -144,7 +144,7 @@ def test_a_store_that_goes_away_stops_the_run(
         return "reset" if gone.is_set() else ""
 
     s3_proxy.passed.fails = fails
-    with pytest.raises(StoreError, match=r"s3://.*the same command again, nothing finished is lost"):
+    with pytest.raises(StoreError, match=r"s3://.*the same command again: nothing finished is lost"):
         explain(inputs / "slides", toy_spec("pooled_linear"), s3_out, **SMALL)
     s3_proxy.passed.fails = lambda method, target: ""
     explain(inputs / "slides", toy_spec("pooled_linear"), s3_out, **SMALL)

@@ -165,7 +165,7 @@ def test_what_cannot_be_cleared_is_a_store_error(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(call, forbidden)
-    with pytest.raises(StoreError, match="no permission to write there"):
+    with pytest.raises(StoreError, match="permission to write there is denied"):
         manifest.clear()
 
 

@@ -71,7 +71,7 @@ def test_planes_that_are_red_green_and_blue_are_a_picture_in_colour(
 
 def test_openslide_does_not_show_the_first_of_three_colours(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ome.tif", noise(3, 128, 192), SAID["names"][0])
-    with pytest.raises(SlideContentError, match="OpenSlide shows it in other colours than it has; use --reader auto"):
+    with pytest.raises(SlideContentError, match="OpenSlide shows it in the wrong colours; use --reader auto"):
         open_slide(path, reader="openslide")
 
 
@@ -93,7 +93,7 @@ def test_sixteen_bits_and_one_page_of_planes(tmp_path: Path) -> None:
     expected = np.moveaxis((planes.astype(np.uint32) + 128) // 257, 0, -1)
     np.testing.assert_array_equal(shown(write(tmp_path / "a.ome.tif", planes, SAID["names"][0])), expected)
     tifffile.imwrite(tmp_path / "b.tif", planes, photometric="minisblack", planarconfig="separate", metadata=None)
-    with pytest.raises(SlideContentError, match=r"b.tif: 3 pictures that belong together, as of stains"):
+    with pytest.raises(SlideContentError, match=r"b.tif: 3 separate channels, as in"):
         open_slide(tmp_path / "b.tif", 0.5)
     np.testing.assert_array_equal(shown(tmp_path / "b.tif", mpp=0.5, channels=(2, 1, 0)), expected[..., ::-1])
 
@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "five in colour": (
         np.zeros((128, 192, 5), np.uint8),
         {"photometric": "rgb", "planarconfig": "contig"},
-        "5 samples a pixel, of which 2 are neither colour",
+        "5 samples per pixel, 2 of which are neither colour",
     ),
     "a stack": (np.zeros((3, 128, 192, 3), np.uint8), {"photometric": "rgb"}, "3 pictures that belong together"),
     "float": (np.zeros((128, 192), np.float32), {"photometric": "minisblack"}, "samples are 32 bits, IEEEFP"),

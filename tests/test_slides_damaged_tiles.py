@@ -166,7 +166,7 @@ def test_a_damaged_picture_is_refused(damage: str, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(data.getvalue())
     open_slide(tmp_path / "a.jpg", 0.5).close()
     (tmp_path / "b.jpg").write_bytes(DAMAGES[damage](data.getvalue()))
-    with pytest.raises(SlideFormatError, match=r"b.jpg: damaged or cut short .*; copy the picture again"):
+    with pytest.raises(SlideFormatError, match=r"b.jpg: damaged or truncated .*; copy the image again"):
         open_slide(tmp_path / "b.jpg", 0.5)
 
 
@@ -219,7 +219,7 @@ def test_a_jpeg_xr_that_ends_before_it_says_is_unreadable(left_out: int) -> None
     assert check is not None
     check(data)
     check(bytes(imagecodecs.jpegxr_encode(np.dstack([picture()[:SIDE, :SIDE], picture()[:SIDE, :SIDE, 0]]))))
-    with pytest.raises(ValueError, match=f"ends {left_out:,} bytes before it says"):
+    with pytest.raises(ValueError, match=f"ends {left_out:,} bytes before its stated end"):
         check(data[:-left_out])
 
 
@@ -316,7 +316,7 @@ def test_a_slide_of_no_tiles_is_no_glass(tmp_path: Path) -> None:
 def test_a_level_of_no_tiles_is_not_believed(tmp_path: Path) -> None:
     sparse(tmp_path / "a.tif", [0, 1, 2, 3], level=1, compression="deflate")
     with closing(open_slide(tmp_path / "a.tif")) as slide:
-        assert slide.info.levels[1].problem == "all of its tiles are left out"
+        assert slide.info.levels[1].problem == "all of its tiles are missing"
 
 
 # --- colours of JPEG 2000 ---
@@ -334,7 +334,7 @@ def test_a_stream_that_says_it_is_rgb_is_believed(reversible: bool, ending: str,
         path, flat, tile=(SIDE, SIDE), photometric="rgb", compression="aperio_jp2000_ycbc", metadata=None, **more
     )
     assert int(np.abs(shown(path).astype(int) - (200, 30, 120)).max()) <= 1
-    with pytest.raises(SlideContentError, match="OpenSlide shows it in other colours than it has"):
+    with pytest.raises(SlideContentError, match="OpenSlide shows it in the wrong colours"):
         open_slide(path, reader="openslide")
 
 

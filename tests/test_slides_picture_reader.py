@@ -36,7 +36,7 @@ def pixels(path: Path) -> Any:
 def test_a_png_is_itself(rgb: Any, tmp_path: Path) -> None:
     Image.fromarray(rgb).save(tmp_path / "a.png", dpi=(72, 72))
     np.testing.assert_array_equal(pixels(tmp_path / "a.png"), rgb)
-    with pytest.raises(MppError, match=r"a\.png: a picture does not say how large its pixels are; give .*--mpp"):
+    with pytest.raises(MppError, match=r"a\.png: an image file does not state its pixel size; give .*--mpp"):
         _ = open_slide(tmp_path / "a.png").info.mpp_yx
 
 
@@ -84,7 +84,7 @@ def test_a_picture_cut_short_is_refused(name: str, rgb: Any, tmp_path: Path) -> 
     path = tmp_path / name
     Image.fromarray(rgb).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(SlideFormatError, match=f"{name}: damaged or cut short"):
+    with pytest.raises(SlideFormatError, match=f"{name}: damaged or truncated"):
         open_slide(path)
 
 

@@ -254,9 +254,9 @@ def test_an_ome_tiff_without_mpp_says_so(metadata: dict[str, Any], said: str, tm
 @pytest.mark.parametrize(
     ("resolution", "unit", "said"),
     [
-        ((72, 72), "INCH", "the pixel size by tag YResolution is 352.778, expected 0.01 to 100"),
-        ((1, 1), "NONE", "the file says nothing of its resolution"),
-        ((0, 0), "INCH", "the pixel size by tag YResolution is 0"),
+        ((72, 72), "INCH", "the pixel size from tag YResolution is 352.778, expected 0.01 to 100"),
+        ((1, 1), "NONE", "the file does not state its resolution"),
+        ((0, 0), "INCH", "the pixel size from tag YResolution is 0"),
     ],
 )
 def test_a_tiff_without_mpp_says_so(resolution: tuple[int, int], unit: str, said: str, tmp_path: Path) -> None:

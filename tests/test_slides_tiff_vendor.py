@@ -118,5 +118,5 @@ def test_real_tiffs(name: str, shared_data: Path) -> None:
 def test_formats_that_are_no_plain_pyramids_are_refused(vendor: str, options: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, noise(300, 400), tile=(128, 128), photometric="rgb", metadata=None, **options)
-    with pytest.raises(SlideFormatError, match=f"a.tif: in the format of {vendor}, .*{COPY_FIRST}"):
+    with pytest.raises(SlideFormatError, match=f"a.tif: in {vendor}'s format, .*{COPY_FIRST}"):
         ours(path)

@@ -245,7 +245,7 @@ class TestMasks:
     def test_absurdly_many_outlines_are_refused_at_once(self) -> None:
         large = Area("", np.array([(0, 0), (0, 1e5), (1e5, 1e5), (1e5, 0)]))
         started = time.monotonic()
-        with pytest.raises(AnnotationError, match=r"a\.xml: its outlines cover the slide too many times over"):
+        with pytest.raises(AnnotationError, match=r"a\.xml: its outlines cover the slide too many times"):
             rasterise([Area("", large.outline, (large.outline,) * 2000)] * 9, (10**5, 10**5), (2048, 2048), "a.xml")
         assert time.monotonic() - started < 5
 
@@ -286,13 +286,13 @@ BAD_XML = {
         "region 7 of '' has points that are not pairs",
     ),
     "missing": ('<Annotations><Annotation><Region><Vertex X="1"/></Region></Annotation></Annotations>', "not pairs"),
-    "stray": ("<Annotations><Region/></Annotations>", "a Region outside of an Annotation"),
+    "stray": ("<Annotations><Region/></Annotations>", "a Region outside an Annotation"),
     "one corner": (imagescope(("a", [("2", "0", SQUARE[:1])])), "has 1 points"),
     "bomb": (
         '<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;&x;">]><Annotations>&y;</Annotations>',
         "declares a document type",
     ),
-    "deep": ("<Annotations>" + "<a>" * 100_000, "more than 64 elements inside each other"),
+    "deep": ("<Annotations>" + "<a>" * 100_000, "more than 64 nested elements"),
     "encoding": ('<?xml version="1.0" encoding="no-such"?><Annotations/>', "damaged or not XML"),
 }
 
@@ -331,12 +331,12 @@ class TestBadFiles:
     def test_a_file_that_is_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = written(tmp_path / "a.json", feature([SQUARE]))
         monkeypatch.setattr("wsi_gradcam.tissue.annotations.regions.MAX_BYTES", path.stat().st_size - 1)
-        with pytest.raises(AnnotationError, match="larger than 0 MiB, more than is ever drawn by hand"):
+        with pytest.raises(AnnotationError, match="larger than 0 MiB, more than anyone draws by hand"):
             read_annotations(path)
         assert base.MAX_BYTES == 32 << 20
 
     def test_another_ending_and_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(AnnotationError, match=r"a\.csv: not a file of annotations; expected \.geojson"):
+        with pytest.raises(AnnotationError, match=r"a\.csv: not an annotation file; expected \.geojson"):
             read_annotations(written(tmp_path / "a.csv", ""))
         with pytest.raises(AnnotationError, match=r"b\.xml: cannot be read: No such file"):
             read_annotations(tmp_path / "b.xml")

@@ -158,11 +158,13 @@ class TestRegions:
         assert (found.path, found.shared) == (path, True)
 
     def test_no_file_or_two_for_a_slide(self, tmp_path: Path) -> None:
-        with pytest.raises(AnnotationError, match=r"no mask of slide s\.svs; expected s with one of the endings \.png"):
+        with pytest.raises(
+            AnnotationError, match=r"no mask for slide s\.svs; expected s with one of the endings \.png"
+        ):
             read_regions(tmp_path, "s.svs")
         written(tmp_path / "s.xml", "")
         written(tmp_path / "s.png", "")
-        with pytest.raises(AnnotationError, match=r"s\.png, s\.xml are all masks of slide s\.svs"):
+        with pytest.raises(AnnotationError, match=r"s\.png, s\.xml are all masks for slide s\.svs"):
             read_regions(tmp_path, "s.svs")
 
     def test_no_mask_is_all_of_the_slide(self) -> None:
@@ -171,7 +173,7 @@ class TestRegions:
     @pytest.mark.parametrize(
         ("mask", "include", "slides", "problem"),
         [
-            (None, ["a"], 1, "give the file with --mask"),
+            (None, ["a"], 1, "give the mask with --mask"),
             ("none.png", [], 1, "none.png: does not exist"),
             ("a.png", [], 2, "a.png: one file of --mask for 2 slides; give a folder"),
         ],

@@ -108,7 +108,7 @@ class TestValues:
     @pytest.mark.parametrize("name", ["a.png", "a.tif"])
     def test_a_photograph_or_a_lossy_mask_is_refused(self, tmp_path: Path, name: str) -> None:
         noise = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), np.uint8)
-        with pytest.raises(AnnotationError, match="more than 1,000 values, as a photograph has"):
+        with pytest.raises(AnnotationError, match="more than 1,000 values, like a photograph"):
             mask(written(tmp_path / name, noise))
 
     def test_jpeg_in_tiff_is_refused_and_other_endings_are_told(self, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ class TestValues:
             mask(path)
         (tmp_path / "a.jpg").write_bytes(b"")
         endings = r"\.png \.tif \.tiff \.geojson \.json \.xml"
-        with pytest.raises(ConfigError, match=rf"a\.jpg: not a .*{endings}, since JPEG changes"):
+        with pytest.raises(ConfigError, match=rf"a\.jpg: not a .*{endings}, because JPEG changes"):
             check_ending(tmp_path / "a.jpg")
 
     def test_fractions_are_no_labels(self, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ class TestPyramids:
 
     def test_several_pictures_are_refused(self, tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / "a.tif", np.stack([BINARY, BINARY, BINARY]), photometric="minisblack")
-        with pytest.raises(AnnotationError, match="several pictures of one size"):
+        with pytest.raises(AnnotationError, match="several images of one size"):
             mask(tmp_path / "a.tif")
 
     def test_a_tile_left_out_is_background(self, tmp_path: Path) -> None:
@@ -372,5 +372,5 @@ def test_a_tiff_that_is_finer_than_its_slide_is_refused_before_it_is_read(tmp_pa
     """One tile in a file may stand for a million of them."""
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((512, 512), np.uint8), tile=(64, 64), compression="zlib")
     assert read_regions(tmp_path / "a.tif", "a").drawn((256, 256)).known == ("0",)  # type: ignore[union-attr]
-    with pytest.raises(AnnotationError, match=r"512 x 512 px .* over a slide of 200 x 200 px; a mask is no finer"):
+    with pytest.raises(AnnotationError, match=r"512 x 512 px .* over a slide of 200 x 200 px; a mask cannot be finer"):
         read_regions(tmp_path / "a.tif", "a").drawn((200, 200))  # type: ignore[union-attr]

@@ -235,7 +235,7 @@ def slide_info(path: str) -> dict[str, Any]:
         area = _areas(slide)
     finally:
         slide.close()
-    unsure = {True: ", used where its pixels prove it", False: ""}
+    unsure = {True: ", used only if its pixels line up", False: ""}
     levels = [f"{o.height} x {o.width} (1/{o.downsample_y:g}{unsure[bool(o.problem)]})" for o in info.levels]
     return {
         "slide": info.path,

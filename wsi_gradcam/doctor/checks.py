@@ -439,8 +439,9 @@ def _model(workers: Workers, name: str) -> Check:
 
 def _shared(out: StoragePath, workers: Workers, written: int) -> Check:
     """Check that each worker has read what this process wrote in `out`, and this process sees what each wrote."""
-    mend = f"{out.absolute()} must be a shared folder, at the same path on every worker, or a bucket, that all can "
-    "write to"
+    mend = (
+        f"{out.absolute()} must be a shared folder at the same path on every worker, or a bucket; all must write to it"
+    )
     blind = {address: worker["out"] for address, worker in workers.items() if worker["out"]}
     if blind:
         return _problem("workers' OUT", FAIL, blind, mend)

@@ -141,10 +141,10 @@ def _entries(slides: list[_Found]) -> list[SlideEntry]:
         names = [as_text("/".join(place[shared:])) for place in places]
     ids = set(names)
     if len(ids) < len(names):
-        raise ConfigError("URLs that differ in dots and slashes alone; give each slide one way")
+        raise ConfigError("several URLs differ only in dots and slashes; give each slide once")
     for name in ids:
         if inner := next((folder for folder in folders_of(name) if folder in ids), None):
-            raise ConfigError(f"slides {inner} and {name} would share a folder below --out; explain them apart")
+            raise ConfigError(f"slides {inner} and {name} would share a folder in --out; explain them in separate runs")
     entries = [slide.entry(name) for name, slide in zip(names, slides, strict=True)]
     return sorted(entries, key=lambda entry: entry.id)
 
@@ -164,7 +164,7 @@ def choose_slides(entries: Sequence[SlideEntry], only: Sequence[str], skip: Sequ
     )
     chosen = [entry for entry in entries if (not only or entry.id in wanted) and entry.id not in unwanted]
     if not chosen:
-        raise ConfigError(f"no slide is left of {len(entries)}: --skip leaves out all that are chosen")
+        raise ConfigError(f"none of {len(entries)} slides is left: --skip excludes all that were selected")
     return chosen
 
 
@@ -173,8 +173,8 @@ def _matching_ids(ids: Sequence[str], flag: str, pattern: str) -> list[str]:
     found = [name for name in ids if parts and matches(canonical(name).split("/"), parts)]
     if not found:
         raise ConfigError(
-            f"--{flag} {pattern!r} matches no slide; expected a pattern of ids such as {ids[0]!r}, where * "
-            "stays in one folder and ** goes through all"
+            f"--{flag} {pattern!r} matches no slide; expected a pattern of ids such as {ids[0]!r}, where * stays "
+            "within one folder and ** crosses folders"
         )
     return found
 
@@ -212,7 +212,7 @@ def _local(path: Path, remarks: Remarks, buckets: Collection[str]) -> Iterator[t
                 yield _slide_key(place), _Found(place, name, details)
     except PermissionError as error:
         raise ConfigError(
-            f"{error.filename or path}: cannot be read: {error.strerror}; let it be read, or give other slides"
+            f"{error.filename or path}: cannot be read: {error.strerror}; grant read permission, or give other slides"
         ) from error
 
 
@@ -351,7 +351,9 @@ def _matching(path: Path, remarks: Remarks) -> Iterator[tuple[str, str, Details]
             yield place, name, NO_DETAILS
     if empty:
         more = "".join(f"; {line}" for line in found.lines())
-        raise ConfigError(f"{path}: no slide in {root} matches this pattern; expected such as 'archive/**/*.svs'{more}")
+        raise ConfigError(
+            f"{path}: no slide in {root} matches this pattern; expected a pattern such as 'archive/**/*.svs'{more}"
+        )
     remarks.add(found)
 
 

@@ -37,7 +37,7 @@ MAX_BYTES = 256 << 20
 MAX_UNPACKED = 128 << 20  # bytes of the columns of a Parquet file that are read
 BATCH_ROWS = 4096  # in memory at a time
 COLUMNS = ("slide", "mpp", "mpp_y", "mpp_x", "mask", "label", "site", "scanner")
-EXPECTED = "slide, and if need be mpp, or mpp_y and mpp_x, and mask, label, site, scanner"
+EXPECTED = "slide, and optionally mpp (or mpp_y and mpp_x), mask, label, site, scanner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Details]]:
     for where, row in rows:
         empty = False
         if not (name := row.get("slide", "")):
-            raise ConfigError(f"{where}: no slide named")
+            raise ConfigError(f"{where}: no slide is given")
         mpp = _mpp(row, where)
         details = Details(
             once.setdefault(mpp, mpp), _mask(path, row, where), *(sys.intern(row.get(key, "")) for key in COLUMNS[-3:])
@@ -98,7 +98,7 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Details]]:
         if not os.path.exists(file) and (others := alike(path.parent, str(pure))):  # noqa: PTH110 - of 100,000 lines
             file = str(others[0])
         if not os.path.exists(file):  # noqa: PTH110
-            raise SlideNotFoundError(f"{where}: {Path(file)} does not exist; paths start at the list's own folder")
+            raise SlideNotFoundError(f"{where}: {Path(file)} does not exist; paths are relative to the list's folder")
         folder, last = os.path.split(file)
         inside = not pure.is_absolute() and ".." not in pure.parts
         yield os.path.join(resolved(folder), last), pure.as_posix() if inside else last, details  # noqa: PTH118
@@ -128,8 +128,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 row = dict(zip(names, (plain_cell(cell.strip()) for cell in cells), strict=False))
                 if any(map(str.strip, cells[len(names) :])):
                     raise ConfigError(
-                        f"{where}: {len(cells)} cells, expected {len(names)} as in the first line; put what has "
-                        f"{delimiter!r} in it in quotes"
+                        f"{where}: {len(cells)} cells, expected {len(names)} as in the first line; quote cells that "
+                        f"contain {delimiter!r}"
                     )
                 if any(row.values()):
                     yield where, {name: row.get(name, "") for name in _known_columns(path, names)}
@@ -139,7 +139,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _check_rows(path: Path, rows: int) -> None:
     if rows > MAX_ROWS:
-        raise ConfigError(f"{path}: a list of {rows:,} lines, expected up to {MAX_ROWS:,}; make several lists of it")
+        raise ConfigError(
+            f"{path}: the list has {rows:,} lines, expected at most {MAX_ROWS:,}; split it into several lists"
+        )
 
 
 def _lines_in(path: Path) -> int:
@@ -149,7 +151,7 @@ def _lines_in(path: Path) -> int:
         ConfigError: it is longer than any list.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ConfigError(f"{path}: {size:,} bytes, expected up to {MAX_BYTES:,}; make several lists of it")
+        raise ConfigError(f"{path}: {size:,} bytes, expected at most {MAX_BYTES:,}; split it into several lists")
     found = 0
     with path.open("rb") as file:
         while found <= MAX_ROWS and (part := file.read(MAX_LINE)):
@@ -192,11 +194,11 @@ def _columns(path: Path, header: str, delimiters: str) -> tuple[str, list[str]]:
     inner = [name for name in names if set(COLUMNS) & {part.strip() for part in re.split(f"[{DELIMITERS}]", name)[1:]}]
     if len(different) > 1 or inner:
         raise ConfigError(
-            f"{path}: its first line {header.strip()[:80]!r} is separated in several ways; expected commas, semicolons "
-            "or tabs throughout"
+            f"{path}: its first line {header.strip()[:80]!r} mixes separators; expected commas, semicolons or tabs "
+            "throughout"
         )
     if twice := [name for name in COLUMNS if names.count(name) > 1]:
-        raise ConfigError(f"{path}: has two columns {twice[0]!r}; leave one out")
+        raise ConfigError(f"{path}: has two columns {twice[0]!r}; remove one")
     return delimiter, names
 
 
@@ -211,7 +213,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
             known = _known_columns(path, file.schema_arrow.names)
             _check_rows(path, file.metadata.num_rows)
             if (size := _unpacked_bytes(file.metadata, known)) > MAX_UNPACKED:
-                raise ConfigError(f"{path}: {size:,} bytes of text, expected up to {MAX_UNPACKED:,}; no list of slides")
+                raise ConfigError(
+                    f"{path}: {size:,} bytes of text, expected at most {MAX_UNPACKED:,}; it is not a list of slides"
+                )
             rows = chain.from_iterable(
                 batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=known, use_threads=False)
             )
@@ -271,7 +275,7 @@ def _mpp(row: Row, where: str) -> Mpp:
         try:
             value = float(text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text)
         except ValueError as error:
-            raise ConfigError(f"{where}: mpp {text!r} is not a number; give both mpp_y and mpp_x, or mpp") from error
+            raise ConfigError(f"{where}: mpp {text!r} is not a number; fill in both mpp_y and mpp_x, or mpp") from error
         if problem := check_mpp(value, "mpp"):
             raise ConfigError(f"{where}: {problem}")
         values.append(value)

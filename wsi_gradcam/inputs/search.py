@@ -113,18 +113,20 @@ class Remarks:
         """Return a line for each kind."""
         found = []
         if self.results:
-            found.append(f"left out, as no slides but results of wsi_gradcam: {_some(self.results)}")
+            found.append(f"left out, because they are results of wsi_gradcam and not slides: {_some(self.results)}")
         if self.unread:
             endings = Counter(map(ending_of, sorted(self.unread)))
             kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
             mends = " or ".join(dict.fromkeys(UNREAD[ending] for ending in sorted(endings)))
             found.append(
-                f"left out, in formats that are not read ({kinds}): {_some(self.unread)}; convert to OME-TIFF or "
-                f"OME-Zarr with {mends}"
+                f"left out, because their formats are not supported ({kinds}): {_some(self.unread)}; convert to "
+                f"OME-TIFF or OME-Zarr with {mends}"
             )
         if self.folders:
             names = Counter(name.rpartition("/")[2] for name in self.folders)
-            found.append(f"not searched, as hidden or of the system: {_some(sorted(names), len(self.folders))}")
+            found.append(
+                f"not searched, because they are hidden or system folders: {_some(sorted(names), len(self.folders))}"
+            )
         return found
 
 
@@ -204,8 +206,8 @@ class _Search:
             slides = [name for name, entry in entries.items() if self._is_slide(entry, below)]
         except OSError as error:
             raise ConfigError(
-                f"{error.filename or place}: cannot be read: {error.strerror}, and its slides would be left out; let "
-                "it be read, or give the other folders, or a pattern that leaves it out"
+                f"{error.filename or place}: cannot be read: {error.strerror}, so its slides would be missing; grant "
+                "read permission, or give the other folders or a pattern that excludes it"
             ) from error
         return slides, folders, {name for name in folders if entries[name].is_symlink()}
 
@@ -363,4 +365,4 @@ def check_no_result(place: str, where: str = "") -> None:
 
 def result_error(place: str, what: str) -> ConfigError:
     """Return the error for a result of ours that was named as a slide."""
-    return ConfigError(f"{place}: {what} that wsi_gradcam made, a result and no slide; give the slide that it shows")
+    return ConfigError(f"{place}: {what} made by wsi_gradcam, not a slide; give the slide it was made from")

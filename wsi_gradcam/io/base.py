@@ -63,7 +63,9 @@ class StoragePath(ABC):
     def check_size(self, size: int, most: int) -> None:
         """Raise a StoreError where a file of `size` bytes is larger than any that we write there."""
         if size > most:
-            raise StoreError(f"{self}: {size:,} bytes, expected up to {most:,}; it is damaged, or none of ours")
+            raise StoreError(
+                f"{self}: {size:,} bytes, expected at most {most:,}; it is damaged, or wsi_gradcam did not write it"
+            )
 
     @abstractmethod
     def read_range(self, start: int, count: int) -> bytes:
@@ -188,8 +190,8 @@ class StoragePath(ABC):
                 return
             time.sleep(delay)
         raise StoreError(
-            f"{self}: other processes write to it all the time; let fewer runs share an --out, and run the same "
-            "command again, nothing finished is lost"
+            f"{self}: other processes keep writing to it; let fewer runs share an --out, and run the same command "
+            "again: nothing finished is lost"
         )
 
     def _try_update(self, change: Callable[[bytes | None], bytes | None]) -> bool:

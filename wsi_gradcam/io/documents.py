@@ -36,10 +36,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         seen: set[Hashable] = set()
         for key, _ in node.value:
             if key.tag == MERGE:
-                raise DocumentError(f"line {key.start_mark.line + 1}: merge keys (<<) are not read; write values out")
+                raise DocumentError(
+                    f"line {key.start_mark.line + 1}: merge keys (<<) are not supported; write the values out"
+                )
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise DocumentError(f"line {key.start_mark.line + 1}: a key is there twice; leave one out")
+                    raise DocumentError(f"line {key.start_mark.line + 1}: a key occurs twice; remove one")
                 seen.add((key.tag, key.value))
         super().flatten_mapping(node)
 
@@ -99,12 +101,12 @@ def _check_events(text: str, aliases: bool) -> None:
     for event in yaml.parse(text, _Loader):
         anchor = getattr(event, "anchor", None)
         if anchor is not None and not aliases:
-            raise _refused(event, "anchors and aliases are not read; write values out")
+            raise _refused(event, "anchors and aliases are not supported; write the values out")
         if isinstance(event, yaml.AliasEvent):
             copy = sizes.get(anchor, MAX_TEXT + 1)  # no size yet: it contains itself
             size, copied = size + copy, copied + copy
             if copied > MAX_TEXT:
-                raise _refused(event, "aliases stand for too much; write values out")
+                raise _refused(event, "its aliases expand to too much; write the values out")
         elif isinstance(event, yaml.ScalarEvent):
             event.value.encode()  # half a surrogate pair cannot be written anywhere
             size += len(event.value) + 1
@@ -113,7 +115,7 @@ def _check_events(text: str, aliases: bool) -> None:
             started.append((anchor, size))
             size += 1
             if len(started) > MAX_DEPTH:
-                raise _refused(event, f"nested more than {MAX_DEPTH} deep")
+                raise _refused(event, f"nested deeper than {MAX_DEPTH} levels")
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = started.pop()
             sizes[anchor] = size - before
@@ -140,7 +142,7 @@ def read_json(data: bytes | str) -> Any:
     except DocumentError:
         raise
     except RecursionError as error:
-        raise DocumentError(f"nested more than {MAX_DEPTH} deep") from error
+        raise DocumentError(f"nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:  # UTF-8 too
         raise DocumentError(" ".join(str(error).split())) from error
     if _brackets(data) > MAX_DEPTH:
@@ -170,7 +172,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise DocumentError(f"nested more than {MAX_DEPTH} deep")
+    raise DocumentError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 # What spreadsheets take for a formula, which may start programs and send what is in other cells away.
@@ -219,7 +221,7 @@ def open_zip(file: Path | BinaryIO) -> zipfile.ZipFile:
     else:
         size = _directory_bytes(file)
     if size > MAX_DIRECTORY:
-        raise LongZipError(f"names its members in {size:,} bytes, expected up to {MAX_DIRECTORY:,}")
+        raise LongZipError(f"its directory has {size:,} bytes, expected at most {MAX_DIRECTORY:,}")
     return zipfile.ZipFile(file)
 
 

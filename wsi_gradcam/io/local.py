@@ -35,14 +35,14 @@ PARTIAL = ".partial"  # also the ending of zarr's own unfinished files
 LOCKING = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW"))
 
 _MENDS = {
-    errno.ELOOP: "a link is in the place of a file of ours; delete it",
+    errno.ELOOP: "a symbolic link takes the place of a file of the results; delete it",
     errno.ENOSPC: "the disk is full; free space and run the same command again; nothing finished is lost",
     errno.EDQUOT: "the disk quota is used up; free space and run the same command again; nothing finished is lost",
     errno.EROFS: "the file system is read-only; choose another --out",
-    errno.EACCES: "no permission to write there; choose another --out or change the permissions",
-    errno.EPERM: "no permission to write there; choose another --out or change the permissions",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another --out",
-    errno.EEXIST: "a file stands where a folder is needed; choose another --out",
+    errno.EACCES: "permission to write there is denied; choose another --out or change the permissions",
+    errno.EPERM: "permission to write there is denied; choose another --out or change the permissions",
+    errno.ENOTDIR: "there is a file where a folder is needed; choose another --out",
+    errno.EEXIST: "there is a file where a folder is needed; choose another --out",
 }
 _PARTIAL_NAME = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
 # Errors of file systems without hard links: SMB, exFAT and some on top of object stores.
@@ -289,7 +289,7 @@ def check_regular(path: Path) -> os.stat_result:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "a pipe, socket or device, and no regular file", str(path))
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a regular file", str(path))
     return found
 
 

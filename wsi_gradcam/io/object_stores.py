@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 S3 = "s3"
 EXPECTED_S3_URL = (
-    "expected s3://BUCKET/KEY; credentials are given as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+    "expected s3://BUCKET/KEY; set credentials in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 )
 CREDENTIALS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
 # A failed request is repeated for so long, of slides and of results. A store that is away for longer stops the run.
@@ -106,16 +106,21 @@ def store_error(path: object, error: Exception, action: str) -> OSError:
     if failure is Failure.MISSING:
         return FileNotFoundError(f"{path}: does not exist")
     mends = {
-        Failure.NO_BUCKET: "no such bucket; make it, or check --out and the endpoint in AWS_ENDPOINT_URL",
-        Failure.ACCESS_DENIED: f"access was refused ({short_message(error)}); {CREDENTIALS_HINT}, and let them read, "
-        "write, list and delete there",
+        Failure.NO_BUCKET: "no such bucket; create it, or check --out and the endpoint in AWS_ENDPOINT_URL",
+        Failure.ACCESS_DENIED: f"access was refused ({short_message(error)}); {CREDENTIALS_HINT}; they need "
+        "permission to read, write, list and delete there",
         Failure.NO_CREDENTIALS: f"there are no credentials; {CREDENTIALS_HINT}",
-        Failure.REDIRECTED: f"it is elsewhere ({short_message(error)}); set AWS_REGION or AWS_ENDPOINT_URL",
-        Failure.REJECTED: f"the store refuses that ({short_message(error)}); check --out and the store's settings",
+        Failure.REDIRECTED: (
+            f"the bucket is in another region or at another endpoint ({short_message(error)}); set "
+            "AWS_REGION or AWS_ENDPOINT_URL"
+        ),
+        Failure.REJECTED: (
+            f"the store rejects the request ({short_message(error)}); check --out and the store's settings"
+        ),
     }
     other = (
-        f"the store does not answer as it should ({short_message(error)}); check it and the network, and run the same "
-        "command again, nothing finished is lost"
+        f"the store does not respond properly ({short_message(error)}); check the store and the network, and run the "
+        "same command again: nothing finished is lost"
     )
     return StoreError(f"{path}: cannot be {action}: {mends.get(failure, other)}")
 

@@ -93,7 +93,7 @@ class S3Path(StoragePath):
             raise ConfigError(f"{redact_url(url)}: {EXPECTED_S3_URL}")
         bucket, key = found
         if {".", ".."} & set(key.split("/")):
-            raise ConfigError(f"{url}: has . or .. in it, which mean nothing to object stores; leave them out")
+            raise ConfigError(f"{url}: contains . or .., which mean nothing to object stores; remove them")
         return cls(Bucket(bucket), _key(key))
 
     @property
@@ -140,7 +140,7 @@ class S3Path(StoragePath):
             result = store.get(self.key)
             version = result.meta["e_tag"]
             if version is None:
-                raise StoreError(f"{self}: the store returns no ETag, which runs need; choose another --out")
+                raise StoreError(f"{self}: the store returns no ETags, which a run needs; choose another --out")
             return bytes(result.bytes()), version
 
         return self._retry(read)

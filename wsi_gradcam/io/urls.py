@@ -160,15 +160,13 @@ def refusal(url: str) -> str:
     """
     (scheme, place, _), host = split_url(url), host_of_url(url)
     if scheme in WEB_SCHEMES and NO_HOST.search(place):
-        return f"{place.rpartition('@')[2][:100]!r} is not the name of a host; correct the URL"
+        return f"{place.rpartition('@')[2][:100]!r} is not a host name; correct the URL"
     if _matches(scheme, host):
         return ""
     if patterns := allowed_hosts():
-        return (
-            f"{host} is none of the hosts and buckets that are asked ({', '.join(patterns)}); --allow-hosts adds others"
-        )
+        return f"{host} is not one of the allowed hosts and buckets ({', '.join(patterns)}); add it to --allow-hosts"
     if scheme in WEB_SCHEMES and (found := next(filter(is_private_to_cloud, _addresses(host)), None)):
-        return f"the address {found} is for a cloud machine itself; --allow-hosts {host} allows it"
+        return f"the address {found} belongs to a cloud machine's own metadata service; --allow-hosts {host} allows it"
     return ""
 
 
@@ -312,11 +310,14 @@ def _follow(url: str, wait_s: float) -> tuple[list[str], int | None]:
             following = following.replace(place, f"{user}@{place}", 1)
         chain.append(following)
         if split_url(following)[0] not in WEB_SCHEMES or not host_of_url(following):
-            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}which is not a web address; give another URL")
+            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}not a web address; give another URL")
         if (split_url(chain[-2])[0], split_url(following)[0]) == ("https", "http"):
-            raise RouteError(f"{redact_url(url)}: {_redirected(chain)}without encryption; give the final URL")
+            raise RouteError(
+                f"{redact_url(url)}: {_redirected(chain)}not encrypted, unlike the URL that was given; "
+                "give the final URL"
+            )
         if len(chain) > MAX_REDIRECTS:
-            raise RouteError(f"{redact_url(url)}: redirects without end; give the final URL")
+            raise RouteError(f"{redact_url(url)}: redirects too many times; give the final URL")
 
 
 def _redirected(chain: Sequence[str]) -> str:

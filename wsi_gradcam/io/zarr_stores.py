@@ -83,7 +83,7 @@ SLIDES = Rules(
     ("zstd", "gzip", "blosc", "zlib", "lz4", "bz2", "lzma"),
     1 << 27,
     1 << 16,
-    "convert the image again, in chunks of about 512 x 512 px packed by Zstandard, Blosc or gzip",
+    "convert the image again, with chunks of about 512 x 512 px compressed with Zstandard, Blosc or gzip",
 )
 # Of a group of ours, by paths below it; zarr's own half-written files end as ours do.
 ZARR_CONTENTS = re.compile(r"([^/]+/)*(zarr\.json|c(/[0-9]+)*|[^/]+\.[0-9a-f]{32}\.partial)")
@@ -184,14 +184,14 @@ def bounded(array: Any, name: str, rules: Rules = RESULTS) -> zarr.Array[Any]:
     elif isinstance(about, ArrayV2Metadata) and rules is not RESULTS:
         changed = _bounded_old(about, name, rules)
     else:
-        raise StoreError(f"{name}: not an array of Zarr 3 in regular chunks; {rules.mend}")
+        raise StoreError(f"{name}: not a Zarr 3 array with regular chunks; {rules.mend}")
     itemsize = array.dtype.itemsize if array.dtype.kind in "biuf" else 0
     shard, chunk = array.shards or array.chunks, array.chunks
     inside = (
         math.prod(-(-whole // part) for whole, part in zip(shard, chunk, strict=True)) if all(chunk) else sys.maxsize
     )
     if not itemsize or math.prod(chunk) * itemsize > rules.chunk_bytes or inside > rules.chunks:
-        raise StoreError(f"{name}: chunks of {chunk} {array.dtype} in files of {shard}, larger than any; {rules.mend}")
+        raise StoreError(f"{name}: chunks of {chunk} {array.dtype} in files of {shard} are too large; {rules.mend}")
     inner = array.async_array
     return zarr.Array(AsyncArray(metadata=changed, store_path=inner.store_path, config=inner.config))
 
@@ -219,23 +219,29 @@ def _bounded_codec(codec: Codec, name: str, rules: Rules, *, is_outer: bool = Fa
             index_codecs=[_plain_codec(inner, name, rules) for inner in codec.index_codecs],
             index_location=codec.index_location,
         )
-    raise StoreError(f"{name}: packed by {type(codec).__name__}, which no {rules.of} are; {rules.mend}")
+    raise StoreError(
+        f"{name}: compressed with {type(codec).__name__}, which is not supported in {rules.of}; {rules.mend}"
+    )
 
 
 def _plain_codec(codec: Codec, name: str, rules: Rules) -> Codec:
     if not isinstance(codec, BytesCodec | Crc32cCodec):
-        raise StoreError(f"{name}: an index packed by {type(codec).__name__}, which none is; {rules.mend}")
+        raise StoreError(
+            f"{name}: the shard index is compressed with {type(codec).__name__}, which is not supported; {rules.mend}"
+        )
     return codec
 
 
 def _bounded_old(about: ArrayV2Metadata, name: str, rules: Rules) -> ArrayV2Metadata:
     if about.filters:
-        raise StoreError(f"{name}: filtered by {about.filters[0].codec_id}, which no {rules.of} are; {rules.mend}")
+        raise StoreError(
+            f"{name}: filtered with {about.filters[0].codec_id}, which is not supported in {rules.of}; {rules.mend}"
+        )
     if about.compressor is None:
         return about
     packed = about.compressor.codec_id
     if packed not in rules.packed or packed not in UNPACK:
-        raise StoreError(f"{name}: packed by {packed}, which no {rules.of} are; {rules.mend}")
+        raise StoreError(f"{name}: compressed with {packed}, which is not supported in {rules.of}; {rules.mend}")
     return replace(
         about, compressor=BoundedCodec(packed, math.prod(about.chunks) * about.dtype.to_native_dtype().itemsize)
     )
@@ -348,7 +354,7 @@ class BoundedStore(LocalStore):
         except OSError:
             return await super().get(key, prototype, byte_range)
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            raise StoreError(f"{self.root / key}: a pipe, socket or device, and no file; {self.mend}")
+            raise StoreError(f"{self.root / key}: a pipe, socket or device, not a file; {self.mend}")
         check_count(f"{self.root / key}", found.st_size, byte_range, self.most(key), self.mend)
         return await super().get(key, prototype, byte_range)
 
@@ -407,7 +413,7 @@ def check_count(
     elif isinstance(part, SuffixByteRequest):
         size = min(size, part.suffix)
     if size > most:
-        raise StoreError(f"{name}: {size:,} bytes, expected up to {most:,}; {mend}")
+        raise StoreError(f"{name}: {size:,} bytes, expected at most {most:,}; {mend}")
 
 
 class RemoteStore(ObjectStore[Any]):

@@ -94,7 +94,7 @@ def open_slide(
         return open_url(path, **options) if limits is None else open_isolated(path, limits, options)
     path = Path(path)
     if not path.is_file() and not is_zarr(path):
-        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise SlideNotFoundError(f"{path}: {what}, expected a slide file; check the path")
     _check_given(given, str(path))
     return open_file(path, **options) if limits is None else open_isolated(str(path), limits, options)

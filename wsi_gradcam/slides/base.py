@@ -40,7 +40,7 @@ UM_AT_1X = 10.0
 # and the share by which a factor of pixel sizes may be off the whole one that is meant.
 ROUNDED_PX, WHOLE = 1.5, 0.002
 MAX_SLIDE_PX, MAX_SIDE_PX = 1 << 40, 1 << 26  # a thousand gigapixels
-DIFFERENT = "its height and width tell different factors"
+DIFFERENT = "its height and width imply different downsamples"
 Channels: TypeAlias = tuple[int, int, int]  # numbers of those that are shown as red, green and blue
 COLOUR_NAME = re.compile(r"(?:channel|ch|c)?[ :_-]*(r|red|g|green|b|blue)[ :_-]*(?:channel)?", re.IGNORECASE)
 NUMBER_NAME = re.compile(r"(?:(?:channel|ch|c)?[ :_-]*\d+(?:[ :_-]+\d+)*)?", re.IGNORECASE)
@@ -201,7 +201,7 @@ def make_levels(
     """
     if math.prod(sizes[0]) > MAX_SLIDE_PX or max(sizes[0]) > MAX_SIDE_PX:
         size = f"{sizes[0][0]:,} x {sizes[0][1]:,} px"
-        raise SlideFormatError(f"a picture of {size}, more than any slide has; copy the file again from its source")
+        raise SlideFormatError(f"an image of {size} is larger than any slide; copy the file again from its source")
     known = [*zip_longest(sizes, spacings, tiles)]
     return (Level(*sizes[0], 1.0, 1.0), *(_level(known[0], stored) for stored in known[1:]))
 
@@ -217,7 +217,9 @@ def _level(first: Stored, stored: Stored) -> Level:
         return _cut(full, reduced, said)
     guess = None if whole else _padded_factor(first, stored)
     if guess is not None and not all(map(_is_rounded, full, reduced, (guess, guess))):
-        return _cut(full, reduced, (guess, guess), "its size may be that of whole tiles, and nothing says its factor")
+        return _cut(
+            full, reduced, (guess, guess), "its size may be padded to whole tiles, and its downsample is not stated"
+        )
     return Level(*reduced, *by_size, "" if agree or said is not None else DIFFERENT)
 
 
@@ -321,7 +323,9 @@ def shown_channels(
     if chosen is not None:
         if max(chosen) < count:
             return chosen
-        raise SlideContentError(f"channels {','.join(map(str, chosen))} were chosen, but it has {count}, from 0 on")
+        raise SlideContentError(
+            f"channels {','.join(map(str, chosen))} were chosen, but it has {count}, counted from 0"
+        )
     if count == len(described) == len(PURE) and not any(channel.is_stain for channel in described):
         for parts in ([_part_by_name(channel) for channel in described], [_part_by_colour(c) for c in described]):
             if sorted(parts) == ["b", "g", "r"]:
@@ -330,9 +334,8 @@ def shown_channels(
         return 0, 1, 2
     names = ", ".join(quoted(channel.name) for channel in described[:8] if channel.name)
     raise SlideContentError(
-        f"{count} pictures that belong together{f' ({names})' if names else ''}, as of stains in fluorescence; "
-        "expected one in colour or gray; to show some as red, green and blue give their numbers from 0 on, such as "
-        "--channels 0,1,2"
+        f"{count} separate channels{f' ({names})' if names else ''}, as in fluorescence; expected one image in colour "
+        "or gray; to show three of them as red, green and blue, give their numbers, counted from 0: --channels 0,1,2"
     )
 
 
@@ -363,7 +366,7 @@ def mpp_from_objective(info: SlideInfo) -> SlideInfo:
     if info.mpp is not None or info.objective is None:
         return info
     value = UM_AT_1X / info.objective
-    problem = check_mpp(value, f"the pixel size by an objective of {info.objective:g}x")
+    problem = check_mpp(value, f"the pixel size derived from an objective of {info.objective:g}x")
     return replace(info, mpp=None if problem else (value, value), mpp_problem=problem)
 
 
@@ -487,10 +490,12 @@ def check_not_dark(slide: Slide, places: Sequence[tuple[int, Region]], *, chosen
             return
     if not levels:
         return
-    told = "16-bit samples, none of those looked at above a quarter of the scale, as where fewer bits are used"
+    told = (
+        "16-bit samples that are all below a quarter of the scale where they were checked, as if fewer bits were used"
+    )
     if chosen:
         LOG.warning("%s: %s; they are shown at the full scale", slide.info.path, told)
         return
     raise SlideContentError(
-        f"{told}, which the file does not say; write SignificantBits into its OME-XML, or convert it to 8-bit RGB"
+        f"{told}, which the file does not state; add SignificantBits to its OME-XML, or convert it to 8-bit RGB"
     )

@@ -71,7 +71,7 @@ def error_of(chain: Any) -> Exception:
         made = _made(str(name), values)
         made.__cause__ = error
         error = made
-    return error or RuntimeError("an error without a name")
+    return error or RuntimeError("an unnamed error")
 
 
 def _made(name: str, values: Any) -> Exception:
@@ -87,7 +87,7 @@ def info_of(values: Any) -> SlideInfo:
     try:
         info = TypeAdapter(SlideInfo).validate_python(values)
     except ValidationError as error:
-        raise SlideFormatError(f"the process that reads a slide reported nonsense: {one_line(error)}") from error
+        raise SlideFormatError(f"the process that reads a slide sent an invalid reply: {one_line(error)}") from error
     if not info.levels or not all(0 < side <= MAX_SIDE_PX for x in info.levels for side in (x.height, x.width)):
         raise SlideFormatError("the process that reads a slide reported impossible sizes")
     return info

@@ -51,7 +51,7 @@ LOG = logging.getLogger("wsi_gradcam")
 MOST_DEATHS = 3  # of processes of one slide
 PATIENCE = 10  # times as long may a process wait as work
 KEPT_BYTES = 8 << 20  # of memory for pixels, from one read of a thread to the next
-_LATE = "the limit of time"
+_LATE = "the time limit"
 ALMOST = 0.8  # of a processor gets what works
 SEALS = 0x1 | 0x2 | 0x4  # of memory that both see: no further seals, it stays as large as it is
 _LOCK = threading.Lock()
@@ -159,7 +159,9 @@ class _Source:
                     self._given_up = self._error("opening it again", died.why)
                     raise self._given_up from None
                 if info != self.info:
-                    self._given_up = SlideFormatError(f"{self.name}: is another file now; let it not change in a run")
+                    self._given_up = SlideFormatError(
+                        f"{self.name}: has been replaced by another file; do not change slides during a run"
+                    )
                     raise self._given_up
             return self._process
 
@@ -188,7 +190,7 @@ class _Source:
         try:
             reply = process.ask(request)
             for lacking in reply["lacking"]:
-                _warn_once(f"this system cannot refuse {lacking} to processes that read slides; see SECURITY.md")
+                _warn_once(f"this system cannot deny {lacking} to processes that read slides; see SECURITY.md")
             return process, info_of(reply["info"])
         except MemoryError:
             process.end()
@@ -202,21 +204,21 @@ class _Source:
 
     def _too_much(self, what: str) -> str:
         return (
-            f"needed more than {self._limits.memory_mib:,} MiB of memory while {what}; if the file is no stranger's, "
-            "give --isolate-memory more"
+            f"needed more than {self._limits.memory_mib:,} MiB of memory while {what}; if you trust the file, raise "
+            "--isolate-memory"
         )
 
     def _error(self, what: str, why: str, opening: bool = False) -> SlideError:
         times = "" if opening else f" (after {self._deaths} processes)" if self._deaths else ""
         if why == _LATE:
             text = (
-                f"{self.name}: took more than {self._limits.seconds:g} s while {what}{times}; it is damaged, or made "
-                "to take long: if it is no stranger's, give --isolate-seconds more"
+                f"{self.name}: took more than {self._limits.seconds:g} s while {what}{times}; it is damaged, or "
+                "crafted to take long; if you trust the file, raise --isolate-seconds"
             )
             return SlideFormatError(text) if opening else SlideError(text)
         text = (
             f"{self.name}: {why} ended the process that read it, while {what}{times}; the file is damaged in a way "
-            f"that a decoder does not survive, or it needs more than {self._limits.memory_mib:,} MiB (--isolate-memory)"
+            f"that crashes a decoder, or it needs more than {self._limits.memory_mib:,} MiB (--isolate-memory)"
         )
         return SlideMemoryError(text) if why == "SIGKILL" else SlideFormatError(text) if opening else SlideError(text)
 
@@ -385,7 +387,7 @@ def _start(limits: Limits, *, network: bool) -> tuple[ConfinementServer, Confine
             server.close()
             with _LOCK, suppress(ValueError):
                 _SERVERS.remove(server)
-    raise SlideError("the process that starts readers of slides ends at once; omit --isolate, and report it")
+    raise SlideError("the process that starts slide readers exits at once; omit --isolate, and report this as a bug")
 
 
 def _warn_once(text: str) -> None:

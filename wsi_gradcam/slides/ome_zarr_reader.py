@@ -158,7 +158,8 @@ class OmeZarrSlide:
         for part in chunks.values():
             if not rgb[Region(part.y - region.y, part.x - region.x, part.height, part.width).slices].any():
                 raise SlideReadError(
-                    f"{self._where(level, region)} has no data: a chunk is missing in the file, or black throughout"
+                    f"{self._where(level, region)} has no data: a chunk is missing from the file, or is black "
+                    "throughout"
                 )
         return rgb
 
@@ -237,9 +238,11 @@ class OmeZarrSlide:
         sizes = dict(zip(self._axes, array.shape, strict=True))
         once = {axis for axis in sizes if self._axes.count(axis) == 1 and (axis in ("y", "x", "c") or sizes[axis] == 1)}
         if not {"y", "x"} <= once or once != sizes.keys():
-            raise SlideContentError(f"an image of axes {quoted(sizes)}, expected one picture of y, x and colours")
+            raise SlideContentError(
+                f"the image has axes {quoted(sizes)}, expected a single image with y, x and colours"
+            )
         if sizes.get("c", 1) > MAX_CHANNELS:
-            raise SlideContentError(f"{sizes['c']:,} channels, expected up to {MAX_CHANNELS}")
+            raise SlideContentError(f"{sizes['c']:,} channels, expected at most {MAX_CHANNELS}")
         if array.dtype not in (np.uint8, np.uint16):
             what = "expected unsigned 8 or 16 bits: heatmaps, for example, are not slides"
             raise SlideContentError(f"values of {array.dtype}, {what}")
@@ -342,7 +345,9 @@ class OmeZarrSlide:
         else:
             there = any(found != "missing" for found in self._pool.map(self._remote.identity, names))
         if not there:
-            raise SlideFormatError(f"none of {len(names)} of its chunks is there; copy the image again from its source")
+            raise SlideFormatError(
+                f"none of the {len(names)} chunks that were looked for exists; copy the image again from its source"
+            )
 
 
 def _grid(level: Any) -> list[int]:
@@ -359,9 +364,9 @@ def _chunk_name(level: Any, number: int) -> str:
 def _multiscales(group: Any) -> dict[str, Any]:
     attributes: Mapping[str, Any] = group.attrs.asdict()
     if "wsi_gradcam" in attributes:
-        raise SlideFormatError("a heatmap that wsi_gradcam made, a result and no slide; give the slide that it shows")
+        raise SlideFormatError("a heatmap made by wsi_gradcam, not a slide; give the slide it was made from")
     if "image-label" in attributes.get("ome", attributes):
-        raise SlideFormatError("labels of an image, and no image; give the image that they belong to")
+        raise SlideFormatError("the labels of an image, not an image; give the image that they belong to")
     found = attributes.get("ome", attributes).get("multiscales")
     if not found:
         raise SlideFormatError("a Zarr group without multiscales, expected an OME-Zarr image")
@@ -392,8 +397,8 @@ def _opened(group: Any, store: LocalSlideStore | RemoteZarr, datasets: Any) -> l
         most = MAX_CHUNKS_COARSEST if number == len(levels) - 1 else MAX_CHUNKS
         if count > most or (count > FEW_CHUNKS and chunk_px < SMALL_CHUNK_PX):
             raise SlideFormatError(
-                f"level {number} of {tuple(level.shape)} px in {count:,} chunks of {tuple(level.chunks)}, expected "
-                f"up to {most:,} of {SMALL_CHUNK_PX:,} px and more; {SLIDES.mend}"
+                f"level {number} of {tuple(level.shape)} px in {count:,} chunks of {tuple(level.chunks)}, expected at "
+                f"most {most:,} of {SMALL_CHUNK_PX:,} px and more; {SLIDES.mend}"
             )
     return levels
 
@@ -431,7 +436,7 @@ def _is_collection(group: Any) -> bool:
     if LAYOUT not in about or "multiscales" in about:
         return False
     if about[LAYOUT] != LAYOUT_VERSION:
-        raise SlideFormatError(f"layout {about[LAYOUT]} of bioformats2raw, expected {LAYOUT_VERSION}; convert it again")
+        raise SlideFormatError(f"bioformats2raw layout {about[LAYOUT]}, expected {LAYOUT_VERSION}; convert it again")
     return True
 
 

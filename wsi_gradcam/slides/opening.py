@@ -59,7 +59,7 @@ ZARR_SUFFIX = ".zarr"
 ELSEWHERE = ".vsi"  # a TIFF with a thumbnail alone
 REMOTE_READERS = ("auto", "tiff", "ome-zarr")  # the others know files only
 WITH_CHANNELS = ("auto", "tiff", "ome-zarr")
-COPY_FIRST = "copy the file to a disk, and explain that"
+COPY_FIRST = "copy the file to a local disk and explain the copy"
 
 
 def open_file(
@@ -73,7 +73,9 @@ def open_file(
         SlideFormatError: the reader does not know the file, or it is damaged.
     """
     if path.suffix.lower() == ELSEWHERE:
-        raise SlideFormatError(f"{path}: its pixels are in a folder beside it and are not read; convert it to OME-TIFF")
+        raise SlideFormatError(
+            f"{path}: its pixels are in a folder beside it, which cannot be read; convert it to OME-TIFF"
+        )
     if path.is_file():
         with closing(LocalFile(path)) as file:
             if is_tiff(file):
@@ -164,7 +166,7 @@ def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
         except Exception:  # OpenSlide need not agree
             differs = False
         if differs:
-            raise SlideContentError(f"{path}: OpenSlide shows it in other colours than it has; use --reader auto")
+            raise SlideContentError(f"{path}: OpenSlide shows it in the wrong colours; use --reader auto")
     return OpenSlideSlide(path, mpp, trust_objective)
 
 
@@ -279,12 +281,14 @@ def _open_remote_tiff(
     plain = partial(plain_facts, mpp=mpp, trust_objective=trust_objective, channels=channels)
     try:
         if not is_tiff(file):
-            raise SlideFormatError(f"{file.name}: neither TIFF nor OME-Zarr, which alone are read by URL; {COPY_FIRST}")
+            raise SlideFormatError(
+                f"{file.name}: neither TIFF nor OME-Zarr, the only formats that are read by URL; {COPY_FIRST}"
+            )
         check_tiff(file)
         with file.stream() as stream:
             texts = first_texts(stream, file.size)
         if is_export(texts):
-            raise SlideContentError(f"{file.name}: an export that {OURS} made, a result and no slide; give the slide")
+            raise SlideContentError(f"{file.name}: an export made by {OURS}, not a slide; give the slide")
         return open_tiff_slide(file, plain if reader == "auto" else partial(tiff_facts, mpp=mpp, channels=channels))
     finally:
         file.forget_headers()  # in any case: a network error is not damage
@@ -300,7 +304,9 @@ def plain_facts(
     """
     vendor = tiff_vendor(parsed)
     if vendor is not None and vendor not in PLAIN:
-        raise SlideFormatError(f"in the format of {vendor}, which OpenSlide reads, and from a disk only; {COPY_FIRST}")
+        raise SlideFormatError(
+            f"in {vendor}'s format, which is read by OpenSlide, and only from a local disk; {COPY_FIRST}"
+        )
     levels = tiff_levels(parsed, channels)
     if levels[0].is_joined:
         return levels, describe_tiff(file, parsed, levels, mpp)

@@ -95,7 +95,7 @@ class OpenSlideSlide:
         def read(inside: Region) -> NDArray[np.uint8]:
             rgba = self._read(level, inside)
             if self._info.vendor in DENSE and rgba.getchannel("A").getextrema()[0] == 0 and self._has_lost_tiles:
-                raise SlideReadError(f"{self._where(level, region)} has no data: a tile is missing in the file")
+                raise SlideReadError(f"{self._where(level, region)} has no data: a tile is missing from the file")
             return _composite(rgba, self._info.background)
 
         # OpenSlide's own padding above and to the left is a pixel off where its downsample is not whole.
@@ -187,10 +187,10 @@ def _check_counts(path: Path, slidedat: Path) -> None:
     numbers = [(name.decode(), int(digits[:20])) for name, digits in _COUNTS.findall(data)]
     wrong = next((each for each in numbers if each[1] > MAX_COUNT), None)
     if wrong is not None:
-        raise SlideFormatError(f"{path}: {slidedat.name} has {wrong[0]} {wrong[1]:,}, expected up to {MAX_COUNT:,}")
+        raise SlideFormatError(f"{path}: {slidedat.name} has {wrong[0]} {wrong[1]:,}, expected at most {MAX_COUNT:,}")
     sides = [number for name, number in numbers if name.startswith("IMAGENUMBER")]
     if math.prod(sides[:2]) > MAX_PICTURES:
-        raise SlideFormatError(f"{path}: {slidedat.name} has {math.prod(sides[:2]):,} pictures, of which no slide is")
+        raise SlideFormatError(f"{path}: {slidedat.name} has {math.prod(sides[:2]):,} images, more than any slide has")
 
 
 def _is_dicom(path: Path) -> bool:
@@ -207,7 +207,9 @@ def _check_nesting(path: Path) -> None:
     """Refuse a file of DICOM if it, or another of its folder, as the levels of a slide are, is nested too deeply."""
     for file in sorted(path.parent.iterdir()):
         if _is_dicom(file) and _depth(file) > MAX_NESTED:
-            raise SlideFormatError(f"{file}: sequences nested more than {MAX_NESTED} deep, which are of no slide")
+            raise SlideFormatError(
+                f"{file}: its sequences are nested deeper than {MAX_NESTED} levels, which no slide needs"
+            )
 
 
 def _depth(path: Path) -> int:
@@ -237,13 +239,13 @@ def _open(path: Path) -> openslide.OpenSlide:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise SlideFormatError(
-            f"{path}: not a slide that OpenSlide reads, or one cut short; expected Aperio, Hamamatsu, Leica, MIRAX, "
+            f"{path}: not a slide that OpenSlide can read, or truncated; expected Aperio, Hamamatsu, Leica, MIRAX, "
             "Philips, Sakura, Trestle, Ventana, Zeiss, DICOM or tiled TIFF; copy the file again from its source or "
             "convert it, for example to a tiled TIFF"
         ) from error
     except openslide.OpenSlideError as error:
         raise SlideFormatError(
-            f"{path}: damaged, truncated or unsupported slide, OpenSlide says: {error}; copy the file again from its "
+            f"{path}: damaged, truncated or unsupported slide (OpenSlide: {error}); copy the file again from its "
             "source or convert it, for example to a tiled TIFF"
         ) from error
 

@@ -169,7 +169,7 @@ class TileJudge:
             grids = self._grids()
         except Exception as error:  # parsing may raise anything
             LOG.warning(
-                "%s: its tiles are judged by OpenSlide alone, which shows some damaged ones: %s",
+                "%s: its tiles are checked only by OpenSlide, which shows some damaged ones: %s",
                 self._path,
                 one_line(error),
             )
@@ -359,7 +359,7 @@ class Bounded(BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         """Return some bytes; raises a ValueError for too many, and for all that there are (to be unpacked)."""
         if size is None or size < 0 or size > self._left:
-            raise ValueError("a header of DICOM that is longer than those of slides, or packed")
+            raise ValueError("a DICOM header that is longer than a slide's, or compressed")
         self._left -= size
         return super().read(size)
 
@@ -391,7 +391,7 @@ def _dicom_tiles(path: Path, head: Any, size: Size, compression: str) -> TiffLev
     columns = ceil_div(size[1], tile[1])
     tiles = ceil_div(size[0], tile[0]) * columns
     if tiles > MAX_TILES:
-        raise ValueError(f"{tiles:,} tiles, expected up to {MAX_TILES:,}")
+        raise ValueError(f"{tiles:,} tiles, expected at most {MAX_TILES:,}")
     offsets, counts = (np.zeros(tiles, np.int64) for _ in range(2))
     with Bounded(path, MAX_FRAMES_BYTES) as file:
         places = _frames(file, int(head.NumberOfFrames))

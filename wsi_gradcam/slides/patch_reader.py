@@ -88,8 +88,8 @@ def _warn_of_unused(path: str, said: tuple[float, float], given: tuple[float, fl
     if kind not in _WARNED and not np.allclose(said, given, rtol=MPP_TOLERANCE, atol=0):
         _WARNED.add(kind)
         LOG.warning(
-            "%s: its own mpp %g, %g is used, not the given %g, %g, as for all slides that tell theirs; if the files "
-            "are wrong, use --replace-mpp",
+            "%s: the mpp in the file (%g, %g) is used and not the given one (%g, %g), as for all slides whose files "
+            "state it; if the files are wrong, use --replace-mpp",
             path,
             *said,
             *given,

@@ -23,7 +23,7 @@ SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 WHITE = (255, 255, 255)
 MAX_PX = 1 << 26  # decoded as a whole, in 0.6 GB
 CONVERTED_PX = 1 << 22  # at once
-NO_MPP = "a picture does not say how large its pixels are; give the micrometres per pixel with --mpp"
+NO_MPP = "an image file does not state its pixel size; give the micrometres per pixel with --mpp"
 
 
 class PictureSlide:
@@ -70,7 +70,7 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a tighter bound is checked here
             if picture.width * picture.height > MAX_PX:
                 raise SlideFormatError(
-                    f"{path}: a picture of {picture.height} x {picture.width} px; expected up to {MAX_PX:,} px: "
+                    f"{path}: an image of {picture.height} x {picture.width} px; expected at most {MAX_PX:,} px: "
                     "convert it to a tiled TIFF"
                 )
             if picture.format == "JPEG":
@@ -83,7 +83,7 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise SlideFormatError(
-            f"{path}: damaged or cut short ({one_line(error)}); copy the picture again from its source"
+            f"{path}: damaged or truncated ({one_line(error)}); copy the image again from its source"
         ) from error
 
 

@@ -50,7 +50,7 @@ BLOCK_BYTES = 1 << 11
 MAX_BLOCKS = 1 << 14
 # Compressed tiles, a tenth of the bytes of their pixels: what the cache of pixels drops need not be fetched again.
 KEPT_BYTES = 64 << 20
-LISTED_HINT = "--allow-hosts BUCKET has a bucket asked with them that only a list or results name"
+LISTED_HINT = "--allow-hosts BUCKET permits using them for a bucket that is named only in a list or in results"
 SMALL_BYTES = 4 << 20
 
 
@@ -129,7 +129,9 @@ class RemoteFile:
         except Exception as error:  # obstore raises many kinds
             raise access_error(self.name, error) from None
         if [len(data) for data in found] != [stop - start for start, stop in runs]:
-            raise SlideAccessError(f"{self.name}: shorter than {self.size:,} bytes now; let it not change in a run")
+            raise SlideAccessError(
+                f"{self.name}: now shorter than {self.size:,} bytes; do not change slides during a run"
+            )
         views = [memoryview(data) for data in found]
         parts = []
         for start, stop in spans:
@@ -398,13 +400,16 @@ def access_error(name: str, error: Exception) -> SlideError:
     if failure is Failure.NO_BUCKET:
         return SlideNotFoundError(f"{name}: no such bucket; check the URL and the endpoint in AWS_ENDPOINT_URL")
     if failure is Failure.MISSING:
-        return SlideNotFoundError(f"{name}: does not exist, expected a slide; check the URL, and end a folder's by /")
+        return SlideNotFoundError(
+            f"{name}: does not exist, expected a slide; check the URL, and end that of a folder with /"
+        )
     if failure is Failure.IGNORES_RANGE:
         return SlideAccessError(
-            f"{name}: the server ignores Range, so that the whole file would be sent for each tile; copy it to a disk"
+            f"{name}: the server ignores Range requests, so each tile would take the whole file; copy it to a local "
+            "disk"
         )
     if failure in (Failure.ACCESS_DENIED, Failure.NO_CREDENTIALS):
-        web = "check user and password in the URL, or make a new signed one"
+        web = "check the user and password in the URL, or create a new signed URL"
         in_s3 = split_url(name)[0] == S3
         what = "access was refused" if failure is Failure.ACCESS_DENIED else "there are no credentials"
         return SlideAccessError(f"{name}: {what}; {f'{CREDENTIALS_HINT}; {LISTED_HINT}' if in_s3 else web}")
@@ -412,9 +417,10 @@ def access_error(name: str, error: Exception) -> SlideError:
         return SlideFormatError(f"{name}: empty, expected a slide; copy it again from its source")
     if failure is Failure.REDIRECTED:
         return SlideAccessError(
-            f"{name}: it is elsewhere ({short_message(error)}); set AWS_REGION, or give the final URL"
+            f"{name}: it is in another region or at another address ({short_message(error)}); set AWS_REGION, or give "
+            "the final URL"
         )
     return SlideAccessError(
-        f"{name}: cannot be read from its server ({short_message(error)}); check both and the network, and run the "
-        "same command again: what is done is kept"
+        f"{name}: cannot be read from its server ({short_message(error)}); check the server and the network, and run "
+        "the same command again: nothing finished is lost"
     )

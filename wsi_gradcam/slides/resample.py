@@ -123,8 +123,12 @@ class LevelAlignment:
                 moved = self._moved(level)
                 self._known[level] = not moved if moved is not None else not info.levels[level].problem
                 if not self._known[level]:
-                    why = info.levels[level].problem if moved is None else f"it lies {moved:.1f} of its px beside them"
-                    LOG.warning("%s: level %d is not used, finer ones are: %s", info.path, level, why)
+                    why = (
+                        info.levels[level].problem
+                        if moved is None
+                        else (f"it is shifted by {moved:.1f} of its px against them")
+                    )
+                    LOG.warning("%s: level %d is replaced by finer ones: %s", info.path, level, why)
             return self._known[level]
 
     def _moved(self, level: int) -> float | None:
@@ -296,7 +300,7 @@ def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.u
     if rows.length * columns.length > MOST_READ_PX:
         raise SlideReadError(
             f"{slide.info.path}: level {level}, y {rows.first}, x {columns.first}: {rows.length} x {columns.length} px "
-            "would have to be read at once, because no level is coarse enough; write the slide again with a pyramid"
+            "would have to be read at once, because no level is coarse enough; convert the slide to a pyramid"
         )
     region = Region(rows.first, columns.first, rows.length, columns.length)
     if rows.exact and columns.exact:

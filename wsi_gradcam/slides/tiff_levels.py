@@ -195,7 +195,7 @@ class TiffLevel:
             raise ValueError(f"cannot be decoded {self.reduction} times smaller")
         array, _, shape = self.decode_piece(encoded, index, jpegtables=self.jpegtables)
         if array is None or array.ndim != 4 or len(array) != 1:
-            raise ValueError(f"decoded to nothing that is a tile: {None if array is None else array.shape}")
+            raise ValueError(f"did not decode to a tile: {None if array is None else array.shape}")
         samples: NDArray[np.generic] = array[0, : shape[1], : shape[2]]
         return samples
 
@@ -252,7 +252,7 @@ def _check_whole(file: TiffFile, levels: list[TiffLevel]) -> None:
     if any(following) or beyond > MAX_BEYOND * total:
         what = f"{beyond:,} of {total:,} tiles are beyond the end of the file" if beyond else "pages are missing"
         kind = SlideContentError if beyond else SlideFormatError  # OpenSlide would open it
-        raise kind(f"cut short or damaged: {what}; {AGAIN}")
+        raise kind(f"truncated or damaged: {what}; {AGAIN}")
 
 
 def _pyramid(file: TiffFile) -> list[list[Any]]:
@@ -261,13 +261,13 @@ def _pyramid(file: TiffFile) -> list[list[Any]]:
     if alone is not None and not alone.subifds:  # whatever it says of planes in other files
         return [[alone]]
     if not file.series:
-        raise SlideFormatError(f"no picture in the file, which may be cut short; {AGAIN}")
+        raise SlideFormatError(f"no image in the file, which may be truncated; {AGAIN}")
     first = file.series[0]
     if len(first.pages) != 1:
         if "".join(axis for axis, size in zip(first.axes, first.shape, strict=True) if size > 1) != "CYX":
             what = f"axes {first.axes} with sizes {tuple(first.shape)}"
             raise SlideContentError(
-                f"{len(first.pages)} pictures that belong together ({what}), as of planes or time; expected one in "
+                f"{len(first.pages)} separate images ({what}), such as focal planes or time points; expected one in "
                 "colour or gray"
             )
         return [list(level.pages) for level in first.levels]
@@ -328,12 +328,11 @@ def page_level(pages: list[Any], shown: Channels | None, bits: int = 0, chosen: 
     page = pages[0].keyframe
     height, width = int(page.imagelength), int(page.imagewidth)
     if min(height, width) < 1 or page.imagedepth != 1:
-        raise SlideFormatError(f"damaged TIFF: a picture of {page.imagedepth} x {height} x {width} px; {AGAIN}")
+        raise SlideFormatError(f"damaged TIFF: an image of {page.imagedepth} x {height} x {width} px; {AGAIN}")
     joined = [pages[number] for number in shown] if shown is not None and len(pages) > 1 else []
     if len(pages) > 1 and not joined:
         raise SlideContentError(
-            f"{len(pages)} pictures that belong together, of {page.samplesperpixel} samples each; expected one in "
-            "colour or gray"
+            f"{len(pages)} separate channels of {page.samplesperpixel} samples each; expected one in colour or gray"
         )
     tile, samples = _tile_size(page), len(joined) or int(page.samplesperpixel)
     planes = len(joined) or (1 if page.planarconfig == CONTIGUOUS else samples)
@@ -388,9 +387,9 @@ def _places(pages: list[Any], expected: int) -> tuple[NDArray[np.int64], NDArray
     """
     size = f"{pages[0].keyframe.imagelength} x {pages[0].keyframe.imagewidth} px"
     if expected > MAX_TILES:
-        raise SlideFormatError(f"{size} in {expected:,} tiles, expected up to {MAX_TILES:,}")
+        raise SlideFormatError(f"{size} in {expected:,} tiles, expected at most {MAX_TILES:,}")
     if len({page.jpegtables for page in pages}) > 1:
-        raise SlideFormatError("channels with tables of JPEG of their own, expected the same for all")
+        raise SlideFormatError("its channels have different JPEG tables, expected the same for all")
     offsets, counts = (
         np.concatenate([np.asarray(values, np.int64) for values in parts])
         for parts in zip(*((page.dataoffsets, page.databytecounts) for page in pages), strict=True)
@@ -432,12 +431,12 @@ def _tile_size(page: TiffPage) -> tuple[int, int]:
     height, width = (int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (rows, int(page.imagewidth))
     if min(height, width) < 1 or height * width > MAX_TILE_PX:
         raise SlideFormatError(
-            f"tiles or strips of {height} x {width} px, expected up to {MAX_TILE_PX:,} px; convert it to tiles"
+            f"tiles or strips of {height} x {width} px, expected at most {MAX_TILE_PX:,} px; convert it to tiles"
         )
     size = page.samplesperpixel * (page.dtype.itemsize if page.dtype is not None else 1)
     if height * width * size > MAX_TILE_BYTES:
         raise SlideFormatError(
-            f"tiles or strips of {height} x {width} px of {size} bytes, expected up to {MAX_TILE_BYTES:,} bytes; "
+            f"tiles or strips of {height} x {width} px of {size} bytes, expected at most {MAX_TILE_BYTES:,} bytes; "
             "convert it to smaller tiles"
         )
     return height, width

@@ -64,9 +64,9 @@ def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
     """Return the same as `tiff_mpp` by the resolution tags of a page."""
     values = [um_per_px(page, axis) for axis in ("YResolution", "XResolution")]
     if None in values:
-        return None, "the file says nothing of its resolution; give the micrometres per pixel with --mpp"
+        return None, "the file does not state its resolution; give the micrometres per pixel with --mpp"
     for axis, value in zip("YX", values, strict=True):
-        if problem := check_mpp(float(value or 0), f"the pixel size by tag {axis}Resolution"):
+        if problem := check_mpp(float(value or 0), f"the pixel size from tag {axis}Resolution"):
             return None, problem
     return (float(values[0] or 0), float(values[1] or 0)), ""
 
@@ -129,7 +129,7 @@ class OneOfSeveral:
     spacing: tuple[float, float] | None
 
     def __str__(self) -> str:
-        size = "of a size that is not known" if self.size is None else f"{self.size[0]} x {self.size[1]} px"
+        size = "of unknown size" if self.size is None else f"{self.size[0]} x {self.size[1]} px"
         return f"{self.path} ({self.name + ', ' if self.name else ''}{size})"
 
     def is_extra(self, first: OneOfSeveral) -> bool:
@@ -153,8 +153,8 @@ def slide_of(series: Sequence[OneOfSeveral], place: str) -> str:
         return first.path
     more = f" and {len(series) - LISTED} more" if len(series) > LISTED else ""
     raise SlideFormatError(
-        f"holds {len(series)} images, of which several may be the slide: {', '.join(map(str, series[:LISTED]))}{more}; "
-        f"give the one that is meant, such as {place.rstrip('/')}/{first.path}"
+        f"holds {len(series)} images, several of which may be the slide: {', '.join(map(str, series[:LISTED]))}{more}; "
+        f"give the intended one, such as {place.rstrip('/')}/{first.path}"
     )
 
 
@@ -279,8 +279,8 @@ def _check_directory(file: SlideFile, number: int, order: str, entries: list[Ent
             )
         if kind == ASCII and count > MAX_TAG_TEXT:
             raise SlideFormatError(
-                f"{file.name}: a text of {count:,} bytes in tag {tag} of directory {number}, expected up to "
-                f"{MAX_TAG_TEXT:,}; write the slide without it"
+                f"{file.name}: a text of {count:,} bytes in tag {tag} of directory {number}, expected at most "
+                f"{MAX_TAG_TEXT:,}; save the slide without it"
             )
         if tag in BYTE_COUNTS and (largest := _largest(file, order, (tag, kind, count, field))) > size:
             raise SlideFormatError(
@@ -297,7 +297,7 @@ def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
     """Return the problem with the tiles of a directory, of which `listed` are listed; empty where there is none."""
     width, length = sizes.get(TILE_WIDTH, 0), sizes.get(TILE_LENGTH, 0)
     if width * length > MAX_TILE_PX:
-        return f"tiles of {length} x {width} px, expected up to {MAX_TILE_PX:,} px,"
+        return f"tiles of {length} x {width} px, expected at most {MAX_TILE_PX:,} px,"
     if not width * length or listed is None:
         return ""
     needed = ceil_div(sizes.get(IMAGE_WIDTH, 0), width) * ceil_div(sizes.get(IMAGE_LENGTH, 0), length)
@@ -344,7 +344,7 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
             place = _unpacked(file, order + word) or 0
             starts += _places_below(file, order, entries)
         if start == starts[0] and place in seen:
-            raise _TooManyError(f"directory {len(seen) - 1} leads back to an earlier one")
+            raise _TooManyError(f"directory {len(seen) - 1} points back to an earlier one")
 
 
 CLASSIC_BYTES = 1 << 32
@@ -359,7 +359,7 @@ def _places_below(file: BinaryIO, order: str, entries: list[Entry]) -> list[int]
     found: list[int] = []
     for _, kind, count, field in (entry for entry in entries if entry[0] == SUB_DIRECTORIES and entry[1] in PLACES):
         if count > MAX_BELOW:
-            raise _TooManyError(f"{count:,} directories below one, expected up to {MAX_BELOW}")
+            raise _TooManyError(f"{count:,} subdirectories in one directory, expected at most {MAX_BELOW}")
         data, length = field, count * TYPE_BYTES[kind]
         if length > len(field):
             file.seek(int.from_bytes(field, "little" if order == "<" else "big"))

@@ -214,7 +214,7 @@ def says_rgb(file: SlideFile, stored: TiffLevel) -> bool:
 
 def _with_data(stored: TiffLevel, level: Level) -> Level:
     """Return a level, as one to be doubted where all its tiles were left out, which is more likely a failed write."""
-    return level if stored.counts.any() else replace(level, problem=level.problem or "all of its tiles are left out")
+    return level if stored.counts.any() else replace(level, problem=level.problem or "all of its tiles are missing")
 
 
 def locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
@@ -227,7 +227,7 @@ def locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
         return []
     for offset, count in places:
         if not (offset and count):
-            return "no data: a tile is missing in the file"
+            return "no data: a tile is missing from the file"
         if offset < 0 or not 0 < count <= stored.most_bytes:
             return f"{count} bytes at {offset} are claimed for a tile"
     return places

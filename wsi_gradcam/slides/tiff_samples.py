@@ -69,14 +69,11 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) 
     """
     bits = page.dtype.itemsize * 8 if page.dtype is not None and page.dtype.kind == "u" else 0
     if bits not in (8, 16) or page.bitspersample != bits:
-        raise SlideContentError(
-            f"samples are {_kind(page)}, expected 8 or 16 bits without sign; convert it to 8-bit RGB"
-        )
+        raise SlideContentError(f"samples are {_kind(page)}, expected unsigned 8 or 16 bits; convert it to 8-bit RGB")
     if page.compression in FAX:
         raise SlideFormatError(
-            f"{bits}-bit samples compressed as facsimile ({COMPRESSION(page.compression).name}), which holds single "
-            "bits: damaged, or not an image in colour or gray; copy it again from its source, or convert it to 8-bit "
-            "RGB"
+            f"{bits}-bit samples with fax compression ({COMPRESSION(page.compression).name}), which holds single bits: "
+            "damaged, or not in colour or gray; copy it again from its source, or convert it to 8-bit RGB"
         )
     if shown is not None:
         order = list(shown)
@@ -97,18 +94,18 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) 
         case (PHOTOMETRIC.YCBCR, 3) if page.compression in (*CONVERTING, *GIVING_RGB):
             convert = _same
         case (PHOTOMETRIC.YCBCR, 3):  # others may know how
-            raise SlideFormatError("samples of YCBCR that are not JPEG; convert it to 8-bit RGB")
+            raise SlideFormatError("YCbCr samples that are not compressed as JPEG; convert it to 8-bit RGB")
         case (PHOTOMETRIC.SEPARATED, 4) if page.tags.valueof("InkSet", default=CMYK_INKS) == CMYK_INKS:
             convert = _cmyk
         case _:
             raise SlideContentError(
-                f"{colours} samples of {_name(page.photometric)} are not colours that can be shown; expected gray, "
-                "RGB, a palette or CMYK; convert it to 8-bit RGB"
+                f"{colours} samples of {_name(page.photometric)} are not a supported colour space; expected gray, RGB, "
+                "a palette or CMYK; convert it to 8-bit RGB"
             )
     if extra > (colours > 1) and not (extra == 1 and page.extrasamples[0] in ALPHA):
         raise SlideContentError(
-            f"{page.samplesperpixel} samples a pixel, of which {extra} are neither colour nor transparency, as stains "
-            "of fluorescence are; expected gray, RGB, a palette or CMYK; convert it to 8-bit RGB"
+            f"{page.samplesperpixel} samples per pixel, {extra} of which are neither colour nor transparency, as in "
+            "fluorescence; expected gray, RGB, a palette or CMYK; convert it to 8-bit RGB"
         )
     alpha = colours if extra and page.extrasamples[0] in ALPHA else None
     associated = extra > 0 and page.extrasamples[0] == EXTRASAMPLE.ASSOCALPHA
@@ -133,7 +130,7 @@ def eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
     if full == 65535:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if (most := int(values.max(initial=0))) > full:
-        raise ValueError(f"a sample of {most:,}, more than the {full.bit_length()} bits that the file says are used")
+        raise ValueError(f"a sample of {most:,} exceeds the {full.bit_length()} bits that the file declares")
     return ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
 
 

@@ -80,12 +80,12 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
     if page.compression not in READERS:
         name = COMPRESSION(page.compression).name if page.compression in list(COMPRESSION) else page.compression
         raise SlideFormatError(
-            f"tiles compressed as {name}, whose size in memory is not known before they are unpacked; convert it to "
-            "JPEG, JPEG 2000 or deflate"
+            f"tiles are compressed with {name}, which does not state its size in memory; convert it to JPEG, JPEG 2000 "
+            "or deflate"
         )
     read = READERS[page.compression]
     if read is check_jpeg and page.jpegtables and any(_is_frame(code) for code, _ in _jpeg_segments(page.jpegtables)):
-        raise SlideFormatError("damaged TIFF: its tables of JPEG hold a picture; copy the file again from its source")
+        raise SlideFormatError("damaged TIFF: its JPEG tables contain an image; copy the file again from its source")
     height, width = (ceil_div(size, BLOCK) * BLOCK for size in tile_px)
     most = max(MOST_SAMPLES, samples)
     most_zeros = FEW_ZEROS + tile_px[0] * tile_px[1] // PX_PER_ZERO
@@ -100,11 +100,11 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
         pixels = (found.height or tile_px[0]) * found.width
         if found.samples > most or pixels * found.samples > height * width * most:
             raise ValueError(
-                f"the compressed picture has {found.height} x {found.width} px of {found.samples} samples, its tile "
+                f"the compressed image has {found.height} x {found.width} px of {found.samples} samples, its tile "
                 f"{tile_px[0]} x {tile_px[1]} px"
             )
         if read is check_jpeg and found.samples != samples:
-            raise ValueError(f"the compressed picture has {found.samples} samples, its tile {samples}")
+            raise ValueError(f"the compressed image has {found.samples} samples, its tile {samples}")
         if read in (_webp, _jpeg_xr):
             _check_zeros(data, most_zeros)
         known = data[: found.header]
@@ -115,7 +115,7 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
 def _check_zeros(data: bytes, most: int) -> None:
     """Raise a ValueError for data that end in more zeros than sound ones do."""
     if len(data) > most and not any(data[-most - 1 :]):
-        raise ValueError(f"its data end in {len(data) - len(data.rstrip(bytes(1))):,} zeros")
+        raise ValueError(f"its data end with {len(data) - len(data.rstrip(bytes(1))):,} zeros")
 
 
 def check_jpeg(data: bytes) -> Stream:
@@ -138,9 +138,9 @@ def check_jpeg(data: bytes) -> Stream:
     # Decoders look for further scans only where the first is not all; counting takes half as long as decoding.
     is_whole = scan is not None and frame[0] not in PROGRESSIVE and data[scan + 2] == samples
     if not is_whole and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-        raise ValueError(f"a JPEG of {scans} scans, expected up to {MAX_SCANS}")
+        raise ValueError(f"a JPEG of {scans} scans, expected at most {MAX_SCANS}")
     if not is_whole and data.count(b"\xff\xda") * height * width > MAX_SCANNED_PX:
-        raise ValueError(f"a JPEG of {height} x {width} px in more scans than are read of so many pixels")
+        raise ValueError(f"a JPEG of {height} x {width} px in too many scans for its size")
     return Stream(height, width, samples, scan + 3 if is_whole and scan is not None else 0)
 
 
@@ -184,7 +184,7 @@ def _jpeg2000(data: bytes) -> Stream:
         if b"pclr" in data[:start]:  # a palette, of up to 255 samples a pixel
             raise ValueError("a JPEG 2000 with a palette, which no slide has")
     if data[start : start + 4] != J2K_START:
-        raise ValueError("not a stream of JPEG 2000")
+        raise ValueError("not a JPEG 2000 stream")
     right, bottom, left, top, part_width, part_height, from_x, from_y, samples = struct.unpack_from(
         ">8IH", data, start + 8
     )
@@ -237,7 +237,7 @@ def _check_ends(data: bytes, start: int) -> None:
         if code == EOC or (code == SOT and not part):
             break
         if not 0xFF01 <= code <= 0xFFFE:
-            raise ValueError(f"a JPEG 2000 with {code:04x} where a tile or its end belongs")
+            raise ValueError(f"a JPEG 2000 with {code:04x} where a tile or the end was expected")
         place += part
     if place != len(data) and data.find(EOC.to_bytes(2, "big"), place) < 0:
         raise ValueError("a JPEG 2000 without its end")
@@ -322,7 +322,7 @@ def _jpeg_xl(data: bytes) -> Stream:
         parts = (found[4 * (kind == b"jxlp") :] for kind, found in boxes if kind in (b"jxlc", b"jxlp"))
         head = b"".join(parts)[:JXL_HEADER]
     if not head.startswith(JXL_START):
-        raise ValueError("not a stream of JPEG XL")
+        raise ValueError("not a JPEG XL stream")
     bits = _Bits(head[2:])
     height, width = _jxl_size(bits)
     return Stream(height, width, COLOURS if bits.take(1) else COLOURS + _jxl_extra(bits))
@@ -346,7 +346,7 @@ def _jxl_extra(bits: _Bits) -> int:
         if bits.take(1):
             _jxl_size(bits)  # as which it is to be shown
         if bits.take(1) or bits.take(1):
-            raise ValueError("a JPEG XL with a preview or with several pictures, expected one")
+            raise ValueError("a JPEG XL with a preview or several images, expected one")
     depths = ((32, 0), (16, 0), (24, 0), (1, 6)) if bits.take(1) else ((8, 0), (10, 0), (12, 0), (1, 6))
     if bits.choose(*depths) and depths[0][0] == 32:
         bits.take(4)  # of the exponent
@@ -360,7 +360,7 @@ def _webp(data: bytes) -> Stream:
         raise ValueError("not a WebP")
     sizes = [size for size in _webp_sizes(data) if size]
     if not sizes:
-        raise ValueError("a WebP without a picture")
+        raise ValueError("a WebP without an image")
     return Stream(max(height for height, _ in sizes), max(width for _, width in sizes))
 
 
@@ -378,7 +378,7 @@ def _webp_sizes(data: bytes) -> Iterator[tuple[int, int] | None]:
         elif kind == b"VP8X":
             yield int.from_bytes(inside[7:10], "little") + 1, int.from_bytes(inside[4:7], "little") + 1
         elif kind in (b"ANIM", b"ANMF"):
-            raise ValueError("a WebP of several pictures, expected one")
+            raise ValueError("a WebP of several images, expected one")
         place += 8 + length + length % 2
 
 
@@ -421,7 +421,7 @@ def _check_xr_ends(data: bytes) -> None:
     said = {tag: value for tag, _, _, value in entries}
     end = max(said.get(XR_OFFSET, 0) + said.get(XR_COUNT, 0), said.get(XR_ALPHA, 0))
     if end > len(data):
-        raise ValueError(f"a JPEG XR that ends {end - len(data):,} bytes before it says")
+        raise ValueError(f"a JPEG XR that ends {end - len(data):,} bytes before its stated end")
 
 
 ZSTD_BLOCK, ZSTD_PACKED = 3, 2  # bytes of a block's header, and the type of those that are not stored as they are
@@ -453,9 +453,9 @@ def _check_lzma(data: bytes, size: int) -> None:
         decoder = lzma.LZMADecompressor(memlimit=LZMA_BYTES)
         found = len(decoder.decompress(data, max_length=size + 1))
     except lzma.LZMAError as error:
-        raise ValueError(f"not data of LZMA ({error})") from error
+        raise ValueError(f"not LZMA data ({error})") from error
     if found <= size and not decoder.eof:
-        raise ValueError("data of LZMA without their end")
+        raise ValueError("LZMA data without an end")
     if found > size:
         raise ValueError(f"more than {size:,} bytes in the tile")
 

@@ -53,7 +53,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.memory_mib < 1 or not 0 < self.seconds < float("inf"):
-            raise ConfigError(f"limits of {self.memory_mib} MiB and {self.seconds:g} s, expected more than 0")
+            raise ConfigError(f"limits of {self.memory_mib} MiB and {self.seconds:g} s; expected both above 0")
 
 
 ISOLATE = "WSI_GRADCAM_ISOLATE"  # MiB and seconds, joined by a comma: also for processes that are started

@@ -81,13 +81,13 @@ class CrashLog:
         self.one_at_a_time = len(suspects) > 1
         if self.one_at_a_time:
             return (
-                f"{cause} ended the process while {' and '.join(suspects)} were open; continuing with one after the "
-                "other"
+                f"{cause} ended the process while {' and '.join(suspects)} were open; continuing with one slide at a "
+                "time"
             )
         for path in suspects:
             self.causes[path] = (
-                f"{path}: {cause} ended the process that worked on it; the file is damaged in a way that a decoder "
-                "does not survive, or there was not enough memory: try another --reader, or a smaller --batch-size"
+                f"{path}: {cause} ended the process that worked on it; the file is damaged in a way that crashes a "
+                "decoder, or memory ran out; try another --reader, or a smaller --batch-size"
             )
             return f"{self.causes[path]}; continuing without it"
         return ""

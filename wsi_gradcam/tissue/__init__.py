@@ -86,7 +86,9 @@ def patch_grid(
     """
     for stride, size in zip(stride_px, patch_px, strict=True):
         if not 1 <= stride <= size:
-            raise ConfigError(f"stride is {stride} px, expected 1 to the patch's {size} px: gaps would look like glass")
+            raise ConfigError(
+                f"stride is {stride} px, expected 1 to the patch's {size} px: with gaps, skipped tissue "
+                "would look like glass")
     scale = (mpp / slide_mpp[0], mpp / slide_mpp[1])
     return PatchGrid(
         slide_px,

@@ -112,7 +112,7 @@ class Macenko:
         concentrations = np.percentile(_unmixed(stains, density[is_tissue(density)]), STRONGEST, axis=0)
         if not (concentrations >= WEAKEST).all():
             weak = ", ".join(f"{value:.3f}" for value in concentrations)
-            raise StainError(f"hardly any of one stain: concentrations of {weak}, expected at least {WEAKEST}")
+            raise StainError(f"one stain is nearly absent: concentrations of {weak}, expected at least {WEAKEST}")
         stains, concentrations = stains.round(DIGITS), concentrations.round(DIGITS)
         return cls((_triple(stains[0]), _triple(stains[1])), (float(concentrations[0]), float(concentrations[1])))
 
@@ -213,7 +213,7 @@ class Reinhard:
             found = ", ".join(f"{value:.2f}" for value in std)
             raise StainError(
                 f"it has (nearly) a single colour: L*, a* and b* deviate by {found}, expected at least "
-                "{LEAST_DEVIATION:g}"
+                f"{LEAST_DEVIATION:g}"
             )
         return cls(mean, std)
 

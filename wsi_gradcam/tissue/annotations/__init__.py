@@ -82,7 +82,7 @@ def in_frame(regions: Regions, tissue: NDArray[np.bool_], info: Ground, frame: s
         raise AnnotationError(
             f"{regions.path}: may be drawn on the whole slide, where {shares[0]:.0%} of it lies on tissue, or on the "
             f"scanned part alone ({bounds.height} x {bounds.width} px from y {bounds.y}, x {bounds.x}), where "
-            f"{shares[1]:.0%} does; say which with --mask-frame slide or bounds (QuPath shows bounds)"
+            f"{shares[1]:.0%} does; choose with --mask-frame slide or --mask-frame bounds (QuPath shows bounds)"
         )
     return best
 
@@ -130,7 +130,7 @@ def mask_file(folder: Path, slide_id: str, own: str = "") -> Path:
     found = find_mask(folder, slide_id, own)
     if found is None:
         raise AnnotationError(
-            f"{folder}: no mask of slide {slide_id}; expected {Path(slide_id).stem} with one of the endings "
+            f"{folder}: no mask for slide {slide_id}; expected {Path(slide_id).stem} with one of the endings "
             f"{' '.join(ENDINGS)}"
         )
     return found
@@ -152,7 +152,7 @@ def find_mask(folder: Path, slide_id: str, own: str = "") -> Path | None:
         found = list(dict.fromkeys(file for file in files if file.is_file() and not _is_same(file, own)))
         if len(found) > 1:
             listed = ", ".join(file.name for file in found)
-            raise AnnotationError(f"{folder}: {listed} are all masks of slide {slide_id}; expected one of them")
+            raise AnnotationError(f"{folder}: {listed} are all masks for slide {slide_id}; keep one of them")
         if found:
             return found[0]
     return None
@@ -266,15 +266,14 @@ def check_mask(
     """
     if mask is None:
         if include or exclude:
-            raise ConfigError("include and exclude name classes of a mask; give the file with --mask")
+            raise ConfigError("--include and --exclude choose classes of a mask; give the mask with --mask")
         return
     if not mask.exists():
         raise ConfigError(f"{mask}: does not exist, expected a file or a folder for {flag}; check the path")
     check_ending(mask)
     if slides > 1 and not mask.is_dir():
         raise ConfigError(
-            f"{mask}: one file of {flag} for {slides} slides; give a folder that holds a file for each, named as the "
-            "slide"
+            f"{mask}: one file of {flag} for {slides} slides; give a folder with a file for each, named like the slide"
         )
 
 
@@ -282,6 +281,6 @@ def check_ending(path: Path) -> None:
     """Raise a ConfigError for a file with an ending that no mask has; a folder is passed."""
     if path.is_file() and path.suffix.lower() not in ENDINGS:
         raise ConfigError(
-            f"{path}: not a file of annotations or a mask; expected one of the endings {' '.join(ENDINGS)}"
-            + (", since JPEG changes the values of pixels" if path.suffix.lower() in (".jpg", ".jpeg") else "")
+            f"{path}: neither annotations nor a mask; expected one of the endings {' '.join(ENDINGS)}"
+            + (", because JPEG changes pixel values" if path.suffix.lower() in (".jpg", ".jpeg") else "")
         )

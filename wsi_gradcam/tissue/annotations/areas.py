@@ -160,7 +160,7 @@ def rasterise(
         holes = list(_visible(area.holes, scale, box))
         work += sum(_work(*part) for part in [(outline, box), *holes])
         if work > MAX_WORK:
-            raise AnnotationError(f"{source}: its outlines cover the slide too many times over; expected fewer areas")
+            raise AnnotationError(f"{source}: its outlines cover the slide too many times; reduce the number of areas")
         if not holes and is_small(outline, box):
             small.append((outline, box))
         else:
@@ -231,7 +231,7 @@ MAX_LABELS, LISTED = 1000, 12
 BACKGROUND = 0  # the label of what is black or wholly transparent
 TINY = 1e-6
 PLACES = 64  # at which a level of a pyramid is held against the finest
-WRITE_ANEW = "write it as PNG, or as TIFF in tiles with LZW or Deflate"
+WRITE_ANEW = "save it as PNG, or as a tiled TIFF with LZW or Deflate"
 
 
 # How far a size may lie below and above the exact one: rounded down, up, and to the nearest, several times over.
@@ -372,8 +372,9 @@ class LabelPicture:
         (height, width), (full_height, full_width) = pixels.sizes[0], slide_px
         if not covers(pixels.sizes[0], slide_px):
             raise AnnotationError(
-                f"{path}: {height} x {width} px (height x width) have another shape than the slide's {full_height} x "
-                f"{full_width} px, so it is rotated, cropped or from another slide; expected the whole slide"
+                f"{path}: {height} x {width} px (height x width) have another aspect ratio than the slide's "
+                f"{full_height} x {full_width} px, so it is rotated, cropped or from another slide; expected the whole "
+                "slide"
             )
 
     @cached_property
@@ -385,8 +386,8 @@ class LabelPicture:
             found |= labels
             if len(found) > MAX_LABELS:
                 raise AnnotationError(
-                    f"{self._path}: has more than {MAX_LABELS:,} values, as a photograph has, or a mask that was saved "
-                    f"with loss; expected a value for each class: {WRITE_ANEW}"
+                    f"{self._path}: has more than {MAX_LABELS:,} values, like a photograph or a mask saved with lossy "
+                    f"compression; expected a value for each class: {WRITE_ANEW}"
                 )
         return {self._pixels.name(label): label for label in sorted(found)}
 

@@ -82,7 +82,7 @@ def read_geojson(path: Path, data: bytes) -> Annotations:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _geojson_features(path: Path, values: Any) -> Iterator[tuple[Any, str]]:
@@ -196,7 +196,7 @@ class _Reader:
     def start(self, tag: str, attributes: Attributes) -> None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise AnnotationError(f"{self._path}: more than {MAX_DEPTH} elements inside each other; no annotation file")
+            raise AnnotationError(f"{self._path}: more than {MAX_DEPTH} nested elements, which no annotation file has")
         if self.format is not None:
             self.format.start(tag, attributes)
         elif tag in FORMATS:
@@ -212,7 +212,7 @@ class _Reader:
         self.format.end(tag)
 
     def doctype(self, *declared: object) -> None:
-        raise AnnotationError(f"{self._path}: declares a document type, which annotation files have not; refused")
+        raise AnnotationError(f"{self._path}: declares a document type, which annotation files do not have; refused")
 
 
 class _Asap:
@@ -334,7 +334,7 @@ class _ImageScope:
             self._ignored.append(IMAGESCOPE_NAMES.get(kind, f"region of type {kind}"))
             return
         if not self._layers:
-            raise AnnotationError(f"{self._path}: a Region outside of an Annotation; expected ImageScope's annotations")
+            raise AnnotationError(f"{self._path}: a Region outside an Annotation; expected ImageScope's annotations")
         layer = self._layers[-1]
         outline = self._outline(kind, f"region {self._about.get('Id', '?')} of {layer.name!r}")
         if self._about.get("NegativeROA", "0").lower() in ("1", "true"):
@@ -402,12 +402,12 @@ class PngPixels:
 
     def __init__(self, path: Path, data: bytes) -> None:
         if data[:8] != SIGNATURE or data[12:16] != b"IHDR" or len(data) < 26:
-            raise AnnotationError(f"{path}: not a PNG; expected a mask as PNG that covers the whole slide")
+            raise AnnotationError(f"{path}: not a PNG; expected a PNG mask of the whole slide")
         width, height, bits, kind = struct.unpack(">IIBB", data[16:26])
         if width * height > MAX_MASK_PX:
             raise AnnotationError(
-                f"{path}: {height} x {width} px, expected at most {MAX_MASK_PX:,} px of a PNG; a mask of a sixteenth "
-                "of the slide is as fine as it is used, and a TIFF in tiles may be larger"
+                f"{path}: {height} x {width} px, expected at most {MAX_MASK_PX:,} px for a PNG; a sixteenth of the "
+                "slide's resolution is as fine as a mask is used, and a tiled TIFF may be larger"
             )
         self.sizes: list[tuple[int, int]] = [(height, width)]
         self.name: Callable[[int], str] = str

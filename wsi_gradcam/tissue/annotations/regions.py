@@ -66,7 +66,7 @@ def parse(path: Path, data: bytes) -> Annotations:
     """Return the areas in the file's bytes; errors as for `read_annotations`."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise AnnotationError(f"{path}: not a file of annotations; expected {' '.join((*READERS, PNG, *TIFF))}")
+        raise AnnotationError(f"{path}: not an annotation file; expected {' '.join((*READERS, PNG, *TIFF))}")
     return reader(path, data)
 
 
@@ -84,8 +84,8 @@ def read_bytes(path: Path) -> bytes:
         raise AnnotationError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     if len(data) > MAX_BYTES:
         raise AnnotationError(
-            f"{path}: larger than {MAX_BYTES >> 20} MiB, more than is ever drawn by hand; export annotations without "
-            "the detected cells"
+            f"{path}: larger than {MAX_BYTES >> 20} MiB, more than anyone draws by hand; export the annotations "
+            "without detected cells"
         )
     return data
 
@@ -206,7 +206,7 @@ def _levels_of(file: tifffile.TiffFile) -> list[Any]:
     first = pages[0]
     size = (int(first.imagelength), int(first.imagewidth))
     if any((page.imagelength, page.imagewidth) == size for page in pages[1:]):
-        raise AnnotationError("several pictures of one size; expected one, with a value for each class")
+        raise AnnotationError("several images of one size; expected one, with a value for each class")
     marked = [page for page in (*pages[1:], *(first.pages or [])) if page.is_reduced or page in (first.pages or [])]
     kind = (first.photometric, first.bitspersample, first.samplesperpixel)
     levels = [
@@ -237,15 +237,15 @@ def _mask_level(page: Any) -> _MaskLevel:
         raise AnnotationError(f"compressed as {compression}, which may change values; {WRITE_ANEW}")
     turned = page.tags.valueof("Orientation", default=UPRIGHT) not in (0, UPRIGHT)
     if page.imagedepth != 1 or (page.planarconfig != 1 and page.samplesperpixel > 1) or turned:
-        raise AnnotationError(f"stored in planes, or turned by a tag; {WRITE_ANEW}")
+        raise AnnotationError(f"stored in planes, or rotated by a tag; {WRITE_ANEW}")
     number = ceil_div(size[0], tile[0]) * ceil_div(size[1], tile[1])
     if not number == len(offsets) == len(counts) or number > MAX_TILES:
-        raise AnnotationError(f"damaged: {len(offsets)} tiles are listed of {number}; write it again")
+        raise AnnotationError(f"damaged: {len(offsets)} of {number} tiles are listed; write it again")
     if compression == "NONE" and not page.is_tiled and page.predictor == 1 and page.bitspersample % 8 == 0:
         return _in_rows(page, size, offsets, tile[0])
     if math.prod(tile) > MAX_TILE_PX:
         raise AnnotationError(
-            f"in pieces of {tile[0]} x {tile[1]} px, at most {MAX_TILE_PX:,} px are read; {WRITE_ANEW}"
+            f"in tiles or strips of {tile[0]} x {tile[1]} px, expected at most {MAX_TILE_PX:,} px; {WRITE_ANEW}"
         )
     return _MaskLevel(size, tile, offsets, counts, page.decode, _labeller(page))
 
@@ -304,7 +304,7 @@ def _tiff_picture(path: Path, slide_px: tuple[int, int], changed: tuple[int, int
         height, width = pixels.sizes[0]
         raise AnnotationError(
             f"{path}: {height} x {width} px (height x width) over a slide of {slide_px[0]} x {slide_px[1]} px; a mask "
-            "is no finer than its slide: write it smaller"
+            "cannot be finer than its slide: save it smaller"
         )
     return LabelPicture(path, pixels, slide_px)
 
@@ -464,7 +464,8 @@ def tissue_within(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) 
     raise AnnotationError(
         f"{regions.path}: {'hardly any' if found.any() else 'no'} tissue lies in it: it covers "
         f"{_extent(mask, slide_px)}, tissue is at {_extent(tissue, slide_px)} of {info.height} x {info.width}{frame}; "
-        "expected level-0 pixels of this slide; to explain what is not taken for tissue too, give --tissue everything"
+        "expected level-0 pixels of this slide; to explain what was not detected as tissue as well, give --tissue "
+        "everything"
     )
 
 
