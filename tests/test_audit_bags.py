@@ -197,7 +197,7 @@ def test_few_slides_prove_nothing() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     given = bags_of(2)
-    with pytest.raises(ConfigError, match="is not a question of the audit of slide-level models"):
+    with pytest.raises(ConfigError, match="is not one of the audit's questions of slide-level models"):
         audit_bags(given, pool(0, 0), only=["locality"])
     with pytest.raises(ConfigError, match="one of each patch"):
         audit_bags(given, pool(0, 0), annotated={"slide 0": np.zeros(3)})

@@ -70,13 +70,13 @@ def test_fail_on_ends_with_1_where_a_verdict_fails(run: Run, out: Path) -> None:
     assert run("audit", out, *ask, "--fail-on", "any")[0] == 1
     code, _, told = run("audit", out, *ask, "--fail-on", "truth")
     assert code == 2
-    assert "'truth' is not a question of the audit" in told
+    assert "'truth' is not one of the audit's questions" in told
 
 
 def test_mistakes_end_with_2(run: Run, out: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((tmp_path / "none",), "does not exist or is empty"),
-        ((out, "--only", "truth"), "not a question of the audit"),
+        ((out, "--only", "truth"), "not one of the audit's questions"),
         ((out, "--target", "liver"), "was not explained"),
         ((out, "--against", tmp_path / "none"), "does not exist"),
         ((out, "--against", out), "has no finished audit"),
@@ -115,7 +115,7 @@ def test_runs_without_a_common_patch_cannot_be_compared(run: Run, out: Path, arc
     other = explained(archive, tmp_path / "other", toy_spec("pooled_linear", mpp=0.4))
     code, _, told = run("audit", other, *ASK, "--against", out)
     assert code == 2
-    assert "this run has none of its audited patches" in told
+    assert "this run has none of the patches audited there" in told
 
 
 def draw(folder: Path, squares: dict[str, list[tuple[int, int]]]) -> Path:

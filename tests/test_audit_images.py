@@ -108,7 +108,7 @@ def test_arguments_that_do_not_fit() -> None:
         ({"rgb": rgb[:, :8]}, ConfigError, r"expected uint8 \('N', 32, 32, 3\)"),
         ({"rgb": rgb[:0]}, ConfigError, "expected uint8"),
         ({"groups": ["a"]}, ConfigError, "1 groups of 48 patches"),
-        ({"annotated": disc, "target": "predicted"}, ConfigError, "name it with target"),
+        ({"annotated": disc, "target": "predicted"}, ConfigError, "give it as `target`"),
         ({"regions": {"fold": disc[:3]}}, ConfigError, "fold: bool "),
         ({"regions": {"fold": disc.astype(np.uint8)}}, ConfigError, "fold: uint8 "),
         ({"target": "liver"}, TargetError, "liver"),

@@ -199,11 +199,11 @@ def test_only_some_questions(copy: Path) -> None:
 
 def test_settings_that_make_no_sense(copy: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"only": ["truth"]}, "'truth' is not a question of the audit; expected some of faithfulness"),
+        ({"only": ["truth"]}, "'truth' is not one of the audit's questions; expected some of faithfulness"),
         ({"patches": 0}, "patches is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"annotations": tmp_path / "none"}, "does not exist"),
-        ({"include": ["x"]}, "give their file or folder too"),
+        ({"include": ["x"]}, "give their file or folder as well"),
         ({"target": "lymph"}, "target 'lymph' was not explained; expected one of other, marker, predicted"),
         ({"annotations": tmp_path}, "name it with --target"),
         ({"workers": 0}, "workers is 0"),
@@ -215,13 +215,13 @@ def test_settings_that_make_no_sense(copy: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused(copy: Path) -> None:
-    with pytest.raises(ResumeError, match="its results are of another model than now"):
+    with pytest.raises(ResumeError, match="its results come from another model"):
         audit_run(copy, model=toy_spec("other_linear"), **QUICK)
     yaml = (copy / "run.yaml").read_text(encoding="utf-8")
     (copy / "run.yaml").write_text(
         yaml.replace("toy_models:pooled_linear", "toy_models:other_linear"), encoding="utf-8"
     )
-    with pytest.raises(ResumeError, match="give the model that it was explained with by --model"):
+    with pytest.raises(ResumeError, match="give the model that made them with --model"):
         audit_run(copy, **QUICK)
     assert not (copy / "audit").exists()
     outcome = audit_run(copy, model=toy_spec("pooled_linear"), only=["saturation"], **QUICK)
@@ -231,7 +231,7 @@ def test_another_model_is_refused(copy: Path) -> None:
 def test_a_run_that_cannot_load_its_model_says_so(copy: Path) -> None:
     yaml = (copy / "run.yaml").read_text(encoding="utf-8")
     (copy / "run.yaml").write_text(yaml.replace("  spec:\n", "  spex:\n"), encoding="utf-8")
-    with pytest.raises(ResultError, match="does not say how its model is loaded; give it with --model"):
+    with pytest.raises(ResultError, match="does not say how to load its model; give the model with --model"):
         audit_run(copy, **QUICK)
 
 

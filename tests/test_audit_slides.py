@@ -122,7 +122,7 @@ def test_workers_measure_the_same(out: Path, drawn: Path, audited: dict[str, byt
 
 
 def test_questions_of_patches_are_refused(out: Path) -> None:
-    with pytest.raises(ConfigError, match="'locality' is not a question of the audit of slide-level models"):
+    with pytest.raises(ConfigError, match="'locality' is not one of the audit's questions of slide-level models"):
         audit_run(out, trust_code=True, only=["locality"])
 
 

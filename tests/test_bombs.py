@@ -78,9 +78,7 @@ def test_an_axis_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path = Image(2, fill=200).write(tmp_path / "a.zarr")
     text = (path / ".zattrs").read_text().replace('"name": "c", "type": "channel"', '"name": "x", "type": "space"')
     (path / ".zattrs").write_text(text)
-    with pytest.raises(
-        SlideError, match=r"a\.zarr: the image has axes .*expected a single image with y, x and colours"
-    ):
+    with pytest.raises(SlideError, match=r"a\.zarr: the image has axes .*expected y, x and colours"):
         open_slide(path, 0.5)
 
 
@@ -94,12 +92,16 @@ def test_files_say_what_is_too_large(tmp_path: Path) -> None:
         (
             "tiff: a description of gigabytes",
             SlideFormatError,
-            "bytes in tag 270 of directory 0, expected up to 67,108",
+            "bytes in tag 270 of directory 0, expected at most 67,108",
         ),
-        ("list: very many lines", ConfigError, "lines, expected up to 250,000"),
+        ("list: very many lines", ConfigError, "lines, expected at most 250,000"),
         ("list: Parquet of a long value", ConfigError, "bytes of text, expected at most 134,217,728"),
-        ("model: a transformer of very many layers", ModelError, "num_hidden_layers .*, expected up to 1000"),
-        ("model: a network of very many channels", ModelError, r"of a network of .* weights, and its \*\.safetensors"),
+        ("model: a transformer of very many layers", ModelError, "num_hidden_layers .*, expected at most 1000"),
+        (
+            "model: a network of very many channels",
+            ModelError,
+            r"describes a network of .* weights, but its \*\.safetensors",
+        ),
     ):
         folder = tmp_path / name.replace(" ", "_")
         folder.mkdir()
@@ -113,13 +115,13 @@ def test_files_say_what_is_too_large(tmp_path: Path) -> None:
     [
         ("weights: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is not a tensor; objects in pickles"),
         ("weights: PyTorch, a bytearray of gigabytes in the older format", "holds a bytearray, which is not a tensor"),
-        ("weights: PyTorch, packed numbers", "packed or with one part twice"),
-        ("weights: PyTorch, a long description", "a description of more than 8,388,608 bytes"),
+        ("weights: PyTorch, packed numbers", "it is compressed, or a part occurs twice"),
+        ("weights: PyTorch, a long description", "its description has more than 8,388,608 bytes"),
         ("weights: PyTorch, very many members", "its directory has .* bytes, expected at most 8,388,608"),
         ("features: PyTorch, a bytearray of gigabytes", "holds a bytearray, which is not a tensor; write it again"),
         ("features: NumPy, packed zeros", "features is .* bytes in .*, which is not plausible for features"),
         ("features: NumPy, very many members", "its directory has .* bytes, expected at most 8,388,608"),
-        ("mrxs: vast numbers", r"a\.mrxs: Slidedat\.ini has IMAGENUMBER_X .*, expected up to 65,536"),
+        ("mrxs: vast numbers", r"a\.mrxs: Slidedat\.ini has IMAGENUMBER_X .*, expected at most 65,536"),
         ("mrxs: a configuration of gigabytes", r"a\.mrxs: Slidedat\.ini cannot be read: larger than 4 MiB"),
         (
             "dicom: sequences in sequences",

@@ -172,7 +172,7 @@ def test_a_slide_far_too_coarse_says_so(mpp: float, tmp_path: Path) -> None:
     explain(path, toy_spec("pooled_linear"), tmp_path / "out", **SMALL)
     row = open_result(tmp_path / "out")["a.tif"].row
     assert row["status"] == "failed"
-    assert f"too coarse for the model: its finest level has {mpp:g} um/px, the model needs 0.5" in row["error"]
+    assert f"too coarse for the model: its finest level has {mpp:g} um/px, but the model needs 0.5" in row["error"]
     assert "--allow-upsampling" in row["error"]
     assert "heatmap-stride" not in row["error"]
 

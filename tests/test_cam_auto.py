@@ -296,7 +296,7 @@ def test_a_program_that_fails_when_it_runs_is_passed_over(
 @pytest.mark.parametrize(
     ("engine", "precision", "problem"),
     [
-        ("openvino", "auto", "no engine for --engine openvino --precision auto: openvino float32: not here; "),
+        ("openvino", "auto", "no engine works with --engine openvino --precision auto: openvino float32: not here; "),
         ("openvino", "bfloat16", "^not here"),
         ("quantum", "auto", "engine 'quantum' is not known; expected auto, eager, compile, cudagraphs, openvino"),
         ("auto", "int4", "precision 'int4' is not known; expected auto, float32, tf32, bfloat16, float16"),
@@ -314,7 +314,7 @@ def test_several_layers_are_explained_whole(bench: Bench, network: nn.Module, im
     layers = layers_of(network, "features.2", "features")
     choice, _ = choose(network, layers, "auto", "auto", images, 4)
     assert chosen(choice) == ("eager", "float32")
-    assert choice.trials[1].remark == "several layers can only be explained with eager float32"
+    assert choice.trials[1].remark == "several layers can be explained only with eager float32"
     with pytest.raises(EngineError, match="several layers"):
         choose(network, layers, "openvino", "auto", images, 4)
 

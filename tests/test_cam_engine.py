@@ -244,7 +244,7 @@ def test_operators_that_take_one_gradient_at_a_time_are_asked_one_by_one(images:
 def test_a_target_that_hides_how_it_depends_on_the_logits_is_refused(
     function: AnyTarget, others: list[AnyTarget], pooled: PooledLinear, images: Tensor
 ) -> None:
-    with pytest.raises(TargetError, match="does not depend on the logits it is given"):
+    with pytest.raises(TargetError, match="does not depend on its logits"):
         explained(pooled, "features", images, [*others, function])
 
 
@@ -326,7 +326,7 @@ def test_channels_of_tokens_can_be_left_out(name: str, cut: bool) -> None:
 def test_methods_that_ask_the_model_refuse_several_layers(images: Tensor) -> None:
     model, images = curved(), pictures(2)
     layers = tuple(Layer(name, check_layer(model, name, images)) for name in ("features.2", "features"))
-    with pytest.raises(LayerError, match="explain one layer; give one --layer"):
+    with pytest.raises(LayerError, match="explain only one layer; give one --layer"):
         explain_batch(EagerProgram(model, layers), images, [Target("a", 0)], ["occlusion"])
 
 

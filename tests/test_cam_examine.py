@@ -146,7 +146,7 @@ def test_cam_and_guided_backprop_refuse_what_they_are_not_defined_for(model: Mod
 
     examine(model, Request(methods=("cam", "guided_backprop")))
     features = cast(PooledLinear, model.module).features
-    with pytest.raises(LayerError, match="cam is defined for global average pooling and one linear layer"):
+    with pytest.raises(LayerError, match="cam is defined only for global average pooling followed by one linear layer"):
         examine(dataclasses.replace(model, module=Curved(features, 12)), Request(methods=("cam",)))
     with pytest.raises(LayerError, match="this model has none"):
         examine(dataclasses.replace(model, module=Smooth()), Request(methods=("guided_backprop",)))
@@ -171,7 +171,7 @@ def test_a_method_whose_maps_are_not_finite_is_refused(model: Model) -> None:
             return cast(Tensor, self.fc(torch.sqrt(maps.relu() * maps).mean(dim=(2, 3))))
 
     network = Rooted(nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Tanh()), 4)
-    with pytest.raises(LayerError, match="toy: layercam gives NaN or infinite values for images of noise"):
+    with pytest.raises(LayerError, match="toy: layercam gives NaN or infinite values on noise images"):
         examine(dataclasses.replace(model, module=network), Request("features", ("layercam",)))
 
 
@@ -303,7 +303,7 @@ def test_a_network_that_can_be_explained_in_no_way_is_refused_with_the_reason() 
             return cast(Tensor, self.fc(torch.ones(len(images), 5)))
 
     with pytest.raises(
-        LayerError, match=r"no layer in the later part of Blind is a spatial map .* name one with --layer"
+        LayerError, match=r"no layer in the later part of Blind is a spatial map .* give one with --layer"
     ):
         locate_layers(Blind(torch.no_grad).eval(), None, IMAGES)
 

@@ -120,7 +120,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     with caplog.at_level(logging.INFO, "wsi_gradcam"):
         found = explainer.explain(rgb, TARGETS, [*METHODS, "gradient", "ablationcam"])
     assert program.sizes == sizes
-    assert caplog.messages == [f"out of memory with 6 patches at once; from now on at most {min(sizes)} are used"]
+    assert caplog.messages == [f"out of memory with 6 patches at once; using at most {min(sizes)} are used"]
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         flat = (
@@ -252,7 +252,9 @@ def test_another_process_has_the_same_explainer(engine: str, precision: str) -> 
 def test_another_model_under_the_same_name_is_refused() -> None:
     spec = toy_spec("pooled_linear")
     facts = dataclasses.replace(explainer_of(load_model(spec)).facts, digest="of another")
-    with pytest.raises(ModelError, match="pooled_linear: this worker loaded another model than the one the run began"):
+    with pytest.raises(
+        ModelError, match="pooled_linear: this worker loaded a different model from the one the run began"
+    ):
         Explainer.load(spec, facts, "cpu")
 
 

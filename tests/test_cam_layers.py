@@ -296,7 +296,7 @@ def test_a_named_layer_that_is_no_map_is_refused(layer: str, problem: str) -> No
 def test_maps_of_another_kind_are_refused(function: Callable[[Tensor], Tensor]) -> None:
     network = Net(lambda net, images: net.fc(net.second(images).flatten()[:8].reshape(2, 4)))
     network.second = Untouched(function)  # type: ignore[assignment]
-    with pytest.raises(LayerError, match=r"'second' has output of shape .* for 2 pictures, expected a map"):
+    with pytest.raises(LayerError, match=r"'second' has output of shape .* for 2 images, expected a map"):
         check_layer(network, "second", IMAGES)
 
 

@@ -95,7 +95,7 @@ def test_another_file_than_the_one_the_run_began_with_is_refused(code: Path) -> 
     path = "targets_of_a_user:surprise"
     digest = function_digest(path)
     code.write_text(CODE + "\n", encoding="utf-8")
-    with pytest.raises(TargetError, match="not the file that the run was started with"):
+    with pytest.raises(TargetError, match="its file is not the one that the run was started with"):
         make_score(Target(path, function=path, digest=digest), LOGITS)
 
 

@@ -77,7 +77,7 @@ def test_the_audits_records_are_the_cards_words(made: Path, tmp_path: Path) -> N
     for verdict in metrics.verdicts:
         heading = card.HEADINGS[verdict.outcome]
         assert card._escaped(verdict.words) in text.partition(f"### {heading}\n")[2].partition("\n#")[0]
-    assert f"Of {metrics.sample.patches} patches, from slides: {metrics.sample.slides};" in text
+    assert f"Patches: {metrics.sample.patches}, from slides: {metrics.sample.slides};" in text
 
 
 def facts(made: Path) -> Any:
@@ -100,7 +100,7 @@ def test_a_model_that_is_code_needs_permission(made: Path, tmp_path: Path, askin
 def test_a_card_is_not_written_over_unless_told(made: Path, tmp_path: Path) -> None:
     path, _ = write_card(made / "marker.yaml", made / "out", tmp_path)
     path.write_text("mine", encoding="utf-8")
-    with pytest.raises(ResultError, match="is there already; give --overwrite"):
+    with pytest.raises(ResultError, match="already exists; use --overwrite"):
         write_card(made / "marker.yaml", made / "out", tmp_path)
     assert path.read_text(encoding="utf-8") == "mine"
     write_card(made / "marker.yaml", made / "out", tmp_path, overwrite=True)
@@ -113,7 +113,7 @@ def test_an_audit_of_other_results_is_refused_and_none_is_said(made: Path, tmp_p
     metrics = out / "audit" / "metrics.json"
     digest = open_result(out).record.run_digest
     metrics.write_text(metrics.read_text(encoding="utf-8").replace(digest, "0" * 64), encoding="utf-8")
-    with pytest.raises(ResultError, match="its audit is of other results"):
+    with pytest.raises(ResultError, match="its audit is of different results"):
         write_card(made / "marker.yaml", out, tmp_path)
     metrics.write_text("{}", encoding="utf-8")
     with pytest.raises(StoreError, match="damaged or of another version"):
@@ -185,7 +185,7 @@ def test_what_the_model_looks_at_is_said_where_it_was_asked(made: Path, tmp_path
     place.write_text(json.dumps(found | {"worth_sorting": False}), encoding="utf-8")
     assert "it tells patches apart" in write_card(made / "marker.yaml", out, tmp_path, overwrite=True)[0].read_text()
     place.write_text(json.dumps(found | {"model_digest": "other"}), encoding="utf-8")
-    with pytest.raises(ResultError, match="evidence is of another model"):
+    with pytest.raises(ResultError, match="evidence is from another model"):
         write_card(made / "marker.yaml", out, tmp_path, overwrite=True)
     place.write_text("{}", encoding="utf-8")
     with pytest.raises(StoreError, match="damaged"):

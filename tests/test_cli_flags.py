@@ -136,7 +136,7 @@ def test_help_tells_defaults_choices_and_flags() -> None:
 
 
 def test_help_names_every_question_and_every_format() -> None:
-    assert f"ask only some of {', '.join(QUESTIONS)}" in help_of("audit")
+    assert f"answer only some of {', '.join(QUESTIONS)}" in help_of("audit")
     listed = f"{', '.join(FORMATS)}; docs/exports.md"
     assert listed.replace(" ", "") in help_of("export").replace(" ", "")  # lines may end at a hyphen
 

@@ -111,7 +111,7 @@ def test_a_dry_run_estimates_the_time(run: Run, made: Path, finished: Path, tmp_
     ]
     told = json.loads(run(*arguments, "--out", tmp_path / "none")[1])["time"]
     assert (told["patches"], told["seconds"]) == (76, pytest.approx(76 / told["patches_per_s"], abs=0.1))
-    assert told["basis"].startswith("measured now")
+    assert told["basis"].startswith("measured just now")
     rows = rows_of(out)
     patches, seconds = (sum(float(row[name]) for row in rows.values()) for name in ("patches", "seconds"))
     told = json.loads(run(*arguments, "--out", out)[1])["time"]

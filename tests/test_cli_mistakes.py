@@ -44,7 +44,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "method": (["--method", "magic"], r"method 'magic' is not known; expected one of cam, gradcam"),
     "reader": (["--reader", "magic"], r"reader 'magic' is not known; expected one of auto, openslide"),
     "overlap": (["--overlap", "1"], r"overlap: .*less than 1"),
-    "overlap and stride": (["--overlap", "0.5", "--stride-px", "16"], r"overlap and stride_px .* give one of them"),
+    "overlap and stride": (["--overlap", "0.5", "--stride-px", "16"], r"overlap and stride_px .* give only one"),
     "span": (["--span-patches", "10", "--batch-size", "4"], r"span_patches is 10, expected a multiple of batch_size 4"),
     "heatmap stride": (["--heatmap-stride", "12"], r"heatmap_stride is 12, expected a power of two"),
     "mpp text": (["--mpp", "fine"], r"--mpp is 'fine', expected a number such as 0\.25, or Y,X"),
@@ -159,13 +159,13 @@ def test_results_of_another_model_are_refused(run: Run, made: Path, finished: Pa
 def test_validate_and_info_of_nothing(run: Run, tmp_path: Path) -> None:
     code, _, err = run("validate", tmp_path)
     assert code == 2
-    assert "no run.yaml there, expected a folder that 'wsi-gradcam explain' made" in only_error(err)
+    assert "no run.yaml there; expected a folder written by 'wsi-gradcam explain'" in only_error(err)
     code, _, err = run("info", tmp_path / "none.svs")
     assert code == 2
     assert "does not exist" in only_error(err)
     code, _, err = run("info")
     assert code == 2
-    assert "nothing to show; give slide files, results, or --model" in only_error(err)
+    assert "nothing to describe; give slide files, results, or --model" in only_error(err)
 
 
 def test_unknown_flags_and_commands_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -394,5 +394,5 @@ class TestLayout:
     def test_what_does_not_fit_is_refused(self, layout: Layout) -> None:
         with pytest.raises(ConfigError, match="paints images of 120 x 80 px"):
             layout.paint(np.zeros((80, 120)), 0)
-        with pytest.raises(ConfigError, match="take less glass"):
+        with pytest.raises(ConfigError, match="reduce the glass"):
             plan_layout(self.SOURCE, (300, 300), glass_px=60)

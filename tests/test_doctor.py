@@ -110,7 +110,7 @@ def test_packages_of_extras_may_be_left_out(name: str, monkeypatch: pytest.Monke
 def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
     (found,) = checks._python()
-    assert (found.status, found.mend) == (FAIL, "make an environment with Python >=3.11")
+    assert (found.status, found.mend) == (FAIL, "create an environment with Python >=3.11")
 
 
 def test_every_package_that_is_checked_is_one_that_is_asked_for() -> None:
@@ -185,7 +185,7 @@ def test_a_codec_that_decodes_wrongly_fails(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {})
     monkeypatch.setattr(imagecodecs, "lzw_decode", lambda data, **options: bytes(len(decode(data, **options))))
     (found,) = checks._codec("lzw")
-    assert (found.status, found.found) == (FAIL, "decoded values are up to 189 from the true ones")
+    assert (found.status, found.found) == (FAIL, "decoded values are off by up to 189 from the true values")
 
 
 def test_openslide_really_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def test_a_good_cluster_passes(run: Run, quick: None, tmp_path: Path) -> None:
     checks = {one["name"]: (one["status"], one["found"]) for one in json.loads(told)["checks"]}
     assert code == 0
     assert checks["workers"] == (OK, "2 workers, 4 threads, no memory limits, resource GPU on 0")
-    assert checks["workers' versions"] == (OK, "equal to this program's on all 2")
+    assert checks["workers' versions"] == (OK, "the same as here on all 2")
     assert checks["workers' OUT"] == (OK, "read and written by all 2")
     assert checks["workers' model"] == (OK, "oral-tumour loads on all 2")
     assert not out.exists()
@@ -396,9 +396,9 @@ def test_weak_workers_are_told(quick: None) -> None:
         checks = list(examine(scheduler=address))
     found = {(one.name, one.status): one.found for one in checks}
     assert found["workers", OK] == "1 workers, 1 threads, 0.5 GiB or more each, resource GPU on 1"
-    assert found["workers", WARN] == "some have one thread only"
+    assert found["workers", WARN] == "some have only one thread"
     assert found["workers' memory", WARN].endswith(": 0.5 GiB")
-    assert found["workers' GPUs", WARN].endswith(": has resource GPU, but torch finds none")
+    assert found["workers' GPUs", WARN].endswith(": has resource GPU, but torch finds no GPU")
     assert worst(checks) == WARN
 
 
@@ -438,7 +438,7 @@ def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> No
     assert (blind.status, blind.found) == (FAIL, "tcp://a: No such file")
     workers = {f"tcp://{n}": worker(pid=n) for n in range(3)}
     unseen = checks._shared(storage_path(tmp_path), workers, 2)
-    assert (unseen.status, unseen.found) == (FAIL, "files of 1 workers are not seen here")
+    assert (unseen.status, unseen.found) == (FAIL, "files of 1 workers cannot be seen here")
 
 
 def test_what_must_be_equal_between_processes() -> None:

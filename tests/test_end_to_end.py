@@ -332,7 +332,7 @@ def test_an_unreadable_tile_costs_its_patches_and_no_more(tmp_path: Path) -> Non
     assert not (holed.flags(0)[hole] & 2).any()
     row = rows_of(tmp_path / "out")["torn.tif"]
     assert (row["status"], row["unreadable"]) == ("ok", "64")
-    assert row["error"].startswith("64 of 1536 patches unreadable: ")
+    assert row["error"].startswith("64 of 1536 patches are unreadable: ")
     assert validate(tmp_path / "out") == []
 
 
@@ -341,7 +341,7 @@ def test_too_many_unreadable_patches_are_a_failure(tmp_path: Path) -> None:
     corrupt_tile(clean.path, tmp_path / "torn.tif", 0, 1, 2)
     out, spec = tmp_path / "out", toy_spec("pooled_linear", mpp=0.25)
     (record,) = explain(tmp_path / "torn.tif", spec, out, **SMALL).failed
-    assert record.error.startswith("64 of 475 patches unreadable: ")
+    assert record.error.startswith("64 of 475 patches are unreadable: ")
     assert record.error.endswith("; more than --max-unreadable 0.01")
     again = explain(tmp_path / "torn.tif", spec, out, **SMALL, max_unreadable=0.2)
     assert [(r.status, r.skipped) for r in again.records] == [("ok", True)]  # nothing is computed for the change

@@ -183,7 +183,7 @@ def test_the_list_of_slides_tells_it_and_max_unreadable_decides(run: Run, slides
     count, total = int(run.lost().sum()), len(run.lost())
     row = rows_of(run.out)[f"{damage}.tif"]
     assert (row["status"], row["patches"], row["unreadable"]) == ("ok", str(total), str(count))
-    assert row["error"].startswith(f"{count} of {total} patches unreadable: {slides}/{damage}.tif: level 0, ")
+    assert row["error"].startswith(f"{count} of {total} patches are unreadable: {slides}/{damage}.tif: level 0, ")
     for share, status in (((count - 0.5) / total, "failed"), ((count + 0.5) / total, "ok")):
         outcome = explain(slides, run.spec, run.out, **SETTINGS, reader=run.reader, max_unreadable=share)
         assert {r.slide.id: r.status for r in outcome.records} == {

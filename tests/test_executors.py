@@ -154,7 +154,7 @@ def test_a_worker_that_eats_the_machine_is_replaced(
 @pytest.mark.slow
 def test_a_model_that_kills_workers_is_told(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(POISON, "load")
-    with pytest.raises(WorkerError, match="workers died while they loaded the model; give them more memory"):
+    with pytest.raises(WorkerError, match="workers died while loading the model; give them more memory"):
         explain(archive, toy_spec("deadly"), tmp_path / "out", **SMALL, workers=1)
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +170,7 @@ def test_no_scheduler_there(archive: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_no_worker_there(archive: Path, tmp_path: Path) -> None:
     with (
         scheduler(tmp_path) as (_, address),
-        pytest.raises(WorkerError, match="waited 1 s: there is no worker") as caught,
+        pytest.raises(WorkerError, match="waited 1 s: there are no workers") as caught,
     ):
         explain(archive, toy_spec("poisoned"), tmp_path / "out", **SMALL, scheduler=address, wait_for_workers=1)
     assert f"'dask worker {address}'" in str(caught.value)
@@ -205,7 +205,7 @@ def test_a_cluster_that_dies_stops_the_run_and_loses_nothing(
 def test_a_full_disk_on_a_worker_stops_the_run(archive: Path, cluster: str, tmp_path: Path) -> None:
     """A file stands where a slide's folder should be: no other slide would fare better in such an OUT."""
     (tmp_path / "glass.tif").touch()
-    with pytest.raises(StoreError, match=r"glass\.tif: a file stands .*choose another --out"):
+    with pytest.raises(StoreError, match=r"glass\.tif: there is a file .*choose another --out"):
         explain(archive, toy_spec("poisoned"), tmp_path, **SMALL, scheduler=cluster)
 
 
@@ -214,7 +214,7 @@ def test_a_full_disk_on_a_worker_stops_the_run(archive: Path, cluster: str, tmp_
     [
         ({"workers": 0}, "workers is 0, expected 1 or more"),
         ({"workers": -2}, "workers is -2, expected 1 or more"),
-        ({"workers": 2, "scheduler": "tcp://127.0.0.1:1"}, "give one of them"),
+        ({"workers": 2, "scheduler": "tcp://127.0.0.1:1"}, "give only one"),
     ],
 )
 def test_impossible_places_are_refused(archive: Path, tmp_path: Path, where: dict[str, Any], message: str) -> None:

@@ -75,9 +75,9 @@ def test_without_cpu_workers_any_does_the_rest(device: str) -> None:
 def test_what_lacks_is_named_with_its_mend() -> None:
     address = "tcp://10.0.0.1:8786"
     nobody = Workers.of({}, "cuda", address).missing
-    assert nobody == f"there is no worker; start some with 'dask worker {address} --resources GPU=1'"
+    assert nobody == f"there are no workers; start some with 'dask worker {address} --resources GPU=1'"
     bare = Workers.of(told(a={}, b={"CPU": 4}), "cuda", address).missing
-    assert "--device cuda needs workers that declare a GPU, and none of the 2" in bare
+    assert "--device cuda needs workers that declare a GPU, but none of the 2" in bare
     assert f"'dask worker {address} --resources GPU=1'" in bare
     paused = {"a": {"nthreads": 1, "resources": {}, "status": "paused"}}
     assert "paused for lack of memory" in Workers.of(paused, "cpu").missing
@@ -260,7 +260,7 @@ def test_a_signal_stops_a_run_on_workers(
 
 
 def test_waiting_for_less_than_no_time_is_refused() -> None:
-    with pytest.raises(ValueError, match="wait_for_workers is -1, expected seconds, 0 or more"):
+    with pytest.raises(ValueError, match="wait_for_workers is -1, expected a number of seconds, 0 or more"):
         DaskExecutor(scheduler="tcp://127.0.0.1:1", wait_s=-1)
 
 

@@ -113,9 +113,7 @@ def test_a_task_on_which_every_gpu_fails_ends_the_run(
     slides: Path, expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(POISON, "always")
-    with pytest.raises(
-        WorkerError, match=r"a\.tif: on 'explain \d+' alone the GPU failed in one worker after the other"
-    ):
+    with pytest.raises(WorkerError, match=r"a\.tif: the GPU failed in one worker after another on 'explain \d+' alone"):
         explain(slides, toy_spec("faulty"), tmp_path / "out", **SMALL, workers=2)
     assert not failed_rows(tmp_path / "out")
     monkeypatch.delenv(POISON)
@@ -127,9 +125,9 @@ def test_a_small_memory_is_told_once_and_changes_no_result(slides: Path, expecte
     notes = Notes()
     outcome = explain(slides, toy_spec("cramped"), tmp_path, **SMALL, listener=notes)
     assert not outcome.failed
-    (told,) = [text for text in notes.told if "does not hold a whole batch" in text]
-    assert told.endswith("does not hold a whole batch: 2 patches are explained at once there from now on")
-    assert logged(tmp_path).count("does not hold a whole batch") == 1
+    (told,) = [text for text in notes.told if "has too little memory for a whole batch" in text]
+    assert told.endswith("has too little memory for a whole batch; from now on it explains 2 patches at once")
+    assert logged(tmp_path).count("has too little memory for a whole batch") == 1
     (worker,) = json.loads((tmp_path / "status.json").read_text())["workers"].values()
     assert worker["at_once"] == 2
     assert "2 patches were explained at once there" in (tmp_path / "run.html").read_text()

@@ -442,9 +442,11 @@ def test_no_worker_for_too_long_ends_the_run(caplog: pytest.LogCaptureFixture) -
     waiting = scheduler(client, wait_s=0.05)
     client.told = {}
     client.collect = lambda wait_s: []  # type: ignore[method-assign]
-    with pytest.raises(FatalError, match=r"waited 0\.05 s: there is no worker; start some with 'dask worker ADDRESS'"):
+    with pytest.raises(
+        FatalError, match=r"waited 0\.05 s: there are no workers; start some with 'dask worker ADDRESS'"
+    ):
         list(waiting.run([entry(0)]))
-    assert caplog.messages == ["waiting up to 0.05 s: there is no worker; start some with 'dask worker ADDRESS'"]
+    assert caplog.messages == ["waiting up to 0.05 s: there are no workers; start some with 'dask worker ADDRESS'"]
 
 
 @pytest.fixture

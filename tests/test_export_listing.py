@@ -97,7 +97,7 @@ def test_lost_files_and_files_more_in_folders_are_noticed(all_formats: Path) -> 
         data = path.read_bytes()
         path.unlink()
         if name == EXPORTS:
-            with pytest.raises(ConfigError, match=r"or one of exports with exports\.json"):
+            with pytest.raises(ConfigError, match=r"or exports with exports\.json"):
                 check(all_formats)
         else:
             assert len(told(all_formats)) == 1, name
@@ -218,7 +218,7 @@ def test_an_export_killed_at_any_moment_is_finished_by_the_same_command(
     if (tmp_path / "killed" / EXPORTS).exists():
         found = check(tmp_path / "killed")
         assert found.findings == []  # nothing is listed that is not whole
-        assert any("has not ended" in note for note in found.notes)
+        assert any("is unfinished" in note for note in found.notes)
     for folder in ("whole", "killed"):
         done = export(made, "geojson", tmp_path / folder, overwrite=again, **WINDOW)
         assert {each.error for each in done} == {""}

@@ -38,7 +38,7 @@ def test_wrong_images_are_refused(given: Any, problem: str, network: Split) -> N
     ("options", "problem"),
     [
         ({"method": "gradcan"}, "method 'gradcan' is not known; expected one of cam, gradcam"),
-        ({"method": "gradcam,gradcam"}, "names one twice"),
+        ({"method": "gradcam,gradcam"}, "contains duplicates"),
         ({"method": []}, "is empty"),
         (
             {"engine": "quantum"},
@@ -59,9 +59,9 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], problem: str
         ("cat", "target 'cat' is not a class of the model"),
         (4, "target '4' is not a class"),
         (-1, "target '-1' is not a class"),
-        ([], "no target is given"),
+        ([], "targets is empty"),
         ([0, lambda logits: logits], "<lambda>: returned shape"),
-        (lambda logits: logits.detach()[:, 0], "does not depend on the logits"),
+        (lambda logits: logits.detach()[:, 0], "does not depend on its logits"),
     ],
 )
 def test_wrong_targets_are_refused(targets: Any, problem: str, network: Split, images: Tensor) -> None:
@@ -78,7 +78,7 @@ def test_a_wrong_number_of_classes_is_refused(network: Split, images: Tensor) ->
 def test_weights_that_are_not_numbers_are_refused_as_such(layer: str | None, network: Split, images: Tensor) -> None:
     with torch.no_grad():
         network.features[0].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index]
-    with pytest.raises(ModelError, match="gives NaN or infinite values for images of noise; check its weights"):
+    with pytest.raises(ModelError, match="gives NaN or infinite values on noise images; check its weights"):
         plain(network, layer=layer)(images)
 
 
@@ -118,7 +118,7 @@ def test_a_network_made_under_inference_mode_is_refused(images: Tensor) -> None:
     with torch.inference_mode():
         network = curved()
     with pytest.raises(
-        ModelError, match=r"made under torch.inference_mode, which rules out gradients; make it outside"
+        ModelError, match=r"created under torch.inference_mode, which rules out gradients; create it outside"
     ):
         plain(network)(images)
 

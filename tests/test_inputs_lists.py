@@ -255,7 +255,7 @@ class TestRuns:
         assert all(record.skipped for record in explain(path, model, out, **SMALL).records)
         path.write_text(path.read_text().replace("moved.png", "masks/a.png"))
         (failed,) = explain(path, model, out, **SMALL).failed
-        assert "holds results of another mask than" in failed.error
+        assert "holds results with a different mask" in failed.error
 
     def test_one_mask_for_the_only_slide_without_is_enough(self, archive: Path) -> None:
         path = archive / "list.csv"

@@ -72,9 +72,9 @@ def test_it_can_be_previewed(slide: MarkerSlide, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"workers": 1}, "a loaded model works in this process only; for workers give what each can load itself"),
-        ({"scheduler": "tcp://127.0.0.1:1"}, "a loaded model works in this process only"),
-        ({"patch_px": 64}, "patch_px of a loaded model is fixed; give it to load_model or model_of"),
+        ({"workers": 1}, "a loaded model exists only in this process; for workers, give what they can load themselves"),
+        ({"scheduler": "tcp://127.0.0.1:1"}, "a loaded model exists only in this process"),
+        ({"patch_px": 64}, "patch_px of a loaded model is fixed; pass it to load_model or model_of"),
     ],
 )
 def test_what_it_cannot_do_is_refused(slide: MarkerSlide, tmp_path: Path, options: dict[str, Any], said: str) -> None:

@@ -194,7 +194,7 @@ class TestResume:
         before = (finished / "out" / "a.tif" / "patches.parquet").read_bytes()
         mask = drawn(tmp_path / "m.json", REGIONS[0]) if change == "changed" else None
         (failed,) = explain(slide, MODEL, finished / "out", **SMALL, mask=mask).failed
-        assert "holds results of another mask than" in failed.error
+        assert "holds results with a different mask" in failed.error
         assert "--overwrite" in failed.error
         assert (finished / "out" / "a.tif" / "patches.parquet").read_bytes() == before
         explain(slide, MODEL, finished / "out", **SMALL, mask=finished / "m.json", overwrite=True)
@@ -403,7 +403,7 @@ class TestMisplaced:
         labels = np.zeros((640, 960), np.uint8)
         labels[100:300, 100:300], labels[320:500, 100:300] = 1, 2
         Image.fromarray(np.rot90(labels)).save(tmp_path / "m.png")
-        assert "960 x 640 px (height x width) have another aspect ratio than the slide's 640 x 960 px" in self.failed(
+        assert "960 x 640 px (height x width) do not have the proportions of the slide's 640 x 960 px" in self.failed(
             tmp_path, tmp_path / "m.png"
         )
         Image.fromarray(labels).save(tmp_path / "m.tif")

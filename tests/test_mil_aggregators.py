@@ -67,7 +67,7 @@ def test_a_published_dsmil_is_read(tmp_path: Path) -> None:
 def test_weights_are_found_behind_a_prefix_and_what_is_beside_them_is_told(tmp_path: Path) -> None:
     state = {f"net.aggregator.{name}": value for name, value in xmil(seeded()).items()}
     model = load(tmp_path, "abmil", {**state, "encoder_head.weight": torch.ones(1, 1)})
-    assert model.notes == ("the weights are those behind 'net.aggregator.'", "not used: encoder_head.weight")
+    assert model.notes == ("the weights are those with the prefix 'net.aggregator.'", "not used: encoder_head.weight")
     clam_notes = load(tmp_path, "clam", clam(seeded(), 1)).notes
     assert clam_notes == (
         "not used: instance_classifiers.0.weight, instance_classifiers.0.bias, "
@@ -106,10 +106,10 @@ def changed(state: State, **changes: Tensor | None) -> State:
         (
             "abmil",
             changed(xmil(seeded()), norm__weight=torch.ones(8)),
-            r"norm.weight \(8,\) has no part in such a network",
+            r"norm.weight \(8,\) does not belong to such a network",
         ),
         ("abmil", changed(xmil(seeded()), classifier__weight=None), "classifier has no real-valued weights"),
-        ("abmil", transmil(seeded()), "has no part in such a network"),
+        ("abmil", transmil(seeded()), "does not belong to such a network"),
         ("abmil", {"a.weight": torch.ones(2, 2)}, r"a.weight \(2, 2\) has no part"),
         ("abmil", {"classifier.weight": torch.ones(2, 2)}, "no layer that could be gate_a or score; it has classifier"),
         (
@@ -139,7 +139,7 @@ def changed(state: State, **changes: Tensor | None) -> State:
                 b_classifier__q__2__bias=None,
                 b_classifier__v__1__weight=torch.ones(D, D),
             ),
-            "b_classifier.v.1: DSMIL's code of 2021 has nothing behind it.*value_activation",
+            "b_classifier.v.1: DSMIL's code of 2021 puts no activation after it.*value_activation",
         ),
         (
             "dsmil",
@@ -243,7 +243,7 @@ def test_several_weights_that_fit_are_refused_and_the_same_twice_are_not(tmp_pat
     torch.save({"model": xmil(seeded()), "other": xmil(seeded())}, tmp_path / "weights.pt")
     load_aggregator(read_slide_model(written(tmp_path, text)))
     torch.save({"model": xmil(seeded()), "other": xmil(seeded(1))}, tmp_path / "weights.pt")
-    with pytest.raises(ModelError, match="has several sets of weights that fit, model and other"):
+    with pytest.raises(ModelError, match="has several fitting sets of weights, model and other"):
         load_aggregator(read_slide_model(tmp_path / "slide.yaml"))
 
 
@@ -262,7 +262,7 @@ def test_files_are_compared_before_anything_is_read(tmp_path: Path) -> None:
         load_aggregator(read_slide_model(wrong))
     with pytest.raises(ModelError, match=r"no weights file .*none.pt; paths are relative to the model file"):
         load_aggregator(read_slide_model(written(tmp_path, "aggregator: {source: abmil, weights: none.pt}")))
-    with pytest.raises(ModelError, match="abmil needs its state dict; name it with 'weights:'"):
+    with pytest.raises(ModelError, match="abmil needs a state dict; give it with 'weights:'"):
         load_aggregator(read_slide_model(written(tmp_path, "aggregator: abmil")))
 
 
@@ -301,7 +301,7 @@ def test_programs_need_permission_and_say_which_output_is_meant(tmp_path: Path) 
     spec = read_slide_model(written(tmp_path, "aggregator: torchscript:mean.pt"))
     with pytest.raises(ModelError, match="loading it runs code that is in it"):
         load_aggregator(spec)
-    with pytest.raises(ModelError, match="say which are the logits with 'output:'"):
+    with pytest.raises(ModelError, match="choose the logits with 'output:'"):
         load_aggregator(spec.trusting())
     spec = read_slide_model(written(tmp_path, "aggregator: {source: 'torchscript:mean.pt', output: 1}")).trusting()
     network = load_aggregator(spec).network
@@ -311,7 +311,7 @@ def test_programs_need_permission_and_say_which_output_is_meant(tmp_path: Path) 
     np.testing.assert_allclose(found.relevance["integrated_gradients"], expected, rtol=1e-4, atol=1e-6)
     for method, told in {
         "lrp": "rules are known for",
-        "attention": "whose attention is not known",
+        "attention": "so its attention is not known",
         "shapley": "not additive",
     }.items():
         with pytest.raises(ConfigError, match=told):
@@ -364,13 +364,13 @@ def test_the_model_file_is_read_with_its_encoder(tmp_path: Path) -> None:
         ("aggregator: abmil\nclases: [a]", "clases: unknown key, check the spelling: did you mean classes?"),
         ("aggregator: {source: abmil, weigths: a.pt}", "aggregator: weigths: unknown key.*did you mean weights?"),
         ("aggregator: abmill", "expected abmil, .*did you mean abmil?"),
-        ("aggregator: 'clam:a.pt'", "clam takes nothing behind a colon"),
+        ("aggregator: 'clam:a.pt'", "clam takes nothing after a colon"),
         ("aggregator: 7", "aggregator: expected keys"),
         ("aggregator: abmil\nencoder: {sorce: timm:resnet18}", "encoder: .*sorce: unknown key"),
         ("aggregator: abmil\nencoder: 7", "encoder: expected keys"),
         ("aggregator: abmil\nfolder: /", "folder: unknown key"),
         ("aggregator: {source: abmil, folder: /}", "aggregator: expected keys"),
-        ("aggregator: abmil\nclasses: [a, a]", "differ from each other"),
+        ("aggregator: abmil\nclasses: [a, a]", "each one different"),
         ("aggregator: abmil\nclasses: [no, yes]", "YAML reads yes"),
         ("aggregator: abmil\nactivation: hazards", "activation: "),
         ("aggregator: {source: transmil, heads: 0}", "heads: "),

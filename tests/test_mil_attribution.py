@@ -258,7 +258,7 @@ def test_what_cannot_be_explained_is_refused(tmp_path: Path) -> None:
         explain_bag(network, bag(3), target, ["single"], baseline=np.zeros(3))
     broken = bag(COUNT)
     broken[17, 3] = np.inf
-    with pytest.raises(ModelError, match="patch 17 has values that are not finite"):
+    with pytest.raises(ModelError, match="patch 17 is not finite"):
         explain_bag(network, broken, target, ["single"])
 
 

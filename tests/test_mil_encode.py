@@ -173,7 +173,7 @@ def test_a_model_of_patches_encodes_without_its_head(archive: Path, encoded: Pat
 def test_float16_and_what_cannot_be_encoded(archive: Path, model: Path, encoded: Path, tmp_path: Path) -> None:
     encode(archive, model, tmp_path / "half", feature_precision="float16", **SMALL)
     np.testing.assert_array_equal(features_of(tmp_path / "half"), features_of(encoded).astype(np.float16))
-    with pytest.raises(ConfigError, match="nothing is left to encode"):
+    with pytest.raises(ConfigError, match="there is nothing left to encode"):
         encode(archive, model, tmp_path / "out", features=tmp_path, **SMALL)
 
 
@@ -184,7 +184,7 @@ def test_unreadable_patches_are_told(model: Path, tmp_path: Path) -> None:
     (record,) = encode(damaged, model, tmp_path / "out", max_unreadable=1.0, **SMALL).records
     assert record.status == "ok"
     assert 0 < record.unreadable < record.patches
-    assert "patches unreadable: " in record.error
+    assert "patches are unreadable: " in record.error
     (done,) = export(tmp_path / "out", "clam", tmp_path / "clam")
     with h5py.File(done.paths[0]) as file:
         assert len(file["features"]) == record.patches - record.unreadable
@@ -275,7 +275,7 @@ def test_a_bag_that_memory_does_not_hold_is_refused_when_its_slide_is_planned(
     (record,) = explain(archive / "a.tif", seeing, tmp_path / "out", **SETTINGS).records
     assert record.status == "failed"
     assert "a bag of 48 patches needs about" in record.error
-    assert "bytes of memory at once with this aggregator, and 1,000 are free" in record.error
+    assert "bytes of memory with this aggregator, but only 1,000 are free" in record.error
     assert not record.lasting
     assert not encoding
     monkeypatch.undo()

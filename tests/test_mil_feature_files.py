@@ -208,10 +208,10 @@ HOSTILE: dict[str, Callable[[h5py.File, Path], None]] = {
     "'uni' is an external link": inner,
     "stored in other files, which are not read; copy": virtual,
     "stored in other files, which are not read": raw,
-    "was not written completely": unwritten,
-    r"says \(20, 8\), but was not written": contiguous,
-    "packed in chunks of": chunk,
-    "packed by filter 6": scaled,
+    "is incomplete": unwritten,
+    r"declares \(20, 8\), but is incomplete": contiguous,
+    "stored in chunks of": chunk,
+    "compressed with filter 6": scaled,
     r"holds \|S1, expected numbers": words,
     "holds object, expected numbers": objects,
     "features are int32, expected floating": counted,
@@ -219,7 +219,7 @@ HOSTILE: dict[str, Callable[[h5py.File, Path], None]] = {
     "an array of 20 x 4 x 8": deep,
     "20 coordinates for 19 feature vectors": short,
     "but features of a patient; expected": patient,
-    "was not written": endless,
+    "but is incomplete": endless,
 }
 
 
@@ -294,7 +294,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path) -> None:
     made = clam(tmp_path, frame(), only="pt")
     mark, path = tmp_path / "ran", tmp_path / "pt_files" / "a.pt"
     torch.save({"features": Harmful(mark)}, path)
-    with pytest.raises(FeatureError, match="no plain tensor"):
+    with pytest.raises(FeatureError, match="not a plain tensor"):
         opened(tmp_path)
     path.write_bytes(pickle.dumps(Harmful(mark)))
     with pytest.raises(FeatureError, match=r"not a file of PyTorch 1\.6 or later"):
@@ -316,7 +316,7 @@ def test_tensors_are_held_against_what_they_claim(tmp_path: Path) -> None:
         (torch.ones(1, 1).expand(count, 1 << 15), "which it does not contain"),
         (torch.ones(DIMENSIONS, count).T, "which it does not contain"),
         (torch.ones(count, DIMENSIONS, dtype=torch.int8), "no tensor of floating point numbers"),
-        (torch.ones(count, DIMENSIONS).to_sparse(), "no tensor of floating point numbers|no plain tensor"),
+        (torch.ones(count, DIMENSIONS).to_sparse(), "no tensor of floating point numbers|not a plain tensor"),
         (torch.ones(count - 1, DIMENSIONS), "coordinates for"),
         ({"weights": torch.ones(3)}, "no tensor of floating point numbers"),
     ):
@@ -332,7 +332,7 @@ def test_tensors_are_held_against_what_they_claim(tmp_path: Path) -> None:
         for info in source.infolist():
             target.writestr(info.filename, source.read(info))
     packed.replace(path)
-    with pytest.raises(FeatureError, match=r"not as torch.save writes a tensor"):
+    with pytest.raises(FeatureError, match=r"not a tensor as torch.save writes it"):
         opened(tmp_path)
 
 
@@ -368,7 +368,7 @@ def test_numpy_files_are_held_against_what_they_claim(tmp_path: Path, monkeypatc
         with pytest.raises(FeatureError, match=message):
             opened(tmp_path)
     monkeypatch.setattr(feature_arrays, "MAX_PATCHES", 50)
-    with pytest.raises(FeatureError, match=r"expected a number for each patch|expected up to 50 patches"):
+    with pytest.raises(FeatureError, match=r"expected a number for each patch|expected at most 50 patches"):
         opened(tmp_path)
 
 
@@ -377,7 +377,7 @@ def test_descriptions_beside_coordinates(tmp_path: Path) -> None:
     about = tmp_path / "tiles" / "a.coordinates.meta.json"
     said = json.loads(about.read_text())
     about.write_text("[" * 10_000)
-    with pytest.raises(FeatureError, match="what stands beside it cannot be read"):
+    with pytest.raises(FeatureError, match="what lies beside it cannot be read"):
         opened(tmp_path)
     about.write_text(json.dumps({**said, "artifact": {"coordinate_space": "um"}}))
     with pytest.raises(FeatureError, match="--feature-unit"):

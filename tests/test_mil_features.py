@@ -71,7 +71,7 @@ def test_pixels_that_are_no_squares(tmp_path: Path) -> None:
     made = stamp(tmp_path, slide)
     bag = open_features(made.folder, slide)
     np.testing.assert_allclose(bag.boxes[:, 1::-1], made.xy, atol=1)
-    assert any("0.2627 a pixel along both axes" in note for note in bag.notes)
+    assert any("0.2627 per pixel along both axes" in note for note in bag.notes)
     settled = open_features(made.folder, slide, patch_um=256.0)
     np.testing.assert_allclose(settled.boxes[0, 2:], [512, 256 / MPP])
 
@@ -104,7 +104,7 @@ def test_a_footprint_of_a_rounded_magnification_gives_way_to_the_lattice() -> No
     boxes, notes = place(claims(512), square(128 / 0.265))
     np.testing.assert_allclose(boxes[:, 2:], 128 / 0.265)
     (note,) = notes
-    assert note.startswith("patches are 483.0 level-0 px wide by their lattice")
+    assert note.startswith("patches are 483.0 level-0 px wide according to their spacing")
     assert "the file says 512" in note
 
 
@@ -147,7 +147,7 @@ def test_one_of_two_sizes_by_the_lattice() -> None:
     either = Claims("CLAM", "px", (np.array([256.0, 256.0]), np.array([512.0, 512.0])))
     assert place(either, square(512))[0][0, 2] == 512
     assert place(either, square(256))[0][0, 2] == 256
-    with pytest.raises(FeatureError, match="256 or 512 level-0 px, but no lattice tells which"):
+    with pytest.raises(FeatureError, match="256 or 512 level-0 px, but their spacing does not tell which"):
         place(either, [(0, 0)])
 
 
@@ -227,7 +227,7 @@ def test_coordinates_that_are_no_numbers_and_repeated_ones() -> None:
     with pytest.raises(FeatureError, match="the coordinates of patch 1 are not finite"):
         place(claims(512), [(0, 0), (np.nan, 0)])
     _, (note,) = place(claims(512), square(512) + square(512)[:3])
-    assert note == "3 patches occur in it more than once"
+    assert note == "3 patches occur more than once"
 
 
 def test_micrometres_need_a_pixel_size() -> None:
@@ -255,13 +255,15 @@ def test_two_encoders_are_told_apart_by_their_folder_or_size(tmp_path: Path) -> 
     with h5py.File(other / "a.h5", "w") as file:
         file["features"] = np.ones((len(made.xy), 5), np.float32)
         file["coords"] = made.xy
-    with pytest.raises(FeatureError, match=r"several features \(.*conch.*uni_v1.*\); give the folder of one"):
+    with pytest.raises(
+        FeatureError, match=r"several sets of features \(.*conch.*uni_v1.*\); give the folder of only one"
+    ):
         open_features(tmp_path, slide)
     with open_features(tmp_path, slide, dimensions=DIMENSIONS) as bag:
         assert "uni_v1" in bag.source
     with open_features(tmp_path, slide, dimensions=5) as bag:  # its geometry comes from the file of coordinates
         assert bag.boxes[0, 2] == 512
-    with pytest.raises(FeatureError, match="features of 5, 8 numbers, but the model takes 3"):
+    with pytest.raises(FeatureError, match="features of 5, 8 dimensions, but the model takes 3"):
         open_features(tmp_path, slide, dimensions=3)
 
 
@@ -279,7 +281,7 @@ def test_vectors_of_whole_slides_beside_those_of_patches_are_passed_over(tmp_pat
 def test_one_of_several_features_in_a_file(tmp_path: Path) -> None:
     slide = frame()
     made = atlas(tmp_path, slide, names=("conch", "uni_v1"))
-    with pytest.raises(FeatureError, match=r"several features \(conch, uni_v1\); say which with --feature-name"):
+    with pytest.raises(FeatureError, match=r"several sets of features \(conch, uni_v1\); choose with --feature-name"):
         open_features(made.folder, slide)
     with open_features(made.folder, slide, name="uni_v1") as bag:
         assert bag.features.shape[1] == DIMENSIONS - 1
@@ -347,7 +349,7 @@ def test_the_digest_follows_files_and_places(tmp_path: Path) -> None:
 
 def test_real_files_without_geometry(shared_data: Path) -> None:
     slide = frame(40_000, 50_000)
-    with pytest.raises(FeatureError, match=r"mopadi_a\.h5: features alone, without the coordinates"):
+    with pytest.raises(FeatureError, match=r"mopadi_a\.h5: features without the coordinates"):
         open_features(shared_data / "mil" / "mopadi_a.h5", slide)
     with pytest.raises(FeatureError, match=r"mopadi_b\.h5: .*neighbours are 512 apart; give these flags"):
         open_features(shared_data / "mil" / "mopadi_b.h5", slide)

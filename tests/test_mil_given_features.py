@@ -230,7 +230,7 @@ def test_other_features_are_not_mixed_in(slide: Path, model: Path, tmp_path: Pat
         file["features"][...] = 1
     (record,) = explain(slide, model, tmp_path / "out", **given).records
     assert record.status == "failed"
-    assert "holds results of other features than TRIDENT" in record.error
+    assert "holds results of different features from TRIDENT" in record.error
     (record,) = explain(slide, model, tmp_path / "out", overwrite=True, **given).records
     assert record.status == "ok"
 
@@ -238,11 +238,11 @@ def test_other_features_are_not_mixed_in(slide: Path, model: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "error", "problem"),
     [
-        ({}, ModelError, "give features made elsewhere with --features"),
+        ({}, ModelError, "give existing features with --features"),
         ({"features": "/nowhere"}, FeatureError, "/nowhere: no such folder of features"),
         ({"features": "s3://bucket/features"}, ConfigError, "copy them there"),
         ({"feature_unit": "px"}, ConfigError, "give their folder with --features"),
-        ({"features": ".", "overlap": 0.5}, ConfigError, "features say which patches there are; leave out overlap"),
+        ({"features": ".", "overlap": 0.5}, ConfigError, "features determine the patches; leave out overlap"),
         ({"features": ".", "method": "none,gradcam"}, ConfigError, "none stands alone"),
     ],
 )
@@ -339,7 +339,7 @@ def test_features_of_another_encoder_are_told(small: Path, seeing: Path, tmp_pat
     features = write_given(tmp_path / "features", tmp_path / "own", change=0.9)
     (record,) = explain(small, seeing, tmp_path / "out", features=features, **SMALL).records
     assert record.status == "ok"
-    assert "its features are not those that the encoder makes of these patches" in record.error
+    assert "its features are not those that the encoder computes for these patches" in record.error
     assert rows_of(tmp_path / "out")["whole.tif"]["error"] == record.error
 
 
@@ -357,7 +357,7 @@ def test_patches_that_the_encoder_does_not_see_are_refused(small: Path, seeing: 
     near = write_seeing(tmp_path / "near", mpp=0.54)
     (record,) = explain(small, near, tmp_path / "near_out", features=features, **SMALL).records
     assert record.status == "ok"
-    assert record.error == "patches are read as their features were made, at 0.5 um/px, not at 0.54"
+    assert record.error == "patches are read at the resolution of the features, 0.5 um/px, not at 0.54"
     assert open_result(tmp_path / "near_out")["whole.tif"].plan.footprint == (64, 64)
 
 
@@ -378,4 +378,4 @@ def test_float16_that_cannot_hold_them_is_told(slide: Path, model: Path, tmp_pat
     given = {"features": tmp_path / "features", "feature_precision": "float16", **ON_FEATURES}
     (record,) = explain(slide, model, tmp_path / "out", **given).records
     assert record.status == "failed"
-    assert "infinite in float16; give --feature-precision float32" in record.error
+    assert "infinite in float16; use --feature-precision float32" in record.error

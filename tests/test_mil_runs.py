@@ -236,7 +236,7 @@ def test_a_slide_without_a_readable_patch_has_no_answer(slide: MarkerSlide, mode
     corrupt_tile(slide.path, damaged, 1, 0, 0)
     (record,) = explain(damaged, model, tmp_path / "out", trust_code=True, max_unreadable=1.0, **BAG).records
     assert record.status == "failed"
-    assert "no patch of it can be read, so a slide-level model has no answer" in record.error
+    assert "none of its patches can be read, so a slide-level model has no answer" in record.error
 
 
 def test_what_cannot_be_is_refused(slide: MarkerSlide, model: Path, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_another_number_of_classes_is_told_in_these_words(state: State, tmp_path
 
     weights = timm.create_model("resnet10t", num_classes=5).state_dict()
     torch.save({"state_dict": prefixed("model.", weights)}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="the checkpoint has 5 outputs, the model file names 3 classes"):
+    with pytest.raises(ModelError, match="the checkpoint has 5 outputs, the model file lists 3 classes"):
         load(tmp_path, source="timm:resnet10t", classes=["a", "b", "c"])
     with pytest.raises(ModelError, match="the checkpoint has 5 outputs, the network 1000; name the 5 classes"):
         load(tmp_path, source="timm:resnet10t")

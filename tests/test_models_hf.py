@@ -234,7 +234,7 @@ def test_an_adapter_is_refused(folder: Path) -> None:
 
 def test_without_a_processor_the_colours_must_be_said(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
-    assert "the normalisation of its images is unknown" in refused(folder, patch_px=64)
+    assert "so its normalisation is unknown" in refused(folder, patch_px=64)
     model = load(folder, patch_px=64, mean=[0.5] * 3, std=[0.2] * 3)
     assert (model.mean, model.std) == ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -350,7 +350,10 @@ def test_arguments_of_a_timm_model_are_used(timm_folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("[]"), "expected a mapping"),
         (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
         (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "weights, and its *.safetensors have 100 bytes"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"x" * 100),
+            "weights, but its *.safetensors have only 100 bytes",
+        ),
         (lambda f: (f / "model.safetensors").rename(f / "x.bin"), "no *.safetensors"),
     ],
 )

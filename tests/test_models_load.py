@@ -181,7 +181,7 @@ def test_the_checksum_is_checked(state: State, tmp_path: Path) -> None:
     true = hashlib.sha256(path.read_bytes()).hexdigest()
     assert same_weights(load_model(spec(tmp_path, weights=path.name, sha256=true.upper())), state)
     message = refused(spec(tmp_path, weights=path.name, sha256="0" * 64))
-    assert all(part in message for part in (str(path), true, "0" * 64, "fetch the right file"))
+    assert all(part in message for part in (str(path), true, "0" * 64, "download the right file"))
 
 
 def test_a_wrong_checksum_is_refused_before_the_file_is_read(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_weights_of_half_precision_become_float32() -> None:
 
 @pytest.mark.parametrize("weights", [None, "random"])
 def test_a_checksum_without_a_file_is_refused(weights: str | None) -> None:
-    assert "sha256 is of a weights file, but there is no 'weights:'" in refused(
+    assert "sha256 is that of a weights file, but there is no 'weights:'" in refused(
         spec(source="timm:resnet18", weights=weights, sha256="0" * 64)
     )
 

@@ -204,7 +204,7 @@ def test_objects_in_an_exported_program_are_not_made(wrap: Any, tmp_path: Path) 
     else:
         content = wrap(Evil(touched))
     replace_record(path, "data/sample_inputs/model.pt", content)
-    assert "pickled objects, which are never loaded" in refused(f"export:{path}")
+    assert "pickled objects (never loaded)" in refused(f"export:{path}")
     assert not touched.exists()
     with pytest.raises(Exception):  # noqa: B017, PT011  # PyTorch would have made it, whatever it does then
         torch.export.load(path)
@@ -221,7 +221,7 @@ def test_pickled_weights_in_an_exported_program_are_not_made(tmp_path: Path) -> 
     torch.save(Evil(touched), tmp_path / "evil")
     replace_record(path, "model_weights_config.json", json.dumps(config).encode())
     replace_record(path, first["path_name"], (tmp_path / "evil").read_bytes())
-    assert "pickled objects, which are never loaded" in refused(f"export:{path}")
+    assert "pickled objects (never loaded)" in refused(f"export:{path}")
     assert not touched.exists()
 
 
@@ -326,7 +326,7 @@ def test_all_ways_to_say_resize(arguments: Any, input_px: Any, config: dict[str,
         ({"transform": [{"name": "ToTensor"}, {"name": "Resize"}]}, "expected Resize (optional), ToTensor, Normalize"),
         ({"transform": []}, "the steps (none) are not supported"),
         ({"num_classes": 3}, "num_classes is 3, but there are 2 class_names"),
-        ({"class_names": ["a", "a"]}, "class_names should differ"),
+        ({"class_names": ["a", "a"]}, "class_names should all differ"),
         ({"class_names": None}, "class_names"),
         ({"spacing_um_px": 0}, "spacing_um_px"),
         ({"spacing_um_px": float("inf")}, "spacing_um_px"),
@@ -338,7 +338,7 @@ def test_a_configuration_that_cannot_be_right_is_refused(
 ) -> None:
     folder = wsinfer_folder(tmp_path, {**config, **change})
     message = refused(f"wsinfer:{folder}")
-    assert message.startswith(f"{folder / 'config.json'}: not a configuration of WSInfer: ")
+    assert message.startswith(f"{folder / 'config.json'}: not a WSInfer configuration: ")
     assert problem in message
 
 

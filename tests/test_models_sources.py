@@ -87,7 +87,7 @@ def test_untrained_networks_need_no_network(source: str) -> None:
 
 
 def test_untrained_is_never_taken_for_published() -> None:
-    assert "timm:botnet50ts_256: there are no published weights" in refused("timm:botnet50ts_256", weights=None)
+    assert "timm:botnet50ts_256: it has no published weights" in refused("timm:botnet50ts_256", weights=None)
 
 
 @pytest.mark.parametrize("source", ["timm:test_convnext", "torchvision:squeezenet1_1"])
@@ -129,8 +129,8 @@ def test_what_the_model_file_says_goes_first() -> None:
         ("timm:", "timm has no such model"),
         ("timm:hf-hub:someone/model", "timm has no such model"),
         ("torchvision:resnet19", "torchvision has no such model; did you mean resnet1"),
-        ("torchvision:ssd300_vgg16", "not a classifier of images"),
-        ("torchvision:fcn_resnet50", "not a classifier of images"),
+        ("torchvision:ssd300_vgg16", "not an image classifier"),
+        ("torchvision:fcn_resnet50", "not an image classifier"),
         ("yaml:no_such_function", "'yaml' has no function 'no_such_function'"),
         ("yaml:__doc__", "'yaml' has no function '__doc__'"),
         ("yaml:", "expected module:function"),
@@ -141,7 +141,7 @@ def test_what_the_model_file_says_goes_first() -> None:
         ("resnet18", "expected module:function"),
         ("yaml:dump", "dump() fails: TypeError"),
         ("yaml:SafeDumper", "SafeDumper() fails: TypeError"),
-        ("collections:OrderedDict", "collections does not make networks"),
+        ("collections:OrderedDict", "collections does not build networks"),
         ("tests.toys:Path", "returned a PosixPath, expected a torch.nn.Module"),
     ],
 )

@@ -85,7 +85,7 @@ def test_class_names_may_look_like_numbers(tmp_path: Path) -> None:
         ({"folder": "/elsewhere"}, "folder: unknown key"),
         ({1: 2}, "1"),
         ({"classes": []}, "class names must be given"),
-        ({"classes": ["a", "a"]}, "differ from each other"),
+        ({"classes": ["a", "a"]}, "each one different"),
         ({"classes": "tumour"}, "classes"),
         ({"classes": [False, True]}, "quote them"),
         ({"classes": ["a", None]}, "None is not a name"),
@@ -216,8 +216,8 @@ def test_a_folder_is_known_by_what_is_in_it(files: list[str], kind: str, tmp_pat
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ([], "a folder without config.json is not a model"),
-        (["model.safetensors"], "a folder without config.json is not a model"),
+        ([], "the folder has no config.json, so it is not a model"),
+        (["model.safetensors"], "the folder has no config.json, so it is not a model"),
         (["config.json", "pytorch_model.bin"], "weights in pickles (.bin, .pt, .pth) are not loaded"),
     ],
 )

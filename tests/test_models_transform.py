@@ -110,7 +110,7 @@ def test_a_crop_larger_than_the_patch_is_refused(crop: Any) -> None:
 
 def test_patches_of_another_size_are_not_squeezed_silently() -> None:
     transform = make_transform((64, 64), MEAN, STD, resizing=Resizing(resize=32))
-    with pytest.raises(ModelError, match=r"patches of \(64, 60\) px are given, expected \(64, 64\)"):
+    with pytest.raises(ModelError, match=r"patches of \(64, 60\) px were given, expected \(64, 64\)"):
         transform(patches(1, 64, 60))
 
 

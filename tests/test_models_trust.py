@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:coroutine"),
 ]
 
-REFUSED = "loading it runs code that is in it, so it was not loaded"
+REFUSED = "loading it runs code that it contains, so it was not loaded"
 SPY = """
 from pathlib import Path
 import torch
@@ -170,10 +170,13 @@ def test_info_tells_what_can_be_told_without_loading(name: str, folder: Path, ru
     assert (code, err) == (0, "")
     told = json.loads(out)[0]
     assert told["sha256"] == hashlib.sha256((folder / FILES[name]).read_bytes()).hexdigest()
-    assert told["loading it"] == "runs code in it, so it was not loaded; --trust-code allows that and shows the rest"
+    assert (
+        told["loading it"]
+        == "runs code that it contains, so it was not loaded; --trust-code allows that and shows the rest"
+    )
     assert not (folder / "ran").exists()
     code, out, _ = run("info", "--model", folder / f"{name}.yaml", "--json", "--trust-code")
-    assert (code, json.loads(out)[0]["loading it"]) == (0, "runs code in it, as was allowed")
+    assert (code, json.loads(out)[0]["loading it"]) == (0, "runs code that it contains, as allowed")
 
 
 def test_what_comes_along_needs_no_permission(run: Run) -> None:  # noqa: F811
@@ -283,7 +286,7 @@ def test_an_audit_is_allowed_on_the_command_line(explained: Path, run: Run) -> N
 def test_what_makes_no_network_is_refused_at_once(source: str, trust_code: bool, folder: Path) -> None:
     with pytest.raises(
         ModelError,
-        match=r"runs code|does not return a network|does not make networks|expected module:function|has no function",
+        match=r"runs code|does not return a network|does not build networks|expected module:function|has no function",
     ):
         load_model(ModelSpec(name="n", source=source, folder=folder, **PATCH), trust_code=trust_code)
 
@@ -338,7 +341,7 @@ def test_installed_modules_come_before_those_beside_a_model(folder: Path) -> Non
         SPY.replace('Path(__file__).with_name("ran")', "import shapely; Path('/dev/null')")
     )
     before = list(sys.path)
-    with pytest.raises(ModelError, match=r"shapely.py is meant, but Python has imported .*shapely.* installed modules"):
+    with pytest.raises(ModelError, match=r"shapely.py is meant, but Python imports .*shapely.* installed modules"):
         load_model(str(folder / "function.yaml"), trust_code=True)
     assert not (folder / "ran").exists()
     assert sys.path == before
@@ -347,7 +350,7 @@ def test_installed_modules_come_before_those_beside_a_model(folder: Path) -> Non
 def test_a_model_file_beside_an_installed_module_of_its_name(folder: Path) -> None:
     (folder / "yaml.py").write_text(SPY)
     (folder / "shadowed.yaml").write_text("source: yaml:build\npatch_px: 32\n")
-    with pytest.raises(ModelError, match=r"yaml.py is meant, but Python has imported"):
+    with pytest.raises(ModelError, match=r"yaml.py is meant, but Python imports"):
         load_model(str(folder / "shadowed.yaml"), trust_code=True)
     assert not (folder / "ran").exists()
 
@@ -362,7 +365,7 @@ def test_a_target_that_is_a_function_needs_permission(
     monkeypatch.chdir(folder)
     asked = ["explain", explained / "a.tif", "--model", "ihc-dab", "--out", folder / "out", "--target", "spy_net:build"]
     code, _, err = run(*asked, *flags(SMALL))
-    assert (code, "target spy_net:build: no class of the model, but a function, which is code" in err) == (2, True)
+    assert (code, "target spy_net:build is not a class of the model but a function, which is code" in err) == (2, True)
     assert not (folder / "ran").exists()
     assert run(*asked, *flags(SMALL), "--trust-code")[0] == 0
     (folder / "ran").unlink()

@@ -425,7 +425,7 @@ def test_a_cluster_with_tls_explains_and_is_closed_to_others(
 
 def test_certificates_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     files = {f"distributed.comm.tls.{name}": str(tmp_path / "no.pem") for name in ("ca-file", "client.cert")}
-    told = r"the certificates cannot be used: .*; name the files in DASK_DIST"
+    told = r"the certificates cannot be used: .*; give the files in DASK_DIST"
     with dask.config.set(files), pytest.raises(WorkerError, match=told):
         connect("tls://127.0.0.1:1", 3)
 

@@ -188,5 +188,5 @@ def test_a_toy_question_stands_with_the_others_in_the_order_of_the_table() -> No
 
 
 def test_without_its_line_in_the_table_a_question_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'brightness' is not a question of the audit"):
+    with pytest.raises(ConfigError, match="'brightness' is not one of the audit's questions"):
         audited(planted.marker_only())

@@ -129,7 +129,7 @@ def test_a_list_of_urls_gives_what_files_give(
         unasked = check(tmp_path / "remote")
         assert not unasked.findings
         assert [note.partition(":")[0] for note in unasked.notes] == ["a.tif", "b.ome.zarr"]
-        assert all("on another machine, which is asked for it only if you say so" in note for note in unasked.notes)
+        assert all("on another machine, which is contacted only with --remote-slides" in note for note in unasked.notes)
         put_folder(s3, image / "zarr.json", key)  # another object now
         assert [finding.slide for finding in validate(tmp_path / "remote", remote_slides=True)] == ["a.tif"]
     written = b"".join(path.read_bytes() for path in (tmp_path / "remote").rglob("*") if path.is_file())

@@ -346,7 +346,7 @@ def test_values_that_agree_with_run_yaml_alone_are_noticed_by_the_slides(good: P
     values = {**read(out / "run.yaml"), KEY: BLANK}
     values["model"]["std"] = [0.5, 0.5, 0.5]
     (out / "run.yaml").write_bytes(sealed(written("run.yaml", values)))
-    said = "was made with another model or other targets than run.yaml says"
+    said = "was made with another model or other targets than run.yaml states"
     assert told(out) == [f"a.tif: {said}", f"b.tif: {said}"]
 
 
@@ -374,8 +374,8 @@ def as_of_an_older_version(out: Path) -> Path:
 def test_an_old_result_is_valid_and_told_in_one_line(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", str(as_of_an_older_version(out))]) == 0
     assert capsys.readouterr().out == (
-        f"{out}: valid\nnote: files of the run, the audit, 2 of 2 slides: made by an older version, which took fewer "
-        "digests: only what follows from other files could be checked of it\n"
+        f"{out}: valid\nnote: files of the run, the audit, 2 of 2 slides: made by an older version, which stored "
+        "fewer digests, so it was checked only against other files\n"
     )
 
 

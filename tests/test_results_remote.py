@@ -60,7 +60,7 @@ def test_exports_are_the_same(local: Path, remote: str, tmp_path: Path) -> None:
 def test_what_is_no_result_is_told(remote: str) -> None:
     with pytest.raises(ResultError, match="does not exist or is empty"):
         open_result(f"{remote}-none")
-    with pytest.raises(ResultError, match=f"open {remote} and take the slide"):
+    with pytest.raises(ResultError, match=f"open {remote} and choose the slide"):
         open_result(f"{remote}/in")
     result, slide = find_result(f"{remote}/in/a.svs/heatmap.ome.zarr")
     assert result.out == remote

@@ -170,7 +170,7 @@ def test_a_run_of_one_slide_needs_no_name(tmp_path: Path, out: Path) -> None:
 
 
 def test_a_run_of_many_slides_asks_which(result: Result) -> None:
-    with pytest.raises(UnknownNameError, match=r"3 slides; say which, expected one of a\.tif, c\.tif, inner/b\.tif"):
+    with pytest.raises(UnknownNameError, match=r"3 slides; choose one, expected one of a\.tif, c\.tif, inner/b\.tif"):
         result.heatmap("marker")
     assert result.heatmap("marker", "inner/b.tif").shape == (75, 63)
 
@@ -199,7 +199,7 @@ def test_a_failed_slide_says_why(result: Result) -> None:
     for ask in asked:
         with pytest.raises(ResultError, match=r"c.tif: has no results \(.*c.tif.*run explain again"):
             ask(result["c.tif"])
-    with pytest.raises(ResultError, match="is failed, there is no table yet"):
+    with pytest.raises(ResultError, match="is failed, it has no table yet"):
         _ = result["c.tif"].patches
 
 
@@ -212,7 +212,7 @@ def test_an_unfinished_slide_shows_what_there_is(tmp_path: Path, out: Path) -> N
     assert result.ids == ["a.tif", "inner/b.tif"]
     assert [slide.status for slide in result] == ["unfinished", "ok"]
     assert result["a.tif"].heatmap("marker").shape == (138, 188)
-    with pytest.raises(ResultError, match="unfinished, there is no table yet"):
+    with pytest.raises(ResultError, match="unfinished, it has no table yet"):
         _ = result["a.tif"].patches
 
 
@@ -236,7 +236,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path, out: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(ResultError, match=r"no run\.yaml.*give the --out"):
         open_result(tmp_path)
-    with pytest.raises(ResultError, match=f"open {out} and take the slide"):
+    with pytest.raises(ResultError, match=f"open {out} and choose the slide"):
         open_result(out / "a.tif")
 
 

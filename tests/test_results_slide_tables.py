@@ -229,7 +229,7 @@ class TestRuns:
         shutil.copy(slides / "2" / "a.tif", tmp_path / "moved" / "1" / "a.tif")
         (failed,) = explain(tmp_path / "moved", MODEL, tmp_path / "out", **SMALL).failed
         assert failed.slide.id == "1/a.tif"
-        assert "holds results of another file than" in failed.error
+        assert "holds results of a different file from" in failed.error
 
     def test_runs_that_begin_at_the_same_time_never_share_an_id(self, slides: Path, tmp_path: Path) -> None:
         """The one that comes second has found its slides before the first wrote them down."""
@@ -251,7 +251,9 @@ class TestRuns:
 def test_a_table_of_more_slides_than_a_run_has_is_refused_soon(tmp_path: Path) -> None:
     row = ",".join(["a.svs", "/a.svs", "ok", "", *["0"] * 12]) + "\n"
     assert len(parse_rows("slides.csv", (",".join(COLUMNS) + "\n" + row * 1000).encode())) == 1
-    with pytest.raises(StoreError, match=r"slides\.csv: damaged \(ValueError: 250,003 lines, expected up to 250,000\)"):
+    with pytest.raises(
+        StoreError, match=r"slides\.csv: damaged \(ValueError: 250,003 lines, expected at most 250,000\)"
+    ):
         parse_rows("slides.csv", (",".join(COLUMNS) + "\n" + row * (MAX_SLIDES + 2)).encode())
     with pytest.raises(StoreError, match=r"slides\.jsonl: damaged"):
         parse_slide_records("slides.jsonl", b'{"id": "a", "path": "b"}\n' * (MAX_SLIDES + 2))
@@ -262,7 +264,7 @@ def test_a_run_of_more_slides_than_its_table_may_have_is_refused(
 ) -> None:
     monkeypatch.setattr("wsi_gradcam.results.slide_tables.MAX_SLIDES", 2)
     entries = [SlideEntry(f"{name}.svs", f"/{name}.svs") for name in "abc"]
-    with pytest.raises(ConfigError, match="3 slides in one run, expected up to 2; make several runs"):
+    with pytest.raises(ConfigError, match="3 slides in one run, expected at most 2; split them into several runs"):
         record_slides(tmp_path / "slides.jsonl", entries)
     assert not (tmp_path / "slides.jsonl").exists()
     assert len(record_slides(tmp_path / "slides.jsonl", entries[:2])) == 2

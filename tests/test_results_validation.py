@@ -172,7 +172,7 @@ def test_a_replaced_slide_is_found(good: Path, damaged: Path, tmp_path: Path) ->
     assert [record.skipped for record in again.records] == [True, True]
     assert validate(damaged) == []
     flip(slides / "a.tif")
-    assert validate(damaged) == [Finding("a.tif", f"{slides}/a.tif is another file now than when it was explained")]
+    assert validate(damaged) == [Finding("a.tif", f"{slides}/a.tif is not the file that was explained")]
     (slides / "a.tif").unlink()
     assert validate(damaged) == [
         Finding("a.tif", f"{slides}/a.tif: does not exist, expected a slide file; check the path")

@@ -236,7 +236,7 @@ def test_a_replaced_slide_is_refused_alone(slides: list[Path], undisturbed: Path
     outcome = explain(archive, toy_spec("slow_linear"), out, **SMALL)
     (failed,) = outcome.failed
     assert failed.slide.id == "b.tif"
-    assert "holds results of another file than" in failed.error
+    assert "holds results of a different file from" in failed.error
     assert "--overwrite" in failed.error
     assert rows_of(out)["a.tif"]["status"] == "ok"
     again = explain(archive, toy_spec("slow_linear"), out, **SMALL, overwrite=True)
@@ -356,7 +356,7 @@ def test_work_of_another_run_never_enters_a_finished_slide(slides: list[Path], t
     for level, shape in enumerate(new.plan(entry).level_shapes):
         assert len(new.plan(entry).blocks(level)) == 1, shape
         perform(new, Task(COARSEN, entry, (level, 0)) if level else Task(STITCH, entry, (0,)))
-    with pytest.raises(ResumeError, match="1 spans of the slide were written over by another process"):
+    with pytest.raises(ResumeError, match="1 spans of the slide were overwritten by another process"):
         finish_slide(new, entry)
     outcome = explain(slides[:1], toy_spec("other_linear"), tmp_path / "clean", **SMALL)
     assert not outcome.failed

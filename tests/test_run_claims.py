@@ -147,7 +147,7 @@ def test_a_run_that_loses_its_claim_stops(
                 time.sleep(0.5)
 
     listener = Robbed()
-    with pytest.raises(ResumeError, match=r"taken over by run theirs on .*; it is stopped here, the other goes on"):
+    with pytest.raises(ResumeError, match=r"taken over by run theirs on .*; this run stops, and the other continues"):
         explain(slides, toy_spec("slow_linear"), tmp_path, **SMALL, workers=workers, listener=listener)
     assert listener.spans == 1
     holder = read_holder(out)

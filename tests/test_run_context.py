@@ -100,5 +100,5 @@ def test_a_worker_with_another_model_refuses(context: Context[ExplainWorkload]) 
     from wsi_gradcam.errors import ModelError
 
     object.__setattr__(context.run, "spec", toy_spec("other_linear"))
-    with pytest.raises(ModelError, match="loaded another model than the one the run began with"):
+    with pytest.raises(ModelError, match="loaded a different model from the one the run began with"):
         context.model()

@@ -196,7 +196,7 @@ def test_trouble_with_what_a_run_tells_stops_nothing(
     monkeypatch.setattr(LocalPath, "write", refuse)
     outcome = explain(made / "slides" / "b.tif", MODEL, tmp_path, **SMALL, listener=Told())
     assert [record.status for record in outcome.records] == ["ok"]
-    assert remarks == ["how far the run is cannot be written: no", "the run's report cannot be written: no"]
+    assert remarks == ["the status of the run cannot be written: no", "the run's report cannot be written: no"]
 
 
 def test_warnings_are_in_the_log_and_seen_as_before(
@@ -282,11 +282,11 @@ def test_what_failed_for_its_own_reason_is_not_tried_again_unless_asked(made: Pa
     arguments = ("explain", slides, "--model", made / "pooled_linear.yaml", "--out", out, "--max-unreadable", "0.5")
     code, _, err = run(*arguments, *flags(SMALL))
     assert code == 1
-    assert "1 of them failed before and were not tried again; use --retry-failed to do so" in err
-    assert "1 slides failed before and are not tried again; --retry-failed does" in err
+    assert "1 of them failed before and were not retried; use --retry-failed to retry them" in err
+    assert "1 slides failed before and are not retried; use --retry-failed to retry them" in err
     assert "[3/3] c.tif" not in err
     code, _, err = run(*arguments, *flags(SMALL), "--retry-failed")
-    assert (code, "not tried again" in err) == (1, False)
+    assert (code, "not retried" in err) == (1, False)
     assert "[3/3] c.tif: failed" in err
     assert tried(slides, out, overwrite=True) == (every, ["c.tif"])
 
@@ -352,7 +352,7 @@ def test_validate_tells_of_slides_that_failed(finished: Path, run: Run) -> None:
     assert code == 0
     assert printed.splitlines() == [
         f"{finished}: valid",
-        "1 slides of the run failed and have no results that could be checked: c.tif; slides.csv says why",
+        "1 slides of the run failed and have no results to check: c.tif; slides.csv says why",
     ]
     code, printed, err = run("validate", finished, "--json")
     assert (code, json.loads(printed)) == (0, [])

@@ -146,7 +146,7 @@ def test_a_mask_in_a_folder_is_the_slides_own(
     assert found is not None
     assert len(found) == len(STROMA)
     (line,) = caplog.messages
-    assert line.startswith("engines are not tried on a.tif: ")
+    assert line.startswith("engines are not compared on a.tif: ")
 
 
 @pytest.mark.parametrize(("what", "count"), [("auto", 5), ("with-pen", 10), ("everything", 15)])
@@ -185,8 +185,8 @@ def test_the_first_slide_that_can_be_read_is_used(archive: Archive, caplog: pyte
     assert len(found) == 4
     assert archive.opened == ["broken", "glass", "good"]
     assert caplog.messages == [
-        "engines are not tried on broken: not a slide",
-        "engines are not tried on glass: it has no patch that is to be explained and can be read",
+        "engines are not compared on broken: not a slide",
+        "engines are not compared on glass: it has no readable patch to explain",
     ]
     assert all(slide.closed for slide in archive.slides.values() if isinstance(slide, ArraySlide) and slide.reads)
 
@@ -216,7 +216,11 @@ def test_regions_that_cannot_be_decoded_are_left_out(
     # The filter of a patch at the edge of what is bad reads a few pixels of it.
     assert len(found) == 40
     assert np.array_equal(found, expected[60:])
-    lost = [line for line in caplog.messages if line.startswith("engines are tried without a patch: memory: level 0, ")]
+    lost = [
+        line
+        for line in caplog.messages
+        if line.startswith("engines are compared on noise, without a patch: memory: level 0, ")
+    ]
     assert len(lost) == 60
 
 

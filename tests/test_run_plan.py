@@ -197,7 +197,12 @@ def test_a_worker_gets_the_same_run() -> None:
     [
         (FACTS, {"method": "gradcan"}, ConfigError, "method 'gradcan' is not known; expected one of cam, gradcam"),
         (FACTS, {"target": ["cat"]}, TargetError, "target 'cat' is not a class"),
-        (replace(FACTS, mpp=None), {}, ModelError, "add 'mpp: 0.5' to the model file or give --patch-mpp"),
+        (
+            replace(FACTS, mpp=None),
+            {},
+            ModelError,
+            "give them, for example with --patch-mpp 0.5, or as 'mpp: 0.5' in the model file",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(
@@ -381,4 +386,4 @@ def test_formats_whose_tiles_are_not_looked_at_say_so(vendor: str, path: str, to
     slide = ArraySlide([np.full((600, 800, 3), (200, 120, 180), np.uint8)], mpp=(0.5, 0.5))
     slide._info = replace(slide.info, vendor=vendor, path=path)
     plan, _, _ = plan_slide(slide, run_of())
-    assert any("judged by OpenSlide alone" in note for note in plan.notes) is told
+    assert any("checked only by OpenSlide" in note for note in plan.notes) is told

@@ -127,7 +127,7 @@ def test_the_heatmap_stride_must_be_a_power_of_two(stride: int) -> None:
 
 
 def test_overlap_and_stride_exclude_each_other() -> None:
-    assert "overlap and stride_px say the same thing" in refusal(overlap=0.5, stride_px=112)
+    assert "overlap and stride_px set the same thing" in refusal(overlap=0.5, stride_px=112)
     assert make_settings(overlap=0.0, stride_px=112).stride_px == 112
 
 

@@ -88,7 +88,7 @@ def test_a_run_that_left_no_word_was_killed(tmp_path: Path, process: Any) -> Non
     leave(tmp_path, process, state=RunState.RUNNING)
     state = only(tmp_path)
     assert (state.state, state.is_well, state.holder) == (RunState.KILLED, False, None)
-    assert "killed, or its machine is gone; after 20 s" in shown(state)
+    assert "killed, or its machine was lost; after 20 s" in shown(state)
     assert "to continue, give the same command again: wsi-gradcam explain a --out b" in shown(state)
 
 
@@ -124,7 +124,7 @@ def test_ends_and_what_to_do(tmp_path: Path) -> None:
     assert "stopped: the disk is full; after 20 s" in text
     assert "to continue, give the same command again" in text
     assert "failed    7: no mpp; give --mpp 0.25 (c.svs ...)" in text
-    assert "to try failed slides again: wsi-gradcam explain a --out b --retry-failed" in text
+    assert "to retry failed slides: wsi-gradcam explain a --out b --retry-failed" in text
     assert f"report    {tmp_path}/run.html" in text
     leave(tmp_path, state=RunState.FINISHED, failures=[])
     assert only(tmp_path).is_well
@@ -168,7 +168,7 @@ def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, tex
     assert read_status(storage_path(tmp_path)) is None
     code, _, err = run("status", tmp_path)
     assert code == 2
-    assert only_error(err).startswith(f"{tmp_path}: no run there")
+    assert only_error(err).startswith(f"{tmp_path}: no run with a status there")
     assert read_holder(storage_path(tmp_path)) is None
 
 

@@ -94,7 +94,7 @@ def test_a_slide_that_is_replaced_fails_and_is_never_mixed(
     assert [record.slide.id for record in done.failed] == ["a.tif"]
     error = rows_of(out)["a.tif"]["error"]
     unreadable = change is overwritten and "cannot be decoded" in error
-    assert unreadable or "was replaced by another file while the run worked on it" in error
+    assert unreadable or "was replaced by another file during the run" in error
     assert not (out / "a.tif/manifest/done.json").exists()
     again = explain(archive, toy_spec("pooled_linear"), out, reader=reader, retry_failed=True, **SMALL)
     assert "holds results of another file" in again.records[0].error

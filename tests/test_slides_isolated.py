@@ -258,7 +258,7 @@ def test_a_process_that_is_killed_is_replaced(toys: Path) -> None:
     slide = open_slide(path, isolate=True)
     toy(toys, digest="two")
     os.kill(process_of(slide), signal.SIGKILL)
-    with pytest.raises(SlideFormatError, match="is another file now"):
+    with pytest.raises(SlideFormatError, match="has been replaced by another file"):
         slide.read_level(0, PART)
     slide.close()
 

@@ -123,7 +123,7 @@ def test_an_image_without_mpp_says_so(unit: str | None, scale: float, said: str,
     [
         (np.ones((4, *SIZE), np.uint8), "cyx", "4 separate channels, as in"),
         (np.ones((3, *SIZE), np.float32), "cyx", "values of float32, expected unsigned 8 or 16 bits"),
-        (np.ones((5, *SIZE), np.uint8), "zyx", "expected a single image with y, x and colours"),
+        (np.ones((5, *SIZE), np.uint8), "zyx", "expected y, x and colours"),
     ],
 )
 def test_what_is_no_picture_is_refused(data: npt.NDArray[Any], axes: str, said: str, tmp_path: Path) -> None:

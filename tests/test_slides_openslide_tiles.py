@@ -163,7 +163,7 @@ def test_tiles_that_cannot_be_found_are_told(
         slide.read_level(0, Region(100, 132, 64, 64))
         slide.read_level(0, Region(100, 132, 64, 64))
     (record,) = caplog.records
-    assert "a.scn: its tiles are judged by OpenSlide alone, which shows some damaged ones: " in record.getMessage()
+    assert "a.scn: its tiles are checked only by OpenSlide, which shows some damaged ones: " in record.getMessage()
 
 
 def test_other_files_beside_a_series_of_dicom_are_passed_over(tmp_path: Path) -> None:

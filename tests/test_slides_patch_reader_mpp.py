@@ -82,8 +82,8 @@ def test_an_unused_mpp_is_remarked_once(slides: Path, caplog: pytest.LogCaptureF
         open_entry(entry, make_settings(mpp=given)).close()
     (record,) = caplog.records
     assert record.getMessage().endswith(
-        "telling.tif: the mpp in the file (0.25, 0.25) is used and not the given one (0.4, 0.4), as for all slides whose "
-        "files state it; if the files are wrong, use --replace-mpp"
+        "telling.tif: the mpp in the file (0.25, 0.25) is used and not the given one (0.4, 0.4), as for all slides "
+        "whose files state it; if the files are wrong, use --replace-mpp"
     )
 
 

@@ -71,7 +71,7 @@ def test_tiles_beyond_all_measure_are_refused(path: Path) -> None:
     change(path, 322, value=1 << 20)
     change(path, 323, value=1 << 12)
     with pytest.raises(
-        SlideFormatError, match=r"tiles of 4096 x 1048576 px, expected up to 33,554,432 px, in directory 0"
+        SlideFormatError, match=r"tiles of 4096 x 1048576 px, expected at most 33,554,432 px, in directory 0"
     ):
         open_slide(path)
 

@@ -168,7 +168,7 @@ def test_a_silent_run_elsewhere_is_waited_for_and_then_replaced(out: StoragePath
     waiting, taking = told
     assert "waiting up to" in waiting
     assert "node7" in taking
-    assert taking.endswith("taking its place")
+    assert taking.endswith("taking over")
 
 
 def test_looking_first_waits_once(out: StoragePath) -> None:
@@ -216,7 +216,7 @@ def test_what_is_no_claim_is_replaced_after_a_while(out: StoragePath, text: byte
 def test_a_run_finds_out_that_it_has_lost_its_claim(out: StoragePath) -> None:
     with claim(out) as mine:
         theirs = stand(out)
-        with pytest.raises(ResumeError, match=r"taken over by run theirs on node7 .*; it is stopped here"):
+        with pytest.raises(ResumeError, match=r"taken over by run theirs on node7 .*; this run stops"):
             check_again_and_again(mine)
     assert read_holder(out) == theirs  # not removed with the one that lost it
 

@@ -170,7 +170,7 @@ def encode(
     """
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     if settings.features is not None:
-        raise ConfigError("features: are there already, so nothing is left to encode; give them to explain")
+        raise ConfigError("features are given, so there is nothing left to encode; use them with explain")
     entries, remarks = _chosen(slides, folder, only, skip, settings)
     settings = settings.model_copy(update={"method": (NO_METHOD,)})
     spec = _prepared_encoder(entries, model, settings, trust_code)
@@ -250,10 +250,12 @@ def _pace(folder: RunFolder, run: RunPlan, estimates: Sequence[Estimate], measur
     left = sum(each.patches for each in estimates if each.slide.id not in ended)
     done, seconds = sum(int(row["patches"]) for row in ok), sum(float(row["seconds"]) for row in ok)
     if same and done and seconds:
-        return Pace(left, done / seconds, f"as the {done:,} patches in {folder.place} took, slide after slide")
+        return Pace(
+            left, done / seconds, f"the rate of the {done:,} patches already in {folder.place}, one slide at a time"
+        )
     basis = (
-        f"measured now on noise with engine eager in float32 on {run.settings.device}, one process; reading slides may "
-        "be slower, and the engine that the run chooses faster"
+        f"measured just now on noise, with engine eager in float32 on {run.settings.device} in one process; reading "
+        "slides may slow it down, and the engine that the run chooses may speed it up"
     )
     return Pace(left, measure(), basis)
 
@@ -291,7 +293,7 @@ def _prepared(
     check_features(settings, is_slide_level=False)
     if not isinstance(model, str | PathLike | ModelSpec):
         if settings.patch_px not in (None, model.patch_px):
-            raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; give it to load_model or model_of")
+            raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; pass it to load_model or model_of")
         return model.spec.trusting(trust_code), model
     spec = (model if isinstance(model, ModelSpec) else read_spec(fspath(model))).trusting(trust_code)
     spec.check_trusted()  # again where it is loaded; here no worker is started for it
@@ -312,7 +314,10 @@ def _prepared_encoder(
         given = model if isinstance(model, SlideModelSpec) else read_slide_model(fspath(model))
         model = encoder_of(given)
     elif not isinstance(model, str | PathLike | ModelSpec):
-        raise ConfigError(f"{model.name}: features are made with what workers can load, such as a model file; give one")
+        raise ConfigError(
+            f"{model.name}: features are computed with a model that workers can load themselves; give a "
+            "model file, for example"
+        )
     explaining = settings.model_copy(update={"method": ("gradcam",)})  # what is checked of it is not of a method
     spec, _ = _prepared(entries, model, explaining, trust_code)
     assert isinstance(spec, ModelSpec)
@@ -329,8 +334,8 @@ def _prepared_slide_model(
     encoder = None if settings.features is not None and not settings.methods else spec.encoder
     if encoder is None and settings.features is None:
         raise ModelError(
-            f"{spec.name}: has no 'encoder:', so it makes no features; add one to the model file, or give features "
-            "made elsewhere with --features"
+            f"{spec.name}: has no 'encoder:', so it cannot compute features; add one to the model file, or give "
+            "existing features with --features"
         )
     if settings.features is not None:
         FeatureFolder(settings.features)  # here, not slide by slide

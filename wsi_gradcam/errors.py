@@ -350,7 +350,7 @@ def device_errors() -> Iterator[None]:
         if (cause := lost_device(error)) is None:
             raise
         raise DeviceError(
-            f"the GPU has failed, and this process can no longer use it ({one_line(cause)}); no slide is at fault: "
+            f"the GPU has failed, and this process can no longer use it ({one_line(cause)}); no slide is at fault; "
             f"{AGAIN}; if it fails again, check the system messages (nvidia-smi, dmesg)"
         ) from error
 

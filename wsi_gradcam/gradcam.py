@@ -114,7 +114,7 @@ class GradCAM:
             _check("method", name, METHOD_INFO)
         if not self.methods or len(set(self.methods)) != len(self.methods):
             raise ConfigError(
-                f"method {method!r} is empty or names one twice; expected some of {', '.join(METHOD_INFO)}"
+                f"method {method!r} is empty or contains duplicates; expected some of {', '.join(METHOD_INFO)}"
             )
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size} is too small; expected 1 or more")
@@ -182,7 +182,7 @@ class GradCAM:
             weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         except RuntimeError as error:  # tensors of inference count no versions
             raise ModelError(
-                "the model was made under torch.inference_mode, which rules out gradients; make it outside"
+                "the model was created under torch.inference_mode, which rules out gradients; create it outside"
             ) from error
         if weights != self._weights:
             self._located, self._programs, self.choice, self._weights = {}, {}, None, weights
@@ -199,7 +199,7 @@ class GradCAM:
             except Exception as error:  # the network's own code may raise anything
                 raise ModelError(f"the model fails on images of shape {size}: {one_line(error)}") from error
             if end is not None:
-                LOG.warning("the model ends in %s: what goes into that is explained as logits", end.name)
+                LOG.warning("the model ends in %s: its inputs are explained as logits", end.name)
             check_methods("the model", EagerProgram(module, layers), self.methods, noise)
             self._located[size] = module, layers
         return self._located[size]
@@ -226,7 +226,7 @@ class GradCAM:
             return [Target(PREDICTED)]
         several = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets]
         if not several:
-            raise TargetError("no target is given; leave targets out for the predicted class, or give a list of some")
+            raise TargetError("targets is empty; leave it out for the predicted class, or give a list")
         classes = self._classes or tuple(str(i) for i in range(self._outputs))
         if len(classes) != self._outputs:
             raise TargetError(f"{len(classes)} classes are named, but the model has {self._outputs} outputs")
@@ -256,7 +256,7 @@ def _logits_of(module: nn.Module, images: Tensor, raw: bool) -> tuple[nn.Module,
             "classes); wrap it so that it returns one logit per class"
         )
     if not torch.isfinite(logits).all():
-        raise ModelError("the model gives NaN or infinite values for images of noise; check its weights")
+        raise ModelError("the model gives NaN or infinite values on noise images; check its weights")
     end = None
     if raw:
         with evaluating(module), torch.no_grad():

@@ -117,8 +117,8 @@ class ExplainedRun:
         if stored.digest() != run.run_digest:
             what = "another model" if facts.digest != run.model.digest else "other settings or another version"
             raise ResumeError(
-                f"{self.result.out}: its results are of {what} than now; give the model that it was "
-                "explained with by --model, or explain again"
+                f"{self.result.out}: its results come from {what}; give the model that made them with --model, or "
+                "explain again"
             )
         return eager
 
@@ -159,7 +159,7 @@ def open_run(result: Result, given: Spec | None = None, trust_code: bool = False
         else:
             candidates.append(Candidate(slide, entries[slide.id], slide.plan.patches))
     if not candidates:
-        raise ResultError(f"{result.out}: no slide is finished and has tissue, so nothing can be audited")
+        raise ResultError(f"{result.out}: no slide is finished and has tissue, so there is nothing to audit")
     groups = {
         key: {name: value for name, entry in entries.items() if (value := getattr(entry, key))} for key in GROUPINGS
     }
@@ -199,7 +199,7 @@ def audited_target(targets: Sequence[Target], classes: Sequence[str], label: str
         named = [target for target in targets if target.index is not None and target.is_class]
         if len(named) != 1:
             raise ConfigError(
-                f"annotations show one class, but the run explains {', '.join(known)}; name it with --target"
+                f"annotations show one class, but the run explains {', '.join(known)}; choose one with --target"
             )
         return named[0]
     return known.get(PREDICTED, targets[0])
@@ -208,7 +208,7 @@ def audited_target(targets: Sequence[Target], classes: Sequence[str], label: str
 def _spec_of(result: Result) -> Spec:
     model = result.record.model
     if model.spec is None:
-        raise ResultError(f"{result.out}/run.yaml does not say how its model is loaded; give it with --model")
+        raise ResultError(f"{result.out}/run.yaml does not say how to load its model; give the model with --model")
     values: dict[str, Any] = {**model.spec, "folder": Path(model.folder)}
     try:
         if "aggregator" in values:
@@ -218,8 +218,8 @@ def _spec_of(result: Result) -> Spec:
         raise ModelError(f"{result.out}/run.yaml: {explain_validation(error)}") from error
     if spec.kind == "live":
         raise ConfigError(
-            f"{result.out}: its model was a network in a program, which cannot be loaded again; give audit_run the "
-            "same as `model`"
+            f"{result.out}: its model was a network object in a Python program, which cannot be loaded again; pass the "
+            "same network to audit_run as `model`"
         )
     return spec
 

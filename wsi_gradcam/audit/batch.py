@@ -110,7 +110,9 @@ def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, 
     yx = [*sample.yx[part], *sample.yx[part.stop - 1 : part.stop] * missing]
     with context.slide(entry) as slide:
         if slide.info.digest != plan.slide_digest:
-            raise SlideFormatError(f"{entry.path}: not the file that was explained; put the right one there")
+            raise SlideFormatError(
+                f"{entry.path}: not the file that was explained; restore the original there, or explain again"
+            )
         raw, wide, readable = _pixels(slide, audit, yx)
     rgb = raw
     if plan.stain is not None:
@@ -490,7 +492,7 @@ def stored_relevance(
         None,
     )
     if column is None:
-        raise ModelError(f"{subject.target.label} is predicted for the slide, and was not explained; give --target")
+        raise ModelError(f"{subject.target.label} is predicted for the slide, but was not explained; give --target")
     number = run.settings.bag_method.index(method)
     found: NDArray[np.float64] = store.read("relevance")[rows, number, column].astype(np.float64)
     return found

@@ -112,8 +112,8 @@ def shared_sample(candidates: Sequence[Candidate], other: OtherAudit, unit: Unit
                 found[name] = sample
     if not found:
         raise ConfigError(
-            f"{other.out}: this run has none of its audited patches; compare runs on the same slides, with "
-            "patches of the same size, mpp and stride"
+            f"{other.out}: this run has none of the patches audited there; compare runs on the same slides, with the "
+            "same patch size, mpp and stride"
         )
     return dict(sorted(found.items()))
 

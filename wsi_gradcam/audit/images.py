@@ -140,7 +140,7 @@ def _check(
         if mask.ndim != 3 or len(mask) != len(rgb) or mask.dtype != np.bool_:
             raise ConfigError(f"{name}: {mask.dtype} {mask.shape}, expected a bool mask for each of {len(rgb)} patches")
     if annotated is not None and target == PREDICTED:
-        raise ConfigError("annotated shows one class; name it with target")
+        raise ConfigError("`annotated` shows one class; give it as `target`")
 
 
 def _names(rgb: NDArray[np.uint8], groups: Sequence[str] | None) -> list[str]:

@@ -190,7 +190,7 @@ def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     Numpy makes room for what the header says before it reads on.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("packed as no .npz is")
+        raise ValueError("compressed in a way that .npz files are not")
     data = io.BytesIO(file.read(member))
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, _, dtype = read[np.lib.format.read_magic(data)](data)
@@ -225,8 +225,8 @@ class AuditSettings:
     only: Annotated[
         tuple[str, ...],
         Field(
-            description=f"ask only some of {', '.join(QUESTIONS)}; for slide-level models {', '.join(BAG_QUESTIONS)} "
-            "(default: all)"
+            description=f"answer only some of {', '.join(QUESTIONS)}; for slide-level models "
+            f"{', '.join(BAG_QUESTIONS)} (default: all)"
         ),
     ] = tuple(QUESTIONS)
     target: Annotated[
@@ -246,8 +246,8 @@ class AuditSettings:
     regions: Annotated[
         Path | None,
         Field(
-            description="the same for regions that should not decide, such as rulers, folds and pen; each class is "
-            "tested"
+            description="the same for regions that should not affect the answer, such as rulers, folds and pen; each "
+            "class is tested"
         ),
     ] = None
     mask_frame: Annotated[
@@ -270,7 +270,7 @@ class AuditSettings:
         if self.mask_frame not in (frames := get_args(Frame)):
             raise ConfigError(f"mask_frame is {self.mask_frame!r}, expected one of {', '.join(frames)}")
         if self.include and self.annotations is None:
-            raise ConfigError("include names classes of annotations; give their file or folder too")
+            raise ConfigError("include chooses classes of annotations; give their file or folder as well")
         for path in (self.annotations, self.regions):
             if path is not None and not path.exists():
                 raise ConfigError(f"{path}: does not exist, expected a file or a folder; check the path")
@@ -298,7 +298,9 @@ def check_questions(names: Sequence[str], unit: Unit | None = None) -> None:
     for name in names:
         if name not in known:
             what = "" if unit is None else {"patch": " of patches", "slide": " of slide-level models"}[unit]
-            raise ConfigError(f"{name!r} is not a question of the audit{what}; expected some of {', '.join(known)}")
+            raise ConfigError(
+                f"{name!r} is not one of the audit's questions{what}; expected some of {', '.join(known)}"
+            )
 
 
 def asked_questions(only: Sequence[str], unit: Unit) -> tuple[str, ...]:

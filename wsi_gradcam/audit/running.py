@@ -217,7 +217,7 @@ def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None)
     else:
         samples = (draw_slides if run.unit == "slide" else draw_sample)(run.candidates, settings)
     if not samples:
-        raise ResultError(f"{run.result.out}: no patch could be read by explain, so nothing can be audited")
+        raise ResultError(f"{run.result.out}: no patch could be read by explain, so there is nothing to audit")
     return AuditScope(
         run_digest=run.result.record.run_digest,
         settings=settings,
@@ -260,8 +260,8 @@ def _check_room(folder: AuditFolder, result: Result) -> None:
     if there:
         first = there[0].split("/")[0]
         raise ResultError(
-            f"{result.folder.place}: an older version has put results of {len(there)} slides ({there[0]}, ...) where "
-            f"the audit belongs; move them there from {first} to {first}{MARK}, where they are found too, and try again"
+            f"{result.folder.place}: an older version put the results of {len(there)} slides ({there[0]}, ...) where "
+            f"the audit belongs; rename {first} to {first}{MARK}, where they are found as well, and try again"
         )
 
 

@@ -117,7 +117,7 @@ def _fastest(
         del program
     if best is None:
         reasons = "; ".join(f"{t.engine} {t.precision}: {t.remark}" for t in trials[1:])
-        raise EngineError(f"no engine for --engine {engine} --precision {precision}: {reasons}")
+        raise EngineError(f"no engine works with --engine {engine} --precision {precision}: {reasons}")
     chosen, made = best
     if made is plain:
         made = _plain_program(module, layers, batches[0], cut)
@@ -214,7 +214,7 @@ class _Cut:
             module, layers, images = self._arguments
             try:
                 if len(layers) > 1:
-                    raise EngineError("several layers can only be explained with eager float32")
+                    raise EngineError("several layers can be explained only with eager float32")
                 self._made = cut_at(module, layers[0].name, images)
             except EngineError as error:
                 self._made = error

@@ -314,7 +314,7 @@ def gradients(logits: Tensor, scores: Sequence[Score], values: Sequence[Tensor])
         singles = [score(logits).sum() for score in some]
         if not all(single.requires_grad for single in singles):
             raise TargetError(
-                "a target does not depend on the logits it is given, or in a hidden way: use only torch functions"
+                "a target does not depend on its logits, or not differentiably; use only torch functions in it"
             )
         sums = torch.stack(singles)
         for found in _gradients_batched(sums, values) or _gradients_in_turn(sums, values):
@@ -344,13 +344,13 @@ def _or_zeros(gradient: Tensor | None, value: Tensor) -> Tensor:
 
 def _finer(target: AnyTarget, logits: Tensor) -> Score:
     if not isinstance(target, Target) or not target.is_class:
-        raise TargetError("finercam compares a class with the most similar ones: give a class as the target")
+        raise TargetError("finercam compares a class with the most similar ones; give a class as the target")
     return finer_score(logits, classes_of(target, logits))
 
 
 def _probe(program: Program, images: Tensor, done: Pass) -> Probe:
     if len(program.layers) > 1:
-        raise LayerError("methods that run the model again explain one layer; give one --layer")
+        raise LayerError("methods that run the model again can explain only one layer; give one --layer")
     layout, value = program.layers[0].layout, done.values[0].detach()
     return Probe(
         images=images.detach(),

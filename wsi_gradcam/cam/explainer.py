@@ -231,7 +231,7 @@ def _check_finite(model: Model, images: Tensor) -> None:
     with evaluating(model.module), torch.no_grad():
         output = model.module(images)
     if not torch.isfinite(output).all():
-        raise ModelError(f"{model.name}: gives NaN or infinite values for images of noise; check its weights")
+        raise ModelError(f"{model.name}: gives NaN or infinite values on noise images; check its weights")
 
 
 def check_methods(name: str, program: Program, methods: Sequence[str], images: Tensor) -> None:
@@ -248,7 +248,7 @@ def check_methods(name: str, program: Program, methods: Sequence[str], images: T
     for method in [m for m in methods if METHOD_INFO[m].asks == "gradient" or m == "guided_backprop"]:
         cams = explain_batch(program, images, [Target(PREDICTED)], [method]).cams[method]
         if not torch.isfinite(cams).all():
-            raise LayerError(f"{name}: {method} gives NaN or infinite values for images of noise")
+            raise LayerError(f"{name}: {method} gives NaN or infinite values on noise images")
     if "cam" in methods:
         _check_linear(name, program, images)
     if "hirescam" in methods:
@@ -262,8 +262,8 @@ def _check_linear(name: str, program: Program, images: Tensor) -> None:
     size = float(gradient.abs().max())
     if not torch.allclose(gradient[:1].expand_as(gradient), gradient, rtol=0, atol=1e-4 * size):
         raise LayerError(
-            f"{name}: cam is defined for global average pooling and one linear layer, and here the gradient "
-            "depends on the picture; use gradcam"
+            f"{name}: cam is defined only for global average pooling followed by one linear layer, but here the "
+            "gradient depends on the image; use gradcam"
         )
 
 
@@ -280,8 +280,8 @@ def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
         largest = float(terms.abs().sum(dim=1).max())
         if largest > 0 and float(terms.sum(dim=1).abs().max()) <= CANCELLING * largest:
             raise LayerError(
-                f"{name}: hirescam is 0 at layer {layer.name!r} but for rounding, because of the normalisation "
-                "behind it; use gradcam, or name that normalisation as the layer (such as blocks.11.norm1)"
+                f"{name}: hirescam is 0 at layer {layer.name!r} (up to rounding) because a normalisation follows; use "
+                "gradcam, or give that normalisation as the layer (such as blocks.11.norm1)"
             )
 
 
@@ -329,8 +329,8 @@ class Explainer:
         model = load_model(spec, device)
         if model.digest != (facts.bag.encoder if facts.bag else facts.digest):
             raise ModelError(
-                f"{spec.name}: this worker loaded another model than the one the run began with; make the model's "
-                "files and packages the same everywhere"
+                f"{spec.name}: this worker loaded a different model from the one the run began with; use the same "
+                "model files and packages everywhere"
             )
         where = device_of(model.module)
         program, at_once = largest_that_fits(lambda n: prepare_program(model, facts, n), facts.batch_size, where)
@@ -459,7 +459,7 @@ class Explainer:
                 begun.append(explained)
                 done += len(part)
         if self.at_once < wanted:
-            LOG.info("out of memory with %d patches at once; from now on at most %d are used", wanted, self.at_once)
+            LOG.info("out of memory with %d patches at once; using at most %d from now on", wanted, self.at_once)
         return begun
 
     def _begun(

@@ -92,7 +92,7 @@ def find_layer(module: nn.Module, images: Tensor) -> str:
             return candidate.name
     raise LayerError(
         f"no layer in the later part of {_type_of(module)} is a spatial map (channels first or last, or tokens) that "
-        "the whole output passes through; name one with --layer, or 'layer:' in the model file"
+        "the whole output passes through; give one with --layer, or 'layer:' in the model file"
     )
 
 
@@ -171,8 +171,8 @@ def check_layer(module: nn.Module, layer: str, images: Tensor) -> Layout:
         layout = find_layout(activation, images)
         if layout is None:
             raise LayerError(
-                f"layer {layer!r} has output of shape {tuple(activation.shape)} for {len(images)} pictures, expected "
-                "a map of the picture's proportions (channels first or last, or tokens); choose another with --layer"
+                f"layer {layer!r} has output of shape {tuple(activation.shape)} for {len(images)} images, expected a "
+                "map with the image's proportions (channels first or last, or tokens); choose another with --layer"
             )
         if not _depends(output, activation, layout, layer):
             raise LayerError(
@@ -181,8 +181,8 @@ def check_layer(module: nn.Module, layer: str, images: Tensor) -> Layout:
     output = output.detach()
     if not _same(output, plain):
         raise ModelError(
-            f"tapping layer {layer!r} changes the model's output by {float((output - plain).abs().max()):.2g}; "
-            "the model is not the same function on every call"
+            f"reading layer {layer!r} changes the model's output by {float((output - plain).abs().max()):.2g}; the "
+            "model is not the same function on every call"
         )
     return layout
 
@@ -244,7 +244,7 @@ class Tap:
         if not isinstance(output, Tensor):
             raise LayerError(f"layer {layer!r} returns a {type(output).__name__}, expected a tensor")
         if layer in self.values:
-            raise LayerError(f"layer {layer!r} runs more than once in a pass; choose a module that runs once")
+            raise LayerError(f"layer {layer!r} runs more than once per forward pass; choose a module that runs once")
         value = output if self.replacement is None else self.replacement
         if torch.is_inference(value):  # a network that switches inference mode on by itself
             value = value.clone()

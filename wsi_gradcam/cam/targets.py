@@ -89,8 +89,8 @@ def check_trusted(targets: Sequence[Target], trusted: bool) -> None:
     functions = [target.function for target in targets if target.function is not None]
     if functions and not trusted:
         raise TargetError(
-            f"target {functions[0]}: no class of the model, but a function, which is code; if you trust whoever wrote "
-            "it, allow that with --trust-code (in Python: trust_code=True)"
+            f"target {functions[0]}is not a class of the model but a function, which is code; if you trust its author, "
+            "allow that with --trust-code (in Python: trust_code=True)"
         )
 
 
@@ -104,7 +104,9 @@ def _parse(text: str, classes: Sequence[str]) -> Target:
         plus, minus = _class(left, classes), _class(right, classes)
         if plus is not None and minus is not None:
             if plus == minus:
-                raise TargetError(f"target {text!r} is a class minus itself, which is always 0; name two classes")
+                raise TargetError(
+                    f"target {text!r} is a class minus itself, which is always 0; give two different classes"
+                )
             return Target(f"{classes[plus]}-{classes[minus]}", plus, minus)
     if all(part.replace(".", "_").isidentifier() for part in text.split(":")) and text.count(":") == 1:
         return Target(text, function=text)
@@ -161,7 +163,7 @@ def score_of_bag(target: Target, logits: Tensor) -> Score:
         return make_score(target, logits[None])
     index = int(logits.argmax()) if target.index is None else target.index
     if max(index, target.minus or 0) >= len(logits):
-        raise TargetError(f"target {target.label!r}: the aggregator has {len(logits)} logits")
+        raise TargetError(f"target {target.label!r}is out of range: the aggregator has {len(logits)} logits")
     if target.minus is None:
         return lambda given: given[:, index]
     return lambda given: given[:, index] - given[:, target.minus]
@@ -181,7 +183,9 @@ def load_function(path: str, digest: str = "") -> Callable[[Tensor], Tensor]:
         TargetError: there is none, or its file is not the one with `digest`.
     """
     if digest and function_digest(path) != digest:
-        raise TargetError(f"target {path}: not the file that the run was started with; use the same file everywhere")
+        raise TargetError(
+            f"target {path}: its file is not the one that the run was started with; use the same file everywhere"
+        )
     module, _, name = path.partition(":")
     with searching([Path.cwd()]):
         try:
@@ -204,7 +208,7 @@ def function_digest(path: str) -> str:
     with searching([Path.cwd()]):
         file = module_file(path.partition(":")[0])
     if file is None or not Path(file).is_file():
-        raise TargetError(f"target {path!r}: neither a class of the model nor a module that can be found")
+        raise TargetError(f"target {path!r}is neither a class of the model nor a module that can be found")
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 

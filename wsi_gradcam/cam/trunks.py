@@ -270,7 +270,7 @@ def _recorded(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
             f"engine cudagraphs works only on NVIDIA GPUs, but the model runs on {images.device}; use eager"
         )
     if fixed_batch(graph) not in (None, len(images)):
-        raise EngineError("engine cudagraphs cannot record this model for batches of that size; use eager")
+        raise EngineError("engine cudagraphs cannot record this model for batches of this size; use eager")
     run = _eager(graph, precision, images)
     recordings: dict[torch.Size, Recording] = {}
 

@@ -159,7 +159,7 @@ def write_card(
     paths = folder / f"{stem}.card.md", folder / f"{stem}.card.html"
     for path in paths:
         if path.exists() and not overwrite:
-            raise ResultError(f"{path}: is there already; give --overwrite, or another --dest")
+            raise ResultError(f"{path}: already exists; use --overwrite, or another --dest")
     with wrap_write_errors(paths[0]):
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in zip(paths, (markdown(card), page(card)), strict=True):
@@ -204,7 +204,7 @@ def _same_model(model: str, result: Result, trust_code: bool) -> ModelFacts:
     facts: ModelFacts = examine_for_run(spec, settings, []).facts
     if facts.digest != result.record.model.digest:
         raise ModelError(
-            f"{model}: another model than {result.out} was made with ({result.record.model.name}, digest "
+            f"{model}: not the model that {result.out} was made with ({result.record.model.name}, digest "
             f"{result.record.model.digest[:12]}; this one {facts.digest[:12]}); give that one, or explain with this one"
         )
     return facts
@@ -234,7 +234,7 @@ def _data_facts(result: Result, finished: Sequence[SlideResult]) -> Iterator[tup
     yield "patches", f"{sum(int(slide.row['patches'] or 0) for slide in finished):,}"
     mpps = sorted({f"{slide.mpp[0]:.3g}" for slide in finished})
     yield "resolution of the slides", f"{', '.join(mpps[:5])}{', ...' if len(mpps) > 5 else ''} um per pixel"
-    yield "overlap of patches", f"{result.record.settings.get('overlap', 0):g}"
+    yield "patch overlap", f"{result.record.settings.get('overlap', 0):g}"
 
 
 def _counts(finished: Sequence[SlideResult]) -> Iterator[tuple[str, str, str, int]]:
@@ -255,11 +255,11 @@ def _performance(finished: Sequence[SlideResult], result: Result) -> tuple[tuple
     pairs = [(slide, names.get(canonical(label))) for slide, label in zip(finished, labels, strict=True)]
     known = [(slide, label) for slide, label in pairs if label is not None]
     if not any(labels):
-        return (), "The list of slides has no labels, so that nothing is said of how often the model is right."
+        return (), "The list of slides has no labels, so how often the model is right is unknown."
     if len({label for _, label in known}) < 2:
         found = ", ".join(sorted(set(filter(None, labels)))[:5])
         classes = ", ".join(result.classes)
-        return (), f"The labels of the slides ({found}) are not two of the model's classes ({classes})."
+        return (), f"The labels of the slides ({found}) do not include two of the model's classes ({classes})."
     scores = [_scores(slide, result) for slide, _ in known]
     sites, truths = [slide.row.get("site") or "" for slide, _ in known], [label for _, label in known]
     shown = result.classes[1:] if len(result.classes) == 2 else result.classes
@@ -357,14 +357,14 @@ def _looks_at(result: Result) -> Iterator[str]:
         found = read_json(place.read(SMALL_BYTES))
         of_model, learned = found["model_digest"], found["worth_sorting"]
         words = [str(finding["words"]) for finding in found["findings"]]
-        about = f"Explained is {found['target']}, on {found['patches']:,} patches of {found['slides']:,} slides."
+        about = f"Explained target: {found['target']}, on {found['patches']:,} patches of {found['slides']:,} slides."
         why = str(found["learned"])
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{place}: damaged ({one_line(error)}); make it again with --overwrite") from error
     if of_model != result.record.model.digest:
-        raise ResultError(f"{result.out}: its evidence is of another model; make it again with --overwrite")
+        raise ResultError(f"{result.out}: its evidence is from another model; make it again with --overwrite")
     yield about
     yield from words if learned else [why]
 
@@ -383,7 +383,7 @@ def _audit(result: Result) -> Metrics | None:
     except ValueError as error:
         raise StoreError(f"{result.out}: its audit is damaged or of another version; audit it again") from error
     if metrics.run.run_digest != result.record.run_digest:
-        raise ResultError(f"{result.out}: its audit is of other results; audit it again with --overwrite")
+        raise ResultError(f"{result.out}: its audit is of different results; audit it again with --overwrite")
     return metrics
 
 
@@ -391,17 +391,17 @@ def _limits(result: Result, performance: Sequence[Performance], audit: Metrics |
     yield "Research use: nothing here shows that the model is fit for diagnosis."
     yield "A heatmap shows what moves this model's output, not what is true of the tissue."
     if performance:
-        yield "The slides are taken for independent cases; where several are of one patient, intervals are too narrow."
-        yield "The card cannot know whether the model was trained on these slides: say so where it was."
+        yield "Slides count as independent cases; where several are from one patient, intervals are too narrow."
+        yield "The card cannot know whether the model was trained on these slides; if it was, say so."
     if performance and not result.record.is_slide_level:
-        yield "The model answers for patches: scores of slides are made of theirs, and are no probabilities."
+        yield "The model answers for patches: a slide's score is derived from its patches, and is not a probability."
     small = [f.group or f.score for p in performance for f in p.rocs if f.auroc is not None and f.interval is None]
     if small:
-        yield f"Fewer than {FEWEST} slides of either kind, and so no interval: {', '.join(dict.fromkeys(small))}."
+        yield f"No interval (a class has fewer than {FEWEST} slides): {', '.join(dict.fromkeys(small))}."
     if audit is None:
-        yield f"The explanations were not audited: 'wsi-gradcam audit {result.out}' does it."
+        yield f"The explanations were not audited; `wsi-gradcam audit {result.out}` does that."
     elif (slides := audit.sample.slides) < FEWEST:
-        yield f"The audit saw {slides} slide{'s' * (slides > 1)}, and its verdicts are about no others."
+        yield f"The audit saw {slides} slide{'s' * (slides > 1)}, and its verdicts apply to no others."
 
 
 def verdicts(card: Card) -> dict[str, list[VerdictRow]]:
@@ -476,7 +476,7 @@ def _audit_lines(card: Card) -> Iterator[str]:
         yield "The explanations of this run were not audited."
         return
     sample = card.audit.sample
-    yield f"Of {sample.patches:,} patches, from slides: {sample.slides:,}; p-values are corrected over all verdicts."
+    yield f"Patches: {sample.patches:,}, from slides: {sample.slides:,}; p-values are corrected over all verdicts."
     for outcome, rows in verdicts(card).items():
         yield from ["", f"### {HEADINGS[outcome]}", ""]
         yield from (f"- **{row.question}** ({_escaped(row.of)}): {_escaped(row.words)}" for row in rows)

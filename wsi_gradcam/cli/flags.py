@@ -269,8 +269,8 @@ def _add_resume(where: Adding, dry_run: bool) -> None:
     add = where.add_argument
     if dry_run:
         add("--dry-run", action="store_true", help="print what would be done and how long it would take, and stop")
-    add("--overwrite", action="store_true", help="redo finished slides, even if --out has other settings")
-    add("--retry-failed", action="store_true", help="try slides again that failed before")
+    add("--overwrite", action="store_true", help="recompute finished slides, even if --out has other settings")
+    add("--retry-failed", action="store_true", help="retry slides that failed before")
     add("--config", type=Path, metavar="FILE", help="YAML file with these names as keys; flags take precedence")
     add("--log-tasks", action="store_true", help="log a line for each task, in the folder log of --out")
     _add_json(where)
@@ -298,8 +298,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         help="the slide to make: H&E with pathologists' outlines (default), or IHC",
     )
     add("--out", default="demo-output", metavar="PATH", help="folder for the results (default: demo-output)")
-    add("--mpp", type=float, metavar="MPP", help="the slide's micrometres per pixel, if its file is wrong")
-    add("--workers", type=int, metavar="N", help="number of worker processes (default: none, this process works)")
+    add("--mpp", type=float, metavar="MPP", help="the slide's micrometres per pixel, if the file's are wrong")
+    add("--workers", type=int, metavar="N", help="number of worker processes (default: none, use this process)")
 
 
 def add_validate(parser: argparse.ArgumentParser) -> None:
@@ -313,10 +313,10 @@ def add_card(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `card`."""
     add = parser.add_argument
     add("model", help="the model that OUT was made with, as for --model of explain")
-    add("out", help="folder of results, or s3://BUCKET/KEY; its audit is used if there is one")
+    add("out", help="folder of results, or s3://BUCKET/KEY; its audit is used if it exists")
     text = "folder for NAME.card.md and NAME.card.html (default: the current one)"
     add("--dest", metavar="PATH", default=".", help=text)
-    add("--overwrite", action="store_true", help="replace cards that are there")
+    add("--overwrite", action="store_true", help="replace existing cards")
     _add_trust(parser)
 
 
@@ -386,7 +386,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=float,
         metavar="VALUE",
-        help="show values from here on; for regions, the middle of the window",
+        help="show values from this one up (for regions by default the middle of the window)",
     )
     add("--min-area", type=float, metavar="UM2", help="leave out hot regions below this area in µm² (default 0)")
     about = "how far outlines may lie from the borders of pixels, in heatmap pixels (default 0.75)"
@@ -397,7 +397,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add(
         "--frame",
         choices=("bounds", "slide"),
-        help="of GeoJSON: the scanned part, as in QuPath (default), or the slide",
+        help="origin of GeoJSON: the scanned part, as in QuPath (default), or the slide",
     )
     add = rest.add_argument
     about = "YAML or JSON: patient, study and specimen of slides that are not DICOM, such as PatientID: A1"
@@ -417,15 +417,15 @@ def add_view(parser: argparse.ArgumentParser) -> None:
     add("--slides", type=Path, metavar="PATH", help="folder of the slides, if they have moved")
     drawn = "annotations to show over slides and maps: a file, or a folder with a file for each slide"
     add("--annotations", type=Path, metavar="PATH", help=f"{drawn} (GeoJSON, ASAP, ImageScope, masks)")
-    frame = "what these were drawn on: the slide, or its scanned part as in QuPath (default: found out)"
+    frame = "what these were drawn on: the slide, or its scanned part as in QuPath (default: detected)"
     add("--mask-frame", choices=("auto", "slide", "bounds"), default="auto", help=frame)
-    add("--read-only", action="store_true", help="keep no marks (OUT/marks.jsonl)")
+    add("--read-only", action="store_true", help="do not save marks (OUT/marks.jsonl)")
     add = (server := group(parser, "server")).add_argument
     add("--port", type=int, metavar="N", default=8765, help="port to listen on, 0 for any free one (default 8765)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: this machine only)")
     add("--token", action="store_true", help="require a token on 127.0.0.1 too, for machines with several users")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name by which a proxy calls the server")
-    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="files of a certificate and its key, to serve https://")
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="files with a certificate and its key, to serve https://")
     _add_remote_slides(group(parser, READING))
     about = "read slides in the server's process, instead of a restricted process each (Linux only; docs/viewer.md)"
     server.add_argument("--no-isolate", dest="isolate", action="store_false", default=None, help=about)
@@ -472,7 +472,7 @@ def _add_trust(parser: Adding) -> None:
 
 
 def _add_remote_slides(parser: Adding) -> None:
-    text = "contact other machines for slides that the results name by URL"
+    text = "contact other machines for slides whose URLs are in the results"
     parser.add_argument("--remote-slides", action="store_true", help=text)
     _add_allow_hosts(parser)
     _add_isolate(parser)

@@ -228,7 +228,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     print_results(example.out, slide)
     if (agreement := demo.agreement(slide, example)) is not None:
         print_agreement(agreement)
-    say("", f"all of it took {time.monotonic() - started:.0f} s")
+    say("", f"total time: {time.monotonic() - started:.0f} s")
     return DONE
 
 
@@ -298,7 +298,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if "," in options.get("window", ""):
         options["window"] = parse_window(options["window"])
     if arguments.dest is None and "://" in arguments.out:
-        raise ConfigError(f"{arguments.out}: exports are written to a local folder; say which with --dest")
+        raise ConfigError(f"{arguments.out}: exports are written to a local folder; choose one with --dest")
     dest = Path(arguments.out) / "exports" if arguments.dest is None else Path(arguments.dest)
     listeners = (None, None) if arguments.json else (print_exported, print_window_progress)
     result = open_result(arguments.out)
@@ -334,11 +334,11 @@ def _info(arguments: argparse.Namespace) -> int:
     from wsi_gradcam.cli.output import mask_info, model_info, result_info, slide_info
 
     if not arguments.slide and not arguments.model:
-        raise ConfigError("nothing to show; give slide files, results, or --model")
+        raise ConfigError("nothing to describe; give slide files, results, or --model")
     found = [result_info(path) or slide_info(path) for path in arguments.slide]
     if arguments.mask_out:
         if len(found) != 1:
-            raise ConfigError(f"--mask-out makes a picture of one slide, {len(found)} are given")
+            raise ConfigError(f"--mask-out makes a picture of one slide, but {len(found)} are given")
         values = flags.parse_text(given(arguments, *flags.MASK_SETTINGS))
         found[0] |= mask_info(arguments.slide[0], arguments.mask_out, values)
     if arguments.model:

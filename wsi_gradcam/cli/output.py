@@ -91,7 +91,7 @@ def _print_failures(outcome: Outcome) -> None:
     if len(outcome.failed) > MAX_SLIDES:
         say(f"  all of them are in {outcome.out / 'slides.csv'}", error=True)
     if before := sum(record.skipped and record.lasting for record in outcome.failed):
-        say(f"  {before} of them failed before and were not tried again; use --retry-failed to do so", error=True)
+        say(f"  {before} of them failed before and were not retried; use --retry-failed to retry them", error=True)
 
 
 def print_preview(found: Preview, as_json: bool) -> None:
@@ -300,7 +300,7 @@ def _areas(slide: Slide) -> str:
     if slide.info.mpp is None:
         return "not measured: the mpp is not known"
     if smallest.height * smallest.width > MOST_LOOKED_AT_PX:
-        return "not measured, because there is no small level; --mask-out measures it"
+        return "not measured, because the slide has no small level; use --mask-out to measure it"
     try:
         shares = slide_masks(slide).shares()
     except SlideError as error:
@@ -345,7 +345,7 @@ def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[
     return {
         "model": facts.name,
         "source": facts.source,
-        "loading it": "runs code in it, as was allowed" if spec.runs_code else "runs no code",
+        "loading it": "runs code that it contains, as allowed" if spec.runs_code else "runs no code",
         "digest": facts.digest,
         "license": facts.license or "not stated",
         "classes": _shortened(facts.classes, ", "),
@@ -355,7 +355,7 @@ def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[
         "stain": _stain(facts.stain),
         "activation": facts.activation,
         "parameters": f"{facts.parameters:,}",
-        "weights": spec.weights or "the source's own",
+        "weights": spec.weights or "from the source",
         **({"notes": "; ".join(facts.notes)} if facts.notes else {}),
         "layers": _shortened([f"{found.name} {_shape(found.layout)}" for found in explainer.layers()[::-1]], "; "),
         "layer": ", ".join(f"{found.name} {_shape(found.layout)}" for found in facts.layers),
@@ -371,22 +371,22 @@ def _slide_model_info(spec: SlideModelSpec, layer: str | None) -> dict[str, Any]
 
     about: dict[str, Any] = {"model": spec.name, "aggregator": spec.aggregator.source}
     if spec.runs_code and not spec.trusted:
-        return {**about, "loading it": "runs code in it, so it was not loaded; --trust-code allows that"}
+        return {**about, "loading it": "runs code that it contains, so it was not loaded; --trust-code allows that"}
     aggregator = load_aggregator(spec)
     reasons = {method: _why_not(aggregator, method) for method in BAG_METHODS}
     about |= {
-        "loading it": "runs code in it, as was allowed" if spec.runs_code else "runs no code",
+        "loading it": "runs code that it contains, as allowed" if spec.runs_code else "runs no code",
         "classes": _shortened(aggregator.classes, ", "),
         "activation": spec.activation,
         "features": f"{aggregator.network.feature_dim} of each patch",
-        "aggregator's weights": spec.aggregator.weights or "the source's own",
+        "aggregator's weights": spec.aggregator.weights or "from the source",
         "aggregator's parameters": f"{sum(p.numel() for p in aggregator.network.parameters()):,}",
         "bag methods": ", ".join(method for method, reason in reasons.items() if not reason),
         **{f"not {method}": reason for method, reason in reasons.items() if reason},
         **({"notes": "; ".join(aggregator.notes)} if aggregator.notes else {}),
     }
     if spec.encoder is None:
-        return {**about, "license": spec.license or "not stated", "encoder": "none: its features come from elsewhere"}
+        return {**about, "license": spec.license or "not stated", "encoder": "none: its features are made elsewhere"}
     settings = make_settings(layer=layer, engine="eager", precision="float32")
     explainer = examine_model(spec, settings, [])
     facts, refused = explainer.facts, explainer.refused_methods()
@@ -394,7 +394,7 @@ def _slide_model_info(spec: SlideModelSpec, layer: str | None) -> dict[str, Any]
         **about,
         "attention": ", ".join(facts.bag.attention) or "none" if facts.bag else "none",
         "encoder": spec.encoder.source,
-        "encoder's weights": spec.encoder.weights or "the source's own",
+        "encoder's weights": spec.encoder.weights or "from the source",
         "encoder's parameters": f"{facts.parameters:,}",
         "digest": facts.digest,
         "license": facts.license or "not stated",
@@ -430,7 +430,7 @@ def _unloaded(spec: ModelSpec) -> dict[str, Any]:
     return {
         "model": spec.name,
         "source": spec.source,
-        "loading it": "runs code in it, so it was not loaded; --trust-code allows that and shows the rest",
+        "loading it": "runs code that it contains, so it was not loaded; --trust-code allows that and shows the rest",
         "sha256": f"{digest}, as the model file says" if spec.sha256 else digest,
         **{key: value if isinstance(value, str | float) else quoted(value) for key, value in told.items()},
     }
@@ -466,7 +466,7 @@ def print_validation(out: str, validation: Validation, as_json: bool) -> None:
         say(f"note: {note}", error=as_json)
     if failed := validation.failed:
         say(
-            f"{len(failed)} slides of the run failed and have no results that could be checked: "
+            f"{len(failed)} slides of the run failed and have no results to check: "
             f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
             error=as_json,
         )
@@ -483,7 +483,7 @@ def print_exported(done: Exported) -> None:
 def print_window_progress(done: int, total: int) -> None:
     """Print a line now and then while the run's window is computed, which takes a while for an archive."""
     if done % 100 == 0:
-        say(f"display window of the run: {done} of {total} slides read", error=True)
+        say(f"computing the run's display window: {done} of {total} slides read", error=True)
 
 
 def parse_window(text: str) -> tuple[float, float]:

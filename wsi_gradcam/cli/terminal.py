@@ -72,7 +72,7 @@ class Lines(Quiet):
         """Print what is tried again; other failures end their slide, and are printed then."""
         self.progress.task_done(task, performed)
         if performed.again:
-            self.print_line(f"{task.slide.id}: {task} is tried again: {performed.error}")
+            self.print_line(f"{task.slide.id}: {task} is being retried: {performed.error}")
 
     def slide_done(self, record: SlideRecord) -> None:
         """Print how the slide ended."""
@@ -240,6 +240,6 @@ def _decode_words(choice: Choice) -> str:
     """Return how tiles are decoded, where that was asked for."""
     trial = choice.decode_trial
     if trial is None:
-        return "" if choice.decode == EXACT else "; tiles are reduced while they are decoded"
-    why = trial.remark or f"maps correlate to {trial.pearson:.4f} at least"
+        return "" if choice.decode == EXACT else "; tiles are reduced while being decoded"
+    why = trial.remark or f"maps correlate with float32's by {trial.pearson:.4f} at least"
     return f"; decoding {choice.decode} ({why})"

@@ -321,8 +321,8 @@ def plan_layout(
     glass_px = min(size) // 32 if glass_px is None else glass_px
     if glass_px < 0 or min(height // 2, width // 3) < 2 * glass_px + 4 * GRID_PX:
         raise ConfigError(
-            f"size is {height} x {width} px with glass_px {glass_px}; a piece needs {4 * GRID_PX} px between "
-            "its glass, so enlarge the slide or take less glass"
+            f"size is {height} x {width} px with glass_px {glass_px}; a piece needs {4 * GRID_PX} px between the "
+            "glass, so enlarge the slide or reduce the glass"
         )
     rng = np.random.default_rng(seed)
     split_x, split_y = round(width * 0.68), round(height * 0.56)

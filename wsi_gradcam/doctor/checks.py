@@ -76,7 +76,7 @@ def check_machine() -> Iterator[Check]:
 def _python() -> Iterator[Check]:
     required = _required("python")
     fits = platform.python_version() in required
-    mend = "" if fits else f"make an environment with Python {required}"
+    mend = "" if fits else f"create an environment with Python {required}"
     yield Check(
         "Python",
         OK if fits else FAIL,
@@ -133,8 +133,10 @@ def _gpu() -> Iterator[Check]:
         yield Check("GPU", OK, f"{name}{memory}, bfloat16: {'yes' if bfloat16 else 'no'}")
     if not found and NVIDIA.exists():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        mend = "install a torch that fits the driver, or make sure that the job has a GPU (CUDA_VISIBLE_DEVICES)"
-        yield Check("GPU", WARN, f"an NVIDIA driver, but no GPU for torch; {built}. {remarks}".rstrip(". "), mend)
+        mend = "install a torch that matches the driver, or make sure that the job has a GPU (CUDA_VISIBLE_DEVICES)"
+        yield Check(
+            "GPU", WARN, f"there is an NVIDIA driver, but torch finds no GPU; {built}. {remarks}".rstrip(". "), mend
+        )
     elif not found:
         yield Check("GPU", OK, "none; the model runs on the CPU")
 
@@ -148,7 +150,7 @@ def _codec(codec: str) -> Iterator[Check]:
     error = int(np.abs(decoded.astype(int) - tile).max())
     if error > CODECS[codec]:
         mend = "pip install --force-reinstall imagecodecs"
-        yield Check(f"codec {codec}", FAIL, f"decoded values are up to {error} from the true ones", mend)
+        yield Check(f"codec {codec}", FAIL, f"decoded values are off by up to {error} from the true values", mend)
     else:
         yield Check(f"codec {codec}", OK, "a tile was decoded")
 
@@ -211,7 +213,7 @@ def _choices() -> Iterator[Check]:
         write_atomic(probe, b"")
         probe.unlink()
     except OSError as error:
-        mend = "set XDG_CACHE_HOME to a writable folder, otherwise --engine auto may choose differently in each run"
+        mend = "set XDG_CACHE_HOME to a writable folder; otherwise --engine auto may choose differently in each run"
         yield Check("engine choices", WARN, one_line(error), mend)
     else:
         yield Check("engine choices", OK, str(folder))
@@ -264,7 +266,7 @@ def check_folder(out: StoragePath) -> Iterator[Check]:
                 yield _space(probe.path)
             yield _claims(probe)
     except StoreError as error:
-        yield Check("OUT", FAIL, one_line(error), "the same --out would stop a run")
+        yield Check("OUT", FAIL, one_line(error), "a run with this --out would stop")
 
 
 def _array(folder: StoragePath) -> Check:
@@ -294,7 +296,7 @@ def _claims(folder: StoragePath) -> Check:
     seen += [file.replace(b"three", version), file.replace(b"four", version)]
     if (seen, file.read()) == ([True, False, True, False], b"three"):
         return Check("OUT: claims", OK, "a file is created only once, and changed only with its current version")
-    mend = "choose another --out, for an object store, one that supports If-None-Match and If-Match"
+    mend = "choose another --out; an object store must support If-None-Match and If-Match"
     return Check("OUT: claims", FAIL, "the output of another process would be overwritten", mend)
 
 
@@ -309,7 +311,7 @@ def _rename(folder: Path) -> Check:
         seen = before.read(), path.read_bytes()
     if seen == (b"old", b"new"):
         return Check("OUT: rename", OK, "a file was replaced by renaming while it was open")
-    mend = "readers may meet half a file; choose a file system with POSIX renames"
+    mend = "readers may see half-written files; choose a file system with POSIX renames"
     return Check("OUT: rename", WARN, f"after replacing an open file by renaming, readers see {seen}", mend)
 
 
@@ -324,7 +326,7 @@ def _locks(folder: Path) -> Check:
             try:
                 fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return Check("OUT: locks", OK, "a file locked once is not locked twice (tested on this machine alone)")
+                return Check("OUT: locks", OK, "a locked file cannot be locked again (tested on this machine only)")
         return Check("OUT: locks", WARN, "a file could be locked twice", mend)
     except (ImportError, OSError) as error:
         return Check("OUT: locks", WARN, f"no locks: {one_line(error)}", mend)
@@ -336,7 +338,7 @@ def _space(folder: Path) -> Check:
     found, few = f"{free / GIB:.1f} GiB free", False
     if sys.platform != "win32":
         stats = os.statvfs(folder)
-        found += f", {stats.f_favail:,} more files" if stats.f_files else ""
+        found += f", room for {stats.f_favail:,} more files" if stats.f_files else ""
         few = bool(stats.f_files) and stats.f_favail < MIN_FILES
     if free < MIN_FREE or few:
         return Check("OUT: space", WARN, found, "'wsi-gradcam explain --dry-run' prints what a run will need")
@@ -396,10 +398,10 @@ def _resources(info: dict[str, Any]) -> Iterator[Check]:
     yield Check("workers", OK, found)
     if min(threads) < 2:
         mend = "start workers with --nthreads 2, so that one thread reads patches while the model works for the other"
-        yield Check("workers", WARN, "some have one thread only", mend)
+        yield Check("workers", WARN, "some have only one thread", mend)
     small = {address: f"{limit / GIB:.1f} GiB" for address, limit in limits.items() if limit < MIN_MEMORY}
     if small:
-        mend = "a worker that Dask pauses for memory may wait for ever: give it more, or --memory-limit 0"
+        mend = "a worker that Dask pauses for memory may wait for ever; give it more memory, or use --memory-limit 0"
         yield _problem("workers' memory", WARN, small, mend)
 
 
@@ -407,7 +409,7 @@ def _versions(workers: Workers) -> Check:
     here = facts()
     other = {address: found for address, worker in workers.items() if (found := differences(here, worker))}
     if not other:
-        return Check("workers' versions", OK, f"equal to this program's on all {len(workers)}")
+        return Check("workers' versions", OK, f"the same as here on all {len(workers)}")
     serious = any(name not in OPTIONAL for found in other.values() for name in found)
     texts = {
         address: ", ".join(f"{name} {there} (here {ours})" for name, (ours, there) in found.items())
@@ -418,13 +420,13 @@ def _versions(workers: Workers) -> Check:
 
 def _gpus(info: dict[str, Any], workers: Workers) -> Check:
     bare = {
-        address: "has resource GPU, but torch finds none"
+        address: "has resource GPU, but torch finds no GPU"
         for address, worker in workers.items()
         if info[address]["resources"].get("GPU") and not worker["devices"]
     }
     if bare:
         return _problem(
-            "workers' GPUs", WARN, bare, "make sure that jobs request a GPU, and that torch there supports CUDA"
+            "workers' GPUs", WARN, bare, "make sure that jobs request a GPU, and that its torch supports CUDA"
         )
     devices = sorted({device for worker in workers.values() for device in worker["devices"]})
     return Check("workers' GPUs", OK, ", ".join(devices) or "none; the model runs on CPUs")
@@ -433,7 +435,7 @@ def _gpus(info: dict[str, Any], workers: Workers) -> Check:
 def _model(workers: Workers, name: str) -> Check:
     lost = {address: worker["model"] for address, worker in workers.items() if worker["model"]}
     if lost:
-        return _problem("workers' model", FAIL, lost, "its files must be at the same path on every worker")
+        return _problem("workers' model", FAIL, lost, "put its files at the same path on every worker")
     return Check("workers' model", OK, f"{name} loads on all {len(workers)}")
 
 
@@ -447,7 +449,7 @@ def _shared(out: StoragePath, workers: Workers, written: int) -> Check:
         return _problem("workers' OUT", FAIL, blind, mend)
     processes = len({(worker["host"], worker["pid"]) for worker in workers.values()})
     if written < processes:
-        return Check("workers' OUT", FAIL, f"files of {processes - written} workers are not seen here", mend)
+        return Check("workers' OUT", FAIL, f"files of {processes - written} workers cannot be seen here", mend)
     return Check("workers' OUT", OK, f"read and written by all {len(workers)}")
 
 

@@ -211,7 +211,7 @@ def _exchange(probe: StoragePath, token: str) -> str:
     """Read what another process wrote, and write for it; return the problem, "" for none."""
     try:
         if probe.read() != token.encode():
-            return f"{probe} does not contain what was written: another folder at the same path"
+            return f"{probe} does not contain what was written: this path is a different folder there"
         (probe.parent / f"{platform.node()}-{os.getpid()}").write(token.encode())
     except OSError as error:
         return one_line(error)

@@ -24,9 +24,9 @@ def check_workers(workers: int | None, scheduler: str | None) -> None:
         ConfigError: fewer than one worker, or both are given.
     """
     if workers is not None and scheduler is not None:
-        raise ConfigError("workers and scheduler are both given; give one of them")
+        raise ConfigError("workers and scheduler are both given; give only one")
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}, expected 1 or more; omit it to work in this process")
+        raise ConfigError(f"workers is {workers}, expected 1 or more; omit it to run in this process")
 
 
 @contextmanager
@@ -50,8 +50,8 @@ def open_executor(
     check_workers(workers, scheduler)
     if loaded is not None and (workers, scheduler) != (None, None):
         raise ConfigError(
-            f"{loaded.name}: a loaded model works in this process only; for workers give what each can load itself, "
-            "such as a file that torch.export.save wrote, or module:function"
+            f"{loaded.name}: a loaded model exists only in this process; for workers, give what they can load "
+            "themselves, such as a file from torch.export.save, or module:function"
         )
     if settings.device == "cuda" and loaded is None and scheduler is None:
         workers = workers or 1  # in this process planning and stitching would keep the GPU waiting
@@ -64,7 +64,7 @@ def open_executor(
             torch.set_num_threads(settings.torch_threads)
         yield SerialExecutor(loaded)
     else:
-        with from_extra("cluster", "work on other processes (--workers, --scheduler, --device cuda)"):
+        with from_extra("cluster", "running in other processes (--workers, --scheduler, --device cuda)"):
             from wsi_gradcam.executors.dask import DaskExecutor
 
         executor = DaskExecutor(workers, scheduler, settings.torch_threads, settings.device, wait_s)

@@ -153,7 +153,7 @@ class Layers:
         for each in self.parts.get(part, ()):
             if each[0] == number:
                 return each
-        raise ModelError(f"{self.where}: no weights for {part} {number}; is the 'source:' the network they are of?")
+        raise ModelError(f"{self.where}: no weights for {part} {number}; is the 'source:' the right network?")
 
     def require(self, *parts: str) -> None:
         """Refuse a state dict that lacks parts."""
@@ -207,7 +207,7 @@ def _files(spec: SlideModelSpec) -> ModelSpec:
     elif part.kind not in ("torchscript", "function"):
         source = f"{part.kind}:network"
         if weights is None:
-            raise ModelError(f"{spec.name}: aggregator: {part.kind} needs its state dict; name it with 'weights:'")
+            raise ModelError(f"{spec.name}: aggregator: {part.kind} needs a state dict; give it with 'weights:'")
     elif weights is not None:
         raise ModelError(f"{spec.name}: aggregator: the weights are in {part.source}; leave out 'weights: {weights}'")
     files = ModelSpec(name=spec.name, source=source, weights=weights, sha256=part.sha256, folder=part.folder)
@@ -271,10 +271,10 @@ def network_of(kind: str, part: AggregatorSpec, path: Path) -> tuple[Aggregator,
         raise max(failed, key=lambda each: each[0])[1]
     if len({_weights_digest(network) for _, network, _ in made}) > 1:
         raise ModelError(
-            f"{path}: has several sets of weights that fit, {' and '.join(p for p, _, _ in made[:2])}; save only one"
+            f"{path}: has several fitting sets of weights, {' and '.join(p for p, _, _ in made[:2])}; save only one"
         )
     place, network, notes = made[0]
-    return network, (*((f"the weights are {place!r} of {path.name}",) if place else ()), *notes)
+    return network, (*((f"the weights are {place!r} in {path.name}",) if place else ()), *notes)
 
 
 def _layers(where: str, state: Mapping[str, Tensor], parts: Sequence[tuple[str, str]]) -> tuple[Layers, int]:
@@ -298,13 +298,13 @@ def _layers(where: str, state: Mapping[str, Tensor], parts: Sequence[tuple[str, 
             left.append(name)
         elif part is None:
             raise ModelError(
-                f"{where}: {printable(shortened(name, 200))} {tuple(tensor.shape)} has no part in such a network; is "
-                "the 'source:' the one that it was saved from?"
+                f"{where}: {printable(shortened(name, 200))} {tuple(tensor.shape)} does not belong to such a network; "
+                "is the 'source:' the one that it was saved from?"
             )
         else:
             stem, kind = _stem(plain.removeprefix(prefix))
             found.setdefault(part, {}).setdefault(stem, {})[kind] = tensor
-    notes = [f"the weights are those behind {prefix!r}"] if prefix else []
+    notes = [f"the weights are those with the prefix {prefix!r}"] if prefix else []
     notes += [f"not used: {', '.join(left[:3])}{f' and {len(left) - 3} more' * (len(left) > 3)}"] if left else []
     ordered = {part: _ordered(where, stems, part, parts) for part, stems in found.items()}
     return Layers(where, ordered, tuple(notes)), counts[prefix]
@@ -359,8 +359,8 @@ def _attention(layers: Layers, part: AggregatorSpec) -> Aggregator:
         gate = layers.linear("gate_b", first.in_features) if layers.count("gate_b") else None
     if score.in_features != first.out_features or (gate is not None and gate.out_features != first.out_features):
         raise ModelError(
-            f"{layers.where}: the layers of attention do not fit each other: {first.out_features} numbers from the "
-            f"first, {score.in_features} into the last{f', {gate.out_features} from the gate' if gate else ''}"
+            f"{layers.where}: the attention layers do not fit each other: the first gives {first.out_features} "
+            f"numbers{f', the gate {gate.out_features}' if gate else ''}, the last takes {score.in_features}"
         )
     pooled = score.out_features * first.in_features
     out = layers.stack("out", pooled)
@@ -401,7 +401,7 @@ def _dsmil(layers: Layers, part: AggregatorSpec) -> Aggregator:
     head = layers.linear("head" if lab else "fcc", instance.out_features * (value[-1].out_features if value else width))
     if head.out_features != instance.out_features:
         raise ModelError(
-            f"{layers.where}: {instance.out_features} logits of patches, but {head.out_features} of the bag"
+            f"{layers.where}: {instance.out_features} logits per patch, but {head.out_features} for the bag"
         )
     numbered = bool(layers.parts["query"][0][1].rpartition(".")[2].isdecimal())  # nn.Sequential, which ends in tanh
     return Dsmil(
@@ -431,8 +431,8 @@ def _value_relu(layers: Layers, part: AggregatorSpec, lab: bool) -> bool:
         return True
     name = layers.parts["value"][0][1]
     raise ModelError(
-        f"{layers.where}: {name}: DSMIL's code of 2021 has nothing behind it, that of 2022 a ReLU, and the weights do "
-        "not tell which it was; say 'value_activation: none' or 'relu' in 'aggregator:'"
+        f"{layers.where}: {name}: DSMIL's code of 2021 puts no activation after it and that of 2022 a ReLU, and the "
+        "weights do not tell which was used; add 'value_activation: none' or 'value_activation: relu' to 'aggregator:'"
     )
 
 
@@ -469,8 +469,8 @@ def _nystrom(layers: Layers, part: AggregatorSpec, number: int, width: int) -> N
         conv = convolution(kernel, None)
     if heads is None or inner % heads:
         raise ModelError(
-            f"{layers.where}: {name} shows {inner} numbers for all heads of attention, but not the number of heads; "
-            "add 'heads: 8' (or another divisor) to 'aggregator:'"
+            f"{layers.where}: {name} gives {inner} numbers for all attention heads together, but not the number of "
+            "heads; add 'heads: 8' (or another divisor) to 'aggregator:'"
         )
     return NystromAttention(linear(weight, None), linear(out, out_bias), conv, heads, part.landmarks or width // 2)
 

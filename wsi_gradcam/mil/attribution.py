@@ -115,7 +115,7 @@ def _check(aggregator: Aggregator, features: Any, methods: Sequence[str], baseli
             "than the one that it was trained with?"
         )
     if not shape[0]:
-        raise ModelError("a bag of no patches has no answer; is there tissue on the slide?")
+        raise ModelError("a bag without patches has no answer; is there tissue on the slide?")
     if baseline is not None and np.shape(baseline) != (dim,):
         raise ModelError(f"a baseline of shape {np.shape(baseline)}, expected ({dim},)")
 
@@ -127,13 +127,15 @@ def check_methods(aggregator: Aggregator, methods: Sequence[str]) -> None:
             near = did_you_mean(method, METHODS)
             raise ConfigError(f"bag method {method!r}: expected {', '.join(METHODS)}{near and f'; {near}'}")
     if "attention" in methods and aggregator.attention_is is None:
-        raise ConfigError("attention: this aggregator is custom code, whose attention is not known; leave it out")
+        raise ConfigError(
+            "attention: this aggregator is custom code, so its attention is not known; leave attention out"
+        )
     if "lrp" in methods and isinstance(aggregator, Opaque):
         raise ConfigError("lrp: its rules are known for abmil, clam, dsmil and transmil; use integrated_gradients")
     if "shapley" in methods and (not isinstance(aggregator, Pooled) or aggregator.summands() is None):
         raise ConfigError(
-            "shapley: this aggregator is not additive in its patches (a layer follows the pooling, or all see each "
-            "other); use one_removed or integrated_gradients"
+            "shapley: this aggregator is not additive in its patches (a layer follows the pooling, or patches attend "
+            "to each other); use one_removed or integrated_gradients"
         )
 
 
@@ -172,7 +174,7 @@ class _Bag:
         block = self.tensor(self.features[start:stop])
         if not bool(torch.isfinite(block).all()):
             row = start + int((~torch.isfinite(block)).any(dim=1).nonzero()[0])
-            raise ModelError(f"the feature vector of patch {row} has values that are not finite; encode it again")
+            raise ModelError(f"the feature vector of patch {row} is not finite; encode it again")
         return block
 
     def keep(self, method: str, start: int, factors: Tensor, coefficients: Tensor) -> None:

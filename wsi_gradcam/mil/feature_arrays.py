@@ -62,7 +62,7 @@ class FeatureRows:
         count, dimensions = shape
         if count > MAX_PATCHES or not 1 <= dimensions <= MAX_DIMENSIONS:
             raise FeatureError(
-                f"{path}: features of {count:,} x {dimensions:,}, expected up to {MAX_PATCHES:,} patches x "
+                f"{path}: features of {count:,} x {dimensions:,}, expected at most {MAX_PATCHES:,} patches x "
                 f"{MAX_DIMENSIONS:,} numbers; they are damaged, or not features"
             )
         self.shape = shape
@@ -208,17 +208,17 @@ def h5_dataset(path: Path, dataset: Any) -> Any:
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
     if unknown := set(filters) - FILTERS:
-        raise FeatureError(f"{path}: {name} is packed by filter {min(unknown)}; pack it by gzip or not at all")
+        raise FeatureError(f"{path}: {name} is compressed with filter {min(unknown)}; use gzip or no compression")
     itemsize = dataset.dtype.itemsize
     if dataset.chunks is None:
         stored = dataset.id.get_storage_size() >= dataset.size * itemsize
     else:
         if filters and math.prod(dataset.chunks) * itemsize > MAX_CHUNK_BYTES:
-            raise FeatureError(f"{path}: {name} is packed in chunks of {dataset.chunks}; make them smaller")
+            raise FeatureError(f"{path}: {name} is stored in chunks of {dataset.chunks}; make them smaller")
         expected = math.prod(-(-side // chunk) for side, chunk in zip(dataset.shape, dataset.chunks, strict=True))
         stored = dataset.id.get_num_chunks() >= expected
     if not stored:
-        raise FeatureError(f"{path}: {name} says {dataset.shape}, but was not written completely; create it again")
+        raise FeatureError(f"{path}: {name} declares {dataset.shape}, but is incomplete; create it again")
     return dataset
 
 
@@ -245,8 +245,8 @@ def h5_coordinates(path: Path, file: Any) -> NDArray[np.float64] | None:
     inner = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(inner) != 2 or inner[1] not in (2, 5) or inner[0] > MAX_PATCHES:
         raise FeatureError(
-            f"{path}: coords of {' x '.join(map(str, shape))}, expected [N, 2], or [N, 5] of AtlasPatch, of up to "
-            f"{MAX_PATCHES:,} patches"
+            f"{path}: coords of {' x '.join(map(str, shape))}, expected [N, 2], or [N, 5] as AtlasPatch writes them, "
+            f"of up to {MAX_PATCHES:,} patches"
         )
     with np.errstate(invalid="ignore"):  # of damaged ones: no numbers, and so told where patches are placed
         return np.asarray(h5_dataset(path, dataset)[()], np.float64).reshape(inner)
@@ -319,13 +319,13 @@ def torch_rows(path: Path) -> FeatureRows:
     with open_zip(path) as archive:
         if damaged := archive.testzip():
             raise FeatureError(
-                f"{path}: the checksum of {quoted(damaged)} in it is wrong; it is damaged, create it again"
+                f"{path}: the checksum of {quoted(damaged)} in it is wrong; it is damaged: create it again"
             )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise struct, index, unicode and many other errors
         raise FeatureError(
-            f"{path}: no plain tensor ({type(error).__name__}); write it again with torch.save of the tensor"
+            f"{path}: not a plain tensor ({type(error).__name__}); write it again with torch.save of the tensor"
         ) from error
     tensor = (
         next((found[key] for key in ("features", "feats") if key in found), None) if isinstance(found, dict) else found
@@ -378,7 +378,7 @@ def numpy_vector(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[np.
     """Read a number for each patch, or one for all."""
     with _member(path, archive, name) as (stream, shape, dtype):
         if len(shape) > 1 or math.prod(shape) > MAX_PATCHES:
-            raise FeatureError(f"{path}: {name} of {shape}, expected a number for each patch")
+            raise FeatureError(f"{path}: {name} has shape {shape}, expected a number for each patch")
         data = stream.read(math.prod(shape) * dtype.itemsize)
         stream.read(1)  # at the end the checksum is compared
     return np.frombuffer(data, dtype, count=math.prod(shape)).astype(np.float64)

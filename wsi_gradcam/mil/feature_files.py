@@ -95,7 +95,7 @@ def open_features(
     folder = place if isinstance(place, FeatureFolder) else FeatureFolder(place)
     files = folder.files_of(slide.id)
     if len(files) > MAX_ALIKE:
-        raise FeatureError(f"{folder.place}: {len(files)} files are named as {slide.id}; give the folder of some")
+        raise FeatureError(f"{folder.place}: {len(files)} files are named like {slide.id}; give a smaller folder")
     with ExitStack() as opened:
         parts = [part for file in files for part in _look(file, slide, settled, opened)]
         chosen = _with_features(folder, slide, parts, settled, dimensions)
@@ -133,14 +133,14 @@ def _with_features(
         named = f" named {settled.name}" if settled.name else ""
         known = ", ".join(part.name or part.problem for part in parts if part.name or part.problem)[:200]
         raise FeatureError(
-            f"{parts[0].path if parts else folder.place}: no features{named} of {slide.id}"
-            f"{f', but {known}' if known else ''}; expected features [N, D] beside coords [N, 2]"
+            f"{parts[0].path if parts else folder.place}: no features{named} of "
+            f"{slide.id}{f', but {known}' if known else ''}; expected features [N, D] beside coords [N, 2]"
         )
     if dimensions is not None:
         fitting = [part for part in found if part.features is not None and part.features.shape[1] == dimensions]
         if not fitting:
             sizes = ", ".join(str(part.features.shape[1]) for part in found if part.features is not None)
-            raise FeatureError(f"{found[0].path}: features of {sizes} numbers, but the model takes {dimensions}")
+            raise FeatureError(f"{found[0].path}: features of {sizes} dimensions, but the model takes {dimensions}")
         found = fitting
     if len(found) > 1 and len({part.path.parent.parent for part in found}) == 1:  # CLAM writes them as h5 and as pt
         twins = {part.path.parent.name for part in found} == {"h5_files", "pt_files"}
@@ -148,8 +148,8 @@ def _with_features(
     if len(found) > 1:
         inside = len({part.path for part in found}) == 1
         shown = ", ".join(part.name if inside else str(part.path) for part in found)[:400]
-        how = f"say which with {NAME}" if inside else "give the folder of one"
-        raise FeatureError(f"{slide.id}: several features ({shown}); {how}")
+        how = f"choose with {NAME}" if inside else "give the folder of only one"
+        raise FeatureError(f"{slide.id}: several sets of features ({shown}); {how}")
     return found[0]
 
 
@@ -161,8 +161,8 @@ def _with_coordinates(chosen: _Part, parts: Sequence[_Part]) -> _Part:
     placed.sort(key=lambda part: (part.path != chosen.path, not part.claims.sides))
     if not placed:
         raise FeatureError(
-            f"{chosen.path}: features alone, without the coordinates of their patches; expected coords beside them, or "
-            "the file of coordinates in the same folder (patches/NAME.h5 of CLAM or TRIDENT)"
+            f"{chosen.path}: features without the coordinates of their patches; expected coords beside them, or the "
+            "file of coordinates in the same folder (patches/NAME.h5 of CLAM or TRIDENT)"
         )
     fitting = [part for part in placed if part.coordinates is not None and len(part.coordinates) == count]
     if not fitting or (placed[0].path == chosen.path and placed[0] is not fitting[0]):
@@ -202,7 +202,7 @@ def _look(path: Path, slide: SlideFrame, settled: Settled, opened: ExitStack) ->
     except (FeatureError, MissingExtraError):
         raise
     except DocumentError as error:
-        raise FeatureError(f"{path}: what stands beside it cannot be read: {one_line(error)}") from error
+        raise FeatureError(f"{path}: what lies beside it cannot be read: {one_line(error)}") from error
     except Exception as error:  # damaged files raise struct, index, unicode, zlib and many other errors
         if is_out_of_memory(error):
             raise
@@ -460,7 +460,7 @@ def _one_side(boxes: NDArray[np.float64], format_name: str) -> float:
     sides = boxes[:, 2:]
     if len(sides) and np.abs(sides - sides[0, 0]).max() > 1:
         raise ConfigError(
-            f"{format_name}'s files only support square patches of one size, which these are not; use the other format"
+            f"{format_name}'s files support only square patches of one size, which these are not; use the other format"
         )
     return float(sides[0, 0]) if len(sides) else 0.0
 

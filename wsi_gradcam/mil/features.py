@@ -184,8 +184,8 @@ def place_patches(
         _note_pixels(xy, claims, scale[0], notes)
     if claims.by_columns and settled.axes is None and _by_rows(xy):
         notes.append(
-            f"its patches are in another order than {claims.format} has them, as if x and y were swapped; where the "
-            f"map does not lie on the tissue say {AXES} yx"
+            f"its patches are in another order than {claims.format} writes them, as if x and y were swapped; if the "
+            f"map does not lie on the tissue, use {AXES} yx"
         )
     sides = _sides(path, xy, claims, slide, settled, notes)
     boxes = np.concatenate([xy[:, ::-1], np.broadcast_to(sides[..., ::-1], xy.shape)], axis=1)
@@ -193,7 +193,7 @@ def place_patches(
     if tissue is not None and settled.axes is None:
         check_on_tissue(path, boxes, slide.id, slide.shape, tissue)
     if repeated := len(boxes) - len(np.unique(boxes, axis=0)):
-        notes.append(f"{repeated:,} patches occur in it more than once")
+        notes.append(f"{repeated:,} patches occur more than once")
     return boxes, tuple(notes)
 
 
@@ -222,7 +222,7 @@ def _check_known(path: object, coordinates: NDArray[np.float64], claims: Claims,
     """Refuse coordinates of which unit or size are neither in the file nor given."""
     missing = []
     if settled.unit is None and claims.unit is None:
-        missing.append(f"the unit of coordinates ({UNIT} px or um)")
+        missing.append(f"the unit of the coordinates ({UNIT} px or um)")
     if settled.patch_um is None and not claims.sides:
         missing.append(f"the side of a patch ({PATCH_UM} with its micrometres)")
     if missing:
@@ -242,12 +242,13 @@ def _check_slide(path: object, claims: Claims, slide: SlideFrame, settled: Settl
     if claims.slide_px == (height, width):
         if settled.axes is None:
             raise FeatureError(
-                f"{path}: made of a slide of {stated} (width x height), but {slide.id} has {width} x {height}: the "
+                f"{path}: made from a slide of {stated} (width x height), but {slide.id} has {width} x {height}: the "
                 f"axes are swapped; use {AXES} xy or yx"
             )
         return
     raise FeatureError(
-        f"{path}: made of a slide of {stated}, but {slide.id} has {width} x {height}; give the slide that they are of"
+        f"{path}: made from a slide of {stated}, but {slide.id} has {width} x {height}; give the slide that they were "
+        "made from"
     )
 
 
@@ -257,7 +258,7 @@ def _scale(path: object, unit: str | None, claims: Claims, slide: SlideFrame, no
         return np.ones(2)
     mpp_y, mpp_x = _mpp(path, slide, "coordinates in micrometres")
     if claims.square_mpp and abs(mpp_y - mpp_x) > 1e-6 * mpp_x:
-        notes.append(f"its micrometres are taken as {claims.format} makes them: {mpp_x:g} a pixel along both axes")
+        notes.append(f"its micrometres are taken as {claims.format} makes them: {mpp_x:g} per pixel along both axes")
         mpp_y = mpp_x
     return np.array([mpp_x, mpp_y])
 
@@ -289,15 +290,17 @@ def _sides(
     fitting = [possible[i] for i in sorted(ranks, key=lambda i: (ranks[i], i))]
     if fitting and (any(apart) or _alike(fitting)):
         if fitting[0] is not possible[0]:
-            notes.append(f"patches are {_width(fitting[0]):g} level-0 px wide by their lattice; {_stated(possible)}")
+            notes.append(
+                f"patches are {_width(fitting[0]):g} level-0 px wide according to their spacing; {_stated(possible)}"
+            )
         _note_magnification(claims, slide, fitting[0], apart, notes)
         return fitting[0]
     if claims.nominal_um and slide.mpp and not fitting:
         real = np.array([claims.nominal_um / slide.mpp[1], claims.nominal_um / slide.mpp[0]])
         if _gaps(real, apart, claims.overlap or 0.0):
             notes.append(
-                f"patches are {real[0]:.1f} level-0 px wide by their lattice and the slide's pixel size; "
-                f"{_stated(possible)}, by a rounded magnification"
+                f"patches are {real[0]:.1f} level-0 px wide according to their spacing and the slide's pixel size; "
+                f"{_stated(possible)}, from a rounded magnification"
             )
             return real
     raise FeatureError(_disagreement(path, possible, apart, claims))
@@ -312,8 +315,8 @@ def _disagreement(
 ) -> str:
     sizes = " or ".join(dict.fromkeys(f"{_width(side):g}" for side in possible))
     overlap = f" overlapping by {claims.overlap:.3g} of their side" if claims.overlap else ""
-    found = next((f"neighbours are {step:g} px apart" for step in apart if step), "no lattice tells which")
-    return f"{path}: patches of {sizes} level-0 px{overlap}, but {found}; give the true side with {PATCH_UM}"
+    found = next((f"neighbours are {step:g} px apart" for step in apart if step), "their spacing does not tell which")
+    return f"{path}: patches of {sizes} level-0 px{overlap}, but {found}; give their true side with {PATCH_UM}"
 
 
 def _width(side: NDArray[np.float64]) -> float:
@@ -351,8 +354,8 @@ def _note_magnification(
     real = claims.nominal_um / slide.mpp[1]
     if abs(real / _width(side) - 1) > NOMINAL:
         notes.append(
-            f"patches are {_width(side):g} level-0 px wide as it says; by the slide's pixel size they would be "
-            f"{real:.1f}, and there are too few neighbours to decide; {PATCH_UM} settles it"
+            f"patches are {_width(side):g} level-0 px wide according to the file; by the slide's pixel size they would "
+            f"be {real:.1f}, and there are too few neighbours to decide; {PATCH_UM} settles it"
         )
 
 
@@ -368,8 +371,8 @@ def _note_pixels(xy: NDArray[np.float64], claims: Claims, mpp: float, notes: lis
     whole = np.abs(xy - np.round(xy)) < NEARLY
     if len(xy) >= ENOUGH and tiles <= 2 and (whole.mean(axis=0) < 0.7 / tiles).any():
         notes.append(
-            f"its coordinates are not whole pixels of {mpp:g} um: they were made with another pixel size, or moved; "
-            "compare the map with the slide, and give the size that they were made with by --mpp"
+            f"its coordinates are not whole pixels of {mpp:g} um: they were made with another pixel size, or shifted; "
+            "compare the map with the slide, and give the pixel size that they were made with as --mpp"
         )
 
 
@@ -391,7 +394,7 @@ def _check_inside(
     if settled.axes is None and not _outside(boxes[:, [1, 0, 3, 2]], slide.shape).any():
         raise FeatureError(f"{where}, and inside with x and y swapped; use {AXES} xy or yx")
     raise FeatureError(
-        f"{where}; give the slide that the features are of, or the unit of coordinates with {UNIT} px or um"
+        f"{where}; give the slide that the features were made from, or the unit of the coordinates with {UNIT} px or um"
     )
 
 

@@ -440,8 +440,8 @@ def logits_of(answer: Any, output: str | int | None) -> Tensor:
         found = answer.logits
     else:
         raise ModelError(
-            f"returns a {type(answer).__name__} of several outputs; say which are the logits with 'output:' (a key, or "
-            "a place from 0) in 'aggregator:'"
+            f"returns a {type(answer).__name__} of several outputs; choose the logits with 'output:' (a key, or a "
+            "position counted from 0) in 'aggregator:'"
         )
     if not isinstance(found, Tensor) or found.numel() != found.shape[-1:].numel() or not found.ndim:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -470,10 +470,10 @@ def opaque(module: nn.Module, source: str, feature_dim: int | None, output: str 
                 return candidate
             except Exception as error:  # the module's own code may raise anything
                 causes.append(one_line(error))
-    told = shortened(causes[0], 400) if causes else "no weight shows the length of a feature vector"
+    told = shortened(causes[0], 400) if causes else "no weight reveals the length of a feature vector"
     raise ModelError(
-        f"{source} gives no logits for a bag of shape (patches, features): {told}; 'feature_dim:' in 'aggregator:' is "
-        "the length of a feature vector"
+        f"{source} gives no logits for a bag of shape (patches, features): {told}; set 'feature_dim:' in 'aggregator:' "
+        "to the length of a feature vector"
     )
 
 

@@ -90,7 +90,7 @@ class AggregatorSpec(BaseModel):
     def _known(cls, value: str) -> str:
         kind, colon, argument = value.partition(":")
         if kind in NETWORKS and colon:
-            raise ValueError(f"{kind} takes nothing behind a colon; name its state dict with 'weights:'")
+            raise ValueError(f"{kind} takes nothing after a colon; give its state dict with 'weights:'")
         if kind not in NETWORKS and not argument:
             near = did_you_mean(kind, (*NETWORKS, "mil-lab", "torchscript"))
             raise ValueError(f"expected {FORMS}{near and f'; {near}'}")
@@ -172,8 +172,8 @@ class SlideModelSpec(BaseModel):
         """
         if self.aggregator.runs_code and not self._trusted:
             raise ModelError(
-                f"{shortened(self.aggregator.source, 200)}: loading it runs code that is in it, so it was not loaded; "
-                "if you trust whoever made it, allow that with --trust-code (in Python: trust_code=True)"
+                f"{shortened(self.aggregator.source, 200)}: loading it runs code that it contains, so it was not "
+                "loaded; if you trust its author, allow that with --trust-code (in Python: trust_code=True)"
             )
 
 
@@ -222,13 +222,13 @@ def refuse_large_bag(count: int, needed: int, methods: Sequence[str], where: str
     there = psutil.virtual_memory().available
     if needed > there:
         raise BagSizeError(
-            f"{where}a bag of {count:,} patches needs about {needed:,} bytes of memory at once with this aggregator, "
-            f"and {there:,} are free; aggregators that pool by attention (abmil, clam, dsmil) work in chunks"
+            f"{where}a bag of {count:,} patches needs about {needed:,} bytes of memory with this aggregator, but only "
+            f"{there:,} are free; aggregators that pool by attention (abmil, clam, dsmil) work in chunks"
         )
     if "one_removed" in methods and count > MAX_REMOVED:
         raise BagSizeError(
-            f"{where}one_removed: {count:,} patches would be removed one by one, each from the whole bag, which this "
-            f"aggregator sees at once; it is done for at most {MAX_REMOVED:,}, use integrated_gradients or lrp"
+            f"{where}one_removed: {count:,} patches would be removed one by one, and this aggregator needs the whole "
+            f"bag each time; the limit is {MAX_REMOVED:,}, so use integrated_gradients or lrp"
         )
 
 

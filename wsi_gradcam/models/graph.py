@@ -47,8 +47,8 @@ def trace(call: Callable[[Tensor], Tensor], images: Tensor, *, read_values: bool
             graph.meta["fixed_batch"] = len(batch) if checked is images else None
             return graph
     raise ModelError(
-        "the model cannot be followed operator by operator: a graph of it gives other outputs than the model; "
-        "is it random, or does it choose its path by what a picture shows?"
+        "the model cannot be traced operator by operator: its graph gives other outputs than the model; is it random, "
+        "or does its control flow depend on the image?"
     )
 
 
@@ -127,7 +127,7 @@ def _traced(call: Callable[[Tensor], Tensor], images: Tensor, read_values: bool)
                 images
             )
     except Exception as error:  # the model's own code may raise anything
-        raise ModelError(f"the model cannot be followed operator by operator: {one_line(error)}") from error
+        raise ModelError(f"the model cannot be traced operator by operator: {one_line(error)}") from error
     for node in list(graph.graph.nodes):  # a backbone wrapped in no_grad: the head behind it must have gradients
         if node.target is torch._C._set_grad_enabled:
             graph.graph.erase_node(node)
@@ -185,7 +185,9 @@ def _without_mutation(operator: torch._ops.OpOverload) -> torch._ops.OpOverload:
         packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"))
         return getattr(packet, operator._overloadname)  # type: ignore[no-any-return]
     except AttributeError as error:
-        raise ModelError(f"the model changes a tensor in place by {operator}, which has no plain form") from error
+        raise ModelError(
+            f"the model changes a tensor in place by {operator}, which has no out-of-place form"
+        ) from error
 
 
 def _point_name(graph: fx.GraphModule, node: fx.Node) -> str:

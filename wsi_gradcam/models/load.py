@@ -163,12 +163,12 @@ def check_files(spec: ModelSpec, always: bool = False) -> str:
         return ""
     if path is None and spec.kind != "function":
         raise ModelError(
-            f"{spec.name}: sha256 is of a weights file, but there is no 'weights:'; name it, or leave out both"
+            f"{spec.name}: sha256 is that of a weights file, but there is no 'weights:'; give both or neither"
         )
     found = source_digest(spec) if path is None else _sha256(path)
     if spec.sha256 is not None and found != spec.sha256.lower():
         what = spec.source if path is None else path
-        raise ModelError(f"{spec.name}: {what} has sha256 {found}, expected {spec.sha256}; fetch the right file")
+        raise ModelError(f"{spec.name}: {what} has sha256 {found}, expected {spec.sha256}; download the right file")
     return found
 
 
@@ -240,8 +240,8 @@ def _activation(spec: ModelSpec, built: Built, end: Passed | None) -> tuple[Acti
         return declared or built.activation or spec.activation, ()
     if declared not in (None, end.activation):
         raise ModelError(
-            f"{spec.name}: ends in {end.name}, but 'activation: {declared}' is declared; leave that out, or say 'none' "
-            "to explain the outputs as they are"
+            f"{spec.name}: ends in {end.name}, but 'activation: {declared}' is declared; remove it, or use 'none' to "
+            "explain the outputs as they are"
         )
     note = f"ends in {end.name}: its inputs are explained and stored as logits, its outputs are the probabilities"
     return end.activation, (note,)
@@ -374,7 +374,7 @@ def layer_name(network: nn.Module, layer: str | nn.Module | None) -> str | None:
         names: list[str] = [name for name, module in network.named_modules() if module is layer and name]
         if names:
             return names[0]
-    given = f"a {type(layer).__name__} that is not in it" if isinstance(layer, nn.Module) else quoted(layer)
+    given = f"a {type(layer).__name__} that is not part of it" if isinstance(layer, nn.Module) else quoted(layer)
     raise LayerError(
         f"layer of {type(network).__name__}: is {given}; expected a name of its named_modules(), several joined by "
         "'+', or one of its own modules"
@@ -435,6 +435,6 @@ def model_of(
         built = Built(unwrap_parts(copy.deepcopy(module)))
     except Exception as error:  # modules may hold anything
         raise ModelError(
-            f"{kind}: cannot be copied ({one_line(error)}); load a state dict into a new module and give that"
+            f"{kind}: cannot be copied ({one_line(error)}); load its state dict into a new module and pass that"
         ) from error
     return finish(spec, built, device)

@@ -69,8 +69,8 @@ class LogitsOf(nn.Module):
                 outputs = self.network(given)
             if calls.count != self.passed.count:
                 raise ModelError(
-                    f"the model ends in {self.passed.name} after another number of steps for these images than before; "
-                    "return the values before it"
+                    f"the model ends in {self.passed.name} after a different number of steps for these images than "
+                    "before; return the values before it"
                 )
         return as_rows(outputs if self.output is None else pick(outputs, self.output), len(images))
 
@@ -283,7 +283,7 @@ def _check_mixture(network: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], 
     if mixed:
         what = "rows between 0 and 1 that sum to 1" if kinds == {"softmax"} else "values bounded to 0..1"
         raise ModelError(
-            f"the model returns probabilities ({what}), not logits, and no last softmax or sigmoid was found whose "
+            f"the model returns probabilities ({what}), not logits, and no final softmax or sigmoid was found whose "
             f"input could be explained; {END_MEND}"
         )
 

@@ -155,14 +155,14 @@ class ModelSpec(BaseModel):
             return value
         if wrong := [v for v in value if isinstance(v, bool) or not isinstance(v, str | int | float)]:
             given = quoted(wrong[0])
-            raise ValueError(f"{given} is not a name; YAML reads yes, no, on and off as true and false: quote them")
+            raise ValueError(f"{given} is not a name; YAML reads yes, no, on and off as true and false, so quote them")
         return [str(v) for v in value]
 
     @field_validator("classes")
     @classmethod
     def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and (len(set(value)) != len(value) or not value):
-            raise ValueError("class names must be given and differ from each other")
+            raise ValueError("class names must be given, each one different")
         return value
 
     @model_validator(mode="after")
@@ -171,8 +171,8 @@ class ModelSpec(BaseModel):
         scale = self.scale or 1
         if max(*(self.mean or (0,)), *(self.std or (0,)), 0) > scale:
             raise ValueError(
-                f"mean and std should be less than or equal to {scale:g}, being of colours in 0..{scale:g}; for a "
-                "network that takes colours of 0..255 add 'scale: 255', else divide them by 255"
+                f"mean and std should be less than or equal to {scale:g}, since they are of colours in 0..{scale:g}; "
+                "for a network that takes colours of 0..255 add 'scale: 255', otherwise divide them by 255"
             )
         return self
 
@@ -227,8 +227,8 @@ class ModelSpec(BaseModel):
         """
         if self.runs_code and not self._trusted:
             raise ModelError(
-                f"{shortened(self.source, 200)}: loading it runs code that is in it, so it was not loaded; if you "
-                "trust whoever made it, allow that with --trust-code (in Python: trust_code=True)"
+                f"{shortened(self.source, 200)}: loading it runs code that it contains, so it was not loaded; if you "
+                "trust its author, allow that with --trust-code (in Python: trust_code=True)"
             )
 
     @property
@@ -260,9 +260,7 @@ def read_spec(model: str) -> ModelSpec:
         return _validated({"name": model, "source": model}, Path(), model)
     if near := did_you_mean(model, bundled()):
         raise ModelError(f"{model}: no such model; {near}")
-    raise ModelError(
-        f"{model}: no such model; expected {FORMS}, or one that comes with wsi_gradcam: {', '.join(bundled())}"
-    )
+    raise ModelError(f"{model}: no such model; expected {FORMS}, or a bundled one: {', '.join(bundled())}")
 
 
 def _kind_of(path: Path, given: str) -> str | None:
@@ -319,7 +317,7 @@ def _kind_of_folder(path: Path, given: str) -> str:
     if (path / "torchscript_model.pt").exists():
         return "wsinfer"
     if not (path / "config.json").exists():
-        raise ModelError(f"{given}: a folder without config.json is not a model; expected {FORMS}")
+        raise ModelError(f"{given}: the folder has no config.json, so it is not a model; expected {FORMS}")
     if any(path.glob("*.safetensors")):
         return "hf"
     raise ModelError(
@@ -357,7 +355,7 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(read_file(path, MAX_BYTES))
     except DocumentError as error:
-        raise ModelError(f"{path}: not a YAML file that is read here: {one_line(error)}") from error
+        raise ModelError(f"{path}: not a YAML file that can be read: {one_line(error)}") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     if not isinstance(values, dict):

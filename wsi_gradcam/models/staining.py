@@ -40,7 +40,7 @@ class MacenkoTarget(BaseModel):
         haematoxylin, eosin = np.asarray(self.stains)
         lengths = np.linalg.norm(haematoxylin) * np.linalg.norm(eosin)
         if lengths == 0 or haematoxylin @ eosin / lengths > np.cos(np.radians(MIN_ANGLE_DEG)):
-            raise ValueError("the stains must be two different colours, of haematoxylin and of eosin")
+            raise ValueError("the stains must be two different colours, haematoxylin and eosin")
         return self
 
 
@@ -85,7 +85,7 @@ class StainSpec(BaseModel):
     @model_validator(mode="after")
     def _of_the_method(self) -> StainSpec:
         if self.target is not None and self.method == "none":
-            raise ValueError("method none takes no target; leave it out, or name macenko or reinhard")
+            raise ValueError("method none takes no target; leave the target out, or choose macenko or reinhard")
         if self.target is not None and _form(self.target) not in ("picture", self.method):
             keys = "stains, concentrations" if self.method == "macenko" else "mean, std"
             raise ValueError(f"the target's keys are not those of {self.method}: {keys}")
@@ -110,7 +110,7 @@ def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
     try:
         return measure(_pixels(path), spec.method)
     except StainError as error:
-        raise ModelError(f"{path}: no target for {spec.method}: {error}; take a picture of stained tissue") from error
+        raise ModelError(f"{path}: no target for {spec.method}: {error}; give an image of stained tissue") from error
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
@@ -124,8 +124,8 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
                 check_jpeg(path.read_bytes())
             if picture.mode != "RGB" or picture.width * picture.height > MAX_TARGET_PX:
                 raise ModelError(
-                    f"{path}: a picture of {picture.width} x {picture.height} px, {picture.mode}; expected 8-bit RGB "
-                    f"of at most {MAX_TARGET_PX} px as stain target"
+                    f"{path}: an image of {picture.width} x {picture.height} px, {picture.mode}; expected 8-bit RGB of "
+                    f"at most {MAX_TARGET_PX} px as stain target"
                 )
             rgb = np.asarray(picture).reshape(-1, 3)
     except ModelError:
@@ -133,5 +133,7 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such stain target; paths are relative to the model file") from error
     except Exception as error:  # damaged pictures raise many errors
-        raise ModelError(f"{path}: no picture ({type(error).__name__}); give a PNG or JPEG as stain target") from error
+        raise ModelError(
+            f"{path}: not an image ({type(error).__name__}); give a PNG or JPEG as stain target"
+        ) from error
     return rgb[:: -(-len(rgb) // MEASURED_PX)]

@@ -101,7 +101,7 @@ class Transform:
         if self.resize_px is None:
             return patch
         if patch.shape[:2] != self.patch_px:
-            raise ModelError(f"patches of {patch.shape[:2]} px are given, expected {self.patch_px}")
+            raise ModelError(f"patches of {patch.shape[:2]} px were given, expected {self.patch_px}")
         height, width = self.resize_px
         return np.asarray(Image.fromarray(patch).resize((width, height), RESAMPLING[self.interpolation]))
 
@@ -125,7 +125,7 @@ def make_transform(
     resizing = resizing or Resizing()
     resized = resized_px(resizing.resize, patch_px) if resizing.resize else patch_px
     if max(*patch_px, *resized) > MAX_SIDE_PX or min(*patch_px, *resized) < 1:
-        raise ModelError(f"patches of {patch_px} px, resized to {resized}: sides are 1 to {MAX_SIDE_PX} px")
+        raise ModelError(f"patches of {patch_px} px, resized to {resized}: sides must be 1 to {MAX_SIDE_PX} px")
     crop = centre(resizing.crop, resized, resizing.crop_rounds) if resizing.crop else None
     return Transform(
         patch_px=patch_px,

@@ -398,14 +398,14 @@ def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
 
 def display_problems(data: bytes) -> Iterator[str]:
     """Yield what is wrong with the bytes of a display.json, which older versions wrote without a seal."""
-    mend = "delete it, it is made again when it is needed"
+    mend = "delete it; it is created again when needed"
     if seal_of(data) is Seal.BROKEN:
         yield f"display.json differs from what was written; {mend}"
     values = read_json(data)
     floor = values.get("floor", MIN_WINDOW)
     for label, channel in values["channels"].items() if values["version"] == VERSION else ():
         if tuple(channel["window"]) != _window(channel["unit"], Sketch.from_json(channel), floor):
-            yield f"display.json: the window of {label} does not follow from its values; {mend}"
+            yield f"display.json: the window of {label} does not match its values; {mend}"
 
 
 def _store(place: StoragePath, values: dict[str, Any]) -> None:

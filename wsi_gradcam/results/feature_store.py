@@ -171,7 +171,7 @@ def encoding_problems(store: FeatureStore, manifest: Manifest, plan: SlidePlan) 
     for number, (start, stop) in enumerate(plan.spans):
         record = records.get(span_name(number))
         if record is None or record.get("run") != plan.run_digest:
-            yield f"features of span {number} are not made; run the same encode command again"
+            yield f"features of span {number} are missing; run the same encode command again"
         elif store.digest(start, stop) != record.get("digest"):
             yield f"features of span {number} (patches {start} to {stop}) differ from what was computed"
 

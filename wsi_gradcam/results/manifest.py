@@ -127,7 +127,7 @@ class SlidePlan:
         blocks = ceil_div(self.heatmap_px[0], SHARD) * ceil_div(self.heatmap_px[1], SHARD)
         if max(blocks, ceil_div(self.patches, self.span)) > MOST_PIECES:
             raise ValueError(
-                f"{self.patches} patches in spans of {self.span}, {blocks} blocks: more than any slide has"
+                f"{self.patches} patches in spans of {self.span}, {blocks} blocks are more than any slide has"
             )
 
     def to_json(self) -> dict[str, Any]:

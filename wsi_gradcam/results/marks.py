@@ -71,7 +71,7 @@ def make_mark(slide: str, plan: SlidePlan, given: Any) -> Mark:
     if not (isinstance(text, str) and isinstance(by, str)) or len(text) > MAX_TEXT or len(by) > MAX_NAME:
         raise MarkError(f"text has up to {MAX_TEXT} characters, and a name up to {MAX_NAME}")
     if given["kind"] == "note" and not text.strip():
-        raise MarkError("a note says something; write its text")
+        raise MarkError("a note needs a text; write one")
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     number = given.get("patch")
     if number is not None and (type(number) is not int or not 0 <= number < plan.patches):
@@ -149,7 +149,9 @@ class Marks:
 
     def _append(self, values: dict[str, Any]) -> None:
         if self._file is None:
-            raise StoreError(f"{self._place}: object stores append nothing; copy OUT to a folder to mark it")
+            raise StoreError(
+                f"{self._place}: marks cannot be appended in an object store; copy OUT to a local folder to add marks"
+            )
         line = json.dumps(values, ensure_ascii=True).encode() + b"\n"
         with wrap_write_errors(self._file):
             append_line(self._file, line)

@@ -114,13 +114,11 @@ def _about(run: RunPlan, plan: SlidePlan) -> str:
     how = f"{methods} at layer {run.facts.layer}" if methods else f"patches by {run.settings.bag_method[0]}"
     parts = [run.facts.name + (" (UNTRAINED, random weights)" if run.spec.weights == RANDOM else ""), how]
     if plan.features:
-        parts.append(
-            f"{plan.patches:,} patches of {plan.footprint[0] * plan.slide_mpp[0]:.4g} µm, as features were made"
-        )
+        parts.append(f"{plan.patches:,} patches of {plan.footprint[0] * plan.slide_mpp[0]:.4g} µm, as in the features")
     else:
         parts += [
             f"{plan.patches:,} patches of {run.patch_px[0]} px at {run.mpp:g} µm/px",
-            "no overlap: patch borders show" if stride == run.patch_px else f"a patch each {stride[0]} px",
+            "no overlap: patch borders show" if stride == run.patch_px else f"a patch every {stride[0]} px",
         ]
     if len(run.maps) > MAX_MAPS:
         parts.append(f"the first {MAX_MAPS} of {len(run.maps)} maps")
@@ -305,7 +303,8 @@ def opened_picture(place: StoragePath) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 if image.width * image.height > MAX_PICTURE_PX:
                     raise StoreError(
-                        f"{place}: a picture of {image.height} x {image.width} px, expected up to {MAX_PICTURE_PX:,} px"
+                        f"{place}: an image of {image.height} x {image.width} px, expected at most {MAX_PICTURE_PX:,} "
+                        "px"
                     )
                 yield image
     except WsiGradcamError:

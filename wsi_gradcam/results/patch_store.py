@@ -298,7 +298,7 @@ class StoredTable:
             raise StoreError(f"{self._place.name} has {about.num_rows:,} rows, expected {rows:,}")
         wrong += [name for name in ("y", "x", *TEXTS) if name not in schema.names]
         if len(schema) > MAX_COLUMNS or about.num_columns != len(schema) or wrong:
-            raise self._damaged(f"{len(schema)} columns, not as ours are: {', '.join(wrong)[:80]}")
+            raise self._damaged(f"{len(schema)} columns, not those of wsi_gradcam: {', '.join(wrong)[:80]}")
         groups = [about.row_group(number) for number in range(about.num_row_groups)]
         size = sum(group.total_byte_size for group in groups)
         if size > SPARE_BYTES + rows * (ROW_BYTES + VALUE_BYTES * len(schema)):

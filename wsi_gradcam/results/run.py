@@ -120,7 +120,7 @@ class Result:
         if slide_id is not None:
             return self[slide_id]
         if len(self) != 1:
-            raise UnknownNameError(f"{self.out}: has {len(self)} slides; say which, {suggest_names('', self.ids)}")
+            raise UnknownNameError(f"{self.out}: has {len(self)} slides; choose one, {suggest_names('', self.ids)}")
         return next(iter(self))
 
     def _repr_png_(self) -> bytes | None:
@@ -152,9 +152,9 @@ def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
     if run is not None:
         return Result(folder, run, remote_slides)
     if not folder.place.exists():
-        raise ResultError(f"{folder.place}: does not exist or is empty, expected what explain made; check the path")
+        raise ResultError(f"{folder.place}: does not exist or is empty, expected results of explain; check the path")
     above = next((place for place, inside in _upwards(folder.place) if inside and RunFolder(place).run.is_file()), None)
-    mend = f"open {above} and take the slide from it" if above else "give the --out of an explain command"
+    mend = f"open {above} and choose the slide there" if above else "give the --out of an explain command"
     raise ResultError(f"{folder.place}: has no run.yaml, so it is not a result; {mend}")
 
 

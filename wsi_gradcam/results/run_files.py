@@ -313,7 +313,7 @@ def parse_run(place: StoragePathLike, data: bytes) -> dict[str, Any]:
     except DocumentError as error:
         raise StoreError(f"{place}: damaged; choose another --out, or use --overwrite") from error
     if not isinstance(values, dict) or not {"run_digest", "identity", "model"} <= values.keys():
-        raise StoreError(f"{place}: not a run.yaml of wsi_gradcam; choose another --out")
+        raise StoreError(f"{place}: not a run.yaml from wsi_gradcam; choose another --out")
     return values
 
 
@@ -339,7 +339,7 @@ def identity_problems(values: dict[str, Any]) -> Iterator[str]:
     resolved |= {f"settings.{key}": (settings.get(key), known[key]) for key in known if key not in chosen}
     for name, (found, expected) in resolved.items():
         if found is not None and found != expected:
-            yield f"run.yaml: {name} is {str(found)[:40]}, expected {str(expected)[:40]} by its identity"
+            yield f"run.yaml: {name} is {str(found)[:40]}, expected {str(expected)[:40]} from its identity"
 
 
 # What reads results makes room for a patch, and for the part of the slide under it.
@@ -377,7 +377,7 @@ class ModelRecord:
         if not isinstance(mpp, int | float) or not 0 < mpp < MAX_MPP:
             raise ValueError(f"mpp is {str(mpp)[:40]}, expected micrometres per pixel")
         if not isinstance(values["classes"], list | tuple):
-            raise TypeError("classes is no list")
+            raise TypeError("classes is not a list")
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         return cls(**{**known, "classes": tuple(values["classes"]), "patch_px": (height, width)})
 
@@ -410,12 +410,12 @@ class RunRecord:
             model = ModelRecord.from_json(values["model"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
-                f"run.yaml: not of wsi_gradcam or damaged ({one_line(error)}); choose another --out"
+                f"run.yaml: not from wsi_gradcam, or damaged ({one_line(error)}); choose another --out"
             ) from error
         settings = values.get("settings", {})
         if not isinstance(settings, dict):
             raise StoreError(
-                "run.yaml: not of wsi_gradcam or damaged (settings is not a mapping); choose another --out"
+                "run.yaml: not from wsi_gradcam, or damaged (settings is not a mapping); choose another --out"
             )
         if isinstance(settings.get("method"), str):  # the first format has but one
             settings = {**settings, "method": (settings["method"],)}
@@ -462,8 +462,8 @@ def check_same_run(place: StoragePathLike, run: RunPlan) -> None:
         return
     if run.only_encodes and not is_encoded(stored):
         raise ResumeError(
-            f"{storage_path(place).parent}: holds explained slides; those of a slide-level model have features, and "
-            "'wsi-gradcam export --to trident' writes them; choose another --out for others"
+            f"{storage_path(place).parent}: holds explained slides; if they are of a slide-level model, 'wsi-gradcam "
+            "export --to trident' writes their features; otherwise choose another --out"
         )
     differences = _differences(stored["identity"], run.identity())
     raise ResumeError(

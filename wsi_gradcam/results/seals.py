@@ -60,7 +60,7 @@ class Seal(StrEnum):
 def sealed(data: bytes) -> bytes:
     """Return a text that has `KEY` with the value `BLANK`, with its seal in place of that."""
     found = _SEAL.search(data)
-    assert found is not None, "nowhere to put a seal"
+    assert found is not None, "no place for a seal"
     return data[: found.start(1)] + hashlib.sha256(data).hexdigest().encode() + data[found.end(1) :]
 
 
@@ -119,7 +119,7 @@ def file_problems(place: StoragePath, digests: Mapping[str, str], present: Itera
     for name in unknown[:NAMED]:
         yield f"{name} is not a file of these results; remove it"
     if len(unknown) > NAMED:
-        yield f"{len(unknown) - NAMED} more files are none of these results"
+        yield f"{len(unknown) - NAMED} more files do not belong to these results"
 
 
 def leads_out(name: str) -> bool:
@@ -215,10 +215,10 @@ def export_problems(place: StoragePath, notes: list[str], where: str = "", is_th
         return
     begun = _begun_exports(place)
     if begun is not None:
-        notes.append(f"{where or place}: an export has not ended; run the same export command again")
+        notes.append(f"{where or place}: an export is unfinished; run the same export command again")
     for name in sorted(digests):
         if leads_out(name):
-            yield f"{where}{EXPORTS} names {name!r}, which is not the path of an export"
+            yield f"{where}{EXPORTS} lists {name!r}, which is not the path of an export"
         elif name not in (begun or ()) and (found := export_digest(place, name)) != digests[name]:
             yield f"{where}{name} " + ("differs from what was made" if found else "is missing") + "; export it again"
     folders = tuple(f"{name}/" for name in digests if contents_of(name))

@@ -66,14 +66,14 @@ def check_named(path: str, out: str, remote: bool) -> None:
         SlideAccessError: it shall not be opened; `NotAskedError` where `remote` would allow it.
     """
     if os.path.realpath(path).startswith(tuple(f"{folder}/" for folder in SYSTEM_FOLDERS)):
-        raise SlideAccessError(f"{path}: no slide, but a file of the system; the results name it wrongly")
+        raise SlideAccessError(f"{path}: a system file, not a slide; the results are wrong")
     on_network = is_url(path) or path.startswith(("//", "\\\\"))
     same_bucket = is_url(path) and is_url(out) and split_url(path)[:2] == split_url(out)[:2]
     if on_network and not (remote or same_bucket):
         shown = redact_url(path) if is_url(path) else path
         raise NotAskedError(
-            f"{shown}: the results name a slide on another machine, which is asked for it only if you say so: with "
-            "--remote-slides, in Python remote_slides=True"
+            f"{shown}: the results refer to a slide on another machine, which is contacted only with --remote-slides "
+            "(in Python: remote_slides=True)"
         )
 
 
@@ -238,7 +238,7 @@ class SlideResult:
     @property
     def _stored_table(self) -> StoredTable:
         if not self.is_finished:
-            raise ResultError(f"{self.id}: is {self.status}, there is no table yet; run explain again to finish")
+            raise ResultError(f"{self.id}: is {self.status}, it has no table yet; run explain again to finish")
         return StoredTable(self.folder.table, self.plan.patches)
 
     @property
@@ -308,15 +308,16 @@ class SlideResult:
             from wsi_gradcam.results.lazy import lazy_bag
 
         if not self.is_finished:
-            raise ResultError(f"{self.id}: is {self.status}, there is no bag yet; run explain again to finish")
+            raise ResultError(f"{self.id}: is {self.status}, it has no bag yet; run explain again to finish")
         try:
             store = FeatureStore(self.folder.features, read_only=True)
         except FileNotFoundError:
             raise ResultError(
-                f"{self.id}: has no {name}, as the model of this run sees single patches; slide-level models have them"
+                f"{self.id}: has no {name}, because the model of this run sees single patches; only slide-level models "
+                "have them"
             ) from None
         if not store.has(name):
-            raise ResultError(f"{self.id}: has no {name}: the aggregator is a program, of which none is known")
+            raise ResultError(f"{self.id}: has no {name}: the aggregator is a program, so it is not known")
         return lazy_bag(store, self._patch_store.yx(0, self.plan.patches), name, units)
 
     @cached_property
@@ -350,7 +351,9 @@ class SlideResult:
         """Read one explanation of a patch, float32 [h, w]; see `cams`."""
         found = self.channel(channel)
         if found.method == PROBABILITY:
-            raise UnknownNameError(f"{self.id}: {found.label} is one number a patch, see patches; expected a method's")
+            raise UnknownNameError(
+                f"{self.id}: {found.label} is one number per patch (see `patches`); expected a channel of a method"
+            )
         cam: NDArray[np.float32] = self.cams(patch)[found.number]
         return cam
 
@@ -364,7 +367,9 @@ class SlideResult:
         slide = open_slide(self.address, self.mpp, self._run.reader, channels=self._run.channels)
         if slide.info.digest != self.plan.slide_digest:
             slide.close()
-            raise SlideFormatError(f"{self.path}: not the file that was explained; put the right one there")
+            raise SlideFormatError(
+                f"{self.path}: not the file that was explained; restore the original there, or explain again"
+            )
         return slide
 
     @cached_property

@@ -54,7 +54,7 @@ def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
             raise TypeError("an id or a path is not text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
-            f"{place}: damaged; delete it and run the same command again, slides then get the ids of a new run"
+            f"{place}: damaged; delete it and run the same command again; slides then get the ids of a new run"
         ) from error
     return {row["id"]: row for row in rows}
 
@@ -65,7 +65,7 @@ MAX_SLIDES = 250_000  # of a run, as many as a list may name
 
 def _check_lines(data: bytes) -> None:
     if (count := data.count(b"\n")) > MAX_SLIDES + 1:
-        raise ValueError(f"{count:,} lines, expected up to {MAX_SLIDES:,}")
+        raise ValueError(f"{count:,} lines, expected at most {MAX_SLIDES:,}")
     start = 0
     while len(data) - start > MAX_LINE_BYTES:
         if (end := data.find(b"\n", start, start + MAX_LINE_BYTES + 1)) < 0:
@@ -91,7 +91,9 @@ def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list
             if not _held_by_another(record.get(entry.id), entry.path):
                 kept[entry.id] = _row(entry)
         if len(kept) > MAX_SLIDES:
-            raise ConfigError(f"{len(kept):,} slides in one run, expected up to {MAX_SLIDES:,}; make several runs")
+            raise ConfigError(
+                f"{len(kept):,} slides in one run, expected at most {MAX_SLIDES:,}; split them into several runs"
+            )
         return None if kept == before else encode_slide_records(kept)
 
     storage_path(place).update(changed)
@@ -290,7 +292,7 @@ def _rows(
 
 
 def _damaged(place: StoragePathLike) -> str:
-    return f"{place}: damaged; delete it and run the same command again, finished slides stay finished"
+    return f"{place}: damaged; delete it and run the same command again; finished slides stay finished"
 
 
 def row_digest(row: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 AUDIT, EVIDENCE = "audit", "evidence"
 GIVEN = ("names.yaml",)  # by the user, in OUT/evidence
 UNFINISHED = "is not finished; run the same explain command again"
-OLD = "made by an older version, which took fewer digests: only what follows from other files could be checked of it"
+OLD = "made by an older version, which stored fewer digests, so it was checked only against other files"
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def check(out: StoragePathLike, *, remote_slides: bool = False) -> Validation:
         return Validation(found, notes, [])
     if data is None:
         raise ConfigError(
-            f"{folder.place}: no run.yaml there, expected a folder that 'wsi-gradcam explain' made, or one of exports "
-            f"with {EXPORTS}"
+            f"{folder.place}: no run.yaml there; expected a folder written by 'wsi-gradcam explain', or exports with "
+            f"{EXPORTS}"
         )
     run = _Run(folder, data, remote_slides)
     old: list[str] = []
@@ -284,7 +284,7 @@ def _check_part_plan(part: str, values: dict[str, Any], run: dict[str, Any] | No
     if hashlib.sha256(sample.encode()).hexdigest() != identity["sample"]:
         yield f"{part}/plan.json: the sample is not that of identity"
     if run is not None and identity["run"] != run["run_digest"]:
-        yield f"{part}: is of other results than these; run {part} again, with --overwrite"
+        yield f"{part}: was made from other results; run {part} again, with --overwrite"
 
 
 def _check(name: str, folder: SlideFolder, run: _Run, old: list[str]) -> Iterator[str]:
@@ -328,7 +328,7 @@ def _check_record(name: str, folder: SlideFolder, plan: SlidePlan, done: SlideDo
     if done.slide != name:
         yield f"holds the results of {done.slide}"
     if run.values is not None and done.made_with != made_with(run.values):
-        yield "was made with another model or other targets than run.yaml says"
+        yield "was made with another model or other targets than run.yaml states"
 
 
 def _check_plan(plan: SlidePlan, run: _Run) -> Iterator[str]:
@@ -337,7 +337,7 @@ def _check_plan(plan: SlidePlan, run: _Run) -> Iterator[str]:
         return
     model, settings = run.values["model"], run.values["identity"]["settings"]
     if plan.run_digest != run.values["run_digest"]:
-        yield "was made by another model or configuration than run.yaml says"
+        yield "was made with another model or configuration than run.yaml states"
     if (plan.stride, plan.span) != (settings["heatmap_stride"], settings["span_patches"]):
         yield "manifest/plan.json has another stride or span than run.yaml"
     height, width = model["patch_px"]
@@ -361,7 +361,7 @@ def _check_row(row: dict[str, str], plan: SlidePlan, done: SlideDone, run: _Run)
     expected |= {"mpp_y": plan.slide_mpp[0], "mpp_x": plan.slide_mpp[1], "slide_digest": plan.slide_digest}
     if row["status"] == SlideStatus.FAILED:
         if not row["error"]:
-            yield "slides.csv says that it failed, and not why"
+            yield "slides.csv says that it failed, but not why"
         del expected["status"]
         if row["patches"] == "0":
             expected.clear()
@@ -488,7 +488,7 @@ def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[st
     slide = open_slide(slide_address(as_path(row["path"]), run.out), plan.slide_mpp, reader, channels=channels)
     try:
         if slide.info.digest != plan.slide_digest:
-            yield f"{row['path']} is another file now than when it was explained"
+            yield f"{row['path']} is not the file that was explained"
         elif (slide.info.height, slide.info.width) != plan.slide_px:
             yield f"{row['path']} is {slide.info.height} x {slide.info.width} px, expected {plan.slide_px}"
     finally:

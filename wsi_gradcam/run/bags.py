@@ -80,12 +80,12 @@ def mean_feature(out: RunFolder, entries: Sequence[SlideEntry], run: RunPlan) ->
                 ):
                     total, patches = _sum(bag.features)
         except Exception as error:  # of a slide that will fail for the same reason
-            LOG.info("the mean of features is without %s: %s", entry.id, one_line(error))
+            LOG.info("the mean of the features leaves out %s: %s", entry.id, one_line(error))
             continue
         sums.append(total)
         count += patches
     if not count:
-        raise ConfigError("bag_baseline mean: no slide has features that can be read; use zero")
+        raise ConfigError("bag_baseline mean: no slide has readable features; use --bag-baseline zero")
     return tuple((np.sum(sums, axis=0) / count).tolist())
 
 
@@ -108,7 +108,7 @@ def finish_encoding(context: Context[Workload], entry: SlideEntry) -> SlideOutco
     wrong = list(encoding_problems(store, manifest, plan))
     if wrong:
         manifest.forget("features", map(span_name, range(len(plan.spans))))
-        raise ResumeError(f"{folder.features}: {wrong[0]}; let one run at a time use an --out, and run it again")
+        raise ResumeError(f"{folder.features}: {wrong[0]}; use each --out in only one run at a time, and run it again")
     context.check_slide(entry)
     causes = Counter(r["cause"] for r in manifest.records("features").values() if r.get("cause"))
     return SlideOutcome(
@@ -161,8 +161,8 @@ def import_span(context: Context[Workload], entry: SlideEntry, span: int) -> Pro
         assert given is not None
         if given.digest != plan.features:
             raise FeatureError(
-                f"{given.source}: was replaced by another file while the run worked on it; let it not change in a run, "
-                "and run the same command again with --overwrite"
+                f"{given.source}: was replaced by another file during the run; do not change files during a run, and "
+                "run the same command again with --overwrite"
             )
         found = given.features[start:stop]
     _keep(context, entry, span, found, np.full(stop - start, OK, np.uint8))
@@ -189,7 +189,7 @@ def _keep(
             f"{entry.path}: features of the patch at level-0 y {y}, x {x} are NaN or infinite in {kept.dtype}; "
             + ("" if plan.features else "check the encoder's weights and normalisation")
             + ("" if kept.dtype == np.float32 or plan.features else ", or ")
-            + ("" if kept.dtype == np.float32 else "give --feature-precision float32")
+            + ("" if kept.dtype == np.float32 else "use --feature-precision float32")
         )
     store.write(start, features=kept, status=status)
     record = {"digest": store.digest(start, stop), "run": plan.run_digest, **({"cause": cause} if cause else {})}
@@ -211,7 +211,7 @@ def aggregate_bag(context: Context[Workload], entry: SlideEntry) -> None:
     store, network = context.features(entry), context.aggregator().network
     bag = Bag(store)
     if not len(bag.rows):
-        raise ModelError(f"{entry.path}: no patch of it can be read, so a slide-level model has no answer")
+        raise ModelError(f"{entry.path}: none of its patches can be read, so a slide-level model has no answer")
     first, *_ = methods = run.settings.bag_method
 
     def keep(method: str, start: int, block: NDArray[np.floating[Any]]) -> None:

@@ -113,7 +113,7 @@ class Claim:
                 self._place.remove()
         except StoreError as problem:
             _ENDED.add(self._mine.run_id)
-            self._report(f"the claim on {self._out} stays behind: {problem}")
+            self._report(f"the claim on {self._out} could not be removed: {problem}")
 
     def look_first(self) -> None:
         """Find out, without a change, whether another run is at work; the claim is then taken at once.
@@ -134,8 +134,8 @@ class Claim:
         """Raise ResumeError where another run has taken the claim: this one must stop."""
         if self._taken_by is not None:
             raise ResumeError(
-                f"{self._out}: taken over by {self._taken_by}, as nothing was heard of this one for {SILENT_S:.0f} s; "
-                "it is stopped here, the other goes on with what is finished"
+                f"{self._out}: taken over by {self._taken_by}, because this run was silent for {SILENT_S:.0f} s; this "
+                "run stops, and the other continues with what is finished"
             )
 
     def _taken(self) -> bool:
@@ -179,7 +179,7 @@ class Claim:
                 if (other := Holder.from_bytes(data)) is not None:
                     raise _refusal(self._out, other)
                 return False
-        self._report(f"nothing was heard of {named} for {SILENT_S:.0f} s; taking its place")
+        self._report(f"no sign of life from {named} for {SILENT_S:.0f} s; taking over")
         self._gone = version
         return True
 
@@ -208,6 +208,6 @@ class Claim:
 
 def _refusal(out: StoragePath, holder: Holder) -> ResumeError:
     return ResumeError(
-        f"{out}: {holder} is at work there; wait until it is done (`wsi-gradcam status {out}` shows how far it is), "
+        f"{out}: {holder} is at work there; wait until it is done (`wsi-gradcam status {out}` shows its progress), "
         "stop it, or choose another --out"
     )

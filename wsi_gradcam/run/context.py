@@ -122,7 +122,7 @@ class Context(Generic[W]):
         """
         if self._found_run and not RunFolder(self.run.out).run.is_file():
             raise StoreError(
-                f"{self.run.out}: was deleted, or a part of it, while the run was at work; run the same command again"
+                f"{self.run.out}: was deleted, in whole or in part, during the run; run the same command again"
             )
 
     def model(self) -> Explainer:
@@ -269,8 +269,8 @@ class Context(Generic[W]):
         plan = Manifest(folder.manifest).plan()
         if plan is None:
             raise StoreError(
-                f"{folder.manifest}: no plan to be seen there; --out must be a folder that all workers share, or in an "
-                "object store"
+                f"{folder.manifest}: no plan can be seen there; --out must be a folder that all workers share, or in "
+                "an object store"
             )
         if plan.run_digest != self.run.digest():
             raise ResumeError(
@@ -283,8 +283,8 @@ def refuse_other(slide: Slide, plan: SlidePlan) -> None:
     """Raise a SlideFormatError for a slide that is not the file that was planned."""
     if slide.info.digest != plan.slide_digest:
         raise SlideFormatError(
-            f"{slide.info.path}: was replaced by another file while the run worked on it, so that its results would be "
-            "of both; let it not change in a run, and run the same command again with --overwrite"
+            f"{slide.info.path}: was replaced by another file during the run, so its results would mix both; do not "
+            "change slides during a run, and run the same command again with --overwrite"
         )
 
 

@@ -187,8 +187,8 @@ class RunSession:
             self._log.worker_joined(performed.worker)
         if isinstance(performed.result, Processed) and performed.result.at_once not in (0, at_once):
             self.message(
-                f"the memory of {performed.worker} does not hold a whole batch: {performed.result.at_once} patches are "
-                "explained at once there from now on"
+                f"{performed.worker} has too little memory for a whole batch; from now on it explains "
+                f"{performed.result.at_once} patches at once"
             )
         self._log.task_done(task, performed)
         self._listener.task_done(task, performed)
@@ -201,7 +201,7 @@ class RunSession:
         except WsiGradcamError as error:
             if not self._status_failed:
                 self._status_failed = True
-                self._listener.message(f"how far the run is cannot be written: {one_line(error)}")
+                self._listener.message(f"the status of the run cannot be written: {one_line(error)}")
         else:
             self._status_failed = False
 
@@ -282,7 +282,9 @@ class Command:
             if self.retry_failed:
                 forget_unreadable(wanted, rows, folder)
             if known:
-                session.message(f"{len(known)} slides failed before and are not tried again; --retry-failed does")
+                session.message(
+                    f"{len(known)} slides failed before and are not retried; use --retry-failed to retry them"
+                )
             for record in known:
                 records.append(record)
                 session.slide_done(record)

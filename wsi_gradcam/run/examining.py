@@ -105,11 +105,11 @@ def sample_patches(
         try:
             patches = _of_slide(entry, settings, patch_px, mpp, count, stain, scaled)
         except Exception as error:  # decoders and annotations of damaged files raise many kinds
-            LOG.info("engines are not tried on %s: %s", entry.id, one_line(error))
+            LOG.info("engines are not compared on %s: %s", entry.id, one_line(error))
             continue
         if len(patches):
             return patches
-        LOG.info("engines are not tried on %s: it has no patch that is to be explained and can be read", entry.id)
+        LOG.info("engines are not compared on %s: it has no readable patch to explain", entry.id)
     return None
 
 
@@ -148,7 +148,7 @@ def _readable(slide: Slide, places: list[list[int]], patch_px: tuple[int, int], 
         try:
             found.append(read_region(slide, y, x, *patch_px, mpp)[None])
         except SlideReadError as error:
-            LOG.info("engines are tried without a patch: %s", one_line(error))
+            LOG.info("engines are compared on noise, without a patch: %s", one_line(error))
     return np.concatenate(found)
 
 
@@ -162,7 +162,7 @@ def check_batch(model: Model, batch_size: int | Literal["auto"]) -> None:
     size = count * (3 * math.prod(model.patch_px) + 3 * 4 * math.prod(model.input_px))
     if size > MAX_BATCH_BYTES:
         raise ConfigError(
-            f"a batch of {count} patches of {model.patch_px} px is {size >> 30} GiB of pixels; give a --batch-size "
+            f"a batch of {count} patches of {model.patch_px} px is {size >> 30} GiB of pixels; choose a --batch-size "
             f"that makes at most {MAX_BATCH_BYTES >> 30}"
         )
 
@@ -292,7 +292,7 @@ def slide_level_facts(spec: SlideModelSpec, encoder: ModelFacts, aggregator: Loa
     length, network = len(encoder.classes), aggregator.network.double()  # as it will explain
     if length != network.feature_dim:
         raise ModelError(
-            f"{spec.name}: the encoder gives {length} features, but the aggregator takes {network.feature_dim}; name "
+            f"{spec.name}: the encoder gives {length} features, but the aggregator takes {network.feature_dim}; give "
             "the encoder that it was trained with"
         )
     heads = network(_zeros(network)).attention

@@ -214,8 +214,8 @@ def plan_run(out: StoragePathLike, spec: ModelSpec | SlideModelSpec, facts: Mode
         )
     if facts.mpp is None and settings.patch_mpp is None:
         raise ModelError(
-            f"{facts.name}: the micrometres per pixel the model was trained at are not known; add 'mpp: 0.5' to the "
-            "model file or give --patch-mpp"
+            f"{facts.name}: the micrometres per pixel that the model was trained at are not known; give them, for "
+            "example with --patch-mpp 0.5, or as 'mpp: 0.5' in the model file"
         )
     parsed = parse_targets(settings.target, facts.classes)
     check_trusted(parsed, spec.trusted)
@@ -246,11 +246,13 @@ def check_features(settings: Settings, is_slide_level: bool) -> None:
     chosen = {"mask": settings.mask, "overlap": settings.overlap, "stride_px": settings.stride_px}
     refused = [name for name, value in chosen.items() if value]
     if settings.features is not None and refused:
-        raise ConfigError(f"features say which patches there are; leave out {' and '.join(refused)}")
+        raise ConfigError(f"features determine the patches; leave out {' and '.join(refused)}")
     if not is_slide_level and settings.features is not None:
-        raise ConfigError("features: are taken by slide-level models, whose file has an 'aggregator:'; leave them out")
+        raise ConfigError(
+            "features are only for slide-level models, whose file has an 'aggregator:'; leave out --features"
+        )
     if not is_slide_level and not settings.methods:
-        raise ConfigError(f"method {NO_METHOD}: says nothing of a model of patches; name one such as gradcam")
+        raise ConfigError(f"method {NO_METHOD}: is only for slide-level models; choose a method such as gradcam")
 
 
 def check_bag_methods(settings: Settings) -> None:
@@ -258,8 +260,8 @@ def check_bag_methods(settings: Settings) -> None:
     first, *others = settings.bag_method
     if first not in CHAINED:
         raise ConfigError(
-            f"bag_method {first!r} comes first, but only {', '.join(CHAINED)} lead on to pixels; name one of them "
-            f"before it: --bag-method {CHAINED[0]},{first}"
+            f"bag_method {first!r} comes first, but only {', '.join(CHAINED)} can be continued to pixels; put one of "
+            f"them first: --bag-method {CHAINED[0]},{first}"
         )
     for name in others:
         if name not in BAG_METHODS:
@@ -268,7 +270,7 @@ def check_bag_methods(settings: Settings) -> None:
                 f"bag_method {name!r} is not known; expected {', '.join(BAG_METHODS)}{near and f'; {near}'}"
             )
     if "finercam" in settings.method:
-        raise ConfigError("finercam compares classes of a patch, which slide-level models do not have; use gradcam")
+        raise ConfigError("finercam compares a patch's classes, which slide-level models do not have; use gradcam")
 
 
 def plan_slide(
@@ -297,7 +299,7 @@ def plan_slide(
     view = (y * scale[0], x * scale[1], height * scale[0], width * scale[1])
     notes += _enlarging(info, run.mpp, settings.allow_upsampling) if run.sees_pixels else []
     if judged_by_openslide_alone(info):
-        notes.append("its tiles are judged by OpenSlide alone, which shows some that are damaged")
+        notes.append("its tiles are checked only by OpenSlide, which shows some damaged ones")
     Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
     if given is not None and len(given):
         Enlarger((float(given.boxes[:, 2].min()), float(given.boxes[:, 3].min())), (1, 1), settings.heatmap_stride)
@@ -390,17 +392,19 @@ def _given_patches(given: FeatureBag, run: RunPlan, info: SlideInfo) -> tuple[tu
     if not run.sees_pixels:
         return (height, width), notes
     um = height * info.mpp_yx[0], width * info.mpp_yx[1]
-    mend = f"give --patch-mpp if it was shown these, or explain patches alone with --method {NO_METHOD}"
+    mend = f"give --patch-mpp if it was trained on these, or explain only down to patches with --method {NO_METHOD}"
     told = f"{given.source}: features of patches of {um[0]:.4g} x {um[1]:.4g} um"
     if float(np.abs(given.boxes[:, 2:] / (height, width) - 1).max()) > SAME_SIDE:
-        raise FeatureError(f"{told} and of other sizes, but pixels are explained in patches of one size; {mend}")
+        raise FeatureError(
+            f"{told} and of other sizes, but pixels can be explained only in patches of one size; {mend}"
+        )
     mpp = math.sqrt(um[0] / run.patch_px[0] * um[1] / run.patch_px[1])
     shown = tuple(px * mpp / each for px, each in zip(run.patch_px, info.mpp_yx, strict=True))
     if max(abs(shown[0] / height - 1), abs(shown[1] / width - 1), abs(mpp / run.mpp - 1) - NEAR_SIDE) > SAME_SIDE:
         sees = " x ".join(f"{px * run.mpp:.4g}" for px in run.patch_px)
         raise FeatureError(f"{told}, but the encoder sees {sees} um ({run.patch_px[0]} px at {run.mpp:g}); {mend}")
     if abs(mpp / run.mpp - 1) > SAME_SIDE:
-        notes.append(f"patches are read as their features were made, at {mpp:.4g} um/px, not at {run.mpp:g}")
+        notes.append(f"patches are read at the resolution of the features, {mpp:.4g} um/px, not at {run.mpp:g}")
     return (shown[0], shown[1]), notes
 
 
@@ -417,11 +421,11 @@ def _enlarging(info: SlideInfo, mpp: float, allowed: bool) -> list[str]:
     factor = max(info.mpp_yx) / mpp
     if factor <= ENLARGED:
         return []
-    told = f"its finest level has {max(info.mpp_yx):g} um/px, the model needs {mpp:g}: enlarged {factor:.3g} times"
+    told = f"its finest level has {max(info.mpp_yx):g} um/px, but the model needs {mpp:g}: enlarged {factor:.3g} times"
     if factor > MOST_ENLARGED and not allowed:
         raise MppError(
-            f"{info.path}: too coarse for the model: {told}, expected up to {MOST_ENLARGED:g}; use a finer scan, "
-            "--mpp with --replace-mpp if the file's is wrong, or --allow-upsampling"
+            f"{info.path}: too coarse for the model: {told}, expected at most {MOST_ENLARGED:g}; use a finer scan, "
+            "--mpp with --replace-mpp if the file's mpp is wrong, or --allow-upsampling"
         )
     return [told]
 

@@ -178,7 +178,7 @@ class Settings(BaseModel):
         Literal["auto", "slide", "bounds"],
         Field(
             description="what `mask` was drawn on: the whole slide, or the scanned part of a Leica, MIRAX or Ventana "
-            "slide, as shown in QuPath; auto: whichever places it on tissue, refused if both could"
+            "slide, as shown in QuPath; auto: whichever places it on tissue, refused if both do"
         ),
     ] = "auto"
     outlines: Annotated[
@@ -266,8 +266,9 @@ class Settings(BaseModel):
         tuple[str, ...],
         Field(
             exclude=True,  # a permission, which no file of results gives
-            description="contact only these hosts and buckets for slides: '*.example.org', 's3://bucket' (default: all "
-            "but cloud metadata services); your credentials are used for buckets of a list only if they are named here",
+            description="contact only these hosts and buckets for slides: '*.example.org', 's3://bucket' (default: "
+            "all but cloud metadata services); your credentials are used for buckets of a list only if "
+            "they are named here",
         ),
     ] = ()
 
@@ -280,7 +281,7 @@ class Settings(BaseModel):
         if not isinstance(values.get("layer"), str | None):
             raise ValueError(
                 f"layer is {quoted(values['layer'])}, expected the name of a module, such as layer4; GradCAM and "
-                "model_of take modules themselves"
+                "model_of accept modules"
             )
         for key in ("mpp", "patch_px"):
             if isinstance(values.get(key), int | float):
@@ -291,7 +292,9 @@ class Settings(BaseModel):
             if isinstance(values.get(key), list | tuple):
                 values[key] = tuple(str(v) for v in values[key])
         if isinstance(values.get("features"), str) and is_url(values["features"]):
-            raise ValueError(f"features is {quoted(values['features'])}: they are read from a disk; copy them there")
+            raise ValueError(
+                f"features is {quoted(values['features'])}; features are read only from a local disk; copy them there"
+            )
         for key in ("mask", "outlines", "features"):
             if isinstance(values.get(key), str | Path):
                 values[key] = Path(values[key]).absolute()  # workers may run in another folder
@@ -305,10 +308,10 @@ class Settings(BaseModel):
         if self.heatmap_stride < 2 or self.heatmap_stride & (self.heatmap_stride - 1):
             raise ValueError(f"heatmap_stride is {self.heatmap_stride}, expected a power of two such as 16")
         if self.overlap and self.stride_px is not None:
-            raise ValueError("overlap and stride_px say the same thing, give one of them")
+            raise ValueError("overlap and stride_px set the same thing; give only one")
         for key, names in (("method", self.method), ("bag_method", self.bag_method)):
             if not names or len(set(names)) != len(names):
-                raise ValueError(f"{key} is {', '.join(names) or 'empty'}, expected names that differ")
+                raise ValueError(f"{key} is {', '.join(names) or 'empty'}, expected different names")
         if isinstance(self.batch_size, int) and self.span_patches % self.batch_size:
             raise ValueError(
                 f"span_patches is {self.span_patches}, expected a multiple of batch_size {self.batch_size}, "
@@ -373,7 +376,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(read_file(path, MAX_BYTES))
     except DocumentError as error:
-        raise ConfigError(f"{path}: not a YAML file that is read here: {one_line(error)}") from error
+        raise ConfigError(f"{path}: not a YAML file that can be read: {one_line(error)}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     if values is None:

@@ -57,7 +57,7 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
     # not what this command has done
     overwrite = context.workload.overwrite and entry.path not in CRASHES.finished_before
     if folder.place.is_file():  # OUT is the archive itself
-        raise StoreError(f"{folder.place}: a file stands where the slide's results would be; choose another --out")
+        raise StoreError(f"{folder.place}: there is a file where the slide's results belong; choose another --out")
     with context.slide(entry) as slide, context.given(entry) as given:
         regions = entry_regions(entry, run.settings)
         encoded = None if overwrite else _encoded(folder, run)
@@ -132,8 +132,8 @@ def _kept_features(
     same = np.array_equal(PatchStore(folder.cams, read_only=True).yx(), patches.yx)
     if changed - {"run_digest", "notes"} or not same:
         raise ResumeError(
-            f"{folder.place}: holds features of other patches than these are now, or of another file; choose another "
-            "--out, or recompute with --overwrite"
+            f"{folder.place}: holds features of different patches, or of another file; choose another --out, or "
+            "recompute with --overwrite"
         )
     return Manifest(folder.manifest).records("features")
 
@@ -159,16 +159,16 @@ def _mismatch(plan: SlidePlan, slide: Slide, run: RunPlan, regions: Regions | No
     if plan.run_digest != run.digest():
         return "holds results of another model or configuration"
     if plan.slide_digest != slide.info.digest:
-        return f"holds results of another file than {slide.info.path} is now"
+        return f"holds results of a different file from {slide.info.path} as it is now"
     if plan.slide_mpp != slide.info.mpp_yx:
-        return f"holds results at mpp {plan.slide_mpp}, the slide's is {slide.info.mpp_yx}"
+        return f"holds results at mpp {plan.slide_mpp}, but the slide's is {slide.info.mpp_yx}"
     if plan.mask_digest != (regions.digest if regions else ""):
-        return f"holds results of another mask than {regions.path if regions else 'none'} is now"
+        return f"holds results with a different mask from the present one ({regions.path if regions else 'none'})"
     if given is not None and plan.features != given.digest:
-        return f"holds results of other features than {given.source} are now"
+        return f"holds results of different features from {given.source} as they are now"
     frame = run.settings.mask_frame
     if regions and slide.info.bounds and frame not in ("auto", plan.mask_frame or "slide"):
-        return f"holds results of the mask as drawn on '{plan.mask_frame or 'slide'}', not on '{frame}'"
+        return f"holds results with the mask as drawn on '{plan.mask_frame or 'slide'}', not on '{frame}'"
     return ""
 
 

@@ -367,8 +367,8 @@ def _observed(out: StoragePath, audit: StoragePath) -> ObservedRun:
     run, of_audit = _state(out), _state(audit)
     if run is None and of_audit is None:
         raise ConfigError(
-            f"{out}: no run there that keeps a status, expected a folder that 'wsi-gradcam explain' or 'wsi-gradcam "
-            "audit' uses"
+            f"{out}: no run with a status there; expected the --out of 'wsi-gradcam explain', or results that are "
+            "audited"
         )
     if run is None:
         assert of_audit is not None
@@ -454,7 +454,7 @@ def _headline(seen: ObservedRun) -> str:
     end = {
         RunState.FINISHED: "finished",
         RunState.STOPPED: f"stopped: {status.cause};",
-        RunState.KILLED: "killed, or its machine is gone;",
+        RunState.KILLED: "killed, or its machine was lost;",
     }
     return f"{end[seen.state]} after {took}, at {status.updated} (run {status.facts.run})"
 
@@ -480,4 +480,4 @@ def _advice(state: RunState, status: RunStatus) -> Iterator[str]:
         yield f"  to continue, give the same command again: {command}"
     if status.numbers.failures and state != RunState.RUNNING:
         again = command if status.facts.work in (AUDIT, EVIDENCE) else f"{command} --retry-failed"
-        yield f"  to try failed slides again: {again}"
+        yield f"  to retry failed slides: {again}"

@@ -271,8 +271,8 @@ def _agreement(entry: SlideEntry, spans: dict[str, Any]) -> list[str]:
     if mean >= AGREEMENT:
         return []
     note = (
-        f"its features are not those that the encoder makes of these patches: their cosine is {mean:.3f} on average; "
-        "relevance is that of the features, maps are the encoder's"
+        "its features are not those that the encoder computes for these patches: their mean cosine similarity is "
+        f"{mean:.3f} ; relevance is based on the features, maps on the encoder"
     )
     LOG.warning("%s: %s", entry.path, note)
     return [note]
@@ -292,8 +292,8 @@ def _refuse_foreign(
         manifest.forget("spans", foreign)
         manifest.forget("blocks", blocks)
         raise ResumeError(
-            f"{len(foreign)} spans of the slide were written over by another process; let one run at a time use an "
-            "--out, and run the same command again"
+            f"{len(foreign)} spans of the slide were overwritten by another process; use each --out in only one run at "
+            "a time, and run the same command again"
         )
 
 

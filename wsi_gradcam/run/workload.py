@@ -152,7 +152,7 @@ def _record(
 ) -> SlideRecord:
     patches, unreadable, status, error = outcome.patches, outcome.unreadable, outcome.status, ""
     if unreadable:
-        error = f"{unreadable} of {patches} patches unreadable: {outcome.cause}"
+        error = f"{unreadable} of {patches} patches are unreadable: {outcome.cause}"
         if unreadable > max_unreadable * patches:
             status = SlideStatus.FAILED
             error += f"; more than --max-unreadable {max_unreadable:g}"

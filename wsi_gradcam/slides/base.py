@@ -217,9 +217,7 @@ def _level(first: Stored, stored: Stored) -> Level:
         return _cut(full, reduced, said)
     guess = None if whole else _padded_factor(first, stored)
     if guess is not None and not all(map(_is_rounded, full, reduced, (guess, guess))):
-        return _cut(
-            full, reduced, (guess, guess), "its size may be padded to whole tiles, and its downsample is not stated"
-        )
+        return _cut(full, reduced, (guess, guess), "its size may be padded to whole tiles, with no stated downsample")
     return Level(*reduced, *by_size, "" if agree or said is not None else DIFFERENT)
 
 
@@ -323,9 +321,7 @@ def shown_channels(
     if chosen is not None:
         if max(chosen) < count:
             return chosen
-        raise SlideContentError(
-            f"channels {','.join(map(str, chosen))} were chosen, but it has {count}, counted from 0"
-        )
+        raise SlideContentError(f"channels {','.join(map(str, chosen))} were chosen; it has {count}, counted from 0")
     if count == len(described) == len(PURE) and not any(channel.is_stain for channel in described):
         for parts in ([_part_by_name(channel) for channel in described], [_part_by_colour(c) for c in described]):
             if sorted(parts) == ["b", "g", "r"]:
@@ -490,9 +486,7 @@ def check_not_dark(slide: Slide, places: Sequence[tuple[int, Region]], *, chosen
             return
     if not levels:
         return
-    told = (
-        "16-bit samples that are all below a quarter of the scale where they were checked, as if fewer bits were used"
-    )
+    told = "16-bit samples that, where checked, are all below a quarter of the scale, as if fewer bits were used"
     if chosen:
         LOG.warning("%s: %s; they are shown at the full scale", slide.info.path, told)
         return

@@ -158,8 +158,7 @@ class OmeZarrSlide:
         for part in chunks.values():
             if not rgb[Region(part.y - region.y, part.x - region.x, part.height, part.width).slices].any():
                 raise SlideReadError(
-                    f"{self._where(level, region)} has no data: a chunk is missing from the file, or is black "
-                    "throughout"
+                    f"{self._where(level, region)} has no data: a chunk is missing from the file, or is all black"
                 )
         return rgb
 
@@ -238,9 +237,7 @@ class OmeZarrSlide:
         sizes = dict(zip(self._axes, array.shape, strict=True))
         once = {axis for axis in sizes if self._axes.count(axis) == 1 and (axis in ("y", "x", "c") or sizes[axis] == 1)}
         if not {"y", "x"} <= once or once != sizes.keys():
-            raise SlideContentError(
-                f"the image has axes {quoted(sizes)}, expected a single image with y, x and colours"
-            )
+            raise SlideContentError(f"the image has axes {quoted(sizes)}, expected y, x and colours")
         if sizes.get("c", 1) > MAX_CHANNELS:
             raise SlideContentError(f"{sizes['c']:,} channels, expected at most {MAX_CHANNELS}")
         if array.dtype not in (np.uint8, np.uint16):
@@ -345,9 +342,7 @@ class OmeZarrSlide:
         else:
             there = any(found != "missing" for found in self._pool.map(self._remote.identity, names))
         if not there:
-            raise SlideFormatError(
-                f"none of the {len(names)} chunks that were looked for exists; copy the image again from its source"
-            )
+            raise SlideFormatError(f"none of {len(names)} chunks examined exists; copy the image again from its source")
 
 
 def _grid(level: Any) -> list[int]:

@@ -79,7 +79,7 @@ class DaskExecutor:
         wait_s: float | None = None,
     ) -> None:
         if wait_s is not None and not wait_s >= 0:
-            raise ConfigError(f"wait_for_workers is {wait_s}, expected seconds, 0 or more")
+            raise ConfigError(f"wait_for_workers is {wait_s}, expected a number of seconds, 0 or more")
         self._device, self._wait_s = device, WAIT_S if wait_s is None else wait_s
         self._scheduler = scheduler or "ADDRESS"
         self._torch_threads = torch_threads
@@ -97,7 +97,7 @@ class DaskExecutor:
         try:
             has_pages = self._client.run_on_scheduler(_has_pages)
         except Exception as error:  # whatever an import there ends with: a run does not need to know
-            LOG.debug("it is not known whether the scheduler has a dashboard (%s)", one_line(error))
+            LOG.debug("cannot tell whether the scheduler has a dashboard (%s)", one_line(error))
             return ""
         return str(self._client.dashboard_link) if has_pages else ""
 
@@ -126,9 +126,9 @@ class DaskExecutor:
             with STOP.graceful():
                 return self._examined(spec, settings, slides, choice)
         except KilledWorker as error:
-            raise WorkerError("workers died while they loaded the model; give them more memory") from error
+            raise WorkerError("workers died while loading the model; give them more memory") from error
         except (NoValidWorkerError, CancelledError) as error:
-            raise WorkerError("the workers are gone; start some and run the same command again") from error
+            raise WorkerError("the workers are gone; start new ones and run the same command again") from error
 
     def _examined(self, *model: Any) -> ModelFacts:
         """Have the model examined: where a worker's GPU fails, by another worker, or the same one started again."""

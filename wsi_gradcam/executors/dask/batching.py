@@ -230,7 +230,7 @@ class CrashTrials:
         told = event[1]
         if "lost" in told:
             self.lost[told["lost"]] = told["cause"]
-            LOG.warning("the GPU of worker %s has failed, which ends that process: %s", told["worker"], told["cause"])
+            LOG.warning("the GPU of worker %s has failed, so that process ends: %s", told["worker"], told["cause"])
         else:
             self._begun[told["alone"]] += 1
 

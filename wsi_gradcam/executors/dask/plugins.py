@@ -150,7 +150,7 @@ def perform_batch(batch: TaskBatch) -> BatchResult:
     worker = get_worker()
     plugin, result = worker.plugins.get(batch.run), BatchResult(worker.address)
     if not isinstance(plugin, RunWorkerPlugin) or plugin.context is None or plugin.lock is None:
-        result.error = WorkerError("the worker has lost the run, as after a lost connection")
+        result.error = WorkerError("the worker has lost the run, for example after a lost connection")
         return result
     context = plugin.context
     with plugin.lock.held(batch.alone):
@@ -218,7 +218,7 @@ def check_device(device: str, address: str) -> None:
     except (RuntimeError, AssertionError) as error:
         raise WorkerError(
             f"worker {address} declares a GPU, but --device {device} cannot be used there ({one_line(error)}); start "
-            "it where a GPU and a torch that knows it are, or without --resources GPU=1"
+            "it where there is a GPU and a torch that supports it, or without --resources GPU=1"
         ) from error
 
 

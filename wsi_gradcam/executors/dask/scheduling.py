@@ -114,12 +114,12 @@ def _helpful(error: BaseException, task: Task, lost: str = "") -> BaseException:
     """Return the error of a task, or instead of Dask's one that says how to mend it; `lost` is why a GPU failed."""
     if isinstance(error, KilledWorker) and lost:
         return WorkerError(
-            f"{task.slide.path}: on '{task}' alone the GPU failed in one worker after the other ({lost}); see what the "
-            f"system says of it (nvidia-smi, dmesg), and {AGAIN}"
+            f"{task.slide.path}: the GPU failed in one worker after another on '{task}' alone ({lost}); check the "
+            f"system messages (nvidia-smi, dmesg), and {AGAIN}"
         )
     if isinstance(error, KilledWorker):
         return SlideMemoryError(
-            f"{task.slide.path}: workers died repeatedly on '{task}' alone, mostly for lack of memory; give workers "
+            f"{task.slide.path}: workers died repeatedly on '{task}' alone, usually for lack of memory; give workers "
             "more memory, or lower --batch-size"
         )
     if isinstance(error, NoValidWorkerError):
@@ -305,7 +305,7 @@ class SlideScheduler:
             self._leave(running, done)
         elif result.error is None:  # the worker begins nothing more
             if not STOP.requested():
-                raise _lost("workers have dropped the run, as after a lost connection;")
+                raise _lost("workers have dropped the run, for example after a lost connection;")
         elif result.may_succeed and sent.attempt < len(PAUSES_S):
             log_retry(sent.tasks[done], result.error, sent.attempt)
             self._observe(sent.tasks[done], _failed_attempt(result.error, result.worker, again=True))

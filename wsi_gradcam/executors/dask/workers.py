@@ -38,7 +38,7 @@ GPU_SHARE = 0.25
 ANSWER_S = 10  # of a scheduler that is asked for its workers
 LOST = "the connection to the Dask scheduler is lost; restart it"
 CERTIFICATES = (
-    "name the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
+    "give the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
     "Dask's configuration (docs/clusters.md)"
 )
 
@@ -99,16 +99,16 @@ def _slots(worker: Mapping[str, Any], need: Mapping[str, float]) -> int:
 
 def _missing_workers(info: Mapping[str, Any], has_device: bool, device: str, scheduler: str) -> str:
     if not info:
-        return "there is no worker; start some with " + (
+        return "there are no workers; start some with " + (
             f"'dask worker {scheduler}'" if device == "cpu" else f"'dask worker {scheduler} --resources {GPU}=1'"
         )
     if not has_device:
         return (
-            f"--device {device} needs workers that declare a GPU, and none of the {len(info)} there are does; start "
-            f"some with 'dask worker {scheduler} --resources {GPU}=1' where GPUs are, or give --device cpu"
+            f"--device {device} needs workers that declare a GPU, but none of the {len(info)} workers does; start some "
+            f"with 'dask worker {scheduler} --resources {GPU}=1' where there are GPUs, or use --device cpu"
         )
     if all(worker.get("status", "running") == "paused" for worker in info.values()):
-        return "all workers are paused for lack of memory; give them more, or start fewer on a machine"
+        return "all workers are paused for lack of memory; give them more, or start fewer per machine"
     return ""
 
 
@@ -169,7 +169,7 @@ def connect(where: Any, timeout_s: float) -> Client:
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
         raise WorkerError(
             f"no Dask scheduler answers at {where}: {one_line(error)}; check the address, such as tls://10.0.0.1:8786, "
-            "and that this process has the certificates of its cluster (docs/clusters.md)"
+            "and that this process has the cluster's certificates (docs/clusters.md)"
         ) from error
 
 
@@ -347,12 +347,12 @@ def gpus_for(workers: int) -> list[str]:
     gpus = visible_gpus()
     if not gpus:
         raise WorkerError(
-            "--device cuda, but no NVIDIA GPU is found here (by CUDA_VISIBLE_DEVICES or nvidia-smi); try --device cpu"
+            "--device cuda, but no NVIDIA GPU is found here (by CUDA_VISIBLE_DEVICES or nvidia-smi); use --device cpu"
         )
     if workers > len(gpus):
         raise WorkerError(
             f"--workers {workers} with --device cuda needs a GPU for each, but there are {len(gpus)} "
-            f"({', '.join(gpus)}); give --workers {len(gpus)}"
+            f"({', '.join(gpus)}); use --workers {len(gpus)}"
         )
     return gpus[:workers]
 

@@ -96,7 +96,7 @@ SAVE_ANEW = (
 )
 
 LIGHTNING = (
-    "is a Lightning checkpoint, which holds pickled objects beside the weights; where you trust it, make the weights "
+    "is a Lightning checkpoint, which holds pickled objects besides the weights; if you trust it, save the weights to "
     "a file of their own: import torch; from safetensors.torch import save_file; s = torch.load('in.ckpt', "
     "map_location='cpu', weights_only=False)['state_dict']; save_file({k: v.contiguous() for k, v in s.items()}, "
     "'weights.safetensors')"
@@ -187,13 +187,13 @@ class Match:
     def notes(self, file: str, others: Sequence[Match]) -> tuple[str, ...]:
         """Return what is to be told of the choice, a line each."""
         place = f"{printable(self.place)!r} of {file}" if self.place else file
-        found = [f"the weights are those of {place} with the prefix {printable(self.prefix)!r}"] if self.prefix else []
+        found = [f"the weights are those in {place} with the prefix {printable(self.prefix)!r}"] if self.prefix else []
         if self.left:
-            found.append(f"not used of {place}: {_some(self.left)}")
+            found.append(f"not used from {place}: {_some(self.left)}")
         if others:
             found.append(
                 f"the weights are {printable(self.where or 'those at the top')!r} of {file}, which also holds "
-                f"{', '.join(repr(printable(m.where)) for m in others[:NAMED])}; save those alone to use them"
+                f"{', '.join(repr(printable(m.where)) for m in others[:NAMED])}; to use those, save them on their own"
             )
         return tuple(found)
 
@@ -256,11 +256,11 @@ def _misfit(matches: Sequence[Match], own: State, path: Path, spec: ModelSpec) -
         has, wants = outputs
         if spec.classes is not None and wants == len(spec.classes):
             return (
-                f"{start}: the checkpoint has {has} outputs, the model file names {wants} classes; name those that it "
+                f"{start}: the checkpoint has {has} outputs, the model file lists {wants} classes; list those that it "
                 "was trained on"
             )
         return (
-            f"{start}: the checkpoint has {has} outputs, the network {wants}; name the {has} classes with 'classes:' "
+            f"{start}: the checkpoint has {has} outputs, the network {wants}; list the {has} classes under 'classes:' "
             "in the model file, or build the network with that many"
         )
     if not best.renamed:
@@ -303,7 +303,7 @@ def states_in(path: Path, numbers: bool = False) -> list[tuple[str, State]]:
         content = _read(path)
     found = list(_dicts(content, ()))
     if not found:
-        raise ModelError(f"{path}: expected a state dict of tensors, found a {type(content).__name__} of other things")
+        raise ModelError(f"{path}: expected a state dict of tensors, found a {type(content).__name__} without any")
     return found
 
 
@@ -326,7 +326,7 @@ def _read(path: Path) -> Any:
             raise ModelError(f"{path}: not a safetensors file: {one_line(error)[:300]}; is it damaged?") from error
     if is_torchscript(path):
         raise ModelError(
-            f"{path}: not a plain state dict, but a TorchScript program; make it the source ('source: {path.name}'), "
+            f"{path}: not a plain state dict but a TorchScript program; make it the source ('source: {path.name}'), "
             "and leave out 'weights:'"
         )
     try:
@@ -362,15 +362,15 @@ def saved_problem(path: Path, most: int = MAX_PICKLE) -> str:
         try:
             archive = open_zip(file)
         except LongZipError as error:
-            return f"not as torch.save writes a tensor: it {error}"
+            return f"not a tensor as torch.save writes it: it {error}"
         with archive:
             entries = archive.infolist()
             packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
             if packed or sum(e.file_size for e in entries) > path.stat().st_size:
-                return "not as torch.save writes a tensor, packed or with one part twice"
+                return "not a tensor as torch.save writes it: it is compressed, or a part occurs twice"
             pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
             if any(entry.file_size > most for entry in pickles):
-                return f"not as torch.save writes a tensor, with a description of more than {most:,} bytes"
+                return f"not a tensor as torch.save writes it: its description has more than {most:,} bytes"
             if any(ROOM in archive.read(entry) for entry in pickles):
                 return WITH_ROOM
     return ""

@@ -110,7 +110,7 @@ def source_digest(spec: ModelSpec) -> str:
     with searching(_folders(spec)):
         file = _locate(spec, module)
     if file is None:
-        raise ModelError(f"{spec.source}: {module!r} has no file of its own whose digest could be compared")
+        raise ModelError(f"{spec.source}: {module!r} has no file of its own to compare digests of")
     return code_digest(module, file)
 
 
@@ -150,7 +150,7 @@ def _names(source: str) -> tuple[str, str]:
         raise ModelError(f"{source}: expected module:function, or one of {FORMS}")
     if source not in BUNDLED and _of_a_program(module):
         raise ModelError(
-            f"{source}: {module.partition('.')[0]} does not make networks; expected a function that returns a "
+            f"{source}: {module.partition('.')[0]} does not build networks; expected a function that returns a "
             f"torch.nn.Module, or one of {FORMS}"
         )
     return module, function
@@ -209,8 +209,8 @@ def _check_origins(source: str, files: dict[Path, str]) -> None:
 
 def _shadowed(source: str, meant: Path, found: str | None) -> str:
     return (
-        f"{source}: {meant} is meant, but Python has imported {found} under the same name, or would: installed modules "
-        "come first; rename one of them, or use a process for each model"
+        f"{source}: {meant} is meant, but Python imports {found}, which has the same name: installed modules come "
+        "first; rename one of them, or use a separate process for each model"
     )
 
 
@@ -230,8 +230,8 @@ def build_timm(spec: ModelSpec) -> Built:
     if spec.weights is None and not timm.is_model_pretrained(name):
         # timm would warn in its log and go on with random weights.
         raise ModelError(
-            f"timm:{name}: there are no published weights; name a file with 'weights:' in a model file, or use "
-            "'weights: random' for an untrained network"
+            f"timm:{name}: it has no published weights; give a file with 'weights:' in a model file, or use 'weights: "
+            "random' for an untrained network"
         )
     if spec.weights is None:
         _check_network(spec, timm.get_pretrained_cfg(name))
@@ -279,7 +279,7 @@ def _check_allowed(spec: ModelSpec, url: str) -> None:
 
 def _no_weights(spec: ModelSpec, cause: str) -> ModelError:
     return ModelError(
-        f"{spec.source}: the published weights are not available ({cause}); name a file with 'weights:' in a model "
+        f"{spec.source}: the published weights are not available ({cause}); give a file with 'weights:' in a model "
         "file, or use 'weights: random' for an untrained network"
     )
 
@@ -303,7 +303,7 @@ def build_torchvision(spec: ModelSpec) -> Built:
         raise ModelError(f"torchvision:{name}: torchvision has no such model; {near}") from error
     transform = published.transforms()
     if not hasattr(transform, "crop_size"):
-        raise ModelError(f"torchvision:{name}: not a classifier of images, expected one such as torchvision:resnet18")
+        raise ModelError(f"torchvision:{name}: not an image classifier, expected one such as torchvision:resnet18")
     arguments: dict[str, Any] = {"weights": published if spec.weights is None else None}
     if spec.weights is not None and spec.classes is not None:
         arguments["num_classes"] = len(spec.classes)
@@ -350,6 +350,6 @@ def _leave_off(spec: ModelSpec, module: nn.Module) -> None:
             head[-1] = nn.Identity()
             return
     raise ModelError(
-        f"{spec.source}: does not end in a linear layer, so it gives no features as it is; write a function that "
-        "returns a network which does"
+        f"{spec.source}: does not end in a linear layer, so its features are not known; write a function that returns "
+        "a network that does"
     )

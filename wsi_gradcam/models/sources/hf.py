@@ -46,7 +46,7 @@ def read_mapping(path: Path, source: str) -> dict[str, Any]:
     try:
         values = read_json(read_file(path, MAX_BYTES))
     except DocumentError as error:
-        raise ModelError(f"{path}: not a JSON file that is read here: {one_line(error)}") from error
+        raise ModelError(f"{path}: not a JSON file that can be read: {one_line(error)}") from error
     except OSError as error:
         raise ModelError(f"{source}: {path} cannot be read: {error.strerror}; the folder needs it") from error
     if not isinstance(values, dict):
@@ -96,7 +96,7 @@ def build_hf(spec: ModelSpec) -> Built:
                 raise
             raise ModelError(f"{spec.source}: its configuration cannot be used: {one_line(error)}") from error
     raise ModelError(
-        f"{spec.source}: config.json names neither a timm 'architecture' nor a transformers 'model_type'; it is no "
+        f"{spec.source}: config.json names neither a timm 'architecture' nor a transformers 'model_type'; it is not an "
         "image classifier"
     )
 
@@ -116,7 +116,7 @@ def _check_bounds(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
         if MAX_HEADER < size <= path.stat().st_size:  # the library refuses what is longer than its file
-            raise ModelError(f"{spec.source}: {path.name}: a header of {size:,} bytes, expected up to {MAX_HEADER:,}")
+            raise ModelError(f"{spec.source}: {path.name}: a header of {size:,} bytes, expected at most {MAX_HEADER:,}")
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
         name, value = waiting.pop()
@@ -124,7 +124,7 @@ def _check_bounds(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None
             waiting += [(str(key), each) for key, each in value.items()] if isinstance(value, dict) else []
             waiting += [(name, each) for each in value] if isinstance(value, list) else []
         elif isinstance(value, int | float) and value > MAX_LAYERS and LAYERS.search(name):
-            raise ModelError(f"{spec.source}: its configuration has {name} {value:g}, expected up to {MAX_LAYERS}")
+            raise ModelError(f"{spec.source}: its configuration has {name} {value:g}, expected at most {MAX_LAYERS}")
 
 
 def _check_size(build: Callable[[], torch.nn.Module], folder: Path, spec: ModelSpec) -> None:
@@ -141,8 +141,8 @@ def _check_size(build: Callable[[], torch.nn.Module], folder: Path, spec: ModelS
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if count > held:
         raise ModelError(
-            f"{spec.source}: its configuration is of a network of {count:,} weights, and its *.safetensors have "
-            f"{held:,} bytes; copy them again, or the config.json that belongs to them"
+            f"{spec.source}: its configuration describes a network of {count:,} weights, but its *.safetensors have "
+            f"only {held:,} bytes; copy them again, or the matching config.json"
         )
 
 
@@ -194,7 +194,7 @@ def weights_file(folder: Path, spec: ModelSpec) -> Path:
         return path
     if len(files) != 1:
         raise ModelError(
-            f"{spec.source}: {len(files) or 'no'} *.safetensors and none called model.safetensors: keep one"
+            f"{spec.source}: {len(files) or 'no'} *.safetensors and none called model.safetensors; keep only one"
         )
     return files[0]
 
@@ -245,7 +245,7 @@ def _build_transformers(folder: Path, config: dict[str, Any], spec: ModelSpec) -
             )
     files = sorted(folder.glob("*.safetensors"))
     if spec.sha256 is not None and len(files) != 1:
-        raise ModelError(f"{spec.source}: sha256 is of one file, but there are {len(files)} *.safetensors")
+        raise ModelError(f"{spec.source}: sha256 is that of one file, but there are {len(files)} *.safetensors")
     with tensors_only(), _quiet(transformers):
         module = _load(transformers, folder, spec)
         processor = _processor(transformers, folder, spec)
@@ -309,8 +309,8 @@ def _prepared(processor: Any, config: Any, spec: ModelSpec) -> dict[str, Any]:
     if processor is None:
         if spec.scale is None and (spec.mean is None or spec.std is None):
             raise ModelError(
-                f"{spec.source}: no preprocessor_config.json: the normalisation of its images is unknown; put that "
-                "file into the folder, or name mean and std in a model file"
+                f"{spec.source}: no preprocessor_config.json, so its normalisation is unknown; add that file to the "
+                "folder, or give mean and std in a model file"
             )
         return {"patch_px": spec.patch_px or _pair(getattr(config, "image_size", None))}
     colours = _colours(processor)
@@ -379,8 +379,8 @@ def _check(processor: Any, declared: Resizing, colours: dict[str, Any], spec: Mo
     if expected.shape != found.shape or not torch.allclose(found, expected.float(), atol=1e-5, rtol=1e-5):
         raise ModelError(
             f"{spec.source}: its {type(processor).__name__.removesuffix('Pil')} does more than resize, crop and "
-            "normalise, so it cannot be followed; wrap the model in a function that takes RGB as it is "
-            "('source: module:function')"
+            "normalise, which cannot be reproduced; wrap the model in a function that takes plain RGB ('source: "
+            "module:function')"
         )
 
 

@@ -53,7 +53,7 @@ def read_source(path: Path, spec: ModelSpec) -> tuple[bytes, str]:
         raise ModelError(f"{spec.source}: {path} cannot be read: {error.strerror}; check the path") from error
     found = hashlib.sha256(content).hexdigest()
     if spec.sha256 and found != spec.sha256.lower():
-        raise ModelError(f"{spec.name}: {path} has sha256 {found}, expected {spec.sha256}; fetch the right file")
+        raise ModelError(f"{spec.name}: {path} has sha256 {found}, expected {spec.sha256}; download the right file")
     return content, found
 
 
@@ -105,10 +105,10 @@ def failure(name: str, images: Tensor, error: Exception) -> str:
     shape, cause = tuple(images.shape), cause_of(error)
     if (wanted := channels_wanted(error)) is not None:
         return (
-            f"{name}: takes images of {wanted} channel{'s' * (wanted != 1)}, but patches are RGB, of 3; use a model "
+            f"{name}: takes images of {wanted} channel{'s' * (wanted != 1)}, but patches are RGB, with 3; use a model "
             "that takes RGB, or wrap it in one that converts RGB"
         )
-    return f"{name}: fails on a batch of shape {shape}: {cause}; is 'patch_px' the size the network takes?"
+    return f"{name}: fails on a batch of shape {shape}: {cause}; is 'patch_px' the input size of the network?"
 
 
 def cause_of(error: BaseException) -> str:
@@ -129,8 +129,8 @@ def channels_wanted(error: Exception) -> int | None:
 
 
 SAVE_AGAIN = (
-    "save it with torch.jit.script or torch.export.save of model.eval(): a trace of a network that computes with sizes "
-    "holds them as numbers"
+    "save it with torch.jit.script or torch.export.save of model.eval(): a trace fixes the sizes that the network "
+    "computes with"
 )
 
 
@@ -162,8 +162,8 @@ def load_script(path: Path, content: bytes) -> nn.Module:
     """
     if not is_torchscript(path):
         raise ModelError(
-            f"{path}: not a TorchScript program, or damaged; a state dict is named with 'weights:' in a model "
-            "file, beside the 'source:' of its network"
+            f"{path}: not a TorchScript program, or damaged; a state dict belongs under 'weights:' in a model file, "
+            "next to the 'source:' of its network"
         )
     try:
         with warnings.catch_warnings():
@@ -201,7 +201,7 @@ def _load_exported(path: Path, content: bytes) -> ExportedProgram:
         records = torch._C.PyTorchFileReader(io.BytesIO(content)).get_all_records()
         if found := [name for name in records if any(part in name for part in FORBIDDEN)]:
             raise ModelError(
-                f"{path}: holds {found[0]}; objects and compiled libraries are never loaded: save it with "
+                f"{path}: contains {found[0]}; objects and compiled libraries are never loaded: save it with "
                 "torch.export.save from a model of plain tensors"
             )
         with tensors_only(), _quiet():
@@ -210,8 +210,8 @@ def _load_exported(path: Path, content: bytes) -> ExportedProgram:
         raise
     except Exception as error:  # damaged files raise many kinds
         raise ModelError(
-            f"{path}: cannot be loaded as an exported program: {one_line(error)[:400]}; it is damaged, holds pickled "
-            "objects, which are never loaded, or was made by another version of PyTorch: export it again"
+            f"{path}: cannot be loaded as an exported program: {one_line(error)[:400]}; it is damaged, contains "
+            "pickled objects (never loaded), or was made by another version of PyTorch; export it again"
         ) from error
 
 
@@ -335,11 +335,11 @@ class Config(BaseModel):
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"num_classes is {self.num_classes}, but there are {len(self.class_names)} class_names")
         if len(set(self.class_names)) != self.num_classes:
-            raise ValueError("class_names should differ from each other")
+            raise ValueError("class_names should all differ")
         order = [step.name for step in self.transform]
         if order not in [[*resize, "ToTensor", *norm] for resize in ([], ["Resize"]) for norm in ([], ["Normalize"])]:
             raise ValueError(
-                f"transform: the steps {', '.join(order) or '(none)'} are not supported; expected Resize (optional), "
+                f"the transform steps {', '.join(order) or '(none)'} are not supported; expected Resize (optional), "
                 "ToTensor, Normalize (optional), in this order"
             )
         return self
@@ -388,9 +388,9 @@ def read_config(path: Path, source: str) -> Config:
     except OSError as error:
         raise ModelError(f"{source}: {path} cannot be read: {error.strerror}; a WSInfer model needs it") from error
     except ValidationError as error:
-        raise ModelError(f"{path}: not a configuration of WSInfer: {explain_validation(error)}") from error
+        raise ModelError(f"{path}: not a WSInfer configuration: {explain_validation(error)}") from error
     except DocumentError as error:
-        raise ModelError(f"{path}: not a JSON file that is read here: {one_line(error)}") from error
+        raise ModelError(f"{path}: not a JSON file that can be read: {one_line(error)}") from error
 
 
 def _resizing(config: Config, spec: ModelSpec) -> Resizing | None:

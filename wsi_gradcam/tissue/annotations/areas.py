@@ -372,9 +372,8 @@ class LabelPicture:
         (height, width), (full_height, full_width) = pixels.sizes[0], slide_px
         if not covers(pixels.sizes[0], slide_px):
             raise AnnotationError(
-                f"{path}: {height} x {width} px (height x width) have another aspect ratio than the slide's "
-                f"{full_height} x {full_width} px, so it is rotated, cropped or from another slide; expected the whole "
-                "slide"
+                f"{path}: {height} x {width} px (height x width) do not have the proportions of the slide's "
+                f"{full_height} x {full_width} px: it is rotated, cropped or of another slide; expected the whole slide"
             )
 
     @cached_property
