@@ -112,7 +112,7 @@ def test_arguments_that_do_not_fit() -> None:
         ({"regions": {"fold": disc[:3]}}, ConfigError, "fold: bool "),
         ({"regions": {"fold": disc.astype(np.uint8)}}, ConfigError, "fold: uint8 "),
         ({"target": "liver"}, TargetError, "liver"),
-        ({"only": ["truth"]}, ConfigError, "'truth' is not a question"),
+        ({"only": ["truth"]}, ConfigError, "'truth' is not one of the audit's questions"),
         ({"method": "tarot"}, ConfigError, "tarot"),
         ({"model": "no-such-model"}, ModelError, "no such model"),
     ):
