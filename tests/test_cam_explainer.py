@@ -120,7 +120,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
     with caplog.at_level(logging.INFO, "wsi_gradcam"):
         found = explainer.explain(rgb, TARGETS, [*METHODS, "gradient", "ablationcam"])
     assert program.sizes == sizes
-    assert caplog.messages == [f"out of memory with 6 patches at once; using at most {min(sizes)} are used"]
+    assert caplog.messages == [f"out of memory with 6 patches at once; using at most {min(sizes)} from now on"]
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         flat = (

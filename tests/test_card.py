@@ -178,7 +178,7 @@ def test_what_the_model_looks_at_is_said_where_it_was_asked(made: Path, tmp_path
     path, page = write_card(made / "marker.yaml", out, tmp_path)
     part = path.read_text(encoding="utf-8").partition("## What it looks at\n")[2].partition("\n#")[0]
     assert part.split("\n")[1:-1] == [
-        "- Explained is marker, on 1,200 patches of 14 slides.",
+        "- Explained target: marker, on 1,200 patches of 14 slides.",
         r"- Ink \*decides\*.",
     ]
     assert "<li>Ink *decides*.</li>" in page.read_text(encoding="utf-8")

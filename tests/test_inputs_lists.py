@@ -127,7 +127,7 @@ def test_the_lists_mpp_is_what_a_run_uses(tmp_path: Path) -> None:
     path.write_text("slide,mpp\na.tif,0.4\n")
     (record,) = explain(path, toy_spec("pooled_linear"), out, **SMALL).records
     assert record.status == "failed"
-    assert "holds results at mpp (0.5, 0.5), the slide's is (0.4, 0.4)" in record.error
+    assert "holds results at mpp (0.5, 0.5), but the slide's is (0.4, 0.4)" in record.error
     assert ResumeError.__name__ not in record.error
 
 

@@ -250,7 +250,7 @@ def test_what_cannot_be_explained_is_refused(tmp_path: Path) -> None:
         explain_bag(network, bag(3), target, ["singel"])
     with pytest.raises(ModelError, match=r"features of shape \(3, 5\), but the aggregator takes \(patches, 12\)"):
         explain_bag(network, bag(3, width=5), target, ["single"])
-    with pytest.raises(ModelError, match="no patches"):
+    with pytest.raises(ModelError, match="without patches"):
         explain_bag(network, bag(0), target, ["single"])
     with pytest.raises(ConfigError, match="shapley: this aggregator is not additive"):
         explain_bag(network, bag(3), target, ["shapley"])

@@ -269,7 +269,7 @@ def test_another_number_of_classes_is_told_in_these_words(state: State, tmp_path
     torch.save({"state_dict": prefixed("model.", weights)}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match="the checkpoint has 5 outputs, the model file lists 3 classes"):
         load(tmp_path, source="timm:resnet10t", classes=["a", "b", "c"])
-    with pytest.raises(ModelError, match="the checkpoint has 5 outputs, the network 1000; name the 5 classes"):
+    with pytest.raises(ModelError, match="the checkpoint has 5 outputs, the network 1000; list the 5 classes"):
         load(tmp_path, source="timm:resnet10t")
 
 

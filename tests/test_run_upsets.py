@@ -97,7 +97,7 @@ def test_a_slide_that_is_replaced_fails_and_is_never_mixed(
     assert unreadable or "was replaced by another file during the run" in error
     assert not (out / "a.tif/manifest/done.json").exists()
     again = explain(archive, toy_spec("pooled_linear"), out, reader=reader, retry_failed=True, **SMALL)
-    assert "holds results of another file" in again.records[0].error
+    assert "holds results of a different file" in again.records[0].error
     anew = explain(archive, toy_spec("pooled_linear"), out, reader=reader, overwrite=True, **SMALL)
     assert anew.failed == ()
     assert validate(out) == []

@@ -31,8 +31,8 @@ EDITORS_DPI = [
 REFUSED = {
     "slides/dicom/highdicom-sm_image_jpegls/highdicom-sm_image_jpegls.dcm": "Unsupported transfer syntax.*convert it",
     "slides/hostile/histolab-broken.svs": "convert it",
-    "slides/ome-tiff/viv-multi-channel.ome.tif": "3 pictures that belong together",
-    "slides/ome-tiff/viv-fixture-multi-channel.ome.tif": "3 pictures that belong together",
+    "slides/ome-tiff/viv-multi-channel.ome.tif": "3 separate channels",
+    "slides/ome-tiff/viv-fixture-multi-channel.ome.tif": "3 separate channels",
 }
 # What OpenSlide does not read; none of them tells its mpp.
 ONLY_OURS = {

@@ -141,18 +141,22 @@ def test_a_slide_in_colour_is_shown_as_it_is_whatever_is_chosen(tmp_path: Path) 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "int16": (np.zeros((128, 192), np.int16), {"photometric": "minisblack"}, "samples are 16 bits, INT"),
-    "cielab": (np.full((128, 192, 3), 120, np.uint8), {"photometric": "cielab"}, "3 samples of CIELAB are not colours"),
+    "cielab": (
+        np.full((128, 192, 3), 120, np.uint8),
+        {"photometric": "cielab"},
+        "3 samples of CIELAB are not a supported colour space",
+    ),
     "five samples": (
         np.zeros((128, 192, 5), np.uint8),
         {"photometric": "minisblack", "planarconfig": "contig"},
-        "5 pictures that belong together",
+        "5 separate channels",
     ),
     "five in colour": (
         np.zeros((128, 192, 5), np.uint8),
         {"photometric": "rgb", "planarconfig": "contig"},
         "5 samples per pixel, 2 of which are neither colour",
     ),
-    "a stack": (np.zeros((3, 128, 192, 3), np.uint8), {"photometric": "rgb"}, "3 pictures that belong together"),
+    "a stack": (np.zeros((3, 128, 192, 3), np.uint8), {"photometric": "rgb"}, "3 separate images"),
     "float": (np.zeros((128, 192), np.float32), {"photometric": "minisblack"}, "samples are 32 bits, IEEEFP"),
 }
 

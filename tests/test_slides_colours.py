@@ -108,7 +108,11 @@ def test_other_extra_samples_are_left_out(picture: Rgb, tmp_path: Path) -> None:
         (np.zeros(SIZE, np.int16), {"photometric": "minisblack"}, "16 bits, INT, expected unsigned 8 or 16 bits"),
         (np.zeros(SIZE, np.uint32), {"photometric": "minisblack"}, "32 bits, UINT, expected unsigned 8 or 16 bits"),
         (np.zeros(SIZE, bool), {"photometric": "minisblack"}, "1 bits"),
-        (np.zeros((*SIZE, 3), np.uint8), {"photometric": "cielab"}, "3 samples of CIELAB are not colours"),
+        (
+            np.zeros((*SIZE, 3), np.uint8),
+            {"photometric": "cielab"},
+            "3 samples of CIELAB are not a supported colour space",
+        ),
     ],
 )
 def test_what_has_no_colours_is_refused(data: Any, options: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_several_pictures_that_belong_together_are_refused(tmp_path: Path) -> No
     path = tmp_path / "a.ome.tif"
     stains = np.zeros((3, 50, 60), np.uint8)
     tifffile.imwrite(path, stains, ome=True, metadata={"axes": "CYX"}, photometric="minisblack")
-    with pytest.raises(SlideFormatError, match=r"3 pictures that belong together.*expected one in colour"):
+    with pytest.raises(SlideFormatError, match=r"3 separate channels.*expected one image in colour"):
         open_slide(path)
 
 

@@ -111,7 +111,7 @@ SAID |= {
     "jpeg of two frames": "several frames",
     "jpeg 2000 in dust": "more than a tile of a slide has",
     "jpeg 2000 in tiles": "of 4,096 tiles, .* more than a tile of a slide has",
-    "jpeg xl, a film": "several pictures",
+    "jpeg xl, a film": "several images",
     "png with texts": "more text than a tile has",
     "lzma dictionary": "[Mm]emory",
 }

@@ -156,7 +156,7 @@ def write_slide_spread(context: Context[AuditWorkload], entry: SlideEntry) -> No
     if (folder.read_spread(entry.id) or {}).get("audit") != plan.audit_digest():
         slide_plan = Manifest(context.folder(entry).manifest).plan()
         if slide_plan is None:
-            raise StoreError(f"{context.folder(entry).manifest}has no plan; run explain again")
+            raise StoreError(f"{context.folder(entry).manifest} has no plan; run explain again")
         write_spread(folder, plan, entry.id, slide_plan, context.patch_store(entry))
 
 

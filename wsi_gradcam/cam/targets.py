@@ -89,7 +89,7 @@ def check_trusted(targets: Sequence[Target], trusted: bool) -> None:
     functions = [target.function for target in targets if target.function is not None]
     if functions and not trusted:
         raise TargetError(
-            f"target {functions[0]}is not a class of the model but a function, which is code; if you trust its author, "
+            f"target {functions[0]} is not a class of the model but a function, which is code; if you trust its author, "
             "allow that with --trust-code (in Python: trust_code=True)"
         )
 
@@ -163,7 +163,7 @@ def score_of_bag(target: Target, logits: Tensor) -> Score:
         return make_score(target, logits[None])
     index = int(logits.argmax()) if target.index is None else target.index
     if max(index, target.minus or 0) >= len(logits):
-        raise TargetError(f"target {target.label!r}is out of range: the aggregator has {len(logits)} logits")
+        raise TargetError(f"target {target.label!r} is out of range: the aggregator has {len(logits)} logits")
     if target.minus is None:
         return lambda given: given[:, index]
     return lambda given: given[:, index] - given[:, target.minus]
@@ -208,7 +208,7 @@ def function_digest(path: str) -> str:
     with searching([Path.cwd()]):
         file = module_file(path.partition(":")[0])
     if file is None or not Path(file).is_file():
-        raise TargetError(f"target {path!r}is neither a class of the model nor a module that can be found")
+        raise TargetError(f"target {path!r} is neither a class of the model nor a module that can be found")
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
