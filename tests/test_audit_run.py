@@ -205,7 +205,7 @@ def test_settings_that_make_no_sense(copy: Path, tmp_path: Path) -> None:
         ({"annotations": tmp_path / "none"}, "does not exist"),
         ({"include": ["x"]}, "give their file or folder as well"),
         ({"target": "lymph"}, "target 'lymph' was not explained; expected one of other, marker, predicted"),
-        ({"annotations": tmp_path}, "name it with --target"),
+        ({"annotations": tmp_path}, "choose one with --target"),
         ({"workers": 0}, "workers is 0"),
     ):
         with pytest.raises(ConfigError, match=message):

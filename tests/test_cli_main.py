@@ -93,7 +93,9 @@ def test_a_dry_run_writes_nothing_and_counts_right(run: Run, made: Path, finishe
     assert not list(tmp_path.iterdir())
     assert "a.tif" in printed
     assert "2 slides, 76 patches" in printed
-    assert re.search(r"about .* for the 76 remaining patches, at .* patches/s: measured now .* float32", flat(printed))
+    assert re.search(
+        r"about .* for the 76 remaining patches, at .* patches/s: measured just now .* float32", flat(printed)
+    )
 
 
 def test_a_dry_run_estimates_the_time(run: Run, made: Path, finished: Path, tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ run, made, finished = cli_runs.run, cli_runs.made, cli_runs.finished  # fixtures
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such slide": (["{slides}/none.svs"], r"{slides}/none\.svs: does not exist, .*check the path"),
-    "empty folder": (["{made}/empty"], r"{made}/empty: no slides in this folder; expected files ending in .*\.svs"),
+    "misspelt slide": (["{slides}/aa.tif"], r"{slides}/aa\.tif: does not exist, .*did you mean a\.tif.*\?"),
+    "empty folder": (
+        ["{made}/empty"],
+        r"{made}/empty: no slides in this folder; .*\.svs .*give the folder with the slides",
+    ),
     "no such class": (["--target", "tumor"], r"target 'tumor' is not a class .*expected one of other, marker"),
     "no such index": (["--target", "2"], r"target '2' is not a class .*an index below 2"),
     "no such layer": (["--layer", "layer4"], r"no layer 'layer4'; it has features, fc"),
@@ -192,7 +196,7 @@ def test_a_slip_of_the_hand_is_told_with_what_may_be_meant(
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert re.search(rf"; did you mean {meant}( or --?[a-z-]+)*\?$", capsys.readouterr().err.splitlines()[-1])
+    assert re.search(rf"; did you mean {meant}((,| or) --?[a-z-]+)*\?$", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_a_method_that_is_written_otherwise_is_found(run: Run, made: Path, tmp_path: Path) -> None:
@@ -222,9 +226,9 @@ def with_screen_mpp(good: Path, path: Path) -> None:
 
 
 BAD: dict[Callable[[Path, Path], None], str] = {
-    not_a_slide: r"bad\.tif: not a slide that OpenSlide reads.* expected Aperio",
+    not_a_slide: r"bad\.tif: not a slide that OpenSlide can read.* expected Aperio",
     cut_short: r"bad\.tif: ",
-    without_mpp: r"bad\.tif: the file has no openslide\.mpp-.; give the micrometres per pixel with --mpp",
+    without_mpp: r"bad\.tif: the file has no openslide\.mpp-.; give the micrometres per pixel, such as --mpp 0.25",
     with_screen_mpp: r"bad\.tif: openslide\.mpp-. is 352\.\d*, expected .*with --mpp",
 }
 

@@ -321,7 +321,7 @@ def test_all_ways_to_say_resize(arguments: Any, input_px: Any, config: dict[str,
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"transform": [{"name": "Scale"}]}, "transform.0.name: Input should be 'Resize', 'ToTensor' or 'Normalize'"),
+        ({"transform": [{"name": "Scale"}]}, "transform.0.name: should be 'Resize', 'ToTensor' or 'Normalize'"),
         ({"transform": [{"name": "Resize", "arguments": {"size": 224, "fill": 0}}]}, "Resize has no argument 'fill'"),
         ({"transform": [{"name": "ToTensor"}, {"name": "Resize"}]}, "expected Resize (optional), ToTensor, Normalize"),
         ({"transform": []}, "the transform steps (none) are not supported"),

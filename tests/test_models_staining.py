@@ -116,7 +116,7 @@ def test_info_shows_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stain", "message"),
     [
-        ("macenco", "stain.method: Input should be 'none', 'macenko' or 'reinhard' (given: 'macenco')"),
+        ("macenco", "stain.method: should be 'none', 'macenko' or 'reinhard' (given: 'macenco')"),
         ({"target": "a.png"}, "stain.method: Field required"),
         ({"method": "macenko", "targets": "a.png"}, "stain.targets: unknown key, check the spelling"),
         ({"method": "none", "target": "a.png"}, "method none takes no target"),
@@ -147,11 +147,11 @@ def test_an_unusable_picture_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
     assert "no such stain target; paths are relative to the model file" in message("missing.png")
     (tmp_path / "text.png").write_text("not a picture")
-    assert "no picture (UnidentifiedImageError)" in message("text.png")
+    assert "not an image (UnidentifiedImageError)" in message("text.png")
     rgb = stained(concentrations(), OTHER.stains).reshape(100, 200, 3)
     Image.fromarray(rgb).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:20_000])
-    assert "no picture" in message("cut.png")
+    assert "not an image" in message("cut.png")
     Image.fromarray(rgb).convert("L").save(tmp_path / "gray.png")
     assert "200 x 100 px, L; expected 8-bit RGB" in message("gray.png")
     Image.fromarray(np.full_like(rgb, 250)).save(tmp_path / "glass.png")

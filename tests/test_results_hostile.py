@@ -149,8 +149,11 @@ def set_run(**values: Any) -> Callable[[Path], None]:
 
 ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a chunk that unpacks to 4 GB": (put_bomb, "Destination buffer is too small"),
-    "chunks of 16 GB": (set_chunks, "larger than any"),
-    "another codec": (lambda out: set_codecs(out, "gzip", {"level": 1}), "packed by GzipCodec, which no results are"),
+    "chunks of 16 GB": (set_chunks, "are too large"),
+    "another codec": (
+        lambda out: set_codecs(out, "gzip", {"level": 1}),
+        "compressed with GzipCodec, which is not supported",
+    ),
     "a wider heatmap": (lambda out: changed(out / HEATMAP, lambda a: a.update(shape=[3, 75, 1 << 40])), "px, expected"),
     "metadata of a terabyte": (lambda out: sparse(out / HEATMAP), "bytes, expected at most"),
     "a shard of a terabyte": (

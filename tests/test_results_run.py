@@ -190,7 +190,7 @@ def test_unknown_channels_levels_and_patches_are_refused(slide: SlideResult) -> 
         slide.coverage(2)
     with pytest.raises(UnknownNameError, match="no patch"):
         slide.cams(-1)
-    with pytest.raises(UnknownNameError, match="one number a patch"):
+    with pytest.raises(UnknownNameError, match="one number per patch"):
         slide.cam(0, "probability: marker")
 
 

@@ -107,7 +107,7 @@ def test_units_are_honoured(unit: str, scale: float, picture: Rgb, tmp_path: Pat
 @pytest.mark.parametrize(
     ("unit", "scale", "said"),
     [
-        (None, 1.0, "axis y has unit None; give the micrometres per pixel with --mpp"),
+        (None, 1.0, "axis y has unit None; give the micrometres per pixel, such as --mpp 0.25"),
         ("micrometer", 352.8, "the scale of axis y is 352.8, expected 0.01 to 100"),
     ],
 )

@@ -237,7 +237,7 @@ def test_a_single_level_says_its_mpp_in_ome_xml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({}, "the file has no PhysicalSizeY; give the micrometres per pixel with --mpp"),
+        ({}, "the file has no PhysicalSizeY; give the micrometres per pixel, such as --mpp 0.25"),
         (
             {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25, "PhysicalSizeYUnit": "pixel"},
             "PhysicalSizeY is '0.25' 'pixel'",

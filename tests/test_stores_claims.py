@@ -151,7 +151,7 @@ def test_a_run_that_ended_while_the_store_was_away_is_followed_by_the_next_of_it
 
     with monkeypatch.context() as patch, claim(out, "first", say=(told := Told())):
         patch.setattr(type(out), "remove", away)
-    assert told == [f"the claim on {out} stays behind: away"]
+    assert told == [f"the claim on {out} could not be removed: away"]
     assert read_holder(out) is not None
     with claim(out, "second") as mine:
         mine.check()
@@ -257,7 +257,7 @@ def test_a_claim_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pyt
 
     with claim(LocalPath(tmp_path), say=(told := Told())):
         monkeypatch.setattr(LocalPath, "remove", refuse)
-    assert told == [f"the claim on {tmp_path} stays behind: no"]
+    assert told == [f"the claim on {tmp_path} could not be removed: no"]
 
 
 def test_names_of_runs_sort_by_time_and_differ() -> None:

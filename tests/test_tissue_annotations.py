@@ -251,7 +251,7 @@ class TestMasks:
 
 
 BAD_JSON: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{", "not a JSON file"),
+    "not valid JSON": ("{", "not a JSON file"),
     "not a number": ('{"type": "Polygon", "coordinates": [[[NaN, 1], [2, 3], [4, 5]]]}', "not a JSON file: NaN"),
     "deep": ("[" * 100_000, "not a JSON file"),
     "text": ('"text"', "holds a str; expected a GeoJSON"),

@@ -42,7 +42,7 @@ class ToySlide:
             path=str(path),
             levels=make_levels([self._pixels.shape[:2]]),
             mpp=mpp or own,
-            mpp_problem="" if mpp or own else "the file has no mpp; give the micrometres per pixel with --mpp",
+            mpp_problem="" if mpp or own else "the file has no mpp; give the micrometres per pixel, such as --mpp 0.25",
             vendor="toy",
             background=WHITE,
             bounds=None,

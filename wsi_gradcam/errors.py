@@ -172,17 +172,19 @@ def from_extra(extra: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a question with the names that are near to an unknown one; "" where none is.
 
     >>> did_you_mean("clases", ["classes", "mpp"]), did_you_mean("zzz", ["mpp"])
     ('did you mean classes?', '')
+    >>> did_you_mean("mask", ["masks", "task", "masc"])
+    'did you mean masks, task or masc?'
     """
     from difflib import get_close_matches  # only where something is wrong
 
     by_lower = {known.lower(): known for known in names}
-    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, 3)]
-    return f"did you mean {' or '.join(near)}?" if near else ""
+    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, 3, cutoff)]
+    return f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), *near[-1:])))}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -89,8 +89,8 @@ def check_trusted(targets: Sequence[Target], trusted: bool) -> None:
     functions = [target.function for target in targets if target.function is not None]
     if functions and not trusted:
         raise TargetError(
-            f"target {functions[0]} is not a class of the model but a function, which is code; if you trust its author, "
-            "allow that with --trust-code (in Python: trust_code=True)"
+            f"target {functions[0]} is not a class of the model but a function, which is code; if you trust its "
+            "author, allow it with --trust-code (in Python: trust_code=True)"
         )
 
 

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
-from wsi_gradcam.errors import ConfigError, SlideNotFoundError, as_text, canonical
+from wsi_gradcam.errors import ConfigError, SlideNotFoundError, as_text, canonical, did_you_mean
 from wsi_gradcam.inputs.lists import ENDINGS, NO_DETAILS, Details, Mpp, is_list, read_list
 from wsi_gradcam.inputs.search import (
     ANY_FOLDERS,
@@ -40,6 +40,7 @@ from wsi_gradcam.slides import SUFFIXES, UNREAD, is_zarr
 SERIES_INSTANCE_UID = b"\x20\x00\x0e\x00UI"
 HEAD_BYTES = 1 << 16
 REQUESTS = 16  # at once
+MAX_NEIGHBOURS = 10_000  # files of a folder that a misspelt name is compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,9 @@ def _slide_at(url: str, name: str, details: Details) -> tuple[object, _Found]:
 def _no_slides(place: object, what: str, found: Remarks) -> ConfigError:
     endings = " ".join(sorted(SUFFIXES))
     more = "".join(f"; {line}" for line in found.lines())
-    return ConfigError(f"{place}: no slides in this folder; expected {what} ending in {endings}{more}")
+    return ConfigError(
+        f"{place}: no slides in this folder; expected {what} ending in {endings}{more}; give the folder with the slides"
+    )
 
 
 def _slides_below(url: str, below: str, remarks: Remarks) -> list[str]:
@@ -339,7 +342,8 @@ def _matching(path: Path, remarks: Remarks) -> Iterator[tuple[str, str, Details]
     root, pattern = split_pattern(Path(os.path.expanduser(path)))  # noqa: PTH111 - pathlib's own raises for unknown users
     if not pattern or not root.is_dir():
         where = path if not pattern else root
-        raise SlideNotFoundError(f"{where}: does not exist, expected a slide file or a folder; check the path")
+        mend = _neighbours(Path(where)) or "check the path"
+        raise SlideNotFoundError(f"{where}: does not exist, expected a slide file or a folder; {mend}")
     ending = Path(pattern[-1]).suffix.lower()
     endings = SUFFIXES if not ending or has_wildcard(ending) else SUFFIXES | {ending}
     empty, found = True, Remarks()
@@ -355,6 +359,15 @@ def _matching(path: Path, remarks: Remarks) -> Iterator[tuple[str, str, Details]
             f"{path}: no slide in {root} matches this pattern; expected a pattern such as 'archive/**/*.svs'{more}"
         )
     remarks.add(found)
+
+
+def _neighbours(path: Path) -> str:
+    """Return a question with the names beside a missing file that are like its own; "" where there are none."""
+    try:
+        with os.scandir(path.parent) as entries:
+            return did_you_mean(path.name, [as_text(entry.name) for entry in islice(entries, MAX_NEIGHBOURS)], 0.8)
+    except OSError:
+        return ""
 
 
 def _slide_key(file: str) -> str | Path:

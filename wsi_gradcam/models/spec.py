@@ -395,7 +395,7 @@ def explain_validation(error: ValidationError, keys: Iterable[str] = ()) -> str:
 
 
 def _finding(error: ErrorDetails, keys: Iterable[str]) -> str:
-    message = shortened(error["msg"].removeprefix("Value error, "), 300)
+    message = shortened(error["msg"].removeprefix("Value error, ").removeprefix("Input "), 300)
     if not error["loc"]:  # of several keys together: the message names them
         return message
     key = shortened(".".join(str(part) for part in error["loc"]), 100)

@@ -152,7 +152,10 @@ def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
     if run is not None:
         return Result(folder, run, remote_slides)
     if not folder.place.exists():
-        raise ResultError(f"{folder.place}: does not exist or is empty, expected results of explain; check the path")
+        raise ResultError(
+            f"{folder.place}: does not exist or is empty, expected results of explain; check the path, or create them: "
+            f"wsi-gradcam explain SLIDES --model MODEL --out {folder.place}"
+        )
     above = next((place for place, inside in _upwards(folder.place) if inside and RunFolder(place).run.is_file()), None)
     mend = f"open {above} and choose the slide there" if above else "give the --out of an explain command"
     raise ResultError(f"{folder.place}: has no run.yaml, so it is not a result; {mend}")

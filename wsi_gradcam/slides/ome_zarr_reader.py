@@ -298,7 +298,7 @@ class OmeZarrSlide:
             number = self._axes.index(name)
             unit = self._scales["axes"][number].get("unit")
             if unit not in UM_PER_UNIT:
-                return None, f"axis {name} has unit {quoted(unit)}; give the micrometres per pixel with --mpp"
+                return None, f"axis {name} has unit {quoted(unit)}; give the micrometres per pixel, such as --mpp 0.25"
             steps = [t["scale"][number] for t in _scalings(self._scales, self._scales["datasets"][0])]
             value = float(np.prod(steps)) * UM_PER_UNIT[unit]
             if problem := check_mpp(value, f"the scale of axis {name}"):

@@ -306,7 +306,7 @@ def _mpp(properties: Mapping[str, str]) -> tuple[tuple[float, float] | None, str
     for name in (openslide.PROPERTY_NAME_MPP_Y, openslide.PROPERTY_NAME_MPP_X):
         text = properties.get(name)
         if text is None:
-            return None, f"the file has no {name}; give the micrometres per pixel with --mpp"
+            return None, f"the file has no {name}; give the micrometres per pixel, such as --mpp 0.25"
         try:
             value = float(text)
         except ValueError:

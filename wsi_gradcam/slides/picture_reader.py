@@ -23,7 +23,7 @@ SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 WHITE = (255, 255, 255)
 MAX_PX = 1 << 26  # decoded as a whole, in 0.6 GB
 CONVERTED_PX = 1 << 22  # at once
-NO_MPP = "an image file does not state its pixel size; give the micrometres per pixel with --mpp"
+NO_MPP = "an image file does not state its pixel size; give the micrometres per pixel, such as --mpp 0.25"
 
 
 class PictureSlide:

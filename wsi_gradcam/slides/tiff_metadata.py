@@ -64,7 +64,7 @@ def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
     """Return the same as `tiff_mpp` by the resolution tags of a page."""
     values = [um_per_px(page, axis) for axis in ("YResolution", "XResolution")]
     if None in values:
-        return None, "the file does not state its resolution; give the micrometres per pixel with --mpp"
+        return None, "the file does not state its resolution; give the micrometres per pixel, such as --mpp 0.25"
     for axis, value in zip("YX", values, strict=True):
         if problem := check_mpp(float(value or 0), f"the pixel size from tag {axis}Resolution"):
             return None, problem
@@ -74,17 +74,23 @@ def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
 def ome_mpp(xml: str | bytes, number: int = 0) -> tuple[tuple[float, float] | None, str]:
     """Return PhysicalSizeY and PhysicalSizeX of an image (OME-XML 2016-06), as `tiff_mpp` does."""
     if len(xml) > MAX_XML:
-        return None, f"its OME-XML of {len(xml):,} characters is too long; give the micrometres per pixel with --mpp"
+        return (
+            None,
+            f"its OME-XML of {len(xml):,} characters is too long; give the micrometres per pixel, such as --mpp 0.25",
+        )
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        return None, f"its OME-XML cannot be read ({one_line(error)}); give the micrometres per pixel with --mpp"
+        return (
+            None,
+            f"its OME-XML cannot be read ({one_line(error)}); give the micrometres per pixel, such as --mpp 0.25",
+        )
     pixels = next(islice((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), number, None), None)
     values = []
     for axis in "YX":
         text = None if pixels is None else pixels.get(f"PhysicalSize{axis}")
         if text is None or pixels is None:
-            return None, f"the file has no PhysicalSize{axis}; give the micrometres per pixel with --mpp"
+            return None, f"the file has no PhysicalSize{axis}; give the micrometres per pixel, such as --mpp 0.25"
         unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
         try:
             value = float(text) * UM_PER_OME_UNIT[unit]
@@ -162,7 +168,7 @@ APERIO, GENERIC = "aperio", "generic-tiff"
 # OpenSlide's names of formats that are plain pyramids of tiles. In others tiles overlap, have other positions or are
 # left out where there is glass.
 PLAIN = frozenset({APERIO, GENERIC})
-NO_MPP = "its ImageDescription contains no MPP; give the micrometres per pixel with --mpp"
+NO_MPP = "its ImageDescription contains no MPP; give the micrometres per pixel, such as --mpp 0.25"
 
 
 def tiff_vendor(file: TiffFile) -> str | None:

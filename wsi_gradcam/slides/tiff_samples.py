@@ -130,7 +130,7 @@ def eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
     if full == 65535:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if (most := int(values.max(initial=0))) > full:
-        raise ValueError(f"a sample of {most:,} exceeds the {full.bit_length()} bits that the file declares")
+        raise ValueError(f"a sample of {most:,}, above the {full.bit_length()} bits that the file declares")
     return ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
 
 
