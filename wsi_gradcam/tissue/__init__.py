@@ -88,7 +88,8 @@ def patch_grid(
         if not 1 <= stride <= size:
             raise ConfigError(
                 f"stride is {stride} px, expected 1 to the patch's {size} px: with gaps, skipped tissue "
-                "would look like glass")
+                "would look like glass"
+            )
     scale = (mpp / slide_mpp[0], mpp / slide_mpp[1])
     return PatchGrid(
         slide_px,
