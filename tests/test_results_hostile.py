@@ -152,7 +152,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "chunks of 16 GB": (set_chunks, "are too large"),
     "another codec": (
         lambda out: set_codecs(out, "gzip", {"level": 1}),
-        "compressed with GzipCodec, which is not supported",
+        "compressed with GzipCodec, unsupported",
     ),
     "a wider heatmap": (lambda out: changed(out / HEATMAP, lambda a: a.update(shape=[3, 75, 1 << 40])), "px, expected"),
     "metadata of a terabyte": (lambda out: sparse(out / HEATMAP), "bytes, expected at most"),

@@ -219,29 +219,23 @@ def _bounded_codec(codec: Codec, name: str, rules: Rules, *, is_outer: bool = Fa
             index_codecs=[_plain_codec(inner, name, rules) for inner in codec.index_codecs],
             index_location=codec.index_location,
         )
-    raise StoreError(
-        f"{name}: compressed with {type(codec).__name__}, which is not supported in {rules.of}; {rules.mend}"
-    )
+    raise StoreError(f"{name}: compressed with {type(codec).__name__}, unsupported in {rules.of}; {rules.mend}")
 
 
 def _plain_codec(codec: Codec, name: str, rules: Rules) -> Codec:
     if not isinstance(codec, BytesCodec | Crc32cCodec):
-        raise StoreError(
-            f"{name}: the shard index is compressed with {type(codec).__name__}, which is not supported; {rules.mend}"
-        )
+        raise StoreError(f"{name}: the index of shards is compressed with {type(codec).__name__}; {rules.mend}")
     return codec
 
 
 def _bounded_old(about: ArrayV2Metadata, name: str, rules: Rules) -> ArrayV2Metadata:
     if about.filters:
-        raise StoreError(
-            f"{name}: filtered with {about.filters[0].codec_id}, which is not supported in {rules.of}; {rules.mend}"
-        )
+        raise StoreError(f"{name}: filtered with {about.filters[0].codec_id}, unsupported in {rules.of}; {rules.mend}")
     if about.compressor is None:
         return about
     packed = about.compressor.codec_id
     if packed not in rules.packed or packed not in UNPACK:
-        raise StoreError(f"{name}: compressed with {packed}, which is not supported in {rules.of}; {rules.mend}")
+        raise StoreError(f"{name}: compressed with {packed}, unsupported in {rules.of}; {rules.mend}")
     return replace(
         about, compressor=BoundedCodec(packed, math.prod(about.chunks) * about.dtype.to_native_dtype().itemsize)
     )
