@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -9,18 +10,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect
 from pyarrow import parquet
 from starlette.testclient import TestClient
 
 from tests.evidence_runs import explained, model_file, of_nuclei_and_marker, write_archive
 from tests.test_viewer_gallery_page import check
-from tests.test_viewer_tools_page import TOOL_SIZES, resized
+from tests.test_viewer_tools_page import looks, resized
 from tests.viewer_browser import browser, open_page, settled
 from tests.viewer_runs import Served, client, facts_of, served
 from wsi_gradcam import evidence_run
 from wsi_gradcam.evidence.findings import Evidence
+from wsi_gradcam.evidence.labels import open_clusters
+from wsi_gradcam.geometry import Region
+from wsi_gradcam.results.run import open_result
 
 SLIDES, MARKED = 10, 3
 
@@ -105,6 +111,35 @@ def test_the_highest_patches_are_filtered_by_cluster(out: Path, evidence: Eviden
         assert server.get("/api/top", params={"class": "none", "cluster": number}).json()["patches"] == []
 
 
+def test_the_layer_shows_the_label_image(out: Path, evidence: Evidence) -> None:
+    with client(out) as server:
+        facts = facts_of(server, "000.tif")
+        about = facts["clustered"]
+        assert about["colours"][:-1] == [f"#{kind.colour}" for kind in evidence.kinds]
+        assert about["classes"] == [*(f"cluster {kind.number}" for kind in evidence.kinds), "of no cluster"]
+        level = facts["heat"]["finer"]  # the finest that is stored
+        begin = f"/tiles/{facts['key']}/{facts['version']}/cells"
+        tile = server.get(f"{begin}/{about['address']}/{level}/0_0.png")
+        assert "immutable" in tile.headers["Cache-Control"]
+        with Image.open(io.BytesIO(tile.content)) as image:
+            pixels = np.asarray(image.convert("RGB")).astype(np.float64)
+        low, high = about["scale"]
+        numbers = np.floor(low + (256 * pixels[..., 0] + pixels[..., 1]) / 65535 * (high - low)) + 1
+        slide = open_result(out)["000.tif"]
+        labels = open_clusters(slide)
+        assert labels is not None
+        stored = labels.read(0, Region(0, 0, *labels.shapes[0]))
+        expected = np.where(stored == 255, len(evidence.kinds) + 1, stored)
+        assert marker(evidence) in stored
+        np.testing.assert_array_equal(numbers[stored > 0], expected[stored > 0])
+        np.testing.assert_array_equal(pixels[..., 2] > 0, stored > 0)
+        y, x = ((np.argwhere(stored == marker(evidence))[0] + 0.5) * slide.stride_px).tolist()
+        assert server.get(f"/api/slides/{facts['key']}/values", params={"y": y, "x": x}).json()["cluster"] == marker(
+            evidence
+        )
+        assert server.get(f"{begin}/clusters-000000000000/0/{level}/0_0.png").status_code == 404
+
+
 def test_without_evidence_nothing_is_said_of_it(out: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(out, tmp_path / "copy", ignore=lambda _, names: [n for n in names if n == "evidence"])
     with client(copy) as server:
@@ -141,7 +176,7 @@ def test_damaged_or_old_evidence_is_told_and_hides_nothing_else(out: Path, tmp_p
         assert slide["channels"]
 
 
-@pytest.mark.parametrize("size", TOOL_SIZES)
+@pytest.mark.parametrize("size", ["small", *(pytest.param(size, marks=pytest.mark.slow) for size in ("desk", "large"))])
 def test_from_a_finding_to_the_place_and_back(open_page: Callable[..., Page], evidence: Evidence, size: str) -> None:
     page = resized(open_page(), size)
     expect(page.locator("#gallery-evidence")).to_be_visible()
@@ -170,6 +205,29 @@ def test_from_a_finding_to_the_place_and_back(open_page: Callable[..., Page], ev
     expect(page.locator("#title")).to_have_text(slide)
     expect(page.locator("#patch h2")).to_have_text(f"Patch {patch}")
     settled(page)
+    legend = page.locator(".legend")
+    expect(legend).to_contain_text("clusters of the evidence")
+    expect(page.locator("#layer-0 [data-name=on]")).not_to_be_checked()  # the map
+    shown = looks(page)
+    box = page.locator(".frame").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(page.locator("#values")).to_contain_text("clusters of the evidence cluster ")
+    page.locator("#layer-1 [data-name=class-2]").uncheck()  # that which covers most
+    without = looks(page)
+    expect(legend).not_to_contain_text("cluster 3")
+    page.keyboard.press("k")
+    assert len({shown, without, looks(page)}) == 3
+    page.keyboard.press("k")
+    page.wait_for_timeout(300)
+    again = open_page(page.url[page.url.index("#") :])
+    expect(again.locator(".legend")).not_to_contain_text("cluster 3")
+    again.close()
+    with page.expect_download() as download:
+        page.keyboard.press("s")
+    with Image.open(download.value.path()) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or ()}
+    assert tuple(bytes.fromhex(evidence.kinds[0].colour)) in colours  # in the list of clusters
     link = page.locator("#patch-evidence a").first
     expect(link).to_have_text(f"cluster {number}")
     check(page, f"{size}-evidence-patch-dark")

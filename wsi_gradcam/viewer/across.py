@@ -25,7 +25,6 @@ from wsi_gradcam.errors import DocumentError, NotShownError, OutsideError, Store
 from wsi_gradcam.evidence import EvidenceFolder
 from wsi_gradcam.evidence.findings import Evidence, KindRow, uneven
 from wsi_gradcam.io.documents import read_json
-from wsi_gradcam.results.display import OUTLINE_COLOURS
 from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.viewer.archive import check_inside, status_of, valid_text
 
@@ -355,18 +354,13 @@ def site_of(slide: ServedSlide) -> str:
     return valid_text(slide.result.row.get("site", ""))
 
 
-def colour_of(kind: KindRow) -> str:
-    """Return the colour of a cluster, six hexadecimal digits."""
-    return OUTLINE_COLOURS[(kind.number - 1) % len(OUTLINE_COLOURS)]
-
-
 def cluster_facts(kind: KindRow) -> dict[str, Any]:
     """Return a cluster as JSON values."""
     change = kind.covering.difference.value if kind.covering is not None else None
     return {
         "number": kind.number,
         "label": valid_text(kind.name) or f"cluster {kind.number}",
-        "colour": f"#{colour_of(kind)}",
+        "colour": f"#{valid_text(kind.colour)}",
         "side": kind.side,
         "share": kind.share.model_dump(),
         "area": kind.area.value,

@@ -8,7 +8,7 @@
 /api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
                heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
-               cells/classes-0/...: the most probable classes
+               cells/classes-0/..., cells/clusters-STATE/...: the most probable classes, and clusters of the evidence
                heat/other-VERSION/..., heat/difference-VERSION/...: of a second run
 /files/..., /zarr/ID/heatmap.ome.zarr/...      files of the results as they are in OUT, the second by byte ranges
 """
@@ -40,7 +40,7 @@ from wsi_gradcam.viewer.across import ArchiveTop, EvidenceIndex
 from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles, annotation_facts
 from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
-from wsi_gradcam.viewer.layers import CLASSES, Comparison, Predicted, Spreads
+from wsi_gradcam.viewer.layers import CLASSES, CLUSTERS, ClusterLayers, Comparison, Predicted, Spreads
 from wsi_gradcam.viewer.queries import Queries, mark_facts, run_facts
 from wsi_gradcam.viewer.responses import (
     BusyError,
@@ -237,7 +237,10 @@ class Viewer:
         compare = None if second is None else self._comparison.scores
         self._scorer = Scorer(archive, compare, self._top.collect, self._evidence.collect)
         self._spreads = Spreads(archive)
-        self._queries = Queries(archive, self._spreads, self._scorer.windows, self._comparison, self._evidence)
+        self._clusters = ClusterLayers(archive, lambda: self._evidence.read().state)
+        self._queries = Queries(
+            archive, self._spreads, self._scorer.windows, self._comparison, self._evidence, self._clusters
+        )
         self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
         # A slide in an object store may be slow: heatmaps do not wait behind it.
@@ -411,6 +414,8 @@ class Viewer:
             layer: Layer = slide if spread is None else self._spreads.with_digest(slide, spread)
             if second == CLASSES:
                 layer = Predicted.of(slide)
+            elif second == CLUSTERS:
+                layer = self._clusters.with_state(slide, request.path_params["of"])
             elif second is not None:
                 layer = self._comparison.layer(slide, second, request.path_params["of"])
             return self._images.heatmap_tile(layer, channel, *tile, smooth)

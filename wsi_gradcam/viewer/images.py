@@ -29,10 +29,19 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.slides import Slide, SlideInfo
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
-    from wsi_gradcam.viewer.layers import ClassMap, Compared, Difference, Predicted, Spread, SpreadImage
+    from wsi_gradcam.viewer.layers import (
+        ClassMap,
+        Clustered,
+        ClusterMap,
+        Compared,
+        Difference,
+        Predicted,
+        Spread,
+        SpreadImage,
+    )
 
-    Layer: TypeAlias = "ServedSlide | Spread | Compared | Predicted"
-    Stored: TypeAlias = "SlideResult | SpreadImage | Difference | ClassMap"
+    Layer: TypeAlias = "ServedSlide | Spread | Compared | Predicted | Clustered"
+    Stored: TypeAlias = "SlideResult | SpreadImage | Difference | ClassMap | ClusterMap"
 
 TILE_PX = 256
 JPEG_QUALITY = 88  # nuclei stay crisp; 75 shows blocks at 40x

@@ -20,15 +20,19 @@ from scipy.stats import rankdata
 from wsi_gradcam.audit.plan import AUDIT, AuditFolder
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.errors import NotShownError, ResultError, StoreError, WsiGradcamError, one_line
+from wsi_gradcam.evidence import NOTHING, EvidenceFolder
+from wsi_gradcam.evidence.labels import open_clusters
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.cache import Cache
 from wsi_gradcam.results.display import PROBABILITY, ChannelInfo
 from wsi_gradcam.results.heatmap import COLOURS, EXPLAINED, HeatmapStore
+from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.viewer.archive import check_inside, check_tree
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from wsi_gradcam.evidence.labels import Clusters
     from wsi_gradcam.results.heatmap import Channel
     from wsi_gradcam.results.slide import SlideResult
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
@@ -219,6 +223,89 @@ class Predicted:
     def of(cls, slide: ServedSlide) -> Predicted:
         """Return those of a slide. Raises as `ClassMap`."""
         return cls(slide.key, f"{slide.version} {CLASSES}", slide.is_final, ClassMap(slide.result))
+
+
+CLUSTERS = "clusters"
+NO_CLUSTER = "of no cluster"
+SEEN_LITTLE = np.float32(0.3)  # of what was looked at and is of no cluster
+
+
+class ClusterMap:
+    """The cluster of the evidence on each pixel, read as a heatmap is: its number, from 0 on, plus how it is seen.
+
+    What was looked at and is of no cluster has the number after the last one's.
+
+    Raises:
+        ResultError: its clusters are not numbered as ours are.
+    """
+
+    def __init__(self, slide: SlideResult, labels: Clusters) -> None:
+        self.kinds = sorted(labels.kinds, key=lambda kind: kind.number)
+        count = len(self.kinds)
+        if not count or [kind.number for kind in self.kinds] != list(range(1, count + 1)):
+            raise ResultError("the clusters on the slide cannot be read; run `wsi-gradcam evidence` again")
+        self.levels, self.stride_px, self._labels = slide.levels, slide.stride_px, labels
+        end = float(count + 1)
+        self.channels = (
+            ChannelInfo(0, "clusters of the evidence", CLUSTERS, "", "class", 0.0, end, (0.0, end), COLOURS[0]),
+        )
+
+    def read(self, channel: ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
+        """Return the cluster's number plus how it is seen in a region of a level, float32 [height, width]."""
+        labels = self._labels.read(level, region)
+        known = labels.astype(np.float32) - 1 + MOST
+        return np.where(labels == NOTHING, np.float32(len(self.kinds)) + SEEN_LITTLE, known)
+
+    def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
+        """Return which pixels were looked at, as explained ones."""
+        return np.where(self._labels.read(level, region) > 0, np.uint8(EXPLAINED), np.uint8(0))
+
+
+@dataclass(frozen=True, eq=False)
+class Clustered:
+    """The clusters on a slide, to be shown as its heatmap is; `state` is that of the evidence."""
+
+    key: str
+    version: str
+    state: str
+    result: ClusterMap
+    is_final: bool = True
+
+
+class ClusterLayers:
+    """Finds the clusters on slides; those used last stay open."""
+
+    def __init__(self, archive: Archive, state: Callable[[], str]) -> None:
+        """Take the evidence of an archive, whose state is "" where there is none."""
+        self._archive, self._state = archive, state
+        self._open: Cache[tuple[str, str, str], Clustered] = Cache(MAX_OPEN)
+
+    def of(self, slide: ServedSlide) -> Clustered | None:
+        """Return the clusters on a slide; None where there are none, or they cannot be read."""
+        state = self._state()
+        try:
+            return self.with_state(slide, state) if state else None
+        except (WsiGradcamError, OSError):  # `validate` tells damage
+            return None
+
+    def with_state(self, slide: ServedSlide, state: str) -> Clustered:
+        """Return the clusters on a slide with the state in an address.
+
+        Raises:
+            NotShownError: there are none, or others by now.
+            WsiGradcamError: they cannot be read.
+        """
+        if state != self._state():
+            raise NotShownError("the evidence was sorted again; reload the page")
+        return self._open.get((slide.key, slide.version, state), lambda: self._read(slide, state))
+
+    def _read(self, slide: ServedSlide, state: str) -> Clustered:
+        check_tree(self._archive.out, EvidenceFolder(self._archive.out / EVIDENCE).labels(slide.result.id))
+        labels = open_clusters(slide.result)
+        if labels is None:
+            raise NotShownError("nothing of this slide was looked at for the evidence")
+        image = ClusterMap(slide.result, labels)
+        return Clustered(slide.key, f"{slide.version} {CLUSTERS} {state}", state, image)
 
 
 DIFFERENCE, OTHER = "difference", "other"

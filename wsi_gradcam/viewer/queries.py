@@ -22,7 +22,7 @@ from wsi_gradcam.viewer.images import (
     heatmap_pyramid,
     slide_pyramid,
 )
-from wsi_gradcam.viewer.layers import CLASSES, DIFFERENCE, OTHER, Predicted
+from wsi_gradcam.viewer.layers import CLASSES, CLUSTERS, DIFFERENCE, NO_CLUSTER, OTHER, Predicted
 from wsi_gradcam.viewer.responses import RUN_REPORT
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
     from wsi_gradcam.viewer.across import EvidenceIndex
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
-    from wsi_gradcam.viewer.layers import Compared, Comparison, Difference, Spread, Spreads
+    from wsi_gradcam.viewer.layers import Clustered, ClusterLayers, Compared, Comparison, Difference, Spread, Spreads
 
     Windows = dict[str, tuple[float, float]]
 
@@ -54,9 +54,10 @@ class Queries:
         windows: Callable[[], Windows],
         comparison: Comparison,
         evidence: EvidenceIndex,
+        clusters: ClusterLayers,
     ) -> None:
         self._archive, self._spreads, self._windows, self._comparison = archive, spreads, windows, comparison
-        self._evidence = evidence
+        self._evidence, self._clusters = evidence, clusters
         self._heatmaps = HeatmapReader(CHUNK_BYTES)
         self._tables: Cache[tuple[str, str], PatchTable] = Cache(TABLE_BYTES, lambda table: table.nbytes)
 
@@ -71,17 +72,27 @@ class Queries:
         except SlideError as error:
             facts = slide_facts(slide, error, spread, windows) | audit
         _add_classes(facts, slide)
+        _add_clusters(facts, self._clusters.of(slide))
         _add_second_run(facts, compared, self._comparison.name)
         return facts
 
     def values(self, key: str, y: float, x: float) -> dict[str, Any]:
-        """Return all channels' values over level-0 (y, x), those of the spread last."""
+        """Return all channels' values over level-0 (y, x), those of the spread last, and the evidence's cluster."""
         slide = self._archive.find(key)
         found = self._heatmaps.at(slide, y, x)
         if found is None or found.values is None:
-            return asdict(PointValues(None, tissue=False, explained=False, unreadable=False))
+            return asdict(PointValues(None, tissue=False, explained=False, unreadable=False)) | {"cluster": None}
         beside = [*self._spread_values(slide, y, x), *self._second_values(slide, y, x)]
-        return asdict(found) | {"values": [*found.values, *beside]}
+        return asdict(found) | {"values": [*found.values, *beside], "cluster": self._cluster(slide, y, x)}
+
+    def _cluster(self, slide: ServedSlide, y: float, x: float) -> int | None:
+        """Return the number of the cluster at a place, one more than there are for none; None where nobody looked."""
+        layer = self._clusters.of(slide)
+        try:
+            found = None if layer is None else self._heatmaps.at(layer, y, x)
+        except WsiGradcamError:  # its tiles report the problem
+            return None
+        return None if found is None or not found.values or found.values[0] is None else int(found.values[0]) + 1
 
     def patch_at(self, key: str, y: float, x: float) -> dict[str, Any]:
         """Return the patch that covers level-0 (y, x); `{"number": None}` if none does."""
@@ -238,6 +249,16 @@ def _add_classes(facts: dict[str, Any], slide: ServedSlide) -> None:
     with suppress(WsiGradcamError, OSError, KeyError):
         about = _channel(Predicted.of(slide).result.channels[0], {}, f"{CLASSES}-0/0")
         facts["predicted"] = about | {"classes": [valid_text(label) for label in slide.result.classes]}
+
+
+def _add_clusters(facts: dict[str, Any], layer: Clustered | None) -> None:
+    """Add the channel of the clusters of the evidence, with their names and colours, as `clustered`."""
+    facts["clustered"] = None
+    if layer is not None:
+        kinds = layer.result.kinds
+        about = _channel(layer.result.channels[0], {}, f"{CLUSTERS}-{layer.state}/0")
+        names, colours = [valid_text(kind.title) for kind in kinds], [f"#{kind.colour}" for kind in kinds]
+        facts["clustered"] = about | {"classes": [*names, NO_CLUSTER], "colours": [*colours, "#A0A0A0"]}
 
 
 def _add_second_run(facts: dict[str, Any], compared: Compared | WsiGradcamError | None, name: str) -> None:

@@ -99,9 +99,12 @@ export function drawLines(pixels, steps, out, width) {
   }
 }
 
-/** A colour for each step of a tile whose values run from scale[0] to scale[1], as canvas pixels. */
-export function table(settings, scale) {
-  if (settings.map === "classes") return classTable(settings, scale);
+/** Colours in hexadecimal digits as [red, green, blue]. */
+const parts = (list) => list.map((text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)));
+
+/** A colour for each step of a tile of a channel, whose values run from scale[0] to scale[1], as canvas pixels. */
+export function table(settings, { scale, colours: own }) {
+  if (settings.map === "classes") return classTable(settings, scale, own ? parts(own) : colours("classes"));
   const { window: [low, high], threshold, map } = settings;
   const shades = palette(settings);
   const made = new Uint32Array(STEPS + 1);
@@ -118,15 +121,14 @@ export function table(settings, scale) {
 }
 
 /** The same for classes: steps are the number of a class plus its probability, below which a threshold hides it. */
-function classTable({ window: [, count], threshold, fade }, scale) {
-  const list = colours("classes");
+function classTable({ window: [, count], threshold, fade, hidden = [] }, scale, list) {
   const made = new Uint32Array(STEPS + 1);
   const bytes = new Uint8ClampedArray(made.buffer);
   for (let step = 0; step <= STEPS; step += 1) {
     const value = scale[0] + (step * (scale[1] - scale[0])) / STEPS;
     const number = Math.floor(value);
     const share = value - number;
-    if (number < 0 || number >= count || share < (threshold ?? 0)) continue;
+    if (number < 0 || number >= count || share < (threshold ?? 0) || hidden.includes(number)) continue;
     bytes.set([...list[number % list.length], fade ? 255 * share : 255], 4 * step);
   }
   return made;

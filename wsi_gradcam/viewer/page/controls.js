@@ -1,8 +1,8 @@
 // The panel that sets the layers of the view that is worked on.
 
-import { MAPS, isSigned } from "./colours.js";
+import { MAPS, classColour, isSigned } from "./colours.js";
 import { element, fill, find, option, short } from "./dom.js";
-import { LINES, WINDOWS, fresh, isClasses, kindOf, withWindow } from "./layers.js";
+import { LINES, WINDOWS, fresh, isClasses, isClusters, kindOf, withWindow } from "./layers.js";
 
 const SLIDER = 1000; // steps
 
@@ -77,7 +77,8 @@ export class Controls {
         text: (value) => `${Math.round(100 * value)} %`, oninput: (value) => set({ opacity: value }),
       })),
       ...(isClasses(channel) ? [] : this.windowRows(number, layer, channel)),
-      row("Hide below", ...this.threshold(number, layer, channel, set)),
+      isClasses(channel) ? this.classRows(layer, channel, set) : null,
+      isClusters(channel) ? null : row("Hide below", ...this.threshold(number, layer, channel, set)),
       isClasses(channel) ? null : row("Gamma", slider({
         "data-name": "gamma", value: Math.log2(layer.gamma), low: -2, high: 2,
         text: (value) => short(2 ** value), oninput: (value) => set({ gamma: Math.abs(value) < 0.02 ? 1 : 2 ** value }),
@@ -85,11 +86,32 @@ export class Controls {
       isClasses(channel) ? null : row("Lines", element("select", {
         "data-name": "lines", onchange: (event) => this.set(number, { ...this.layers[number], lines: event.target.value }, true),
       }, ...Object.entries(LINES).map(([kind, text]) => option(kind, text, kind === layer.lines)))),
-      row("Fade low", element("input", {
+      isClusters(channel) ? null : row("Fade low", element("input", {
         type: "checkbox", checked: layer.fade, "data-name": "fade",
         onchange: (event) => set({ fade: event.target.checked }),
       })),
     );
+  }
+
+  /** The classes with their colours, each of which can be hidden; clusters lead to their patches. */
+  classRows(layer, channel, set) {
+    const hidden = new Set(layer.hidden);
+    const item = (name, number) => {
+      const swatch = element("span", { class: "swatch" });
+      swatch.style.backgroundColor = channel.colours?.[number] ?? classColour(number);
+      const leads = isClusters(channel) && number < channel.classes.length - 1;
+      return element("li", {}, element("label", {},
+        element("input", {
+          type: "checkbox", checked: !hidden.has(number), "data-name": `class-${number}`,
+          onchange: (event) => {
+            if (event.target.checked) hidden.delete(number);
+            else hidden.add(number);
+            set({ hidden: [...hidden].sort((a, b) => a - b) });
+          },
+        }), swatch, element("span", { class: "class-name" }, name)),
+      leads ? element("a", { href: `#evidence=${number + 1}`, "aria-label": `Patches of ${name}` }, "patches") : null);
+    };
+    return element("ul", { class: "legend-list" }, ...channel.classes.map(item));
   }
 
   windowRows(number, layer, channel) {

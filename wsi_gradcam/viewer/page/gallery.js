@@ -206,7 +206,7 @@ async function heatCanvas(facts, channel) {
   }
   await Promise.all(loads);
   const pixels = context.getImageData(0, 0, width, height);
-  recolour(pixels.data, table(fresh(channel), channel.scale));
+  recolour(pixels.data, table(fresh(channel), channel));
   context.putImageData(pixels, 0, 0);
   canvas.style.opacity = "0.75";
   return canvas;

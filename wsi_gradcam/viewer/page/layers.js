@@ -21,8 +21,11 @@ export const isSpread = (channel) => channel.method === "spread";
 /** Whether a channel is the second run minus the first. */
 export const isDifference = (channel) => channel.method === "difference";
 
-/** Whether a channel holds the most probable class and its probability. */
-export const isClasses = (channel) => channel.method === "classes";
+/** Whether a channel holds the clusters of the evidence. */
+export const isClusters = (channel) => channel.method === "clusters";
+
+/** Whether a channel holds classes and not numbers: the most probable class and its probability, or clusters. */
+export const isClasses = (channel) => channel.method === "classes" || isClusters(channel);
 
 /** Channels of one kind share their colours. */
 export const kindOf = (channel) => (isSpread(channel) || isDifference(channel) || isClasses(channel) ? channel.method : "map");
@@ -33,7 +36,7 @@ export function fresh(channel, order = 0) {
   const layer = {
     channel: channel.label,
     on: true,
-    map: { spread: "viridis", difference: "coolwarm", classes: "classes" }[channel.method] || singles[order % singles.length],
+    map: { spread: "viridis", difference: "coolwarm", classes: "classes", clusters: "classes" }[channel.method] || singles[order % singles.length],
     opacity: 0.7,
     threshold: null,
     kind: channel.run_window ? "run" : "slide",
@@ -41,6 +44,7 @@ export function fresh(channel, order = 0) {
     fade: true,
     gamma: 1,
     lines: "",
+    hidden: [], // numbers of classes
   };
   return withWindow(layer, channel, layer.kind);
 }
@@ -58,7 +62,8 @@ export function written(layer) {
   const parts = [layer.channel, layer.on ? "on" : "off", layer.map, layer.opacity, layer.kind];
   parts.push(layer.kind === "fixed" ? layer.window.map(plain).join("..") : "");
   parts.push(layer.threshold === null ? "" : plain(layer.threshold), layer.fade ? "fade" : "full");
-  if (layer.gamma !== 1 || layer.lines) parts.push(plain(layer.gamma), layer.lines);
+  if (layer.gamma !== 1 || layer.lines || layer.hidden.length) parts.push(plain(layer.gamma), layer.lines);
+  if (layer.hidden.length) parts.push(layer.hidden.join("."));
   return parts.map((part) => String(part).replace(/[%~;]/g, escaped)).join("~");
 }
 
@@ -66,7 +71,7 @@ export function written(layer) {
 export function read(text, channels) {
   const parts = text.split("~").map(decodeURIComponent);
   const channel = channels.find(({ label }) => label === parts[0]);
-  if (!channel || (parts.length !== 8 && parts.length !== 10)) return null;
+  if (!channel || ![8, 10, 11].includes(parts.length)) return null;
   const gamma = Number(parts[8] || 1);
   const opacity = Number(parts[3]);
   const threshold = parts[6] === "" ? null : Number(parts[6]);
@@ -79,6 +84,7 @@ export function read(text, channels) {
     fade: parts[7] === "fade",
     gamma: gamma >= 0.2 && gamma <= 5 ? gamma : 1,
     lines: (parts[9] || "") in LINES ? parts[9] || "" : "",
+    hidden: (parts[10] || "").split(".").filter((number) => /^\d{1,3}$/.test(number)).map(Number),
   };
   const given = parts[5].split("..").map(Number);
   const usable = given.length === 2 && given.every(Number.isFinite) && given[0] < given[1];

@@ -22,11 +22,11 @@ function classes(layer, channel) {
   const above = layer.threshold === null ? "" : `, from a probability of ${short(layer.threshold)}`;
   const item = (name, number) => {
     const swatch = element("span", { class: "swatch" });
-    swatch.style.backgroundColor = classColour(number);
-    return element("span", { class: "class-item" }, swatch, name);
+    swatch.style.backgroundColor = channel.colours?.[number] ?? classColour(number);
+    return layer.hidden.includes(number) ? null : element("span", { class: "class-item" }, swatch, name);
   };
   return element("div", {}, element("span", { class: "bar-title" }, `${channel.label}${above}`),
-    element("span", { class: "class-items" }, ...channel.classes.map(item)));
+    element("span", { class: "class-items" }, ...channel.classes.map(item).filter(Boolean)));
 }
 
 function bar(layer, channel) {

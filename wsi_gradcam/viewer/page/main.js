@@ -8,6 +8,7 @@ import { element, find, later, length, say, short } from "./dom.js";
 import { Evidence } from "./evidence.js";
 import { Gallery } from "./gallery.js";
 import { listen } from "./keys.js";
+import { fresh, isClusters } from "./layers.js";
 import { PatchPanel } from "./patch.js";
 import { Marks } from "./marks.js";
 import { magnification, umAt } from "./ruler.js";
@@ -27,8 +28,9 @@ function linkTo(name, address) {
 }
 
 /** The value of the `number`-th channel in words; of classes, the most probable one and its probability. */
-function valueText(channels, number, values) {
-  const { classes } = channels[number];
+function valueText(channels, number, { values, cluster }) {
+  const { classes, method: kind } = channels[number];
+  if (kind === "clusters") return cluster === null ? "not looked at" : classes[cluster - 1] ?? "–";
   if (!classes) return short(values?.[number]);
   const shares = classes.map((name) => values?.[channels.findIndex(
     ({ method, target, second }) => method === "probability" && target === name && !second)] ?? null);
@@ -98,7 +100,7 @@ class App {
         await this.showGallery(wanted);
         return;
       }
-      if (this.views && this.slide?.id === wanted.slide && wanted.views.length === this.views.panes.length) {
+      if (this.views && this.slide?.id === wanted.slide && (wanted.views.length || 1) === this.views.panes.length) {
         await this.changeView(wanted);
       } else await this.showSlide(wanted, turn);
     } catch (error) {
@@ -139,13 +141,15 @@ class App {
     if (!wanted.centre) views.pane.home(true);
     await this.showPlace(wanted);
     if (this.views !== views) return;
+    if (wanted.evidence !== null) this.showClusters();
     this.annotations.show(slide, views);
     this.marks.show(slide, views);
   }
 
   /** Another view of the slide that is shown. */
   async changeView(wanted) {
-    await this.views.setTexts(wanted.views);
+    if (wanted.views.length) await this.views.setTexts(wanted.views);
+    if (wanted.evidence !== null) this.showClusters();
     this.annotations.text = wanted.outlines;
     this.views.turnTo(wanted.turn);
     if (wanted.patch === null && this.panel.patch) this.panel.close();
@@ -281,7 +285,7 @@ class App {
       if (this.slide !== slide) return;
       const seen = new Set(this.views.layers.flat().map(({ channel }) => channel));
       const known = slide.channels
-        .map(({ label }, i) => ({ label, text: `${label} ${valueText(slide.channels, i, found.values)}` }))
+        .map(({ label }, i) => ({ label, text: `${label} ${valueText(slide.channels, i, found)}` }))
         .sort((a, b) => seen.has(b.label) - seen.has(a.label))
         .map(({ text }) => text);
       const text = found.explained ? known.join(" · ") : found.tissue ? "tissue, not explained" : "not explained";
@@ -362,6 +366,34 @@ class App {
     const layers = this.views.layers[this.views.active];
     const on = !layers.some((layer) => layer.on);
     this.setLayers(layers.map((layer) => ({ ...layer, on })), true);
+  }
+
+  get clusterChannel() {
+    return this.slide?.channels.find(isClusters);
+  }
+
+  /** Show the clusters of the evidence, and not the maps below them. */
+  showClusters() {
+    const channel = this.clusterChannel;
+    if (!channel) return;
+    const layers = this.views.layers[this.views.active];
+    const others = layers.filter((layer) => layer.channel !== channel.label).map((layer) => ({ ...layer, on: false }));
+    const known = layers.find((layer) => layer.channel === channel.label) || fresh(channel);
+    this.setLayers([...others, { ...known, on: true }], true);
+  }
+
+  /** Show or hide the clusters of the evidence over all else. */
+  toggleClusters() {
+    const channel = this.clusterChannel;
+    if (!this.views) return;
+    if (!channel) {
+      say("No clusters of evidence are known on this slide.");
+      return;
+    }
+    const layers = this.views.layers[this.views.active];
+    const shown = layers.some((layer) => layer.channel === channel.label);
+    if (!shown) this.setLayers([...layers, fresh(channel)], true);
+    else this.setLayers(layers.map((layer) => (layer.channel === channel.label ? { ...layer, on: !layer.on } : layer)), true);
   }
 
   /** Show the next or previous channel in the uppermost layer. */
@@ -468,6 +500,7 @@ class App {
       [["["], "less opaque", () => this.changeOpacity(-0.1)],
       [["]"], "more opaque", () => this.changeOpacity(0.1)],
       [["a"], "show or hide annotations", () => this.annotations.toggle()],
+      [["k"], "show or hide the clusters of the evidence", () => this.toggleClusters()],
       [["b"], "two views side by side", () => this.toggleBeside()],
       [["l"], "show or hide the layer panel", () => this.toggleLayers()],
       [["t"], "show or hide the top patches", () => this.toggleStrip()],

@@ -98,9 +98,9 @@ export class Pane {
     const known = JSON.stringify({ ...layer, on: 0, opacity: 0 });
     if (item.layerKey !== known) {
       item.layerKey = known;
-      const { scale } = this.channel(layer);
-      item.source.lookup = table(layer, scale);
-      item.source.lines = lineSteps(layer, scale);
+      const channel = this.channel(layer);
+      item.source.lookup = table(layer, channel);
+      item.source.lines = lineSteps(layer, channel.scale);
       item.source.filled = !item.source.lines.length || !layer.lines.endsWith("alone");
       item.requestInvalidate();
       this.viewer.navigator?.world.requestInvalidate();

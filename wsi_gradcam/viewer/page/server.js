@@ -20,10 +20,10 @@ const query = (values) => new URLSearchParams(values).toString();
 
 export const run = () => json("api/run");
 export const slides = (values, signal) => json(`api/slides?${query(values)}`, signal);
-/** Facts of a slide; the most probable class is its last channel. */
+/** Facts of a slide; the most probable class and the clusters of the evidence are its last channels. */
 async function described(address) {
   const facts = await json(address);
-  if (facts.predicted && facts.channels.length) facts.channels.push(facts.predicted);
+  if (facts.channels.length) facts.channels.push(...[facts.predicted, facts.clustered].filter(Boolean));
   return facts;
 }
 

@@ -1,6 +1,6 @@
 // Tools of the view: turning it, measuring a length, saving it as a picture, and the dark page.
 
-import { colours, gradientStops } from "./colours.js";
+import { classColour, colours, gradientStops } from "./colours.js";
 import { element, find, length, say } from "./dom.js";
 import { pathOf, strokeOutline } from "./overlay.js";
 
@@ -165,12 +165,17 @@ function drawRuler(context, pane, box) {
 
 /** The colour bars, as they are seen over a pale tissue. */
 function drawBars(context, pane, layers, box) {
-  const shown = layers.filter(({ on }) => on);
   const titles = [...pane.legend.querySelectorAll(".bar-title:first-child")].map((title) => title.textContent);
-  shown.forEach((layer, i) => {
-    const y = box.height - 10 - 44 * (shown.length - i);
+  const shown = layers.filter(({ on }) => on).map((layer, i) => [layer, titles[i] || layer.channel, pane.channel(layer)]);
+  let y = box.height - 10;
+  for (const [layer, title, channel] of shown.reverse()) {
+    if (channel.classes) {
+      y = drawClasses(context, layer, title, channel, box, y);
+      continue;
+    }
+    y -= 44;
     panel(context, box.width - 236, y, 226, 42);
-    context.fillText(titles[i] || layer.channel, box.width - 228, y + 15, 210);
+    context.fillText(title, box.width - 228, y + 15, 210);
     const fill = context.createLinearGradient(box.width - 228, 0, box.width - 18, 0);
     gradientStops(layer, colours(layer.map)).forEach(([at, colour]) => fill.addColorStop(at, colour));
     context.fillStyle = "#b9a9b6";
@@ -181,5 +186,23 @@ function drawBars(context, pane, layers, box) {
     const [low, high] = layer.window.map((value) => String(Number(value.toPrecision(3))));
     context.fillText(low, box.width - 228, y + 39);
     context.fillText(high, box.width - 18 - context.measureText(high).width, y + 39);
+  }
+}
+
+/** Classes with their colours above `bottom`, a line each; where the next one ends. */
+function drawClasses(context, layer, title, channel, box, bottom) {
+  const names = channel.classes.map((name, number) => [name, number]).filter(([, number]) => !layer.hidden.includes(number));
+  const top = bottom - 24 - 17 * names.length;
+  panel(context, box.width - 236, top, 226, bottom - top - 2);
+  context.fillText(title, box.width - 228, top + 15, 210);
+  names.forEach(([name, number], i) => {
+    const y = top + 22 + 17 * i;
+    context.fillStyle = channel.colours?.[number] ?? classColour(number);
+    context.fillRect(box.width - 228, y, 12, 12);
+    context.strokeStyle = "#333";
+    context.strokeRect(box.width - 228, y, 12, 12);
+    context.fillStyle = "#111";
+    context.fillText(name, box.width - 210, y + 11, 192);
   });
+  return top;
 }
