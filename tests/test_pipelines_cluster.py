@@ -320,6 +320,24 @@ def test_a_patch_goes_into_the_pods_it_names(tmp_path: Path) -> None:
     assert patched[1] == plain[1]
 
 
+def test_pods_of_another_user(tmp_path: Path) -> None:
+    """As docs/clusters.md says; the rest of the security standard stays, and schemas still hold."""
+    theirs = {"runAsUser": 2000, "runAsGroup": 2000, "fsGroup": 2000}
+    home = {"name": "HOME", "value": "/tmp"}
+    parts = {
+        name: {"securityContext": theirs, "containers": [{"name": name, "env": [home]}]}
+        for name in ("scheduler", "worker", "explain")
+    }
+    (tmp_path / "patch.yaml").write_text(yaml.safe_dump(parts), encoding="utf-8")
+    patched = manifests("--patch", f"{tmp_path}/patch.yaml")
+    kubernetes_validate.validate(patched[1], VERSIONS[-1], strict=True)
+    for pod in pods(*patched).values():
+        assert pod["securityContext"].items() >= {**theirs, "runAsNonRoot": True}.items()
+        (container,) = pod["containers"]
+        assert home in container["env"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
