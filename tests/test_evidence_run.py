@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import numpy as np
 import pytest
 import yaozarrs
@@ -185,6 +186,10 @@ def test_names_that_are_given_are_used(out: Path, tmp_path: Path) -> None:
     for kind in image.kinds:
         own = [f["properties"] for f in features if f["properties"]["classification"]["name"] == kind.title]
         assert sum(one["measurements"]["area µm²"] for one in own) == pytest.approx((labels == kind.number).sum() * um2)
+    (done,) = export(copy, "dicom-clusters", tmp_path / "there", ["000.tif"])
+    found_dicom = highdicom.seg.segread(done.paths[0] / "level-0.dcm")
+    np.testing.assert_array_equal(found_dicom.get_total_pixel_matrix(combine_segments=True), labels)
+    assert found_dicom.get_segment_description(1).segment_label == "evidence dark nuclei"
     (copy / "evidence" / "names.yaml").write_text("one\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="NUMBER: NAME"):
         evidence_run(copy, trust_code=True, **QUICK)

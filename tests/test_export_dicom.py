@@ -24,7 +24,7 @@ from tests.made_results import Flags, Made, Values, make, steps
 from tests.vendors import half, tissue, write_dicom
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.errors import ConfigError
-from wsi_gradcam.export import Options, dicom_outlines, export
+from wsi_gradcam.export import Options, dicom_regions, export
 from wsi_gradcam.export.dicom import own_code
 from wsi_gradcam.export.dicom_source import MapLevel, matched_levels
 from wsi_gradcam.export.job import Job
@@ -272,7 +272,7 @@ def read_report(path: Path) -> Any:
 
 
 def test_a_report_measures_each_region(hilly: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dicom_outlines, "MAX_REPORTED", 3)
+    monkeypatch.setattr(dicom_regions, "MAX_REPORTED", 3)
     (done,) = export(hilly, "dicom-sr", tmp_path, threshold=-0.5, simplify=0)
     assert errors(done.paths[0]) == []
     report = read_report(done.paths[0])

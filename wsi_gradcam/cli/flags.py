@@ -371,7 +371,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     formats = (
         "ome-zarr-0.4, ome-tiff, tiff, asap, tissuumaps, geojson, clusters-geojson, marks-geojson, marks-csv, qupath, "
         "png, deepzoom, dsa, asap-xml, omero-rois, cytomine, dicom-parametric-map, dicom-segmentation, dicom-labelmap, "
-        "dicom-annotations, dicom-sr, trident, clam; docs/exports.md. Several by commas; all: all of heatmaps"
+        "dicom-clusters, dicom-annotations, dicom-sr, trident, clam; docs/exports.md. Several by commas; or all"
     )
     what.add_argument("out", help="folder of results")
     what.add_argument("--to", required=True, metavar="FORMAT", help=formats)

@@ -47,16 +47,17 @@ FORMATS = {
     "cytomine": "shapes:write_cytomine",
     "dicom-parametric-map": "dicom",
     "dicom-segmentation": "dicom:write_segmentation",
-    "dicom-labelmap": "dicom:write_labelmap",
-    "dicom-annotations": "dicom_outlines:write_annotations",
-    "dicom-sr": "dicom_outlines:write_report",
+    "dicom-labelmap": "dicom_regions:write_labelmap",
+    "dicom-clusters": "dicom_regions:write_clusters",
+    "dicom-annotations": "dicom_regions:write_annotations",
+    "dicom-sr": "dicom_regions:write_report",
     "trident": "arrays:write_trident_features",
     "clam": "arrays:write_clam_features",
 }
 ALL = "all"  # of heatmaps; `tissuumaps` has the pictures of `tiff`
 OF_MARKS = ("marks-geojson", "marks-csv")
 OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
-OF_CLUSTERS = ("clusters-geojson",)  # of slides whose evidence was sorted
+OF_CLUSTERS = ("clusters-geojson", "dicom-clusters")  # of slides whose evidence was sorted
 OF_HEATMAPS = tuple(name for name in FORMATS if name not in (*OF_MARKS, *OF_FEATURES, *OF_CLUSTERS))
 
 

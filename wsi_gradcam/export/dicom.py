@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 OURS = MADE_BY["Software"]
 PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
-LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"
 FLOAT_PIXELS, PIXELS = (0x7FE00008, "OF"), (0x7FE00010, "OB")
 
 
@@ -366,7 +365,7 @@ def write_segmentation(job: Job) -> list[Path]:
 def segmentation(job: Job, source: Source, level: MapLevel, instance: int) -> Dataset:
     """Return the header of a level of the segmentation (PS3.3 A.51.3)."""
     found = new_object(source, SEGMENTATION, "SEG", "hot regions", instance)
-    _add_segments(found, job, source, level, hot_segments(job))
+    add_segments(found, job, source, level, hot_segments(job))
     found.SegmentationType, found.SegmentsOverlap = "BINARY", "YES"
     found.BitsAllocated = found.BitsStored = 1
     found.HighBit = found.PixelRepresentation = 0
@@ -383,69 +382,13 @@ def hot_segments(job: Job) -> list[Dataset]:
     return found
 
 
-def _add_segments(found: Dataset, job: Job, source: Source, level: MapLevel, segments: list[Dataset]) -> None:
+def add_segments(found: Dataset, job: Job, source: Source, level: MapLevel, segments: list[Dataset]) -> None:
+    """Add what segmentations of all kinds have: size and place of the level, and what their segments are."""
     add_tiled_image(found, source, job, level)
     found.ImageType = ["DERIVED", "PRIMARY"]
     found.SegmentSequence = segments
     found.PatientOrientation = ""  # of the frame of a patient, which a slide is not in
     found.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [_derivation(source)]
-
-
-def write_labelmap(job: Job) -> list[Path]:
-    """Write a folder of label maps: 0 nothing, 1 explained, then the channels' hot parts.
-
-    Where several are hot, the one counts that lies highest above its threshold, measured by its window.
-    """
-    hot = Hot(job)
-
-    def read(level: MapLevel, tile: Region) -> NDArray[np.uint8]:
-        found = hot.explained(level, tile).astype(np.uint8)
-        best = np.zeros(found.shape)
-        for number, channel in enumerate(job.drawn_channels, 2):
-            low, high = job.window(channel)
-            above = (hot.values(channel, level, tile) - job.threshold(channel)) / (high - low)
-            taken = hot.mask(channel, level, tile) & ((found == 1) | (above > best))
-            found[taken], best[taken] = number, above[taken]
-        return found
-
-    return [write_labels(job, "hot regions", job.path("dicom-labelmap"), hot_segments(job), read)]
-
-
-def write_labels(
-    job: Job, name: str, path: Path, segments: list[Dataset], read: Callable[[MapLevel, Region], NDArray[np.uint8]]
-) -> Path:
-    """Write a label map (PS3.3 A.51, SegmentationType LABELMAP): an instance for each level, uint8.
-
-    Args:
-        name: of what the labels are.
-        segments: of all labels but 0.
-        read: gives the labels of a tile of a level, uint8 [h, w].
-    """
-    source = Source(job)
-    with job.atomic_path(path) as partial:
-        partial.mkdir()
-        for number, level in enumerate(source.levels(1)):
-            found = new_object(source, LABELMAP, "SEG", f"labels of {name}", number + 1)
-            _add_segments(found, job, source, level, [_background(), *segments])
-            found.SegmentationType, found.SegmentsOverlap, found.PixelPaddingValue = "LABELMAP", "NO", 0
-            found.BitsAllocated = found.BitsStored = 8
-            found.HighBit, found.PixelRepresentation = 7, 0
-            found.ContentLabel = re.sub(r"[^A-Z0-9]+", "_", name.upper())[:16]
-            found.ContentDescription = long_string(f"{name} of {job.slide.id}")
-            every = tiles(*level.size, TILE)
-            written = [tile for tile in every if read(level, tile).any()] or every[:1]
-            add_frames(found, [(tile, 1) for tile in written])
-            frames = (whole_tile(read(level, tile)).tobytes() for tile in written)
-            save(partial / f"level-{number}.dcm", found, PIXELS, frames, len(written) * TILE**2)
-    return path
-
-
-def _background() -> Dataset:
-    """Return the segment of label 0, which label maps have."""
-    found = segment(0, "Background", "neither explained nor of a segment", "000000")
-    found.SegmentedPropertyCategoryCodeSequence = [code("125040", "DCM", "Background")]
-    found.SegmentedPropertyTypeCodeSequence = [code("125040", "DCM", "Background")]
-    return found
 
 
 def _derivation(source: Source) -> Dataset:

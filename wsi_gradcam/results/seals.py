@@ -160,6 +160,7 @@ CONTENTS = {
     "_files": re.compile(r"[0-9]+/[0-9]+_[0-9]+\.png"),
     ".dicom-parametric-map": re.compile(r"level-[0-9]+\.dcm"),
     ".dicom-segmentation": re.compile(r"level-[0-9]+\.dcm"),
+    ".dicom-clusters": re.compile(r"level-[0-9]+\.dcm"),
     ".dicom-labelmap": re.compile(r"level-[0-9]+\.dcm"),
     ".qupath": re.compile(r"overlay-[0-9]+\.png|([a-z-]+/)?(patches|regions)\.geojson|show_in_qupath\.groovy"),
 }

@@ -1,11 +1,12 @@
-"""DICOM: outlines of hot regions as annotations (PS3.3 A.87), and as reports of measurements (A.35.13, TID 1500).
+"""DICOM: regions as label maps (PS3.3 A.51), annotations (A.87), and reports of measurements (A.35.13, TID 1500).
 
 Polygons of DICOM have no holes: these are outlines of their own. Coordinates are millimetres on the slide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,30 @@ import shapely
 from pydicom.dataset import Dataset
 
 from wsi_gradcam import __version__
-from wsi_gradcam.export.dicom import OURS, add_tiled_image, algorithm, code, in_mm, new_object, own_code, save
-from wsi_gradcam.export.dicom_source import MapLevel, Source, long_string, uid
+from wsi_gradcam.errors import ResultError
+from wsi_gradcam.evidence import NOTHING
+from wsi_gradcam.evidence.labels import open_clusters
+from wsi_gradcam.export.dicom import (
+    OURS,
+    PIXELS,
+    Hot,
+    add_frames,
+    add_segments,
+    add_tiled_image,
+    algorithm,
+    code,
+    hot_segments,
+    in_mm,
+    new_object,
+    own_code,
+    sampled,
+    save,
+    segment,
+    whole_tile,
+)
+from wsi_gradcam.export.dicom_source import TILE, MapLevel, Source, long_string, uid
 from wsi_gradcam.export.shapes import HotRegions, filled, hot_regions
-from wsi_gradcam.geometry import Region
+from wsi_gradcam.geometry import Region, tiles
 from wsi_gradcam.results.heatmap import EXPLAINED
 
 if TYPE_CHECKING:
@@ -26,6 +47,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.export.job import Job
     from wsi_gradcam.results.display import ChannelInfo
 
+LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"
 ANNOTATIONS = "1.2.840.10008.5.1.4.1.1.91.1"
 REPORT = "1.2.840.10008.5.1.4.1.1.88.34"  # Comprehensive 3D SR
 MAX_REPORTED = 500  # regions of a channel in a report, the largest
@@ -42,6 +64,80 @@ NOT_OF_REPORTS = (
     "SpecimenDescriptionSequence",
 )
 MAX_MEASURED_PX = 1 << 20  # of the box around a region, in the level of which its values are taken
+
+
+def write_labelmap(job: Job) -> list[Path]:
+    """Write a folder of label maps: 0 nothing, 1 explained, then the channels' hot parts.
+
+    Where several are hot, the one counts that lies highest above its threshold, measured by its window.
+    """
+    hot = Hot(job)
+
+    def read(level: MapLevel, tile: Region) -> NDArray[np.uint8]:
+        found = hot.explained(level, tile).astype(np.uint8)
+        best = np.zeros(found.shape)
+        for number, channel in enumerate(job.drawn_channels, 2):
+            low, high = job.window(channel)
+            above = (hot.values(channel, level, tile) - job.threshold(channel)) / (high - low)
+            taken = hot.mask(channel, level, tile) & ((found == 1) | (above > best))
+            found[taken], best[taken] = number, above[taken]
+        return found
+
+    return [write_labels(job, "hot regions", job.path("dicom-labelmap"), hot_segments(job), read)]
+
+
+def write_labels(
+    job: Job, name: str, path: Path, segments: list[Dataset], read: Callable[[MapLevel, Region], NDArray[np.uint8]]
+) -> Path:
+    """Write a label map (PS3.3 A.51, SegmentationType LABELMAP): an instance for each level, uint8.
+
+    Args:
+        name: of what the labels are.
+        segments: of all labels but 0.
+        read: gives the labels of a tile of a level, uint8 [h, w].
+    """
+    source = Source(job)
+    with job.atomic_path(path) as partial:
+        partial.mkdir()
+        for number, level in enumerate(source.levels(1)):
+            found = new_object(source, LABELMAP, "SEG", f"labels of {name}", number + 1)
+            add_segments(found, job, source, level, [_background(), *segments])
+            found.SegmentationType, found.SegmentsOverlap, found.PixelPaddingValue = "LABELMAP", "NO", 0
+            found.BitsAllocated = found.BitsStored = 8
+            found.HighBit, found.PixelRepresentation = 7, 0
+            found.ContentLabel = re.sub(r"[^A-Z0-9]+", "_", name.upper())[:16]
+            found.ContentDescription = long_string(f"{name} of {job.slide.id}")
+            every = tiles(*level.size, TILE)
+            written = [tile for tile in every if read(level, tile).any()] or every[:1]
+            add_frames(found, [(tile, 1) for tile in written])
+            frames = (whole_tile(read(level, tile)).tobytes() for tile in written)
+            save(partial / f"level-{number}.dcm", found, PIXELS, frames, len(written) * TILE**2)
+    return path
+
+
+def _background() -> Dataset:
+    """Return the segment of label 0, which label maps have."""
+    found = segment(0, "Background", "neither explained nor of a segment", "000000")
+    found.SegmentedPropertyCategoryCodeSequence = [code("125040", "DCM", "Background")]
+    found.SegmentedPropertyTypeCodeSequence = [code("125040", "DCM", "Background")]
+    return found
+
+
+def write_clusters(job: Job) -> list[Path]:
+    """Write label maps of the kinds of evidence: 0 not looked at, the numbers of the kinds, 255 of no kind."""
+    clusters = open_clusters(job.slide)
+    if clusters is None:
+        raise ResultError(f"{job.slide.id}: has no label image of clusters; run evidence without --skip-labels")
+
+    def read(level: MapLevel, tile: Region) -> NDArray[np.uint8]:
+        return sampled(job, level, clusters.read, tile)
+
+    segments = [
+        segment(kind.number, f"evidence {kind.title}", f"{kind.title}, {kind.side} the target", kind.colour)
+        for kind in clusters.kinds
+    ]
+    segments.append(segment(NOTHING, "of no cluster", "looked at, but of no kind of evidence", "A0A0A0"))
+    return [write_labels(job, "clusters of evidence", job.path("dicom-clusters"), segments, read)]
 
 
 def write_annotations(job: Job) -> list[Path]:
