@@ -1,6 +1,6 @@
-"""Where a CNN looks on whole slides: explanations as OME-Zarr pyramids aligned with the slide.
+"""Explain what neural networks see on whole slides, as OME-Zarr pyramids aligned with the slide.
 
-Importing the package is cheap: torch, dask and the readers are loaded by the first call that needs them.
+Importing the package is fast: torch, dask and the readers are loaded by the first call that needs them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _HOME = {
 
 
 def __dir__() -> list[str]:
-    """Return the public names, also those that are not imported yet."""
+    """Return the public names, including those that have not been imported yet."""
     return sorted(__all__)
 
 

@@ -1,4 +1,4 @@
-"""The public calls: `explain` an archive, `preview` what that would cost, `encode` it, `validate` a result."""
+"""The public functions: `explain` an archive, `preview` its cost, `encode` it, `validate` a result."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: its folder, on a disk a `Path`, and a record a slide, in the order in which they finished."""
+    """The outcome of a run: its folder (a `Path` if on a disk), and a record per slide, in order of finishing."""
 
     out: Path | S3Path
     records: tuple[SlideRecord, ...]
@@ -84,38 +84,38 @@ def explain(
     listener: RunListener | None = None,
     **options: Any,
 ) -> Outcome:
-    """Explain slides and write everything below `out`; slides finished before are not computed again.
+    """Explain slides and write the results to `out`; slides finished before are not computed again.
 
-    Nor are slides that failed before for a reason of their own, as long as their file, the settings and the versions
-    are what they were. While it runs, another run on the same `out` is refused.
+    Slides that failed before for a reason of their own are not tried again either, as long as their file, the settings
+    and the versions are the same. While a run is active, another one on the same `out` is refused.
 
     Args:
-        slides: slide files, folders, patterns, URLs, and lists of slides, see `find_slides`.
-        model: whatever `--model` takes, a `ModelSpec` or `SlideModelSpec`, or a loaded `Model`, such as `model_of`
-            makes of a network that Python code holds; that one explains in this process, on the device where it is.
+        slides: slide files, folders, patterns, URLs and lists of slides, see `find_slides`.
+        model: anything that `--model` accepts, a `ModelSpec` or `SlideModelSpec`, or a loaded `Model`, such as
+            `model_of` makes from a network in Python; a loaded model runs in this process, on the device where it is.
         out: folder for the results, or s3://BUCKET/KEY.
-        settings: how slides are explained; or single `options` by the names of `Settings`.
-        workers: run on this many processes of this machine; nothing given: in this process.
-        scheduler: run on the Dask cluster at this address instead.
-        wait_for_workers: seconds to wait for workers that are missing, at the start or later (default 50); longer for
-            a queue that may let none begin for hours.
-        overwrite: recompute slides that are finished, and where `out` holds results of another model, file or
-            configuration. To go on with an overwriting run that was stopped, leave it out.
-        only: patterns of ids, such as "2023/**": of the slides found, only those are explained.
-        skip: patterns of ids that are left out.
-        retry_failed: try all slides again that failed before.
-        log_tasks: have a line in the run's log for each task, not just for each slide.
-        trust_code: allow the code in the model to run, see `ModelSpec.runs_code`, and that of targets which are
-            functions; only for those whose maker you trust. It is stored nowhere.
-        listener: is told what happens.
+        settings: how slides are explained; or give single settings as keyword arguments (`options`).
+        workers: number of processes on this machine; by default, this process does the work.
+        scheduler: address of a Dask cluster to run on instead.
+        wait_for_workers: seconds to wait for missing workers, at the start or later (default 50); set it higher for a
+            queue that may start none for hours.
+        overwrite: recompute finished slides, even if `out` holds results of another model, file or configuration. To
+            continue an overwriting run that was stopped, leave it out.
+        only: patterns of ids, such as "2023/**"; of the slides found, only those that match are explained.
+        skip: patterns of ids to leave out.
+        retry_failed: retry all slides that failed before.
+        log_tasks: write a line to the run's log for each task, not only for each slide.
+        trust_code: allow code in the model (see `ModelSpec.runs_code`) and in targets that are functions to run; use it
+            only if you trust their authors. The permission is not stored.
+        listener: an object that is notified of what happens.
 
     Returns:
-        A record for each slide. A slide that failed is in it, with the cause; the others are finished.
+        A record for each slide, with the cause if it failed.
 
     Raises:
-        WsiGradcamError: nothing could be done at all: wrong settings, no such model, an `out` that cannot be
-            written, holds other results or is in use; or the run had to stop, as for a full disk; a `StoppedError`
-            where the command line was told to.
+        WsiGradcamError: nothing could be done (wrong settings, no such model, an `out` that cannot be written, holds
+            other results or is in use), or the run had to stop, for example because the disk is full; a `StoppedError`
+            if the command line was asked to stop.
     """
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries, remarks = _chosen(slides, folder, only, skip, settings)
@@ -153,20 +153,22 @@ def encode(
     listener: RunListener | None = None,
     **options: Any,
 ) -> Outcome:
-    """Make the features of all patches of slides, below `out`, and nothing of them; what is there is not made again.
+    """Compute the features of all patches of slides into `out`, without explaining them; existing ones are kept.
 
-    `explain` with the same `out`, encoder and settings of patches goes on from them. `export` writes them for others.
+    `explain` with the same `out`, encoder and patch settings continues from them; `export` writes them for other
+    programs.
 
     Args:
-        model: the file of a slide-level model, whose encoder is taken, or of a model of patches, without its head.
+        model: the file of a slide-level model, whose encoder is used, or of a patch model, which is used without its
+            head.
 
     The other arguments are those of `explain`.
 
     Returns:
-        A record for each slide, as `explain`.
+        A record for each slide, as for `explain`.
 
     Raises:
-        WsiGradcamError: as of `explain`.
+        WsiGradcamError: as for `explain`.
     """
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     if settings.features is not None:
@@ -182,9 +184,9 @@ def encode(
 
 @dataclass(frozen=True)
 class Preview:
-    """The outcome of a dry run: estimates of the slides that can be planned, errors of the others, and the time.
+    """The outcome of a dry run: estimates for slides that can be planned, errors for the others, and the time.
 
-    `remarks` are lines on what the search for slides left out.
+    `remarks` say what the search for slides left out, one line each.
     """
 
     run: RunPlan
@@ -239,7 +241,7 @@ def preview(
 
 
 def _pace(folder: RunFolder, run: RunPlan, estimates: Sequence[Estimate], measure: Callable[[], float]) -> Pace:
-    """Return the time of what is left: at the rate of slides that `out` has of this model, else measured."""
+    """Return the time for the remaining patches, at the rate of this model in `out`, or else as measured now."""
     try:
         rows, stored = read_slides(folder.slides), read_run(folder.run)
     except StoreError:  # reported by the run
@@ -271,7 +273,7 @@ def _settings(settings: Settings | None, options: dict[str, Any]) -> Settings:
 def _chosen(
     slides: Paths, folder: RunFolder, only: str | Sequence[str], skip: str | Sequence[str], settings: Settings
 ) -> tuple[list[SlideEntry], tuple[str, ...]]:
-    """The slides to explain, with the ids that a run which is continued has for them, and what is to be remarked."""
+    """Return the slides to explain, with their ids in a run that is being continued, and remarks on the search."""
     with allowing(settings.allow_hosts):
         found = search_slides([slides] if isinstance(slides, str | PathLike) else slides, str(folder.place))
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
@@ -284,7 +286,7 @@ def _prepared(
     settings: Settings,
     trust_code: bool,
 ) -> tuple[ModelSpec | SlideModelSpec, Model | None]:
-    """Return the model's specification, and the model where it is loaded already."""
+    """Return the model's specification, and the model itself if it is loaded already."""
     check_reader(settings.reader)
     check_methods(settings.method)
     check_masks(entries, settings)
@@ -309,7 +311,7 @@ def _prepared_encoder(
     settings: Settings,
     trust_code: bool,
 ) -> ModelSpec:
-    """Return the specification of what makes features: a slide-level model's encoder, or a model without its head."""
+    """Return the specification of the encoder: that of a slide-level model, or a patch model without its head."""
     if isinstance(model, SlideModelSpec) or (isinstance(model, str | PathLike) and is_slide_model(fspath(model))):
         given = model if isinstance(model, SlideModelSpec) else read_slide_model(fspath(model))
         model = encoder_of(given)
@@ -347,7 +349,7 @@ def _prepared_slide_model(
 
 
 def _seeing(spec: ModelSpec | SlideModelSpec, settings: Settings) -> Settings:
-    """Return the settings of a run, in which no method explains pixels where no network of the model sees any."""
+    """Return the settings of a run, without methods for pixels if no network of the model sees pixels."""
     blind = isinstance(spec, SlideModelSpec) and spec.encoder is None
     return settings.model_copy(update={"method": (NO_METHOD,)}) if blind else settings
 

@@ -1,4 +1,4 @@
-"""`GradCAM`: explain plain images with any network, outside slides."""
+"""`GradCAM`: explain plain images with any network, without slides."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ PROGRAMS_KEPT = 8
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a network says about images, and why.
+    """A network's answers for images, and their explanations.
 
     Attributes:
-        cams: raw signed maps float32 [B, T, h, w] of the first method, on the layer's grid, or for methods of
-            pixels on the images' own.
+        cams: raw signed maps, float32 [B, T, h, w], of the first method, on the layer's grid, or on that of the images
+            for methods that explain pixels.
         logits: float32 [B, K].
         by_method: the maps of every method.
         targets: what is explained, T labels.
@@ -54,12 +54,12 @@ class Explanation:
     targets: tuple[str, ...]
 
     def enlarged(self, height: int, width: int) -> Tensor:
-        """`cams` by bilinear interpolation at an image's size, [B, T, height, width], to lay over the image."""
+        """Return `cams` enlarged by bilinear interpolation to an image's size, [B, T, height, width], for overlays."""
         return F.interpolate(self.cams, (height, width), mode="bilinear", align_corners=False)
 
 
 class GradCAM:
-    """Explains images: Grad-CAM and its kin for any CNN, prediction and explanation in one pass.
+    """Explain images with Grad-CAM and related methods for any CNN, with prediction and explanation in one pass.
 
     >>> import torch
     >>> from wsi_gradcam import GradCAM
@@ -73,24 +73,24 @@ class GradCAM:
     >>> found.cams.shape, found.logits.shape
     (torch.Size([4, 2, 16, 16]), torch.Size([4, 2]))
 
-    With global average pooling and a linear layer, a map's sum and the bias are the logit:
+    With global average pooling and a linear layer, a map's sum plus the bias is the logit:
 
     >>> torch.allclose(found.cams.sum(dim=(2, 3)) + network[-1].bias, found.logits, atol=1e-5)
     True
 
     Args:
-        model: a network, normalised images -> logits; or whatever `--model` takes, or a loaded `Model`.
-        layer: the module to explain, or its name, or several names joined by "+"; nothing given: found.
-        method: a name from `wsi_gradcam.cam.facts`, or several joined by commas, which share the forward pass.
-        precision: of the network up to the layer: float32, tf32 (GPUs), bfloat16, float16; auto: the fastest that keeps
-            the maps. float32 is IEEE float32, whatever the flags of torch say.
-        engine: what runs the network up to the layer: eager, compile, cudagraphs, openvino; auto: the fastest. It is
-            chosen in the first call with 16 images or more; until then eager float32 works.
+        model: a network from normalised images to logits, anything that `--model` accepts, or a loaded `Model`.
+        layer: the module to explain, its name, or several names joined by "+"; detected by default.
+        method: a name from `wsi_gradcam.cam.facts`, or several joined by commas, which share one forward pass.
+        precision: that of the network up to the layer: float32, tf32 (GPUs), bfloat16, float16; auto: the fastest that
+            preserves the maps. float32 means IEEE float32, whatever torch's flags say.
+        engine: what runs the network up to the layer: eager, compile, cudagraphs, openvino; auto: the fastest, chosen
+            in the first call with 16 images or more; until then eager float32 is used.
         batch_size: images per forward pass.
         classes: names of the outputs, so that targets can be named.
-        trust_code: allow the code in a model that is named to run, see `load_model`.
+        trust_code: allow code in a model given by name to run, see `load_model`.
 
-    The weights may change between calls, as in training: what was made of them is then made again.
+    The weights may change between calls, as in training: whatever was derived from them is then derived again.
 
     Raises:
         ConfigError: a method, engine or precision that does not exist.
@@ -139,11 +139,11 @@ class GradCAM:
     def __call__(self, images: Tensor, targets: OneTarget | Sequence[OneTarget] | None = None) -> Explanation:
         """Explain `images`, normalised float [B, 3, H, W], for each of `targets`.
 
-        A target is a class by index or name, "predicted", "all", a contrast such as "tumor-stroma", or a function
-        of logits [B, K] that gives a number per image [B]. Nothing given: each image's predicted class.
+        A target is a class by index or name, "predicted", "all", a contrast such as "tumor-stroma", or a function of
+        logits [B, K] that returns a number per image [B]. By default, each image's predicted class is explained.
 
         Raises:
-            ModelError: images that the network does not take, or a network that cannot be explained.
+            ModelError: images that the network does not accept, or a network that cannot be explained.
             LayerError: no such layer, or one that a method cannot explain.
             TargetError: a target that the network does not have.
         """
@@ -176,7 +176,7 @@ class GradCAM:
         return images.clone() if images.is_inference() else images
 
     def _forget_if_changed(self) -> None:
-        """Engines hold copies of the weights: where those have changed since, they are of no use."""
+        """Drop engines whose copies of the weights are out of date."""
         tensors = list(_tensors(self._module))
         try:
             weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
@@ -237,7 +237,7 @@ class GradCAM:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, some perhaps twice: three times as fast as asking for them by name, of every call."""
+    """Parameters and buffers, some perhaps twice; three times as fast as looking them up by name in every call."""
     modules: list[nn.Module | None] = [module]
     for part in modules:
         if part is not None:
@@ -247,7 +247,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _logits_of(module: nn.Module, images: Tensor, raw: bool) -> tuple[nn.Module, int, Passed | None]:
-    """The network giving logits [B, K], whatever it returns, tried on `images`; K; and, of a raw one, how it ended."""
+    """Return the network with logits [B, K] as output, tried on `images`; K; and, for a plain module, how it ended."""
     with evaluating(module), torch.no_grad():
         network, logits = with_logits(module, images, None)
     if logits.ndim != 2 or len(logits) != len(images) or not logits.shape[1]:

@@ -1,4 +1,4 @@
-"""Load the network of a specification, or take one that the caller holds, and fill in all that was left open."""
+"""Load the network of a specification, or take one from the caller, and fill in everything that was left open."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ class Model:
     """A network ready to explain patches.
 
     Attributes:
-        spec: what it was made of.
-        name: how results name it.
-        source: where it comes from; `runs_code` tells whether loading that runs what is written in it.
-        module: float32 [B, 3, *input_px] as `prepare` makes them -> logits [B, K]; in evaluation mode, parameters
-            frozen.
+        spec: the specification that it was made from.
+        name: its name in results.
+        source: where it comes from; `runs_code` says whether loading it runs code that it contains.
+        module: the network, from float32 [B, 3, *input_px] as made by `prepare` to logits [B, K]; in evaluation mode,
+            with frozen parameters.
         classes: K names.
         mpp: micrometres per pixel of the patch; None when not known.
         transform: what `prepare` does.
         activation: softmax, sigmoid or none.
-        layer: the layer to explain where the specification names one.
-        digest: sha256 of weights and of everything above and below that changes results.
-        stain: what slides are normalised to before `prepare`; None: they stay as they are.
-        notes: what was done to explain it, and what of its files was taken, a line each.
+        layer: the layer to explain, if the specification names one.
+        digest: sha256 of the weights and of all other attributes that change results.
+        stain: the stain to which slides are normalised before `prepare`; None for no normalisation.
+        notes: what was done to explain it, and which parts of its files were used, one line each.
     """
 
     spec: ModelSpec
@@ -91,12 +91,12 @@ class Model:
 
     @property
     def patch_px(self) -> tuple[int, int]:
-        """(height, width) of what is read from the slide."""
+        """(height, width) of the patch that is read from the slide."""
         return self.transform.patch_px
 
     @property
     def input_px(self) -> tuple[int, int]:
-        """(height, width) of what the network sees."""
+        """(height, width) of the network's input."""
         return self.transform.input_px
 
     @property
@@ -111,22 +111,22 @@ class Model:
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Divides what is left."""
+        """Divides RGB after the mean has been subtracted."""
         return self.transform.std
 
     def prepare(self, rgb: Tensor) -> Tensor:
-        """Turn uint8 [B, *patch_px, 3] into float32 [B, 3, *input_px], on the same device, as the network wants it."""
+        """Turn uint8 [B, *patch_px, 3] into float32 [B, 3, *input_px] as the network expects it, on the same device."""
         return self.transform(rgb)
 
 
 def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu", *, trust_code: bool = False) -> Model:
-    """Load the model of a specification, or of anything that `--model` takes, on `device`.
+    """Load the model of a specification, or of anything that `--model` accepts, on `device`.
 
-    First its files are compared with a `sha256` that is given, then permission is asked for; only then anything of it
-    is imported, unpickled or run.
+    Its files are first compared with a given `sha256`, then permission is checked; only then is anything imported,
+    unpickled or run.
 
     Args:
-        trust_code: allow code that is in the model to run, see `ModelSpec.runs_code`.
+        trust_code: allow code in the model to run, see `ModelSpec.runs_code`.
 
     Raises:
         ModelError: no such source, weights that do not fit, a wrong checksum, an output of the wrong shape, or code
@@ -147,12 +147,12 @@ def load_model(spec: ModelSpec | str | PathLike[str], device: str = "cpu", *, tr
 
 
 def check_files(spec: ModelSpec, always: bool = False) -> str:
-    """Return the sha256 of the file that `spec.sha256` is of, compared with it; nothing in the file is looked at.
+    """Return the sha256 of the file that `spec.sha256` refers to, after comparing them; the file is not interpreted.
 
-    Without a `sha256` the file must be there, and is read only to `always` return one; "" otherwise.
+    Without `spec.sha256`, the file must exist, and is read only with `always`; otherwise "" is returned.
 
     Raises:
-        ModelError: it is missing, no regular file, or another one.
+        ModelError: it is missing, not a regular file, or not the right one.
     """
     path = _source_file(spec) if spec.kind in FILES else spec.weights_path
     if path is not None and path == spec.weights_path and (path.is_dir() or not path.exists()):
@@ -173,7 +173,7 @@ def check_files(spec: ModelSpec, always: bool = False) -> str:
 
 
 def _source_file(spec: ModelSpec) -> Path | None:
-    """Return the one file of a source that is one, or that holds the weights in its folder."""
+    """Return the file of a source that is a single file, or the file with the weights in its folder."""
     path = spec.source_path
     if path is None:
         return None
@@ -185,7 +185,7 @@ def _source_file(spec: ModelSpec) -> Path | None:
 
 
 def finish(spec: ModelSpec, built: Built, device: str = "cpu") -> Model:
-    """Return the model of a built network, with all that was left open filled in and checked.
+    """Return the model of a built network, with everything that was left open filled in and checked.
 
     Raises:
         ModelError: it does not do what its specification says.
@@ -230,10 +230,10 @@ def _frozen(module: nn.Module) -> nn.Module:
 
 
 def _activation(spec: ModelSpec, built: Built, end: Passed | None) -> tuple[Activation, tuple[str, ...]]:
-    """Return how logits become probabilities: as the network itself ends, else as is declared; and a note on that.
+    """Return how logits become probabilities, from the network's own end or else as declared, and a note on it.
 
     Raises:
-        ModelError: both contradict each other.
+        ModelError: the two contradict each other.
     """
     declared = spec.activation if "activation" in spec.model_fields_set else None
     if end is None:
@@ -284,7 +284,7 @@ def _sha256(path: Path) -> str:
 
 
 def check_numbers(name: str, module: nn.Module) -> None:
-    """Refuse weights that are no numbers: every explanation would be NaN.
+    """Refuse weights that are NaN, with which every explanation would be NaN.
 
     Raises:
         ModelError: names the first such weights.
@@ -299,7 +299,7 @@ def check_numbers(name: str, module: nn.Module) -> None:
 
 
 def _checked(spec: ModelSpec, module: nn.Module, input_px: tuple[int, int]) -> tuple[nn.Module, int, Passed | None]:
-    """Return the network, giving one row of logits for each image, their number, and the probabilities' activation."""
+    """Return the network with one row of logits per image, their number, and the activation for probabilities."""
     images = torch.empty(0)
     try:
         images = torch.randn(2, 3, *input_px, generator=torch.Generator().manual_seed(0))
@@ -363,10 +363,10 @@ def _digest(spec: ModelSpec, model: Model, code: str, end: Passed | None) -> str
 
 
 def layer_name(network: nn.Module, layer: str | nn.Module | None) -> str | None:
-    """Return the name that a layer has in a network; a name, or several joined by "+", as it is.
+    """Return the name of a layer in a network; a name, or several joined by "+", is returned as it is.
 
     Raises:
-        LayerError: it is not the network's, or neither a name nor a module.
+        LayerError: it is not in the network, or is neither a name nor a module.
     """
     if layer is None or isinstance(layer, str):
         return layer
@@ -400,11 +400,11 @@ def model_of(
 ) -> Model:
     """Return a model of a copy of `module` as it is now: in evaluation mode, frozen, in float32.
 
-    `module` itself is not changed. The other arguments are the keys of a model file. Without mean and std colours are
+    `module` itself is not changed. The other arguments are the keys of a model file. Without mean and std, colours are
     normalised as for ImageNet.
 
     Raises:
-        ModelError: it does not take RGB of this size, gives something else than logits, or cannot be copied.
+        ModelError: it does not accept RGB of this size, returns something other than logits, or cannot be copied.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Conv2d(4, 2, 1))

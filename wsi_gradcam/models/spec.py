@@ -1,4 +1,4 @@
-"""`ModelSpec`: all that the pipeline must know of a model besides its weights, as a YAML file. Needs no torch."""
+"""`ModelSpec`: everything that must be known about a model besides its weights, as a YAML file. Needs no torch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Resizing(BaseModel):
 
     Attributes:
         resize: new length of the shorter side, or new (height, width).
-        crop: side or (height, width) of the centre that goes on.
+        crop: side or (height, width) of the central part that is kept.
         interpolation: of the resizing, by Pillow.
         crop_rounds: a crop half a pixel off the middle goes to the even pixel, as torchvision does, or else down.
     """
@@ -78,13 +78,13 @@ class Resizing(BaseModel):
 
 
 class ResizingDown(Resizing):
-    """The same with crops half a pixel off going down, as in Hugging Face's processors."""
+    """The same, but crops half a pixel off the middle go down, as in Hugging Face's processors."""
 
     crop_rounds: ClassVar[bool] = False
 
 
 class ModelSpec(BaseModel):
-    """A model file. What is left out is taken from the source where it knows better, else refused when needed.
+    """A model file. Keys that are left out are taken from the source if it states them; otherwise their use is refused.
 
     Attributes:
         name: how results name the model.
@@ -96,15 +96,16 @@ class ModelSpec(BaseModel):
         sha256: of the weights file, else of the one file of a source that is a file, else of a function's code;
             checked when given, before anything is loaded.
         classes: names of the outputs, in their order.
-        patch_px: (height, width) of what is read from the slide; also the network's input, unless it is resized.
+        patch_px: (height, width) of the patch that is read from the slide; also the network's input, unless it is
+            resized.
         mpp: micrometres per pixel of the patch.
         scale: white as the network expects it before `mean`: 1, or 255 for colours of 0..255. Colours with a scale,
             but without mean and std, are not normalised.
         mean, std: of RGB in 0..scale, subtracted and divided by.
         stain: how patches are normalised before anything else, see `StainSpec`; None: not at all.
         transform: how a patch is resized and cropped to the network's input.
-        output: which of several outputs are the logits: a key, or a place in a tuple; found when left out.
-        layer: name of the module whose output is explained; found when left out.
+        output: which of several outputs are the logits: a key, or a position in a tuple; detected if left out.
+        layer: name of the module whose output is explained; detected if left out.
         activation: how logits become probabilities.
         license, provenance: kept with the results.
         folder: where relative paths start; not part of the file.
@@ -178,7 +179,7 @@ class ModelSpec(BaseModel):
 
     @property
     def kind(self) -> str:
-        """The part of `source` before the colon where that is known, else `function`; `live` is made by `model_of`."""
+        """The part of `source` before the colon if that is a known kind, else `function`; `model_of` makes `live`."""
         kind = self.source.partition(":")[0]
         return kind if kind in ("timm", "torchvision", "live", *FILES) else "function"
 
@@ -189,18 +190,18 @@ class ModelSpec(BaseModel):
 
     @property
     def runs_code(self) -> bool:
-        """True if loading the model runs code that is in it: use only models from people you trust."""
+        """True if loading the model runs code that it contains: use only models from people you trust."""
         return self.kind in RUNS_CODE and self.source not in BUNDLED
 
     @property
     def trusted(self) -> bool:
-        """True where the code in it may run, see `trusting`."""
+        """True if the code that it contains may run, see `trusting`."""
         return self._trusted
 
     def trusting(self, trust_code: bool = True) -> ModelSpec:
-        """Return the specification with the permission to run the code that is in the model, if it is given.
+        """Return the specification with permission to run the code in the model, if that is given.
 
-        Permission is a matter of the one who calls: a model file or `run.yaml` cannot give it, and none is stored.
+        Only the caller can give permission: a model file or `run.yaml` cannot, and it is never stored.
         """
         if not trust_code or self._trusted:
             return self
@@ -210,11 +211,11 @@ class ModelSpec(BaseModel):
 
     @property
     def is_encoder(self) -> bool:
-        """True where the outputs are taken for features: a head of timm's or torchvision's network is left off."""
+        """True if the outputs are features: the head of a timm or torchvision network is then removed."""
         return self._is_encoder
 
     def as_encoder(self) -> ModelSpec:
-        """Return the specification of the same network, whose outputs are features and as they are."""
+        """Return the specification of the same network with its features as outputs."""
         encoder = self.model_copy(update={"activation": "none", "classes": None})
         encoder._is_encoder = True
         return encoder
@@ -223,7 +224,7 @@ class ModelSpec(BaseModel):
         """Refuse a model whose loading would run code without permission.
 
         Raises:
-            ModelError: says how permission is given.
+            ModelError: the message says how to give permission.
         """
         if self.runs_code and not self._trusted:
             raise ModelError(
@@ -233,7 +234,7 @@ class ModelSpec(BaseModel):
 
     @property
     def source_path(self) -> Path | None:
-        """The file or folder of a source that is one."""
+        """The file or folder of the source, if it is one."""
         return self.folder / Path(self.argument).expanduser() if self.kind in FILES else None
 
     @property
@@ -246,7 +247,7 @@ def read_spec(model: str) -> ModelSpec:
     """Return the specification that `--model` names: a YAML file, a bundled model, or a source.
 
     Raises:
-        ModelError: nothing of that name, or a file that is not a model file.
+        ModelError: there is no such model, or the file is not a model file.
     """
     path = Path(model)
     if path.suffix in (".yaml", ".yml"):
@@ -267,7 +268,7 @@ def _kind_of(path: Path, given: str) -> str | None:
     """Return the kind of source that a file or folder is; None if there is none.
 
     Raises:
-        ModelError: it is there, but nothing that can be used.
+        ModelError: it exists, but cannot be used.
     """
     try:
         there, folder = path.exists(), path.is_dir()
@@ -287,10 +288,10 @@ def _kind_of(path: Path, given: str) -> str | None:
 
 
 def _kind_beside(file: Path, source: str) -> str | None:
-    """Return the kind of a source that is a path from a model file, as `--model` takes it; None if it is none.
+    """Return the kind of a source that is a path relative to a model file, as for `--model`; None if it is not a path.
 
     Raises:
-        ModelError: such a file is missing, or nothing that can be used.
+        ModelError: such a file is missing, or cannot be used.
     """
     path = file.parent / Path(source).expanduser()
     found = _kind_of(path, str(path)) if source else None
@@ -303,7 +304,7 @@ def regular(path: Path, given: str) -> Path:
     """Return the path of a regular file.
 
     Raises:
-        ModelError: it is missing, a folder, or a pipe or device, which would be waited for or never end.
+        ModelError: it is missing, a folder, or a pipe or device, which might block or never end.
     """
     try:
         check_regular(path)
@@ -328,7 +329,7 @@ def _kind_of_folder(path: Path, given: str) -> str:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return whether a file is a TorchScript archive; state dicts and pickled models have the same endings."""
+    """Return whether a file is a TorchScript archive; state dicts and pickled models have the same file endings."""
     try:
         check_regular(path)
         with open_zip(path) as archive:
@@ -347,10 +348,10 @@ def _from_file(path: Path) -> ModelSpec:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a model file, within the bounds of documents that strangers wrote.
+    """Return the keys and values of a model file, within the limits for documents from strangers.
 
     Raises:
-        ModelError: it cannot be read, or holds no keys and values.
+        ModelError: it cannot be read, or has no keys and values.
     """
     try:
         values = read_yaml(read_file(path, MAX_BYTES))
@@ -366,10 +367,10 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def spec_in(values: dict[str, Any], path: Path, within: str = "") -> ModelSpec:
-    """Return the specification that the values of a model file give, or those `within` a part of it.
+    """Return the specification given by the values of a model file, or by those `within` a part of it.
 
     Raises:
-        ModelError: they are none.
+        ModelError: they are not valid.
     """
     source = values.get("source")
     if isinstance(source, str) and (kind := _kind_beside(path, source)) is not None:
@@ -387,7 +388,7 @@ def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:
 def explain_validation(error: ValidationError, keys: Iterable[str] = ()) -> str:
     """Return Pydantic's findings on one line: key, problem, given value; of many, the first few.
 
-    `keys` are those that could have been meant by an unknown one.
+    `keys` are suggested in place of an unknown one.
     """
     found = error.errors(include_url=False)
     more = [f"and {len(found) - MAX_FINDINGS} more"] if len(found) > MAX_FINDINGS else []
@@ -411,9 +412,9 @@ Activation = Literal["softmax", "sigmoid", "none"]
 
 
 def probabilities(logits: NDArray[np.float32], activation: Activation | Literal["hazard"]) -> NDArray[np.float32]:
-    """Return logits float32 [n, classes] through softmax, sigmoid or nothing; same shape.
+    """Return probabilities from logits, float32 [n, classes], by softmax, sigmoid or no activation; same shape.
 
-    Those of hazards, of one interval of time after the other, become the probabilities to survive each.
+    Hazards, of successive time intervals, become the probabilities of surviving each interval.
 
     >>> probabilities(np.array([[0, 0], [1000, 0]], np.float32), "softmax").tolist()
     [[0.5, 0.5], [1.0, 0.0]]

@@ -24,13 +24,13 @@ RESULT_FOLDERS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest"})  # of 
 
 
 class Result:
-    """A run's results: iterates over its slides, `result["a.svs"]` is one of them.
+    """The results of a run: iterate over its slides, or get one with `result["a.svs"]`.
 
     Attributes:
         out: the folder, as text.
         folder: names of its files.
         run: the mapping in run.yaml: settings, model, targets, versions.
-        record: the same as typed values, for what readers of results need.
+        record: the same as typed values, as far as readers of results need them.
     """
 
     def __init__(self, folder: RunFolder, run: dict[str, Any], remote_slides: bool = False) -> None:
@@ -59,7 +59,7 @@ class Result:
         return slide_id in self._slides
 
     def __getitem__(self, slide_id: str | int) -> SlideResult:
-        """Return a slide's results by its id, or its place in `ids`; also of one in work and not in slides.csv yet.
+        """Return a slide's results by its id or its position in `ids`, even if it is not in slides.csv yet.
 
         Raises:
             UnknownNameError: the run has no such slide.
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def ids(self) -> list[str]:
-        """Names of the slides: those in slides.csv; where that is not there yet, those that were planned_slides."""
+        """The names of the slides in slides.csv, or if that does not exist yet, of those that were planned."""
         return list(self._slides)
 
     @property
@@ -91,14 +91,14 @@ class Result:
     def heatmap(
         self, channel: str | int | ChannelInfo, slide: str | int | None = None, level: int = 0, *, masked: bool = False
     ) -> xr.DataArray:
-        """Return a channel of a slide as a lazy array, see `SlideResult.heatmap`; an only slide need not be named."""
+        """Return a channel of a slide as a lazy array, see `SlideResult.heatmap`; an only slide need not be given."""
         return self._one(slide).heatmap(channel, level, masked=masked)
 
     @property
     def patches(self) -> pd.DataFrame:
-        """A row a patch of all finished slides, with the slide's name in the first column `slide`.
+        """A table with a row per patch of all finished slides; the first column, `slide`, names the slide.
 
-        All of it is in memory: a million patches of ten classes take some 200 MB.
+        It is held in memory: a million patches with ten classes take about 200 MB.
         """
         with from_extra("xarray", "patches"):
             import pandas as pd
@@ -112,7 +112,7 @@ class Result:
     def windows(self, progress: Progress | None = None) -> dict[str, tuple[float, float]]:
         """Return the display window (low, high) of each channel over all slides, by the channel's label.
 
-        Kept in display.json; the first call, and one after slides have come, reads the new slides.
+        It is kept in display.json; the first call, and any call after new slides are finished, reads these slides.
         """
         return run_windows(self, self.folder.display, self.record.run_digest, progress)
 
@@ -124,7 +124,7 @@ class Result:
         return next(iter(self))
 
     def _repr_png_(self) -> bytes | None:
-        """Return the overview, of a run of one slide."""
+        """Return the overview if the run has a single slide."""
         return self._one(None)._repr_png_() if len(self) == 1 else None
 
     def _repr_html_(self) -> str:
@@ -138,13 +138,13 @@ class Result:
 
 
 def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
-    """Open the results in `out`, the folder or s3:// URL that `explain` was given; the run may still be going on.
+    """Open the results in `out`, the folder or s3:// URL that was given to `explain`; the run may still be in progress.
 
-    Slides themselves are read from where the results say they are; from URLs only with `remote_slides`, as results of a
-    stranger could have this machine ask any server for them.
+    Slides are read from the paths stored in the results, but from URLs only with `remote_slides`, because results from
+    a stranger could make this machine contact any server.
 
     Raises:
-        ResultError: there are none; where it is a slide's folder the message says which to open.
+        ResultError: there are none; if `out` is a slide's folder, the message says which folder to open.
         StoreError: they are damaged, or cannot be read.
     """
     folder = RunFolder(storage_path(out))
@@ -162,7 +162,7 @@ def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
 
 
 def find_result(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
-    """Find the result that `path` is or is inside of, and the slide whose folder or file it is, if any.
+    """Find the result that `path` is or lies in, and the slide whose folder or file it is, if any.
 
     Raises:
         ResultError: there is none.
@@ -178,7 +178,7 @@ def find_result(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
 
 
 def _upwards(place: StoragePath) -> Iterator[tuple[StoragePath, tuple[str, ...]]]:
-    """Yield a path and its parents, with the names that lead from them to it."""
+    """Yield a path and its parents, each with the names that lead from it to the path."""
     here, inside = place.absolute(), tuple[str, ...]()
     yield here, inside
     while (above := here.parent) != here:

@@ -53,17 +53,18 @@ SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 
 
 class NotAskedError(SlideAccessError):
-    """A slide on another machine, which is not asked without permission."""
+    """A slide on another machine, which is not contacted without permission."""
 
 
 def check_named(path: str, out: str, remote: bool) -> None:
-    """Check where results say that a slide is, before it is opened: they may be a stranger's.
+    """Check the path of a slide in results before it is opened, because the results may come from a stranger.
 
-    A URL would have this machine ask a server, perhaps one that only it reaches, and sign the request with the user's
-    own key. So URLs and network paths are taken with `remote` only, or where the results `out` lie in the same bucket.
+    A URL would make this machine contact a server, perhaps one that only it can reach, and sign the request with the
+    user's key. URLs and network paths are therefore accepted only with `remote`, or if the results `out` lie in the
+    same bucket.
 
     Raises:
-        SlideAccessError: it shall not be opened; `NotAskedError` where `remote` would allow it.
+        SlideAccessError: it must not be opened; `NotAskedError` if `remote` would allow it.
     """
     if os.path.realpath(path).startswith(tuple(f"{folder}/" for folder in SYSTEM_FOLDERS)):
         raise SlideAccessError(f"{path}: a system file, not a slide; the results are wrong")
@@ -78,17 +79,17 @@ def check_named(path: str, out: str, remote: bool) -> None:
 
 
 def slide_address(path: str, out: str) -> str:
-    """Return the path of a slide of results; of a URL in another bucket than theirs, one that is not signed for."""
+    """Return the path of a slide; for a URL in another bucket than the results', one that is not signed for."""
     return as_listed(path, {host_of_url(out)} if is_url(out) else ())
 
 
 class SlideResult:
-    """The results of one slide, as of when the result was opened. Safe to share between threads.
+    """The results of one slide, as of when they were opened. They can be shared between threads.
 
     Attributes:
         id: name of the slide in the run.
-        path: where the slide is, as slides.csv says; "" for one that is not in there yet.
-        row: its row of slides.csv; empty for one that is not in there yet.
+        path: the slide's path in slides.csv; "" if it is not listed there yet.
+        row: its row of slides.csv; empty if it is not listed there yet.
         folder: names of its files.
     """
 
@@ -104,7 +105,7 @@ class SlideResult:
 
     @cached_property
     def status(self) -> str:
-        """`ok`, `no_tissue`, `failed`, or `unfinished`; of slides in slides.csv nothing has to be read for it."""
+        """The status: `ok`, `no_tissue`, `failed`, or `unfinished`; nothing is read for slides in slides.csv."""
         if self.row:
             return self.row["status"]
         done = Manifest(self.folder.manifest).done()
@@ -112,12 +113,12 @@ class SlideResult:
 
     @property
     def error(self) -> str:
-        """Why it failed, or what could not be read of it; "" where all is well."""
+        """Why the slide failed, or what could not be read of it; "" if there was no problem."""
         return self.row.get("error", "")
 
     @cached_property
     def is_finished(self) -> bool:
-        """True if everything of the slide is there; of other slides there may be a part of the heatmap."""
+        """True if the slide is complete; other slides may have part of a heatmap."""
         return Manifest(self.folder.manifest).is_finished
 
     @cached_property
@@ -175,7 +176,7 @@ class SlideResult:
 
     @cached_property
     def store(self) -> HeatmapStore:
-        """The heatmap, opened for reading."""
+        """The heatmap store, opened for reading."""
         planned = self.plan.level_shapes  # says what is wrong where there is none
         return HeatmapStore(self.folder.heatmap, read_only=True, planned=planned)
 
@@ -188,7 +189,7 @@ class SlideResult:
     def channel(self, name: str | int | ChannelInfo) -> ChannelInfo:
         """Return the channel labelled `name`, such as "gradcam: tumour", or the first that explains class `name`.
 
-        It may also be given by its number, or be a channel, also of another slide of the run.
+        `name` may also be the number of a channel, or a channel object, even of another slide of the run.
 
         Raises:
             UnknownNameError: there is none.
@@ -207,9 +208,9 @@ class SlideResult:
     def heatmap(self, channel: str | int | ChannelInfo, level: int = 0, *, masked: bool = False) -> xr.DataArray:
         """Return a channel as a lazy array, float32 [y, x], in the unit of its attribute `units`.
 
-        Coordinates are the pixels' centres, `y` and `x` in level-0 px of the slide as in `patches`, `y_um` and `x_um`
-        in micrometres: `heatmap("tumour").sel(y=slice(0, 4096))`. Where nothing was explained it is 0, with `masked`
-        NaN.
+        The coordinates are the pixels' centres: `y` and `x` in level-0 px of the slide as in `patches`, `y_um` and
+        `x_um` in micrometres, for example `heatmap("tumour").sel(y=slice(0, 4096))`. Values are 0 where nothing was
+        explained, or NaN with `masked`.
         """
         with from_extra("xarray", "heatmap"):
             from wsi_gradcam.results.lazy import lazy_channel  # not above: dask and xarray
@@ -232,7 +233,7 @@ class SlideResult:
         return self._stored_table.read(columns)
 
     def table_batches(self, rows: int) -> Iterator[pa.Table]:
-        """Yield so many rows of patches.parquet at a time. Raises as `table`."""
+        """Yield the rows of patches.parquet in batches of this size; errors as for `table`."""
         return self._stored_table.batches(rows)
 
     @property
@@ -243,24 +244,24 @@ class SlideResult:
 
     @property
     def patches(self) -> pd.DataFrame:
-        """A row a patch, see `results.table.write_table` for the columns; the index is the patch's number."""
+        """A table with a row per patch, indexed by the patch's number; `write_table` describes the columns."""
         with from_extra("xarray", "patches"):
             frame: pd.DataFrame = self.table().to_pandas(use_threads=False)
         return frame.rename_axis("patch")
 
     @property
     def slide_logits(self) -> dict[str, float]:
-        """The answer of a slide-level model for the whole slide, a logit by class; empty where there is none."""
+        """The answer of a slide-level model for the whole slide, as logits by class; empty if there is none."""
         return self._answers(LOGIT)
 
     @property
     def slide_probabilities(self) -> dict[str, float]:
-        """The answer for the whole slide as probabilities by class; of survival those to survive each interval."""
+        """The answer for the whole slide as probabilities by class; for survival models, of surviving each interval."""
         return self._answers(SHARE)
 
     @property
     def answer(self) -> str:
-        """The answer for the whole slide in words, as "tumour 0.931, normal 0.069"; "" where there is none."""
+        """The answer for the whole slide in words, such as "tumour 0.931, normal 0.069"; "" if there is none."""
         return answer_in_words(self.slide_logits, self.slide_probabilities)
 
     def _answers(self, prefix: str) -> dict[str, float]:
@@ -269,37 +270,38 @@ class SlideResult:
 
     @property
     def features(self) -> xr.DataArray:
-        """The feature vectors that the encoder made of the patches, lazy, float32 or float16 [patch, feature].
+        """The encoder's feature vectors of the patches, lazy, float32 or float16 [patch, feature].
 
-        Coordinates are the patches' numbers, as in `patches`, and `y`, `x` of their top left corners in level-0 px of
-        the slide; NaN for unreadable patches, which are no part of the bag.
+        The coordinates are the patches' numbers, as in `patches`, and `y`, `x` of their top left corners in level-0 px
+        of the slide. Unreadable patches, which are not in the bag, are NaN.
 
         Raises:
-            ResultError: the run's model is none of whole slides, or the slide is not finished.
+            ResultError: the run's model is not a slide-level model, or the slide is not finished.
         """
         return self._bag("features", "")
 
     @property
     def relevance(self) -> xr.DataArray:
-        """What each patch is worth to the slide's answer, in its logits, lazy, float32 [patch, bag_method, target].
+        """Each patch's contribution to the slide's answer, in logits, lazy, float32 [patch, bag_method, target].
 
-        `relevance.sel(bag_method="lrp", target="tumour")`; coordinates, NaN and errors as of `features`.
+        `relevance.sel(bag_method="lrp", target="tumour")`; coordinates, NaN and errors as for `features`.
         """
         return self._bag("relevance", "logit")
 
     @property
     def attention(self) -> xr.DataArray:
-        """The weights with which a slide-level model looks at patches, lazy, float32 [patch, head]; 1 in sum.
+        """The attention weights of a slide-level model, lazy, float32 [patch, head]; each head sums to 1.
 
-        Coordinates, NaN and errors as of `features`; there is none of programs.
+        Coordinates, NaN and errors as for `features`; not available for aggregators that are programs.
         """
         return self._bag("attention", "1")
 
     @property
     def coefficients(self) -> xr.DataArray:
-        """What each feature is worth by the first bag method, lazy, float32 [patch, target, feature].
+        """The coefficient of each feature by the first bag method, lazy, float32 [patch, target, feature].
 
-        Their product with a patch's features is its relevance. Coordinates, NaN and errors as of `features`.
+        Their dot product with a patch's features is the patch's relevance. Coordinates, NaN and errors as for
+        `features`.
         """
         return self._bag("coefficients", "logit")
 
@@ -333,7 +335,8 @@ class SlideResult:
     def cams(self, patch: int) -> NDArray[np.float32]:
         """Read all explanations of a patch at the layer's resolution, float32 [channels, h, w], signed, in their units.
 
-        In the order of `channels`, which the probabilities end; zeros for a patch that is unreadable or not done.
+        They are in the order of `channels`, without the probabilities at its end; zeros for a patch that is unreadable
+        or not done yet.
 
         Raises:
             UnknownNameError: there is no such patch.
@@ -358,10 +361,10 @@ class SlideResult:
         return cam
 
     def open_slide(self) -> Slide:
-        """Open the slide itself, to be closed by the caller.
+        """Open the slide file itself; the caller closes it.
 
         Raises:
-            SlideError: it is not there any more, another file is, or it is behind a URL, see `check_named`.
+            SlideError: it no longer exists, was replaced by another file, or is at a URL (see `check_named`).
         """
         self.check_path()
         slide = open_slide(self.address, self.mpp, self._run.reader, channels=self._run.channels)
@@ -374,9 +377,9 @@ class SlideResult:
 
     @cached_property
     def scanned(self) -> Region | None:
-        """The part of level 0 that was scanned, which QuPath shows alone; None: the whole slide.
+        """The scanned part of level 0, which is all that QuPath shows; None for the whole slide.
 
-        Results of older versions do not say it, so that the slide is asked, as far as it is there.
+        Results of older versions do not state it; it is then read from the slide, if that still exists.
         """
         if self.plan.bounds is not None:
             return self.plan.scanned
@@ -388,7 +391,7 @@ class SlideResult:
         return slide.info.bounds
 
     def marks(self) -> list[Mark]:
-        """Return what people said of places on the slide in the viewer, the oldest first.
+        """Return the marks that people made on the slide in the viewer, oldest first.
 
         Raises:
             StoreError: `marks.jsonl` cannot be read.
@@ -405,15 +408,15 @@ class SlideResult:
 
     @property
     def address(self) -> str:
-        """The slide's path, or its URL as far as results may name it, see `as_listed`."""
+        """The slide's path, or the form of its URL that may be stored in results, see `as_listed`."""
         return slide_address(self.path, str(self.folder.place))
 
     def check_path(self) -> None:
-        """Raise a SlideAccessError where the slide shall not be opened, see `check_named`."""
+        """Raise a SlideAccessError if the slide must not be opened, see `check_named`."""
         check_named(self.path, str(self.folder.place), self._remote_slides)
 
     def patch_yx(self, patch: int) -> tuple[float, float]:
-        """Return level-0 px of a patch's top left corner."""
+        """Return (y, x) of a patch's top left corner, in level-0 px."""
         y, x = self._patch_store.yx(patch, patch + 1)[0]
         return float(y), float(x)
 
@@ -462,7 +465,8 @@ class SlideResult:
 def slide_scores(result: SlideResult, classes: Sequence[str]) -> Scores:
     """Return a slide's scores by class, from its table of patches.
 
-    `share` is the share of the patches whose most probable class it is, `top` the mean probability of the ten highest.
+    `share` is the share of the patches whose most probable class this is, `top` the mean probability of the ten highest
+    patches.
     """
     names = [f"probability_{label}" for label in classes]
     table = result.table(names)

@@ -1,7 +1,7 @@
-"""The words that a run, its executors and its listeners share: stages, tasks, their results, workloads.
+"""The vocabulary that a run, its executors and its listeners share: stages, tasks, their results, workloads.
 
 A workload is a kind of work on the slides of a run, such as explaining or auditing them. Executors know nothing else:
-they take a workload's jobs apart into tasks, and perform these wherever they like.
+they split a workload's jobs into tasks, and perform these wherever they like.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FatalError(Exception):
-    """Wraps an error that concerns the whole run, such as a full disk: no other slide is tried."""
+    """An error that concerns the whole run, such as a full disk, so that no other slide is tried."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -35,12 +35,12 @@ class Planned:
 
     Attributes:
         patches: of the slide.
-        left: how many of them are to be explained.
-        spans: numbers of the spans that are to be explained.
-        blocks: numbers of the heatmap's blocks that are to be made, by level.
-        outcome: of a slide that is finished; None of others.
-        encode: numbers of the spans whose features are to be made, of slide-level models.
-        aggregate: whether the slide's features are to be aggregated, of slide-level models.
+        left: how many of them remain to be explained.
+        spans: numbers of the spans that remain to be explained.
+        blocks: numbers of the heatmap's blocks that remain to be made, by level.
+        outcome: that of a finished slide, otherwise None.
+        encode: numbers of the spans whose features remain to be computed, for slide-level models.
+        aggregate: whether the slide's features remain to be aggregated, for slide-level models.
         to_encode: how many patches are in the spans of `encode`.
         given: True if the features were made elsewhere.
         pixels: False if no patch is explained down to its pixels.
@@ -59,7 +59,7 @@ class Planned:
 
     @property
     def first_spans(self) -> list[int]:
-        """The spans whose pixels are read first; none where other work comes before."""
+        """The spans whose pixels are read first; none if other work comes before."""
         if self.encode and self.given:
             return []
         return self.encode or (self.spans if self.pixels else [])
@@ -67,16 +67,16 @@ class Planned:
 
 @dataclass(frozen=True)
 class Processed:
-    """The result of a task that ran the model: how many patches it took, and where the time went.
+    """The result of a task that ran the model: the number of patches, and where the time went.
 
     Attributes:
         patches: how many there were.
-        unreadable: how many of them could not be read, where that is known yet.
+        unreadable: how many of them could not be read, if known yet.
         waited_s: seconds that the model waited for pixels.
-        model_s: seconds of the model, and of preparing its input.
+        model_s: seconds spent in the model and on preparing its input.
         read_s: seconds that threads spent reading patches, summed over the threads.
-        at_once: the most patches of a forward pass, where memory did not hold a batch; 0 where it did.
-        encoded: how many patches features were made of, in the first of a slide-level model's two passes.
+        at_once: the most patches in a forward pass if memory did not hold a batch, otherwise 0.
+        encoded: how many patches were encoded, in the first of a slide-level model's two passes.
     """
 
     patches: int
@@ -96,10 +96,10 @@ class Stage:
     """A kind of task.
 
     Attributes:
-        name: as logs and reports call it.
+        name: its name in logs and reports.
         function: performs a task, given the `Context` of the process, the slide and the task's numbers. It belongs to
             a module, so that it can be pickled.
-        needs_model: whether it runs on the run's device.
+        needs_model: whether it must run where the device is.
         reads_ahead: whether the function takes `upcoming`, the number of the task that comes next, if it is known.
     """
 
@@ -111,7 +111,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work: a stage, a slide, and the numbers of the piece. All that travels to a worker.
+    """A piece of work: a stage, a slide, and the numbers of the piece. This is all that is sent to a worker.
 
     Tasks of one stage never write the same file, so they may run anywhere, in any order, and again.
     """
@@ -132,8 +132,8 @@ class Performed:
         result: of the stage; None after an error.
         seconds: wall time.
         worker: the process, as `host:process id`.
-        error: why it failed, on one line; "" where it did not.
-        again: whether the task is tried once more after the error.
+        error: why it failed, on one line; "" if it did not.
+        again: whether the task is tried again after the error.
     """
 
     result: TaskResult
@@ -145,11 +145,11 @@ class Performed:
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """The end of a slide: a row of slides.csv.
+    """How a slide ended: a row of slides.csv.
 
     Attributes:
-        skipped: nothing was done, it had ended before.
-        lasting: it has failed, and the same command would fail again.
+        skipped: whether nothing was done because the slide had ended before.
+        lasting: whether it failed, and the same command would fail again.
     """
 
     slide: SlideEntry
@@ -172,11 +172,11 @@ class Workload(Protocol):
 
     @property
     def name(self) -> str:
-        """The command that asks for it: explain or audit."""
+        """The command that it belongs to: explain or audit."""
 
     @property
     def patches(self) -> int | None:
-        """The number of patches of all slides together; None where it is not known before they are planned."""
+        """The number of patches of all slides together; None if it is not known before they are planned."""
 
     @property
     def run(self) -> RunPlan:
@@ -185,9 +185,9 @@ class Workload(Protocol):
     def job(self, slide: SlideEntry) -> SlideJob:
         """Return the phases of a slide.
 
-        It yields the tasks of one or more phases, is sent all their results, and ends with the slide's record. All
-        tasks of a phase may run at once; a phase begins when the one before it is complete. An error of this slide
-        ends this job alone; an error of the store or of the cluster is raised as `FatalError`.
+        It yields the tasks of one or more phases, is sent all their results, and ends with the slide's record. The
+        tasks of a phase may run at once; a phase begins when the one before it is complete. An error of this slide ends
+        only this job; an error of the store or the cluster is raised as `FatalError`.
         """
 
 
@@ -196,12 +196,12 @@ class Executor(Protocol):
 
     @property
     def dashboard(self) -> str:
-        """Address of a page that shows the work; "" where there is none."""
+        """Address of a page that shows the work; "" if there is none."""
 
     def examine(
         self, spec: ModelSpec | SlideModelSpec, settings: Settings, slides: Sequence[SlideEntry], choice: Choice | None
     ) -> ModelFacts:
-        """Return what planning must know of the model; see `examine_model`."""
+        """Return what planning needs to know about the model; see `examine_model`."""
 
     def run(self, workload: Workload, slides: Iterable[SlideEntry], observe: Observer) -> Iterator[SlideRecord]:
         """Yield the record of each slide as it is finished.
@@ -212,19 +212,19 @@ class Executor(Protocol):
 
 
 class RunListener:
-    """Is told what happens in a run; the methods do nothing unless they are overridden."""
+    """A listener that is notified of what happens in a run; its methods do nothing unless overridden."""
 
     def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """The model is known and the work begins; `dashboard` is the address of a page that shows it, or ""."""
+        """The model is known and the work begins; `dashboard` is the address of a page that shows the work, or ""."""
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """A task has succeeded."""
 
     def task_failed(self, task: Task, performed: Performed) -> None:
-        """An attempt at a task has failed; where it is not made again, its slide fails."""
+        """An attempt at a task has failed; if it is not tried again, its slide fails."""
 
     def slide_done(self, record: SlideRecord) -> None:
         """A slide is finished or has failed."""
 
     def message(self, text: str) -> None:
-        """Something is worth a line. It may come from another thread, and before the work begins."""
+        """A message for the user. It may come from another thread, and before the work begins."""

@@ -1,6 +1,6 @@
-"""Readers of slides: `open_slide` returns a `Slide`, `read_region` any region of it at any mpp.
+"""Readers of slides: `open_slide` returns a `Slide`, and `read_region` any region of it at any mpp.
 
-The room knows files, URLs and pixels; it knows neither tissue nor models nor runs.
+This room knows files, URLs and pixels, but neither tissue nor models nor runs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ UNREAD = {
 
 
 def is_zarr(path: Path) -> bool:
-    """Return True for a folder that is a Zarr group, and so one image rather than many files."""
+    """Return True for a folder that is a Zarr group, and thus one image rather than many files."""
     return path.is_dir() and any((path / name).is_file() for name in ZARR_FILES)
 
 
@@ -62,22 +62,21 @@ def open_slide(
     channels: tuple[int, int, int] | None = None,
     isolate: Limits | bool | None = None,
 ) -> Slide:
-    """Return the slide at `path`, a file, a Zarr folder or a URL; `mpp`, or (y, x), replaces its own um per pixel.
+    """Return the slide at `path`, a file, a Zarr folder or a URL; `mpp` or (y, x) replaces its own um per pixel.
 
-    With `trust_objective` the power of the objective stands in for an mpp that is not known. Of gray pictures that
-    belong together, as stains of fluorescence are, `channels` are shown as red, green and blue; a slide in colour is
-    shown as it is.
+    With `trust_objective`, an unknown mpp is derived from the power of the objective. Of an image with several gray
+    channels, as in fluorescence, `channels` are shown as red, green and blue; a slide in colour is shown as it is.
 
-    Readers are the names in `opening.OPENERS`; `auto` takes the fastest that reads the file correctly. With `isolate`
-    a process of its own reads the slide, which may need no more than these limits (True: the usual ones; None: as
-    `isolating` says, else not), see `isolated_reader`: for files of strangers.
+    Readers are the names in `opening.OPENERS`; `auto` chooses the fastest that reads the file correctly. With
+    `isolate`, a separate process reads the slide within these limits (True: the default ones; None: as set by
+    `isolating`, else none), see `isolated_reader`; meant for files from strangers.
 
     Raises:
-        ConfigError: there is no such reader, or no such process on this system.
-        SlideNotFoundError: no file there.
-        SlideAccessError: the server of a URL does not let it be read.
+        ConfigError: there is no such reader, or this system has no such processes.
+        SlideNotFoundError: there is no such file.
+        SlideAccessError: the server of a URL does not allow reading it.
         SlideFormatError: not a slide, or damaged.
-        SlideContentError: a SlideFormatError, of a file that holds something else than a picture in colour or gray.
+        SlideContentError: a SlideFormatError for a file that is not an image in colour or gray.
         MppError: the given mpp is not possible. (A missing one is raised on the first use of `info.mpp_yx`.)
     """
     # Not above: `import wsi_gradcam.slides` shall not need the shared library.
@@ -101,10 +100,10 @@ def open_slide(
 
 
 def with_reductions(slide: Slide) -> Slide:
-    """Return the slide with levels that are made while tiles are decoded, where its reader can do that.
+    """Return the slide with additional levels that are decoded at a reduced size, if its reader supports that.
 
-    Patches at half, a quarter or an eighth of a level are then read several times as fast, and differ by some gray
-    levels. The slide itself is not to be closed besides.
+    Patches at half, a quarter or an eighth of a level's resolution are then read several times as fast, and differ by a
+    few gray levels. The original slide must not be closed separately.
     """
     reduced: Callable[[], Slide] | None = getattr(slide, "with_reductions", None)
     return slide if reduced is None else reduced()
@@ -120,7 +119,7 @@ def _limits(isolate: Limits | bool | None) -> Limits | None:
 
 
 def check_reader(name: str) -> None:
-    """Raise a ConfigError for the name of no reader."""
+    """Raise a ConfigError if there is no reader of this name."""
     if name == "auto":
         return  # a client of workers need not load what reads slides
     from wsi_gradcam.slides.opening import OPENERS

@@ -55,11 +55,11 @@ class Level:
     """One resolution of a slide: size in its own pixels and level-0 pixels per pixel, per axis.
 
     Attributes:
-        height, width: without what fills up the last tiles, as far as that is known.
-        problem: why the factors are not certain; "" where they are. Such a level is used only where its pixels prove
+        height, width: without the padding of the last tiles, as far as that is known.
+        problem: why the downsamples are uncertain; "" if they are not. Such a level is used only if its pixels prove
             them.
-        shift: by how many of its pixels what it shows lies further down and to the right than in other levels.
-        made_of: the index of the level whose tiles it is decoded from, made smaller; None for a level of the file.
+        shift: by how many of its own pixels its content lies further down and to the right than in other levels.
+        made_of: the index of the level whose tiles it is decoded from at a reduced size; None for a level of the file.
     """
 
     height: int
@@ -78,14 +78,14 @@ class SlideInfo:
     Attributes:
         path: where the slide was opened.
         levels: finest first; level 0 has downsample 1.
-        mpp: micrometres per level-0 pixel as (y, x); None when the file has none, or an impossible one.
-        mpp_problem: why `mpp` is None, naming the property and the mend.
-        vendor: the reader's word for the format.
-        background: RGB that stands for glass, 0 to 255.
-        bounds: the part of level 0 that was scanned, where the format records it.
+        mpp: micrometres per level-0 pixel as (y, x); None if the file states none, or an impossible value.
+        mpp_problem: why `mpp` is None, with the property and how to fix it.
+        vendor: the reader's name for the format.
+        background: RGB of glass, 0 to 255.
+        bounds: the part of level 0 that was scanned, if the format records it.
         digest: a short content digest, see `content_digest`.
-        objective: magnification of the scanner's objective, such as 40; None when the file does not say.
-        images: those in the file, in words, where it has several; the first is the slide.
+        objective: magnification of the scanner's objective, such as 40; None if the file does not state it.
+        images: descriptions of the images in the file, if it has several; the first is the slide.
     """
 
     path: str
@@ -114,7 +114,7 @@ class SlideInfo:
         """Micrometres per level-0 pixel as (y, x).
 
         Raises:
-            MppError: where the file gives none that can be used.
+            MppError: the file states none that can be used.
         """
         if self.mpp is None:
             raise MppError(f"{self.path}: {self.mpp_problem}")
@@ -122,7 +122,7 @@ class SlideInfo:
 
 
 class Slide(Protocol):
-    """An open slide. Reading is safe from several threads; a slide is not picklable: open one per process."""
+    """An open slide. It can be read by several threads at once, but not pickled: open one in each process."""
 
     @property
     def info(self) -> SlideInfo:
@@ -159,9 +159,9 @@ def pad_with_background(
 def fill_background(
     region: Region, size: Level, colour: tuple[int, int, int], out: NDArray[np.uint8]
 ) -> tuple[Region, NDArray[np.uint8]]:
-    """Fill what of `out`, which shows `region`, lies outside the level; return the part inside, and its place in `out`.
+    """Fill the part of `out`, an array of `region`, that lies outside the level; return the part inside, and its place.
 
-    Both are empty where nothing lies inside.
+    Both are empty if nothing lies inside.
     """
     inside = region.intersect(Region(0, 0, size.height, size.width))
     if inside == region:
@@ -182,16 +182,17 @@ def make_levels(
 ) -> tuple[Level, ...]:
     """Return levels of these (height, width), finest first, with the downsample of each axis.
 
-    A writer that shrinks 2967 rows by 4 keeps 741 of 741.75, and 2967 / 741 = 4.004 would drift by 3 px towards
-    the bottom: where a whole factor explains the sizes up to rounding, the whole factor is taken. Of small levels
-    several do: one that explains both axes goes first, and of these a power of two.
+    A writer that shrinks 2967 rows by 4 keeps 741 of 741.75, and 2967 / 741 = 4.004 would drift by 3 px towards the
+    bottom: if an integer factor explains the sizes up to rounding, it is used. For small levels several do: one that
+    explains both axes is preferred, and of these a power of two.
 
-    A writer that fills up the last tiles makes levels too large for their factor. What the file says of their pixels'
-    size tells it; where it says nothing, the power of two that such tiles would explain is a guess, and a `problem`.
+    A writer that pads the last tiles makes levels too large for their factor. If the file states the pixel size of its
+    levels, this gives the factor; otherwise the power of two that such padding would explain is a guess, and a
+    `problem`.
 
     Args:
-        sizes: of the levels as they are stored.
-        spacings: what the file says of the size of each level's pixels, (y, x) in any unit.
+        sizes: the levels' (height, width) as they are stored.
+        spacings: the pixel size of each level according to the file, (y, x) in any unit.
         tiles: (height, width) of each level's tiles.
 
     >>> make_levels([(2967, 2220), (741, 555)])[1]
@@ -291,12 +292,12 @@ def _explains(whole: int, full: int, reduced: int) -> bool:
 
 @dataclass(frozen=True)
 class Channel:
-    """One of several gray pictures that belong together, as a file describes it.
+    """One of several gray channels of an image, as a file describes it.
 
     Attributes:
         name: "" where it has none.
-        colour: RGB in which it shall be shown.
-        is_stain: it is told to be light of fluorescence.
+        colour: RGB in which it should be shown.
+        is_stain: whether the file declares it as fluorescence.
     """
 
     name: str = ""
@@ -309,11 +310,11 @@ def shown_channels(
 ) -> Channels:
     """Return the numbers of the channels that are shown as red, green and blue.
 
-    Those that a user chose; else those that say by their names, or by nothing but their colours, that they are the
-    parts of a picture in colour. With `plain`, three that say nothing else are that too.
+    These are the ones that a user chose, or else those whose names, or colours if they have no names, say that they are
+    the parts of an image in colour. With `plain`, so are three channels that say nothing at all.
 
     Raises:
-        SlideContentError: they are stains, or nothing tells what they are.
+        SlideContentError: they are stains, or it is unknown what they are.
 
     >>> shown_channels(3, [Channel("Blue"), Channel("Green"), Channel("Red")], None)
     (2, 1, 0)
@@ -345,7 +346,7 @@ def _part_by_colour(channel: Channel) -> str:
 
 
 def check_mpp(value: float, origin: str) -> str:
-    """Return an empty string when `value` can be micrometres per pixel, else the problem and its mend."""
+    """Return an empty string if `value` can be micrometres per pixel, else the problem and how to fix it."""
     if math.isfinite(value) and SMALLEST_MPP <= value <= LARGEST_MPP:
         return ""
     return (
@@ -355,9 +356,9 @@ def check_mpp(value: float, origin: str) -> str:
 
 
 def mpp_from_objective(info: SlideInfo) -> SlideInfo:
-    """Return the metadata with mpp from the objective's power, if that alone is known: 10 um at 1x, as scanners have.
+    """Return the metadata with mpp derived from the objective's power if only that is known: 10 um at 1x, as usual.
 
-    A guess: 40x is 0.25 on most scanners, but 0.22 to 0.26 on some.
+    This is a guess: 40x is 0.25 on most scanners, but 0.22 to 0.26 on some.
     """
     if info.mpp is not None or info.objective is None:
         return info
@@ -473,10 +474,10 @@ DARK = 64  # of 255: no picture in 16 bits is darker everywhere, but one of 12 b
 
 
 def check_not_dark(slide: Slide, places: Sequence[tuple[int, Region]], *, chosen: bool = False) -> None:
-    """Look at some places of a slide in 16 bits that does not say how many of them are used.
+    """Check some places of a 16-bit slide that does not state how many of its bits are used.
 
     Raises:
-        SlideContentError: all are dark. With channels that were `chosen`, as of fluorescence, the log warns of it.
+        SlideContentError: all are dark. If channels were `chosen`, as for fluorescence, the log warns of it instead.
     """
     levels = set()
     for level, region in places:
