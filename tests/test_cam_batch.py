@@ -167,7 +167,7 @@ def test_errors_after_which_a_gpu_is_of_no_use_are_recognised(error: Exception) 
         assert lost_device(found) is error
         assert not is_out_of_memory(found)
         with (
-            pytest.raises(DeviceError, match="no slide is at fault: run the same command again") as caught,
+            pytest.raises(DeviceError, match="no slide is at fault; run the same command again") as caught,
             device_errors(),
         ):
             raise found

@@ -1,4 +1,4 @@
-"""`audit_images` and `audit_bags`: the audit's questions of what is in memory, without slides or a run."""
+"""`audit_images` and `audit_bags`: the audit's questions about data in memory, without slides or a run."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ def audit_images(
 ) -> Metrics:
     """Audit a model on patches uint8 [N, h, w, 3] of its own size: the numbers and verdicts of `audit_run`.
 
-    What needs a slide is not asked: the control by the probabilities round about, a shift of the grid, slides' scores.
+    Whatever needs a slide is left out: the control by neighbouring probabilities, a shift of the grid, slides' scores.
 
     Args:
         model: as for `explain`, or loaded: see `model_of` for a network in memory.
         method: a name from `wsi_gradcam.cam.facts`, or several.
         target: what is explained: a class, or "predicted".
-        groups: what each patch comes from, such as its slide [N]; patches of one are alike, and statements are about
-            groups where there are 6 or more. None: each patch for itself.
-        annotated: where the target's class is on each patch, bool [N, side, side], for plausibility.
-        regions: masks [N, side, side] of what should not decide, by name.
+        groups: the origin of each patch, such as its slide [N]; patches of one group are alike, and statements are
+            about groups if there are 6 or more. None: each patch on its own.
+        annotated: where each patch shows the target's class, bool [N, side, side], for plausibility.
+        regions: masks [N, side, side] of what should not affect the answer, by name.
         glass: RGB of bare glass.
-        mpp: micrometres per pixel, where the model does not say it: ink and blur are judged by it.
+        mpp: micrometres per pixel, if the model does not state it; used to detect ink and blur.
         layer: the layer to explain.
         only: the questions to ask, see `wsi_gradcam.audit.schema.QUESTIONS`.
         seed: of all random numbers.
@@ -195,7 +195,7 @@ def _data(
     glass: tuple[int, int, int],
     seeds: Sequence[int],
 ) -> PatchData:
-    """Return a batch, filled up with its last patch."""
+    """Return a batch, padded with its last patch."""
     rows = np.array([*patches, *[patches[-1]] * (BATCH_SIZE - len(patches))], np.int64)
     return PatchData(
         count=len(patches),
@@ -241,16 +241,17 @@ def audit_bags(
 
     Args:
         features: by the slide's name, or in a list.
-        model: the file of a slide-level model, of which the aggregator alone is asked, or a `torch.nn.Module` from
-            [N, D] to logits, or an `Aggregator` of `wsi_gradcam.mil.networks`.
-        method: bag methods, `single` and `attention` among them; nothing given: integrated_gradients, single, and
-            attention where there is one.
+        model: the file of a slide-level model, of which only the aggregator is used, or a `torch.nn.Module` from [N, D]
+            to logits, or an `Aggregator` of `wsi_gradcam.mil.networks`.
+        method: bag methods, including `single` and `attention`; by default integrated_gradients, single, and attention
+            if there is one.
         target: what is explained: a class, or "predicted".
         classes: of a module; a model file has its own.
         activation: of a module; a model file has its own.
-        places: of the patches, [N, 2] in their own sides, by slide: areas elsewhere are then as compact as regions.
+        places: positions of the patches, [N, 2] in units of their side, by slide: areas elsewhere are then as compact
+            as regions.
         annotated: share of each patch that shows the target's class, [N], by slide.
-        regions: which patches show what should not decide, bool [N], by name and slide.
+        regions: which patches show what should not affect the answer, bool [N], by name and slide.
         only: the questions to ask, see `wsi_gradcam.audit.schema.BAG_QUESTIONS`; nothing given: all.
         seed: of all random numbers.
         trust_code: allow the code in the model to run.
@@ -333,7 +334,7 @@ def _aggregator(
 def _bag_run(
     spec: SlideModelSpec, network: Aggregator, classes: tuple[str, ...], target: str, attended: str
 ) -> RunPlan:
-    """Return the plan of a run that there was not: it says what was audited."""
+    """Return a plan that says what was audited, although there was no run."""
     facts = ModelFacts(
         name=spec.name,
         source=spec.aggregator.source,

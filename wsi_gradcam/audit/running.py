@@ -1,4 +1,4 @@
-"""`audit_run`: open a run again, draw a sample, measure it batch by batch on any executor, assess, report."""
+"""`audit_run`: reopen a run, draw a sample, measure it batch by batch on any executor, assess it and report."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judged:
-    """The outcome of judging a run.
+    """The outcome of assessing a run.
 
     Attributes:
-        out: the folder of what was found, such as OUT/audit.
-        records: of the slides in the sample.
+        out: the folder of the findings, such as OUT/audit.
+        records: those of the slides in the sample.
     """
 
     out: StoragePath
@@ -109,37 +109,38 @@ def audit_run(
     remote_slides: bool = False,
     listener: RunListener | None = None,
 ) -> AuditOutcome:
-    """Audit the explained archive in `out`; what was measured before is not measured again.
+    """Audit the explained archive in `out`; existing measurements are not repeated.
 
     Everything is written to `out`/audit: measurements batch by batch, then metrics.json and report.html.
 
     Args:
-        out: folder or s3:// URL that `explain` was given; slides and model must be where they were.
-        patches: about so many are audited, of all slides together.
-        seed: of the sample and of all random numbers.
-        slides: of a slide-level model, whose unit is the slide, about so many are audited, each with all its patches.
+        out: folder or s3:// URL that was given to `explain`; slides and model must not have moved.
+        patches: approximate number of patches to audit, over all slides.
+        seed: seed of the sample and of all random numbers.
+        slides: for slide-level models, whose unit is the slide: approximate number of slides to audit, each with all
+            its patches.
         only: the questions to ask, see `wsi_gradcam.audit.schema.QUESTIONS`, and `BAG_QUESTIONS` for slide-level
-            models; nothing given: all.
-        target: which of the run's targets is audited; nothing given: each patch's predicted class, where that was
-            explained, else the run's first.
-        annotations: file, or folder with a file a slide, of areas that show the target's class.
-        include: names of the annotation classes that count; nothing given: all.
-        regions: file, or folder with a file a slide, of areas that should not decide, such as rulers, folds and pen;
-            each class of them is hidden, against as much elsewhere.
-        mask_frame: what annotations and regions were drawn on, on slides whose scanned part is not all: "slide" or
-            "bounds"; "auto" finds out, and refuses where both could be.
-        model: where the run does not say how its model is loaded, or its files have moved.
-        against: another run, whose audit is finished; its patches are audited here too, and the two are compared.
+            models; all by default.
+        target: which of the run's targets to audit; by default each patch's predicted class if that was explained, else
+            the run's first target.
+        annotations: areas that show the target's class: a file, or a folder with a file per slide.
+        include: names of the annotation classes to use; all by default.
+        regions: the same for areas that should not affect the answer, such as rulers, folds and pen; each class is
+            hidden and compared with hiding as much elsewhere.
+        mask_frame: what annotations and regions were drawn on, for slides that were only partly scanned: "slide" or
+            "bounds"; "auto" detects it, and refuses if both are possible.
+        model: the run's model, if the run does not say how to load it, or its files have moved.
+        against: another run with a finished audit; its patches are audited here too, and the two audits are compared.
         workers: as for `explain`.
         scheduler: as for `explain`.
         wait_for_workers: as for `explain`.
-        overwrite: measure all again, also where an audit with other settings stands.
-        trust_code: as for `explain`; also where `out` itself names a model whose loading runs code.
-        remote_slides: ask other machines for slides that the results name by URLs, see `open_result`.
-        listener: is told what happens.
+        overwrite: measure everything again, even if there is an audit with other settings.
+        trust_code: as for `explain`; also needed if the run's own model runs code when it is loaded.
+        remote_slides: contact other machines for slides whose URLs are in the results, see `open_result`.
+        listener: an object that is notified of what happens.
 
     Raises:
-        WsiGradcamError: nothing could be done at all, or the audit had to stop; what was measured is not lost.
+        WsiGradcamError: nothing could be done, or the audit had to stop; existing measurements are not lost.
     """
     check_questions(only)
     drawn, hidden = (None if path is None else Path(path).absolute() for path in (annotations, regions))
@@ -176,7 +177,7 @@ def audit_run(
 def given_model(
     model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model | None,
 ) -> tuple[ModelSpec | SlideModelSpec | None, Model | None]:
-    """Return the specification of a model that is given, with whole paths, and the model if it is loaded."""
+    """Return the specification of a given model, with absolute paths, and the model itself if it is loaded."""
     if model is None:
         return None, None
     if isinstance(model, str | PathLike):
@@ -189,7 +190,7 @@ def given_model(
 
 
 def allowed_slides(slides: list[SlideEntry], result: Result, remote_slides: bool) -> list[SlideEntry]:
-    """Return the slides; raises a SlideAccessError where one shall not be opened, see `check_named`."""
+    """Return the slides; raises a SlideAccessError if one must not be opened, see `check_named`."""
     for slide in slides:
         check_named(slide.path, result.out, remote_slides)
     return slides
@@ -209,7 +210,7 @@ def report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:
 
 
 def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None) -> AuditScope:
-    """Return what is audited, with its sample drawn; raises whatever is wrong in that."""
+    """Return what to audit, with its sample; raises an error if the arguments do not allow that."""
     classes = run.result.record.model.classes
     target = audited_target(run.targets, classes, settings.target, settings.annotations is not None)
     if other is not None:
@@ -250,7 +251,7 @@ def drawn_digests(
 
 
 def _check_room(folder: AuditFolder, result: Result) -> None:
-    """Refuse where older versions have put slides' results into OUT/audit.
+    """Refuse an OUT/audit into which older versions have put slides' results.
 
     Raises:
         ResultError: there are some.
@@ -272,10 +273,10 @@ def _is_inside(path: str) -> bool:
 def plan_before(
     folder: AuditFolder, identity: dict[str, Any], overwrite: bool, what: str = "an audit"
 ) -> tuple[dict[str, Any] | None, bool]:
-    """Return the plan of the audit that stands there, and whether it is of this identity and is gone on with.
+    """Return the plan of an existing audit, and whether it has this identity and is continued.
 
     Raises:
-        ResumeError: the numbers there are of another one.
+        ResumeError: the measurements are those of another audit.
     """
     try:
         before = folder.read_plan()
@@ -301,7 +302,7 @@ def plan_before(
 def write_plan(
     folder: AuditFolder, identity: dict[str, Any], digest: str, samples: Mapping[str, SlideSample], old: Iterable[str]
 ) -> None:
-    """Write the plan of an audit, after forgetting all that was written of the slides of an old one."""
+    """Write the plan of an audit, after deleting what an old one wrote about its slides."""
     # The plan first: what is half gone is no audit.
     for place in (folder.plan, folder.listing, folder.metrics, folder.report):
         place.remove()
@@ -316,7 +317,7 @@ def write_plan(
 
 
 def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwrite: bool) -> None:
-    """Write the plan, unless it stands there; with `overwrite` all that was measured is forgotten.
+    """Write the plan unless it exists; with `overwrite`, all measurements are deleted.
 
     Args:
         slides: of the run; an older audit whose plan is damaged may have been about any of them.
@@ -331,7 +332,7 @@ def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwri
 
 
 def audited_slides(plan: dict[str, Any] | None, otherwise: Iterable[str]) -> list[str]:
-    """Return the slides of an audit by its plan; where that does not tell them, those that they may be."""
+    """Return the slides of an audit from its plan, or those that they may be if the plan does not say."""
     samples = (plan or {}).get("samples")
     return [name for name in (samples if isinstance(samples, dict) else otherwise) if is_name(name)]
 
@@ -345,7 +346,7 @@ def short(value: object) -> str:
 def _finish(
     folder: AuditFolder, plan: AuditPlan, run: ExplainedRun, records: Sequence[SlideRecord], other: OtherAudit | None
 ) -> Metrics:
-    """Assess what was measured, and write it."""
+    """Assess the measurements, and write the result."""
     failed = {record.slide.id: record.error for record in records if record.status == SlideStatus.FAILED}
     slides = [name for name in plan.samples if name not in failed]
     if not slides:

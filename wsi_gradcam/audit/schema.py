@@ -1,4 +1,4 @@
-"""`metrics.json`: what it holds, as types; `metrics_schema` is the published JSON Schema of it."""
+"""The content of `metrics.json` as types; `metrics_schema` returns its published JSON Schema."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class Measure:
         name: stable, for programs.
         what: in words, with the keys that it names in braces; `{map}` is the method or the control.
         unit: of it.
-        of: what it is of, in words, likewise.
-        against: of a comparison: the reference, likewise; `{reference}` is the control or the other method.
-        evidence: its words beside a verdict, where they are not `what`.
+        of: its subject in words, likewise.
+        against: the reference of a comparison, likewise; `{reference}` is the control or the other method.
+        evidence: its words beside a verdict, if they differ from `what`.
     """
 
     name: str
@@ -110,7 +110,7 @@ def fill(text: str, keys: Any) -> str:
 
 
 def questions_of(unit: Unit) -> dict[str, str]:
-    """Return the questions that are asked of patches, or of slides."""
+    """Return the questions about patches, or about slides."""
     return BAG_QUESTIONS if unit == "slide" else QUESTIONS
 
 
@@ -120,14 +120,14 @@ def map_keys(name: str) -> Keys:
 
 
 def method_title(name: str) -> str:
-    """Return what a method is called; a control's name says that it is one."""
+    """Return a method's name for readers; that of a control says that it is one."""
     if name in METHOD_INFO:
         return METHOD_INFO[name].title
     return {**BAG_TITLES, **CONTROL_TITLES}.get(name, name)
 
 
 def change_title(name: str) -> str:
-    """Return what a change of the patch is called."""
+    """Return the name of a change of the patch for readers."""
     return {"jpeg": "JPEG", "half": "half of the patches"}.get(name, name)
 
 
@@ -146,7 +146,7 @@ def row_title(row: EstimateRow | ComparisonRow | CurveRow | VerdictRow) -> str:
 
 
 def reference_title(row: ComparisonRow) -> str:
-    """Return what a comparison is made with, in words."""
+    """Return the reference of a comparison, in words."""
     if row.other_method:
         return method_title(row.other_method)
     return {**CONTROL_TITLES, ATTENTION: BAG_TITLES[ATTENTION]}.get(row.control or "", row.against)
@@ -159,7 +159,7 @@ class Words:
     Attributes:
         title: as a heading.
         how: how it is answered.
-        not_proven: what an answer that holds leaves open.
+        not_proven: what a verdict that holds does not prove.
         source: papers.
     """
 
@@ -171,11 +171,11 @@ class Words:
 
 @dataclass(frozen=True)
 class CurvesFigure:
-    """Curves side by side.
+    """A figure of curves, side by side.
 
     Attributes:
-        panels: a title each, and curves with their names.
-        description: for who cannot see it.
+        panels: each a title, and curves with their names.
+        description: for readers who cannot see it.
         reference: a height to compare them with, and its name.
     """
 
@@ -187,12 +187,12 @@ class CurvesFigure:
 
 @dataclass(frozen=True)
 class IntervalsFigure:
-    """Estimates with their intervals, a line each.
+    """A figure of estimates with their intervals, one line each.
 
     Attributes:
         rows: with their names.
         axis: the name of the x axis.
-        description: for who cannot see it.
+        description: for readers who cannot see it.
         reference: a value to compare them with.
         left: where the x axis begins.
     """
@@ -216,7 +216,7 @@ Number = Annotated[float | None, BeforeValidator(_known)]
 
 
 def _text(value: Any) -> Any:
-    """Return file names that are not Unicode, as well as they can be shown."""
+    """Return a text in which names that are not Unicode are shown as well as possible."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
@@ -228,20 +228,20 @@ class _Strict(BaseModel):
 
 
 class Keyed(_Strict):
-    """The subject of a row, for programs; null where it does not apply. The row's other texts are for display alone.
+    """The subject of a row, for programs; null where it does not apply. The row's other texts are for display only.
 
     Attributes:
         question: of the audit.
-        method: whose map it is of.
-        control: what knows nothing of the model, and stands in for the map or beside it: `random`, `edges`, `constant`,
-            `centre`, `probability`; of a slide-level model `random_order`, `attention`; `random_weights`,
+        method: the method of the map.
+        control: something independent of the model that replaces the map, or is compared with it: `random`, `edges`,
+            `constant`, `centre`, `probability`; of a slide-level model `random_order`, `attention`; `random_weights`,
             `equal_noise`, `equal_area`, `share_of_area`.
-        other_method: that the method is compared with.
-        baseline: what fills the gaps: `mean`, `blur`, `background`, `road`.
+        other_method: the method that it is compared with.
+        baseline: what replaces removed pixels: `mean`, `blur`, `background`, `road`.
         change: of the patch, such as `stain`.
-        suspect: region that should not decide, such as `pen`.
+        suspect: a region that should not affect the answer, such as `pen`.
         label: of a class or target.
-        order: in which weights become random, or patches are taken away.
+        order: the order in which weights become random, or patches are removed.
     """
 
     question: str
@@ -260,12 +260,13 @@ class EstimateRow(Keyed):
 
     Attributes:
         measure: its stable name.
-        of: method, control, suspect or change that it is of.
+        of: its method, control, suspect or change.
         what: the measure in words.
-        unit: of value, low and high.
-        patches, slides: that count.
-        missing: patches without a number.
-        resampled: slides, or patches where there are fewer than six slides; for random weights, their draws.
+        unit: the unit of value, low and high.
+        patches, slides: the numbers of those that count.
+        missing: the number of patches without a value.
+        resampled: what is resampled: slides, or patches if there are fewer than six slides; for random weights, their
+            draws.
     """
 
     measure: str
@@ -286,7 +287,7 @@ class ComparisonRow(Keyed):
 
     Attributes:
         measure: its stable name.
-        p: two-sided, of a test that flips signs; not corrected for being one of many.
+        p: two-sided p-value of a sign-flipping test, not corrected for multiple testing.
         effect: mean over standard deviation of the differences (Cohen's d of pairs).
         better: share of the patches where the first is larger; ties count half.
     """
@@ -324,11 +325,12 @@ class VerdictRow(Keyed):
     """An answer in plain words.
 
     Attributes:
-        measures: stable names of the numbers it rests on; of rows with the same method, baseline, change and suspect.
+        measures: stable names of the numbers that it is based on, in rows with the same method, baseline, change and
+            suspect.
         of: the method, suspect or change that it is about.
         asked: the question as a reader would ask it.
-        p, p_adjusted: of the test behind it, and corrected over all verdicts (Holm); null where the verdict rests on
-            finding nothing.
+        p, p_adjusted: p-value of its test, and the same corrected over all verdicts (Holm); null if the verdict is
+            based on finding nothing.
         evidence: the same numbers in words.
     """
 
@@ -343,7 +345,7 @@ class VerdictRow(Keyed):
 
 
 class ConclusionRow(_Strict):
-    """What the verdicts say together: a sentence that follows from them by rule.
+    """The verdicts' conclusion: a sentence that follows from them by rule.
 
     Attributes:
         method: the method whose map it is about, the first of the run.
@@ -357,7 +359,7 @@ class ConclusionRow(_Strict):
 
 
 class QuadrantRow(_Strict):
-    """Faithful and plausible together, for a method, on the `patches` of which the annotation tells."""
+    """Faithfulness and plausibility of a method, on the `patches` for which there is an annotation."""
 
     method: str
     patches: int
@@ -374,7 +376,7 @@ class UntestedRow(_Strict):
 
 
 class StrataRow(Keyed):
-    """A number compared between sites, scanners, labels or classes: p of Kruskal and Wallis' test."""
+    """A number compared between sites, scanners, labels or classes, with p of the Kruskal-Wallis test."""
 
     measure: str
     by: str
@@ -402,8 +404,8 @@ class RunFacts(_Strict):
     """Facts of the run that was audited.
 
     Attributes:
-        unit: of which the questions were asked: of patches, or of the slides of a slide-level model. Where it is the
-            slide, `patches` of a row are slides too.
+        unit: what the questions are about: patches, or the slides of a slide-level model. If it is the slide, `patches`
+            of a row are slides too.
     """
 
     out: Text
@@ -423,7 +425,7 @@ class RunFacts(_Strict):
 
 
 class AgainstFacts(_Strict):
-    """Another audit that this one is compared with, on the patches that both have."""
+    """Another audit that this one is compared with, on the patches that they have in common."""
 
     out: Text
     model: str
@@ -434,7 +436,7 @@ class AgainstFacts(_Strict):
 
 
 class Metrics(_Strict):
-    """All of an audit, of the archive or of a slide."""
+    """All findings of an audit, for the archive or for a slide."""
 
     format: Literal["wsi-gradcam audit 1"] = "wsi-gradcam audit 1"
     slide: Text = Field(default="", description="id of the slide that it is about; empty for the archive")
@@ -452,7 +454,7 @@ class Metrics(_Strict):
     conclusion: ConclusionRow | None = None
 
     def failed(self, questions: tuple[str, ...] = ()) -> list[VerdictRow]:
-        """Return verdicts that fail, of some questions or of all."""
+        """Return the verdicts that fail, for some questions or for all."""
         return [v for v in self.verdicts if v.outcome == "fails" and (not questions or v.question in questions)]
 
 

@@ -1,7 +1,7 @@
-"""Makes the program that explains a run: the one that is requested, or the fastest that keeps the maps.
+"""Make the program that explains a run: the requested one, or the fastest that preserves the maps.
 
-Choices are stored on the machine: timing is noisy, and a worker has fewer threads than a process that runs alone, so
-that the same command could choose OpenVINO once and eager PyTorch the next time, whose values differ in the last bits.
+Choices are stored on the machine: timing is noisy, and a worker has fewer threads than a process on its own, so the
+same command could choose OpenVINO once and eager PyTorch the next time, whose values differ in the last bits.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ MAX_TIMINGS = 5
 
 
 def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor) -> Program:
-    """Return the program on an engine in a precision; `images` [B, 3, H, W] are as large as its batches.
+    """Return the program for an engine and a precision; `images` [B, 3, H, W] are as large as its batches.
 
     Raises:
-        EngineError: that cannot be had, with the reason.
+        EngineError: it is not available; the message has the reason.
     """
     cut = _Cut(module, layers, images)
     with exact(images.device):
@@ -64,7 +64,7 @@ def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, prec
 
 
 def _plain_program(module: nn.Module, layers: tuple[Layer, ...], images: Tensor, cut: _Cut) -> Program:
-    """Return eager float32: the network as it is; cut where its head then has less to do, see `with_few_rows`."""
+    """Return the eager float32 program: the network as it is, cut if its head then has less to do, see `with_few_rows`."""
     if len(layers) == 1 and layers[0].layout.axes == "bnk":
         with suppress(EngineError):
             if cut.parts()[1].meta["spared"]:
@@ -75,10 +75,11 @@ def _plain_program(module: nn.Module, layers: tuple[Layer, ...], images: Tensor,
 def choose(
     module: nn.Module, layers: tuple[Layer, ...], engine: str, precision: str, images: Tensor, batch_size: int
 ) -> tuple[Choice, Program]:
-    """Return the choice for a run, and its program; `images` [N, 3, H, W] should be whole batches of its patches.
+    """Return the choice for a run, and its program; `images` [N, 3, H, W] should be whole batches of the run's patches.
 
-    A requested engine or precision is used. Of what is left to `auto`, programs are timed on `images`, and their
-    Grad-CAM of the predicted class is compared with eager float32's map by map. The fastest that is alike is kept.
+    A requested engine or precision is used. For what is left to `auto`, programs are timed on `images`, and their
+    Grad-CAM of the predicted class is compared with that of eager float32, map by map. The fastest with sufficiently
+    similar maps is chosen.
 
     Raises:
         EngineError: a requested engine or precision is not available.
@@ -130,7 +131,7 @@ def _fastest(
 def reuse_choice(
     choice: Choice, module: nn.Module, layers: tuple[Layer, ...], images: Tensor, batch_size: int
 ) -> Program | None:
-    """Return the program of an earlier choice; None if it fails here, or does not keep the maps of `images`.
+    """Return the program of an earlier choice; None if it fails here, or does not preserve the maps of `images`.
 
     A precision below float32 is compared again, because how much it changes depends on the slides.
     """
@@ -151,7 +152,7 @@ def reuse_choice(
 
 
 def likeness(program: Program, reference: Tensor, images: Tensor, batch_size: int) -> Fidelity:
-    """Compare maps of two readings of the same patches, [N, 3, H, W] each: Grad-CAM of the class that `reference` has.
+    """Compare maps of two versions of the same patches, [N, 3, H, W] each: Grad-CAM of the class of `reference`.
 
     N is whole batches.
     """
@@ -174,7 +175,7 @@ class Fidelity:
 
     @property
     def is_enough(self) -> bool:
-        """True where the maps may stand for the reference."""
+        """True if the maps are close enough to the reference."""
         return self.pearson >= MIN_PEARSON and self.peak_risk <= MAX_PEAK_RISK
 
 
@@ -182,8 +183,8 @@ def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
     """Compare the maps [N, T, h, w] with those of `reference`, pair by pair.
 
     Two constant maps are alike; a constant one and another are not. The risk that a peak moves is estimated from all
-    pairs of one map's lead of its highest cell over the second with another map's error of that lead, both in
-    units of the map's deviation: a few dozen maps tell of risks far below one in a few dozen.
+    pairs of one map's lead of its highest cell over the second with another map's error of that lead, both in units of
+    the map's deviation: a few dozen maps then reveal risks far below one in a few dozen.
     """
     a, b = (maps.flatten(0, 1).flatten(1).cpu().double() for maps in (reference, cams))  # no float64 on Apple's GPUs
     same_peak = (a.argmax(dim=1) == b.argmax(dim=1)).double().mean()
@@ -202,7 +203,7 @@ def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
 
 
 class _Cut:
-    """Trunk and head of a network, made when first needed."""
+    """Trunk and head of a network, created when first needed."""
 
     def __init__(self, module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> None:
         self._made: tuple[fx.GraphModule, fx.GraphModule] | EngineError | None = None
@@ -246,7 +247,7 @@ def _self_test(engine: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _candidates(engine: str, precision: str, device: torch.device) -> Iterator[tuple[str, str]]:
-    """Yield engines and precisions to try besides eager float32, the plainest first.
+    """Yield the engines and precisions to try besides eager float32, the simplest first.
 
     On a CPU with OpenVINO the others are not tried, unless it fails in the one precision that is requested:
     torch.compile compiles for up to minutes, in every worker, and both were slower on every network that was measured.
@@ -299,7 +300,7 @@ def _try(
 def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:
     """Return the score of the class that float32 predicts, batch by batch.
 
-    So all programs explain the same thing, also if another precision would predict the other of two close classes.
+    All programs thus explain the same class, even if another precision would predict the other of two close classes.
     """
     with exact(batches[0].device):
         return [make_score(Target(PREDICTED), plain.predict(batch)) for batch in batches]
@@ -355,7 +356,7 @@ def read_choice(key: str) -> Choice | None:
 
 
 def store_choice(key: str, choice: Choice) -> None:
-    """Keep a choice; not where the folder cannot be written."""
+    """Store a choice, if the folder can be written."""
     path = cache_file()
     known: dict[str, Any] = {}
     with suppress(OSError, ValueError):

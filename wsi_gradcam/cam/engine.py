@@ -1,4 +1,4 @@
-"""Images in, logits and maps out: prediction and explanation in one pass."""
+"""From images to logits and maps: prediction and explanation in one pass."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ AnyTarget = Target | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FeatureTargets:
-    """Targets of an encoder, other ones for each patch: the features weighed with coefficients, <c_i, E(x_i)>.
+    """Targets of an encoder, different for each patch: the features weighted with coefficients, <c_i, E(x_i)>.
 
-    With coefficients that a slide-level model has for a patch, the gradient of that is the gradient of its answer.
+    With the coefficients of a slide-level model, the gradient of this is the gradient of the slide's answer.
 
     Attributes:
         coefficients: float32 [n, T, D].
@@ -46,7 +46,7 @@ class FeatureTargets:
     coefficients: NDArray[np.float32]
 
     def rows(self, start: int, stop: int, send: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
-        """Return the scores of the patches from `start` to `stop`; 0 for those that only fill up a batch.
+        """Return the scores of the patches from `start` to `stop`; 0 for those that only pad a batch.
 
         `send` puts coefficients where the features will be, before anything is computed there.
         """
@@ -65,11 +65,11 @@ TARGETS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Explained:
-    """A batch's result.
+    """The result for a batch.
 
     Attributes:
         logits: float32 [B, K].
-        cams: by method, raw and signed float32 [B, T, h, w]: on the layer's grid, or on the input's pixels.
+        cams: by method, raw and signed, float32 [B, T, h, w]: on the layer's grid, or on the input's pixels.
     """
 
     logits: Tensor
@@ -87,7 +87,7 @@ def explain_batch(
 
     Raises:
         LayerError: no such layer, or a method that cannot explain this model.
-        TargetError: a target that is no function of the logits.
+        TargetError: a target that does not depend on the logits.
     """
     with exact(images.device):
         return _explain(program, images, targets, methods)
@@ -112,7 +112,7 @@ def _explain(program: Program, images: Tensor, targets: Sequence[AnyTarget], met
 def fuse(maps: Sequence[Tensor], scale: str) -> Tensor:
     """Return the mean of several layers' maps, float32 [B, h, w] each, on the finest grid.
 
-    Maps whose sum is in logits keep that: cells that become smaller take their part of the value.
+    Maps whose sum is in logits keep it: smaller cells get a share of the value.
     """
     if len(maps) == 1:
         return maps[0]
@@ -139,9 +139,9 @@ def pool_to_layer_grid(maps: Tensor, method: str, shape: tuple[int, int]) -> Ten
 
 
 def largest_that_fits(make: Callable[[int], T], count: int, device: torch.device) -> tuple[T, int]:
-    """Return what `make` makes for `count` images, or for half as many as often as memory does not hold them.
+    """Return what `make` makes for `count` images, halved until memory suffices, and the number of images.
 
-    And for how many that was.
+    The number is halved each time that memory runs out.
     """
     while True:
         try:
@@ -161,7 +161,7 @@ MEMORY_SHARE = 0.5  # of what is free
 
 
 def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> int:
-    """Return a batch size: doubled as long as that brings speed and fits into half of the free memory.
+    """Return a batch size, doubled as long as that increases speed and fits into half of the free memory.
 
     `images` [B, 3, H, W] are examples of the input. It is found with eager float32, the hungriest program.
     """
@@ -204,7 +204,7 @@ def _seconds(program: EagerProgram, images: Tensor) -> float:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a network is; the CPU for one without parameters."""
+    """Return the device of a network; the CPU if it has no parameters."""
     return next(iter(module.parameters()), torch.empty(0)).device
 
 
@@ -228,9 +228,9 @@ def activation_bytes(module: nn.Module, image: Tensor) -> int:
 
 
 class Lane:
-    """Copies of patches to a device, and of results back. On CUDA neither waits for what the device has been given.
+    """Copies of patches to a device, and of results back. On CUDA, neither waits for work in progress on the device.
 
-    Patches lie in pinned memory, which torch keeps for the next ones, and travel on a stream of their own.
+    Patches are in pinned memory, which torch reuses, and are copied on a stream of their own.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -239,7 +239,7 @@ class Lane:
         self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return an array on the host of any values, in pinned memory where the device is CUDA."""
+        """Return an uninitialised array on the host, in pinned memory if the device is CUDA."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None).numpy()
 
     def staged(self, rgb: NDArray[np.uint8], count: int) -> Tensor:
@@ -255,7 +255,7 @@ class Lane:
         return torch.from_numpy(filled)
 
     def send(self, staged: Tensor) -> Tensor:
-        """Return what was staged, or a part of it, on the device; work that it is given now finds it there."""
+        """Return the staged data, or part of it, on the device; work that is queued now finds it there."""
         if self._stream is None:
             return staged.to(self._device)
         with torch.cuda.stream(self._stream):
@@ -266,7 +266,7 @@ class Lane:
         return there
 
     def fetch(self, *tensors: Tensor) -> Callable[[], tuple[NDArray[Any], ...]]:
-        """Begin to copy results from the device; what is returned waits for them and returns them as arrays."""
+        """Begin to copy results from the device; the returned function waits for them and returns them as arrays."""
         if self._stream is None:
             found = tuple(tensor.cpu().numpy() for tensor in tensors)
             return lambda: found
@@ -283,7 +283,7 @@ class Lane:
 
 
 def free_memory(device: torch.device) -> None:
-    """Return memory of a device that torch keeps for later tensors."""
+    """Release memory of a device that torch keeps for later tensors."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
 
@@ -322,7 +322,7 @@ def gradients(logits: Tensor, scores: Sequence[Score], values: Sequence[Tensor])
 
 
 def _gradients_batched(sums: Tensor, values: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """Return the gradients of all sums in one backward pass; none if that is no gain or not possible."""
+    """Return the gradients of all sums in one backward pass; none if that is not possible or gains nothing."""
     if len(sums) == 1:
         return []
     each = torch.eye(len(sums), device=sums.device, dtype=sums.dtype)

@@ -1,4 +1,4 @@
-"""The model at work in a process: `examine` chooses layer, batch size and engine, `Explainer` explains patches."""
+"""The model in a process: `examine` chooses layer, batch size and engine, and `Explainer` explains patches."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ FEW = 2  # patches that are timed where a batch would take long
 
 @dataclass(frozen=True)
 class Request:
-    """A run's demands on a model.
+    """The requirements of a run on a model.
 
     Attributes:
-        layer: one name, or several joined by "+"; None: the model file's, else found.
+        layer: one name, or several joined by "+"; None: the model file's, else detected.
         methods: all must be able to explain the model.
         engine, precision: `auto` or a name.
         batch_size: `auto` or a number.
-        choice: made before, when a run is continued.
+        choice: the earlier choice if a run is continued.
     """
 
     layer: str | None = None
@@ -89,8 +89,8 @@ class Examined:
 
     Attributes:
         facts: for planning.
-        program: explains it.
-        at_once: the most images that memory holds, up to a batch.
+        program: the program that explains it.
+        at_once: the most images that fit into memory, up to a batch.
     """
 
     facts: ModelFacts
@@ -99,7 +99,7 @@ class Examined:
 
 
 def examine(model: Model, request: Request = Request(), patches: Tensor | None = None) -> Examined:
-    """Return the facts of `model` and its program, all tested on `patches`, uint8 [B, H, W, 3], else on noise.
+    """Return the facts of `model` and its program, tested on `patches`, uint8 [B, H, W, 3], or else on noise.
 
     Raises:
         LayerError: no layer can be tapped, or a method cannot explain it.
@@ -163,7 +163,7 @@ def _examine(model: Model, request: Request, patches: Tensor | None) -> Examined
 def _chosen(
     key: str, module: nn.Module, layers: tuple[Layer, ...], request: Request, images: Tensor, batch_size: int
 ) -> tuple[Choice, Program]:
-    """Return the choice that this machine made before, else make it now."""
+    """Return the choice that this machine made before, or make it now."""
     before = read_choice(key)
     program = None if before is None else reuse_choice(before, module, layers, images, batch_size)
     if before is not None and program is not None:
@@ -174,7 +174,7 @@ def _chosen(
 
 
 def prepare_program(model: Model, facts: ModelFacts, batch_size: int | None = None) -> Program:
-    """Return the program that `examine` chose, made again in another process, for other batches if need be.
+    """Return the program that `examine` chose, rebuilt in another process, for other batch sizes if necessary.
 
     Raises:
         EngineError: this machine cannot run it.
@@ -186,7 +186,7 @@ def prepare_program(model: Model, facts: ModelFacts, batch_size: int | None = No
 
 
 def explainable_layers(model: Model, facts: ModelFacts) -> list[Layer]:
-    """Return the layers whose output holds a map, in the order in which they run; not each is self-tested."""
+    """Return the layers whose output contains a map, in the order in which they run; not all are self-tested."""
     noise = probe_images(model.input_px).to(device_of(model.module))
     module = traced_module(model.module, noise) if facts.traced else model.module
     return [Layer(candidate.name, candidate.layout) for candidate in candidate_layers(module, noise)[0]]
@@ -199,10 +199,10 @@ def traced_module(module: nn.Module, images: Tensor) -> nn.Module:
 
 
 def locate_layers(module: nn.Module, wanted: str | None, images: Tensor) -> tuple[nn.Module, tuple[Layer, ...], bool]:
-    """Return the module that is tapped, its layers to explain, and whether it is the network's graph.
+    """Return the module to tap, its layers to explain, and whether it is the network's traced graph.
 
-    `wanted` is one name, several joined by "+", or None for the layer to be found. Where the network itself has no
-    such layer, its operators are tried, as in a network that calls functions instead of modules.
+    `wanted` is one name, several joined by "+", or None for the layer to be found. If the network itself has no such
+    layer, its operators are tried, for networks that call functions instead of modules.
 
     Raises:
         LayerError: there is no such layer.
@@ -235,12 +235,12 @@ def _check_finite(model: Model, images: Tensor) -> None:
 
 
 def check_methods(name: str, program: Program, methods: Sequence[str], images: Tensor) -> None:
-    """Check that every method suits the model called `name`, now and not after hours.
+    """Check now, and not after hours, that every method works with the model called `name`.
 
-    Those that run the model hundreds of times suit any, at one layer; guided backprop does not.
+    Those that run the model hundreds of times work with any model at one layer; guided backprop does not.
 
     Raises:
-        LayerError: one does not.
+        LayerError: a method does not work with it.
     """
     perturbing = [method for method in methods if METHOD_INFO[method].asks == "model"]
     if perturbing and len(program.layers) > 1:
@@ -256,7 +256,7 @@ def check_methods(name: str, program: Program, methods: Sequence[str], images: T
 
 
 def _check_linear(name: str, program: Program, images: Tensor) -> None:
-    """Check that the gradient is the same for every picture, as CAM's weights of a linear layer are."""
+    """Check that the gradient is the same for every image, like CAM's weights of a linear layer."""
     done = program.forward(images)
     ((gradient,),) = gradients(done.logits, [lambda logits: logits[:, 0]], done.values)
     size = float(gradient.abs().max())
@@ -270,8 +270,8 @@ def _check_linear(name: str, program: Program, images: Tensor) -> None:
 def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
     """Check that HiResCAM's sum over channels, g A, does not cancel.
 
-    It is 0 in every cell if a normalisation follows that takes each cell alone: a factor of all channels changes
-    nothing behind it. In a transformer that holds before its last attention.
+    It is 0 in every cell if a normalisation of each cell on its own follows: a factor common to all channels then
+    changes nothing. In a transformer this is so before the last attention.
     """
     done = program.forward(images)
     (found,) = gradients(done.logits, [lambda logits: logits.amax(dim=1)], done.values)
@@ -338,15 +338,15 @@ class Explainer:
 
     @property
     def input_px(self) -> tuple[int, int]:
-        """(height, width) that the network sees of a patch, resized."""
+        """(height, width) of the network's input, after resizing."""
         return self.model.input_px
 
     def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return an array for a batch of patches, from which they travel to the device without another copy."""
+        """Return an array for a batch of patches, from which they are sent to the device without another copy."""
         return self._lane.empty(shape)
 
     def resized(self, patch: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return a patch uint8 [H, W, 3] in the size that the model resizes it to: for threads that read patches."""
+        """Return a patch uint8 [H, W, 3] resized as the model does it, for threads that read patches."""
         return self.model.transform.resized(patch)
 
     def layers(self) -> list[Layer]:
@@ -354,7 +354,7 @@ class Explainer:
         return explainable_layers(self.model, self.facts)
 
     def refused_methods(self) -> dict[str, str]:
-        """Return why each method that a run of this model would refuse is refused, by the same check."""
+        """Return the reason for each method that a run of this model would refuse, by the same check."""
         images, refused = probe_images(self.model.input_px).to(self._device), {}
         for method in METHOD_INFO:
             try:
@@ -366,22 +366,22 @@ class Explainer:
 
     @property
     def in_flight(self) -> int:
-        """The number of batches that may be begun before the results of the first are asked for."""
+        """The number of batches that may be started before the results of the first are requested."""
         return IN_FLIGHT if self._device.type == "cuda" else 0
 
     def explain(self, rgb: NDArray[np.uint8], targets: Targets, methods: Sequence[str]) -> Found:
         """Return (logits [n, K], raw maps [n, methods x targets, h, w]) of patches uint8 [n, H, W, 3], float32.
 
-        Patches may be resized already. Fewer than a batch are filled up: for another size torch chooses other kernels,
-        whose sums differ in the last bit with the number of threads (DenseNet-121, 7 patches). Where memory does not
-        suffice for a batch, its halves are tried, and what fits is kept to.
+        Patches may be resized already. Fewer than a batch are padded: for another size torch chooses other kernels,
+        whose sums differ in the last bit with the number of threads (DenseNet-121, 7 patches). If memory does not
+        suffice for a batch, halves are tried, and the size that fits is used from then on.
         """
         return self.begin(rgb, targets, methods)()
 
     def begin(self, rgb: NDArray[np.uint8], targets: Targets, methods: Sequence[str]) -> Callable[[], Found]:
-        """Begin to explain patches; what is returned waits for the results, which are those of `explain`.
+        """Begin to explain patches; the returned function waits for the results, which are those of `explain`.
 
-        A GPU works meanwhile; on a CPU the results are there at once.
+        A GPU works in the meantime; on a CPU the results are ready at once.
         """
         count = len(rgb)
         staged = self._lane.staged(rgb, max(count, self.facts.batch_size))
@@ -396,7 +396,7 @@ class Explainer:
         return found
 
     def _on_device(self, rgb: Tensor, targets: Sequence[AnyTarget], methods: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return logits and maps, all on the device of the patches, with no copy to the host or from it."""
+        """Return logits and maps, all on the device of the patches, without copies to or from the host."""
         images = self.model.prepare(rgb)  # while the network may be at work for another thread
         with self._lock:
             explained = explain_batch(self._program, images, targets, methods)
@@ -416,7 +416,7 @@ class Explainer:
         return self.explain(rgb, (), ())[0]
 
     def likeness(self, reference: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> Fidelity:
-        """Compare maps of patches uint8 [n, H, W, 3] with those of another reading of them, the reference."""
+        """Compare maps of patches uint8 [n, H, W, 3] with those of another version of them, the reference."""
         size = self.at_once
         count = size * -(-len(rgb) // size)
 
@@ -427,7 +427,7 @@ class Explainer:
             return likeness(self._program, images(reference), images(rgb), size)
 
     def rate(self, targets: Sequence[Target], methods: Sequence[str], budget_s: float = 3.0) -> float:
-        """Return patches explained per second, timed on noise: on a batch, or on a few where that takes long."""
+        """Return patches explained per second, timed on noise: on a batch, or on a few patches if that takes long."""
         size = min(FEW, self.facts.batch_size)
         self._timed(size, targets, methods)  # the first call sets things up
         seconds = self._timed(size, targets, methods)
@@ -446,7 +446,7 @@ class Explainer:
     def _in_parts(
         self, rgb: Tensor, count: int, targets: Targets, methods: Sequence[str]
     ) -> list[Callable[[], tuple[NDArray[Any], ...]]]:
-        """Begin to explain the first `count` patches or some more, in parts that memory holds."""
+        """Begin to explain the first `count` patches or a few more, in parts that fit into memory."""
         begun = []
         done, wanted = 0, self.at_once
         while done < count:
@@ -465,9 +465,9 @@ class Explainer:
     def _begun(
         self, rgb: Tensor, targets: Targets, methods: Sequence[str], first: int
     ) -> Callable[[], tuple[NDArray[Any], ...]] | None:
-        """Give the device all the work of patches, of which `first` come before them; None if memory is too small.
+        """Queue all work for the patches from `first` on; return None if memory is too small.
 
-        By then nothing of the attempt is held any more, as it would be while the error is handled.
+        Nothing of the attempt is held any more by then, as it would be while the error is handled.
         """
         send = self._lane.send
         try:

@@ -21,11 +21,11 @@ class MethodInfo:
         asks: `gradient`: a function of activation and gradient alone; `model`: runs the model again, many times,
             see `wsi_gradcam.cam.methods`.
         grid: `layer`: a map of the layer's cells; `pixels`: a map of the input's pixels.
-        scale: factor from the raw map to what a heatmap shows. `cells`: times the number of the map's values, where
-            the raw map sums to (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is.
-        unit: `logit`, where the heatmap's mean is (a part of) the logit; `drop`, the logits that are lost where the
-            image is covered; or `arbitrary` where values of two images cannot be compared in logits.
-        title: as the literature writes it.
+        scale: factor from the raw map to the heatmap. `cells`: times the number of the map's values, where the raw map
+            sums to (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is.
+        unit: `logit`, where the heatmap's mean is (a part of) the logit; `drop`, the logits that are lost if the place
+            is covered; or `arbitrary`, if values of two images cannot be compared in logits.
+        title: its name in the literature.
     """
 
     asks: Literal["gradient", "model"]
@@ -64,8 +64,8 @@ class Layout:
     """Axes of a layer's output for a batch of B images.
 
     Attributes:
-        axes: `bkhw`; `bhwk` (Swin); or `bnk`, one token a cell in rows, after `prefix` tokens that have no place
-            in the picture (ViT).
+        axes: `bkhw`; `bhwk` (Swin); or `bnk`, one token per cell in rows, after `prefix` tokens that have no place in
+            the image (ViT).
         channels, height, width: of the map.
     """
 
@@ -76,7 +76,7 @@ class Layout:
     prefix: int = 0
 
     def to_map(self, value: Tensor) -> Tensor:
-        """Return the map [B, K, h, w] in an output; a view that gradients pass through."""
+        """Return the map [B, K, h, w] in an output, as a view that gradients pass through."""
         if self.axes == "bkhw":
             return value
         if self.axes == "bhwk":
@@ -97,17 +97,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to explain: its name in the model, and how its output holds a map."""
+    """A layer to explain: its name in the model, and the layout of the map in its output."""
 
     name: str
     layout: Layout
 
 
 def find_layout(output: Tensor, images: Tensor) -> Layout | None:
-    """Return the layout of a layer's `output` for `images` [B, 3, H, W]; None if it holds no map of that shape.
+    """Return the layout of a layer's `output` for `images` [B, 3, H, W]; None if it contains no map of that shape.
 
-    A map has more than one cell, and a cell is as high as it is wide but for rounding. Where channels could be
-    first or last, first is assumed; of several possible numbers of prefix tokens, the fewest.
+    A map has more than one cell, and its cells are square up to rounding. If channels could be first or last, first is
+    assumed; of several possible numbers of prefix tokens, the smallest.
     """
     if output.ndim < 3 or len(output) != len(images) or not output.is_floating_point():
         return None
@@ -139,9 +139,9 @@ class BagFacts:
     Attributes:
         encoder: digest of the encoder alone; `ModelFacts.digest` is that of both.
         feature_dim: length of a feature vector.
-        attention: labels of its heads of attention; empty where it has none.
-        whole: of one that sees all patches at once, the bytes that explaining a bag takes, as the coefficients of a
-            polynomial of the number of patches, highest power first; () of one that works in chunks.
+        attention: labels of its attention heads; empty if it has none.
+        whole: for one that sees all patches at once, the bytes needed to explain a bag, as the coefficients of a
+            polynomial of the number of patches, highest power first; () for one that works in chunks.
     """
 
     encoder: str
@@ -155,17 +155,18 @@ class ModelFacts:
     """A model's description without its weights.
 
     Attributes:
-        patch_px: (height, width) of what is read from the slide for one input.
+        patch_px: (height, width) of the patch that is read from the slide for one input.
         view: (y, x, height, width) of the part of a patch that the network sees, in patch px.
-        layers: what is explained; `traced`: their names are those of operators of the model's graph.
-        cam_shape: (h, w) of the maps; of several layers, of the finest.
+        layers: the layers that are explained; `traced`: whether their names are those of operators of the model's
+            graph.
+        cam_shape: (h, w) of the maps; with several layers, of the finest.
         parameters: how many numbers the model has.
         activation_bytes: the largest input plus output of any layer for one patch.
         batch_size: patches per forward pass.
         choice: engine and precision.
-        stain: what slides are normalised to; None: they stay as they are.
-        notes: what was done to explain it, and what of its files was taken, a line each.
-        bag: of a slide-level model, whose classes and activation are the slide's and all else its encoder's.
+        stain: the stain to which slides are normalised; None for no normalisation.
+        notes: what was done to explain it, and which parts of its files were used, one line each.
+        bag: for a slide-level model, whose classes and activation are the slide's, and everything else its encoder's.
     """
 
     name: str
@@ -192,7 +193,7 @@ class ModelFacts:
 
     @property
     def layer(self) -> str:
-        """The layers' names in one word."""
+        """The layers' names joined by "+"."""
         return "+".join(layer.name for layer in self.layers)
 
 
@@ -209,11 +210,11 @@ class Trial:
     """An engine's trial in a precision, on patches of the run.
 
     Attributes:
-        patches_per_s: explained patches; None where it could not run or was ruled out before it was timed.
-        pearson: the lowest correlation of a map with eager float32's; None where not checked.
-        same_peak: share of maps whose highest cell is float32's too.
+        patches_per_s: explained patches per second; None if it could not run or was ruled out before it was timed.
+        pearson: the lowest correlation of a map with that of eager float32; None if not checked.
+        same_peak: share of maps whose highest cell is the same as in float32.
         peak_risk: expected share of maps, among many, whose highest cell would be another.
-        remark: the reason why it was not chosen.
+        remark: why it was not chosen.
     """
 
     engine: str
@@ -231,8 +232,8 @@ class Choice:
 
     Attributes:
         trials: of engines and precisions.
-        decode: "exact", or "scaled": tiles are made smaller while they are decoded.
-        decode_trial: the likeness of maps of patches read so to those of exact ones; None where it was not tried.
+        decode: "exact", or "scaled" if tiles are reduced while they are decoded.
+        decode_trial: the likeness of maps from scaled decoding to those from exact decoding; None if not tried.
     """
 
     engine: str

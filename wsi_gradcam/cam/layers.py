@@ -1,11 +1,11 @@
-"""The layer to explain, and a forward pass that is cheap up to it and differentiable behind it.
+"""The layer to explain, and a forward pass that is cheap up to it and differentiable after it.
 
 It is the last activation that is still spatial and that the whole output passes through. The trunk runs without a
 graph; the layer's output becomes a leaf; the head runs with a graph. The gradient of any scalar of the output with
-respect to the leaf is the head's alone, also where skips bypass the layer. Of several layers the one that runs first
-is the leaf, and what follows it is part of the graph.
+respect to the leaf is the head's alone, also where skips bypass the layer. Of several layers, the one that runs first
+is the leaf, and everything after it is part of the graph.
 
-ReLUs can get another backward pass: for guided backprop, which must fail the audit, and to see past units that are off.
+ReLUs can get another backward pass: for guided backprop, which must fail the audit, and to see past inactive units.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Candidate:
     """A module that ran once and gave a map.
 
     Attributes:
-        layout: of the map in its output.
+        layout: the layout of the map in its output.
         passive: whether pooling or reshaping made it.
         depth: how many modules without children had finished by then.
     """
@@ -68,7 +68,7 @@ class Candidate:
 
 
 def probe_images(patch_px: tuple[int, int]) -> Tensor:
-    """Return two fixed pictures of noise, float32 [2, 3, H, W], for tests of a model's structure."""
+    """Return two fixed noise images, float32 [2, 3, H, W], for tests of a model's structure."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, *patch_px, generator=generator)
 
@@ -76,11 +76,11 @@ def probe_images(patch_px: tuple[int, int]) -> Tensor:
 def find_layer(module: nn.Module, images: Tensor) -> str:
     """Return the name of the layer to explain.
 
-    Modules are tried from the last that ran to the first. Taken is the first whose output is a map of more than
-    one cell with the picture's proportions, was not made by pooling, and *dominates* the model's output: with
-    another picture's output put in its place, the model answers as for that other picture, so nothing bypasses it.
-    In a transformer whose head reads the class token that is the input of the last block: behind it no gradient
-    reaches the tokens of the picture.
+    Modules are tried from the last that ran to the first. The choice is the first whose output is a map of more than
+    one cell with the image's proportions, was not made by pooling, and *dominates* the model's output: with another
+    image's output put in its place, the model answers as for that other image, so nothing bypasses it. In a transformer
+    whose head reads the class token, that is the input of the last block: after it, no gradient reaches the image's
+    tokens.
 
     Raises:
         LayerError: there is none.
@@ -140,7 +140,7 @@ def candidate_layers(module: nn.Module, images: Tensor) -> tuple[list[Candidate]
 
 @torch.enable_grad()
 def dominates(module: nn.Module, layer: str, images: Tensor) -> bool:
-    """Return whether exchanging the layer's outputs for two pictures exchanges the model's outputs."""
+    """Return whether exchanging the layer's outputs for two images exchanges the model's outputs."""
     with tapped(module, layer) as tap:
         try:
             output = tap.forward(module, images).detach()
@@ -161,7 +161,7 @@ def check_layer(module: nn.Module, layer: str, images: Tensor) -> Layout:
 
     Raises:
         LayerError: no such layer, not a map, or one that the output does not depend on.
-        ModelError: the tapped model gives another output than the plain one.
+        ModelError: the tapped model's output differs from the plain one's.
     """
     with evaluating(module), torch.no_grad():
         plain = module(images)
@@ -208,11 +208,11 @@ def _type_of(module: nn.Module) -> str:
 
 
 class Tap:
-    """The outputs of tapped layers in the last forward pass.
+    """A tap: the outputs of the tapped layers in the last forward pass.
 
     Attributes:
         values: each layer's output, part of the head's graph, as it was before any later in-place operation.
-        replacement: when set, the head gets this instead of the output of the only layer.
+        replacement: if set, the head gets this instead of the output of the only layer.
     """
 
     def __init__(self, layers: tuple[str, ...]) -> None:
@@ -257,7 +257,7 @@ class Tap:
 
 @contextmanager
 def tapped(module: nn.Module, *layers: str) -> Iterator[Tap]:
-    """Tap `layers` of `module` in evaluation mode; hooks and modes are restored in any case.
+    """Tap `layers` of `module` in evaluation mode; hooks are removed and modes restored in any case.
 
     Raises:
         LayerError: no such layer.

@@ -1,6 +1,6 @@
-"""A model's card, as Markdown and as a page: the numbers of a run's tables and of its audit, and what was not measured.
+"""A model card as Markdown and HTML: the numbers of a run's tables and of its audit, and what was not measured.
 
-The room reads results and loads the model, to be sure that the card is about that one; it writes nothing into OUT.
+This room reads results and loads the model, to be sure that the card is about this model; it writes nothing to OUT.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ SCORES = {"share": "share of the patches given to it", "top": "mean probability 
 
 @dataclass(frozen=True)
 class Roc:
-    """The ROC curve of a score against labels, a slide being one case.
+    """The ROC curve of a score against labels, with each slide as a case.
 
     Attributes:
         score: the score in words.
-        group: the site it is of; "" for all.
+        group: its site; "" for all.
         positive, negative: numbers of slides.
-        auroc: area under the curve, ties counting half; None where one kind is missing.
-        interval: its 95 % interval; None where there are fewer than `FEWEST` slides of either kind.
+        auroc: area under the curve, with ties counting half; None if all slides have the same label.
+        interval: its 95 % interval; None if there are fewer than `FEWEST` slides with or without the class.
         curve: false and true positive rates, [n, 2], from (0, 0) to (1, 1).
     """
 
@@ -68,7 +68,7 @@ class Roc:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Slides of similar probability: the mean of what was predicted, what was observed, and how many they are."""
+    """Slides of similar probability: the mean prediction, the observed share, and the number of slides."""
 
     predicted: float
     observed: float
@@ -82,13 +82,13 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class Performance:
-    """How well a class is told from the others by the labels of the slides.
+    """How well a class is separated from the others, according to the slides' labels.
 
     Attributes:
         label: the class.
-        rocs: of all slides, a score each; then by site.
-        brier: mean squared error of the slide's probability; None where the model gives none for a slide.
-        bins: of the calibration, the lowest probabilities first.
+        rocs: one per score for all slides, then by site.
+        brier: mean squared error of the slide's probability; None if the model gives none for a slide.
+        bins: bins of the calibration, lowest probabilities first.
     """
 
     label: str
@@ -98,23 +98,23 @@ class Performance:
 
     @property
     def drawn(self) -> Roc | None:
-        """The curve that a card draws; None where none of the whole archive has both kinds of slides."""
+        """The curve that a card draws; None if no curve of the whole archive has both kinds of slides."""
         return next((roc for roc in self.rocs if not roc.group and roc.auroc is not None), None)
 
 
 @dataclass(frozen=True)
 class Card:
-    """All of a card, in plain values.
+    """The content of a card, as plain values.
 
     Attributes:
         name: of the model.
         model, data: facts as (name, value).
-        counts: rows of (site, scanner, label, slides), where the list of slides tells them.
-        performance: by class; empty where `unlabelled` says why.
-        looks_at: sentences of OUT/evidence on what the model looks at, where that was asked.
-        audit: the audit's records; None where there is none.
+        counts: rows of (site, scanner, label, slides), if the list of slides states them.
+        performance: by class; if empty, `unlabelled` says why.
+        looks_at: sentences of OUT/evidence on what the model looks at, if it exists.
+        audit: the audit's records; None if there is no audit.
         limits: sentences.
-        made: the day.
+        made: the date.
     """
 
     name: str
@@ -137,18 +137,18 @@ def write_card(
     overwrite: bool = False,
     trust_code: bool = False,
 ) -> tuple[Path, Path]:
-    """Write the card of the model that `out` was made with, and return the Markdown file and the page.
+    """Write the card of the model that `out` was made with, and return the paths of the Markdown and the HTML file.
 
     Args:
-        model: whatever `--model` takes; it is loaded, and must be the one that the run was made with.
-        out: the folder or s3:// URL of a run, with its audit where there is one.
+        model: anything that `--model` accepts; it is loaded, and must be the one that the run was made with.
+        out: the folder or s3:// URL of a run, with its audit if there is one.
         dest: folder for NAME.card.md and NAME.card.html.
-        overwrite: replace cards that are there.
+        overwrite: replace existing cards.
         trust_code: allow the code in the model to run.
 
     Raises:
-        ModelError: no such model, or another one than the run's.
-        ResultError: `out` holds no run, or a card is there and shall not be replaced.
+        ModelError: there is no such model, or it is not the run's.
+        ResultError: `out` holds no run, or a card exists and may not be replaced.
         StoreError: `dest` cannot be written.
     """
     result = open_result(out)
@@ -190,7 +190,7 @@ def _same_model(model: str, result: Result, trust_code: bool) -> ModelFacts:
     """Load a model, and return its facts.
 
     Raises:
-        ModelError: it is another one than the run's.
+        ModelError: it is not the run's model.
     """
     from wsi_gradcam.mil.spec import is_slide_model, read_slide_model
     from wsi_gradcam.models.spec import read_spec
@@ -238,7 +238,7 @@ def _data_facts(result: Result, finished: Sequence[SlideResult]) -> Iterator[tup
 
 
 def _counts(finished: Sequence[SlideResult]) -> Iterator[tuple[str, str, str, int]]:
-    """Yield how many slides there are of each site, scanner and label; nothing where no list told any."""
+    """Yield the number of slides of each site, scanner and label; nothing if no list stated them."""
     keys = Counter(tuple(slide.row.get(name) or "" for name in ("site", "scanner", "label")) for slide in finished)
     if any(any(key) for key in keys):
         for (site, scanner, label), count in sorted(keys.items()):
@@ -249,7 +249,7 @@ def _counts(finished: Sequence[SlideResult]) -> Iterator[tuple[str, str, str, in
 
 
 def _performance(finished: Sequence[SlideResult], result: Result) -> tuple[tuple[Performance, ...], str]:
-    """Return the performance by class, and the reason where there is none."""
+    """Return the performance by class, or the reason why there is none."""
     names = {canonical(name): name for name in result.classes}
     labels = [slide.row.get("label") or "" for slide in finished]
     pairs = [(slide, names.get(canonical(label))) for slide, label in zip(finished, labels, strict=True)]
@@ -316,11 +316,11 @@ def roc(values: ArrayLike, truth: ArrayLike, score: str = "", group: str = "") -
 
 
 def auroc_interval(area: float, positive: int, negative: int) -> tuple[float, float]:
-    """Return the 95 % interval of an AUROC of so many positive and negative cases.
+    """Return the 95 % interval of an AUROC for given numbers of positive and negative cases.
 
     Method 5 of Newcombe 2006 (Statistics in Medicine, doi 10.1002/sim.2324): the areas whose standard error by Hanley
     and McNeil, with both numbers of cases replaced by their mean, leaves the one that was found within 1.96 of it. It
-    stays within 0 and 1, and is no point where the area is 1.
+    stays within 0 and 1, and does not collapse where the area is 1.
     """
 
     def excess(theta: float) -> float:
@@ -346,10 +346,10 @@ def calibration(values: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[
 
 
 def _looks_at(result: Result) -> Iterator[str]:
-    """Yield what the run's evidence says in words; nothing where that was not asked.
+    """Yield the findings of the run's evidence in words; nothing if there is none.
 
     Raises:
-        ResultError: it is of another model than the results are of now.
+        ResultError: it was made with another model than the present results.
         StoreError: it is damaged.
     """
     place = result.folder.place / "evidence" / "evidence.json"
@@ -370,10 +370,10 @@ def _looks_at(result: Result) -> Iterator[str]:
 
 
 def _audit(result: Result) -> Metrics | None:
-    """Return the records of the run's audit; None where there is none.
+    """Return the records of the run's audit; None if there is none.
 
     Raises:
-        ResultError: it is of other results than are there now.
+        ResultError: it is an audit of other results than the present ones.
     """
     found = AuditFolder(result.folder.place / AUDIT).read_metrics()
     if found is None:
@@ -405,7 +405,7 @@ def _limits(result: Result, performance: Sequence[Performance], audit: Metrics |
 
 
 def verdicts(card: Card) -> dict[str, list[VerdictRow]]:
-    """Return the audit's verdicts by outcome, those that hold first; empty without an audit."""
+    """Return the audit's verdicts by outcome, those that hold first; empty if there is no audit."""
     rows = card.audit.verdicts if card.audit else []
     return {outcome: found for outcome in HEADINGS if (found := [row for row in rows if row.outcome == outcome])}
 
@@ -414,17 +414,17 @@ def verdicts(card: Card) -> dict[str, list[VerdictRow]]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number with so many digits behind the point; a dash for none."""
+    """Return a number with this many decimals; a dash for none."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def interval_text(found: Roc) -> str:
-    """Return the interval of a curve's area, "0.712 to 0.934"."""
+    """Return the interval of a curve's area, such as "0.712 to 0.934"."""
     return "–" if found.interval is None else f"{number(found.interval[0])} to {number(found.interval[1])}"
 
 
 def page(card: Card) -> str:
-    """Return the card as a page that needs no other file and no script."""
+    """Return the card as an HTML page that needs no other file and no script."""
     return render(
         "card/card.html",
         card=card,
@@ -442,7 +442,7 @@ def _points(pairs: Sequence[tuple[float, float]]) -> str:
 
 
 def markdown(card: Card) -> str:
-    """Return the card as Markdown, in which no name from a file is taken for markup."""
+    """Return the card as Markdown, in which names from files are never interpreted as markup."""
     parts = [
         [f"# Model card: {_escaped(card.name)}", "", f"Made on {card.made} by wsi_gradcam from a run over slides."],
         ["## Model", "", *(f"- **{name}**: {_escaped(value)}" for name, value in card.model)],
@@ -493,7 +493,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def _escaped(text: object) -> str:
-    """Return text of one line in which Markdown and HTML mean nothing."""
+    """Return text as one line without active Markdown or HTML."""
     line = " ".join(str(text).split())
     for mark in "\\`*_[]<>|#":
         line = line.replace(mark, f"\\{mark}")

@@ -1,9 +1,9 @@
-"""Channels of a heatmap by name; one display window for all slides of a run, so that colours can be compared; colours.
+"""The channels of a heatmap by name, one display window for all slides of a run so that colours compare, and colours.
 
-`display.json` beside run.yaml holds, for each channel, a sketch of the values of all explained pixels of all slides
-and the window that follows from it. It is made when it is first asked for, and brought up to date when slides have
-come since: only new slides are read. Nothing else depends on it, and it may be deleted.
-A sketch is a histogram of float32 values without parameters, so that those of all slides can be added.
+`display.json` beside run.yaml holds, for each channel, a sketch of the values of all explained pixels of all slides and
+the window that follows from it. It is created on first use and updated when there are new slides: only these are read.
+Nothing else depends on it, and it may be deleted. A sketch is a histogram of float32 values without parameters, so that
+those of all slides can be added.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ class ChannelInfo:
 
     Attributes:
         number: its index in the image.
-        label: "METHOD: TARGET", or "probability: TARGET"; of slide-level models also "relevance: TARGET", "attention".
+        label: "METHOD: TARGET" or "probability: TARGET"; for slide-level models also "relevance: TARGET" and
+            "attention".
         method: what made it: a method's name, "probability", "relevance" or "attention".
         target: the class, or another target, by name.
         unit: "logit", "drop" (logits lost where covered), "arbitrary", or "probability".
         minimum, maximum: range of its values in this slide.
-        window: (low, high), the values between which colour runs, of this slide.
+        window: (low, high), the values between which the colours run on this slide.
         colour: 6 hex digits, for viewers that show channels in one colour each.
     """
 
@@ -82,16 +83,16 @@ class ChannelInfo:
 
 
 def unit_of(label: str) -> str:
-    """Return the unit of a channel's values, by its label."""
+    """Return the unit of a channel's values from its label."""
     method = label.partition(": ")[0]
     return UNITS[method] if method in UNITS else METHOD_INFO[method].unit
 
 
 def find_channel(channels: Sequence[ChannelInfo], name: str | int | ChannelInfo, where: str) -> ChannelInfo:
-    """Return the channel with the label `name`, else the first that explains the target `name`; or one by its number.
+    """Return the channel labelled `name`, else the first that explains the target `name`; or a channel by its number.
 
     Raises:
-        UnknownNameError: there is none; the message has names that are near.
+        UnknownNameError: there is none; the message suggests similar names.
     """
     if isinstance(name, ChannelInfo):
         name = name.label
@@ -109,10 +110,10 @@ def find_channel(channels: Sequence[ChannelInfo], name: str | int | ChannelInfo,
 
 
 def at_index(given: object, count: int, where: str, wanted: str) -> int:
-    """Return the place of one of `count` things that is given by number, from 0 or from the end.
+    """Return the position of one of `count` things given by its number, counted from 0 or from the end.
 
     Raises:
-        UnknownNameError: there is none, or it is no number; `wanted` says what is.
+        UnknownNameError: there is none, or it is not a number; `wanted` says what is expected.
     """
     if isinstance(given, SupportsIndex) and not isinstance(given, bool):
         number = given.__index__()
@@ -123,7 +124,7 @@ def at_index(given: object, count: int, where: str, wanted: str) -> int:
 
 
 def suggest_names(name: str, names: Sequence[str], most: int = 12) -> str:
-    """Return a hint at the names that may have been meant by an unknown one.
+    """Return a hint with the names that an unknown one may stand for.
 
     >>> suggest_names("tumour", ["other", "tumor"])
     'did you mean tumor?'
@@ -146,12 +147,12 @@ MIN_WINDOW = 1.0  # logits
 
 
 def window_end(top: float, unit: str, floor: float = MIN_WINDOW) -> float:
-    """Return the end of the window of an explanation whose `QUANTILE` is `top`; it begins at 0.
+    """Return the upper end of the window of an explanation whose `QUANTILE` is `top`; the window begins at 0.
 
-    What lies below 0 speaks against the class and stays dark: that is Grad-CAM's ReLU, as a view. The window is
-    never narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot;
-    methods whose means are not logits have no such floor: what one covered window costs may be a hundredth of a logit.
-    Nor has a slide-level model, whose logit is shared by all patches, that of one patch; see `window_floor`.
+    Values below 0 speak against the class and stay dark: this is Grad-CAM's ReLU, as a view. The window is never
+    narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot; methods
+    whose means are not logits have no such floor: what one covered window costs may be a hundredth of a logit. Nor has
+    a slide-level model, whose logit is shared by all patches, that of one patch; see `window_floor`.
 
     >>> window_end(0.2, "logit"), window_end(0.2, "drop"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
     (1.0, 0.2, 0.2, 1.0)
@@ -160,7 +161,7 @@ def window_end(top: float, unit: str, floor: float = MIN_WINDOW) -> float:
 
 
 def window_floor(is_slide_level: bool, patches: float) -> float:
-    """Return the least end of a window in logits: one, which a slide-level model's patches have together.
+    """Return the least upper end of a window in logits: one logit, divided among the patches for slide-level models.
 
     >>> window_floor(False, 500), window_floor(True, 500)
     (1.0, 0.002)
@@ -182,7 +183,7 @@ class Sketch:
     """Counts of values by the upper 16 bits of their float32, in the order of the values.
 
     A bin is at most 1/128 of its value wide, whatever the scale; sums of sketches do not depend on the order. Values
-    that are not finite are left out.
+    that are not finite are ignored.
     """
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
@@ -203,7 +204,7 @@ class Sketch:
         return int(self.counts.sum())
 
     def quantile(self, share: float) -> float:
-        """Return the value below which `share` of all lie, by linear interpolation in its bin; NaN of none.
+        """Return the value below which `share` of all values lie, by linear interpolation in its bin; NaN for none.
 
         It is off by less than a bin, 1/128 of the value.
         """
@@ -242,7 +243,7 @@ class Sketch:
 
 
 def bins_of(values: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Return the bin of each value: the bits of a float32, turned so that they grow with it, and cut."""
+    """Return the bin of each value: the upper bits of its float32, reordered to grow with the value."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return np.where(bits & SIGN, ~bits, bits | SIGN) >> np.uint32(16)
 
@@ -279,11 +280,11 @@ class Explained(Protocol):
 
     @property
     def row(self) -> dict[str, str]:
-        """Its row of slides.csv; empty for one that is not in there yet."""
+        """Its row of slides.csv; empty if it is not listed there yet."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether everything of it is there."""
+        """Whether the slide is complete."""
 
     @property
     def levels(self) -> list[tuple[int, int]]:
@@ -303,14 +304,14 @@ class Explained(Protocol):
 def run_windows(
     slides: Iterable[Explained], place: StoragePath, run_digest: str, progress: Progress | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Return the window (low, high) of each channel, by its label, over all finished slides; kept at `place`.
+    """Return the window (low, high) of each channel by label, over all finished slides; it is stored at `place`.
 
-    Probabilities run from 0 to 1; explanations as on a single slide from 0 to the 99.5 % quantile, see `window_end`,
-    each explained pixel of the run counting once. Slides that cannot be read are left out and named in the file.
-    Where the file cannot be written, the windows are made again each time.
+    Probabilities run from 0 to 1; explanations, as on a single slide, from 0 to the 99.5 % quantile (see `window_end`)
+    of all explained pixels of the run. Slides that cannot be read are left out and listed in the file. If the file
+    cannot be written, the windows are computed each time.
 
     Args:
-        progress: told how many slides are read, and of how many.
+        progress: called with the number of slides read and their total.
     """
     finished = {slide.id: slide for slide in slides if slide.row and slide.row["status"] != SlideStatus.FAILED}
     keys = {name: _key(slide) for name, slide in finished.items()}
@@ -351,12 +352,12 @@ def _window(unit: str, sketch: Sketch, floor: float) -> tuple[float, float]:
 
 
 def _patches(slides: Mapping[str, Explained], counted: Iterable[str]) -> float:
-    """Return the mean number of patches of those slides that are counted."""
+    """Return the mean number of patches of the slides that are counted."""
     return float(np.mean([int(slides[name].row.get("patches") or 0) for name in counted] or [0]))
 
 
 def _add(sketches: dict[str, tuple[str, Sketch]], slide: Explained) -> None:
-    """Count a slide's explained pixels: into all sketches, or, where it cannot be read, into none."""
+    """Count a slide's explained pixels into all sketches, or into none if it cannot be read."""
     if not slide.is_finished:
         raise StoreError(f"{slide.id}: is not finished")
     level = next((i for i, (h, w) in enumerate(slide.levels) if h * w <= STATISTICS_PX), len(slide.levels) - 1)
@@ -397,7 +398,7 @@ def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
 
 
 def display_problems(data: bytes) -> Iterator[str]:
-    """Yield what is wrong with the bytes of a display.json, which older versions wrote without a seal."""
+    """Yield the problems of a display.json's bytes; older versions wrote it without a seal."""
     mend = "delete it; it is created again when needed"
     if seal_of(data) is Seal.BROKEN:
         yield f"display.json differs from what was written; {mend}"
@@ -420,7 +421,7 @@ class Colouring:
     """A mapping of values to colours.
 
     Attributes:
-        colormap: a name that matplotlib knows.
+        colormap: the name of a matplotlib colour map.
         low, high: the window; values below and above get the first and the last colour.
         threshold: lower values are not shown; None shows all.
         alpha: opacity of shown values, 0 to 1; without a threshold, of values in the window's upper three quarters.
@@ -461,7 +462,7 @@ class Colouring:
         return out
 
     def _opacity(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return opacities; without a threshold they grow over the window's lowest part: tissue stays visible."""
+        """Return opacities; without a threshold they rise over the lowest part of the window, so tissue stays visible."""
         if self.threshold is not None:
             return np.full(values.shape, round(255 * self.alpha), np.uint8)
         share = np.clip((values - np.float32(self.low)) / np.float32((self.high - self.low) * FADE), 0, 1)
@@ -473,7 +474,7 @@ class Colouring:
 
 
 def check_colormap(name: str) -> Colormap:
-    """Return the colour map of matplotlib with a name.
+    """Return the matplotlib colour map of this name.
 
     Raises:
         ConfigError: there is no such colour map.
