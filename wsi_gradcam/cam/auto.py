@@ -64,7 +64,7 @@ def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, prec
 
 
 def _plain_program(module: nn.Module, layers: tuple[Layer, ...], images: Tensor, cut: _Cut) -> Program:
-    """Return the eager float32 program: the network as it is, cut if its head then has less to do, see `with_few_rows`."""
+    """Return the eager float32 program: the whole network, or cut where its head then has less to do."""
     if len(layers) == 1 and layers[0].layout.axes == "bnk":
         with suppress(EngineError):
             if cut.parts()[1].meta["spared"]:

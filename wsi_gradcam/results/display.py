@@ -462,7 +462,7 @@ class Colouring:
         return out
 
     def _opacity(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return opacities; without a threshold they rise over the lowest part of the window, so tissue stays visible."""
+        """Return opacities; without a threshold they rise over the lowest part of the window: tissue stays visible."""
         if self.threshold is not None:
             return np.full(values.shape, round(255 * self.alpha), np.uint8)
         share = np.clip((values - np.float32(self.low)) / np.float32((self.high - self.low) * FADE), 0, 1)
