@@ -181,14 +181,14 @@ def test_info_of_slides_and_models(run: Run, made: Path) -> None:
     code, printed, _ = run("info", made / "slides" / "a.tif", "--model", made / "pooled_linear.yaml", "--json")
     assert code == 0
     slide, model = json.loads(printed)
-    assert slide["size"] == "390 x 500 px"
-    assert slide["mpp (y, x)"] == "0.25, 0.25 um"
+    assert slide["size"] == "500 x 390 px"
+    assert slide["mpp (x, y)"] == "0.25, 0.25 um"
     assert model["layer"] == "features (12 x 4 x 4)"
     assert model["classes"] == "other, marker"
     assert model["parameters"] == f"{3 * 8 * 25 + 8 + 8 * 12 * 9 + 12 + 12 * 2 + 2:,}"
     code, printed, _ = run("info", made / "slides" / "a.tif")
     assert code == 0
-    assert re.search(r"^ +size  390 x 500 px$", printed, re.MULTILINE)
+    assert re.search(r"^ +size  500 x 390 px$", printed, re.MULTILINE)
 
 
 def test_info_lists_the_methods_that_explain_takes(run: Run, made: Path, tmp_path: Path) -> None:

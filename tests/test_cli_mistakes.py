@@ -272,7 +272,7 @@ def test_a_model_that_gives_nan_names_the_patch(run: Run, made: Path, tmp_path: 
     rows = rows_of(tmp_path)
     assert rows["b.tif"]["status"] == "ok"
     assert rows["a.tif"]["error"] == (
-        f"{made}/slides/a.tif: the model gives NaN or infinite values for the patch at level-0 y 192, x 192; "
+        f"{made}/slides/a.tif: the model gives NaN or infinite values for the patch at level-0 x 192, y 192; "
         "check its weights and normalisation"
     )
     assert "Traceback" not in err

@@ -392,7 +392,7 @@ class TestLayout:
         assert (slide[layout.tissue()] == (120, 60, 140)).all(-1).mean() > 0.9
 
     def test_what_does_not_fit_is_refused(self, layout: Layout) -> None:
-        with pytest.raises(ConfigError, match="paints images of 120 x 80 px"):
+        with pytest.raises(ConfigError, match="paints images of 80 x 120 px"):
             layout.paint(np.zeros((80, 120)), 0)
         with pytest.raises(ConfigError, match="reduce the glass"):
             plan_layout(self.SOURCE, (300, 300), glass_px=60)

@@ -318,7 +318,7 @@ def test_an_unreadable_tile_costs_its_patches_and_no_more(tmp_path: Path) -> Non
     lost = table["y"].between(256, 511) & table["x"].between(512, 767)
     assert lost.sum() == 64
     assert (table["status"][lost] == "unreadable").all()
-    assert table["cause"][lost].str.contains(r"torn\.tif: level 0, y 256, x 512, 256 x 256 px cannot be decoded").all()
+    assert table["cause"][lost].str.contains(r"torn\.tif: level 0, x 512, y 256, 256 x 256 px cannot be decoded").all()
     assert (table["status"][~lost] == "ok").all()
     assert table["cause"][~lost].isna().all()
     assert table.filter(regex="^(logit|probability|cam)_")[lost].isna().all(axis=None)

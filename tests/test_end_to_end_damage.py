@@ -140,7 +140,7 @@ def test_exactly_the_patches_that_need_the_tile_are_unreadable(run: Run, damage:
     assert {"0.25": 64, "0.5": 36, "0.36": 42}[run.mpp] == lost.sum()
     assert set(table["status"][lost]) == {"unreadable"}
     assert set(table["status"][~lost]) == {"ok"}
-    assert table["cause"][lost].str.contains(rf"{damage}\.tif: level 0, y \d+, x \d+, .*{CAUSES[damage]}").all()
+    assert table["cause"][lost].str.contains(rf"{damage}\.tif: level 0, x \d+, y \d+, .*{CAUSES[damage]}").all()
     assert table["cause"][~lost].isna().all()
     assert table.filter(regex="^(logit|probability|cam)_|^blur$")[lost].isna().all(axis=None)
     assert set(run.table("clean.tif")["status"]) == {"ok"}

@@ -364,7 +364,7 @@ class TestMisplaced:
 
     def test_wholly_off_the_slide_is_told_with_both_extents(self, tmp_path: Path) -> None:
         mask = drawn(tmp_path / "m.json", square("tumour", 5000, 7000, 200), square("tumour", 6000, 100, 50))
-        problem = "is outside the slide: its areas reach from y 5000 to 6050 and from x 100 to 7200, the slide to y 640"
+        problem = "is outside the slide: its areas reach from x 100 to 7200 and from y 5000 to 6050, the slide to x 960"
         assert problem in self.failed(tmp_path, mask)
         negative = drawn(tmp_path / "m.json", square("tumour", -300, 10, 200))
         assert "from y -300 to -100" in self.failed(tmp_path, negative, overwrite=True)
@@ -403,7 +403,7 @@ class TestMisplaced:
         labels = np.zeros((640, 960), np.uint8)
         labels[100:300, 100:300], labels[320:500, 100:300] = 1, 2
         Image.fromarray(np.rot90(labels)).save(tmp_path / "m.png")
-        assert "960 x 640 px (height x width) do not have the proportions of the slide's 640 x 960 px" in self.failed(
+        assert "640 x 960 px (width x height) do not have the proportions of the slide's 960 x 640 px" in self.failed(
             tmp_path, tmp_path / "m.png"
         )
         Image.fromarray(labels).save(tmp_path / "m.tif")

@@ -146,9 +146,9 @@ def test_a_missing_or_damaged_chunk_is_its_own_matter(picture: Rgb, tmp_path: Pa
         (path / f"0/c/{channel}/0/1").unlink()
     (path / "0/c/1/1/0").write_bytes(b"damaged")
     slide = open_slide(path)
-    with pytest.raises(SlideReadError, match=r"level 0, y 0, x 50, 20 x 60 px has no data: a chunk is missing"):
+    with pytest.raises(SlideReadError, match=r"level 0, x 50, y 0, 60 x 20 px has no data: a chunk is missing"):
         slide.read_level(0, Region(0, 50, 20, 60))
-    with pytest.raises(SlideReadError, match=r"level 0, y 64, x 0, 64 x 100 px cannot be decoded"):
+    with pytest.raises(SlideReadError, match=r"level 0, x 0, y 64, 100 x 64 px cannot be decoded"):
         slide.read_level(0, Region(100, 10, 20, 60))
     np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 64, 100)), picture[:64, :100])
 

@@ -281,13 +281,13 @@ class TestDamagedTile:
 
     def test_is_an_error_that_names_slide_and_region(self, bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         slide = open_slide(bad)
-        with pytest.raises(SlideReadError, match=r"bad\.tiff: level 0, y 60, x 100, 30 x 40 px cannot be") as caught:
+        with pytest.raises(SlideReadError, match=r"bad\.tiff: level 0, x 100, y 60, 40 x 30 px cannot be") as caught:
             slide.read_level(0, Region(60, 100, 30, 40))
         slide.close()
         assert "DeflateError" in str(caught.value)  # our own decoder's
         monkeypatch.setattr(OpenSlideSlide, "read_level", OpenSlideSlide.read_as_it_is)
         slide = open_slide(bad)
-        with pytest.raises(SlideReadError, match=r"bad\.tiff: level 0, y 60, x 100, 30 x 40 px cannot be") as caught:
+        with pytest.raises(SlideReadError, match=r"bad\.tiff: level 0, x 100, y 60, 40 x 30 px cannot be") as caught:
             slide.read_level(0, Region(60, 100, 30, 40))
         slide.close()
         assert isinstance(caught.value.__cause__, openslide.OpenSlideError)

@@ -243,7 +243,7 @@ def test_a_bad_tile_is_its_own_matter(place: Place, tmp_path: Path) -> None:
     corrupt_tile(slide.path, tmp_path / "a.tif", 0, 1, 2, damage="unreadable")
     corrupt_tile(tmp_path / "a.tif", tmp_path / "b.tif", 0, 0, 0, damage="missing")
     with closing(open_slide(place.put(tmp_path / "b.tif"))) as found:
-        with pytest.raises(SlideReadError, match=r"b.tif: level 0, y 256, x 512, 256 x 256 px cannot be decoded"):
+        with pytest.raises(SlideReadError, match=r"b.tif: level 0, x 512, y 256, 256 x 256 px cannot be decoded"):
             found.read_level(0, Region(500, 700, 20, 20))
         with pytest.raises(SlideReadError, match="a tile is missing from the file"):
             found.read_level(0, Region(0, 0, 20, 20))

@@ -133,7 +133,7 @@ def test_what_differs_from_openslide_is_read_by_openslide(
     with caplog.at_level("INFO", "wsi_gradcam"):
         assert isinstance(open_slide(slide.path), OpenSlideSlide)
     assert "is read by OpenSlide: " in caplog.text
-    assert "level 0, y 0, x 0 differs from OpenSlide's by 1" in caplog.text
+    assert "level 0, x 0, y 0 differs from OpenSlide's by 1" in caplog.text
 
 
 def test_what_tifffile_cannot_read_is_read_by_openslide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_a_damaged_tile_is_its_own_matter(damage: Any, tmp_path: Path) -> None:
     found = open_slide(tmp_path / "a.tif")
     assert isinstance(found, TiffSlide)
     for _ in range(2):
-        with pytest.raises(SlideReadError, match=r"a.tif: level 0, y 256, x 512, 256 x 256 px cannot be decoded"):
+        with pytest.raises(SlideReadError, match=r"a.tif: level 0, x 512, y 256, 256 x 256 px cannot be decoded"):
             found.read_level(0, Region(500, 700, 20, 20))
     np.testing.assert_array_equal(found.read_level(0, Region(0, 0, 256, 800)), slide.level0[:256])
 

@@ -305,7 +305,7 @@ class TestShape:
         for name in ("a.png", "a.tif"):
             path = written(tmp_path / name, np.ones(size, np.uint8))
             with pytest.raises(
-                AnnotationError, match=rf"{size[0]} x {size[1]} px .*(the slide's|a slide of) 60 x 90 px"
+                AnnotationError, match=rf"{size[1]} x {size[0]} px .*(the slide's|a slide of) 90 x 60 px"
             ):
                 mask(path)
 

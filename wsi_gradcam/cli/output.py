@@ -236,13 +236,13 @@ def slide_info(path: str) -> dict[str, Any]:
     finally:
         slide.close()
     unsure = {True: ", used only if its pixels line up", False: ""}
-    levels = [f"{o.height} x {o.width} (1/{o.downsample_y:g}{unsure[bool(o.problem)]})" for o in info.levels]
+    levels = [f"{o.width} x {o.height} (1/{o.downsample_y:g}{unsure[bool(o.problem)]})" for o in info.levels]
     return {
         "slide": info.path,
         "format": info.vendor,
-        "size": f"{info.height} x {info.width} px",
+        "size": f"{info.width} x {info.height} px",
         "levels": ", ".join(levels),
-        "mpp (y, x)": f"{info.mpp[0]:g}, {info.mpp[1]:g} um" if info.mpp else f"unusable: {info.mpp_problem}",
+        "mpp (x, y)": f"{info.mpp[1]:g}, {info.mpp[0]:g} um" if info.mpp else f"unusable: {info.mpp_problem}",
         "background": "#" + bytes(info.background).hex(),
         "bounds": "whole slide" if info.bounds is None else str(info.bounds),
         "area": area,

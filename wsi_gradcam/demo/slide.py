@@ -263,8 +263,8 @@ class Layout:
         """Paint the pieces over a canvas [height, width, ...] in place; see `paint`."""
         if image.shape[:2] != self.source_size:
             raise ConfigError(
-                f"the image is {list(image.shape)}; this layout paints images of {self.source_size[0]} x "
-                f"{self.source_size[1]} px, so resize it or plan a layout for its size"
+                f"the image is {list(image.shape)}; this layout paints images of {self.source_size[1]} x "
+                f"{self.source_size[0]} px, so resize it or plan a layout for its size"
             )
         for piece in self.pieces:
             source, rows, columns = piece.source(image)
@@ -321,7 +321,7 @@ def plan_layout(
     glass_px = min(size) // 32 if glass_px is None else glass_px
     if glass_px < 0 or min(height // 2, width // 3) < 2 * glass_px + 4 * GRID_PX:
         raise ConfigError(
-            f"size is {height} x {width} px with glass_px {glass_px}; a piece needs {4 * GRID_PX} px between the "
+            f"size is {width} x {height} px with glass_px {glass_px}; a piece needs {4 * GRID_PX} px between the "
             "glass, so enlarge the slide or reduce the glass"
         )
     rng = np.random.default_rng(seed)

@@ -168,7 +168,7 @@ def write_trident_features(job: Job) -> list[Path]:
     slide = job.slide
     height, width = slide.patch_px
     if height != width:
-        raise ConfigError(f"{slide.id}: patches of {height} x {width} px; TRIDENT's are squares, export the other way")
+        raise ConfigError(f"{slide.id}: patches of {width} x {height} px; TRIDENT's are squares, export the other way")
     step = next((step for step in steps(boxes[:, 1::-1]) if step), None)
     stride = width if step is None else min(width, round(width * step / slide.plan.footprint[1]))
     path = job.named(job.base, ".h5")

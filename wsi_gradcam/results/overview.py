@@ -303,7 +303,7 @@ def opened_picture(place: StoragePath) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 if image.width * image.height > MAX_PICTURE_PX:
                     raise StoreError(
-                        f"{place}: an image of {image.height} x {image.width} px, expected at most {MAX_PICTURE_PX:,} "
+                        f"{place}: an image of {image.width} x {image.height} px, expected at most {MAX_PICTURE_PX:,} "
                         "px"
                     )
                 yield image

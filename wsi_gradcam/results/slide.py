@@ -449,7 +449,7 @@ class SlideResult:
         if self.is_finished:
             (height, width), (mpp_y, mpp_x) = self.size_px, self.mpp
             facts += [
-                ("size", f"{height:,} x {width:,} px at {mpp_y:g} x {mpp_x:g} µm (y, x)"),
+                ("size", f"{width:,} x {height:,} px of {mpp_x:g} x {mpp_y:g} µm"),
                 ("patches", f"{self.plan.patches:,}"),
                 *([("answer for the slide", self.answer)] if self.answer else []),
                 ("channels", ", ".join(channel.label for channel in self.channels)),

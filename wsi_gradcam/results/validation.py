@@ -490,6 +490,7 @@ def _check_slide(row: dict[str, str], plan: SlidePlan, run: _Run) -> Iterator[st
         if slide.info.digest != plan.slide_digest:
             yield f"{row['path']} is not the file that was explained"
         elif (slide.info.height, slide.info.width) != plan.slide_px:
-            yield f"{row['path']} is {slide.info.height} x {slide.info.width} px, expected {plan.slide_px}"
+            height, width = plan.slide_px
+            yield f"{row['path']} is {slide.info.width} x {slide.info.height} px, expected {width} x {height}"
     finally:
         slide.close()

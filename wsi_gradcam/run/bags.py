@@ -186,7 +186,7 @@ def _keep(
     if not finite.all():
         y, x = context.patch_store(entry).yx(start, stop)[int(np.argmin(finite))].tolist()
         raise ModelError(
-            f"{entry.path}: features of the patch at level-0 y {y}, x {x} are NaN or infinite in {kept.dtype}; "
+            f"{entry.path}: features of the patch at level-0 x {x}, y {y} are NaN or infinite in {kept.dtype}; "
             + ("" if plan.features else "check the encoder's weights and normalisation")
             + ("" if kept.dtype == np.float32 or plan.features else ", or ")
             + ("" if kept.dtype == np.float32 else "use --feature-precision float32")

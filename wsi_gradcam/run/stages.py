@@ -303,7 +303,7 @@ def _explain(
     if not finite.all():
         y, x = yx[int(np.argmin(finite))].tolist()
         raise ModelError(
-            f"{entry.path}: the model gives NaN or infinite values for the patch at level-0 y {y}, x {x}; "
+            f"{entry.path}: the model gives NaN or infinite values for the patch at level-0 x {x}, y {y}; "
             "check its weights and normalisation"
         )
     return SpanData(logits, cams, status, blur), causes, likeness

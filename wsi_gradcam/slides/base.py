@@ -201,7 +201,7 @@ def make_levels(
     Level(height=2304, width=2048, downsample_y=4.0, downsample_x=4.0)
     """
     if math.prod(sizes[0]) > MAX_SLIDE_PX or max(sizes[0]) > MAX_SIDE_PX:
-        size = f"{sizes[0][0]:,} x {sizes[0][1]:,} px"
+        size = f"{sizes[0][1]:,} x {sizes[0][0]:,} px"
         raise SlideFormatError(f"an image of {size} is larger than any slide; copy the file again from its source")
     known = [*zip_longest(sizes, spacings, tiles)]
     return (Level(*sizes[0], 1.0, 1.0), *(_level(known[0], stored) for stored in known[1:]))

@@ -78,7 +78,7 @@ class IsolatedSlide:
             SlideMemoryError: processes that read it were killed again and again.
             SlideError: they crashed or took too long again and again.
         """
-        what = f"reading level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px"
+        what = f"reading level {level}, x {region.x}, y {region.y}, {region.width} x {region.height} px"
         return self._source.call(what, lambda process: process.read(level, region, self._scaled))
 
     def with_reductions(self) -> IsolatedSlide:

@@ -195,7 +195,7 @@ class OmeZarrSlide:
         return np.ascontiguousarray(rgb.astype(np.uint8, copy=False))
 
     def _where(self, level: int, region: Region) -> str:
-        return f"{self._path}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px"
+        return f"{self._path}: level {level}, x {region.x}, y {region.y}, {region.width} x {region.height} px"
 
     def _chunk_px(self, level: int) -> tuple[int, int]:
         """Return (height, width) of a chunk, the inner one where there are shards."""
@@ -222,7 +222,7 @@ class OmeZarrSlide:
         y, x = (self._axes.index(axis) for axis in "yx")
         height, width = (min(level.chunks[axis], level.shape[axis]) for axis in (y, x))
         if height * width > (MAX_CHUNK_PX if min(height, width) >= THIN_PX else MANY_CHUNKS_PX):
-            raise SlideFormatError(f"level {level.path} has chunks of {height} x {width} px; {SLIDES.mend}")
+            raise SlideFormatError(f"level {level.path} has chunks of {width} x {height} px; {SLIDES.mend}")
         return int(height * width)
 
     def _some_places(self) -> list[tuple[int, Region]]:

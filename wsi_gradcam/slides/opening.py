@@ -232,7 +232,7 @@ def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
             continue
         if not np.array_equal(found, expected):
             off = int(np.abs(found.astype(np.int16) - expected).max())
-            raise SlideFormatError(f"level {level}, y {region.y}, x {region.x} differs from OpenSlide's by {off}")
+            raise SlideFormatError(f"level {level}, x {region.x}, y {region.y} differs from OpenSlide's by {off}")
 
 
 def _open_local_tiff(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels | None = None) -> TiffSlide:

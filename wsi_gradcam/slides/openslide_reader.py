@@ -138,8 +138,8 @@ class OpenSlideSlide:
                 raise SlideReadError(f"{self._where(level, region)} cannot be decoded: {error}") from error
 
     def _where(self, level: int, region: Region) -> str:
-        size = f"{region.height} x {region.width} px"
-        return f"{self._path}: level {level}, y {region.y}, x {region.x}, {size}"
+        size = f"{region.width} x {region.height} px"
+        return f"{self._path}: level {level}, x {region.x}, y {region.y}, {size}"
 
     def _replace(self, failed: openslide.AbstractSlide) -> None:
         with self._lock:

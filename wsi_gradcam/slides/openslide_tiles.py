@@ -135,7 +135,7 @@ class Grid:
             region = stored.tile_region(row, column)
             tile = stored.decode(pieces, [self.head + part[:-1] + EOI[1:] for part in data] if self.head else data)
             if tile.shape[0] < region.height or tile.shape[1] < region.width:
-                raise ValueError(f"the tile has only {tile.shape[0]} x {tile.shape[1]} px")
+                raise ValueError(f"the tile has only {tile.shape[1]} x {tile.shape[0]} px")
         self.verdicts[index] = SOUND
 
 
@@ -219,7 +219,7 @@ def _of_grids(file: LocalFile, pages: list[Any], sizes: Sequence[Size]) -> list[
 def _of_size(pages: list[Any], size: Size) -> list[Any]:
     found = [page for page in pages if (page.imagelength, page.imagewidth) == size]
     if not found:
-        raise ValueError(f"no directory has the {size[0]} x {size[1]} px of a level")
+        raise ValueError(f"no directory has the {size[1]} x {size[0]} px of a level")
     return found
 
 
@@ -258,7 +258,7 @@ def _of_leica(file: LocalFile, pages: list[Any], sizes: Sequence[Size]) -> list[
     for size, level in zip(sizes, levels, strict=True):
         nm = min(nm for _, _, nm in level)
         if size != (math.ceil(whole[0] / nm), math.ceil(whole[1] / nm)):
-            raise ValueError(f"its XML states other sizes than {size[0]} x {size[1]} px")
+            raise ValueError(f"its XML states other sizes than {size[1]} x {size[0]} px")
         at = [(number, (float(int(y / nm)), float(int(x / nm)))) for number, (y, x), _ in level]
         found.append([_plain(file, _stored(pages[number]), origin) for number, origin in at])
     return found
@@ -325,7 +325,7 @@ def _ndpi_grid(file: LocalFile, pages: list[Any], size: Size) -> Grid:
     for scale, page in product(SCALES, reversed(pages)):
         if (page.imagelength // scale, page.imagewidth // scale) == size:
             return _plain(file, _stored(page), scale=scale, head=page.jpegheader or b"")
-    raise ValueError(f"no directory is that of a level of {size[0]} x {size[1]} px")
+    raise ValueError(f"no directory is that of a level of {size[1]} x {size[0]} px")
 
 
 def _xml(text: str | bytes) -> ElementTree.Element:

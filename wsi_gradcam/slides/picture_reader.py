@@ -70,7 +70,7 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a tighter bound is checked here
             if picture.width * picture.height > MAX_PX:
                 raise SlideFormatError(
-                    f"{path}: an image of {picture.height} x {picture.width} px; expected at most {MAX_PX:,} px: "
+                    f"{path}: an image of {picture.width} x {picture.height} px; expected at most {MAX_PX:,} px: "
                     "convert it to a tiled TIFF"
                 )
             if picture.format == "JPEG":

@@ -55,7 +55,7 @@ def read_region(
     slide_y, slide_x = slide.info.mpp_yx
     step_y, step_x = mpp_y / slide_y, mpp_x / slide_x
     if min(height, width) < 1 or not all(0 < step < math.inf for step in (step_y, step_x)):
-        raise ConfigError(f"cannot read {height} x {width} px at mpp {mpp}: expected positive, finite sizes")
+        raise ConfigError(f"cannot read {width} x {height} px at mpp {mpp}: expected positive, finite sizes")
     level = _aligned_level(slide, step_y, step_x)
     taken = slide.info.levels[level]
     down_y, down_x, shift = taken.downsample_y, taken.downsample_x, taken.shift
@@ -299,7 +299,7 @@ class _Axis:
 def _read(slide: Slide, level: int, rows: _Axis, columns: _Axis) -> NDArray[np.uint8]:
     if rows.length * columns.length > MOST_READ_PX:
         raise SlideReadError(
-            f"{slide.info.path}: level {level}, y {rows.first}, x {columns.first}: {rows.length} x {columns.length} px "
+            f"{slide.info.path}: level {level}, x {columns.first}, y {rows.first}: {columns.length} x {rows.length} px "
             "would have to be read at once, because no level is coarse enough; convert the slide to a pyramid"
         )
     region = Region(rows.first, columns.first, rows.length, columns.length)

@@ -328,7 +328,7 @@ def page_level(pages: list[Any], shown: Channels | None, bits: int = 0, chosen: 
     page = pages[0].keyframe
     height, width = int(page.imagelength), int(page.imagewidth)
     if min(height, width) < 1 or page.imagedepth != 1:
-        raise SlideFormatError(f"damaged TIFF: an image of {page.imagedepth} x {height} x {width} px; {AGAIN}")
+        raise SlideFormatError(f"damaged TIFF: an image of {width} x {height} x {page.imagedepth} px; {AGAIN}")
     joined = [pages[number] for number in shown] if shown is not None and len(pages) > 1 else []
     if len(pages) > 1 and not joined:
         raise SlideContentError(
@@ -385,7 +385,7 @@ def _places(pages: list[Any], expected: int) -> tuple[NDArray[np.int64], NDArray
     Raises:
         SlideFormatError: there are more than a slide has, or other than `expected`.
     """
-    size = f"{pages[0].keyframe.imagelength} x {pages[0].keyframe.imagewidth} px"
+    size = f"{pages[0].keyframe.imagewidth} x {pages[0].keyframe.imagelength} px"
     if expected > MAX_TILES:
         raise SlideFormatError(f"{size} in {expected:,} tiles, expected at most {MAX_TILES:,}")
     if len({page.jpegtables for page in pages}) > 1:
@@ -431,12 +431,12 @@ def _tile_size(page: TiffPage) -> tuple[int, int]:
     height, width = (int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (rows, int(page.imagewidth))
     if min(height, width) < 1 or height * width > MAX_TILE_PX:
         raise SlideFormatError(
-            f"tiles or strips of {height} x {width} px, expected at most {MAX_TILE_PX:,} px; convert it to tiles"
+            f"tiles or strips of {width} x {height} px, expected at most {MAX_TILE_PX:,} px; convert it to tiles"
         )
     size = page.samplesperpixel * (page.dtype.itemsize if page.dtype is not None else 1)
     if height * width * size > MAX_TILE_BYTES:
         raise SlideFormatError(
-            f"tiles or strips of {height} x {width} px of {size} bytes, expected at most {MAX_TILE_BYTES:,} bytes; "
+            f"tiles or strips of {width} x {height} px of {size} bytes, expected at most {MAX_TILE_BYTES:,} bytes; "
             "convert it to smaller tiles"
         )
     return height, width

@@ -303,7 +303,7 @@ def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
     """Return the problem with the tiles of a directory, of which `listed` are listed; empty where there is none."""
     width, length = sizes.get(TILE_WIDTH, 0), sizes.get(TILE_LENGTH, 0)
     if width * length > MAX_TILE_PX:
-        return f"tiles of {length} x {width} px, expected at most {MAX_TILE_PX:,} px,"
+        return f"tiles of {width} x {length} px, expected at most {MAX_TILE_PX:,} px,"
     if not width * length or listed is None:
         return ""
     needed = ceil_div(sizes.get(IMAGE_WIDTH, 0), width) * ceil_div(sizes.get(IMAGE_LENGTH, 0), length)

@@ -186,7 +186,7 @@ class TiffSlide:
         except Exception as error:  # decoders of damaged bytes raise many kinds
             region = stored.tile_region(row, column)
             said = (
-                f"{self._file.name}: level {level}, y {region.y}, x {region.x}, {region.height} x {region.width} px "
+                f"{self._file.name}: level {level}, x {region.x}, y {region.y}, {region.width} x {region.height} px "
                 f"cannot be decoded: {one_line(error)}"
             )
             if math.prod(stored.tile_px) >= LARGE_PX and not any(isinstance(part, OSError) for part in found):
@@ -197,8 +197,8 @@ class TiffSlide:
         region = stored.tile_region(row, column)
         if tile.shape[0] < region.height or tile.shape[1] < region.width:
             raise SlideReadError(
-                f"{self._file.name}: level {level}, y {region.y}, x {region.x}: the tile has {tile.shape[0]} x "
-                f"{tile.shape[1]} px, expected {region.height} x {region.width}"
+                f"{self._file.name}: level {level}, x {region.x}, y {region.y}: the tile has {tile.shape[1]} x "
+                f"{tile.shape[0]} px, expected {region.width} x {region.height}"
             )
         return tile
 

@@ -100,8 +100,8 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
         pixels = (found.height or tile_px[0]) * found.width
         if found.samples > most or pixels * found.samples > height * width * most:
             raise ValueError(
-                f"the compressed image has {found.height} x {found.width} px of {found.samples} samples, its tile "
-                f"{tile_px[0]} x {tile_px[1]} px"
+                f"the compressed image has {found.width} x {found.height} px of {found.samples} samples, its tile "
+                f"{tile_px[1]} x {tile_px[0]} px"
             )
         if read is check_jpeg and found.samples != samples:
             raise ValueError(f"the compressed image has {found.samples} samples, its tile {samples}")
@@ -140,7 +140,7 @@ def check_jpeg(data: bytes) -> Stream:
     if not is_whole and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ValueError(f"a JPEG of {scans} scans, expected at most {MAX_SCANS}")
     if not is_whole and data.count(b"\xff\xda") * height * width > MAX_SCANNED_PX:
-        raise ValueError(f"a JPEG of {height} x {width} px in too many scans for its size")
+        raise ValueError(f"a JPEG of {width} x {height} px in too many scans for its size")
     return Stream(height, width, samples, scan + 3 if is_whole and scan is not None else 0)
 
 
@@ -190,7 +190,7 @@ def _jpeg2000(data: bytes) -> Stream:
     )
     size = (bottom - top, right - left)
     if min(size) < 1 or min(part_width, part_height) < 1 or from_x > left or from_y > top:
-        raise ValueError(f"a JPEG 2000 of {size[0]} x {size[1]} px in tiles of {part_height} x {part_width}")
+        raise ValueError(f"a JPEG 2000 of {size[1]} x {size[0]} px in tiles of {part_width} x {part_height}")
     parts = (ceil_div(bottom - from_y, part_height), ceil_div(right - from_x, part_width))
     found = Stream(*size, samples)
     if size[0] * size[1] <= ANY_TILE_PX:  # else it is refused for its size

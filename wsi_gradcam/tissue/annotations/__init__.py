@@ -81,7 +81,7 @@ def in_frame(regions: Regions, tissue: NDArray[np.bool_], info: Ground, frame: s
     if max(shares) < LIKELY or min(shares) > max(shares) / 2:
         raise AnnotationError(
             f"{regions.path}: may be drawn on the whole slide, where {shares[0]:.0%} of it lies on tissue, or on the "
-            f"scanned part alone ({bounds.height} x {bounds.width} px from y {bounds.y}, x {bounds.x}), where "
+            f"scanned part alone ({bounds.width} x {bounds.height} px from x {bounds.x}, y {bounds.y}), where "
             f"{shares[1]:.0%} does; choose with --mask-frame slide or --mask-frame bounds (QuPath shows bounds)"
         )
     return best

@@ -311,8 +311,8 @@ class Shapes:
         beside = [(a.outline.max(axis=0) <= 0).any() or (a.outline.min(axis=0) >= self._slide_px).any() for a in areas]
         if all(beside):
             raise AnnotationError(
-                f"{self._path}: is outside the slide: its areas reach from y {low[0]:g} to {high[0]:g} and from x "
-                f"{low[1]:g} to {high[1]:g}, the slide to y {self._slide_px[0]} and x {self._slide_px[1]} px; expected "
+                f"{self._path}: is outside the slide: its areas reach from x {low[1]:g} to {high[1]:g} and from y "
+                f"{low[0]:g} to {high[0]:g}, the slide to x {self._slide_px[1]} and y {self._slide_px[0]} px; expected "
                 "level-0 pixels of this slide, not micrometres, another level or another slide"
             )
 
@@ -372,8 +372,8 @@ class LabelPicture:
         (height, width), (full_height, full_width) = pixels.sizes[0], slide_px
         if not covers(pixels.sizes[0], slide_px):
             raise AnnotationError(
-                f"{path}: {height} x {width} px (height x width) do not have the proportions of the slide's "
-                f"{full_height} x {full_width} px: it is rotated, cropped or of another slide; expected the whole slide"
+                f"{path}: {width} x {height} px (width x height) do not have the proportions of the slide's "
+                f"{full_width} x {full_height} px: it is rotated, cropped or of another slide; expected the whole slide"
             )
 
     @cached_property

@@ -406,7 +406,7 @@ class PngPixels:
         width, height, bits, kind = struct.unpack(">IIBB", data[16:26])
         if width * height > MAX_MASK_PX:
             raise AnnotationError(
-                f"{path}: {height} x {width} px, expected at most {MAX_MASK_PX:,} px for a PNG; a sixteenth of the "
+                f"{path}: {width} x {height} px, expected at most {MAX_MASK_PX:,} px for a PNG; a sixteenth of the "
                 "slide's resolution is as fine as a mask is used, and a tiled TIFF may be larger"
             )
         self.sizes: list[tuple[int, int]] = [(height, width)]

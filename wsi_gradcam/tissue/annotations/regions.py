@@ -182,10 +182,10 @@ class TiffPixels:
             array, _, _ = found.decode(data, number)
             labels = found.to_labels(array[0])
             if labels.shape[0] < region.height or labels.shape[1] < region.width:
-                raise ValueError(f"{labels.shape} px, expected {region.height} x {region.width}")
+                raise ValueError(f"{labels.shape[1]} x {labels.shape[0]} px, expected {region.width} x {region.height}")
         except Exception as error:  # decoders of damaged bytes raise many kinds
             raise AnnotationError(
-                f"{self._path}: damaged at y {region.y}, x {region.x}: {one_line(error)[:200]}; write it again"
+                f"{self._path}: damaged at x {region.x}, y {region.y}: {one_line(error)[:200]}; write it again"
             ) from error
         made = labels, values_of(labels[: region.height, : region.width])
         if count <= SAME_BYTES:
@@ -303,7 +303,7 @@ def _tiff_picture(path: Path, slide_px: tuple[int, int], changed: tuple[int, int
     if max(side / whole for side, whole in zip(pixels.sizes[0], slide_px, strict=True)) > MOST_FINER:
         height, width = pixels.sizes[0]
         raise AnnotationError(
-            f"{path}: {height} x {width} px (height x width) over a slide of {slide_px[0]} x {slide_px[1]} px; a mask "
+            f"{path}: {width} x {height} px (width x height) over a slide of {slide_px[1]} x {slide_px[0]} px; a mask "
             "cannot be finer than its slide: save it smaller"
         )
     return LabelPicture(path, pixels, slide_px)
@@ -463,7 +463,7 @@ def tissue_within(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) 
         return found
     raise AnnotationError(
         f"{regions.path}: {'hardly any' if found.any() else 'no'} tissue lies in it: it covers "
-        f"{_extent(mask, slide_px)}, tissue is at {_extent(tissue, slide_px)} of {info.height} x {info.width}{frame}; "
+        f"{_extent(mask, slide_px)}, tissue is at {_extent(tissue, slide_px)} of {info.width} x {info.height}{frame}; "
         "expected level-0 pixels of this slide; to explain what was not detected as tissue as well, give --tissue "
         "everything"
     )
@@ -488,7 +488,7 @@ def _better_frame(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) 
 def _extent(mask: NDArray[np.bool_], slide_px: tuple[int, int]) -> str:
     """Return where the mask is, level-0 px, in words."""
     words = []
-    for axis, name in ((0, "y"), (1, "x")):
+    for axis, name in ((1, "x"), (0, "y")):
         places = np.flatnonzero(mask.any(axis=1 - axis))
         scale = slide_px[axis] / mask.shape[axis]
         words.append(f"{name} {round(places[0] * scale)} to {round((places[-1] + 1) * scale)}")
