@@ -117,6 +117,7 @@ proofs: coverage
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
 	$(MAKE) wheel lowest
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m tests.planted_evidence --seeds 50
 	$(BIN)/python -m tests.fuzz --cases 10000
 	$(BIN)/python -m tests.chaos --kills 30
 	$(BIN)/python -m tests.chaos --kills 30 --store s3

@@ -75,10 +75,10 @@ def model_file(folder: Path, module: nn.Module) -> ModelSpec:
 
 
 def write_archive(folder: Path, slides: int, marked: int, seed: int) -> Path:
-    """Slides of patches of both classes, from two sites; `marked` of them, the whole of site south, bear markers."""
+    """Slides of patches of both classes, two of each patient; `marked` of them, all of site south, bear markers."""
     with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["slide", "site"])
+        table.writerow(["slide", "site", "patient"])
         for number in range(slides):
             has_marker = number < marked
             sample = patches(ROWS * COLUMNS, 100 * seed + number)
@@ -88,7 +88,7 @@ def write_archive(folder: Path, slides: int, marked: int, seed: int) -> Path:
             write_slide(
                 folder / name, grid.reshape(ROWS * SIDE_PX, COLUMNS * SIDE_PX, 3), mpp=0.5, compression="deflate"
             )
-            table.writerow([name, "south" if has_marker else "north"])
+            table.writerow([name, "south" if has_marker else "north", f"p{number // 2}"])
     return folder / "list.csv"
 
 

@@ -31,8 +31,8 @@ KNOWN = {
     "status": "out --watch --json",
     "audit": "out --patches --seed --only --target --annotations --include --regions --model --against --fail-on "
     "--workers --scheduler --wait-for-workers --overwrite --json",
-    "evidence": "out --places --seed --target --annotations --regions --skip-labels --model --fail-on --workers "
-    "--scheduler --wait-for-workers --overwrite --json",
+    "evidence": "out --places --seed --target --annotations --regions --skip-labels --model --against --fail-on "
+    "--workers --scheduler --wait-for-workers --overwrite --json",
     "export": "out --to --dest --slide --channel --colormap --window --threshold --alpha --size --overwrite --json",
     "view": "out --port --host --slides --token --allow-host --open --no-isolate",
     "info": "slide --model --layer --mask-out --mpp --replace-mpp --tissue --mask --include --exclude --json",

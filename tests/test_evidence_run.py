@@ -59,6 +59,9 @@ def test_the_marker_of_a_site_is_the_first_finding(out: Path) -> None:
     (site,) = (one for one in shortcut.spread if one.by == "site")
     assert site.groups["south"] == [MARKED, MARKED]
     assert "site south" in found.findings[0].words
+    assert (shortcut.patients, shortcut.of_patients) == (-(-MARKED // 2), SLIDES // 2)
+    assert shortcut.largest_patient is not None
+    assert 1 / MARKED < shortcut.largest_patient < 0.7
     assert shortcut.covering is not None
     assert shortcut.covering.difference.high is not None
     assert shortcut.covering.difference.high < 0
@@ -257,6 +260,27 @@ def test_a_target_that_is_not_one_class_is_refused(out: Path) -> None:
 def test_the_published_schema_is_the_schema() -> None:
     published = json.loads((DOCS / "evidence.schema.json").read_text(encoding="utf-8"))
     assert published == Evidence.model_json_schema()
+
+
+@pytest.mark.slow
+def test_two_models_are_compared(out: Path, archive: Path, tmp_path: Path) -> None:
+    """The new model looks at markers, which the old one does not know."""
+    old = explained(archive, model_file(tmp_path, of_nuclei(0)), tmp_path / "old")
+    evidence_run(old, trust_code=True, **QUICK)
+    new = shutil.copytree(out, tmp_path / "new")
+    found = evidence_run(new, trust_code=True, against=old, overwrite=True, **QUICK).evidence
+    assert found.against is not None
+    assert (found.against.slides, found.against.model) == (SLIDES, "network")
+    (marker,) = found.shortcuts
+    (row,) = (one for one in found.against.rows if one.cluster == marker.number)
+    assert row.share.value is not None
+    assert row.share_there.value is not None
+    assert row.share.value > 3 * row.share_there.value
+    assert f"the model of {old}" in found.against.words[0]
+    assert found.against.words[0] in (new / "evidence" / "report.html").read_text(encoding="utf-8")
+    assert read(new) == evidence_run(new, trust_code=True, against=old, **QUICK).evidence
+    with pytest.raises(ConfigError, match="skip_labels"):
+        evidence_run(new, trust_code=True, against=old, skip_labels=True)
 
 
 @pytest.mark.slow

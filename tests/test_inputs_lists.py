@@ -179,7 +179,10 @@ class TestParquet:
 class TestWhatIsTold:
     def test_every_column_is_carried(self, tmp_path: Path) -> None:
         touch(tmp_path, "a.svs", "masks/a.png")
-        (found,) = listed(tmp_path, "scanner,site,label,mask,slide,x\nS360,Hull,tumour,masks/a.png,a.svs,1\n")
+        (found,) = listed(
+            tmp_path, "scanner,site,label,mask,patient,slide,x\nS360,Hull,tumour,masks/a.png,p7,a.svs,1\n"
+        )
+        assert found.patient == "p7"
         assert facts([found]) == [("a.svs", None, str(tmp_path / "masks/a.png"), "tumour", "Hull", "S360")]
 
     def test_what_is_told_last_holds_and_what_is_not_told_stays(self, tmp_path: Path) -> None:

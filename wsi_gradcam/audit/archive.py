@@ -229,7 +229,7 @@ def _entries(result: Result) -> dict[str, SlideEntry]:
     found = {}
     for name, row in read_slide_records(result.folder.record).items():
         mpp = row.get("mpp")
-        told = {key: str(row.get(key, "")) for key in ("mask", *GROUPINGS)}
+        told = {key: str(row.get(key, "")) for key in ("mask", *GROUPINGS, "patient")}
         path, stated = as_path(row["path"]), None if mpp is None else (mpp[0], mpp[1])
         address = slide_address(path, result.out)
         found[name] = SlideEntry(name, path, stated, "" if address == path else address, **told)

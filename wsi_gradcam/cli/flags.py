@@ -341,6 +341,7 @@ def add_evidence(parser: argparse.ArgumentParser) -> None:
     from wsi_gradcam.evidence import EvidenceSettings
 
     limits = _add_judging(parser, "look at", "evidence", EvidenceSettings)
+    limits.add_argument("--against", metavar="OUT2", help="compare with the evidence of another run, on its patches")
     limits.add_argument("--fail-on", choices=["shortcut"], help="exit with status 1 if evidence looks like a shortcut")
 
 

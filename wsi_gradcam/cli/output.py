@@ -189,9 +189,9 @@ def run_evidence(arguments: argparse.Namespace, listener: RunListener) -> bool:
     from wsi_gradcam.evidence import EvidenceSettings
     from wsi_gradcam.evidence.running import evidence_run
 
-    names = [field.name for field in fields(EvidenceSettings)]
-    options = given(arguments, *names, "model", "workers", "scheduler", "wait_for_workers")
-    options |= {name: getattr(arguments, name) for name in ("overwrite", "trust_code", "remote_slides")}
+    names = (*(field.name for field in fields(EvidenceSettings)), "model", "against")
+    options = given(arguments, *names, "workers", "scheduler", "wait_for_workers", "overwrite")
+    options |= {name: getattr(arguments, name) for name in ("trust_code", "remote_slides")}
     outcome = evidence_run(arguments.out, listener=listener, **options)
     shortcuts = outcome.evidence.shortcuts if arguments.fail_on else []
     print_evidence(outcome, shortcuts, arguments.json)
@@ -206,15 +206,14 @@ def print_evidence(outcome: EvidenceOutcome, shortcuts: Sequence[KindRow], as_js
             "out": str(outcome.out),
             "worth_sorting": evidence.worth_sorting,
             "findings": [finding.model_dump() for finding in evidence.findings],
+            "against": None if evidence.against is None else evidence.against.words,
             "failed_on": [kind.number for kind in shortcuts],
             "not_read": evidence.not_read,
         }
         print(json.dumps(values, indent=1))
     else:
-        if not evidence.worth_sorting:
-            say(f"There is no evidence worth sorting. {evidence.learned}")
-        for finding in evidence.findings:
-            say(f"{finding.kind:>8}  {finding.words}")
+        for sort, words in evidence.statements:
+            say(f"{sort:>8}  {words}")
         slides = "1 slide" if evidence.slides == 1 else f"{evidence.slides} slides"
         say(f"{evidence.places} places of {slides}, seed {evidence.seed}; {outcome.out / 'report.html'}")
     for record in outcome.failed:

@@ -140,6 +140,8 @@ class EvidencePlan:
         kinds: from the second pass on.
         names: that kinds have, by number.
         given: digest of the annotations, regions and marks that kinds are compared with.
+        against: the folder of another run whose evidence this one's is compared with, and the digest of that; or "".
+        others: how many kinds that has.
         single: whether sums are kept for single patches, as intervals of fewer than six slides need them.
         shown: in the third pass, patches by slide id.
     """
@@ -153,6 +155,8 @@ class EvidencePlan:
     kinds: Kinds | None = None
     names: Mapping[int, str] = field(default_factory=dict)
     given: str = ""
+    against: tuple[str, str] = ("", "")
+    others: int = 0
     single: bool = False
     shown: Mapping[str, tuple[Shown, ...]] = field(default_factory=dict)
 
@@ -183,6 +187,11 @@ class EvidencePlan:
     def sums_digest(self) -> str:
         """The sha256 of what a slide's sums depend on, too."""
         return _digest([self.cells_digest, self.given, self.single, "sums"])
+
+    @cached_property
+    def compared_digest(self) -> str:
+        """The sha256 of these kinds and of the evidence that they are compared with."""
+        return _digest([self.cells_digest, self.against[1]])
 
     @cached_property
     def shown_digest(self) -> str:
@@ -217,6 +226,11 @@ class EvidenceFolder(AuditFolder):
     def metrics(self) -> StoragePath:
         """All that was found, written at the end."""
         return self.place / "evidence.json"
+
+    @property
+    def kinds(self) -> StoragePath:
+        """What kinds consist of, by which their names are kept when they are found anew."""
+        return self.place / "kinds.npz"
 
     @property
     def clusters(self) -> StoragePath:

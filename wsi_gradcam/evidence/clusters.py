@@ -11,6 +11,7 @@ and memory depends on the number of channels and not on that of places.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -268,8 +269,10 @@ class _Half:
         cluster, metrics = need_library()
         best: tuple[Any, float] | None = None
         for start in range(RESTARTS):
-            number = (1000 * self.seed + start) % 2**32
-            model = cluster.KMeans(count, n_init=1, random_state=number, max_iter=50).fit(self.places)
+            model = cluster.KMeans(count, n_init=1, random_state=(1000 * self.seed + start) % 2**32, max_iter=50)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of places that are alike, and so fewer kinds than asked for
+                model.fit(self.places)
             labels, apart = model.predict(self._some), -1.0
             if 1 < len(np.unique(labels)) < len(self._some):
                 apart = float(metrics.silhouette_score(self._distances, labels, metric="precomputed"))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PERMUTATIONS = 4999
 PRESENT = 0.01  # of a slide's evidence, from which a kind is said to occur on it
 MUCH_MORE = 3.0  # times denser must a kind be in one group than in the others, to be told
-ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur or the border, from which that is told
+ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur, the border, or what is given, from which that is told
 FACTORS = ("site", "scanner", "label")
 
 
@@ -72,6 +72,11 @@ class KindRow(Row):
     lift: Annotated[float | None, Field(description="share over area")]
     slides: Annotated[int, Field(description="on which it is a hundredth of the evidence at least")]
     of_slides: int
+    patients: Annotated[
+        int | None, Field(description="on whose slides it is; null where the list of slides tells none")
+    ]
+    of_patients: int | None
+    largest_patient: Annotated[float | None, Field(description="share of it that lies on one patient's slides")]
     probability: Annotated[float | None, Field(description="mean of the target's class, of patches with the kind")]
     suspects: Annotated[dict[str, float], Field(description="share of its evidence on ink, glass, blur, border")]
     regions: Annotated[dict[str, float], Field(description="the same on regions that are given, by class")]
@@ -130,6 +135,13 @@ class Evidence(Row):
         """The kinds that look like shortcuts."""
         return [kind for kind in self.kinds if kind.shortcut]
 
+    @property
+    def statements(self) -> list[tuple[str, str]]:
+        """All that is stated, in words, each with what sort of statement it is."""
+        nothing = [] if self.worth_sorting else [("nothing", f"There is no evidence worth sorting. {self.learned}")]
+        against = [] if self.against is None else [("against", words) for words in self.against.words]
+        return [*nothing, *((finding.kind, finding.words) for finding in self.findings), *against]
+
 
 @dataclass(frozen=True, eq=False)
 class Covered:
@@ -163,7 +175,6 @@ class Facts:
     groups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     not_read: Mapping[str, str] = field(default_factory=dict)
-    against: Against | None = None
 
 
 def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], facts: Facts) -> Evidence:
@@ -192,7 +203,6 @@ def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], fac
         kinds=kinds,
         findings=in_words(kinds, facts.target),
         not_read=dict(facts.not_read),
-        against=facts.against,
     )
 
 
@@ -275,6 +285,7 @@ def _row(sums: Tally, number: int, side: Side, covered: Covered | None, facts: F
         lift=share.value / of_area.value if share.value is not None and of_area.value else None,
         slides=sum(value >= PRESENT for value in of_slide.values()),
         of_slides=len(of_slide),
+        **_patients(own_mass, of_slide, sums, facts),
         probability=None if np.isnan(probability) else float(probability),
         suspects=_on(sums, "suspect", number),
         regions=_on(sums, "region", number),
@@ -284,6 +295,21 @@ def _row(sums: Tally, number: int, side: Side, covered: Covered | None, facts: F
         covering=None if covered is None else _covering(covered, facts.seed),
         shortcut=False,
     )
+
+
+def _patients(own: Floats, of_slide: Mapping[str, float], sums: Tally, facts: Facts) -> dict[str, int | float | None]:
+    """Return on how many patients' slides a kind occurs, of how many, and what share of it is of one patient."""
+    known = {slide: patient for slide, patient in facts.groups.get("patient", {}).items() if slide in of_slide}
+    if not known:
+        return {"patients": None, "of_patients": None, "largest_patient": None}
+    present = {patient for slide, patient in known.items() if of_slide[slide] >= PRESENT}
+    masses: dict[str, float] = {}
+    for slide, mass in zip(sums.slides.tolist(), own.tolist(), strict=True):
+        if slide in known:
+            masses[known[slide]] = masses.get(known[slide], 0.0) + mass
+    total = sum(masses.values())
+    largest = max(masses.values()) / total if total > 0 else None
+    return {"patients": len(present), "of_patients": len(set(known.values())), "largest_patient": largest}
 
 
 def _on(sums: Tally, what: str, number: int) -> dict[str, float]:
@@ -422,7 +448,9 @@ def _shortcut_words(row: KindRow, target: str) -> str:
 
 
 def _suspect_words(row: KindRow, target: str) -> str:
-    name, share = max(row.suspects.items(), key=lambda one: one[1], default=("", 0.0))
+    marked = {f"what was marked as {kind}": v for kind, v in row.marks.items() if kind in ("artefact", "unexpected")}
+    given = {f"“{name}” of the given regions": value for name, value in row.regions.items()}
+    name, share = max({**row.suspects, **given, **marked}.items(), key=lambda one: one[1], default=("", 0.0))
     if share < ON_SUSPECT:
         return ""
     effect = f", and {_effect(row)}" if matters(row) else ""
@@ -436,6 +464,10 @@ def _suspect_words(row: KindRow, target: str) -> str:
 def _evidence_words(row: KindRow, target: str) -> str:
     lift = "" if row.lift is None else f", {row.lift:.1f} times its share of the area"
     effect = f"; {_effect(row)}" if row.covering is not None and row.covering.difference.value is not None else ""
+    name, inside = max(row.annotations.items(), key=lambda one: one[1], default=("", 0.0))
+    effect = (f"; {percent(inside)} of it is annotated as “{name}”" if inside >= ON_SUSPECT else "") + effect
+    if row.patients is not None:
+        lift += f", of {row.patients} of {row.of_patients} patients"
     return (
         f"{percent(row.share.value or 0.0)} of the evidence for {target} lies on {called(row)}{lift}, "
         f"on {row.slides} of {row.of_slides} slides{effect}."

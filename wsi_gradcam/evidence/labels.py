@@ -238,7 +238,11 @@ def open_clusters(slide: SlideResult) -> Clusters | None:
     Raises:
         StoreError: it is damaged.
     """
-    place = EvidenceFolder(slide.out / EVIDENCE).labels(slide.id)
+    return read_clusters(EvidenceFolder(slide.out / EVIDENCE).labels(slide.id), slide.plan)
+
+
+def read_clusters(place: StoragePath, plan: SlidePlan) -> Clusters | None:
+    """Return the label image at a place of a slide with this plan; None and raises as `open_clusters`."""
     try:
         group = ZarrGroup(place, read_only=True)
     except FileNotFoundError:
@@ -246,7 +250,7 @@ def open_clusters(slide: SlideResult) -> Clusters | None:
     attributes: Any = group.group.attrs.asdict()
     with telling_damage(place):
         about = dict(attributes["wsi_gradcam"])
-        if "evidence" not in about or about["run"] != slide.plan.run_digest:
+        if "evidence" not in about or about["run"] != plan.run_digest:
             return None
         found = dict(attributes["ome"])["image-label"]
         colours = {one["label-value"]: bytes(one["rgba"][:3]).hex().upper() for one in found["colors"]}
@@ -255,4 +259,4 @@ def open_clusters(slide: SlideResult) -> Clusters | None:
             for one in found["properties"]
             if 0 < one["label-value"] < NOTHING and one["side"] in SIDES
         )
-    return Clusters(kinds, list(slide.plan.level_shapes), group, place)
+    return Clusters(kinds, list(plan.level_shapes), group, place)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from wsi_gradcam.audit.findings import percent
 from wsi_gradcam.audit.report.figures import Picture, colour_scale, overlay, picture, scale_of
 from wsi_gradcam.audit.report.page import number, p_text
 from wsi_gradcam.evidence.clusters import SIDES, STABLE
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.plan import Arrays
-    from wsi_gradcam.evidence import Share
+    from wsi_gradcam.evidence import AgainstRow, Share
     from wsi_gradcam.evidence.clusters import Side
     from wsi_gradcam.evidence.findings import Covering, Evidence, KindRow, Spread, TrialRow
     from wsi_gradcam.io.paths import StoragePath
@@ -72,6 +73,7 @@ def evidence_page(evidence: Evidence, looked: Sequence[tuple[str, Arrays]], fact
         certainty=[words for side in SIDES if (words := stable_words(evidence, side))],
         trials=[_trial(one) for one in evidence.trials],
         overview=[_overview(row) for row in evidence.kinds],
+        against=[] if evidence.against is None else [_against(row) for row in evidence.against.rows],
         not_read=sorted(evidence.not_read.items()),
         legend=colour_scale(scale, "of the explained scalar"),
         scale=scale,
@@ -103,11 +105,34 @@ def _card(row: KindRow, evidence: Evidence, examples: Sequence[ExampleCard]) -> 
         ("Share of the area", shares(row.area)),
         ("Lift", "" if row.lift is None else f"{row.lift:.2f}"),
         ("Slides", f"{row.slides} of {row.of_slides} (a hundredth of their evidence at least)"),
+        ("Patients", _patients(row)),
         (f"Mean probability of {evidence.target}", "" if row.probability is None else f"{row.probability:.2f}"),
-        ("Lies on", ", ".join(f"{name} {100 * value:.0f} %" for name, value in row.suspects.items() if value >= 0.005)),
+        ("Lies on", _on(row.suspects)),
+        ("Lies on given regions", _on(row.regions)),
+        ("Lies in annotated areas", _on(row.annotations)),
+        ("Lies on marks", _on(row.marks)),
         ("Covered", "" if row.covering is None else covering_words(row.covering)),
     ]
     return KindCard(row, called(row).capitalize(), facts, [_spread(one) for one in row.spread], examples)
+
+
+def _on(shares: Mapping[str, float]) -> str:
+    """Return what a kind lies on, and how much of it, in words."""
+    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items() if value >= 0.005)
+
+
+def _patients(row: KindRow) -> str:
+    if row.patients is None:
+        return ""
+    of_one = "" if row.largest_patient is None else f"; {percent(row.largest_patient)} of it is of one patient"
+    return f"{row.patients} of {row.of_patients}{of_one}"
+
+
+def _against(row: AgainstRow) -> tuple[str, ...]:
+    whose = "" if row.cluster is None else str(row.cluster)
+    p = "–" if row.p_adjusted is None else p_text(row.p_adjusted)
+    there = "" if row.there is None else str(row.there)
+    return whose, there, row.side, shares(row.share), shares(row.share_there), shares(row.difference), p, row.change
 
 
 def _spread(one: Spread) -> tuple[str, ...]:

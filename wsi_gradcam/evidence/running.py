@@ -12,7 +12,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ from wsi_gradcam.evidence import (
     is_given,
 )
 from wsi_gradcam.evidence.clusters import Choice, Piece, find_kinds, need_library
+from wsi_gradcam.evidence.comparing import OtherEvidence, carry_names, compare_evidence, open_evidence
 from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, find
 from wsi_gradcam.evidence.page import write_report
 from wsi_gradcam.evidence.stages import EvidenceWorkload
@@ -62,7 +63,7 @@ from wsi_gradcam.run.types import RunListener, SlideRecord
 if TYPE_CHECKING:
     from wsi_gradcam.audit.archive import ExplainedRun
     from wsi_gradcam.audit.findings import Verdict
-    from wsi_gradcam.audit.plan import AuditSettings
+    from wsi_gradcam.audit.plan import AuditSettings, SlideSample
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.mil.spec import SlideModelSpec
@@ -91,6 +92,7 @@ def evidence_run(
     mask_frame: Frame = "auto",
     skip_labels: bool = False,
     model: str | PathLike[str] | ModelSpec | SlideModelSpec | Model | None = None,
+    against: StoragePathLike | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
     wait_for_workers: float | None = None,
@@ -110,10 +112,11 @@ def evidence_run(
         seed: of the sample and of all random numbers.
         target: whose evidence: one of the run's targets; nothing given: the first.
         annotations: file, or folder with a file a slide, of areas whose classes kinds are compared with.
-        regions: the same of areas that should not decide, such as rulers, folds and pen.
-        mask_frame: as of `audit_run`.
+        regions, mask_frame: as of `audit_run`.
         skip_labels: write no label images and no tables of patches, for which each patch is looked at twice.
         model: the run's model, where its files have moved or a program alone has it.
+        against: another run, whose evidence is finished; its patches are looked at here too, and what the two models
+            look at is compared.
         workers, scheduler, wait_for_workers: as of `explain`.
         overwrite: measure all anew; evidence with other settings is refused without it.
         trust_code: let code in the model run.
@@ -129,14 +132,8 @@ def evidence_run(
     result = open_result(storage_path(out).absolute())
     given, loaded = given_model(model)
     run = open_run(result, given, trust_code, held=loaded is not None)
-    if run.unit == "slide":
-        raise ConfigError(
-            f"{result.out}: is of a slide-level model, and evidence is sorted for models of patches alone; explain the "
-            "same slides with a model of patches"
-        )
-    samples = draw_sample(run.candidates, replace(settings.drawings(), annotations=None))
-    if not samples:
-        raise ResultError(f"{result.out}: no patch could be read when it was explained, so there is no evidence")
+    other = None if against is None else open_evidence(against)
+    samples = _sample(run, settings, other)
     folder = EvidenceFolder(result.folder.place / EVIDENCE)
     entries = allowed_slides([run.entries[name] for name in samples], result, remote_slides)
     records: list[SlideRecord] = []
@@ -151,6 +148,8 @@ def evidence_run(
         plan = EvidencePlan(
             run=eager, run_digest=result.record.run_digest, settings=settings, target=aim, samples=samples
         )
+        if other is not None:
+            plan = replace(plan, against=(other.out, other.digest), others=len(other.evidence.kinds))
         drawings = _given(run, settings.drawings(), plan)
         session.claim()
         _settle(folder, plan, result.ids, overwrite)
@@ -167,8 +166,31 @@ def evidence_run(
                 raise ResultError(f"{folder.place}: no slide could be read; the first: {ended[0].error}")
             return [entry for entry in slides if entry.id in good]
 
-        evidence = _passes(folder, plan, run, entries, drawings, perform, records)
+        evidence = _passes(folder, plan, run, entries, drawings, perform, records, other)
     return EvidenceOutcome(folder.place, tuple(records), evidence)
+
+
+def _sample(run: ExplainedRun, settings: EvidenceSettings, other: OtherEvidence | None) -> dict[str, SlideSample]:
+    """Return the patches whose places are sorted, by slide id: those of the other evidence, or a sample.
+
+    Raises:
+        ConfigError: the run is of a slide-level model, or has none of the other's patches.
+        ResultError: it has no patches at all.
+    """
+    out = run.result.out
+    if run.unit == "slide":
+        raise ConfigError(
+            f"{out}: is of a slide-level model, and evidence is sorted for models of patches alone; explain the same "
+            "slides with a model of patches"
+        )
+    if other is not None:
+        if settings.skip_labels:
+            raise ConfigError("against compares label images, which skip_labels leaves out; omit one of them")
+        return other.samples(run.candidates)
+    samples = draw_sample(run.candidates, replace(settings.drawings(), annotations=None))
+    if not samples:
+        raise ResultError(f"{out}: no patch could be read when it was explained, so there is no evidence")
+    return samples
 
 
 def _passes(
@@ -179,17 +201,18 @@ def _passes(
     drawings: str,
     perform: Callable[..., list[SlideEntry]],
     records: list[SlideRecord],
+    other: OtherEvidence | None,
 ) -> Evidence:
     """Perform the three passes; each takes the slides that the one before could read."""
     read = perform(plan, entries, again=False)
     ids = [entry.id for entry in read]
-    learned = _learned(folder, plan, ids)
+    learned = learned_of(folder, plan, ids)
     choice = None
     if learned.outcome == "holds":
         choice = find_kinds(drawn_pieces(folder, plan, ids), plan.settings.seed)
     if choice is None:
         return _finish(folder, plan, run, records, _Found(None, _unsorted(folder, plan, ids), learned))
-    names = read_names(folder.names)
+    names = carry_names(folder, choice.kinds, read_names)
     single = len(read) < FEWEST_SLIDES
     second = replace(plan, step="sort", kinds=choice.kinds, names=names, given=drawings, single=single)
     ids = [entry.id for entry in perform(second, read)]
@@ -198,16 +221,21 @@ def _passes(
     third = replace(second, step="show", shown=shown)
     if shown:
         perform(third, [entry for entry in read if entry.id in shown])
-    return _finish(folder, third, run, records, _Found(choice, sums, learned))
+    compared = (read_arrays(folder.batch(name, second.compared_digest, 0)) for name in ids if other is not None)
+    return _finish(
+        folder, third, run, records, _Found(choice, sums, learned, other, dict(zip(ids, compared, strict=False)))
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What the passes gave: kinds, sums, and whether the model has learned anything."""
+    """What the passes gave: kinds, sums, whether the model has learned anything, and what another model looks at."""
 
     choice: Choice | None
     sums: Tally
     learned: Verdict
+    other: OtherEvidence | None = None
+    compared: Mapping[str, Arrays] = field(default_factory=dict)
 
 
 def _settle(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str], overwrite: bool) -> None:
@@ -250,7 +278,7 @@ def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[st
             yield arrays["place/features"], arrays["place/value"], weights_of(arrays)
 
 
-def _learned(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Verdict:
+def learned_of(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Verdict:
     """Return whether the model has learned anything of such patches, as the audit judges it."""
     from wsi_gradcam.audit.questions.sanity import answer_spread, has_learned
 
@@ -293,11 +321,13 @@ def _finish(
         patches_of_run=sum(candidate.patches for candidate in run.candidates),
         slides_of_run=len(run.candidates),
         learned=found.learned,
-        groups=run.groups,
+        groups=run.groups | {"patient": {name: one.patient for name, one in run.entries.items() if one.patient}},
         names=plan.names,
         not_read={**{row.what: row.why for row in run.left_out}, **failed},
     )
     evidence = find(found.sums, found.choice, covered_by_kind(looked), facts)
+    if found.other is not None and found.compared:
+        evidence = evidence.model_copy(update={"against": compare_evidence(found.compared, evidence, found.other)})
     folder.metrics.remove()
     folder.clusters.write(_parquet([_flat(kind) for kind in evidence.kinds]))
     factor = next((one.factor for one in plan.run.maps), 1)

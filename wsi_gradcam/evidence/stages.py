@@ -25,6 +25,7 @@ from wsi_gradcam.errors import (
     SlideReadError,
 )
 from wsi_gradcam.evidence import DRAWN, NOTHING, PIECE, EvidenceFolder, EvidencePlan
+from wsi_gradcam.evidence.comparing import compare_slide
 from wsi_gradcam.evidence.tables import sort_slide
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.run.claims import EVIDENCE
@@ -231,7 +232,8 @@ class EvidenceWorkload:
         pieces = [(i,) for i in range(self.plan.pieces(slide.id))]
         if self.plan.step == "sort":
             cells = [] if self.plan.settings.skip_labels else [Task(CELLS, slide, index) for index in pieces]
-            return measuring_job(slide, [cells, [Task(SORT, slide)]])
+            compared = [Task(COMPARE, slide)] if self.plan.against[0] else []
+            return measuring_job(slide, [cells, [Task(SORT, slide)], compared])
         stage = MEASURE if self.plan.step == "measure" else SHOW
         return measuring_job(slide, [[Task(stage, slide, index) for index in pieces]])
 
@@ -335,6 +337,7 @@ def show_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: in
 MEASURE = Stage("evidence", measure_piece, needs_model=True)
 CELLS = Stage("sort", sort_piece, needs_model=True)
 SORT = Stage("tables", sort_slide)
+COMPARE = Stage("compare", compare_slide)
 SHOW = Stage("cover", show_piece, needs_model=True)
 
 

@@ -53,7 +53,7 @@ class SlideEntry:
         mpp: (y, x) micrometres per level-0 pixel by a list, for a file that does not say it.
         url: the URL as it was given, where it has more than `path` shows. Not to be printed.
         mask: path of its mask by a list, which goes before the run's.
-        label, site, scanner: details by a list. They change no result.
+        label, site, scanner, patient: details by a list. They change no result.
     """
 
     id: str
@@ -64,6 +64,7 @@ class SlideEntry:
     label: str = field(default="", compare=False)
     site: str = field(default="", compare=False)
     scanner: str = field(default="", compare=False)
+    patient: str = field(default="", compare=False)
 
     @property
     def address(self) -> str:
@@ -82,7 +83,8 @@ class _Found:
 
     def entry(self, slide_id: str) -> SlideEntry:
         more = self.details
-        return SlideEntry(slide_id, self.path, more.mpp, self.url, more.mask, more.label, more.site, more.scanner)
+        told = (more.mask, more.label, more.site, more.scanner, more.patient)
+        return SlideEntry(slide_id, self.path, more.mpp, self.url, *told)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ MAX_ROWS = 250_000  # an archive of 100,000 slides is a large one; half a KiB ea
 MAX_BYTES = 256 << 20
 MAX_UNPACKED = 128 << 20  # bytes of the columns of a Parquet file that are read
 BATCH_ROWS = 4096  # in memory at a time
-COLUMNS = ("slide", "mpp", "mpp_y", "mpp_x", "mask", "label", "site", "scanner")
-EXPECTED = "slide, and optionally mpp (or mpp_y and mpp_x), mask, label, site, scanner"
+COLUMNS = ("slide", "mpp", "mpp_y", "mpp_x", "mask", "label", "site", "scanner", "patient")
+EXPECTED = "slide, and optionally mpp (or mpp_y and mpp_x), mask, label, site, scanner, patient"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Details:
     Attributes:
         mpp: (y, x) micrometres per level-0 pixel.
         mask: path of its mask or annotations.
-        label, site, scanner: its diagnosis, origin and scanner.
+        label, site, scanner, patient: its diagnosis, origin and scanner, and whose it is.
     """
 
     mpp: Mpp = None
@@ -55,6 +55,7 @@ class Details:
     label: str = ""
     site: str = ""
     scanner: str = ""
+    patient: str = ""
 
     def updated(self, later: Details) -> Details:
         """Return these details with later ones, which take precedence."""
@@ -88,7 +89,7 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Details]]:
             raise ConfigError(f"{where}: no slide is given")
         mpp = _mpp(row, where)
         details = Details(
-            once.setdefault(mpp, mpp), _mask(path, row, where), *(sys.intern(row.get(key, "")) for key in COLUMNS[-3:])
+            once.setdefault(mpp, mpp), _mask(path, row, where), *(sys.intern(row.get(key, "")) for key in COLUMNS[-4:])
         )
         if is_url(name):
             yield name, url_name(name), details

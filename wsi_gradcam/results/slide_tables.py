@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.mil.spec import SlideActivation
 
 Record = dict[str, dict[str, Any]]
-OPTIONAL_KEYS = ("mpp", "mask", "label", "site", "scanner")
+OPTIONAL_KEYS = ("mpp", "mask", "label", "site", "scanner", "patient")
 
 
 def read_slide_records(place: StoragePathLike) -> Record:
