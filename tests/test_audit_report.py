@@ -196,6 +196,15 @@ def test_a_page_is_well_formed_and_says_all() -> None:
     assert "seed" in page.text.lower()
 
 
+def test_the_findings_of_the_evidence_have_a_section_where_there_are_any() -> None:
+    words = "65 % of the evidence for <tumour> lies on cluster 1."
+    page, text = read(archive_page(metrics(), [], [], 1.0, looks_at=[words]))
+    assert words in page.text
+    assert 'href="../evidence/report.html"' in text
+    page, _ = read(archive_page(metrics(), [], [], 1.0))
+    assert "What the model looks at" not in page.text
+
+
 def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
     row = estimate_row("locality", WORTH, -0.25, method="gradcam")
     assert value(row) == "−0.25 (−0.35 to −0.15)"

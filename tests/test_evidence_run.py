@@ -18,7 +18,8 @@ from pyarrow import parquet
 from tests.evidence_runs import explained, model_file, of_nothing, of_nuclei, of_nuclei_and_marker, write_archive
 from tests.runs import ROOT, flags
 from wsi_gradcam import evidence_run, open_result, validate
-from wsi_gradcam.errors import ConfigError, ResumeError
+from wsi_gradcam.audit.report.page import evidence_words
+from wsi_gradcam.errors import ConfigError, ResumeError, StoreError
 from wsi_gradcam.evidence import NOTHING
 from wsi_gradcam.evidence.findings import Evidence
 from wsi_gradcam.evidence.labels import open_clusters
@@ -163,6 +164,17 @@ def test_the_report_shows_findings_and_examples(out: Path) -> None:
     assert "looks like a shortcut" in page
     assert page.count("<figure>") >= 6 * len(found.kinds)
     assert "<script" not in page
+
+
+def test_the_audits_report_has_what_is_found(out: Path, tmp_path: Path) -> None:
+    place, found = storage_path(out), read(out)
+    assert evidence_words(place, found.run) == [finding.words for finding in found.findings]
+    assert evidence_words(place, "of other results") == []
+    assert evidence_words(storage_path(tmp_path), found.run) == []
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "evidence.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(StoreError, match="damaged"):
+        evidence_words(storage_path(tmp_path), found.run)
 
 
 def test_validate_knows_the_files_and_finds_what_was_changed(out: Path, tmp_path: Path) -> None:

@@ -36,8 +36,12 @@ from wsi_gradcam.audit.schema import (
     row_title,
 )
 from wsi_gradcam.cam.facts import METHOD_INFO
+from wsi_gradcam.errors import StoreError, one_line
+from wsi_gradcam.io.base import SMALL_BYTES
+from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.run_files import RunFolder, folder_name
+from wsi_gradcam.run.claims import EVIDENCE
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.findings import Outcome
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
         VerdictRow,
         Words,
     )
+    from wsi_gradcam.io.paths import StoragePath
 
 OVERVIEW_PX = 1100
 UNITS = {
@@ -126,6 +131,7 @@ def archive_page(
     examples: Sequence[Example],
     scale: float,
     path_of: Callable[[str], str] = folder_name,
+    looks_at: Sequence[str] = (),
 ) -> bytes:
     """Return the page of the archive.
 
@@ -133,9 +139,11 @@ def archive_page(
         slides: those that have pages of their own.
         scale: the maps' value in full colour.
         path_of: returns the path of a slide's folder from the page.
+        looks_at: the findings of the run's evidence in words; nothing if there is none.
     """
     title = f"Can these explanations be believed? {metrics.run.model}"
-    return _page(title, metrics, examples, scale, slides={name: f"{path_of(name)}/{REPORT}" for name in slides})
+    urls = {name: f"{path_of(name)}/{REPORT}" for name in slides}
+    return _page(title, metrics, examples, scale, slides=urls, looks_at=looks_at)
 
 
 def slide_page(metrics: Metrics, examples: Sequence[Example], scale: float, overview: Picture | None) -> bytes:
@@ -153,6 +161,7 @@ def _page(
     slides: Mapping[str, str] | None = None,
     archive_url: str = "",
     overview: Picture | None = None,
+    looks_at: Sequence[str] = (),
 ) -> bytes:
     first, unit_of = metrics.run.methods[0], metrics.run.unit
     units = "patches" if unit_of == "patch" else "slides"
@@ -177,6 +186,7 @@ def _page(
         untested=[(row.what, row.why) for row in metrics.not_tested],
         not_audited=[(row.what, row.why) for row in metrics.not_audited],
         slides=slides or {},
+        looks_at=looks_at,
         row_title=row_title,
     )
     return page.encode()
@@ -366,7 +376,28 @@ def write_reports(
             shown += examples[:each]
         page = slide_page(own, examples, scale, _overview(plan, slide))
         folder.slide_report(slide).write(page)
-    folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale, folder.path_of))
+    looks_at = evidence_words(plan.run.out, plan.run_digest)
+    folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale, folder.path_of, looks_at))
+
+
+def evidence_words(out: StoragePath, run_digest: str) -> list[str]:
+    """Return the findings of a run's evidence in words; none if there is none, or it is of other results.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    place = out / EVIDENCE / "evidence.json"
+    try:
+        found = read_json(place.read(SMALL_BYTES))
+        if found["run"] != run_digest:
+            return []
+        words = [str(finding["words"]) for finding in found["findings"]]
+        beside = [str(one) for one in (found.get("against") or {}).get("words", [])]
+        return [*words, *beside] if found["worth_sorting"] else [str(found["learned"])]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{place}: damaged ({one_line(error)}); run evidence again with --overwrite") from error
 
 
 def _write_slide_reports(
