@@ -306,7 +306,7 @@ class TestCommandLine:
 
     def test_info_draws_one_slide(self, run: Run, slide: Path) -> None:
         code, _, err = run("info", slide, slide, "--mask-out", "p.png")
-        assert (code, err) == (2, "error: --mask-out makes a picture of one slide, 2 are given\n")
+        assert (code, err) == (2, "error: --mask-out makes a picture of one slide, but 2 are given\n")
 
     def test_info_takes_an_mpp(self, run: Run, tmp_path: Path) -> None:
         write_slide(tmp_path / "a.tif", np.full((64, 64, 3), 200, np.uint8), mpp=0.5)
@@ -375,7 +375,7 @@ class TestMisplaced:
 
     def test_on_glass_alone_is_told_with_both_extents(self, tmp_path: Path) -> None:
         error = self.failed(tmp_path, drawn(tmp_path / "m.json", square("tumour", 128, 640, 192)))
-        assert "no tissue lies in it: it covers y 128 to 320, x 640 to 832, tissue is at y " in error
+        assert "no tissue lies in it: it covers x 640 to 832, y 128 to 320, tissue is at x " in error
         assert "--tissue everything" in error
         picture = np.zeros((20, 30), np.uint8)
         picture[4:10, 20:26] = 1

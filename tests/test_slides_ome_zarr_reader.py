@@ -278,9 +278,9 @@ def test_the_slide_among_a_label_and_a_macro_is_taken(version: str, listed: bool
     slide = open_slide(path)
     np.testing.assert_array_equal(slide.read_level(0, Region(0, 0, 400, 500)), first_pixels((400, 500)))
     assert (slide.info.mpp, len(slide.info.images)) == ((0.5, 0.5), len(images))
-    assert "400 x 500 px" in slide.info.images[0]
+    assert "500 x 400 px" in slide.info.images[0]
     assert slide_info(str(path))["images"].startswith(
-        "0 (scan.svs, 400 x 500 px), 1 (label image" if listed else "0 (4"
+        "0 (scan.svs, 500 x 400 px), 1 (label image" if listed else "0 (500 x 400 px)"
     )
     (entry,) = find_slides([tmp_path])
     assert entry.id == "a.zarr"

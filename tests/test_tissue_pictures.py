@@ -114,7 +114,7 @@ class TestValues:
     def test_jpeg_in_tiff_is_refused_and_other_endings_are_told(self, tmp_path: Path) -> None:
         path = tmp_path / "a.tif"
         written(path, BINARY * 255, compression="jpeg", tile=(32, 32))
-        with pytest.raises(AnnotationError, match="compressed as JPEG, which may change values; write it as PNG, or"):
+        with pytest.raises(AnnotationError, match="compressed as JPEG, which may change values; save it as PNG, or"):
             mask(path)
         (tmp_path / "a.jpg").write_bytes(b"")
         endings = r"\.png \.tif \.tiff \.geojson \.json \.xml"

@@ -135,7 +135,7 @@ class OneOfSeveral:
     spacing: tuple[float, float] | None
 
     def __str__(self) -> str:
-        size = "of unknown size" if self.size is None else f"{self.size[0]} x {self.size[1]} px"
+        size = "of unknown size" if self.size is None else f"{self.size[1]} x {self.size[0]} px"
         return f"{self.path} ({self.name + ', ' if self.name else ''}{size})"
 
     def is_extra(self, first: OneOfSeveral) -> bool:
