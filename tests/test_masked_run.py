@@ -380,7 +380,7 @@ class TestMisplaced:
         picture = np.zeros((20, 30), np.uint8)
         picture[4:10, 20:26] = 1
         Image.fromarray(picture).save(tmp_path / "m.png")
-        assert "no tissue lies in it: it covers y 128 to 320" in self.failed(
+        assert "no tissue lies in it: it covers x 640 to 832, y 128 to 320" in self.failed(
             tmp_path, tmp_path / "m.png", overwrite=True
         )
 
