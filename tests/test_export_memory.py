@@ -13,7 +13,7 @@ import pytest
 
 from tests.made_results import Flags, Made, Values, make
 from tests.runs import ROOT
-from wsi_gradcam.export import OF_HEATMAPS
+from wsi_gradcam.export import ALL, OF_HEATMAPS, export
 from wsi_gradcam.geometry import Region
 
 CHILD = """
@@ -68,3 +68,19 @@ def test_ten_gigapixels_take_less_than_a_gigabyte(tmp_path: Path) -> None:
     peaks = {to: peak_mib(out, to, tmp_path / to) for to in OF_HEATMAPS}
     print(json.dumps(peaks))
     assert max(peaks.values()) < 1000
+
+
+@pytest.mark.slow
+def test_all_formats_take_no_more_space_than_the_docs_say(tmp_path: Path) -> None:
+    """Ten times the heatmaps, and 10 MB a slide: what has a fixed size, such as a figure, counts on small slides."""
+    out = make(tmp_path / "out", {"a.svs": Made((12_000, 12_000), hills, patches=2_800)})
+    done = export(out, ALL, tmp_path / "dest")
+    assert [each.error for each in done if each.error] == []
+    (heatmap,) = out.rglob("heatmap.ome.zarr")
+    taken, given = size(tmp_path / "dest"), size(heatmap)
+    print(f"{taken / 1e6:.0f} MB of {given / 1e6:.0f} MB")
+    assert taken < 10 * given + 10e6
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
