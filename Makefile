@@ -17,8 +17,8 @@ help:
 	@echo "make dist               sdist and wheel, into dist/, and a look at their metadata"
 	@echo "make wheel              the demo of that wheel in an empty environment (6 GB)"
 	@echo "make lowest             some tests with the lowest versions of packages that are allowed (6 GB)"
-	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, ten thousand damaged slides,"
-	@echo "                        and how often the audit tells planted truths"
+	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, the image, ten thousand"
+	@echo "                        damaged slides, and how often the audit tells planted truths"
 
 venv: .venv/installed
 
@@ -54,6 +54,13 @@ slurm:
 dicom:
 	@command -v dciodvfy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends dicom3tools; } || \
 		echo "dicom3tools is missing: one test of DICOM is skipped"
+
+# The image is built by a proof, with Debian's tools, for which root is needed and 40 GB of disk.
+.PHONY: image-tools
+image-tools:
+	@PATH="$$PATH:/usr/sbin" && command -v buildah >/dev/null && command -v debootstrap >/dev/null || \
+		{ apt-get update && apt-get install -y --no-install-recommends buildah debootstrap; } || \
+		echo "buildah or debootstrap is missing: the image is not built"
 
 # napari brings plugins of pytest and other versions: its environment lies beside, for two tests, and sees the rest of
 # what it needs in .venv.
@@ -113,7 +120,7 @@ format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proofs: coverage
+proofs: coverage image-tools
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
 	$(MAKE) wheel lowest
 	$(BIN)/python benchmarks/memory.py
