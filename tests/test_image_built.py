@@ -30,6 +30,7 @@ from tests.runs import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 TOOLS = ("buildah", "debootstrap")
+PATH = f"{os.environ['PATH']}:/usr/sbin"
 SUITE, PACKAGES = "bookworm", "python3,python3-venv,python3-dev,ca-certificates"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PORT, USER, OTHER = 8765, 1000, 4321
@@ -96,7 +97,7 @@ def pip_settings() -> tuple[str, list[Path]]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    missing = [name for name in TOOLS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+    missing = [name for name in TOOLS if not shutil.which(name, path=PATH)]
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root, and: apt-get install {' '.join(TOOLS)}")
     found = Store(tmp_path_factory.mktemp("images") / "store")
@@ -108,7 +109,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 def base(store: Store) -> str:
     """Debian with Python 3.11, as Docker's python:3.11-slim is, and with this machine's certificates and settings."""
     root = store.folder / "base"
-    say("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, root)
+    say("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, root, env=os.environ | {"PATH": PATH})
     shutil.rmtree(root / "var/cache/apt/archives")
     shutil.copy(CERTIFICATES, root / str(CERTIFICATES).lstrip("/"))
     (root / "etc/pip.conf").write_text(pip_settings()[0])
