@@ -7,6 +7,7 @@ as hot.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 KEPT = 16  # slides whose annotations stay in memory
+ENCODED_BYTES = 64 << 20
 MAX_POINTS = 200_000  # of all outlines of a slide that the page draws
 MAX_PX = 1 << 22  # of the level on which agreement is measured: a second or two
 MAX_DETECTIONS = 5000
@@ -75,6 +77,7 @@ class AnnotationFiles:
         check_mask(given, (), (), len(archive.slides()), "--annotations")
         self._given, self._frame = given, frame
         self._known: Cache[tuple[object, ...], Annotation] = Cache(KEPT)
+        self._encoded: Cache[str, bytes] = Cache(ENCODED_BYTES, len)
 
     def of(self, slide: ServedSlide) -> Annotation | None:
         """Return the annotations of a slide; None where there are none for it."""
@@ -87,6 +90,15 @@ class AnnotationFiles:
         about = path.stat()
         state = f"{path} {about.st_mtime_ns} {about.st_size}"
         return self._known.get((slide.key, slide.version, state), lambda: self._read(slide.result, path, state))
+
+    def encoded(self, slide: ServedSlide) -> bytes:
+        """Return the annotations of a slide as JSON, see `annotation_facts`; kept, as they may be large."""
+        found = self.of(slide)
+        if found is None or not found.key:
+            return json.dumps(annotation_facts(found)).encode()
+        return self._encoded.get(
+            f"{slide.key} {slide.version} {found.key}", lambda: json.dumps(annotation_facts(found)).encode()
+        )
 
     def _path(self, result: SlideResult) -> Path | None:
         given = self._given

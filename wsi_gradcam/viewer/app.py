@@ -37,7 +37,7 @@ from wsi_gradcam.errors import ConfigError, MarkError, NotShownError, TileError
 from wsi_gradcam.results.marks import KINDS, Marks, make_mark
 from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
 from wsi_gradcam.viewer.across import ArchiveTop, EvidenceIndex
-from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles, annotation_facts
+from wsi_gradcam.viewer.annotations import Agreements, AnnotationFiles
 from wsi_gradcam.viewer.archive import Archive, Scorer, list_slides
 from wsi_gradcam.viewer.images import Images
 from wsi_gradcam.viewer.layers import CLASSES, CLUSTERS, ClusterLayers, Comparison, Predicted, Spreads
@@ -46,6 +46,7 @@ from wsi_gradcam.viewer.responses import (
     BusyError,
     DisconnectedError,
     Files,
+    etag_response,
     handling_errors,
     image_response,
     json_response,
@@ -341,7 +342,8 @@ class Viewer:
     async def annotations(self, request: Request) -> Response:
         """Return the outlines of a slide's annotations, by class."""
         key = request.path_params["key"]
-        return await self._json(request, lambda: annotation_facts(self._annotations.of(self._archive.find(key))))
+        data = await self._in_thread(request, lambda: self._annotations.encoded(self._archive.find(key)))
+        return etag_response(request, data, "application/json")
 
     async def agreement(self, request: Request) -> Response:
         """Return how well each channel agrees with a class of the annotations, on the whole slide."""

@@ -1,7 +1,7 @@
 // Annotations of a slide: outlines by class over each view, their legend, and how well the channels agree with them.
 
 import { element, fill, find, option, say, short } from "./dom.js";
-import { pathOf, strokeOutline } from "./overlay.js";
+import { Outlines, strokeOutline } from "./overlay.js";
 import * as server from "./server.js";
 
 const [WIDE, HIGH] = [256, 96]; // of the chart of Dice
@@ -37,7 +37,7 @@ export class Annotations {
       facts = { problem: error.message, classes: [] };
     }
     if (this.views !== views) return;
-    facts.classes.forEach((found) => { found.path = pathOf(found.outlines); });
+    facts.classes.forEach((found) => { found.lines = new Outlines(found.outlines); });
     this.facts = facts;
     this.draw();
     this.changed();
@@ -45,7 +45,7 @@ export class Annotations {
 
   draw() {
     const shown = this.on ? this.classes.filter(({ name }) => !this.hidden.has(name)) : [];
-    const paint = (context, view) => shown.forEach(({ path, colour }) => strokeOutline(context, view, path, colour));
+    const paint = (context, view) => shown.forEach(({ lines, colour }) => strokeOutline(context, view, lines.path(view), colour));
     this.views?.paint("annotations", shown.length ? paint : null);
   }
 

@@ -12,6 +12,8 @@ const SUSPECTS = { ink: "ink", glass: "bare glass", blur: "blurred tissue", bord
 
 const percent = (share) => (share === null || share === undefined ? "–" : `${Number((100 * share).toFixed(1))} %`);
 
+const counted = (count, one, many = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+
 /** The colour of a cluster, and its name. */
 export function clusterName({ colour, label }) {
   const swatch = element("span", { class: "swatch" });
@@ -80,8 +82,8 @@ export class Evidence {
   about() {
     const { target, places, slides, clusters, report } = this.facts;
     return element("p", { class: "facts" },
-      `${places.toLocaleString("en")} places of ${slides.toLocaleString("en")} slides, sorted by what in them speaks for or against ` +
-      `${target}: ${clusters.length} cluster${clusters.length === 1 ? "" : "s"}. `,
+      `${counted(places, "place")} of ${counted(slides, "slide")}, sorted by what in them speaks for or against ` +
+      `${target}: ${counted(clusters.length, "cluster")}. `,
       element("a", { href: report.slice(1), target: "_blank", rel: "noopener" }, "Report with all numbers"),
       ". Names are given in evidence/names.yaml.");
   }
@@ -103,7 +105,7 @@ export class Evidence {
       element("a", { href: `#evidence=${cluster.number}`, "data-cluster": cluster.number },
         clusterName(cluster),
         element("span", { class: "facts" }, shareBar(cluster.share.value), ` ${this.shareText(cluster)}`),
-        element("span", { class: "facts" }, `on ${cluster.slides} of ${cluster.of_slides} slides`, ...flags(cluster)),
+        element("span", { class: "facts" }, `on ${cluster.slides} of ${counted(cluster.of_slides, "slide")}`, ...flags(cluster)),
         element("span", { class: "examples" }, ...cluster.examples.map((patch) =>
           element("img", { src: server.patchPicture(patch, patch.number), alt: "", loading: "lazy" })))));
   }
@@ -131,7 +133,7 @@ export class Evidence {
       const reading = facts.collected < facts.finished ? `, of ${facts.collected} of ${facts.finished} slides so far` : "";
       found.textContent = patches.length < count
         ? `the ${patches.length} patches to which it contributes most, of ${count}${reading}`
-        : `${count} patch${count === 1 ? "" : "es"} of the sample${reading}`;
+        : `${counted(count, "patch", "patches")} of the sample${reading}`;
       list.append(...patches.map((patch) => patchItem(patch, `contributes ${short(patch.value)}`, `evidence=${cluster.number}`)));
     } catch (error) {
       found.textContent = error.message;

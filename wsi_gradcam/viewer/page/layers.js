@@ -37,7 +37,7 @@ export function fresh(channel, order = 0) {
     channel: channel.label,
     on: true,
     map: { spread: "viridis", difference: "coolwarm", classes: "classes", clusters: "classes" }[channel.method] || singles[order % singles.length],
-    opacity: 0.7,
+    opacity: isClusters(channel) ? 0.5 : 0.7, // what lies in a cluster is to be seen
     threshold: null,
     kind: channel.run_window ? "run" : "slide",
     window: [0, 1],

@@ -31,13 +31,21 @@ export class Overlay {
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, across, down);
     if (!this.painters.size) return;
-    const view = { screenPx: pane.screenPx(), ratio, transform: this.transform(ratio) };
+    const view = { screenPx: pane.screenPx(), ratio, transform: this.transform(ratio), box: this.box(width, height) };
     for (const painter of this.painters.values()) {
       context.save();
       context.setTransform(...view.transform);
       painter(context, view);
       context.restore();
     }
+  }
+
+  /** What the view shows: top, left, bottom, right in level-0 px. */
+  box(width, height) {
+    const corners = [[0, 0], [width, 0], [0, height], [width, height]].map(([x, y]) =>
+      this.pane.position(new OpenSeadragon.Point(x, y)));
+    const [ys, xs] = [0, 1].map((axis) => corners.map((corner) => corner[axis]));
+    return [Math.min(...ys), Math.min(...xs), Math.max(...ys), Math.max(...xs)];
   }
 
   /** From level-0 px (x, y) to pixels of the canvas: a, b, c, d, e, f. */
@@ -59,6 +67,57 @@ export function pathOf(lines, closed = true) {
     if (closed) path.closePath();
   }
   return path;
+}
+
+const FEW = 4000; // points, which are drawn as they are
+
+/**
+ * Outlines, flat lists y, x, y, x, ..., of which each view draws what it shows, no finer than it shows it: many thousand
+ * points cost no more than those that are seen apart.
+ */
+export class Outlines {
+  constructor(lines) {
+    this.count = lines.reduce((sum, line) => sum + line.length / 2, 0);
+    this.levels = [lines];
+    this.boxes = lines.map(boxOf);
+    this.whole = this.count <= FEW ? pathOf(lines) : null;
+  }
+
+  path({ screenPx, box: [top, left, bottom, right] }) {
+    if (this.whole) return this.whole;
+    const lines = this.at(Math.max(0, Math.floor(-Math.log2(screenPx))));
+    return pathOf(lines.filter((line, i) => {
+      const [y0, x0, y1, x1] = this.boxes[i];
+      return line.length && y0 <= bottom && y1 >= top && x0 <= right && x1 >= left;
+    }));
+  }
+
+  /** The lines without points that lie within 2 ** level px of the one before. */
+  at(level) {
+    this.levels[level] ||= this.levels[0].map((line) => thinned(line, 2 ** level));
+    return this.levels[level];
+  }
+}
+
+function boxOf(line) {
+  const box = [Infinity, Infinity, -Infinity, -Infinity];
+  for (let i = 0; i < line.length; i += 1) {
+    const axis = i % 2;
+    box[axis] = Math.min(box[axis], line[i]);
+    box[2 + axis] = Math.max(box[2 + axis], line[i]);
+  }
+  return box;
+}
+
+/** A line without points that lie within `least` of the last one that was kept; three are kept of each. */
+function thinned(line, least) {
+  const made = [line[0], line[1]];
+  const spare = line.length - 4;
+  for (let i = 2; i < line.length; i += 2) {
+    const far = Math.hypot(line[i] - made.at(-2), line[i + 1] - made.at(-1)) >= least;
+    if (far || (i >= spare && made.length < 6)) made.push(line[i], line[i + 1]);
+  }
+  return made;
 }
 
 /** Stroke a path with a dark edge, so that it is seen on glass, tissue and colours; `width` in CSS px. */
