@@ -136,6 +136,19 @@ def test_outlines_and_agreement_of_a_slide(out: Path, tmp_path: Path) -> None:
         assert server.get(f"/api/slides/{other}/agreement", params={"class": "marker"}).status_code == 404
 
 
+def test_outlines_are_sent_once(out: Path, tmp_path: Path) -> None:
+    """They may be megabytes: a page that has them is told that they are still the same, until the file changes."""
+    plant_annotations(tmp_path, SLIDE)
+    with client(out, annotations=tmp_path) as server:
+        address = f"/api/slides/{facts_of(server, SLIDE)['key']}/annotations"
+        first = server.get(address)
+        known = {"If-None-Match": first.headers["ETag"]}
+        assert server.get(address, headers=known).status_code == 304
+        plant_annotations(tmp_path, SLIDE, square(300, 400, 200, "stroma"))
+        changed = server.get(address, headers=known)
+        assert (changed.status_code, len(changed.json()["classes"])) == (200, 2)
+
+
 def test_a_mask_is_traced_and_a_changed_file_read_anew(out: Path, tmp_path: Path) -> None:
     height, width = (side // 4 for side in SIZES[SLIDE])
     labels = np.zeros((height, width), np.uint8)
