@@ -129,7 +129,7 @@ proofs: coverage image-tools
 	$(BIN)/python -m tests.chaos --kills 30
 	$(BIN)/python -m tests.chaos --kills 30 --store s3
 	$(BIN)/python -m tests.slurm_chaos --kills 30
-	for command in explain audit export; do for store in disk s3; do \
+	for command in explain audit evidence export; do for store in disk s3; do \
 		$(BIN)/python -m tests.chaos --kills 100 --command $$command --store $$store || exit 1; \
 	done; done
 

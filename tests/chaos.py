@@ -8,7 +8,7 @@ its user, with the same command. In the end all arrays and tables must be those 
 the two bad slides must be named with their causes, and no span may have been computed after its record was there.
 With `--store s3`, OUT is in a local S3 server behind a proxy that fails 5 % of all requests.
 
-    python -m tests.chaos --command explain|explain-slide-level|audit|export [--kills 100] [--store s3]
+    python -m tests.chaos --command explain|explain-slide-level|audit|evidence|export [--kills 100] [--store s3]
 
 kills one command again and again, without a cluster: see `tests.kills`.
 """

@@ -1,6 +1,6 @@
-"""Kills `explain`, `audit` and `export` at random moments, and looks whether the same command makes the same bytes.
+"""Kills `explain`, `audit`, `evidence` and `export` at random moments, and looks whether the same command makes the same bytes.
 
-    python -m tests.chaos --command explain|explain-slide-level|audit|export [--kills 100] [--store s3]
+    python -m tests.chaos --command explain|explain-slide-level|audit|evidence|export [--kills 100] [--store s3]
 
 Each command is begun in a fresh process and killed (SIGKILL), again and again; then it may end, and what it has made is
 compared with what an undisturbed one makes: every byte, nothing half-written left, and `validate` is silent.
@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from tests.audits import QUICK, metrics_in, pieces_in, reports_in
+from tests.evidence_runs import explained, model_file, of_nuclei_and_marker, write_archive
 from tests.made_results import Made, make, steps
 from tests.mirror import bring, send, url_of
 from tests.runs import SMALL, differing, toy_spec
 from tests.synthetic import write_marker_slide
 from tests.test_mil_runs import write_model
 from wsi_gradcam.api import explain, validate
+from wsi_gradcam.results.seals import is_account
 
 SLIDE_LEVEL = "explain-slide-level"
-COMMANDS = ("explain", SLIDE_LEVEL, "audit", "export")
+COMMANDS = ("explain", SLIDE_LEVEL, "audit", "evidence", "export")
 FORMATS = ("deepzoom", "ome-zarr-0.4", "geojson", "ome-tiff", "png")
 PER_TURN = 10  # kills, before the command may end
 END_S = 600.0
@@ -47,6 +49,10 @@ def carry_out(command: str, given: dict[str, Any], environment: dict[str, str]) 
         from wsi_gradcam import audit_run
 
         audit_run(given["out"], trust_code=True, **ASK)
+    elif command == "evidence":
+        from wsi_gradcam import evidence_run
+
+        evidence_run(given["out"], trust_code=True, places=320, seed=1)
     else:
         from wsi_gradcam.export import export
 
@@ -86,6 +92,11 @@ class Command:
             write_model(self.folder / "model")
         elif self.name == "audit":
             explain(slides, toy_spec("pooled_linear"), self.start, **SMALL)
+        elif self.name == "evidence":
+            archive, network = self.folder / "archive", self.folder / "network"
+            archive.mkdir()
+            network.mkdir()
+            explained(write_archive(archive, 8, 2, seed=3), model_file(network, of_nuclei_and_marker(0)), self.start)
         self._whole("deepzoom")
 
     def kill_until(self, kills: int, dice: random.Random, tell: Callable[[str], None]) -> None:
@@ -129,7 +140,7 @@ class Command:
         return lasts
 
     def _prepare(self, out: Path) -> None:
-        if self.name == "audit":
+        if self.name in ("audit", "evidence"):
             shutil.copytree(self.start, out)
             if self.remote:
                 send(out)
@@ -182,6 +193,10 @@ class Command:
             one, other = _files(out), _files(self.expected)
             return wrong + [f"{name} differs" for name in {*one, *other} if one.get(name) != other.get(name)]
         wrong += [f"validate: {finding}" for finding in validate(place)]
+        if self.name == "evidence":
+            one, other = (_files(folder / "evidence") for folder in (out, self.expected))
+            names = {name for name in {*one, *other} if not is_account(name)}
+            return wrong + [f"{name} differs" for name in names if one.get(name) != other.get(name)]
         if self.name == "audit":
             for read in (pieces_in, metrics_in, reports_in):
                 wrong += [] if read(out) == read(self.expected) else [f"{read.__name__} differ"]

@@ -58,7 +58,9 @@ def test_a_span_begun_after_its_record_was_there_is_named(tmp_path: Path) -> Non
     assert chaos.computed_twice(journal) == ["a 0"]
 
 
-@pytest.mark.parametrize("command", ["explain", "export", pytest.param("audit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "command", ["explain", "export", *(pytest.param(name, marks=pytest.mark.slow) for name in ("audit", "evidence"))]
+)
 def test_a_command_that_is_killed_makes_the_same_bytes(tmp_path: Path, command: str) -> None:
     """`make proofs` kills each a hundred times, in an object store too."""
     assert kill_command(command, tmp_path / "kills", kills=3, seed=1, tell=lambda text: None) == []

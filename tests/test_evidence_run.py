@@ -23,6 +23,7 @@ from wsi_gradcam.errors import ConfigError, ResumeError, StoreError
 from wsi_gradcam.evidence import NOTHING
 from wsi_gradcam.evidence.findings import Evidence
 from wsi_gradcam.evidence.labels import open_clusters
+from wsi_gradcam.evidence.page import interval
 from wsi_gradcam.export import export
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import storage_path
@@ -164,6 +165,9 @@ def test_the_report_shows_findings_and_examples(out: Path) -> None:
     assert "looks like a shortcut" in page
     assert page.count("<figure>") >= 6 * len(found.kinds)
     assert "<script" not in page
+    assert all(f"background: #{kind.colour}" in page for kind in found.kinds)
+    assert found.kinds[0].covering is not None
+    assert interval(found.kinds[0].covering.difference) in page  # what the findings say, too
 
 
 def test_the_audits_report_has_what_is_found(out: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _trial(one: TrialRow) -> tuple[str, ...]:
 
 
 def _overview(row: KindRow) -> tuple[str, ...]:
-    change = "–" if row.covering is None else interval(row.covering.change)
+    change = "–" if row.covering is None else interval(row.covering.difference)
     return (
         called(row).capitalize(),
         row.side,
