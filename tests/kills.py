@@ -1,4 +1,4 @@
-"""Kills `explain`, `audit`, `evidence` and `export` at random moments, and looks whether the same command makes the same bytes.
+"""Kills `explain`, `audit`, `evidence` and `export` at random, and looks whether the same command makes the same bytes.
 
     python -m tests.chaos --command explain|explain-slide-level|audit|evidence|export [--kills 100] [--store s3]
 
