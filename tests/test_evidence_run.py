@@ -19,7 +19,7 @@ from tests.evidence_runs import explained, model_file, of_nothing, of_nuclei, of
 from tests.runs import ROOT, flags
 from wsi_gradcam import evidence_run, open_result, validate
 from wsi_gradcam.audit.report.page import evidence_words
-from wsi_gradcam.errors import ConfigError, ResumeError, StoreError
+from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
 from wsi_gradcam.evidence import NOTHING
 from wsi_gradcam.evidence.findings import Evidence
 from wsi_gradcam.evidence.labels import open_clusters
@@ -297,6 +297,9 @@ def test_two_models_are_compared(out: Path, archive: Path, tmp_path: Path) -> No
     assert read(new) == evidence_run(new, trust_code=True, against=old, **QUICK).evidence
     with pytest.raises(ConfigError, match="skip_labels"):
         evidence_run(new, trust_code=True, against=old, skip_labels=True)
+    evidence_run(old, trust_code=True, skip_labels=True, **QUICK)
+    with pytest.raises(ResultError, match="no label images"):
+        evidence_run(new, trust_code=True, against=old, **QUICK)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from wsi_gradcam.evidence.clusters import SIDES, Side
 from wsi_gradcam.evidence.findings import Evidence, as_share
 from wsi_gradcam.evidence.labels import read_clusters
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
+from wsi_gradcam.io.zarr_stores import METADATA
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.run import Result, open_result
 from wsi_gradcam.results.run_files import RunFolder
@@ -79,7 +80,7 @@ def open_evidence(out: StoragePathLike) -> OtherEvidence:
     """Open the finished evidence in OUT/evidence of a run.
 
     Raises:
-        ResultError: there is none, or there was nothing to sort.
+        ResultError: there is none, there was nothing to sort, or it has no label images.
         StoreError: it is damaged.
     """
     result = open_result(storage_path(out).absolute())
@@ -96,6 +97,8 @@ def open_evidence(out: StoragePathLike) -> OtherEvidence:
     if not evidence.kinds:
         raise ResultError(f"{result.out}: its model has no evidence worth sorting, so there is nothing to compare with")
     kept = {name: sample for name, sample in samples.items() if name not in evidence.not_read}
+    if not any((folder.labels(name) / METADATA).is_file() for name in list(kept)[:1]):
+        raise ResultError(f"{folder.place}: has no label images; run evidence there again, without --skip-labels")
     footprints = {name: result[name].plan.footprint for name in kept}
     other = OtherAudit(result.out, folder, digest, evidence.model, (), kept, footprints)
     return OtherEvidence(result, evidence, other, digest)
