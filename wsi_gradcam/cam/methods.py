@@ -1,11 +1,11 @@
-"""CAM methods: a method is a small pure function of activation and gradient.
+"""CAM methods: each is a small pure function of activation and gradient.
 
 `A` and `g` = ds/dA are [B, K, h, w] float32; the result is the raw signed map [B, h, w], without ReLU and without
 normalisation, which are views. An image's map depends on no other image of the batch.
 
-Methods that run the model again, on changed inputs or maps of the layer, or to differentiate by the input, get a
-`Probe` instead. Perturbing ones give maps of the layer's cells; those that differentiate give maps [B, H, W] of the
-input's pixels. The input is the normalised image, so a gradient is per standard deviation of a colour.
+Methods that run the model again, on changed inputs or maps of the layer, or to differentiate with respect to the input,
+get a `Probe` instead. Perturbing methods give maps of the layer's cells; differentiating ones give maps [B, H, W] of
+the input's pixels. The input is the normalised image, so a gradient is per standard deviation of a colour.
 """
 
 from __future__ import annotations
@@ -142,14 +142,14 @@ may hold a class per image (the one predicted for the unchanged image)."""
 
 @dataclass(frozen=True)
 class Probe:
-    """A batch and ways to ask the model about it. Every call takes and gives whole batches of the same B images.
+    """A batch, with functions that run the model on it. Every call takes and returns the same B images.
 
     Attributes:
         images: normalised float32 [B, 3, H, W].
         activation: the layer's maps [B, K, h, w], detached.
         predict: images -> logits [B, K], without a graph; runs the fast trunk.
-        resume: maps [B, K, h, w] put in the layer's place -> logits [B, K], without a graph; runs the head alone
-            where the model could be split.
+        resume: maps [B, K, h, w] in place of the layer's -> logits [B, K], without a graph; runs only the head if the
+            model could be split.
         differentiable: images that may require grad -> logits [B, K] with a graph, in float32.
         guided: as `differentiable`, but ReLU's backward also clips negative gradient; raises LayerError where the
             model has no ReLU.
@@ -171,10 +171,9 @@ WINDOW_CELLS = 2.0
 def scorecam(probe: Probe, score: Score) -> Tensor:
     """Score-CAM [B, h, w], sum_k w_k A_k with w = softmax_k s(x ⊙ norm(up(A_k))) (Wang 2020, arXiv 1910.01279).
 
-    up is bilinear to the input's size, norm the min-max of each enlarged map, and a constant map is a mask of zeros.
-    x is the normalised image, so what is masked turns into the mean colour, as in the authors' code. Their
-    baseline s(0) is the same for all k and falls out of the softmax. One pass of the model a channel; kept are the
-    scores alone.
+    up is bilinear to the input's size, norm the min-max of each enlarged map, and a constant map is a mask of zeros. x
+    is the normalised image, so what is masked turns into the mean colour, as in the authors' code. Their baseline s(0)
+    is the same for all k and cancels in the softmax. One pass of the model per channel; only the scores are kept.
     """
     A = probe.activation.float()
     scores = [
@@ -187,7 +186,7 @@ def scorecam(probe: Probe, score: Score) -> Tensor:
 def ablationcam(probe: Probe, score: Score) -> Tensor:
     """Ablation-CAM [B, h, w], sum_k w_k A_k with w_k = s - s(A_k set to 0) (Desai 2020, WACV).
 
-    Not divided by s, which would flip all signs where s < 0. One pass of the head a channel.
+    It is not divided by s, which would flip all signs where s < 0. One pass of the head per channel.
     """
     A = probe.activation
     whole = score(probe.resume(A.clone())).float()
@@ -205,11 +204,11 @@ def occlusion(
     """Occlusion [B, h, w], s(x) - s(x with a window set to 0), in logits (Zeiler 2013, arXiv 1311.2901).
 
     0 of a normalised image is the data set's mean colour, which is not that of glass. A window is centred on each
-    square of `stride_px`, and cut off at the image's edge. One pass of the model a window.
+    square of `stride_px`, and cut off at the image's edge. One pass of the model per window.
 
     Args:
-        window_px: height and width; `WINDOW_CELLS` strides unless told.
-        stride_px: height and width; a cell of the layer unless told, which gives a map of the layer's cells.
+        window_px: height and width; `WINDOW_CELLS` strides by default.
+        stride_px: height and width; by default a cell of the layer, which gives a map of the layer's cells.
     """
     height, width = probe.images.shape[2:]
     cells_y, cells_x = probe.activation.shape[2:]

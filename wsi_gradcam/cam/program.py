@@ -1,4 +1,4 @@
-"""A model made ready to be explained at a layer: whole, with hooks, or cut into a trunk and a head."""
+"""A model prepared for being explained at a layer: whole, with hooks, or cut into a trunk and a head."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Program(Protocol):
     """A model as the engine needs it.
 
     Attributes:
-        layers: that are explained.
+        layers: the layers that are explained.
         tf32: whether its head and the gradient may be computed in TF32, where the trunk is less exact than float32.
     """
 
@@ -117,7 +117,7 @@ class EagerProgram:
 class SplitProgram(EagerProgram):
     """The network cut in two: the trunk on any engine, the head in float32 with exact gradients, or in TF32.
 
-    Where the cut network takes batches of one size only, others are explained by the network as it is.
+    If the cut network accepts batches of one size only, others are explained by the network as it is.
     """
 
     def __init__(self, module: nn.Module, layer: Layer, trunk: Trunk, head: fx.GraphModule, tf32: bool = False) -> None:
@@ -187,7 +187,7 @@ def trace_operators(module: nn.Module, images: Tensor) -> fx.GraphModule:
     """Trace the network's operators, if possible for batches of any size; its weights take no gradients.
 
     Raises:
-        ModelError: it cannot be followed.
+        ModelError: it cannot be traced.
     """
     graph = trace(module, images)
     if fixed_batch(graph) is not None:

@@ -1,7 +1,7 @@
 """Targets: the scalar of the output that is explained, as users name it and as a function of the logits.
 
 Users give a class by name or index, `predicted`, `all`, a contrast of two classes, or `module:function`. Finer-CAM has
-a score of its own: what sets a class apart from those that the model takes for similar.
+its own score: what distinguishes a class from those that the model considers similar.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Target:
     """The scalar that is explained: a logit, the difference of two, or a function of all logits.
 
     Attributes:
-        label: how results name it.
+        label: its name in results.
         index: the class; None: each patch's own predicted class.
         minus: the class whose logit is subtracted, for a contrast.
         function: `module:function`, called with logits [B, K], returns [B]; index and minus do not count then.
@@ -63,7 +63,7 @@ def parse_targets(wanted: Sequence[str], classes: Sequence[str]) -> tuple[Target
     [(1, 0)]
 
     Raises:
-        TargetError: a name that is no class, an index out of range, or the same target twice.
+        TargetError: a name that is not a class, an index out of range, or the same target twice.
     """
     every = [Target(name, i) for i, name in enumerate(classes)]
     if not wanted:
@@ -81,10 +81,10 @@ def parse_targets(wanted: Sequence[str], classes: Sequence[str]) -> tuple[Target
 
 
 def check_trusted(targets: Sequence[Target], trusted: bool) -> None:
-    """Refuse targets that are code which may not run.
+    """Refuse targets that are code without permission to run.
 
     Raises:
-        TargetError: says how permission is given.
+        TargetError: the message says how to give permission.
     """
     functions = [target.function for target in targets if target.function is not None]
     if functions and not trusted:
@@ -126,7 +126,7 @@ def _class(text: str, classes: Sequence[str]) -> int | None:
 
 
 def _halves(text: str, between: str) -> Iterator[tuple[str, str]]:
-    """Yield all ways to cut a text at a mark; class names may hold the mark too."""
+    """Yield all ways to split a text at a mark, which class names may contain too."""
     for i, letter in enumerate(text):
         if letter == between:
             yield text[:i].strip(), text[i + 1 :].strip()
@@ -135,7 +135,7 @@ def _halves(text: str, between: str) -> Iterator[tuple[str, str]]:
 def make_score(target: Target | Callable[[Tensor], Tensor], logits: Tensor) -> Score:
     """Return the explained scalar [B] as a function of logits [B, K], for a batch with these `logits`.
 
-    The class of `predicted` is the one that `logits` predict, also when the score is asked of other logits later.
+    The class of `predicted` is the one that `logits` predict, even if the score is later computed for other logits.
 
     Raises:
         TargetError: a function that cannot be imported.
@@ -238,10 +238,10 @@ def finer_score(
 ) -> Score:
     """Return the score whose Grad-CAM is Finer-CAM, sum_d p_d (s_c - gamma s_d) / sum_d p_d.
 
-    (Zhang 2025, arXiv 2501.11309.) c is the row's class, d the `compared` other classes (all others, if they are
-    fewer) whose logits are nearest to s_c, the lower index first among equals, and p the softmax of all logits.
-    p_d / sum p_d is taken as the softmax over the d alone, which cannot underflow. The d are those of `logits`, also
-    when the score is asked of other logits later.
+    (Zhang 2025, arXiv 2501.11309.) c is the row's class, d the `compared` other classes (all others, if they are fewer)
+    whose logits are nearest to s_c, the lower index first among equals, and p the softmax of all logits. p_d / sum p_d
+    is taken as the softmax over the d alone, which cannot underflow. The d are those of `logits`, even if the score is
+    later computed for other logits.
 
     As in the authors' code and pytorch-grad-cam the weights q_d = p_d / sum p_d are differentiated as well: class d
     weighs -gamma q_d (1 + s_d - sum q s), and a class more than 1 below that mean counts in favour of c. Without
@@ -252,12 +252,12 @@ def finer_score(
     Args:
         logits: [B, C], C of 2 or more.
         classes: the explained class of each row, int64 [B].
-        gamma: how much of the similar classes' evidence is taken away; 0 is Grad-CAM.
+        gamma: how much of the similar classes' evidence is subtracted; 0 is Grad-CAM.
         compared: how many classes are compared with.
-        differentiate_weights: as the authors' code does; else they are constants.
+        differentiate_weights: as in the authors' code; otherwise they are constants.
 
     Raises:
-        TargetError: one logit, so that there is nothing to compare with.
+        TargetError: there is only one logit, so there is nothing to compare with.
     """
     if logits.shape[1] < 2:
         raise TargetError("Finer-CAM compares a class with others, but the model has one logit; use gradcam")

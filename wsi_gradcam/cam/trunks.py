@@ -1,7 +1,7 @@
 """Engines that run a model's trunk: eager PyTorch, torch.compile, CUDA graphs, OpenVINO.
 
-A trunk is a graph, images float32 [B, 3, H, W] -> a tuple of tensors, of which the layer's output is the first.
-Only values come out of it, so any inference engine may run it, in any precision.
+A trunk is a graph, images float32 [B, 3, H, W] -> a tuple of tensors, of which the layer's output is the first. It
+returns only values, so any inference engine may run it, in any precision.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _SET: list[tuple[bool, bool]] = []  # what the contexts that are open have set, 
 
 @contextmanager
 def exact(device: torch.device | None = None, tf32: bool = False) -> Iterator[None]:
-    """Let float32 mean IEEE float32 in this process, and let sums repeat, as a context; then all is as it was.
+    """Make float32 mean IEEE float32 in this process, and sums reproducible, as a context that restores the flags.
 
-    PyTorch lets cuDNN compute convolutions of float32 in TF32, with 10 bits of mantissa, unless it is told otherwise;
-    a model's own code may do the same to matrix products. On a CUDA `device` kernels are chosen whose sums are the
-    same each time, where there are such.
+    PyTorch lets cuDNN compute convolutions of float32 in TF32, with 10 bits of mantissa, unless it is told otherwise; a
+    model's own code may do the same to matrix products. On a CUDA `device`, kernels with reproducible sums are chosen
+    where they exist.
 
     Args:
-        device: where it is computed; None where only the precision matters.
+        device: the device of the computation; None if only the precision matters.
         tf32: use TF32 where the hardware has it, for a trunk in the precision of that name.
     """
     with _FLAGS, ExitStack() as restored:
@@ -68,7 +68,7 @@ def exact(device: torch.device | None = None, tf32: bool = False) -> Iterator[No
 
 
 def _choose_repeatable(restored: ExitStack) -> None:
-    """Let CUDA's kernels be those whose sums repeat, until the stack is closed; of the others torch warns once."""
+    """Choose CUDA kernels with reproducible sums until the stack is closed; torch warns once about others."""
     cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     restored.callback(torch.use_deterministic_algorithms, modes[0], warn_only=modes[1])
@@ -84,7 +84,7 @@ def _choose_repeatable(restored: ExitStack) -> None:
 
 
 def _float32_flags() -> tuple[str | None, bool | None, list[str]]:
-    """Return torch's flags of float32: of matrix products, of cuDNN, and by operator; None where they contradict."""
+    """Return torch's flags for float32: for matrix products, cuDNN and each operator; None where they contradict."""
     matmul = cudnn = None
     with suppress(RuntimeError):  # torch refuses to say where its older and newer flags were set to different things
         matmul = torch.get_float32_matmul_precision()
@@ -113,7 +113,7 @@ def _plain_name(precision: str) -> str:
 
 @cache
 def _operators() -> list[Any]:
-    """Return what has a precision of float32 of its own, three of CUDA and three of the CPU; none before torch 2.9."""
+    """Return operators with a float32 precision of their own, three of CUDA, three of the CPU; none before torch 2.9."""
     b = torch.backends
     if not hasattr(b.cuda.matmul, "fp32_precision"):
         return []
@@ -186,7 +186,7 @@ CONVOLUTIONS = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, to
 
 
 def folded(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a graph in which convolutions do what the batch normalisations behind them would do.
+    """Return a copy of a graph in which batch normalisations are folded into the convolutions before them.
 
     Weights are scaled in float32: each map is then rounded once and not twice where they are cast to fewer bits, and
     a pass over memory is saved. Float32 sums change in the last bits. Left are normalisations by another's statistics,
@@ -264,7 +264,7 @@ def _compiled(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
 
 
 def _recorded(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
-    """Return the trunk as CUDA replays it: its hundreds of kernels are launched at once, not by Python one by one."""
+    """Return the trunk as a CUDA graph, whose hundreds of kernels are launched at once and not one by one by Python."""
     if images.device.type != "cuda":
         raise EngineError(
             f"engine cudagraphs works only on NVIDIA GPUs, but the model runs on {images.device}; use eager"
@@ -300,7 +300,7 @@ class Recording:
             self._found = run(self._given)
 
     def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Return the trunk's tensors for a batch, which are the caller's own."""
+        """Return the trunk's tensors for a batch; the caller owns them."""
         self._given.copy_(batch)
         self._graph.replay()
         return tuple(value.clone() if isinstance(value, Tensor) else value for value in self._found)
@@ -326,7 +326,7 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     requests: dict[torch.Size, list[Any]] = {}
 
     def made(batch: Tensor) -> list[Any]:
-        """Compile for batches of one size, up to a tenth faster than where any size is allowed (ResNet-18)."""
+        """Compile for batches of one size, up to a tenth faster than for any size (ResNet-18)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's remarks on constants
             example = batch if sized else batch[:1].expand(2, *batch.shape[1:])
@@ -400,7 +400,7 @@ def _core() -> Any:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Keep the import of OpenVINO from reporting itself to its maker; hospitals would mind."""
+    """Keep the import of OpenVINO from sending telemetry to its vendor, which hospitals would mind."""
     hidden = "openvino_telemetry" not in sys.modules
     if hidden:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes its import fail

@@ -1,4 +1,4 @@
-"""Executors run the workloads of a run: `serial` defines what is right, `dask` does the same on many processes.
+"""Executors run the workloads of a run: `serial` is the reference, and `dask` does the same in many processes.
 
 They know the room `run` and what is below it; `audit` and `api` give them workloads.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_workers(workers: int | None, scheduler: str | None) -> None:
-    """Refuse workers that are fewer than one, or at two places.
+    """Refuse fewer than one worker, and workers in two places.
 
     Raises:
         ConfigError: fewer than one worker, or both are given.
@@ -33,17 +33,17 @@ def check_workers(workers: int | None, scheduler: str | None) -> None:
 def open_executor(
     workers: int | None, scheduler: str | None, settings: Settings, loaded: Model | None, wait_s: float | None
 ) -> Iterator[Executor]:
-    """Open an executor, as a context: this process, worker processes of this machine, or a cluster.
+    """Open an executor, as a context: this process, worker processes on this machine, or a cluster.
 
     Args:
         workers: how many processes to start on this machine; None: none, but one for a GPU ("cuda").
         scheduler: address of a Dask scheduler; None: none.
-        settings: the run's, which say where the model runs, with how many threads.
+        settings: the run's settings, which say where the model runs and with how many threads.
         loaded: a model that is loaded in this process.
-        wait_s: how long to wait for workers that are missing.
+        wait_s: how long to wait for missing workers.
 
     Raises:
-        ConfigError: two places are given, or a loaded model for another process.
+        ConfigError: two places are given, or a loaded model would have to run in another process.
         MissingExtraError: Dask is not installed.
         WorkerError: no scheduler answers, or no worker comes.
     """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class SerialExecutor:
-    """Runs everything in this process; while the model works, the next slide is planned in a thread."""
+    """Run everything in this process; while the model works, a thread plans the next slide."""
 
     dashboard = ""
 
@@ -106,7 +106,7 @@ class _LookAhead:
             yield slide
 
     def plan_next(self) -> None:
-        """Begin to plan the next slide, unless that was done."""
+        """Begin to plan the next slide, unless that has begun."""
         if self._plan is None and not CRASHES.one_at_a_time and (slide := self._peek()) is not None:
             self._plan = self._pool.submit(self._prepare, slide)
 

@@ -1,7 +1,7 @@
-"""The stages that only slide-level models have: make or take the features of spans of patches, then explain their bag.
+"""The stages of slide-level models only: compute or import the features of spans of patches, then explain the bag.
 
-After these two a patch is explained like any other, but for its targets: what each of its features is worth. Where no
-pixel is explained, what is known of the patch is noted instead.
+After these two, a patch is explained like any other, except for its targets: the coefficients of its features. If no
+pixels are explained, what is known about the patch is recorded instead.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ UNENCODED = "could not be read when features were made"
 
 
 def plan_encoding(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, settings: Settings) -> RunPlan:
-    """Return the plan of a run that makes features with an encoder, and nothing of them.
+    """Return the plan of a run that only computes features with an encoder.
 
     Raises:
-        ConfigError, ModelError: as of `plan_run`.
+        ConfigError, ModelError: as for `plan_run`.
     """
     length, nothing = len(facts.classes), settings.model_copy(update={"method": (NO_METHOD,), "target": ()})
     encoder = replace(facts, classes=(), bag=BagFacts(facts.digest, length, ()))
@@ -58,7 +58,7 @@ def plan_encoding(out: StoragePathLike, spec: ModelSpec, facts: ModelFacts, sett
 
 
 def mean_feature(out: RunFolder, entries: Sequence[SlideEntry], run: RunPlan) -> tuple[float, ...]:
-    """Return the mean feature vector of all patches of slides, as far as they can be read: a sum, slide by slide.
+    """Return the mean feature vector of all readable patches of slides, summed slide by slide.
 
     It is the same whatever the order of the slides.
 
@@ -98,10 +98,10 @@ def _sum(features: Any) -> tuple[NDArray[np.float64], int]:
 
 
 def finish_encoding(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
-    """Return how the making of a slide's features came out.
+    """Return the outcome of computing a slide's features.
 
     Raises:
-        ResumeError: some features are not this run's; they are forgotten, so that running again makes them again.
+        ResumeError: some features are not this run's; their records are deleted, so that running again recomputes them.
     """
     plan, folder = context.plan(entry), context.folder(entry)
     store, manifest = FeatureStore(folder.features), Manifest(folder.manifest)
@@ -142,13 +142,13 @@ def encode_span(context: Context[Workload], entry: SlideEntry, span: int, upcomi
 
 
 def _encoded(run: RunPlan, count: int, unreadable: int = 0, clock: Clock | None = None) -> Processed:
-    """Return what is told of patches that are encoded: done with, or to be explained yet."""
+    """Return the result for patches that are encoded: finished, or still to be explained."""
     times = (0.0, 0.0, 0.0) if clock is None else (clock.waited_s, clock.model_s, clock.read_s)
     return Processed(count, unreadable, *times) if run.only_encodes else Processed(0, 0, *times, encoded=count)
 
 
 def import_span(context: Context[Workload], entry: SlideEntry, span: int) -> Processed:
-    """Store the features of a span that were made elsewhere.
+    """Store the features of a span from another program.
 
     Raises:
         FeatureError: they were replaced since the slide was planned, or cannot be read.
@@ -197,7 +197,7 @@ def _keep(
 
 
 def aggregate_bag(context: Context[Workload], entry: SlideEntry) -> None:
-    """Have the aggregator answer for the slide, and store what each patch is worth to the answer.
+    """Compute the aggregator's answer for the slide, and store each patch's contribution to it.
 
     Raises:
         ModelError: no patch of the slide can be read, or the bag needs more memory than there is.
@@ -232,7 +232,7 @@ def aggregate_bag(context: Context[Workload], entry: SlideEntry) -> None:
 
 
 def answer_span(context: Context[Workload], entry: SlideEntry, span: int) -> Processed:
-    """Note what is known of the patches of a span, none of which is explained down to its pixels."""
+    """Record what is known about the patches of a span, none of which is explained down to its pixels."""
     plan, folder, store = context.plan(entry), context.folder(entry), context.features(entry)
     start, stop = plan.spans[span]
     manifest, name = Manifest(folder.manifest), span_name(span)
@@ -248,7 +248,7 @@ def answer_span(context: Context[Workload], entry: SlideEntry, span: int) -> Pro
 
 
 def _put(store: FeatureStore, rows: NDArray[np.int64], **values: NDArray[Any]) -> None:
-    """Write values of rows of patches, of which unreadable ones are left out; they keep zeros."""
+    """Write values for rows of patches, leaving out unreadable ones, which keep zeros."""
     first, last = int(rows[0]), int(rows[-1]) + 1
     for name, some in values.items():
         whole = np.zeros((last - first, *some.shape[1:]), np.float32)

@@ -1,9 +1,9 @@
-"""`claim.json`: the run, or the audit, that works on OUT. Two at the same time would write over each other.
+"""`claim.json`: the run or audit that works on OUT. Two at the same time would overwrite each other's files.
 
-A run makes the file where there is none, renews it every few seconds, and removes it at the end. Where another run's
-claim stands, it is taken over if that run is gone: at once, where the process can be looked up on this machine; else
-when it has not been renewed for a while, by this machine's clock. All changes are compare-and-swap, so that of several
-runs one alone holds the claim, and a run finds out that it has lost it.
+A run creates the file if there is none, renews it every few seconds, and removes it at the end. Another run's claim is
+taken over if that run is gone: at once if its process can be looked up on this machine, else if it has not been renewed
+for a while by this machine's clock. All changes are compare-and-swap, so that only one of several runs holds the claim,
+and a run notices when it has lost it.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Holder:
         return f"{kind} {self.run_id} on {self.process.host} (process {self.process.pid}), since {self.since}"
 
     def to_bytes(self) -> bytes:
-        """Return the holder as it is written."""
+        """Return the holder as bytes for the file."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Holder | None:
-        """Return the holder that `to_bytes` wrote; None where it is anything else."""
+        """Return the holder that `to_bytes` wrote; None for anything else."""
         try:
             values = read_json(data)
             return cls(**{**values, "process": Process(**values["process"])})
@@ -74,7 +74,7 @@ def new_run_id() -> str:
 
 
 def read_holder(out: StoragePath) -> Holder | None:
-    """Return the holder of the claim on OUT; None where nobody holds it."""
+    """Return the holder of the claim on OUT; None if there is none."""
     try:
         return Holder.from_bytes((out / CLAIM).read(SMALL_BYTES))
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def read_holder(out: StoragePath) -> Holder | None:
 
 
 class Claim:
-    """The claim of a run on OUT, as a context: within it nobody else works there, or `check` says so."""
+    """The claim of a run on OUT, as a context: within it no other run works there, or `check` raises an error."""
 
     def __init__(self, out: StoragePath, run_id: str, report: Callable[[str], None], work: str = EXPLAIN) -> None:
         self._out, self._place, self._report = out, out / CLAIM, report
@@ -116,10 +116,10 @@ class Claim:
             self._report(f"the claim on {self._out} could not be removed: {problem}")
 
     def look_first(self) -> None:
-        """Find out, without a change, whether another run is at work; the claim is then taken at once.
+        """Check, without changing anything, whether another run is active; if not, the claim can then be taken at once.
 
         Raises:
-            ResumeError: one is.
+            ResumeError: another run is active.
         """
         with suppress(FileNotFoundError):
             data, version = self._place.read_versioned()
@@ -131,7 +131,7 @@ class Claim:
         return self._taken_by is not None
 
     def check(self) -> None:
-        """Raise ResumeError where another run has taken the claim: this one must stop."""
+        """Raise ResumeError if another run has taken the claim: this one must stop."""
         if self._taken_by is not None:
             raise ResumeError(
                 f"{self._out}: taken over by {self._taken_by}, because this run was silent for {SILENT_S:.0f} s; this "
@@ -152,10 +152,10 @@ class Claim:
         return self._place.replace(self._mine.to_bytes(), version) and self._holds()
 
     def _wait_until_gone(self, holder: Holder | None, version: str) -> bool:
-        """Wait until the run that wrote this version of the claim is known to be gone; False where another has written.
+        """Wait until the run that wrote this version of the claim is known to be gone; False if another has written it.
 
         Raises:
-            ResumeError: that run goes on.
+            ResumeError: that run is active.
         """
         alive = None if holder is None else holder.process.alive()
         if holder is not None and holder.run_id in _ENDED:
@@ -184,7 +184,7 @@ class Claim:
         return True
 
     def _holds(self) -> bool:
-        """Return whether the claim that stands there is this run's, and remember its version."""
+        """Return whether the present claim is this run's, and remember its version."""
         try:
             data, version = self._place.read_versioned()
         except FileNotFoundError:
@@ -197,7 +197,7 @@ class Claim:
         return True
 
     def _beat(self) -> None:
-        """Renew the claim, also where it has vanished; a store that fails now may work the next time."""
+        """Renew the claim, even if it has vanished; a store that fails now may work the next time."""
         with suppress(StoreError):
             self._mine = replace(self._mine, beat=self._mine.beat + 1)
             data = self._mine.to_bytes()

@@ -1,4 +1,4 @@
-"""The context of a process: the model, slides and stores that it keeps from one task to the next."""
+"""The context of a process: the model, slides and stores that it keeps between tasks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ KEPT_STORES = 8  # of each kind: their metadata need not be read again
 
 
 class Exclusive(Generic[T]):
-    """Something made once in each process, on first use, that one thread at a time may use. It is pickled without it.
+    """An object created on first use in each process, which one thread at a time may use. It is not pickled.
 
     Attributes:
         free_since: when the last user left (`time.perf_counter`); minus infinity before the first.
@@ -75,7 +75,7 @@ class Exclusive(Generic[T]):
 
     @contextmanager
     def used(self, make: Callable[[], T]) -> Iterator[T]:
-        """Wait until no other thread uses it, and have it, made by `make` where it is not there yet."""
+        """Wait until no other thread uses the object, and return it, created by `make` if necessary."""
         with self._lock:
             if self._value is None:
                 self._value = make()
@@ -86,10 +86,10 @@ class Exclusive(Generic[T]):
 
 
 class Context(Generic[W]):
-    """The state of a process between the tasks of a workload: the model, and the slides and stores it has open.
+    """The state of a process between the tasks of a workload: the model, and the open slides and stores.
 
     Attributes:
-        workload: whose tasks are performed.
+        workload: the workload whose tasks are performed.
         run: the workload's run.
         worker: name of the process, as `host:process id`.
     """
@@ -115,10 +115,10 @@ class Context(Generic[W]):
         self._found_run = RunFolder(self.run.out).run.is_file()
 
     def check_out(self) -> None:
-        """Find out whether OUT, or a part of it, has been deleted since this process began: no slide's fault.
+        """Check whether OUT, or part of it, has been deleted since this process began, through no slide's fault.
 
         Raises:
-            StoreError: it has.
+            StoreError: it has been deleted.
         """
         if self._found_run and not RunFolder(self.run.out).run.is_file():
             raise StoreError(
@@ -126,7 +126,7 @@ class Context(Generic[W]):
             )
 
     def model(self) -> Explainer:
-        """Return the run's model, loaded on first use unless it was given; slides are worked on meanwhile."""
+        """Return the run's model, loaded on first use unless it was given; slides can be processed in the meantime."""
         with self._model_lock:
             if self._model is None:
                 make_sums_deterministic()
@@ -138,7 +138,7 @@ class Context(Generic[W]):
             return self._model
 
     def glass(self, entry: SlideEntry) -> tuple[int, int, int]:
-        """Return the RGB colour of the slide's bare glass, uint8; white for a slide without any."""
+        """Return the RGB colour of the slide's bare glass, uint8; white if there is none."""
         if entry.id not in self._glass:
             with self.slide(entry) as slide:
                 self._glass[entry.id] = glass_colour(thumbnail(slide, 0.0, GLANCE_PX).rgb)
@@ -177,10 +177,10 @@ class Context(Generic[W]):
         return self.model().empty(shape)
 
     def check_slide(self, entry: SlideEntry) -> None:
-        """Find out whether the slide's file is still the one that was planned, so that no patches of two are mixed.
+        """Check that the slide's file is still the one that was planned, so that patches of two files are never mixed.
 
         Raises:
-            SlideFormatError: it is another.
+            SlideFormatError: it is another file.
         """
         plan = self.plan(entry)
         with self._opened(entry) as opened:
@@ -194,16 +194,16 @@ class Context(Generic[W]):
             fresh.close()
 
     def close(self) -> None:
-        """Close the slides, and the files of features, that no task uses."""
+        """Close the slides and feature files that no task uses."""
         self._slides.close()
         self._given.close()
 
     @contextmanager
     def given(self, entry: SlideEntry) -> Iterator[FeatureBag | None]:
-        """Open the features of the slide that were made elsewhere, unless they are open; None where none are given.
+        """Open the slide's given features, unless they are open; None if none are given.
 
         Raises:
-            FeatureError: there are none of this slide, or it is not known where their patches lie.
+            FeatureError: there are none for this slide, or the positions of their patches are unknown.
         """
         place = self.run.settings.features
         if place is None:
@@ -238,7 +238,7 @@ class Context(Generic[W]):
         return self._heatmaps.get(entry.id, lambda: HeatmapStore(self.folder(entry).heatmap))
 
     def features(self, entry: SlideEntry) -> FeatureStore:
-        """Return the store of the slide's features, of a slide-level model; the last few are kept."""
+        """Return the store of the slide's features for a slide-level model; the last few are kept."""
         return self._features.get(entry.id, lambda: FeatureStore(self.folder(entry).features))
 
     def aggregator(self) -> LoadedAggregator:
@@ -253,7 +253,7 @@ class Context(Generic[W]):
             return self._aggregator
 
     def forget_stores(self, entry: SlideEntry) -> None:
-        """Forget the slide's stores, which are about to be made again."""
+        """Forget the slide's stores, which are about to be recreated."""
         self._patches.discard(entry.id)
         self._heatmaps.discard(entry.id)
         self._features.discard(entry.id)
@@ -262,8 +262,8 @@ class Context(Generic[W]):
         """Return the slide's plan, as `plan_slide` stored it.
 
         Raises:
-            StoreError: this process does not see it.
-            ResumeError: another run has replaced it meanwhile.
+            StoreError: this process cannot see it.
+            ResumeError: another run has replaced it in the meantime.
         """
         folder = self.folder(entry)
         plan = Manifest(folder.manifest).plan()
@@ -304,7 +304,7 @@ def _treat(
 ) -> tuple[NDArray[np.uint8], float]:
     """Return a patch with its stain normalised, resized for the model, and its blur as it was read.
 
-    Another stain is no sharper.
+    Blur is measured before normalisation, which would change it.
     """
     (blur,) = measure_blur(patch[None])
     return resized(patch if stain is None else apply(stain, patch)), float(blur)
@@ -325,7 +325,7 @@ class _Opened:
 
 
 def perform(context: Context[Any], task: Task, upcoming: Task | None = None) -> Performed:
-    """Perform a task; what the `upcoming` one needs may be read meanwhile.
+    """Perform a task; what the `upcoming` one needs may be read in the meantime.
 
     Raises:
         DeviceError: the process can use its device no more, and must end.

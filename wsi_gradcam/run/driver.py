@@ -1,4 +1,4 @@
-"""The driver: the loop of explaining and of auditing, which claims OUT and keeps log, status and report there."""
+"""The driver: the loop that explains or audits slides, claims OUT, and keeps the log, status and report there."""
 
 from __future__ import annotations
 
@@ -49,15 +49,16 @@ SlideRows = Callable[[], Mapping[str, Mapping[str, str]]]
 
 
 class RunSession:
-    """A run at work on OUT, as a context; it ends with the report.
+    """An active run on OUT, as a context; it ends with the report.
 
     Args:
         out: the folder that is claimed.
         listener: is told what happens.
-        slide_rows: returns the slides that have ended, for the report: rows as in slides.csv, by slide id.
+        slide_rows: a function that returns the slides that have ended, for the report: rows as in slides.csv, by slide
+            id.
         log_tasks: whether each task has a line in the log.
-        place: where log, status and report are kept: for an audit a folder in `out`, else `out` itself.
-        work: whose folder that is.
+        place: where the log, status and report are kept: for an audit a folder in `out`, else `out` itself.
+        work: the kind of work that it belongs to.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class RunSession:
         self._status_failed = False
 
     def __enter__(self) -> Self:
-        """See that no other run is at work on OUT, where nothing is written yet.
+        """Make sure that no other run is active on OUT; nothing is written yet.
 
         Raises:
             ResumeError: one is.
@@ -114,9 +115,9 @@ class RunSession:
     def begin(
         self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str, remarks: Sequence[str] = ()
     ) -> None:
-        """Begin the log, and show the status from now on; `slides` are all that the run is about.
+        """Begin the log and the status; `slides` are all slides of the run.
 
-        `remarks` are lines on what the search for slides left out.
+        `remarks` say what the search for slides left out, one line each.
         """
         self._progress.begin(len(slides), workload.run.settings.readers, workload.patches)
         self._facts = facts_of(workload, self._out, self.run_id, dashboard, remarks)
@@ -138,9 +139,9 @@ class RunSession:
         keep: Callable[[SlideRecord], None],
         again: bool = False,
     ) -> None:
-        """Run a workload on slides; each slide's record is given to `keep` as it is finished.
+        """Run a workload on slides; each slide's record is passed to `keep` when it is finished.
 
-        With `again` it is another pass over slides that were counted: those are told of that fail in it.
+        With `again` it is another pass over slides that were counted already: only those that fail in it are reported.
 
         Raises:
             WsiGradcamError: the run cannot go on.
@@ -194,7 +195,7 @@ class RunSession:
         self._listener.task_done(task, performed)
 
     def _renew(self) -> None:
-        """Write log and status; where that fails the listener is told once, and it is tried again."""
+        """Write the log and the status; if that fails, the listener is told once, and it is tried again."""
         assert self._facts is not None
         try:
             self._write(self._facts, RunState.RUNNING)
@@ -238,7 +239,7 @@ Planning = Callable[["Executor", "Choice | None"], "RunPlan"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command that works on slides below OUT.
+    """A command that processes slides into OUT.
 
     Attributes:
         folder: OUT.
@@ -247,7 +248,7 @@ class Command:
         settings: of the run.
         listener: is told what happens.
         overwrite, retry_failed, log_tasks: as of `wsi_gradcam.api.explain`.
-        executor: opens where the work is done.
+        executor: opens the executor.
     """
 
     folder: RunFolder
@@ -263,7 +264,7 @@ class Command:
     def run(
         self, planning: Planning, workload_of: type[ExplainWorkload] | type[EncodeWorkload]
     ) -> tuple[SlideRecord, ...]:
-        """Plan the run, do what is left of it, and return a record for each slide, in the order in which they end."""
+        """Plan the run, do what is left of it, and return a record per slide, in the order in which they end."""
         folder, rows_of = self.folder, partial(read_slides, self.folder.slides)
         records: list[SlideRecord] = []
         session = RunSession(folder.place, self.listener, rows_of, self.log_tasks)
@@ -301,7 +302,7 @@ class Command:
         return tuple(records)
 
     def encode(self, spec: ModelSpec) -> tuple[SlideRecord, ...]:
-        """Make the features of all slides."""
+        """Compute the features of all slides."""
 
         def plan(executor: Executor, choice: Choice | None) -> RunPlan:
             facts = executor.examine(spec, self.settings, self.entries[:SLIDES_TRIED], choice)
@@ -310,7 +311,7 @@ class Command:
         return self.run(plan, EncodeWorkload)
 
     def encode_first(self, spec: ModelSpec) -> None:
-        """Make the features whose mean is the baseline of a run, unless that run has begun."""
+        """Compute the features whose mean is the baseline of a run, unless that run has begun."""
         stored = None if self.overwrite else read_run(self.folder.run)
         if stored is None or is_encoded(stored):
             without = self.settings.model_copy(update={"method": (NO_METHOD,)})
@@ -325,7 +326,7 @@ class Command:
 
 
 def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
-    """The engine and precision that a run which is continued has chosen, if the same was asked for."""
+    """Return the engine and precision chosen earlier by a run that is continued, if the same ones were requested."""
     try:
         stored = read_run(place)
     except StoreError:  # reported when it is compared with this run
@@ -367,7 +368,7 @@ def _row(record: SlideRecord, folder: RunFolder, run: RunPlan, before: dict[str,
 
 
 def _answer(folder: SlideFolder, run: RunPlan) -> dict[str, str]:
-    """Return the columns that say what a slide-level model answered, where it did."""
+    """Return the columns with a slide-level model's answer, if there is one."""
     done = Manifest(folder.manifest).done()
     if done is None or not done.answer:
         return {}
@@ -376,5 +377,5 @@ def _answer(folder: SlideFolder, run: RunPlan) -> dict[str, str]:
 
 
 def _nothing_but_failures(rows: dict[str, dict[str, Any]]) -> bool:
-    """Return whether no slide has begun: such an `out` may be used with other settings, as a missing --mpp."""
+    """Return whether no slide has begun: such an `out` may be used with other settings, such as a missing --mpp."""
     return bool(rows) and all(row["status"] == SlideStatus.FAILED and row["patches"] == "0" for row in rows.values())

@@ -1,4 +1,4 @@
-"""Examining a model before a run on a few patches, and a slide's stain on a few pixels of its tissue."""
+"""Examine a model on a few patches before a run, and a slide's stain on some pixels of its tissue."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ STAIN_PLACES, STAIN_PX = 512, 32
 
 
 def fit_stain(slide: Slide, mask: NDArray[np.bool_], mpp: float, target: Stain) -> StainFit:
-    """Return the fit that makes the slide look like the target, measured on its tissue `mask` at `mpp`.
+    """Return the transformation of the slide's stain to the target, measured on its tissue `mask` at `mpp`.
 
     Raises:
         StainError: its stain cannot be measured.
@@ -94,7 +94,7 @@ def sample_patches(
     stain: Stain | None = None,
     scaled: bool = False,
 ) -> NDArray[np.uint8] | None:
-    """Return up to `count` patches of those a run explains, uint8 [n, H, W, 3], of the first slide that can be read.
+    """Return up to `count` of the patches that a run explains, uint8 [n, H, W, 3], from the first readable slide.
 
     Of tissue and inside the mask, as the settings say; with a `stain` normalised to it; `scaled` while tiles are
     decoded. The same for the same archive
@@ -153,10 +153,10 @@ def _readable(slide: Slide, places: list[list[int]], patch_px: tuple[int, int], 
 
 
 def check_batch(model: Model, batch_size: int | Literal["auto"]) -> None:
-    """Refuse a batch whose pixels alone are more than memory holds: nothing is made of it yet.
+    """Refuse a batch whose pixels alone exceed memory, before anything is allocated.
 
     Raises:
-        ConfigError: says how large it is.
+        ConfigError: the batch is too large; the message says how large.
     """
     count = 1 if batch_size == "auto" else batch_size
     size = count * (3 * math.prod(model.patch_px) + 3 * 4 * math.prod(model.input_px))
@@ -173,16 +173,16 @@ def examine_model(
     slides: Sequence[SlideEntry],
     choice: Choice | None = None,
 ) -> Explainer:
-    """Load a model, unless it is loaded, learn what planning needs of it, and choose what runs it.
+    """Load a model unless it is loaded, find out what planning needs to know, and choose the engine.
 
-    Of a slide-level model it is the encoder that runs; its aggregator is looked at, too.
+    For a slide-level model, the encoder is run and the aggregator is checked.
 
     A `choice` that was made before is kept.
 
     Raises:
         ConfigError: a batch is too large, or the aggregator does not have a bag method.
-        DeviceError: the process can use its GPU no more.
-        ModelError: it cannot be loaded, no layer can be explained, or an engine cannot be had.
+        DeviceError: the process can no longer use its GPU.
+        ModelError: it cannot be loaded, no layer can be explained, or an engine is not available.
     """
     make_sums_deterministic()
     limit_arenas()
@@ -223,13 +223,13 @@ def examine_model(
 
 @dataclass
 class Blind:
-    """A slide-level model whose features come from elsewhere: no network of it is ever shown a pixel."""
+    """A slide-level model whose features come from elsewhere: none of its networks ever sees a pixel."""
 
     facts: ModelFacts
     aggregator: LoadedAggregator
 
     def rate(self, targets: Sequence[Target], methods: Sequence[str]) -> float:
-        """Return patches explained per second, timed on noise; no method looks at pixels."""
+        """Return patches explained per second, timed on noise; no method uses pixels."""
         from wsi_gradcam.mil.attribution import explain_bag
 
         noise = np.random.default_rng(0).normal(size=(RATED, self.aggregator.network.feature_dim))
@@ -254,9 +254,9 @@ def examine_for_run(
 
 
 def _no_encoder(settings: Settings, aggregator: LoadedAggregator) -> ModelFacts:
-    """Return the facts of what stands in for an encoder where features come from elsewhere.
+    """Return the facts that replace those of an encoder if features come from elsewhere.
 
-    Each slide's plan says how large its patches are; size and resolution here are those at which they are looked at.
+    Each slide's plan states the size of its patches; size and resolution here are those at which patches are displayed.
     """
     side = settings.patch_px or LOOKED_AT_PX
     return ModelFacts(
@@ -282,7 +282,7 @@ def _no_encoder(settings: Settings, aggregator: LoadedAggregator) -> ModelFacts:
 
 
 def slide_level_facts(spec: SlideModelSpec, encoder: ModelFacts, aggregator: LoadedAggregator) -> ModelFacts:
-    """Return the facts of a slide-level model, of those of its parts.
+    """Return the facts of a slide-level model from those of its parts.
 
     Raises:
         ModelError: the encoder's features are not those that the aggregator takes.

@@ -1,7 +1,7 @@
-"""Failures: which may not come again, tasks that are tried once more, and slides that failed before.
+"""Failures: which are transient, tasks that are retried, and slides that failed before.
 
-The same command does only what is missing. A slide that failed for a reason of its own, after minutes perhaps, would
-fail again: it stays as it is until something that it depends on changes, or --retry-failed is given.
+The same command does only what is missing. A slide that failed for a reason of its own, perhaps after minutes, would
+fail again: it is skipped until something that it depends on changes, or --retry-failed is given.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ DIGITS = 16
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same work may succeed later, by the error or by its cause.
+    """Return whether the same work may succeed later, judging by the error or its cause.
 
     >>> is_transient(OSError(errno.ESTALE, "stale file handle")), is_transient(OSError(errno.ENOSPC, "disk full"))
     (True, False)
@@ -87,19 +87,19 @@ def is_transient(error: BaseException) -> bool:
 
 
 def may_succeed_soon(error: BaseException) -> bool:
-    """Return whether work is worth another attempt in this run; a server has been asked again and again already."""
+    """Return whether work is worth another attempt in this run; requests to servers have been repeated already."""
     return is_transient(error) and not isinstance(error, SlideAccessError)
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Return whether a slide that failed with the error would fail again, and only after it has been worked on."""
+    """Return whether a slide that failed with this error would fail again, after some work."""
     ours = isinstance(error, WsiGradcamError) and not isinstance(error, MissingPartError)
     is_missing = isinstance(error, FileNotFoundError) and not ours  # a part of OUT
     return not (is_missing or is_transient(error) or isinstance(error, FOUND_EARLY))
 
 
 def log_retry(task: Task, error: BaseException, attempt: int) -> None:
-    """Log why a task is tried again."""
+    """Log why a task is retried."""
     LOG.warning(
         "%s: %s: %s; trying again in %g s (%d of %d)",
         task.slide.id,
@@ -112,7 +112,7 @@ def log_retry(task: Task, error: BaseException, attempt: int) -> None:
 
 
 def retried(work: Callable[[], T], task: Task, on_error: Callable[[Exception, bool], None]) -> T:
-    """Return the result of `work`, which is tried again after transient errors; `on_error` is called with each."""
+    """Return the result of `work`, which is retried after transient errors; `on_error` is called with each error."""
     for attempt, pause_s in enumerate(PAUSES_S):
         try:
             return work()
@@ -127,7 +127,7 @@ def retried(work: Callable[[], T], task: Task, on_error: Callable[[Exception, bo
 
 
 def attempt_digest(entry: SlideEntry, run: RunPlan) -> str:
-    """Return a digest of all that an attempt at a slide depends on: file, list, settings, model and versions."""
+    """Return a digest of everything that an attempt at a slide depends on: file, list, settings, model and versions."""
     values = {
         "run": run.digest(),
         "settings": run.settings.model_dump(mode="json", exclude=ONLY_SPEED),
@@ -148,8 +148,8 @@ def split_failed(
         entries: all slides of the run.
         rows: slides.csv as it was before.
         run: the run's plan.
-        again: whether slides that failed are tried again; but for those that this very command has tried, in a
-            process that died.
+        again: whether slides that failed are retried, except those that this very command has tried in a process that
+            died.
     """
     wanted, known = [], []
     for entry in entries:
@@ -163,7 +163,7 @@ def split_failed(
 
 
 def forget_unreadable(entries: Sequence[SlideEntry], rows: Mapping[str, Mapping[str, str]], folder: RunFolder) -> None:
-    """Forget the plans of slides that failed for unreadable patches, so that these are read again.
+    """Delete the plans of slides that failed because of unreadable patches, so that these are read again.
 
     Raises:
         StoreError: a manifest cannot be removed.

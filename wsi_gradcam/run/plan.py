@@ -1,4 +1,4 @@
-"""The plan of a run and of its slides, and what they will cost. Nothing is written here."""
+"""The plan of a run and of its slides, and their estimated cost. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Map:
-    """An explanation of a run: a channel of the heatmap, a row of the patch store's maps.
+    """One of a run's explanations: a channel of the heatmap, and a row of the patch store's maps.
 
     Attributes:
-        factor: from the raw map to what the heatmap shows, see `MethodInfo.scale`.
+        factor: factor from the raw map to the heatmap, see `MethodInfo.scale`.
     """
 
     method: str
@@ -83,15 +83,15 @@ class Map:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The plan of a run: all that is the same for all slides. Small and picklable: workers get it once.
+    """The plan of a run: everything that is the same for all slides. Small and picklable: workers get it once.
 
     Attributes:
         out: where the results lie.
         spec: the model's specification; workers load the model from it.
-        facts: what was found of the model.
+        facts: the facts about the model.
         settings: how slides are explained.
         targets: what is explained.
-        baseline: the feature vector where Integrated Gradients of a slide-level model begin; () for zero.
+        baseline: the feature vector at which Integrated Gradients of a slide-level model begin; () for zero.
     """
 
     out: StoragePath
@@ -146,7 +146,7 @@ class RunPlan:
 
     @property
     def only_encodes(self) -> bool:
-        """True if features are all that is made: there is no model that would answer."""
+        """True if only features are computed, so that there is no answer."""
         return self.facts.bag is not None and not self.facts.classes
 
     @property
@@ -157,7 +157,7 @@ class RunPlan:
         return (*(f"{RELEVANCE}: {target.label}" for target in self.targets), *self.facts.bag.attention)
 
     def identity(self) -> dict[str, Any]:
-        """Return all that results depend on besides the slide, as plain values."""
+        """Return everything that results depend on besides the slide, as plain values."""
         settings = self.settings.identity()
         settings.update(
             layer=self.facts.layer,
@@ -176,14 +176,14 @@ class RunPlan:
         return {"format": FORMAT, "model": self.facts.digest, "settings": settings}
 
     def _given(self) -> dict[str, Any]:
-        """Return what runs on features made elsewhere depend on, and those of another baseline than zero."""
+        """Return what runs on given features, and runs with a baseline other than zero, depend on."""
         found: dict[str, Any] = {"given_features": True} if self.settings.features is not None else {}
         if self.baseline:
             found["baseline"] = hashlib.sha256(repr(self.baseline).encode()).hexdigest()
         return found
 
     def encoding(self) -> str:
-        """Return the sha256 of all that features of patches depend on besides the slide; "" without features."""
+        """Return the sha256 of everything that features depend on besides the slide; "" without features."""
         if self.facts.bag is None:
             return ""
         kept = {name: value for name, value in self.identity()["settings"].items() if name not in AFTER_FEATURES}
@@ -200,7 +200,7 @@ def plan_run(out: StoragePathLike, spec: ModelSpec | SlideModelSpec, facts: Mode
     """Return the run's plan, checked as far as is possible without a slide.
 
     Raises:
-        TargetError: a target the model does not have, or a function that is not allowed to run.
+        TargetError: a target that the model does not have, or a function that is not allowed to run.
         ConfigError: an unknown method, a stride larger than the patch.
         ModelError: the model's mpp is not known.
     """
@@ -238,7 +238,7 @@ def check_methods(methods: Sequence[str]) -> None:
 
 
 def check_features(settings: Settings, is_slide_level: bool) -> None:
-    """Raise ConfigError for what has no part in a run on features made elsewhere, and for their flags without them."""
+    """Raise ConfigError for settings that do not apply to given features, and for flags of features without any."""
     names = [name for name in type(settings).model_fields if name.startswith("feature_")]
     given = [name for name in names if name != "feature_precision" and getattr(settings, name) is not None]
     if settings.features is None and given:
@@ -256,7 +256,7 @@ def check_features(settings: Settings, is_slide_level: bool) -> None:
 
 
 def check_bag_methods(settings: Settings) -> None:
-    """Raise ConfigError for methods that are none of a slide-level model, or that cannot lead down to pixels."""
+    """Raise ConfigError for unknown bag methods, or a first one that cannot be continued to pixels."""
     first, *others = settings.bag_method
     if first not in CHAINED:
         raise ConfigError(
@@ -276,14 +276,14 @@ def check_bag_methods(settings: Settings) -> None:
 def plan_slide(
     slide: Slide, run: RunPlan, regions: Regions | None = None, given: FeatureBag | None = None
 ) -> tuple[SlidePlan, Patches, NDArray[np.bool_]]:
-    """Return the plan of an open slide, its patches and its tissue mask; patches are where `given` features are.
+    """Return the plan of an open slide, its patches and its tissue mask; patches are those of `given` features.
 
-    Reads a thumbnail, and some tissue for its stain.
+    It reads a thumbnail, and some tissue for its stain.
 
     Raises:
         MppError: the slide's mpp is not known.
         SlideReadError: the thumbnail cannot be read.
-        AnnotationError: the regions cannot be understood, or lie where no tissue is.
+        AnnotationError: the regions cannot be read, or there is no tissue in them.
         StainError: its stain cannot be measured, and the model asks for that.
         ConfigError: patches smaller than a heatmap pixel.
         FeatureError: the given features are of patches that the encoder does not see, or lie on glass.
@@ -344,7 +344,7 @@ def plan_slide(
 
 
 def open_given(folder: FeatureFolder, slide_id: str, info: SlideInfo, run: RunPlan) -> FeatureBag:
-    """Open the features of a slide that were made elsewhere, by the settings of the run; see `open_features`."""
+    """Open the given features of a slide according to the run's settings; see `open_features`."""
     settings, bag = run.settings, run.facts.bag
     assert bag is not None
     return open_features(
@@ -359,7 +359,7 @@ def open_given(folder: FeatureFolder, slide_id: str, info: SlideInfo, run: RunPl
 
 
 def _check_bag(run: RunPlan, path: str, patches: int) -> None:
-    """Refuse a slide whose patches the aggregator sees all at once, where they are too many; see `refuse_large_bag`."""
+    """Refuse a slide with too many patches for an aggregator that sees all at once; see `refuse_large_bag`."""
     bag = run.facts.bag
     if bag is not None and bag.whole and patches:
         needed = whole_bag_bytes(bag.whole, patches, bag.feature_dim, len(run.targets))
@@ -367,7 +367,7 @@ def _check_bag(run: RunPlan, path: str, patches: int) -> None:
 
 
 def _stain(slide: Slide, run: RunPlan, tissue: NDArray[np.bool_], patches: int) -> StainFit | None:
-    """Return what makes the stain of a slide with patches that of the model, where that asks for it."""
+    """Return the transformation of a slide's stain to the model's, if the model asks for it and there are patches."""
     target = run.facts.stain
     return fit_stain(slide, tissue, run.mpp, target) if target is not None and patches else None
 
@@ -432,7 +432,7 @@ def _enlarging(info: SlideInfo, mpp: float, allowed: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Pace:
-    """The time that a run will take: the patches that are left, how many a second, and what that rests on."""
+    """The time that a run will take: the remaining patches, the rate, and the basis of that estimate."""
 
     patches: int
     patches_per_s: float
@@ -440,7 +440,7 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """The time that is left, in seconds."""
+        """The remaining time, in seconds."""
         return self.patches / self.patches_per_s
 
 

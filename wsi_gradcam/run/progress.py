@@ -1,4 +1,4 @@
-"""Counting how far a run is: slides, patches, rates, busy shares of workers, and the time that is left."""
+"""The progress of a run: slides, patches, rates, busy shares of workers, and the remaining time."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Progress:
 
     @property
     def patches_expected(self) -> int:
-        """Patches to be done in all: a slide that is not planned yet counts as the mean size of those that are.
+        """The expected number of patches: a slide that is not planned yet counts as the mean of those that are.
 
         Of these, slides that an earlier command has finished count whole: that nothing is left of them says nothing of
         the others.
@@ -186,7 +186,7 @@ class Progress:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """How often a patch was shown to the model, and how often one will have been: twice of slide-level models."""
+        """How often patches were, and will have been, shown to the model: twice for slide-level models."""
         encoding = self.to_encode + self._unplanned if self.to_encode else 0
         return self.patches_done + self.encoded, self.patches_expected + encoding
 
@@ -198,7 +198,7 @@ class Progress:
         return self.throughput.since(from_s) / max(1e-9, now_s - from_s)
 
     def left_s(self) -> float | None:
-        """Return the seconds that the rest will take at the present rate; None where that is not known yet."""
+        """Return the seconds that the rest will take at the present rate; None if that is not known yet."""
         done, expected = self.passes
         left = max(0, expected - done)
         if self.slides_done == self.slides:
@@ -212,7 +212,7 @@ class Progress:
         return [FailureCause(text, cause.count, cause.slides) for text, cause in ordered]
 
     def numbers(self) -> RunNumbers:
-        """Return all numbers as of now."""
+        """Return all present numbers."""
         now_s, left_s = self.elapsed_s(), self.left_s()
         slowest = sorted(self._slowest, reverse=True)
         return RunNumbers(

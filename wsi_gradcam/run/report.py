@@ -1,4 +1,4 @@
-"""What a run leaves of itself in OUT: its log, and `run.html`, a page that needs no other file and no script.
+"""A run's log in OUT, and `run.html`, a page that needs no other file and no script.
 
 The log has a line of JSON for each event, in OUT/log/RUN-NUMBER.jsonl. An object in a store cannot be appended to, so
 the log comes in parts that are written whole: the last one again and again until it is long enough.

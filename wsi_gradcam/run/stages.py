@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 
 class OverwritingWorkload(Workload, Protocol):
-    """A workload that may make results again."""
+    """A workload that may recompute results."""
 
     @property
     def overwrite(self) -> bool:
-        """True where slides that have results are planned again."""
+        """True if slides that have results are planned again."""
 
 
 def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Planned:
@@ -109,7 +109,7 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
 
 
 def _encoded(folder: SlideFolder, run: RunPlan) -> SlidePlan | None:
-    """Return the plan of a slide whose features another run has made, and nothing of them, as this one would."""
+    """Return the plan of a slide for which another run has only computed features, just as this one would."""
     if run.facts.bag is None or run.only_encodes:
         return None
     try:
@@ -141,7 +141,7 @@ def _kept_features(
 def _stored(
     folder: SlideFolder, slide: Slide, run: RunPlan, regions: Regions | None, given: FeatureBag | None
 ) -> tuple[Planned | None, str]:
-    """Return what is left to do of a slide that was planned before; else None, and why that plan cannot be used."""
+    """Return what is left to do for a slide that was planned before; else None, and why that plan cannot be used."""
     manifest = Manifest(folder.manifest)
     try:
         plan = manifest.plan()

@@ -1,4 +1,4 @@
-"""`status.json`: how far a run is; and how a run is seen from outside, by the files in OUT alone."""
+"""`status.json`: the progress of a run, and what can be seen of a run from the files in OUT alone."""
 
 from __future__ import annotations
 

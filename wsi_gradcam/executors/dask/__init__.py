@@ -1,4 +1,4 @@
-"""Many processes through Dask: on this machine, or on a cluster that a scheduler address names.
+"""Many processes through Dask: on this machine, or on a cluster with a scheduler's address.
 
 Futures, not collections: a task is a slide and a few numbers, a window of them is in flight, workers keep the model
 between tasks and write their own results. Several slides are in flight, so that no worker waits at a slide's end.
@@ -93,7 +93,7 @@ class DaskExecutor:
 
     @property
     def dashboard(self) -> str:
-        """Address of Dask's own pages; "" where its scheduler has none, as on this machine."""
+        """Address of Dask's own pages; "" if its scheduler has none, as on this machine."""
         try:
             has_pages = self._client.run_on_scheduler(_has_pages)
         except Exception as error:  # whatever an import there ends with: a run does not need to know
@@ -102,7 +102,7 @@ class DaskExecutor:
         return str(self._client.dashboard_link) if has_pages else ""
 
     def workers(self) -> Workers:
-        """Return the workers that there are now.
+        """Return the present workers.
 
         Raises:
             WorkerError: the scheduler does not answer.
@@ -119,7 +119,7 @@ class DaskExecutor:
         """Return what `examine_for_run` learns of the model, on a worker: this process never loads torch.
 
         Raises:
-            WorkerError: the workers die of it, or are gone.
+            WorkerError: the workers die doing this, or are gone.
             StoppedError: the process was told to stop.
         """
         try:
@@ -177,7 +177,7 @@ class DaskExecutor:
                     self._client.unregister_scheduler_plugin(scheduler_plugin.name)
 
     def close(self) -> None:
-        """Leave the cluster; the local one is stopped."""
+        """Leave the cluster; a local one is stopped."""
         self._opened.close()
 
     def _wait(self) -> None:
@@ -189,7 +189,7 @@ class DaskExecutor:
             STOP.check()
 
     def _result(self, future: Future[Any]) -> Any:
-        """Return the result of a future, unless its workers go, or the process is told to stop."""
+        """Return the result of a future, unless its workers disappear or the process is told to stop."""
         timer, polled = MissingWorkerTimer(self._wait_s), time.monotonic()
         while not future.done():
             STOP.wait(POLL_S)

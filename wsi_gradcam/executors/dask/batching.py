@@ -55,15 +55,15 @@ MODEL, PLANNING, OTHER, ALONE = "model", "plan", "other", "alone"  # kinds of ba
 
 @dataclass
 class RunningSlide:
-    """A slide's job and how far it is.
+    """A slide's job and its progress.
 
     Attributes:
         number: of the slide in its run.
         phases: tasks that wait, with their positions among `results`, by phase.
-        out: how many tasks are in flight.
+        out: the number of tasks in flight.
         open: whether tasks of the first phase may be sent now.
-        batches: how many batches were made.
-        planned: whether it is known what there is to do.
+        batches: the number of batches made so far.
+        planned: whether the slide has been planned.
         error: the first error of its tasks.
     """
 
@@ -102,7 +102,7 @@ class RunningSlide:
 
     @property
     def next_stage(self) -> Stage | None:
-        """The stage of the tasks that may be sent now; None where none may."""
+        """The stage of the tasks that may be sent now; None if there are none."""
         return self.phases[0][0][1].stage if self.open and self.phases else None
 
     @property
@@ -186,13 +186,13 @@ class SentBatch:
         return ALONE if self.alone else kind_of(self.tasks[0].stage)
 
     def rest(self, done: int, **changes: Any) -> SentBatch:
-        """Return what is left of it after the first tasks, under a new number."""
+        """Return the rest of the batch after its first tasks, under a new number."""
         self.running.batches += 1
         changes["number"] = self.running.batches
         return replace(self, positions=self.positions[done:], tasks=self.tasks[done:], **changes)
 
     def singly(self) -> list[SentBatch]:
-        """Return a batch for each task, to run alone; tasks that build on each other stay together."""
+        """Return a batch for each task, to run alone; tasks that depend on each other stay together."""
         if not self.needs_model:
             return [self.rest(0, alone=True)]
         pairs = enumerate(zip(self.positions, self.tasks, strict=True))
@@ -210,7 +210,7 @@ MAX_TRIALS = 4  # of a task whose workers always die before it begins
 
 
 class CrashTrials:
-    """Batches that workers died of, which are tried again with each task alone.
+    """Batches on which workers died, which are retried with each task alone.
 
     Dask blames all tasks of a worker that dies. One that is blamed too often is run again while nothing else of the
     run is at work in its process: if workers die of that too, it is the culprit. Few run alone at once.
@@ -235,7 +235,7 @@ class CrashTrials:
             self._begun[told["alone"]] += 1
 
     def is_culprit(self, sent: SentBatch, key: str) -> bool:
-        """Return whether a batch that workers died of is the cause; else it is put up for another trial."""
+        """Return whether a batch on which workers died is the cause; otherwise it gets another trial."""
         begun = sent.begun + self._begun.pop(key, 0)
         if sent.alone and (begun >= DEATHS_ALONE or sent.trials >= MAX_TRIALS):
             return True
@@ -291,7 +291,7 @@ def _batch_s(seconds: float) -> float:
 
 
 class RemainingWork:
-    """The work that is left: of slides that are planned, and of the others, if it is known how many they are."""
+    """The remaining work: of planned slides, and of the others, if their number is known."""
 
     def __init__(self, rates: Rates, slides: Iterable[object]) -> None:
         self._rates = rates
@@ -324,7 +324,7 @@ class RemainingWork:
         self._out.subtract(task.stage for task in tasks)
 
     def left_s(self, active: Iterable[RunningSlide], enough_s: float = math.inf) -> Pools[float]:
-        """Return the seconds of work left; infinite where they are not known, or more than enough for the model."""
+        """Return the seconds of work left; infinite if unknown, or more than enough for the model."""
         ahead_s = self._ahead_s()
         if ahead_s == math.inf or ahead_s > enough_s:
             return Pools(math.inf, math.inf)

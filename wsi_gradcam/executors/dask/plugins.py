@@ -35,7 +35,7 @@ REPORT_S = 0.1  # for a few bytes to the scheduler, before what may be the end
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """Tasks of a slide that a worker performs one after the other: all that travels to it.
+    """Tasks of a slide that a worker performs one after the other: all that is sent to it.
 
     Attributes:
         run: name of the run's plugin.
@@ -65,7 +65,7 @@ class BatchResult:
 
 
 class RunWorkerPlugin(WorkerPlugin):
-    """Gives every worker, also those that join later, the run's context."""
+    """A plugin that gives every worker, including later ones, the run's context."""
 
     def __init__(self, name: str, workload: Workload, torch_threads: int | None) -> None:
         self.name = name
@@ -90,7 +90,7 @@ class RunWorkerPlugin(WorkerPlugin):
 
 
 class ExaminedModel:
-    """The model that this process examined last, which a run on it need not load and compile once more."""
+    """The model that this process examined last, which a run on it need not load and compile again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -174,13 +174,13 @@ def perform_batch(batch: TaskBatch) -> BatchResult:
 
 
 def _report_begun(worker: Worker, run: str) -> None:
-    """Let the client know that from now on only this batch can end the process."""
+    """Tell the client that from now on only this batch can end the process."""
     worker.log_event(run, {"alone": str(worker.get_current_task())})
     time.sleep(REPORT_S)
 
 
 def _end_process(worker: Worker, run: str, error: DeviceError) -> NoReturn:
-    """End a process that can use its GPU no more, with all that it has in hand; the client is told why.
+    """End a process that can no longer use its GPU, with all its work; the client is told why.
 
     Its nanny starts another one, and Dask gives its tasks to others, as when it dies by itself.
     """
@@ -191,7 +191,7 @@ def _end_process(worker: Worker, run: str, error: DeviceError) -> NoReturn:
 
 
 def portable(error: Exception) -> Exception:
-    """Return the error, or where it cannot be pickled, one with the same message."""
+    """Return the error, or one with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -235,7 +235,7 @@ def use_threads(count: int) -> None:
 
 
 def stop_here(name: str, dask_worker: Worker) -> None:
-    """Let a worker begin no further task of a run."""
+    """Make a worker begin no further task of a run."""
     plugin = dask_worker.plugins.get(name)
     if isinstance(plugin, RunWorkerPlugin):
         plugin.stopped = True

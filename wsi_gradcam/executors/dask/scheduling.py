@@ -100,7 +100,7 @@ class ResultCollector:
 
 
 def _lost(reason: str) -> FatalError:
-    """Return the error of a run that cannot go on, through no fault of its own."""
+    """Return the error for a run that cannot continue, through no fault of its own."""
     return FatalError(WorkerError(f"{reason} and {AGAIN}"))
 
 
@@ -189,7 +189,7 @@ class SlideScheduler:
                 self._client.unsubscribe_topic(self._name)
 
     def _fill(self, left: Iterator[tuple[int, SlideEntry]]) -> None:
-        """Send what may be sent, in the order of slides, and begin slides while the limits allow it."""
+        """Send the tasks that may be sent, in the order of slides, and begin slides while the limits allow it."""
         now = time.monotonic()
         due, self._later = [s for at, s in self._later if at <= now], [(at, s) for at, s in self._later if at > now]
         for again in due:

@@ -1,4 +1,4 @@
-"""Workers: those of a scheduler, what each can run, and waiting for missing ones; and those on this machine."""
+"""The workers of a scheduler, what each can run, and waiting for missing ones; and workers on this machine."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class Pools(Generic[T]):
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers that there are at a moment.
+    """The workers at one moment.
 
     Attributes:
         addresses: of all.
         needs: resources that a batch asks for.
         able: how many batches each worker that has those runs at once, by its address.
         slots: how many batches can run at once on all workers together.
-        missing: what is missing, and how to mend it; empty where nothing is.
+        missing: what is missing, and how to fix it; empty if nothing is.
     """
 
     addresses: tuple[str, ...]
@@ -113,7 +113,7 @@ def _missing_workers(info: Mapping[str, Any], has_device: bool, device: str, sch
 
 
 class MissingWorkerTimer:
-    """Bounds the time for which workers may be missing, and logs when they have been for a moment."""
+    """A timer that limits how long workers may be missing, and logs it after a moment."""
 
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
@@ -139,7 +139,7 @@ class MissingWorkerTimer:
 
 
 def workers_of(client: Client) -> dict[str, Any]:
-    """Return what the scheduler itself says now of each worker, by address.
+    """Return the scheduler's present information on each worker, by address.
 
     `Client.scheduler_info` stores the answer where the client's own refresh, which leaves workers out, may write over
     it before it is read: of 62,689 calls 3 had no workers. And where none comes, it returns the last one.
@@ -195,7 +195,7 @@ def ask_workers(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the scheduler's information on each worker, and the result of `function` there, both by address.
 
-    An exception on a worker is returned as its result, also that the worker does not have the function.
+    An exception on a worker is returned as its result, even if the worker does not have the function.
 
     Raises:
         WorkerError: no scheduler answers.
@@ -240,30 +240,30 @@ def threads_each(workers: int) -> int:
 
 
 class _Unseen:
-    """A part of a cluster without Dask's HTTP server, which has no password and tells everyone of slides and errors."""
+    """A part of a cluster without Dask's HTTP server, which has no password and shows slides and errors to everyone."""
 
     def start_http_server(self, *_: Any, **__: Any) -> None:
         """Listen nowhere."""
 
 
 class UnseenScheduler(_Unseen, Scheduler):
-    """A scheduler that listens for Dask's own connections alone."""
+    """A scheduler that accepts only Dask's own connections."""
 
 
 class UnseenWorker(_Unseen, Worker):
-    """A worker that listens for Dask's own connections alone."""
+    """A worker that accepts only Dask's own connections."""
 
 
 @contextmanager
 def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
     """Start worker processes for a model on `device`, as a context.
 
-    No other user of this machine can use them, or make them load code: scheduler, nannies and workers answer those
-    alone that have the key, made for this run. It is kept in memory and reaches workers through the pipes that
-    start them. Dask's folder for scratch files, from which its processes import, is this user's own.
+    No other user of this machine can use them, or make them load code: scheduler, nannies and workers answer only those
+    that have the key, which is made for this run. It is kept in memory and reaches workers through the pipes that start
+    them. Dask's folder for scratch files, from which its processes import, is this user's own.
 
     Raises:
-        WorkerError: "cuda" is asked for, and there are fewer GPUs than workers.
+        WorkerError: "cuda" is requested, and there are fewer GPUs than workers.
     """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what fails is reported with its slide
     gpus = gpus_for(workers) if device == "cuda" else None
@@ -342,7 +342,7 @@ def gpus_for(workers: int) -> list[str]:
     """Return the names of GPUs, one for each worker.
 
     Raises:
-        WorkerError: there are not so many.
+        WorkerError: there are not enough.
     """
     gpus = visible_gpus()
     if not gpus:
