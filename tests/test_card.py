@@ -86,7 +86,7 @@ def facts(made: Path) -> Any:
 
 
 def test_another_model_gets_no_card_of_this_run(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"another model than .* was made with \(marker, digest"):
+    with pytest.raises(ModelError, match=r"not the model that .* was made with \(marker, digest"):
         write_card(made / "pooled_linear.yaml", made / "out", tmp_path)
     assert not list(tmp_path.iterdir())
 

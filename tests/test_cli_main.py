@@ -119,7 +119,7 @@ def test_a_dry_run_estimates_the_time(run: Run, made: Path, finished: Path, tmp_
     told = json.loads(run(*arguments, "--out", out)[1])["time"]
     assert (told["patches"], told["seconds"]) == (0, 0)  # all is there
     assert told["patches_per_s"] == pytest.approx(patches / seconds)
-    assert told["basis"].startswith("as the 76 patches in ")
+    assert told["basis"].startswith("the rate of the 76 patches already in ")
 
 
 def flat(printed: str) -> str:

@@ -71,7 +71,7 @@ def test_what_is_tried_again_is_told_and_what_has_failed_before_is_not(capsys: p
     lines.slide_done(replace(record(8, "failed", "no slide", skipped=True), lasting=True))
     lines.message("mind the gap")
     assert capsys.readouterr().err.splitlines() == [
-        "7.svs: explain 3 is tried again: its worker died",
+        "7.svs: explain 3 is being retried: its worker died",
         "[1/2] 7.svs: failed, 1.0 s: died",
         "mind the gap",
     ]

@@ -143,7 +143,7 @@ def test_dask_cuda_is_used_where_it_is_installed(made: list[dict[str, Any]], mon
 
 @pytest.mark.usefixtures("four_gpus", "made")
 def test_more_workers_than_gpus_are_refused() -> None:
-    with pytest.raises(WorkerError, match=r"--workers 5 .*but there are 4 \(0, 1, 2, 3\); give --workers 4"):
+    with pytest.raises(WorkerError, match=r"--workers 5 .*but there are 4 \(0, 1, 2, 3\); use --workers 4"):
         start(5, "cuda")
 
 

@@ -209,7 +209,7 @@ def test_swapped_sizes_of_the_slide_are_refused() -> None:
 
 
 def test_features_of_another_slide_are_refused() -> None:
-    with pytest.raises(FeatureError, match=r"of a slide of 14001 x 9000 px, but a\.svs has 14000 x 9000"):
+    with pytest.raises(FeatureError, match=r"from a slide of 14001 x 9000 px, but a\.svs has 14000 x 9000"):
         place(claims(512, slide_px=(14_001, 9_000)), square(512))
     with pytest.raises(FeatureError, match=r"patch 5 at x 50000, y 0 lies outside a\.svs of 14000 x 9000 px"):
         place(claims(512), [*square(512, 5, 1), (50_000, 0)])

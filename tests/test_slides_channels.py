@@ -116,7 +116,7 @@ def test_stains_of_fluorescence_are_refused_by_every_reader(said: str, tile: Any
     path = write(tmp_path / "a.ome.tif", noise(count, 128, 192), names, tile=tile)
     if reader == "openslide" and tile is None:
         return  # it knows no strips
-    with pytest.raises(SlideContentError, match=rf"a.ome.tif: {count} pictures that belong together.*--channels 0,1,2"):
+    with pytest.raises(SlideContentError, match=rf"a.ome.tif: {count} separate channels.*--channels 0,1,2"):
         open_slide(path, reader=reader)
 
 
@@ -202,7 +202,9 @@ def test_channels_of_an_ome_zarr(tmp_path: Path) -> None:
     stains = [{"label": name, "color": "FF0000"} for name in ("DAPI", "FITC", "Cy3", "Cy5")]
     for count in (2, 3, 4):
         path = write_zarr(tmp_path / f"{count}.zarr", planes[:count], stains[:count])
-        with pytest.raises(SlideContentError, match=rf"{count}.zarr: {count} pictures .*'DAPI', 'FITC'.*--channels"):
+        with pytest.raises(
+            SlideContentError, match=rf"{count}.zarr: {count} separate channels .*'DAPI', 'FITC'.*--channels"
+        ):
             open_slide(path)
         np.testing.assert_array_equal(shown(path, channels=(1, 1, 0)), np.moveaxis(planes[[1, 1, 0]], 0, -1))
 

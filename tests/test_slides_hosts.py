@@ -58,7 +58,9 @@ def no_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("url", CLOUD)
 @pytest.mark.parametrize("reader", ["auto", "tiff", "ome-zarr"])
 def test_what_clouds_tell_only_their_machines_is_not_asked(url: str, reader: str) -> None:
-    with pytest.raises(SlideAccessError, match=r"is for a cloud machine itself; --allow-hosts .* allows it") as caught:
+    with pytest.raises(
+        SlideAccessError, match=r"belongs to a cloud machine's own metadata service; --allow-hosts .* allows it"
+    ) as caught:
         open_slide(url, 0.5, reader)
     assert "secret" not in str(caught.value)
 
@@ -156,7 +158,7 @@ def slide_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 )
 @pytest.mark.parametrize("name", ["a.tif", "a.zarr"])
 def test_redirects_to_what_clouds_tell_only_their_machines_are_not_followed(target: str, name: str) -> None:
-    said = r"redirects to http.*is for a cloud machine itself; --allow-hosts"
+    said = r"redirects to http.*belongs to a cloud machine's own metadata service; --allow-hosts"
     with recording("127.0.0.1", leading_to(target)) as (url, _), pytest.raises(SlideAccessError, match=said):
         open_slide(f"{url}/{name}", 0.5)
 

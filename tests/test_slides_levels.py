@@ -136,7 +136,7 @@ def test_a_factor_that_is_a_little_off_is_found_by_content(
     levels = levels_of(picture, stretch=stretch, colour=None)
     with closing(opened(tmp_path, levels, reader, tags=True)) as slide, caplog.at_level(logging.WARNING):
         assert place_of_mark(slide, 0.5) == pytest.approx((1948, 1548), abs=1.0)
-    assert "level 1 is not used" in caplog.text
+    assert "level 1 is replaced by finer ones" in caplog.text
 
 
 def test_levels_that_fit_are_used_without_a_word(

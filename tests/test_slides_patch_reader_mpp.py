@@ -98,4 +98,4 @@ def test_one_flag_mends_the_silent_files_of_an_archive(slides: Path, tmp_path: P
         {"silent.tif": GIVEN, "telling.tif": OWN}
     )
     (failed,) = explain(slides / "telling.tif", model, tmp_path, **SMALL, mpp=GIVEN, replace_mpp=True).failed
-    assert "holds results at mpp (0.25, 0.25), the slide's is (0.4, 0.4)" in failed.error
+    assert "holds results at mpp (0.25, 0.25), but the slide's is (0.4, 0.4)" in failed.error

@@ -113,7 +113,7 @@ def _plain_name(precision: str) -> str:
 
 @cache
 def _operators() -> list[Any]:
-    """Return operators with a float32 precision of their own, three of CUDA, three of the CPU; none before torch 2.9."""
+    """Return operators with their own float32 precision, three of CUDA, three of the CPU; none before torch 2.9."""
     b = torch.backends
     if not hasattr(b.cuda.matmul, "fp32_precision"):
         return []

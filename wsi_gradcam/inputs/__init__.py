@@ -1,5 +1,5 @@
-"""From what a user names (files, folders, patterns, lists, URLs) to slides with unique ids.
+"""From files, folders, patterns, lists and URLs to slides with unique ids.
 
 `find` returns them as `SlideEntry`s, `lists` reads lists with mpp, masks and labels, `search` walks folders. This room
-knows which files are slides, and no pixels; it may use `slides`.
+knows which files are slides, but no pixels; it may use `slides`.
 """

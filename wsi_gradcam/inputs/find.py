@@ -47,13 +47,13 @@ MAX_NEIGHBOURS = 10_000  # files of a folder that a misspelt name is compared wi
 class SlideEntry:
     """A slide of a run.
 
-    Attributes:
-        id: its path relative to the folder that was given, with forward slashes, as `as_text` writes it.
-        path: its path, or its URL without secrets.
-        mpp: (y, x) micrometres per level-0 pixel by a list, for a file that does not say it.
-        url: the URL as it was given, where it has more than `path` shows. Not to be printed.
-        mask: path of its mask by a list, which goes before the run's.
-        label, site, scanner, patient: details by a list. They change no result.
+        Attributes:
+            id: its path relative to the given folder, with forward slashes, as `as_text` writes it.
+            path: its path, or its URL without secrets.
+        mpp: (y, x) micrometres per level-0 pixel from a list, for a file that does not state it.
+        url: the URL as it was given, if it has more than `path` shows. It must not be printed.
+        mask: path of its mask from a list, which takes precedence over the run's.
+        label, site, scanner, patient: details from a list, which do not change results.
     """
 
     id: str
@@ -89,7 +89,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class Searched:
-    """The slides that were found, and a line on each kind of what was left out."""
+    """The slides that were found, and a line for each kind of file that was left out."""
 
     entries: list[SlideEntry]
     remarks: tuple[str, ...]
@@ -103,17 +103,17 @@ def find_slides(paths: Sequence[str | os.PathLike[str]]) -> list[SlideEntry]:
 def search_slides(paths: Sequence[str | os.PathLike[str]], named: str = "") -> Searched:
     """Return the slides in `paths` (files, folders to search, patterns, URLs, lists), sorted by id, each once.
 
-    A list is a CSV or Parquet file with a column `slide`, paths from the list's own folder, and if need be further
-    columns, see `inputs.lists`; the last details of a slide count. A pattern has wildcards (`archive/**/*.svs`) where
-    nothing has that name; its matches need an ending of slides, unless the pattern has its own. A URL that ends in
+    A list is a CSV or Parquet file with a column `slide`, paths relative to the list's own folder, and optional
+    columns, see `inputs.lists`; the last details of a slide count. A pattern has wildcards (`archive/**/*.svs`) and is
+    not an existing name; its matches must have an ending of slides, unless the pattern has its own. A URL that ends in
     a slash is a folder, unless it is a Zarr image.
 
-    A file's id is its name; slides of a folder are named from the folder, those of a pattern from the folder before
-    its first wildcard; where that would give two slides one id, all are named from the folder that holds everything
-    given. Results of ours are no slides: a search leaves them out, and to name one is an error.
+    A file's id is its name; slides of a folder are named from the folder, those of a pattern from the folder before its
+    first wildcard; where that would give two slides one id, all are named from the folder that holds everything given.
+    Results of wsi_gradcam are not slides: a search leaves them out, and naming one is an error.
 
-    Buckets that only a list names are asked without the user's credentials; those of `paths` are not, nor that of the
-    URL which is `named` besides.
+    Buckets that occur only in a list are accessed without the user's credentials; those of `paths`, and of the URL
+    `named`, with them.
 
     Raises:
         SlideNotFoundError: a path that does not exist.
@@ -364,7 +364,7 @@ def _matching(path: Path, remarks: Remarks) -> Iterator[tuple[str, str, Details]
 
 
 def _neighbours(path: Path) -> str:
-    """Return a question with the names beside a missing file that are like its own; "" where there are none."""
+    """Return a question with names next to a missing file that are similar to its own; "" if there are none."""
     try:
         with os.scandir(path.parent) as entries:
             return did_you_mean(path.name, [as_text(entry.name) for entry in islice(entries, MAX_NEIGHBOURS)], 0.8)
@@ -373,7 +373,7 @@ def _neighbours(path: Path) -> str:
 
 
 def _slide_key(file: str) -> str | Path:
-    """Return a key that the files of one slide share: of DICOM, folder and series; else the file itself."""
+    """Return a key that the files of one slide share: for DICOM, folder and series; else the file itself."""
     return _series_of(Path(file)) if file.lower().endswith(".dcm") else file
 
 

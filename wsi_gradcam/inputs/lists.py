@@ -1,6 +1,6 @@
-"""Lists of slides: tables with the slides' paths and further details, as Parquet or as text that spreadsheets write.
+"""Lists of slides: tables with the slides' paths and further details, as Parquet or as text from spreadsheets.
 
-Text is UTF-8 or UTF-16, its cells are separated by commas, semicolons or tabs: the header tells which.
+Text is UTF-8 or UTF-16, and its cells are separated by commas, semicolons or tabs, as in the header.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXPECTED = "slide, and optionally mpp (or mpp_y and mpp_x), mask, label, site, s
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Details of a slide by a list; empty where the list has none.
+    """Details of a slide from a list; empty if the list has none.
 
     Attributes:
         mpp: (y, x) micrometres per level-0 pixel.
@@ -76,7 +76,7 @@ def read_list(path: Path) -> Iterator[tuple[str, str, Details]]:
     All folders in a path are resolved: a link is a slide of its own, `a/../a` is not.
 
     Raises:
-        ConfigError: not such a list, or an invalid value; the message names the line.
+        ConfigError: not a valid list, or an invalid value; the message names the line.
         SlideNotFoundError: a slide that does not exist.
     """
     rows = _parquet_rows(path) if path.suffix.lower() == PARQUET else _csv_rows(path)
@@ -146,7 +146,7 @@ def _check_rows(path: Path, rows: int) -> None:
 
 
 def _lines_in(path: Path) -> int:
-    """Return how many lines a text has, counted up to what no list has.
+    """Return the number of lines of a text, counted only up to the limit.
 
     Raises:
         ConfigError: it is longer than any list.
@@ -177,7 +177,7 @@ def _lines(file: TextIO) -> Iterator[str]:
 
 
 def _columns(path: Path, header: str, delimiters: str) -> tuple[str, list[str]]:
-    """Return what separates the cells, and the names of the columns.
+    """Return the separator of the cells, and the names of the columns.
 
     Raises:
         ConfigError: no column is called "slide", or more than one character may separate the cells.
@@ -238,7 +238,7 @@ def _invalid_list(path: Path, error: Exception, expected: str) -> ConfigError:
 
 
 def _known_columns(path: Path, names: Sequence[str], where: str = "") -> list[str]:
-    """Return those of a list's columns that have a meaning here."""
+    """Return the columns of a list that are used here."""
     if "slide" not in names:
         raise ConfigError(f"{path}: no column 'slide'{where}; expected the columns {EXPECTED}")
     return [name for name in COLUMNS if name in names]

@@ -1,6 +1,6 @@
 """Search of folders for slides, in a reproducible order and without silent omissions.
 
-Results of ours are no slides. They are known by what they hold, since exports lie where users want them.
+Results of wsi_gradcam are not slides. They are recognised by their content, since exports lie wherever users want them.
 
 Patterns of paths have the wildcards `*`, `?` and `[...]` inside a part, and `**` for any folders.
 """
@@ -98,7 +98,7 @@ NAMED = 3  # of what is left out
 
 @dataclass
 class Remarks:
-    """What a search left out: results of ours, slides in formats that are not read, and folders by their names."""
+    """What a search left out: results of wsi_gradcam, slides in unsupported formats, and folders by their names."""
 
     results: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
@@ -149,12 +149,12 @@ def find_in_folder(
 ) -> Iterator[tuple[str, str]]:
     """Yield path and name relative to `folder` of the slides in it, sorted by name within each folder.
 
-    Only what matches the pattern, and only folders that may contain a match, are looked at. All folders in the paths
-    are resolved. A folder that links lead to as well is searched once; it has its name without a link, where there is
-    one. Broken links to files are slides too: they fail as such, with this cause.
+    Only files that match the pattern, and folders that may contain a match, are examined. All folders in the paths are
+    resolved. A folder to which links lead as well is searched once, by its name without a link if there is one. Broken
+    links to files count as slides: they fail as such, with this cause.
 
-    Results of ours are no slides, wherever they lie. Hidden folders, and those of systems, are searched only where the
-    pattern names them. `remarks` gets what is left out.
+    Results of wsi_gradcam are never slides, wherever they lie. Hidden and system folders are searched only if the
+    pattern names them. `remarks` collects what is left out.
 
     Raises:
         ConfigError: a folder that cannot be read.
@@ -255,7 +255,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_passed_over(name: str, inner: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Return True for a hidden folder or one of a system, unless the pattern names it.
+    """Return True for a hidden or system folder, unless the pattern names it.
 
     >>> [is_passed_over(name, [], pattern) for name, pattern in ((".x", ["*"]), (".x", [".*"]), ("@eaDir", ["**"]))]
     [True, False, True]
@@ -333,7 +333,7 @@ def _read_within(folder: str, name: str) -> bytes | None:
 
 
 def is_result(path: str) -> bool:
-    """Return True for a file or a Zarr folder that says it is a result of ours: an export, a heatmap."""
+    """Return True for a file or a Zarr folder that declares itself a result of wsi_gradcam: an export, a heatmap."""
     if os.path.isdir(path):  # noqa: PTH112
         return zarr_kind(partial(_read_within, path)) == RESULT
     ending = ending_of(path)
@@ -357,12 +357,12 @@ HEAD_BYTES = 1 << 12
 
 
 def check_no_result(place: str, where: str = "") -> None:
-    """Raise a ConfigError for a result of ours that was named as a slide, by a list at `where`."""
+    """Raise a ConfigError for a result of wsi_gradcam that was given as a slide, by a list at `where`."""
     folder = os.path.dirname(place)  # noqa: PTH120
     if is_result(place) or (os.path.isfile(_joined(folder, PLAN)) and is_slide_result(set(os.listdir(folder)))):  # noqa: PTH113, PTH208
         raise result_error(f"{where}{place}", "a heatmap" if place.endswith(ZARR) else "an export or a picture")
 
 
 def result_error(place: str, what: str) -> ConfigError:
-    """Return the error for a result of ours that was named as a slide."""
+    """Return the error for a result of wsi_gradcam that was given as a slide."""
     return ConfigError(f"{place}: {what} made by wsi_gradcam, not a slide; give the slide it was made from")

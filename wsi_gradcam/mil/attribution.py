@@ -1,12 +1,12 @@
-"""`explain_bag`: what each patch of a bag is worth to the slide's logits, by several methods in one go.
+"""`explain_bag`: each patch's contribution to the slide's logits, by several methods at once.
 
-Bags are larger than memory. Networks that pool by attention are worked through in chunks: a first pass pools scores and
+Bags may be larger than memory. Networks that pool by attention are processed in chunks: a first pass pools scores and
 values as a stream, the gradient of the logits by the pooled values z_h is that of the head alone, and a second pass
 takes of each chunk the vector-Jacobian product with what is then known,
 
     ds/dv_i = sum_h p_ih ds/dz_h,    ds/dscore_ih = p_ih <ds/dz_h, v_i - z_h>,    p = softmax(scores),
 
-which is the gradient of the whole bag. Other networks see a bag at once, and are refused where memory will not do.
+which is the gradient of the whole bag. Other networks see a bag at once, and are refused if memory does not suffice.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def explain_bag(
 
 
 def memory_needed(aggregator: Aggregator, count: int, targets: int = 1) -> int:
-    """Return the bytes that explaining a bag of `count` patches takes at its peak, about.
+    """Return the approximate peak memory for explaining a bag of `count` patches, in bytes.
 
     In chunks, those of a chunk and a few numbers for each patch; else what autograd keeps of three small bags,
     extrapolated by the square.
@@ -121,7 +121,7 @@ def _check(aggregator: Aggregator, features: Any, methods: Sequence[str], baseli
 
 
 def check_methods(aggregator: Aggregator, methods: Sequence[str]) -> None:
-    """Raise ConfigError for a bag method that is none, or that the aggregator does not have."""
+    """Raise ConfigError for an unknown bag method, or one that the aggregator does not have."""
     for method in methods:
         if method not in METHODS:
             near = did_you_mean(method, METHODS)
@@ -141,7 +141,7 @@ def check_methods(aggregator: Aggregator, methods: Sequence[str]) -> None:
 
 @dataclass
 class _Bag:
-    """A bag that is being explained: its features, what is asked, and what is known so far."""
+    """A bag that is being explained: its features, the request, and the results so far."""
 
     network: Aggregator
     features: Any
@@ -178,7 +178,7 @@ class _Bag:
         return block
 
     def keep(self, method: str, start: int, factors: Tensor, coefficients: Tensor) -> None:
-        """Note the coefficients [n, T, D] of rows, and their products with `factors` [n, D]."""
+        """Record the coefficients [n, T, D] of rows, and their products with `factors` [n, D]."""
         stop = start + len(factors)
         products = torch.einsum("ntd,nd->nt", coefficients.double(), factors.double())
         self.relevance[method][start:stop] = products.cpu().numpy()
@@ -389,7 +389,7 @@ class _PooledBag(_Bag):
         return pulled, scores.detach(), values.detach()
 
     def _explain(self, start: int, block: Tensor, whole: _Point, path: list[_Point], relevant: _Point) -> None:
-        """Do all that is asked of a chunk."""
+        """Compute everything that is requested for a chunk."""
         if "gradient_x_input" in self.methods:
             pulled, scores, values = self._pull(start, block, whole)
             self.keep("gradient_x_input", start, block, pulled)
@@ -459,7 +459,7 @@ class _WholeBag(_Bag):
         """Return the explanation.
 
         Raises:
-            ModelError: memory will not do.
+            ModelError: memory does not suffice.
         """
         self._check_memory(len(self.features))
         bag = self.block(0, len(self.features))

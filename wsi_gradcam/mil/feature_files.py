@@ -1,7 +1,7 @@
 """Files of feature vectors: those of TRIDENT, CLAM, STAMP, AtlasPatch and slide2vec are read, the first two written.
 
-A format is recognised by what a file holds. Files come from strangers: no code of theirs runs, links that lead out of
-a file are not followed, and what they claim to hold is held against what they do hold before it is read.
+A format is recognised by a file's content. Files come from strangers: none of their code runs, links that lead out of a
+file are not followed, and their claims are compared with their content before it is read.
 """
 
 from __future__ import annotations
@@ -78,17 +78,18 @@ def open_features(
     dimensions: int | None = None,
     tissue: NDArray[np.bool_] | None = None,
 ) -> FeatureBag:
-    """Open the features of a slide; they stay in their file until they are asked for.
+    """Open the features of a slide; they stay in their file until they are needed.
 
     Args:
         place: a folder of features, or a file; a `FeatureFolder` for many slides.
-        slide: the slide that they are of.
+        slide: the slide that they belong to.
         patch_um, unit, axes, name: see `Settled`.
-        dimensions: of the feature vectors that are wanted; where files hold several, those with as many are taken.
+        dimensions: the wanted length of feature vectors; if files contain several, those of this length are used.
         tissue: mask of the whole slide, see `place_patches`.
 
     Raises:
-        FeatureError: no such features, or several, damaged ones, or their places on the slide are not known.
+        FeatureError: there are no such features, or several, or they are damaged, or their positions on the slide are
+            unknown.
         ConfigError: a setting makes no sense.
     """
     settled = Settled(patch_um, unit, axes, name)
@@ -127,7 +128,7 @@ class _Part:
 def _with_features(
     folder: FeatureFolder, slide: SlideFrame, parts: Sequence[_Part], settled: Settled, dimensions: int | None
 ) -> _Part:
-    """Return the one part whose features are meant."""
+    """Return the one part with the intended features."""
     found = [part for part in parts if part.features is not None and settled.name in (None, part.name or None)]
     if not found:
         named = f" named {settled.name}" if settled.name else ""

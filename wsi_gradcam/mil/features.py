@@ -1,7 +1,7 @@
-"""The bag of a slide: feature vectors of its patches, read a block at a time, and the place of each patch.
+"""The bag of a slide: the feature vectors of its patches, read in blocks, and the position of each patch.
 
-Files made elsewhere say their geometry in many ways, and some say it wrongly. What a file claims is held against the
-slide's size and against the lattice of its own coordinates; what contradicts them, or is not said at all, is refused
+Files from other programs state their geometry in many ways, and some state it wrongly. A file's claims are compared
+with the slide's size and with the lattice of its own coordinates; whatever contradicts these, or is missing, is refused
 with the flag that settles it. Nothing is guessed.
 """
 
@@ -61,7 +61,7 @@ class SlideFrame:
 
 @dataclass(frozen=True)
 class Settled:
-    """What the user says where files do not, or not well; None where nothing is said.
+    """The user's statements where files are silent or wrong; None where there is none.
 
     Attributes:
         patch_um: side of a patch in micrometres, `--feature-patch-um`.
@@ -85,7 +85,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Claims:
-    """What files say of where patches lie. Pairs are (x, y) or (width, height), as files have them.
+    """The claims of files on the positions of patches. Pairs are (x, y) or (width, height), as in the files.
 
     Attributes:
         format: of the files, in words.
@@ -219,7 +219,7 @@ def _step(along: NDArray[np.float64], across: NDArray[np.float64]) -> float | No
 
 
 def _check_known(path: object, coordinates: NDArray[np.float64], claims: Claims, settled: Settled) -> None:
-    """Refuse coordinates of which unit or size are neither in the file nor given."""
+    """Refuse coordinates whose unit or size is neither in the file nor given."""
     missing = []
     if settled.unit is None and claims.unit is None:
         missing.append(f"the unit of the coordinates ({UNIT} px or um)")
@@ -234,7 +234,7 @@ def _check_known(path: object, coordinates: NDArray[np.float64], claims: Claims,
 
 
 def _check_slide(path: object, claims: Claims, slide: SlideFrame, settled: Settled) -> None:
-    """Refuse features that name another size of the slide."""
+    """Refuse features that state another size of the slide."""
     height, width = slide.shape
     if claims.slide_px in (None, (width, height)):
         return
@@ -419,7 +419,7 @@ def check_on_tissue(
         tissue: mask of the whole slide.
 
     Raises:
-        FeatureError: says which flag settles it.
+        FeatureError: the message says which flag settles it.
     """
     swapped = boxes[:, [1, 0, 3, 2]]
     if not len(boxes) or _outside(swapped, shape).any():

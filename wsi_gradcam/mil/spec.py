@@ -1,7 +1,7 @@
-"""`SlideModelSpec`: all that is known of a slide-level model besides its weights, as one YAML file. Needs no torch.
+"""`SlideModelSpec`: everything about a slide-level model besides its weights, as one YAML file. Needs no torch.
 
-A slide-level model is an encoder, which makes a feature vector of each patch, and an aggregator, which makes one answer
-of all of them (multiple-instance learning).
+A slide-level model consists of an encoder, which computes a feature vector for each patch, and an aggregator, which
+turns all of them into one answer (multiple-instance learning).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class SlideModelSpec(BaseModel):
     """A model file of a slide-level model.
 
     Attributes:
-        name: how results name it.
+        name: its name in results.
         encoder: what makes a feature vector of a patch, as in a patch model's file; its output is the vector. None:
             features come from elsewhere.
         aggregator: what makes the slide's logits of all feature vectors.
@@ -145,7 +145,7 @@ class SlideModelSpec(BaseModel):
 
     @property
     def trusted(self) -> bool:
-        """True where the code in it may run, see `trusting`."""
+        """True if the code that it contains may run, see `trusting`."""
         return self._trusted
 
     def trusting(self, trust_code: bool = True) -> SlideModelSpec:
@@ -179,7 +179,7 @@ class SlideModelSpec(BaseModel):
 
 @dataclass(frozen=True)
 class BagExplanation:
-    """What is known of a bag of N patches for T targets.
+    """The explanation of a bag of N patches for T targets.
 
     Attributes:
         logits: [K], float64.
@@ -208,7 +208,7 @@ def whole_bag_bytes(growth: Sequence[float], count: int, length: int, targets: i
 
 
 def refuse_large_bag(count: int, needed: int, methods: Sequence[str], where: str = "") -> None:
-    """Refuse a bag that an aggregator sees at once and that takes more memory, or time, than there is.
+    """Refuse a bag that an aggregator sees at once and that takes more memory, or time, than is available.
 
     Args:
         count: its patches.
@@ -217,7 +217,7 @@ def refuse_large_bag(count: int, needed: int, methods: Sequence[str], where: str
         where: the slide, as messages begin.
 
     Raises:
-        BagSizeError: says how many bytes it takes.
+        BagSizeError: the message says how many bytes it takes.
     """
     there = psutil.virtual_memory().available
     if needed > there:
@@ -247,7 +247,7 @@ def read_slide_model(model: str | Path) -> SlideModelSpec:
     """Return the specification in the file of a slide-level model.
 
     Raises:
-        ModelError: it cannot be read, or has keys or values that are none of such a file.
+        ModelError: it cannot be read, or has invalid keys or values.
     """
     path = Path(model)
     values = read_values(path)
@@ -339,7 +339,7 @@ def slide_probabilities(logits: NDArray[np.floating], activation: SlideActivatio
 
 
 def encoder_of(spec: SlideModelSpec) -> ModelSpec:
-    """Return the specification of what makes features of patches, see `ModelSpec.as_encoder`.
+    """Return the specification of the encoder, see `ModelSpec.as_encoder`.
 
     Raises:
         ModelError: the model has none: its features come from elsewhere.

@@ -36,8 +36,8 @@ def trace(call: Callable[[Tensor], Tensor], images: Tensor, *, read_values: bool
     `torch.jit.trace` compute sizes so. Whether it was sizes must be checked with other images.
 
     Raises:
-        ModelError: the call cannot be followed, or the graph answers differently, as where random numbers or the
-            pictures' contents decide what is computed.
+        ModelError: the call cannot be traced, or the graph answers differently, for example if random numbers or the
+            image content decide what is computed.
     """
     sample = images[:1].expand(2, *images.shape[1:]).contiguous() if len(images) < 2 else images[:2]
     third = torch.cat([sample, sample[:1].flip(3)])
@@ -53,7 +53,7 @@ def trace(call: Callable[[Tensor], Tensor], images: Tensor, *, read_values: bool
 
 
 def fixed_batch(graph: fx.GraphModule) -> int | None:
-    """Return the only number of images that the graph takes; None if it takes any."""
+    """Return the only number of images that the graph accepts; None if it accepts any."""
     size: int | None = graph.meta["fixed_batch"]
     return size
 
@@ -137,7 +137,7 @@ def _traced(call: Callable[[Tensor], Tensor], images: Tensor, read_values: bool)
 
 
 def _fold_constants(graph: fx.GraphModule, like: Tensor) -> None:
-    """Compute once what does not depend on the images, such as attention masks, which are often filled in place.
+    """Compute once whatever does not depend on the images, such as attention masks, often filled in place.
 
     `x.new_zeros(shape)` takes no more from x than type and device, which `like` has too.
     """
@@ -237,7 +237,7 @@ def any_batch(call: Callable[[Tensor], Tensor], images: Tensor) -> fx.GraphModul
     """Return the operators that `call` runs, for batches of any size; `images` are two examples.
 
     Raises:
-        ModelError: the call cannot be followed, or it answers for batches of one size only.
+        ModelError: the call cannot be traced, or it answers for batches of one size only.
     """
     try:
         graph = trace(call, images)

@@ -1,4 +1,4 @@
-"""Networks that return more than logits, or probabilities instead, or are wrapped; and the names of their layers."""
+"""Networks that return more than logits, or probabilities, or are wrapped; and the names of their layers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def with_logits(network: nn.Module, images: Tensor, output: str | int | None) ->
     `images` stay as they are, also under a network that changes its input in place.
 
     Raises:
-        ModelError: which output is meant is not clear, or there is none called `output`.
+        ModelError: it is unclear which output is meant, or there is none called `output`.
     """
     given = images.clone()
     before = _version(given)
@@ -100,7 +100,7 @@ def one_row(network: nn.Module, image: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place; tensors of inference mode do not count that."""
+    """Return how often a tensor was changed in place; tensors in inference mode do not count this."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -176,7 +176,7 @@ def separate(network: nn.Module, images: Tensor, rows: Tensor) -> tuple[nn.Modul
     noise of several scales, and the calls without which the network gives what they make the same outputs of.
 
     Raises:
-        ModelError: it gives probabilities, but of what cannot be told.
+        ModelError: it gives probabilities, but their logits cannot be found.
     """
     if not _kind(rows):
         return network, None
@@ -264,7 +264,7 @@ def _makes(separated: LogitsOf, images: Tensor, rows: Tensor, passed: Passed) ->
 
 
 def _check_mixture(network: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], kinds: set[str]) -> None:
-    """Refuse averages and other mixtures of probabilities; outputs that only happen to lie between 0 and 1 may pass.
+    """Refuse averages and other mixtures of probabilities; outputs that merely happen to lie between 0 and 1 may pass.
 
     Raises:
         ModelError: the outputs are such.
@@ -326,7 +326,7 @@ def find_output(outputs: Any, count: int) -> str | int | None:
     first of a tuple's if all have equally many columns, as with auxiliary heads.
 
     Raises:
-        ModelError: none or several can be meant.
+        ModelError: none or several may be meant.
     """
     if isinstance(outputs, Tensor):
         return None

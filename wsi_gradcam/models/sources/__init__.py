@@ -1,7 +1,7 @@
-"""The sources of networks, each `build_SOURCE(spec) -> Built`, and the way weights get from files into networks.
+"""The sources of networks, each `build_SOURCE(spec) -> Built`, and the loading of weights from files into networks.
 
-People have weights as training frameworks save them: nested, or with a prefix before each name. What fits a network
-but for that is taken, and told; what does not fit is refused with the names that are missing.
+People have weights as training frameworks save them: nested, or with a prefix before each name. Weights that fit a
+network apart from this are used, and a note says so; others are refused with the names that are missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """A network with all that its source knows of it; None for what it does not know.
+    """A network with everything that its source states about it; None for what it does not.
 
     Attributes:
         patch_px: (height, width) to be read from a slide; `resizing` turns it into the network's input.
@@ -105,7 +105,7 @@ MAX_PEEKED = 4 << 20  # bytes
 
 
 def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, ...]:
-    """Load the weights in a file into a network; return notes on what of the file was taken.
+    """Load the weights in a file into a network; return notes on which parts of the file were used.
 
     Of a checkpoint the state dict is found that fits as it is, or without one prefix before its names. The names behind
     that prefix must be the network's, all of them; other names are left out, and told. Of several that fit, the plain
@@ -138,7 +138,7 @@ def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, .
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Weights of a file held against a network.
+    """Weights of a file compared with a network.
 
     Attributes:
         place: of the state dict in the file.
@@ -185,7 +185,7 @@ class Match:
         )
 
     def notes(self, file: str, others: Sequence[Match]) -> tuple[str, ...]:
-        """Return what is to be told of the choice, a line each."""
+        """Return notes on the choice, one line each."""
         place = f"{printable(self.place)!r} of {file}" if self.place else file
         found = [f"the weights are those in {place} with the prefix {printable(self.prefix)!r}"] if self.prefix else []
         if self.left:
@@ -352,7 +352,7 @@ ROOM = b"bytearray"  # the one thing besides tensors of which torch's restricted
 
 
 def saved_problem(path: Path, most: int = MAX_PICKLE) -> str:
-    """Return why a file of PyTorch stands for more than it holds, "" where it does not, or is damaged.
+    """Return why a PyTorch file claims more than it contains; "" if it does not, or is damaged.
 
     `torch.save` packs nothing, and what describes the tensors is short: at most `most` bytes.
     """

@@ -121,7 +121,7 @@ def build_function(spec: ModelSpec) -> Built:
     with the package they are not searched at all.
 
     Raises:
-        ModelError: there is no such function, it fails, or it makes no network.
+        ModelError: there is no such function, it fails, or it returns no network.
     """
     source = spec.source
     module_name, function_name = _names(source)
@@ -144,7 +144,7 @@ def build_function(spec: ModelSpec) -> Built:
 
 
 def _names(source: str) -> tuple[str, str]:
-    """Return module and function of a source; refuse what is none, and modules that make no networks."""
+    """Return module and function of a source; refuse invalid ones, and modules that build no networks."""
     module, _, function = source.partition(":")
     if not all(name.isidentifier() for name in (*module.split("."), function)):
         raise ModelError(f"{source}: expected module:function, or one of {FORMS}")
@@ -218,7 +218,7 @@ def build_timm(spec: ModelSpec) -> Built:
     """Build a model of timm, with as many outputs as the specification has classes.
 
     Raises:
-        ModelError: timm has no such model, or its published weights cannot be had.
+        ModelError: timm has no such model, or its published weights are not available.
     """
     with from_extra("timm", spec.source):
         import timm
@@ -251,7 +251,7 @@ def _check_network(spec: ModelSpec, config: Any) -> None:
     """Refuse at once where the hub's name is not known: its client would try again for 50 s.
 
     Raises:
-        ModelError: the weights are neither here nor can be had.
+        ModelError: the weights are neither cached nor available.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -272,7 +272,7 @@ def _check_network(spec: ModelSpec, config: Any) -> None:
 
 
 def _check_allowed(spec: ModelSpec, url: str) -> None:
-    """Raise a ModelError where weights would be fetched from a host that is not to be asked."""
+    """Raise a ModelError if weights would be downloaded from a host that is not allowed."""
     if allowed_hosts() and url and (why := refusal(url)):
         raise _no_weights(spec, why)
 
@@ -288,7 +288,7 @@ def build_torchvision(spec: ModelSpec) -> Built:
     """Build a model of torchvision, with as many outputs as the specification has classes.
 
     Raises:
-        ModelError: torchvision has no such classifier, or its published weights cannot be had.
+        ModelError: torchvision has no such classifier, or its published weights are not available.
     """
     from torch.hub import get_dir
 
@@ -323,12 +323,12 @@ HEADS = ("fc", "classifier", "heads", "head")  # of torchvision's networks
 
 
 def without_head(built: Built, spec: ModelSpec) -> Built:
-    """Return the network that gives what a library's classifier puts into its last linear layer: features.
+    """Return the network that gives the inputs of a library classifier's last linear layer: features.
 
     A network from elsewhere stays as it is, and gives features itself.
 
     Raises:
-        ModelError: its last layer is none that can be left off.
+        ModelError: its last layer cannot be removed.
     """
     module = built.module
     if spec.kind in ("timm", "hf"):

@@ -1,6 +1,6 @@
 """`hf:FOLDER`: folders as on the Hugging Face hub, of timm or transformers: config.json and weights in safetensors.
 
-Nothing is fetched, no code in the folder is run and no pickle is read.
+Nothing is downloaded, no code in the folder is run, and no pickle is read.
 
 Patches are read from the slide at the size of the network's input and go in as they are. The declared resize and
 centre crop are for photographs of any size: of a patch larger by the cropped margin they would keep just these pixels.
@@ -107,7 +107,7 @@ LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|repeats?)$")  # keys whose n
 
 
 def _check_bounds(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None:
-    """Refuse what would take long to be built or read, before it is.
+    """Refuse whatever would take long to build or read.
 
     Raises:
         ModelError: more layers, or a longer list of tensors, than networks have.
@@ -128,7 +128,7 @@ def _check_bounds(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None
 
 
 def _check_size(build: Callable[[], torch.nn.Module], folder: Path, spec: ModelSpec) -> None:
-    """Refuse a network of more weights than its files have bytes, before it takes memory.
+    """Refuse a network with more weights than its files have bytes, before it takes memory.
 
     Raises:
         ModelError: it has.
@@ -367,7 +367,7 @@ def _input_px(declared: Resizing, config: Any) -> tuple[int, int] | None:
 
 
 def _check(processor: Any, declared: Resizing, colours: dict[str, Any], spec: ModelSpec) -> None:
-    """Compare with the processor itself on a picture of noise: there are dozens of them, each with its own ways."""
+    """Compare with the processor itself on a noise image: there are dozens of them, each with peculiarities."""
     from PIL import Image
 
     sides = [s for size in (declared.resize, declared.crop) for s in (_pair(size) or ())]
