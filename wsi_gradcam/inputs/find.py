@@ -50,10 +50,10 @@ class SlideEntry:
     Attributes:
         id: its path relative to the given folder, with forward slashes, as `as_text` writes it.
         path: its path, or its URL without secrets.
-    mpp: (y, x) micrometres per level-0 pixel from a list, for a file that does not state it.
-    url: the URL as it was given, if it has more than `path` shows. It must not be printed.
-    mask: path of its mask from a list, which takes precedence over the run's.
-    label, site, scanner, patient: details from a list, which do not change results.
+        mpp: (y, x) micrometres per level-0 pixel from a list, for a file that does not state it.
+        url: the URL as it was given, if it has more than `path` shows. It must not be printed.
+        mask: path of its mask from a list, which takes precedence over the run's.
+        label, site, scanner, patient: details from a list, which do not change results.
     """
 
     id: str
