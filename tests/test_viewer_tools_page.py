@@ -112,7 +112,7 @@ def test_a_patch_and_a_region_are_marked_listed_and_taken_back(open_page: Callab
     other = open_page(at(SLIDE, 300, 300, 0.5, ""))  # another window
     expect(other.locator(".mark-list li")).to_have_count(4)
     other.locator(".mark-go", has_text="lymphocytes").click()
-    for name in ("Take back: lymphocytes, region", "Take back: a fold, patch"):
+    for name in ("Remove mark: lymphocytes, region", "Remove mark: a fold, patch"):
         other.get_by_role("button", name=name).click()
     expect(other.locator(".mark-list li")).to_have_count(2)
     page.reload()

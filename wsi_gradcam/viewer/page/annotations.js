@@ -92,7 +92,7 @@ export class Annotations {
 
   about() {
     const { file, simplified_px: simplified } = this.facts;
-    return simplified ? `${file}; outlines are drawn within ${simplified} px, since there are very many points` : file;
+    return simplified ? `${file}; outlines are simplified to within ${simplified} px because they have very many points` : file;
   }
 
   legend() {

@@ -76,7 +76,7 @@ export class Evidence {
   showAll() {
     const { facts } = this;
     fill(this.element, ...(facts.there ? [this.about(), ...this.overview()] : [element("p", { class: "error", role: "status" },
-      facts.problem || "This run has no evidence yet: run wsi-gradcam evidence on it.")]));
+      facts.problem || "This run has no evidence yet: run wsi-gradcam evidence.")]));
   }
 
   about() {
@@ -85,7 +85,7 @@ export class Evidence {
       `${counted(places, "place")} of ${counted(slides, "slide")}, sorted by what in them speaks for or against ` +
       `${target}: ${counted(clusters.length, "cluster")}. `,
       element("a", { href: report.slice(1), target: "_blank", rel: "noopener" }, "Report with all numbers"),
-      ". Names are given in evidence/names.yaml.");
+      ". To name clusters, edit evidence/names.yaml and run the command again.");
   }
 
   overview() {
@@ -163,11 +163,11 @@ export class Evidence {
     if (!this.clusters.length) return null;
     const rows = (patch.clusters || []).filter(({ cluster }) => this.cluster(cluster));
     const body = patch.clusters === null
-      ? [element("p", { class: "facts" }, "This patch was not drawn when the evidence was sorted.")]
+      ? [element("p", { class: "facts" }, "This patch is not in the sample of the evidence.")]
       : rows.length ? [element("ul", { class: "patch-clusters" }, ...rows.map(({ cluster, share, contribution }) =>
         element("li", {}, element("a", { href: `#evidence=${cluster}` }, clusterName(this.cluster(cluster))),
           element("span", { class: "facts", title: `contribution ${short(contribution)}` }, percent(share)))))]
-        : [element("p", { class: "facts" }, "What was drawn of this patch is in no cluster.")];
+        : [element("p", { class: "facts" }, "None of the sampled cells of this patch is in a cluster.")];
     return element("div", { id: "patch-evidence" }, element("h3", {}, "Clusters of the evidence"), ...body);
   }
 }

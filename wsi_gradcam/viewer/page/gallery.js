@@ -138,7 +138,7 @@ export class Gallery {
     return element("dl", { class: "scores" }, ...Object.entries(scores).map(([label, { share, top }]) =>
       element("div", {},
         element("dt", {}, label),
-        element("dd", { title: `share of the patches given to this class; mean probability of the ten highest${alone}` },
+        element("dd", { title: `share of the patches called this class; mean probability of the ten highest patches${alone}` },
           shareBar(share),
           ` ${(100 * share).toFixed(1)} %, top ${top.toFixed(2)}`))));
   }

@@ -22,8 +22,8 @@ export function listen(actions) {
   find("help-dialog").append(
     element("h2", { id: "help-title" }, "Keyboard shortcuts"),
     element("table", {}, element("tbody", {}, ...rows)),
-    element("p", {}, "Click the slide to see the patch that lies there. The address of the page holds the view: copy it " +
-      "to show someone the same. Colours are views; values are never altered."),
+    element("p", {}, "Click on the slide to see the patch there. The address of the page contains the view: copy it to show " +
+      "someone else the same. Colours change only what is displayed, never the stored values."),
     element("button", { type: "button", autofocus: true, onclick: () => find("help-dialog").close() }, "Close"),
   );
 }

@@ -3,7 +3,7 @@
 import { MAPS, isSigned } from "./colours.js";
 
 export const LINES = {
-  "": "none", contour: "contour of the threshold", "contour alone": "contour alone", isolines: "isolines",
+  "": "none", contour: "contour at the threshold", "contour alone": "contour alone", isolines: "isolines",
   "isolines alone": "isolines alone",
 };
 export const WINDOWS = { slide: "of this slide", run: "of the whole run", fixed: "fixed" };

@@ -194,7 +194,7 @@ class App {
     }
     if (slide.heat_problem) lines.push(`No heatmap: ${slide.heat_problem}`);
     if (slide.second_problem) lines.push(`Not compared with ${this.run.second}: ${slide.second_problem}`);
-    if (slide.spread_problem) lines.push(`Where the map is unsure cannot be shown: ${slide.spread_problem}`);
+    if (slide.spread_problem) lines.push(`The spread of the map cannot be shown: ${slide.spread_problem}`);
     if (slide.status === "no_tissue") lines.push("No tissue was found on this slide.");
     if (slide.mpp && Math.abs(slide.mpp[0] / slide.mpp[1] - 1) > 0.005) {
       lines.push(`Pixels are ${short(slide.mpp[1])} x ${short(slide.mpp[0])} µm (width x height) and are shown as squares.`);
@@ -299,7 +299,7 @@ class App {
   async clicked(y, x) {
     if (!this.slide.table) return;
     const patch = await server.patchAt(this.slide.key, y, x);
-    if (patch.number === null) say("No patch lies there.");
+    if (patch.number === null) say("There is no patch here.");
     else this.openPatch(patch);
   }
 
@@ -450,12 +450,12 @@ class App {
   turnBy(step) {
     if (!this.views) return;
     this.views.turnTo(this.views.turn + step);
-    say(`Turned to ${this.views.turn} degrees`);
+    say(`Rotated to ${this.views.turn} degrees`);
     this.remember();
   }
 
   toggleEvidence() {
-    if (find("gallery-evidence").hidden) say("This run has no evidence: run wsi-gradcam evidence on it.");
+    if (find("gallery-evidence").hidden) say("This run has no evidence yet: run wsi-gradcam evidence.");
     else this.go(!this.slide && location.hash === "#evidence" ? "#" : "#evidence");
   }
 
@@ -506,15 +506,15 @@ class App {
       [["t"], "show or hide the top patches", () => this.toggleStrip()],
       [["T"], "the highest patches of all slides", () => this.go(!this.slide && this.archiveTop.isShown ? "#" : "#top")],
       [["E"], "the clusters of the evidence", () => this.toggleEvidence()],
-      [["r"], "turn by 90 degrees", () => this.turnBy(90)],
+      [["r"], "rotate by 90 degrees", () => this.turnBy(90)],
       [["d"], "measure a length", () => this.measure.toggle()],
-      [["s"], "save the view as a picture", () => this.views && savePicture(this.views, this.slide.id)],
+      [["s"], "save the view as an image", () => this.views && savePicture(this.views, this.slide.id)],
       [["D"], "dark or light page", toggleDark],
       [["n"], "next slide", () => this.nextSlide(1)],
       [["p"], "previous slide", () => this.nextSlide(-1)],
       [["g"], "all slides", () => this.go("#")],
       [["m"], "mark a region: draw around it", () => this.views && this.marks.toggleDrawing()],
-      [["Enter"], "while a region is drawn: take what the view shows; while measuring: take its middle",
+      [["Enter"], "while drawing a region: mark the whole view; while measuring: set an end at its centre",
         () => this.marks.takeView() || this.measure.takeMiddle()],
       [["x"], "mark the patch as an artefact", () => this.markPatch("artefact")],
       [["e"], "mark the patch as expected", () => this.markPatch("expected")],

@@ -125,7 +125,7 @@ export class Marks {
       }, swatch, label);
     };
     return element("div", { class: "mark-form", role: "group", "aria-label": "Mark" },
-      element("label", { class: "mark-text" }, "Words ", text),
+      element("label", { class: "mark-text" }, "Comment ", text),
       element("div", { class: "mark-kinds" }, ...Object.keys(KINDS).map(button)));
   }
 
@@ -151,7 +151,7 @@ export class Marks {
         onclick: () => this.toggleDrawing(),
       }, "Mark a region"),
       this.drawing ? element("p", { class: "facts" },
-        "Draw around it with the mouse; Enter takes what the view shows; Esc ends.") : null);
+        "Draw around it with the mouse. Enter marks the whole view, Esc cancels.") : null);
   }
 
   drawnForm() {
@@ -178,14 +178,14 @@ export class Marks {
         element("span", {}, element("strong", {}, mark.text || label),
           element("span", { class: "facts" }, `${mark.text ? `${label} · ` : ""}${about}`))),
       this.canWrite ? element("button", {
-        type: "button", class: "small", "aria-label": `Take back: ${mark.text || label}, ${what}`, title: "Take back",
+        type: "button", class: "small", "aria-label": `Remove mark: ${mark.text || label}, ${what}`, title: "Remove mark",
         onclick: () => this.remove(mark),
       }, "✕") : null);
   }
 
   toggleDrawing() {
     if (!this.canWrite) {
-      say("Marks cannot be kept here.");
+      say("Marks cannot be saved here.");
       return;
     }
     if (this.drawing || this.drawn) this.stopDrawing();
@@ -197,7 +197,7 @@ export class Marks {
     this.drawing = true;
     document.body.classList.add("drawing");
     this.undo = this.views.panes.map((pane) => this.listen(pane));
-    say("Draw around a region with the mouse, or press Enter to take what the view shows.");
+    say("Draw around a region with the mouse, or press Enter to mark the whole view.");
   }
 
   stopDrawing() {

@@ -74,7 +74,7 @@ export class PatchPanel {
       width: `${(100 * width) / across}%`, height: `${(100 * height) / down}%`,
     });
     const image = slide.slide.problem
-      ? element("p", { class: "no-picture" }, "the slide file is not there")
+      ? element("p", { class: "no-picture" }, "the slide file is missing")
       : element("img", { src: patchPicture(slide, patch.number), alt: `patch ${patch.number} as the model saw it` });
     const frame = element("div", { class: "patch-picture" }, image, this.canvas);
     frame.style.aspectRatio = `${run.patch_px[1]} / ${run.patch_px[0]}`;

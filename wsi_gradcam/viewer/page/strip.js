@@ -45,7 +45,7 @@ export class Strip {
     const head = element("div", { class: "strip-head" },
       element("select", { "aria-label": "Highest or lowest", onchange: change("order") },
         option("down", "Highest", this.order === "down"), option("up", "Lowest", this.order === "up")),
-      element("select", { "aria-label": "Of which number", id: "strip-by", onchange: change("by") },
+      element("select", { "aria-label": "By which value", id: "strip-by", onchange: change("by") },
         ...this.columns.map((name) => option(name, name.replaceAll("_", " "), name === this.by))));
     const list = element("ol", { class: "strip-list" }, ...patches.map((patch) => element("li", {}, this.item(patch))));
     this.element.replaceChildren(head, list);

@@ -44,7 +44,7 @@ export class Measure {
     document.body.classList.add("drawing");
     this.undo = views.panes.map((pane) => this.listen(pane));
     this.paint();
-    say("Drag from one end to the other, or press Enter with one end in the middle of the view, then with the other.");
+    say("Drag from one end to the other. Or centre the view on one end and press Enter, then do the same with the other.");
   }
 
   stop() {
@@ -146,7 +146,7 @@ export async function savePicture(views, name) {
   const link = element("a", { href: URL.createObjectURL(picture), download: `${name.replace(/[^\w.-]+/g, "_")}.png` });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  say("The picture is saved.");
+  say("The image is saved.");
 }
 
 function panel(context, x, y, width, height) {
