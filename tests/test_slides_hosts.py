@@ -68,7 +68,9 @@ def test_what_clouds_tell_only_their_machines_is_not_asked(url: str, reader: str
 def test_a_name_that_leads_there_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in ("8.8.8.8", "169.254.169.254")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    with pytest.raises(SlideAccessError, match=r"the address 169.254.169.254 is for a cloud machine itself"):
+    with pytest.raises(
+        SlideAccessError, match=r"the address 169.254.169.254 belongs to a cloud machine's own metadata service"
+    ):
         open_slide("https://slides.example/a.tif", 0.5)
 
 
