@@ -29,7 +29,7 @@ SHORT = [
     "tests/test_results_digests.py",
 ]
 # What they import beside the package; the extra `test` needs newer versions of the same packages than `explain` does.
-TOOLS = ["pytest", "pytest-cov", "pytest-timeout", "hypothesis", "captum"]
+TOOLS = ["pytest", "pytest-cov", "pytest-timeout", "hypothesis", "captum", "pandas"]
 nox.options.sessions = ["wheel"]
 nox.options.default_venv_backend = "venv"
 
@@ -53,8 +53,8 @@ def lowest(session: nox.Session) -> None:
 def lowest_of(requirement: str) -> str:
     """Return the requirement of the lowest release that another allows, and of its patches.
 
-    >>> lowest_of("torch>=2.6"), lowest_of("openslide-bin>=4.0.0.6")
-    ('torch==2.6.*', 'openslide-bin==4.0.0.6')
+    >>> lowest_of("torch>=2.6"), lowest_of("openslide-bin>=4.0.1.1")
+    ('torch==2.6.*', 'openslide-bin==4.0.1.1')
     """
     name, version = re.split(">=", requirement)
     return f"{name}=={version}" if version.count(".") > 1 else f"{name}=={version}.*"

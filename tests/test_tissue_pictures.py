@@ -118,7 +118,9 @@ class TestValues:
             mask(path)
         (tmp_path / "a.jpg").write_bytes(b"")
         endings = r"\.png \.tif \.tiff \.geojson \.json \.xml"
-        with pytest.raises(ConfigError, match=rf"a\.jpg: neither annotations nor a mask; .*{endings}, because JPEG changes"):
+        with pytest.raises(
+            ConfigError, match=rf"a\.jpg: neither annotations nor a mask; .*{endings}, because JPEG changes"
+        ):
             check_ending(tmp_path / "a.jpg")
 
     def test_fractions_are_no_labels(self, tmp_path: Path) -> None:
