@@ -143,7 +143,7 @@ def test_a_dry_run_names_slides_that_cannot_be_planned(run: Run, made: Path, tmp
     code, printed, err = run(*arguments)
     assert code == 1
     assert re.fullmatch(r"cannot be planned: bad\.tif: .*bad\.tif: not a slide .*\n", err)
-    assert "1 slides" in printed
+    assert "1 slide, " in printed
     code, printed, _ = run(*arguments, "--json")
     assert code == 1
     assert list(json.loads(printed)["errors"]) == ["bad.tif"]
@@ -174,7 +174,7 @@ def test_json_of_a_run_and_of_validate(run: Run, made: Path, tmp_path: Path) -> 
     assert code == 1
     assert json.loads(printed) == [{"slide": "a.tif", "problem": "overview.png is missing"}]
     code, printed, _ = run("validate", tmp_path)
-    assert (code, printed) == (1, "a.tif: overview.png is missing\n1 problems found\n")
+    assert (code, printed) == (1, "a.tif: overview.png is missing\n1 problem found\n")
 
 
 def test_info_of_slides_and_models(run: Run, made: Path) -> None:

@@ -123,7 +123,7 @@ def test_exports_inside_out_are_checked_with_it(made: Path, tmp_path: Path, caps
         assert {finding.problem for finding in check(out).findings} - before == {problem}
         capsys.readouterr()
         assert main(["validate", str(out / dest)]) == 1
-        assert capsys.readouterr().out == f"{out / dest}: {problem.partition('/')[2]}\n1 problems found\n"
+        assert capsys.readouterr().out == f"{out / dest}: {problem.partition('/')[2]}\n1 problem found\n"
 
 
 def test_exports_of_an_older_version_are_told_and_no_damage(made: Path, tmp_path: Path) -> None:

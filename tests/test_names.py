@@ -210,9 +210,7 @@ def test_an_audit_of_old_results_is_refused_where_they_lie_and_goes_on_once_move
     _, out = old
     before = hashes(out)
     for overwrite in (False, True):
-        with pytest.raises(
-            ResultError, match=r"results of 1 slides \(audit/a.tif, .* rename audit to audit~"
-        ) as caught:
+        with pytest.raises(ResultError, match=r"results of 1 slide \(audit/a.tif, .* rename audit to audit~") as caught:
             audit_run(out, overwrite=overwrite, **ASK)
         assert "\n" not in str(caught.value)
     assert hashes(out) == before

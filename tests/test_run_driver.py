@@ -283,7 +283,7 @@ def test_what_failed_for_its_own_reason_is_not_tried_again_unless_asked(made: Pa
     code, _, err = run(*arguments, *flags(SMALL))
     assert code == 1
     assert "1 of them failed before and were not retried; use --retry-failed to retry them" in err
-    assert "1 slides failed before and are not retried; use --retry-failed to retry them" in err
+    assert "not retried: 1 slide failed before; use --retry-failed to retry" in err
     assert "[3/3] c.tif" not in err
     code, _, err = run(*arguments, *flags(SMALL), "--retry-failed")
     assert (code, "not retried" in err) == (1, False)
@@ -352,11 +352,11 @@ def test_validate_tells_of_slides_that_failed(finished: Path, run: Run) -> None:
     assert code == 0
     assert printed.splitlines() == [
         f"{finished}: valid",
-        "1 slides of the run failed and have no results to check: c.tif; slides.csv says why",
+        "1 slide of the run failed and left no results to check: c.tif; slides.csv says why",
     ]
     code, printed, err = run("validate", finished, "--json")
     assert (code, json.loads(printed)) == (0, [])
-    assert "1 slides of the run failed" in err
+    assert "1 slide of the run failed" in err
 
 
 def test_an_attempt_depends_on_the_file_and_on_what_is_told_of_it(made: Path) -> None:

@@ -364,6 +364,15 @@ _UNSAFE = re.compile(
 )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with the noun that it counts, which takes an s in the plural.
+
+    >>> counted(1, "slide"), counted(12345, "slide")
+    ('1 slide', '12,345 slides')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Return text on one line as a terminal may show it: names out of files move no cursor and hide nothing.
 

@@ -36,7 +36,7 @@ from wsi_gradcam.audit.plan import (
 from wsi_gradcam.audit.report.page import write_reports
 from wsi_gradcam.audit.schema import Metrics, UntestedRow
 from wsi_gradcam.audit.stages import AuditWorkload
-from wsi_gradcam.errors import ResultError, ResumeError, StoreError, as_text
+from wsi_gradcam.errors import ResultError, ResumeError, StoreError, as_text, counted
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.mil.spec import SlideModelSpec, is_slide_model, read_slide_model
@@ -261,8 +261,8 @@ def _check_room(folder: AuditFolder, result: Result) -> None:
     if there:
         first = there[0].split("/")[0]
         raise ResultError(
-            f"{result.folder.place}: an older version put the results of {len(there)} slides ({there[0]}, ...) where "
-            f"the audit belongs; rename {first} to {first}{MARK}, where they are found as well, and try again"
+            f"{result.folder.place}: an older version put the results of {counted(len(there), 'slide')} "
+            f"({there[0]}, ...) where the audit belongs; rename {first} to {first}{MARK}, where they are found as well, and try again"
         )
 
 

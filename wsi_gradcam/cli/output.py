@@ -19,7 +19,7 @@ from wsi_gradcam.audit.plan import check_questions
 from wsi_gradcam.audit.schema import BAG_QUESTIONS, QUESTIONS
 from wsi_gradcam.cam.facts import METHOD_INFO
 from wsi_gradcam.cli import given, say
-from wsi_gradcam.errors import ConfigError, SlideError, printable, quoted
+from wsi_gradcam.errors import ConfigError, SlideError, counted, printable, quoted
 from wsi_gradcam.inputs.find import SlideEntry, search_slides
 from wsi_gradcam.io.object_stores import S3
 from wsi_gradcam.io.paths import storage_path
@@ -109,8 +109,8 @@ def print_preview(found: Preview, as_json: bool) -> None:
     Console().print(table)
     patches, size = sum(e.patches for e in found.estimates), sum(e.store_bytes for e in found.estimates)
     say(
-        f"{len(rows)} slides, {patches:,} patches, at most {size / MIB:.1f} MiB before compression; memory is an "
-        "estimate for each process"
+        f"{counted(len(rows), 'slide')}, {patches:,} patches, at most {size / MIB:.1f} MiB before compression; memory "
+        "is an estimate for each process"
     )
     pace = found.pace
     say(
@@ -460,12 +460,12 @@ def print_validation(out: str, validation: Validation, as_json: bool) -> None:
     else:
         for finding in findings:
             say(f"{finding.slide or out}: {finding.problem}")
-        say(f"{len(findings)} problems found" if findings else f"{out}: valid")
+        say(f"{counted(len(findings), 'problem')} found" if findings else f"{out}: valid")
     for note in validation.notes:
         say(f"note: {note}", error=as_json)
     if failed := validation.failed:
         say(
-            f"{len(failed)} slides of the run failed and have no results to check: "
+            f"{counted(len(failed), 'slide')} of the run failed and left no results to check: "
             f"{', '.join(failed[:5])}{' ...' if len(failed) > 5 else ''}; slides.csv says why",
             error=as_json,
         )

@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 
 from wsi_gradcam.cam.facts import EXACT
 from wsi_gradcam.cli import say
-from wsi_gradcam.errors import printable
+from wsi_gradcam.errors import counted, printable
 from wsi_gradcam.pages import render
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.types import Performed, Planned, RunListener, Task
@@ -55,7 +55,8 @@ class Lines(Quiet):
         run = workload.run
         self.progress.begin(len(slides), run.settings.readers, workload.patches)
         labels = ", ".join(target.label for target in run.targets)
-        self.print_line(f"{len(slides)} slides, model {run.facts.name}, layer {run.facts.layer}, targets {labels}")
+        said = f"model {run.facts.name}, layer {run.facts.layer}, targets {labels}"
+        self.print_line(f"{counted(len(slides), 'slide')}, {said}")
         self.print_line(_engine_line(run.facts.choice))
         if dashboard:
             self.print_line(f"dashboard {dashboard}")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ResultError, UnknownNameError, as_text, from_extra, picked
+from wsi_gradcam.errors import ResultError, UnknownNameError, as_text, counted, from_extra, picked
 from wsi_gradcam.io.paths import StoragePath, StoragePathLike, storage_path
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.display import ChannelInfo, Progress, at_index, run_windows, suggest_names
@@ -47,7 +47,7 @@ class Result:
         self._slides = {name: self._slide(name, rows.get(name, {})) for name in names}
 
     def __repr__(self) -> str:
-        return f"<Result {self.out}: {len(self)} slides of {self.record.model.name}>"
+        return f"<Result {self.out}: {counted(len(self), 'slide')} of {self.record.model.name}>"
 
     def __len__(self) -> int:
         return len(self._slides)
@@ -132,7 +132,7 @@ class Result:
         model, slides = self.record.model, list(self)
         counts = Counter(slide.status for slide in slides)
         states = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()))
-        title = f"{self.out}: {model.name}, layer {model.layer}; {len(self):,} slides: {states}"
+        title = f"{self.out}: {model.name}, layer {model.layer}; {counted(len(self), 'slide')}: {states}"
         rows = [(slide.id, slide.status, slide.row.get("patches", ""), slide.error) for slide in slides[:MAX_LISTED]]
         return render("results/run.html", title=title, rows=rows, left_out=len(slides) - len(rows))
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from wsi_gradcam.cam.facts import EXACT, NO_METHOD
-from wsi_gradcam.errors import StoreError, WsiGradcamError, as_text, one_line
+from wsi_gradcam.errors import StoreError, WsiGradcamError, as_text, counted, one_line
 from wsi_gradcam.io.urls import allowing
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import (
@@ -284,7 +284,7 @@ class Command:
                 forget_unreadable(wanted, rows, folder)
             if known:
                 session.message(
-                    f"{len(known)} slides failed before and are not retried; use --retry-failed to retry them"
+                    f"not retried: {counted(len(known), 'slide')} failed before; use --retry-failed to retry"
                 )
             for record in known:
                 records.append(record)
