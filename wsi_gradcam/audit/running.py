@@ -262,7 +262,8 @@ def _check_room(folder: AuditFolder, result: Result) -> None:
         first = there[0].split("/")[0]
         raise ResultError(
             f"{result.folder.place}: an older version put the results of {counted(len(there), 'slide')} "
-            f"({there[0]}, ...) where the audit belongs; rename {first} to {first}{MARK}, where they are found as well, and try again"
+            f"({there[0]}, ...) where the audit belongs; rename {first} to {first}{MARK}, where "
+            "they are found as well, and try again"
         )
 
 
