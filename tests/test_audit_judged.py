@@ -285,5 +285,5 @@ def test_a_picture_of_labels_has_classes_by_value(tmp_path: Path) -> None:
     assert annotated_slide(tmp_path, "a.svs", ("3",), (1000, 800)) is None
     turned = annotated_slide(tmp_path / "a.tif", "a.svs", ("2",), (800, 1000))
     assert turned is not None
-    with pytest.raises(AnnotationError, match="another shape"):
+    with pytest.raises(AnnotationError, match="do not have the proportions"):
         turned.masks([(200, 100)], view)

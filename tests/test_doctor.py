@@ -283,9 +283,9 @@ class Usage(NamedTuple):
 @pytest.mark.parametrize(
     ("gib", "inodes", "left", "status", "found"),
     [
-        (100, 10**9, 10**8, OK, "100.0 GiB free, 100,000,000 more files"),
-        (1, 10**9, 10**8, WARN, "1.0 GiB free, 100,000,000 more files"),
-        (100, 10**9, 10, WARN, "100.0 GiB free, 10 more files"),
+        (100, 10**9, 10**8, OK, "100.0 GiB free, room for 100,000,000 more files"),
+        (1, 10**9, 10**8, WARN, "1.0 GiB free, room for 100,000,000 more files"),
+        (100, 10**9, 10, WARN, "100.0 GiB free, room for 10 more files"),
         (100, 0, 0, OK, "100.0 GiB free"),  # btrfs and many network file systems do not count files
     ],
 )

@@ -323,7 +323,7 @@ WRITES: dict[str, Callable[[StoragePath], Any]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
 @pytest.mark.parametrize(
-    ("failure", "message"), [("403", "access was refused"), ("503", "run the same command again"), ("400", "refuses")]
+    ("failure", "message"), [("403", "access was refused"), ("503", "run the same command again"), ("400", "rejects")]
 )
 def test_errors_of_the_store_say_what_to_do(
     write: Callable[[StoragePath], Any],

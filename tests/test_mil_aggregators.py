@@ -51,7 +51,7 @@ def test_a_published_attention_model_with_numpy_numbers_beside_its_weights_is_re
     path = REAL / "xmil_camelyon16_attnmil.pt"
     model = load_aggregator(read_slide_model(written(tmp_path, f"aggregator: {{source: abmil, weights: '{path}'}}")))
     assert (model.network.feature_dim, model.network.class_count) == (768, 2)
-    assert model.notes == ("the weights are 'model_state_dict' of xmil_camelyon16_attnmil.pt",)
+    assert model.notes == ("the weights are 'model_state_dict' in xmil_camelyon16_attnmil.pt",)
     found = explain_bag(model.network, bag(50, width=768).astype(np.float16), [Target("1", 1)], ["lrp"])
     assert found.relevance["lrp"].sum() == pytest.approx(found.logits[1], rel=1e-3)
 

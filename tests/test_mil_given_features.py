@@ -256,7 +256,7 @@ def test_what_cannot_be_is_refused_before_anything_begins(
 
 def test_features_and_none_are_of_slide_level_models(slide: Path, tmp_path: Path) -> None:
     patch_model = toy_file(tmp_path, "encoder")
-    for settings, problem in (({"features": tmp_path}, "slide-level models"), ({"method": "none"}, "model of patches")):
+    for settings, problem in (({"features": tmp_path}, "slide-level models"), ({"method": "none"}, "only for slide-level models")):
         with pytest.raises(ConfigError, match=problem):
             explain(slide, patch_model, tmp_path / "out", **settings)
 

@@ -289,7 +289,7 @@ def test_files_of_the_system_are_no_slides(path: str) -> None:
 
 def test_a_pipe_is_no_slide(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.svs")
-    with pytest.raises(SlideNotFoundError, match=r"a\.svs: is no regular file, expected a slide"):
+    with pytest.raises(SlideNotFoundError, match=r"a\.svs: is not a regular file, expected a slide"):
         open_slide(tmp_path / "a.svs")
 
 

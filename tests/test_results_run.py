@@ -146,7 +146,7 @@ def test_notebooks_show_pictures_and_facts(result: Result, slide: SlideResult) -
     assert picture is not None
     assert picture.startswith(b"\x89PNG")
     assert "data:image/png;base64" in slide._repr_html_()
-    assert "1,100 x 1,500 px" in slide._repr_html_()
+    assert "1,500 x 1,100 px" in slide._repr_html_()
     assert "inner/b.tif" in result._repr_html_()
     assert result._repr_png_() is None
     failed = result["c.tif"]

@@ -139,7 +139,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the slide's size": (lambda f: edit(f / "manifest/plan.json", lambda p: p.update(slide_px=[900, 400])), "levels"),
     "a pixel more": (
         lambda f: edit(f / "manifest/plan.json", lambda p: p.update(slide_px=[300, 399])),
-        "expected (300",
+        "expected 399 x 300",
     ),
     "the manifest": (lambda f: (f / "manifest/plan.json").write_text("{"), "plan.json: damaged"),
     "the record": (lambda f: (f / "manifest/done.json").write_text("{}"), "done.json has no status"),

@@ -383,7 +383,7 @@ def test_what_a_process_tells_is_not_trusted() -> None:
     more: dict[str, Any] = {"digest": "", "objective": None, "images": []}
     wrong: list[Any] = [[level], [{}], "x", None, []]
     for levels in wrong:
-        with pytest.raises(SlideFormatError, match=r"impossible sizes|nonsense"):
+        with pytest.raises(SlideFormatError, match=r"impossible sizes|invalid reply"):
             isolated_process.info_of({**slide, **more, "levels": levels})
     for name in ("SystemExit", "StopIteration", "Iterable", "eval", "__import__"):
         assert type(isolated_process.error_of([[name, ["x"]]])) is RuntimeError

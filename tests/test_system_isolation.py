@@ -178,7 +178,7 @@ def test_the_only_open_slide_is_to_blame() -> None:
 
 def test_of_two_open_slides_none_is_blamed_until_one_is_alone() -> None:
     watch = CrashLog()
-    assert "one after the other" in watch.record_crash(told("a", "b"), "SIGBUS")
+    assert "one slide at a time" in watch.record_crash(told("a", "b"), "SIGBUS")
     assert (watch.causes, watch.one_at_a_time) == ({}, True)
     watch.record_crash(told("a", "-a", "b"), "SIGBUS")
     assert watch.causes.keys() == {"b"}

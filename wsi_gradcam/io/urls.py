@@ -155,8 +155,8 @@ def as_listed(url: str, named: Collection[str] = ()) -> str:
 def refusal(url: str) -> str:
     """Return why the server of a URL is not asked, with the mend; "" where it is.
 
-    >>> refusal("http://169.254.169.254/latest"), refusal("https://8.8.8.8/a.svs")
-    ('the address 169.254.169.254 is for a cloud machine itself; --allow-hosts 169.254.169.254 allows it', '')
+    >>> refusal("http://169.254.169.254/latest").split(";")[0], refusal("https://8.8.8.8/a.svs")
+    ("the address 169.254.169.254 belongs to a cloud machine's own metadata service", '')
     """
     (scheme, place, _), host = split_url(url), host_of_url(url)
     if scheme in WEB_SCHEMES and NO_HOST.search(place):

@@ -52,10 +52,10 @@ def read(path: str) -> list[LayerData]:
             ways = f"open the folder of one, such as {finished[0].folder.place}" if finished else "run explain again"
             raise ResultError(f"{result.out}: {len(finished)} slides are finished; {ways}")
         slide = finished[0]
-    return layers(result, slide)
+    return _layers_of(result, slide)
 
 
-def layers(result: Result, slide: SlideResult) -> list[LayerData]:
+def _layers_of(result: Result, slide: SlideResult) -> list[LayerData]:
     """Return the slide if it can be read, a layer for each channel, of which the first is visible, and the coverage."""
     from wsi_gradcam.results.lazy import lazy_flags, lazy_levels, padded  # not above: dask and xarray
 
