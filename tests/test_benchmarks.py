@@ -17,6 +17,8 @@ from tests.runs import ROOT
 NET = "test_resnet"
 LIBRARIES = {"captum": "captum", "gradcam": "pytorch_grad_cam", "torchcam": "torchcam", "openvino": "openvino"}
 
+pytestmark = pytest.mark.slow  # those of feeding, the GPU and whole slides stay in CI
+
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.slow  # those of feeding, the GPU and whole slides stay in CI
+
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:

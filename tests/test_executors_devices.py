@@ -137,7 +137,7 @@ def test_a_small_memory_is_told_once_and_changes_no_result(slides: Path, expecte
             np.testing.assert_allclose(np.asarray(found[key]), np.asarray(wanted[key]), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_worker_loads_the_model_once(
     workers: int, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

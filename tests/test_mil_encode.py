@@ -95,6 +95,7 @@ def test_encode_makes_the_features_of_explain_and_nothing_else(explained: Path, 
     assert validate(encoded) == []
 
 
+@pytest.mark.slow
 def test_workers_leave_the_same_features(archive: Path, model: Path, encoded: Path, tmp_path: Path) -> None:
     encode(archive, model, tmp_path / "out", workers=2, **SMALL)
     assert contents(tmp_path / "out") == contents(encoded)
@@ -233,6 +234,7 @@ def relevance_from(model: Path, features: NDArray[Any], baseline: NDArray[Any]) 
     ]
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_mean_of_all_patches_of_all_slides(
     archive: Path, model: Path, explained: Path, tmp_path: Path
 ) -> None:

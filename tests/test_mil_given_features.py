@@ -176,6 +176,7 @@ def test_exports_of_a_run_on_features_alone(to: str, out: Path, tmp_path: Path) 
     assert done.paths
 
 
+@pytest.mark.slow
 def test_workers_leave_the_same_bytes(slide: Path, model: Path, features: Path, out: Path, tmp_path: Path) -> None:
     """Each opens the features for itself."""
     explain(slide, model, tmp_path / "out", features=features, span_patches=32, workers=2, **ON_FEATURES)
@@ -256,7 +257,10 @@ def test_what_cannot_be_is_refused_before_anything_begins(
 
 def test_features_and_none_are_of_slide_level_models(slide: Path, tmp_path: Path) -> None:
     patch_model = toy_file(tmp_path, "encoder")
-    for settings, problem in (({"features": tmp_path}, "slide-level models"), ({"method": "none"}, "only for slide-level models")):
+    for settings, problem in (
+        ({"features": tmp_path}, "slide-level models"),
+        ({"method": "none"}, "only for slide-level models"),
+    ):
         with pytest.raises(ConfigError, match=problem):
             explain(slide, patch_model, tmp_path / "out", **settings)
 

@@ -103,7 +103,7 @@ def test_web_servers_are_not_asked_what_they_have(tmp_path: Path) -> None:
             find_slides([f"{web.url}/slides/"])
 
 
-@pytest.mark.parametrize("workers", [None, 1])
+@pytest.mark.parametrize("workers", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_list_of_urls_gives_what_files_give(
     workers: int | None, s3: str, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.heatmap import HeatmapStore
 
 TOOL_SIZES = {"small": (1024, 700), "desk": (1440, 900), "large": (2560, 1440)}
+EACH_SIZE = ["small", *(pytest.param(name, marks=pytest.mark.slow) for name in ("desk", "large"))]
 Y, X = MARKERS[SLIDE][0]
 
 
@@ -62,7 +63,7 @@ def test_annotations_are_drawn_by_class_and_toggled(open_page: Callable[..., Pag
     expect(page.locator(".pane canvas.overlay")).to_have_count(2)
 
 
-@pytest.mark.parametrize("size", TOOL_SIZES)
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_agreement_is_beside_and_accessible(open_page: Callable[..., Page], size: str) -> None:
     page = resized(open_page(at(SLIDE, Y, X, 0.5)), size)
     page.locator("#agreement summary").click()
@@ -146,7 +147,7 @@ def test_two_runs_are_shown_beside_each_other_and_as_a_difference(
         check(page, "small-difference")
 
 
-@pytest.mark.parametrize("size", TOOL_SIZES)
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_the_highest_patches_of_the_archive_lead_to_their_places(open_page: Callable[..., Page], size: str) -> None:
     page = resized(open_page(), size)
     page.keyboard.press("T")
@@ -164,7 +165,7 @@ def test_the_highest_patches_of_the_archive_lead_to_their_places(open_page: Call
     expect(page.locator("#patch h2")).to_have_text(f"Patch {number}")
 
 
-@pytest.mark.parametrize("size", TOOL_SIZES)
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_tools_change_the_view_and_save_it(open_page: Callable[..., Page], size: str) -> None:
     page = resized(open_page(at(SLIDE, Y, X, 0.5)), size)
     seen = [looks(page)]
