@@ -53,7 +53,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.read import timed
 from benchmarks.scale import spec, write_slides
-from wsi_gradcam.executors.dask import DaskExecutor, plugins
+from wsi_gradcam.executors.dask import DaskExecutor, batching, plugins
 from wsi_gradcam.executors.dask import workers as dask_workers
 from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry
@@ -71,6 +71,7 @@ from wsi_gradcam.slides.tiff_levels import TiffLevel
 
 PATCH_PX = 224
 READ, LOCKED = "read", "read with Python's lock"
+IN_SECONDS = ("BATCH_S", "LEAST_S", "PLANNED_S")  # of batches; the scheduler's, which are in slow motion too
 FILE = "FEEDING"  # environment variable: the file that tells workers what to simulate
 
 
@@ -85,7 +86,7 @@ class Case:
 
 
 CASES = {
-    "resnet50": Case(10_000, 12, 32, 256),
+    "resnet50": Case(10_000, 48, 32, 256),
     "vit_l": Case(2_900, 5, 32, 128),
     "small": Case(2_900, 30, 8, 64),
 }
@@ -266,6 +267,8 @@ def machine(simulation: Simulation, folder: Path, cores: int) -> Iterator[None]:
             yield name, {**about, "preload": ["benchmarks.feeding"]}
 
     kept = dask_workers.helpers, dict(os.environ)
+    constants = {name: value for name, value in vars(batching).items() if name in IN_SECONDS}
+    vars(batching).update({name: simulation.slowness * value for name, value in constants.items()})
     vars(dask_workers).update(worker_options=options, helpers=lambda: helpers)
     path = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     os.environ.update({FILE: str(folder / "simulation"), "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": path})
@@ -273,6 +276,7 @@ def machine(simulation: Simulation, folder: Path, cores: int) -> Iterator[None]:
         yield
     finally:
         dask_workers.worker_options, dask_workers.helpers = real, kept[0]
+        vars(batching).update(constants)
         os.environ.clear()
         os.environ.update(kept[1])
 
