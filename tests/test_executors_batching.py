@@ -60,9 +60,9 @@ def test_orders_become_small_and_then_few(left_s: float, seconds: float, batches
     assert window(10 * left_s, 10 * 2.0, 10).seconds.other == 1.0
 
 
-@pytest.mark.parametrize(("slide_s", "slides"), [(60.0, 4), (3.0, 4), (0.75, 4), (0.5, 6), (0.2, 15), (0.02, 15)])
+@pytest.mark.parametrize(("slide_s", "slides"), [(60.0, 4), (3.0, 4), (0.75, 4), (0.5, 6), (0.2, 15), (0.02, 64)])
 def test_the_smaller_slides_are_the_more_are_planned_ahead(slide_s: float, slides: int) -> None:
-    """Three seconds of work for each slot, up to fifteen slides; unknown ones are taken for large."""
+    """Three seconds of work for each slot, up to sixty-four slides; unknown ones are taken for large."""
     found = BatchLimits.of(Pools(math.inf, math.inf), Pools(4, 1), slide_s)
     assert found.ahead == 4 * slides
     rates = Rates()

@@ -309,7 +309,7 @@ CHURN_S = 60  # until workers have come and gone, on a machine that is busy with
 def test_a_result_that_is_lost_with_its_worker_is_computed_again() -> None:
     """One that died between the end of a task and the fetching of its result."""
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         future, collector = client.submit(BatchResult, "of nobody", pure=False), ResultCollector(client)
@@ -333,7 +333,7 @@ def test_workers_that_are_there_are_never_said_to_be_missing() -> None:
     busy = {"distributed.client.scheduler-info-interval": "1ms"}
     with (
         dask.config.set(busy),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
     ):
         executor, over = DaskExecutor(scheduler=cluster.scheduler_address), threading.Event()
 

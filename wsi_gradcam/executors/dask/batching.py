@@ -251,6 +251,7 @@ BATCHES_PER_SLOT = 4
 # And slides are planned so far ahead of the model that it does not wait where many small ones follow each other, and
 # those that plan are at other work, which nothing interrupts: finishing a slide takes most of a second.
 PLANNED_S = BATCH_S
+MOST_AHEAD = 64  # slides for each that can run the model
 # Workers shall end together: a batch for the model is at most one of so many parts of the work left for each, and when
 # that is less than one batch, fewer are in flight. Other batches of a slide follow each other: smaller ones only wait.
 LAST_PER_SLOT, LAST_PARTS, LAST_PARTS_OTHER = 2, 8, 2
@@ -282,7 +283,7 @@ class BatchLimits:
         return cls(
             Pools(few * model_slots, BATCHES_PER_SLOT * other_slots),
             Pools(_batch_s(model_s / LAST_PARTS), _batch_s(other_s / LAST_PARTS_OTHER)),
-            model_slots * max(BATCHES_PER_SLOT, math.ceil(PLANNED_S / _batch_s(slide_s))),
+            model_slots * max(BATCHES_PER_SLOT, min(MOST_AHEAD, math.ceil(PLANNED_S / max(slide_s, 1e-3)))),
         )
 
 

@@ -19,6 +19,7 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError
 from wsi_gradcam.errors import AGAIN, SlideMemoryError, WorkerError, one_line
 from wsi_gradcam.executors.dask.batching import (
     ALONE,
+    BATCHES_PER_SLOT,
     MODEL,
     PLANNING,
     Backlogs,
@@ -202,7 +203,8 @@ class SlideScheduler:
             while (stage := running.next_stage) and self._out[kind_of(stage)] < limits.batches.of(stage.needs_model):
                 self._send(running.next_batch(self._rates, limits.seconds.of(stage.needs_model)))
             waiting += running.waiting_for_model
-        most, begun = max(1, self._workers.slots.other), self._out[PLANNING]
+        # More than can be planned at once: what waits to be planned goes before the finishing of slides.
+        most, begun = BATCHES_PER_SLOT * max(1, self._workers.slots.other), self._out[PLANNING]
         while self._out[PLANNING] < most and self._out[MODEL] + waiting + begun < limits.ahead:
             if not self._begin(left):
                 break
