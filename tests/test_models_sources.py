@@ -20,7 +20,7 @@ from torch import nn
 
 from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.load import Model, load_model
-from wsi_gradcam.models.sources.function import code_digest
+from wsi_gradcam.models.sources.python import code_digest
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.system.processes import tensors_only
 

@@ -34,8 +34,8 @@ from wsi_gradcam.mil.networks import (
 )
 from wsi_gradcam.models.load import check_files, check_numbers
 from wsi_gradcam.models.sources import LIGHTNING, WRAPPERS, is_lightning, states_in
-from wsi_gradcam.models.sources.function import build_function
 from wsi_gradcam.models.sources.programs import load_script
+from wsi_gradcam.models.sources.python import build_function
 from wsi_gradcam.models.spec import ModelSpec
 from wsi_gradcam.system.processes import tensors_only
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from wsi_gradcam.errors import LayerError, ModelError, one_line, quoted
 from wsi_gradcam.models.outputs import Passed, one_row, separate, unwrap_parts, unwrapped, with_logits
 from wsi_gradcam.models.sources import Built, load_weights
-from wsi_gradcam.models.sources.function import (
+from wsi_gradcam.models.sources.hf import build_hf, weights_file
+from wsi_gradcam.models.sources.programs import PROGRAM, build_export, build_torchscript, build_wsinfer, failure
+from wsi_gradcam.models.sources.python import (
     build_function,
     build_timm,
     build_torchvision,
     source_digest,
     without_head,
 )
-from wsi_gradcam.models.sources.hf import build_hf, weights_file
-from wsi_gradcam.models.sources.programs import PROGRAM, build_export, build_torchscript, build_wsinfer, failure
 from wsi_gradcam.models.spec import FILES, RANDOM, ModelSpec, Resizing, explain_validation, read_spec, regular
 from wsi_gradcam.models.staining import stain_target
 from wsi_gradcam.models.transform import Transform, make_transform

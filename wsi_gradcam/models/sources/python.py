@@ -1,4 +1,4 @@
-"""Networks that code builds: `module:function`, a Python function without arguments that returns a `torch.nn.Module`,
+"""Networks that Python code builds: `module:function`, a function without arguments that returns a `torch.nn.Module`,
 and `timm:NAME` and `torchvision:NAME`, with published weights unless the specification names others.
 
 A function runs the code of its module.
