@@ -56,7 +56,7 @@ def where(seconds: float) -> str:
 async def place() -> AsyncIterator[Place]:
     """Everything in this process."""
     async with AsyncExitStack() as stack:
-        boss = await stack.enter_async_context(Scheduler(host="127.0.0.1", port=0, dashboard=False))
+        boss = await stack.enter_async_context(Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0"))
         client = await stack.enter_async_context(Client(boss.address, asynchronous=True, set_as_default=False))
         await client.register_plugin(RunSchedulerPlugin(RUN, client.id))
         yield Place(stack, boss, client)
