@@ -18,7 +18,10 @@ Ratios whose names end in `_scaled` are of `--decode scaled`, at another mpp tha
 
 On a machine that others use too, `--clock cpu` counts the seconds that this process computes.
 
-    python benchmarks/read.py [--threads 1] [--rounds 7] [--clock wall] [--quick] [--json]
+`--slide FILE` measures a slide of your own instead, in TIFF, in patches of the size of its tiles. It should have no
+level of half its size, which would be read instead of its first.
+
+    python benchmarks/read.py [--threads 1] [--rounds 7] [--clock wall] [--slide FILE] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -70,16 +73,18 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True)
 class Case:
-    """Patches of a slide: level-0 (y, x) of their corners, and level-0 px per patch px."""
+    """Patches of a slide: level-0 (y, x) of their corners, level-0 px per patch px, their side, and the slide's mpp."""
 
     path: Path
     places: list[Place]
     scale: float
+    px: int = TILE_PX
+    mpp: float = MPP
 
     @property
     def side(self) -> int:
         """Side of a patch in level-0 px, rounded up."""
-        return int(np.ceil(TILE_PX * self.scale))
+        return int(np.ceil(self.px * self.scale))
 
 
 def write_slide(path: Path, codec: str, side: int) -> None:
@@ -107,7 +112,7 @@ def ours(case: Case) -> Iterator[Read]:
     slide = open_slide(case.path)
     slide.read_level(0, Region(0, 0, 1, 1))
     try:
-        yield lambda y, x: read_region(slide, y, x, TILE_PX, TILE_PX, MPP * case.scale)
+        yield lambda y, x: read_region(slide, y, x, case.px, case.px, case.mpp * case.scale)
     finally:
         slide.close()
 
@@ -118,7 +123,7 @@ def ours_scaled(case: Case) -> Iterator[Read]:
     slide = with_reductions(open_slide(case.path))
     slide.read_level(0, Region(0, 0, 1, 1))
     try:
-        yield lambda y, x: read_region(slide, y, x, TILE_PX, TILE_PX, MPP * case.scale)
+        yield lambda y, x: read_region(slide, y, x, case.px, case.px, case.mpp * case.scale)
     finally:
         slide.close()
 
@@ -131,8 +136,8 @@ def by_openslide(case: Case) -> Iterator[Read]:
         def read(y: int, x: int) -> NDArray[np.uint8]:
             pixels = slide.read_region((x, y), 0, (case.side, case.side)).convert("RGB")
             if case.scale != 1:
-                box = (0, 0, TILE_PX * case.scale, TILE_PX * case.scale)
-                pixels = pixels.resize((TILE_PX, TILE_PX), Image.Resampling.BILINEAR, box=box)
+                box = (0, 0, case.px * case.scale, case.px * case.scale)
+                pixels = pixels.resize((case.px, case.px), Image.Resampling.BILINEAR, box=box)
             return np.asarray(pixels)
 
         yield read
@@ -141,10 +146,10 @@ def by_openslide(case: Case) -> Iterator[Read]:
 @contextmanager
 def by_aszarr(case: Case) -> Iterator[Read]:
     """tifffile's own view of a file as an array; it keeps no tiles."""
-    store = tifffile.imread(case.path, aszarr=True)
+    store = tifffile.imread(case.path, aszarr=True, series=0, level=0)
     try:
         array: Any = zarr.open(store, mode="r")
-        yield lambda y, x: np.asarray(array[y : y + TILE_PX, x : x + TILE_PX])
+        yield lambda y, x: np.asarray(array[y : y + case.px, x : x + case.px])
     finally:
         store.close()
 
@@ -153,13 +158,13 @@ def by_aszarr(case: Case) -> Iterator[Read]:
 def by_fastslide(case: Case) -> Iterator[Read]:
     """A rival in C++."""
     slide = importlib.import_module("fastslide").FastSlide.from_file_path(str(case.path))
-    yield lambda y, x: np.asarray(slide.read_region((x, y), 0, (TILE_PX, TILE_PX)).numpy())
+    yield lambda y, x: np.asarray(slide.read_region((x, y), 0, (case.px, case.px)).numpy())
 
 
 def bare_decode(case: Case, threads: int, clock: Clock) -> float:
     """Seconds to decode each tile that the patches touch, once."""
     with tifffile.TiffFile(case.path) as file:
-        (level,) = tiff_levels(file)
+        level = tiff_levels(file)[0]
     wanted = {
         at for y, x in case.places for at in level.tiles_of(_inside(Region(y, x, case.side, case.side), level.shown_px))
     }
@@ -199,7 +204,7 @@ def seconds(side: str, case: Case, threads: int, clock: Clock) -> float:
     with SIDES[side](case) as read, ThreadPoolExecutor(threads) as pool:
         started = clock()
         for patch in pool.map(lambda place: read(*place), case.places):
-            assert patch.shape == (TILE_PX, TILE_PX, 3)
+            assert patch.shape == (case.px, case.px, 3)
         return clock() - started
 
 
@@ -270,7 +275,23 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"ratios": {}, "patches_per_s": {}, "ms_per_patch": {}, "identical_to_openslide": {}}
     found["settings"] = {"threads": arguments.threads, "rounds": arguments.rounds, "tile_px": TILE_PX}
     found["settings"] |= {"clock": arguments.clock}
-    across = 3 if arguments.quick else 16
+    for name, case in of_slide(arguments.slide) if arguments.slide else made(folder, 3 if arguments.quick else 16):
+        rates = measure(case, arguments.rounds, arguments.threads, CLOCKS[arguments.clock])
+        found["patches_per_s"][name] = rates
+        theirs = {side: rate for side, rate in rates.items() if side not in ("fast", "scaled")}
+        found["ratios"] |= {f"fast_over_{side}_{name}": rates["fast"] / rate for side, rate in theirs.items()}
+        found["ms_per_patch"][name] = parts(case, "fast")
+        if "scaled" in rates:
+            found["ratios"] |= {f"fast_over_{side}_{name}_scaled": rates["scaled"] / r for side, r in theirs.items()}
+            found["ms_per_patch"][f"{name}_scaled"] = parts(case, "scaled")
+        if case.scale == 1:
+            found["identical_to_openslide"][name] = _identical(case)
+        print(name, {side: round(rate) for side, rate in rates.items()}, file=sys.stderr, flush=True)
+    return found
+
+
+def made(folder: Path, across: int) -> Iterator[tuple[str, Case]]:
+    """Yield the cases of the slides that are made here, `across` by `across` patches each, with their names."""
     for codec in CODECS:
         path = folder / f"{codec}.svs"
         write_slide(path, codec, TILE_PX * (2 * across + 2))
@@ -278,22 +299,25 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for label, scale in SCALES.items():
                 step = int(TILE_PX * scale)
                 places = [(offset + step * r, offset + step * c) for r in range(across) for c in range(across)]
-                case, name = Case(path, places, scale), f"{codec}_{grid}{label}"
-                rates = measure(case, arguments.rounds, arguments.threads, CLOCKS[arguments.clock])
-                found["patches_per_s"][name] = rates
-                theirs = {side: rate for side, rate in rates.items() if side not in ("fast", "scaled")}
-                found["ratios"] |= {f"fast_over_{side}_{name}": rates["fast"] / rate for side, rate in theirs.items()}
-                if "scaled" in rates:
-                    found["ratios"] |= {
-                        f"fast_over_{side}_{name}_scaled": rates["scaled"] / rate for side, rate in theirs.items()
-                    }
-                found["ms_per_patch"][name] = parts(case, "fast")
-                if "scaled" in rates:
-                    found["ms_per_patch"][f"{name}_scaled"] = parts(case, "scaled")
-                if scale == 1:
-                    found["identical_to_openslide"][name] = _identical(case)
-                print(name, {side: round(rate) for side, rate in rates.items()}, file=sys.stderr, flush=True)
-    return found
+                yield f"{codec}_{grid}{label}", Case(path, places, scale)
+
+
+def of_slide(path: Path) -> Iterator[tuple[str, Case]]:
+    """Yield the cases of a slide in TIFF: patches of the size of its tiles, at most 16 by 16 from its middle."""
+    with tifffile.TiffFile(path) as file:
+        level = tiff_levels(file)[0]
+    slide = open_slide(path)
+    mpp = slide.info.mpp_yx[0]
+    slide.close()
+    px = level.tile_px[0]
+    for grid, offset in GRIDS.items():
+        for label, scale in SCALES.items():
+            step = int(px * scale)
+            inside = [(side - offset) // step for side in level.shown_px]
+            counts = [min(16, count) for count in inside]
+            first = [offset + step * ((count - kept) // 2) for count, kept in zip(inside, counts, strict=True)]
+            places = [(first[0] + step * r, first[1] + step * c) for r in range(counts[0]) for c in range(counts[1])]
+            yield f"slide_{grid}{label}", Case(path, places, scale, px, mpp)
 
 
 def _identical(case: Case) -> bool:
@@ -306,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="that read at once, on every side (default 1)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default 7)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what counts the seconds (default wall)")
+    parser.add_argument("--slide", type=Path, help="read this slide (TIFF) instead of the two that are made")
     parser.add_argument("--quick", action="store_true", help="few patches, one round: does it run?")
     parser.add_argument("--json", action="store_true", help="print JSON on one line")
     arguments = parser.parse_args(argv)

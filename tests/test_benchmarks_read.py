@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,11 @@ pytestmark = pytest.mark.slow  # those of feeding, the GPU and whole slides stay
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    command = [sys.executable, "benchmarks/read.py", "--quick", "--json"]
+    return measured()
+
+
+def measured(*arguments: str | Path) -> dict[str, Any]:
+    command = [sys.executable, "benchmarks/read.py", "--quick", "--json", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout)
@@ -51,3 +56,11 @@ def test_every_codec_grid_and_scale_is_measured(figures: dict[str, Any]) -> None
 def test_pixels_are_openslides(figures: dict[str, Any]) -> None:
     assert all(figures["identical_to_openslide"].values())
     assert len(figures["identical_to_openslide"]) == 4
+
+
+def test_a_slide_of_ones_own_is_measured_in_patches_of_its_tiles(shared_data: Path) -> None:
+    found = measured("--slide", shared_data / "slides/aperio/CMU-1-Small-Region.svs")
+    assert found["patches_per_s"].keys() == {
+        f"slide_{grid}{scale}" for grid in ("aligned", "unaligned") for scale in ("", "_by_2", "_by_1.37")
+    }
+    assert found["identical_to_openslide"] == {"slide_aligned": True, "slide_unaligned": True}
