@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 from tests.evidence_runs import explained, model_file, of_nothing, of_nuclei, of_nuclei_and_marker, write_archive
 from tests.runs import ROOT, flags
+from tests.test_export_dicom import errors as dicom_errors
 from wsi_gradcam import evidence_run, open_result, validate
 from wsi_gradcam.audit.report.page import evidence_words
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
@@ -207,7 +208,9 @@ def test_names_that_are_given_are_used(out: Path, tmp_path: Path) -> None:
         assert sum(one["measurements"]["area µm²"] for one in own) == pytest.approx((labels == kind.number).sum() * um2)
     (done,) = export(copy, "dicom-clusters", tmp_path / "there", ["000.tif"])
     found_dicom = highdicom.seg.segread(done.paths[0] / "level-0.dcm")
-    np.testing.assert_array_equal(found_dicom.get_total_pixel_matrix(combine_segments=True), labels)
+    matrix = found_dicom.get_total_pixel_matrix(combine_segments=True)
+    np.testing.assert_array_equal(matrix, np.where(labels == 255, len(image.kinds) + 1, labels))
+    assert dicom_errors(done.paths[0] / "level-0.dcm") == []
     assert found_dicom.get_segment_description(1).segment_label == "evidence dark nuclei"
     (copy / "evidence" / "names.yaml").write_text("one\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="NUMBER: NAME"):

@@ -124,19 +124,24 @@ def _background() -> Dataset:
 
 
 def write_clusters(job: Job) -> list[Path]:
-    """Write label maps of the kinds of evidence: 0 not looked at, the numbers of the kinds, 255 of no kind."""
+    """Write label maps of the kinds of evidence: 0 not looked at, then the kinds in order, and last what is of none."""
     clusters = open_clusters(job.slide)
     if clusters is None:
         raise ResultError(f"{job.slide.id}: has no label image of clusters; run evidence without --skip-labels")
 
     def read(level: MapLevel, tile: Region) -> NDArray[np.uint8]:
-        return sampled(job, level, clusters.read, tile)
+        return np.take(numbers, sampled(job, level, clusters.read, tile))
 
+    rest = len(clusters.kinds) + 1
+    numbers = np.zeros(256, np.uint8)
+    numbers[[*(kind.number for kind in clusters.kinds), NOTHING]] = range(1, rest + 1)
     segments = [
-        segment(kind.number, f"evidence {kind.title}", f"{kind.title}, {kind.side} the target", kind.colour)
+        segment(
+            int(numbers[kind.number]), f"evidence {kind.title}", f"{kind.title}, {kind.side} the target", kind.colour
+        )
         for kind in clusters.kinds
     ]
-    segments.append(segment(NOTHING, "of no cluster", "looked at, but of no kind of evidence", "A0A0A0"))
+    segments.append(segment(rest, "of no cluster", "looked at, but of no kind of evidence", "A0A0A0"))
     return [write_labels(job, "clusters of evidence", job.path("dicom-clusters"), segments, read)]
 
 
