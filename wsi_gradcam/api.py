@@ -214,7 +214,7 @@ def preview(
     entries, remarks = _chosen(slides, folder, only, skip, settings)
     spec, loaded = _prepared(entries, model, settings, trust_code)
     settings = _seeing(spec, settings)
-    # What will be chosen to run the model changes no estimate, and finding it out takes time.
+    # How the model will be run does not change any estimate, and finding out takes time.
     plain = settings.model_copy(update={"engine": "eager", "precision": "float32"})
     executor = SerialExecutor(loaded)
     run = _plan(executor, folder.place, spec, plain, entries, None)
@@ -298,7 +298,7 @@ def _prepared(
             raise ConfigError(f"{model.name}: patch_px of a loaded model is fixed; pass it to load_model or model_of")
         return model.spec.trusting(trust_code), model
     spec = (model if isinstance(model, ModelSpec) else read_spec(fspath(model))).trusting(trust_code)
-    spec.check_trusted()  # again where it is loaded; here no worker is started for it
+    spec.check_trusted()  # it is checked again where it is loaded; no worker is started for it here
     spec = spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
     if settings.patch_px is not None:
         spec = spec.model_copy(update={"patch_px": settings.patch_px})
@@ -320,7 +320,7 @@ def _prepared_encoder(
             f"{model.name}: features are computed with a model that workers can load themselves; give a "
             "model file, for example"
         )
-    explaining = settings.model_copy(update={"method": ("gradcam",)})  # what is checked of it is not of a method
+    explaining = settings.model_copy(update={"method": ("gradcam",)})  # the checks do not depend on it
     spec, _ = _prepared(entries, model, explaining, trust_code)
     assert isinstance(spec, ModelSpec)
     return spec.as_encoder()
@@ -340,7 +340,7 @@ def _prepared_slide_model(
             "existing features with --features"
         )
     if settings.features is not None:
-        FeatureFolder(settings.features)  # here, not slide by slide
+        FeatureFolder(settings.features)  # checked here, not slide by slide
     if encoder is not None:
         encoder.check_trusted()
         if settings.patch_px is not None:

@@ -1,7 +1,7 @@
 """The exceptions of wsi_gradcam.
 
-Every error a user can cause is a `WsiGradcamError` and also the built-in that a caller would catch. Messages
-say what was given, what was expected and how to mend it, on one line.
+Every error that a user can cause is a `WsiGradcamError` and also the built-in exception that a caller would catch.
+Messages say on one line what was given, what was expected and how to fix it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class WsiGradcamError(Exception):
 
 
 class ConfigError(WsiGradcamError, ValueError):
-    """A setting or a command line that cannot be carried out."""
+    """A setting or a command line that cannot be used."""
 
 
 class SlideError(WsiGradcamError):
@@ -36,7 +36,7 @@ class SlideFormatError(SlideError, ValueError):
 
 
 class SlideContentError(SlideFormatError):
-    """What the file holds is no picture in colour or gray, or not all of one: no reader may show it."""
+    """The file does not contain a picture in colour or grey, or only part of one: no reader may show it."""
 
 
 class SlideAccessError(SlideError, ConnectionError):
@@ -52,19 +52,19 @@ class SlideReadError(SlideError, OSError):
 
 
 class SlideMemoryError(SlideError, RuntimeError):
-    """A slide on which workers died, mostly for lack of memory."""
+    """A slide on which workers died, usually for lack of memory."""
 
 
 class StainError(SlideError, ValueError):
-    """Tissue whose stain cannot be measured, and so not be normalised."""
+    """Tissue whose stain cannot be measured and so cannot be normalised."""
 
 
 class FeatureError(SlideError, ValueError):
-    """Feature vectors of a slide that cannot be read, or of which the places on the slide are not known."""
+    """Feature vectors of a slide that cannot be read, or whose positions on the slide are not known."""
 
 
 class DocumentError(WsiGradcamError, ValueError):
-    """YAML or JSON that cannot be read within bounds; whoever reads a file adds its name."""
+    """YAML or JSON that cannot be read within bounds; the code that reads a file adds its name."""
 
 
 class AnnotationError(WsiGradcamError, ValueError):
@@ -72,7 +72,7 @@ class AnnotationError(WsiGradcamError, ValueError):
 
 
 class MarkError(WsiGradcamError, ValueError):
-    """What is no mark of a place on a slide; the message says what is."""
+    """Something that is not a valid mark on a slide; the message says what is expected."""
 
 
 class ModelError(WsiGradcamError, ValueError):
@@ -88,7 +88,7 @@ class LayerError(ModelError):
 
 
 class EngineError(ModelError):
-    """An engine that is not there, or cannot run the model."""
+    """An engine that is not available or cannot run the model."""
 
 
 class TargetError(WsiGradcamError, ValueError):
@@ -100,7 +100,7 @@ class StoreError(WsiGradcamError, OSError):
 
 
 class ResultError(WsiGradcamError, ValueError):
-    """A folder that holds no results, or results that are not there yet."""
+    """A folder without results, or results that do not exist yet."""
 
 
 class MissingPartError(WsiGradcamError, FileNotFoundError):
@@ -116,11 +116,11 @@ class ResumeError(WsiGradcamError, ValueError):
 
 
 class TileError(WsiGradcamError, LookupError):
-    """A tile that the viewer's page cannot ask for: there is none."""
+    """A request for a tile that does not exist."""
 
 
 class NotShownError(WsiGradcamError, LookupError):
-    """A slide, patch or column that the viewer is asked for and that the results do not have."""
+    """A request to the viewer for a slide, patch or column that the results do not have."""
 
 
 class OutsideError(WsiGradcamError, PermissionError):
@@ -128,19 +128,19 @@ class OutsideError(WsiGradcamError, PermissionError):
 
 
 class RangeError(WsiGradcamError, ValueError):
-    """A Range header that is not answered."""
+    """A Range header that cannot be satisfied."""
 
 
 class WorkerError(WsiGradcamError, RuntimeError):
-    """The cluster cannot do the work: no worker, or one that died too often on the same task."""
+    """The cluster cannot do the work: there are no workers, or workers died too often on the same task."""
 
 
 class DeviceError(WorkerError):
-    """A GPU that this process can use no more, whatever it is asked: the process must end, and no slide is at fault."""
+    """A GPU that this process can no longer use at all: the process must end, and no slide is at fault."""
 
 
 class MissingExtraError(WsiGradcamError, ImportError):
-    """A package that only some tasks need, and that is not installed; the message names the extra that brings it."""
+    """A package that only some tasks need and that is not installed; the message names the extra that installs it."""
 
 
 class StoppedError(WsiGradcamError, RuntimeError):
@@ -149,7 +149,7 @@ class StoppedError(WsiGradcamError, RuntimeError):
 
 @contextmanager
 def from_extra(extra: str, what: str) -> Iterator[None]:
-    """Import packages of an extra, as a context; `what` is what needs them.
+    """Import packages of an extra inside this context; `what` names the thing that needs them.
 
     >>> try:
     ...     with from_extra("viewer", "view"):
@@ -173,14 +173,14 @@ def from_extra(extra: str, what: str) -> Iterator[None]:
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a question with the names that are near to an unknown one; "" where none is.
+    """Return a question with the names that are close to an unknown one; "" if none is.
 
     >>> did_you_mean("clases", ["classes", "mpp"]), did_you_mean("zzz", ["mpp"])
     ('did you mean classes?', '')
     >>> did_you_mean("mask", ["masks", "task", "masc"])
     'did you mean masks, task or masc?'
     """
-    from difflib import get_close_matches  # only where something is wrong
+    from difflib import get_close_matches  # imported only when something is wrong
 
     by_lower = {known.lower(): known for known in names}
     near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, 3, cutoff)]
@@ -188,7 +188,7 @@ def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message on one line, cut where it is too long, with its type in front when it is not one of ours.
+    """Return the error's message on one line, cut if too long, preceded by its type if it is not one of ours.
 
     >>> one_line(MppError("a.svs: no mpp"))
     'a.svs: no mpp'
@@ -199,15 +199,15 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, WsiGradcamError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-# What is no text in a file's name, which on Linux is bytes; and the letter that marks it in ours.
+# Bytes in a file name that are not text (on Linux, names are bytes), and the character that marks them in our names.
 _NO_TEXT = re.compile("[\ud800-\udfff\ufffd]")
 _MARKED = re.compile("(?:\ufffd[89a-f][0-9a-f])+")
 
 
 def as_text(name: str) -> str:
-    """Return a file's name or path as text that any file can hold: each byte that is none as U+FFFD and two digits.
+    """Return a file's name or path as valid text: each byte that is not text becomes U+FFFD and two digits.
 
-    `as_path` returns the name again: no two names give one text.
+    `as_path` is the inverse: no two names give the same text.
 
     >>> as_text("a\\udce9.tif") == "a\\ufffde9.tif", as_text("é.tif")
     (True, 'é.tif')
@@ -218,12 +218,12 @@ def as_text(name: str) -> str:
 
     try:
         return _NO_TEXT.sub(escaped, name)
-    except UnicodeEncodeError:  # half a pair, which no name of a file has
+    except UnicodeEncodeError:  # half a surrogate pair, which no file name has
         return name.encode("utf-8", "replace").decode()
 
 
 def as_path(text: str) -> str:
-    """Return the file's name or path that `as_text` has made text of.
+    """Return the file's name or path from the text that `as_text` made of it.
 
     >>> as_path(as_text("a\\udce9\\ufffd.tif")) == "a\\udce9\\ufffd.tif"
     True
@@ -234,14 +234,14 @@ def as_path(text: str) -> str:
 
 
 def canonical(name: str) -> str:
-    """Return a name in Unicode's normal form C: programs and disks write one "é" as one letter or as two."""
-    from unicodedata import normalize  # only where names are compared: a megabyte
+    """Return a name in Unicode normalisation form C: programs and disks write "é" as one code point or as two."""
+    from unicodedata import normalize  # imported only when names are compared: it takes a megabyte
 
     return normalize("NFC", name)
 
 
 def picked(name: str, names: Iterable[str]) -> str | None:
-    """Return which of some names is meant: the very same, else the only one that differs in normal form alone.
+    """Return the name that is meant: an exact match, else the only one that differs just in its normalisation form.
 
     >>> picked("Krebs-é", ["Krebs-e\\u0301", "glass"]) == "Krebs-e\\u0301", picked("x", ["y"])
     (True, None)
@@ -263,7 +263,7 @@ def shortened(text: str, most: int = MAX_MESSAGE) -> str:
 
 
 class _Quoting(reprlib.Repr):
-    """Short representations of values of any size, in a time that does not depend on it."""
+    """Short representations of values of any size, in a time that does not depend on the size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class _Quoting(reprlib.Repr):
 
 
 def quoted(value: object) -> str:
-    """Return a value out of a file as messages quote it: short, whatever it is.
+    """Return a value from a file as messages quote it: short, whatever it is.
 
     >>> quoted("a" * 1000)[-10:]
     "aaaaaaaaa'"
@@ -285,20 +285,21 @@ def quoted(value: object) -> str:
     return shortened(_Quoting().repr(value), 200)
 
 
-# As allocators of hosts and of devices say it; creating a library's handle fails for want of memory, hardly otherwise.
+# In the words of host and device allocators; creating a library's handle hardly ever fails for any other reason.
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|bad allocation|bad_alloc|_ALLOC(ATION)?_FAILED"
     r"|_NOT_INITIALIZED when calling `cu\w+Create|cudaErrorMemoryAllocation",
     re.IGNORECASE,
 )
-# Of CUDA and its like: what a kernel or the hardware did, after which every call of the process fails in the same way.
+# From CUDA and similar: failures of a kernel or of the hardware, after which every call in the process fails the same
+# way.
 _LOST_DEVICE = re.compile(
     r"\b(CUDA|HIP) (driver )?error\b|Triton Error \[(CUDA|HIP)\]"
     r"|_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
     r"|illegal memory access|device-side assert|unspecified launch failure|uncorrectable ECC",
     re.IGNORECASE,
 )
-# And what is told of a machine that cannot run it at all, and could not before.
+# And the words for a machine that cannot run it at all, and never could.
 _NO_DEVICE = re.compile(
     r"no CUDA-capable|invalid device ordinal|no kernel image|driver version is insufficient|device\(s\) is/are busy"
     r"|initialization error|operation not supported",
@@ -307,19 +308,19 @@ _NO_DEVICE = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory did not suffice, a device's or the host's; allocators raise plain RuntimeErrors too.
+    """Return whether the device or the host ran out of memory; allocators raise plain RuntimeErrors too.
 
     >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(RuntimeError("shapes differ"))
     (True, False)
     """
     if isinstance(error, MemoryError):
         return True
-    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded here
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's own error; torch need not be loaded here
     return isinstance(error, RuntimeError) and (named or _NO_MEMORY.search(str(error)) is not None)
 
 
 def lost_device(error: BaseException) -> BaseException | None:
-    """Return the error, or the one that led to it, after which a GPU is of no use to this process; None of others.
+    """Return the error, or its cause, that made a GPU unusable for this process; None for any other error.
 
     >>> lost_device(RuntimeError("CUDA error: an illegal memory access was encountered"))
     RuntimeError('CUDA error: an illegal memory access was encountered')
@@ -339,10 +340,10 @@ def lost_device(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Tell errors after which the process can use its GPU no more from all others, as a context.
+    """Turn errors after which the process can no longer use its GPU into DeviceErrors, as a context.
 
     Raises:
-        DeviceError: in place of such an error.
+        DeviceError: instead of such an error.
     """
     try:
         yield
@@ -357,15 +358,15 @@ def device_errors() -> Iterator[None]:
         ) from error
 
 
-# Control characters (C0, DEL, C1), line and paragraph separators, marks and overrides of direction, invisible joiners
-# and tags, and what is no character at all.
+# Control characters (C0, DEL, C1), line and paragraph separators, direction marks and overrides, invisible joiners and
+# tags, and non-characters.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with the noun that it counts, which takes an s in the plural.
+    """Return a number with the noun that it counts, with an s in the plural.
 
     >>> counted(1, "slide"), counted(12345, "slide")
     ('1 slide', '12,345 slides')
@@ -374,7 +375,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text on one line as a terminal may show it: names out of files move no cursor and hide nothing.
+    """Return text on one line that is safe to print: names from files cannot move the cursor or hide anything.
 
     >>> printable("a\\x1b[2Jb\\n.tif")
     'a\\\\x1b[2Jb\\\\n.tif'

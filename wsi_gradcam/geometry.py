@@ -34,7 +34,7 @@ class Region:
         return slice(self.y, self.bottom), slice(self.x, self.right)
 
     def intersect(self, other: Region) -> Region:
-        """The common rectangle; of zero height or width where there is none."""
+        """The common rectangle; of zero height or width if there is none."""
         y, x = max(self.y, other.y), max(self.x, other.x)
         height = max(0, min(self.bottom, other.bottom) - y)
         width = max(0, min(self.right, other.right) - x)

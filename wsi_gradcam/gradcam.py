@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wsi_gradcam")
 OneTarget = int | str | Callable[[Tensor], Tensor]
-MIN_IMAGES_FOR_CHOICE = 16  # images in a call: for fewer, trying engines costs more than it can bring
+MIN_IMAGES_FOR_CHOICE = 16  # images in a call: for fewer, trying engines costs more than it can gain
 PROGRAMS_KEPT = 8
 
 
@@ -135,7 +135,7 @@ class GradCAM:
         self._lock = threading.Lock()  # a tap is a hook on the module: one pass at a time
         self.choice: Choice | None = None
 
-    @torch.inference_mode(False)  # also for a caller in it, where there are no gradients
+    @torch.inference_mode(False)  # also for a caller in inference mode, where there are no gradients
     def __call__(self, images: Tensor, targets: OneTarget | Sequence[OneTarget] | None = None) -> Explanation:
         """Explain `images`, normalised float [B, 3, H, W], for each of `targets`.
 
@@ -180,7 +180,7 @@ class GradCAM:
         tensors = list(_tensors(self._module))
         try:
             weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        except RuntimeError as error:  # tensors of inference count no versions
+        except RuntimeError as error:  # inference tensors have no version counters
             raise ModelError(
                 "the model was created under torch.inference_mode, which rules out gradients; create it outside"
             ) from error
@@ -237,7 +237,7 @@ class GradCAM:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, some perhaps twice; three times as fast as looking them up by name in every call."""
+    """Return parameters and buffers, some perhaps twice; three times as fast as a lookup by name in every call."""
     modules: list[nn.Module | None] = [module]
     for part in modules:
         if part is not None:

@@ -35,11 +35,11 @@ __all__ = [
     "with_reductions",
 ]
 
-# Endings of slides that are searched for in folders; a file that is named itself is tried whatever its ending.
+# Endings that are searched for in folders; a file that is named explicitly is tried whatever its ending.
 SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm".split()  # noqa: SIM905
 )
-# Endings of slides that are not read, and what converts them.
+# Endings of slides in unsupported formats, and what converts them.
 BIO_FORMATS, SDK = "bioformats2raw or QuPath", "the scanner's own software"
 UNREAD = {
     **dict.fromkeys(".vsi .qptiff .lif .nd2 .lsm .oir .oib .oif .zvi .ims .jp2 .jpx .zif .afi".split(), BIO_FORMATS),  # noqa: SIM905
@@ -64,22 +64,22 @@ def open_slide(
 ) -> Slide:
     """Return the slide at `path`, a file, a Zarr folder or a URL; `mpp` or (y, x) replaces its own um per pixel.
 
-    With `trust_objective`, an unknown mpp is derived from the power of the objective. Of an image with several gray
+    With `trust_objective`, an unknown mpp is derived from the power of the objective. If an image has several grey
     channels, as in fluorescence, `channels` are shown as red, green and blue; a slide in colour is shown as it is.
 
     Readers are the names in `opening.OPENERS`; `auto` chooses the fastest that reads the file correctly. With
     `isolate`, a separate process reads the slide within these limits (True: the default ones; None: as set by
-    `isolating`, else none), see `isolated_reader`; meant for files from strangers.
+    `isolating`, else none), see `isolated_reader`; this is meant for untrusted files.
 
     Raises:
         ConfigError: there is no such reader, or this system has no such processes.
         SlideNotFoundError: there is no such file.
         SlideAccessError: the server of a URL does not allow reading it.
         SlideFormatError: not a slide, or damaged.
-        SlideContentError: a SlideFormatError for a file that is not an image in colour or gray.
+        SlideContentError: a SlideFormatError for a file that is not an image in colour or grey.
         MppError: the given mpp is not possible. (A missing one is raised on the first use of `info.mpp_yx`.)
     """
-    # Not above: `import wsi_gradcam.slides` shall not need the shared library.
+    # Not imported above: `import wsi_gradcam.slides` must not need the shared library.
     from wsi_gradcam.slides.opening import open_file, open_url
 
     check_reader(reader)
@@ -103,7 +103,7 @@ def with_reductions(slide: Slide) -> Slide:
     """Return the slide with additional levels that are decoded at a reduced size, if its reader supports that.
 
     Patches at half, a quarter or an eighth of a level's resolution are then read several times as fast, and differ by a
-    few gray levels. The original slide must not be closed separately.
+    few grey levels. The original slide must not be closed separately.
     """
     reduced: Callable[[], Slide] | None = getattr(slide, "with_reductions", None)
     return slide if reduced is None else reduced()
@@ -121,7 +121,7 @@ def _limits(isolate: Limits | bool | None) -> Limits | None:
 def check_reader(name: str) -> None:
     """Raise a ConfigError if there is no reader of this name."""
     if name == "auto":
-        return  # a client of workers need not load what reads slides
+        return  # a cluster's client need not load what reads slides
     from wsi_gradcam.slides.opening import OPENERS
 
     if name not in OPENERS:

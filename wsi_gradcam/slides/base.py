@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
     N = TypeVar("N", int, float)
     Pair: TypeAlias = tuple[N, N]  # y, x
-    Stored = tuple[Pair[int], Pair[float] | None, Pair[int] | None]  # size, spacing, tile of a level
+    Stored = tuple[Pair[int], Pair[float] | None, Pair[int] | None]  # a level's size, spacing and tile
 
 
-OURS = "wsi_gradcam"  # the name under which results say that they are ours
+OURS = "wsi_gradcam"  # the name by which results say that they are ours
 LOG = logging.getLogger(OURS)
 
-# Scanners deliver 0.1 to 1 um per pixel and thumbnails of slides up to about 30. Values outside are wrong
-# tags: 72 dpi, which image editors write by default, comes out as 352.8.
+# Scanners deliver 0.1 to 1 um per pixel, and slide thumbnails up to about 30. Values outside come from wrong tags: 72
+# dpi, which image editors write by default, is 352.8 um.
 SMALLEST_MPP, LARGEST_MPP = 0.01, 100.0
 UM_AT_1X = 10.0
-# How many pixels the side of a level may be off its factor by rounding, also of several rounded one after the other;
-# and the share by which a factor of pixel sizes may be off the whole one that is meant.
+# By how many pixels the side of a level may differ from its factor through rounding, even repeated rounding; and by
+# what share a factor of pixel sizes may differ from the integer that is meant.
 ROUNDED_PX, WHOLE = 1.5, 0.002
 MAX_SLIDE_PX, MAX_SIDE_PX = 1 << 40, 1 << 26  # a thousand gigapixels
 DIFFERENT = "its height and width imply different downsamples"
-Channels: TypeAlias = tuple[int, int, int]  # numbers of those that are shown as red, green and blue
+Channels: TypeAlias = tuple[int, int, int]  # numbers of the channels that are shown as red, green and blue
 COLOUR_NAME = re.compile(r"(?:channel|ch|c)?[ :_-]*(r|red|g|green|b|blue)[ :_-]*(?:channel)?", re.IGNORECASE)
 NUMBER_NAME = re.compile(r"(?:(?:channel|ch|c)?[ :_-]*\d+(?:[ :_-]+\d+)*)?", re.IGNORECASE)
 PURE = {(255, 0, 0): "r", (0, 255, 0): "g", (0, 0, 255): "b"}
@@ -55,10 +55,10 @@ class Level:
     """One resolution of a slide: size in its own pixels and level-0 pixels per pixel, per axis.
 
     Attributes:
-        height, width: without the padding of the last tiles, as far as that is known.
+        height, width: without the padding of the last tiles, as far as it is known.
         problem: why the downsamples are uncertain; "" if they are not. Such a level is used only if its pixels prove
             them.
-        shift: by how many of its own pixels its content lies further down and to the right than in other levels.
+        shift: by how many of its own pixels its content is further down and to the right than in other levels.
         made_of: the index of the level whose tiles it is decoded from at a reduced size; None for a level of the file.
     """
 
@@ -122,7 +122,7 @@ class SlideInfo:
 
 
 class Slide(Protocol):
-    """An open slide. It can be read by several threads at once, but not pickled: open one in each process."""
+    """An open slide. Several threads can read it at once, but it cannot be pickled: open one in each process."""
 
     @property
     def info(self) -> SlideInfo:
@@ -171,7 +171,7 @@ def fill_background(
         return inside, out[:0, :0]
     place = Region(inside.y - region.y, inside.x - region.x, inside.height, inside.width)
     for beside in (np.s_[: place.y], np.s_[place.bottom :], np.s_[:, : place.x], np.s_[:, place.right :]):
-        out[beside] = colour  # not all of it: a colour is written slowly
+        out[beside] = colour  # only the part outside: writing a colour is slow
     return inside, out[place.slices]
 
 
@@ -183,11 +183,11 @@ def make_levels(
     """Return levels of these (height, width), finest first, with the downsample of each axis.
 
     A writer that shrinks 2967 rows by 4 keeps 741 of 741.75, and 2967 / 741 = 4.004 would drift by 3 px towards the
-    bottom: if an integer factor explains the sizes up to rounding, it is used. For small levels several do: one that
-    explains both axes is preferred, and of these a power of two.
+    bottom: if an integer factor explains the sizes up to rounding, it is used. For small levels, several do: one that
+    explains both axes is preferred and, among those, a power of two.
 
     A writer that pads the last tiles makes levels too large for their factor. If the file states the pixel size of its
-    levels, this gives the factor; otherwise the power of two that such padding would explain is a guess, and a
+    levels, the factor follows from that; otherwise the power of two that such padding would explain is a guess, and a
     `problem`.
 
     Args:
@@ -208,12 +208,12 @@ def make_levels(
 
 
 def _level(first: Stored, stored: Stored) -> Level:
-    """Return a level by its size, spacing and tile, and those of the first."""
+    """Return a level from its size, spacing and tile, and those of the first level."""
     full, reduced = first[0], stored[0]
     by_size, agree = _downsamples(full, reduced), _one_factor(full, reduced)
     said, whole = _said(first, stored), agree and by_size[0].is_integer()
     if said is not None and whole and not (said[0].is_integer() and said[1].is_integer()):
-        said = by_size  # a factor that is nearly whole is said loosely
+        said = by_size  # a factor that is nearly an integer is stated loosely
     if said is not None and not all(map(_is_rounded, full, reduced, said)):
         return _cut(full, reduced, said)
     guess = None if whole else _padded_factor(first, stored)
@@ -223,13 +223,13 @@ def _level(first: Stored, stored: Stored) -> Level:
 
 
 def _cut(full: Pair[int], reduced: Pair[int], factors: Pair[float], problem: str = "") -> Level:
-    """Return a level without what lies beyond the slide."""
+    """Return a level without the part that lies beyond the slide."""
     height, width = (min(r, math.ceil(f / by)) for f, r, by in zip(full, reduced, factors, strict=True))
     return Level(height, width, *factors, problem)
 
 
 def _said(first: Stored, stored: Stored) -> Pair[float] | None:
-    """Return the factors by the pixels' sizes, if rounding or whole tiles make the level's size of them."""
+    """Return the factors from the pixel sizes, if rounding or whole tiles then explain the level's size."""
     if first[1] is None or stored[1] is None or not all(value > 0 for value in (*first[1], *stored[1])):
         return None
     y, x = (_whole(b / a) for a, b in zip(first[1], stored[1], strict=True))
@@ -241,14 +241,14 @@ def _whole(factor: float) -> float:
 
 
 def _padded_factor(first: Stored, stored: Stored) -> float | None:
-    """Return the power of two that makes the level's size of whole tiles; None where none does."""
+    """Return the power of two with which padding to whole tiles explains the level's size; None if none does."""
     ratio = max(f / r for f, r in zip(first[0], stored[0], strict=True))
     factor = 2.0 ** max(0, math.ceil(math.log2(ratio) - WHOLE))
     return factor if _fits(first, stored, (factor, factor)) else None
 
 
 def _fits(first: Stored, stored: Stored, factors: Pair[float]) -> bool:
-    """Return True where the factors and whole tiles, of either level or both, explain the level's size."""
+    """Return whether the factors and padding to whole tiles, in either level or both, explain the level's size."""
     none = (None, None)
     values = zip(first[0], first[2] or none, stored[0], stored[2] or none, factors, strict=True)
     return all(_side_fits(*side) for side in values)
@@ -265,7 +265,7 @@ def _is_rounded(full: int, reduced: int, factor: float) -> bool:
 
 
 def _one_factor(full: Pair[int], reduced: Pair[int]) -> bool:
-    """Return True where one factor explains both sides up to rounding."""
+    """Return whether one factor explains both sides up to rounding."""
     low = max(f / (r + ROUNDED_PX) for f, r in zip(full, reduced, strict=True))
     high = min(f / max(1e-9, r - ROUNDED_PX) for f, r in zip(full, reduced, strict=True))
     return low <= high
@@ -292,10 +292,10 @@ def _explains(whole: int, full: int, reduced: int) -> bool:
 
 @dataclass(frozen=True)
 class Channel:
-    """One of several gray channels of an image, as a file describes it.
+    """One of several grey channels of an image, as a file describes it.
 
     Attributes:
-        name: "" where it has none.
+        name: "" if it has none.
         colour: RGB in which it should be shown.
         is_stain: whether the file declares it as fluorescence.
     """
@@ -310,11 +310,11 @@ def shown_channels(
 ) -> Channels:
     """Return the numbers of the channels that are shown as red, green and blue.
 
-    These are the ones that a user chose, or else those whose names, or colours if they have no names, say that they are
-    the parts of an image in colour. With `plain`, so are three channels that say nothing at all.
+    These are the ones that a user chose, or else those whose names (or colours, if they have no names) say that they
+    are the parts of a colour image. With `plain`, three channels that say nothing at all count too.
 
     Raises:
-        SlideContentError: they are stains, or it is unknown what they are.
+        SlideContentError: the channels are stains, or it is unknown what they are.
 
     >>> shown_channels(3, [Channel("Blue"), Channel("Green"), Channel("Red")], None)
     (2, 1, 0)
@@ -356,7 +356,7 @@ def check_mpp(value: float, origin: str) -> str:
 
 
 def mpp_from_objective(info: SlideInfo) -> SlideInfo:
-    """Return the metadata with mpp derived from the objective's power if only that is known: 10 um at 1x, as usual.
+    """Return the metadata with the mpp derived from the objective's power if only that is known: 10 um at 1x.
 
     This is a guess: 40x is 0.25 on most scanners, but 0.22 to 0.26 on some.
     """
@@ -370,8 +370,8 @@ def mpp_from_objective(info: SlideInfo) -> SlideInfo:
 def content_digest(path: Path, *extra: str) -> str:
     """Return a sha256 (first 32 hex digits) of size, head, tail and evenly spaced samples: cheap on any file size.
 
-    It changes with the file's length, header, and most rewrites; a single changed byte between the samples of a
-    large file is not seen. Files up to 4 MiB are hashed whole. `extra` is hashed too.
+    It changes with the file's length, header, and most rewrites; a single changed byte between the samples of a large
+    file goes unnoticed. Files up to 4 MiB are hashed whole. `extra` is hashed too.
     """
     size, block, samples = path.stat().st_size, 1 << 16, 64
     digest = hashlib.sha256(f"{size}".encode())
@@ -391,7 +391,7 @@ ByteRange = tuple[int, int]  # offset and count
 
 
 class SlideFile(Protocol):
-    """The bytes of one file. Reading is safe from several threads, streams are for one."""
+    """The bytes of one file. Several threads may read at once; a stream is for one thread only."""
 
     @property
     def name(self) -> str:
@@ -470,14 +470,14 @@ def is_tiff(file: SlideFile) -> bool:
         return stream.read(4) in TIFF_SIGNATURES
 
 
-DARK = 64  # of 255: no picture in 16 bits is darker everywhere, but one of 12 bits that is taken for 16 is
+DARK = 64  # of 255: no true 16-bit picture is darker everywhere, but a 12-bit one that is taken for 16 is
 
 
 def check_not_dark(slide: Slide, places: Sequence[tuple[int, Region]], *, chosen: bool = False) -> None:
     """Check some places of a 16-bit slide that does not state how many of its bits are used.
 
     Raises:
-        SlideContentError: all are dark. If channels were `chosen`, as for fluorescence, the log warns of it instead.
+        SlideContentError: all are dark. If channels were `chosen`, as for fluorescence, the log warns instead.
     """
     levels = set()
     for level, region in places:

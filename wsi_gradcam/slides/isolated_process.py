@@ -1,6 +1,6 @@
-"""The process that reads one slide for `isolated_reader`: it obeys messages, and tells errors and metadata as JSON.
+"""The process that reads one slide for `isolated_reader`: it obeys messages, and reports errors and metadata as JSON.
 
-It is not trusted: whoever asks makes errors and metadata again from what it tells, and bounds them.
+It is not trusted: the asking process rebuilds errors and metadata from its reports, within bounds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KNOWN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeEr
 
 
 def told(error: BaseException) -> list[list[Any]]:
-    """Return an error and its causes, as JSON can hold them."""
+    """Return an error and its causes in a form that fits into JSON."""
     if _lacks_memory(error):
         return [["MemoryError", []]]
     chain: list[list[Any]] = []
@@ -83,7 +83,7 @@ def _made(name: str, values: Any) -> Exception:
 
 
 def info_of(values: Any) -> SlideInfo:
-    """Return metadata that another process has told; its sizes are bounded as those of any slide."""
+    """Return metadata that another process reported; its sizes are bounded as for any slide."""
     try:
         info = TypeAdapter(SlideInfo).validate_python(values)
     except ValidationError as error:
@@ -94,7 +94,7 @@ def info_of(values: Any) -> SlideInfo:
 
 
 class _Remembering(logging.Handler):
-    """Keeps what is logged for the next answer."""
+    """A log handler that keeps records for the next answer."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -105,13 +105,13 @@ class _Remembering(logging.Handler):
         self._kept.append((record.levelno, record.getMessage()))
 
     def taken(self) -> list[tuple[int, str]]:
-        """Return what was kept, and forget it."""
+        """Return the kept records, and forget them."""
         kept, self._kept = self._kept, []
         return kept
 
 
 class _Reader:
-    """The slide of a confined process, as it is and with levels that are made while tiles are decoded."""
+    """The slide of a confined process, as it is and with levels made by reduced decoding."""
 
     def __init__(self, lacking: list[str]) -> None:
         self._lacking = lacking
@@ -122,7 +122,7 @@ class _Reader:
         LOG.addHandler(self._log)
 
     def obey(self, link: Link) -> NoReturn:
-        """Do what messages say: open the slide, and serve the threads that want to read it."""
+        """Do what the messages say: open the slide, and serve the threads that want to read it."""
         while True:
             message, descriptors = link.receive()
             if message["do"] == "lane":
@@ -163,7 +163,7 @@ class _Reader:
         except EOFError:
             memory.close()
             lane.close()
-        except BaseException:  # else nobody would answer
+        except BaseException:  # otherwise nobody would answer
             os._exit(1)
 
     def _read(self, message: Mapping[str, Any], memory: mmap.mmap) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def serve_slide(link: Link, lacking: list[str]) -> None:
-    """Serve one slide until the other side closes the link, in a process that is confined."""
+    """Serve one slide from a confined process, until the other side closes the link."""
     keep_freed_memory()
     limit_arenas()
     with suppress(EOFError, OSError):

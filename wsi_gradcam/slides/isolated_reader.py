@@ -1,7 +1,7 @@
-"""Slides that are read by processes of their own, limited in memory, time and rights: what is in them costs no more.
+"""Slides read by separate processes, limited in memory, time and permissions: a bad file can do no more harm.
 
-`IsolatedSlide` is a `Slide` like others; its process has the file open, and several threads. Pixels come back through
-memory that both see. A process that dies is replaced; after a few the slide is given up.
+`IsolatedSlide` is a `Slide` like any other; its process has the file open and runs several threads. Pixels come back
+through shared memory. A process that dies is replaced; after a few deaths the slide is given up.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ T = TypeVar("T")
 
 LOG = logging.getLogger("wsi_gradcam")
 
-MOST_DEATHS = 3  # of processes of one slide
-PATIENCE = 10  # times as long may a process wait as work
+MOST_DEATHS = 3  # deaths of processes of one slide
+PATIENCE = 10  # how many times longer a process may wait than work
 KEPT_BYTES = 8 << 20  # of memory for pixels, from one read of a thread to the next
 _LATE = "the time limit"
-ALMOST = 0.8  # of a processor gets what works
-SEALS = 0x1 | 0x2 | 0x4  # of memory that both see: no further seals, it stays as large as it is
+ALMOST = 0.8  # share of a processor that a working process gets
+SEALS = 0x1 | 0x2 | 0x4  # of shared memory: no further seals, and its size stays fixed
 _LOCK = threading.Lock()
 _SERVERS: list[ConfinementServer] = []  # none or one
 _SAID: set[str] = set()
@@ -74,15 +74,15 @@ class IsolatedSlide:
         """Return `region` of a level as RGB uint8 [height, width, 3]; outside the slide: background.
 
         Raises:
-            SlideReadError: as of the reader in the process, or it needed more memory than it may have.
-            SlideMemoryError: processes that read it were killed again and again.
-            SlideError: they crashed or took too long again and again.
+            SlideReadError: as raised by the reader in the process, or it needed more memory than it is allowed.
+            SlideMemoryError: processes that read the slide were killed repeatedly.
+            SlideError: they crashed or took too long repeatedly.
         """
         what = f"reading level {level}, x {region.x}, y {region.y}, {region.width} x {region.height} px"
         return self._source.call(what, lambda process: process.read(level, region, self._scaled))
 
     def with_reductions(self) -> IsolatedSlide:
-        """Return the slide with levels that are made while tiles are decoded, where its reader can do that."""
+        """Return the slide with levels made by reduced decoding, if its reader can do that."""
         reply = self._source.call("making levels", lambda process: process.ask({"do": "reduce"}))
         return IsolatedSlide(self._source, info_of(reply["info"]), scaled=True)
 
@@ -92,17 +92,17 @@ class IsolatedSlide:
 
 
 def open_isolated(path: str, limits: Limits, options: Mapping[str, Any]) -> IsolatedSlide:
-    """Return the slide at a path or URL, opened by a process of its own; options as of `open_slide`.
+    """Return the slide at a path or URL, opened by a separate process; options as for `open_slide`.
 
     Raises:
-        SlideError: as of `open_slide`, or it needed more memory or time than it may have.
+        SlideError: as for `open_slide`, or it needed more memory or time than it is allowed.
     """
     source = _Source(path, limits, options)
     return IsolatedSlide(source, source.info)
 
 
 class _DiedError(Exception):
-    """A process has died, or must: `why` says why if not by a signal."""
+    """A process has died, or must be ended: `why` gives the reason, unless it was a signal."""
 
     def __init__(self, why: str = "") -> None:
         super().__init__(why)
@@ -110,11 +110,11 @@ class _DiedError(Exception):
 
 
 class _Source:
-    """A slide and the process that has it open; another one if that dies."""
+    """A slide and the process that has it open, which is replaced if it dies."""
 
     def __init__(self, path: str, limits: Limits, options: Mapping[str, Any]) -> None:
         self._path, self._limits, self._options = path, limits, options
-        # Credentials, and which servers this thread may ask.
+        # Credentials, and the servers that this thread may contact.
         self._environment = {**os.environ, ALLOW_HOSTS: ",".join(allowed_hosts())} if is_url(path) else {}
         self._lock = threading.Lock()
         self._process: _Process | None = None
@@ -128,7 +128,7 @@ class _Source:
             raise self._error("opening it", died.why, opening=True) from None
 
     def call(self, what: str, work: Callable[[_Process], T]) -> T:
-        """Return the result of work by the process, of another one if it dies meanwhile."""
+        """Return the result of the process's work, or of its replacement's if it dies meanwhile."""
         while True:
             process = self._current(what)
             try:
@@ -166,7 +166,7 @@ class _Source:
             return self._process
 
     def _lose(self, process: _Process, what: str, died: _DiedError) -> None:
-        """End a process for good, and give the slide up after a few; all of its threads come here, the first counts."""
+        """End a process for good, and give up on the slide after a few; only its first thread to get here counts."""
         with self._lock:
             if self._process is not process:
                 return
@@ -224,7 +224,7 @@ class _Source:
 
 
 class _Process:
-    """A process that has a slide open, as seen from the one that asks."""
+    """A process that has a slide open, as seen by the process that uses it."""
 
     def __init__(self, limits: Limits, *, network: bool) -> None:
         self._limits = limits
@@ -239,13 +239,13 @@ class _Process:
 
         Raises:
             _DiedError: the process died, or takes too long.
-            Exception: as it was raised there.
+            Exception: as raised there.
         """
         with self._asking, self._at_work():
             return self._answer(self._confined.link, message)
 
     def read(self, level: int, region: Region, scaled: bool) -> NDArray[np.uint8]:
-        """Return a region of a level, RGB uint8 [height, width, 3]; errors as of `ask`."""
+        """Return a region of a level, RGB uint8 [height, width, 3]; errors as for `ask`."""
         shape = (region.height, region.width, 3)
         with self._at_work():
             lane = self._lane()
@@ -268,7 +268,7 @@ class _Process:
         return pixels
 
     def end(self) -> str:
-        """End the process and return what had ended it before: the name of a signal, or its exit."""
+        """End the process and return what had ended it already: the name of a signal, or its exit status."""
         with self._lock:
             if self._ended is None:
                 status = self._server.end(self._confined)
@@ -324,7 +324,7 @@ class _Process:
         return reply
 
     def _wait(self, link: Link) -> None:
-        """Wait for an answer. Time counts by the process's work, and by looks: while all stand still, none passes."""
+        """Wait for an answer. Time counts in work and in polls: none passes while the machine is asleep."""
         pid, limit = self._confined.pid, self._limits.seconds
         step = min(1.0, limit / 4)
         before, waited = cpu_seconds(pid), 0.0
@@ -337,14 +337,14 @@ class _Process:
 
 
 class _Lane:
-    """A link for one read at a time, and the memory through which pixels come."""
+    """A link for one read at a time, and the shared memory for its pixels."""
 
     def __init__(self) -> None:
         self.link, self.theirs = linked()
         self._descriptor, self.memory = -1, mmap.mmap(-1, 1)
 
     def reserve(self, count: int) -> int | None:
-        """Make the memory large enough; return its descriptor where it is new."""
+        """Make the memory large enough; return its descriptor if it is new."""
         if self._descriptor >= 0 and len(self.memory) >= count:
             return None
         self._forget()
@@ -356,12 +356,12 @@ class _Lane:
         return self._descriptor
 
     def shrink(self) -> None:
-        """Give much memory back."""
+        """Give back memory, if there is much."""
         if len(self.memory) > KEPT_BYTES:
             self._forget()
 
     def close(self) -> None:
-        """Close all."""
+        """Close the link and give back the memory."""
         self.link.close()
         self._forget()
 
@@ -373,7 +373,7 @@ class _Lane:
 
 
 def _start(limits: Limits, *, network: bool) -> tuple[ConfinementServer, Confined]:
-    """Start a confined process by this process's own server, which is started where there is none."""
+    """Start a confined process through this process's own server, which is started if there is none."""
     for _ in range(2):
         with _LOCK:
             if _SERVERS and _SERVERS[0].owner != os.getpid():  # this process was forked

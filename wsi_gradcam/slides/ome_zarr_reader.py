@@ -1,7 +1,7 @@
-"""OME-Zarr images (OME-NGFF 0.4 and 0.5) as slides, in folders and behind URLs.
+"""OME-Zarr images (OME-NGFF 0.4 and 0.5) as slides, in folders and at URLs.
 
-So are the collections of images that bioformats2raw writes (layout 3): the first image is the slide, where the others
-are small (labels, macros, thumbnails).
+So are the collections of images that bioformats2raw writes (layout 3): the first image is the slide, if the others are
+small (labels, macros, thumbnails).
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ UM_PER_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centime
 BYTES_IN_DIGEST = 1 << 22  # bytes of the coarsest level
 CHUNKS_IN_DIGEST = 4  # versions of remote chunks, of each level
 CACHE_BYTES = 32 << 20
-MANY_CHUNKS_PX = 1 << 22  # of larger ones only one is unpacked at a time
-MAX_CHANNELS = 64  # stains of one tissue
+MANY_CHUNKS_PX = 1 << 22  # larger ones are unpacked one at a time
+MAX_CHANNELS = 64  # channels of one image
 WAITING_THREADS = 8  # chunks of one region that are fetched at once
-# Bounds on what a file may claim.
+# Limits on what a file may claim.
 MAX_LEVELS = 64
 MAX_CHUNKS = 1 << 24  # of a level
-MAX_CHUNKS_COARSEST = 1 << 17  # all of which are read for a thumbnail
-FEW_CHUNKS, SMALL_CHUNK_PX = 1 << 10, 1 << 12  # a level of more chunks may not have them smaller
+MAX_CHUNKS_COARSEST = 1 << 17  # chunks, all of which are read for a thumbnail
+FEW_CHUNKS, SMALL_CHUNK_PX = 1 << 10, 1 << 12  # if a level has more chunks, they may not be smaller
 MAX_CHUNK_PX, THIN_PX = 1 << 24, 1 << 9  # thinner ones may not be larger than `MANY_CHUNKS_PX`
-GOLDEN = 0.618033988749895  # its multiples spread evenly, along no axis
-SPARSE_PX, LOOKED_AT = 1 << 28, 256  # of the chunks of a larger coarsest level, one of so many must be there
+GOLDEN = 0.618033988749895  # its multiples spread evenly, not along an axis
+SPARSE_PX, LOOKED_AT = 1 << 28, 256  # of the chunks of a larger coarsest level, one in this many must exist
 
 
 class OmeZarrSlide:
-    """A `Slide` in an OME-Zarr image of one picture in colour or gray, in a folder or behind a URL."""
+    """A `Slide` in an OME-Zarr image of one picture in colour or grey, in a folder or at a URL."""
 
     def __init__(
         self,
@@ -133,8 +133,8 @@ class OmeZarrSlide:
         """Return the pixels of `region` of `level` as RGB uint8 [height, width, 3]; outside the slide: white.
 
         Raises:
-            SlideReadError: a chunk cannot be decoded, or is missing where zarr would fill in black.
-            SlideAccessError: a remote image cannot be reached any more.
+            SlideReadError: a chunk cannot be decoded, or is missing where zarr would fill in black. SlideAccessError: a
+            remote image can no longer be reached.
         """
         return pad_with_background(region, self._info.levels[level], WHITE, partial(self._pixels, level))
 
@@ -146,7 +146,7 @@ class OmeZarrSlide:
     def _pixels(self, level: int, region: Region) -> Rgb:
         chunks = self._chunks(level, region)
         rgb = np.empty((region.height, region.width, 3), np.uint8)
-        # Large ones one after the other: each takes what it unpacks to.
+        # Large ones one after another: each takes as much memory as it unpacks to.
         at_once = len(chunks) if math.prod(self._chunk_px(level)) <= MANY_CHUNKS_PX else 1
         keys = list(chunks)
         for first in range(0, len(keys), at_once):
@@ -163,7 +163,7 @@ class OmeZarrSlide:
         return rgb
 
     def _made(self, keys: list[Key]) -> list[Rgb | Exception]:
-        """Return decoded chunks, or the errors of those that cannot be."""
+        """Return decoded chunks, or the errors of those that cannot be decoded."""
         return list(map(self._chunk, keys) if self._pool is None else self._pool.map(self._chunk, keys))
 
     def _chunk(self, key: Key) -> Rgb | Exception:
@@ -179,10 +179,10 @@ class OmeZarrSlide:
             values = np.asarray(self._levels[level][tuple(wanted.get(axis, 0) for axis in self._axes)])
         except SlideError:
             raise
-        except Exception as error:  # codecs raise many kinds
+        except Exception as error:  # codecs raise many kinds of errors
             raise SlideReadError(f"{self._where(level, region)} cannot be decoded: {one_line(error)}") from error
         left = [axis for axis in self._axes if axis in wanted]
-        # Axes may be in any order; pixels are cut and pasted as y, x, colour.
+        # Axes may be in any order; pixels are cut out and pasted as y, x, colour.
         order = [left.index("y"), left.index("x"), *([left.index("c")] if "c" in left else [])]
         values = values.transpose(order) if "c" in left else values.transpose(order)[..., None]
         if self._shown is not None:
@@ -198,7 +198,7 @@ class OmeZarrSlide:
         return f"{self._path}: level {level}, x {region.x}, y {region.y}, {region.width} x {region.height} px"
 
     def _chunk_px(self, level: int) -> tuple[int, int]:
-        """Return (height, width) of a chunk, the inner one where there are shards."""
+        """Return (height, width) of a chunk; of the inner ones, if there are shards."""
         chunks = self._levels[level].chunks
         return int(chunks[self._axes.index("y")]), int(chunks[self._axes.index("x")])
 
@@ -207,7 +207,7 @@ class OmeZarrSlide:
         return Region(row * height, column * width, height, width).intersect(Region(0, 0, size.height, size.width))
 
     def _chunks(self, level: int, region: Region) -> dict[Key, Region]:
-        """Return the chunks that a region touches, and its parts in them."""
+        """Return the chunks that a region touches, and the region's parts in them."""
         height, width = self._chunk_px(level)
         rows = range(region.y // height, ceil_div(region.bottom, height))
         columns = range(region.x // width, ceil_div(region.right, width))
@@ -217,7 +217,7 @@ class OmeZarrSlide:
         """Return how many pixels a chunk of a level can show.
 
         Raises:
-            SlideFormatError: more than are unpacked, or in too thin a strip.
+            SlideFormatError: more than may be unpacked, or in too thin a strip.
         """
         y, x = (self._axes.index(axis) for axis in "yx")
         height, width = (min(level.chunks[axis], level.shape[axis]) for axis in (y, x))
@@ -245,7 +245,7 @@ class OmeZarrSlide:
             raise SlideContentError(f"values of {array.dtype}, {what}")
 
     def _shown_channels(self, group: Any, chosen: Channels | None) -> Channels | None:
-        """Return the channels that are red, green and blue; None for one picture in gray."""
+        """Return the channels that are red, green and blue; None for one grey picture."""
         count = dict(zip(self._axes, self._levels[0].shape, strict=True)).get("c", 1)
         if count == 1:
             return None
@@ -274,7 +274,7 @@ class OmeZarrSlide:
         )
 
     def _spacing(self, dataset: Mapping[str, Any]) -> tuple[float, float] | None:
-        """Return the size of a level's pixels (y, x), in any unit; None where it is not told."""
+        """Return the size of a level's pixels (y, x), in any unit; None if it is not stated."""
         scales = [transform["scale"] for transform in _scalings(self._scales, dataset)]
         if not scales:
             return None
@@ -282,7 +282,7 @@ class OmeZarrSlide:
         return y, x
 
     def _either_mpp(self) -> tuple[tuple[float, float] | None, str]:
-        """Return the mpp of the scales, or of the OME-XML beside the image, which may not disagree."""
+        """Return the mpp from the scales, or from the OME-XML beside the image; the two must not disagree."""
         by_scale, problem = self._mpp()
         by_xml, _ = ome_mpp(self._xml, self._number) if self._xml else (None, "")
         if by_scale is None or by_xml is None:
@@ -307,7 +307,7 @@ class OmeZarrSlide:
         return (values[0], values[1]), ""
 
     def _digest(self) -> str:
-        """Return a digest of the metadata and of some pixels or, of a remote image, of the versions of some chunks."""
+        """Return a digest of the metadata and of some pixels or, for a remote image, the versions of some chunks."""
         digest = hashlib.sha256(json.dumps(self._scales, sort_keys=True, default=str).encode())
         for level in self._levels:
             digest.update(f"{level.shape} {level.dtype} {level.chunks}".encode())
@@ -316,7 +316,7 @@ class OmeZarrSlide:
             for name, identity in zip(names, self._pool.map(self._remote.identity, names), strict=True):
                 digest.update(f"{name} {identity}".encode())
             return digest.hexdigest()[:32]
-        coarsest = self._levels[-1]  # it stands for the rest, as in OpenSlide's hash
+        coarsest = self._levels[-1]  # it represents the rest, as in OpenSlide's hash
         height, width = (coarsest.shape[self._axes.index(axis)] for axis in "yx")
         rows = max(1, BYTES_IN_DIGEST // max(1, coarsest.nbytes // height))
         cut = {"y": slice(rows), "x": slice(max(1, BYTES_IN_DIGEST * height * width // coarsest.nbytes))}
@@ -332,7 +332,7 @@ class OmeZarrSlide:
         return found
 
     def _check_there(self, level: Any) -> None:
-        """Raise a SlideFormatError for a vast level without chunks: to fill it in takes long, too."""
+        """Raise a SlideFormatError for a vast level without chunks: filling it in takes long, too."""
         count = math.prod(_grid(level))
         if level.size <= SPARSE_PX:
             return
@@ -346,7 +346,7 @@ class OmeZarrSlide:
 
 
 def _grid(level: Any) -> list[int]:
-    """Return how many chunks, or shards, there are along each axis."""
+    """Return the number of chunks, or shards, along each axis."""
     return [ceil_div(n, size) for n, size in zip(level.shape, level.shards or level.chunks, strict=True)]
 
 
@@ -370,10 +370,10 @@ def _multiscales(group: Any) -> dict[str, Any]:
 
 
 def _opened(group: Any, store: LocalSlideStore | RemoteZarr, datasets: Any) -> list[Any]:
-    """Return the levels' arrays, whose chunks may from now on be read.
+    """Return the levels' arrays, whose chunks are now safe to read.
 
     Raises:
-        SlideFormatError: they claim more than any image of a slide.
+        SlideFormatError: they claim more than any slide's image has.
     """
     if not isinstance(datasets, list) or not 0 < len(datasets) <= MAX_LEVELS:
         found = f"{len(datasets):,} levels" if isinstance(datasets, list) else "no list of levels"
@@ -406,7 +406,7 @@ def _colour(text: object) -> tuple[int, int, int] | None:
     return red, green, blue
 
 
-# Of bioformats2raw (OME-NGFF 0.4 and 0.5, section "bioformats2raw.layout").
+# From bioformats2raw (OME-NGFF 0.4 and 0.5, section "bioformats2raw.layout").
 LAYOUT, LAYOUT_VERSION = "bioformats2raw.layout", 3
 OME_XML = "OME/METADATA.ome.xml"
 MAX_SERIES = 256
@@ -449,7 +449,7 @@ def _series(group: Any, names: Sequence[str]) -> list[OneOfSeveral]:
 
 
 def _series_paths(group: Any) -> list[str]:
-    """Return the paths of the images: as they are listed, else numbers from 0 on."""
+    """Return the paths of the images: as listed, else numbers from 0 on."""
     listed = _ome(group["OME"]).get("series") if "OME" in group else None
     if listed is None:
         return [str(number) for number in takewhile(lambda number: str(number) in group, range(MAX_SERIES + 1))]
@@ -476,7 +476,7 @@ def _one_of_series(group: Any, path: str, name: str) -> OneOfSeveral:
 
 
 def _ome_xml(place: Path | RemoteZarr) -> bytes:
-    """Return the OME-XML of a collection; nothing where there is none."""
+    """Return the OME-XML of a collection; empty if there is none."""
     if not isinstance(place, Path):
         return place.small_file(OME_XML, MAX_XML)
     path = place / OME_XML
@@ -484,13 +484,13 @@ def _ome_xml(place: Path | RemoteZarr) -> bytes:
 
 
 def _xml_above(place: Path | RemoteZarr) -> tuple[bytes, int]:
-    """Return the OME-XML of the collection in which an image lies, and its number there; nothing where it is alone."""
+    """Return the OME-XML of the collection that contains an image, and its number there; empty if it stands alone."""
     above = place.resolve().parent if isinstance(place, Path) else place.parent()
     name = place.resolve().name if isinstance(place, Path) else place.name.rstrip("/").rpartition("/")[2]
     try:
         group = zarr.open_group(above, mode="r")
         return (_ome_xml(above), _series_paths(group).index(name)) if _is_collection(group) else (b"", 0)
-    except Exception:  # there is none, or it is not to be read: the image says nothing of its pixels' size then
+    except Exception:  # there is none, or it cannot be read: it then says nothing about the pixel size
         return b"", 0
 
 

@@ -1,7 +1,7 @@
 """The choice of a reader for a slide.
 
-OpenSlide knows every vendor, our own reader is faster where it gives the same pixels. URLs are read by our readers
-alone: plain TIFF pyramids and OME-Zarr; a slide that needs OpenSlide must be on a disk.
+OpenSlide knows every vendor; our own reader is faster where it gives the same pixels. URLs are read only by our own
+readers: plain TIFF pyramids and OME-Zarr; a slide that needs OpenSlide must be on a local disk.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ Mpp = tuple[float, float] | None
 
 TILES_COMPARED = 3  # a level
 ZARR_SUFFIX = ".zarr"
-ELSEWHERE = ".vsi"  # a TIFF with a thumbnail alone
-REMOTE_READERS = ("auto", "tiff", "ome-zarr")  # the others know files only
+ELSEWHERE = ".vsi"  # a TIFF that has only a thumbnail
+REMOTE_READERS = ("auto", "tiff", "ome-zarr")  # the others read only files
 WITH_CHANNELS = ("auto", "tiff", "ome-zarr")
 COPY_FIRST = "copy the file to a local disk and explain the copy"
 
@@ -67,7 +67,7 @@ def open_file(
 ) -> Slide:
     """Return the slide at `path` by a named reader, or by the fastest that reads it correctly.
 
-    Of gray pictures that belong together, `channels` are shown as red, green and blue.
+    Of grey pictures that belong together, `channels` are shown as red, green and blue.
 
     Raises:
         SlideFormatError: the reader does not know the file, or it is damaged.
@@ -80,15 +80,15 @@ def open_file(
         with closing(LocalFile(path)) as file:
             if is_tiff(file):
                 check_tiff(file)
-    chosen = () if channels is None or reader not in WITH_CHANNELS else (channels,)  # others know slides in colour
+    chosen = () if channels is None or reader not in WITH_CHANNELS else (channels,)  # the others read slides in colour
     return OPENERS[reader](path, mpp, trust_objective, *chosen)
 
 
 def open_tiff_slide(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Facts]) -> TiffSlide:
-    """Return the slide in a TIFF file by our own reader, which owns the file; `facts` gets them from the parsed one.
+    """Return the slide in a TIFF file, opened by our own reader, which owns the file; `facts` reads the parsed file.
 
     Raises:
-        SlideFormatError: it holds no picture that can be shown, or is damaged.
+        SlideFormatError: it contains no picture that can be shown, or is damaged.
     """
     try:
         try:
@@ -112,7 +112,7 @@ def open_tiff_slide(file: SlideFile, facts: Callable[[SlideFile, TiffFile], Fact
 
 
 def _check_depth(slide: TiffSlide, levels: Sequence[TiffLevel]) -> None:
-    """Raise a SlideContentError for a picture of less than the 16 bits that its samples have, which it does not say."""
+    """Raise a SlideContentError for a picture that uses fewer than its samples' 16 bits without saying so."""
     if not levels[0].full:
         numbers = sorted({len(levels) - 1, 0}, reverse=True)
         places = [(number, tile) for number in numbers for tile in slide.sample_tiles(number, TILES_COMPARED)]
@@ -133,7 +133,7 @@ def _open_auto(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels |
 
 
 def _open_plain(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels | None) -> Slide:
-    """Return a plain pyramid by the faster reader of those that know its codec; none may show what is no picture."""
+    """Return a plain pyramid, opened by the faster reader that knows its codec; none may show what is not a picture."""
     try:
         known = OpenSlideSlide(path, mpp, trust_objective)
     except SlideFormatError as error:
@@ -145,7 +145,7 @@ def _open_plain(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels 
     except SlideContentError as error:
         known.close()
         raise SlideContentError(f"{path}: {error}") from error
-    except Exception as error:  # tifffile need not know what OpenSlide does
+    except Exception as error:  # tifffile may not know a codec that OpenSlide knows
         LOG.info("%s is read by OpenSlide: %s", path, one_line(error))
         return known
     known.close()
@@ -153,7 +153,7 @@ def _open_plain(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels 
 
 
 def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
-    """Return the slide by OpenSlide, which would show what is no picture, and some in other colours than they have."""
+    """Return the slide, opened by OpenSlide, unless that would show it wrongly, or show what is not a picture."""
     if detect_vendor(path) in PLAIN:
         try:
             with closing(LocalFile(path)) as file, open_tiff(file) as parsed:
@@ -163,7 +163,7 @@ def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
                 _open_local_tiff(path, mpp, trust_objective).close()
         except SlideContentError as error:
             raise SlideContentError(f"{path}: {error}") from error
-        except Exception:  # OpenSlide need not agree
+        except Exception:  # OpenSlide may not agree
             differs = False
         if differs:
             raise SlideContentError(f"{path}: OpenSlide shows it in the wrong colours; use --reader auto")
@@ -171,7 +171,7 @@ def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
 
 
 def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: Channels | None) -> TiffSlide:
-    """Return the slide by our own reader, if some tiles of each level equal OpenSlide's. It owns the file.
+    """Return the slide, opened by our own reader, if some tiles of each level equal OpenSlide's. It owns the file.
 
     Raises:
         SlideFormatError: they do not.
@@ -180,8 +180,8 @@ def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: C
         levels, info = _facts(file, mpp, known, channels)
         fast = TiffSlide(file, levels, info)
         _check_depth(fast, levels)
-        if levels[0].orientation == TOP_LEFT and not levels[0].is_joined:  # OpenSlide does not turn or join pictures
-            # Of Aperio's slides it makes smaller levels of level 0 where that lacks tiles.
+        if levels[0].orientation == TOP_LEFT and not levels[0].is_joined:  # OpenSlide does not rotate or join pictures
+            # For Aperio slides, it makes smaller levels from level 0 where tiles are missing.
             count = min(len(info.levels), len(known.info.levels)) if levels[0].counts.all() else 1
             for level in range(count):
                 _compare(fast, known, level)
@@ -192,7 +192,7 @@ def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: C
 
 
 def _facts(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: Channels | None) -> Facts:
-    """Return levels and metadata of a file that OpenSlide knows, by OpenSlide as far as it sees all of the file."""
+    """Return levels and metadata of a file that OpenSlide knows; from OpenSlide, as far as it sees the whole file."""
     with open_tiff(file) as parsed:
         levels = tiff_levels(parsed, channels)
         if levels[0].orientation != TOP_LEFT or levels[0].is_joined:
@@ -209,7 +209,7 @@ def _facts(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: Channels 
 
 
 def _same_sizes(levels: Sequence[TiffLevel], wanted: Sequence[tuple[int, int]]) -> list[TiffLevel]:
-    """Return the pages of the wanted sizes."""
+    """Return the pages that have the given sizes."""
     by_size = {level.shown_px: level for level in levels}
     if missing := [size for size in wanted if size not in by_size]:
         raise SlideFormatError(f"no level of {missing[0][0]} x {missing[0][1]} px is found in the file")
@@ -217,9 +217,9 @@ def _same_sizes(levels: Sequence[TiffLevel], wanted: Sequence[tuple[int, int]]) 
 
 
 def _compare(fast: TiffSlide, known: OpenSlideSlide, level: int) -> None:
-    """Compare some tiles of a level; only the first one where OpenSlide interpolates the others.
+    """Compare some tiles of a level; only the first one if OpenSlide interpolates the others.
 
-    A tile that either cannot read is damaged: OpenSlide, which fills up some, shall not read it in place of our own.
+    A tile that either reader cannot read is damaged: OpenSlide, which fills in some, must not read it instead of ours.
     """
     if fast.obeys_streams(level) or fast.is_scaled(level):  # OpenSlide does not
         return
@@ -240,7 +240,7 @@ def _open_local_tiff(path: Path, mpp: Mpp, trust_objective: bool, channels: Chan
 
 
 def tiff_facts(file: SlideFile, parsed: TiffFile, mpp: Mpp, channels: Channels | None = None) -> Facts:
-    """Return levels and metadata of a file by its own tags."""
+    """Return levels and metadata of a file from its own tags."""
     levels = tiff_levels(parsed, channels)
     return levels, describe_tiff(file, parsed, levels, mpp)
 
@@ -251,12 +251,12 @@ def _begins_as_tiff(path: Path) -> bool:
 
 
 def open_url(url: str, mpp: Mpp, reader: str, trust_objective: bool = False, channels: Channels | None = None) -> Slide:
-    """Return the slide behind a URL by a named reader, or by the one for its format; `channels` as in `open_file`.
+    """Return the slide at a URL, opened by a named reader or the one for its format; `channels` as in `open_file`.
 
     Raises:
         SlideNotFoundError: nothing is there.
         SlideAccessError: the server does not let it be read.
-        SlideFormatError: not a slide that is read without a download, or damaged.
+        SlideFormatError: not a slide that can be read without a download, or damaged.
     """
     name = redact_url(url)
     if reader not in REMOTE_READERS:
@@ -297,10 +297,10 @@ def _open_remote_tiff(
 def plain_facts(
     file: SlideFile, parsed: TiffFile, mpp: Mpp, trust_objective: bool, channels: Channels | None = None
 ) -> Facts:
-    """Return levels and metadata of a file, as OpenSlide and our own reader give them together.
+    """Return levels and metadata of a file, as OpenSlide and our own reader together give them.
 
     Raises:
-        SlideFormatError: no plain pyramid of tiles.
+        SlideFormatError: not a plain pyramid of tiles.
     """
     vendor = tiff_vendor(parsed)
     if vendor is not None and vendor not in PLAIN:
@@ -314,7 +314,7 @@ def plain_facts(
 
 
 # The readers by name, each a function of the path, the mpp that replaces the file's, and `trust_objective`; those that
-# know pictures of several channels take the chosen ones too.
+# read pictures with several channels also take the chosen channels.
 OPENERS: dict[str, Callable[..., Slide]] = {
     "auto": _open_auto,
     "openslide": _open_openslide,

@@ -1,4 +1,4 @@
-"""The reader by the OpenSlide library, which knows every vendor. The only module with x, y order."""
+"""The reader that uses the OpenSlide library, which knows every vendor. The only module with x, y order."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WHITE = (255, 255, 255)
-# Formats whose scanners store every tile, or say of those of glass that they were left out: another one without data
-# was lost, and OpenSlide shows both as transparent. Others (MIRAX, Philips, Leica, Ventana, ...) leave out glass too.
+# Formats whose scanners store every tile, or record which tiles of glass were left out: any other tile without data was
+# lost, and OpenSlide shows both as transparent. Others (MIRAX, Philips, Leica, Ventana, ...) leave out glass without a
+# record.
 DENSE = frozenset({"aperio", "generic-tiff", "trestle"})
 
 
@@ -50,10 +51,10 @@ class OpenSlideSlide:
     """A `Slide` read by OpenSlide.
 
     Attributes:
-        stored_px: (height, width) of the levels, with what fills up their last tiles.
+        stored_px: (height, width) of the levels, including the padding of their last tiles.
 
-    An OpenSlide handle that failed once answers every later call with the same error, so a failed read opens the
-    file again: one bad region must not cost the rest of the slide.
+    An OpenSlide handle that has failed once answers every later call with the same error, so after a failed read the
+    file is opened again: one bad region must not cost the rest of the slide.
     """
 
     def __init__(self, path: Path, mpp: tuple[float, float] | None = None, trust_objective: bool = False) -> None:
@@ -86,7 +87,7 @@ class OpenSlideSlide:
         return self.read_as_it_is(level, region)
 
     def read_as_it_is(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Return the same with what OpenSlide makes of damaged tiles.
+        """Return the same as `read_level`, but with whatever OpenSlide makes of damaged tiles.
 
         Raises:
             SlideReadError: OpenSlide itself cannot decode a tile, or one is missing.
@@ -98,11 +99,11 @@ class OpenSlideSlide:
                 raise SlideReadError(f"{self._where(level, region)} has no data: a tile is missing from the file")
             return _composite(rgba, self._info.background)
 
-        # OpenSlide's own padding above and to the left is a pixel off where its downsample is not whole.
+        # OpenSlide's own padding above and to the left is a pixel off if its downsample is not an integer.
         return pad_with_background(region, self._info.levels[level], self._info.background, read)
 
     def is_exact(self, level: int) -> bool:
-        """Return True where OpenSlide does not interpolate a level, as it does where its downsample is not whole."""
+        """Return whether OpenSlide reads a level without interpolation, that is, if its downsample is an integer."""
         return float(self._downsamples[level]).is_integer()
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ class OpenSlideSlide:
 
     @cached_property
     def _has_lost_tiles(self) -> bool:
-        """True unless all tiles without data are told to have been left out, or where that cannot be seen."""
+        """Return True unless all tiles without data are recorded as left out; True, too, if that cannot be seen."""
         with suppress(Exception), closing(LocalFile(self._path)) as file, open_tiff(file) as parsed:  # may raise any
             pages: Any = parsed.pages
             places = [np.array([page.databytecounts, page.dataoffsets]) for page in pages if page.is_tiled]
@@ -120,8 +121,8 @@ class OpenSlideSlide:
         return True
 
     def _read(self, level: int, region: Region) -> Image.Image:
-        # OpenSlide wants level-0 coordinates and divides them by its own downsample, the mean of both axes. Where
-        # that is not whole it interpolates, up to half a level-0 pixel off.
+        # OpenSlide takes level-0 coordinates and divides them by its own downsample, the mean of both axes. If that is
+        # not an integer, it interpolates, up to half a level-0 pixel off.
         factor = self._downsamples[level]
         location = (round(region.x * factor), round(region.y * factor))
         size = (region.width, region.height)
@@ -130,7 +131,8 @@ class OpenSlideSlide:
             return handle.read_region(location, level, size)
         except openslide.OpenSlideError:
             self._replace(handle)
-        # The handle may have been broken by another thread's bad region: only an unshared one can tell.
+        # The handle may have been broken by another thread's bad region: only an unshared one shows whether this one is
+        # bad.
         with _open(self._path) as own:
             try:
                 return own.read_region(location, level, size)
@@ -143,16 +145,16 @@ class OpenSlideSlide:
 
     def _replace(self, failed: openslide.AbstractSlide) -> None:
         with self._lock:
-            if self._handle is failed:  # not yet replaced by another thread
+            if self._handle is failed:  # another thread has not replaced it yet
                 self._handle = _open(self._path)
 
 
 def detect_vendor(path: Path) -> str | None:
-    """Return OpenSlide's name of a file's format; None where it knows none.
+    """Return OpenSlide's name for a file's format; None if it does not know it.
 
     Raises:
-        SlideFormatError: DICOM whose sequences are nested too deeply for a parser that calls itself for each; MIRAX
-            that counts more of something than OpenSlide could make room for, which ends the process.
+        SlideFormatError: DICOM whose sequences are nested too deeply for a recursive parser; MIRAX that claims more of
+        something than OpenSlide could allocate, which would end the process.
     """
     if _is_dicom(path):
         _check_nesting(path)
@@ -163,21 +165,21 @@ def detect_vendor(path: Path) -> str | None:
 
 
 DICOM = b"DICM"  # after 128 bytes
-MAX_DICOM_HEAD = 32 << 20  # bytes that are looked through; the head of a slide of 100,000 frames has some 20 MB
-MAX_NESTED = 64  # sequences in sequences; those of slides have five
+MAX_DICOM_HEAD = 32 << 20  # bytes that are searched; the header of a slide with 100,000 frames has about 20 MB
+MAX_NESTED = 64  # depth of nested sequences; in slides it is five
 # The item of a sequence with its length, the ends of an item and of a sequence, and the pixels (PS3.5, 7.5).
 _PARTS = re.compile(rb"\xfe\xff\x00\xe0(.{4})|\xfe\xff\x0d\xe0|\xe0\x7f\x10\x00", re.DOTALL)
 _NO_LENGTH, DICOM_PIXELS = 0xFFFFFFFF, b"\xe0"
 
 
 MIRAX = ".mrxs"
-MAX_SLIDEDAT = 4 << 20  # bytes; those of slides have some 50 kB
-MAX_COUNT, MAX_PICTURES = 1 << 16, 1 << 24  # of levels, files, ..., and of the camera's pictures
+MAX_SLIDEDAT = 4 << 20  # bytes; in slides it has about 50 kB
+MAX_COUNT, MAX_PICTURES = 1 << 16, 1 << 24  # of levels, files, ..., and of camera images
 _COUNTS = re.compile(rb"^\s*(\w*COUNT|IMAGENUMBER_[XY]|CameraImageDivisionsPerSide)\s*=\s*\+?(\d+)", re.MULTILINE)
 
 
 def _check_counts(path: Path, slidedat: Path) -> None:
-    """Refuse a slide of MIRAX whose configuration counts more than slides have."""
+    """Refuse a MIRAX slide whose configuration claims more of something than slides have."""
     try:
         data = read_file(slidedat, MAX_SLIDEDAT)
     except FileNotFoundError:  # OpenSlide will say so
@@ -204,7 +206,7 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _check_nesting(path: Path) -> None:
-    """Refuse a file of DICOM if it, or another of its folder, as the levels of a slide are, is nested too deeply."""
+    """Refuse a DICOM file if it, or another in its folder (as a slide's levels are), is nested too deeply."""
     for file in sorted(path.parent.iterdir()):
         if _is_dicom(file) and _depth(file) > MAX_NESTED:
             raise SlideFormatError(
@@ -213,7 +215,7 @@ def _check_nesting(path: Path) -> None:
 
 
 def _depth(path: Path) -> int:
-    """Return how deep the sequences of a DICOM file lie in one another, before its pixels."""
+    """Return how deeply the sequences of a DICOM file are nested, before its pixels."""
     with path.open("rb") as file:
         data = file.read(MAX_DICOM_HEAD)
     ends: list[float] = []  # of the items that are open
@@ -261,14 +263,14 @@ def _describe(path: Path, handle: openslide.OpenSlide, mpp: tuple[float, float] 
         vendor=properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
         background=_background(properties),
         bounds=_bounds(properties, handle.dimensions[::-1]),
-        # Formats of many files (MIRAX, DICOM) have their pixels elsewhere: OpenSlide's own hash covers them.
+        # Formats with many files (MIRAX, DICOM) have their pixels elsewhere: OpenSlide's own hash covers them.
         digest=content_digest(path, properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")),
         objective=_objective(properties),
     )
 
 
 def _levels(path: Path, handle: openslide.OpenSlide) -> tuple[Level, ...]:
-    """Return the levels; OpenSlide takes their factors from their sizes, also where these are of whole tiles."""
+    """Return the levels; OpenSlide takes their factors from their sizes, even if these are padded to whole tiles."""
     sizes = [(height, width) for width, height in handle.level_dimensions]
     tiles = [_tile(handle.properties, level) for level in range(len(sizes))]
     spacings: Mapping[tuple[int, int], tuple[float, float] | None] = {}
@@ -284,7 +286,7 @@ def _size(page: Any) -> tuple[int, int]:
 
 
 def _tile(properties: Mapping[str, str], level: int) -> tuple[int, int] | None:
-    """Return (height, width) of a level's tiles; None where OpenSlide does not say."""
+    """Return (height, width) of a level's tiles; None if OpenSlide does not say."""
     try:
         height, width = (int(properties[f"openslide.level[{level}].tile-{side}"]) for side in ("height", "width"))
     except (KeyError, ValueError):
@@ -327,7 +329,7 @@ def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def _bounds(properties: Mapping[str, str], slide_px: tuple[int, int]) -> Region | None:
-    """Return the part of a slide of `slide_px` (height, width) that was scanned; None where that is not told."""
+    """Return the part of a slide of `slide_px` (height, width) that was scanned; None if that is not recorded."""
     names = (
         openslide.PROPERTY_NAME_BOUNDS_Y,
         openslide.PROPERTY_NAME_BOUNDS_X,

@@ -1,13 +1,13 @@
 """Tiles of the formats that OpenSlide reads, judged by our own decoders.
 
-OpenSlide decodes leniently: what libjpeg only warns of it shows, with gray or garbage for the rest. So before a region
-is read, each compressed tile that it shows is decoded once by the strict decoders of our TIFF reader; JPEG at an eighth
-of its size, which takes half the time and notices the same.
+OpenSlide decodes leniently: where libjpeg only warns, it shows the tile, with grey or garbage for the rest. So before a
+region is read, each compressed tile that it shows is decoded once by the strict decoders of our TIFF reader; JPEG at an
+eighth of its size, which takes half the time and detects just as much.
 
 Where OpenSlide 4 puts tiles: directories of TIFF are plain grids (Aperio, Philips, Huron, Argos, generic), grids with
 overlaps (Trestle), parts of a larger slide (Leica) or areas of overlapping tiles (Ventana); the pieces of a Hamamatsu
 NDPI lie between the restart markers of one JPEG; each frame of DICOM is a tile. The tiles of MIRAX, Sakura, Zeiss and
-Hamamatsu's VMS are not looked at.
+Hamamatsu's VMS are not checked.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ LOG = logging.getLogger("wsi_gradcam")
 
 SOUND, DAMAGED = 1, 2
 EIGHTH = 8
-SCALES = (1, 2, 4, 8)  # by which OpenSlide makes further levels of an NDPI's
-LENS, DEPTH = 65421, 65424  # Hamamatsu's tags: magnification, and place of the focal plane
+SCALES = (1, 2, 4, 8)  # factors by which OpenSlide derives further levels from those of an NDPI
+LENS, DEPTH = 65421, 65424  # Hamamatsu's tags: magnification, and position of the focal plane
 ANY = "{*}"  # namespace
-XMP = 700  # the tag that Ventana's XML is in
+XMP = 700  # the tag that contains Ventana's XML
 MAGNIFICATION = re.compile(r"level=\d+ mag=([\d.]+)")
 DICOM_TAGS = (
     "ConcatenationFrameOffsetNumber",
@@ -69,25 +69,25 @@ SYNTAXES = {
     "1.2.840.10008.1.2.4.90": "jpeg2000",
     "1.2.840.10008.1.2.4.91": "jpeg2000",
 }
-MAX_HEAD, MAX_FRAMES_BYTES = 1 << 22, 1 << 24  # bytes of a header, and of one that says where each frame lies
+MAX_HEAD, MAX_FRAMES_BYTES = 1 << 22, 1 << 24  # bytes of a header, and of one that lists the position of each frame
 DICOM_HEADER = struct.Struct("<HH4sI")  # group, element, representation, length
 PIXEL_DATA = 0x7FE0, 0x0010
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Compressed tiles, and where OpenSlide shows them on a level.
+    """Compressed tiles, and the places on a level where OpenSlide shows them.
 
     Attributes:
-        stored: the tiles and what decodes them.
+        stored: the tiles and their decoder.
         step: (y, x) from one cell to the next, in px of the level.
         cell: (height, width) of a cell; cells overlap where it is larger than the step.
         count: (rows, columns) of cells.
         origin: (y, x) of the first cell.
         first: (row, column) of the first cell among those of the stored tiles.
-        per_tile: cells that a tile is divided into along each axis.
-        head: stands before the bytes of each tile, which end in a restart marker; empty where they are whole.
-        verdicts: uint8 [tiles], 0 where a tile was not looked at yet.
+        per_tile: number of cells into which a tile is divided along each axis.
+        head: goes before the bytes of each tile, which end in a restart marker; empty if they are complete.
+        verdicts: uint8 [tiles], 0 for a tile that has not been checked yet.
     """
 
     file: LocalFile
@@ -105,10 +105,11 @@ class Grid:
         object.__setattr__(self, "verdicts", np.zeros(math.prod(self.stored.grid), np.uint8))
 
     def check(self, region: Region, slack: int) -> None:
-        """Decode the tiles that a region of the level shows, with `slack` px around it, unless they are known as sound.
+        """Decode the tiles that a region of the level shows, with `slack` px around it, unless they are known to be
+        sound.
 
         Raises:
-            Exception: what the decoder raises for the first one that is damaged.
+            Exception: as raised by the decoder for the first damaged tile.
         """
         rows = self._tiles(0, region.y - slack, region.bottom + slack)
         for row, column in product(rows, self._tiles(1, region.x - slack, region.right + slack)):
@@ -116,7 +117,7 @@ class Grid:
                 self._judge(row, column)
 
     def _tiles(self, axis: int, low: int, high: int) -> list[int]:
-        """Return the rows or columns of tiles that are shown between two places along an axis."""
+        """Return the rows or columns of tiles that are shown between two positions along an axis."""
         step, origin, last = self.step[axis], self.origin[axis], self.stored.grid[axis] - 1
         begin = max(0, math.floor((low - origin - self.cell[axis]) / step) + 1)
         end = min(self.count[axis], math.ceil((high - origin) / step))
@@ -140,7 +141,7 @@ class Grid:
 
 
 class TileJudge:
-    """The tiles of one slide, by level. Checking is safe from several threads."""
+    """The tiles of one slide, by level. Several threads may check at once."""
 
     def __init__(self, path: Path, vendor: str, sizes: Sequence[Size]) -> None:
         self._path, self._vendor, self._sizes = path, vendor, sizes
@@ -149,7 +150,7 @@ class TileJudge:
         self._files: list[LocalFile] = []
 
     def check(self, level: int, region: Region, slack: int) -> None:
-        """Raise what a decoder raises for a damaged tile in a region of a level, or within `slack` px of it."""
+        """Raise the decoder's error for a damaged tile in a region of a level, or within `slack` px of it."""
         with self._lock:
             if self._levels is None:
                 self._levels = self._find()
@@ -177,7 +178,7 @@ class TileJudge:
         return grids or [[] for _ in self._sizes]
 
     def _grids(self) -> list[list[Grid]]:
-        """Return the tiles of each level; nothing for a format whose tiles are not looked at."""
+        """Return the tiles of each level; nothing for a format whose tiles are not checked."""
         if self._vendor == "dicom":
             return _of_dicom(self._path, self._sizes, self._open)
         if self._vendor not in BY_VENDOR:
@@ -194,24 +195,24 @@ class TileJudge:
 
 
 def _stored(page: Any) -> TiffLevel:
-    """Return the tiles of a directory, as they are judged."""
+    """Return the tiles of a directory in the form in which they are checked."""
     return _cheapest(page_level([page], None), page.compression in JPEGS)
 
 
 def _cheapest(stored: TiffLevel, is_jpeg: bool) -> TiffLevel:
-    """Return tiles of JPEG as they are decoded at an eighth, where that can be."""
+    """Return JPEG tiles to be decoded at an eighth of their size, if possible."""
     can_shrink = is_jpeg and stored.decode_reduced is not None and not any(px % EIGHTH for px in stored.tile_px)
     return stored.reduced(EIGHTH) if can_shrink else stored
 
 
 def _plain(file: LocalFile, stored: TiffLevel, origin: Pair = (0.0, 0.0), scale: int = 1, head: bytes = b"") -> Grid:
-    """Return tiles that lie side by side, on a level that is `scale` times smaller than they are."""
+    """Return tiles that lie side by side, for a level that is `scale` times smaller than they are."""
     cell = stored.piece_px[0] / scale, stored.piece_px[1] / scale
     return Grid(file, stored, cell, cell, stored.grid, origin, head=head)
 
 
 def _of_grids(file: LocalFile, pages: list[Any], sizes: Sequence[Size]) -> list[list[Grid]]:
-    """Return the directories of each level's size; all of them, where there are several in depth."""
+    """Return the directories with each level's size; all of them, if there are several focal planes."""
     tiled = [page for page in pages if page.is_tiled]
     return [[_plain(file, _stored(page)) for page in _of_size(tiled, size)] for size in sizes]
 
@@ -224,7 +225,7 @@ def _of_size(pages: list[Any], size: Size) -> list[Any]:
 
 
 def _of_philips(file: LocalFile, pages: list[Any], sizes: Sequence[Size]) -> list[list[Grid]]:
-    """Return the tiled directories, whose sizes are of whole tiles."""
+    """Return the tiled directories, whose sizes are padded to whole tiles."""
     tiled = [page for page in pages if page.is_tiled]
     return [[_plain(file, _stored(page))] for page, _ in zip(tiled, sizes, strict=True)]
 
@@ -287,7 +288,7 @@ def _of_ventana(file: LocalFile, pages: list[Any], sizes: Sequence[Size]) -> lis
 
 
 def _ventana_areas(xml: ElementTree.Element, tile: Size) -> tuple[Pair, list[tuple[Size, Size, Pair]]]:
-    """Return (y, x) from tile to tile, and of each scanned area (rows, columns), its first tile's, and its place."""
+    """Return the (y, x) step between tiles and, for each scanned area, its (rows, columns), first tile and position."""
     overlaps: dict[str, list[Pair]] = {"UP": [], "RIGHT": []}
     areas = []
     for info, origin in zip(xml.iterfind("SlideStitchInfo/ImageInfo"), xml.find("AoiOrigin") or (), strict=True):
@@ -314,7 +315,7 @@ def _mean(weighted: list[Pair]) -> float:
 
 
 def _of_ndpi(file: LocalFile, pages: list[Any], sizes: Sequence[Size]) -> list[list[Grid]]:
-    """Return the directories in focus; of a level that OpenSlide makes by shrinking JPEG, the larger one."""
+    """Return the directories in focus; for a level that OpenSlide makes by shrinking JPEG, the larger one."""
     shown = [
         page for page in pages if page.tags.valueof(LENS, default=0) > 0 and not page.tags.valueof(DEPTH, default=0)
     ]
@@ -350,14 +351,14 @@ BY_VENDOR = {
 
 
 class Bounded(BufferedReader):
-    """A file of which only so many bytes are read, wherever: pydicom believes what a file says of its parts."""
+    """A file from which only so many bytes are read in all: pydicom believes what a file claims about its parts."""
 
     def __init__(self, path: Path, most: int) -> None:
         super().__init__(FileIO(path))
         self._left = most
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return some bytes; raises a ValueError for too many, and for all that there are (to be unpacked)."""
+        """Return some bytes; raises a ValueError for too many, or for a request to read them all (to be unpacked)."""
         if size is None or size < 0 or size > self._left:
             raise ValueError("a DICOM header that is longer than a slide's, or compressed")
         self._left -= size
@@ -365,7 +366,7 @@ class Bounded(BufferedReader):
 
 
 def _of_dicom(path: Path, sizes: Sequence[Size], open_file: Callable[[Path], LocalFile]) -> list[list[Grid]]:
-    """Return the frames of the files of a series (PS3.3, C.8.12.4) by the size of the whole picture."""
+    """Return the frames of a series' files (PS3.3, C.8.12.4) by the size of the whole picture."""
     import pydicom
 
     def read(file: Path) -> Any:
@@ -386,7 +387,7 @@ def _of_dicom(path: Path, sizes: Sequence[Size], open_file: Callable[[Path], Loc
 
 
 def _dicom_tiles(path: Path, head: Any, size: Size, compression: str) -> TiffLevel:
-    """Return frames as tiles; one that is not in the file has no bytes, as glass."""
+    """Return frames as tiles; a frame that is not in the file has no bytes, like glass."""
     tile = head.Rows, head.Columns
     columns = ceil_div(size[1], tile[1])
     tiles = ceil_div(size[0], tile[0]) * columns
@@ -418,7 +419,7 @@ def _dicom_tiles(path: Path, head: Any, size: Size, compression: str) -> TiffLev
 
 
 def _dicom_numbers(path: Path, head: Any, tile: Size, columns: int) -> list[int]:
-    """Return where the frames of a file are among the tiles of their picture."""
+    """Return the positions of a file's frames among the tiles of their picture."""
     if head.get("DimensionOrganizationType") == "TILED_FULL":
         first = int(head.get("ConcatenationFrameOffsetNumber", 0))
         return list(range(first, first + int(head.NumberOfFrames)))
@@ -435,7 +436,7 @@ def _dicom_numbers(path: Path, head: Any, tile: Size, columns: int) -> list[int]
 
 
 def _frames(file: BinaryIO, count: int) -> list[tuple[int, int]]:
-    """Return offset and number of bytes of each frame of encapsulated data (PS3.5, A.4).
+    """Return the offset and the number of bytes of each frame of encapsulated data (PS3.5, A.4).
 
     Raises:
         ValueError: frames are in several parts.
@@ -454,11 +455,11 @@ def _frames(file: BinaryIO, count: int) -> list[tuple[int, int]]:
     return [(item + 8, int(length)) for item, length in zip(items, lengths, strict=True)]
 
 
-# OpenSlide's words for formats whose tiles nothing here finds.
+# OpenSlide's names for formats whose tiles cannot be found here.
 UNJUDGED = frozenset({"mirax", "sakura", "zeiss"})
 
 
 def judged_by_openslide_alone(info: SlideInfo) -> bool:
-    """Return whether a slide's format is one whose compressed tiles only OpenSlide looks at."""
+    """Return whether only OpenSlide checks the compressed tiles of a slide's format."""
     is_vms = info.vendor == "hamamatsu" and not info.path.lower().endswith(".ndpi")
     return info.vendor in UNJUDGED or is_vms

@@ -1,4 +1,4 @@
-"""Patches of a slide in batches, read by a few threads while the model works on the batch before."""
+"""Patches of a slide in batches, read by a few threads while the model works on the previous batch."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ LOG = logging.getLogger("wsi_gradcam")
 
 # Of a remote slide, the number of patches that are read at the same time.
 WAITING_THREADS = 16
-# Batches that are read ahead of the one that the model works on: a few, so that one that takes long to read is not
-# waited for; only one where they are large.
+# Batches that are read ahead of the one that the model works on: a few, so that a slow one does not hold up the model;
+# only one if they are large.
 MAX_AHEAD, MAX_AHEAD_BYTES = 3, 64 << 20
-# Patches that a thread is handed at a time, where a batch has enough for all: each time holds Python's lock.
+# Patches that a thread is handed at a time, if a batch has enough for all: each hand-over holds Python's lock.
 MOST_AT_ONCE = 8
-MAX_KEPT = 4  # first batches of what may be wanted next: as many as there are orders that may read one slide
-# The relative difference between mpp of scanners of one kind.
+MAX_KEPT = 4  # first batches of what may be wanted next: as many as there are tasks that may read one slide
+# The relative difference between the mpp of scanners of one kind.
 MPP_TOLERANCE = 0.02
 
 _WARNED: set[tuple[float, ...]] = set()
 
 
 def open_entry(entry: SlideEntry, settings: Settings, scaled: bool = False) -> Slide:
-    """Return an opened slide of a run, by its settings; `scaled` with levels that are made while tiles are decoded.
+    """Return an opened slide of a run, by the run's settings; if `scaled`, with levels made by reduced decoding.
 
-    Its mpp is the file's; else, where that is trusted, the one by the power of the objective; else the one of a list
-    or the settings, which take precedence with `replace_mpp`.
+    Its mpp is the file's; else, if that is trusted, the one that follows from the objective's power; else the one in a
+    list or the settings, which take precedence with `replace_mpp`.
 
     Raises:
-        SlideError: as of `open_slide`, or it has crashed a process before.
+        SlideError: as for `open_slide`, or the slide has crashed a process before.
     """
     with allowing_for_run(settings.allow_hosts):
         slide = _open_entry(entry, settings)
@@ -102,8 +102,8 @@ class Batch:
 
     Attributes:
         start: index of the first in the span.
-        rgb: uint8 [n, height, width, 3], as treated; an unreadable patch is zeros and must not be used.
-        measures: float32 [n], what the treatment measured; NaN of an unreadable patch.
+        rgb: uint8 [n, height, width, 3], as treated; an unreadable patch is zeros and must not be used. measures:
+        float32 [n], what the treatment measured; NaN for an unreadable patch.
         causes: error messages of unreadable patches, by their index in the batch.
         read_s: seconds that threads spent on the readable patches.
     """
@@ -116,17 +116,17 @@ class Batch:
 
 
 def untreated(patch: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
-    """Return a patch as it is, and nothing measured."""
+    """Return a patch as it is, with nothing measured."""
     return patch, float("nan")
 
 
 def empty_array(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return an array of any values."""
+    """Return an array with arbitrary values."""
     return np.empty(shape, np.uint8)
 
 
 def reading_threads(count: int) -> ThreadPoolExecutor:
-    """Return threads that read patches, of one slide or of several."""
+    """Return threads that read the patches of one or more slides."""
     return ThreadPoolExecutor(count, thread_name_prefix="read")
 
 
@@ -142,14 +142,15 @@ class _Coming:
         self._measures = np.full(len(places), np.nan, np.float32)
 
     def put(self, number: int, patch: NDArray[np.uint8], measure: float) -> None:
-        """Keep a treated patch; all are of one size, which the first one tells."""
+        """Keep a treated patch; all have the same size, which the first one determines."""
         with self._lock:
             if self._rgb is None:
                 self._rgb = self._empty((len(self.places), *patch.shape))
         self._rgb[number], self._measures[number] = patch, measure
 
     def batch(self, start: int, nothing: Callable[[], NDArray[np.uint8]]) -> Batch:
-        """Return the batch once all is read; `nothing` is a treated patch, for one of which nothing can be read.
+        """Return the batch once it is complete; `nothing` is a treated patch, used if no patch of the batch can be
+        read.
 
         Raises:
             SlideError: something is wrong with the whole slide.
@@ -166,12 +167,11 @@ class PatchReader:
     """Reads the patches of a slide with a few threads, some batches ahead of the consumer.
 
     Args:
-        patch_px: (height, width) that is read.
+        patch_px: (height, width) of the patches that are read.
         batch_size: patches in a batch.
-        treat: turns what was read into what a batch holds, uint8 of one size, and measures it; done by the threads
-            that read.
-        pool: threads that read several slides; None: some of its own. Of a remote slide they are its own always.
-        empty: makes the array of a batch, of a shape.
+        treat: turns pixels as read into what a batch holds, uint8 of one size, and measures them; called by the reading
+        threads. pool: threads that read several slides; None: threads of its own, which a remote slide always gets.
+        empty: makes the array for a batch, given its shape.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class PatchReader:
     def batches(self, yx: NDArray[np.int64], then: NDArray[np.int64] | None = None) -> Iterator[Batch]:
         """Yield the patches at level-0 `yx` [n, 2] in order, a batch at a time.
 
-        While the last ones are consumed, the first batch of `then` is read, and kept for the call that wants it.
+        While the last batches are consumed, the first batch of `then` is read, and kept for the call that wants it.
         """
         places = yx.tolist()
         starts = range(0, len(places), self._batch_size)
@@ -219,7 +219,7 @@ class PatchReader:
             yield coming.popleft().batch(start, self._nothing)
 
     def read_ahead(self, yx: NDArray[np.int64]) -> None:
-        """Begin to read the first batch of the patches at `yx`, and keep it for the call that wants them."""
+        """Begin to read the first batch of the patches at `yx`, and keep it for the call that asks for them."""
         with self._lock:
             self._kept.append(self._begin(yx[: self._batch_size].tolist()))
             unwanted = [self._kept.popleft() for _ in range(len(self._kept) - MAX_KEPT)]
@@ -228,7 +228,7 @@ class PatchReader:
                 read.cancel()
 
     def close(self) -> None:
-        """Wait for the reads that have begun, so that the slide can be closed, and forget those ahead."""
+        """Wait for the reads that have begun, so that the slide can be closed, and drop those ahead."""
         if self._own is not None:
             self._own.shutdown(cancel_futures=True)
         wait([read for read in list(self._begun) if not read.cancel()])
@@ -244,7 +244,7 @@ class PatchReader:
         return coming
 
     def _read(self, coming: _Coming, numbers: range) -> float:
-        """Read and treat some patches of a batch; return the seconds that those took that can be read."""
+        """Read and treat some patches of a batch; return the seconds spent on those that can be read."""
         read_s = 0.0
         for number in numbers:
             started = time.perf_counter()
@@ -258,7 +258,7 @@ class PatchReader:
         return read_s
 
     def _first(self, places: list[list[int]]) -> _Coming:
-        """Return a span's first batch, which was begun before or is begun now."""
+        """Return a span's first batch, whose reading began earlier or begins now."""
         with self._lock:
             for number, coming in enumerate(self._kept):
                 if coming.places == places:

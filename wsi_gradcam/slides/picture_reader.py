@@ -67,7 +67,7 @@ def is_picture(path: Path) -> bool:
 def _decoded(path: Path) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as picture:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a tighter bound is checked here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a tighter limit is checked here
             if picture.width * picture.height > MAX_PX:
                 raise SlideFormatError(
                     f"{path}: an image of {picture.width} x {picture.height} px; expected at most {MAX_PX:,} px: "
@@ -81,7 +81,7 @@ def _decoded(path: Path) -> NDArray[np.uint8]:
             return _rgb(picture)
     except SlideFormatError:
         raise
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise SlideFormatError(
             f"{path}: damaged or truncated ({one_line(error)}); copy the image again from its source"
         ) from error
@@ -99,7 +99,7 @@ def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def _rgb_rows(picture: Image.Image) -> NDArray[np.uint8]:
-    if picture.mode.startswith("I"):  # 16 bits of gray, which Pillow would cut off at 255
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
         gray = ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=2)
     if picture.has_transparency_data:

@@ -1,4 +1,4 @@
-"""Files and Zarr folders of slides behind URLs, s3://, https:// and http://, read by ranges."""
+"""Files and Zarr folders of slides at URLs (s3://, https://, http://), read by range requests."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ if TYPE_CHECKING:
     Request = tuple[str, ByteRequest | None]
 
 SCHEMES = (S3, *WEB_SCHEMES)
-# Tiles that touch are one request; writers of cloud-optimised TIFF leave 8 bytes between them, others pad by one.
+# Adjacent tiles are one request; writers of cloud-optimised TIFF leave 8 bytes between them, others pad by one.
 GAP_BYTES = 8
 # Headers are small and scattered: larger blocks would cost more bytes than they save requests.
 BLOCK_BYTES = 1 << 11
 MAX_BLOCKS = 1 << 14
-# Compressed tiles, a tenth of the bytes of their pixels: what the cache of pixels drops need not be fetched again.
+# Compressed tiles, a tenth the size of their pixels: tiles dropped by the pixel cache need not be fetched again.
 KEPT_BYTES = 64 << 20
 LISTED_HINT = "--allow-hosts BUCKET permits using them for a bucket that is named only in a list or in results"
 SMALL_BYTES = 4 << 20
 
 
 class RemoteFile:
-    """A `SlideFile` behind a URL. Of its tiles, no byte is fetched again while it is cached."""
+    """A `SlideFile` at a URL. No byte of its tiles is fetched again while it is cached."""
 
     def __init__(self, url: str) -> None:
         self.name = redact_url(url)
@@ -81,7 +81,7 @@ class RemoteFile:
         return cast("BinaryIO", _Stream(self))
 
     def digest(self) -> str:
-        """Return a digest of size, version and beginning of the file; no byte is fetched for it."""
+        """Return a digest of the file's size, version and beginning; no byte is fetched for it."""
         digest = hashlib.sha256(f"{self.size} {self._identity}".encode())
         digest.update(self._head)
         return digest.hexdigest()[:32]
@@ -100,7 +100,7 @@ class RemoteFile:
         """Do nothing: no connection is held open."""
 
     def peek(self, start: int, count: int) -> bytes:
-        """Return `count` bytes from `start` on by cached blocks, fewer where the file ends before."""
+        """Return `count` bytes from `start` on, through cached blocks; fewer if the file ends before."""
         stop = min(start + count, self.size)
         if start >= stop:
             return b""
@@ -141,9 +141,9 @@ class RemoteFile:
 
 
 def merge_spans(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return half-open spans sorted, without empty ones, merged where they touch or nearly do.
+    """Return half-open spans sorted, without empty ones, merged if they touch or nearly touch.
 
-    Obstore would join them too, but panics where a server then sends less than was asked for.
+    Obstore would join them too, but panics if a server then sends less than was requested.
 
     >>> merge_spans([(30, 40), (0, 10), (18, 20), (50, 50)])
     [(0, 20), (30, 40)]
@@ -187,7 +187,7 @@ class _Stream(io.RawIOBase):
 
 
 class RemoteZarr(SlideLimits, ZarrObjectStore[Any]):
-    """A Zarr store behind a URL that caches its latest reads and distinguishes network errors from damage."""
+    """A Zarr store at a URL that caches its latest reads and distinguishes network errors from damage."""
 
     def __init__(self, url: str) -> None:
         super().__init__(folder_store(url), read_only=True)
@@ -198,12 +198,12 @@ class RemoteZarr(SlideLimits, ZarrObjectStore[Any]):
         self._pending: dict[Request, asyncio.Task[bytes | None]] = {}
 
     def parent(self) -> RemoteZarr:
-        """Return the folder in which this one lies."""
+        """Return the folder that contains this one."""
         place, mark, query = self._url.partition("?")
         return RemoteZarr(place.rstrip("/").rpartition("/")[0] + mark + query)
 
     def small_file(self, name: str, most: int) -> bytes:
-        """Return a file, the first `most` bytes of a longer one; nothing where there is none.
+        """Return a file, or the first `most` bytes of a longer one; empty if there is none.
 
         Raises:
             SlideAccessError: the server does not answer.
@@ -216,7 +216,7 @@ class RemoteZarr(SlideLimits, ZarrObjectStore[Any]):
             raise access_error(self.name, error) from None
 
     def identity(self, key: str) -> str:
-        """Return size and version of an object, or "missing".
+        """Return the size and version of an object, or "missing".
 
         Raises:
             SlideAccessError: the server does not answer.
@@ -230,9 +230,9 @@ class RemoteZarr(SlideLimits, ZarrObjectStore[Any]):
         return f"{size} {version}"
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return an object, or a range of it; None where there is none.
+        """Return an object, or a range of it; None if it does not exist.
 
-        All calls come in zarr's own thread, so that nothing needs a lock.
+        All calls come from zarr's own thread, so nothing needs a lock.
 
         Raises:
             SlideAccessError: the server does not answer.
@@ -254,7 +254,7 @@ class RemoteZarr(SlideLimits, ZarrObjectStore[Any]):
         try:
             if isinstance(
                 byte_range, SuffixByteRequest
-            ):  # many a web server knows only ranges from one byte to another
+            ):  # many web servers support only ranges from one byte to another
                 if key not in self._sizes:
                     self._sizes[key], *_ = await asyncio.to_thread(probe, self.store, key)
                 size = self._sizes[key]
@@ -277,7 +277,7 @@ class RemoteZarr(SlideLimits, ZarrObjectStore[Any]):
 def probe(store: ObjectStore, path: str, count: int = 1) -> tuple[int, str, bytes]:
     """Return the size of an object, a text that identifies its version, and its first bytes.
 
-    By a ranged GET: addresses that are signed for GET refuse HEAD.
+    This uses a GET with a range: URLs that are signed for GET refuse HEAD.
     """
     result = store.get(path, options={"range": (0, count)})
     meta = result.meta
@@ -304,7 +304,7 @@ def is_remote_zarr(url: str) -> bool:
 
 
 def read_in_folder(url: str, name: str) -> bytes | None:
-    """Return a small file in a folder, its first bytes if it is none; None where there is no such file.
+    """Return a small file in a folder, or the first bytes of a larger one; None if there is no such file.
 
     Raises:
         SlideAccessError: the server does not answer.
@@ -318,14 +318,14 @@ def read_in_folder(url: str, name: str) -> bytes | None:
 
 
 def remote_texts(url: str) -> dict[int, str]:
-    """Return the `first_texts` of a TIFF behind a URL; none where it cannot be read."""
-    from wsi_gradcam.slides.tiff_metadata import first_texts  # not above: a reader that knows files
+    """Return the `first_texts` of a TIFF at a URL; none if it cannot be read."""
+    from wsi_gradcam.slides.tiff_metadata import first_texts  # not imported above: a reader of files
 
     try:
         file = RemoteFile(url)
         with file.stream() as stream:
             return first_texts(stream, file.size)
-    except SlideError:  # it will fail as a slide, with this cause
+    except SlideError:  # it will fail later as a slide, with this cause
         return {}
 
 
@@ -359,19 +359,19 @@ def folder_store(url: str) -> ObjectStore:
 
 
 def file_store(url: str) -> tuple[ObjectStore, str]:
-    """Return the store of a file, and its path there.
+    """Return the store of a file, and the file's path there.
 
     Raises:
         SlideAccessError: a URL that cannot be read, with the reason.
     """
     if split_url(url)[0] != S3:
-        return _web_store(url), ""  # all in the address, so that a query stays in its place
+        return _web_store(url), ""  # all of it in the address, so that a query stays in its place
     bucket, key, signed = _place_in_store(url)
     return s3_store(bucket, signed=signed), key
 
 
 def _place_in_store(url: str) -> tuple[str, str, bool]:
-    """Return bucket and key of an s3:// URL, and whether requests are signed with the user's credentials."""
+    """Return the bucket and key of an s3:// URL, and whether requests are signed with the user's credentials."""
     found = bucket_and_key(url.replace(f"://{ANONYMOUS}", "://", 1))
     if found is None:
         raise SlideAccessError(f"{redact_url(url)}: {EXPECTED_S3_URL}")
@@ -393,7 +393,7 @@ def _web_store(url: str, names: Sequence[str] = ("",)) -> HTTPStore:
 
 
 def access_error(name: str, error: Exception) -> SlideError:
-    """Return the slide's error for an error of obstore, without the secrets that a URL or a request may hold."""
+    """Return the slide's error for an obstore error, without the secrets that a URL or a request may contain."""
     if isinstance(error, SlideError):
         return error
     failure = classify(error)

@@ -1,4 +1,4 @@
-"""Regions of slides at any mpp, from the best level, antialiased."""
+"""Regions of slides at any mpp, read from the best level and antialiased."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wsi_gradcam")
 
-# A level up to 1 % coarser than asked for is taken: the enlargement cannot be seen, the next finer level would
-# cost four times the pixels or more.
+# A level up to 1% coarser than requested is used: the enlargement cannot be seen, and the next finer level would cost
+# at least four times as many pixels.
 COARSER = 1.01
-# Larger reads are cut, so that a thumbnail of a slide without a pyramid needs no more memory than this.
+# Larger reads are split up, so that a thumbnail of a slide without a pyramid needs no more memory than this.
 MAX_SOURCE_PX = 1 << 21
 MOST_READ_PX = 1 << 25
-# Of a pixel, the rounding error of its position.
+# Fraction of a pixel: the rounding error of its position.
 TINY = 1e-6
-# Side of the smallest part of a thumbnail that is given up when it cannot be decoded.
+# Side of the smallest part of a thumbnail that is given up if it cannot be decoded.
 UNREADABLE_PX = 16
 
 
@@ -42,10 +42,10 @@ def read_region(
 ) -> NDArray[np.uint8]:
     """Return RGB uint8 [height, width, 3] of the slide at `mpp`, with the top left corner at level-0 (y, x).
 
-    The result covers exactly height * mpp by width * mpp micrometres, also for anisotropic slides. Pixels come
-    from the coarsest level that is fine enough and are reduced by an antialiasing triangle filter that also sees
-    pixels just outside the region, so that neighbouring regions fit without a seam. Outside the slide there
-    is background. Where `mpp` is the slide's own and (y, x) are whole, pixels are passed through unchanged.
+    The result covers exactly height * mpp by width * mpp micrometres, for anisotropic slides too. Pixels come from the
+    coarsest level that is fine enough and are reduced by an antialiasing triangle filter that also sees pixels just
+    outside the region, so that neighbouring regions fit without a seam. Outside the slide there is background. If `mpp`
+    is the slide's own and (y, x) are integers, pixels are passed through unchanged.
 
     Raises:
         MppError: the slide's mpp is not known.
@@ -77,7 +77,7 @@ def best_level(info: SlideInfo, step_y: float, step_x: float) -> int:
 
 
 def _levels_for(info: SlideInfo, step_y: float, step_x: float) -> list[int]:
-    """Return the levels that are fine enough for such steps, the coarsest first, at least level 0."""
+    """Return the levels that are fine enough for such steps, coarsest first, and in any case level 0."""
     fine_enough = [
         i
         for i, level in enumerate(info.levels)
@@ -87,18 +87,18 @@ def _levels_for(info: SlideInfo, step_y: float, step_x: float) -> list[int]:
 
 
 def _aligned_level(slide: Slide, step_y: float, step_x: float) -> int:
-    """Return the coarsest level that is fine enough and shows things where level 0 does."""
+    """Return the coarsest level that is fine enough and shows things in the same places as level 0."""
     with _LOCK:
         alignment = _ALIGNMENTS.setdefault(slide, LevelAlignment(slide))
     return next(level for level in [*_levels_for(slide.info, step_y, step_x), 0] if alignment.holds(level))
 
 
 class LevelAlignment:
-    """The levels of a slide whose pixels lie where their factors say, as their content shows. Each is tried once.
+    """The levels of a slide whose content confirms that their pixels lie where their factors say. Each is tried once.
 
-    The file's numbers may be wrong: levels are filled up to whole tiles, or were enlarged to a rounder size. So a few
-    places of a level, far apart and with structure, are registered with the next finer level. Where one has moved by
-    more than a pixel, the level is not used.
+    The file's numbers may be wrong: levels are padded to whole tiles, or were enlarged to a rounder size. So a few
+    places in a level, far apart and with structure, are registered with the next finer level. If one has moved by more
+    than a pixel, the level is not used.
     """
 
     def __init__(self, slide: Slide) -> None:
@@ -107,7 +107,8 @@ class LevelAlignment:
         self._lock = threading.RLock()
 
     def holds(self, level: int) -> bool:
-        """Return True for a level that can be used; one of uncertain factors must be proved, others not refuted.
+        """Return True for a level that can be used: one with uncertain factors must be proved right, others not proved
+        wrong.
 
         Raises:
             SlideAccessError: a remote slide cannot be reached.
@@ -117,7 +118,7 @@ class LevelAlignment:
         with self._lock:
             if level not in self._known:
                 info = self._slide.info
-                if (source := info.levels[level].made_of) is not None:  # its pixels lie where those of its source do
+                if (source := info.levels[level].made_of) is not None:  # its pixels lie where its source level's do
                     self._known[level] = self.holds(source)
                     return self._known[level]
                 moved = self._moved(level)
@@ -132,13 +133,13 @@ class LevelAlignment:
             return self._known[level]
 
     def _moved(self, level: int) -> float | None:
-        """Return by how many pixels the level's content has moved, 0 for up to one; None where it does not tell."""
+        """Return by how many pixels the level's content has moved, 0 for up to one; None if it does not show."""
         size = self._slide.info.levels[level]
         if max(size.height, size.width) <= WINDOW_PX and not size.problem:
-            return 0.0  # of so few pixels one is more than a factor is ever off, and all of a finer level would be read
+            return 0.0  # with so few pixels, no factor is ever off by one, and all of a finer level would be read
         found = []
         for place in self._places(level):
-            with suppress(SlideReadError):  # damage is found out, and told, where it matters
+            with suppress(SlideReadError):  # damage is found and reported where it matters
                 if (moved := self._moved_at(level, place)) is not None:
                     found.append(moved)
             if len(found) == WINDOWS:
@@ -149,14 +150,14 @@ class LevelAlignment:
         return max(wrong) if 2 * len(wrong) >= len(found) else 0.0
 
     def _places(self, level: int) -> list[Region]:
-        """Return windows of the level, far from the corner at first: there a wrong factor shows most."""
+        """Return windows of the level, those far from the corner first: a wrong factor shows most there."""
         size = self._slide.info.levels[level]
         side = min(WINDOW_PX, size.height, size.width)
         spots = [(f * (size.height - side), g * (size.width - side)) for f, g in PLACES]
         return [Region(round(y), round(x), side, side) for y, x in dict.fromkeys(spots)]
 
     def _moved_at(self, level: int, place: Region) -> float | None:
-        """Return by how many pixels a window has moved; None where it has no structure."""
+        """Return by how many pixels a window has moved; None if it has no structure."""
         shown = _gray(self._slide.read_level(level, place))
         if shown.std() < STRUCTURE:
             return None
@@ -169,7 +170,7 @@ class LevelAlignment:
         return _moved(shown, _gray(_read(self._slide, finer, rows, columns)))
 
     def _reference(self, level: int) -> int:
-        """Return a finer level that can be used: the finest that is not much finer, so that little is read."""
+        """Return a finer level that can be used: the finest one that is not much finer, so that little is read."""
         levels = self._slide.info.levels
         finer = [i for i in range(len(levels)) if levels[i].downsample_y < levels[level].downsample_y]
         near = [i for i in finer if levels[i].downsample_y * MAX_STEP >= levels[level].downsample_y]
@@ -177,7 +178,7 @@ class LevelAlignment:
         return next((i for i in ordered if self.holds(i)), 0)
 
 
-# Windows are compared in gray. A factor off by 0.3 % moves things by more than a pixel from 400 pixels of a level on.
+# Windows are compared in grey. A factor that is off by 0.3% moves things by more than a pixel from 400 pixels on.
 WINDOW_PX, WINDOWS = 128, 2
 PLACES = tuple((f, g) for f, g in ((0.9, 0.9), (0.5, 0.9), (0.9, 0.5), (0.1, 0.7), (0.7, 0.1), (0.5, 0.5), (0.3, 0.3)))
 STRUCTURE = 6.0  # gray levels
@@ -188,17 +189,17 @@ _ALIGNMENTS: weakref.WeakKeyDictionary[Slide, LevelAlignment] = weakref.WeakKeyD
 
 
 def _gray(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return brightness, a little smoothed, so that noise and the way of shrinking do not count."""
-    from scipy.ndimage import gaussian_filter  # not above: takes time to import
+    """Return the brightness, slightly smoothed, so that noise and the method of downsampling do not matter."""
+    from scipy.ndimage import gaussian_filter  # not imported above: it takes time
 
     smooth: NDArray[np.float32] = gaussian_filter(rgb.mean(axis=2, dtype=np.float32), SMOOTHED_PX)
     return smooth
 
 
 def _moved(shown: NDArray[np.float32], expected: NDArray[np.float32]) -> float | None:
-    """Return by how many pixels `shown` lies beside `expected`; infinity where it shows something else.
+    """Return by how many pixels `shown` is shifted against `expected`; infinity if it shows something else.
 
-    None where neither is certain.
+    None if neither is certain.
     """
     from skimage.registration import phase_cross_correlation
 
@@ -210,7 +211,7 @@ def _moved(shown: NDArray[np.float32], expected: NDArray[np.float32]) -> float |
         return math.inf
     if max(still, shifted) < ALIKE:
         return None
-    better = 1 - shifted < BETTER * (1 - still)  # else a pattern that repeats itself
+    better = 1 - shifted < BETTER * (1 - still)  # otherwise a repetitive pattern
     return float(np.abs(shift).max()) if better else 0.0
 
 
@@ -218,7 +219,7 @@ SMOOTHED_PX, BETTER = 1.0, 0.6
 
 
 def _likeness(shown: NDArray[np.float32], expected: NDArray[np.float32], shift: Sequence[float]) -> float:
-    """Return the correlation of two images where they overlap, the first moved by whole pixels of the shift."""
+    """Return the correlation of two images where they overlap, the first moved by the whole pixels of the shift."""
     parts = []
     for image, sign in ((shown, -1), (expected, 1)):
         starts = [max(0, sign * round(float(by))) for by in shift]
@@ -259,7 +260,7 @@ def thumbnail(slide: Slide, mpp: float, max_px: int) -> Thumbnail:
 
 
 def _fill(slide: Slide, thumb: Thumbnail, part: Region) -> None:
-    """Read a part of a thumbnail; what fails is halved until only the unreadable is left out."""
+    """Read a part of a thumbnail; a part that fails is halved until only what is unreadable is left out."""
     h, w = thumb.unreadable.shape
     step_y, step_x = slide.info.height / h, slide.info.width / w
     mpp_y, mpp_x = slide.info.mpp_yx
@@ -289,7 +290,7 @@ class _Axis:
             self.first, self.length = round(start), size
             self.span = Span(size, 0.0, size, size)
             return
-        # The pixels that the filter weighs and no more: a damaged tile beside them is none of the region's business.
+        # Only the pixels that the filter weighs: a damaged tile next to them must not affect the region.
         end, margin = start + scale * size, max(1.0, scale) - scale / 2 - 0.5
         self.first = math.floor(min(start, start - margin + TINY))
         self.length = math.ceil(max(end, end + margin - TINY)) - self.first

@@ -1,4 +1,4 @@
-"""The pyramid in a TIFF file: the pages that are levels of the slide, and the positions of their tiles."""
+"""The pyramid in a TIFF file: the pages that are the slide's levels, and the positions of their tiles."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides.tiff_samples import Decode, ToRGB
     from wsi_gradcam.slides.tiff_streams import Check
 
-# Bounds on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
+# Limits on what a file may claim: a slide of a thousand gigapixels has 16 million tiles of 256 px.
 MAX_TILES = 1 << 24
-MAX_TILE_PX = 1 << 25  # 100 MB decoded: a slide in one strip is no slide
-MAX_TILE_BYTES = 1 << 28  # of samples, which may be of 16 bits, with alpha
-SPARE_BYTES = 1 << 16  # of a tile's header
-CONVERTED_PX = 1 << 20  # at once: some conversions to RGB need 40 bytes a pixel
+MAX_TILE_PX = 1 << 25  # 100 MB decoded: a picture in a single strip is not a slide
+MAX_TILE_BYTES = 1 << 28  # of samples, which may have 16 bits, with alpha
+SPARE_BYTES = 1 << 16  # bytes of a tile's header
+CONVERTED_PX = 1 << 20  # at once: some conversions to RGB need 40 bytes per pixel
 AGAIN = "copy the file again from its source"
-MAX_BEYOND = 0.01  # as many unreadable patches as a slide may have by default
+MAX_BEYOND = 0.01  # the share of unreadable patches that a slide may have by default
 CONTIGUOUS = 1
 TOP_LEFT = 1
 MAX_XML = 1 << 24
-STAIN = ("EmissionWavelength", "ExcitationWavelength", "Fluor")  # attributes of a channel that is light
-SWAPPED = 4  # orientations above it exchange rows and columns
+STAIN = ("EmissionWavelength", "ExcitationWavelength", "Fluor")  # attributes that a fluorescence channel has
+SWAPPED = 4  # orientations above this one exchange rows and columns
 UM_PER_UNIT = {
     RESUNIT.INCH: 25_400.0,
     RESUNIT.CENTIMETER: 10_000.0,
@@ -58,7 +58,7 @@ UM_PER_UNIT = {
     RESUNIT.MICROMETER: 1.0,
 }
 
-# Its messages on damaged files go to logs that a user sets up, not to the terminal: the slide's error reports them.
+# Its messages about damaged files go to logs that a user sets up, not to the terminal: the slide's error has them.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
@@ -67,24 +67,23 @@ class TiffLevel:
     """A page as a grid of tiles; strips are tiles as wide as the page.
 
     Attributes:
-        height, width: of the page as it is stored, before its orientation.
+        height, width: of the page as stored, before its orientation is applied.
         tile_px: (height, width) of a tile; those at the bottom and right edges may be stored shorter.
-        planes: 1, or the number of samples where each has tiles of its own.
-        is_joined: the planes are pictures of their own in the file, of one channel each.
+        planes: 1, or the number of samples if each has tiles of its own.
+        is_joined: whether the planes are separate pictures in the file, of one channel each.
         offsets, counts: int64 [planes * rows * columns], bytes in the file.
         orientation: the TIFF tag, 1 to 8.
-        samples: numbers a pixel, stored in each tile or plane by plane.
-        jpegtables: what the tiles share, where they are JPEG.
-        check: raises a ValueError for the bytes of a piece that would unpack to more than its tile; None where the
-            decoder stops there by itself.
-        decode_piece: tifffile's decoder of this page.
-        decode_jpeg: a faster and stricter one of JPEG; None for other codecs.
-        decode_reduced: makes pieces smaller while it decodes them; None where that is not possible.
-        to_rgb: of decoded samples [h, w, samples], uint8 [h, w, 3].
-        is_ycc: they are YCbCr in JPEG 2000, unless the stream says that it turns them into RGB itself.
-        spacing: (y, x) micrometres per stored pixel by the page's resolution tags; None where they do not say.
-        full: value of the brightest sample; 0 for one of 16 bits that does not tell how many are used.
-        is_chosen: its channels were chosen by a user.
+        samples: numbers per pixel, stored in each tile or plane by plane.
+        jpegtables: the tables that the tiles share, if they are JPEG.
+        check: raises a ValueError for the bytes of a piece that would unpack to more than its tile; None if the decoder
+        itself stops there. decode_piece: tifffile's decoder for this page.
+        decode_jpeg: a faster and stricter decoder for JPEG; None for other codecs.
+        decode_reduced: decodes pieces at a reduced size; None if that is not possible.
+        to_rgb: turns decoded samples [h, w, samples] into uint8 [h, w, 3].
+        is_ycc: whether they are YCbCr in JPEG 2000, unless the stream says that it turns them into RGB itself.
+        spacing: (y, x) micrometres per stored pixel from the page's resolution tags; None if they do not say.
+        full: value of the brightest sample; 0 for a page of 16 bits that does not say how many are used.
+        is_chosen: whether its channels were chosen by a user.
         reduction: the page is this many times larger than the level, see `reduced`.
     """
 
@@ -116,34 +115,34 @@ class TiffLevel:
 
     @property
     def shown_px(self) -> tuple[int, int]:
-        """(height, width) of the page after its orientation."""
+        """(height, width) of the page with its orientation applied."""
         return (self.width, self.height) if self.orientation > SWAPPED else (self.height, self.width)
 
     @property
     def stored(self) -> tuple[tuple[int, int], tuple[float, float] | None, tuple[int, int]]:
-        """Size, spacing and tile of the page after its orientation, (y, x), as `make_levels` takes them."""
+        """Size, spacing and tile of the page with its orientation applied, (y, x), as `make_levels` takes them."""
         if self.orientation <= SWAPPED:
             return self.shown_px, self.spacing, self.tile_px
         return self.shown_px, None if self.spacing is None else self.spacing[::-1], self.tile_px[::-1]
 
     @property
     def is_scaled(self) -> bool:
-        """True for a page that says that it does not use all bits of its samples."""
+        """Whether the page says that it does not use all bits of its samples."""
         return self.full not in (0, 255, 65535)
 
     @property
     def piece_px(self) -> tuple[int, int]:
-        """(height, width) of a tile as it is stored."""
+        """(height, width) of a tile as stored."""
         return self.tile_px[0] * self.reduction, self.tile_px[1] * self.reduction
 
     @cached_property
     def most_bytes(self) -> int:
-        """The size in bytes that a piece of a tile cannot need more than: its pixels and some header."""
+        """The most bytes that a piece of a tile can need: its pixels and a header."""
         height, width = self.piece_px
         return 4 * height * width * self.samples + SPARE_BYTES
 
     def reduced(self, by: int) -> TiffLevel:
-        """Return the page as a level that is made smaller by 2, 4 or 8 while it is decoded: fast, but less exact."""
+        """Return the page as a level that is decoded at a size reduced by 2, 4 or 8: fast, but less exact."""
         return replace(
             self,
             height=ceil_div(self.height, by),
@@ -172,12 +171,12 @@ class TiffLevel:
     def decode(self, pieces: list[int], data: list[bytes]) -> NDArray[np.uint8]:
         """Return RGB uint8 [h, w, 3] of a tile from the bytes of its pieces.
 
-        All tiles of our reader, of local and of remote files, are decoded here. What that takes is bounded by the size
-        that the TIFF gives its tiles, at most `MAX_TILE_PX` and `MAX_TILE_BYTES`, whatever the compressed stream says:
-        `check` reads the stream's own header before a decoder does, see `tiff_streams`.
+        All tiles of our reader, from local and from remote files, are decoded here. The memory needed is bounded by the
+        size that the TIFF gives its tiles, at most `MAX_TILE_PX` and `MAX_TILE_BYTES`, whatever the compressed stream
+        claims: `check` reads the stream's own header before a decoder does, see `tiff_streams`.
 
         Raises:
-            ValueError: they are damaged, or unpack to more than a tile. (Decoders raise others too.)
+            ValueError: they are damaged, or unpack to more than a tile. (Decoders raise other errors too.)
         """
         if self.check is not None:
             for encoded in data:
@@ -200,7 +199,7 @@ class TiffLevel:
         return samples
 
     def _coloured(self, samples: NDArray[np.generic], from_ycc: bool) -> NDArray[np.uint8]:
-        """Return RGB of a tile's samples; of a large one some rows at a time."""
+        """Return RGB from a tile's samples; for a large one, some rows at a time."""
         convert = self.to_rgb if not from_ycc else lambda part: ycc_to_rgb(self.to_rgb(part))
         height, width = samples.shape[:2]
         if height * width <= CONVERTED_PX:
@@ -214,7 +213,7 @@ class TiffLevel:
 
 @contextmanager
 def open_tiff(file: SlideFile) -> Iterator[TiffFile]:
-    """Open the file for parsing; other files that an OME-TIFF names are not opened."""
+    """Open the file for parsing; other files that an OME-TIFF refers to are not opened."""
     with file.stream() as stream, TiffFile(stream, _multifile=False) as parsed:
         yield parsed
 
@@ -222,10 +221,10 @@ def open_tiff(file: SlideFile) -> Iterator[TiffFile]:
 def tiff_levels(file: TiffFile, channels: Channels | None = None) -> list[TiffLevel]:
     """Return the levels of the slide in `file`, finest first.
 
-    Of gray pictures that belong together, `channels` are shown as red, green and blue.
+    Of grey pictures that belong together, `channels` are shown as red, green and blue.
 
     Raises:
-        SlideFormatError: it holds no image that can be read; the message tells why.
+        SlideFormatError: it contains no image that can be read; the message says why.
     """
     try:
         bits = significant_bits(file.ome_metadata or "") if file.is_ome else 0
@@ -251,14 +250,14 @@ def _check_whole(file: TiffFile, levels: list[TiffLevel]) -> None:
     total = sum(len(level.offsets) for level in levels)
     if any(following) or beyond > MAX_BEYOND * total:
         what = f"{beyond:,} of {total:,} tiles are beyond the end of the file" if beyond else "pages are missing"
-        kind = SlideContentError if beyond else SlideFormatError  # OpenSlide would open it
+        kind = SlideContentError if beyond else SlideFormatError  # OpenSlide would open it nevertheless
         raise kind(f"truncated or damaged: {what}; {AGAIN}")
 
 
 def _pyramid(file: TiffFile) -> list[list[Any]]:
-    """Return the pages of each of the first series' levels, of decreasing size; one a channel."""
+    """Return the pages of each of the first series' levels, of decreasing size; one for each channel."""
     alone: Any = file.pages[0] if len(file.pages) == 1 else None
-    if alone is not None and not alone.subifds:  # whatever it says of planes in other files
+    if alone is not None and not alone.subifds:  # whatever it says about planes in other files
         return [[alone]]
     if not file.series:
         raise SlideFormatError(f"no image in the file, which may be truncated; {AGAIN}")
@@ -277,10 +276,10 @@ def _pyramid(file: TiffFile) -> list[list[Any]]:
 
 
 def _shown(file: TiffFile, pages: list[Any], channels: Channels | None) -> Channels | None:
-    """Return the channels that are shown, of several pages or of the samples of one; None for one picture.
+    """Return the channels that are shown, of several pages or of one page's samples; None for a single picture.
 
     Raises:
-        SlideContentError: it cannot be told.
+        SlideContentError: it is unknown which they are.
     """
     page, described = pages[0].keyframe, ome_channels(file)
     samples, extra = int(page.samplesperpixel), page.extrasamples
@@ -291,16 +290,16 @@ def _shown(file: TiffFile, pages: list[Any], channels: Channels | None) -> Chann
 
 
 def _marked(file: TiffFile) -> list[Any]:
-    """Return the tiled pages that are marked as reductions of the first one, or Aperio's.
+    """Return the tiled pages that are marked as reduced versions of the first one, or Aperio's.
 
-    Tifffile's series are pyramids only where each level is as much smaller than the one before as all others.
+    Tifffile's series are pyramids only if each level is smaller than the one before by the same factor.
     """
     pages: Any = list(file.pages)
     return [pages[0], *(p for p in pages[1:] if p.is_tiled and (p.is_reduced or pages[0].is_svs))]
 
 
 def _shrinking(pages: list[Any]) -> list[Any]:
-    """Return the pages from the first on that shrink in one shape, up to another image."""
+    """Return the pages from the first on that shrink while keeping their shape, up to the next image."""
     found = pages[:1]
     for page in pages[1:]:
         sizes = (page.imagelength, page.imagewidth)
@@ -311,7 +310,7 @@ def _shrinking(pages: list[Any]) -> list[Any]:
 
 
 def _alike(first: Any, page: Any) -> bool:
-    """Return True for a page of the same aspect ratio as the first, up to whole pixels or whole tiles."""
+    """Return whether a page has the same aspect ratio as the first, up to whole pixels or whole tiles."""
     factor = first.imagelength / max(1, page.imagelength)
     if abs(first.imagewidth / factor - page.imagewidth) < 1 + page.imagewidth / max(1, page.imagelength):
         return True
@@ -321,9 +320,9 @@ def _alike(first: Any, page: Any) -> bool:
 
 
 def page_level(pages: list[Any], shown: Channels | None, bits: int = 0, chosen: Channels | None = None) -> TiffLevel:
-    """Return the level in a page, or in several of one channel each, of which some are shown.
+    """Return the level in a page, or in several pages of one channel each, some of which are shown.
 
-    Of its samples' bits `bits` are used; 0: that is not told.
+    `bits` of its samples' bits are used; 0: unknown.
     """
     page = pages[0].keyframe
     height, width = int(page.imagelength), int(page.imagewidth)
@@ -340,11 +339,11 @@ def page_level(pages: list[Any], shown: Channels | None, bits: int = 0, chosen: 
     orientation = int(page.tags.valueof("Orientation", default=TOP_LEFT)) or TOP_LEFT  # some writers put 0
     if orientation not in range(1, 9):
         raise SlideFormatError(f"damaged TIFF: orientation {orientation}, expected 1 to 8; {AGAIN}")
-    # First: it says more of a page that is no picture.
+    # First, because it says more about a page that is not a picture.
     full = full_of(page, bits)
     to_rgb = rgb_converter(page, (0, 1, 2) if joined else shown, full)
     if page.compression in GIVING_RGB:
-        page.subsampling = (1, 1)  # a tag about JPEG, of which the decoders of others need nothing
+        page.subsampling = (1, 1)  # a tag about JPEG, which decoders of other codecs do not need
     jpeg = jpeg_decoder(page, tile)
     return TiffLevel(
         height,
@@ -357,7 +356,7 @@ def page_level(pages: list[Any], shown: Channels | None, bits: int = 0, chosen: 
         samples,
         page.jpegtables,
         stream_check(page, tile, samples // planes),
-        page.decode,  # made now: it looks into the file
+        page.decode,  # made now, because it looks into the file
         jpeg,
         reduced_jpeg2000 if page.compression in JPEGS_2000 else jpeg,
         to_rgb,
@@ -370,7 +369,7 @@ def page_level(pages: list[Any], shown: Channels | None, bits: int = 0, chosen: 
 
 
 def significant_bits(xml: str | bytes, number: int = 0) -> int:
-    """Return how many bits of its samples an image uses (OME-XML 2016-06); 0 where it does not say."""
+    """Return how many bits of its samples an image uses (OME-XML 2016-06); 0 if it does not say."""
     try:
         root = ElementTree.fromstring(xml if len(xml) <= MAX_XML else "")
         pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
@@ -380,10 +379,10 @@ def significant_bits(xml: str | bytes, number: int = 0) -> int:
 
 
 def _places(pages: list[Any], expected: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return offsets and counts of the tiles of a page, or of several one after the other.
+    """Return the offsets and byte counts of the tiles of a page, or of several pages one after another.
 
     Raises:
-        SlideFormatError: there are more than a slide has, or other than `expected`.
+        SlideFormatError: there are more than a slide has, or not as many as `expected`.
     """
     size = f"{pages[0].keyframe.imagewidth} x {pages[0].keyframe.imagelength} px"
     if expected > MAX_TILES:
@@ -400,7 +399,7 @@ def _places(pages: list[Any], expected: int) -> tuple[NDArray[np.int64], NDArray
 
 
 def ome_channels(file: TiffFile) -> list[Channel]:
-    """Return what the first picture of an OME-TIFF says of its channels (OME-XML 2016-06); nothing where it is none."""
+    """Return what the first picture of an OME-TIFF says about its channels (OME-XML 2016-06); nothing if it is none."""
     xml = (file.ome_metadata or "") if file.is_ome else ""
     if not 0 < len(xml) <= MAX_XML:
         return []
@@ -443,23 +442,23 @@ def _tile_size(page: TiffPage) -> tuple[int, int]:
 
 
 def spacing_of(page: TiffPage) -> tuple[float, float] | None:
-    """Return micrometres per stored pixel, (y, x), by a page's resolution tags; None where they do not say."""
+    """Return micrometres per stored pixel, (y, x), from a page's resolution tags; None if they do not say."""
     y, x = um_per_px(page, "YResolution"), um_per_px(page, "XResolution")
     return (y, x) if y and x else None
 
 
 def um_per_px(page: TiffPage, name: str) -> float | None:
-    """Return micrometres per pixel by a TIFF resolution tag; None where it or its unit is missing."""
+    """Return micrometres per pixel from a TIFF resolution tag; None if it or its unit is missing."""
     value = page.tags.valueof(name)
     unit = page.tags.valueof("ResolutionUnit", default=RESUNIT.INCH)  # the default of TIFF 6.0
     if unit not in UM_PER_UNIT or not isinstance(value, tuple) or len(value) != 2:
         return None
     pixels, units = value
-    return UM_PER_UNIT[unit] / (pixels / units) if pixels and units else 0.0  # digit for digit as OpenSlide
+    return UM_PER_UNIT[unit] / (pixels / units) if pixels and units else 0.0  # digit for digit as in OpenSlide
 
 
 def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -> Region:
-    """Return the region of the stored page that is shown as `region`.
+    """Return the region of the stored page that is displayed as `region`.
 
     >>> stored_region(Region(0, 0, 2, 3), (10, 20), 3)
     Region(y=8, x=17, height=2, width=3)
@@ -476,13 +475,13 @@ def stored_region(region: Region, shown_px: tuple[int, int], orientation: int) -
 
 
 def shown_region(region: Region, level: TiffLevel) -> Region:
-    """Return the shown region of a region of the stored page: the inverse of `stored_region`."""
+    """Return the displayed region for a region of the stored page: the inverse of `stored_region`."""
     back = {6: 8, 8: 6}.get(level.orientation, level.orientation)
     return stored_region(region, (level.height, level.width), back)
 
 
 def orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Return stored pixels rotated and mirrored by the TIFF tag Orientation."""
+    """Return stored pixels rotated and mirrored according to the TIFF tag Orientation."""
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)
     flip_y, flip_x = {

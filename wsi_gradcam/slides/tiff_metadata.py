@@ -1,6 +1,6 @@
-"""Metadata of TIFF slides and OME-XML: pixel sizes, vendor, properties where OpenSlide cannot be used, and their truth.
+"""Metadata of TIFF slides and OME-XML: pixel sizes, vendor, properties when OpenSlide cannot be used, and checks.
 
-C libraries trust a file that claims more than it can hold, and crash for lack of memory: `check_tiff` comes first.
+C libraries trust a file that claims more than it can hold, and crash for lack of memory, so `check_tiff` comes first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 WHITE = (255, 255, 255)
-# Length units that OME-XML allows, as far as microscopes use them; µ comes as two characters.
+# Length units that OME-XML allows, as far as microscopes use them; µ comes in two encodings.
 UM_PER_OME_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
@@ -54,14 +54,14 @@ def describe_tiff(
 
 
 def tiff_mpp(file: TiffFile) -> tuple[tuple[float, float] | None, str]:
-    """Return micrometres per stored pixel (y, x) and an empty string, or None and the problem with its mend."""
+    """Return micrometres per stored pixel (y, x) and an empty string, or None and the problem with its remedy."""
     if file.is_ome:
         return ome_mpp(file.ome_metadata or "")
     return page_mpp(file.pages[0])
 
 
 def page_mpp(page: Any) -> tuple[tuple[float, float] | None, str]:
-    """Return the same as `tiff_mpp` by the resolution tags of a page."""
+    """Return the same as `tiff_mpp`, from a page's resolution tags."""
     values = [um_per_px(page, axis) for axis in ("YResolution", "XResolution")]
     if None in values:
         return None, "the file does not state its resolution; give the micrometres per pixel, such as --mpp 0.25"
@@ -103,7 +103,7 @@ def ome_mpp(xml: str | bytes, number: int = 0) -> tuple[tuple[float, float] | No
 
 
 def ome_names(xml: bytes) -> list[str]:
-    """Return the names of the images in OME-XML; none where it cannot be read."""
+    """Return the names of the images in OME-XML; none if it cannot be read."""
     try:
         root = ElementTree.fromstring(xml if len(xml) <= MAX_XML else b"")
     except ElementTree.ParseError:
@@ -111,8 +111,8 @@ def ome_names(xml: bytes) -> list[str]:
     return [e.get("Name", "") for e in root.iter() if e.tag.rpartition("}")[2] == "Image"]
 
 
-# An image is no second slide if it is called so, or has this share of the first one's pixels, or the larger one and
-# another pixel size.
+# An image is not a second slide if it has such a name, or at most this share of the first one's pixels, or at most the
+# larger share and another pixel size.
 EXTRA = re.compile(r"label|macro|thumbnail|overview|preview", re.IGNORECASE)
 SMALL, SMALLER = 1 / 16, 1 / 4
 LISTED = 8
@@ -120,13 +120,13 @@ LISTED = 8
 
 @dataclass(frozen=True)
 class OneOfSeveral:
-    """An image of a file or folder with several.
+    """One image in a file or folder that has several.
 
     Attributes:
-        path: in there.
-        name: of it by the OME-XML or its own metadata.
-        size: (height, width); None where it cannot be told.
-        spacing: (height, width) of its pixels in some unit; None where it is not told.
+        path: its path in the file or folder.
+        name: its name in the OME-XML or its own metadata.
+        size: (height, width); None if unknown.
+        spacing: (height, width) of its pixels in some unit; None if not stated.
     """
 
     path: str
@@ -139,7 +139,7 @@ class OneOfSeveral:
         return f"{self.path} ({self.name + ', ' if self.name else ''}{size})"
 
     def is_extra(self, first: OneOfSeveral) -> bool:
-        """Return True for an image that is no slide beside the first: a label, a macro, a thumbnail."""
+        """Return whether an image is not a slide, compared with the first: a label, a macro, a thumbnail."""
         if self.size is None or first.size is None:
             return False
         share = math.prod(self.size) / math.prod(first.size)
@@ -149,10 +149,10 @@ class OneOfSeveral:
 
 
 def slide_of(series: Sequence[OneOfSeveral], place: str) -> str:
-    """Return the path of the first image, if it is the only one that may be the slide.
+    """Return the path of the first image, if it is the only one that can be the slide.
 
     Raises:
-        SlideFormatError: others may be as well.
+        SlideFormatError: others may be the slide as well.
     """
     first, *others = series
     if all(other.is_extra(first) for other in others):
@@ -165,14 +165,14 @@ def slide_of(series: Sequence[OneOfSeveral], place: str) -> str:
 
 
 APERIO, GENERIC = "aperio", "generic-tiff"
-# OpenSlide's names of formats that are plain pyramids of tiles. In others tiles overlap, have other positions or are
-# left out where there is glass.
+# OpenSlide's names for formats that are plain pyramids of tiles. In others, tiles overlap, are elsewhere, or are left
+# out where there is glass.
 PLAIN = frozenset({APERIO, GENERIC})
 NO_MPP = "its ImageDescription contains no MPP; give the micrometres per pixel, such as --mpp 0.25"
 
 
 def tiff_vendor(file: TiffFile) -> str | None:
-    """Return OpenSlide's name of a TIFF file's format; None where it knows none."""
+    """Return OpenSlide's name for a TIFF file's format; None if it does not know it."""
     first: Any = file.pages[0]
     software = first.software
     marks = {
@@ -192,7 +192,7 @@ def tiff_vendor(file: TiffFile) -> str | None:
 def describe_plain(
     source: SlideFile, file: TiffFile, levels: list[TiffLevel], mpp: Mpp, trust_objective: bool
 ) -> SlideInfo:
-    """Return the metadata of a plain pyramid, as OpenSlide and our reader give it together for a local file."""
+    """Return the metadata of a plain pyramid, as OpenSlide and our reader together give it for a local file."""
     info, vendor = describe_tiff(source, file, levels, mpp), tiff_vendor(file)
     first: Any = file.pages[0]
     in_subifds = file.is_ome and bool(first.subifds)  # levels that OpenSlide does not see
@@ -219,7 +219,7 @@ def aperio_properties(description: str) -> dict[str, str]:
 
 
 def aperio_mpp(properties: dict[str, str]) -> tuple[Mpp, str]:
-    """Return micrometres per pixel (y, x) and an empty string, or None and the problem with its mend."""
+    """Return micrometres per pixel (y, x) and an empty string, or None and the problem with its remedy."""
     if "MPP" not in properties:
         return None, NO_MPP
     value = _number(properties["MPP"])
@@ -236,7 +236,7 @@ def _objective(properties: dict[str, str]) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    """Return a number, also one with a decimal comma, as some scanners write."""
+    """Return a number, which may have a decimal comma, as some scanners write."""
     try:
         return float(text.replace(",", "."))
     except ValueError:
@@ -245,26 +245,26 @@ def _number(text: str) -> float | None:
 
 ORDERS = {b"II": "<", b"MM": ">"}
 CLASSIC, BIG = 42, 43
-# Bytes of a value by its type (TIFF 6.0, section 2, and BigTIFF).
+# Bytes per value, by type (TIFF 6.0, section 2, and BigTIFF).
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 INTEGER_TYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
 IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH = SIZES = (256, 257, 322, 323)
 TILE_OFFSETS = 324
 BYTE_COUNTS = (279, 325)  # of strips, of tiles
 ASCII, MAX_TEXT = 2, 256
-MAX_TAG_TEXT = 64 << 20  # bytes; parsers hold it several times
+MAX_TAG_TEXT = 64 << 20  # bytes; parsers hold several copies
 SUB_DIRECTORIES = 330
 PLACES = {4: "u4", 13: "u4", 16: "u8", 18: "u8"}
 MAX_DIRECTORIES, MAX_ENTRIES, MAX_BELOW = 4096, 4096, 256
 
-Entry = tuple[int, int, int, bytes]  # tag, type, count, the field that holds the value or its place
+Entry = tuple[int, int, int, bytes]  # tag, type, count, the field that contains the value or its offset
 
 
 def check_tiff(file: SlideFile) -> None:
-    """Check the directories of a TIFF as far as they can be read.
+    """Check the directories of a TIFF, as far as they can be read.
 
     Raises:
-        SlideFormatError: one claims more data than the file or its tiles can hold, or tiles that are too large.
+        SlideFormatError: one claims more data than the file or its tiles can contain, or tiles that are too large.
         SlideAccessError: a remote file cannot be reached.
     """
     try:
@@ -300,7 +300,7 @@ def _check_directory(file: SlideFile, number: int, order: str, entries: list[Ent
 
 
 def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
-    """Return the problem with the tiles of a directory, of which `listed` are listed; empty where there is none."""
+    """Return the problem with a directory's tiles, `listed` of which are listed; empty if there is none."""
     width, length = sizes.get(TILE_WIDTH, 0), sizes.get(TILE_LENGTH, 0)
     if width * length > MAX_TILE_PX:
         return f"tiles of {width} x {length} px, expected at most {MAX_TILE_PX:,} px,"
@@ -311,12 +311,12 @@ def _tile_problem(sizes: dict[int, int], listed: int | None) -> str:
 
 
 def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]:
-    """Yield byte order and entries of each directory, to the end of the chain or to where it leaves the file.
+    """Yield the byte order and entries of each directory, up to the end of the chain or to where it leaves the file.
 
-    Those that SubIFDs lead to come after the chain.
+    Directories that SubIFDs point to come after the chain.
 
     Raises:
-        _TooManyError: there are more than in any slide, or the chain leads back into itself.
+        _TooManyError: there are more than in any slide, or the chain leads back to itself.
     """
     head = file.read(16)
     order = ORDERS.get(head[:2])
@@ -326,7 +326,7 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
     if version not in (CLASSIC, BIG):
         return
     word, number, shape = ("Q", "Q", "HHQ8s") if version == BIG else ("I", "H", "HHI4s")
-    is_large_ndpi = version == CLASSIC and size > CLASSIC_BYTES  # no other file of so many bytes is no BigTIFF
+    is_large_ndpi = version == CLASSIC and size > CLASSIC_BYTES  # any other file of that many bytes is a BigTIFF
     word = "Q" if is_large_ndpi else word
     starts = list(struct.unpack_from(order + word, head, 8 if version == BIG else 4))
     seen: set[int] = set()
@@ -344,7 +344,7 @@ def _directories(file: BinaryIO, size: int) -> Iterator[tuple[str, list[Entry]]]
             raw = file.read(count * length)
             whole = len(raw) - len(raw) % length
             entries = [struct.unpack_from(order + shape, raw, at) for at in range(0, whole, length)]
-            if is_large_ndpi:  # the upper halves of where values lie are elsewhere
+            if is_large_ndpi:  # the upper halves of the offsets of values are elsewhere
                 entries = []
             yield order, entries
             place = _unpacked(file, order + word) or 0
@@ -357,11 +357,11 @@ CLASSIC_BYTES = 1 << 32
 
 
 class _TooManyError(Exception):
-    """A file with more directories than are looked at."""
+    """A file with more directories than are examined."""
 
 
 def _places_below(file: BinaryIO, order: str, entries: list[Entry]) -> list[int]:
-    """Return where the SubIFDs of a directory lie."""
+    """Return the offsets of a directory's SubIFDs."""
     found: list[int] = []
     for _, kind, count, field in (entry for entry in entries if entry[0] == SUB_DIRECTORIES and entry[1] in PLACES):
         if count > MAX_BELOW:
@@ -376,9 +376,9 @@ def _places_below(file: BinaryIO, order: str, entries: list[Entry]) -> list[int]
 
 
 def first_texts(file: BinaryIO, size: int) -> dict[int, str]:
-    """Return the texts in the first directory of a TIFF by their tags, as far as they are short. A few small reads.
+    """Return the short texts in a TIFF's first directory by their tags, in a few small reads.
 
-    Nothing is in there of what is no TIFF.
+    The result is empty for a file that is not a TIFF.
     """
     order, entries = next(_directories(file, size), ("<", []))
     texts = {}
@@ -395,7 +395,7 @@ DESCRIPTION, SOFTWARE = 270, 305
 
 
 def is_export(texts: Mapping[int, str]) -> bool:
-    """Return True for the texts of a TIFF that an export has made; the demo's slide does not describe itself."""
+    """Return whether the texts are those of a TIFF made by an export; the demo's slide does not describe itself."""
     return texts.get(SOFTWARE) == OURS and DESCRIPTION in texts
 
 
@@ -405,7 +405,7 @@ def _unpacked(file: BinaryIO, layout: str) -> int | None:
 
 
 def _largest(file: SlideFile, order: str, entry: Entry) -> int:
-    """Return the largest of an entry's values; 0 where they are not integers or lie outside the file."""
+    """Return the largest of an entry's values; 0 if they are not integers or lie outside the file."""
     _, kind, count, field = entry
     if kind not in INTEGER_TYPES or not count:
         return 0

@@ -1,4 +1,4 @@
-"""The reader of tiled TIFF slides: each tile is decoded once, where OpenSlide decodes it for every patch."""
+"""The reader of tiled TIFF slides: each tile is decoded once, whereas OpenSlide decodes it for every patch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     Tile = NDArray[np.uint8]
     Key = tuple[int, int, int]  # level, row, column
 
-CACHE_BYTES = 32 << 20  # a row of tiles of 256 px as wide as a block of patches, and what is read of the next
-# Tiles that are read in one go, at most; these too are held until the region is put together.
+CACHE_BYTES = 32 << 20  # a row of 256 px tiles as wide as a block of patches, plus what is read of the next row
+# The most tiles that are read in one go; these too are held until the region is put together.
 MAX_READ_PX = 1 << 22
 REDUCTIONS = (2, 4, 8)
 NEARLY = 1.01
-# What a wavelet of JPEG 2000 leaves of two pixels is centred on the first of them, not between both.
+# What a JPEG 2000 wavelet leaves of two pixels is centred on the first, not between them.
 WAVELET_PX = 0.5
-# Of damaged tiles that take long to be found so: how many are remembered, and from which size on.
+# Damaged tiles that take long to be recognised: how many are remembered, and from which size on.
 MAX_DAMAGED, LARGE_PX = 1 << 12, 1 << 20
 
 
@@ -59,23 +59,23 @@ class TiffSlide:
 
         Raises:
             SlideReadError: a tile cannot be decoded or is missing; the slide stays usable.
-            SlideAccessError: a remote file cannot be reached any more.
+            SlideAccessError: a remote file can no longer be reached.
         """
         out = np.empty((region.height, region.width, 3), np.uint8)
         self.read_into(level, region, out)
         return out
 
     def read_into(self, level: int, region: Region, out: NDArray[np.uint8]) -> None:
-        """Fill `out`, which may be a part of a larger array, with what `read_level` returns.
+        """Fill `out`, which may be part of a larger array, with what `read_level` returns.
 
         Raises:
-            SlideError: as of `read_level`.
+            SlideError: as for `read_level`.
         """
         inside, place = fill_background(region, self._info.levels[level], self._info.background, out)
         stored = self._levels[level]
         if not place.size:
             return
-        if stored.orientation == TOP_LEFT:  # nearly all, and this runs for every patch
+        if stored.orientation == TOP_LEFT:  # nearly always, and this runs for every patch
             self._fill(level, inside, place)
             return
         turned = stored_region(inside, stored.shown_px, stored.orientation)
@@ -84,7 +84,7 @@ class TiffSlide:
         place[:] = orient(pixels, stored.orientation)
 
     def sample_tiles(self, level: int, count: int) -> list[Region]:
-        """Return up to `count` tiles of a level that have data, evenly over the file, as regions of the level."""
+        """Return up to `count` tiles with data, spread evenly over the file, as regions of the level."""
         stored = self._levels[level]
         _, columns = stored.grid
         (full,) = np.nonzero((stored.offsets > 0) & (stored.counts > 0))
@@ -93,18 +93,18 @@ class TiffSlide:
         return [shown_region(stored.tile_region(i // columns, i % columns), stored) for i in chosen.tolist()]
 
     def obeys_streams(self, level: int) -> bool:
-        """Return True for a level of JPEG 2000 that is said to be YCbCr, but whose stream says that it is RGB."""
+        """Return whether a JPEG 2000 level is declared as YCbCr, although its stream says that it is RGB."""
         return says_rgb(self._file, self._levels[level])
 
     def is_scaled(self, level: int) -> bool:
-        """Return True for a level that says that it does not use all bits of its samples."""
+        """Return whether a level says that it does not use all bits of its samples."""
         return self._levels[level].is_scaled
 
     def with_reductions(self) -> TiffSlide:
-        """Return the slide with further levels, made smaller by 2, 4 and 8 while tiles are decoded.
+        """Return the slide with further levels, whose tiles are decoded at a size reduced by 2, 4 and 8.
 
-        That takes a half to a seventh of the time. Their pixels differ from those of a shrunk level by some gray
-        levels. None is made that is not finer than the next level in the file.
+        That takes a half to a seventh of the time. Their pixels differ from those of a downsampled level by a few grey
+        levels. Only levels that are finer than the next one in the file are made.
         """
         own = self._info.levels
         levels: list[tuple[TiffLevel, Level, Level | None]] = [
@@ -126,7 +126,7 @@ class TiffSlide:
         return TiffSlide(self._file, [stored for stored, _, _ in levels], replace(self._info, levels=shown))
 
     def _can_reduce(self, stored: TiffLevel, by: int) -> bool:
-        """Return True where the first tile that there is comes out smaller."""
+        """Return whether the first existing tile comes out smaller."""
         if stored.decode_reduced is None or any(side % by for side in stored.tile_px) or not stored.counts.any():
             return False
         index = int(np.argmax(stored.counts > 0)) % (len(stored.counts) // stored.planes)
@@ -162,7 +162,7 @@ class TiffSlide:
                 out[top:bottom, left:right] = tile[top - y : bottom - y, left - x : right - x]
 
     def _make(self, keys: list[Key]) -> list[Tile | Exception]:
-        """Return decoded tiles, read in one go, or the errors of those that cannot be."""
+        """Return decoded tiles, read in one go, or the errors of those that cannot be decoded."""
         places = [locate(self._levels[level], row, column) for level, row, column in keys]
         data = iter(self._file.read_many([place for found in places if isinstance(found, list) for place in found]))
         made: list[Tile | Exception] = []
@@ -183,7 +183,7 @@ class TiffSlide:
             raise SlideReadError(known)
         try:
             tile = stored.decode(stored.pieces(row, column), check_complete(places, found))
-        except Exception as error:  # decoders of damaged bytes raise many kinds
+        except Exception as error:  # decoders raise many kinds of errors for damaged bytes
             region = stored.tile_region(row, column)
             said = (
                 f"{self._file.name}: level {level}, x {region.x}, y {region.y}, {region.width} x {region.height} px "
@@ -204,7 +204,7 @@ class TiffSlide:
 
 
 def says_rgb(file: SlideFile, stored: TiffLevel) -> bool:
-    """Return True for a level of JPEG 2000 that is said to be YCbCr, but whose first stream says that it is RGB."""
+    """Return whether a JPEG 2000 level is declared as YCbCr, although its first stream says that it is RGB."""
     if not stored.is_ycc:
         return False
     first = int(np.argmax(stored.counts > 0))
@@ -213,14 +213,14 @@ def says_rgb(file: SlideFile, stored: TiffLevel) -> bool:
 
 
 def _with_data(stored: TiffLevel, level: Level) -> Level:
-    """Return a level, as one to be doubted where all its tiles were left out, which is more likely a failed write."""
+    """Return a level, marked as doubtful if all its tiles were left out: that is more likely a failed write."""
     return level if stored.counts.any() else replace(level, problem=level.problem or "all of its tiles are missing")
 
 
 def locate(stored: TiffLevel, row: int, column: int) -> list[ByteRange] | str:
-    """Return the positions of a tile's pieces in the file, or the reason why they cannot be read.
+    """Return the positions of a tile's pieces in the file, or the reason they cannot be read.
 
-    None at all for a tile that its writer left out, which says so by an offset and a count of 0: it is glass.
+    None for a tile that its writer left out, marked by an offset and a count of 0: it is glass.
     """
     places = [(stored.offsets.item(index), stored.counts.item(index)) for index in stored.pieces(row, column)]
     if not any(offset or count for offset, count in places):

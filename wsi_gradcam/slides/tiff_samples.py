@@ -1,6 +1,6 @@
-"""Samples of a TIFF page as RGB of 8 bits, by the rules of the TIFF 6.0 specification.
+"""Samples of a TIFF page as 8-bit RGB, by the rules of the TIFF 6.0 specification.
 
-JPEG tiles are decoded strictly, to where the decoder writes fastest.
+JPEG tiles are decoded strictly, into memory at the address where the decoder writes fastest.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 WHITE = 255
-# Codecs whose decoder gives RGB of YCbCr; others would give the samples as they are.
+# Codecs whose decoder turns YCbCr into RGB; others would return the samples as they are.
 CONVERTING = (COMPRESSION.JPEG, COMPRESSION.OJPEG, COMPRESSION.ALT_JPEG)
-# Those whose decoders give RGB, or what the stream of JPEG 2000 says.
+# Those whose decoders return RGB, or what the JPEG 2000 stream says.
 JPEGS_2000 = (
     COMPRESSION.APERIO_JP2000_YCBC,
     COMPRESSION.APERIO_JP2000_RGB,
@@ -44,12 +44,12 @@ GIVING_RGB = (
     COMPRESSION.JPEGXL,
     COMPRESSION.JPEGXL_DNG,
 )
-# Facsimile holds single bits: its decoder makes noise of other samples.
+# Fax compression holds single bits: its decoder turns any other samples into noise.
 FAX = (COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6)
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 COLOURS = 3
 CMYK_INKS = 1  # tag InkSet, the default
-# Contributions of chroma by its value: red and blue in gray levels, green in 1/65536, rounded as OpenSlide's are.
+# Contributions of chroma by its value: red and blue in grey levels, green in 1/65536, rounded as in OpenSlide.
 _CHROMA = np.arange(256) - 128
 RED_OF_CR, BLUE_OF_CB = (np.rint(share * _CHROMA).astype(np.int32) for share in (1.402, 1.772))
 GREEN_OF_CB = np.rint(65536 * (0.5 - 0.34414 * _CHROMA)).astype(np.int32)
@@ -57,15 +57,15 @@ GREEN_OF_CR = np.rint(65536 * -0.71414 * _CHROMA).astype(np.int32)
 
 
 def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) -> ToRGB:
-    """Return a function from a decoded tile [h, w, samples] of `page` to RGB uint8 [h, w, 3].
+    """Return a function that turns a decoded tile [h, w, samples] of `page` into RGB uint8 [h, w, 3].
 
-    Of gray pictures that belong together, `shown` are the samples that are red, green and blue.
+    Of grey pictures that belong together, `shown` are the samples that are red, green and blue.
 
-    Gray is repeated, white-is-zero turned over, palettes looked up, 16 bits scaled to 8, CMYK taken for ideal inks,
-    alpha laid on white. Samples are `full` where they are brightest; 0: the largest value of their type.
+    Grey is repeated, white-is-zero inverted, palettes are looked up, 16 bits scaled to 8, CMYK is treated as ideal
+    inks, and alpha is put on white. `full` is the brightest value of a sample; 0: the largest value of its type.
 
     Raises:
-        SlideFormatError: samples that are no colours of an image; the message describes them.
+        SlideFormatError: the samples are not the colours of an image; the message describes them.
     """
     bits = page.dtype.itemsize * 8 if page.dtype is not None and page.dtype.kind == "u" else 0
     if bits not in (8, 16) or page.bitspersample != bits:
@@ -93,7 +93,7 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) 
             convert = _same
         case (PHOTOMETRIC.YCBCR, 3) if page.compression in (*CONVERTING, *GIVING_RGB):
             convert = _same
-        case (PHOTOMETRIC.YCBCR, 3):  # others may know how
+        case (PHOTOMETRIC.YCBCR, 3):  # other readers may know how
             raise SlideFormatError("YCbCr samples that are not compressed as JPEG; convert it to 8-bit RGB")
         case (PHOTOMETRIC.SEPARATED, 4) if page.tags.valueof("InkSet", default=CMYK_INKS) == CMYK_INKS:
             convert = _cmyk
@@ -119,7 +119,7 @@ def rgb_converter(page: TiffPage, shown: Channels | None = None, full: int = 0) 
 
 
 def eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
-    """Return samples of 8 or 16 bits as 8 bits, where `full` is white; 0: their type's largest value.
+    """Return samples of 8 or 16 bits as 8 bits, with `full` as white; 0: their type's largest value.
 
     Raises:
         ValueError: one is larger.
@@ -135,7 +135,7 @@ def eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
 
 
 def full_of(page: TiffPage, bits: int) -> int:
-    """Return the value of the brightest sample of a page by OME-XML's bits or the tag MaxSampleValue; 0: not told."""
+    """Return a page's brightest sample value from OME-XML's bits or the tag MaxSampleValue; 0: not stated."""
     most = page.tags.valueof("MaxSampleValue", default=0)
     most = most[0] if isinstance(most, tuple) and len(set(most)) == 1 else most
     said = bits or (int(most).bit_length() if isinstance(most, int) and most & (most + 1) == 0 else 0)
@@ -143,7 +143,7 @@ def full_of(page: TiffPage, bits: int) -> int:
 
 
 def full_scale(bits: int, used: int) -> int:
-    """Return the value of the brightest sample by its bits and those that are used; 0: that is not told."""
+    """Return the brightest sample value from the number of bits and of those in use; 0: not stated."""
     return (1 << used) - 1 if 0 < used <= bits else 255 * (bits == 8)
 
 
@@ -176,7 +176,7 @@ def _cmyk(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def is_ycc(page: TiffPage) -> bool:
-    """Return True for a page of JPEG 2000 that is said to be YCbCr, by Aperio's codec or by TIFF."""
+    """Return whether a JPEG 2000 page is declared as YCbCr, by Aperio's codec or by TIFF."""
     if page.compression == COMPRESSION.APERIO_JP2000_YCBC:
         return page.samplesperpixel == COLOURS
     return page.photometric == PHOTOMETRIC.YCBCR and page.compression in (
@@ -186,7 +186,7 @@ def is_ycc(page: TiffPage) -> bool:
 
 
 def ycc_to_rgb(tile: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Convert ITU-R BT.601 at full scale, as in JFIF, by OpenSlide's integer arithmetic."""
+    """Convert ITU-R BT.601 at full scale, as in JFIF, with OpenSlide's integer arithmetic."""
     y, cb, cr = (tile[..., i].astype(np.int32) for i in range(3))
     rgb = np.stack([y + RED_OF_CR[cr], y + ((GREEN_OF_CB[cb] + GREEN_OF_CR[cr]) >> 16), y + BLUE_OF_CB[cb]], axis=-1)
     eight: NDArray[np.uint8] = rgb.clip(0, WHITE).astype(np.uint8)
@@ -214,25 +214,24 @@ def _on_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8], associated: bool
 
 
 CONTIGUOUS = 1
-# To addresses that are multiples of 32, libjpeg-turbo writes past the caches: a tile that is read again at once, as
-# ours are, then takes half as long again (256 px: 280 us at 16 beyond such an address, 375 to 405 us at one).
+# At addresses that are multiples of 32, libjpeg-turbo bypasses the caches: a tile that is read again at once, as ours
+# are, then takes half as long again (256 px: 280 us at 16 bytes past such an address, 375 to 405 us at one).
 LINE, BEYOND = 32, 16
 JPEGS = (*CONVERTING, COMPRESSION.JPEG_LOSSY)
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
-BLOCK = 16  # px: writers may pad a tile to whole ones
-# What says that samples are RGB: else libjpeg takes three of them for YCbCr.
+BLOCK = 16  # px: writers may pad a tile to whole blocks
+# Declares samples as RGB: otherwise libjpeg takes three of them for YCbCr.
 ADOBE_RGB = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
-TRANSFORM = 11  # bytes from Adobe's name to its word on colours
+TRANSFORM = 11  # bytes from Adobe's name to its colour transform
 MARKS_BYTES = 1 << 10
 
 
 def jpeg_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
-    """Return a function from the bytes of a piece of `page` to its samples, uint8 [h, w, samples]; None if not JPEG.
+    """Return a function that decodes the bytes of a piece of `page` to uint8 [h, w, samples]; None if not JPEG.
 
-    The function's second argument is 1, or 2, 4 or 8, by which the piece is made smaller while it is decoded.
-
-    What libjpeg only warns of (data that end early, bytes left over, markers out of their place) is an error: it would
-    fill up with gray. The function gives None where the bytes are sound, but only tifffile knows their colours.
+    The function's second argument is 1, 2, 4 or 8: the factor by which the piece is reduced while it is decoded. Where
+    libjpeg only warns (data that ends early, bytes left over, markers out of place), this is an error: libjpeg would
+    fill the rest with grey. The function returns None if the bytes are sound but only tifffile knows their colours.
     """
     if page.compression not in JPEGS:
         return None
@@ -261,21 +260,21 @@ def jpeg_decoder(page: TiffPage, tile_px: tuple[int, int]) -> Decode | None:
 
 
 def _says_ycc(data: bytes) -> bool:
-    """Return True for a JPEG with a mark by which libjpeg would take its samples for YCbCr."""
+    """Return whether a JPEG has a marker that makes libjpeg take its samples for YCbCr."""
     adobe = data.find(b"Adobe", 0, MARKS_BYTES)
     return data.find(b"JFIF", 0, MARKS_BYTES) >= 0 or (adobe >= 0 and data[adobe + TRANSFORM] != 0)
 
 
 def check_whole_jpeg(data: bytes) -> None:
-    """Raise a ValueError for a JPEG of which libjpeg would have to invent a part."""
+    """Raise a ValueError for a JPEG if libjpeg would have to invent part of it."""
     *_, colours, _ = decode_jpeg_header(data)
     decode_jpeg(data, {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}.get(colours, "RGB"))
 
 
 def reduced_jpeg2000(data: bytes, reduction: int) -> NDArray[np.uint8] | None:
-    """Return the samples of a JPEG 2000 without its finest details, each axis shorter by a power of two.
+    """Return the samples of a JPEG 2000 without its finest detail, each axis shorter by a power of two.
 
-    None where they are not colours of 8 bits.
+    None if they are not 8-bit colours.
     """
     with Image.open(BytesIO(data), formats=("JPEG2000",)) as image:
         image.reduce = reduction.bit_length() - 1  # type: ignore[method-assign, assignment]
@@ -283,7 +282,7 @@ def reduced_jpeg2000(data: bytes, reduction: int) -> NDArray[np.uint8] | None:
 
 
 def _between_lines(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Return an array at an address that is no multiple of `LINE`."""
+    """Return an array at an address that is not a multiple of `LINE`."""
     size = shape[0] * shape[1] * shape[2]
     memory = np.empty(size + LINE, np.uint8)
     start = (BEYOND - memory.__array_interface__["data"][0]) % LINE  # `memory.ctypes` takes longer

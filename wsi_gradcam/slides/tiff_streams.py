@@ -1,11 +1,11 @@
-"""What compressed tiles claim to be, read from their own headers before any decoder sees them.
+"""The size that compressed tiles claim, read from their own headers before any decoder sees them.
 
-A file is a stranger's: 126 KB of JPEG can be a picture of 12 GB, whatever the TIFF around it says of the size of its
-tiles. A decoder makes room for what the stream says, so the stream is asked first, and refused where it is larger than
-its tile. Codecs of bytes (deflate, LZW, Zstandard, PackBits) are given a buffer of the tile's size by tifffile, and
-stop at its end. No other codec is let through.
+Files are untrusted: 126 KB of JPEG can be a picture of 12 GB, whatever the TIFF around it says about the size of its
+tiles. A decoder allocates what the stream claims, so the stream's header is read first, and the stream is refused if it
+is larger than its tile. Byte codecs (deflate, LZW, Zstandard, PackBits) are given a buffer of the tile's size by
+tifffile, and stop at its end. No other codec is allowed.
 
-Streams that say where they end are held to it: some decoders fill up what is missing. (JPEG is judged by its decoder,
+Streams that say where they end must end there: some decoders fill in what is missing. (JPEG is checked by its decoder,
 see `tiff_samples`; deflate, Zstandard, PNG and JPEG XL by theirs.)
 """
 
@@ -27,31 +27,32 @@ if TYPE_CHECKING:
 
     Check = Callable[[bytes], None]
 
-BLOCK = 16  # px, a block of JPEG at most: writers may pad a tile to whole ones
-# Of a picture in colour, with alpha.
+BLOCK = 16  # px, at most a JPEG block: writers may pad a tile to whole blocks
+# Samples of a colour picture with alpha.
 MOST_SAMPLES = 4
-# A usual progressive JPEG has 10 scans. Each takes its time over the whole tile, of however few bytes it is.
+# A usual progressive JPEG has 10 scans. Each takes time for the whole tile, however few bytes it has.
 MAX_SCANS = 64
-MAX_SCANNED_PX = 10 << 26  # of all scans: 10 of the largest picture that is read
-# Of JPEG 2000; a usual tile has some hundreds. An empty packet or block costs a bit of the file, and 100 bytes and more
-# in memory.
+MAX_SCANNED_PX = 10 << 26  # pixels of all scans: 10 scans of the largest picture that is read
+# In JPEG 2000; a usual tile has some hundreds. An empty packet or block takes one bit in the file, and 100 bytes or
+# more in memory.
 MAX_PACKETS, MAX_BLOCKS, MAX_PARTS = 1 << 17, 1 << 20, 1 << 10
 ANY_TILE_PX = 1 << 27
-MAX_TEXTS = 8  # chunks of text in a PNG: each unpacks to 8 MB
+MAX_TEXTS = 8  # text chunks in a PNG: each unpacks to up to 8 MB
 LZMA_BYTES = 128 << 20  # its dictionary
-# Zeros at the end of data are what a copy that failed leaves. Sound data end in some only where a WebP, which packs
-# nothing into ever smaller fractions, ends in one flat colour: in one byte for 10,000 px, as measured.
+# Zeros at the end of the data are what a failed copy leaves. Sound data ends in zeros only if a WebP, which codes ever
+# smaller fractions, ends in one flat colour: one byte for 10,000 px, as measured.
 FEW_ZEROS, PX_PER_ZERO = 16, 1 << 12
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The size of the picture in a stream.
+    """The size of the picture that a stream contains.
 
     Attributes:
-        height, width: in px; the height is 0 where the decoder is told it.
-        samples: the most that a pixel can have.
-        header: number of bytes that say all this: another stream that begins with them says the same. 0 if not so.
+        height, width: in px; the height is 0 if the decoder is given it.
+        samples: the most samples that a pixel can have.
+        header: number of bytes that determine all this: another stream that begins with them claims the same. 0 if
+        there is no such number.
     """
 
     height: int
@@ -63,10 +64,10 @@ class Stream:
 def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Check | None:
     """Return a function that raises a ValueError for the bytes of a tile that would unpack to more than `tile_px`.
 
-    None where the codec itself stops at the end of the tile. `samples` are those that a tile holds of a pixel.
+    None if the codec itself stops at the end of the tile. `samples` is the number that a tile has for each pixel.
 
     Raises:
-        SlideFormatError: tiles of a codec whose memory cannot be bounded.
+        SlideFormatError: the tiles use a codec whose memory cannot be limited.
     """
     if page.compression == COMPRESSION.LZW:
         return lambda data: _check_zeros(data, FEW_ZEROS)
@@ -90,7 +91,7 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
     most = max(MOST_SAMPLES, samples)
     most_zeros = FEW_ZEROS + tile_px[0] * tile_px[1] // PX_PER_ZERO
 
-    known = b""  # mostly all tiles begin alike
+    known = b""  # usually all tiles begin alike
 
     def check(data: bytes) -> None:
         nonlocal known
@@ -113,16 +114,16 @@ def stream_check(page: TiffPage, tile_px: tuple[int, int], samples: int) -> Chec
 
 
 def _check_zeros(data: bytes, most: int) -> None:
-    """Raise a ValueError for data that end in more zeros than sound ones do."""
+    """Raise a ValueError for data that ends in more zeros than sound data does."""
     if len(data) > most and not any(data[-most - 1 :]):
-        raise ValueError(f"its data end with {len(data) - len(data.rstrip(bytes(1))):,} zeros")
+        raise ValueError(f"its data ends with {len(data) - len(data.rstrip(bytes(1))):,} zeros")
 
 
 def check_jpeg(data: bytes) -> Stream:
-    """Return what the frame header of a JPEG says (ITU-T T.81, B.2.2).
+    """Return the size in the frame header of a JPEG (ITU-T T.81, B.2.2).
 
     Raises:
-        ValueError: none, or several, or more scans than any camera or scanner makes.
+        ValueError: there is no frame, or several, or more scans than any camera or scanner makes.
     """
     frame, scan = None, None
     for code, place in _jpeg_segments(data):
@@ -135,7 +136,7 @@ def check_jpeg(data: bytes) -> Stream:
     if frame is None:
         raise ValueError("a JPEG without a frame")
     height, width, samples = FRAME.unpack_from(data, frame[1] + 3)
-    # Decoders look for further scans only where the first is not all; counting takes half as long as decoding.
+    # Decoders look for further scans only if the first is not complete; counting takes half as long as decoding.
     is_whole = scan is not None and frame[0] not in PROGRESSIVE and data[scan + 2] == samples
     if not is_whole and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ValueError(f"a JPEG of {scans} scans, expected at most {MAX_SCANS}")
@@ -153,7 +154,7 @@ def _is_frame(code: int) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield code and place of the length of each segment up to the first scan, as libjpeg finds them."""
+    """Yield the code, and the position of the length, of each segment up to the first scan, as libjpeg finds them."""
     place, size = 2, len(data)
     while (place := data.find(b"\xff", place)) >= 0:
         while place < size and data[place] == 0xFF:
@@ -176,12 +177,12 @@ SIZ, COD, COC, SOT, SOD, EOC = 0xFF51, 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
 
 
 def _jpeg2000(data: bytes) -> Stream:
-    """Return what the marker SIZ says (ITU-T T.800, A.5.1), after a look at how finely the picture is cut up."""
+    """Return the size in the marker SIZ (ITU-T T.800, A.5.1), after checking how finely the picture is divided."""
     start = 0
     if data.startswith(JP2_START):
         boxes = list(_boxes(data))
         start = next((place for kind, place, _ in boxes if kind == b"jp2c"), len(data))
-        if b"pclr" in data[:start]:  # a palette, of up to 255 samples a pixel
+        if b"pclr" in data[:start]:  # a palette, with up to 255 samples per pixel
             raise ValueError("a JPEG 2000 with a palette, which no slide has")
     if data[start : start + 4] != J2K_START:
         raise ValueError("not a JPEG 2000 stream")
@@ -193,20 +194,20 @@ def _jpeg2000(data: bytes) -> Stream:
         raise ValueError(f"a JPEG 2000 of {size[1]} x {size[0]} px in tiles of {part_width} x {part_height}")
     parts = (ceil_div(bottom - from_y, part_height), ceil_div(right - from_x, part_width))
     found = Stream(*size, samples)
-    if size[0] * size[1] <= ANY_TILE_PX:  # else it is refused for its size
+    if size[0] * size[1] <= ANY_TILE_PX:  # otherwise it is refused for its size
         _check_fine(data, start, found, parts)
         _check_ends(data, start)
     return found
 
 
 def turns_into_rgb(data: bytes) -> bool:
-    """Return True for a stream of JPEG 2000 whose decoder makes RGB of its components (ITU-T T.800, G.2 and G.3)."""
+    """Return whether a JPEG 2000 stream's decoder turns its components into RGB (ITU-T T.800, G.2 and G.3)."""
     start = max(0, data.find(J2K_START))
     return next((data[place + 6] == 1 for code, place in _j2k_segments(data, start) if code == COD), False)
 
 
 def _check_fine(data: bytes, start: int, found: Stream, parts: tuple[int, int]) -> None:
-    """Raise a ValueError where a picture is cut into so many pieces that they cost more than its pixels."""
+    """Raise a ValueError if a picture is divided into so many pieces that they cost more than its pixels."""
     layers, precincts, blocks = 1, 0, 0
     wide = found.samples > 256  # numbers of components take two bytes
     for code, place in _j2k_segments(data, start):
@@ -229,7 +230,7 @@ def _check_fine(data: bytes, start: int, found: Stream, parts: tuple[int, int]) 
 
 
 def _check_ends(data: bytes, start: int) -> None:
-    """Raise a ValueError where a picture's tiles are not followed by its end, or by the end of the data."""
+    """Raise a ValueError if a picture's tiles are not followed by its end, or by the end of the data."""
     place = start + 2
     while place + 12 <= len(data):
         code, length = struct.unpack_from(">HH", data, place)
@@ -256,7 +257,7 @@ def _precincts(found: Stream, parts: tuple[int, int], levels: int, sizes: bytes)
 
 
 def _j2k_segments(data: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Yield code and place of the length of COD and COC in the main header and in those of the tiles."""
+    """Yield the code, and the position of the length, of COD and COC in the main header and in the tiles' headers."""
     place, part_ends = start + 2, len(data)
     while place + 4 <= len(data):
         code, length = struct.unpack_from(">HH", data, place)
@@ -274,7 +275,7 @@ def _j2k_segments(data: bytes, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield kind, begin and end of what each box holds (ITU-T T.800, I.4; JPEG XL has the same)."""
+    """Yield the kind, start and end of each box's content (ITU-T T.800, I.4; JPEG XL has the same boxes)."""
     place = 0
     while place + 8 <= len(data):
         length, kind, inside = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8], place + 8
@@ -288,7 +289,7 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 class _Bits:
-    """The fields of a JPEG XL header, lowest bit first (ISO/IEC 18181-1, B.2)."""
+    """Reader of the fields of a JPEG XL header, lowest bit first (ISO/IEC 18181-1, B.2)."""
 
     def __init__(self, data: bytes) -> None:
         self._value, self._left = int.from_bytes(data, "little"), 8 * len(data)
@@ -303,19 +304,19 @@ class _Bits:
         return found
 
     def choose(self, *choices: tuple[int, int]) -> int:
-        """Return a number by one of four ways, (least, bits)."""
+        """Return a number coded in one of four ways, (least, bits)."""
         least, count = choices[self.take(2)]
         return least + self.take(count)
 
 
 JXL_START, JXL_BOXES = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
-JXL_HEADER = 64  # bytes, more than what is read
+JXL_HEADER = 64  # bytes, more than are read
 COLOURS = 3
 RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
 def _jpeg_xl(data: bytes) -> Stream:
-    """Return what the headers of size and of image say (ISO/IEC 18181-1, D.2 and D.3)."""
+    """Return the size in the size and image headers (ISO/IEC 18181-1, D.2 and D.3)."""
     head = data[:JXL_HEADER]
     if data.startswith(JXL_BOXES):
         boxes = ((kind, data[begin : min(end, begin + JXL_HEADER)]) for kind, begin, end in _boxes(data))
@@ -329,7 +330,7 @@ def _jpeg_xl(data: bytes) -> Stream:
 
 
 def _jxl_size(bits: _Bits) -> tuple[int, int]:
-    """Return (height, width) in a header of size."""
+    """Return (height, width) from a size header."""
     sides = ((1, 9), (1, 13), (1, 18), (1, 30))
     small = bits.take(1)
     height = 8 * (bits.take(5) + 1) if small else bits.choose(*sides)
@@ -340,11 +341,11 @@ def _jxl_size(bits: _Bits) -> tuple[int, int]:
 
 
 def _jxl_extra(bits: _Bits) -> int:
-    """Return the number of channels besides colour; raises a ValueError for films."""
+    """Return the number of channels besides colour; raises a ValueError for animations."""
     if bits.take(1):
         bits.take(3)  # orientation
         if bits.take(1):
-            _jxl_size(bits)  # as which it is to be shown
+            _jxl_size(bits)  # the size at which it should be shown
         if bits.take(1) or bits.take(1):
             raise ValueError("a JPEG XL with a preview or several images, expected one")
     depths = ((32, 0), (16, 0), (24, 0), (1, 6)) if bits.take(1) else ((8, 0), (10, 0), (12, 0), (1, 6))
@@ -355,7 +356,7 @@ def _jxl_extra(bits: _Bits) -> int:
 
 
 def _webp(data: bytes) -> Stream:
-    """Return what the chunks say (RFC 9649)."""
+    """Return the size in the chunks (RFC 9649)."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         raise ValueError("not a WebP")
     sizes = [size for size in _webp_sizes(data) if size]
@@ -383,7 +384,7 @@ def _webp_sizes(data: bytes) -> Iterator[tuple[int, int] | None]:
 
 
 def _png(data: bytes) -> Stream:
-    """Return what IHDR says (PNG, 11.2.1)."""
+    """Return the size in IHDR (PNG, 11.2.1)."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
         raise ValueError("not a PNG")
     if data.count(b"zTXt") + data.count(b"iTXt") > MAX_TEXTS:
@@ -393,7 +394,7 @@ def _png(data: bytes) -> Stream:
 
 
 def _jpeg_xr(data: bytes) -> Stream:
-    """Return the larger of what the file (ITU-T T.832, Annex A) and its stream (8.3) say."""
+    """Return the larger of the sizes in the file (ITU-T T.832, Annex A) and in its stream (8.3)."""
     stream = data.find(b"WMPHOTO\0")
     if stream < 0 or data.count(b"WMPHOTO\0") > 2 or len(data) < stream + 20:  # two: colour and alpha
         raise ValueError("not a JPEG XR")
@@ -408,11 +409,11 @@ def _jpeg_xr(data: bytes) -> Stream:
 
 
 XR_START, XR_ENTRY = b"II\xbc", struct.Struct("<HHII")
-XR_OFFSET, XR_COUNT, XR_ALPHA = 0xBCC0, 0xBCC1, 0xBCC2  # the last: offset of alpha, whose count some write too large
+XR_OFFSET, XR_COUNT, XR_ALPHA = 0xBCC0, 0xBCC1, 0xBCC2  # the last: offset of alpha, whose count may be too large
 
 
 def _check_xr_ends(data: bytes) -> None:
-    """Raise a ValueError where a picture ends, or its alpha begins, beyond the data (ITU-T T.832, A.7)."""
+    """Raise a ValueError if a picture ends, or its alpha begins, beyond the data (ITU-T T.832, A.7)."""
     if not data.startswith(XR_START):
         return
     (place,) = struct.unpack_from("<I", data, 4)
@@ -424,14 +425,14 @@ def _check_xr_ends(data: bytes) -> None:
         raise ValueError(f"a JPEG XR that ends {end - len(data):,} bytes before its stated end")
 
 
-ZSTD_BLOCK, ZSTD_PACKED = 3, 2  # bytes of a block's header, and the type of those that are not stored as they are
-ZSTD_DICTIONARY, ZSTD_SIZE = (0, 1, 2, 4), (0, 2, 4, 8)  # bytes of fields in the frame's header, by its first
+ZSTD_BLOCK, ZSTD_PACKED = 3, 2  # bytes of a block's header, and the type of blocks that are compressed
+ZSTD_DICTIONARY, ZSTD_SIZE = (0, 1, 2, 4), (0, 2, 4, 8)  # bytes of the fields in the frame's header, by its first byte
 
 
 def _check_zstd(data: bytes) -> None:
-    """Raise a ValueError for data whose last block is packed, and ends in zeros (RFC 8878, 3.1.1).
+    """Raise a ValueError for data whose last block is compressed and ends in zeros (RFC 8878, 3.1.1).
 
-    Packed blocks end in a stream that is read backwards from its last bit that is 1.
+    Compressed blocks end in a stream that is read backwards from its last 1 bit.
     """
     if len(data) < FEW_ZEROS or any(data[-FEW_ZEROS - 1 :]):
         return
@@ -448,7 +449,7 @@ def _check_zstd(data: bytes) -> None:
 
 
 def _check_lzma(data: bytes, size: int) -> None:
-    """Raise a ValueError where data unpack to more than `size` bytes, or need a dictionary that no tile needs."""
+    """Raise a ValueError if data unpacks to more than `size` bytes, or needs a larger dictionary than any tile."""
     try:
         decoder = lzma.LZMADecompressor(memlimit=LZMA_BYTES)
         found = len(decoder.decompress(data, max_length=size + 1))
@@ -461,7 +462,7 @@ def _check_lzma(data: bytes, size: int) -> None:
 
 
 C = COMPRESSION
-# What tifffile unpacks into a buffer of the tile's size.
+# Codecs that tifffile unpacks into a buffer of the tile's size.
 BOUNDED = frozenset({C.NONE, C.LZW, C.ADOBE_DEFLATE, C.DEFLATE, C.PACKBITS, C.ZSTD, C.ZSTD_DEPRECATED})
 READERS: dict[int, Callable[[bytes], Stream]] = {
     **dict.fromkeys((C.OJPEG, C.JPEG, C.ALT_JPEG, C.JPEG_LOSSY), check_jpeg),

@@ -1,13 +1,13 @@
-"""Pictures resampled by the antialiasing triangle filter, byte for byte as Pillow's `resize` with BILINEAR does it.
+"""Pictures resampled by the antialiasing triangle filter, byte for byte like Pillow's `resize` with BILINEAR.
 
-Pillow works in fixed point: each axis has integer weights of 22 bits, and what the first axis gives is rounded to whole
-gray levels before the second is summed. Three ways give these bytes, and each is taken where it is the fastest:
+Pillow works in fixed point: each axis has integer weights of 22 bits, and the first axis's result is rounded to whole
+grey levels before the second is summed. Three ways give these bytes, and each is used where it is the fastest:
 
-- PyTorch, where both axes shrink by the same power of two: its weights of 16 bits are exact there;
-- two loops that numba compiles (extra `fast`), in any case: a seventh of Pillow's time. They take a half to two thirds
-  of PyTorch's too, but numba takes 120 MB and seconds to load, so it is loaded for many pictures alone, of other
+- PyTorch, if both axes shrink by the same power of two: its weights of 16 bits are exact then;
+- two loops that numba compiles (extra `fast`), in all cases: a seventh of Pillow's time. They take a half to two thirds
+  of PyTorch's, too, but numba needs 120 MB and seconds to load, so it is loaded only for many pictures, with other
   factors or in a process that feeds a GPU;
-- else Pillow.
+- otherwise Pillow.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wsi_gradcam")
 
-BITS = 22  # of Pillow's weights
+BITS = 22  # bits of Pillow's weights
 POWERS = (2.0, 4.0, 8.0)
-FEW = 64  # pictures, for which numba is not loaded: thumbnails, masks, what the viewer shows first
+FEW = 64  # pictures for which numba is not loaded: thumbnails, masks, what the viewer shows first
 _COUNT = itertools.count()
-TAPS, ROWS = 4, 16  # pixels of a window, and rows, that the compiled passes take at once
+TAPS, ROWS = 4, 16  # pixels of a window, and rows, that the compiled passes process at once
 KEPT_WINDOWS = 64  # an archive has few factors, but patches lie at many fractions of a pixel
 
 
@@ -50,7 +50,7 @@ class Span:
 
     Attributes:
         length: px of the source.
-        start, stop: of the part in the source, in px; fractions are allowed.
+        start, stop: the ends of the part in the source, in px; fractions are allowed.
         size: px of the result.
     """
 
@@ -61,7 +61,7 @@ class Span:
 
     @property
     def power(self) -> int:
-        """The power of two by which the axis shrinks, where windows are whole pixels; else 0."""
+        """The power of two by which the axis shrinks, if windows are whole pixels; else 0."""
         factor = (self.stop - self.start) / self.size
         half = factor / 2
         whole = factor in POWERS and self.start == half and self.length == self.stop + half
@@ -71,8 +71,8 @@ class Span:
 def resample(pixels: Pixels, rows: Span, columns: Span) -> Pixels:
     """Return RGB uint8 [rows.size, columns.size, 3] of RGB uint8 [rows.length, columns.length, 3].
 
-    Each pixel is the mean of those under a triangle of twice its width, at least of two of theirs; outside of the
-    source there is nothing.
+    Each pixel is the weighted mean of those under a triangle twice its width, or at least two source pixels wide;
+    nothing outside the source counts.
     """
     if frame := frame_px(rows, columns):
         framed = np.empty((rows.length + 2 * frame, columns.length + 2 * frame, 3), np.uint8)
@@ -85,9 +85,9 @@ def resample(pixels: Pixels, rows: Span, columns: Span) -> Pixels:
 
 
 def frame_px(rows: Span, columns: Span) -> int:
-    """Return by how many px of anything the source is to be surrounded for `shrink_framed`; 0 where `resample` is due.
+    """Return the width in px of the frame that `shrink_framed` needs around the source; 0 if `resample` must be used.
 
-    That is for other spans, and where the compiled passes are worth their memory.
+    `resample` must be used for other spans, and when the compiled passes are worth their memory.
     """
     same = rows.power and rows.power == columns.power and not _rows_first(rows, columns)
     if not same or "torch" not in sys.modules:
@@ -96,18 +96,18 @@ def frame_px(rows: Span, columns: Span) -> int:
 
 
 def _feeds_gpu() -> bool:
-    """Return True in a process that computes on a GPU, which waits for what is read, and has memory to spare."""
+    """Return whether this process computes on a GPU, which waits for pixels and has memory to spare."""
     cuda = sys.modules.get("torch.cuda")
     return bool(getattr(cuda, "is_initialized", bool)())  # another thread may be loading it
 
 
 def _passes_for_many() -> Passes | None:
-    """Return the compiled passes, once there have been more than a few pictures; else None, or without numba."""
+    """Return the compiled passes after more than a few pictures; before that, or without numba, None."""
     return None if next(_COUNT) < FEW else _passes()
 
 
 def _rows_first(rows: Span, columns: Span) -> bool:
-    """Return True where Pillow, from version 13 on, begins with the rows, because that is less work."""
+    """Return whether Pillow, from version 13 on, begins with the rows, because that is less work."""
     return rows.length - rows.size > max(0, 2 * (columns.length - columns.size))
 
 
@@ -118,10 +118,10 @@ def _by_pillow(pixels: Pixels, rows: Span, columns: Span) -> Pixels:
 
 
 def shrink_framed(framed: Pixels, frame: int) -> Pixels:
-    """Return the picture within a frame of `frame` px, made smaller by twice as much, without its own half windows.
+    """Return the picture inside a frame of `frame` px, reduced by twice as much, without its own half windows.
 
-    PyTorch gives pixels at the border other weights. So the source has another half window on each side, of anything,
-    and what comes out there is dropped.
+    PyTorch gives pixels at the border different weights. So the source has another half window of arbitrary pixels on
+    each side, and what comes out there is dropped.
     """
     import torch
 
@@ -129,7 +129,8 @@ def shrink_framed(framed: Pixels, frame: int) -> Pixels:
     with torch.inference_mode():
         batch = torch.from_numpy(framed).permute(2, 0, 1)[None]
         size = (height // (2 * frame), width // (2 * frame))
-        # What `interpolate` calls; but that leaves the colours in planes, and to join them takes as long again.
+        # The function that `interpolate` calls; `interpolate` leaves colours in planes, and joining them takes as long
+        # again.
         shrunk = torch.empty((1, 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
         torch.ops.aten._upsample_bilinear2d_aa.out(batch, size, False, None, None, out=shrunk)
         return np.ascontiguousarray(shrunk[0].permute(1, 2, 0)[1:-1, 1:-1].numpy())
@@ -151,16 +152,16 @@ def _by_passes(pixels: Pixels, rows: Span, columns: Span, passes: Passes, rows_f
 
 
 def _taps(span: Span) -> int:
-    """Return the number of source pixels that each window is given, some of them with weights of 0."""
+    """Return the number of source pixels in each window, some of them with a weight of 0."""
     widest = 2 * math.ceil(max(1.0, (span.stop - span.start) / span.size)) + 1
     return ceil_div(widest, TAPS) * TAPS
 
 
 @lru_cache(KEPT_WINDOWS)
 def _windows(span: Span) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Return the weights uint32 [size, taps] of each window, in 1 / 2**22, and where the windows begin, int64 [size].
+    """Return each window's weights uint32 [size, taps], in 1 / 2**22, and the windows' starts, int64 [size].
 
-    In Pillow's arithmetic, which takes the ends of the part in single precision.
+    This follows Pillow's arithmetic, which takes the ends of the part in single precision.
     """
     start, stop = np.float32(span.start), np.float32(span.stop)
     step = float(stop - start) / span.size
@@ -172,10 +173,10 @@ def _windows(span: Span) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     shares = np.maximum(0.0, 1 - np.abs((place + first[:, None] - centre[:, None] + 0.5) * (1 / reach)))
     shares[place >= count[:, None]] = 0
     totals = np.zeros(span.size)
-    for column in shares.T:  # one after the other, as Pillow rounds
+    for column in shares.T:  # one after another, with Pillow's rounding
         totals += column
     weights = (0.5 + shares / totals[:, None] * (1 << BITS)).astype(np.uint32)
-    beyond = np.maximum(0, first + len(place) - span.length)  # windows of one length must not leave the source
+    beyond = np.maximum(0, first + len(place) - span.length)  # windows of the same length must not leave the source
     for index in np.flatnonzero(beyond):
         weights[index] = np.roll(weights[index], beyond[index])
     return np.ascontiguousarray(weights), first - beyond
@@ -195,7 +196,7 @@ def _passes() -> Passes | None:
     for function in (_sum_columns, _sum_rows):
         try:
             compiled.append(njit(nogil=True, cache=True)(function))
-        except RuntimeError:  # no folder to keep it in: each process compiles again
+        except RuntimeError:  # no folder to cache it in: each process compiles it again
             compiled.append(njit(nogil=True)(function))
     return compiled[0], compiled[1]
 
@@ -203,8 +204,9 @@ def _passes() -> Passes | None:
 def _sum_columns(source: Any, weights: Any, first: Any, out: Any) -> None:
     """Fill `out` uint8 [height, 3 * size] with weighted sums of the pixels in each row of uint8 [height, 3 * width].
 
-    `out` has up to `ROWS - 1` rows more, which come to hold anything. The samples of 16 rows are laid side by side, so
-    that a pixel's 48 are multiplied by one weight in a few instructions, and the sums are laid back into rows.
+    `out` has up to `ROWS - 1` additional rows, whose content is arbitrary afterwards. The samples of 16 rows are laid
+    side by side, so that a pixel's 48 samples are multiplied by one weight in a few instructions, and the sums are laid
+    back into rows.
     """
     height, width = source.shape
     size, taps = weights.shape
